@@ -1,0 +1,74 @@
+"""What one row of any data set becomes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from regraft.errors import RegraftError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt, with the answer it should get.
+
+    `response` is the reference: a refusal for a harmful prompt, a normal answer for a harmless
+    one; None where the data set gives none. `category` is the harm category of a harmful prompt
+    or the topic of a harmless one.
+    """
+
+    id: str
+    instruction: str
+    harmful: bool
+    category: str
+    image: Path | None = None
+    response: str | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The examples of one source and an account of every row that is not among them.
+
+    `skipped` maps a reason to the number of rows left out for it, so that
+    `read == len(examples) + sum(skipped.values())` always holds.
+    """
+
+    source: str
+    examples: tuple[Example, ...]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def read(self) -> int:
+        """Rows seen in the source."""
+        return len(self.examples) + sum(self.skipped.values())
+
+
+def draw(reading: Reading, *, harmful: bool, samples: int, seed: int) -> Reading:
+    """Draw calibration samples: D^s (`harmful`) or D^u (harmless), each with a response.
+
+    Draws `samples` rows without replacement by `seed`, in the drawn order; fewer where the source
+    has fewer. Rows of the other kind, without a response, or not drawn are counted in `skipped`.
+
+    Raises:
+        RegraftError: no row fits.
+    """
+    kind = "harmful" if harmful else "harmless"
+    of_kind = [e for e in reading.examples if e.harmful == harmful]
+    fit = [e for e in of_kind if e.response and e.response.strip()]
+    if not fit:
+        raise RegraftError(
+            f"{reading.source}: no {kind} examples with a response; calibration needs some. "
+            f"{reading.read} rows were read, {len(of_kind)} of them {kind}."
+        )
+    chosen = random.Random(seed).sample(fit, min(samples, len(fit)))
+    skipped = dict(reading.skipped)
+    for reason, count in (
+        (f"not {kind}", len(reading.examples) - len(of_kind)),
+        ("no response", len(of_kind) - len(fit)),
+        ("not drawn", len(fit) - len(chosen)),
+    ):
+        if count:
+            skipped[reason] = skipped.get(reason, 0) + count
+    return Reading(f"{reading.source}, {kind}", tuple(chosen), skipped)

@@ -1,0 +1,9 @@
+"""The one error a user is meant to read."""
+
+
+class RegraftError(Exception):
+    """Bad input or an impossible request, told in the user's words.
+
+    The message names the file, field or tensor, what was found, what was expected and the fix.
+    The command line prints it and exits with code 2; nothing has been written.
+    """

@@ -1,0 +1,53 @@
+"""What an evaluation leaves behind: one `Answer` a prompt, one `EvalResult` a model and suite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generation and its judgement. `similarity` is ANLS against the reference, or None."""
+
+    id: str
+    category: str
+    harmful: bool
+    instruction: str
+    image: str | None
+    reference: str | None
+    answer: str
+    refused: bool
+    similarity: float | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A rate (Wilson) or a mean (bootstrap) in [0, 1] with n and its 95 % interval.
+
+    `count` is the number of successes of a rate, None for a mean.
+    """
+
+    value: float
+    n: int
+    low: float
+    high: float
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One model on one suite.
+
+    `asr` is over harmful prompts, `over_refusal` and `utility` over harmless ones; None where the
+    suite has no such prompts. `empty` counts blank answers (judged "not refused").
+    """
+
+    suite: str
+    judge: str
+    asr: Estimate | None
+    over_refusal: Estimate | None
+    utility: Estimate | None
+    asr_by_category: Mapping[str, Estimate]
+    empty: int
+    answers: tuple[Answer, ...]
