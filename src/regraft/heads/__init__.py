@@ -1,0 +1,1 @@
+"""How much each attention head matters for safety: Ships and query-level KL."""

@@ -1,0 +1,82 @@
+"""Ships and KL as pure tensor functions (Zhou et al. 2025, arXiv 2410.13708)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regraft.errors import RegraftError
+
+
+def left_subspace(states: Tensor, r_max: int) -> Tensor:
+    """First `r_max` left singular vectors of `states`.
+
+    Args:
+        states: `[..., samples, hidden]`, any float dtype; computed in float64.
+        r_max: Number of vectors, at most min(samples, hidden).
+
+    Returns:
+        `[..., samples, r_max]`, float64.
+
+    Raises:
+        RegraftError: `r_max` is larger than the matrix allows.
+    """
+    samples, hidden = states.shape[-2:]
+    if not 1 <= r_max <= min(samples, hidden):
+        raise RegraftError(
+            f"r_max is {r_max}, but {samples} samples of {hidden} features have at most "
+            f"{min(samples, hidden)} singular vectors. Lower r_max or use more samples."
+        )
+    u, _, _ = torch.linalg.svd(states.double(), full_matrices=False)
+    return u[..., :r_max]
+
+
+def principal_angles(a: Tensor, b: Tensor) -> Tensor:
+    """Principal angles between the column spaces of two orthonormal bases, in radians.
+
+    Angles above 45 degrees come from the cosine, smaller ones from the sine, where arccos would
+    lose half the digits (Bjorck & Golub 1973; scipy.linalg.subspace_angles does the same).
+
+    Args:
+        a: `[..., n, r]` with orthonormal columns, float64.
+        b: `[..., n, r]` with orthonormal columns, float64; broadcast against `a`.
+
+    Returns:
+        `[..., r]`, float64, ascending.
+    """
+    overlap = a.transpose(-1, -2) @ b  # [..., r, r]
+    cosines = torch.linalg.svdvals(overlap).clamp(max=1.0)  # descending
+    sines = torch.linalg.svdvals(b - a @ overlap).clamp(max=1.0).flip(-1)  # ascending
+    return torch.where(cosines**2 >= 0.5, torch.asin(sines), torch.acos(cosines))
+
+
+def ships(base: Tensor, ablated: Tensor, r_max: int) -> Tensor:
+    """Data-set level Ships: the sum of principal angles that an ablation turns (eq. 8 to 10).
+
+    Args:
+        base: Final hidden states of the last prompt token, `[samples, hidden]`.
+        ablated: The same with each head ablated, `[heads, samples, hidden]`.
+        r_max: Rank of the compared left singular subspaces.
+
+    Returns:
+        `[heads]`, float64, radians in [0, r_max * pi / 2].
+    """
+    reference = left_subspace(base, r_max)
+    return torch.stack(
+        [principal_angles(reference, left_subspace(one, r_max)).sum() for one in ablated]
+    )
+
+
+def kl_divergence(base_logits: Tensor, ablated_logits: Tensor) -> Tensor:
+    """KL(p_base || p_ablated) of next-token distributions, in nats.
+
+    Args:
+        base_logits: `[samples, vocabulary]`.
+        ablated_logits: `[..., samples, vocabulary]`.
+
+    Returns:
+        `[..., samples]`, float32.
+    """
+    log_p = torch.log_softmax(base_logits.float(), dim=-1)
+    log_q = torch.log_softmax(ablated_logits.float(), dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)

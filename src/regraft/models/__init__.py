@@ -1,0 +1,1 @@
+"""All that knows transformers: checkpoints on disk, loading, anatomy, replay of decoder layers."""

@@ -1,0 +1,264 @@
+"""Where a model keeps its heads and prunable weights, in memory and on disk.
+
+One description serves every family: `model.get_decoder()` owns the decoder layers, every
+`nn.Linear` inside them is prunable, and heads follow from the sizes of q_proj and k_proj. The
+text decoder alone counts; vision tower, projector, embeddings and head are never pruned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from regraft.errors import RegraftError
+from regraft.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class LinearAnatomy:
+    """One prunable weight, `[out, in]`.
+
+    `name` is its place in the layer ("self_attn.q_proj"), `module` its dotted name in the model,
+    `tensor` its name on disk (the same weight, whatever prefix the file uses).
+    """
+
+    layer: int
+    name: str
+    module: str
+    tensor: str
+    shape: tuple[int, int]
+
+    @property
+    def role(self) -> str:
+        """The last part of the name: "q_proj", "down_proj"."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class LayerAnatomy:
+    """One decoder layer: H query heads, KV key/value heads, head size D, its linears.
+
+    `attention` is "self_attn" or "cross_attn" (Mllama).
+    """
+
+    index: int
+    attention: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    linears: tuple[LinearAnatomy, ...]
+
+    def linear(self, role: str) -> LinearAnatomy:
+        """The linear with this role, for instance "o_proj"."""
+        return next(linear for linear in self.linears if linear.role == role)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of a weight: rows [row_start, row_stop), columns [col_start, col_stop)."""
+
+    row_start: int
+    row_stop: int
+    col_start: int
+    col_stop: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The text decoder of one checkpoint. `tied` says whether lm_head shares the embedding."""
+
+    family: str
+    layers: tuple[LayerAnatomy, ...]
+    hidden_size: int
+    vocabulary: int
+    tied: bool
+    has_vision: bool
+    parameters: int
+
+    @property
+    def linears(self) -> Iterator[LinearAnatomy]:
+        """All prunable linears, layer by layer."""
+        return (linear for layer in self.layers for linear in layer.linears)
+
+    @property
+    def prunable(self) -> int:
+        """Number of prunable weights."""
+        return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
+
+
+HEAD_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def head_block(layer: LayerAnatomy, linear: LinearAnatomy, head: int) -> Block | None:
+    """The region of `head` in a weight (HSR, section 3.2), None for a linear without heads.
+
+    Rows h*D:(h+1)*D of q_proj; the rows of key/value head h // (H/KV) of k_proj and v_proj, which
+    the query heads of a group share (GQA); columns h*D:(h+1)*D of o_proj.
+    """
+    out_features, in_features = linear.shape
+    size = layer.head_dim
+    if not 0 <= head < layer.heads:
+        raise IndexError(f"layer {layer.index} has heads 0 to {layer.heads - 1}, not {head}")
+    if linear.role == "q_proj":
+        return Block(head * size, (head + 1) * size, 0, in_features)
+    if linear.role in ("k_proj", "v_proj"):
+        group = head // (layer.heads // layer.kv_heads)
+        return Block(group * size, (group + 1) * size, 0, in_features)
+    if linear.role == "o_proj":
+        return Block(0, out_features, head * size, (head + 1) * size)
+    return None
+
+
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The module that owns the decoder layers and the final norm.
+
+    Raises:
+        RegraftError: the model has none (an encoder, a classifier).
+    """
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if callable(find) else None
+    if not isinstance(decoder, nn.Module) or not isinstance(
+        getattr(decoder, "layers", None), nn.ModuleList
+    ):
+        raise RegraftError(
+            f"{type(model).__name__} has no text decoder with layers; "
+            "regraft works on vision-language and language models."
+        )
+    return decoder
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers in order."""
+    layers = text_decoder(model).layers
+    assert isinstance(layers, nn.ModuleList)
+    return list(layers)
+
+
+def attention_of(layer: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of a decoder layer's attention."""
+    for name in ("self_attn", "cross_attn"):
+        module = getattr(layer, name, None)
+        if isinstance(module, nn.Module):
+            return name, module
+    raise RegraftError(f"{type(layer).__name__} has neither self_attn nor cross_attn.")
+
+
+def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
+    """Describe a model (weights may be on the meta device) and find its weights on disk.
+
+    Raises:
+        RegraftError: an attention without separate q, k, v and o projections, experts, quantised
+            weights, or a checkpoint whose tensors do not match the model.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    config = text_decoder(model).config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    layers = decoder_layers(model)
+    shapes = [
+        (index, name, (module.out_features, module.in_features))
+        for index, layer in enumerate(layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    prefix = disk_prefix(checkpoint, shapes)
+    described = []
+    for index, layer in enumerate(layers):
+        _require_plain_weights(index, layer)
+        attention_name, attention = attention_of(layer)
+        head_dim = (
+            getattr(attention, "head_dim", None)
+            or getattr(config, "head_dim", None)
+            or config.hidden_size // config.num_attention_heads
+        )
+        for role in HEAD_ROLES:
+            if not isinstance(getattr(attention, role, None), nn.Linear):
+                raise RegraftError(
+                    f"Layer {index} of {type(model).__name__} has no {role}; regraft needs "
+                    "separate q_proj, k_proj, v_proj and o_proj linears."
+                )
+        linears = tuple(
+            LinearAnatomy(
+                layer=index,
+                name=name,
+                module=f"{names[id(layer)]}.{name}",
+                tensor=f"{prefix}layers.{index}.{name}.weight",
+                shape=shape,
+            )
+            for layer_index, name, shape in shapes
+            if layer_index == index
+        )
+        described.append(
+            LayerAnatomy(
+                index=index,
+                attention=attention_name,
+                heads=attention.q_proj.out_features // head_dim,  # type: ignore[union-attr, operator]
+                kv_heads=attention.k_proj.out_features // head_dim,  # type: ignore[union-attr, operator]
+                head_dim=head_dim,
+                linears=linears,
+            )
+        )
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    return Anatomy(
+        family=model.config.model_type,  # type: ignore[union-attr, arg-type]
+        layers=tuple(described),
+        hidden_size=config.hidden_size,
+        vocabulary=output.weight.shape[0],
+        tied=output.weight is embedding.weight,
+        has_vision=hasattr(model.config, "vision_config"),
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def disk_prefix(
+    checkpoint: Checkpoint, shapes: list[tuple[int, str, tuple[int, int]]]
+) -> str:
+    """What the file puts before "layers.0.self_attn.q_proj.weight" of the text decoder.
+
+    Key layouts differ between exports ("language_model.model.", "model.language_model.",
+    "model."), and transformers renames them on load; what follows the prefix never changes. The
+    prefix is the only one under which every linear lies with its shape.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        shapes: (layer index, name in the layer, [out, in]) of every prunable linear.
+
+    Raises:
+        RegraftError: no prefix or more than one fits.
+    """
+    found: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    pattern = re.compile(r"^(.*?)(layers\.\d+\..+)\.weight$")
+    for name, record in checkpoint.tensors.items():
+        if match := pattern.match(name):
+            found[match[1]][match[2]] = record.shape
+    wanted = {f"layers.{index}.{name}": shape for index, name, shape in shapes}
+    fitting = [
+        prefix
+        for prefix, tensors in found.items()
+        if all(tensors.get(name) == shape for name, shape in wanted.items())
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise RegraftError(
+            f"{checkpoint.folder}: the decoder's weights could be under any of {sorted(fitting)}."
+        )
+    closest = max(found, key=lambda p: len(found[p].keys() & wanted.keys()), default="")
+    name = next(n for n, shape in wanted.items() if found[closest].get(n) != shape)
+    raise RegraftError(
+        f"{checkpoint.folder}: config.json describes a weight {closest}{name} of shape "
+        f"{list(wanted[name])}, the file has {found[closest].get(name, 'none')}. "
+        "Weights and config belong to different models, or the weights are quantised or fused."
+    )
+
+
+def _require_plain_weights(index: int, layer: nn.Module) -> None:
+    for name, parameter in layer.named_parameters():
+        if parameter.ndim > 2:
+            raise RegraftError(
+                f"Layer {index} holds {name} of shape {list(parameter.shape)}: mixtures of experts "
+                "are not supported yet."
+            )

@@ -1,0 +1,304 @@
+"""A checkpoint on disk: names, shards and bytes. Knows safetensors and nothing of models.
+
+A checkpoint is edited by copying its shards and overwriting the bytes of single tensors, so that
+everything else (other tensors, their order, dtypes, shard sizes, metadata) is kept to the byte.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regraft.errors import RegraftError
+from regraft.files import atomic_folder, digest, file_digest, read_json, require_space
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_COPY_CHUNK = 16 * 2**20
+_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+Progress = Callable[[int], None]
+Edit = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Where one tensor lies: `shard` file name, byte range [start, stop) in it, dtype, shape."""
+
+    name: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors shards, opened and checked, no tensor read yet."""
+
+    folder: Path
+    shards: tuple[str, ...]
+    tensors: Mapping[str, TensorRecord]
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor in its own dtype, on CPU.
+
+        Raises:
+            RegraftError: there is no such tensor.
+        """
+        record = self.record(name)
+        with (self.folder / record.shard).open("rb") as handle:
+            handle.seek(record.start)
+            data = handle.read(record.stop - record.start)
+        return _as_tensor(data, record)
+
+    def record(self, name: str) -> TensorRecord:
+        """Look up a tensor by its name on disk."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise RegraftError(f"{self.folder}: there is no tensor {name}.") from None
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards in bytes."""
+        return sum((self.folder / shard).stat().st_size for shard in self.shards)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the contents of all shards, 64 hex digits. Reads every byte once."""
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            digests = pool.map(lambda shard: file_digest(self.folder / shard), self.shards)
+            return digest(*self.shards, *digests)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a folder of safetensors and check it without reading tensors.
+
+    Raises:
+        RegraftError: the folder, a shard or the index is missing, a shard is truncated or not
+            safetensors, index and shards disagree, or only pickled weights are there.
+    """
+    if not folder.is_dir():
+        raise RegraftError(f"The model folder {folder} does not exist.")
+    shards = _shard_names(folder)
+    tensors: dict[str, TensorRecord] = {}
+    for shard in shards:
+        for record in _read_header(folder / shard):
+            if record.name in tensors:
+                raise RegraftError(f"{folder}: tensor {record.name} is in two shards.")
+            tensors[record.name] = record
+    index = folder / INDEX_FILE
+    if shards != (SINGLE_FILE,):
+        listed = read_json(index)["weight_map"]
+        for name, shard in listed.items():
+            if name not in tensors or tensors[name].shard != shard:
+                raise RegraftError(
+                    f"{index} lists tensor {name} in {shard}, but it is not in that file. "
+                    "Download or export the checkpoint again."
+                )
+    return Checkpoint(folder, shards, tensors)
+
+
+def write_edited(
+    source: Checkpoint,
+    target: Path,
+    edits: Mapping[str, Edit],
+    *,
+    files: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Copy a checkpoint folder to `target`, replacing single tensors, in one atomic step.
+
+    Args:
+        source: The checkpoint to copy.
+        target: The new folder; must be absent or empty.
+        edits: Tensor name on disk -> function from the tensor (its own dtype, CPU) to its
+            replacement, of the same shape and dtype. One tensor is in memory at a time.
+        files: Extra text files to write into the folder, name -> content.
+        progress: Called with the number of bytes just copied.
+
+    Config, processor, tokenizer and chat template files are copied as they are; a
+    `sparsity_config` in config.json is dropped (zeros are saved densely and serving engines
+    reject it); weights in other formats are left out.
+
+    Raises:
+        RegraftError: `target` is not empty, the disk is full, or an edit names no tensor.
+    """
+    for name in edits:
+        source.record(name)
+    if target.absolute().is_relative_to(source.folder.absolute()):
+        raise RegraftError(
+            f"The output folder {target} is inside the checkpoint {source.folder}. "
+            "Choose a folder outside it."
+        )
+    require_space(target, source.bytes)
+    with atomic_folder(target) as temporary:
+        _copy_side_files(source.folder, temporary, set(source.shards))
+        for name, content in (files or {}).items():
+            (temporary / name).write_text(content, encoding="utf-8")
+        for shard in source.shards:
+            _copy_file(source.folder / shard, temporary / shard, progress)
+            touched = [source.tensors[n] for n in edits if source.tensors[n].shard == shard]
+            with (temporary / shard).open("r+b") as handle:
+                for record in sorted(touched, key=lambda r: r.start):
+                    handle.seek(record.start)
+                    before = _as_tensor(handle.read(record.stop - record.start), record)
+                    after = edits[record.name](before)
+                    if after.shape != before.shape or after.dtype != before.dtype:
+                        raise ValueError(f"{record.name}: an edit changed shape or dtype")
+                    handle.seek(record.start)
+                    handle.write(_as_bytes(after))
+    return open_checkpoint(target)
+
+
+def check_same_layout(dense: Checkpoint, pruned: Checkpoint) -> None:
+    """Raise unless both checkpoints have the same tensor names and shapes."""
+    missing = sorted(dense.tensors.keys() ^ pruned.tensors.keys())
+    if missing:
+        where = pruned if missing[0] in dense.tensors else dense
+        raise RegraftError(
+            f"{dense.folder} and {pruned.folder} have different tensor names: "
+            f"{missing[0]} is not in {where.folder} ({len(missing)} names differ). "
+            "Give the dense checkpoint that the pruned one was made from."
+        )
+    for name, record in dense.tensors.items():
+        other = pruned.tensors[name]
+        if record.shape != other.shape:
+            raise RegraftError(
+                f"Tensor {name} is {list(record.shape)} in {dense.folder} and "
+                f"{list(other.shape)} in {pruned.folder}. "
+                "Give the dense checkpoint that the pruned one was made from."
+            )
+
+
+def _shard_names(folder: Path) -> tuple[str, ...]:
+    if (folder / SINGLE_FILE).is_file():
+        return (SINGLE_FILE,)
+    index = folder / INDEX_FILE
+    if index.is_file():
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise RegraftError(f"{index}: field weight_map is missing or empty.")
+        shards = tuple(sorted(set(weight_map.values())))
+        for shard in shards:
+            if Path(shard).name != shard:
+                raise RegraftError(f"{index}: shard name {shard!r} leaves the folder.")
+            if not (folder / shard).is_file():
+                raise RegraftError(f"{folder}: shard {shard}, listed in {INDEX_FILE}, is missing.")
+        return shards
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in _OTHER_WEIGHTS)
+    if others:
+        raise RegraftError(
+            f"{folder} holds weights only as {others[0]}. regraft reads safetensors and never "
+            "unpickles: load the model once with transformers and save_pretrained() it."
+        )
+    raise RegraftError(
+        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: it is not a model folder."
+    )
+
+
+def _read_header(path: Path) -> Iterator[TensorRecord]:
+    size = path.stat().st_size
+    again = "Download or export the file again."
+    with path.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise RegraftError(f"{path} is truncated or not safetensors ({size} bytes). {again}")
+        try:
+            header: dict[str, Any] = json.loads(handle.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RegraftError(f"{path} has no readable safetensors header. {again}") from error
+    base = 8 + length
+    end = base
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, stop = entry["data_offsets"]
+        end = max(end, base + stop)
+        if base + stop > size:
+            raise RegraftError(
+                f"{path} is truncated: tensor {name} ends at byte {base + stop}, "
+                f"the file at {size}. {again}"
+            )
+        yield TensorRecord(
+            name, path.name, entry["dtype"], tuple(entry["shape"]), base + start, base + stop
+        )
+    if end != size:
+        raise RegraftError(f"{path}: {size - end} bytes follow the last tensor. {again}")
+
+
+def _as_tensor(data: bytes, record: TensorRecord) -> Tensor:
+    if record.dtype not in _DTYPES:
+        raise RegraftError(f"Tensor {record.name} has the unsupported dtype {record.dtype}.")
+    dtype = _DTYPES[record.dtype]
+    if not data:
+        return torch.empty(record.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(record.shape)
+
+
+def _as_bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(np.asarray(flat.numpy()))
+
+
+def _copy_file(source: Path, target: Path, progress: Progress | None) -> None:
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while chunk := reader.read(_COPY_CHUNK):
+            writer.write(chunk)
+            if progress is not None:
+                progress(len(chunk))
+
+
+def _copy_side_files(source: Path, target: Path, shards: set[str]) -> None:
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        in_other_format = relative.parts[0] == "original" or path.suffix in _OTHER_WEIGHTS
+        is_weight = path.suffix == ".safetensors" or relative.name in shards
+        if not path.is_file() or hidden or in_other_format or is_weight:
+            continue
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        if str(relative) == "config.json":
+            _copy_config(path, target / relative)
+        else:
+            shutil.copyfile(path, target / relative)
+
+
+def _copy_config(source: Path, target: Path) -> None:
+    config = read_json(source)
+    dense = {key: value for key, value in config.items() if key != "sparsity_config"}
+    quantization = dense.get("quantization_config")
+    if isinstance(quantization, dict) and "sparsity_config" in quantization:
+        left = {k: v for k, v in quantization.items() if k != "sparsity_config"}
+        if left.get("config_groups"):
+            dense["quantization_config"] = left
+        else:
+            del dense["quantization_config"]
+    if dense == config:
+        shutil.copyfile(source, target)
+    else:
+        target.write_text(json.dumps(dense, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,205 @@
+"""From a folder or hub id to a model, a processor and its anatomy."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from regraft.errors import RegraftError
+from regraft.models.anatomy import Anatomy, read_anatomy
+from regraft.models.checkpoint import Checkpoint, open_checkpoint
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was found and checked, with no weight in memory."""
+
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    trust_remote_code: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The folder on disk."""
+        return self.checkpoint.folder
+
+
+def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source:
+    """Find a checkpoint, check its files and read its anatomy without loading weights.
+
+    Args:
+        model: A folder, or a hub id such as "Qwen/Qwen2.5-VL-7B-Instruct" (downloaded once).
+        trust_remote_code: Run Python code that comes with the checkpoint.
+
+    Raises:
+        RegraftError: whatever makes the checkpoint unusable, in the user's words.
+    """
+    checkpoint = open_checkpoint(_resolve(model))
+    with torch.device("meta"), _quiet():
+        config = _config(checkpoint.folder, trust_remote_code)
+        network = _auto_class(config, checkpoint.folder).from_config(
+            config, trust_remote_code=trust_remote_code
+        )
+    if getattr(config, "tie_word_embeddings", False):
+        network.tie_weights()
+    return Source(checkpoint, read_anatomy(network, checkpoint), trust_remote_code)
+
+
+def load_model(source: Source, *, dtype: DTypeName = "auto", device: str = "auto") -> nn.Module:
+    """Load the weights for inference, in eval mode, gradients off.
+
+    Args:
+        source: The opened checkpoint.
+        dtype: "auto" is float32 on CPU and the checkpoint's own dtype on an accelerator.
+        device: "auto" is the accelerator where there is one, else "cpu".
+
+    Raises:
+        RegraftError: a prunable weight in memory is not the one on disk.
+    """
+    target = pick_device(device)
+    if dtype == "auto":
+        torch_dtype: Any = torch.float32 if target.type == "cpu" else "auto"
+    else:
+        torch_dtype = getattr(torch, dtype)
+    with _quiet():
+        config = _config(source.folder, source.trust_remote_code)
+        model: nn.Module = _auto_class(config, source.folder).from_pretrained(
+            source.folder,
+            config=config,
+            dtype=torch_dtype,
+            trust_remote_code=source.trust_remote_code,
+        )
+    model.requires_grad_(False).eval().to(target)
+    _check_weights(model, source)
+    return model
+
+
+def load_processor(source: Source) -> Any:
+    """Load the processor (the tokenizer of a text-only model)."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    auto = AutoProcessor if source.anatomy.has_vision else AutoTokenizer
+    try:
+        with _quiet():
+            return auto.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise RegraftError(
+            f"{source.folder}: the processor could not be loaded: {error}"
+        ) from error
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto" -> the accelerator where there is one, else the CPU.
+
+    Raises:
+        RegraftError: a device that this machine does not have.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RegraftError(f"The device {device!r} cannot be used here: {reason}") from error
+    return picked
+
+
+def _resolve(model: str | Path) -> Path:
+    folder = Path(model)
+    if folder.exists():
+        return folder
+    if isinstance(model, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        raise RegraftError(
+            f"The model folder {model} does not exist. Give a folder that holds config.json and "
+            "safetensors, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise RegraftError(
+            f"{model} is not a folder here and could not be had from the hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _config(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise RegraftError(f"{folder} holds no config.json: it is not a model folder.")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise RegraftError(f"{folder / 'config.json'} cannot be used: {reason}") from error
+
+
+def _auto_class(config: Any, folder: Path) -> Any:
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    remote = getattr(config, "auto_map", None) or {}
+    for auto, mapping in (
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    ):
+        if type(config) in mapping or auto.__name__ in remote:
+            return auto
+    raise RegraftError(
+        f"{folder} is a {config.model_type} model: neither a vision-language model nor a causal "
+        "language model, so there are no refusals to restore."
+    )
+
+
+def _check_weights(model: nn.Module, source: Source) -> None:
+    modules = dict(model.named_modules())
+    for linear in source.anatomy.linears:
+        weight = modules[linear.module].weight
+        assert isinstance(weight, torch.Tensor)
+        if not weight.is_floating_point():
+            raise RegraftError(f"{source.folder}: {linear.tensor} is quantised; give a dense one.")
+    first = next(source.anatomy.linears)
+    weight = modules[first.module].weight
+    assert isinstance(weight, torch.Tensor)
+    if not torch.equal(source.checkpoint.read(first.tensor).to(weight.dtype), weight.cpu()):
+        raise RegraftError(
+            f"{source.folder}: tensor {first.tensor} on disk is not the weight of {first.module} "
+            "in memory; this key layout is not supported."
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", category=UserWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

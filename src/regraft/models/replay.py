@@ -1,0 +1,215 @@
+"""Run any part of a text decoder again, exactly, from captured hidden states.
+
+The vision tower and the embeddings run once a batch (`text_inputs`). From then on `replay` drives
+the decoder's own forward with the layers before `start` switched to the identity and the given
+hidden states put in: masks, rotary embeddings, Qwen3-VL's deepstack, Mllama's skipped layers and
+Gemma's alternating masks are the family's own code, so one function is right for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regraft.models.anatomy import text_decoder
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """What the text decoder was called with for one batch of `batch` rows."""
+
+    kwargs: Mapping[str, Any]
+    batch: int
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Hidden states `[B, S, d]` entering each executed layer, and after the final norm."""
+
+    by_layer: Mapping[int, Tensor]
+    final: Tensor
+
+
+class _Stop(Exception):  # noqa: N818 - a signal, not an error
+    """Carries a value out of a forward pass that need not go on."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+
+@torch.no_grad()
+def text_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> TextInputs:
+    """Run embeddings and vision tower once and keep what the text decoder would get."""
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert not args, "decoders are called with keywords in every family"
+        raise _Stop(dict(kwargs))
+
+    hook = text_decoder(model).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(**inputs, use_cache=False)
+    except _Stop as stopped:
+        return TextInputs(
+            stopped.value | {"past_key_values": None}, len(next(iter(inputs.values())))
+        )
+    finally:
+        hook.remove()
+    raise AssertionError("the text decoder did not run")
+
+
+@torch.no_grad()
+def layer_inputs(model: nn.Module, text: TextInputs) -> LayerInputs:
+    """Run the whole decoder once and keep every executed layer's input and the final state."""
+    decoder = text_decoder(model)
+    captured: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            captured[index] = args[0]
+
+        return hook
+
+    layers: Any = decoder.layers
+    hooks = [layer.register_forward_pre_hook(keep(i)) for i, layer in enumerate(layers)]
+    try:
+        final = decoder(**text.kwargs).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return LayerInputs(captured, final)
+
+
+@torch.no_grad()
+def replay(
+    model: nn.Module,
+    text: TextInputs,
+    *,
+    start: int = 0,
+    hidden: Tensor | None = None,
+    stop: int | None = None,
+    copies: int = 1,
+) -> Tensor:
+    """Run decoder layers `start` to `stop` (not included), or to the end and the final norm.
+
+    Args:
+        model: The model; left as it was.
+        text: The batch's decoder inputs, B rows.
+        start: First layer to run. Layers before it are skipped.
+        hidden: Input of layer `start`, `[copies * B, S, d]`; None takes the embeddings
+            (`start` 0).
+        stop: Layer to stop before. None runs through the final norm.
+        copies: How many times the batch is stacked, in tile order [b0..bB-1] * copies.
+
+    Returns:
+        `[copies * B, S, d]`: the input of layer `stop` (with whatever the family adds between
+        layers), or the normed final state. A layer that the family skips for this batch (Mllama's
+        cross-attention without images) passes its input on.
+    """
+    decoder = text_decoder(model)
+    kwargs = tile_kwargs(text.kwargs, copies, text.batch)
+    layers: Any = decoder.layers
+    injected = hidden is None
+
+    def enter(index: int) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            nonlocal injected
+            if not injected:
+                assert hidden is not None
+                args, injected = (hidden, *args[1:]), True
+            if stop is not None and index >= stop:
+                raise _Stop(args[0])
+            return args
+
+        return hook
+
+    hooks = [
+        layer.register_forward_pre_hook(enter(i)) for i, layer in enumerate(layers) if i >= start
+    ]
+    try:
+        with _identity(layers[:start]):
+            final: Tensor = decoder(**kwargs).last_hidden_state
+            if stop is not None and stop < len(layers):
+                raise AssertionError(f"no layer from {stop} on was run")
+            return final
+    except _Stop as stopped:
+        result: Tensor = stopped.value
+        return result
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def last_positions(inputs: Mapping[str, Any], length: int) -> Tensor:
+    """Index of each row's last real token, `[B]` int64, whichever side is padded."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        rows = len(inputs["input_ids"])
+        return torch.full((rows,), length - 1, device=inputs["input_ids"].device)
+    return length - 1 - mask.flip(1).int().argmax(dim=1)
+
+
+def tile_kwargs(kwargs: Mapping[str, Any], copies: int, batch: int) -> dict[str, Any]:
+    """Stack every decoder keyword `copies` times along its batch dimension, in tile order.
+
+    Multi-axis rotary `position_ids` are `[3 or 4, B, S]`; `deepstack_visual_embeds` are lists of
+    `[visual tokens, d]` in row order; Mllama's `cross_attention_states` have B * images * tiles
+    rows, for which only tiling (never interleaving) keeps rows and images together.
+    """
+    if copies == 1:
+        return dict(kwargs)
+    tiled = {}
+    for name, value in kwargs.items():
+        if name == "position_ids" and isinstance(value, Tensor) and value.ndim == 3:
+            tiled[name] = value.repeat(1, copies, 1)
+        elif name == "deepstack_visual_embeds" and value is not None:
+            tiled[name] = [embeds.repeat(copies, 1) for embeds in value]
+        else:
+            tiled[name] = _tile(value, copies, batch)
+    return tiled
+
+
+def tile_rows(tensor: Tensor, copies: int) -> Tensor:
+    """`[B, ...]` -> `[copies * B, ...]` in tile order; without a copy where B is 1."""
+    if len(tensor) == 1:
+        return tensor.expand(copies, *tensor.shape[1:])
+    return tensor.repeat(copies, *([1] * (tensor.ndim - 1)))
+
+
+def _tile(value: Any, copies: int, batch: int) -> Any:
+    if isinstance(value, Tensor):
+        if value.ndim == 0 or (len(value) == 1 and batch > 1):
+            return value
+        if len(value) % batch:
+            raise ValueError(f"cannot tile {tuple(value.shape)} for a batch of {batch}")
+        return tile_rows(value, copies)
+    if isinstance(value, tuple | list):
+        return type(value)(_tile(item, copies, batch) for item in value)
+    if isinstance(value, dict):
+        return {key: _tile(item, copies, batch) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        return value
+    raise TypeError(f"unexpected {type(value).__name__} among the decoder's arguments")
+
+
+@contextmanager
+def _identity(layers: Any) -> Iterator[None]:
+    with replaced_forwards({layer: lambda hidden, *_, **__: hidden for layer in layers}):
+        yield
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules another forward for the length of the block."""
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module in forwards:
+            module.__dict__.pop("forward", None)

@@ -1,0 +1,1 @@
+"""Which weights go: masks and the layer-by-layer pruner."""

@@ -1,0 +1,125 @@
+"""Exact top-k and N:M masks over a score matrix, in little memory, as pure tensor functions.
+
+Ties are broken by position: of equal scores the one with the lower flat index counts as smaller.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from regraft.errors import RegraftError
+
+Scope = Literal["row", "matrix"]
+_CHUNK = 2**22
+
+
+def count_of(share: float, n: int) -> int:
+    """floor(share * n), guarded against a product such as 0.29 * 100 = 28.999999999999996."""
+    return int(round(share * n, 6))
+
+
+def smallest(score: Tensor, count: int, scope: Scope = "row") -> Tensor:
+    """Mark the `count` smallest scores of each row, or of the matrix.
+
+    Args:
+        score: `[out, in]`, float32, not negative, finite.
+        count: How many a row (`scope` "row") or in all ("matrix").
+        scope: Where scores compete.
+
+    Returns:
+        `[out, in]`, bool. Allocates at most about the size of `score`.
+    """
+    if scope == "matrix":
+        return _smallest_of_all(score, count)
+    mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    rows = max(1, _CHUNK // max(1, score.shape[1]))
+    for start in range(0, len(score), rows):
+        mask[start : start + rows] = _smallest_of_rows(score[start : start + rows], count)
+    return mask
+
+
+def prune_mask(score: Tensor, sparsity: float, scope: Scope = "row") -> Tensor:
+    """True where a weight is pruned: the floor(sparsity * n) smallest scores of each scope."""
+    n = score.shape[1] if scope == "row" else score.numel()
+    return smallest(score, count_of(sparsity, n), scope)
+
+
+def n_m_mask(score: Tensor, n: int, m: int) -> Tensor:
+    """True where a weight is pruned: the m - n smallest of every m consecutive inputs.
+
+    Args:
+        score: `[out, in]`, float32.
+        n: Weights kept in each group.
+        m: Group size; divides `in`.
+
+    Raises:
+        RegraftError: n >= m, or `in` is not a multiple of m.
+    """
+    out_features, in_features = score.shape
+    if not 0 < n < m:
+        raise RegraftError(f"{n}:{m} is no N:M pattern: N must be at least 1 and less than M.")
+    if in_features % m:
+        raise RegraftError(
+            f"{n}:{m} needs rows of a multiple of {m} weights; this one has {in_features}."
+        )
+    groups = score.view(-1, m)  # [out * in / m, m]
+    return smallest(groups, m - n).view(out_features, in_features)
+
+
+def _smallest_of_rows(score: Tensor, count: int) -> Tensor:
+    if count <= 0:
+        return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    if count >= score.shape[1]:
+        return torch.ones(score.shape, dtype=torch.bool, device=score.device)
+    threshold = torch.kthvalue(score, count, dim=1, keepdim=True).values
+    below = score < threshold
+    ties = score == threshold
+    free = count - below.sum(dim=1, keepdim=True)
+    return below | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= free))
+
+
+def _smallest_of_all(score: Tensor, count: int) -> Tensor:
+    flat = score.reshape(-1)
+    if count <= 0:
+        return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    if count >= flat.numel():
+        return torch.ones(score.shape, dtype=torch.bool, device=score.device)
+    threshold = kth_smallest(flat, count)
+    mask = flat < threshold
+    free = count - int(mask.sum())
+    ties = (flat == threshold).nonzero().flatten() if free else flat.new_empty(0, dtype=torch.long)
+    mask[ties[:free]] = True
+    return mask.view(score.shape)
+
+
+def kth_smallest(values: Tensor, k: int) -> Tensor:
+    """The k-th smallest (k from 1) of `values`, exactly, in memory independent of their number.
+
+    Radix selection: the bit patterns of floats that are not negative sort like the floats, so
+    three histograms (11, 11 and 10 bits) narrow the value down to one bit pattern. torch.kthvalue
+    would allocate three times the input and numpy.partition knows no GPU.
+
+    Args:
+        values: `[n]`, float32, not negative, finite, contiguous.
+        k: 1 to n.
+
+    Returns:
+        A float32 scalar tensor.
+    """
+    bits = values.view(torch.int32)
+    prefix, rank = 0, k
+    for shift, width in ((21, 11), (10, 11), (0, 10)):
+        histogram = torch.zeros(2**width, dtype=torch.int64, device=values.device)
+        for chunk in bits.split(_CHUNK):
+            inside = chunk[(chunk >> (shift + width)) == prefix]
+            histogram += torch.bincount(
+                (inside >> shift) & (2**width - 1), minlength=2**width
+            )
+        cumulative = histogram.cumsum(0)
+        digit = int(torch.searchsorted(cumulative, rank))
+        rank -= int(cumulative[digit - 1]) if digit else 0
+        prefix = (prefix << width) | digit
+    return torch.tensor(prefix, dtype=torch.int32, device=values.device).view(torch.float32)
