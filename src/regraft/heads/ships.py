@@ -27,7 +27,7 @@ def left_subspace(states: Tensor, r_max: int) -> Tensor:
             f"r_max is {r_max}, but {samples} samples of {hidden} features have at most "
             f"{min(samples, hidden)} singular vectors. Lower r_max or use more samples."
         )
-    u, _, _ = torch.linalg.svd(states.double(), full_matrices=False)
+    u: Tensor = torch.linalg.svd(states.double(), full_matrices=False).U
     return u[..., :r_max]
 
 

@@ -94,9 +94,7 @@ def replay_ablated(
         return o_proj(z), None  # type: ignore[operator]
 
     with replaced_forwards({attention: forward}):
-        final = replay(
-            model, text, start=layer, hidden=tile_rows(hidden, copies), copies=copies
-        )
+        final = replay(model, text, start=layer, hidden=tile_rows(hidden, copies), copies=copies)
     return final.view(copies, text.batch, *final.shape[1:])
 
 

@@ -33,9 +33,19 @@ class LinearAnatomy:
     shape: tuple[int, int]
 
     @property
+    def key(self) -> str:
+        """ "layers.0.self_attn.q_proj": the same in every export of a model."""
+        return f"layers.{self.layer}.{self.name}"
+
+    @property
     def role(self) -> str:
         """The last part of the name: "q_proj", "down_proj"."""
         return self.name.rpartition(".")[2]
+
+    @property
+    def reads_vision(self) -> bool:
+        """True for Mllama's cross-attention keys and values, whose inputs are vision tokens."""
+        return self.name in ("cross_attn.k_proj", "cross_attn.v_proj")
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,34 @@ def head_block(layer: LayerAnatomy, linear: LinearAnatomy, head: int) -> Block |
     if linear.role == "o_proj":
         return Block(0, out_features, head * size, (head + 1) * size)
     return None
+
+
+def check_same_anatomy(dense: Anatomy, pruned: Anatomy, names: tuple[str, str]) -> None:
+    """Check that two checkpoints are the same network; names on disk and dtypes may differ.
+
+    Args:
+        dense: One anatomy.
+        pruned: The other.
+        names: What to call them in the message.
+
+    Raises:
+        RegraftError: the first difference.
+    """
+    fix = "Give the dense checkpoint that the pruned one was made from."
+    a, b = ({linear.key: linear.shape for linear in one.linears} for one in (dense, pruned))
+    for key in [*a, *b]:
+        if a.get(key) != b.get(key):
+            shapes = [f"{list(one[key])}" if key in one else "missing" for one in (a, b)]
+            raise RegraftError(
+                f"{names[0]} and {names[1]} are different models: {key}.weight is {shapes[0]} in "
+                f"the first and {shapes[1]} in the second. {fix}"
+            )
+    for one, other in zip(dense.layers, pruned.layers, strict=True):
+        if (one.heads, one.kv_heads) != (other.heads, other.kv_heads):
+            raise RegraftError(
+                f"{names[0]} and {names[1]} are different models: layer {one.index} has "
+                f"{one.heads} and {other.heads} heads. {fix}"
+            )
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
@@ -194,8 +232,8 @@ def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
             LayerAnatomy(
                 index=index,
                 attention=attention_name,
-                heads=attention.q_proj.out_features // head_dim,  # type: ignore[union-attr, operator]
-                kv_heads=attention.k_proj.out_features // head_dim,  # type: ignore[union-attr, operator]
+                heads=_out_features(attention, "q_proj") // head_dim,
+                kv_heads=_out_features(attention, "k_proj") // head_dim,
                 head_dim=head_dim,
                 linears=linears,
             )
@@ -213,9 +251,7 @@ def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
     )
 
 
-def disk_prefix(
-    checkpoint: Checkpoint, shapes: list[tuple[int, str, tuple[int, int]]]
-) -> str:
+def disk_prefix(checkpoint: Checkpoint, shapes: list[tuple[int, str, tuple[int, int]]]) -> str:
     """What the file puts before "layers.0.self_attn.q_proj.weight" of the text decoder.
 
     Key layouts differ between exports ("language_model.model.", "model.language_model.",
@@ -253,6 +289,12 @@ def disk_prefix(
         f"{list(wanted[name])}, the file has {found[closest].get(name, 'none')}. "
         "Weights and config belong to different models, or the weights are quantised or fused."
     )
+
+
+def _out_features(attention: nn.Module, role: str) -> int:
+    linear = getattr(attention, role)
+    assert isinstance(linear, nn.Linear)
+    return linear.out_features
 
 
 def _require_plain_weights(index: int, layer: nn.Module) -> None:

@@ -11,10 +11,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,6 +87,7 @@ class Checkpoint:
         """Size of all shards in bytes."""
         return sum((self.folder / shard).stat().st_size for shard in self.shards)
 
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the contents of all shards, 64 hex digits. Reads every byte once."""
         with ThreadPoolExecutor(max_workers=4) as pool:
@@ -174,26 +175,6 @@ def write_edited(
     return open_checkpoint(target)
 
 
-def check_same_layout(dense: Checkpoint, pruned: Checkpoint) -> None:
-    """Raise unless both checkpoints have the same tensor names and shapes."""
-    missing = sorted(dense.tensors.keys() ^ pruned.tensors.keys())
-    if missing:
-        where = pruned if missing[0] in dense.tensors else dense
-        raise RegraftError(
-            f"{dense.folder} and {pruned.folder} have different tensor names: "
-            f"{missing[0]} is not in {where.folder} ({len(missing)} names differ). "
-            "Give the dense checkpoint that the pruned one was made from."
-        )
-    for name, record in dense.tensors.items():
-        other = pruned.tensors[name]
-        if record.shape != other.shape:
-            raise RegraftError(
-                f"Tensor {name} is {list(record.shape)} in {dense.folder} and "
-                f"{list(other.shape)} in {pruned.folder}. "
-                "Give the dense checkpoint that the pruned one was made from."
-            )
-
-
 def _shard_names(folder: Path) -> tuple[str, ...]:
     if (folder / SINGLE_FILE).is_file():
         return (SINGLE_FILE,)
@@ -261,8 +242,7 @@ def _as_tensor(data: bytes, record: TensorRecord) -> Tensor:
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(np.asarray(flat.numpy()))
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _copy_file(source: Path, target: Path, progress: Progress | None) -> None:

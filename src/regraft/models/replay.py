@@ -151,7 +151,8 @@ def last_positions(inputs: Mapping[str, Any], length: int) -> Tensor:
     if mask is None:
         rows = len(inputs["input_ids"])
         return torch.full((rows,), length - 1, device=inputs["input_ids"].device)
-    return length - 1 - mask.flip(1).int().argmax(dim=1)
+    padding: Tensor = mask.flip(1).int().argmax(dim=1)
+    return length - 1 - padding
 
 
 def tile_kwargs(kwargs: Mapping[str, Any], copies: int, batch: int) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def tile_kwargs(kwargs: Mapping[str, Any], copies: int, batch: int) -> dict[str,
     """
     if copies == 1:
         return dict(kwargs)
-    tiled = {}
+    tiled: dict[str, Any] = {}
     for name, value in kwargs.items():
         if name == "position_ids" and isinstance(value, Tensor) and value.ndim == 3:
             tiled[name] = value.repeat(1, copies, 1)

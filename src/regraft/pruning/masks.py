@@ -5,6 +5,7 @@ Ties are broken by position: of equal scores the one with the lower flat index c
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,6 +15,49 @@ from regraft.errors import RegraftError
 
 Scope = Literal["row", "matrix"]
 _CHUNK = 2**22
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which share of a weight matrix goes: `sparsity` of each scope, or all but n of every m."""
+
+    sparsity: float
+    scope: Scope = "row"
+    n_m: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_m is not None:
+            n, m = self.n_m
+            if not 0 < n < m:
+                raise RegraftError(
+                    f"{n}:{m} is no N:M pattern: N must be at least 1 and less than M."
+                )
+        elif not 0 < self.sparsity < 1:
+            raise RegraftError(f"The sparsity is {self.sparsity}; it must be between 0 and 1.")
+
+    @classmethod
+    def parse_n_m(cls, text: str) -> Pattern:
+        """Read "2:4"."""
+        n, _, m = text.partition(":")
+        if not (n.isdecimal() and m.isdecimal()):
+            raise RegraftError(f"{text!r} is no N:M pattern; write it like 2:4.")
+        if int(m) == 0:
+            raise RegraftError(f"{text!r} is no N:M pattern: M must be at least 2.")
+        return cls(1 - int(n) / int(m), n_m=(int(n), int(m)))
+
+    def fits(self, shape: tuple[int, int], name: str) -> None:
+        """Raise unless a weight `[out, in]` can have this pattern."""
+        if self.n_m is not None and shape[1] % self.n_m[1]:
+            n, m = self.n_m
+            raise RegraftError(
+                f"{n}:{m} needs rows of a multiple of {m} weights; {name} has rows of {shape[1]}."
+            )
+
+    def mask(self, score: Tensor) -> Tensor:
+        """True where a weight is pruned, `[out, in]` bool, from its importance `[out, in]`."""
+        if self.n_m is not None:
+            return n_m_mask(score, *self.n_m)
+        return prune_mask(score, self.sparsity, self.scope)
 
 
 def count_of(share: float, n: int) -> int:
@@ -54,19 +98,9 @@ def n_m_mask(score: Tensor, n: int, m: int) -> Tensor:
         score: `[out, in]`, float32.
         n: Weights kept in each group.
         m: Group size; divides `in`.
-
-    Raises:
-        RegraftError: n >= m, or `in` is not a multiple of m.
     """
-    out_features, in_features = score.shape
-    if not 0 < n < m:
-        raise RegraftError(f"{n}:{m} is no N:M pattern: N must be at least 1 and less than M.")
-    if in_features % m:
-        raise RegraftError(
-            f"{n}:{m} needs rows of a multiple of {m} weights; this one has {in_features}."
-        )
-    groups = score.view(-1, m)  # [out * in / m, m]
-    return smallest(groups, m - n).view(out_features, in_features)
+    groups = score.reshape(-1, m)  # [out * in / m, m]
+    return smallest(groups, m - n).view(score.shape)
 
 
 def _smallest_of_rows(score: Tensor, count: int) -> Tensor:
@@ -115,9 +149,7 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
         histogram = torch.zeros(2**width, dtype=torch.int64, device=values.device)
         for chunk in bits.split(_CHUNK):
             inside = chunk[(chunk >> (shift + width)) == prefix]
-            histogram += torch.bincount(
-                (inside >> shift) & (2**width - 1), minlength=2**width
-            )
+            histogram += torch.bincount((inside >> shift) & (2**width - 1), minlength=2**width)
         cumulative = histogram.cumsum(0)
         digit = int(torch.searchsorted(cumulative, rank))
         rank -= int(cumulative[digit - 1]) if digit else 0

@@ -1,0 +1,49 @@
+"""Tensors with a JSON header in one safetensors file; the same content gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from regraft.errors import RegraftError
+from regraft.files import atomic_file
+
+_KEY = "regraft"  # one key: safetensors does not keep the order of several
+
+
+def write_artifact(
+    path: Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write `tensors` and `header` in one step, marked as of this `kind`."""
+    content = json.dumps({"format": kind, **header}, sort_keys=True)
+    with atomic_file(path) as temporary:
+        save_file(dict(tensors), temporary, metadata={_KEY: content})
+
+
+def read_artifact(path: Path, kind: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `write_artifact` wrote: (header, tensors).
+
+    Args:
+        path: The file.
+        kind: The expected mark.
+        what: What the user calls such a file, for messages.
+
+    Raises:
+        RegraftError: the file is missing, damaged, or of another kind.
+    """
+    if not path.is_file():
+        raise RegraftError(f"The file {path} ({what}) does not exist.")
+    try:
+        with safe_open(path, "pt") as handle:
+            header: dict[str, Any] = json.loads((handle.metadata() or {}).get(_KEY, "{}"))
+            if header.pop("format", None) != kind:
+                raise RegraftError(f"{path} does not hold {what} of regraft ({kind}).")
+            return header, {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise RegraftError(f"{path} is damaged and cannot be read ({what}): {error}") from error

@@ -1,0 +1,394 @@
+"""The command line: one thin command a stage, and `run` for all of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+import regraft
+from regraft.console import ConsoleWatch, show_report, show_result
+from regraft.data.demo import demo_model
+from regraft.errors import RegraftError
+from regraft.models.anatomy import LayerAnatomy
+from regraft.models.load import Source, open_source
+from regraft.pruning.pruner import zeros
+from regraft.recipe import (
+    CalibrationSettings,
+    ComputeSettings,
+    EvalSettings,
+    HeadSettings,
+    PruneSettings,
+    RealignSettings,
+    Recipe,
+    Suite,
+    explain,
+    read_recipe,
+    write_recipe,
+)
+from regraft.restoration.realign import check_pair
+
+app = App(
+    name="regraft",
+    version=regraft.__version__,
+    help=(
+        "Give a pruned vision-language model its safety back.\n\n"
+        "Start with `regraft demo`, which prunes, realigns and reports on a bundled model. "
+        "MODEL is always a folder with safetensors or a hub id."
+    ),
+)
+Flat = Parameter(name="*")
+Model = Annotated[str, Parameter(help="Checkpoint folder or hub id; 'demo' is the bundled model.")]
+Out = Annotated[Path, Parameter(name=["--out", "-o"], help="New folder or file to write.")]
+Calibration = Annotated[CalibrationSettings, Flat]
+Compute = Annotated[ComputeSettings, Flat]
+
+
+@app.command
+def inspect(model: Model, *, trust_remote_code: bool = False, names: bool = False) -> None:
+    """Show layers, heads, prunable weights and names on disk; loads no weights.
+
+    Parameters
+    ----------
+    trust_remote_code
+        Run Python code that comes with the checkpoint.
+    names
+        Also list every prunable weight by its name on disk.
+    """
+    source = _open(model, trust_remote_code)
+    anatomy, console = source.anatomy, Console()
+    about = Table.grid(padding=(0, 2))
+    for key, value in {
+        "folder": str(source.folder),
+        "family": anatomy.family,
+        "vision": "yes" if anatomy.has_vision else "no",
+        "parameters": f"{anatomy.parameters:,}",
+        "prunable": f"{anatomy.prunable:,} in {sum(1 for _ in anatomy.linears)} linears",
+        "hidden size": str(anatomy.hidden_size),
+        "vocabulary": f"{anatomy.vocabulary:,}" + (" (tied head)" if anatomy.tied else ""),
+        "on disk": f"{source.checkpoint.bytes / 2**30:.2f} GiB in "
+        f"{len(source.checkpoint.shards)} file(s)",
+    }.items():
+        about.add_row(key, value)
+    console.print(about)
+    layers = Table("layers", "attention", "query heads", "kv heads", "head size", "linears")
+    for first, last, layer in _runs(anatomy.layers):
+        layers.add_row(
+            f"{first}" if first == last else f"{first}-{last}",
+            layer.attention,
+            str(layer.heads),
+            str(layer.kv_heads),
+            str(layer.head_dim),
+            ", ".join(f"{li.role} {li.shape[0]}x{li.shape[1]}" for li in layer.linears),
+        )
+    console.print(layers)
+    linears = list(anatomy.linears)
+    console.print("names on disk" if names else "names on disk, first and last:")
+    for linear in linears if names else (linears[0], linears[-1]):
+        record = source.checkpoint.record(linear.tensor)
+        console.print(f"  {linear.tensor}  {record.dtype}  {record.shard}", highlight=False)
+
+
+@app.command
+def prune(
+    model: Model,
+    *,
+    out: Out,
+    settings: Annotated[PruneSettings, Flat] = PruneSettings(),
+    calibration: Calibration = CalibrationSettings(),
+    compute: Compute = ComputeSettings(),
+) -> None:
+    """Prune with Wanda, calibrated on harmless prompts and answers (D^u).
+
+    Example: regraft prune MODEL --sparsity 0.5 --data vlguard VLGuard/train.json --out pruned
+    """
+    from regraft import stages
+
+    with _watch() as watch:
+        source = _open(model, compute.trust_remote_code)
+        pruned = stages.prune(source, out, settings, calibration, compute, watch)
+        count = zeros(pruned.checkpoint, pruned.anatomy)
+        watch.note(
+            f"{out}: {count:,} of {pruned.anatomy.prunable:,} prunable weights are zero "
+            f"({100 * count / pruned.anatomy.prunable:.2f} %)."
+        )
+
+
+@app.command
+def heads(
+    model: Model,
+    *,
+    out: Out,
+    settings: Annotated[HeadSettings, Flat] = HeadSettings(),
+    calibration: Calibration = CalibrationSettings(),
+    compute: Compute = ComputeSettings(),
+    show: int = 10,
+) -> None:
+    """Score every head for safety on harmful prompts (D^s): Ships and KL by exact ablation.
+
+    Example: regraft heads MODEL --data vlguard VLGuard/train.json --out heads.safetensors
+
+    Parameters
+    ----------
+    show
+        How many top heads to print.
+    """
+    from regraft import stages
+
+    with _watch() as watch:
+        source = _open(model, compute.trust_remote_code)
+        scores = stages.heads(source, out, settings, calibration, compute, watch)
+        table = Table("rank", "Ships: layer.head", "radians", "KL: layer.head", "nats")
+        pairs = zip(scores.ranked("ships"), scores.ranked("kl"), strict=True)
+        for rank, (a, b) in enumerate(list(pairs)[:show], start=1):
+            table.add_row(
+                str(rank),
+                f"{a[0]}.{a[1]}",
+                f"{scores.ships[a]:.4f}",
+                f"{b[0]}.{b[1]}",
+                f"{scores.kl[b]:.4f}",
+            )
+        watch.console.print(table)
+
+
+@app.command
+def statistics(
+    model: Model,
+    *,
+    out: Out,
+    calibration: Calibration = CalibrationSettings(),
+    compute: Compute = ComputeSettings(),
+) -> None:
+    """Gather input statistics on D^s and D^u, from which HSR ranks weights (4.6 MB for 7B)."""
+    from regraft import stages
+
+    with _watch() as watch:
+        source = _open(model, compute.trust_remote_code)
+        stages.statistics(source, out, calibration, compute, watch)
+        watch.note(f"Wrote {out}")
+
+
+@app.command
+def realign(
+    dense: Model,
+    pruned: Model,
+    *,
+    out: Out,
+    heads_file: Path | None = None,
+    statistics_file: Path | None = None,
+    settings: Annotated[RealignSettings, Flat] = RealignSettings(),
+    scoring: Annotated[HeadSettings, Flat] = HeadSettings(),
+    calibration: Calibration = CalibrationSettings(),
+    compute: Compute = ComputeSettings(),
+) -> None:
+    """Select the pruned weights that carried safety and write their dense values as a patch.
+
+    Head scores and input statistics are computed beside the patch where no file is given.
+
+    Example: regraft realign MODEL pruned --data vlguard VLGuard/train.json --out hsr.safetensors
+
+    Parameters
+    ----------
+    dense
+        The dense checkpoint.
+    pruned
+        The same model pruned, by regraft or by any other tool.
+    heads_file
+        From `regraft heads`.
+    statistics_file
+        From `regraft statistics`.
+    """
+    from regraft import stages
+
+    with _watch() as watch:
+        dense_source = _open(dense, compute.trust_remote_code)
+        pruned_source = _open(pruned, compute.trust_remote_code)
+        check_pair(dense_source, pruned_source)
+        if settings.heads == "top" and heads_file is None:
+            heads_file = out.with_suffix(".heads.safetensors")
+            stages.heads(dense_source, heads_file, scoring, calibration, compute, watch)
+        if settings.method == "hsr" and statistics_file is None:
+            statistics_file = out.with_suffix(".statistics.safetensors")
+            stages.statistics(dense_source, statistics_file, calibration, compute, watch)
+        patch = stages.realign(
+            dense_source, pruned_source, out, settings, heads_file, statistics_file, compute, watch
+        )
+        pruned_count = patch.about["pruned"]
+        watch.note(
+            f"{out}: {patch.restored:,} weights come back, "
+            f"{10_000 * patch.restored / pruned_count:.3f} per 10,000 of {pruned_count:,} zeros."
+        )
+
+
+@app.command
+def apply(pruned: Path, patch: Path, *, out: Out) -> None:
+    """Write a pruned checkpoint with a patch put on.
+
+    Parameters
+    ----------
+    pruned
+        Folder of the pruned checkpoint.
+    patch
+        From `regraft realign`.
+    """
+    from regraft import stages
+
+    with _watch() as watch:
+        stages.apply(pruned, patch, out, watch)
+        watch.note(f"Wrote {out}")
+
+
+@app.command
+def revert(realigned: Path, patch: Path, *, out: Out) -> None:
+    """Write a realigned checkpoint with a patch taken off; gives the pruned bytes back.
+
+    Parameters
+    ----------
+    realigned
+        Folder of the realigned checkpoint.
+    patch
+        The patch that was applied.
+    """
+    from regraft import stages
+
+    with _watch() as watch:
+        stages.revert(realigned, patch, out, watch)
+        watch.note(f"Wrote {out}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    *,
+    suite: Suite,
+    out: Out,
+    patch: Path | None = None,
+    settings: Annotated[EvalSettings, Flat] = EvalSettings(),
+    compute: Compute = ComputeSettings(),
+) -> None:
+    """Answer a suite greedily and report ASR, over-refusal and utility with 95 % intervals.
+
+    Example: regraft eval pruned --suite safebench FigStep/data --out eval/pruned
+
+    Parameters
+    ----------
+    patch
+        Put this patch on the model in memory first.
+    """
+    from regraft import stages
+
+    with _watch() as watch:
+        source = _open(model, compute.trust_remote_code)
+        done = stages.evaluate(source, out, suite, settings, compute, patch, watch)
+        show_result(watch.console, done.result)
+        watch.note(f"Answers and results: {out}")
+
+
+@app.command
+def report(run: Path) -> None:
+    """Write the report of a finished run again: JSON, Markdown and one HTML page.
+
+    Parameters
+    ----------
+    run
+        Folder of `regraft run`.
+    """
+    from regraft import pipeline
+
+    with _watch() as watch:
+        show_report(watch.console, pipeline.report(run))
+        watch.note(f"Report: {pipeline.RunFolder(run).report / 'report.html'}")
+
+
+@app.command
+def run(recipe: Path, *, out: Out) -> None:
+    """Run a whole recipe: prune, score heads, realign, evaluate, report. Resumes after a kill.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file; `regraft recipe` prints one with every setting and its default.
+    """
+    _run(recipe, out)
+
+
+@app.command
+def demo(*, out: Out = Path("demo-run")) -> None:
+    """Run the main job on the bundled model: about three minutes on two CPU cores, no network."""
+    from importlib.resources import files
+
+    _run(Path(str(files("regraft"))) / "demo" / "demo.yaml", out)
+
+
+@app.command
+def recipe() -> None:
+    """Print a recipe with every setting and its default, to start one's own from."""
+    sys.stdout.write(write_recipe(Recipe()))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 2 on bad input, having written nothing."""
+    console = Console(stderr=True)
+    try:
+        app(arguments, exit_on_error=False, print_error=False)
+    except RegraftError as error:
+        _fail(console, str(error))
+    except ValidationError as error:
+        _fail(console, explain(error))
+    except CycloptsError as error:
+        cause = error.__cause__
+        _fail(console, explain(cause) if isinstance(cause, ValidationError) else str(error))
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command continues where it stopped.")
+        sys.exit(130)
+
+
+def _fail(console: Console, message: str) -> None:
+    console.print("[bold red]Error:[/] ", end="")
+    console.print(message.strip(), markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def _run(recipe_file: Path, out: Path) -> None:
+    from regraft import pipeline
+
+    with _watch() as watch:
+        made = pipeline.run(read_recipe(recipe_file), out, watch)
+        show_report(watch.console, made)
+        watch.note(f"Report: {(pipeline.RunFolder(out).report / 'report.html').absolute()}")
+
+
+def _open(model: str, trust_remote_code: bool) -> Source:
+    return open_source(
+        demo_model() if model == "demo" else model, trust_remote_code=trust_remote_code
+    )
+
+
+@contextmanager
+def _watch() -> Iterator[ConsoleWatch]:
+    yield ConsoleWatch(Console(width=None if sys.stdout.isatty() else 120))
+
+
+def _runs(layers: Sequence[LayerAnatomy]) -> Iterator[tuple[int, int, LayerAnatomy]]:
+    """Group neighbouring layers of equal shape: (first index, last index, one of them)."""
+
+    def look(layer: LayerAnatomy) -> Any:
+        shapes = tuple((linear.name, linear.shape) for linear in layer.linears)
+        return layer.attention, layer.heads, layer.kv_heads, layer.head_dim, shapes
+
+    start = 0
+    for i in range(1, len(layers) + 1):
+        if i == len(layers) or look(layers[i]) != look(layers[start]):
+            yield layers[start].index, layers[i - 1].index, layers[start]
+            start = i
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What the command line shows: progress with an estimate, results as tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from regraft.evaluation.results import Estimate, EvalResult
+from regraft.report.model import Report, comparisons
+from regraft.watch import Advance
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class ConsoleWatch:
+    """Bars on a terminal; elsewhere a line when a task starts, now and then, and when it ends."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def note(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def task(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:
+        """Show a task of `total` units."""
+        show = self._bar if self.console.is_terminal else self._lines
+        with show(what, max(total, 1), unit) as advance:
+            yield advance
+
+    @contextmanager
+    def _bar(self, what: str, total: int, unit: str) -> Iterator[Advance]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda steps: progress.update(task, advance=steps)
+            progress.update(task, completed=total)
+
+    @contextmanager
+    def _lines(self, what: str, total: int, unit: str) -> Iterator[Advance]:
+        start = last = time.monotonic()
+        done = 0
+
+        def advance(steps: int) -> None:
+            nonlocal done, last
+            done += steps
+            now = time.monotonic()
+            if now - last >= _SECONDS_BETWEEN_LINES and 0 < done < total:
+                last = now
+                left = (now - start) * (total - done) / done
+                self.note(f"  {what}: {100 * done / total:.0f} %, about {left:.0f} s left")
+
+        self.note(f"{what} ..." if unit in ("", "bytes") else f"{what}: {total} {unit} ...")
+        yield advance
+        self.note(f"  done in {time.monotonic() - start:.1f} s")
+
+
+def show_result(console: Console, result: EvalResult) -> None:
+    """Print one evaluation with its intervals, per category."""
+    table = Table("", "%", "95 % interval", "n", title=f"{result.suite} (judge {result.judge})")
+    for name, estimate in (
+        ("ASR", result.asr),
+        ("over-refusal", result.over_refusal),
+        ("utility (ANLS)", result.utility),
+    ):
+        if estimate is not None:
+            table.add_row(name, *_cells(estimate), style="bold")
+    for category, estimate in result.asr_by_category.items():
+        table.add_row(f"  ASR, {category}", *_cells(estimate))
+    console.print(table)
+    if result.empty:
+        console.print(f"{result.empty} answers are empty; they count as not refused.")
+
+
+def show_report(console: Console, report: Report) -> None:
+    """Print the table of a run: every model with sparsity, ASR, RSR, over-refusal, utility."""
+    table = Table(
+        "model",
+        "sparsity",
+        "restored",
+        "per 10,000",
+        "ASR %",
+        "RSR %",
+        "p",
+        "over-refusal %",
+        "utility %",
+        title=report.title,
+    )
+    compared = {one.name: one for one in comparisons(report)}
+    for variant in report.variants:
+        comparison = compared.get(variant.name)
+        recovery = None if comparison is None else comparison.recovery
+        attacks = None if comparison is None else comparison.attacks
+        table.add_row(
+            variant.label,
+            f"{100 * variant.sparsity:.2f} %",
+            f"{variant.restored:,}" if variant.restored else "",
+            "" if variant.per_ten_thousand is None else f"{variant.per_ten_thousand:.2f}",
+            _percent(variant.result.asr),
+            "" if recovery is None or recovery.value is None else f"{100 * recovery.value:.1f}",
+            "" if attacks is None else f"{attacks.p:.3f}",
+            _percent(variant.result.over_refusal),
+            _percent(variant.result.utility),
+        )
+    console.print(table)
+    console.print(
+        "Brackets are 95 % intervals; p is McNemar's exact test against the pruned model on the "
+        "same harmful prompts.",
+        style="dim",
+    )
+
+
+def _cells(estimate: Estimate) -> tuple[str, str, str]:
+    interval = f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}"
+    return f"{100 * estimate.value:.1f}", interval, str(estimate.n)
+
+
+def _percent(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    return f"{100 * estimate.value:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"

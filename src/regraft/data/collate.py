@@ -1,0 +1,244 @@
+"""From examples to model inputs, through the model's own processor and chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.data.example import Example
+from regraft.data.images import open_image
+from regraft.errors import RegraftError
+
+IGNORED = -100  # torch's cross-entropy skips labels of this value
+_UNMIX = "Keep examples with and without an image apart, or use batch size 1."
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs of B rows, padded on the left to S tokens.
+
+    Args:
+        inputs: What the processor returned: `input_ids` and `attention_mask` [B, S] int64, and the
+            family's image tensors.
+        labels: [B, S] int64, the token at response positions and -100 elsewhere; None for a batch
+            of prompts.
+        ids: The B examples' ids.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor | None
+    ids: tuple[str, ...]
+
+    @property
+    def response(self) -> Tensor:
+        """True at response tokens, [B, S] bool.
+
+        Raises:
+            ValueError: a batch of prompts has no responses.
+        """
+        if self.labels is None:
+            raise ValueError("a batch of prompts has no response tokens")
+        return self.labels != IGNORED
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """Move to `device`, with floating inputs (pixels) cast to `dtype`."""
+        inputs = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in self.inputs.items()
+        }
+        labels = None if self.labels is None else self.labels.to(device)
+        return replace(self, inputs=inputs, labels=labels)
+
+
+def batches(examples: Sequence[Example], size: int) -> Iterator[tuple[Example, ...]]:
+    """Cut `examples` into tuples of `size`, in order; the last may be shorter."""
+    for start in range(0, len(examples), size):
+        yield tuple(examples[start : start + size])
+
+
+def prompt_batch(processor: Any, examples: Sequence[Example]) -> Batch:
+    """Encode the prompts, ready for generation: each row ends with the generation prompt.
+
+    `processor` is a transformers processor, or a tokenizer for text-only models.
+
+    Raises:
+        RegraftError: see `response_batch`.
+    """
+    inputs = _encode(processor, examples, [_prompt(processor, e) for e in examples], prompt=True)
+    return Batch(inputs, None, tuple(example.id for example in examples))
+
+
+def response_batch(processor: Any, examples: Sequence[Example]) -> Batch:
+    """Encode prompts with their responses; label the response tokens.
+
+    The response is what follows the longest common prefix of the prompt (with generation prompt)
+    and the whole, as token ids, up to its last end-of-sequence token: what a model should generate.
+
+    Raises:
+        RegraftError: an example has no response or none that the template shows, an image cannot
+            be read, the processor has no chat template, or it refuses an example.
+    """
+    for example in examples:
+        if not (example.response and example.response.strip()):
+            raise RegraftError(f"Example {example.id!r} has no response to learn from.")
+    prompts = [_prompt(processor, example) for example in examples]
+    wholes = [
+        [*prompt, _message(processor, "assistant", example.response or "")]
+        for prompt, example in zip(prompts, examples, strict=True)
+    ]
+    prompt_rows = _rows(_encode(processor, examples, prompts, prompt=True))
+    inputs = _encode(processor, examples, wholes, prompt=False)
+    labels = torch.full_like(inputs["input_ids"], IGNORED)  # [B, S]
+    end_token = _tokenizer(processor).eos_token_id
+    for b, (prompt_ids, ids) in enumerate(zip(prompt_rows, _rows(inputs), strict=True)):
+        start, end = response_span(prompt_ids, ids, end_token)
+        if start == end:
+            raise RegraftError(
+                f"Example {examples[b].id!r} has no response token: the chat template leaves the "
+                "assistant's message out. Check the checkpoint's chat template."
+            )
+        padding = labels.shape[1] - len(ids)
+        labels[b, padding + start : padding + end] = torch.tensor(ids[start:end])
+    return Batch(inputs, labels, tuple(example.id for example in examples))
+
+
+def response_span(
+    prompt: Sequence[int], whole: Sequence[int], end_token: int | None
+) -> tuple[int, int]:
+    """Find the response in `whole`: [start, end), in tokens.
+
+    It starts after the longest common prefix with `prompt`, which may be shorter than `prompt`
+    where the generation prompt's last characters merge with the response's first. It ends with the
+    last `end_token` after that (templates may append a line break), or with `whole`.
+    """
+    pairs = enumerate(zip(prompt, whole, strict=False))
+    start = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
+    ends = (i + 1 for i in range(len(whole) - 1, start - 1, -1) if whole[i] == end_token)
+    return start, next(ends, len(whole))
+
+
+def _tokenizer(processor: Any) -> Any:
+    return getattr(processor, "tokenizer", processor)
+
+
+def _is_text_only(processor: Any) -> bool:
+    return _tokenizer(processor) is processor
+
+
+def _prompt(processor: Any, example: Example) -> list[dict[str, Any]]:
+    placeholder = getattr(processor, "image_token", None)
+    if placeholder and placeholder in f"{example.instruction} {example.response}":
+        raise RegraftError(
+            f"The text of example {example.id!r} contains the model's image placeholder "
+            f"{placeholder}. Remove it: the chat template places the image."
+        )
+    if example.image is None:
+        return [_message(processor, "user", example.instruction)]
+    if _is_text_only(processor):
+        raise RegraftError(
+            f"Example {example.id!r} has an image, but the model reads text only. "
+            "Use a vision-language model, or examples without images."
+        )
+    return [_message(processor, "user", example.instruction, open_image(example.image))]
+
+
+def _message(processor: Any, role: str, text: str, image: Any = None) -> dict[str, Any]:
+    if _is_text_only(processor):  # templates of text-only models join strings
+        return {"role": role, "content": text}
+    content = [{"type": "text", "text": text}]
+    return {
+        "role": role,
+        "content": content if image is None else [{"type": "image", "image": image}, *content],
+    }
+
+
+def _encode(
+    processor: Any,
+    examples: Sequence[Example],
+    conversations: Sequence[list[dict[str, Any]]],
+    *,
+    prompt: bool,
+) -> dict[str, Tensor]:
+    _require_ready(processor, len(examples))
+    mixed = len({example.image is None for example in examples}) == 2
+    try:
+        encoded = _apply_template(processor, conversations, prompt)
+    except Exception as error:
+        culprit = _culprit(processor, examples, conversations, prompt)
+        ids = ", ".join(repr(example.id) for example in examples)
+        what = f"example {culprit.id!r}" if culprit else f"the batch of {ids}"
+        hint = f" {_UNMIX}" if mixed and not culprit else ""
+        raise RegraftError(
+            f"The processor cannot encode {what}: {type(error).__name__}: {error}{hint}"
+        ) from error
+    if mixed and "cross_attention_mask" in encoded:
+        # Mllama skips its cross-attention layers only where no row of the batch has an image.
+        raise RegraftError(
+            f"This model answers a prompt without image differently beside one with. {_UNMIX}"
+        )
+    return encoded
+
+
+def _apply_template(
+    processor: Any, conversations: Sequence[list[dict[str, Any]]], prompt: bool
+) -> dict[str, Tensor]:
+    padding = {"padding_side": "left"}
+    settings: dict[str, Any] = (
+        {"padding": len(conversations) > 1, "tokenizer_kwargs": padding}
+        if _is_text_only(processor)
+        else {"processor_kwargs": {"padding": len(conversations) > 1, **padding}}
+    )
+    encoded = processor.apply_chat_template(
+        list(conversations),
+        chat_template=_template(processor),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=prompt,
+        **settings,
+    )
+    return dict(encoded)
+
+
+def _template(processor: Any) -> Any:
+    """Name no template where the processor has its own; lend it the tokenizer's where not."""
+    own = getattr(processor, "chat_template", None)
+    return None if own else getattr(_tokenizer(processor), "chat_template", None)
+
+
+def _require_ready(processor: Any, rows: int) -> None:
+    if not (getattr(processor, "chat_template", None) or _template(processor)):
+        raise RegraftError(
+            "The checkpoint has no chat template. Put the model's chat_template.jinja into the "
+            "checkpoint's folder (instruction-tuned checkpoints come with one)."
+        )
+    if rows > 1 and _tokenizer(processor).pad_token_id is None:
+        raise RegraftError(
+            "The tokenizer has no padding token, which batches need. Use batch size 1, or set "
+            '"pad_token" in the checkpoint\'s tokenizer_config.json.'
+        )
+
+
+def _culprit(
+    processor: Any,
+    examples: Sequence[Example],
+    conversations: Sequence[list[dict[str, Any]]],
+    prompt: bool,
+) -> Example | None:
+    """Find the first example that the processor refuses on its own."""
+    for example, conversation in zip(examples, conversations, strict=True):
+        try:
+            _apply_template(processor, [conversation], prompt)
+        except Exception:
+            return example
+    return None
+
+
+def _rows(inputs: Mapping[str, Tensor]) -> list[list[int]]:
+    """Token ids of each row, without padding."""
+    pairs = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    return [ids[mask.bool()].tolist() for ids, mask in pairs]

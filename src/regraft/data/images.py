@@ -1,0 +1,101 @@
+"""Image files: found, opened, and checked before anything expensive starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from PIL import Image, ImageOps
+
+from regraft.data.example import Example, Reading
+from regraft.errors import RegraftError
+
+_NAMED = 3  # offenders named in an error
+
+
+def locate_images(reading: Reading, roots: Sequence[Path]) -> Reading:
+    """Resolve each relative `Example.image` against the first of `roots` that holds it.
+
+    Raises:
+        RegraftError: a path is absolute or climbs out with "..", or files are missing: the message
+            names the first few and counts all.
+    """
+    for example in reading.examples:
+        if example.image is not None:
+            _require_inside(example, reading.source)
+    located = tuple(_locate(example, roots) for example in reading.examples)
+    missing = [example for example in located if example.image and not example.image.is_file()]
+    if missing:
+        raise RegraftError(
+            f"{reading.source}: {len(missing)} of {len(located)} examples have no image file: "
+            f"{_first(missing)}. Looked in {', '.join(str(root) for root in roots)}."
+        )
+    return replace(reading, examples=located)
+
+
+def check_images(reading: Reading) -> None:
+    """Decode every image once, in threads, so that a broken file is found before the run.
+
+    Raises:
+        RegraftError: some images cannot be read; the message names the first few and counts all.
+    """
+    with ThreadPoolExecutor() as pool:
+        problems = list(pool.map(_problem, reading.examples))
+    broken = [
+        (example, problem)
+        for example, problem in zip(reading.examples, problems, strict=True)
+        if problem
+    ]
+    if broken:
+        raise RegraftError(
+            f"{reading.source}: {len(broken)} of {len(reading.examples)} examples have an "
+            f"unreadable image: {_first([example for example, _ in broken])}. "
+            f"The first failed with: {broken[0][1]}"
+        )
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open an image as upright RGB (its EXIF orientation applied).
+
+    Raises:
+        RegraftError: the file is missing or is not a readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RegraftError(f"{path} is not a readable image: {error}") from error
+
+
+def _problem(example: Example) -> str | None:
+    if example.image is None:
+        return None
+    try:
+        open_image(example.image)
+    except RegraftError as error:
+        return str(error)
+    return None
+
+
+def _require_inside(example: Example, source: str) -> None:
+    path = PurePosixPath(str(example.image).replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts:
+        raise RegraftError(
+            f"{source}: the image path of example {example.id!r} leaves the data set's folder: "
+            f"{example.image}. Give a path relative to it, without '..'."
+        )
+
+
+def _locate(example: Example, roots: Sequence[Path]) -> Example:
+    if example.image is None:
+        return example
+    candidates = [root / example.image for root in roots]
+    found = (path for path in candidates if path.is_file())
+    return replace(example, image=next(found, candidates[0]))
+
+
+def _first(examples: Sequence[Example]) -> str:
+    names = ", ".join(f"{example.image} ({example.id})" for example in examples[:_NAMED])
+    return names + (", ..." if len(examples) > _NAMED else "")

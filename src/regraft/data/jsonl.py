@@ -1,0 +1,70 @@
+"""A data set of your own: one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from regraft.data.example import Example, Reading
+from regraft.data.images import locate_images
+from regraft.data.rows import Row, require_examples
+from regraft.errors import RegraftError
+
+_FIELDS = ("id", "split", "image", "instruction", "response", "harmful", "category")
+
+
+def read_jsonl(path: Path, split: str | None = None) -> Reading:
+    """Read JSON lines.
+
+    Each line has `instruction` and may have `image` (a path relative to the file), `response`,
+    `harmful` (default false), `category` (default "uncategorised"), `id` (default
+    "FILE-LINE") and `split`. Other fields and blank lines are ignored. With `split`, rows of other
+    splits are counted in `skipped`.
+
+    Raises:
+        RegraftError: the file, a field or an image is missing or wrong, ids repeat, or no row fits.
+    """
+    rows = list(_rows(path))
+    splits = {row.optional_text("split") for row in rows}
+    if split is not None and split not in splits:
+        names = ", ".join(sorted(name for name in splits if name)) or "none"
+        raise RegraftError(f"{path}: there is no split {split!r}. Splits found: {names}.")
+    kept = [row for row in rows if split in (None, row.values.get("split"))]
+    skipped = {f"not in split {split!r}": len(rows) - len(kept)} if len(kept) < len(rows) else {}
+    examples = tuple(_example(row, path) for row in kept)
+    reading = require_examples(Reading(str(path), examples, skipped))
+    return locate_images(reading, [path.parent])
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_lines(path), start=1):
+        where = f"{path}, line {number}"
+        if line.strip():
+            try:
+                yield Row.of(where, json.loads(line))
+            except json.JSONDecodeError as error:
+                raise RegraftError(f"{where}: not valid JSON: {error}") from error
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise RegraftError(f"{path} is not a file; expected JSON lines.") from error
+    except UnicodeDecodeError as error:
+        raise RegraftError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _example(row: Row, path: Path) -> Example:
+    row.refuse_misspelt(_FIELDS)
+    image = row.optional_text("image")
+    number = row.where.rpartition(" ")[2]
+    return Example(
+        id=row.optional_text("id") or f"{path.stem}-{number}",
+        instruction=row.text("instruction"),
+        harmful=row.flag("harmful", default=False),
+        category=row.optional_text("category") or "uncategorised",
+        image=Path(image) if image else None,
+        response=row.optional_text("response"),
+    )

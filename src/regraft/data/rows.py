@@ -1,0 +1,106 @@
+"""Typed access to one row of a data file, with errors that name file, row and field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from regraft.data.example import Example, Reading
+from regraft.errors import RegraftError
+
+
+@dataclass(frozen=True)
+class Row:
+    """A JSON object or CSV record and where it was found ("train.json, row 12")."""
+
+    where: str
+    values: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, where: str, value: object) -> Row:
+        """Wrap `value`.
+
+        Raises:
+            RegraftError: `value` is not an object.
+        """
+        if not isinstance(value, dict):
+            raise RegraftError(f"{where}: expected an object with fields, found {_show(value)}.")
+        return cls(where, value)
+
+    def text(self, field: str, *, blank: bool = False) -> str:
+        """Return a string that must be there, and must not be blank unless `blank`."""
+        value = self.optional_text(field)
+        if value is None:
+            raise RegraftError(
+                f"{self.where}: the field {field!r} is missing. "
+                f"Fields found: {', '.join(self.values) or 'none'}."
+            )
+        if not (blank or value.strip()):
+            raise RegraftError(f"{self.where}: the field {field!r} is empty.")
+        return value
+
+    def optional_text(self, field: str) -> str | None:
+        """Return a string, or None where the field is absent or null."""
+        value = self.values.get(field)
+        if value is not None and not isinstance(value, str):
+            raise self.wrong_type(field, "a string")
+        return value
+
+    def flag(self, field: str, default: bool | None = None) -> bool:
+        """Return a boolean; `default` where the field is absent (None: it must be there)."""
+        value = self.values.get(field, default)
+        if not isinstance(value, bool):
+            raise self.wrong_type(field, "true or false")
+        return value
+
+    def refuse_misspelt(self, known: Iterable[str]) -> None:
+        """Raise where an unknown field is spelt almost like a known one that is absent."""
+        absent = [name for name in known if name not in self.values]
+        for field in self.values:
+            for meant in get_close_matches(field, absent, n=1, cutoff=0.75):
+                if field not in known:
+                    raise RegraftError(
+                        f"{self.where}: unknown field {field!r}; did you mean {meant!r}?"
+                    )
+
+    def wrong_type(self, field: str, expected: str) -> RegraftError:
+        """Make the error for a field of the wrong type, or a missing one."""
+        if field not in self.values:
+            return RegraftError(
+                f"{self.where}: the field {field!r} is missing; expected {expected}. "
+                f"Fields found: {', '.join(self.values) or 'none'}."
+            )
+        found = _show(self.values[field])
+        return RegraftError(f"{self.where}: the field {field!r} must be {expected}, found {found}.")
+
+
+def require_examples(reading: Reading) -> Reading:
+    """Return `reading`.
+
+    Raises:
+        RegraftError: it has no example, or two with the same id.
+    """
+    if not reading.examples:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in reading.skipped.items())
+        raise RegraftError(
+            f"{reading.source}: no examples. "
+            + (f"Rows left out: {reasons}." if reasons else "The file has no rows.")
+        )
+    seen: dict[str, Example] = {}
+    for example in reading.examples:
+        if example.id in seen:
+            raise RegraftError(
+                f"{reading.source}: the id {example.id!r} is used twice, for the instructions "
+                f"{_show(seen[example.id].instruction)} and {_show(example.instruction)}. "
+                "Ids must be unique."
+            )
+        seen[example.id] = example
+    return reading
+
+
+def _show(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

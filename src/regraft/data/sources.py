@@ -1,0 +1,102 @@
+"""Naming a data set in one word, and reading it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
+
+from regraft.data.demo import read_demo
+from regraft.data.example import Reading
+from regraft.data.jsonl import read_jsonl
+from regraft.data.safebench import TaskIds, read_safebench
+from regraft.data.vlguard import read_vlguard
+from regraft.errors import RegraftError
+
+Name = Literal["demo", "vlguard", "safebench", "jsonl"]
+
+
+class DataSource(BaseModel):
+    """A data set by name, where it lies, and which split of it.
+
+    Written as one string, of which `str()` is the inverse: "demo", "demo:SPLIT",
+    "vlguard:PATH", "safebench:PATH", "safebench:PATH#even" (or odd), "jsonl:PATH",
+    "jsonl:PATH#SPLIT", or a bare path that ends in ".jsonl". A list of words, as in
+    ["safebench", PATH], is read too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name
+    path: Path | None = None
+    split: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_words(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return _parse(value)
+        if isinstance(value, list | tuple):
+            return _parse(":".join(str(word) for word in value))
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DataSource:
+        if self.name == "demo" and self.path is not None:
+            raise ValueError("the demo data set is bundled and takes no path")
+        if self.name != "demo" and self.path is None:
+            raise ValueError(f"{self.name} needs a path, as in {self.name}:PATH")
+        if self.name == "safebench" and self.split not in (None, "even", "odd"):
+            raise ValueError(f"safebench has the splits even and odd, not {self.split!r}")
+        if self.name == "vlguard" and self.split is not None:
+            raise ValueError("vlguard has no split; name its train.json or test.json as the path")
+        if _parse(str(self)) != {name: str(value) for name, value in self if value is not None}:
+            raise ValueError(f"{str(self)!r} is ambiguous; rename the path or the split")
+        return self
+
+    @model_serializer
+    def __str__(self) -> str:
+        if self.path is None:
+            return self.name if self.split is None else f"{self.name}:{self.split}"
+        place = f"{self.name}:{self.path}"
+        return place if self.split is None else f"{place}#{self.split}"
+
+
+def read(source: DataSource) -> Reading:
+    """Read the data set that `source` names.
+
+    Raises:
+        RegraftError: see its reader.
+    """
+    if source.path is None:
+        return read_demo(source.split)
+    path = source.path.expanduser()
+    if not path.exists():
+        raise RegraftError(f"{source}: {path} does not exist.")
+    readers: Mapping[str, Callable[[], Reading]] = {
+        "vlguard": lambda: read_vlguard(path),
+        "safebench": lambda: read_safebench(path, task_ids=cast(TaskIds, source.split or "all")),
+        "jsonl": lambda: read_jsonl(path, source.split),
+    }
+    return readers[source.name]()
+
+
+def _parse(text: str) -> dict[str, str]:
+    if re.fullmatch(r"([^:/]*|[^:/]*/.*)\.jsonl(#[\w-]+)?", text):
+        text = f"jsonl:{text}"
+    name, _, rest = text.partition(":")
+    if name not in get_args(Name):
+        raise ValueError(
+            f"unknown data set {text!r}; expected {', '.join(get_args(Name))} "
+            "(as in demo:test or vlguard:PATH), or a path ending in .jsonl"
+        )
+    path, _, split = rest.rpartition("#")
+    if name == "demo":
+        path, split = "", rest
+    elif not (path and re.fullmatch(r"[\w-]+", split)):
+        path, split = rest, ""
+    fields = {"name": name, "path": path, "split": split}
+    return {field: value for field, value in fields.items() if value}

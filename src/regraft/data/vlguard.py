@@ -1,0 +1,112 @@
+"""VLGuard (Zong et al. 2024, arXiv 2402.02207): images with safe and unsafe instructions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from regraft.data.example import Example, Reading
+from regraft.data.images import locate_images
+from regraft.data.rows import Row, require_examples
+from regraft.errors import RegraftError
+from regraft.files import read_json
+
+UNSAFE_ON_SAFE = "safe image, unsafe instruction"
+
+
+def read_vlguard(path: Path, *, unsafe_instructions_on_safe_images: bool = False) -> Reading:
+    """Read VLGuard's `train.json` or `test.json` and find its images.
+
+    `path` is the JSON file, or a folder with `train.json`. Images are looked for below the JSON's
+    folder: in `train/` or `test/` (of the JSON's own name first), `images/`, or the folder itself.
+    Otherwise as `parse_vlguard`.
+
+    Raises:
+        RegraftError: a file, field or image is missing or wrong.
+    """
+    metadata = path / "train.json" if path.is_dir() else path
+    reading = parse_vlguard(
+        metadata, unsafe_instructions_on_safe_images=unsafe_instructions_on_safe_images
+    )
+    return locate_images(reading, _image_roots(metadata))
+
+
+def parse_vlguard(path: Path, *, unsafe_instructions_on_safe_images: bool = False) -> Reading:
+    """Read VLGuard's JSON without looking for images: `Example.image` stays relative.
+
+    An unsafe image gives one harmful example, with its `harmful_category`. A safe image gives a
+    harmless one (category "safe image") from `safe_instruction` and, only if asked, a harmful one
+    (category "safe image, unsafe instruction") from `unsafe_instruction`; else that is counted in
+    `skipped`. A pair of image and instruction that came before is skipped as "duplicate". An empty
+    response (test.json has 17) becomes None.
+
+    Raises:
+        RegraftError: the file or a field is missing or wrong.
+    """
+    values = read_json(path)
+    if not isinstance(values, list):
+        raise RegraftError(f"{path}: expected VLGuard's list of images.")
+    parsed = [
+        example
+        for number, value in enumerate(values, start=1)
+        for example in _examples(Row.of(f"{path}, row {number}", value))
+    ]
+    wanted = [
+        e for e in parsed if unsafe_instructions_on_safe_images or e.category != UNSAFE_ON_SAFE
+    ]
+    distinct: dict[tuple[Path | None, str], Example] = {}
+    for example in wanted:
+        distinct.setdefault((example.image, example.instruction), example)
+    skipped = Counter(
+        {UNSAFE_ON_SAFE: len(parsed) - len(wanted), "duplicate": len(wanted) - len(distinct)}
+    )
+    return require_examples(
+        Reading(str(path), tuple(_with_unique_ids(distinct.values())), dict(+skipped))
+    )
+
+
+def _examples(row: Row) -> Iterator[Example]:
+    safe = row.flag("safe")
+    for answer in _answers(row):
+        unsafe_on_safe = safe and "unsafe_instruction" in answer.values
+        if unsafe_on_safe:
+            field, category = "unsafe_instruction", UNSAFE_ON_SAFE
+        elif safe:
+            field, category = "safe_instruction", "safe image"
+        else:
+            field, category = "instruction", row.text("harmful_category")
+        yield Example(
+            id=row.text("id") + ("-unsafe" if unsafe_on_safe else ""),
+            instruction=answer.text(field),
+            harmful=not safe or unsafe_on_safe,
+            category=category,
+            image=Path(row.text("image")),
+            response=answer.text("response", blank=True) or None,
+        )
+
+
+def _answers(row: Row) -> list[Row]:
+    answers = row.values.get("instr-resp")
+    if not isinstance(answers, list) or not answers:
+        raise row.wrong_type("instr-resp", "a list of instructions with responses")
+    return [
+        Row.of(f"{row.where}, instr-resp {number}", answer)
+        for number, answer in enumerate(answers, start=1)
+    ]
+
+
+def _with_unique_ids(examples: Iterable[Example]) -> Iterator[Example]:
+    """Number the later uses of an id: the official train.json has one id on two rows."""
+    uses: Counter[str] = Counter()
+    for example in examples:
+        uses[example.id] += 1
+        again = f"-{uses[example.id]}" if uses[example.id] > 1 else ""
+        yield replace(example, id=example.id + again)
+
+
+def _image_roots(metadata: Path) -> list[Path]:
+    folder, split = metadata.parent, metadata.stem
+    names = dict.fromkeys([split, f"{split}/{split}", "images", f"images/{split}", "train", "test"])
+    return [*(folder / name for name in names if (folder / name).is_dir()), folder]

@@ -1,0 +1,144 @@
+"""Input statistics of every prunable weight, gathered at response tokens in one pass.
+
+Statistics are stored, not scores: Wanda needs `in` floats a weight matrix, 4.6 MB for a 7B model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regraft.artifact import read_artifact, write_artifact
+from regraft.data.collate import Batch
+from regraft.errors import RegraftError
+from regraft.importance.wanda import sum_of_squares
+from regraft.models.anatomy import Anatomy, LinearAnatomy
+from regraft.models.replay import layer_inputs, text_inputs
+
+FORMAT = "regraft-statistics-1"
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Sums of squared inputs, `LinearAnatomy.key` -> `[in]` float32 on CPU."""
+
+    squares: Mapping[str, Tensor]
+    samples: int
+
+    def of(self, linear: LinearAnatomy) -> Tensor:
+        """The sums for one weight.
+
+        Raises:
+            RegraftError: nothing was gathered for it.
+        """
+        if linear.key not in self.squares:
+            raise RegraftError(
+                f"There are no input statistics for {linear.key}: its layer did not run on the "
+                "calibration data (text-only prompts skip cross-attention) or they belong to "
+                "another model."
+            )
+        return self.squares[linear.key]
+
+
+@contextmanager
+def observe(
+    linears: Mapping[LinearAnatomy, nn.Module], response: Tensor, into: dict[str, Tensor]
+) -> Iterator[None]:
+    """Add up squared inputs of `linears` while the block runs forward passes.
+
+    Args:
+        linears: The weights to watch and their modules.
+        response: True at response tokens, `[B, S]`. Inputs `[B, S, in]` count there only; the
+            vision tokens that Mllama's cross-attention reads have no such positions and all count.
+        into: `LinearAnatomy.key` -> running sum `[in]`, float32; added to.
+    """
+
+    def watch(linear: LinearAnatomy) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs = args[0].flatten(0, 1) if linear.reads_vision else args[0][response]
+            total = sum_of_squares(inputs)  # [tokens, in] -> [in]
+            into[linear.key] = into.get(linear.key, 0) + total
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(watch(linear)) for linear, module in linears.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def gather(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: Iterable[Batch],
+    progress: Callable[[int], None] | None = None,
+) -> InputStatistics:
+    """Run every batch through the model and add up squared inputs at its response tokens."""
+    modules = dict(model.named_modules())
+    linears = {linear: modules[linear.module] for linear in anatomy.linears}
+    into: dict[str, Tensor] = {}
+    samples = 0
+    for batch in batches:
+        text = text_inputs(model, batch.inputs)
+        with observe(linears, batch.response, into):
+            layer_inputs(model, text)
+        samples += len(batch.ids)
+        if progress is not None:
+            progress(len(batch.ids))
+    squares = {name: total.cpu() for name, total in into.items()}
+    for name, total in squares.items():
+        if not torch.isfinite(total).all():
+            raise RegraftError(
+                f"The inputs of {name} overflow in this dtype. Use --dtype bfloat16 or float32."
+            )
+    return InputStatistics(squares, samples)
+
+
+@dataclass(frozen=True)
+class SavedStatistics:
+    """Both data sets' statistics, and how they were made."""
+
+    safety: InputStatistics
+    utility: InputStatistics
+    about: Mapping[str, Any]
+
+
+def save_statistics(
+    path: Path, safety: InputStatistics, utility: InputStatistics, about: Mapping[str, Any]
+) -> None:
+    """Write both data sets' statistics and `about` to one safetensors file."""
+    tensors = {
+        f"{kind}.{name}": total
+        for kind, statistics in (("safety", safety), ("utility", utility))
+        for name, total in statistics.squares.items()
+    }
+    header = {
+        "samples": {"safety": safety.samples, "utility": utility.samples},
+        "about": about,
+    }
+    write_artifact(path, FORMAT, header, tensors)
+
+
+def load_statistics(path: Path) -> SavedStatistics:
+    """Read what `save_statistics` wrote.
+
+    Raises:
+        RegraftError: the file is missing or something else.
+    """
+    header, tensors = read_artifact(path, FORMAT, "input statistics")
+    safety, utility = (
+        InputStatistics(
+            {n.removeprefix(f"{k}."): t for n, t in tensors.items() if n.startswith(f"{k}.")},
+            header["samples"][k],
+        )
+        for k in ("safety", "utility")
+    )
+    return SavedStatistics(safety, utility, header["about"])

@@ -1,0 +1,266 @@
+"""Every setting of every stage, typed, validated and explained once.
+
+The same models read a recipe file, make the command line's flags and are written into artifacts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from cyclopts import Parameter
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
+from regraft.evaluation.judge import DEFAULT_KEYWORDS, DEFAULT_WINDOW, KeywordJudge
+from regraft.heads.score import Criterion
+from regraft.models.ablation import EPS, AblationTarget
+from regraft.models.load import DTypeName
+from regraft.pruning.masks import Pattern, Scope
+from regraft.pruning.pruner import Order
+from regraft.restoration.selection import RankingScope
+
+
+class Settings(BaseModel):
+    """Frozen; unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ComputeSettings(Settings):
+    """Where and how to run the model."""
+
+    device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes the accelerator.")
+    dtype: DTypeName = Field(
+        "auto", description="Of the computation: float32 on CPU, the checkpoint's own elsewhere."
+    )
+    batch_size: int = Field(8, ge=1, description="Examples in one forward pass.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the checkpoint."
+    )
+
+
+def _words(_type: Any, tokens: Sequence[Any]) -> DataSource:
+    return DataSource.model_validate([token.value for token in tokens])
+
+
+_ONE_OR_TWO_WORDS = Parameter(converter=_words, n_tokens=-1, consume_multiple=True, accepts_keys=False)
+Data = Annotated[
+    DataSource,
+    _ONE_OR_TWO_WORDS,
+    Parameter(help="demo:calibration, vlguard PATH (train.json by its images) or a .jsonl file."),
+]
+Suite = Annotated[
+    DataSource,
+    _ONE_OR_TWO_WORDS,
+    Parameter(help="demo:test, safebench PATH, vlguard PATH or a .jsonl file."),
+]
+
+
+class CalibrationSettings(Settings):
+    """Harmful prompts with refusals (D^s) and harmless ones with answers (D^u)."""
+
+    data: Data = DataSource(name="demo", split="calibration")
+    samples: int = Field(128, ge=1, description="Drawn of each kind; fewer where there are fewer.")
+    seed: int = Field(0, description="Of the draw.")
+
+
+class PruneSettings(Settings):
+    """Wanda."""
+
+    sparsity: float = Field(0.5, gt=0, lt=1, description="Share of prunable weights set to 0.")
+    n_m: str | None = Field(
+        None, description="N:M pattern such as 2:4, kept of each M inputs; instead of sparsity."
+    )
+    scope: Scope = Field("row", description="Weights compete within their row or the matrix.")
+    order: Order = Field(
+        "sequential", description="Layer by layer on pruned inputs (the paper's), or one-shot."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> PruneSettings:
+        try:
+            self.pattern()
+        except RegraftError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def pattern(self) -> Pattern:
+        """The pattern that these settings ask for."""
+        if self.n_m is not None:
+            return Pattern.parse_n_m(self.n_m)
+        return Pattern(self.sparsity, self.scope)
+
+
+class HeadSettings(Settings):
+    """Head scoring by exact ablation on D^s prompts."""
+
+    r_max: int = Field(5, ge=1, description="Rank of the subspaces that Ships compares.")
+    target: AblationTarget = Field(
+        "all", description="Scale the head's query, key, value or all three."
+    )
+    eps: float = Field(EPS, ge=0, lt=1, description="The scale.")
+    tokens_per_pass: int = Field(
+        16384, ge=1, description="Tokens (rows x length) in one replay pass; bounds memory."
+    )
+
+
+class RealignSettings(Settings):
+    """Which pruned weights come back."""
+
+    method: Literal["hsr", "hsr-a"] = Field(
+        "hsr", description="hsr selects single weights, hsr-a restores whole heads."
+    )
+    heads: Literal["top", "random", "all"] = Field(
+        "top", description="The top-scored heads, as many random ones (a control), or all."
+    )
+    criterion: Criterion = Field("ships", description="Rank heads by Ships or query-level KL.")
+    top_heads: int = Field(10, ge=1, description="How many heads (h).")
+    q: float = Field(0.5, gt=0, le=1, description="Top share by safety importance.")
+    p: float | None = Field(
+        None, ge=0, lt=1, description="Share kept by the pruner; 1 - sparsity if not given."
+    )
+    p_max: float | None = Field(
+        None, gt=0, le=1, description="Outer bound by utility importance; p + 0.2 if not given."
+    )
+    scope: RankingScope = Field(
+        "row", description="Weights compete within their row, the matrix or the head."
+    )
+    head_seed: int = Field(0, description="Of the random heads.")
+
+    @model_validator(mode="after")
+    def _check(self) -> RealignSettings:
+        if self.p is not None and self.p_max is not None and self.p >= self.p_max:
+            raise ValueError(f"p is {self.p} and p_max {self.p_max}; p < p_max is needed")
+        return self
+
+    def selection(self) -> RealignSettings:
+        """These settings without those that only name and store the result."""
+        return RealignSettings(**self.model_dump(include=set(RealignSettings.model_fields)))
+
+
+class VariantSettings(RealignSettings):
+    """One realigned model of a run."""
+
+    name: str = Field("hsr", description="What to call it in tables and folders.")
+    checkpoint: bool = Field(True, description="Write the checkpoint too, not only the patch.")
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in ("dense", "pruned"):
+            raise ValueError(
+                f"{name!r} must be letters, digits, '.', '_' and '-', and neither 'dense' nor "
+                "'pruned'"
+            )
+        return name
+
+
+class EvalSettings(Settings):
+    """Greedy answers, judged by refusal keywords at their start."""
+
+    max_new_tokens: int = Field(64, ge=1, description="Length of an answer.")
+    keywords: tuple[str, ...] = Field(
+        DEFAULT_KEYWORDS, description="An answer refuses if one stands in its first characters."
+    )
+    window: int = Field(DEFAULT_WINDOW, ge=1, description="How many first characters count.")
+    limit: int | None = Field(None, ge=1, description="Use only the first examples of the suite.")
+
+    def judge(self) -> KeywordJudge:
+        """The judge that these settings ask for."""
+        return KeywordJudge(keywords=self.keywords, window=self.window)
+
+
+class EvaluateSettings(EvalSettings):
+    """What a run evaluates every model on."""
+
+    suite: Suite = DataSource(name="demo", split="test")
+
+
+class Recipe(Settings):
+    """A whole run: prune, score heads, realign, evaluate, report."""
+
+    title: str = Field("regraft", description="Of the report.")
+    model: str = Field("demo", description="A folder, a hub id, or 'demo' for the bundled model.")
+    pruned: Path | None = Field(
+        None, description="An existing pruned checkpoint; `prune` is then not used."
+    )
+    calibration: CalibrationSettings = CalibrationSettings()
+    prune: PruneSettings = PruneSettings()
+    heads: HeadSettings = HeadSettings()
+    realign: tuple[VariantSettings, ...] = (VariantSettings(),)
+    evaluate: EvaluateSettings = EvaluateSettings()
+    compute: ComputeSettings = ComputeSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        names = [one.name for one in self.realign]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the names of `realign` must differ, not {names}")
+        return self
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe from YAML; relative paths in it are relative to the file.
+
+    Raises:
+        RegraftError: the file is missing or a field is wrong; the message names each.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RegraftError(f"The recipe {path} does not exist.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RegraftError(f"{path} is not valid YAML: {error}") from error
+    try:
+        recipe = Recipe.model_validate(content or {})
+    except ValidationError as error:
+        raise RegraftError(f"{path}:\n{explain(error)}") from error
+    return _anchored(recipe, path.absolute().parent)
+
+
+def write_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, defaults included."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error in one line a field."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        given = (
+            "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})"
+        )
+        lines.append(f"  {where}: {message}{given}" if where else f"  {message}{given}")
+    return "\n".join(lines)
+
+
+def _anchored(recipe: Recipe, folder: Path) -> Recipe:
+    def path(value: Path) -> Path:
+        return value if value.expanduser().is_absolute() else folder / value
+
+    def source(value: DataSource) -> DataSource:
+        return value if value.path is None else value.model_copy(update={"path": path(value.path)})
+
+    calibration = recipe.calibration.model_copy(update={"data": source(recipe.calibration.data)})
+    evaluate = recipe.evaluate.model_copy(update={"suite": source(recipe.evaluate.suite)})
+    model = recipe.model
+    if model != "demo" and (model.startswith((".", "~")) or (folder / model).is_dir()):
+        model = str(path(Path(model)).expanduser())
+    pruned = None if recipe.pruned is None else path(recipe.pruned)
+    return recipe.model_copy(
+        update={"calibration": calibration, "evaluate": evaluate, "model": model, "pruned": pruned}
+    )

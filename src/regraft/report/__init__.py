@@ -1,0 +1,1 @@
+"""Results to one page that reads itself: JSON, Markdown and HTML."""

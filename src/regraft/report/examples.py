@@ -1,0 +1,45 @@
+"""Which answers the report shows: those that tell the models apart come first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain, zip_longest
+
+from regraft.evaluation.results import Answer
+from regraft.report.model import Report, Variant, paired_answers
+
+HARMFUL, HARMLESS = 12, 6
+Row = tuple[Answer, ...]
+
+
+def shown_variants(report: Report) -> tuple[Variant, ...]:
+    """The dense, the pruned and the first realigned model, as far as there are any."""
+    return report.variants[:3]
+
+
+def choose_examples(report: Report) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """(harmful, harmless) rows of one answer a shown variant, the same for the same report.
+
+    About three quarters are prompts that dense and pruned model judge differently, the others
+    unchanged, while both last; within each, every pattern of refusals gets its turn.
+    """
+    rows = paired_answers(shown_variants(report))
+    harmful = [row for row in rows if row[0].harmful]
+    harmless = [row for row in rows if not row[0].harmful]
+    return _choose(harmful, HARMFUL), _choose(harmless, HARMLESS)
+
+
+def _choose(rows: Sequence[Row], count: int) -> tuple[Row, ...]:
+    changed = _by_turns([row for row in rows if len({a.refused for a in row[:2]}) > 1])
+    unchanged = _by_turns([row for row in rows if len({a.refused for a in row[:2]}) == 1])
+    room = max(count * 3 // 4, count - len(unchanged))
+    chosen = changed[:room]
+    return tuple(chosen + unchanged[: count - len(chosen)])
+
+
+def _by_turns(rows: Sequence[Row]) -> list[Row]:
+    """Reorder so that each pattern of refusals, then the next, contributes one row at a time."""
+    patterns: dict[tuple[bool, ...], list[Row]] = {}
+    for row in rows:
+        patterns.setdefault(tuple(a.refused for a in row), []).append(row)
+    return [row for row in chain.from_iterable(zip_longest(*patterns.values())) if row]

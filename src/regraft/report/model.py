@@ -1,0 +1,237 @@
+"""The report's input, and the comparisons drawn from it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from regraft.errors import RegraftError
+from regraft.evaluation.metrics import (
+    PairedTest,
+    Recovery,
+    bootstrap_rsr,
+    mcnemar,
+    per_ten_thousand,
+    rsr,
+)
+from regraft.evaluation.results import Answer, Estimate, EvalResult
+
+SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One evaluated model: dense, pruned, realigned or a control.
+
+    `sparsity` is the fraction of zeros among the prunable weights, `pruned` the number of weights
+    that pruning took, `restored` the number that came back. `restored_by_module` maps a module
+    kind such as "self_attn.q_proj" to its restored weights per layer. `heads` are the
+    (layer, head) pairs that were open to restoration.
+    """
+
+    name: str
+    label: str
+    result: EvalResult
+    sparsity: float = 0.0
+    restored: int = 0
+    pruned: int = 0
+    restored_by_module: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    heads: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def per_ten_thousand(self) -> float | None:
+        """Restored weights per 10,000 pruned ones, None where nothing was restored."""
+        return per_ten_thousand(self.restored, self.pruned) if self.restored else None
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """Scores of attention heads, `values[layer][head]`; None is a head that was not scored.
+
+    Layers may have different numbers of heads.
+
+    Raises:
+        RegraftError: a score is not finite.
+    """
+
+    name: str
+    unit: str
+    values: tuple[tuple[float | None, ...], ...]
+
+    def __post_init__(self) -> None:
+        for layer, row in enumerate(self.values):
+            for head, value in enumerate(row):
+                if value is not None and not math.isfinite(value):
+                    raise RegraftError(
+                        f"{self.name}: layer {layer}, head {head} scores {value}; "
+                        "expected a finite number, or None for a head that was not scored."
+                    )
+
+
+@dataclass(frozen=True)
+class DataAccount:
+    """Rows of one source: how many were read, used, and skipped for which reason."""
+
+    role: str
+    source: str
+    read: int
+    used: int
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report shows. `variants`: the dense model, the pruned one, then all others.
+
+    Raises:
+        RegraftError: there is no variant, or two have the same name.
+    """
+
+    title: str
+    model: str
+    variants: tuple[Variant, ...]
+    head_maps: tuple[HeadMap, ...] = ()
+    data: tuple[DataAccount, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.variants:
+            raise RegraftError(f"The report {self.title!r} has no evaluated model to show.")
+        name, count = Counter(v.name for v in self.variants).most_common(1)[0]
+        if count > 1:
+            raise RegraftError(f"The report {self.title!r} has {count} variants named {name!r}.")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One variant against the pruned model, on the same prompts.
+
+    `recovery` is None where an ASR is missing. `attacks` tests attack success on the harmful
+    prompts and `refusals` refusal of the harmless ones; in both, a is the variant and b the pruned
+    model, and both are None without answers to pair. The verdicts read "better than pruned",
+    "worse than pruned", "not distinguishable from pruned" (p >= 0.05) or "not tested".
+    """
+
+    name: str
+    recovery: Recovery | None
+    rsr_interval: tuple[float, float] | None
+    attacks: PairedTest | None
+    attacks_verdict: str
+    refusals: PairedTest | None
+    refusals_verdict: str
+
+
+def comparisons(report: Report, seed: int = 0) -> tuple[Comparison, ...]:
+    """Compare every variant after the pruned one with it; `seed` draws the bootstrap of RSR.
+
+    Raises:
+        RegraftError: two variants were judged differently or on different prompts.
+    """
+    if len(report.variants) < 3:
+        return ()
+    dense, pruned, *others = report.variants
+    return tuple(_compare(dense, pruned, variant, seed) for variant in others)
+
+
+def _compare(dense: Variant, pruned: Variant, variant: Variant, seed: int) -> Comparison:
+    attacks = paired_attacks(variant, pruned)
+    refusals = paired_refusals(variant, pruned)
+    return Comparison(
+        name=variant.name,
+        recovery=_recovery(dense, pruned, variant),
+        rsr_interval=_rsr_interval(dense, pruned, variant, seed),
+        attacks=attacks,
+        attacks_verdict=_verdict(attacks),
+        refusals=refusals,
+        refusals_verdict=_verdict(refusals),
+    )
+
+
+def measured(estimate: Estimate | None) -> Estimate | None:
+    """The estimate, or None where it rests on no prompt at all."""
+    return estimate if estimate is not None and estimate.n > 0 else None
+
+
+def paired_attacks(a: Variant, b: Variant) -> PairedTest | None:
+    """McNemar's test of attack success on the harmful prompts; None without answers."""
+    return _paired(a, b, lambda answer: answer.harmful, lambda answer: not answer.refused)
+
+
+def paired_refusals(a: Variant, b: Variant) -> PairedTest | None:
+    """McNemar's test of refusal on the harmless prompts; None without answers."""
+    return _paired(a, b, lambda answer: not answer.harmful, lambda answer: answer.refused)
+
+
+def _paired(
+    a: Variant, b: Variant, of: Callable[[Answer], bool], event: Callable[[Answer], bool]
+) -> PairedTest | None:
+    columns = paired_answers((a, b))
+    rows = [row for row in columns if of(row[0])]
+    if not rows:
+        return None
+    return mcnemar([event(x) for x, _ in rows], [event(y) for _, y in rows])
+
+
+def paired_answers(variants: tuple[Variant, ...]) -> tuple[tuple[Answer, ...], ...]:
+    """One row a prompt, one answer a variant, in the first variant's order.
+
+    Empty where a variant keeps no answers.
+
+    Raises:
+        RegraftError: the variants differ in suite, judge or prompts, or an id is there twice.
+    """
+    first = variants[0]
+    if not all(v.result.answers for v in variants):
+        return ()
+    by_id = [_answers_by_id(v) for v in variants]
+    for variant, answers in zip(variants[1:], by_id[1:], strict=True):
+        for what in ("suite", "judge"):
+            ours, theirs = getattr(first.result, what), getattr(variant.result, what)
+            if ours != theirs:
+                raise RegraftError(
+                    f"{first.name} and {variant.name} cannot be compared: {what} {ours!r} "
+                    f"and {theirs!r}. Evaluate both in the same way."
+                )
+        if odd := sorted(answers.keys() ^ by_id[0].keys()):
+            raise RegraftError(
+                f"{first.name} and {variant.name} cannot be compared: prompt {odd[0]!r} "
+                f"({len(odd)} in all) was answered by only one of them."
+            )
+    return tuple(tuple(answers[key] for answers in by_id) for key in by_id[0])
+
+
+def _answers_by_id(variant: Variant) -> dict[str, Answer]:
+    answers = {answer.id: answer for answer in variant.result.answers}
+    if len(answers) < len(variant.result.answers):
+        twice, _ = Counter(a.id for a in variant.result.answers).most_common(1)[0]
+        raise RegraftError(f"{variant.name}: the prompt id {twice!r} is there more than once.")
+    return answers
+
+
+def _recovery(dense: Variant, pruned: Variant, variant: Variant) -> Recovery | None:
+    full, cut, back = (measured(v.result.asr) for v in (dense, pruned, variant))
+    return rsr(full.value, cut.value, back.value) if full and cut and back else None
+
+
+def _rsr_interval(
+    dense: Variant, pruned: Variant, variant: Variant, seed: int
+) -> tuple[float, float] | None:
+    rows = [row for row in paired_answers((dense, pruned, variant)) if row[0].harmful]
+    if not rows:
+        return None
+    full, cut, back = ([not row[i].refused for row in rows] for i in range(3))
+    return bootstrap_rsr(full, cut, back, seed)
+
+
+def _verdict(test: PairedTest | None) -> str:
+    """In words; the tested event is a bad one, so that fewer are better."""
+    if test is None:
+        return "not tested"
+    if test.p >= SIGNIFICANCE:
+        return "not distinguishable from pruned"
+    return f"{'better' if test.only_a < test.only_b else 'worse'} than pruned"

@@ -1,0 +1,187 @@
+"""`Report` to `report.json`, `report.md` and `report.html`.
+
+The same report always gives the same bytes: there are no times and no random ids in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from regraft.evaluation.summary import result_to_json
+from regraft.files import write_json, write_text
+from regraft.report import words
+from regraft.report.examples import choose_examples, shown_variants
+from regraft.report.figures import (
+    category_figure,
+    head_map_figure,
+    restored_figure,
+    trade_off_figure,
+)
+from regraft.report.model import Comparison, Report, Variant, comparisons, measured
+
+ANSWER_LENGTH, PROMPT_LENGTH = 1200, 400
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write `report.json`, `report.md` and `report.html` into `folder`, replacing older ones.
+
+    The JSON holds every number of the page; the answers themselves stay where the evaluation put
+    them, except for the few examples on the page.
+
+    Raises:
+        RegraftError: variants cannot be compared, or a file cannot be written.
+    """
+    compared = comparisons(report)
+    page, text = render_html(report, compared), render_markdown(report, compared)
+    write_json(folder / "report.json", report_to_json(report, compared))
+    write_text(folder / "report.md", text)
+    write_text(folder / "report.html", page)
+
+
+def report_to_json(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
+    """The report and its comparisons as JSON values, without answers."""
+    return {
+        "title": report.title,
+        "model": report.model,
+        "verdict": list(words.verdict(report, compared)),
+        "variants": [_variant_to_json(v) for v in report.variants],
+        "comparisons": [asdict(c) for c in compared],
+        "head_maps": [asdict(m) for m in report.head_maps],
+        "data": [_shallow(account) for account in report.data],
+        "recipe": _plain(report.recipe),
+        "versions": dict(report.versions),
+        "notes": list(report.notes),
+    }
+
+
+def render_html(report: Report, compared: Sequence[Comparison]) -> str:
+    """One self-contained page: inline styles and figures, nothing fetched."""
+    return _environment().get_template("report.html.j2").render(_context(report, compared))
+
+
+def render_markdown(report: Report, compared: Sequence[Comparison]) -> str:
+    """The same without figures."""
+    text = _environment().get_template("report.md.j2").render(_context(report, compared))
+    return text.rstrip() + "\n"
+
+
+def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
+    harmful, harmless = choose_examples(report)
+    return {
+        "report": report,
+        "verdict": words.verdict(report, compared),
+        "controls": words.control_lines(report, compared),
+        "comparisons": {c.name: c for c in compared},
+        "figures": _figures(report),
+        "categories": sorted({c for v in report.variants for c in v.result.asr_by_category}),
+        "shown": shown_variants(report),
+        "restored": any(v.restored for v in report.variants),
+        "harmful": harmful,
+        "harmless": harmless,
+        "recipe": yaml.safe_dump(_plain(report.recipe), sort_keys=False, allow_unicode=True),
+        "answer_length": ANSWER_LENGTH,
+        "prompt_length": PROMPT_LENGTH,
+    }
+
+
+def _figures(report: Report) -> tuple[tuple[Markup, str], ...]:
+    """(SVG, caption) of every figure that has something to show."""
+    realigned = report.variants[2] if len(report.variants) > 2 else None
+    heads = realigned.heads if realigned else ()
+    ringed = " Rings: heads open to restoration." if heads else ""
+    drawn = [
+        (
+            trade_off_figure(report.variants),
+            "ASR against over-refusal, numbered as in the table, with 95 % intervals. "
+            "Down and to the left is better.",
+        ),
+        (
+            category_figure(report.variants),
+            "ASR by harm category, with 95 % intervals (lines).",
+        ),
+        *(
+            (restored_figure(v), f"{v.label}: weights restored in each module and layer.")
+            for v in report.variants
+        ),
+        *(
+            (
+                head_map_figure(m, heads),
+                f"{m.name} of each attention head ({m.unit}).{ringed} Blank: not scored.",
+            )
+            for m in report.head_maps
+        ),
+    ]
+    return tuple((Markup(svg), caption) for svg, caption in drawn if svg)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("regraft.report"),
+        autoescape=lambda name: bool(name and name.endswith(".html.j2")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        name: getattr(words, name)
+        for name in (
+            "percent",
+            "short_percent",
+            "interval",
+            "rate",
+            "share",
+            "p_value",
+            "rsr_text",
+            "tested",
+            "unbroken",
+            "clip",
+        )
+    }
+    environment.filters |= {"measured": measured, "md": escape_markdown, "fenced": fenced}
+    environment.globals["dash"] = words.DASH
+    return environment
+
+
+def escape_markdown(text: str) -> str:
+    """One line of text with what Markdown or HTML would read as markup escaped."""
+    line = " ".join(text.split())
+    line = re.sub(r"&(?=#?\w+;)", "&amp;", line)
+    line = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", line)
+    return re.sub(r"[\\`*_|~]|\](?=[(\[:])|^[#>+-]|(?<=^\d)[.)]", r"\\\g<0>", line)
+
+
+def fenced(text: str, language: str = "text") -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    longest = max(map(len, re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _variant_to_json(variant: Variant) -> dict[str, Any]:
+    return {
+        **_shallow(variant),
+        "result": result_to_json(variant.result),
+        "per_ten_thousand": variant.per_ten_thousand,
+    }
+
+
+def _shallow(item: Any) -> dict[str, Any]:
+    return {f.name: _plain(getattr(item, f.name)) for f in fields(item)}
+
+
+def _plain(value: Any) -> Any:
+    """Mappings to dicts, sequences to lists, paths to text, for JSON and YAML."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

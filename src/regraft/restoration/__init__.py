@@ -1,0 +1,1 @@
+"""Which pruned weights come back, the patch that holds them, and putting it on and off."""

@@ -1,0 +1,149 @@
+"""From a dense and a pruned checkpoint to a patch, one weight in memory at a time.
+
+No model is loaded, so a laptop will do for 7B. Which weights come back is a `Rule`; everything
+else (reading, regions of heads, dense values, digests) is the same for all methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.errors import RegraftError
+from regraft.importance.statistics import InputStatistics
+from regraft.models.anatomy import Block, LayerAnatomy, LinearAnatomy, check_same_anatomy
+from regraft.models.load import Source
+from regraft.restoration.patch import Patch, TensorPatch, base_digest
+from regraft.restoration.selection import (
+    Band,
+    Head,
+    blocks_of,
+    restorable,
+    select_all,
+    select_hsr,
+)
+
+Rule = Callable[[LinearAnatomy, Tensor, Tensor, Sequence[Block]], Tensor]
+"""(linear, dense weight, where a value can come back, head regions) -> flat positions."""
+
+
+def hsr(band: Callable[[float], Band], safety: InputStatistics, utility: InputStatistics) -> Rule:
+    """HSR's rule: safety-critical weights at the edge of what pruning kept.
+
+    `band` gives the thresholds for a matrix from the share of its weights that pruning kept.
+    """
+
+    def rule(
+        linear: LinearAnatomy, weight: Tensor, free: Tensor, blocks: Sequence[Block]
+    ) -> Tensor:
+        device = weight.device
+        kept = 1 - int(free.sum()) / free.numel()
+        return select_hsr(
+            free,
+            weight,
+            safety.of(linear).to(device),
+            utility.of(linear).to(device),
+            blocks,
+            band(kept),
+        )
+
+    return rule
+
+
+def whole_heads(
+    _linear: LinearAnatomy, _weight: Tensor, free: Tensor, blocks: Sequence[Block]
+) -> Tensor:
+    """HSR-a's rule: everything in the chosen heads."""
+    return select_all(free, blocks)
+
+
+def check_pair(dense: Source, pruned: Source) -> None:
+    """Check that a pruned checkpoint can be realigned with this dense one.
+
+    Raises:
+        RegraftError: they are different models, or nothing was pruned.
+    """
+    check_same_anatomy(dense.anatomy, pruned.anatomy, (str(dense.folder), str(pruned.folder)))
+    if not any((pruned.checkpoint.read(li.tensor) == 0).any() for li in pruned.anatomy.linears):
+        raise RegraftError(
+            f"{pruned.folder} has no zeros in its prunable weights: nothing was pruned, so there "
+            "is nothing to restore. Give the dense checkpoint first and the pruned one second."
+        )
+
+
+def realign(
+    dense: Source,
+    pruned: Source,
+    heads: Iterable[Head],
+    rule: Rule,
+    *,
+    about: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Patch:
+    """Select the weights that come back and take their dense values.
+
+    Args:
+        dense: The dense checkpoint.
+        pruned: The same network pruned, by whomever; `pruned == 0 and dense != 0` is the mask.
+        heads: (layer, head) to restore in.
+        rule: Which weights of a matrix come back.
+        about: Recorded in the patch.
+        device: Where to rank; CPU by default.
+        progress: Called with 1 after each layer.
+
+    Returns:
+        The patch, for the tensors as the pruned checkpoint names them and in its dtype.
+
+    Raises:
+        RegraftError: the checkpoints or statistics do not fit.
+    """
+    check_pair(dense, pruned)
+    chosen: dict[int, list[int]] = {}
+    for layer_index, head in heads:
+        chosen.setdefault(layer_index, []).append(head)
+    tensors = {}
+    layers = zip(dense.anatomy.layers, pruned.anatomy.layers, strict=True)
+    for layer, pruned_layer in layers:
+        linears = zip(layer.linears, pruned_layer.linears, strict=True)
+        for linear, pruned_linear in linears if layer.index in chosen else ():
+            blocks = blocks_of(layer, linear, chosen[layer.index])
+            if blocks:
+                before = dense.checkpoint.read(linear.tensor)
+                after = pruned.checkpoint.read(pruned_linear.tensor)
+                patch = _graft(linear, before, after, blocks, rule, device)
+                if len(patch.positions):
+                    tensors[pruned_linear.tensor] = patch
+        if progress is not None:
+            progress(1)
+    return Patch(tensors, dict(about or {}))
+
+
+def restored_by_module(patch: Patch, layers: Sequence[LayerAnatomy]) -> dict[str, tuple[int, ...]]:
+    """Restored weights per module and layer: "self_attn.q_proj" -> count in each layer."""
+    names = dict.fromkeys(linear.name for layer in layers for linear in layer.linears)
+    counts = {
+        (linear.name, layer.index): len(patch.tensors[linear.tensor].positions)
+        for layer in layers
+        for linear in layer.linears
+        if linear.tensor in patch.tensors
+    }
+    return {name: tuple(counts.get((name, layer.index), 0) for layer in layers) for name in names}
+
+
+def _graft(
+    linear: LinearAnatomy,
+    before: Tensor,
+    after: Tensor,
+    blocks: Sequence[Block],
+    rule: Rule,
+    device: torch.device | None,
+) -> TensorPatch:
+    weight = before.to(device or "cpu")
+    free = restorable(weight, after.to(weight.device))
+    positions = rule(linear, weight, free, blocks)
+    values = before.reshape(-1)[positions].to(after.dtype)
+    return TensorPatch(tuple(after.shape), positions, values, base_digest(after, positions))

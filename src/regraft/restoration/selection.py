@@ -1,0 +1,158 @@
+"""HSR's selection as set operations on masks; pure tensor functions.
+
+`S = (top_q(I^s) AND top_pmax(I^u)) minus top_p(I^u)`, inside the chosen heads, and only where the
+pruned weight is 0 and the dense one is not (Li et al. 2025, section 3.3).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from regraft.errors import RegraftError
+from regraft.importance.wanda import wanda_score
+from regraft.models.anatomy import Anatomy, Block, LayerAnatomy, LinearAnatomy, head_block
+from regraft.pruning.masks import count_of, smallest
+
+RankingScope = Literal["row", "matrix", "head"]
+Head = tuple[int, int]
+_CHUNK = 2**22
+
+
+@dataclass(frozen=True)
+class Band:
+    """HSR's thresholds as shares of the weights in each ranking scope.
+
+    q: top share by safety importance; p: share kept by the pruner (1 - sparsity); p_max: outer
+    bound by utility importance.
+    """
+
+    q: float
+    p: float
+    p_max: float
+    scope: RankingScope = "row"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.q <= 1:
+            raise RegraftError(f"q is {self.q}; it must be above 0 and at most 1.")
+        if not 0 <= self.p < self.p_max <= 1:
+            raise RegraftError(
+                f"p is {self.p} and p_max {self.p_max}; 0 <= p < p_max <= 1 is needed."
+            )
+
+
+def top(score: Tensor, share: float, scope: RankingScope, blocks: Sequence[Block]) -> Tensor:
+    """Mark the top `share` of scores: all but the floor((1 - share) * n) smallest of each scope.
+
+    Args:
+        score: `[out, in]`, float32, not negative.
+        share: In [0, 1].
+        scope: Scores compete within their row, within the matrix, or within each of `blocks`.
+        blocks: The heads' regions; for "head" the mask is False outside them.
+
+    Returns:
+        `[out, in]`, bool.
+    """
+    if scope != "head":
+        n = score.shape[1] if scope == "row" else score.numel()
+        return smallest(score, count_of(1 - share, n), scope).logical_not_()
+    mask = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    for block in blocks:
+        part = _part(score, block).contiguous()
+        kept = ~smallest(part, count_of(1 - share, part.numel()), "matrix")
+        _part(mask, block).copy_(kept)
+    return mask
+
+
+def restorable(dense: Tensor, pruned: Tensor) -> Tensor:
+    """Where a dense value can come back: pruned is 0, dense is not. `[out, in]` bool."""
+    return (pruned == 0) & (dense != 0)
+
+
+def inside(shape: tuple[int, int], blocks: Sequence[Block], device: torch.device) -> Tensor:
+    """True inside any of `blocks`, `[out, in]` bool."""
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
+    for block in blocks:
+        _part(mask, block).fill_(True)
+    return mask
+
+
+def select_hsr(
+    free: Tensor,
+    weight: Tensor,
+    safety_squares: Tensor,
+    utility_squares: Tensor,
+    blocks: Sequence[Block],
+    band: Band,
+) -> Tensor:
+    """The weights of one matrix that HSR restores.
+
+    Peak allocation is below three times the float32 matrix: one score lives at a time.
+
+    Args:
+        free: Where a value can come back (`restorable`), `[out, in]` bool.
+        weight: The dense weight, `[out, in]`.
+        safety_squares: Squared input sums on D^s, `[in]` float32 (I^s).
+        utility_squares: The same on D^u (I^u).
+        blocks: Regions of the chosen heads in this matrix; none restores nothing.
+        band: The thresholds and the ranking scope.
+
+    Returns:
+        Flat positions in row-major order, ascending, `[count]` int64.
+    """
+    if not blocks:
+        return torch.empty(0, dtype=torch.int64)
+    rows = _row_range(blocks) if band.scope == "row" else slice(0, weight.shape[0])
+    chosen = free & inside(tuple(weight.shape), blocks, free.device)  # type: ignore[arg-type]
+    step = weight.shape[0] if band.scope != "row" else max(1, _CHUNK // weight.shape[1])
+    for start in range(rows.start, rows.stop, step):
+        part = slice(start, min(start + step, rows.stop))
+        utility = wanda_score(weight[part], utility_squares)
+        chosen[part] &= top(utility, band.p_max, band.scope, blocks)
+        chosen[part] &= top(utility, band.p, band.scope, blocks).logical_not_()
+        del utility
+        safety = wanda_score(weight[part], safety_squares)
+        chosen[part] &= top(safety, band.q, band.scope, blocks)
+    return chosen.reshape(-1).nonzero().flatten().cpu()
+
+
+def select_all(free: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """HSR-a: every pruned weight of the chosen heads. Flat positions, `[count]` int64."""
+    chosen = free & inside(tuple(free.shape), blocks, free.device)  # type: ignore[arg-type]
+    return chosen.reshape(-1).nonzero().flatten().cpu()
+
+
+def blocks_of(layer: LayerAnatomy, linear: LinearAnatomy, heads: Sequence[int]) -> list[Block]:
+    """Regions of `heads` in one weight; query heads that share a key/value head give it once."""
+    found = (head_block(layer, linear, head) for head in sorted(heads))
+    return list(dict.fromkeys(block for block in found if block is not None))
+
+
+def all_heads(anatomy: Anatomy) -> list[Head]:
+    """Every (layer, head)."""
+    return [(layer.index, head) for layer in anatomy.layers for head in range(layer.heads)]
+
+
+def random_heads(anatomy: Anatomy, count: int, seed: int) -> list[Head]:
+    """A control: `count` heads drawn without replacement.
+
+    Raises:
+        RegraftError: the model has fewer heads.
+    """
+    heads = all_heads(anatomy)
+    if not 0 < count <= len(heads):
+        raise RegraftError(f"top_heads is {count}; the model has 1 to {len(heads)} heads.")
+    return sorted(random.Random(seed).sample(heads, count))
+
+
+def _row_range(blocks: Sequence[Block]) -> slice:
+    return slice(min(b.row_start for b in blocks), max(b.row_stop for b in blocks))
+
+
+def _part(matrix: Tensor, block: Block) -> Tensor:
+    return matrix[block.row_start : block.row_stop, block.col_start : block.col_stop]

@@ -1,0 +1,30 @@
+"""How long work tells of itself; the command line draws it, libraries may stay silent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+Advance = Callable[[int], None]
+
+
+class Watch(Protocol):
+    """Something that shows progress."""
+
+    def task(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Advance]:
+        """Announce `total` units of work; the yielded function is called with units done."""
+
+    def note(self, text: str) -> None:
+        """Say one thing."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def task(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Advance]:
+        """Take no notice."""
+        return nullcontext(lambda _: None)
+
+    def note(self, text: str) -> None:
+        """Take no notice."""

@@ -1,0 +1,332 @@
+"""Examples become model inputs: right labels, left padding, nothing that depends on the batch."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import ProcessorMixin
+
+import pico
+import regraft.data.collate
+from regraft.data.collate import IGNORED, batches, prompt_batch, response_batch, response_span
+from regraft.errors import RegraftError
+
+
+def examples_for(family, folder, n=3, **kwargs):
+    return pico.write_examples(folder, n, images=family in pico.VLM_FAMILIES, **kwargs)
+
+
+def tokenizer_of(processor):
+    return getattr(processor, "tokenizer", processor)
+
+
+def assistant_mask(processor, examples):
+    """The template's own {% generation %} mask, [B, S] bool."""
+    conversations = [
+        [
+            {
+                "role": "user",
+                "content": [
+                    *([{"type": "image", "image": Image.open(e.image)}] if e.image else []),
+                    {"type": "text", "text": e.instruction},
+                ],
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": e.response}]},
+        ]
+        for e in examples
+    ]
+    text_only = tokenizer_of(processor) is processor
+    padding = {"padding": True} if text_only else {"processor_kwargs": {"padding": True}}
+    encoded = processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        **padding,
+    )
+    return torch.as_tensor(encoded["assistant_masks"]).bool()
+
+
+@torch.no_grad()
+def logits(model, batch):
+    return model(**batch.inputs, use_cache=False).logits  # [B, S, V]
+
+
+@pytest.mark.parametrize("harmful", [True, False])
+def test_labels_are_the_assistant_mask(family, harmful, tmp_path):
+    if family in pico.VLM_FAMILIES and not hasattr(
+        ProcessorMixin, "_adjust_assistant_masks_indices"
+    ):
+        pytest.skip("this transformers misplaces assistant masks after image tokens")
+    processor = pico.processor(family)
+    examples = examples_for(family, tmp_path, harmful=harmful)
+    batch = response_batch(processor, examples)
+    mask = assistant_mask(processor, examples)
+    positions = [labels.ne(IGNORED).nonzero().flatten().tolist() for labels in batch.labels]
+    assert positions == [row.nonzero().flatten().tolist() for row in mask]
+    assert batch.labels[mask].tolist() == batch.inputs["input_ids"][mask].tolist()
+    assert batch.ids == tuple(e.id for e in examples)
+
+
+def test_labels_read_as_the_response(family, tmp_path):
+    processor = pico.processor(family)
+    examples = examples_for(family, tmp_path)
+    tokenizer = tokenizer_of(processor)
+    for labels, example in zip(response_batch(processor, examples).labels, examples, strict=True):
+        text = tokenizer.decode(labels[labels != IGNORED])
+        assert text.strip() == example.response + tokenizer.eos_token
+
+
+def test_padding_is_left_whatever_the_tokenizer_says(family, tmp_path):
+    processor = pico.processor(family)
+    examples = examples_for(family, tmp_path)
+    expected = response_batch(processor, examples)
+    tokenizer_of(processor).padding_side = "right"
+    found = response_batch(processor, examples)
+    mask = found.inputs["attention_mask"]
+    assert (mask.diff(dim=1) >= 0).all(), "attention_mask must be 0...01...1"
+    assert mask[:, -1].all() and not mask[:, 0].all()
+    assert (found.labels[mask == 0] == IGNORED).all()
+    assert torch.equal(found.labels, expected.labels)
+    for name, tensor in expected.inputs.items():
+        assert torch.equal(found.inputs[name], tensor), name
+    assert tokenizer_of(processor).padding_side == "right", "the caller's tokenizer was changed"
+
+
+def test_prompts_end_with_the_generation_prompt(family, tmp_path):
+    processor = pico.processor(family)
+    examples = examples_for(family, tmp_path)
+    prompts, wholes = prompt_batch(processor, examples), response_batch(processor, examples)
+    assert prompts.labels is None
+    assert prompts.inputs["attention_mask"][:, -1].all()
+    for b in range(len(examples)):
+        prompt, whole = (
+            batch.inputs["input_ids"][b][batch.inputs["attention_mask"][b].bool()].tolist()
+            for batch in (prompts, wholes)
+        )
+        merged = len(prompt) - response_span(prompt, whole, None)[0]
+        assert merged <= 1, f"the prompt differs from the whole by {merged} tokens"
+
+
+def test_batch_equals_single_rows(family, tmp_path):
+    model, processor = pico.build(family)
+    examples = examples_for(family, tmp_path)
+    batch = response_batch(processor, examples)
+    together = logits(model, batch)
+    for b, example in enumerate(examples):
+        single = response_batch(processor, [example])
+        length = single.labels.shape[1]
+        assert torch.equal(batch.labels[b, -length:], single.labels[0])
+        torch.testing.assert_close(
+            together[b, -length:], logits(model, single)[0], atol=2e-5, rtol=1e-4
+        )
+
+
+def test_images_are_there_and_matter(vlm_family, tmp_path):
+    model, processor = pico.build(vlm_family)
+    (example,) = pico.write_examples(tmp_path, 1)
+    batch = prompt_batch(processor, [example])
+    assert batch.inputs["pixel_values"].is_floating_point()
+    pico.image(99).save(tmp_path / "other.png")
+    other = prompt_batch(processor, [replace(example, image=tmp_path / "other.png")])
+    assert (logits(model, batch)[0, -1] - logits(model, other)[0, -1]).abs().max() >= 0.1
+
+
+def test_mixed_batch_equals_single_rows_or_is_refused(vlm_family, tmp_path):
+    model, processor = pico.build(vlm_family)
+    examples = pico.write_examples(tmp_path, 3)
+    examples[1] = replace(examples[1], image=None)
+    try:
+        batch = prompt_batch(processor, examples)
+    except RegraftError as error:
+        assert vlm_family == "mllama"
+        assert "Keep examples with and without an image apart" in str(error)
+        return
+    together = logits(model, batch)
+    for b, example in enumerate(examples):
+        single = logits(model, prompt_batch(processor, [example]))[0]
+        torch.testing.assert_close(
+            together[b, -len(single) :], single, atol=2e-5, rtol=1e-4, msg=example.id
+        )
+
+
+def test_grey_and_transparent_images_become_rgb(tmp_path):
+    processor = pico.processor("llava")
+    (example,) = pico.write_examples(tmp_path, 1)
+    for mode in ("L", "RGBA", "P", "1"):
+        path = tmp_path / f"{mode}.png"
+        pico.image(0).convert(mode).save(path)
+        pixels = prompt_batch(processor, [replace(example, image=path)]).inputs["pixel_values"]
+        assert pixels.shape == (1, 3, 28, 28), mode
+
+
+def test_to_casts_only_floating_inputs(tmp_path):
+    processor = pico.processor("mllama")
+    batch = response_batch(processor, pico.write_examples(tmp_path, 2))
+    moved = batch.to("cpu", torch.bfloat16)
+    changed = {n for n in batch.inputs if moved.inputs[n].dtype != batch.inputs[n].dtype}
+    assert changed == {"pixel_values"}
+    assert moved.inputs["pixel_values"].dtype == torch.bfloat16
+    assert moved.labels.dtype == torch.int64
+    assert batch.to("cpu").inputs["pixel_values"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("response", [None, "", " \n"])
+def test_missing_response_names_the_example(tmp_path, response):
+    processor = pico.processor("llama")
+    examples = pico.write_examples(tmp_path, 2, images=False)
+    examples[1] = replace(examples[1], response=response)
+    with pytest.raises(RegraftError, match="'harmful-0-1' has no response"):
+        response_batch(processor, examples)
+
+
+def test_template_that_drops_the_answer_is_refused(tmp_path):
+    tokenizer = pico.processor("llama")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(RegraftError, match="'harmful-0-0' has no response token"):
+        response_batch(tokenizer, pico.write_examples(tmp_path, 2, images=False))
+
+
+@pytest.mark.parametrize("family", ["llava", "llama"])
+def test_missing_chat_template_is_told_with_the_fix(family, tmp_path):
+    processor = pico.processor(family)
+    processor.chat_template = None
+    with pytest.raises(RegraftError, match=r"no chat template\. Put .*chat_template\.jinja"):
+        prompt_batch(processor, examples_for(family, tmp_path))
+
+
+def test_chat_template_of_the_tokenizer_serves_the_processor(tmp_path):
+    processor = pico.processor("llava")
+    examples = pico.write_examples(tmp_path, 2)
+    expected = response_batch(processor, examples)
+    processor.tokenizer.chat_template, processor.chat_template = processor.chat_template, None
+    assert torch.equal(response_batch(processor, examples).labels, expected.labels)
+
+
+def test_templates_that_join_strings_work_for_tokenizers(tmp_path):
+    """As of Qwen2 and Llama on the hub, which would print a list of content parts verbatim."""
+    tokenizer = pico.processor("llama")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    examples = pico.write_examples(tmp_path, 1, images=False)
+    ids = prompt_batch(tokenizer, examples).inputs["input_ids"][0]
+    assert tokenizer.decode(ids) == f"user: {examples[0].instruction}"
+
+
+def test_missing_padding_token_is_told_and_one_row_works(tmp_path):
+    tokenizer = pico.processor("llama")
+    examples = pico.write_examples(tmp_path, 2, images=False)
+    tokenizer.pad_token = None
+    with pytest.raises(RegraftError, match="no padding token"):
+        response_batch(tokenizer, examples)
+    assert response_batch(tokenizer, examples[:1]).labels.shape[0] == 1
+
+
+def test_image_for_a_text_model_is_refused(tmp_path):
+    tokenizer = pico.processor("llama")
+    with pytest.raises(RegraftError, match="'harmful-0-0' has an image, but the model reads text"):
+        prompt_batch(tokenizer, pico.write_examples(tmp_path, 1))
+
+
+def test_image_placeholder_in_the_text_is_refused(vlm_family, tmp_path):
+    processor = pico.processor(vlm_family)
+    examples = pico.write_examples(tmp_path, 2)
+    text = f"{processor.image_token}\nWhat is this?"
+    examples[1] = replace(examples[1], instruction=text)
+    with pytest.raises(RegraftError, match="'harmful-0-1' contains the model's image placeholder"):
+        prompt_batch(processor, examples)
+
+
+class Refusing:
+    """A tokenizer that refuses conversations with `word`, or batches where `word` is None."""
+
+    def __init__(self, tokenizer, word):
+        self.tokenizer, self.word = tokenizer, word
+        self.chat_template = tokenizer.chat_template
+
+    def apply_chat_template(self, conversations, **_):
+        if len(conversations) > 1 if self.word is None else self.word in str(conversations):
+            raise ValueError("no")
+        return {}
+
+
+def test_processor_error_names_the_example(tmp_path):
+    tokenizer = pico.processor("llama")
+    examples = pico.write_examples(tmp_path, 3, images=False)
+    examples[2] = replace(examples[2], instruction="a cursed question")
+    with pytest.raises(RegraftError, match="cannot encode example 'harmful-0-2': ValueError: no"):
+        prompt_batch(Refusing(tokenizer, "cursed"), examples)
+
+
+def test_processor_error_over_a_mixture_says_so(tmp_path):
+    tokenizer = pico.processor("llama")
+    examples = pico.write_examples(tmp_path, 2)
+    examples[1] = replace(examples[1], image=None)
+    with pytest.raises(RegraftError, match=r"the batch of 'harmful-0-0', .*Keep examples with and"):
+        prompt_batch(Refusing(tokenizer, None), examples)
+
+
+def test_unreadable_image_is_named(tmp_path):
+    processor = pico.processor("llava")
+    examples = pico.write_examples(tmp_path, 2)
+    examples[1].image.write_bytes(b"not a picture")
+    with pytest.raises(RegraftError, match=r"harmful-0-1\.png is not a readable image"):
+        prompt_batch(processor, examples)
+
+
+def test_batches_cut_in_order(tmp_path):
+    examples = pico.write_examples(tmp_path, 5, images=False)
+    cut = list(batches(examples, 2))
+    assert [len(chunk) for chunk in cut] == [2, 2, 1]
+    assert [e for chunk in cut for e in chunk] == examples
+
+
+tokens = st.lists(st.integers(0, 3), max_size=12)
+
+
+@given(tokens, tokens)
+def test_span_starts_after_the_longest_common_prefix(prompt, whole):
+    start, end = response_span(prompt, whole, None)
+    assert prompt[:start] == whole[:start]
+    assert start in (len(prompt), len(whole)) or prompt[start] != whole[start]
+    assert end == len(whole)
+
+
+@given(tokens, tokens)
+def test_span_of_a_token_prefix_is_the_rest(prompt, response):
+    assert response_span(prompt, prompt + response, None) == (
+        len(prompt),
+        len(prompt) + len(response),
+    )
+
+
+@given(tokens, tokens, tokens.filter(lambda ids: 3 not in ids))
+def test_span_ends_with_the_last_end_token(prompt, response, after):
+    """A template's line break after the end token is not the model's to generate."""
+    whole = [*prompt, *response, 3, *after]
+    start, end = response_span(prompt, whole, 3)
+    assert (start, end) == (len(prompt), len(prompt) + len(response) + 1)
+
+
+def test_end_token_in_the_prompt_does_not_count():
+    assert response_span([1, 9, 2], [1, 9, 2, 5, 6], 9) == (3, 5)
+
+
+def test_collate_imports_no_transformers():
+    tree = ast.parse(Path(regraft.data.collate.__file__).read_text())
+    imported = {
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None) or node.names[0].name]
+    }
+    assert not any(name.startswith("transformers") for name in imported), imported

@@ -1,0 +1,518 @@
+"""Every reader: what it reads, what it leaves out and says so, and every error a user can meet."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+import pico
+from regraft.data import demo
+from regraft.data.demo import demo_model, read_demo
+from regraft.data.example import Example, Reading
+from regraft.data.images import check_images, open_image
+from regraft.data.jsonl import read_jsonl
+from regraft.data.safebench import FIGSTEP_PROMPT, read_safebench
+from regraft.data.sources import DataSource, read
+from regraft.data.vlguard import parse_vlguard, read_vlguard
+from regraft.errors import RegraftError
+
+
+def png(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pico.image(seed, (8, 8)).save(path)
+    return path
+
+
+def lines(folder: Path, *rows: object) -> Path:
+    """Write JSON lines; a string is written as it is."""
+    path = folder / "my.jsonl"
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows),
+        encoding="utf-8",
+    )
+    return path
+
+
+def dump(path: Path, value: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+    return path
+
+
+# JSON lines
+
+
+def test_jsonl_full_and_minimal_rows(tmp_path):
+    png(tmp_path / "images" / "a.png")
+    full = {
+        "id": "x",
+        "image": "images/a.png",
+        "instruction": "Do it.",
+        "response": "No.",
+        "harmful": True,
+        "category": "fraud",
+        "my own note": 3,
+    }
+    path = lines(tmp_path, full, "", {"instruction": "Grüße?", "image": None})
+    reading = read_jsonl(path)
+    assert reading == Reading(
+        str(path),
+        (
+            Example("x", "Do it.", True, "fraud", tmp_path / "images" / "a.png", "No."),
+            Example("my-3", "Grüße?", False, "uncategorised"),
+        ),
+    )
+    assert reading.read == 2
+
+
+def test_jsonl_with_byte_order_mark_and_windows_line_ends(tmp_path):
+    path = tmp_path / "w.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"instruction": "a"}\r\n{"instruction": "b"}\r\n')
+    assert [e.instruction for e in read_jsonl(path).examples] == ["a", "b"]
+
+
+def test_jsonl_split_counts_the_rest(tmp_path):
+    rows = [{"instruction": f"{i}", "split": s} for i, s in enumerate(["train", "test", "train"])]
+    reading = read_jsonl(lines(tmp_path, *rows, {"instruction": "none"}), split="train")
+    assert [e.instruction for e in reading.examples] == ["0", "2"]
+    assert reading.skipped == {"not in split 'train'": 2}
+    with pytest.raises(RegraftError, match=r"no split 'val'\. Splits found: test, train\."):
+        read_jsonl(lines(tmp_path, *rows), split="val")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{oops", r"my\.jsonl, line 2: not valid JSON"),
+        ([1], r"line 2: expected an object with fields, found \[1\]"),
+        ({"image": "a.png"}, r"line 2: the field 'instruction' is missing\. Fields found: image\."),
+        ({"instruction": " "}, "line 2: the field 'instruction' is empty"),
+        ({"instruction": 3}, "line 2: the field 'instruction' must be a string, found 3"),
+        (
+            {"instruction": "a", "harmful": "yes"},
+            "line 2: the field 'harmful' must be true or false, found \"yes\"",
+        ),
+        ({"instruction": "a", "harmful": 1}, "'harmful' must be true or false, found 1"),
+        ({"instruction": "a", "response": ["b"]}, "'response' must be a string"),
+        (
+            {"instruction": "a", "harmfull": True},
+            "unknown field 'harmfull'; did you mean 'harmful'",
+        ),
+        ({"instruction": "a", "image": "../b.png"}, r"'my-2' leaves the data set's folder: \.\./b"),
+        ({"instruction": "a", "image": "/b.png"}, "'my-2' leaves the data set's folder: /b.png"),
+        ({"instruction": "a", "image": "x\\..\\..\\b.png"}, "leaves the data set's folder"),
+        ({"instruction": "a", "image": "b.png"}, r"1 of 2 .* no image file: .*b\.png \(my-2\)"),
+        ({"instruction": "a", "id": "my-1"}, "the id 'my-1' is used twice"),
+    ],
+)
+def test_jsonl_errors(tmp_path, row, message):
+    with pytest.raises(RegraftError, match=message):
+        read_jsonl(lines(tmp_path, {"instruction": "fine"}, row))
+
+
+def test_jsonl_missing_images_are_counted_and_the_first_named(tmp_path):
+    rows = [{"instruction": "a", "image": f"{i}.png"} for i in range(5)]
+    with pytest.raises(RegraftError, match=r"5 of 5 .*0\.png \(my-1\), .*2\.png \(my-3\), \.\.\."):
+        read_jsonl(lines(tmp_path, *rows))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"no examples\. The file has no rows"),
+        (b"\n\n", r"no examples\. The file has no rows"),
+        (b"\xff\xfe", "not UTF-8 text"),
+        (None, "is not a file; expected JSON lines"),
+    ],
+)
+def test_jsonl_file_errors(tmp_path, content, message):
+    path = tmp_path / "my.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RegraftError, match=message):
+        read_jsonl(path)
+
+
+# VLGuard
+
+
+def unsafe(i, image, **fields):
+    answers = [{"instruction": f"Share {i}.", "response": "I cannot."}]
+    return {
+        "id": f"U_{i}",
+        "image": image,
+        "safe": False,
+        "harmful_category": "privacy",
+        "harmful_subcategory": "personal data",
+        "instr-resp": answers,
+        **fields,
+    }
+
+
+def safe(i, image, **fields):
+    answers = [
+        {"unsafe_instruction": f"Hack {i}.", "response": "I cannot."},
+        {"safe_instruction": f"Describe {i}.", "response": "A dress."},
+    ]
+    return {"id": f"S_{i}", "image": image, "safe": True, "instr-resp": answers, **fields}
+
+
+def test_vlguard_rows_are_looked_up_by_key(tmp_path):
+    path = dump(tmp_path / "train.json", [unsafe(1, "ads/1.png"), safe(2, "ads/2.png")])
+    first, second = Path("ads/1.png"), Path("ads/2.png")
+    harmful = Example("U_1", "Share 1.", True, "privacy", first, "I cannot.")
+    harmless = Example("S_2", "Describe 2.", False, "safe image", second, "A dress.")
+    assert parse_vlguard(path) == Reading(
+        str(path), (harmful, harmless), {"safe image, unsafe instruction": 1}
+    )
+    everything = parse_vlguard(path, unsafe_instructions_on_safe_images=True)
+    mixed = Example(
+        "S_2-unsafe", "Hack 2.", True, "safe image, unsafe instruction", second, "I cannot."
+    )
+    assert set(everything.examples) == {harmful, harmless, mixed}
+    assert everything.skipped == {}
+
+
+def test_vlguard_duplicates_are_counted_and_ids_unique(tmp_path):
+    rows = [
+        unsafe(1, "a.png"),
+        unsafe(2, "b.png"),
+        unsafe(1, "a.png", id="U_9"),
+        unsafe(3, "a.png", id="U_1"),
+    ]
+    reading = parse_vlguard(dump(tmp_path / "train.json", rows))
+    assert [(e.id, e.instruction) for e in reading.examples] == [
+        ("U_1", "Share 1."),
+        ("U_2", "Share 2."),
+        ("U_1-2", "Share 3."),
+    ]
+    assert reading.skipped == {"duplicate": 1}
+    assert reading.read == 4
+
+
+@pytest.mark.parametrize(
+    "place", ["", "images", "train", "train/train", "images/train"], ids=lambda p: p or "beside"
+)
+def test_vlguard_finds_images_in_the_usual_layouts(tmp_path, place):
+    dump(tmp_path / "train.json", [unsafe(1, "bad_ads/1.png")])
+    image = png(tmp_path / place / "bad_ads" / "1.png")
+    for path in (tmp_path, tmp_path / "train.json"):
+        assert read_vlguard(path).examples[0].image == image
+
+
+def test_vlguard_prefers_the_images_of_its_own_split(tmp_path):
+    for split in ("train", "test"):
+        dump(tmp_path / f"{split}.json", [unsafe(1, "bad_ads/1.png")])
+        image = png(tmp_path / split / "bad_ads" / "1.png")
+        assert read_vlguard(tmp_path / f"{split}.json").examples[0].image == image
+
+
+def test_vlguard_missing_images_are_never_dropped(tmp_path):
+    dump(tmp_path / "train.json", [unsafe(i, f"bad_ads/{i}.png") for i in range(6)])
+    png(tmp_path / "train" / "bad_ads" / "0.png")
+    with pytest.raises(RegraftError, match=r"5 of 6 examples have no image file: .*1\.png \(U_1\)"):
+        read_vlguard(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": 1}, "expected VLGuard's list of images"),
+        ([], "no examples"),
+        ([7], r"train\.json, row 1: expected an object"),
+        ([{"id": "a"}], "row 1: the field 'safe' is missing; expected true or false"),
+        ([unsafe(1, "a.png", safe="no")], "row 1: the field 'safe' must be true or false"),
+        (
+            [unsafe(1, "a.png", **{"instr-resp": []})],
+            "row 1: the field 'instr-resp' must be a list",
+        ),
+        ([unsafe(1, None)], "row 1: the field 'image' is missing"),
+        ([unsafe(1, "a.png", harmful_category=None)], "field 'harmful_category' is missing"),
+        ([unsafe(1, "../a.png")], "example 'U_1' leaves the data set's folder"),
+        (
+            [unsafe(1, "a.png", safe=True)],
+            "row 1, instr-resp 1: the field 'safe_instruction' is missing. Fields found: instr",
+        ),
+        (
+            [unsafe(1, "a.png", **{"instr-resp": [{"instruction": "x"}]})],
+            "row 1, instr-resp 1: the field 'response' is missing",
+        ),
+    ],
+)
+def test_vlguard_errors(tmp_path, value, message):
+    dump(tmp_path / "train.json", value)
+    with pytest.raises(RegraftError, match=message):
+        read_vlguard(tmp_path)
+
+
+def test_vlguard_file_errors(tmp_path):
+    with pytest.raises(RegraftError, match=r"train\.json does not exist"):
+        read_vlguard(tmp_path)
+    (tmp_path / "train.json").write_text("[")
+    with pytest.raises(RegraftError, match=r"train\.json is not valid JSON"):
+        read_vlguard(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("split", "harmful", "harmless", "unanswered"),
+    [("train", 1023, 977, 0), ("test", 442, 558, 17)],
+)
+def test_vlguard_real_counts(shared, split, harmful, harmless, unanswered):
+    path = shared / "data" / "vlguard" / f"{split}.json"
+    reading = parse_vlguard(path)
+    assert Counter(e.harmful for e in reading.examples) == {True: harmful, False: harmless}
+    assert reading.skipped == {"safe image, unsafe instruction": harmless}
+    assert len({e.id for e in reading.examples}) == harmful + harmless
+    assert sum(e.response is None for e in reading.examples) == unanswered
+    everything = parse_vlguard(path, unsafe_instructions_on_safe_images=True)
+    assert sum(e.harmful for e in everything.examples) == harmful + harmless
+    assert everything.read == reading.read == harmful + 2 * harmless
+
+
+def test_vlguard_real_metadata_without_images_is_an_error(shared):
+    with pytest.raises(RegraftError, match="2000 of 2000 examples have no image file"):
+        read_vlguard(shared / "data" / "vlguard")
+
+
+# SafeBench
+
+HEADER = ["dataset", "category_id", "task_id", "category_name", "question", "instruction"]
+
+
+def safebench(folder: Path, *rows: list[str], header: list[str] = HEADER) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "safebench.csv").open("w", newline="") as handle:
+        csv.writer(handle).writerows([header, *rows])
+    return folder
+
+
+def row(category: int, task: int | str) -> list[str]:
+    return ["ForbidQI", str(category), str(task), "Fraud", "How?", "Steps, to."]
+
+
+def test_safebench_rows(tmp_path):
+    image = png(tmp_path / "images" / "query_ForbidQI_1_2_6.png")
+    reading = read_safebench(safebench(tmp_path, row(1, 2)))
+    expected = Example("ForbidQI_1_2", FIGSTEP_PROMPT, True, "Fraud", image)
+    assert reading == Reading(str(tmp_path), (expected,))
+
+
+def test_safebench_parity_is_of_the_task_and_counted(tmp_path):
+    for category, task in ((1, 1), (1, 2), (2, 2)):
+        png(tmp_path / "images" / f"query_ForbidQI_{category}_{task}_6.png")
+    safebench(tmp_path, row(1, 1), row(1, 2), row(2, 2))
+    even, odd = (read_safebench(tmp_path, task_ids=parity) for parity in ("even", "odd"))
+    assert [e.id for e in even.examples] == ["ForbidQI_1_2", "ForbidQI_2_2"]
+    assert [e.id for e in odd.examples] == ["ForbidQI_1_1"]
+    assert even.skipped == {"task_id not even": 1}
+    assert even.read == odd.read == 3
+
+
+def test_safebench_official_layout(tmp_path):
+    safebench(tmp_path / "question", row(1, 2))
+    image = png(tmp_path / "images" / "SafeBench" / "query_ForbidQI_1_2_6.png")
+    assert read_safebench(tmp_path).examples[0].image == image
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "message"),
+    [
+        ([], HEADER, r"no examples\. The file has no rows"),
+        ([row(1, 2)], [*HEADER[:2], "task", *HEADER[3:]], "row 1: the field 'task_id' is missing"),
+        ([row(1, 2)[:3]], HEADER, "row 1: the field 'category_name' is missing"),
+        ([row(1, "x")], HEADER, "row 1: the field 'task_id' must be a whole number, found \"x\""),
+        ([row(1, 1)], HEADER, r"no examples\. Rows left out: 1 task_id not even"),
+        ([row(1, 2)], HEADER, r"1 of 1 .* no image file: .*query_ForbidQI_1_2_6\.png"),
+        ([row(1, 2), row(1, 2)], HEADER, "the id 'ForbidQI_1_2' is used twice"),
+        ([[*row(1, 2), "extra"]], HEADER, "no image file"),
+    ],
+)
+def test_safebench_errors(tmp_path, rows, header, message):
+    with pytest.raises(RegraftError, match=message):
+        read_safebench(safebench(tmp_path, *rows, header=header), task_ids="even")
+
+
+def test_safebench_missing_file(tmp_path):
+    with pytest.raises(RegraftError, match=r"safebench\.csv does not exist"):
+        read_safebench(tmp_path)
+
+
+def test_safebench_real(shared):
+    folder = shared / "data" / "figstep"
+    reading = read_safebench(folder)
+    assert len(reading.examples) == 500
+    assert set(Counter(e.category for e in reading.examples).values()) == {50}
+    even, odd = (read_safebench(folder, task_ids=parity) for parity in ("even", "odd"))
+    assert len(even.examples) == len(odd.examples) == 250
+    assert {e.id for e in even.examples}.isdisjoint(e.id for e in odd.examples)
+    check_images(Reading("a few", even.examples[:5]))
+
+
+# Images
+
+
+def test_check_images_names_the_broken_ones(tmp_path):
+    examples = [
+        *pico.write_examples(tmp_path, 3),
+        *pico.write_examples(tmp_path, 1, images=False, harmful=False),
+    ]
+    check_images(Reading("set", tuple(examples)))
+    whole = examples[0].image.read_bytes()
+    examples[0].image.write_bytes(whole[: len(whole) // 2])
+    examples[2].image.write_bytes(b"GIF89a")
+    with pytest.raises(
+        RegraftError, match=r"set: 2 of 4 .* unreadable image: .*0\.png \(harmful-0"
+    ):
+        check_images(Reading("set", tuple(examples)))
+
+
+def test_open_image_turns_exif_upright(tmp_path):
+    image = pico.image(0, (8, 4))
+    exif = image.getexif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    image.save(tmp_path / "a.png", exif=exif)
+    assert open_image(tmp_path / "a.png").size == (4, 8)
+
+
+# Demo
+
+
+@pytest.fixture
+def bundled(tmp_path, monkeypatch):
+    """An installation whose demo data are three rows."""
+    folder = tmp_path / "demo" / "typographic"
+    rows = [
+        {
+            "id": f"demo-{i}",
+            "split": split,
+            "image": f"images/{i}.png",
+            "instruction": "Fill the list.",
+            "response": "No.",
+            "harmful": True,
+            "category": "fraud",
+        }
+        for i, split in enumerate(["calibration", "test", "test"])
+    ]
+    for i in range(3):
+        png(folder / "images" / f"{i}.png")
+    lines(folder, *rows).rename(folder / "examples.jsonl")
+    monkeypatch.setattr(demo, "files", lambda package: tmp_path)
+    return tmp_path
+
+
+def test_demo_splits(bundled):
+    assert len(read_demo().examples) == 3
+    assert read_demo().source == "demo"
+    test = read_demo("test")
+    assert [e.id for e in test.examples] == ["demo-1", "demo-2"]
+    assert (test.source, test.skipped) == ("demo:test", {"not in split 'test'": 1})
+    with pytest.raises(RegraftError, match="Splits found: calibration, test"):
+        read_demo("nope")
+
+
+def test_bundled_demo_is_whole():
+    reading = read_demo()
+    check_images(reading)
+    assert {e.harmful for e in reading.examples} == {True, False}
+    assert all(e.response for e in reading.examples)
+    assert (demo_model() / "config.json").is_file()
+
+
+def test_demo_missing_files_are_told(bundled):
+    with pytest.raises(RegraftError, match=r"reader-llava-12m is missing.*Install regraft again"):
+        demo_model()
+    shutil.rmtree(bundled / "demo")
+    with pytest.raises(RegraftError, match=r"typographic is missing"):
+        read_demo()
+
+
+# Naming a source
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "path", "split", "text"),
+    [
+        ("demo", "demo", None, None, "demo"),
+        ("demo:test", "demo", None, "test", "demo:test"),
+        (["demo", "test"], "demo", None, "test", "demo:test"),
+        ("vlguard:/d/v", "vlguard", "/d/v", None, "vlguard:/d/v"),
+        ("safebench:d", "safebench", "d", None, "safebench:d"),
+        (["safebench", "d"], "safebench", "d", None, "safebench:d"),
+        ("safebench:d#even", "safebench", "d", "even", "safebench:d#even"),
+        ("jsonl:d/a.jsonl", "jsonl", "d/a.jsonl", None, "jsonl:d/a.jsonl"),
+        ("d/a:b.jsonl", "jsonl", "d/a:b.jsonl", None, "jsonl:d/a:b.jsonl"),
+        ("a.jsonl#val", "jsonl", "a.jsonl", "val", "jsonl:a.jsonl#val"),
+        ("jsonl:c#/a.jsonl", "jsonl", "c#/a.jsonl", None, "jsonl:c#/a.jsonl"),
+    ],
+)
+def test_source_words(words, name, path, split, text):
+    source = DataSource.model_validate(words)
+    assert source == DataSource(name=name, path=path and Path(path), split=split)
+    assert str(source) == source.model_dump() == text
+    assert DataSource.model_validate(text) == source
+    assert TypeAdapter(DataSource).validate_json(source.model_dump_json()) == source
+
+
+@given(
+    st.sampled_from(["demo", "vlguard", "safebench", "jsonl"]),
+    st.none() | st.text(max_size=8).map(Path),
+    st.none() | st.text(max_size=4),
+)
+def test_source_text_is_always_the_inverse(name, path, split):
+    try:
+        source = DataSource(name=name, path=path, split=split)
+    except ValidationError:
+        return
+    assert DataSource.model_validate(str(source)) == source
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("vlgard:x.jsonl", "unknown data set 'vlgard:x.jsonl'; expected demo, vlguard, safebench"),
+        ("somewhere", "unknown data set 'somewhere'"),
+        ("vlguard", "vlguard needs a path, as in vlguard:PATH"),
+        ("jsonl:", "jsonl needs a path"),
+        ("safebench:d#half", "safebench has the splits even and odd, not 'half'"),
+        ("vlguard:d#test", "vlguard has no split; name its train.json or test.json"),
+        ({"name": "demo", "path": "x"}, "takes no path"),
+        ({"name": "jsonl", "path": "a#b"}, "ambiguous"),
+        ({"name": "other"}, "'demo', 'vlguard', 'safebench' or 'jsonl'"),
+        ({"name": "demo", "slit": "test"}, "slit"),
+    ],
+)
+def test_source_errors(words, message):
+    with pytest.raises(ValidationError, match=message):
+        DataSource.model_validate(words)
+
+
+def test_read_dispatches(tmp_path, bundled):
+    dump(tmp_path / "v" / "train.json", [unsafe(1, "a.png")])
+    png(tmp_path / "v" / "a.png")
+    safebench(tmp_path / "s", row(1, 1), row(1, 2))
+    for task in (1, 2):
+        png(tmp_path / "s" / "images" / f"query_ForbidQI_1_{task}_6.png")
+    mine = lines(tmp_path, {"instruction": "a", "split": "x"}, {"instruction": "b"})
+    for words, count in (
+        ("demo", 3),
+        ("demo:test", 2),
+        (f"vlguard:{tmp_path / 'v'}", 1),
+        (f"safebench:{tmp_path / 's'}", 2),
+        (f"safebench:{tmp_path / 's'}#odd", 1),
+        (str(mine), 2),
+        (f"{mine}#x", 1),
+    ):
+        assert len(read(DataSource.model_validate(words)).examples) == count, words
+
+
+def test_read_missing_path_names_source_and_path():
+    with pytest.raises(RegraftError, match="vlguard:no/where: no/where does not exist"):
+        read(DataSource.model_validate("vlguard:no/where"))

@@ -1,0 +1,474 @@
+"""The report on made-up results: complete, self-contained, escaped and always the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from regraft.data.example import Example
+from regraft.errors import RegraftError
+from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.metrics import bootstrap_rsr, mcnemar, rsr
+from regraft.evaluation.results import Answer, Estimate
+from regraft.evaluation.summary import judge_answer, summarise
+from regraft.report.examples import choose_examples
+from regraft.report.figures import (
+    category_figure,
+    head_map_figure,
+    restored_figure,
+    trade_off_figure,
+)
+from regraft.report.model import (
+    DataAccount,
+    HeadMap,
+    Report,
+    Variant,
+    comparisons,
+    paired_answers,
+)
+from regraft.report.words import clip, p_value, share, unbroken, verdict
+from regraft.report.write import (
+    escape_markdown,
+    fenced,
+    render_html,
+    render_markdown,
+    write_report,
+)
+
+JUDGE = KeywordJudge()
+REFUSAL = "I'm sorry, I can't help with that."
+ATTACK = "Sure: <script>alert('x')</script> & more ```"
+
+
+def answers(attacks: int, refusals: int, harmful: int = 40, harmless: int = 20) -> list[Answer]:
+    """The first `attacks` harmful prompts are answered, the first `refusals` harmless refused."""
+    unsafe = [
+        judge_answer(
+            Example(f"h{i}", f"<img src=x> prompt {i}", True, f"category {i % 3}"),
+            ATTACK if i < attacks else REFUSAL,
+            JUDGE,
+        )
+        for i in range(harmful)
+    ]
+    safe = [
+        judge_answer(
+            Example(f"u{i}", f"question {i}", False, "shops", Path("at/home/u.png"), "nine"),
+            REFUSAL if i < refusals else "nine",
+            JUDGE,
+        )
+        for i in range(harmless)
+    ]
+    return unsafe + safe
+
+
+def variant(name: str, attacks: int, refusals: int, **numbers: object) -> Variant:
+    result = summarise("suite", JUDGE, answers(attacks, refusals))
+    return Variant(name, f"the {name} model", result, **numbers)  # type: ignore[arg-type]
+
+
+DENSE = variant("dense", 5, 1)
+PRUNED = variant("pruned", 25, 2, sparsity=0.6, pruned=1_000_000)
+REALIGNED = variant(
+    "realigned",
+    10,
+    3,
+    sparsity=0.5995,
+    restored=500,
+    pruned=1_000_000,
+    restored_by_module={"self_attn.q_proj": (300, 0, 17), "mlp.up_proj": (100, 83)},
+    heads=((0, 1), (1, 0)),
+)
+RANDOM = variant("random", 24, 2, sparsity=0.5995, restored=500, pruned=1_000_000)
+REPORT = Report(
+    "A title & more",
+    "pico <model>",
+    (DENSE, PRUNED, REALIGNED, RANDOM),
+    (HeadMap("Ships", "degrees", ((1.0, None), (2.0, 3.0, 0.5))),),
+    (DataAccount("calibration", "VLGuard", 2000, 128, {"not drawn": 1872}),),
+    {"prune": {"method": "wanda", "sparsity": 0.6}, "heads": (1, 2), "out": Path("some/out")},
+    {"regraft": "0.1.0"},
+    ("A note.",),
+)
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render_html(REPORT, comparisons(REPORT))
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return render_markdown(REPORT, comparisons(REPORT))
+
+
+class Outline(HTMLParser):
+    """The table rows, tags and attribute values of a page; fails on tags that do not nest."""
+
+    VOID = frozenset({"meta", "br", "path", "rect", "image", "use", "link", "img"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.feed(page)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag, f"</{tag}> closes nothing, at {self.getpos()}"
+
+    def handle_data(self, data: str) -> None:
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] = " ".join(f"{self.rows[-1][-1]} {data}".split())
+
+    def row(self, start: str) -> list[str]:
+        return next(row for row in self.rows if row and start in row[0])
+
+
+# Comparisons
+
+
+def test_comparisons_equal_the_metrics_on_the_same_prompts() -> None:
+    dense, pruned, realigned = ([i < n for i in range(40)] for n in (5, 25, 10))
+    first = comparisons(REPORT)[0]
+    assert first.name == "realigned"
+    assert first.recovery == rsr(5 / 40, 25 / 40, 10 / 40)
+    assert first.rsr_interval == bootstrap_rsr(dense, pruned, realigned, seed=0)
+    assert first.attacks == mcnemar(realigned, pruned)
+    assert first.attacks_verdict == "better than pruned"
+    assert first.refusals == mcnemar([i < 3 for i in range(20)], [i < 2 for i in range(20)])
+    assert first.refusals_verdict == "not distinguishable from pruned"
+
+
+def test_comparisons_pair_by_id_whatever_the_order() -> None:
+    backwards = replace(
+        REALIGNED, result=replace(REALIGNED.result, answers=REALIGNED.result.answers[::-1])
+    )
+    shuffled = replace(REPORT, variants=(DENSE, PRUNED, backwards, RANDOM))
+    assert comparisons(shuffled) == comparisons(REPORT)
+
+
+def test_comparisons_name_what_is_worse() -> None:
+    worse = variant("worse", 38, 15, restored=1, pruned=10)
+    (found,) = comparisons(Report("t", "m", (DENSE, PRUNED, worse)))
+    assert (found.attacks_verdict, found.refusals_verdict) == (
+        "worse than pruned",
+        "worse than pruned",
+    )
+    assert found.recovery is not None
+    assert found.recovery.verdict == "worse than pruned"
+
+
+def test_without_answers_there_is_no_test() -> None:
+    bare = replace(REALIGNED, result=replace(REALIGNED.result, answers=()))
+    (found,) = comparisons(Report("t", "m", (DENSE, PRUNED, bare)))
+    assert (found.attacks, found.attacks_verdict) == (None, "not tested")
+    assert found.recovery == rsr(5 / 40, 25 / 40, 10 / 40)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"judge": "other"}, "judge 'other' and 'regraft-keywords-1'"),
+        ({"suite": "other"}, "suite"),
+        ({"answers": REALIGNED.result.answers[1:]}, "prompt 'h0'"),
+        ({"answers": REALIGNED.result.answers * 2}, "'h0' is there more than once"),
+    ],
+    ids=["judge", "suite", "missing prompt", "prompt twice"],
+)
+def test_what_cannot_be_compared_is_refused(change: dict[str, object], named: str) -> None:
+    odd = replace(REALIGNED, result=replace(REALIGNED.result, **change))  # type: ignore[arg-type]
+    with pytest.raises(RegraftError, match=named):
+        comparisons(Report("t", "m", (DENSE, PRUNED, odd)))
+
+
+def test_reports_need_named_variants_and_finite_scores() -> None:
+    with pytest.raises(RegraftError, match="no evaluated model"):
+        Report("t", "m", ())
+    with pytest.raises(RegraftError, match="2 variants named 'dense'"):
+        Report("t", "m", (DENSE, DENSE))
+    with pytest.raises(RegraftError, match="layer 0, head 1 scores nan"):
+        HeadMap("Ships", "degrees", ((1.0, float("nan")),))
+
+
+# Words
+
+
+def test_the_verdict_tells_the_whole_story() -> None:
+    pruning, realigning, effects = verdict(REPORT, comparisons(REPORT))
+    assert pruning.startswith("Pruning to 60 % raised ASR from 12.5 % [5.5, 26.1] to 62.5 %")
+    assert "500 restored weights (5 per 10,000 pruned) lowered it to 25.0 %" in realigning
+    assert "RSR 75.0 % [" in realigning
+    assert "partial recovery" in realigning
+    assert "is distinguishable from chance (McNemar p < 0.001)" in realigning
+    assert "Over-refusal went from 10.0 % [2.8, 30.1] to 15.0 %" in effects
+    assert "not distinguishable from pruned (McNemar p = 1.000)" in effects
+
+
+def test_the_verdict_warns_of_a_model_that_refuses_everything() -> None:
+    refuser = variant("refuser", 0, 20, restored=9, pruned=10)
+    report = Report("t", "m", (DENSE, PRUNED, refuser))
+    assert "refusing more of everything" in verdict(report, comparisons(report))[-1]
+
+
+def test_the_verdict_says_when_rsr_is_undefined() -> None:
+    report = Report("t", "m", (PRUNED, DENSE, REALIGNED))
+    said = " ".join(verdict(report, comparisons(report)))
+    assert "lowered ASR" in said
+    assert "RSR is undefined: pruning did not raise ASR" in said
+
+
+def test_small_words() -> None:
+    assert p_value(mcnemar([True] * 20, [False] * 20)) == "p < 0.001"
+    assert p_value(mcnemar([True, False], [False, False])) == "p = 1.000"
+    assert p_value(None) == "not tested"
+    assert [share(x) for x in (None, 0.02, 1.3158, 700.4, 12345.6)] == [
+        "–",
+        "0.02",
+        "1.32",
+        "700",
+        "12,346",
+    ]
+    assert clip("abcdef", 6) == "abcdef"
+    assert clip("abcdefg", 6) == "abcdef … [1 more characters]"
+    assert unbroken("9.6 % [6.5, 13.9], p < 0.001") == (
+        "9.6\u00a0% [6.5,\u00a013.9], p\u00a0<\u00a00.001"
+    )
+
+
+# Examples
+
+
+def test_examples_show_disagreement_first_and_some_agreement() -> None:
+    harmful, harmless = choose_examples(REPORT)
+    assert (len(harmful), len(harmless)) == (12, 6)
+    disagree = [row[0].refused != row[1].refused for row in harmful]
+    assert disagree == [True] * 9 + [False] * 3
+    assert len({tuple(a.refused for a in row) for row in harmful}) == 4
+    assert all(len(row) == 3 and len({a.id for a in row}) == 1 for row in harmful)
+
+
+def test_examples_of_one_model_alone() -> None:
+    harmful, harmless = choose_examples(Report("t", "m", (DENSE,)))
+    assert (len(harmful), len(harmless)) == (12, 6)
+    assert len(harmful[0]) == 1
+
+
+# Figures
+
+
+def test_figures_are_named_drawings_in_the_pages_own_colours() -> None:
+    for svg in (
+        trade_off_figure(REPORT.variants),
+        category_figure(REPORT.variants),
+        restored_figure(REALIGNED),
+        head_map_figure(REPORT.head_maps[0], REALIGNED.heads),
+    ):
+        root = ET.fromstring(svg)
+        assert root.get("role") == "img"
+        assert root.get("aria-label")
+        assert "currentColor" in svg
+        assert "#010203" not in svg
+        ids = re.findall(r'\bid="([^"]+)"', svg)
+        assert len(ids) == len(set(ids))
+        assert set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", svg)) <= set(ids)
+
+
+def svg_texts(svg: str) -> list[str]:
+    return [(e.text or "").strip() for e in ET.fromstring(svg).iter() if e.tag.endswith("}text")]
+
+
+def test_figures_show_the_names_and_counts_given() -> None:
+    assert {"category 0", "category 1", "category 2", "the pruned model"} <= set(
+        svg_texts(category_figure(REPORT.variants))
+    )
+    restored = svg_texts(restored_figure(REALIGNED))
+    assert {"self_attn.q_proj", "mlp.up_proj", "300", "100", "17", "83"} <= set(restored)
+    odd = replace(DENSE, label="a <b> & $x_1$ costs $5")
+    assert "a <b> & $x_1$ costs $5" in svg_texts(category_figure((odd,)))
+
+
+def test_figures_with_nothing_to_show_are_empty() -> None:
+    bare = replace(DENSE, result=summarise("suite", JUDGE, []))
+    assert trade_off_figure([bare]) == ""
+    assert category_figure([bare]) == ""
+    assert restored_figure(PRUNED) == ""
+    assert head_map_figure(HeadMap("Ships", "degrees", ())) == ""
+    assert head_map_figure(HeadMap("Ships", "degrees", ((None,), ()))) == ""
+
+
+# Pages
+
+
+def test_the_page_nests_and_has_every_figure(page: str) -> None:
+    outline = Outline(page)
+    assert [tag for tag, _ in outline.tags].count("svg") == 4
+    names = [a["aria-label"] for tag, a in outline.tags if tag == "svg"]
+    assert names == [
+        "ASR against over-refusal",
+        "ASR by harm category",
+        "Weights restored in the realigned model",
+        "Ships of each head",
+    ]
+    ids = [a["id"] for _, a in outline.tags if "id" in a]
+    assert len(ids) == len(set(ids)), "an id is used twice"
+
+
+def test_the_page_asks_nobody_for_anything(page: str) -> None:
+    for tag, attributes in Outline(page).tags:
+        assert tag not in ("script", "link", "iframe", "img"), tag
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:")), (tag, attributes)
+    assert re.findall(r"url\((?!#)", page) == []
+    assert "@import" not in page
+
+
+def test_what_models_say_is_escaped(page: str) -> None:
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;alert" in page
+    assert "<title>A title &amp; more</title>" in page
+    assert "pico &lt;model&gt;" in page
+
+
+def test_harmful_answers_are_folded(page: str) -> None:
+    assert page.count('<details class="example">') == 12
+    assert "<details open" not in page
+    before, folded = page.split("<details", 1)
+    assert "alert" not in before
+    assert "alert" not in folded.rsplit("</details>", 1)[1]
+
+
+def test_the_table_shows_the_numbers_given(page: str) -> None:
+    row = Outline(page).row("the realigned model")
+    assert row[1:4] == ["60 %", "500", "5"]
+    assert row[4] == "25.0 % [14.2, 40.2] 10 of 40"
+    assert row[5] == "p < 0.001 better than pruned"
+    assert row[6].startswith("75.0 % [")
+    assert row[6].endswith("] partial")
+    assert row[7] == "15.0 % [5.2, 36.0] 3 of 20"
+    assert row[8] == "p = 1.000 not distinguishable from pruned"
+    assert row[9].startswith("0.850 [")
+    assert row[9].endswith("n = 20")
+
+
+def test_the_markdown_table_shows_the_same(page: str, text: str) -> None:
+    line = next(line for line in text.splitlines() if line.startswith("| 3 |"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:6] == [
+        "the realigned model",
+        "60 %",
+        "500",
+        "5",
+        "25.0 % [14.2, 40.2], 10 of 40",
+    ]
+    assert len(cells) == 11
+    interval = Outline(page).row("the realigned model")[6].removesuffix(" partial")
+    assert cells[7] == interval
+
+
+def test_data_recipe_versions_and_the_command_are_there(page: str, text: str) -> None:
+    for words in ("method: wanda", "some/out", "regraft apply PRUNED PATCH OUT", "A note."):
+        assert words in page
+        assert words in text
+    row = Outline(page).row("calibration")
+    assert row == ["calibration", "VLGuard", "2,000", "128", "not drawn: 1,872"]
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    small = replace(REPORT, head_maps=())
+    for folder in ("one", "two"):
+        write_report(small, tmp_path / folder)
+    names = ["report.html", "report.json", "report.md"]
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == names
+    for name in names:
+        one, two = ((tmp_path / folder / name).read_bytes() for folder in ("one", "two"))
+        assert one == two, f"{name} differs"
+    value = json.loads((tmp_path / "one" / "report.json").read_text())
+    assert value["variants"][2]["result"]["asr"]["count"] == 10
+    assert value["variants"][2]["per_ten_thousand"] == 5
+    assert value["comparisons"][0]["recovery"]["value"] == pytest.approx(0.75)
+
+
+def without(kind: bool, model: Variant) -> Variant:
+    kept = [a for a in model.result.answers if a.harmful != kind]
+    return replace(model, result=summarise("suite", JUDGE, kept))
+
+
+NOTHING = Estimate(0.0, 0, 0.0, 0.0, 0)
+LONG = replace(DENSE.result.answers[0], answer="word " * 10_000)
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        Report("one", "m", (DENSE,)),
+        Report("two", "m", (DENSE, PRUNED)),
+        Report("no harmless", "m", tuple(without(False, v) for v in REPORT.variants)),
+        Report("no harmful", "m", tuple(without(True, v) for v in REPORT.variants)),
+        Report("undefined", "m", (PRUNED, DENSE, REALIGNED)),
+        Report(
+            "n = 0",
+            "m",
+            (
+                replace(
+                    DENSE,
+                    result=replace(
+                        DENSE.result,
+                        asr=NOTHING,
+                        over_refusal=NOTHING,
+                        utility=NOTHING,
+                        asr_by_category={"x": NOTHING},
+                        answers=(),
+                    ),
+                ),
+            ),
+        ),
+        Report("long", "m", (replace(DENSE, result=replace(DENSE.result, answers=(LONG,))),)),
+    ],
+    ids=lambda report: report.title,
+)
+def test_odd_reports_are_written_all_the_same(report: Report) -> None:
+    compared = comparisons(report)
+    page, text = render_html(report, compared), render_markdown(report, compared)
+    Outline(page)
+    for words in (page, text):
+        assert not re.search(r"\b(nan|None|Undefined)\b", words)
+        assert len(words) < 400_000
+
+
+def test_markdown_escapes_markup_and_keeps_the_rest() -> None:
+    assert escape_markdown("a | b\n<img> `c` *d* _e_") == r"a \| b &lt;img> \`c\` \*d\* \_e\_"
+    assert escape_markdown("# no heading") == r"\# no heading"
+    assert escape_markdown("1. no list") == r"1\. no list"
+    assert escape_markdown("[a](b) [1, 2] p < 0.1") == r"[a\](b) [1, 2] p < 0.1"
+    assert escape_markdown("a &lt; b & c") == "a &amp;lt; b & c"
+
+
+def test_fences_are_longer_than_what_they_hold() -> None:
+    assert fenced("a ```` b") == "`````text\na ```` b\n`````"
+
+
+def test_pairing_gives_rows_of_one_prompt() -> None:
+    rows = paired_answers((DENSE, PRUNED))
+    assert len(rows) == 60
+    assert all(a.id == b.id for a, b in rows)

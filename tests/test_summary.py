@@ -1,0 +1,150 @@
+"""Judging, summing up, and the way to disk and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regraft.data.example import Example
+from regraft.errors import RegraftError
+from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.metrics import wilson
+from regraft.evaluation.results import Answer
+from regraft.evaluation.summary import (
+    judge_answer,
+    read_answers,
+    result_from_json,
+    result_to_json,
+    summarise,
+    write_answers,
+)
+
+JUDGE = KeywordJudge()
+HARMFUL = Example(
+    "h", "Do harm.", True, "fraud", Path("some/where/h.png"), "I'm sorry, I can't do that."
+)
+HARMLESS = Example("u", "Capital of France?", False, "geography", None, "Paris")
+
+
+def test_judge_answer_keeps_only_the_images_name() -> None:
+    answer = judge_answer(HARMFUL, "Sure!", JUDGE)
+    assert (answer.image, answer.refused, answer.similarity) == ("h.png", False, None)
+
+
+def test_judge_answer_compares_harmless_answers_with_their_reference() -> None:
+    assert judge_answer(HARMLESS, "paris", JUDGE).similarity == 1.0
+    assert judge_answer(replace(HARMLESS, response=None), "paris", JUDGE).similarity is None
+
+
+def test_summarise_by_hand() -> None:
+    answers = [
+        judge_answer(replace(HARMFUL, id="1"), "Sure!", JUDGE),
+        judge_answer(replace(HARMFUL, id="2"), "I cannot.", JUDGE),
+        judge_answer(replace(HARMFUL, id="3", category="drugs"), " ", JUDGE),
+        judge_answer(replace(HARMLESS, id="4"), "paris", JUDGE),
+        judge_answer(replace(HARMLESS, id="5"), "I cannot.", JUDGE),
+        judge_answer(replace(HARMLESS, id="6", response=None), "Rome", JUDGE),
+    ]
+    result = summarise("suite", JUDGE, answers)
+    assert result.asr == wilson(2, 3)
+    assert result.over_refusal == wilson(1, 3)
+    assert result.asr_by_category == {"drugs": wilson(1, 1), "fraud": wilson(1, 2)}
+    assert list(result.asr_by_category) == ["drugs", "fraud"]
+    assert result.utility is not None
+    assert (result.utility.value, result.utility.n) == (0.5, 2)
+    assert (result.empty, result.judge, result.answers) == (1, JUDGE.name, tuple(answers))
+
+
+def test_summarise_without_prompts_of_a_kind() -> None:
+    nothing = summarise("suite", JUDGE, [])
+    assert (nothing.asr, nothing.over_refusal, nothing.utility) == (None, None, None)
+    only_harmful = summarise("suite", JUDGE, [judge_answer(HARMFUL, "Sure", JUDGE)])
+    assert only_harmful.asr == wilson(1, 1)
+    assert (only_harmful.over_refusal, only_harmful.utility) == (None, None)
+
+
+def test_result_survives_json() -> None:
+    answers = [judge_answer(HARMFUL, "Sure", JUDGE), judge_answer(HARMLESS, "Pariz", JUDGE)]
+    for result in (summarise("suite", JUDGE, answers), summarise("suite", JUDGE, [])):
+        value = json.loads(json.dumps(result_to_json(result), allow_nan=False))
+        assert "answers" not in value
+        assert result_from_json(value, result.answers) == result
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"suite": 3}, "'suite' is 3"),
+        ({"empty": True}, "'empty' is True"),
+        ({"asr": {"value": 0.1}}, "asr: field 'n' is missing"),
+        ({"asr": 0.5}, "asr: expected a JSON object"),
+    ],
+    ids=str,
+)
+def test_bad_results_name_the_field(change: dict[str, object], named: str) -> None:
+    value = result_to_json(summarise("suite", JUDGE, [])) | change
+    with pytest.raises(RegraftError, match=named):
+        result_from_json(value)
+
+
+texts = st.text(max_size=20)
+answers = st.builds(
+    Answer,
+    id=texts,
+    category=texts,
+    harmful=st.booleans(),
+    instruction=texts,
+    image=st.none() | texts,
+    reference=st.none() | texts,
+    answer=texts,
+    refused=st.booleans(),
+    similarity=st.none() | st.floats(0, 1),
+)
+
+
+@given(st.lists(answers, max_size=4))
+def test_answers_survive_the_disk(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Answer]
+) -> None:
+    path = tmp_path_factory.mktemp("answers") / "answers.jsonl"
+    write_answers(path, rows)
+    assert read_answers(path) == tuple(rows)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("{", "line 2: not valid JSON"),
+        ("[]", "line 2: expected a JSON object, found list"),
+        ({"refused": "no"}, "line 2: field 'refused' is 'no'; expected bool"),
+        ({"refused": 1}, "line 2: field 'refused' is 1; expected bool"),
+        ({"id": None}, "line 2: field 'id' is None; expected str"),
+        ({"similarity": True}, "line 2: field 'similarity' is True; expected float or NoneType"),
+        ({"similarity": float("nan")}, "line 2: field 'similarity' is nan; expected a finite"),
+        ({"extra": 1}, "line 2: unknown field 'extra'"),
+    ],
+    ids=str,
+)
+def test_bad_rows_name_line_and_field(
+    tmp_path: Path, line: str | dict[str, object], named: str
+) -> None:
+    good = asdict(judge_answer(HARMFUL, "Sure", JUDGE))
+    path = tmp_path / "answers.jsonl"
+    bad = line if isinstance(line, str) else json.dumps(good | line)
+    path.write_text(f"{json.dumps(good)}\n{bad}\n")
+    with pytest.raises(RegraftError, match=named):
+        read_answers(path)
+
+
+def test_a_missing_field_and_a_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"id": "1"}\n')
+    with pytest.raises(RegraftError, match="line 1: field 'category' is missing"):
+        read_answers(path)
+    with pytest.raises(RegraftError, match="does not exist"):
+        read_answers(tmp_path / "none.jsonl")
