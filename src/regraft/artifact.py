@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from regraft.errors import RegraftError
@@ -23,7 +23,8 @@ def write_artifact(
     """Write `tensors` and `header` in one step, marked as of this `kind`."""
     content = json.dumps({"format": kind, **header}, sort_keys=True)
     with atomic_file(path) as temporary:
-        save_file(dict(tensors), temporary, metadata={_KEY: content})
+        # save_file would leave a file that only its owner can read
+        temporary.write_bytes(save(dict(tensors), metadata={_KEY: content}))
 
 
 def read_artifact(path: Path, kind: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -6,11 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from regraft.errors import RegraftError
 
@@ -24,33 +27,60 @@ def disk_errors(target: Path) -> Iterator[None]:
     """Turn the operating system's "no space left" and "not allowed" into a clear error."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, SafetensorError) as error:
+        number = _error_number(error)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise RegraftError(
                 f"The disk is full: could not write {target}. Nothing was kept of it. "
                 "Free some space or choose another output folder."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise RegraftError(
                 f"No permission to write {target}. Choose another output folder."
             ) from error
+        if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise RegraftError(
+                f"{target} cannot be written: a file stands where a folder is needed, or a folder "
+                "where a file is. Choose another output."
+            ) from error
+        raise
+
+
+def _error_number(error: OSError | SafetensorError) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+@contextmanager
+def new_folders(target: Path) -> Iterator[None]:
+    """Make the folders above `target`; if the block fails, remove those that are empty again."""
+    made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # not empty: something else was written there
+                folder.rmdir()
         raise
 
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; rename it to `target` if the block succeeds."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(target)
-    temporary.unlink(missing_ok=True)
-    try:
-        with disk_errors(target):
-            yield temporary
-            _sync(temporary)
-            temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with new_folders(target):
+        temporary = discard_leftover(target)
+        try:
+            with disk_errors(target):
+                yield temporary
+                _sync(temporary)
+                temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -61,22 +91,31 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         RegraftError: `target` exists and is not an empty folder.
     """
     require_empty(target)
+    with new_folders(target):
+        temporary = discard_leftover(target)
+        try:
+            with disk_errors(target):
+                temporary.mkdir()
+                yield temporary
+                for path in temporary.rglob("*"):
+                    if path.is_file():
+                        _sync(path)
+                if target.exists():
+                    target.rmdir()
+                temporary.replace(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def discard_leftover(target: Path) -> Path:
+    """Remove what a killed run left of `target`; returns the temporary path beside it."""
     temporary = _temporary(target)
-    if temporary.exists():  # left by a killed run
+    if temporary.is_dir():
         shutil.rmtree(temporary)
-    try:
-        with disk_errors(target):
-            temporary.mkdir(parents=True)
-            yield temporary
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    _sync(path)
-            if target.exists():
-                target.rmdir()
-            temporary.replace(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    else:
+        temporary.unlink(missing_ok=True)
+    return temporary
 
 
 def require_empty(folder: Path) -> None:
@@ -91,9 +130,7 @@ def require_empty(folder: Path) -> None:
 
 def require_space(folder: Path, needed_bytes: int) -> None:
     """Raise if the disk that will hold `folder` has fewer than `needed_bytes` free."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise RegraftError(
@@ -128,6 +165,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RegraftError(f"{path} does not exist.") from error
+    except IsADirectoryError as error:
+        raise RegraftError(f"{path} is a folder; a JSON file is needed.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RegraftError(f"{path} is not valid JSON: {error}") from error
 

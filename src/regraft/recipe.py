@@ -211,6 +211,19 @@ class Recipe(Settings):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without base-60 numbers, so that `n_m: 2:4` is the text that it looks like."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, re.compile(r"[-+]?(0|[1-9][0-9_]*)$") if tag.endswith(":int") else pattern)
+        for tag, pattern in resolvers
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe from YAML; relative paths in it are relative to the file.
 
@@ -218,9 +231,11 @@ def read_recipe(path: Path) -> Recipe:
         RegraftError: the file is missing or a field is wrong; the message names each.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
         raise RegraftError(f"The recipe {path} does not exist.") from error
+    except OSError as error:
+        raise RegraftError(f"The recipe {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RegraftError(f"{path} is not valid YAML: {error}") from error
     try:
@@ -250,7 +265,7 @@ def explain(error: ValidationError) -> str:
 
 def _anchored(recipe: Recipe, folder: Path) -> Recipe:
     def path(value: Path) -> Path:
-        return value if value.expanduser().is_absolute() else folder / value
+        return folder / value.expanduser()
 
     def source(value: DataSource) -> DataSource:
         return value if value.path is None else value.model_copy(update={"path": path(value.path)})

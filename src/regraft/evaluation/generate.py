@@ -13,7 +13,7 @@ from torch import nn
 
 from regraft.data.collate import batches, prompt_batch
 from regraft.data.example import Example
-from regraft.files import write_text
+from regraft.files import disk_errors, write_text
 
 
 def generate(
@@ -47,7 +47,7 @@ def generate(
     if progress is not None:
         progress(len(answers))
     write_text(partial, "".join(map(_line, examples, answers)))
-    with partial.open("a", encoding="utf-8") as lines:
+    with disk_errors(partial), partial.open("a", encoding="utf-8") as lines:
         for chunk in batches(examples[len(answers) :], batch_size):
             texts = _answer(model, processor, chunk, max_new_tokens)
             lines.writelines(map(_line, chunk, texts))

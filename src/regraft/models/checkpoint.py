@@ -19,12 +19,21 @@ import torch
 from torch import Tensor
 
 from regraft.errors import RegraftError
-from regraft.files import atomic_folder, digest, file_digest, read_json, require_space
+from regraft.files import (
+    atomic_folder,
+    digest,
+    file_digest,
+    read_json,
+    require_empty,
+    require_space,
+)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _COPY_CHUNK = 16 * 2**20
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
+_SETTINGS = {".json", ".jinja", ".txt", ".model", ".py"}
+_LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -89,10 +98,15 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the contents of all shards, 64 hex digits. Reads every byte once."""
+        """SHA-256 over all shards, config, tokenizer, processor and template, 64 hex digits.
+
+        Reads every byte once.
+        """
+        settings = sorted(p.name for p in self.folder.iterdir() if p.suffix in _SETTINGS)
+        names = (*self.shards, *settings)
         with ThreadPoolExecutor(max_workers=4) as pool:
-            digests = pool.map(lambda shard: file_digest(self.folder / shard), self.shards)
-            return digest(*self.shards, *digests)
+            digests = pool.map(lambda name: file_digest(self.folder / name), names)
+            return digest(*names, *digests)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -150,12 +164,7 @@ def write_edited(
     """
     for name in edits:
         source.record(name)
-    if target.absolute().is_relative_to(source.folder.absolute()):
-        raise RegraftError(
-            f"The output folder {target} is inside the checkpoint {source.folder}. "
-            "Choose a folder outside it."
-        )
-    require_space(target, source.bytes)
+    check_target(source, target)
     with atomic_folder(target) as temporary:
         _copy_side_files(source.folder, temporary, set(source.shards))
         for name, content in (files or {}).items():
@@ -175,6 +184,21 @@ def write_edited(
     return open_checkpoint(target)
 
 
+def check_target(source: Checkpoint, target: Path) -> None:
+    """Check that a copy of `source` can be written to `target`.
+
+    Raises:
+        RegraftError: `target` is not empty, lies inside `source`, or the disk is too full.
+    """
+    require_empty(target)
+    if target.resolve().is_relative_to(source.folder.resolve()):
+        raise RegraftError(
+            f"The output folder {target} is inside the checkpoint {source.folder}. "
+            "Choose a folder outside it."
+        )
+    require_space(target, source.bytes)
+
+
 def _shard_names(folder: Path) -> tuple[str, ...]:
     if (folder / SINGLE_FILE).is_file():
         return (SINGLE_FILE,)
@@ -184,6 +208,8 @@ def _shard_names(folder: Path) -> tuple[str, ...]:
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise RegraftError(f"{index}: field weight_map is missing or empty.")
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise RegraftError(f"{index}: weight_map must map tensor names to file names.")
         shards = tuple(sorted(set(weight_map.values())))
         for shard in shards:
             if Path(shard).name != shard:
@@ -206,28 +232,32 @@ def _read_header(path: Path) -> Iterator[TensorRecord]:
     size = path.stat().st_size
     again = "Download or export the file again."
     with path.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
+        first = handle.read(8)
+        if first == _LFS_POINTER[:8] and first + handle.read(15) == _LFS_POINTER:
+            raise RegraftError(f"{path} is only a Git LFS pointer. Run `git lfs pull` there.")
+        handle.seek(8)
+        length = int.from_bytes(first, "little")
         if size < 8 or length > size - 8:
             raise RegraftError(f"{path} is truncated or not safetensors ({size} bytes). {again}")
         try:
             header: dict[str, Any] = json.loads(handle.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            header.pop("__metadata__", None)
+            entries = [
+                (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+                for name, entry in header.items()
+            ]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RegraftError(f"{path} has no readable safetensors header. {again}") from error
     base = 8 + length
     end = base
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, stop = entry["data_offsets"]
+    for name, dtype, shape, start, stop in entries:
         end = max(end, base + stop)
         if base + stop > size:
             raise RegraftError(
                 f"{path} is truncated: tensor {name} ends at byte {base + stop}, "
                 f"the file at {size}. {again}"
             )
-        yield TensorRecord(
-            name, path.name, entry["dtype"], tuple(entry["shape"]), base + start, base + stop
-        )
+        yield TensorRecord(name, path.name, dtype, shape, base + start, base + stop)
     if end != size:
         raise RegraftError(f"{path}: {size - end} bytes follow the last tensor. {again}")
 
@@ -257,7 +287,8 @@ def _copy_side_files(source: Path, target: Path, shards: set[str]) -> None:
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
-        in_other_format = relative.parts[0] == "original" or path.suffix in _OTHER_WEIGHTS
+        weight_name = Path(path.name.removesuffix(".index.json"))
+        in_other_format = relative.parts[0] == "original" or weight_name.suffix in _OTHER_WEIGHTS
         is_weight = path.suffix == ".safetensors" or relative.name in shards
         if not path.is_file() or hidden or in_other_format or is_weight:
             continue

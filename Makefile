@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test fast lint clean
+
+demo: $(VENV)/.run  ## prune, realign and report on the bundled model
+	$(BIN)/regraft demo --out demo-run
+
+test: $(VENV)/.dev  ## all tests, slow ones included
+	$(BIN)/python -m pytest
+
+fast: $(VENV)/.dev  ## unit tests only
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove what make made
+	rm -rf $(VENV) demo-run
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.run: pyproject.toml | $(BIN)/python
+	@echo "Installing regraft and what it needs into $(VENV) (once; PyTorch is large) ..."
+	$(BIN)/python -m pip install --progress-bar on -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "Installing regraft with its test tools into $(VENV) (once; PyTorch is large) ..."
+	$(BIN)/python -m pip install --progress-bar on -e '.[dev]'
+	touch $@ $(VENV)/.run

@@ -1,0 +1,191 @@
+"""Independent, naive implementations that the fast ones are compared with.
+
+Everything here runs whole forward passes, one head or one layer at a time, from pixels to logits,
+through hooks and attention code of its own. Nothing of `regraft.models.replay` or `.ablation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+import pico
+from regraft.data.collate import Batch, prompt_batch, response_batch
+from regraft.models.anatomy import Anatomy
+from regraft.models.load import Source, load_model, load_processor, open_source
+
+
+class Opened(NamedTuple):
+    source: Source
+    model: nn.Module
+    processor: Any
+    anatomy: Anatomy
+
+
+@cache
+def opened(folder: Path) -> Opened:
+    """A checkpoint as the package opens it; shared by tests, leave it unchanged."""
+    source = open_source(folder)
+    return Opened(source, load_model(source), load_processor(source), source.anatomy)
+
+
+def examples(family: str, folder: Path, n: int = 3, *, images: bool = True, **kwargs: Any) -> list:
+    """Examples with images for vision-language families, without for language models."""
+    return pico.write_examples(folder, n, images=images and family in pico.VLM_FAMILIES, **kwargs)
+
+
+def make_batch(kind: str, family: str, processor: Any, folder: Path) -> Batch:
+    """A batch of one `kind`: left or right padded, a single row, or no image for an image model."""
+    if kind == "left":
+        return prompt_batch(processor, examples(family, folder, 3))
+    if kind == "right":
+        return pad_right(response_batch(processor, examples(family, folder, 3)))
+    if kind == "single":
+        return response_batch(processor, examples(family, folder, 1))
+    assert kind == "text"
+    return prompt_batch(processor, examples(family, folder, 3, images=False))
+
+
+def pad_right(batch: Batch) -> Batch:
+    """Move each row's padding behind its tokens."""
+    mask = batch.inputs["attention_mask"]
+    shifts = (mask.shape[1] - mask.sum(dim=1)).tolist()
+
+    def roll(tensor: Tensor) -> Tensor:
+        rows = [row.roll(-shift, 0) for row, shift in zip(tensor, shifts, strict=True)]
+        return torch.stack(rows)
+
+    inputs = {n: roll(t) if t.shape[:2] == mask.shape else t for n, t in batch.inputs.items()}
+    assert (inputs["attention_mask"].diff(dim=1) <= 0).all()
+    return replace(batch, inputs=inputs, labels=None if batch.labels is None else roll(batch.labels))
+
+
+class States(NamedTuple):
+    """Of one full forward: input of each layer that ran, normed final state, logits."""
+
+    entering: dict[int, Tensor]
+    final: Tensor
+    logits: Tensor
+
+
+@torch.no_grad()
+def full_forward(model: nn.Module, inputs: Any) -> States:
+    """Run the whole model, from pixels to logits, and watch its decoder."""
+    decoder, entering, final = model.get_decoder(), {}, []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _m, args, i=i: entering.__setitem__(i, args[0]))
+        for i, layer in enumerate(decoder.layers)
+    ]
+    hooks.append(decoder.register_forward_hook(lambda _m, _a, out: final.append(out[0])))
+    try:
+        logits = model(**inputs, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return States(entering, final[0], logits)
+
+
+@torch.no_grad()
+def linear_inputs(model: nn.Module, batch: Batch, names: list[str]) -> dict[str, Tensor]:
+    """What the linears with these module names read in one full forward."""
+    modules, seen = dict(model.named_modules()), {}
+    hooks = [
+        modules[name].register_forward_pre_hook(
+            lambda _m, args, name=name: seen.__setitem__(name, args[0].clone())
+        )
+        for name in names
+    ]
+    try:
+        model(**batch.inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+# One head's query, key or value scaled inside the attention, after the key/value repetition
+
+_EDIT: dict[str, Any] = {}
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Softmax attention written out; q, k, v are [B, heads, S, D], the mask is additive."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (torch.repeat_interleave(t, repeats, dim=1) for t in (key, value))
+    if module is _EDIT["module"]:
+        query, key, value = query.clone(), key.clone(), value.clone()
+        for name, tensor in (("q", query), ("k", key), ("v", value)):
+            if _EDIT["target"] in (name, "all"):
+                tensor[:, _EDIT["head"]] *= _EDIT["eps"]
+    scores = query @ key.transpose(2, 3) * kwargs["scaling"] + mask
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("truth", _attention)
+AttentionMaskInterface.register("truth", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+
+
+@contextmanager
+def ablated(model: nn.Module, layer: int, head: int, target: str, eps: float) -> Iterator[None]:
+    """Inside the block the text decoder runs with one query head's q, k, v or all scaled by eps."""
+    decoder = model.get_decoder()
+    block = decoder.layers[layer]
+    before = decoder.config._attn_implementation
+    module = block.self_attn if hasattr(block, "self_attn") else block.cross_attn
+    _EDIT.update(module=module, head=head, target=target, eps=eps)
+    decoder.set_attn_implementation("truth")
+    try:
+        yield
+    finally:
+        decoder.set_attn_implementation(before)
+        _EDIT["module"] = None
+
+
+@contextmanager
+def edited(weight: Tensor) -> Iterator[Tensor]:
+    """Yield a weight to change; it is as before after the block."""
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            yield weight
+    finally:
+        weight.data.copy_(before)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Fail if the block changes a weight, a mode, an attribute, a forward or a hook of the model."""
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
+    before = _traits(model)
+    yield
+    after = model.state_dict()
+    assert list(weights) == list(after)
+    changed = [name for name, tensor in weights.items() if not torch.equal(tensor, after[name])]
+    assert not changed, f"weights were changed: {changed}"
+    different = {n: (t, _traits(model)[n]) for n, t in before.items() if _traits(model)[n] != t}
+    assert not different, f"modules were changed: {different}"
+
+
+def _traits(model: nn.Module) -> dict[str, Any]:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return {
+        name: (
+            module.training,
+            "forward" in module.__dict__,
+            getattr(module, "scaling", None),
+            [len(getattr(module, hook)) for hook in hooks],
+            getattr(getattr(module, "config", None), "_attn_implementation", None),
+        )
+        for name, module in model.named_modules()
+    }
