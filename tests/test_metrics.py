@@ -131,7 +131,7 @@ def test_rsr_reproduces_the_papers_headline() -> None:
 @pytest.mark.parametrize(
     ("restored", "verdict"),
     [
-        (0.50, "worse than pruned"),
+        (0.50, "negative"),
         (0.36, "none"),
         (0.20, "partial"),
         (0.144, "complete"),

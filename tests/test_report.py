@@ -175,7 +175,7 @@ def test_comparisons_name_what_is_worse() -> None:
         "worse than pruned",
     )
     assert found.recovery is not None
-    assert found.recovery.verdict == "worse than pruned"
+    assert found.recovery.verdict == "negative"
 
 
 def test_without_answers_there_is_no_test() -> None:

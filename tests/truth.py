@@ -20,7 +20,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import pico
 from regraft.data.collate import Batch, prompt_batch, response_batch
-from regraft.models.anatomy import Anatomy
+from regraft.importance.statistics import InputStatistics
+from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
+from regraft.models.checkpoint import write_edited
 from regraft.models.load import Source, load_model, load_processor, open_source
 
 
@@ -66,7 +68,9 @@ def pad_right(batch: Batch) -> Batch:
 
     inputs = {n: roll(t) if t.shape[:2] == mask.shape else t for n, t in batch.inputs.items()}
     assert (inputs["attention_mask"].diff(dim=1) <= 0).all()
-    return replace(batch, inputs=inputs, labels=None if batch.labels is None else roll(batch.labels))
+    return replace(
+        batch, inputs=inputs, labels=None if batch.labels is None else roll(batch.labels)
+    )
 
 
 class States(NamedTuple):
@@ -165,27 +169,72 @@ def edited(weight: Tensor) -> Iterator[Tensor]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Fail if the block changes a weight, a mode, an attribute, a forward or a hook of the model."""
+    """Fail if the block leaves a weight, mode, attribute, forward or hook of the model changed."""
     weights = {name: t.clone() for name, t in model.state_dict().items()}
-    before = _traits(model)
+    traits = _traits(model)
     yield
     after = model.state_dict()
     assert list(weights) == list(after)
     changed = [name for name, tensor in weights.items() if not torch.equal(tensor, after[name])]
     assert not changed, f"weights were changed: {changed}"
-    different = {n: (t, _traits(model)[n]) for n, t in before.items() if _traits(model)[n] != t}
+    now = _traits(model)
+    different = {name: (was, now[name]) for name, was in traits.items() if now[name] != was}
     assert not different, f"modules were changed: {different}"
 
 
 def _traits(model: nn.Module) -> dict[str, Any]:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    """What a function may leave behind; transformers itself adds hooks that record, once."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+
+    def hooks(module: nn.Module) -> list[Any]:
+        found = [hook for kind in kinds for hook in getattr(module, kind).values()]
+        return [h for h in found if not h.__module__.startswith("transformers.")]
+
     return {
         name: (
             module.training,
             "forward" in module.__dict__,
             getattr(module, "scaling", None),
-            [len(getattr(module, hook)) for hook in hooks],
+            hooks(module),
             getattr(getattr(module, "config", None), "_attn_implementation", None),
         )
         for name, module in model.named_modules()
     }
+
+
+def layer_anatomy(*, heads: int, kv_heads: int, head_dim: int, hidden: int) -> LayerAnatomy:
+    """A layer of these sizes without a model, with a down_proj that has no heads."""
+    shapes = {
+        "self_attn.q_proj": (heads * head_dim, hidden),
+        "self_attn.k_proj": (kv_heads * head_dim, hidden),
+        "self_attn.v_proj": (kv_heads * head_dim, hidden),
+        "self_attn.o_proj": (hidden, heads * head_dim),
+        "mlp.down_proj": (hidden, 3 * hidden),
+    }
+    linears = tuple(
+        LinearAnatomy(0, name, f"model.layers.0.{name}", f"model.layers.0.{name}.weight", shape)
+        for name, shape in shapes.items()
+    )
+    return LayerAnatomy(0, "self_attn", heads, kv_heads, head_dim, linears)
+
+
+def pruned_at_random(
+    source: Source, target: Path, share: float
+) -> tuple[Source, dict[str, Tensor]]:
+    """A copy of a checkpoint with random weights set to zero, and where: key -> [out, in]."""
+    generator = torch.Generator().manual_seed(0)
+    masks = {
+        li.key: torch.rand(li.shape, generator=generator) < share for li in source.anatomy.linears
+    }
+    edits = {
+        li.tensor: lambda weight, mask=masks[li.key]: weight.masked_fill(mask, 0)
+        for li in source.anatomy.linears
+    }
+    write_edited(source.checkpoint, target, edits)
+    return open_source(target), masks
+
+
+def random_statistics(anatomy: Anatomy, generator: torch.Generator) -> InputStatistics:
+    """Squared input sums of every prunable weight, drawn at random."""
+    squares = {li.key: torch.rand(li.shape[1], generator=generator) for li in anatomy.linears}
+    return InputStatistics(squares, 1)

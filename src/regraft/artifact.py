@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from regraft.errors import RegraftError
-from regraft.files import atomic_file
+from regraft.files import atomic_file, digest
 
 _KEY = "regraft"  # one key: safetensors does not keep the order of several
 
@@ -21,7 +22,8 @@ def write_artifact(
     path: Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
     """Write `tensors` and `header` in one step, marked as of this `kind`."""
-    content = json.dumps({"format": kind, **header}, sort_keys=True)
+    marks = {"format": kind, "digest": _digest(tensors)}
+    content = json.dumps({**marks, **header}, sort_keys=True)
     with atomic_file(path) as temporary:
         # save_file would leave a file that only its owner can read
         temporary.write_bytes(save(dict(tensors), metadata={_KEY: content}))
@@ -38,13 +40,27 @@ def read_artifact(path: Path, kind: str, what: str) -> tuple[dict[str, Any], dic
     Raises:
         RegraftError: the file is missing, damaged, or of another kind.
     """
+    if path.is_dir():
+        raise RegraftError(f"{path} is a folder; a file with {what} is needed.")
     if not path.is_file():
         raise RegraftError(f"The file {path} ({what}) does not exist.")
     try:
         with safe_open(path, "pt") as handle:
-            header: dict[str, Any] = json.loads((handle.metadata() or {}).get(_KEY, "{}"))
-            if header.pop("format", None) != kind:
-                raise RegraftError(f"{path} does not hold {what} of regraft ({kind}).")
-            return header, {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            header = json.loads((handle.metadata() or {}).get(_KEY, "{}"))
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise RegraftError(f"{path} is damaged and cannot be read ({what}): {error}") from error
+    if not isinstance(header, dict) or header.pop("format", None) != kind:
+        raise RegraftError(f"{path} does not hold {what} of regraft ({kind}).")
+    if header.pop("digest", None) != _digest(tensors):
+        raise RegraftError(f"{path} is damaged: its tensors are not those that were written.")
+    return header, tensors
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    parts: list[bytes | str] = []
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        parts += [name, f"{tensor.dtype} {list(tensor.shape)}"]
+        parts.append(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest(*parts)

@@ -65,6 +65,8 @@ def inspect(model: Model, *, trust_remote_code: bool = False, names: bool = Fals
     source = _open(model, trust_remote_code)
     anatomy, console = source.anatomy, Console()
     about = Table.grid(padding=(0, 2))
+    about.add_column()
+    about.add_column(overflow="fold")
     for key, value in {
         "folder": str(source.folder),
         "family": anatomy.family,
@@ -211,6 +213,7 @@ def realign(
         dense_source = _open(dense, compute.trust_remote_code)
         pruned_source = _open(pruned, compute.trust_remote_code)
         check_pair(dense_source, pruned_source)
+        stages.check_top_heads(dense_source, settings)
         if settings.heads == "top" and heads_file is None:
             heads_file = out.with_suffix(".heads.safetensors")
             stages.heads(dense_source, heads_file, scoring, calibration, compute, watch)
@@ -341,10 +344,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RegraftError as error:
         _fail(console, str(error))
     except ValidationError as error:
-        _fail(console, explain(error))
+        _fail(console, explain(error, flags=True))
     except CycloptsError as error:
         cause = error.__cause__
-        _fail(console, explain(cause) if isinstance(cause, ValidationError) else str(error))
+        if isinstance(cause, ValidationError):
+            _fail(console, explain(cause, flags=True))
+        _fail(console, str(error))
     except KeyboardInterrupt:
         console.print("Interrupted. The same command continues where it stopped.")
         sys.exit(130)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -16,10 +17,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from regraft.evaluation.results import Estimate, EvalResult
-from regraft.report.model import Report, comparisons
 from regraft.watch import Advance
+
+if TYPE_CHECKING:
+    from regraft.report.model import Report
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -32,7 +36,7 @@ class ConsoleWatch:
 
     def note(self, text: str) -> None:
         """Print one line."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     @contextmanager
     def task(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:
@@ -44,7 +48,7 @@ class ConsoleWatch:
     @contextmanager
     def _bar(self, what: str, total: int, unit: str) -> Iterator[Advance]:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -77,7 +81,9 @@ class ConsoleWatch:
 
 def show_result(console: Console, result: EvalResult) -> None:
     """Print one evaluation with its intervals, per category."""
-    table = Table("", "%", "95 % interval", "n", title=f"{result.suite} (judge {result.judge})")
+    table = Table(
+        "", "%", "95 % interval", "n", title=Text(f"{result.suite}, judge {result.judge}")
+    )
     for name, estimate in (
         ("ASR", result.asr),
         ("over-refusal", result.over_refusal),
@@ -86,7 +92,7 @@ def show_result(console: Console, result: EvalResult) -> None:
         if estimate is not None:
             table.add_row(name, *_cells(estimate), style="bold")
     for category, estimate in result.asr_by_category.items():
-        table.add_row(f"  ASR, {category}", *_cells(estimate))
+        table.add_row(Text(f"  ASR, {category}"), *_cells(estimate))
     console.print(table)
     if result.empty:
         console.print(f"{result.empty} answers are empty; they count as not refused.")
@@ -94,6 +100,8 @@ def show_result(console: Console, result: EvalResult) -> None:
 
 def show_report(console: Console, report: Report) -> None:
     """Print the table of a run: every model with sparsity, ASR, RSR, over-refusal, utility."""
+    from regraft.report.model import comparisons  # scipy, slow to import
+
     table = Table(
         "model",
         "sparsity",
@@ -104,7 +112,7 @@ def show_report(console: Console, report: Report) -> None:
         "p",
         "over-refusal %",
         "utility %",
-        title=report.title,
+        title=Text(report.title),
     )
     compared = {one.name: one for one in comparisons(report)}
     for variant in report.variants:
@@ -112,7 +120,7 @@ def show_report(console: Console, report: Report) -> None:
         recovery = None if comparison is None else comparison.recovery
         attacks = None if comparison is None else comparison.attacks
         table.add_row(
-            variant.label,
+            Text(variant.label),
             f"{100 * variant.sparsity:.2f} %",
             f"{variant.restored:,}" if variant.restored else "",
             "" if variant.per_ten_thousand is None else f"{variant.per_ten_thousand:.2f}",

@@ -130,13 +130,19 @@ def require_empty(folder: Path) -> None:
 
 def require_space(folder: Path, needed_bytes: int) -> None:
     """Raise if the disk that will hold `folder` has fewer than `needed_bytes` free."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
+    )
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise RegraftError(
-            f"The disk is too full: {folder} needs {needed_bytes / 2**30:.2f} GiB and "
-            f"{free / 2**30:.2f} GiB are free. Free some space or choose another folder."
+            f"The disk is too full: {folder} needs {_size(needed_bytes)} and {_size(free)} are "
+            "free. Free some space or choose another folder."
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def _sync(path: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 from regraft import stages
 from regraft.data.demo import demo_model
+from regraft.data.sources import read
 from regraft.errors import RegraftError
-from regraft.files import read_json, require_empty, write_text
+from regraft.files import discard_leftover, read_json, require_empty, require_space, write_text
 from regraft.heads.score import HeadScores, load_heads
 from regraft.importance.statistics import load_statistics
-from regraft.models.load import Source, open_source
+from regraft.models.load import Source, open_source, pick_device
 from regraft.recipe import Recipe, VariantSettings, read_recipe, write_recipe
 from regraft.report.model import DataAccount, HeadMap, Report, Variant
 from regraft.report.write import write_report
@@ -87,14 +88,15 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Report:
     dense = open_source(
         _model_folder(recipe.model), trust_remote_code=recipe.compute.trust_remote_code
     )
+    existing = None
+    if recipe.pruned is not None:
+        existing = open_source(recipe.pruned, trust_remote_code=recipe.compute.trust_remote_code)
+        check_pair(dense, existing)
+    _check(recipe, dense, place)
     _claim(place, recipe)
-    if recipe.pruned is None:
-        pruned = stages.prune(
-            dense, place.pruned, recipe.prune, recipe.calibration, recipe.compute, watch
-        )
-    else:
-        pruned = open_source(recipe.pruned, trust_remote_code=recipe.compute.trust_remote_code)
-        check_pair(dense, pruned)
+    pruned = existing or stages.prune(
+        dense, place.pruned, recipe.prune, recipe.calibration, recipe.compute, watch
+    )
     suite, evaluate, compute = recipe.evaluate.suite, recipe.evaluate, recipe.compute
     for name, source in (("dense", dense), ("pruned", pruned)):
         watch.note(f"Evaluating the {name} model")
@@ -109,14 +111,44 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Report:
     return report(folder)
 
 
+def _check(recipe: Recipe, dense: Source, place: RunFolder) -> None:
+    """Find now, before anything is written, what would stop the run hours later."""
+    pick_device(recipe.compute.device)
+    by_heads = any(one.heads == "top" for one in recipe.realign)
+    by_importance = any(one.method == "hsr" for one in recipe.realign)
+    if by_heads or by_importance:
+        harmful = stages.draw_calibration(dense, recipe.calibration, harmful=True)
+        if by_heads:
+            stages.check_r_max(dense, recipe.heads, len(harmful.examples))
+    if by_importance or recipe.pruned is None:
+        stages.draw_calibration(dense, recipe.calibration, harmful=False)
+    stages.read_suite(dense, recipe.evaluate.suite, recipe.evaluate)
+    checkpoints = [place.realigned(one.name) for one in recipe.realign if one.checkpoint]
+    if recipe.pruned is None:
+        stages.check_pattern(dense, recipe.prune)
+        checkpoints.append(place.pruned)
+    for one in recipe.realign:
+        stages.check_top_heads(dense, one)
+    missing = sum(not folder.exists() for folder in checkpoints)
+    require_space(place.path, missing * dense.checkpoint.bytes)
+
+
 def report(folder: Path) -> Report:
     """Write the report of a finished run from its artifacts alone; no model is loaded.
 
     Raises:
-        RegraftError: the run is not finished.
+        RegraftError: the folder holds no run, or one that is not finished.
     """
     place = RunFolder(folder)
+    if not place.recipe.exists():
+        raise RegraftError(f"{folder} holds no run: there is no {RECIPE_FILE} in it.")
     recipe = read_recipe(place.recipe)
+    for name in ("dense", "pruned", *(one.name for one in recipe.realign)):
+        if not place.evaluation(name).exists():
+            raise RegraftError(
+                f"The run in {folder} is not finished: {name} has not been evaluated. Continue it "
+                f"with `regraft run {place.recipe} --out {folder}`."
+            )
     dense = open_source(
         _model_folder(recipe.model), trust_remote_code=recipe.compute.trust_remote_code
     )
@@ -155,6 +187,7 @@ def report(folder: Path) -> Report:
         head_maps=maps,
         data=tuple(_accounts(abouts)),
         recipe=recipe.model_dump(mode="json"),
+        images=_images(recipe),
         versions=abouts[0]["versions"] | {"device": abouts[0]["compute"]["device"]},
     )
     write_report(made, place.report)
@@ -243,6 +276,15 @@ def _accounts(abouts: list[Mapping[str, Any]]) -> Iterator[DataAccount]:
         yield DataAccount(names[role], data["source"], data["read"], data["used"], data["skipped"])
 
 
+def _images(recipe: Recipe) -> dict[str, Path]:
+    """Images of the suite by example id; none where the data set has moved since."""
+    try:
+        examples = read(recipe.evaluate.suite).examples
+    except RegraftError:
+        return {}
+    return {example.id: example.image for example in examples if example.image}
+
+
 def _sparsity(evaluation: Evaluation) -> float:
     return float(evaluation.about["zeros"] / evaluation.about["prunable"])
 
@@ -263,5 +305,6 @@ def _claim(place: RunFolder, recipe: Recipe) -> None:
                 f"({stages.difference(found, wanted)}). Choose another output folder."
             )
         return
+    discard_leftover(place.recipe)
     require_empty(place.path)
     write_text(place.recipe, write_recipe(recipe))

@@ -55,7 +55,9 @@ def _words(_type: Any, tokens: Sequence[Any]) -> DataSource:
     return DataSource.model_validate([token.value for token in tokens])
 
 
-_ONE_OR_TWO_WORDS = Parameter(converter=_words, n_tokens=-1, consume_multiple=True, accepts_keys=False)
+_ONE_OR_TWO_WORDS = Parameter(
+    converter=_words, n_tokens=-1, consume_multiple=True, accepts_keys=False
+)
 Data = Annotated[
     DataSource,
     _ONE_OR_TWO_WORDS,
@@ -250,15 +252,19 @@ def write_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def explain(error: ValidationError) -> str:
-    """A pydantic error in one line a field."""
+def explain(error: ValidationError, *, flags: bool = False) -> str:
+    """A pydantic error in one line a field, named as in a recipe or as a command line's flag."""
     lines = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
+        if flags and where:
+            where = f"--{where.replace('_', '-')}"
         message = problem["msg"].removeprefix("Value error, ")
-        given = (
-            "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})"
-        )
+        given = f" (got {problem['input']!r})"
+        if problem["type"] in ("missing", "value_error"):
+            given = ""
+        elif problem["type"] == "extra_forbidden":
+            message, given = "there is no such setting", ""
         lines.append(f"  {where}: {message}{given}" if where else f"  {message}{given}")
     return "\n".join(lines)
 

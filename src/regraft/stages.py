@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,15 @@ from regraft.evaluation.summary import (
     summarise,
     write_answers,
 )
-from regraft.files import atomic_folder, digest, read_json, require_empty, write_json
+from regraft.files import (
+    atomic_folder,
+    digest,
+    discard_leftover,
+    new_folders,
+    read_json,
+    require_empty,
+    write_json,
+)
 from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
 from regraft.importance.statistics import (
     InputStatistics,
@@ -43,7 +51,7 @@ from regraft.importance.statistics import (
     load_statistics,
     save_statistics,
 )
-from regraft.models.checkpoint import open_checkpoint, write_edited
+from regraft.models.checkpoint import check_target, open_checkpoint, write_edited
 from regraft.models.load import Source, load_model, load_processor, pick_device
 from regraft.pruning.pruner import LayerMasks, prune_wanda, zeros
 from regraft.recipe import (
@@ -55,7 +63,13 @@ from regraft.recipe import (
     RealignSettings,
     Settings,
 )
-from regraft.restoration.apply import apply_patch, patched, revert_patch
+from regraft.restoration.apply import (
+    apply_patch,
+    check_base,
+    patched,
+    revert_patch,
+    zeros_filled,
+)
 from regraft.restoration.patch import Patch, load_patch, save_patch
 from regraft.restoration.realign import Rule, check_pair, hsr, whole_heads
 from regraft.restoration.realign import realign as select
@@ -88,17 +102,18 @@ def prune(
         RegraftError: see `prune_wanda`, the data readers and `write_edited`.
     """
     watch = watch or Silent()
-    data = _drawn(calibration, harmful=False)
+    data = draw_calibration(dense, calibration, harmful=False)
     about = _about(
         "prune", {"dense": dense.checkpoint.fingerprint}, settings, compute, {"utility": data}
     )
     if not _is_done(out, out / ABOUT_FILE, about):
+        check_pattern(dense, settings)
+        check_target(dense.checkpoint, out)
         pattern = settings.pattern()
-        for linear in dense.anatomy.linears:
-            pattern.fits(linear.shape, linear.key)
         with _work(out, about) as work:
             masks = LayerMasks(work)
-            model, batch = _load(dense, compute, data.examples, watch)
+            model, processor = _load(dense, compute, watch)
+            calibrating = _collate(model, processor, response_batch, data.examples, compute)
             total = len(data.examples) * len(dense.anatomy.layers)
             if settings.order == "one-shot":
                 total = len(data.examples)
@@ -106,7 +121,7 @@ def prune(
                 prune_wanda(
                     model,
                     dense.anatomy,
-                    batch(response_batch),
+                    calibrating,
                     pattern,
                     masks,
                     order=settings.order,
@@ -138,20 +153,15 @@ def heads(
         RegraftError: see `score_heads` and the data readers.
     """
     watch = watch or Silent()
-    data = _drawn(calibration, harmful=True)
+    data = draw_calibration(dense, calibration, harmful=True)
     about = _about(
         "heads", {"dense": dense.checkpoint.fingerprint}, settings, compute, {"safety": data}
     )
     if not _is_done(out, out, about, lambda: load_heads(out, dense.anatomy).about):
-        limit = min(len(data.examples), dense.anatomy.hidden_size)
-        if settings.r_max > limit:
-            raise RegraftError(
-                f"r_max is {settings.r_max}, but {len(data.examples)} samples of "
-                f"{dense.anatomy.hidden_size} features allow at most {limit}."
-            )
+        check_r_max(dense, settings, len(data.examples))
         with _work(out, about) as work:
-            model, batch = _load(dense, compute, data.examples, watch)
-            prompts = batch(prompt_batch)
+            model, processor = _load(dense, compute, watch)
+            prompts = _collate(model, processor, prompt_batch, data.examples, compute)
             total = len(prompts) * len(dense.anatomy.layers)
             with watch.task("Scoring heads", total, "layers") as done:
                 scores = score_heads(
@@ -180,8 +190,8 @@ def statistics(
         (safety, utility).
     """
     watch = watch or Silent()
-    safety = _drawn(calibration, harmful=True)
-    utility = _drawn(calibration, harmful=False)
+    safety = draw_calibration(dense, calibration, harmful=True)
+    utility = draw_calibration(dense, calibration, harmful=False)
     about = _about(
         "statistics",
         {"dense": dense.checkpoint.fingerprint},
@@ -190,11 +200,16 @@ def statistics(
         {"safety": safety, "utility": utility},
     )
     if not _is_done(out, out, about, lambda: load_statistics(out).about):
-        examples = safety.examples + utility.examples
-        model, batch = _load(dense, compute, examples, watch)
-        with watch.task("Gathering input statistics", len(examples), "samples") as done:
+        model, processor = _load(dense, compute, watch)
+        samples = len(safety.examples) + len(utility.examples)
+        with watch.task("Gathering input statistics", samples, "samples") as done:
             gathered = [
-                gather(model, dense.anatomy, batch(response_batch, one.examples), done)
+                gather(
+                    model,
+                    dense.anatomy,
+                    _collate(model, processor, response_batch, one.examples, compute),
+                    done,
+                )
                 for one in (safety, utility)
             ]
         save_statistics(out, gathered[0], gathered[1], about)
@@ -229,6 +244,7 @@ def realign(
     """
     watch = watch or Silent()
     check_pair(dense, pruned)
+    check_top_heads(dense, settings)
     if settings.heads == "top" and heads_file is None:
         raise RegraftError("Ranking heads needs their scores: run `regraft heads` first.")
     if settings.method == "hsr" and statistics_file is None:
@@ -248,7 +264,8 @@ def realign(
         about["inputs"]["statistics"] = _key(loaded.about)
         rule = hsr(lambda kept: _band(settings, kept), loaded.safety, loaded.utility)
     chosen = _chosen_heads(dense, settings, scores)
-    about |= {"heads": chosen, "pruned": zeros(pruned.checkpoint, pruned.anatomy)}
+    about["heads"] = [list(head) for head in chosen]
+    about["pruned"] = zeros(pruned.checkpoint, pruned.anatomy)
     if not _is_done(out, out, about, lambda: load_patch(out).about):
         with watch.task("Selecting weights", len(dense.anatomy.layers), "layers") as done:
             device = pick_device((compute or ComputeSettings()).device)
@@ -269,6 +286,7 @@ def apply(pruned: Path, patch_file: Path, out: Path, watch: Watch | None = None)
     checkpoint, patch = open_checkpoint(pruned), load_patch(patch_file)
     about = _about("apply", {"pruned": checkpoint.fingerprint, "patch": _key(patch.about)})
     if not _is_done(out, out / ABOUT_FILE, about):
+        check_target(checkpoint, out)
         with watch.task(f"Writing {out}", checkpoint.bytes, "bytes") as done:
             apply_patch(checkpoint, patch, out, files={ABOUT_FILE: _json(about)}, progress=done)
     return out
@@ -282,8 +300,11 @@ def revert(realigned: Path, patch_file: Path, out: Path, watch: Watch | None = N
     """
     watch = watch or Silent()
     checkpoint, patch = open_checkpoint(realigned), load_patch(patch_file)
-    with watch.task(f"Writing {out}", checkpoint.bytes, "bytes") as done:
-        revert_patch(checkpoint, patch, out, progress=done)
+    about = _about("revert", {"realigned": checkpoint.fingerprint, "patch": _key(patch.about)})
+    if not _is_done(out, out / ABOUT_FILE, about):
+        check_target(checkpoint, out)
+        with watch.task(f"Writing {out}", checkpoint.bytes, "bytes") as done:
+            revert_patch(checkpoint, patch, out, files={ABOUT_FILE: _json(about)}, progress=done)
     return out
 
 
@@ -311,23 +332,17 @@ def evaluate(
         RegraftError: see the data readers.
     """
     watch = watch or Silent()
-    reading = read(suite)
-    examples = reading.examples[: settings.limit]
-    if not examples:
-        raise RegraftError(f"{suite}: there are no examples to evaluate.")
-    if len(examples) < len(reading.examples):
-        beyond = {"beyond the limit": len(reading.examples) - len(examples)}
-        reading = Reading(reading.source, examples, {**reading.skipped, **beyond})
+    reading = read_suite(model, suite, settings)
+    examples = reading.examples
     inputs = {"model": model.checkpoint.fingerprint}
     patch = None if patch_file is None else load_patch(patch_file)
     if patch is not None:
+        check_base(model.checkpoint, patch)
         inputs["patch"] = _key(patch.about)
     about = _about("evaluate", inputs, settings, compute, {"suite": reading})
     if not _is_done(out, out / "results.json", about, lambda: _read_results(out)["about"]):
-        check_images(reading)
         with _work(out, about) as work:
-            network, _ = _load(model, compute, (), watch)
-            processor = load_processor(model)
+            network, processor = _load(model, compute, watch)
             context = patched(network, model.anatomy, patch) if patch else _nothing()
             with context, watch.task(f"Answering {suite}", len(examples), "prompts") as done:
                 texts = generate(
@@ -343,7 +358,8 @@ def evaluate(
             answers = [judge_answer(e, t, judge) for e, t in zip(examples, texts, strict=True)]
             result = summarise(str(suite), judge, answers)
             sizes = {
-                "zeros": zeros(model.checkpoint, model.anatomy) - (patch.restored if patch else 0),
+                "zeros": zeros(model.checkpoint, model.anatomy)
+                - (zeros_filled(model.checkpoint, patch) if patch else 0),
                 "prunable": model.anatomy.prunable,
             }
             with atomic_folder(out) as folder:
@@ -393,33 +409,93 @@ def _chosen_heads(
     return ranked[: settings.top_heads]
 
 
-def _drawn(calibration: CalibrationSettings, *, harmful: bool) -> Reading:
+def check_pattern(dense: Source, settings: PruneSettings) -> None:
+    """Raise unless every prunable weight can have the pattern."""
+    pattern = settings.pattern()
+    for linear in dense.anatomy.linears:
+        pattern.fits(linear.shape, linear.key)
+
+
+def check_r_max(dense: Source, settings: HeadSettings, samples: int) -> None:
+    """Raise unless as many samples span a subspace of rank `r_max`."""
+    limit = min(samples, dense.anatomy.hidden_size)
+    if settings.r_max > limit:
+        raise RegraftError(
+            f"r_max is {settings.r_max}, but {samples} samples of {dense.anatomy.hidden_size} "
+            f"features allow at most {limit}. Lower r_max or use more samples."
+        )
+
+
+def check_top_heads(dense: Source, settings: RealignSettings) -> None:
+    """Raise unless the model has as many heads as are to be chosen."""
+    count = len(all_heads(dense.anatomy))
+    if settings.heads != "all" and settings.top_heads > count:
+        raise RegraftError(f"top_heads is {settings.top_heads}; the model has {count} heads.")
+
+
+def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
+    """Draw D^s or D^u and check that this model can read it.
+
+    Raises:
+        RegraftError: see the data readers and `draw`; an image is unreadable, or there are images
+            and the model reads text only.
+    """
     reading = draw(
         read(calibration.data), harmful=harmful, samples=calibration.samples, seed=calibration.seed
     )
-    check_images(reading)
+    _check_readable(source, reading)
     return reading
 
 
-def _load(
-    source: Source, compute: ComputeSettings, examples: Sequence[Example], watch: Watch
-) -> tuple[nn.Module, Callable[..., list[Batch]]]:
-    """The model, and a function that collates examples into batches on its device."""
+def read_suite(source: Source, suite: DataSource, settings: EvalSettings) -> Reading:
+    """Read what is to be evaluated and check that this model can read it.
+
+    Raises:
+        RegraftError: as `draw_calibration`.
+    """
+    reading = read(suite)
+    examples = reading.examples[: settings.limit]
+    if len(examples) < len(reading.examples):
+        beyond = {"beyond the limit": len(reading.examples) - len(examples)}
+        reading = Reading(reading.source, examples, {**reading.skipped, **beyond})
+    _check_readable(source, reading)
+    return reading
+
+
+def _check_readable(source: Source, reading: Reading) -> None:
+    check_images(reading)
+    if source.anatomy.has_vision:
+        return
+    for example in reading.examples:
+        if example.image is not None:
+            raise RegraftError(
+                f"{reading.source}: example {example.id!r} has an image, but {source.folder} reads "
+                "text only. Use a vision-language model, or examples without images."
+            )
+
+
+def _load(source: Source, compute: ComputeSettings, watch: Watch) -> tuple[nn.Module, Any]:
+    """The model and its processor."""
     with watch.task(f"Loading {source.folder}", 1) as done:
         model = load_model(source, dtype=compute.dtype, device=compute.device)
         processor = load_processor(source)
         done(1)
+    return model, processor
+
+
+def _collate(
+    model: nn.Module,
+    processor: Any,
+    encode: Callable[[Any, Sequence[Example]], Batch],
+    examples: Sequence[Example],
+    compute: ComputeSettings,
+) -> list[Batch]:
+    """Examples as batches on the model's device."""
     parameter = next(model.parameters())
-
-    def collate(
-        encode: Callable[[Any, Sequence[Example]], Batch], chosen: Sequence[Example] = examples
-    ) -> list[Batch]:
-        return [
-            encode(processor, chunk).to(parameter.device, parameter.dtype)
-            for chunk in batches(chosen, compute.batch_size)
-        ]
-
-    return model, collate
+    return [
+        encode(processor, chunk).to(parameter.device, parameter.dtype)
+        for chunk in batches(examples, compute.batch_size)
+    ]
 
 
 def _about(
@@ -471,7 +547,16 @@ def _account(reading: Reading) -> dict[str, Any]:
 
 
 def _key(about: Mapping[str, Any]) -> str:
-    return digest(json.dumps(about, sort_keys=True))
+    return digest(json.dumps(_identity(about), sort_keys=True))
+
+
+def _identity(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides: the contents of the data, not where they lie."""
+    data = {
+        role: {name: value for name, value in account.items() if name != "source"}
+        for role, account in about.get("data", {}).items()
+    }
+    return {**about, "data": data}
 
 
 def _json(value: Any) -> str:
@@ -489,16 +574,20 @@ def _is_done(
     Raises:
         RegraftError: `out` holds something else.
     """
-    if out.is_dir() and not marker.exists():
-        require_empty(out)
-        return False
-    if not marker.exists():
+    if marker != out:
+        if out.is_file() or not marker.exists():
+            require_empty(out)
+            return False
+    elif not marker.exists():
         return False
     found = (read_about or (lambda: read_json(marker)))()
     if _key(found) == _key(about):
+        discard_leftover(out)
+        shutil.rmtree(_work_folder(out), ignore_errors=True)  # of a run killed right at its end
         return True
     raise RegraftError(
-        f"{out} exists and was made with something else ({difference(found, about)}). "
+        f"{out} exists and was made with something else "
+        f"({difference(_identity(found), _identity(about))}). "
         "Choose another output or remove it."
     )
 
@@ -520,10 +609,25 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def _work(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder for unfinished work under the artifact's key; removed when the block succeeds."""
-    folder = out.parent / f".{out.name}.regraft-work"
-    yield folder / _key(about)[:16]
+    """A folder for unfinished work under the artifact's key, kept only where a run is stopped.
+
+    It goes when the block succeeds, and with bad input or a full disk, which leave nothing behind.
+    """
+    folder = _work_folder(out)
+    work = folder / _key(about)[:16]
+    with new_folders(out):
+        try:
+            yield work
+        except RegraftError:
+            shutil.rmtree(work, ignore_errors=True)
+            with suppress(OSError):  # not empty: unfinished work of other settings
+                folder.rmdir()
+            raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _work_folder(out: Path) -> Path:
+    return out.parent / f".{out.name}.regraft-work"
 
 
 @contextmanager

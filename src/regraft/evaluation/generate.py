@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ def generate(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Answer every prompt greedily, in order.
+    """Answer every prompt greedily, in order: the most likely token, nothing else.
+
+    Sampling, repetition penalties and the like of the checkpoint's generation config are left out,
+    so that two models answer under the same rule.
 
     Finished batches are appended to `partial` (JSON lines); after a kill the whole batches found
     there are kept, so that the answers do not depend on where it was interrupted.
@@ -66,18 +70,26 @@ def _answer(
     parameter = next(model.parameters())
     inputs = prompt_batch(processor, examples).to(parameter.device, parameter.dtype).inputs
     tokenizer = getattr(processor, "tokenizer", processor)
-    tokens = model.generate(  # type: ignore[operator]
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    with _plain_greedy(model, tokenizer, max_new_tokens):
+        tokens = model.generate(**inputs)  # type: ignore[operator]
     new = tokens[:, inputs["input_ids"].shape[1] :]  # [B, new tokens]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+@contextmanager
+def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
+    own = model.generation_config
+    model.generation_config = type(own)(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
+        pad_token_id=own.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _recall(partial: Path, examples: Sequence[Example], batch_size: int) -> list[str]:

@@ -140,7 +140,7 @@ def rsr(full: float, pruned: float, restored: float) -> Recovery:
         return Recovery(None, "undefined: pruning did not raise ASR")
     value = (pruned - restored) / (pruned - full)
     if restored > pruned:
-        return Recovery(value, "worse than pruned")
+        return Recovery(value, "negative")
     if restored == pruned:
         return Recovery(value, "none")
     if restored > full:

@@ -23,8 +23,8 @@ from regraft.errors import RegraftError
 from regraft.files import atomic_file
 from regraft.heads.ships import kl_divergence, ships
 from regraft.models.ablation import EPS, AblationTarget, head_outputs, replay_ablated
-from regraft.models.anatomy import Anatomy, LayerAnatomy, text_decoder
-from regraft.models.replay import last_positions, layer_inputs, text_inputs
+from regraft.models.anatomy import Anatomy, LayerAnatomy
+from regraft.models.replay import last_positions, layer_inputs, logits_of, text_inputs
 
 FORMAT = "regraft-heads-1"
 Criterion = Literal["ships", "kl"]
@@ -85,7 +85,7 @@ def score_heads(
         The scores, float64 on CPU.
 
     Raises:
-        RegraftError: r_max exceeds the number of samples or features.
+        RegraftError: r_max exceeds the number of samples or features, or states overflow.
     """
     samples = sum(len(batch.ids) for batch in batches)
     limit = min(samples, anatomy.hidden_size)
@@ -100,6 +100,7 @@ def score_heads(
             states = _batch_states(
                 model, anatomy, batch, target, eps, tokens_per_pass, progress or _ignore
             )
+            _require_finite(states)
             with atomic_file(path) as temporary:
                 save_file(states, temporary)
         elif progress is not None:
@@ -139,14 +140,6 @@ def load_heads(path: Path, anatomy: Anatomy) -> HeadScores:
     return scores
 
 
-def next_token_logits(model: nn.Module, states: Tensor) -> Tensor:
-    """Logits of normed final hidden states `[..., d]` -> `[..., vocabulary]`."""
-    logits: Tensor = model.get_output_embeddings()(states)  # type: ignore[operator]
-    config: Any = text_decoder(model).config
-    cap = getattr(config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
-
-
 @torch.no_grad()
 def _batch_states(
     model: nn.Module,
@@ -162,7 +155,7 @@ def _batch_states(
     rows, length = inputs.final.shape[:2]
     at = torch.arange(rows), last_positions(batch.inputs, length)
     base = inputs.final[at]  # [B, d]
-    base_logits = next_token_logits(model, base)
+    base_logits = logits_of(model, base)
     states = {"base": base.float().cpu()}
     copies = max(1, tokens_per_pass // (rows * length))
     for layer in anatomy.layers:
@@ -179,11 +172,20 @@ def _batch_states(
                     for heads in _chunks(layer, copies)
                 ]
             )  # [H, B, d]
-            kl = kl_divergence(base_logits, next_token_logits(model, ablated))
+            kl = kl_divergence(base_logits, logits_of(model, ablated))
             states[f"states.{layer.index}"] = ablated.float().cpu()
             states[f"kl.{layer.index}"] = kl.cpu()
         progress(1)
     return states
+
+
+def _require_finite(states: Mapping[str, Tensor]) -> None:
+    for name, tensor in states.items():
+        if not torch.isfinite(tensor).all():
+            raise RegraftError(
+                f"Hidden states overflow in this dtype (layer {name.rpartition('.')[2]}). "
+                "Use --dtype bfloat16 or float32."
+            )
 
 
 def _chunks(layer: LayerAnatomy, size: int) -> list[range]:

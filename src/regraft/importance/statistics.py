@@ -43,25 +43,34 @@ class InputStatistics:
                 "calibration data (text-only prompts skip cross-attention) or they belong to "
                 "another model."
             )
-        return self.squares[linear.key]
+        squares = self.squares[linear.key]
+        if len(squares) != linear.shape[1]:
+            raise RegraftError(
+                f"The input statistics for {linear.key} have {len(squares)} inputs, the weight "
+                f"{linear.shape[1]}: they belong to another model."
+            )
+        return squares
 
 
 @contextmanager
 def observe(
-    linears: Mapping[LinearAnatomy, nn.Module], response: Tensor, into: dict[str, Tensor]
+    linears: Mapping[LinearAnatomy, nn.Module], batch: Batch, into: dict[str, Tensor]
 ) -> Iterator[None]:
-    """Add up squared inputs of `linears` while the block runs forward passes.
+    """Add up squared inputs of `linears` while the block runs forward passes of `batch`.
+
+    Inputs `[B, S, in]` count at response tokens only. The vision tokens that Mllama's
+    cross-attention reads have no such positions: those count that a response token attends to.
 
     Args:
         linears: The weights to watch and their modules.
-        response: True at response tokens, `[B, S]`. Inputs `[B, S, in]` count there only; the
-            vision tokens that Mllama's cross-attention reads have no such positions and all count.
+        batch: What will be run, with labels.
         into: `LinearAnatomy.key` -> running sum `[in]`, float32; added to.
     """
+    response, tiles = batch.response, _attended_tiles(batch)
 
     def watch(linear: LinearAnatomy) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs = args[0].flatten(0, 1) if linear.reads_vision else args[0][response]
+            inputs = args[0][tiles if linear.reads_vision else response].flatten(0, -2)
             total = sum_of_squares(inputs)  # [tokens, in] -> [in]
             into[linear.key] = into.get(linear.key, 0) + total
 
@@ -73,6 +82,17 @@ def observe(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _attended_tiles(batch: Batch) -> Tensor | None:
+    """Which of Mllama's image tiles a response token attends to, `[B * images * tiles]` bool.
+
+    The processor fills up to the largest number of tiles; those beyond an image are padding.
+    """
+    mask = batch.inputs.get("cross_attention_mask")  # [B, S, images, tiles]
+    if mask is None:
+        return None
+    return (mask.bool() & batch.response[..., None, None]).any(dim=1).flatten()
 
 
 def gather(
@@ -88,7 +108,7 @@ def gather(
     samples = 0
     for batch in batches:
         text = text_inputs(model, batch.inputs)
-        with observe(linears, batch.response, into):
+        with observe(linears, batch, into):
             layer_inputs(model, text)
         samples += len(batch.ids)
         if progress is not None:

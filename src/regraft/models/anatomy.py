@@ -217,6 +217,7 @@ def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
                     f"Layer {index} of {type(model).__name__} has no {role}; regraft needs "
                     "separate q_proj, k_proj, v_proj and o_proj linears."
                 )
+        heads = _require_heads(index, attention, head_dim)
         linears = tuple(
             LinearAnatomy(
                 layer=index,
@@ -232,8 +233,8 @@ def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
             LayerAnatomy(
                 index=index,
                 attention=attention_name,
-                heads=_out_features(attention, "q_proj") // head_dim,
-                kv_heads=_out_features(attention, "k_proj") // head_dim,
+                heads=heads[0],
+                kv_heads=heads[1],
                 head_dim=head_dim,
                 linears=linears,
             )
@@ -284,17 +285,27 @@ def disk_prefix(checkpoint: Checkpoint, shapes: list[tuple[int, str, tuple[int, 
         )
     closest = max(found, key=lambda p: len(found[p].keys() & wanted.keys()), default="")
     name = next(n for n, shape in wanted.items() if found[closest].get(n) != shape)
+    stored = found[closest].get(name)
     raise RegraftError(
         f"{checkpoint.folder}: config.json describes a weight {closest}{name} of shape "
-        f"{list(wanted[name])}, the file has {found[closest].get(name, 'none')}. "
+        f"{list(wanted[name])}, the file has {list(stored) if stored else 'none'}. "
         "Weights and config belong to different models, or the weights are quantised or fused."
     )
 
 
-def _out_features(attention: nn.Module, role: str) -> int:
-    linear = getattr(attention, role)
-    assert isinstance(linear, nn.Linear)
-    return linear.out_features
+def _require_heads(index: int, attention: nn.Module, head_dim: int) -> tuple[int, int]:
+    """Numbers of query and key/value heads, checked against all four projections."""
+    shapes = {role: list(getattr(attention, role).weight.shape) for role in HEAD_ROLES}
+    heads, kv_heads = shapes["q_proj"][0] // head_dim, shapes["k_proj"][0] // head_dim
+    outputs = shapes["q_proj"][0], shapes["k_proj"][0], shapes["v_proj"][0], shapes["o_proj"][1]
+    expected = tuple(n * head_dim for n in (heads, kv_heads, kv_heads, heads))
+    if outputs != expected or not kv_heads or heads % kv_heads:
+        raise RegraftError(
+            f"Layer {index}: {type(attention).__name__} has projections of shape {shapes}, which "
+            f"are not heads of {head_dim} features (gated queries or values of another size); "
+            "this attention is not supported."
+        )
+    return heads, kv_heads
 
 
 def _require_plain_weights(index: int, layer: nn.Module) -> None:

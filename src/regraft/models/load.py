@@ -18,6 +18,7 @@ from regraft.models.anatomy import Anatomy, read_anatomy
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+_NOT_FROM_HUB = ["original/*", "consolidated*"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 
 
@@ -39,21 +40,27 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source
     """Find a checkpoint, check its files and read its anatomy without loading weights.
 
     Args:
-        model: A folder, or a hub id such as "Qwen/Qwen2.5-VL-7B-Instruct" (downloaded once).
+        model: A folder, or a hub id such as "Qwen/Qwen2.5-VL-7B-Instruct" (downloaded once), with
+            a revision where wanted: "ID@main".
         trust_remote_code: Run Python code that comes with the checkpoint.
 
     Raises:
         RegraftError: whatever makes the checkpoint unusable, in the user's words.
     """
     checkpoint = open_checkpoint(_resolve(model))
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), _quiet(), _bad_config(checkpoint.folder):
         config = _config(checkpoint.folder, trust_remote_code)
         network = _auto_class(config, checkpoint.folder).from_config(
             config, trust_remote_code=trust_remote_code
         )
     if getattr(config, "tie_word_embeddings", False):
         network.tie_weights()
-    return Source(checkpoint, read_anatomy(network, checkpoint), trust_remote_code)
+    try:
+        anatomy = read_anatomy(network, checkpoint)
+    except RegraftError as error:
+        where = "" if str(checkpoint.folder) in str(error) else f"{checkpoint.folder}: "
+        raise RegraftError(f"{where}{error}") from error
+    return Source(checkpoint, anatomy, trust_remote_code)
 
 
 def load_model(source: Source, *, dtype: DTypeName = "auto", device: str = "auto") -> nn.Module:
@@ -74,15 +81,23 @@ def load_model(source: Source, *, dtype: DTypeName = "auto", device: str = "auto
         torch_dtype = getattr(torch, dtype)
     with _quiet():
         config = _config(source.folder, source.trust_remote_code)
-        model: nn.Module = _auto_class(config, source.folder).from_pretrained(
+        model, loading = _auto_class(config, source.folder).from_pretrained(
             source.folder,
             config=config,
             dtype=torch_dtype,
             trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise RegraftError(
+            f"{source.folder} holds no weights for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if missing[1:] else "")
+            + ", which config.json asks for. Export the whole model again."
         )
     model.requires_grad_(False).eval().to(target)
     _check_weights(model, source)
-    return model
+    network: nn.Module = model
+    return network
 
 
 def load_processor(source: Source) -> Any:
@@ -120,16 +135,38 @@ def _resolve(model: str | Path) -> Path:
     folder = Path(model)
     if folder.exists():
         return folder
-    if isinstance(model, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+    if isinstance(model, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(model)):
         raise RegraftError(
             f"The model folder {model} does not exist. Give a folder that holds config.json and "
             "safetensors, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct."
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
+    name, _, revision = str(model).partition("@")
     try:
-        return Path(snapshot_download(str(model), allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=_HUB_FILES,
+                ignore_patterns=_NOT_FROM_HUB,
+            )
+        )
+    except GatedRepoError as error:
+        raise RegraftError(
+            f"{name} is gated: accept its licence on its model page, then `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise RegraftError(
+            f"There is neither a folder nor a hub repository {name}. A private one needs "
+            "`hf auth login`."
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise RegraftError(
             f"{model} is not a folder here and could not be had from the hub: "
@@ -145,6 +182,11 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise RegraftError(
+                f"{folder} comes with Python code of its own. Read it and, if you trust it, run it "
+                "with --trust-remote-code."
+            ) from error
         reason = str(error).splitlines()[0]
         raise RegraftError(f"{folder / 'config.json'} cannot be used: {reason}") from error
 
@@ -185,6 +227,20 @@ def _check_weights(model: nn.Module, source: Source) -> None:
             f"{source.folder}: tensor {first.tensor} on disk is not the weight of {first.module} "
             "in memory; this key layout is not supported."
         )
+
+
+@contextlib.contextmanager
+def _bad_config(folder: Path) -> Iterator[None]:
+    """Whatever transformers makes of a config it cannot build a model from."""
+    try:
+        yield
+    except RegraftError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise RegraftError(
+            f"{folder / 'config.json'} describes no model that transformers can build: {reason}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -55,9 +55,7 @@ def text_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> TextInputs:
     try:
         model(**inputs, use_cache=False)
     except _Stop as stopped:
-        return TextInputs(
-            stopped.value | {"past_key_values": None}, len(next(iter(inputs.values())))
-        )
+        return TextInputs(stopped.value | {"past_key_values": None}, len(inputs["input_ids"]))
     finally:
         hook.remove()
     raise AssertionError("the text decoder did not run")
@@ -143,6 +141,23 @@ def replay(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, states: Tensor) -> Tensor:
+    """Logits of normed final states `[..., d]` -> `[..., vocabulary]`.
+
+    The model's own forward makes them, around a decoder that returns `states`: whether a family
+    scales or caps its logits is its own code again (of Gemma 3 only the text-only class caps).
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    rows = states.reshape(-1, 1, states.shape[-1])  # [N, 1, d]
+    output = BaseModelOutputWithPast(last_hidden_state=rows)
+    with replaced_forwards({text_decoder(model): lambda **_: output}):
+        ids = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.view(*states.shape[:-1], -1)
 
 
 def last_positions(inputs: Mapping[str, Any], length: int) -> Tensor:

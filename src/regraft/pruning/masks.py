@@ -123,9 +123,13 @@ def _smallest_of_all(score: Tensor, count: int) -> Tensor:
         return torch.ones(score.shape, dtype=torch.bool, device=score.device)
     threshold = kth_smallest(flat, count)
     mask = flat < threshold
-    free = count - int(mask.sum())
-    ties = (flat == threshold).nonzero().flatten() if free else flat.new_empty(0, dtype=torch.long)
-    mask[ties[:free]] = True
+    free = count - int(mask.count_nonzero())  # mask.sum() would copy the mask to int64
+    for part, scores in zip(mask.split(_CHUNK), flat.split(_CHUNK), strict=True):
+        if free == 0:
+            break
+        ties = (scores == threshold).nonzero().flatten()[:free]
+        part[ties] = True
+        free -= len(ties)
     return mask.view(score.shape)
 
 

@@ -110,7 +110,7 @@ def prune_wanda(
         if layer_masks is None:
             seen: dict[str, Tensor] = {}
             for batch, text, state in zip(batches, texts, states, strict=True):
-                with observe(linears[layer.index], batch.response, seen):
+                with observe(linears[layer.index], batch, seen):
                     _run_layer(model, anatomy, layer, text, state)
             layer_masks = _layer_masks(linears[layer.index], seen, pattern)
             masks.save(layer, layer_masks)
@@ -138,7 +138,8 @@ def _weight(module: nn.Module) -> Tensor:
 
 def zeros(checkpoint: Checkpoint, anatomy: Anatomy) -> int:
     """Number of prunable weights that are zero on disk; one tensor in memory at a time."""
-    return sum(int((checkpoint.read(linear.tensor) == 0).sum()) for linear in anatomy.linears)
+    weights = (checkpoint.read(linear.tensor) for linear in anatomy.linears)
+    return sum(int((weight == 0).count_nonzero()) for weight in weights)
 
 
 def _layer_masks(
@@ -157,7 +158,8 @@ def _layer_masks(
                 "Use --dtype bfloat16 or float32."
             )
         weight = _weight(module)
-        masks[linear.key] = pattern.mask(wanda_score(weight, squares[linear.key]))
+        score = wanda_score(weight, squares[linear.key].to(weight.device))
+        masks[linear.key] = pattern.mask(score)
     return masks
 
 

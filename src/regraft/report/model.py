@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from regraft.errors import RegraftError
@@ -86,6 +87,8 @@ class DataAccount:
 class Report:
     """All that a report shows. `variants`: the dense model, the pruned one, then all others.
 
+    `images` maps an answer's id to the file of its image, for thumbnails; it may be incomplete.
+
     Raises:
         RegraftError: there is no variant, or two have the same name.
     """
@@ -98,6 +101,7 @@ class Report:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    images: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.variants:

@@ -26,6 +26,7 @@ from regraft.report.figures import (
     trade_off_figure,
 )
 from regraft.report.model import Comparison, Report, Variant, comparisons, measured
+from regraft.report.thumbnails import thumbnail
 
 ANSWER_LENGTH, PROMPT_LENGTH = 1200, 400
 
@@ -75,7 +76,9 @@ def render_markdown(report: Report, compared: Sequence[Comparison]) -> str:
 
 def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
     harmful, harmless = choose_examples(report)
+    shown = [row[0].id for row in (*harmful, *harmless)]
     return {
+        "pictures": {id: thumbnail(report.images[id]) for id in shown if id in report.images},
         "report": report,
         "verdict": words.verdict(report, compared),
         "controls": words.control_lines(report, compared),

@@ -34,16 +34,21 @@ def apply_patch(
 
 
 def revert_patch(
-    checkpoint: Checkpoint, patch: Patch, target: Path, *, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    patch: Patch,
+    target: Path,
+    *,
+    files: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> Checkpoint:
-    """Write `checkpoint` with the patch's positions zero again to `target`.
+    """Write `checkpoint` with the patch's positions zero again to `target`, to the byte.
 
     Raises:
         RegraftError: the patch belongs to another base, or `target` is not empty.
     """
     check_base(checkpoint, patch)
     edits = {name: _clear(tensor) for name, tensor in patch.tensors.items()}
-    return write_edited(checkpoint, target, edits, progress=progress)
+    return write_edited(checkpoint, target, edits, files=files, progress=progress)
 
 
 @contextmanager
@@ -58,6 +63,11 @@ def patched(model: nn.Module, anatomy: Anatomy, patch: Patch) -> Iterator[None]:
     for name in patch.tensors:
         if name not in weights:
             raise RegraftError(f"The patch is for another model: it has no weight {name}.")
+        if tuple(weights[name].shape) != patch.tensors[name].shape:
+            raise RegraftError(
+                f"The patch is for another model: {name} is {list(weights[name].shape)}, the "
+                f"patch is for {list(patch.tensors[name].shape)}."
+            )
     targets = [(weights[name], tensor) for name, tensor in patch.tensors.items()]
     before = [_get(weight, tensor.positions) for weight, tensor in targets]
     try:
@@ -105,6 +115,14 @@ def check_base(checkpoint: Checkpoint, patch: Patch) -> None:
             raise RegraftError(f"{where}: the weights of {name} differ. {fix}")
 
 
+def zeros_filled(checkpoint: Checkpoint, patch: Patch) -> int:
+    """How many zeros of `checkpoint` the patch fills; none where it is on already."""
+    return sum(
+        int((checkpoint.read(name).reshape(-1)[tensor.positions] == 0).sum())
+        for name, tensor in patch.tensors.items()
+    )
+
+
 def _assign(patch: TensorPatch) -> Edit:
     def edit(tensor: Tensor) -> Tensor:
         tensor.view(-1)[patch.positions] = patch.values
@@ -115,7 +133,7 @@ def _assign(patch: TensorPatch) -> Edit:
 
 def _clear(patch: TensorPatch) -> Edit:
     def edit(tensor: Tensor) -> Tensor:
-        tensor.view(-1)[patch.positions] = 0
+        tensor.view(-1)[patch.positions] = patch.zeros
         return tensor
 
     return edit

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,30 @@ class TensorPatch:
     """New values for one tensor of shape `shape`.
 
     `positions` are flat, ascending, int64 `[k]`; `values` have the checkpoint's dtype `[k]`;
-    `base` is the digest of the pruned tensor (see `base_digest`).
+    `base` is the digest of the pruned tensor (see `base_digest`). `minus` are the indices, into
+    `positions`, of pruned weights that are -0.0: a negative weight times a mask. Reverting gives
+    their sign back.
     """
 
     shape: tuple[int, ...]
     positions: Tensor
     values: Tensor
     base: str
+    minus: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, pruned: Tensor, positions: Tensor, values: Tensor) -> TensorPatch:
+        """For the pruned tensor `[out, in]`, whose `positions` `[k]` are to hold `values` `[k]`."""
+        minus = pruned.reshape(-1)[positions].signbit().nonzero().flatten()
+        base = base_digest(pruned, positions)
+        return cls(tuple(pruned.shape), positions, values, base, minus)
+
+    @property
+    def zeros(self) -> Tensor:
+        """What the pruned tensor holds at `positions`, sign included. `[k]`"""
+        zeros = torch.zeros_like(self.values)
+        zeros[self.minus] = -0.0
+        return zeros
 
 
 @dataclass(frozen=True)
@@ -70,6 +87,8 @@ def save_patch(path: Path, patch: Patch) -> None:
         small = tensor.positions.numel() == 0 or int(tensor.positions[-1]) < 2**31
         tensors[f"{name}.positions"] = tensor.positions.to(torch.int32 if small else torch.int64)
         tensors[f"{name}.values"] = tensor.values.contiguous()
+        if len(tensor.minus):
+            tensors[f"{name}.minus"] = tensor.minus.to(torch.int32)
     layout = {
         name: {"shape": list(tensor.shape), "base": tensor.base}
         for name, tensor in patch.tensors.items()
@@ -91,16 +110,29 @@ def load_patch(path: Path) -> Patch:
                 stored[f"{name}.positions"].long(),
                 stored[f"{name}.values"],
                 layout["base"],
+                stored.get(f"{name}.minus", torch.empty(0)).long(),
             )
             for name, layout in header["tensors"].items()
         }
+        about = header["about"]
     except KeyError as error:
         raise RegraftError(f"{path} is damaged: {error} is missing.") from error
     for name, tensor in tensors.items():
         size = torch.Size(tensor.shape).numel()
-        positions = tensor.positions
-        ascending = bool((positions[1:] > positions[:-1]).all())
-        in_range = not len(positions) or (int(positions[0]) >= 0 and int(positions[-1]) < size)
-        if len(positions) != len(tensor.values) or not ascending or not in_range:
+        valid = (
+            tensor.positions.shape == tensor.values.shape
+            and _ascending_below(size, tensor.positions)
+            and _ascending_below(len(tensor.positions), tensor.minus)
+        )
+        if not valid:
             raise RegraftError(f"{path}: the positions of {name} are not valid for its shape.")
-    return Patch(tensors, header["about"])
+    return Patch(tensors, about)
+
+
+def _ascending_below(size: int, positions: Tensor) -> bool:
+    if positions.ndim != 1:
+        return False
+    ascending = bool((positions[1:] > positions[:-1]).all())
+    return ascending and (
+        not len(positions) or (int(positions[0]) >= 0 and int(positions[-1]) < size)
+    )

@@ -16,7 +16,7 @@ from regraft.errors import RegraftError
 from regraft.importance.statistics import InputStatistics
 from regraft.models.anatomy import Block, LayerAnatomy, LinearAnatomy, check_same_anatomy
 from regraft.models.load import Source
-from regraft.restoration.patch import Patch, TensorPatch, base_digest
+from regraft.restoration.patch import Patch, TensorPatch
 from regraft.restoration.selection import (
     Band,
     Head,
@@ -30,24 +30,29 @@ Rule = Callable[[LinearAnatomy, Tensor, Tensor, Sequence[Block]], Tensor]
 """(linear, dense weight, where a value can come back, head regions) -> flat positions."""
 
 
-def hsr(band: Callable[[float], Band], safety: InputStatistics, utility: InputStatistics) -> Rule:
+def hsr(
+    band: Callable[[float], Band | None], safety: InputStatistics, utility: InputStatistics
+) -> Rule:
     """HSR's rule: safety-critical weights at the edge of what pruning kept.
 
-    `band` gives the thresholds for a matrix from the share of its weights that pruning kept.
+    `band` gives the thresholds for a matrix from the share of its weights that pruning kept, or
+    None where they leave nothing to take.
     """
 
     def rule(
         linear: LinearAnatomy, weight: Tensor, free: Tensor, blocks: Sequence[Block]
     ) -> Tensor:
         device = weight.device
-        kept = 1 - int(free.sum()) / free.numel()
+        thresholds = band(1 - int(free.count_nonzero()) / free.numel())
+        if thresholds is None:
+            return torch.empty(0, dtype=torch.int64)
         return select_hsr(
             free,
             weight,
             safety.of(linear).to(device),
             utility.of(linear).to(device),
             blocks,
-            band(kept),
+            thresholds,
         )
 
     return rule
@@ -72,6 +77,15 @@ def check_pair(dense: Source, pruned: Source) -> None:
             f"{pruned.folder} has no zeros in its prunable weights: nothing was pruned, so there "
             "is nothing to restore. Give the dense checkpoint first and the pruned one second."
         )
+
+
+def count_restorable(dense: Source, pruned: Source) -> int:
+    """Number of weights that pruning took: zero in `pruned`, not zero in `dense`."""
+    pairs = zip(dense.anatomy.linears, pruned.anatomy.linears, strict=True)
+    return sum(
+        int(restorable(dense.checkpoint.read(a.tensor), pruned.checkpoint.read(b.tensor)).sum())
+        for a, b in pairs
+    )
 
 
 def realign(
@@ -146,4 +160,10 @@ def _graft(
     free = restorable(weight, after.to(weight.device))
     positions = rule(linear, weight, free, blocks)
     values = before.reshape(-1)[positions].to(after.dtype)
-    return TensorPatch(tuple(after.shape), positions, values, base_digest(after, positions))
+    if not torch.isfinite(values).all():
+        raise RegraftError(
+            f"{linear.key}: some dense values do not fit into the pruned checkpoint's dtype "
+            f"{after.dtype}. Give a dense checkpoint of that dtype."
+        )
+    representable = values != 0
+    return TensorPatch.of(after, positions[representable], values[representable])

@@ -1,0 +1,236 @@
+"""Every stage on a checkpoint of full size with random weights: time, and peak memory.
+
+    python benchmarks/full_size.py --layers 4 --scale 0.25      # small, on a CPU
+    python benchmarks/full_size.py --samples 32 --json 7b.json  # Qwen2.5-VL-7B's shape, on a GPU
+
+Speed and memory do not depend on the weights. The checkpoint is written to disk in shards, behind
+the family's real processor, and every stage is run as a user runs it, on images of `--image`
+pixels. Times are given as multiples of one bare forward pass of the text decoder and vision tower
+over the same calibration data, measured in the same process; loading and writing are in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import pico
+from regraft import stages
+from regraft.data.collate import batches, response_batch
+from regraft.data.sources import DataSource, read
+from regraft.models.load import load_model, load_processor, open_source, pick_device
+from regraft.models.replay import layer_inputs, text_inputs
+from regraft.recipe import (
+    CalibrationSettings,
+    ComputeSettings,
+    HeadSettings,
+    PruneSettings,
+    RealignSettings,
+)
+
+GIB = 2**30
+QWEN_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+QWEN_7B_VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "window_size": 112,
+}
+
+
+def write_checkpoint(folder: Path, layers: int, scale: float, device: torch.device) -> None:
+    """Write a Qwen2.5-VL of 7B shape, its widths times `scale`, with `layers` layers, bfloat16."""
+    import transformers
+
+    small, processor = pico.build("qwen2_5_vl")
+    config = small.config
+    text = config.text_config
+    head = 128
+    width = round(28 * scale) * head
+    config.vocab_size = text.vocab_size
+    for name, value in (QWEN_7B | {"num_hidden_layers": layers, "hidden_size": width}).items():
+        setattr(text, name, value)
+    text.intermediate_size = round(QWEN_7B["intermediate_size"] * scale)
+    text.num_attention_heads = width // head
+    text.num_key_value_heads = max(1, round(4 * scale))
+    text.layer_types = ["full_attention"] * layers
+    text.rope_parameters = {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "mrope_section": [16, 24, 24],
+    }
+    text.initializer_range = 0.02
+    vision = QWEN_7B_VISION | {"out_hidden_size": width}
+    if scale < 1:
+        vision |= {"depth": 4, "hidden_size": 320, "num_heads": 4, "fullatt_block_indexes": [3]}
+        vision["intermediate_size"] = 864
+    for name, value in vision.items():
+        setattr(config.vision_config, name, value)
+    torch.set_default_dtype(torch.bfloat16)
+    with device:
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 4096 * 28 * 28}
+    processor.save_pretrained(folder)
+
+
+def write_data(folder: Path, samples: int, side: int) -> Path:
+    """Write harmful and harmless rows with noise images of `side` x `side` pixels."""
+    rows = []
+    for i in range(2 * samples):
+        pico.image(i, (side, side)).save(folder / f"{i}.png")
+        rows.append(
+            {
+                "id": str(i),
+                "image": f"{i}.png",
+                "instruction": "Describe this image. Answer the question with one word.",
+                "response": "I'm sorry, but I cannot help with that. " * 4,
+                "harmful": i < samples,
+            }
+        )
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def main() -> None:
+    """Build, run every stage, print the table, save JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the widths")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--image", type=int, default=560, help="pixels a side; 28x28 a token")
+    parser.add_argument("--head-samples", type=int, default=8)
+    parser.add_argument("--tokens-per-pass", type=int, default=16384)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    compute = ComputeSettings(
+        device=options.device, dtype="bfloat16", batch_size=options.batch_size
+    )
+    measured: dict[str, dict[str, Any]] = {}
+
+    def measure(name: str, run: Callable[[], Any]) -> Any:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        result = run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        measured[name] = {"seconds": seconds, "device_gib": peak, "host_gib_so_far": host}
+        return result
+
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_checkpoint(folder / "dense", options.layers, options.scale, device)
+        data = write_data(folder, options.samples, options.image)
+        calibration = CalibrationSettings(
+            data=DataSource.model_validate(f"jsonl:{data}"), samples=options.samples
+        )
+        few = calibration.model_copy(update={"samples": options.head_samples})
+        dense = open_source(folder / "dense")
+        model = load_model(dense, dtype="bfloat16", device=options.device)
+        harmless = [e for e in read(calibration.data).examples if not e.harmful]
+        prompts = [
+            response_batch(load_processor(dense), chunk).to(device, torch.bfloat16)
+            for chunk in batches(harmless, options.batch_size)
+        ]
+
+        def bare(network: nn.Module) -> None:
+            for batch in prompts:
+                layer_inputs(network, text_inputs(network, batch.inputs))
+
+        bare(model)
+        measure("bare forward", partial(bare, model))
+        tokens = sum(batch.inputs["input_ids"].numel() for batch in prompts)
+        del model
+        pruned = measure(
+            "prune (sequential)",
+            lambda: stages.prune(dense, folder / "pruned", PruneSettings(), calibration, compute),
+        )
+        measure(
+            f"heads ({options.head_samples} samples)",
+            lambda: stages.heads(
+                dense,
+                folder / "heads",
+                HeadSettings(r_max=2, tokens_per_pass=options.tokens_per_pass),
+                few,
+                compute,
+            ),
+        )
+        measure(
+            "statistics",
+            lambda: stages.statistics(dense, folder / "statistics", calibration, compute),
+        )
+        measure(
+            "realign (HSR, on the CPU)",
+            lambda: stages.realign(
+                dense,
+                pruned,
+                folder / "patch",
+                RealignSettings(),
+                folder / "heads",
+                folder / "statistics",
+                ComputeSettings(device="cpu"),
+            ),
+        )
+        measure("apply", lambda: stages.apply(pruned.folder, folder / "patch", folder / "out"))
+        size = dense.checkpoint.bytes / GIB
+    unit = measured["bare forward"]["seconds"]
+    about = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "checkpoint_gib": size,
+        "heads": sum(layer.heads for layer in dense.anatomy.layers),
+        "samples": options.samples,
+        "tokens": tokens,
+        "stages": {
+            name: row | {"bare_forwards": row["seconds"] / unit} for name, row in measured.items()
+        },
+    }
+    table = Table(
+        "stage",
+        "bare forwards",
+        "device peak GiB",
+        "host peak so far GiB",
+        title=f"{size:.1f} GiB checkpoint, {tokens} calibration tokens, {about['device']}",
+    )
+    for name, row in measured.items():
+        peak = "" if row["device_gib"] is None else f"{row['device_gib']:.1f}"
+        table.add_row(name, f"{row['seconds'] / unit:.2f}", peak, f"{row['host_gib_so_far']:.1f}")
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

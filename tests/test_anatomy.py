@@ -1,0 +1,369 @@
+"""Heads are where the anatomy says, and weights are found on disk under every key layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers as T  # noqa: N812
+from safetensors.torch import load_file, save_file
+
+import pico
+import truth
+from regraft.errors import RegraftError
+from regraft.models.anatomy import (
+    Block,
+    attention_of,
+    check_same_anatomy,
+    decoder_layers,
+    head_block,
+)
+from regraft.models.checkpoint import SINGLE_FILE
+from regraft.models.load import load_model, open_source
+
+MHA = ("llava_next-vicuna",)
+TIED = ("gemma3", "internvl")
+_TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 60,
+}
+
+
+# What is read
+
+
+def test_numbers_of_every_family(family, pico_dir):
+    source, model, _, anatomy = truth.opened(pico_dir(family))
+    built, _ = pico.build(family)
+    assert anatomy.family == model.config.model_type
+    assert anatomy.has_vision == (family in pico.VLM_FAMILIES)
+    assert anatomy.hidden_size == 64
+    assert anatomy.tied == (family in TIED)
+    assert anatomy.vocabulary == built.get_output_embeddings().weight.shape[0]
+    assert anatomy.parameters == sum(p.numel() for p in built.parameters())
+    assert [layer.index for layer in anatomy.layers] == [*range(5 if family == "mllama" else 4)]
+    kv = 4 if family in MHA else 2
+    assert {(li.heads, li.kv_heads, li.head_dim) for li in anatomy.layers} == {(4, kv, 16)}
+    cross = {li.index for li in anatomy.layers if li.attention == "cross_attn"}
+    assert cross == ({1, 3} if family == "mllama" else set())
+    for layer in anatomy.layers:
+        assert [linear.role for linear in layer.linears] == [
+            *("q_proj", "k_proj", "v_proj", "o_proj"),
+            *("gate_proj", "up_proj", "down_proj"),
+        ]
+        reading = [linear.role for linear in layer.linears if linear.reads_vision]
+        assert reading == (["k_proj", "v_proj"] if layer.index in cross else [])
+    in_decoder = [
+        name
+        for name, module in model.get_decoder().layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    assert len({linear.key for linear in anatomy.linears}) == len(in_decoder)
+    assert anatomy.prunable == sum(
+        source.checkpoint.record(linear.tensor).shape[0]
+        * source.checkpoint.record(linear.tensor).shape[1]
+        for linear in anatomy.linears
+    )
+
+
+# Where heads lie
+
+
+def o_proj_input(model, batch, layer):
+    """What o_proj reads, cut into heads: [B, S, H, D]."""
+    name = layer.linear("o_proj").module
+    inputs = truth.linear_inputs(model, batch, [name])[name]
+    return inputs.unflatten(-1, (layer.heads, layer.head_dim))
+
+
+def perturb(weight, block, *, outside=False):
+    """Add noise inside a block, or everywhere else."""
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    mask[block.row_start : block.row_stop, block.col_start : block.col_stop] = True
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    weight += noise * (mask ^ outside)
+
+
+@pytest.mark.parametrize("role", ["q_proj", "k_proj", "v_proj"])
+def test_rows_of_a_head_feed_that_head_alone(family, role, pico_dir, tmp_path):
+    """q: one query head; k and v: the query heads of one group. One layer of each kind."""
+    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    batch = truth.make_batch("single", family, processor, tmp_path)
+    modules = dict(model.named_modules())
+    for layer in {li.attention: li for li in anatomy.layers}.values():
+        linear = layer.linear(role)
+        weight = modules[linear.module].weight
+        before = o_proj_input(model, batch, layer)
+        share = 1 if role == "q_proj" else layer.heads // layer.kv_heads
+        for head in range(layer.heads):
+            block = head_block(layer, linear, head)
+            with truth.edited(weight):
+                perturb(weight, block)
+                inside = (o_proj_input(model, batch, layer) - before).abs().amax(dim=(0, 1, 3))
+            with truth.edited(weight):
+                perturb(weight, block, outside=True)
+                outside = (o_proj_input(model, batch, layer) - before).abs().amax(dim=(0, 1, 3))
+            group = [other // share == head // share for other in range(layer.heads)]
+            assert (inside > 1e-3).tolist() == group, f"{linear.key} head {head}: {inside}"
+            assert (outside > 1e-3).tolist() == [not own for own in group], (
+                f"outside {linear.key} head {head}: {outside}"
+            )
+            assert inside[~torch.tensor(group)].sum() == 0 == outside[torch.tensor(group)].sum()
+
+
+def test_columns_of_a_head_read_that_head_alone(family, pico_dir, tmp_path):
+    """Zeros in the block equal ablation: no influence of this head's slice, all of the others'."""
+    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    batch = truth.make_batch("single", family, processor, tmp_path)
+    for layer in {li.attention: li for li in anatomy.layers}.values():
+        _, attention = attention_of(decoder_layers(model)[layer.index])
+        linear = layer.linear("o_proj")
+        for head in range(layer.heads):
+            block = head_block(layer, linear, head)
+            with truth.edited(attention.o_proj.weight) as weight:
+                weight[block.row_start : block.row_stop, block.col_start : block.col_stop] = 0
+                zeroed = truth.full_forward(model, batch.inputs).final
+            with truth.ablated(model, layer.index, head, "v", 0.0):
+                expected = truth.full_forward(model, batch.inputs).final
+            torch.testing.assert_close(zeroed, expected, atol=2e-5, rtol=0)
+            base = truth.full_forward(model, batch.inputs).final
+            assert (zeroed - base).abs().max() > 1e-2
+
+
+def test_blocks_are_the_papers():
+    anatomy = truth.layer_anatomy(heads=8, kv_heads=2, head_dim=3, hidden=10)
+    blocks = [head_block(anatomy, linear, 5) for linear in anatomy.linears]
+    assert blocks == [Block(15, 18, 0, 10), *[Block(3, 6, 0, 10)] * 2, Block(0, 10, 15, 18), None]
+    for head in (-1, 8):
+        with pytest.raises(IndexError, match=f"heads 0 to 7, not {head}"):
+            head_block(anatomy, anatomy.linears[0], head)
+
+
+def test_blocks_of_all_heads_tile_the_weight(family, pico_dir):
+    anatomy = truth.opened(pico_dir(family)).anatomy
+    for layer in anatomy.layers:
+        for linear in layer.linears:
+            blocks = {head_block(layer, linear, head) for head in range(layer.heads)}
+            if linear.role not in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                assert blocks == {None}
+                continue
+            covered = torch.zeros(linear.shape, dtype=torch.int)
+            for b in blocks:
+                covered[b.row_start : b.row_stop, b.col_start : b.col_stop] += 1
+            assert (covered == 1).all(), linear.key
+
+
+# Names on disk
+
+
+def in_memory_layout(source, model, target):
+    """Write the checkpoint under the names that transformers uses in memory."""
+    shutil.copytree(source.folder, target)
+    tensors = {name: t.clone() for name, t in model.state_dict().items()}
+    if source.anatomy.tied:
+        del tensors["lm_head.weight"]
+    save_file(tensors, target / SINGLE_FILE, metadata={"format": "pt"})
+    return target
+
+
+def rewrite(folder, target, change):
+    """Copy a checkpoint, its dictionary of tensors replaced by `change` of it."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / SINGLE_FILE)
+    save_file(change(tensors), target / SINGLE_FILE, metadata={"format": "pt"})
+    return target
+
+
+def renamed(old, new):
+    return lambda tensors: {name.replace(old, new, 1): t for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("layout", ["saved", "in memory"])
+def test_names_on_disk_hold_the_weights_in_memory(family, layout, pico_dir, tmp_path):
+    source, model, _, expected = truth.opened(pico_dir(family))
+    folder = source.folder
+    if layout == "in memory":
+        folder = in_memory_layout(source, model, tmp_path / "model")
+    opened = open_source(folder)
+    loaded = load_model(opened)
+    modules, built = dict(loaded.named_modules()), dict(pico.build(family)[0].named_modules())
+    assert [linear.key for linear in opened.anatomy.linears] == [li.key for li in expected.linears]
+    for linear in opened.anatomy.linears:
+        on_disk = opened.checkpoint.read(linear.tensor)
+        assert tuple(on_disk.shape) == linear.shape
+        assert torch.equal(on_disk, modules[linear.module].weight), linear
+        assert torch.equal(on_disk, built[linear.module].weight), linear
+    check_same_anatomy(expected, opened.anatomy, ("one", "other"))
+
+
+@pytest.mark.parametrize(
+    ("family", "old", "new"),
+    [
+        ("llava", "language_model.model.", "model.language_model."),
+        ("mllama", "language_model.model.", "model.language_model."),
+        ("qwen2_5_vl", "model.layers.", "model.language_model.layers."),
+        ("gemma3", "language_model.model.", "model.language_model."),
+    ],
+)
+def test_both_published_layouts_are_known(family, old, new, pico_dir, tmp_path):
+    """The saved file has the older names, the one under in-memory names the newer."""
+    source, model, _, anatomy = truth.opened(pico_dir(family))
+    newer = open_source(in_memory_layout(source, model, tmp_path / "model")).anatomy
+    for one, other in zip(anatomy.linears, newer.linears, strict=True):
+        assert one.tensor.startswith(old) and other.tensor.startswith(new)
+        assert one.tensor.removeprefix(old) == other.tensor.removeprefix(new)
+
+
+def test_two_decoders_in_one_file_are_refused(pico_dir, tmp_path):
+    def draft(tensors):
+        copies = {f"draft.{name}": t.clone() for name, t in tensors.items() if "layers" in name}
+        return tensors | copies
+
+    folder = rewrite(pico_dir("llama"), tmp_path / "model", draft)
+    with pytest.raises(RegraftError, match=r"could be under any of \['draft.model.', 'model.'\]"):
+        open_source(folder)
+
+
+def test_vision_tower_is_no_second_decoder(pico_dir):
+    """A tower has layers with q_proj, too, but of other shapes."""
+    anatomy = truth.opened(pico_dir("idefics3")).anatomy
+    assert all(li.tensor.startswith("model.text_model.layers.") for li in anatomy.linears)
+
+
+def test_config_of_another_size_is_told_with_both_shapes(pico_dir, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(pico_dir("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    with pytest.raises(
+        RegraftError,
+        match=r"model.layers.0.mlp.gate_proj of shape \[128, 64\], the file has \[96, 64\]",
+    ):
+        open_source(folder)
+
+
+def without(name):
+    return lambda tensors: {n: t for n, t in tensors.items() if n != name}
+
+
+UP = "model.layers.2.mlp.up_proj"
+
+
+@pytest.mark.parametrize("change", [without(f"{UP}.weight"), renamed(f"{UP}.w", f"{UP}.qw")])
+def test_missing_or_quantised_weight_is_named(change, pico_dir, tmp_path):
+    folder = rewrite(pico_dir("llama"), tmp_path / "model", change)
+    with pytest.raises(RegraftError, match=rf"{UP} of shape \[96, 64\], the file has none"):
+        open_source(folder)
+
+
+def test_file_without_layers_is_refused(pico_dir, tmp_path):
+    folder = rewrite(pico_dir("llama"), tmp_path / "model", renamed("layers", "blocks"))
+    with pytest.raises(RegraftError, match=r"weight layers.0.self_attn.q_proj of .* has none"):
+        open_source(folder)
+
+
+# Models that are not for regraft
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    return folder
+
+
+def bert():
+    return T.BertForMaskedLM(T.BertConfig(**_TINY))
+
+
+def clip():
+    tower = {**_TINY, "projection_dim": 16}
+    config = T.CLIPConfig(text_config=tower, vision_config={**tower, "image_size": 28})
+    return T.CLIPModel(config)
+
+
+def gpt2():
+    return T.GPT2LMHeadModel(T.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=60))
+
+
+def phi3():
+    return T.Phi3ForCausalLM(T.Phi3Config(**_TINY, pad_token_id=0))
+
+
+def opt():
+    settings = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "vocab_size": 60}
+    return T.OPTForCausalLM(T.OPTConfig(**settings, num_attention_heads=2, word_embed_proj_dim=32))
+
+
+def mixtral():
+    return T.MixtralForCausalLM(T.MixtralConfig(**_TINY, num_local_experts=2))
+
+
+def qwen3_moe():
+    settings = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    return T.Qwen3MoeForCausalLM(T.Qwen3MoeConfig(**_TINY, **settings, head_dim=16))
+
+
+def qwen3_next():
+    settings = {
+        "num_experts": 0,
+        "head_dim": 16,
+        "layer_types": ["full_attention", "full_attention"],
+        "mlp_only_layers": [0, 1],
+    }
+    return T.Qwen3NextForCausalLM(T.Qwen3NextConfig(**_TINY, **settings, num_key_value_heads=2))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (bert, "BertLMHeadModel has no text decoder with layers"),
+        (clip, "is a clip model: neither a vision-language model nor a causal language model"),
+        (gpt2, "GPT2LMHeadModel has no text decoder with layers"),
+        (phi3, "Layer 0 of Phi3ForCausalLM has no q_proj; regraft needs separate"),
+        (opt, "Layer 0 of OPTForCausalLM has no o_proj; regraft needs separate"),
+        (mixtral, "Layer 0 holds .*experts.* mixtures of experts are not supported yet"),
+        (qwen3_moe, "Layer 0 holds .*experts.* mixtures of experts are not supported yet"),
+        (qwen3_next, r"Layer 0: Qwen3NextAttention .*'q_proj': \[64, 32\].* not heads of 16 feat"),
+    ],
+)
+def test_unsuitable_model_is_refused_in_words(build, message, tmp_path):
+    with pytest.raises(RegraftError, match=message):
+        open_source(saved(build(), tmp_path / "model"))
+
+
+# The same network?
+
+
+def test_other_network_is_refused(pico_dir):
+    one, other = (truth.opened(pico_dir(f)).anatomy for f in ("llava", "llava_next-vicuna"))
+    with pytest.raises(
+        RegraftError,
+        match=r"dense and pruned are different models: layers.0.self_attn.k_proj.weight is "
+        r"\[32, 64\] in the first and \[64, 64\] in the second",
+    ):
+        check_same_anatomy(one, other, ("dense", "pruned"))
+    mllama = truth.opened(pico_dir("mllama")).anatomy
+    with pytest.raises(RegraftError, match=r"weight is \[64, 64\] in the first and missing in"):
+        check_same_anatomy(mllama, one, ("dense", "pruned"))
+
+
+def test_other_number_of_heads_is_refused(pico_dir, tmp_path):
+    """Two wide heads have the shapes of four narrow ones."""
+    folder = tmp_path / "model"
+    shutil.copytree(pico_dir("qwen2"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    one, other = (open_source(f).anatomy for f in (pico_dir("qwen2"), folder))
+    with pytest.raises(RegraftError, match="layer 0 has 4 and 2 heads"):
+        check_same_anatomy(one, other, ("dense", "pruned"))
+
+
+def test_same_shapes_under_other_names_are_the_same_network(pico_dir):
+    """Llama inside LLaVA and on its own: regraft compares what it prunes."""
+    one, other = (truth.opened(pico_dir(f)).anatomy for f in ("llava", "llama"))
+    check_same_anatomy(one, other, ("dense", "pruned"))

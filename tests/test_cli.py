@@ -1,0 +1,734 @@
+"""Bad input on the command line: a message that names the thing, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import pico
+from disk import rewrite, tree, write_data
+from regraft import stages
+from regraft.cli import main
+from regraft.data.sources import DataSource
+from regraft.models.load import open_source
+from regraft.recipe import CalibrationSettings, ComputeSettings, PruneSettings, RealignSettings
+
+FAMILY = "qwen2_5_vl"
+WIDTHS = "rows of 64"
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder with a model, the same pruned, a patch, data and room for mischief."""
+
+    root: Path
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def pruned(self) -> Path:
+        return self.root / "pruned"
+
+    @property
+    def patch(self) -> Path:
+        return self.root / "patch.safetensors"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data" / "data.jsonl"
+
+    def copy(self, of: Path, name: str) -> Path:
+        return Path(shutil.copytree(of, self.root / name))
+
+    def recipe(self, **fields: Any) -> Path:
+        content = {
+            "model": str(self.model),
+            "calibration": {"data": str(self.data), "samples": 4},
+            "heads": {"r_max": 2},
+            "realign": [{"top_heads": 2}],
+            "evaluate": {"suite": str(self.data), "max_new_tokens": 2},
+            "compute": {"device": "cpu"},
+            **fields,
+        }
+        path = self.root / "recipe.yaml"
+        path.write_text(json.dumps(content))  # JSON is YAML
+        return path
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made once; every test works on a copy."""
+    root = tmp_path_factory.mktemp("cli") / "world"
+    pico.save(FAMILY, root / "model", torch.bfloat16, max_shard_size="100KB")
+    data = write_data(root / "data", 4)
+    source = open_source(root / "model")
+    calibration = CalibrationSettings(data=DataSource(name="jsonl", path=data), samples=4)
+    compute = ComputeSettings(device="cpu")
+    settings = PruneSettings(order="one-shot")
+    pruned = stages.prune(source, root / "pruned", settings, calibration, compute)
+    some_heads = RealignSettings(method="hsr-a", heads="random", top_heads=3)
+    stages.realign(source, pruned, root / "patch.safetensors", some_heads)
+    return root
+
+
+@pytest.fixture
+def world(template: Path, tmp_path: Path) -> World:
+    return World(Path(shutil.copytree(template, tmp_path / "world")))
+
+
+@pytest.fixture
+def refused(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Run the command line, expect exit code 2, one error and an untouched folder."""
+    monkeypatch.chdir(world.root)
+
+    def run(*arguments: object) -> str:
+        before = tree(world.root)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(word) for word in arguments])
+        message = capsys.readouterr().err
+        assert stopped.value.code == 2, f"exit code {stopped.value.code}: {message}"
+        assert message.startswith("Error: "), f"not told as an error: {message}"
+        assert "Traceback" not in message
+        changed = {k for k, v in tree(world.root).items() if before.get(k) != v}
+        assert not changed, f"something was written: {sorted(changed)}"
+        assert tree(world.root).keys() == before.keys(), "something was removed"
+        return " ".join(message.removeprefix("Error: ").split())
+
+    return run
+
+
+Refused = Callable[..., str]
+
+
+def run_ok(*words: object) -> None:
+    """Run the command line and expect exit code 0."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(word) for word in words])
+    assert not stopped.value.code, f"exit code {stopped.value.code}"
+
+
+def has(message: str, *parts: object) -> None:
+    for part in parts:
+        assert str(part) in message, f"{part!r} is not named in: {message}"
+
+
+def prune(world: World, *more: object) -> list[object]:
+    return ["prune", world.model, "--data", world.data, "--out", "out", "--device", "cpu", *more]
+
+
+# Models
+
+
+@pytest.mark.parametrize("command", ["inspect", "prune", "heads", "statistics", "eval"])
+def test_missing_model(world: World, refused: Refused, command: str) -> None:
+    words: list[object] = [command, "nowhere"]
+    if command == "eval":
+        words += ["--suite", world.data]
+    if command != "inspect":
+        words += ["--out", "out"]
+    has(refused(*words), "The model folder nowhere does not exist")
+
+
+def test_missing_folders_of_apply(world: World, refused: Refused) -> None:
+    has(refused("apply", "nowhere", world.patch, "--out", "out"), "nowhere does not exist")
+    has(refused("apply", world.pruned, "no.safetensors", "--out", "o"), "no.safetensors", "a patch")
+    has(refused("revert", world.pruned, world.pruned, "--out", "o"), world.pruned, "is a folder")
+
+
+def test_hub_model_without_network(refused: Refused) -> None:
+    has(refused("inspect", "nobody/nothing"), "nobody/nothing", "could not be had from the hub")
+
+
+def test_no_config(world: World, refused: Refused) -> None:
+    (world.model / "config.json").unlink()
+    has(refused(*prune(world)), "model holds no config.json")
+
+
+def test_broken_config(world: World, refused: Refused) -> None:
+    (world.model / "config.json").write_text("{")
+    has(refused(*prune(world)), "model/config.json", "cannot be used")
+
+
+def test_unknown_family(world: World, refused: Refused) -> None:
+    (world.model / "config.json").write_text('{"model_type": "tomorrow"}')
+    has(refused(*prune(world)), "model/config.json", "tomorrow")
+
+
+def test_code_in_the_checkpoint(world: World, refused: Refused) -> None:
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (world.model / "config.json").write_text(json.dumps(config))
+    (world.model / "own.py").write_text("raise SystemExit('code was run')")
+    has(refused(*prune(world)), "--trust-remote-code")
+
+
+def _other_model(kind: str) -> Any:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "clip":
+        towers = {**small, "intermediate_size": 16}
+        return transformers.CLIPModel(
+            transformers.CLIPConfig(text_config=towers, vision_config={**towers, "image_size": 32})
+        )
+    if kind == "t5":
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        )
+    if kind == "bert":
+        return transformers.BertModel(transformers.BertConfig(**small, intermediate_size=16))
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2))
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5", "bert", "gpt2"])
+def test_model_of_another_kind(world: World, refused: Refused, kind: str) -> None:
+    _other_model(kind).save_pretrained(world.root / kind)
+    message = refused("prune", kind, "--data", world.data, "--out", "out")
+    has(message, f"{kind}", "vision-language")
+
+
+def test_only_pickled_weights(world: World, refused: Refused) -> None:
+    for shard in world.model.glob("*.safetensors*"):
+        shard.unlink()
+    bomb = b"cbuiltins\nexec\n(S'raise SystemExit(\"unpickled\")'\ntR."
+    (world.model / "pytorch_model.bin").write_bytes(bomb)
+    has(refused(*prune(world)), "pytorch_model.bin", "never unpickles", "save_pretrained")
+
+
+def test_truncated_weights(world: World, refused: Refused) -> None:
+    shard = sorted(world.model.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    has(refused(*prune(world)), shard.name, "is truncated", "Download")
+    shard.write_bytes(b"")
+    has(refused(*prune(world)), shard.name, "is truncated")
+
+
+def test_missing_shard(world: World, refused: Refused) -> None:
+    shard = sorted(world.model.glob("*.safetensors"))[1]
+    shard.unlink()
+    has(refused(*prune(world)), shard.name, "is missing")
+
+
+def test_missing_weights(world: World, refused: Refused) -> None:
+    """transformers would fill them with random numbers and say nothing."""
+    index = world.model / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    tensors = {}
+    for shard in sorted(world.model.glob("*.safetensors")):
+        tensors |= load_file(shard)
+        shard.unlink()
+    index.unlink()
+    gone = next(name for name in content["weight_map"] if "visual" in name and "weight" in name)
+    tensors.pop(gone)
+    save_file(tensors, world.model / "model.safetensors", metadata={"format": "pt"})
+    has(refused(*prune(world)), "holds no weights for", "visual", "config.json")
+
+
+def test_no_processor(world: World, refused: Refused) -> None:
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer.json"):
+        (world.model / name).unlink(missing_ok=True)
+    has(refused(*prune(world)), world.model.name, "processor could not be loaded")
+
+
+def test_no_chat_template(world: World, refused: Refused) -> None:
+    (world.model / "chat_template.jinja").unlink()
+    has(refused(*prune(world)), "no chat template", "chat_template.jinja")
+
+
+# Pairs
+
+
+def _realign(world: World, dense: object, pruned: object) -> list[object]:
+    return ["realign", dense, pruned, "--data", world.data, "--out", "new.safetensors"]
+
+
+def test_pair_of_other_shape(world: World, refused: Refused) -> None:
+    pico.save("llava_next-vicuna", world.root / "vicuna")
+    pico.save("llava_next-mistral", world.root / "mistral")
+    message = refused(*_realign(world, "vicuna", "mistral"))
+    has(message, "vicuna and mistral are different models", "k_proj", "[64, 64]", "[32, 64]")
+
+
+def test_pair_of_other_names(world: World, refused: Refused) -> None:
+    pico.save("mllama", world.root / "mllama")
+    message = refused(*_realign(world, "model", "mllama"))
+    has(message, "model and mllama are different models", "missing")
+
+
+def test_pruned_without_zeros(world: World, refused: Refused) -> None:
+    message = refused(*_realign(world, "model", "model"))
+    has(message, "model has no zeros", "nothing was pruned", "dense checkpoint first")
+
+
+def test_pair_in_a_recipe(world: World, refused: Refused) -> None:
+    has(refused("run", world.recipe(pruned="model"), "--out", "run"), "has no zeros")
+    has(refused("run", world.recipe(pruned="gone"), "--out", "run"), "gone does not exist")
+
+
+@pytest.mark.parametrize("heads", ["top", "random"])
+def test_more_heads_than_there_are(world: World, refused: Refused, heads: str) -> None:
+    words = _realign(world, "model", "pruned")
+    message = refused(*words, "--heads", heads, "--top-heads", 17)
+    has(message, "top_heads is 17", "16 heads")
+    recipe = world.recipe(realign=[{"heads": heads, "top_heads": 17}])
+    has(refused("run", recipe, "--out", "run"), "top_heads is 17", "16 heads")
+
+
+# Data
+
+
+def _edit_rows(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    edit(rows[1])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _missing_field(world: World) -> Sequence[str]:
+    _edit_rows(world.data, lambda row: row.pop("instruction"))
+    return "data.jsonl, line 2", "'instruction' is missing"
+
+
+def _missing_image(world: World) -> Sequence[str]:
+    next((world.data.parent / "images").glob("harmful-0-1*")).unlink()
+    return "data.jsonl", "1 of 8 examples have no image file", "harmful-0-1"
+
+
+def _unreadable_image(world: World) -> Sequence[str]:
+    path = next((world.data.parent / "images").glob("harmful-0-2*"))
+    path.write_bytes(path.read_bytes()[:50])
+    return "unreadable image", "harmful-0-2"
+
+
+def _empty_set(world: World) -> Sequence[str]:
+    world.data.write_text("\n")
+    return "data.jsonl", "no examples"
+
+
+def _no_json(world: World) -> Sequence[str]:
+    world.data.write_text("{\n")
+    return "data.jsonl, line 1", "JSON"
+
+
+def _no_file(world: World) -> Sequence[str]:
+    world.data.unlink()
+    return "data.jsonl", "does not exist"
+
+
+MISCHIEF = [_missing_field, _missing_image, _unreadable_image, _empty_set, _no_json, _no_file]
+
+
+@pytest.mark.parametrize("break_it", MISCHIEF, ids=lambda f: f.__name__.strip("_"))
+@pytest.mark.parametrize("command", ["heads", "statistics", "eval", "run"])
+def test_bad_data(
+    world: World, refused: Refused, command: str, break_it: Callable[[World], Sequence[str]]
+) -> None:
+    recipe = world.recipe()
+    expected = break_it(world)
+    words: dict[str, list[object]] = {
+        "heads": ["heads", world.model, "--data", world.data, "--r-max", 2, "--out", "out"],
+        "statistics": ["statistics", world.model, "--data", world.data, "--out", "out"],
+        "eval": ["eval", world.model, "--suite", world.data, "--out", "new/deep/out"],
+        "run": ["run", recipe, "--out", "run"],
+    }
+    has(refused(*words[command]), *expected)
+
+
+def test_no_harmless_examples(world: World, refused: Refused) -> None:
+    lines = world.data.read_text().splitlines()[:4]
+    world.data.write_text("\n".join(lines) + "\n")
+    has(refused(*prune(world)), "no harmless examples", "4 rows were read, 0 of them harmless")
+
+
+def test_bad_suite_of_a_run_is_found_before_it_starts(world: World, refused: Refused) -> None:
+    suite = world.root / "data" / "suite.jsonl"
+    suite.write_text('{"instruction": "x", "image": "gone.png"}\n')
+    has(refused("run", world.recipe(evaluate={"suite": str(suite)}), "--out", "run"), "gone.png")
+
+
+@pytest.mark.parametrize("command", ["prune", "heads", "statistics", "eval", "run"])
+def test_images_with_a_text_only_model(world: World, refused: Refused, command: str) -> None:
+    pico.save("llama", world.root / "llama")
+    words: list[object] = [command, "llama", "--data", world.data, "--out", "out"]
+    if command == "heads":
+        words += ["--r-max", 2]
+    if command == "eval":
+        words[2] = "--suite"
+    if command == "run":
+        words = ["run", world.recipe(model="llama"), "--out", "out"]
+    has(refused(*words), "has an image", "llama reads text only", "vision-language model")
+
+
+@pytest.mark.parametrize("command", ["heads", "run"])
+def test_r_max_too_large(world: World, refused: Refused, command: str) -> None:
+    words: list[object] = ["heads", world.model, "--data", world.data, "--out", "out"]
+    words += ["--r-max", 5]
+    if command == "run":
+        words = ["run", world.recipe(heads={"r_max": 5}), "--out", "run"]
+    has(refused(*words), "r_max is 5", "4 samples", "at most 4", "use more samples")
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        ("tomorrow", ["--data: unknown data set 'tomorrow'", "demo", "vlguard", ".jsonl"]),
+        ("demo:nosplit", ["nosplit", "calibration", "validation", "test"]),
+        ("vlguard:gone", ["gone does not exist"]),
+        ("safebench:gone", ["gone does not exist"]),
+    ],
+)
+def test_unknown_data(world: World, refused: Refused, data: str, parts: list[str]) -> None:
+    has(refused("prune", world.model, "--data", data, "--out", "out"), *parts)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("0", ["--sparsity", "greater than 0", "got '0'"]),
+        ("1", ["--sparsity", "less than 1", "got '1'"]),
+        ("1.5", ["--sparsity", "less than 1", "got '1.5'"]),
+        ("-1", ["--sparsity", "greater than 0", "got '-1'"]),
+        ("nan", ["--sparsity", "got 'nan'"]),
+        ("abc", ["--sparsity", "valid number", "abc"]),
+    ],
+)
+def test_sparsity(world: World, refused: Refused, value: str, parts: list[str]) -> None:
+    has(refused(*prune(world, "--sparsity", value)), *parts)
+    number = float(value) if value not in ("abc", "nan") else value
+    message = refused("run", world.recipe(prune={"sparsity": number}), "--out", "run")
+    has(message, "recipe.yaml", "prune.sparsity", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("4:4", ["4:4 is no N:M pattern", "less than M"]),
+        ("5:4", ["5:4 is no N:M pattern", "less than M"]),
+        ("0:4", ["0:4 is no N:M pattern", "at least 1"]),
+        ("2-4", ["'2-4' is no N:M pattern", "2:4"]),
+        ("2:3", ["2:3 needs rows of a multiple of 3", "layers.0.self_attn.q_proj", WIDTHS]),
+    ],
+)
+def test_n_m(world: World, refused: Refused, value: str, parts: list[str]) -> None:
+    has(refused(*prune(world, "--n-m", value)), *parts)
+    recipe = world.recipe()
+    content = json.loads(recipe.read_text())
+    content.pop("prune", None)
+    recipe.write_text(f"{json.dumps(content)[:-1]},\nprune: {{n_m: {value}}}}}\n")
+    has(refused("run", recipe, "--out", "run"), *parts)
+
+
+@pytest.mark.parametrize("command", ["prune", "heads", "eval", "realign", "run"])
+def test_unknown_device(world: World, refused: Refused, command: str) -> None:
+    words: dict[str, list[object]] = {
+        "prune": ["prune", world.model, "--data", world.data, "--out", "out"],
+        "heads": ["heads", world.model, "--data", world.data, "--out", "out", "--r-max", 2],
+        "eval": ["eval", world.model, "--suite", world.data, "--out", "out"],
+        "realign": ["realign", world.model, world.pruned, "--method", "hsr-a", "--heads", "all"],
+    }
+    if command == "run":
+        recipe = world.recipe(compute={"device": "tpux"})
+        has(refused("run", recipe, "--out", "run"), "The device 'tpux' cannot be used")
+        return
+    if command == "realign":
+        words["realign"] += ["--out", "new.safetensors"]
+    has(refused(*words[command], "--device", "tpux"), "The device 'tpux' cannot be used")
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"sparcity": 0.5}, ["sparcity", "there is no such setting"]),
+        ({"prune": {"sparcity": 0.5}}, ["prune.sparcity", "there is no such setting"]),
+        ({"realign": [{"name": "a"}, {"name": "a"}]}, ["names of `realign` must differ", "a"]),
+        ({"realign": [{"name": "pruned"}]}, ["realign.0.name", "neither 'dense' nor 'pruned'"]),
+        ({"realign": [{"name": "../x"}]}, ["realign.0.name", "../x"]),
+        ({"realign": [{"p": 0.7, "p_max": 0.5}]}, ["realign.0", "p < p_max"]),
+        ({"evaluate": {"suite": "tomorrow"}}, ["evaluate.suite", "unknown data set 'tomorrow'"]),
+        ({"compute": {"batch_size": 0}}, ["compute.batch_size", "got 0"]),
+        ({"heads": {"target": "head"}}, ["heads.target", "'head'"]),
+    ],
+    ids=lambda v: json.dumps(v)[:40] if isinstance(v, dict) else "",
+)
+def test_recipe_fields(
+    world: World, refused: Refused, fields: dict[str, Any], parts: list[str]
+) -> None:
+    has(refused("run", world.recipe(**fields), "--out", "run"), "recipe.yaml", *parts)
+
+
+def test_recipe_files(world: World, refused: Refused) -> None:
+    has(refused("run", "no.yaml", "--out", "run"), "recipe no.yaml does not exist")
+    has(refused("run", "model", "--out", "run"), "recipe model cannot be read")
+    (world.root / "bad.yaml").write_text("a: [")
+    has(refused("run", "bad.yaml", "--out", "run"), "bad.yaml is not valid YAML")
+    (world.root / "list.yaml").write_text("- a")
+    has(refused("run", "list.yaml", "--out", "run"), "list.yaml", "dictionary")
+
+
+def test_flags(world: World, refused: Refused) -> None:
+    has(refused(*prune(world, "--sparcity", "0.5")), "--sparcity")
+    has(refused("prune", world.model), "--out")
+    has(refused("tomorrow"), "tomorrow")
+
+
+# Patches
+
+
+def test_patch_for_another_base(world: World, refused: Refused) -> None:
+    message = refused("apply", world.model, world.patch, "--out", "out")
+    has(message, "model is not the base of this patch", "layers.", "pruned checkpoint")
+    message = refused(
+        "eval", world.model, "--patch", world.patch, "--suite", world.data, "--out", "out"
+    )
+    has(message, "model is not the base of this patch")
+    pico.save("llava", world.root / "llava", torch.bfloat16)
+    has(refused("apply", "llava", world.patch, "--out", "out"), "llava is not the base")
+    has(refused("revert", "llava", world.patch, "--out", "out"), "llava is not the base")
+
+
+def test_damaged_patch(world: World, refused: Refused) -> None:
+    whole = world.patch.read_bytes()
+    words = ["apply", world.pruned, world.patch, "--out", "out"]
+    world.patch.write_bytes(whole[:-10])
+    has(refused(*words), "patch.safetensors is damaged")
+    world.patch.write_bytes(b"")
+    has(refused(*words), "patch.safetensors is damaged")
+    flipped = bytearray(whole)
+    flipped[-5] ^= 1
+    world.patch.write_bytes(flipped)
+    has(refused(*words), "patch.safetensors is damaged")
+    shutil.copy(next(world.model.glob("*.safetensors")), world.patch)
+    has(refused(*words), "patch.safetensors does not hold a patch")
+
+
+# Output
+
+
+@pytest.mark.parametrize("command", ["prune", "heads", "statistics", "eval", "apply", "revert"])
+def test_output_is_taken(world: World, refused: Refused, command: str) -> None:
+    taken = world.root / "taken"
+    taken.mkdir()
+    (taken / "thesis.txt").write_text("mine")
+    data: list[object] = ["--data", world.data]
+    words: dict[str, list[object]] = {
+        "prune": [world.model, *data],
+        "heads": [world.model, *data, "--r-max", 2],
+        "statistics": [world.model, *data],
+        "eval": [world.model, "--suite", world.data],
+        "apply": [world.pruned, world.patch],
+        "revert": [world.pruned, world.patch],
+    }
+    message = refused(command, *words[command], "--out", taken)
+    a_file = command in ("heads", "statistics")
+    has(message, "taken", "is a folder" if a_file else "is not empty")
+    message = refused(command, *words[command], "--out", taken / "thesis.txt")
+    has(message, "thesis.txt", "damaged" if a_file else "is a file")
+    message = refused(command, *words[command], "--out", taken / "thesis.txt" / "deeper")
+    has(message, "thesis.txt", "Choose another output")
+
+
+def test_run_folder_is_taken(world: World, refused: Refused) -> None:
+    has(refused("run", world.recipe(), "--out", "data"), "data is not empty")
+
+
+def test_run_folder_of_another_recipe(world: World, refused: Refused) -> None:
+    run_ok("run", world.recipe(), "--out", "run")
+    message = refused("run", world.recipe(prune={"sparsity": 0.7}), "--out", "run")
+    has(message, "run holds a run of another recipe", "prune.sparsity: 0.5 there, 0.7 now")
+    shutil.rmtree(world.root / "run" / "evaluation" / "hsr")
+    message = refused("report", "run")
+    has(message, "run is not finished", "hsr has not been evaluated", "regraft run")
+
+
+def test_report_of_nothing(refused: Refused) -> None:
+    has(refused("report", "data"), "data holds no run")
+
+
+def test_output_inside_the_model(world: World, refused: Refused) -> None:
+    words: list[object] = ["prune", world.model, "--data", world.data, "--out"]
+    has(refused(*words, world.model / "out"), "inside the checkpoint")
+    has(refused(*words, "data/../model/out"), "inside the checkpoint")
+
+
+@pytest.mark.parametrize("command", ["prune", "apply", "run"])
+def test_disk_too_full(
+    world: World, refused: Refused, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(world.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    words: dict[str, list[object]] = {
+        "prune": prune(world),
+        "apply": ["apply", world.pruned, world.patch, "--out", "out"],
+        "run": ["run", world.recipe(), "--out", "out"],
+    }
+    has(refused(*words[command]), "disk is too full", "out", "MiB are free")
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: the code path of a full disk (EFBIG)."""
+    resource = pytest.importorskip("resource", reason="needs POSIX limits")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("command", "limit"),
+    [
+        *[("prune", 50_000), ("prune", 1_000), ("heads", 1_000), ("statistics", 1_000)],
+        *[("eval", 150), ("apply", 50_000), ("revert", 50_000), ("realign", 10_000)],
+    ],
+)
+def test_disk_gets_full_while_writing(
+    world: World, refused: Refused, command: str, limit: int
+) -> None:
+    data = ["--data", world.data]
+    words: dict[str, list[object]] = {
+        "prune": [world.model, *data],
+        "heads": [world.model, *data, "--r-max", 2],
+        "statistics": [world.model, *data],
+        "eval": [world.model, "--suite", world.data],
+        "apply": [world.pruned, world.patch],
+        "revert": [world.pruned, world.patch],
+        "realign": [world.model, world.pruned, "--method", "hsr-a", "--heads", "all"],
+    }
+    with file_size_limit(limit):
+        message = refused(command, *words[command], "--out", "a/b/out")
+    has(message, "The disk is full: could not write a/b/", "Free some space")
+
+
+def test_disk_gets_full_in_a_run(world: World) -> None:
+    """What was finished stays, to go on from; nothing half-written and no hidden work."""
+    recipe = world.recipe()
+    with file_size_limit(50_000), pytest.raises(SystemExit) as stopped:
+        main(["run", str(recipe), "--out", str(world.root / "run")])
+    assert stopped.value.code == 2
+    assert tree(world.root / "run").keys() == {"recipe.yaml"}
+    run_ok("run", recipe, "--out", world.root / "run")
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount a small disk"
+)
+def test_small_disk(world: World) -> None:
+    disk = world.root / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    try:
+        filler = disk / "filler"
+        filler.write_bytes(bytes(180_000))
+        for words in (
+            ["apply", world.pruned, world.patch, "--out", disk / "out"],
+            ["statistics", world.model, "--data", world.data, "--out", disk / "out"],
+            ["heads", world.model, "--data", world.data, "--r-max", 2, "--out", disk / "out"],
+        ):
+            if words[0] != "apply":  # apply is stopped by the check, these by the disk itself
+                filler.write_bytes(bytes(256 * 1024 - 4096 * 2))
+            with pytest.raises(SystemExit) as stopped:
+                main([str(word) for word in words])
+            assert stopped.value.code == 2, words[0]
+            assert tree(disk).keys() == {"filler"}, words[0]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_exit_codes_of_the_program(world: World) -> None:
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "regraft.cli", *map(str, words)]
+        return subprocess.run(command, cwd=world.root, capture_output=True, text=True, check=False)
+
+    good = run("--help")
+    assert good.returncode == 0, good.stderr
+    assert all(name in good.stdout for name in ("prune", "heads", "realign", "apply", "run"))
+    bad = run("inspect", "nowhere")
+    assert bad.returncode == 2, bad.stderr
+    assert bad.stdout == ""
+    assert "nowhere does not exist" in bad.stderr
+    assert "Traceback" not in bad.stderr
+
+
+# What works
+
+
+def test_whole_way_by_single_commands(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.root)
+
+    def run(*words: object) -> str:
+        run_ok(*words)
+        return capsys.readouterr().out
+
+    assert "16" not in run("inspect", world.model).split("prunable")[0]
+    shown = run("inspect", world.model, "--names")
+    has(shown, "qwen2_5_vl", "layers", "query heads", "layers.3.mlp.down_proj.weight", "BF16")
+    data = ["--data", world.data, "--samples", 4]
+    has(run("prune", world.model, *data, "--n-m", "2:4", "--out", "half"), "50.00 %")
+    has(run("heads", world.model, *data, "--r-max", 2, "--out", "heads.st"), "rank", "Ships")
+    has(run("statistics", world.model, *data, "--out", "statistics.st"), "Wrote statistics.st")
+    files = ["--heads-file", "heads.st", "--statistics-file", "statistics.st"]
+    shown = run("realign", world.model, "half", *files, "--top-heads", 2, "--out", "hsr.st")
+    has(shown, "weights come back", "per 10,000")
+    has(run("apply", "half", "hsr.st", "--out", "realigned"), "Wrote realigned")
+    has(run("revert", "realigned", "hsr.st", "--out", "reverted"), "Wrote reverted")
+    answers = ["--suite", world.data, "--max-new-tokens", 2, "--device", "cpu"]
+    has(run("eval", "realigned", *answers, "--out", "a"), "ASR", "over-refusal", "95 %")
+    run("eval", "half", "--patch", "hsr.st", *answers, "--out", "b")
+    first, second = ((world.root / x / "answers.jsonl").read_bytes() for x in "ab")
+    assert first == second, "a patch in memory answers otherwise than the checkpoint written"
+    sizes = [json.loads((world.root / x / "results.json").read_text())["sizes"] for x in "ab"]
+    assert sizes[0] == sizes[1], "sparsity is counted otherwise with the patch in memory"
+
+
+def test_recipe_command_prints_a_recipe(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    from regraft.recipe import Recipe, read_recipe
+
+    run_ok("recipe")
+    (world.root / "printed.yaml").write_text(capsys.readouterr().out)
+    assert read_recipe(world.root / "printed.yaml") == Recipe()
+
+
+def test_realign_makes_its_own_inputs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.root)
+    words = ["realign", "model", "pruned", "--data", world.data, "--samples", 4, "--r-max", 2]
+    run_ok(*words, "--top-heads", 2, "--out", "hsr.safetensors")
+    made = {path.name for path in world.root.glob("hsr*")}
+    assert made == {
+        "hsr.safetensors",
+        "hsr.heads.safetensors",
+        "hsr.statistics.safetensors",
+    }
+
+
+def test_someone_elses_extra_tensors_are_no_obstacle(world: World) -> None:
+    """`rewrite` keeps this honest: a tensor that the model does not know is ignored and kept."""
+    shard = sorted(world.model.glob("*.safetensors"))[0]
+    index = world.model / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["masks.extra"] = shard.name
+    index.write_text(json.dumps(content))
+    rewrite(world.model, shard.name, {"masks.extra": torch.ones(3)})
+    run_ok("inspect", world.model)

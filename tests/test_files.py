@@ -1,0 +1,180 @@
+"""Atomic files and folders, leftovers of killed runs, digests, artifacts."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from disk import tree
+from regraft.artifact import read_artifact, write_artifact
+from regraft.errors import RegraftError
+from regraft.files import (
+    atomic_file,
+    atomic_folder,
+    digest,
+    disk_errors,
+    read_json,
+    require_empty,
+    require_space,
+    write_json,
+    write_text,
+)
+
+
+def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b.txt"
+    with pytest.raises(KeyboardInterrupt), atomic_file(target) as temporary:
+        temporary.write_text("half")
+        assert not target.exists()
+        raise KeyboardInterrupt
+    assert tree(tmp_path) == {}, "a failed write left something behind"
+    write_text(target, "one")
+    with pytest.raises(ZeroDivisionError), atomic_file(target) as temporary:
+        temporary.write_text("two")
+        raise ZeroDivisionError
+    assert target.read_text() == "one", "a failed write replaced the file"
+    write_text(target, "two")
+    assert target.read_text() == "two"
+    assert tree(tmp_path).keys() == {"a", "a/b.txt"}
+
+
+def test_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b"
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as temporary:
+        (temporary / "x").write_text("half")
+        raise KeyboardInterrupt
+    assert tree(tmp_path) == {}
+    with atomic_folder(target) as temporary:
+        (temporary / "c").mkdir()
+        (temporary / "c" / "x").write_text("whole")
+        assert not target.exists()
+    assert tree(tmp_path).keys() == {"a", "a/b", "a/b/c", "a/b/c/x"}
+
+
+def test_empty_folder_may_be_filled_and_a_full_one_not(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    with atomic_folder(target) as temporary:
+        (temporary / "x").write_text("1")
+    with pytest.raises(RegraftError, match="out is not empty"), atomic_folder(target):
+        pass
+    with pytest.raises(RegraftError, match="x is a file"):
+        require_empty(target / "x")
+    assert tree(tmp_path).keys() == {"out", "out/x"}
+
+
+def test_leftovers_of_a_killed_run_are_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / ".a.regraft-tmp").write_text("half")
+    (tmp_path / ".b.regraft-tmp").mkdir()
+    (tmp_path / ".b.regraft-tmp" / "x").write_text("half")
+    write_text(tmp_path / "a", "whole")
+    with atomic_folder(tmp_path / "b") as temporary:
+        assert not any(temporary.iterdir())
+    assert tree(tmp_path).keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "x"), "disk is full"),
+        (OSError(errno.EDQUOT, "x"), "disk is full"),
+        (OSError(errno.EFBIG, "x"), "disk is full"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "disk is full"),
+        (OSError(errno.EROFS, "x"), "No permission"),
+        (OSError(errno.EACCES, "x"), "No permission"),
+        (OSError(errno.ENOTDIR, "x"), "a file stands where a folder is needed"),
+    ],
+)
+def test_disk_errors_are_told(tmp_path: Path, error: Exception, message: str) -> None:
+    with pytest.raises(RegraftError, match=f"{message}.*") as caught, disk_errors(tmp_path / "out"):
+        raise error
+    assert "out" in str(caught.value)
+
+
+def test_other_errors_pass(tmp_path: Path) -> None:
+    for error in (OSError(errno.EIO, "x"), SafetensorError("x"), ValueError("x")):
+        with pytest.raises(type(error)), disk_errors(tmp_path):
+            raise error
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders can be opened for writing elsewhere")
+def test_output_where_it_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder" / "x").mkdir(parents=True)
+    with pytest.raises(RegraftError, match="file stands where a folder is needed"):
+        write_text(tmp_path / "file" / "out", "x")
+    with pytest.raises(RegraftError, match="folder where a file is"):
+        write_text(tmp_path / "folder", "x")
+    assert tree(tmp_path).keys() == {"file", "folder", "folder/x"}
+
+
+def test_space(tmp_path: Path) -> None:
+    require_space(tmp_path / "not" / "there" / "yet", 1)
+    with pytest.raises(RegraftError, match=r"out needs 1048576.00 GiB and .* free") as caught:
+        require_space(tmp_path / "out", 2**50)
+    assert "choose another folder" in str(caught.value)
+
+
+def test_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"b": [1, "ü"], "a": None})
+    assert (
+        path.read_text(encoding="utf-8") == '{\n  "b": [\n    1,\n    "ü"\n  ],\n  "a": null\n}\n'
+    )
+    assert read_json(path) == {"b": [1, "ü"], "a": None}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, float("nan"))
+    with pytest.raises(RegraftError, match=r"b.json does not exist"):
+        read_json(tmp_path / "b.json")
+    with pytest.raises(RegraftError, match="is a folder"):
+        read_json(tmp_path)
+    for bad in (b"{", b"\xff", b""):
+        path.write_bytes(bad)
+        with pytest.raises(RegraftError, match=r"a.json is not valid JSON"):
+            read_json(path)
+
+
+def test_digest_knows_where_a_part_ends() -> None:
+    assert digest("ab", "c") != digest("a", "bc")
+    assert digest("ab") == digest(b"ab")
+
+
+TENSORS = {"b": torch.arange(6).view(2, 3), "a": torch.ones(3, dtype=torch.bfloat16)}
+
+
+def test_artifact_has_the_same_bytes_every_time(tmp_path: Path) -> None:
+    header = {"z": 1, "a": {"y": 2, "b": 3}}
+    for name in ("one", "two"):
+        write_artifact(tmp_path / name, "kind-1", header, TENSORS)
+    write_artifact(tmp_path / "three", "kind-1", dict(reversed(header.items())), TENSORS)
+    assert len(set(tree(tmp_path).values())) == 1
+    found, tensors = read_artifact(tmp_path / "one", "kind-1", "a thing")
+    assert found == header
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+
+
+def test_damaged_artifacts(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    write_artifact(path, "kind-1", {}, TENSORS)
+    whole = path.read_bytes()
+    for bad in (b"", whole[:5], whole[:-1], whole + b"x", b"PK\x03\x04" * 50):
+        path.write_bytes(bad)
+        with pytest.raises(RegraftError, match=r"x is damaged and cannot be read \(a thing\)"):
+            read_artifact(path, "kind-1", "a thing")
+    for position in (len(whole) - 1, len(whole) - 20):
+        flipped = bytearray(whole)
+        flipped[position] ^= 64
+        path.write_bytes(flipped)
+        with pytest.raises(RegraftError, match="x is damaged"):
+            read_artifact(path, "kind-1", "a thing")
+    path.write_bytes(whole)
+    with pytest.raises(RegraftError, match="x does not hold a thing"):
+        read_artifact(path, "kind-2", "a thing")
+    with pytest.raises(RegraftError, match="is a folder"):
+        read_artifact(tmp_path, "kind-1", "a thing")

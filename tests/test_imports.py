@@ -1,0 +1,98 @@
+"""The rules of the rooms: who may import whom, who knows transformers, who prints."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import regraft
+
+ROOT = Path(regraft.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+ORDER = (
+    *("data", "models", "importance", "pruning", "heads", "restoration", "evaluation", "report"),
+    *("recipe", "console", "stages", "pipeline", "cli"),
+)
+FREE = {"regraft", "errors", "files", "artifact", "watch", "data.example"}
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+
+
+def _module(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__").removesuffix("__init__") or "regraft"
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Every imported module; `from regraft import stages` gives "regraft.stages"."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "regraft":
+                yield from (f"regraft.{alias.name}" for alias in node.names)
+            else:
+                yield node.module or ""
+
+
+def _own(path: Path) -> list[str]:
+    names = (name for name in _imported(path) if name.split(".")[0] == "regraft")
+    return [name.removeprefix("regraft.") for name in names]
+
+
+def test_every_module_has_its_place() -> None:
+    rooms = {_module(path).split(".")[0] for path in FILES}
+    assert rooms <= {*ORDER, *FREE}, f"not in the order: {rooms - {*ORDER, *FREE}}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_imports_go_one_way(path: Path) -> None:
+    module = _module(path)
+    if module in FREE:
+        assert set(_own(path)) <= FREE, f"{module} is free for all and imports {_own(path)}"
+        return
+    room = ORDER.index(module.split(".")[0])
+    for name in _own(path):
+        if name not in FREE:
+            assert ORDER.index(name.split(".")[0]) <= room, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_only_models_know_transformers(path: Path) -> None:
+    module = _module(path)
+    if module.split(".")[0] == "models":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
+            names = [alias.name for alias in node.names]
+            assert module == "stages", f"{module} imports transformers"
+            assert names == ["__version__"], f"stages may ask for the version only, not {names}"
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("transformers") for alias in node.names), module
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_only_the_command_line_prints(path: Path) -> None:
+    if _module(path) in ("cli", "console"):
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"{path.name}:{node.lineno} prints"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            written = f"{node.value.id}.{node.attr}"
+            assert written not in ("sys.stdout", "sys.stderr"), f"{path.name}:{node.lineno}"
+
+
+def test_help_is_quick() -> None:
+    """Nobody waits for transformers, scipy or matplotlib to read `--help`."""
+    code = (
+        "import sys, regraft.cli; print([name for name in "
+        "('transformers', 'scipy', 'matplotlib', 'torchvision') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,301 @@
+"""Patches: the file, applying, reverting, refusing, and the same in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import pico
+from disk import differing, equal_bytes, shards, tree
+from regraft.artifact import read_artifact, write_artifact
+from regraft.data.collate import prompt_batch
+from regraft.errors import RegraftError
+from regraft.models.checkpoint import Checkpoint, Edit, open_checkpoint, write_edited
+from regraft.models.load import Source, load_model, load_processor, open_source
+from regraft.restoration.apply import (
+    apply_patch,
+    check_base,
+    patched,
+    revert_patch,
+    zeros_filled,
+)
+from regraft.restoration.patch import (
+    FORMAT,
+    Patch,
+    TensorPatch,
+    base_digest,
+    load_patch,
+    save_patch,
+)
+from regraft.restoration.realign import realign, whole_heads
+from regraft.restoration.selection import random_heads
+
+
+def zero_at_random(seed: int, *, minus: bool = False) -> Edit:
+    """Zero about half of a weight; with `minus` by multiplying, which makes -0.0 of negatives."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def edit(tensor: torch.Tensor) -> torch.Tensor:
+        mask = torch.rand(tensor.shape, generator=generator) < 0.5
+        return tensor * mask.to(tensor.dtype) if minus else tensor.masked_fill_(~mask, 0)
+
+    return edit
+
+
+def prune_at_random(source: Source, out: Path, seed: int = 0, *, minus: bool = False) -> Source:
+    edits = {
+        linear.tensor: zero_at_random(seed + i, minus=minus)
+        for i, linear in enumerate(source.anatomy.linears)
+    }
+    write_edited(source.checkpoint, out, edits)
+    return open_source(out)
+
+
+def graft(dense: Source, pruned: Source, *, share: float = 0.3, seed: int = 1000) -> Patch:
+    """Restore a random share of what was pruned in every other weight."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for linear in list(dense.anatomy.linears)[::2]:
+        before, after = (one.checkpoint.read(linear.tensor) for one in (dense, pruned))
+        chosen = (after == 0) & (torch.rand(after.shape, generator=generator) < share)
+        positions = chosen.reshape(-1).nonzero().flatten()
+        values = before.reshape(-1)[positions]
+        tensors[linear.tensor] = TensorPatch.of(after, positions, values)
+    return Patch(tensors, {"seed": seed})
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Source, Source]:
+    dense = open_source(pico.save("llava", tmp_path / "dense", torch.bfloat16, "100KB"))
+    return dense, prune_at_random(dense, tmp_path / "pruned")
+
+
+@pytest.mark.parametrize("minus", [False, True], ids=["plus zero", "minus zero"])
+def test_apply_then_revert_gives_back_the_bytes(
+    tmp_path: Path, paper_family: str, minus: bool
+) -> None:
+    folder = pico.save(paper_family, tmp_path / "dense", torch.bfloat16, "100KB")
+    dense = open_source(folder)
+    pruned = prune_at_random(dense, tmp_path / "pruned", minus=minus)
+    save_patch(tmp_path / "patch", graft(dense, pruned))
+    patch = load_patch(tmp_path / "patch")
+    on = apply_patch(pruned.checkpoint, patch, tmp_path / "on")
+    off = revert_patch(on, patch, tmp_path / "off")
+    assert len(on.shards) > 3
+    assert shards(tmp_path / "off") == shards(tmp_path / "pruned"), "revert gave other bytes"
+    assert tree(tmp_path / "off") == tree(tmp_path / "pruned")
+    assert differing(pruned.checkpoint, on) == patch.tensors.keys()
+    for name, tensor in patch.tensors.items():
+        expected = pruned.checkpoint.read(name).reshape(-1)
+        original = dense.checkpoint.read(name).reshape(-1)
+        expected[tensor.positions] = original[tensor.positions]
+        assert equal_bytes(on.read(name).reshape(-1), expected), f"{name} holds other values"
+    again = apply_patch(on, patch, tmp_path / "again")
+    assert shards(again.folder) == shards(on.folder), "applying twice is not applying once"
+    twice_off = revert_patch(off, patch, tmp_path / "twice-off")
+    assert shards(twice_off.folder) == shards(off.folder), "reverting twice changed something"
+
+
+def test_base_digest_is_the_same_before_and_after(pair: tuple[Source, Source]) -> None:
+    dense, pruned = pair
+    for name, tensor in graft(dense, pruned).tensors.items():
+        before = pruned.checkpoint.read(name)
+        after = before.clone()
+        after.view(-1)[tensor.positions] = tensor.values
+        assert base_digest(before, tensor.positions) == base_digest(after, tensor.positions)
+        assert tensor.base == base_digest(before, tensor.positions)
+        after.view(-1)[tensor.positions[0] - 1] += 1
+        assert base_digest(after, tensor.positions) != tensor.base
+
+
+def test_zeros_filled(tmp_path: Path, pair: tuple[Source, Source]) -> None:
+    dense, pruned = pair
+    patch = graft(dense, pruned)
+    assert zeros_filled(pruned.checkpoint, patch) == patch.restored
+    assert zeros_filled(apply_patch(pruned.checkpoint, patch, tmp_path / "on"), patch) == 0
+
+
+def test_file_is_small_and_always_the_same(tmp_path: Path, pair: tuple[Source, Source]) -> None:
+    patch = graft(*pair)
+    save_patch(tmp_path / "one", patch)
+    save_patch(tmp_path / "two", Patch(dict(reversed(patch.tensors.items())), patch.about))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    loaded = load_patch(tmp_path / "one")
+    save_patch(tmp_path / "three", loaded)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "three").read_bytes()
+    assert loaded.about == patch.about
+    assert loaded.restored == patch.restored > 1000
+    overhead = 400 * len(patch.tensors) + 400
+    assert (tmp_path / "one").stat().st_size <= 6 * patch.restored + overhead
+    with pytest.raises(RegraftError, match="one exists already"):
+        save_patch(tmp_path / "one", patch)
+
+
+def test_empty_patch(tmp_path: Path, pair: tuple[Source, Source]) -> None:
+    save_patch(tmp_path / "patch", Patch({}, {}))
+    patch = load_patch(tmp_path / "patch")
+    assert patch.restored == 0
+    out = apply_patch(pair[1].checkpoint, patch, tmp_path / "out")
+    assert tree(out.folder) == tree(pair[1].folder)
+
+
+def _single(patch: Patch) -> tuple[str, TensorPatch]:
+    return next(iter(patch.tensors.items()))
+
+
+def _refused(checkpoint: Checkpoint, patch: Patch, out: Path, message: str) -> None:
+    before = tree(out.parent)
+    for action in (apply_patch, revert_patch):
+        with pytest.raises(RegraftError, match=message) as caught:
+            action(checkpoint, patch, out)
+        assert str(checkpoint.folder) in str(caught.value)
+        assert tree(out.parent) == before, "something was written"
+    with pytest.raises(RegraftError, match=message):
+        check_base(checkpoint, patch)
+
+
+def test_other_bases_are_refused(tmp_path: Path, pair: tuple[Source, Source]) -> None:
+    dense, pruned = pair
+    patch = graft(dense, pruned)
+    name, tensor = _single(patch)
+    out = tmp_path / "out"
+    other = prune_at_random(dense, tmp_path / "other", seed=100)
+    _refused(other.checkpoint, patch, out, "holds other values|weights of .* differ")
+    _refused(dense.checkpoint, patch, out, "weights of .* differ")
+    wider = open_source(pico.save("llava", tmp_path / "wider", torch.float32))
+    _refused(wider.checkpoint, patch, out, r"torch.float32, the patch is for .*torch.bfloat16")
+    foreign = open_source(pico.save("qwen2_vl", tmp_path / "foreign", torch.bfloat16))
+    _refused(foreign.checkpoint, patch, out, "it has no tensor")
+    reshaped = replace(tensor, shape=(tensor.shape[1], tensor.shape[0] * 2))
+    _refused(pruned.checkpoint, Patch({name: reshaped}, {}), out, "the patch is for")
+
+    def spoil(weight: torch.Tensor) -> torch.Tensor:
+        weight.view(-1)[tensor.positions[0]] = 3
+        return weight
+
+    spoilt = write_edited(pruned.checkpoint, tmp_path / "spoilt", {name: spoil})
+    _refused(spoilt, patch, out, "holds other values where the patch restores pruned ones")
+
+
+def test_one_bad_tensor_stops_all(tmp_path: Path, pair: tuple[Source, Source]) -> None:
+    """Everything is checked before anything is written."""
+    dense, pruned = pair
+    patch = graft(dense, pruned)
+    last = list(patch.tensors)[-1]
+    tensors = {**patch.tensors, last: replace(patch.tensors[last], base="0" * 64)}
+    _refused(pruned.checkpoint, Patch(tensors, {}), tmp_path / "out", "differ")
+
+
+def _write(path: Path, patch: Patch, **changes: torch.Tensor) -> None:
+    name, tensor = _single(patch)
+    tensors = {f"{name}.positions": tensor.positions.int(), f"{name}.values": tensor.values}
+    tensors |= {f"{name}.{key}": value for key, value in changes.items()}
+    layout = {name: {"shape": list(tensor.shape), "base": tensor.base}}
+    write_artifact(path, FORMAT, {"about": {}, "tensors": layout}, tensors)
+
+
+@pytest.mark.parametrize("field", ["positions", "values", "minus"])
+def test_inconsistent_files(tmp_path: Path, pair: tuple[Source, Source], field: str) -> None:
+    patch = graft(*pair)
+    _, tensor = _single(patch)
+    positions, size = tensor.positions.int(), torch.Size(tensor.shape).numel()
+    cases = {
+        "positions": [
+            positions.flip(0),
+            positions.clone().index_fill_(0, torch.tensor([0]), -1),
+            positions.clone().index_fill_(0, torch.tensor([-1]), size),
+            positions[:-1],
+            positions[None],
+        ],
+        "values": [tensor.values[:-1], tensor.values[None]],
+        "minus": [torch.tensor([len(positions)]), torch.tensor([3, 3]), torch.tensor([-1])],
+    }
+    for i, value in enumerate(cases[field]):
+        _write(tmp_path / f"{i}", patch, **{field: value})
+        with pytest.raises(RegraftError, match=r"positions of .* are not valid"):
+            load_patch(tmp_path / f"{i}")
+
+
+def test_missing_parts(tmp_path: Path) -> None:
+    layout = {"x": {"shape": [2, 2], "base": ""}}
+    write_artifact(tmp_path / "a", FORMAT, {"about": {}, "tensors": layout}, {})
+    with pytest.raises(RegraftError, match=r"a is damaged: 'x.positions' is missing"):
+        load_patch(tmp_path / "a")
+    write_artifact(tmp_path / "b", FORMAT, {"tensors": {}}, {})
+    with pytest.raises(RegraftError, match="b is damaged: 'about' is missing"):
+        load_patch(tmp_path / "b")
+
+
+def test_foreign_files(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / "weights.safetensors")
+    write_artifact(tmp_path / "heads.safetensors", "regraft-heads-1", {}, {})
+    for name in ("weights.safetensors", "heads.safetensors"):
+        with pytest.raises(RegraftError, match=f"{name} does not hold a patch of regraft"):
+            load_patch(tmp_path / name)
+    save_file({"x": torch.zeros(2)}, tmp_path / "odd", metadata={"regraft": "[1]"})
+    with pytest.raises(RegraftError, match="odd does not hold a patch"):
+        read_artifact(tmp_path / "odd", FORMAT, "a patch")
+    save_file({"x": torch.zeros(2)}, tmp_path / "odd", metadata={"regraft": "{"})
+    with pytest.raises(RegraftError, match="odd is damaged"):
+        read_artifact(tmp_path / "odd", FORMAT, "a patch")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_patched_model_is_the_applied_checkpoint(
+    tmp_path: Path, paper_family: str, dtype: str
+) -> None:
+    folder = pico.save(paper_family, tmp_path / "dense", torch.bfloat16)
+    dense = open_source(folder)
+    pruned = prune_at_random(dense, tmp_path / "pruned", minus=True)
+    patch = graft(dense, pruned)
+    apply_patch(pruned.checkpoint, patch, tmp_path / "on")
+    model = load_model(pruned, dtype=dtype, device="cpu")  # type: ignore[arg-type]
+    other = load_model(open_source(tmp_path / "on"), dtype=dtype, device="cpu")  # type: ignore[arg-type]
+    examples = pico.write_examples(tmp_path / "images", 2)
+    batch = prompt_batch(load_processor(pruned), examples).to("cpu", getattr(torch, dtype))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        plain = model(**batch.inputs).logits
+        with patched(model, pruned.anatomy, patch):
+            for name, weight in other.state_dict().items():
+                assert torch.equal(model.state_dict()[name], weight), f"{name} differs"
+            logits = model(**batch.inputs).logits
+        assert torch.equal(logits, other(**batch.inputs).logits)
+        assert not torch.equal(logits, plain), "the patch made no difference"
+        assert torch.equal(model(**batch.inputs).logits, plain)
+    with pytest.raises(ZeroDivisionError), patched(model, pruned.anatomy, patch):
+        raise ZeroDivisionError
+    for name, weight in model.state_dict().items():
+        assert equal_bytes(weight, before[name]), f"{name} was not put back"
+
+
+def test_patch_of_another_model_in_memory(pair: tuple[Source, Source], tmp_path: Path) -> None:
+    dense, pruned = pair
+    patch = graft(dense, pruned)
+    name, tensor = _single(patch)
+    model = load_model(pruned, device="cpu")
+    before = {key: weight.clone() for key, weight in model.state_dict().items()}
+    for other, message in (
+        (Patch({**patch.tensors, "nothing.weight": tensor}, {}), "it has no weight nothing"),
+        (Patch({name: replace(tensor, shape=(1, 8192))}, {}), "the patch is for"),
+    ):
+        with pytest.raises(RegraftError, match=message), patched(model, pruned.anatomy, other):
+            pass
+    assert all(equal_bytes(weight, before[key]) for key, weight in model.state_dict().items())
+
+
+@pytest.mark.xfail(
+    strict=True, reason="restoration/realign.py does not use TensorPatch.of yet, so -0.0 is lost"
+)
+def test_realigned_minus_zeros_are_reverted(tmp_path: Path) -> None:
+    """torch's own pruning multiplies by a mask, which leaves -0.0 where weights were negative."""
+    dense = open_source(pico.save("qwen2_vl", tmp_path / "dense", torch.bfloat16))
+    pruned = prune_at_random(dense, tmp_path / "pruned", minus=True)
+    patch = realign(dense, pruned, random_heads(dense.anatomy, 3, 0), whole_heads)
+    on = apply_patch(pruned.checkpoint, patch, tmp_path / "on")
+    revert_patch(on, patch, tmp_path / "off")
+    assert shards(open_checkpoint(tmp_path / "off").folder) == shards(pruned.folder)

@@ -1,0 +1,151 @@
+"""Settings: YAML to settings and back, defaults, relative paths, errors by field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+import regraft
+from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
+from regraft.pruning.masks import Pattern
+from regraft.recipe import (
+    HeadSettings,
+    PruneSettings,
+    RealignSettings,
+    Recipe,
+    VariantSettings,
+    explain,
+    read_recipe,
+    write_recipe,
+)
+
+FULL = Recipe(
+    title='A "title": with #signs, ü',
+    model="/models/x",
+    pruned=Path("/models/y"),
+    prune=PruneSettings(n_m="2:4"),
+    heads=HeadSettings(eps=1e-7, target="v"),
+    realign=(
+        VariantSettings(name="a", q=0.25, p=0.0),
+        VariantSettings(name="b", method="hsr-a", heads="random", checkpoint=False),
+    ),
+)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), FULL], ids=["default", "full"])
+def test_yaml_and_back(tmp_path: Path, recipe: Recipe) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(write_recipe(recipe), encoding="utf-8")
+    assert read_recipe(path) == recipe
+    assert write_recipe(read_recipe(path)) == write_recipe(recipe)
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("recipes/*.yaml")), ids=str)
+def test_example_recipes(path: Path) -> None:
+    read_recipe(path)
+
+
+def test_bundled_recipe() -> None:
+    recipe = read_recipe(Path(regraft.__file__).parent / "demo" / "demo.yaml")
+    assert recipe.model == "demo"
+    assert recipe.evaluate.suite == DataSource(name="demo", split="test")
+
+
+def _read(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_recipe(path)
+
+
+def test_empty_recipe_is_all_defaults(tmp_path: Path) -> None:
+    assert _read(tmp_path, "") == _read(tmp_path, "{}") == Recipe()
+
+
+@pytest.mark.parametrize("text", ["2:4", "'2:4'", '"2:4"', "4:8", "10:20"])
+def test_n_m_needs_no_quotes(tmp_path: Path, text: str) -> None:
+    """YAML 1.1 reads 2:4 as the number 124 in base 60."""
+    n, m = map(int, text.strip("\"'").split(":"))
+    pattern = _read(tmp_path, f"prune: {{n_m: {text}}}").prune.pattern()
+    assert pattern.n_m == (n, m)
+    assert pattern == Pattern.parse_n_m(f"{n}:{m}")
+
+
+def test_numbers(tmp_path: Path) -> None:
+    recipe = _read(tmp_path, "heads: {eps: 1e-4, r_max: 7}\ncalibration: {samples: 1_000}")
+    assert recipe.heads.eps == 1e-4
+    assert recipe.heads.r_max == 7
+    assert recipe.calibration.samples == 1000
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "recipes"
+    (here / "models" / "x").mkdir(parents=True)
+    (here / "recipe.yaml").write_text(
+        "model: models/x\npruned: ../pruned\ncalibration: {data: 'vlguard:v/train.json'}\n"
+        "evaluate: {suite: 'safebench:s#even'}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    recipe = read_recipe(Path("recipes/recipe.yaml"))
+    assert recipe.model == str(here / "models" / "x")
+    assert recipe.pruned == here / ".." / "pruned"
+    assert recipe.calibration.data.path == here / "v" / "train.json"
+    assert recipe.evaluate.suite == DataSource(name="safebench", path=here / "s", split="even")
+
+
+def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    recipe = _read(tmp_path, "model: ~/m\npruned: ~/p\nevaluate: {suite: 'safebench:~/s'}")
+    assert recipe.model == "/home/someone/m"
+    assert recipe.pruned == Path("/home/someone/p")
+    assert recipe.evaluate.suite.path == Path("/home/someone/s")
+    assert _read(tmp_path, "model: Qwen/Qwen2.5-VL-7B-Instruct").model.startswith("Qwen/")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("sparsity: 0.5", ["sparsity: there is no such setting"]),
+        ("prune: {sparsity: 1}", ["prune.sparsity", "less than 1", "got 1"]),
+        ("prune: {sparsity: abc, scope: head}", ["prune.sparsity", "prune.scope", "'head'"]),
+        ("realign: [{name: a}, {name: a}]", ["names of `realign` must differ", "'a'"]),
+        ("realign: [{name: dense}]", ["realign.0.name", "'dense'"]),
+        ("realign: [{q: 0}]", ["realign.0.q", "greater than 0"]),
+        ("evaluate: {suite: safebench}", ["evaluate.suite", "safebench needs a path"]),
+        ("evaluate: {keywords: sorry}", ["evaluate.keywords", "'sorry'"]),
+        ("calibration: {samples: 0}", ["calibration.samples", "got 0"]),
+    ],
+)
+def test_errors_name_the_field(tmp_path: Path, text: str, parts: list[str]) -> None:
+    with pytest.raises(RegraftError) as caught:
+        _read(tmp_path, text)
+    for part in ("recipe.yaml", *parts):
+        assert part in str(caught.value)
+
+
+def test_flags_are_named_as_flags() -> None:
+    with pytest.raises(ValidationError) as caught:
+        HeadSettings(r_max=0)
+    assert explain(caught.value, flags=True).strip().startswith("--r-max: ")
+    assert explain(caught.value).strip().startswith("r_max: ")
+
+
+def test_variant_gives_its_selection_alone() -> None:
+    one = VariantSettings(name="x", checkpoint=False, q=0.3)
+    assert one.selection() == RealignSettings(q=0.3)
+    assert type(one.selection()) is RealignSettings
+
+
+@pytest.mark.parametrize("field", ["sparsity", "scope", "n_m", "order"])
+def test_settings_are_frozen(field: str) -> None:
+    value: Any = "x"
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(PruneSettings(), field, value)
+
+
+def test_written_recipe_is_plain_yaml() -> None:
+    assert yaml.safe_load(write_recipe(FULL))["prune"]["n_m"] == "2:4"

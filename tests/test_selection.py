@@ -1,0 +1,327 @@
+"""HSR's selection against algebra on Python sets, and the memory that it may take."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import truth
+from regraft.errors import RegraftError
+from regraft.models.anatomy import Block
+from regraft.restoration import selection
+from regraft.restoration.realign import hsr, realign, restored_by_module, whole_heads
+from regraft.restoration.selection import (
+    Band,
+    all_heads,
+    blocks_of,
+    inside,
+    random_heads,
+    restorable,
+    select_all,
+    select_hsr,
+    top,
+)
+
+SCOPES = ("row", "matrix", "head")
+ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
+LAYER = truth.layer_anatomy(heads=4, kv_heads=2, head_dim=2, hidden=5)
+
+
+# Set algebra
+
+
+def positions(shape):
+    """All (row, column)."""
+    return set(product(range(shape[0]), range(shape[1])))
+
+
+def region(role, head, shape):
+    """What the paper says belongs to `head`; LAYER has 4 heads of 2 rows, in 2 groups."""
+    if role == "q_proj":
+        return {(i, j) for i, j in positions(shape) if i // 2 == head}
+    if role in ("k_proj", "v_proj"):
+        return {(i, j) for i, j in positions(shape) if i // 2 == head // 2}
+    if role == "o_proj":
+        return {(i, j) for i, j in positions(shape) if j // 2 == head}
+    return set()
+
+
+def competing(scope, role, heads, shape):
+    """The sets of positions within which scores are ranked."""
+    if scope == "row":
+        return [{(i, j) for j in range(shape[1])} for i in range(shape[0])]
+    if scope == "matrix":
+        return [positions(shape)]
+    return [region(role, head, shape) for head in heads]
+
+
+def top_set(score, share, sets):
+    """Of each set all but the floor((1 - share) * n) smallest; of equal ones the first goes."""
+    kept = set()
+    for group in sets:
+        order = sorted(group, key=lambda at: (score[at], at))
+        kept |= set(order[int((1 - share) * len(order)) :])
+    return kept
+
+
+@st.composite
+def cases(draw):
+    role = draw(st.sampled_from(ROLES))
+    linear = LAYER.linear(role)
+    columns = linear.shape[1]
+    few = st.sampled_from([-3.0, -2.0, -1.0, 0.0, 0.5, 1.0, 2.0])  # ties and dead weights
+    dense = draw(hnp.arrays(np.float32, linear.shape, elements=few | st.floats(-9, 9, width=32)))
+    kept = draw(hnp.arrays(np.bool_, linear.shape))
+    squares = hnp.arrays(
+        np.float32,
+        columns,
+        elements=st.sampled_from([0.0, 1.0, 4.0, 9.0]) | st.floats(0, 9, width=32),
+    )
+    shares = draw(st.lists(st.integers(0, 20), min_size=2, max_size=2, unique=True).map(sorted))
+    return {
+        "linear": linear,
+        "heads": draw(st.lists(st.integers(0, 3), unique=True)),
+        "scope": draw(st.sampled_from(SCOPES)),
+        "dense": dense,
+        "pruned": np.where(kept, dense, 0).astype(np.float32),
+        "safety": draw(squares),
+        "utility": draw(squares),
+        "q": Fraction(draw(st.integers(1, 20)), 20),
+        "p": Fraction(shares[0], 20),
+        "p_max": Fraction(shares[1], 20),
+    }
+
+
+def tensors(case, *names):
+    return [torch.from_numpy(case[name]) for name in names]
+
+
+def as_pairs(flat, shape):
+    return [(int(i) // shape[1], int(i) % shape[1]) for i in flat]
+
+
+@pytest.mark.parametrize("chunk", [2**22, 7])
+@settings(max_examples=250)
+@given(case=cases())
+def test_selection_equals_set_algebra(chunk, case):
+    linear, shape, role = case["linear"], case["linear"].shape, case["linear"].role
+    dense, pruned, safety, utility = tensors(case, "dense", "pruned", "safety", "utility")
+    blocks = blocks_of(LAYER, linear, case["heads"])
+    band = Band(float(case["q"]), float(case["p"]), float(case["p_max"]), case["scope"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_CHUNK", chunk)
+        free = restorable(dense, pruned)
+        found = as_pairs(select_hsr(free, dense, safety, utility, blocks, band), shape)
+
+    score_s, score_u = (np.abs(case["dense"]) * np.sqrt(case[n]) for n in ("safety", "utility"))
+    sets = competing(case["scope"], role, case["heads"], shape)
+    at_zero = {at for at in positions(shape) if case["pruned"][at] == 0 != case["dense"][at]}
+    in_heads = set().union(*(region(role, head, shape) for head in case["heads"]))
+    edge = top_set(score_u, case["p_max"], sets) - top_set(score_u, case["p"], sets)
+    wanted = top_set(score_s, case["q"], sets) & edge & at_zero & in_heads
+    assert found == sorted(wanted), "flat positions in row-major order"
+
+    everything = as_pairs(select_all(free, blocks), shape)
+    assert everything == sorted(at_zero & in_heads), "HSR-a"
+
+
+@given(cases(), st.integers(0, 20))
+def test_top_marks_as_many_as_promised(case, twentieths):
+    """All but floor((1 - share) * n) of each scope, and none outside the heads for "head"."""
+    linear, share = case["linear"], Fraction(twentieths, 20)
+    blocks = blocks_of(LAYER, linear, case["heads"])
+    score = torch.from_numpy(case["dense"]).abs()
+    mask = top(score, float(share), case["scope"], blocks)
+    if case["scope"] == "row":
+        kept = linear.shape[1] - int((1 - share) * linear.shape[1])
+        assert (mask.sum(dim=1) == kept).all()
+    elif case["scope"] == "matrix":
+        assert mask.sum() == mask.numel() - int((1 - share) * mask.numel())
+    else:
+        sizes = [(b.row_stop - b.row_start) * (b.col_stop - b.col_start) for b in blocks]
+        assert mask.sum() == sum(n - int((1 - share) * n) for n in sizes)
+        assert not (mask & ~inside(linear.shape, blocks, mask.device)).any()
+
+
+def test_paper_thresholds_by_hand():
+    """Ten weights a row, half pruned, p = 0.5, p_max = 0.7, q = 0.3: the seventh and sixth best."""
+    dense = torch.arange(1.0, 11)[None].repeat(2, 1)
+    pruned = torch.where(dense > 5, dense, 0)
+    utility, safety = torch.ones(10), torch.ones(10)
+    safety[3] = 100.0  # weight 4 is one of the three best for safety, weight 5 is not
+    blocks = [Block(0, 2, 0, 10)]
+    found = select_hsr(
+        restorable(dense, pruned), dense, safety, utility, blocks, Band(0.3, 0.5, 0.7)
+    )
+    assert found.tolist() == [3, 13]
+    assert found.dtype == torch.int64
+
+
+def test_no_heads_restore_nothing():
+    free = torch.ones(4, 4, dtype=torch.bool)
+    ones = torch.ones(4)
+    assert not len(select_hsr(free, torch.ones(4, 4), ones, ones, [], Band(1, 0, 1)))
+    assert not len(select_all(free, []))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_rank_as_their_float32_values(dtype):
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(8, 16, generator=generator).to(dtype)
+    free = torch.rand(8, 16, generator=generator) < 0.5
+    squares = torch.rand(2, 16, generator=generator)
+    blocks, band = [Block(2, 6, 0, 16)], Band(0.8, 0.2, 0.9)
+    before = dense.clone()
+    found = select_hsr(free, dense, *squares, blocks, band)
+    assert len(found) and torch.equal(
+        found, select_hsr(free, dense.float(), *squares, blocks, band)
+    )
+    assert torch.equal(dense, before)
+
+
+# Bands, blocks and heads
+
+
+@pytest.mark.parametrize(
+    ("q", "p", "p_max", "message"),
+    [
+        (0, 0.5, 0.7, "q is 0; it must be above 0 and at most 1"),
+        (1.1, 0.5, 0.7, "q is 1.1; it must be above 0"),
+        (0.5, 0.7, 0.7, "p is 0.7 and p_max 0.7; 0 <= p < p_max <= 1 is needed"),
+        (0.5, -0.1, 0.7, "p is -0.1 and p_max 0.7"),
+        (0.5, 0.5, 1.2, "p is 0.5 and p_max 1.2"),
+    ],
+)
+def test_impossible_band_is_refused(q, p, p_max, message):
+    with pytest.raises(RegraftError, match=message):
+        Band(q, p, p_max)
+
+
+def test_heads_of_one_group_share_a_block():
+    counts = {role: len(blocks_of(LAYER, LAYER.linear(role), [3, 2, 0])) for role in ROLES}
+    assert counts == {"q_proj": 3, "k_proj": 2, "v_proj": 2, "o_proj": 3, "down_proj": 0}
+    assert blocks_of(LAYER, LAYER.linear("k_proj"), [3, 2]) == [Block(2, 4, 0, 5)]
+
+
+def test_random_heads_are_seeded_distinct_and_of_the_model(pico_dir):
+    anatomy = truth.opened(pico_dir("mllama")).anatomy
+    heads = all_heads(anatomy)
+    assert heads == [(layer, head) for layer in range(5) for head in range(4)]
+    draws = [random_heads(anatomy, 6, seed) for seed in range(40)]
+    assert draws == [random_heads(anatomy, 6, seed) for seed in range(40)]
+    assert all(len(set(draw)) == 6 and draw == sorted(draw) for draw in draws)
+    assert set().union(*draws) == set(heads), "every head can be drawn"
+    assert random_heads(anatomy, 20, 0) == heads
+    for count in (0, 21):
+        with pytest.raises(RegraftError, match=f"top_heads is {count}; the model has 1 to 20"):
+            random_heads(anatomy, count, 0)
+
+
+# From checkpoints to positions
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next-vicuna", "mllama", "gemma3"])
+def test_realign_finds_the_mask_regions_and_thresholds(family, pico_dir, tmp_path):
+    """On two checkpoints, every pruned weight by its own: who pruned does not matter."""
+    dense = truth.opened(pico_dir(family)).source
+    pruned, masks = truth.pruned_at_random(dense, tmp_path / "pruned", share=0.4)
+    generator = torch.Generator().manual_seed(1)
+    safety, utility = (truth.random_statistics(dense.anatomy, generator) for _ in range(2))
+    heads = [(0, 1), (1, 0), (1, 1), (3, 2)]
+    kept = {}
+
+    def band(share):
+        kept[len(kept)] = share
+        return Band(0.5, share, share + 0.2)
+
+    patch = realign(dense, pruned, heads, hsr(band, safety, utility))
+    whole = realign(dense, pruned, heads, whole_heads)
+    by_key = {li.tensor: (layer, li) for layer in pruned.anatomy.layers for li in layer.linears}
+    assert {by_key[name][0].index for name in whole.tensors} == {0, 1, 3}
+    assert {by_key[name][1].role for name in whole.tensors} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+    assert list(kept.values()) == [
+        pytest.approx(1 - masks[by_key[name][1].key].float().mean()) for name in whole.tensors
+    ]
+    for name, one in whole.tensors.items():
+        layer, linear = by_key[name]
+        weight = dense.checkpoint.read(linear.tensor)
+        mask = masks[linear.key] & (weight != 0)
+        blocks = blocks_of(layer, linear, [h for i, h in heads if i == layer.index])
+        assert torch.equal(one.positions, select_all(mask, blocks))
+        assert torch.equal(one.values, weight.flatten()[one.positions])
+        share = 1 - int(mask.sum()) / mask.numel()
+        expected = select_hsr(
+            mask,
+            weight,
+            safety.of(linear),
+            utility.of(linear),
+            blocks,
+            Band(0.5, share, share + 0.2),
+        )
+        assert len(expected), f"{name}: nothing to compare"
+        assert torch.equal(patch.tensors[name].positions, expected)
+        assert torch.equal(patch.tensors[name].values, weight.flatten()[expected])
+    counts = restored_by_module(whole, pruned.anatomy.layers)
+    assert sum(sum(row) for row in counts.values()) == sum(
+        len(one.positions) for one in whole.tensors.values()
+    )
+    assert not any(counts["mlp.down_proj"])
+
+
+def test_nothing_pruned_is_told(pico_dir):
+    dense = truth.opened(pico_dir("llama")).source
+    with pytest.raises(RegraftError, match="nothing was pruned, so there is nothing to restore"):
+        realign(dense, dense, [(0, 0)], whole_heads)
+
+
+# Memory
+
+_PEAK = """
+import resource, sys
+import torch
+from regraft.models.anatomy import Block
+from regraft.restoration.selection import Band, select_hsr
+
+torch.set_num_threads(1)
+out, columns, head, scope, ties = 4096, 11008, 128, sys.argv[1], sys.argv[2] == "ties"
+generator = torch.Generator().manual_seed(0)
+weight = torch.randn(out, columns, generator=generator)
+if ties:
+    weight.sign_()
+squares = [torch.ones(columns) if ties else torch.rand(columns) for _ in range(2)]
+free = torch.zeros(out, columns, dtype=torch.bool).bernoulli_(0.5, generator=generator)
+blocks = [Block(0, out, h * head, (h + 1) * head) for h in range(columns // head)]
+small = (t[:8].clone() for t in (free, weight))
+select_hsr(*small, *squares, [Block(0, 8, 0, columns)], Band(0.5, 0.5, 0.7, scope))  # warm up
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+found = select_hsr(free, weight, *squares, blocks, Band(0.9, 0.5, 0.7, scope))
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+unit = 1 if sys.platform == "darwin" else 1024
+print(unit * (after - before) / (4 * weight.numel()), len(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scope", "weights"), [*product(SCOPES, ["random"]), ("matrix", "ties")])
+def test_selection_takes_less_than_three_times_the_matrix(scope, weights):
+    """A 7B model's largest matrix, 180 MB: growth of the resident peak of a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-c", _PEAK, scope, weights], capture_output=True, text=True, check=True
+    )
+    growth, count = result.stdout.split()
+    assert int(count) > 0
+    assert 0 < float(growth) <= 3, f"{growth} times the matrix"

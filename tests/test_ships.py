@@ -1,0 +1,311 @@
+"""Ships and KL against scipy, and the batched scoring of heads against one forward per head."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import subspace_angles
+from scipy.special import log_softmax, rel_entr
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+import pico
+import truth
+from regraft.data.collate import batches, prompt_batch
+from regraft.errors import RegraftError
+from regraft.heads.score import (
+    HeadScores,
+    load_heads,
+    save_heads,
+    score_heads,
+)
+from regraft.heads.ships import kl_divergence, left_subspace, principal_angles, ships
+from regraft.models.replay import logits_of
+
+HALF_PI = math.pi / 2
+
+
+def orthonormal(n, r, seed):
+    """Random orthonormal columns, [n, r] float64."""
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((n, r)))[0]
+
+
+def angles(a, b):
+    return principal_angles(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+
+
+# Angles
+
+
+@given(st.integers(1, 6), st.integers(0, 14), st.integers(0, 10**6), st.floats(-12, 0))
+def test_angles_equal_scipy(r, more, seed, size):
+    """Random subspaces, and those a perturbation of 1e-12 to 1 apart."""
+    a, other = orthonormal(r + more, r, seed), orthonormal(r + more, r, seed + 1)
+    near = np.linalg.qr(a + 10**size * other)[0]
+    for b in (other, near):
+        found = angles(a, b)
+        assert (np.diff(found) >= 0).all(), "angles must ascend"
+        # scipy takes arccos for small angles wherever large ones are beside them
+        one_form = (found < math.pi / 4).all() or (found > math.pi / 4).all()
+        atol = 1e-14 if one_form else 5e-8
+        np.testing.assert_allclose(found, subspace_angles(a, b)[::-1], rtol=1e-7, atol=atol)
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1e-10, 1e-6, 0.1, 0.7853, 0.7855, 1.5, HALF_PI]), min_size=1),
+    st.integers(0, 10**6),
+)
+def test_angles_of_known_rotations(wanted, seed):
+    """Each column turned by its own angle into a direction of its own; bases rotated within."""
+    r = len(wanted)
+    frame = orthonormal(2 * r, 2 * r, seed)
+    a, free = frame[:, :r], frame[:, r:]
+    b = a * np.cos(wanted) + free * np.sin(wanted)
+    found = angles(a @ orthonormal(r, r, seed + 1), b @ orthonormal(r, r, seed + 2))
+    np.testing.assert_allclose(found, np.sort(wanted), rtol=1e-5, atol=2e-15)
+
+
+def test_tiny_angle_keeps_its_digits():
+    """arccos would give 0 for 1e-10; the sine form keeps six digits."""
+    a, b = np.array([[1.0], [0.0]]), np.array([[math.cos(1e-10)], [math.sin(1e-10)]])
+    np.testing.assert_allclose(angles(a, b), [1e-10], rtol=1e-9)
+    assert angles(a, a) == 0 and angles(a, -a) == 0
+    np.testing.assert_allclose(angles(a, np.array([[0.0], [1.0]])), [HALF_PI])
+
+
+@given(st.integers(2, 8), st.integers(2, 12), st.integers(1, 4), st.integers(0, 10**6), st.data())
+def test_ships_equals_the_definition(samples, hidden, heads, seed, data):
+    """numpy's singular vectors and scipy's angles, one head at a time."""
+    r_max = data.draw(st.integers(1, min(samples, hidden)))
+    rng = np.random.default_rng(seed)
+    base = rng.standard_normal((samples, hidden))
+    ablated = base + rng.standard_normal((heads, samples, hidden)) * [[[0.3]]]
+    found = ships(torch.from_numpy(base), torch.from_numpy(ablated), r_max).numpy()
+    np.testing.assert_allclose(found, [naive_ships(base, m, r_max) for m in ablated], atol=1e-8)
+    assert (found >= 0).all() and (found <= r_max * HALF_PI + 1e-12).all()
+
+
+def naive_ships(base, ablated, r_max):
+    """Equation 10 for one head: [samples, hidden] twice."""
+    u, v = (np.linalg.svd(m.astype(np.float64))[0][:, :r_max] for m in (base, ablated))
+    return subspace_angles(u, v).sum()
+
+
+def test_ships_ignores_signs_and_scale():
+    base = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)).double()
+    variants = torch.stack([base, -base, 3 * base, base.flip(1)])  # same left singular vectors
+    assert ships(base, variants, 3).max() < 1e-12
+
+
+def test_ships_stays_in_range_without_change_in_float32():
+    base = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    assert 0 <= float(ships(base, base[None], 6)) < 1e-12
+
+
+@pytest.mark.parametrize("r_max", [0, 5, 9])
+def test_rank_beyond_the_matrix_is_refused(r_max):
+    with pytest.raises(RegraftError, match=f"r_max is {r_max}, but 4 samples of 8 features have"):
+        left_subspace(torch.randn(4, 8), r_max)
+
+
+# KL
+
+
+@given(st.integers(1, 4), st.integers(2, 30), st.floats(0.1, 30), st.integers(0, 10**6))
+def test_kl_equals_scipy(samples, vocabulary, scale, seed):
+    rng = np.random.default_rng(seed)
+    base = rng.standard_normal((samples, vocabulary)) * scale
+    ablated = rng.standard_normal((3, samples, vocabulary)) * scale
+    found = kl_divergence(torch.from_numpy(base), torch.from_numpy(ablated))
+    assert found.shape == (3, samples)
+    np.testing.assert_allclose(found, naive_kl(base, ablated), rtol=1e-4, atol=1e-5)
+    same = kl_divergence(torch.from_numpy(base), torch.from_numpy(base))
+    assert same.abs().max() < 1e-6
+
+
+def naive_kl(base, ablated):
+    """KL(p_base || p_ablated) in float64, [..., samples]."""
+    p, q = (np.exp(log_softmax(np.asarray(x, np.float64), axis=-1)) for x in (base, ablated))
+    return rel_entr(p, q).sum(axis=-1)
+
+
+# All heads of a model
+
+
+def naive_scores(model, processor, anatomy, examples, r_max, target, eps):
+    """One unbatched forward, pixels to logits, a head and sample: two arrays [layers, heads]."""
+    rows = [prompt_batch(processor, [example]).inputs for example in examples]
+
+    def last(states):
+        return states.final[0, -1].numpy(), states.logits[0, -1].numpy()
+
+    base, base_logits = zip(*(last(truth.full_forward(model, row)) for row in rows), strict=True)
+    shape = len(anatomy.layers), max(layer.heads for layer in anatomy.layers)
+    angle, kl = np.full(shape, np.nan), np.full(shape, np.nan)
+    for layer in anatomy.layers:
+        for head in range(layer.heads):
+            with truth.ablated(model, layer.index, head, target, eps):
+                pairs = [last(truth.full_forward(model, row)) for row in rows]
+            states, logits = zip(*pairs, strict=True)
+            at = layer.index, head
+            angle[at] = naive_ships(np.stack(base), np.stack(states), r_max)
+            kl[at] = naive_kl(np.stack(base_logits), np.stack(logits)).mean()
+    return angle, kl
+
+
+def assert_scores(found, expected, atol, what):
+    for name, tensor, array in zip(("ships", "kl"), (found.ships, found.kl), expected, strict=True):
+        np.testing.assert_allclose(
+            tensor.numpy(), array, rtol=1e-3, atol=atol, err_msg=f"{what}: {name}"
+        )
+
+
+def test_scores_equal_one_forward_per_head(family, pico_dir, tmp_path):
+    """Batches of two and one, padded on the left, against single rows; vision included."""
+    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    examples = truth.examples(family, tmp_path, 3)
+    cut = [prompt_batch(processor, rows) for rows in batches(examples, 2)]
+    ticks = []
+    with truth.unchanged(model):
+        found = score_heads(
+            model, anatomy, cut, tmp_path / "partial", r_max=2, progress=ticks.append
+        )
+    expected = naive_scores(model, processor, anatomy, examples, 2, "all", 1e-5)
+    assert_scores(found, expected, 2e-5, family)
+    assert sum(ticks) == len(anatomy.layers) * len(cut)
+    assert found.ships.dtype == found.kl.dtype == torch.float64
+    assert found.ships.std() > 1e-2 and found.kl.std() > 1e-2, "heads must differ"
+
+
+@pytest.mark.parametrize(("target", "eps"), [("q", 1e-5), ("k", 0.2), ("v", 1e-5), ("all", 0.2)])
+def test_scores_of_each_target(target, eps, pico_dir, tmp_path):
+    _, model, processor, anatomy = truth.opened(pico_dir("qwen2_5_vl"))
+    examples = truth.examples("qwen2_5_vl", tmp_path, 3)
+    cut = [prompt_batch(processor, examples)]
+    found = score_heads(model, anatomy, cut, tmp_path / "p", r_max=3, target=target, eps=eps)
+    expected = naive_scores(model, processor, anatomy, examples, 3, target, eps)
+    assert_scores(found, expected, 2e-5, target)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "mllama", "llava_next-vicuna"])
+def test_size_of_a_pass_does_not_matter(family, pico_dir, tmp_path):
+    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    batch = prompt_batch(processor, truth.examples(family, tmp_path, 3))
+    tokens = batch.inputs["input_ids"].numel()
+    scores = [
+        score_heads(model, anatomy, [batch], tmp_path / str(t), r_max=2, tokens_per_pass=t)
+        for t in (1, 2 * tokens, 3 * tokens, 100 * tokens)  # 1, 2, 2 + 2 and all 4 heads a pass
+    ]
+    for other in scores[1:]:
+        assert_scores(other, (scores[0].ships.numpy(), scores[0].kl.numpy()), 1e-5, family)
+
+
+def test_finished_batches_are_not_run_again(pico_dir, tmp_path):
+    _, model, processor, anatomy = truth.opened(pico_dir("llava"))
+    examples = truth.examples("llava", tmp_path, 5)
+    cut = [prompt_batch(processor, rows) for rows in batches(examples, 2)]
+    partial = tmp_path / "partial"
+    first = score_heads(model, anatomy, cut, partial, r_max=2)
+    files = sorted(partial.iterdir())
+    assert len(files) == 3
+    content = {path: path.read_bytes() for path in files}
+    ticks = []
+    no_model = torch.nn.Module()  # cannot run at all
+    again = score_heads(no_model, anatomy, cut, partial, r_max=2, progress=ticks.append)
+    assert sum(ticks) == 3 * len(anatomy.layers)
+    files[1].unlink()
+    resumed = score_heads(model, anatomy, cut, partial, r_max=2)
+    for other in (again, resumed):
+        assert torch.equal(other.ships, first.ships) and torch.equal(other.kl, first.kl)
+    assert {path: path.read_bytes() for path in sorted(partial.iterdir())} == content
+
+
+def test_layers_that_do_not_run_have_no_score(pico_dir, tmp_path):
+    """Mllama without images skips its cross-attention."""
+    _, model, processor, anatomy = truth.opened(pico_dir("mllama"))
+    examples = truth.examples("mllama", tmp_path, 3, images=False)
+    found = score_heads(
+        model, anatomy, [prompt_batch(processor, examples)], tmp_path / "p", r_max=2
+    )
+    cross = [layer.attention == "cross_attn" for layer in anatomy.layers]
+    assert found.ships.isnan().all(dim=1).tolist() == cross
+    assert found.kl.isnan().all(dim=1).tolist() == cross
+    expected = naive_scores(model, processor, anatomy, examples, 2, "all", 1e-5)
+    expected = [np.where(np.array(cross)[:, None], np.nan, scores) for scores in expected]
+    assert_scores(found, expected, 2e-5, "text only")
+    ranked = found.ranked("ships")
+    assert len(ranked) == 12 and not any(cross[layer] for layer, _ in ranked)
+
+
+@pytest.mark.parametrize("r_max", [0, 4])
+def test_rank_beyond_the_samples_is_refused(r_max, pico_dir, tmp_path):
+    _, model, processor, anatomy = truth.opened(pico_dir("llama"))
+    cut = [prompt_batch(processor, truth.examples("llama", tmp_path, 3))]
+    with pytest.raises(RegraftError, match=f"r_max is {r_max}, but 3 samples .* allow 1 to 3"):
+        score_heads(model, anatomy, cut, tmp_path / "partial", r_max=r_max)
+    assert not (tmp_path / "partial").exists()
+
+
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_logits_are_the_models_own(family, cap, pico_dir, tmp_path):
+    """Also where the config asks for capped logits, which Gemma 3 with images does not heed."""
+    _, model, processor, _ = truth.opened(pico_dir(family))
+    batch = truth.make_batch("single", family, processor, tmp_path)
+    config = model.get_decoder().config
+    before = getattr(config, "final_logit_softcapping", None)
+    with truth.unchanged(model):
+        config.final_logit_softcapping = cap
+        try:
+            states = truth.full_forward(model, batch.inputs)
+            found = logits_of(model, states.final)
+        finally:
+            config.final_logit_softcapping = before
+    torch.testing.assert_close(found, states.logits)
+
+
+def test_capped_logits_are_the_models_own(tmp_path):
+    tokenizer = pico.processor("llama")
+    settings = {"vocab_size": len(tokenizer), "final_logit_softcapping": 0.5}
+    model = Gemma2ForCausalLM(Gemma2Config(**pico._TEXT | settings, head_dim=16)).eval()
+    batch = truth.make_batch("single", "llama", tokenizer, tmp_path)
+    states = truth.full_forward(model, batch.inputs)
+    assert 0.1 < states.logits.abs().max() <= 0.5
+    torch.testing.assert_close(logits_of(model, states.final), states.logits)
+
+
+# Ranking
+
+
+grid = st.lists(
+    st.lists(st.sampled_from([0.0, 0.5, 1.0, math.nan]), min_size=3, max_size=3),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=50)
+@given(grid)
+def test_ranking_is_a_stable_sort_without_the_unscored(rows):
+    scores = torch.tensor(rows, dtype=torch.float64)
+    heads = [(i, j) for i, row in enumerate(rows) for j, x in enumerate(row) if not math.isnan(x)]
+    expected = sorted(heads, key=lambda head: -rows[head[0]][head[1]])
+    other = scores.new_zeros(scores.shape)
+    assert HeadScores(scores, other, {}).ranked("ships") == expected
+    assert HeadScores(other, scores, {}).ranked("kl") == expected
+
+
+def test_scores_survive_the_disk(pico_dir, tmp_path):
+    anatomy = truth.opened(pico_dir("llama")).anatomy
+    scores = HeadScores(torch.rand(4, 4).double(), torch.rand(4, 4).double(), {"eps": 1e-5})
+    scores.ships[1, 2] = math.nan
+    save_heads(tmp_path / "heads.safetensors", scores)
+    loaded = load_heads(tmp_path / "heads.safetensors", anatomy)
+    torch.testing.assert_close(loaded.ships, scores.ships, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(loaded.kl, scores.kl) and loaded.about == {"eps": 1e-5}
+    other = truth.opened(pico_dir("mllama")).anatomy
+    with pytest.raises(RegraftError, match=r"scores \[4, 4\] layers x heads; the model has \[5, 4"):
+        load_heads(tmp_path / "heads.safetensors", other)

@@ -1,0 +1,460 @@
+"""Stages and runs: done once, refused when something differs, killed anywhere and finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pico
+from disk import shards, tree, write_data
+from regraft import pipeline, stages
+from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
+from regraft.files import read_json
+from regraft.heads.score import load_heads
+from regraft.importance.statistics import load_statistics
+from regraft.models.load import Source, open_source
+from regraft.pruning.pruner import zeros
+from regraft.recipe import (
+    CalibrationSettings,
+    ComputeSettings,
+    EvalSettings,
+    EvaluateSettings,
+    HeadSettings,
+    PruneSettings,
+    RealignSettings,
+    Recipe,
+    VariantSettings,
+)
+from regraft.restoration.patch import load_patch
+
+COMPUTE = ComputeSettings(device="cpu", batch_size=2)
+STAGES = ("prune", "heads", "statistics", "realign", "apply", "revert", "evaluate")
+OUTPUTS = {
+    "prune": "pruned",
+    "heads": "heads",
+    "statistics": "statistics",
+    "realign": "patch",
+    "apply": "realigned",
+    "revert": "reverted",
+    "evaluate": "answers",
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All stages at pico size in one folder; each argument can be replaced."""
+
+    root: Path
+    family: str = "qwen2_vl"
+
+    @property
+    def dense(self) -> Source:
+        return open_source(self.root / "dense")
+
+    @property
+    def pruned(self) -> Source:
+        return open_source(self.root / "pruned")
+
+    @property
+    def data(self) -> DataSource:
+        return DataSource(name="jsonl", path=self.root / "data" / "data.jsonl")
+
+    def run(self, stage: str, **changes: Any) -> Any:
+        calibration = CalibrationSettings(data=self.data, samples=4)
+        at = {name: self.root / folder for name, folder in OUTPUTS.items()}
+        arguments: dict[str, dict[str, Any]] = {
+            "prune": {"settings": PruneSettings(), "calibration": calibration},
+            "heads": {"settings": HeadSettings(r_max=2), "calibration": calibration},
+            "statistics": {"calibration": calibration},
+            "realign": {
+                "settings": RealignSettings(top_heads=3),
+                "heads_file": at["heads"],
+                "statistics_file": at["statistics"],
+            },
+            "evaluate": {"suite": self.data, "settings": EvalSettings(max_new_tokens=3)},
+        }
+        given = {"out": at[stage], **arguments.get(stage, {})}
+        if stage in ("prune", "heads", "statistics", "realign"):
+            given["dense"] = self.dense
+        if stage == "realign":
+            given["pruned"] = self.pruned
+        if stage == "evaluate":
+            given["model"] = self.pruned
+        if stage in ("apply", "revert"):
+            given["pruned" if stage == "apply" else "realigned"] = (
+                at["prune"] if stage == "apply" else at["apply"]
+            )
+            given["patch_file"] = at["realign"]
+        else:
+            given["compute"] = COMPUTE
+        return getattr(stages, stage)(**given | changes)
+
+    def about(self, stage: str) -> Mapping[str, Any]:
+        out = self.root / OUTPUTS[stage]
+        if stage == "heads":
+            return load_heads(out, self.dense.anatomy).about
+        if stage == "statistics":
+            return load_statistics(out).about
+        if stage == "realign":
+            return load_patch(out).about
+        if stage == "evaluate":
+            return stages.read_evaluation(out).about
+        about: dict[str, Any] = read_json(out / stages.ABOUT_FILE)
+        return about
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every stage done once; tests work on a copy."""
+    bench = Bench(tmp_path_factory.mktemp("stages") / "bench")
+    pico.save(bench.family, bench.root / "dense", torch.bfloat16, "100KB")
+    write_data(bench.root / "data", 4)
+    for stage in STAGES:
+        bench.run(stage)
+    return bench.root
+
+
+@pytest.fixture
+def bench(finished: Path, tmp_path: Path) -> Bench:
+    return Bench(Path(shutil.copytree(finished, tmp_path / "bench")))
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    paths = sorted(folder.rglob("*"))
+    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in paths}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_finished_stage_is_not_repeated(
+    bench: Bench, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the work was done again")
+
+    for name in ("load_model", "load_processor", "select", "apply_patch", "revert_patch"):
+        monkeypatch.setattr(stages, name, never)
+    monkeypatch.setattr(stages, "write_edited", never)
+    before = _stamps(bench.root)
+    bench.run(stage)
+    assert _stamps(bench.root) == before
+
+
+DIFFERENCES: list[tuple[str, Callable[[Bench], dict[str, Any]], str]] = [
+    ("prune", lambda _: {"settings": PruneSettings(sparsity=0.6)}, "settings.sparsity: 0.5 there"),
+    (
+        "prune",
+        lambda b: {"calibration": CalibrationSettings(data=b.data, samples=3)},
+        "data.utility",
+    ),
+    (
+        "prune",
+        lambda b: {"calibration": CalibrationSettings(data=b.data, samples=4, seed=1)},
+        "data.utility.digest",
+    ),
+    ("prune", lambda b: {"dense": b.pruned}, "inputs.dense"),
+    ("prune", lambda _: {"compute": ComputeSettings(device="cpu")}, "compute.batch_size: 2 there"),
+    ("heads", lambda _: {"settings": HeadSettings(r_max=3)}, "settings.r_max: 2 there, 3 now"),
+    (
+        "statistics",
+        lambda b: {"calibration": CalibrationSettings(data=b.data, samples=2)},
+        "data.safety",
+    ),
+    (
+        "realign",
+        lambda _: {"settings": RealignSettings(top_heads=2)},
+        "settings.top_heads: 3 there, 2 now",
+    ),
+    ("apply", lambda b: {"pruned": b.root / "realigned"}, "inputs.pruned"),
+    ("revert", lambda b: {"realigned": b.root / "pruned"}, "inputs.realigned"),
+    ("revert", lambda b: {"out": b.root / "realigned"}, "stage: .apply. there, .revert. now"),
+    ("apply", lambda b: {"out": b.root / "reverted"}, "stage: .revert. there, .apply. now"),
+    ("evaluate", lambda _: {"settings": EvalSettings()}, "settings.max_new_tokens: 3 there"),
+    ("evaluate", lambda b: {"patch_file": b.root / "patch"}, "inputs.patch: null there"),
+    ("evaluate", lambda b: {"model": b.dense}, "inputs.model"),
+]
+
+
+@pytest.mark.parametrize(("stage", "change", "message"), DIFFERENCES)
+def test_other_settings_or_inputs_are_refused(
+    bench: Bench, stage: str, change: Callable[[Bench], dict[str, Any]], message: str
+) -> None:
+    before = tree(bench.root)
+    with pytest.raises(RegraftError, match=f"made with something else .{message}"):
+        bench.run(stage, **change(bench))
+    assert tree(bench.root) == before
+
+
+def test_changed_chat_template_is_another_model(bench: Bench) -> None:
+    template = bench.root / "pruned" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    with pytest.raises(RegraftError, match=r"inputs\.model"):
+        bench.run("evaluate")
+
+
+def test_changed_image_is_other_data(bench: Bench) -> None:
+    pico.image(99).save(next((bench.root / "data" / "images").glob("harmful-0-0*")))
+    with pytest.raises(RegraftError, match=r"data\.suite\.digest"):
+        bench.run("evaluate")
+
+
+@pytest.mark.parametrize("stage", ["prune", "heads", "statistics", "evaluate"])
+def test_every_row_is_accounted_for(bench: Bench, stage: str) -> None:
+    accounts = bench.about(stage)["data"]
+    assert accounts
+    for role, account in accounts.items():
+        assert account["read"] == account["used"] + sum(account["skipped"].values()), role
+        assert account["read"] == 8
+
+
+def test_limit_is_accounted_for(bench: Bench, tmp_path: Path) -> None:
+    settings = EvalSettings(max_new_tokens=2, limit=3)
+    done = bench.run("evaluate", settings=settings, out=tmp_path / "few")
+    account = done.about["data"]["suite"]
+    assert (account["read"], account["used"]) == (8, 3)
+    assert account["skipped"] == {"beyond the limit": 5}
+    assert len(done.result.answers) == 3
+
+
+def test_nothing_hidden_is_left(bench: Bench) -> None:
+    assert not [name for name in tree(bench.root) if "regraft-" in name]
+
+
+@pytest.mark.parametrize("stage", ["prune", "heads", "evaluate"])
+def test_leftovers_of_a_run_killed_at_its_end_go(bench: Bench, stage: str) -> None:
+    out = bench.root / OUTPUTS[stage]
+    before = tree(bench.root)
+    for name in (f".{out.name}.regraft-work/0123", f".{out.name}.regraft-tmp"):
+        (out.parent / name).mkdir(parents=True)
+    bench.run(stage)
+    assert tree(bench.root) == before
+
+
+def test_bad_input_after_work_began_leaves_nothing(bench: Bench, tmp_path: Path) -> None:
+    """Text-only prompts never reach Mllama's cross-attention: told only when its turn comes."""
+    mllama = Bench(tmp_path / "mllama", "mllama")
+    pico.save("mllama", mllama.root / "dense")
+    write_data(mllama.root / "data", 4, images=False)
+    before = tree(mllama.root)
+    with pytest.raises(RegraftError, match=r"layers\.1\.cross_attn.* never used"):
+        mllama.run("prune", out=mllama.root / "new" / "pruned")
+    assert tree(mllama.root) == before
+
+
+def test_stopping_keeps_the_work(bench: Bench, tmp_path: Path) -> None:
+    """Ctrl-C is no error: the next call goes on."""
+    seen = []
+
+    class Stops:
+        def task(self, *_: Any) -> Any:
+            return self
+
+        def __enter__(self) -> Callable[[int], None]:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            return None
+
+        def __call__(self, steps: int) -> None:
+            seen.append(steps)
+            if len(seen) == 4:
+                raise KeyboardInterrupt
+
+        def note(self, _: str) -> None:
+            return None
+
+    out = tmp_path / "out" / "pruned"
+    with pytest.raises(KeyboardInterrupt):
+        bench.run("prune", out=out, watch=Stops())
+    kept = [name for name in tree(tmp_path / "out") if "layer_" in name]
+    assert kept, "the masks of finished layers were thrown away"
+    bench.run("prune", out=out)
+    assert tree(out) == tree(bench.root / "pruned")
+    assert tree(tmp_path / "out").keys() == {"pruned"} | {f"pruned/{n}" for n in tree(out)}
+
+
+def test_evaluation_with_a_patch_in_memory(bench: Bench, tmp_path: Path) -> None:
+    """Same answers and same sparsity as the written checkpoint, also where it is on already."""
+    realigned = open_source(bench.root / "realigned")
+    written = bench.run("evaluate", model=realigned, out=tmp_path / "a")
+    patch = bench.root / "patch"
+    in_memory = bench.run("evaluate", patch_file=patch, out=tmp_path / "b")
+    twice = bench.run("evaluate", model=realigned, patch_file=patch, out=tmp_path / "c")
+    assert written.result == in_memory.result == twice.result
+    counted = {one.about["zeros"] for one in (written, in_memory, twice)}
+    assert counted == {zeros(realigned.checkpoint, realigned.anatomy)}
+    with pytest.raises(RegraftError, match="dense is not the base of this patch"):
+        bench.run("evaluate", model=bench.dense, patch_file=patch, out=tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_revert_gives_the_pruned_shards(bench: Bench) -> None:
+    assert shards(bench.root / "reverted") == shards(bench.root / "pruned")
+    assert shards(bench.root / "realigned") != shards(bench.root / "pruned")
+    assert bench.about("revert")["stage"] == "revert"
+
+
+# A run, killed
+
+
+@dataclass(frozen=True)
+class Killable:
+    """A recipe at pico size, the folder of an uninterrupted run, and how many steps it took."""
+
+    recipe: Recipe
+    finished: Path
+    steps: int
+
+
+def _recipe(root: Path) -> Recipe:
+    data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
+    return Recipe(
+        model=str(root / "dense"),
+        calibration=CalibrationSettings(data=data, samples=4),
+        prune=PruneSettings(sparsity=0.6),
+        heads=HeadSettings(r_max=2),
+        realign=(
+            VariantSettings(name="hsr", top_heads=3, q=0.9),
+            VariantSettings(name="control", heads="random", top_heads=3, checkpoint=False),
+        ),
+        evaluate=EvaluateSettings(suite=data, max_new_tokens=2),
+        compute=ComputeSettings(device="cpu", batch_size=2),
+    )
+
+
+def _changes_files(event: str, arguments: tuple[Any, ...]) -> bool:
+    if event == "open":
+        return bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    return event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree")
+
+
+def _in_child(recipe: Recipe, folder: Path, kill_at: int | None, count: Path | None = None) -> int:
+    """Run in a forked process that kills itself right before its `kill_at`-th change of a file.
+
+    A fork needs no new import of torch, so that every single moment can be tried. Returns the exit
+    status, -9 where it was killed.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 1
+    try:
+        signal.alarm(120)
+        steps = 0
+
+        def watch(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal steps
+            if _changes_files(event, arguments) and str(folder) in str(arguments[0]):
+                steps += 1
+                if steps == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        pipeline.run(recipe, folder)
+        if count is not None:
+            count.write_text(str(steps))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+@pytest.fixture(scope="module")
+def killable(tmp_path_factory: pytest.TempPathFactory) -> Killable:
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    root = tmp_path_factory.mktemp("killed")
+    pico.save("llava", root / "dense", torch.bfloat16, "100KB")
+    write_data(root / "data", 4)
+    recipe, out = _recipe(root), root / "whole"
+    assert _in_child(recipe, out, None, root / "steps") == 0
+    return Killable(recipe, out, int((root / "steps").read_text()))
+
+
+def _moments(steps: int, count: int) -> Iterator[int]:
+    """`count` moments spread over the run, each drawn from its own part."""
+    draw = random.Random(2505)
+    for i in range(count):
+        yield draw.randint(1 + i * steps // count, (i + 1) * steps // count)
+
+
+def _same(killable: Killable, folder: Path, when: str) -> None:
+    expected, found = tree(killable.finished), tree(folder)
+    assert found.keys() == expected.keys(), f"{when}: {sorted(found.keys() ^ expected.keys())}"
+    changed = [name for name in found if found[name] != expected[name]]
+    assert not changed, f"{when}: other bytes in {changed}"
+
+
+def test_uninterrupted_run_is_repeatable(killable: Killable, tmp_path: Path) -> None:
+    assert killable.steps > 60, "the moments are not seen"
+    assert _in_child(killable.recipe, tmp_path / "run", None) == 0
+    _same(killable, tmp_path / "run", "a second run")
+    assert not [name for name in tree(tmp_path) if "regraft-" in name]
+
+
+def _kill_and_finish(killable: Killable, folder: Path, moment: int) -> None:
+    when = f"killed before change {moment} of {killable.steps}"
+    assert _in_child(killable.recipe, folder, moment) == -signal.SIGKILL, when
+    assert _in_child(killable.recipe, folder, None) == 0, f"{when}: it does not go on"
+    _same(killable, folder, when)
+    shutil.rmtree(folder)
+
+
+def test_killed_once_anywhere(killable: Killable, tmp_path: Path) -> None:
+    for moment in _moments(killable.steps, 8):
+        _kill_and_finish(killable, tmp_path / "run", moment)
+
+
+@pytest.mark.slow
+def test_killed_once_everywhere(killable: Killable, tmp_path: Path) -> None:
+    """Before every second change of a file in the whole run."""
+    for moment in range(1, killable.steps + 1, 2):
+        _kill_and_finish(killable, tmp_path / "run", moment)
+
+
+def test_killed_again_and_again(killable: Killable, tmp_path: Path) -> None:
+    """Killed every few changes, so that nearly every stage is taken up more than once."""
+    folder, killed = tmp_path / "run", 0
+    while status := _in_child(killable.recipe, folder, 17):
+        assert status == -signal.SIGKILL
+        killed += 1
+        assert killed < 40, "it makes no progress"
+    assert killed > 3
+    _same(killable, folder, f"killed {killed} times")
+
+
+def test_finished_run_only_writes_its_report(killable: Killable, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(killable.finished, tmp_path / "run"))
+    before = _stamps(folder)
+    assert _in_child(killable.recipe, folder, None) == 0
+    changed = {name for name, stamp in _stamps(folder).items() if before[name] != stamp}
+    assert {Path(name).relative_to(folder).parts[0] for name in changed} <= {"report"}
+    _same(killable, folder, "called again")
+
+
+def test_run_on_an_existing_pruned_checkpoint(killable: Killable, tmp_path: Path) -> None:
+    """The recipe names it; nothing of it is written."""
+    recipe = killable.recipe.model_copy(update={"pruned": killable.finished / "pruned"})
+    before = tree(killable.finished)
+    made = pipeline.run(recipe, tmp_path / "run")
+    assert tree(killable.finished) == before
+    assert not (tmp_path / "run" / "pruned").exists()
+    results = [
+        json.loads((folder / "evaluation" / "hsr" / "results.json").read_text())["result"]
+        for folder in (killable.finished, tmp_path / "run")
+    ]
+    assert results[0] == results[1]
+    assert [variant.name for variant in made.variants] == ["dense", "pruned", "hsr", "control"]
