@@ -64,8 +64,9 @@ def naive(model: nn.Module, anatomy: Anatomy, prompts: list[Batch]) -> dict[int,
                 with scaled_head(model, layer.index, head, layer.head_dim, EPS):
                     model(**batch.inputs, use_cache=False, logits_to_keep=1)
                 final = seen.pop()
-                at = torch.arange(len(final)), last_positions(batch.inputs, final.shape[1])
-                rows.append(final[at].float().cpu())
+                row = torch.arange(len(final), device=final.device)
+                last = last_positions(batch.inputs, final.shape[1])
+                rows.append(final[row, last].float().cpu())
             states.setdefault(layer.index, []).append(torch.cat(rows))
     hook.remove()
     return {layer: torch.stack(rows) for layer, rows in states.items()}

@@ -288,9 +288,6 @@ def test_patch_of_another_model_in_memory(pair: tuple[Source, Source], tmp_path:
     assert all(equal_bytes(weight, before[key]) for key, weight in model.state_dict().items())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="restoration/realign.py does not use TensorPatch.of yet, so -0.0 is lost"
-)
 def test_realigned_minus_zeros_are_reverted(tmp_path: Path) -> None:
     """torch's own pruning multiplies by a mask, which leaves -0.0 where weights were negative."""
     dense = open_source(pico.save("qwen2_vl", tmp_path / "dense", torch.bfloat16))

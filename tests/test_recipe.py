@@ -53,7 +53,7 @@ def test_example_recipes(path: Path) -> None:
 def test_bundled_recipe() -> None:
     recipe = read_recipe(Path(regraft.__file__).parent / "demo" / "demo.yaml")
     assert recipe.model == "demo"
-    assert recipe.evaluate.suite == DataSource(name="demo", split="test")
+    assert recipe.evaluate.suite == (DataSource(name="demo", split="test"),)
 
 
 def _read(tmp_path: Path, text: str) -> Recipe:
@@ -94,7 +94,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     assert recipe.model == str(here / "models" / "x")
     assert recipe.pruned == here / ".." / "pruned"
     assert recipe.calibration.data.path == here / "v" / "train.json"
-    assert recipe.evaluate.suite == DataSource(name="safebench", path=here / "s", split="even")
+    assert recipe.evaluate.suite == (DataSource(name="safebench", path=here / "s", split="even"),)
 
 
 def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = _read(tmp_path, "model: ~/m\npruned: ~/p\nevaluate: {suite: 'safebench:~/s'}")
     assert recipe.model == "/home/someone/m"
     assert recipe.pruned == Path("/home/someone/p")
-    assert recipe.evaluate.suite.path == Path("/home/someone/s")
+    assert recipe.evaluate.suite[0].path == Path("/home/someone/s")
     assert _read(tmp_path, "model: Qwen/Qwen2.5-VL-7B-Instruct").model.startswith("Qwen/")
 
 

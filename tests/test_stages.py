@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import killed
 import pico
 from disk import shards, tree, write_data
 from regraft import pipeline, stages
@@ -37,6 +37,8 @@ from regraft.recipe import (
     RealignSettings,
     Recipe,
     VariantSettings,
+    read_recipe,
+    write_recipe,
 )
 from regraft.restoration.patch import load_patch
 
@@ -70,7 +72,8 @@ class Bench:
 
     @property
     def data(self) -> DataSource:
-        return DataSource(name="jsonl", path=self.root / "data" / "data.jsonl")
+        """Relative, so that a copy of the folder has the same name for it: work inside it."""
+        return DataSource(name="jsonl", path=Path("data/data.jsonl"))
 
     def run(self, stage: str, **changes: Any) -> Any:
         calibration = CalibrationSettings(data=self.data, samples=4)
@@ -84,7 +87,7 @@ class Bench:
                 "heads_file": at["heads"],
                 "statistics_file": at["statistics"],
             },
-            "evaluate": {"suite": self.data, "settings": EvalSettings(max_new_tokens=3)},
+            "evaluate": {"suites": [self.data], "settings": EvalSettings(max_new_tokens=3)},
         }
         given = {"out": at[stage], **arguments.get(stage, {})}
         if stage in ("prune", "heads", "statistics", "realign"):
@@ -122,14 +125,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bench = Bench(tmp_path_factory.mktemp("stages") / "bench")
     pico.save(bench.family, bench.root / "dense", torch.bfloat16, "100KB")
     write_data(bench.root / "data", 4)
-    for stage in STAGES:
-        bench.run(stage)
+    with contextlib.chdir(bench.root):
+        for stage in STAGES:
+            bench.run(stage)
     return bench.root
 
 
 @pytest.fixture
-def bench(finished: Path, tmp_path: Path) -> Bench:
-    return Bench(Path(shutil.copytree(finished, tmp_path / "bench")))
+def bench(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    copy = Bench(Path(shutil.copytree(finished, tmp_path / "bench")))
+    monkeypatch.chdir(copy.root)
+    return copy
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
@@ -242,11 +248,14 @@ def test_leftovers_of_a_run_killed_at_its_end_go(bench: Bench, stage: str) -> No
     assert tree(bench.root) == before
 
 
-def test_bad_input_after_work_began_leaves_nothing(bench: Bench, tmp_path: Path) -> None:
+def test_bad_input_after_work_began_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Text-only prompts never reach Mllama's cross-attention: told only when its turn comes."""
     mllama = Bench(tmp_path / "mllama", "mllama")
     pico.save("mllama", mllama.root / "dense")
     write_data(mllama.root / "data", 4, images=False)
+    monkeypatch.chdir(mllama.root)
     before = tree(mllama.root)
     with pytest.raises(RegraftError, match=r"layers\.1\.cross_attn.* never used"):
         mllama.run("prune", out=mllama.root / "new" / "pruned")
@@ -281,7 +290,8 @@ def test_stopping_keeps_the_work(bench: Bench, tmp_path: Path) -> None:
     kept = [name for name in tree(tmp_path / "out") if "layer_" in name]
     assert kept, "the masks of finished layers were thrown away"
     bench.run("prune", out=out)
-    assert tree(out) == tree(bench.root / "pruned")
+    bench.run("prune", out=tmp_path / "whole")
+    assert tree(out) == tree(tmp_path / "whole")
     assert tree(tmp_path / "out").keys() == {"pruned"} | {f"pruned/{n}" for n in tree(out)}
 
 
@@ -311,11 +321,15 @@ def test_revert_gives_the_pruned_shards(bench: Bench) -> None:
 
 @dataclass(frozen=True)
 class Killable:
-    """A recipe at pico size, the folder of an uninterrupted run, and how many steps it took."""
+    """A recipe at pico size, the folder of an uninterrupted run, and how often it changes files."""
 
-    recipe: Recipe
+    server: killed.Server
+    recipe: Path
     finished: Path
-    steps: int
+    changes: int
+
+    def run(self, folder: Path, kill_at: int | None = None) -> int:
+        return self.server.run(self.recipe, folder, kill_at)[0]
 
 
 def _recipe(root: Path) -> Recipe:
@@ -329,66 +343,32 @@ def _recipe(root: Path) -> Recipe:
             VariantSettings(name="hsr", top_heads=3, q=0.9),
             VariantSettings(name="control", heads="random", top_heads=3, checkpoint=False),
         ),
-        evaluate=EvaluateSettings(suite=data, max_new_tokens=2),
+        evaluate=EvaluateSettings(suite=(data,), max_new_tokens=2),
         compute=ComputeSettings(device="cpu", batch_size=2),
     )
 
 
-def _changes_files(event: str, arguments: tuple[Any, ...]) -> bool:
-    if event == "open":
-        return bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-    return event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree")
-
-
-def _in_child(recipe: Recipe, folder: Path, kill_at: int | None, count: Path | None = None) -> int:
-    """Run in a forked process that kills itself right before its `kill_at`-th change of a file.
-
-    A fork needs no new import of torch, so that every single moment can be tried. Returns the exit
-    status, -9 where it was killed.
-    """
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    status = 1
-    try:
-        signal.alarm(120)
-        steps = 0
-
-        def watch(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal steps
-            if _changes_files(event, arguments) and str(folder) in str(arguments[0]):
-                steps += 1
-                if steps == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(watch)
-        pipeline.run(recipe, folder)
-        if count is not None:
-            count.write_text(str(steps))
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
 @pytest.fixture(scope="module")
-def killable(tmp_path_factory: pytest.TempPathFactory) -> Killable:
+def killable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killable]:
+    """Its report has no figures: drawing them takes most of the time of such a small run."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     root = tmp_path_factory.mktemp("killed")
     pico.save("llava", root / "dense", torch.bfloat16, "100KB")
     write_data(root / "data", 4)
-    recipe, out = _recipe(root), root / "whole"
-    assert _in_child(recipe, out, None, root / "steps") == 0
-    return Killable(recipe, out, int((root / "steps").read_text()))
+    recipe = root / "recipe.yaml"
+    recipe.write_text(write_recipe(_recipe(root)), encoding="utf-8")
+    with killed.Server() as server:
+        status, changes = server.run(recipe, root / "whole")
+        assert status == 0
+        yield Killable(server, recipe, root / "whole", changes)
 
 
-def _moments(steps: int, count: int) -> Iterator[int]:
+def _moments(changes: int, count: int) -> Iterator[int]:
     """`count` moments spread over the run, each drawn from its own part."""
     draw = random.Random(2505)
     for i in range(count):
-        yield draw.randint(1 + i * steps // count, (i + 1) * steps // count)
+        yield draw.randint(1 + i * changes // count, (i + 1) * changes // count)
 
 
 def _same(killable: Killable, folder: Path, when: str) -> None:
@@ -399,47 +379,47 @@ def _same(killable: Killable, folder: Path, when: str) -> None:
 
 
 def test_uninterrupted_run_is_repeatable(killable: Killable, tmp_path: Path) -> None:
-    assert killable.steps > 60, "the moments are not seen"
-    assert _in_child(killable.recipe, tmp_path / "run", None) == 0
+    assert killable.changes > 60, "the moments are not seen"
+    assert killable.run(tmp_path / "run") == 0
     _same(killable, tmp_path / "run", "a second run")
     assert not [name for name in tree(tmp_path) if "regraft-" in name]
 
 
 def _kill_and_finish(killable: Killable, folder: Path, moment: int) -> None:
-    when = f"killed before change {moment} of {killable.steps}"
-    assert _in_child(killable.recipe, folder, moment) == -signal.SIGKILL, when
-    assert _in_child(killable.recipe, folder, None) == 0, f"{when}: it does not go on"
+    when = f"killed before change {moment} of {killable.changes}"
+    assert killable.run(folder, moment) == -signal.SIGKILL, when
+    assert killable.run(folder) == 0, f"{when}: it does not go on"
     _same(killable, folder, when)
     shutil.rmtree(folder)
 
 
 def test_killed_once_anywhere(killable: Killable, tmp_path: Path) -> None:
-    for moment in _moments(killable.steps, 8):
+    for moment in _moments(killable.changes, 5):
         _kill_and_finish(killable, tmp_path / "run", moment)
 
 
 @pytest.mark.slow
 def test_killed_once_everywhere(killable: Killable, tmp_path: Path) -> None:
-    """Before every second change of a file in the whole run."""
-    for moment in range(1, killable.steps + 1, 2):
+    """Before every sixth change of a file in the whole run."""
+    for moment in range(1, killable.changes + 1, 6):
         _kill_and_finish(killable, tmp_path / "run", moment)
 
 
 def test_killed_again_and_again(killable: Killable, tmp_path: Path) -> None:
     """Killed every few changes, so that nearly every stage is taken up more than once."""
-    folder, killed = tmp_path / "run", 0
-    while status := _in_child(killable.recipe, folder, 17):
+    folder, times, draw = tmp_path / "run", 0, random.Random(16104)
+    while status := killable.run(folder, draw.randint(5, 70)):
         assert status == -signal.SIGKILL
-        killed += 1
-        assert killed < 40, "it makes no progress"
-    assert killed > 3
-    _same(killable, folder, f"killed {killed} times")
+        times += 1
+        assert times < 40, "it makes no progress"
+    assert times > 3, "it was hardly killed"
+    _same(killable, folder, f"killed {times} times")
 
 
 def test_finished_run_only_writes_its_report(killable: Killable, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(killable.finished, tmp_path / "run"))
     before = _stamps(folder)
-    assert _in_child(killable.recipe, folder, None) == 0
+    assert killable.run(folder) == 0
     changed = {name for name, stamp in _stamps(folder).items() if before[name] != stamp}
     assert {Path(name).relative_to(folder).parts[0] for name in changed} <= {"report"}
     _same(killable, folder, "called again")
@@ -447,7 +427,8 @@ def test_finished_run_only_writes_its_report(killable: Killable, tmp_path: Path)
 
 def test_run_on_an_existing_pruned_checkpoint(killable: Killable, tmp_path: Path) -> None:
     """The recipe names it; nothing of it is written."""
-    recipe = killable.recipe.model_copy(update={"pruned": killable.finished / "pruned"})
+    existing = {"pruned": killable.finished / "pruned"}
+    recipe = read_recipe(killable.recipe).model_copy(update=existing)
     before = tree(killable.finished)
     made = pipeline.run(recipe, tmp_path / "run")
     assert tree(killable.finished) == before

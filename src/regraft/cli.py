@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import regraft
+from regraft.checks import check_top_heads
 from regraft.console import ConsoleWatch, show_report, show_result
 from regraft.data.demo import demo_model
 from regraft.errors import RegraftError
@@ -33,6 +34,7 @@ from regraft.recipe import (
     read_recipe,
     write_recipe,
 )
+from regraft.restoration.patch import load_patch
 from regraft.restoration.realign import check_pair
 
 app = App(
@@ -213,7 +215,9 @@ def realign(
         dense_source = _open(dense, compute.trust_remote_code)
         pruned_source = _open(pruned, compute.trust_remote_code)
         check_pair(dense_source, pruned_source)
-        stages.check_top_heads(dense_source, settings)
+        check_top_heads(dense_source, settings)
+        if out.exists():
+            load_patch(out)  # anything else in its place is an error before long work
         if settings.heads == "top" and heads_file is None:
             heads_file = out.with_suffix(".heads.safetensors")
             stages.heads(dense_source, heads_file, scoring, calibration, compute, watch)
@@ -289,7 +293,7 @@ def evaluate(
 
     with _watch() as watch:
         source = _open(model, compute.trust_remote_code)
-        done = stages.evaluate(source, out, suite, settings, compute, patch, watch)
+        done = stages.evaluate(source, out, [suite], settings, compute, patch, watch=watch)
         show_result(watch.console, done.result)
         watch.note(f"Answers and results: {out}")
 

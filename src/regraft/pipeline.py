@@ -9,17 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from regraft import stages
+from regraft.checks import (
+    check_pattern,
+    check_r_max,
+    check_top_heads,
+    draw_calibration,
+    read_suites,
+)
 from regraft.data.demo import demo_model
 from regraft.data.sources import read
 from regraft.errors import RegraftError
 from regraft.files import discard_leftover, read_json, require_empty, require_space, write_text
 from regraft.heads.score import HeadScores, load_heads
 from regraft.importance.statistics import load_statistics
+from regraft.keys import difference
 from regraft.models.load import Source, open_source, pick_device
 from regraft.recipe import Recipe, VariantSettings, read_recipe, write_recipe
 from regraft.report.model import DataAccount, HeadMap, Report, Variant
 from regraft.report.write import write_report
-from regraft.restoration.patch import load_patch
+from regraft.restoration.patch import Patch, load_patch
 from regraft.restoration.realign import check_pair, restored_by_module
 from regraft.stages import Evaluation
 from regraft.watch import Silent, Watch
@@ -97,10 +105,18 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Report:
     pruned = existing or stages.prune(
         dense, place.pruned, recipe.prune, recipe.calibration, recipe.compute, watch
     )
-    suite, evaluate, compute = recipe.evaluate.suite, recipe.evaluate, recipe.compute
+    evaluate, compute = recipe.evaluate, recipe.compute
     for name, source in (("dense", dense), ("pruned", pruned)):
         watch.note(f"Evaluating the {name} model")
-        stages.evaluate(source, place.evaluation(name), suite, evaluate, compute, watch=watch)
+        stages.evaluate(
+            source,
+            place.evaluation(name),
+            evaluate.suite,
+            evaluate.only(),
+            compute,
+            processor_from=dense,
+            watch=watch,
+        )
     if any(one.heads == "top" for one in recipe.realign):
         stages.heads(dense, place.heads, recipe.heads, recipe.calibration, compute, watch)
     if any(one.method == "hsr" for one in recipe.realign):
@@ -117,18 +133,20 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder) -> None:
     by_heads = any(one.heads == "top" for one in recipe.realign)
     by_importance = any(one.method == "hsr" for one in recipe.realign)
     if by_heads or by_importance:
-        harmful = stages.draw_calibration(dense, recipe.calibration, harmful=True)
+        harmful = draw_calibration(dense, recipe.calibration, harmful=True)
         if by_heads:
-            stages.check_r_max(dense, recipe.heads, len(harmful.examples))
+            check_r_max(dense, recipe.heads, len(harmful.examples))
     if by_importance or recipe.pruned is None:
-        stages.draw_calibration(dense, recipe.calibration, harmful=False)
-    stages.read_suite(dense, recipe.evaluate.suite, recipe.evaluate)
+        draw_calibration(dense, recipe.calibration, harmful=False)
+    read_suites(dense, recipe.evaluate.suite, recipe.evaluate.limit)
     checkpoints = [place.realigned(one.name) for one in recipe.realign if one.checkpoint]
     if recipe.pruned is None:
-        stages.check_pattern(dense, recipe.prune)
+        check_pattern(dense, recipe.prune)
         checkpoints.append(place.pruned)
     for one in recipe.realign:
-        stages.check_top_heads(dense, one)
+        check_top_heads(dense, one)
+    for checkpoint in checkpoints:
+        discard_leftover(checkpoint)
     missing = sum(not folder.exists() for folder in checkpoints)
     require_space(place.path, missing * dense.checkpoint.bytes)
 
@@ -156,7 +174,10 @@ def report(folder: Path) -> Report:
         name: stages.read_evaluation(place.evaluation(name))
         for name in ("dense", "pruned", *(one.name for one in recipe.realign))
     }
+    patches = {one.name: load_patch(place.patch(one.name)) for one in recipe.realign}
     taken = evaluations["pruned"].about["zeros"] - evaluations["dense"].about["zeros"]
+    taken = next((patch.about["pruned"] for patch in patches.values()), taken)
+    pruned = open_source(recipe.pruned or place.pruned)
     variants = [
         Variant(
             name,
@@ -168,7 +189,7 @@ def report(folder: Path) -> Report:
         for name in ("dense", "pruned")
     ]
     variants += [
-        _variant(place, dense, one, evaluations[one.name], taken) for one in recipe.realign
+        _variant(patches[one.name], pruned, one, evaluations[one.name]) for one in recipe.realign
     ]
     abouts = [evaluations["dense"].about]
     maps: tuple[HeadMap, ...] = ()
@@ -221,32 +242,27 @@ def _realign(
         model,
         place.evaluation(settings.name),
         recipe.evaluate.suite,
-        recipe.evaluate,
+        recipe.evaluate.only(),
         recipe.compute,
         None if settings.checkpoint else patch,
+        dense,
         watch,
     )
 
 
 def _variant(
-    place: RunFolder,
-    dense: Source,
-    settings: VariantSettings,
-    evaluation: Evaluation,
-    taken: int,
+    patch: Patch, pruned: Source, settings: VariantSettings, evaluation: Evaluation
 ) -> Variant:
-    patch = load_patch(place.patch(settings.name))
+    heads = tuple((layer, head) for layer, head in patch.about["heads"])
     return Variant(
         settings.name,
         _label(settings),
         evaluation.result,
         sparsity=_sparsity(evaluation),
         restored=patch.restored,
-        pruned=taken,
-        restored_by_module=restored_by_module(patch, dense.anatomy.layers),
-        heads=()
-        if settings.heads == "all"
-        else tuple((layer, head) for layer, head in patch.about["heads"]),
+        pruned=patch.about["pruned"],
+        restored_by_module=restored_by_module(patch, pruned.anatomy.layers),
+        heads=() if settings.heads == "all" else heads,
     )
 
 
@@ -279,7 +295,7 @@ def _accounts(abouts: list[Mapping[str, Any]]) -> Iterator[DataAccount]:
 def _images(recipe: Recipe) -> dict[str, Path]:
     """Images of the suite by example id; none where the data set has moved since."""
     try:
-        examples = read(recipe.evaluate.suite).examples
+        examples = [e for suite in recipe.evaluate.suite for e in read(suite).examples]
     except RegraftError:
         return {}
     return {example.id: example.image for example in examples if example.image}
@@ -302,7 +318,7 @@ def _claim(place: RunFolder, recipe: Recipe) -> None:
             )
             raise RegraftError(
                 f"{place.path} holds a run of another recipe "
-                f"({stages.difference(found, wanted)}). Choose another output folder."
+                f"({difference(found, wanted)}). Choose another output folder."
             )
         return
     discard_leftover(place.recipe)

@@ -14,6 +14,7 @@ import yaml
 from cyclopts import Parameter
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -184,10 +185,20 @@ class EvalSettings(Settings):
         return KeywordJudge(keywords=self.keywords, window=self.window)
 
 
-class EvaluateSettings(EvalSettings):
-    """What a run evaluates every model on."""
+def _one_or_more(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
 
-    suite: Suite = DataSource(name="demo", split="test")
+
+class EvaluateSettings(EvalSettings):
+    """What a run evaluates every model on: one suite, or a list of suites taken together."""
+
+    suite: Annotated[tuple[DataSource, ...], BeforeValidator(_one_or_more)] = Field(
+        (DataSource(name="demo", split="test"),), min_length=1
+    )
+
+    def only(self) -> EvalSettings:
+        """These settings without the suites."""
+        return EvalSettings(**self.model_dump(include=set(EvalSettings.model_fields)))
 
 
 class Recipe(Settings):
@@ -277,7 +288,8 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
         return value if value.path is None else value.model_copy(update={"path": path(value.path)})
 
     calibration = recipe.calibration.model_copy(update={"data": source(recipe.calibration.data)})
-    evaluate = recipe.evaluate.model_copy(update={"suite": source(recipe.evaluate.suite)})
+    suites = tuple(source(one) for one in recipe.evaluate.suite)
+    evaluate = recipe.evaluate.model_copy(update={"suite": suites})
     model = recipe.model
     if model != "demo" and (model.startswith((".", "~")) or (folder / model).is_dir()):
         model = str(path(Path(model)).expanduser())

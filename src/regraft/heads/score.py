@@ -153,7 +153,7 @@ def _batch_states(
     text = text_inputs(model, batch.inputs)
     inputs = layer_inputs(model, text)
     rows, length = inputs.final.shape[:2]
-    at = torch.arange(rows), last_positions(batch.inputs, length)
+    at = torch.arange(rows, device=inputs.final.device), last_positions(batch.inputs, length)
     base = inputs.final[at]  # [B, d]
     base_logits = logits_of(model, base)
     states = {"base": base.float().cpu()}

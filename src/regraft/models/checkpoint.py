@@ -22,6 +22,7 @@ from regraft.errors import RegraftError
 from regraft.files import (
     atomic_folder,
     digest,
+    discard_leftover,
     file_digest,
     read_json,
     require_empty,
@@ -191,6 +192,8 @@ def check_target(source: Checkpoint, target: Path) -> None:
         RegraftError: `target` is not empty, lies inside `source`, or the disk is too full.
     """
     require_empty(target)
+    if target.parent.is_dir():
+        discard_leftover(target)
     if target.resolve().is_relative_to(source.folder.resolve()):
         raise RegraftError(
             f"The output folder {target} is inside the checkpoint {source.folder}. "

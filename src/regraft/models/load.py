@@ -110,8 +110,25 @@ def load_processor(source: Source) -> Any:
             return auto.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise RegraftError(
-            f"{source.folder}: the processor could not be loaded: {error}"
+            f"{source.folder}: the processor could not be loaded ({str(error).splitlines()[0]}). "
+            "If the files are missing, copy tokenizer and processor files of the base model there."
         ) from error
+
+
+def has_processor(source: Source) -> bool:
+    """Whether the folder comes with a tokenizer and, for a vision model, an image processor."""
+    names = {path.name for path in source.folder.iterdir()}
+    images = {"processor_config.json", "preprocessor_config.json"}
+    return "tokenizer_config.json" in names and bool(
+        names & images or not source.anatomy.has_vision
+    )
+
+
+def transformers_version() -> str:
+    """The installed version of transformers."""
+    from transformers import __version__
+
+    return str(__version__)
 
 
 def pick_device(device: str) -> torch.device:

@@ -1,0 +1,99 @@
+"""Reading data for a model, and finding bad input before any long work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from regraft.data.example import Example, Reading, draw
+from regraft.data.images import check_images
+from regraft.data.sources import DataSource, read
+from regraft.errors import RegraftError
+from regraft.models.load import Source
+from regraft.recipe import CalibrationSettings, HeadSettings, PruneSettings, RealignSettings
+from regraft.restoration.selection import all_heads
+
+
+def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
+    """Draw D^s or D^u and check that this model can read it.
+
+    Raises:
+        RegraftError: see the data readers and `draw`; an image is unreadable, or there are images
+            and the model reads text only.
+    """
+    reading = draw(
+        read(calibration.data), harmful=harmful, samples=calibration.samples, seed=calibration.seed
+    )
+    _check_readable(source, reading)
+    return reading
+
+
+def read_suites(source: Source, suites: Sequence[DataSource], limit: int | None) -> Reading:
+    """Read what is to be evaluated, one suite after the other, at most `limit` of each.
+
+    Ids that two suites share get their suite's name in front.
+
+    Raises:
+        RegraftError: as `draw_calibration`; there is nothing to evaluate.
+    """
+    readings = [read(suite) for suite in suites]
+    examples: list[Example] = []
+    skipped: dict[str, int] = {}
+    taken: set[str] = set()
+    for suite, reading in zip(suites, readings, strict=True):
+        for example in reading.examples[:limit]:
+            unique = f"{suite.name}:{example.id}" if example.id in taken else example.id
+            examples.append(replace(example, id=unique))
+        taken |= {example.id for example in reading.examples}
+        beyond = {"beyond the limit": len(reading.examples[limit:])} if limit else {}
+        for reason, count in [*reading.skipped.items(), *beyond.items()]:
+            if count:
+                skipped[reason] = skipped.get(reason, 0) + count
+    joined = Reading(", ".join(reading.source for reading in readings), tuple(examples), skipped)
+    if not examples:
+        raise RegraftError(f"{joined.source}: there are no examples to evaluate.")
+    _check_readable(source, joined)
+    return joined
+
+
+def told(role: str, reading: Reading) -> str:
+    """One line on what became of every row that was read."""
+    left_out = ", ".join(f"{count} {reason}" for reason, count in reading.skipped.items())
+    used = f"{len(reading.examples)} used of {reading.read} read"
+    return f"{role} ({reading.source}): {used}" + (f"; {left_out}" if left_out else "")
+
+
+def check_pattern(dense: Source, settings: PruneSettings) -> None:
+    """Raise unless every prunable weight can have the pattern."""
+    pattern = settings.pattern()
+    for linear in dense.anatomy.linears:
+        pattern.fits(linear.shape, linear.key)
+
+
+def check_r_max(dense: Source, settings: HeadSettings, samples: int) -> None:
+    """Raise unless as many samples span a subspace of rank `r_max`."""
+    limit = min(samples, dense.anatomy.hidden_size)
+    if settings.r_max > limit:
+        raise RegraftError(
+            f"r_max is {settings.r_max}, but {samples} samples of {dense.anatomy.hidden_size} "
+            f"features allow at most {limit}. Lower r_max or use more samples."
+        )
+
+
+def check_top_heads(dense: Source, settings: RealignSettings) -> None:
+    """Raise unless the model has as many heads as are to be chosen."""
+    count = len(all_heads(dense.anatomy))
+    if settings.heads != "all" and settings.top_heads > count:
+        raise RegraftError(f"top_heads is {settings.top_heads}; the model has {count} heads.")
+
+
+def _check_readable(source: Source, reading: Reading) -> None:
+    check_images(reading)
+    if source.anatomy.has_vision:
+        return
+    for example in reading.examples:
+        if example.image is not None:
+            raise RegraftError(
+                f"{reading.source}: example {example.id!r} has an image, but {source.folder} reads "
+                "text only. Use a vision-language model, or examples without images."
+            )

@@ -1,0 +1,190 @@
+"""What an artifact was made of, whether it is done, and where its unfinished work waits.
+
+An artifact carries a description of all that decides its content: settings, digests of its inputs,
+versions. The digest of that description is its key. The same key means done; another key means
+somebody else's artifact, which is never overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import regraft
+from regraft.data.example import Reading
+from regraft.errors import RegraftError
+from regraft.files import digest, discard_leftover, new_folders, read_json, require_empty
+from regraft.models.load import pick_device, transformers_version
+from regraft.recipe import ComputeSettings, Settings
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+
+def describe(
+    stage: str,
+    inputs: Mapping[str, str],
+    settings: Settings | None = None,
+    compute: ComputeSettings | None = None,
+    data: Mapping[str, Reading] | None = None,
+) -> dict[str, Any]:
+    """Everything that decides what an artifact will be, as JSON values.
+
+    Args:
+        stage: Its name.
+        inputs: Digests of the files it is made from.
+        settings: Of the stage.
+        compute: Device, dtype, batch size.
+        data: Role -> the examples used.
+    """
+    about: dict[str, Any] = {
+        "stage": stage,
+        "versions": {
+            "regraft": regraft.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers_version(),
+        },
+        "inputs": dict(inputs),
+    }
+    if settings is not None:
+        about["settings"] = settings.model_dump(mode="json")
+    if compute is not None:
+        device = pick_device(compute.device).type
+        about["compute"] = compute.model_dump(mode="json") | {"device": device}
+    if data is not None:
+        about["data"] = {role: _account(reading) for role, reading in data.items()}
+    plain: dict[str, Any] = json.loads(to_json(about))
+    return plain
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON with a final line break."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def is_done(
+    out: Path,
+    marker: Path,
+    about: Mapping[str, Any],
+    read_about: Callable[[], Mapping[str, Any]] | None = None,
+) -> bool:
+    """True if `out` was made by the same inputs and settings, False if there is nothing.
+
+    Args:
+        out: The artifact, a file or a folder.
+        marker: The file that holds its description: `out` itself or one in it.
+        about: The description wanted.
+        read_about: Reads the description there is; JSON in `marker` by default.
+
+    Raises:
+        RegraftError: `out` holds something else.
+    """
+    if marker != out:
+        if out.is_file() or not marker.exists():
+            require_empty(out)
+            return False
+    elif not marker.exists():
+        return False
+    found = (read_about or (lambda: read_json(marker)))()
+    if _key(found) == _key(about):
+        discard_leftover(out)
+        shutil.rmtree(_work_folder(out), ignore_errors=True)  # of a run killed right at its end
+        return True
+    raise RegraftError(
+        f"{out} exists and was made with something else "
+        f"({difference(_identity(found), _identity(about))}). "
+        "Choose another output or remove it."
+    )
+
+
+def difference(found: Any, wanted: Any, where: str = "") -> str:
+    """The first field in which two nested mappings differ, in words."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        for name in dict.fromkeys([*wanted, *found]):
+            if found.get(name) != wanted.get(name):
+                inner = f"{where}.{name}" if where else str(name)
+                return difference(found.get(name), wanted.get(name), inner)
+    return f"{where}: {_short(found)} there, {_short(wanted)} now"
+
+
+@contextmanager
+def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder for unfinished work on `out`, under its key; only one process may have it.
+
+    It goes when the block succeeds, and with bad input or a full disk, which leave nothing behind;
+    it stays where a run is stopped.
+
+    Raises:
+        RegraftError: another process is at work on `out`.
+    """
+    folder = _work_folder(out)
+    work = folder / _key(about)[:16]
+    with new_folders(folder / "lock"), _locked(folder / "lock", out):
+        try:
+            yield work
+        except RegraftError:
+            shutil.rmtree(work, ignore_errors=True)
+            (folder / "lock").unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: unfinished work of other settings
+                folder.rmdir()
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path, out: Path) -> Iterator[None]:
+    with path.open("w") as handle:
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RegraftError(
+                    f"Another regraft process is writing {out} at this moment. Wait for it, or "
+                    "choose another output."
+                ) from error
+        yield
+
+
+def _account(reading: Reading) -> dict[str, Any]:
+    contents: list[bytes | str] = []
+    for e in reading.examples:
+        image = e.image.name if e.image else None
+        row = [e.id, e.instruction, e.response, e.harmful, e.category, image]
+        contents += [json.dumps(row), e.image.read_bytes() if e.image else b""]
+    return {
+        "source": reading.source,
+        "read": reading.read,
+        "used": len(reading.examples),
+        "skipped": dict(reading.skipped),
+        "digest": digest(*contents),
+    }
+
+
+def _key(about: Mapping[str, Any]) -> str:
+    return digest(json.dumps(_identity(about), sort_keys=True))
+
+
+def _identity(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides: the contents of the data, not where they lie."""
+    data = {
+        role: {name: value for name, value in account.items() if name != "source"}
+        for role, account in about.get("data", {}).items()
+    }
+    return {**about, "data": data}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _work_folder(out: Path) -> Path:
+    return out.parent / f".{out.name}.regraft-work"
