@@ -328,7 +328,7 @@ def run(recipe: Path, *, out: Out) -> None:
 
 @app.command
 def demo(*, out: Out = Path("demo-run")) -> None:
-    """Run the main job on the bundled model: about three minutes on two CPU cores, no network."""
+    """Run the main job on the bundled model: about four minutes on two CPU cores, no network."""
     from importlib.resources import files
 
     _run(Path(str(files("regraft"))) / "demo" / "demo.yaml", out)
@@ -354,6 +354,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(cause, ValidationError):
             _fail(console, explain(cause, flags=True))
         _fail(console, str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail(
+            console,
+            "The device is out of memory. Lower --batch-size (in a recipe compute.batch_size) or "
+            "--tokens-per-pass (heads.tokens_per_pass).",
+        )
     except KeyboardInterrupt:
         console.print("Interrupted. The same command continues where it stopped.")
         sys.exit(130)

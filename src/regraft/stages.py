@@ -110,7 +110,7 @@ def prune(
         with working(out, about) as work:
             masks = LayerMasks(work)
             model, processor = _load(dense, compute, watch)
-            calibrating = _collate(model, processor, response_batch, data.examples, compute)
+            calibrating = _collate(processor, response_batch, data.examples, compute)
             total = len(data.examples) * len(dense.anatomy.layers)
             if settings.order == "one-shot":
                 total = len(data.examples)
@@ -159,7 +159,7 @@ def heads(
         watch.note(told("D^s", data))
         with working(out, about) as work:
             model, processor = _load(dense, compute, watch)
-            prompts = _collate(model, processor, prompt_batch, data.examples, compute)
+            prompts = _collate(processor, prompt_batch, data.examples, compute)
             total = len(prompts) * len(dense.anatomy.layers)
             with watch.task("Scoring heads", total, "layers") as done:
                 scores = score_heads(
@@ -202,17 +202,18 @@ def statistics(
             watch.note(told(role, one))
         model, processor = _load(dense, compute, watch)
         samples = len(safety.examples) + len(utility.examples)
-        with watch.task("Gathering input statistics", samples, "samples") as done:
+        gathering = watch.task("Gathering input statistics", samples, "samples")
+        with working(out, about), gathering as done:
             gathered = [
                 gather(
                     model,
                     dense.anatomy,
-                    _collate(model, processor, response_batch, one.examples, compute),
+                    _collate(processor, response_batch, one.examples, compute),
                     done,
                 )
                 for one in (safety, utility)
             ]
-        save_statistics(out, gathered[0], gathered[1], about)
+            save_statistics(out, gathered[0], gathered[1], about)
     loaded = load_statistics(out)
     return loaded.safety, loaded.utility
 
@@ -269,12 +270,13 @@ def realign(
     about["heads"] = [list(head) for head in chosen]
     about["pruned"] = count_restorable(dense, pruned)
     if not is_done(out, out, about, lambda: load_patch(out).about):
-        with watch.task("Selecting weights", len(dense.anatomy.layers), "layers") as done:
-            device = pick_device((compute or ComputeSettings()).device)
+        device = pick_device((compute or ComputeSettings()).device)
+        selecting = watch.task("Selecting weights", len(dense.anatomy.layers), "layers")
+        with working(out, about), selecting as done:
             patch = select(dense, pruned, chosen, rule, about=about, device=device, progress=done)
+            save_patch(out, patch)
         if not patch.restored:
             watch.note(f"{out.name}: no pruned weight fits these settings; the patch is empty.")
-        save_patch(out, patch)
     return load_patch(out)
 
 
@@ -289,7 +291,8 @@ def apply(pruned: Path, patch_file: Path, out: Path, watch: Watch | None = None)
     about = describe("apply", {"pruned": checkpoint.fingerprint, "patch": file_digest(patch_file)})
     if not is_done(out, out / ABOUT_FILE, about):
         check_target(checkpoint, out)
-        with watch.task(f"Writing {out}", checkpoint.bytes, "bytes") as done:
+        writing = watch.task(f"Writing {out}", checkpoint.bytes, "bytes")
+        with working(out, about), writing as done:
             apply_patch(checkpoint, patch, out, files={ABOUT_FILE: to_json(about)}, progress=done)
     return out
 
@@ -306,7 +309,8 @@ def revert(realigned: Path, patch_file: Path, out: Path, watch: Watch | None = N
     about = describe("revert", inputs)
     if not is_done(out, out / ABOUT_FILE, about):
         check_target(checkpoint, out)
-        with watch.task(f"Writing {out}", checkpoint.bytes, "bytes") as done:
+        writing = watch.task(f"Writing {out}", checkpoint.bytes, "bytes")
+        with working(out, about), writing as done:
             revert_patch(checkpoint, patch, out, files={ABOUT_FILE: to_json(about)}, progress=done)
     return out
 
@@ -438,15 +442,10 @@ def _load(
 
 
 def _collate(
-    model: nn.Module,
     processor: Any,
     encode: Callable[[Any, Sequence[Example]], Batch],
     examples: Sequence[Example],
     compute: ComputeSettings,
 ) -> list[Batch]:
-    """Examples as batches on the model's device."""
-    parameter = next(model.parameters())
-    return [
-        encode(processor, chunk).to(parameter.device, parameter.dtype)
-        for chunk in batches(examples, compute.batch_size)
-    ]
+    """Examples as batches in host memory."""
+    return [encode(processor, chunk) for chunk in batches(examples, compute.batch_size)]

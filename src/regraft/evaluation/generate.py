@@ -67,8 +67,7 @@ def generate(
 def _answer(
     model: nn.Module, processor: Any, examples: Sequence[Example], max_new_tokens: int
 ) -> list[str]:
-    parameter = next(model.parameters())
-    inputs = prompt_batch(processor, examples).to(parameter.device, parameter.dtype).inputs
+    inputs = placed(prompt_batch(processor, examples), model).inputs
     tokenizer = getattr(processor, "tokenizer", processor)
     with _plain_greedy(model, tokenizer, max_new_tokens):
         tokens = model.generate(**inputs)  # type: ignore[operator]

@@ -24,6 +24,7 @@ from regraft.files import atomic_file
 from regraft.heads.ships import kl_divergence, ships
 from regraft.models.ablation import EPS, AblationTarget, head_outputs, replay_ablated
 from regraft.models.anatomy import Anatomy, LayerAnatomy
+from regraft.models.load import placed
 from regraft.models.replay import last_positions, layer_inputs, logits_of, text_inputs
 
 FORMAT = "regraft-heads-1"
@@ -98,7 +99,13 @@ def score_heads(
     for batch, path in zip(batches, paths, strict=True):
         if not path.exists():
             states = _batch_states(
-                model, anatomy, batch, target, eps, tokens_per_pass, progress or _ignore
+                model,
+                anatomy,
+                placed(batch, model),
+                target,
+                eps,
+                tokens_per_pass,
+                progress or _ignore,
             )
             _require_finite(states)
             with atomic_file(path) as temporary:

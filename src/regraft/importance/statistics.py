@@ -19,6 +19,7 @@ from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.importance.wanda import sum_of_squares
 from regraft.models.anatomy import Anatomy, LinearAnatomy
+from regraft.models.load import placed
 from regraft.models.replay import layer_inputs, text_inputs
 
 FORMAT = "regraft-statistics-1"
@@ -106,7 +107,7 @@ def gather(
     linears = {linear: modules[linear.module] for linear in anatomy.linears}
     into: dict[str, Tensor] = {}
     samples = 0
-    for batch in batches:
+    for batch in (placed(one, model) for one in batches):
         text = text_inputs(model, batch.inputs)
         with observe(linears, batch, into):
             layer_inputs(model, text)

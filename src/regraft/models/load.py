@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.models.anatomy import Anatomy, read_anatomy
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
@@ -113,6 +114,12 @@ def load_processor(source: Source) -> Any:
             f"{source.folder}: the processor could not be loaded ({str(error).splitlines()[0]}). "
             "If the files are missing, copy tokenizer and processor files of the base model there."
         ) from error
+
+
+def placed(batch: Batch, model: nn.Module) -> Batch:
+    """The batch on the model's device, pixels in its dtype."""
+    parameter = next(model.parameters())
+    return batch.to(parameter.device, parameter.dtype)
 
 
 def has_processor(source: Source) -> bool:

@@ -18,6 +18,7 @@ from regraft.importance.statistics import gather, observe
 from regraft.importance.wanda import wanda_score
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
 from regraft.models.checkpoint import Checkpoint, Edit
+from regraft.models.load import placed
 from regraft.models.replay import TextInputs, replay, text_inputs
 from regraft.pruning.masks import Pattern
 
@@ -103,14 +104,14 @@ def prune_wanda(
             for layer in anatomy.layers:
                 masks.save(layer, _layer_masks(linears[layer.index], squares, pattern))
         return
-    texts = [text_inputs(model, batch.inputs) for batch in batches]
+    texts = [text_inputs(model, placed(batch, model).inputs) for batch in batches]
     states: list[Tensor | None] = [None] * len(batches)  # inputs of the layer, each [B, S, d]
     for layer in anatomy.layers:
         layer_masks = masks.load(layer)
         if layer_masks is None:
             seen: dict[str, Tensor] = {}
             for batch, text, state in zip(batches, texts, states, strict=True):
-                with observe(linears[layer.index], batch, seen):
+                with observe(linears[layer.index], placed(batch, model), seen):
                     _run_layer(model, anatomy, layer, text, state)
             layer_masks = _layer_masks(linears[layer.index], seen, pattern)
             masks.save(layer, layer_masks)
