@@ -186,10 +186,8 @@ SIGHTS = (
     ".pruned.regraft-work/*/layer_001.safetensors",
     ".pruned.regraft-tmp/*",
     "evaluation/.dense.regraft-work/*/answers.jsonl",
-    "evaluation/.pruned.regraft-work/*/answers.jsonl",
     ".heads.safetensors.regraft-work/*/batch_00000.safetensors",
     "realigned/.hsr.regraft-tmp/*",
-    "report/report.json",
 )
 
 
@@ -217,20 +215,22 @@ def test_bundled_model_killed_at_work(tmp_path: Path) -> None:
     """`regraft run` on the bundled model, killed in the middle of every kind of work."""
     fields: dict[str, Any] = {
         "model": "demo",
-        "calibration": {"data": "demo:calibration", "samples": 12},
+        "calibration": {"data": "demo:calibration", "samples": 8},
         "prune": {"sparsity": 0.6},
         "realign": [{"name": "hsr", "top_heads": 16, "q": 0.3}],
-        "evaluate": {"suite": "demo:test", "max_new_tokens": 6, "limit": 16},
-        "compute": {"device": "cpu", "batch_size": 4},
+        "evaluate": {"suite": "demo:test", "max_new_tokens": 4, "limit": 8},
+        "compute": {"device": "cpu", "batch_size": 2},
     }
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(write_recipe(_recipe(tmp_path, **fields)), encoding="utf-8")
     assert _start("run", recipe, "--out", tmp_path / "whole", threads=1).wait() == 0
-    draw, killed = random.Random(42), []
-    for sight in SIGHTS:
-        if _kill_at_sight(recipe, tmp_path / "run", sight, draw.choice((0, 0.002, 0.02))):
-            killed.append(sight)
-    assert len(killed) >= 4, f"killed only at {killed}"
+    draw = random.Random(42)
+    killed = [
+        sight
+        for sight in SIGHTS
+        if _kill_at_sight(recipe, tmp_path / "run", sight, draw.choice((0, 0.002, 0.02)))
+    ]
+    assert len(killed) >= 3, f"killed only at {killed}"
     assert _start("run", recipe, "--out", tmp_path / "run", threads=1).wait() == 0
     whole, run = tree(tmp_path / "whole"), tree(tmp_path / "run")
     assert run.keys() == whole.keys(), f"left or missing: {sorted(run.keys() ^ whole.keys())}"

@@ -400,8 +400,8 @@ def test_killed_once_anywhere(killable: Killable, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_once_everywhere(killable: Killable, tmp_path: Path) -> None:
-    """Before every sixth change of a file in the whole run."""
-    for moment in range(1, killable.changes + 1, 6):
+    """Before every eighth change of a file in the whole run."""
+    for moment in range(1, killable.changes + 1, 8):
         _kill_and_finish(killable, tmp_path / "run", moment)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from regraft.data.collate import batches, prompt_batch
 from regraft.data.example import Example
 from regraft.files import disk_errors, write_text
+from regraft.models.load import placed
 
 
 def generate(
