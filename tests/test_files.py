@@ -113,6 +113,21 @@ def test_output_where_it_cannot_be(tmp_path: Path) -> None:
     assert tree(tmp_path).keys() == {"file", "folder", "folder/x"}
 
 
+def test_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, even removing a file that does not exist is an error."""
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("unlink", "mkdir"):
+        monkeypatch.setattr(Path, name, read_only)
+    with pytest.raises(RegraftError, match=r"No permission to write .*out"):
+        write_text(tmp_path / "out", "x")
+    folder = atomic_folder(tmp_path / "out")
+    with pytest.raises(RegraftError, match=r"No permission to write .*out"), folder:
+        pass
+
+
 def test_space(tmp_path: Path) -> None:
     require_space(tmp_path / "not" / "there" / "yet", 1)
     with pytest.raises(RegraftError, match=r"out needs 1048576.00 GiB and .* free") as caught:

@@ -394,7 +394,7 @@ def _kill_and_finish(killable: Killable, folder: Path, moment: int) -> None:
 
 
 def test_killed_once_anywhere(killable: Killable, tmp_path: Path) -> None:
-    for moment in _moments(killable.changes, 5):
+    for moment in _moments(killable.changes, 4):
         _kill_and_finish(killable, tmp_path / "run", moment)
 
 

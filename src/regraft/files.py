@@ -111,10 +111,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def discard_leftover(target: Path) -> Path:
     """Remove what a killed run left of `target`; returns the temporary path beside it."""
     temporary = _temporary(target)
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
-    else:
-        temporary.unlink(missing_ok=True)
+    with disk_errors(target):
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
     return temporary
 
 
