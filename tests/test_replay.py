@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import pico
 import truth
+from regraft.data.collate import prompt_batch
 from regraft.models.ablation import head_outputs, replay_ablated
 from regraft.models.anatomy import attention_of, decoder_layers
 from regraft.models.replay import (
@@ -197,3 +200,18 @@ def test_value_ablation_at_zero_is_a_zero_head(family, pico_dir, tmp_path):
         (found,) = replay_ablated(model, text, layer.index, hidden, outputs, [2])
         expected = manually_ablated(model, batch.inputs, layer.index, 2, layer.head_dim, "v", 0.0)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_states_pass_by_a_skipped_last_layer(tmp_path: Path) -> None:
+    """A cross-attention layer at the end does not run on text: its input goes to the final norm."""
+    parts = pico._parts("mllama")
+    parts.config.text_config.cross_attention_layers = [1, 4]
+    model = parts.model_class(parts.config).eval()
+    examples = pico.write_examples(tmp_path, 2, images=False)
+    text = text_inputs(model, prompt_batch(parts.processor, examples).inputs)
+    whole = layer_inputs(model, text)
+    assert 4 not in whole.by_layer, "the last layer ran, so this test is about nothing"
+    hidden = torch.randn_like(whole.final)
+    normed = model.get_decoder().norm(hidden)
+    assert torch.equal(replay(model, text, start=4, hidden=hidden), normed)
+    assert torch.equal(replay(model, text, start=4, hidden=hidden, stop=5), hidden)

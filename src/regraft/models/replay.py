@@ -132,6 +132,8 @@ def replay(
     try:
         with _identity(layers[:start]):
             final: Tensor = decoder(**kwargs).last_hidden_state
+            if not injected and hidden is not None:  # every layer from `start` on was skipped
+                return hidden if stop is not None else _norm(decoder, hidden)
             if stop is not None and stop < len(layers):
                 raise AssertionError(f"no layer from {stop} on was run")
             return final
@@ -141,6 +143,12 @@ def replay(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _norm(decoder: nn.Module, hidden: Tensor) -> Tensor:
+    norm: Any = decoder.norm
+    normed: Tensor = norm(hidden)
+    return normed
 
 
 @torch.no_grad()

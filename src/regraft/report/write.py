@@ -65,7 +65,18 @@ def report_to_json(report: Report, compared: Sequence[Comparison]) -> dict[str, 
 
 def render_html(report: Report, compared: Sequence[Comparison]) -> str:
     """One self-contained page: inline styles and figures, nothing fetched."""
-    return _environment().get_template("report.html.j2").render(_context(report, compared))
+    context = _context(report, compared)
+    rows = (*context["harmful"], *context["harmless"])
+    shown = [row[0].id for row in rows if row[0].id in report.images]
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            **context,
+            figures=_figures(report),
+            pictures={example: thumbnail(report.images[example]) for example in shown},
+        )
+    )
 
 
 def render_markdown(report: Report, compared: Sequence[Comparison]) -> str:
@@ -76,14 +87,11 @@ def render_markdown(report: Report, compared: Sequence[Comparison]) -> str:
 
 def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
     harmful, harmless = choose_examples(report)
-    shown = [row[0].id for row in (*harmful, *harmless)]
     return {
-        "pictures": {id: thumbnail(report.images[id]) for id in shown if id in report.images},
         "report": report,
         "verdict": words.verdict(report, compared),
         "controls": words.control_lines(report, compared),
         "comparisons": {c.name: c for c in compared},
-        "figures": _figures(report),
         "categories": sorted({c for v in report.variants for c in v.result.asr_by_category}),
         "shown": shown_variants(report),
         "restored": any(v.restored for v in report.variants),
