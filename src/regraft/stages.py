@@ -47,7 +47,7 @@ from regraft.importance.statistics import (
     save_statistics,
 )
 from regraft.keys import describe, is_done, to_json, working
-from regraft.models.checkpoint import check_target, open_checkpoint, write_edited
+from regraft.models.checkpoint import Checkpoint, check_target, open_checkpoint, write_edited
 from regraft.models.load import Source, has_processor, load_model, load_processor, pick_device
 from regraft.pruning.pruner import LayerMasks, prune_wanda, zeros
 from regraft.recipe import (
@@ -286,15 +286,7 @@ def apply(pruned: Path, patch_file: Path, out: Path, watch: Watch | None = None)
     Raises:
         RegraftError: the patch is for another base, or `out` is not empty.
     """
-    watch = watch or Silent()
-    checkpoint, patch = open_checkpoint(pruned), load_patch(patch_file)
-    about = describe("apply", {"pruned": checkpoint.fingerprint, "patch": file_digest(patch_file)})
-    if not is_done(out, out / ABOUT_FILE, about):
-        check_target(checkpoint, out)
-        writing = watch.task(f"Writing {out}", checkpoint.bytes, "bytes")
-        with working(out, about), writing as done:
-            apply_patch(checkpoint, patch, out, files={ABOUT_FILE: to_json(about)}, progress=done)
-    return out
+    return _write_with(apply_patch, "apply", "pruned", pruned, patch_file, out, watch)
 
 
 def revert(realigned: Path, patch_file: Path, out: Path, watch: Watch | None = None) -> Path:
@@ -303,15 +295,27 @@ def revert(realigned: Path, patch_file: Path, out: Path, watch: Watch | None = N
     Raises:
         RegraftError: the patch is for another base, or `out` is not empty.
     """
+    return _write_with(revert_patch, "revert", "realigned", realigned, patch_file, out, watch)
+
+
+def _write_with(
+    write: Callable[..., Checkpoint],
+    stage: str,
+    role: str,
+    folder: Path,
+    patch_file: Path,
+    out: Path,
+    watch: Watch | None,
+) -> Path:
     watch = watch or Silent()
-    checkpoint, patch = open_checkpoint(realigned), load_patch(patch_file)
-    inputs = {"realigned": checkpoint.fingerprint, "patch": file_digest(patch_file)}
-    about = describe("revert", inputs)
+    checkpoint, patch = open_checkpoint(folder), load_patch(patch_file)
+    inputs = {role: checkpoint.fingerprint, "patch": file_digest(patch_file)}
+    about = describe(stage, inputs)
     if not is_done(out, out / ABOUT_FILE, about):
         check_target(checkpoint, out)
         writing = watch.task(f"Writing {out}", checkpoint.bytes, "bytes")
         with working(out, about), writing as done:
-            revert_patch(checkpoint, patch, out, files={ABOUT_FILE: to_json(about)}, progress=done)
+            write(checkpoint, patch, out, files={ABOUT_FILE: to_json(about)}, progress=done)
     return out
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regraft.errors import RegraftError
 from regraft.models.anatomy import Anatomy
 from regraft.models.checkpoint import Checkpoint, Edit, Progress, write_edited
-from regraft.restoration.patch import Patch, TensorPatch, base_digest
+from regraft.restoration.patch import Patch, base_digest
 
 
 def apply_patch(
@@ -29,7 +29,7 @@ def apply_patch(
         RegraftError: the patch belongs to another base, or `target` is not empty.
     """
     check_base(checkpoint, patch)
-    edits = {name: _assign(tensor) for name, tensor in patch.tensors.items()}
+    edits = {name: _assign(t.positions, t.values) for name, t in patch.tensors.items()}
     return write_edited(checkpoint, target, edits, files=files, progress=progress)
 
 
@@ -47,7 +47,7 @@ def revert_patch(
         RegraftError: the patch belongs to another base, or `target` is not empty.
     """
     check_base(checkpoint, patch)
-    edits = {name: _clear(tensor) for name, tensor in patch.tensors.items()}
+    edits = {name: _assign(t.positions, t.zeros) for name, t in patch.tensors.items()}
     return write_edited(checkpoint, target, edits, files=files, progress=progress)
 
 
@@ -123,17 +123,9 @@ def zeros_filled(checkpoint: Checkpoint, patch: Patch) -> int:
     )
 
 
-def _assign(patch: TensorPatch) -> Edit:
+def _assign(positions: Tensor, values: Tensor) -> Edit:
     def edit(tensor: Tensor) -> Tensor:
-        tensor.view(-1)[patch.positions] = patch.values
-        return tensor
-
-    return edit
-
-
-def _clear(patch: TensorPatch) -> Edit:
-    def edit(tensor: Tensor) -> Tensor:
-        tensor.view(-1)[patch.positions] = patch.zeros
+        tensor.view(-1)[positions] = values
         return tensor
 
     return edit
