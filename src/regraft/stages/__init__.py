@@ -1,0 +1,28 @@
+"""The stages: each a function from settings and inputs to one artifact on disk.
+
+An artifact carries the key of all that made it (settings, contents of the inputs, versions). A
+stage whose artifact is there with the same key is done and returns at once; an artifact with
+another key is never overwritten. Unfinished work waits in a hidden folder beside the artifact,
+under its key, and is taken up again after a kill.
+"""
+
+from regraft.stages.common import ABOUT_FILE
+from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
+from regraft.stages.gathering import statistics
+from regraft.stages.patching import apply, revert
+from regraft.stages.pruning import prune
+from regraft.stages.realigning import realign
+from regraft.stages.scoring import heads
+
+__all__ = [
+    "ABOUT_FILE",
+    "Evaluation",
+    "apply",
+    "evaluate",
+    "heads",
+    "prune",
+    "read_evaluation",
+    "realign",
+    "revert",
+    "statistics",
+]

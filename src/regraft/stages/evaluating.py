@@ -1,0 +1,133 @@
+"""Answer and judge suites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regraft.checks import (
+    read_suites,
+    told,
+)
+from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
+from regraft.evaluation.generate import generate
+from regraft.evaluation.results import EvalResult
+from regraft.evaluation.summary import (
+    judge_answer,
+    read_answers,
+    result_from_json,
+    result_to_json,
+    summarise,
+    write_answers,
+)
+from regraft.files import atomic_folder, file_digest, read_json, write_json
+from regraft.keys import describe, is_done, working
+from regraft.models.load import Source
+from regraft.pruning.pruner import zeros
+from regraft.recipe import (
+    ComputeSettings,
+    EvalSettings,
+)
+from regraft.restoration.apply import (
+    check_base,
+    patched,
+    zeros_filled,
+)
+from regraft.restoration.patch import load_patch
+from regraft.stages.common import load
+from regraft.watch import Silent, Watch
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on one suite: the result and what it was made of."""
+
+    result: EvalResult
+    about: Mapping[str, Any]
+
+
+def evaluate(
+    model: Source,
+    out: Path,
+    suites: Sequence[DataSource],
+    settings: EvalSettings,
+    compute: ComputeSettings,
+    patch_file: Path | None = None,
+    processor_from: Source | None = None,
+    watch: Watch | None = None,
+) -> Evaluation:
+    """Answer and judge suites; writes `answers.jsonl` and `results.json` in the folder `out`.
+
+    Args:
+        model: The checkpoint.
+        out: The folder.
+        suites: The prompts; one result over all of them.
+        settings: Length of answers and the judge.
+        compute: Device, dtype, batch size.
+        patch_file: Put this patch on the model in memory first.
+        processor_from: Take the processor from there if the checkpoint comes without one.
+        watch: Progress.
+
+    Raises:
+        RegraftError: see the data readers.
+    """
+    watch = watch or Silent()
+    reading = read_suites(model, suites, settings.limit)
+    name = ", ".join(str(suite) for suite in suites)
+    examples = reading.examples
+    inputs = {"model": model.checkpoint.fingerprint}
+    patch = None if patch_file is None else load_patch(patch_file)
+    if patch is not None and patch_file is not None:
+        check_base(model.checkpoint, patch)
+        inputs["patch"] = file_digest(patch_file)
+    about = describe("evaluate", inputs, settings, compute, {"suite": reading})
+    if not is_done(out, out / "results.json", about, lambda: _read_results(out)["about"]):
+        with working(out, about) as work:
+            watch.note(told("Prompts", reading))
+            network, processor = load(model, compute, watch, processor_from)
+            context = patched(network, model.anatomy, patch) if patch else nullcontext()
+            with context, watch.task(f"Answering {name}", len(examples), "prompts") as done:
+                texts = generate(
+                    network,
+                    processor,
+                    examples,
+                    work / "answers.jsonl",
+                    max_new_tokens=settings.max_new_tokens,
+                    batch_size=compute.batch_size,
+                    progress=done,
+                )
+            judge = settings.judge()
+            answers = [judge_answer(e, t, judge) for e, t in zip(examples, texts, strict=True)]
+            result = summarise(name, judge, answers)
+            sizes = {
+                "zeros": zeros(model.checkpoint, model.anatomy)
+                - (zeros_filled(model.checkpoint, patch) if patch else 0),
+                "prunable": model.anatomy.prunable,
+            }
+            with atomic_folder(out) as folder:
+                write_answers(folder / "answers.jsonl", answers)
+                content = {"about": about, "sizes": sizes, "result": result_to_json(result)}
+                write_json(folder / "results.json", content)
+    return read_evaluation(out)
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """Read what `evaluate` wrote.
+
+    Raises:
+        RegraftError: the folder holds no evaluation.
+    """
+    content = _read_results(folder)
+    result = result_from_json(content["result"], read_answers(folder / "answers.jsonl"))
+    return Evaluation(result, {**content["about"], **content["sizes"]})
+
+
+def _read_results(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = read_json(folder / "results.json")
+    if not isinstance(content, dict) or not {"about", "sizes", "result"} <= content.keys():
+        raise RegraftError(f"{folder / 'results.json'} holds no evaluation of regraft.")
+    return content

@@ -1,0 +1,123 @@
+"""Select the weights that come back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from regraft.checks import (
+    check_top_heads,
+)
+from regraft.errors import RegraftError
+from regraft.files import file_digest
+from regraft.heads.score import HeadScores, load_heads
+from regraft.importance.statistics import (
+    load_statistics,
+)
+from regraft.keys import describe, is_done, working
+from regraft.models.load import Source, pick_device
+from regraft.recipe import (
+    ComputeSettings,
+    RealignSettings,
+)
+from regraft.restoration.patch import Patch, load_patch, save_patch
+from regraft.restoration.realign import Rule, check_pair, count_restorable, hsr, whole_heads
+from regraft.restoration.realign import realign as select
+from regraft.restoration.selection import Band, Head, all_heads, random_heads
+from regraft.watch import Silent, Watch
+
+MARGIN = 0.2  # p_max - p in the paper
+
+
+def realign(
+    dense: Source,
+    pruned: Source,
+    out: Path,
+    settings: RealignSettings,
+    heads_file: Path | None = None,
+    statistics_file: Path | None = None,
+    compute: ComputeSettings | None = None,
+    watch: Watch | None = None,
+) -> Patch:
+    """Select the weights that come back; writes the patch `out`.
+
+    Args:
+        dense: The dense checkpoint.
+        pruned: The same network pruned, by whomever.
+        out: The patch file.
+        settings: The method.
+        heads_file: From `heads`; needed to rank heads.
+        statistics_file: From `statistics`; needed by "hsr".
+        compute: Only the device counts, for ranking.
+        watch: Progress.
+
+    Raises:
+        RegraftError: an input is missing or does not fit.
+    """
+    watch = watch or Silent()
+    check_pair(dense, pruned)
+    check_top_heads(dense, settings)
+    if settings.heads == "top" and heads_file is None:
+        raise RegraftError("Ranking heads needs their scores: run `regraft heads` first.")
+    if settings.method == "hsr" and statistics_file is None:
+        raise RegraftError("HSR needs input statistics: run `regraft statistics` first.")
+    inputs = {
+        "dense": dense.checkpoint.fingerprint,
+        "pruned": pruned.checkpoint.fingerprint,
+    }
+    scores = None
+    if settings.heads == "top" and heads_file is not None:
+        scores = load_heads(heads_file, dense.anatomy)
+        _require_made_from(dense, heads_file, scores.about)
+        inputs["heads"] = file_digest(heads_file)
+    about = describe("realign", inputs, settings)
+    rule: Rule = whole_heads
+    if settings.method == "hsr" and statistics_file is not None:
+        loaded = load_statistics(statistics_file)
+        _require_made_from(dense, statistics_file, loaded.about)
+        about["inputs"]["statistics"] = file_digest(statistics_file)
+        rule = hsr(lambda kept: _band(settings, kept), loaded.safety, loaded.utility)
+    chosen = _chosen_heads(dense, settings, scores)
+    about["heads"] = [list(head) for head in chosen]
+    about["pruned"] = count_restorable(dense, pruned)
+    if not is_done(out, out, about, lambda: load_patch(out).about):
+        device = pick_device((compute or ComputeSettings()).device)
+        selecting = watch.task("Selecting weights", len(dense.anatomy.layers), "layers")
+        with working(out, about), selecting as done:
+            patch = select(dense, pruned, chosen, rule, about=about, device=device, progress=done)
+            save_patch(out, patch)
+        if not patch.restored:
+            watch.note(f"{out.name}: no pruned weight fits these settings; the patch is empty.")
+    return load_patch(out)
+
+
+def _band(settings: RealignSettings, kept: float) -> Band | None:
+    """Thresholds for a matrix of which pruning kept this share; None where they are empty."""
+    p = kept if settings.p is None else settings.p
+    p_max = min(1.0, p + MARGIN) if settings.p_max is None else settings.p_max
+    return Band(settings.q, p, p_max, settings.scope) if p < p_max else None
+
+
+def _require_made_from(dense: Source, path: Path, about: Mapping[str, Any]) -> None:
+    if about["inputs"]["dense"] != dense.checkpoint.fingerprint:
+        raise RegraftError(
+            f"{path} was made from another checkpoint than {dense.folder}. Make it again with "
+            f"`regraft {about['stage']}` from this one."
+        )
+
+
+def _chosen_heads(
+    dense: Source, settings: RealignSettings, scores: HeadScores | None
+) -> list[Head]:
+    if settings.heads == "all":
+        return all_heads(dense.anatomy)
+    if settings.heads == "random":
+        return random_heads(dense.anatomy, settings.top_heads, settings.head_seed)
+    assert scores is not None
+    ranked = scores.ranked(settings.criterion)
+    if settings.top_heads > len(ranked):
+        raise RegraftError(
+            f"top_heads is {settings.top_heads}, but only {len(ranked)} heads were scored."
+        )
+    return ranked[: settings.top_heads]
