@@ -26,8 +26,9 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.judge import DEFAULT_KEYWORDS, DEFAULT_WINDOW, KeywordJudge
 from regraft.heads.score import Criterion
+from regraft.importance.score import Method
 from regraft.models.ablation import EPS, AblationTarget
-from regraft.models.load import DTypeName
+from regraft.models.load import DTypeName, Placement
 from regraft.pruning.masks import Pattern, Scope
 from regraft.pruning.pruner import Order
 from regraft.restoration.selection import RankingScope
@@ -47,6 +48,11 @@ class ComputeSettings(Settings):
         "auto", description="Of the computation: float32 on CPU, the checkpoint's own elsewhere."
     )
     batch_size: int = Field(8, ge=1, description="Examples in one forward pass.")
+    placement: Placement = Field(
+        "resident",
+        description="resident: the whole model on the device; streamed: one decoder layer at a "
+        "time (prune, statistics); split: over all devices and host memory (needs accelerate).",
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the checkpoint."
     )
@@ -80,15 +86,32 @@ class CalibrationSettings(Settings):
 
 
 class PruneSettings(Settings):
-    """Wanda."""
+    """What is pruned, by which criterion, and how much of it."""
 
+    method: Method = Field("wanda", description="wanda, sparsegpt, snip or magnitude.")
     sparsity: float = Field(0.5, gt=0, lt=1, description="Share of prunable weights set to 0.")
     n_m: str | None = Field(
         None, description="N:M pattern such as 2:4, kept of each M inputs; instead of sparsity."
     )
-    scope: Scope = Field("row", description="Weights compete within their row or the matrix.")
+    scope: Scope | None = Field(
+        None,
+        description="Weights compete within their row or the matrix; each method's own if not "
+        "given: row for wanda, matrix for the others (SparseGPT: of each block of columns).",
+    )
+    ignore: tuple[str, ...] = Field(
+        (), description='Weights left dense, as patterns: "layers.0.*", "*.down_proj".'
+    )
+    overrides: tuple[str, ...] = Field(
+        (),
+        description='Other sparsities for some weights, "PATTERN=0.3" or "PATTERN=2:4"; the last '
+        "that fits counts.",
+    )
+    damp: float = Field(0.01, gt=0, le=1, description="SparseGPT: share of the mean diagonal.")
+    block: int = Field(128, ge=1, description="SparseGPT: columns pruned before an update.")
     order: Order = Field(
-        "sequential", description="Layer by layer on pruned inputs (the paper's), or one-shot."
+        "sequential",
+        description="Layer by layer on pruned inputs (the paper's), or one-shot. SNIP and "
+        "magnitude are always one-shot.",
     )
 
     @model_validator(mode="after")
@@ -100,10 +123,11 @@ class PruneSettings(Settings):
         return self
 
     def pattern(self) -> Pattern:
-        """The pattern that these settings ask for."""
+        """The pattern that these settings ask for, overrides aside."""
         if self.n_m is not None:
             return Pattern.parse_n_m(self.n_m)
-        return Pattern(self.sparsity, self.scope)
+        scope = self.scope or ("row" if self.method == "wanda" else "matrix")
+        return Pattern(self.sparsity, scope)
 
 
 class HeadSettings(Settings):
@@ -124,6 +148,9 @@ class RealignSettings(Settings):
 
     method: Literal["hsr", "hsr-a"] = Field(
         "hsr", description="hsr selects single weights, hsr-a restores whole heads."
+    )
+    score: Method = Field(
+        "wanda", description="Importance I^s and I^u: wanda, sparsegpt, snip or magnitude."
     )
     heads: Literal["top", "random", "all"] = Field(
         "top", description="The top-scored heads, as many random ones (a control), or all."

@@ -19,6 +19,7 @@ from regraft.models.anatomy import Anatomy, read_anatomy
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Placement = Literal["resident", "streamed", "split"]
 _NOT_FROM_HUB = ["original/*", "consolidated*"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 
