@@ -11,11 +11,22 @@ import torch
 import pico
 from regraft.data.collate import prompt_batch, response_batch
 from regraft.evaluation.generate import generate
-from regraft.heads.score import score_heads
+from regraft.heads.score import Scoring, score_heads
+from regraft.importance.score import Method
 from regraft.importance.statistics import gather
-from regraft.models.load import load_model, load_processor, open_source
+from regraft.models.load import (
+    Placement,
+    load_model,
+    load_placed,
+    load_processor,
+    open_source,
+)
+from regraft.models.placement import resident
+from regraft.models.walk import Walk
 from regraft.pruning.masks import Pattern
-from regraft.pruning.pruner import LayerMasks, Order, prune_wanda
+from regraft.pruning.patterns import assign_patterns
+from regraft.pruning.pruner import Pruner, prune_layers
+from regraft.pruning.results import LayerResults
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -37,38 +48,55 @@ def test_heads_and_statistics(
         model = load_model(source, device=device, dtype="float32")
         prompts = [prompt_batch(processor, examples).to(device)]
         scores = score_heads(
-            model, source.anatomy, prompts, tmp_path / device, r_max=2, tokens_per_pass=512
+            model,
+            source.anatomy,
+            prompts,
+            tmp_path / device,
+            Scoring(r_max=2, tokens_per_pass=512),
         )
         ships[device] = torch.stack([scores.ships, scores.kl])
-        sums[device] = gather(
-            model, source.anatomy, [response_batch(processor, examples).to(device)]
-        ).squares
+        walk = Walk(resident(model), [response_batch(processor, examples)])
+        work = tmp_path / f"statistics-{device}"
+        sums[device] = gather(walk, source.anatomy, "wanda", work, lambda _: None)
     assert ships["cpu"].isfinite().any()
     torch.testing.assert_close(ships["cuda"], ships["cpu"], atol=2e-3, rtol=1e-2, equal_nan=True)
     for key, expected in sums["cpu"].items():
         torch.testing.assert_close(sums["cuda"][key], expected, rtol=2e-3, atol=1e-4, msg=key)
 
 
-@pytest.mark.parametrize("order", ["sequential", "one-shot"])
+@pytest.mark.parametrize("placement", ["resident", "streamed"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "snip"])
 def test_pruning(
-    paper_family: str, order: Order, pico_dir: Callable[[str], Path], tmp_path: Path
+    paper_family: str,
+    method: Method,
+    placement: Placement,
+    pico_dir: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     source = open_source(pico_dir(paper_family))
     processor = load_processor(source)
-    examples = pico.write_examples(tmp_path, 4, harmful=False)
-    masks = {}
+    batch = response_batch(processor, pico.write_examples(tmp_path, 4, harmful=False))
+    zeros = {}
     for device in ("cpu", "cuda"):
-        model = load_model(source, device=device, dtype="float32")
-        kept = LayerMasks(tmp_path / device)
-        batch = response_batch(processor, examples).to(device)
-        prune_wanda(model, source.anatomy, [batch], Pattern(0.5), kept, order=order)
-        masks[device] = [kept.load(layer) or {} for layer in source.anatomy.layers]
-    same = total = 0
-    for a, b in zip(masks["cpu"], masks["cuda"], strict=True):
-        for key in a:
-            same += int((a[key] == b[key]).sum())
-            total += a[key].numel()
-    assert same / total > 0.999, f"{total - same} of {total} mask bits differ"
+        model = load_placed(source, dtype="float32", device=device, placement=placement)
+        results = LayerResults(tmp_path / device)
+        prune_layers(
+            Pruner(method),
+            Walk(model, [batch]),
+            source.anatomy,
+            source.checkpoint,
+            assign_patterns(source.anatomy.linears, Pattern(0.5)),
+            results,
+        )
+        edits = results.edits(source.anatomy)
+        zeros[device] = torch.cat(
+            [
+                edits[li.tensor](source.checkpoint.read(li.tensor)).flatten() == 0
+                for li in source.anatomy.linears
+            ]
+        )
+    same = (zeros["cpu"] == zeros["cuda"]).float().mean()
+    assert same > 0.995, f"{100 * (1 - same):.2f} % of the mask differs"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -81,8 +109,9 @@ def test_half_precision_runs_and_answers(
     model = load_model(source, device="cuda", dtype=dtype)  # type: ignore[arg-type]
     weight_type = next(model.parameters()).dtype
     prompts = [prompt_batch(processor, examples).to("cuda", weight_type)]
-    scores = score_heads(model, source.anatomy, prompts, tmp_path / "work", r_max=2)
+    scores = score_heads(model, source.anatomy, prompts, tmp_path / "work", Scoring(r_max=2))
     assert scores.ships.isfinite().any()
+    assert scores.noise is not None and (scores.noise > 0).any()
     answers = generate(
         model, processor, examples, tmp_path / "answers", max_new_tokens=4, batch_size=2
     )

@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 import truth
 from regraft.errors import RegraftError
+from regraft.importance.wanda import wanda_score
 from regraft.models.anatomy import Block
 from regraft.restoration import selection
 from regraft.restoration.realign import hsr, realign, restored_by_module, whole_heads
@@ -105,6 +106,11 @@ def tensors(case, *names):
     return [torch.from_numpy(case[name]) for name in names]
 
 
+def by_wanda(weight, squares):
+    """Wanda's importance of some rows."""
+    return lambda rows: wanda_score(weight[rows], squares)
+
+
 def as_pairs(flat, shape):
     return [(int(i) // shape[1], int(i) % shape[1]) for i in flat]
 
@@ -120,7 +126,8 @@ def test_selection_equals_set_algebra(chunk, case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "_CHUNK", chunk)
         free = restorable(dense, pruned)
-        found = as_pairs(select_hsr(free, dense, safety, utility, blocks, band), shape)
+        scorers = by_wanda(dense, safety), by_wanda(dense, utility)
+        found = as_pairs(select_hsr(free, *scorers, blocks, band), shape)
 
     score_s, score_u = (np.abs(case["dense"]) * np.sqrt(case[n]) for n in ("safety", "utility"))
     sets = competing(case["scope"], role, case["heads"], shape)
@@ -160,7 +167,11 @@ def test_paper_thresholds_by_hand():
     safety[3] = 100.0  # weight 4 is one of the three best for safety, weight 5 is not
     blocks = [Block(0, 2, 0, 10)]
     found = select_hsr(
-        restorable(dense, pruned), dense, safety, utility, blocks, Band(0.3, 0.5, 0.7)
+        restorable(dense, pruned),
+        by_wanda(dense, safety),
+        by_wanda(dense, utility),
+        blocks,
+        Band(0.3, 0.5, 0.7),
     )
     assert found.tolist() == [3, 13]
     assert found.dtype == torch.int64
@@ -168,8 +179,8 @@ def test_paper_thresholds_by_hand():
 
 def test_no_heads_restore_nothing():
     free = torch.ones(4, 4, dtype=torch.bool)
-    ones = torch.ones(4)
-    assert not len(select_hsr(free, torch.ones(4, 4), ones, ones, [], Band(1, 0, 1)))
+    ones = by_wanda(torch.ones(4, 4), torch.ones(4))
+    assert not len(select_hsr(free, ones, ones, [], Band(1, 0, 1)))
     assert not len(select_all(free, []))
 
 
@@ -181,10 +192,11 @@ def test_half_precision_weights_rank_as_their_float32_values(dtype):
     squares = torch.rand(2, 16, generator=generator)
     blocks, band = [Block(2, 6, 0, 16)], Band(0.8, 0.2, 0.9)
     before = dense.clone()
-    found = select_hsr(free, dense, *squares, blocks, band)
-    assert len(found) and torch.equal(
-        found, select_hsr(free, dense.float(), *squares, blocks, band)
+    found, exact = (
+        select_hsr(free, by_wanda(weight, squares[0]), by_wanda(weight, squares[1]), blocks, band)
+        for weight in (dense, dense.float())
     )
+    assert len(found) and torch.equal(found, exact)
     assert torch.equal(dense, before)
 
 
@@ -266,9 +278,8 @@ def test_realign_finds_the_mask_regions_and_thresholds(family, pico_dir, tmp_pat
         share = 1 - int(mask.sum()) / mask.numel()
         expected = select_hsr(
             mask,
-            weight,
-            safety.of(linear),
-            utility.of(linear),
+            by_wanda(weight, safety.of(linear)),
+            by_wanda(weight, utility.of(linear)),
             blocks,
             Band(0.5, share, share + 0.2),
         )
@@ -293,6 +304,7 @@ def test_nothing_pruned_is_told(pico_dir):
 _PEAK = '''
 import resource, sys
 import torch
+from regraft.importance.wanda import wanda_score
 from regraft.models.anatomy import Block
 from regraft.restoration.selection import Band, select_hsr
 
@@ -313,10 +325,12 @@ if ties:
 squares = [torch.ones(columns) if ties else torch.rand(columns) for _ in range(2)]
 free = torch.zeros(out, columns, dtype=torch.bool).bernoulli_(0.5, generator=generator)
 blocks = [Block(0, out, h * head, (h + 1) * head) for h in range(columns // head)]
-small = (t[:8].clone() for t in (free, weight))
-select_hsr(*small, *squares, [Block(0, 8, 0, columns)], Band(0.5, 0.5, 0.7, scope))  # warm up
+scorers = [lambda rows, s=s: wanda_score(weight[rows], s) for s in squares]
+small = [lambda rows, s=s: wanda_score(weight[:8][rows], s) for s in squares]
+tiny = Band(0.5, 0.5, 0.7, scope)
+select_hsr(free[:8].clone(), *small, [Block(0, 8, 0, columns)], tiny)  # warm up
 before = peak()
-found = select_hsr(free, weight, *squares, blocks, Band(0.9, 0.5, 0.7, scope))
+found = select_hsr(free, *scorers, blocks, Band(0.9, 0.5, 0.7, scope))
 after = peak()
 print((after - before) / (4 * weight.numel()), len(found))
 '''

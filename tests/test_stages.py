@@ -41,6 +41,7 @@ from regraft.recipe import (
     write_recipe,
 )
 from regraft.restoration.patch import load_patch
+from regraft.stages import common, patching, pruning, realigning
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
 STAGES = ("prune", "heads", "statistics", "realign", "apply", "revert", "evaluate")
@@ -150,9 +151,14 @@ def test_finished_stage_is_not_repeated(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("the work was done again")
 
-    for name in ("load_model", "load_processor", "select", "apply_patch", "revert_patch"):
-        monkeypatch.setattr(stages, name, never)
-    monkeypatch.setattr(stages, "write_edited", never)
+    for module, names in {
+        common: ("load_model", "load_placed", "load_processor"),
+        realigning: ("select",),
+        patching: ("apply_patch", "revert_patch"),
+        pruning: ("write_edited",),
+    }.items():
+        for name in names:
+            monkeypatch.setattr(module, name, never)
     before = _stamps(bench.root)
     bench.run(stage)
     assert _stamps(bench.root) == before

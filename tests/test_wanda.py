@@ -15,7 +15,7 @@ import truth
 from regraft.data.collate import batches, response_batch
 from regraft.errors import RegraftError
 from regraft.importance.statistics import (
-    InputStatistics,
+    ImportanceStatistics,
     gather,
     load_statistics,
     save_statistics,
@@ -30,7 +30,8 @@ from regraft.pruning.masks import (
     prune_mask,
     smallest,
 )
-from regraft.pruning.pruner import LayerMasks, prune_wanda
+from regraft.pruning.pruner import Pruner
+from regraft.pruning.results import LayerResults, PrunedWeight
 
 matrices = hnp.arrays(
     np.float32,
@@ -194,30 +195,38 @@ def test_statistics_are_sums_over_response_tokens(family, pico_dir, tmp_path):
     examples = truth.examples(family, tmp_path, 5)
     ticks = []
     with truth.unchanged(model):
-        cut = (response_batch(processor, rows) for rows in batches(examples, 3))
-        found = gather(model, anatomy, cut, ticks.append)
-    assert found.samples == 5 and ticks == [3, 2]
+        cut = [response_batch(processor, rows) for rows in batches(examples, 3)]
+        found = gather(truth.walk(model, cut), anatomy, "wanda", tmp_path / "work", ticks.append)
+    assert ticks == [3, 2] * len(anatomy.layers)
     expected = squares_by_rows(model, processor, anatomy, examples)
-    assert list(found.squares) == list(expected) and len(expected) == 7 * len(anatomy.layers)
+    assert found.keys() == expected.keys() and len(expected) == 7 * len(anatomy.layers)
     for key, total in expected.items():
         torch.testing.assert_close(
-            found.squares[key].double(), total, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: k + m
+            found[key].double(), total, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: k + m
         )
 
 
 def test_layers_that_do_not_run_have_no_statistics(pico_dir, tmp_path):
-    _, model, processor, anatomy = truth.opened(pico_dir("mllama"))
+    opened = truth.opened(pico_dir("mllama"))
+    _, model, processor, anatomy = opened
     examples = truth.examples("mllama", tmp_path, 2, images=False)
     batch = response_batch(processor, examples)
-    found = gather(model, anatomy, [batch])
-    assert {key.split(".")[1] for key in found.squares} == {"0", "2", "4"}
+    walk = truth.walk(model, [batch])
+    found = gather(walk, anatomy, "wanda", tmp_path / "work", lambda _: None)
+    assert {key.split(".")[1] for key in found} == {"0", "2", "4"}
     missing = anatomy.layers[1].linear("q_proj")
-    with pytest.raises(RegraftError, match=r"no input statistics for layers.1.cross_attn.q_proj"):
-        found.of(missing)
-    with pytest.raises(RegraftError, match=r"layers.1.cross_attn.q_proj was never used"):
-        prune_wanda(
-            copy.deepcopy(model), anatomy, [batch], Pattern(0.5), LayerMasks(tmp_path / "masks")
-        )
+    with pytest.raises(RegraftError, match=r"no wanda statistics for layers.1.cross_attn.q_proj"):
+        ImportanceStatistics("wanda", found, 2).of(missing)
+    for method in ("wanda", "sparsegpt", "snip"):
+        with pytest.raises(RegraftError, match=r"layers.[13].cross_attn.[qv]_proj was never used"):
+            truth.prune(
+                opened,
+                copy.deepcopy(model),
+                [batch],
+                Pattern(0.5),
+                tmp_path / method,
+                pruner=Pruner(method),
+            )
 
 
 def test_overflow_is_told(pico_dir, tmp_path):
@@ -225,25 +234,28 @@ def test_overflow_is_told(pico_dir, tmp_path):
     model = copy.deepcopy(opened.model)
     model.get_decoder().layers[2].input_layernorm.weight.fill_(1e30)
     batch = response_batch(opened.processor, truth.examples("llama", tmp_path, 2))
-    for act in (
-        lambda: gather(model, opened.anatomy, [batch]),
-        lambda: prune_wanda(
-            model, opened.anatomy, [batch], Pattern(0.5), LayerMasks(tmp_path / "masks")
-        ),
-    ):
-        with pytest.raises(RegraftError, match=r"inputs of layers.2.self_attn.q_proj overflow"):
-            act()
+    for method in ("wanda", "sparsegpt", "snip"):
+        with pytest.raises(RegraftError, match=r"layers.\d.\S+ overflow in this dtype"):
+            truth.prune(
+                opened,
+                copy.deepcopy(model),
+                [batch],
+                Pattern(0.5),
+                tmp_path / method,
+                pruner=Pruner(method),
+            )
 
 
 def test_statistics_survive_the_disk(tmp_path):
-    safety = InputStatistics({"layers.0.q": torch.rand(4)}, 3)
-    utility = InputStatistics({"layers.0.q": torch.rand(4)}, 5)
+    safety = ImportanceStatistics("wanda", {"layers.0.q": torch.rand(4)}, 3)
+    utility = ImportanceStatistics("wanda", {"layers.0.q": torch.rand(4)}, 5)
     save_statistics(tmp_path / "stats.safetensors", safety, utility, {"seed": 7})
     loaded = load_statistics(tmp_path / "stats.safetensors")
     assert loaded.about == {"seed": 7}
     for found, expected in ((loaded.safety, safety), (loaded.utility, utility)):
         assert found.samples == expected.samples
-        assert torch.equal(found.squares["layers.0.q"], expected.squares["layers.0.q"])
+        assert found.method == "wanda"
+        assert torch.equal(found.values["layers.0.q"], expected.values["layers.0.q"])
 
 
 # The pruner
@@ -274,7 +286,7 @@ def assert_pruned(model, anatomy, masks, expected, dense):
     for layer in anatomy.layers:
         loaded = masks.load(layer)
         for linear in layer.linears:
-            wrong = int((loaded[linear.key] ^ expected[linear.key]).sum())
+            wrong = int((loaded[linear.key].mask ^ expected[linear.key]).sum())
             assert wrong == 0, f"{linear.key}: {wrong} weights differ from brute force"
     for name, weight in model.state_dict().items():
         linear = next((li for li in anatomy.linears if f"{li.module}.weight" == name), None)
@@ -298,12 +310,13 @@ def state(model):
     ],
 )
 def test_sequential_pruner_equals_brute_force(family, pattern, pico_dir, tmp_path):
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    opened = truth.opened(pico_dir(family))
+    _, model, processor, anatomy = opened
     examples = truth.examples(family, tmp_path, 5, harmful=False)
     cut = [response_batch(processor, rows) for rows in batches(examples, 2)]
-    dense, pruned, masks = state(model), copy.deepcopy(model), LayerMasks(tmp_path / "masks")
+    dense, pruned = state(model), copy.deepcopy(model)
     ticks = []
-    prune_wanda(pruned, anatomy, cut, pattern, masks, progress=ticks.append)
+    masks = truth.prune(opened, pruned, cut, pattern, tmp_path / "masks", progress=ticks.append)
     assert sum(ticks) == 5 * len(anatomy.layers)
     naive = copy.deepcopy(model)
     expected = prune_by_loops(naive, processor, anatomy, examples, pattern, "sequential")
@@ -311,9 +324,9 @@ def test_sequential_pruner_equals_brute_force(family, pattern, pico_dir, tmp_pat
     zeros = sum(int(mask.sum()) for mask in expected.values()) / anatomy.prunable
     assert zeros == pytest.approx(pattern.sparsity, abs=0.01)
 
-    one_shot = LayerMasks(tmp_path / "one-shot")
+    pruner, folder = Pruner(order="one-shot"), tmp_path / "one-shot"
     with truth.unchanged(model):
-        prune_wanda(model, anatomy, cut, pattern, one_shot, order="one-shot")
+        one_shot = truth.prune(opened, model, cut, pattern, folder, pruner=pruner)
     naive = copy.deepcopy(model)
     at_once = prune_by_loops(naive, processor, anatomy, examples, pattern, "one-shot")
     assert_pruned(naive, anatomy, one_shot, at_once, dense)
@@ -323,15 +336,18 @@ def test_sequential_pruner_equals_brute_force(family, pattern, pico_dir, tmp_pat
         assert same == independent, f"{linear.key}: pruned layers before it must change its inputs"
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("family", ["qwen3_vl", "mllama"])
-def test_killed_pruner_goes_on(family, pico_dir, tmp_path):
+def test_killed_pruner_goes_on(family, method, pico_dir, tmp_path):
     """Layers with masks are applied, not calibrated; the rest come out as without a kill."""
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    opened = truth.opened(pico_dir(family))
+    _, model, processor, anatomy = opened
     examples = truth.examples(family, tmp_path, 3, harmful=False)
     cut = [response_batch(processor, examples)]
-    whole, resumed = (LayerMasks(tmp_path / name) for name in ("whole", "resumed"))
     first, second = copy.deepcopy(model), copy.deepcopy(model)
-    prune_wanda(first, anatomy, cut, Pattern(0.5), whole)
+    settings = {"pattern": Pattern(0.5), "pruner": Pruner(method)}
+    whole = truth.prune(opened, first, cut, folder=tmp_path / "whole", **settings)
+    place, resumed = tmp_path / "resumed", LayerResults(tmp_path / "resumed")
 
     class Killed(Exception):  # noqa: N818
         pass
@@ -344,16 +360,19 @@ def test_killed_pruner_goes_on(family, pico_dir, tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        prune_wanda(copy.deepcopy(model), anatomy, cut, Pattern(0.5), resumed, progress=kill)
+        truth.prune(opened, copy.deepcopy(model), cut, folder=place, **settings, progress=kill)
     assert [resumed.load(layer) is None for layer in anatomy.layers][:3] == [False, False, True]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "resumed").iterdir()}
     assert len(times) == 2
-    prune_wanda(second, anatomy, cut, Pattern(0.5), resumed)
+    truth.prune(opened, second, cut, folder=place, **settings)
     for path, time in times.items():
         assert path.stat().st_mtime_ns == time, f"{path.name} was written again"
     for layer in anatomy.layers:
         one, other = whole.load(layer), resumed.load(layer)
-        assert all(torch.equal(one[li.key], other[li.key]) for li in layer.linears)
+        for linear in layer.linears:
+            for kind in ("mask", "weight"):
+                pair = [getattr(each[linear.key], kind) for each in (one, other)]
+                assert (pair[0] is None and pair[1] is None) or torch.equal(*pair)
     assert all(torch.equal(first.state_dict()[n], t) for n, t in second.state_dict().items())
 
 
@@ -362,16 +381,8 @@ def test_mask_of_any_size_survives_the_disk(tmp_path):
     layer = truth.layer_anatomy(heads=2, kv_heads=1, head_dim=3, hidden=5)
     generator = torch.Generator().manual_seed(0)
     masks = {li.key: torch.rand(li.shape, generator=generator) < 0.5 for li in layer.linears}
-    disk = LayerMasks(tmp_path)
+    disk = LayerResults(tmp_path)
     assert disk.load(layer) is None
-    disk.save(layer, masks)
+    disk.save(layer, {key: PrunedWeight(mask=mask) for key, mask in masks.items()})
     loaded = disk.load(layer)
-    assert all(torch.equal(loaded[key], mask) for key, mask in masks.items())
-
-
-def test_pattern_that_fits_no_row_stops_before_any_work(pico_dir, tmp_path):
-    _, model, _, anatomy = truth.opened(pico_dir("llama"))
-    masks = LayerMasks(tmp_path / "masks")
-    with pytest.raises(RegraftError, match=r"3:5 needs rows of a multiple of 5 weights; layers.0."):
-        prune_wanda(model, anatomy, [], Pattern.parse_n_m("3:5"), masks)
-    assert not (tmp_path / "masks").exists()
+    assert all(torch.equal(loaded[key].mask, mask) for key, mask in masks.items())

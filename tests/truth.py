@@ -6,7 +6,7 @@ through hooks and attention code of its own. Nothing of `regraft.models.replay` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -20,10 +20,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import pico
 from regraft.data.collate import Batch, prompt_batch, response_batch
-from regraft.importance.statistics import InputStatistics
+from regraft.importance.statistics import ImportanceStatistics
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
 from regraft.models.checkpoint import write_edited
 from regraft.models.load import Source, load_model, load_processor, open_source
+from regraft.models.placement import resident
+from regraft.models.walk import Walk
+from regraft.pruning.masks import Pattern
+from regraft.pruning.patterns import assign_patterns
+from regraft.pruning.pruner import Pruner, prune_layers
+from regraft.pruning.results import LayerResults
 
 
 class Opened(NamedTuple):
@@ -234,7 +240,39 @@ def pruned_at_random(
     return open_source(target), masks
 
 
-def random_statistics(anatomy: Anatomy, generator: torch.Generator) -> InputStatistics:
+def random_statistics(anatomy: Anatomy, generator: torch.Generator) -> ImportanceStatistics:
     """Squared input sums of every prunable weight, drawn at random."""
     squares = {li.key: torch.rand(li.shape[1], generator=generator) for li in anatomy.linears}
-    return InputStatistics(squares, 1)
+    return ImportanceStatistics("wanda", squares, 1)
+
+
+def walk(model: nn.Module, batches: Sequence[Batch], *, streamed: bool = False) -> Walk:
+    """The batches before the first layer of a model on the CPU."""
+    return Walk(replace(resident(model), streamed=streamed), batches)
+
+
+def prune(
+    opened: Opened,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    pattern: Pattern | Mapping[LinearAnatomy, Pattern],
+    folder: Path,
+    *,
+    pruner: Pruner = Pruner(),  # noqa: B008
+    streamed: bool = False,
+    **kwargs: Any,
+) -> LayerResults:
+    """Prune `model` layer by layer, every linear with one pattern or those that are given."""
+    anatomy, results = opened.source.anatomy, LayerResults(folder)
+    if isinstance(pattern, Pattern):
+        pattern = assign_patterns(anatomy.linears, pattern)
+    prune_layers(
+        pruner,
+        walk(model, batches, streamed=streamed),
+        anatomy,
+        opened.source.checkpoint,
+        pattern,
+        results,
+        **kwargs,
+    )
+    return results

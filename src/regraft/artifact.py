@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft.errors import RegraftError
@@ -25,8 +25,10 @@ def write_artifact(
     marks = {"format": kind, "digest": _digest(tensors)}
     content = json.dumps({**marks, **header}, sort_keys=True)
     with atomic_file(path) as temporary:
-        # save_file would leave a file that only its owner can read
-        temporary.write_bytes(save(dict(tensors), metadata={_KEY: content}))
+        temporary.touch()  # with the usual permissions, which save_file would restrict
+        mode = temporary.stat().st_mode
+        save_file(dict(tensors), temporary, metadata={_KEY: content})
+        temporary.chmod(mode)
 
 
 def read_artifact(path: Path, kind: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -58,9 +60,9 @@ def read_artifact(path: Path, kind: str, what: str) -> tuple[dict[str, Any], dic
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    parts: list[bytes | str] = []
+    parts: list[bytes | str | memoryview] = []
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         parts += [name, f"{tensor.dtype} {list(tensor.shape)}"]
-        parts.append(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        parts.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest(*parts)

@@ -64,10 +64,8 @@ def told(role: str, reading: Reading) -> str:
 
 
 def check_pattern(dense: Source, settings: PruneSettings) -> None:
-    """Raise unless every prunable weight can have the pattern."""
-    pattern = settings.pattern()
-    for linear in dense.anatomy.linears:
-        pattern.fits(linear.shape, linear.key)
+    """Raise unless every weight to be pruned can have its pattern."""
+    settings.patterns(dense.anatomy.linears)
 
 
 def check_r_max(dense: Source, settings: HeadSettings, samples: int) -> None:

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
 from regraft.errors import RegraftError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+WORKERS = min(4, os.cpu_count() or 1)
+_COPY_CHUNK = 16 * 2**20
+_READ_CHUNK = 2**20  # small enough for a processor's cache
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def _temporary(target: Path) -> Path:
@@ -76,7 +90,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
         try:
             with disk_errors(target):
                 yield temporary
-                _sync(temporary)
+                sync(temporary)
                 temporary.replace(target)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -97,12 +111,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             with disk_errors(target):
                 temporary.mkdir()
                 yield temporary
-                for path in temporary.rglob("*"):
-                    if path.is_file():
-                        _sync(path)
+                in_threads(sync, [path for path in temporary.rglob("*") if path.is_file()])
                 if target.exists():
                     target.rmdir()
                 temporary.replace(target)
+                sync(target.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -146,9 +159,85 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    elif os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        with suppress(OSError):  # not every file system can
+            os.fsync(folder)
+        os.close(folder)
+
+
+def copy_file(source: Path, target: Path, progress: Callable[[int], None]) -> None:
+    """Copy a file's content inside the kernel where it can, sharing blocks where the disk can.
+
+    Args:
+        source: The file.
+        target: The new file.
+        progress: Called with the number of bytes just copied.
+    """
+    with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
+        while count := _copy_in_kernel(reader, writer):
+            progress(count)
+        buffer = memoryview(bytearray(_READ_CHUNK))
+        while count := reader.readinto(buffer):
+            write_all(writer, buffer[:count])
+            progress(count)
+
+
+def _copy_in_kernel(reader: io.FileIO, writer: io.FileIO) -> int:
+    try:
+        return os.copy_file_range(reader.fileno(), writer.fileno(), _COPY_CHUNK)
+    except (AttributeError, OSError):  # not here; a true error comes again without it
+        return 0
+
+
+def write_all(handle: io.FileIO, data: memoryview) -> None:
+    """Write all of `data`, which one call of an unbuffered file need not do."""
+    while data:
+        data = data[handle.write(data) :]
+
+
+def in_threads(
+    work: Callable[[Item], Result], items: Iterable[Item], stop: Event | None = None
+) -> list[Result]:
+    """`work` on every item, a few at a time, in any order; the results in order.
+
+    The first error stops those that have not begun and sets `stop`, for the others to heed.
+    """
+    with ThreadPoolExecutor(WORKERS) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            if stop is not None:
+                stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
+
+
+@contextmanager
+def locked(path: Path, what: Path) -> Iterator[None]:
+    """Hold a lock on the file `path`, made if it is not there, for the length of the block.
+
+    Raises:
+        RegraftError: another process holds it, which is writing `what`.
+    """
+    with path.open("ab") as handle:
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RegraftError(
+                    f"Another regraft process is writing {what} at this moment. Wait for it, or "
+                    "choose another output."
+                ) from error
+        yield
 
 
 def write_text(target: Path, text: str) -> None:
@@ -178,7 +267,7 @@ def read_json(path: Path) -> Any:
         raise RegraftError(f"{path} is not valid JSON: {error}") from error
 
 
-def digest(*parts: bytes | str) -> str:
+def digest(*parts: bytes | str | memoryview) -> str:
     """SHA-256 over length-prefixed parts, as hex."""
     hasher = hashlib.sha256()
     for part in parts:

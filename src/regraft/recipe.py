@@ -6,18 +6,20 @@ The same models read a recipe file, make the command line's flags and are writte
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from cyclopts import Parameter
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -25,12 +27,14 @@ from pydantic import (
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.judge import DEFAULT_KEYWORDS, DEFAULT_WINDOW, KeywordJudge
-from regraft.heads.score import Criterion
+from regraft.heads.score import CANDIDATES, WINDOW, Criterion, Mode, Scoring
 from regraft.importance.score import Method
 from regraft.models.ablation import EPS, AblationTarget
+from regraft.models.anatomy import LinearAnatomy
 from regraft.models.load import DTypeName, Placement
 from regraft.pruning.masks import Pattern, Scope
-from regraft.pruning.pruner import Order
+from regraft.pruning.patterns import assign_patterns, parse_override
+from regraft.pruning.pruner import Order, Pruner
 from regraft.restoration.selection import RankingScope
 
 
@@ -118,6 +122,7 @@ class PruneSettings(Settings):
     def _check(self) -> PruneSettings:
         try:
             self.pattern()
+            self._overrides()
         except RegraftError as error:
             raise ValueError(str(error)) from error
         return self
@@ -126,21 +131,95 @@ class PruneSettings(Settings):
         """The pattern that these settings ask for, overrides aside."""
         if self.n_m is not None:
             return Pattern.parse_n_m(self.n_m)
-        scope = self.scope or ("row" if self.method == "wanda" else "matrix")
-        return Pattern(self.sparsity, scope)
+        return Pattern(self.sparsity, self._scope)
+
+    def patterns(self, linears: Iterable[LinearAnatomy]) -> Mapping[LinearAnatomy, Pattern]:
+        """The pattern of each weight that is to be pruned.
+
+        Raises:
+            RegraftError: see `assign_patterns`.
+        """
+        return assign_patterns(linears, self.pattern(), self._overrides(), self.ignore)
+
+    def pruner(self) -> Pruner:
+        """The method that these settings ask for."""
+        return Pruner(self.method, self.order, self.damp, self.block)
+
+    @property
+    def _scope(self) -> Scope:
+        return self.scope or ("row" if self.method == "wanda" else "matrix")
+
+    def _overrides(self) -> list[tuple[str, Pattern]]:
+        return [parse_override(text, self._scope) for text in self.overrides]
+
+
+def _checked_name(name: str, *taken: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in taken:
+        but = f", and neither {' nor '.join(map(repr, taken))}" if len(taken) > 1 else ""
+        but = but or f", and not {taken[0]!r}"
+        raise ValueError(f"{name!r} must be letters, digits, '.', '_' and '-'{but}")
+    return name
+
+
+class PruningSettings(PruneSettings):
+    """One pruned model of a run."""
+
+    name: str = Field(
+        "",
+        description="What to call it in tables and folders; if not given: pruned, or of several "
+        "prunings method and sparsity, such as wanda-60 or wanda-2-4.",
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        return _checked_name(name, "dense")
+
+    def only(self) -> PruneSettings:
+        """These settings without the name."""
+        return PruneSettings(**self.model_dump(include=set(PruneSettings.model_fields)))
+
+    def derived_name(self) -> str:
+        """The name among several prunings where none is given."""
+        amount = self.n_m.replace(":", "-") if self.n_m else f"{round(100 * self.sparsity, 6):g}"
+        return f"{self.method}-{amount}"
 
 
 class HeadSettings(Settings):
-    """Head scoring by exact ablation on D^s prompts."""
+    """Head scoring by ablation on D^s prompts."""
 
     r_max: int = Field(5, ge=1, description="Rank of the subspaces that Ships compares.")
     target: AblationTarget = Field(
         "all", description="Scale the head's query, key, value or all three."
     )
     eps: float = Field(EPS, ge=0, lt=1, description="The scale.")
-    tokens_per_pass: int = Field(
-        16384, ge=1, description="Tokens (rows x length) in one replay pass; bounds memory."
+    mode: Mode = Field(
+        "exact",
+        description="exact: every head is ablated exactly. screened: all heads are estimated in "
+        "a window of last positions, and the best ones then ablated exactly.",
     )
+    window: int = Field(
+        WINDOW, ge=1, description="Screening: through how many last positions effects are followed."
+    )
+    candidates: int = Field(
+        CANDIDATES, ge=1, description="Screening: best heads by each criterion, scored exactly."
+    )
+    tokens_per_pass: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens (rows x length) in one pass, which bounds memory; if not given, what "
+        "fits the device.",
+    )
+
+    def scoring(self) -> Scoring:
+        """These settings as the scoring of heads takes them."""
+        return Scoring(**self.model_dump())
+
+
+class StatisticsSettings(Settings):
+    """What is gathered on D^s and D^u, from which weights are ranked."""
+
+    score: Method = Field("wanda", description="For which importance: wanda, sparsegpt or snip.")
 
 
 class RealignSettings(Settings):
@@ -189,12 +268,7 @@ class VariantSettings(RealignSettings):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in ("dense", "pruned"):
-            raise ValueError(
-                f"{name!r} must be letters, digits, '.', '_' and '-', and neither 'dense' nor "
-                "'pruned'"
-            )
-        return name
+        return _checked_name(name, "dense", "pruned")
 
 
 class EvalSettings(Settings):
@@ -228,6 +302,31 @@ class EvaluateSettings(EvalSettings):
         return EvalSettings(**self.model_dump(include=set(EvalSettings.model_fields)))
 
 
+def _prunings(value: Any) -> Any:
+    """One block of settings as a list of one, so that errors in it name its fields alone."""
+    if isinstance(value, PruneSettings) and not isinstance(value, PruningSettings):
+        value = value.model_dump()
+    if isinstance(value, list | tuple):
+        return [one.model_dump() if type(one) is PruneSettings else one for one in value]
+    return [PruningSettings.model_validate(value)]
+
+
+def _named(prunings: tuple[PruningSettings, ...]) -> tuple[PruningSettings, ...]:
+    if not prunings:
+        raise ValueError("the list is empty; give at least one pruning")
+    names = [
+        one.name or (one.derived_name() if len(prunings) > 1 else "pruned") for one in prunings
+    ]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"{names.count(twice[0])} prunings are called {twice[0]!r}; give each a `name` of its "
+            "own"
+        )
+    return tuple(
+        one.model_copy(update={"name": name}) for one, name in zip(prunings, names, strict=True)
+    )
+
+
 class Recipe(Settings):
     """A whole run: prune, score heads, realign, evaluate, report."""
 
@@ -237,7 +336,12 @@ class Recipe(Settings):
         None, description="An existing pruned checkpoint; `prune` is then not used."
     )
     calibration: CalibrationSettings = CalibrationSettings()
-    prune: PruneSettings = PruneSettings()
+    prune: Annotated[
+        tuple[PruningSettings, ...], BeforeValidator(_prunings), AfterValidator(_named)
+    ] = Field(
+        (PruningSettings(name="pruned"),),
+        description="One pruning, or a list of them; all are evaluated and realigned alike.",
+    )
     heads: HeadSettings = HeadSettings()
     realign: tuple[VariantSettings, ...] = (VariantSettings(),)
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -248,7 +352,19 @@ class Recipe(Settings):
         names = [one.name for one in self.realign]
         if len(set(names)) < len(names):
             raise ValueError(f"the names of `realign` must differ, not {names}")
+        if len(self.prune) == 1 and self.prune[0].name in names:
+            raise ValueError(f"`prune` and one of `realign` are both called {self.prune[0].name!r}")
+        if self.pruned is not None and len(self.prune) > 1:
+            raise ValueError(
+                f"`pruned` names an existing checkpoint and `prune` has {len(self.prune)} "
+                "prunings; leave one of them out"
+            )
         return self
+
+    @field_serializer("prune")
+    def _one_or_many(self, prune: tuple[PruningSettings, ...]) -> Any:
+        written = [one.model_dump(mode="json") for one in prune]
+        return written if len(written) > 1 else written[0]
 
 
 class _Loader(yaml.SafeLoader):

@@ -6,12 +6,15 @@ removing w_ij costs once the weights to its right make up for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from regraft.errors import RegraftError
+from regraft.importance.observe import InputSums
+from regraft.models.anatomy import LinearAnatomy
 
 DAMP = 0.01
 _MOST_DAMP = 1.0
@@ -65,7 +68,8 @@ def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseF
         added = damp
         lower, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
-            inverse = torch.cholesky_inverse(lower, out=lower)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return InverseFactor(upper, dead, damp)
@@ -74,6 +78,35 @@ def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseF
         "The second moments of a layer's inputs cannot be inverted: the inputs overflow or are not "
         "finite in this dtype. Use --dtype float32 or bfloat16."
     )
+
+
+def factors(
+    linears: Iterable[LinearAnatomy],
+    sums: InputSums,
+    damp: float = DAMP,
+    note: Callable[[str], None] = lambda _: None,
+) -> Iterator[tuple[LinearAnatomy, InverseFactor]]:
+    """The factor for each linear, made once for those that read the same input.
+
+    Args:
+        linears: In the order in which they run.
+        sums: Their second moments; overwritten.
+        damp: First damping to try.
+        note: Told of a damping that had to grow.
+
+    Raises:
+        RegraftError: a linear was not used, or its inputs overflow.
+    """
+    factor, source = None, None
+    for linear in linears:
+        if factor is None or sums.source.get(linear.key) != source:
+            factor = None
+            moments, tokens = sums.of(linear)
+            source = sums.source[linear.key]
+            factor = inverse_factor(moments, tokens, damp)
+            if factor.damp > damp:
+                note(f"{linear.key}: the damping had to grow from {damp} to {factor.damp}.")
+        yield linear, factor
 
 
 def sparsegpt_score(weight: Tensor, statistic: Tensor) -> Tensor:

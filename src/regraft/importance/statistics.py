@@ -1,147 +1,172 @@
-"""Input statistics of every prunable weight, gathered at response tokens in one pass.
+"""What the importance of weights is computed from, gathered once and kept in a file.
 
-Statistics are stored, not scores: Wanda needs `in` floats a weight matrix, 4.6 MB for a 7B model.
+Statistics are stored, not scores: `in` floats a weight matrix for Wanda and SparseGPT (4.6 MB for
+Wanda on a 7B model), `[out, in]` for SNIP (see `regraft.importance.score`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from regraft import ranks
 from regraft.artifact import read_artifact, write_artifact
-from regraft.data.collate import Batch
 from regraft.errors import RegraftError
+from regraft.files import atomic_file
+from regraft.importance.observe import InputSums, observing
+from regraft.importance.score import Method, score
+from regraft.importance.snip import gradient_magnitudes
+from regraft.importance.sparsegpt import factors, second_moments
 from regraft.importance.wanda import sum_of_squares
-from regraft.models.anatomy import Anatomy, LinearAnatomy
-from regraft.models.load import placed
-from regraft.models.replay import layer_inputs, text_inputs
+from regraft.models.anatomy import HEAD_ROLES, Anatomy, LayerAnatomy, LinearAnatomy
+from regraft.models.walk import Walk
 
-FORMAT = "regraft-statistics-1"
+FORMAT = "regraft-statistics-2"
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class InputStatistics:
-    """Sums of squared inputs, `LinearAnatomy.key` -> `[in]` float32 on CPU."""
+class ImportanceStatistics:
+    """One statistic a weight matrix, `LinearAnatomy.key` -> float32 on CPU, for one method.
 
-    squares: Mapping[str, Tensor]
+    `[in]` for "wanda" and "sparsegpt", `[out, in]` for "snip", nothing for "magnitude".
+    """
+
+    method: Method
+    values: Mapping[str, Tensor]
     samples: int
 
-    def of(self, linear: LinearAnatomy) -> Tensor:
-        """The sums for one weight.
+    def of(self, linear: LinearAnatomy) -> Tensor | None:
+        """The statistic of one weight; None for magnitude.
 
         Raises:
             RegraftError: nothing was gathered for it.
         """
-        if linear.key not in self.squares:
+        if self.method == "magnitude":
+            return None
+        if linear.key not in self.values:
             raise RegraftError(
-                f"There are no input statistics for {linear.key}: its layer did not run on the "
-                "calibration data (text-only prompts skip cross-attention) or they belong to "
+                f"There are no {self.method} statistics for {linear.key}: its layer did not run on "
+                "the calibration data (text-only prompts skip cross-attention) or they belong to "
                 "another model."
             )
-        squares = self.squares[linear.key]
-        if len(squares) != linear.shape[1]:
+        value = self.values[linear.key]
+        if tuple(value.shape) not in ((linear.shape[1],), linear.shape):
             raise RegraftError(
-                f"The input statistics for {linear.key} have {len(squares)} inputs, the weight "
-                f"{linear.shape[1]}: they belong to another model."
+                f"The {self.method} statistics for {linear.key} are {list(value.shape)}, the "
+                f"weight {list(linear.shape)}: they belong to another model."
             )
-        return squares
+        return value
+
+    def scorer(self, linear: LinearAnatomy, weight: Tensor) -> Callable[[slice], Tensor]:
+        """A function from rows of a weight `[out, in]` to their importance `[rows, in]`."""
+        value = self.of(linear)
+
+        def importance(rows: slice) -> Tensor:
+            part = value if value is None or value.ndim == 1 else value[rows]
+            on_device = None if part is None else part.to(weight.device)
+            return score(self.method, weight[rows], on_device)
+
+        return importance
 
 
-@contextmanager
-def observe(
-    linears: Mapping[LinearAnatomy, nn.Module], batch: Batch, into: dict[str, Tensor]
-) -> Iterator[None]:
-    """Add up squared inputs of `linears` while the block runs forward passes of `batch`.
+def is_kept(method: Method, linear: LinearAnatomy) -> bool:
+    """Whether a statistics file holds this weight: all for Wanda, those of heads for the rest.
 
-    Inputs `[B, S, in]` count at response tokens only. The vision tokens that Mllama's
-    cross-attention reads have no such positions: those count that a response token attends to.
-
-    Args:
-        linears: The weights to watch and their modules.
-        batch: What will be run, with labels.
-        into: `LinearAnatomy.key` -> running sum `[in]`, float32; added to.
+    HSR restores inside heads only, and the others' statistics are dear: SNIP's are as large as the
+    weights, SparseGPT's take a Cholesky factorisation of the MLP's width.
     """
-    response, tiles = batch.response, _attended_tiles(batch)
-
-    def watch(linear: LinearAnatomy) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs = args[0][tiles if linear.reads_vision else response].flatten(0, -2)
-            total = sum_of_squares(inputs)  # [tokens, in] -> [in]
-            into[linear.key] = into.get(linear.key, 0) + total
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(watch(linear)) for linear, module in linears.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _attended_tiles(batch: Batch) -> Tensor | None:
-    """Which of Mllama's image tiles a response token attends to, `[B * images * tiles]` bool.
-
-    The processor fills up to the largest number of tiles; those beyond an image are padding.
-    """
-    mask = batch.inputs.get("cross_attention_mask")  # [B, S, images, tiles]
-    if mask is None:
-        return None
-    return (mask.bool() & batch.response[..., None, None]).any(dim=1).flatten()
+    return method == "wanda" or linear.role in HEAD_ROLES
 
 
 def gather(
-    model: nn.Module,
-    anatomy: Anatomy,
-    batches: Iterable[Batch],
-    progress: Callable[[int], None] | None = None,
-) -> InputStatistics:
-    """Run every batch through the model and add up squared inputs at its response tokens."""
-    modules = dict(model.named_modules())
-    linears = {linear: modules[linear.module] for linear in anatomy.linears}
-    into: dict[str, Tensor] = {}
-    samples = 0
-    for batch in (placed(one, model) for one in batches):
-        text = text_inputs(model, batch.inputs)
-        with observe(linears, batch, into):
-            layer_inputs(model, text)
-        samples += len(batch.ids)
-        if progress is not None:
-            progress(len(batch.ids))
-    squares = {name: total.cpu() for name, total in into.items()}
-    for name, total in squares.items():
-        if not torch.isfinite(total).all():
-            raise RegraftError(
-                f"The inputs of {name} overflow in this dtype. Use --dtype bfloat16 or float32."
-            )
-    return InputStatistics(squares, samples)
+    walk: Walk, anatomy: Anatomy, method: Method, scratch: Path, progress: Progress
+) -> dict[str, Tensor]:
+    """Take the samples through the model and make the statistic of every kept weight.
+
+    Each layer's are written to `scratch`, so that SNIP's, as large as the weights, are never in
+    memory together; what is complete there is not gathered again.
+
+    Args:
+        walk: The labelled samples, before the first layer.
+        anatomy: Of the model.
+        method: Whose statistic.
+        scratch: A folder for unfinished work.
+        progress: Called with the number of samples each time a layer has seen a batch (twice a
+            layer for SNIP).
+
+    Returns:
+        `LinearAnatomy.key` -> float32 on CPU (pages of the files in `scratch`).
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+
+    def part(layer: LayerAnatomy) -> Path:
+        return scratch / f"statistics_{layer.index:03d}.safetensors"
+
+    if method != "magnitude" and not all(part(layer).exists() for layer in anatomy.layers):
+        for layer, values in _by_layer(walk, anatomy, method, scratch, progress):
+            if ranks.rank() == 0:
+                with atomic_file(part(layer)) as temporary:
+                    save_file({key: value.cpu() for key, value in values.items()}, temporary)
+        ranks.barrier()
+    return {
+        key: value
+        for layer in (anatomy.layers if method != "magnitude" else ())
+        for key, value in load_file(part(layer)).items()
+    }
+
+
+def _by_layer(
+    walk: Walk, anatomy: Anatomy, method: Method, scratch: Path, progress: Progress
+) -> Iterator[tuple[LayerAnatomy, dict[str, Tensor]]]:
+    if method == "snip":
+        wanted = lambda linear: is_kept(method, linear)  # noqa: E731
+        yield from gradient_magnitudes(walk, anatomy, scratch / "states", wanted, progress)
+        return
+    modules = dict(walk.model.network.named_modules())
+    for layer in anatomy.layers:
+        linears = {li: modules[li.module] for li in layer.linears if is_kept(method, li)}
+        sums = InputSums(sum_of_squares if method == "wanda" else second_moments)
+        with walk.model.layer(layer.index):
+            for i, output in walk.run(layer.index, observing(linears, sums)):
+                walk.keep(i, output)
+                progress(len(walk.batches[i].ids))
+        sums.gather()
+        ran = [linear for linear in linears if linear.key in sums.source]
+        if method == "wanda":
+            yield layer, {linear.key: sums.of(linear)[0].clone() for linear in ran}
+        else:
+            yield layer, {linear.key: f.statistic for linear, f in factors(ran, sums)}
 
 
 @dataclass(frozen=True)
 class SavedStatistics:
     """Both data sets' statistics, and how they were made."""
 
-    safety: InputStatistics
-    utility: InputStatistics
+    safety: ImportanceStatistics
+    utility: ImportanceStatistics
     about: Mapping[str, Any]
 
 
 def save_statistics(
-    path: Path, safety: InputStatistics, utility: InputStatistics, about: Mapping[str, Any]
+    path: Path,
+    safety: ImportanceStatistics,
+    utility: ImportanceStatistics,
+    about: Mapping[str, Any],
 ) -> None:
-    """Write both data sets' statistics and `about` to one safetensors file."""
+    """Write both data sets' statistics of one method and `about` to one safetensors file."""
     tensors = {
-        f"{kind}.{name}": total
+        f"{kind}.{name}": value
         for kind, statistics in (("safety", safety), ("utility", utility))
-        for name, total in statistics.squares.items()
+        for name, value in statistics.values.items()
     }
     header = {
+        "method": safety.method,
         "samples": {"safety": safety.samples, "utility": utility.samples},
         "about": about,
     }
@@ -154,9 +179,10 @@ def load_statistics(path: Path) -> SavedStatistics:
     Raises:
         RegraftError: the file is missing or something else.
     """
-    header, tensors = read_artifact(path, FORMAT, "input statistics")
+    header, tensors = read_artifact(path, FORMAT, "importance statistics")
     safety, utility = (
-        InputStatistics(
+        ImportanceStatistics(
+            header["method"],
             {n.removeprefix(f"{k}."): t for n, t in tensors.items() if n.startswith(f"{k}.")},
             header["samples"][k],
         )

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from torch import Tensor
 from regraft.errors import RegraftError
 from regraft.files import (
     atomic_folder,
+    copy_file,
     digest,
     discard_leftover,
     file_digest,
+    in_threads,
     read_json,
     require_empty,
     require_space,
@@ -31,7 +34,8 @@ from regraft.files import (
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_COPY_CHUNK = 16 * 2**20
+JOURNAL = ".regraft-journal"
+_SAMPLE = 4096
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
 _SETTINGS = {".json", ".jinja", ".txt", ".model", ".py"}
 _LFS_POINTER = b"version https://git-lfs"
@@ -51,6 +55,7 @@ _DTYPES = {
 }
 Progress = Callable[[int], None]
 Edit = Callable[[Tensor], Tensor]
+EditShard = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,17 @@ class TensorRecord:
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch names it.
+
+        Raises:
+            RegraftError: torch has none for it.
+        """
+        if self.dtype not in _DTYPES:
+            raise RegraftError(f"Tensor {self.name} has the unsupported dtype {self.dtype}.")
+        return _DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -109,16 +125,51 @@ class Checkpoint:
             digests = pool.map(lambda name: file_digest(self.folder / name), names)
             return digest(*names, *digests)
 
+    def outline(self, without: Container[str] = ()) -> str:
+        """SHA-256 of what can be told without reading the weights, 64 hex digits.
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+        It covers where each tensor lies, its dtype, shape and first 4 KiB, and the config,
+        tokenizer, processor and template files. Two checkpoints of one layout that differ only
+        deeper inside their tensors have the same outline.
+
+        Args:
+            without: Names of tensors whose content, and of files, that do not count.
+        """
+        parts: list[bytes | str | memoryview] = []
+        for shard in self.shards:
+            with (self.folder / shard).open("rb") as handle:
+                for name, record in sorted(self.tensors.items()):
+                    if record.shard == shard:
+                        parts.append(repr(record))
+                        handle.seek(record.start)
+                        size = 0 if name in without else record.stop - record.start
+                        parts.append(handle.read(min(size, _SAMPLE)))
+        for path in sorted(self.folder.iterdir()):
+            if path.suffix in _SETTINGS and path.name not in without:
+                parts += [path.name, file_digest(path)]
+        return digest(*parts)
+
+
+def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
     """Open a folder of safetensors and check it without reading tensors.
+
+    Args:
+        folder: The checkpoint.
+        unfinished: Open it even if a patch is half on it, to finish that.
 
     Raises:
         RegraftError: the folder, a shard or the index is missing, a shard is truncated or not
-            safetensors, index and shards disagree, or only pickled weights are there.
+            safetensors, index and shards disagree, only pickled weights are there, or patching
+            it in place was stopped halfway.
     """
     if not folder.is_dir():
         raise RegraftError(f"The model folder {folder} does not exist.")
+    if not unfinished and (folder / JOURNAL).exists():
+        raise RegraftError(
+            f"{folder} is patched only in part: patching it in place was stopped. Run `regraft "
+            f"apply {folder} --in-place` to put the patch on or `regraft revert {folder} "
+            f"--in-place` to take it off; what they need is kept in {folder / JOURNAL}."
+        )
     shards = _shard_names(folder)
     tensors: dict[str, TensorRecord] = {}
     for shard in shards:
@@ -165,23 +216,61 @@ def write_edited(
     """
     for name in edits:
         source.record(name)
+
+    def edit_shard(path: Path) -> None:
+        touched = [source.tensors[n] for n in edits if source.tensors[n].shard == path.name]
+        with path.open("r+b") as handle:
+            for record in sorted(touched, key=lambda r: r.start):
+                handle.seek(record.start)
+                before = _as_tensor(handle.read(record.stop - record.start), record)
+                after = edits[record.name](before)
+                if after.shape != before.shape or after.dtype != before.dtype:
+                    raise ValueError(f"{record.name}: an edit changed shape or dtype")
+                handle.seek(record.start)
+                handle.write(_as_bytes(after))
+
+    return write_copy(source, target, edit_shard, files=files, progress=progress, one_by_one=True)
+
+
+def write_copy(
+    source: Checkpoint,
+    target: Path,
+    edit_shard: EditShard,
+    *,
+    files: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    one_by_one: bool = False,
+) -> Checkpoint:
+    """Copy a checkpoint folder to `target` as `write_edited` does, with any edit of its shards.
+
+    Args:
+        source: The checkpoint to copy.
+        target: The new folder; must be absent or empty.
+        edit_shard: Called with the path of each shard's copy, in several threads.
+        files: Extra text files to write into the folder, name -> content.
+        progress: Called with the number of bytes just copied.
+        one_by_one: Copy and edit one shard after the other.
+
+    Raises:
+        RegraftError: `target` is not empty, or the disk is full.
+    """
     check_target(source, target)
     with atomic_folder(target) as temporary:
         _copy_side_files(source.folder, temporary, set(source.shards))
         for name, content in (files or {}).items():
             (temporary / name).write_text(content, encoding="utf-8")
-        for shard in source.shards:
-            _copy_file(source.folder / shard, temporary / shard, progress)
-            touched = [source.tensors[n] for n in edits if source.tensors[n].shard == shard]
-            with (temporary / shard).open("r+b") as handle:
-                for record in sorted(touched, key=lambda r: r.start):
-                    handle.seek(record.start)
-                    before = _as_tensor(handle.read(record.stop - record.start), record)
-                    after = edits[record.name](before)
-                    if after.shape != before.shape or after.dtype != before.dtype:
-                        raise ValueError(f"{record.name}: an edit changed shape or dtype")
-                    handle.seek(record.start)
-                    handle.write(_as_bytes(after))
+        stop = Event()
+        advance = _from_threads(progress, stop)
+
+        def copy(shard: str) -> None:
+            copy_file(source.folder / shard, temporary / shard, advance)
+            edit_shard(temporary / shard)
+
+        if one_by_one:
+            for shard in source.shards:
+                copy(shard)
+        else:
+            in_threads(copy, source.shards, stop)
     return open_checkpoint(target)
 
 
@@ -266,9 +355,7 @@ def _read_header(path: Path) -> Iterator[TensorRecord]:
 
 
 def _as_tensor(data: bytes, record: TensorRecord) -> Tensor:
-    if record.dtype not in _DTYPES:
-        raise RegraftError(f"Tensor {record.name} has the unsupported dtype {record.dtype}.")
-    dtype = _DTYPES[record.dtype]
+    dtype = record.torch_dtype
     if not data:
         return torch.empty(record.shape, dtype=dtype)
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(record.shape)
@@ -278,12 +365,18 @@ def _as_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _copy_file(source: Path, target: Path, progress: Progress | None) -> None:
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while chunk := reader.read(_COPY_CHUNK):
-            writer.write(chunk)
+def _from_threads(progress: Progress | None, stop: Event) -> Progress:
+    """`progress` called by one thread at a time, and an error in all once `stop` is set."""
+    lock = Lock()
+
+    def advance(count: int) -> None:
+        with lock:
+            if stop.is_set():
+                raise InterruptedError
             if progress is not None:
-                progress(len(chunk))
+                progress(count)
+
+    return advance
 
 
 def _copy_side_files(source: Path, target: Path, shards: set[str]) -> None:

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.models.anatomy import Anatomy, read_anatomy
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
+from regraft.models.placement import PlacedModel
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Placement = Literal["resident", "streamed", "split"]
@@ -65,22 +67,49 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source
     return Source(checkpoint, anatomy, trust_remote_code)
 
 
-def load_model(source: Source, *, dtype: DTypeName = "auto", device: str = "auto") -> nn.Module:
+def load_model(
+    source: Source, *, dtype: DTypeName = "auto", device: str = "auto", split: bool = False
+) -> nn.Module:
     """Load the weights for inference, in eval mode, gradients off.
 
     Args:
         source: The opened checkpoint.
         dtype: "auto" is float32 on CPU and the checkpoint's own dtype on an accelerator.
         device: "auto" is the accelerator where there is one, else "cpu".
+        split: Spread the layers over all accelerators, and host memory where they do not suffice.
 
     Raises:
-        RegraftError: a prunable weight in memory is not the one on disk.
+        RegraftError: a prunable weight in memory is not the one on disk, or a model is to be split
+            without accelerate.
     """
     target = pick_device(device)
+    model = _load_weights(source, dtype, target, split)
+    return model if split else model.to(target)
+
+
+def load_placed(
+    source: Source, *, dtype: DTypeName, device: str, placement: Placement
+) -> PlacedModel:
+    """Load a model that is run layer by layer; see `load_model`.
+
+    A "streamed" model stays in host memory: in its checkpoint's dtype that is pages of the files.
+    """
+    target = pick_device(device)
+    if placement != "streamed":
+        model = load_model(source, dtype=dtype, device=device, split=placement == "split")
+        return PlacedModel(model, target, next(model.parameters()).dtype)
+    model = _load_weights(source, dtype, target, split=False)
+    return PlacedModel(model, target, next(model.parameters()).dtype, streamed=True)
+
+
+def _load_weights(source: Source, dtype: DTypeName, target: torch.device, split: bool) -> nn.Module:
+    """The model on CPU, or spread."""
     if dtype == "auto":
         torch_dtype: Any = torch.float32 if target.type == "cpu" else "auto"
     else:
         torch_dtype = getattr(torch, dtype)
+    if split:
+        _require_accelerate()
     with _quiet():
         config = _config(source.folder, source.trust_remote_code)
         model, loading = _auto_class(config, source.folder).from_pretrained(
@@ -89,6 +118,7 @@ def load_model(source: Source, *, dtype: DTypeName = "auto", device: str = "auto
             dtype=torch_dtype,
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
+            device_map="auto" if split else None,
         )
     if missing := sorted(loading["missing_keys"]):
         raise RegraftError(
@@ -96,7 +126,7 @@ def load_model(source: Source, *, dtype: DTypeName = "auto", device: str = "auto
             + (f" and {len(missing) - 1} more" if missing[1:] else "")
             + ", which config.json asks for. Export the whole model again."
         )
-    model.requires_grad_(False).eval().to(target)
+    model.requires_grad_(False).eval()
     _check_weights(model, source)
     network: nn.Module = model
     return network
@@ -119,7 +149,7 @@ def load_processor(source: Source) -> Any:
 
 def placed(batch: Batch, model: nn.Module) -> Batch:
     """The batch on the model's device, pixels in its dtype."""
-    parameter = next(model.parameters())
+    parameter = next(p for p in model.parameters() if not p.is_meta)
     return batch.to(parameter.device, parameter.dtype)
 
 
@@ -247,10 +277,20 @@ def _check_weights(model: nn.Module, source: Source) -> None:
     first = next(source.anatomy.linears)
     weight = modules[first.module].weight
     assert isinstance(weight, torch.Tensor)
+    if weight.is_meta:  # a split model's layer that waits on disk
+        return
     if not torch.equal(source.checkpoint.read(first.tensor).to(weight.dtype), weight.cpu()):
         raise RegraftError(
             f"{source.folder}: tensor {first.tensor} on disk is not the weight of {first.module} "
             "in memory; this key layout is not supported."
+        )
+
+
+def _require_accelerate() -> None:
+    if find_spec("accelerate") is None:
+        raise RegraftError(
+            "A model split over devices needs accelerate: pip install 'regraft[split]'. A model "
+            "that fits one device needs no split."
         )
 
 

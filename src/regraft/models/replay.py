@@ -83,7 +83,6 @@ def layer_inputs(model: nn.Module, text: TextInputs) -> LayerInputs:
     return LayerInputs(captured, final)
 
 
-@torch.no_grad()
 def replay(
     model: nn.Module,
     text: TextInputs,
@@ -92,6 +91,7 @@ def replay(
     hidden: Tensor | None = None,
     stop: int | None = None,
     copies: int = 1,
+    gradient: bool = False,
 ) -> Tensor:
     """Run decoder layers `start` to `stop` (not included), or to the end and the final norm.
 
@@ -103,6 +103,7 @@ def replay(
             (`start` 0).
         stop: Layer to stop before. None runs through the final norm.
         copies: How many times the batch is stacked, in tile order [b0..bB-1] * copies.
+        gradient: Record for autograd, if `hidden` requires it.
 
     Returns:
         `[copies * B, S, d]`: the input of layer `stop` (with whatever the family adds between
@@ -130,7 +131,7 @@ def replay(
         layer.register_forward_pre_hook(enter(i)) for i, layer in enumerate(layers) if i >= start
     ]
     try:
-        with _identity(layers[:start]):
+        with torch.set_grad_enabled(gradient), _identity(layers[:start]):
             final: Tensor = decoder(**kwargs).last_hidden_state
             if not injected and hidden is not None:  # every layer from `start` on was skipped
                 return hidden if stop is not None else _norm(decoder, hidden)
@@ -151,18 +152,20 @@ def _norm(decoder: nn.Module, hidden: Tensor) -> Tensor:
     return normed
 
 
-@torch.no_grad()
-def logits_of(model: nn.Module, states: Tensor) -> Tensor:
+def logits_of(model: nn.Module, states: Tensor, *, gradient: bool = False) -> Tensor:
     """Logits of normed final states `[..., d]` -> `[..., vocabulary]`.
 
     The model's own forward makes them, around a decoder that returns `states`: whether a family
     scales or caps its logits is its own code again (of Gemma 3 only the text-only class caps).
+    With `gradient` autograd records them.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     rows = states.reshape(-1, 1, states.shape[-1])  # [N, 1, d]
     output = BaseModelOutputWithPast(last_hidden_state=rows)
-    with replaced_forwards({text_decoder(model): lambda **_: output}):
+    with torch.set_grad_enabled(gradient), replaced_forwards(
+        {text_decoder(model): lambda **_: output}
+    ):
         ids = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.view(*states.shape[:-1], -1)
@@ -229,7 +232,13 @@ def _identity(layers: Any) -> Iterator[None]:
 
 @contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules another forward for the length of the block."""
+    """Give modules another forward for the length of the block.
+
+    A forward that an instance already has (accelerate's hooks put one there) comes back.
+    """
+    before = {
+        module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__
+    }
     try:
         for module, forward in forwards.items():
             module.__dict__["forward"] = forward
@@ -237,3 +246,5 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
     finally:
         for module in forwards:
             module.__dict__.pop("forward", None)
+            if module in before:
+                module.__dict__["forward"] = before[module]

@@ -1,140 +1,108 @@
-"""Wanda, layer by layer: calibrate a layer, prune it, pass the pruned layer's outputs on."""
+"""Prune layer by layer: calibrate a layer, prune it, pass the pruned layer's outputs on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from regraft.data.collate import Batch
-from regraft.errors import RegraftError
-from regraft.files import atomic_file
-from regraft.importance.statistics import gather, observe
-from regraft.importance.wanda import wanda_score
+from regraft import ranks
+from regraft.importance.observe import InputSums, observing, unused
+from regraft.importance.score import Method, score
+from regraft.importance.snip import gradient_magnitudes
+from regraft.importance.sparsegpt import DAMP, factors, second_moments
+from regraft.importance.wanda import sum_of_squares
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
 from regraft.models.checkpoint import Checkpoint, Edit
-from regraft.models.load import placed
-from regraft.models.replay import TextInputs, replay, text_inputs
+from regraft.models.walk import Walk
 from regraft.pruning.masks import Pattern
+from regraft.pruning.results import LayerResults, PrunedWeight
+from regraft.pruning.sparsegpt import BLOCK, sparsegpt_prune
 
 Order = Literal["sequential", "one-shot"]
+Patterns = Mapping[LinearAnatomy, Pattern]
 
 
-class LayerMasks:
-    """Masks on disk, one file a layer, 1 bit a weight; what is there survives a kill."""
+@dataclass(frozen=True)
+class Pruner:
+    """How to prune: the criterion, when layers are calibrated, and SparseGPT's settings.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `order` "sequential" calibrates each layer on the outputs of the pruned layers before it (the
+    procedure of Wanda and SparseGPT), "one-shot" calibrates all on the dense model, as SNIP and
+    magnitude do anyway.
+    """
 
-    def save(self, layer: LayerAnatomy, masks: Mapping[str, Tensor]) -> None:
-        """Write a layer's masks (`LinearAnatomy.key` -> `[out, in]` bool)."""
-        packed = {
-            name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
-            for name, mask in masks.items()
-        }
-        with atomic_file(self._path(layer)) as temporary:
-            save_file(packed, temporary)
-
-    def load(self, layer: LayerAnatomy) -> dict[str, Tensor] | None:
-        """Read a layer's masks, None where they were not written yet."""
-        if not self._path(layer).exists():
-            return None
-        packed = load_file(self._path(layer))
-        return {linear.key: _unpack(packed[linear.key], linear) for linear in layer.linears}
-
-    def edits(self, anatomy: Anatomy) -> dict[str, Edit]:
-        """For `write_edited`: zero the masked weights of every linear, layer files read late."""
-
-        def zero(layer: LayerAnatomy, linear: LinearAnatomy) -> Edit:
-            def edit(weight: Tensor) -> Tensor:
-                masks = self.load(layer)
-                assert masks is not None
-                return weight.masked_fill_(masks[linear.key], 0)
-
-            return edit
-
-        return {li.tensor: zero(layer, li) for layer in anatomy.layers for li in layer.linears}
-
-    def _path(self, layer: LayerAnatomy) -> Path:
-        return self.folder / f"layer_{layer.index:03d}.safetensors"
+    method: Method = "wanda"
+    order: Order = "sequential"
+    damp: float = DAMP
+    block: int = BLOCK
 
 
-def prune_wanda(
-    model: nn.Module,
+def prune_layers(
+    pruner: Pruner,
+    walk: Walk,
     anatomy: Anatomy,
-    batches: Sequence[Batch],
-    pattern: Pattern,
-    masks: LayerMasks,
+    checkpoint: Checkpoint,
+    patterns: Patterns,
+    results: LayerResults,
     *,
-    order: Order = "sequential",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Prune every linear of the text decoder: write its masks, layer by layer.
+    """Prune the linears of the text decoder: write each layer's results.
 
-    Layers whose masks are already written are not calibrated again, so a killed run goes on.
+    Layers whose results are already written are not pruned again, so a killed run goes on.
 
     Args:
-        model: The dense model; "sequential" zeroes its prunable weights in place.
-        anatomy: Its anatomy.
-        batches: Calibration data with labels, D^u of the paper.
-        pattern: Sparsity or N:M, and where scores compete.
-        masks: Where the masks go.
-        order: "sequential" calibrates each layer on the outputs of the pruned layers before it
-            (Wanda's own procedure), "one-shot" calibrates all on the dense model.
-        progress: Called with the number of samples each time a layer has seen a batch.
+        pruner: The method; not "magnitude", which needs no data (`magnitude_edits`).
+        walk: The calibration data, D^u of the paper, before the first layer. A resident model's
+            weights are pruned in place.
+        anatomy: Of the model.
+        checkpoint: The dense checkpoint; its dtypes are those that updated weights are rounded to.
+        patterns: Sparsity or N:M of every weight that is to be pruned.
+        results: Where the results go.
+        progress: Called with the number of samples each time a layer has seen a batch (twice a
+            layer for SNIP).
+        note: Told of a damping that had to grow.
 
     Raises:
-        RegraftError: N:M does not divide a row, inputs overflow, or a layer sees no data.
+        RegraftError: inputs overflow, or a layer sees no data.
     """
-    for linear in anatomy.linears:
-        pattern.fits(linear.shape, linear.key)
-    modules = dict(model.named_modules())
-    linears = {
-        layer.index: {linear: modules[linear.module] for linear in layer.linears}
-        for layer in anatomy.layers
-    }
-    if order == "one-shot":
-        if any(masks.load(layer) is None for layer in anatomy.layers):
-            squares = gather(model, anatomy, batches, progress).squares
-            for layer in anatomy.layers:
-                masks.save(layer, _layer_masks(linears[layer.index], squares, pattern))
+    if pruner.method == "snip":
+        if any(results.load(layer) is None for layer in anatomy.layers):
+            _prune_by_gradients(walk, anatomy, patterns, results, progress)
         return
-    texts = [text_inputs(model, placed(batch, model).inputs) for batch in batches]
-    states: list[Tensor | None] = [None] * len(batches)  # inputs of the layer, each [B, S, d]
+    modules = dict(walk.model.network.named_modules())
     for layer in anatomy.layers:
-        layer_masks = masks.load(layer)
-        if layer_masks is None:
-            seen: dict[str, Tensor] = {}
-            for batch, text, state in zip(batches, texts, states, strict=True):
-                with observe(linears[layer.index], placed(batch, model), seen):
-                    _run_layer(model, anatomy, layer, text, state)
-            layer_masks = _layer_masks(linears[layer.index], seen, pattern)
-            masks.save(layer, layer_masks)
-        for linear, module in linears[layer.index].items():
-            weight = _weight(module)
-            weight.masked_fill_(layer_masks[linear.key].to(weight.device), 0)
-        for i, batch in enumerate(batches):
-            states[i] = _run_layer(model, anatomy, layer, texts[i], states[i])
-            if progress is not None:
-                progress(len(batch.ids))
+        linears = {li: modules[li.module] for li in layer.linears if li in patterns}
+        with walk.model.layer(layer.index):
+            pruned = results.load(layer)
+            sums = InputSums(sum_of_squares if pruner.method == "wanda" else second_moments)
+            advance = pruner.order == "one-shot"
+            if pruned is None or advance:
+                for i, output in walk.run(layer.index, observing(linears, sums)):
+                    if advance:
+                        walk.keep(i, output)
+                        progress(len(walk.batches[i].ids))
+            if pruned is None:
+                sums.gather()
+                pruned = _prune_layer(pruner, linears, sums, checkpoint, patterns, note)
+                _save(results, layer, pruned)
+            if not advance:
+                for linear, module in linears.items():
+                    pruned[linear.key].put(_weight(module))
+                _advance(walk, layer, progress)
 
 
-def _run_layer(
-    model: nn.Module, anatomy: Anatomy, layer: LayerAnatomy, text: TextInputs, state: Tensor | None
-) -> Tensor:
-    stop = layer.index + 1 if layer.index + 1 < len(anatomy.layers) else None
-    return replay(model, text, start=layer.index, hidden=state, stop=stop)
+def magnitude_edits(patterns: Patterns) -> dict[str, Edit]:
+    """For `write_edited`: zero the smallest weights, tensor by tensor; needs no model."""
 
+    def prune(pattern: Pattern) -> Edit:
+        return lambda weight: weight.masked_fill_(pattern.mask(score("magnitude", weight, None)), 0)
 
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
+    return {linear.tensor: prune(pattern) for linear, pattern in patterns.items()}
 
 
 def zeros(checkpoint: Checkpoint, anatomy: Anatomy) -> int:
@@ -143,28 +111,67 @@ def zeros(checkpoint: Checkpoint, anatomy: Anatomy) -> int:
     return sum(int((weight == 0).count_nonzero()) for weight in weights)
 
 
-def _layer_masks(
-    linears: Mapping[LinearAnatomy, nn.Module], squares: Mapping[str, Tensor], pattern: Pattern
-) -> dict[str, Tensor]:
-    masks = {}
-    for linear, module in linears.items():
-        if linear.key not in squares:
-            raise RegraftError(
-                f"{linear.key} was never used by the calibration data (text-only prompts skip "
-                "cross-attention); calibrate on examples with images."
-            )
-        if not torch.isfinite(squares[linear.key]).all():
-            raise RegraftError(
-                f"The inputs of {linear.key} overflow in this dtype. "
-                "Use --dtype bfloat16 or float32."
-            )
-        weight = _weight(module)
-        score = wanda_score(weight, squares[linear.key].to(weight.device))
-        masks[linear.key] = pattern.mask(score)
-    return masks
+def _prune_by_gradients(
+    walk: Walk,
+    anatomy: Anatomy,
+    patterns: Patterns,
+    results: LayerResults,
+    progress: Callable[[int], None],
+) -> None:
+    modules = dict(walk.model.network.named_modules())
+    scratch = results.folder / "states"
+    wanted = patterns.__contains__
+    for layer, values in gradient_magnitudes(walk, anatomy, scratch, wanted, progress):
+        pruned = {}
+        with walk.model.layer(layer.index):
+            for linear in filter(wanted, layer.linears):
+                if linear.key not in values:
+                    raise unused(linear)
+                importance = score("snip", _weight(modules[linear.module]), values[linear.key])
+                pruned[linear.key] = PrunedWeight(mask=patterns[linear].mask(importance))
+        _save(results, layer, pruned)
 
 
-def _unpack(packed: Tensor, linear: LinearAnatomy) -> Tensor:
-    rows, columns = linear.shape
-    bits = np.unpackbits(packed.numpy(), count=rows * columns)
-    return torch.from_numpy(bits.astype(bool)).view(rows, columns)
+def _prune_layer(
+    pruner: Pruner,
+    linears: Mapping[LinearAnatomy, nn.Module],
+    sums: InputSums,
+    checkpoint: Checkpoint,
+    patterns: Patterns,
+    note: Callable[[str], None],
+) -> dict[str, PrunedWeight]:
+    if pruner.method == "wanda":
+        return {
+            linear.key: PrunedWeight(
+                mask=patterns[linear].mask(score("wanda", _weight(module), sums.of(linear)[0]))
+            )
+            for linear, module in linears.items()
+        }
+    pruned = {}
+    for linear, factor in factors(linears, sums, pruner.damp, note):
+        weight = _weight(linears[linear])
+        updated = sparsegpt_prune(weight, factor, patterns[linear], pruner.block)
+        on_disk = checkpoint.record(linear.tensor).torch_dtype
+        pruned[linear.key] = PrunedWeight(weight=updated.to(on_disk))
+    return pruned
+
+
+def _advance(walk: Walk, layer: LayerAnatomy, progress: Callable[[int], None]) -> None:
+    if layer.index + 1 == walk.layers:
+        progress(sum(len(batch.ids) for batch in walk.batches))
+        return
+    for i, output in walk.run(layer.index):
+        walk.keep(i, output)
+        progress(len(walk.batches[i].ids))
+
+
+def _save(results: LayerResults, layer: LayerAnatomy, pruned: Mapping[str, PrunedWeight]) -> None:
+    if ranks.rank() == 0:
+        results.save(layer, pruned)
+    ranks.barrier()
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight

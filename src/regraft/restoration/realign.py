@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import RegraftError
-from regraft.importance.statistics import InputStatistics
+from regraft.importance.statistics import ImportanceStatistics
 from regraft.models.anatomy import Block, LayerAnatomy, LinearAnatomy, check_same_anatomy
 from regraft.models.load import Source
 from regraft.restoration.patch import Patch, TensorPatch
@@ -31,7 +31,9 @@ Rule = Callable[[LinearAnatomy, Tensor, Tensor, Sequence[Block]], Tensor]
 
 
 def hsr(
-    band: Callable[[float], Band | None], safety: InputStatistics, utility: InputStatistics
+    band: Callable[[float], Band | None],
+    safety: ImportanceStatistics,
+    utility: ImportanceStatistics,
 ) -> Rule:
     """HSR's rule: safety-critical weights at the edge of what pruning kept.
 
@@ -42,15 +44,13 @@ def hsr(
     def rule(
         linear: LinearAnatomy, weight: Tensor, free: Tensor, blocks: Sequence[Block]
     ) -> Tensor:
-        device = weight.device
         thresholds = band(1 - int(free.count_nonzero()) / free.numel())
         if thresholds is None:
             return torch.empty(0, dtype=torch.int64)
         return select_hsr(
             free,
-            weight,
-            safety.of(linear).to(device),
-            utility.of(linear).to(device),
+            safety.scorer(linear, weight),
+            utility.scorer(linear, weight),
             blocks,
             thresholds,
         )

@@ -7,7 +7,7 @@ pruned weight is 0 and the dense one is not (Li et al. 2025, section 3.3).
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from regraft.errors import RegraftError
-from regraft.importance.wanda import wanda_score
 from regraft.models.anatomy import Anatomy, Block, LayerAnatomy, LinearAnatomy, head_block
 from regraft.pruning.masks import count_of, smallest
 
 RankingScope = Literal["row", "matrix", "head"]
 Head = tuple[int, int]
+Scorer = Callable[[slice], Tensor]
 _CHUNK = 2**22
 
 
@@ -84,9 +84,8 @@ def inside(shape: tuple[int, int], blocks: Sequence[Block], device: torch.device
 
 def select_hsr(
     free: Tensor,
-    weight: Tensor,
-    safety_squares: Tensor,
-    utility_squares: Tensor,
+    safety: Scorer,
+    utility: Scorer,
     blocks: Sequence[Block],
     band: Band,
 ) -> Tensor:
@@ -96,9 +95,8 @@ def select_hsr(
 
     Args:
         free: Where a value can come back (`restorable`), `[out, in]` bool.
-        weight: The dense weight, `[out, in]`.
-        safety_squares: Squared input sums on D^s, `[in]` float32 (I^s).
-        utility_squares: The same on D^u (I^u).
+        safety: Importance I^s of some rows, `[rows, in]` float32.
+        utility: The same for I^u.
         blocks: Regions of the chosen heads in this matrix; none restores nothing.
         band: The thresholds and the ranking scope.
 
@@ -107,17 +105,16 @@ def select_hsr(
     """
     if not blocks:
         return torch.empty(0, dtype=torch.int64)
-    rows = _row_range(blocks) if band.scope == "row" else slice(0, weight.shape[0])
-    chosen = free & inside(tuple(weight.shape), blocks, free.device)  # type: ignore[arg-type]
-    step = weight.shape[0] if band.scope != "row" else max(1, _CHUNK // weight.shape[1])
+    rows = _row_range(blocks) if band.scope == "row" else slice(0, free.shape[0])
+    chosen = free & inside(tuple(free.shape), blocks, free.device)  # type: ignore[arg-type]
+    step = free.shape[0] if band.scope != "row" else max(1, _CHUNK // free.shape[1])
     for start in range(rows.start, rows.stop, step):
         part = slice(start, min(start + step, rows.stop))
-        utility = wanda_score(weight[part], utility_squares)
-        chosen[part] &= top(utility, band.p_max, band.scope, blocks)
-        chosen[part] &= top(utility, band.p, band.scope, blocks).logical_not_()
-        del utility
-        safety = wanda_score(weight[part], safety_squares)
-        chosen[part] &= top(safety, band.q, band.scope, blocks)
+        score = utility(part)
+        chosen[part] &= top(score, band.p_max, band.scope, blocks)
+        chosen[part] &= top(score, band.p, band.scope, blocks).logical_not_()
+        del score
+        chosen[part] &= top(safety(part), band.q, band.scope, blocks)
     return chosen.reshape(-1).nonzero().flatten().cpu()
 
 

@@ -11,7 +11,7 @@ from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.gathering import statistics
 from regraft.stages.patching import apply, revert
 from regraft.stages.pruning import prune
-from regraft.stages.realigning import realign
+from regraft.stages.realigning import needs_statistics, realign
 from regraft.stages.scoring import heads
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "apply",
     "evaluate",
     "heads",
+    "needs_statistics",
     "prune",
     "read_evaluation",
     "realign",

@@ -7,12 +7,19 @@ from typing import Any
 
 from torch import nn
 
+from regraft import ranks
 from regraft.data.collate import Batch, batches
 from regraft.data.example import Example
-from regraft.models.load import Source, has_processor, load_model, load_processor
-from regraft.recipe import (
-    ComputeSettings,
+from regraft.errors import RegraftError
+from regraft.models.load import (
+    Source,
+    has_processor,
+    load_model,
+    load_placed,
+    load_processor,
 )
+from regraft.models.placement import PlacedModel
+from regraft.recipe import ComputeSettings
 from regraft.watch import Watch
 
 ABOUT_FILE = "regraft.json"
@@ -21,11 +28,25 @@ ABOUT_FILE = "regraft.json"
 def load(
     source: Source, compute: ComputeSettings, watch: Watch, processor_from: Source | None = None
 ) -> tuple[nn.Module, Any]:
-    """The model and its processor."""
+    """The whole model, on one device or split over several, and its processor."""
     own = processor_from is None or has_processor(source)
+    split = compute.placement != "resident"
     with watch.task(f"Loading {source.folder}", 1) as done:
         processor = load_processor(source if own else processor_from or source)
-        model = load_model(source, dtype=compute.dtype, device=compute.device)
+        model = load_model(source, dtype=compute.dtype, device=compute.device, split=split)
+        done(1)
+    return model, processor
+
+
+def load_for_walk(
+    source: Source, compute: ComputeSettings, watch: Watch
+) -> tuple[PlacedModel, Any]:
+    """The model, to be run layer by layer, and its processor."""
+    with watch.task(f"Loading {source.folder}", 1) as done:
+        processor = load_processor(source)
+        model = load_placed(
+            source, dtype=compute.dtype, device=compute.device, placement=compute.placement
+        )
         done(1)
     return model, processor
 
@@ -38,3 +59,23 @@ def collate(
 ) -> list[Batch]:
     """Examples as batches in host memory."""
     return [encode(processor, chunk) for chunk in batches(examples, compute.batch_size)]
+
+
+def collate_share(
+    processor: Any,
+    encode: Callable[[Any, Sequence[Example]], Batch],
+    examples: Sequence[Example],
+    compute: ComputeSettings,
+) -> list[Batch]:
+    """This process's share of the batches.
+
+    Raises:
+        RegraftError: there are fewer batches than processes.
+    """
+    chunks = list(batches(examples, compute.batch_size))
+    if len(chunks) < ranks.world():
+        raise RegraftError(
+            f"{len(examples)} examples make {len(chunks)} batches of {compute.batch_size}, too few "
+            f"for {ranks.world()} processes. Lower --batch-size or start fewer processes."
+        )
+    return [encode(processor, chunk) for chunk in ranks.share(chunks)]

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from regraft.checks import (
-    check_pattern,
-    draw_calibration,
-    told,
-)
+from regraft.checks import check_pattern, draw_calibration, told
 from regraft.data.collate import response_batch
+from regraft.data.example import Reading
 from regraft.keys import describe, is_done, to_json, working
 from regraft.models.checkpoint import check_target, open_checkpoint, write_edited
 from regraft.models.load import Source
-from regraft.pruning.pruner import LayerMasks, prune_wanda
-from regraft.recipe import (
-    CalibrationSettings,
-    ComputeSettings,
-    PruneSettings,
-)
-from regraft.stages.common import ABOUT_FILE, collate, load
+from regraft.models.walk import Walk
+from regraft.pruning.pruner import magnitude_edits, prune_layers
+from regraft.pruning.results import LayerResults
+from regraft.recipe import CalibrationSettings, ComputeSettings, PruneSettings
+from regraft.stages.common import ABOUT_FILE, collate_share, load_for_walk
 from regraft.watch import Silent, Watch
 
 
@@ -31,45 +26,59 @@ def prune(
     compute: ComputeSettings,
     watch: Watch | None = None,
 ) -> Source:
-    """Prune a checkpoint with Wanda, calibrated on D^u; writes the folder `out`.
+    """Prune a checkpoint, calibrated on D^u; writes the folder `out`.
 
     Raises:
-        RegraftError: see `prune_wanda`, the data readers and `write_edited`.
+        RegraftError: see `prune_layers`, `assign_patterns`, the data readers and `write_edited`.
     """
     watch = watch or Silent()
-    data = draw_calibration(dense, calibration, harmful=False)
-    about = describe(
-        "prune", {"dense": dense.checkpoint.fingerprint}, settings, compute, {"utility": data}
-    )
+    needs_data = settings.method != "magnitude"
+    data = {"utility": draw_calibration(dense, calibration, harmful=False)} if needs_data else {}
+    about = describe("prune", {"dense": dense.checkpoint.fingerprint}, settings, compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
         check_pattern(dense, settings)
         check_target(dense.checkpoint, out)
-        watch.note(told("D^u", data))
-        pattern = settings.pattern()
+        patterns = settings.patterns(dense.anatomy.linears)
         with working(out, about) as work:
-            masks = LayerMasks(work)
-            model, processor = load(dense, compute, watch)
-            calibrating = collate(processor, response_batch, data.examples, compute)
-            total = len(data.examples) * len(dense.anatomy.layers)
-            if settings.order == "one-shot":
-                total = len(data.examples)
-            with watch.task("Pruning, layer by layer", total, "samples") as done:
-                prune_wanda(
-                    model,
-                    dense.anatomy,
-                    calibrating,
-                    pattern,
-                    masks,
-                    order=settings.order,
-                    progress=done,
-                )
-            del model
+            if needs_data:
+                results = LayerResults(work)
+                _calibrate(dense, settings, compute, data["utility"], results, watch)
+                edits = results.edits(dense.anatomy)
+            else:
+                edits = magnitude_edits(patterns)
             with watch.task(f"Writing {out}", dense.checkpoint.bytes, "bytes") as done:
                 write_edited(
                     dense.checkpoint,
                     out,
-                    masks.edits(dense.anatomy),
+                    edits,
                     files={ABOUT_FILE: to_json(about)},
                     progress=done,
                 )
     return Source(open_checkpoint(out), dense.anatomy, dense.trust_remote_code)
+
+
+def _calibrate(
+    dense: Source,
+    settings: PruneSettings,
+    compute: ComputeSettings,
+    data: Reading,
+    results: LayerResults,
+    watch: Watch,
+) -> None:
+    watch.note(told("D^u", data))
+    model, processor = load_for_walk(dense, compute, watch)
+    calibrating = collate_share(processor, response_batch, data.examples, compute)
+    passes = 2 if settings.method == "snip" else 1
+    samples = sum(len(batch.ids) for batch in calibrating)
+    total = passes * samples * len(dense.anatomy.layers)
+    with watch.task("Pruning, layer by layer", total, "samples x layers") as done:
+        prune_layers(
+            settings.pruner(),
+            Walk(model, calibrating),
+            dense.anatomy,
+            dense.checkpoint,
+            settings.patterns(dense.anatomy.linears),
+            results,
+            progress=done,
+            note=watch.note,
+        )

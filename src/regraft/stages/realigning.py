@@ -12,9 +12,7 @@ from regraft.checks import (
 from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.heads.score import HeadScores, load_heads
-from regraft.importance.statistics import (
-    load_statistics,
-)
+from regraft.importance.statistics import ImportanceStatistics, load_statistics
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source, pick_device
 from regraft.recipe import (
@@ -60,8 +58,11 @@ def realign(
     check_top_heads(dense, settings)
     if settings.heads == "top" and heads_file is None:
         raise RegraftError("Ranking heads needs their scores: run `regraft heads` first.")
-    if settings.method == "hsr" and statistics_file is None:
-        raise RegraftError("HSR needs input statistics: run `regraft statistics` first.")
+    if needs_statistics(settings) and statistics_file is None:
+        raise RegraftError(
+            f"HSR by {settings.score} needs statistics: run `regraft statistics --score "
+            f"{settings.score}` first."
+        )
     inputs = {
         "dense": dense.checkpoint.fingerprint,
         "pruned": pruned.checkpoint.fingerprint,
@@ -73,11 +74,11 @@ def realign(
         inputs["heads"] = file_digest(heads_file)
     about = describe("realign", inputs, settings)
     rule: Rule = whole_heads
-    if settings.method == "hsr" and statistics_file is not None:
-        loaded = load_statistics(statistics_file)
-        _require_made_from(dense, statistics_file, loaded.about)
-        about["inputs"]["statistics"] = file_digest(statistics_file)
-        rule = hsr(lambda kept: _band(settings, kept), loaded.safety, loaded.utility)
+    if settings.method == "hsr":
+        safety, utility = _importance(dense, settings, statistics_file)
+        if statistics_file is not None and needs_statistics(settings):
+            about["inputs"]["statistics"] = file_digest(statistics_file)
+        rule = hsr(lambda kept: _band(settings, kept), safety, utility)
     chosen = _chosen_heads(dense, settings, scores)
     about["heads"] = [list(head) for head in chosen]
     about["pruned"] = count_restorable(dense, pruned)
@@ -90,6 +91,29 @@ def realign(
         if not patch.restored:
             watch.note(f"{out.name}: no pruned weight fits these settings; the patch is empty.")
     return load_patch(out)
+
+
+def needs_statistics(settings: RealignSettings) -> bool:
+    """Whether weights are ranked by something that must be gathered from data first."""
+    return settings.method == "hsr" and settings.score != "magnitude"
+
+
+def _importance(
+    dense: Source, settings: RealignSettings, statistics_file: Path | None
+) -> tuple[ImportanceStatistics, ImportanceStatistics]:
+    """(safety, utility)."""
+    if not needs_statistics(settings):
+        none = ImportanceStatistics("magnitude", {}, 0)
+        return none, none
+    assert statistics_file is not None
+    loaded = load_statistics(statistics_file)
+    _require_made_from(dense, statistics_file, loaded.about)
+    if loaded.safety.method != settings.score:
+        raise RegraftError(
+            f"{statistics_file} holds statistics of {loaded.safety.method}, but the score is "
+            f"{settings.score}. Make them with `regraft statistics --score {settings.score}`."
+        )
+    return loaded.safety, loaded.utility
 
 
 def _band(settings: RealignSettings, kept: float) -> Band | None:

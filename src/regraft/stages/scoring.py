@@ -46,14 +46,15 @@ def heads(
         with working(out, about) as work:
             model, processor = load(dense, compute, watch)
             prompts = collate(processor, prompt_batch, data.examples, compute)
-            total = len(prompts) * len(dense.anatomy.layers)
+            passes = 2 if settings.mode == "screened" else 1
+            total = passes * len(prompts) * len(dense.anatomy.layers)
             with watch.task("Scoring heads", total, "layers") as done:
                 scores = score_heads(
                     model,
                     dense.anatomy,
                     prompts,
                     work,
-                    **settings.model_dump(),
+                    settings.scoring(),
                     about=about,
                     progress=done,
                 )

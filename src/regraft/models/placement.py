@@ -1,0 +1,95 @@
+"""Where a model's weights are while it runs: all on the device, or one decoder layer at a time.
+
+A streamed model stays in host memory, where weights in the checkpoint's own dtype are pages of the
+safetensors files, and what is about to run is copied to the device and dropped again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regraft.data.collate import Batch
+from regraft.models.anatomy import decoder_layers, text_decoder
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """A model, and the device and dtype in which it computes.
+
+    A `streamed` model must run inside `frame` or `layer`, which leave it as it was, whatever was
+    written into the weights meanwhile.
+    """
+
+    network: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    streamed: bool = False
+
+    def place(self, batch: Batch) -> Batch:
+        """The batch on the device, pixels in the model's dtype."""
+        return batch.to(self.device, self.dtype)
+
+    @contextmanager
+    def frame(self) -> Iterator[None]:
+        """Hold everything but the decoder layers: vision tower, embeddings, norm and head."""
+        layers = {id(tensor) for layer in decoder_layers(self.network) for tensor in _own(layer)}
+        outside = [tensor for tensor in _own(self.network) if id(tensor) not in layers]
+        with self._held(outside):
+            yield
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[None]:
+        """Hold one decoder layer and what the decoder runs around it (norm, rotary embedding)."""
+        decoder = text_decoder(self.network)
+        embedding = self.network.get_input_embeddings()  # type: ignore[operator]
+        around = (
+            child
+            for child in decoder.children()
+            if child is not decoder.layers and child is not embedding
+        )
+        modules = (decoder_layers(self.network)[index], *around)
+        with self._held(chain.from_iterable(map(_own, modules))):
+            yield
+
+    @contextmanager
+    def _held(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        if not self.streamed:
+            yield
+            return
+        homes = [(tensor, tensor.data) for tensor in tensors]
+        try:
+            for tensor, home in homes:
+                tensor.data = home.to(self.device, copy=True, non_blocking=True)
+            yield
+        finally:
+            for tensor, home in homes:
+                tensor.data = home
+
+
+def resident(network: nn.Module) -> PlacedModel:
+    """A model that is all on the device of its first parameter."""
+    parameter = next(network.parameters())
+    return PlacedModel(network, parameter.device, parameter.dtype)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A tensor, or the tensors in nested tuples, lists and dicts, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    return value
+
+
+def _own(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, each once."""
+    return chain(module.parameters(), module.buffers())

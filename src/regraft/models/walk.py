@@ -1,0 +1,66 @@
+"""Take all calibration batches through the decoder, one layer at a time.
+
+The vision tower and the embeddings run once. With a streamed model only the layer at work is on the
+device and hidden states wait in host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from regraft.data.collate import Batch
+from regraft.models.anatomy import decoder_layers
+from regraft.models.placement import PlacedModel, moved
+from regraft.models.replay import TextInputs, replay, text_inputs
+
+
+class Walk:
+    """Batches on their way: `states[i]` `[B, S, d]` is what enters the layer reached by batch i."""
+
+    def __init__(self, model: PlacedModel, batches: Sequence[Batch]) -> None:
+        self.model = model
+        self.batches = batches
+        self.layers = len(decoder_layers(model.network))
+        self._home = torch.device("cpu") if model.streamed else model.device
+        self._texts: list[TextInputs] = []
+        self.states: list[Tensor] = []
+        with model.frame():
+            for batch in batches:
+                text = text_inputs(model.network, model.place(batch).inputs)
+                embedded = replay(model.network, text, stop=0)
+                self._texts.append(TextInputs(moved(dict(text.kwargs), self._home), text.batch))
+                self.states.append(embedded.to(self._home))
+
+    def run(
+        self, layer: int, around: Callable[[Batch], AbstractContextManager[None]] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Run one layer on every batch, inside `model.layer`.
+
+        Args:
+            layer: Its index.
+            around: Makes a context, from the batch on the device, in which the layer runs.
+
+        Yields:
+            Index of the batch and the layer's output `[B, S, d]`; after the last layer, normed.
+        """
+        for i, batch in enumerate(self.batches):
+            with nullcontext() if around is None else around(self.model.place(batch)):
+                output = self.replay(i, layer, self.states[i].to(self.model.device))
+            yield i, output
+
+    def replay(self, i: int, layer: int, hidden: Tensor, *, gradient: bool = False) -> Tensor:
+        """Run one layer on batch i, from the input `hidden` `[B, S, d]` on the device."""
+        text = self._texts[i]
+        text = TextInputs(moved(dict(text.kwargs), self.model.device), text.batch)
+        stop = layer + 1 if layer + 1 < self.layers else None
+        return replay(
+            self.model.network, text, start=layer, hidden=hidden, stop=stop, gradient=gradient
+        )
+
+    def keep(self, i: int, output: Tensor) -> None:
+        """Make a layer's output the state of batch i."""
+        self.states[i] = output.to(self._home)

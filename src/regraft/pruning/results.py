@@ -1,0 +1,82 @@
+"""What pruning made of each layer, on disk, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from regraft.files import atomic_file
+from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
+from regraft.models.checkpoint import Edit
+
+
+@dataclass(frozen=True)
+class PrunedWeight:
+    """A mask `[out, in]` bool, True where pruned, or new weights `[out, in]` as on disk."""
+
+    mask: Tensor | None = None
+    weight: Tensor | None = None
+
+    def put(self, weight: Tensor) -> Tensor:
+        """Write the result into the dense weight `[out, in]`, in place."""
+        if self.mask is not None:
+            return weight.masked_fill_(self.mask.to(weight.device), 0)
+        assert self.weight is not None
+        return weight.copy_(self.weight)
+
+
+class LayerResults:
+    """One file a layer: 1 bit a weight for masks, whole weights where pruning updates them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, layer: LayerAnatomy, results: Mapping[str, PrunedWeight]) -> None:
+        """Write a layer's results, by `LinearAnatomy.key`."""
+        with atomic_file(self._path(layer)) as temporary:
+            save_file({key: _packed(result) for key, result in results.items()}, temporary)
+
+    def load(self, layer: LayerAnatomy) -> dict[str, PrunedWeight] | None:
+        """Read a layer's results, None where they were not written yet."""
+        if not self._path(layer).exists():
+            return None
+        stored = load_file(self._path(layer))
+        linears = {linear.key: linear for linear in layer.linears}
+        return {key: _unpacked(value, linears[key]) for key, value in stored.items()}
+
+    def edits(self, anatomy: Anatomy) -> dict[str, Edit]:
+        """For `write_edited`: put the results into every weight, layer files read late."""
+
+        def put(layer: LayerAnatomy, linear: LinearAnatomy) -> Edit:
+            def edit(weight: Tensor) -> Tensor:
+                results = self.load(layer)
+                assert results is not None
+                return results[linear.key].put(weight) if linear.key in results else weight
+
+            return edit
+
+        return {li.tensor: put(layer, li) for layer in anatomy.layers for li in layer.linears}
+
+    def _path(self, layer: LayerAnatomy) -> Path:
+        return self.folder / f"layer_{layer.index:03d}.safetensors"
+
+
+def _packed(result: PrunedWeight) -> Tensor:
+    if result.mask is not None:
+        return torch.from_numpy(np.packbits(result.mask.cpu().numpy().reshape(-1)))
+    assert result.weight is not None
+    return result.weight.cpu().contiguous()
+
+
+def _unpacked(stored: Tensor, linear: LinearAnatomy) -> PrunedWeight:
+    if stored.dtype != torch.uint8:
+        return PrunedWeight(weight=stored)
+    rows, columns = linear.shape
+    bits = np.unpackbits(stored.numpy(), count=rows * columns)
+    return PrunedWeight(mask=torch.from_numpy(bits.astype(bool)).view(rows, columns))

@@ -1,0 +1,124 @@
+"""SparseGPT against the paper's equations in dense float64, one weight at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from regraft.errors import RegraftError
+from regraft.importance.sparsegpt import inverse_factor, second_moments, sparsegpt_score
+from regraft.pruning.masks import Pattern
+from regraft.pruning.sparsegpt import sparsegpt_prune
+
+
+def problem(seed: int, out: int = 24, width: int = 48, tokens: int = 400) -> tuple[np.ndarray, ...]:
+    """A weight matrix and correlated inputs, float64."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.normal(size=(width, width)) / np.sqrt(width) + np.eye(width)
+    return rng.normal(size=(out, width)), rng.normal(size=(tokens, width)) @ mixing
+
+
+def damped_hessian(x: np.ndarray, damp: float = 0.01) -> np.ndarray:
+    """H = 2/n X^T X + damp * mean(diag) I."""
+    hessian = 2 / len(x) * x.T @ x
+    return hessian + damp * np.diag(hessian).mean() * np.eye(len(hessian))
+
+
+def obs_sweep(w: np.ndarray, hessian: np.ndarray, choose: object, block: int) -> np.ndarray:
+    """Column-wise optimal brain surgeon: invert the remaining Hessian anew for every column."""
+    w, width = w.copy(), w.shape[1]
+    mask = np.zeros(w.shape, bool)
+    for j in range(width):
+        if j % block == 0:
+            cost = np.stack(
+                [w[:, k] ** 2 / np.linalg.inv(hessian[k:, k:])[0, 0] for k in range(j, j + block)],
+                axis=1,
+            )
+            mask[:, j : j + block] = choose(cost)  # type: ignore[operator]
+        inverse = np.linalg.inv(hessian[j:, j:])
+        gone = np.where(mask[:, j], w[:, j], 0)
+        w[:, j:] -= gone[:, None] / inverse[0, 0] * inverse[0]
+        w[mask[:, j], j] = 0
+    return w
+
+
+def smallest_of_block(share: float) -> object:
+    """Mark the floor(share * n) smallest of a whole block."""
+
+    def choose(cost: np.ndarray) -> np.ndarray:
+        order = np.argsort(cost, axis=None, kind="stable")[: int(share * cost.size)]
+        mask = np.zeros(cost.size, bool)
+        mask[order] = True
+        return mask.reshape(cost.shape)
+
+    return choose
+
+
+def smallest_of_row(count: int) -> object:
+    """Mark the `count` smallest of each row of a block."""
+
+    def choose(cost: np.ndarray) -> np.ndarray:
+        mask = np.zeros(cost.shape, bool)
+        np.put_along_axis(mask, np.argsort(cost, axis=1, kind="stable")[:, :count], True, axis=1)
+        return mask
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("pattern", "choose", "block"),
+    [
+        (Pattern(0.5, "matrix"), smallest_of_block(0.5), 16),
+        (Pattern(0.6, "matrix"), smallest_of_block(0.6), 12),
+        (Pattern(0.25, "row"), smallest_of_row(4), 16),
+        (Pattern.parse_n_m("2:4"), smallest_of_row(2), 4),
+        (Pattern.parse_n_m("4:8"), smallest_of_row(4), 8),
+    ],
+)
+def test_pruning_is_the_papers_sweep(pattern: Pattern, choose: object, block: int) -> None:
+    w, x = problem(0)
+    expected = obs_sweep(w, damped_hessian(x), choose, block)
+    factor = inverse_factor(second_moments(torch.tensor(x)), len(x))
+    library_block = 16 if pattern.n_m else block
+    new = sparsegpt_prune(torch.tensor(w), factor, pattern, library_block)
+    assert np.array_equal(new.numpy() == 0, expected == 0)
+    assert np.abs(new.numpy() - expected).max() < 1e-4
+
+
+def test_score_is_the_cost_of_one_column_given_those_before() -> None:
+    w, x = problem(1)
+    hessian = damped_hessian(x)
+    costs = [np.linalg.inv(hessian[j:, j:])[0, 0] for j in range(w.shape[1])]
+    factor = inverse_factor(second_moments(torch.tensor(x)), len(x))
+    score = sparsegpt_score(torch.tensor(w), factor.statistic)
+    np.testing.assert_allclose(score.numpy(), w**2 / np.array(costs), rtol=1e-4)
+
+
+def test_it_beats_zeroing_the_same_weights() -> None:
+    w, x = problem(2)
+    factor = inverse_factor(second_moments(torch.tensor(x)), len(x))
+    new = sparsegpt_prune(torch.tensor(w), factor, Pattern(0.5, "row"))
+    zeroed = np.where(new.numpy() == 0, 0, w)
+
+    def loss(v: np.ndarray) -> float:
+        return float(((x @ (v - w).T) ** 2).sum())
+
+    assert loss(new.double().numpy()) < 0.9 * loss(zeroed)
+
+
+def test_dead_inputs_and_escalating_damping() -> None:
+    w, x = problem(3)
+    x[:, 5] = 0
+    factor = inverse_factor(second_moments(torch.tensor(x)), len(x))
+    assert factor.dead.nonzero().flatten().tolist() == [5]
+    assert factor.damp == 0.01
+    new = sparsegpt_prune(torch.tensor(w), factor, Pattern(0.5, "row"))
+    assert torch.isfinite(new).all()
+    assert (new[:, 5] == 0).all(), "weights on an input that is always 0 are free to go"
+    assert (sparsegpt_score(torch.tensor(w), factor.statistic)[:, 5] == 0).all()
+    broken = -torch.eye(4)
+    with pytest.raises(RegraftError, match="cannot be inverted"):
+        inverse_factor(broken, 1)
+    indefinite = torch.tensor([[1.0, 1.05], [1.05, 1.0]])
+    assert inverse_factor(indefinite, 2).damp > 0.01
