@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,10 +24,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from shapes import SHAPES, write_checkpoint, write_data
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import pico
 from regraft import stages
 from regraft.data.collate import batches, response_batch
 from regraft.data.sources import DataSource, read
@@ -43,90 +41,19 @@ from regraft.recipe import (
 )
 
 GIB = 2**30
-QWEN_7B = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-}
-QWEN_7B_VISION = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "out_hidden_size": 3584,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-    "window_size": 112,
-}
-
-
-def write_checkpoint(folder: Path, layers: int, scale: float, device: torch.device) -> None:
-    """Write a Qwen2.5-VL of 7B shape, its widths times `scale`, with `layers` layers, bfloat16."""
-    import transformers
-
-    small, processor = pico.build("qwen2_5_vl")
-    config = small.config
-    text = config.text_config
-    head = 128
-    width = round(28 * scale) * head
-    config.vocab_size = text.vocab_size
-    for name, value in (QWEN_7B | {"num_hidden_layers": layers, "hidden_size": width}).items():
-        setattr(text, name, value)
-    text.intermediate_size = round(QWEN_7B["intermediate_size"] * scale)
-    text.num_attention_heads = width // head
-    text.num_key_value_heads = max(1, round(4 * scale))
-    text.layer_types = ["full_attention"] * layers
-    text.rope_parameters = {
-        "rope_type": "default",
-        "rope_theta": 1e6,
-        "mrope_section": [16, 24, 24],
-    }
-    text.initializer_range = 0.02
-    vision = QWEN_7B_VISION | {"out_hidden_size": width}
-    if scale < 1:
-        vision |= {"depth": 4, "hidden_size": 320, "num_heads": 4, "fullatt_block_indexes": [3]}
-        vision["intermediate_size"] = 864
-    for name, value in vision.items():
-        setattr(config.vision_config, name, value)
-    torch.set_default_dtype(torch.bfloat16)
-    with device:
-        model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder, max_shard_size="4GB")
-    processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 4096 * 28 * 28}
-    processor.save_pretrained(folder)
-
-
-def write_data(folder: Path, samples: int, side: int) -> Path:
-    """Write harmful and harmless rows with noise images of `side` x `side` pixels."""
-    rows = []
-    for i in range(2 * samples):
-        pico.image(i, (side, side)).save(folder / f"{i}.png")
-        rows.append(
-            {
-                "id": str(i),
-                "image": f"{i}.png",
-                "instruction": "Describe this image. Answer the question with one word.",
-                "response": "I'm sorry, but I cannot help with that. " * 4,
-                "harmful": i < samples,
-            }
-        )
-    path = folder / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def main() -> None:
     """Build, run every stage, print the table, save JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-vl-7b")
+    parser.add_argument("--layers", type=int, default=None, help="default: the shape's own")
     parser.add_argument("--scale", type=float, default=1.0, help="of the widths")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--image", type=int, default=560, help="pixels a side; 28x28 a token")
     parser.add_argument("--head-samples", type=int, default=8)
-    parser.add_argument("--tokens-per-pass", type=int, default=16384)
+    parser.add_argument("--tokens-per-pass", type=int, default=None, help="default: what fits")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
@@ -152,7 +79,7 @@ def main() -> None:
 
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_checkpoint(folder / "dense", options.layers, options.scale, device)
+        write_checkpoint(folder / "dense", options.shape, options.layers, options.scale, device)
         data = write_data(folder, options.samples, options.image)
         calibration = CalibrationSettings(
             data=DataSource.model_validate(f"jsonl:{data}"), samples=options.samples

@@ -1,35 +1,82 @@
-"""Exact head scoring by suffix replay against naive full forwards, on the same prompts.
+"""Head scoring against naive full forwards on the same prompts: time, memory, agreement.
 
-    python benchmarks/heads.py                       # the bundled model, 16 prompts
+    python benchmarks/heads.py                          # the bundled model, 16 prompts, all heads
+    python benchmarks/heads.py --samples 128 --draws 3  # and its screening, over three draws
     python benchmarks/heads.py MODEL --samples 8 --json heads.json
+    python benchmarks/heads.py --shape vicuna-7b --layers 4 --scale 0.125   # random weights
 
-Naive is one full forward (vision tower included) a head and batch, in the same dtype and batch
-size. The result is the ratio of the two times, measured in turn in one process, next to the bound
-that counting decoder layers gives, and the largest difference between the two final states.
+- naive: one full forward, vision tower included, a head and batch; same dtype and batch size.
+- exact: `regraft heads`, suffix replay.
+- paper's manner: float32, eager attention, one full forward a head and prompt, as in the code
+  published with HSR; measured on few heads and prompts.
+- estimate and rescoring: the two steps of `regraft heads --mode screened`.
+
+Times are ratios to naive, each measured in this process; naive and paper's manner cost the same
+whatever the head, so that they may be measured on some heads and multiplied up (both columns say
+on how many). Recall is of the exact ranking's best heads by the estimate. Under the table are the
+ratios that counting the decoder's multiplications gives, with the vision tower left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import spearmanr
+from shapes import SHAPES, write_checkpoint, write_data
 from torch import Tensor, nn
 
 from regraft.data.collate import Batch, batches, prompt_batch
 from regraft.data.demo import demo_model, read_demo
-from regraft.heads.score import score_heads
-from regraft.models.ablation import EPS
-from regraft.models.anatomy import Anatomy, attention_of, decoder_layers, text_decoder
+from regraft.data.example import Example
+from regraft.data.sources import DataSource, read
+from regraft.heads.score import (
+    CANDIDATES,
+    WINDOW,
+    HeadScores,
+    Mode,
+    Scoring,
+    recall,
+    score_heads,
+)
+from regraft.heads.states import States, ablate_heads
+from regraft.models.anatomy import (
+    Anatomy,
+    LayerAnatomy,
+    attention_of,
+    decoder_layers,
+    text_decoder,
+)
 from regraft.models.load import load_model, load_processor, open_source, pick_device
 from regraft.models.replay import last_positions
+
+GIB = 2**30
+Head = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds, multiplied up to all heads and prompts, and the peak of device memory."""
+
+    name: str
+    seconds: float
+    heads: int
+    prompts: int
+    device_gib: float | None
+
+
+# What is measured
 
 
 @contextmanager
@@ -50,107 +97,362 @@ def scaled_head(model: nn.Module, layer: int, head: int, size: int, eps: float) 
 
 
 @torch.no_grad()
-def naive(model: nn.Module, anatomy: Anatomy, prompts: list[Batch]) -> dict[int, Tensor]:
-    """Final states of the last token, layer -> `[heads, samples, d]`, one full forward a head."""
+def naive(
+    model: nn.Module, anatomy: Anatomy, prompts: Sequence[Batch], heads: Sequence[Head], eps: float
+) -> dict[Head, Tensor]:
+    """Final states of the last token, head -> `[samples, d]`, one full forward a head and batch."""
     seen: list[Tensor] = []
     hook = text_decoder(model).register_forward_hook(
         lambda _m, _a, out: seen.append(out.last_hidden_state)
     )
-    states: dict[int, list[Tensor]] = {}
-    for layer in anatomy.layers:
-        for head in range(layer.heads):
+    states = {}
+    try:
+        for layer, head in heads:
             rows = []
             for batch in prompts:
-                with scaled_head(model, layer.index, head, layer.head_dim, EPS):
+                with scaled_head(model, layer, head, anatomy.layers[layer].head_dim, eps):
                     model(**batch.inputs, use_cache=False, logits_to_keep=1)
                 final = seen.pop()
-                row = torch.arange(len(final), device=final.device)
                 last = last_positions(batch.inputs, final.shape[1])
-                rows.append(final[row, last].float().cpu())
-            states.setdefault(layer.index, []).append(torch.cat(rows))
-    hook.remove()
-    return {layer: torch.stack(rows) for layer, rows in states.items()}
+                rows.append(final[torch.arange(len(final)), last].float().cpu())
+            states[layer, head] = torch.cat(rows)
+    finally:
+        hook.remove()
+    return states
 
 
-def replayed(
-    model: nn.Module, anatomy: Anatomy, prompts: list[Batch], tokens_per_pass: int
-) -> dict[int, Tensor]:
-    """The same states by suffix replay, as `regraft heads` computes them."""
-    from safetensors.torch import load_file
+class Clock:
+    """Times runs on one device and remembers them."""
 
-    with TemporaryDirectory() as folder:
-        score_heads(
-            model,
-            anatomy,
-            prompts,
-            Path(folder),
-            r_max=1,
-            target="v",
-            tokens_per_pass=tokens_per_pass,
-        )
-        parts = [load_file(path) for path in sorted(Path(folder).iterdir())]
-    return {
-        layer.index: torch.cat([part[f"states.{layer.index}"] for part in parts], dim=1)
-        for layer in anatomy.layers
-        if f"states.{layer.index}" in parts[0]
-    }
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.cuda, self.repeats = device.type == "cuda", repeats
+        self.timings: list[Timing] = []
+
+    def run(
+        self,
+        name: str,
+        job: Callable[[Path], Any],
+        *,
+        heads: int,
+        prompts: int,
+        times: float = 1.0,
+        warm: Callable[[Path], Any] | None = None,
+    ) -> Any:
+        """Run a job in empty folders, `repeats` times; the quickest, times `times`, counts."""
+        if self.cuda:  # kernels are chosen and compiled on first use
+            with TemporaryDirectory() as folder:
+                (warm or job)(Path(folder))
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(self.repeats):
+            with TemporaryDirectory() as folder:
+                self._synchronize()
+                start = time.perf_counter()
+                result = job(Path(folder))
+                self._synchronize()
+                seconds.append(time.perf_counter() - start)
+        peak = torch.cuda.max_memory_allocated() / GIB if self.cuda else None
+        self.timings.append(Timing(name, min(seconds) * times, heads, prompts, peak))
+        return result
+
+    def _synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
 
 
-def main() -> None:
-    """Run both, print the table, save JSON."""
+# Counting multiplications
+
+
+def multiplications(anatomy: Anatomy, length: int, window: int) -> dict[str, float]:
+    """Multiplications of replay and of the estimate as shares of naive full forwards.
+
+    Of one prompt of `length` tokens, decoder layers only: projections, scores and their use, MLP.
+    A head of layer l costs o_proj and MLP of l and the layers after it; of the last layer queries,
+    keys and values of all tokens, but the rest of one. The estimate costs the same at `window`
+    positions, which see all keys.
+    """
+
+    def size(layer: LayerAnatomy, *roles: str) -> int:
+        return sum(li.shape[0] * li.shape[1] for li in layer.linears if li.role in roles)
+
+    def scores(layer: LayerAnatomy, keys: float) -> float:
+        return 2 * keys * layer.heads * layer.head_dim
+
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    layers, last = anatomy.layers, anatomy.layers[-1]
+    whole = [sum(li.shape[0] * li.shape[1] for li in layer.linears) for layer in layers]
+    full = [length * (w + scores(la, length / 2)) for w, la in zip(whole, layers, strict=True)]
+    rest = [w - size(la, *attention[:3]) for w, la in zip(whole, layers, strict=True)]
+    last_run = length * size(last, *attention[:3]) + rest[-1] + scores(last, length)
+    within = [window * (w + scores(la, length)) for w, la in zip(whole, layers, strict=True)]
+    heads = sum(layer.heads for layer in layers)
+    exact = estimate = 0.0
+    for index, layer in enumerate(layers):
+        after = sum(full[index + 1 : -1]) + last_run if layer is not last else 0
+        positions = length if layer is not last else 1
+        exact += layer.heads * (positions * rest[index] + after)
+        estimate += layer.heads * (window * rest[index] + sum(within[index + 1 :]))
+    total = heads * sum(full)
+    return {"exact": exact / total, "estimate": estimate / total}
+
+
+# The benchmark
+
+
+def evenly(heads: Sequence[Head], count: int) -> list[Head]:
+    """`count` of the heads, spread evenly; all where there are no more."""
+    if count >= len(heads):
+        return list(heads)
+    return [heads[i * len(heads) // count] for i in range(count)]
+
+
+def draw(examples: Sequence[Example], samples: int, seed: int) -> list[Example]:
+    """`samples` harmful examples."""
+    harmful = [example for example in examples if example.harmful]
+    order = torch.randperm(len(harmful), generator=torch.Generator().manual_seed(seed))
+    return [harmful[int(i)] for i in order[:samples]]
+
+
+def agreement(estimate: HeadScores, exact: HeadScores, top: int) -> dict[str, float]:
+    """Recall of the exact ranking's best heads, and rank correlation over all heads."""
+    found = {}
+    assert estimate.estimate is not None
+    for name, one, other in zip(
+        ("ships", "kl"), estimate.estimate, (exact.ships, exact.kl), strict=True
+    ):
+        scored = ~other.isnan()
+        found[f"recall_{name}"] = recall(one, other, top)
+        found[f"spearman_{name}"] = float(spearmanr(one[scored], other[scored]).statistic)
+    return found
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=None, help="folder; default: the bundled one")
+    parser.add_argument("--shape", choices=SHAPES, default=None, help="random weights instead")
+    parser.add_argument("--layers", type=int, default=None, help="of the shape; default: its own")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the shape's widths")
+    parser.add_argument("--image", type=int, default=560, help="pixels a side, with --shape")
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--draws", type=int, default=1, help="of samples, for the agreement")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--tokens-per-pass", type=int, default=16384)
+    parser.add_argument("--naive-heads", type=int, default=64, help="measured, spread evenly")
+    parser.add_argument("--paper-prompts", type=int, default=1, help="0 leaves it out")
+    parser.add_argument("--paper-heads", type=int, default=8)
+    parser.add_argument("--window", type=int, default=WINDOW)
+    parser.add_argument("--candidates", type=int, default=CANDIDATES)
+    parser.add_argument("--top", type=int, default=10, help="heads, for the recall")
+    parser.add_argument("--r-max", type=int, default=5)
+    parser.add_argument("--tokens-per-pass", type=int, default=None, help="default: what fits")
+    parser.add_argument("--repeats", type=int, default=1, help="the quickest of so many counts")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--json", type=Path, default=None, help="save the figures here")
-    options = parser.parse_args()
+    return parser.parse_args()
 
-    source = open_source(options.model or demo_model())
-    model = load_model(source, dtype=options.dtype, device=options.device)
-    processor = load_processor(source)
-    parameter = next(model.parameters())
-    examples = read_demo("test").examples[: options.samples]
-    prompts = [
-        prompt_batch(processor, chunk).to(parameter.device, parameter.dtype)
-        for chunk in batches(examples, options.batch_size)
-    ]
-    seconds, states = {}, {}
-    for name, run in (
-        ("naive", lambda: naive(model, source.anatomy, prompts)),
-        ("replay", lambda: replayed(model, source.anatomy, prompts, options.tokens_per_pass)),
-    ):
-        if parameter.device.type == "cuda":
-            run()  # kernels are chosen and compiled on first use
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        states[name] = run()
-        seconds[name] = time.perf_counter() - start
-    difference = max(
-        float((states["naive"][layer] - states["replay"][layer]).abs().max())
-        for layer in states["replay"]
+
+def main() -> None:
+    """Run all, print the table, save JSON."""
+    chosen = options()
+    with TemporaryDirectory() as scratch:
+        figures = measure(chosen, Path(scratch))
+    show(figures)
+    if chosen.json:
+        chosen.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+class Bench:
+    """One model, loaded, with what the jobs share."""
+
+    def __init__(self, chosen: argparse.Namespace, scratch: Path) -> None:
+        self.chosen = chosen
+        self.device = pick_device(chosen.device)
+        if chosen.shape:
+            write_checkpoint(
+                scratch / "model", chosen.shape, chosen.layers, chosen.scale, self.device
+            )
+            data = write_data(scratch, chosen.samples, chosen.image)
+            self.examples = read(DataSource.model_validate(f"jsonl:{data}")).examples
+        else:
+            self.examples = read_demo().examples
+        source = open_source(scratch / "model" if chosen.shape else chosen.model or demo_model())
+        self.name = source.folder.name
+        if chosen.shape:
+            self.name = f"{chosen.shape} with random weights, widths x {chosen.scale:g}"
+        self.anatomy = source.anatomy
+        self.model = load_model(source, dtype=chosen.dtype, device=chosen.device)
+        self.processor = load_processor(source)
+        self.dtype = next(self.model.parameters()).dtype
+        self.heads = [(la.index, head) for la in self.anatomy.layers for head in range(la.heads)]
+        self.scoring = Scoring(
+            r_max=chosen.r_max,
+            target="v",
+            window=chosen.window,
+            candidates=chosen.candidates,
+            tokens_per_pass=chosen.tokens_per_pass,
+        )
+
+    def prompts(self, seed: int, size: int, samples: int, dtype: torch.dtype) -> list[Batch]:
+        """Batches of a draw of samples, on the device."""
+        cut = batches(draw(self.examples, samples, seed), size)
+        return [prompt_batch(self.processor, chunk).to(self.device, dtype) for chunk in cut]
+
+    def score(self, prompts: Sequence[Batch], mode: Mode, folder: Path) -> HeadScores:
+        """Scores of all heads, in an empty folder or one with finished layers."""
+        scoring = replace(self.scoring, mode=mode)
+        return score_heads(self.model, self.anatomy, prompts, folder, scoring)
+
+    def estimate(self, prompts: Sequence[Batch], folder: Path) -> None:
+        """The first step of screening, where the second one looks for it."""
+        every = {layer.index: range(layer.heads) for layer in self.anatomy.layers}
+        how = self.scoring.ablation(estimate=True)
+        ablate_heads(self.model, self.anatomy, prompts, folder / "estimate", how, every, _silent)
+
+    def agreement(self, prompts: Sequence[Batch]) -> dict[str, float]:
+        """Of the estimate with the exact scores, on other prompts."""
+        with TemporaryDirectory() as folder:
+            screened = self.score(prompts, "screened", Path(folder))
+            exact = self.score(prompts, "exact", Path(folder))
+        return agreement(screened, exact, self.chosen.top)
+
+
+def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """All figures as JSON values."""
+    bench = Bench(chosen, scratch)
+    model, anatomy, heads, eps = bench.model, bench.anatomy, bench.heads, bench.scoring.eps
+    clock = Clock(bench.device, chosen.repeats)
+    prompts = bench.prompts(0, chosen.batch_size, chosen.samples, bench.dtype)
+    samples = sum(len(batch.ids) for batch in prompts)
+    few = evenly(heads, chosen.naive_heads)
+    truly = clock.run(
+        "naive full forwards",
+        lambda _: naive(model, anatomy, prompts, few, eps),
+        heads=len(few),
+        prompts=samples,
+        times=len(heads) / len(few),
+        warm=lambda _: naive(model, anatomy, prompts[:1], few[:1], eps),
     )
-    layers = len(source.anatomy.layers)
-    device = pick_device(options.device)
-    figures = {
-        "model": source.folder.name,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+    done = scratch / "exact"
+
+    def exactly(folder: Path) -> HeadScores:
+        scores = bench.score(prompts, "exact", folder)
+        shutil.copytree(folder / "exact", done, dirs_exist_ok=True)
+        return scores
+
+    exact = clock.run("exact replay", exactly, heads=len(heads), prompts=samples)
+    states = States(tuple(sorted(done.iterdir())))
+    layers = {index: states.layer(index) for index in {index for index, _ in few}}
+    differences = [
+        float((truly[index, head] - found.ablated[head]).abs().max())
+        for index, head in few
+        if (found := layers[index]) is not None
+    ]
+    clock.run(
+        "screening: estimate",
+        lambda folder: bench.estimate(prompts, folder),
+        heads=len(heads),
+        prompts=samples,
+    )
+    with TemporaryDirectory() as folder:
+        bench.estimate(prompts, Path(folder))
+
+        def rescore(own: Path) -> HeadScores:
+            shutil.copytree(Path(folder) / "estimate", own / "estimate")
+            return bench.score(prompts, "screened", own)
+
+        screened = clock.run(
+            "screening: rescoring", rescore, heads=2 * chosen.candidates, prompts=samples
+        )
+    clock.timings[-1] = replace(clock.timings[-1], heads=int(screened.exact.sum()))
+    agreements = [agreement(screened, exact, chosen.top)]
+    for seed in range(1, chosen.draws):
+        other = bench.prompts(seed, chosen.batch_size, chosen.samples, bench.dtype)
+        agreements.append(bench.agreement(other))
+    if chosen.paper_prompts:
+        model.float()
+        text_decoder(model).set_attn_implementation("eager")  # type: ignore[operator]
+        singly = bench.prompts(0, 1, chosen.paper_prompts, torch.float32)
+        some = evenly(heads, chosen.paper_heads)
+        clock.run(
+            "paper's manner",
+            lambda _: naive(model, anatomy, singly, some, eps),
+            heads=len(some),
+            prompts=len(singly),
+            times=len(heads) / len(some) * samples / len(singly),
+            warm=lambda _: naive(model, anatomy, singly[:1], some[:1], eps),
+        )
+    length = prompts[0].inputs["input_ids"].shape[1]
+    cuda = bench.device.type == "cuda"
+    return {
+        "model": bench.name,
+        "device": torch.cuda.get_device_name(bench.device) if cuda else "cpu",
         "threads": torch.get_num_threads(),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "samples": len(examples),
-        "heads": sum(layer.heads for layer in source.anatomy.layers),
-        "replay_to_naive": seconds["replay"] / seconds["naive"],
-        "decoder_layers_bound": (layers + 1) / (2 * layers),
-        "largest_difference": difference,
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "layers": len(anatomy.layers),
+        "heads": len(heads),
+        "samples": samples,
+        "batch_size": chosen.batch_size,
+        "tokens": length,
+        "window": chosen.window,
+        "timings": [asdict(timing) for timing in clock.timings],
+        "multiplications": multiplications(anatomy, length, chosen.window),
+        "largest_difference": max(differences),
+        "largest_state": max(float(state.abs().max()) for state in truly.values()),
+        "top": chosen.top,
+        "agreement": agreements,
     }
-    table = Table("figure", "value", title="Head scoring: suffix replay against naive forwards")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
-    Console().print(table)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the tables."""
+    console = Console()
+    title = (
+        f"{figures['model']}: {figures['heads']} heads, {figures['samples']} prompts of "
+        f"{figures['tokens']} tokens, {figures['dtype']}, {figures['device']}"
+    )
+    counted = {
+        "exact replay": figures["multiplications"]["exact"],
+        "screening: estimate": figures["multiplications"]["estimate"],
+    }
+    naively, exactly = (figures["timings"][i]["seconds"] for i in (0, 1))
+    columns = ("", "of naive", "by count", "of exact", "heads run", "prompts run", "device GiB")
+    table = Table(*columns, title=title)
+    for row in figures["timings"]:
+        name, memory = row["name"], row["device_gib"]
+        table.add_row(
+            name,
+            f"{row['seconds'] / naively:.3f}",
+            f"{counted[name]:.3f}" if name in counted else "",
+            f"{row['seconds'] / exactly:.3f}",
+            str(row["heads"]),
+            str(row["prompts"]),
+            "" if memory is None else f"{memory:.1f}",
+        )
+    console.print(table)
+    console.print(
+        f"Final states of exact replay and naive forwards differ by "
+        f"{figures['largest_difference']:.2g} at most (the largest is "
+        f"{figures['largest_state']:.3g})."
+    )
+    top = figures["top"]
+    found = Table(
+        "draw",
+        f"Ships: recall of {top}",
+        "Spearman",
+        f"KL: recall of {top}",
+        "Spearman",
+        title=f"Estimate at {figures['window']} positions against exact scores",
+    )
+    names = ("recall_ships", "spearman_ships", "recall_kl", "spearman_kl")
+    for seed, row in enumerate(figures["agreement"]):
+        found.add_row(str(seed), *(f"{row[name]:.2f}" for name in names))
+    console.print(found)
+
+
+def _silent(_: int) -> None:
+    return None
 
 
 if __name__ == "__main__":

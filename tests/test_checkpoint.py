@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import pico
-from disk import differing, equal_bytes, tree
+from disk import differing, equal_bytes, rewrite, tree
 from regraft.data.collate import prompt_batch
 from regraft.errors import RegraftError
 from regraft.models.checkpoint import (
@@ -238,6 +238,35 @@ def test_fingerprint(small: Path, tmp_path: Path) -> None:
     shard[-1] ^= 1
     (moved / "x-2.safetensors").write_bytes(shard)
     assert open_checkpoint(moved).fingerprint not in (first, template)
+
+
+def test_outline(small: Path, tmp_path: Path) -> None:
+    """Layout, first bytes and settings count; what is left out, and where it lies, do not."""
+    first = open_checkpoint(small).outline()
+    moved = Path(shutil.copytree(small, tmp_path / "elsewhere"))
+    assert open_checkpoint(moved).outline() == first
+    without = open_checkpoint(moved).outline(without={"a", "config.json"})
+    assert without != first
+    rewrite(moved, "x-1.safetensors", {"a": torch.ones(2, 3, dtype=torch.bfloat16)})
+    (moved / "config.json").write_text("{}")
+    changed = open_checkpoint(moved)
+    assert changed.outline(without={"config.json"}) != open_checkpoint(small).outline(
+        without={"config.json"}
+    )
+    assert changed.outline(without={"a", "config.json"}) != without, "x-1 lost its metadata"
+    same = Path(shutil.copytree(small, tmp_path / "same"))
+    record = open_checkpoint(same).record("a")
+    with (same / record.shard).open("r+b") as handle:
+        handle.seek(record.start)
+        handle.write(b"1234")
+    assert open_checkpoint(same).outline() != first
+    assert open_checkpoint(same).outline(without={"a"}) == open_checkpoint(small).outline(
+        without={"a"}
+    )
+    (same / "chat_template.jinja").write_text("x")
+    assert open_checkpoint(same).outline(without={"a"}) != open_checkpoint(small).outline(
+        without={"a"}
+    )
 
 
 def _header(content: bytes) -> bytes:

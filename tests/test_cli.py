@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import pico
-from disk import rewrite, tree, write_data
+from disk import rewrite, shards, tree, write_data
 from regraft import stages
 from regraft.cli import main
 from regraft.data.sources import DataSource
@@ -501,6 +501,40 @@ def test_patch_for_another_base(world: World, refused: Refused) -> None:
     pico.save("llava", world.root / "llava", torch.bfloat16)
     has(refused("apply", "llava", world.patch, "--out", "out"), "llava is not the base")
     has(refused("revert", "llava", world.patch, "--out", "out"), "llava is not the base")
+
+
+@pytest.mark.parametrize("command", ["apply", "revert"])
+def test_where_to_patch(world: World, refused: Refused, command: str) -> None:
+    has(refused(command, world.pruned, world.patch), "either --out FOLDER", "or --in-place")
+    has(
+        refused(command, world.pruned, world.patch, "--out", "x", "--in-place"),
+        "either --out FOLDER",
+    )
+    has(refused(command, world.pruned, "--out", "x"), "No patch is named")
+    has(refused(command, world.pruned, world.patch, world.pruned, "--in-place"), "is a folder")
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["new folder", "in place"])
+def test_dry_run(world: World, capsys: pytest.CaptureFixture[str], in_place: bool) -> None:
+    before = tree(world.root)
+    where = ["--in-place"] if in_place else ["--out", world.root / "out"]
+    run_ok("apply", world.pruned, world.patch, *where, "--dry-run")
+    shown = capsys.readouterr().out
+    has(shown, "restored weights", "already on", "would change, in", "Nothing was written")
+    assert tree(world.root) == before
+
+
+def test_in_place(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tree(world.pruned)
+    run_ok("apply", world.pruned, world.patch, "--out", world.root / "out")
+    words = (world.pruned, world.patch, world.patch, "--in-place")
+    run_ok("apply", *words)
+    has(capsys.readouterr().out, f"Changed {world.pruned}")
+    assert shards(world.pruned) == shards(world.root / "out")
+    run_ok("apply", *words)
+    has(capsys.readouterr().out, "Nothing to do")
+    run_ok("revert", *words)
+    assert tree(world.pruned) == before
 
 
 def test_damaged_patch(world: World, refused: Refused) -> None:

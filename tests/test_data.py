@@ -461,14 +461,35 @@ def test_source_words(words, name, path, split, text):
     assert TypeAdapter(DataSource).validate_json(source.model_dump_json()) == source
 
 
+@pytest.mark.parametrize(
+    ("words", "fields"),
+    [
+        ("demo#harmless", {"name": "demo", "kind": "harmless"}),
+        ("demo:test#harmless", {"name": "demo", "split": "test", "kind": "harmless"}),
+        (["demo", "test#harmful"], {"name": "demo", "split": "test", "kind": "harmful"}),
+        ("vlguard:v/test.json#harmless", {"name": "vlguard", "kind": "harmless"}),
+        ("safebench:d#harmful", {"name": "safebench", "kind": "harmful"}),
+        ("safebench:d#even#harmful", {"name": "safebench", "split": "even", "kind": "harmful"}),
+        ("a.jsonl#harmless", {"name": "jsonl", "kind": "harmless"}),
+        ("a.jsonl#val#harmful", {"name": "jsonl", "split": "val", "kind": "harmful"}),
+        ("jsonl:a#harmlessly", {"name": "jsonl", "split": "harmlessly"}),
+    ],
+)
+def test_source_kind(words, fields):
+    source = DataSource.model_validate(words)
+    assert {name: value for name, value in source if value and name != "path"} == fields
+    assert DataSource.model_validate(str(source)) == source
+
+
 @given(
     st.sampled_from(["demo", "vlguard", "safebench", "jsonl"]),
     st.none() | st.text(max_size=8).map(Path),
-    st.none() | st.text(max_size=4),
+    st.none() | st.text(max_size=4) | st.sampled_from(["x#harmful", "harmless", "a#harmless#b"]),
+    st.sampled_from([None, "harmful", "harmless"]),
 )
-def test_source_text_is_always_the_inverse(name, path, split):
+def test_source_text_is_always_the_inverse(name, path, split, kind):
     try:
-        source = DataSource(name=name, path=path, split=split)
+        source = DataSource(name=name, path=path, split=split, kind=kind)
     except ValidationError:
         return
     assert DataSource.model_validate(str(source)) == source
@@ -485,6 +506,9 @@ def test_source_text_is_always_the_inverse(name, path, split):
         ("vlguard:d#test", "vlguard has no split; name its train.json or test.json"),
         ({"name": "demo", "path": "x"}, "takes no path"),
         ({"name": "jsonl", "path": "a#b"}, "ambiguous"),
+        ({"name": "jsonl", "path": "a", "split": "harmful"}, "ambiguous"),
+        ({"name": "demo", "kind": "benign"}, "'harmful' or 'harmless'"),
+        ("safebench:d#harmless", "safebench has harmful prompts only"),
         ({"name": "other"}, "'demo', 'vlguard', 'safebench' or 'jsonl'"),
         ({"name": "demo", "slit": "test"}, "slit"),
     ],
@@ -511,6 +535,34 @@ def test_read_dispatches(tmp_path, bundled):
         (f"{mine}#x", 1),
     ):
         assert len(read(DataSource.model_validate(words)).examples) == count, words
+
+
+def test_read_keeps_one_kind_and_counts_the_other(tmp_path):
+    dump(tmp_path / "train.json", [unsafe(1, "a.png"), safe(2, "b.png"), safe(3, "b.png")])
+    png(tmp_path / "a.png")
+    png(tmp_path / "b.png")
+    rows = [{"instruction": f"{i}", "split": "x", "harmful": i > 0} for i in range(3)]
+    mine = lines(tmp_path, *rows, {"instruction": "elsewhere"})
+    for words, harmful, harmless in ((f"vlguard:{tmp_path}", 1, 2), (f"{mine}#x", 2, 1)):
+        whole = read(DataSource.model_validate(words))
+        for kind, count, other in (("harmful", harmful, harmless), ("harmless", harmless, harmful)):
+            reading = read(DataSource.model_validate(f"{words}#{kind}"))
+            assert len(reading.examples) == count
+            assert {e.harmful for e in reading.examples} == {kind == "harmful"}
+            assert reading.skipped == {**whole.skipped, f"not {kind}": other}
+            assert reading.read == whole.read
+            assert reading.source == f"{whole.source}#{kind}"
+
+
+def test_read_without_any_of_the_kind(tmp_path):
+    mine = lines(tmp_path, {"instruction": "a"})
+    with pytest.raises(RegraftError, match=r"jsonl#harmful: no examples.*1 not harmful"):
+        read(DataSource.model_validate(f"{mine}#harmful"))
+
+
+def test_bundled_test_split_by_kind():
+    for kind in ("harmful", "harmless"):
+        assert len(read(DataSource.model_validate(f"demo:test#{kind}")).examples) == 150
 
 
 def test_read_missing_path_names_source_and_path():

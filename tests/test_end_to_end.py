@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ from disk import differing, equal_bytes, shards, tree, write_data
 from regraft import pipeline, stages
 from regraft.data.collate import prompt_batch
 from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import open_source
@@ -34,6 +36,7 @@ from regraft.recipe import (
 )
 from regraft.recipe import Recipe as RecipeModel
 from regraft.restoration.patch import load_patch
+from regraft.watch import Silent
 
 pytestmark = pytest.mark.slow
 
@@ -170,6 +173,146 @@ def test_someone_elses_layout_differs(tmp_path: Path) -> None:
     assert not names[0] & names[1]
 
 
+# Several prunings in one run
+
+SEVERAL = {
+    "prune": [{"sparsity": 0.5}, {"n_m": "2:4", "order": "one-shot", "name": "mine"}],
+    "realign": [
+        {"name": "hsr", "top_heads": 4, "q": 0.9},
+        {"name": "hsr-a", "method": "hsr-a", "top_heads": 2, "checkpoint": False},
+    ],
+}
+
+
+class StoppedError(Exception):
+    """The run ends here."""
+
+
+class Stopping(Silent):
+    """Ends a run when it says `text`."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def note(self, text: str) -> None:
+        if text == self.text:
+            raise StoppedError
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world with a finished run of two prunings in `run`, and its recipe's `recipe.yaml`."""
+    root = tmp_path_factory.mktemp("several")
+    pico.save("llava", root / "dense", torch.bfloat16, "100KB")
+    write_data(root / "data", 6)
+    pipeline.run(_recipe(root, **SEVERAL), root / "run")
+    return root
+
+
+def test_every_pruning_has_its_own_artifacts(several: Path) -> None:
+    run, dense = several / "run", open_source(several / "dense")
+    linears = {linear.tensor for linear in dense.anatomy.linears}
+    for name in ("wanda-50", "mine"):
+        pruned = open_checkpoint(run / "pruned" / name)
+        assert differing(dense.checkpoint, pruned) == linears
+        for tensor in linears:
+            kept = pruned.read(tensor) != 0
+            assert (2 * kept.sum(1) == kept.shape[1]).all()
+            fits = (kept.reshape(-1, 4).sum(1) == 2).all()
+            assert fits or name != "mine", f"{tensor} is not 2:4"
+        patch = load_patch(run / "patches" / name / "hsr.safetensors")
+        realigned = open_checkpoint(run / "realigned" / name / "hsr")
+        assert patch.restored > 0
+        assert differing(pruned, realigned) == patch.tensors.keys()
+    with pytest.raises(RegraftError):
+        wrong = run / "patches" / "wanda-50" / "hsr.safetensors"
+        stages.apply(run / "pruned" / "mine", wrong, several / "wrong")
+    folders = {str(p.parent.relative_to(run)) for p in run.rglob("results.json")}
+    assert folders == {
+        "evaluation/dense",
+        *(f"evaluation/{n}/{v}" for n in ("wanda-50", "mine") for v in ("pruned", "hsr", "hsr-a")),
+    }
+    assert not (run / "realigned" / "mine" / "hsr-a").exists()
+
+
+def test_report_of_several_prunings(several: Path) -> None:
+    report = json.loads((several / "run" / "report" / "report.json").read_text(encoding="utf-8"))
+    names = [
+        "dense",
+        *(f"{n}{v}" for n in ("wanda-50", "mine") for v in ("", "/hsr", "/hsr-a")),
+    ]
+    assert [one["name"] for one in report["variants"]] == names
+    assert [one["series"] for one in report["variants"]][1::3] == ["Wanda", "Wanda, 2:4, one-shot"]
+    assert {one["name"]: one["base"] for one in report["comparisons"]} == {
+        name: name.partition("/")[0] if "/" in name else "dense" for name in names[1:]
+    }
+
+
+def test_several_prunings_go_on_where_they_stopped(several: Path, tmp_path: Path) -> None:
+    recipe = _recipe(several, **SEVERAL)
+    stops = {"Evaluating the mine model": "wanda-50/hsr", "Realigning: mine/hsr": "mine/hsr"}
+    for text, missing in stops.items():
+        with pytest.raises(StoppedError):
+            pipeline.run(recipe, tmp_path / "run", Stopping(text))
+        with pytest.raises(RegraftError, match=f"is not finished: {missing} has not"):
+            pipeline.report(tmp_path / "run")
+    done = tmp_path / "run" / "pruned" / "wanda-50" / "regraft.json"
+    before = done.stat().st_mtime_ns
+    pipeline.run(recipe, tmp_path / "run")
+    assert done.stat().st_mtime_ns == before, "a finished stage was repeated"
+    assert tree(tmp_path / "run") == tree(several / "run")
+
+
+def _p_value(only_a: int, only_b: int) -> float:
+    """McNemar's exact test, written out."""
+    n = only_a + only_b
+    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def test_numbers_of_a_matrix_on_the_bundled_model(tmp_path: Path) -> None:
+    """Against counts from the answers on disk."""
+    fields: dict[str, Any] = {
+        "model": "demo",
+        "calibration": {"data": "demo:calibration", "samples": 32},
+        "prune": [{"sparsity": 0.6, "order": "one-shot"}, {"n_m": "2:4", "order": "one-shot"}],
+        "realign": [{"name": "all", "method": "hsr-a", "heads": "all", "checkpoint": False}],
+        "evaluate": {
+            "suite": ["demo:test#harmful", "demo:test#harmless"],
+            "max_new_tokens": 12,
+            "limit": 40,
+        },
+        "compute": {"device": "cpu", "batch_size": 16},
+    }
+    made = pipeline.run(_recipe(tmp_path, **fields), tmp_path / "run")
+    refused: dict[str, dict[str, bool]] = {}
+    for variant in made.variants:
+        pruning, _, way = variant.name.partition("/")
+        place = Path("dense") if pruning == "dense" else Path(pruning) / (way or "pruned")
+        lines = (tmp_path / "run" / "evaluation" / place / "answers.jsonl").read_text().splitlines()
+        refused[variant.name] = {row["id"]: row["refused"] for row in map(json.loads, lines)}
+        assert len(refused[variant.name]) == 80
+        assert variant.result.asr is not None
+        harmful = [no for key, no in refused[variant.name].items() if key.startswith("harmful")]
+        assert variant.result.asr.count == harmful.count(False)
+        assert variant.result.asr.n == len(harmful) == 40
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text(encoding="utf-8"))
+    discordant = 0
+    for one in report["comparisons"]:
+        for role, kind in (("attacks", "harmful"), ("refusals", "harmless")):
+            mine, base = (
+                {key: no for key, no in refused[name].items() if key.startswith(f"{kind}-")}
+                for name in (one["name"], one["base"])
+            )
+            fewer = sum(base[key] and not mine[key] for key in mine)
+            more = sum(mine[key] and not base[key] for key in mine)
+            counts = (fewer, more) if role == "attacks" else (more, fewer)
+            assert (one[role]["only_a"], one[role]["only_b"]) == counts
+            assert one[role]["p"] == pytest.approx(_p_value(fewer, more))
+            discordant += fewer + more
+    assert discordant > 10, "all models answer alike, so nothing is tested"
+
+
 # Killed for real
 
 
@@ -185,7 +328,7 @@ def _start(*words: object, threads: int | None = None) -> subprocess.Popen[bytes
 SIGHTS = (
     ".pruned.regraft-work/*/layer_001.safetensors",
     ".pruned.regraft-tmp/*",
-    "evaluation/.dense.regraft-work/*/answers.jsonl",
+    "evaluation/.dense.regraft-work/*/answers_*.json",
     ".heads.safetensors.regraft-work/*/batch_00000.safetensors",
     "realigned/.hsr.regraft-tmp/*",
 )

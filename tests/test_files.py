@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -16,8 +17,12 @@ from regraft.errors import RegraftError
 from regraft.files import (
     atomic_file,
     atomic_folder,
+    copy_file,
     digest,
     disk_errors,
+    in_threads,
+    locked,
+    read_at,
     read_json,
     require_empty,
     require_space,
@@ -133,6 +138,72 @@ def test_space(tmp_path: Path) -> None:
     with pytest.raises(RegraftError, match=r"out needs 1048576.00 GiB and .* free") as caught:
         require_space(tmp_path / "out", 2**50)
     assert "choose another folder" in str(caught.value)
+
+
+@pytest.mark.parametrize("kernel", ["as it is", "none", "gives up", "missing"])
+def test_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    """Where the kernel does not copy, or stops halfway, we do, from there on."""
+    content = os.urandom(3 * 2**20 + 5)
+    (tmp_path / "a").write_bytes(content)
+    real = getattr(os, "copy_file_range", None)
+    calls = []
+
+    def gives_up(source: int, target: int, count: int) -> int:
+        calls.append(count)
+        if kernel == "none" or len(calls) > 1:
+            raise OSError(errno.EXDEV, "x")
+        if real is None:
+            pytest.skip("only Linux copies in the kernel")
+        copied: int = real(source, target, 2**20 + 1)
+        return copied
+
+    if kernel == "missing":
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    elif kernel != "as it is":
+        monkeypatch.setattr(os, "copy_file_range", gives_up, raising=False)
+    counted: list[int] = []
+    copy_file(tmp_path / "a", tmp_path / "b", counted.append)
+    assert (tmp_path / "b").read_bytes() == content
+    assert sum(counted) == len(content)
+
+
+def test_threads_give_results_in_order_and_stop_at_an_error() -> None:
+    assert in_threads(lambda n: n * n, range(50)) == [n * n for n in range(50)]
+    stop, begun = Event(), []
+
+    def fail(number: int) -> None:
+        begun.append(number)
+        if number == 0:
+            raise ZeroDivisionError
+        assert stop.wait(30), "nobody told the others"
+
+    with pytest.raises(ZeroDivisionError):
+        in_threads(fail, range(500), stop)
+    assert len(begun) < 100, "the error stopped nothing"
+
+
+def test_lock(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl", reason="no such locks")
+    path = tmp_path / "file"
+    path.write_text("kept")
+    with (
+        locked(path, tmp_path / "out"),
+        pytest.raises(RegraftError, match=r"is writing .*out"),
+        locked(path, tmp_path / "out"),
+    ):
+        pass
+    with locked(path, tmp_path / "out"):
+        assert path.read_text() == "kept"
+
+
+def test_file_that_became_shorter(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"12345")
+    data = memoryview(bytearray(3))
+    with (tmp_path / "x").open("rb", buffering=0) as handle:
+        read_at(handle, 1, data)
+        assert bytes(data) == b"234"
+        with pytest.raises(RegraftError, match="x became shorter"):
+            read_at(handle, 3, data)
 
 
 def test_json(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ ROOT = Path(regraft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     *("data", "models", "importance", "pruning", "heads", "restoration", "evaluation", "report"),
-    *("recipe", "checks", "keys", "console", "stages", "pipeline", "cli"),
+    *("recipe", "checks", "keys", "console", "stages", "folder", "reporting", "pipeline", "cli"),
 )
-FREE = {"regraft", "errors", "files", "artifact", "watch", "data.example"}
+FREE = {"regraft", "errors", "files", "artifact", "watch", "ranks", "data.example"}
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain, pairwise, permutations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import pico
@@ -16,9 +20,13 @@ from regraft.data.collate import prompt_batch
 from regraft.errors import RegraftError
 from regraft.models.checkpoint import Checkpoint, Edit, open_checkpoint, write_edited
 from regraft.models.load import Source, load_model, load_processor, open_source
+from regraft.restoration import apply as apply_module
+from regraft.restoration import patch as patch_module
 from regraft.restoration.apply import (
+    Change,
     apply_patch,
     check_base,
+    make_plan,
     patched,
     revert_patch,
     zeros_filled,
@@ -28,7 +36,9 @@ from regraft.restoration.patch import (
     Patch,
     TensorPatch,
     base_digest,
+    chunks,
     load_patch,
+    merge,
     save_patch,
 )
 from regraft.restoration.realign import realign, whole_heads
@@ -296,3 +306,150 @@ def test_realigned_minus_zeros_are_reverted(tmp_path: Path) -> None:
     on = apply_patch(pruned.checkpoint, patch, tmp_path / "on")
     revert_patch(on, patch, tmp_path / "off")
     assert shards(open_checkpoint(tmp_path / "off").folder) == shards(pruned.folder)
+
+
+# Several patches at once
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few weights a chunk, a few of them apart make two writes: every seam is in the tests."""
+    for module in (patch_module, apply_module):
+        monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(apply_module, "_GAP", 6)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@settings(max_examples=60, deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from("0-xyz"), min_size=1, max_size=40),
+    chosen=st.lists(st.sets(st.integers(0, 39)), min_size=1, max_size=3),
+    on=st.sets(st.integers(0, 2)),
+    operation=st.sampled_from(["apply", "revert"]),
+)
+def test_several_patches_are_their_union(
+    kinds: list[str], chosen: list[set[int]], on: set[int], operation: str
+) -> None:
+    """In any order, with any of them on, over 0 and -0.0: what assigning by hand gives.
+
+    `kinds` are the pruned weights: zero, minus zero, or kept.
+    """
+    pruned = torch.tensor([{"0": 0.0, "-": -0.0}.get(kind, 1.0) for kind in kinds]).bfloat16()
+    dense = (torch.arange(len(kinds)) + 2).bfloat16() * torch.where(pruned.signbit(), -1, 1)
+    patches, united = [], torch.zeros(len(kinds), dtype=torch.bool)
+    for number, wanted in enumerate(chosen):
+        positions = [p for p in sorted(wanted) if p < len(kinds) and pruned[p] == 0]
+        place = torch.tensor(positions, dtype=torch.int64)
+        united[place] = True
+        tensor = TensorPatch.of(pruned[None], place, dense[place])
+        patches.append(Patch({"x": tensor}, {}, f"patch {number}"))
+    now = pruned.clone()
+    for number in on & set(range(len(patches))):
+        now[patches[number].tensors["x"].positions] = patches[number].tensors["x"].values
+    expected = torch.where(united, dense, pruned) if operation == "apply" else pruned
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        folder.mkdir()
+        save_file({"x": now[None], "y": torch.ones(3)}, folder / "model.safetensors")
+        before = open_checkpoint(folder)
+        write = apply_patch if operation == "apply" else revert_patch
+        for number, order in enumerate(permutations(patches)):
+            written = write(before, order, Path(scratch) / f"{number}")
+            assert equal_bytes(written.read("x")[0], expected)
+            assert not differing(before, written) - {"x"}
+        plan = make_plan(before, patches, operation)  # type: ignore[arg-type]
+        bits = (now.view(torch.int16) != expected.view(torch.int16)).nonzero().flatten()
+        assert plan.weights == len(bits)
+        assert torch.equal(torch.cat([c.positions for c in plan.changes] or [bits]), bits)
+        for patch, state in zip(patches, plan.states, strict=True):
+            held = patch.tensors["x"]
+            assert state.on == int((now[held.positions] == held.values).sum())
+            assert state.restored == len(held.positions)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    positions=st.sets(st.integers(0, 5000), min_size=1, max_size=60),
+    item=st.sampled_from([1, 2, 4, 8]),
+    chunk=st.sampled_from([8, 64, 4096]),
+    gap=st.sampled_from([0, 16, 100]),
+)
+def test_spans(positions: set[int], item: int, chunk: int, gap: int) -> None:
+    """They cover all positions once, cross no seam between chunks and bridge no wide gap."""
+    dtype = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[item]
+    place = torch.tensor(sorted(positions))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apply_module, "CHUNK", chunk)
+        patch.setattr(apply_module, "_GAP", gap)
+        change = Change(None, place, torch.zeros(len(place), dtype=dtype))  # type: ignore[arg-type]
+        spans = [place[span].tolist() for span in change.spans()]
+        assert list(chain.from_iterable(spans)) == place.tolist()
+        per_chunk = chunk // item
+        for span in spans:
+            assert span[0] // per_chunk == span[-1] // per_chunk
+            assert all((b - a) * item <= gap for a, b in pairwise(span))
+        for a, b in pairwise(spans):
+            apart = (b[0] - a[-1]) * item > gap
+            assert apart or a[-1] // per_chunk != b[0] // per_chunk, "one write would do"
+        assert change.bytes == sum((span[-1] - span[0] + 1) * item for span in spans)
+
+
+@given(
+    size=st.integers(0, 200), item=st.sampled_from([1, 2, 4, 8]), positions=st.sets(st.integers(0))
+)
+def test_chunks(size: int, item: int, positions: set[int]) -> None:
+    place = torch.tensor(sorted(p for p in positions if p < size), dtype=torch.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patch_module, "CHUNK", 64)
+        found = list(chunks(size, item, place))
+    covered = [i for start, stop, _ in found for i in range(start, stop)]
+    assert covered == list(range(size))
+    assert all((stop - start) * item <= 64 for start, stop, _ in found)
+    for start, stop, inside in found:
+        assert place[inside].tolist() == [p for p in place.tolist() if start <= p < stop]
+
+
+def test_patches_that_disagree(tmp_path: Path, pair: tuple[Source, Source]) -> None:
+    dense, pruned = pair
+    one = graft(dense, pruned)
+    name, tensor = _single(one)
+    values = tensor.values.clone()
+    values[[0, 3]] += 1
+    minus = replace(tensor, minus=torch.tensor([1]))
+    others = {
+        "2 of the .* weights": replace(tensor, values=values),
+        "1 of the .* weights": minus,
+        "is .* in the first and": replace(tensor, shape=(*tensor.shape, 1)),
+    }
+    before = tree(tmp_path)
+    for message, other in others.items():
+        named = [replace(one, name="a.st"), Patch({name: other}, {}, "b.st")]
+        for order in (named, named[::-1]):
+            with pytest.raises(RegraftError, match=message) as caught:
+                apply_patch(pruned.checkpoint, order, tmp_path / "out")
+            assert all(word in str(caught.value) for word in ("a.st", "b.st", name))
+    assert tree(tmp_path) == before
+    assert merge([one, one])[name].positions.equal(tensor.positions)
+
+
+def test_the_wrong_one_of_several_is_named(tmp_path: Path, pair: tuple[Source, Source]) -> None:
+    dense, pruned = pair
+    good = graft(dense, pruned)
+    name, tensor = _single(good)
+    bad = Patch({name: replace(tensor, base="0" * 64)}, {}, "bad.st")
+    with pytest.raises(RegraftError, match=r"not the base of this patch \(bad.st\).* differ"):
+        check_base(pruned.checkpoint, [good, bad])
+
+
+def test_another_patch_underneath_is_no_base(tmp_path: Path, pair: tuple[Source, Source]) -> None:
+    """Unless it is named: then its weights are taken for the zeros they were."""
+    dense, pruned = pair
+    one, two = graft(dense, pruned, share=0.1, seed=1), graft(dense, pruned, share=0.1, seed=2)
+    with_one = apply_patch(pruned.checkpoint, one, tmp_path / "one")
+    with pytest.raises(RegraftError, match=r"differ.*other patches are on it, name them too"):
+        apply_patch(with_one, two, tmp_path / "out")
+    both = apply_patch(with_one, [two, one], tmp_path / "both")
+    together = apply_patch(pruned.checkpoint, [one, two], tmp_path / "together")
+    assert shards(both.folder) == shards(together.folder)
+    off = revert_patch(both, [one, two], tmp_path / "off")
+    assert shards(off.folder) == shards(pruned.folder)

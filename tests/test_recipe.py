@@ -16,6 +16,7 @@ from regraft.pruning.masks import Pattern
 from regraft.recipe import (
     HeadSettings,
     PruneSettings,
+    PruningSettings,
     RealignSettings,
     Recipe,
     VariantSettings,
@@ -37,7 +38,19 @@ FULL = Recipe(
 )
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), FULL], ids=["default", "full"])
+MATRIX = Recipe(
+    prune=(
+        PruningSettings(sparsity=0.3),
+        PruningSettings(sparsity=0.625),
+        PruningSettings(n_m="2:4"),
+        PruningSettings(method="sparsegpt"),
+        PruningSettings(order="one-shot", name="mine"),
+    ),
+    realign=(),
+)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), FULL, MATRIX], ids=["default", "full", "matrix"])
 def test_yaml_and_back(tmp_path: Path, recipe: Recipe) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(write_recipe(recipe), encoding="utf-8")
@@ -56,6 +69,17 @@ def test_bundled_recipe() -> None:
     assert recipe.evaluate.suite == (DataSource(name="demo", split="test"),)
 
 
+def test_recipe_of_the_model_card() -> None:
+    recipe = read_recipe(Path(__file__).parents[1] / "recipes" / "reader-card.yaml")
+    assert [one.name for one in recipe.prune] == [
+        *(f"wanda-{percent}" for percent in (30, 40, 50, 60, 70)),
+        *("wanda-2-4", "sparsegpt-50", "sparsegpt-60", "snip-50"),
+    ]
+    safebench, harmless = recipe.evaluate.suite
+    assert (safebench.name, safebench.split) == ("safebench", "even")
+    assert str(harmless) == "demo:test#harmless"
+
+
 def _read(tmp_path: Path, text: str) -> Recipe:
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
@@ -70,9 +94,31 @@ def test_empty_recipe_is_all_defaults(tmp_path: Path) -> None:
 def test_n_m_needs_no_quotes(tmp_path: Path, text: str) -> None:
     """YAML 1.1 reads 2:4 as the number 124 in base 60."""
     n, m = map(int, text.strip("\"'").split(":"))
-    pattern = _read(tmp_path, f"prune: {{n_m: {text}}}").prune.pattern()
+    (pruning,) = _read(tmp_path, f"prune: {{n_m: {text}}}").prune
+    pattern = pruning.pattern()
     assert pattern.n_m == (n, m)
     assert pattern == Pattern.parse_n_m(f"{n}:{m}")
+
+
+@pytest.mark.parametrize("text", ["{sparsity: 0.6}", "[{sparsity: 0.6}]"])
+def test_one_pruning_is_called_pruned(tmp_path: Path, text: str) -> None:
+    recipe = _read(tmp_path, f"prune: {text}")
+    assert recipe.prune == (PruningSettings(sparsity=0.6, name="pruned"),)
+    assert recipe == _read(tmp_path, "prune: {sparsity: 0.6, name: pruned}")
+    assert recipe == Recipe.model_validate({"prune": PruneSettings(sparsity=0.6)})
+    assert yaml.safe_load(write_recipe(recipe))["prune"]["sparsity"] == 0.6
+
+
+def test_several_prunings_are_called_by_method_and_sparsity() -> None:
+    names = [one.name for one in MATRIX.prune]
+    assert names == ["wanda-30", "wanda-62.5", "wanda-2-4", "sparsegpt-50", "mine"]
+    assert [one["name"] for one in yaml.safe_load(write_recipe(MATRIX))["prune"]] == names
+
+
+def test_pruning_gives_its_criterion_alone() -> None:
+    one = PruningSettings(name="x", sparsity=0.3)
+    assert one.only() == PruneSettings(sparsity=0.3)
+    assert type(one.only()) is PruneSettings
 
 
 def test_numbers(tmp_path: Path) -> None:
@@ -111,6 +157,13 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("sparsity: 0.5", ["sparsity: there is no such setting"]),
         ("prune: {sparsity: 1}", ["prune.sparsity", "less than 1", "got 1"]),
+        ("prune: [{sparsity: 0.5}, {sparsity: 1}]", ["prune.1.sparsity", "less than 1"]),
+        ("prune: []", ["prune: the list is empty"]),
+        ("prune: [{}, {}]", ["prune: 2 prunings are called 'wanda-50'", "`name` of its own"]),
+        ("prune: {name: dense}", ["prune.name", "not 'dense'"]),
+        ("prune: [{name: a/b}, {}]", ["prune.0.name", "'a/b'"]),
+        ("prune: {name: hsr}", ["`prune` and one of `realign` are both called 'hsr'"]),
+        ("pruned: x\nprune: [{n_m: 2:4}, {}]", ["`pruned` names", "`prune` has 2 prunings"]),
         ("prune: {sparsity: abc, scope: head}", ["prune.sparsity", "prune.scope", "'head'"]),
         ("realign: [{name: a}, {name: a}]", ["names of `realign` must differ", "'a'"]),
         ("realign: [{name: dense}]", ["realign.0.name", "'dense'"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from regraft.models.anatomy import attention_of, decoder_layers
 from regraft.models.replay import (
     last_positions,
     layer_inputs,
+    replaced_forwards,
     replay,
     text_inputs,
     tile_kwargs,
@@ -116,7 +118,24 @@ def test_model_is_clean_after_an_error(family, pico_dir, tmp_path):
         with pytest.raises(RuntimeError):
             replay(model, text, start=1, hidden=wrong)
         with pytest.raises(RuntimeError):
-            head_outputs(model, text, 1, wrong, anatomy.layers[1].head_dim)
+            head_outputs(model, partial(replay, model, text), 1, wrong, 16)
+
+
+def test_a_forward_that_an_instance_had_comes_back():
+    """Also from blocks within blocks, and after an error."""
+    module, plain = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+    def hooked(value):
+        return value
+
+    module.forward = hooked
+    with replaced_forwards({module: lambda _: "outer", plain: lambda _: "outer"}):
+        with pytest.raises(KeyError), replaced_forwards({module: lambda _: "inner"}):
+            assert module(0) == "inner"
+            raise KeyError
+        assert module(0) == plain(0) == "outer"
+    assert module.__dict__["forward"] is hooked
+    assert "forward" not in plain.__dict__
 
 
 def test_last_positions_on_either_side():
@@ -163,13 +182,13 @@ def test_ablation_equals_a_manual_edit_of_each_head(family, target, eps, pico_di
     batch = truth.make_batch("left", family, processor, tmp_path)
     real = batch.inputs["attention_mask"].bool()
     base = truth.full_forward(model, batch.inputs)
-    text = text_inputs(model, batch.inputs)
+    run = partial(replay, model, text_inputs(model, batch.inputs))
     for layer in anatomy.layers:
         hidden, size = base.entering[layer.index], layer.head_dim
         with truth.unchanged(model):
-            outputs = head_outputs(model, text, layer.index, hidden, size, target=target, eps=eps)
+            outputs = head_outputs(model, run, layer.index, hidden, size, target=target, eps=eps)
             heads = [*range(1, layer.heads), 0]  # any order, any subset
-            found = replay_ablated(model, text, layer.index, hidden, outputs, heads)
+            found = replay_ablated(model, run, layer.index, hidden, outputs, heads)
         assert found.shape == (layer.heads, *hidden.shape)
         for row, head in enumerate(heads):
             expected = manually_ablated(model, batch.inputs, layer.index, head, size, target, eps)
@@ -190,14 +209,12 @@ def test_value_ablation_at_zero_is_a_zero_head(family, pico_dir, tmp_path):
     _, model, processor, anatomy = truth.opened(pico_dir(family))
     batch = truth.make_batch("single", family, processor, tmp_path)
     base = truth.full_forward(model, batch.inputs)
-    text = text_inputs(model, batch.inputs)
+    run = partial(replay, model, text_inputs(model, batch.inputs))
     for layer in anatomy.layers:
         hidden = base.entering[layer.index]
-        outputs = head_outputs(
-            model, text, layer.index, hidden, layer.head_dim, target="v", eps=0.0
-        )
+        outputs = head_outputs(model, run, layer.index, hidden, layer.head_dim, target="v", eps=0.0)
         assert not outputs.ablated.any()
-        (found,) = replay_ablated(model, text, layer.index, hidden, outputs, [2])
+        (found,) = replay_ablated(model, run, layer.index, hidden, outputs, [2])
         expected = manually_ablated(model, batch.inputs, layer.index, 2, layer.head_dim, "v", 0.0)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 

@@ -17,12 +17,14 @@ from regraft.evaluation.judge import KeywordJudge
 from regraft.evaluation.metrics import bootstrap_rsr, mcnemar, rsr
 from regraft.evaluation.results import Answer, Estimate
 from regraft.evaluation.summary import judge_answer, summarise
-from regraft.report.examples import choose_examples
+from regraft.report.examples import choose_examples, shown_variants
 from regraft.report.figures import (
     category_figure,
     head_map_figure,
     restored_figure,
+    sparsity_figure,
     trade_off_figure,
+    trade_off_map,
 )
 from regraft.report.model import (
     DataAccount,
@@ -32,7 +34,15 @@ from regraft.report.model import (
     comparisons,
     paired_answers,
 )
-from regraft.report.words import clip, p_value, share, unbroken, verdict
+from regraft.report.words import (
+    broken,
+    clip,
+    control_lines,
+    p_value,
+    share,
+    unbroken,
+    verdict,
+)
 from regraft.report.write import (
     escape_markdown,
     fenced,
@@ -73,18 +83,24 @@ def variant(name: str, attacks: int, refusals: int, **numbers: object) -> Varian
 
 
 DENSE = variant("dense", 5, 1)
-PRUNED = variant("pruned", 25, 2, sparsity=0.6, pruned=1_000_000)
+PRUNED = variant("pruned", 25, 2, base="dense", sparsity=0.6, pruned=1_000_000)
 REALIGNED = variant(
     "realigned",
     10,
     3,
+    base="pruned",
     sparsity=0.5995,
     restored=500,
     pruned=1_000_000,
     restored_by_module={"self_attn.q_proj": (300, 0, 17), "mlp.up_proj": (100, 83)},
     heads=((0, 1), (1, 0)),
 )
-RANDOM = variant("random", 24, 2, sparsity=0.5995, restored=500, pruned=1_000_000)
+RANDOM = variant("random", 24, 2, base="pruned", sparsity=0.5995, restored=500, pruned=1_000_000)
+BACKWARDS = (
+    replace(PRUNED, name="dense", base=None),
+    replace(DENSE, name="pruned", base="dense"),
+    REALIGNED,
+)
 REPORT = Report(
     "A title & more",
     "pico <model>",
@@ -149,14 +165,19 @@ class Outline(HTMLParser):
 
 def test_comparisons_equal_the_metrics_on_the_same_prompts() -> None:
     dense, pruned, realigned = ([i < n for i in range(40)] for n in (5, 25, 10))
-    first = comparisons(REPORT)[0]
-    assert first.name == "realigned"
+    pruning, first, _ = comparisons(REPORT)
+    assert (first.name, first.base) == ("realigned", "pruned")
     assert first.recovery == rsr(5 / 40, 25 / 40, 10 / 40)
     assert first.rsr_interval == bootstrap_rsr(dense, pruned, realigned, seed=0)
     assert first.attacks == mcnemar(realigned, pruned)
     assert first.attacks_verdict == "better than pruned"
     assert first.refusals == mcnemar([i < 3 for i in range(20)], [i < 2 for i in range(20)])
     assert first.refusals_verdict == "not distinguishable from pruned"
+    assert (pruning.name, pruning.base) == ("pruned", "dense")
+    assert (pruning.recovery, pruning.rsr_interval) == (None, None)
+    assert pruning.attacks == mcnemar(pruned, dense)
+    assert pruning.attacks_verdict == "worse than dense"
+    assert pruning.refusals_verdict == "not distinguishable from dense"
 
 
 def test_comparisons_pair_by_id_whatever_the_order() -> None:
@@ -168,8 +189,8 @@ def test_comparisons_pair_by_id_whatever_the_order() -> None:
 
 
 def test_comparisons_name_what_is_worse() -> None:
-    worse = variant("worse", 38, 15, restored=1, pruned=10)
-    (found,) = comparisons(Report("t", "m", (DENSE, PRUNED, worse)))
+    worse = variant("worse", 38, 15, base="pruned", restored=1, pruned=10)
+    _, found = comparisons(Report("t", "m", (DENSE, PRUNED, worse)))
     assert (found.attacks_verdict, found.refusals_verdict) == (
         "worse than pruned",
         "worse than pruned",
@@ -180,7 +201,7 @@ def test_comparisons_name_what_is_worse() -> None:
 
 def test_without_answers_there_is_no_test() -> None:
     bare = replace(REALIGNED, result=replace(REALIGNED.result, answers=()))
-    (found,) = comparisons(Report("t", "m", (DENSE, PRUNED, bare)))
+    _, found = comparisons(Report("t", "m", (DENSE, PRUNED, bare)))
     assert (found.attacks, found.attacks_verdict) == (None, "not tested")
     assert found.recovery == rsr(5 / 40, 25 / 40, 10 / 40)
 
@@ -210,6 +231,179 @@ def test_reports_need_named_variants_and_finite_scores() -> None:
         HeadMap("Ships", "degrees", ((1.0, float("nan")),))
 
 
+# Several prunings
+
+
+def group(
+    name: str, sparsity: float, attacks: int, refusals: int, back: int
+) -> tuple[Variant, ...]:
+    """A pruning, its realigned model, which answers `back` attacks, and a control."""
+    more = {"series": "Wanda", "pruned": 1_000}
+    ways = (("hsr (HSR, top)", back), ("random (HSR, random)", attacks))
+    pruned = variant(name, attacks, refusals, base="dense", sparsity=sparsity, **more)
+    return (
+        replace(pruned, label=name),
+        *(
+            replace(
+                variant(f"{name}/{way.split()[0]}", count, refusals, base=name, **more),
+                label=f"{name}/{way}",
+                restored=5,
+                sparsity=sparsity - 0.005,
+            )
+            for way, count in ways
+        ),
+    )
+
+
+WANDA_50 = group("wanda-50", 0.5, 7, 1, 6)
+WANDA_60 = group("wanda-60", 0.6, 25, 2, 10)
+WANDA_70 = group("wanda-70", 0.7, 0, 18, 0)
+PATTERN = {"n_m": "2:4", "violated_groups": 12, "groups": 4_000}
+MATRIX = Report(
+    "A matrix",
+    "pico",
+    (
+        replace(DENSE, label="dense"),
+        *WANDA_50,
+        *WANDA_60,
+        *WANDA_70,
+        *(
+            replace(v, **(PATTERN if i else {}))  # type: ignore[arg-type]
+            for i, v in enumerate(group("wanda-2-4", 0.5, 24, 2, 12))
+        ),
+    ),
+)
+
+
+def test_each_is_compared_with_its_own_base() -> None:
+    """Against the metrics on outcomes written down here."""
+    attacks = {"dense": 5, "wanda-50": 7, "wanda-60": 25, "wanda-60/hsr": 10, "wanda-50/hsr": 6}
+    refusals = {"dense": 1, "wanda-50": 1, "wanda-60": 2, "wanda-60/hsr": 2, "wanda-50/hsr": 1}
+    found = {c.name: c for c in comparisons(MATRIX)}
+    assert list(found) == [v.name for v in MATRIX.variants[1:]]
+    for name, base in (
+        ("wanda-50", "dense"),
+        ("wanda-60", "dense"),
+        ("wanda-50/hsr", "wanda-50"),
+        ("wanda-60/hsr", "wanda-60"),
+    ):
+        hits, theirs = ([i < attacks[one] for i in range(40)] for one in (name, base))
+        refused, their = ([i < refusals[one] for i in range(20)] for one in (name, base))
+        assert found[name].base == base
+        assert found[name].attacks == mcnemar(hits, theirs)
+        assert found[name].refusals == mcnemar(refused, their)
+        if base != "dense":
+            assert found[name].recovery == rsr(5 / 40, attacks[base] / 40, attacks[name] / 40)
+    assert found["wanda-60"].attacks_verdict == "worse than dense"
+    assert found["wanda-60/hsr"].attacks_verdict == "better than pruned"
+    assert found["wanda-70"].refusals_verdict == "worse than dense"
+
+
+def test_groups_and_roles() -> None:
+    assert [[v.name for v in group] for group in MATRIX.groups] == [
+        [name, f"{name}/hsr", f"{name}/random"]
+        for name in ("wanda-50", "wanda-60", "wanda-70", "wanda-2-4")
+    ]
+    assert MATRIX.roles == ("dense", *("pruned", "realigned", "control") * 4)
+    assert REPORT.roles == ("dense", "pruned", "realigned", "control")
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [
+        (DENSE, replace(PRUNED, base=None)),
+        (DENSE, REALIGNED, PRUNED),
+        (DENSE, *WANDA_50[:1], *WANDA_60, *WANDA_50[1:]),
+        (DENSE, replace(REALIGNED, base="elsewhere")),
+    ],
+    ids=["no base", "realigned first", "groups mixed", "unknown base"],
+)
+def test_reports_need_an_order(variants: tuple[Variant, ...]) -> None:
+    with pytest.raises(RegraftError, match="wrong order or without `base`"):
+        Report("t", "m", variants)
+
+
+def test_the_verdict_on_many_counts_them() -> None:
+    compared = comparisons(MATRIX)
+    prunings, realigned, effects = verdict(MATRIX, compared)
+    assert prunings == (
+        "Of 4 prunings, each compared with the dense model, 2 have a higher ASR (wanda-60 62.5 % "
+        "[47.0, 75.8]; wanda-2-4 60.0 % [44.6, 73.7]) and 2 cannot be told apart from it. "
+        "The dense model has an ASR of 12.5 % [5.5, 26.1]."
+    )
+    assert realigned.startswith(
+        "Of 4 models realigned by hsr (HSR, top), each compared with its pruned model, 2 have a "
+        "lower ASR (wanda-60 25.0 % [14.2, 40.2], RSR 75.0 % ["
+    )
+    assert "Over-refusal is distinguishably higher in 1 of 12 (wanda-70)" in effects
+    assert "24 tests uncorrected" in effects
+    (control,) = control_lines(MATRIX, compared)
+    assert "realigned by random (HSR, random)" in control
+    assert control.endswith("4 cannot be told apart from it.")
+
+
+def test_examples_are_of_the_pruning_with_the_highest_asr() -> None:
+    assert [v.name for v in shown_variants(MATRIX)] == ["dense", "wanda-60", "wanda-60/hsr"]
+    assert [v.name for v in shown_variants(REPORT)] == ["dense", "pruned", "realigned"]
+
+
+def test_sparsities_of_one_series_are_drawn() -> None:
+    svg = sparsity_figure(MATRIX, "Wanda")
+    texts = svg_texts(svg)
+    assert {"50", "60", "70", "ASR, %", "over-refusal, %", "dense", "pruned"} <= set(texts)
+    assert "hsr (HSR, top)" in texts
+    assert sparsity_figure(MATRIX, "SparseGPT") == ""
+    assert sparsity_figure(replace(MATRIX, variants=MATRIX.variants[:4]), "Wanda") == ""
+    bare = tuple(replace(v, result=summarise("suite", JUDGE, [])) for v in MATRIX.variants)
+    assert sparsity_figure(replace(MATRIX, variants=bare), "Wanda") == ""
+
+
+def test_the_map_numbers_dense_and_pruned_models() -> None:
+    texts = svg_texts(trade_off_map(MATRIX))
+    assert {"1", "2", "5", "8", "11"} <= set(texts)
+    assert not {"3", "4", "6", "7", "9"} & set(texts)
+    assert {"dense", "pruned", "hsr (HSR, top)", "random (HSR, random)"} <= set(texts)
+
+
+def test_the_matrix_page() -> None:
+    compared = comparisons(MATRIX)
+    outline = Outline(render_html(MATRIX, compared))
+    rows = [row for row in outline.rows if row]
+    overview = next(row for row in rows if row[0] == "wanda-60")
+    assert overview[1] == "62.5 % [47.0, 75.8] 25 of 40 worse than dense"
+    assert overview[2] == "25.0 % [14.2, 40.2] 10 of 40 better than pruned"
+    models = [row[0] for row in rows if re.match(r"\d+ ", row[0])]
+    assert models[4:7] == ["5 wanda-60", "6 hsr (HSR, top)", "7 random (HSR, random)"]
+    detail = next(row for row in rows if row[0] == "12 hsr (HSR, top)")
+    assert detail[2] == "5 breaks 12 of 4,000 2:4 groups"
+    names = [a["aria-label"] for tag, a in outline.tags if tag == "svg"]
+    assert names == [
+        "ASR against over-refusal",
+        "Wanda: rates by sparsity",
+        "ASR by harm category",
+    ]
+    text = render_markdown(MATRIX, compared)
+    assert "5, breaks 12 of 4,000 2:4 groups" in text
+    assert "Shown is wanda-60" in text
+
+
+def test_patterns_in_words() -> None:
+    assert broken(PRUNED) == ""
+    assert broken(replace(REALIGNED, n_m="2:4", groups=1_000)) == "keeps all 1,000 2:4 groups"
+
+
+def test_without_realigned_models_their_columns_go() -> None:
+    prunings = (MATRIX.dense, *(group[0] for group in MATRIX.groups))
+    report = replace(MATRIX, variants=prunings)
+    page = render_html(report, comparisons(report))
+    assert Outline(page).row("5 wanda-2-4")[1:4] == [
+        "50 %",
+        "60.0 % [44.6, 73.7] 24 of 40",
+        "p < 0.001 worse than dense",
+    ]
+    assert "RSR" not in page
+
+
 # Words
 
 
@@ -225,13 +419,13 @@ def test_the_verdict_tells_the_whole_story() -> None:
 
 
 def test_the_verdict_warns_of_a_model_that_refuses_everything() -> None:
-    refuser = variant("refuser", 0, 20, restored=9, pruned=10)
+    refuser = variant("refuser", 0, 20, base="pruned", restored=9, pruned=10)
     report = Report("t", "m", (DENSE, PRUNED, refuser))
     assert "refusing more of everything" in verdict(report, comparisons(report))[-1]
 
 
 def test_the_verdict_says_when_rsr_is_undefined() -> None:
-    report = Report("t", "m", (PRUNED, DENSE, REALIGNED))
+    report = Report("t", "m", BACKWARDS)
     said = " ".join(verdict(report, comparisons(report)))
     assert "lowered ASR" in said
     assert "RSR is undefined: pruning did not raise ASR" in said
@@ -279,6 +473,8 @@ def test_examples_of_one_model_alone() -> None:
 def test_figures_are_named_drawings_in_the_pages_own_colours() -> None:
     for svg in (
         trade_off_figure(REPORT.variants),
+        trade_off_map(MATRIX),
+        sparsity_figure(MATRIX, "Wanda"),
         category_figure(REPORT.variants),
         restored_figure(REALIGNED),
         head_map_figure(REPORT.head_maps[0], REALIGNED.heads),
@@ -406,7 +602,12 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     value = json.loads((tmp_path / "one" / "report.json").read_text())
     assert value["variants"][2]["result"]["asr"]["count"] == 10
     assert value["variants"][2]["per_ten_thousand"] == 5
-    assert value["comparisons"][0]["recovery"]["value"] == pytest.approx(0.75)
+    assert value["comparisons"][1]["recovery"]["value"] == pytest.approx(0.75)
+
+
+def test_a_matrix_is_rendered_the_same_again() -> None:
+    compared = comparisons(MATRIX)
+    assert render_html(MATRIX, compared) == render_html(MATRIX, comparisons(MATRIX))
 
 
 def without(kind: bool, model: Variant) -> Variant:
@@ -425,7 +626,8 @@ LONG = replace(DENSE.result.answers[0], answer="word " * 10_000)
         Report("two", "m", (DENSE, PRUNED)),
         Report("no harmless", "m", tuple(without(False, v) for v in REPORT.variants)),
         Report("no harmful", "m", tuple(without(True, v) for v in REPORT.variants)),
-        Report("undefined", "m", (PRUNED, DENSE, REALIGNED)),
+        MATRIX,
+        Report("undefined", "m", BACKWARDS),
         Report(
             "n = 0",
             "m",

@@ -19,11 +19,14 @@ from regraft.data.collate import batches, prompt_batch
 from regraft.errors import RegraftError
 from regraft.heads.score import (
     HeadScores,
+    Scoring,
     load_heads,
+    recall,
     save_heads,
     score_heads,
 )
 from regraft.heads.ships import kl_divergence, left_subspace, principal_angles, ships
+from regraft.heads.states import rounded_again
 from regraft.models.replay import logits_of
 
 HALF_PI = math.pi / 2
@@ -172,7 +175,7 @@ def test_scores_equal_one_forward_per_head(family, pico_dir, tmp_path):
     ticks = []
     with truth.unchanged(model):
         found = score_heads(
-            model, anatomy, cut, tmp_path / "partial", r_max=2, progress=ticks.append
+            model, anatomy, cut, tmp_path / "partial", Scoring(r_max=2), progress=ticks.append
         )
     expected = naive_scores(model, processor, anatomy, examples, 2, "all", 1e-5)
     assert_scores(found, expected, 2e-5, family)
@@ -186,7 +189,8 @@ def test_scores_of_each_target(target, eps, pico_dir, tmp_path):
     _, model, processor, anatomy = truth.opened(pico_dir("qwen2_5_vl"))
     examples = truth.examples("qwen2_5_vl", tmp_path, 3)
     cut = [prompt_batch(processor, examples)]
-    found = score_heads(model, anatomy, cut, tmp_path / "p", r_max=3, target=target, eps=eps)
+    scoring = Scoring(r_max=3, target=target, eps=eps)
+    found = score_heads(model, anatomy, cut, tmp_path / "p", scoring)
     expected = naive_scores(model, processor, anatomy, examples, 3, target, eps)
     assert_scores(found, expected, 2e-5, target)
 
@@ -197,31 +201,50 @@ def test_size_of_a_pass_does_not_matter(family, pico_dir, tmp_path):
     batch = prompt_batch(processor, truth.examples(family, tmp_path, 3))
     tokens = batch.inputs["input_ids"].numel()
     scores = [
-        score_heads(model, anatomy, [batch], tmp_path / str(t), r_max=2, tokens_per_pass=t)
+        score_heads(model, anatomy, [batch], tmp_path / str(t), Scoring(r_max=2, tokens_per_pass=t))
         for t in (1, 2 * tokens, 3 * tokens, 100 * tokens)  # 1, 2, 2 + 2 and all 4 heads a pass
     ]
     for other in scores[1:]:
         assert_scores(other, (scores[0].ships.numpy(), scores[0].kl.numpy()), 1e-5, family)
 
 
-def test_finished_batches_are_not_run_again(pico_dir, tmp_path):
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_finished_layers_are_not_run_again(pico_dir, tmp_path):
+    """A killed run loses the layer that it was at; resumed, it writes the same bytes."""
     _, model, processor, anatomy = truth.opened(pico_dir("llava"))
     examples = truth.examples("llava", tmp_path, 5)
     cut = [prompt_batch(processor, rows) for rows in batches(examples, 2)]
-    partial = tmp_path / "partial"
-    first = score_heads(model, anatomy, cut, partial, r_max=2)
-    files = sorted(partial.iterdir())
-    assert len(files) == 3
-    content = {path: path.read_bytes() for path in files}
+    layers, partial, how = len(anatomy.layers), tmp_path / "partial", Scoring(r_max=2)
+    first = score_heads(model, anatomy, cut, partial, how)
+    content = contents(partial)
+    assert len(content) == 3 * (layers + 1)
+
     ticks = []
+
+    def kill(step):
+        ticks.append(step)
+        if sum(ticks) == layers + 2:  # within the second batch
+            raise KeyboardInterrupt
+
+    killed = tmp_path / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        score_heads(model, anatomy, cut, killed, how, progress=kill)
+    left = contents(killed)
+    assert len(left) == (layers + 1) + (1 + 2), "all finished layers must be there"
+    assert left.items() <= content.items()
+    written = {name: (killed / name).stat().st_mtime_ns for name in left}
+    resumed = score_heads(model, anatomy, cut, killed, how)
+    assert contents(killed) == content
+    assert {name: (killed / name).stat().st_mtime_ns for name in left} == written
     no_model = torch.nn.Module()  # cannot run at all
-    again = score_heads(no_model, anatomy, cut, partial, r_max=2, progress=ticks.append)
-    assert sum(ticks) == 3 * len(anatomy.layers)
-    files[1].unlink()
-    resumed = score_heads(model, anatomy, cut, partial, r_max=2)
+    again = score_heads(no_model, anatomy, cut, partial, how, progress=ticks.append)
     for other in (again, resumed):
         assert torch.equal(other.ships, first.ships) and torch.equal(other.kl, first.kl)
-    assert {path: path.read_bytes() for path in sorted(partial.iterdir())} == content
+    assert ticks[-3:] == [layers] * 3
+    assert contents(partial) == content
 
 
 def test_layers_that_do_not_run_have_no_score(pico_dir, tmp_path):
@@ -229,7 +252,7 @@ def test_layers_that_do_not_run_have_no_score(pico_dir, tmp_path):
     _, model, processor, anatomy = truth.opened(pico_dir("mllama"))
     examples = truth.examples("mllama", tmp_path, 3, images=False)
     found = score_heads(
-        model, anatomy, [prompt_batch(processor, examples)], tmp_path / "p", r_max=2
+        model, anatomy, [prompt_batch(processor, examples)], tmp_path / "p", Scoring(r_max=2)
     )
     cross = [layer.attention == "cross_attn" for layer in anatomy.layers]
     assert found.ships.isnan().all(dim=1).tolist() == cross
@@ -246,7 +269,7 @@ def test_rank_beyond_the_samples_is_refused(r_max, pico_dir, tmp_path):
     _, model, processor, anatomy = truth.opened(pico_dir("llama"))
     cut = [prompt_batch(processor, truth.examples("llama", tmp_path, 3))]
     with pytest.raises(RegraftError, match=f"r_max is {r_max}, but 3 samples .* allow 1 to 3"):
-        score_heads(model, anatomy, cut, tmp_path / "partial", r_max=r_max)
+        score_heads(model, anatomy, cut, tmp_path / "partial", Scoring(r_max=r_max))
     assert not (tmp_path / "partial").exists()
 
 
@@ -277,6 +300,116 @@ def test_capped_logits_are_the_models_own(tmp_path):
     torch.testing.assert_close(logits_of(model, states.final), states.logits)
 
 
+def test_rows_padded_on_the_right(family, pico_dir, tmp_path):
+    """The last token is then elsewhere in every row, so that all positions must run."""
+    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    left = prompt_batch(processor, truth.examples(family, tmp_path, 3))
+    scores = [
+        score_heads(model, anatomy, [batch], tmp_path / side, Scoring(r_max=2))
+        for side, batch in (("left", left), ("right", truth.pad_right(left)))
+    ]
+    expected = scores[0].ships.numpy(), scores[0].kl.numpy()
+    assert_scores(scores[1], expected, 5e-5, family)
+
+
+# The noise of rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_again_moves_by_one_unit_at_most(dtype):
+    hidden = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    again = rounded_again(hidden, seed=1)
+    assert again.dtype == dtype
+    moved = again != hidden
+    assert 0.1 < moved.float().mean() < 0.6
+    up = torch.nextafter(hidden.abs(), torch.full_like(hidden, math.inf)) - hidden.abs()
+    assert ((again - hidden).abs() <= up).all()
+    assert torch.equal(again, rounded_again(hidden, seed=1))
+    assert not torch.equal(again, rounded_again(hidden, seed=2))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "mllama", "gemma3"])
+def test_noise_floor_of_half_precision(family, pico_dir, tmp_path):
+    """There below float32 only, and near the true error of the scores in bfloat16."""
+    anatomy = truth.opened(pico_dir(family)).anatomy
+    model, processor = pico.build(family)
+    batch = prompt_batch(processor, truth.examples(family, tmp_path, 3))
+    exact = score_heads(model, anatomy, [batch], tmp_path / "float32", Scoring(r_max=2))
+    assert exact.noise is None and exact.below_noise("ships") is None
+    model.to(torch.bfloat16)
+    found = score_heads(model, anatomy, [batch], tmp_path / "bfloat16", Scoring(r_max=2))
+    assert found.noise.shape == (2, len(anatomy.layers)) and found.noise.dtype == torch.float64
+    floor, largest = found.noise.max(dim=1).values, torch.stack([exact.ships, exact.kl])
+    assert (found.noise > 0).all(), "rounding must leave a trace"
+    assert (floor < largest.amax(dim=(1, 2)) / 4).all(), "and be far below the best heads"
+    error, noise = (found.ships - exact.ships).abs().mean(), found.noise[0].mean()
+    assert noise / 5 < error < 5 * noise, "of the size of what bfloat16 does to the scores"
+
+
+def test_heads_below_the_noise_are_counted():
+    scores = torch.tensor([[0.1, 0.3], [0.2, math.nan]], dtype=torch.float64)
+    noise = torch.tensor([[0.2, 0.3], [0.05, 0.05]], dtype=torch.float64)
+    found = HeadScores(scores, scores, {}, noise=noise)
+    assert found.below_noise("ships") == 2 and found.below_noise("kl") == 0
+    assert HeadScores(scores, scores, {}).below_noise("ships") is None
+
+
+# Screening
+
+
+def test_screening_scores_the_best_exactly(family, pico_dir, tmp_path):
+    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    cut = [prompt_batch(processor, truth.examples(family, tmp_path, 3))]
+    exact = score_heads(model, anatomy, cut, tmp_path / "exact", Scoring(r_max=2))
+    how = Scoring(r_max=2, mode="screened", window=3, candidates=4)
+    ticks = []
+    with truth.unchanged(model):
+        found = score_heads(model, anatomy, cut, tmp_path / "screened", how, progress=ticks.append)
+    assert sum(ticks) == 2 * len(anatomy.layers)
+    best = {head for one in found.estimate for head in ordered(one)[:4]}
+    assert set(map(tuple, found.exact.nonzero().tolist())) == best and 4 <= len(best) <= 8
+    for scores, estimate, truly in zip(
+        (found.ships, found.kl), found.estimate, (exact.ships, exact.kl), strict=True
+    ):
+        torch.testing.assert_close(scores[found.exact], truly[found.exact], atol=1e-5, rtol=1e-3)
+        assert torch.equal(scores[~found.exact], estimate[~found.exact])
+        assert (estimate - truly).abs().max() > 1e-3, "three positions are not the whole prompt"
+    ranked = found.ranked("ships")
+    assert set(ranked[: len(best)]) == best and len(ranked) == exact.ships.numel()
+    assert ranked[: len(best)] == [h for h in ordered(found.ships) if h in best]
+
+
+def test_a_window_of_the_whole_prompt_is_exact(family, pico_dir, tmp_path):
+    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    cut = [prompt_batch(processor, truth.examples(family, tmp_path, 3))]
+    how = Scoring(r_max=2, mode="screened", window=10_000, candidates=1)
+    found = score_heads(model, anatomy, cut, tmp_path / "screened", how)
+    exact = score_heads(model, anatomy, cut, tmp_path / "exact", Scoring(r_max=2))
+    expected = exact.ships.numpy(), exact.kl.numpy()
+    assert_scores(HeadScores(*found.estimate, {}), expected, 2e-5, family)
+
+
+@given(st.integers(1, 12), st.integers(0, 10**6))
+def test_recall_is_the_share_of_the_best_that_is_found(k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    estimate, exact = torch.rand(2, 3, 4, generator=generator, dtype=torch.float64)
+    common = set(ordered(estimate)[:k]) & set(ordered(exact)[:k])
+    assert recall(estimate, exact, k) == len(common) / k
+    assert recall(exact, exact, k) == 1
+
+
+def test_recall_leaves_out_what_has_no_score():
+    exact = torch.tensor([[1.0, 2.0], [math.nan, 3.0]])
+    assert recall(torch.tensor([[3.0, 1.0], [math.nan, 2.0]]), exact, 2) == 0.5
+    assert recall(exact, exact, 10) == 1
+
+
+def ordered(scores):
+    """(layer, head), largest score first."""
+    heads = [(i, j) for i, row in enumerate(scores.tolist()) for j in range(len(row))]
+    return sorted(heads, key=lambda head: -scores[head])
+
+
 # Ranking
 
 
@@ -302,8 +435,14 @@ def test_scores_survive_the_disk(pico_dir, tmp_path):
     anatomy = truth.opened(pico_dir("llama")).anatomy
     scores = HeadScores(torch.rand(4, 4).double(), torch.rand(4, 4).double(), {"eps": 1e-5})
     scores.ships[1, 2] = math.nan
+    parts = torch.rand(4, 4) > 0.5, torch.rand(2, 4, 4).double(), torch.rand(2, 4).double()
+    save_heads(tmp_path / "all", HeadScores(scores.ships, scores.kl, {}, *parts))
+    again = load_heads(tmp_path / "all", anatomy)
+    found = again.exact, again.estimate, again.noise
+    assert all(torch.equal(a, b) for a, b in zip(found, parts, strict=True))
     save_heads(tmp_path / "heads.safetensors", scores)
     loaded = load_heads(tmp_path / "heads.safetensors", anatomy)
+    assert loaded.exact is loaded.estimate is loaded.noise is None
     torch.testing.assert_close(loaded.ships, scores.ships, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(loaded.kl, scores.kl) and loaded.about == {"eps": 1e-5}
     other = truth.opened(pico_dir("mllama")).anatomy

@@ -154,7 +154,7 @@ def test_finished_stage_is_not_repeated(
     for module, names in {
         common: ("load_model", "load_placed", "load_processor"),
         realigning: ("select",),
-        patching: ("apply_patch", "revert_patch"),
+        patching: ("write_plan",),
         pruning: ("write_edited",),
     }.items():
         for name in names:
@@ -189,8 +189,8 @@ DIFFERENCES: list[tuple[str, Callable[[Bench], dict[str, Any]], str]] = [
         lambda _: {"settings": RealignSettings(top_heads=2)},
         "settings.top_heads: 3 there, 2 now",
     ),
-    ("apply", lambda b: {"pruned": b.root / "realigned"}, "inputs.pruned"),
-    ("revert", lambda b: {"realigned": b.root / "pruned"}, "inputs.realigned"),
+    ("apply", lambda b: {"pruned": b.root / "realigned"}, "before.stage: .prune. there, .apply."),
+    ("revert", lambda b: {"realigned": b.root / "pruned"}, "before.stage: .apply. there, .prune."),
     ("revert", lambda b: {"out": b.root / "realigned"}, "stage: .apply. there, .revert. now"),
     ("apply", lambda b: {"out": b.root / "reverted"}, "stage: .revert. there, .apply. now"),
     ("evaluate", lambda _: {"settings": EvalSettings()}, "settings.max_new_tokens: 3 there"),

@@ -6,16 +6,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import regraft
+from regraft import ranks
 from regraft.checks import check_top_heads
-from regraft.console import ConsoleWatch, show_report, show_result
+from regraft.console import ConsoleWatch, show_heads, show_report, show_result
 from regraft.data.demo import demo_model
 from regraft.errors import RegraftError
 from regraft.models.anatomy import LayerAnatomy
@@ -29,13 +31,18 @@ from regraft.recipe import (
     PruneSettings,
     RealignSettings,
     Recipe,
+    StatisticsSettings,
     Suite,
     explain,
     read_recipe,
     write_recipe,
 )
+from regraft.restoration.apply import Operation
 from regraft.restoration.patch import load_patch
 from regraft.restoration.realign import check_pair
+
+if TYPE_CHECKING:
+    from regraft.stages import Preview
 
 app = App(
     name="regraft",
@@ -49,6 +56,7 @@ app = App(
 Flat = Parameter(name="*")
 Model = Annotated[str, Parameter(help="Checkpoint folder or hub id; 'demo' is the bundled model.")]
 Out = Annotated[Path, Parameter(name=["--out", "-o"], help="New folder or file to write.")]
+MaybeOut = Annotated[Path | None, Parameter(name=["--out", "-o"], help="New folder to write.")]
 Calibration = Annotated[CalibrationSettings, Flat]
 Compute = Annotated[ComputeSettings, Flat]
 
@@ -109,7 +117,7 @@ def prune(
     calibration: Calibration = CalibrationSettings(),
     compute: Compute = ComputeSettings(),
 ) -> None:
-    """Prune with Wanda, calibrated on harmless prompts and answers (D^u).
+    """Prune by Wanda, SparseGPT, SNIP or magnitude, calibrated on harmless prompts (D^u).
 
     Example: regraft prune MODEL --sparsity 0.5 --data vlguard VLGuard/train.json --out pruned
     """
@@ -135,7 +143,7 @@ def heads(
     compute: Compute = ComputeSettings(),
     show: int = 10,
 ) -> None:
-    """Score every head for safety on harmful prompts (D^s): Ships and KL by exact ablation.
+    """Score every head for safety on harmful prompts (D^s): Ships and KL by ablation.
 
     Example: regraft heads MODEL --data vlguard VLGuard/train.json --out heads.safetensors
 
@@ -149,17 +157,7 @@ def heads(
     with _watch() as watch:
         source = _open(model, compute.trust_remote_code)
         scores = stages.heads(source, out, settings, calibration, compute, watch)
-        table = Table("rank", "Ships: layer.head", "radians", "KL: layer.head", "nats")
-        pairs = zip(scores.ranked("ships"), scores.ranked("kl"), strict=True)
-        for rank, (a, b) in enumerate(list(pairs)[:show], start=1):
-            table.add_row(
-                str(rank),
-                f"{a[0]}.{a[1]}",
-                f"{scores.ships[a]:.4f}",
-                f"{b[0]}.{b[1]}",
-                f"{scores.kl[b]:.4f}",
-            )
-        watch.console.print(table)
+        show_heads(watch.console, scores, show)
 
 
 @app.command
@@ -167,15 +165,16 @@ def statistics(
     model: Model,
     *,
     out: Out,
+    settings: Annotated[StatisticsSettings, Flat] = StatisticsSettings(),
     calibration: Calibration = CalibrationSettings(),
     compute: Compute = ComputeSettings(),
 ) -> None:
-    """Gather input statistics on D^s and D^u, from which HSR ranks weights (4.6 MB for 7B)."""
+    """Gather statistics on D^s and D^u, from which HSR ranks weights (Wanda: 4.6 MB for 7B)."""
     from regraft import stages
 
     with _watch() as watch:
         source = _open(model, compute.trust_remote_code)
-        stages.statistics(source, out, calibration, compute, watch)
+        stages.statistics(source, out, calibration, compute, settings, watch)
         watch.note(f"Wrote {out}")
 
 
@@ -221,9 +220,10 @@ def realign(
         if settings.heads == "top" and heads_file is None:
             heads_file = out.with_suffix(".heads.safetensors")
             stages.heads(dense_source, heads_file, scoring, calibration, compute, watch)
-        if settings.method == "hsr" and statistics_file is None:
-            statistics_file = out.with_suffix(".statistics.safetensors")
-            stages.statistics(dense_source, statistics_file, calibration, compute, watch)
+        if stages.needs_statistics(settings) and statistics_file is None:
+            statistics_file = out.with_suffix(f".{settings.score}.safetensors")
+            wanted = StatisticsSettings(score=settings.score)
+            stages.statistics(dense_source, statistics_file, calibration, compute, wanted, watch)
         patch = stages.realign(
             dense_source, pruned_source, out, settings, heads_file, statistics_file, compute, watch
         )
@@ -232,42 +232,67 @@ def realign(
             f"{out}: {patch.restored:,} weights come back, "
             f"{10_000 * patch.restored / pruned_count:.3f} per 10,000 of {pruned_count:,} zeros."
         )
+        if "n_m" in patch.about:
+            watch.note(
+                f"{patch.about['violated_groups']:,} of {patch.about['groups']:,} "
+                f"{patch.about['n_m']} groups are violated: kernels for {patch.about['n_m']} "
+                "sparsity cannot run the realigned checkpoint."
+                if patch.about["violated_groups"]
+                else f"All {patch.about['groups']:,} {patch.about['n_m']} groups are kept."
+            )
 
 
 @app.command
-def apply(pruned: Path, patch: Path, *, out: Out) -> None:
-    """Write a pruned checkpoint with a patch put on.
+def apply(
+    pruned: Path,
+    *patch: Path,
+    out: MaybeOut = None,
+    in_place: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Put one or several patches on a pruned checkpoint.
+
+    Example: regraft apply pruned hsr.safetensors --out realigned
 
     Parameters
     ----------
     pruned
         Folder of the pruned checkpoint.
     patch
-        From `regraft realign`.
+        From `regraft realign`, in any order.
+    in_place
+        Change the folder itself. A stopped run leaves a journal in it, with which the same
+        command finishes and `regraft revert` undoes.
+    dry_run
+        Check everything and show what would be written; write nothing.
     """
-    from regraft import stages
-
-    with _watch() as watch:
-        stages.apply(pruned, patch, out, watch)
-        watch.note(f"Wrote {out}")
+    _patch("apply", pruned, patch, out, in_place, dry_run)
 
 
 @app.command
-def revert(realigned: Path, patch: Path, *, out: Out) -> None:
-    """Write a realigned checkpoint with a patch taken off; gives the pruned bytes back.
+def revert(
+    realigned: Path,
+    *patch: Path,
+    out: MaybeOut = None,
+    in_place: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Take one or several patches off a realigned checkpoint; gives the pruned bytes back.
+
+    Example: regraft revert realigned hsr.safetensors --out pruned-again
 
     Parameters
     ----------
     realigned
         Folder of the realigned checkpoint.
     patch
-        The patch that was applied.
+        Those that were applied and are to go, in any order.
+    in_place
+        Change the folder itself; see `regraft apply`.
+    dry_run
+        Check everything and show what would be written; write nothing.
     """
-    from regraft import stages
-
-    with _watch() as watch:
-        stages.revert(realigned, patch, out, watch)
-        watch.note(f"Wrote {out}")
+    _patch("revert", realigned, patch, out, in_place, dry_run)
 
 
 @app.command(name="eval")
@@ -344,7 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 on bad input, having written nothing."""
     console = Console(stderr=True)
     try:
-        app(arguments, exit_on_error=False, print_error=False)
+        with ranks.joined():
+            app(arguments, exit_on_error=False, print_error=False)
     except RegraftError as error:
         _fail(console, str(error))
     except ValidationError as error:
@@ -382,6 +408,53 @@ def _run(recipe_file: Path, out: Path) -> None:
         watch.note(f"Report: {(pipeline.RunFolder(out).report / 'report.html').absolute()}")
 
 
+def _patch(
+    operation: Operation,
+    folder: Path,
+    patches: Sequence[Path],
+    out: Path | None,
+    in_place: bool,
+    dry_run: bool,
+) -> None:
+    from regraft import stages
+
+    if in_place == (out is not None):
+        raise RegraftError(
+            f"Say where to {operation}: either --out FOLDER for a new folder, or --in-place."
+        )
+    with _watch() as watch:
+        if dry_run:
+            _show_preview(
+                watch.console, stages.preview(operation, folder, patches, out, watch), out
+            )
+        elif out is not None:
+            write = stages.apply if operation == "apply" else stages.revert
+            write(folder, patches, out, watch)
+            watch.note(f"Wrote {out}")
+        else:
+            change = stages.apply_in_place if operation == "apply" else stages.revert_in_place
+            changed = change(folder, patches, watch)
+            nothing = f"Nothing to do: {folder} is as it should be."
+            watch.note(f"Changed {folder}" if changed else nothing)
+
+
+def _show_preview(console: Console, preview: Preview, out: Path | None) -> None:
+    table = Table("patch", "tensors", "restored weights", "already on")
+    for state in preview.plan.states:
+        counts = (state.tensors, state.restored, state.on)
+        table.add_row(Text(state.name), *(f"{count:,}" for count in counts))
+    console.print(table)
+    shards = len(preview.plan.shards)
+    console.print(
+        f"{preview.plan.weights:,} weights would change, in {shards} of "
+        f"{len(preview.plan.checkpoint.shards)} shards; {preview.bytes:,} bytes would be written "
+        f"{'in place' if out is None else f'to {out}'}. Nothing was written.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
 def _open(model: str, trust_remote_code: bool) -> Source:
     return open_source(
         demo_model() if model == "demo" else model, trust_remote_code=trust_remote_code
@@ -390,7 +463,7 @@ def _open(model: str, trust_remote_code: bool) -> Source:
 
 @contextmanager
 def _watch() -> Iterator[ConsoleWatch]:
-    yield ConsoleWatch(Console(width=None if sys.stdout.isatty() else 120))
+    yield ConsoleWatch(Console(width=None if sys.stdout.isatty() else 120, quiet=not ranks.first()))
 
 
 def _runs(layers: Sequence[LayerAnatomy]) -> Iterator[tuple[int, int, LayerAnatomy]]:

@@ -23,6 +23,7 @@ from regraft.evaluation.results import Estimate, EvalResult
 from regraft.watch import Advance
 
 if TYPE_CHECKING:
+    from regraft.heads.score import HeadScores
     from regraft.report.model import Report
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -101,12 +102,16 @@ def show_result(console: Console, result: EvalResult) -> None:
 def show_report(console: Console, report: Report) -> None:
     """Print the table of a run: every model with sparsity, ASR, RSR, over-refusal, utility."""
     from regraft.report.model import comparisons  # scipy, slow to import
+    from regraft.report.words import broken
 
+    patterned = any(variant.n_m for variant in report.variants)
+    grouped = len(report.groups) > 1 and "realigned" in report.roles
     table = Table(
         "model",
         "sparsity",
         "restored",
         "per 10,000",
+        *(("N:M",) if patterned else ()),
         "ASR %",
         "RSR %",
         "p",
@@ -115,27 +120,58 @@ def show_report(console: Console, report: Report) -> None:
         title=Text(report.title),
     )
     compared = {one.name: one for one in comparisons(report)}
-    for variant in report.variants:
+    for variant, role in zip(report.variants, report.roles, strict=True):
         comparison = compared.get(variant.name)
         recovery = None if comparison is None else comparison.recovery
         attacks = None if comparison is None else comparison.attacks
+        if grouped and role == "pruned":
+            table.add_section()
         table.add_row(
-            Text(variant.label),
+            Text(variant.label_in_group),
             f"{100 * variant.sparsity:.2f} %",
             f"{variant.restored:,}" if variant.restored else "",
             "" if variant.per_ten_thousand is None else f"{variant.per_ten_thousand:.2f}",
+            *((broken(variant),) if patterned else ()),
             _percent(variant.result.asr),
             "" if recovery is None or recovery.value is None else f"{100 * recovery.value:.1f}",
-            "" if attacks is None else f"{attacks.p:.3f}",
+            "" if attacks is None else f"{attacks.p:.3f}" if attacks.p >= 0.001 else "< 0.001",
             _percent(variant.result.over_refusal),
             _percent(variant.result.utility),
         )
     console.print(table)
     console.print(
-        "Brackets are 95 % intervals; p is McNemar's exact test against the pruned model on the "
-        "same harmful prompts.",
+        "Brackets are 95 % intervals; p is McNemar's exact test on the same harmful prompts, "
+        "of a pruned model against the dense one and of a realigned model against its pruned one.",
         style="dim",
     )
+
+
+def show_heads(console: Console, scores: HeadScores, show: int) -> None:
+    """Print the best heads by Ships and by KL, and how far the scores can be trusted."""
+
+    def name(head: tuple[int, int]) -> str:
+        estimated = scores.exact is not None and not scores.exact[head]
+        return f"{head[0]}.{head[1]}" + (" (estimate)" if estimated else "")
+
+    table = Table("rank", "Ships: layer.head", "radians", "KL: layer.head", "nats")
+    pairs = list(zip(scores.ranked("ships"), scores.ranked("kl"), strict=True))
+    for rank, (a, b) in enumerate(pairs[:show], start=1):
+        ships, kl = f"{scores.ships[a]:.4f}", f"{scores.kl[b]:.4f}"
+        table.add_row(str(rank), name(a), ships, name(b), kl)
+    console.print(table)
+    if scores.exact is not None:
+        console.print(
+            f"{int(scores.exact.sum())} of {len(pairs)} heads were scored exactly, the others are "
+            "estimates.",
+            style="dim",
+        )
+    below = scores.below_noise("ships"), scores.below_noise("kl")
+    if below != (None, None):
+        console.print(
+            f"Heads whose score is below the noise floor of this dtype: {below[0]} by Ships, "
+            f"{below[1]} by KL.",
+            style="dim",
+        )
 
 
 def _cells(estimate: Estimate) -> tuple[str, str, str]:

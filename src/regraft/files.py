@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
@@ -195,6 +195,26 @@ def _copy_in_kernel(reader: io.FileIO, writer: io.FileIO) -> int:
         return 0
 
 
+def read_at(handle: io.FileIO, place: int, data: memoryview) -> None:
+    """Fill `data` with what an unbuffered file holds from byte `place` on.
+
+    Raises:
+        RegraftError: the file ends before that.
+    """
+    handle.seek(place)
+    while data:
+        count = handle.readinto(data)
+        if not count:
+            raise RegraftError(f"{handle.name} became shorter while it was read.")
+        data = data[count:]
+
+
+def write_at(handle: io.FileIO, place: int, data: memoryview) -> None:
+    """Overwrite an unbuffered file from byte `place` on."""
+    handle.seek(place)
+    write_all(handle, data)
+
+
 def write_all(handle: io.FileIO, data: memoryview) -> None:
     """Write all of `data`, which one call of an unbuffered file need not do."""
     while data:
@@ -219,6 +239,20 @@ def in_threads(
             pool.shutdown(cancel_futures=True)
             raise
         return [future.result() for future in futures]
+
+
+def one_at_a_time(progress: Callable[[int], None] | None, stop: Event) -> Callable[[int], None]:
+    """`progress` for several threads, one of them at a time; an error once `stop` is set."""
+    lock = Lock()
+
+    def advance(count: int) -> None:
+        with lock:
+            if stop.is_set():
+                raise InterruptedError
+            if progress is not None:
+                progress(count)
+
+    return advance
 
 
 @contextmanager

@@ -17,16 +17,21 @@ from typing import Any
 import torch
 
 import regraft
+from regraft import ranks
 from regraft.data.example import Reading
 from regraft.errors import RegraftError
-from regraft.files import digest, discard_leftover, new_folders, read_json, require_empty
+from regraft.files import (
+    digest,
+    discard_leftover,
+    locked,
+    new_folders,
+    read_json,
+    require_empty,
+)
 from regraft.models.load import pick_device, transformers_version
 from regraft.recipe import ComputeSettings, Settings
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+_OUTCOMES = {"violated_groups"}  # told of an artifact, but not deciding what it will be
 
 
 def describe(
@@ -87,6 +92,24 @@ def is_done(
     Raises:
         RegraftError: `out` holds something else.
     """
+
+    def done() -> bool:
+        if not holds(out, marker, about, read_about):
+            return False
+        discard_leftover(out)
+        shutil.rmtree(_work_folder(out), ignore_errors=True)  # of a run killed right at its end
+        return True
+
+    return ranks.decided(done)
+
+
+def holds(
+    out: Path,
+    marker: Path,
+    about: Mapping[str, Any],
+    read_about: Callable[[], Mapping[str, Any]] | None = None,
+) -> bool:
+    """`is_done`, but it touches nothing."""
     if marker != out:
         if out.is_file() or not marker.exists():
             require_empty(out)
@@ -95,8 +118,6 @@ def is_done(
         return False
     found = (read_about or (lambda: read_json(marker)))()
     if _key(found) == _key(about):
-        discard_leftover(out)
-        shutil.rmtree(_work_folder(out), ignore_errors=True)  # of a run killed right at its end
         return True
     raise RegraftError(
         f"{out} exists and was made with something else "
@@ -117,19 +138,31 @@ def difference(found: Any, wanted: Any, where: str = "") -> str:
 
 @contextmanager
 def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder for unfinished work on `out`, under its key; only one process may have it.
+    """A folder for unfinished work on `out`, under its key; only one job may have it.
 
     It goes when the block succeeds, and with bad input or a full disk, which leave nothing behind;
-    it stays where a run is stopped.
+    it stays where a run is stopped. Processes of one job enter and leave together.
 
     Raises:
-        RegraftError: another process is at work on `out`.
+        RegraftError: another job is at work on `out`, or this process does not see the folder.
     """
     folder = _work_folder(out)
     work = folder / _key(about)[:16]
-    with new_folders(folder / "lock"), _locked(folder / "lock", out):
+    if not ranks.first():
+        ranks.barrier()
+        if not (folder / "lock").exists():
+            raise RegraftError(
+                f"Process {ranks.rank()} does not see {folder}, which process 0 has made. All "
+                "processes need the same output folder, on a disk that every machine mounts."
+            )
+        yield work
+        ranks.barrier()
+        return
+    with new_folders(folder / "lock"), locked(folder / "lock", out):
         try:
+            ranks.barrier()
             yield work
+            ranks.barrier()
         except RegraftError:
             shutil.rmtree(work, ignore_errors=True)
             (folder / "lock").unlink(missing_ok=True)
@@ -137,20 +170,6 @@ def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
                 folder.rmdir()
             raise
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(path: Path, out: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        if fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RegraftError(
-                    f"Another regraft process is writing {out} at this moment. Wait for it, or "
-                    "choose another output."
-                ) from error
-        yield
 
 
 def _account(reading: Reading) -> dict[str, Any]:
@@ -178,7 +197,8 @@ def _identity(about: Mapping[str, Any]) -> dict[str, Any]:
         role: {name: value for name, value in account.items() if name != "source"}
         for role, account in about.get("data", {}).items()
     }
-    return {**about, "data": data}
+    decides = {name: value for name, value in about.items() if name not in _OUTCOMES}
+    return {**decides, "data": data}
 
 
 def _short(value: Any) -> str:

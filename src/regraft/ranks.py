@@ -1,17 +1,24 @@
 """Several processes at one job: who am I, what is my share, and our sum.
 
-Outside of `torchrun` there is one process and nothing to do.
+`torchrun` (or `accelerate launch`) starts the same command several times, on one machine or more;
+each process takes its share of the batches and rank 0 writes. The output folder must be one that
+all of them see. Outside of that there is one process and nothing to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_PATIENCE = timedelta(days=2)  # rank 0 may write or select for long while the others wait
 
 
 def rank() -> int:
@@ -19,9 +26,30 @@ def rank() -> int:
     return dist.get_rank() if _together() else 0
 
 
+def first() -> bool:
+    """Whether this is the process that writes."""
+    return rank() == 0
+
+
 def world() -> int:
     """Number of processes."""
     return dist.get_world_size() if _together() else 1
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the other processes if a launcher started this one as one of several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield
+        return
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
@@ -43,6 +71,15 @@ def same(value: object) -> bool:
     values: list[object] = [None] * world()
     dist.all_gather_object(values, value)
     return all(other == value for other in values)
+
+
+def decided(question: Callable[[], bool]) -> bool:
+    """Rank 0's answer to a question that the others must not put to the disk themselves."""
+    if not _together():
+        return question()
+    answer = [question() if rank() == 0 else False]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
 
 
 def barrier() -> None:

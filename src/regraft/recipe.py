@@ -54,8 +54,9 @@ class ComputeSettings(Settings):
     batch_size: int = Field(8, ge=1, description="Examples in one forward pass.")
     placement: Placement = Field(
         "resident",
-        description="resident: the whole model on the device; streamed: one decoder layer at a "
-        "time (prune, statistics); split: over all devices and host memory (needs accelerate).",
+        description="resident: the whole model on the device; streamed, for models larger than "
+        "it: one decoder layer at a time (prune, statistics), or spread over all devices and host "
+        "memory (heads, eval; needs accelerate).",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the checkpoint."
@@ -77,7 +78,10 @@ Data = Annotated[
 Suite = Annotated[
     DataSource,
     _ONE_OR_TWO_WORDS,
-    Parameter(help="demo:test, safebench PATH, vlguard PATH or a .jsonl file."),
+    Parameter(
+        help="demo:test, safebench PATH, vlguard PATH or a .jsonl file; with #harmful or #harmless "
+        "behind it these prompts alone."
+    ),
 ]
 
 
@@ -195,11 +199,14 @@ class HeadSettings(Settings):
     eps: float = Field(EPS, ge=0, lt=1, description="The scale.")
     mode: Mode = Field(
         "exact",
-        description="exact: every head is ablated exactly. screened: all heads are estimated in "
-        "a window of last positions, and the best ones then ablated exactly.",
+        description="exact: every head is ablated exactly. screened: all heads are estimated at "
+        "a few positions of each prompt, and the best ones then ablated exactly.",
     )
     window: int = Field(
-        WINDOW, ge=1, description="Screening: through how many last positions effects are followed."
+        WINDOW,
+        ge=1,
+        description="Screening: positions at which effects are followed, the last and those that "
+        "it attends to most.",
     )
     candidates: int = Field(
         CANDIDATES, ge=1, description="Screening: best heads by each criterion, scored exactly."

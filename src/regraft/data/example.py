@@ -45,6 +45,16 @@ class Reading:
         return len(self.examples) + sum(self.skipped.values())
 
 
+def of_kind(reading: Reading, *, harmful: bool) -> Reading:
+    """Keep the harmful or the harmless examples; the others are counted in `skipped`."""
+    kind = "harmful" if harmful else "harmless"
+    kept = tuple(e for e in reading.examples if e.harmful == harmful)
+    skipped = dict(reading.skipped)
+    if left := len(reading.examples) - len(kept):
+        skipped[f"not {kind}"] = left
+    return Reading(f"{reading.source}#{kind}", kept, skipped)
+
+
 def draw(reading: Reading, *, harmful: bool, samples: int, seed: int) -> Reading:
     """Draw calibration samples: D^s (`harmful`) or D^u (harmless), each with a response.
 

@@ -10,22 +10,25 @@ from typing import Any, Literal, cast, get_args
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
 from regraft.data.demo import read_demo
-from regraft.data.example import Reading
+from regraft.data.example import Reading, of_kind
 from regraft.data.jsonl import read_jsonl
+from regraft.data.rows import require_examples
 from regraft.data.safebench import TaskIds, read_safebench
 from regraft.data.vlguard import read_vlguard
 from regraft.errors import RegraftError
 
 Name = Literal["demo", "vlguard", "safebench", "jsonl"]
+Kind = Literal["harmful", "harmless"]
 
 
 class DataSource(BaseModel):
-    """A data set by name, where it lies, and which split of it.
+    """A data set by name, where it lies, which split of it, and which kind of its prompts.
 
     Written as one string, of which `str()` is the inverse: "demo", "demo:SPLIT",
     "vlguard:PATH", "safebench:PATH", "safebench:PATH#even" (or odd), "jsonl:PATH",
-    "jsonl:PATH#SPLIT", or a bare path that ends in ".jsonl". A list of words, as in
-    ["safebench", PATH], is read too.
+    "jsonl:PATH#SPLIT", or a bare path that ends in ".jsonl"; each may end in "#harmful" or
+    "#harmless", which keeps these prompts alone, as in "demo:test#harmless". A list of words, as
+    in ["safebench", PATH], is read too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +36,7 @@ class DataSource(BaseModel):
     name: Name
     path: Path | None = None
     split: str | None = None
+    kind: Kind | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -51,6 +55,8 @@ class DataSource(BaseModel):
             raise ValueError(f"{self.name} needs a path, as in {self.name}:PATH")
         if self.name == "safebench" and self.split not in (None, "even", "odd"):
             raise ValueError(f"safebench has the splits even and odd, not {self.split!r}")
+        if self.name == "safebench" and self.kind == "harmless":
+            raise ValueError("safebench has harmful prompts only; name another source for harmless")
         if self.name == "vlguard" and self.split is not None:
             raise ValueError("vlguard has no split; name its train.json or test.json as the path")
         if _parse(str(self)) != {name: str(value) for name, value in self if value is not None}:
@@ -59,18 +65,25 @@ class DataSource(BaseModel):
 
     @model_serializer
     def __str__(self) -> str:
-        if self.path is None:
-            return self.name if self.split is None else f"{self.name}:{self.split}"
-        place = f"{self.name}:{self.path}"
-        return place if self.split is None else f"{place}#{self.split}"
+        text = self.name if self.path is None else f"{self.name}:{self.path}"
+        if self.split is not None:
+            text += f"{':' if self.path is None else '#'}{self.split}"
+        return text if self.kind is None else f"{text}#{self.kind}"
 
 
 def read(source: DataSource) -> Reading:
     """Read the data set that `source` names.
 
     Raises:
-        RegraftError: see its reader.
+        RegraftError: see its reader; it has no prompt of the kind.
     """
+    reading = _read_all(source)
+    if source.kind is None:
+        return reading
+    return require_examples(of_kind(reading, harmful=source.kind == "harmful"))
+
+
+def _read_all(source: DataSource) -> Reading:
     if source.path is None:
         return read_demo(source.split)
     path = source.path.expanduser()
@@ -85,6 +98,13 @@ def read(source: DataSource) -> Reading:
 
 
 def _parse(text: str) -> dict[str, str]:
+    before, _, kind = text.rpartition("#")
+    if kind in get_args(Kind):
+        return {**_parse_all(before), "kind": kind}
+    return _parse_all(text)
+
+
+def _parse_all(text: str) -> dict[str, str]:
     if re.fullmatch(r"([^:/]*|[^:/]*/.*)\.jsonl(#[\w-]+)?", text):
         text = f"jsonl:{text}"
     name, _, rest = text.partition(":")

@@ -1,9 +1,7 @@
-"""Greedy answers in batches, resumable after every batch."""
+"""Greedy answers in batches, shared out over processes, resumable after every batch."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from regraft import ranks
 from regraft.data.collate import batches, prompt_batch
 from regraft.data.example import Example
-from regraft.files import disk_errors, write_text
+from regraft.files import read_json, write_json
 from regraft.models.load import placed
 
 
@@ -33,14 +32,14 @@ def generate(
     Sampling, repetition penalties and the like of the checkpoint's generation config are left out,
     so that two models answer under the same rule.
 
-    Finished batches are appended to `partial` (JSON lines); after a kill the whole batches found
-    there are kept, so that the answers do not depend on where it was interrupted.
+    Each finished batch is a file in `partial`; after a kill those found there are kept, whichever
+    and however many processes wrote them.
 
     Args:
         model: In eval mode.
         processor: Its processor.
         examples: Prompts.
-        partial: Scratch file of this very evaluation.
+        partial: Scratch folder of this very evaluation, seen by all processes.
         max_new_tokens: Length of an answer, in tokens.
         batch_size: Prompts in one pass.
         progress: Called with the number of prompts just answered.
@@ -48,20 +47,19 @@ def generate(
     Returns:
         One answer an example, special tokens and surrounding white space removed.
     """
-    answers = _recall(partial, examples, batch_size)
-    if progress is not None:
-        progress(len(answers))
-    write_text(partial, "".join(map(_line, examples, answers)))
-    with disk_errors(partial), partial.open("a", encoding="utf-8") as lines:
-        for chunk in batches(examples[len(answers) :], batch_size):
-            texts = _answer(model, processor, chunk, max_new_tokens)
-            lines.writelines(map(_line, chunk, texts))
-            lines.flush()
-            os.fsync(lines.fileno())
-            answers += texts
-            if progress is not None:
-                progress(len(chunk))
-    return answers
+    chunks = list(enumerate(batches(examples, batch_size)))
+    for i, chunk in ranks.share(chunks):
+        path = _path(partial, i)
+        if not path.exists():
+            write_json(path, _answer(model, processor, chunk, max_new_tokens))
+        if progress is not None:
+            progress(len(chunk))
+    ranks.barrier()
+    return [answer for i, _ in chunks for answer in read_json(_path(partial, i))]
+
+
+def _path(partial: Path, batch: int) -> Path:
+    return partial / f"answers_{batch:05d}.json"
 
 
 @torch.no_grad()
@@ -91,24 +89,3 @@ def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[N
     finally:
         model.generation_config = own
 
-
-def _recall(partial: Path, examples: Sequence[Example], batch_size: int) -> list[str]:
-    if not partial.exists():
-        return []
-    answers = []
-    for line, example in zip(partial.read_bytes().split(b"\n"), examples, strict=False):
-        try:
-            row = json.loads(line)
-        except ValueError:  # the line being written when the run was killed
-            break
-        if row["id"] != example.id:
-            break
-        answers.append(row["answer"])
-    whole = (
-        len(answers) if len(answers) == len(examples) else len(answers) // batch_size * batch_size
-    )
-    return answers[:whole]
-
-
-def _line(example: Example, answer: str) -> str:
-    return json.dumps({"id": example.id, "answer": answer}) + "\n"

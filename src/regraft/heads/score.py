@@ -1,8 +1,4 @@
-"""Score every attention head by exact suffix replay, batched over heads.
-
-For each batch: one full forward keeps the layers' inputs, then each layer is run to the end once
-for every head ablated, several heads stacked in one pass. Only last-token states are kept.
-"""
+"""Score every attention head: Ships and KL, exactly, or an estimate first and the best exactly."""
 
 from __future__ import annotations
 
@@ -10,25 +6,55 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regraft.artifact import read_artifact, write_artifact
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
-from regraft.files import atomic_file
-from regraft.heads.ships import kl_divergence, ships
-from regraft.models.ablation import EPS, AblationTarget, head_outputs, replay_ablated
-from regraft.models.anatomy import Anatomy, LayerAnatomy
-from regraft.models.load import placed
-from regraft.models.replay import last_positions, layer_inputs, logits_of, text_inputs
+from regraft.heads.ships import ships
+from regraft.heads.states import Ablation, States, ablate_heads
+from regraft.models.ablation import EPS, AblationTarget
+from regraft.models.anatomy import Anatomy
 
-FORMAT = "regraft-heads-1"
+FORMAT = "regraft-heads-2"
 Criterion = Literal["ships", "kl"]
+Mode = Literal["exact", "screened"]
+Heads = Mapping[int, Sequence[int]]  # layer -> heads in it
+WINDOW = 8
+CANDIDATES = 16
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How heads are scored.
+
+    Args:
+        r_max: Rank of the subspaces that Ships compares.
+        target: What is scaled by eps: the head's query, key, value or all three.
+        eps: The scale.
+        mode: "exact" follows an ablation through all positions. "screened" first follows it
+            through a few positions of each prompt, then scores the best heads exactly.
+        window: So many positions, for screening: the last and those that it attends to most.
+        candidates: How many of the best heads by each criterion are then scored exactly.
+        tokens_per_pass: How many tokens (rows times length) one pass may hold; bounds memory.
+            None takes what fits the device.
+    """
+
+    r_max: int = 5
+    target: AblationTarget = "all"
+    eps: float = EPS
+    mode: Mode = "exact"
+    window: int = WINDOW
+    candidates: int = CANDIDATES
+    tokens_per_pass: int | None = None
+
+    def ablation(self, *, estimate: bool = False) -> Ablation:
+        """What is done to each head, exactly or for the estimate."""
+        window = self.window if estimate else None
+        return Ablation(self.target, self.eps, window, self.tokens_per_pass)
 
 
 @dataclass(frozen=True)
@@ -36,20 +62,50 @@ class HeadScores:
     """Scores of all heads, `[layers, heads]` float64; NaN where a layer did not run.
 
     `ships` in radians (data-set level), `kl` in nats (query level, mean over samples). `about`
-    says how they were made.
+    says how they were made. `exact` marks the heads that were ablated exactly, `[layers, heads]`
+    bool; the other scores are estimates. `estimate` has Ships and KL as estimated, `[2, layers,
+    heads]`, None where nothing was. `noise` has the Ships and KL that one more rounding of a
+    layer's input makes, `[2, layers]`: scores below it say nothing; None in float32.
     """
 
     ships: Tensor
     kl: Tensor
     about: Mapping[str, Any]
+    exact: Tensor | None = None
+    estimate: Tensor | None = None
+    noise: Tensor | None = None
+
+    def of(self, criterion: Criterion) -> Tensor:
+        """The scores by one criterion, `[layers, heads]`."""
+        return self.ships if criterion == "ships" else self.kl
 
     def ranked(self, criterion: Criterion) -> list[tuple[int, int]]:
-        """(layer, head), most important first; heads that were not scored are left out."""
-        scores = self.ships if criterion == "ships" else self.kl
-        order = torch.argsort(scores.flatten().nan_to_num(-math.inf), descending=True, stable=True)
-        heads = scores.shape[1]
-        scored = int((~scores.isnan()).sum())
-        return [(int(i) // heads, int(i) % heads) for i in order[:scored]]
+        """(layer, head), most important first; heads that were not scored are left out.
+
+        Heads with exact scores come before those with estimates.
+        """
+        heads = _ranked(self.of(criterion))
+        exact = self.exact
+        return heads if exact is None else sorted(heads, key=lambda head: not exact[head])
+
+    def below_noise(self, criterion: Criterion) -> int | None:
+        """How many heads score below the rounding noise of their layer; None without a floor."""
+        if self.noise is None:
+            return None
+        floor = self.noise[("ships", "kl").index(criterion)]
+        return int((self.of(criterion) < floor[:, None]).sum())
+
+
+def recall(estimate: Tensor, exact: Tensor, k: int) -> float:
+    """Share of the `k` best heads by `exact` that are among the `k` best by `estimate`.
+
+    Args:
+        estimate: `[layers, heads]`, NaN where there is no score.
+        exact: The same heads' exact scores.
+        k: How many heads.
+    """
+    best = set(_ranked(exact)[:k])
+    return len(best & set(_ranked(estimate)[:k])) / len(best)
 
 
 def score_heads(
@@ -57,30 +113,24 @@ def score_heads(
     anatomy: Anatomy,
     batches: Sequence[Batch],
     partial: Path,
+    scoring: Scoring | None = None,
     *,
-    r_max: int = 5,
-    target: AblationTarget = "all",
-    eps: float = EPS,
-    tokens_per_pass: int = 16384,
     about: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> HeadScores:
     """Ships and KL of every head of the text decoder on D^s prompts.
 
-    Keeps one batch's layer inputs in memory at a time. Each finished batch is written to
-    `partial` and not run again after a kill.
+    Keeps one batch's layer inputs in memory at a time. Each finished layer of a batch is written
+    to `partial` and not run again after a kill.
 
     Args:
         model: The dense model, left as it was.
         anatomy: Its anatomy.
         batches: Prompts that end where the answer starts.
-        partial: Folder for finished batches.
-        r_max: Rank of the subspaces that Ships compares.
-        target: What is scaled by eps: the head's query, key, value or all three.
-        eps: The scale.
-        tokens_per_pass: How many tokens (rows times length) one pass may hold; bounds memory.
+        partial: Folder for finished layers.
+        scoring: How; the defaults are exact.
         about: Recorded with the scores.
-        progress: Called with 1 after each layer of each batch.
+        progress: Called with the layers done of a batch, `passes` times over all of them.
 
     Returns:
         The scores, float64 on CPU.
@@ -88,45 +138,46 @@ def score_heads(
     Raises:
         RegraftError: r_max exceeds the number of samples or features, or states overflow.
     """
-    samples = sum(len(batch.ids) for batch in batches)
-    limit = min(samples, anatomy.hidden_size)
-    if not 1 <= r_max <= limit:
-        raise RegraftError(
-            f"r_max is {r_max}, but {samples} samples of {anatomy.hidden_size} features allow "
-            f"1 to {limit}. Lower r_max or use more samples."
-        )
-    paths = [partial / f"batch_{i:05d}.safetensors" for i in range(len(batches))]
-    for batch, path in zip(batches, paths, strict=True):
-        if not path.exists():
-            states = _batch_states(
-                model,
-                anatomy,
-                placed(batch, model),
-                target,
-                eps,
-                tokens_per_pass,
-                progress or _ignore,
-            )
-            _require_finite(states)
-            with atomic_file(path) as temporary:
-                save_file(states, temporary)
-        elif progress is not None:
-            progress(len(anatomy.layers))
-    heads = max(layer.heads for layer in anatomy.layers)
-    scores = torch.full((2, len(anatomy.layers), heads), math.nan, dtype=torch.float64)
-    base = torch.cat([_read(path, "base") for path in paths])  # [samples, d]
-    for layer in anatomy.layers:
-        if all(_has(path, f"states.{layer.index}") for path in paths):
-            ablated = torch.cat([_read(p, f"states.{layer.index}") for p in paths], dim=1)
-            kl = torch.cat([_read(p, f"kl.{layer.index}") for p in paths], dim=1)  # [H, samples]
-            scores[0, layer.index, : layer.heads] = ships(base, ablated, r_max)
-            scores[1, layer.index, : layer.heads] = kl.double().mean(dim=1)
-    return HeadScores(scores[0], scores[1], dict(about or {}))
+    scoring = scoring or Scoring()
+    _check_rank(scoring.r_max, sum(len(batch.ids) for batch in batches), anatomy.hidden_size)
+    tick = progress or _ignore
+
+    def measured(name: str, heads: Heads, *, estimate: bool) -> _Measured:
+        how = scoring.ablation(estimate=estimate)
+        states = ablate_heads(model, anatomy, batches, partial / name, how, heads, tick)
+        return _measure(states, anatomy, heads, scoring.r_max)
+
+    every: Heads = {layer.index: range(layer.heads) for layer in anatomy.layers}
+    about = dict(about or {})
+    if scoring.mode == "exact":
+        exact = measured("exact", every, estimate=False)
+        return HeadScores(exact.scores[0], exact.scores[1], about, noise=exact.noise)
+    estimate = measured("estimate", every, estimate=True).scores
+    best = candidates(estimate, scoring.candidates)
+    exact = measured("exact", best, estimate=False)
+    is_exact = torch.zeros(estimate.shape[1:], dtype=torch.bool)
+    for layer, heads in best.items():
+        is_exact[layer, list(heads)] = True
+    scores = torch.where(is_exact, exact.scores, estimate)
+    return HeadScores(scores[0], scores[1], about, is_exact, estimate, exact.noise)
+
+
+def candidates(estimate: Tensor, count: int) -> dict[int, list[int]]:
+    """Layer -> the heads in it that are among the `count` best by Ships or by KL.
+
+    Args:
+        estimate: Ships and KL, `[2, layers, heads]`.
+        count: How many by each.
+    """
+    best = sorted({head for one in estimate for head in _ranked(one)[:count]})
+    return {layer: [head for at, head in best if at == layer] for layer in {at for at, _ in best}}
 
 
 def save_heads(path: Path, scores: HeadScores) -> None:
     """Write scores to a safetensors file."""
+    optional = {"exact": scores.exact, "estimate": scores.estimate, "noise": scores.noise}
     tensors = {"ships": scores.ships, "kl": scores.kl}
+    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     write_artifact(path, FORMAT, {"about": scores.about}, tensors)
 
 
@@ -137,7 +188,7 @@ def load_heads(path: Path, anatomy: Anatomy) -> HeadScores:
         RegraftError: the file is missing, is something else, or is of a model of other size.
     """
     header, tensors = read_artifact(path, FORMAT, "head scores")
-    scores = HeadScores(tensors["ships"], tensors["kl"], header["about"])
+    scores = HeadScores(about=header["about"], **tensors)
     expected = [len(anatomy.layers), max(layer.heads for layer in anatomy.layers)]
     if list(scores.ships.shape) != expected:
         raise RegraftError(
@@ -147,70 +198,43 @@ def load_heads(path: Path, anatomy: Anatomy) -> HeadScores:
     return scores
 
 
-@torch.no_grad()
-def _batch_states(
-    model: nn.Module,
-    anatomy: Anatomy,
-    batch: Batch,
-    target: AblationTarget,
-    eps: float,
-    tokens_per_pass: int,
-    progress: Callable[[int], None],
-) -> dict[str, Tensor]:
-    text = text_inputs(model, batch.inputs)
-    inputs = layer_inputs(model, text)
-    rows, length = inputs.final.shape[:2]
-    at = torch.arange(rows, device=inputs.final.device), last_positions(batch.inputs, length)
-    base = inputs.final[at]  # [B, d]
-    base_logits = logits_of(model, base)
-    states = {"base": base.float().cpu()}
-    copies = max(1, tokens_per_pass // (rows * length))
-    for layer in anatomy.layers:
-        hidden = inputs.by_layer.get(layer.index)
-        if hidden is not None:
-            outputs = head_outputs(
-                model, text, layer.index, hidden, layer.head_dim, target=target, eps=eps
-            )
-            ablated = torch.cat(
-                [
-                    replay_ablated(model, text, layer.index, hidden, outputs, heads)[
-                        :, at[0], at[1]
-                    ]  # [k, B, S, d] -> [k, B, d]
-                    for heads in _chunks(layer, copies)
-                ]
-            )  # [H, B, d]
-            kl = kl_divergence(base_logits, logits_of(model, ablated))
-            states[f"states.{layer.index}"] = ablated.float().cpu()
-            states[f"kl.{layer.index}"] = kl.cpu()
-        progress(1)
-    return states
+class _Measured(NamedTuple):
+    scores: Tensor  # Ships and KL, [2, layers, heads] float64, NaN where there is none
+    noise: Tensor | None  # [2, layers]
 
 
-def _require_finite(states: Mapping[str, Tensor]) -> None:
-    for name, tensor in states.items():
-        if not torch.isfinite(tensor).all():
-            raise RegraftError(
-                f"Hidden states overflow in this dtype (layer {name.rpartition('.')[2]}). "
-                "Use --dtype bfloat16 or float32."
-            )
+def _measure(states: States, anatomy: Anatomy, heads: Heads, r_max: int) -> _Measured:
+    layers, most = len(anatomy.layers), max(layer.heads for layer in anatomy.layers)
+    scores = torch.full((2, layers, most), math.nan, dtype=torch.float64)
+    noise = torch.full((2, layers), math.nan, dtype=torch.float64)
+    base = states.base()  # [N, d]
+    for layer, some in heads.items():
+        found = states.layer(layer)
+        if found is None:
+            continue
+        scores[0, layer, list(some)] = ships(base, found.ablated, r_max)
+        scores[1, layer, list(some)] = found.kl.double().mean(dim=1)
+        if found.jittered is not None and found.jittered_kl is not None:
+            noise[0, layer] = ships(base, found.jittered[None], r_max)
+            noise[1, layer] = found.jittered_kl.double().mean()
+    return _Measured(scores, None if noise.isnan().all() else noise)
 
 
-def _chunks(layer: LayerAnatomy, size: int) -> list[range]:
-    """Even chunks of at most `size` heads."""
-    count = math.ceil(layer.heads / size)
-    size = math.ceil(layer.heads / count)
-    return [range(s, min(s + size, layer.heads)) for s in range(0, layer.heads, size)]
+def _ranked(scores: Tensor) -> list[tuple[int, int]]:
+    """(layer, head) of what was scored, best first; ties in order of layer and head."""
+    order = torch.argsort(scores.flatten().nan_to_num(-math.inf), descending=True, stable=True)
+    heads = scores.shape[1]
+    scored = int((~scores.isnan()).sum())
+    return [(int(i) // heads, int(i) % heads) for i in order[:scored]]
 
 
-def _read(path: Path, name: str) -> Tensor:
-    with safe_open(path, "pt") as handle:
-        tensor: Tensor = handle.get_tensor(name)
-        return tensor
-
-
-def _has(path: Path, name: str) -> bool:
-    with safe_open(path, "pt") as handle:
-        return name in handle.keys()  # noqa: SIM118
+def _check_rank(r_max: int, samples: int, hidden_size: int) -> None:
+    limit = min(samples, hidden_size)
+    if not 1 <= r_max <= limit:
+        raise RegraftError(
+            f"r_max is {r_max}, but {samples} samples of {hidden_size} features allow "
+            f"1 to {limit}. Lower r_max or use more samples."
+        )
 
 
 def _ignore(_: int) -> None:

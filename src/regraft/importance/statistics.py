@@ -110,7 +110,7 @@ def gather(
 
     if method != "magnitude" and not all(part(layer).exists() for layer in anatomy.layers):
         for layer, values in _by_layer(walk, anatomy, method, scratch, progress):
-            if ranks.rank() == 0:
+            if ranks.first():
                 with atomic_file(part(layer)) as temporary:
                     save_file({key: value.cpu() for key, value in values.items()}, temporary)
         ranks.barrier()

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from regraft.models.anatomy import attention_of, decoder_layers
-from regraft.models.replay import TextInputs, replaced_forwards, replay, tile_rows
+from regraft.models.replay import replaced_forwards, tile_rows
+from regraft.models.window import Replay, fold
 
 AblationTarget = Literal["q", "k", "v", "all"]
 EPS = 1e-5
@@ -41,7 +42,7 @@ class HeadOutputs:
 
 def head_outputs(
     model: nn.Module,
-    text: TextInputs,
+    run: Replay,
     layer: int,
     hidden: Tensor,
     head_dim: int,
@@ -50,19 +51,19 @@ def head_outputs(
     eps: float = EPS,
 ) -> HeadOutputs:
     """Run one layer's attention on its input `[B, S, d]` and ablate all its heads at once."""
-    intact = _o_proj_input(model, text, layer, hidden)
+    intact = _o_proj_input(model, run, layer, hidden)
     softmax_factor = {"q": eps, "k": eps, "v": 1.0, "all": eps * eps}[target]
     if softmax_factor == 1.0:
         return HeadOutputs(intact, intact * eps, head_dim)
     _, attention = attention_of(decoder_layers(model)[layer])
     with _scaled_logits(attention, softmax_factor):
-        ablated = _o_proj_input(model, text, layer, hidden)
+        ablated = _o_proj_input(model, run, layer, hidden)
     return HeadOutputs(intact, ablated * eps if target == "all" else ablated, head_dim)
 
 
 def replay_ablated(
     model: nn.Module,
-    text: TextInputs,
+    run: Replay,
     layer: int,
     hidden: Tensor,
     outputs: HeadOutputs,
@@ -72,41 +73,45 @@ def replay_ablated(
 
     Args:
         model: The model; left as it was.
-        text: The batch's decoder inputs, B rows.
+        run: Which way to run it: `replay` of the whole batch, or one of `regraft.models.window`.
         layer: The layer whose heads are ablated.
         hidden: Input of that layer, `[B, S, d]`.
         outputs: From `head_outputs` on the same input.
         heads: Query heads to ablate, one a copy of the batch.
 
     Returns:
-        Final hidden states after the norm, `[len(heads), B, S, d]`.
+        Final hidden states after the norm, `[len(heads), B, T, d]`, at the positions that `run`
+        returns.
     """
     _, attention = attention_of(decoder_layers(model)[layer])
     o_proj = attention.o_proj
     copies, size = len(heads), outputs.head_dim
 
-    def forward(*_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
-        z = outputs.intact.repeat(copies, 1, 1)  # [k*B, S, H*D]
-        rows = z.view(copies, text.batch, *z.shape[1:])
+    def forward(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
+        z = tile_rows(outputs.intact[None], copies).flatten(0, 1).clone()  # [k*B, S, H*D]
+        rows = z.view(copies, -1, *z.shape[1:])
         for row, head in enumerate(heads):
             columns = slice(head * size, (head + 1) * size)
             rows[row, ..., columns] = outputs.ablated[..., columns]
+        if len(hidden_states) < len(z):  # copies lie along the positions
+            z = fold(z, copies)
         return o_proj(z), None  # type: ignore[operator]
 
+    known = hidden[:, -outputs.intact.shape[1] :]  # a run may have reached its last position only
     with replaced_forwards({attention: forward}):
-        final = replay(model, text, start=layer, hidden=tile_rows(hidden, copies), copies=copies)
-    return final.view(copies, text.batch, *final.shape[1:])
+        final = run(start=layer, hidden=tile_rows(known, copies), copies=copies)
+    return final.view(copies, -1, *final.shape[1:])
 
 
 @torch.no_grad()
-def _o_proj_input(model: nn.Module, text: TextInputs, layer: int, hidden: Tensor) -> Tensor:
+def _o_proj_input(model: nn.Module, run: Replay, layer: int, hidden: Tensor) -> Tensor:
     _, attention = attention_of(decoder_layers(model)[layer])
     seen: list[Tensor] = []
     o_proj = attention.o_proj
     assert isinstance(o_proj, nn.Module)
     hook = o_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     try:
-        replay(model, text, start=layer, hidden=hidden, stop=layer + 1)
+        run(start=layer, hidden=hidden, stop=layer + 1)
     finally:
         hook.remove()
     return seen[0]

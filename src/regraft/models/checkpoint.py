@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from regraft.files import (
     discard_leftover,
     file_digest,
     in_threads,
+    one_at_a_time,
     read_json,
     require_empty,
     require_space,
@@ -260,7 +261,7 @@ def write_copy(
         for name, content in (files or {}).items():
             (temporary / name).write_text(content, encoding="utf-8")
         stop = Event()
-        advance = _from_threads(progress, stop)
+        advance = one_at_a_time(progress, stop)
 
         def copy(shard: str) -> None:
             copy_file(source.folder / shard, temporary / shard, advance)
@@ -274,14 +275,19 @@ def write_copy(
     return open_checkpoint(target)
 
 
-def check_target(source: Checkpoint, target: Path) -> None:
+def check_target(source: Checkpoint, target: Path, *, discard: bool = True) -> None:
     """Check that a copy of `source` can be written to `target`.
+
+    Args:
+        source: The checkpoint to copy.
+        target: The new folder.
+        discard: Remove what a killed run left of `target`.
 
     Raises:
         RegraftError: `target` is not empty, lies inside `source`, or the disk is too full.
     """
     require_empty(target)
-    if target.parent.is_dir():
+    if discard and target.parent.is_dir():
         discard_leftover(target)
     if target.resolve().is_relative_to(source.folder.resolve()):
         raise RegraftError(
@@ -363,20 +369,6 @@ def _as_tensor(data: bytes, record: TensorRecord) -> Tensor:
 
 def _as_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _from_threads(progress: Progress | None, stop: Event) -> Progress:
-    """`progress` called by one thread at a time, and an error in all once `stop` is set."""
-    lock = Lock()
-
-    def advance(count: int) -> None:
-        with lock:
-            if stop.is_set():
-                raise InterruptedError
-            if progress is not None:
-                progress(count)
-
-    return advance
 
 
 def _copy_side_files(source: Path, target: Path, shards: set[str]) -> None:

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.placement import PlacedModel
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
-Placement = Literal["resident", "streamed", "split"]
+Placement = Literal["resident", "streamed"]
 _NOT_FROM_HUB = ["original/*", "consolidated*"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 
@@ -94,12 +95,11 @@ def load_placed(
 
     A "streamed" model stays in host memory: in its checkpoint's dtype that is pages of the files.
     """
-    target = pick_device(device)
-    if placement != "streamed":
-        model = load_model(source, dtype=dtype, device=device, split=placement == "split")
-        return PlacedModel(model, target, next(model.parameters()).dtype)
+    target, streamed = pick_device(device), placement == "streamed"
     model = _load_weights(source, dtype, target, split=False)
-    return PlacedModel(model, target, next(model.parameters()).dtype, streamed=True)
+    if not streamed:
+        model = model.to(target)
+    return PlacedModel(model, target, next(model.parameters()).dtype, streamed)
 
 
 def _load_weights(source: Source, dtype: DTypeName, target: torch.device, split: bool) -> nn.Module:
@@ -163,10 +163,8 @@ def has_processor(source: Source) -> bool:
 
 
 def transformers_version() -> str:
-    """The installed version of transformers."""
-    from transformers import __version__
-
-    return str(__version__)
+    """The installed version of transformers, which need not be imported for it."""
+    return version("transformers")
 
 
 def pick_device(device: str) -> torch.device:
@@ -289,8 +287,8 @@ def _check_weights(model: nn.Module, source: Source) -> None:
 def _require_accelerate() -> None:
     if find_spec("accelerate") is None:
         raise RegraftError(
-            "A model split over devices needs accelerate: pip install 'regraft[split]'. A model "
-            "that fits one device needs no split."
+            "With --placement streamed, heads and evaluation spread the model over devices and "
+            "host memory with accelerate: pip install 'regraft[streamed]'."
         )
 
 

@@ -166,7 +166,7 @@ def _advance(walk: Walk, layer: LayerAnatomy, progress: Callable[[int], None]) -
 
 
 def _save(results: LayerResults, layer: LayerAnatomy, pruned: Mapping[str, PrunedWeight]) -> None:
-    if ranks.rank() == 0:
+    if ranks.first():
         results.save(layer, pruned)
     ranks.barrier()
 

@@ -6,15 +6,25 @@ from collections.abc import Sequence
 from itertools import chain, zip_longest
 
 from regraft.evaluation.results import Answer
-from regraft.report.model import Report, Variant, paired_answers
+from regraft.report.model import Report, Variant, measured, paired_answers
 
 HARMFUL, HARMLESS = 12, 6
 Row = tuple[Answer, ...]
 
 
+def shown_group(report: Report) -> tuple[Variant, ...]:
+    """The pruned model with the highest ASR and those realigned from it; empty without any."""
+
+    def attacked(group: tuple[Variant, ...]) -> float:
+        asr = measured(group[0].result.asr)
+        return asr.value if asr else 0.0
+
+    return max(report.groups, key=attacked, default=())
+
+
 def shown_variants(report: Report) -> tuple[Variant, ...]:
-    """The dense, the pruned and the first realigned model, as far as there are any."""
-    return report.variants[:3]
+    """The dense model, then the pruned and the first realigned one of the shown group."""
+    return (report.dense, *shown_group(report)[:2])
 
 
 def choose_examples(report: Report) -> tuple[tuple[Row, ...], tuple[Row, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from regraft.evaluation.metrics import PairedTest
 from regraft.evaluation.results import Estimate
@@ -17,6 +17,10 @@ from regraft.report.model import (
 )
 
 DASH = "–"
+_NO_OVER_REFUSAL = (
+    "Over-refusal was not measured: without harmless prompts, a low ASR may come from a model that "
+    "refuses everything."
+)
 _RECOVERY = {"none": "no recovery", "partial": "partial recovery", "complete": "complete recovery"}
 
 
@@ -82,27 +86,115 @@ def clip(text: str, length: int) -> str:
     return text if left <= 0 else f"{text[:length].rstrip()} … [{left:,} more characters]"
 
 
+def broken(variant: Variant) -> str:
+    """What restoring did to an N:M pattern: "breaks 12 of 400 2:4 groups"; "" without one."""
+    if variant.n_m is None:
+        return ""
+    if not variant.violated_groups:
+        return f"keeps all {variant.groups:,} {variant.n_m} groups"
+    return f"breaks {variant.violated_groups:,} of {variant.groups:,} {variant.n_m} groups"
+
+
 def verdict(report: Report, compared: Sequence[Comparison]) -> tuple[str, ...]:
     """The result in sentences, one tuple entry a paragraph, the most important first."""
-    if len(report.variants) == 1:
-        return (_alone(report.variants[0]),)
-    dense, pruned, *others = report.variants
-    paragraphs = [_pruning(dense, pruned)]
+    if not report.groups:
+        return (_alone(report.dense),)
+    if len(report.groups) > 1:
+        return _of_many(report, compared)
+    pruned, *others = report.groups[0]
+    paragraphs = [_pruning(report.dense, pruned)]
     if others:
+        comparison = compared[1]
         paragraphs += [
-            _realigning(pruned, others[0], compared[0]),
-            _side_effects(pruned, others[0], compared[0]),
+            _realigning(pruned, others[0], comparison),
+            _side_effects(pruned, others[0], comparison),
         ]
     return tuple(p for p in paragraphs if p)
 
 
 def control_lines(report: Report, compared: Sequence[Comparison]) -> tuple[str, ...]:
-    """One line for every variant after the first realigned one."""
+    """One line for every way of realigning after the first."""
+    if len(report.groups) > 1:
+        return tuple(_tally_of_realigned(*way) for way in _by_way(report, compared)[1:])
     return tuple(
         f"{variant.label}: ASR {rate(variant.result.asr)}, RSR {rsr_text(comparison)}, "
         f"{tested(comparison.attacks_verdict, comparison.attacks)}."
-        for variant, comparison in zip(report.variants[3:], compared[1:], strict=True)
+        for variant, comparison in zip(report.variants[3:], compared[2:], strict=True)
     )
+
+
+_Row = tuple[Variant, Comparison]
+
+
+def _of_many(report: Report, compared: Sequence[Comparison]) -> tuple[str, ...]:
+    rows = list(zip(report.variants[1:], compared, strict=True))
+    prunings = {v.name: (v, c) for v, c in rows if v.base == report.dense.name}
+    return (
+        f"{_tally(f'{len(prunings)} prunings', 'the dense model', prunings)} "
+        f"The dense model has an ASR of {rate(report.dense.result.asr)}.",
+        *(_tally_of_realigned(*way) for way in _by_way(report, compared)[:1]),
+        _side_effects_of_many(report, rows),
+    )
+
+
+def _by_way(report: Report, compared: Sequence[Comparison]) -> list[tuple[str, dict[str, _Row]]]:
+    """(way of realigning, pruning -> model) of all realigned models."""
+    ways: dict[str, dict[str, _Row]] = {}
+    for variant, comparison in zip(report.variants[1:], compared, strict=True):
+        if comparison.base != report.dense.name:
+            ways.setdefault(variant.label_in_group, {})[comparison.base] = (variant, comparison)
+    return list(ways.items())
+
+
+def _tally_of_realigned(way: str, rows: Mapping[str, _Row]) -> str:
+    return _tally(f"{len(rows)} models realigned by {way}", "its pruned model", rows)
+
+
+def _tally(subject: str, base: str, rows: Mapping[str, _Row]) -> str:
+    """How many have a higher or a lower ASR than the model that they are compared with."""
+    found: dict[str, list[str]] = {"worse": [], "better": [], "not dis": [], "not tested": []}
+    for name, (variant, comparison) in rows.items():
+        outcome = next(start for start in found if comparison.attacks_verdict.startswith(start))
+        recovery = comparison.recovery
+        recovered = f", RSR {rsr_text(comparison)}" if recovery and recovery.value else ""
+        found[outcome].append(f"{name} {rate(variant.result.asr)}{recovered}")
+    worse, better, same, untested = found.values()
+    parts = [
+        f"{len(names)} {'has' if len(names) == 1 else 'have'} a {change} ASR ({'; '.join(names)})"
+        for names, change in ((worse, "higher"), (better, "lower"))
+        if names
+    ]
+    if same:
+        parts.append(f"{len(same)} cannot be told apart from it")
+    if untested:
+        parts.append(f"{len(untested)} could not be tested")
+    return f"Of {subject}, each compared with {base}, {_listed(parts)}."
+
+
+def _side_effects_of_many(report: Report, rows: Sequence[_Row]) -> str:
+    if not measured(report.dense.result.over_refusal):
+        return _NO_OVER_REFUSAL
+    worse = [v.name for v, c in rows if c.refusals_verdict.startswith("worse")]
+    text = "Over-refusal did not rise distinguishably in any model."
+    if worse:
+        text = (
+            f"Over-refusal is distinguishably higher in {len(worse)} of {len(rows)} "
+            f"({', '.join(worse)}): part of a low ASR there may come from refusing more of "
+            "everything."
+        )
+    used = [(u.value, v.name) for v in report.variants if (u := measured(v.result.utility))]
+    if used:
+        (low, poorest), (high, best) = min(used), max(used)
+        text += f" Utility (mean ANLS) lies between {low:.3f} ({poorest}) and {high:.3f} ({best})."
+    tests = sum(test is not None for _, c in rows for test in (c.attacks, c.refusals))
+    return text + (
+        f" All of this at p < {SIGNIFICANCE} by McNemar's test on the same prompts, {tests} tests "
+        "uncorrected: about one in twenty tells equal models apart."
+    )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def _alone(variant: Variant) -> str:
@@ -160,10 +252,7 @@ def _realigning(pruned: Variant, variant: Variant, comparison: Comparison) -> st
 def _side_effects(pruned: Variant, variant: Variant, comparison: Comparison) -> str:
     before, after = measured(pruned.result.over_refusal), measured(variant.result.over_refusal)
     if before is None or after is None:
-        return (
-            "Over-refusal was not measured: without harmless prompts, a low ASR may come from "
-            "a model that refuses everything."
-        )
+        return _NO_OVER_REFUSAL
     change = (
         f"stayed at {rate(after)}"
         if before.value == after.value

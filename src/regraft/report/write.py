@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from markupsafe import Markup
 from regraft.evaluation.summary import result_to_json
 from regraft.files import write_json, write_text
 from regraft.report import words
-from regraft.report.examples import choose_examples, shown_variants
+from regraft.report.examples import choose_examples, shown_group, shown_variants
 from regraft.report.figures import (
     category_figure,
     head_map_figure,
     restored_figure,
+    sparsity_figure,
     trade_off_figure,
+    trade_off_map,
 )
 from regraft.report.model import Comparison, Report, Variant, comparisons, measured
 from regraft.report.thumbnails import thumbnail
@@ -94,6 +97,10 @@ def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
         "comparisons": {c.name: c for c in compared},
         "categories": sorted({c for v in report.variants for c in v.result.asr_by_category}),
         "shown": shown_variants(report),
+        "numbered": tuple(zip(count(1), report.variants, report.roles, strict=False)),
+        "several": len(report.groups) > 1,
+        "realigned": "realigned" in report.roles,
+        "patterned": any(v.n_m for v in report.variants),
         "restored": any(v.restored for v in report.variants),
         "harmful": harmful,
         "harmless": harmless,
@@ -105,22 +112,26 @@ def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
 
 def _figures(report: Report) -> tuple[tuple[Markup, str], ...]:
     """(SVG, caption) of every figure that has something to show."""
-    realigned = report.variants[2] if len(report.variants) > 2 else None
-    heads = realigned.heads if realigned else ()
+    group = shown_group(report)
+    heads = group[1].heads if len(group) > 1 else ()
     ringed = " Rings: heads open to restoration." if heads else ""
     drawn = [
-        (
-            trade_off_figure(report.variants),
-            "ASR against over-refusal, numbered as in the table, with 95 % intervals. "
-            "Down and to the left is better.",
+        _trade_off(report),
+        *(
+            (
+                sparsity_figure(report, series),
+                f"{series}: rates by sparsity, with 95 % bands. Dashed: the dense model.",
+            )
+            for series in dict.fromkeys(group[0].series for group in report.groups)
+            if series
         ),
         (
-            category_figure(report.variants),
+            category_figure(shown_variants(report)),
             "ASR by harm category, with 95 % intervals (lines).",
         ),
         *(
             (restored_figure(v), f"{v.label}: weights restored in each module and layer.")
-            for v in report.variants
+            for v in group
         ),
         *(
             (
@@ -131,6 +142,19 @@ def _figures(report: Report) -> tuple[tuple[Markup, str], ...]:
         ),
     ]
     return tuple((Markup(svg), caption) for svg, caption in drawn if svg)
+
+
+def _trade_off(report: Report) -> tuple[str, str]:
+    if len(report.groups) > 1:
+        svg = trade_off_map(report)
+        marks = (
+            "dense and pruned models numbered as in the table, dotted lines to those realigned "
+            "from them, with 95 % intervals"
+        )
+    else:
+        svg = trade_off_figure(report.variants)
+        marks = "numbered as in the table, with 95 % intervals"
+    return svg, f"ASR against over-refusal, {marks}. Down and to the left is better."
 
 
 def _environment() -> Environment:
@@ -152,6 +176,7 @@ def _environment() -> Environment:
             "share",
             "p_value",
             "rsr_text",
+            "broken",
             "tested",
             "unbroken",
             "clip",

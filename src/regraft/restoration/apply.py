@@ -1,54 +1,221 @@
-"""Put a patch on a checkpoint or take it off, shard by shard, into a new folder."""
+"""Put patches on a checkpoint or take them off, shard by shard.
+
+First everything is checked and what has to change is listed, in a `Plan`, by reading the touched
+tensors once in small chunks; then the plan is written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from regraft.errors import RegraftError
+from regraft.files import in_threads, read_at, write_at
 from regraft.models.anatomy import Anatomy
-from regraft.models.checkpoint import Checkpoint, Edit, Progress, write_edited
-from regraft.restoration.patch import Patch, base_digest
+from regraft.models.checkpoint import Checkpoint, Progress, TensorRecord, write_copy
+from regraft.restoration.patch import CHUNK, Patch, Target, bits, chunks, merge
+
+Operation = Literal["apply", "revert"]
+_GAP = 64 * 2**10  # bytes; what lies between is written again rather than skipped
+_FIX = "Apply the patch to the pruned checkpoint that it was made for."
+
+
+@dataclass(frozen=True)
+class Change:
+    """New values for one tensor: flat, ascending, int64 `positions` `[k]` and `values` `[k]`."""
+
+    record: TensorRecord
+    positions: Tensor
+    values: Tensor
+
+    def spans(self) -> list[slice]:
+        """Which positions lie so close together that they are written at once."""
+        if not len(self.positions):
+            return []
+        item = self.values.element_size()
+        apart = self.positions.diff() * item > _GAP
+        apart |= (self.positions // (CHUNK // item)).diff() > 0
+        edges = [0, *(apart.nonzero().flatten() + 1).tolist(), len(self.positions)]
+        return [slice(*edge) for edge in pairwise(edges)]
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes its spans cover."""
+        spans = self.spans()
+        first = self.positions[[span.start for span in spans]]
+        last = self.positions[[span.stop - 1 for span in spans]]
+        return int((last - first + 1).sum()) * self.values.element_size()
+
+
+@dataclass(frozen=True)
+class PatchState:
+    """How far a patch is on: `on` of the `restored` weights it holds, in `tensors` tensors."""
+
+    name: str
+    tensors: int
+    restored: int
+    on: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What putting patches on their base, or taking them off, changes in it.
+
+    `changes` hold the weights that do not have the wanted value yet.
+    """
+
+    checkpoint: Checkpoint
+    operation: Operation
+    states: tuple[PatchState, ...]
+    changes: tuple[Change, ...]
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """The files that change."""
+        return tuple(sorted({change.record.shard for change in self.changes}))
+
+    @property
+    def weights(self) -> int:
+        """How many weights change."""
+        return sum(len(change.positions) for change in self.changes)
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes are written where it is carried out in place."""
+        return sum(change.bytes for change in self.changes)
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    patches: Patch | Sequence[Patch],
+    operation: Operation,
+    *,
+    progress: Progress | None = None,
+) -> Plan:
+    """Check that a checkpoint is the base of patches and list what has to change; writes nothing.
+
+    Args:
+        checkpoint: The base. Any of `patches` may be on it, wholly or in part; others may not.
+        patches: One or several, in any order.
+        operation: Put them on or take them off.
+        progress: Called with 1 after each tensor.
+
+    Raises:
+        RegraftError: two patches disagree; a tensor is missing, has another shape, dtype or
+            content, or a target holds something else than zero or the patch's own value.
+    """
+    patches = [patches] if isinstance(patches, Patch) else patches
+    targets = merge(patches)
+    for name, target in targets.items():
+        _check_layout(checkpoint, name, target)
+
+    def inspect(name: str) -> tuple[Change, Tensor]:
+        found = _inspect(checkpoint, checkpoint.tensors[name], targets[name], operation)
+        if progress is not None:
+            progress(1)
+        return found
+
+    order = sorted(targets, key=lambda name: (checkpoint.tensors[name].shard, name))
+    found = dict(zip(order, in_threads(inspect, order), strict=True))
+    on = {name: is_on for name, (_, is_on) in found.items()}
+    states = [_state(patch, targets, on) for patch in patches]
+    changes = [change for change, _ in found.values() if len(change.positions)]
+    return Plan(checkpoint, operation, tuple(states), tuple(changes))
+
+
+def write_plan(
+    plan: Plan,
+    target: Path,
+    *,
+    files: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Write the checkpoint of `plan`, changed, to the new folder `target`.
+
+    Args:
+        plan: From `make_plan`.
+        target: Must be absent or empty.
+        files: Extra text files to write into the folder, name -> content.
+        progress: Called with the number of bytes just copied.
+
+    Raises:
+        RegraftError: `target` is not empty, or the disk is full.
+    """
+
+    def edit_shard(path: Path) -> None:
+        write_changes(path, [one for one in plan.changes if one.record.shard == path.name])
+
+    return write_copy(plan.checkpoint, target, edit_shard, files=files, progress=progress)
+
+
+def write_changes(
+    shard: Path, changes: Sequence[Change], *, progress: Progress | None = None
+) -> None:
+    """Overwrite single weights in a shard.
+
+    Args:
+        shard: The file.
+        changes: All for tensors in it.
+        progress: Called with the number of bytes just written.
+    """
+    buffer = memoryview(bytearray(CHUNK))
+    with shard.open("r+b", buffering=0) as handle:
+        for change in sorted(changes, key=lambda one: one.record.start):
+            item = change.values.element_size()
+            for span in change.spans():
+                positions = change.positions[span]
+                first = int(positions[0])
+                data = buffer[: (int(positions[-1]) + 1 - first) * item]
+                place = change.record.start + first * item
+                read_at(handle, place, data)
+                torch.frombuffer(data, dtype=change.values.dtype)[positions - first] = (
+                    change.values[span]
+                )
+                write_at(handle, place, data)
+                if progress is not None:
+                    progress(len(data))
 
 
 def apply_patch(
     checkpoint: Checkpoint,
-    patch: Patch,
+    patches: Patch | Sequence[Patch],
     target: Path,
     *,
     files: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """Write `checkpoint` with the patch's values to `target`.
+    """Write `checkpoint` with the patches' values to `target`.
 
     Raises:
-        RegraftError: the patch belongs to another base, or `target` is not empty.
+        RegraftError: a patch belongs to another base, patches disagree, or `target` is not empty.
     """
-    check_base(checkpoint, patch)
-    edits = {name: _assign(t.positions, t.values) for name, t in patch.tensors.items()}
-    return write_edited(checkpoint, target, edits, files=files, progress=progress)
+    plan = make_plan(checkpoint, patches, "apply")
+    return write_plan(plan, target, files=files, progress=progress)
 
 
 def revert_patch(
     checkpoint: Checkpoint,
-    patch: Patch,
+    patches: Patch | Sequence[Patch],
     target: Path,
     *,
     files: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """Write `checkpoint` with the patch's positions zero again to `target`, to the byte.
+    """Write `checkpoint` with the patches' positions zero again to `target`, to the byte.
 
     Raises:
-        RegraftError: the patch belongs to another base, or `target` is not empty.
+        RegraftError: a patch belongs to another base, patches disagree, or `target` is not empty.
     """
-    check_base(checkpoint, patch)
-    edits = {name: _assign(t.positions, t.zeros) for name, t in patch.tensors.items()}
-    return write_edited(checkpoint, target, edits, files=files, progress=progress)
+    plan = make_plan(checkpoint, patches, "revert")
+    return write_plan(plan, target, files=files, progress=progress)
 
 
 @contextmanager
@@ -88,31 +255,14 @@ def _put(weight: Any, positions: Tensor, values: Tensor) -> None:
     weight.data.view(-1)[positions.to(weight.device)] = values.to(weight.device, weight.dtype)
 
 
-def check_base(checkpoint: Checkpoint, patch: Patch) -> None:
-    """Check that a checkpoint is the patch's base, with or without the patch; writes nothing.
+def check_base(checkpoint: Checkpoint, patches: Patch | Sequence[Patch]) -> None:
+    """Check that a checkpoint is the patches' base, with or without them; writes nothing.
 
     Raises:
         RegraftError: a tensor is missing, has another shape, dtype or content, or a target holds
             something else than zero or the patch's own value.
     """
-    fix = "Apply the patch to the pruned checkpoint that it was made for."
-    for name, tensor in patch.tensors.items():
-        where = f"{checkpoint.folder} is not the base of this patch"
-        if name not in checkpoint.tensors:
-            raise RegraftError(f"{where}: it has no tensor {name}. {fix}")
-        current = checkpoint.read(name)
-        if tuple(current.shape) != tensor.shape or current.dtype != tensor.values.dtype:
-            raise RegraftError(
-                f"{where}: {name} is {list(current.shape)} {current.dtype}, the patch is for "
-                f"{list(tensor.shape)} {tensor.values.dtype}. {fix}"
-            )
-        held = current.reshape(-1)[tensor.positions]
-        if not ((held == 0) | (held == tensor.values)).all():
-            raise RegraftError(
-                f"{where}: {name} holds other values where the patch restores pruned ones. {fix}"
-            )
-        if base_digest(current, tensor.positions) != tensor.base:
-            raise RegraftError(f"{where}: the weights of {name} differ. {fix}")
+    make_plan(checkpoint, patches, "apply")
 
 
 def zeros_filled(checkpoint: Checkpoint, patch: Patch) -> int:
@@ -123,9 +273,95 @@ def zeros_filled(checkpoint: Checkpoint, patch: Patch) -> int:
     )
 
 
-def _assign(positions: Tensor, values: Tensor) -> Edit:
-    def edit(tensor: Tensor) -> Tensor:
-        tensor.view(-1)[positions] = values
-        return tensor
+def _check_layout(checkpoint: Checkpoint, name: str, target: Target) -> None:
+    where = _not_the_base(checkpoint, *(patch for patch, _ in target.parts))
+    if name not in checkpoint.tensors:
+        raise RegraftError(f"{where}: it has no tensor {name}. {_FIX}")
+    record, (_, part) = checkpoint.tensors[name], target.parts[0]
+    if record.shape != part.shape or record.torch_dtype != part.values.dtype:
+        raise RegraftError(
+            f"{where}: {name} is {list(record.shape)} {record.torch_dtype}, the patch is for "
+            f"{list(part.shape)} {part.values.dtype}. {_FIX}"
+        )
 
-    return edit
+
+def _not_the_base(checkpoint: Checkpoint, *names: str) -> str:
+    return f"{checkpoint.folder} is not the base of this patch ({' and '.join(names)})"
+
+
+def _inspect(
+    checkpoint: Checkpoint, record: TensorRecord, target: Target, operation: Operation
+) -> tuple[Change, Tensor]:
+    """What has to change in one tensor, and at which of the target's positions it is on. `[k]`
+
+    Each chunk is set back to the pruned tensor. That is every patch's own base, but for the minus
+    signs of its zeros, which its digest leaves out.
+    """
+    zeros, positions = target.zeros, target.positions
+    wanted = target.values if operation == "apply" else zeros
+    on = torch.empty(len(positions), dtype=torch.bool)
+    changing = torch.empty_like(on)
+    minus = [part.positions[part.minus] for _, part in target.parts]
+    bases = {_key(signs): (signs, hashlib.sha256()) for signs in minus}
+    for start, chunk, inside in _read_chunks(checkpoint.folder, record, positions):
+        at = positions[inside] - start
+        held = chunk[at]
+        on[inside] = bits(held) == bits(target.values[inside])
+        if not (on[inside] | (held == 0)).all():
+            raise RegraftError(
+                f"{_not_the_base(checkpoint, *(name for name, _ in target.parts))}: {record.name} "
+                f"holds other values where the patch restores pruned ones. {_FIX}"
+            )
+        changing[inside] = bits(held) != bits(wanted[inside])
+        chunk[at] = zeros[inside]
+        for signs, hasher in bases.values():
+            here = _between(signs, start, start + len(chunk)) - start
+            chunk[here] = 0.0
+            hasher.update(chunk.view(torch.uint8).numpy().data)
+            chunk[here] = -0.0
+    for (name, part), signs in zip(target.parts, minus, strict=True):
+        if bases[_key(signs)][1].hexdigest() != part.base:
+            raise RegraftError(
+                f"{_not_the_base(checkpoint, name)}: the weights of {record.name} differ. {_FIX} "
+                "If other patches are on it, name them too."
+            )
+    if changing.all():
+        return Change(record, positions, wanted), on
+    return Change(record, positions[changing], wanted[changing]), on
+
+
+def _state(patch: Patch, targets: Mapping[str, Target], on: Mapping[str, Tensor]) -> PatchState:
+    count = 0
+    for name, tensor in patch.tensors.items():
+        own: slice | Tensor = slice(None)
+        if len(targets[name].parts) > 1:
+            own = torch.searchsorted(targets[name].positions, tensor.positions)
+        count += int(on[name][own].sum())
+    return PatchState(patch.name, len(patch.tensors), patch.restored, count)
+
+
+def _read_chunks(
+    folder: Path, record: TensorRecord, positions: Tensor
+) -> Iterator[tuple[int, Tensor, slice]]:
+    """Read a tensor piece by piece into one buffer.
+
+    Yields:
+        (first element, the elements, which of the ascending positions lie among them).
+    """
+    dtype = record.torch_dtype
+    buffer = memoryview(bytearray(CHUNK))
+    with (folder / record.shard).open("rb", buffering=0) as handle:
+        size = (record.stop - record.start) // dtype.itemsize
+        for start, stop, inside in chunks(size, dtype.itemsize, positions):
+            data = buffer[: (stop - start) * dtype.itemsize]
+            read_at(handle, record.start + start * dtype.itemsize, data)
+            yield start, torch.frombuffer(data, dtype=dtype), inside
+
+
+def _between(positions: Tensor, start: int, stop: int) -> Tensor:
+    first, last = torch.searchsorted(positions, torch.tensor([start, stop])).tolist()
+    return positions[first:last]
+
+
+def _key(positions: Tensor) -> bytes:
+    return hashlib.sha256(positions.numpy().data).digest()

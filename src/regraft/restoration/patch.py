@@ -9,8 +9,9 @@ knows its base, patched or not, and refuses any other.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from regraft.artifact import read_artifact, write_artifact
 from regraft.errors import RegraftError
 
 FORMAT = "regraft-patch-1"
+CHUNK = 2**20  # bytes handled at once: small enough for a processor's cache
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,19 @@ class TensorPatch:
     @property
     def zeros(self) -> Tensor:
         """What the pruned tensor holds at `positions`, sign included. `[k]`"""
-        zeros = torch.zeros_like(self.values)
-        zeros[self.minus] = -0.0
-        return zeros
+        return _signed_zeros(self.values, self.minus)
 
 
 @dataclass(frozen=True)
 class Patch:
-    """Tensor name on disk -> its new values. `about` says how the patch was made."""
+    """Tensor name on disk -> its new values.
+
+    `about` says how the patch was made; `name` is what messages call it, its file as a rule.
+    """
 
     tensors: Mapping[str, TensorPatch]
     about: Mapping[str, Any]
+    name: str = "a patch in memory"
 
     @property
     def restored(self) -> int:
@@ -68,10 +72,102 @@ class Patch:
 
 
 def base_digest(tensor: Tensor, positions: Tensor) -> str:
-    """SHA-256 of a tensor's bytes with `positions` set to zero, as hex."""
-    masked = tensor.reshape(-1).clone()
-    masked[positions] = 0
-    return hashlib.sha256(masked.view(torch.uint8).numpy().data).hexdigest()
+    """SHA-256 of a tensor's bytes with `positions` (flat, ascending) set to zero, as hex."""
+    flat = tensor.reshape(-1)
+    hasher = hashlib.sha256()
+    for start, stop, inside in chunks(len(flat), tensor.element_size(), positions):
+        chunk = flat[start:stop].clone()
+        chunk[positions[inside] - start] = 0
+        hasher.update(chunk.view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def chunks(size: int, item: int, positions: Tensor) -> Iterator[tuple[int, int, slice]]:
+    """Cut `size` elements of `item` bytes into chunks of `CHUNK` bytes.
+
+    Yields:
+        (first element, one past the last, which of the ascending int64 `positions` lie in it).
+    """
+    step = CHUNK // item
+    bounds = torch.arange(0, size + step, step)
+    inside = torch.searchsorted(positions, bounds).tolist()
+    for i, start in enumerate(range(0, size, step)):
+        yield start, min(start + step, size), slice(inside[i], inside[i + 1])
+
+
+@dataclass(frozen=True)
+class Target:
+    """What several patches together put on one tensor.
+
+    `positions`, `values` and `minus` are as in a `TensorPatch` and cover those of all `parts`,
+    which are (name of the patch, its own values).
+    """
+
+    parts: tuple[tuple[str, TensorPatch], ...]
+    positions: Tensor
+    values: Tensor
+    minus: Tensor
+
+    @property
+    def zeros(self) -> Tensor:
+        """What the pruned tensor holds at `positions`, sign included. `[k]`"""
+        return _signed_zeros(self.values, self.minus)
+
+
+def merge(patches: Sequence[Patch]) -> dict[str, Target]:
+    """Tensor name -> what the patches put on it together, in whatever order they come.
+
+    Raises:
+        RegraftError: two patches disagree about a tensor or a weight.
+    """
+    names = dict.fromkeys(name for patch in patches for name in patch.tensors)
+    return {name: _merge_tensor(name, [p for p in patches if name in p.tensors]) for name in names}
+
+
+def _merge_tensor(name: str, patches: Sequence[Patch]) -> Target:
+    named = tuple((patch.name, patch.tensors[name]) for patch in patches)
+    parts = [part for _, part in named]
+    if len(parts) == 1:
+        return Target(named, parts[0].positions, parts[0].values, parts[0].minus)
+    for one, other in combinations(patches, 2):
+        _check_agreement(name, one, other)
+    positions, place = torch.cat([part.positions for part in parts]).unique(return_inverse=True)
+    values = torch.empty(len(positions), dtype=parts[0].values.dtype)
+    zeros = torch.empty_like(values)
+    values[place] = torch.cat([part.values for part in parts])
+    zeros[place] = torch.cat([part.zeros for part in parts])
+    return Target(named, positions, values, zeros.signbit().nonzero().flatten())
+
+
+def _check_agreement(name: str, one: Patch, other: Patch) -> None:
+    a, b = one.tensors[name], other.tensors[name]
+    which = f"{one.name} and {other.name} do not go together"
+    if a.shape != b.shape or a.values.dtype != b.values.dtype:
+        raise RegraftError(
+            f"{which}: {name} is {list(a.shape)} {a.values.dtype} in the first and "
+            f"{list(b.shape)} {b.values.dtype} in the second. Make both from one pruned checkpoint."
+        )
+    shared_a, shared_b = torch.isin(a.positions, b.positions), torch.isin(b.positions, a.positions)
+    values = bits(a.values[shared_a]) != bits(b.values[shared_b])
+    zeros = bits(a.zeros[shared_a]) != bits(b.zeros[shared_b])
+    if conflicts := int((values | zeros).sum()):
+        raise RegraftError(
+            f"{which}: they hold different values for {conflicts:,} of the {len(values):,} "
+            f"weights of {name} that both restore. Leave one of them out, or make both from the "
+            "same dense and pruned checkpoints."
+        )
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers, so that equal means equal to the bit, NaN and -0.0 too."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(integers[tensor.element_size()])
+
+
+def _signed_zeros(like: Tensor, minus: Tensor) -> Tensor:
+    zeros = torch.zeros_like(like)
+    zeros[minus] = -0.0
+    return zeros
 
 
 def save_patch(path: Path, patch: Patch) -> None:
@@ -126,7 +222,7 @@ def load_patch(path: Path) -> Patch:
         )
         if not valid:
             raise RegraftError(f"{path}: the positions of {name} are not valid for its shape.")
-    return Patch(tensors, about)
+    return Patch(tensors, about, str(path))
 
 
 def _ascending_below(size: int, positions: Tensor) -> bool:

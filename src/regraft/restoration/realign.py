@@ -7,6 +7,7 @@ else (reading, regions of heads, dense values, digests) is the same for all meth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from regraft.errors import RegraftError
 from regraft.importance.statistics import ImportanceStatistics
 from regraft.models.anatomy import Block, LayerAnatomy, LinearAnatomy, check_same_anatomy
 from regraft.models.load import Source
+from regraft.restoration.groups import Grouping, common_grouping, grouping_of
 from regraft.restoration.patch import Patch, TensorPatch
 from regraft.restoration.selection import (
     Band,
@@ -79,13 +81,24 @@ def check_pair(dense: Source, pruned: Source) -> None:
         )
 
 
-def count_restorable(dense: Source, pruned: Source) -> int:
-    """Number of weights that pruning took: zero in `pruned`, not zero in `dense`."""
-    pairs = zip(dense.anatomy.linears, pruned.anatomy.linears, strict=True)
-    return sum(
-        int(restorable(dense.checkpoint.read(a.tensor), pruned.checkpoint.read(b.tensor)).sum())
-        for a, b in pairs
-    )
+@dataclass(frozen=True)
+class Survey:
+    """What pruning took: `restorable` weights, zero now and not before; its N:M pattern if any."""
+
+    restorable: int
+    grouping: Grouping | None
+
+
+def survey(dense: Source, pruned: Source) -> Survey:
+    """Look over every prunable weight of both checkpoints, one in memory at a time."""
+    count, groupings = 0, []
+    for a, b in zip(dense.anatomy.linears, pruned.anatomy.linears, strict=True):
+        before, after = dense.checkpoint.read(a.tensor), pruned.checkpoint.read(b.tensor)
+        taken = int(restorable(before, after).count_nonzero())
+        count += taken
+        if taken:
+            groupings.append(grouping_of(after))
+    return Survey(count, common_grouping(groupings))
 
 
 def realign(

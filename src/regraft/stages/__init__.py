@@ -9,7 +9,14 @@ under its key, and is taken up again after a kill.
 from regraft.stages.common import ABOUT_FILE
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.gathering import statistics
-from regraft.stages.patching import apply, revert
+from regraft.stages.patching import (
+    Preview,
+    apply,
+    apply_in_place,
+    preview,
+    revert,
+    revert_in_place,
+)
 from regraft.stages.pruning import prune
 from regraft.stages.realigning import needs_statistics, realign
 from regraft.stages.scoring import heads
@@ -17,13 +24,17 @@ from regraft.stages.scoring import heads
 __all__ = [
     "ABOUT_FILE",
     "Evaluation",
+    "Preview",
     "apply",
+    "apply_in_place",
     "evaluate",
     "heads",
     "needs_statistics",
+    "preview",
     "prune",
     "read_evaluation",
     "realign",
     "revert",
+    "revert_in_place",
     "statistics",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regraft import ranks
 from regraft.checks import (
     read_suites,
     told,
@@ -95,7 +96,7 @@ def evaluate(
                     network,
                     processor,
                     examples,
-                    work / "answers.jsonl",
+                    work,
                     max_new_tokens=settings.max_new_tokens,
                     batch_size=compute.batch_size,
                     progress=done,
@@ -108,10 +109,11 @@ def evaluate(
                 - (zeros_filled(model.checkpoint, patch) if patch else 0),
                 "prunable": model.anatomy.prunable,
             }
-            with atomic_folder(out) as folder:
-                write_answers(folder / "answers.jsonl", answers)
-                content = {"about": about, "sizes": sizes, "result": result_to_json(result)}
-                write_json(folder / "results.json", content)
+            if ranks.first():
+                with atomic_folder(out) as folder:
+                    write_answers(folder / "answers.jsonl", answers)
+                    content = {"about": about, "sizes": sizes, "result": result_to_json(result)}
+                    write_json(folder / "results.json", content)
     return read_evaluation(out)
 
 

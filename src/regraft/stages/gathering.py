@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from regraft import ranks
 from regraft.checks import draw_calibration, told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
@@ -50,7 +51,8 @@ def statistics(
                 _gather(dense, work / kind, settings, reading, compute, watch)
                 for kind, reading in readings.items()
             )
-            save_statistics(out, safety, utility, about)
+            if ranks.first():
+                save_statistics(out, safety, utility, about)
     loaded = load_statistics(out)
     return loaded.safety, loaded.utility
 

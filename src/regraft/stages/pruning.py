@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from regraft import ranks
 from regraft.checks import check_pattern, draw_calibration, told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
@@ -37,7 +38,8 @@ def prune(
     about = describe("prune", {"dense": dense.checkpoint.fingerprint}, settings, compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
         check_pattern(dense, settings)
-        check_target(dense.checkpoint, out)
+        if ranks.first():
+            check_target(dense.checkpoint, out)
         patterns = settings.patterns(dense.anatomy.linears)
         with working(out, about) as work:
             if needs_data:
@@ -46,14 +48,15 @@ def prune(
                 edits = results.edits(dense.anatomy)
             else:
                 edits = magnitude_edits(patterns)
-            with watch.task(f"Writing {out}", dense.checkpoint.bytes, "bytes") as done:
-                write_edited(
-                    dense.checkpoint,
-                    out,
-                    edits,
-                    files={ABOUT_FILE: to_json(about)},
-                    progress=done,
-                )
+            if ranks.first():
+                with watch.task(f"Writing {out}", dense.checkpoint.bytes, "bytes") as done:
+                    write_edited(
+                        dense.checkpoint,
+                        out,
+                        edits,
+                        files={ABOUT_FILE: to_json(about)},
+                        progress=done,
+                    )
     return Source(open_checkpoint(out), dense.anatomy, dense.trust_remote_code)
 
 

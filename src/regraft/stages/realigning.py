@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from regraft import ranks
 from regraft.checks import (
     check_top_heads,
 )
@@ -19,8 +21,9 @@ from regraft.recipe import (
     ComputeSettings,
     RealignSettings,
 )
+from regraft.restoration.groups import Grouping, violated_groups
 from regraft.restoration.patch import Patch, load_patch, save_patch
-from regraft.restoration.realign import Rule, check_pair, count_restorable, hsr, whole_heads
+from regraft.restoration.realign import Rule, check_pair, hsr, survey, whole_heads
 from regraft.restoration.realign import realign as select
 from regraft.restoration.selection import Band, Head, all_heads, random_heads
 from regraft.watch import Silent, Watch
@@ -81,16 +84,30 @@ def realign(
         rule = hsr(lambda kept: _band(settings, kept), safety, utility)
     chosen = _chosen_heads(dense, settings, scores)
     about["heads"] = [list(head) for head in chosen]
-    about["pruned"] = count_restorable(dense, pruned)
+    looked = survey(dense, pruned)
+    about["pruned"] = looked.restorable
+    if looked.grouping is not None:
+        about |= {"n_m": looked.grouping.n_m, "groups": looked.grouping.groups}
     if not is_done(out, out, about, lambda: load_patch(out).about):
         device = pick_device((compute or ComputeSettings()).device)
         selecting = watch.task("Selecting weights", len(dense.anatomy.layers), "layers")
-        with working(out, about), selecting as done:
-            patch = select(dense, pruned, chosen, rule, about=about, device=device, progress=done)
-            save_patch(out, patch)
-        if not patch.restored:
-            watch.note(f"{out.name}: no pruned weight fits these settings; the patch is empty.")
+        with working(out, about):
+            if ranks.first():
+                with selecting as done:
+                    patch = select(
+                        dense, pruned, chosen, rule, about=about, device=device, progress=done
+                    )
+                save_patch(out, _with_violations(patch, pruned, looked.grouping))
+                if not patch.restored:
+                    watch.note(f"{out.name}: no pruned weight fits; the patch is empty.")
     return load_patch(out)
+
+
+def _with_violations(patch: Patch, pruned: Source, grouping: Grouping | None) -> Patch:
+    if grouping is None:
+        return patch
+    count = violated_groups(pruned.checkpoint, patch, grouping.n, grouping.m)
+    return replace(patch, about={**patch.about, "violated_groups": count})
 
 
 def needs_statistics(settings: RealignSettings) -> bool:

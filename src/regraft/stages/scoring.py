@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from regraft import ranks
 from regraft.checks import (
     check_r_max,
     draw_calibration,
@@ -58,5 +59,6 @@ def heads(
                     about=about,
                     progress=done,
                 )
-            save_heads(out, scores)
+            if ranks.first():
+                save_heads(out, scores)
     return load_heads(out, dense.anatomy)

@@ -1,0 +1,204 @@
+"""Pruning against llm-compressor's one-shot: the same text decoder, data, device and dtype.
+
+    python benchmarks/against_llm_compressor.py --python VENV/bin/python --layers 4 --scale 0.25
+    python benchmarks/against_llm_compressor.py --python VENV/bin/python --json versus.json
+
+VENV is an environment of its own with `pip install llmcompressor`. The model has the shape of
+LLaVA-NeXT-Vicuna-7B's text decoder with random weights; the data are random tokens, all of them
+counted, one sequence a batch, which is what llm-compressor does. Each run is a process of its own;
+loading and writing are not timed; the same matrices go to 50 % zeros, row by row for Wanda and
+block by block for SparseGPT. Memory is the peak of the process during the work: on a GPU that of
+the device, else that of the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+RUNS = [
+    ("wanda", "llm-compressor"),
+    ("wanda", "resident"),
+    ("wanda", "streamed"),
+    ("sparsegpt", "llm-compressor"),
+    ("sparsegpt", "resident"),
+    ("sparsegpt", "streamed"),
+]
+VICUNA = {"hidden": 4096, "intermediate": 11008, "heads": 32, "layers": 32, "vocabulary": 32064}
+
+
+def write_model(folder: Path, layers: int, scale: float, device: str) -> None:
+    """Write a Llama of Vicuna-7B's shape in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = max(1, round(VICUNA["heads"] * scale))
+    config = LlamaConfig(
+        hidden_size=128 * heads,
+        intermediate_size=round(VICUNA["intermediate"] * scale),
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        num_hidden_layers=layers,
+        vocab_size=VICUNA["vocabulary"],
+        tie_word_embeddings=False,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        LlamaForCausalLM(config).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+
+
+def sequences(samples: int, length: int) -> torch.Tensor:
+    """Random token ids, `[samples, length]`."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, VICUNA["vocabulary"], (samples, length), generator=generator)
+
+
+def run_theirs(options: argparse.Namespace) -> float:
+    """Seconds of llm-compressor's sequential one-shot."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
+    from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    model = AutoModelForCausalLM.from_pretrained(options.folder / "dense", dtype=torch.bfloat16)
+    if options.device != "cpu":
+        model.to(options.device)
+    ids = sequences(options.samples, options.length).tolist()
+    rows = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+    modifiers = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
+    modifier = modifiers[options.method](
+        sparsity=0.5, mask_structure="0:0", targets=["Linear"], ignore=["re:.*lm_head"]
+    )
+    unused = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>")
+    begin_peak(options.device)
+    start = time.perf_counter()
+    oneshot(
+        model=model,
+        processor=unused,
+        dataset=Dataset.from_dict(rows),
+        recipe=modifier,
+        num_calibration_samples=options.samples,
+        max_seq_length=options.length,
+        shuffle_calibration_samples=False,
+        pipeline="sequential",
+    )
+    return time.perf_counter() - start
+
+
+def run_ours(options: argparse.Namespace) -> float:
+    """Seconds of regraft's sequential pruning."""
+    from regraft.data.collate import Batch
+    from regraft.models.load import load_placed, open_source
+    from regraft.models.walk import Walk
+    from regraft.pruning.pruner import prune_layers
+    from regraft.pruning.results import LayerResults
+    from regraft.recipe import PruneSettings
+
+    source = open_source(options.folder / "dense")
+    model = load_placed(source, dtype="bfloat16", device=options.device, placement=options.runner)
+    batches = [
+        Batch(
+            {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}, ids[None], ("",)
+        )
+        for ids in sequences(options.samples, options.length)
+    ]
+    settings = PruneSettings(method=options.method, sparsity=0.5)
+    begin_peak(options.device)
+    start = time.perf_counter()
+    with TemporaryDirectory(dir=options.folder) as work:
+        prune_layers(
+            settings.pruner(),
+            Walk(model, batches),
+            source.anatomy,
+            source.checkpoint,
+            settings.patterns(source.anatomy.linears),
+            LayerResults(Path(work)),
+        )
+    return time.perf_counter() - start
+
+
+def begin_peak(device: str) -> None:
+    """Forget the peak so far."""
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
+    else:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak(device: str) -> float:
+    """GiB at the peak since `begin_peak`."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**30
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+
+
+def main() -> None:
+    """Run all in turn, print the table, save JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--python", required=True, help="interpreter that has llm-compressor")
+    parser.add_argument("--layers", type=int, default=VICUNA["layers"])
+    parser.add_argument("--scale", type=float, default=1.0, help="of the widths")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, default=None)
+    for name in ("--folder", "--method", "--runner"):  # of a child process
+        parser.add_argument(name, type=Path if name == "--folder" else str, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.folder is not None:
+        theirs = options.runner == "llm-compressor"
+        seconds = run_theirs(options) if theirs else run_ours(options)
+        print(json.dumps({"seconds": seconds, "peak_gib": peak(options.device)}))
+        return
+    rows: list[dict[str, Any]] = []
+    with TemporaryDirectory() as scratch:
+        write_model(Path(scratch) / "dense", options.layers, options.scale, options.device)
+        for method, runner in RUNS:
+            python = options.python if runner == "llm-compressor" else sys.executable
+            child = [python, __file__, *sys.argv[1:], "--folder", scratch]
+            child += ["--method", method, "--runner", runner]
+            done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
+            answer = json.loads(done.stdout.strip().splitlines()[-1])
+            rows.append({"method": method, "runner": runner, **answer})
+    show(rows, options)
+    if options.json:
+        card = "cpu" if options.device == "cpu" else torch.cuda.get_device_name()
+        about = {"device": card, "rows": rows, "layers": options.layers, "scale": options.scale}
+        options.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    card = "cpu" if options.device == "cpu" else torch.cuda.get_device_name()
+    table = Table("method", "by", "time / llm-compressor's", "peak GiB", "peak / theirs")
+    data = f"{options.samples} x {options.length} tokens"
+    table.title = f"{options.layers} layers, widths x {options.scale:g}, {data}, {card}"
+    theirs = {row["method"]: row for row in rows if row["runner"] == "llm-compressor"}
+    for row in rows:
+        base = theirs[row["method"]]
+        table.add_row(
+            row["method"],
+            row["runner"] if row is base else f"regraft, {row['runner']}",
+            f"{row['seconds'] / base['seconds']:.2f}",
+            f"{row['peak_gib']:.2f}",
+            f"{row['peak_gib'] / base['peak_gib']:.2f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Putting a patch on a sharded checkpoint against `cp -r` of the same files.
+
+    python benchmarks/apply.py                          # 4 GiB, q, k, v and o of four layers
+    python benchmarks/apply.py --all-linears --json apply.json
+
+The checkpoint has random weights in the shapes of a 7B model, half of them zero. Both copy the same
+files to the same disk, in turn, in changing order, from the same state of the page cache: warm, or
+with `--cold` dropped before each. The figure is the ratio of the two throughputs, with all data on
+the disk at the end (we do that anyhow, cp's files are fsynced after it) and without (fsync does
+nothing in our process). Peak memory is that of a process of its own which only applies the patch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
+
+from regraft.models.checkpoint import INDEX_FILE
+from regraft.restoration.patch import Patch, TensorPatch, save_patch
+
+GIB = 2**30
+HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000
+ATTENTION = {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"}
+LAYER = ATTENTION | {
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+CHILD = """
+import os, sys, time
+from pathlib import Path
+import torch
+from regraft import stages
+if sys.argv[4] == "no sync":
+    os.fsync = lambda handle: None
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+before, start = peak(), time.perf_counter()
+stages.apply(*map(Path, sys.argv[1:4]))
+print(time.perf_counter() - start, before, peak())
+"""
+
+
+def layout(size: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Names and shapes of about `size` bytes of bf16 weights."""
+    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
+    per_layer = 2 * sum(a * b for a, b in LAYER.values())
+    for layer in range(max(1, round((size - 4 * VOCABULARY * HIDDEN) / per_layer))):
+        for name, shape in LAYER.items():
+            yield f"model.layers.{layer}.{name}.weight", shape
+    yield "lm_head.weight", (VOCABULARY, HIDDEN)
+
+
+class Writer:
+    """Writes a pruned checkpoint shard by shard and gathers a patch for it."""
+
+    def __init__(self, folder: Path, shard_bytes: int, seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._normal = torch.randn(2**25, generator=self._generator).bfloat16()
+        self._folder, self._limit = folder, shard_bytes
+        self._held: dict[str, Tensor] = {}
+        self._weight_map: dict[str, str] = {}
+        self._shards = 0
+        folder.mkdir()
+
+    def add(self, name: str, shape: tuple[int, int], share: float) -> TensorPatch | None:
+        """Prune one weight at random; a patch that restores `share` of it, if any."""
+        size = shape[0] * shape[1]
+        start = int(torch.randint(2**16, (1,), generator=self._generator))
+        pool = self._normal[start:]
+        dense = pool.repeat(-(-size // len(pool)))[:size]
+        draws = torch.randint(256, (size,), dtype=torch.uint8, generator=self._generator)
+        self._held[name] = pruned = dense.masked_fill(draws < 128, 0).view(shape)
+        if sum(tensor.nbytes for tensor in self._held.values()) >= self._limit:
+            self.flush()
+        if not share:
+            return None
+        chosen = (draws < 128).nonzero().flatten()
+        chosen = chosen[torch.rand(len(chosen), generator=self._generator) < 2 * share]
+        chosen = chosen[dense[chosen] != 0]
+        return TensorPatch.of(pruned, chosen, dense[chosen])
+
+    def flush(self) -> None:
+        """Write what is held as one shard."""
+        self._shards += 1
+        shard = f"model-{self._shards:05d}.safetensors"
+        save_file(self._held, self._folder / shard, metadata={"format": "pt"})
+        self._weight_map |= dict.fromkeys(self._held, shard)
+        self._held = {}
+
+    def close(self) -> None:
+        """Write the last shard and the index."""
+        if self._held:
+            self.flush()
+        index = {"metadata": {}, "weight_map": self._weight_map}
+        (self._folder / INDEX_FILE).write_text(json.dumps(index))
+
+
+def build(folder: Path, options: argparse.Namespace) -> Patch:
+    """Write the pruned checkpoint and its patch into `folder`."""
+    writer = Writer(folder / "pruned", int(options.shard_gib * GIB))
+    tensors = {}
+    for name, shape in layout(int(options.gib * GIB)):
+        layer = int(name.split(".")[2]) if ".layers." in name else None
+        attention = "self_attn" in name and layer is not None and layer < options.layers
+        touched = layer is not None if options.all_linears else attention
+        patch = writer.add(name, shape, options.share if touched else 0.0)
+        if patch is not None:
+            tensors[name] = patch
+    writer.close()
+    (folder / "pruned" / "config.json").write_text("{}")
+    patch = Patch(tensors, {})
+    save_patch(folder / "patch.safetensors", patch)
+    return patch
+
+
+def copy(folder: Path, durable: bool) -> float:
+    """Seconds of `cp -r`, with `durable` until everything is on the disk."""
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", folder / "pruned", folder / "out"], check=True)
+    if durable:
+        for path in (folder / "out").iterdir():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+    return time.perf_counter() - start
+
+
+def patched(folder: Path, durable: bool) -> tuple[float, int, int]:
+    """Seconds of applying; peak memory in bytes before it began, and in all."""
+    words = [folder / "pruned", folder / "patch.safetensors", folder / "out"]
+    child = [sys.executable, "-c", CHILD, *words, "sync" if durable else "no sync"]
+    done = subprocess.run(child, check=True, capture_output=True, text=True)
+    seconds, before, peak = done.stdout.split()
+    return float(seconds), int(before), int(peak)
+
+
+def prepare(folder: Path, cold: bool) -> None:
+    """Bring the page cache to the same state before every measurement."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    os.sync()
+    for path in [*(folder / "pruned").iterdir(), folder / "patch.safetensors"]:
+        with path.open("rb", buffering=0) as handle:
+            if cold:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while handle.read(2**24):
+                    pass
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each way in each round, and our memory."""
+    memory: list[tuple[int, int]] = []
+
+    def ours(durable: bool) -> float:
+        seconds, *peaks = patched(folder, durable)
+        memory.append((peaks[0], peaks[1]))
+        return seconds
+
+    ways: dict[str, Callable[[], float]] = {
+        "cp": lambda: copy(folder, False),
+        "apply": lambda: ours(False),
+        "cp, synced": lambda: copy(folder, True),
+        "apply, synced": lambda: ours(True),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(options.rounds + 1):
+        for name in ways if number % 2 else reversed(ways):
+            prepare(folder, options.cold)
+            taken = ways[name]()
+            if number:  # the first round warms up the disk
+                seconds[name].append(taken)
+    seconds["memory before"] = [before for before, _ in memory]
+    seconds["memory"] = [peak for _, peak in memory]
+    return seconds
+
+
+def main() -> None:
+    """Build, measure, print the table, save JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gib", type=float, default=4.0, help="size of the checkpoint")
+    parser.add_argument("--shard-gib", type=float, default=1.0, help="size of a shard")
+    parser.add_argument("--layers", type=int, default=4, help="layers whose q, k, v, o are patched")
+    parser.add_argument("--all-linears", action="store_true", help="patch every linear instead")
+    parser.add_argument("--share", type=float, default=0.01, help="of the weights that come back")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cold", action="store_true", help="read from the disk every time")
+    parser.add_argument("--scratch", type=Path, default=None, help="disk to work on")
+    parser.add_argument("--json", type=Path, default=None, help="save the figures here")
+    options = parser.parse_args()
+
+    with TemporaryDirectory(dir=options.scratch) as scratch:
+        folder = Path(scratch)
+        patch = build(folder, options)
+        shards = list((folder / "pruned").glob("*.safetensors"))
+        size = sum(path.stat().st_size for path in shards)
+        measured = measure(folder, options)
+    ratios = {
+        f"apply_to_cp{suffix}": [
+            a / b for a, b in zip(measured[f"cp{label}"], measured[f"apply{label}"], strict=True)
+        ]
+        for suffix, label in (("", ""), ("_synced", ", synced"))
+    }
+    figures = {
+        "gib": size / GIB,
+        "shards": len(shards),
+        "cpus": os.cpu_count(),
+        "cache": "cold" if options.cold else "warm",
+        "patched_tensors": len(patch.tensors),
+        "patched_gib": sum(2 * torch.Size(t.shape).numel() for t in patch.tensors.values()) / GIB,
+        "restored_weights": patch.restored,
+        **{name: statistics.median(values) for name, values in ratios.items()},
+        **{f"{name}_worst": min(values) for name, values in ratios.items()},
+        "peak_memory_gib": max(measured["memory"]) / GIB,
+        "of_which_imports_gib": max(measured["memory before"]) / GIB,
+    }
+    table = Table("figure", "value", title="Applying a patch: throughput over that of cp -r")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    if options.json:
+        rounds = {name: values for name, values in measured.items() if "memory" not in name}
+        content = figures | {"seconds": rounds}
+        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

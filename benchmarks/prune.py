@@ -1,0 +1,186 @@
+"""Pruning at full size with random weights: time against bare forward passes, and peak memory.
+
+    python benchmarks/prune.py --layers 2 --scale 0.25 --samples 8       # small, on a CPU
+    python benchmarks/prune.py --samples 128 --json prune.json           # Qwen2.5-VL-7B's shape
+    python benchmarks/prune.py --shape vicuna-7b --samples 128           # LLaVA-NeXT-Vicuna-7B's
+
+Every method runs resident and streamed, each in a process of its own, as `regraft prune` does but
+without loading and writing. `bare` is the time of the forward passes that the method needs on the
+same data, measured in the same process: the vision tower once and the decoder as often as the
+method takes it (almost twice in sequential order, once in one-shot, twice for SNIP, whose backward
+pass is not in `bare`). Host memory counts the checkpoint's pages that are in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import shapes
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from regraft.data.collate import Batch, batches, response_batch
+from regraft.data.sources import DataSource, read
+from regraft.models.load import load_placed, load_processor, open_source, pick_device
+from regraft.models.placement import PlacedModel
+from regraft.models.walk import Walk
+from regraft.pruning.pruner import prune_layers
+from regraft.pruning.results import LayerResults
+from regraft.recipe import PruneSettings
+
+GIB = 2**30
+RUNS = [
+    ("wanda", "one-shot"),
+    ("wanda", "sequential"),
+    ("sparsegpt", "sequential"),
+    ("snip", "one-shot"),
+]
+
+
+def peak_host() -> float:
+    """GiB of this process at its peak, pages of files included."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(li.split()[1]) for li in lines if li.startswith("VmHWM")) / 2**20
+
+
+def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, everything on the device finished, and the result."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def bare_passes(model: PlacedModel, data: list[Batch]) -> tuple[float, float]:
+    """Seconds of the vision tower and embeddings, and of the decoder, over all data."""
+    vision, walk = timed(model.device, lambda: Walk(model, data))
+
+    def decoder() -> None:
+        for layer in range(walk.layers):
+            with model.layer(layer):
+                for i, output in walk.run(layer):
+                    walk.keep(i, output)
+
+    return vision, timed(model.device, decoder)[0]
+
+
+def run_one(options: argparse.Namespace) -> dict[str, Any]:
+    """One method in one placement."""
+    source = open_source(options.folder / "dense")
+    examples = [
+        e
+        for e in read(DataSource.model_validate(f"jsonl:{options.folder / 'data.jsonl'}")).examples
+        if not e.harmful
+    ]
+    device = pick_device(options.device)
+    model = load_placed(
+        source, dtype="bfloat16", device=options.device, placement=options.placement
+    )
+    processor = load_processor(source)
+    data = [response_batch(processor, chunk) for chunk in batches(examples, options.batch_size)]
+    bare_passes(model, data[:1])  # kernels are chosen on first use
+    vision, decoder = bare_passes(model, data)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    layers = len(source.anatomy.layers)
+    settings = PruneSettings(method=options.method, order=options.order, n_m=options.n_m)
+    with TemporaryDirectory(dir=options.folder) as work:
+        seconds, _ = timed(
+            device,
+            lambda: prune_layers(
+                settings.pruner(),
+                Walk(model, data),
+                source.anatomy,
+                source.checkpoint,
+                settings.patterns(source.anatomy.linears),
+                LayerResults(Path(work)),
+            ),
+        )
+    passes = {"one-shot": 1.0, "sequential": 2 - 1 / layers}[options.order]
+    passes = 2.0 if options.method == "snip" else passes
+    peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
+    return {
+        "method": options.method,
+        "order": options.order,
+        "placement": options.placement,
+        "seconds": seconds,
+        "bare_seconds": vision + passes * decoder,
+        "ratio": seconds / (vision + passes * decoder),
+        "device_peak_gib": peak,
+        "host_peak_gib": peak_host(),
+        "tokens": sum(batch.inputs["input_ids"].numel() for batch in data),
+    }
+
+
+def main() -> None:
+    """Run every method and placement in its own process, print the table, save JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=shapes.SHAPES, default="qwen2.5-vl-7b")
+    parser.add_argument("--layers", type=int, default=None)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the widths")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--image", type=int, default=560, help="pixels a side")
+    parser.add_argument("--n-m", default=None, help="such as 2:4, instead of 50 %%")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--scratch", type=Path, default=None, help="disk for the checkpoint")
+    parser.add_argument("--json", type=Path, default=None)
+    for name in ("--folder", "--method", "--order", "--placement"):  # of a child process
+        parser.add_argument(name, type=Path if name == "--folder" else str, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.folder is not None:
+        print(json.dumps(run_one(options)))
+        return
+    device = pick_device(options.device)
+    rows = []
+    with TemporaryDirectory(dir=options.scratch) as scratch:
+        folder = Path(scratch)
+        shapes.write_checkpoint(
+            folder / "dense", options.shape, options.layers, options.scale, device
+        )
+        shapes.write_data(folder, options.samples, options.image)
+        size = open_source(folder / "dense").checkpoint.bytes / GIB
+        for method, order in RUNS:
+            for placement in ("resident", "streamed"):
+                child = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder)]
+                child += ["--method", method, "--order", order, "--placement", placement]
+                done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
+                rows.append(json.loads(done.stdout.splitlines()[-1]))
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    show(rows, f"{options.shape}, {size:.2f} GiB, {rows[0]['tokens']} tokens, {name}")
+    if options.json:
+        about = {"shape": options.shape, "checkpoint_gib": size, "device": name, "rows": rows}
+        options.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def show(rows: list[dict[str, Any]], title: str) -> None:
+    """Print the table."""
+    table = Table("method", "order", "placement", "time / bare", "device GiB", "host GiB")
+    table.title = title
+    for row in rows:
+        peak = row["device_peak_gib"]
+        table.add_row(
+            row["method"],
+            row["order"],
+            row["placement"],
+            f"{row['ratio']:.2f}",
+            "" if peak is None else f"{peak:.2f}",
+            f"{row['host_peak_gib']:.2f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

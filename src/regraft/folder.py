@@ -1,0 +1,65 @@
+"""Where a run keeps its artifacts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run. One of several prunings has its own folder in each folder of a kind."""
+
+    path: Path
+    several: bool = False
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe, defaults included."""
+        return self.path / RECIPE_FILE
+
+    @property
+    def heads(self) -> Path:
+        """Head scores."""
+        return self.path / "heads.safetensors"
+
+    @property
+    def report(self) -> Path:
+        """report.json, report.md, report.html."""
+        return self.path / "report"
+
+    def statistics(self, score: str) -> Path:
+        """What is gathered on D^s and D^u for one kind of importance."""
+        name = "statistics" if score == "wanda" else f"statistics-{score}"
+        return self.path / f"{name}.safetensors"
+
+    def pruned(self, pruning: str) -> Path:
+        """A pruned checkpoint, unless the recipe names an existing one."""
+        return self._of("pruned", pruning)
+
+    def patch(self, pruning: str, variant: str) -> Path:
+        """The restored weights of one realigned variant of a pruning."""
+        return self._of("patches", pruning) / f"{variant}.safetensors"
+
+    def realigned(self, pruning: str, variant: str) -> Path:
+        """The checkpoint of one realigned variant of a pruning."""
+        return self._of("realigned", pruning) / variant
+
+    @property
+    def dense_evaluation(self) -> Path:
+        """Answers and results of the dense model."""
+        return self.path / "evaluation" / "dense"
+
+    def evaluation(self, pruning: str, variant: str = "pruned") -> Path:
+        """Answers and results of a pruning, or of one realigned variant of it."""
+        return self._of("evaluation", pruning) / variant
+
+    def name(self, pruning: str, variant: str) -> str:
+        """What a realigned variant is called among all models of the run."""
+        return f"{pruning}/{variant}" if self.several else variant
+
+    def _of(self, kind: str, pruning: str) -> Path:
+        folder = self.path / kind
+        return folder / pruning if self.several else folder

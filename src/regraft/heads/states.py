@@ -1,0 +1,279 @@
+"""Last-token states of a model with one head ablated, for all heads, saved as they come.
+
+One file a layer and batch: a run that is killed loses at most the layer that it was at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from zlib import crc32
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from regraft import ranks
+from regraft.data.collate import Batch
+from regraft.errors import RegraftError
+from regraft.files import atomic_file
+from regraft.heads.ships import kl_divergence
+from regraft.models.ablation import EPS, AblationTarget, head_outputs, replay_ablated
+from regraft.models.anatomy import Anatomy, LayerAnatomy
+from regraft.models.load import placed
+from regraft.models.replay import (
+    last_positions,
+    layer_inputs,
+    logits_of,
+    replay,
+    text_inputs,
+)
+from regraft.models.window import (
+    Replay,
+    cross_attention_layers,
+    key_values,
+    last_token_replay,
+    most_attended,
+    record,
+    window_at,
+    window_replay,
+)
+
+CPU_TOKENS = 16384  # in one pass where no device memory sets the bound
+MOST_TOKENS = 262144  # more in one pass makes no pass faster
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What is done to a head, and how far the consequences are followed.
+
+    `window` None is exact; a number follows them through so many positions of a prompt only, the
+    last and those that it attends to most, with the keys and values of all others as they were.
+    `tokens_per_pass` None takes what fits.
+    """
+
+    target: AblationTarget = "all"
+    eps: float = EPS
+    window: int | None = None
+    tokens_per_pass: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """Of one layer over all batches, float32 on CPU: N samples, h ablated heads.
+
+    `ablated` are states `[h, N, d]` of the last prompt token after the final norm, `kl` the
+    divergence from the unablated model, `[h, N]`. `jittered` `[N, d]` and `jittered_kl` `[N]` are
+    of the unablated model whose input to this layer is rounded once more; None in float32.
+    """
+
+    ablated: Tensor
+    kl: Tensor
+    jittered: Tensor | None
+    jittered_kl: Tensor | None
+
+
+@dataclass(frozen=True)
+class States:
+    """The files of all batches, one folder each."""
+
+    folders: tuple[Path, ...]
+
+    def base(self) -> Tensor:
+        """Last-token states of the unablated model, `[N, d]` float32."""
+        return torch.cat([load_file(_base_file(folder))["base"] for folder in self.folders])
+
+    def layer(self, index: int) -> LayerStates | None:
+        """One layer's, None where it was not wanted or did not run in every batch."""
+        files = [_layer_file(folder, index) for folder in self.folders]
+        if not all(file.exists() for file in files):
+            return None
+        parts = [load_file(file) for file in files]
+        if any("ablated" not in part for part in parts):
+            return None
+        jitter = "jittered" in parts[0]
+        return LayerStates(
+            torch.cat([part["ablated"] for part in parts], dim=1),
+            torch.cat([part["kl"] for part in parts], dim=1),
+            torch.cat([part["jittered"] for part in parts]) if jitter else None,
+            torch.cat([part["jittered_kl"] for part in parts]) if jitter else None,
+        )
+
+
+def ablate_heads(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: Sequence[Batch],
+    folder: Path,
+    how: Ablation,
+    heads: Mapping[int, Sequence[int]],
+    progress: Callable[[int], None],
+) -> States:
+    """Run every batch with each of `heads` ablated; what `folder` holds already is not run again.
+
+    Args:
+        model: The dense model, left as it was.
+        anatomy: Its anatomy.
+        batches: Prompts that end where the answer starts.
+        folder: For the states.
+        how: What is done to a head.
+        heads: Layer -> its heads to ablate; other layers are not run.
+        progress: Called with 1 for each layer of each batch.
+
+    Raises:
+        RegraftError: states overflow in the model's dtype.
+    """
+    folders = tuple(folder / f"batch_{i:05d}" for i in range(len(batches)))
+    for batch, place in ranks.share(tuple(zip(batches, folders, strict=True))):
+        missing = {
+            layer.index: heads[layer.index]
+            for layer in anatomy.layers
+            if heads.get(layer.index) and not _layer_file(place, layer.index).exists()
+        }
+        progress(len(anatomy.layers) - len(missing))
+        if missing or not _base_file(place).exists():
+            _run_batch(model, anatomy, placed(batch, model), place, how, missing, progress)
+    ranks.barrier()
+    return States(folders)
+
+
+@torch.no_grad()
+def _run_batch(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batch: Batch,
+    folder: Path,
+    how: Ablation,
+    heads: Mapping[int, Sequence[int]],
+    progress: Callable[[int], None],
+) -> None:
+    run = _Run.start(model, batch, how)
+    if not _base_file(folder).exists():
+        _save(_base_file(folder), {"base": run.base})
+    for index, some in heads.items():
+        hidden = run.entering.get(index)
+        states = {}
+        if hidden is not None:  # Mllama skips its cross-attention where there is no image
+            tokens = how.tokens_per_pass or tokens_that_fit(anatomy, hidden)
+            states = run.ablated(anatomy.layers[index], hidden, some, tokens)
+            if hidden.dtype in (torch.bfloat16, torch.float16):
+                seed = crc32(f"{folder.name} {index}".encode())
+                states |= run.jittered(index, hidden, seed)
+        _require_finite(states, index)
+        _save(_layer_file(folder, index), states)
+        progress(1)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One batch of the unablated model, and the way to run parts of it again."""
+
+    model: nn.Module
+    how: Ablation
+    replay: Replay
+    entering: Mapping[int, Tensor]  # [B, T, d]
+    base: Tensor  # [B, d]
+    logits: Tensor  # [B, vocabulary]
+    at: Tensor  # [B] on CPU, the last real token, counted from the end: -1 and less
+
+    @classmethod
+    def start(cls, model: nn.Module, batch: Batch, how: Ablation) -> _Run:
+        text = text_inputs(model, batch.inputs)
+        length = batch.inputs["input_ids"].shape[1]
+        at = (last_positions(batch.inputs, length) - length).cpu()  # -1: padding on the left
+        if how.window is not None:
+            recorded = record(model, text)
+            window = window_at(model, recorded, most_attended(model, recorded, how.window))
+            run, entering, final = window_replay(model, window), window.entering, window.final
+        else:
+            with key_values(model, cross_attention_layers(model)) as cross:
+                inputs = layer_inputs(model, text)
+            ends = bool((at == -1).all())
+            run = last_token_replay(model, text, cross) if ends else partial(replay, model, text)
+            entering, final = inputs.by_layer, inputs.final
+        base = final[torch.arange(len(at)), at]
+        return cls(model, how, run, entering, base, logits_of(model, base), at)
+
+    def ablated(
+        self, layer: LayerAnatomy, hidden: Tensor, heads: Sequence[int], tokens: int
+    ) -> dict[str, Tensor]:
+        """Last-token states `[h, B, d]` and KL `[h, B]` with each head ablated."""
+        model, index, how = self.model, layer.index, self.how
+        outputs = head_outputs(
+            model, self.replay, index, hidden, layer.head_dim, target=how.target, eps=how.eps
+        )
+        copies = max(1, tokens // (hidden.shape[0] * hidden.shape[1]))
+        states = torch.cat(
+            [
+                self._last(replay_ablated(model, self.replay, index, hidden, outputs, some))
+                for some in even_chunks(heads, copies)
+            ]
+        )
+        return {"ablated": states, "kl": kl_divergence(self.logits, logits_of(model, states))}
+
+    def jittered(self, index: int, hidden: Tensor, seed: int) -> dict[str, Tensor]:
+        """Last-token states `[B, d]` and KL `[B]` with this layer's input rounded once more."""
+        again = self.replay(start=index, hidden=rounded_again(hidden, seed))
+        states = self._last(again[None])[0]
+        kl = kl_divergence(self.logits, logits_of(self.model, states))
+        return {"jittered": states, "jittered_kl": kl}
+
+    def _last(self, states: Tensor) -> Tensor:
+        """`[k, B, T, d]` -> the last token's, `[k, B, d]`."""
+        return states[:, torch.arange(len(self.at)), self.at]
+
+
+def rounded_again(hidden: Tensor, seed: int) -> Tensor:
+    """`hidden * (1 + u)` with u uniform in half the dtype's epsilon either way, in its dtype."""
+    generator = torch.Generator(hidden.device).manual_seed(seed)
+    uniform = torch.rand(hidden.shape, generator=generator, device=hidden.device) - 0.5
+    eps = torch.finfo(hidden.dtype).eps
+    return (hidden.float() * (1 + eps * uniform)).to(hidden.dtype)
+
+
+def tokens_that_fit(anatomy: Anatomy, hidden: Tensor) -> int:
+    """How many tokens one pass may hold beside a batch `[B, S, d]`: half of the free memory.
+
+    Counts what a decoder layer keeps of a token: the outputs of its linears, the MLP's product,
+    some hidden states, repeated keys and values, and the token's row of the attention mask.
+    """
+    device = hidden.device
+    if device.type != "cuda":
+        return CPU_TOKENS
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    widths = [sum(li.shape[0] for li in layer.linears) for layer in anatomy.layers]
+    widest = max(li.shape[0] for li in anatomy.linears)
+    repeated = max(2 * layer.heads * layer.head_dim for layer in anatomy.layers)
+    numbers = max(widths) + widest + repeated + 6 * anatomy.hidden_size + 2 * hidden.shape[1]
+    return max(1, min(MOST_TOKENS, int(free / 2 / (numbers * hidden.element_size()))))
+
+
+def even_chunks(heads: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Even chunks of at most `size` heads."""
+    size = math.ceil(len(heads) / math.ceil(len(heads) / size))
+    return [heads[start : start + size] for start in range(0, len(heads), size)]
+
+
+def _require_finite(states: Mapping[str, Tensor], layer: int) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in states.values()):
+        raise RegraftError(
+            f"Hidden states overflow in this dtype (layer {layer}). "
+            "Use --dtype bfloat16 or float32."
+        )
+
+
+def _base_file(folder: Path) -> Path:
+    return folder / "base.safetensors"
+
+
+def _layer_file(folder: Path, layer: int) -> Path:
+    return folder / f"layer_{layer:03d}.safetensors"
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with atomic_file(path) as temporary:
+        save_file({name: t.float().cpu().contiguous() for name, t in tensors.items()}, temporary)

@@ -1,0 +1,184 @@
+"""From the artifacts of a finished run to its report; no model is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from regraft import ranks, stages
+from regraft.data.demo import demo_model
+from regraft.data.sources import read
+from regraft.errors import RegraftError
+from regraft.files import read_json
+from regraft.folder import RECIPE_FILE, RunFolder
+from regraft.heads.score import HeadScores, load_heads
+from regraft.importance.statistics import load_statistics
+from regraft.models.load import open_source
+from regraft.recipe import PruneSettings, PruningSettings, Recipe, VariantSettings, read_recipe
+from regraft.report.model import DataAccount, HeadMap, Report, Variant
+from regraft.report.write import write_report
+from regraft.restoration.patch import load_patch
+from regraft.restoration.realign import restored_by_module
+from regraft.stages import Evaluation
+
+CONTROL_LABELS = {"random": "random heads", "all": "all heads"}
+METHOD_LABELS = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "snip": "SNIP"}
+
+
+def report(folder: Path) -> Report:
+    """Write the report of a finished run from its artifacts alone.
+
+    Raises:
+        RegraftError: the folder holds no run, or one that is not finished.
+    """
+    place = RunFolder(folder)
+    if not place.recipe.exists():
+        raise RegraftError(f"{folder} holds no run: there is no {RECIPE_FILE} in it.")
+    recipe = read_recipe(place.recipe)
+    place = RunFolder(folder, several=len(recipe.prune) > 1)
+    evaluations = dict(_evaluations(place, recipe))
+    dense = open_source(
+        model_folder(recipe.model), trust_remote_code=recipe.compute.trust_remote_code
+    )
+    variants = [_variant("dense", evaluations["dense"])]
+    for pruning in recipe.prune:
+        variants += _group(place, recipe, pruning, evaluations)
+    abouts = [evaluations["dense"].about]
+    maps: tuple[HeadMap, ...] = ()
+    if place.heads.exists():
+        scores = load_heads(place.heads, dense.anatomy)
+        maps = _head_maps(scores)
+        abouts.append(scores.about)
+    gathered = [path for one in recipe.realign if (path := place.statistics(one.score)).exists()]
+    written = [place.pruned(one.name) / stages.ABOUT_FILE for one in recipe.prune]
+    if gathered:
+        abouts.append(load_statistics(gathered[0]).about)
+    else:
+        abouts += [read_json(path) for path in written if path.exists()]
+    made = Report(
+        title=recipe.title,
+        model=recipe.model,
+        variants=tuple(variants),
+        head_maps=maps,
+        data=tuple(_accounts(abouts)),
+        recipe=recipe.model_dump(mode="json"),
+        images=_images(recipe),
+        versions=abouts[0]["versions"] | {"device": abouts[0]["compute"]["device"]},
+    )
+    if ranks.first():
+        write_report(made, place.report)
+    return made
+
+
+def model_folder(model: str) -> str | Path:
+    """Where a recipe's model lies, or its hub id."""
+    return demo_model() if model == "demo" else model
+
+
+def _evaluations(place: RunFolder, recipe: Recipe) -> Iterator[tuple[str, Evaluation]]:
+    """(name, evaluation) of every model of the run."""
+    folders = {"dense": place.dense_evaluation}
+    for pruning in recipe.prune:
+        folders[pruning.name] = place.evaluation(pruning.name)
+        for one in recipe.realign:
+            name = place.name(pruning.name, one.name)
+            folders[name] = place.evaluation(pruning.name, one.name)
+    for name, folder in folders.items():
+        if not folder.exists():
+            raise RegraftError(
+                f"The run in {place.path} is not finished: {name} has not been evaluated. Continue "
+                f"it with `regraft run {place.recipe} --out {place.path}`."
+            )
+        yield name, stages.read_evaluation(folder)
+
+
+def _group(
+    place: RunFolder,
+    recipe: Recipe,
+    pruning: PruningSettings,
+    evaluations: Mapping[str, Evaluation],
+) -> Iterator[Variant]:
+    """One pruning and the variants realigned from it."""
+    patches = {one.name: load_patch(place.patch(pruning.name, one.name)) for one in recipe.realign}
+    own = evaluations[pruning.name]
+    taken = own.about["zeros"] - evaluations["dense"].about["zeros"]
+    series = "" if recipe.pruned else _series(pruning.only())
+    yield _variant(
+        pruning.name,
+        own,
+        base="dense",
+        series=series,
+        pruned=next((patch.about["pruned"] for patch in patches.values()), taken),
+    )
+    layers = open_source(recipe.pruned or place.pruned(pruning.name)).anatomy.layers
+    for one in recipe.realign:
+        patch, name = patches[one.name], place.name(pruning.name, one.name)
+        heads = tuple((layer, head) for layer, head in patch.about["heads"])
+        yield _variant(
+            name,
+            evaluations[name],
+            label=f"{name} ({_method(one)})",
+            base=pruning.name,
+            series=series,
+            restored=patch.restored,
+            pruned=patch.about["pruned"],
+            restored_by_module=restored_by_module(patch, layers),
+            heads=() if one.heads == "all" else heads,
+            n_m=patch.about.get("n_m"),
+            violated_groups=patch.about.get("violated_groups", 0),
+            groups=patch.about.get("groups", 0),
+        )
+
+
+def _variant(name: str, evaluation: Evaluation, **fields: Any) -> Variant:
+    sparsity = float(evaluation.about["zeros"] / evaluation.about["prunable"])
+    label = fields.pop("label", name)
+    return Variant(name, label, evaluation.result, sparsity=sparsity, **fields)
+
+
+def _method(settings: VariantSettings) -> str:
+    heads = (
+        f"top {settings.top_heads} by {settings.criterion}"
+        if settings.heads == "top"
+        else CONTROL_LABELS[settings.heads]
+    )
+    return f"{settings.method.upper()}, {heads}"
+
+
+def _series(settings: PruneSettings) -> str:
+    """The method and every setting that is not its default, the sparsity aside."""
+    default = PruneSettings(method=settings.method)
+    others = [
+        value if isinstance(value, str) else f"{name} {value}"
+        for name, value in settings.model_dump(mode="json").items()
+        if name != "sparsity" and getattr(settings, name) != getattr(default, name)
+    ]
+    return ", ".join((METHOD_LABELS.get(settings.method, settings.method), *others))
+
+
+def _head_maps(scores: HeadScores) -> tuple[HeadMap, ...]:
+    def rows(values: Any) -> tuple[tuple[float | None, ...], ...]:
+        return tuple(tuple(None if math.isnan(v) else v for v in row) for row in values.tolist())
+
+    return (
+        HeadMap("Ships", "radians", rows(scores.ships)),
+        HeadMap("KL", "nats", rows(scores.kl)),
+    )
+
+
+def _accounts(abouts: list[Mapping[str, Any]]) -> Iterator[DataAccount]:
+    names = {"suite": "evaluation", "safety": "calibration D^s", "utility": "calibration D^u"}
+    merged = {role: data for about in abouts for role, data in about.get("data", {}).items()}
+    for role, data in merged.items():
+        yield DataAccount(names[role], data["source"], data["read"], data["used"], data["skipped"])
+
+
+def _images(recipe: Recipe) -> dict[str, Path]:
+    """Images of the suite by example id; none where the data set has moved since."""
+    try:
+        examples = [e for suite in recipe.evaluate.suite for e in read(suite).examples]
+    except RegraftError:
+        return {}
+    return {example.id: example.image for example in examples if example.image}

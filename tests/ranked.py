@@ -1,0 +1,62 @@
+"""Every stage that several processes share, in the folder given: run by `torchrun` or alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from regraft import ranks, stages
+from regraft.data.sources import DataSource
+from regraft.models.load import open_source
+from regraft.recipe import (
+    CalibrationSettings,
+    ComputeSettings,
+    EvalSettings,
+    HeadSettings,
+    PruneSettings,
+    RealignSettings,
+    StatisticsSettings,
+)
+
+METHODS = ("wanda", "sparsegpt", "snip")
+COMPUTE = ComputeSettings(device="cpu", batch_size=1)
+
+
+def main(root: Path, out: Path) -> None:
+    """Run all stages on `root`/dense and `root`/data, and write into `out`."""
+    dense = open_source(root / "dense")
+    data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
+    calibration = CalibrationSettings(data=data, samples=4)
+    for method in METHODS:
+        stages.statistics(
+            dense,
+            out / f"statistics-{method}",
+            calibration,
+            COMPUTE,
+            StatisticsSettings(score=method),
+        )
+        settings = PruneSettings(method=method, scope="row")
+        pruned = stages.prune(dense, out / f"pruned-{method}", settings, calibration, COMPUTE)
+    stages.heads(dense, out / "heads", HeadSettings(r_max=2), calibration, COMPUTE)
+    stages.realign(
+        dense,
+        pruned,
+        out / "patch",
+        RealignSettings(top_heads=3, score="wanda"),
+        out / "heads",
+        out / "statistics-wanda",
+        COMPUTE,
+    )
+    stages.apply(pruned.folder, out / "patch", out / "realigned")
+    stages.evaluate(dense, out / "answers", [data], EvalSettings(max_new_tokens=4), COMPUTE)
+    (out / f"world-{ranks.rank()}").write_text(str(ranks.world()))
+
+
+if __name__ == "__main__":
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    torch.set_num_threads(1)
+    with ranks.joined():
+        main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,106 @@
+"""N:M groups: detection and violations against loops over groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import truth
+from regraft.pruning.masks import n_m_mask
+from regraft.recipe import RealignSettings
+from regraft.restoration.groups import Grouping, common_grouping, grouping_of, violated_groups
+from regraft.restoration.patch import Patch, TensorPatch
+
+
+def most_kept(weight: np.ndarray, m: int) -> int:
+    return max(
+        int(np.count_nonzero(row[i : i + m])) for row in weight for i in range(0, len(row), m)
+    )
+
+
+@given(hnp.arrays(np.float32, (2, 32), elements=st.sampled_from([0.0, -0.0, 1.0])))
+def test_grouping_equals_loops(weight: np.ndarray) -> None:
+    found = grouping_of(torch.from_numpy(weight))
+    fitting = [m for m in (4, 8, 16) if most_kept(weight, m) < m]
+    if not fitting:
+        assert found is None
+    else:
+        m = fitting[0]
+        assert found == Grouping(most_kept(weight, m), m, weight.size // m)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (3, 16)])
+def test_pruned_matrices_are_recognised(n: int, m: int) -> None:
+    score = torch.rand(64, 64, generator=torch.Generator().manual_seed(0))
+    weight = score.masked_fill(n_m_mask(score, n, m), 0).bfloat16()
+    found = grouping_of(weight)
+    assert found is not None
+    if (n, m) == (3, 16):
+        assert found.m in (4, 8, 16) and found.n < found.m
+    else:
+        assert (found.n_m, found.groups) == (f"{n}:{m}", 64 * 64 // m)
+    assert grouping_of(score) is None
+    assert grouping_of(score[:, :63].contiguous()) is None
+
+
+def test_the_pattern_of_most_weights_counts() -> None:
+    found = [Grouping(2, 4, 10), Grouping(2, 4, 5), Grouping(4, 8, 12)]
+    assert common_grouping(found) == Grouping(2, 4, 15)
+    assert common_grouping([*found, None]) is None, "half of them may be chance"
+    assert common_grouping([None, None]) is None
+    assert common_grouping([]) is None
+
+
+def test_violated_groups_equal_loops(pico_dir, tmp_path: Path) -> None:
+    """Restore at random in a 2:4 checkpoint and count again on the patched weights."""
+    from regraft.models.checkpoint import write_edited
+
+    source = truth.opened(pico_dir("qwen2_vl")).source
+    edits = {
+        li.tensor: lambda w: w.masked_fill(n_m_mask(w.float().abs(), 2, 4), 0)
+        for li in source.anatomy.linears
+    }
+    pruned = write_edited(source.checkpoint, tmp_path / "pruned", edits)
+    generator = torch.Generator().manual_seed(1)
+    tensors, expected = {}, 0
+    for linear in list(source.anatomy.linears)[:5]:
+        after, before = pruned.read(linear.tensor), source.checkpoint.read(linear.tensor)
+        chosen = (after == 0) & (torch.rand(after.shape, generator=generator) < 0.05)
+        positions = chosen.flatten().nonzero().flatten()
+        tensors[linear.tensor] = TensorPatch.of(after, positions, before.flatten()[positions])
+        patched = torch.where(chosen, before, after)
+        expected += sum(
+            int(np.count_nonzero(group)) > 2 for group in patched.reshape(-1, 4).numpy()
+        )
+    assert expected > 5
+    assert violated_groups(pruned, Patch(tensors, {}), 2, 4) == expected
+
+
+def test_realign_tells_of_violated_groups(pico_dir, tmp_path: Path) -> None:
+    from regraft import stages
+    from regraft.models.checkpoint import write_edited
+    from regraft.models.load import open_source
+    from regraft.restoration.patch import load_patch
+
+    source = truth.opened(pico_dir("qwen2_vl")).source
+    edits = {
+        li.tensor: lambda w: w.masked_fill(n_m_mask(w.float().abs(), 2, 4), 0)
+        for li in source.anatomy.linears
+    }
+    write_edited(source.checkpoint, tmp_path / "pruned", edits)
+    pruned = open_source(tmp_path / "pruned")
+    settings = RealignSettings(heads="all", method="hsr-a")
+    stages.realign(source, pruned, tmp_path / "patch", settings)
+    about = load_patch(tmp_path / "patch").about
+    attention = [li for li in source.anatomy.linears if li.name.startswith("self_attn")]
+    assert about["n_m"] == "2:4"
+    assert about["groups"] == source.anatomy.prunable // 4
+    assert about["violated_groups"] == sum(li.shape[0] * li.shape[1] for li in attention) // 4
+    again = stages.realign(source, pruned, tmp_path / "patch", settings)
+    assert again.about == about

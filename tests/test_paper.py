@@ -1,0 +1,136 @@
+"""The paper's matrix at pico size: six families, three pruners, realigned and answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import pico
+from disk import write_data
+from regraft import stages
+from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
+from regraft.importance.score import Method
+from regraft.models.load import open_source
+from regraft.pruning.pruner import zeros
+from regraft.recipe import (
+    CalibrationSettings,
+    ComputeSettings,
+    EvalSettings,
+    HeadSettings,
+    PruneSettings,
+    RealignSettings,
+    StatisticsSettings,
+)
+
+pytestmark = pytest.mark.slow
+COMPUTE = ComputeSettings(device="cpu", batch_size=2)
+PRUNERS: tuple[Method, ...] = ("wanda", "sparsegpt", "snip")
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A sharded bfloat16 checkpoint, its data and head scores, made once a family."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            root = made[family] = tmp_path_factory.mktemp(family)
+            pico.save(family, root / "dense", torch.bfloat16, "100KB")
+            write_data(root / "data", 4)
+            dense, calibration = open_source(root / "dense"), _calibration(root)
+            assert len(dense.checkpoint.shards) > 1
+            stages.heads(dense, root / "heads", HeadSettings(r_max=2), calibration, COMPUTE)
+        return made[family]
+
+    return make
+
+
+def _calibration(root: Path) -> CalibrationSettings:
+    data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
+    return CalibrationSettings(data=data, samples=4)
+
+
+@pytest.mark.parametrize("method", PRUNERS)
+def test_prune_score_realign_apply_reload_answer(
+    paper_family: str, method: Method, scored: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = scored(paper_family)
+    dense, calibration = open_source(root / "dense"), _calibration(root)
+    settings = PruneSettings(method=method, sparsity=0.6)
+    pruned = stages.prune(dense, tmp_path / "pruned", settings, calibration, COMPUTE)
+    share = zeros(pruned.checkpoint, pruned.anatomy) / pruned.anatomy.prunable
+    assert share == pytest.approx(0.6, abs=0.02)
+
+    wanted = StatisticsSettings(score=method)
+    stages.statistics(dense, tmp_path / "statistics", calibration, COMPUTE, wanted)
+    patch = stages.realign(
+        dense,
+        pruned,
+        tmp_path / "patch",
+        RealignSettings(score=method, top_heads=4, q=0.8),
+        root / "heads",
+        tmp_path / "statistics",
+        COMPUTE,
+    )
+    assert 0 < patch.restored < patch.about["pruned"]
+    for name, tensor in patch.tensors.items():
+        at = tensor.positions
+        assert torch.equal(tensor.values, dense.checkpoint.read(name).flatten()[at])
+
+    realigned = open_source(stages.apply(pruned.folder, tmp_path / "patch", tmp_path / "out"))
+    filled = zeros(pruned.checkpoint, pruned.anatomy) - zeros(realigned.checkpoint, dense.anatomy)
+    assert filled == patch.restored
+    suites, short = [calibration.data], EvalSettings(max_new_tokens=3)
+    answered = {
+        name: stages.evaluate(source, tmp_path / f"{name}-answers", suites, short, COMPUTE).result
+        for name, source in (("pruned", pruned), ("realigned", realigned))
+    }
+    in_memory = stages.evaluate(
+        pruned, tmp_path / "patched-answers", suites, short, COMPUTE, tmp_path / "patch"
+    ).result
+    texts = {name: [a.answer for a in result.answers] for name, result in answered.items()}
+    assert len(texts["pruned"]) == 8
+    assert [a.answer for a in in_memory.answers] == texts["realigned"]
+
+
+def test_scores_rank_differently(scored: Callable[[str], Path], tmp_path: Path) -> None:
+    """The same pruned model, realigned by each score: other weights come back."""
+    root = scored("qwen2_5_vl")
+    dense, calibration = open_source(root / "dense"), _calibration(root)
+    pruned = stages.prune(dense, tmp_path / "pruned", PruneSettings(), calibration, COMPUTE)
+    found = {}
+    for method in (*PRUNERS, "magnitude"):
+        settings = RealignSettings(score=method, top_heads=8, q=0.9)
+        file = None
+        if stages.needs_statistics(settings):
+            file = tmp_path / f"statistics-{method}"
+            stages.statistics(dense, file, calibration, COMPUTE, StatisticsSettings(score=method))
+        patch = stages.realign(
+            dense, pruned, tmp_path / f"patch-{method}", settings, root / "heads", file, COMPUTE
+        )
+        assert patch.restored
+        found[method] = {(n, int(i)) for n, t in patch.tensors.items() for i in t.positions}
+    assert len({frozenset(one) for one in found.values()}) == len(found)
+
+
+def test_statistics_of_another_score_are_refused(
+    scored: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = scored("qwen2_5_vl")
+    dense, calibration = open_source(root / "dense"), _calibration(root)
+    stages.statistics(dense, tmp_path / "wanda", calibration, COMPUTE)
+    settings = PruneSettings(method="magnitude")
+    pruned = stages.prune(dense, tmp_path / "pruned", settings, calibration, COMPUTE)
+    with pytest.raises(RegraftError, match="holds statistics of wanda, but the score is snip"):
+        stages.realign(
+            dense,
+            pruned,
+            tmp_path / "patch",
+            RealignSettings(score="snip"),
+            root / "heads",
+            tmp_path / "wanda",
+        )

@@ -1,0 +1,78 @@
+"""A model spread over devices by accelerate gives the numbers of a resident one."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import pico
+import truth
+from regraft.data.collate import prompt_batch, response_batch
+from regraft.evaluation.generate import generate
+from regraft.heads.score import Scoring, score_heads
+from regraft.models import load
+from regraft.models.anatomy import decoder_layers
+from regraft.models.load import load_model, load_placed
+
+
+def spread(model: nn.Module, folder: Path) -> nn.Module:
+    """Every second decoder layer waits on disk and is fetched by accelerate's hooks."""
+    accelerate = pytest.importorskip("accelerate")
+    model = copy.deepcopy(model)
+    layers = {id(layer): i for i, layer in enumerate(decoder_layers(model))}
+    names = {name: layers[id(m)] for name, m in model.named_modules() if id(m) in layers}
+    places = {name: "disk" if i % 2 else "cpu" for name, i in names.items()}
+    for name, _ in [*model.named_parameters(), *model.named_buffers()]:
+        if not any(name.startswith(f"{layer}.") for layer in names):
+            places[name] = "cpu"
+    return accelerate.dispatch_model(
+        model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys")
+def test_heads_and_answers_of_a_spread_model(paper_family, pico_dir, tmp_path):
+    opened = truth.opened(pico_dir(paper_family))
+    model = spread(opened.model, tmp_path / "offloaded")
+    assert any(parameter.is_meta for parameter in model.parameters())
+    examples = truth.examples(paper_family, tmp_path, 3)
+    prompts = [prompt_batch(opened.processor, examples)]
+    one, other = (
+        score_heads(each, opened.anatomy, prompts, tmp_path / name, Scoring(r_max=2))
+        for each, name in ((opened.model, "whole"), (model, "spread"))
+    )
+    torch.testing.assert_close(other.ships, one.ships, equal_nan=True)
+    torch.testing.assert_close(other.kl, one.kl, equal_nan=True)
+    texts = [
+        generate(each, opened.processor, examples, tmp_path / name, max_new_tokens=4, batch_size=3)
+        for each, name in ((opened.model, "a"), (model, "b"))
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_streamed_model_of_a_real_folder(tmp_path):
+    """Weights in the checkpoint's dtype stay pages of the file; a layer runs only when held."""
+    folder = pico.save("qwen2_5_vl", tmp_path / "model", torch.bfloat16)
+    opened = truth.opened(folder)
+    model = load_placed(opened.source, dtype="bfloat16", device="cpu", placement="streamed")
+    assert model.streamed and model.dtype == torch.bfloat16
+    batch = response_batch(opened.processor, truth.examples("qwen2_5_vl", tmp_path, 2))
+    layer = decoder_layers(model.network)[1]
+    home = layer.mlp.down_proj.weight.data_ptr()
+    with model.layer(1):
+        assert layer.mlp.down_proj.weight.data_ptr() != home
+        layer.mlp.down_proj.weight.zero_()
+    assert layer.mlp.down_proj.weight.data_ptr() == home
+    assert layer.mlp.down_proj.weight.any()
+    assert model.place(batch).inputs["pixel_values"].dtype == torch.bfloat16
+
+
+def test_spread_models_need_accelerate(pico_dir, monkeypatch):
+    monkeypatch.setattr(load, "find_spec", lambda _: None)
+    source = truth.opened(pico_dir("llama")).source
+    with pytest.raises(load.RegraftError, match=r"pip install 'regraft\[streamed\]'"):
+        load_model(source, split=True)
