@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,6 +30,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
+from regraft import stages
 from regraft.models.checkpoint import INDEX_FILE
 from regraft.restoration.patch import Patch, TensorPatch, save_patch
 
@@ -41,20 +42,7 @@ LAYER = ATTENTION | {
     "mlp.up_proj": (INTERMEDIATE, HIDDEN),
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
-CHILD = """
-import os, sys, time
-from pathlib import Path
-import torch
-from regraft import stages
-if sys.argv[4] == "no sync":
-    os.fsync = lambda handle: None
-def peak():
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-before, start = peak(), time.perf_counter()
-stages.apply(*map(Path, sys.argv[1:4]))
-print(time.perf_counter() - start, before, peak())
-"""
+WAYS = ("cp", "apply", "cp, synced", "apply, synced")
 
 
 def layout(size: int) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -130,24 +118,13 @@ def build(folder: Path, options: argparse.Namespace) -> Patch:
     return patch
 
 
-def copy(folder: Path, durable: bool) -> float:
-    """Seconds of `cp -r`, with `durable` until everything is on the disk."""
-    start = time.perf_counter()
+def copy(folder: Path, durable: bool) -> None:
+    """`cp -r`, with `durable` until everything is on the disk."""
     subprocess.run(["cp", "-r", folder / "pruned", folder / "out"], check=True)
     if durable:
         for path in (folder / "out").iterdir():
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
-    return time.perf_counter() - start
-
-
-def patched(folder: Path, durable: bool) -> tuple[float, int, int]:
-    """Seconds of applying; peak memory in bytes before it began, and in all."""
-    words = [folder / "pruned", folder / "patch.safetensors", folder / "out"]
-    child = [sys.executable, "-c", CHILD, *words, "sync" if durable else "no sync"]
-    done = subprocess.run(child, check=True, capture_output=True, text=True)
-    seconds, before, peak = done.stdout.split()
-    return float(seconds), int(before), int(peak)
 
 
 def prepare(folder: Path, cold: bool) -> None:
@@ -159,35 +136,48 @@ def prepare(folder: Path, cold: bool) -> None:
             if cold:
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             else:
-                while handle.read(2**24):
+                while handle.read(2**20):
                     pass
 
 
-def measure(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each way in each round, and our memory."""
-    memory: list[tuple[int, int]] = []
+def peak_memory() -> int:
+    """Of this process, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
-    def ours(durable: bool) -> float:
-        seconds, *peaks = patched(folder, durable)
-        memory.append((peaks[0], peaks[1]))
-        return seconds
 
-    ways: dict[str, Callable[[], float]] = {
-        "cp": lambda: copy(folder, False),
-        "apply": lambda: ours(False),
-        "cp, synced": lambda: copy(folder, True),
-        "apply, synced": lambda: ours(True),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def one(folder: Path, way: str, cold: bool) -> None:
+    """One measurement; prints seconds, and the peak memory before it began and after."""
+    durable = way.endswith("synced")
+    if not durable:
+        os.fsync = lambda _: None
+    prepare(folder, cold)
+    before, start = peak_memory(), time.perf_counter()
+    if way.startswith("cp"):
+        copy(folder, durable)
+    else:
+        stages.apply(folder / "pruned", folder / "patch.safetensors", folder / "out")
+    print(time.perf_counter() - start, before, peak_memory())
+
+
+def measure(folder: Path, options: argparse.Namespace) -> tuple[dict[str, list[float]], list[int]]:
+    """Seconds of each way in each round; memory before applying began, and its peak, in bytes.
+
+    Each is measured in a new process, which has imported everything before it prepares.
+    """
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    memory = [0, 0]
     for number in range(options.rounds + 1):
-        for name in ways if number % 2 else reversed(ways):
-            prepare(folder, options.cold)
-            taken = ways[name]()
+        for way in WAYS if number % 2 else reversed(WAYS):
+            child = [sys.executable, __file__, "--one", way, "--scratch", str(folder)]
+            child += ["--cold"] if options.cold else []
+            done = subprocess.run(child, check=True, capture_output=True, text=True)
+            taken, *peaks = done.stdout.split()
             if number:  # the first round warms up the disk
-                seconds[name].append(taken)
-    seconds["memory before"] = [before for before, _ in memory]
-    seconds["memory"] = [peak for _, peak in memory]
-    return seconds
+                seconds[way].append(float(taken))
+            if way.startswith("apply"):
+                memory = [max(pair) for pair in zip(memory, map(int, peaks), strict=True)]
+    return seconds, memory
 
 
 def main() -> None:
@@ -202,17 +192,21 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="read from the disk every time")
     parser.add_argument("--scratch", type=Path, default=None, help="disk to work on")
     parser.add_argument("--json", type=Path, default=None, help="save the figures here")
+    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.one:
+        one(options.scratch, options.one, options.cold)
+        return
 
     with TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
         patch = build(folder, options)
         shards = list((folder / "pruned").glob("*.safetensors"))
         size = sum(path.stat().st_size for path in shards)
-        measured = measure(folder, options)
+        seconds, memory = measure(folder, options)
     ratios = {
         f"apply_to_cp{suffix}": [
-            a / b for a, b in zip(measured[f"cp{label}"], measured[f"apply{label}"], strict=True)
+            a / b for a, b in zip(seconds[f"cp{label}"], seconds[f"apply{label}"], strict=True)
         ]
         for suffix, label in (("", ""), ("_synced", ", synced"))
     }
@@ -226,16 +220,15 @@ def main() -> None:
         "restored_weights": patch.restored,
         **{name: statistics.median(values) for name, values in ratios.items()},
         **{f"{name}_worst": min(values) for name, values in ratios.items()},
-        "peak_memory_gib": max(measured["memory"]) / GIB,
-        "of_which_imports_gib": max(measured["memory before"]) / GIB,
+        "peak_memory_gib": memory[1] / GIB,
+        "of_which_imports_gib": memory[0] / GIB,
     }
     table = Table("figure", "value", title="Applying a patch: throughput over that of cp -r")
     for name, value in figures.items():
         table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
     Console().print(table)
     if options.json:
-        rounds = {name: values for name, values in measured.items() if "memory" not in name}
-        content = figures | {"seconds": rounds}
+        content = figures | {"seconds": seconds}
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

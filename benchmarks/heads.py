@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -407,7 +408,7 @@ def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def show(figures: dict[str, Any]) -> None:
     """Print the tables."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     title = (
         f"{figures['model']}: {figures['heads']} heads, {figures['samples']} prompts of "
         f"{figures['tokens']} tokens, {figures['dtype']}, {figures['device']}"

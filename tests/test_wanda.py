@@ -112,13 +112,22 @@ def test_kth_smallest_equals_a_sort(values, data):
     assert float(found) == np.sort(array)[k - 1]
 
 
-def test_kth_smallest_of_many():
-    """More values than one chunk holds, with ties across the histogram's digits."""
-    values = torch.rand(2**23 + 7, generator=torch.Generator().manual_seed(0))
-    values[:1000] = values[-1]
+@pytest.mark.parametrize("kind", ["random", "ties", "sorted", "misleading sample"])
+def test_kth_smallest_of_many(kind):
+    """More values than one chunk or sample holds, and values that a strided sample misjudges."""
+    n = 2**22 + 7
+    values = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    if kind == "random":
+        values[:1000] = values[-1]
+    elif kind == "ties":
+        values = (values * 3).floor()
+    elif kind == "sorted":
+        values = values.sort().values
+    else:
+        values[:: int(n ** (1 / 3))] = 0.999
     ordered = values.sort().values
-    for k in (1, 2**22, 2**23 + 7):
-        assert kth_smallest(values, k) == ordered[k - 1]
+    for k in (1, 2, 1000, n // 2, n - 1, n):
+        assert kth_smallest(values, k) == ordered[k - 1], k
 
 
 @given(st.integers(1, 99), st.integers(0, 10**6))
