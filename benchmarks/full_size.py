@@ -86,6 +86,7 @@ def main() -> None:
         )
         few = calibration.model_copy(update={"samples": options.head_samples})
         dense = open_source(folder / "dense")
+        heads = sum(layer.heads for layer in dense.anatomy.layers)
         model = load_model(dense, dtype="bfloat16", device=options.device)
         harmless = [e for e in read(calibration.data).examples if not e.harmful]
         prompts = [
@@ -125,7 +126,7 @@ def main() -> None:
                 dense,
                 pruned,
                 folder / "patch",
-                RealignSettings(),
+                RealignSettings(top_heads=min(10, heads)),
                 folder / "heads",
                 folder / "statistics",
                 ComputeSettings(device="cpu"),
@@ -137,7 +138,7 @@ def main() -> None:
     about = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "checkpoint_gib": size,
-        "heads": sum(layer.heads for layer in dense.anatomy.layers),
+        "heads": heads,
         "samples": options.samples,
         "tokens": tokens,
         "stages": {

@@ -154,7 +154,7 @@ def score_heads(
         return HeadScores(exact.scores[0], exact.scores[1], about, noise=exact.noise)
     estimate = measured("estimate", every, estimate=True).scores
     best = candidates(estimate, scoring.candidates)
-    exact = measured("exact", best, estimate=False)
+    exact = measured("candidates", best, estimate=False)
     is_exact = torch.zeros(estimate.shape[1:], dtype=torch.bool)
     for layer, heads in best.items():
         is_exact[layer, list(heads)] = True
