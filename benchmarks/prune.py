@@ -1,5 +1,6 @@
 """Pruning at full size with random weights: time against bare forward passes, and peak memory.
 
+    python benchmarks/prune.py --shape demo                              # the bundled model
     python benchmarks/prune.py --layers 2 --scale 0.25 --samples 8       # small, on a CPU
     python benchmarks/prune.py --samples 128 --json prune.json           # Qwen2.5-VL-7B's shape
     python benchmarks/prune.py --shape vicuna-7b --samples 128           # LLaVA-NeXT-Vicuna-7B's
@@ -8,7 +9,8 @@ Every method runs resident and streamed, each in a process of its own, as `regra
 without loading and writing. `bare` is the time of the forward passes that the method needs on the
 same data, measured in the same process: the vision tower once and the decoder as often as the
 method takes it (almost twice in sequential order, once in one-shot, twice for SNIP, whose backward
-pass is not in `bare`). Host memory counts the checkpoint's pages that are in memory.
+pass is not in `bare`). Of a streamed model each layer is fetched in `bare` too. Host memory counts
+the checkpoint's pages that are in memory.
 """
 
 from __future__ import annotations
@@ -29,9 +31,12 @@ from rich.console import Console
 from rich.table import Table
 
 from regraft.data.collate import Batch, batches, response_batch
+from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource, read
+from regraft.models.anatomy import text_decoder
 from regraft.models.load import load_placed, load_processor, open_source, pick_device
 from regraft.models.placement import PlacedModel
+from regraft.models.replay import text_inputs
 from regraft.models.walk import Walk
 from regraft.pruning.pruner import prune_layers
 from regraft.pruning.results import LayerResults
@@ -65,6 +70,15 @@ def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
 
 def bare_passes(model: PlacedModel, data: list[Batch]) -> tuple[float, float]:
     """Seconds of the vision tower and embeddings, and of the decoder, over all data."""
+    if not model.streamed:
+        placed = [model.place(batch) for batch in data]
+        network = model.network
+        vision, texts = timed(
+            model.device, lambda: [text_inputs(network, batch.inputs) for batch in placed]
+        )
+        run = text_decoder(network)
+        with torch.no_grad():
+            return vision, timed(model.device, lambda: [run(**text.kwargs) for text in texts])[0]
     vision, walk = timed(model.device, lambda: Walk(model, data))
 
     def decoder() -> None:
@@ -78,15 +92,17 @@ def bare_passes(model: PlacedModel, data: list[Batch]) -> tuple[float, float]:
 
 def run_one(options: argparse.Namespace) -> dict[str, Any]:
     """One method in one placement."""
-    source = open_source(options.folder / "dense")
-    examples = [
-        e
-        for e in read(DataSource.model_validate(f"jsonl:{options.folder / 'data.jsonl'}")).examples
-        if not e.harmful
-    ]
+    demo = options.shape == "demo"
+    source = open_source(demo_model() if demo else options.folder / "dense")
+    data_set = "demo:calibration" if demo else f"jsonl:{options.folder / 'data.jsonl'}"
+    harmless = [e for e in read(DataSource.model_validate(data_set)).examples if not e.harmful]
+    examples = harmless[: options.samples]
     device = pick_device(options.device)
     model = load_placed(
-        source, dtype="bfloat16", device=options.device, placement=options.placement
+        source,
+        dtype="auto" if demo else "bfloat16",
+        device=options.device,
+        placement=options.placement,
     )
     processor = load_processor(source)
     data = [response_batch(processor, chunk) for chunk in batches(examples, options.batch_size)]
@@ -127,7 +143,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Run every method and placement in its own process, print the table, save JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", choices=shapes.SHAPES, default="qwen2.5-vl-7b")
+    parser.add_argument("--shape", choices=("demo", *shapes.SHAPES), default="qwen2.5-vl-7b")
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--scale", type=float, default=1.0, help="of the widths")
     parser.add_argument("--samples", type=int, default=128)
@@ -147,11 +163,14 @@ def main() -> None:
     rows = []
     with TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
-        shapes.write_checkpoint(
-            folder / "dense", options.shape, options.layers, options.scale, device
-        )
-        shapes.write_data(folder, options.samples, options.image)
-        size = open_source(folder / "dense").checkpoint.bytes / GIB
+        if options.shape == "demo":
+            size = open_source(demo_model()).checkpoint.bytes / GIB
+        else:
+            shapes.write_checkpoint(
+                folder / "dense", options.shape, options.layers, options.scale, device
+            )
+            shapes.write_data(folder, options.samples, options.image)
+            size = open_source(folder / "dense").checkpoint.bytes / GIB
         for method, order in RUNS:
             for placement in ("resident", "streamed"):
                 child = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder)]

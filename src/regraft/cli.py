@@ -221,7 +221,7 @@ def realign(
             heads_file = out.with_suffix(".heads.safetensors")
             stages.heads(dense_source, heads_file, scoring, calibration, compute, watch)
         if stages.needs_statistics(settings) and statistics_file is None:
-            statistics_file = out.with_suffix(f".{settings.score}.safetensors")
+            statistics_file = out.with_suffix(".statistics.safetensors")
             wanted = StatisticsSettings(score=settings.score)
             stages.statistics(dense_source, statistics_file, calibration, compute, wanted, watch)
         patch = stages.realign(

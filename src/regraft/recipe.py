@@ -107,11 +107,11 @@ class PruneSettings(Settings):
         "given: row for wanda, matrix for the others (SparseGPT: of each block of columns).",
     )
     ignore: tuple[str, ...] = Field(
-        (), description='Weights left dense, as patterns: "layers.0.*", "*.down_proj".'
+        (), description="Weights left dense, as patterns: `layers.0.*`, `*.down_proj`."
     )
     overrides: tuple[str, ...] = Field(
         (),
-        description='Other sparsities for some weights, "PATTERN=0.3" or "PATTERN=2:4"; the last '
+        description="Other sparsities for some weights: `*.v_proj=0.3`, `layers.0.*=2:4`; the last "
         "that fits counts.",
     )
     damp: float = Field(0.01, gt=0, le=1, description="SparseGPT: share of the mean diagonal.")

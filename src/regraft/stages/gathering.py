@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from regraft import ranks
 from regraft.checks import draw_calibration, told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
+from regraft.importance.score import Method
 from regraft.importance.statistics import (
     ImportanceStatistics,
     gather,
@@ -47,32 +49,39 @@ def statistics(
         for role, reading in zip(("D^s", "D^u"), readings.values(), strict=True):
             watch.note(told(role, reading))
         with working(out, about) as work:
-            safety, utility = (
-                _gather(dense, work / kind, settings, reading, compute, watch)
-                for kind, reading in readings.items()
+            gathered = (
+                {kind: ImportanceStatistics("magnitude", {}, 0) for kind in readings}
+                if settings.score == "magnitude"
+                else _gather(dense, work, settings.score, readings, compute, watch)
             )
             if ranks.first():
-                save_statistics(out, safety, utility, about)
+                save_statistics(out, gathered["safety"], gathered["utility"], about)
     loaded = load_statistics(out)
     return loaded.safety, loaded.utility
 
 
 def _gather(
     dense: Source,
-    scratch: Path,
-    settings: StatisticsSettings,
-    reading: Reading,
+    work: Path,
+    method: Method,
+    readings: Mapping[str, Reading],
     compute: ComputeSettings,
     watch: Watch,
-) -> ImportanceStatistics:
-    samples = len(reading.examples)
-    if settings.score == "magnitude":
-        return ImportanceStatistics("magnitude", {}, samples)
+) -> dict[str, ImportanceStatistics]:
     model, processor = load_for_walk(dense, compute, watch)
-    batches = collate_share(processor, response_batch, reading.examples, compute)
-    passes = 2 if settings.score == "snip" else 1
-    own = sum(len(batch.ids) for batch in batches)
+    shares = {
+        kind: collate_share(processor, response_batch, reading.examples, compute)
+        for kind, reading in readings.items()
+    }
+    passes = 2 if method == "snip" else 1
+    own = sum(len(batch.ids) for batches in shares.values() for batch in batches)
     total = passes * own * len(dense.anatomy.layers)
     with watch.task("Gathering statistics", total, "samples x layers") as done:
-        values = gather(Walk(model, batches), dense.anatomy, settings.score, scratch, done)
-    return ImportanceStatistics(settings.score, values, samples)
+        return {
+            kind: ImportanceStatistics(
+                method,
+                gather(Walk(model, batches), dense.anatomy, method, work / kind, done),
+                len(readings[kind].examples),
+            )
+            for kind, batches in shares.items()
+        }
