@@ -445,3 +445,26 @@ def test_run_on_an_existing_pruned_checkpoint(killable: Killable, tmp_path: Path
     ]
     assert results[0] == results[1]
     assert [variant.name for variant in made.variants] == ["dense", "pruned", "hsr", "control"]
+
+
+def test_heads_with_estimated_scores_are_not_taken(bench: Bench) -> None:
+    """Screening scores some heads exactly; to take more of them is an error, not a guess."""
+    out = bench.root / "screened"
+    settings = HeadSettings(r_max=2, mode="screened", window=2, candidates=2)
+    scores = bench.run("heads", out=out, settings=settings)
+    exact = int(scores.exact.count_nonzero())
+    assert 2 <= exact <= 4
+    few = bench.run(
+        "realign",
+        out=bench.root / "few",
+        heads_file=out,
+        settings=RealignSettings(top_heads=exact),
+    )
+    assert len(few.about["heads"]) == exact
+    with pytest.raises(RegraftError, match=f"only {exact} heads were scored exactly"):
+        bench.run(
+            "realign",
+            out=bench.root / "many",
+            heads_file=out,
+            settings=RealignSettings(top_heads=exact + 1),
+        )

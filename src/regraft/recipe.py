@@ -361,6 +361,12 @@ class Recipe(Settings):
             raise ValueError(f"the names of `realign` must differ, not {names}")
         if len(self.prune) == 1 and self.prune[0].name in names:
             raise ValueError(f"`prune` and one of `realign` are both called {self.prune[0].name!r}")
+        most = max((one.top_heads for one in self.realign if one.heads == "top"), default=0)
+        if self.heads.mode == "screened" and most > self.heads.candidates:
+            raise ValueError(
+                f"`heads.candidates` is {self.heads.candidates}, but `realign` takes {most} heads, "
+                "some of which would only have estimated scores; raise the candidates"
+            )
         if self.pruned is not None and len(self.prune) > 1:
             raise ValueError(
                 f"`pruned` names an existing checkpoint and `prune` has {len(self.prune)} "

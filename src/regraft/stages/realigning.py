@@ -161,4 +161,10 @@ def _chosen_heads(
         raise RegraftError(
             f"top_heads is {settings.top_heads}, but only {len(ranked)} heads were scored."
         )
+    if scores.exact is not None and settings.top_heads > int(scores.exact.count_nonzero()):
+        raise RegraftError(
+            f"top_heads is {settings.top_heads}, but only {int(scores.exact.count_nonzero())} "
+            "heads were scored exactly; the other scores are estimates. Score heads again with "
+            f"--candidates {settings.top_heads} or more."
+        )
     return ranked[: settings.top_heads]
