@@ -82,7 +82,7 @@ def test_recipe_of_the_model_card() -> None:
 
 def test_screened_heads_must_cover_those_that_are_taken() -> None:
     heads, realign = HeadSettings(mode="screened", candidates=5), (VariantSettings(top_heads=6),)
-    with pytest.raises(ValidationError, match="`heads.candidates` is 5, but `realign` takes 6"):
+    with pytest.raises(ValidationError, match=r"`heads.candidates` is 5, but `realign` takes 6"):
         Recipe(heads=heads, realign=realign)
     Recipe(heads=heads, realign=(VariantSettings(top_heads=5),))
 

@@ -468,3 +468,24 @@ def test_heads_with_estimated_scores_are_not_taken(bench: Bench) -> None:
             heads_file=out,
             settings=RealignSettings(top_heads=exact + 1),
         )
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "snip"])
+def test_disk_too_full_for_scratch_is_told_before_the_work(
+    bench: Bench, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for the output but not for what the method keeps meanwhile."""
+    free = bench.dense.checkpoint.bytes + 1
+    usage = shutil.disk_usage(bench.root)
+    folders = []
+
+    def little(folder: Any) -> Any:
+        folders.append(Path(folder))
+        return usage._replace(free=free if len(folders) == 1 else 1)
+
+    monkeypatch.setattr(shutil, "disk_usage", little)
+    out = bench.root / "new"
+    with pytest.raises(RegraftError, match="The disk is too full"):
+        bench.run("prune", out=out, settings=PruneSettings(method=method))
+    assert len(folders) == 2 and not out.exists()
+    assert not list(bench.root.glob(".new*"))

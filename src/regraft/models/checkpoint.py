@@ -71,6 +71,11 @@ class TensorRecord:
     stop: int
 
     @property
+    def bytes(self) -> int:
+        """Size of its data."""
+        return self.stop - self.start
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch names it.
 

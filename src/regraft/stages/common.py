@@ -51,6 +51,13 @@ def load_for_walk(
     return model, processor
 
 
+def hidden_state_bytes(source: Source, model: PlacedModel, batches: Sequence[Batch]) -> int:
+    """What the inputs of all layers take on disk, of this process's batches: SNIP keeps them."""
+    tokens = sum(batch.inputs["input_ids"].numel() for batch in batches)
+    anatomy = source.anatomy
+    return tokens * len(anatomy.layers) * anatomy.hidden_size * model.dtype.itemsize
+
+
 def collate(
     processor: Any,
     encode: Callable[[Any, Sequence[Example]], Batch],

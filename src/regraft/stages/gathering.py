@@ -9,10 +9,12 @@ from regraft import ranks
 from regraft.checks import draw_calibration, told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
+from regraft.files import require_space
 from regraft.importance.score import Method
 from regraft.importance.statistics import (
     ImportanceStatistics,
     gather,
+    is_kept,
     load_statistics,
     save_statistics,
 )
@@ -20,7 +22,7 @@ from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
 from regraft.models.walk import Walk
 from regraft.recipe import CalibrationSettings, ComputeSettings, StatisticsSettings
-from regraft.stages.common import collate_share, load_for_walk
+from regraft.stages.common import collate_share, hidden_state_bytes, load_for_walk
 from regraft.watch import Silent, Watch
 
 
@@ -73,6 +75,11 @@ def _gather(
         kind: collate_share(processor, response_batch, reading.examples, compute)
         for kind, reading in readings.items()
     }
+    if method == "snip":  # both sets' gradients twice, in parts and in the file
+        kept = [li for li in dense.anatomy.linears if is_kept(method, li)]
+        gradients = 4 * 4 * sum(li.shape[0] * li.shape[1] for li in kept)
+        states = max(hidden_state_bytes(dense, model, share) for share in shares.values())
+        require_space(work, gradients + states)
     passes = 2 if method == "snip" else 1
     own = sum(len(batch.ids) for batches in shares.values() for batch in batches)
     total = passes * own * len(dense.anatomy.layers)

@@ -8,6 +8,7 @@ from regraft import ranks
 from regraft.checks import check_pattern, draw_calibration, told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
+from regraft.files import require_space
 from regraft.keys import describe, is_done, to_json, working
 from regraft.models.checkpoint import check_target, open_checkpoint, write_edited
 from regraft.models.load import Source
@@ -15,7 +16,12 @@ from regraft.models.walk import Walk
 from regraft.pruning.pruner import magnitude_edits, prune_layers
 from regraft.pruning.results import LayerResults
 from regraft.recipe import CalibrationSettings, ComputeSettings, PruneSettings
-from regraft.stages.common import ABOUT_FILE, collate_share, load_for_walk
+from regraft.stages.common import (
+    ABOUT_FILE,
+    collate_share,
+    hidden_state_bytes,
+    load_for_walk,
+)
 from regraft.watch import Silent, Watch
 
 
@@ -71,6 +77,12 @@ def _calibrate(
     watch.note(told("D^u", data))
     model, processor = load_for_walk(dense, compute, watch)
     calibrating = collate_share(processor, response_batch, data.examples, compute)
+    spilled = {
+        "wanda": dense.anatomy.prunable // 8,
+        "sparsegpt": sum(dense.checkpoint.record(li.tensor).bytes for li in dense.anatomy.linears),
+        "snip": dense.anatomy.prunable // 8 + hidden_state_bytes(dense, model, calibrating),
+    }
+    require_space(results.folder, spilled[settings.method])
     passes = 2 if settings.method == "snip" else 1
     samples = sum(len(batch.ids) for batch in calibrating)
     total = passes * samples * len(dense.anatomy.layers)
