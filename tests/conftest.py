@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import pico
 
 torch.set_num_threads(1)
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 
 def shared_folder() -> Path:
