@@ -24,15 +24,31 @@ def most_kept(weight: np.ndarray, m: int) -> int:
     )
 
 
-@given(hnp.arrays(np.float32, (2, 32), elements=st.sampled_from([0.0, -0.0, 1.0])))
+arrays = hnp.arrays(np.float32, (2, 32), elements=st.sampled_from([0.0, -0.0, 1.0]))
+tiled = hnp.arrays(np.float32, (4,), elements=st.sampled_from([0.0, -0.0, 1.0]))
+
+
+@given(arrays | tiled.map(lambda group: np.tile(group, (2, 8))))
 def test_grouping_equals_loops(weight: np.ndarray) -> None:
     found = grouping_of(torch.from_numpy(weight))
-    fitting = [m for m in (4, 8, 16) if most_kept(weight, m) < m]
+    kept = np.count_nonzero(weight)
+    fitting = [
+        m
+        for m in (4, 8, 16)
+        if 0 < most_kept(weight, m) < m and kept >= 0.95 * most_kept(weight, m) * weight.size / m
+    ]
     if not fitting:
         assert found is None
     else:
         m = fitting[0]
         assert found == Grouping(most_kept(weight, m), m, weight.size // m)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.7, 0.8, 0.9])
+def test_pruning_without_a_pattern_is_none(sparsity: float) -> None:
+    """In 2,000 rows some group of 16 is full or not by chance; sizes give it away."""
+    score = torch.rand(2000, 512, generator=torch.Generator().manual_seed(0))
+    assert grouping_of(score.masked_fill(score < sparsity, 0)) is None
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (3, 16)])
@@ -41,10 +57,7 @@ def test_pruned_matrices_are_recognised(n: int, m: int) -> None:
     weight = score.masked_fill(n_m_mask(score, n, m), 0).bfloat16()
     found = grouping_of(weight)
     assert found is not None
-    if (n, m) == (3, 16):
-        assert found.m in (4, 8, 16) and found.n < found.m
-    else:
-        assert (found.n_m, found.groups) == (f"{n}:{m}", 64 * 64 // m)
+    assert (found.n_m, found.groups) == (f"{n}:{m}", 64 * 64 // m)
     assert grouping_of(score) is None
     assert grouping_of(score[:, :63].contiguous()) is None
 

@@ -17,6 +17,8 @@ from regraft.heads.score import Scoring, score_heads
 from regraft.models import load
 from regraft.models.anatomy import decoder_layers
 from regraft.models.load import load_model, load_placed
+from regraft.restoration.apply import patched
+from regraft.restoration.patch import Patch, TensorPatch
 
 
 def spread(model: nn.Module, folder: Path) -> nn.Module:
@@ -75,4 +77,25 @@ def test_spread_models_need_accelerate(pico_dir, monkeypatch):
     monkeypatch.setattr(load, "find_spec", lambda _: None)
     source = truth.opened(pico_dir("llama")).source
     with pytest.raises(load.RegraftError, match=r"pip install 'regraft\[streamed\]'"):
-        load_model(source, split=True)
+        load._load_weights(source, "auto", torch.device("cpu"), split=True)
+
+
+def test_a_model_for_the_cpu_is_not_spread(pico_dir, monkeypatch):
+    monkeypatch.setattr(load, "find_spec", lambda _: None)
+    model = load_model(truth.opened(pico_dir("llama")).source, device="cpu", split=True)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys")
+def test_a_patch_is_never_lost_on_a_spread_model(pico_dir, tmp_path):
+    """Weights outside of memory cannot take it; pretending would pass for the realigned model."""
+    opened = truth.opened(pico_dir("llava_next-mistral"))
+    linear = opened.anatomy.layers[1].linear("q_proj")  # waits on disk
+    weight = opened.source.checkpoint.read(linear.tensor)
+    tensor = TensorPatch.of(weight, torch.tensor([3]), torch.tensor([1.0], dtype=weight.dtype))
+    model = spread(opened.model, tmp_path / "offloaded")
+    with (
+        pytest.raises(load.RegraftError, match="no patch can be put on it"),
+        patched(model, opened.anatomy, Patch({linear.tensor: tensor}, {})),
+    ):
+        pass

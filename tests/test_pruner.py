@@ -244,3 +244,12 @@ def test_importance_of_rows_is_the_rows_of_importance(method, pico_dir, tmp_path
     whole = importance(slice(0, len(weight)))
     assert whole.shape == weight.shape and whole.dtype == torch.float32 and (whole >= 0).all()
     assert torch.equal(importance(slice(5, 9)), whole[5:9])
+
+
+def test_snip_in_float16_is_refused(pico_dir, tmp_path):
+    """Its gradients would vanish silently."""
+    opened = truth.opened(pico_dir("llama"))
+    _, cut = calibration(opened, "llama", tmp_path, 2)
+    model = copy.deepcopy(opened.model).half()
+    with pytest.raises(RegraftError, match="too small for float16"):
+        truth.prune(opened, model, cut, Pattern(0.5), tmp_path / "r", pruner=Pruner("snip"))

@@ -7,8 +7,15 @@ import pytest
 import torch
 
 from regraft.errors import RegraftError
-from regraft.importance.sparsegpt import inverse_factor, second_moments, sparsegpt_score
-from regraft.pruning.masks import Pattern
+from regraft.importance.observe import InputSums
+from regraft.importance.sparsegpt import (
+    factors,
+    inverse_factor,
+    second_moments,
+    sparsegpt_score,
+)
+from regraft.models.anatomy import LinearAnatomy
+from regraft.pruning.masks import Pattern, Scope
 from regraft.pruning.sparsegpt import sparsegpt_prune
 
 
@@ -44,10 +51,14 @@ def obs_sweep(w: np.ndarray, hessian: np.ndarray, choose: object, block: int) ->
 
 
 def smallest_of_block(share: float) -> object:
-    """Mark the floor(share * n) smallest of a whole block."""
+    """Mark the smallest of a whole block, as many as keep the share of all blocks so far."""
+    seen = 0
 
     def choose(cost: np.ndarray) -> np.ndarray:
-        order = np.argsort(cost, axis=None, kind="stable")[: int(share * cost.size)]
+        nonlocal seen
+        count = int(share * (seen + cost.size)) - int(share * seen)
+        seen += cost.size
+        order = np.argsort(cost, axis=None, kind="stable")[:count]
         mask = np.zeros(cost.size, bool)
         mask[order] = True
         return mask.reshape(cost.shape)
@@ -84,6 +95,31 @@ def test_pruning_is_the_papers_sweep(pattern: Pattern, choose: object, block: in
     new = sparsegpt_prune(torch.tensor(w), factor, pattern, library_block)
     assert np.array_equal(new.numpy() == 0, expected == 0)
     assert np.abs(new.numpy() - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+@pytest.mark.parametrize("block", [1, 5, 128])
+def test_sparsity_holds_whatever_the_block(scope: Scope, block: int) -> None:
+    """Shares that no block can have alone add up over blocks."""
+    w, x = problem(4)
+    factor = inverse_factor(second_moments(torch.tensor(x)), len(x))
+    new = sparsegpt_prune(torch.tensor(w), factor, Pattern(0.55, scope), block)
+    expected = 24 * int(0.55 * 48) if scope == "row" else int(0.55 * 24 * 48)
+    assert int((new == 0).sum()) == expected
+
+
+def test_linears_of_one_input_need_not_be_neighbours() -> None:
+    """Each gets the factor of its own input, although a factorisation uses up the moments."""
+    _, x = problem(5)
+    _, y = problem(6)
+    linears = [LinearAnatomy(0, name, "", "", (4, 48)) for name in ("w1", "w2", "w3")]
+    sums = InputSums(second_moments)
+    sums.add(linears[0], torch.tensor(x))
+    sums.add(linears[1], torch.tensor(y))
+    sums.source[linears[2].key] = linears[0].key
+    found = {linear.name: factor.statistic for linear, factor in factors(linears, sums)}
+    assert torch.equal(found["w1"], found["w3"])
+    assert not torch.allclose(found["w1"], found["w2"])
 
 
 def test_score_is_the_cost_of_one_column_given_those_before() -> None:

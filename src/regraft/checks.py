@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from regraft import ranks
 from regraft.data.example import Example, Reading, draw
 from regraft.data.images import check_images
 from regraft.data.sources import DataSource, read
 from regraft.errors import RegraftError
 from regraft.models.load import Source
-from regraft.recipe import CalibrationSettings, HeadSettings, PruneSettings, RealignSettings
+from regraft.recipe import (
+    CalibrationSettings,
+    ComputeSettings,
+    HeadSettings,
+    PruneSettings,
+    RealignSettings,
+)
 from regraft.restoration.selection import all_heads
 
 
@@ -61,6 +68,16 @@ def told(role: str, reading: Reading) -> str:
     left_out = ", ".join(f"{count} {reason}" for reason, count in reading.skipped.items())
     used = f"{len(reading.examples)} used of {reading.read} read"
     return f"{role} ({reading.source}): {used}" + (f"; {left_out}" if left_out else "")
+
+
+def check_shares(examples: Sequence[Example], compute: ComputeSettings) -> None:
+    """Raise unless there is a batch for each of the processes."""
+    count = -(-len(examples) // compute.batch_size)
+    if count < ranks.world():
+        raise RegraftError(
+            f"{len(examples)} examples make {count} batches of {compute.batch_size}, too few for "
+            f"{ranks.world()} processes. Lower --batch-size or start fewer processes."
+        )
 
 
 def check_pattern(dense: Source, settings: PruneSettings) -> None:

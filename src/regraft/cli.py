@@ -169,7 +169,7 @@ def statistics(
     calibration: Calibration = CalibrationSettings(),
     compute: Compute = ComputeSettings(),
 ) -> None:
-    """Gather statistics on D^s and D^u, from which HSR ranks weights (Wanda: 4.6 MB for 7B)."""
+    """Gather statistics on D^s and D^u, from which HSR ranks weights (Wanda: 9 MB for 7B)."""
     from regraft import stages
 
     with _watch() as watch:

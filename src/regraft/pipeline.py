@@ -8,6 +8,7 @@ from regraft import ranks, stages
 from regraft.checks import (
     check_pattern,
     check_r_max,
+    check_shares,
     check_top_heads,
     draw_calibration,
     read_suites,
@@ -92,10 +93,12 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder) -> None:
     by_importance = bool(_scores(recipe))
     if by_heads or by_importance:
         harmful = draw_calibration(dense, recipe.calibration, harmful=True)
+        check_shares(harmful.examples, recipe.compute)
         if by_heads:
             check_r_max(dense, recipe.heads, len(harmful.examples))
     if by_importance or recipe.pruned is None:
-        draw_calibration(dense, recipe.calibration, harmful=False)
+        harmless = draw_calibration(dense, recipe.calibration, harmful=False)
+        check_shares(harmless.examples, recipe.compute)
     read_suites(dense, recipe.evaluate.suite, recipe.evaluate.limit)
     for variant in recipe.realign:
         check_top_heads(dense, variant)
@@ -103,13 +106,13 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder) -> None:
         place.realigned(pruning.name, variant.name)
         for pruning in recipe.prune
         for variant in recipe.realign
-        if variant.checkpoint
+        if _on_disk(variant, recipe)
     ]
     if recipe.pruned is None:
         for pruning in recipe.prune:
             check_pattern(dense, pruning)
             checkpoints.append(place.pruned(pruning.name))
-    for checkpoint in checkpoints:
+    for checkpoint in checkpoints if ranks.first() else ():
         discard_leftover(checkpoint)
     missing = sum(not folder.exists() for folder in checkpoints)
     require_space(place.path, missing * dense.checkpoint.bytes)
@@ -156,12 +159,17 @@ def _realign(
         watch,
     )
     out = place.evaluation(pruning, settings.name)
-    if not settings.checkpoint:
+    if not _on_disk(settings, recipe):
         _evaluate(pruned, out, dense, recipe, watch, patch)
         return
     written = stages.apply(pruned.folder, patch, place.realigned(pruning, settings.name), watch)
     realigned = open_source(written, trust_remote_code=recipe.compute.trust_remote_code)
     _evaluate(realigned, out, dense, recipe, watch)
+
+
+def _on_disk(variant: VariantSettings, recipe: Recipe) -> bool:
+    """Whether the realigned checkpoint is written: a streamed model takes no patch in memory."""
+    return variant.checkpoint or recipe.compute.placement == "streamed"
 
 
 def _claim(place: RunFolder, recipe: Recipe) -> None:

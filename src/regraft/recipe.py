@@ -107,12 +107,14 @@ class PruneSettings(Settings):
         "given: row for wanda, matrix for the others (SparseGPT: of each block of columns).",
     )
     ignore: tuple[str, ...] = Field(
-        (), description="Weights left dense, as patterns: `layers.0.*`, `*.down_proj`."
+        (),
+        description="Weights left dense, as a pattern: `layers.0.*`, `*.down_proj`; repeat the "
+        "flag for more.",
     )
     overrides: tuple[str, ...] = Field(
         (),
-        description="Other sparsities for some weights: `*.v_proj=0.3`, `layers.0.*=2:4`; the last "
-        "that fits counts.",
+        description="Another sparsity for some weights: `*.v_proj=0.3`, `layers.0.*=2:4`; repeat "
+        "for more, the last that fits counts.",
     )
     damp: float = Field(0.01, gt=0, le=1, description="SparseGPT: share of the mean diagonal.")
     block: int = Field(128, ge=1, description="SparseGPT: columns pruned before an update.")
@@ -236,7 +238,9 @@ class RealignSettings(Settings):
         "hsr", description="hsr selects single weights, hsr-a restores whole heads."
     )
     score: Method = Field(
-        "wanda", description="Importance I^s and I^u: wanda, sparsegpt, snip or magnitude."
+        "wanda",
+        description="Importance I^s and I^u: wanda, sparsegpt, snip or magnitude (which is the "
+        "same for both, so that only q above p selects anything).",
     )
     heads: Literal["top", "random", "all"] = Field(
         "top", description="The top-scored heads, as many random ones (a control), or all."

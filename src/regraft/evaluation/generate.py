@@ -88,4 +88,3 @@ def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[N
         yield
     finally:
         model.generation_config = own
-

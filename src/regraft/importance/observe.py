@@ -60,10 +60,7 @@ class InputSums:
             RegraftError: some ran other linears (Mllama's prompts with and without image).
         """
         if not ranks.same(sorted(self.source.items())):
-            raise RegraftError(
-                "The processes ran different layers: one had only prompts without image. Keep "
-                "examples with and without an image apart, or use one process."
-            )
+            raise different_layers()
         for key, total in sorted(self.sums.items()):
             ranks.total(total)
             self.tokens[key] = int(ranks.total(torch.tensor(self.tokens[key], device=total.device)))
@@ -74,6 +71,14 @@ def unused(linear: LinearAnatomy) -> RegraftError:
     return RegraftError(
         f"{linear.key} was never used by the calibration data (text-only prompts skip "
         "cross-attention); calibrate on examples with images."
+    )
+
+
+def different_layers() -> RegraftError:
+    """The error for processes whose sums cannot be added up."""
+    return RegraftError(
+        "The processes ran different layers: one had only prompts without image. Keep examples "
+        "with and without an image apart, or use one process."
     )
 
 

@@ -18,7 +18,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from regraft import ranks
 from regraft.data.collate import IGNORED
-from regraft.importance.observe import overflow
+from regraft.errors import RegraftError
+from regraft.files import disk_errors
+from regraft.importance.observe import different_layers, overflow
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
 from regraft.models.placement import PlacedModel
 from regraft.models.replay import logits_of
@@ -49,8 +51,14 @@ def gradient_magnitudes(
         The layer, and `LinearAnatomy.key` -> `[out, in]` float32 on the device. A linear that no
         sample used is missing.
     """
-    scratch.mkdir(parents=True, exist_ok=True)
-    _forward(walk, anatomy, scratch, progress)
+    if walk.model.dtype == torch.float16:
+        raise RegraftError(
+            "SNIP's gradients are too small for float16 and would vanish. Use --dtype bfloat16 or "
+            "float32."
+        )
+    with disk_errors(scratch):
+        scratch.mkdir(parents=True, exist_ok=True)
+        _forward(walk, anatomy, scratch, progress)
     samples = int(ranks.total(torch.tensor(sum(len(batch.ids) for batch in walk.batches))))
     gradients = _loss_gradients(walk)
     for layer in reversed(anatomy.layers):
@@ -68,6 +76,8 @@ def gradient_magnitudes(
                 gradients[i] = hidden.grad.to(gradients[i].device)
                 path.unlink()
                 progress(len(batch.ids))
+        if not ranks.same(sorted(sums)):
+            raise different_layers()
         for linear in (linear for linear in linears if linear.key in sums):
             ranks.total(sums[linear.key]).div_(samples)
             if not torch.isfinite(sums[linear.key]).all():
@@ -91,27 +101,24 @@ def _loss_gradients(walk: Walk) -> list[Tensor]:
     gradients = []
     with walk.model.frame():
         for batch, state in zip(walk.batches, walk.states, strict=True):
+            labels = batch.labels
+            assert labels is not None, "a batch of prompts has no responses"
             final = state.to(walk.model.device).requires_grad_()
-            losses = sample_losses(walk.model, final, walk.model.place(batch).labels)
-            losses.sum().backward()
+            for row in range(len(labels)):  # one sample's logits at a time in memory
+                response_loss(walk.model, final[row], labels[row].to(walk.model.device)).backward()
             assert final.grad is not None
             gradients.append(final.grad.to(state.device))
     return gradients
 
 
-def sample_losses(model: PlacedModel, final: Tensor, labels: Tensor | None) -> Tensor:
-    """Mean cross-entropy of each sample's response tokens, from normed states `[B, S, d]`: `[B]`.
+def response_loss(model: PlacedModel, final: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of a sample's response, from normed states `[S, d]` and labels `[S]`.
 
     The logits at position t predict the token at t + 1.
     """
-    assert labels is not None, "a batch of prompts has no responses"
-    targets = labels[:, 1:]
-    rows, positions = (targets != IGNORED).nonzero(as_tuple=True)  # [N], N response tokens
-    logits = logits_of(model.network, final[rows, positions], gradient=True)  # [N, vocabulary]
-    each = F.cross_entropy(logits.float(), targets[rows, positions], reduction="none")
-    counts = torch.bincount(rows, minlength=len(labels))
-    sums = torch.zeros(len(labels), device=each.device).index_add(0, rows, each)
-    return sums / counts
+    positions = (labels[1:] != IGNORED).nonzero().flatten()  # [N], N response tokens
+    logits = logits_of(model.network, final[positions], gradient=True)  # [N, vocabulary]
+    return F.cross_entropy(logits.float(), labels[positions + 1])
 
 
 @contextmanager

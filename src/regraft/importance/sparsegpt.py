@@ -60,8 +60,8 @@ def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseF
     hessian = moments.mul_(2 / tokens)
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    diagonal[dead] = 1
-    mean = float(diagonal.mean())
+    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
+    diagonal[dead] = mean
     added = 0.0
     while damp <= _MOST_DAMP:
         diagonal += (damp - added) * mean
@@ -89,24 +89,25 @@ def factors(
     """The factor for each linear, made once for those that read the same input.
 
     Args:
-        linears: In the order in which they run.
-        sums: Their second moments; overwritten.
+        linears: Any.
+        sums: Their second moments; used up.
         damp: First damping to try.
         note: Told of a damping that had to grow.
 
     Raises:
         RegraftError: a linear was not used, or its inputs overflow.
     """
-    factor, source = None, None
+    groups: dict[str, list[LinearAnatomy]] = {}
     for linear in linears:
-        if factor is None or sums.source.get(linear.key) != source:
-            factor = None
-            moments, tokens = sums.of(linear)
-            source = sums.source[linear.key]
-            factor = inverse_factor(moments, tokens, damp)
-            if factor.damp > damp:
-                note(f"{linear.key}: the damping had to grow from {damp} to {factor.damp}.")
-        yield linear, factor
+        sums.of(linear)
+        groups.setdefault(sums.source[linear.key], []).append(linear)
+    for source, group in groups.items():
+        tokens = sums.tokens[source]
+        factor = inverse_factor(sums.sums.pop(source), tokens, damp)
+        if factor.damp > damp:
+            note(f"{source}: the damping had to grow from {damp} to {factor.damp}.")
+        for linear in group:
+            yield linear, factor
 
 
 def sparsegpt_score(weight: Tensor, statistic: Tensor) -> Tensor:

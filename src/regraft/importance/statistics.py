@@ -1,7 +1,7 @@
 """What the importance of weights is computed from, gathered once and kept in a file.
 
-Statistics are stored, not scores: `in` floats a weight matrix for Wanda and SparseGPT (4.6 MB for
-Wanda on a 7B model), `[out, in]` for SNIP (see `regraft.importance.score`).
+Statistics are stored, not scores: `in` floats a weight matrix for Wanda and SparseGPT (9 MB for
+Wanda on a 7B model, both data sets), `[out, in]` for SNIP (see `regraft.importance.score`).
 """
 
 from __future__ import annotations
@@ -85,7 +85,12 @@ def is_kept(method: Method, linear: LinearAnatomy) -> bool:
 
 
 def gather(
-    walk: Walk, anatomy: Anatomy, method: Method, scratch: Path, progress: Progress
+    walk: Walk,
+    anatomy: Anatomy,
+    method: Method,
+    scratch: Path,
+    progress: Progress,
+    note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Tensor]:
     """Take the samples through the model and make the statistic of every kept weight.
 
@@ -99,6 +104,7 @@ def gather(
         scratch: A folder for unfinished work.
         progress: Called with the number of samples each time a layer has seen a batch (twice a
             layer for SNIP).
+        note: Told of a damping of SparseGPT that had to grow.
 
     Returns:
         `LinearAnatomy.key` -> float32 on CPU (pages of the files in `scratch`).
@@ -109,7 +115,7 @@ def gather(
         return scratch / f"statistics_{layer.index:03d}.safetensors"
 
     if method != "magnitude" and not all(part(layer).exists() for layer in anatomy.layers):
-        for layer, values in _by_layer(walk, anatomy, method, scratch, progress):
+        for layer, values in _by_layer(walk, anatomy, method, scratch, progress, note):
             if ranks.first():
                 with atomic_file(part(layer)) as temporary:
                     save_file({key: value.cpu() for key, value in values.items()}, temporary)
@@ -122,7 +128,12 @@ def gather(
 
 
 def _by_layer(
-    walk: Walk, anatomy: Anatomy, method: Method, scratch: Path, progress: Progress
+    walk: Walk,
+    anatomy: Anatomy,
+    method: Method,
+    scratch: Path,
+    progress: Progress,
+    note: Callable[[str], None],
 ) -> Iterator[tuple[LayerAnatomy, dict[str, Tensor]]]:
     if method == "snip":
         wanted = lambda linear: is_kept(method, linear)  # noqa: E731
@@ -141,7 +152,7 @@ def _by_layer(
         if method == "wanda":
             yield layer, {linear.key: sums.of(linear)[0].clone() for linear in ran}
         else:
-            yield layer, {linear.key: f.statistic for linear, f in factors(ran, sums)}
+            yield layer, {linear.key: f.statistic for linear, f in factors(ran, sums, note=note)}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from regraft import ranks
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.models.anatomy import Anatomy, read_anatomy
@@ -84,6 +85,12 @@ def load_model(
             without accelerate.
     """
     target = pick_device(device)
+    split = split and target.type != "cpu"
+    if split and ranks.world() > 1:
+        raise RegraftError(
+            "With --placement streamed, heads and evaluation spread the model over all devices, so "
+            "there is room for one process only. Use one, or --placement resident."
+        )
     model = _load_weights(source, dtype, target, split)
     return model if split else model.to(target)
 

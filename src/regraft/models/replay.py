@@ -163,8 +163,9 @@ def logits_of(model: nn.Module, states: Tensor, *, gradient: bool = False) -> Te
 
     rows = states.reshape(-1, 1, states.shape[-1])  # [N, 1, d]
     output = BaseModelOutputWithPast(last_hidden_state=rows)
-    with torch.set_grad_enabled(gradient), replaced_forwards(
-        {text_decoder(model): lambda **_: output}
+    with (
+        torch.set_grad_enabled(gradient),
+        replaced_forwards({text_decoder(model): lambda **_: output}),
     ):
         ids = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
         logits: Tensor = model(input_ids=ids, use_cache=False).logits

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,7 +33,10 @@ class Walk:
             for batch in batches:
                 text = text_inputs(model.network, model.place(batch).inputs)
                 embedded = replay(model.network, text, stop=0)
-                self._texts.append(TextInputs(moved(dict(text.kwargs), self._home), text.batch))
+                kwargs = dict(text.kwargs)
+                if kwargs.get("inputs_embeds") is not None:  # the states carry on from them
+                    kwargs["inputs_embeds"] = embedded.new_zeros(1).expand(embedded.shape)
+                self._texts.append(TextInputs(moved(kwargs, self._home), text.batch))
                 self.states.append(embedded.to(self._home))
 
     def run(
@@ -48,7 +52,9 @@ class Walk:
             Index of the batch and the layer's output `[B, S, d]`; after the last layer, normed.
         """
         for i, batch in enumerate(self.batches):
-            with nullcontext() if around is None else around(self.model.place(batch)):
+            with (
+                nullcontext() if around is None else around(self.model.place(_without_image(batch)))
+            ):
                 output = self.replay(i, layer, self.states[i].to(self.model.device))
             yield i, output
 
@@ -64,3 +70,9 @@ class Walk:
     def keep(self, i: int, output: Tensor) -> None:
         """Make a layer's output the state of batch i."""
         self.states[i] = output.to(self._home)
+
+
+def _without_image(batch: Batch) -> Batch:
+    """A batch whose pixels need not be moved again."""
+    kept = {name: one for name, one in batch.inputs.items() if not name.startswith("pixel")}
+    return replace(batch, inputs=kept)

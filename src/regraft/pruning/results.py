@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -56,9 +57,10 @@ class LayerResults:
 
         def put(layer: LayerAnatomy, linear: LinearAnatomy) -> Edit:
             def edit(weight: Tensor) -> Tensor:
-                results = self.load(layer)
-                assert results is not None
-                return results[linear.key].put(weight) if linear.key in results else weight
+                with safe_open(self._path(layer), "pt") as stored:
+                    if linear.key not in stored.keys():  # noqa: SIM118 - no mapping
+                        return weight
+                    return _unpacked(stored.get_tensor(linear.key), linear).put(weight)
 
             return edit
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from regraft.importance.sparsegpt import InverseFactor
-from regraft.pruning.masks import Pattern
+from regraft.pruning.masks import Pattern, count_of, smallest
 
 BLOCK = 128
 
@@ -39,18 +39,31 @@ def sparsegpt_prune(
         stop = min(start + block, columns)
         upper = factor.upper[start:stop, start:stop]
         part = current[:, start:stop].contiguous()  # [out, block]
-        errors = _prune_block(part, upper, pattern, group)
+        errors = _prune_block(part, upper, pattern, _count(pattern, part, start, stop))
         current[:, start:stop] = part
         current[:, stop:] -= errors @ factor.upper[start:stop, stop:]
     return current
 
 
-def _prune_block(part: Tensor, upper: Tensor, pattern: Pattern, group: int | None) -> Tensor:
-    """Prune `[out, block]` columns in place; returns the errors `[out, block]` to make up for."""
+def _count(pattern: Pattern, part: Tensor, start: int, stop: int) -> int:
+    """How many weights of columns [start, stop) go, of each row or in all.
+
+    What a block's share leaves over goes in a later one, so that the whole has its sparsity.
+    """
+    n = 1 if pattern.scope == "row" else len(part)
+    return count_of(pattern.sparsity, n * stop) - count_of(pattern.sparsity, n * start)
+
+
+def _prune_block(part: Tensor, upper: Tensor, pattern: Pattern, count: int) -> Tensor:
+    """Prune `[out, block]` columns in place; returns the errors `[out, block]` to make up for.
+
+    `count` is how many go of each row or in all; N:M decides group by group instead.
+    """
+    group = pattern.n_m[1] if pattern.n_m else None
     scale = upper.diagonal().square()  # [block]
     mask = torch.zeros_like(part, dtype=torch.bool)
     if group is None:
-        mask = pattern.mask(part.square() / scale)
+        mask = smallest(part.square() / scale, count, pattern.scope)
     errors = torch.zeros_like(part)
     for j in range(part.shape[1]):
         if group and j % group == 0:

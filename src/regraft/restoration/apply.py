@@ -223,7 +223,8 @@ def patched(model: nn.Module, anatomy: Anatomy, patch: Patch) -> Iterator[None]:
     """Put a patch on a pruned model in memory for the length of the block.
 
     Raises:
-        RegraftError: the patch names a tensor that is no prunable weight of this model.
+        RegraftError: the patch names a tensor that is no prunable weight of this model, or one
+            that is not in memory (a model spread over devices by accelerate).
     """
     modules = dict(model.named_modules())
     weights = {linear.tensor: modules[linear.module].weight for linear in anatomy.linears}
@@ -234,6 +235,11 @@ def patched(model: nn.Module, anatomy: Anatomy, patch: Patch) -> Iterator[None]:
             raise RegraftError(
                 f"The patch is for another model: {name} is {list(weights[name].shape)}, the "
                 f"patch is for {list(patch.tensors[name].shape)}."
+            )
+        if weights[name].is_meta:
+            raise RegraftError(
+                f"{name} waits outside of the device's memory, where no patch can be put on it. "
+                "Write the checkpoint with `regraft apply` and evaluate that."
             )
     targets = [(weights[name], tensor) for name, tensor in patch.tensors.items()]
     before = [_get(weight, tensor.positions) for weight, tensor in targets]

@@ -13,6 +13,7 @@ from regraft.models.checkpoint import Checkpoint
 from regraft.restoration.patch import Patch
 
 SIZES = (4, 8, 16)
+_NEARLY_ALL = 0.95
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,18 @@ class Grouping:
 
 
 def grouping_of(pruned: Tensor) -> Grouping | None:
-    """The N:M pattern of one weight `[out, in]`: the smallest M of 4, 8, 16 with N < M, if any."""
+    """The N:M pattern of one weight `[out, in]`: the smallest M of 4, 8, 16 that fits, if any.
+
+    No group may hold more than N weights, N < M, and nearly all must hold N: pruning without a
+    pattern leaves few full groups of 16 too, but groups of all sizes.
+    """
     kept = pruned != 0
     for m in SIZES:
         if pruned.shape[1] % m == 0 and not _any_full(kept, m):
-            return Grouping(int(_kept_in_groups(kept, m).max()), m, kept.numel() // m)
+            held = _kept_in_groups(kept, m)
+            n = int(held.max())
+            if n and int(kept.count_nonzero()) >= _NEARLY_ALL * n * len(held):
+                return Grouping(n, m, len(held))
     return None
 
 

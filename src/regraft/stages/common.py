@@ -10,7 +10,6 @@ from torch import nn
 from regraft import ranks
 from regraft.data.collate import Batch, batches
 from regraft.data.example import Example
-from regraft.errors import RegraftError
 from regraft.models.load import (
     Source,
     has_processor,
@@ -74,15 +73,6 @@ def collate_share(
     examples: Sequence[Example],
     compute: ComputeSettings,
 ) -> list[Batch]:
-    """This process's share of the batches.
-
-    Raises:
-        RegraftError: there are fewer batches than processes.
-    """
+    """This process's share of the batches (see `check_shares`)."""
     chunks = list(batches(examples, compute.batch_size))
-    if len(chunks) < ranks.world():
-        raise RegraftError(
-            f"{len(examples)} examples make {len(chunks)} batches of {compute.batch_size}, too few "
-            f"for {ranks.world()} processes. Lower --batch-size or start fewer processes."
-        )
     return [encode(processor, chunk) for chunk in ranks.share(chunks)]

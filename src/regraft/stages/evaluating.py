@@ -82,6 +82,11 @@ def evaluate(
     examples = reading.examples
     inputs = {"model": model.checkpoint.fingerprint}
     patch = None if patch_file is None else load_patch(patch_file)
+    if patch is not None and compute.placement == "streamed":
+        raise RegraftError(
+            "A patch can be put on in memory only where the whole model is resident. Write the "
+            "checkpoint with `regraft apply` and evaluate that, or use --placement resident."
+        )
     if patch is not None and patch_file is not None:
         check_base(model.checkpoint, patch)
         inputs["patch"] = file_digest(patch_file)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from regraft import ranks
-from regraft.checks import draw_calibration, told
+from regraft.checks import check_shares, draw_calibration, told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
 from regraft.files import require_space
@@ -49,6 +49,7 @@ def statistics(
     )
     if not is_done(out, out, about, lambda: load_statistics(out).about):
         for role, reading in zip(("D^s", "D^u"), readings.values(), strict=True):
+            check_shares(reading.examples, compute)
             watch.note(told(role, reading))
         with working(out, about) as work:
             gathered = (
@@ -87,7 +88,7 @@ def _gather(
         return {
             kind: ImportanceStatistics(
                 method,
-                gather(Walk(model, batches), dense.anatomy, method, work / kind, done),
+                gather(Walk(model, batches), dense.anatomy, method, work / kind, done, watch.note),
                 len(readings[kind].examples),
             )
             for kind, batches in shares.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from regraft import ranks
-from regraft.checks import check_pattern, draw_calibration, told
+from regraft.checks import check_pattern, check_shares, draw_calibration, told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
 from regraft.files import require_space
@@ -45,7 +45,7 @@ def prune(
     if not is_done(out, out / ABOUT_FILE, about):
         check_pattern(dense, settings)
         if ranks.first():
-            check_target(dense.checkpoint, out)
+            check_target(dense.checkpoint, out, discard=False)
         patterns = settings.patterns(dense.anatomy.linears)
         with working(out, about) as work:
             if needs_data:
@@ -74,6 +74,7 @@ def _calibrate(
     results: LayerResults,
     watch: Watch,
 ) -> None:
+    check_shares(data.examples, compute)
     watch.note(told("D^u", data))
     model, processor = load_for_walk(dense, compute, watch)
     calibrating = collate_share(processor, response_batch, data.examples, compute)
