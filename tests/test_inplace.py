@@ -15,15 +15,16 @@ import torch
 
 import killed_in_place
 import pico
+import truth
 from disk import shards, tree
 from regraft import stages
 from regraft.errors import RegraftError
 from regraft.files import locked, write_json
-from regraft.models.checkpoint import JOURNAL, open_checkpoint
+from regraft.models.checkpoint import JOURNAL, open_checkpoint, write_edited
 from regraft.models.load import open_source
-from regraft.restoration.apply import make_plan
+from regraft.restoration.apply import apply_patch, make_plan
 from regraft.restoration.inplace import read_journal, write_in_place, write_journal
-from regraft.restoration.patch import load_patch, save_patch
+from regraft.restoration.patch import Patch, TensorPatch, load_patch, save_patch
 from test_patch import graft, prune_at_random
 
 
@@ -337,3 +338,44 @@ def test_killed_again_and_again(place: Place, tmp_path: Path) -> None:
         assert tree(folder) == tree(place.out)
         stages.revert_in_place(folder, place.patches)
         assert tree(folder) == tree(place.pruned)
+
+
+def test_after_an_unfinished_write_every_target_is_written_again(tmp_path: Path, pico_dir) -> None:
+    """What a read shows may never have reached the disk, and half a weight may be there."""
+    dense = truth.opened(pico_dir("qwen2_vl")).source
+    pruned, _ = truth.pruned_at_random(dense, tmp_path / "pruned", 0.5)
+    linear = dense.anatomy.layers[0].linear("q_proj")
+    before = pruned.checkpoint.read(linear.tensor)
+    at = (before.flatten() == 0).nonzero().flatten()[:7]
+    values = dense.checkpoint.read(linear.tensor).flatten()[at]
+    patch = Patch({linear.tensor: TensorPatch.of(before, at, values)}, {})
+    apply_patch(pruned.checkpoint, patch, tmp_path / "on")
+    on = open_checkpoint(tmp_path / "on")
+    assert not make_plan(on, patch, "apply").changes
+    (change,) = make_plan(on, patch, "apply", unfinished=True).changes
+    assert torch.equal(change.positions, at) and torch.equal(change.values, values)
+    torn = write_edited(
+        on,
+        tmp_path / "torn",
+        {linear.tensor: lambda w: w.flatten().index_fill(0, at[:1], 99.0).view(w.shape)},
+    )
+    with pytest.raises(RegraftError, match="holds other values"):
+        make_plan(torn, patch, "apply")
+    (change,) = make_plan(torn, patch, "apply", unfinished=True).changes
+    assert torch.equal(change.values, values)
+
+
+def test_a_source_that_changes_while_it_is_copied_is_told(tmp_path: Path, pico_dir) -> None:
+    source = truth.opened(pico_dir("qwen2_vl")).source.checkpoint
+
+    def meddle(weight: torch.Tensor) -> torch.Tensor:
+        shard = tmp_path / "source" / source.shards[0]
+        shard.touch()
+        return weight
+
+    shutil.copytree(source.folder, tmp_path / "source")
+    copied = open_checkpoint(tmp_path / "source")
+    name = next(iter(copied.tensors))
+    with pytest.raises(RegraftError, match="was changed while it was copied"):
+        write_edited(copied, tmp_path / "out", {name: meddle})
+    assert not (tmp_path / "out").exists()

@@ -452,8 +452,8 @@ def test_heads_with_estimated_scores_are_not_taken(bench: Bench) -> None:
     out = bench.root / "screened"
     settings = HeadSettings(r_max=2, mode="screened", window=2, candidates=2)
     scores = bench.run("heads", out=out, settings=settings)
-    exact = int(scores.exact.count_nonzero())
-    assert 2 <= exact <= 4
+    exact = scores.certain("ships")
+    assert 2 <= exact <= int(scores.exact.count_nonzero()) <= 4
     few = bench.run(
         "realign",
         out=bench.root / "few",
@@ -461,7 +461,9 @@ def test_heads_with_estimated_scores_are_not_taken(bench: Bench) -> None:
         settings=RealignSettings(top_heads=exact),
     )
     assert len(few.about["heads"]) == exact
-    with pytest.raises(RegraftError, match=f"only {exact} heads were scored exactly"):
+    with pytest.raises(
+        RegraftError, match=f"the {exact} best by ships were all scored"
+    ):
         bench.run(
             "realign",
             out=bench.root / "many",
@@ -489,3 +491,16 @@ def test_disk_too_full_for_scratch_is_told_before_the_work(
         bench.run("prune", out=out, settings=PruneSettings(method=method))
     assert len(folders) == 2 and not out.exists()
     assert not list(bench.root.glob(".new*"))
+
+
+def test_calibration_on_both_kinds_is_another_model(bench: Bench) -> None:
+    """Refusals count too: the account names both data sets, and other weights go."""
+    settings = PruneSettings(calibrate_on="both")
+    both = bench.run("prune", out=bench.root / "both", settings=settings)
+    about = read_json(bench.root / "both" / stages.ABOUT_FILE)
+    assert set(about["data"]) == {"utility", "safety"}
+    linears = list(bench.dense.anatomy.linears)
+    assert any(
+        not torch.equal(both.checkpoint.read(li.tensor), bench.pruned.checkpoint.read(li.tensor))
+        for li in linears
+    )

@@ -168,8 +168,8 @@ def show_heads(console: Console, scores: HeadScores, show: int) -> None:
     below = scores.below_noise("ships"), scores.below_noise("kl")
     if below != (None, None):
         console.print(
-            f"Heads whose score is below the noise floor of this dtype: {below[0]} by Ships, "
-            f"{below[1]} by KL.",
+            "Heads whose exact score is below the noise floor of this dtype: "
+            f"{below[0]} by Ships, {below[1]} by KL.",
             style="dim",
         )
 

@@ -111,7 +111,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             with disk_errors(target):
                 temporary.mkdir()
                 yield temporary
-                in_threads(sync, [path for path in temporary.rglob("*") if path.is_file()])
+                in_threads(sync, [*temporary.rglob("*"), temporary])
                 if target.exists():
                     target.rmdir()
                 temporary.replace(target)

@@ -91,7 +91,8 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder) -> None:
     pick_device(recipe.compute.device)
     by_heads = any(one.heads == "top" for one in recipe.realign)
     by_importance = bool(_scores(recipe))
-    if by_heads or by_importance:
+    on_both = recipe.pruned is None and any(one.calibrate_on == "both" for one in recipe.prune)
+    if by_heads or by_importance or on_both:
         harmful = draw_calibration(dense, recipe.calibration, harmful=True)
         check_shares(harmful.examples, recipe.compute)
         if by_heads:

@@ -116,6 +116,11 @@ class PruneSettings(Settings):
         description="Another sparsity for some weights: `*.v_proj=0.3`, `layers.0.*=2:4`; repeat "
         "for more, the last that fits counts.",
     )
+    calibrate_on: Literal["harmless", "both"] = Field(
+        "harmless",
+        description="Harmless prompts and answers (D^u, the paper's), or harmful prompts and "
+        "refusals (D^s) as well.",
+    )
     damp: float = Field(0.01, gt=0, le=1, description="SparseGPT: share of the mean diagonal.")
     block: int = Field(128, ge=1, description="SparseGPT: columns pruned before an update.")
     order: Order = Field(

@@ -88,12 +88,27 @@ class HeadScores:
         exact = self.exact
         return heads if exact is None else sorted(heads, key=lambda head: not exact[head])
 
+    def certain(self, criterion: Criterion) -> int:
+        """How many of the best heads may be taken: as far as all of them have exact scores.
+
+        A head may have been scored exactly for its rank by the other criterion alone.
+        """
+        if self.exact is None or self.estimate is None:
+            return len(self.ranked(criterion))
+        estimated = _ranked(self.estimate[("ships", "kl").index(criterion)])
+        exact = self.exact
+        return next((i for i, head in enumerate(estimated) if not exact[head]), len(estimated))
+
     def below_noise(self, criterion: Criterion) -> int | None:
-        """How many heads score below the rounding noise of their layer; None without a floor."""
+        """How many heads score below the rounding noise of their layer; None without a floor.
+
+        Heads of estimated scores do not count: what is measured is the noise of exact ones.
+        """
         if self.noise is None:
             return None
         floor = self.noise[("ships", "kl").index(criterion)]
-        return int((self.of(criterion) < floor[:, None]).sum())
+        below = self.of(criterion) < floor[:, None]
+        return int((below if self.exact is None else below & self.exact).sum())
 
 
 def recall(estimate: Tensor, exact: Tensor, k: int) -> float:

@@ -114,6 +114,11 @@ class Checkpoint:
         except KeyError:
             raise RegraftError(f"{self.folder}: there is no tensor {name}.") from None
 
+    def stamps(self) -> list[tuple[int, int]]:
+        """Time of the last change (ns) and size of every shard."""
+        stats = [(self.folder / shard).stat() for shard in self.shards]
+        return [(stat.st_mtime_ns, stat.st_size) for stat in stats]
+
     @property
     def bytes(self) -> int:
         """Size of all shards in bytes."""
@@ -258,9 +263,10 @@ def write_copy(
         one_by_one: Copy and edit one shard after the other.
 
     Raises:
-        RegraftError: `target` is not empty, or the disk is full.
+        RegraftError: `target` is not empty, the disk is full, or the source changed meanwhile.
     """
     check_target(source, target)
+    stamps = source.stamps()
     with atomic_folder(target) as temporary:
         _copy_side_files(source.folder, temporary, set(source.shards))
         for name, content in (files or {}).items():
@@ -277,6 +283,11 @@ def write_copy(
                 copy(shard)
         else:
             in_threads(copy, source.shards, stop)
+        if source.stamps() != stamps:
+            raise RegraftError(
+                f"{source.folder} was changed while it was copied. Run the same command again when "
+                "nothing else writes there."
+            )
     return open_checkpoint(target)
 
 

@@ -172,11 +172,11 @@ def _tally(subject: str, base: str, rows: Mapping[str, _Row]) -> str:
 
 
 def _side_effects_of_many(report: Report, rows: Sequence[_Row]) -> str:
-    if not measured(report.dense.result.over_refusal):
-        return _NO_OVER_REFUSAL
     worse = [v.name for v, c in rows if c.refusals_verdict.startswith("worse")]
     text = "Over-refusal did not rise distinguishably in any model."
-    if worse:
+    if not measured(report.dense.result.over_refusal):
+        text = _NO_OVER_REFUSAL
+    elif worse:
         text = (
             f"Over-refusal is distinguishably higher in {len(worse)} of {len(rows)} "
             f"({', '.join(worse)}): part of a low ASR there may come from refusing more of "

@@ -98,6 +98,7 @@ def make_plan(
     patches: Patch | Sequence[Patch],
     operation: Operation,
     *,
+    unfinished: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Check that a checkpoint is the base of patches and list what has to change; writes nothing.
@@ -106,6 +107,7 @@ def make_plan(
         checkpoint: The base. Any of `patches` may be on it, wholly or in part; others may not.
         patches: One or several, in any order.
         operation: Put them on or take them off.
+        unfinished: A write was cut short: change every target, whatever it seems to hold now.
         progress: Called with 1 after each tensor.
 
     Raises:
@@ -118,7 +120,7 @@ def make_plan(
         _check_layout(checkpoint, name, target)
 
     def inspect(name: str) -> tuple[Change, Tensor]:
-        found = _inspect(checkpoint, checkpoint.tensors[name], targets[name], operation)
+        found = _inspect(checkpoint, checkpoint.tensors[name], targets[name], operation, unfinished)
         if progress is not None:
             progress(1)
         return found
@@ -296,7 +298,11 @@ def _not_the_base(checkpoint: Checkpoint, *names: str) -> str:
 
 
 def _inspect(
-    checkpoint: Checkpoint, record: TensorRecord, target: Target, operation: Operation
+    checkpoint: Checkpoint,
+    record: TensorRecord,
+    target: Target,
+    operation: Operation,
+    unfinished: bool,
 ) -> tuple[Change, Tensor]:
     """What has to change in one tensor, and at which of the target's positions it is on. `[k]`
 
@@ -313,12 +319,12 @@ def _inspect(
         at = positions[inside] - start
         held = chunk[at]
         on[inside] = bits(held) == bits(target.values[inside])
-        if not (on[inside] | (held == 0)).all():
+        if not unfinished and not (on[inside] | (held == 0)).all():
             raise RegraftError(
                 f"{_not_the_base(checkpoint, *(name for name, _ in target.parts))}: {record.name} "
                 f"holds other values where the patch restores pruned ones. {_FIX}"
             )
-        changing[inside] = bits(held) != bits(wanted[inside])
+        changing[inside] = unfinished | (bits(held) != bits(wanted[inside]))
         chunk[at] = zeros[inside]
         for signs, hasher in bases.values():
             here = _between(signs, start, start + len(chunk)) - start

@@ -165,11 +165,17 @@ class _Job:
             )
         return cls(operation, checkpoint, files, digests, patches)
 
-    def plan(self, watch: Watch) -> Plan:
-        """Check the weights and list what has to change."""
+    def plan(self, watch: Watch, *, unfinished: bool = False) -> Plan:
+        """Check the weights and list what has to change; all of it after an unfinished write."""
         tensors = {name for patch in self.patches for name in patch.tensors}
         with watch.task("Checking the patched weights", len(tensors), "tensors") as done:
-            return make_plan(self.checkpoint, self.patches, self.operation, progress=done)
+            return make_plan(
+                self.checkpoint,
+                self.patches,
+                self.operation,
+                unfinished=unfinished,
+                progress=done,
+            )
 
     def about(self, operation: Operation, before: Description | None) -> Description:
         """The description of a checkpoint that carried `before`, after the operation."""
@@ -227,7 +233,7 @@ def _write_in_place(
     with owned(checkpoint):
         journal = read_journal(folder)
         job = _Job.read(operation, checkpoint, patch_files, journal)
-        plan = job.plan(watch)
+        plan = job.plan(watch, unfinished=journal is not None)
         if journal is not None:
             before = journal.before
             if journal.operation != operation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from regraft import ranks
@@ -33,14 +34,14 @@ def prune(
     compute: ComputeSettings,
     watch: Watch | None = None,
 ) -> Source:
-    """Prune a checkpoint, calibrated on D^u; writes the folder `out`.
+    """Prune a checkpoint, calibrated on D^u or on D^s and D^u; writes the folder `out`.
 
     Raises:
         RegraftError: see `prune_layers`, `assign_patterns`, the data readers and `write_edited`.
     """
     watch = watch or Silent()
     needs_data = settings.method != "magnitude"
-    data = {"utility": draw_calibration(dense, calibration, harmful=False)} if needs_data else {}
+    data = _draw(dense, settings, calibration) if needs_data else {}
     about = describe("prune", {"dense": dense.checkpoint.fingerprint}, settings, compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
         check_pattern(dense, settings)
@@ -50,7 +51,7 @@ def prune(
         with working(out, about) as work:
             if needs_data:
                 results = LayerResults(work)
-                _calibrate(dense, settings, compute, data["utility"], results, watch)
+                _calibrate(dense, settings, compute, data, results, watch)
                 edits = results.edits(dense.anatomy)
             else:
                 edits = magnitude_edits(patterns)
@@ -66,18 +67,29 @@ def prune(
     return Source(open_checkpoint(out), dense.anatomy, dense.trust_remote_code)
 
 
+def _draw(
+    dense: Source, settings: PruneSettings, calibration: CalibrationSettings
+) -> dict[str, Reading]:
+    data = {"utility": draw_calibration(dense, calibration, harmful=False)}
+    if settings.calibrate_on == "both":
+        data["safety"] = draw_calibration(dense, calibration, harmful=True)
+    return data
+
+
 def _calibrate(
     dense: Source,
     settings: PruneSettings,
     compute: ComputeSettings,
-    data: Reading,
+    data: Mapping[str, Reading],
     results: LayerResults,
     watch: Watch,
 ) -> None:
-    check_shares(data.examples, compute)
-    watch.note(told("D^u", data))
+    examples = [example for reading in data.values() for example in reading.examples]
+    check_shares(examples, compute)
+    for role, reading in data.items():
+        watch.note(told({"utility": "D^u", "safety": "D^s"}[role], reading))
     model, processor = load_for_walk(dense, compute, watch)
-    calibrating = collate_share(processor, response_batch, data.examples, compute)
+    calibrating = collate_share(processor, response_batch, examples, compute)
     spilled = {
         "wanda": dense.anatomy.prunable // 8,
         "sparsegpt": sum(dense.checkpoint.record(li.tensor).bytes for li in dense.anatomy.linears),

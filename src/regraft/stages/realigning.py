@@ -161,10 +161,11 @@ def _chosen_heads(
         raise RegraftError(
             f"top_heads is {settings.top_heads}, but only {len(ranked)} heads were scored."
         )
-    if scores.exact is not None and settings.top_heads > int(scores.exact.count_nonzero()):
+    certain = scores.certain(settings.criterion)
+    if settings.top_heads > certain:
         raise RegraftError(
-            f"top_heads is {settings.top_heads}, but only {int(scores.exact.count_nonzero())} "
-            "heads were scored exactly; the other scores are estimates. Score heads again with "
-            f"--candidates {settings.top_heads} or more."
+            f"top_heads is {settings.top_heads}, but only the {certain} best by "
+            f"{settings.criterion} were all scored exactly; other scores are estimates. Score "
+            f"heads again with --candidates {settings.top_heads} or more."
         )
     return ranked[: settings.top_heads]
