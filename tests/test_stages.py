@@ -461,9 +461,7 @@ def test_heads_with_estimated_scores_are_not_taken(bench: Bench) -> None:
         settings=RealignSettings(top_heads=exact),
     )
     assert len(few.about["heads"]) == exact
-    with pytest.raises(
-        RegraftError, match=f"the {exact} best by ships were all scored"
-    ):
+    with pytest.raises(RegraftError, match=f"the {exact} best by ships were all scored"):
         bench.run(
             "realign",
             out=bench.root / "many",
