@@ -63,6 +63,10 @@ class KeyValues:
         """Mllama's cross-attention reads `layers[index].keys` where there are no vision states."""
         return {self.layer: self}
 
+    def get_seq_length(self, *_args: Any) -> int:
+        """How many positions are known; asked by Mllama in transformers below 5.20."""
+        return self.keys.shape[2]
+
     def before(self, positions: int) -> KeyValues:
         """Without the last `positions`."""
         return KeyValues(self.layer, self.keys[:, :, :-positions], self.values[:, :, :-positions])
@@ -404,10 +408,22 @@ def _o_proj_input_of(layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]
 
 def _cut(name: str, value: Any, positions: Tensor) -> Any:
     if isinstance(value, tuple):
-        return tuple(_pick(part, positions, -2) for part in value)
+        return tuple(_pick_axes(part, positions, -2, 4) for part in value)
+    if name == "position_ids" and isinstance(value, Tensor):
+        return _pick_axes(value, positions, -1, 3)
     if name in _QUERY_DIMS and isinstance(value, Tensor):
         return _pick(value, positions, _QUERY_DIMS[name])
     return value
+
+
+def _pick_axes(tensor: Tensor, positions: Tensor, dim: int, with_axes: int) -> Tensor:
+    """`_pick`, but of each axis where multi-axis rotary embeddings come first: `[3, B, S, D]`.
+
+    Qwen2-VL's layers get them so in transformers below 5.20.
+    """
+    if tensor.ndim < with_axes:
+        return _pick(tensor, positions, dim)
+    return torch.stack([_pick(axis, positions, dim) for axis in tensor])
 
 
 def _pick(tensor: Tensor, positions: Tensor, dim: int) -> Tensor:
