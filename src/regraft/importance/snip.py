@@ -91,9 +91,7 @@ def _forward(walk: Walk, anatomy: Anatomy, scratch: Path, progress: Progress) ->
         for i, state in enumerate(walk.states):
             save_file({"hidden": state.contiguous()}, _path(scratch, layer.index, i))
         with walk.model.layer(layer.index):
-            for i, output in walk.run(layer.index):
-                walk.keep(i, output)
-                progress(len(walk.batches[i].ids))
+            walk.advance(layer.index, progress)
 
 
 def _loss_gradients(walk: Walk) -> list[Tensor]:

@@ -144,9 +144,7 @@ def _by_layer(
         linears = {li: modules[li.module] for li in layer.linears if is_kept(method, li)}
         sums = InputSums(sum_of_squares if method == "wanda" else second_moments)
         with walk.model.layer(layer.index):
-            for i, output in walk.run(layer.index, observing(linears, sums)):
-                walk.keep(i, output)
-                progress(len(walk.batches[i].ids))
+            walk.advance(layer.index, progress, observing(linears, sums))
         sums.gather()
         ran = [linear for linear in linears if linear.key in sums.source]
         if method == "wanda":

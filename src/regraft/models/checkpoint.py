@@ -104,7 +104,7 @@ class Checkpoint:
         record = self.record(name)
         with (self.folder / record.shard).open("rb") as handle:
             handle.seek(record.start)
-            data = handle.read(record.stop - record.start)
+            data = handle.read(record.bytes)
         return _as_tensor(data, record)
 
     def record(self, name: str) -> TensorRecord:
@@ -153,7 +153,7 @@ class Checkpoint:
                     if record.shard == shard:
                         parts.append(repr(record))
                         handle.seek(record.start)
-                        size = 0 if name in without else record.stop - record.start
+                        size = 0 if name in without else record.bytes
                         parts.append(handle.read(min(size, _SAMPLE)))
         for path in sorted(self.folder.iterdir()):
             if path.suffix in _SETTINGS and path.name not in without:
@@ -233,7 +233,7 @@ def write_edited(
         with path.open("r+b") as handle:
             for record in sorted(touched, key=lambda r: r.start):
                 handle.seek(record.start)
-                before = _as_tensor(handle.read(record.stop - record.start), record)
+                before = _as_tensor(handle.read(record.bytes), record)
                 after = edits[record.name](before)
                 if after.shape != before.shape or after.dtype != before.dtype:
                     raise ValueError(f"{record.name}: an edit changed shape or dtype")

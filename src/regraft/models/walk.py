@@ -67,9 +67,19 @@ class Walk:
             self.model.network, text, start=layer, hidden=hidden, stop=stop, gradient=gradient
         )
 
-    def keep(self, i: int, output: Tensor) -> None:
-        """Make a layer's output the state of batch i."""
-        self.states[i] = output.to(self._home)
+    def advance(
+        self,
+        layer: int,
+        progress: Callable[[int], None],
+        around: Callable[[Batch], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        """`run` a layer and make its outputs the states.
+
+        `progress` is called with the number of samples after each batch.
+        """
+        for i, output in self.run(layer, around):
+            self.states[i] = output.to(self._home)
+            progress(len(self.batches[i].ids))
 
 
 def _without_image(batch: Batch) -> Batch:

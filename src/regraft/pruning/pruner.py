@@ -80,17 +80,16 @@ def prune_layers(
         with walk.model.layer(layer.index):
             pruned = results.load(layer)
             sums = InputSums(sum_of_squares if pruner.method == "wanda" else second_moments)
-            advance = pruner.order == "one-shot"
-            if pruned is None or advance:
-                for i, output in walk.run(layer.index, observing(linears, sums)):
-                    if advance:
-                        walk.keep(i, output)
-                        progress(len(walk.batches[i].ids))
+            if pruner.order == "one-shot":
+                walk.advance(layer.index, progress, observing(linears, sums))
+            elif pruned is None:
+                for _ in walk.run(layer.index, observing(linears, sums)):
+                    pass
             if pruned is None:
                 sums.gather()
                 pruned = _prune_layer(pruner, linears, sums, checkpoint, patterns, note)
                 _save(results, layer, pruned)
-            if not advance:
+            if pruner.order == "sequential":
                 for linear, module in linears.items():
                     pruned[linear.key].put(_weight(module))
                 _advance(walk, layer, progress)
@@ -160,9 +159,7 @@ def _advance(walk: Walk, layer: LayerAnatomy, progress: Callable[[int], None]) -
     if layer.index + 1 == walk.layers:
         progress(sum(len(batch.ids) for batch in walk.batches))
         return
-    for i, output in walk.run(layer.index):
-        walk.keep(i, output)
-        progress(len(walk.batches[i].ids))
+    walk.advance(layer.index, progress)
 
 
 def _save(results: LayerResults, layer: LayerAnatomy, pruned: Mapping[str, PrunedWeight]) -> None:
