@@ -238,7 +238,7 @@ def test_preview_writes_nothing_and_tells_the_truth(place: Place, tmp_path: Path
     here = stages.preview("apply", folder, place.patches, None)
     assert tree(tmp_path) == before
     counts = [load_patch(path).restored for path in place.patches]
-    assert [state.restored for state in here.plan.states] == counts
+    assert [state.weights for state in here.plan.states] == counts
     assert [state.on for state in here.plan.states] == [0, 0]
     assert (new.bytes, new.done) == (open_checkpoint(folder).bytes, False)
     stages.apply_in_place(folder, place.patches)

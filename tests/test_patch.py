@@ -208,7 +208,7 @@ def _write(path: Path, patch: Patch, **changes: torch.Tensor) -> None:
     write_artifact(path, FORMAT, {"about": {}, "tensors": layout}, tensors)
 
 
-@pytest.mark.parametrize("field", ["positions", "values", "minus"])
+@pytest.mark.parametrize("field", ["positions", "values", "minus", "removed"])
 def test_inconsistent_files(tmp_path: Path, pair: tuple[Source, Source], field: str) -> None:
     patch = graft(*pair)
     _, tensor = _single(patch)
@@ -223,11 +223,42 @@ def test_inconsistent_files(tmp_path: Path, pair: tuple[Source, Source], field: 
         ],
         "values": [tensor.values[:-1], tensor.values[None]],
         "minus": [torch.tensor([len(positions)]), torch.tensor([3, 3]), torch.tensor([-1])],
+        "removed": [torch.tensor([0]), torch.tensor([len(positions)])],  # and no values
     }
     for i, value in enumerate(cases[field]):
         _write(tmp_path / f"{i}", patch, **{field: value})
         with pytest.raises(RegraftError, match=r"positions of .* are not valid"):
             load_patch(tmp_path / f"{i}")
+
+
+def test_swaps_go_on_and_off_and_keep_the_number_of_zeros(
+    tmp_path: Path, pair: tuple[Source, Source]
+) -> None:
+    dense, pruned = pair
+    linear = next(iter(dense.anatomy.linears))
+    after = pruned.checkpoint.read(linear.tensor).reshape(-1)
+    back = (after == 0).nonzero().flatten()[:5]
+    gone = (after != 0).nonzero().flatten()[:5]
+    positions = torch.cat([back, gone]).sort().values
+    values = dense.checkpoint.read(linear.tensor).reshape(-1)[positions]
+    values[torch.isin(positions, gone)] = 0
+    patch = Patch(
+        {linear.tensor: TensorPatch.of(after.view(linear.shape), positions, values)}, {"a": 1}
+    )
+    assert (patch.restored, patch.removed) == (5, 5)
+    save_patch(tmp_path / "swap", patch)
+    loaded = load_patch(tmp_path / "swap")
+    assert equal_bytes(loaded.tensors[linear.tensor].before, after[positions])
+    on = apply_patch(pruned.checkpoint, loaded, tmp_path / "on")
+    expected = after.clone()
+    expected[positions] = values
+    assert equal_bytes(on.read(linear.tensor).reshape(-1), expected)
+    assert zeros_filled(pruned.checkpoint, loaded) == zeros_filled(on, loaded) == 0
+    off = revert_patch(on, loaded, tmp_path / "off")
+    assert not differing(pruned.checkpoint, off)
+    assert apply_patch(on, loaded, tmp_path / "again").read(linear.tensor).equal(
+        on.read(linear.tensor)
+    )
 
 
 def test_missing_parts(tmp_path: Path) -> None:
@@ -332,13 +363,15 @@ def test_several_patches_are_their_union(
 ) -> None:
     """In any order, with any of them on, over 0 and -0.0: what assigning by hand gives.
 
-    `kinds` are the pruned weights: zero, minus zero, or kept.
+    `kinds` are the pruned weights: zero, minus zero, or kept; a patch prunes those of its kept ones
+    that it names, as in a swap.
     """
     pruned = torch.tensor([{"0": 0.0, "-": -0.0}.get(kind, 1.0) for kind in kinds]).bfloat16()
     dense = (torch.arange(len(kinds)) + 2).bfloat16() * torch.where(pruned.signbit(), -1, 1)
+    dense[pruned != 0] = 0
     patches, united = [], torch.zeros(len(kinds), dtype=torch.bool)
     for number, wanted in enumerate(chosen):
-        positions = [p for p in sorted(wanted) if p < len(kinds) and pruned[p] == 0]
+        positions = [p for p in sorted(wanted) if p < len(kinds)]
         place = torch.tensor(positions, dtype=torch.int64)
         united[place] = True
         tensor = TensorPatch.of(pruned[None], place, dense[place])
@@ -364,7 +397,9 @@ def test_several_patches_are_their_union(
         for patch, state in zip(patches, plan.states, strict=True):
             held = patch.tensors["x"]
             assert state.on == int((now[held.positions] == held.values).sum())
-            assert state.restored == len(held.positions)
+            assert state.weights == len(held.positions)
+            assert patch.restored == int((pruned[held.positions] == 0).sum())
+            assert patch.removed == len(held.positions) - patch.restored
 
 
 @settings(max_examples=200, deadline=None)
@@ -415,7 +450,9 @@ def test_patches_that_disagree(tmp_path: Path, pair: tuple[Source, Source]) -> N
     name, tensor = _single(one)
     values = tensor.values.clone()
     values[[0, 3]] += 1
-    minus = replace(tensor, minus=torch.tensor([1]))
+    before_too = tensor.before.clone()
+    before_too[1] = -0.0
+    minus = replace(tensor, before=before_too)
     others = {
         "2 of the .* weights": replace(tensor, values=values),
         "1 of the .* weights": minus,

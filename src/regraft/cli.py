@@ -439,9 +439,9 @@ def _patch(
 
 
 def _show_preview(console: Console, preview: Preview, out: Path | None) -> None:
-    table = Table("patch", "tensors", "restored weights", "already on")
+    table = Table("patch", "tensors", "weights", "already on")
     for state in preview.plan.states:
-        counts = (state.tensors, state.restored, state.on)
+        counts = (state.tensors, state.weights, state.on)
         table.add_row(Text(state.name), *(f"{count:,}" for count in counts))
     console.print(table)
     shards = len(preview.plan.shards)

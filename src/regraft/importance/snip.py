@@ -1,32 +1,18 @@
 """SNIP (Lee et al. 2019, arXiv 1810.02340): mean over samples of |W_ij * dL/dW_ij|.
 
-L is the mean cross-entropy of a sample's response. The backward pass goes layer by layer from kept
-layer inputs, each layer computed again on its way, so only one layer's gradients are ever in
-memory; the weights themselves never require a gradient: dL/dW of a sample is dY^T X.
+L is the mean cross-entropy of a sample's response.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch import Tensor
 
-from regraft import ranks
-from regraft.data.collate import IGNORED
-from regraft.errors import RegraftError
-from regraft.files import disk_errors
-from regraft.importance.observe import different_layers, overflow
+from regraft.importance.gradients import Progress, layer_gradients, product
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
-from regraft.models.placement import PlacedModel
-from regraft.models.replay import logits_of
 from regraft.models.walk import Walk
-
-Progress = Callable[[int], None]
 
 
 def gradient_magnitudes(
@@ -36,128 +22,13 @@ def gradient_magnitudes(
     wanted: Callable[[LinearAnatomy], bool],
     progress: Progress,
 ) -> Iterator[tuple[LayerAnatomy, dict[str, Tensor]]]:
-    """Mean over samples of |dL/dW|, from the last layer to the first.
-
-    Args:
-        walk: The labelled samples, before the first layer.
-        anatomy: Of the model.
-        scratch: A folder for layer inputs (samples x tokens x layers x hidden size); emptied as
-            the backward pass goes.
-        wanted: Which linears to take the gradient of.
-        progress: Called with the number of samples each time a layer has seen a batch, forward
-            and backward.
-
-    Yields:
-        The layer, and `LinearAnatomy.key` -> `[out, in]` float32 on the device. A linear that no
-        sample used is missing.
-    """
-    if walk.model.dtype == torch.float16:
-        raise RegraftError(
-            "SNIP's gradients are too small for float16 and would vanish. Use --dtype bfloat16 or "
-            "float32."
-        )
-    with disk_errors(scratch):
-        scratch.mkdir(parents=True, exist_ok=True)
-        _forward(walk, anatomy, scratch, progress)
-    samples = int(ranks.total(torch.tensor(sum(len(batch.ids) for batch in walk.batches))))
-    gradients = _loss_gradients(walk)
-    for layer in reversed(anatomy.layers):
-        modules = dict(walk.model.network.named_modules())
-        linears = {li: modules[li.module] for li in layer.linears if wanted(li)}
-        sums: dict[str, Tensor] = {}
-        with walk.model.layer(layer.index):
-            for i, batch in enumerate(walk.batches):
-                path = _path(scratch, layer.index, i)
-                hidden = load_file(path)["hidden"].to(walk.model.device).requires_grad_()
-                with _capture(linears, len(batch.ids), sums):
-                    output = walk.replay(i, layer.index, hidden, gradient=True)
-                    output.backward(gradients[i].to(output.device))
-                assert hidden.grad is not None
-                gradients[i] = hidden.grad.to(gradients[i].device)
-                path.unlink()
-                progress(len(batch.ids))
-        if not ranks.same(sorted(sums)):
-            raise different_layers()
-        for linear in (linear for linear in linears if linear.key in sums):
-            ranks.total(sums[linear.key]).div_(samples)
-            if not torch.isfinite(sums[linear.key]).all():
-                raise overflow(linear)
-        yield layer, sums
+    """Mean over samples of |dL/dW|, `[out, in]` float32; see `layer_gradients`."""
+    return layer_gradients(walk, anatomy, scratch, wanted, progress, add=_magnitudes)
 
 
-def _forward(walk: Walk, anatomy: Anatomy, scratch: Path, progress: Progress) -> None:
-    """Take the batches to the end and leave every layer's inputs in `scratch`."""
-    for layer in anatomy.layers:
-        for i, state in enumerate(walk.states):
-            save_file({"hidden": state.contiguous()}, _path(scratch, layer.index, i))
-        with walk.model.layer(layer.index):
-            walk.advance(layer.index, progress)
-
-
-def _loss_gradients(walk: Walk) -> list[Tensor]:
-    """dL/d(normed final state) `[B, S, d]` of each batch, L the sum of its samples' losses."""
-    gradients = []
-    with walk.model.frame():
-        for batch, state in zip(walk.batches, walk.states, strict=True):
-            labels = batch.labels
-            assert labels is not None, "a batch of prompts has no responses"
-            final = state.to(walk.model.device).requires_grad_()
-            for row in range(len(labels)):  # one sample's logits at a time in memory
-                response_loss(walk.model, final[row], labels[row].to(walk.model.device)).backward()
-            assert final.grad is not None
-            gradients.append(final.grad.to(state.device))
-    return gradients
-
-
-def response_loss(model: PlacedModel, final: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of a sample's response, from normed states `[S, d]` and labels `[S]`.
-
-    The logits at position t predict the token at t + 1.
-    """
-    positions = (labels[1:] != IGNORED).nonzero().flatten()  # [N], N response tokens
-    logits = logits_of(model.network, final[positions], gradient=True)  # [N, vocabulary]
-    return F.cross_entropy(logits.float(), labels[positions + 1])
-
-
-@contextmanager
-def _capture(
-    linears: Mapping[LinearAnatomy, nn.Module], rows: int, into: dict[str, Tensor]
-) -> Iterator[None]:
-    """Add |dL/dW| of each of `rows` samples to `into` when the backward pass comes by."""
-
-    def watch(linear: LinearAnatomy) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            inputs = args[0].detach().reshape(rows, -1, args[0].shape[-1])  # [B, T, in]
-            if not output.requires_grad:  # Mllama's vision keys and values: no hidden state enters
-                output = output.detach().requires_grad_()
-
-            def add(gradient: Tensor) -> None:
-                for x, dy in zip(
-                    inputs, gradient.reshape(rows, -1, gradient.shape[-1]), strict=True
-                ):
-                    magnitude = _product(dy, x).abs_()  # [out, in]
-                    key = linear.key
-                    into[key] = into[key].add_(magnitude) if key in into else magnitude
-
-            output.register_hook(add)
-            return output
-
-        return hook
-
-    hooks = [module.register_forward_hook(watch(linear)) for linear, module in linears.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _product(dy: Tensor, x: Tensor) -> Tensor:
-    """dY^T X `[out, in]`, accumulated and kept in float32."""
-    if dy.is_cuda and dy.dtype != torch.float32:
-        return torch.mm(dy.T, x, out_dtype=torch.float32)
-    return dy.T.float() @ x.float()
-
-
-def _path(scratch: Path, layer: int, batch: int) -> Path:
-    return scratch / f"layer_{layer:03d}_batch_{batch:05d}_rank_{ranks.rank()}.safetensors"
+def _magnitudes(dy: Tensor, x: Tensor) -> Tensor:
+    """The sum over samples of |dL/dW|."""
+    first, *rest = (product(one, inputs).abs_() for one, inputs in zip(dy, x, strict=True))
+    for magnitude in rest:
+        first.add_(magnitude)
+    return first

@@ -57,11 +57,11 @@ class Change:
 
 @dataclass(frozen=True)
 class PatchState:
-    """How far a patch is on: `on` of the `restored` weights it holds, in `tensors` tensors."""
+    """How far a patch is on: `on` of the `weights` it changes, in `tensors` tensors."""
 
     name: str
     tensors: int
-    restored: int
+    weights: int
     on: int
 
 
@@ -112,7 +112,7 @@ def make_plan(
 
     Raises:
         RegraftError: two patches disagree; a tensor is missing, has another shape, dtype or
-            content, or a target holds something else than zero or the patch's own value.
+            content, or a target holds neither what pruning left there nor the patch's own value.
     """
     patches = [patches] if isinstance(patches, Patch) else patches
     targets = merge(patches)
@@ -211,7 +211,7 @@ def revert_patch(
     files: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """Write `checkpoint` with the patches' positions zero again to `target`, to the byte.
+    """Write `checkpoint` with the patches' positions as pruned to `target`, to the byte.
 
     Raises:
         RegraftError: a patch belongs to another base, patches disagree, or `target` is not empty.
@@ -268,15 +268,19 @@ def check_base(checkpoint: Checkpoint, patches: Patch | Sequence[Patch]) -> None
 
     Raises:
         RegraftError: a tensor is missing, has another shape, dtype or content, or a target holds
-            something else than zero or the patch's own value.
+            neither what pruning left there nor the patch's own value.
     """
     make_plan(checkpoint, patches, "apply")
 
 
 def zeros_filled(checkpoint: Checkpoint, patch: Patch) -> int:
-    """How many zeros of `checkpoint` the patch fills; none where it is on already."""
+    """How many zeros less `checkpoint` has with the patch; none where it is on already.
+
+    A swap makes as many as it fills.
+    """
     return sum(
         int((checkpoint.read(name).reshape(-1)[tensor.positions] == 0).sum())
+        - int((tensor.values == 0).sum())
         for name, tensor in patch.tensors.items()
     )
 
@@ -306,33 +310,34 @@ def _inspect(
 ) -> tuple[Change, Tensor]:
     """What has to change in one tensor, and at which of the target's positions it is on. `[k]`
 
-    Each chunk is set back to the pruned tensor. That is every patch's own base, but for the minus
-    signs of its zeros, which its digest leaves out.
+    Each chunk is set back to the pruned tensor. That is every patch's own base, but for what its
+    digest leaves out: minus signs of its zeros, and weights that it prunes.
     """
-    zeros, positions = target.zeros, target.positions
-    wanted = target.values if operation == "apply" else zeros
+    before, positions = target.before, target.positions
+    wanted = target.values if operation == "apply" else before
     on = torch.empty(len(positions), dtype=torch.bool)
     changing = torch.empty_like(on)
-    minus = [part.positions[part.minus] for _, part in target.parts]
-    bases = {_key(signs): (signs, hashlib.sha256()) for signs in minus}
+    left_out = [part.marked for _, part in target.parts]
+    bases = {_key(marked): (marked, hashlib.sha256()) for marked in left_out}
     for start, chunk, inside in _read_chunks(checkpoint.folder, record, positions):
         at = positions[inside] - start
         held = chunk[at]
         on[inside] = bits(held) == bits(target.values[inside])
-        if not unfinished and not (on[inside] | (held == 0)).all():
+        if not unfinished and not (on[inside] | (held == before[inside])).all():
             raise RegraftError(
                 f"{_not_the_base(checkpoint, *(name for name, _ in target.parts))}: {record.name} "
                 f"holds other values where the patch restores pruned ones. {_FIX}"
             )
         changing[inside] = unfinished | (bits(held) != bits(wanted[inside]))
-        chunk[at] = zeros[inside]
-        for signs, hasher in bases.values():
-            here = _between(signs, start, start + len(chunk)) - start
+        chunk[at] = before[inside]
+        for marked, hasher in bases.values():
+            here = _between(marked, start, start + len(chunk)) - start
+            kept = chunk[here]
             chunk[here] = 0.0
             hasher.update(chunk.view(torch.uint8).numpy().data)
-            chunk[here] = -0.0
-    for (name, part), signs in zip(target.parts, minus, strict=True):
-        if bases[_key(signs)][1].hexdigest() != part.base:
+            chunk[here] = kept
+    for (name, part), marked in zip(target.parts, left_out, strict=True):
+        if bases[_key(marked)][1].hexdigest() != part.base:
             raise RegraftError(
                 f"{_not_the_base(checkpoint, name)}: the weights of {record.name} differ. {_FIX} "
                 "If other patches are on it, name them too."
@@ -349,7 +354,7 @@ def _state(patch: Patch, targets: Mapping[str, Target], on: Mapping[str, Tensor]
         if len(targets[name].parts) > 1:
             own = torch.searchsorted(targets[name].positions, tensor.positions)
         count += int(on[name][own].sum())
-    return PatchState(patch.name, len(patch.tensors), patch.restored, count)
+    return PatchState(patch.name, len(patch.tensors), patch.restored + patch.removed, count)
 
 
 def _read_chunks(

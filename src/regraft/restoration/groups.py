@@ -71,7 +71,7 @@ def violated_groups(pruned: Checkpoint, patch: Patch, n: int, m: int) -> int:
             continue
         kept = pruned.read(name) != 0
         before = _kept_in_groups(kept, m)
-        kept.view(-1)[tensor.positions] = True
+        kept.view(-1)[tensor.positions] = tensor.values != 0
         after = _kept_in_groups(kept, m)
         violated += int(((after > n) & (before <= n)).count_nonzero())
     return violated

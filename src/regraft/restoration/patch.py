@@ -1,16 +1,17 @@
 """The product: a safetensors file of dense values and where they go in a pruned checkpoint.
 
 About 6 bytes a restored weight. Values are assigned, never added: applying twice is applying
-once, and reverting is writing zeros. For each tensor the file keeps a digest of the pruned tensor
-with the patched positions set to zero, which is the same before and after applying, so a patch
-knows its base, patched or not, and refuses any other.
+once, and reverting is writing what was there: zeros, and in a swap the kept weights that made room.
+For each tensor the file keeps a digest of the pruned tensor with the patched positions set to zero,
+which is the same before and after applying, so a patch knows its base, patched or not, and refuses
+any other.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -29,29 +30,33 @@ CHUNK = 2**20  # bytes handled at once: small enough for a processor's cache
 class TensorPatch:
     """New values for one tensor of shape `shape`.
 
-    `positions` are flat, ascending, int64 `[k]`; `values` have the checkpoint's dtype `[k]`;
-    `base` is the digest of the pruned tensor (see `base_digest`). `minus` are the indices, into
-    `positions`, of pruned weights that are -0.0: a negative weight times a mask. Reverting gives
-    their sign back.
+    `positions` are flat, ascending, int64 `[k]`; `values` have the checkpoint's dtype `[k]` and are
+    0 where a swap prunes a kept weight; `base` is the digest of the pruned tensor (see
+    `base_digest`). `before` is what the pruned tensor holds there, `[k]`: 0, -0.0 (a negative
+    weight times a mask), or the kept weight of a swap. Reverting writes it, sign included.
     """
 
     shape: tuple[int, ...]
     positions: Tensor
     values: Tensor
     base: str
-    minus: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    before: Tensor
 
     @classmethod
     def of(cls, pruned: Tensor, positions: Tensor, values: Tensor) -> TensorPatch:
         """For the pruned tensor `[out, in]`, whose `positions` `[k]` are to hold `values` `[k]`."""
-        minus = pruned.reshape(-1)[positions].signbit().nonzero().flatten()
-        base = base_digest(pruned, positions)
-        return cls(tuple(pruned.shape), positions, values, base, minus)
+        before = pruned.reshape(-1)[positions]
+        return cls(tuple(pruned.shape), positions, values, base_digest(pruned, positions), before)
 
     @property
-    def zeros(self) -> Tensor:
-        """What the pruned tensor holds at `positions`, sign included. `[k]`"""
-        return _signed_zeros(self.values, self.minus)
+    def restored(self) -> int:
+        """Number of weights that come back."""
+        return int((self.before == 0).count_nonzero())
+
+    @property
+    def marked(self) -> Tensor:
+        """Positions at which the pruned tensor's bytes are not all 0, as its digest has them."""
+        return self.positions[bits(self.before) != 0]
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,12 @@ class Patch:
     @property
     def restored(self) -> int:
         """Number of weights that come back."""
-        return sum(len(tensor.positions) for tensor in self.tensors.values())
+        return sum(tensor.restored for tensor in self.tensors.values())
+
+    @property
+    def removed(self) -> int:
+        """Number of kept weights that are pruned in exchange."""
+        return sum(len(tensor.positions) for tensor in self.tensors.values()) - self.restored
 
 
 def base_digest(tensor: Tensor, positions: Tensor) -> str:
@@ -99,19 +109,14 @@ def chunks(size: int, item: int, positions: Tensor) -> Iterator[tuple[int, int, 
 class Target:
     """What several patches together put on one tensor.
 
-    `positions`, `values` and `minus` are as in a `TensorPatch` and cover those of all `parts`,
+    `positions`, `values` and `before` are as in a `TensorPatch` and cover those of all `parts`,
     which are (name of the patch, its own values).
     """
 
     parts: tuple[tuple[str, TensorPatch], ...]
     positions: Tensor
     values: Tensor
-    minus: Tensor
-
-    @property
-    def zeros(self) -> Tensor:
-        """What the pruned tensor holds at `positions`, sign included. `[k]`"""
-        return _signed_zeros(self.values, self.minus)
+    before: Tensor
 
 
 def merge(patches: Sequence[Patch]) -> dict[str, Target]:
@@ -128,15 +133,15 @@ def _merge_tensor(name: str, patches: Sequence[Patch]) -> Target:
     named = tuple((patch.name, patch.tensors[name]) for patch in patches)
     parts = [part for _, part in named]
     if len(parts) == 1:
-        return Target(named, parts[0].positions, parts[0].values, parts[0].minus)
+        return Target(named, parts[0].positions, parts[0].values, parts[0].before)
     for one, other in combinations(patches, 2):
         _check_agreement(name, one, other)
     positions, place = torch.cat([part.positions for part in parts]).unique(return_inverse=True)
     values = torch.empty(len(positions), dtype=parts[0].values.dtype)
-    zeros = torch.empty_like(values)
+    before = torch.empty_like(values)
     values[place] = torch.cat([part.values for part in parts])
-    zeros[place] = torch.cat([part.zeros for part in parts])
-    return Target(named, positions, values, zeros.signbit().nonzero().flatten())
+    before[place] = torch.cat([part.before for part in parts])
+    return Target(named, positions, values, before)
 
 
 def _check_agreement(name: str, one: Patch, other: Patch) -> None:
@@ -149,11 +154,11 @@ def _check_agreement(name: str, one: Patch, other: Patch) -> None:
         )
     shared_a, shared_b = torch.isin(a.positions, b.positions), torch.isin(b.positions, a.positions)
     values = bits(a.values[shared_a]) != bits(b.values[shared_b])
-    zeros = bits(a.zeros[shared_a]) != bits(b.zeros[shared_b])
-    if conflicts := int((values | zeros).sum()):
+    before = bits(a.before[shared_a]) != bits(b.before[shared_b])
+    if conflicts := int((values | before).sum()):
         raise RegraftError(
             f"{which}: they hold different values for {conflicts:,} of the {len(values):,} "
-            f"weights of {name} that both restore. Leave one of them out, or make both from the "
+            f"weights of {name} that both change. Leave one of them out, or make both from the "
             "same dense and pruned checkpoints."
         )
 
@@ -162,12 +167,6 @@ def bits(tensor: Tensor) -> Tensor:
     """The same memory as integers, so that equal means equal to the bit, NaN and -0.0 too."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(integers[tensor.element_size()])
-
-
-def _signed_zeros(like: Tensor, minus: Tensor) -> Tensor:
-    zeros = torch.zeros_like(like)
-    zeros[minus] = -0.0
-    return zeros
 
 
 def save_patch(path: Path, patch: Patch) -> None:
@@ -183,8 +182,15 @@ def save_patch(path: Path, patch: Patch) -> None:
         small = tensor.positions.numel() == 0 or int(tensor.positions[-1]) < 2**31
         tensors[f"{name}.positions"] = tensor.positions.to(torch.int32 if small else torch.int64)
         tensors[f"{name}.values"] = tensor.values.contiguous()
-        if len(tensor.minus):
-            tensors[f"{name}.minus"] = tensor.minus.to(torch.int32)
+        zero = tensor.before == 0
+        for kind, indices in (
+            ("minus", (tensor.before.signbit() & zero).nonzero()),
+            ("removed", zero.logical_not().nonzero()),
+        ):
+            if len(indices):
+                tensors[f"{name}.{kind}"] = indices.flatten().to(torch.int32)
+        if not zero.all():
+            tensors[f"{name}.removed_values"] = tensor.before[~zero]
     layout = {
         name: {"shape": list(tensor.shape), "base": tensor.base}
         for name, tensor in patch.tensors.items()
@@ -206,7 +212,7 @@ def load_patch(path: Path) -> Patch:
                 stored[f"{name}.positions"].long(),
                 stored[f"{name}.values"],
                 layout["base"],
-                stored.get(f"{name}.minus", torch.empty(0)).long(),
+                _before(path, name, stored),
             )
             for name, layout in header["tensors"].items()
         }
@@ -218,11 +224,29 @@ def load_patch(path: Path) -> Patch:
         valid = (
             tensor.positions.shape == tensor.values.shape
             and _ascending_below(size, tensor.positions)
-            and _ascending_below(len(tensor.positions), tensor.minus)
         )
         if not valid:
             raise RegraftError(f"{path}: the positions of {name} are not valid for its shape.")
     return Patch(tensors, about, str(path))
+
+
+def _before(path: Path, name: str, stored: Mapping[str, Tensor]) -> Tensor:
+    """What the pruned tensor holds, from the few places where that is not plain 0. `[k]`"""
+    before = torch.zeros_like(stored[f"{name}.values"])
+    minus, removed = (
+        stored.get(f"{name}.{kind}", torch.empty(0)).long() for kind in ("minus", "removed")
+    )
+    held = stored.get(f"{name}.removed_values", before[:0])
+    if not (
+        _ascending_below(len(before), minus)
+        and _ascending_below(len(before), removed)
+        and held.shape == removed.shape
+        and held.dtype == before.dtype
+    ):
+        raise RegraftError(f"{path}: the positions of {name} are not valid for its shape.")
+    before[minus] = -0.0
+    before[removed] = held
+    return before
 
 
 def _ascending_below(size: int, positions: Tensor) -> bool:

@@ -153,7 +153,7 @@ def restored_by_module(patch: Patch, layers: Sequence[LayerAnatomy]) -> dict[str
     """Restored weights per module and layer: "self_attn.q_proj" -> count in each layer."""
     names = dict.fromkeys(linear.name for layer in layers for linear in layer.linears)
     counts = {
-        (linear.name, layer.index): len(patch.tensors[linear.tensor].positions)
+        (linear.name, layer.index): patch.tensors[linear.tensor].restored
         for layer in layers
         for linear in layer.linears
         if linear.tensor in patch.tensors
