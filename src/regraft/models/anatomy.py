@@ -7,6 +7,7 @@ text decoder alone counts; vision tower, projector, embeddings and head are neve
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -183,6 +184,15 @@ def attention_of(layer: nn.Module) -> tuple[str, nn.Module]:
         if isinstance(module, nn.Module):
             return name, module
     raise RegraftError(f"{type(layer).__name__} has neither self_attn nor cross_attn.")
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What a decoder's or a decoder layer's forward calls its cache of keys and values.
+
+    "cache" from transformers 5.24 on, "past_key_values" before.
+    """
+    forward = type(module).forward  # an instance's own may be a stand-in
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.models.anatomy import text_decoder
+from regraft.models.anatomy import cache_argument, text_decoder
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,12 @@ def text_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> TextInputs:
         assert not args, "decoders are called with keywords in every family"
         raise _Stop(dict(kwargs))
 
-    hook = text_decoder(model).register_forward_pre_hook(stop, with_kwargs=True)
+    decoder = text_decoder(model)
+    hook = decoder.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(**inputs, use_cache=False)
     except _Stop as stopped:
-        return TextInputs(stopped.value | {"past_key_values": None}, len(inputs["input_ids"]))
+        return TextInputs(stopped.value | {cache_argument(decoder): None}, len(inputs["input_ids"]))
     finally:
         hook.remove()
     raise AssertionError("the text decoder did not run")

@@ -1,9 +1,9 @@
 """Replay of some positions only, on keys and values that are known already.
 
-An attention hands its keys and values to `past_key_values.update` and goes on with what it gets
-back, after norms and rotary embeddings and before GQA's repetition, in every family. A stand-in
-for that cache gives a layer the keys and values of the positions that are left out; masks and
-rotary embeddings are cut to the positions that stay. What runs is the family's own layer.
+An attention hands its keys and values to its cache's `update` and goes on with what it gets back,
+after norms and rotary embeddings and before GQA's repetition, in every family. A stand-in for that
+cache gives a layer the keys and values of the positions that are left out; masks and rotary
+embeddings are cut to the positions that stay. What runs is the family's own layer.
 
 - `last_token_replay` is exact: of the last layer only the last position is wanted, so that its
   queries, output projection and MLP run for one token a row. Mllama's cross-attention reads keys
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import RegraftError
-from regraft.models.anatomy import attention_of, decoder_layers, text_decoder
+from regraft.models.anatomy import attention_of, cache_argument, decoder_layers, text_decoder
 from regraft.models.replay import TextInputs, replaced_forwards, replay
 
 # Where a layer's arguments have the query positions
@@ -83,8 +83,8 @@ def key_values(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, Ke
                 found[index] = KeyValues(index, keys, values)
                 return keys, values
 
-        def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            return args, kwargs | {"past_key_values": Recorder()}
+        def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, kwargs | {cache_argument(layer): Recorder()}
 
         return hook
 
@@ -124,26 +124,28 @@ def last_token_replay(model: nn.Module, text: TextInputs, cross: Mapping[int, Ke
 
     def run(*, start: int, hidden: Tensor, stop: int | None = None, copies: int = 1) -> Tensor:
         forwards: dict[nn.Module, Callable[..., Any]] = {
-            layers[i]: _on_known(layers[i].forward, known, text.batch) for i, known in cross.items()
+            layers[i]: _on_known(layers[i], known, text.batch) for i, known in cross.items()
         }
         last = layers[-1]
-        attends_itself = attention_of(last)[0] == "self_attn"
-        forwards[last] = _on_last(forwards.get(last, last.forward), attends_itself)
+        forwards[last] = _on_last(forwards.get(last, last.forward), last)
         with replaced_forwards(forwards):
             return replay(model, text, start=start, hidden=hidden, stop=stop, copies=copies)
 
     return run
 
 
-def _on_last(forward: Callable[..., Any], attends_itself: bool) -> Callable[..., Any]:
-    """A layer's forward that returns the last position alone, `[N, 1, d]`."""
+def _on_last(forward: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
+    """`forward` of a layer that returns the last position alone, `[N, 1, d]`."""
+    attends_itself = attention_of(layer)[0] == "self_attn"
+    cache = cache_argument(layer)
 
     def last(hidden: Tensor, **kwargs: Any) -> Any:
         narrow = narrowed(kwargs, 1)
         if narrow is None:
             return forward(hidden, **kwargs)
         if attends_itself and hidden.shape[1] > 1:
-            narrow["past_key_values"] = _own_key_values(forward, hidden, kwargs).before(1)
+            own = _own_key_values(forward, hidden, {**kwargs, cache: _Finder()})
+            narrow[cache] = own.before(1)
         return forward(hidden[:, -1:], **narrow)
 
     return last
@@ -165,30 +167,32 @@ class _Finder:
 def _own_key_values(
     forward: Callable[..., Any], hidden: Tensor, kwargs: Mapping[str, Any]
 ) -> KeyValues:
+    """Those of `hidden`, from a forward whose cache is a `_Finder`."""
     try:
-        forward(hidden, **{**kwargs, "past_key_values": _Finder()})
+        forward(hidden, **kwargs)
     except _Found as found:
         known: KeyValues = found.value
         return known
     raise RegraftError(
-        "An attention of this model does not hand its keys to `past_key_values`; its heads "
-        "cannot be scored with this version of transformers."
+        "An attention of this model does not hand its keys to a cache; its heads cannot be "
+        "scored with this version of transformers."
     )
 
 
-def _on_known(forward: Callable[..., Any], known: KeyValues, batch: int) -> Callable[..., Any]:
+def _on_known(layer: nn.Module, known: KeyValues, batch: int) -> Callable[..., Any]:
     """A cross-attention layer's forward on known keys and values of B rows, shared by all copies.
 
     Copies are laid out along the positions, `[copies * B, T, d]` -> `[B, copies * T, d]`, which
     cross-attention treats one by one; so nothing of the keys and values is repeated.
     """
+    forward, cache = layer.forward, cache_argument(layer)
 
     def shared(hidden: Tensor, **kwargs: Any) -> Tensor:
         copies = len(hidden) // batch
         for name in ("cross_attention_mask", "full_text_row_masked_out_mask"):
             if kwargs.get(name) is not None:
                 kwargs[name] = fold(kwargs[name], copies)
-        kwargs |= {"cross_attention_states": None, "past_key_values": known}
+        kwargs |= {"cross_attention_states": None, cache: known}
         return unfold(forward(fold(hidden, copies), **kwargs), copies)
 
     return shared
@@ -288,11 +292,12 @@ def record(model: nn.Module, text: TextInputs) -> Recorded:
     left: list[tuple[int, Tensor]] = []  # the layer that ran last, and its output
 
     def enter(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             if left and left[0][1] is not args[0]:
                 added[left[0][0]] = args[0] - left[0][1]
             entering[index] = args[0]
-            arguments[index] = {n: v for n, v in kwargs.items() if n != "past_key_values"}
+            cache = cache_argument(layer)
+            arguments[index] = {n: v for n, v in kwargs.items() if n != cache}
 
         return hook
 
@@ -371,9 +376,8 @@ def most_attended(model: nn.Module, recorded: Recorded, size: int) -> Tensor:
         keys = recorded.known[index].keys  # [B, KV, S, D]
         identity = torch.eye(length, dtype=keys.dtype, device=keys.device)
         known = _Fixed(keys, identity.expand(*keys.shape[:2], -1, -1))
-        weights = _o_proj_input_of(
-            layers[index], hidden[:, -1:], {**kwargs, "past_key_values": known}
-        )
+        kwargs[cache_argument(layers[index])] = known
+        weights = _o_proj_input_of(layers[index], hidden[:, -1:], kwargs)
         total += weights.view(rows, -1, length).sum(dim=1).to(total)
     total[:, -1] = torch.inf
     return total.topk(min(size, length), dim=1).indices.sort(dim=1).values
@@ -449,6 +453,7 @@ def window_replay(model: nn.Module, window: Window) -> Replay:
     and values of the unablated run are not repeated.
     """
     layers, decoder = decoder_layers(model), text_decoder(model)
+    caches = [cache_argument(layer) for layer in layers]
     cross = set(cross_attention_layers(model))
 
     @torch.no_grad()
@@ -458,7 +463,8 @@ def window_replay(model: nn.Module, window: Window) -> Replay:
             if call.index < start or (stop is not None and call.index >= stop):
                 continue
             kwargs = _side_by_side(call, copies, call.index in cross)
-            state = layers[call.index](state, **kwargs, past_key_values=call.known)
+            kwargs[caches[call.index]] = call.known
+            state = layers[call.index](state, **kwargs)
             if call.added is not None:
                 state = state + _repeated(call.added, copies, -2)
         if stop is None:
