@@ -64,13 +64,18 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gathered(value: T) -> list[T]:
+    """What every process passes, in the order of their indices."""
+    if not _together():
+        return [value]
+    values: list[T] = [value] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def same(value: object) -> bool:
     """Whether all processes pass an equal value."""
-    if not _together():
-        return True
-    values: list[object] = [None] * world()
-    dist.all_gather_object(values, value)
-    return all(other == value for other in values)
+    return all(other == value for other in gathered(value))
 
 
 def decided(question: Callable[[], bool]) -> bool:

@@ -35,6 +35,7 @@ from regraft.models.load import DTypeName, Placement
 from regraft.pruning.masks import Pattern, Scope
 from regraft.pruning.patterns import assign_patterns, parse_override
 from regraft.pruning.pruner import Order, Pruner
+from regraft.restoration.gain import Constraint
 from regraft.restoration.selection import RankingScope
 
 
@@ -236,12 +237,25 @@ class StatisticsSettings(Settings):
     score: Method = Field("wanda", description="For which importance: wanda, sparsegpt or snip.")
 
 
+RestorationMethod = Literal["hsr", "hsr-a", "set-difference", "random", "gain"]
+
+
 class RealignSettings(Settings):
     """Which pruned weights come back."""
 
-    method: Literal["hsr", "hsr-a"] = Field(
-        "hsr", description="hsr selects single weights, hsr-a restores whole heads."
+    method: RestorationMethod = Field(
+        "hsr",
+        description="hsr selects single weights in heads, hsr-a whole heads; gain those whose "
+        "return is predicted to help safety at no cost in utility, step by step; set-difference "
+        "(Wei et al.) those that matter for safety and not for utility; random is a control.",
     )
+    budget: float | None = Field(
+        None,
+        gt=0,
+        lt=10_000,
+        description="Restored weights per 10,000 pruned ones; of hsr it takes the place of q.",
+    )
+    count: int | None = Field(None, ge=1, description="Restored weights; instead of the budget.")
     score: Method = Field(
         "wanda",
         description="Importance I^s and I^u: wanda, sparsegpt, snip or magnitude (which is the "
@@ -262,13 +276,73 @@ class RealignSettings(Settings):
     scope: RankingScope = Field(
         "row", description="Weights compete within their row, the matrix or the head."
     )
-    head_seed: int = Field(0, description="Of the random heads.")
+    head_seed: int = Field(0, description="Of random heads and of random weights.")
+    within: Literal["all", "attention", "heads"] = Field(
+        "all",
+        description="gain: weights come back in all linears, in attention, or in the chosen heads.",
+    )
+    utility_weight: float = Field(
+        1.5, ge=0, description="gain: how much utility counts beside safety."
+    )
+    constraint: Constraint = Field(
+        "utility-gain",
+        description="gain: utility-gain takes only weights that help utility too; none.",
+    )
+    loss: Literal["distil", "given"] = Field(
+        "distil",
+        description="gain: what a response costs, its divergence from the dense model's, or the "
+        "cross-entropy against the given one.",
+    )
+    steps: int = Field(
+        20, ge=1, description="gain: weights come back in so many steps, gradients anew in each."
+    )
+    batch: int = Field(
+        128,
+        ge=2,
+        description="gain: prompts of each kind in a gradient, half of them those on which the "
+        "pruned model falls shortest, chosen anew now and then.",
+    )
+    swap: bool = Field(
+        False,
+        description="gain: prune a kept weight of the same row or N:M group for each that comes "
+        "back, so that sparsity stays exactly as it was.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RealignSettings:
         if self.p is not None and self.p_max is not None and self.p >= self.p_max:
             raise ValueError(f"p is {self.p} and p_max {self.p_max}; p < p_max is needed")
+        if self.budget is not None and self.count is not None:
+            raise ValueError("`budget` and `count` say the same thing; give one of them")
+        if self.ranked and self.method != "hsr" and self.amount is None:
+            raise ValueError(f"{self.method} needs a `budget` (per 10,000 pruned) or a `count`")
+        if self.method == "hsr-a" and self.amount is not None:
+            raise ValueError("hsr-a restores whole heads: give `top_heads`, not a budget")
+        if self.swap and self.method != "gain":
+            raise ValueError(f"only gain can swap, not {self.method}")
         return self
+
+    @property
+    def amount(self) -> float | None:
+        """The budget or the count, whichever is given."""
+        return self.count if self.budget is None else self.budget
+
+    @property
+    def ranked(self) -> bool:
+        """Whether weights are ranked and the best k taken, rather than a set selected."""
+        return self.method not in ("hsr", "hsr-a") or self.amount is not None
+
+    @property
+    def by_heads(self) -> bool:
+        """Whether scored heads decide where weights come back."""
+        asked = self.within == "heads" if self.method == "gain" else self.method.startswith("hsr")
+        return asked and self.heads == "top"
+
+    def how_many(self, pruned: int) -> int:
+        """How many of `pruned` weights come back at most."""
+        if self.count is not None:
+            return min(self.count, pruned)
+        return int((self.budget or 0) * pruned / 10_000)
 
     def selection(self) -> RealignSettings:
         """These settings without those that only name and store the result."""
@@ -370,7 +444,7 @@ class Recipe(Settings):
             raise ValueError(f"the names of `realign` must differ, not {names}")
         if len(self.prune) == 1 and self.prune[0].name in names:
             raise ValueError(f"`prune` and one of `realign` are both called {self.prune[0].name!r}")
-        most = max((one.top_heads for one in self.realign if one.heads == "top"), default=0)
+        most = max((one.top_heads for one in self.realign if one.by_heads), default=0)
         if self.heads.mode == "screened" and most > self.heads.candidates:
             raise ValueError(
                 f"`heads.candidates` is {self.heads.candidates}, but `realign` takes {most} heads, "

@@ -14,38 +14,32 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from regraft import ranks
-from regraft.data.collate import IGNORED
 from regraft.errors import RegraftError
 from regraft.files import disk_errors
+from regraft.importance.losses import Loss, mean_cross_entropy
 from regraft.importance.observe import different_layers, overflow
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
-from regraft.models.placement import PlacedModel
-from regraft.models.replay import logits_of
 from regraft.models.walk import Walk
 
 Progress = Callable[[int], None]
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits `[N, vocabulary]` float32, the N response tokens) of one sample -> its loss, a scalar."""
 Product = Callable[[Tensor, Tensor], Tensor]
-"""(dL/dY `[B, T, out]`, X `[B, T, in]`) of B samples -> what is added up, `[out, in]` float32."""
-
-
-def mean_over_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy over a response: the loss that models are trained with."""
-    return F.cross_entropy(logits, tokens)
-
-
-def sum_over_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
-    """-log p(response): every token counts alike in long and short responses."""
-    return F.cross_entropy(logits, tokens, reduction="sum")
+"""(dL/dY `[B, T, out]`, X `[B, T, in]`) of B samples -> what is added up, `[k * out, in]`."""
 
 
 def signed(dy: Tensor, x: Tensor) -> Tensor:
     """The sum over samples of dL/dW."""
     return product(dy.flatten(0, 1), x.flatten(0, 1))
+
+
+def signed_and_squared(dy: Tensor, x: Tensor) -> Tensor:
+    """The sum over samples of dL/dW, and below it the sum over tokens of its square.
+
+    The squares are the diagonal of the empirical Fisher matrix. `[2 * out, in]`
+    """
+    dy, x = dy.flatten(0, 1), x.flatten(0, 1)
+    return torch.cat([product(dy, x), product(dy.float().square(), x.float().square())])
 
 
 def layer_gradients(
@@ -56,7 +50,7 @@ def layer_gradients(
     progress: Progress,
     *,
     add: Product = signed,
-    loss: Loss = mean_over_tokens,
+    loss: Loss = mean_cross_entropy,
 ) -> Iterator[tuple[LayerAnatomy, dict[str, Tensor]]]:
     """Mean over samples of `add`, from the last layer to the first.
 
@@ -72,8 +66,8 @@ def layer_gradients(
         loss: Of one sample.
 
     Yields:
-        The layer, and `LinearAnatomy.key` -> `[out, in]` float32 on the device. A linear that no
-        sample used is missing.
+        The layer, and `LinearAnatomy.key` -> what `add` makes, float32 on the device. A linear that
+        no sample used is missing.
 
     Raises:
         RegraftError: the dtype is float16, or gradients overflow.
@@ -130,22 +124,10 @@ def _loss_gradients(walk: Walk, loss: Loss) -> list[Tensor]:
             final = state.to(walk.model.device).requires_grad_()
             for row in range(len(labels)):  # one sample's logits at a time in memory
                 own = labels[row].to(walk.model.device)
-                response_loss(walk.model, final[row], own, loss).backward()
+                loss(walk.model, final[row], own, batch.ids[row]).backward()
             assert final.grad is not None
             gradients.append(final.grad.to(state.device))
     return gradients
-
-
-def response_loss(
-    model: PlacedModel, final: Tensor, labels: Tensor, loss: Loss = mean_over_tokens
-) -> Tensor:
-    """Loss of a sample's response, from normed states `[S, d]` and labels `[S]`.
-
-    The logits at position t predict the token at t + 1.
-    """
-    positions = (labels[1:] != IGNORED).nonzero().flatten()  # [N], N response tokens
-    logits = logits_of(model.network, final[positions], gradient=True)  # [N, vocabulary]
-    return loss(logits.float(), labels[positions + 1])
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -23,6 +24,7 @@ class Walk:
     """Batches on their way: `states[i]` `[B, S, d]` is what enters the layer reached by batch i."""
 
     def __init__(self, model: PlacedModel, batches: Sequence[Batch]) -> None:
+        """Run vision tower and embeddings; see `rewind` for going all the way again."""
         self.model = model
         self.batches = batches
         self.layers = len(decoder_layers(model.network))
@@ -38,6 +40,22 @@ class Walk:
                     kwargs["inputs_embeds"] = embedded.new_zeros(1).expand(embedded.shape)
                 self._texts.append(TextInputs(moved(kwargs, self._home), text.batch))
                 self.states.append(embedded.to(self._home))
+        self._embedded = list(self.states)
+
+    def rewind(self) -> None:
+        """Back to before the first layer, whatever became of the decoder's weights meanwhile."""
+        self.states = list(self._embedded)
+
+    def on(self, model: PlacedModel) -> Walk:
+        """The same batches before the first layer of another model.
+
+        Only the weights of its decoder layers may differ: vision tower and embeddings do not run
+        again. A pruned model and its dense one are such a pair.
+        """
+        other = copy(self)
+        other.model = model
+        other.rewind()
+        return other
 
     def run(
         self, layer: int, around: Callable[[Batch], AbstractContextManager[None]] | None = None

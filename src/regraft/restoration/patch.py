@@ -221,9 +221,8 @@ def load_patch(path: Path) -> Patch:
         raise RegraftError(f"{path} is damaged: {error} is missing.") from error
     for name, tensor in tensors.items():
         size = torch.Size(tensor.shape).numel()
-        valid = (
-            tensor.positions.shape == tensor.values.shape
-            and _ascending_below(size, tensor.positions)
+        valid = tensor.positions.shape == tensor.values.shape and _ascending_below(
+            size, tensor.positions
         )
         if not valid:
             raise RegraftError(f"{path}: the positions of {name} are not valid for its shape.")

@@ -118,6 +118,86 @@ def select_hsr(
     return chosen.reshape(-1).nonzero().flatten().cpu()
 
 
+def hsr_keys(
+    free: Tensor,
+    safety: Scorer,
+    utility: Scorer,
+    blocks: Sequence[Block],
+    band: Band,
+) -> Tensor:
+    """HSR with q left open: the share q at which each weight would come in, turned round.
+
+    The first k weights by this key are what `select_hsr` gives with the q that selects k, up to
+    weights that come in at the same q.
+
+    Args:
+        free: Where a value can come back, `[out, in]` bool.
+        safety: Importance I^s of some rows, `[rows, in]` float32.
+        utility: The same for I^u.
+        blocks: Regions of the chosen heads in this matrix.
+        band: p, p_max and the ranking scope; q bounds the key.
+
+    Returns:
+        `[out, in]` float32 in (0, 1], the share of weights in the scope that matter less or as
+        much for safety; -inf where HSR restores nothing.
+    """
+    keys = torch.full(free.shape, -torch.inf, device=free.device)
+    if not blocks:
+        return keys
+    rows = _row_range(blocks) if band.scope == "row" else slice(0, free.shape[0])
+    eligible = free & inside(tuple(free.shape), blocks, free.device)  # type: ignore[arg-type]
+    step = free.shape[0] if band.scope != "row" else max(1, _CHUNK // free.shape[1])
+    for start in range(rows.start, rows.stop, step):
+        part = slice(start, min(start + step, rows.stop))
+        score = utility(part)
+        eligible[part] &= top(score, band.p_max, band.scope, blocks)
+        eligible[part] &= top(score, band.p, band.scope, blocks).logical_not_()
+        share = rank_share(safety(part), band.scope, blocks)
+        chosen = eligible[part] & (share > 1 - band.q)
+        keys[part] = torch.where(chosen, share, -torch.inf)
+    return keys
+
+
+def rank_share(score: Tensor, scope: RankingScope, blocks: Sequence[Block]) -> Tensor:
+    """The rank of each score in its scope as a share: 1 for the highest, 1/n for the lowest.
+
+    Args:
+        score: `[out, in]` float32.
+        scope: As in `top`; outside of all blocks the share is 0 for "head".
+        blocks: The heads' regions.
+
+    Returns:
+        `[out, in]` float32. Equal scores rank by position.
+    """
+    if scope == "row":
+        return _ranks(score) / score.shape[1]
+    if scope == "matrix":
+        return _ranks(score.reshape(1, -1)).view_as(score) / score.numel()
+    share = torch.zeros_like(score)
+    for block in blocks:
+        part = _part(score, block)
+        ranks = _ranks(part.reshape(1, -1)).view_as(part)
+        _part(share, block).copy_(ranks / part.numel())
+    return share
+
+
+def _ranks(rows: Tensor) -> Tensor:
+    """1 for the smallest of each row to n for the largest, `[rows, n]` float64."""
+    order = rows.argsort(dim=1, stable=True)
+    count = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64)
+    return torch.empty_like(rows, dtype=torch.float64).scatter_(1, order, count.expand_as(order))
+
+
+def random_keys(free: Tensor, seed: int, index: int) -> Tensor:
+    """A control: a random order of all pruned weights of a matrix, `[out, in]` float32.
+
+    The draw depends on `seed` and the matrix's `index` alone, not on the device.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    keys = torch.rand(free.shape, generator=generator).to(free.device)
+    return keys.masked_fill_(~free, -torch.inf)
+
+
 def select_all(free: Tensor, blocks: Sequence[Block]) -> Tensor:
     """HSR-a: every pruned weight of the chosen heads. Flat positions, `[count]` int64."""
     chosen = free & inside(tuple(free.shape), blocks, free.device)  # type: ignore[arg-type]
@@ -128,6 +208,12 @@ def blocks_of(layer: LayerAnatomy, linear: LinearAnatomy, heads: Sequence[int]) 
     """Regions of `heads` in one weight; query heads that share a key/value head give it once."""
     found = (head_block(layer, linear, head) for head in sorted(heads))
     return list(dict.fromkeys(block for block in found if block is not None))
+
+
+def whole(linear: LinearAnatomy) -> Block:
+    """The region that is all of a weight."""
+    rows, columns = linear.shape
+    return Block(0, rows, 0, columns)
 
 
 def all_heads(anatomy: Anatomy) -> list[Head]:

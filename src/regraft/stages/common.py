@@ -38,11 +38,11 @@ def load(
 
 
 def load_for_walk(
-    source: Source, compute: ComputeSettings, watch: Watch
+    source: Source, compute: ComputeSettings, watch: Watch, processor_from: Source | None = None
 ) -> tuple[PlacedModel, Any]:
     """The model, to be run layer by layer, and its processor."""
     with watch.task(f"Loading {source.folder}", 1) as done:
-        processor = load_processor(source)
+        processor = load_processor(processor_from or source)
         model = load_placed(
             source, dtype=compute.dtype, device=compute.device, placement=compute.placement
         )

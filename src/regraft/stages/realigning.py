@@ -23,7 +23,8 @@ from regraft.recipe import (
 )
 from regraft.restoration.groups import Grouping, violated_groups
 from regraft.restoration.patch import Patch, load_patch, save_patch
-from regraft.restoration.realign import Rule, check_pair, hsr, survey, whole_heads
+from regraft.restoration.ranking import load_ranking, patch_of
+from regraft.restoration.realign import Rule, Survey, check_pair, hsr, survey, whole_heads
 from regraft.restoration.realign import realign as select
 from regraft.restoration.selection import Band, Head, all_heads, random_heads
 from regraft.watch import Silent, Watch
@@ -40,6 +41,9 @@ def realign(
     statistics_file: Path | None = None,
     compute: ComputeSettings | None = None,
     watch: Watch | None = None,
+    *,
+    ranking_file: Path | None = None,
+    count: int | None = None,
 ) -> Patch:
     """Select the weights that come back; writes the patch `out`.
 
@@ -49,9 +53,11 @@ def realign(
         out: The patch file.
         settings: The method.
         heads_file: From `heads`; needed to rank heads.
-        statistics_file: From `statistics`; needed by "hsr".
+        statistics_file: From `statistics`; needed by "hsr" and "set-difference".
         compute: Only the device counts, for ranking.
         watch: Progress.
+        ranking_file: From `rank`; needed where `settings.ranked`, and then nothing else is.
+        count: Take so many of the ranking, all by default.
 
     Raises:
         RegraftError: an input is missing or does not fit.
@@ -59,35 +65,27 @@ def realign(
     watch = watch or Silent()
     check_pair(dense, pruned)
     check_top_heads(dense, settings)
-    if settings.heads == "top" and heads_file is None:
-        raise RegraftError("Ranking heads needs their scores: run `regraft heads` first.")
-    if needs_statistics(settings) and statistics_file is None:
-        raise RegraftError(
-            f"HSR by {settings.score} needs statistics: run `regraft statistics --score "
-            f"{settings.score}` first."
-        )
+    if settings.ranked:
+        return _of_ranking(dense, pruned, out, settings, ranking_file, count)
+    require_files(settings, heads_file, statistics_file)
     inputs = {
         "dense": dense.checkpoint.fingerprint,
         "pruned": pruned.checkpoint.fingerprint,
     }
-    scores = None
-    if settings.heads == "top" and heads_file is not None:
-        scores = load_heads(heads_file, dense.anatomy)
-        _require_made_from(dense, heads_file, scores.about)
+    scores = scores_of(dense, settings, heads_file)
+    if scores is not None and heads_file is not None:
         inputs["heads"] = file_digest(heads_file)
     about = describe("realign", inputs, settings)
     rule: Rule = whole_heads
     if settings.method == "hsr":
-        safety, utility = _importance(dense, settings, statistics_file)
+        safety, utility = importance_of(dense, settings, statistics_file)
         if statistics_file is not None and needs_statistics(settings):
             about["inputs"]["statistics"] = file_digest(statistics_file)
-        rule = hsr(lambda kept: _band(settings, kept), safety, utility)
-    chosen = _chosen_heads(dense, settings, scores)
+        rule = hsr(lambda kept: band_of(settings, kept), safety, utility)
+    chosen = chosen_heads(dense, settings, scores)
     about["heads"] = [list(head) for head in chosen]
     looked = survey(dense, pruned)
-    about["pruned"] = looked.restorable
-    if looked.grouping is not None:
-        about |= {"n_m": looked.grouping.n_m, "groups": looked.grouping.groups}
+    about |= taken(looked)
     if not is_done(out, out, about, lambda: load_patch(out).about):
         device = pick_device((compute or ComputeSettings()).device)
         selecting = watch.task("Selecting weights", len(dense.anatomy.layers), "layers")
@@ -103,6 +101,76 @@ def realign(
     return load_patch(out)
 
 
+def _of_ranking(
+    dense: Source,
+    pruned: Source,
+    out: Path,
+    settings: RealignSettings,
+    ranking_file: Path | None,
+    count: int | None,
+) -> Patch:
+    if ranking_file is None:
+        raise RegraftError(f"{settings.method} with a budget needs a ranking of weights first.")
+    ranking = load_ranking(ranking_file)
+    for role, source in (("dense", dense), ("pruned", pruned)):
+        if ranking.about["inputs"][role] != source.checkpoint.fingerprint:
+            raise RegraftError(
+                f"{ranking_file} was made from another {role} checkpoint than {source.folder}."
+            )
+    looked = survey(dense, pruned)
+    inputs = {
+        "dense": dense.checkpoint.fingerprint,
+        "pruned": pruned.checkpoint.fingerprint,
+        "ranking": file_digest(ranking_file),
+    }
+    about = describe("realign", inputs, settings)
+    about |= {"heads": ranking.about["heads"], "count": count} | taken(looked)
+    if not is_done(out, out, about, lambda: load_patch(out).about):
+        with working(out, about):
+            if ranks.first():
+                patch = patch_of(
+                    ranking.first(len(ranking) if count is None else count), dense, pruned, about
+                )
+                save_patch(out, _with_violations(patch, pruned, looked.grouping))
+    return load_patch(out)
+
+
+def taken(looked: Survey) -> dict[str, Any]:
+    """What pruning took, as artifacts tell it."""
+    told: dict[str, Any] = {"pruned": looked.restorable}
+    if looked.grouping is not None:
+        told |= {"n_m": looked.grouping.n_m, "groups": looked.grouping.groups}
+    return told
+
+
+def require_files(
+    settings: RealignSettings, heads_file: Path | None, statistics_file: Path | None
+) -> None:
+    """Raise unless the files are there that the method ranks by."""
+    if settings.by_heads and heads_file is None:
+        raise RegraftError("Ranking heads needs their scores: run `regraft heads` first.")
+    if needs_statistics(settings) and statistics_file is None:
+        raise RegraftError(
+            f"{settings.method.upper()} by {settings.score} needs statistics: run `regraft "
+            f"statistics --score {settings.score}` first."
+        )
+
+
+def scores_of(
+    dense: Source, settings: RealignSettings, heads_file: Path | None
+) -> HeadScores | None:
+    """The scores of the dense model's heads, where they decide.
+
+    Raises:
+        RegraftError: they were made from another model.
+    """
+    if not settings.by_heads or heads_file is None:
+        return None
+    scores = load_heads(heads_file, dense.anatomy)
+    _require_made_from(dense, heads_file, scores.about)
+    return scores
+
+
 def _with_violations(patch: Patch, pruned: Source, grouping: Grouping | None) -> Patch:
     if grouping is None:
         return patch
@@ -112,13 +180,17 @@ def _with_violations(patch: Patch, pruned: Source, grouping: Grouping | None) ->
 
 def needs_statistics(settings: RealignSettings) -> bool:
     """Whether weights are ranked by something that must be gathered from data first."""
-    return settings.method == "hsr" and settings.score != "magnitude"
+    return settings.method in ("hsr", "set-difference") and settings.score != "magnitude"
 
 
-def _importance(
+def importance_of(
     dense: Source, settings: RealignSettings, statistics_file: Path | None
 ) -> tuple[ImportanceStatistics, ImportanceStatistics]:
-    """(safety, utility)."""
+    """(safety, utility), from the file where the score needs one.
+
+    Raises:
+        RegraftError: the file is of another model or another score.
+    """
     if not needs_statistics(settings):
         none = ImportanceStatistics("magnitude", {}, 0)
         return none, none
@@ -133,11 +205,17 @@ def _importance(
     return loaded.safety, loaded.utility
 
 
-def _band(settings: RealignSettings, kept: float) -> Band | None:
-    """Thresholds for a matrix of which pruning kept this share; None where they are empty."""
+def band_of(settings: RealignSettings, kept: float, *, everything: bool = False) -> Band | None:
+    """HSR's thresholds for a matrix of which pruning kept a share `kept`; None where empty.
+
+    With a budget q is left open. `everything` leaves p_max open too: the set difference of Wei et
+    al. (2024, arXiv 2402.05162), top q by safety minus top p by utility.
+    """
     p = kept if settings.p is None else settings.p
     p_max = min(1.0, p + MARGIN) if settings.p_max is None else settings.p_max
-    return Band(settings.q, p, p_max, settings.scope) if p < p_max else None
+    q = 1.0 if settings.ranked else settings.q
+    p_max = 1.0 if everything else p_max
+    return Band(q, p, p_max, settings.scope) if p < p_max else None
 
 
 def _require_made_from(dense: Source, path: Path, about: Mapping[str, Any]) -> None:
@@ -148,9 +226,17 @@ def _require_made_from(dense: Source, path: Path, about: Mapping[str, Any]) -> N
         )
 
 
-def _chosen_heads(
-    dense: Source, settings: RealignSettings, scores: HeadScores | None
-) -> list[Head]:
+def chosen_heads(dense: Source, settings: RealignSettings, scores: HeadScores | None) -> list[Head]:
+    """The heads in which weights come back; none where the method does not go by heads.
+
+    Raises:
+        RegraftError: more heads are asked for than there are, or than were scored exactly.
+    """
+    in_heads = settings.method in ("hsr", "hsr-a") or (
+        settings.method == "gain" and settings.within == "heads"
+    )
+    if not in_heads:
+        return []
     if settings.heads == "all":
         return all_heads(dense.anatomy)
     if settings.heads == "random":

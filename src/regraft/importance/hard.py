@@ -1,0 +1,63 @@
+"""What the dense model says to each example, and the examples on which another falls shortest."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from regraft.importance.gradients import Progress
+from regraft.importance.losses import Loss, predicting
+from regraft.models.walk import Walk
+
+
+def final_states(walk: Walk, progress: Progress) -> dict[str, Tensor]:
+    """Normed final states that predict response tokens, by example id, `[N, d]` on CPU.
+
+    They are a teacher's whole say (see `DecisionLoss`): the head that turns them into tokens is
+    never pruned, and N x d floats are far fewer than N x vocabulary.
+    """
+    _to_the_end(walk, progress)
+    return {
+        name: state[row, predicting(labels[row])].cpu().clone()
+        for batch, state in zip(walk.batches, walk.states, strict=True)
+        if (labels := batch.labels) is not None
+        for row, name in enumerate(batch.ids)
+    }
+
+
+def response_losses(
+    walk: Walk, loss: Loss, progress: Progress = lambda _: None
+) -> dict[str, float]:
+    """The loss of every example's response, by example id."""
+    _to_the_end(walk, progress)
+    losses = {}
+    with walk.model.frame(), torch.no_grad():
+        for batch, state in zip(walk.batches, walk.states, strict=True):
+            assert batch.labels is not None, "a batch of prompts has no responses"
+            final, labels = state.to(walk.model.device), batch.labels.to(walk.model.device)
+            for row, name in enumerate(batch.ids):
+                losses[name] = float(loss(walk.model, final[row], labels[row], name))
+    return losses
+
+
+def hardest(losses: Mapping[str, float], count: int, hard: float, seed: int) -> list[str]:
+    """Ids of `count` examples: a share `hard` of those with the highest loss, the others drawn.
+
+    In the order of `losses`; all of them where there are no more than `count`.
+    """
+    ranked = sorted(losses, key=lambda name: (-losses[name], name))
+    first = ranked[: round(hard * min(count, len(ranked)))]
+    rest = ranked[len(first) :]
+    drawn = random.Random(seed).sample(rest, min(count - len(first), len(rest)))
+    chosen = {*first, *drawn}
+    return [name for name in losses if name in chosen]
+
+
+def _to_the_end(walk: Walk, progress: Progress) -> None:
+    walk.rewind()
+    for index in range(walk.layers):
+        with walk.model.layer(index):
+            walk.advance(index, progress)

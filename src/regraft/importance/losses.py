@@ -1,0 +1,69 @@
+"""What a response costs: the losses whose gradients say which weights matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from regraft.data.collate import IGNORED
+from regraft.models.placement import PlacedModel
+from regraft.models.replay import logits_of
+
+Loss = Callable[[PlacedModel, Tensor, Tensor, str], Tensor]
+"""(model, normed final states `[S, d]`, labels `[S]`, id of the example) -> a scalar, float32."""
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """Positions whose logits predict response tokens: those before them. `[N]` int64.
+
+    The logits at position t predict the token at t + 1.
+    """
+    return (labels[1:] != IGNORED).nonzero().flatten()
+
+
+def mean_cross_entropy(model: PlacedModel, final: Tensor, labels: Tensor, _id: str) -> Tensor:
+    """Mean over response tokens: the loss that models are trained with, and SNIP's."""
+    positions = predicting(labels)
+    logits = logits_of(model.network, final[positions], gradient=True)  # [N, vocabulary]
+    return F.cross_entropy(logits.float(), labels[positions + 1])
+
+
+@dataclass(frozen=True)
+class DecisionLoss:
+    """A loss in which the first response tokens weigh 1 each and the others `tail` each.
+
+    Whether an answer refuses is decided at its start; a mean over tokens would count that less in
+    a long answer than in a short one, so that the two kinds of prompts would pull unevenly.
+
+    Attributes:
+        teacher: Example id -> the dense model's normed final states `[N, d]` where they predict
+            response tokens. With them a token costs the divergence KL(dense || model); None takes
+            its cross-entropy against the given response.
+        decision: How many tokens weigh 1.
+        tail: The weight of each later token.
+    """
+
+    teacher: Mapping[str, Tensor] | None = None
+    decision: int = 2
+    tail: float = 0.1
+
+    def __call__(self, model: PlacedModel, final: Tensor, labels: Tensor, name: str) -> Tensor:
+        """The loss of one response."""
+        positions = predicting(labels)
+        logits = logits_of(model.network, final[positions], gradient=True).float()  # [N, V]
+        weights = torch.full((len(positions),), self.tail, device=logits.device)
+        weights[: self.decision] = 1
+        return (weights * self._costs(model, logits, labels[positions + 1], name)).sum()
+
+    def _costs(self, model: PlacedModel, logits: Tensor, tokens: Tensor, name: str) -> Tensor:
+        """Of each token, `[N]`."""
+        if self.teacher is None:
+            return F.cross_entropy(logits, tokens, reduction="none")
+        states = self.teacher[name].to(logits.device, model.dtype)
+        wanted = logits_of(model.network, states).float().log_softmax(dim=-1)  # [N, V]
+        own = logits.log_softmax(dim=-1)
+        return F.kl_div(own, wanted, reduction="none", log_target=True).sum(dim=-1)

@@ -1,0 +1,100 @@
+"""Restoration gain: how far each loss falls when a pruned weight comes back, to first order.
+
+At the pruned model let G^s and G^u be the mean gradients of the safety and the utility loss. When
+weight ij takes its dense value again, a loss is predicted to fall by `-G_ij (W_dense - W)_ij`
+(RigL's growth criterion, Evci et al. 2020, arXiv 1911.11134, pointed at restoration). Weights come
+back in steps, with the gradients of the model as it then is.
+
+In a swap a kept weight of the same row, or of the same N:M group, is pruned in exchange: the one
+whose loss costs least by the same two gradients and the curvature, `-G w + F w^2 / 2`, with F the
+diagonal of the empirical Fisher matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Constraint = Literal["utility-gain", "none"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step maximises: `gain^s + utility_weight * gain^u`.
+
+    "utility-gain" takes only weights whose return lowers the utility loss too (gain^u >= 0).
+    """
+
+    utility_weight: float = 1.0
+    constraint: Constraint = "utility-gain"
+
+    def keys(self, safety: Tensor, utility: Tensor) -> Tensor:
+        """The objective of each candidate, -inf where it is not allowed.
+
+        Args:
+            safety: gain^s, any shape, float32.
+            utility: gain^u, likewise.
+        """
+        keys = safety + self.utility_weight * utility
+        if self.constraint == "none":
+            return keys
+        return keys.masked_fill_(utility < 0, -torch.inf)
+
+
+def gain(gradient: Tensor, dense: Tensor, current: Tensor) -> Tensor:
+    """Predicted fall of the loss when each weight takes its dense value. `[out, in]` float32."""
+    return gradient.float() * (current.float() - dense.float())
+
+
+def removal_cost(gradient: Tensor, fisher: Tensor, current: Tensor) -> Tensor:
+    """Predicted rise of the loss when each weight becomes 0, to second order. `[out, in]`."""
+    weight = current.float()
+    return (fisher * weight / 2 - gradient).mul_(weight)
+
+
+def swaps_in_rows(keys: Tensor, cost: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Pair the best candidates of each row with its cheapest kept weights, in order.
+
+    Args:
+        keys: What each return is worth, `[out, in]` float32, -inf where none can come back.
+        cost: What each removal costs, `[out, in]` float32, inf where the weight must stay.
+        most: Pairs a row at most.
+
+    Returns:
+        (worth of each return less the cost of its removal, -inf elsewhere; position of the weight
+        removed for it, -1 elsewhere), `[out, in]` float32 and int64.
+    """
+    rows, columns = keys.shape
+    most = min(most, columns)
+    worth, back = keys.topk(most, dim=1)  # [out, most]
+    price, gone = cost.topk(most, dim=1, largest=False)
+    net = (worth - price).nan_to_num_(nan=-torch.inf)
+    start = torch.arange(rows, device=keys.device)[:, None] * columns
+    return _spread(keys, back, net, gone + start)
+
+
+def swaps_in_groups(keys: Tensor, cost: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """The best single swap of each group of M consecutive inputs; see `swaps_in_rows`."""
+    rows, columns = keys.shape
+    worth, back = keys.view(rows, -1, m).max(dim=2)  # [out, in / M]
+    price, gone = cost.view(rows, -1, m).min(dim=2)
+    first = torch.arange(columns // m, device=keys.device) * m
+    start = torch.arange(rows, device=keys.device)[:, None] * columns
+    net = (worth - price).nan_to_num_(nan=-torch.inf)
+    return _spread(keys, back + first, net, gone + first + start)
+
+
+def _spread(like: Tensor, back: Tensor, net: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
+    keys = torch.full_like(like, -torch.inf).scatter_(1, back, net)
+    removed = torch.full(like.shape, -1, device=like.device).scatter_(1, back, gone)
+    return keys, removed.masked_fill_(keys == -torch.inf, -1)
+
+
+def steps_of(count: int, steps: int) -> Sequence[int]:
+    """`count` weights in `steps` parts, as even as can be, the larger ones first."""
+    whole, rest = divmod(count, steps)
+    return [part for i in range(steps) if (part := whole + (i < rest))]

@@ -1,0 +1,174 @@
+"""Restore by gain in steps: gradients of the model as it is, the best weights back, and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from regraft.importance.gradients import (
+    layer_gradients,
+    signed,
+    signed_and_squared,
+)
+from regraft.importance.losses import Loss
+from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
+from regraft.models.load import Source
+from regraft.models.placement import PlacedModel
+from regraft.models.walk import Walk
+from regraft.restoration.gain import (
+    Objective,
+    gain,
+    removal_cost,
+    swaps_in_groups,
+    swaps_in_rows,
+)
+from regraft.restoration.groups import grouping_of
+from regraft.restoration.ranking import Best, Ranking, put
+from regraft.restoration.selection import restorable
+
+Progress = Callable[[int], None]
+_SWAPS_IN_A_ROW = 64
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is restored in: the model as pruned, in memory, and both checkpoints.
+
+    `open` says where in a weight values may come back, `[out, in]` bool, or None for nowhere.
+    `swap` prunes a kept weight of the same row for each that comes back, or of the same group of M
+    inputs in the linears whose `LinearAnatomy.key` is in `groups`.
+    """
+
+    model: PlacedModel
+    dense: Source
+    pruned: Source
+    open: Callable[[LayerAnatomy, LinearAnatomy], Tensor | None]
+    objective: Objective
+    swap: bool = False
+    groups: Mapping[str, int] = field(default_factory=dict)
+
+
+def step(
+    problem: Problem,
+    safety: tuple[Walk, Loss],
+    utility: tuple[Walk, Loss],
+    count: int,
+    so_far: Ranking,
+    scratch: Path,
+    progress: Progress,
+) -> Ranking:
+    """The `count` weights whose return helps most now, and put them into the model.
+
+    One layer's gradients are in memory at a time (two with `swap`: the squares too).
+
+    Args:
+        problem: The model, with `so_far` in it.
+        safety: D^s before the first layer, and its loss.
+        utility: D^u, likewise.
+        count: How many weights; fewer come back where fewer are predicted to help.
+        so_far: What has come back before.
+        scratch: A folder for layer inputs.
+        progress: Called with the number of samples a layer has seen, forward and backward.
+
+    Returns:
+        The new weights, best first.
+    """
+    best = Best(count)
+    anatomy = problem.dense.anatomy
+    index = {linear.key: i for i, linear in enumerate(anatomy.linears)}
+    weights = weights_of(problem.model.network, anatomy)
+    passes = (
+        _gradients(problem, walk, loss, scratch / kind, progress)
+        for kind, (walk, loss) in (("safety", safety), ("utility", utility))
+    )
+    for (layer, for_safety), (_, for_utility) in zip(*passes, strict=True):
+        for linear in layer.linears:
+            where = problem.open(layer, linear)
+            if where is None or linear.key not in for_safety.keys() & for_utility.keys():
+                continue
+            keys, removed = _candidates(
+                problem,
+                linear,
+                weights[index[linear.key]],
+                where,
+                (for_safety[linear.key], for_utility[linear.key]),
+                _taken(so_far, index[linear.key]),
+            )
+            best.add(index[linear.key], keys, removed)
+    put(best.ranking, anatomy, weights, problem.dense)
+    return best.ranking
+
+
+def groups_of(dense: Source, pruned: Source) -> dict[str, int]:
+    """M of every weight that is pruned N:M, by `LinearAnatomy.key`."""
+    pairs = zip(dense.anatomy.linears, pruned.anatomy.linears, strict=True)
+    found = {own.key: grouping_of(pruned.checkpoint.read(other.tensor)) for own, other in pairs}
+    return {key: grouping.m for key, grouping in found.items() if grouping is not None}
+
+
+def weights_of(network: nn.Module, anatomy: Anatomy) -> list[Tensor]:
+    """Every prunable weight in memory, in the order of `Anatomy.linears`."""
+    modules = dict(network.named_modules())
+    weights = (modules[linear.module].weight for linear in anatomy.linears)
+    return [weight.data for weight in weights if isinstance(weight, Tensor)]
+
+
+def _gradients(
+    problem: Problem, walk: Walk, loss: Loss, scratch: Path, progress: Progress
+) -> Iterator[tuple[LayerAnatomy, Mapping[str, Tensor]]]:
+    walk.rewind()
+    anatomy = problem.dense.anatomy
+    layers = {linear: layer for layer in anatomy.layers for linear in layer.linears}
+    return layer_gradients(
+        walk,
+        anatomy,
+        scratch,
+        lambda linear: problem.open(layers[linear], linear) is not None,
+        progress,
+        add=signed_and_squared if problem.swap else signed,
+        loss=loss,
+    )
+
+
+def _candidates(
+    problem: Problem,
+    linear: LinearAnatomy,
+    weight: Tensor,
+    where: Tensor,
+    gradients: Sequence[Tensor],
+    taken: Ranking,
+) -> tuple[Tensor, Tensor | None]:
+    """(what each return is worth, -inf where it does not help; what is removed for it)."""
+    rows = linear.shape[0]
+    device = gradients[0].device
+    current = weight.to(device)
+    dense = problem.dense.checkpoint.read(linear.tensor).to(device, current.dtype)
+    gains = [gain(gradient[:rows], dense, current) for gradient in gradients]
+    keys = problem.objective.keys(*gains)
+    free = restorable(dense, current) & where.to(device)
+    free.view(-1)[taken.removed[taken.removed >= 0].to(device)] = False
+    keys.masked_fill_(~free, -torch.inf)
+    if not problem.swap:
+        return keys.masked_fill_(keys <= 0, -torch.inf), None
+    costs = [removal_cost(g[:rows], g[rows:], current) for g in gradients]
+    cost = costs[0] + problem.objective.utility_weight * costs[1]
+    fixed = current == 0
+    fixed.view(-1)[taken.position.to(device)] = True
+    cost.masked_fill_(fixed | ~where.to(device), torch.inf)
+    m = problem.groups.get(linear.key)
+    if m is None:
+        keys, removed = swaps_in_rows(keys, cost, _SWAPS_IN_A_ROW)
+    else:
+        keys, removed = swaps_in_groups(keys, cost, m)
+    return keys.masked_fill_(keys <= 0, -torch.inf), removed
+
+
+def _taken(ranking: Ranking, index: int) -> Ranking:
+    own = ranking.linear == index
+    return Ranking(
+        ranking.linear[own], ranking.position[own], ranking.removed[own], ranking.score[own]
+    )

@@ -1,0 +1,225 @@
+"""Every restoration method under one budget: an order in which pruned weights come back.
+
+A method ranks the weights that could come back, best first, and a budget takes the first k. So
+methods are compared at the same number of restored weights, and a trade-off curve is the model at
+several lengths of one ranking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.artifact import read_artifact, write_artifact
+from regraft.errors import RegraftError
+from regraft.models.anatomy import Anatomy, LinearAnatomy
+from regraft.models.load import Source
+from regraft.restoration.patch import Patch, TensorPatch
+from regraft.restoration.selection import restorable
+
+FORMAT = "regraft-ranking-1"
+KEPT = -1  # no kept weight makes room
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Weights in the order in which they come back, k of them.
+
+    Attributes:
+        linear: Which of `Anatomy.linears`, `[k]` int64.
+        position: Flat position in that weight, `[k]` int64.
+        removed: Flat position of the kept weight of the same matrix that is pruned in exchange,
+            `[k]` int64; -1 where none is.
+        score: What the method ranked by, `[k]` float32, of the step in which the weight was taken.
+        about: How it was made.
+    """
+
+    linear: Tensor
+    position: Tensor
+    removed: Tensor
+    score: Tensor
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.linear)
+
+    def first(self, count: int) -> Ranking:
+        """The first `count` weights."""
+        return Ranking(
+            self.linear[:count],
+            self.position[:count],
+            self.removed[:count],
+            self.score[:count],
+            self.about,
+        )
+
+    def then(self, other: Ranking) -> Ranking:
+        """This ranking, and `other` behind it."""
+        return Ranking(
+            torch.cat([self.linear, other.linear]),
+            torch.cat([self.position, other.position]),
+            torch.cat([self.removed, other.removed]),
+            torch.cat([self.score, other.score]),
+            self.about,
+        )
+
+
+def empty() -> Ranking:
+    """No weights."""
+    none = torch.empty(0, dtype=torch.int64)
+    return Ranking(none, none, none, torch.empty(0))
+
+
+@dataclass
+class Best:
+    """The `count` best candidates of all matrices, which come one after the other.
+
+    Ties go to the earlier matrix and position, so that a ranking does not depend on the device.
+    """
+
+    count: int
+    ranking: Ranking = field(default_factory=empty)
+
+    def add(self, index: int, keys: Tensor, removed: Tensor | None = None) -> None:
+        """Add the candidates of one matrix.
+
+        Args:
+            index: Of the linear.
+            keys: `[out, in]` float32, higher is better; -inf is no candidate.
+            removed: For each candidate the position that is pruned in exchange, `[out, in]` int64.
+        """
+        flat = keys.reshape(-1)
+        count = min(self.count, int((flat > -torch.inf).count_nonzero()))
+        if not count:
+            return
+        least = flat.topk(count).values[-1]
+        position = (flat >= least).nonzero().flatten()
+        chosen = Ranking(
+            torch.full((len(position),), index),
+            position.cpu(),
+            torch.full((len(position),), KEPT)
+            if removed is None
+            else removed.reshape(-1)[position].cpu(),
+            flat[position].float().cpu(),
+        )
+        self._merge(chosen)
+
+    def _merge(self, other: Ranking) -> None:
+        both = self.ranking.then(other)
+        order = both.score.argsort(descending=True, stable=True)[: self.count]
+        self.ranking = Ranking(
+            both.linear[order], both.position[order], both.removed[order], both.score[order]
+        )
+
+
+Keys = Callable[[int, LinearAnatomy, Tensor, Tensor], Tensor | None]
+"""(index, linear, dense weight, where a value can come back) -> `[out, in]` float32, or None."""
+
+
+def rank(
+    dense: Source,
+    pruned: Source,
+    keys: Keys,
+    count: int,
+    *,
+    device: torch.device | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Ranking:
+    """Rank by a key that each matrix has by itself, one matrix in memory at a time.
+
+    Args:
+        dense: The dense checkpoint.
+        pruned: The same network pruned.
+        keys: The method.
+        count: How many weights at most.
+        device: Where to compute keys; CPU by default.
+        progress: Called with 1 after each layer.
+    """
+    best = Best(count)
+    index = 0
+    for layer, pruned_layer in zip(dense.anatomy.layers, pruned.anatomy.layers, strict=True):
+        for linear, other in zip(layer.linears, pruned_layer.linears, strict=True):
+            weight = dense.checkpoint.read(linear.tensor).to(device or "cpu")
+            after = pruned.checkpoint.read(other.tensor).to(weight.device)
+            found = keys(index, linear, weight, restorable(weight, after))
+            if found is not None:
+                best.add(index, found)
+            index += 1
+        progress(1)
+    return best.ranking
+
+
+def patch_of(
+    ranking: Ranking, dense: Source, pruned: Source, about: Mapping[str, Any] | None = None
+) -> Patch:
+    """The patch that takes the whole ranking to a pruned checkpoint.
+
+    Raises:
+        RegraftError: a dense value does not fit into the pruned checkpoint's dtype.
+    """
+    pairs = list(zip(dense.anatomy.linears, pruned.anatomy.linears, strict=True))
+    tensors = {}
+    for index, rows in _by_linear(ranking):
+        linear, other = pairs[index]
+        after = pruned.checkpoint.read(other.tensor)
+        back, gone = ranking.position[rows], ranking.removed[rows]
+        gone = gone[gone != KEPT]
+        values = dense.checkpoint.read(linear.tensor).reshape(-1)[back].to(after.dtype)
+        if not torch.isfinite(values).all():
+            raise RegraftError(
+                f"{linear.key}: some dense values do not fit into the pruned checkpoint's dtype "
+                f"{after.dtype}. Give a dense checkpoint of that dtype."
+            )
+        positions, order = torch.cat([back, gone]).sort()
+        values = torch.cat([values, values.new_zeros(len(gone))])[order]
+        tensors[other.tensor] = TensorPatch.of(after, positions, values)
+    return Patch(tensors, dict(about or {}))
+
+
+def _by_linear(ranking: Ranking) -> Iterable[tuple[int, Tensor]]:
+    for index in ranking.linear.unique().tolist():
+        yield index, (ranking.linear == index).nonzero().flatten()
+
+
+def put(ranking: Ranking, anatomy: Anatomy, weights: Sequence[Tensor], dense: Source) -> None:
+    """Put a ranking into weights in memory, in the order of `Anatomy.linears`; in place."""
+    linears = list(anatomy.linears)
+    for index, rows in _by_linear(ranking):
+        weight = weights[index].view(-1)
+        back, gone = ranking.position[rows], ranking.removed[rows]
+        values = dense.checkpoint.read(linears[index].tensor).reshape(-1)[back]
+        weight[back.to(weight.device)] = values.to(weight.device, weight.dtype)
+        weight[gone[gone != KEPT].to(weight.device)] = 0
+
+
+def save_ranking(path: Path, ranking: Ranking) -> None:
+    """Write a ranking to one safetensors file."""
+    tensors = {
+        "linear": ranking.linear.to(torch.int32),
+        "position": ranking.position,
+        "removed": ranking.removed,
+        "score": ranking.score.float(),
+    }
+    write_artifact(path, FORMAT, {"about": dict(ranking.about)}, tensors)
+
+
+def load_ranking(path: Path) -> Ranking:
+    """Read what `save_ranking` wrote.
+
+    Raises:
+        RegraftError: the file is missing, or something else.
+    """
+    header, stored = read_artifact(path, FORMAT, "a ranking of weights")
+    try:
+        linear, position, removed, score = (
+            stored[name] for name in ("linear", "position", "removed", "score")
+        )
+        about = header["about"]
+    except KeyError as error:
+        raise RegraftError(f"{path} is damaged: {error} is missing.") from error
+    return Ranking(linear.long(), position, removed, score, about)

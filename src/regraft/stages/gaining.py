@@ -1,0 +1,185 @@
+"""Restore by gain: the teacher's say, hard examples, and the steps; resumable after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from regraft import ranks
+from regraft.data.collate import response_batch
+from regraft.data.example import Example, Reading
+from regraft.files import atomic_file, read_json, require_space, write_json
+from regraft.importance.hard import final_states, hardest, response_losses
+from regraft.importance.losses import DecisionLoss
+from regraft.models.anatomy import HEAD_ROLES, LayerAnatomy, LinearAnatomy
+from regraft.models.load import Source
+from regraft.models.walk import Walk
+from regraft.recipe import ComputeSettings, RealignSettings
+from regraft.restoration.gain import Objective, steps_of
+from regraft.restoration.iterative import Problem, groups_of, step, weights_of
+from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
+from regraft.restoration.selection import Head, blocks_of, inside
+from regraft.stages.common import collate_share, hidden_state_bytes, load_for_walk
+from regraft.watch import Watch
+
+REFRESH = 5  # steps between choices of examples
+HARD = 0.5  # share of them on which the pruned model falls shortest
+KINDS = ("safety", "utility")
+T = TypeVar("T")
+
+
+def restore_by_gain(
+    dense: Source,
+    pruned: Source,
+    work: Path,
+    settings: RealignSettings,
+    readings: Mapping[str, Reading],
+    heads: Sequence[Head],
+    count: int,
+    compute: ComputeSettings,
+    watch: Watch,
+) -> Ranking:
+    """The order in which weights come back, in `settings.steps` steps.
+
+    Args:
+        dense: The dense checkpoint, the teacher.
+        pruned: The pruned one, restored in memory.
+        work: A folder in which every finished step is kept.
+        settings: Of gain.
+        readings: "safety" (D^s) and "utility" (D^u) -> labelled examples.
+        heads: Where weights come back, if `settings.within` is "heads".
+        count: How many.
+        compute: Device, dtype, batch size, placement.
+        watch: Progress.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    model, processor = load_for_walk(pruned, compute, watch, processor_from=dense)
+
+    def walk(examples: Sequence[Example]) -> Walk:
+        return Walk(model, collate_share(processor, response_batch, examples, compute))
+
+    with watch.task("Reading the prompts", sum(len(r.examples) for r in readings.values())) as done:
+        pools = {}
+        for kind in KINDS:
+            pools[kind] = Pool(readings[kind].examples, walk(readings[kind].examples))
+            done(len(readings[kind].examples))
+    losses = _losses(dense, pools, work, settings, compute, watch)
+    problem = Problem(
+        model,
+        dense,
+        pruned,
+        _open(settings, heads),
+        Objective(settings.utility_weight, settings.constraint),
+        settings.swap,
+        groups_of(dense, pruned) if settings.swap else {},
+    )
+    ranking, path = empty(), work / "so-far.safetensors"
+    if path.exists():
+        ranking = load_ranking(path)
+        put(ranking, dense.anatomy, weights_of(model.network, dense.anatomy), dense)
+    finished = int(ranking.about.get("steps", 0))
+    parts = steps_of(count, settings.steps)
+    layers = len(dense.anatomy.layers)
+    sizes = [min(settings.batch, len(pool.examples)) for pool in pools.values()]
+    own = sum(sizes) // ranks.world()
+    with watch.task(
+        "Restoring by gain", 2 * own * layers * (len(parts) - finished), "samples x layers"
+    ) as done:
+        walks: dict[str, Walk] = {}
+        for number in range(finished, len(parts)):
+            if not walks or number % REFRESH == 0:
+                walks = {}  # the old ones' states go before the new ones come
+                for kind, pool in pools.items():
+                    chosen = work / f"chosen-{kind}-{number // REFRESH}.json"
+                    walks[kind] = walk(_hard(chosen, pool, losses[kind], settings.batch, number))
+                states = (hidden_state_bytes(dense, model, one.batches) for one in walks.values())
+                require_space(work, sum(states))
+            safety, utility = ((walks[kind], losses[kind]) for kind in KINDS)
+            new = step(problem, safety, utility, parts[number], ranking, work / "states", done)
+            ranking = ranking.then(new)
+            if ranks.first():
+                path.unlink(missing_ok=True)
+                save_ranking(path, replace(ranking, about={"steps": number + 1}))
+            ranks.barrier()
+            if len(new) < parts[number]:
+                watch.note(
+                    f"Step {number + 1} of {len(parts)}: {len(new):,} of {parts[number]:,} weights "
+                    "are predicted to help."
+                )
+    return ranking
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All examples of a kind, and this process's share of them before the pruned model's layers."""
+
+    examples: Sequence[Example]
+    walk: Walk
+
+
+def _losses(
+    dense: Source,
+    pools: Mapping[str, Pool],
+    work: Path,
+    settings: RealignSettings,
+    compute: ComputeSettings,
+    watch: Watch,
+) -> dict[str, DecisionLoss]:
+    if settings.loss == "given":
+        return dict.fromkeys(pools, DecisionLoss())
+    paths = {kind: work / f"teacher-{kind}.safetensors" for kind in pools}
+    if not ranks.decided(lambda: all(path.exists() for path in paths.values())):
+        model, _ = load_for_walk(dense, compute, watch)
+        own = sum(len(b.ids) for pool in pools.values() for b in pool.walk.batches)
+        total = own * len(dense.anatomy.layers)
+        with watch.task("Asking the dense model", total, "samples x layers") as done:
+            for kind, path in paths.items():
+                states = _everyones(final_states(pools[kind].walk.on(model), done))
+                if ranks.first():
+                    with atomic_file(path) as temporary:
+                        save_file(states, temporary)
+        ranks.barrier()
+    return {kind: DecisionLoss(load_file(path)) for kind, path in paths.items()}
+
+
+def _everyones(own: Mapping[str, T]) -> dict[str, T]:
+    """What all processes have, by example id."""
+    return {name: value for part in ranks.gathered(own) for name, value in part.items()}
+
+
+def _hard(path: Path, pool: Pool, loss: DecisionLoss, count: int, seed: int) -> list[Example]:
+    """Examples for the next gradients; all where there are not more than `count`."""
+    if len(pool.examples) <= count:
+        return list(pool.examples)
+    if not ranks.decided(path.exists):
+        values = _everyones(response_losses(pool.walk, loss))
+        ordered = {example.id: values[example.id] for example in pool.examples}
+        if ranks.first():
+            write_json(path, hardest(ordered, count, HARD, seed))
+        ranks.barrier()
+    names = set(read_json(path))
+    return [example for example in pool.examples if example.id in names]
+
+
+def _open(
+    settings: RealignSettings, heads: Sequence[Head]
+) -> Callable[[LayerAnatomy, LinearAnatomy], Tensor | None]:
+    """Where in a weight values may come back, `[out, in]` bool."""
+
+    def everywhere(_layer: LayerAnatomy, linear: LinearAnatomy) -> Tensor | None:
+        if settings.within == "attention" and linear.role not in HEAD_ROLES:
+            return None
+        return torch.ones(linear.shape, dtype=torch.bool)
+
+    def in_heads(layer: LayerAnatomy, linear: LinearAnatomy) -> Tensor | None:
+        own = [head for index, head in heads if index == layer.index]
+        blocks = blocks_of(layer, linear, own)
+        return inside(linear.shape, blocks, torch.device("cpu")) if blocks else None
+
+    return in_heads if settings.within == "heads" else everywhere

@@ -1,0 +1,167 @@
+"""Put the weights that could come back in order, best first, by any method with a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from regraft import ranks
+from regraft.checks import check_shares, check_top_heads, draw_calibration, told
+from regraft.data.example import Reading
+from regraft.errors import RegraftError
+from regraft.files import file_digest
+from regraft.keys import describe, is_done, working
+from regraft.models.anatomy import LinearAnatomy
+from regraft.models.load import Source, pick_device
+from regraft.recipe import CalibrationSettings, ComputeSettings, RealignSettings
+from regraft.restoration.ranking import (
+    Keys,
+    Ranking,
+    load_ranking,
+    save_ranking,
+)
+from regraft.restoration.ranking import rank as rank_by
+from regraft.restoration.realign import check_pair, survey
+from regraft.restoration.selection import (
+    Head,
+    blocks_of,
+    hsr_keys,
+    random_keys,
+    whole,
+)
+from regraft.stages.gaining import restore_by_gain
+from regraft.stages.realigning import (
+    band_of,
+    chosen_heads,
+    importance_of,
+    needs_statistics,
+    require_files,
+    scores_of,
+    taken,
+)
+from regraft.watch import Silent, Watch
+
+
+def rank(
+    dense: Source,
+    pruned: Source,
+    out: Path,
+    settings: RealignSettings,
+    calibration: CalibrationSettings,
+    heads_file: Path | None = None,
+    statistics_file: Path | None = None,
+    compute: ComputeSettings | None = None,
+    watch: Watch | None = None,
+) -> Ranking:
+    """Rank the weights that could come back; writes the file `out`.
+
+    Args:
+        dense: The dense checkpoint.
+        pruned: The same network pruned, by whomever.
+        out: The file.
+        settings: The method and how many weights to rank (the budget).
+        calibration: D^s and D^u; only gain reads them here.
+        heads_file: From `heads`; needed to rank heads.
+        statistics_file: From `statistics`; needed by "hsr" and "set-difference".
+        compute: Device, dtype, batch size and placement of gain; of the others the device counts.
+        watch: Progress.
+
+    Raises:
+        RegraftError: an input is missing or does not fit, or the budget is less than one weight.
+    """
+    watch, compute = watch or Silent(), compute or ComputeSettings()
+    check_pair(dense, pruned)
+    check_top_heads(dense, settings)
+    require_files(settings, heads_file, statistics_file)
+    inputs = {"dense": dense.checkpoint.fingerprint, "pruned": pruned.checkpoint.fingerprint}
+    scores = scores_of(dense, settings, heads_file)
+    if scores is not None and heads_file is not None:
+        inputs["heads"] = file_digest(heads_file)
+    if statistics_file is not None and needs_statistics(settings):
+        inputs["statistics"] = file_digest(statistics_file)
+    readings: dict[str, Reading] = {}
+    if settings.method == "gain":
+        readings = {
+            "safety": draw_calibration(dense, calibration, harmful=True),
+            "utility": draw_calibration(dense, calibration, harmful=False),
+        }
+    about = describe(
+        "rank", inputs, settings, compute if readings else None, readings if readings else None
+    )
+    heads = chosen_heads(dense, settings, scores)
+    about["heads"] = [list(head) for head in heads]
+    looked = survey(dense, pruned)
+    about |= taken(looked)
+    count = settings.how_many(looked.restorable)
+    if not count:
+        raise RegraftError(
+            f"A budget of {settings.budget} per 10,000 of {looked.restorable:,} pruned weights is "
+            "less than one weight. Raise it, or give a count."
+        )
+    if not is_done(out, out, about, lambda: load_ranking(out).about):
+        for role, reading in zip(("D^s", "D^u"), readings.values(), strict=False):
+            check_shares(reading.examples, compute)
+            watch.note(told(role, reading))
+        with working(out, about) as work:
+            if readings:
+                ranking = restore_by_gain(
+                    dense, pruned, work, settings, readings, heads, count, compute, watch
+                )
+            else:
+                keys = _keys(dense, settings, heads, statistics_file, calibration.seed)
+                with watch.task("Ranking weights", len(dense.anatomy.layers), "layers") as done:
+                    ranking = rank_by(
+                        dense,
+                        pruned,
+                        keys,
+                        count,
+                        device=pick_device(compute.device),
+                        progress=done,
+                    )
+            if len(ranking) < count:
+                watch.note(
+                    f"{out.name}: {len(ranking):,} weights fit, fewer than the {count:,} of the "
+                    "budget."
+                )
+            if ranks.first():
+                save_ranking(out, replace(ranking, about=about))
+    return load_ranking(out)
+
+
+def _keys(
+    dense: Source,
+    settings: RealignSettings,
+    heads: Sequence[Head],
+    statistics_file: Path | None,
+    seed: int,
+) -> Keys:
+    layer_of = {linear.key: layer for layer in dense.anatomy.layers for linear in layer.linears}
+    if settings.method == "random":
+        return lambda index, _linear, _weight, free: random_keys(
+            free, settings.head_seed + 1000 * seed, index
+        )
+    safety, utility = importance_of(dense, settings, statistics_file)
+    by_layer: dict[int, list[int]] = {}
+    for layer_index, head in heads:
+        by_layer.setdefault(layer_index, []).append(head)
+
+    def keys(_index: int, linear: LinearAnatomy, weight: Tensor, free: Tensor) -> Tensor | None:
+        layer = layer_of[linear.key]
+        difference = settings.method == "set-difference"
+        blocks = (
+            [whole(linear)]
+            if difference
+            else blocks_of(layer, linear, by_layer.get(layer.index, []))
+        )
+        kept = 1 - int(free.count_nonzero()) / free.numel()
+        band = band_of(settings, kept, everything=difference)
+        if not blocks or band is None:
+            return None
+        return hsr_keys(
+            free, safety.scorer(linear, weight), utility.scorer(linear, weight), blocks, band
+        )
+
+    return keys
