@@ -24,6 +24,7 @@ from regraft.watch import Advance
 
 if TYPE_CHECKING:
     from regraft.heads.score import HeadScores
+    from regraft.report.compare import Study
     from regraft.report.model import Report
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -144,6 +145,56 @@ def show_report(console: Console, report: Report) -> None:
         "of a pruned model against the dense one and of a realigned model against its pruned one.",
         style="dim",
     )
+
+
+def show_study(console: Console, study: Study) -> None:
+    """Print a comparison, one table a pruning."""
+    from regraft.report import write_compare as words  # matplotlib, slow to import
+
+    for table in study.tables:
+        shown = Table(
+            "method",
+            "restored per 10,000",
+            "ASR %",
+            "RSR %",
+            *(("RSR % by seed",) if len(study.seeds) > 1 else ()),
+            "p",
+            "Holm",
+            "verdict",
+            *(column for other in study.against for column in (f"p, {other}", "Holm", "verdict")),
+            "over-refusal %",
+            "from pruned",
+            "from dense",
+            "utility %",
+            "from pruned",
+            title=Text(f"{study.title}: {table.pruning}"),
+        )
+        for row in table.rows:
+            tests = (row.test, *(row.against.get(other) for other in study.against))
+            shown.add_row(
+                Text(words.name_text(row)),
+                words.spread_text(row.restored),
+                words.rate_text(row.asr),
+                words.recovered_text(row.rsr),
+                *((words.by_seed_text(row.rsr),) if len(study.seeds) > 1 else ()),
+                *(
+                    text
+                    for test in tests
+                    for text in (
+                        words.p_text(test, "p"),
+                        words.p_text(test),
+                        test.verdict if test else "",
+                    )
+                ),
+                words.rate_text(row.over_refusal),
+                words.points_text(row.over_refusal_from_pruned),
+                words.points_text(row.over_refusal_from_dense),
+                words.rate_text(row.utility),
+                words.points_text(row.utility_from_pruned),
+            )
+        console.print(shown)
+    for note in words.notes(study):
+        console.print(note, style="dim", highlight=False, markup=False)
 
 
 def show_heads(console: Console, scores: HeadScores, show: int) -> None:
