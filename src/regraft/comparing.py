@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,8 @@ def compare(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> 
 
 
 def _check_same_recipe(reports: Mapping[Path, Report]) -> None:
-    first, *others = reports
-    wanted = _apart_from_the_seed(reports[first].recipe)
-    for place in others:
-        found = _apart_from_the_seed(reports[place].recipe)
+    for (first, one), (place, other) in pairwise(reports.items()):
+        wanted, found = (_apart_from_the_seed(report.recipe) for report in (one, other))
         if found != wanted:
             raise RegraftError(
                 f"{place} and {first} are runs of recipes that differ in more than the calibration "

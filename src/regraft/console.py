@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -151,48 +152,42 @@ def show_study(console: Console, study: Study) -> None:
     """Print a comparison, one table a pruning."""
     from regraft.report import write_compare as words  # matplotlib, slow to import
 
+    def stacked(text: str, *below: str) -> str:
+        return "\n".join(filter(None, (text.replace(" [", "\n["), *below)))
+
     for table in study.tables:
         shown = Table(
-            "method",
-            "restored per 10,000",
-            "ASR %",
-            "RSR %",
-            *(("RSR % by seed",) if len(study.seeds) > 1 else ()),
-            "p",
-            "Holm",
-            "verdict",
-            *(column for other in study.against for column in (f"p, {other}", "Holm", "verdict")),
-            "over-refusal %",
-            "from pruned",
-            "from dense",
-            "utility %",
-            "from pruned",
+            *("method", "restored\nper 10,000", "ASR %", "RSR %", "p", "Holm", "verdict"),
+            *("over-\nrefusal %", "from\npruned", "utility %", "from\npruned"),
             title=Text(f"{study.title}: {table.pruning}"),
+            box=SIMPLE_HEAD,
         )
         for row in table.rows:
-            tests = (row.test, *(row.against.get(other) for other in study.against))
             shown.add_row(
                 Text(words.name_text(row)),
-                words.spread_text(row.restored),
-                words.rate_text(row.asr),
-                words.recovered_text(row.rsr),
-                *((words.by_seed_text(row.rsr),) if len(study.seeds) > 1 else ()),
-                *(
-                    text
-                    for test in tests
-                    for text in (
-                        words.p_text(test, "p"),
-                        words.p_text(test),
-                        test.verdict if test else "",
-                    )
-                ),
-                words.rate_text(row.over_refusal),
-                words.points_text(row.over_refusal_from_pruned),
-                words.points_text(row.over_refusal_from_dense),
-                words.rate_text(row.utility),
-                words.points_text(row.utility_from_pruned),
+                words.spread_text(row.restored).replace(" (", "\n("),
+                stacked(words.rate_text(row.asr)),
+                stacked(words.recovered_text(row.rsr), words.by_seed_text(row.rsr)),
+                words.p_text(row.test, "p"),
+                words.p_text(row.test),
+                row.test.verdict if row.test else "",
+                stacked(words.rate_text(row.over_refusal)),
+                words.points_text(row.over_refusal_from_pruned).partition(" ")[0],
+                stacked(words.rate_text(row.utility)),
+                words.points_text(row.utility_from_pruned).partition(" ")[0],
             )
         console.print(shown)
+        for other in study.against:
+            beside = Table(
+                *("method", "p", "Holm", "verdict"),
+                title=Text(f"{table.pruning}: against {other}"),
+                box=SIMPLE_HEAD,
+            )
+            for row in table.rows:
+                if test := row.against.get(other):
+                    texts = words.p_text(test, "p"), words.p_text(test), test.verdict
+                    beside.add_row(Text(words.name_text(row)), *texts)
+            console.print(beside)
     for note in words.notes(study):
         console.print(note, style="dim", highlight=False, markup=False)
 

@@ -245,7 +245,7 @@ def compare(runs: Sequence[Run], against: Sequence[str] = (), seed: int = 0) -> 
 
 def _check_alike(runs: Sequence[Run]) -> None:
     if not runs:
-        raise RegraftError("There is no run to compare.")
+        raise RegraftError("There is no run to compare. Name at least one folder of `regraft run`.")
     names = [variant.name for variant in runs[0].report.variants]
     for before, run in pairwise(runs):
         if run.seed == before.seed:

@@ -150,8 +150,8 @@ def recovered_text(recovered: Recovered | None) -> str:
 
 
 def by_seed_text(recovered: Recovered | None) -> str:
-    """Each seed's RSR in per cent: "27.4, 31.0, undefined"; "" for a single one."""
-    if recovered is None or len(recovered.by_seed) < 2:
+    """Each seed's RSR in per cent: "27.4, 31.0, undefined"; "" for a single one, or without any."""
+    if recovered is None or len(recovered.by_seed) < 2 or set(recovered.by_seed) == {None}:
         return ""
     return ", ".join(
         "undefined" if value is None else f"{100 * value:.1f}" for value in recovered.by_seed
