@@ -17,7 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from regraft.evaluation.results import Estimate, EvalResult
@@ -152,22 +152,26 @@ def show_study(console: Console, study: Study) -> None:
     """Print a comparison, one table a pruning."""
     from regraft.report import write_compare as words  # matplotlib, slow to import
 
-    def stacked(text: str, *below: str) -> str:
-        return "\n".join(filter(None, (text.replace(" [", "\n["), *below)))
+    def stacked(text: str) -> str:
+        return text.replace(" [", "\n[").replace(" (", "\n(").replace(" to ", "\nto ")
 
     for table in study.tables:
         shown = Table(
-            *("method", "restored\nper 10,000", "ASR %", "RSR %", "p", "Holm", "verdict"),
+            Column("method", overflow="fold"),
+            *("restored\nper 10,000", "ASR %", "RSR %", "p", "Holm"),
+            Column("verdict", min_width=len("distinguishable")),
             *("over-\nrefusal %", "from\npruned", "utility %", "from\npruned"),
             title=Text(f"{study.title}: {table.pruning}"),
             box=SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
         )
         for row in table.rows:
             shown.add_row(
                 Text(words.name_text(row)),
-                words.spread_text(row.restored).replace(" (", "\n("),
+                stacked(words.spread_text(row.restored)),
                 stacked(words.rate_text(row.asr)),
-                stacked(words.recovered_text(row.rsr), words.by_seed_text(row.rsr)),
+                stacked(words.recovered_text(row.rsr)),
                 words.p_text(row.test, "p"),
                 words.p_text(row.test),
                 row.test.verdict if row.test else "",

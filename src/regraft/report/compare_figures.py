@@ -142,7 +142,7 @@ def _draw_points(axes: Axes, points: Sequence[_Point]) -> None:
             color=colour,
             mec=PAPER,
             mew=0.6,
-            zorder=3,
+            zorder=3 if point.row.role == "method" else 3.5,
             clip_on=False,
         )
 
