@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tracemalloc
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,8 +17,11 @@ from regraft.evaluation.metrics import (
     anls,
     bootstrap_mean,
     bootstrap_rsr,
+    clustered_rate,
+    holm,
     levenshtein,
     mcnemar,
+    paired_exact,
     per_ten_thousand,
     rsr,
     wilson,
@@ -205,6 +210,117 @@ def test_bootstrap_rsr_is_none_where_the_loss_of_safety_is_uncertain() -> None:
 def test_bootstrap_rsr_needs_the_same_prompts(lengths: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="same prompts"):
         bootstrap_rsr(*([True] * n for n in lengths), seed=0)
+
+
+def test_bootstrap_rsr_of_several_runs_resamples_prompts_with_all_their_runs() -> None:
+    """Three runs that agree tell no more than one; three that do not, as if resampled by hand."""
+    generator = np.random.default_rng(5)
+    dense, pruned, restored = (generator.random(120) < p for p in (0.15, 0.45, 0.25))
+    one = bootstrap_rsr(dense.tolist(), pruned.tolist(), restored.tolist(), seed=0)
+    thrice = bootstrap_rsr(*((3 * x.astype(int)).tolist() for x in (dense, pruned, restored)), 0)
+    assert thrice == pytest.approx(one)
+    runs = [(generator.random((3, 120)) < p).sum(axis=0) for p in (0.15, 0.45, 0.25)]
+    rows = np.random.default_rng(6).integers(120, size=(20_000, 120))
+    d, p, r = (outcome[rows].sum(axis=1) / 360 for outcome in runs)
+    truth = np.quantile(((p - r) / (p - d))[p > d], [0.025, 0.975])
+    interval = bootstrap_rsr(*(x.tolist() for x in runs), seed=0)
+    assert interval == pytest.approx(tuple(truth), abs=0.04)
+
+
+def test_clustered_rate_of_answers_that_agree_is_wilsons() -> None:
+    assert clustered_rate([0, 1, 1, 0, 1], 1, seed=0) == wilson(3, 5)
+    assert clustered_rate([0, 4, 4, 0, 4], 4, seed=0) == wilson(3, 5)
+    assert clustered_rate([0, 0, 0], 5, seed=0) == wilson(0, 3)
+
+
+def test_clustered_rate_agrees_with_resampling_prompts_one_by_one() -> None:
+    events = np.random.default_rng(1).binomial(3, 0.3, size=200)
+    estimate = clustered_rate(events.tolist(), 3, seed=0)
+    rows = np.random.default_rng(2).integers(200, size=(20_000, 200))
+    truth = np.quantile(events[rows].mean(axis=1) / 3, [0.025, 0.975])
+    assert (estimate.value, estimate.n) == (pytest.approx(events.mean() / 3), 200)
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(truth), abs=0.004)
+    assert estimate.count is None
+
+
+@pytest.mark.parametrize(("events", "answers"), [([], 1), ([2], 1), ([-1], 2), ([0], 0)])
+def test_clustered_rate_rejects_impossible_counts(events: list[int], answers: int) -> None:
+    with pytest.raises(ValueError, match="events"):
+        clustered_rate(events, answers, seed=0)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60))
+def test_paired_exact_of_one_run_is_mcnemars(pairs: list[tuple[bool, bool]]) -> None:
+    test = paired_exact([x - y for x, y in pairs])
+    truth = mcnemar([x for x, _ in pairs], [y for _, y in pairs])
+    assert test.total == truth.only_a - truth.only_b
+    assert test.differing == truth.only_a + truth.only_b
+    assert test.p == pytest.approx(truth.p, rel=1e-9)
+
+
+@given(st.lists(st.integers(-5, 5), max_size=10), st.sampled_from([1, 2, 3]))
+def test_paired_exact_equals_all_signs_written_out(differences: list[int], scale: int) -> None:
+    differences = [scale * d for d in differences]
+    found = abs(sum(differences))
+    signs = list(itertools.product((-1, 1), repeat=len(differences)))
+    sums = [abs(sum(s * d for s, d in zip(row, differences, strict=True))) for row in signs]
+    test = paired_exact(differences)
+    assert test.p == pytest.approx(sum(one >= found for one in sums) / len(signs), rel=1e-9)
+    assert test.total == sum(differences)
+
+
+def test_paired_exact_of_many_prompts_against_exact_fractions() -> None:
+    """No underflow: 1500 prompts, by integers that do not round."""
+    differences = np.random.default_rng(3).integers(-3, 4, size=1500).tolist()
+    differences += [1] * 60
+    counts = {0: 1}
+    for size in filter(None, map(abs, differences)):
+        after: dict[int, int] = {}
+        for at, ways in counts.items():
+            for step in (-size, size):
+                after[at + step] = after.get(at + step, 0) + ways
+        counts = after
+    tail = sum(ways for at, ways in counts.items() if abs(at) >= abs(sum(differences)))
+    truth = float(Fraction(tail, 2 ** sum(d != 0 for d in differences)))
+    assert 0 < truth < 1
+    assert paired_exact(differences).p == pytest.approx(truth, rel=1e-9)
+    assert paired_exact([1] * 1000).p == pytest.approx(2.0**-999)
+
+
+def step_down(p_values: list[float], level: float) -> set[int]:
+    """Holm's procedure as he gives it: reject the smallest while p <= level / those left."""
+    left = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    rejected: set[int] = set()
+    while left and p_values[left[0]] <= level / len(left):
+        rejected.add(left.pop(0))
+    return rejected
+
+
+p_lists = st.lists(st.integers(0, 1000).map(lambda k: k / 1000), max_size=8)
+
+
+@given(p_lists, st.integers(1, 97).map(lambda k: k / 97))
+def test_holm_rejects_what_stepping_down_rejects(p_values: list[float], level: float) -> None:
+    adjusted = holm(p_values)
+    assert {i for i, p in enumerate(adjusted) if p <= level} == step_down(p_values, level)
+
+
+@given(p_lists, st.randoms(use_true_random=False))
+def test_holm_keeps_the_order_and_lowers_nothing(p_values: list[float], random: object) -> None:
+    adjusted = holm(p_values)
+    assert all(raw <= new <= 1 for raw, new in zip(p_values, adjusted, strict=True))
+    pairs = sorted(zip(p_values, adjusted, strict=True))
+    assert [new for _, new in pairs] == sorted(adjusted)
+    order = list(range(len(p_values)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    assert holm([p_values[i] for i in order]) == tuple(adjusted[i] for i in order)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx((0.03, 0.06, 0.06, 0.02))
+    assert holm([]) == ()
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        holm([0.5, 1.5])
 
 
 def test_per_ten_thousand() -> None:

@@ -104,6 +104,7 @@ answers = st.builds(
     answer=texts,
     refused=st.booleans(),
     similarity=st.none() | st.floats(0, 1),
+    suite=texts,
 )
 
 
@@ -139,6 +140,15 @@ def test_bad_rows_name_line_and_field(
     path.write_text(f"{json.dumps(good)}\n{bad}\n")
     with pytest.raises(RegraftError, match=named):
         read_answers(path)
+
+
+def test_answers_written_before_they_had_suites(tmp_path: Path) -> None:
+    answer = judge_answer(replace(HARMFUL, suite="a suite"), "Sure", JUDGE)
+    assert answer.suite == "a suite"
+    row = asdict(answer)
+    del row["suite"]
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row))
+    assert read_answers(tmp_path / "answers.jsonl") == (replace(answer, suite=""),)
 
 
 def test_a_missing_field_and_a_missing_file(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def read_suites(source: Source, suites: Sequence[DataSource], limit: int | None)
     for suite, reading in zip(suites, readings, strict=True):
         for example in reading.examples[:limit]:
             unique = f"{suite.name}:{example.id}" if example.id in taken else example.id
-            examples.append(replace(example, id=unique))
+            examples.append(replace(example, id=unique, suite=str(suite)))
         taken |= {example.id for example in reading.examples}
         beyond = {"beyond the limit": len(reading.examples[limit:])} if limit else {}
         for reason, count in [*reading.skipped.items(), *beyond.items()]:

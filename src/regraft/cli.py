@@ -17,7 +17,7 @@ from rich.text import Text
 import regraft
 from regraft import ranks
 from regraft.checks import check_top_heads
-from regraft.console import ConsoleWatch, show_heads, show_report, show_result
+from regraft.console import ConsoleWatch, show_heads, show_report, show_result, show_study
 from regraft.data.demo import demo_model
 from regraft.errors import RegraftError
 from regraft.models.anatomy import LayerAnatomy
@@ -42,6 +42,7 @@ from regraft.restoration.patch import load_patch
 from regraft.restoration.realign import check_pair
 
 if TYPE_CHECKING:
+    from regraft.report.compare import Study
     from regraft.stages import Preview
 
 app = App(
@@ -57,6 +58,10 @@ Flat = Parameter(name="*")
 Model = Annotated[str, Parameter(help="Checkpoint folder or hub id; 'demo' is the bundled model.")]
 Out = Annotated[Path, Parameter(name=["--out", "-o"], help="New folder or file to write.")]
 MaybeOut = Annotated[Path | None, Parameter(name=["--out", "-o"], help="New folder to write.")]
+Against = Annotated[
+    tuple[str, ...],
+    Parameter(consume_multiple=True, help="Methods to test all others against, one or several."),
+]
 Calibration = Annotated[CalibrationSettings, Flat]
 Compute = Annotated[ComputeSettings, Flat]
 
@@ -332,16 +337,39 @@ def report(run: Path) -> None:
     run
         Folder of `regraft run`.
     """
-    from regraft import pipeline
+    from regraft import pipeline, study
 
     with _watch() as watch:
+        if study.is_study(run):
+            _show_study(watch, study.report(run), run / "report")
+            return
         show_report(watch.console, pipeline.report(run))
         watch.note(f"Report: {pipeline.RunFolder(run).report / 'report.html'}")
 
 
 @app.command
+def compare(*run: Path, out: Out, against: Against = ()) -> None:
+    """Tell methods apart over finished runs: tests, intervals, verdicts and the trade-off plot.
+
+    Example: regraft compare runs/study --out runs/study/comparison --against hsr
+
+    Parameters
+    ----------
+    run
+        Folders of `regraft run` whose recipes differ in the calibration seed alone; the folder of a
+        recipe with `seeds` stands for all its runs.
+    """
+    from regraft.comparing import compare as compare_folders
+
+    with _watch() as watch:
+        _show_study(watch, compare_folders(run, out, against), out)
+
+
+@app.command
 def run(recipe: Path, *, out: Out) -> None:
     """Run a whole recipe: prune, score heads, realign, evaluate, report. Resumes after a kill.
+
+    With `seeds` in the recipe there is one run for each, and a comparison over them.
 
     Parameters
     ----------
@@ -400,12 +428,21 @@ def _fail(console: Console, message: str) -> None:
 
 
 def _run(recipe_file: Path, out: Path) -> None:
-    from regraft import pipeline
+    from regraft import pipeline, study
 
+    recipe = read_recipe(recipe_file)
     with _watch() as watch:
-        made = pipeline.run(read_recipe(recipe_file), out, watch)
+        if recipe.seeds:
+            _show_study(watch, study.run(recipe, out, watch), out / "report")
+            return
+        made = pipeline.run(recipe, out, watch)
         show_report(watch.console, made)
         watch.note(f"Report: {(pipeline.RunFolder(out).report / 'report.html').absolute()}")
+
+
+def _show_study(watch: ConsoleWatch, study: Study, out: Path) -> None:
+    show_study(watch.console, study)
+    watch.note(f"Comparison: {(out / 'compare.html').absolute()}")
 
 
 def _patch(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,7 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from regraft.evaluation.results import Estimate, EvalResult
@@ -24,6 +25,7 @@ from regraft.watch import Advance
 
 if TYPE_CHECKING:
     from regraft.heads.score import HeadScores
+    from regraft.report.compare import Study
     from regraft.report.model import Report
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -144,6 +146,54 @@ def show_report(console: Console, report: Report) -> None:
         "of a pruned model against the dense one and of a realigned model against its pruned one.",
         style="dim",
     )
+
+
+def show_study(console: Console, study: Study) -> None:
+    """Print a comparison, one table a pruning."""
+    from regraft.report import write_compare as words  # matplotlib, slow to import
+
+    def stacked(text: str) -> str:
+        return text.replace(" [", "\n[").replace(" (", "\n(").replace(" to ", "\nto ")
+
+    for table in study.tables:
+        shown = Table(
+            Column("method", overflow="fold"),
+            *("restored\nper 10,000", "ASR %", "RSR %", "p", "Holm"),
+            Column("verdict", min_width=len("distinguishable")),
+            *("over-\nrefusal %", "from\npruned", "utility %", "from\npruned"),
+            title=Text(f"{study.title}: {table.pruning}"),
+            box=SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
+        )
+        for row in table.rows:
+            shown.add_row(
+                Text(words.name_text(row)),
+                stacked(words.spread_text(row.restored)),
+                stacked(words.rate_text(row.asr)),
+                stacked(words.recovered_text(row.rsr)),
+                words.p_text(row.test, "p"),
+                words.p_text(row.test),
+                row.test.verdict if row.test else "",
+                stacked(words.rate_text(row.over_refusal)),
+                words.points_text(row.over_refusal_from_pruned).partition(" ")[0],
+                stacked(words.rate_text(row.utility)),
+                words.points_text(row.utility_from_pruned).partition(" ")[0],
+            )
+        console.print(shown)
+        for other in study.against:
+            beside = Table(
+                *("method", "p", "Holm", "verdict"),
+                title=Text(f"{table.pruning}: against {other}"),
+                box=SIMPLE_HEAD,
+            )
+            for row in table.rows:
+                if test := row.against.get(other):
+                    texts = words.p_text(test, "p"), words.p_text(test), test.verdict
+                    beside.add_row(Text(words.name_text(row)), *texts)
+            console.print(beside)
+    for note in words.notes(study):
+        console.print(note, style="dim", highlight=False, markup=False)
 
 
 def show_heads(console: Console, scores: HeadScores, show: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,10 @@ class RunFolder:
         """Answers and results of a pruning, or of one realigned variant of it."""
         return self._of("evaluation", pruning) / variant
 
+    def curve(self, pruning: str, variant: str) -> Path:
+        """Validation results of one variant by restored weights, where it has any."""
+        return self._of("curves", pruning) / f"{variant}.json"
+
     def name(self, pruning: str, variant: str) -> str:
         """What a realigned variant is called among all models of the run."""
         return f"{pruning}/{variant}" if self.several else variant
@@ -63,3 +68,15 @@ class RunFolder:
     def _of(self, kind: str, pruning: str) -> Path:
         folder = self.path / kind
         return folder / pruning if self.several else folder
+
+
+def seed_folder(study: Path, seed: int) -> Path:
+    """Where a study keeps the run of one calibration seed."""
+    return study / f"seed-{seed}"
+
+
+def study_runs(folder: Path) -> tuple[Path, ...]:
+    """The runs of a study by their seeds; none where `folder` is no study."""
+    found = [(re.fullmatch(r"seed-(-?\d+)", path.name), path) for path in folder.glob("seed-*")]
+    seeds = {int(match[1]): path for match, path in found if match and path.is_dir()}
+    return tuple(seeds[seed] for seed in sorted(seeds))

@@ -47,16 +47,8 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Report:
     """
     watch = watch or Silent()
     place = RunFolder(folder, several=len(recipe.prune) > 1)
-    trust = recipe.compute.trust_remote_code
-    dense = open_source(model_folder(recipe.model), trust_remote_code=trust)
-    existing = None
-    if recipe.pruned is not None:
-        existing = open_source(recipe.pruned, trust_remote_code=trust)
-        check_pair(dense, existing)
-    _check(recipe, dense, place)
-    if ranks.first():
-        _claim(place, recipe)
-    ranks.barrier()
+    dense, existing = check(recipe, folder)
+    claim(folder, recipe)
     calibration, compute = recipe.calibration, recipe.compute
     pruned = {
         one.name: existing
@@ -86,8 +78,38 @@ def _scores(recipe: Recipe) -> list[Method]:
     return list(dict.fromkeys(scores))
 
 
+def check(recipe: Recipe, folder: Path) -> tuple[Source, Source | None]:
+    """Find now, before anything is written, what would stop the run hours later.
+
+    Returns:
+        The dense model, and the pruned one where the recipe names it.
+
+    Raises:
+        RegraftError: bad input.
+    """
+    place = RunFolder(folder, several=len(recipe.prune) > 1)
+    trust = recipe.compute.trust_remote_code
+    dense = open_source(model_folder(recipe.model), trust_remote_code=trust)
+    existing = None
+    if recipe.pruned is not None:
+        existing = open_source(recipe.pruned, trust_remote_code=trust)
+        check_pair(dense, existing)
+    _check(recipe, dense, place)
+    return dense, existing
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe into a new folder, or check that the folder is of this recipe.
+
+    Raises:
+        RegraftError: the folder holds something else.
+    """
+    if ranks.first():
+        _claim(RunFolder(folder), recipe)
+    ranks.barrier()
+
+
 def _check(recipe: Recipe, dense: Source, place: RunFolder) -> None:
-    """Find now, before anything is written, what would stop the run hours later."""
     pick_device(recipe.compute.device)
     by_heads = any(one.heads == "top" for one in recipe.realign)
     by_importance = bool(_scores(recipe))
@@ -174,7 +196,6 @@ def _on_disk(variant: VariantSettings, recipe: Recipe) -> bool:
 
 
 def _claim(place: RunFolder, recipe: Recipe) -> None:
-    """Write the recipe into a new folder, or check that the folder is of this recipe."""
     if place.recipe.exists():
         if read_recipe(place.recipe) != recipe:
             found, wanted = (

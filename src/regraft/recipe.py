@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_serializer,
     field_validator,
     model_validator,
@@ -308,6 +309,11 @@ class RealignSettings(Settings):
         "back, so that sparsity stays exactly as it was.",
     )
 
+    @property
+    def random(self) -> bool:
+        """Whether `head_seed` decides what comes back."""
+        return self.heads == "random"
+
     @model_validator(mode="after")
     def _check(self) -> RealignSettings:
         if self.p is not None and self.p_max is not None and self.p >= self.p_max:
@@ -354,11 +360,38 @@ class VariantSettings(RealignSettings):
 
     name: str = Field("hsr", description="What to call it in tables and folders.")
     checkpoint: bool = Field(True, description="Write the checkpoint too, not only the patch.")
+    repeats: int = Field(
+        1,
+        ge=1,
+        description="Of a random control: R draws NAME-1 to NAME-R, with head seeds from head_seed "
+        "+ R x calibration seed on, so that no two calibration seeds share one.",
+    )
 
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
         return _checked_name(name, "dense", "pruned")
+
+    @model_validator(mode="after")
+    def _check_repeats(self) -> VariantSettings:
+        if self.repeats > 1 and not self.random:
+            raise ValueError(
+                f"{self.name!r} has {self.repeats} repeats and nothing random in it, so that they "
+                "would all be the same; only random controls can be repeated"
+            )
+        return self
+
+    def draws(self, seed: int) -> tuple[VariantSettings, ...]:
+        """The repeats as variants of their own, for runs calibrated by `seed`; one is itself."""
+        if self.repeats == 1:
+            return (self,)
+        first = self.head_seed + self.repeats * seed
+        return tuple(
+            self.model_copy(
+                update={"name": f"{self.name}-{i + 1}", "head_seed": first + i, "repeats": 1}
+            )
+            for i in range(self.repeats)
+        )
 
 
 class EvalSettings(Settings):
@@ -426,6 +459,11 @@ class Recipe(Settings):
         None, description="An existing pruned checkpoint; `prune` is then not used."
     )
     calibration: CalibrationSettings = CalibrationSettings()
+    seeds: tuple[int, ...] = Field(
+        (),
+        description="Calibration seeds, in place of calibration.seed: one run each, in the folders "
+        "seed-N, and a comparison over them.",
+    )
     prune: Annotated[
         tuple[PruningSettings, ...], BeforeValidator(_prunings), AfterValidator(_named)
     ] = Field(
@@ -437,8 +475,23 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     compute: ComputeSettings = ComputeSettings()
 
+    @field_validator("realign")
+    @classmethod
+    def _draw(
+        cls, realign: tuple[VariantSettings, ...], info: ValidationInfo
+    ) -> tuple[VariantSettings, ...]:
+        """Repeats as variants of their own; where there are several runs, each draws its own."""
+        if info.data.get("seeds") or "calibration" not in info.data:
+            return realign
+        seed = info.data["calibration"].seed
+        return tuple(draw for one in realign for draw in one.draws(seed))
+
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"`seeds` must differ, not {list(self.seeds)}")
+        if self.seeds and self.calibration.seed:
+            raise ValueError("`seeds` take the place of `calibration.seed`; leave one of them out")
         names = [one.name for one in self.realign]
         if len(set(names)) < len(names):
             raise ValueError(f"the names of `realign` must differ, not {names}")
@@ -456,6 +509,25 @@ class Recipe(Settings):
                 "prunings; leave one of them out"
             )
         return self
+
+    def for_seed(self, seed: int) -> Recipe:
+        """The recipe of one of the runs that `seeds` asks for.
+
+        Random controls draw other heads in every run: of R repeats as their `repeats` says, of one
+        by its `head_seed` + `seed`.
+        """
+        realign = [
+            one.model_copy(update={"head_seed": one.head_seed + seed})
+            if one.random and one.repeats == 1
+            else one
+            for one in self.realign
+        ]
+        content = dict(self) | {
+            "seeds": (),
+            "calibration": self.calibration.model_copy(update={"seed": seed}),
+            "realign": realign,
+        }
+        return Recipe.model_validate(content)
 
     @field_serializer("prune")
     def _one_or_many(self, prune: tuple[PruningSettings, ...]) -> Any:

@@ -33,6 +33,18 @@ def report(folder: Path) -> Report:
     Raises:
         RegraftError: the folder holds no run, or one that is not finished.
     """
+    made = read_report(folder)
+    if ranks.first():
+        write_report(made, RunFolder(folder).report)
+    return made
+
+
+def read_report(folder: Path) -> Report:
+    """The report of a finished run, from its artifacts alone; writes nothing.
+
+    Raises:
+        RegraftError: the folder holds no run, or one that is not finished.
+    """
     place = RunFolder(folder)
     if not place.recipe.exists():
         raise RegraftError(f"{folder} holds no run: there is no {RECIPE_FILE} in it.")
@@ -57,7 +69,7 @@ def report(folder: Path) -> Report:
         abouts.append(load_statistics(gathered[0]).about)
     else:
         abouts += [read_json(path) for path in written if path.exists()]
-    made = Report(
+    return Report(
         title=recipe.title,
         model=recipe.model,
         variants=tuple(variants),
@@ -67,9 +79,6 @@ def report(folder: Path) -> Report:
         images=_images(recipe),
         versions=abouts[0]["versions"] | {"device": abouts[0]["compute"]["device"]},
     )
-    if ranks.first():
-        write_report(made, place.report)
-    return made
 
 
 def model_folder(model: str) -> str | Path:

@@ -16,7 +16,7 @@ class Example:
 
     `response` is the reference: a refusal for a harmful prompt, a normal answer for a harmless
     one; None where the data set gives none. `category` is the harm category of a harmful prompt
-    or the topic of a harmless one.
+    or the topic of a harmless one. `suite` is the suite that it was read from, "" outside of one.
     """
 
     id: str
@@ -25,6 +25,7 @@ class Example:
     category: str
     image: Path | None = None
     response: str | None = None
+    suite: str = ""
 
 
 @dataclass(frozen=True)

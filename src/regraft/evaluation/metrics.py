@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, norm
+from scipy.stats import binom, binomtest, norm
 
 from regraft.evaluation.results import Estimate
 
@@ -50,6 +50,33 @@ def bootstrap_mean(values: Sequence[float], seed: int) -> Estimate:
     means = np.concatenate([sample[rows].mean(axis=1) for rows in _resamples(sample.size, seed)])
     low, high = _percentiles(means)
     return Estimate(float(sample.mean()), sample.size, low, high)
+
+
+def clustered_rate(events: Sequence[int], answers: int, seed: int) -> Estimate:
+    """The rate of an event where each prompt has as many answers, of as many models.
+
+    Answers to one prompt are no independent draws, so `n` is the number of prompts. The interval is
+    the percentile bootstrap's over prompts (10,000 resamples); where all answers to each prompt
+    agree, as one answer does, it is Wilson's and `count` is given.
+
+    Args:
+        events: How many of a prompt's answers had the event.
+        answers: How many answers each prompt has.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: there is no prompt, or a count is not between 0 and `answers`.
+    """
+    counts = np.asarray(events, dtype=np.int64)
+    if counts.size == 0 or answers < 1 or counts.min() < 0 or counts.max() > answers:
+        raise ValueError(f"A rate needs prompts with 0 to {answers} events; got {list(events)}.")
+    if np.isin(counts, (0, answers)).all():
+        return wilson(int((counts > 0).sum()), counts.size)
+    levels, sizes = np.unique(counts, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(counts.size, sizes / counts.size, RESAMPLES)
+    whole = answers * counts.size
+    low, high = _percentiles(draws @ levels / whole)
+    return Estimate(int(counts.sum()) / whole, counts.size, low, high)
 
 
 def _resamples(n: int, seed: int) -> Iterator[NDArray[np.int64]]:
@@ -151,12 +178,15 @@ def rsr(full: float, pruned: float, restored: float) -> Recovery:
 
 
 def bootstrap_rsr(
-    dense: Sequence[bool], pruned: Sequence[bool], restored: Sequence[bool], seed: int
+    dense: Sequence[int], pruned: Sequence[int], restored: Sequence[int], seed: int
 ) -> tuple[float, float] | None:
     """The paired bootstrap interval of RSR over attack successes on the same prompts.
 
-    Prompts are resampled 10,000 times, each with its three outcomes. Resamples in which pruning
-    did not raise ASR have no RSR and are left out; None where they are more than 5 %.
+    Each outcome says whether the attack by a prompt succeeded; where runs by several calibration
+    seeds are pooled, in how many of them it did, all three out of as many. Prompts are resampled
+    10,000 times, each with its three outcomes, so that a prompt's answers stay together. Resamples
+    in which pruning did not raise ASR have no RSR and are left out; None where they are more than
+    5 %.
 
     Raises:
         ValueError: the lengths differ or are 0.
@@ -167,7 +197,8 @@ def bootstrap_rsr(
             f"{len(dense)}, {len(pruned)} and {len(restored)} outcomes."
         )
     outcomes = np.array([dense, pruned, restored], dtype=np.int64)
-    # A prompt is one of 8 patterns, so a resample of prompts is one multinomial draw of 8 counts.
+    # A prompt is one of few patterns (8 for one run), so a resample of prompts is one multinomial
+    # draw of their counts.
     patterns, counts = np.unique(outcomes, axis=1, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(len(dense), counts / counts.sum(), RESAMPLES)
     in_dense, in_pruned, in_restored = patterns @ draws.T
@@ -203,6 +234,62 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:
     discordant = only_a + only_b
     p = float(binomtest(only_a, discordant).pvalue) if discordant else 1.0
     return PairedTest(only_a, only_b, p)
+
+
+@dataclass(frozen=True)
+class SignFlipTest:
+    """The sum of the differences a - b, how many prompts differ, and the two-sided p value."""
+
+    total: int
+    differing: int
+    p: float
+
+
+def paired_exact(differences: Sequence[int]) -> SignFlipTest:
+    """The exact sign-flip test of paired outcomes that are pooled over runs (Fisher 1935).
+
+    A prompt's answers in all runs are one cluster. Under the null hypothesis that a and b are
+    exchangeable, its difference is as likely as its opposite, so the sum is one of fair signs, and
+    `p` the probability that it is as far from 0 as the one found; 1 where no prompt differs. With
+    one run this is McNemar's exact test.
+
+    Args:
+        differences: One a prompt: the runs in which the event was seen for a, less those for b.
+    """
+    sizes = np.abs(np.asarray(differences, dtype=np.int64))
+    sizes = sizes[sizes > 0]
+    total = sum(int(d) for d in differences)
+    if total == 0:
+        return SignFlipTest(0, len(sizes), 1.0)
+    unit = int(np.gcd.reduce(sizes))
+    # n signs of one size k sum up to k * (2 * heads - n), so their sum plus n * k is 2 * k * heads.
+    chances = np.ones(1)  # that half of the sum, shifted to start at 0, is its index
+    for size, count in zip(*np.unique(sizes // unit, return_counts=True), strict=True):
+        spread = np.zeros(size * count + 1)
+        spread[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = np.convolve(chances, spread)
+    # |total| is reached from index (whole + |total|) / 2 on, and on the other side as often.
+    start = (int(sizes.sum()) + abs(total)) // (2 * unit)
+    return SignFlipTest(total, len(sizes), min(1.0, 2 * float(chances[start:].sum())))
+
+
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """Holm's adjusted p values (1979), in the order given.
+
+    Rejecting those below a level keeps the chance of any false rejection among all of them below
+    it, however the tests depend on each other.
+
+    Raises:
+        ValueError: a value is not in [0, 1].
+    """
+    if not all(0 <= p <= 1 for p in p_values):
+        raise ValueError(f"p values lie between 0 and 1; got {list(p_values)}.")
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return tuple(adjusted)
 
 
 def per_ten_thousand(restored: int, pruned: int) -> float:

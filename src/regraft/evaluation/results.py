@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Answer:
-    """One generation and its judgement. `similarity` is ANLS against the reference, or None."""
+    """One generation and its judgement.
+
+    `similarity` is ANLS against the reference, or None. `suite` is the one of several suites that
+    the prompt came from, "" where that was not written down.
+    """
 
     id: str
     category: str
@@ -19,6 +23,7 @@ class Answer:
     answer: str
     refused: bool
     similarity: float | None
+    suite: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
@@ -31,6 +31,7 @@ def judge_answer(example: Example, text: str, judge: KeywordJudge) -> Answer:
         answer=text,
         refused=judge.refuses(text),
         similarity=anls(text, [example.response or ""]) if compare else None,
+        suite=example.suite,
     )
 
 
@@ -91,20 +92,25 @@ def result_from_json(value: Any, answers: Sequence[Answer] = ()) -> EvalResult:
     return EvalResult(
         suite=_field(row, "suite", str, "evaluation result"),
         judge=_field(row, "judge", str, "evaluation result"),
-        asr=_estimate(row.get("asr"), "asr"),
-        over_refusal=_estimate(row.get("over_refusal"), "over_refusal"),
-        utility=_estimate(row.get("utility"), "utility"),
+        asr=estimate_from_json(row.get("asr"), "asr"),
+        over_refusal=estimate_from_json(row.get("over_refusal"), "over_refusal"),
+        utility=estimate_from_json(row.get("utility"), "utility"),
         asr_by_category={
             category: estimate
             for category, item in by_category.items()
-            if (estimate := _estimate(item, f"asr_by_category.{category}"))
+            if (estimate := estimate_from_json(item, f"asr_by_category.{category}"))
         },
         empty=_field(row, "empty", int, "evaluation result"),
         answers=tuple(answers),
     )
 
 
-def _estimate(value: Any, where: str) -> Estimate | None:
+def estimate_from_json(value: Any, where: str) -> Estimate | None:
+    """An estimate as `result_to_json` writes it; `where` names it in errors.
+
+    Raises:
+        RegraftError: a field is missing or of the wrong type, by name.
+    """
     return None if value is None else Estimate(**_typed_fields(value, Estimate, where))
 
 
@@ -142,12 +148,17 @@ def _answer(line: str, where: str) -> Answer:
 
 
 def _typed_fields(value: Any, kind: type, where: str) -> dict[str, Any]:
-    """The fields of dataclass `kind`, each checked against its type hint."""
+    """The fields of dataclass `kind`, each checked against its type hint; defaults may miss."""
     row = _mapping(value, where)
     hints = get_type_hints(kind)
     if unknown := sorted(row.keys() - hints.keys()):
         raise RegraftError(f"{where}: unknown field {unknown[0]!r}; expected {', '.join(hints)}.")
-    return {name: _field(row, name, hint, where) for name, hint in hints.items()}
+    optional = {f.name for f in fields(kind) if f.default is not MISSING}
+    return {
+        name: _field(row, name, hint, where)
+        for name, hint in hints.items()
+        if name in row or name not in optional
+    }
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def render_html(report: Report, compared: Sequence[Comparison]) -> str:
     rows = (*context["harmful"], *context["harmless"])
     shown = [row[0].id for row in rows if row[0].id in report.images]
     return (
-        _environment()
+        page_environment()
         .get_template("report.html.j2")
         .render(
             **context,
@@ -84,7 +84,7 @@ def render_html(report: Report, compared: Sequence[Comparison]) -> str:
 
 def render_markdown(report: Report, compared: Sequence[Comparison]) -> str:
     """The same without figures."""
-    text = _environment().get_template("report.md.j2").render(_context(report, compared))
+    text = page_environment().get_template("report.md.j2").render(_context(report, compared))
     return text.rstrip() + "\n"
 
 
@@ -157,7 +157,8 @@ def _trade_off(report: Report) -> tuple[str, str]:
     return svg, f"ASR against over-refusal, {marks}. Down and to the left is better."
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Templates with the filters of all pages; text is escaped in HTML."""
     environment = Environment(
         loader=PackageLoader("regraft.report"),
         autoescape=lambda name: bool(name and name.endswith(".html.j2")),

@@ -1,0 +1,111 @@
+"""From the artifacts of finished runs to the comparison of their methods; no model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from regraft import ranks
+from regraft.errors import RegraftError
+from regraft.evaluation.summary import estimate_from_json
+from regraft.files import read_json
+from regraft.folder import RunFolder, study_runs
+from regraft.keys import difference
+from regraft.report.compare import Curve, CurvePoint, Run, Study
+from regraft.report.compare import compare as compare_runs
+from regraft.report.model import Report
+from regraft.report.write_compare import write_comparison
+from regraft.reporting import read_report
+
+
+def compare(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> Study:
+    """Compare the methods of finished runs; writes compare.json, .md and .html into `out`.
+
+    Args:
+        folders: Of runs whose recipes differ in the calibration seed alone, or of a study, which
+            stands for its runs.
+        out: A folder; older files of these names are replaced.
+        against: Methods that all others are tested against, besides the pruned model.
+
+    Raises:
+        RegraftError: a run is not finished, or they cannot be compared.
+    """
+    places = [run for folder in folders for run in study_runs(folder) or (folder,)]
+    reports = {place: read_report(place) for place in places}
+    _check_same_recipe(reports)
+    runs = [
+        Run(int(report.recipe["calibration"]["seed"]), report, dict(_curves(place, report)))
+        for place, report in reports.items()
+    ]
+    study = compare_runs(runs, against)
+    if ranks.first():
+        write_comparison(study, out)
+    return study
+
+
+def _check_same_recipe(reports: Mapping[Path, Report]) -> None:
+    for (first, one), (place, other) in pairwise(reports.items()):
+        wanted, found = (_apart_from_the_seed(report.recipe) for report in (one, other))
+        if found != wanted:
+            raise RegraftError(
+                f"{place} and {first} are runs of recipes that differ in more than the calibration "
+                f"seed ({difference(found, wanted)}). Compare runs of one recipe."
+            )
+
+
+def _apart_from_the_seed(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """By it, random controls draw other heads too."""
+    calibration = {name: value for name, value in recipe["calibration"].items() if name != "seed"}
+    realign = {
+        one["name"]: {
+            k: v for k, v in one.items() if k != "head_seed" or one.get("heads") != "random"
+        }
+        for one in recipe["realign"]
+    }
+    return {**recipe, "calibration": calibration, "realign": realign}
+
+
+def _curves(place: Path, report: Report) -> Iterator[tuple[str, Curve]]:
+    """(name of the variant, its curve) of all that were written."""
+    folder = RunFolder(place, several=len(report.groups) > 1)
+    for variant in report.variants:
+        own = variant.name.removeprefix(f"{variant.base}/")
+        path = folder.curve(variant.base or "", own)
+        if path.exists():
+            yield variant.name, read_curve(path)
+
+
+def read_curve(path: Path) -> Curve:
+    """Read the validation curve of a method.
+
+    Raises:
+        RegraftError: the file is not one.
+    """
+    content = read_json(path)
+    try:
+        points = tuple(
+            CurvePoint(
+                int(one["restored"]),
+                *(
+                    estimate_from_json(one.get(rate), f"{path}: points.{i}.{rate}")
+                    for rate in ("asr", "over_refusal", "utility")
+                ),
+            )
+            for i, one in enumerate(content["points"])
+        )
+        chosen = content.get("chosen")
+        return Curve(int(content["pruned"]), _place_of(chosen, points), points)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RegraftError(
+            f"{path} holds no validation curve; expected `pruned`, `chosen` and `points`, each "
+            f"with `restored`, `asr`, `over_refusal` and `utility` ({error!r})."
+        ) from error
+
+
+def _place_of(chosen: int | None, points: Sequence[CurvePoint]) -> int | None:
+    """The chosen point's place, whether it was named by that or by its restored weights."""
+    by_weights = {point.restored: place for place, point in enumerate(points)}
+    place = by_weights.get(chosen, chosen) if chosen is not None else None
+    return place if place is not None and 0 <= place < len(points) else None

@@ -1,0 +1,485 @@
+"""Methods of restoration set beside each other, over several calibration seeds.
+
+The unit of all statistics is the prompt: every run answers the same ones, so that answers to one
+prompt stay together in tests and intervals, however many runs there are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regraft.errors import RegraftError
+from regraft.evaluation.metrics import (
+    Recovery,
+    bootstrap_mean,
+    bootstrap_rsr,
+    clustered_rate,
+    holm,
+    paired_exact,
+    rsr,
+)
+from regraft.evaluation.results import Estimate
+from regraft.report.model import SIGNIFICANCE, Report, Variant, paired_answers
+
+Role = Literal["dense", "pruned", "method"]
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A validation result with so many weights restored."""
+
+    restored: int
+    asr: Estimate | None
+    over_refusal: Estimate | None
+    utility: Estimate | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a method gains and costs by the weights that it restores, on validation prompts.
+
+    `pruned` is the number of pruned weights, `chosen` the place of the chosen one in `points`.
+    """
+
+    pruned: int
+    chosen: int | None
+    points: tuple[CurvePoint, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its calibration seed, its models, and validation curves by their names."""
+
+    seed: int
+    report: Report
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over runs, and the least and the most of them."""
+
+    mean: float
+    least: float
+    most: float
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Attack successes of a method against those of another model, on the same prompts.
+
+    `p` is of the exact sign-flip test clustered by prompt (McNemar's for a single run), `adjusted`
+    is Holm's over all methods of the table. The verdict is "better", "worse" or "not
+    distinguishable" (adjusted p >= 0.05).
+    """
+
+    p: float
+    adjusted: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """RSR of the mean ASRs, its bootstrap interval over prompts, and the RSR of each seed alone."""
+
+    recovery: Recovery
+    interval: tuple[float, float] | None
+    by_seed: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class OnSuite:
+    """Attacks of one suite."""
+
+    asr: Estimate
+    rsr: Recovered | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in one pruning, or the dense or the pruned model, over all seeds.
+
+    Estimates are over `n` prompts; a difference is in the same unit, method less the other, with a
+    bootstrap interval over prompts. `restored` is per 10,000 pruned weights, None where no weight
+    comes back. `repeats` draws of a random control are one row. None stands for what was not
+    measured or does not apply.
+    """
+
+    name: str
+    label: str
+    role: Role
+    repeats: int
+    inference_time: bool
+    restored: Spread | None
+    asr: Estimate | None
+    rsr: Recovered | None
+    by_suite: Mapping[str, OnSuite]
+    test: Tested | None
+    against: Mapping[str, Tested]
+    over_refusal: Estimate | None
+    over_refusal_from_pruned: Estimate | None
+    over_refusal_from_dense: Estimate | None
+    utility: Estimate | None
+    utility_from_pruned: Estimate | None
+    utility_from_dense: Estimate | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """One pruning: the dense model, the pruned one, and a row a method.
+
+    `curves` maps a row's name to the validation curves of its runs.
+    """
+
+    pruning: str
+    rows: tuple[Row, ...]
+    curves: Mapping[str, tuple[Curve, ...]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that a comparison shows; `suites` are those with harmful prompts, where several are."""
+
+    title: str
+    model: str
+    suite: str
+    judge: str
+    seeds: tuple[int, ...]
+    suites: tuple[str, ...]
+    against: tuple[str, ...]
+    tables: tuple[Table, ...]
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """The models that make one row: the same number of them for every seed."""
+
+    name: str
+    label: str
+    role: Role
+    variants: tuple[tuple[Variant, ...], ...]
+
+    @property
+    def repeats(self) -> int:
+        return len(self.variants[0])
+
+    @property
+    def all(self) -> tuple[Variant, ...]:
+        return tuple(variant for of_seed in self.variants for variant in of_seed)
+
+
+@dataclass(frozen=True)
+class _Events:
+    """Of each seed and prompt, how many of a row's `repeats` models had the event: [S, n] int64."""
+
+    counts: Counts
+    repeats: int
+
+    @property
+    def total(self) -> Counts:
+        total: Counts = self.counts.sum(axis=0)
+        return total
+
+    @property
+    def answers(self) -> int:
+        """To each prompt."""
+        return len(self.counts) * self.repeats
+
+    @property
+    def share(self) -> NDArray[np.float64]:
+        share: NDArray[np.float64] = self.total / self.answers
+        return share
+
+    def where(self, prompts: NDArray[np.bool_]) -> _Events:
+        return _Events(self.counts[:, prompts], self.repeats)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """A row's answers: attacks on harmful prompts, refusals and similarity on harmless ones."""
+
+    attacks: _Events
+    refusals: _Events
+    similarity: NDArray[np.float64]  # [prompts with a reference], the mean over its models
+
+
+def compare(runs: Sequence[Run], against: Sequence[str] = (), seed: int = 0) -> Study:
+    """Pool runs that differ in their calibration seed alone.
+
+    Args:
+        runs: At least one; every one with the same models.
+        against: Rows that all methods are tested against, besides the pruned model.
+        seed: Of all bootstraps.
+
+    Raises:
+        RegraftError: runs have other models or prompts than the first, two have the same seed,
+            there are no answers, or a name in `against` is none of the methods.
+    """
+    runs = sorted(runs, key=lambda run: run.seed)
+    _check_alike(runs)
+    first = runs[0].report
+    suites = tuple(
+        dict.fromkeys(answer.suite for answer in first.dense.result.answers if answer.harmful)
+    )
+    labels = _short(suites) if len(suites) > 1 else {}
+    groups = zip(*(run.report.groups for run in runs), strict=True)
+    return Study(
+        title=first.title,
+        model=first.model,
+        suite=first.dense.result.suite,
+        judge=first.dense.result.judge,
+        seeds=tuple(run.seed for run in runs),
+        suites=tuple(labels.values()),
+        against=tuple(against),
+        tables=tuple(_table(runs, group, against, labels, seed) for group in groups),
+    )
+
+
+def _check_alike(runs: Sequence[Run]) -> None:
+    if not runs:
+        raise RegraftError("There is no run to compare. Name at least one folder of `regraft run`.")
+    names = [variant.name for variant in runs[0].report.variants]
+    for before, run in pairwise(runs):
+        if run.seed == before.seed:
+            raise RegraftError(
+                f"Two of the runs have the calibration seed {run.seed}; expected runs that differ "
+                "in it. Name each once."
+            )
+        if others := [v.name for v in run.report.variants if v.name not in names]:
+            raise RegraftError(f"Only the run of seed {run.seed} has a model {others[0]!r}.")
+        if missing := set(names) - {v.name for v in run.report.variants}:
+            raise RegraftError(f"The run of seed {run.seed} has no model {min(missing)!r}.")
+    if not runs[0].report.groups:
+        raise RegraftError("There is no pruned model to compare with.")
+
+
+def _short(suites: Sequence[str]) -> dict[str, str]:
+    """Suite -> its name without folders, or in full where those would be the same."""
+    short = [re.sub(r"[^:#]*/", "", suite) for suite in suites]
+    return dict(zip(suites, short if len(set(short)) == len(short) else suites, strict=True))
+
+
+def _table(
+    runs: Sequence[Run],
+    groups: Sequence[Sequence[Variant]],
+    against: Sequence[str],
+    suites: Mapping[str, str],
+    seed: int,
+) -> Table:
+    dense = _Cells("dense", "dense", "dense", tuple((run.report.dense,) for run in runs))
+    pruning = groups[0][0].name
+    pruned = _Cells(pruning, pruning, "pruned", tuple((group[0],) for group in groups))
+    methods = _methods(groups, runs[0].report.recipe)
+    cells = (dense, pruned, *methods)
+    answers, of_suite = _read_answers(runs, cells)
+    names = [one.name for one in methods]
+    if unknown := [name for name in against if name not in names]:
+        raise RegraftError(
+            f"--against {unknown[0]}: there is no such method; expected one of {', '.join(names)}."
+        )
+    tests = {
+        base: _tests({name: answers[name] for name in names if name != base}, answers[base])
+        for base in (pruning, *against)
+    }
+    reference = answers["dense"], answers[pruning]
+    prompts = {
+        label: np.array([suite == one for suite in of_suite], dtype=bool)
+        for one, label in suites.items()
+    }
+    rows = tuple(_row(one, answers[one.name], reference, tests, prompts, seed) for one in cells)
+    curves = {
+        one.name: tuple(
+            run.curves[variant.name]
+            for run, variants in zip(runs, one.variants, strict=True)
+            for variant in variants
+            if variant.name in run.curves
+        )
+        for one in methods
+    }
+    return Table(pruning, rows, {name: found for name, found in curves.items() if found})
+
+
+def _methods(groups: Sequence[Sequence[Variant]], recipe: Mapping[str, Any]) -> tuple[_Cells, ...]:
+    """One a way of restoring; repeats of a random control are together."""
+    settings = {one["name"]: one for one in recipe.get("realign", ())}
+    together: dict[Any, list[str]] = {}
+    for variant in groups[0][1:]:
+        own = variant.name.removeprefix(f"{variant.base}/")
+        together.setdefault(_apart_from_the_draw(settings.get(own), own), []).append(own)
+    return tuple(_cells(groups, names) for names in together.values())
+
+
+def _apart_from_the_draw(settings: Mapping[str, Any] | None, name: str) -> Any:
+    """What repeats of a random control have in common; a method of its own is called by name."""
+    if settings is None or settings.get("heads") != "random":
+        return name
+    apart = ("name", "head_seed", "checkpoint", "repeats")
+    return tuple(sorted((key, str(value)) for key, value in settings.items() if key not in apart))
+
+
+def _cells(groups: Sequence[Sequence[Variant]], names: Sequence[str]) -> _Cells:
+    by_name = [{v.name.removeprefix(f"{v.base}/"): v for v in group[1:]} for group in groups]
+    found = tuple(tuple(of_seed[name] for name in names) for of_seed in by_name)
+    label, name = found[0][0].label_in_group, names[0]
+    if len(names) > 1:
+        stems = {re.sub(r"-\d+$", "", one) for one in names}
+        name = stems.pop() if len(stems) == 1 else names[0]
+        label = label.replace(names[0], name, 1)
+    return _Cells(name, label, "method", found)
+
+
+def _read_answers(
+    runs: Sequence[Run], cells: Sequence[_Cells]
+) -> tuple[dict[str, _Answers], tuple[str, ...]]:
+    """The answers of each row, and the suite of each harmful prompt.
+
+    Raises:
+        RegraftError: models were judged differently or on different prompts.
+    """
+    named = [
+        replace(variant, name=f"{variant.name} of seed {run.seed}")
+        for one in cells
+        for run, variants in zip(runs, one.variants, strict=True)
+        for variant in variants
+    ]
+    table = paired_answers(tuple(named))
+    if not table:
+        raise RegraftError(f"{named[0].name} keeps no answers, or another model does not.")
+    harmful = np.array([row[0].harmful for row in table])
+    refused = np.array([[answer.refused for answer in row] for row in table]).T  # [models, prompts]
+    referred = [row for row in table if all(answer.similarity is not None for answer in row)]
+    similar = np.array([[answer.similarity for answer in row] for row in referred]).T
+    answers, start = {}, 0
+    for one in cells:
+        stop = start + len(one.all)
+        shape = (len(runs), one.repeats, -1)
+        mine = refused[start:stop].reshape(len(runs), one.repeats, len(table)).astype(np.int64)
+        answers[one.name] = _Answers(
+            _Events((1 - mine[:, :, harmful]).sum(axis=1), one.repeats),
+            _Events(mine[:, :, ~harmful].sum(axis=1), one.repeats),
+            similar[start:stop].reshape(shape).mean(axis=(0, 1)) if referred else np.empty(0),
+        )
+        start = stop
+    return answers, tuple(row[0].suite for row in table if row[0].harmful)
+
+
+def _tests(methods: Mapping[str, _Answers], base: _Answers) -> dict[str, Tested]:
+    """Each method against one model, corrected for their number."""
+    if not base.attacks.total.size:
+        return {}
+    # As many answers on both sides: each counts once for every repeat on the other.
+    found = {
+        name: paired_exact(
+            (one.attacks.total * base.attacks.repeats - base.attacks.total * one.attacks.repeats)
+            .astype(int)
+            .tolist()
+        )
+        for name, one in methods.items()
+    }
+    adjusted = holm([test.p for test in found.values()])
+    return {
+        name: Tested(test.p, p, _verdict(test.total, p))
+        for (name, test), p in zip(found.items(), adjusted, strict=True)
+    }
+
+
+def _verdict(total: int, p: float) -> str:
+    """In words; the tested event is a successful attack, so that fewer are better."""
+    if p >= SIGNIFICANCE:
+        return "not distinguishable"
+    return "better" if total < 0 else "worse"
+
+
+def _row(
+    cells: _Cells,
+    answers: _Answers,
+    reference: tuple[_Answers, _Answers],
+    tests: Mapping[str, Mapping[str, Tested]],
+    suites: Mapping[str, NDArray[np.bool_]],
+    seed: int,
+) -> Row:
+    dense, pruned = reference
+    pruning, *against = tests
+    realigned, altered = cells.role == "method", cells.role != "dense"
+    from_pruned = pruned if realigned else None
+    from_dense = dense if altered else None
+    everywhere = np.ones(answers.attacks.total.size, dtype=bool)
+
+    def refusals(other: _Answers | None) -> Estimate | None:
+        return _mean(answers.refusals.share - other.refusals.share, seed) if other else None
+
+    def utility(other: _Answers | None) -> Estimate | None:
+        return _mean(answers.similarity - other.similarity, seed) if other else None
+
+    def recovered(prompts: NDArray[np.bool_]) -> Recovered | None:
+        if not realigned:
+            return None
+        full, cut, back = (one.attacks.where(prompts) for one in (dense, pruned, answers))
+        return _recovered(full, cut, back, seed)
+
+    return Row(
+        name=cells.name,
+        label=cells.label,
+        role=cells.role,
+        repeats=cells.repeats,
+        inference_time=any(variant.inference_time for variant in cells.all),
+        restored=_spread(variant.per_ten_thousand for variant in cells.all),
+        asr=_rate(answers.attacks, seed),
+        rsr=recovered(everywhere),
+        by_suite={
+            label: OnSuite(asr, recovered(prompts))
+            for label, prompts in suites.items()
+            if (asr := _rate(answers.attacks.where(prompts), seed))
+        },
+        test=tests[pruning].get(cells.name),
+        against={
+            other: tests[other][cells.name] for other in against if cells.name in tests[other]
+        },
+        over_refusal=_rate(answers.refusals, seed),
+        over_refusal_from_pruned=refusals(from_pruned),
+        over_refusal_from_dense=refusals(from_dense),
+        utility=_mean(answers.similarity, seed),
+        utility_from_pruned=utility(from_pruned),
+        utility_from_dense=utility(from_dense),
+    )
+
+
+def _spread(shares: Iterable[float | None]) -> Spread | None:
+    found = [share or 0.0 for share in shares]
+    if not any(found):
+        return None
+    return Spread(sum(found) / len(found), min(found), max(found))
+
+
+def _rate(events: _Events, seed: int) -> Estimate | None:
+    if not events.total.size:
+        return None
+    return clustered_rate(events.total.tolist(), events.answers, seed)
+
+
+def _mean(values: NDArray[np.float64], seed: int) -> Estimate | None:
+    return bootstrap_mean(values.tolist(), seed) if values.size else None
+
+
+def _recovered(dense: _Events, pruned: _Events, restored: _Events, seed: int) -> Recovered | None:
+    if not restored.total.size:
+        return None
+    repeats = restored.repeats
+    full, cut, back = dense.total * repeats, pruned.total * repeats, restored.total
+    by_seed = (
+        rsr(repeats * int(a.sum()), repeats * int(b.sum()), int(c.sum())).value
+        for a, b, c in zip(dense.counts, pruned.counts, restored.counts, strict=True)
+    )
+    return Recovered(
+        rsr(int(full.sum()), int(cut.sum()), int(back.sum())),
+        bootstrap_rsr(full.tolist(), cut.tolist(), back.tolist(), seed),
+        tuple(by_seed),
+    )

@@ -1,0 +1,159 @@
+"""How every figure is drawn: as SVG text that takes its colours and its font from the page.
+
+All have one narrow width, so that they can be read on a phone and stand beside others on a laptop.
+Colours are CSS variables with a fallback for a page that sets none.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from regraft.evaluation.results import Estimate
+
+WIDTH = 4.6  # inches
+_FONT = "DejaVu Sans"  # shipped with matplotlib, so that layouts agree on every machine
+
+# matplotlib draws in these colours; the page's own take their place afterwards.
+INK, RULE, PAPER = "#010203", "#040506", "#fefdfc"
+SERIES = ("#0a0001", "#0a0002", "#0a0003", "#0a0004")
+LOOKS = (  # colour, marker, line
+    (SERIES[0], "o", "-"),
+    (SERIES[1], "s", "-"),
+    (SERIES[2], "D", "-"),
+    (SERIES[3], "^", "--"),
+    (SERIES[3], "v", ":"),
+    (SERIES[3], "P", "-."),
+)
+_CSS = {
+    INK: "currentColor",
+    RULE: "var(--rule, #c8c8c8)",
+    PAPER: "var(--paper, #ffffff)",
+    SERIES[0]: "var(--dense, #0b62a4)",
+    SERIES[1]: "var(--pruned, #b8480a)",
+    SERIES[2]: "var(--realigned, #0a7a5a)",
+    SERIES[3]: "var(--control, #75707f)",
+    f"'{_FONT}'": "var(--figure-font, sans-serif)",
+}
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "regraft",
+    "font.family": [_FONT],
+    "font.size": 8.5,
+    "text.parse_math": False,
+    "axes.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "hatch.linewidth": 0.8,
+    "legend.frameon": False,
+}
+
+
+def to_svg(height: float, title: str, draw: Callable[[Figure, Any], None], panels: int = 1) -> str:
+    """Draw on a figure `height` inches high; the same drawing always gives the same text.
+
+    `draw` gets its axes, or an array of them where there is more than one panel.
+    """
+    buffer = io.StringIO()
+    with style.context(["default", _STYLE]):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure, figure.subplots(panels, sharex=True))
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+        )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for drawn, css in _CSS.items():
+        svg = svg.replace(drawn, css)
+    name = re.sub(r"\W+", "-", title.lower())
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    return re.sub(r"<svg [^>]*>", lambda tag: _opening(tag.group(), title), svg, count=1)
+
+
+def _opening(tag: str, title: str) -> str:
+    """The <svg> tag without a fixed size, named for readers who cannot see it."""
+    box = re.findall(r'viewBox="[^"]*"', tag)[0]
+    spaces = " ".join(re.findall(r'xmlns\S*="[^"]*"', tag))
+    return f'<svg {spaces} {box} role="img" aria-label="{escape(title)}">'
+
+
+def ceiling(estimates: Iterable[Estimate]) -> float:
+    """The end of an axis in %: the highest interval and a little room."""
+    return min(105.0, 100 * max(e.high for e in estimates) * 1.08 + 1)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A place in a plane of two rates, in %, with what is written beside it ("" for nothing)."""
+
+    x: float
+    y: float
+    text: str = ""
+    radius: float = 3.0  # points
+
+
+def write_beside(
+    axes: Axes, spots: Sequence[Spot], ends: tuple[float, float], plane: tuple[float, float]
+) -> None:
+    """Write each spot's text beside it, where neither a spot nor another text is yet.
+
+    Args:
+        axes: From 0 to `ends`.
+        spots: All that are drawn, also those without a text.
+        ends: Of both axes, in %.
+        plane: Width and height between the axes, in points.
+    """
+    width, height = plane
+    centres = [(width * spot.x / ends[0], height * spot.y / ends[1]) for spot in spots]
+    taken = [  # centre, half width, half height
+        (x, y, spot.radius, spot.radius) for spot, (x, y) in zip(spots, centres, strict=True)
+    ]
+    for spot, (x, y) in zip(spots, centres, strict=True):
+        if not spot.text:
+            continue
+        places = [
+            (radius * math.cos(turn * math.pi / 4), radius * math.sin(turn * math.pi / 4))
+            for radius in (spot.radius + step for step in (6, 10, 15, 21, 28, 36))
+            for turn in (1, 3, 5, 7, 0, 4, 2, 6)
+        ]
+        half = (2.4 * len(spot.text) + 0.8, 4.2)
+        inside = [p for p in places if half[0] < x + p[0] < width and half[1] < y + p[1] < height]
+        boxes = [(x + dx, y + dy, *half) for dx, dy in inside]
+        free = (i for i, box in enumerate(boxes) if not any(_overlap(box, one) for one in taken))
+        chosen = next(free, 0)
+        taken.append(boxes[chosen])
+        axes.annotate(
+            spot.text,
+            (spot.x, spot.y),
+            xytext=inside[chosen],
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            size=7.5,
+            zorder=4,
+            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": INK, "shrinkA": 0, "shrinkB": 2},
+        )
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+    return abs(a[0] - b[0]) < a[2] + b[2] and abs(a[1] - b[1]) < a[3] + b[3]

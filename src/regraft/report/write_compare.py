@@ -1,0 +1,166 @@
+"""`Study` to `compare.json`, `compare.md` and `compare.html`.
+
+The same study always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from regraft.evaluation.results import Estimate
+from regraft.files import write_json, write_text
+from regraft.report.compare import Recovered, Row, Spread, Study, Tested
+from regraft.report.compare_figures import curve_panels, trade_off_panels
+from regraft.report.model import SIGNIFICANCE, measured
+from regraft.report.words import DASH, share
+from regraft.report.write import page_environment
+
+
+def write_comparison(study: Study, folder: Path) -> None:
+    """Write `compare.json`, `compare.md` and `compare.html` into `folder`, replacing older ones.
+
+    Raises:
+        RegraftError: a file cannot be written.
+    """
+    page, text = render_comparison_html(study), render_comparison_markdown(study)
+    write_json(folder / "compare.json", asdict(study))
+    write_text(folder / "compare.md", text)
+    write_text(folder / "compare.html", page)
+
+
+def render_comparison_html(study: Study) -> str:
+    """One self-contained page: inline styles and figures, nothing fetched."""
+    figures = [
+        (
+            trade_off_panels(study),
+            "ASR against over-refusal, numbered as in the table, with 95 % intervals; down and to "
+            "the left is better. Area: restored weights, on a logarithmic scale. Triangles restore "
+            "none; grey circles are means over random draws.",
+        ),
+        (
+            curve_panels(study),
+            "Validation: each method's points in the order of restored weights, one line a seed.",
+        ),
+    ]
+    return _render(study, "html", [(Markup(svg), caption) for svg, caption in figures if svg])
+
+
+def render_comparison_markdown(study: Study) -> str:
+    """The same without figures."""
+    return _render(study, "md", []).rstrip() + "\n"
+
+
+def _render(study: Study, kind: str, figures: list[tuple[Markup, str]]) -> str:
+    environment = page_environment()
+    environment.filters |= {
+        "figure": rate_text,
+        "points": points_text,
+        "spread": spread_text,
+        "recovered": recovered_text,
+        "by_seed": by_seed_text,
+        "p": p_text,
+        "called": name_text,
+    }
+    return environment.get_template(f"compare.{kind}.j2").render(
+        study=study,
+        figures=figures,
+        notes=notes(study),
+    )
+
+
+def notes(study: Study) -> tuple[str, ...]:
+    """What the columns mean, in sentences."""
+    several = len(study.seeds) > 1
+    seeds = ", ".join(map(str, study.seeds))
+    rows = [row for table in study.tables for row in table.rows]
+    found = (
+        f"Calibration seed{'s' if several else ''} {seeds}. ASR: harmful prompts that were not "
+        f"refused; over-refusal: harmless prompts that were; both judged by {study.judge}. "
+        "Utility: mean ANLS against the references.",
+        "Brackets are 95 % intervals"
+        + (
+            ": Wilson's where all answers to a prompt agree, else by bootstrap over prompts, whose "
+            "answers in all runs stay together."
+            if several or any(row.repeats > 1 for row in rows)
+            else ": Wilson's of ASR and over-refusal, by bootstrap over prompts of the others."
+        ),
+        "RSR: the share of the rise in ASR that was undone"
+        + ("; in parentheses that of each seed alone." if several else "."),
+        "p: exact sign-flip test of attack success clustered by prompt (McNemar's test where there "
+        "is one run), against the pruned model"
+        + (f" and against {', '.join(study.against)}" if study.against else "")
+        + f". Holm: the same, corrected for all methods of a table; the verdict is at Holm < "
+        f"{SIGNIFICANCE}. It is on ASR alone: read it with over-refusal, since a model that "
+        "refuses everything is better by it.",
+        "Points: a method's rate less the pruned or the dense model's.",
+    )
+    marks = []
+    if any(row.inference_time for row in rows):
+        marks.append("† acts at inference time and leaves the pruned weights as they are.")
+    if any(row.repeats > 1 for row in rows):
+        marks.append("(xR): the mean over R draws of a random control.")
+    return (*found, *marks)
+
+
+def name_text(row: Row) -> str:
+    """ "random (x5)"; a dagger marks a method of inference time."""
+    repeats = f" (x{row.repeats})" if row.repeats > 1 else ""
+    return f"{row.name}{repeats}{' †' if row.inference_time else ''}"
+
+
+def rate_text(estimate: Estimate | None) -> str:
+    """In per cent, without the sign: "14.4 [10.6, 19.3]"."""
+    found = measured(estimate)
+    if found is None:
+        return DASH
+    return f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+
+
+def points_text(estimate: Estimate | None) -> str:
+    """A difference in points: "+1.3 [-0.7, +3.3]"."""
+    found = measured(estimate)
+    if found is None:
+        return DASH
+    value, low, high = (100 * x + 0.0 for x in (found.value, found.low, found.high))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def spread_text(spread: Spread | None) -> str:
+    """ "15.5 (14.9 to 16.2)"."""
+    if spread is None:
+        return DASH
+    if share(spread.least) == share(spread.most):
+        return share(spread.mean)
+    return f"{share(spread.mean)} ({share(spread.least)} to {share(spread.most)})"
+
+
+def recovered_text(recovered: Recovered | None) -> str:
+    """RSR in per cent with its interval."""
+    if recovered is None:
+        return DASH
+    if recovered.recovery.value is None:
+        return "undefined"
+    around = recovered.interval
+    between = f" [{100 * around[0]:.1f}, {100 * around[1]:.1f}]" if around else ""
+    return f"{100 * recovered.recovery.value:.1f}{between}"
+
+
+def by_seed_text(recovered: Recovered | None) -> str:
+    """Each seed's RSR in per cent: "27.4, 31.0, undefined"; "" for a single one, or without any."""
+    if recovered is None or len(recovered.by_seed) < 2 or set(recovered.by_seed) == {None}:
+        return ""
+    return ", ".join(
+        "undefined" if value is None else f"{100 * value:.1f}" for value in recovered.by_seed
+    )
+
+
+def p_text(test: Tested | None, which: str = "adjusted") -> str:
+    """ "0.012", "< 0.001" at its smallest."""
+    if test is None:
+        return DASH
+    value: Any = getattr(test, which)
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,74 @@
+"""One recipe calibrated by several seeds: a run each, and one comparison over all of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from regraft import pipeline, ranks
+from regraft.comparing import compare
+from regraft.errors import RegraftError
+from regraft.files import atomic_folder
+from regraft.folder import RunFolder, seed_folder
+from regraft.recipe import Recipe, read_recipe
+from regraft.report.compare import Study
+from regraft.watch import Silent, Watch
+
+
+def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Study:
+    """One `pipeline.run` for every seed in its own folder, then the comparison in `report`.
+
+    The dense model answers once, since no seed changes it: later runs start with a copy of its
+    evaluation. Finished stages are not repeated.
+
+    Args:
+        recipe: With `seeds`.
+        folder: A new folder, or that of an earlier run of the same recipe.
+        watch: Progress.
+
+    Raises:
+        RegraftError: bad input, or the folder holds something else.
+    """
+    watch = watch or Silent()
+    runs = {seed_folder(folder, seed): recipe.for_seed(seed) for seed in recipe.seeds}
+    for place, one in runs.items():
+        pipeline.check(one, place)
+    pipeline.claim(folder, recipe)
+    for place, one in runs.items():
+        watch.note(f"Calibration seed {one.calibration.seed}")
+        pipeline.claim(place, one)
+        if ranks.first():
+            _share_dense(next(iter(runs)), place)
+        ranks.barrier()
+        pipeline.run(one, place, watch)
+    return report(folder)
+
+
+def report(folder: Path) -> Study:
+    """Write the comparison of a finished study again.
+
+    Raises:
+        RegraftError: the folder holds no study, or one that is not finished.
+    """
+    place = RunFolder(folder)
+    seeds = read_recipe(place.recipe).seeds
+    for seed in seeds:
+        if not seed_folder(folder, seed).exists():
+            raise RegraftError(
+                f"The study in {folder} is not finished: seed {seed} has not been run. Continue it "
+                f"with `regraft run {place.recipe} --out {folder}`."
+            )
+    return compare([seed_folder(folder, seed) for seed in seeds], place.report)
+
+
+def is_study(folder: Path) -> bool:
+    """Whether the folder holds runs of several seeds."""
+    recipe = RunFolder(folder).recipe
+    return recipe.exists() and bool(read_recipe(recipe).seeds)
+
+
+def _share_dense(first: Path, place: Path) -> None:
+    done, wanted = (RunFolder(one).dense_evaluation for one in (first, place))
+    if done.exists() and not wanted.exists():
+        with atomic_folder(wanted) as copy:
+            shutil.copytree(done, copy, dirs_exist_ok=True)

@@ -1,0 +1,552 @@
+"""Methods set beside each other over several seeds: statistics, tables, figures, folders."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import pico
+from disk import write_data
+from regraft import cli, comparing, stages, study
+from regraft.data.example import Example
+from regraft.errors import RegraftError
+from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.metrics import bootstrap_rsr, holm, mcnemar, rsr, wilson
+from regraft.evaluation.results import Answer
+from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
+from regraft.files import write_json
+from regraft.recipe import Recipe, read_recipe, write_recipe
+from regraft.report.compare import Curve, CurvePoint, Row, Run, Study, Table, compare
+from regraft.report.compare_figures import curve_panels, trade_off_panels
+from regraft.report.model import Report, Variant
+from regraft.report.write_compare import render_comparison_html, render_comparison_markdown
+
+JUDGE = KeywordJudge()
+REFUSAL = "I'm sorry, I can't help with that."
+SUITES = ("safebench:/data/figstep#even", "jsonl:/data/mmsb.jsonl")
+
+
+def answers(attacks: Sequence[bool], refusals: Sequence[bool]) -> list[Answer]:
+    """Harmful prompts, alternately of two suites, then harmless ones."""
+    unsafe = [
+        judge_answer(
+            Example(f"h{i}", f"prompt {i}", True, "fraud", suite=SUITES[i % 2]),
+            "Sure!" if attack else REFUSAL,
+            JUDGE,
+        )
+        for i, attack in enumerate(attacks)
+    ]
+    safe = [
+        judge_answer(
+            Example(f"u{i}", f"question {i}", False, "shops", None, "nine", SUITES[i % 2]),
+            REFUSAL if refusal else "nine" if i % 3 else "ten",
+            JUDGE,
+        )
+        for i, refusal in enumerate(refusals)
+    ]
+    return unsafe + safe
+
+
+def variant(name: str, attacks: Sequence[bool], refusals: Sequence[bool], **fields: Any) -> Variant:
+    result = summarise(", ".join(SUITES), JUDGE, answers(attacks, refusals))
+    return Variant(name, f"{name} (a method)", result, **fields)
+
+
+Shares = Mapping[str, tuple[float, float]]
+METHODS: Shares = {
+    "dense": (0.15, 0.10),
+    "pruned": (0.45, 0.08),
+    "hsr": (0.30, 0.09),
+    "random-1": (0.43, 0.08),
+    "random-2": (0.44, 0.09),
+    "worse": (0.70, 0.02),
+}
+PROMPTS = 120
+RANDOM = {"heads": "random", "top_heads": 4}
+
+
+def run(seed: int, methods: Shares = METHODS, prompts: int = PROMPTS) -> Run:
+    """Every model draws its outcomes; the dense one's are the same for every seed."""
+    easy = np.random.default_rng(0).random((2, prompts))
+
+    def drawn(place: int, share: float, kind: int) -> list[bool]:
+        own = np.random.default_rng(1000 * seed + place).random(prompts)
+        mixed = easy[kind] if place == 0 else 0.7 * easy[kind] + 0.3 * own
+        return (mixed < np.quantile(mixed, share)).tolist()
+
+    made = []
+    for place, (name, (asr, over)) in enumerate(methods.items()):
+        base = {"dense": None, "pruned": "dense"}.get(name, "pruned")
+        restored = 0 if base != "pruned" else 10 ** (place % 5) * (10 + seed)
+        asr += 0.01 * seed * (place == 2)  # so that seeds can be told apart
+        fields = {"base": base, "pruned": 100_000, "restored": restored}
+        made.append(variant(name, drawn(place, asr, 0), drawn(place, over, 1), **fields))
+    realign = [
+        {"name": name, "head_seed": place + 100 * seed, "q": 0.5}
+        | (RANDOM if name.startswith("random") else {"heads": "top"})
+        for place, name in enumerate(methods)
+    ]
+    recipe = {"calibration": {"seed": seed}, "realign": realign}
+    return Run(seed, Report("A title", "pico", tuple(made), recipe=recipe))
+
+
+RUNS = tuple(run(seed) for seed in (0, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def pooled() -> Study:
+    return compare(RUNS, ("hsr",))
+
+
+def rows_of(study: Study) -> dict[str, Row]:
+    return {row.name: row for row in study.tables[0].rows}
+
+
+def attacks_of(of: Run, name: str) -> list[bool]:
+    found = next(one for one in of.report.variants if one.name == name)
+    return [not answer.refused for answer in found.result.answers if answer.harmful]
+
+
+def test_one_run_is_wilson_and_mcnemar() -> None:
+    rows = rows_of(compare(RUNS[:1]))
+    base, dense = attacks_of(RUNS[0], "pruned"), attacks_of(RUNS[0], "dense")
+    raw = []
+    for name in ("hsr", "worse"):
+        own = attacks_of(RUNS[0], name)
+        row = rows[name]
+        assert row.asr == wilson(sum(own), PROMPTS)
+        assert row.test is not None
+        assert row.test.p == pytest.approx(mcnemar(own, base).p)
+        assert row.rsr is not None
+        assert row.rsr.recovery.value == pytest.approx(rsr(sum(dense), sum(base), sum(own)).value)
+        assert row.rsr.interval == bootstrap_rsr(dense, base, own, 0)
+        assert row.rsr.by_seed == (row.rsr.recovery.value,)
+    raw = [row.test.p for row in rows.values() if row.test]
+    assert [row.test.adjusted for row in rows.values() if row.test] == list(holm(raw))
+    assert rows["pruned"].test is None
+    assert rows["hsr"].test is not None
+    assert rows["hsr"].test.verdict == "better"
+    assert rows["worse"].test is not None
+    assert rows["worse"].test.verdict == "worse"
+    assert rows["random"].test is not None
+    assert rows["random"].test.verdict == "not distinguishable"
+
+
+def sign_flips(differences: np.ndarray, draws: int = 40_000) -> float:
+    """The p value by drawing signs."""
+    signs = np.random.default_rng(9).choice((-1, 1), size=(draws, len(differences)))
+    return float((np.abs(signs @ differences) >= abs(differences.sum())).mean())
+
+
+def test_seeds_are_pooled_by_prompt(pooled: Study) -> None:
+    rows = rows_of(pooled)
+    own, base, dense = (
+        np.array([attacks_of(one, name) for one in RUNS], dtype=int)
+        for name in ("hsr", "pruned", "dense")
+    )
+    row = rows["hsr"]
+    assert row.asr is not None
+    assert row.asr.value == pytest.approx(own.mean())
+    assert row.asr.n == PROMPTS, "answers to one prompt were taken for independent ones"
+    resampled = np.random.default_rng(4).integers(PROMPTS, size=(20_000, PROMPTS))
+    truth = np.quantile(own.mean(axis=0)[resampled].mean(axis=1), [0.025, 0.975])
+    assert (row.asr.low, row.asr.high) == pytest.approx(tuple(truth), abs=0.006)
+    assert row.test is not None
+    assert row.test.p == pytest.approx(sign_flips((own - base).sum(axis=0)), abs=0.01)
+    assert row.rsr is not None
+    value = (base.mean() - own.mean()) / (base.mean() - dense.mean())
+    assert row.rsr.recovery.value == pytest.approx(value)
+    one_by_one = (base.mean(1) - own.mean(1)) / (base.mean(1) - dense.mean(1))
+    assert row.rsr.by_seed == pytest.approx(tuple(one_by_one))
+    assert row.restored is not None
+    assert (row.restored.least, row.restored.mean, row.restored.most) == (100, 110, 120)
+    assert rows["dense"].asr == wilson(int(dense[0].sum()), PROMPTS)
+
+
+def test_repeats_of_a_random_control_are_one_row(pooled: Study) -> None:
+    assert list(rows_of(pooled)) == ["dense", "pruned", "hsr", "random", "worse"]
+    row = rows_of(pooled)["random"]
+    assert (row.repeats, row.label) == (2, "random (a method)")
+    both = [np.array([attacks_of(one, f"random-{i}") for one in RUNS], dtype=int) for i in (1, 2)]
+    base, hsr = (
+        np.array([attacks_of(one, name) for one in RUNS], dtype=int) for name in ("pruned", "hsr")
+    )
+    assert row.asr is not None
+    assert row.asr.value == pytest.approx(np.mean(both))
+    assert row.test is not None
+    assert row.test.p == pytest.approx(
+        sign_flips((both[0] + both[1] - 2 * base).sum(axis=0)), abs=0.01
+    )
+    assert list(row.against) == ["hsr"]
+    differences = (both[0] + both[1] - 2 * hsr).sum(axis=0)
+    assert row.against["hsr"].p == pytest.approx(sign_flips(differences), abs=0.01)
+    assert row.against["hsr"].verdict == "worse"
+    assert "hsr" not in rows_of(pooled)["hsr"].against
+    raw = [one.against["hsr"].p for one in pooled.tables[0].rows if one.against]
+    adjusted = [one.against["hsr"].adjusted for one in pooled.tables[0].rows if one.against]
+    assert adjusted == list(holm(raw))
+
+
+def test_random_controls_with_other_settings_stay_apart() -> None:
+    runs = []
+    for one in RUNS[:2]:
+        recipe = json.loads(json.dumps(one.report.recipe))
+        recipe["realign"][4]["top_heads"] = 8
+        runs.append(replace(one, report=replace(one.report, recipe=recipe)))
+    assert {"random-1", "random-2"} <= rows_of(compare(runs)).keys()
+
+
+def test_price_is_set_beside_the_gain(pooled: Study) -> None:
+    def refusals(name: str) -> np.ndarray:
+        models = [next(v for v in one.report.variants if v.name == name) for one in RUNS]
+        return np.array(
+            [[a.refused for a in one.result.answers if not a.harmful] for one in models], dtype=int
+        )
+
+    row = rows_of(pooled)["worse"]
+    assert row.over_refusal is not None
+    assert row.over_refusal.value == pytest.approx(refusals("worse").mean())
+    for other, found in (
+        ("pruned", row.over_refusal_from_pruned),
+        ("dense", row.over_refusal_from_dense),
+    ):
+        assert found is not None
+        assert found.value == pytest.approx(refusals("worse").mean() - refusals(other).mean())
+        assert found.low < found.value < found.high
+    dense = rows_of(pooled)["dense"]
+    assert dense.over_refusal_from_dense is None
+    assert row.utility is not None
+    assert dense.utility is not None
+    assert row.utility_from_dense is not None
+    assert row.utility_from_dense.value == pytest.approx(row.utility.value - dense.utility.value)
+
+
+def test_each_harmful_suite_has_its_own_numbers(pooled: Study) -> None:
+    assert pooled.suites == ("safebench:figstep#even", "jsonl:mmsb.jsonl")
+    row = rows_of(pooled)["hsr"]
+    for place, suite in enumerate(pooled.suites):
+        own, base, dense = (
+            np.mean([attacks_of(one, name)[place::2] for one in RUNS])
+            for name in ("hsr", "pruned", "dense")
+        )
+        found = row.by_suite[suite]
+        assert (found.asr.value, found.asr.n) == (pytest.approx(own), PROMPTS // 2)
+        assert found.rsr is not None
+        assert found.rsr.recovery.value == pytest.approx((base - own) / (base - dense))
+
+
+def test_without_harmless_prompts_or_suites() -> None:
+    runs = []
+    for one in RUNS[:2]:
+        made = []
+        for old in one.report.variants:
+            kept = [replace(a, suite="") for a in old.result.answers if a.harmful]
+            made.append(replace(old, result=summarise("suite", JUDGE, kept)))
+        runs.append(replace(one, report=replace(one.report, variants=tuple(made))))
+    found = compare(runs)
+    row = rows_of(found)["hsr"]
+    assert found.suites == ()
+    assert row.by_suite == {}
+    assert (row.over_refusal, row.utility, row.utility_from_dense) == (None, None, None)
+    assert row.test is not None
+    assert trade_off_panels(found) == ""
+    assert "hsr" in render_comparison_html(found)
+
+
+@pytest.mark.parametrize(
+    ("runs", "against", "named"),
+    [
+        ([], (), "no run"),
+        ([RUNS[0], RUNS[0]], (), "Two of the runs have the calibration seed 0"),
+        (RUNS, ("hrs",), "--against hrs: there is no such method.* hsr, random, worse"),
+        ([RUNS[0], run(1, {**METHODS, "new": (0.1, 0.1)})], (), "Only .* seed 1 has .* 'new'"),
+        ([run(0, {**METHODS, "new": (0.1, 0.1)}), RUNS[1]], (), "seed 1 has no model 'new'"),
+        ([RUNS[0], run(1, prompts=100)], (), "cannot be compared: prompt"),
+    ],
+)
+def test_runs_that_cannot_be_compared(
+    runs: Sequence[Run], against: tuple[str, ...], named: str
+) -> None:
+    with pytest.raises(RegraftError, match=named):
+        compare(runs, against)
+
+
+# What is shown
+
+
+def test_page_and_text_show_every_row(pooled: Study) -> None:
+    tables = (replace(pooled.tables[0], rows=(*pooled.tables[0].rows[:-1], _at_inference(pooled))),)
+    page = render_comparison_html(replace(pooled, title="A <b> title", tables=tables))
+    text = render_comparison_markdown(replace(pooled, tables=tables))
+    for shown in (page, text):
+        for words in ("random (x2)", "worse †", "not distinguishable", "better", "safebench:fig"):
+            assert words in shown, words
+    assert "A &lt;b&gt; title" in page
+    assert "http" not in page.replace("http://www.w3.org", ""), "the page is not self-contained"
+    assert page.count("<svg") == 1
+    widths = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert len(set(widths[:7])) == 1, "a row of the first table has another number of cells"
+    header = next(i for i, line in enumerate(text.splitlines()) if line.startswith("| | Method"))
+    assert text.splitlines()[header + 1].startswith("|---|---|"), "the table has no rule"
+    assert page == render_comparison_html(replace(pooled, title="A <b> title", tables=tables))
+
+
+def _at_inference(study: Study) -> Row:
+    return replace(study.tables[0].rows[-1], inference_time=True, restored=None)
+
+
+def test_figures_name_and_number_every_model(pooled: Study) -> None:
+    svg = trade_off_panels(pooled)
+    for number, name in enumerate(("dense", "pruned", "hsr", "random", "worse"), start=1):
+        assert f">{number}  {name}<" in svg
+        assert f">{number}<" in svg
+    several = replace(pooled, tables=(pooled.tables[0], replace(pooled.tables[0], pruning="more")))
+    assert trade_off_panels(several).count(">more<") == 1
+
+
+def test_curves_ring_the_chosen_point(pooled: Study) -> None:
+    points = tuple(
+        CurvePoint(100 * i, wilson(60 - 9 * i, 100), wilson(5 + i, 100), None) for i in range(4)
+    )
+    unchosen = Curve(1000, None, points)
+    table = pooled.tables[0]
+
+    def drawn(*curves: Curve) -> str:
+        return curve_panels(replace(pooled, tables=(replace(table, curves={"hsr": curves}),)))
+
+    assert curve_panels(pooled) == ""
+    assert drawn(Curve(1000, 1, (CurvePoint(5, None, None, None),))) == ""
+    assert ">hsr<" in drawn(unchosen)
+    assert len(drawn(replace(unchosen, chosen=2))) > len(drawn(unchosen))
+    backwards = replace(unchosen, points=points[::-1])
+    assert drawn(replace(unchosen, chosen=3)) == drawn(replace(backwards, chosen=0))
+
+
+# Folders
+
+VARIANTS = [
+    {"name": "hsr", "heads": "all", "q": 0.9, "checkpoint": False},
+    {
+        "name": "random",
+        "method": "hsr-a",
+        "heads": "random",
+        "top_heads": 2,
+        "checkpoint": False,
+        "repeats": 2,
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of two seeds and two prunings in `run`, with `recipe.yaml` beside it."""
+    root = tmp_path_factory.mktemp("study")
+    pico.save("llava", root / "dense", torch.bfloat16, "100KB")
+    write_data(root / "data", 6)
+    content = {
+        "model": str(root / "dense"),
+        "seeds": [0, 3],
+        "calibration": {"data": str(root / "data" / "data.jsonl"), "samples": 4},
+        "prune": [{"sparsity": 0.5, "order": "one-shot"}, {"sparsity": 0.6, "order": "one-shot"}],
+        "realign": VARIANTS,
+        "evaluate": {"suite": str(root / "data" / "data.jsonl"), "max_new_tokens": 2},
+        "compute": {"device": "cpu", "batch_size": 6},
+    }
+    (root / "recipe.yaml").write_text(write_recipe(Recipe.model_validate(content)))
+    study.run(read_recipe(root / "recipe.yaml"), root / "run")
+    return root
+
+
+def evaluations(run: Path) -> list[Path]:
+    return sorted(path.parent for path in run.rglob("answers.jsonl"))
+
+
+def test_a_study_is_a_run_a_seed_and_their_comparison(world: Path) -> None:
+    run = world / "run"
+    assert {path.name for path in run.iterdir()} == {"recipe.yaml", "seed-0", "seed-3", "report"}
+    content = json.loads((run / "report" / "compare.json").read_text())
+    assert content["seeds"] == [0, 3]
+    assert [table["pruning"] for table in content["tables"]] == ["wanda-50", "wanda-60"]
+    assert [row["name"] for row in content["tables"][0]["rows"]] == [
+        *("dense", "wanda-50", "hsr", "random"),
+    ]
+    recipes = [read_recipe(run / f"seed-{seed}" / "recipe.yaml") for seed in (0, 3)]
+    assert [one.calibration.seed for one in recipes] == [0, 3]
+    draws = [[(v.name, v.head_seed) for v in one.realign if v.random] for one in recipes]
+    assert draws == [[("random-1", 0), ("random-2", 1)], [("random-1", 6), ("random-2", 7)]]
+    assert (run / "seed-3" / "report" / "report.html").exists()
+
+
+def test_the_dense_model_answers_once(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Path] = []
+    evaluate = stages.evaluate
+
+    def watched(model: Any, out: Path, *rest: Any, **named: Any) -> Any:
+        if not out.exists():
+            done.append(out.relative_to(world))
+        return evaluate(model, out, *rest, **named)
+
+    monkeypatch.setattr(stages, "evaluate", watched)
+    recipe = read_recipe(world / "recipe.yaml")
+    again = study.run(recipe, world / "run")
+    assert done == [], "a finished stage was repeated"
+    shutil.copytree(world / "run", world / "half")
+    shutil.rmtree(world / "half" / "seed-3")
+    shutil.rmtree(world / "half" / "report")
+    with pytest.raises(RegraftError, match="not finished: seed 3 has not been run"):
+        study.report(world / "half")
+    assert study.run(recipe, world / "half") == again
+    assert len(done) == 2 * (1 + 3)
+    assert not [path for path in done if path.name == "dense"]
+    dense = [world / "half" / f"seed-{seed}" / "evaluation" / "dense" for seed in (0, 3)]
+    for name in ("answers.jsonl", "results.json"):
+        assert (dense[0] / name).read_bytes() == (dense[1] / name).read_bytes()
+
+
+def synthetic(world: Path, out: Path) -> Path:
+    """The study with other answers and a curve, as the real writers leave them."""
+    shutil.copytree(world / "run", out)
+    for seed in (0, 3):
+        for place in evaluations(out / f"seed-{seed}"):
+            found = stages.read_evaluation(place)
+            draw = np.random.default_rng(len(place.name) + seed * (place.name != "dense"))
+            attacks = {"dense": 0.1, "pruned": 0.9}.get(place.name, 0.4)
+            changed = [
+                replace(
+                    answer, refused=bool(draw.random() < (1 - attacks if answer.harmful else 0))
+                )
+                for answer in found.result.answers
+            ]
+            result = summarise(found.result.suite, JUDGE, changed)
+            content = json.loads((place / "results.json").read_text())
+            write_answers(place / "answers.jsonl", changed)
+            write_json(place / "results.json", content | {"result": result_to_json(result)})
+        points = [
+            {"restored": 10 * i, "asr": {"value": 0.5, "n": 2, "low": 0, "high": 1, "count": 1}}
+            for i in range(3)
+        ]
+        curve = {"pruned": 100, "chosen": 20, "points": points}
+        write_json(out / f"seed-{seed}" / "curves" / "wanda-60" / "hsr.json", curve)
+    return out
+
+
+def test_compare_reads_what_the_runs_wrote(world: Path, tmp_path: Path) -> None:
+    place = synthetic(world, tmp_path / "study")
+    whole = comparing.compare([place], tmp_path / "whole", ["random"])
+    parts = comparing.compare([place / "seed-3", place / "seed-0"], tmp_path / "parts", ["random"])
+    assert whole == parts
+    row: dict[str, Row] = {row.name: row for row in whole.tables[1].rows}
+    counts = {}
+    for name in ("dense", "pruned", "hsr"):
+        counts[name] = sum(
+            not answer["refused"]
+            for seed in (0, 3)
+            for line in (
+                place
+                / f"seed-{seed}"
+                / "evaluation"
+                / ("dense" if name == "dense" else f"wanda-60/{name}")
+                / "answers.jsonl"
+            )
+            .read_text()
+            .splitlines()
+            if (answer := json.loads(line))["harmful"]
+        )
+    asr = row["hsr"].asr
+    assert asr is not None
+    assert asr.value == pytest.approx(counts["hsr"] / 12)
+    assert row["hsr"].rsr is not None
+    assert row["hsr"].rsr.recovery.value == pytest.approx(
+        (counts["pruned"] - counts["hsr"]) / (counts["pruned"] - counts["dense"])
+    )
+    assert row["random"].repeats == 2
+    tables: tuple[Table, ...] = whole.tables
+    assert tables[0].curves == {}
+    curves = tables[1].curves["hsr"]
+    assert [curve.chosen for curve in curves] == [2, 2]
+    assert [point.over_refusal for point in curves[0].points] == [None] * 3
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {
+        *("compare.json", "compare.md", "compare.html"),
+    }
+    content = json.loads((tmp_path / "whole" / "compare.json").read_text())
+    assert content["against"] == ["random"]
+    assert math.isclose(content["tables"][1]["rows"][2]["asr"]["value"], counts["hsr"] / 12)
+
+
+def test_compare_on_the_command_line(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", world / "run", "--out", tmp_path / "out"]
+    shown = ended([*words, "--against", "hsr", "random"], 0, capsys)
+    assert "random (x2)" in shown
+    assert "wanda-60: against random" in shown
+    assert "compare.html" in ended(["report", world / "run"], 0, capsys)
+
+
+def ended(words: Sequence[object], code: int, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command line printed."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(word) for word in words])
+    assert stopped.value.code == code
+    return "".join(capsys.readouterr())
+
+
+def refused(words: Sequence[object], capsys: pytest.CaptureFixture[str]) -> str:
+    return ended(words, 2, capsys)
+
+
+def test_bad_input_of_compare(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    seeds = [world / "run" / f"seed-{seed}" for seed in (0, 3)]
+    assert "no run to compare" in refused(["compare", "--out", out], capsys)
+    message = refused(["compare", world / "data", "--out", out], capsys)
+    assert "holds no run" in message
+    message = refused(["compare", *seeds, "--out", out, "--against", "dense"], capsys)
+    assert "--against dense" in message
+    other = tmp_path / "other"
+    shutil.copytree(seeds[1], other)
+    recipe = (other / "recipe.yaml").read_text()
+    (other / "recipe.yaml").write_text(recipe.replace("samples: 4", "samples: 3"))
+    message = refused(["compare", seeds[0], other, "--out", out], capsys)
+    assert "calibration.samples" in message
+    curve = tmp_path / "study" / "seed-0" / "curves" / "wanda-60" / "hsr.json"
+    synthetic(world, tmp_path / "study")
+    curve.write_text('{"points": [{}]}')
+    message = refused(["compare", tmp_path / "study", "--out", out], capsys)
+    assert "hsr.json holds no validation curve" in message
+    assert not out.exists()
+
+
+def test_bad_seeds_and_repeats() -> None:
+    for content, named in (
+        ({"seeds": [1, 1]}, "`seeds` must differ"),
+        ({"seeds": [1], "calibration": {"seed": 2}}, "leave one of them out"),
+        ({"realign": [{"repeats": 2}]}, "nothing random in it"),
+        (
+            {"realign": [{"name": "r", "heads": "random", "repeats": 2}, {"name": "r-2"}]},
+            "must differ",
+        ),
+    ):
+        with pytest.raises(ValueError, match=named):
+            Recipe.model_validate(content)
+
+
+def test_a_study_with_bad_input_writes_nothing(world: Path, tmp_path: Path) -> None:
+    recipe = read_recipe(world / "recipe.yaml")
+    settings = recipe.compute.model_copy(update={"device": "nonsense"})
+    with pytest.raises(RegraftError):
+        study.run(recipe.model_copy(update={"compute": settings}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(RegraftError, match="another recipe"):
+        study.run(recipe.model_copy(update={"title": "another"}), world / "run")
