@@ -11,7 +11,6 @@ from regraft.checks import (
     check_shares,
     check_top_heads,
     draw_calibration,
-    read_suites,
 )
 from regraft.errors import RegraftError
 from regraft.files import discard_leftover, require_empty, require_space, write_text
@@ -47,7 +46,8 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Report:
     """
     watch = watch or Silent()
     place = RunFolder(folder, several=len(recipe.prune) > 1)
-    dense, existing = check(recipe, folder)
+    session = session or stages.Session()
+    dense, existing = check(recipe, folder, session)
     claim(folder, recipe)
     calibration, compute = recipe.calibration, recipe.compute
     pruned = {
@@ -56,10 +56,11 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Report:
         for one in recipe.prune
     }
     watch.note("Evaluating the dense model")
-    _evaluate(dense, place.dense_evaluation, dense, recipe, watch)
+    _evaluate(dense, place.dense_evaluation, dense, recipe, watch, session)
     for name, source in pruned.items():
         watch.note(f"Evaluating the {name} model")
-        _evaluate(source, place.evaluation(name), dense, recipe, watch)
+        _evaluate(source, place.evaluation(name), dense, recipe, watch, session)
+    session.unload()
     if any(one.heads == "top" for one in recipe.realign):
         stages.heads(dense, place.heads, recipe.heads, calibration, compute, watch)
     for score in _scores(recipe):
@@ -68,7 +69,7 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Report:
     for name, source in pruned.items():
         for variant in recipe.realign:
             watch.note(f"Realigning: {place.name(name, variant.name)}")
-            _realign(place, dense, name, source, variant, recipe, watch)
+            _realign(place, dense, name, source, variant, recipe, watch, session)
     return report(folder)
 
 
@@ -78,7 +79,9 @@ def _scores(recipe: Recipe) -> list[Method]:
     return list(dict.fromkeys(scores))
 
 
-def check(recipe: Recipe, folder: Path) -> tuple[Source, Source | None]:
+def check(
+    recipe: Recipe, folder: Path, session: stages.Session
+) -> tuple[Source, Source | None]:
     """Find now, before anything is written, what would stop the run hours later.
 
     Returns:
@@ -94,7 +97,7 @@ def check(recipe: Recipe, folder: Path) -> tuple[Source, Source | None]:
     if recipe.pruned is not None:
         existing = open_source(recipe.pruned, trust_remote_code=trust)
         check_pair(dense, existing)
-    _check(recipe, dense, place)
+    _check(recipe, dense, place, session)
     return dense, existing
 
 
@@ -109,7 +112,7 @@ def claim(folder: Path, recipe: Recipe) -> None:
     ranks.barrier()
 
 
-def _check(recipe: Recipe, dense: Source, place: RunFolder) -> None:
+def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Session) -> None:
     pick_device(recipe.compute.device)
     by_heads = any(one.heads == "top" for one in recipe.realign)
     by_importance = bool(_scores(recipe))
@@ -122,7 +125,7 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder) -> None:
     if by_importance or recipe.pruned is None:
         harmless = draw_calibration(dense, recipe.calibration, harmful=False)
         check_shares(harmless.examples, recipe.compute)
-    read_suites(dense, recipe.evaluate.suite, recipe.evaluate.limit)
+    session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
     for variant in recipe.realign:
         check_top_heads(dense, variant)
     checkpoints = [
@@ -147,6 +150,7 @@ def _evaluate(
     dense: Source,
     recipe: Recipe,
     watch: Watch,
+    session: stages.Session,
     patch: Path | None = None,
 ) -> None:
     stages.evaluate(
@@ -158,6 +162,7 @@ def _evaluate(
         patch,
         processor_from=dense,
         watch=watch,
+        session=session,
     )
 
 
@@ -169,6 +174,7 @@ def _realign(
     settings: VariantSettings,
     recipe: Recipe,
     watch: Watch,
+    session: stages.Session,
 ) -> None:
     patch = place.patch(pruning, settings.name)
     stages.realign(
@@ -183,11 +189,11 @@ def _realign(
     )
     out = place.evaluation(pruning, settings.name)
     if not _on_disk(settings, recipe):
-        _evaluate(pruned, out, dense, recipe, watch, patch)
+        _evaluate(pruned, out, dense, recipe, watch, session, patch)
         return
     written = stages.apply(pruned.folder, patch, place.realigned(pruning, settings.name), watch)
     realigned = open_source(written, trust_remote_code=recipe.compute.trust_remote_code)
-    _evaluate(realigned, out, dense, recipe, watch)
+    _evaluate(realigned, out, dense, recipe, watch, session)
 
 
 def _on_disk(variant: VariantSettings, recipe: Recipe) -> bool:

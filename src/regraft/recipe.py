@@ -403,6 +403,11 @@ class EvalSettings(Settings):
     )
     window: int = Field(DEFAULT_WINDOW, ge=1, description="How many first characters count.")
     limit: int | None = Field(None, ge=1, description="Use only the first examples of the suite.")
+    full_answers: bool = Field(
+        True,
+        description="Let every answer end by itself. If not, one that is judged and not compared "
+        "with a reference ends where the verdict is certain, which saves most of its tokens.",
+    )
 
     def judge(self) -> KeywordJudge:
         """The judge that these settings ask for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from regraft.data.example import Example
 from regraft.data.images import open_image
 from regraft.errors import RegraftError
 
+T = TypeVar("T")
 IGNORED = -100  # torch's cross-entropy skips labels of this value
 _UNMIX = "Keep examples with and without an image apart, or use batch size 1."
 
@@ -54,7 +55,7 @@ class Batch:
         return replace(self, inputs=inputs, labels=labels)
 
 
-def batches(examples: Sequence[Example], size: int) -> Iterator[tuple[Example, ...]]:
+def batches(examples: Sequence[T], size: int) -> Iterator[tuple[T, ...]]:
     """Cut `examples` into tuples of `size`, in order; the last may be shorter."""
     for start in range(0, len(examples), size):
         yield tuple(examples[start : start + size])

@@ -76,6 +76,21 @@ class KeywordJudge:
         text = normalise(answer)
         return any(_stands_within(normalise(word), text, self.window) for word in self.keywords)
 
+    def settled(self, start: str) -> bool:
+        """Whether `refuses` says the same of every answer that begins with `start`, itself too.
+
+        So it is once the window and the character behind it are there, or a keyword and the
+        character behind that. A capital sigma at the end is not certain: what follows decides on
+        its lower case.
+        """
+        text = normalise(start)
+        if normalise(f"{start}a")[: len(text)] != text:
+            return False
+        seen = min(self.window, len(text) - 1)
+        return len(text) > self.window or any(
+            _stands_within(normalise(word), text, seen) for word in self.keywords
+        )
+
 
 def _default_name(keywords: tuple[str, ...], window: int) -> str:
     if (keywords, window) == (DEFAULT_KEYWORDS, DEFAULT_WINDOW):

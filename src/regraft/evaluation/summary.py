@@ -18,9 +18,13 @@ from regraft.evaluation.results import Answer, Estimate, EvalResult
 from regraft.files import write_text
 
 
+def is_compared(example: Example) -> bool:
+    """Whether answers to it are compared with a reference, and not only judged."""
+    return not example.harmful and example.response is not None
+
+
 def judge_answer(example: Example, text: str, judge: KeywordJudge) -> Answer:
     """Judge one generated `text`; only a harmless example with a reference gets a similarity."""
-    compare = not example.harmful and example.response is not None
     return Answer(
         id=example.id,
         category=example.category,
@@ -30,7 +34,7 @@ def judge_answer(example: Example, text: str, judge: KeywordJudge) -> Answer:
         reference=example.response,
         answer=text,
         refused=judge.refuses(text),
-        similarity=anls(text, [example.response or ""]) if compare else None,
+        similarity=anls(text, [example.response or ""]) if is_compared(example) else None,
         suite=example.suite,
     )
 

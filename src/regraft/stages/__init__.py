@@ -20,11 +20,13 @@ from regraft.stages.patching import (
 from regraft.stages.pruning import prune
 from regraft.stages.realigning import needs_statistics, realign
 from regraft.stages.scoring import heads
+from regraft.stages.session import Session
 
 __all__ = [
     "ABOUT_FILE",
     "Evaluation",
     "Preview",
+    "Session",
     "apply",
     "apply_in_place",
     "evaluate",

@@ -9,13 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from regraft import ranks
-from regraft.checks import (
-    read_suites,
-    told,
-)
+from regraft.checks import told
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.evaluation.generate import generate
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.summary import (
     judge_answer,
@@ -28,7 +24,6 @@ from regraft.evaluation.summary import (
 from regraft.files import atomic_folder, file_digest, read_json, write_json
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
-from regraft.pruning.pruner import zeros
 from regraft.recipe import (
     ComputeSettings,
     EvalSettings,
@@ -39,7 +34,7 @@ from regraft.restoration.apply import (
     zeros_filled,
 )
 from regraft.restoration.patch import load_patch
-from regraft.stages.common import load
+from regraft.stages.session import Session
 from regraft.watch import Silent, Watch
 
 
@@ -60,6 +55,7 @@ def evaluate(
     patch_file: Path | None = None,
     processor_from: Source | None = None,
     watch: Watch | None = None,
+    session: Session | None = None,
 ) -> Evaluation:
     """Answer and judge suites; writes `answers.jsonl` and `results.json` in the folder `out`.
 
@@ -72,12 +68,14 @@ def evaluate(
         patch_file: Put this patch on the model in memory first.
         processor_from: Take the processor from there if the checkpoint comes without one.
         watch: Progress.
+        session: Shared with the other evaluations of a run, which saves work and changes nothing.
 
     Raises:
         RegraftError: see the data readers.
     """
     watch = watch or Silent()
-    reading = read_suites(model, suites, settings.limit)
+    session = session or Session(memo_bytes=0)
+    reading = session.reading(model, suites, settings.limit)
     name = ", ".join(str(suite) for suite in suites)
     examples = reading.examples
     inputs = {"model": model.checkpoint.fingerprint}
@@ -91,26 +89,29 @@ def evaluate(
         check_base(model.checkpoint, patch)
         inputs["patch"] = file_digest(patch_file)
     about = describe("evaluate", inputs, settings, compute, {"suite": reading})
+    if settings.full_answers:  # as in evaluations from before there was a choice
+        del about["settings"]["full_answers"]
     if not is_done(out, out / "results.json", about, lambda: _read_results(out)["about"]):
         with working(out, about) as work:
             watch.note(told("Prompts", reading))
-            network, processor = load(model, compute, watch, processor_from)
+            network, processor = session.load(model, compute, watch, processor_from)
+            content = about["data"]["suite"]["digest"]
+            answerer = session.answerer(
+                model, processor, examples, content, settings, compute, processor_from
+            )
             context = patched(network, model.anatomy, patch) if patch else nullcontext()
             with context, watch.task(f"Answering {name}", len(examples), "prompts") as done:
-                texts = generate(
+                texts = answerer.answers(
                     network,
-                    processor,
-                    examples,
-                    work,
                     max_new_tokens=settings.max_new_tokens,
-                    batch_size=compute.batch_size,
+                    partial=work,
                     progress=done,
                 )
             judge = settings.judge()
             answers = [judge_answer(e, t, judge) for e, t in zip(examples, texts, strict=True)]
             result = summarise(name, judge, answers)
             sizes = {
-                "zeros": zeros(model.checkpoint, model.anatomy)
+                "zeros": session.zeros(model)
                 - (zeros_filled(model.checkpoint, patch) if patch else 0),
                 "prunable": model.anatomy.prunable,
             }

@@ -1,0 +1,97 @@
+"""One batch of prompts -> greedy answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regraft.evaluation.judge import KeywordJudge
+
+# What later tokens may still change at the end of decoded text: a character whose bytes are not all
+# there, a space that a tokenizer's clean-up removes before punctuation or a contraction.
+_UNSURE = 16
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # such tokens decode together, or each to a replacement
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module,
+    processor: Any,
+    inputs: Mapping[str, Tensor],
+    max_new_tokens: int,
+    judge: KeywordJudge | None = None,
+) -> list[str]:
+    """The most likely token, again and again.
+
+    Sampling, repetition penalties and the like of the checkpoint's generation config are left out,
+    so that two models answer under the same rule.
+
+    Args:
+        model: In eval mode.
+        processor: Its processor.
+        inputs: Of B prompts, padded on the left, on the model's device.
+        max_new_tokens: Length of an answer, in tokens.
+        judge: End each answer once this judge's verdict on it cannot change any more.
+
+    Returns:
+        B answers, special tokens and surrounding white space removed.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    start = inputs["input_ids"].shape[1]
+    settled = None if judge is None else _Settled(tokenizer, judge, start)
+    with _plain_greedy(model, tokenizer, max_new_tokens):
+        tokens = model.generate(  # type: ignore[operator]
+            **inputs, stopping_criteria=None if settled is None else [settled]
+        )
+    new = tokens[:, start:].tolist()  # [B, new tokens]
+    if settled is not None:
+        new = [row[: settled.ends.get(b)] for b, row in enumerate(new)]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+class _Settled:
+    """A stopping criterion of `generate`: rows end where the verdict on them is certain.
+
+    `ends` holds the number of new tokens of the rows that ended so.
+    """
+
+    def __init__(self, tokenizer: Any, judge: KeywordJudge, start: int) -> None:
+        self.ends: dict[int, int] = {}
+        self._tokenizer = tokenizer
+        self._judge = judge
+        self._start = start
+
+    def __call__(self, input_ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:
+        """Which rows are done, `[B]` bool, after the tokens `[B, S]` so far."""
+        new = input_ids[:, self._start :].tolist()
+        going = [b for b in range(len(new)) if b not in self.ends]
+        texts = self._tokenizer.batch_decode([new[b] for b in going], skip_special_tokens=True)
+        for b, text in zip(going, texts, strict=True):
+            if self._judge.settled(text[:-_UNSURE]) and not self._is_byte(new[b][-1]):
+                self.ends[b] = len(new[b])
+        done = [b in self.ends for b in range(len(new))]
+        return torch.tensor(done, device=input_ids.device)
+
+    def _is_byte(self, token: int) -> bool:
+        return _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or "") is not None
+
+
+@contextmanager
+def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
+    own = model.generation_config
+    model.generation_config = type(own)(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
+        pad_token_id=own.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own

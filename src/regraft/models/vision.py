@@ -1,0 +1,181 @@
+"""What a model's vision part hands to its text decoder, kept and handed over again.
+
+Only the text decoder is pruned or patched, so what comes from the images stays the same. Families
+of transformers get it from `get_image_features`; Mllama from its projector. Where code is not
+transformers' own nothing is kept, and the vision part runs each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import wraps
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regraft.models.anatomy import text_decoder
+from regraft.models.placement import moved
+from regraft.models.replay import replaced_forwards
+
+_UNUSED = ("last_hidden_state", "hidden_states", "attentions")  # beside pooler_output
+
+
+@dataclass(frozen=True)
+class VisionOutput:
+    """What one batch of images became: tensors in host memory, and how they were handed over.
+
+    `kind` is the class of transformers' output that holds them; None where it is `content` itself.
+    """
+
+    kind: type[Any] | None
+    content: Any
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(tensor.nbytes for tensor in _tensors(self.content))
+
+    def restored(self) -> Any:
+        """As the vision part returned it, without what the text decoder does not read."""
+        content = moved(self.content, self.device)
+        if self.kind is None:
+            return content
+        named = {field.name for field in fields(self.kind)}
+        output = self.kind(**{name: one for name, one in content.items() if name in named})
+        for name in content.keys() - named:  # Idefics3 adds one in transformers 5.15
+            setattr(output, name, content[name])
+        return output
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[list[VisionOutput]]:
+    """Keep what the vision part hands over, call by call, while the model runs in the block."""
+    outputs: list[VisionOutput] = []
+    inner = _inner(model)
+
+    def keep(result: Any) -> Any:
+        outputs.append(_kept(result))
+        return result
+
+    if inner is None:
+        yield outputs
+    elif (features := _features(inner)) is not None:
+        with _replaced(inner, lambda *args, **kwargs: keep(features(*args, **kwargs))):
+            yield outputs
+    elif _projected(inner):
+        hook = inner.multi_modal_projector.register_forward_hook(  # type: ignore[union-attr]
+            lambda _module, _args, result: keep(result)
+        )
+        try:
+            yield outputs
+        finally:
+            hook.remove()
+    else:
+        yield outputs
+
+
+@contextmanager
+def replayed(model: nn.Module, output: VisionOutput | None) -> Iterator[None]:
+    """Hand `output` over in the block, whatever the images; None changes nothing."""
+    inner = _inner(model)
+    if output is None or inner is None:
+        yield
+        return
+    result = output.restored()
+    if _features(inner) is not None:
+        with _replaced(inner, lambda *_args, **_kwargs: result):
+            yield
+        return
+    from transformers.modeling_outputs import BaseModelOutput
+
+    vision, projector = inner.vision_model, inner.multi_modal_projector
+    assert isinstance(vision, nn.Module) and isinstance(projector, nn.Module)
+    states = BaseModelOutput(last_hidden_state=result)
+    with replaced_forwards({vision: lambda *_, **__: states, projector: lambda states: states}):
+        yield
+
+
+def without_pixels(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs for `replayed`: what only the vision part reads is zeros that take no memory."""
+    return {
+        name: tensor.new_zeros(()).expand(tensor.shape) if name.startswith("pixel") else tensor
+        for name, tensor in inputs.items()
+    }
+
+
+def vision_state(model: nn.Module) -> tuple[Any, ...] | None:
+    """Tells apart vision parts that make other outputs: another sum of bits, dtype or device.
+
+    Covers every parameter and buffer outside of the text decoder and the output embedding. None
+    where some are not in memory (a model spread over devices by accelerate).
+    """
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    decoder = {id(tensor) for part in (text_decoder(model), output) for tensor in _own(part)}
+    outside = [tensor for tensor in _own(model) if id(tensor) not in decoder]
+    if any(tensor.is_meta for tensor in outside):
+        return None
+    about = [(str(one.dtype), str(one.device), tuple(one.shape)) for one in outside]
+    return tuple(zip(about, [_bit_sum(one) for one in outside], strict=True))
+
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    """The model without its head, of transformers' own classes."""
+    inner = getattr(model, "base_model", None)
+    own = type(model).__module__.startswith("transformers.")
+    return inner if own and isinstance(inner, nn.Module) else None
+
+
+def _features(inner: nn.Module) -> Callable[..., Any] | None:
+    return getattr(inner, "get_image_features", None)
+
+
+def _projected(inner: nn.Module) -> bool:
+    return hasattr(inner, "vision_model") and hasattr(inner, "multi_modal_projector")
+
+
+@contextmanager
+def _replaced(inner: nn.Module, features: Callable[..., Any]) -> Iterator[None]:
+    """Another `get_image_features`, with the signature of the own one, which `generate` reads."""
+    inner.__dict__["get_image_features"] = wraps(inner.get_image_features)(features)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        del inner.__dict__["get_image_features"]
+
+
+def _kept(result: Any) -> VisionOutput:
+    kind, content = None, result
+    if isinstance(result, dict):
+        kind, content = type(result), dict(vars(result))
+        if content.get("pooler_output") is not None:
+            content = {name: one for name, one in content.items() if name not in _UNUSED}
+    device = next(_tensors(content)).device
+    return VisionOutput(kind, moved(content, torch.device("cpu")), device)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        yield from chain.from_iterable(map(_tensors, value))
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _own(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bit_sum(tensor: Tensor) -> int:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    bits = tensor.detach().contiguous().view(_BITS[tensor.element_size()])
+    return int(bits.sum(dtype=torch.int64))
