@@ -33,13 +33,19 @@ from regraft.watch import Silent, Watch
 __all__ = ["RunFolder", "report", "run"]
 
 
-def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Report:
+def run(
+    recipe: Recipe,
+    folder: Path,
+    watch: Watch | None = None,
+    session: stages.Session | None = None,
+) -> Report:
     """Prune, score heads, realign, evaluate and report; finished stages are not repeated.
 
     Args:
         recipe: All settings.
         folder: A new folder, or that of an earlier run of the same recipe.
         watch: Progress.
+        session: What evaluations share, if other runs share it too.
 
     Raises:
         RegraftError: bad input, or the folder holds something else.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from regraft import pipeline, ranks
+from regraft import pipeline, ranks, stages
 from regraft.comparing import compare
 from regraft.errors import RegraftError
 from regraft.files import atomic_folder
@@ -31,8 +31,9 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Study:
     """
     watch = watch or Silent()
     runs = {seed_folder(folder, seed): recipe.for_seed(seed) for seed in recipe.seeds}
+    session = stages.Session()
     for place, one in runs.items():
-        pipeline.check(one, place)
+        pipeline.check(one, place, session)
     pipeline.claim(folder, recipe)
     for place, one in runs.items():
         watch.note(f"Calibration seed {one.calibration.seed}")
@@ -40,7 +41,7 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Study:
         if ranks.first():
             _share_dense(next(iter(runs)), place)
         ranks.barrier()
-        pipeline.run(one, place, watch)
+        pipeline.run(one, place, watch, session)
     return report(folder)
 
 
