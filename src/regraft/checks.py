@@ -14,6 +14,7 @@ from regraft.models.load import Source
 from regraft.recipe import (
     CalibrationSettings,
     ComputeSettings,
+    DefenceSettings,
     HeadSettings,
     PruneSettings,
     RealignSettings,
@@ -63,6 +64,31 @@ def read_suites(source: Source, suites: Sequence[DataSource], limit: int | None)
     return joined
 
 
+def read_validation(source: Source, settings: DefenceSettings) -> Reading:
+    """Read the prompts on which a refusal direction's layer and strength are chosen.
+
+    Raises:
+        RegraftError: as `draw_calibration`; a kind is missing.
+    """
+    reading = read(settings.validation)
+    limit = settings.validation_limit
+    kept: list[Example] = []
+    for harmful, kind in ((True, "harmful"), (False, "harmless")):
+        found = [one for one in reading.examples if one.harmful == harmful]
+        if not found:
+            raise RegraftError(
+                f"{reading.source}: no {kind} examples; choosing layer and strength of a refusal "
+                "direction needs both kinds. Name another --validation, or give --layer and "
+                "--strength."
+            )
+        kept += found[:limit]
+    beyond = len(reading.examples) - len(kept)
+    skipped = dict(reading.skipped) | ({"beyond the limit": beyond} if beyond else {})
+    chosen = Reading(reading.source, tuple(kept), skipped)
+    _check_readable(source, chosen)
+    return chosen
+
+
 def told(role: str, reading: Reading) -> str:
     """One line on what became of every row that was read."""
     left_out = ", ".join(f"{count} {reason}" for reason, count in reading.skipped.items())
@@ -100,6 +126,13 @@ def check_top_heads(dense: Source, settings: RealignSettings) -> None:
     count = len(all_heads(dense.anatomy))
     if settings.heads != "all" and settings.top_heads > count:
         raise RegraftError(f"top_heads is {settings.top_heads}; the model has {count} heads.")
+
+
+def check_direction_layer(source: Source, settings: DefenceSettings) -> None:
+    """Raise unless the model has the layer that a refusal direction is to be added at."""
+    count = len(source.anatomy.layers)
+    if settings.layer is not None and settings.layer >= count:
+        raise RegraftError(f"layer is {settings.layer}; the model has layers 0 to {count - 1}.")
 
 
 def _check_readable(source: Source, reading: Reading) -> None:

@@ -47,6 +47,10 @@ class RunFolder:
         """The checkpoint of one realigned variant of a pruning."""
         return self._of("realigned", pruning) / variant
 
+    def defence(self, pruning: str, defence: str) -> Path:
+        """A defence prompt or refusal direction for a pruning."""
+        return self._of("defences", pruning) / f"{defence}.safetensors"
+
     @property
     def dense_evaluation(self) -> Path:
         """Answers and results of the dense model."""

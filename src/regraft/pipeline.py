@@ -6,12 +6,14 @@ from pathlib import Path
 
 from regraft import ranks, stages
 from regraft.checks import (
+    check_direction_layer,
     check_pattern,
     check_r_max,
     check_shares,
     check_top_heads,
     draw_calibration,
     read_suites,
+    read_validation,
 )
 from regraft.errors import RegraftError
 from regraft.files import discard_leftover, require_empty, require_space, write_text
@@ -20,6 +22,7 @@ from regraft.importance.score import Method
 from regraft.keys import difference
 from regraft.models.load import Source, open_source, pick_device
 from regraft.recipe import (
+    NamedDefenceSettings,
     Recipe,
     StatisticsSettings,
     VariantSettings,
@@ -77,6 +80,9 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Report:
         for variant in recipe.realign:
             watch.note(f"Realigning: {place.name(name, variant.name)}")
             _realign(place, dense, name, source, variant, recipe, watch)
+        for defence in recipe.defend:
+            watch.note(f"Defending: {place.name(name, defence.name)}")
+            _defend(place, dense, name, source, defence, recipe, watch)
     return report(folder)
 
 
@@ -92,17 +98,22 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder) -> None:
     by_heads = any(one.heads == "top" for one in recipe.realign)
     by_importance = bool(_scores(recipe))
     on_both = recipe.pruned is None and any(one.calibrate_on == "both" for one in recipe.prune)
-    if by_heads or by_importance or on_both:
+    by_direction = any(one.method == "refusal-direction" for one in recipe.defend)
+    if by_heads or by_importance or on_both or by_direction:
         harmful = draw_calibration(dense, recipe.calibration, harmful=True)
         check_shares(harmful.examples, recipe.compute)
         if by_heads:
             check_r_max(dense, recipe.heads, len(harmful.examples))
-    if by_importance or recipe.pruned is None:
+    if by_importance or recipe.pruned is None or by_direction:
         harmless = draw_calibration(dense, recipe.calibration, harmful=False)
         check_shares(harmless.examples, recipe.compute)
     read_suites(dense, recipe.evaluate.suite, recipe.evaluate.limit)
     for variant in recipe.realign:
         check_top_heads(dense, variant)
+    for defence in recipe.defend:
+        check_direction_layer(dense, defence)
+        if defence.searches:
+            read_validation(dense, defence)
     checkpoints = [
         place.realigned(pruning.name, variant.name)
         for pruning in recipe.prune
@@ -126,6 +137,7 @@ def _evaluate(
     recipe: Recipe,
     watch: Watch,
     patch: Path | None = None,
+    defence: Path | None = None,
 ) -> None:
     stages.evaluate(
         model,
@@ -136,6 +148,7 @@ def _evaluate(
         patch,
         processor_from=dense,
         watch=watch,
+        defence_file=defence,
     )
 
 
@@ -166,6 +179,21 @@ def _realign(
     written = stages.apply(pruned.folder, patch, place.realigned(pruning, settings.name), watch)
     realigned = open_source(written, trust_remote_code=recipe.compute.trust_remote_code)
     _evaluate(realigned, out, dense, recipe, watch)
+
+
+def _defend(
+    place: RunFolder,
+    dense: Source,
+    pruning: str,
+    pruned: Source,
+    settings: NamedDefenceSettings,
+    recipe: Recipe,
+    watch: Watch,
+) -> None:
+    file = place.defence(pruning, settings.name)
+    stages.defend(pruned, file, settings.only(), recipe.calibration, recipe.compute, watch, dense)
+    out = place.evaluation(pruning, settings.name)
+    _evaluate(pruned, out, dense, recipe, watch, defence=file)
 
 
 def _on_disk(variant: VariantSettings, recipe: Recipe) -> bool:

@@ -37,7 +37,8 @@ class Variant:
     that pruning took, `restored` the number that came back. `restored_by_module` maps a module
     kind such as "self_attn.q_proj" to its restored weights per layer. `heads` are the
     (layer, head) pairs that were open to restoration. Where pruning kept an N:M pattern, `n_m` is
-    the pattern ("2:4") and `violated_groups` of `groups` no longer keep it.
+    the pattern ("2:4") and `violated_groups` of `groups` no longer keep it. `inference_time` marks
+    a pruned model under a defence at inference, of which no weight came back.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Variant:
     n_m: str | None = None
     violated_groups: int = 0
     groups: int = 0
+    inference_time: bool = False
 
     @property
     def label_in_group(self) -> str:
@@ -149,11 +151,18 @@ class Report:
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """What each variant is: of a pruning's realigned models the first leads the others."""
+        """What each variant is: of a pruning's realigned models the first leads the others.
+
+        A model defended at inference is a control.
+        """
         order: tuple[Role, ...] = ("pruned", "realigned", "control")
         return (
             "dense",
-            *(order[min(i, 2)] for group in self.groups for i in range(len(group))),
+            *(
+                "control" if variant.inference_time else order[min(i, 2)]
+                for group in self.groups
+                for i, variant in enumerate(group)
+            ),
         )
 
 

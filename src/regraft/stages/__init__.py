@@ -7,6 +7,7 @@ under its key, and is taken up again after a kill.
 """
 
 from regraft.stages.common import ABOUT_FILE
+from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.gathering import statistics
 from regraft.stages.patching import (
@@ -27,6 +28,7 @@ __all__ = [
     "Preview",
     "apply",
     "apply_in_place",
+    "defend",
     "evaluate",
     "heads",
     "needs_statistics",

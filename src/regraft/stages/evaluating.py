@@ -14,6 +14,7 @@ from regraft.checks import (
     told,
 )
 from regraft.data.sources import DataSource
+from regraft.defence.artifact import acting, asked, check_fits, load_defence
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import generate
 from regraft.evaluation.results import EvalResult
@@ -60,6 +61,7 @@ def evaluate(
     patch_file: Path | None = None,
     processor_from: Source | None = None,
     watch: Watch | None = None,
+    defence_file: Path | None = None,
 ) -> Evaluation:
     """Answer and judge suites; writes `answers.jsonl` and `results.json` in the folder `out`.
 
@@ -72,6 +74,7 @@ def evaluate(
         patch_file: Put this patch on the model in memory first.
         processor_from: Take the processor from there if the checkpoint comes without one.
         watch: Progress.
+        defence_file: Answer under this defence at inference, from `defend`.
 
     Raises:
         RegraftError: see the data readers.
@@ -90,17 +93,22 @@ def evaluate(
     if patch is not None and patch_file is not None:
         check_base(model.checkpoint, patch)
         inputs["patch"] = file_digest(patch_file)
+    defence = None if defence_file is None else load_defence(defence_file)
+    if defence is not None and defence_file is not None:
+        check_fits(defence, model.anatomy, defence_file)
+        inputs["defence"] = file_digest(defence_file)
     about = describe("evaluate", inputs, settings, compute, {"suite": reading})
     if not is_done(out, out / "results.json", about, lambda: _read_results(out)["about"]):
         with working(out, about) as work:
             watch.note(told("Prompts", reading))
             network, processor = load(model, compute, watch, processor_from)
             context = patched(network, model.anatomy, patch) if patch else nullcontext()
-            with context, watch.task(f"Answering {name}", len(examples), "prompts") as done:
+            answering = watch.task(f"Answering {name}", len(examples), "prompts")
+            with context, acting(defence, network), answering as done:
                 texts = generate(
                     network,
                     processor,
-                    examples,
+                    asked(defence, examples),
                     work,
                     max_new_tokens=settings.max_new_tokens,
                     batch_size=compute.batch_size,
