@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from regraft import ranks
-from regraft.data.example import Example, Reading, draw
+from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
 from regraft.data.sources import DataSource, read
 from regraft.errors import RegraftError
@@ -25,15 +26,33 @@ from regraft.restoration.selection import all_heads
 def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
     """Draw D^s or D^u and check that this model can read it.
 
+    Rows need a response unless the dense model is to write them. Those of the data set are what
+    the examples hold; a stage that learns from responses takes `stages.calibration_data`.
+
     Raises:
         RegraftError: see the data readers and `draw`; an image is unreadable, or there are images
             and the model reads text only.
     """
-    reading = draw(
-        read(calibration.data), harmful=harmful, samples=calibration.samples, seed=calibration.seed
-    )
+    reading = draw(read(calibration.data), harmful=harmful, **_drawing(calibration))
     _check_readable(source, reading)
     return reading
+
+
+def order_calibration(
+    source: Source, calibration: CalibrationSettings, *, harmful: bool
+) -> Reading:
+    """All prompts of one kind in the order in which they are drawn, as `draw_calibration`."""
+    reading = in_drawn_order(read(calibration.data), harmful=harmful, **_drawing(calibration))
+    _check_readable(source, reading)
+    return reading
+
+
+def _drawing(calibration: CalibrationSettings) -> dict[str, Any]:
+    return {
+        "samples": calibration.samples,
+        "seed": calibration.seed,
+        "answered": calibration.responses == "given",
+    }
 
 
 def read_suites(source: Source, suites: Sequence[DataSource], limit: int | None) -> Reading:

@@ -26,6 +26,11 @@ class RunFolder:
         return self.path / "heads.safetensors"
 
     @property
+    def responses(self) -> Path:
+        """What the dense model answered to calibration prompts, where it was to."""
+        return self.path / "responses"
+
+    @property
     def report(self) -> Path:
         """report.json, report.md, report.html."""
         return self.path / "report"

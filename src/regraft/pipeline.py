@@ -63,7 +63,15 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Report:
     calibration, compute = recipe.calibration, recipe.compute
     pruned = {
         one.name: existing
-        or stages.prune(dense, place.pruned(one.name), one.only(), calibration, compute, watch)
+        or stages.prune(
+            dense,
+            place.pruned(one.name),
+            one.only(),
+            calibration,
+            compute,
+            watch,
+            place.responses,
+        )
         for one in recipe.prune
     }
     watch.note("Evaluating the dense model")
@@ -75,7 +83,8 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Report:
         stages.heads(dense, place.heads, recipe.heads, calibration, compute, watch)
     for score in _scores(recipe):
         settings = StatisticsSettings(score=score)
-        stages.statistics(dense, place.statistics(score), calibration, compute, settings, watch)
+        out = place.statistics(score)
+        stages.statistics(dense, out, calibration, compute, settings, watch, place.responses)
     for name, source in pruned.items():
         for variant in recipe.realign:
             watch.note(f"Realigning: {place.name(name, variant.name)}")

@@ -6,6 +6,7 @@ another key is never overwritten. Unfinished work waits in a hidden folder besid
 under its key, and is taken up again after a kill.
 """
 
+from regraft.stages.answering import calibration_data
 from regraft.stages.common import ABOUT_FILE
 from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
@@ -28,6 +29,7 @@ __all__ = [
     "Preview",
     "apply",
     "apply_in_place",
+    "calibration_data",
     "defend",
     "evaluate",
     "heads",
