@@ -256,8 +256,10 @@ def test_swaps_go_on_and_off_and_keep_the_number_of_zeros(
     assert zeros_filled(pruned.checkpoint, loaded) == zeros_filled(on, loaded) == 0
     off = revert_patch(on, loaded, tmp_path / "off")
     assert not differing(pruned.checkpoint, off)
-    assert apply_patch(on, loaded, tmp_path / "again").read(linear.tensor).equal(
-        on.read(linear.tensor)
+    assert (
+        apply_patch(on, loaded, tmp_path / "again")
+        .read(linear.tensor)
+        .equal(on.read(linear.tensor))
     )
 
 

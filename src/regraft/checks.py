@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from regraft import ranks
-from regraft.data.example import Example, Reading, draw
+from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
 from regraft.data.sources import DataSource, read
 from regraft.errors import RegraftError
@@ -14,6 +15,7 @@ from regraft.models.load import Source
 from regraft.recipe import (
     CalibrationSettings,
     ComputeSettings,
+    DefenceSettings,
     HeadSettings,
     PruneSettings,
     RealignSettings,
@@ -24,15 +26,33 @@ from regraft.restoration.selection import all_heads
 def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
     """Draw D^s or D^u and check that this model can read it.
 
+    Rows need a response unless the dense model is to write them. Those of the data set are what
+    the examples hold; a stage that learns from responses takes `stages.calibration_data`.
+
     Raises:
         RegraftError: see the data readers and `draw`; an image is unreadable, or there are images
             and the model reads text only.
     """
-    reading = draw(
-        read(calibration.data), harmful=harmful, samples=calibration.samples, seed=calibration.seed
-    )
+    reading = draw(read(calibration.data), harmful=harmful, **_drawing(calibration))
     _check_readable(source, reading)
     return reading
+
+
+def order_calibration(
+    source: Source, calibration: CalibrationSettings, *, harmful: bool
+) -> Reading:
+    """All prompts of one kind in the order in which they are drawn, as `draw_calibration`."""
+    reading = in_drawn_order(read(calibration.data), harmful=harmful, **_drawing(calibration))
+    _check_readable(source, reading)
+    return reading
+
+
+def _drawing(calibration: CalibrationSettings) -> dict[str, Any]:
+    return {
+        "samples": calibration.samples,
+        "seed": calibration.seed,
+        "answered": calibration.responses == "given",
+    }
 
 
 def read_suites(source: Source, suites: Sequence[DataSource], limit: int | None) -> Reading:
@@ -61,6 +81,31 @@ def read_suites(source: Source, suites: Sequence[DataSource], limit: int | None)
         raise RegraftError(f"{joined.source}: there are no examples to evaluate.")
     _check_readable(source, joined)
     return joined
+
+
+def read_validation(source: Source, settings: DefenceSettings) -> Reading:
+    """Read the prompts on which a refusal direction's layer and strength are chosen.
+
+    Raises:
+        RegraftError: as `draw_calibration`; a kind is missing.
+    """
+    reading = read(settings.validation)
+    limit = settings.validation_limit
+    kept: list[Example] = []
+    for harmful, kind in ((True, "harmful"), (False, "harmless")):
+        found = [one for one in reading.examples if one.harmful == harmful]
+        if not found:
+            raise RegraftError(
+                f"{reading.source}: no {kind} examples; choosing layer and strength of a refusal "
+                "direction needs both kinds. Name another --validation, or give --layer and "
+                "--strength."
+            )
+        kept += found[:limit]
+    beyond = len(reading.examples) - len(kept)
+    skipped = dict(reading.skipped) | ({"beyond the limit": beyond} if beyond else {})
+    chosen = Reading(reading.source, tuple(kept), skipped)
+    _check_readable(source, chosen)
+    return chosen
 
 
 def told(role: str, reading: Reading) -> str:
@@ -100,6 +145,13 @@ def check_top_heads(dense: Source, settings: RealignSettings) -> None:
     count = len(all_heads(dense.anatomy))
     if settings.heads != "all" and settings.top_heads > count:
         raise RegraftError(f"top_heads is {settings.top_heads}; the model has {count} heads.")
+
+
+def check_direction_layer(source: Source, settings: DefenceSettings) -> None:
+    """Raise unless the model has the layer that a refusal direction is to be added at."""
+    count = len(source.anatomy.layers)
+    if settings.layer is not None and settings.layer >= count:
+        raise RegraftError(f"layer is {settings.layer}; the model has layers 0 to {count - 1}.")
 
 
 def _check_readable(source: Source, reading: Reading) -> None:

@@ -26,6 +26,7 @@ from regraft.pruning.pruner import zeros
 from regraft.recipe import (
     CalibrationSettings,
     ComputeSettings,
+    DefenceSettings,
     EvalSettings,
     HeadSettings,
     PruneSettings,
@@ -300,6 +301,30 @@ def revert(
     _patch("revert", realigned, patch, out, in_place, dry_run)
 
 
+@app.command
+def defend(
+    pruned: Model,
+    *,
+    out: Out,
+    settings: Annotated[DefenceSettings, Flat] = DefenceSettings(),
+    calibration: Calibration = CalibrationSettings(),
+    compute: Compute = ComputeSettings(),
+) -> None:
+    """Make a defence at inference to compare with: a prompt (AdaShield) or a refusal direction.
+
+    Example: regraft defend pruned --method refusal-direction --out direction.safetensors
+    """
+    from regraft import stages
+    from regraft.defence.artifact import Direction
+
+    with _watch() as watch:
+        source = _open(pruned, compute.trust_remote_code)
+        made = stages.defend(source, out, settings, calibration, compute, watch)
+        if isinstance(made, Direction):
+            watch.note(f"{out}: {made.strength:g} differences of means behind layer {made.layer}.")
+        watch.note(f"Evaluate under it with `regraft eval {pruned} --defence {out} ...`.")
+
+
 @app.command(name="eval")
 def evaluate(
     model: Model,
@@ -307,6 +332,7 @@ def evaluate(
     suite: Suite,
     out: Out,
     patch: Path | None = None,
+    defence: Path | None = None,
     settings: Annotated[EvalSettings, Flat] = EvalSettings(),
     compute: Compute = ComputeSettings(),
 ) -> None:
@@ -318,12 +344,16 @@ def evaluate(
     ----------
     patch
         Put this patch on the model in memory first.
+    defence
+        Answer under this defence at inference, from `regraft defend`.
     """
     from regraft import stages
 
     with _watch() as watch:
         source = _open(model, compute.trust_remote_code)
-        done = stages.evaluate(source, out, [suite], settings, compute, patch, watch=watch)
+        done = stages.evaluate(
+            source, out, [suite], settings, compute, patch, watch=watch, defence_file=defence
+        )
         show_result(watch.console, done.result)
         watch.note(f"Answers and results: {out}")
 

@@ -27,6 +27,11 @@ class RunFolder:
         return self.path / "heads.safetensors"
 
     @property
+    def responses(self) -> Path:
+        """What the dense model answered to calibration prompts, where it was to."""
+        return self.path / "responses"
+
+    @property
     def report(self) -> Path:
         """report.json, report.md, report.html."""
         return self.path / "report"
@@ -47,6 +52,10 @@ class RunFolder:
     def realigned(self, pruning: str, variant: str) -> Path:
         """The checkpoint of one realigned variant of a pruning."""
         return self._of("realigned", pruning) / variant
+
+    def defence(self, pruning: str, defence: str) -> Path:
+        """A defence prompt or refusal direction for a pruning."""
+        return self._of("defences", pruning) / f"{defence}.safetensors"
 
     @property
     def dense_evaluation(self) -> Path:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from regraft import ranks, stages
 from regraft.checks import (
+    check_direction_layer,
     check_pattern,
     check_r_max,
     check_shares,
     check_top_heads,
     draw_calibration,
+    read_validation,
 )
 from regraft.errors import RegraftError
 from regraft.files import discard_leftover, require_empty, require_space, write_text
@@ -19,6 +21,7 @@ from regraft.importance.score import Method
 from regraft.keys import difference
 from regraft.models.load import Source, open_source, pick_device
 from regraft.recipe import (
+    NamedDefenceSettings,
     Recipe,
     StatisticsSettings,
     VariantSettings,
@@ -58,7 +61,15 @@ def run(
     calibration, compute = recipe.calibration, recipe.compute
     pruned = {
         one.name: existing
-        or stages.prune(dense, place.pruned(one.name), one.only(), calibration, compute, watch)
+        or stages.prune(
+            dense,
+            place.pruned(one.name),
+            one.only(),
+            calibration,
+            compute,
+            watch,
+            place.responses,
+        )
         for one in recipe.prune
     }
     watch.note("Evaluating the dense model")
@@ -71,11 +82,15 @@ def run(
         stages.heads(dense, place.heads, recipe.heads, calibration, compute, watch)
     for score in _scores(recipe):
         settings = StatisticsSettings(score=score)
-        stages.statistics(dense, place.statistics(score), calibration, compute, settings, watch)
+        out = place.statistics(score)
+        stages.statistics(dense, out, calibration, compute, settings, watch, place.responses)
     for name, source in pruned.items():
         for variant in recipe.realign:
             watch.note(f"Realigning: {place.name(name, variant.name)}")
             _realign(place, dense, name, source, variant, recipe, watch, session)
+        for defence in recipe.defend:
+            watch.note(f"Defending: {place.name(name, defence.name)}")
+            _defend(place, dense, name, source, defence, recipe, watch, session)
     return report(folder)
 
 
@@ -85,9 +100,7 @@ def _scores(recipe: Recipe) -> list[Method]:
     return list(dict.fromkeys(scores))
 
 
-def check(
-    recipe: Recipe, folder: Path, session: stages.Session
-) -> tuple[Source, Source | None]:
+def check(recipe: Recipe, folder: Path, session: stages.Session) -> tuple[Source, Source | None]:
     """Find now, before anything is written, what would stop the run hours later.
 
     Returns:
@@ -123,17 +136,22 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
     by_heads = any(one.heads == "top" for one in recipe.realign)
     by_importance = bool(_scores(recipe))
     on_both = recipe.pruned is None and any(one.calibrate_on == "both" for one in recipe.prune)
-    if by_heads or by_importance or on_both:
+    by_direction = any(one.method == "refusal-direction" for one in recipe.defend)
+    if by_heads or by_importance or on_both or by_direction:
         harmful = draw_calibration(dense, recipe.calibration, harmful=True)
         check_shares(harmful.examples, recipe.compute)
         if by_heads:
             check_r_max(dense, recipe.heads, len(harmful.examples))
-    if by_importance or recipe.pruned is None:
+    if by_importance or recipe.pruned is None or by_direction:
         harmless = draw_calibration(dense, recipe.calibration, harmful=False)
         check_shares(harmless.examples, recipe.compute)
     session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
     for variant in recipe.realign:
         check_top_heads(dense, variant)
+    for defence in recipe.defend:
+        check_direction_layer(dense, defence)
+        if defence.searches:
+            read_validation(dense, defence)
     checkpoints = [
         place.realigned(pruning.name, variant.name)
         for pruning in recipe.prune
@@ -158,6 +176,7 @@ def _evaluate(
     watch: Watch,
     session: stages.Session,
     patch: Path | None = None,
+    defence: Path | None = None,
 ) -> None:
     stages.evaluate(
         model,
@@ -169,6 +188,7 @@ def _evaluate(
         processor_from=dense,
         watch=watch,
         session=session,
+        defence_file=defence,
     )
 
 
@@ -200,6 +220,22 @@ def _realign(
     written = stages.apply(pruned.folder, patch, place.realigned(pruning, settings.name), watch)
     realigned = open_source(written, trust_remote_code=recipe.compute.trust_remote_code)
     _evaluate(realigned, out, dense, recipe, watch, session)
+
+
+def _defend(
+    place: RunFolder,
+    dense: Source,
+    pruning: str,
+    pruned: Source,
+    settings: NamedDefenceSettings,
+    recipe: Recipe,
+    watch: Watch,
+    session: stages.Session,
+) -> None:
+    file = place.defence(pruning, settings.name)
+    stages.defend(pruned, file, settings.only(), recipe.calibration, recipe.compute, watch, dense)
+    out = place.evaluation(pruning, settings.name)
+    _evaluate(pruned, out, dense, recipe, watch, session, defence=file)
 
 
 def _on_disk(variant: VariantSettings, recipe: Recipe) -> bool:

@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from regraft.data.sources import DataSource
+from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
 from regraft.evaluation.judge import DEFAULT_KEYWORDS, DEFAULT_WINDOW, KeywordJudge
 from regraft.heads.score import CANDIDATES, WINDOW, Criterion, Mode, Scoring
@@ -86,6 +87,12 @@ Suite = Annotated[
     ),
 ]
 
+Validation = Annotated[
+    DataSource,
+    _ONE_OR_TWO_WORDS,
+    Parameter(help="Direction: harmful and harmless prompts to choose layer and strength on."),
+]
+
 
 class CalibrationSettings(Settings):
     """Harmful prompts with refusals (D^s) and harmless ones with answers (D^u)."""
@@ -93,6 +100,14 @@ class CalibrationSettings(Settings):
     data: Data = DataSource(name="demo", split="calibration")
     samples: int = Field(128, ge=1, description="Drawn of each kind; fewer where there are fewer.")
     seed: int = Field(0, description="Of the draw.")
+    responses: Literal["given", "self"] = Field(
+        "given",
+        description="given: the data set's. self: the dense model writes them greedily, and those "
+        "are kept that refuse a harmful prompt or do not refuse a harmless one.",
+    )
+    max_response_tokens: int = Field(
+        64, ge=1, description="Length of a response that the dense model writes."
+    )
 
 
 class PruneSettings(Settings):
@@ -394,6 +409,83 @@ class VariantSettings(RealignSettings):
         )
 
 
+class DefenceSettings(Settings):
+    """A defence at inference, which leaves the weights as pruning left them."""
+
+    method: Literal["adashield", "refusal-direction"] = Field(
+        "adashield",
+        description="adashield: a defence prompt around the user's text. refusal-direction: the "
+        "difference of means of harmful and harmless prompts added to the hidden states.",
+    )
+    prompt: str = Field(
+        DEFENCE_PROMPT,
+        min_length=1,
+        description="AdaShield: the text; if not given, AdaShield-S's scheme in our own words.",
+    )
+    layer: int | None = Field(
+        None,
+        ge=0,
+        description="Direction: the decoder layer behind which it is taken and added; if not "
+        "given, chosen on the validation prompts from the middle layers.",
+    )
+    strength: float | None = Field(
+        None,
+        gt=0,
+        description="Direction: how many differences of means are added; if not given, chosen on "
+        "the validation prompts.",
+    )
+    strengths: tuple[float, ...] = Field(
+        (0.25, 0.5, 1.0, 1.5, 2.0),
+        min_length=1,
+        description="Direction: those to choose from; repeat the flag for more.",
+    )
+    validation: Validation = Field(
+        DataSource(name="demo", split="validation"),
+        description="Direction: harmful and harmless prompts on which layer and strength are "
+        "chosen, none of which should be evaluated on.",
+    )
+    validation_limit: int | None = Field(
+        None, ge=1, description="Direction: use only the first of these prompts, of each kind."
+    )
+    max_over_refusal: float = Field(
+        5.0,
+        ge=0,
+        le=100,
+        description="Direction: how many percentage points more over-refusal than without it the "
+        "choice may cost.",
+    )
+    max_new_tokens: int = Field(
+        64, ge=1, description="Direction: length of an answer to a validation prompt."
+    )
+
+    @field_validator("strengths")
+    @classmethod
+    def _check_strengths(cls, strengths: tuple[float, ...]) -> tuple[float, ...]:
+        if min(strengths) <= 0:
+            raise ValueError(f"strengths must be above 0, not {min(strengths)}")
+        return strengths
+
+    @property
+    def searches(self) -> bool:
+        """Whether layer or strength are chosen on validation prompts."""
+        return self.method == "refusal-direction" and None in (self.layer, self.strength)
+
+
+class NamedDefenceSettings(DefenceSettings):
+    """One defended model of a run."""
+
+    name: str = Field("defended", description="What to call it in tables and folders.")
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        return _checked_name(name, "dense", "pruned")
+
+    def only(self) -> DefenceSettings:
+        """These settings without the name."""
+        return DefenceSettings(**self.model_dump(include=set(DefenceSettings.model_fields)))
+
+
 class EvalSettings(Settings):
     """Greedy answers, judged by refusal keywords at their start."""
 
@@ -477,6 +569,9 @@ class Recipe(Settings):
     )
     heads: HeadSettings = HeadSettings()
     realign: tuple[VariantSettings, ...] = (VariantSettings(),)
+    defend: tuple[NamedDefenceSettings, ...] = Field(
+        (), description="Defences at inference, evaluated on every pruned model."
+    )
     evaluate: EvaluateSettings = EvaluateSettings()
     compute: ComputeSettings = ComputeSettings()
 
@@ -497,11 +592,12 @@ class Recipe(Settings):
             raise ValueError(f"`seeds` must differ, not {list(self.seeds)}")
         if self.seeds and self.calibration.seed:
             raise ValueError("`seeds` take the place of `calibration.seed`; leave one of them out")
-        names = [one.name for one in self.realign]
+        names = [one.name for one in self.realign] + [one.name for one in self.defend]
+        both = "`realign` and `defend`" if self.defend else "`realign`"
         if len(set(names)) < len(names):
-            raise ValueError(f"the names of `realign` must differ, not {names}")
+            raise ValueError(f"the names of {both} must differ, not {names}")
         if len(self.prune) == 1 and self.prune[0].name in names:
-            raise ValueError(f"`prune` and one of `realign` are both called {self.prune[0].name!r}")
+            raise ValueError(f"`prune` and one of {both} are both called {self.prune[0].name!r}")
         most = max((one.top_heads for one in self.realign if one.by_heads), default=0)
         if self.heads.mode == "screened" and most > self.heads.candidates:
             raise ValueError(
@@ -606,10 +702,19 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
     calibration = recipe.calibration.model_copy(update={"data": source(recipe.calibration.data)})
     suites = tuple(source(one) for one in recipe.evaluate.suite)
     evaluate = recipe.evaluate.model_copy(update={"suite": suites})
+    defend = tuple(
+        one.model_copy(update={"validation": source(one.validation)}) for one in recipe.defend
+    )
     model = recipe.model
     if model != "demo" and (model.startswith((".", "~")) or (folder / model).is_dir()):
         model = str(path(Path(model)).expanduser())
     pruned = None if recipe.pruned is None else path(recipe.pruned)
     return recipe.model_copy(
-        update={"calibration": calibration, "evaluate": evaluate, "model": model, "pruned": pruned}
+        update={
+            "calibration": calibration,
+            "defend": defend,
+            "evaluate": evaluate,
+            "model": model,
+            "pruned": pruned,
+        }
     )

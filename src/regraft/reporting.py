@@ -10,13 +10,22 @@ from typing import Any
 from regraft import ranks, stages
 from regraft.data.demo import demo_model
 from regraft.data.sources import read
+from regraft.defence.artifact import Direction, load_defence
+from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
 from regraft.files import read_json
 from regraft.folder import RECIPE_FILE, RunFolder
 from regraft.heads.score import HeadScores, load_heads
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
-from regraft.recipe import PruneSettings, PruningSettings, Recipe, VariantSettings, read_recipe
+from regraft.recipe import (
+    DefenceSettings,
+    PruneSettings,
+    PruningSettings,
+    Recipe,
+    VariantSettings,
+    read_recipe,
+)
 from regraft.report.model import DataAccount, HeadMap, Report, Variant
 from regraft.report.write import write_report
 from regraft.restoration.patch import load_patch
@@ -58,6 +67,11 @@ def read_report(folder: Path) -> Report:
     for pruning in recipe.prune:
         variants += _group(place, recipe, pruning, evaluations)
     abouts = [evaluations["dense"].about]
+    abouts += [
+        load_defence(place.defence(pruning.name, one.name)).about
+        for pruning in recipe.prune
+        for one in recipe.defend
+    ]
     maps: tuple[HeadMap, ...] = ()
     if place.heads.exists():
         scores = load_heads(place.heads, dense.anatomy)
@@ -91,9 +105,9 @@ def _evaluations(place: RunFolder, recipe: Recipe) -> Iterator[tuple[str, Evalua
     folders = {"dense": place.dense_evaluation}
     for pruning in recipe.prune:
         folders[pruning.name] = place.evaluation(pruning.name)
-        for one in recipe.realign:
-            name = place.name(pruning.name, one.name)
-            folders[name] = place.evaluation(pruning.name, one.name)
+        for variant in [one.name for one in recipe.realign] + [one.name for one in recipe.defend]:
+            name = place.name(pruning.name, variant)
+            folders[name] = place.evaluation(pruning.name, variant)
     for name, folder in folders.items():
         if not folder.exists():
             raise RegraftError(
@@ -139,6 +153,17 @@ def _group(
             violated_groups=patch.about.get("violated_groups", 0),
             groups=patch.about.get("groups", 0),
         )
+    for defence in recipe.defend:
+        name = place.name(pruning.name, defence.name)
+        how = _defence(defence, place.defence(pruning.name, defence.name))
+        yield _variant(
+            name,
+            evaluations[name],
+            label=f"{name} ({how}, at inference)",
+            base=pruning.name,
+            series=series,
+            inference_time=True,
+        )
 
 
 def _variant(name: str, evaluation: Evaluation, **fields: Any) -> Variant:
@@ -154,6 +179,15 @@ def _method(settings: VariantSettings) -> str:
         else CONTROL_LABELS[settings.heads]
     )
     return f"{settings.method.upper()}, {heads}"
+
+
+def _defence(settings: DefenceSettings, file: Path) -> str:
+    made = load_defence(file)
+    if isinstance(made, Direction):
+        return f"refusal direction, layer {made.layer}, strength {made.strength:g}"
+    if settings.prompt == DEFENCE_PROMPT:
+        return "prompt after AdaShield-S"
+    return "AdaShield with a given prompt"
 
 
 def _series(settings: PruneSettings) -> str:
@@ -178,7 +212,12 @@ def _head_maps(scores: HeadScores) -> tuple[HeadMap, ...]:
 
 
 def _accounts(abouts: list[Mapping[str, Any]]) -> Iterator[DataAccount]:
-    names = {"suite": "evaluation", "safety": "calibration D^s", "utility": "calibration D^u"}
+    names = {
+        "suite": "evaluation",
+        "safety": "calibration D^s",
+        "utility": "calibration D^u",
+        "validation": "validation",
+    }
     merged = {role: data for about in abouts for role, data in about.get("data", {}).items()}
     for role, data in merged.items():
         yield DataAccount(names[role], data["source"], data["read"], data["used"], data["skipped"])

@@ -56,30 +56,53 @@ def of_kind(reading: Reading, *, harmful: bool) -> Reading:
     return Reading(f"{reading.source}#{kind}", kept, skipped)
 
 
-def draw(reading: Reading, *, harmful: bool, samples: int, seed: int) -> Reading:
+def draw(
+    reading: Reading, *, harmful: bool, samples: int, seed: int, answered: bool = True
+) -> Reading:
     """Draw calibration samples: D^s (`harmful`) or D^u (harmless), each with a response.
 
     Draws `samples` rows without replacement by `seed`, in the drawn order; fewer where the source
     has fewer. Rows of the other kind, without a response, or not drawn are counted in `skipped`.
+    Without `answered` rows need no response.
+
+    Raises:
+        RegraftError: no row fits.
+    """
+    ordered = in_drawn_order(
+        reading, harmful=harmful, samples=samples, seed=seed, answered=answered
+    )
+    skipped = dict(ordered.skipped)
+    if left := len(ordered.examples[samples:]):
+        skipped["not drawn"] = skipped.get("not drawn", 0) + left
+    return Reading(ordered.source, ordered.examples[:samples], skipped)
+
+
+def in_drawn_order(
+    reading: Reading, *, harmful: bool, samples: int, seed: int, answered: bool = True
+) -> Reading:
+    """All rows that `draw` may take: the `samples` that it takes, then the others, by `seed`.
 
     Raises:
         RegraftError: no row fits.
     """
     kind = "harmful" if harmful else "harmless"
     of_kind = [e for e in reading.examples if e.harmful == harmful]
-    fit = [e for e in of_kind if e.response and e.response.strip()]
+    fit = [e for e in of_kind if not answered or (e.response and e.response.strip())]
     if not fit:
         raise RegraftError(
-            f"{reading.source}: no {kind} examples with a response; calibration needs some. "
-            f"{reading.read} rows were read, {len(of_kind)} of them {kind}."
+            f"{reading.source}: no {kind} examples{' with a response' if answered else ''}; "
+            f"calibration needs some. {reading.read} rows were read, {len(of_kind)} of them {kind}."
         )
-    chosen = random.Random(seed).sample(fit, min(samples, len(fit)))
+    generator = random.Random(seed)
+    chosen = generator.sample(fit, min(samples, len(fit)))
+    taken = {e.id for e in chosen}
+    others = [e for e in fit if e.id not in taken]
+    generator.shuffle(others)
     skipped = dict(reading.skipped)
     for reason, count in (
         (f"not {kind}", len(reading.examples) - len(of_kind)),
         ("no response", len(of_kind) - len(fit)),
-        ("not drawn", len(fit) - len(chosen)),
     ):
         if count:
             skipped[reason] = skipped.get(reason, 0) + count
-    return Reading(f"{reading.source}, {kind}", tuple(chosen), skipped)
+    return Reading(f"{reading.source}, {kind}", (*chosen, *others), skipped)

@@ -151,11 +151,18 @@ class Report:
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """What each variant is: of a pruning's realigned models the first leads the others."""
+        """What each variant is: of a pruning's realigned models the first leads the others.
+
+        A model defended at inference is a control.
+        """
         order: tuple[Role, ...] = ("pruned", "realigned", "control")
         return (
             "dense",
-            *(order[min(i, 2)] for group in self.groups for i in range(len(group))),
+            *(
+                "control" if variant.inference_time else order[min(i, 2)]
+                for group in self.groups
+                for i, variant in enumerate(group)
+            ),
         )
 
 

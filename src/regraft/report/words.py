@@ -147,7 +147,9 @@ def _by_way(report: Report, compared: Sequence[Comparison]) -> list[tuple[str, d
 
 
 def _tally_of_realigned(way: str, rows: Mapping[str, _Row]) -> str:
-    return _tally(f"{len(rows)} models realigned by {way}", "its pruned model", rows)
+    defended = all(variant.inference_time for variant, _ in rows.values())
+    done = "defended" if defended else "realigned"
+    return _tally(f"{len(rows)} models {done} by {way}", "its pruned model", rows)
 
 
 def _tally(subject: str, base: str, rows: Mapping[str, _Row]) -> str:
@@ -230,6 +232,8 @@ def _realigning(pruned: Variant, variant: Variant, comparison: Comparison) -> st
     share_of = variant.per_ten_thousand
     ten_thousandths = f" ({share(share_of)} per 10,000 pruned)" if share_of is not None else ""
     restored = f"{variant.label}: {variant.restored:,} restored weights{ten_thousandths}"
+    if variant.inference_time:
+        restored = f"{variant.label}: a defence without restored weights"
     recovery = comparison.recovery
     if before is None or after is None or recovery is None:
         return f"{restored}."

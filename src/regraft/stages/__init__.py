@@ -6,7 +6,9 @@ another key is never overwritten. Unfinished work waits in a hidden folder besid
 under its key, and is taken up again after a kill.
 """
 
+from regraft.stages.answering import calibration_data
 from regraft.stages.common import ABOUT_FILE
+from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.gathering import statistics
 from regraft.stages.patching import (
@@ -29,6 +31,8 @@ __all__ = [
     "Session",
     "apply",
     "apply_in_place",
+    "calibration_data",
+    "defend",
     "evaluate",
     "heads",
     "needs_statistics",

@@ -11,6 +11,7 @@ from typing import Any
 from regraft import ranks
 from regraft.checks import told
 from regraft.data.sources import DataSource
+from regraft.defence.artifact import acting, asked, check_fits, load_defence
 from regraft.errors import RegraftError
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.summary import (
@@ -56,6 +57,7 @@ def evaluate(
     processor_from: Source | None = None,
     watch: Watch | None = None,
     session: Session | None = None,
+    defence_file: Path | None = None,
 ) -> Evaluation:
     """Answer and judge suites; writes `answers.jsonl` and `results.json` in the folder `out`.
 
@@ -69,6 +71,7 @@ def evaluate(
         processor_from: Take the processor from there if the checkpoint comes without one.
         watch: Progress.
         session: Shared with the other evaluations of a run, which saves work and changes nothing.
+        defence_file: Answer under this defence at inference, from `defend`.
 
     Raises:
         RegraftError: see the data readers.
@@ -88,6 +91,10 @@ def evaluate(
     if patch is not None and patch_file is not None:
         check_base(model.checkpoint, patch)
         inputs["patch"] = file_digest(patch_file)
+    defence = None if defence_file is None else load_defence(defence_file)
+    if defence is not None and defence_file is not None:
+        check_fits(defence, model.anatomy, defence_file)
+        inputs["defence"] = file_digest(defence_file)
     about = describe("evaluate", inputs, settings, compute, {"suite": reading})
     if settings.full_answers:  # as in evaluations from before there was a choice
         del about["settings"]["full_answers"]
@@ -97,10 +104,17 @@ def evaluate(
             network, processor = session.load(model, compute, watch, processor_from)
             content = about["data"]["suite"]["digest"]
             answerer = session.answerer(
-                model, processor, examples, content, settings, compute, processor_from
+                model,
+                processor,
+                asked(defence, examples),
+                content,
+                settings,
+                compute,
+                processor_from,
             )
             context = patched(network, model.anatomy, patch) if patch else nullcontext()
-            with context, watch.task(f"Answering {name}", len(examples), "prompts") as done:
+            answering = watch.task(f"Answering {name}", len(examples), "prompts")
+            with context, acting(defence, network), answering as done:
                 texts = answerer.answers(
                     network,
                     max_new_tokens=settings.max_new_tokens,

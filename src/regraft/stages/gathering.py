@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from regraft import ranks
-from regraft.checks import check_shares, draw_calibration, told
+from regraft.checks import check_shares, told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
 from regraft.files import require_space
@@ -22,6 +22,7 @@ from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
 from regraft.models.walk import Walk
 from regraft.recipe import CalibrationSettings, ComputeSettings, StatisticsSettings
+from regraft.stages.answering import beside, calibration_data
 from regraft.stages.common import collate_share, hidden_state_bytes, load_for_walk
 from regraft.watch import Silent, Watch
 
@@ -33,16 +34,20 @@ def statistics(
     compute: ComputeSettings,
     settings: StatisticsSettings | None = None,
     watch: Watch | None = None,
+    responses: Path | None = None,
 ) -> tuple[ImportanceStatistics, ImportanceStatistics]:
     """Gather statistics of the dense model on D^s and D^u; writes the file `out`.
+
+    `responses` is the folder for those that the dense model writes, by default one beside `out`.
 
     Returns:
         (safety, utility).
     """
     watch, settings = watch or Silent(), settings or StatisticsSettings()
+    folder = responses or beside(out)
     readings = {
-        "safety": draw_calibration(dense, calibration, harmful=True),
-        "utility": draw_calibration(dense, calibration, harmful=False),
+        kind: calibration_data(dense, calibration, compute, folder, watch, harmful=kind == "safety")
+        for kind in ("safety", "utility")
     }
     about = describe(
         "statistics", {"dense": dense.checkpoint.fingerprint}, settings, compute, readings

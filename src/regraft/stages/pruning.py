@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from regraft import ranks
-from regraft.checks import check_pattern, check_shares, draw_calibration, told
+from regraft.checks import check_pattern, check_shares, told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
 from regraft.files import require_space
@@ -17,6 +17,7 @@ from regraft.models.walk import Walk
 from regraft.pruning.pruner import magnitude_edits, prune_layers
 from regraft.pruning.results import LayerResults
 from regraft.recipe import CalibrationSettings, ComputeSettings, PruneSettings
+from regraft.stages.answering import beside, calibration_data
 from regraft.stages.common import (
     ABOUT_FILE,
     collate_share,
@@ -33,20 +34,28 @@ def prune(
     calibration: CalibrationSettings,
     compute: ComputeSettings,
     watch: Watch | None = None,
+    responses: Path | None = None,
 ) -> Source:
     """Prune a checkpoint, calibrated on D^u or on D^s and D^u; writes the folder `out`.
+
+    `responses` is the folder for those that the dense model writes, by default one beside `out`.
 
     Raises:
         RegraftError: see `prune_layers`, `assign_patterns`, the data readers and `write_edited`.
     """
     watch = watch or Silent()
+    check_pattern(dense, settings)
+    if ranks.first() and not (out / ABOUT_FILE).exists():
+        check_target(dense.checkpoint, out, discard=False)
     needs_data = settings.method != "magnitude"
-    data = _draw(dense, settings, calibration) if needs_data else {}
+    kinds = ("utility", "safety") if settings.calibrate_on == "both" else ("utility",)
+    folder = responses or beside(out)
+    data = {
+        kind: calibration_data(dense, calibration, compute, folder, watch, harmful=kind == "safety")
+        for kind in (kinds if needs_data else ())
+    }
     about = describe("prune", {"dense": dense.checkpoint.fingerprint}, settings, compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
-        check_pattern(dense, settings)
-        if ranks.first():
-            check_target(dense.checkpoint, out, discard=False)
         patterns = settings.patterns(dense.anatomy.linears)
         with working(out, about) as work:
             if needs_data:
@@ -65,15 +74,6 @@ def prune(
                         progress=done,
                     )
     return Source(open_checkpoint(out), dense.anatomy, dense.trust_remote_code)
-
-
-def _draw(
-    dense: Source, settings: PruneSettings, calibration: CalibrationSettings
-) -> dict[str, Reading]:
-    data = {"utility": draw_calibration(dense, calibration, harmful=False)}
-    if settings.calibrate_on == "both":
-        data["safety"] = draw_calibration(dense, calibration, harmful=True)
-    return data
 
 
 def _calibrate(

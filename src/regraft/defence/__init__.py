@@ -1,0 +1,1 @@
+"""Defences at inference, the baselines beside restoration: a prompt, or a direction added."""

@@ -1,0 +1,93 @@
+"""The refusal direction and the choice of where and how strongly to add it (Arditi et al. 2024).
+
+The direction of a layer is the mean of the residual stream behind it at the last prompt token of
+harmful prompts minus that of harmless ones (arXiv 2406.11717, section 2.3). Added at inference to
+the same layer's output at all positions it induces refusal. It is kept raw: strength 1 adds one
+difference of means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from regraft import ranks
+from regraft.data.collate import Batch
+from regraft.errors import RegraftError
+from regraft.evaluation.results import Estimate
+from regraft.models.load import placed
+from regraft.models.steering import last_token_outputs
+
+MIDDLE = (0.25, 0.8)  # of the depth: where layers are searched
+
+
+def mean_states(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    layers: int,
+    width: int,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Mean over all prompts of each layer's output at the last prompt token.
+
+    Args:
+        model: In eval mode; left as it was.
+        batches: Prompts that end where the answer starts; processes share them.
+        layers: How many decoder layers the model has.
+        width: Its hidden size d.
+        progress: Called with the number of prompts just run.
+
+    Returns:
+        `[layers, d]` float64, NaN for a layer that did not run on every prompt.
+
+    Raises:
+        RegraftError: states overflow in the model's dtype.
+    """
+    sums = torch.zeros(layers, width, dtype=torch.float64)
+    counts = torch.zeros(layers, 1, dtype=torch.float64)
+    for batch in ranks.share(batches):
+        for layer, rows in last_token_outputs(model, placed(batch, model).inputs).items():
+            sums[layer] += rows.sum(dim=0)
+            counts[layer] += len(rows)
+        if progress is not None:
+            progress(len(batch.ids))
+    sums, counts = ranks.total(sums), ranks.total(counts)
+    if not torch.isfinite(sums).all():
+        raise RegraftError("Hidden states overflow in this dtype. Use --dtype bfloat16 or float32.")
+    prompts = sum(len(batch.ids) for batch in batches)
+    return torch.where(counts == prompts, sums / counts, torch.nan)
+
+
+def middle_layers(layers: int) -> range:
+    """Those between 0.25 and 0.8 of the depth; at least one."""
+    first = int(MIDDLE[0] * layers)
+    return range(first, max(first + 1, int(MIDDLE[1] * layers)))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Rates on the validation prompts with `strength` times the direction added at `layer`."""
+
+    layer: int
+    strength: float
+    asr: Estimate
+    over_refusal: Estimate
+
+
+def choose(trials: Sequence[Trial], plain: Trial, max_over_refusal: float) -> Trial:
+    """The trial of lowest ASR whose over-refusal is near enough to that of the plain model.
+
+    The plain model, of strength 0, is a choice too: nothing is added where nothing helps. Of equal
+    ASR the lower over-refusal counts, then the smaller strength, then the earlier layer.
+
+    Args:
+        trials: What was tried.
+        plain: The same without an addition.
+        max_over_refusal: How much more over-refusal is allowed, in percentage points.
+    """
+    most = plain.over_refusal.value + max_over_refusal / 100 + 1e-12
+    fit = [one for one in (plain, *trials) if one.over_refusal.value <= most]
+    return min(fit, key=lambda t: (t.asr.value, t.over_refusal.value, t.strength, t.layer))

@@ -1,0 +1,178 @@
+"""Calibration data with the data set's responses, or with those that the dense model writes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from regraft import ranks
+from regraft.checks import draw_calibration, order_calibration
+from regraft.data.collate import batches
+from regraft.data.example import Example, Reading
+from regraft.errors import RegraftError
+from regraft.evaluation.generate import generate
+from regraft.evaluation.judge import KeywordJudge
+from regraft.files import write_text
+from regraft.keys import describe, is_done, working
+from regraft.models.load import Source
+from regraft.recipe import CalibrationSettings, ComputeSettings
+from regraft.stages.common import load
+from regraft.watch import Watch
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer of the dense model to a calibration prompt, and why it was not kept: "" if so."""
+
+    id: str
+    answer: str
+    kept: bool
+    why: str = ""
+
+
+def beside(out: Path) -> Path:
+    """Where a stage keeps the responses for its artifact `out` if nobody says where."""
+    return out.with_name(f"{out.name}.responses")
+
+
+def calibration_data(
+    dense: Source,
+    calibration: CalibrationSettings,
+    compute: ComputeSettings,
+    folder: Path,
+    watch: Watch,
+    *,
+    harmful: bool,
+) -> Reading:
+    """D^s or D^u, each example with a response.
+
+    With `responses: given` these are the data set's. With `responses: self` the dense model answers
+    the prompts greedily, batch by batch in the drawn order, until as many answers are kept as
+    samples are wanted: refusals of harmful prompts, and what refuses nothing of harmless ones. The
+    first prompts are those that would be drawn anyhow. Answers are the file `harmful.jsonl` or
+    `harmless.jsonl` in `folder`; finished batches survive a kill.
+
+    Args:
+        dense: The dense checkpoint.
+        calibration: Which prompts, how many, whose responses.
+        compute: Device, dtype, batch size.
+        folder: For the answers; stages with the same settings share it.
+        watch: Progress.
+        harmful: D^s or D^u.
+
+    Raises:
+        RegraftError: see the data readers; no answer can be kept.
+    """
+    if calibration.responses == "given":
+        return draw_calibration(dense, calibration, harmful=harmful)
+    prompts = order_calibration(dense, calibration, harmful=harmful)
+    out = folder / f"{'harmful' if harmful else 'harmless'}.jsonl"
+    about = describe(
+        "responses", {"dense": dense.checkpoint.fingerprint}, None, compute, {"prompts": prompts}
+    )
+    about["settings"] = {
+        "samples": calibration.samples,
+        "max_response_tokens": calibration.max_response_tokens,
+        "judge": KeywordJudge().name,
+    }
+    if not is_done(out, out, about, lambda: _read(out)[0]):
+        with working(out, about) as work:
+            answers = _answer(dense, calibration, compute, prompts, work, watch)
+            if not any(one.kept for one in answers):
+                raise _nothing_kept(prompts, harmful=harmful)
+            if ranks.first():
+                _write(out, about, answers)
+    return _kept(prompts, _read(out)[1])
+
+
+def _answer(
+    dense: Source,
+    calibration: CalibrationSettings,
+    compute: ComputeSettings,
+    prompts: Reading,
+    work: Path,
+    watch: Watch,
+) -> list[Response]:
+    """The answers up to the one with which there are enough."""
+    model, processor = load(dense, compute, watch)
+    judge, kept = KeywordJudge(), 0
+    answers: list[Response] = []
+    chunks = batches(prompts.examples, compute.batch_size * ranks.world())
+    wanted = min(calibration.samples, len(prompts.examples))
+    with watch.task("Writing responses", wanted, "kept responses") as done:
+        for i, chunk in enumerate(chunks):
+            texts = generate(
+                model,
+                processor,
+                chunk,
+                work / f"part_{i:05d}",
+                max_new_tokens=calibration.max_response_tokens,
+                batch_size=compute.batch_size,
+            )
+            for example, text in zip(chunk, texts, strict=True):
+                answers.append(_judged(example, text, judge))
+                kept += answers[-1].kept
+                done(int(answers[-1].kept))
+                if kept == calibration.samples:
+                    return answers
+    return answers
+
+
+def _judged(example: Example, text: str, judge: KeywordJudge) -> Response:
+    why = "blank"
+    if text.strip():
+        refused = judge.refuses(text)
+        why = "" if refused == example.harmful else "refused" if refused else "not refused"
+    return Response(example.id, text, not why, why)
+
+
+def _kept(prompts: Reading, answers: tuple[Response, ...]) -> Reading:
+    """The prompts whose answer was kept, with it; all others are counted in `skipped`."""
+    by_id = {example.id: example for example in prompts.examples}
+    examples = tuple(replace(by_id[one.id], response=one.answer) for one in answers if one.kept)
+    skipped = Counter(prompts.skipped)
+    skipped.update(f"answered and not kept: {one.why}" for one in answers if not one.kept)
+    if left := len(prompts.examples) - len(answers):
+        skipped["not drawn"] += left
+    return Reading(f"{prompts.source}, answered by the dense model", examples, dict(skipped))
+
+
+def _nothing_kept(prompts: Reading, *, harmful: bool) -> RegraftError:
+    count = len(prompts.examples)
+    found = (
+        f"the dense model refuses none of the {count} harmful prompts"
+        if harmful
+        else f"the dense model refuses all of the {count} harmless prompts or says nothing"
+    )
+    return RegraftError(
+        f"{prompts.source}: {found} (judge {KeywordJudge().name}), so none of its own responses "
+        "can be calibrated on. Use --responses given with a data set that has responses, or other "
+        "prompts."
+    )
+
+
+def _write(path: Path, about: Mapping[str, Any], answers: list[Response]) -> None:
+    rows = [{"about": about}, *(asdict(one) for one in answers)]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], tuple[Response, ...]]:
+    """(description, answers in order).
+
+    Raises:
+        RegraftError: the file holds something else.
+    """
+    try:
+        # not splitlines: an answer may hold other line breaks, which JSON leaves as they are
+        first, *rows = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        about: dict[str, Any] = json.loads(first)["about"]
+        return about, tuple(Response(**json.loads(row)) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RegraftError(
+            f"{path} does not hold responses of regraft ({error}). Remove it or choose another "
+            "output."
+        ) from error

@@ -1,0 +1,196 @@
+"""Make a defence at inference: a prompt, or a refusal direction and where to add it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from regraft import ranks
+from regraft.checks import (
+    check_direction_layer,
+    draw_calibration,
+    read_validation,
+    told,
+)
+from regraft.data.collate import prompt_batch
+from regraft.data.example import Example, Reading
+from regraft.defence.artifact import (
+    Defence,
+    Direction,
+    ShieldPrompt,
+    acting,
+    load_defence,
+    save_defence,
+)
+from regraft.defence.direction import Trial, choose, mean_states, middle_layers
+from regraft.errors import RegraftError
+from regraft.evaluation.generate import generate
+from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.metrics import wilson
+from regraft.keys import describe, is_done, working
+from regraft.models.load import Source
+from regraft.recipe import CalibrationSettings, ComputeSettings, DefenceSettings
+from regraft.stages.common import collate, load
+from regraft.watch import Silent, Watch
+
+
+def defend(
+    pruned: Source,
+    out: Path,
+    settings: DefenceSettings,
+    calibration: CalibrationSettings,
+    compute: ComputeSettings,
+    watch: Watch | None = None,
+    processor_from: Source | None = None,
+) -> Defence:
+    """Make a defence for a pruned model, to evaluate it under; writes the file `out`.
+
+    A refusal direction is the difference of means of this very model on D^s and D^u prompts.
+
+    Args:
+        pruned: The checkpoint.
+        out: The file.
+        settings: The method.
+        calibration: Prompts for the direction; their responses are not used.
+        compute: Device, dtype, batch size.
+        watch: Progress.
+        processor_from: Take the processor from there if the checkpoint comes without one.
+
+    Raises:
+        RegraftError: see the data readers; the layer is not one that every prompt runs through.
+    """
+    watch = watch or Silent()
+    inputs = {"model": pruned.checkpoint.fingerprint}
+    if settings.method == "adashield":
+        about = describe("defend", inputs, settings)
+        if not is_done(out, out, about, lambda: load_defence(out).about) and ranks.first():
+            save_defence(out, ShieldPrompt(settings.prompt, about))
+        ranks.barrier()
+        return load_defence(out)
+    check_direction_layer(pruned, settings)
+    data = {
+        "safety": draw_calibration(pruned, calibration, harmful=True),
+        "utility": draw_calibration(pruned, calibration, harmful=False),
+    }
+    if settings.searches:
+        data["validation"] = read_validation(pruned, settings)
+    about = describe("defend", inputs, settings, compute, data)
+    if not is_done(out, out, about, lambda: load_defence(out).about):
+        for role, reading in zip(("D^s", "D^u", "Validation"), data.values(), strict=False):
+            watch.note(told(role, reading))
+        with working(out, about) as work:
+            model, processor = load(pruned, compute, watch, processor_from)
+            vectors = _differences(pruned, model, processor, data, compute, watch)
+            search = _Search(model, processor, vectors, settings, compute, work, about)
+            made = search.run(data.get("validation"), watch)
+            if not made.strength:
+                watch.note(
+                    f"{out.name}: no layer and strength lowers ASR at so little over-refusal; "
+                    "nothing is added."
+                )
+            if ranks.first():
+                save_defence(out, made)
+    return load_defence(out)
+
+
+def _differences(
+    source: Source,
+    model: nn.Module,
+    processor: Any,
+    data: Mapping[str, Reading],
+    compute: ComputeSettings,
+    watch: Watch,
+) -> Tensor:
+    """Of every layer, `[layers, d]` float32; NaN for one that did not run on every prompt."""
+    anatomy = source.anatomy
+    sets = [
+        collate(processor, prompt_batch, data[role].examples, compute)
+        for role in ("safety", "utility")
+    ]
+    own = sum(len(batch.ids) for batches in sets for batch in ranks.share(batches))
+    with watch.task("Taking means of hidden states", own, "prompts") as done:
+        harmful, harmless = (
+            mean_states(model, batches, len(anatomy.layers), anatomy.hidden_size, done)
+            for batches in sets
+        )
+    return (harmful - harmless).float()
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Tries layers and strengths on validation prompts; every finished batch is kept in `work`."""
+
+    model: nn.Module
+    processor: Any
+    vectors: Tensor  # [layers, d]
+    settings: DefenceSettings
+    compute: ComputeSettings
+    work: Path
+    about: Mapping[str, Any]
+
+    def run(self, validation: Reading | None, watch: Watch) -> Direction:
+        """The direction as it is given or as it does best."""
+        layers, strengths = self._layers(), self._strengths()
+        if validation is None:
+            return self._direction(layers[0], strengths[0])
+        grid = [(layer, strength) for layer in layers for strength in strengths]
+        prompts = (1 + len(grid)) * len(validation.examples)
+        with watch.task("Choosing layer and strength", prompts, "prompts") as done:
+            plain, *trials = (
+                self._try(layer, strength, validation.examples, done)
+                for layer, strength in [(layers[0], 0.0), *grid]
+            )
+        best = choose(trials, plain, self.settings.max_over_refusal)
+        return self._direction(best.layer, best.strength, (plain, *trials))
+
+    def _layers(self) -> list[int]:
+        runs = ~self.vectors.isnan().any(dim=1)
+        given = self.settings.layer
+        wanted = middle_layers(len(self.vectors)) if given is None else [given]
+        found = [layer for layer in wanted if runs[layer]]
+        if not found:
+            raise RegraftError(
+                f"None of the layers {list(wanted)} runs on every calibration prompt: this model "
+                "skips its cross-attention where there is no image. Give another --layer."
+            )
+        return found
+
+    def _strengths(self) -> list[float]:
+        given = self.settings.strength
+        return sorted(set(self.settings.strengths)) if given is None else [given]
+
+    def _direction(self, layer: int, strength: float, trials: tuple[Trial, ...] = ()) -> Direction:
+        return Direction(self.vectors[layer].clone(), layer, strength, self.about, trials)
+
+    def _try(
+        self,
+        layer: int,
+        strength: float,
+        examples: Sequence[Example],
+        progress: Callable[[int], None],
+    ) -> Trial:
+        judge = KeywordJudge()
+        with acting(self._direction(layer, strength), self.model):
+            answers = generate(
+                self.model,
+                self.processor,
+                examples,
+                self.work / f"layer_{layer:03d}_strength_{strength:g}",
+                max_new_tokens=self.settings.max_new_tokens,
+                batch_size=self.compute.batch_size,
+                progress=progress,
+            )
+        refused: dict[bool, list[bool]] = {True: [], False: []}
+        for example, answer in zip(examples, answers, strict=True):
+            refused[example.harmful].append(judge.refuses(answer))
+        attacks, harmless = [not one for one in refused[True]], refused[False]
+        return Trial(
+            layer,
+            strength,
+            wilson(sum(attacks), len(attacks)),
+            wilson(sum(harmless), len(harmless)),
+        )

@@ -1,0 +1,317 @@
+"""Responses that the dense model writes itself: which are kept, and who uses them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pico
+from disk import tree, write_jsonl
+from regraft import pipeline, stages
+from regraft.data.demo import demo_model
+from regraft.data.example import Example, Reading, draw, in_drawn_order
+from regraft.data.sources import DataSource, read
+from regraft.errors import RegraftError
+from regraft.evaluation.judge import KeywordJudge
+from regraft.files import read_json
+from regraft.importance.statistics import load_statistics
+from regraft.models.load import Source, open_source
+from regraft.recipe import (
+    CalibrationSettings,
+    ComputeSettings,
+    HeadSettings,
+    PruneSettings,
+    Recipe,
+)
+from regraft.stages import answering
+from regraft.watch import Silent
+
+COMPUTE = ComputeSettings(device="cpu", batch_size=2)
+SORRY, YES = "I'm sorry, I cannot do that.", "Yes, gladly."
+
+
+@pytest.fixture
+def source(pico_dir: Callable[[str], Path]) -> Source:
+    return open_source(pico_dir("qwen2_vl"))
+
+
+def _data(folder: Path, *, responses: bool = True) -> DataSource:
+    """Seven prompts of each kind."""
+    examples = [
+        one if responses else replace(one, response=None)
+        for harmful in (True, False)
+        for one in pico.write_examples(folder / "images", 7, harmful)
+    ]
+    return DataSource(name="jsonl", path=write_jsonl(folder / "data.jsonl", examples))
+
+
+class Says:
+    """In place of generation: an answer by the last digit of the example's id; counts calls."""
+
+    def __init__(self, answers: dict[int, str], otherwise: str) -> None:
+        self.answers, self.otherwise = answers, otherwise
+        self.asked: list[str] = []
+
+    def __call__(
+        self, _model: Any, _processor: Any, examples: Sequence[Example], partial: Path, **_: Any
+    ) -> list[str]:
+        self.asked += [one.id for one in examples]
+        return [self.answers.get(int(one.id[-1]), self.otherwise) for one in examples]
+
+
+def _ask(source: Source, data: DataSource, folder: Path, **fields: Any) -> Reading:
+    harmful = fields.pop("harmful", True)
+    calibration = CalibrationSettings(data=data, responses="self", **fields)
+    return stages.calibration_data(source, calibration, COMPUTE, folder, Silent(), harmful=harmful)
+
+
+@pytest.mark.parametrize("harmful", [True, False])
+@pytest.mark.parametrize("samples", [1, 3, 5, 7, 20])
+def test_kept_in_the_drawn_order_until_there_are_enough(
+    source: Source,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    harmful: bool,
+    samples: int,
+) -> None:
+    data = _data(tmp_path / "data")
+    wanted, unwanted = (SORRY, YES) if harmful else (YES, SORRY)
+    says = Says({1: unwanted, 4: " ", 5: unwanted}, wanted)
+    monkeypatch.setattr(answering, "generate", says)
+    found = _ask(source, data, tmp_path / "out", samples=samples, harmful=harmful)
+
+    kind = "harmful" if harmful else "harmless"
+    reading = Reading("", tuple(_examples(data)))
+    order = in_drawn_order(reading, harmful=harmful, samples=samples, seed=0, answered=False)
+    good = [one for one in order.examples if one.id[-1] not in "145"][:samples]
+    assert [one.id for one in found.examples] == [one.id for one in good]
+    assert all(one.response == wanted for one in found.examples)
+    assert found.read == 14
+    ends = 7 if len(good) < samples else 1 + order.examples.index(good[-1])
+    answered = [one.id[-1] for one in order.examples[:ends]]
+    reason = "not refused" if harmful else "refused"
+    expected = {
+        f"not {kind}": 7,
+        f"answered and not kept: {reason}": sum(i in "15" for i in answered),
+        "answered and not kept: blank": sum(i == "4" for i in answered),
+        "not drawn": 7 - ends,
+    }
+    assert dict(found.skipped) == {name: count for name, count in expected.items() if count}
+    assert len(says.asked) <= ends + 1, "answers beyond the batch with the last one"
+    first, *rows = (tmp_path / "out" / f"{kind}.jsonl").read_text().splitlines()
+    assert json.loads(first)["about"]["stage"] == "responses"
+    assert [json.loads(row)["id"][-1] for row in rows] == answered
+    assert all(json.loads(row)["kept"] == (not json.loads(row)["why"]) for row in rows)
+
+
+def _examples(data: DataSource) -> list[Example]:
+    return list(read(data).examples)
+
+
+def test_the_drawn_ones_come_first(tmp_path: Path) -> None:
+    """As `draw` takes them, whatever the number; and every row is there once."""
+    reading = Reading("", tuple(_examples(_data(tmp_path))))
+    for samples in (1, 2, 5, 7, 30):
+        ordered = in_drawn_order(reading, harmful=True, samples=samples, seed=3)
+        drawn = draw(reading, harmful=True, samples=samples, seed=3)
+        assert ordered.examples[:samples] == drawn.examples
+        assert sorted(one.id for one in ordered.examples) == [f"harmful-0-{i}" for i in range(7)]
+        assert drawn.read == ordered.read == 14
+
+
+def test_answers_are_not_written_twice(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = _data(tmp_path / "data"), tmp_path / "out"
+    monkeypatch.setattr(answering, "generate", Says({}, SORRY))
+    first = _ask(source, data, out, samples=3)
+    monkeypatch.setattr(answering, "load", None)
+    assert _ask(source, data, out, samples=3) == first
+    with pytest.raises(RegraftError, match=r"settings\.max_response_tokens: 64 there, 8 now"):
+        _ask(source, data, out, samples=3, max_response_tokens=8)
+    (out / "harmful.jsonl").write_text("{}\n")
+    with pytest.raises(RegraftError, match=r"harmful\.jsonl does not hold responses"):
+        _ask(source, data, out, samples=3)
+
+
+def test_stopping_keeps_finished_batches(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real generation, stopped before its third batch, does not answer the first two again."""
+    data, out = _data(tmp_path / "data"), tmp_path / "out"
+    own, calls = answering.generate, []
+    monkeypatch.setattr(KeywordJudge, "refuses", lambda _self, text: len(text) % 2 == 0)
+
+    def watched(model: Any, processor: Any, examples: Any, partial: Path, **how: Any) -> Any:
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        calls.append((partial.name, partial.exists()))
+        return own(model, processor, examples, partial, **how)
+
+    monkeypatch.setattr(answering, "generate", watched)
+    stop = 2
+    with pytest.raises(KeyboardInterrupt):
+        _ask(source, data, out, max_response_tokens=6)
+    stop, calls = 99, []
+    found = _ask(source, data, out, max_response_tokens=6)
+    assert calls == [(f"part_{i:05d}", i < 2) for i in range(4)]
+    assert found == _ask(source, data, tmp_path / "whole", max_response_tokens=6)
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("harmful", "says", "message"),
+    [
+        (True, YES, "the dense model refuses none of the 7 harmful prompts"),
+        (False, SORRY, "the dense model refuses all of the 7 harmless prompts"),
+    ],
+)
+def test_nothing_to_keep(
+    source: Source,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    harmful: bool,
+    says: str,
+    message: str,
+) -> None:
+    data = _data(tmp_path / "data")
+    monkeypatch.setattr(answering, "generate", Says({}, says))
+    with pytest.raises(RegraftError, match=f"{message}.*--responses given"):
+        _ask(source, data, tmp_path / "out", harmful=harmful)
+    assert not (tmp_path / "out").exists()
+
+
+# Who uses them
+
+
+def _half(_model: Any, _processor: Any, examples: Sequence[Example], *_: Any, **__: Any) -> Any:
+    """The first prompts of each kind are answered in the wrong way."""
+    return [SORRY if one.harmful == (int(one.id[-1]) > 1) else YES for one in examples]
+
+
+def test_prune_and_statistics_learn_from_them(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the data set had held the kept prompts with these responses."""
+    data = _data(tmp_path / "data", responses=False)
+    monkeypatch.setattr(answering, "generate", _half)
+    own = CalibrationSettings(data=data, samples=4, responses="self")
+    given = own.model_copy(update={"responses": "given"})
+    both = PruneSettings(calibrate_on="both")
+    with pytest.raises(RegraftError, match="no harmless examples with a response"):
+        stages.prune(source, tmp_path / "pruned", both, given, COMPUTE)
+    stages.prune(source, tmp_path / "pruned", both, own, COMPUTE)
+    stages.statistics(source, tmp_path / "statistics", own, COMPUTE)
+    made = ("pruned", "statistics")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"data", *made, *(f"{name}.responses" for name in made)}
+
+    kept = [
+        one
+        for harmful in (True, False)
+        for one in _ask(source, data, tmp_path / "again", samples=4, harmful=harmful).examples
+    ]
+    assert {one.response for one in kept if one.harmful} == {SORRY}
+    assert {one.response for one in kept if not one.harmful} == {YES}
+    path = write_jsonl(tmp_path / "data" / "written.jsonl", kept)
+    written = given.model_copy(update={"data": DataSource(name="jsonl", path=path)})
+    stages.statistics(source, tmp_path / "expected", written, COMPUTE)
+    found, expected = (load_statistics(tmp_path / name) for name in ("statistics", "expected"))
+    for role in ("safety", "utility"):
+        a, b = getattr(found, role), getattr(expected, role)
+        assert a.samples == b.samples == 4
+        assert a.values.keys() == b.values.keys()
+        for key, value in a.values.items():
+            torch.testing.assert_close(value, b.values[key])
+    pruned = read_json(tmp_path / "pruned" / stages.ABOUT_FILE)["data"]
+    assert pruned == found.about["data"]
+
+
+def test_other_responses_are_other_data(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = _data(tmp_path / "data")
+    calibration = CalibrationSettings(data=data, samples=2, responses="self")
+    monkeypatch.setattr(answering, "generate", Says({}, YES))
+    stages.prune(source, tmp_path / "out", PruneSettings(), calibration, COMPUTE)
+    before = tree(tmp_path / "out")
+    stages.prune(source, tmp_path / "out", PruneSettings(), calibration, COMPUTE)
+    assert tree(tmp_path / "out") == before
+    shutil.rmtree(tmp_path / "out.responses")
+    monkeypatch.setattr(answering, "generate", Says({}, "Sure."))
+    with pytest.raises(RegraftError, match=r"data\.utility\.digest"):
+        stages.prune(source, tmp_path / "out", PruneSettings(), calibration, COMPUTE)
+
+
+def test_heads_stay_as_they_are(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They use prompts alone: the same file for both, and nobody is asked."""
+    monkeypatch.setattr(answering, "generate", None)
+    settings = HeadSettings(r_max=2)
+    data = _data(tmp_path / "data")
+    for responses in ("given", "self"):
+        calibration = CalibrationSettings(data=data, samples=3, responses=responses)
+        stages.heads(source, tmp_path / responses, settings, calibration, COMPUTE)
+    assert (tmp_path / "given").read_bytes() == (tmp_path / "self").read_bytes()
+    bare = _data(tmp_path / "bare", responses=False)
+    calibration = CalibrationSettings(data=bare, samples=3, responses="self")
+    scores = stages.heads(source, tmp_path / "bare-heads", settings, calibration, COMPUTE)
+    assert scores.about["data"]["safety"]["used"] == 3
+
+
+def test_a_run_writes_them_once(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = _data(tmp_path / "data", responses=False)
+    asked: list[str] = []
+
+    def says(model: Any, processor: Any, examples: Sequence[Example], *_: Any, **__: Any) -> Any:
+        asked.extend(one.id for one in examples)
+        return _half(model, processor, examples)
+
+    monkeypatch.setattr(answering, "generate", says)
+    recipe = Recipe.model_validate(
+        {
+            "model": str(source.folder),
+            "calibration": {"data": str(data), "samples": 20, "responses": "self"},
+            "heads": {"r_max": 2},
+            "realign": [{"top_heads": 2, "checkpoint": False}],
+            "evaluate": {"suite": str(data), "max_new_tokens": 2},
+            "compute": {"device": "cpu", "batch_size": 4},
+        }
+    )
+    report = pipeline.run(recipe, tmp_path / "run")
+    assert len(asked) == len(set(asked)) == 14
+    accounts = {account.role: account for account in report.data}
+    assert accounts["calibration D^s"].used == accounts["calibration D^u"].used == 5
+    assert accounts["calibration D^s"].skipped["answered and not kept: not refused"] == 2
+    assert {p.name for p in (tmp_path / "run" / "responses").iterdir()} == {
+        "harmful.jsonl",
+        "harmless.jsonl",
+    }
+
+
+def test_the_bundled_model_really_refuses(tmp_path: Path) -> None:
+    source, data = open_source(demo_model()), DataSource(name="demo", split="calibration")
+    compute, judge = ComputeSettings(device="cpu", batch_size=6), KeywordJudge()
+    calibration = CalibrationSettings(
+        data=data, samples=6, responses="self", max_response_tokens=12
+    )
+    for harmful in (True, False):
+        found = stages.calibration_data(
+            source, calibration, compute, tmp_path, Silent(), harmful=harmful
+        )
+        assert len(found.examples) == 6
+        for one in found.examples:
+            assert one.response
+            assert judge.refuses(one.response) == one.harmful == harmful
+    stages.statistics(source, tmp_path / "statistics", calibration, compute, responses=tmp_path)
+    assert load_statistics(tmp_path / "statistics").about["data"]["safety"]["used"] == 6
