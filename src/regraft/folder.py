@@ -66,6 +66,10 @@ class RunFolder:
         """Answers and results of a pruning, or of one realigned variant of it."""
         return self._of("evaluation", pruning) / variant
 
+    def ranking(self, pruning: str, name: str) -> Path:
+        """Weights of a pruning in the order in which they come back; variants may share it."""
+        return self._of("rankings", pruning) / f"{name}.safetensors"
+
     def curve(self, pruning: str, variant: str) -> Path:
         """Validation results of one variant by restored weights, where it has any."""
         return self._of("curves", pruning) / f"{variant}.json"

@@ -15,12 +15,13 @@ from regraft.checks import (
     read_validation,
 )
 from regraft.errors import RegraftError
-from regraft.files import discard_leftover, require_empty, require_space, write_text
+from regraft.files import digest, discard_leftover, require_empty, require_space, write_text
 from regraft.folder import RunFolder
 from regraft.importance.score import Method
 from regraft.keys import difference
 from regraft.models.load import Source, open_source, pick_device
 from regraft.recipe import (
+    CalibrationSettings,
     NamedDefenceSettings,
     Recipe,
     StatisticsSettings,
@@ -78,7 +79,7 @@ def run(
         watch.note(f"Evaluating the {name} model")
         _evaluate(source, place.evaluation(name), dense, recipe, watch, session)
     session.unload()
-    if any(one.heads == "top" for one in recipe.realign):
+    if any(one.by_heads for one in recipe.realign):
         stages.heads(dense, place.heads, recipe.heads, calibration, compute, watch)
     for score in _scores(recipe):
         settings = StatisticsSettings(score=score)
@@ -133,7 +134,7 @@ def claim(folder: Path, recipe: Recipe) -> None:
 
 def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Session) -> None:
     pick_device(recipe.compute.device)
-    by_heads = any(one.heads == "top" for one in recipe.realign)
+    by_heads = any(one.by_heads for one in recipe.realign)
     by_importance = bool(_scores(recipe))
     on_both = recipe.pruned is None and any(one.calibrate_on == "both" for one in recipe.prune)
     by_direction = any(one.method == "refusal-direction" for one in recipe.defend)
@@ -202,16 +203,53 @@ def _realign(
     watch: Watch,
     session: stages.Session,
 ) -> None:
-    patch = place.patch(pruning, settings.name)
+    patch, method = place.patch(pruning, settings.name), settings.selection()
+    files = (
+        place.heads if settings.by_heads else None,
+        place.statistics(settings.score) if stages.needs_statistics(settings) else None,
+    )
+    ranking, count = None, None
+    if settings.ranked:
+        calibration = recipe.calibration
+        if settings.responses is not None:
+            calibration = calibration.model_copy(update={"responses": settings.responses})
+        ranking = place.ranking(pruning, _ranking_name(settings, calibration))
+        if not ranking.exists():
+            session.unload()
+        stages.rank(
+            dense,
+            pruned,
+            ranking,
+            method,
+            calibration,
+            *files,
+            recipe.compute,
+            watch,
+            place.responses,
+        )
+        if settings.search is not None:
+            count = stages.search(
+                dense,
+                pruned,
+                ranking,
+                place.curve(pruning, settings.name),
+                settings.search,
+                method,
+                recipe.evaluate.only(),
+                recipe.compute,
+                watch,
+                session,
+            )
     stages.realign(
         dense,
         pruned,
         patch,
-        settings.selection(),
-        place.heads if settings.heads == "top" else None,
-        place.statistics(settings.score) if stages.needs_statistics(settings) else None,
+        method,
+        *files,
         recipe.compute,
         watch,
+        ranking_file=ranking,
+        count=count,
     )
     out = place.evaluation(pruning, settings.name)
     if not _on_disk(settings, recipe):
@@ -220,6 +258,12 @@ def _realign(
     written = stages.apply(pruned.folder, patch, place.realigned(pruning, settings.name), watch)
     realigned = open_source(written, trust_remote_code=recipe.compute.trust_remote_code)
     _evaluate(realigned, out, dense, recipe, watch, session)
+
+
+def _ranking_name(settings: VariantSettings, calibration: CalibrationSettings) -> str:
+    """Variants that differ in what they take of a ranking share it."""
+    of_data = calibration.responses if settings.method == "gain" else ""
+    return f"{settings.method}-{digest(settings.selection().model_dump_json(), of_data)[:8]}"
 
 
 def _defend(

@@ -315,8 +315,8 @@ class RealignSettings(Settings):
     batch: int = Field(
         128,
         ge=2,
-        description="gain: prompts of each kind in a gradient, half of them those on which the "
-        "pruned model falls shortest, chosen anew now and then.",
+        description="gain: prompts of each kind in a gradient; of more samples than that, half are "
+        "those on which the pruned model falls shortest, chosen anew now and then.",
     )
     swap: bool = Field(
         False,
@@ -327,7 +327,8 @@ class RealignSettings(Settings):
     @property
     def random(self) -> bool:
         """Whether `head_seed` decides what comes back."""
-        return self.heads == "random"
+        in_heads = self.method in ("hsr", "hsr-a") or self.within == "heads"
+        return self.method == "random" or (in_heads and self.heads == "random")
 
     @model_validator(mode="after")
     def _check(self) -> RealignSettings:
@@ -370,10 +371,56 @@ class RealignSettings(Settings):
         return RealignSettings(**self.model_dump(include=set(RealignSettings.model_fields)))
 
 
+class SearchSettings(Settings):
+    """How many weights of a ranking come back, chosen on validation prompts."""
+
+    validation: Validation = Field(
+        DataSource(name="demo", split="validation"),
+        description="Harmful and harmless prompts, none of which should be evaluated on.",
+    )
+    validation_limit: int | None = Field(
+        None, ge=1, description="Use only the first of these prompts, of each kind."
+    )
+    points: int = Field(
+        8, ge=1, description="Numbers of restored weights to try, evenly up to the most."
+    )
+    most: float | None = Field(
+        None, gt=0, description="Restored per 10,000 at most; the whole ranking if not given."
+    )
+    target_asr: float | None = Field(
+        None, ge=0, le=100, description="Take the fewest weights that bring ASR (%) down to this."
+    )
+    target_rsr: float | None = Field(
+        None, description="Take the fewest weights that bring RSR (%) up to this."
+    )
+    over_refusal: float = Field(
+        1.0,
+        description="Bound: points of over-refusal above the reference.",
+    )
+    utility: float = Field(
+        0.0, ge=0, description="Bound: points of utility below the pruned model."
+    )
+    reference: Literal["pruned", "dense"] = Field(
+        "pruned", description="Whose over-refusal is the reference."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> SearchSettings:
+        if self.target_asr is not None and self.target_rsr is not None:
+            raise ValueError("`target_asr` and `target_rsr` exclude each other; give one of them")
+        return self
+
+
 class VariantSettings(RealignSettings):
     """One realigned model of a run."""
 
     name: str = Field("hsr", description="What to call it in tables and folders.")
+    search: SearchSettings | None = Field(
+        None, description="Choose how many weights come back on validation prompts."
+    )
+    responses: Literal["given", "self"] | None = Field(
+        None, description="gain: whose responses, if others than `calibration` says."
+    )
     checkpoint: bool = Field(True, description="Write the checkpoint too, not only the patch.")
     repeats: int = Field(
         1,
@@ -386,6 +433,12 @@ class VariantSettings(RealignSettings):
     @classmethod
     def _check_name(cls, name: str) -> str:
         return _checked_name(name, "dense", "pruned")
+
+    @model_validator(mode="after")
+    def _check_search(self) -> VariantSettings:
+        if self.search is not None and not self.ranked:
+            raise ValueError(f"{self.name!r} searches a number of weights: give it a `budget` too")
+        return self
 
     @model_validator(mode="after")
     def _check_repeats(self) -> VariantSettings:
@@ -705,6 +758,18 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
     defend = tuple(
         one.model_copy(update={"validation": source(one.validation)}) for one in recipe.defend
     )
+    realign = tuple(
+        one
+        if one.search is None
+        else one.model_copy(
+            update={
+                "search": one.search.model_copy(
+                    update={"validation": source(one.search.validation)}
+                )
+            }
+        )
+        for one in recipe.realign
+    )
     model = recipe.model
     if model != "demo" and (model.startswith((".", "~")) or (folder / model).is_dir()):
         model = str(path(Path(model)).expanduser())
@@ -716,5 +781,6 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
             "evaluate": evaluate,
             "model": model,
             "pruned": pruned,
+            "realign": realign,
         }
     )

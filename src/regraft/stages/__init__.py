@@ -20,8 +20,10 @@ from regraft.stages.patching import (
     revert_in_place,
 )
 from regraft.stages.pruning import prune
+from regraft.stages.ranking import rank
 from regraft.stages.realigning import needs_statistics, realign
 from regraft.stages.scoring import heads
+from regraft.stages.searching import search
 from regraft.stages.session import Session
 
 __all__ = [
@@ -38,9 +40,11 @@ __all__ = [
     "needs_statistics",
     "preview",
     "prune",
+    "rank",
     "read_evaluation",
     "realign",
     "revert",
     "revert_in_place",
+    "search",
     "statistics",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from regraft import ranks
-from regraft.checks import check_shares, check_top_heads, draw_calibration, told
+from regraft.checks import check_shares, check_top_heads, told
 from regraft.data.example import Reading
 from regraft.errors import RegraftError
 from regraft.files import file_digest
@@ -32,6 +32,7 @@ from regraft.restoration.selection import (
     random_keys,
     whole,
 )
+from regraft.stages.answering import beside, calibration_data
 from regraft.stages.gaining import restore_by_gain
 from regraft.stages.realigning import (
     band_of,
@@ -55,6 +56,7 @@ def rank(
     statistics_file: Path | None = None,
     compute: ComputeSettings | None = None,
     watch: Watch | None = None,
+    responses: Path | None = None,
 ) -> Ranking:
     """Rank the weights that could come back; writes the file `out`.
 
@@ -68,6 +70,7 @@ def rank(
         statistics_file: From `statistics`; needed by "hsr" and "set-difference".
         compute: Device, dtype, batch size and placement of gain; of the others the device counts.
         watch: Progress.
+        responses: Folder for responses that the dense model writes, by default one beside `out`.
 
     Raises:
         RegraftError: an input is missing or does not fit, or the budget is less than one weight.
@@ -84,9 +87,12 @@ def rank(
         inputs["statistics"] = file_digest(statistics_file)
     readings: dict[str, Reading] = {}
     if settings.method == "gain":
+        folder = responses or beside(out)
         readings = {
-            "safety": draw_calibration(dense, calibration, harmful=True),
-            "utility": draw_calibration(dense, calibration, harmful=False),
+            kind: calibration_data(
+                dense, calibration, compute, folder, watch, harmful=kind == "safety"
+            )
+            for kind in ("safety", "utility")
         }
     about = describe(
         "rank", inputs, settings, compute if readings else None, readings if readings else None

@@ -1,0 +1,98 @@
+"""Which point of a trade-off curve to take: safety as asked for, helpfulness within bounds.
+
+All rates here are of validation prompts. What is reported of the chosen point must come from
+others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from regraft.evaluation.results import Estimate, EvalResult
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model with `restored` weights back, on validation prompts."""
+
+    restored: int
+    asr: Estimate
+    over_refusal: Estimate
+    utility: Estimate | None
+
+    @classmethod
+    def of(cls, restored: int, result: EvalResult) -> Point:
+        """Of an evaluation with harmful and harmless prompts."""
+        assert result.asr is not None and result.over_refusal is not None
+        return cls(restored, result.asr, result.over_refusal, result.utility)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a point must keep to; rates are fractions.
+
+    `asr` is what is aimed at, None for as low as can be; `over_refusal` and `utility` (None: any)
+    are the bounds.
+    """
+
+    asr: float | None
+    over_refusal: float
+    utility: float | None
+
+    def keeps(self, point: Point) -> bool:
+        """Whether a point is within the bounds."""
+        useful = (
+            self.utility is None
+            or point.utility is None
+            or point.utility.value >= self.utility - _SLACK
+        )
+        return useful and point.over_refusal.value <= self.over_refusal + _SLACK
+
+
+_SLACK = 1e-9
+
+
+def bounds_of(
+    dense: Point,
+    pruned: Point,
+    *,
+    target_asr: float | None = None,
+    target_rsr: float | None = None,
+    over_refusal: float = 0.01,
+    utility: float = 0.0,
+    by_dense: bool = False,
+) -> Bounds:
+    """Bounds relative to the dense and the pruned model.
+
+    Args:
+        dense: The dense model on the same prompts.
+        pruned: The pruned one.
+        target_asr: The ASR aimed at.
+        target_rsr: Or the RSR, as a fraction.
+        over_refusal: How far above the reference over-refusal may be.
+        utility: How far below the pruned model's utility may be.
+        by_dense: Whether the dense model's over-refusal is the reference, or the pruned one's.
+    """
+    if target_rsr is not None:
+        target_asr = pruned.asr.value - target_rsr * (pruned.asr.value - dense.asr.value)
+    reference = dense if by_dense else pruned
+    return Bounds(
+        target_asr,
+        reference.over_refusal.value + over_refusal,
+        None if pruned.utility is None else pruned.utility.value - utility,
+    )
+
+
+def choose(points: Sequence[Point], bounds: Bounds) -> int | None:
+    """Index of the point to take, None where none is within the bounds.
+
+    Of those within: the one with the fewest restored weights that meets the target, and where none
+    does, or there is no target, the one with the lowest ASR (of equal ones the fewest weights).
+    """
+    within = [i for i, point in enumerate(points) if bounds.keeps(point)]
+    if bounds.asr is not None:
+        meeting = [i for i in within if points[i].asr.value <= bounds.asr + _SLACK]
+        if meeting:
+            return min(meeting, key=lambda i: points[i].restored)
+    return min(within, key=lambda i: (points[i].asr.value, points[i].restored), default=None)
