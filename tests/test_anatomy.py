@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import shutil
 
@@ -16,9 +18,11 @@ from regraft.errors import RegraftError
 from regraft.models.anatomy import (
     Block,
     attention_of,
+    cache_argument,
     check_same_anatomy,
     decoder_layers,
     head_block,
+    text_decoder,
 )
 from regraft.models.checkpoint import SINGLE_FILE
 from regraft.models.load import load_model, open_source
@@ -69,6 +73,29 @@ def test_numbers_of_every_family(family, pico_dir):
         * source.checkpoint.record(linear.tensor).shape[1]
         for linear in anatomy.linears
     )
+
+
+def test_decoder_and_layers_take_the_cache_by_its_name(family):
+    model, _ = pico.build(family)
+    for module in (text_decoder(model), *decoder_layers(model)):
+        assert cache_argument(module) in inspect.signature(type(module).forward).parameters
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_name_of_the_cache_is_read_behind_decorators_and_stand_ins(name):
+    def forward(_self, hidden, **_):
+        return hidden
+
+    def named(_self, hidden, cache=None):
+        return hidden, cache
+
+    def renamed(_self, hidden, past_key_values=None):
+        return hidden, past_key_values
+
+    own = named if name == "cache" else renamed
+    layer = type("Layer", (torch.nn.Module,), {"forward": functools.wraps(own)(forward)})()
+    layer.forward = lambda *_, **__: None
+    assert cache_argument(layer) == name
 
 
 # Where heads lie
