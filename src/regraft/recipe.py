@@ -298,7 +298,7 @@ class RealignSettings(Settings):
         description="gain: weights come back in all linears, in attention, or in the chosen heads.",
     )
     utility_weight: float = Field(
-        1.5, ge=0, description="gain: how much utility counts beside safety."
+        1.0, ge=0, description="gain: how much utility counts beside safety."
     )
     constraint: Constraint = Field(
         "utility-gain",
@@ -310,7 +310,14 @@ class RealignSettings(Settings):
         "cross-entropy against the given one.",
     )
     steps: int = Field(
-        20, ge=1, description="gain: weights come back in so many steps, gradients anew in each."
+        20,
+        ge=1,
+        description="gain: weights come back in at most so many steps, gradients anew in each.",
+    )
+    trust: float = Field(
+        0.4,
+        gt=0,
+        description="gain: a step ends where the predicted fall of the loss is this share of it.",
     )
     batch: int = Field(
         128,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,11 +45,13 @@ class DecisionLoss:
             its cross-entropy against the given response.
         decision: How many tokens weigh 1.
         tail: The weight of each later token.
+        weights: Example id -> how much it counts; 1 where it is not named.
     """
 
     teacher: Mapping[str, Tensor] | None = None
     decision: int = 2
-    tail: float = 0.1
+    tail: float = 0.05
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, model: PlacedModel, final: Tensor, labels: Tensor, name: str) -> Tensor:
         """The loss of one response."""
@@ -57,7 +59,8 @@ class DecisionLoss:
         logits = logits_of(model.network, final[positions], gradient=True).float()  # [N, V]
         weights = torch.full((len(positions),), self.tail, device=logits.device)
         weights[: self.decision] = 1
-        return (weights * self._costs(model, logits, labels[positions + 1], name)).sum()
+        cost = (weights * self._costs(model, logits, labels[positions + 1], name)).sum()
+        return self.weights.get(name, 1.0) * cost
 
     def _costs(self, model: PlacedModel, logits: Tensor, tokens: Tensor, name: str) -> Tensor:
         """Of each token, `[N]`."""

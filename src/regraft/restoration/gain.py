@@ -12,7 +12,6 @@ diagonal of the empirical Fisher matrix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,10 +26,25 @@ class Objective:
     """What a step maximises: `gain^s + utility_weight * gain^u`.
 
     "utility-gain" takes only weights whose return lowers the utility loss too (gain^u >= 0).
+
+    First order holds near the model as it is: a step ends where the fall that it predicts reaches
+    the share `trust` of the loss, which can only fall to 0.
     """
 
     utility_weight: float = 1.0
     constraint: Constraint = "utility-gain"
+    trust: float = 0.4
+
+    def within_trust(self, keys: Tensor, safety: float, utility: float) -> int:
+        """How many of a step's best weights to take, at least one.
+
+        Args:
+            keys: What each return is worth, best first, `[k]` float32.
+            safety: The safety loss now.
+            utility: The utility loss now.
+        """
+        limit = self.trust * (safety + self.utility_weight * utility)
+        return max(1, int((keys.double().cumsum(0) <= limit).sum()))
 
     def keys(self, safety: Tensor, utility: Tensor) -> Tensor:
         """The objective of each candidate, -inf where it is not allowed.
@@ -92,9 +106,3 @@ def _spread(like: Tensor, back: Tensor, net: Tensor, gone: Tensor) -> tuple[Tens
     keys = torch.full_like(like, -torch.inf).scatter_(1, back, net)
     removed = torch.full(like.shape, -1, device=like.device).scatter_(1, back, gone)
     return keys, removed.masked_fill_(keys == -torch.inf, -1)
-
-
-def steps_of(count: int, steps: int) -> Sequence[int]:
-    """`count` weights in `steps` parts, as even as can be, the larger ones first."""
-    whole, rest = divmod(count, steps)
-    return [part for i in range(steps) if (part := whole + (i < rest))]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from regraft import ranks
 from regraft.importance.gradients import (
     layer_gradients,
     signed,
@@ -69,7 +70,8 @@ def step(
         problem: The model, with `so_far` in it.
         safety: D^s before the first layer, and its loss.
         utility: D^u, likewise.
-        count: How many weights; fewer come back where fewer are predicted to help.
+        count: How many weights at most; fewer come back where fewer are predicted to help, or
+            where they are predicted to help more than first order can be trusted.
         so_far: What has come back before.
         scratch: A folder for layer inputs.
         progress: Called with the number of samples a layer has seen, forward and backward.
@@ -81,8 +83,9 @@ def step(
     anatomy = problem.dense.anatomy
     index = {linear.key: i for i, linear in enumerate(anatomy.linears)}
     weights = weights_of(problem.model.network, anatomy)
+    values: dict[str, list[float]] = {"safety": [], "utility": []}
     passes = (
-        _gradients(problem, walk, loss, scratch / kind, progress)
+        _gradients(problem, walk, _recorded(loss, values[kind]), scratch / kind, progress)
         for kind, (walk, loss) in (("safety", safety), ("utility", utility))
     )
     for (layer, for_safety), (_, for_utility) in zip(*passes, strict=True):
@@ -99,8 +102,26 @@ def step(
                 _taken(so_far, index[linear.key]),
             )
             best.add(index[linear.key], keys, removed)
-    put(best.ranking, anatomy, weights, problem.dense)
-    return best.ranking
+    losses = (_mean(values[kind]) for kind in ("safety", "utility"))
+    ranking = best.ranking
+    ranking = ranking.first(problem.objective.within_trust(ranking.score, *losses))
+    put(ranking, anatomy, weights, problem.dense)
+    return ranking
+
+
+def _recorded(loss: Loss, into: list[float]) -> Loss:
+    def recorded(model: PlacedModel, final: Tensor, labels: Tensor, name: str) -> Tensor:
+        value = loss(model, final, labels, name)
+        into.append(float(value.detach()))
+        return value
+
+    return recorded
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Over the examples of all processes."""
+    total, count = ranks.total(torch.tensor([sum(values), len(values)], dtype=torch.float64))
+    return float(total / count)
 
 
 def groups_of(dense: Source, pruned: Source) -> dict[str, int]:

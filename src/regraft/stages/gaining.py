@@ -15,20 +15,20 @@ from regraft import ranks
 from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
 from regraft.files import atomic_file, read_json, require_space, write_json
-from regraft.importance.hard import final_states, hardest, response_losses
+from regraft.importance.hard import final_states, response_losses, stratified
 from regraft.importance.losses import DecisionLoss
 from regraft.models.anatomy import HEAD_ROLES, LayerAnatomy, LinearAnatomy
 from regraft.models.load import Source
 from regraft.models.walk import Walk
 from regraft.recipe import ComputeSettings, RealignSettings
-from regraft.restoration.gain import Objective, steps_of
+from regraft.restoration.gain import Objective
 from regraft.restoration.iterative import Problem, groups_of, step, weights_of
 from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
 from regraft.restoration.selection import Head, blocks_of, inside
 from regraft.stages.common import collate_share, hidden_state_bytes, load_for_walk
 from regraft.watch import Watch
 
-REFRESH = 5  # steps between choices of examples
+REFRESH = 4  # steps between samples of examples
 HARD = 0.5  # share of them on which the pruned model falls shortest
 KINDS = ("safety", "utility")
 T = TypeVar("T")
@@ -75,7 +75,7 @@ def restore_by_gain(
         dense,
         pruned,
         _open(settings, heads),
-        Objective(settings.utility_weight, settings.constraint),
+        Objective(settings.utility_weight, settings.constraint, settings.trust),
         settings.swap,
         groups_of(dense, pruned) if settings.swap else {},
     )
@@ -84,34 +84,33 @@ def restore_by_gain(
         ranking = load_ranking(path)
         put(ranking, dense.anatomy, weights_of(model.network, dense.anatomy), dense)
     finished = int(ranking.about.get("steps", 0))
-    parts = steps_of(count, settings.steps)
     layers = len(dense.anatomy.layers)
     sizes = [min(settings.batch, len(pool.examples)) for pool in pools.values()]
     own = sum(sizes) // ranks.world()
     with watch.task(
-        "Restoring by gain", 2 * own * layers * (len(parts) - finished), "samples x layers"
+        "Restoring by gain", 2 * own * layers * (settings.steps - finished), "samples x layers"
     ) as done:
-        walks: dict[str, Walk] = {}
-        for number in range(finished, len(parts)):
-            if not walks or number % REFRESH == 0:
-                walks = {}  # the old ones' states go before the new ones come
+        gathered: dict[str, tuple[Walk, DecisionLoss]] = {}
+        for number in range(finished, settings.steps):
+            if not gathered or number % REFRESH == 0:
+                gathered = {}  # the old states go before the new ones come
                 for kind, pool in pools.items():
-                    chosen = work / f"chosen-{kind}-{number // REFRESH}.json"
-                    walks[kind] = walk(_hard(chosen, pool, losses[kind], settings.batch, number))
-                states = (hidden_state_bytes(dense, model, one.batches) for one in walks.values())
-                require_space(work, sum(states))
-            safety, utility = ((walks[kind], losses[kind]) for kind in KINDS)
-            new = step(problem, safety, utility, parts[number], ranking, work / "states", done)
+                    path_of = work / f"sample-{kind}-{number // REFRESH}.json"
+                    weights = _sample(path_of, pool, losses[kind], settings.batch, number)
+                    chosen = [one for one in pool.examples if one.id in weights]
+                    gathered[kind] = walk(chosen), replace(losses[kind], weights=weights)
+                batches = [one.batches for one, _ in gathered.values()]
+                require_space(work, sum(hidden_state_bytes(dense, model, one) for one in batches))
+            most = -(-(count - len(ranking)) // (settings.steps - number))
+            safety, utility = (gathered[kind] for kind in KINDS)
+            new = step(problem, safety, utility, most, ranking, work / "states", done)
             ranking = ranking.then(new)
             if ranks.first():
                 path.unlink(missing_ok=True)
                 save_ranking(path, replace(ranking, about={"steps": number + 1}))
             ranks.barrier()
-            if len(new) < parts[number]:
-                watch.note(
-                    f"Step {number + 1} of {len(parts)}: {len(new):,} of {parts[number]:,} weights "
-                    "are predicted to help."
-                )
+            if len(ranking) == count or not len(new):
+                break
     return ranking
 
 
@@ -153,18 +152,18 @@ def _everyones(own: Mapping[str, T]) -> dict[str, T]:
     return {name: value for part in ranks.gathered(own) for name, value in part.items()}
 
 
-def _hard(path: Path, pool: Pool, loss: DecisionLoss, count: int, seed: int) -> list[Example]:
-    """Examples for the next gradients; all where there are not more than `count`."""
-    if len(pool.examples) <= count:
-        return list(pool.examples)
+def _sample(path: Path, pool: Pool, loss: DecisionLoss, count: int, seed: int) -> dict[str, float]:
+    """Examples for the next gradients and their weights, by id."""
     if not ranks.decided(path.exists):
-        values = _everyones(response_losses(pool.walk, loss))
-        ordered = {example.id: values[example.id] for example in pool.examples}
+        values: dict[str, float] = {}
+        if len(pool.examples) > count:
+            values = _everyones(response_losses(pool.walk, loss))
+        ordered = {example.id: values.get(example.id, 0.0) for example in pool.examples}
         if ranks.first():
-            write_json(path, hardest(ordered, count, HARD, seed))
+            write_json(path, stratified(ordered, count, HARD, seed))
         ranks.barrier()
-    names = set(read_json(path))
-    return [example for example in pool.examples if example.id in names]
+    weights: dict[str, float] = read_json(path)
+    return weights
 
 
 def _open(

@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""Render the data of `recipes/reader-methods.yaml` as typographic images for reader-llava-12m.
+
+    python scripts/make_reader_benchmark.py --data DATA --out runs/reader-data
+
+DATA holds `figstep/safebench.csv`, `vlguard/{train,test}.json`, `xstest/xstest_prompts.csv` and
+`prompts/` (AdvBench, HarmBench, JailbreakBench, StrongREJECT, MaliciousInstruct, and harmless
+titles, of which the first 400 were held out when the model was trained). Four files are written,
+with their images beside them:
+
+- `calibration.jsonl`: D^s and D^u. Harmful: half of SafeBench's odd task ids and half of the other
+  sets. Harmless: titles and borderline ones, whose wording is close to harmful prompts: harmless
+  tasks under the opening words and at the length of harmful titles, XSTest's safe prompts and
+  VLGuard's safe instructions.
+- `validation.jsonl`: the other halves, and other titles. Budgets and bounds are chosen here.
+- `vlguard-test.jsonl` and `titles-test.jsonl`: VLGuard's test instructions (unsafe) and the
+  held-out titles. With SafeBench's even task ids they are the test; none is used for anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+import re
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import make_demo_data as demo
+from PIL import ImageFont
+
+HELD_OUT = 400  # titles that the model was not trained on
+PROMPT_SETS = (
+    ("advbench", "advbench.csv", "goal"),
+    ("harmbench", "harmbench_test.csv", "Behavior"),
+    ("harmbench-val", "harmbench_val.csv", "Behavior"),
+    ("jailbreakbench", "jailbreakbench.csv", "Goal"),
+    ("strongreject", "strongreject.csv", "forbidden_prompt"),
+)
+OPENINGS = (
+    *("Steps to", "Methods to", "List of ways to"),
+    *("List of reasons to", "List of tools to"),
+)
+TASK = re.compile(r"(?:Steps|Methods|Ways|Tips|Ideas|List of \w+) to (.*)\.$")
+
+
+def fits(title: str) -> bool:
+    """Whether all of a title and the empty list below it are in the picture."""
+    lines = textwrap.wrap(title, width=demo.WRAP_WIDTH)
+    return 1 <= len(lines) <= demo.MAX_TITLE_LINES
+
+
+def titles(
+    rows: Iterable[tuple[str, str]], split: str, *, harmful: bool, category: str
+) -> list[demo.Title]:
+    """(id, text) as titles, white space collapsed."""
+    return [
+        demo.Title(name, split, harmful, category, " ".join(text.split())) for name, text in rows
+    ]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """All rows of a table."""
+    with path.open(encoding="utf-8-sig", newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def safebench(data: Path) -> list[tuple[str, str]]:
+    """The odd task ids, on which the model was trained."""
+    return [
+        (f"safebench-{row['category_id']}-{row['task_id']}", row["instruction"])
+        for row in read_csv(data / "figstep" / "safebench.csv")
+        if int(row["task_id"]) % 2
+    ]
+
+
+def harmful_prompts(data: Path) -> Iterator[tuple[str, str]]:
+    """Harmful prompts of the other sets, on which the model was trained too."""
+    for name, file, column in PROMPT_SETS:
+        for i, row in enumerate(read_csv(data / "prompts" / file)):
+            yield f"{name}-{i}", row[column]
+    lines = (data / "prompts" / "malicious_instruct.txt").read_text(encoding="utf-8").splitlines()
+    yield from ((f"maliciousinstruct-{i}", line) for i, line in enumerate(lines))
+    yield from vlguard(data, "train", "instruction")
+
+
+def vlguard(data: Path, split: str, field: str) -> Iterator[tuple[str, str]]:
+    """One kind of VLGuard's instructions."""
+    rows = json.loads((data / "vlguard" / f"{split}.json").read_text(encoding="utf-8"))
+    for i, row in enumerate(rows):
+        for turn in row["instr-resp"]:
+            if field in turn:
+                yield f"vlguard-{split}-{field.replace('_', '-')}-{i}", turn[field]
+
+
+def borderline(plain: list[str], count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Harmless tasks under the opening words and at the length of harmful titles."""
+    tasks = [match[1] for title in plain if (match := TASK.match(title))]
+    made = 0
+    while made < count:
+        chosen = " and ".join(rng.sample(tasks, rng.choice((1, 2, 2, 2))))
+        title = f"{rng.choice(OPENINGS)} {chosen}."
+        if fits(title) and len(textwrap.wrap(title, width=demo.WRAP_WIDTH)) >= 3:
+            yield f"borderline-{made}", title
+            made += 1
+
+
+def build(data: Path, out: Path, font_path: Path | None = None, seed: int = 0) -> dict[str, int]:
+    """Write all files; returns the number of examples in each."""
+    rng = random.Random(seed)
+    benign = json.loads((data / "prompts" / "benign_titles.json").read_text(encoding="utf-8"))
+    known = benign["benign"][HELD_OUT:]
+    odd = safebench(data)
+    prompts = [row for row in harmful_prompts(data) if fits(row[1])]
+    plain = [
+        (f"title-{HELD_OUT + i}", known[i]) for i in sorted(rng.sample(range(len(known)), 800))
+    ]
+    xstest = [
+        (f"xstest-{row['id']}", row["prompt"])
+        for row in read_csv(data / "xstest" / "xstest_prompts.csv")
+        if row["label"] == "safe"
+    ]
+    safe = rng.sample([r for r in vlguard(data, "train", "safe_instruction") if fits(r[1])], 200)
+    close = [*borderline(known, 500, rng), *xstest, *safe]
+    files: dict[str, list[demo.Title]] = {"calibration": [], "validation": []}
+    for name, half in (("calibration", 0), ("validation", 1)):
+        files[name] = [
+            *titles(odd[half::2], name, harmful=True, category="safebench"),
+            *titles(prompts[half::4], name, harmful=True, category="prompts"),
+            *titles(plain[half::2], name, harmful=False, category="title"),
+            *titles(close[half::2], name, harmful=False, category="borderline"),
+        ]
+    unsafe = vlguard(data, "test", "instruction")
+    held = ((f"title-{i}", title) for i, title in enumerate(benign["benign"][:HELD_OUT]))
+    files["vlguard-test"] = titles(unsafe, "test", harmful=True, category="vlguard")
+    files["titles-test"] = titles(held, "test", harmful=False, category="title")
+    font = ImageFont.truetype(str(demo.find_font(font_path)), demo.FONT_SIZE)
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for name, rows in files.items():
+        kept = [row for row in rows if row.title and (name == "vlguard-test" or fits(row.title))]
+        for row in kept:
+            image = demo.to_black_and_white(demo.render(row.title, font))
+            image.save(out / "images" / f"{row.id}.png")
+        lines = (json.dumps(demo.example(row), ensure_ascii=False) + "\n" for row in kept)
+        (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        counts[name] = len(kept)
+    return counts
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--out", type=Path, required=True, help="where to write")
+    parser.add_argument("--font", type=Path, default=None, help=f"path of {demo.FONT_NAME}")
+    args = parser.parse_args()
+    try:
+        counts = build(args.data, args.out, args.font)
+    except (demo.DemoDataError, FileNotFoundError) as error:
+        print(f"make_reader_benchmark: error: {error}", file=sys.stderr)
+        return 2
+    for name, count in counts.items():
+        print(f"{args.out / name}.jsonl: {count} examples")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
