@@ -32,6 +32,7 @@ from regraft.recipe import (
     PruneSettings,
     RealignSettings,
     Recipe,
+    SearchSettings,
     StatisticsSettings,
     Suite,
     explain,
@@ -39,7 +40,7 @@ from regraft.recipe import (
     write_recipe,
 )
 from regraft.restoration.apply import Operation
-from regraft.restoration.patch import load_patch
+from regraft.restoration.patch import Patch, load_patch
 from regraft.restoration.realign import check_pair
 
 if TYPE_CHECKING:
@@ -192,16 +193,21 @@ def realign(
     out: Out,
     heads_file: Path | None = None,
     statistics_file: Path | None = None,
+    search: bool = False,
+    max_new_tokens: int = 64,
     settings: Annotated[RealignSettings, Flat] = RealignSettings(),
+    choice: Annotated[SearchSettings, Flat] = SearchSettings(),
     scoring: Annotated[HeadSettings, Flat] = HeadSettings(),
     calibration: Calibration = CalibrationSettings(),
     compute: Compute = ComputeSettings(),
 ) -> None:
     """Select the pruned weights that carried safety and write their dense values as a patch.
 
-    Head scores and input statistics are computed beside the patch where no file is given.
+    Head scores, input statistics and the ranking of weights are computed beside the patch where no
+    file is given.
 
-    Example: regraft realign MODEL pruned --data vlguard VLGuard/train.json --out hsr.safetensors
+    Example: regraft realign MODEL pruned --method gain --budget 2 --data vlguard
+    VLGuard/train.json --out gain.safetensors
 
     Parameters
     ----------
@@ -213,6 +219,10 @@ def realign(
         From `regraft heads`.
     statistics_file
         From `regraft statistics`.
+    search
+        Choose how many weights of the budget come back, on validation prompts.
+    max_new_tokens
+        Search: length of an answer to a validation prompt.
     """
     from regraft import stages
 
@@ -221,31 +231,72 @@ def realign(
         pruned_source = _open(pruned, compute.trust_remote_code)
         check_pair(dense_source, pruned_source)
         check_top_heads(dense_source, settings)
+        if search and not settings.ranked:
+            raise RegraftError("--search chooses a number of weights: give a --budget too.")
         if out.exists():
             load_patch(out)  # anything else in its place is an error before long work
-        if settings.heads == "top" and heads_file is None:
+        if settings.by_heads and heads_file is None:
             heads_file = out.with_suffix(".heads.safetensors")
             stages.heads(dense_source, heads_file, scoring, calibration, compute, watch)
         if stages.needs_statistics(settings) and statistics_file is None:
             statistics_file = out.with_suffix(".statistics.safetensors")
             wanted = StatisticsSettings(score=settings.score)
             stages.statistics(dense_source, statistics_file, calibration, compute, wanted, watch)
-        patch = stages.realign(
-            dense_source, pruned_source, out, settings, heads_file, statistics_file, compute, watch
-        )
-        pruned_count = patch.about["pruned"]
-        watch.note(
-            f"{out}: {patch.restored:,} weights come back, "
-            f"{10_000 * patch.restored / pruned_count:.3f} per 10,000 of {pruned_count:,} zeros."
-        )
-        if "n_m" in patch.about:
-            watch.note(
-                f"{patch.about['violated_groups']:,} of {patch.about['groups']:,} "
-                f"{patch.about['n_m']} groups are violated: kernels for {patch.about['n_m']} "
-                "sparsity cannot run the realigned checkpoint."
-                if patch.about["violated_groups"]
-                else f"All {patch.about['groups']:,} {patch.about['n_m']} groups are kept."
+        files = (heads_file, statistics_file)
+        ranking, count = None, None
+        if settings.ranked:
+            ranking = out.with_suffix(".ranking.safetensors")
+            stages.rank(
+                dense_source,
+                pruned_source,
+                ranking,
+                settings,
+                calibration,
+                *files,
+                compute,
+                watch,
             )
+            if search:
+                count = stages.search(
+                    dense_source,
+                    pruned_source,
+                    ranking,
+                    out.with_suffix(".curve.json"),
+                    choice,
+                    settings,
+                    EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
+                    compute,
+                    watch,
+                )
+        patch = stages.realign(
+            dense_source,
+            pruned_source,
+            out,
+            settings,
+            *files,
+            compute,
+            watch,
+            ranking_file=ranking,
+            count=count,
+        )
+        _tell_patch(watch, out, patch)
+
+
+def _tell_patch(watch: ConsoleWatch, out: Path, patch: Patch) -> None:
+    pruned = patch.about["pruned"]
+    exchanged = f" and {patch.removed:,} kept ones go in exchange" if patch.removed else ""
+    watch.note(
+        f"{out}: {patch.restored:,} weights come back{exchanged}, "
+        f"{10_000 * patch.restored / pruned:.3f} per 10,000 of {pruned:,} zeros."
+    )
+    if "n_m" in patch.about:
+        watch.note(
+            f"{patch.about['violated_groups']:,} of {patch.about['groups']:,} "
+            f"{patch.about['n_m']} groups are violated: kernels for {patch.about['n_m']} "
+            "sparsity cannot run the realigned checkpoint."
+            if patch.about["violated_groups"]
+            else f"All {patch.about['groups']:,} {patch.about['n_m']} groups are kept."
+        )
 
 
 @app.command

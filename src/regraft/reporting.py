@@ -178,7 +178,17 @@ def _method(settings: VariantSettings) -> str:
         if settings.heads == "top"
         else CONTROL_LABELS[settings.heads]
     )
-    return f"{settings.method.upper()}, {heads}"
+    score = "" if settings.score == "wanda" else f" by {settings.score}"
+    if settings.method == "random":
+        return "random weights"
+    if settings.method == "set-difference":
+        return f"set difference{score}"
+    if settings.method == "gain":
+        place = {"all": "all linears", "attention": "attention", "heads": heads}[settings.within]
+        swap = ", swapped" if settings.swap else ""
+        own = ", self-written responses" if settings.responses == "self" else ""
+        return f"gain, {place}{swap}{own}"
+    return f"{settings.method.upper()}{score}, {heads}"
 
 
 def _defence(settings: DefenceSettings, file: Path) -> str:
