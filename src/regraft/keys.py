@@ -31,7 +31,7 @@ from regraft.files import (
 from regraft.models.load import pick_device, transformers_version
 from regraft.recipe import ComputeSettings, Settings
 
-_OUTCOMES = {"violated_groups"}  # told of an artifact, but not deciding what it will be
+_OUTCOMES = {"violated_groups", "steps"}  # told of an artifact, but not deciding what it will be
 
 
 def describe(

@@ -301,8 +301,13 @@ class RealignSettings(Settings):
         1.0, ge=0, description="gain: how much utility counts beside safety."
     )
     constraint: Constraint = Field(
-        "utility-gain",
-        description="gain: utility-gain takes only weights that help utility too; none.",
+        "both",
+        description="gain: utility-gain takes only weights whose gain in utility is at least "
+        "`utility_share` of that in safety; lagrangian moves the utility weight so that harmless "
+        "prompts are not refused more; both; or none.",
+    )
+    utility_share: float = Field(
+        0.2, ge=0, description="gain: see constraint; 0 takes all that cost no utility."
     )
     loss: Literal["distil", "given"] = Field(
         "distil",
@@ -315,7 +320,7 @@ class RealignSettings(Settings):
         description="gain: weights come back in at most so many steps, gradients anew in each.",
     )
     trust: float = Field(
-        0.4,
+        0.3,
         gt=0,
         description="gain: a step ends where the predicted fall of the loss is this share of it.",
     )

@@ -33,6 +33,19 @@ def mean_cross_entropy(model: PlacedModel, final: Tensor, labels: Tensor, _id: s
 
 
 @dataclass(frozen=True)
+class Misses:
+    """The probability of another first token than the response's, of a model and of the dense one.
+
+    Over harmless prompts that is a smooth over-refusal, over harmful ones a smooth ASR. `weight` is
+    how much the example counts.
+    """
+
+    weight: float
+    own: float
+    dense: float | None
+
+
+@dataclass(frozen=True)
 class DecisionLoss:
     """A loss in which the first response tokens weigh 1 each and the others `tail` each.
 
@@ -50,7 +63,7 @@ class DecisionLoss:
 
     teacher: Mapping[str, Tensor] | None = None
     decision: int = 2
-    tail: float = 0.05
+    tail: float = 0.01
     weights: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, model: PlacedModel, final: Tensor, labels: Tensor, name: str) -> Tensor:
@@ -62,6 +75,16 @@ class DecisionLoss:
         cost = (weights * self._costs(model, logits, labels[positions + 1], name)).sum()
         return self.weights.get(name, 1.0) * cost
 
+    def misses(self, model: PlacedModel, final: Tensor, labels: Tensor, name: str) -> Misses:
+        """How likely it is that the answer begins otherwise than the response does."""
+        position = predicting(labels)[:1]
+        token = int(labels[position + 1])
+        dense = None
+        if self.teacher is not None:
+            dense = _other_than(token, model, self.teacher[name][:1].to(final.device, model.dtype))
+        own = _other_than(token, model, final[position].detach())
+        return Misses(self.weights.get(name, 1.0), own, dense)
+
     def _costs(self, model: PlacedModel, logits: Tensor, tokens: Tensor, name: str) -> Tensor:
         """Of each token, `[N]`."""
         if self.teacher is None:
@@ -70,3 +93,8 @@ class DecisionLoss:
         wanted = logits_of(model.network, states).float().log_softmax(dim=-1)  # [N, V]
         own = logits.log_softmax(dim=-1)
         return F.kl_div(own, wanted, reduction="none", log_target=True).sum(dim=-1)
+
+
+def _other_than(token: int, model: PlacedModel, state: Tensor) -> float:
+    """1 - p(token), from one normed final state `[1, d]`."""
+    return 1 - float(logits_of(model.network, state).float().softmax(dim=-1)[0, token])

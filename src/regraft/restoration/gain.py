@@ -12,28 +12,58 @@ diagonal of the empirical Fisher matrix.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Constraint = Literal["utility-gain", "none"]
+Constraint = Literal["utility-gain", "lagrangian", "both", "none"]
+_RATE = 20.0  # of the multiplier, per unit of drift: a drift of 3.5 points doubles the weight
+_LIMITS = (0.05, 50.0)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step maximises: `gain^s + utility_weight * gain^u`.
+    """What a step maximises: `gain^s + utility_weight * gain^u`, and what it holds to.
 
-    "utility-gain" takes only weights whose return lowers the utility loss too (gain^u >= 0).
+    "utility-gain" takes only weights with `gain^u >= share * gain^s`: with share 0 those that cost
+    utility nothing, with more those that do not merely trade one for the other. "lagrangian" makes
+    `utility_weight` a multiplier that grows while the model refuses harmless prompts more than it
+    should, and shrinks while it refuses them less (see `adapted`). "both" does both.
 
     First order holds near the model as it is: a step ends where the fall that it predicts reaches
     the share `trust` of the loss, which can only fall to 0.
     """
 
     utility_weight: float = 1.0
-    constraint: Constraint = "utility-gain"
-    trust: float = 0.4
+    constraint: Constraint = "both"
+    share: float = 0.2
+    trust: float = 0.3
+
+    def keys(self, safety: Tensor, utility: Tensor) -> Tensor:
+        """The objective of each candidate, -inf where it is not allowed.
+
+        Args:
+            safety: gain^s, any shape, float32.
+            utility: gain^u, likewise.
+        """
+        keys = safety + self.utility_weight * utility
+        if self.constraint in ("lagrangian", "none"):
+            return keys
+        return keys.masked_fill_(utility < self.share * safety, -torch.inf)
+
+    def adapted(self, drift: float) -> Objective:
+        """The objective of the next step, after harmless prompts were refused `drift` too often.
+
+        Dual ascent: the weight moves by a factor exp(20 drift), drift in [-1, 1].
+        """
+        if self.constraint in ("utility-gain", "none"):
+            return self
+        low, high = _LIMITS
+        weight = min(high, max(low, self.utility_weight * math.exp(_RATE * drift)))
+        return replace(self, utility_weight=weight)
 
     def within_trust(self, keys: Tensor, safety: float, utility: float) -> int:
         """How many of a step's best weights to take, at least one.
@@ -45,18 +75,6 @@ class Objective:
         """
         limit = self.trust * (safety + self.utility_weight * utility)
         return max(1, int((keys.double().cumsum(0) <= limit).sum()))
-
-    def keys(self, safety: Tensor, utility: Tensor) -> Tensor:
-        """The objective of each candidate, -inf where it is not allowed.
-
-        Args:
-            safety: gain^s, any shape, float32.
-            utility: gain^u, likewise.
-        """
-        keys = safety + self.utility_weight * utility
-        if self.constraint == "none":
-            return keys
-        return keys.masked_fill_(utility < 0, -torch.inf)
 
 
 def gain(gradient: Tensor, dense: Tensor, current: Tensor) -> Tensor:

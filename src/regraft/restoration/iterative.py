@@ -15,7 +15,7 @@ from regraft.importance.gradients import (
     signed,
     signed_and_squared,
 )
-from regraft.importance.losses import Loss
+from regraft.importance.losses import DecisionLoss, Loss
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
@@ -53,15 +53,29 @@ class Problem:
     groups: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Step:
+    """The weights that came back in a step, best first, and the model as it was before.
+
+    `safety` and `utility` are losses; `drift` is how much likelier harmless answers began otherwise
+    than they should, than those of the dense model (without a teacher: than never).
+    """
+
+    ranking: Ranking
+    safety: float
+    utility: float
+    drift: float
+
+
 def step(
     problem: Problem,
-    safety: tuple[Walk, Loss],
-    utility: tuple[Walk, Loss],
+    safety: tuple[Walk, DecisionLoss],
+    utility: tuple[Walk, DecisionLoss],
     count: int,
     so_far: Ranking,
     scratch: Path,
     progress: Progress,
-) -> Ranking:
+) -> Step:
     """The `count` weights whose return helps most now, and put them into the model.
 
     One layer's gradients are in memory at a time (two with `swap`: the squares too).
@@ -76,16 +90,14 @@ def step(
         scratch: A folder for layer inputs.
         progress: Called with the number of samples a layer has seen, forward and backward.
 
-    Returns:
-        The new weights, best first.
     """
     best = Best(count)
     anatomy = problem.dense.anatomy
     index = {linear.key: i for i, linear in enumerate(anatomy.linears)}
     weights = weights_of(problem.model.network, anatomy)
-    values: dict[str, list[float]] = {"safety": [], "utility": []}
+    seen: dict[str, list[_Seen]] = {"safety": [], "utility": []}
     passes = (
-        _gradients(problem, walk, _recorded(loss, values[kind]), scratch / kind, progress)
+        _gradients(problem, walk, _recorded(loss, seen[kind]), scratch / kind, progress)
         for kind, (walk, loss) in (("safety", safety), ("utility", utility))
     )
     for (layer, for_safety), (_, for_utility) in zip(*passes, strict=True):
@@ -102,17 +114,28 @@ def step(
                 _taken(so_far, index[linear.key]),
             )
             best.add(index[linear.key], keys, removed)
-    losses = (_mean(values[kind]) for kind in ("safety", "utility"))
+    losses = [_mean([one.loss for one in seen[kind]]) for kind in ("safety", "utility")]
     ranking = best.ranking
     ranking = ranking.first(problem.objective.within_trust(ranking.score, *losses))
     put(ranking, anatomy, weights, problem.dense)
-    return ranking
+    drift = _mean([one.drift for one in seen["utility"]])
+    return Step(ranking, losses[0], losses[1], drift)
 
 
-def _recorded(loss: Loss, into: list[float]) -> Loss:
+@dataclass(frozen=True)
+class _Seen:
+    """What a pass saw of one example, weighted."""
+
+    loss: float
+    drift: float
+
+
+def _recorded(loss: DecisionLoss, into: list[_Seen]) -> Loss:
     def recorded(model: PlacedModel, final: Tensor, labels: Tensor, name: str) -> Tensor:
         value = loss(model, final, labels, name)
-        into.append(float(value.detach()))
+        misses = loss.misses(model, final, labels, name)
+        drift = misses.weight * (misses.own - (misses.dense or 0.0))
+        into.append(_Seen(float(value.detach()), drift))
         return value
 
     return recorded

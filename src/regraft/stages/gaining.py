@@ -22,7 +22,7 @@ from regraft.models.load import Source
 from regraft.models.walk import Walk
 from regraft.recipe import ComputeSettings, RealignSettings
 from regraft.restoration.gain import Objective
-from regraft.restoration.iterative import Problem, groups_of, step, weights_of
+from regraft.restoration.iterative import Problem, Step, groups_of, step, weights_of
 from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
 from regraft.restoration.selection import Head, blocks_of, inside
 from regraft.stages.common import collate_share, hidden_state_bytes, load_for_walk
@@ -75,7 +75,7 @@ def restore_by_gain(
         dense,
         pruned,
         _open(settings, heads),
-        Objective(settings.utility_weight, settings.constraint, settings.trust),
+        _objective(settings, ()),
         settings.swap,
         groups_of(dense, pruned) if settings.swap else {},
     )
@@ -83,7 +83,8 @@ def restore_by_gain(
     if path.exists():
         ranking = load_ranking(path)
         put(ranking, dense.anatomy, weights_of(model.network, dense.anatomy), dense)
-    finished = int(ranking.about.get("steps", 0))
+    trace: list[dict[str, float]] = list(ranking.about.get("steps", ()))
+    finished = len(trace)
     layers = len(dense.anatomy.layers)
     sizes = [min(settings.batch, len(pool.examples)) for pool in pools.values()]
     own = sum(sizes) // ranks.world()
@@ -101,17 +102,44 @@ def restore_by_gain(
                     gathered[kind] = walk(chosen), replace(losses[kind], weights=weights)
                 batches = [one.batches for one, _ in gathered.values()]
                 require_space(work, sum(hidden_state_bytes(dense, model, one) for one in batches))
+            objective = _objective(settings, trace)
+            problem = replace(problem, objective=objective)
             most = -(-(count - len(ranking)) // (settings.steps - number))
             safety, utility = (gathered[kind] for kind in KINDS)
             new = step(problem, safety, utility, most, ranking, work / "states", done)
-            ranking = ranking.then(new)
+            ranking = ranking.then(new.ranking)
+            trace.append(
+                {"restored": len(ranking), "weight": objective.utility_weight, **_told(new)}
+            )
             if ranks.first():
-                path.unlink(missing_ok=True)
-                save_ranking(path, replace(ranking, about={"steps": number + 1}))
+                save_ranking(path, replace(ranking, about={"steps": trace}))
             ranks.barrier()
-            if len(ranking) == count or not len(new):
+            if len(ranking) == count or not len(new.ranking):
                 break
-    return ranking
+    return replace(ranking, about={"steps": trace})
+
+
+def _objective(settings: RealignSettings, trace: Sequence[Mapping[str, float]]) -> Objective:
+    """Of the next step, given what each step before found.
+
+    Harmless prompts may be refused as often as the dense or the pruned model refuses them.
+    """
+    objective = Objective(
+        settings.utility_weight, settings.constraint, settings.utility_share, settings.trust
+    )
+    for found in trace:
+        objective = objective.adapted(found["drift"] - max(0.0, trace[0]["drift"]))
+    return objective
+
+
+def _told(restored: int, objective: Objective, new: Step) -> dict[str, float]:
+    return {
+        "restored": restored,
+        "weight": objective.utility_weight,
+        "safety": new.safety,
+        "utility": new.utility,
+        "drift": new.drift,
+    }
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def rank(
                     "budget."
                 )
             if ranks.first():
-                save_ranking(out, replace(ranking, about=about))
+                save_ranking(out, replace(ranking, about={**ranking.about, **about}))
     return load_ranking(out)
 
 

@@ -111,7 +111,7 @@ def search(
             curve = {
                 "about": about,
                 "pruned": ranking.about["pruned"],
-                "chosen": chosen,
+                "chosen": None if chosen is None else points[chosen].restored,
                 "bounds": asdict(bounds),
                 "dense": _plain(full),
                 "points": [_plain(one) for one in points],
@@ -119,8 +119,7 @@ def search(
             out.parent.mkdir(parents=True, exist_ok=True)
             write_json(out, curve)
         ranks.barrier()
-    content = read_json(out)
-    return 0 if content["chosen"] is None else int(content["points"][content["chosen"]]["restored"])
+    return int(read_json(out)["chosen"] or 0)
 
 
 def _fraction(percent: float | None) -> float | None:
