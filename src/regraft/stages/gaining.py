@@ -108,9 +108,7 @@ def restore_by_gain(
             safety, utility = (gathered[kind] for kind in KINDS)
             new = step(problem, safety, utility, most, ranking, work / "states", done)
             ranking = ranking.then(new.ranking)
-            trace.append(
-                {"restored": len(ranking), "weight": objective.utility_weight, **_told(new)}
-            )
+            trace.append(_told(len(ranking), objective, new))
             if ranks.first():
                 save_ranking(path, replace(ranking, about={"steps": trace}))
             ranks.barrier()
