@@ -85,11 +85,12 @@ def run(
         settings = StatisticsSettings(score=score)
         out = place.statistics(score)
         stages.statistics(dense, out, calibration, compute, settings, watch, place.responses)
-    for name, source in pruned.items():
-        for variant in recipe.realign:
+    for pruning in recipe.prune:
+        name, source = pruning.name, pruned[pruning.name]
+        for variant in recipe.variants_of(pruning):
             watch.note(f"Realigning: {place.name(name, variant.name)}")
             _realign(place, dense, name, source, variant, recipe, watch, session)
-        for defence in recipe.defend:
+        for defence in recipe.defences_of(pruning):
             watch.note(f"Defending: {place.name(name, defence.name)}")
             _defend(place, dense, name, source, defence, recipe, watch, session)
     return report(folder)
@@ -156,7 +157,7 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
     checkpoints = [
         place.realigned(pruning.name, variant.name)
         for pruning in recipe.prune
-        for variant in recipe.realign
+        for variant in recipe.variants_of(pruning)
         if _on_disk(variant, recipe)
     ]
     if recipe.pruned is None:

@@ -197,6 +197,9 @@ class PruningSettings(PruneSettings):
         description="What to call it in tables and folders; if not given: pruned, or of several "
         "prunings method and sparsity, such as wanda-60 or wanda-2-4.",
     )
+    realign: bool = Field(
+        True, description="Realign and defend it too; if not, it is only evaluated."
+    )
 
     @field_validator("name")
     @classmethod
@@ -427,6 +430,9 @@ class VariantSettings(RealignSettings):
     """One realigned model of a run."""
 
     name: str = Field("hsr", description="What to call it in tables and folders.")
+    prunings: tuple[str, ...] = Field(
+        (), description="Names of the prunings that are realigned so; all if not given."
+    )
     search: SearchSettings | None = Field(
         None, description="Choose how many weights come back on validation prompts."
     )
@@ -664,6 +670,13 @@ class Recipe(Settings):
         if len(self.prune) == 1 and self.prune[0].name in names:
             raise ValueError(f"`prune` and one of {both} are both called {self.prune[0].name!r}")
         most = max((one.top_heads for one in self.realign if one.by_heads), default=0)
+        known = {one.name for one in self.prune}
+        for one in self.realign:
+            if odd := sorted({*one.prunings} - known):
+                raise ValueError(
+                    f"{one.name!r} is for the pruning {odd[0]!r}, but the prunings are "
+                    f"{', '.join(sorted(known))}"
+                )
         if self.heads.mode == "screened" and most > self.heads.candidates:
             raise ValueError(
                 f"`heads.candidates` is {self.heads.candidates}, but `realign` takes {most} heads, "
@@ -694,6 +707,18 @@ class Recipe(Settings):
             "realign": realign,
         }
         return Recipe.model_validate(content)
+
+    def variants_of(self, pruning: PruningSettings) -> tuple[VariantSettings, ...]:
+        """How a pruning is realigned."""
+        return tuple(
+            one
+            for one in self.realign
+            if pruning.realign and (not one.prunings or pruning.name in one.prunings)
+        )
+
+    def defences_of(self, pruning: PruningSettings) -> tuple[NamedDefenceSettings, ...]:
+        """How a pruning is defended at inference."""
+        return self.defend if pruning.realign else ()
 
     @field_serializer("prune")
     def _one_or_many(self, prune: tuple[PruningSettings, ...]) -> Any:

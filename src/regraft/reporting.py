@@ -70,7 +70,7 @@ def read_report(folder: Path) -> Report:
     abouts += [
         load_defence(place.defence(pruning.name, one.name)).about
         for pruning in recipe.prune
-        for one in recipe.defend
+        for one in recipe.defences_of(pruning)
     ]
     maps: tuple[HeadMap, ...] = ()
     if place.heads.exists():
@@ -105,7 +105,8 @@ def _evaluations(place: RunFolder, recipe: Recipe) -> Iterator[tuple[str, Evalua
     folders = {"dense": place.dense_evaluation}
     for pruning in recipe.prune:
         folders[pruning.name] = place.evaluation(pruning.name)
-        for variant in [one.name for one in recipe.realign] + [one.name for one in recipe.defend]:
+        methods = (*recipe.variants_of(pruning), *recipe.defences_of(pruning))
+        for variant in [one.name for one in methods]:
             name = place.name(pruning.name, variant)
             folders[name] = place.evaluation(pruning.name, variant)
     for name, folder in folders.items():
@@ -124,7 +125,8 @@ def _group(
     evaluations: Mapping[str, Evaluation],
 ) -> Iterator[Variant]:
     """One pruning and the variants realigned from it."""
-    patches = {one.name: load_patch(place.patch(pruning.name, one.name)) for one in recipe.realign}
+    variants = recipe.variants_of(pruning)
+    patches = {one.name: load_patch(place.patch(pruning.name, one.name)) for one in variants}
     own = evaluations[pruning.name]
     taken = own.about["zeros"] - evaluations["dense"].about["zeros"]
     series = "" if recipe.pruned else _series(pruning.only())
@@ -136,7 +138,7 @@ def _group(
         pruned=next((patch.about["pruned"] for patch in patches.values()), taken),
     )
     layers = open_source(recipe.pruned or place.pruned(pruning.name)).anatomy.layers
-    for one in recipe.realign:
+    for one in variants:
         patch, name = patches[one.name], place.name(pruning.name, one.name)
         heads = tuple((layer, head) for layer, head in patch.about["heads"])
         yield _variant(
@@ -153,7 +155,7 @@ def _group(
             violated_groups=patch.about.get("violated_groups", 0),
             groups=patch.about.get("groups", 0),
         )
-    for defence in recipe.defend:
+    for defence in recipe.defences_of(pruning):
         name = place.name(pruning.name, defence.name)
         how = _defence(defence, place.defence(pruning.name, defence.name))
         yield _variant(
