@@ -105,8 +105,8 @@ def _evaluations(place: RunFolder, recipe: Recipe) -> Iterator[tuple[str, Evalua
     folders = {"dense": place.dense_evaluation}
     for pruning in recipe.prune:
         folders[pruning.name] = place.evaluation(pruning.name)
-        methods = (*recipe.variants_of(pruning), *recipe.defences_of(pruning))
-        for variant in [one.name for one in methods]:
+        variants = [one.name for one in recipe.variants_of(pruning)]
+        for variant in variants + [one.name for one in recipe.defences_of(pruning)]:
             name = place.name(pruning.name, variant)
             folders[name] = place.evaluation(pruning.name, variant)
     for name, folder in folders.items():
