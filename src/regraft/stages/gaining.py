@@ -106,7 +106,6 @@ def restore_by_gain(
             new = step(problem, safety, utility, most, ranking, work / "states", done)
             ranking = ranking.then(new)
             if ranks.first():
-                path.unlink(missing_ok=True)
                 save_ranking(path, replace(ranking, about={"steps": number + 1}))
             ranks.barrier()
             if len(ranking) == count or not len(new):
