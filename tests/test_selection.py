@@ -24,8 +24,11 @@ from regraft.restoration.selection import (
     Band,
     all_heads,
     blocks_of,
+    hsr_keys,
     inside,
     random_heads,
+    random_keys,
+    rank_share,
     restorable,
     select_all,
     select_hsr,
@@ -157,6 +160,76 @@ def test_top_marks_as_many_as_promised(case, twentieths):
         sizes = [(b.row_stop - b.row_start) * (b.col_stop - b.col_start) for b in blocks]
         assert mask.sum() == sum(n - int((1 - share) * n) for n in sizes)
         assert not (mask & ~inside(linear.shape, blocks, mask.device)).any()
+
+
+# The same with q left open
+
+
+@pytest.mark.parametrize("chunk", [2**22, 7])
+@settings(max_examples=150)
+@given(case=cases())
+def test_keys_are_selections_for_every_q(chunk, case):
+    """What q selects are the first weights by key, and q bounds the keys."""
+    linear, scope = case["linear"], case["scope"]
+    dense, pruned, safety, utility = tensors(case, "dense", "pruned", "safety", "utility")
+    blocks = blocks_of(LAYER, linear, case["heads"])
+    given = (
+        restorable(dense, pruned),
+        by_wanda(dense, safety),
+        by_wanda(dense, utility),
+        blocks,
+    )
+    edge = float(case["p"]), float(case["p_max"]), scope
+    size = linear.shape[1] if scope == "row" else dense.numel()
+    if scope == "head" and blocks:
+        size = inside(linear.shape, blocks[:1], dense.device).count_nonzero()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_CHUNK", chunk)
+        keys = hsr_keys(*given, Band(1, *edge))
+        assert keys.shape == dense.shape and keys.dtype == torch.float32
+        order = keys.flatten().argsort(descending=True, stable=True)
+        for count in range(1, int(size) + 1):
+            q = Fraction(count, int(size))
+            chosen = select_hsr(*given, Band(float(q), *edge)).tolist()
+            assert sorted(order[: len(chosen)].tolist()) == chosen
+        q = float(case["q"])
+        bounded = hsr_keys(*given, Band(q, *edge))
+        chosen = select_hsr(*given, Band(q, *edge))
+    taken = (bounded > -torch.inf).flatten().nonzero().flatten()
+    assert torch.equal(taken, chosen)
+    assert torch.equal(bounded.flatten()[taken], keys.flatten()[taken])
+
+
+@given(cases())
+def test_rank_share_counts_what_matters_less(case):
+    linear, shape, scope = case["linear"], case["linear"].shape, case["scope"]
+    blocks = blocks_of(LAYER, linear, case["heads"])
+    score = np.abs(case["dense"])
+    share = rank_share(torch.from_numpy(score), scope, blocks)
+    expected = np.zeros(shape, np.float32)
+    for group in competing(scope, linear.role, case["heads"], shape):
+        for at in group:
+            expected[at] = sum((score[x], x) <= (score[at], at) for x in group) / len(group)
+    assert share.dtype == torch.float32
+    np.testing.assert_allclose(share.numpy(), expected, rtol=1e-6)
+
+
+def test_random_keys_are_a_fair_seeded_order():
+    free = torch.rand(6, 7, generator=torch.Generator().manual_seed(0)) < 0.6
+    n = int(free.sum())
+    keys = random_keys(free, 3, 1)
+    assert torch.equal(keys, random_keys(free, 3, 1))
+    assert torch.equal(keys > -torch.inf, free)
+    assert keys[free].unique().numel() == n
+    for other in (random_keys(free, 4, 1), random_keys(free, 3, 2), random_keys(free, -3, 1)):
+        assert not torch.equal(keys[free].argsort(), other[free].argsort())
+    wider = random_keys(torch.ones_like(free), 3, 1)
+    assert torch.equal(wider[free], keys[free]), "the order depends on what else is free"
+    draws = 1200
+    firsts = torch.stack([random_keys(free, seed, 0)[free].argmax() for seed in range(draws)])
+    counts = firsts.bincount(minlength=n)
+    chi_squared = float(((counts - draws / n) ** 2 / (draws / n)).sum())
+    assert chi_squared < n + 5 * (2 * n) ** 0.5, "some weights come first more often"
 
 
 def test_paper_thresholds_by_hand():

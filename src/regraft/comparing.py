@@ -96,16 +96,10 @@ def read_curve(path: Path) -> Curve:
             for i, one in enumerate(content["points"])
         )
         chosen = content.get("chosen")
-        return Curve(int(content["pruned"]), _place_of(chosen, points), points)
+        place = chosen if chosen is not None and 0 <= chosen < len(points) else None
+        return Curve(int(content["pruned"]), place, points)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RegraftError(
             f"{path} holds no validation curve; expected `pruned`, `chosen` and `points`, each "
             f"with `restored`, `asr`, `over_refusal` and `utility` ({error!r})."
         ) from error
-
-
-def _place_of(chosen: int | None, points: Sequence[CurvePoint]) -> int | None:
-    """The chosen point's place, whether it was named by that or by its restored weights."""
-    by_weights = {point.restored: place for place, point in enumerate(points)}
-    place = by_weights.get(chosen, chosen) if chosen is not None else None
-    return place if place is not None and 0 <= place < len(points) else None

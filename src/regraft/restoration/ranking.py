@@ -159,6 +159,8 @@ def patch_of(
 ) -> Patch:
     """The patch that takes the whole ranking to a pruned checkpoint.
 
+    A weight whose dense value is 0 in that checkpoint's dtype stays pruned.
+
     Raises:
         RegraftError: a dense value does not fit into the pruned checkpoint's dtype.
     """
@@ -168,13 +170,15 @@ def patch_of(
         linear, other = pairs[index]
         after = pruned.checkpoint.read(other.tensor)
         back, gone = ranking.position[rows], ranking.removed[rows]
-        gone = gone[gone != KEPT]
         values = dense.checkpoint.read(linear.tensor).reshape(-1)[back].to(after.dtype)
         if not torch.isfinite(values).all():
             raise RegraftError(
                 f"{linear.key}: some dense values do not fit into the pruned checkpoint's dtype "
                 f"{after.dtype}. Give a dense checkpoint of that dtype."
             )
+        representable = values != 0
+        back, gone, values = back[representable], gone[representable], values[representable]
+        gone = gone[gone != KEPT]
         positions, order = torch.cat([back, gone]).sort()
         values = torch.cat([values, values.new_zeros(len(gone))])[order]
         tensors[other.tensor] = TensorPatch.of(after, positions, values)

@@ -152,9 +152,10 @@ def hsr_keys(
         score = utility(part)
         eligible[part] &= top(score, band.p_max, band.scope, blocks)
         eligible[part] &= top(score, band.p, band.scope, blocks).logical_not_()
-        share = rank_share(safety(part), band.scope, blocks)
-        chosen = eligible[part] & (share > 1 - band.q)
-        keys[part] = torch.where(chosen, share, -torch.inf)
+        score = safety(part)
+        eligible[part] &= top(score, band.q, band.scope, blocks)
+        share = rank_share(score, band.scope, blocks)
+        keys[part] = torch.where(eligible[part], share, -torch.inf)
     return keys
 
 
@@ -170,9 +171,9 @@ def rank_share(score: Tensor, scope: RankingScope, blocks: Sequence[Block]) -> T
         `[out, in]` float32. Equal scores rank by position.
     """
     if scope == "row":
-        return _ranks(score) / score.shape[1]
+        return (_ranks(score) / score.shape[1]).float()
     if scope == "matrix":
-        return _ranks(score.reshape(1, -1)).view_as(score) / score.numel()
+        return (_ranks(score.reshape(1, -1)).view_as(score) / score.numel()).float()
     share = torch.zeros_like(score)
     for block in blocks:
         part = _part(score, block)

@@ -65,7 +65,7 @@ def rank(
         pruned: The same network pruned, by whomever.
         out: The file.
         settings: The method and how many weights to rank (the budget).
-        calibration: D^s and D^u; only gain reads them here.
+        calibration: D^s and D^u, which only gain reads here; random draws by its seed too.
         heads_file: From `heads`; needed to rank heads.
         statistics_file: From `statistics`; needed by "hsr" and "set-difference".
         compute: Device, dtype, batch size and placement of gain; of the others the device counts.
@@ -97,6 +97,8 @@ def rank(
     about = describe(
         "rank", inputs, settings, compute if readings else None, readings if readings else None
     )
+    if settings.method == "random":
+        about["seed"] = calibration.seed
     heads = chosen_heads(dense, settings, scores)
     about["heads"] = [list(head) for head in heads]
     looked = survey(dense, pruned)
@@ -109,7 +111,7 @@ def rank(
         )
     if not is_done(out, out, about, lambda: load_ranking(out).about):
         for role, reading in zip(("D^s", "D^u"), readings.values(), strict=False):
-            check_shares(reading.examples, compute)
+            check_shares(reading.examples[: settings.batch], compute)
             watch.note(told(role, reading))
         with working(out, about) as work:
             if readings:

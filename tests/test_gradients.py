@@ -1,0 +1,298 @@
+"""Gradients, losses and walks against autograd and whole forward passes of the whole model."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+import truth
+from regraft.data.collate import batches, response_batch
+from regraft.importance.gradients import layer_gradients, product, signed, signed_and_squared
+from regraft.importance.hard import final_states, response_losses, stratified
+from regraft.importance.losses import DecisionLoss
+from regraft.models.walk import Walk
+
+WEIGHTS = {"harmful-0-0": 0.25, "harmful-0-2": 3.0}
+SOME = ("qwen2_vl", "mllama", "gemma3", "llama")
+
+
+def changed(model):
+    """The same model with other weights in its decoder layers, as after pruning."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(7)
+    for layer in other.get_decoder().layers:
+        for name, weight in layer.named_parameters():
+            if name.endswith("proj.weight"):
+                weight.data[torch.rand(weight.shape, generator=generator) < 0.4] = 0
+    return other
+
+
+def collated(opened, family, folder, n=3, size=2):
+    examples = truth.examples(family, folder, n)
+    return examples, [response_batch(opened.processor, rows) for rows in batches(examples, size)]
+
+
+def written_out(logits, labels, teacher, decision, tail):
+    """The loss of one response, token by token, from logits `[S, V]` of a whole forward pass."""
+    total, seen = torch.zeros(()), 0
+    for t in range(len(labels) - 1):
+        if labels[t + 1] == -100:
+            continue
+        own = logits[t].float().log_softmax(0)
+        if teacher is None:
+            cost = -own[labels[t + 1]]
+        else:
+            wanted = teacher[t].float().log_softmax(0)
+            cost = (wanted.exp() * (wanted - own)).sum()
+        total = total + (1.0 if seen < decision else tail) * cost
+        seen += 1
+    return total
+
+
+def by_autograd(model, dense, processor, anatomy, examples, weights, decision, tail):
+    """Mean over single rows of the weighted loss's dL/dW, and the losses by id."""
+    modules = dict(model.named_modules())
+    matrices = {li.key: modules[li.module].weight.requires_grad_() for li in anatomy.linears}
+    losses, total = {}, 0
+    for example in examples:
+        batch = response_batch(processor, [example])
+        logits = model(**batch.inputs, use_cache=False).logits[0]
+        wanted = None
+        if dense is not None:
+            wanted = truth.full_forward(dense, batch.inputs).logits[0]
+        loss = written_out(logits, batch.labels[0], wanted, decision, tail)
+        loss = weights.get(example.id, 1.0) * loss
+        losses[example.id] = float(loss.detach())
+        total = total + loss
+    gradients = torch.autograd.grad(total / len(examples), list(matrices.values()))
+    for weight in matrices.values():
+        weight.requires_grad_(False)
+    return dict(zip(matrices, gradients, strict=True)), losses
+
+
+@pytest.mark.parametrize("teacher", [True, False], ids=["distil", "given"])
+def test_gradients_equal_autograd_on_the_whole_model(family, teacher, pico_dir, tmp_path):
+    """With a teacher and example weights, and squares below; without, the plain sum."""
+    opened = truth.opened(pico_dir(family))
+    dense, processor, anatomy = opened.model, opened.processor, opened.anatomy
+    model = changed(dense)
+    examples, cut = collated(opened, family, tmp_path)
+    weights = WEIGHTS if teacher else {}
+    loss = DecisionLoss(decision=1, tail=0.3, weights=weights)
+    if teacher:
+        loss = replace(loss, teacher=final_states(truth.walk(dense, cut), lambda _: None))
+    expected, losses = by_autograd(
+        model, dense if teacher else None, processor, anatomy, examples, weights, 1, 0.3
+    )
+    walk = truth.walk(model, cut)
+    found = response_losses(walk, loss)
+    assert found == {name: pytest.approx(value, rel=1e-3) for name, value in losses.items()}
+    walk.rewind()
+    with truth.unchanged(model):
+        parts = dict(
+            item
+            for _, layer in layer_gradients(
+                walk,
+                anatomy,
+                tmp_path / "states",
+                lambda _: True,
+                lambda _: None,
+                add=signed_and_squared if teacher else signed,
+                loss=loss,
+            )
+            for item in layer.items()
+        )
+    assert parts.keys() == expected.keys()
+    assert not list((tmp_path / "states").iterdir()), "layer inputs are left behind"
+    for key, wanted in expected.items():
+        rows = len(wanted)
+        assert len(parts[key]) == (2 * rows if teacher else rows)
+        scale = float(wanted.abs().max())
+        assert scale > 0
+        torch.testing.assert_close(parts[key][:rows], wanted, rtol=1e-3, atol=5e-5 * scale)
+        assert (parts[key][rows:] >= 0).all()
+
+
+def test_only_wanted_linears_are_taken(pico_dir, tmp_path):
+    opened = truth.opened(pico_dir("llama"))
+    _, cut = collated(opened, "llama", tmp_path)
+    layers = layer_gradients(
+        truth.walk(opened.model, cut),
+        opened.anatomy,
+        tmp_path / "states",
+        lambda linear: linear.role == "v_proj",
+        lambda _: None,
+    )
+    found = [(layer.index, list(part)) for layer, part in layers]
+    assert found == [(i, [f"layers.{i}.self_attn.v_proj"]) for i in (3, 2, 1, 0)]
+
+
+def test_squares_are_of_each_token():
+    """A small linear: the gradient of every single token by autograd, then its square."""
+    generator = torch.Generator().manual_seed(0)
+    x, target = (torch.randn(2, 5, n, generator=generator) for n in (4, 3))
+    weight = torch.randn(3, 4, generator=generator)
+    y = (x @ weight.T).requires_grad_()
+    ((y - target) ** 3).sum().backward()
+    squares = torch.zeros_like(weight)
+    for sample in range(2):
+        for token in range(5):
+            own = weight.clone().requires_grad_()
+            ((own @ x[sample, token] - target[sample, token]) ** 3).sum().backward()
+            squares += own.grad**2
+    both = signed_and_squared(y.grad, x)
+    assert both.shape == (6, 4)
+    torch.testing.assert_close(both[:3], signed(y.grad, x))
+    torch.testing.assert_close(both[3:], squares)
+    whole = weight.clone().requires_grad_()
+    ((x @ whole.T - target) ** 3).sum().backward()
+    torch.testing.assert_close(both[:3], whole.grad)
+    assert product(y.grad[0].bfloat16(), x[0].bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "mllama", "llama"])
+def test_streamed_equals_resident(family, pico_dir, tmp_path):
+    opened = truth.opened(pico_dir(family))
+    _, cut = collated(opened, family, tmp_path)
+    teacher = final_states(truth.walk(opened.model, cut), lambda _: None)
+    model = changed(opened.model)
+    loss = DecisionLoss(teacher, weights=WEIGHTS)
+
+    def gradients(streamed):
+        walk = truth.walk(model, cut, streamed=streamed)
+        losses = response_losses(walk, loss)
+        walk.rewind()
+        layers = layer_gradients(
+            walk,
+            opened.anatomy,
+            tmp_path / f"{streamed}",
+            lambda _: True,
+            lambda _: None,
+            add=signed_and_squared,
+            loss=loss,
+        )
+        return losses, {key: value for _, part in layers for key, value in part.items()}
+
+    with truth.unchanged(model):
+        (losses, one), (again, other) = gradients(False), gradients(True)
+    assert losses == again
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+# The teacher's say, and hard examples
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_final_states_and_losses_are_those_of_a_full_forward(family, pico_dir, tmp_path):
+    opened = truth.opened(pico_dir(family))
+    examples, cut = collated(opened, family, tmp_path, 5)
+    ticks = []
+    walk = truth.walk(opened.model, cut)
+    states = final_states(walk, ticks.append)
+    losses = response_losses(walk, DecisionLoss(decision=2, tail=0.1))
+    assert sum(ticks) == 5 * len(opened.anatomy.layers)
+    assert list(states) == list(losses) == [example.id for example in examples]
+    for batch in cut:
+        forward = truth.full_forward(opened.model, batch.inputs)
+        for row, name in enumerate(batch.ids):
+            response = (batch.labels[row] != -100).nonzero().flatten()
+            assert len(response) == len(states[name]) > 1
+            expected = forward.final[row, response - 1]
+            torch.testing.assert_close(states[name], expected, rtol=1e-3, atol=1e-4)
+            cost = [
+                float(F.cross_entropy(forward.logits[row, t - 1].float(), batch.labels[row, t]))
+                for t in response
+            ]
+            assert losses[name] == pytest.approx(sum(cost[:2]) + 0.1 * sum(cost[2:]), rel=1e-3)
+
+
+def test_a_model_has_no_divergence_from_itself(pico_dir, tmp_path):
+    opened = truth.opened(pico_dir("qwen2_vl"))
+    _, cut = collated(opened, "qwen2_vl", tmp_path, 4)
+    walk = truth.walk(opened.model, cut)
+    loss = DecisionLoss(final_states(walk, lambda _: None))
+    own = response_losses(walk, loss)
+    others = response_losses(walk.on(truth.walk(changed(opened.model), cut).model), loss)
+    assert all(abs(value) < 1e-5 for value in own.values())
+    assert all(value > 1e-2 for value in others.values())
+
+
+POOL = {"a": 0.5, "b": 4.0, "c": 4.0, "d": 1.0, "e": 0.0, "f": 9.0, "g": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("count", "hard", "first"), [(4, 0.5, "fb"), (4, 0.0, ""), (5, 0.7, "fbcg")]
+)
+def test_a_sample_stands_for_the_pool(count, hard, first):
+    """Over all possible draws, each once, the weighted mean is the mean of the pool."""
+    values = {name: torch.randn((), dtype=torch.float64).exp().item() for name in POOL}
+    draws = Counter(tuple(stratified(POOL, count, hard, seed).items()) for seed in range(1500))
+    rest = [name for name in POOL if name not in first]
+    assert {frozenset(name for name, _ in draw) for draw in draws} == {
+        frozenset(first) | set(chosen) for chosen in combinations(rest, count - len(first))
+    }
+    assert min(draws.values()) > 0.5 * 1500 / len(draws), "some draws are rare"
+    means = []
+    for draw in draws:
+        assert [name for name, _ in draw] == [name for name in POOL if name in dict(draw)]
+        means.append(sum(weight * values[name] for name, weight in draw) / count)
+    assert sum(means) / len(means) == pytest.approx(sum(values.values()) / len(values))
+
+
+def test_all_examples_where_there_are_few():
+    for count in (len(POOL), len(POOL) + 1):
+        assert stratified(POOL, count, 0.5, 0) == dict.fromkeys(POOL, 1.0)
+    assert stratified({}, 3, 0.5, 0) == {}
+
+
+# Walks
+
+
+def watched(model):
+    """Names of vision modules as they run."""
+    ran = []
+    for name, module in model.named_modules():
+        if "vision" in name or "visual" in name:
+            module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    return ran
+
+
+def to_the_end(walk):
+    for index in range(walk.layers):
+        with walk.model.layer(index):
+            walk.advance(index, lambda _: None)
+    return walk.states
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "mllama", "llama"])
+def test_a_walk_on_another_model(family, streamed, pico_dir, tmp_path):
+    """The same states as a walk of its own, and the vision part does not run again."""
+    opened = truth.opened(pico_dir(family))
+    _, cut = collated(opened, family, tmp_path)
+    dense, pruned = copy.deepcopy(opened.model), changed(opened.model)
+    fresh = to_the_end(truth.walk(pruned, cut, streamed=streamed))
+    ran, on_pruned = watched(dense), watched(pruned)
+    walk = truth.walk(dense, cut, streamed=streamed)
+    assert bool(ran) == opened.anatomy.has_vision, "the vision part is not seen"
+    seen = len(ran)
+    embedded = [state.clone() for state in walk.states]
+    own = [state.clone() for state in to_the_end(walk)]
+    other = walk.on(truth.walk(pruned, cut[:0], streamed=streamed).model)
+    assert all(map(torch.equal, other.states, embedded))
+    found = to_the_end(other)
+    assert all(map(torch.equal, found, fresh))
+    assert not any(map(torch.equal, found, own))
+    assert all(map(torch.equal, walk.states, own)), "the first walk moved too"
+    walk.rewind()
+    assert all(map(torch.equal, walk.states, embedded))
+    assert all(map(torch.equal, to_the_end(walk), own))
+    assert isinstance(other, Walk)
+    assert len(ran) == seen and not on_pruned
