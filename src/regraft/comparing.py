@@ -96,7 +96,8 @@ def read_curve(path: Path) -> Curve:
             for i, one in enumerate(content["points"])
         )
         chosen = content.get("chosen")
-        place = chosen if chosen is not None and 0 <= chosen < len(points) else None
+        places = [i for i, one in enumerate(points) if one.restored == chosen]
+        place = places[0] if places else None
         return Curve(int(content["pruned"]), place, points)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RegraftError(
