@@ -256,16 +256,18 @@ def one_at_a_time(progress: Callable[[int], None] | None, stop: Event) -> Callab
 
 
 @contextmanager
-def locked(path: Path, what: Path) -> Iterator[None]:
+def locked(path: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock on the file `path`, made if it is not there, for the length of the block.
 
+    `wait` until another process gives it back.
+
     Raises:
-        RegraftError: another process holds it, which is writing `what`.
+        RegraftError: another process holds it, which is writing `what`, and nobody waits.
     """
     with path.open("ab") as handle:
         if fcntl is not None:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError as error:
                 raise RegraftError(
                     f"Another regraft process is writing {what} at this moment. Wait for it, or "

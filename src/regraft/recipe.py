@@ -426,6 +426,59 @@ class SearchSettings(Settings):
         return self
 
 
+TUNABLE = ("hsr", "set-difference", "gain")
+
+
+class TuneSettings(Settings):
+    """Which settings of a method are tried, and how many times.
+
+    Every RANGE is a lowest and a highest value. Tried as well are scope (hsr, set-difference),
+    criterion (hsr), within and constraint (gain).
+    """
+
+    trials: int = Field(
+        40, ge=1, description="Finished trials in all; the same command goes on to more."
+    )
+    seed: int = Field(
+        0, ge=0, description="Of the sampler; with one worker the same trials come again."
+    )
+    random_trials: int = Field(
+        10, ge=1, description="Trials at random before TPE learns from them."
+    )
+    workers: int = Field(1, ge=1, description="Processes that share the trials.")
+    devices: tuple[str, ...] = Field(
+        (), description="Those of the workers, in turn; if not given, --device. Repeat the flag."
+    )
+    keep: tuple[str, ...] = Field(
+        (), description="A setting that stays as given, such as scope; repeat the flag for more."
+    )
+    q_range: tuple[float, float] = Field(
+        (0.01, 1.0), description="hsr: q, on a log scale, where no --budget takes its place."
+    )
+    p_range: tuple[float, float] = Field(
+        (0.0, 0.4), description="set-difference: p, from the share on that pruning kept."
+    )
+    p_max_range: tuple[float, float] = Field(
+        (0.05, 0.5), description="hsr: p_max, from p on, or from the share that pruning kept."
+    )
+    top_heads_range: tuple[int, int] = Field((1, 32), description="hsr: how many heads.")
+    r_max_range: tuple[int, int] = Field((1, 10), description="hsr by ships: rank of the subspaces.")
+    utility_weight_range: tuple[float, float] = Field((0.1, 10.0), description="gain: on a log scale.")
+    trust_range: tuple[float, float] = Field((0.1, 1.0), description="gain: on a log scale.")
+    steps_range: tuple[int, int] = Field((5, 40), description="gain: on a log scale.")
+
+    @model_validator(mode="after")
+    def _check(self) -> TuneSettings:
+        for name in type(self).model_fields:
+            if not name.endswith("_range"):
+                continue
+            low, high = getattr(self, name)
+            least = 0 if name in ("p_range", "p_max_range") else 1e-12
+            if not least <= low <= high:
+                raise ValueError(f"{name} is {low} to {high}; 0 < lowest <= highest is needed")
+        return self
+
+
 class VariantSettings(RealignSettings):
     """One realigned model of a run."""
 

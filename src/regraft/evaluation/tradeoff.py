@@ -42,12 +42,14 @@ class Bounds:
 
     def keeps(self, point: Point) -> bool:
         """Whether a point is within the bounds."""
-        useful = (
-            self.utility is None
-            or point.utility is None
-            or point.utility.value >= self.utility - _SLACK
-        )
-        return useful and point.over_refusal.value <= self.over_refusal + _SLACK
+        return not any(self.excess(point).values())
+
+    def excess(self, point: Point) -> dict[str, float]:
+        """How far a point is beyond each bound, "over_refusal" and "utility"; 0 within."""
+        over = {"over_refusal": point.over_refusal.value - self.over_refusal, "utility": 0.0}
+        if self.utility is not None and point.utility is not None:
+            over["utility"] = self.utility - point.utility.value
+        return {name: value if value > _SLACK else 0.0 for name, value in over.items()}
 
 
 _SLACK = 1e-9

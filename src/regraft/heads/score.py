@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from regraft.artifact import read_artifact, write_artifact
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
+from regraft.files import digest
 from regraft.heads.ships import ships
 from regraft.heads.states import Ablation, States, ablate_heads
 from regraft.models.ablation import EPS, AblationTarget
@@ -142,7 +143,8 @@ def score_heads(
         model: The dense model, left as it was.
         anatomy: Its anatomy.
         batches: Prompts that end where the answer starts.
-        partial: Folder for finished layers.
+        partial: Folder for finished layers. They serve for another `r_max` and other `candidates`
+            too, if nothing else differs.
         scoring: How; the defaults are exact.
         about: Recorded with the scores.
         progress: Called with the layers done of a batch, `passes` times over all of them.
@@ -169,7 +171,7 @@ def score_heads(
         return HeadScores(exact.scores[0], exact.scores[1], about, noise=exact.noise)
     estimate = measured("estimate", every, estimate=True).scores
     best = candidates(estimate, scoring.candidates)
-    exact = measured("candidates", best, estimate=False)
+    exact = measured(f"candidates-{digest(repr(best))[:16]}", best, estimate=False)
     is_exact = torch.zeros(estimate.shape[1:], dtype=torch.bool)
     for layer, heads in best.items():
         is_exact[layer, list(heads)] = True

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from regraft import ranks
 from regraft.checks import (
@@ -11,6 +14,7 @@ from regraft.checks import (
     told,
 )
 from regraft.data.collate import prompt_batch
+from regraft.files import digest
 from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
@@ -30,8 +34,12 @@ def heads(
     calibration: CalibrationSettings,
     compute: ComputeSettings,
     watch: Watch | None = None,
+    states: Path | None = None,
 ) -> HeadScores:
     """Score every attention head by Ships and KL on D^s prompts; writes the file `out`.
+
+    In the folder `states` the states of ablated models are kept, so that scores for another `r_max`
+    or other `candidates` need no new ablation.
 
     Raises:
         RegraftError: see `score_heads` and the data readers.
@@ -54,7 +62,7 @@ def heads(
                     model,
                     dense.anatomy,
                     prompts,
-                    work,
+                    work if states is None else states / _ablated(about),
                     settings.scoring(),
                     about=about,
                     progress=done,
@@ -62,3 +70,11 @@ def heads(
             if ranks.first():
                 save_heads(out, scores)
     return load_heads(out, dense.anatomy)
+
+
+def _ablated(about: Mapping[str, Any]) -> str:
+    """The key of states: all that decides them, which `r_max` and `candidates` do not."""
+    settings = {k: v for k, v in about["settings"].items() if k not in ("r_max", "candidates")}
+    data = {k: v for k, v in about["data"]["safety"].items() if k != "source"}
+    parts = {**about, "settings": settings, "data": data}
+    return digest(json.dumps(parts, sort_keys=True))[:16]

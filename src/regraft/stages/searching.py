@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from regraft import ranks
-from regraft.evaluation.tradeoff import Point, bounds_of, choose
+from regraft.data.sources import DataSource
+from regraft.evaluation.results import Estimate
+from regraft.evaluation.tradeoff import Bounds, Point, bounds_of, choose
 from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
 from regraft.models.load import Source
@@ -30,6 +32,7 @@ def search(
     compute: ComputeSettings,
     watch: Watch | None = None,
     session: Session | None = None,
+    references: Path | None = None,
 ) -> int:
     """Evaluate the pruned model with more and more of a ranking back; writes the curve `out`.
 
@@ -46,6 +49,8 @@ def search(
         compute: Device, dtype, batch size.
         watch: Progress.
         session: Shared with other evaluations.
+        references: Folder for the evaluations of the dense and the pruned model, where other
+            searches on the same prompts share them.
 
     Returns:
         How many weights to restore: 0 where no point keeps to the bounds.
@@ -58,9 +63,7 @@ def search(
     most = len(ranking)
     if settings.most is not None:
         most = min(most, int(settings.most * ranking.about["pruned"] / 10_000))
-    kinds = ("harmful", "harmless")
-    suites = [settings.validation.model_copy(update={"kind": kind}) for kind in kinds]
-    reading = session.reading(dense, suites, settings.validation_limit)
+    reading = session.reading(dense, suites_of(settings), settings.validation_limit)
     inputs = {
         "dense": dense.checkpoint.fingerprint,
         "pruned": pruned.checkpoint.fingerprint,
@@ -69,39 +72,22 @@ def search(
     about = describe("search", inputs, settings, compute, {"validation": reading})
     about["evaluation"] = evaluation.model_dump(mode="json")
     if not is_done(out, out, about, lambda: read_json(out)["about"]):
-        evaluation = evaluation.model_copy(update={"limit": settings.validation_limit})
         folder = out.with_suffix("")
+        references = references or folder
 
-        def point(name: str, count: int, model: Source, patch: Path | None = None) -> Point:
-            done = evaluate(
-                model,
-                folder / name,
-                suites,
-                evaluation,
-                compute,
-                patch,
-                processor_from=dense,
-                watch=watch,
-                session=session,
+        def point(path: Path, count: int, model: Source, patch: Path | None = None) -> Point:
+            return evaluate_point(
+                dense, model, path, count, settings, evaluation, compute, watch, session, patch
             )
-            return Point.of(count, done.result)
 
-        full = point("dense", 0, dense)
-        points = [point("pruned", 0, pruned)]
+        full = point(references / "dense", 0, dense)
+        points = [point(references / "pruned", 0, pruned)]
         counts = {round(most * (i + 1) / settings.points) for i in range(settings.points)} - {0}
         for count in sorted(counts):
             patch = folder / f"{count:08d}.safetensors"
             realign(dense, pruned, patch, method, ranking_file=ranking_file, count=count)
-            points.append(point(f"{count:08d}", count, pruned, patch))
-        bounds = bounds_of(
-            full,
-            points[0],
-            target_asr=_fraction(settings.target_asr),
-            target_rsr=_fraction(settings.target_rsr),
-            over_refusal=settings.over_refusal / 100,
-            utility=settings.utility / 100,
-            by_dense=settings.reference == "dense",
-        )
+            points.append(point(folder / f"{count:08d}", count, pruned, patch))
+        bounds = bounds_by(settings, full, points[0])
         chosen = choose(points, bounds)
         if chosen is None:
             watch.note(
@@ -113,8 +99,8 @@ def search(
                 "pruned": ranking.about["pruned"],
                 "chosen": None if chosen is None else points[chosen].restored,
                 "bounds": asdict(bounds),
-                "dense": _plain(full),
-                "points": [_plain(one) for one in points],
+                "dense": plain(full),
+                "points": [plain(one) for one in points],
             }
             out.parent.mkdir(parents=True, exist_ok=True)
             write_json(out, curve)
@@ -122,11 +108,72 @@ def search(
     return int(read_json(out)["chosen"] or 0)
 
 
+def suites_of(settings: SearchSettings) -> list[DataSource]:
+    """The harmful and the harmless validation prompts."""
+    kinds = ("harmful", "harmless")
+    return [settings.validation.model_copy(update={"kind": kind}) for kind in kinds]
+
+
+def evaluate_point(
+    dense: Source,
+    model: Source,
+    out: Path,
+    restored: int,
+    settings: SearchSettings,
+    evaluation: EvalSettings,
+    compute: ComputeSettings,
+    watch: Watch,
+    session: Session,
+    patch: Path | None = None,
+) -> Point:
+    """`evaluate` on the validation prompts; writes the folder `out`."""
+    done = evaluate(
+        model,
+        out,
+        suites_of(settings),
+        evaluation.model_copy(update={"limit": settings.validation_limit}),
+        compute,
+        patch,
+        processor_from=dense,
+        watch=watch,
+        session=session,
+    )
+    return Point.of(restored, done.result)
+
+
+def bounds_by(settings: SearchSettings, dense: Point, pruned: Point) -> Bounds:
+    """The bounds that the settings ask for, given both models on the same prompts."""
+    return bounds_of(
+        dense,
+        pruned,
+        target_asr=_fraction(settings.target_asr),
+        target_rsr=_fraction(settings.target_rsr),
+        over_refusal=settings.over_refusal / 100,
+        utility=settings.utility / 100,
+        by_dense=settings.reference == "dense",
+    )
+
+
+def read_curve(path: Path) -> list[Point]:
+    """The points of a curve that `search` wrote, the pruned model first."""
+    return [
+        Point(
+            restored=one["restored"],
+            **{
+                name: None if one[name] is None else Estimate(**one[name])
+                for name in ("asr", "over_refusal", "utility")
+            },
+        )
+        for one in read_json(path)["points"]
+    ]
+
+
 def _fraction(percent: float | None) -> float | None:
     return None if percent is None else percent / 100
 
 
-def _plain(point: Point) -> dict[str, Any]:
+def plain(point: Point) -> dict[str, Any]:
+    """A point as JSON values."""
     return {
         "restored": point.restored,
         **{
