@@ -74,6 +74,10 @@ class RunFolder:
         """Validation results of one variant by restored weights, where it has any."""
         return self._of("curves", pruning) / f"{variant}.json"
 
+    def points(self, pruning: str, name: str) -> Path:
+        """Patches and answers behind validation curves; variants may share them."""
+        return self._of("curves", pruning) / f"points-{name}"
+
     def name(self, pruning: str, variant: str) -> str:
         """What a realigned variant is called among all models of the run."""
         return f"{pruning}/{variant}" if self.several else variant

@@ -24,6 +24,7 @@ from regraft.recipe import (
     CalibrationSettings,
     NamedDefenceSettings,
     Recipe,
+    SearchSettings,
     StatisticsSettings,
     VariantSettings,
     read_recipe,
@@ -240,6 +241,7 @@ def _realign(
                 recipe.compute,
                 watch,
                 session,
+                points_folder=place.points(pruning, _points_name(ranking, settings.search)),
             )
     stages.realign(
         dense,
@@ -265,6 +267,12 @@ def _ranking_name(settings: VariantSettings, calibration: CalibrationSettings) -
     """Variants that differ in what they take of a ranking share it."""
     of_data = calibration.responses if settings.method == "gain" else ""
     return f"{settings.method}-{digest(settings.selection().model_dump_json(), of_data)[:8]}"
+
+
+def _points_name(ranking: Path, search: SearchSettings) -> str:
+    """Searches that differ in what they choose by share what they try."""
+    prompts = search.model_dump_json(include={"validation", "validation_limit"})
+    return f"{ranking.stem}-{digest(prompts)[:8]}"
 
 
 def _defend(

@@ -397,7 +397,7 @@ class SearchSettings(Settings):
         None, ge=1, description="Use only the first of these prompts, of each kind."
     )
     points: int = Field(
-        8, ge=1, description="Numbers of restored weights to try, evenly up to the most."
+        8, ge=1, description="Numbers of restored weights to try, evenly over the ranking."
     )
     most: float | None = Field(
         None, gt=0, description="Restored per 10,000 at most; the whole ranking if not given."
@@ -462,8 +462,12 @@ class TuneSettings(Settings):
         (0.05, 0.5), description="hsr: p_max, from p on, or from the share that pruning kept."
     )
     top_heads_range: tuple[int, int] = Field((1, 32), description="hsr: how many heads.")
-    r_max_range: tuple[int, int] = Field((1, 10), description="hsr by ships: rank of the subspaces.")
-    utility_weight_range: tuple[float, float] = Field((0.1, 10.0), description="gain: on a log scale.")
+    r_max_range: tuple[int, int] = Field(
+        (1, 10), description="hsr by ships: rank of the subspaces."
+    )
+    utility_weight_range: tuple[float, float] = Field(
+        (0.1, 10.0), description="gain: on a log scale."
+    )
     trust_range: tuple[float, float] = Field((0.1, 1.0), description="gain: on a log scale.")
     steps_range: tuple[int, int] = Field((5, 40), description="gain: on a log scale.")
 

@@ -33,6 +33,7 @@ def search(
     watch: Watch | None = None,
     session: Session | None = None,
     references: Path | None = None,
+    points_folder: Path | None = None,
 ) -> int:
     """Evaluate the pruned model with more and more of a ranking back; writes the curve `out`.
 
@@ -51,6 +52,8 @@ def search(
         session: Shared with other evaluations.
         references: Folder for the evaluations of the dense and the pruned model, where other
             searches on the same prompts share them.
+        points_folder: Folder for the points, where other searches along the same ranking and on
+            the same prompts share them; one beside `out` by default.
 
     Returns:
         How many weights to restore: 0 where no point keeps to the bounds.
@@ -72,7 +75,7 @@ def search(
     about = describe("search", inputs, settings, compute, {"validation": reading})
     about["evaluation"] = evaluation.model_dump(mode="json")
     if not is_done(out, out, about, lambda: read_json(out)["about"]):
-        folder = out.with_suffix("")
+        folder = points_folder or out.with_suffix("")
         references = references or folder
 
         def point(path: Path, count: int, model: Source, patch: Path | None = None) -> Point:
@@ -82,8 +85,8 @@ def search(
 
         full = point(references / "dense", 0, dense)
         points = [point(references / "pruned", 0, pruned)]
-        counts = {round(most * (i + 1) / settings.points) for i in range(settings.points)} - {0}
-        for count in sorted(counts):
+        grid = {round(len(ranking) * (i + 1) / settings.points) for i in range(settings.points)}
+        for count in sorted({count for count in grid if 0 < count < most} | ({most} - {0})):
             patch = folder / f"{count:08d}.safetensors"
             realign(dense, pruned, patch, method, ranking_file=ranking_file, count=count)
             points.append(point(folder / f"{count:08d}", count, pruned, patch))
