@@ -104,7 +104,7 @@ def swaps_in_rows(keys: Tensor, cost: Tensor, most: int) -> tuple[Tensor, Tensor
     most = min(most, columns)
     worth, back = keys.topk(most, dim=1)  # [out, most]
     price, gone = cost.topk(most, dim=1, largest=False)
-    net = (worth - price).nan_to_num_(nan=-torch.inf)
+    net = (worth - price).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
     start = torch.arange(rows, device=keys.device)[:, None] * columns
     return _spread(keys, back, net, gone + start)
 
@@ -116,7 +116,7 @@ def swaps_in_groups(keys: Tensor, cost: Tensor, m: int) -> tuple[Tensor, Tensor]
     price, gone = cost.view(rows, -1, m).min(dim=2)
     first = torch.arange(columns // m, device=keys.device) * m
     start = torch.arange(rows, device=keys.device)[:, None] * columns
-    net = (worth - price).nan_to_num_(nan=-torch.inf)
+    net = (worth - price).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
     return _spread(keys, back + first, net, gone + first + start)
 
 

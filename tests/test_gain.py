@@ -1,0 +1,457 @@
+"""Restoration by gain: its maths against brute force, and on pico models from prompts to bytes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F  # noqa: N812
+
+import pico
+import truth
+from disk import shards, tree, write_data
+from regraft import stages
+from regraft.checks import draw_calibration
+from regraft.data.collate import response_batch
+from regraft.data.sources import DataSource
+from regraft.importance.gradients import layer_gradients
+from regraft.models.anatomy import HEAD_ROLES
+from regraft.models.checkpoint import open_checkpoint
+from regraft.models.load import Source, load_model, load_processor, open_source
+from regraft.pruning.pruner import zeros
+from regraft.recipe import CalibrationSettings, ComputeSettings, PruneSettings, RealignSettings
+from regraft.restoration.apply import patched
+from regraft.restoration.gain import (
+    Objective,
+    gain,
+    removal_cost,
+    swaps_in_groups,
+    swaps_in_rows,
+)
+from regraft.restoration.patch import load_patch
+from regraft.restoration.ranking import KEPT, Ranking, load_ranking, patch_of
+from regraft.restoration.selection import blocks_of, inside, random_heads, restorable
+from regraft.stages import gaining
+
+INF = math.inf
+STEP = 0.01  # norms compute in float32, whatever the model does
+
+# Gain and cost
+
+
+def test_gain_is_the_slope_of_the_loss(pico_dir, tmp_path):
+    """Central differences of the loss of the whole model in float64, one weight at a time."""
+    opened = truth.opened(pico_dir("qwen2_vl"))
+    model = copy.deepcopy(opened.model)
+    modules = dict(model.named_modules())
+    generator = torch.Generator().manual_seed(1)
+    dense = {}
+    for li in opened.anatomy.linears:
+        weight = modules[li.module].weight
+        dense[li.key] = weight.detach().clone()
+        weight.data[torch.rand(weight.shape, generator=generator) < 0.5] = 0
+    examples = truth.examples("qwen2_vl", tmp_path, 2)
+    rows = [response_batch(opened.processor, [example]) for example in examples]
+    walk = truth.walk(model, rows)
+    layers = layer_gradients(
+        walk, opened.anatomy, tmp_path / "states", lambda _: True, lambda _: None
+    )
+    predicted = {
+        key: gain(gradient, dense[key], modules[f"{li.module}"].weight.detach())
+        for layer, part in layers
+        for li in layer.linears
+        for key, gradient in part.items()
+        if li.key == key
+    }
+    precise = model.double()
+
+    def loss():
+        total = 0.0
+        for batch in rows:
+            inputs = batch.to("cpu", torch.float64).inputs
+            with torch.no_grad():
+                logits = precise(**inputs, use_cache=False).logits[0, :-1]
+            total += float(F.cross_entropy(logits, batch.labels[0, 1:], ignore_index=-100))
+        return total / len(rows)
+
+    def slope(weight, change):
+        weight.data += STEP * change
+        above = loss()
+        weight.data -= 2 * STEP * change
+        below = loss()
+        weight.data += STEP * change
+        return (above - below) / (2 * STEP)
+
+    for layer, role in ((0, "q_proj"), (1, "down_proj"), (3, "k_proj")):
+        li = opened.anatomy.layers[layer].linear(role)
+        weight, worth = modules[li.module].weight, predicted[li.key]
+        back = torch.where(weight == 0, dense[li.key].double() - weight.detach(), 0)
+        best = int(worth.masked_fill(weight.detach() != 0, -INF).argmax())
+        one = torch.zeros_like(back)
+        one.view(-1)[best] = back.view(-1)[best]
+        for change, expected in ((one, worth.view(-1)[best]), (back, worth[back != 0].sum())):
+            assert abs(float(expected)) > 1e-5
+            assert -slope(weight, change) == pytest.approx(float(expected), rel=5e-3, abs=1e-5)
+
+
+def test_removal_cost_is_exact_for_a_quadratic_loss():
+    draw = torch.Generator().manual_seed(0)
+    weight, gradient, curvature = torch.randn(3, 4, 5, generator=draw)
+    curvature.abs_()
+
+    def loss(at):
+        return (gradient * (at - weight) + curvature * (at - weight) ** 2 / 2).sum()
+
+    cost = removal_cost(gradient, curvature, weight)
+    assert cost.dtype == torch.float32
+    for i in range(4):
+        for j in range(5):
+            without = weight.clone()
+            without[i, j] = 0
+            assert float(cost[i, j]) == pytest.approx(float(loss(without)), rel=1e-5, abs=1e-5)
+
+
+numbers = st.sampled_from([-1.0, 0.0, 0.5, 0.5, 2.0]) | st.floats(-4, 4, width=32)
+
+
+@st.composite
+def rows_of(draw, width):
+    """Each weight pruned (a worth, no cost), kept (a cost) or neither; `[rows, width]` each."""
+    count = draw(st.integers(1, 3))
+    keys, cost = torch.full((count, width), -INF), torch.full((count, width), INF)
+    for i in range(count):
+        kinds = draw(st.lists(st.sampled_from("ppkkn"), min_size=width, max_size=width))
+        for j, kind in enumerate(kinds):
+            if kind != "n":
+                (keys if kind == "p" else cost)[i, j] = draw(numbers)
+    return keys, cost
+
+
+def best_pairing(worth, prices, count):
+    """The most that `count` returns, each for another removal, are worth; all pairings."""
+    totals = (
+        sum(w - p for w, p in zip(back, gone, strict=True))
+        for back in permutations(worth, count)
+        for gone in permutations(prices, count)
+    )
+    return max(totals, default=None)
+
+
+@settings(max_examples=60)
+@given(rows_of(7), st.integers(1, 9))
+def test_swaps_in_rows_are_the_best_pairings(case, most):
+    """However many are taken of the best, no other pairing of as many is worth more."""
+    keys, cost = case
+    worth, removed = swaps_in_rows(keys, cost, most)
+    assert worth.shape == removed.shape == keys.shape
+    rows, columns = keys.shape
+    for i in range(rows):
+        back = [j for j in range(columns) if worth[i, j] > -INF]
+        gone = [int(removed[i, j]) for j in back]
+        assert all(removed[i, j] == KEPT for j in range(columns) if j not in back)
+        assert all(i * columns <= at < (i + 1) * columns for at in gone)
+        assert len(set(gone)) == len(gone), "a kept weight goes twice"
+        prices = cost[i][cost[i] < INF].tolist()
+        worths = keys[i][keys[i] > -INF].tolist()
+        assert len(back) == min(most, len(prices), len(worths))
+        for j, at in zip(back, gone, strict=True):
+            assert keys[i, j] > -INF and cost.view(-1)[at] < INF
+            assert worth[i, j] == keys[i, j] - cost.view(-1)[at]
+        taken = sorted(worth[i][back].tolist(), reverse=True)
+        for count in range(1, min(len(taken), 3) + 1):
+            expected = best_pairing(worths, prices, count)
+            assert sum(taken[:count]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("m", [4, 8])
+@settings(max_examples=60)
+@given(data=st.data())
+def test_swaps_in_groups_are_the_best_single_ones(m, data):
+    keys, cost = data.draw(rows_of(2 * m))
+    worth, removed = swaps_in_groups(keys, cost, m)
+    columns = keys.shape[1]
+    for i in range(len(keys)):
+        for start in range(0, columns, m):
+            group = range(start, start + m)
+            back = [j for j in group if worth[i, j] > -INF]
+            pairs = [
+                float(keys[i, j] - cost[i, k])
+                for j in group
+                for k in group
+                if keys[i, j] > -INF and cost[i, k] < INF
+            ]
+            assert len(back) == bool(pairs)
+            for j in back:
+                row, k = divmod(int(removed[i, j]), columns)
+                assert row == i and k in group
+                assert worth[i, j] == keys[i, j] - cost[i, k] == max(pairs)
+            assert all(removed[i, j] == KEPT for j in group if j not in back)
+
+
+def test_objective_keys():
+    safety, utility = torch.tensor([1.0, 2.0, 3.0, -1.0]), torch.tensor([0.5, -0.1, 0.0, 4.0])
+    free = Objective(utility_weight=2, constraint="none").keys(safety, utility)
+    torch.testing.assert_close(free, torch.tensor([2.0, 1.8, 3.0, 7.0]))
+    bound = Objective(utility_weight=2, constraint="utility-gain").keys(safety, utility)
+    torch.testing.assert_close(bound, torch.tensor([2.0, -INF, 3.0, 7.0]))
+
+
+@given(st.lists(st.integers(1, 64).map(lambda n: n / 8), max_size=8), st.integers(1, 40))
+def test_a_step_ends_where_first_order_does(keys, share):
+    """Never further than the trust allows, but for the first weight."""
+    keys.sort(reverse=True)
+    objective = Objective(utility_weight=3, trust=share / 16)
+    count = objective.within_trust(torch.tensor(keys), 2.0, 1.0)
+    limit = share / 16 * (2.0 + 3 * 1.0)
+    fitting = [k for k in range(len(keys) + 1) if sum(keys[:k]) <= limit]
+    assert count == max(1, fitting[-1])
+
+
+# On models
+
+METHODS: dict[str, dict[str, Any]] = {
+    "half": {"method": "magnitude", "sparsity": 0.5},
+    "2:4": {"method": "magnitude", "n_m": "2:4"},
+    "4:8": {"method": "magnitude", "n_m": "4:8"},
+}
+COMPUTE = ComputeSettings(device="cpu", batch_size=2)
+STREAMED = COMPUTE.model_copy(update={"placement": "streamed"})
+GAIN = RealignSettings(method="gain", count=60, steps=6, batch=4, trust=0.2)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A pico model, pruned by magnitude in several ways, and data; float32 on disk."""
+
+    root: Path
+
+    @property
+    def dense(self) -> Source:
+        return open_source(self.root / "dense")
+
+    def pruned(self, way: str = "half") -> Source:
+        return open_source(self.root / way)
+
+    @property
+    def calibration(self) -> CalibrationSettings:
+        data = DataSource(name="jsonl", path=self.root / "data" / "data.jsonl")
+        return CalibrationSettings(data=data, samples=4)
+
+    def rank(
+        self, out: Path, settings: RealignSettings = GAIN, way: str = "half", **changes: Any
+    ) -> Ranking:
+        given = {"calibration": self.calibration, "compute": COMPUTE} | changes
+        return stages.rank(self.dense, self.pruned(way), out, settings, **given)
+
+    def divergences(self, ranking: Ranking | None = None) -> dict[str, float]:
+        """KL from the dense model over the response tokens of D^s and D^u, full forwards."""
+        pruned, processor = self.pruned(), load_processor(self.dense)
+        dense, model = load_model(self.dense), load_model(pruned)
+        patch = patch_of(ranking, self.dense, pruned) if ranking is not None else None
+        found = {}
+        for harmful in (True, False):
+            reading = draw_calibration(self.dense, self.calibration, harmful=harmful)
+            total, tokens = 0.0, 0
+            for example in reading.examples:
+                batch = response_batch(processor, [example])
+                mask = batch.labels[0, 1:] != -100
+                wanted = truth.full_forward(dense, batch.inputs).logits[0, :-1][mask]
+                with patched(model, pruned.anatomy, patch) if patch else nullcontext():
+                    own = truth.full_forward(model, batch.inputs).logits[0, :-1][mask]
+                wanted, own = wanted.log_softmax(-1), own.log_softmax(-1)
+                total += float((wanted.exp() * (wanted - own)).sum())
+                tokens += len(own)
+            found["safety" if harmful else "utility"] = total / tokens
+        return found
+
+
+@pytest.fixture(scope="module")
+def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
+    made: dict[str, Bench] = {}
+
+    def bench(family: str) -> Bench:
+        if family not in made:
+            root = tmp_path_factory.mktemp(family)
+            dense = open_source(pico.save(family, root / "dense", max_shard_size="300KB"))
+            vision = family in pico.VLM_FAMILIES
+            write_data(root / "data", 4, images=vision)
+            made[family] = Bench(root)
+            for way, fields in METHODS.items():
+                settings = PruneSettings(**fields)
+                stages.prune(dense, root / way, settings, made[family].calibration, COMPUTE)
+        return made[family]
+
+    return bench
+
+
+def same(one: Ranking, other: Ranking) -> bool:
+    names = ("linear", "position", "removed", "score")
+    return all(torch.equal(getattr(one, n), getattr(other, n)) for n in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mllama", "qwen2_vl", "llama"])
+def test_restoring_brings_the_losses_down(family, benches, tmp_path):
+    """On the calibration data, by whole forward passes; streamed the same, and no file changes."""
+    bench = benches(family)
+    before = tree(bench.root)
+    ranking = bench.rank(tmp_path / "resident")
+    assert len(ranking) > 10, "the trust region lets nothing come back"
+    pruned, restored = bench.divergences(), bench.divergences(ranking)
+    assert sum(restored.values()) < 0.97 * sum(pruned.values())
+    control = bench.rank(tmp_path / "control", RealignSettings(method="random", count=len(ranking)))
+    assert sum(restored.values()) < sum(bench.divergences(control).values())
+    streamed = bench.rank(tmp_path / "streamed", compute=STREAMED)
+    assert same(streamed, ranking)
+    assert tree(bench.root) == before, "a weight was written into the checkpoint's file"
+    pairs = zip(ranking.linear.tolist(), ranking.position.tolist(), strict=True)
+    assert len(set(pairs)) == len(ranking), "a weight comes back twice"
+    for index, linear in enumerate(bench.dense.anatomy.linears):
+        free = restorable(
+            bench.dense.checkpoint.read(linear.tensor),
+            bench.pruned().checkpoint.read(linear.tensor),
+        )
+        assert free.flatten()[ranking.position[ranking.linear == index]].all()
+    assert not list(tmp_path.glob(".*")), "unfinished work is left behind"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("loss", ["distil", "given"])
+def test_stopped_and_taken_up_again(when, loss, benches, tmp_path, monkeypatch):
+    """The same file; finished steps are not repeated, whether stopped before or after a write."""
+    bench = benches("llama")
+    wanted = GAIN.model_copy(update={"loss": loss, "batch": 2, "steps": 7})
+    steps: list[int] = []
+    true_step, true_save = gaining.step, gaining.save_ranking
+
+    def counted(*arguments: Any) -> Ranking:
+        steps.append(len(arguments[4]))
+        return true_step(*arguments)
+
+    saved: list[int] = []
+
+    def stopping(path: Path, ranking: Ranking) -> None:
+        saved.append(1)
+        if len(saved) == 6 and when == "before":
+            raise KeyboardInterrupt
+        true_save(path, ranking)
+        if len(saved) == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(gaining, "step", counted)
+    whole = bench.rank(tmp_path / "a" / "ranking", wanted)
+    needed = list(steps)
+    assert len(needed) >= 7, "too few steps to stop among them"
+    steps.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(gaining, "save_ranking", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            bench.rank(tmp_path / "b" / "ranking", wanted)
+    (kept,) = (tmp_path / "b").rglob("so-far.safetensors")
+    assert load_ranking(kept).about["steps"] == (5 if when == "before" else 6)
+    steps.clear()
+    again = bench.rank(tmp_path / "b" / "ranking", wanted)
+    assert steps == needed[5 if when == "before" else 6 :]
+    assert same(again, whole)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    steps.clear()
+    bench.rank(tmp_path / "b" / "ranking", wanted)
+    assert not steps, "finished work was done again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("within", ["attention", "heads"])
+def test_weights_come_back_where_they_may(within, benches, tmp_path):
+    bench = benches("qwen2_vl")
+    fields = {"within": within, "heads": "random", "top_heads": 5, "steps": 2, "count": 20}
+    settings = GAIN.model_copy(update=fields)
+    ranking = bench.rank(tmp_path / "ranking", settings)
+    assert len(ranking) > 1
+    heads = random_heads(bench.dense.anatomy, 5, 0) if within == "heads" else []
+    assert ranking.about["heads"] == [list(head) for head in heads]
+    layers = {li.key: layer for layer in bench.dense.anatomy.layers for li in layer.linears}
+    for index, linear in enumerate(bench.dense.anatomy.linears):
+        own = ranking.position[ranking.linear == index]
+        assert not len(own) or linear.role in HEAD_ROLES
+        if within == "heads":
+            layer = layers[linear.key]
+            blocks = blocks_of(layer, linear, [h for i, h in heads if i == layer.index])
+            assert inside(linear.shape, blocks, torch.device("cpu")).flatten()[own].all()
+
+
+def kept_in_groups(source: Any, linear: Any, m: int) -> torch.Tensor:
+    return (source.read(linear.tensor) != 0).reshape(-1, m).sum(dim=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "way"), [("qwen2_vl", "half"), ("qwen2_vl", "2:4"), ("llama", "4:8")]
+)
+def test_swaps_keep_the_sparsity(family, way, benches, tmp_path):
+    """As many zeros on disk, in every row and N:M group; reverting gives the pruned bytes."""
+    bench = benches(family)
+    settings = GAIN.model_copy(update={"swap": True, "count": 40, "steps": 3})
+    ranking = bench.rank(tmp_path / "ranking", settings, way)
+    assert len(ranking) > 3
+    assert (ranking.removed != KEPT).all()
+    for column in (ranking.position, ranking.removed):
+        pairs = list(zip(ranking.linear.tolist(), column.tolist(), strict=True))
+        assert len(set(pairs)) == len(pairs)
+    dense, pruned = bench.dense, bench.pruned(way)
+    patch = tmp_path / "patch"
+    made = stages.realign(dense, pruned, patch, settings, ranking_file=tmp_path / "ranking")
+    assert made.restored == made.removed == len(ranking)
+    assert made.about.get("violated_groups", 0) == 0
+    assert ("n_m" in made.about) == (way != "half")
+    stages.apply(pruned.folder, patch, tmp_path / "applied")
+    applied = open_checkpoint(tmp_path / "applied")
+    assert zeros(applied, pruned.anatomy) == zeros(pruned.checkpoint, pruned.anatomy)
+    changed = 0
+    for linear in pruned.anatomy.linears:
+        before, after = pruned.checkpoint.read(linear.tensor), applied.read(linear.tensor)
+        assert torch.equal((before == 0).sum(dim=1), (after == 0).sum(dim=1)), "a row"
+        new = (before == 0) & (after != 0)
+        assert torch.equal(after[new], dense.checkpoint.read(linear.tensor)[new])
+        same_value = (before == after) | new | ((before != 0) & (after == 0))
+        assert same_value.all(), "a weight that stays has another value"
+        changed += int(new.sum())
+        if way != "half":
+            n, m = map(int, way.split(":"))
+            assert (kept_in_groups(applied, linear, m) <= n).all()
+            assert torch.equal(
+                kept_in_groups(applied, linear, m),
+                kept_in_groups(pruned.checkpoint, linear, m),
+            )
+    assert changed == len(ranking)
+    stages.revert(tmp_path / "applied", patch, tmp_path / "off")
+    assert shards(tmp_path / "off") == shards(pruned.folder)
+    assert load_patch(patch).removed == len(ranking)
+
+
+@pytest.mark.slow
+def test_a_constraint_and_a_pool_larger_than_the_batch(benches, tmp_path):
+    """Weights that cost utility stay out, also with examples that weigh differently."""
+    bench = benches("llama")
+    every = {"batch": 2, "steps": 1, "count": 10**6, "trust": 1e6}
+    settings = GAIN.model_copy(update=every)
+    bound, free = (
+        bench.rank(tmp_path / name, settings.model_copy(update={"constraint": name}))
+        for name in ("utility-gain", "none")
+    )
+    scores = [
+        dict(zip(zip(r.linear.tolist(), r.position.tolist(), strict=True), r.score, strict=True))
+        for r in (bound, free)
+    ]
+    assert 100 < len(bound) < 0.9 * len(free), "the constraint binds nothing"
+    assert all(scores[1][at] == score > 0 for at, score in scores[0].items())

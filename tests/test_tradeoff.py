@@ -1,0 +1,387 @@
+"""How many weights come back: the choice against brute force, and the search on pico models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pico
+import truth
+from disk import differing, shards, tree, write_data, write_jsonl
+from regraft import comparing, pipeline, stages
+from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
+from regraft.evaluation.results import Estimate, EvalResult
+from regraft.evaluation.tradeoff import Bounds, Point, bounds_of, choose
+from regraft.files import read_json
+from regraft.models.checkpoint import open_checkpoint
+from regraft.models.load import Source, open_source
+from regraft.recipe import (
+    CalibrationSettings,
+    ComputeSettings,
+    EvalSettings,
+    RealignSettings,
+    Recipe,
+    SearchSettings,
+)
+from regraft.restoration.patch import load_patch
+from regraft.stages import searching
+
+# The choice
+
+
+def estimate(percent: int) -> Estimate:
+    return Estimate(percent / 100, 100, 0.0, 1.0, percent)
+
+
+def point(restored: int, asr: int, over: int, utility: int | None) -> Point:
+    return Point(
+        restored, estimate(asr), estimate(over), None if utility is None else estimate(utility)
+    )
+
+
+rates = st.integers(0, 10).map(lambda tenth: 10 * tenth)
+counts = st.integers(0, 6).map(lambda n: 5 * n)
+
+
+@st.composite
+def curves(draw: st.DrawFn) -> list[Point]:
+    useful = draw(st.booleans())
+    restored = draw(st.lists(counts, min_size=1, max_size=6, unique=True))
+    return [point(n, draw(rates), draw(rates), draw(rates) if useful else None) for n in restored]
+
+
+def percents(one: Point) -> tuple[int, int, int | None]:
+    utility = None if one.utility is None else one.utility.count
+    assert one.asr.count is not None and one.over_refusal.count is not None
+    return one.asr.count, one.over_refusal.count, utility
+
+
+@given(curves(), rates, st.none() | rates, st.none() | rates)
+def test_the_choice_equals_brute_force(
+    points: list[Point], over: int, utility: int | None, asr: int | None
+) -> None:
+    """In whole percents: fewest weights at the target, or else the lowest ASR, within bounds."""
+    bounds = Bounds(
+        None if asr is None else asr / 100, over / 100, None if utility is None else utility / 100
+    )
+    allowed = []
+    for place, one in enumerate(points):
+        own_asr, own_over, own_utility = percents(one)
+        if own_over > over:
+            continue
+        if None not in (utility, own_utility) and own_utility < utility:  # type: ignore[operator]
+            continue
+        allowed.append((one.restored, own_asr, place))
+    meeting = sorted(one for one in allowed if asr is not None and one[1] <= asr)
+    lowest = sorted(allowed, key=lambda one: (one[1], one[0]))
+    expected = (meeting or lowest)[0][2] if allowed else None
+    assert choose(points, bounds) == expected
+
+
+@pytest.mark.parametrize("by_dense", [True, False])
+def test_bounds_by_hand(by_dense: bool) -> None:
+    dense, pruned = point(0, 10, 5, 80), point(0, 60, 20, 70)
+    bounds = bounds_of(
+        dense, pruned, target_asr=0.3, over_refusal=0.02, utility=0.04, by_dense=by_dense
+    )
+    assert bounds.asr == 0.3
+    assert bounds.over_refusal == pytest.approx(0.07 if by_dense else 0.22)
+    assert bounds.utility == pytest.approx(0.66)
+    recovered = bounds_of(dense, pruned, target_rsr=0.8)
+    assert recovered.asr == pytest.approx(0.2)
+    assert bounds_of(dense, pruned).asr is None
+    assert bounds_of(dense, point(0, 60, 20, None)).utility is None
+
+
+def test_rates_that_equal_a_bound_are_within() -> None:
+    """0.1 + 0.2 is more than 0.3 in floating point."""
+    pruned = Point(0, estimate(50), Estimate(0.1, 10, 0, 1, 1), None)
+    bounds = bounds_of(pruned, pruned, over_refusal=0.2, target_asr=0.1 + 0.2)
+    at_bound = Point(5, Estimate(0.3, 10, 0, 1, 3), Estimate(0.3, 10, 0, 1, 3), None)
+    assert choose([pruned, at_bound], bounds) == 1
+
+
+# The search
+
+COMPUTE = ComputeSettings(device="cpu", batch_size=8)
+SHORT = EvalSettings(max_new_tokens=3)
+
+
+@dataclass(frozen=True)
+class Bench:
+    root: Path
+
+    @property
+    def dense(self) -> Source:
+        return open_source(self.root / "dense")
+
+    @property
+    def pruned(self) -> Source:
+        return open_source(self.root / "pruned")
+
+    @property
+    def validation(self) -> DataSource:
+        return DataSource(name="jsonl", path=self.root / "data" / "data.jsonl")
+
+    @property
+    def method(self) -> RealignSettings:
+        return RealignSettings(method="random", count=1000)
+
+    def search(self, out: Path, **fields: Any) -> int:
+        settings = SearchSettings(validation=self.validation, **fields)
+        return stages.search(
+            self.dense,
+            self.pruned,
+            self.root / "ranking",
+            out,
+            settings,
+            self.method,
+            SHORT,
+            COMPUTE,
+        )
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    root = tmp_path_factory.mktemp("search")
+    dense = open_source(pico.save("llama", root / "dense"))
+    truth.pruned_at_random(dense, root / "pruned", 0.5)
+    write_data(root / "data", 4, images=False)
+    made = Bench(root)
+    calibration = CalibrationSettings(data=made.validation)
+    stages.rank(dense, made.pruned, root / "ranking", made.method, calibration, compute=COMPUTE)
+    return made
+
+
+def read_points(out: Path) -> list[Point]:
+    return [
+        Point(
+            one["restored"],
+            *(
+                None if one[name] is None else Estimate(**one[name])
+                for name in ("asr", "over_refusal", "utility")
+            ),
+        )
+        for one in read_json(out)["points"]
+    ]
+
+
+@pytest.mark.slow
+def test_a_curve_is_evaluations_of_more_and_more_weights(bench: Bench, tmp_path: Path) -> None:
+    out = tmp_path / "curve.json"
+    before = tree(bench.root)
+    count = bench.search(out, points=3)
+    curve = read_json(out)
+    assert [one["restored"] for one in curve["points"]] == [0, 333, 667, 1000]
+    points = read_points(out)
+    expected = choose(points, Bounds(**curve["bounds"]))
+    assert expected is not None, "the pruned model itself keeps to the bounds"
+    assert (curve["chosen"], count) == (expected, points[expected].restored)
+    harmful, harmless = (
+        bench.validation.model_copy(update={"kind": kind}) for kind in ("harmful", "harmless")
+    )
+    patch = tmp_path / "patch"
+    made = stages.realign(
+        bench.dense,
+        bench.pruned,
+        patch,
+        bench.method,
+        ranking_file=bench.root / "ranking",
+        count=667,
+    )
+    assert made.restored == 667
+    stages.apply(bench.pruned.folder, patch, tmp_path / "applied")
+    written = open_source(tmp_path / "applied")
+    alone = stages.evaluate(written, tmp_path / "answers", [harmful, harmless], SHORT, COMPUTE)
+    assert Point.of(667, alone.result) == points[2]
+    assert points[2].asr.n == points[2].over_refusal.n == 4
+    assert tree(bench.root) == before
+    read = comparing.read_curve(out)
+    assert (read.chosen, [one.restored for one in read.points]) == (expected, [0, 333, 667, 1000])
+    stamp = out.stat().st_mtime_ns
+    assert bench.search(out, points=3) == count
+    assert out.stat().st_mtime_ns == stamp
+    with pytest.raises(RegraftError, match=r"settings.points: 3 there, 2 now"):
+        bench.search(out, points=2)
+
+
+@pytest.fixture
+def rates_of(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[float, float, float]]:
+    """What evaluations shall find, by restored weights (-1: the dense model); for one test."""
+    given: dict[int, tuple[float, float, float]] = {}
+    true_point = Point.of
+
+    def of(count: int, result: EvalResult) -> Point:
+        seen = true_point(count, result)
+        first = not asked
+        asked.append(count)
+        asr, over, utility = given[-1 if first else count]
+        rate = seen.asr
+        return Point(
+            count,
+            *(Estimate(value, rate.n, 0, 1, None) for value in (asr, over, utility)),
+        )
+
+    asked: list[int] = []
+    monkeypatch.setattr(searching.Point, "of", of)
+    return given
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 250),
+        ({"over_refusal": 20.0}, 1000),
+        ({"over_refusal": 20.0, "utility": 30.0}, 1000),
+        ({"target_asr": 70.0}, 250),
+        ({"target_rsr": 90.0, "over_refusal": 20.0}, 750),
+        ({"target_asr": 10.0, "utility": 30.0, "over_refusal": 50.0}, 1000),
+        ({"reference": "dense"}, 0),
+        ({"most": 100.0}, 0),
+    ],
+)
+def test_the_search_keeps_to_its_bounds(
+    bench: Bench,
+    rates_of: dict[int, tuple[float, float, float]],
+    fields: dict[str, Any],
+    expected: int,
+    tmp_path: Path,
+) -> None:
+    """ASR falls with weights and over-refusal climbs; the dense model refuses least of all."""
+    rates_of |= {-1: (0.2, 0.0, 0.9), 0: (0.8, 0.1, 0.6)}
+    rates_of |= {250: (0.7, 0.11, 0.6), 500: (0.6, 0.2, 0.6), 750: (0.25, 0.3, 0.61)}
+    rates_of |= {1000: (0.2, 0.3, 0.6)}
+    most = int(100 * read_pruned(bench) / 10_000) if "most" in fields else 1000
+    for i in range(1, 5):
+        rates_of.setdefault(round(most * i / 4), (0.8, 0.9, 0.6))
+    out = tmp_path / "curve.json"
+    assert bench.search(out, points=4, **fields) == expected
+    curve = read_json(out)
+    assert [one["restored"] for one in curve["points"]] == [round(most * i / 4) for i in range(5)]
+    if "reference" in fields:
+        assert curve["chosen"] is None
+    else:
+        assert curve["points"][curve["chosen"]]["restored"] == expected
+
+
+def read_pruned(bench: Bench) -> int:
+    found = stages.realign(
+        bench.dense,
+        bench.pruned,
+        bench.root.with_name("counted"),
+        bench.method,
+        ranking_file=bench.root / "ranking",
+        count=0,
+    )
+    return int(found.about["pruned"])
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_where_it_stopped(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bench.search(tmp_path / "a" / "curve.json", points=2)
+    true, seen = searching.evaluate, []
+
+    def stopping(*arguments: Any, **named: Any) -> Any:
+        seen.append(arguments[1].name)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return true(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(searching, "evaluate", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            bench.search(tmp_path / "b" / "curve.json", points=2)
+    assert seen == ["dense", "pruned", "00000500", "00001000"]
+    done = tmp_path / "b" / "curve" / "00000500" / "results.json"
+    stamp = done.stat().st_mtime_ns
+    assert bench.search(tmp_path / "b" / "curve.json", points=2) == whole
+    assert done.stat().st_mtime_ns == stamp, "an evaluation was done again"
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_validation_needs_both_kinds(bench: Bench, tmp_path: Path) -> None:
+    only = write_jsonl(
+        tmp_path / "harmful.jsonl", pico.write_examples(tmp_path / "images", 2, images=False)
+    )
+    settings = SearchSettings(validation=DataSource(name="jsonl", path=only))
+    with pytest.raises(RegraftError, match=r"harmful\.jsonl.* harmless"):
+        stages.search(
+            bench.dense,
+            bench.pruned,
+            bench.root / "ranking",
+            tmp_path / "curve.json",
+            settings,
+            bench.method,
+            SHORT,
+            COMPUTE,
+        )
+    assert not (tmp_path / "curve.json").exists()
+
+
+# In a run
+
+
+def recipe(root: Path, **fields: Any) -> Recipe:
+    data = str(root / "data" / "data.jsonl")
+    search = {"validation": data, "points": 2}
+    content = {
+        "model": str(root / "dense"),
+        "pruned": str(root / "pruned"),
+        "calibration": {"data": data, "samples": 4},
+        "realign": [
+            {"name": "gain", "method": "gain", "count": 40, "steps": 2, "search": search},
+            {
+                "name": "never",
+                "method": "random",
+                "count": 500,
+                "search": {**search, "over_refusal": -200},
+                "checkpoint": False,
+            },
+            {"name": "random", "method": "random", "count": 30, "checkpoint": False},
+        ],
+        "evaluate": {"suite": data, "max_new_tokens": 2},
+        "compute": {"device": "cpu", "batch_size": 4},
+        **fields,
+    }
+    return Recipe.model_validate(content)
+
+
+@pytest.mark.slow
+def test_a_run_that_searches(tmp_path: Path) -> None:
+    dense = open_source(pico.save("qwen2_vl", tmp_path / "dense", torch.bfloat16, "100KB"))
+    pruned, _ = truth.pruned_at_random(dense, tmp_path / "pruned", 0.5)
+    write_data(tmp_path / "data", 4)
+    run = tmp_path / "run"
+    made = pipeline.run(recipe(tmp_path), run)
+    variants = {one.name: one for one in made.variants}
+    assert list(variants) == ["dense", "pruned", "gain", "never", "random"]
+    curve = json.loads((run / "curves" / "gain.json").read_text())
+    chosen = curve["points"][curve["chosen"]]["restored"]
+    patch = load_patch(run / "patches" / "gain.safetensors")
+    assert patch.restored == chosen == variants["gain"].restored
+    realigned = open_checkpoint(run / "realigned" / "gain")
+    assert differing(pruned.checkpoint, realigned) == patch.tensors.keys()
+    never = json.loads((run / "curves" / "never.json").read_text())
+    assert never["chosen"] is None
+    assert variants["never"].restored == 0
+    assert variants["never"].result == variants["pruned"].result
+    assert shards(run / "pruned") == {}, "the existing pruned model is copied"
+    assert variants["random"].restored == 30
+    names = sorted(path.stem.rsplit("-", 1)[0] for path in (run / "rankings").glob("*"))
+    assert names == ["gain", "random", "random"]
+    before = tree(run)
+    pipeline.run(recipe(tmp_path), run)
+    assert tree(run) == before
+    report = json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))
+    assert [one["name"] for one in report["variants"]] == list(variants)
