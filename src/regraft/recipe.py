@@ -431,8 +431,8 @@ class TuneSettings(Settings):
     trials: int = Field(
         40, ge=1, description="Finished trials in all; the same command goes on to more."
     )
-    seed: int = Field(
-        0, ge=0, description="Of the sampler; with one worker the same trials come again."
+    sampler_seed: int = Field(
+        0, ge=0, description="With one worker and the same seed the same trials come again."
     )
     random_trials: int = Field(
         10, ge=1, description="Trials at random before TPE learns from them."
@@ -454,8 +454,12 @@ class TuneSettings(Settings):
         (0.05, 0.5), description="hsr: p_max, from p on, or from the share that pruning kept."
     )
     top_heads_range: tuple[int, int] = Field((1, 32), description="hsr: how many heads.")
-    r_max_range: tuple[int, int] = Field((1, 10), description="hsr by ships: rank of the subspaces.")
-    utility_weight_range: tuple[float, float] = Field((0.1, 10.0), description="gain: on a log scale.")
+    r_max_range: tuple[int, int] = Field(
+        (1, 10), description="hsr by ships: rank of the subspaces."
+    )
+    utility_weight_range: tuple[float, float] = Field(
+        (0.1, 10.0), description="gain: on a log scale."
+    )
     trust_range: tuple[float, float] = Field((0.1, 1.0), description="gain: on a log scale.")
     steps_range: tuple[int, int] = Field((5, 40), description="gain: on a log scale.")
 
@@ -465,8 +469,7 @@ class TuneSettings(Settings):
             if not name.endswith("_range"):
                 continue
             low, high = getattr(self, name)
-            least = 0 if name in ("p_range", "p_max_range") else 1e-12
-            if not least <= low <= high:
+            if not (low > 0 or (name == "p_range" and low == 0)) or low > high:
                 raise ValueError(f"{name} is {low} to {high}; 0 < lowest <= highest is needed")
         return self
 
