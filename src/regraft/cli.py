@@ -17,7 +17,14 @@ from rich.text import Text
 import regraft
 from regraft import ranks
 from regraft.checks import check_top_heads
-from regraft.console import ConsoleWatch, show_heads, show_report, show_result, show_study
+from regraft.console import (
+    ConsoleWatch,
+    show_heads,
+    show_report,
+    show_result,
+    show_study,
+    show_tuned,
+)
 from regraft.data.demo import demo_model
 from regraft.errors import RegraftError
 from regraft.models.anatomy import LayerAnatomy
@@ -35,6 +42,7 @@ from regraft.recipe import (
     SearchSettings,
     StatisticsSettings,
     Suite,
+    TuneSettings,
     explain,
     read_recipe,
     write_recipe,
@@ -280,6 +288,61 @@ def realign(
             count=count,
         )
         _tell_patch(watch, out, patch)
+
+
+@app.command
+def tune(
+    dense: Model,
+    pruned: Model,
+    *,
+    out: Out,
+    max_new_tokens: int = 64,
+    tuning: Annotated[TuneSettings, Flat] = TuneSettings(),
+    settings: Annotated[RealignSettings, Flat] = RealignSettings(),
+    choice: Annotated[SearchSettings, Flat] = SearchSettings(),
+    scoring: Annotated[HeadSettings, Flat] = HeadSettings(),
+    calibration: Calibration = CalibrationSettings(),
+    compute: Compute = ComputeSettings(),
+) -> None:
+    """Search for a method's settings that give the lowest ASR within bounds, on validation prompts.
+
+    Constrained TPE (Optuna: pip install 'regraft[tune]'). The same command continues after a kill,
+    goes on to more --trials, and started twice at once shares them. Of a ranking the best of
+    --points prefixes within the bounds counts. What is not tuned stays as given, the budget above
+    all. Writes tuned.json and best.yaml, an item of a recipe's `realign`.
+
+    Example: regraft tune MODEL pruned --method gain --budget 2 --data vlguard VLGuard/train.json
+    --trials 40 --points 3 --out tuned
+
+    Parameters
+    ----------
+    dense
+        The dense checkpoint.
+    pruned
+        The same model pruned, by regraft or by any other tool.
+    max_new_tokens
+        Length of an answer to a validation prompt.
+    """
+    from regraft import stages
+
+    with _watch() as watch:
+        tuned = stages.tune(
+            _open(dense, compute.trust_remote_code),
+            _open(pruned, compute.trust_remote_code),
+            out,
+            settings,
+            calibration,
+            compute,
+            tuning,
+            choice,
+            scoring,
+            EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
+            watch,
+        )
+        show_tuned(watch.console, tuned)
+        watch.note(f"All trials: {out / 'tuned.json'}")
+        if tuned.best is not None:
+            watch.note(f"The best settings, for a recipe: {out / 'best.yaml'}")
 
 
 def _tell_patch(watch: ConsoleWatch, out: Path, patch: Patch) -> None:

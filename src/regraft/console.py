@@ -21,6 +21,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from regraft.evaluation.results import Estimate, EvalResult
+from regraft.evaluation.tradeoff import Point
+from regraft.evaluation.tuned import NOTE, Tuned
 from regraft.watch import Advance
 
 if TYPE_CHECKING:
@@ -222,6 +224,51 @@ def show_heads(console: Console, scores: HeadScores, show: int) -> None:
             f"{below[0]} by Ships, {below[1]} by KL.",
             style="dim",
         )
+
+
+def show_tuned(console: Console, tuned: Tuned) -> None:
+    """Print the best trial and the five next, and what the search has cost."""
+    table = Table(
+        "trial",
+        Column("settings", overflow="fold"),
+        "per 10,000",
+        "ASR %",
+        "over-refusal %",
+        "utility %",
+        "bounds",
+        title=Text(f"{tuned.method}: {len(tuned.trials)} trials, on validation prompts"),
+    )
+    for one in tuned.trials[:6]:
+        settings = (
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in one.settings.items()
+        )
+        table.add_row(
+            str(one.number),
+            Text(", ".join(settings)),
+            f"{tuned.per_ten_thousand(one.point):.3f}",
+            *_rates(one.point),
+            "kept" if one.within else "broken",
+            style="bold" if one is tuned.best else None,
+        )
+    table.add_section()
+    for name, point in (("pruned", tuned.before), ("dense", tuned.dense)):
+        table.add_row("", name, "", *_rates(point), "")
+    console.print(table)
+    cost, failed = tuned.cost, f", {tuned.failed} failed" if tuned.failed else ""
+    stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in cost.seconds.items())
+    gradients = f", {cost.gradients:,} gradients of an example" if cost.gradients else ""
+    told = (
+        f"The search took {len(tuned.trials)} trials{failed}, {sum(cost.seconds.values()):.0f} s "
+        f"({stages}), {cost.evaluations:,} evaluations with {cost.prompts:,} answers{gradients}."
+    )
+    nothing = "" if tuned.best else "No trial keeps to the bounds; nothing is recommended. "
+    console.print(nothing + told, highlight=False, markup=False)
+    console.print(NOTE, style="dim", highlight=False, markup=False)
+
+
+def _rates(point: Point) -> tuple[str, str, str]:
+    return _percent(point.asr), _percent(point.over_refusal), _percent(point.utility)
 
 
 def _cells(estimate: Estimate) -> tuple[str, str, str]:

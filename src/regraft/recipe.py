@@ -439,8 +439,8 @@ class TuneSettings(Settings):
     trials: int = Field(
         40, ge=1, description="Finished trials in all; the same command goes on to more."
     )
-    seed: int = Field(
-        0, ge=0, description="Of the sampler; with one worker the same trials come again."
+    sampler_seed: int = Field(
+        0, ge=0, description="With one worker and the same seed the same trials come again."
     )
     random_trials: int = Field(
         10, ge=1, description="Trials at random before TPE learns from them."
@@ -477,8 +477,7 @@ class TuneSettings(Settings):
             if not name.endswith("_range"):
                 continue
             low, high = getattr(self, name)
-            least = 0 if name in ("p_range", "p_max_range") else 1e-12
-            if not least <= low <= high:
+            if not (low > 0 or (name == "p_range" and low == 0)) or low > high:
                 raise ValueError(f"{name} is {low} to {high}; 0 < lowest <= highest is needed")
         return self
 

@@ -25,6 +25,7 @@ from regraft.stages.realigning import needs_statistics, realign
 from regraft.stages.scoring import heads
 from regraft.stages.searching import search
 from regraft.stages.session import Session
+from regraft.stages.tuning import tune
 
 __all__ = [
     "ABOUT_FILE",
@@ -47,4 +48,5 @@ __all__ = [
     "revert_in_place",
     "search",
     "statistics",
+    "tune",
 ]

@@ -9,7 +9,7 @@ trials that have finished before, so that one worker draws the same with and wit
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,9 +85,14 @@ class Trials:
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
         """Wait for other workers at `name` to be done."""
-        lock = self._locks / f"{name}.lock"
-        with locked(lock, lock, wait=True):
+        with self.alone(self._locks, name):
             yield
+
+    @staticmethod
+    def alone(locks: Path, name: str) -> AbstractContextManager[None]:
+        """`exclusive`, before there are trials."""
+        lock = locks / f"{name}.lock"
+        return locked(lock, lock, wait=True)
 
     @contextmanager
     def take(self, most: int) -> Iterator[Task | None]:

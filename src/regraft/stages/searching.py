@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -159,16 +160,16 @@ def bounds_by(settings: SearchSettings, dense: Point, pruned: Point) -> Bounds:
 
 def read_curve(path: Path) -> list[Point]:
     """The points of a curve that `search` wrote, the pruned model first."""
-    return [
-        Point(
-            restored=one["restored"],
-            **{
-                name: None if one[name] is None else Estimate(**one[name])
-                for name in ("asr", "over_refusal", "utility")
-            },
-        )
-        for one in read_json(path)["points"]
-    ]
+    return [point_of(one) for one in read_json(path)["points"]]
+
+
+def point_of(content: Mapping[str, Any]) -> Point:
+    """The inverse of `plain`."""
+    rates: dict[str, Any] = {
+        name: None if content[name] is None else Estimate(**content[name])
+        for name in ("asr", "over_refusal", "utility")
+    }
+    return Point(restored=content["restored"], **rates)
 
 
 def _fraction(percent: float | None) -> float | None:
