@@ -1,0 +1,202 @@
+"""One step of restoration by gain: time against forward and backward passes, and peak memory.
+
+    python benchmarks/gain.py --shape demo                               # the bundled model
+    python benchmarks/gain.py --layers 2 --scale 0.25 --samples 8        # small, on a CPU
+    python benchmarks/gain.py --samples 128 --json gain.json             # Qwen2.5-VL-7B's shape
+    python benchmarks/gain.py --shape vicuna-7b --samples 128            # LLaVA-NeXT-Vicuna-7B's
+
+A step takes the gradients of `--samples` harmful and as many harmless prompts, ranks all pruned
+weights of all linears and puts the best back; with `swap` it also takes the squares of gradients
+and pairs what comes back with what goes. `bare` is one forward and backward pass of the whole model
+over the same data by autograd, weight gradients included and thrown away (resident only: it needs
+room for the model and its gradients). Every row is a process of its own. The vision tower and the
+embeddings are in `bare` and in `step`; of the steps between two samples of prompts only the first
+runs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import shapes
+import torch
+from prune import GIB, peak_host, timed
+from rich.console import Console
+from rich.table import Table
+
+from regraft.data.collate import Batch, batches, response_batch
+from regraft.data.demo import demo_model
+from regraft.data.sources import DataSource, read
+from regraft.importance.hard import final_states
+from regraft.importance.losses import DecisionLoss
+from regraft.models.checkpoint import write_edited
+from regraft.models.load import Source, load_placed, load_processor, open_source, pick_device
+from regraft.models.placement import PlacedModel
+from regraft.models.walk import Walk
+from regraft.pruning.pruner import magnitude_edits
+from regraft.recipe import PruneSettings
+from regraft.restoration.gain import Objective
+from regraft.restoration.iterative import Problem, step, weights_of
+from regraft.restoration.ranking import empty
+
+COUNT = 1000
+KINDS = ("safety", "utility")
+
+
+def bare(model: PlacedModel, source: Source, data: list[Batch]) -> None:
+    """Forward and backward over all data by autograd, with weight gradients."""
+    modules = dict(model.network.named_modules())
+    weights = [modules[linear.module].weight for linear in source.anatomy.linears]
+    for weight in weights:
+        weight.requires_grad_(True)
+    for batch in data:
+        placed = model.place(batch)
+        model.network(**placed.inputs, labels=placed.labels, use_cache=False).loss.backward()
+        for weight in weights:
+            weight.grad = None
+    for weight in weights:
+        weight.requires_grad_(False)
+
+
+def run_one(options: argparse.Namespace) -> dict[str, Any]:
+    """One row."""
+    demo = options.shape == "demo"
+    source = open_source(demo_model() if demo else options.folder / "dense")
+    pruned = open_source(options.folder / "pruned")
+    data_set = "demo:calibration" if demo else f"jsonl:{options.folder / 'data.jsonl'}"
+    examples = read(DataSource.model_validate(data_set)).examples
+    device = pick_device(options.device)
+    dtype = "auto" if demo else "bfloat16"
+    processor = load_processor(source)
+    data = {
+        kind: [
+            response_batch(processor, chunk)
+            for chunk in batches(
+                [e for e in examples if e.harmful == (kind == "safety")][: options.samples],
+                options.batch_size,
+            )
+        ]
+        for kind in KINDS
+    }
+    place = "resident" if options.what == "bare" else options.placement
+    model = load_placed(pruned, dtype=dtype, device=options.device, placement=place)
+    if options.what == "bare":
+        together = [batch for batches_ in data.values() for batch in batches_]
+        bare(model, source, together[:1])
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds, _ = timed(device, lambda: bare(model, source, together))
+        return _row(options, seconds, device)
+    dense = load_placed(source, dtype=dtype, device=options.device, placement=place)
+    losses = {
+        kind: DecisionLoss(final_states(Walk(dense, batches_), lambda _: None))
+        for kind, batches_ in data.items()
+    }
+    del dense
+    swap = options.what == "swap"
+    problem = Problem(
+        model,
+        source,
+        pruned,
+        lambda _layer, linear: torch.ones(linear.shape, dtype=torch.bool),
+        Objective(trust=1e9),
+        swap,
+    )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def one_step() -> int:
+        walks = {kind: Walk(model, batches_) for kind, batches_ in data.items()}
+        safety, utility = ((walks[kind], losses[kind]) for kind in KINDS)
+        with TemporaryDirectory(dir=options.folder) as work:
+            found = step(problem, safety, utility, COUNT, empty(), Path(work), lambda _: None)
+        return len(found.ranking)
+
+    seconds, found = timed(device, one_step)
+    assert found and weights_of(model.network, source.anatomy)
+    return _row(options, seconds, device)
+
+
+def _row(options: argparse.Namespace, seconds: float, device: torch.device) -> dict[str, Any]:
+    peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
+    return {
+        "what": options.what,
+        "placement": options.placement,
+        "seconds": seconds,
+        "device_peak_gib": peak,
+        "host_peak_gib": peak_host(),
+    }
+
+
+def main() -> None:
+    """Run every row in its own process, print the table, save JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=("demo", *shapes.SHAPES), default="qwen2.5-vl-7b")
+    parser.add_argument("--layers", type=int, default=None)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the widths")
+    parser.add_argument("--samples", type=int, default=64, help="prompts of each kind")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--image", type=int, default=560, help="pixels a side")
+    parser.add_argument("--no-bare", action="store_true", help="where the model does not fit")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--scratch", type=Path, default=None, help="disk for checkpoint and states")
+    parser.add_argument("--json", type=Path, default=None)
+    for name in ("--folder", "--what", "--placement"):  # of a child process
+        parser.add_argument(name, type=Path if name == "--folder" else str, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.folder is not None:
+        print(json.dumps(run_one(options)))
+        return
+    device = pick_device(options.device)
+    rows = []
+    with TemporaryDirectory(dir=options.scratch) as scratch:
+        folder = Path(scratch)
+        if options.shape == "demo":
+            source = open_source(demo_model())
+        else:
+            shapes.write_checkpoint(
+                folder / "dense", options.shape, options.layers, options.scale, device
+            )
+            shapes.write_data(folder, options.samples, options.image)
+            source = open_source(folder / "dense")
+        patterns = PruneSettings(method="magnitude").patterns(source.anatomy.linears)
+        write_edited(source.checkpoint, folder / "pruned", magnitude_edits(patterns))
+        runs = [("step", "resident"), ("step", "streamed"), ("swap", "streamed")]
+        for what, placement in [*([] if options.no_bare else [("bare", "resident")]), *runs]:
+            child = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder)]
+            child += ["--what", what, "--placement", placement]
+            done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+        size = source.checkpoint.bytes / GIB
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    show(rows, f"{options.shape}, {size:.2f} GiB, 2 x {options.samples} prompts, {name}")
+    if options.json:
+        about = {"shape": options.shape, "checkpoint_gib": size, "device": name, "rows": rows}
+        options.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def show(rows: list[dict[str, Any]], title: str) -> None:
+    """Print the table."""
+    table = Table("", "placement", "time / bare", "device GiB", "host GiB", title=title)
+    bare_seconds = rows[0]["seconds"] if rows[0]["what"] == "bare" else None
+    for row in rows:
+        peak = row["device_peak_gib"]
+        table.add_row(
+            row["what"],
+            row["placement"],
+            "" if bare_seconds is None else f"{row['seconds'] / bare_seconds:.2f}",
+            "" if peak is None else f"{peak:.2f}",
+            f"{row['host_peak_gib']:.2f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
