@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -24,8 +25,8 @@ from regraft.evaluation.metrics import bootstrap_rsr, holm, mcnemar, rsr, wilson
 from regraft.evaluation.results import Answer
 from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
 from regraft.files import write_json
-from regraft.recipe import Recipe, read_recipe, write_recipe
-from regraft.report.compare import Curve, CurvePoint, Row, Run, Study, Table, compare
+from regraft.recipe import RealignSettings, Recipe, read_recipe, write_recipe
+from regraft.report.compare import Curve, CurvePoint, Row, Run, Study, Table, compare, is_drawn
 from regraft.report.compare_figures import curve_panels, trade_off_panels
 from regraft.report.model import Report, Variant
 from regraft.report.write_compare import render_comparison_html, render_comparison_markdown
@@ -71,6 +72,7 @@ METHODS: Shares = {
     "worse": (0.70, 0.02),
 }
 PROMPTS = 120
+DRAWN = ("method", "within", "heads")
 RANDOM = {"heads": "random", "top_heads": 4}
 
 
@@ -203,6 +205,37 @@ def test_random_controls_with_other_settings_stay_apart() -> None:
         recipe["realign"][4]["top_heads"] = 8
         runs.append(replace(one, report=replace(one.report, recipe=recipe)))
     assert {"random-1", "random-2"} <= rows_of(compare(runs)).keys()
+
+
+def test_everything_drawn_is_told_from_what_is_not() -> None:
+    fields = [get_args(RealignSettings.model_fields[of].annotation) for of in DRAWN]
+    for values in itertools.product(*fields):
+        given = dict(zip(DRAWN, values, strict=True))
+        amount = {} if given["method"] == "hsr-a" else {"budget": 5}
+        settings = RealignSettings.model_validate(given | amount)
+        assert is_drawn(settings.model_dump(mode="json")) == settings.random
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("control", [{"method": "random", "budget": 5}, {"heads": "random"}])
+def test_random_controls_leave_recipes_comparable(control: dict[str, Any], repeats: int) -> None:
+    one = {"name": "control", "repeats": repeats} | control
+    recipe = Recipe.model_validate({"seeds": [0, 3], "realign": [one]})
+    first, second = (
+        comparing._apart_from_the_seed(recipe.for_seed(seed).model_dump(mode="json"))
+        for seed in recipe.seeds
+    )
+    assert first == second
+
+
+def test_repeats_of_random_weights_are_one_row() -> None:
+    runs = []
+    for one in RUNS[:2]:
+        recipe = json.loads(json.dumps(one.report.recipe))
+        for settings in recipe["realign"][3:5]:
+            settings |= {"method": "random", "heads": "top"}
+        runs.append(replace(one, report=replace(one.report, recipe=recipe)))
+    assert rows_of(compare(runs))["random"].repeats == 2
 
 
 def test_price_is_set_beside_the_gain(pooled: Study) -> None:

@@ -13,7 +13,7 @@ from regraft.evaluation.summary import estimate_from_json
 from regraft.files import read_json
 from regraft.folder import RunFolder, study_runs
 from regraft.keys import difference
-from regraft.report.compare import Curve, CurvePoint, Run, Study
+from regraft.report.compare import Curve, CurvePoint, Run, Study, is_drawn
 from regraft.report.compare import compare as compare_runs
 from regraft.report.model import Report
 from regraft.report.write_compare import write_comparison
@@ -56,12 +56,10 @@ def _check_same_recipe(reports: Mapping[Path, Report]) -> None:
 
 
 def _apart_from_the_seed(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """By it, random controls draw other heads too."""
+    """By it, random controls draw other heads and weights too."""
     calibration = {name: value for name, value in recipe["calibration"].items() if name != "seed"}
     realign = {
-        one["name"]: {
-            k: v for k, v in one.items() if k != "head_seed" or one.get("heads") != "random"
-        }
+        one["name"]: {k: v for k, v in one.items() if k != "head_seed" or not is_drawn(one)}
         for one in recipe["realign"]
     }
     return {**recipe, "calibration": calibration, "realign": realign}

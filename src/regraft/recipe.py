@@ -342,8 +342,11 @@ class RealignSettings(Settings):
     @property
     def random(self) -> bool:
         """Whether `head_seed` decides what comes back."""
-        in_heads = self.method in ("hsr", "hsr-a") or self.within == "heads"
-        return self.method == "random" or (in_heads and self.heads == "random")
+        if self.method == "gain":
+            return self.within == "heads" and self.heads == "random"
+        return self.method == "random" or (
+            self.method in ("hsr", "hsr-a") and self.heads == "random"
+        )
 
     @model_validator(mode="after")
     def _check(self) -> RealignSettings:

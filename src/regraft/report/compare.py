@@ -317,9 +317,20 @@ def _methods(groups: Sequence[Sequence[Variant]], recipe: Mapping[str, Any]) -> 
     return tuple(_cells(groups, names) for names in together.values())
 
 
+def is_drawn(settings: Mapping[str, Any]) -> bool:
+    """Whether `head_seed` decides a variant, given as a recipe writes it.
+
+    As `RealignSettings.random`, which a report need not know.
+    """
+    method = settings.get("method", "hsr")
+    if method == "gain":
+        return settings.get("within") == "heads" and settings.get("heads") == "random"
+    return method == "random" or (method in ("hsr", "hsr-a") and settings.get("heads") == "random")
+
+
 def _apart_from_the_draw(settings: Mapping[str, Any] | None, name: str) -> Any:
     """What repeats of a random control have in common; a method of its own is called by name."""
-    if settings is None or settings.get("heads") != "random":
+    if settings is None or not is_drawn(settings):
         return name
     apart = ("name", "head_seed", "checkpoint", "repeats")
     return tuple(sorted((key, str(value)) for key, value in settings.items() if key not in apart))
