@@ -467,7 +467,7 @@ def synthetic(world: Path, out: Path) -> Path:
             {"restored": 2 * i, "asr": {"value": 0.5, "n": 2, "low": 0, "high": 1, "count": 1}}
             for i in range(3)
         ]
-        curve = {"pruned": 100, "chosen": 2, "points": points}
+        curve = {"pruned": 100, "chosen": 4, "points": points}
         write_json(out / f"seed-{seed}" / "curves" / "wanda-60" / "hsr.json", curve)
     return out
 

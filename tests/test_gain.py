@@ -202,8 +202,22 @@ def test_objective_keys():
     safety, utility = torch.tensor([1.0, 2.0, 3.0, -1.0]), torch.tensor([0.5, -0.1, 0.0, 4.0])
     free = Objective(utility_weight=2, constraint="none").keys(safety, utility)
     torch.testing.assert_close(free, torch.tensor([2.0, 1.8, 3.0, 7.0]))
-    bound = Objective(utility_weight=2, constraint="utility-gain").keys(safety, utility)
+    bound = Objective(utility_weight=2, constraint="utility-gain", share=0).keys(safety, utility)
     torch.testing.assert_close(bound, torch.tensor([2.0, -INF, 3.0, 7.0]))
+    shared = Objective(utility_weight=2, constraint="both", share=0.25).keys(safety, utility)
+    torch.testing.assert_close(shared, torch.tensor([2.0, -INF, -INF, 7.0]))
+
+
+def test_the_multiplier_follows_over_refusal():
+    for constraint in ("lagrangian", "both"):
+        objective = Objective(utility_weight=2, constraint=constraint)
+        assert objective.adapted(0).utility_weight == 2
+        twice = objective.adapted(math.log(2) / 20)
+        assert twice.utility_weight == pytest.approx(4)
+        assert twice.adapted(-math.log(2) / 20).utility_weight == pytest.approx(2)
+        assert 0 < objective.adapted(-1).utility_weight < 2 < objective.adapted(1).utility_weight
+    for constraint in ("utility-gain", "none"):
+        assert Objective(constraint=constraint).adapted(1) == Objective(constraint=constraint)
 
 
 @given(st.lists(st.integers(1, 64).map(lambda n: n / 8), max_size=8), st.integers(1, 40))

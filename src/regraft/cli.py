@@ -620,9 +620,9 @@ def _patch(
 
 
 def _show_preview(console: Console, preview: Preview, out: Path | None) -> None:
-    table = Table("patch", "tensors", "weights", "already on")
+    table = Table("patch", "tensors", "restored weights", "pruned in exchange", "already on")
     for state in preview.plan.states:
-        counts = (state.tensors, state.weights, state.on)
+        counts = (state.tensors, state.restored, state.removed, state.on)
         table.add_row(Text(state.name), *(f"{count:,}" for count in counts))
     console.print(table)
     shards = len(preview.plan.shards)

@@ -57,12 +57,21 @@ class Change:
 
 @dataclass(frozen=True)
 class PatchState:
-    """How far a patch is on: `on` of the `weights` it changes, in `tensors` tensors."""
+    """How far a patch is on: `on` of the `weights` it changes, in `tensors` tensors.
+
+    They are those that it restores and those that it prunes in exchange.
+    """
 
     name: str
     tensors: int
-    weights: int
+    restored: int
+    removed: int
     on: int
+
+    @property
+    def weights(self) -> int:
+        """How many weights it changes."""
+        return self.restored + self.removed
 
 
 @dataclass(frozen=True)
@@ -354,7 +363,7 @@ def _state(patch: Patch, targets: Mapping[str, Target], on: Mapping[str, Tensor]
         if len(targets[name].parts) > 1:
             own = torch.searchsorted(targets[name].positions, tensor.positions)
         count += int(on[name][own].sum())
-    return PatchState(patch.name, len(patch.tensors), patch.restored + patch.removed, count)
+    return PatchState(patch.name, len(patch.tensors), patch.restored, patch.removed, count)
 
 
 def _read_chunks(
