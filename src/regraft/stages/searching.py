@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import ranks
+from regraft.data.sources import DataSource
 from regraft.evaluation.tradeoff import Point, bounds_of, choose
 from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
@@ -17,6 +18,12 @@ from regraft.stages.evaluating import evaluate
 from regraft.stages.realigning import realign
 from regraft.stages.session import Session
 from regraft.watch import Silent, Watch
+
+
+def suites_of(settings: SearchSettings) -> list[DataSource]:
+    """The validation prompts of each kind."""
+    kinds = ("harmful", "harmless")
+    return [settings.validation.model_copy(update={"kind": kind}) for kind in kinds]
 
 
 def search(
@@ -58,8 +65,7 @@ def search(
     most = len(ranking)
     if settings.most is not None:
         most = min(most, int(settings.most * ranking.about["pruned"] / 10_000))
-    kinds = ("harmful", "harmless")
-    suites = [settings.validation.model_copy(update={"kind": kind}) for kind in kinds]
+    suites = suites_of(settings)
     reading = session.reading(dense, suites, settings.validation_limit)
     inputs = {
         "dense": dense.checkpoint.fingerprint,
