@@ -50,6 +50,8 @@ def main(root: Path, out: Path) -> None:
         out / "statistics-wanda",
         COMPUTE,
     )
+    gain = RealignSettings(method="gain", count=40, steps=5, batch=2, trust=0.1)
+    stages.rank(dense, pruned, out / "ranking", gain, calibration, compute=COMPUTE)
     stages.apply(pruned.folder, out / "patch", out / "realigned")
     stages.evaluate(dense, out / "answers", [data], EvalSettings(max_new_tokens=4), COMPUTE)
     (out / f"world-{ranks.rank()}").write_text(str(ranks.world()))

@@ -289,6 +289,69 @@ def test_more_heads_than_there_are(world: World, refused: Refused, heads: str) -
     has(refused("run", recipe, "--out", "run"), "top_heads is 17", "16 heads")
 
 
+BUDGETS = [
+    (["--method", "gain"], ["gain needs a `budget` (per 10,000 pruned) or a `count`"]),
+    (["--method", "random"], ["random needs a `budget` (per 10,000 pruned) or a `count`"]),
+    (["--method", "hsr-a", "--budget", 2], ["hsr-a restores whole heads: give `top_heads`"]),
+    (["--budget", 2, "--count", 9], ["`budget` and `count` say the same thing; give one"]),
+    (["--method", "hsr", "--swap"], ["only gain can swap, not hsr"]),
+    (["--method", "random", "--budget", 2, "--swap"], ["only gain can swap, not random"]),
+    (["--budget", 0], ["budget", "0"]),
+    (["--budget", 10_000], ["budget", "10000"]),
+    (["--search"], ["--search chooses a number of weights: give a --budget too"]),
+    (["--method", "random", "--budget", 1e-3], ["A budget of 0.001 per 10,000", "less than one"]),
+    (
+        ["--method", "random", "--count", 9, "--target-asr", 5, "--target-rsr", 5],
+        ["`target_asr` and `target_rsr` exclude each other"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "parts"), BUDGETS, ids=lambda one: " ".join(map(str, one))[:40])
+def test_budgets(world: World, refused: Refused, words: list[object], parts: list[str]) -> None:
+    has(refused(*_realign(world, world.model, world.pruned), *words), *parts)
+
+
+@pytest.mark.parametrize(
+    ("variant", "parts"),
+    [
+        ({"search": {}}, ["realign.0", "'hsr' searches a number of weights: give it a `budget`"]),
+        ({"method": "gain"}, ["realign.0", "gain needs a `budget`"]),
+        ({"method": "hsr-a", "count": 4}, ["realign.0", "hsr-a restores whole heads"]),
+        ({"method": "random", "count": 4, "swap": True}, ["realign.0", "only gain can swap"]),
+        (
+            {"method": "random", "count": 4, "search": {"target_asr": 1, "target_rsr": 1}},
+            ["realign.0.search", "exclude each other"],
+        ),
+        (
+            {"method": "random", "count": 4, "search": {"points": 0}},
+            ["realign.0.search.points", "got 0"],
+        ),
+    ],
+    ids=lambda one: json.dumps(one)[:40],
+)
+def test_budgets_in_a_recipe(
+    world: World, refused: Refused, variant: dict[str, Any], parts: list[str]
+) -> None:
+    has(refused("run", world.recipe(realign=[variant]), "--out", "run"), *parts)
+
+
+def test_prompts_of_one_kind_only(world: World, refused: Refused) -> None:
+    """For gain and for the search; found before anything is pruned or ranked."""
+    lines = world.data.read_text().splitlines(keepends=True)
+    harmful = world.data.with_name("harmful.jsonl")
+    harmful.write_text("".join(line for line in lines if json.loads(line)["harmful"]))
+    search = {"validation": str(harmful)}
+    variant = {"method": "random", "count": 4, "search": search}
+    recipe = world.recipe(realign=[variant])
+    has(refused("run", recipe, "--out", "run"), "harmful.jsonl", "harmless")
+    gain = {"calibration": {"data": str(harmful)}, "realign": [{"method": "gain", "count": 4}]}
+    recipe = world.recipe(pruned=str(world.pruned), **gain)
+    has(refused("run", recipe, "--out", "run"), "harmful.jsonl", "harmless")
+    words = ["--method", "random", "--count", 4, "--search", "--validation", harmful]
+    has(refused(*_realign(world, world.model, world.pruned), *words), "harmful.jsonl", "harmless")
+
+
 # Data
 
 
@@ -520,7 +583,7 @@ def test_dry_run(world: World, capsys: pytest.CaptureFixture[str], in_place: boo
     where = ["--in-place"] if in_place else ["--out", world.root / "out"]
     run_ok("apply", world.pruned, world.patch, *where, "--dry-run")
     shown = capsys.readouterr().out
-    has(shown, "restored weights", "already on", "would change, in", "Nothing was written")
+    has(shown, "weights", "already on", "would change, in", "Nothing was written")
     assert tree(world.root) == before
 
 
@@ -755,6 +818,47 @@ def test_realign_makes_its_own_inputs(world: World, monkeypatch: pytest.MonkeyPa
         "hsr.heads.safetensors",
         "hsr.statistics.safetensors",
     }
+
+
+@pytest.mark.slow
+def test_gain_and_search(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.root)
+    words = ["realign", "model", "pruned", "--method", "gain", "--budget", 20, "--steps", 2]
+    words += ["--data", world.data, "--samples", 4, "--device", "cpu", "--search", "--points", 2]
+    words += ["--validation", world.data, "--max-new-tokens", 2, "--out", "gain.safetensors"]
+    run_ok(*words)
+    shown = " ".join(capsys.readouterr().out.split())
+    has(shown, "gain.safetensors:", "weights come back", "per 10,000 of")
+    made = {path.name for path in world.root.glob("gain*")}
+    assert made == {
+        "gain.safetensors",
+        "gain.ranking.safetensors",
+        "gain.curve.json",
+        "gain.curve",
+    }
+    curve = json.loads((world.root / "gain.curve.json").read_text())
+    chosen = curve["chosen"]
+    assert f"{chosen:,} weights come back" in shown
+    before = tree(world.root)
+    run_ok(*words)
+    assert tree(world.root) == before
+    run_ok("apply", "pruned", "gain.safetensors", "--out", "realigned")
+    run_ok("revert", "realigned", "gain.safetensors", "--out", "off")
+    assert shards(world.root / "off") == shards(world.pruned)
+
+
+@pytest.mark.slow
+def test_gain_with_swaps_tells_both(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.root)
+    words = ["realign", "model", "pruned", "--method", "gain", "--count", 5, "--steps", 1]
+    words += ["--swap", "--data", world.data, "--samples", 4, "--device", "cpu"]
+    run_ok(*words, "--trust", 1000, "--out", "swap.safetensors")
+    shown = " ".join(capsys.readouterr().out.split())
+    has(shown, "5 weights come back and 5 kept ones go in exchange")
 
 
 def test_someone_elses_extra_tensors_are_no_obstacle(world: World) -> None:

@@ -18,6 +18,7 @@ from regraft.heads.score import load_heads
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
 from regraft.restoration.patch import load_patch
+from regraft.restoration.ranking import load_ranking
 
 pytestmark = pytest.mark.slow
 
@@ -71,6 +72,17 @@ def test_head_scores(both: tuple[Path, Path]) -> None:
     one, two = (load_heads(folder / "heads", anatomy) for folder in both)
     torch.testing.assert_close(two.ships, one.ships)
     torch.testing.assert_close(two.kl, one.kl)
+
+
+def test_rankings_by_gain(both: tuple[Path, Path]) -> None:
+    """Of rounding alone: nearly the same weights, worth nearly the same."""
+    one, two = (load_ranking(folder / "ranking") for folder in both)
+    assert len(one) > 10
+    assert len(two) == pytest.approx(len(one), rel=0.1)
+    a, b = (set(zip(r.linear.tolist(), r.position.tolist(), strict=True)) for r in (one, two))
+    assert len(a & b) >= 0.9 * max(len(a), len(b))
+    first = min(len(one), len(two)) // 2
+    torch.testing.assert_close(two.score[:first], one.score[:first], rtol=1e-2, atol=1e-6)
 
 
 def test_answers_and_what_one_process_writes(both: tuple[Path, Path]) -> None:

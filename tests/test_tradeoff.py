@@ -184,7 +184,7 @@ def test_a_curve_is_evaluations_of_more_and_more_weights(bench: Bench, tmp_path:
     points = read_points(out)
     expected = choose(points, Bounds(**curve["bounds"]))
     assert expected is not None, "the pruned model itself keeps to the bounds"
-    assert (curve["chosen"], count) == (expected, points[expected].restored)
+    assert curve["chosen"] == count == points[expected].restored
     harmful, harmless = (
         bench.validation.model_copy(update={"kind": kind}) for kind in ("harmful", "harmless")
     )
@@ -246,7 +246,7 @@ def rates_of(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[float, float, f
         ({"target_rsr": 90.0, "over_refusal": 20.0}, 750),
         ({"target_asr": 10.0, "utility": 30.0, "over_refusal": 50.0}, 1000),
         ({"reference": "dense"}, 0),
-        ({"most": 100.0}, 0),
+        ({"most": 100.0}, 250),
     ],
 )
 def test_the_search_keeps_to_its_bounds(
@@ -261,16 +261,13 @@ def test_the_search_keeps_to_its_bounds(
     rates_of |= {250: (0.7, 0.11, 0.6), 500: (0.6, 0.2, 0.6), 750: (0.25, 0.3, 0.61)}
     rates_of |= {1000: (0.2, 0.3, 0.6)}
     most = int(100 * read_pruned(bench) / 10_000) if "most" in fields else 1000
-    for i in range(1, 5):
-        rates_of.setdefault(round(most * i / 4), (0.8, 0.9, 0.6))
+    rates_of.setdefault(most, (0.8, 0.9, 0.6))
     out = tmp_path / "curve.json"
     assert bench.search(out, points=4, **fields) == expected
     curve = read_json(out)
-    assert [one["restored"] for one in curve["points"]] == [round(most * i / 4) for i in range(5)]
-    if "reference" in fields:
-        assert curve["chosen"] is None
-    else:
-        assert curve["points"][curve["chosen"]]["restored"] == expected
+    grid = [0, *(250 * i for i in range(1, 5) if 250 * i < most), most]
+    assert [one["restored"] for one in curve["points"]] == grid
+    assert curve["chosen"] == (None if "reference" in fields else expected)
 
 
 def read_pruned(bench: Bench) -> int:
@@ -367,7 +364,7 @@ def test_a_run_that_searches(tmp_path: Path) -> None:
     variants = {one.name: one for one in made.variants}
     assert list(variants) == ["dense", "pruned", "gain", "never", "random"]
     curve = json.loads((run / "curves" / "gain.json").read_text())
-    chosen = curve["points"][curve["chosen"]]["restored"]
+    chosen = curve["chosen"]
     patch = load_patch(run / "patches" / "gain.safetensors")
     assert patch.restored == chosen == variants["gain"].restored
     realigned = open_checkpoint(run / "realigned" / "gain")

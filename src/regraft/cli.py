@@ -16,7 +16,7 @@ from rich.text import Text
 
 import regraft
 from regraft import ranks
-from regraft.checks import check_top_heads
+from regraft.checks import check_top_heads, read_suites
 from regraft.console import (
     ConsoleWatch,
     show_heads,
@@ -241,6 +241,8 @@ def realign(
         check_top_heads(dense_source, settings)
         if search and not settings.ranked:
             raise RegraftError("--search chooses a number of weights: give a --budget too.")
+        if search:
+            read_suites(dense_source, stages.suites_of(choice), choice.validation_limit)
         if out.exists():
             load_patch(out)  # anything else in its place is an error before long work
         if settings.by_heads and heads_file is None:

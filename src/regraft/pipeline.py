@@ -151,6 +151,15 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
     session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
     for variant in recipe.realign:
         check_top_heads(dense, variant)
+        if variant.method == "gain":
+            for harmful_ones in (True, False):
+                reading = draw_calibration(
+                    dense, _calibration_of(variant, recipe), harmful=harmful_ones
+                )
+                check_shares(reading.examples[: variant.batch], recipe.compute)
+        if variant.search is not None:
+            suites = stages.suites_of(variant.search)
+            session.reading(dense, suites, variant.search.validation_limit)
     for defence in recipe.defend:
         check_direction_layer(dense, defence)
         if defence.searches:
@@ -212,9 +221,7 @@ def _realign(
     )
     ranking, count = None, None
     if settings.ranked:
-        calibration = recipe.calibration
-        if settings.responses is not None:
-            calibration = calibration.model_copy(update={"responses": settings.responses})
+        calibration = _calibration_of(settings, recipe)
         ranking = place.ranking(pruning, _ranking_name(settings, calibration))
         if not ranking.exists():
             session.unload()
@@ -261,6 +268,12 @@ def _realign(
     written = stages.apply(pruned.folder, patch, place.realigned(pruning, settings.name), watch)
     realigned = open_source(written, trust_remote_code=recipe.compute.trust_remote_code)
     _evaluate(realigned, out, dense, recipe, watch, session)
+
+
+def _calibration_of(settings: VariantSettings, recipe: Recipe) -> CalibrationSettings:
+    if settings.responses is None:
+        return recipe.calibration
+    return recipe.calibration.model_copy(update={"responses": settings.responses})
 
 
 def _ranking_name(settings: VariantSettings, calibration: CalibrationSettings) -> str:

@@ -23,7 +23,7 @@ from regraft.stages.pruning import prune
 from regraft.stages.ranking import rank
 from regraft.stages.realigning import needs_statistics, realign
 from regraft.stages.scoring import heads
-from regraft.stages.searching import search
+from regraft.stages.searching import search, suites_of
 from regraft.stages.session import Session
 from regraft.stages.tuning import tune
 
@@ -48,5 +48,6 @@ __all__ = [
     "revert_in_place",
     "search",
     "statistics",
+    "suites_of",
     "tune",
 ]
