@@ -21,7 +21,7 @@ from regraft.checks import check_r_max, check_top_heads, draw_calibration
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import Point, choose
 from regraft.evaluation.tuned import NOTE, Cost, Tried, Tuned, best_first
-from regraft.files import digest, require_empty, write_json, write_text
+from regraft.files import digest, disk_errors, require_empty, write_json, write_text
 from regraft.keys import describe, holds
 from regraft.models.load import Source, pick_device
 from regraft.recipe import (
@@ -338,15 +338,14 @@ def _settings(job: Job) -> dict[str, Any]:
 
 
 def _claim(place: TuneFolder, about: Mapping[str, Any]) -> None:
-    if place.about.exists():
-        holds(place.about, place.about, about)
-        return
-    if not place.locks.exists():  # else another worker is here at this moment
+    if not place.locks.exists():  # else another worker is here, perhaps at this moment
         require_empty(place.path)
-    place.locks.mkdir(parents=True, exist_ok=True)
+    with disk_errors(place.locks):
+        place.locks.mkdir(parents=True, exist_ok=True)
     with Trials.alone(place.locks, "claim"):
-        if not holds(place.about, place.about, about):
+        if not place.about.exists():
             write_json(place.about, about)
+        holds(place.path, place.about, about)
 
 
 def _share(job: Job, watch: Watch) -> None:

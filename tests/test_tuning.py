@@ -1,0 +1,463 @@
+"""Tuning: trials are shared and resumed, bounds count, the outcome fits into a recipe."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import pico
+from disk import tree, write_data
+from regraft import stages
+from regraft.cli import main
+from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
+from regraft.evaluation.results import Estimate
+from regraft.evaluation.tradeoff import Bounds, Point
+from regraft.evaluation.tuned import Cost, Tried, Tuned, best_first
+from regraft.files import read_json
+from regraft.heads.score import load_heads
+from regraft.models.load import open_source
+from regraft.recipe import (
+    CalibrationSettings,
+    ComputeSettings,
+    EvalSettings,
+    HeadSettings,
+    PruneSettings,
+    RealignSettings,
+    SearchSettings,
+    TuneSettings,
+    VariantSettings,
+)
+from regraft.restoration.patch import load_patch
+from regraft.stages import tuning
+from regraft.stages.optimising import Between, Finished, Trials
+
+pytest.importorskip("optuna")
+COMPUTE = ComputeSettings(device="cpu", batch_size=4)
+EVALUATION = EvalSettings(max_new_tokens=2, full_answers=False)
+SPACE = {"x": Between(-1.0, 1.0), "k": Between(1, 8, log=True, whole=True), "w": ("a", "b")}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense and a pruned pico model, and data; leave them unchanged."""
+    root = tmp_path_factory.mktemp("tuning")
+    dense = open_source(pico.save("qwen2_vl", root / "dense", torch.bfloat16))
+    data = DataSource(name="jsonl", path=write_data(root / "data", 4))
+    calibration = CalibrationSettings(data=data, samples=4)
+    stages.prune(dense, root / "pruned", PruneSettings(order="one-shot"), calibration, COMPUTE)
+    return root
+
+
+@pytest.fixture
+def tune(root: Path, tmp_path: Path) -> Callable[..., Tuned]:
+    """`tune(method, trials=3)` into `tmp_path`/tuned; settings by their names."""
+
+    def run(method: RealignSettings, **changes: Any) -> Tuned:
+        data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
+        own = {k: changes.pop(k) for k in list(changes) if k in TuneSettings.model_fields}
+        given = {
+            "out": tmp_path / "tuned",
+            "calibration": CalibrationSettings(data=data, samples=4),
+            "choice": SearchSettings(validation=data, validation_limit=2, points=2),
+            "tuning": TuneSettings(r_max_range=(1, 3), top_heads_range=(1, 4), **own),
+            "scoring": HeadSettings(r_max=2),
+            "evaluation": EVALUATION,
+            "compute": COMPUTE,
+        }
+        pair = open_source(root / "dense"), open_source(root / "pruned")
+        return stages.tune(*pair, method=method, **given | changes)
+
+    return run
+
+
+# --- trials ---
+
+
+def _trials(folder: Path, seed: int = 0, random: int = 3) -> Trials:
+    return Trials(folder / "study.db", folder / "locks", SPACE, seed, random)
+
+
+def _goal(settings: Any) -> float:
+    return float(settings["x"] ** 2 + settings["k"] + (settings["w"] == "b"))
+
+
+def _run(trials: Trials, most: int) -> list[Finished]:
+    while True:
+        with trials.take(most) as task:
+            if task is None:
+                return trials.finished()
+            trials.finish(task, _goal(task.settings))
+
+
+def test_trials_of_one_worker_are_the_same_with_and_without_a_stop(tmp_path: Path) -> None:
+    at_once = _run(_trials(tmp_path / "a"), 8)
+    _run(_trials(tmp_path / "b"), 3)
+    with pytest.raises(KeyboardInterrupt), _trials(tmp_path / "b").take(8) as task:
+        assert task is not None
+        raise KeyboardInterrupt
+    assert _run(_trials(tmp_path / "b"), 8) == at_once
+    assert [one.number for one in at_once] == list(range(8))
+    assert _run(_trials(tmp_path / "c", seed=1), 8) != at_once
+
+
+def test_no_two_workers_have_one_trial_and_no_more_than_asked_for(tmp_path: Path) -> None:
+    a, b = _trials(tmp_path), _trials(tmp_path)
+    with a.take(2) as first, b.take(2) as second, a.take(2) as third:
+        assert first is not None
+        assert second is not None
+        assert {first.number, second.number} == {0, 1}
+        assert third is None
+        b.finish(second, 1.0)
+    with b.take(2) as left:
+        assert left is not None
+        assert (left.number, left.settings) == (first.number, first.settings)
+
+
+def test_a_failed_trial_does_not_count(tmp_path: Path) -> None:
+    trials = _trials(tmp_path)
+    with pytest.raises(ValueError, match="bad luck"), trials.take(1):
+        raise ValueError("bad luck")
+    assert trials.failed() == 1
+    assert [one.number for one in _run(trials, 1)] == [1]
+
+
+def test_a_trial_killed_while_it_was_drawn_is_given_up(tmp_path: Path) -> None:
+    trials = _trials(tmp_path)
+    with pytest.raises(KeyboardInterrupt), trials.take(2):
+        raise KeyboardInterrupt
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        database.execute("delete from trial_params where param_name = 'w'")
+    assert [one.number for one in _run(_trials(tmp_path), 2)] == [1, 2]
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+def test_the_sampler_heeds_constraints(tmp_path: Path, constrained: bool) -> None:
+    """The lower x the better: TPE goes to -1, but to 0 where x >= 0 is asked for."""
+    space = {"x": Between(-1.0, 1.0)}
+    trials = Trials(tmp_path / "study.db", tmp_path / "locks", space, seed=0, random=8)
+    for _ in range(30):
+        with trials.take(30) as task:
+            assert task is not None
+            if constrained:
+                task.constraints["low"] = max(0.0, -task.settings["x"])
+            trials.finish(task, task.settings["x"])
+    late = torch.tensor([one.value for one in trials.finished()[20:]])
+    assert late.median() == pytest.approx(0.0 if constrained else -1.0, abs=0.2)
+
+
+# --- which trial is best ---
+
+
+def _rate(value: float) -> Estimate:
+    return Estimate(value, 10, max(0.0, value - 0.1), min(1.0, value + 0.1), round(10 * value))
+
+
+def _point(asr: float, over_refusal: float = 0.0, utility: float = 0.5, restored: int = 1) -> Point:
+    return Point(restored, _rate(asr), _rate(over_refusal), _rate(utility))
+
+
+def test_bounds_come_before_asr() -> None:
+    bounds = Bounds(None, 0.1, 0.5)
+    points = [
+        _point(0.0, over_refusal=0.3),
+        _point(0.4),
+        _point(0.2, restored=5),
+        _point(0.1, utility=0.4),
+        _point(0.2, restored=3),
+    ]
+    tried = [Tried(i, {}, point, bounds.excess(point), Cost()) for i, point in enumerate(points)]
+    ordered = best_first(tried)
+    assert [one.number for one in ordered] == [4, 2, 1, 3, 0]
+    assert [one.within for one in ordered] == [True, True, True, False, False]
+    assert ordered[3].excess == pytest.approx({"over_refusal": 0.0, "utility": 0.1})
+    assert ordered[4].excess == pytest.approx({"over_refusal": 0.2, "utility": 0.0})
+    tuned = Tuned("hsr", ordered, bounds, points[0], points[0], 100, 0)
+    assert tuned.best is ordered[0]
+    assert replace(tuned, trials=ordered[3:]).best is None
+
+
+def test_costs_add_up() -> None:
+    total = Cost.total([Cost({"rank": 1.0}, 2, 8), Cost({"rank": 2.0, "heads": 3.0}, 3, 12, 7)])
+    assert total == Cost({"rank": 3.0, "heads": 3.0}, 5, 20, 7)
+
+
+# --- tuning ---
+
+
+def test_hsr_by_q(tune: Callable[..., Tuned], tmp_path: Path) -> None:
+    tuned, out = tune(RealignSettings(), trials=3), tmp_path / "tuned"
+    names = {"q", "p_max", "scope", "top_heads", "criterion", "r_max"}
+    assert all(one.settings.keys() == names for one in tuned.trials)
+    content = read_json(out / "tuned.json")
+    assert [one["number"] for one in content["trials"]] == [one.number for one in tuned.trials]
+    assert content["best"]["asr"]["n"] == 2
+    assert content["best"]["asr"]["low"] < content["best"]["asr"]["high"]
+    cost = content["cost"]
+    assert cost["trials"] == 3
+    assert cost["prompts"] == 4 * cost["evaluations"]
+    answers = list(out.rglob("answers.jsonl"))
+    nothing = sum(not one.point.restored for one in tuned.trials)
+    assert cost["evaluations"] == len(answers) - nothing
+    assert {"heads", "statistics", "references", "realign", "evaluate"} <= cost["seconds"].keys()
+    assert cost["total_seconds"] == pytest.approx(sum(cost["seconds"].values()))
+    for one in tuned.trials:
+        patch = load_patch(out / "trials" / f"{one.number:04d}" / "patch.safetensors")
+        assert patch.restored == one.point.restored
+        made = patch.about["settings"]
+        assert {k: made[k] for k in names - {"r_max"}} == {
+            k: v for k, v in one.settings.items() if k != "r_max"
+        }
+        scores = out / "heads" / f"r_max-{one.settings['r_max']}.safetensors"
+        assert scores.exists()
+    _fits_into_a_recipe(tuned, out)
+
+
+def _fits_into_a_recipe(tuned: Tuned, out: Path) -> VariantSettings:
+    (item,) = yaml.safe_load((out / "best.yaml").read_text())
+    variant = VariantSettings(**item)
+    assert tuned.best is not None
+    for name, value in tuned.best.settings.items():
+        if name != "r_max":
+            assert getattr(variant, name) == value
+    return variant
+
+
+def test_a_second_start_does_the_rest(tune: Callable[..., Tuned], tmp_path: Path) -> None:
+    tune(RealignSettings(), trials=2)
+    before = tree(tmp_path / "tuned" / "trials")
+    assert {one.number for one in tune(RealignSettings(), trials=3).trials} == {0, 1, 2}
+    after = tree(tmp_path / "tuned" / "trials")
+    assert after.items() >= before.items()
+    assert {name.partition("/")[0] for name in after.keys() - before.keys()} == {"0002"}
+    tune(RealignSettings(), trials=1)
+    assert tree(tmp_path / "tuned" / "trials") == after
+
+
+def test_bounds_decide(
+    tune: Callable[..., Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every weight back lowers ASR, and of too many over-refusal is out of bounds."""
+    true, most = tuning.evaluate_point, 600
+
+    def fake(*arguments: Any) -> Point:
+        restored, patch = arguments[3], arguments[-1]
+        if patch is None:
+            return true(*arguments)
+        return _point(1 / (1 + restored), float(restored > most), 1.0, restored)
+
+    monkeypatch.setattr(tuning, "evaluate_point", fake)
+    tuned = tune(RealignSettings(heads="all"), trials=8)
+    restored = [one.point.restored for one in tuned.trials]
+    assert max(restored) > most, "a trial out of bounds is what this is about"
+    assert tuned.best is not None
+    assert tuned.best.point.restored == max(one for one in restored if one <= most)
+    assert tuned.best.point.asr.value > min(one.point.asr.value for one in tuned.trials)
+    most = -1
+    shutil.rmtree(tmp_path / "tuned")
+    assert tune(RealignSettings(heads="all"), trials=2).best is None
+    assert read_json(tmp_path / "tuned" / "tuned.json")["best"] is None
+    assert not (tmp_path / "tuned" / "best.yaml").exists()
+
+
+def test_set_difference_takes_the_best_prefix(tune: Callable[..., Tuned], tmp_path: Path) -> None:
+    method = RealignSettings(method="set-difference", count=40)
+    tuned, out = tune(method, trials=3, keep=("scope",)), tmp_path / "tuned"
+    assert all(one.settings.keys() == {"p"} for one in tuned.trials)
+    assert all(one.point.restored in (20, 40) for one in tuned.trials)
+    variant = _fits_into_a_recipe(tuned, out)
+    assert tuned.best is not None
+    assert variant.count == tuned.best.point.restored
+    assert variant.search is None
+    for number in range(3):
+        assert len(read_json(out / "trials" / f"{number:04d}" / "curve.json")["points"]) == 3
+    assert len(list((out / "references").iterdir())) == 2
+
+
+def test_equal_settings_share_a_ranking(tune: Callable[..., Tuned], tmp_path: Path) -> None:
+    method = RealignSettings(method="set-difference", count=20)
+    tune(method, trials=2, p_range=(0.1, 0.1), keep=("scope",))
+    assert len(list((tmp_path / "tuned" / "rankings").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_gain(tune: Callable[..., Tuned], tmp_path: Path) -> None:
+    method = RealignSettings(method="gain", count=30, top_heads=2)
+    tuned = tune(method, trials=2, steps_range=(1, 2))
+    assert {"utility_weight", "trust", "steps", "within", "constraint"} == set(
+        tuned.trials[0].settings
+    )
+    samples = 2 * 4  # of both kinds
+    assert 2 * samples <= tuned.cost.gradients <= 4 * samples
+    assert tuned.cost.gradients % samples == 0
+    variant = _fits_into_a_recipe(tuned, tmp_path / "tuned")
+    assert variant.count == 30
+    assert tuned.best is not None
+    if tuned.best.point.restored < 30:
+        assert variant.search is not None
+
+
+def test_what_is_tuned_can_be_set(root: Path) -> None:
+    """Every name is a field, or r_max; ranges end where the model or the data do."""
+    dense = open_source(root / "dense")
+    heads = sum(layer.heads for layer in dense.anatomy.layers)
+    for method in ("hsr", "set-difference", "gain"):
+        settings = RealignSettings(method=method, budget=1)
+        space = tuning.space_of(dense, settings, TuneSettings(), HeadSettings(), 0.5, 4)
+        assert space.keys() <= RealignSettings.model_fields.keys() | {"r_max"}
+        assert "q" not in space, "the budget takes its place"
+    space = tuning.space_of(dense, RealignSettings(), TuneSettings(), HeadSettings(), 0.5, 4)
+    assert space["r_max"] == Between(1, 4, whole=True)
+    assert space["top_heads"] == Between(1, min(heads, 32), whole=True)
+    assert space["p_max"] == Between(0.55, 1.0)
+    few = HeadSettings(mode="screened", candidates=3)
+    space = tuning.space_of(dense, RealignSettings(), TuneSettings(), few, 0.5, 4)
+    assert space["top_heads"] == Between(1, 3, whole=True)
+
+
+@pytest.mark.parametrize("mode", ["exact", "screened"])
+def test_kept_states_serve_another_rank(
+    root: Path, tmp_path: Path, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = open_source(root / "dense")
+    data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
+    calibration = CalibrationSettings(data=data, samples=4)
+
+    def heads(name: str, r_max: int, states: Path | None = None) -> Any:
+        settings = HeadSettings(r_max=r_max, mode=mode, candidates=3)
+        return stages.heads(dense, tmp_path / name, settings, calibration, COMPUTE, states=states)
+
+    heads("a", 1, tmp_path / "states")
+    kept = tree(tmp_path / "states")
+    again, alone = heads("b", 3, tmp_path / "states"), heads("c", 3)
+    for one, other in ((again.ships, alone.ships), (again.kl, alone.kl)):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+    now = tree(tmp_path / "states")
+    assert now.items() >= kept.items()
+    if mode == "exact":
+        assert now == kept
+        assert load_heads(tmp_path / "a", dense.anatomy).about["settings"]["r_max"] == 1
+
+
+# --- workers ---
+
+
+def _start(root: str, out: str, trials: int) -> None:
+    """The same command in a process of its own; prints nothing."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    torch.set_num_threads(1)
+    main(_command(Path(root), Path(out), trials))
+
+
+def _command(root: Path, out: Path, trials: int, *more: object) -> list[str]:
+    data = root / "data" / "data.jsonl"
+    words = [
+        *("tune", root / "dense", root / "pruned", "--out", out, "--trials", trials),
+        *("--data", data, "--samples", 4, "--validation", data, "--validation-limit", 2),
+        *("--max-new-tokens", 2, "--r-max", 2, "--r-max-range", 1, 2, "--top-heads-range", 1, 4),
+        *("--device", "cpu", "--batch-size", 4),
+    ]
+    return [str(word) for word in (*words, *more)]
+
+
+@pytest.mark.slow
+def test_two_starts_share_the_trials_and_a_killed_one_leaves_them(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context, out, starts = multiprocessing.get_context("spawn"), tmp_path / "tuned", []
+    for _ in range(2):
+        starts.append(context.Process(target=_start, args=(str(root), str(out), 6)))
+        starts[-1].start()
+    while not (out / "trials" / "0002").exists():  # both are at work
+        assert any(one.is_alive() for one in starts)
+        starts[0].join(0.05)
+    assert starts[0].pid
+    os.kill(starts[0].pid, signal.SIGKILL)
+    for one in starts:
+        one.join()
+    assert [one.exitcode for one in starts] == [-signal.SIGKILL, 0]
+    content = read_json(out / "tuned.json")
+    assert sorted(one["number"] for one in content["trials"]) == list(range(6))
+    main(_command(root, out, 6))
+    assert read_json(out / "tuned.json") == content
+    told = " ".join(capsys.readouterr().out.split())
+    assert "hsr: 6 trials, on validation prompts" in told
+    assert "those of a best of many are optimistic" in told
+
+
+@pytest.mark.slow
+def test_workers(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    main(_command(root, out, 4, "--workers", 2, "--devices", "cpu"))
+    content = read_json(out / "tuned.json")
+    assert sorted(one["number"] for one in content["trials"]) == list(range(4))
+    assert content["cost"]["failed"] == 0
+
+
+# --- errors ---
+
+
+@pytest.fixture
+def refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., str]]:
+    """Run the command line with more words; exit code 2 and nothing written."""
+
+    def run(*words: object) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(_command(root, tmp_path / "refused", 1, *words))
+        message = " ".join(capsys.readouterr().err.split())
+        assert stopped.value.code == 2
+        assert "Traceback" not in message
+        assert not (tmp_path / "refused").exists()
+        return message
+
+    yield run
+
+
+def test_bad_input(refused: Callable[..., str]) -> None:
+    assert "nothing to tune of random" in refused("--method", "random", "--budget", 2)
+    assert "hsr-b" in refused("--method", "hsr-b")
+    assert "needs a `budget`" in refused("--method", "gain")
+    assert "less than one weight" in refused("--method", "gain", "--budget", 1e-5)
+    assert "keep: 'steps' is not tuned here" in refused("--keep", "steps")
+    assert "leave target_asr" in refused("--target-asr", 3)
+    assert "0 < lowest <= highest" in refused("--q-range", 0.5, 0.1)
+    assert "top_heads" in refused("--method", "gain", "--count", 9, "--top-heads", 999)
+
+
+def test_without_optuna(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert "pip install 'regraft[tune]'" in refused()
+
+
+def test_a_folder_of_other_settings_is_refused(
+    tune: Callable[..., Tuned], root: Path, tmp_path: Path
+) -> None:
+    data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
+    choice = SearchSettings(validation=data, validation_limit=2, points=2)
+    tune(RealignSettings(), trials=1)
+    before = tree(tmp_path / "tuned")
+    with pytest.raises(
+        RegraftError, match=r"settings\.method\.score: \"wanda\" there, \"magnitude\""
+    ):
+        tune(RealignSettings(score="magnitude"), trials=2)
+    with pytest.raises(RegraftError, match=r"settings\.search\.points: 2 there, 3 now"):
+        tune(RealignSettings(), choice=choice.model_copy(update={"points": 3}))
+    assert tree(tmp_path / "tuned") == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    with pytest.raises(RegraftError, match="not empty"):
+        tune(RealignSettings(), out=tmp_path / "other")
