@@ -161,9 +161,33 @@ def test_stopping_keeps_finished_batches(
         _ask(source, data, out, max_response_tokens=6)
     stop, calls = 99, []
     found = _ask(source, data, out, max_response_tokens=6)
-    assert calls == [(f"part_{i:05d}", i < 2) for i in range(4)]
+    assert calls == [(f"part_{i:05d}_of_2", i < 2) for i in range(4)]
     assert found == _ask(source, data, tmp_path / "whole", max_response_tokens=6)
     assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_more_processes_go_on_after_a_kill(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take more prompts at once, so that what one process left is not for the same prompts."""
+    data = _data(tmp_path / "data")
+    own, calls = answering.generate, []
+    monkeypatch.setattr(KeywordJudge, "refuses", lambda _self, _text: True)
+    whole = _ask(source, data, tmp_path / "whole", max_response_tokens=6)
+
+    def stopped(model: Any, processor: Any, examples: Any, partial: Path, **how: Any) -> Any:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(0)
+        return own(model, processor, examples, partial, **how)
+
+    monkeypatch.setattr(answering, "generate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        _ask(source, data, tmp_path / "out", max_response_tokens=6)
+    monkeypatch.setattr(answering, "generate", own)
+    monkeypatch.setattr(answering.ranks, "world", lambda: 2)
+    monkeypatch.setattr(answering.ranks, "share", lambda items: items)  # it does all of the work
+    assert _ask(source, data, tmp_path / "out", max_response_tokens=6) == whole
 
 
 @pytest.mark.parametrize(

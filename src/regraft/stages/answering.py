@@ -101,15 +101,15 @@ def _answer(
     model, processor = load(dense, compute, watch)
     judge, kept = KeywordJudge(), 0
     answers: list[Response] = []
-    chunks = batches(prompts.examples, compute.batch_size * ranks.world())
+    size = compute.batch_size * ranks.world()
     wanted = min(calibration.samples, len(prompts.examples))
     with watch.task("Writing responses", wanted, "kept responses") as done:
-        for i, chunk in enumerate(chunks):
+        for i, chunk in enumerate(batches(prompts.examples, size)):
             texts = generate(
                 model,
                 processor,
                 chunk,
-                work / f"part_{i:05d}",
+                work / f"part_{i:05d}_of_{size}",  # another number of processes cuts other parts
                 max_new_tokens=calibration.max_response_tokens,
                 batch_size=compute.batch_size,
             )

@@ -15,7 +15,7 @@ from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.heads.score import HeadScores, load_heads
 from regraft.importance.statistics import ImportanceStatistics, load_statistics
-from regraft.keys import describe, is_done, working
+from regraft.keys import describe, difference, is_done, working
 from regraft.models.load import Source, pick_device
 from regraft.recipe import (
     ComputeSettings,
@@ -117,6 +117,12 @@ def _of_ranking(
             raise RegraftError(
                 f"{ranking_file} was made from another {role} checkpoint than {source.folder}."
             )
+    wanted = settings.model_dump(mode="json")
+    if ranking.about["settings"] != wanted:
+        raise RegraftError(
+            f"{ranking_file} was made with other settings "
+            f"({difference(ranking.about['settings'], wanted)}). Rank again, or give its own."
+        )
     looked = survey(dense, pruned)
     inputs = {
         "dense": dense.checkpoint.fingerprint,
