@@ -186,7 +186,8 @@ def test_bounds_come_before_asr() -> None:
     assert ordered[4].excess == pytest.approx({"over_refusal": 0.2, "utility": 0.0})
     tuned = Tuned("hsr", ordered, bounds, points[0], points[0], 100, 0)
     assert tuned.best is ordered[0]
-    assert replace(tuned, trials=ordered[3:]).best is None
+    nothing = replace(ordered[2], point=_point(0.4, restored=0))
+    assert replace(tuned, trials=(nothing, *ordered[3:])).best is None
 
 
 def test_costs_add_up() -> None:
@@ -209,8 +210,7 @@ def test_hsr_by_q(tune: Callable[..., Tuned], tmp_path: Path) -> None:
     assert cost["trials"] == 3
     assert cost["prompts"] == 4 * cost["evaluations"]
     answers = list(out.rglob("answers.jsonl"))
-    nothing = sum(not one.point.restored for one in tuned.trials)
-    assert cost["evaluations"] == len(answers) - nothing
+    assert cost["evaluations"] == len(answers)
     assert {"heads", "statistics", "references", "realign", "evaluate"} <= cost["seconds"].keys()
     assert cost["total_seconds"] == pytest.approx(sum(cost["seconds"].values()))
     for one in tuned.trials:
@@ -250,7 +250,7 @@ def test_bounds_decide(
     tune: Callable[..., Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every weight back lowers ASR, and of too many over-refusal is out of bounds."""
-    true, most = tuning.evaluate_point, 600
+    true, most = tuning.evaluate_point, 5000
 
     def fake(*arguments: Any) -> Point:
         restored, patch = arguments[3], arguments[-1]
@@ -259,7 +259,7 @@ def test_bounds_decide(
         return _point(1 / (1 + restored), float(restored > most), 1.0, restored)
 
     monkeypatch.setattr(tuning, "evaluate_point", fake)
-    tuned = tune(RealignSettings(heads="all"), trials=8)
+    tuned = tune(RealignSettings(heads="all"), trials=8, q_range=(0.4, 1.0))
     restored = [one.point.restored for one in tuned.trials]
     assert max(restored) > most, "a trial out of bounds is what this is about"
     assert tuned.best is not None
@@ -296,9 +296,8 @@ def test_equal_settings_share_a_ranking(tune: Callable[..., Tuned], tmp_path: Pa
 def test_gain(tune: Callable[..., Tuned], tmp_path: Path) -> None:
     method = RealignSettings(method="gain", count=30, top_heads=2)
     tuned = tune(method, trials=2, steps_range=(1, 2))
-    assert {"utility_weight", "trust", "steps", "within", "constraint"} == set(
-        tuned.trials[0].settings
-    )
+    names = {"utility_weight", "utility_share", "trust", "steps", "within", "constraint"}
+    assert tuned.trials[0].settings.keys() == names
     samples = 2 * 4  # of both kinds
     assert 2 * samples <= tuned.cost.gradients <= 4 * samples
     assert tuned.cost.gradients % samples == 0
@@ -358,7 +357,13 @@ def _start(root: str, out: str, trials: int) -> None:
     """The same command in a process of its own; prints nothing."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)
-    main(_command(Path(root), Path(out), trials))
+    _main(Path(root), Path(out), trials)
+
+
+def _main(*words: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(_command(*words))
+    assert stopped.value.code == 0
 
 
 def _command(root: Path, out: Path, trials: int, *more: object) -> list[str]:
@@ -390,7 +395,7 @@ def test_two_starts_share_the_trials_and_a_killed_one_leaves_them(
     assert [one.exitcode for one in starts] == [-signal.SIGKILL, 0]
     content = read_json(out / "tuned.json")
     assert sorted(one["number"] for one in content["trials"]) == list(range(6))
-    main(_command(root, out, 6))
+    _main(root, out, 6)
     assert read_json(out / "tuned.json") == content
     told = " ".join(capsys.readouterr().out.split())
     assert "hsr: 6 trials, on validation prompts" in told
@@ -400,7 +405,7 @@ def test_two_starts_share_the_trials_and_a_killed_one_leaves_them(
 @pytest.mark.slow
 def test_workers(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
-    main(_command(root, out, 4, "--workers", 2, "--devices", "cpu"))
+    _main(root, out, 4, "--workers", 2, "--devices", "cpu")
     content = read_json(out / "tuned.json")
     assert sorted(one["number"] for one in content["trials"]) == list(range(4))
     assert content["cost"]["failed"] == 0

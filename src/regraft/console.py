@@ -262,7 +262,11 @@ def show_tuned(console: Console, tuned: Tuned) -> None:
         f"The search took {len(tuned.trials)} trials{failed}, {sum(cost.seconds.values()):.0f} s "
         f"({stages}), {cost.evaluations:,} evaluations with {cost.prompts:,} answers{gradients}."
     )
-    nothing = "" if tuned.best else "No trial keeps to the bounds; nothing is recommended. "
+    nothing = (
+        ""
+        if tuned.best
+        else "No trial with weights back keeps to the bounds; nothing is recommended. "
+    )
     console.print(nothing + told, highlight=False, markup=False)
     console.print(NOTE, style="dim", highlight=False, markup=False)
 

@@ -471,6 +471,9 @@ class TuneSettings(Settings):
     utility_weight_range: tuple[float, float] = Field(
         (0.1, 10.0), description="gain: on a log scale."
     )
+    utility_share_range: tuple[float, float] = Field(
+        (0.01, 1.0), description="gain: on a log scale."
+    )
     trust_range: tuple[float, float] = Field((0.1, 1.0), description="gain: on a log scale.")
     steps_range: tuple[int, int] = Field((5, 40), description="gain: on a log scale.")
 

@@ -76,8 +76,8 @@ class Tuned:
 
     @property
     def best(self) -> Tried | None:
-        """The best trial, None where none keeps to the bounds."""
-        return next((one for one in self.trials if one.within), None)
+        """The best trial, None where none keeps to the bounds with any weight back."""
+        return next((one for one in self.trials if one.within and one.point.restored), None)
 
     @property
     def cost(self) -> Cost:

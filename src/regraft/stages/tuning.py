@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -37,6 +37,7 @@ from regraft.recipe import (
     VariantSettings,
     explain,
 )
+from regraft.restoration.gain import Constraint
 from regraft.restoration.realign import check_pair, survey
 from regraft.stages.evaluating import read_evaluation
 from regraft.stages.gathering import statistics
@@ -265,7 +266,8 @@ def space_of(
             "trust": Between(*tuning.trust_range, log=True),
             "steps": Between(*tuning.steps_range, log=True, whole=True),
             "within": ("all", "attention", "heads"),
-            "constraint": ("utility-gain", "none"),
+            "constraint": get_args(Constraint),
+            "utility_share": Between(*tuning.utility_share_range, log=True),
         }
     elif method.method == "set-difference":
         space |= {"p": _from(kept, tuning.p_range, 0.999), "scope": ("row", "matrix")}
@@ -436,7 +438,7 @@ class _Worker:
             full = self._point(job.place.references / "dense", job.dense)
             before = self._point(job.place.references / "pruned", job.pruned)
         counting = _Counting(self.watch)
-        points = self._points(task.number, method, files, counting, clock)
+        points = self._points(task.number, method, files, before, counting, clock)
         bounds = bounds_by(job.choice, full, before)
         chosen = choose(points, bounds)
         point = (
@@ -463,10 +465,11 @@ class _Worker:
         number: int,
         method: RealignSettings,
         files: tuple[Path | None, Path | None],
+        before: Point,
         counting: Watch,
         clock: _Clock,
     ) -> list[Point]:
-        """With weights back; the pruned model itself where none can come back."""
+        """With weights back; the pruned model, `before`, where none can come back."""
         job, own = self.job, self.job.place.trial(number)
         if not method.ranked:
             patch = own / "patch.safetensors"
@@ -474,6 +477,8 @@ class _Worker:
                 made = realign(
                     job.dense, job.pruned, patch, method, *files, job.compute, self.watch
                 )
+            if not made.restored:
+                return [before]
             with clock.of("evaluate"):
                 return [self._point(own / "evaluation", job.pruned, made.restored, patch)]
         of_heads = "" if files[0] is None else files[0].stem
@@ -508,8 +513,7 @@ class _Worker:
                 self.session,
                 job.place.references,
             )
-        before, *points = read_curve(curve)
-        return points or [before]
+        return read_curve(curve)[1:] or [before]
 
     def _files(
         self, method: RealignSettings, r_max: int, clock: _Clock
