@@ -241,6 +241,10 @@ def realign(
         check_top_heads(dense_source, settings)
         if search and not settings.ranked:
             raise RegraftError("--search chooses a number of weights: give a --budget too.")
+        if search:
+            stages.check_search(dense_source, choice, compute, stages.Session())
+        elif choice != SearchSettings():
+            raise RegraftError("Bounds, targets and points are those of a search: add --search.")
         if out.exists():
             load_patch(out)  # anything else in its place is an error before long work
         if settings.by_heads and heads_file is None:
