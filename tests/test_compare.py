@@ -295,6 +295,28 @@ def test_without_harmless_prompts_or_suites() -> None:
     assert "hsr" in render_comparison_html(found)
 
 
+def test_a_pruning_that_is_only_evaluated_has_no_methods_to_test() -> None:
+    bare = [
+        replace(
+            one,
+            report=replace(
+                one.report,
+                variants=(
+                    *one.report.variants,
+                    replace(one.report.variants[1], name="other", label="other"),
+                ),
+            ),
+        )
+        for one in RUNS
+    ]
+    study = compare(bare, ["hsr"])
+    assert [table.against for table in study.tables] == [("hsr",), ()]
+    markdown = render_comparison_markdown(study)
+    header, rule, first = markdown.split("## other")[1].strip().splitlines()[:3]
+    assert "p, hsr" not in header
+    assert header.count("|") == rule.count("|") == first.count("|")
+
+
 @pytest.mark.parametrize(
     ("runs", "against", "named"),
     [

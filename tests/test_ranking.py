@@ -55,12 +55,17 @@ matrices = st.lists(
 )
 
 
-@given(matrices, st.integers(0, 40), st.booleans())
-def test_the_best_of_all_equal_one_sort(keys: list[Any], count: int, swaps: bool) -> None:
-    """Ties go to the earlier matrix and position; a score of -inf is no candidate."""
+@given(matrices, st.integers(0, 40), st.booleans(), st.booleans())
+def test_the_best_of_all_equal_one_sort(
+    keys: list[Any], count: int, swaps: bool, backwards: bool
+) -> None:
+    """Ties go to the earlier matrix and position; a score of -inf is no candidate.
+
+    Gain comes by the last layer first.
+    """
     best = Best(count)
     candidates = []
-    for index, matrix in enumerate(keys):
+    for index, matrix in sorted(enumerate(keys), reverse=backwards, key=lambda one: one[0]):
         removed = torch.arange(matrix.size).flip(0).view(matrix.shape) if swaps else None
         best.add(index, torch.from_numpy(matrix), removed)
         for position, key in enumerate(matrix.flatten()):

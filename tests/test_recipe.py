@@ -187,6 +187,19 @@ def test_errors_name_the_field(tmp_path: Path, text: str, parts: list[str]) -> N
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "hsr", "responses": "self"}, "only gain takes its own `responses`"),
+        ({"method": "hsr-a", "search": {}}, "restores whole heads"),
+        ({"method": "hsr", "search": {}}, "give it a `budget` too"),
+    ],
+)
+def test_variants_that_ask_for_what_does_nothing(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        VariantSettings.model_validate(fields)
+
+
 def test_flags_are_named_as_flags() -> None:
     with pytest.raises(ValidationError) as caught:
         HeadSettings(r_max=0)

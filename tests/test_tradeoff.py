@@ -326,6 +326,25 @@ def test_validation_needs_both_kinds(bench: Bench, tmp_path: Path) -> None:
     assert not (tmp_path / "curve.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"compute": {"device": "cpu", "placement": "streamed"}}, "--placement resident"),
+        ({"realign": [{"budget": 5, "search": {"validation": "absent.jsonl"}}]}, "absent"),
+        ({"calibration": {"data": "demo:calibration#harmful"}}, "harmless"),
+    ],
+)
+def test_a_search_that_cannot_be_is_found_before_the_run(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    dense = open_source(pico.save("qwen2_vl", tmp_path / "dense", torch.bfloat16, "100KB"))
+    truth.pruned_at_random(dense, tmp_path / "pruned", 0.5)
+    write_data(tmp_path / "data", 4)
+    with pytest.raises(RegraftError, match=message):
+        pipeline.run(recipe(tmp_path, **fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # In a run
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 import regraft
 from regraft import ranks
-from regraft.checks import check_top_heads, read_suites
+from regraft.checks import check_top_heads
 from regraft.console import (
     ConsoleWatch,
     show_heads,
@@ -242,7 +242,9 @@ def realign(
         if search and not settings.ranked:
             raise RegraftError("--search chooses a number of weights: give a --budget too.")
         if search:
-            read_suites(dense_source, stages.suites_of(choice), choice.validation_limit)
+            stages.check_search(dense_source, choice, compute, stages.Session())
+        elif choice != SearchSettings():
+            raise RegraftError("Bounds, targets and points are those of a search: add --search.")
         if out.exists():
             load_patch(out)  # anything else in its place is an error before long work
         if settings.by_heads and heads_file is None:

@@ -183,7 +183,7 @@ def show_study(console: Console, study: Study) -> None:
                 words.points_text(row.utility_from_pruned).partition(" ")[0],
             )
         console.print(shown)
-        for other in study.against:
+        for other in table.against:
             beside = Table(
                 *("method", "p", "Holm", "verdict"),
                 title=Text(f"{table.pruning}: against {other}"),

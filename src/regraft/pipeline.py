@@ -94,6 +94,7 @@ def run(
         for defence in recipe.defences_of(pruning):
             watch.note(f"Defending: {place.name(name, defence.name)}")
             _defend(place, dense, name, source, defence, recipe, watch, session)
+    session.unload()
     return report(folder)
 
 
@@ -140,6 +141,10 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
     by_importance = bool(_scores(recipe))
     on_both = recipe.pruned is None and any(one.calibrate_on == "both" for one in recipe.prune)
     by_direction = any(one.method == "refusal-direction" for one in recipe.defend)
+    _check_gain(recipe, dense)
+    for variant in recipe.realign:
+        if variant.search is not None:
+            stages.check_search(dense, variant.search, recipe.compute, session)
     if by_heads or by_importance or on_both or by_direction:
         harmful = draw_calibration(dense, recipe.calibration, harmful=True)
         check_shares(harmful.examples, recipe.compute)
@@ -151,15 +156,6 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
     session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
     for variant in recipe.realign:
         check_top_heads(dense, variant)
-        if variant.method == "gain":
-            for harmful_ones in (True, False):
-                reading = draw_calibration(
-                    dense, _calibration_of(variant, recipe), harmful=harmful_ones
-                )
-                check_shares(reading.examples[: variant.batch], recipe.compute)
-        if variant.search is not None:
-            suites = stages.suites_of(variant.search)
-            session.reading(dense, suites, variant.search.validation_limit)
     for defence in recipe.defend:
         check_direction_layer(dense, defence)
         if defence.searches:
@@ -178,6 +174,21 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
         discard_leftover(checkpoint)
     missing = sum(not folder.exists() for folder in checkpoints)
     require_space(place.path, missing * dense.checkpoint.bytes)
+
+
+def _check_gain(recipe: Recipe, dense: Source) -> None:
+    by_gain = [one for one in recipe.realign if one.method == "gain"]
+    for calibration in dict.fromkeys(_calibration(recipe, one) for one in by_gain):
+        for harmful in (True, False):
+            examples = draw_calibration(dense, calibration, harmful=harmful).examples
+            for one in by_gain:
+                check_shares(examples[: one.batch], recipe.compute)
+
+
+def _calibration(recipe: Recipe, variant: VariantSettings) -> CalibrationSettings:
+    if variant.responses is None:
+        return recipe.calibration
+    return recipe.calibration.model_copy(update={"responses": variant.responses})
 
 
 def _evaluate(
@@ -221,7 +232,7 @@ def _realign(
     )
     ranking, count = None, None
     if settings.ranked:
-        calibration = _calibration_of(settings, recipe)
+        calibration = _calibration(recipe, settings)
         ranking = place.ranking(pruning, _ranking_name(settings, calibration))
         if not ranking.exists():
             session.unload()
@@ -270,12 +281,6 @@ def _realign(
     _evaluate(realigned, out, dense, recipe, watch, session)
 
 
-def _calibration_of(settings: VariantSettings, recipe: Recipe) -> CalibrationSettings:
-    if settings.responses is None:
-        return recipe.calibration
-    return recipe.calibration.model_copy(update={"responses": settings.responses})
-
-
 def _ranking_name(settings: VariantSettings, calibration: CalibrationSettings) -> str:
     """Variants that differ in what they take of a ranking share it."""
     of_data = calibration.responses if settings.method == "gain" else ""
@@ -299,6 +304,8 @@ def _defend(
     session: stages.Session,
 ) -> None:
     file = place.defence(pruning, settings.name)
+    if settings.method == "refusal-direction" and not file.exists():
+        session.unload()
     stages.defend(pruned, file, settings.only(), recipe.calibration, recipe.compute, watch, dense)
     out = place.evaluation(pruning, settings.name)
     _evaluate(pruned, out, dense, recipe, watch, session, defence=file)

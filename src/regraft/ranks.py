@@ -78,15 +78,6 @@ def same(value: object) -> bool:
     return all(other == value for other in gathered(value))
 
 
-def collected(value: T) -> list[T]:
-    """What each process passes, in the order of their indices."""
-    if not _together():
-        return [value]
-    values: list[T | None] = [None] * world()
-    dist.all_gather_object(values, value)
-    return values  # type: ignore[return-value]
-
-
 def decided(question: Callable[[], bool]) -> bool:
     """Rank 0's answer to a question that the others must not put to the disk themselves."""
     if not _together():

@@ -516,8 +516,18 @@ class VariantSettings(RealignSettings):
 
     @model_validator(mode="after")
     def _check_search(self) -> VariantSettings:
+        if self.search is not None and self.method == "hsr-a":
+            raise ValueError(
+                f"{self.name!r} restores whole heads, so that there is no number of weights to "
+                "search; leave `search` out"
+            )
         if self.search is not None and not self.ranked:
             raise ValueError(f"{self.name!r} searches a number of weights: give it a `budget` too")
+        if self.responses is not None and self.method != "gain":
+            raise ValueError(
+                f"{self.name!r}: only gain takes its own `responses`, not {self.method}; set "
+                "`calibration.responses`"
+            )
         return self
 
     @model_validator(mode="after")

@@ -42,6 +42,18 @@ def signed_and_squared(dy: Tensor, x: Tensor) -> Tensor:
     return torch.cat([product(dy, x), product(dy.float().square(), x.float().square())])
 
 
+def require_gradients(dtype: torch.dtype) -> None:
+    """Raise for a dtype in which gradients vanish.
+
+    Raises:
+        RegraftError: it is float16.
+    """
+    if dtype == torch.float16:
+        raise RegraftError(
+            "Gradients are too small for float16 and would vanish. Use --dtype bfloat16 or float32."
+        )
+
+
 def layer_gradients(
     walk: Walk,
     anatomy: Anatomy,
@@ -72,10 +84,7 @@ def layer_gradients(
     Raises:
         RegraftError: the dtype is float16, or gradients overflow.
     """
-    if walk.model.dtype == torch.float16:
-        raise RegraftError(
-            "Gradients are too small for float16 and would vanish. Use --dtype bfloat16 or float32."
-        )
+    require_gradients(walk.model.dtype)
     with disk_errors(scratch):
         scratch.mkdir(parents=True, exist_ok=True)
         _forward(walk, anatomy, scratch, progress)

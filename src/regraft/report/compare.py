@@ -143,6 +143,11 @@ class Table:
     rows: tuple[Row, ...]
     curves: Mapping[str, tuple[Curve, ...]]
 
+    @property
+    def against(self) -> tuple[str, ...]:
+        """Methods of this table that the others are tested against."""
+        return tuple(dict.fromkeys(name for row in self.rows for name in row.against))
+
 
 @dataclass(frozen=True)
 class Study:
@@ -230,7 +235,8 @@ def compare(runs: Sequence[Run], against: Sequence[str] = (), seed: int = 0) -> 
         dict.fromkeys(answer.suite for answer in first.dense.result.answers if answer.harmful)
     )
     labels = _short(suites) if len(suites) > 1 else {}
-    groups = zip(*(run.report.groups for run in runs), strict=True)
+    groups = list(zip(*(run.report.groups for run in runs), strict=True))
+    _check_against(against, [one.name for group in groups for one in _methods(group, first.recipe)])
     return Study(
         title=first.title,
         model=first.model,
@@ -241,6 +247,15 @@ def compare(runs: Sequence[Run], against: Sequence[str] = (), seed: int = 0) -> 
         against=tuple(against),
         tables=tuple(_table(runs, group, against, labels, seed) for group in groups),
     )
+
+
+def _check_against(against: Sequence[str], names: Sequence[str]) -> None:
+    """A method need not be in every table: a pruning may be evaluated only."""
+    if unknown := [name for name in against if name not in names]:
+        known = ", ".join(dict.fromkeys(names))
+        raise RegraftError(
+            f"--against {unknown[0]}: there is no such method; expected one of {known}."
+        )
 
 
 def _check_alike(runs: Sequence[Run]) -> None:
@@ -281,13 +296,9 @@ def _table(
     cells = (dense, pruned, *methods)
     answers, of_suite = _read_answers(runs, cells)
     names = [one.name for one in methods]
-    if unknown := [name for name in against if name not in names]:
-        raise RegraftError(
-            f"--against {unknown[0]}: there is no such method; expected one of {', '.join(names)}."
-        )
     tests = {
         base: _tests({name: answers[name] for name in names if name != base}, answers[base])
-        for base in (pruning, *against)
+        for base in (pruning, *(name for name in against if name in names))
     }
     reference = answers["dense"], answers[pruning]
     prompts = {

@@ -111,7 +111,10 @@ class Best:
 
     def _merge(self, other: Ranking) -> None:
         both = self.ranking.then(other)
-        order = both.score.argsort(descending=True, stable=True)[: self.count]
+        by_place = both.position.argsort(stable=True)
+        by_place = by_place[both.linear[by_place].argsort(stable=True)]
+        by_score = both.score[by_place].argsort(descending=True, stable=True)
+        order = by_place[by_score[: self.count]]
         self.ranking = Ranking(
             both.linear[order], both.position[order], both.removed[order], both.score[order]
         )

@@ -23,7 +23,7 @@ from regraft.stages.pruning import prune
 from regraft.stages.ranking import rank
 from regraft.stages.realigning import needs_statistics, realign
 from regraft.stages.scoring import heads
-from regraft.stages.searching import search, suites_of
+from regraft.stages.searching import check_search, search, suites_of
 from regraft.stages.session import Session
 from regraft.stages.tuning import tune
 
@@ -35,6 +35,7 @@ __all__ = [
     "apply",
     "apply_in_place",
     "calibration_data",
+    "check_search",
     "defend",
     "evaluate",
     "heads",

@@ -179,7 +179,7 @@ class _Search:
                 self.model,
                 self.processor,
                 examples,
-                self.work / f"layer_{layer:03d}_strength_{strength:g}",
+                self.work / f"layer_{layer:03d}_strength_{strength!r}",
                 max_new_tokens=self.settings.max_new_tokens,
                 batch_size=self.compute.batch_size,
                 progress=progress,

@@ -15,6 +15,7 @@ from regraft import ranks
 from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
 from regraft.files import atomic_file, read_json, require_space, write_json
+from regraft.importance.gradients import require_gradients
 from regraft.importance.hard import final_states, response_losses, stratified
 from regraft.importance.losses import DecisionLoss
 from regraft.models.anatomy import HEAD_ROLES, LayerAnatomy, LinearAnatomy
@@ -59,7 +60,14 @@ def restore_by_gain(
         watch: Progress.
     """
     work.mkdir(parents=True, exist_ok=True)
-    model, processor = load_for_walk(pruned, compute, watch, processor_from=dense)
+    teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in KINDS}
+    asks = settings.loss == "distil" and not ranks.decided(
+        lambda: all(path.exists() for path in teachers.values())
+    )
+    model, processor = load_for_walk(
+        dense if asks else pruned, compute, watch, processor_from=dense
+    )
+    require_gradients(model.dtype)
 
     def walk(examples: Sequence[Example]) -> Walk:
         return Walk(model, collate_share(processor, response_batch, examples, compute))
@@ -69,7 +77,15 @@ def restore_by_gain(
         for kind in KINDS:
             pools[kind] = Pool(readings[kind].examples, walk(readings[kind].examples))
             done(len(readings[kind].examples))
-    losses = _losses(dense, pools, work, settings, compute, watch)
+    if asks:
+        _ask(pools, teachers, watch)
+        model.network.to("cpu")  # one model on the device at a time
+        model, _ = load_for_walk(pruned, compute, watch, processor_from=dense)
+        pools = {kind: replace(pool, walk=pool.walk.on(model)) for kind, pool in pools.items()}
+    losses = {
+        kind: DecisionLoss(load_file(path) if settings.loss == "distil" else None)
+        for kind, path in teachers.items()
+    }
     problem = Problem(
         model,
         dense,
@@ -148,29 +164,16 @@ class Pool:
     walk: Walk
 
 
-def _losses(
-    dense: Source,
-    pools: Mapping[str, Pool],
-    work: Path,
-    settings: RealignSettings,
-    compute: ComputeSettings,
-    watch: Watch,
-) -> dict[str, DecisionLoss]:
-    if settings.loss == "given":
-        return dict.fromkeys(pools, DecisionLoss())
-    paths = {kind: work / f"teacher-{kind}.safetensors" for kind in pools}
-    if not ranks.decided(lambda: all(path.exists() for path in paths.values())):
-        model, _ = load_for_walk(dense, compute, watch)
-        own = sum(len(b.ids) for pool in pools.values() for b in pool.walk.batches)
-        total = own * len(dense.anatomy.layers)
-        with watch.task("Asking the dense model", total, "samples x layers") as done:
-            for kind, path in paths.items():
-                states = _everyones(final_states(pools[kind].walk.on(model), done))
-                if ranks.first():
-                    with atomic_file(path) as temporary:
-                        save_file(states, temporary)
-        ranks.barrier()
-    return {kind: DecisionLoss(load_file(path)) for kind, path in paths.items()}
+def _ask(pools: Mapping[str, Pool], teachers: Mapping[str, Path], watch: Watch) -> None:
+    """Write what the dense model, which the pools are before, says to every example."""
+    own = sum(len(b.ids) * pool.walk.layers for pool in pools.values() for b in pool.walk.batches)
+    with watch.task("Asking the dense model", own, "samples x layers") as done:
+        for kind, path in teachers.items():
+            states = _everyones(final_states(pools[kind].walk, done))
+            if ranks.first():
+                with atomic_file(path) as temporary:
+                    save_file(states, temporary)
+    ranks.barrier()
 
 
 def _everyones(own: Mapping[str, T]) -> dict[str, T]:

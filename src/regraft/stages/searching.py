@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from regraft import ranks
+from regraft.data.example import Reading
 from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.tradeoff import Bounds, Point, bounds_of, choose
 from regraft.files import file_digest, read_json, write_json
@@ -60,14 +62,15 @@ def search(
         How many weights to restore: 0 where no point keeps to the bounds.
 
     Raises:
-        RegraftError: see the data readers; the ranking is of other checkpoints.
+        RegraftError: see the data readers; the ranking is of other checkpoints; placement is
+            streamed.
     """
     watch, session = watch or Silent(), session or Session()
     ranking = load_ranking(ranking_file)
     most = len(ranking)
     if settings.most is not None:
         most = min(most, int(settings.most * ranking.about["pruned"] / 10_000))
-    reading = session.reading(dense, suites_of(settings), settings.validation_limit)
+    reading = check_search(dense, settings, compute, session)
     inputs = {
         "dense": dense.checkpoint.fingerprint,
         "pruned": pruned.checkpoint.fingerprint,
@@ -110,6 +113,23 @@ def search(
             write_json(out, curve)
         ranks.barrier()
     return int(read_json(out)["chosen"] or 0)
+
+
+def check_search(
+    dense: Source, settings: SearchSettings, compute: ComputeSettings, session: Session
+) -> Reading:
+    """Read the validation prompts, and see that points can be evaluated on them.
+
+    Raises:
+        RegraftError: see the data readers; placement is streamed, where no patch can be put on a
+            model in memory.
+    """
+    if compute.placement == "streamed":
+        raise RegraftError(
+            "A number of weights can be searched only where the whole model is resident: use "
+            "--placement resident, or give a budget without a search."
+        )
+    return session.reading(dense, suites_of(settings), settings.validation_limit)
 
 
 def suites_of(settings: SearchSettings) -> list[DataSource]:

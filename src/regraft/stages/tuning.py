@@ -47,12 +47,12 @@ from regraft.stages.realigning import needs_statistics, realign
 from regraft.stages.scoring import heads
 from regraft.stages.searching import (
     bounds_by,
+    check_search,
     evaluate_point,
     plain,
     point_of,
     read_curve,
     search,
-    suites_of,
 )
 from regraft.stages.session import Session
 from regraft.watch import Advance, Silent, Watch
@@ -204,7 +204,7 @@ def tune(
     data = {
         "safety": draw_calibration(dense, calibration, harmful=True),
         "utility": draw_calibration(dense, calibration, harmful=False),
-        "validation": Session(0).reading(dense, suites_of(choice), choice.validation_limit),
+        "validation": check_search(dense, choice, compute, Session(0)),
     }
     samples = len(data["safety"].examples)
     check_r_max(dense, scoring, samples)
