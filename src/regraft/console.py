@@ -160,7 +160,7 @@ def show_study(console: Console, study: Study) -> None:
     for table in study.tables:
         shown = Table(
             Column("method", overflow="fold"),
-            *("restored\nper 10,000", "ASR %", "RSR %", "p", "Holm"),
+            *("per\n10,000", "ASR %", "RSR %", "p, Holm"),
             Column("verdict", min_width=len("distinguishable")),
             *("over-\nrefusal %", "from\npruned", "utility %", "from\npruned"),
             title=Text(f"{study.title}: {table.pruning}"),
@@ -174,7 +174,6 @@ def show_study(console: Console, study: Study) -> None:
                 stacked(words.spread_text(row.restored)),
                 stacked(words.rate_text(row.asr)),
                 stacked(words.recovered_text(row.rsr)),
-                words.p_text(row.test, "p"),
                 words.p_text(row.test),
                 row.test.verdict if row.test else "",
                 stacked(words.rate_text(row.over_refusal)),
