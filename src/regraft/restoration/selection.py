@@ -7,7 +7,7 @@ pruned weight is 0 and the dense one is not (Li et al. 2025, section 3.3).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,19 +103,12 @@ def select_hsr(
     Returns:
         Flat positions in row-major order, ascending, `[count]` int64.
     """
-    if not blocks:
-        return torch.empty(0, dtype=torch.int64)
-    rows = _row_range(blocks) if band.scope == "row" else slice(0, free.shape[0])
-    chosen = free & inside(tuple(free.shape), blocks, free.device)  # type: ignore[arg-type]
-    step = free.shape[0] if band.scope != "row" else max(1, _CHUNK // free.shape[1])
-    for start in range(rows.start, rows.stop, step):
-        part = slice(start, min(start + step, rows.stop))
-        score = utility(part)
-        chosen[part] &= top(score, band.p_max, band.scope, blocks)
-        chosen[part] &= top(score, band.p, band.scope, blocks).logical_not_()
-        del score
-        chosen[part] &= top(safety(part), band.q, band.scope, blocks)
-    return chosen.reshape(-1).nonzero().flatten().cpu()
+    columns = free.shape[1]
+    parts = [
+        chosen.reshape(-1).nonzero().flatten().cpu() + rows.start * columns
+        for rows, chosen, _ in _restored(free, safety, utility, blocks, band)
+    ]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
 
 
 def hsr_keys(
@@ -142,21 +135,30 @@ def hsr_keys(
         much for safety; -inf where HSR restores nothing.
     """
     keys = torch.full(free.shape, -torch.inf, device=free.device)
+    for rows, chosen, score in _restored(free, safety, utility, blocks, band):
+        share = rank_share(score, band.scope, blocks)
+        keys[rows] = torch.where(chosen, share, -torch.inf)
+    return keys
+
+
+def _restored(
+    free: Tensor, safety: Scorer, utility: Scorer, blocks: Sequence[Block], band: Band
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(some rows, which of their weights HSR restores, their I^s), part by part."""
     if not blocks:
-        return keys
+        return
     rows = _row_range(blocks) if band.scope == "row" else slice(0, free.shape[0])
-    eligible = free & inside(tuple(free.shape), blocks, free.device)  # type: ignore[arg-type]
+    chosen = free & inside(tuple(free.shape), blocks, free.device)  # type: ignore[arg-type]
     step = free.shape[0] if band.scope != "row" else max(1, _CHUNK // free.shape[1])
     for start in range(rows.start, rows.stop, step):
         part = slice(start, min(start + step, rows.stop))
         score = utility(part)
-        eligible[part] &= top(score, band.p_max, band.scope, blocks)
-        eligible[part] &= top(score, band.p, band.scope, blocks).logical_not_()
+        chosen[part] &= top(score, band.p_max, band.scope, blocks)
+        chosen[part] &= top(score, band.p, band.scope, blocks).logical_not_()
+        del score
         score = safety(part)
-        eligible[part] &= top(score, band.q, band.scope, blocks)
-        share = rank_share(score, band.scope, blocks)
-        keys[part] = torch.where(eligible[part], share, -torch.inf)
-    return keys
+        chosen[part] &= top(score, band.q, band.scope, blocks)
+        yield part, chosen[part], score
 
 
 def rank_share(score: Tensor, scope: RankingScope, blocks: Sequence[Block]) -> Tensor:
