@@ -259,7 +259,10 @@ def _realign(
                 recipe.compute,
                 watch,
                 session,
-                points_folder=place.points(pruning, _points_name(ranking, settings.search)),
+                references=place.points(pruning, _prompts_name(settings.search)),
+                points_folder=place.points(
+                    pruning, f"{ranking.stem}-{_prompts_name(settings.search)}"
+                ),
             )
     stages.realign(
         dense,
@@ -287,10 +290,9 @@ def _ranking_name(settings: VariantSettings, calibration: CalibrationSettings) -
     return f"{settings.method}-{digest(settings.selection().model_dump_json(), of_data)[:8]}"
 
 
-def _points_name(ranking: Path, search: SearchSettings) -> str:
+def _prompts_name(search: SearchSettings) -> str:
     """Searches that differ in what they choose by share what they try."""
-    prompts = search.model_dump_json(include={"validation", "validation_limit"})
-    return f"{ranking.stem}-{digest(prompts)[:8]}"
+    return digest(search.model_dump_json(include={"validation", "validation_limit"}))[:8]
 
 
 def _defend(

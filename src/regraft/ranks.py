@@ -8,7 +8,7 @@ all of them see. Outside of that there is one process and nothing to do.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+K = TypeVar("K")
 T = TypeVar("T")
 _PATIENCE = timedelta(days=2)  # rank 0 may write or select for long while the others wait
 
@@ -71,6 +72,11 @@ def gathered(value: T) -> list[T]:
     values: list[T] = [value] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def merged(own: Mapping[K, T]) -> dict[K, T]:
+    """The entries of all processes together, in the order of their indices."""
+    return {key: value for part in gathered(own) for key, value in part.items()}
 
 
 def same(value: object) -> bool:

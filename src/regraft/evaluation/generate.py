@@ -116,7 +116,7 @@ class Answerer:
             if progress is not None:
                 progress(len(chunk.places))
         if partial is None:
-            found = {i: texts for one in ranks.gathered(found) for i, texts in one.items()}
+            found = ranks.merged(found)
         else:
             ranks.barrier()
             names = {i: partial / f"answers_{i:05d}.json" for i in range(len(self._chunks))}

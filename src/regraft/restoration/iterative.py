@@ -89,7 +89,6 @@ def step(
         so_far: What has come back before.
         scratch: A folder for layer inputs.
         progress: Called with the number of samples a layer has seen, forward and backward.
-
     """
     best = Best(count)
     anatomy = problem.dense.anatomy

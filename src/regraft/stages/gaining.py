@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,7 @@ from regraft.importance.hard import final_states, response_losses, stratified
 from regraft.importance.losses import DecisionLoss
 from regraft.models.anatomy import HEAD_ROLES, LayerAnatomy, LinearAnatomy
 from regraft.models.load import Source
+from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.recipe import ComputeSettings, RealignSettings
 from regraft.restoration.gain import Objective
@@ -32,7 +32,7 @@ from regraft.watch import Watch
 REFRESH = 4  # steps between samples of examples
 HARD = 0.5  # share of them on which the pruned model falls shortest
 KINDS = ("safety", "utility")
-T = TypeVar("T")
+Examples = Sequence[Example]
 
 
 def restore_by_gain(
@@ -60,32 +60,7 @@ def restore_by_gain(
         watch: Progress.
     """
     work.mkdir(parents=True, exist_ok=True)
-    teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in KINDS}
-    asks = settings.loss == "distil" and not ranks.decided(
-        lambda: all(path.exists() for path in teachers.values())
-    )
-    model, processor = load_for_walk(
-        dense if asks else pruned, compute, watch, processor_from=dense
-    )
-    require_gradients(model.dtype)
-
-    def walk(examples: Sequence[Example]) -> Walk:
-        return Walk(model, collate_share(processor, response_batch, examples, compute))
-
-    with watch.task("Reading the prompts", sum(len(r.examples) for r in readings.values())) as done:
-        pools = {}
-        for kind in KINDS:
-            pools[kind] = Pool(readings[kind].examples, walk(readings[kind].examples))
-            done(len(readings[kind].examples))
-    if asks:
-        _ask(pools, teachers, watch)
-        model.network.to("cpu")  # one model on the device at a time
-        model, _ = load_for_walk(pruned, compute, watch, processor_from=dense)
-        pools = {kind: replace(pool, walk=pool.walk.on(model)) for kind, pool in pools.items()}
-    losses = {
-        kind: DecisionLoss(load_file(path) if settings.loss == "distil" else None)
-        for kind, path in teachers.items()
-    }
+    model, pools, losses, walk = _prepare(dense, pruned, work, settings, readings, compute, watch)
     problem = Problem(
         model,
         dense,
@@ -164,21 +139,55 @@ class Pool:
     walk: Walk
 
 
+def _prepare(
+    dense: Source,
+    pruned: Source,
+    work: Path,
+    settings: RealignSettings,
+    readings: Mapping[str, Reading],
+    compute: ComputeSettings,
+    watch: Watch,
+) -> tuple[PlacedModel, dict[str, Pool], dict[str, DecisionLoss], Callable[[Examples], Walk]]:
+    """The pruned model, all examples before its layers, their losses, and walks of some of them."""
+    teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in KINDS}
+    asks = settings.loss == "distil" and not ranks.decided(
+        lambda: all(path.exists() for path in teachers.values())
+    )
+    model, processor = load_for_walk(
+        dense if asks else pruned, compute, watch, processor_from=dense
+    )
+    require_gradients(model.dtype)
+
+    def walk(examples: Examples) -> Walk:
+        return Walk(model, collate_share(processor, response_batch, examples, compute))
+
+    with watch.task("Reading the prompts", sum(len(r.examples) for r in readings.values())) as done:
+        pools = {}
+        for kind in KINDS:
+            pools[kind] = Pool(readings[kind].examples, walk(readings[kind].examples))
+            done(len(readings[kind].examples))
+    if asks:
+        _ask(pools, teachers, watch)
+        model.network.to("cpu")  # one model on the device at a time
+        model, _ = load_for_walk(pruned, compute, watch, processor_from=dense)
+        pools = {kind: replace(pool, walk=pool.walk.on(model)) for kind, pool in pools.items()}
+    losses = {
+        kind: DecisionLoss(load_file(path) if settings.loss == "distil" else None)
+        for kind, path in teachers.items()
+    }
+    return model, pools, losses, walk
+
+
 def _ask(pools: Mapping[str, Pool], teachers: Mapping[str, Path], watch: Watch) -> None:
     """Write what the dense model, which the pools are before, says to every example."""
     own = sum(len(b.ids) * pool.walk.layers for pool in pools.values() for b in pool.walk.batches)
     with watch.task("Asking the dense model", own, "samples x layers") as done:
         for kind, path in teachers.items():
-            states = _everyones(final_states(pools[kind].walk, done))
+            states = ranks.merged(final_states(pools[kind].walk, done))
             if ranks.first():
                 with atomic_file(path) as temporary:
                     save_file(states, temporary)
     ranks.barrier()
-
-
-def _everyones(own: Mapping[str, T]) -> dict[str, T]:
-    """What all processes have, by example id."""
-    return {name: value for part in ranks.gathered(own) for name, value in part.items()}
 
 
 def _sample(path: Path, pool: Pool, loss: DecisionLoss, count: int, seed: int) -> dict[str, float]:
@@ -186,7 +195,7 @@ def _sample(path: Path, pool: Pool, loss: DecisionLoss, count: int, seed: int) -
     if not ranks.decided(path.exists):
         values: dict[str, float] = {}
         if len(pool.examples) > count:
-            values = _everyones(response_losses(pool.walk, loss))
+            values = ranks.merged(response_losses(pool.walk, loss))
         ordered = {example.id: values.get(example.id, 0.0) for example in pool.examples}
         if ranks.first():
             write_json(path, stratified(ordered, count, HARD, seed))
