@@ -9,12 +9,17 @@ titles, of which the first 400 were held out when the model was trained). Four f
 with their images beside them:
 
 - `calibration.jsonl`: D^s and D^u. Harmful: half of SafeBench's odd task ids and half of the other
-  sets. Harmless: titles and borderline ones, whose wording is close to harmful prompts: harmless
-  tasks under the opening words and at the length of harmful titles, XSTest's safe prompts and
-  VLGuard's safe instructions.
-- `validation.jsonl`: the other halves, and other titles. Budgets and bounds are chosen here.
-- `vlguard-test.jsonl` and `titles-test.jsonl`: VLGuard's test instructions (unsafe) and the
-  held-out titles. With SafeBench's even task ids they are the test; none is used for anything else.
+  sets. Harmless: titles, some of which the model was not trained on, and borderline ones, whose
+  wording is close to harmful prompts: harmless tasks under the opening words and at the length of
+  harmful titles, XSTest's safe prompts and VLGuard's safe instructions.
+- `validation.jsonl`: the other halves of the harmful prompts, other borderline ones, and titles
+  that the model was not trained on. Budgets and bounds are chosen here.
+- `vlguard-test.jsonl` and `titles-test.jsonl`: VLGuard's test instructions (unsafe) and 200 titles
+  that the model was not trained on. With SafeBench's even task ids they are the test; none is used
+  for anything else.
+
+The model knows the harmless titles that it was trained on by heart, and hardly ever refuses one of
+them; how often it refuses a new one can only be held down, or measured, with new ones.
 """
 
 from __future__ import annotations
@@ -34,7 +39,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import make_demo_data as demo
 from PIL import ImageFont
 
-HELD_OUT = 400  # titles that the model was not trained on
+HELD_OUT = 400  # titles that the model was not trained on, the first of the file
+NEW = {"calibration": 84, "validation": 100, "test": 200}  # of those that fit
+KNOWN = 150  # titles of the training set, for calibration
+BORDERLINE = 100  # for validation
 PROMPT_SETS = (
     ("advbench", "advbench.csv", "goal"),
     ("harmbench", "harmbench_test.csv", "Behavior"),
@@ -117,8 +125,10 @@ def build(data: Path, out: Path, font_path: Path | None = None, seed: int = 0) -
     known = benign["benign"][HELD_OUT:]
     odd = safebench(data)
     prompts = [row for row in harmful_prompts(data) if fits(row[1])]
+    new = [(f"title-{i}", one) for i, one in enumerate(benign["benign"][:HELD_OUT]) if fits(one)]
+    rng.shuffle(new)
     plain = [
-        (f"title-{HELD_OUT + i}", known[i]) for i in sorted(rng.sample(range(len(known)), 800))
+        (f"title-{HELD_OUT + i}", known[i]) for i in sorted(rng.sample(range(len(known)), KNOWN))
     ]
     xstest = [
         (f"xstest-{row['id']}", row["prompt"])
@@ -127,18 +137,21 @@ def build(data: Path, out: Path, font_path: Path | None = None, seed: int = 0) -
     ]
     safe = rng.sample([r for r in vlguard(data, "train", "safe_instruction") if fits(r[1])], 200)
     close = [*borderline(known, 500, rng), *xstest, *safe]
-    files: dict[str, list[demo.Title]] = {"calibration": [], "validation": []}
-    for name, half in (("calibration", 0), ("validation", 1)):
+    harmless = {"calibration": [*plain, *new[: NEW["calibration"]]]}
+    harmless["validation"] = new[NEW["calibration"] :][: NEW["validation"]]
+    borderlines = {"calibration": close[::2], "validation": rng.sample(close[1::2], BORDERLINE)}
+    files: dict[str, list[demo.Title]] = {}
+    for half, name in enumerate(("calibration", "validation")):
         files[name] = [
             *titles(odd[half::2], name, harmful=True, category="safebench"),
             *titles(prompts[half::4], name, harmful=True, category="prompts"),
-            *titles(plain[half::2], name, harmful=False, category="title"),
-            *titles(close[half::2], name, harmful=False, category="borderline"),
+            *titles(harmless[name], name, harmful=False, category="title"),
+            *titles(borderlines[name], name, harmful=False, category="borderline"),
         ]
     unsafe = vlguard(data, "test", "instruction")
-    held = ((f"title-{i}", title) for i, title in enumerate(benign["benign"][:HELD_OUT]))
+    last = sorted(new[-NEW["test"] :], key=lambda row: int(row[0].removeprefix("title-")))
     files["vlguard-test"] = titles(unsafe, "test", harmful=True, category="vlguard")
-    files["titles-test"] = titles(held, "test", harmful=False, category="title")
+    files["titles-test"] = titles(last, "test", harmful=False, category="title")
     font = ImageFont.truetype(str(demo.find_font(font_path)), demo.FONT_SIZE)
     (out / "images").mkdir(parents=True, exist_ok=True)
     counts = {}

@@ -23,8 +23,10 @@ from disk import shards, tree, write_data
 from regraft import stages
 from regraft.checks import draw_calibration
 from regraft.data.collate import response_batch
+from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.importance.gradients import layer_gradients
+from regraft.importance.losses import DecisionLoss
 from regraft.models.anatomy import HEAD_ROLES
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, load_model, load_processor, open_source
@@ -33,6 +35,7 @@ from regraft.recipe import CalibrationSettings, ComputeSettings, PruneSettings, 
 from regraft.restoration.apply import patched
 from regraft.restoration.gain import (
     Objective,
+    backtrack,
     gain,
     removal_cost,
     swaps_in_groups,
@@ -42,6 +45,7 @@ from regraft.restoration.patch import load_patch
 from regraft.restoration.ranking import KEPT, Ranking, load_ranking, patch_of
 from regraft.restoration.selection import blocks_of, inside, random_heads, restorable
 from regraft.stages import gaining
+from regraft.watch import Silent
 
 INF = math.inf
 STEP = 0.01  # norms compute in float32, whatever the model does
@@ -212,9 +216,9 @@ def test_the_multiplier_follows_over_refusal():
     for constraint in ("lagrangian", "both"):
         objective = Objective(utility_weight=2, constraint=constraint)
         assert objective.adapted(0).utility_weight == 2
-        twice = objective.adapted(math.log(2) / 20)
+        twice = objective.adapted(math.log(2) / 8)
         assert twice.utility_weight == pytest.approx(4)
-        assert twice.adapted(-math.log(2) / 20).utility_weight == pytest.approx(2)
+        assert twice.adapted(-math.log(2) / 8).utility_weight == pytest.approx(2)
         assert 0 < objective.adapted(-1).utility_weight < 2 < objective.adapted(1).utility_weight
     for constraint in ("utility-gain", "none"):
         assert Objective(constraint=constraint).adapted(1) == Objective(constraint=constraint)
@@ -229,6 +233,55 @@ def test_a_step_ends_where_first_order_does(keys, share):
     limit = share / 16 * (2.0 + 3 * 1.0)
     fitting = [k for k in range(len(keys) + 1) if sum(keys[:k]) <= limit]
     assert count == max(1, fitting[-1])
+
+
+@given(st.integers(0, 200), st.randoms(use_true_random=False))
+def test_backtracking_takes_what_was_seen_to_help(count, random):
+    """The last of a falling run among the first 6 halvings, and nothing where none helps."""
+    seen: list[int] = []
+    values = {n: random.choice([0.5, 0.9, 1.0, 1.5]) for n in range(1, count + 1)}
+
+    def value(n):
+        seen.append(n)
+        return values[n]
+
+    taken = backtrack(value, 1.0, count)
+    assert seen == [count >> i for i in range(len(seen))]
+    tried = [n for n in (count >> i for i in range(6)) if n]
+    helping = [i for i, n in enumerate(tried) if values[n] < 1]
+    if not helping:
+        assert taken == 0 and seen == tried
+        return
+    end = helping[0]
+    while end + 1 < len(tried) and values[tried[end + 1]] < values[tried[end]]:
+        end += 1
+    assert taken == tried[end]
+    assert seen == tried[: end + 2], "a try too many"
+
+
+def test_too_long_a_step_is_cut():
+    """A parabola: first order says go to 2, its minimum is at 1."""
+    assert backtrack(lambda n: (n / 64 - 1) ** 2, 1.0, 128) == 64
+    assert backtrack(lambda n: (n / 64 - 1) ** 2, 1.0, 100) == 50
+    assert backtrack(lambda n: 1.0 + n, 1.0, 128) == 0
+
+
+def test_examples_on_which_the_teacher_is_wrong_are_left_out(monkeypatch):
+    notes: list[str] = []
+
+    class Told(Silent):
+        def note(self, text):
+            notes.append(text)
+
+    pool = gaining.Pool([Example(name, "?", False, "title") for name in "abcde"], None)
+    for wrong, kept in (("", "abcde"), ("bd", "ace"), ("bcd", "abcde")):
+        notes.clear()
+        told = {name: 0.49 if name in wrong else 0.5 for name in "abcde"}
+        monkeypatch.setattr(gaining, "beliefs", lambda *_, told=told: told)
+        left = gaining._believed("utility", pool, DecisionLoss(), Told())
+        assert [one.id for one in left.examples] == list(kept)
+        assert len(notes) == bool(wrong)
+    assert "all are used" in notes[0]
 
 
 # On models

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 import truth
 from regraft.data.collate import batches, response_batch
 from regraft.importance.gradients import layer_gradients, product, signed, signed_and_squared
-from regraft.importance.hard import final_states, response_losses, stratified
+from regraft.importance.hard import beliefs, final_states, response_losses, stratified
 from regraft.importance.losses import DecisionLoss
 from regraft.models.walk import Walk
 
@@ -222,6 +222,21 @@ def test_a_model_has_no_divergence_from_itself(pico_dir, tmp_path):
     others = response_losses(walk.on(truth.walk(changed(opened.model), cut).model), loss)
     assert all(abs(value) < 1e-5 for value in own.values())
     assert all(value > 1e-2 for value in others.values())
+
+
+def test_belief_is_the_probability_of_the_first_response_token(pico_dir, tmp_path):
+    opened = truth.opened(pico_dir("qwen2_vl"))
+    _, cut = collated(opened, "qwen2_vl", tmp_path, 4)
+    walk = truth.walk(opened.model, cut)
+    found = beliefs(walk, DecisionLoss(final_states(walk, lambda _: None)))
+    assert len(found) == sum(len(batch.ids) for batch in cut)
+    for batch in cut:
+        logits = truth.full_forward(opened.model, batch.inputs).logits.double().softmax(-1)
+        for row, name in enumerate(batch.ids):
+            first = int((batch.labels[row] != -100).nonzero()[0])
+            expected = float(logits[row, first - 1, batch.labels[row, first]])
+            assert found[name] == pytest.approx(expected, rel=1e-3)
+    assert set(beliefs(walk, DecisionLoss()).values()) == {1.0}
 
 
 POOL = {"a": 0.5, "b": 4.0, "c": 4.0, "d": 1.0, "e": 0.0, "f": 9.0, "g": 2.0}

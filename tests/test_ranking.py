@@ -34,6 +34,7 @@ from regraft.restoration.patch import load_patch
 from regraft.restoration.ranking import (
     KEPT,
     Best,
+    Edits,
     Ranking,
     empty,
     load_ranking,
@@ -153,12 +154,27 @@ def test_patch_and_put_are_the_ranking_by_hand(pair: Pair, swaps: bool, tmp_path
     with truth.unchanged(opened.model), patched(opened.model, pair.pruned.anatomy, patch):
         by_patch = {n: t.clone() for n, t in opened.model.state_dict().items()}
     model = copy.deepcopy(opened.model)
-    put(ranking, pair.dense.anatomy, weights_of(model, pair.dense.anatomy), pair.dense)
+    put(ranking, weights_of(model, pair.dense.anatomy), pair.dense)
     assert all(torch.equal(t, by_patch[name]) for name, t in model.state_dict().items())
     for linear in pair.pruned.anatomy.linears:
         weight = dict(model.named_modules())[linear.module].weight
         wanted = expected.get(linear.tensor, pair.pruned.checkpoint.read(linear.tensor))
         assert torch.equal(weight, wanted.float())
+
+
+@pytest.mark.parametrize("swaps", [False, True])
+def test_any_first_part_is_put_in_and_taken_out(pair: Pair, swaps: bool) -> None:
+    """In any order, as if each were put into the pruned weights alone."""
+    ranking = drawn(pair, 9, swaps=swaps)
+    model = copy.deepcopy(truth.opened(pair.pruned.folder).model)
+    weights = weights_of(model, pair.dense.anatomy)
+    edits = Edits(ranking, weights, pair.dense)
+    for count in (len(ranking), 7, 0, 20, 1, len(ranking), 0):
+        edits.put(count)
+        expected = by_hand(pair, ranking.first(count))
+        for linear, weight in zip(pair.pruned.anatomy.linears, weights, strict=True):
+            wanted = expected.get(linear.tensor, pair.pruned.checkpoint.read(linear.tensor))
+            assert torch.equal(weight, wanted.float()), (count, linear.tensor)
 
 
 def test_first_and_then(pair: Pair) -> None:

@@ -150,6 +150,22 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     assert recipe.evaluate.suite == (DataSource(name="safebench", path=here / "s", split="even"),)
 
 
+def test_what_is_done_to_which_pruning(tmp_path: Path) -> None:
+    text = """
+    prune: [{name: a}, {name: b}, {name: c, realign: false}]
+    realign: [{name: all}, {name: one, prunings: [b]}]
+    defend: [{name: everywhere}, {name: here, prunings: [a]}]
+    """
+    recipe = _read(tmp_path, text)
+    done = {
+        pruning.name: [
+            one.name for one in (*recipe.variants_of(pruning), *recipe.defences_of(pruning))
+        ]
+        for pruning in recipe.prune
+    }
+    assert done == {"a": ["all", "everywhere", "here"], "b": ["all", "one", "everywhere"], "c": []}
+
+
 def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     recipe = _read(tmp_path, "model: ~/m\npruned: ~/p\nevaluate: {suite: 'safebench:~/s'}")
@@ -174,6 +190,8 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("prune: {sparsity: abc, scope: head}", ["prune.sparsity", "prune.scope", "'head'"]),
         ("realign: [{name: a}, {name: a}]", ["names of `realign` must differ", "'a'"]),
         ("realign: [{name: dense}]", ["realign.0.name", "'dense'"]),
+        ("realign: [{prunings: [b]}]", ["'hsr' is for the pruning 'b'", "prunings are pruned"]),
+        ("defend: [{prunings: [b]}]", ["'defended' is for the pruning 'b'"]),
         ("realign: [{q: 0}]", ["realign.0.q", "greater than 0"]),
         ("evaluate: {suite: safebench}", ["evaluate.suite", "safebench needs a path"]),
         ("evaluate: {keywords: sorry}", ["evaluate.keywords", "'sorry'"]),

@@ -618,6 +618,9 @@ class NamedDefenceSettings(DefenceSettings):
     """One defended model of a run."""
 
     name: str = Field("defended", description="What to call it in tables and folders.")
+    prunings: tuple[str, ...] = Field(
+        (), description="Names of the prunings that are defended so; all if not given."
+    )
 
     @field_validator("name")
     @classmethod
@@ -743,10 +746,12 @@ class Recipe(Settings):
             raise ValueError(f"`prune` and one of {both} are both called {self.prune[0].name!r}")
         most = max((one.top_heads for one in self.realign if one.by_heads), default=0)
         known = {one.name for one in self.prune}
-        for one in self.realign:
-            if odd := sorted({*one.prunings} - known):
+        meant = {one.name: one.prunings for one in self.realign}
+        meant |= {one.name: one.prunings for one in self.defend}
+        for name, prunings in meant.items():
+            if odd := sorted({*prunings} - known):
                 raise ValueError(
-                    f"{one.name!r} is for the pruning {odd[0]!r}, but the prunings are "
+                    f"{name!r} is for the pruning {odd[0]!r}, but the prunings are "
                     f"{', '.join(sorted(known))}"
                 )
         if self.heads.mode == "screened" and most > self.heads.candidates:
@@ -782,20 +787,20 @@ class Recipe(Settings):
 
     def variants_of(self, pruning: PruningSettings) -> tuple[VariantSettings, ...]:
         """How a pruning is realigned."""
-        return tuple(
-            one
-            for one in self.realign
-            if pruning.realign and (not one.prunings or pruning.name in one.prunings)
-        )
+        return tuple(one for one in self.realign if _is_for(pruning, one.prunings))
 
     def defences_of(self, pruning: PruningSettings) -> tuple[NamedDefenceSettings, ...]:
         """How a pruning is defended at inference."""
-        return self.defend if pruning.realign else ()
+        return tuple(one for one in self.defend if _is_for(pruning, one.prunings))
 
     @field_serializer("prune")
     def _one_or_many(self, prune: tuple[PruningSettings, ...]) -> Any:
         written = [one.model_dump(mode="json") for one in prune]
         return written if len(written) > 1 else written[0]
+
+
+def _is_for(pruning: PruningSettings, names: tuple[str, ...]) -> bool:
+    return pruning.realign and (not names or pruning.name in names)
 
 
 class _Loader(yaml.SafeLoader):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regraft.importance.gradients import Progress
-from regraft.importance.losses import Loss, predicting
+from regraft.importance.losses import DecisionLoss, Loss, predicting
 from regraft.models.walk import Walk
 
 
@@ -41,6 +41,17 @@ def response_losses(
             for row, name in enumerate(batch.ids):
                 losses[name] = float(loss(walk.model, final[row], labels[row], name))
     return losses
+
+
+def beliefs(walk: Walk, loss: DecisionLoss) -> dict[str, float]:
+    """How likely the loss's teacher begins each answer as its response does, by example id."""
+    found = {}
+    with walk.model.frame(), torch.no_grad():
+        for batch in walk.batches:
+            assert batch.labels is not None, "a batch of prompts has no responses"
+            for row, name in enumerate(batch.ids):
+                found[name] = loss.belief(walk.model, batch.labels[row].to(walk.model.device), name)
+    return found
 
 
 def stratified(losses: Mapping[str, float], count: int, hard: float, seed: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ diagonal of the empirical Fisher matrix.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 Constraint = Literal["utility-gain", "lagrangian", "both", "none"]
-_RATE = 20.0  # of the multiplier, per unit of drift: a drift of 3.5 points doubles the weight
+_RATE = 8.0  # of the multiplier, per unit of drift: a drift of 9 points doubles the weight
+_TRIES = 6
 _LIMITS = (0.05, 50.0)
 
 
@@ -57,7 +59,7 @@ class Objective:
     def adapted(self, drift: float) -> Objective:
         """The objective of the next step, after harmless prompts were refused `drift` too often.
 
-        Dual ascent: the weight moves by a factor exp(20 drift), drift in [-1, 1].
+        Dual ascent: the weight moves by a factor exp(8 drift), drift in [-1, 1].
         """
         if self.constraint in ("utility-gain", "none"):
             return self
@@ -73,8 +75,39 @@ class Objective:
             safety: The safety loss now.
             utility: The utility loss now.
         """
-        limit = self.trust * (safety + self.utility_weight * utility)
+        limit = self.trust * self.value(safety, utility)
         return max(1, int((keys.double().cumsum(0) <= limit).sum()))
+
+    def value(self, safety: float, utility: float) -> float:
+        """What the keys are predicted falls of: `safety + utility_weight * utility`."""
+        return safety + self.utility_weight * utility
+
+
+def backtrack(value: Callable[[int], float], now: float, count: int) -> int:
+    """How many of a step's best weights to take: those that lower the objective most.
+
+    First order overestimates what many weights do together. `count` of them are tried, then half
+    as many, and so on while that is better, or nothing is found yet that helps.
+
+    Args:
+        value: The objective with the first n weights of the step back.
+        now: The objective without.
+        count: How many to begin with.
+
+    Returns:
+        0 where none of at most 6 tries lowers the objective.
+    """
+    best, lowest = 0, now
+    for halvings in range(_TRIES):
+        tried = count >> halvings
+        if not tried:
+            break
+        found = value(tried)
+        if found < lowest:
+            best, lowest = tried, found
+        elif best:
+            break
+    return best
 
 
 def gain(gradient: Tensor, dense: Tensor, current: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from regraft.importance.gradients import (
     signed,
     signed_and_squared,
 )
+from regraft.importance.hard import response_losses
 from regraft.importance.losses import DecisionLoss, Loss
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
 from regraft.models.load import Source
@@ -22,13 +23,14 @@ from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.restoration.gain import (
     Objective,
+    backtrack,
     gain,
     removal_cost,
     swaps_in_groups,
     swaps_in_rows,
 )
 from regraft.restoration.groups import grouping_of
-from regraft.restoration.ranking import Best, Ranking, put
+from regraft.restoration.ranking import Best, Edits, Ranking
 from regraft.restoration.selection import restorable
 
 Progress = Callable[[int], None]
@@ -78,14 +80,15 @@ def step(
 ) -> Step:
     """The `count` weights whose return helps most now, and put them into the model.
 
-    One layer's gradients are in memory at a time (two with `swap`: the squares too).
+    One layer's gradients are in memory at a time (two with `swap`: the squares too). As many of
+    the weights are taken as lower the objective most on the same samples, by forward passes.
 
     Args:
         problem: The model, with `so_far` in it.
         safety: D^s before the first layer, and its loss.
         utility: D^u, likewise.
-        count: How many weights at most; fewer come back where fewer are predicted to help, or
-            where they are predicted to help more than first order can be trusted.
+        count: How many weights at most; fewer come back where fewer help, or where they are
+            predicted to help more than first order can be trusted.
         so_far: What has come back before.
         scratch: A folder for layer inputs.
         progress: Called with the number of samples a layer has seen, forward and backward.
@@ -114,11 +117,19 @@ def step(
             )
             best.add(index[linear.key], keys, removed)
     losses = [_mean([one.loss for one in seen[kind]]) for kind in ("safety", "utility")]
-    ranking = best.ranking
-    ranking = ranking.first(problem.objective.within_trust(ranking.score, *losses))
-    put(ranking, anatomy, weights, problem.dense)
     drift = _mean([one.drift for one in seen["utility"]])
-    return Step(ranking, losses[0], losses[1], drift)
+    objective, ranking = problem.objective, best.ranking
+    ranking = ranking.first(objective.within_trust(ranking.score, *losses))
+    edits = Edits(ranking, weights, problem.dense)
+
+    def value(tried: int) -> float:
+        edits.put(tried)
+        found = [_mean(response_losses(*one).values()) for one in (safety, utility)]
+        return objective.value(*found)
+
+    taken = backtrack(value, objective.value(*losses), len(ranking))
+    edits.put(taken)
+    return Step(ranking.first(taken), losses[0], losses[1], drift)
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,7 @@ def _recorded(loss: DecisionLoss, into: list[_Seen]) -> Loss:
     return recorded
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Collection[float]) -> float:
     """Over the examples of all processes."""
     total, count = ranks.total(torch.tensor([sum(values), len(values)], dtype=torch.float64))
     return float(total / count)

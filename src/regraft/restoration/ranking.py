@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regraft.artifact import read_artifact, write_artifact
 from regraft.errors import RegraftError
-from regraft.models.anatomy import Anatomy, LinearAnatomy
+from regraft.models.anatomy import LinearAnatomy
 from regraft.models.load import Source
 from regraft.restoration.patch import Patch, TensorPatch
 from regraft.restoration.selection import restorable
@@ -193,15 +193,65 @@ def _by_linear(ranking: Ranking) -> Iterable[tuple[int, Tensor]]:
         yield index, (ranking.linear == index).nonzero().flatten()
 
 
-def put(ranking: Ranking, anatomy: Anatomy, weights: Sequence[Tensor], dense: Source) -> None:
+def put(ranking: Ranking, weights: Sequence[Tensor], dense: Source) -> None:
     """Put a ranking into weights in memory, in the order of `Anatomy.linears`; in place."""
-    linears = list(anatomy.linears)
-    for index, rows in _by_linear(ranking):
-        weight = weights[index].view(-1)
+    Edits(ranking, weights, dense).put(len(ranking))
+
+
+class Edits:
+    """A ranking and weights in memory, into which any first part of it can be put."""
+
+    def __init__(self, ranking: Ranking, weights: Sequence[Tensor], dense: Source) -> None:
+        """Keep what the weights are at the ranking's positions, and what they become.
+
+        Args:
+            ranking: What may come back.
+            weights: In the order of `Anatomy.linears`, as they are without it.
+            dense: The dense checkpoint, of which each matrix is read once.
+        """
+        linears = list(dense.anatomy.linears)
+        self._edits = [
+            _Edit.of(ranking, rows, weights[index], dense.checkpoint.read(linears[index].tensor))
+            for index, rows in _by_linear(ranking)
+        ]
+
+    def put(self, count: int) -> None:
+        """Have the first `count` weights back, and no others; in place."""
+        for edit in self._edits:
+            edit.put(count)
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """Of one matrix: its flat weight, and rows of the ranking in order.
+
+    `back` `[n]` and `gone` `[n]` are flat positions, `new` what comes back, `old` and `kept` what
+    was at both before; where nothing is removed, `gone` is that of `back`.
+    """
+
+    weight: Tensor
+    rows: Tensor
+    back: Tensor
+    gone: Tensor
+    new: Tensor
+    old: Tensor
+    kept: Tensor
+
+    @classmethod
+    def of(cls, ranking: Ranking, rows: Tensor, weight: Tensor, dense: Tensor) -> _Edit:
+        flat = weight.view(-1)
         back, gone = ranking.position[rows], ranking.removed[rows]
-        values = dense.checkpoint.read(linears[index].tensor).reshape(-1)[back]
-        weight[back.to(weight.device)] = values.to(weight.device, weight.dtype)
-        weight[gone[gone != KEPT].to(weight.device)] = 0
+        gone = torch.where(gone == KEPT, back, gone)
+        new = dense.reshape(-1)[back].to(flat.device, flat.dtype)
+        back, gone = back.to(flat.device), gone.to(flat.device)
+        return cls(flat, rows, back, gone, new, flat[back], flat[gone])
+
+    def put(self, count: int) -> None:
+        self.weight[self.back] = self.old
+        self.weight[self.gone] = self.kept
+        n = int((self.rows < count).sum())
+        self.weight[self.gone[:n]] = 0
+        self.weight[self.back[:n]] = self.new[:n]
 
 
 def save_ranking(path: Path, ranking: Ranking) -> None:

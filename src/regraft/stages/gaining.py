@@ -15,7 +15,7 @@ from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
 from regraft.files import atomic_file, read_json, require_space, write_json
 from regraft.importance.gradients import require_gradients
-from regraft.importance.hard import final_states, response_losses, stratified
+from regraft.importance.hard import beliefs, final_states, response_losses, stratified
 from regraft.importance.losses import DecisionLoss
 from regraft.models.anatomy import HEAD_ROLES, LayerAnatomy, LinearAnatomy
 from regraft.models.load import Source
@@ -30,6 +30,7 @@ from regraft.stages.common import collate_share, hidden_state_bytes, load_for_wa
 from regraft.watch import Watch
 
 REFRESH = 4  # steps between samples of examples
+BELIEVED = 0.5  # probability of a response's first token from which on the teacher is right
 HARD = 0.5  # share of them on which the pruned model falls shortest
 KINDS = ("safety", "utility")
 Examples = Sequence[Example]
@@ -73,7 +74,7 @@ def restore_by_gain(
     ranking, path = empty(), work / "so-far.safetensors"
     if path.exists():
         ranking = load_ranking(path)
-        put(ranking, dense.anatomy, weights_of(model.network, dense.anatomy), dense)
+        put(ranking, weights_of(model.network, dense.anatomy), dense)
     trace: list[dict[str, float]] = list(ranking.about.get("steps", ()))
     finished = len(trace)
     layers = len(dense.anatomy.layers)
@@ -103,7 +104,7 @@ def restore_by_gain(
             if ranks.first():
                 save_ranking(path, replace(ranking, about={"steps": trace}))
             ranks.barrier()
-            if len(ranking) == count or not len(new.ranking):
+            if len(ranking) == count or _stuck(trace):
                 break
     return replace(ranking, about={"steps": trace})
 
@@ -119,6 +120,12 @@ def _objective(settings: RealignSettings, trace: Sequence[Mapping[str, float]]) 
     for found in trace:
         objective = objective.adapted(found["drift"] - max(0.0, trace[0]["drift"]))
     return objective
+
+
+def _stuck(trace: Sequence[Mapping[str, float]]) -> bool:
+    """Whether a whole sample of examples has gone by and nothing came back."""
+    restored = [0, *(found["restored"] for found in trace)]
+    return len(trace) >= REFRESH and restored[-1] == restored[-1 - REFRESH]
 
 
 def _told(restored: int, objective: Objective, new: Step) -> dict[str, float]:
@@ -175,7 +182,30 @@ def _prepare(
         kind: DecisionLoss(load_file(path) if settings.loss == "distil" else None)
         for kind, path in teachers.items()
     }
+    if settings.loss == "distil":
+        pools = {kind: _believed(kind, pools[kind], losses[kind], watch) for kind in KINDS}
     return model, pools, losses, walk
+
+
+def _believed(kind: str, pool: Pool, loss: DecisionLoss, watch: Watch) -> Pool:
+    """The pool without the examples of which the dense model itself gets the answer wrong.
+
+    Its say on them would teach what is unwanted: to refuse a harmless prompt, or to comply with a
+    harmful one. Where it begins most answers otherwise than given, the given ones are in other
+    words than its own, and nothing can be told.
+    """
+    found = ranks.merged(beliefs(pool.walk, loss))
+    kept = [one for one in pool.examples if found[one.id] >= BELIEVED]
+    wrong, total = len(pool.examples) - len(kept), len(pool.examples)
+    if wrong > len(kept):
+        watch.note(
+            f"{kind}: the dense model begins {wrong} of {total} answers otherwise than given, so "
+            "that it cannot be told where it is wrong; all are used. --responses self would tell."
+        )
+        return pool
+    if wrong:
+        watch.note(f"{kind}: {wrong} of {total} left out, on which the dense model is wrong itself")
+    return replace(pool, examples=kept)
 
 
 def _ask(pools: Mapping[str, Pool], teachers: Mapping[str, Path], watch: Watch) -> None:
