@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 import pico
+from regraft.checks import seen_before
 from regraft.data import demo
 from regraft.data.demo import demo_model, read_demo
 from regraft.data.example import Example, Reading
@@ -568,3 +569,26 @@ def test_bundled_test_split_by_kind():
 def test_read_missing_path_names_source_and_path():
     with pytest.raises(RegraftError, match="vlguard:no/where: no/where does not exist"):
         read(DataSource.model_validate("vlguard:no/where"))
+
+
+def test_test_prompts_that_were_used_before_are_found(tmp_path):
+    """By text and image bytes, whatever the file and the id are called."""
+    first, other = png(tmp_path / "a.png", 1), png(tmp_path / "b.png", 2)
+    copied = Path(shutil.copy(first, tmp_path / "c.png"))
+
+    def reading(*prompts):
+        return Reading(
+            "set", tuple(Example(f"{i}", text, True, "", image) for i, (text, image) in prompts)
+        )
+
+    evaluated = reading((0, ("read it", first)), (1, ("say hello", None)), (2, ("new", other)))
+    used = {
+        "calibration": reading((7, ("read it", other)), (8, ("read it", copied))),
+        "validation": reading((9, ("new", None)), (10, ("other", first))),
+        "both": reading((3, ("say hello", None)), (4, ("new", other)), (5, ("else", None))),
+    }
+    lines = seen_before(evaluated, used)
+    assert [line.split(":")[0] for line in lines] == [
+        "1 of the 2 calibration prompts are among those evaluated (first '8')",
+        "2 of the 3 both prompts are among those evaluated (first '3')",
+    ]

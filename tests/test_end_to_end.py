@@ -209,6 +209,18 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_a_run_says_that_test_prompts_were_used_before(several: Path) -> None:
+    notes: list[str] = []
+
+    class Told(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    pipeline.run(_recipe(several, **SEVERAL), several / "run", Told())
+    (warning,) = (line for line in notes if line.startswith("Warning"))
+    assert "12 of the 12 calibration prompts are among those evaluated" in warning
+
+
 def test_every_pruning_has_its_own_artifacts(several: Path) -> None:
     run, dense = several / "run", open_source(several / "dense")
     linears = {linear.tensor for linear in dense.anatomy.linears}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
 from regraft.data.sources import DataSource, read
 from regraft.errors import RegraftError
+from regraft.files import file_digest
 from regraft.models.load import Source
 from regraft.recipe import (
     CalibrationSettings,
@@ -106,6 +107,34 @@ def read_validation(source: Source, settings: DefenceSettings) -> Reading:
     chosen = Reading(reading.source, tuple(kept), skipped)
     _check_readable(source, chosen)
     return chosen
+
+
+def seen_before(evaluated: Reading, used: Mapping[str, Reading]) -> list[str]:
+    """One line on each reading some of whose prompts are evaluated too.
+
+    Prompts are the same if their text and the bytes of their image are; another rendering of the
+    same words is not found.
+
+    Args:
+        evaluated: The test prompts.
+        used: What is learnt or chosen from, by its role.
+    """
+    tested = {_content(example) for example in evaluated.examples}
+    found = {
+        role: [one for one in reading.examples if _content(one) in tested]
+        for role, reading in used.items()
+    }
+    return [
+        f"{len(same)} of the {len(used[role].examples)} {role} prompts are among those evaluated "
+        f"(first {same[0].id!r}): rates on these say nothing about new ones"
+        for role, same in found.items()
+        if same
+    ]
+
+
+def _content(example: Example) -> tuple[str, str | None]:
+    image = None if example.image is None else file_digest(example.image)
+    return example.instruction, image
 
 
 def told(role: str, reading: Reading) -> str:

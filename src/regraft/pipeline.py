@@ -13,7 +13,9 @@ from regraft.checks import (
     check_top_heads,
     draw_calibration,
     read_validation,
+    seen_before,
 )
+from regraft.data.sources import read
 from regraft.errors import RegraftError
 from regraft.files import digest, discard_leftover, require_empty, require_space, write_text
 from regraft.folder import RunFolder
@@ -60,6 +62,8 @@ def run(
     session = session or stages.Session()
     dense, existing = check(recipe, folder, session)
     claim(folder, recipe)
+    for line in _seen_before(recipe, dense, session):
+        watch.note(f"Warning: {line}.")
     calibration, compute = recipe.calibration, recipe.compute
     pruned = {
         one.name: existing
@@ -174,6 +178,18 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
         discard_leftover(checkpoint)
     missing = sum(not folder.exists() for folder in checkpoints)
     require_space(place.path, missing * dense.checkpoint.bytes)
+
+
+def _seen_before(recipe: Recipe, dense: Source, session: stages.Session) -> list[str]:
+    """What of the test prompts anything is learnt or chosen from."""
+    used = {"calibration": read(recipe.calibration.data)}
+    for variant in recipe.realign:
+        if (search := variant.search) is not None:
+            suites = stages.suites_of(search)
+            prompts = session.reading(dense, suites, search.validation_limit)
+            used[f"validation ({search.validation})"] = prompts
+    evaluated = session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
+    return seen_before(evaluated, used)
 
 
 def _check_gain(recipe: Recipe, dense: Source) -> None:
