@@ -16,7 +16,8 @@ with their images beside them:
   that the model was not trained on. Budgets and bounds are chosen here.
 - `vlguard-test.jsonl` and `titles-test.jsonl`: VLGuard's test instructions (unsafe) and 200 titles
   that the model was not trained on. With SafeBench's even task ids they are the test; none is used
-  for anything else.
+  for anything else. Sets overlap: a title that is in the test is left out of the other two files,
+  one in validation out of calibration.
 
 The model knows the harmless titles that it was trained on by heart, and hardly ever refuses one of
 them; how often it refuses a new one can only be held down, or measured, with new ones.
@@ -78,12 +79,12 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(handle))
 
 
-def safebench(data: Path) -> list[tuple[str, str]]:
-    """The odd task ids, on which the model was trained."""
+def safebench(data: Path, remainder: int) -> list[tuple[str, str]]:
+    """The odd (1) task ids, on which the model was trained, or the even ones (0)."""
     return [
         (f"safebench-{row['category_id']}-{row['task_id']}", row["instruction"])
         for row in read_csv(data / "figstep" / "safebench.csv")
-        if int(row["task_id"]) % 2
+        if int(row["task_id"]) % 2 == remainder
     ]
 
 
@@ -106,6 +107,17 @@ def vlguard(data: Path, split: str, field: str) -> Iterator[tuple[str, str]]:
                 yield f"vlguard-{split}-{field.replace('_', '-')}-{i}", turn[field]
 
 
+def unseen(rows: Iterable[demo.Title], seen: set[str]) -> list[demo.Title]:
+    """Those whose words are not in `seen`, each once; adds them to it."""
+    kept = []
+    for row in rows:
+        words = " ".join(re.findall(r"\w+", row.title.lower()))
+        if words not in seen:
+            kept.append(row)
+            seen.add(words)
+    return kept
+
+
 def borderline(plain: list[str], count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
     """Harmless tasks under the opening words and at the length of harmful titles."""
     tasks = [match[1] for title in plain if (match := TASK.match(title))]
@@ -123,7 +135,7 @@ def build(data: Path, out: Path, font_path: Path | None = None, seed: int = 0) -
     rng = random.Random(seed)
     benign = json.loads((data / "prompts" / "benign_titles.json").read_text(encoding="utf-8"))
     known = benign["benign"][HELD_OUT:]
-    odd = safebench(data)
+    odd = safebench(data, 1)
     prompts = [row for row in harmful_prompts(data) if fits(row[1])]
     new = [(f"title-{i}", one) for i, one in enumerate(benign["benign"][:HELD_OUT]) if fits(one)]
     rng.shuffle(new)
@@ -152,6 +164,12 @@ def build(data: Path, out: Path, font_path: Path | None = None, seed: int = 0) -
     last = sorted(new[-NEW["test"] :], key=lambda row: int(row[0].removeprefix("title-")))
     files["vlguard-test"] = titles(unsafe, "test", harmful=True, category="vlguard")
     files["titles-test"] = titles(last, "test", harmful=False, category="title")
+    seen: set[str] = set()
+    unseen(titles(safebench(data, 0), "test", harmful=True, category="safebench"), seen)
+    for name in ("vlguard-test", "titles-test"):  # in whole, and nowhere else
+        unseen(files[name], seen)
+    for name in ("validation", "calibration"):
+        files[name] = unseen(files[name], seen)
     font = ImageFont.truetype(str(demo.find_font(font_path)), demo.FONT_SIZE)
     (out / "images").mkdir(parents=True, exist_ok=True)
     counts = {}
