@@ -8,12 +8,13 @@ DATA holds `figstep/safebench.csv`, `vlguard/{train,test}.json`, `xstest/xstest_
 titles, of which the first 400 were held out when the model was trained). Four files are written,
 with their images beside them:
 
-- `calibration.jsonl`: D^s and D^u. Harmful: half of SafeBench's odd task ids and half of the other
-  sets. Harmless: titles, some of which the model was not trained on, and borderline ones, whose
-  wording is close to harmful prompts: harmless tasks under the opening words and at the length of
-  harmful titles, XSTest's safe prompts and VLGuard's safe instructions.
-- `validation.jsonl`: the other halves of the harmful prompts, other borderline ones, and titles
-  that the model was not trained on. Budgets and bounds are chosen here.
+- `calibration.jsonl`: D^s and D^u. Harmful: half of SafeBench's odd task ids and a quarter of the
+  other sets. Harmless: titles, some of which the model was not trained on, and borderline ones,
+  whose wording is close to harmful prompts: harmless tasks under the opening words and at the
+  length of harmful titles, XSTest's safe prompts and VLGuard's safe instructions.
+- `validation.jsonl`: the other half of SafeBench's odd task ids, another quarter of the others,
+  other borderline prompts, and titles that the model was not trained on. Budgets and bounds are
+  chosen here.
 - `vlguard-test.jsonl` and `titles-test.jsonl`: VLGuard's test instructions (unsafe) and 200 titles
   that the model was not trained on. With SafeBench's even task ids they are the test; none is used
   for anything else. Sets overlap: a title that is in the test is left out of the other two files,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.pruning.pruner import zeros
 from regraft.recipe import CalibrationSettings, ComputeSettings, PruneSettings, RealignSettings
+from regraft.restoration import iterative
 from regraft.restoration.apply import patched
 from regraft.restoration.gain import (
     Objective,
@@ -42,7 +43,7 @@ from regraft.restoration.gain import (
     swaps_in_rows,
 )
 from regraft.restoration.patch import load_patch
-from regraft.restoration.ranking import KEPT, Ranking, load_ranking, patch_of
+from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.restoration.selection import blocks_of, inside, random_heads, restorable
 from regraft.stages import gaining
 from regraft.watch import Silent
@@ -145,8 +146,8 @@ def best_pairing(worth, prices, count):
     """The most that `count` returns, each for another removal, are worth; all pairings."""
     totals = (
         sum(w - p for w, p in zip(back, gone, strict=True))
-        for back in permutations(worth, count)
-        for gone in permutations(prices, count)
+        for back in itertools.permutations(worth, count)
+        for gone in itertools.permutations(prices, count)
     )
     return max(totals, default=None)
 
@@ -237,7 +238,7 @@ def test_a_step_ends_where_first_order_does(keys, share):
 
 @given(st.integers(0, 200), st.randoms(use_true_random=False))
 def test_backtracking_takes_what_was_seen_to_help(count, random):
-    """The last of a falling run among the first 6 halvings, and nothing where none helps."""
+    """The last of a falling run of halvings, and nothing where none helps."""
     seen: list[int] = []
     values = {n: random.choice([0.5, 0.9, 1.0, 1.5]) for n in range(1, count + 1)}
 
@@ -247,7 +248,7 @@ def test_backtracking_takes_what_was_seen_to_help(count, random):
 
     taken = backtrack(value, 1.0, count)
     assert seen == [count >> i for i in range(len(seen))]
-    tried = [n for n in (count >> i for i in range(6)) if n]
+    tried = [n for n in (count >> i for i in range(8)) if n]
     helping = [i for i, n in enumerate(tried) if values[n] < 1]
     if not helping:
         assert taken == 0 and seen == tried
@@ -276,12 +277,33 @@ def test_examples_on_which_the_teacher_is_wrong_are_left_out(monkeypatch):
     pool = gaining.Pool([Example(name, "?", False, "title") for name in "abcde"], None)
     for wrong, kept in (("", "abcde"), ("bd", "ace"), ("bcd", "abcde")):
         notes.clear()
-        told = {name: 0.49 if name in wrong else 0.5 for name in "abcde"}
-        monkeypatch.setattr(gaining, "beliefs", lambda *_, told=told: told)
-        left = gaining._believed("utility", pool, DecisionLoss(), Told())
+        told = {name: name not in wrong for name in "abcde"}
+        monkeypatch.setattr(gaining, "agreements", lambda *_, told=told: told)
+        left = gaining._agreed("utility", pool, DecisionLoss(), Told())
         assert [one.id for one in left.examples] == list(kept)
         assert len(notes) == bool(wrong)
     assert "all are used" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("restored", "drawn", "stuck"),
+    [
+        ([], 0, False),
+        ([0], 1, False),
+        ([5, 9, 12], 0, False),
+        ([5, 9, 12, 13], 4, False),
+        ([5, 9, 9], 3, False),
+        ([5, 9, 9, 12], 4, False),
+        ([5, 9, 9, 12, 13], 4, False),
+        ([5, 9, 12, 13, 13, 14], 5, False),
+        ([0, 0], 2, True),
+        ([5, 9, 9, 9], 4, True),
+    ],
+)
+def test_a_sample_with_which_nothing_comes_back_is_not_kept(restored, drawn, stuck):
+    trace = [{"restored": n} for n in restored]
+    assert gaining._drawn_at(trace) == drawn
+    assert gaining._stuck(trace) == stuck
 
 
 # On models
@@ -438,6 +460,76 @@ def test_stopped_and_taken_up_again(when, loss, benches, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ending", ["all are back", "nothing helps"])
+def test_stopped_right_at_the_end(ending, benches, tmp_path, monkeypatch):
+    """After the last step, before the ranking is written: no further step, and the same file."""
+    bench = benches("llama")
+    enough = {"count": 2, "steps": 9} if ending == "all are back" else {"trust": 1e-9, "steps": 9}
+    wanted = GAIN.model_copy(update=enough)
+    if ending == "nothing helps":
+        monkeypatch.setattr(iterative, "backtrack", lambda *_: 0)
+    whole = bench.rank(tmp_path / "a" / "ranking", wanted)
+    steps = len(whole.about["steps"])
+    assert steps == 2 and len(whole) == (2 if ending == "all are back" else 0)
+    true_save = gaining.save_ranking
+
+    def stopping(path: Path, ranking: Ranking) -> None:
+        true_save(path, ranking)
+        if len(ranking.about["steps"]) == steps:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gaining, "save_ranking", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            bench.rank(tmp_path / "b" / "ranking", wanted)
+    monkeypatch.setattr(gaining, "step", lambda *_: pytest.fail("a step too many"))
+    assert same(bench.rank(tmp_path / "b" / "ranking", wanted), whole)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("swap", [False, True])
+def test_every_step_lowers_what_it_is_to_lower(swap, benches, tmp_path):
+    """The whole calibration set is the sample, so the next step sees what this one did."""
+    settings = GAIN.model_copy(update={"swap": swap, "trust": 1.0, "steps": 9})
+    steps = benches("mllama").rank(tmp_path / "ranking", settings).about["steps"]
+    assert len(steps) > 3
+    before = 0
+    for now, then in itertools.pairwise(steps):
+        old, new = (one["safety"] + now["weight"] * one["utility"] for one in (now, then))
+        assert new < old if now["restored"] > before else new == pytest.approx(old, rel=1e-6)
+        before = now["restored"]
+
+
+def test_a_swap_removes_what_neither_loss_needs(benches):
+    """Also where a removal is predicted to help, and however little utility weighs just now."""
+    bench = benches("llama")
+    index = 3
+    linear = list(bench.dense.anatomy.linears)[index]
+    weight = bench.pruned().checkpoint.read(linear.tensor).float()
+    rows, columns = linear.shape
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(2 * rows, columns, generator=generator) for _ in range(2)]
+    for one in gradients:
+        one[rows:].abs_()
+    objective = Objective(utility_weight=0.05, constraint="none")
+    everywhere = torch.ones(linear.shape, dtype=torch.bool)
+    problem = iterative.Problem(
+        None, bench.dense, bench.pruned(), lambda *_: everywhere, objective, swap=True
+    )
+    keys, removed = iterative._candidates(problem, linear, weight, everywhere, gradients, empty())
+    moved = sum(
+        (-g[:rows] * weight + g[rows:] * weight**2 / 2).abs() for g in gradients
+    ).masked_fill(weight == 0, INF)
+    for row in range(rows):
+        chosen = removed[row][removed[row] != KEPT]
+        assert len(chosen) > 1, "too few swaps to tell"
+        least = moved[row].topk(len(chosen), largest=False).indices + row * columns
+        assert set(chosen.tolist()) == set(least.tolist())
+    assert (keys > 0).any() and ((keys > 0) <= (removed != KEPT)).all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("within", ["attention", "heads"])
 def test_weights_come_back_where_they_may(within, benches, tmp_path):
     bench = benches("qwen2_vl")
@@ -507,11 +599,12 @@ def test_swaps_keep_the_sparsity(family, way, benches, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_constraint_and_a_pool_larger_than_the_batch(benches, tmp_path):
+def test_a_constraint_and_a_pool_larger_than_the_batch(benches, tmp_path, monkeypatch):
     """Weights that cost utility stay out, also with examples that weigh differently."""
     bench = benches("llama")
     every = {"batch": 2, "steps": 1, "count": 10**6, "trust": 1e6}
     settings = GAIN.model_copy(update=every)
+    monkeypatch.setattr(iterative, "backtrack", lambda _value, _now, count: count)
     bound, free = (
         bench.rank(tmp_path / name, settings.model_copy(update={"constraint": name}))
         for name in ("utility-gain", "none")

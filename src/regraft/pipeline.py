@@ -15,7 +15,7 @@ from regraft.checks import (
     read_validation,
     seen_before,
 )
-from regraft.data.sources import read
+from regraft.data.example import Reading
 from regraft.errors import RegraftError
 from regraft.files import digest, discard_leftover, require_empty, require_space, write_text
 from regraft.folder import RunFolder
@@ -141,22 +141,15 @@ def claim(folder: Path, recipe: Recipe) -> None:
 
 def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Session) -> None:
     pick_device(recipe.compute.device)
-    by_heads = any(one.by_heads for one in recipe.realign)
-    by_importance = bool(_scores(recipe))
-    on_both = recipe.pruned is None and any(one.calibrate_on == "both" for one in recipe.prune)
-    by_direction = any(one.method == "refusal-direction" for one in recipe.defend)
     _check_gain(recipe, dense)
     for variant in recipe.realign:
         if variant.search is not None:
             stages.check_search(dense, variant.search, recipe.compute, session)
-    if by_heads or by_importance or on_both or by_direction:
-        harmful = draw_calibration(dense, recipe.calibration, harmful=True)
-        check_shares(harmful.examples, recipe.compute)
-        if by_heads:
-            check_r_max(dense, recipe.heads, len(harmful.examples))
-    if by_importance or recipe.pruned is None or by_direction:
-        harmless = draw_calibration(dense, recipe.calibration, harmful=False)
-        check_shares(harmless.examples, recipe.compute)
+    for harmful in _kinds_drawn(recipe):
+        drawn = draw_calibration(dense, recipe.calibration, harmful=harmful)
+        check_shares(drawn.examples, recipe.compute)
+        if harmful and any(one.by_heads for one in recipe.realign):
+            check_r_max(dense, recipe.heads, len(drawn.examples))
     session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
     for variant in recipe.realign:
         check_top_heads(dense, variant)
@@ -180,14 +173,38 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
     require_space(place.path, missing * dense.checkpoint.bytes)
 
 
+def _kinds_drawn(recipe: Recipe) -> list[bool]:
+    """Which calibration prompts whole stages learn from, harmful (True), harmless or both.
+
+    Gain draws as well, but learns from a batch of them at a time.
+    """
+    always = bool(_scores(recipe)) or any(
+        one.method == "refusal-direction" for one in recipe.defend
+    )
+    by_heads = any(one.by_heads for one in recipe.realign)
+    on_both = recipe.pruned is None and any(one.calibrate_on == "both" for one in recipe.prune)
+    wanted = {True: by_heads or on_both, False: recipe.pruned is None}
+    return [harmful for harmful, also in wanted.items() if always or also]
+
+
 def _seen_before(recipe: Recipe, dense: Source, session: stages.Session) -> list[str]:
     """What of the test prompts anything is learnt or chosen from."""
-    used = {"calibration": read(recipe.calibration.data)}
+    drawn = {(recipe.calibration, harmful): None for harmful in _kinds_drawn(recipe)}
+    for one in recipe.realign:
+        if one.method == "gain":
+            drawn |= {(_calibration(recipe, one), harmful): None for harmful in (True, False)}
+    used: dict[str, Reading] = {}
+    for calibration, harmful in drawn:
+        role = f"{'harmful' if harmful else 'harmless'} calibration"
+        used[role] = draw_calibration(dense, calibration, harmful=harmful)
     for variant in recipe.realign:
         if (search := variant.search) is not None:
+            role = f"validation ({search.validation}, {search.validation_limit or 'all'})"
             suites = stages.suites_of(search)
-            prompts = session.reading(dense, suites, search.validation_limit)
-            used[f"validation ({search.validation})"] = prompts
+            used[role] = session.reading(dense, suites, search.validation_limit)
+    for defence in recipe.defend:
+        if defence.searches:
+            used[f"{defence.name}'s validation"] = read_validation(dense, defence)
     evaluated = session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
     return seen_before(evaluated, used)
 

@@ -301,7 +301,10 @@ class RealignSettings(Settings):
         description="gain: weights come back in all linears, in attention, or in the chosen heads.",
     )
     utility_weight: float = Field(
-        1.0, ge=0, description="gain: how much utility counts beside safety."
+        0.3,
+        ge=0,
+        description="gain: how much utility counts beside safety, at first where a multiplier "
+        "moves it.",
     )
     constraint: Constraint = Field(
         "both",
@@ -314,8 +317,9 @@ class RealignSettings(Settings):
     )
     loss: Literal["distil", "given"] = Field(
         "distil",
-        description="gain: what a response costs, its divergence from the dense model's, or the "
-        "cross-entropy against the given one.",
+        description="gain: what a response costs, its divergence from the dense model's (without "
+        "prompts that the dense model answers otherwise than they should be), or the cross-entropy "
+        "against the given one.",
     )
     steps: int = Field(
         20,
@@ -325,7 +329,8 @@ class RealignSettings(Settings):
     trust: float = Field(
         0.3,
         gt=0,
-        description="gain: a step ends where the predicted fall of the loss is this share of it.",
+        description="gain: a step tries no more weights than are predicted to lower the loss by "
+        "this share of it, and takes those with which it falls most.",
     )
     batch: int = Field(
         128,
@@ -711,12 +716,12 @@ class Recipe(Settings):
         tuple[PruningSettings, ...], BeforeValidator(_prunings), AfterValidator(_named)
     ] = Field(
         (PruningSettings(name="pruned"),),
-        description="One pruning, or a list of them; all are evaluated and realigned alike.",
+        description="One pruning, or a list of them, each evaluated and realigned.",
     )
     heads: HeadSettings = HeadSettings()
     realign: tuple[VariantSettings, ...] = (VariantSettings(),)
     defend: tuple[NamedDefenceSettings, ...] = Field(
-        (), description="Defences at inference, evaluated on every pruned model."
+        (), description="Defences at inference, evaluated on the pruned models."
     )
     evaluate: EvaluateSettings = EvaluateSettings()
     compute: ComputeSettings = ComputeSettings()
@@ -746,9 +751,9 @@ class Recipe(Settings):
             raise ValueError(f"`prune` and one of {both} are both called {self.prune[0].name!r}")
         most = max((one.top_heads for one in self.realign if one.by_heads), default=0)
         known = {one.name for one in self.prune}
-        meant = {one.name: one.prunings for one in self.realign}
-        meant |= {one.name: one.prunings for one in self.defend}
-        for name, prunings in meant.items():
+        prunings_of = {one.name: one.prunings for one in self.realign}
+        prunings_of |= {one.name: one.prunings for one in self.defend}
+        for name, prunings in prunings_of.items():
             if odd := sorted({*prunings} - known):
                 raise ValueError(
                     f"{name!r} is for the pruning {odd[0]!r}, but the prunings are "

@@ -43,14 +43,14 @@ def response_losses(
     return losses
 
 
-def beliefs(walk: Walk, loss: DecisionLoss) -> dict[str, float]:
-    """How likely the loss's teacher begins each answer as its response does, by example id."""
+def agreements(walk: Walk, loss: DecisionLoss) -> dict[str, bool]:
+    """Whether the loss's teacher would begin each answer as its response does, by example id."""
     found = {}
     with walk.model.frame(), torch.no_grad():
         for batch in walk.batches:
             assert batch.labels is not None, "a batch of prompts has no responses"
             for row, name in enumerate(batch.ids):
-                found[name] = loss.belief(walk.model, batch.labels[row].to(walk.model.device), name)
+                found[name] = loss.agrees(walk.model, batch.labels[row].to(walk.model.device), name)
     return found
 
 

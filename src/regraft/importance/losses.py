@@ -85,13 +85,12 @@ class DecisionLoss:
         own = _other_than(token, model, final[position].detach())
         return Misses(self.weights.get(name, 1.0), own, dense)
 
-    def belief(self, model: PlacedModel, labels: Tensor, name: str) -> float:
-        """How likely the teacher begins the answer as the response does; 1 without a teacher."""
-        if self.teacher is None:
-            return 1.0
-        position = predicting(labels)[:1]
+    def agrees(self, model: PlacedModel, labels: Tensor, name: str) -> bool:
+        """Whether the teacher's likeliest first token is the response's."""
+        assert self.teacher is not None, "there is no teacher to agree"
+        first = labels[predicting(labels)[:1] + 1]
         state = self.teacher[name][:1].to(model.device, model.dtype)
-        return 1 - _other_than(int(labels[position + 1]), model, state)
+        return int(logits_of(model.network, state)[0].argmax()) == int(first)
 
     def _costs(self, model: PlacedModel, logits: Tensor, tokens: Tensor, name: str) -> Tensor:
         """Of each token, `[N]`."""

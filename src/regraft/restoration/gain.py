@@ -6,8 +6,9 @@ weight ij takes its dense value again, a loss is predicted to fall by `-G_ij (W_
 back in steps, with the gradients of the model as it then is.
 
 In a swap a kept weight of the same row, or of the same N:M group, is pruned in exchange: the one
-whose loss costs least by the same two gradients and the curvature, `-G w + F w^2 / 2`, with F the
-diagonal of the empirical Fisher matrix.
+without which both losses change least, by `|-G w + F w^2 / 2|` with F the diagonal of the empirical
+Fisher matrix. A removal that is predicted to help is not sought: which weights may help without
+hurting is only asked of those that come back.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from torch import Tensor
 
 Constraint = Literal["utility-gain", "lagrangian", "both", "none"]
 _RATE = 8.0  # of the multiplier, per unit of drift: a drift of 9 points doubles the weight
-_TRIES = 6
 _LIMITS = (0.05, 50.0)
 
 
@@ -35,11 +35,11 @@ class Objective:
     `utility_weight` a multiplier that grows while the model refuses harmless prompts more than it
     should, and shrinks while it refuses them less (see `adapted`). "both" does both.
 
-    First order holds near the model as it is: a step ends where the fall that it predicts reaches
-    the share `trust` of the loss, which can only fall to 0.
+    First order holds near the model as it is: a step tries no more than what is predicted to lower
+    the loss by the share `trust` of it, which can only fall to 0, and see `backtrack`.
     """
 
-    utility_weight: float = 1.0
+    utility_weight: float = 0.3
     constraint: Constraint = "both"
     share: float = 0.2
     trust: float = 0.3
@@ -79,7 +79,7 @@ class Objective:
         return max(1, int((keys.double().cumsum(0) <= limit).sum()))
 
     def value(self, safety: float, utility: float) -> float:
-        """What the keys are predicted falls of: `safety + utility_weight * utility`."""
+        """What a step is to lower: `safety + utility_weight * utility`."""
         return safety + self.utility_weight * utility
 
 
@@ -87,7 +87,7 @@ def backtrack(value: Callable[[int], float], now: float, count: int) -> int:
     """How many of a step's best weights to take: those that lower the objective most.
 
     First order overestimates what many weights do together. `count` of them are tried, then half
-    as many, and so on while that is better, or nothing is found yet that helps.
+    as many, and so on down to one, until less is worse than what was found to help.
 
     Args:
         value: The objective with the first n weights of the step back.
@@ -95,18 +95,16 @@ def backtrack(value: Callable[[int], float], now: float, count: int) -> int:
         count: How many to begin with.
 
     Returns:
-        0 where none of at most 6 tries lowers the objective.
+        0 where no try lowers the objective.
     """
-    best, lowest = 0, now
-    for halvings in range(_TRIES):
-        tried = count >> halvings
-        if not tried:
-            break
+    best, lowest, tried = 0, now, count
+    while tried:
         found = value(tried)
         if found < lowest:
             best, lowest = tried, found
         elif best:
             break
+        tried //= 2
     return best
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count as count_from
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from regraft.restoration.selection import restorable
 
 Progress = Callable[[int], None]
 _SWAPS_IN_A_ROW = 64
+COUNTED_TRIES = 2  # of a step; there are hardly ever fewer
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def step(
             predicted to help more than first order can be trusted.
         so_far: What has come back before.
         scratch: A folder for layer inputs.
-        progress: Called with the number of samples a layer has seen, forward and backward.
+        progress: Called with the number of samples a layer has seen, forward and backward, and
+            forward in each of the first 2 tries.
     """
     best = Best(count)
     anatomy = problem.dense.anatomy
@@ -122,9 +125,12 @@ def step(
     ranking = ranking.first(objective.within_trust(ranking.score, *losses))
     edits = Edits(ranking, weights, problem.dense)
 
+    tries = count_from(1)
+
     def value(tried: int) -> float:
         edits.put(tried)
-        found = [_mean(response_losses(*one).values()) for one in (safety, utility)]
+        told = progress if next(tries) <= COUNTED_TRIES else lambda _: None
+        found = [_mean(response_losses(*one, told).values()) for one in (safety, utility)]
         return objective.value(*found)
 
     taken = backtrack(value, objective.value(*losses), len(ranking))
@@ -208,8 +214,9 @@ def _candidates(
     keys.masked_fill_(~free, -torch.inf)
     if not problem.swap:
         return keys.masked_fill_(keys <= 0, -torch.inf), None
-    costs = [removal_cost(g[:rows], g[rows:], current) for g in gradients]
-    cost = costs[0] + problem.objective.utility_weight * costs[1]
+    moved = [removal_cost(g[:rows], g[rows:], current).abs_() for g in gradients]
+    # whatever weighs more in the return, a removal should disturb neither
+    cost = moved[0] + max(1.0, problem.objective.utility_weight) * moved[1]
     fixed = current == 0
     fixed.view(-1)[taken.position.to(device)] = True
     cost.masked_fill_(fixed | ~where.to(device), torch.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -11,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from regraft import ranks
+from regraft.checks import check_shares
 from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
 from regraft.files import atomic_file, read_json, require_space, write_json
 from regraft.importance.gradients import require_gradients
-from regraft.importance.hard import beliefs, final_states, response_losses, stratified
+from regraft.importance.hard import agreements, final_states, response_losses, stratified
 from regraft.importance.losses import DecisionLoss
 from regraft.models.anatomy import HEAD_ROLES, LayerAnatomy, LinearAnatomy
 from regraft.models.load import Source
@@ -23,14 +25,21 @@ from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.recipe import ComputeSettings, RealignSettings
 from regraft.restoration.gain import Objective
-from regraft.restoration.iterative import Problem, Step, groups_of, step, weights_of
+from regraft.restoration.iterative import (
+    COUNTED_TRIES,
+    Problem,
+    Step,
+    groups_of,
+    step,
+    weights_of,
+)
 from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
 from regraft.restoration.selection import Head, blocks_of, inside
 from regraft.stages.common import collate_share, hidden_state_bytes, load_for_walk
 from regraft.watch import Watch
 
-REFRESH = 4  # steps between samples of examples
-BELIEVED = 0.5  # probability of a response's first token from which on the teacher is right
+ALGORITHM = 2  # rankings of another one are not taken for this one's
+REFRESH = 4  # steps between samples of examples, at most
 HARD = 0.5  # share of them on which the pruned model falls shortest
 KINDS = ("safety", "utility")
 Examples = Sequence[Example]
@@ -81,15 +90,20 @@ def restore_by_gain(
     sizes = [min(settings.batch, len(pool.examples)) for pool in pools.values()]
     own = sum(sizes) // ranks.world()
     with watch.task(
-        "Restoring by gain", 2 * own * layers * (settings.steps - finished), "samples x layers"
+        "Restoring by gain",
+        (2 + COUNTED_TRIES) * own * layers * (settings.steps - finished),
+        "samples x layers",
     ) as done:
         gathered: dict[str, tuple[Walk, DecisionLoss]] = {}
         for number in range(finished, settings.steps):
-            if not gathered or number % REFRESH == 0:
+            if len(ranking) == count or _stuck(trace):
+                break
+            drawn = _drawn_at(trace)
+            if not gathered or drawn == number:
                 gathered = {}  # the old states go before the new ones come
                 for kind, pool in pools.items():
-                    path_of = work / f"sample-{kind}-{number // REFRESH}.json"
-                    weights = _sample(path_of, pool, losses[kind], settings.batch, number)
+                    file = work / f"sample-{kind}-{drawn}.json"
+                    weights = _sample(file, pool, losses[kind], settings.batch, drawn)
                     chosen = [one for one in pool.examples if one.id in weights]
                     gathered[kind] = walk(chosen), replace(losses[kind], weights=weights)
                 batches = [one.batches for one, _ in gathered.values()]
@@ -104,8 +118,6 @@ def restore_by_gain(
             if ranks.first():
                 save_ranking(path, replace(ranking, about={"steps": trace}))
             ranks.barrier()
-            if len(ranking) == count or _stuck(trace):
-                break
     return replace(ranking, about={"steps": trace})
 
 
@@ -122,10 +134,24 @@ def _objective(settings: RealignSettings, trace: Sequence[Mapping[str, float]]) 
     return objective
 
 
-def _stuck(trace: Sequence[Mapping[str, float]]) -> bool:
-    """Whether a whole sample of examples has gone by and nothing came back."""
+def _empty(trace: Sequence[Mapping[str, float]]) -> list[bool]:
+    """Of each step, whether nothing came back."""
     restored = [0, *(found["restored"] for found in trace)]
-    return len(trace) >= REFRESH and restored[-1] == restored[-1 - REFRESH]
+    return [after == before for before, after in pairwise(restored)]
+
+
+def _drawn_at(trace: Sequence[Mapping[str, float]]) -> int:
+    """At which step the next one's sample of examples was drawn, or is.
+
+    One with which nothing came back is not kept.
+    """
+    after_empty = [i + 1 for i, empty in enumerate(_empty(trace)) if empty]
+    return max([len(trace) - len(trace) % REFRESH, *after_empty])
+
+
+def _stuck(trace: Sequence[Mapping[str, float]]) -> bool:
+    """Whether nothing came back with two samples in a row."""
+    return len(trace) > 1 and all(_empty(trace)[-2:])
 
 
 def _told(restored: int, objective: Objective, new: Step) -> dict[str, float]:
@@ -183,24 +209,26 @@ def _prepare(
         for kind, path in teachers.items()
     }
     if settings.loss == "distil":
-        pools = {kind: _believed(kind, pools[kind], losses[kind], watch) for kind in KINDS}
+        pools = {kind: _agreed(kind, pools[kind], losses[kind], watch) for kind in KINDS}
+        for pool in pools.values():
+            check_shares(pool.examples[: settings.batch], compute)
     return model, pools, losses, walk
 
 
-def _believed(kind: str, pool: Pool, loss: DecisionLoss, watch: Watch) -> Pool:
+def _agreed(kind: str, pool: Pool, loss: DecisionLoss, watch: Watch) -> Pool:
     """The pool without the examples of which the dense model itself gets the answer wrong.
 
     Its say on them would teach what is unwanted: to refuse a harmless prompt, or to comply with a
     harmful one. Where it begins most answers otherwise than given, the given ones are in other
     words than its own, and nothing can be told.
     """
-    found = ranks.merged(beliefs(pool.walk, loss))
-    kept = [one for one in pool.examples if found[one.id] >= BELIEVED]
+    found = ranks.merged(agreements(pool.walk, loss))
+    kept = [one for one in pool.examples if found[one.id]]
     wrong, total = len(pool.examples) - len(kept), len(pool.examples)
     if wrong > len(kept):
         watch.note(
-            f"{kind}: the dense model begins {wrong} of {total} answers otherwise than given, so "
-            "that it cannot be told where it is wrong; all are used. --responses self would tell."
+            f"{kind}: the dense model would begin {wrong} of {total} answers otherwise than given, "
+            "so that it cannot be told where it is wrong; all are used (--responses self tells)"
         )
         return pool
     if wrong:

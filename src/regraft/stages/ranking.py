@@ -33,7 +33,7 @@ from regraft.restoration.selection import (
     whole,
 )
 from regraft.stages.answering import beside, calibration_data
-from regraft.stages.gaining import restore_by_gain
+from regraft.stages.gaining import ALGORITHM, restore_by_gain
 from regraft.stages.realigning import (
     band_of,
     chosen_heads,
@@ -97,6 +97,8 @@ def rank(
     about = describe(
         "rank", inputs, settings, compute if readings else None, readings if readings else None
     )
+    if settings.method == "gain":
+        about["algorithm"] = ALGORITHM
     if settings.method == "random":
         about["seed"] = calibration.seed
     heads = chosen_heads(dense, settings, scores)
