@@ -32,14 +32,14 @@ class Objective:
 
     "utility-gain" takes only weights with `gain^u >= share * gain^s`: with share 0 those that cost
     utility nothing, with more those that do not merely trade one for the other. "lagrangian" makes
-    `utility_weight` a multiplier that grows while the model refuses harmless prompts more than it
-    should, and shrinks while it refuses them less (see `adapted`). "both" does both.
+    `utility_weight` a multiplier that grows while harmless prompts drift further from their answers
+    than they may, and shrinks while they drift less (see `adapted`). "both" does both.
 
     First order holds near the model as it is: a step tries no more than what is predicted to lower
     the loss by the share `trust` of it, which can only fall to 0, and see `backtrack`.
     """
 
-    utility_weight: float = 0.3
+    utility_weight: float = 0.5
     constraint: Constraint = "both"
     share: float = 0.2
     trust: float = 0.3
@@ -57,7 +57,7 @@ class Objective:
         return keys.masked_fill_(utility < self.share * safety, -torch.inf)
 
     def adapted(self, drift: float) -> Objective:
-        """The objective of the next step, after harmless prompts were refused `drift` too often.
+        """The objective of the next step, after harmless prompts drifted `drift` too far.
 
         Dual ascent: the weight moves by a factor exp(8 drift), drift in [-1, 1].
         """
