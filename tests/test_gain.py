@@ -225,6 +225,22 @@ def test_the_multiplier_follows_over_refusal():
         assert Objective(constraint=constraint).adapted(1) == Objective(constraint=constraint)
 
 
+def test_harmless_prompts_may_drift_as_far_as_harmful_ones_still_do():
+    def weight(*found):
+        trace = [{"safety": safety, "drift": drift} for safety, drift in found]
+        settings = RealignSettings(method="gain", count=1, constraint="both")
+        return gaining._objective(settings, trace).utility_weight
+
+    start = weight()
+    assert weight((2.0, 0.1)) == start
+    assert weight((2.0, 0.1), (1.0, 0.05)) == pytest.approx(start)
+    assert weight((2.0, 0.1), (1.0, 0.08)) == pytest.approx(start * math.exp(8 * 0.03))
+    assert weight((2.0, 0.1), (1.0, 0.02)) == pytest.approx(start * math.exp(-8 * 0.03))
+    assert weight((2.0, 0.1), (3.0, 0.1)) == pytest.approx(start), "further than at first"
+    assert weight((2.0, -0.1), (1.0, 0.01)) == pytest.approx(start * math.exp(-8 * 0.09))
+    assert weight((0.0, 0.1)) == pytest.approx(start * math.exp(8 * 0.1))
+
+
 @given(st.lists(st.integers(1, 64).map(lambda n: n / 8), max_size=8), st.integers(1, 40))
 def test_a_step_ends_where_first_order_does(keys, share):
     """Never further than the trust allows, but for the first weight."""
