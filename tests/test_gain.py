@@ -225,20 +225,16 @@ def test_the_multiplier_follows_over_refusal():
         assert Objective(constraint=constraint).adapted(1) == Objective(constraint=constraint)
 
 
-def test_harmless_prompts_may_drift_as_far_as_harmful_ones_still_do():
-    def weight(*found):
-        trace = [{"safety": safety, "drift": drift} for safety, drift in found]
-        settings = RealignSettings(method="gain", count=1, constraint="both")
-        return gaining._objective(settings, trace).utility_weight
+def test_harmless_prompts_may_drift_as_far_as_pruning_left_them():
+    def weight(*drifts):
+        trace = [{"drift": drift} for drift in drifts]
+        return gaining._objective(RealignSettings(method="gain", count=1), trace).utility_weight
 
     start = weight()
-    assert weight((2.0, 0.1)) == start
-    assert weight((2.0, 0.1), (1.0, 0.05)) == pytest.approx(start)
-    assert weight((2.0, 0.1), (1.0, 0.08)) == pytest.approx(start * math.exp(8 * 0.03))
-    assert weight((2.0, 0.1), (1.0, 0.02)) == pytest.approx(start * math.exp(-8 * 0.03))
-    assert weight((2.0, 0.1), (3.0, 0.1)) == pytest.approx(start), "further than at first"
-    assert weight((2.0, -0.1), (1.0, 0.01)) == pytest.approx(start * math.exp(-8 * 0.09))
-    assert weight((0.0, 0.1)) == pytest.approx(start * math.exp(8 * 0.1))
+    assert weight(0.1) == start
+    assert weight(0.1, 0.13) == pytest.approx(start * math.exp(8 * 0.03))
+    assert weight(0.1, 0.13, 0.07) == pytest.approx(start)
+    assert weight(-0.1, 0.01) == pytest.approx(start * math.exp(-8 * 0.09)), "as the dense model"
 
 
 @given(st.lists(st.integers(1, 64).map(lambda n: n / 8), max_size=8), st.integers(1, 40))

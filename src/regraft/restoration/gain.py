@@ -39,8 +39,8 @@ class Objective:
     the loss by the share `trust` of it, which can only fall to 0, and see `backtrack`.
     """
 
-    utility_weight: float = 0.2
-    constraint: Constraint = "utility-gain"
+    utility_weight: float = 0.3
+    constraint: Constraint = "both"
     share: float = 0.2
     trust: float = 0.3
 

@@ -124,16 +124,14 @@ def restore_by_gain(
 def _objective(settings: RealignSettings, trace: Sequence[Mapping[str, float]]) -> Objective:
     """Of the next step, given what each step before found.
 
-    Harmless prompts may still drift from the dense model as far as harmful ones do, both measured
-    by where they began: neither kind is brought back at the other's cost.
+    Harmless prompts may drift as far from the dense model as they do in the pruned one: while they
+    are nearer, safety comes first, and what that costs is for a search along the path to weigh.
     """
     objective = Objective(
         settings.utility_weight, settings.constraint, settings.utility_share, settings.trust
     )
     for found in trace:
-        left = found["safety"] / trace[0]["safety"] if trace[0]["safety"] > 0 else 0.0
-        allowed = min(1.0, left) * max(0.0, trace[0]["drift"])
-        objective = objective.adapted(found["drift"] - allowed)
+        objective = objective.adapted(found["drift"] - max(0.0, trace[0]["drift"]))
     return objective
 
 
