@@ -31,7 +31,14 @@ from regraft.models.anatomy import HEAD_ROLES
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.pruning.pruner import zeros
-from regraft.recipe import CalibrationSettings, ComputeSettings, PruneSettings, RealignSettings
+from regraft.recipe import (
+    CalibrationSettings,
+    ComputeSettings,
+    EvalSettings,
+    PruneSettings,
+    RealignSettings,
+    SearchSettings,
+)
 from regraft.restoration import iterative
 from regraft.restoration.apply import patched
 from regraft.restoration.gain import (
@@ -46,6 +53,7 @@ from regraft.restoration.patch import load_patch
 from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.restoration.selection import blocks_of, inside, random_heads, restorable
 from regraft.stages import gaining
+from regraft.stages.searching import read_curve
 from regraft.watch import Silent
 
 INF = math.inf
@@ -297,6 +305,39 @@ def test_examples_on_which_the_teacher_is_wrong_are_left_out(monkeypatch):
     assert "all are used" in notes[0]
 
 
+def test_pushes_come_behind_the_path():
+    """In every way in which the path can end; and the next step depends on the trace alone."""
+    settings = RealignSettings(method="gain", count=1000, steps=4, pushes=3)
+
+    def run(*restored, count=1000, settings=settings):
+        trace = []
+        for now in restored:
+            task = gaining.next_task(settings, count, trace)
+            assert task is not None, "the path has ended"
+            before = trace[-1]["restored"] if trace else 0
+            assert 0 <= now - before <= task.most
+            trace.append({"restored": now, "push": float(task.push), "drift": 0.1})
+        return [bool(one["push"]) for one in trace], gaining.next_task(settings, count, trace)
+
+    done, task = run(100, 300, 500)
+    assert done == [False] * 3 and not task.push and task.most == 1000 - 3 * 5 - 500
+    assert task.objective == Objective()
+    done, task = run(100, 300, 500, 700, 705, 709)  # all steps done
+    assert done == [False] * 4 + [True] * 2 and task.push and task.most == 5
+    assert task.objective.constraint == "none" and task.objective.utility_weight < 0.3
+    assert run(100, 300, 500, 700, 705, 709, 709)[1] is None
+    done, task = run(247, 493, 739, 985)  # the path is full
+    assert task.push and task.most == 5
+    assert run(247, 493, 739, 985, 990, 995, 1000)[1] is None
+    done, task = run(100, 100, 100)  # nothing helps any more
+    assert done == [False] * 3 and task.push
+    done, task = run(100, 100, 100, 105)
+    assert done == [False] * 3 + [True] and task.push, "the path goes on behind a push"
+    assert run(1, 2, 3, 4, count=4)[0] == [False] * 4, "too few weights for a push"
+    none = settings.model_copy(update={"pushes": 0})
+    assert run(250, 500, 750, 1000, settings=none)[1] is None
+
+
 @pytest.mark.parametrize(
     ("restored", "drawn", "stuck"),
     [
@@ -539,6 +580,29 @@ def test_a_swap_removes_what_neither_loss_needs(benches):
         least = moved[row].topk(len(chosen), largest=False).indices + row * columns
         assert set(chosen.tolist()) == set(least.tolist())
     assert (keys > 0).any() and ((keys > 0) <= (removed != KEPT)).all()
+
+
+@pytest.mark.slow
+def test_a_search_looks_around_every_push(benches, tmp_path):
+    bench = benches("llama")
+    settings = GAIN.model_copy(update={"pushes": 3, "steps": 2})
+    steps = bench.rank(tmp_path / "ranking", settings).about["steps"]
+    assert [one["push"] for one in steps] == [0, 0, 1, 1, 1]
+    assert [one["weight"] for one in steps][2:] == [gaining.PUSH_UTILITY] * 3
+    choice = SearchSettings(validation=bench.calibration.data, points=1)
+    short = EvalSettings(max_new_tokens=1)
+    stages.search(
+        bench.dense,
+        bench.pruned(),
+        tmp_path / "ranking",
+        tmp_path / "curve.json",
+        choice,
+        settings,
+        short,
+        COMPUTE,
+    )
+    tried = [point.restored for point in read_curve(tmp_path / "curve.json")]
+    assert tried == sorted({0, *(int(one["restored"]) for one in steps[1:])})
 
 
 @pytest.mark.slow

@@ -326,6 +326,13 @@ class RealignSettings(Settings):
         ge=1,
         description="gain: weights come back in at most so many steps, gradients anew in each.",
     )
+    pushes: int = Field(
+        0,
+        ge=0,
+        description="gain: so many small steps behind the others, each of 0.5 % of the weights, "
+        "that look at safety nearly alone; for a search, which takes the one that still keeps to "
+        "its bounds.",
+    )
     trust: float = Field(
         0.3,
         gt=0,
@@ -405,7 +412,10 @@ class SearchSettings(Settings):
         None, ge=1, description="Use only the first of these prompts, of each kind."
     )
     points: int = Field(
-        8, ge=1, description="Numbers of restored weights to try, evenly over the ranking."
+        8,
+        ge=1,
+        description="Numbers of restored weights to try, evenly over the ranking; before and after "
+        "every push of gain as well.",
     )
     most: float | None = Field(
         None, gt=0, description="Restored per 10,000 at most; the whole ranking if not given."

@@ -40,6 +40,8 @@ from regraft.watch import Watch
 
 ALGORITHM = 2  # rankings of another one are not taken for this one's
 REFRESH = 4  # steps between samples of examples, at most
+PUSH = 0.005  # share of all weights in a push
+PUSH_UTILITY = 0.1  # weight of utility in it
 HARD = 0.5  # share of them on which the pruned model falls shortest
 KINDS = ("safety", "utility")
 Examples = Sequence[Example]
@@ -56,7 +58,7 @@ def restore_by_gain(
     compute: ComputeSettings,
     watch: Watch,
 ) -> Ranking:
-    """The order in which weights come back, in `settings.steps` steps.
+    """The order in which weights come back, in `settings.steps` steps and some pushes.
 
     Args:
         dense: The dense checkpoint, the teacher.
@@ -91,15 +93,13 @@ def restore_by_gain(
     own = sum(sizes) // ranks.world()
     with watch.task(
         "Restoring by gain",
-        (2 + COUNTED_TRIES) * own * layers * (settings.steps - finished),
+        (2 + COUNTED_TRIES) * own * layers * (settings.steps + settings.pushes - finished),
         "samples x layers",
     ) as done:
         gathered: dict[str, tuple[Walk, DecisionLoss]] = {}
-        for number in range(finished, settings.steps):
-            if len(ranking) == count or _stuck(trace):
-                break
+        while (task := next_task(settings, count, trace)) is not None:
             drawn = _drawn_at(trace)
-            if not gathered or drawn == number:
+            if not gathered or drawn == len(trace):
                 gathered = {}  # the old states go before the new ones come
                 for kind, pool in pools.items():
                     file = work / f"sample-{kind}-{drawn}.json"
@@ -108,17 +108,45 @@ def restore_by_gain(
                     gathered[kind] = walk(chosen), replace(losses[kind], weights=weights)
                 batches = [one.batches for one, _ in gathered.values()]
                 require_space(work, sum(hidden_state_bytes(dense, model, one) for one in batches))
-            objective = _objective(settings, trace)
-            problem = replace(problem, objective=objective)
-            most = -(-(count - len(ranking)) // (settings.steps - number))
+            problem = replace(problem, objective=task.objective)
             safety, utility = (gathered[kind] for kind in KINDS)
-            new = step(problem, safety, utility, most, ranking, work / "states", done)
+            new = step(problem, safety, utility, task.most, ranking, work / "states", done)
             ranking = ranking.then(new.ranking)
-            trace.append(_told(len(ranking), objective, new))
+            trace.append(_told(len(ranking), task, new))
             if ranks.first():
                 save_ranking(path, replace(ranking, about={"steps": trace}))
             ranks.barrier()
     return replace(ranking, about={"steps": trace})
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a step is to do: bring back `most` weights at most, by an objective."""
+
+    objective: Objective
+    most: int
+    push: bool
+
+
+def next_task(
+    settings: RealignSettings, count: int, trace: Sequence[Mapping[str, float]]
+) -> Task | None:
+    """The next step, given what each step before found; None at the end.
+
+    Behind the path come the pushes, small steps that look at safety nearly alone. The path leaves
+    the balance between refusing and complying where it happens to; pushes move it, so that a search
+    can take the one that spends the over-refusal which is allowed.
+    """
+    restored = int(trace[-1]["restored"]) if trace else 0
+    path = [found for found in trace if not found["push"]]
+    size, pushes = max(1, round(PUSH * count)), min(settings.pushes, count // 10)
+    room, left = count - pushes * size - restored, settings.steps - len(path)
+    if len(path) == len(trace) and left > 0 and room > 0 and not _stuck(trace):
+        return Task(_objective(settings, trace), -(-room // left), push=False)
+    if len(trace) - len(path) < pushes:
+        objective = Objective(PUSH_UTILITY, "none", settings.utility_share, trust=1.0)
+        return Task(objective, min(size, count - restored), push=True)
+    return None
 
 
 def _objective(settings: RealignSettings, trace: Sequence[Mapping[str, float]]) -> Objective:
@@ -155,10 +183,11 @@ def _stuck(trace: Sequence[Mapping[str, float]]) -> bool:
     return len(trace) > 1 and all(_empty(trace)[-2:])
 
 
-def _told(restored: int, objective: Objective, new: Step) -> dict[str, float]:
+def _told(restored: int, task: Task, new: Step) -> dict[str, float]:
     return {
         "restored": restored,
-        "weight": objective.utility_weight,
+        "push": float(task.push),
+        "weight": task.objective.utility_weight,
         "safety": new.safety,
         "utility": new.utility,
         "drift": new.drift,

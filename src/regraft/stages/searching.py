@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
 from regraft.models.load import Source
 from regraft.recipe import ComputeSettings, EvalSettings, RealignSettings, SearchSettings
-from regraft.restoration.ranking import load_ranking
+from regraft.restoration.ranking import Ranking, load_ranking
 from regraft.stages.evaluating import evaluate
 from regraft.stages.realigning import realign
 from regraft.stages.session import Session
@@ -90,6 +91,7 @@ def search(
         full = point(references / "dense", 0, dense)
         points = [point(references / "pruned", 0, pruned)]
         grid = {round(len(ranking) * (i + 1) / settings.points) for i in range(settings.points)}
+        grid |= _around_pushes(ranking)
         for count in sorted({count for count in grid if 0 < count < most} | ({most} - {0})):
             patch = folder / f"{count:08d}.safetensors"
             realign(dense, pruned, patch, method, ranking_file=ranking_file, count=count)
@@ -113,6 +115,13 @@ def search(
             write_json(out, curve)
         ranks.barrier()
     return int(read_json(out)["chosen"] or 0)
+
+
+def _around_pushes(ranking: Ranking) -> set[int]:
+    """How many weights are back before the first of gain's pushes, and after each."""
+    steps = [{"restored": 0.0}, *ranking.about.get("steps", ())]
+    pairs = [pair for pair in pairwise(steps) if pair[1].get("push")]
+    return {int(one["restored"]) for pair in pairs for one in pair}
 
 
 def check_search(
