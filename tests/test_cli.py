@@ -296,6 +296,8 @@ BUDGETS = [
     (["--budget", 2, "--count", 9], ["`budget` and `count` say the same thing; give one"]),
     (["--method", "hsr", "--swap"], ["only gain can swap, not hsr"]),
     (["--method", "random", "--budget", 2, "--swap"], ["only gain can swap, not random"]),
+    (["--budget", 2, "--pushes", 2], ["only gain has pushes, not hsr"]),
+    (["--method", "gain", "--count", 9, "--pushes", 2], ["hold --pushes to bounds: add --search"]),
     (["--budget", 0], ["budget", "0"]),
     (["--budget", 10_000], ["budget", "10000"]),
     (["--search"], ["--search chooses a number of weights: give a --budget too"]),
@@ -319,6 +321,10 @@ def test_budgets(world: World, refused: Refused, words: list[object], parts: lis
         ({"method": "gain"}, ["realign.0", "gain needs a `budget`"]),
         ({"method": "hsr-a", "count": 4}, ["realign.0", "hsr-a restores whole heads"]),
         ({"method": "random", "count": 4, "swap": True}, ["realign.0", "only gain can swap"]),
+        (
+            {"method": "gain", "count": 4, "pushes": 2},
+            ["realign.0", "'hsr' has pushes, which only a search can hold to bounds"],
+        ),
         (
             {"method": "random", "count": 4, "search": {"target_asr": 1, "target_rsr": 1}},
             ["realign.0.search", "exclude each other"],

@@ -245,6 +245,8 @@ def realign(
             stages.check_search(dense_source, choice, compute, stages.Session())
         elif choice != SearchSettings():
             raise RegraftError("Bounds, targets and points are those of a search: add --search.")
+        elif settings.pushes:
+            raise RegraftError("Only a search can hold --pushes to bounds: add --search.")
         if out.exists():
             load_patch(out)  # anything else in its place is an error before long work
         if settings.by_heads and heads_file is None:

@@ -372,6 +372,8 @@ class RealignSettings(Settings):
             raise ValueError("hsr-a restores whole heads: give `top_heads`, not a budget")
         if self.swap and self.method != "gain":
             raise ValueError(f"only gain can swap, not {self.method}")
+        if self.pushes and self.method != "gain":
+            raise ValueError(f"only gain has pushes, not {self.method}")
         return self
 
     @property
@@ -535,6 +537,11 @@ class VariantSettings(RealignSettings):
             raise ValueError(
                 f"{self.name!r} restores whole heads, so that there is no number of weights to "
                 "search; leave `search` out"
+            )
+        if self.pushes and self.search is None:
+            raise ValueError(
+                f"{self.name!r} has pushes, which only a search can hold to bounds: give `search` "
+                "too, or leave `pushes` out"
             )
         if self.search is not None and not self.ranked:
             raise ValueError(f"{self.name!r} searches a number of weights: give it a `budget` too")
