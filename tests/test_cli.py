@@ -322,6 +322,10 @@ def test_budgets(world: World, refused: Refused, words: list[object], parts: lis
         ({"method": "hsr-a", "count": 4}, ["realign.0", "hsr-a restores whole heads"]),
         ({"method": "random", "count": 4, "swap": True}, ["realign.0", "only gain can swap"]),
         (
+            {"method": "gain", "count": 4, "pushes": 2, "search": {"most": 1}},
+            ["realign.0", "`search.most` cuts off the pushes"],
+        ),
+        (
             {"method": "gain", "count": 4, "pushes": 2},
             ["realign.0", "'hsr' has pushes, which only a search can hold to bounds"],
         ),

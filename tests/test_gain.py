@@ -334,6 +334,11 @@ def test_pushes_come_behind_the_path():
     done, task = run(100, 100, 100, 105)
     assert done == [False] * 3 + [True] and task.push, "the path goes on behind a push"
     assert run(1, 2, 3, 4, count=4)[0] == [False] * 4, "too few weights for a push"
+    assert run(100, 100, 100, 100, 100)[1] is None, "pushes that bring nothing go on"
+    small = settings.model_copy(update={"utility_weight": 0.02})
+    assert run(100, 100, 100, settings=small)[1].objective.utility_weight == 0.02
+    many = settings.model_copy(update={"pushes": 200})
+    assert run(0, settings=many)[1].most > 200, "pushes leave nothing for the path"
     none = settings.model_copy(update={"pushes": 0})
     assert run(250, 500, 750, 1000, settings=none)[1] is None
 

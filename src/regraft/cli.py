@@ -247,6 +247,8 @@ def realign(
             raise RegraftError("Bounds, targets and points are those of a search: add --search.")
         elif settings.pushes:
             raise RegraftError("Only a search can hold --pushes to bounds: add --search.")
+        if settings.pushes and choice.most is not None:
+            raise RegraftError("--most cuts off the pushes, which come last: lower --budget.")
         if out.exists():
             load_patch(out)  # anything else in its place is an error before long work
         if settings.by_heads and heads_file is None:
@@ -313,9 +315,9 @@ def tune(
     """Search for a method's settings that give the lowest ASR within bounds, on validation prompts.
 
     Constrained TPE (Optuna: pip install 'regraft[tune]'). The same command continues after a kill,
-    goes on to more --trials, and started twice at once shares them. Of a ranking the best of
-    --points prefixes within the bounds counts. What is not tuned stays as given, the budget above
-    all. Writes tuned.json and best.yaml, an item of a recipe's `realign`.
+    goes on to more --trials, and started twice at once shares them. Of a ranking the best prefix
+    tried within the bounds counts. What is not tuned stays as given, the budget above all. Writes
+    tuned.json and best.yaml, an item of a recipe's `realign`.
 
     Example: regraft tune MODEL pruned --method gain --budget 2 --data vlguard VLGuard/train.json
     --trials 40 --points 3 --out tuned

@@ -12,6 +12,7 @@ from regraft.checks import (
     check_shares,
     check_top_heads,
     draw_calibration,
+    order_calibration,
     read_validation,
     seen_before,
 )
@@ -196,7 +197,10 @@ def _seen_before(recipe: Recipe, dense: Source, session: stages.Session) -> list
     used: dict[str, Reading] = {}
     for calibration, harmful in drawn:
         role = f"{'harmful' if harmful else 'harmless'} calibration"
-        used[role] = draw_calibration(dense, calibration, harmful=harmful)
+        if calibration.responses == "self":  # any may be needed, until enough answers are kept
+            used[f"{role} (self)"] = order_calibration(dense, calibration, harmful=harmful)
+        else:
+            used[role] = draw_calibration(dense, calibration, harmful=harmful)
     for variant in recipe.realign:
         if (search := variant.search) is not None:
             role = f"validation ({search.validation}, {search.validation_limit or 'all'})"

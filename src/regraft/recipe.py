@@ -329,7 +329,8 @@ class RealignSettings(Settings):
     pushes: int = Field(
         0,
         ge=0,
-        description="gain: so many small steps behind the others, each of 0.5 % of the weights, "
+        le=20,
+        description="gain: so many small steps behind the others, each of 0.5 % of the budget, "
         "that look at safety nearly alone; for a search, which takes the one that still keeps to "
         "its bounds.",
     )
@@ -542,6 +543,11 @@ class VariantSettings(RealignSettings):
             raise ValueError(
                 f"{self.name!r} has pushes, which only a search can hold to bounds: give `search` "
                 "too, or leave `pushes` out"
+            )
+        if self.pushes and self.search is not None and self.search.most is not None:
+            raise ValueError(
+                f"{self.name!r}: `search.most` cuts off the pushes, which come last; give the same "
+                "as `budget` instead"
             )
         if self.search is not None and not self.ranked:
             raise ValueError(f"{self.name!r} searches a number of weights: give it a `budget` too")

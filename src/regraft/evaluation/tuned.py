@@ -22,7 +22,8 @@ class Cost:
         seconds: By stage, of all processes together; without those of trials that were stopped.
         evaluations: Models that were evaluated.
         prompts: Prompts that they answered.
-        gradients: Forward and backward passes of one example through the whole model, of gain.
+        gradients: Forward and backward passes of one example through the whole model, of gain; the
+            forward passes by which it tries its steps are not among them.
     """
 
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count as count_from
 from pathlib import Path
 
 import torch
@@ -36,7 +35,6 @@ from regraft.restoration.selection import restorable
 
 Progress = Callable[[int], None]
 _SWAPS_IN_A_ROW = 64
-COUNTED_TRIES = 2  # of a step; there are hardly ever fewer
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,7 @@ def step(
             predicted to help more than first order can be trusted.
         so_far: What has come back before.
         scratch: A folder for layer inputs.
-        progress: Called with the number of samples a layer has seen, forward and backward, and
-            forward in each of the first 2 tries.
+        progress: Called with the number of samples a layer has seen, forward and backward.
     """
     best = Best(count)
     anatomy = problem.dense.anatomy
@@ -125,12 +122,9 @@ def step(
     ranking = ranking.first(objective.within_trust(ranking.score, *losses))
     edits = Edits(ranking, weights, problem.dense)
 
-    tries = count_from(1)
-
     def value(tried: int) -> float:
         edits.put(tried)
-        told = progress if next(tries) <= COUNTED_TRIES else lambda _: None
-        found = [_mean(response_losses(*one, told).values()) for one in (safety, utility)]
+        found = [_mean(response_losses(*one).values()) for one in (safety, utility)]
         return objective.value(*found)
 
     taken = backtrack(value, objective.value(*losses), len(ranking))

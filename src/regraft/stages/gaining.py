@@ -26,7 +26,6 @@ from regraft.models.walk import Walk
 from regraft.recipe import ComputeSettings, RealignSettings
 from regraft.restoration.gain import Objective
 from regraft.restoration.iterative import (
-    COUNTED_TRIES,
     Problem,
     Step,
     groups_of,
@@ -40,7 +39,7 @@ from regraft.watch import Watch
 
 ALGORITHM = 2  # rankings of another one are not taken for this one's
 REFRESH = 4  # steps between samples of examples, at most
-PUSH = 0.005  # share of all weights in a push
+PUSH = 0.005  # of all weights that are to come back, the share in a push
 PUSH_UTILITY = 0.1  # weight of utility in it
 HARD = 0.5  # share of them on which the pruned model falls shortest
 KINDS = ("safety", "utility")
@@ -93,7 +92,7 @@ def restore_by_gain(
     own = sum(sizes) // ranks.world()
     with watch.task(
         "Restoring by gain",
-        (2 + COUNTED_TRIES) * own * layers * (settings.steps + settings.pushes - finished),
+        2 * own * layers * (settings.steps + settings.pushes - finished),
         "samples x layers",
     ) as done:
         gathered: dict[str, tuple[Walk, DecisionLoss]] = {}
@@ -139,12 +138,15 @@ def next_task(
     """
     restored = int(trace[-1]["restored"]) if trace else 0
     path = [found for found in trace if not found["push"]]
-    size, pushes = max(1, round(PUSH * count)), min(settings.pushes, count // 10)
+    size = max(1, round(PUSH * count))
+    pushes = min(settings.pushes, count // (10 * size))  # most of the weights are the path's
     room, left = count - pushes * size - restored, settings.steps - len(path)
     if len(path) == len(trace) and left > 0 and room > 0 and not _stuck(trace):
         return Task(_objective(settings, trace), -(-room // left), push=False)
-    if len(trace) - len(path) < pushes:
-        objective = Objective(PUSH_UTILITY, "none", settings.utility_share, trust=1.0)
+    pushed = len(trace) - len(path)
+    if pushed < pushes and not (pushed > 1 and _stuck(trace)):
+        weight = min(PUSH_UTILITY, settings.utility_weight)
+        objective = Objective(weight, "none", settings.utility_share, trust=1.0)
         return Task(objective, min(size, count - restored), push=True)
     return None
 
@@ -152,8 +154,9 @@ def next_task(
 def _objective(settings: RealignSettings, trace: Sequence[Mapping[str, float]]) -> Objective:
     """Of the next step, given what each step before found.
 
-    Harmless prompts may drift as far from the dense model as they do in the pruned one: while they
-    are nearer, safety comes first, and what that costs is for a search along the path to weigh.
+    Harmless prompts may drift as far from the dense model as they do in the pruned one (or not at
+    all, where pruning brought them no nearer to refusing): while they are nearer, safety comes
+    first, and what that costs is for a search along the path to weigh.
     """
     objective = Objective(
         settings.utility_weight, settings.constraint, settings.utility_share, settings.trust

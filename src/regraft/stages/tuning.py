@@ -688,7 +688,7 @@ def snippet(job: Job, best: Tried, trials: int) -> str:
     method = _varied(job.method, best.settings)
     update: dict[str, Any] = {"name": f"{method.method}-tuned"}
     whole = method.how_many(job.weights)
-    if method.ranked and best.point.restored < whole:
+    if method.ranked and (best.point.restored < whole or method.pushes):
         if method.method == "gain":
             validation = job.choice.validation
             if validation.path is not None:
