@@ -293,18 +293,19 @@ def test_equal_settings_share_a_ranking(tune: Callable[..., Tuned], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_gain(tune: Callable[..., Tuned], tmp_path: Path) -> None:
-    method = RealignSettings(method="gain", count=30, top_heads=2)
+@pytest.mark.parametrize("pushes", [0, 2])
+def test_gain(tune: Callable[..., Tuned], tmp_path: Path, pushes: int) -> None:
+    method = RealignSettings(method="gain", count=30, top_heads=2, pushes=pushes)
     tuned = tune(method, trials=2, steps_range=(1, 2))
     names = {"utility_weight", "utility_share", "trust", "steps", "within", "constraint"}
     assert tuned.trials[0].settings.keys() == names
     samples = 2 * 4  # of both kinds
-    assert 2 * samples <= tuned.cost.gradients <= 4 * samples
+    assert 2 * samples <= tuned.cost.gradients <= (4 + 2 * pushes) * samples
     assert tuned.cost.gradients % samples == 0
     variant = _fits_into_a_recipe(tuned, tmp_path / "tuned")
     assert variant.count == 30
     assert tuned.best is not None
-    if tuned.best.point.restored < 30:
+    if tuned.best.point.restored < 30 or pushes:
         assert variant.search is not None
 
 
