@@ -9,12 +9,12 @@ titles, of which the first 400 were held out when the model was trained). Four f
 with their images beside them:
 
 - `calibration.jsonl`: D^s and D^u. Harmful: half of SafeBench's odd task ids and a quarter of the
-  other sets. Harmless: titles, some of which the model was not trained on, and borderline ones,
-  whose wording is close to harmful prompts: harmless tasks under the opening words and at the
-  length of harmful titles, XSTest's safe prompts and VLGuard's safe instructions.
-- `validation.jsonl`: the other half of SafeBench's odd task ids, another quarter of the others,
-  other borderline prompts, and titles that the model was not trained on. Budgets and bounds are
-  chosen here.
+  other sets. Harmless: titles, most of which the model was not trained on (some are spliced from
+  two), and borderline ones, whose wording is close to harmful prompts: harmless tasks under the
+  opening words and at the length of harmful titles, XSTest's safe prompts and VLGuard's safe
+  instructions.
+- `validation.jsonl`: the other half of SafeBench's odd task ids, another quarter of the others, and
+  titles that the model was not trained on, as in the test. Budgets and bounds are chosen here.
 - `vlguard-test.jsonl` and `titles-test.jsonl`: VLGuard's test instructions (unsafe) and 200 titles
   that the model was not trained on. With SafeBench's even task ids they are the test; none is used
   for anything else. Sets overlap: a title that is in the test is left out of the other two files,
@@ -33,6 +33,7 @@ import random
 import re
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -43,8 +44,10 @@ from PIL import ImageFont
 
 HELD_OUT = 400  # titles that the model was not trained on, the first of the file
 NEW = {"calibration": 84, "validation": 100, "test": 200}  # of those that fit
-KNOWN = 150  # titles of the training set, for calibration
-BORDERLINE = 100  # for validation
+KNOWN = 100  # titles of the training set, for calibration
+SPLICED = {"calibration": 300, "validation": 100}
+RARE = 5  # titles that end alike
+BORDERLINE = 300  # for calibration
 PROMPT_SETS = (
     ("advbench", "advbench.csv", "goal"),
     ("harmbench", "harmbench_test.csv", "Behavior"),
@@ -131,6 +134,23 @@ def borderline(plain: list[str], count: int, rng: random.Random) -> Iterator[tup
             made += 1
 
 
+def spliced(plain: list[str], count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """The first half of a harmless title and the second of another, of those in free wording.
+
+    Most titles are an opening, a verb and an object that many share. The others are those that a
+    model refuses by mistake.
+    """
+    ends = Counter(title.split()[-1] for title in plain)
+    free = [title.split() for title in plain if ends[title.split()[-1]] < RARE]
+    made = 0
+    while made < count:
+        first, second = rng.sample(free, 2)
+        title = " ".join([*first[: len(first) // 2], *second[len(second) // 2 :]])
+        if fits(title):
+            yield f"spliced-{made}", title
+            made += 1
+
+
 def build(data: Path, out: Path, font_path: Path | None = None, seed: int = 0) -> dict[str, int]:
     """Write all files; returns the number of examples in each."""
     rng = random.Random(seed)
@@ -150,9 +170,19 @@ def build(data: Path, out: Path, font_path: Path | None = None, seed: int = 0) -
     ]
     safe = rng.sample([r for r in vlguard(data, "train", "safe_instruction") if fits(r[1])], 200)
     close = [*borderline(known, 500, rng), *xstest, *safe]
-    harmless = {"calibration": [*plain, *new[: NEW["calibration"]]]}
-    harmless["validation"] = new[NEW["calibration"] :][: NEW["validation"]]
-    borderlines = {"calibration": close[::2], "validation": rng.sample(close[1::2], BORDERLINE)}
+    mixed = list(spliced(known, sum(SPLICED.values()), rng))
+    harmless = {
+        "calibration": [
+            *plain,
+            *new[: NEW["calibration"]],
+            *mixed[: SPLICED["calibration"]],
+        ],
+        "validation": [
+            *new[NEW["calibration"] :][: NEW["validation"]],
+            *mixed[SPLICED["calibration"] :],
+        ],
+    }
+    borderlines = {"calibration": rng.sample(close, BORDERLINE), "validation": []}
     files: dict[str, list[demo.Title]] = {}
     for half, name in enumerate(("calibration", "validation")):
         files[name] = [
