@@ -265,7 +265,7 @@ class RealignSettings(Settings):
     method: RestorationMethod = Field(
         "hsr",
         description="hsr selects single weights in heads, hsr-a whole heads; gain those whose "
-        "return is predicted to help safety at no cost in utility, step by step; set-difference "
+        "return is predicted to help safety and utility, step by step; set-difference "
         "(Wei et al.) those that matter for safety and not for utility; random is a control.",
     )
     budget: float | None = Field(
@@ -310,7 +310,8 @@ class RealignSettings(Settings):
         "both",
         description="gain: utility-gain takes only weights whose gain in utility is at least "
         "`utility_share` of that in safety; lagrangian moves the utility weight so that harmless "
-        "prompts get no further from the dense model than pruning left them; both; or none.",
+        "prompts get no further from the dense model than pruning left them (or than it is itself, "
+        "where pruning refuses less); both; or none.",
     )
     utility_share: float = Field(
         0.2, ge=0, description="gain: see constraint; 0 takes all that cost no utility."
