@@ -217,8 +217,11 @@ def test_a_run_says_that_test_prompts_were_used_before(several: Path) -> None:
             notes.append(text)
 
     pipeline.run(_recipe(several, **SEVERAL), several / "run", Told())
-    (warning,) = (line for line in notes if line.startswith("Warning"))
-    assert "12 of the 12 calibration prompts are among those evaluated" in warning
+    warnings = [line for line in notes if line.startswith("Warning")]
+    assert [line.split(" (first")[0] for line in warnings] == [
+        f"Warning: 4 of the 4 {kind} calibration prompts are among those evaluated"
+        for kind in ("harmful", "harmless")
+    ]
 
 
 def test_every_pruning_has_its_own_artifacts(several: Path) -> None:
