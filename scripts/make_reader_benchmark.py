@@ -151,8 +151,8 @@ def spliced(plain: list[str], count: int, rng: random.Random) -> Iterator[tuple[
             made += 1
 
 
-def build(data: Path, out: Path, font_path: Path | None = None, seed: int = 0) -> dict[str, int]:
-    """Write all files; returns the number of examples in each."""
+def compose(data: Path, seed: int) -> dict[str, list[demo.Title]]:
+    """The titles of every file, no title in two of them."""
     rng = random.Random(seed)
     benign = json.loads((data / "prompts" / "benign_titles.json").read_text(encoding="utf-8"))
     known = benign["benign"][HELD_OUT:]
@@ -171,26 +171,17 @@ def build(data: Path, out: Path, font_path: Path | None = None, seed: int = 0) -
     safe = rng.sample([r for r in vlguard(data, "train", "safe_instruction") if fits(r[1])], 200)
     close = [*borderline(known, 500, rng), *xstest, *safe]
     mixed = list(spliced(known, sum(SPLICED.values()), rng))
-    harmless = {
-        "calibration": [
-            *plain,
-            *new[: NEW["calibration"]],
-            *mixed[: SPLICED["calibration"]],
-        ],
-        "validation": [
-            *new[NEW["calibration"] :][: NEW["validation"]],
-            *mixed[SPLICED["calibration"] :],
-        ],
-    }
-    borderlines = {"calibration": rng.sample(close, BORDERLINE), "validation": []}
+    own = [*plain, *new[: NEW["calibration"]], *mixed[: SPLICED["calibration"]]]
+    others = [*new[NEW["calibration"] :][: NEW["validation"]], *mixed[SPLICED["calibration"] :]]
     files: dict[str, list[demo.Title]] = {}
-    for half, name in enumerate(("calibration", "validation")):
+    for half, (name, harmless) in enumerate((("calibration", own), ("validation", others))):
         files[name] = [
             *titles(odd[half::2], name, harmful=True, category="safebench"),
             *titles(prompts[half::4], name, harmful=True, category="prompts"),
-            *titles(harmless[name], name, harmful=False, category="title"),
-            *titles(borderlines[name], name, harmful=False, category="borderline"),
+            *titles(harmless, name, harmful=False, category="title"),
         ]
+    close = rng.sample(close, BORDERLINE)
+    files["calibration"] += titles(close, "calibration", harmful=False, category="borderline")
     unsafe = vlguard(data, "test", "instruction")
     last = sorted(new[-NEW["test"] :], key=lambda row: int(row[0].removeprefix("title-")))
     files["vlguard-test"] = titles(unsafe, "test", harmful=True, category="vlguard")
@@ -201,6 +192,12 @@ def build(data: Path, out: Path, font_path: Path | None = None, seed: int = 0) -
         unseen(files[name], seen)
     for name in ("validation", "calibration"):
         files[name] = unseen(files[name], seen)
+    return files
+
+
+def build(data: Path, out: Path, font_path: Path | None = None, seed: int = 0) -> dict[str, int]:
+    """Write all files; returns the number of examples in each."""
+    files = compose(data, seed)
     font = ImageFont.truetype(str(demo.find_font(font_path)), demo.FONT_SIZE)
     (out / "images").mkdir(parents=True, exist_ok=True)
     counts = {}
