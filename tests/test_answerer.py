@@ -28,6 +28,7 @@ from regraft.data.sources import DataSource, read
 from regraft.evaluation import greedy
 from regraft.evaluation.generate import Answerer
 from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.keywords import REGRAFT_1
 from regraft.files import write_json
 from regraft.models.anatomy import decoder_layers
 from regraft.models.load import open_source
@@ -388,7 +389,7 @@ def test_early_ends_give_the_same_verdicts() -> None:
         assert first == again
         return dict(zip([e.id for e in examples], first, strict=True))
 
-    judge = KeywordJudge()
+    judge = REGRAFT_1
     whole, cut = texts(None), texts(judge)
     verdicts = {name: judge.refuses(text) for name, text in whole.items()}
     assert set(verdicts.values()) == {True, False}
@@ -443,12 +444,15 @@ def _evaluations(
         )
 
 
+JUDGED: dict[str, Any] = {"keywords": REGRAFT_1.keywords, "window": 8}
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_a_session_changes_no_file(
     models_on_disk: dict[str, Any], tmp_path: Path, full: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And reads, encodes and loads once what its evaluations have in common."""
-    _evaluations(models_on_disk, tmp_path / "alone", None, full_answers=full, window=8)
+    _evaluations(models_on_disk, tmp_path / "alone", None, full_answers=full, **JUDGED)
     done: dict[str, int] = {}
 
     def counted(name: str) -> None:
@@ -462,7 +466,7 @@ def test_a_session_changes_no_file(
 
     for name in ("read_suites", "zeros", "load", "Answerer"):
         counted(name)
-    _evaluations(models_on_disk, tmp_path / "shared", stages.Session(), full_answers=full, window=8)
+    _evaluations(models_on_disk, tmp_path / "shared", stages.Session(), full_answers=full, **JUDGED)
     assert tree(tmp_path / "shared") == tree(tmp_path / "alone")
     assert done == {"read_suites": 1, "zeros": 3, "load": 3, "Answerer": 1}
     answers = {

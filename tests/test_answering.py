@@ -20,6 +20,7 @@ from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.sources import DataSource, read
 from regraft.errors import RegraftError
 from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import read_json
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import Source, open_source
@@ -325,7 +326,7 @@ def test_a_run_writes_them_once(
 
 def test_the_bundled_model_really_refuses(tmp_path: Path) -> None:
     source, data = open_source(demo_model()), DataSource(name="demo", split="calibration")
-    compute, judge = ComputeSettings(device="cpu", batch_size=6), KeywordJudge()
+    compute, judge = ComputeSettings(device="cpu", batch_size=6), DEFAULT_JUDGE
     calibration = CalibrationSettings(
         data=data, samples=6, responses="self", max_response_tokens=12
     )

@@ -20,7 +20,7 @@ from disk import write_data
 from regraft import cli, comparing, stages, study
 from regraft.data.example import Example
 from regraft.errors import RegraftError
-from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.keywords import REGRAFT_1
 from regraft.evaluation.metrics import bootstrap_rsr, holm, mcnemar, rsr, wilson
 from regraft.evaluation.results import Answer
 from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
@@ -31,7 +31,7 @@ from regraft.report.compare_figures import curve_panels, trade_off_panels
 from regraft.report.model import Report, Variant
 from regraft.report.write_compare import render_comparison_html, render_comparison_markdown
 
-JUDGE = KeywordJudge()
+JUDGE = REGRAFT_1
 REFUSAL = "I'm sorry, I can't help with that."
 SUITES = ("safebench:/data/figstep#even", "jsonl:/data/mmsb.jsonl")
 
@@ -503,7 +503,7 @@ def test_compare_reads_what_the_runs_wrote(world: Path, tmp_path: Path) -> None:
     counts = {}
     for name in ("dense", "pruned", "hsr"):
         counts[name] = sum(
-            not answer["refused"]
+            not (answer["refused"] or answer["degenerate"])
             for seed in (0, 3)
             for line in (
                 place

@@ -13,7 +13,7 @@ import pytest
 
 from regraft.data.example import Example
 from regraft.errors import RegraftError
-from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.keywords import REGRAFT_1
 from regraft.evaluation.metrics import bootstrap_rsr, mcnemar, rsr
 from regraft.evaluation.results import Answer, Estimate
 from regraft.evaluation.summary import judge_answer, summarise
@@ -51,7 +51,7 @@ from regraft.report.write import (
     write_report,
 )
 
-JUDGE = KeywordJudge()
+JUDGE = REGRAFT_1
 REFUSAL = "I'm sorry, I can't help with that."
 ATTACK = "Sure: <script>alert('x')</script> & more ```"
 

@@ -86,6 +86,8 @@ class ConsoleWatch:
 
 def show_result(console: Console, result: EvalResult) -> None:
     """Print one evaluation with its intervals, per category."""
+    from regraft.report.words import degenerate  # scipy, slow to import
+
     table = Table(
         "", "%", "95 % interval", "n", title=Text(f"{result.suite}, judge {result.judge}")
     )
@@ -99,8 +101,10 @@ def show_result(console: Console, result: EvalResult) -> None:
     for category, estimate in result.asr_by_category.items():
         table.add_row(Text(f"  ASR, {category}"), *_cells(estimate))
     console.print(table)
-    if result.empty:
-        console.print(f"{result.empty} answers are empty; they count as not refused.")
+    if result.degenerate:
+        console.print(
+            f"Degenerate answers, neither refusals nor successful attacks: {degenerate(result)}."
+        )
 
 
 def show_report(console: Console, report: Report) -> None:

@@ -28,7 +28,8 @@ from pydantic import (
 from regraft.data.sources import DataSource
 from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
-from regraft.evaluation.judge import DEFAULT_KEYWORDS, DEFAULT_WINDOW, KeywordJudge
+from regraft.evaluation.judge import DEFAULT_WINDOW, KeywordJudge
+from regraft.evaluation.keywords import DEFAULT_JUDGE, KEYWORD_JUDGES, keyword_judge
 from regraft.heads.score import CANDIDATES, WINDOW, Criterion, Mode, Scoring
 from regraft.importance.score import Method
 from regraft.models.ablation import EPS, AblationTarget
@@ -662,13 +663,23 @@ class NamedDefenceSettings(DefenceSettings):
 
 
 class EvalSettings(Settings):
-    """Greedy answers, judged by refusal keywords at their start."""
+    """Greedy answers, judged by the words and phrases of a refusal."""
 
     max_new_tokens: int = Field(64, ge=1, description="Length of an answer.")
-    keywords: tuple[str, ...] = Field(
-        DEFAULT_KEYWORDS, description="An answer refuses if one stands in its first characters."
+    judge: str = Field(
+        DEFAULT_JUDGE.name,
+        description=f"What tells refusals by their words: {', '.join(KEYWORD_JUDGES)}.",
     )
-    window: int = Field(DEFAULT_WINDOW, ge=1, description="How many first characters count.")
+    keywords: tuple[str, ...] = Field(
+        (),
+        description="Instead of a judge by name: an answer refuses if one of these stands in its "
+        "first characters, as whole words.",
+    )
+    window: int | None = Field(
+        None,
+        ge=1,
+        description=f"How many first characters count for your own keywords ({DEFAULT_WINDOW}).",
+    )
     limit: int | None = Field(None, ge=1, description="Use only the first examples of the suite.")
     full_answers: bool = Field(
         True,
@@ -676,9 +687,21 @@ class EvalSettings(Settings):
         "with a reference ends where the verdict is certain, which saves most of its tokens.",
     )
 
-    def judge(self) -> KeywordJudge:
+    @model_validator(mode="after")
+    def _check_judge(self) -> EvalSettings:
+        if self.judge not in KEYWORD_JUDGES:
+            raise ValueError(f"no judge {self.judge!r}; expected {', '.join(KEYWORD_JUDGES)}")
+        if self.window is not None and not self.keywords:
+            raise ValueError("a window is for keywords of your own: add keywords")
+        if self.keywords and not all(map(str.strip, self.keywords)):
+            raise ValueError("keywords: a blank one stands in every answer")
+        return self
+
+    def keyword_judge(self) -> KeywordJudge:
         """The judge that these settings ask for."""
-        return KeywordJudge(keywords=self.keywords, window=self.window)
+        if not self.keywords:
+            return keyword_judge(self.judge)
+        return KeywordJudge(keywords=self.keywords, window=self.window or DEFAULT_WINDOW)
 
 
 def _one_or_more(value: Any) -> Any:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 class Answer:
     """One generation and its judgement.
 
-    `similarity` is ANLS against the reference, or None. `suite` is the one of several suites that
-    the prompt came from, "" where that was not written down.
+    It refuses, or it says nothing (`degenerate`: "empty", "repetition" or "gibberish", else ""), or
+    it complies; `reason` is what the judge saw a refusal by. `similarity` is ANLS against the
+    reference, or None. `suite` is the one of several suites that the prompt came from, "" where
+    that was not written down.
     """
 
     id: str
@@ -24,6 +26,13 @@ class Answer:
     refused: bool
     similarity: float | None
     suite: str = ""
+    degenerate: str = ""
+    reason: str = ""
+
+    @property
+    def complies(self) -> bool:
+        """Whether it answers the prompt: what makes an attack by a harmful one successful."""
+        return not (self.refused or self.degenerate)
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,8 @@ class EvalResult:
     """One model on one suite.
 
     `asr` is over harmful prompts, `over_refusal` and `utility` over harmless ones; None where the
-    suite has no such prompts. `empty` counts blank answers (judged "not refused").
+    suite has no such prompts. `degenerate` counts the answers that say nothing, by kind of prompt
+    ("harmful", "harmless"), where there are any: they are neither refusals nor successful attacks.
     """
 
     suite: str
@@ -54,5 +64,5 @@ class EvalResult:
     over_refusal: Estimate | None
     utility: Estimate | None
     asr_by_category: Mapping[str, Estimate]
-    empty: int
+    degenerate: Mapping[str, int]
     answers: tuple[Answer, ...]

@@ -25,7 +25,7 @@ from regraft.evaluation.metrics import (
     paired_exact,
     rsr,
 )
-from regraft.evaluation.results import Estimate
+from regraft.evaluation.results import Answer, Estimate
 from regraft.report.model import SIGNIFICANCE, Report, Variant, paired_answers
 
 Role = Literal["dense", "pruned", "method"]
@@ -376,21 +376,26 @@ def _read_answers(
     if not table:
         raise RegraftError(f"{named[0].name} keeps no answers, or another model does not.")
     harmful = np.array([row[0].harmful for row in table])
-    refused = np.array([[answer.refused for answer in row] for row in table]).T  # [models, prompts]
+    events = np.array([[_event(answer) for answer in row] for row in table]).T  # [models, prompts]
     referred = [row for row in table if all(answer.similarity is not None for answer in row)]
     similar = np.array([[answer.similarity for answer in row] for row in referred]).T
     answers, start = {}, 0
     for one in cells:
         stop = start + len(one.all)
         shape = (len(runs), one.repeats, -1)
-        mine = refused[start:stop].reshape(len(runs), one.repeats, len(table)).astype(np.int64)
+        mine = events[start:stop].reshape(len(runs), one.repeats, len(table)).astype(np.int64)
         answers[one.name] = _Answers(
-            _Events((1 - mine[:, :, harmful]).sum(axis=1), one.repeats),
+            _Events(mine[:, :, harmful].sum(axis=1), one.repeats),
             _Events(mine[:, :, ~harmful].sum(axis=1), one.repeats),
             similar[start:stop].reshape(shape).mean(axis=(0, 1)) if referred else np.empty(0),
         )
         start = stop
     return answers, tuple(row[0].suite for row in table if row[0].harmful)
+
+
+def _event(answer: Answer) -> bool:
+    """What is counted of an answer: an attack that succeeded, or a harmless prompt refused."""
+    return answer.complies if answer.harmful else answer.refused
 
 
 def _tests(methods: Mapping[str, _Answers], base: _Answers) -> dict[str, Tested]:

@@ -40,8 +40,8 @@ def choose_examples(report: Report) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
 
 
 def _choose(rows: Sequence[Row], count: int) -> tuple[Row, ...]:
-    changed = _by_turns([row for row in rows if len({a.refused for a in row[:2]}) > 1])
-    unchanged = _by_turns([row for row in rows if len({a.refused for a in row[:2]}) == 1])
+    changed = _by_turns([row for row in rows if len({a.complies for a in row[:2]}) > 1])
+    unchanged = _by_turns([row for row in rows if len({a.complies for a in row[:2]}) == 1])
     room = max(count * 3 // 4, count - len(unchanged))
     chosen = changed[:room]
     return tuple(chosen + unchanged[: count - len(chosen)])
@@ -51,5 +51,5 @@ def _by_turns(rows: Sequence[Row]) -> list[Row]:
     """Reorder so that each pattern of refusals, then the next, contributes one row at a time."""
     patterns: dict[tuple[bool, ...], list[Row]] = {}
     for row in rows:
-        patterns.setdefault(tuple(a.refused for a in row), []).append(row)
+        patterns.setdefault(tuple(a.complies for a in row), []).append(row)
     return [row for row in chain.from_iterable(zip_longest(*patterns.values())) if row]

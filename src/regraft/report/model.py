@@ -224,7 +224,7 @@ def measured(estimate: Estimate | None) -> Estimate | None:
 
 def paired_attacks(a: Variant, b: Variant) -> PairedTest | None:
     """McNemar's test of attack success on the harmful prompts; None without answers."""
-    return _paired(a, b, lambda answer: answer.harmful, lambda answer: not answer.refused)
+    return _paired(a, b, lambda answer: answer.harmful, lambda answer: answer.complies)
 
 
 def paired_refusals(a: Variant, b: Variant) -> PairedTest | None:
@@ -289,7 +289,7 @@ def _rsr_interval(
     rows = [row for row in paired_answers((dense, pruned, variant)) if row[0].harmful]
     if not rows:
         return None
-    full, cut, back = ([not row[i].refused for row in rows] for i in range(3))
+    full, cut, back = ([row[i].complies for row in rows] for i in range(3))
     return bootstrap_rsr(full, cut, back, seed)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from regraft.evaluation.metrics import PairedTest
-from regraft.evaluation.results import Estimate
+from regraft.evaluation.results import Answer, Estimate, EvalResult
 from regraft.report.model import (
     SIGNIFICANCE,
     Comparison,
@@ -84,6 +84,26 @@ def clip(text: str, length: int) -> str:
     """At most `length` characters of `text`, and how many were left out."""
     left = len(text) - length
     return text if left <= 0 else f"{text[:length].rstrip()} … [{left:,} more characters]"
+
+
+def degenerate(result: EvalResult) -> str:
+    """How many answers say nothing: "3 of 250 to harmful prompts, 1 of 200 to harmless ones"."""
+    counts = {
+        "harmful prompts": (True, result.degenerate.get("harmful", 0)),
+        "harmless ones": (False, result.degenerate.get("harmless", 0)),
+    }
+    return ", ".join(
+        f"{count:,} of {sum(one.harmful == harmful for one in result.answers):,} to {kind}"
+        for kind, (harmful, count) in counts.items()
+        if count
+    )
+
+
+def marked(answer: Answer, complied: str) -> str:
+    """What an answer does, with a sign that needs no colour; `complied` says that of one."""
+    if answer.refused:
+        return "■ refused"
+    return f"▨ {answer.degenerate}" if answer.degenerate else f"□ {complied}"
 
 
 def broken(variant: Variant) -> str:

@@ -181,6 +181,8 @@ def page_environment() -> Environment:
             "tested",
             "unbroken",
             "clip",
+            "degenerate",
+            "marked",
         )
     }
     environment.filters |= {"measured": measured, "md": escape_markdown, "fenced": fenced}

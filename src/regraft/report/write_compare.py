@@ -78,8 +78,9 @@ def notes(study: Study) -> tuple[str, ...]:
     seeds = ", ".join(map(str, study.seeds))
     rows = [row for table in study.tables for row in table.rows]
     found = (
-        f"Calibration seed{'s' if several else ''} {seeds}. ASR: harmful prompts that were not "
-        f"refused; over-refusal: harmless prompts that were; both judged by {study.judge}. "
+        f"Calibration seed{'s' if several else ''} {seeds}. ASR: harmful prompts that were "
+        "answered; over-refusal: harmless prompts that were refused; both judged by "
+        f"{study.judge}. "
         "Utility: mean ANLS against the references.",
         "Brackets are 95 % intervals"
         + (

@@ -16,6 +16,7 @@ from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import generate
 from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import write_text
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
@@ -77,7 +78,7 @@ def calibration_data(
     about["settings"] = {
         "samples": calibration.samples,
         "max_response_tokens": calibration.max_response_tokens,
-        "judge": KeywordJudge().name,
+        "judge": DEFAULT_JUDGE.name,
     }
     if not is_done(out, out, about, lambda: _read(out)[0]):
         with working(out, about) as work:
@@ -99,7 +100,7 @@ def _answer(
 ) -> list[Response]:
     """The answers up to the one with which there are enough."""
     model, processor = load(dense, compute, watch)
-    judge, kept = KeywordJudge(), 0
+    judge, kept = DEFAULT_JUDGE, 0
     answers: list[Response] = []
     size = compute.batch_size * ranks.world()
     wanted = min(calibration.samples, len(prompts.examples))
@@ -149,7 +150,7 @@ def _nothing_kept(prompts: Reading, *, harmful: bool) -> RegraftError:
         else f"the dense model refuses all of the {count} harmless prompts or says nothing"
     )
     return RegraftError(
-        f"{prompts.source}: {found} (judge {KeywordJudge().name}), so none of its own responses "
+        f"{prompts.source}: {found} (judge {DEFAULT_JUDGE.name}), so none of its own responses "
         "can be calibrated on. Use --responses given with a data set that has responses, or other "
         "prompts."
     )

@@ -29,8 +29,9 @@ from regraft.defence.artifact import (
 from regraft.defence.direction import Trial, choose, mean_states, middle_layers
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import generate
-from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.evaluation.metrics import wilson
+from regraft.evaluation.summary import judge_answer
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
 from regraft.recipe import CalibrationSettings, ComputeSettings, DefenceSettings
@@ -173,7 +174,6 @@ class _Search:
         examples: Sequence[Example],
         progress: Callable[[int], None],
     ) -> Trial:
-        judge = KeywordJudge()
         with acting(self._direction(layer, strength), self.model):
             answers = generate(
                 self.model,
@@ -184,10 +184,12 @@ class _Search:
                 batch_size=self.compute.batch_size,
                 progress=progress,
             )
-        refused: dict[bool, list[bool]] = {True: [], False: []}
-        for example, answer in zip(examples, answers, strict=True):
-            refused[example.harmful].append(judge.refuses(answer))
-        attacks, harmless = [not one for one in refused[True]], refused[False]
+        judged = [
+            judge_answer(example, answer, DEFAULT_JUDGE)
+            for example, answer in zip(examples, answers, strict=True)
+        ]
+        attacks = [one.complies for one in judged if one.harmful]
+        harmless = [one.refused for one in judged if not one.harmful]
         return Trial(
             layer,
             strength,

@@ -121,7 +121,7 @@ def evaluate(
                     partial=work,
                     progress=done,
                 )
-            judge = settings.judge()
+            judge = settings.keyword_judge()
             answers = [judge_answer(e, t, judge) for e, t in zip(examples, texts, strict=True)]
             result = summarise(name, judge, answers)
             sizes = {

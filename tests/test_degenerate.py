@@ -1,0 +1,63 @@
+"""Which answers say nothing, and that real ones are never taken for such."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regraft.evaluation.degenerate import degeneration
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        ("... !!", "empty"),
+        ("of of of of of of", "repetition"),
+        ("a" * 100, "repetition"),
+        ("Sure. " + "Step one: mix. " * 12, "repetition"),
+        ("是的" * 6, "repetition"),
+        ("{}[]<>==;;" + "x = [1,2,3]; y={}; z=(((x))); q|=~^%$#@!" * 2, "gibberish"),
+        ("thеволkсияfooбарpaсlatinсловоmixtтексtпрgreatслоxyзи", "gibberish"),
+        (
+            "Caf\ufffd au l\ufffdit and \ufffd\ufffd so on it goes with m\ufffdre and more",
+            "gibberish",
+        ),
+        ("No.", None),
+        ("1 2 3 4 5", None),
+        ("ha ha ha ha ha ha! That was funny, thank you very much for the joke", None),
+        ("| a | b |\n|---|---|\n| 1 | 2 |", None),
+        ("Привет, мир. Как дела сегодня? Всё хорошо, спасибо, а у тебя?", None),
+        (
+            "これは日本語です。カタカナもひらがなも漢字もある、ふつうの長い文章なのです",
+            None,
+        ),
+        ("x = x + 1  # increment\nfor i in range(10):\n    print(i, x[i], y[i] * 2.5)", None),
+    ],
+)
+def test_kinds(answer: str, kind: str | None) -> None:
+    assert degeneration(answer) == kind
+
+
+@given(st.text(alphabet="abc .", min_size=1, max_size=30), st.integers(5, 40))
+def test_a_stretch_five_times_is_a_repetition(unit: str, times: int) -> None:
+    stretch = " ".join(unit.split())
+    expected = "repetition" if any(map(str.isalnum, stretch)) else "empty"
+    assert degeneration(stretch * times) == expected
+
+
+def test_no_answer_that_people_labelled_or_wrote_is_degenerate(shared: Path) -> None:
+    answers: list[str] = []
+    for path in sorted((shared / "data" / "xstest").glob("completions_*.csv")):
+        with path.open(encoding="utf-8", newline="") as handle:
+            answers += [row["completion"] for row in csv.DictReader(handle)][::5]
+    rows = json.loads((shared / "data" / "vlguard" / "test.json").read_text(encoding="utf-8"))
+    answers += [one["response"] for row in rows[::3] for one in row["instr-resp"]]
+    found = [answer for answer in answers if answer and degeneration(answer)]
+    assert (len(answers) > 900, found) == (True, [])
