@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
@@ -20,6 +20,8 @@ from regraft.checks import check_top_heads
 from regraft.console import (
     ConsoleWatch,
     show_heads,
+    show_judged,
+    show_quality,
     show_report,
     show_result,
     show_study,
@@ -27,6 +29,7 @@ from regraft.console import (
 )
 from regraft.data.demo import demo_model
 from regraft.errors import RegraftError
+from regraft.evaluation.keywords import KEYWORD_JUDGES
 from regraft.models.anatomy import LayerAnatomy
 from regraft.models.load import Source, open_source
 from regraft.pruning.pruner import zeros
@@ -71,6 +74,13 @@ MaybeOut = Annotated[Path | None, Parameter(name=["--out", "-o"], help="New fold
 Against = Annotated[
     tuple[str, ...],
     Parameter(consume_multiple=True, help="Methods to test all others against, one or several."),
+]
+Judges = Annotated[
+    tuple[str, ...],
+    Parameter(
+        help="A keyword judge by name; llama-guard:MODEL, qwen3guard:MODEL or harmbench:MODEL with "
+        "a folder or hub id; endpoint:URL#MODEL, which speaks OpenAI's protocol.",
+    ),
 ]
 Calibration = Annotated[CalibrationSettings, Flat]
 Compute = Annotated[ComputeSettings, Flat]
@@ -478,6 +488,73 @@ def evaluate(
         )
         show_result(watch.console, done.result)
         watch.note(f"Answers and results: {out}")
+
+
+@app.command
+def judge(
+    evaluation: Path,
+    *,
+    by: Judges,
+    out: MaybeOut = None,
+    images: Path | None = None,
+    compute: Compute = ComputeSettings(),
+) -> None:
+    """Judge the saved answers of an evaluation by other judges; how far do they agree with it?
+
+    Example: regraft judge run/evaluation/pruned --by vlguard-1 --by qwen3guard:Qwen3Guard-Gen-4B
+
+    Parameters
+    ----------
+    evaluation
+        Folder of `regraft eval`, or one below `evaluation` in that of a run.
+    images
+        Show judges that see the prompts' images, which lie in this folder.
+    """
+    from regraft import stages
+    from regraft.files import slug
+
+    with _watch() as watch:
+        folder = out or evaluation / "judges"
+        judged = [stages.own(evaluation)]
+        for one in by:
+            file = folder / f"{slug(one)}.json"
+            judged.append(stages.judge(evaluation, one, file, compute, watch, images))
+        show_judged(watch.console, judged)
+        watch.note(f"Verdicts with reasons: {folder}")
+
+
+@app.command(name="judge-bench")
+def judge_bench(
+    *file: Path,
+    by: Judges = tuple(KEYWORD_JUDGES),
+    positive: tuple[str, ...] = (),
+    question: Literal["refusal", "harm"] = "refusal",
+    ids: Literal["all", "even", "odd"] = "all",
+    out: MaybeOut = None,
+    compute: Compute = ComputeSettings(),
+) -> None:
+    """Measure judges against answers that people labelled: accuracy, precision, recall, kappa.
+
+    Example: regraft judge-bench xstest/completions_*.csv --ids even
+
+    Parameters
+    ----------
+    file
+        CSV with prompt, completion (or answer) and final_label (or label), as XSTest's.
+    positive
+        Labels that mean yes; XSTest's full and partial refusals, "refused", "yes" ... if not given.
+    question
+        What the labels say: whether the answer refuses, or whether it does harm.
+    ids
+        Only rows whose id is even, or odd: regraft-keywords-2 was chosen on XSTest's odd ones.
+    """
+    from regraft import stages
+
+    with _watch() as watch:
+        found = stages.judge_bench(file, by, positive, question, ids, compute, watch, out)
+        show_quality(watch.console, found)
+        if out is not None:
+            watch.note(f"Wrote {out}")
 
 
 @app.command

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -26,9 +26,11 @@ from regraft.evaluation.tuned import NOTE, Tuned
 from regraft.watch import Advance
 
 if TYPE_CHECKING:
+    from regraft.evaluation.labelled import Quality
     from regraft.heads.score import HeadScores
     from regraft.report.compare import Study
     from regraft.report.model import Report
+    from regraft.stages import Judged
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -105,6 +107,42 @@ def show_result(console: Console, result: EvalResult) -> None:
         console.print(
             f"Degenerate answers, neither refusals nor successful attacks: {degenerate(result)}."
         )
+
+
+def show_judged(console: Console, judged: Sequence[Judged]) -> None:
+    """Print what several judges make of the same answers; the first is the evaluation's own."""
+    table = Table("judge", "ASR %", "over-refusal %", "agrees with the first %", "kappa", "unread")
+    for one in judged:
+        agrees = one.agrees
+        table.add_row(
+            Text(one.judge),
+            *(_with_interval(rate) for rate in (one.asr, one.over_refusal)),
+            _with_interval(agrees.share if agrees else None),
+            "-" if agrees is None or agrees.kappa is None else f"{agrees.kappa:.2f}",
+            str(one.unread),
+        )
+    console.print(table)
+
+
+def show_quality(console: Console, found: Mapping[str, Sequence[Quality]]) -> None:
+    """Print how judges compare with people, one table a file."""
+    for name, rows in found.items():
+        table = Table("judge", "accuracy %", "precision %", "recall %", "kappa", "unread")
+        table.title = Text(f"{name}, n = {rows[0].accuracy.n:,}")
+        for one in rows:
+            table.add_row(
+                Text(one.judge),
+                *(_with_interval(rate) for rate in (one.accuracy, one.precision, one.recall)),
+                "-" if one.kappa is None else f"{one.kappa:.2f}",
+                str(one.unread),
+            )
+        console.print(table)
+
+
+def _with_interval(rate: Estimate | None) -> str:
+    if rate is None:
+        return "-"
+    return f"{100 * rate.value:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
 def show_report(console: Console, report: Report) -> None:

@@ -7,3 +7,7 @@ class RegraftError(Exception):
     The message names the file, field or tensor, what was found, what was expected and the fix.
     The command line prints it and exits with code 2; nothing has been written.
     """
+
+
+class PassingError(RegraftError):
+    """Bad luck rather than bad input: finished work stays, and the same command goes on."""

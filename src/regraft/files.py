@@ -303,6 +303,12 @@ def read_json(path: Path) -> Any:
         raise RegraftError(f"{path} is not valid JSON: {error}") from error
 
 
+def slug(text: str) -> str:
+    """`text` as a file name: letters, digits, dots, dashes; a digest tells apart what is lost."""
+    plain = re.sub(r"[^\w.-]+", "-", text).strip("-.")
+    return plain if plain == text else f"{plain[-60:]}-{digest(text)[:8]}"
+
+
 def digest(*parts: bytes | str | memoryview) -> str:
     """SHA-256 over length-prefixed parts, as hex."""
     hasher = hashlib.sha256()

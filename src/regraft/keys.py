@@ -19,7 +19,7 @@ import torch
 import regraft
 from regraft import ranks
 from regraft.data.example import Reading
-from regraft.errors import RegraftError
+from regraft.errors import PassingError, RegraftError
 from regraft.files import (
     digest,
     discard_leftover,
@@ -141,7 +141,8 @@ def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     """A folder for unfinished work on `out`, under its key; only one job may have it.
 
     It goes when the block succeeds, and with bad input or a full disk, which leave nothing behind;
-    it stays where a run is stopped. Processes of one job enter and leave together.
+    it stays where a run is stopped, or by a `PassingError`. Processes of one job enter and leave
+    together.
 
     Raises:
         RegraftError: another job is at work on `out`, or this process does not see the folder.
@@ -163,6 +164,8 @@ def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
             ranks.barrier()
             yield work
             ranks.barrier()
+        except PassingError:
+            raise
         except RegraftError:
             shutil.rmtree(work, ignore_errors=True)
             (folder / "lock").unlink(missing_ok=True)

@@ -236,6 +236,23 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:
     return PairedTest(only_a, only_b, p)
 
 
+def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float | None:
+    """Agreement of two yes/no judges beyond chance (Cohen 1960): 1 is perfect, 0 is chance.
+
+    None where both say the same of every answer: chance then agrees as well.
+
+    Raises:
+        ValueError: the lengths differ or are 0.
+    """
+    if not len(a) == len(b) >= 1:
+        raise ValueError(f"Two judges need the same answers; got {len(a)} and {len(b)}.")
+    n = len(a)
+    yes_a, yes_b = sum(a) / n, sum(b) / n
+    agreed = sum(x == y for x, y in zip(a, b, strict=True)) / n
+    chance = yes_a * yes_b + (1 - yes_a) * (1 - yes_b)
+    return None if chance == 1 else (agreed - chance) / (1 - chance)
+
+
 @dataclass(frozen=True)
 class SignFlipTest:
     """The sum of the differences a - b, how many prompts differ, and the two-sided p value."""

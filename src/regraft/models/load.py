@@ -154,6 +154,36 @@ def load_processor(source: Source) -> Any:
         ) from error
 
 
+def load_judge(
+    model: str | Path, *, dtype: DTypeName = "auto", device: str = "auto"
+) -> tuple[nn.Module, Any]:
+    """A model of any architecture that transformers knows, for inference, and its processor.
+
+    It is not to be pruned, so that nothing need be known of its layers. Safetensors only, and no
+    code that comes with it.
+
+    Raises:
+        RegraftError: see `open_source`; the processor cannot be loaded.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+    checkpoint = open_checkpoint(_resolve(model))
+    target = pick_device(device)
+    own = "auto" if target.type != "cpu" else torch.float32
+    with _quiet(), _bad_config(checkpoint.folder):
+        config = _config(checkpoint.folder, trust_remote_code=False)
+        auto = _auto_class(config, checkpoint.folder)
+        network = auto.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            dtype=own if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+        )
+        reader = AutoProcessor if auto is AutoModelForImageTextToText else AutoTokenizer
+        processor = reader.from_pretrained(checkpoint.folder)
+    return network.requires_grad_(False).eval().to(target), processor
+
+
 def placed(batch: Batch, model: nn.Module) -> Batch:
     """The batch on the model's device, pixels in its dtype."""
     parameter = next(p for p in model.parameters() if not p.is_meta)

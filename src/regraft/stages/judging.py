@@ -1,0 +1,243 @@
+"""Judge saved answers again, by other judges; the model that wrote them is not needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from regraft.errors import RegraftError
+from regraft.evaluation.endpoint import Endpoint
+from regraft.evaluation.guards import READERS, Guard
+from regraft.evaluation.keywords import KEYWORD_JUDGES
+from regraft.evaluation.labelled import HARMS, REFUSALS, Quality, Question, quality, read_labelled
+from regraft.evaluation.results import Answer, Estimate
+from regraft.evaluation.verdicts import (
+    Agreement,
+    ByKeywords,
+    Exchange,
+    Judge,
+    Verdict,
+    agreement,
+    own_verdict,
+    rate,
+)
+from regraft.files import digest, file_digest, read_json, write_json
+from regraft.keys import describe, is_done, working
+from regraft.models.load import load_judge
+from regraft.recipe import ComputeSettings
+from regraft.stages.evaluating import read_evaluation
+from regraft.watch import Watch
+
+_CHUNK = 64  # exchanges after which verdicts are on disk
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One judge on the answers of an evaluation, beside the evaluation's own.
+
+    `asr` and `over_refusal` are None where the judge says nothing of such prompts, `unread` counts
+    the answers of which it says nothing at all.
+    """
+
+    judge: str
+    asr: Estimate | None
+    over_refusal: Estimate | None
+    unread: int
+    agrees: Agreement | None
+
+
+def find_judge(text: str, compute: ComputeSettings) -> Judge:
+    """The judge that `text` names, in memory.
+
+    Args:
+        text: A keyword judge by name; KIND:MODEL with a kind of guard ("llama-guard",
+            "qwen3guard", "harmbench") and a folder or hub id; or endpoint:URL#MODEL.
+        compute: Where a model runs.
+
+    Raises:
+        RegraftError: there is no such judge, or its model cannot be loaded.
+    """
+    kind, _, rest = text.partition(":")
+    if text in KEYWORD_JUDGES:
+        return ByKeywords(KEYWORD_JUDGES[text])
+    if kind == "endpoint":
+        url, _, model = rest.rpartition("#")
+        if not (re.match("https?://", url) and model):
+            raise RegraftError(
+                f"{text!r} names no endpoint; expected endpoint:URL#MODEL, as in "
+                "endpoint:http://localhost:8000/v1#Qwen/Qwen3-8B."
+            )
+        return Endpoint(url, model)
+    if kind in READERS and rest:
+        network, processor = load_judge(rest, dtype=compute.dtype, device=compute.device)
+        return Guard(kind, f"{kind}:{Path(rest).name}", network, processor, compute.batch_size)
+    raise RegraftError(
+        f"There is no judge {text!r}; expected {', '.join(KEYWORD_JUDGES)}, "
+        f"{', '.join(f'{one}:MODEL' for one in READERS)} or endpoint:URL#MODEL."
+    )
+
+
+def judge(
+    folder: Path,
+    text: str,
+    out: Path,
+    compute: ComputeSettings,
+    watch: Watch,
+    images: Path | None = None,
+    loaded: Judge | None = None,
+) -> Judged:
+    """Judge the answers of an evaluation; writes the file `out`, and resumes after a kill.
+
+    Args:
+        folder: Of `evaluate`, with answers.jsonl.
+        text: See `find_judge`.
+        out: One JSON file with the rates, and a verdict by id.
+        compute: Where a model runs.
+        watch: Progress.
+        images: Show the judge the prompts' images, which lie in this folder by their names.
+        loaded: The judge, if it is in memory.
+
+    Raises:
+        RegraftError: no such judge, no answers, answers cut short by the keyword judge, an image
+            is missing.
+    """
+    evaluation = read_evaluation(folder)
+    answers = evaluation.result.answers
+    full = evaluation.about.get("settings", {}).get("full_answers", True)
+    if not full and text != evaluation.result.judge:
+        raise RegraftError(
+            f"{folder}: answers end where {evaluation.result.judge} was certain, too early for "
+            "another judge. Evaluate with --full-answers."
+        )
+    exchanges = [_exchange(answer, images) for answer in answers]
+    shown = {} if images is None else {"images": _digest_of_images(exchanges)}
+    inputs = {"answers": file_digest(folder / "answers.jsonl"), "judge": text, **shown}
+    about = describe("judge", inputs, compute=compute)
+    if not is_done(out, out, about, lambda: read_json(out)["about"]):
+        judge = loaded or find_judge(text, compute)
+        task = watch.task(f"Judging by {judge.name}", len(exchanges), "answers")
+        with working(out, about) as work, task as done:
+            verdicts: list[Verdict] = []
+            for start in range(0, len(exchanges), _CHUNK):
+                chunk, path = exchanges[start : start + _CHUNK], work / f"{start:06d}.json"
+                if path.exists():
+                    done(len(chunk))
+                else:
+                    write_json(path, [asdict(one) for one in judge.verdicts(chunk, done)])
+                verdicts += [Verdict(**one) for one in read_json(path)]
+            result = _judged(judge.name, answers, verdicts)
+            content = {
+                "about": about,
+                "result": asdict(result),
+                "verdicts": {
+                    answer.id: asdict(verdict)
+                    for answer, verdict in zip(answers, verdicts, strict=True)
+                },
+            }
+            write_json(out, content)
+    return _judged(read_json(out)["result"]["judge"], answers, read_verdicts(out, answers))
+
+
+def read_verdicts(path: Path, answers: Sequence[Answer]) -> list[Verdict]:
+    """The verdicts of `judge` on these answers, in their order.
+
+    Raises:
+        RegraftError: the file holds none, or those on other answers.
+    """
+    content = read_json(path)
+    try:
+        found = {name: Verdict(**one) for name, one in content["verdicts"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RegraftError(f"{path} holds no verdicts of `regraft judge` ({error!r}).") from error
+    if missing := [answer.id for answer in answers if answer.id not in found]:
+        raise RegraftError(
+            f"{path} has no verdict on {missing[0]!r} and {len(missing) - 1} more answers: it "
+            "belongs to another evaluation."
+        )
+    return [found[answer.id] for answer in answers]
+
+
+def own(folder: Path) -> Judged:
+    """The evaluation's own judge, as one among others."""
+    result = read_evaluation(folder).result
+    return Judged(result.judge, result.asr, result.over_refusal, 0, None)
+
+
+def _judged(name: str, answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> Judged:
+    first = [own_verdict(answer) for answer in answers]
+    return Judged(
+        name,
+        rate(answers, verdicts, harmful=True),
+        rate(answers, verdicts, harmful=False),
+        sum(one.refused is None and one.unsafe is None for one in verdicts),
+        agreement(answers, verdicts, first),
+    )
+
+
+def _exchange(answer: Answer, images: Path | None) -> Exchange:
+    if images is None or answer.image is None:
+        return Exchange(answer.instruction, answer.answer)
+    image = images / answer.image
+    if not image.is_file():
+        raise RegraftError(f"{image}, the image of {answer.id!r}, does not exist.")
+    return Exchange(answer.instruction, answer.answer, image)
+
+
+def _digest_of_images(exchanges: Sequence[Exchange]) -> str:
+    return digest(*(file_digest(one.image) for one in exchanges if one.image is not None))
+
+
+def judge_bench(
+    files: Sequence[Path],
+    judges: Sequence[str],
+    positive: Sequence[str],
+    question: Question,
+    ids: Literal["all", "even", "odd"],
+    compute: ComputeSettings,
+    watch: Watch,
+    out: Path | None = None,
+) -> dict[str, list[Quality]]:
+    """Every judge against the labels of every file, and of all together if there are several.
+
+    Args:
+        files: See `read_labelled`.
+        judges: See `find_judge`.
+        positive: Labels that mean yes; the usual ones of the question if empty.
+        question: What the labels say.
+        ids: Which rows.
+        compute: Where models run.
+        watch: Progress.
+        out: Write the figures here, as JSON.
+
+    Returns:
+        File -> one quality a judge; "all" over several.
+
+    Raises:
+        RegraftError: bad input.
+    """
+    if not files:
+        raise RegraftError("Name at least one CSV with labelled answers.")
+    if out is not None and out.exists():
+        raise RegraftError(f"{out} exists. Choose another output or remove it.")
+    wanted = positive or (REFUSALS if question == "refusal" else HARMS)
+    read = {str(path): read_labelled(path, wanted, ids=ids) for path in files}
+    if len(read) > 1:
+        read = {**read, "all": tuple(one for rows in read.values() for one in rows)}
+    found: dict[str, list[Quality]] = {name: [] for name in read}
+    for text in judges:
+        judge = find_judge(text, compute)
+        said: dict[Exchange, Verdict] = {}
+        exchanges = list(dict.fromkeys(one.exchange for rows in read.values() for one in rows))
+        with watch.task(f"Judging by {judge.name}", len(exchanges), "answers") as done:
+            said |= dict(zip(exchanges, judge.verdicts(exchanges, done), strict=True))
+        for name, rows in read.items():
+            verdicts = [said[one.exchange] for one in rows]
+            found[name].append(quality(judge.name, rows, verdicts, question))
+    if out is not None:
+        settings = {"question": question, "positive": list(wanted), "ids": ids}
+        content = {name: [asdict(one) for one in rows] for name, rows in found.items()}
+        write_json(out, {"settings": settings, "quality": content})
+    return found
