@@ -27,7 +27,15 @@ from regraft.evaluation.keywords import REGRAFT_2
 from regraft.evaluation.labelled import Labelled, quality, read_labelled
 from regraft.evaluation.metrics import cohen_kappa, wilson
 from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
-from regraft.evaluation.verdicts import Exchange, Verdict, agreement, event, own_verdict, rate
+from regraft.evaluation.verdicts import (
+    Exchange,
+    Judged,
+    Verdict,
+    agreement,
+    event,
+    own_verdict,
+    rate,
+)
 from regraft.files import write_json
 from regraft.recipe import ComputeSettings
 from regraft.stages import judging
@@ -60,7 +68,7 @@ def _evaluation(folder: Path, full: bool = True) -> Path:
     return folder
 
 
-def _judge(folder: Path, by: str, **more: Any) -> stages.Judged:
+def _judge(folder: Path, by: str, **more: Any) -> Judged:
     return stages.judge(folder, by, folder / f"{len(by)}.json", COMPUTE, Silent(), **more)
 
 

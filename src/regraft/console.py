@@ -27,10 +27,10 @@ from regraft.watch import Advance
 
 if TYPE_CHECKING:
     from regraft.evaluation.labelled import Quality
+    from regraft.evaluation.verdicts import Judged
     from regraft.heads.score import HeadScores
     from regraft.report.compare import Study
     from regraft.report.model import Report
-    from regraft.stages import Judged
 
 _SECONDS_BETWEEN_LINES = 10.0
 

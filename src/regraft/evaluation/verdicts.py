@@ -86,6 +86,21 @@ class Agreement:
     kappa: float | None
 
 
+@dataclass(frozen=True)
+class Judged:
+    """One judge on the answers of an evaluation, beside the evaluation's own.
+
+    `asr` and `over_refusal` are None where the judge says nothing of such prompts, `unread` counts
+    the answers of which it says nothing at all.
+    """
+
+    judge: str
+    asr: Estimate | None
+    over_refusal: Estimate | None
+    unread: int
+    agrees: Agreement | None
+
+
 def own_verdict(answer: Answer) -> Verdict:
     """What the evaluation's own judge said."""
     return Verdict(answer.refused, None, answer.reason)

@@ -11,7 +11,7 @@ from regraft.stages.common import ABOUT_FILE
 from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.gathering import statistics
-from regraft.stages.judging import Judged, judge, judge_bench, own
+from regraft.stages.judging import judge, judge_bench, own
 from regraft.stages.patching import (
     Preview,
     apply,
@@ -31,7 +31,6 @@ from regraft.stages.tuning import tune
 __all__ = [
     "ABOUT_FILE",
     "Evaluation",
-    "Judged",
     "Preview",
     "Session",
     "apply",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -13,12 +13,12 @@ from regraft.evaluation.endpoint import Endpoint
 from regraft.evaluation.guards import READERS, Guard
 from regraft.evaluation.keywords import KEYWORD_JUDGES
 from regraft.evaluation.labelled import HARMS, REFUSALS, Quality, Question, quality, read_labelled
-from regraft.evaluation.results import Answer, Estimate
+from regraft.evaluation.results import Answer
 from regraft.evaluation.verdicts import (
-    Agreement,
     ByKeywords,
     Exchange,
     Judge,
+    Judged,
     Verdict,
     agreement,
     own_verdict,
@@ -32,21 +32,6 @@ from regraft.stages.evaluating import read_evaluation
 from regraft.watch import Watch
 
 _CHUNK = 64  # exchanges after which verdicts are on disk
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One judge on the answers of an evaluation, beside the evaluation's own.
-
-    `asr` and `over_refusal` are None where the judge says nothing of such prompts, `unread` counts
-    the answers of which it says nothing at all.
-    """
-
-    judge: str
-    asr: Estimate | None
-    over_refusal: Estimate | None
-    unread: int
-    agrees: Agreement | None
 
 
 def find_judge(text: str, compute: ComputeSettings) -> Judge:
