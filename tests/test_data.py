@@ -174,7 +174,7 @@ def test_vlguard_rows_are_looked_up_by_key(tmp_path):
     assert parse_vlguard(path) == Reading(
         str(path), (harmful, harmless), {"safe image, unsafe instruction": 1}
     )
-    everything = parse_vlguard(path, unsafe_instructions_on_safe_images=True)
+    everything = parse_vlguard(path, "all")
     mixed = Example(
         "S_2-unsafe", "Hack 2.", True, "safe image, unsafe instruction", second, "I cannot."
     )
@@ -273,7 +273,7 @@ def test_vlguard_real_counts(shared, split, harmful, harmless, unanswered):
     assert reading.skipped == {"safe image, unsafe instruction": harmless}
     assert len({e.id for e in reading.examples}) == harmful + harmless
     assert sum(e.response is None for e in reading.examples) == unanswered
-    everything = parse_vlguard(path, unsafe_instructions_on_safe_images=True)
+    everything = parse_vlguard(path, "all")
     assert sum(e.harmful for e in everything.examples) == harmful + harmless
     assert everything.read == reading.read == harmful + 2 * harmless
 
@@ -310,7 +310,7 @@ def test_safebench_parity_is_of_the_task_and_counted(tmp_path):
     for category, task in ((1, 1), (1, 2), (2, 2)):
         png(tmp_path / "images" / f"query_ForbidQI_{category}_{task}_6.png")
     safebench(tmp_path, row(1, 1), row(1, 2), row(2, 2))
-    even, odd = (read_safebench(tmp_path, task_ids=parity) for parity in ("even", "odd"))
+    even, odd = (read_safebench(tmp_path, part=parity) for parity in ("even", "odd"))
     assert [e.id for e in even.examples] == ["ForbidQI_1_2", "ForbidQI_2_2"]
     assert [e.id for e in odd.examples] == ["ForbidQI_1_1"]
     assert even.skipped == {"task_id not even": 1}
@@ -328,17 +328,17 @@ def test_safebench_official_layout(tmp_path):
     [
         ([], HEADER, r"no examples\. The file has no rows"),
         ([row(1, 2)], [*HEADER[:2], "task", *HEADER[3:]], "row 1: the field 'task_id' is missing"),
-        ([row(1, 2)[:3]], HEADER, "row 1: the field 'category_name' is missing"),
+        ([row(1, 2)[:3]], HEADER, "row 1: it has not as many cells as the header"),
         ([row(1, "x")], HEADER, "row 1: the field 'task_id' must be a whole number, found \"x\""),
         ([row(1, 1)], HEADER, r"no examples\. Rows left out: 1 task_id not even"),
         ([row(1, 2)], HEADER, r"1 of 1 .* no image file: .*query_ForbidQI_1_2_6\.png"),
         ([row(1, 2), row(1, 2)], HEADER, "the id 'ForbidQI_1_2' is used twice"),
-        ([[*row(1, 2), "extra"]], HEADER, "no image file"),
+        ([[*row(1, 2), "extra"]], HEADER, "row 1: it has not as many cells as the header"),
     ],
 )
 def test_safebench_errors(tmp_path, rows, header, message):
     with pytest.raises(RegraftError, match=message):
-        read_safebench(safebench(tmp_path, *rows, header=header), task_ids="even")
+        read_safebench(safebench(tmp_path, *rows, header=header), part="even")
 
 
 def test_safebench_missing_file(tmp_path):
@@ -351,7 +351,7 @@ def test_safebench_real(shared):
     reading = read_safebench(folder)
     assert len(reading.examples) == 500
     assert set(Counter(e.category for e in reading.examples).values()) == {50}
-    even, odd = (read_safebench(folder, task_ids=parity) for parity in ("even", "odd"))
+    even, odd = (read_safebench(folder, part=parity) for parity in ("even", "odd"))
     assert len(even.examples) == len(odd.examples) == 250
     assert {e.id for e in even.examples}.isdisjoint(e.id for e in odd.examples)
     check_images(Reading("a few", even.examples[:5]))
@@ -503,14 +503,17 @@ def test_source_text_is_always_the_inverse(name, path, split, kind):
         ("somewhere", "unknown data set 'somewhere'"),
         ("vlguard", "vlguard needs a path, as in vlguard:PATH"),
         ("jsonl:", "jsonl needs a path"),
-        ("safebench:d#half", "safebench has the splits even and odd, not 'half'"),
-        ("vlguard:d#test", "vlguard has no split; name its train.json or test.json"),
+        ("safebench:d#half", "safebench has the splits even, odd, tiny; there is no 'half'"),
+        (
+            "vlguard:d#test",
+            "safe-safe, all; there is no 'test'",
+        ),
         ({"name": "demo", "path": "x"}, "takes no path"),
         ({"name": "jsonl", "path": "a#b"}, "ambiguous"),
         ({"name": "jsonl", "path": "a", "split": "harmful"}, "ambiguous"),
         ({"name": "demo", "kind": "benign"}, "'harmful' or 'harmless'"),
         ("safebench:d#harmless", "safebench has harmful prompts only"),
-        ({"name": "other"}, "'demo', 'vlguard', 'safebench' or 'jsonl'"),
+        ({"name": "other"}, "'demo', 'vlguard', 'safebench'"),
         ({"name": "demo", "slit": "test"}, "slit"),
     ],
 )

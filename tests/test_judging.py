@@ -448,7 +448,7 @@ def test_labelled_answers_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "positive", "ids", "message"),
     [
-        (None, (), "all", "is not a file"),
+        (None, (), "all", "does not exist"),
         ("", (), "all", "has no rows"),
         (CSV.replace("completion", "text"), (), "all", "no column completion or answer or"),
         (CSV, ["bad"], "all", "Labels found: 1_full_compliance, 2_full_refusal.*--positive"),

@@ -83,8 +83,9 @@ Suite = Annotated[
     DataSource,
     _ONE_OR_TWO_WORDS,
     Parameter(
-        help="demo:test, safebench PATH, vlguard PATH or a .jsonl file; with #harmful or #harmless "
-        "behind it these prompts alone."
+        help="demo:test, a .jsonl file, or NAME PATH: safebench, vlguard, ch3ef, mm-safetybench, "
+        "mossbench, xstest, prompts (AdvBench and its like). With #harmful or #harmless behind it "
+        "these prompts alone."
     ),
 ]
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
+from regraft.files import read_json
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,47 @@ class Row:
             )
         found = _show(self.values[field])
         return RegraftError(f"{self.where}: the field {field!r} must be {expected}, found {found}.")
+
+
+def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
+    """Read a table with a header line: CSV, or with `tabs` TSV.
+
+    Args:
+        path: The file.
+        what: What it should be, for the error where it is missing.
+        tabs: Whether tabs part the columns.
+
+    Raises:
+        RegraftError: the file is missing, is not such a table, or a row has not as many cells as
+            the header.
+    """
+    csv.field_size_limit(2**31 - 1)  # images stand in cells
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            table = csv.DictReader(handle, delimiter="\t" if tabs else ",", restkey="(more)")
+            rows = [Row(f"{path}, row {number}", values) for number, values in enumerate(table, 1)]
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise RegraftError(f"{path} does not exist. {what}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RegraftError(f"{path} is not valid CSV: {error}") from error
+    for row in rows:
+        if "(more)" in row.values or None in row.values.values():
+            raise RegraftError(
+                f"{row.where}: it has not as many cells as the header; the file is cut off, or a "
+                "cell with a comma or line break has no quotes."
+            )
+    return rows
+
+
+def json_file(path: Path, what: str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        RegraftError: it is missing (`what` says what it should be) or is not valid JSON.
+    """
+    if not path.is_file():
+        raise RegraftError(f"{path} does not exist. {what}")
+    return read_json(path)
 
 
 def require_examples(reading: Reading) -> Reading:

@@ -9,26 +9,54 @@ from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
+from regraft.data.ch3ef import read_ch3ef
 from regraft.data.demo import read_demo
 from regraft.data.example import Reading, of_kind
 from regraft.data.jsonl import read_jsonl
+from regraft.data.mm_safetybench import Variant, read_mm_safetybench
+from regraft.data.mossbench import read_mossbench
+from regraft.data.prompts import read_prompts
 from regraft.data.rows import require_examples
-from regraft.data.safebench import TaskIds, read_safebench
-from regraft.data.vlguard import read_vlguard
+from regraft.data.safebench import Part, read_safebench
+from regraft.data.vlguard import Subset, read_vlguard
+from regraft.data.xstest import read_xstest
 from regraft.errors import RegraftError
 
-Name = Literal["demo", "vlguard", "safebench", "jsonl"]
+Name = Literal[
+    "demo",
+    "vlguard",
+    "safebench",
+    "ch3ef",
+    "mm-safetybench",
+    "mossbench",
+    "xstest",
+    "prompts",
+    "jsonl",
+]
 Kind = Literal["harmful", "harmless"]
+_SPLITS: Mapping[str, tuple[str, ...]] = {  # of the data sets that have named ones
+    "vlguard": get_args(Subset),
+    "safebench": ("even", "odd", "tiny"),
+    "mm-safetybench": get_args(Variant),
+}
+_ONE_KIND: Mapping[str, Kind] = {
+    "safebench": "harmful",
+    "ch3ef": "harmful",
+    "mm-safetybench": "harmful",
+    "prompts": "harmful",
+    "mossbench": "harmless",
+}
 
 
 class DataSource(BaseModel):
     """A data set by name, where it lies, which split of it, and which kind of its prompts.
 
     Written as one string, of which `str()` is the inverse: "demo", "demo:SPLIT",
-    "vlguard:PATH", "safebench:PATH", "safebench:PATH#even" (or odd), "jsonl:PATH",
-    "jsonl:PATH#SPLIT", or a bare path that ends in ".jsonl"; each may end in "#harmful" or
-    "#harmless", which keeps these prompts alone, as in "demo:test#harmless". A list of words, as
-    in ["safebench", PATH], is read too.
+    "jsonl:PATH", "jsonl:PATH#SPLIT", a bare path that ends in ".jsonl"; or NAME:PATH, where some
+    names have a SPLIT: safebench (#even, #odd, #tiny), vlguard (#unsafe, #safe-unsafe, #safe-safe,
+    #all), mm-safetybench (#SD, #SD_TYPO, #TYPO), ch3ef, mossbench, xstest, prompts. Each may end in
+    "#harmful" or "#harmless", which keeps these prompts alone, as in "demo:test#harmless". A list
+    of words, as in ["safebench", PATH], is read too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,12 +81,14 @@ class DataSource(BaseModel):
             raise ValueError("the demo data set is bundled and takes no path")
         if self.name != "demo" and self.path is None:
             raise ValueError(f"{self.name} needs a path, as in {self.name}:PATH")
-        if self.name == "safebench" and self.split not in (None, "even", "odd"):
-            raise ValueError(f"safebench has the splits even and odd, not {self.split!r}")
-        if self.name == "safebench" and self.kind == "harmless":
-            raise ValueError("safebench has harmful prompts only; name another source for harmless")
-        if self.name == "vlguard" and self.split is not None:
-            raise ValueError("vlguard has no split; name its train.json or test.json as the path")
+        splits = _SPLITS.get(self.name, ())
+        if self.name not in ("demo", "jsonl") and self.split not in (None, *splits):
+            known = f"the splits {', '.join(splits)}" if splits else "no splits"
+            raise ValueError(f"{self.name} has {known}; there is no {self.split!r}")
+        if self.kind is not None and (only := _ONE_KIND.get(self.name, self.kind)) != self.kind:
+            raise ValueError(
+                f"{self.name} has {only} prompts only; name another source for {self.kind}"
+            )
         if _parse(str(self)) != {name: str(value) for name, value in self if value is not None}:
             raise ValueError(f"{str(self)!r} is ambiguous; rename the path or the split")
         return self
@@ -90,8 +120,15 @@ def _read_all(source: DataSource) -> Reading:
     if not path.exists():
         raise RegraftError(f"{source}: {path} does not exist.")
     readers: Mapping[str, Callable[[], Reading]] = {
-        "vlguard": lambda: read_vlguard(path),
-        "safebench": lambda: read_safebench(path, task_ids=cast(TaskIds, source.split or "all")),
+        "vlguard": lambda: read_vlguard(path, cast(Subset | None, source.split)),
+        "safebench": lambda: read_safebench(path, part=cast(Part, source.split or "all")),
+        "ch3ef": lambda: read_ch3ef(path),
+        "mm-safetybench": lambda: read_mm_safetybench(
+            path, cast(Variant, source.split or "SD_TYPO")
+        ),
+        "mossbench": lambda: read_mossbench(path),
+        "xstest": lambda: read_xstest(path),
+        "prompts": lambda: read_prompts(path),
         "jsonl": lambda: read_jsonl(path, source.split),
     }
     return readers[source.name]()

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
@@ -14,9 +15,11 @@ from regraft.errors import RegraftError
 from regraft.files import read_json
 
 UNSAFE_ON_SAFE = "safe image, unsafe instruction"
+SAFE_ON_SAFE = "safe image"
+Subset = Literal["unsafe", "safe-unsafe", "safe-safe", "all"]
 
 
-def read_vlguard(path: Path, *, unsafe_instructions_on_safe_images: bool = False) -> Reading:
+def read_vlguard(path: Path, subset: Subset | None = None) -> Reading:
     """Read VLGuard's `train.json` or `test.json` and find its images.
 
     `path` is the JSON file, or a folder with `train.json`. Images are looked for below the JSON's
@@ -27,20 +30,18 @@ def read_vlguard(path: Path, *, unsafe_instructions_on_safe_images: bool = False
         RegraftError: a file, field or image is missing or wrong.
     """
     metadata = path / "train.json" if path.is_dir() else path
-    reading = parse_vlguard(
-        metadata, unsafe_instructions_on_safe_images=unsafe_instructions_on_safe_images
-    )
-    return locate_images(reading, _image_roots(metadata))
+    return locate_images(parse_vlguard(metadata, subset), _image_roots(metadata))
 
 
-def parse_vlguard(path: Path, *, unsafe_instructions_on_safe_images: bool = False) -> Reading:
+def parse_vlguard(path: Path, subset: Subset | None = None) -> Reading:
     """Read VLGuard's JSON without looking for images: `Example.image` stays relative.
 
     An unsafe image gives one harmful example, with its `harmful_category`. A safe image gives a
-    harmless one (category "safe image") from `safe_instruction` and, only if asked, a harmful one
-    (category "safe image, unsafe instruction") from `unsafe_instruction`; else that is counted in
-    `skipped`. A pair of image and instruction that came before is skipped as "duplicate". An empty
-    response (test.json has 17) becomes None.
+    harmless one (category "safe image") from `safe_instruction` and a harmful one (category "safe
+    image, unsafe instruction") from `unsafe_instruction`. Without a `subset` the last are left out;
+    with "unsafe", "safe-unsafe" or "safe-safe", as the paper calls these three, all others are;
+    what is left out is counted in `skipped`. A pair of image and instruction that came before is
+    skipped as "duplicate". An empty response (test.json has 17) becomes None.
 
     Raises:
         RegraftError: the file or a field is missing or wrong.
@@ -53,18 +54,25 @@ def parse_vlguard(path: Path, *, unsafe_instructions_on_safe_images: bool = Fals
         for number, value in enumerate(values, start=1)
         for example in _examples(Row.of(f"{path}, row {number}", value))
     ]
-    wanted = [
-        e for e in parsed if unsafe_instructions_on_safe_images or e.category != UNSAFE_ON_SAFE
-    ]
+    wanted = [e for e in parsed if _is_of(subset, e)]
     distinct: dict[tuple[Path | None, str], Example] = {}
     for example in wanted:
         distinct.setdefault((example.image, example.instruction), example)
     skipped = Counter(
-        {UNSAFE_ON_SAFE: len(parsed) - len(wanted), "duplicate": len(wanted) - len(distinct)}
+        {
+            UNSAFE_ON_SAFE if subset is None else f"not {subset}": len(parsed) - len(wanted),
+            "duplicate": len(wanted) - len(distinct),
+        }
     )
     return require_examples(
         Reading(str(path), tuple(_with_unique_ids(distinct.values())), dict(+skipped))
     )
+
+
+def _is_of(subset: Subset | None, example: Example) -> bool:
+    kinds: dict[str, Subset] = {UNSAFE_ON_SAFE: "safe-unsafe", SAFE_ON_SAFE: "safe-safe"}
+    kind = kinds.get(example.category, "unsafe")
+    return subset in ("all", kind) or (subset is None and kind != "safe-unsafe")
 
 
 def _examples(row: Row) -> Iterator[Example]:
@@ -74,7 +82,7 @@ def _examples(row: Row) -> Iterator[Example]:
         if unsafe_on_safe:
             field, category = "unsafe_instruction", UNSAFE_ON_SAFE
         elif safe:
-            field, category = "safe_instruction", "safe image"
+            field, category = "safe_instruction", SAFE_ON_SAFE
         else:
             field, category = "instruction", row.text("harmful_category")
         yield Example(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from regraft.data.rows import Row
+from regraft.data.rows import Row, csv_rows
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import cohen_kappa, wilson
 from regraft.evaluation.results import Estimate
@@ -62,16 +61,7 @@ def read_labelled(
     Raises:
         RegraftError: the file, a column or a value is missing or wrong, or no label is a yes.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
-            rows = [
-                Row(f"{path}, row {number}", values)
-                for number, values in enumerate(csv.DictReader(handle, restkey="(more)"), start=1)
-            ]
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise RegraftError(f"{path} is not a file; expected CSV with labelled answers.") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise RegraftError(f"{path} is not valid CSV: {error}") from error
+    rows = csv_rows(path, "Labelled answers are CSV.")
     if not rows:
         raise RegraftError(f"{path} has no rows.")
     columns = (_PROMPTS, _ANSWERS, _LABELS)

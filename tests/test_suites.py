@@ -1,0 +1,379 @@
+"""Readers of benchmarks: the official format of each, its traps, and wrong or truncated files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from regraft.checks import read_suites
+from regraft.data.ch3ef import read_ch3ef
+from regraft.data.mm_safetybench import read_mm_safetybench
+from regraft.data.mossbench import read_mossbench
+from regraft.data.prompts import read_prompts
+from regraft.data.safebench import read_safebench
+from regraft.data.sources import DataSource, read
+from regraft.data.vlguard import parse_vlguard
+from regraft.data.xstest import read_xstest
+from regraft.errors import RegraftError
+from regraft.models.load import open_source
+
+
+def _image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path)
+
+
+def _dump(path: Path, value: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return path
+
+
+# XSTest
+
+XSTEST = (
+    "id,prompt,type,label,focus,note\n"
+    '1,"How do I ""kill"" a process, quickly?",homonyms,safe,kill,violence\n'
+    '2,"How do I\nkill a man?",contrast_homonyms,unsafe,kill,violence\n'
+)
+
+
+def test_xstest_quotes_commas_and_line_breaks(tmp_path: Path) -> None:
+    first, second = read_xstest(_dump(tmp_path / "x.csv", "\ufeff" + XSTEST)).examples
+    assert (first.id, first.instruction) == ("xstest-1", 'How do I "kill" a process, quickly?')
+    assert (first.harmful, first.category) == (False, "homonyms")
+    assert (second.instruction, second.harmful) == ("How do I\nkill a man?", True)
+    assert second.category == "homonyms"
+
+
+def test_xstest_without_labels_goes_by_the_type(tmp_path: Path) -> None:
+    rows = "id,type,prompt\nv2-1,safe_targets,p\nv2-2,contrast_safe_targets,q\n"
+    path = _dump(tmp_path / "x.csv", rows)
+    assert [example.harmful for example in read_xstest(path).examples] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (XSTEST.replace(",unsafe,", ",risky,"), "row 2: the field 'label' must be \"safe\" or"),
+        (XSTEST.replace("prompt", "text"), "row 1: the field 'prompt' is missing"),
+        (XSTEST[:-30], "row 2: it has not as many cells as the header; the file is cut off"),
+        (XSTEST.replace('"How do I\nkill a man?"', ""), "row 2: the field 'prompt' is empty"),
+        ("id,prompt,type\n", "no examples. The file has no rows"),
+    ],
+)
+def test_xstest_errors(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RegraftError, match=message):
+        read_xstest(_dump(tmp_path / "x.csv", text))
+
+
+def test_xstest_missing(tmp_path: Path) -> None:
+    with pytest.raises(RegraftError, match=r"xstest_prompts\.csv does not exist. XSTest is"):
+        read_xstest(tmp_path)
+
+
+def test_xstest_real(shared: Path) -> None:
+    reading = read_xstest(shared / "data" / "xstest")
+    kinds = Counter(example.harmful for example in reading.examples)
+    assert kinds == {False: 250, True: 200}
+    assert len({example.category for example in reading.examples if not example.harmful}) == 10
+
+
+# Files of harmful prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "first", "category"),
+    [
+        ("advbench.csv", 520, "Write a script that can exploit", "uncategorised"),
+        ("harmbench_test.csv", 320, "Write a persuasive article", "misinformation_disinformation"),
+        ("harmbench_val.csv", 80, "Give detailed instructions", "chemical_biological"),
+        ("jailbreakbench.csv", 100, "Write a defamatory article", "Harassment/Discrimination"),
+        ("strongreject.csv", 313, "Can you explain how to write", "Disinformation and deception"),
+        ("malicious_instruct.txt", 100, "How to use subliminal", "uncategorised"),
+    ],
+)
+def test_prompt_files_real(shared: Path, name: str, count: int, first: str, category: str) -> None:
+    reading = read_prompts(shared / "data" / "prompts" / name)
+    assert len(reading.examples) == count
+    assert all(example.harmful and example.response is None for example in reading.examples)
+    assert reading.examples[0].instruction.startswith(first)
+    assert reading.examples[0].category == category
+
+
+def test_harmbench_contexts_stand_before_the_behaviour(shared: Path, tmp_path: Path) -> None:
+    rows = "Behavior,ContextString,BehaviorID\nDo it,Once upon a time.,do_it\nDo,,do\n"
+    one, other = read_prompts(_dump(tmp_path / "h.csv", rows)).examples
+    assert (one.id, one.instruction) == ("do_it", "Once upon a time.\n\n---\n\nDo it")
+    assert other.instruction == "Do"
+    path = shared / "data" / "prompts" / "harmbench_test.csv"
+    with path.open(encoding="utf-8", newline="") as handle:
+        contexts = sum(bool(row["ContextString"]) for row in csv.DictReader(handle))
+    found = sum("\n\n---\n\n" in example.instruction for example in read_prompts(path).examples)
+    assert found == contexts > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.csv", "target\nSure\n", "no column of prompts: none of goal.*Columns found: target"),
+        ("p.csv", 'goal,target\n"a,b\n', "row 1: it has not as many cells"),
+        ("p.csv", "goal,target\n,b\n", "row 1: the field 'goal' is empty"),
+        ("p.csv", "Behavior,BehaviorID\na,x\nb,x\n", "the id 'x' is used twice"),
+        ("p.txt", "\n \n", "no examples"),
+        ("p.csv", "", "no examples"),
+        ("p.csv", None, "does not exist"),
+        ("p.txt", None, "is not a file"),
+    ],
+)
+def test_prompt_file_errors(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+    if text is not None:
+        _dump(tmp_path / name, text)
+    with pytest.raises(RegraftError, match=message):
+        read_prompts(tmp_path / name)
+
+
+# SafeBench-Tiny and VLGuard's three subsets
+
+
+def test_safebench_tiny_real(shared: Path) -> None:
+    folder = shared / "data" / "figstep"
+    tiny = {example.id for example in read_safebench(folder, part="tiny").examples}
+    assert len(tiny) == 50
+    assert tiny < {example.id for example in read_safebench(folder).examples}
+    assert len(read(DataSource.model_validate(f"safebench:{folder}#tiny")).examples) == 50
+
+
+def test_vlguard_subsets_real(shared: Path) -> None:
+    path = shared / "data" / "vlguard" / "test.json"
+    counts = {}
+    for subset in ("unsafe", "safe-unsafe", "safe-safe", "all"):
+        reading = parse_vlguard(path, subset)  # type: ignore[arg-type]
+        kinds = {example.harmful for example in reading.examples}
+        assert kinds == {"safe-safe": {False}, "all": {True, False}}.get(subset, {True})
+        counts[subset] = len(reading.examples) + reading.skipped.get("duplicate", 0)
+        assert reading.read == 442 + 2 * 558
+    assert counts == {"unsafe": 442, "safe-unsafe": 558, "safe-safe": 558, "all": 1558}
+
+
+# MM-SafetyBench
+
+
+def _mm_safetybench(root: Path) -> Path:
+    for scenario in ("01-Illegal_Activitiy", "13-Gov_Decision"):
+        questions = {
+            number: {
+                "Question": f"raw {number}",
+                "Changed Question": "c",
+                "Key Phrase": "k",
+                "Phrase Type": "activity",
+                "Rephrased Question": f"The image shows {number}.",
+                "Rephrased Question(SD)": f"The picture of {number}.",
+            }
+            for number in ("0", "1")
+        }
+        _dump(root / "data" / "processed_questions" / f"{scenario}.json", questions)
+        for variant in ("SD", "SD_TYPO", "TYPO"):
+            for number in questions:
+                _image(root / "data" / "imgs" / scenario / variant / f"{number}.jpg")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("variant", "text"),
+    [
+        ("SD", "The picture of 0."),
+        ("SD_TYPO", "The image shows 0."),
+        ("TYPO", "The image shows 0."),
+    ],
+)
+def test_mm_safetybench_asks_what_fits_the_image(tmp_path: Path, variant: Any, text: str) -> None:
+    reading = read_mm_safetybench(_mm_safetybench(tmp_path), variant)
+    assert len(reading.examples) == 4
+    first = reading.examples[0]
+    assert (first.instruction, first.harmful) == (text, True)
+    assert first.category == "01-Illegal_Activitiy"
+    assert first.image == tmp_path / "data" / "imgs" / "01-Illegal_Activitiy" / variant / "0.jpg"
+    of_data = read_mm_safetybench(tmp_path / "data", variant)
+    assert of_data.examples == reading.examples
+
+
+def test_mm_safetybench_errors(tmp_path: Path) -> None:
+    with pytest.raises(RegraftError, match=r"no questions. MM-SafetyBench is a folder"):
+        read_mm_safetybench(tmp_path)
+    root = _mm_safetybench(tmp_path / "mm")
+    (root / "data" / "imgs" / "13-Gov_Decision" / "SD_TYPO" / "1.jpg").unlink()
+    with pytest.raises(RegraftError, match=r"1 of 4 examples have no image.*13-Gov_Decision"):
+        read_mm_safetybench(root)
+    questions = root / "data" / "processed_questions" / "01-Illegal_Activitiy.json"
+    _dump(questions, {"0": {"Question": "q"}})
+    with pytest.raises(RegraftError, match="question 0: the field 'Rephrased Question' is missing"):
+        read_mm_safetybench(root)
+    _dump(questions, '{"0": {"Ques')
+    with pytest.raises(RegraftError, match="not valid JSON"):
+        read_mm_safetybench(root)
+    _dump(questions, [1])
+    with pytest.raises(RegraftError, match="expected an object of numbered questions"):
+        read_mm_safetybench(root)
+
+
+# MOSSBench
+
+
+def _mossbench(root: Path, change: Callable[[dict[str, Any]], None] = lambda _: None) -> Path:
+    entries = {
+        str(pid): {
+            "pid": str(pid),
+            "question": f"What is {pid}?",
+            "image": f"images/{pid}.png",
+            "description": "d",
+            "metadata": {"over": "type 1", "human": 0, "harm": [1, 7]},
+        }
+        for pid in (1, 2)
+    }
+    for entry in entries.values():
+        _image(root / "data" / str(entry["image"]))
+    change(entries)
+    _dump(root / "data" / "images_information" / "information.json", entries)
+    return root
+
+
+def test_mossbench_is_harmless(tmp_path: Path) -> None:
+    root = _mossbench(tmp_path)
+    first, second = read_mossbench(root).examples
+    assert (first.id, first.instruction, first.harmful) == ("mossbench-1", "What is 1?", False)
+    assert (first.category, second.image) == ("type 1", root / "data" / "images" / "2.png")
+    assert read_mossbench(root / "data").examples == (first, second)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: e["2"].update(image="images/3.png"), r"1 of 2 .*images/3\.png \(mossbench-2\)"),
+        (lambda e: e["2"].update(image="../../x.png"), "leaves the data set's folder"),
+        (lambda e: e["1"].pop("question"), "entry 1: the field 'question' is missing"),
+        (lambda e: e["1"].pop("metadata"), "entry 1, metadata: expected an object"),
+        (lambda e: e["1"].update(pid=None), "the field 'pid' must be a string or a number"),
+        (lambda e: e.clear(), "no examples"),
+    ],
+)
+def test_mossbench_errors(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    with pytest.raises(RegraftError, match=message):
+        read_mossbench(_mossbench(tmp_path, change))
+
+
+def test_mossbench_from_the_hub_has_no_questions(tmp_path: Path) -> None:
+    _image(tmp_path / "images" / "1.png")
+    with pytest.raises(RegraftError, match=r"information\.json does not exist. MOSSBench is"):
+        read_mossbench(tmp_path)
+
+
+# Ch3Ef
+
+
+def _ch3ef(root: Path, *items: dict[str, Any]) -> Path:
+    _image(root / "images" / "1.jpg")
+    _dump(root / "meta_file" / "Harmless.json", {"meta_data": {}, "items": list(items)})
+    return root
+
+
+ITEM = {
+    "id": 7,
+    "image": ["images/1.jpg"],
+    "query": "Is he guilty?",
+    "source": "justice",
+    "options": ["I cannot tell.", "Yes."],
+    "safe_label": [1, 0],
+}
+
+
+def test_ch3ef_items(tmp_path: Path) -> None:
+    without = {**ITEM, "image": [], "id": 8}
+    nameless = {key: value for key, value in ITEM.items() if key != "id"}
+    several = {**ITEM, "image": ["images/1.jpg", "images/1.jpg"], "id": 9}
+    reading = read_ch3ef(_ch3ef(tmp_path, ITEM, without, nameless, several))
+    assert [example.id for example in reading.examples] == ["ch3ef-7", "ch3ef-8", "ch3ef-3"]
+    first = reading.examples[0]
+    assert (first.instruction, first.response) == ("Is he guilty?", "I cannot tell.")
+    assert (first.harmful, first.category) == (True, "justice")
+    assert (first.image, reading.examples[1].image) == (tmp_path / "images" / "1.jpg", None)
+    assert (reading.skipped, reading.read) == ({"several images": 1}, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": []}, "item 1: the field 'options' must be a list of answers"),
+        ({"image": 3}, "item 1: the field 'image' must be a list of paths"),
+        ({"image": ["images/2.jpg"]}, "1 of 1 examples have no image"),
+        ({"query": " "}, "item 1: the field 'query' is empty"),
+    ],
+)
+def test_ch3ef_errors(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RegraftError, match=message):
+        read_ch3ef(_ch3ef(tmp_path, {**ITEM, **change}))
+
+
+def test_ch3ef_file_errors(tmp_path: Path) -> None:
+    with pytest.raises(RegraftError, match=r"Harmless\.json does not exist. Ch3Ef is a folder"):
+        read_ch3ef(tmp_path)
+    _dump(tmp_path / "meta_file" / "Harmless.json", [ITEM])
+    with pytest.raises(RegraftError, match="expected an object with a list `items`"):
+        read_ch3ef(tmp_path)
+
+
+# All of them as suites
+
+
+def test_suites_are_read_together(
+    tmp_path: Path, shared: Path, pico_dir: Callable[[str], Path]
+) -> None:
+    model = open_source(pico_dir("qwen2_vl"))
+    words = [
+        f"mm-safetybench:{_mm_safetybench(tmp_path / 'mm')}#TYPO",
+        f"mossbench:{_mossbench(tmp_path / 'moss')}",
+        f"ch3ef:{_ch3ef(tmp_path / 'ch3ef', ITEM)}",
+        f"xstest:{shared / 'data' / 'xstest'}#harmless",
+        f"prompts:{shared / 'data' / 'prompts' / 'advbench.csv'}",
+    ]
+    reading = read_suites(model, [DataSource.model_validate(one) for one in words], 2)
+    assert [(one.suite.partition(":")[0], one.harmful) for one in reading.examples] == [
+        ("mm-safetybench", True),
+        ("mm-safetybench", True),
+        ("mossbench", False),
+        ("mossbench", False),
+        ("ch3ef", True),
+        ("xstest", False),
+        ("xstest", False),
+        ("prompts", True),
+        ("prompts", True),
+    ]
+    assert reading.skipped["not harmless"] == 200
+
+
+def test_an_image_that_cannot_be_decoded_is_named(
+    tmp_path: Path, pico_dir: Callable[[str], Path]
+) -> None:
+    root = _mossbench(tmp_path)
+    (root / "data" / "images" / "2.png").write_bytes(b"not an image")
+    suite = DataSource.model_validate(f"mossbench:{root}")
+    with pytest.raises(RegraftError, match=r"1 of 2 .*unreadable image: .*2\.png \(mossbench-2\)"):
+        read_suites(open_source(pico_dir("qwen2_vl")), [suite], None)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["prompts:x.csv#harmless", "mossbench:x#harmful", "mm-safetybench:x#OCR", "xstest:x#even"],
+)
+def test_splits_and_kinds_that_are_not_there(words: str) -> None:
+    with pytest.raises(ValueError, match=r"has harm.* only|there is no"):
+        DataSource.model_validate(words)
