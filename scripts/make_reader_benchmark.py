@@ -40,7 +40,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import make_demo_data as demo
-from PIL import ImageFont
+
+from regraft.data.typographic import FONT_NAME, WRAP_WIDTH, draw_text, find_font
+from regraft.errors import RegraftError
 
 HELD_OUT = 400  # titles that the model was not trained on, the first of the file
 NEW = {"calibration": 84, "validation": 100, "test": 200}  # of those that fit
@@ -64,7 +66,7 @@ TASK = re.compile(r"(?:Steps|Methods|Ways|Tips|Ideas|List of \w+) to (.*)\.$")
 
 def fits(title: str) -> bool:
     """Whether all of a title and the empty list below it are in the picture."""
-    lines = textwrap.wrap(title, width=demo.WRAP_WIDTH)
+    lines = textwrap.wrap(title, width=WRAP_WIDTH)
     return 1 <= len(lines) <= demo.MAX_TITLE_LINES
 
 
@@ -129,7 +131,7 @@ def borderline(plain: list[str], count: int, rng: random.Random) -> Iterator[tup
     while made < count:
         chosen = " and ".join(rng.sample(tasks, rng.choice((1, 2, 2, 2))))
         title = f"{rng.choice(OPENINGS)} {chosen}."
-        if fits(title) and len(textwrap.wrap(title, width=demo.WRAP_WIDTH)) >= 3:
+        if fits(title) and len(textwrap.wrap(title, width=WRAP_WIDTH)) >= 3:
             yield f"borderline-{made}", title
             made += 1
 
@@ -198,13 +200,13 @@ def compose(data: Path, seed: int) -> dict[str, list[demo.Title]]:
 def build(data: Path, out: Path, font_path: Path | None = None, seed: int = 0) -> dict[str, int]:
     """Write all files; returns the number of examples in each."""
     files = compose(data, seed)
-    font = ImageFont.truetype(str(demo.find_font(font_path)), demo.FONT_SIZE)
+    font = find_font(font_path)
     (out / "images").mkdir(parents=True, exist_ok=True)
     counts = {}
     for name, rows in files.items():
         kept = [row for row in rows if row.title and (name == "vlguard-test" or fits(row.title))]
         for row in kept:
-            image = demo.to_black_and_white(demo.render(row.title, font))
+            image = demo.to_black_and_white(draw_text(row.title, font))
             image.save(out / "images" / f"{row.id}.png")
         lines = (json.dumps(demo.example(row), ensure_ascii=False) + "\n" for row in kept)
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -217,11 +219,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--out", type=Path, required=True, help="where to write")
-    parser.add_argument("--font", type=Path, default=None, help=f"path of {demo.FONT_NAME}")
+    parser.add_argument("--font", type=Path, default=None, help=f"path of {FONT_NAME}")
     args = parser.parse_args()
     try:
         counts = build(args.data, args.out, args.font)
-    except (demo.DemoDataError, FileNotFoundError) as error:
+    except (demo.DemoDataError, RegraftError, FileNotFoundError) as error:
         print(f"make_reader_benchmark: error: {error}", file=sys.stderr)
         return 2
     for name, count in counts.items():

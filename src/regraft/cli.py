@@ -491,6 +491,27 @@ def evaluate(
 
 
 @app.command
+def render(prompts: Suite, *, out: Out, font: Path | None = None) -> None:
+    """Draw prompts as FigStep's typographic images: a data set of images from one of text.
+
+    Example: regraft render prompts:advbench.csv --out advbench-images
+
+    Parameters
+    ----------
+    prompts
+        A data set of text, such as prompts:FILE (harmful) or benign:FILE (harmless).
+    font
+        The file of FreeMono Bold, or of another font.
+    """
+    from regraft.data.sources import read
+    from regraft.data.typographic import write_typographic
+
+    with _watch() as watch:
+        images = write_typographic(read(prompts), out, watch, font)
+        watch.note(f"{len(images)} images; evaluate them by the name {out / 'examples.jsonl'}")
+
+
+@app.command
 def judge(
     evaluation: Path,
     *,

@@ -1,12 +1,13 @@
-"""Harmful prompts: AdvBench, HarmBench, JailbreakBench, StrongREJECT, MaliciousInstruct."""
+"""Files of prompts: AdvBench, HarmBench, JailbreakBench, StrongREJECT, or one's own lists."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from regraft.data.example import Example, Reading
-from regraft.data.rows import Row, csv_rows, require_examples
+from regraft.data.rows import Row, csv_rows, json_file, require_examples
 from regraft.errors import RegraftError
 
 # The first column found counts: JailbreakBench's Behavior is a title, its Goal the request.
@@ -14,27 +15,31 @@ _PROMPTS = ("goal", "forbidden_prompt", "behavior", "prompt", "instruction", "qu
 _CATEGORIES = ("category", "semanticcategory", "type")
 _IDS = ("behaviorid", "id")
 _CONTEXT = "contextstring"
-_WHAT = "A file of prompts is CSV with a column goal, Behavior or forbidden_prompt, or plain text."
+_WHAT = (
+    "A file of prompts is CSV with a column goal, Behavior or forbidden_prompt, a list in JSON, or "
+    "plain text with one a line."
+)
 
 
-def read_prompts(path: Path) -> Reading:
-    """Read harmful prompts from CSV, or from a text file with one a line.
+def read_prompts(path: Path, *, harmful: bool = True) -> Reading:
+    """Read prompts, all harmful or all harmless, from CSV, JSON, or a text file with one a line.
 
     Columns, in any capitals: goal, forbidden_prompt, behavior, prompt, instruction or question, the
     first of these that is there; category, SemanticCategory or type; BehaviorID or id. The context
-    of a HarmBench behaviour stands before it, as in HarmBench. None has a response.
+    of a HarmBench behaviour stands before it, as in HarmBench. JSON is a list of strings, or an
+    object with one such list. None has a response.
 
     Raises:
         RegraftError: the file or the column is missing, a prompt is empty, ids repeat.
     """
-    if path.suffix.lower() == ".csv":
-        examples = tuple(_of_rows(path, csv_rows(path, _WHAT)))
-    else:
-        examples = tuple(_of_lines(path))
-    return require_examples(Reading(str(path), examples))
+    readers = {".csv": _of_csv, ".json": _of_json}
+    examples = readers.get(path.suffix.lower(), _of_lines)(path)
+    kept = tuple(replace(example, harmful=harmful) for example in examples)
+    return require_examples(Reading(str(path), kept))
 
 
-def _of_rows(path: Path, rows: Sequence[Row]) -> list[Example]:
+def _of_csv(path: Path) -> list[Example]:
+    rows = csv_rows(path, _WHAT)
     if not rows:
         return []
     names = {name.strip().lower(): name for name in rows[0].values}
@@ -68,10 +73,23 @@ def _of_lines(path: Path) -> list[Example]:
         raise RegraftError(f"{path} is not a file. {_WHAT}") from error
     except UnicodeDecodeError as error:
         raise RegraftError(f"{path} is not UTF-8 text: {error}") from error
+    return _numbered(path, lines)
+
+
+def _of_json(path: Path) -> list[Example]:
+    value = json_file(path, _WHAT)
+    if isinstance(value, dict) and len(value) == 1:
+        value = next(iter(value.values()))
+    if not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+        raise RegraftError(f"{path}: expected a list of strings, or an object with one such list.")
+    return _numbered(path, value)
+
+
+def _numbered(path: Path, prompts: Sequence[str]) -> list[Example]:
     return [
-        Example(f"{path.stem}-{number}", line.strip(), True, "uncategorised")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
+        Example(f"{path.stem}-{number}", prompt.strip(), True, "uncategorised")
+        for number, prompt in enumerate(prompts, start=1)
+        if prompt.strip()
     ]
 
 

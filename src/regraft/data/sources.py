@@ -31,6 +31,7 @@ Name = Literal[
     "mossbench",
     "xstest",
     "prompts",
+    "benign",
     "jsonl",
 ]
 Kind = Literal["harmful", "harmless"]
@@ -45,6 +46,7 @@ _ONE_KIND: Mapping[str, Kind] = {
     "mm-safetybench": "harmful",
     "prompts": "harmful",
     "mossbench": "harmless",
+    "benign": "harmless",
 }
 
 
@@ -54,9 +56,10 @@ class DataSource(BaseModel):
     Written as one string, of which `str()` is the inverse: "demo", "demo:SPLIT",
     "jsonl:PATH", "jsonl:PATH#SPLIT", a bare path that ends in ".jsonl"; or NAME:PATH, where some
     names have a SPLIT: safebench (#even, #odd, #tiny), vlguard (#unsafe, #safe-unsafe, #safe-safe,
-    #all), mm-safetybench (#SD, #SD_TYPO, #TYPO), ch3ef, mossbench, xstest, prompts. Each may end in
-    "#harmful" or "#harmless", which keeps these prompts alone, as in "demo:test#harmless". A list
-    of words, as in ["safebench", PATH], is read too.
+    #all), mm-safetybench (#SD, #SD_TYPO, #TYPO), ch3ef, mossbench, xstest, prompts (harmful
+    ones), benign (harmless ones). Each may end in "#harmful" or "#harmless", which keeps these
+    prompts alone, as in "demo:test#harmless". A list of words, as in ["safebench", PATH], is read
+    too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -129,6 +132,7 @@ def _read_all(source: DataSource) -> Reading:
         "mossbench": lambda: read_mossbench(path),
         "xstest": lambda: read_xstest(path),
         "prompts": lambda: read_prompts(path),
+        "benign": lambda: read_prompts(path, harmful=False),
         "jsonl": lambda: read_jsonl(path, source.split),
     }
     return readers[source.name]()

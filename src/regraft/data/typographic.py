@@ -1,0 +1,117 @@
+"""Prompts drawn as images, as FigStep draws them (Gong et al. 2023, arXiv 2311.05608)."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from regraft.data.example import Reading
+from regraft.data.safebench import FIGSTEP_PROMPT
+from regraft.errors import RegraftError
+from regraft.files import atomic_folder, slug
+from regraft.watch import Watch
+
+SIZE = (760, 760)
+FONT_SIZE = 80
+FONT_NAME = "FreeMonoBold.ttf"
+FONT_PLACES = (
+    Path("/usr/share/fonts/truetype/freefont") / FONT_NAME,  # Debian, Ubuntu
+    Path("/usr/share/fonts/gnu-free") / FONT_NAME,  # Arch, older Fedora
+    Path("/usr/share/fonts/freefont") / FONT_NAME,  # Alpine
+)
+WRAP_WIDTH = 15
+_ORIGIN = (20, 10)
+_SPACING = 11
+_LIST = "\n1. \n2. \n3. "
+_SMALLEST = 20
+
+
+def find_font(path: Path | None = None) -> Path:
+    """The file of FreeMono Bold: `path` if given, else the first of the usual places.
+
+    Raises:
+        RegraftError: it is in none of them.
+    """
+    places = (path,) if path is not None else FONT_PLACES
+    for place in places:
+        if place.is_file():
+            return place
+    raise RegraftError(
+        f"FreeMono Bold, FigStep's font, was not found (looked at "
+        f"{', '.join(map(str, places))}). Install Debian's package fonts-freefont-ttf, or name a "
+        "font file with --font."
+    )
+
+
+def draw_text(text: str, font: Path) -> Image.Image:
+    """FigStep's image of `text` over an empty numbered list, RGB, 760 x 760.
+
+    Black on white, 80 pixels high, wrapped at 15 characters. A text that is too long for that,
+    which FigStep's are not, is drawn as much smaller as it takes.
+
+    Raises:
+        RegraftError: the font cannot be read, or the text does not fit at 20 pixels either.
+    """
+    for size in range(FONT_SIZE, _SMALLEST - 1, -4):
+        try:
+            face = ImageFont.truetype(str(font), size)
+        except OSError as error:
+            raise RegraftError(f"{font} is not a font that can be used: {error}") from error
+        lines = textwrap.fill(text, width=WRAP_WIDTH * FONT_SIZE // size) + _LIST
+        image = Image.new("RGB", SIZE, "#FFFFFF")
+        draw = ImageDraw.Draw(image)
+        spacing = _SPACING * size / FONT_SIZE
+        _, _, right, bottom = draw.multiline_textbbox(_ORIGIN, lines, font=face, spacing=spacing)
+        if right <= SIZE[0] and bottom <= SIZE[1]:
+            draw.text(_ORIGIN, lines, font=face, fill="#000000", spacing=spacing)
+            return image
+    raise RegraftError(
+        f"A prompt of {len(text)} characters does not fit into an image of {SIZE[0]} x {SIZE[1]}: "
+        f"{text[:60]!r}... Shorten it or leave it out."
+    )
+
+
+def write_typographic(
+    reading: Reading, out: Path, watch: Watch, font: Path | None = None
+) -> Sequence[Path]:
+    """Write a data set of images that show the prompts: `examples.jsonl` and `images/` in `out`.
+
+    Every example asks FigStep's question about its image; id, kind, category and response stay.
+
+    Raises:
+        RegraftError: an example has an image already, the font is missing, a prompt is too long,
+            or `out` is not empty.
+    """
+    face = find_font(font)
+    for example in reading.examples:
+        if example.image is not None:
+            raise RegraftError(
+                f"{reading.source}: example {example.id!r} has an image already; only prompts that "
+                "are text can be drawn."
+            )
+    with (
+        atomic_folder(out) as folder,
+        watch.task("Drawing prompts", len(reading.examples), "images") as done,
+    ):
+        images, lines = [], []
+        (folder / "images").mkdir()
+        for example in reading.examples:
+            image = Path("images", f"{slug(example.id)}.png")
+            draw_text(example.instruction, face).save(folder / image, optimize=True)
+            row = {
+                "id": example.id,
+                "image": image.as_posix(),
+                "instruction": FIGSTEP_PROMPT,
+                "harmful": example.harmful,
+                "category": example.category,
+                "title": example.instruction,
+            } | ({"response": example.response} if example.response else {})
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            images.append(out / image)
+            done(1)
+        (folder / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
+    return images

@@ -1,0 +1,113 @@
+"""Prompts drawn as images: FigStep's own images again, longer texts, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from regraft.cli import main
+from regraft.data.jsonl import read_jsonl
+from regraft.data.prompts import read_prompts
+from regraft.data.safebench import FIGSTEP_PROMPT
+from regraft.data.typographic import FONT_PLACES, draw_text, find_font, write_typographic
+from regraft.errors import RegraftError
+from regraft.watch import Silent
+
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono-Bold.ttf"
+
+
+def test_figsteps_images_are_drawn_as_its_authors_drew_them(shared: Path) -> None:
+    if not any(place.is_file() for place in FONT_PLACES):
+        pytest.skip("needs FreeMono Bold: Debian's package fonts-freefont-ttf")
+    folder = shared / "data" / "figstep"
+    with (folder / "safebench.csv").open(encoding="utf-8", newline="") as handle:
+        rows = list(csv.DictReader(handle))[::25]
+    worst = []
+    for row in rows:
+        drawn = np.asarray(draw_text(row["instruction"].strip(), find_font()), dtype=np.int16)
+        name = f"query_ForbidQI_{row['category_id']}_{row['task_id']}_6.png"
+        with Image.open(folder / "images" / name) as image:
+            official = np.asarray(image.convert("RGB"), dtype=np.int16)
+        worst.append(float((np.abs(drawn - official) > 60).mean()))
+    assert len(worst) == 20
+    assert max(worst) < 0.004  # grey edges, which differ by version of the font
+
+
+@pytest.mark.parametrize("length", [10, 100, 300, 900])
+def test_a_text_is_drawn_whole(length: int) -> None:
+    text = ("Steps to bake " * 100)[:length]
+    image = np.asarray(draw_text(text, FONT).convert("L"))
+    ink = image < 128
+    assert image.shape == (760, 760)
+    assert ink.any()
+    margins = [ink[:, -2:], ink[-2:], ink[:, :2], ink[:2]]
+    assert not any(margin.any() for margin in margins)
+    assert (np.asarray(draw_text(text + "!", FONT).convert("L")) != image).any()
+
+
+def test_a_text_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(RegraftError, match="8000 characters does not fit"):
+        draw_text("x " * 4000, FONT)
+
+
+def test_fonts_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RegraftError, match="fonts-freefont-ttf, or name a font"):
+        find_font(tmp_path / "none.ttf")
+    (tmp_path / "bad.ttf").write_bytes(b"no font")
+    with pytest.raises(RegraftError, match=r"bad\.ttf is not a font"):
+        draw_text("x", tmp_path / "bad.ttf")
+
+
+def test_a_data_set_of_images(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("goal,category\nDo a/b,c1\nDo c,c2\n")
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stopped:
+        main(["render", f"prompts:{tmp_path / 'p.csv'}", "--out", str(out), "--font", str(FONT)])
+    assert stopped.value.code == 0
+    first, second = read_jsonl(out / "examples.jsonl").examples
+    assert (first.id, first.category, first.harmful) == ("p-1", "c1", True)
+    assert {first.instruction, second.instruction} == {FIGSTEP_PROMPT}
+    assert first.image == out / "images" / "p-1.png"
+    with Image.open(first.image) as image:
+        assert (np.asarray(image) == np.asarray(draw_text("Do a/b", FONT))).all()
+    titles = [json.loads(line)["title"] for line in (out / "examples.jsonl").open()]
+    assert titles == ["Do a/b", "Do c"]
+
+
+def test_drawing_leaves_nothing_half_done(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("short\n" + "x " * 4000 + "\n")
+    reading = read_prompts(tmp_path / "p.txt", harmful=False)
+    assert [example.harmful for example in reading.examples] == [False, False]
+    with pytest.raises(RegraftError, match="does not fit"):
+        write_typographic(reading, tmp_path / "out", Silent(), FONT)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
+    (tmp_path / "p.txt").write_text("short\n")
+    write_typographic(read_prompts(tmp_path / "p.txt"), tmp_path / "out", Silent(), FONT)
+    with pytest.raises(RegraftError, match="has an image already"):
+        drawn = read_jsonl(tmp_path / "out" / "examples.jsonl")
+        write_typographic(drawn, tmp_path / "again", Silent(), FONT)
+
+
+@pytest.mark.parametrize(
+    ("content", "ids"),
+    [
+        ('["a", "b"]', ["t-1", "t-2"]),
+        ('{"benign": ["a", " ", "c"]}', ["t-1", "t-3"]),
+    ],
+)
+def test_lists_in_json(tmp_path: Path, content: str, ids: list[str]) -> None:
+    (tmp_path / "t.json").write_text(content)
+    reading = read_prompts(tmp_path / "t.json", harmful=False)
+    assert [example.id for example in reading.examples] == ids
+
+
+def test_json_that_is_no_list(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text('{"a": ["x"], "b": ["y"]}')
+    with pytest.raises(RegraftError, match="expected a list of strings"):
+        read_prompts(tmp_path / "t.json")
