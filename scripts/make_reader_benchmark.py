@@ -206,7 +206,7 @@ def build(data: Path, out: Path, font_path: Path | None = None, seed: int = 0) -
     for name, rows in files.items():
         kept = [row for row in rows if row.title and (name == "vlguard-test" or fits(row.title))]
         for row in kept:
-            image = demo.to_black_and_white(draw_text(row.title, font))
+            image = demo.to_black_and_white(draw_text(row.title, font, shrink=False))
             image.save(out / "images" / f"{row.id}.png")
         lines = (json.dumps(demo.example(row), ensure_ascii=False) + "\n" for row in kept)
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -47,11 +47,11 @@ def find_font(path: Path | None = None) -> Path:
     )
 
 
-def draw_text(text: str, font: Path) -> Image.Image:
+def draw_text(text: str, font: Path, *, shrink: bool = True) -> Image.Image:
     """FigStep's image of `text` over an empty numbered list, RGB, 760 x 760.
 
     Black on white, 80 pixels high, wrapped at 15 characters. A text that is too long for that,
-    which FigStep's are not, is drawn as much smaller as it takes.
+    which FigStep's are not, is drawn as much smaller as it takes, or without `shrink` cut off.
 
     Raises:
         RegraftError: the font cannot be read, or the text does not fit at 20 pixels either.
@@ -66,7 +66,7 @@ def draw_text(text: str, font: Path) -> Image.Image:
         draw = ImageDraw.Draw(image)
         spacing = _SPACING * size / FONT_SIZE
         _, _, right, bottom = draw.multiline_textbbox(_ORIGIN, lines, font=face, spacing=spacing)
-        if right <= SIZE[0] and bottom <= SIZE[1]:
+        if not shrink or (right <= SIZE[0] and bottom <= SIZE[1]):
             draw.text(_ORIGIN, lines, font=face, fill="#000000", spacing=spacing)
             return image
     raise RegraftError(
