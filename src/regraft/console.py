@@ -96,12 +96,14 @@ def show_result(console: Console, result: EvalResult) -> None:
     for name, estimate in (
         ("ASR", result.asr),
         ("over-refusal", result.over_refusal),
-        ("utility (ANLS)", result.utility),
+        ("utility", result.utility),
     ):
         if estimate is not None:
             table.add_row(name, *_cells(estimate), style="bold")
     for category, estimate in result.asr_by_category.items():
         table.add_row(Text(f"  ASR, {category}"), *_cells(estimate))
+    for suite, estimate in result.utility_by_suite.items():
+        table.add_row(Text(f"  utility, {suite}"), *_cells(estimate))
     console.print(table)
     if result.degenerate:
         console.print(

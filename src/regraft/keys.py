@@ -179,7 +179,8 @@ def _account(reading: Reading) -> dict[str, Any]:
     contents: list[bytes | str] = []
     for e in reading.examples:
         image = e.image.name if e.image else None
-        row = [e.id, e.instruction, e.response, e.harmful, e.category, image]
+        row: list[Any] = [e.id, e.instruction, e.response, e.harmful, e.category, image]
+        row += [more for more in (e.references, e.choices, e.group) if more]
         contents += [json.dumps(row), e.image.read_bytes() if e.image else b""]
     return {
         "source": reading.source,

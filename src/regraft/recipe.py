@@ -84,7 +84,7 @@ Suite = Annotated[
     _ONE_OR_TWO_WORDS,
     Parameter(
         help="demo:test, a .jsonl file, or NAME PATH: safebench, vlguard, ch3ef, mm-safetybench, "
-        "mossbench, xstest, prompts (AdvBench and its like), benign (harmless prompts). With "
+        "mossbench, xstest, mmbench, docvqa, prompts (AdvBench and its like), benign. With "
         "#harmful or #harmless behind it these prompts alone."
     ),
 ]

@@ -15,8 +15,11 @@ class Example:
     """One prompt, with the answer it should get.
 
     `response` is the reference: a refusal for a harmful prompt, a normal answer for a harmless
-    one; None where the data set gives none. `category` is the harm category of a harmful prompt
-    or the topic of a harmless one. `suite` is the suite that it was read from, "" outside of one.
+    one; None where the data set gives none. `references` are all right answers where there are
+    several, `choices` the options of a multiple-choice question, whose `response` is then a letter;
+    examples of one `group` ask the same in other ways, and count as right together. `category` is
+    the harm category of a harmful prompt or the topic of a harmless one. `suite` is the suite that
+    it was read from, "" outside of one.
     """
 
     id: str
@@ -26,6 +29,9 @@ class Example:
     image: Path | None = None
     response: str | None = None
     suite: str = ""
+    references: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    group: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
 from regraft.data.ch3ef import read_ch3ef
 from regraft.data.demo import read_demo
+from regraft.data.docvqa import read_docvqa
 from regraft.data.example import Reading, of_kind
 from regraft.data.jsonl import read_jsonl
 from regraft.data.mm_safetybench import Variant, read_mm_safetybench
+from regraft.data.mmbench import read_mmbench
 from regraft.data.mossbench import read_mossbench
 from regraft.data.prompts import read_prompts
 from regraft.data.rows import require_examples
@@ -32,6 +34,8 @@ Name = Literal[
     "xstest",
     "prompts",
     "benign",
+    "mmbench",
+    "docvqa",
     "jsonl",
 ]
 Kind = Literal["harmful", "harmless"]
@@ -47,6 +51,8 @@ _ONE_KIND: Mapping[str, Kind] = {
     "prompts": "harmful",
     "mossbench": "harmless",
     "benign": "harmless",
+    "mmbench": "harmless",
+    "docvqa": "harmless",
 }
 
 
@@ -57,9 +63,9 @@ class DataSource(BaseModel):
     "jsonl:PATH", "jsonl:PATH#SPLIT", a bare path that ends in ".jsonl"; or NAME:PATH, where some
     names have a SPLIT: safebench (#even, #odd, #tiny), vlguard (#unsafe, #safe-unsafe, #safe-safe,
     #all), mm-safetybench (#SD, #SD_TYPO, #TYPO), ch3ef, mossbench, xstest, prompts (harmful
-    ones), benign (harmless ones). Each may end in "#harmful" or "#harmless", which keeps these
-    prompts alone, as in "demo:test#harmless". A list of words, as in ["safebench", PATH], is read
-    too.
+    ones), benign (harmless ones), mmbench, docvqa. Each may end in "#harmful" or "#harmless", which
+    keeps these prompts alone, as in "demo:test#harmless". A list of words, as in
+    ["safebench", PATH], is read too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -132,6 +138,8 @@ def _read_all(source: DataSource) -> Reading:
         "mossbench": lambda: read_mossbench(path),
         "xstest": lambda: read_xstest(path),
         "prompts": lambda: read_prompts(path),
+        "mmbench": lambda: read_mmbench(path),
+        "docvqa": lambda: read_docvqa(path),
         "benign": lambda: read_prompts(path, harmful=False),
         "jsonl": lambda: read_jsonl(path, source.split),
     }

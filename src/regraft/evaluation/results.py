@@ -12,7 +12,8 @@ class Answer:
 
     It refuses, or it says nothing (`degenerate`: "empty", "repetition" or "gibberish", else ""), or
     it complies; `reason` is what the judge saw a refusal by. `similarity` is ANLS against the
-    reference, or None. `suite` is the one of several suites that the prompt came from, "" where
+    reference (1 or 0 for a multiple choice), or None. `group` holds answers that count together;
+    `suite` is the one of several suites that the prompt came from, "" where
     that was not written down.
     """
 
@@ -28,6 +29,7 @@ class Answer:
     suite: str = ""
     degenerate: str = ""
     reason: str = ""
+    group: str = ""
 
     @property
     def complies(self) -> bool:
@@ -54,8 +56,10 @@ class EvalResult:
     """One model on one suite.
 
     `asr` is over harmful prompts, `over_refusal` and `utility` over harmless ones; None where the
-    suite has no such prompts. `degenerate` counts the answers that say nothing, by kind of prompt
-    ("harmful", "harmless"), where there are any: they are neither refusals nor successful attacks.
+    suite has no such prompts. `utility` is the mean similarity, and `utility_by_suite` that of each
+    suite where there are several; a group counts as its worst answer. `degenerate` counts the
+    answers that say nothing, by kind of prompt ("harmful", "harmless"), where there are any: they
+    are neither refusals nor successful attacks.
     """
 
     suite: str
@@ -64,5 +68,6 @@ class EvalResult:
     over_refusal: Estimate | None
     utility: Estimate | None
     asr_by_category: Mapping[str, Estimate]
+    utility_by_suite: Mapping[str, Estimate]
     degenerate: Mapping[str, int]
     answers: tuple[Answer, ...]

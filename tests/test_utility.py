@@ -1,0 +1,234 @@
+"""MMBench and DocVQA: official formats with their traps, and the scores."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from regraft.data.cache import CACHE_VARIABLE, cached_file
+from regraft.data.docvqa import read_docvqa
+from regraft.data.example import Example
+from regraft.data.mmbench import read_mmbench
+from regraft.errors import RegraftError
+from regraft.evaluation.choice import picked
+from regraft.evaluation.keywords import REGRAFT_2
+from regraft.evaluation.metrics import bootstrap_mean
+from regraft.evaluation.summary import judge_answer, result_from_json, result_to_json, summarise
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def _picture(colour: str) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+HEADER = [
+    "index",
+    "question",
+    "hint",
+    "A",
+    "B",
+    "C",
+    "D",
+    "answer",
+    "category",
+    "l2-category",
+    "split",
+    "image",
+]
+RED = base64.b64encode(_picture("red")).decode()
+ROWS: list[dict[str, str]] = [
+    {"index": "241", "A": "a dog", "B": "a cat", "answer": "A", "image": RED},
+    {"index": "1000241", "A": "a cat", "B": "a dog", "answer": "B", "image": "241"},
+    {"index": "252", "A": "1", "B": "2", "C": "3", "answer": "C", "hint": "Count.", "image": RED},
+]
+
+
+def _mmbench(path: Path, rows: list[dict[str, str]] = ROWS, header: list[str] = HEADER) -> Path:
+    defaults = {"question": "What is it?", "category": "identity", "hint": "nan"}
+    lines = ["\t".join(header)]
+    lines += ["\t".join({**defaults, **row}.get(name, "") for name in header) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_mmbench_rotations_are_groups_and_share_their_image(tmp_path: Path, cache: Path) -> None:
+    first, rotated, other = read_mmbench(_mmbench(tmp_path / "dev.tsv")).examples
+    assert [one.id for one in (first, rotated, other)] == [
+        "mmbench-241",
+        "mmbench-1000241",
+        "mmbench-252",
+    ]
+    assert (first.group, rotated.group, other.group) == (
+        "mmbench-241",
+        "mmbench-241",
+        "mmbench-252",
+    )
+    assert (first.response, rotated.response, rotated.choices) == ("A", "B", ("a cat", "a dog"))
+    assert first.image == rotated.image
+    assert first.image is not None
+    assert first.image.is_relative_to(cache)
+    assert first.image.read_bytes() == _picture("red")
+    assert first.instruction == (
+        "What is it? There are several options:\nA. a dog\nB. a cat\n\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+    assert other.instruction.startswith("Count. What is it? There")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": "C"}, "row 1: the field 'answer' must be the letter of an option, one of AB"),
+        ({"A": "", "C": "x"}, "row 1: expected options A, B and so on without a gap"),
+        ({"B": "nan"}, "without a gap"),
+        ({"index": "1.0"}, "the field 'index' must be a whole number"),
+        ({"image": "no base64!"}, "the field 'image' is neither an image in base64 nor the index"),
+        ({"image": RED[:-3]}, "the field 'image' is neither"),
+        ({"index": "252"}, "the id 'mmbench-252' is used twice"),
+    ],
+)
+def test_mmbench_errors(tmp_path: Path, change: dict[str, str], message: str) -> None:
+    with pytest.raises(RegraftError, match=message):
+        read_mmbench(_mmbench(tmp_path / "dev.tsv", [{**ROWS[0], **change}, ROWS[2]]))
+
+
+def test_mmbench_test_split_has_no_answers(tmp_path: Path) -> None:
+    header = [name for name in HEADER if name != "answer"]
+    with pytest.raises(RegraftError, match="no column answer: the test split is scored by its"):
+        read_mmbench(_mmbench(tmp_path / "test.tsv", header=header))
+
+
+def test_a_truncated_table_is_an_error(tmp_path: Path) -> None:
+    path = _mmbench(tmp_path / "dev.tsv")
+    path.write_text(path.read_text()[: -len(RED) - 20])
+    with pytest.raises(RegraftError, match="row 3: it has not as many cells as the header"):
+        read_mmbench(path)
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        ("B.", "B"),
+        ("(B)", "B"),
+        ("(B).", "B"),
+        ("B: a cat", "B"),
+        ("The answer is B", "B"),
+        ("The correct answer is: (C).", "C"),
+        ("A small animal on grass", None),  # an article
+        ("A cat, no doubt", "B"),  # by its text
+        ("It is a cat.", "B"),
+        ("a cat or a dog", None),
+        ("A or B", None),
+        ("", None),
+        ("D", "D"),
+        ("E", None),  # there is no such option
+        ("Looking at it, I choose B because it purrs", "B"),
+        ("B) since it has whiskers", "B"),
+    ],
+)
+def test_the_option_picked(answer: str, letter: str | None) -> None:
+    assert picked(answer, ("a dog", "a cat", "a horse", "a cow")) == letter
+
+
+def _answers(*texts: str) -> list[Any]:
+    examples = [
+        Example("1", "q", False, "c", None, "A", "mm", choices=("x", "y"), group="g1"),
+        Example("2", "q", False, "c", None, "B", "mm", choices=("y", "x"), group="g1"),
+        Example("3", "q", False, "c", None, "A", "mm", choices=("x", "y"), group="g2"),
+        Example("4", "q", False, "c", None, "paris", "doc", ("paris", "Paris, France")),
+    ]
+    return [judge_answer(e, text, REGRAFT_2) for e, text in zip(examples, texts, strict=True)]
+
+
+def test_a_group_is_right_if_every_rotation_is() -> None:
+    half = summarise("s", REGRAFT_2, _answers("A", "A", "A", "Paris France"))
+    close = 1 - 1 / 13  # to the longer reference
+    assert half.utility_by_suite["mm"] == bootstrap_mean([0.0, 1.0], 0)
+    assert half.utility_by_suite["doc"].value == pytest.approx(close)
+    assert half.utility is not None
+    assert (half.utility.value, half.utility.n) == (pytest.approx((0 + 1 + close) / 3), 3)
+    both = summarise("s", REGRAFT_2, _answers("A", "B", "A", "x"))
+    assert both.utility_by_suite["mm"].value == 1
+    assert result_from_json(json.loads(json.dumps(result_to_json(both))), both.answers) == both
+    one = summarise("s", REGRAFT_2, _answers("A", "B", "A", "x")[:3])
+    assert (one.utility_by_suite, one.utility and one.utility.n) == ({}, 2)
+
+
+# DocVQA
+
+ENTRY = {
+    "questionId": 337,
+    "question": "What is the date?",
+    "question_types": ["handwritten", "form"],
+    "image": "documents/xnbl0037_1.png",
+    "docId": 279,
+    "answers": ["1/8/93", "1-8-93"],
+    "data_split": "val",
+}
+
+
+def _docvqa(root: Path, *entries: Any) -> Path:
+    (root / "documents").mkdir(parents=True)
+    (root / "documents" / "xnbl0037_1.png").write_bytes(_picture("white"))
+    content = {"dataset_name": "SP-DocVQA", "data": list(entries)}
+    (root / "val_v1.0_withQT.json").write_text(json.dumps(content))
+    return root
+
+
+def test_docvqa_takes_every_answer(tmp_path: Path) -> None:
+    (example,) = read_docvqa(_docvqa(tmp_path, ENTRY)).examples
+    assert example.instruction == (
+        "What is the date?\nAnswer the question using a single word or phrase."
+    )
+    assert (example.category, example.references) == ("handwritten", ("1/8/93", "1-8-93"))
+    for text in example.references:
+        assert judge_answer(example, text, REGRAFT_2).similarity == 1
+    assert read_docvqa(tmp_path / "val_v1.0_withQT.json").examples == (example,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answers": None}, "entry 1: the field 'answers' must be a list of texts .the test split"),
+        ({"answers": []}, "the field 'answers'"),
+        ({"image": "documents/none.png"}, "1 of 1 examples have no image file"),
+        ({"image": "/etc/passwd"}, "leaves the data set's folder"),
+        ({"questionId": None}, "the field 'questionId' must be a number"),
+    ],
+)
+def test_docvqa_errors(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RegraftError, match=message):
+        read_docvqa(_docvqa(tmp_path, {**ENTRY, **change}))
+
+
+def test_docvqa_file_errors(tmp_path: Path) -> None:
+    with pytest.raises(RegraftError, match=r"0 files val\*\.json; name one. DocVQA is a JSON"):
+        read_docvqa(tmp_path)
+    (tmp_path / "val.json").write_text("[]")
+    with pytest.raises(RegraftError, match="expected an object with a list `data`"):
+        read_docvqa(tmp_path)
+    (tmp_path / "val.json").write_text('{"data": [{"questionId": 1, "que')
+    with pytest.raises(RegraftError, match="not valid JSON"):
+        read_docvqa(tmp_path)
+
+
+def test_a_cached_file_that_was_cut_off_is_written_again(cache: Path) -> None:
+    path = cached_file(b"whole", ".png")
+    assert path.parent == cache / "images"
+    path.write_bytes(b"who")
+    assert cached_file(b"whole", ".png").read_bytes() == b"whole"
+    assert cached_file(b"other", ".png") != path
