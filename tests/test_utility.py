@@ -125,6 +125,7 @@ def test_a_truncated_table_is_an_error(tmp_path: Path) -> None:
         ("B.", "B"),
         ("(B)", "B"),
         ("(B).", "B"),
+        ("**B**", "B"),
         ("B: a cat", "B"),
         ("The answer is B", "B"),
         ("The correct answer is: (C).", "C"),

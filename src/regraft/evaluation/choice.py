@@ -25,7 +25,7 @@ def picked(answer: str, choices: Sequence[str]) -> str | None:
         answer: What the model wrote.
         choices: The texts of the options, A first.
     """
-    letters = _LETTERS[: len(choices)]
+    letters, answer = _LETTERS[: len(choices)], answer.replace("*", " ")  # Markdown's bold
     return (
         _alone(answer, letters)
         or _by_text(answer, choices)
