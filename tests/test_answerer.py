@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +26,9 @@ from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
 from regraft.data.example import Example
 from regraft.data.sources import DataSource, read
+from regraft.evaluation import generate as generating
 from regraft.evaluation import greedy
+from regraft.evaluation.ahead import made_ahead
 from regraft.evaluation.generate import Answerer
 from regraft.evaluation.judge import KeywordJudge
 from regraft.evaluation.keywords import REGRAFT_1
@@ -118,9 +121,10 @@ def test_answers_are_those_of_whole_passes(family: str, tmp_path: Path) -> None:
 def test_logits_are_those_of_whole_passes(vlm_family: str, tmp_path: Path) -> None:
     """To the bit: answers of pico models might not show a small difference."""
     model, processor = pico.build(vlm_family)
-    batch = prompt_batch(processor, truth.examples(vlm_family, tmp_path, 3))
     answerer = Answerer(processor, truth.examples(vlm_family, tmp_path, 3), batch_size=3)
     answerer.answers(model, max_new_tokens=1)
+    places = answerer._chunks[0].places
+    batch = prompt_batch(processor, [answerer.examples[place] for place in places])
     kept = answerer._kept[0]
     assert kept.vision is not None
     pixels = [one for name, one in kept.batch.inputs.items() if name.startswith("pixel")]
@@ -191,7 +195,7 @@ def test_prompts_without_images_and_mixed_batches(tmp_path: Path) -> None:
     plain = answered(model, processor, examples)
     for _ in range(2):
         assert answerer.answers(model, max_new_tokens=TOKENS) == plain
-    assert [answerer._kept[i].vision is None for i in range(3)] == [False, False, True]
+    assert [answerer._kept[i].vision is None for i in range(3)] == [True, False, False]
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2])
@@ -232,7 +236,9 @@ def test_finished_batches_are_kept(tmp_path: Path) -> None:
     texts = answerer.answers(
         model, max_new_tokens=TOKENS, partial=tmp_path / "work", progress=seen.append
     )
-    assert texts == ["was", "there", answered(model, processor, examples)[2]]
+    first, second = (chunk.places for chunk in answerer._chunks)
+    assert [texts[place] for place in first] == ["was", "there"]
+    assert texts[second[0]] == answered(model, processor, [examples[second[0]]])[0]
     assert seen == [2, 1]
 
 
@@ -507,3 +513,60 @@ def test_a_session_sees_changed_images(models_on_disk: dict[str, Any], tmp_path:
     after = evaluate("after", session)
     assert after == evaluate("alone", None)
     assert after["answers.jsonl"] != before["answers.jsonl"]
+
+
+def test_like_prompts_share_a_batch(tmp_path: Path) -> None:
+    """Those without image apart from those with one, and by length; answers in their own order."""
+    lengths = [9, 3, 7, 1, 5]
+    examples = [
+        Example(str(i), "x" * length, False, "c", tmp_path / "i.png" if i % 2 else None)
+        for i, length in enumerate(lengths)
+    ]
+    chunks = generating._chunks(examples, 2, None)
+    assert [chunk.places for chunk in chunks] == [(4, 2), (0,), (3, 1)]
+
+
+def test_images_are_decoded_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next batches' images are there before they are needed, and no batch's twice."""
+    processor, model = pico.processor("qwen2_vl"), object()
+    examples = pico.write_examples(tmp_path, 6)
+    events: list[str] = []
+    own = generating.decoded
+
+    def decoded(some: Any) -> Any:
+        events.append(f"decoded {some[0].id}")
+        return own(some)
+
+    def answer(_model: Any, _processor: Any, inputs: Any, *_: Any) -> list[str]:
+        deadline = time.monotonic() + 20
+        while len(events) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        events.append("answered")
+        return ["a"] * len(inputs["input_ids"])
+
+    monkeypatch.setattr(generating, "decoded", decoded)
+    monkeypatch.setattr(generating, "answer", answer)
+    monkeypatch.setattr(generating, "placed", lambda batch, _: batch)
+    answerer = generating.Answerer(processor, examples, batch_size=1, memo_bytes=0)
+    assert answerer.answers(model, max_new_tokens=1) == ["a"] * 6  # type: ignore[arg-type]
+    assert [one for one in events if one != "answered"] == [
+        f"decoded {example.id}" for example in sorted(examples, key=lambda e: len(e.instruction))
+    ]
+    assert events.index("answered") >= 2
+
+
+def test_work_ahead_raises_in_its_turn_and_starts_no_more() -> None:
+    started: list[int] = []
+
+    def make(item: int) -> int:
+        started.append(item)
+        if item == 2:
+            raise ValueError("two")
+        return 10 * item
+
+    taken = []
+    with pytest.raises(ValueError, match="two"):
+        for item, made in made_ahead(make, range(100), depth=2):
+            taken.append((item, made))
+    assert taken == [(0, 0), (1, 10)]
+    assert max(started) <= 4

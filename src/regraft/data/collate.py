@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from regraft.data.example import Example
@@ -61,15 +63,28 @@ def batches(examples: Sequence[T], size: int) -> Iterator[tuple[T, ...]]:
         yield tuple(examples[start : start + size])
 
 
-def prompt_batch(processor: Any, examples: Sequence[Example]) -> Batch:
+def decoded(examples: Sequence[Example]) -> dict[Path, Image.Image]:
+    """The images of the examples, by their paths.
+
+    Raises:
+        RegraftError: an image cannot be read.
+    """
+    return {one.image: open_image(one.image) for one in examples if one.image is not None}
+
+
+def prompt_batch(
+    processor: Any, examples: Sequence[Example], images: Mapping[Path, Image.Image] | None = None
+) -> Batch:
     """Encode the prompts, ready for generation: each row ends with the generation prompt.
 
-    `processor` is a transformers processor, or a tokenizer for text-only models.
+    `processor` is a transformers processor, or a tokenizer for text-only models. `images` are those
+    of `decoded`, where they were decoded before.
 
     Raises:
         RegraftError: see `response_batch`.
     """
-    inputs = _encode(processor, examples, [_prompt(processor, e) for e in examples], prompt=True)
+    prompts = [_prompt(processor, example, images) for example in examples]
+    inputs = _encode(processor, examples, prompts, prompt=True)
     return Batch(inputs, None, tuple(example.id for example in examples))
 
 
@@ -130,7 +145,9 @@ def _is_text_only(processor: Any) -> bool:
     return _tokenizer(processor) is processor
 
 
-def _prompt(processor: Any, example: Example) -> list[dict[str, Any]]:
+def _prompt(
+    processor: Any, example: Example, images: Mapping[Path, Image.Image] | None = None
+) -> list[dict[str, Any]]:
     placeholder = getattr(processor, "image_token", None)
     if placeholder and placeholder in f"{example.instruction} {example.response}":
         raise RegraftError(
@@ -144,7 +161,8 @@ def _prompt(processor: Any, example: Example) -> list[dict[str, Any]]:
             f"Example {example.id!r} has an image, but the model reads text only. "
             "Use a vision-language model, or examples without images."
         )
-    return [_message(processor, "user", example.instruction, open_image(example.image))]
+    image = open_image(example.image) if images is None else images[example.image]
+    return [_message(processor, "user", example.instruction, image)]
 
 
 def _message(processor: Any, role: str, text: str, image: Any = None) -> dict[str, Any]:

@@ -1,20 +1,23 @@
 """Answers to the same prompts, by one version of a model or by many.
 
-In batches, shared out over processes, resumable after every batch.
+In batches of prompts of like length, shared out over processes, resumable after every batch. Images
+are decoded in threads while the model answers the batch before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from regraft import ranks
-from regraft.data.collate import Batch, batches, prompt_batch
+from regraft.data.collate import Batch, batches, decoded, prompt_batch
 from regraft.data.example import Example
+from regraft.evaluation.ahead import made_ahead
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.judge import KeywordJudge
 from regraft.evaluation.summary import is_compared
@@ -107,28 +110,44 @@ class Answerer:
         if state is None or state != self._vision:
             self._kept, self.kept_bytes, self._vision = {}, 0, state
         found: dict[int, list[str]] = {}
-        for i, chunk in ranks.share(list(enumerate(self._chunks))):
-            path = None if partial is None else partial / f"answers_{i:05d}.json"
-            if path is None:
-                found[i] = self._answer(model, i, max_new_tokens)
-            elif not path.exists():
-                write_json(path, self._answer(model, i, max_new_tokens))
+        own = ranks.share(list(range(len(self._chunks))))
+        files = {i: partial / f"answers_{i:05d}.json" for i in own} if partial else {}
+        done = {i for i, path in files.items() if path.exists()}
+
+        def told(i: int) -> None:
             if progress is not None:
-                progress(len(chunk.places))
+                progress(len(self._chunks[i].places))
+
+        for i in done:
+            told(i)
+        for i, images in made_ahead(self._images, [i for i in own if i not in done]):
+            texts = self._answer(model, i, max_new_tokens, images)
+            if i in files:
+                write_json(files[i], texts)
+            else:
+                found[i] = texts
+            told(i)
         if partial is None:
             found = ranks.merged(found)
         else:
             ranks.barrier()
             names = {i: partial / f"answers_{i:05d}.json" for i in range(len(self._chunks))}
             found = {i: read_json(path) for i, path in names.items()}
-        texts = {
+        answered = {
             place: text
             for i, chunk in enumerate(self._chunks)
             for place, text in zip(chunk.places, found[i], strict=True)
         }
-        return [texts[place] for place in range(len(self.examples))]
+        return [answered[place] for place in range(len(self.examples))]
 
-    def _answer(self, model: nn.Module, i: int, max_new_tokens: int) -> list[str]:
+    def _images(self, i: int) -> dict[Path, Image.Image]:
+        """Of a batch, unless what became of them is kept."""
+        examples = [self.examples[place] for place in self._chunks[i].places]
+        return {} if i in self._kept else decoded(examples)
+
+    def _answer(
+        self, model: nn.Module, i: int, max_new_tokens: int, images: Mapping[Path, Image.Image]
+    ) -> list[str]:
         judge = self._chunks[i].judge
         if i in self._kept:
             kept = self._kept[i]
@@ -136,7 +155,7 @@ class Answerer:
             with replayed(model, kept.vision):
                 return answer(model, self._processor, inputs, max_new_tokens, judge)
         examples = [self.examples[place] for place in self._chunks[i].places]
-        batch = prompt_batch(self._processor, examples)
+        batch = prompt_batch(self._processor, examples, images)
         inputs = placed(batch, model).inputs
         if self._vision is None:
             return answer(model, self._processor, inputs, max_new_tokens, judge)
@@ -171,12 +190,24 @@ def generate(
 def _chunks(
     examples: Sequence[Example], batch_size: int, judge: KeywordJudge | None
 ) -> list[_Chunk]:
-    """All examples in order; with a judge first those that end by it, then the others."""
+    """All examples; with a judge first those that end by it, then the others.
+
+    Of each kind those without image come first, and then shorter ones: like stands beside like, so
+    that little is padded.
+    """
     places = range(len(examples))
     kinds: list[tuple[Sequence[int], KeywordJudge | None]] = [(places, None)]
     if judge is not None:
         whole = [place for place in places if is_compared(examples[place])]
         kinds = [([place for place in places if place not in set(whole)], judge), (whole, None)]
     return [
-        _Chunk(chunk, ender) for members, ender in kinds for chunk in batches(members, batch_size)
+        _Chunk(chunk, ender)
+        for members, ender in kinds
+        for image in (False, True)
+        for chunk in batches(_by_length(examples, members, image), batch_size)
     ]
+
+
+def _by_length(examples: Sequence[Example], members: Sequence[int], image: bool) -> list[int]:
+    fit = [place for place in members if (examples[place].image is not None) == image]
+    return sorted(fit, key=lambda place: len(examples[place].instruction))
