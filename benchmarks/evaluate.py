@@ -1,0 +1,97 @@
+"""Throughput of evaluation: prompts a second against a plain loop over single prompts.
+
+    python benchmarks/evaluate.py                                # the bundled model, its test set
+    python benchmarks/evaluate.py --suite safebench:PATH --limit 200 --batch-size 32
+    python benchmarks/evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --suite vlguard:PATH
+
+`plain` is what one writes first: one prompt after the other through processor and `generate`, every
+answer to its end. `batched` is regraft's evaluation with full answers, `again` the same for a
+second version of the model, whose images are kept, and `ended` with every judged answer ended where
+its verdict is certain. All run in one process on the same prompts, in the same dtype. `same` is the
+share of answers (for `ended`: of verdicts) that are those of `plain`, from which batching differs
+in rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from prune import timed
+from rich.console import Console
+from rich.table import Table
+
+from regraft.data.collate import prompt_batch
+from regraft.data.demo import demo_model
+from regraft.data.example import Example
+from regraft.data.sources import DataSource, read
+from regraft.evaluation.generate import Answerer
+from regraft.evaluation.greedy import answer
+from regraft.evaluation.keywords import DEFAULT_JUDGE
+from regraft.models.load import load_model, load_processor, open_source, pick_device, placed
+
+
+def plain(model: Any, processor: Any, examples: Sequence[Example], tokens: int) -> list[str]:
+    """One prompt after the other."""
+    found = []
+    for example in examples:
+        batch = placed(prompt_batch(processor, [example]), model)
+        found += answer(model, processor, batch.inputs, tokens)
+    return found
+
+
+def main() -> None:
+    """Run all four ways, print the table, save JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--suite", default="demo:test")
+    parser.add_argument("--limit", type=int, default=None)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    source = open_source(demo_model() if options.model == "demo" else options.model)
+    model = load_model(source, dtype=options.dtype, device=options.device)
+    processor = load_processor(source)
+    examples = read(DataSource.model_validate(options.suite)).examples[: options.limit]
+    size, tokens = options.batch_size, options.max_new_tokens
+    shared = Answerer(processor, examples, batch_size=size)
+    ending = Answerer(processor, examples, batch_size=size, judge=DEFAULT_JUDGE, memo_bytes=0)
+    plain(model, processor, examples[:2], 2)  # kernels are chosen on first use
+    runs: dict[str, Callable[[], list[str]]] = {
+        "plain": lambda: plain(model, processor, examples, tokens),
+        "batched": lambda: shared.answers(model, max_new_tokens=tokens),
+        "again": lambda: shared.answers(model, max_new_tokens=tokens),
+        "ended": lambda: ending.answers(model, max_new_tokens=tokens),
+    }
+    rows: list[dict[str, Any]] = []
+    first: list[str] = []
+    for name, run in runs.items():
+        seconds, answers = timed(device, run)
+        first = first or answers
+        said = list(map(DEFAULT_JUDGE.refuses, answers)) if name == "ended" else answers
+        wanted = list(map(DEFAULT_JUDGE.refuses, first)) if name == "ended" else first
+        same = sum(a == b for a, b in zip(said, wanted, strict=True)) / len(examples)
+        rows.append({"what": name, "seconds": seconds, "same": same})
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    title = f"{options.model}, {options.suite}, n = {len(examples)}, batch {size}, {card}"
+    table = Table("", "prompts a second", "against plain", "same %", title=title)
+    for row in rows:
+        ratio = rows[0]["seconds"] / row["seconds"]
+        rate = len(examples) / row["seconds"]
+        table.add_row(row["what"], f"{rate:.2f}", f"{ratio:.2f}", f"{100 * row['same']:.1f}")
+    Console().print(table)
+    if options.json:
+        about = {**vars(options), "json": None, "n": len(examples), "device": card, "rows": rows}
+        options.json.write_text(json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
