@@ -16,8 +16,8 @@ ROOT = Path(regraft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     *("data", "models", "importance", "pruning", "heads", "restoration", "evaluation"),
-    *("defence", "report", "recipe", "checks", "keys", "console", "stages", "folder"),
-    *("reporting", "comparing", "pipeline", "study", "cli"),
+    *("defence", "report", "recipe", "checks", "keys", "stages", "folder"),
+    *("reporting", "comparing", "pipeline", "study", "analysis", "console", "cli"),
 )
 FREE = {"regraft", "errors", "files", "artifact", "watch", "ranks", "data.example"}
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]

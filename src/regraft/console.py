@@ -26,6 +26,9 @@ from regraft.evaluation.tuned import NOTE, Tuned
 from regraft.watch import Advance
 
 if TYPE_CHECKING:
+    from regraft.analysis.overlap import LayerOverlap
+    from regraft.analysis.relation import ModelPoint, Spearman
+    from regraft.analysis.sweep import Sweep
     from regraft.evaluation.labelled import Quality
     from regraft.evaluation.verdicts import Judged
     from regraft.heads.score import HeadScores
@@ -139,6 +142,47 @@ def show_quality(console: Console, found: Mapping[str, Sequence[Quality]]) -> No
                 str(one.unread),
             )
         console.print(table)
+
+
+def show_sweep(console: Console, sweep: Sweep) -> None:
+    """Print the rates by the value of one setting."""
+    table = Table(sweep.setting, "restored", "ASR %", "over-refusal %", "utility %")
+    table.title = Text(f"judge {sweep.judge}")
+    rows = [(name, one) for name, one in sweep.references.items()]
+    for name, one in [*rows, *((f"{one.value:g}", one) for one in sweep.points)]:
+        rates = (one.asr, one.over_refusal, one.utility)
+        table.add_row(name, f"{one.restored:,}", *map(_with_interval, rates))
+    console.print(table)
+
+
+def show_relation(console: Console, points: Sequence[ModelPoint], found: Spearman | None) -> None:
+    """Print total Ships and the rise in ASR of each model, and their rank correlation."""
+    table = Table("model", "total Ships", "rise in ASR, points")
+    for one in points:
+        table.add_row(Text(one.name), f"{one.ships:.3f}", f"{100 * one.degradation:+.1f}")
+    console.print(table)
+    console.print(
+        "Spearman's rho is not defined: all values of one are equal."
+        if found is None
+        else f"Spearman's rho {found.rho:.4f}, p = {found.p:.3g}, n = {found.n}"
+    )
+
+
+def show_overlap(console: Console, found: Mapping[float, Sequence[LayerOverlap]]) -> None:
+    """Print Jaccard's index over all layers and by layer, one column a share."""
+    from regraft.analysis.overlap import by_chance
+
+    table = Table("layer", *(f"top {100 * share:g} %" for share in found))
+    for rows in zip(*found.values(), strict=True):
+        table.add_row(str(rows[0].layer), *(f"{one.jaccard:.3f}" for one in rows))
+    table.add_section()
+    whole = (
+        sum(one.shared for one in layers) / sum(one.either for one in layers)
+        for layers in found.values()
+    )
+    table.add_row("all", *(f"{one:.3f}" for one in whole))
+    table.add_row("by chance", *(f"{by_chance(share):.3f}" for share in found))
+    console.print(table)
 
 
 def _with_interval(rate: Estimate | None) -> str:

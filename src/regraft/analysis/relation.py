@@ -1,0 +1,66 @@
+"""Do models that owe more to single heads lose more safety? Total Ships against the rise in ASR."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata, t
+
+_EXACT = 8  # models up to which p is exact: 40,320 orders
+
+
+@dataclass(frozen=True)
+class ModelPoint:
+    """A pruned model: the Ships of all heads of its dense model together, and what pruning did.
+
+    `ships` in radians; `degradation` is ASR pruned less ASR dense, in [-1, 1].
+    """
+
+    name: str
+    ships: float
+    degradation: float
+
+
+@dataclass(frozen=True)
+class Spearman:
+    """The rank correlation and its two-sided p value."""
+
+    rho: float
+    p: float
+    n: int
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> Spearman | None:
+    """Spearman's rho (1904); equal values share the mean of their ranks.
+
+    p is exact, over all orders, for up to 8 models without equal values, and by Student's t beyond.
+    None where all values of one are equal.
+
+    Raises:
+        ValueError: the lengths differ, or there are fewer than 3.
+    """
+    if len(x) != len(y) or len(x) < 3:
+        raise ValueError(f"A rank correlation needs 3 pairs or more; got {len(x)} and {len(y)}.")
+    first, second = rankdata(x), rankdata(y)
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    rho, n = _pearson(first, second), len(x)
+    if n <= _EXACT:
+        orders = np.array(list(permutations(second)))
+        reached = np.abs(_pearson(first, orders)) >= abs(rho) - 1e-12
+        return Spearman(float(rho), float(reached.mean()), n)
+    if abs(rho) > 1 - 1e-12:
+        return Spearman(float(rho), 0.0, n)
+    statistic = abs(rho) * np.sqrt((n - 2) / (1 - rho**2))
+    return Spearman(float(rho), float(2 * t.sf(statistic, n - 2)), n)
+
+
+def _pearson(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of `[n]` with each row of `[..., n]`."""
+    a, b = a - a.mean(), b - b.mean(axis=-1, keepdims=True)
+    found: NDArray[np.float64] = (a * b).sum(axis=-1) / np.sqrt((a**2).sum() * (b**2).sum(axis=-1))
+    return found

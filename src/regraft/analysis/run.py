@@ -1,0 +1,139 @@
+"""From files of finished stages to an analysis on disk: JSON and one figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from regraft.analysis import figures
+from regraft.analysis.overlap import LayerOverlap, by_chance, overlaps
+from regraft.analysis.relation import ModelPoint, Spearman, spearman
+from regraft.analysis.sweep import Sweep, Swept, run_sweep
+from regraft.errors import RegraftError
+from regraft.files import atomic_folder, write_json, write_text
+from regraft.folder import RunFolder
+from regraft.heads.score import load_heads
+from regraft.importance.statistics import load_statistics
+from regraft.models.load import Source, open_source
+from regraft.recipe import Recipe, read_recipe
+from regraft.reporting import model_folder, read_report
+from regraft.restoration.selection import RankingScope
+from regraft.watch import Watch
+
+
+def sweep(
+    recipe: Recipe, setting: Swept, values: Sequence[float], folder: Path, watch: Watch
+) -> Sweep:
+    """Run a sweep in `folder`; writes sweep.json and sweep.svg beside the run's own files.
+
+    Raises:
+        RegraftError: see `run_sweep`.
+    """
+    found = run_sweep(recipe, setting, values, folder, watch)
+    write_json(folder / "sweep.json", asdict(found))
+    write_text(folder / "sweep.svg", figures.sweep_figure(found))
+    return found
+
+
+def relate(folders: Sequence[Path], out: Path) -> tuple[tuple[ModelPoint, ...], Spearman | None]:
+    """Total Ships against the rise in ASR over the pruned models of several runs.
+
+    Writes relation.json and relation.svg into the new folder `out`.
+
+    Args:
+        folders: Of runs with head scores, of one model each.
+        out: A new folder.
+
+    Raises:
+        RegraftError: a run is not finished or has no head scores, its suite has no harmful
+            prompts, or there are fewer than 3 models.
+    """
+    points = tuple(point for folder in folders for point in _points(folder))
+    if len(points) < 3:
+        raise RegraftError(
+            f"A rank correlation needs 3 pruned models or more; the runs have {len(points)}."
+        )
+    found = spearman([p.ships for p in points], [p.degradation for p in points])
+    content: dict[str, Any] = {
+        "points": [asdict(point) for point in points],
+        "spearman": None if found is None else asdict(found),
+    }
+    _write(out, "relation", content, figures.relation_figure(points))
+    return points, found
+
+
+def overlap(
+    dense: Source,
+    statistics_file: Path,
+    shares: Sequence[float],
+    scope: RankingScope,
+    out: Path,
+    watch: Watch,
+) -> dict[float, tuple[LayerOverlap, ...]]:
+    """Weights that matter for safety and for utility, by layer, at several shares.
+
+    Writes overlap.json and overlap.svg into the new folder `out`.
+
+    Raises:
+        RegraftError: the statistics are of another model, or a share is not in (0, 1].
+    """
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise RegraftError(f"Shares lie above 0 and up to 1; got {list(shares)}.")
+    statistics = load_statistics(statistics_file)
+    if statistics.about["inputs"]["dense"] != dense.checkpoint.fingerprint:
+        raise RegraftError(f"{statistics_file} was made from another model than {dense.folder}.")
+    found: dict[float, tuple[LayerOverlap, ...]] = {}
+    layers = len(dense.anatomy.layers)
+    with watch.task("Comparing importance", layers * len(shares), "layers") as done:
+        for share in sorted(set(shares)):
+            of_share = []
+            for one in overlaps(dense, statistics, share, scope):
+                of_share.append(one)
+                done(1)
+            found[share] = tuple(of_share)
+    if not all(found.values()):
+        raise RegraftError(f"{statistics_file} holds no statistics of this model's layers.")
+    content = {
+        "score": statistics.safety.method,
+        "scope": scope,
+        "shares": [
+            {
+                "share": share,
+                "by_chance": by_chance(share),
+                "layers": [{**asdict(one), "jaccard": one.jaccard} for one in layers_],
+            }
+            for share, layers_ in found.items()
+        ],
+    }
+    _write(out, "overlap", content, figures.overlap_figure(found))
+    return found
+
+
+def _points(folder: Path) -> list[ModelPoint]:
+    place = RunFolder(folder)
+    report = read_report(folder)
+    if not place.heads.exists():
+        raise RegraftError(f"{folder} holds no head scores: nothing in its recipe goes by heads.")
+    recipe = read_recipe(place.recipe)
+    trust = recipe.compute.trust_remote_code
+    dense = open_source(model_folder(recipe.model), trust_remote_code=trust)
+    ships = load_heads(place.heads, dense.anatomy).ships
+    total = float(ships[~ships.isnan()].sum())
+    before = report.dense.result.asr
+    found = []
+    for group in report.groups:
+        after = group[0].result.asr
+        if before is None or after is None or math.isnan(total):
+            raise RegraftError(f"{folder} was evaluated on no harmful prompts: it has no ASR.")
+        name = f"{report.model} {group[0].label}" if len(report.groups) > 1 else report.model
+        found.append(ModelPoint(name, total, after.value - before.value))
+    return found
+
+
+def _write(out: Path, name: str, content: Any, figure: str) -> None:
+    with atomic_folder(out) as folder:
+        write_json(folder / f"{name}.json", content)
+        write_text(folder / f"{name}.svg", figure)

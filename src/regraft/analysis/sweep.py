@@ -1,0 +1,109 @@
+"""One setting at several values: sparsity, q ("how many neurons matter"), heads or budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from regraft import pipeline
+from regraft.errors import RegraftError
+from regraft.evaluation.results import Estimate
+from regraft.recipe import PruningSettings, Recipe, VariantSettings
+from regraft.report.model import Report, Variant
+from regraft.watch import Watch
+
+Swept = Literal["sparsity", "q", "top-heads", "budget"]
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """The model at one value. `restored` counts weights; 0 for one that is only pruned."""
+
+    value: float
+    restored: int
+    asr: Estimate | None
+    over_refusal: Estimate | None
+    utility: Estimate | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All points, and the models they are compared with: "dense", and "pruned" if one is fixed."""
+
+    setting: Swept
+    judge: str
+    points: tuple[SweepPoint, ...]
+    references: dict[str, SweepPoint]
+
+
+def swept(recipe: Recipe, setting: Swept, values: Sequence[float]) -> Recipe:
+    """The recipe with one pruning, or one realigned variant, for each value.
+
+    Sparsity is that of the recipe's first pruning, alone; the others are settings of its first
+    variant, on its first pruning.
+
+    Raises:
+        RegraftError: no value or two equal ones, a value that the setting cannot have, or the
+            recipe has nothing to vary.
+    """
+    if not values or len(set(values)) < len(values):
+        raise RegraftError(f"A sweep needs values that differ, not {list(values)}.")
+    content = recipe.model_dump()
+    if setting == "sparsity":
+        if recipe.pruned is not None:
+            raise RegraftError("The recipe names a pruned checkpoint, so its sparsity is given.")
+        base = recipe.prune[0].model_dump() | {"n_m": None}
+        prunings = [
+            PruningSettings.model_validate({**base, "sparsity": v, "name": _name(setting, v)})
+            for v in values
+        ]
+        varied: dict[str, Any] = {"prune": prunings, "realign": ()}
+    else:
+        if not recipe.realign:
+            raise RegraftError(f"The recipe realigns nothing, so there is no {setting} to vary.")
+        first = recipe.realign[0].model_dump() | {"checkpoint": False, "prunings": ()}
+        changes = [{**_change(setting, v), "name": _name(setting, v)} for v in values]
+        variants = [VariantSettings.model_validate({**first, **change}) for change in changes]
+        varied = {"prune": recipe.prune[:1], "realign": variants}
+    return Recipe.model_validate(content | varied | {"seeds": (), "defend": ()})
+
+
+def run_sweep(
+    recipe: Recipe, setting: Swept, values: Sequence[float], folder: Path, watch: Watch
+) -> Sweep:
+    """Run the swept recipe in `folder`, which resumes, and read its points from the report.
+
+    Raises:
+        RegraftError: see `swept` and `pipeline.run`.
+    """
+    report = pipeline.run(swept(recipe, setting, values), folder, watch)
+    return read_sweep(report, setting, values)
+
+
+def read_sweep(report: Report, setting: Swept, values: Sequence[float]) -> Sweep:
+    """The points of a finished sweep."""
+    found = {variant.name.rpartition("/")[2]: variant for variant in report.variants}
+    points = tuple(_point(found[_name(setting, value)], value) for value in sorted(values))
+    references = {"dense": _point(report.dense, 0)}
+    if setting != "sparsity":
+        references["pruned"] = _point(report.groups[0][0], 0)
+    return Sweep(setting, report.dense.result.judge, points, references)
+
+
+def _point(variant: Variant, value: float) -> SweepPoint:
+    result = variant.result
+    return SweepPoint(value, variant.restored, result.asr, result.over_refusal, result.utility)
+
+
+def _change(setting: Swept, value: float) -> dict[str, Any]:
+    if setting != "top-heads":
+        return {setting: value}
+    if value != int(value):
+        raise RegraftError(f"top-heads is a whole number, not {value}.")
+    return {"top_heads": int(value)}
+
+
+def _name(setting: Swept, value: float) -> str:
+    return f"{setting}-{value:g}"
