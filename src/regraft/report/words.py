@@ -86,6 +86,14 @@ def clip(text: str, length: int) -> str:
     return text if left <= 0 else f"{text[:length].rstrip()} … [{left:,} more characters]"
 
 
+def cell(estimate: Estimate | None) -> str:
+    """A rate with its interval in a few characters: "12.5 [8.8, 16.7]", in %."""
+    if estimate is None:
+        return DASH
+    low, middle, high = (f"{100 * v:.1f}" for v in (estimate.low, estimate.value, estimate.high))
+    return f"{middle} [{low}, {high}]"
+
+
 def degenerate(result: EvalResult) -> str:
     """How many answers say nothing: "3 of 250 to harmful prompts, 1 of 200 to harmless ones"."""
     counts = {

@@ -1,4 +1,4 @@
-"""`Report` to `report.json`, `report.md` and `report.html`.
+"""`Report` to `report.json`, `report.md`, `report.html`, and a model card.
 
 The same report always gives the same bytes: there are no times and no random ids in it.
 """
@@ -19,6 +19,7 @@ from markupsafe import Markup
 from regraft.evaluation.summary import result_to_json
 from regraft.files import write_json, write_text
 from regraft.report import words
+from regraft.report.all_answers import answer_data
 from regraft.report.examples import choose_examples, shown_group, shown_variants
 from regraft.report.figures import (
     category_figure,
@@ -35,7 +36,7 @@ ANSWER_LENGTH, PROMPT_LENGTH = 1200, 400
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write `report.json`, `report.md` and `report.html` into `folder`, replacing older ones.
+    """Write `report.json`, `.md` and `.html` and `card.md` into `folder`, replacing older ones.
 
     The JSON holds every number of the page; the answers themselves stay where the evaluation put
     them, except for the few examples on the page.
@@ -47,6 +48,7 @@ def write_report(report: Report, folder: Path) -> None:
     page, text = render_html(report, compared), render_markdown(report, compared)
     write_json(folder / "report.json", report_to_json(report, compared))
     write_text(folder / "report.md", text)
+    write_text(folder / "card.md", render_card(report, compared))
     write_text(folder / "report.html", page)
 
 
@@ -71,6 +73,7 @@ def render_html(report: Report, compared: Sequence[Comparison]) -> str:
     context = _context(report, compared)
     rows = (*context["harmful"], *context["harmless"])
     shown = [row[0].id for row in rows if row[0].id in report.images]
+    answers, kept, total = answer_data(report)
     return (
         page_environment()
         .get_template("report.html.j2")
@@ -78,6 +81,10 @@ def render_html(report: Report, compared: Sequence[Comparison]) -> str:
             **context,
             figures=_figures(report),
             pictures={example: thumbnail(report.images[example]) for example in shown},
+            answers=answers if total else "",
+            answers_kept=kept,
+            answers_all=total,
+            answer_categories=sorted({one.category for one in report.dense.result.answers}),
         )
     )
 
@@ -86,6 +93,45 @@ def render_markdown(report: Report, compared: Sequence[Comparison]) -> str:
     """The same without figures."""
     text = page_environment().get_template("report.md.j2").render(_context(report, compared))
     return text.rstrip() + "\n"
+
+
+def render_card(report: Report, compared: Sequence[Comparison]) -> str:
+    """A model card for the hub: metadata that it reads, and the results with intervals.
+
+    To be put beside the realigned weights as README.md.
+    """
+    context = _context(report, compared)
+    metadata = {
+        "library_name": "transformers",
+        "base_model": report.model,
+        "tags": ["regraft", "pruning", "safety", "sparse"],
+        "model-index": [{"name": report.title, "results": _card_results(report)}],
+    }
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    text = page_environment().get_template("card.md.j2").render(context, metadata=front)
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def _card_results(report: Report) -> list[dict[str, Any]]:
+    """Of the first realigned model, or else of the last one, in the form that the hub reads."""
+    chosen = shown_variants(report)[-1].result
+    named = (
+        ("asr", "attack success rate", chosen.asr),
+        ("over_refusal", "over-refusal", chosen.over_refusal),
+        ("utility", "utility", chosen.utility),
+    )
+    metrics = [
+        {"type": kind, "name": name, "value": round(100 * estimate.value, 2)}
+        for kind, name, estimate in named
+        if estimate is not None
+    ]
+    return [
+        {
+            "task": {"type": "image-text-to-text"},
+            "dataset": {"name": chosen.suite, "type": "safety"},
+            "metrics": metrics,
+        }
+    ]
 
 
 def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
@@ -182,6 +228,7 @@ def page_environment() -> Environment:
             "unbroken",
             "clip",
             "degenerate",
+            "cell",
             "marked",
         )
     }

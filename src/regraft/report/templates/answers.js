@@ -1,0 +1,88 @@
+"use strict";
+(() => {
+  const { models, texts, rows } = JSON.parse(document.getElementById("answer-data").textContent);
+  const form = document.getElementById("answer-filter");
+  const list = document.getElementById("answer-list");
+  const more = document.getElementById("answer-more");
+  const PAGE = 30;
+  let found = [];
+  let shown = 0;
+
+  const element = (tag, text = "", name = "") => {
+    const made = document.createElement(tag);
+    made.textContent = text;
+    if (name) made.className = name;
+    return made;
+  };
+  // answer: [text, what it does, reason]
+  const does = (row, i) => (row.answers[i] ? row.answers[i][1] : "");
+  const wanted = {
+    every: () => true,
+    pruning: (row) => does(row, 0) !== does(row, 1),
+    realigning: (row) => models.length > 2 && does(row, 1) !== does(row, 2),
+    broken: (row) => row.answers.some((answer) => answer[1].startsWith("▨")),
+  };
+
+  function matches(row, filter) {
+    if (filter.kind && filter.kind !== (row.harmful ? "harmful" : "harmless")) return false;
+    if (filter.category && filter.category !== row.category) return false;
+    if (!wanted[filter.change || "every"](row)) return false;
+    const sought = (filter.text || "").toLowerCase();
+    if (!sought) return true;
+    const all = [row.id, texts[row.prompt], ...row.answers.map((answer) => texts[answer[0]])];
+    return all.some((text) => text.toLowerCase().includes(sought));
+  }
+
+  function entry(row) {
+    const box = element("details", "", row.harmful ? "example" : "example harmless");
+    box.open = !row.harmful;
+    const summary = element("summary");
+    summary.append(element("span", texts[row.prompt], "prompt"));
+    const origin = [row.category || "no category", row.id, row.image].filter(Boolean).join(" · ");
+    summary.append(element("span", origin, "origin"));
+    const marks = element("span", "", "marks");
+    const columns = element("div", "", "columns");
+    row.answers.forEach(([text, mark, reason], i) => {
+      const kind = mark.startsWith("■") ? "refused" : "complied";
+      const short = element("span", `${models[i]}: `);
+      short.append(element("span", mark, `mark ${kind}`));
+      marks.append(short);
+      const answer = element("div", "", "answer");
+      answer.append(element("p", models[i], "who"));
+      answer.append(element("p", reason ? `${mark}: “${reason}”` : mark, `mark ${kind}`));
+      const quote = element("blockquote", texts[text] || "(blank)");
+      quote.tabIndex = 0;
+      answer.append(quote);
+      columns.append(answer);
+    });
+    summary.append(marks);
+    box.append(summary, columns);
+    return box;
+  }
+
+  function extend() {
+    const next = found.slice(shown, shown + PAGE);
+    list.append(...next.map(entry));
+    shown += next.length;
+    more.hidden = shown >= found.length;
+    const plural = found.length === 1 ? "prompt" : "prompts";
+    form.elements.count.value = `${found.length} of ${rows.length} ${plural}, ${shown} shown`;
+  }
+
+  function apply() {
+    const filter = Object.fromEntries(new FormData(form));
+    found = rows.filter((row) => matches(row, filter));
+    shown = 0;
+    list.replaceChildren();
+    extend();
+  }
+
+  form.addEventListener("input", apply);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  more.addEventListener("click", extend);
+  // A link such as report.html#all-answers?kind=harmful&change=pruning opens with that filter.
+  const asked = new URLSearchParams(location.hash.split("?")[1] || "");
+  for (const [name, value] of asked) if (form.elements[name]) form.elements[name].value = value;
+  apply();
+  if (location.hash.includes("?")) document.getElementById("all-answers").scrollIntoView();
+})();

@@ -1,0 +1,174 @@
+"""The report in a real browser: it renders, filters, and asks nobody for anything."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from regraft.report.all_answers import answer_data
+from regraft.report.model import comparisons
+from regraft.report.write import render_card, render_html
+from test_report import ATTACK, REPORT
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: Debian's package chromium")
+Look = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def look(tmp_path_factory: pytest.TempPathFactory) -> Look:
+    """(the DOM once scripts have run, what the browser logged) of a page, opened at an address."""
+    root = tmp_path_factory.mktemp("browser")
+
+    def opened(page: str, address: str = "", *flags: str) -> tuple[str, str]:
+        path = root / "report.html"
+        path.write_text(page, encoding="utf-8")
+        done = subprocess.run(
+            [
+                str(BROWSER),
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                f"--user-data-dir={root / 'profile'}",
+                "--enable-logging=stderr",
+                "--host-resolver-rules=MAP * ~NOTFOUND",
+                "--virtual-time-budget=3000",
+                *(flags or ("--dump-dom",)),
+                f"{path.as_uri()}{address}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        return done.stdout, done.stderr
+
+    return opened
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render_html(REPORT, comparisons(REPORT))
+
+
+def _entries(dom: str) -> list[str]:
+    """Of the filtered list, in order: the ids in the lines on where an answer is from."""
+    listed = dom.split('<div id="answer-list">')[1].split('<button id="answer-more"')[0]
+    return re.findall(r'<span class="origin">[^<]*· (\w+)(?: ·[^<]*)?</span>', listed)
+
+
+@browser
+def test_the_page_runs_without_errors_and_requests(look: Look, page: str) -> None:
+    dom, log = look(page)
+    assert "CONSOLE" not in log, log
+    assert ">60 of 60 prompts, 30 shown</output>" in dom
+    assert len(_entries(dom)) == 30
+    assert re.findall(r'(?:src|href)="(?!#|data:)', dom) == []
+    assert dom.count('<script type="application/json"') == 1
+
+
+@browser
+@pytest.mark.parametrize(
+    ("address", "count", "first"),
+    [
+        ("?kind=harmless", 20, "u0"),
+        ("?kind=harmful&change=realigning", 15, "h10"),
+        ("?kind=harmful&change=pruning", 20, "h5"),
+        ("?text=QUESTION+7", 1, "u7"),
+        ("?category=category+2", 13, "h2"),
+        ("?change=broken", 0, None),
+        ("?text=nothing+says+this", 0, None),
+    ],
+)
+def test_the_filter_filters(
+    look: Look, page: str, address: str, count: int, first: str | None
+) -> None:
+    dom, log = look(page, f"#all-answers{address}")
+    entries = _entries(dom)
+    assert "CONSOLE" not in log, log
+    assert (len(entries), entries[0] if entries else None) == (count, first)
+
+
+@browser
+def test_harmful_answers_are_folded_and_the_reason_is_told(look: Look, page: str) -> None:
+    dom, _ = look(page, "#all-answers?text=prompt+39")
+    listed = dom.split('<div id="answer-list">')[1]
+    assert '<details class="example"><summary>' in listed
+    assert "■ refused: “sorry”" in listed
+    assert "&lt;img src=x&gt; prompt 39" in listed
+    harmless, _ = look(page, "#all-answers?text=question+19")
+    assert '<details class="example harmless" open="">' in harmless
+
+
+@browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_screen(look: Look, page: str, width: int) -> None:
+    probe = (
+        "<script>document.title = JSON.stringify([document.documentElement.scrollWidth, "
+        "innerWidth])</script></body>"
+    )
+    dom, _ = look(page.replace("</body>", probe), "", f"--window-size={width},800", "--dump-dom")
+    found = re.search(r"<title>(\[[\d,]+\])</title>", dom)
+    assert found is not None
+    wide, screen = json.loads(found[1])
+    assert wide <= screen
+
+
+def test_the_data_of_the_answers(page: str) -> None:
+    encoded, kept, total = answer_data(REPORT)
+    assert (kept, total) == (60, 60)
+    assert "<" not in encoded
+    assert encoded in page
+    content = json.loads(encoded)
+    assert content["models"] == ["the dense model", "the pruned model", "the realigned model"]
+    row = content["rows"][6]
+    assert (row["id"], row["harmful"], row["category"]) == ("h6", True, "category 0")
+    assert content["texts"][row["prompt"]] == "<img src=x> prompt 6"
+    assert [answer[1:] for answer in row["answers"]] == [
+        ["■ refused", "sorry"],
+        ["□ complied", ""],
+        ["□ complied", ""],
+    ]
+    assert content["texts"][row["answers"][1][0]] == ATTACK
+    assert len(content["texts"]) == 60 + 3  # every text once
+
+
+@pytest.mark.parametrize("most", [0, 3000, 6000])
+def test_data_that_would_be_too_large_is_cut(most: int) -> None:
+    encoded, kept, total = answer_data(REPORT, most)
+    assert kept < total == 60
+    assert len(json.loads(encoded)["rows"]) == kept
+    if most:
+        assert len(encoded) <= most
+        harmful = [row["harmful"] for row in json.loads(encoded)["rows"]]
+        assert 0 < sum(harmful) < kept
+
+
+def test_the_card_has_metadata_that_the_hub_reads() -> None:
+    card = render_card(REPORT, comparisons(REPORT))
+    _, front, text = card.split("---\n", 2)
+    metadata = yaml.safe_load(front)
+    assert metadata["base_model"] == "pico <model>"
+    (result,) = metadata["model-index"][0]["results"]
+    assert {one["type"]: one["value"] for one in result["metrics"]} == {
+        "asr": 25.0,
+        "over_refusal": 15.0,
+        "utility": 85.0,
+    }
+    assert "| the realigned model | 60 % | 5 | 25.0 [14.2, 40.2] | 15.0 [5.2, 36.0] |" in text
+    assert "regraft apply PRUNED PATCH --out MODEL" in text
+    assert "# A title &amp; more" in text or "# A title & more" in text
+
+
+def test_the_card_of_models_that_nothing_was_restored_in() -> None:
+    alone = replace(REPORT, variants=REPORT.variants[:2])
+    card = render_card(alone, comparisons(alone))
+    assert "## Use" not in card
+    assert "| the pruned model | 60 % | – |" in card
