@@ -9,10 +9,12 @@ from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
+from regraft.data.archives import only_folder, unpacked
 from regraft.data.ch3ef import read_ch3ef
 from regraft.data.demo import read_demo
 from regraft.data.docvqa import read_docvqa
 from regraft.data.example import Reading, of_kind
+from regraft.data.hub import located
 from regraft.data.jsonl import read_jsonl
 from regraft.data.mm_safetybench import Variant, read_mm_safetybench
 from regraft.data.mmbench import read_mmbench
@@ -65,7 +67,8 @@ class DataSource(BaseModel):
     #all), mm-safetybench (#SD, #SD_TYPO, #TYPO), ch3ef, mossbench, xstest, prompts (harmful
     ones), benign (harmless ones), mmbench, docvqa. Each may end in "#harmful" or "#harmless", which
     keeps these prompts alone, as in "demo:test#harmless". A list of words, as in
-    ["safebench", PATH], is read too.
+    ["safebench", PATH], is read too. PATH is a file or a folder, a zip file of one, or
+    hf:ORG/NAME[@REVISION][/PATH] for a data set on the hub.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -125,9 +128,11 @@ def read(source: DataSource) -> Reading:
 def _read_all(source: DataSource) -> Reading:
     if source.path is None:
         return read_demo(source.split)
-    path = source.path.expanduser()
+    path = located(source.path)
     if not path.exists():
         raise RegraftError(f"{source}: {path} does not exist.")
+    if path.suffix == ".zip":
+        path = only_folder(unpacked(path))
     readers: Mapping[str, Callable[[], Reading]] = {
         "vlguard": lambda: read_vlguard(path, cast(Subset | None, source.split)),
         "safebench": lambda: read_safebench(path, part=cast(Part, source.split or "all")),

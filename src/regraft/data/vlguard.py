@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from regraft.data.archives import unpacked
 from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
 from regraft.data.rows import Row, require_examples
@@ -23,7 +24,8 @@ def read_vlguard(path: Path, subset: Subset | None = None) -> Reading:
     """Read VLGuard's `train.json` or `test.json` and find its images.
 
     `path` is the JSON file, or a folder with `train.json`. Images are looked for below the JSON's
-    folder: in `train/` or `test/` (of the JSON's own name first), `images/`, or the folder itself.
+    folder: in `train/` or `test/` (of the JSON's own name first), `images/`, or the folder itself;
+    last in `train.zip` or `test.zip`, as they come from the hub, which is unpacked into the cache.
     Otherwise as `parse_vlguard`.
 
     Raises:
@@ -117,4 +119,8 @@ def _with_unique_ids(examples: Iterable[Example]) -> Iterator[Example]:
 def _image_roots(metadata: Path) -> list[Path]:
     folder, split = metadata.parent, metadata.stem
     names = dict.fromkeys([split, f"{split}/{split}", "images", f"images/{split}", "train", "test"])
-    return [*(folder / name for name in names if (folder / name).is_dir()), folder]
+    roots = [*(folder / name for name in names if (folder / name).is_dir()), folder]
+    if (archive := folder / f"{split}.zip").is_file() and len(roots) == 1:
+        whole = unpacked(archive)
+        roots += [whole, whole / split]
+    return roots

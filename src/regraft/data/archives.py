@@ -1,0 +1,60 @@
+"""Zip archives of data sets, unpacked once into the user's cache folder, and never beyond it."""
+
+from __future__ import annotations
+
+import stat
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from regraft.data.cache import cache_folder
+from regraft.errors import RegraftError
+from regraft.files import atomic_folder, digest, require_space
+
+
+def unpacked(archive: Path) -> Path:
+    """The folder with what is in `archive`; it is unpacked the first time.
+
+    Raises:
+        RegraftError: it is no whole zip file, has a password, a link, or a path that leaves the
+            folder, or the disk is too full.
+    """
+    about = archive.stat()
+    key = digest(str(archive.resolve()), str(about.st_size), str(about.st_mtime_ns))
+    folder = cache_folder() / "unpacked" / f"{archive.stem}-{key[:16]}"
+    if folder.is_dir():
+        return folder
+    try:
+        with zipfile.ZipFile(archive) as content:
+            members = content.infolist()
+            for member in members:
+                _check(archive, member)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            require_space(folder.parent, sum(member.file_size for member in members))
+            with atomic_folder(folder) as temporary:
+                for member in members:
+                    content.extract(member, temporary)
+    except zipfile.BadZipFile as error:
+        raise RegraftError(
+            f"{archive} is not a whole zip file ({error}). Download it again."
+        ) from error
+    return folder
+
+
+def only_folder(folder: Path) -> Path:
+    """The folder in which all the rest lies, where an archive has one."""
+    inside = [path for path in folder.iterdir() if path.name != "__MACOSX"]
+    return only_folder(inside[0]) if len(inside) == 1 and inside[0].is_dir() else folder
+
+
+def _check(archive: Path, member: zipfile.ZipInfo) -> None:
+    path = PurePosixPath(member.filename.replace("\\", "/"))
+    drive = ":" in path.parts[0] if path.parts else False
+    if path.is_absolute() or drive or ".." in path.parts:
+        raise RegraftError(
+            f"{archive}: the entry {member.filename!r} leaves the folder it is unpacked into. "
+            "Nothing was unpacked; do not use this archive."
+        )
+    if stat.S_ISLNK(member.external_attr >> 16):
+        raise RegraftError(f"{archive}: the entry {member.filename!r} is a link; expected files.")
+    if member.flag_bits & 1:
+        raise RegraftError(f"{archive}: the entry {member.filename!r} needs a password.")

@@ -1,0 +1,48 @@
+"""Data sets on the Hugging Face hub, downloaded once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from regraft.errors import RegraftError
+
+PREFIX = "hf:"
+_ADDRESS = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<inner>.+))?")
+
+
+def located(path: Path) -> Path:
+    """A path as it is, or for "hf:ORG/NAME[@REVISION][/PATH]" where the download lies.
+
+    Raises:
+        RegraftError: the address is malformed, or the data set cannot be had.
+    """
+    text = path.as_posix()
+    if not text.startswith(PREFIX):
+        return path.expanduser()
+    match = _ADDRESS.fullmatch(text)
+    if match is None:
+        raise RegraftError(
+            f"{text!r} names no data set on the hub; expected hf:ORG/NAME, with a revision "
+            "(@REVISION) and a path in it where wanted."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    name = match["name"]
+    try:
+        folder = snapshot_download(name, repo_type="dataset", revision=match["revision"])
+    except GatedRepoError as error:
+        raise RegraftError(
+            f"{name} is gated: accept its terms on its page, then `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise RegraftError(
+            f"There is no data set {name} on the hub, or it is private: `hf auth login`."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:  # LocalEntryNotFoundError is an OSError
+        raise RegraftError(
+            f"{text} could not be had from the hub: {str(error).splitlines()[0]} Without a network "
+            "give the path of a copy on disk."
+        ) from error
+    return Path(folder, match["inner"] or "")

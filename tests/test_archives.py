@@ -1,0 +1,135 @@
+"""Zip archives and the hub: what is unpacked where, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
+
+from regraft.data.archives import unpacked
+from regraft.data.cache import CACHE_VARIABLE
+from regraft.data.hub import located
+from regraft.data.sources import DataSource, read
+from regraft.data.vlguard import read_vlguard
+from regraft.errors import RegraftError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def _zip(path: Path, **entries: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name.replace("__", "/"), content)
+    return path
+
+
+def test_an_archive_is_unpacked_once(tmp_path: Path, cache: Path) -> None:
+    archive = _zip(tmp_path / "a.zip", a__b=b"1", c=b"2")
+    folder = unpacked(archive)
+    assert folder.is_relative_to(cache)
+    assert (folder / "a" / "b").read_bytes() == b"1"
+    (folder / "c").write_bytes(b"touched")
+    assert unpacked(archive) == folder
+    assert (folder / "c").read_bytes() == b"touched"
+    _zip(archive, c=b"other")
+    assert (unpacked(archive) / "c").read_bytes() == b"other"
+
+
+@pytest.mark.parametrize("name", ["../out", "a/../../out", "/out", "C:/out", "..\\out"])
+def test_paths_that_leave_the_folder(tmp_path: Path, cache: Path, name: str) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("good", b"1")
+        info = zipfile.ZipInfo("x")
+        info.filename = name
+        archive.writestr(info, b"2")
+    with pytest.raises(RegraftError, match="leaves the folder it is unpacked into"):
+        unpacked(tmp_path / "a.zip")
+    assert not cache.exists() or not any(cache.rglob("good"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_and_broken_archives(tmp_path: Path, cache: Path) -> None:
+    link = zipfile.ZipInfo("link")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    with pytest.raises(RegraftError, match="'link' is a link"):
+        unpacked(tmp_path / "a.zip")
+    whole = _zip(tmp_path / "b.zip", a=b"x" * 1000).read_bytes()
+    for content in (whole[: len(whole) // 2], b"no zip"):
+        (tmp_path / "b.zip").write_bytes(content)
+        with pytest.raises(RegraftError, match="not a whole zip file"):
+            unpacked(tmp_path / "b.zip")
+    damaged = whole.replace(b"x" * 1000, b"x" * 999 + b"y")
+    (tmp_path / "b.zip").write_bytes(damaged)
+    with pytest.raises(RegraftError, match="not a whole zip file"):
+        unpacked(tmp_path / "b.zip")
+    assert not any(path.name.startswith("b-") for path in cache.rglob("*"))
+
+
+def _vlguard(folder: Path) -> None:
+    folder.mkdir()
+    rows = [{"id": "1", "image": "f/1.png", "safe": False, "harmful_category": "c"}]
+    rows[0]["instr-resp"] = [{"instruction": "i", "response": "r"}]  # type: ignore[assignment]
+    (folder / "test.json").write_text(json.dumps(rows))
+
+
+@pytest.mark.parametrize("inside", ["", "test/"])
+def test_vlguards_images_may_be_in_its_archive(tmp_path: Path, cache: Path, inside: str) -> None:
+    _vlguard(tmp_path / "v")
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    content = (tmp_path / "1.png").read_bytes()
+    _zip(tmp_path / "v" / "test.zip", **{f"{inside}f/1.png": content})
+    (example,) = read_vlguard(tmp_path / "v" / "test.json").examples
+    assert example.image is not None
+    assert example.image.is_relative_to(cache)
+    assert example.image.read_bytes() == content
+
+
+def test_a_data_set_may_be_a_zip_file(tmp_path: Path) -> None:
+    header = b"id,prompt,type,label\n1,p,t,safe\n"
+    archive = _zip(tmp_path / "x.zip", xstest__xstest_prompts=b"", __MACOSX__x=b"")
+    with zipfile.ZipFile(archive, "w") as whole:
+        whole.writestr("xstest-main/xstest_prompts.csv", header)
+        whole.writestr("__MACOSX/x", b"")
+    reading = read(DataSource.model_validate(f"xstest:{archive}"))
+    assert [example.id for example in reading.examples] == ["xstest-1"]
+
+
+def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def download(name: str, **how: Any) -> str:
+        asked.append((name, how))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    (tmp_path / "xstest_prompts.csv").write_text("id,prompt,type,label\n1,p,t,unsafe\n")
+    source = DataSource.model_validate("xstest:hf:org/x.test@v1/xstest_prompts.csv#harmful")
+    assert str(source) == "xstest:hf:org/x.test@v1/xstest_prompts.csv#harmful"
+    assert len(read(source).examples) == 1
+    assert asked == [("org/x.test", {"repo_type": "dataset", "revision": "v1"})]
+    assert located(Path("hf:org/x")) == tmp_path
+    assert located(Path("~/x")) == Path.home() / "x"
+
+
+def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(RegraftError, match=r"could not be had from the hub: offline.*a copy on"):
+        located(Path("hf:org/x/test.json"))
+    with pytest.raises(RegraftError, match="names no data set on the hub"):
+        located(Path("hf:org"))
