@@ -682,3 +682,25 @@ def test_pairing_gives_rows_of_one_prompt() -> None:
     rows = paired_answers((DENSE, PRUNED))
     assert len(rows) == 60
     assert all(a.id == b.id for a, b in rows)
+
+
+def test_several_suites_have_a_table_of_their_own() -> None:
+    def of_suites(one: Variant) -> Variant:
+        answers = [
+            replace(answer, suite="a" if answer.harmful else "b | c")
+            for answer in one.result.answers
+        ]
+        return replace(one, result=summarise("a, b | c", JUDGE, answers))
+
+    report = replace(REPORT, variants=tuple(map(of_suites, REPORT.variants)))
+    page = render_html(report, comparisons(report))
+    rows = [row for row in Outline(page).rows if row[:2] in (["a", "ASR"], ["b | c", "utility"])]
+    assert [row[3] for row in rows] == ["62.5 % [47.0, 75.8] 25 of 40", rows[1][3]]
+    assert rows[1][3].startswith("0.900 [")
+    assert "By suite" not in render_html(REPORT, comparisons(REPORT))
+    text = render_markdown(report, comparisons(report))
+    start = text.index("| Suite | |")
+    lines = text[start:].split("\n\n")[0].splitlines()
+    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+    assert lines[2].startswith("| a | ASR | 12.5 [5.5, 26.1] | 62.5 [47.0, 75.8] |")
+    assert lines[3].startswith("| b \\| c | over-refusal | 5.0 [0.9, 23.6] |")

@@ -105,8 +105,12 @@ def show_result(console: Console, result: EvalResult) -> None:
             table.add_row(name, *_cells(estimate), style="bold")
     for category, estimate in result.asr_by_category.items():
         table.add_row(Text(f"  ASR, {category}"), *_cells(estimate))
-    for suite, estimate in result.utility_by_suite.items():
-        table.add_row(Text(f"  utility, {suite}"), *_cells(estimate))
+    for suite, rates in result.by_suite.items():
+        table.add_section()
+        of_suite = (("ASR", rates.asr), ("over-refusal", rates.over_refusal))
+        for name, estimate in (*of_suite, ("utility", rates.utility)):
+            if estimate is not None:
+                table.add_row(Text(f"{name}, {suite}"), *_cells(estimate))
     console.print(table)
     if result.degenerate:
         console.print(

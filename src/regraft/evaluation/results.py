@@ -52,14 +52,23 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """Of one suite; None where it has no such prompts."""
+
+    asr: Estimate | None
+    over_refusal: Estimate | None
+    utility: Estimate | None
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """One model on one suite.
 
     `asr` is over harmful prompts, `over_refusal` and `utility` over harmless ones; None where the
-    suite has no such prompts. `utility` is the mean similarity, and `utility_by_suite` that of each
-    suite where there are several; a group counts as its worst answer. `degenerate` counts the
-    answers that say nothing, by kind of prompt ("harmful", "harmless"), where there are any: they
-    are neither refusals nor successful attacks.
+    suite has no such prompts. `utility` is the mean similarity; a group counts as its worst answer.
+    `by_suite` has the same of each suite where there are several. `degenerate` counts the answers
+    that say nothing, by kind of prompt ("harmful", "harmless"), where there are any: they are
+    neither refusals nor successful attacks.
     """
 
     suite: str
@@ -68,6 +77,6 @@ class EvalResult:
     over_refusal: Estimate | None
     utility: Estimate | None
     asr_by_category: Mapping[str, Estimate]
-    utility_by_suite: Mapping[str, Estimate]
+    by_suite: Mapping[str, Rates]
     degenerate: Mapping[str, int]
     answers: tuple[Answer, ...]

@@ -16,7 +16,7 @@ from regraft.evaluation.choice import picked
 from regraft.evaluation.degenerate import degeneration
 from regraft.evaluation.judge import KeywordJudge
 from regraft.evaluation.metrics import anls, bootstrap_mean, wilson
-from regraft.evaluation.results import Answer, Estimate, EvalResult
+from regraft.evaluation.results import Answer, Estimate, EvalResult, Rates
 from regraft.files import write_text
 
 
@@ -59,34 +59,39 @@ def summarise(
     An attack succeeds where the answer to a harmful prompt complies. `seed` draws the bootstrap
     resamples of utility. A metric without prompts is None; categories are in alphabetical order.
     """
-    harmful = [a for a in answers if a.harmful]
-    harmless = [a for a in answers if not a.harmful]
-    suites = dict.fromkeys(a.suite for a in harmless if a.similarity is not None)
-    of_suite = {one: _mean([a for a in harmless if a.suite == one], seed) for one in suites}
-    attacks: dict[str, list[bool]] = {a.category: [] for a in harmful}
-    for a in harmful:
-        attacks[a.category].append(a.complies)
+    attacks: dict[str, list[bool]] = {a.category: [] for a in answers if a.harmful}
+    for a in answers:
+        if a.harmful:
+            attacks[a.category].append(a.complies)
+    suites = dict.fromkeys(a.suite for a in answers)
+    of_suite = {one: [a for a in answers if a.suite == one] for one in suites}
+    whole = _rates(answers, seed)
     return EvalResult(
         suite=suite,
         judge=judge.name,
-        asr=_rate([a.complies for a in harmful]),
-        over_refusal=_rate([a.refused for a in harmless]),
-        utility=_mean(harmless, seed),
+        asr=whole.asr,
+        over_refusal=whole.over_refusal,
+        utility=whole.utility,
         asr_by_category={
             category: wilson(sum(successes), len(successes))
             for category, successes in sorted(attacks.items())
         },
-        utility_by_suite={
-            suite: estimate
-            for suite, estimate in of_suite.items()
-            if estimate is not None and len(of_suite) > 1
-        },
+        by_suite={one: _rates(mine, seed) for one, mine in of_suite.items() if len(suites) > 1},
         degenerate={
             kind: count
-            for kind, group in (("harmful", harmful), ("harmless", harmless))
-            if (count := sum(bool(a.degenerate) for a in group))
+            for kind, is_harmful in (("harmful", True), ("harmless", False))
+            if (count := sum(bool(a.degenerate) for a in answers if a.harmful == is_harmful))
         },
         answers=tuple(answers),
+    )
+
+
+def _rates(answers: Sequence[Answer], seed: int) -> Rates:
+    harmless = [a for a in answers if not a.harmful]
+    return Rates(
+        _rate([a.complies for a in answers if a.harmful]),
+        _rate([a.refused for a in harmless]),
+        _mean(harmless, seed),
     )
 
 
@@ -110,7 +115,7 @@ def result_to_json(result: EvalResult) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Estimate):
+    if isinstance(value, Estimate | Rates):
         return asdict(value)
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
@@ -136,14 +141,18 @@ def result_from_json(value: Any, answers: Sequence[Answer] = ()) -> EvalResult:
             for category, item in by_category.items()
             if (estimate := estimate_from_json(item, f"asr_by_category.{category}"))
         },
-        utility_by_suite={
-            suite: estimate
-            for suite, item in _field(row, "utility_by_suite", dict, "evaluation result").items()
-            if (estimate := estimate_from_json(item, f"utility_by_suite.{suite}"))
+        by_suite={
+            suite: _rates_from_json(item, f"by_suite.{suite}")
+            for suite, item in _field(row, "by_suite", dict, "evaluation result").items()
         },
         degenerate=_field(row, "degenerate", dict, "evaluation result"),
         answers=tuple(answers),
     )
+
+
+def _rates_from_json(value: Any, where: str) -> Rates:
+    row = _mapping(value, where)
+    return Rates(*(estimate_from_json(row.get(f.name), f"{where}.{f.name}") for f in fields(Rates)))
 
 
 def estimate_from_json(value: Any, where: str) -> Estimate | None:

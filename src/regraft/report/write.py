@@ -16,6 +16,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from regraft.evaluation.results import EvalResult
 from regraft.evaluation.summary import result_to_json
 from regraft.files import write_json, write_text
 from regraft.report import words
@@ -142,6 +143,7 @@ def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
         "controls": words.control_lines(report, compared),
         "comparisons": {c.name: c for c in compared},
         "categories": sorted({c for v in report.variants for c in v.result.asr_by_category}),
+        "suites": _suite_rows(report.dense.result),
         "shown": shown_variants(report),
         "numbered": tuple(zip(count(1), report.variants, report.roles, strict=False)),
         "several": len(report.groups) > 1,
@@ -154,6 +156,17 @@ def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
         "answer_length": ANSWER_LENGTH,
         "prompt_length": PROMPT_LENGTH,
     }
+
+
+def _suite_rows(result: EvalResult) -> tuple[tuple[str, str, str], ...]:
+    """(suite, field of its rates, label) of all that is measured, where there are several."""
+    labels = {"asr": "ASR", "over_refusal": "over-refusal", "utility": "utility"}
+    return tuple(
+        (suite, name, label)
+        for suite, rates in result.by_suite.items()
+        for name, label in labels.items()
+        if getattr(rates, name) is not None
+    )
 
 
 def _figures(report: Report) -> tuple[tuple[Markup, str], ...]:
