@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -24,6 +25,7 @@ from regraft.data.safebench import FIGSTEP_PROMPT, read_safebench
 from regraft.data.sources import DataSource, read
 from regraft.data.vlguard import parse_vlguard, read_vlguard
 from regraft.errors import RegraftError
+from regraft.recipe import _several
 
 
 def png(path: Path, seed: int = 0) -> Path:
@@ -595,3 +597,17 @@ def test_test_prompts_that_were_used_before_are_found(tmp_path):
         "1 of the 2 calibration prompts are among those evaluated (first '8')",
         "2 of the 3 both prompts are among those evaluated (first '3')",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "suites"),
+    [
+        ("safebench /a mossbench /b", ["safebench:/a", "mossbench:/b"]),
+        ("safebench /a#tiny x.jsonl", ["safebench:/a#tiny", "jsonl:x.jsonl"]),
+        ("demo test demo", ["demo:test", "demo"]),
+        ("demo demo:test#harmless vlguard:/x", ["demo", "demo:test#harmless", "vlguard:/x"]),
+    ],
+)
+def test_several_suites_in_a_row(words, suites):
+    found = _several(None, [SimpleNamespace(value=word) for word in words.split()])
+    assert [str(suite) for suite in found] == suites

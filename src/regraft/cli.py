@@ -48,6 +48,7 @@ from regraft.recipe import (
     SearchSettings,
     StatisticsSettings,
     Suite,
+    Suites,
     TuneSettings,
     explain,
     read_recipe,
@@ -465,16 +466,17 @@ def defend(
 def evaluate(
     model: Model,
     *,
-    suite: Suite,
+    suite: Suites,
     out: Out,
     patch: Path | None = None,
     defence: Path | None = None,
     settings: Annotated[EvalSettings, Flat] = EvalSettings(),
     compute: Compute = ComputeSettings(),
 ) -> None:
-    """Answer a suite greedily and report ASR, over-refusal and utility with 95 % intervals.
+    """Answer suites greedily and report ASR, over-refusal and utility with 95 % intervals.
 
-    Example: regraft eval pruned --suite safebench FigStep/data --out eval/pruned
+    Example: regraft eval pruned --suite safebench FigStep/data --suite mossbench MOSSBench/data
+    --out eval/pruned
 
     Parameters
     ----------
@@ -488,7 +490,7 @@ def evaluate(
     with _watch() as watch:
         source = _open(model, compute.trust_remote_code)
         done = stages.evaluate(
-            source, out, [suite], settings, compute, patch, watch=watch, defence_file=defence
+            source, out, suite, settings, compute, patch, watch=watch, defence_file=defence
         )
         show_result(watch.console, done.result)
         watch.note(f"Answers and results: {out}")

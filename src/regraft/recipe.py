@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from cyclopts import Parameter
@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from regraft.data.sources import DataSource
+from regraft.data.sources import Name as DataName
 from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
 from regraft.evaluation.judge import DEFAULT_WINDOW, KeywordJudge
@@ -71,6 +72,17 @@ def _words(_type: Any, tokens: Sequence[Any]) -> DataSource:
     return DataSource.model_validate([token.value for token in tokens])
 
 
+def _several(_type: Any, tokens: Sequence[Any]) -> tuple[DataSource, ...]:
+    """Words of several data sets in a row: a bare name takes the next word as its path."""
+    words, found = [str(token.value) for token in tokens], []
+    while words:
+        pair = words[0] in get_args(DataName) and (words[0] != "demo" or words[1:2] in _DEMO_SPLITS)
+        found.append(DataSource.model_validate(words[: 2 if pair else 1]))
+        words = words[2 if pair else 1 :]
+    return tuple(found)
+
+
+_DEMO_SPLITS = (["calibration"], ["validation"], ["test"])
 _ONE_OR_TWO_WORDS = Parameter(
     converter=_words, n_tokens=-1, consume_multiple=True, accepts_keys=False
 )
@@ -86,6 +98,15 @@ Suite = Annotated[
         help="demo:test, a .jsonl file, or NAME PATH: safebench, vlguard, ch3ef, mm-safetybench, "
         "mossbench, xstest, mmbench, docvqa, prompts (AdvBench and its like), benign. With "
         "#harmful or #harmless behind it these prompts alone."
+    ),
+]
+Suites = Annotated[
+    tuple[DataSource, ...],
+    Parameter(converter=_several, n_tokens=-1, consume_multiple=True, accepts_keys=False),
+    Parameter(
+        help="One or, the flag repeated, several: demo:test, a .jsonl file, or NAME PATH with "
+        "safebench, vlguard, ch3ef, mm-safetybench, mossbench, xstest, mmbench, docvqa, prompts "
+        "(AdvBench and its like), benign. With #harmful or #harmless behind it these prompts alone."
     ),
 ]
 
