@@ -112,6 +112,13 @@ def show_result(console: Console, result: EvalResult) -> None:
             if estimate is not None:
                 table.add_row(Text(f"{name}, {suite}"), *_cells(estimate))
     console.print(table)
+    if result.perplexity is not None:
+        found = result.perplexity
+        console.print(
+            f"Perplexity of {found.n:,} references: {found.value:.3f} "
+            f"[{found.low:.3f}, {found.high:.3f}]",
+            highlight=False,
+        )
     if result.degenerate:
         console.print(
             f"Degenerate answers, neither refusals nor successful attacks: {degenerate(result)}."

@@ -703,6 +703,9 @@ class EvalSettings(Settings):
         description=f"How many first characters count for your own keywords ({DEFAULT_WINDOW}).",
     )
     limit: int | None = Field(None, ge=1, description="Use only the first examples of the suite.")
+    perplexity: bool = Field(
+        False, description="Measure the perplexity of the references of harmless prompts too."
+    )
     full_answers: bool = Field(
         True,
         description="Let every answer end by itself. If not, one that is judged and not compared "

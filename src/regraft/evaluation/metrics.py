@@ -7,7 +7,7 @@ Everything here is pure: plain sequences in, small frozen results out. Rates are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,9 +47,21 @@ def bootstrap_mean(values: Sequence[float], seed: int) -> Estimate:
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0 or not np.isfinite(sample).all():
         raise ValueError("A mean needs at least one value, all of them finite.")
-    means = np.concatenate([sample[rows].mean(axis=1) for rows in _resamples(sample.size, seed)])
-    low, high = _percentiles(means)
+    low, high = resampled(sample.size, seed, lambda rows: sample[rows].mean(axis=1))
     return Estimate(float(sample.mean()), sample.size, low, high)
+
+
+def resampled(
+    n: int, seed: int, statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]]
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of a statistic (10,000 resamples).
+
+    Args:
+        n: How many are drawn from, and drawn.
+        seed: Of the draws.
+        statistic: From resamples, indices `[k, n]`, to their values `[k]`.
+    """
+    return _percentiles(np.concatenate([statistic(rows) for rows in _resamples(n, seed)]))
 
 
 def clustered_rate(events: Sequence[int], answers: int, seed: int) -> Estimate:

@@ -16,6 +16,7 @@ from regraft.evaluation.choice import picked
 from regraft.evaluation.degenerate import degeneration
 from regraft.evaluation.judge import KeywordJudge
 from regraft.evaluation.metrics import anls, bootstrap_mean, wilson
+from regraft.evaluation.perplexity import perplexity
 from regraft.evaluation.results import Answer, Estimate, EvalResult, Rates
 from regraft.files import write_text
 
@@ -83,7 +84,13 @@ def summarise(
             if (count := sum(bool(a.degenerate) for a in answers if a.harmful == is_harmful))
         },
         answers=tuple(answers),
+        perplexity=_perplexity(answers, seed),
     )
+
+
+def _perplexity(answers: Sequence[Answer], seed: int) -> Estimate | None:
+    nlls = [(a.nll, a.nll_tokens) for a in answers if a.nll is not None and a.nll_tokens]
+    return perplexity(nlls, seed) if nlls else None
 
 
 def _rates(answers: Sequence[Answer], seed: int) -> Rates:
@@ -147,6 +154,7 @@ def result_from_json(value: Any, answers: Sequence[Answer] = ()) -> EvalResult:
         },
         degenerate=_field(row, "degenerate", dict, "evaluation result"),
         answers=tuple(answers),
+        perplexity=estimate_from_json(row.get("perplexity"), "perplexity"),
     )
 
 

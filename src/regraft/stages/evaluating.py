@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from regraft import ranks
 from regraft.checks import told
+from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.defence.artifact import acting, asked, check_fits, load_defence
 from regraft.errors import RegraftError
-from regraft.evaluation.results import EvalResult
+from regraft.evaluation.perplexity import Nll, response_nlls
+from regraft.evaluation.results import Answer, EvalResult
 from regraft.evaluation.summary import (
+    is_compared,
     judge_answer,
     read_answers,
     result_from_json,
@@ -121,8 +126,10 @@ def evaluate(
                     partial=work,
                     progress=done,
                 )
+                nlls = _nlls(network, processor, examples, settings, compute, work, watch)
             judge = settings.keyword_judge()
             answers = [judge_answer(e, t, judge) for e, t in zip(examples, texts, strict=True)]
+            answers = [_with_nll(answer, nlls.get(answer.id)) for answer in answers]
             result = summarise(name, judge, answers)
             sizes = {
                 "zeros": session.zeros(model)
@@ -135,6 +142,29 @@ def evaluate(
                     content = {"about": about, "sizes": sizes, "result": result_to_json(result)}
                     write_json(folder / "results.json", content)
     return read_evaluation(out)
+
+
+def _nlls(
+    network: nn.Module,
+    processor: Any,
+    examples: Sequence[Example],
+    settings: EvalSettings,
+    compute: ComputeSettings,
+    work: Path,
+    watch: Watch,
+) -> dict[str, Nll]:
+    """Of the references that answers are compared with, by id, if they are asked for."""
+    wanted = [one for one in examples if is_compared(one) and not one.choices]
+    if not (settings.perplexity and wanted):
+        return {}
+    with watch.task("Reading the references", len(wanted), "responses") as done:
+        size = compute.batch_size
+        found = response_nlls(network, processor, wanted, size, partial=work, progress=done)
+    return {example.id: nll for example, nll in zip(wanted, found, strict=True)}
+
+
+def _with_nll(answer: Answer, nll: Nll | None) -> Answer:
+    return answer if nll is None else replace(answer, nll=nll[0], nll_tokens=nll[1])
 
 
 def read_evaluation(folder: Path) -> Evaluation:

@@ -1,0 +1,125 @@
+"""How likely a model finds the reference responses: perplexity, which needs no generation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from regraft import ranks
+from regraft.data.collate import IGNORED, batches, response_batch
+from regraft.data.example import Example
+from regraft.evaluation.metrics import resampled
+from regraft.evaluation.results import Estimate
+from regraft.files import read_json, write_json
+from regraft.models.anatomy import text_decoder
+from regraft.models.load import placed
+from regraft.models.replay import logits_of
+
+Nll = tuple[float, int]  # summed over the response's tokens, in nats; their number
+_POSITIONS = 256  # whose logits are in memory at a time
+
+
+def response_nlls(
+    model: nn.Module,
+    processor: Any,
+    examples: Sequence[Example],
+    batch_size: int,
+    *,
+    partial: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Nll]:
+    """Negative log-likelihood of every response, in order; logits at response tokens only.
+
+    Args:
+        model: In eval mode.
+        processor: Its processor.
+        examples: Each with a response.
+        batch_size: Examples in one pass.
+        partial: Scratch folder; finished batches found there are kept.
+        progress: Called with the number of examples just done.
+
+    Raises:
+        RegraftError: see `response_batch`.
+    """
+    chunks = list(enumerate(batches(examples, batch_size)))
+    found: dict[int, list[Nll]] = {}
+    for i, chunk in ranks.share(chunks):
+        path = None if partial is None else partial / f"nll_{i:05d}.json"
+        if path is None:
+            found[i] = _of_batch(model, processor, chunk)
+        elif not path.exists():
+            write_json(path, _of_batch(model, processor, chunk))
+        if progress is not None:
+            progress(len(chunk))
+    if partial is None:
+        found = ranks.merged(found)
+    else:
+        ranks.barrier()
+        found = {i: read_json(partial / f"nll_{i:05d}.json") for i, _ in chunks}
+    return [(float(total), int(count)) for i, _ in chunks for total, count in found[i]]
+
+
+def perplexity(nlls: Sequence[Nll], seed: int) -> Estimate:
+    """exp of the mean negative log-likelihood a token, with a bootstrap interval over examples.
+
+    Raises:
+        ValueError: there is no response.
+    """
+    sums = np.array([total for total, _ in nlls], dtype=np.float64)
+    counts = np.array([count for _, count in nlls], dtype=np.float64)
+    if not counts.sum():
+        raise ValueError("Perplexity needs at least one response token.")
+    low, high = resampled(len(nlls), seed, lambda rows: sums[rows].sum(1) / counts[rows].sum(1))
+    value = float(sums.sum() / counts.sum())
+    return Estimate(math.exp(value), len(nlls), math.exp(low), math.exp(high))
+
+
+@torch.no_grad()
+def _of_batch(model: nn.Module, processor: Any, examples: Sequence[Example]) -> list[Nll]:
+    batch = placed(response_batch(processor, examples), model)
+    assert batch.labels is not None
+    final = _final_states(model, batch.inputs)  # [B, S, d]
+    targets = batch.labels[:, 1:]  # [B, S - 1], what positions 0 .. S - 2 predict
+    rows, positions = (targets != IGNORED).nonzero(as_tuple=True)  # [N], [N]
+    nll = torch.cat(
+        [
+            F.cross_entropy(
+                logits_of(model, final[rows[part], positions[part]]).float(),
+                targets[rows[part], positions[part]],
+                reduction="none",
+            )
+            for part in torch.arange(len(rows), device=rows.device).split(_POSITIONS)
+        ]
+    ).double()  # [N]
+    totals = torch.zeros(len(examples), dtype=torch.float64, device=nll.device)
+    totals.index_add_(0, rows, nll)
+    counts = torch.bincount(rows, minlength=len(examples))
+    return list(zip(totals.tolist(), counts.tolist(), strict=True))
+
+
+class _Stop(Exception):  # noqa: N818 - not an error
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+
+
+def _final_states(model: Any, inputs: Any) -> Tensor:
+    """Normed final states `[B, S, d]`; no logits are made."""
+
+    def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+        raise _Stop(output.last_hidden_state)
+
+    hook = text_decoder(model).register_forward_hook(stop)
+    try:
+        model(**inputs, use_cache=False)
+    except _Stop as stopped:
+        return stopped.states
+    finally:
+        hook.remove()
+    raise AssertionError("the text decoder did not run")
