@@ -11,7 +11,6 @@ from regraft.checks import (
     check_r_max,
     check_shares,
     check_top_heads,
-    draw_calibration,
     order_calibration,
     read_validation,
     seen_before,
@@ -142,12 +141,12 @@ def claim(folder: Path, recipe: Recipe) -> None:
 
 def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Session) -> None:
     pick_device(recipe.compute.device)
-    _check_gain(recipe, dense)
+    _check_gain(recipe, dense, session)
     for variant in recipe.realign:
         if variant.search is not None:
             stages.check_search(dense, variant.search, recipe.compute, session)
     for harmful in _kinds_drawn(recipe):
-        drawn = draw_calibration(dense, recipe.calibration, harmful=harmful)
+        drawn = session.drawn(dense, recipe.calibration, harmful=harmful)
         check_shares(drawn.examples, recipe.compute)
         if harmful and any(one.by_heads for one in recipe.realign):
             check_r_max(dense, recipe.heads, len(drawn.examples))
@@ -200,7 +199,7 @@ def _seen_before(recipe: Recipe, dense: Source, session: stages.Session) -> list
         if calibration.responses == "self":  # any may be needed, until enough answers are kept
             used[f"{role} (self)"] = order_calibration(dense, calibration, harmful=harmful)
         else:
-            used[role] = draw_calibration(dense, calibration, harmful=harmful)
+            used[role] = session.drawn(dense, calibration, harmful=harmful)
     for variant in recipe.realign:
         if (search := variant.search) is not None:
             role = f"validation ({search.validation}, {search.validation_limit or 'all'})"
@@ -213,11 +212,11 @@ def _seen_before(recipe: Recipe, dense: Source, session: stages.Session) -> list
     return seen_before(evaluated, used)
 
 
-def _check_gain(recipe: Recipe, dense: Source) -> None:
+def _check_gain(recipe: Recipe, dense: Source, session: stages.Session) -> None:
     by_gain = [one for one in recipe.realign if one.method == "gain"]
     for calibration in dict.fromkeys(_calibration(recipe, one) for one in by_gain):
         for harmful in (True, False):
-            examples = draw_calibration(dense, calibration, harmful=harmful).examples
+            examples = session.drawn(dense, calibration, harmful=harmful).examples
             for one in by_gain:
                 check_shares(examples[: one.batch], recipe.compute)
 

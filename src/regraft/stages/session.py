@@ -1,4 +1,4 @@
-"""What the evaluations of one run share."""
+"""What the checks and evaluations of one run share."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from regraft.checks import read_suites
+from regraft.checks import draw_calibration, read_suites
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.evaluation.generate import MEMO_BYTES, Answerer
 from regraft.models.load import Source, has_processor
 from regraft.pruning.pruner import zeros
-from regraft.recipe import ComputeSettings, EvalSettings
+from regraft.recipe import CalibrationSettings, ComputeSettings, EvalSettings
 from regraft.stages.common import ABOUT_FILE, load
 from regraft.watch import Watch
 
 
 class Session:
-    """Suites, encoded prompts, what images became, and the model that was loaded last.
+    """Data sets, encoded prompts, what images became, and the model that was loaded last.
 
     Nothing in it decides a result: an evaluation without a session, or with that of other
     evaluations, writes the same files.
@@ -40,6 +40,13 @@ class Session:
         key = (tuple(suites), limit, model.anatomy.has_vision)
         if key not in self._readings:
             self._readings[key] = read_suites(model, suites, limit)
+        return self._readings[key]
+
+    def drawn(self, model: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
+        """`draw_calibration`, and every image is decoded once only."""
+        key = ("drawn", calibration, harmful, model.anatomy.has_vision)
+        if key not in self._readings:
+            self._readings[key] = draw_calibration(model, calibration, harmful=harmful)
         return self._readings[key]
 
     def zeros(self, model: Source) -> int:
