@@ -19,6 +19,7 @@ from regraft import ranks
 from regraft.checks import check_top_heads
 from regraft.console import (
     ConsoleWatch,
+    show_harness,
     show_heads,
     show_judged,
     show_overlap,
@@ -494,6 +495,43 @@ def evaluate(
         )
         show_result(watch.console, done.result)
         watch.note(f"Answers and results: {out}")
+
+
+@app.command
+def harness(
+    model: Model,
+    *task: str,
+    out: Out,
+    patch: Path | None = None,
+    limit: int | None = None,
+    include: Path | None = None,
+    compute: Compute = ComputeSettings(),
+) -> None:
+    """Run tasks of lmms-eval on the model in memory (pip install 'regraft[harness]').
+
+    Example: regraft harness MODEL mmbench_en_dev_static docvqa_val --patch gain.safetensors
+    --out utility.json
+
+    Parameters
+    ----------
+    task
+        Names of lmms-eval's tasks that generate answers to prompts with one image or none.
+    patch
+        Put this patch on the model in memory first.
+    limit
+        Use only the first prompts of each task.
+    include
+        A folder with tasks of your own, in place of lmms-eval's.
+    """
+    from regraft import stages
+
+    with _watch() as watch:
+        source = _open(model, compute.trust_remote_code)
+        results = stages.harness(
+            source, task, out, compute, watch, patch_file=patch, limit=limit, include=include
+        )
+        show_harness(watch.console, results)
+        watch.note(f"Wrote {out}")
 
 
 @app.command

@@ -11,6 +11,7 @@ from regraft.stages.common import ABOUT_FILE
 from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.gathering import statistics
+from regraft.stages.harnessing import harness
 from regraft.stages.judging import judge, judge_bench, own
 from regraft.stages.patching import (
     Preview,
@@ -39,6 +40,7 @@ __all__ = [
     "check_search",
     "defend",
     "evaluate",
+    "harness",
     "heads",
     "judge",
     "judge_bench",

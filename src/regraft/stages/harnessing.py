@@ -1,0 +1,61 @@
+"""Run tasks of lmms-eval on a checkpoint, with or without a patch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from regraft.errors import RegraftError
+from regraft.evaluation.harness import run_tasks
+from regraft.files import file_digest, write_json
+from regraft.keys import describe, to_json
+from regraft.models.load import Source
+from regraft.recipe import ComputeSettings
+from regraft.restoration.apply import check_base, patched
+from regraft.restoration.patch import load_patch
+from regraft.stages.common import load
+from regraft.watch import Watch
+
+
+def harness(
+    model: Source,
+    tasks: Sequence[str],
+    out: Path,
+    compute: ComputeSettings,
+    watch: Watch,
+    *,
+    patch_file: Path | None = None,
+    limit: int | None = None,
+    include: Path | None = None,
+) -> dict[str, Any]:
+    """Writes the new file `out` with lmms-eval's results by task, and returns them.
+
+    Raises:
+        RegraftError: `out` exists, or see `run_tasks`.
+    """
+    if not tasks:
+        raise RegraftError("Name at least one task, such as docvqa_val.")
+    if out.exists():
+        raise RegraftError(f"{out} exists. Choose another output or remove it.")
+    inputs = {"model": model.checkpoint.fingerprint}
+    patch = None if patch_file is None else load_patch(patch_file)
+    if patch is not None and patch_file is not None:
+        check_base(model.checkpoint, patch)
+        inputs["patch"] = file_digest(patch_file)
+    network, processor = load(model, compute, watch)
+    with patched(network, model.anatomy, patch) if patch else nullcontext():
+        results = run_tasks(
+            network, processor, tasks, compute.batch_size, limit=limit, include=include
+        )
+    about = describe("harness", inputs, compute=compute)
+    plain = {task: _plain(found) for task, found in results.items()}
+    to_json(plain)  # before anything is written
+    write_json(out, {"about": {**about, "limit": limit}, "results": plain})
+    return plain
+
+
+def _plain(found: dict[str, Any]) -> dict[str, Any]:
+    """Numbers and texts; lmms-eval's own notes are left out."""
+    return {name: value for name, value in found.items() if isinstance(value, int | float | str)}
