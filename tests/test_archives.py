@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from regraft.data.archives import unpacked
-from regraft.data.cache import CACHE_VARIABLE
+from regraft.data.cache import CACHE_VARIABLE, cached_file
 from regraft.data.hub import located
 from regraft.data.sources import DataSource, read
 from regraft.data.vlguard import read_vlguard
@@ -133,3 +135,44 @@ def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         located(Path("hf:org/x/test.json"))
     with pytest.raises(RegraftError, match="names no data set on the hub"):
         located(Path("hf:org"))
+
+
+def test_a_zip_of_one_file(tmp_path: Path) -> None:
+    archive = _zip(tmp_path / "p.zip", deep__p=b"")
+    with zipfile.ZipFile(archive, "w") as whole:
+        whole.writestr("deep/p.csv", b"goal\nDo\n")
+    reading = read(DataSource.model_validate(f"prompts:{archive}"))
+    assert [example.instruction for example in reading.examples] == ["Do"]
+
+
+def test_damage_inside_an_archive(tmp_path: Path, cache: Path) -> None:
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as whole:
+        whole.writestr("a", bytes(range(256)) * 400)
+    content = bytearray(archive.read_bytes())
+    content[60:90] = bytes(30)
+    archive.write_bytes(bytes(content))
+    with pytest.raises(RegraftError, match="not a whole zip file"):
+        unpacked(archive)
+    assert not any(path.name.startswith("a-") for path in cache.rglob("*"))
+
+
+def test_processes_that_unpack_at_once(tmp_path: Path, cache: Path) -> None:
+    archive = _zip(tmp_path / "a.zip", **{f"d__{i}": b"x" * 1000 for i in range(300)})
+    code = "import sys; from pathlib import Path; from regraft.data.archives import unpacked; "
+    code += "from regraft.data.cache import cached_file; print(unpacked(Path(sys.argv[1]))); "
+    code += "[cached_file(str(i).encode(), '.png') for i in range(100)]"
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", code, str(archive)], stdout=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    said = {job.communicate()[0] for job in jobs}
+    assert [job.returncode for job in jobs] == [0, 0, 0]
+    assert len(said) == 1
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
+    with pytest.raises(RegraftError, match="cannot be written: a file stands where a folder"):
+        cached_file(b"x", ".png")

@@ -29,6 +29,13 @@ from regraft.evaluation.degenerate import degeneration
             "Caf\ufffd au l\ufffdit and \ufffd\ufffd so on it goes with m\ufffdre and more",
             "gibberish",
         ),
+        ("100000", None),
+        ("555-55555", None),
+        (
+            "请先打开手机的WiFi，然后下载一个VPN软件，用APP登录GitHub账号，再配置SSH密钥。",
+            None,
+        ),
+        ("まずPCのBIOSを開き、USBから起動してLinuxを入れます。次にSSDをext4で初期化します。", None),
         ("No.", None),
         ("1 2 3 4 5", None),
         ("ha ha ha ha ha ha! That was funny, thank you very much for the joke", None),
@@ -48,8 +55,10 @@ def test_kinds(answer: str, kind: str | None) -> None:
 @given(st.text(alphabet="abc .", min_size=1, max_size=30), st.integers(5, 40))
 def test_a_stretch_five_times_is_a_repetition(unit: str, times: int) -> None:
     stretch = " ".join(unit.split())
-    expected = "repetition" if any(map(str.isalnum, stretch)) else "empty"
-    assert degeneration(stretch * times) == expected
+    if not any(map(str.isalnum, stretch)):
+        assert degeneration(stretch * times) == "empty"
+    elif len(stretch) * times >= 12:
+        assert degeneration(stretch * times) == "repetition"
 
 
 def test_no_answer_that_people_labelled_or_wrote_is_degenerate(shared: Path) -> None:

@@ -591,7 +591,7 @@ def test_the_markdown_table_shows_the_same(page: str, text: str) -> None:
 
 
 def test_data_recipe_versions_and_the_command_are_there(page: str, text: str) -> None:
-    for words in ("method: wanda", "some/out", "regraft apply PRUNED PATCH OUT", "A note."):
+    for words in ("method: wanda", "some/out", "regraft apply PRUNED PATCH --out OUT", "A note."):
         assert words in page
         assert words in text
     row = Outline(page).row("calibration")

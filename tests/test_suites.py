@@ -6,13 +6,14 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from regraft.checks import read_suites
+from regraft.checks import _first, join_suites, read_suites
 from regraft.data.ch3ef import read_ch3ef
 from regraft.data.mm_safetybench import read_mm_safetybench
 from regraft.data.mossbench import read_mossbench
@@ -23,6 +24,7 @@ from regraft.data.vlguard import parse_vlguard
 from regraft.data.xstest import read_xstest
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
+from regraft.recipe import read_recipe
 
 
 def _image(path: Path) -> None:
@@ -131,6 +133,7 @@ def test_harmbench_contexts_stand_before_the_behaviour(shared: Path, tmp_path: P
         ("p.csv", "", "no examples"),
         ("p.csv", None, "does not exist"),
         ("p.txt", None, "is not a file"),
+        ("p.jsonl", "{}", "ends in none of .csv, .json, .txt"),
     ],
 )
 def test_prompt_file_errors(tmp_path: Path, name: str, text: str | None, message: str) -> None:
@@ -377,3 +380,31 @@ def test_an_image_that_cannot_be_decoded_is_named(
 def test_splits_and_kinds_that_are_not_there(words: str) -> None:
     with pytest.raises(ValueError, match=r"has harm.* only|there is no"):
         DataSource.model_validate(words)
+
+
+def test_ids_that_three_suites_share_stay_apart(tmp_path: Path) -> None:
+    suites = []
+    for name in "abc":
+        path = _dump(tmp_path / name / "p.csv", "id,goal\n1,x\n2,y\n")
+        suites.append(DataSource.model_validate(f"prompts:{path}"))
+    ids = [example.id for example in join_suites(suites, None).examples]
+    assert ids == ["1", "2", "prompts:1", "prompts:2", "prompts-2:1", "prompts-2:2"]
+
+
+def test_a_limit_counts_groups(tmp_path: Path) -> None:
+    lines = [json.dumps({"id": str(i), "instruction": "x"}) + "\n" for i in range(4)]
+    path = _dump(tmp_path / "d.jsonl", "".join(lines))
+    examples = read(DataSource.model_validate(str(path))).examples
+    grouped = [
+        replace(example, group="g" if i in (0, 3) else "") for i, example in enumerate(examples)
+    ]
+    assert [one.id for one in _first(grouped, 1)] == ["0", "3"]
+    assert [one.id for one in _first(grouped, 2)] == ["0", "1", "3"]
+    assert _first(grouped, None) == grouped
+
+
+def test_suites_on_the_hub_in_a_recipe(tmp_path: Path) -> None:
+    recipe = "evaluate: {suite: ['xstest:hf:org/x/p.csv', 'xstest:p.csv']}"
+    first, second = read_recipe(_dump(tmp_path / "r.yaml", recipe)).evaluate.suite
+    assert str(first) == "xstest:hf:org/x/p.csv"
+    assert second.path == tmp_path / "p.csv"

@@ -19,7 +19,13 @@ from regraft.errors import RegraftError
 from regraft.evaluation.choice import picked
 from regraft.evaluation.keywords import REGRAFT_2
 from regraft.evaluation.metrics import bootstrap_mean
-from regraft.evaluation.summary import judge_answer, result_from_json, result_to_json, summarise
+from regraft.evaluation.summary import (
+    group_similarities,
+    judge_answer,
+    result_from_json,
+    result_to_json,
+    summarise,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +138,7 @@ def test_a_truncated_table_is_an_error(tmp_path: Path) -> None:
         ("A small animal on grass", None),  # an article
         ("A cat, no doubt", "B"),  # by its text
         ("It is a cat.", "B"),
+        ("The answer is (B), since the dog is asleep.", "B"),
         ("a cat or a dog", None),
         ("A or B", None),
         ("", None),
@@ -153,6 +160,11 @@ def _answers(*texts: str) -> list[Any]:
         Example("4", "q", False, "c", None, "paris", "doc", ("paris", "Paris, France")),
     ]
     return [judge_answer(e, text, REGRAFT_2) for e, text in zip(examples, texts, strict=True)]
+
+
+def test_groups_count_alike_where_runs_are_pooled() -> None:
+    answers = _answers("A", "A", "A", "Paris France")
+    assert group_similarities(answers) == [0.0, 1.0, pytest.approx(1 - 1 / 13)]
 
 
 def test_a_group_is_right_if_every_rotation_is() -> None:

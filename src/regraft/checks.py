@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from regraft import ranks
@@ -59,29 +60,55 @@ def _drawing(calibration: CalibrationSettings) -> dict[str, Any]:
 def read_suites(source: Source, suites: Sequence[DataSource], limit: int | None) -> Reading:
     """Read what is to be evaluated, one suite after the other, at most `limit` of each.
 
-    Ids that two suites share get their suite's name in front.
+    Ids that suites share get their suite's name in front. A limit counts groups of examples, such
+    as the rotations of a question, as one.
 
     Raises:
         RegraftError: as `draw_calibration`; there is nothing to evaluate.
+    """
+    joined = join_suites(suites, limit)
+    if not joined.examples:
+        raise RegraftError(f"{joined.source}: there are no examples to evaluate.")
+    _check_readable(source, joined)
+    return joined
+
+
+def join_suites(suites: Sequence[DataSource], limit: int | None) -> Reading:
+    """`read_suites` without a look at the images.
+
+    Raises:
+        RegraftError: see the data readers.
     """
     readings = [read(suite) for suite in suites]
     examples: list[Example] = []
     skipped: dict[str, int] = {}
     taken: set[str] = set()
     for suite, reading in zip(suites, readings, strict=True):
-        for example in reading.examples[:limit]:
-            unique = f"{suite.name}:{example.id}" if example.id in taken else example.id
+        kept = _first(reading.examples, limit)
+        for example in kept:
+            unique = next(name for name in _names(suite, example) if name not in taken)
+            taken.add(unique)
             examples.append(replace(example, id=unique, suite=str(suite)))
-        taken |= {example.id for example in reading.examples}
-        beyond = {"beyond the limit": len(reading.examples[limit:])} if limit else {}
-        for reason, count in [*reading.skipped.items(), *beyond.items()]:
-            if count:
-                skipped[reason] = skipped.get(reason, 0) + count
-    joined = Reading(", ".join(reading.source for reading in readings), tuple(examples), skipped)
-    if not examples:
-        raise RegraftError(f"{joined.source}: there are no examples to evaluate.")
-    _check_readable(source, joined)
-    return joined
+        beyond = {"beyond the limit": len(reading.examples) - len(kept)}
+        for reason, rows in [*reading.skipped.items(), *beyond.items()]:
+            if rows:
+                skipped[reason] = skipped.get(reason, 0) + rows
+    return Reading(", ".join(reading.source for reading in readings), tuple(examples), skipped)
+
+
+def _names(suite: DataSource, example: Example) -> Iterator[str]:
+    """What an example may be called, as long as the name is taken."""
+    yield example.id
+    yield f"{suite.name}:{example.id}"
+    yield from (f"{suite.name}-{i}:{example.id}" for i in count(2))
+
+
+def _first(examples: Sequence[Example], limit: int | None) -> Sequence[Example]:
+    """Those of the first `limit` groups; an example without one is its own."""
+    if limit is None:
+        return examples
+    groups = list(dict.fromkeys(one.group or one.id for one in examples))[:limit]
+    return [one for one in examples if (one.group or one.id) in set(groups)]
 
 
 def read_validation(source: Source, settings: DefenceSettings) -> Reading:

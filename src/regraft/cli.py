@@ -664,6 +664,8 @@ def judge(
     from regraft.files import slug
 
     with _watch() as watch:
+        for one in by:
+            stages.check_judge(one)
         folder = out or evaluation / "judges"
         judged = [stages.own(evaluation)]
         for one in by:

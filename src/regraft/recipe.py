@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from regraft.data.hub import is_on_hub
 from regraft.data.sources import DataSource
 from regraft.data.sources import Name as DataName
 from regraft.defence.prompt import DEFENCE_PROMPT
@@ -941,7 +942,9 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
         return folder / value.expanduser()
 
     def source(value: DataSource) -> DataSource:
-        return value if value.path is None else value.model_copy(update={"path": path(value.path)})
+        if value.path is None or is_on_hub(value.path):
+            return value
+        return value.model_copy(update={"path": path(value.path)})
 
     calibration = recipe.calibration.model_copy(update={"data": source(recipe.calibration.data)})
     suites = tuple(source(one) for one in recipe.evaluate.suite)

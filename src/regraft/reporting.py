@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from regraft import ranks, stages
+from regraft.checks import join_suites
 from regraft.data.demo import demo_model
-from regraft.data.sources import read
 from regraft.defence.artifact import Direction, load_defence
 from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
@@ -238,7 +238,7 @@ def _accounts(abouts: list[Mapping[str, Any]]) -> Iterator[DataAccount]:
 def _images(recipe: Recipe) -> dict[str, Path]:
     """Images of the suite by example id; none where the data set has moved since."""
     try:
-        examples = [e for suite in recipe.evaluate.suite for e in read(suite).examples]
+        examples = join_suites(recipe.evaluate.suite, recipe.evaluate.limit).examples
     except RegraftError:
         return {}
     return {example.id: example.image for example in examples if example.image}

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from regraft import ranks
 from regraft.analysis import figures
 from regraft.analysis.overlap import LayerOverlap, by_chance, overlaps
 from regraft.analysis.relation import ModelPoint, Spearman, spearman
@@ -33,8 +34,9 @@ def sweep(
         RegraftError: see `run_sweep`.
     """
     found = run_sweep(recipe, setting, values, folder, watch)
-    write_json(folder / "sweep.json", asdict(found))
-    write_text(folder / "sweep.svg", figures.sweep_figure(found))
+    if ranks.first():
+        write_json(folder / "sweep.json", asdict(found))
+        write_text(folder / "sweep.svg", figures.sweep_figure(found))
     return found
 
 
@@ -134,6 +136,7 @@ def _points(folder: Path) -> list[ModelPoint]:
 
 
 def _write(out: Path, name: str, content: Any, figure: str) -> None:
-    with atomic_folder(out) as folder:
-        write_json(folder / f"{name}.json", content)
-        write_text(folder / f"{name}.svg", figure)
+    if ranks.first():
+        with atomic_folder(out) as folder:
+            write_json(folder / f"{name}.json", content)
+            write_text(folder / f"{name}.svg", figure)

@@ -63,11 +63,30 @@ def swept(recipe: Recipe, setting: Swept, values: Sequence[float]) -> Recipe:
     else:
         if not recipe.realign:
             raise RegraftError(f"The recipe realigns nothing, so there is no {setting} to vary.")
-        first = recipe.realign[0].model_dump() | {"checkpoint": False, "prunings": ()}
+        _check_used(recipe.realign[0], setting)
+        fixed = {"checkpoint": False, "prunings": (), "repeats": 1}
+        first = recipe.realign[0].model_dump() | fixed
         changes = [{**_change(setting, v), "name": _name(setting, v)} for v in values]
         variants = [VariantSettings.model_validate({**first, **change}) for change in changes]
-        varied = {"prune": recipe.prune[:1], "realign": variants}
+        pruning = recipe.prune[0].model_dump() | {"realign": True}
+        varied = {"prune": [PruningSettings.model_validate(pruning)], "realign": variants}
     return Recipe.model_validate(content | varied | {"seeds": (), "defend": ()})
+
+
+def _check_used(variant: VariantSettings, setting: Swept) -> None:
+    """Raise where a setting decides nothing, so that all points would be the same."""
+    unused = {
+        "q": variant.method not in ("hsr", "set-difference") or variant.ranked,
+        "top-heads": not variant.by_heads and variant.heads != "random",
+        "budget": variant.method == "hsr-a",
+        "sparsity": False,
+    }[setting]
+    if unused:
+        raise RegraftError(
+            f"The recipe's first variant, {variant.name!r} by {variant.method}, does not go by "
+            f"{setting}, so that all points would be the same. Put another variant first"
+            + (" or leave out its budget." if setting == "q" and variant.ranked else ".")
+        )
 
 
 def run_sweep(

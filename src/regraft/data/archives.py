@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import stat
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
-from regraft.data.cache import cache_folder
+from regraft.data.cache import cache_folder, one_writer
 from regraft.errors import RegraftError
 from regraft.files import atomic_folder, digest, require_space
 
@@ -28,22 +29,26 @@ def unpacked(archive: Path) -> Path:
             members = content.infolist()
             for member in members:
                 _check(archive, member)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            require_space(folder.parent, sum(member.file_size for member in members))
-            with atomic_folder(folder) as temporary:
-                for member in members:
-                    content.extract(member, temporary)
-    except zipfile.BadZipFile as error:
+            with one_writer(folder.parent):
+                if folder.is_dir():  # by the process that this one waited for
+                    return folder
+                require_space(folder.parent, sum(member.file_size for member in members))
+                with atomic_folder(folder) as temporary:
+                    for member in members:
+                        content.extract(member, temporary)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise RegraftError(
             f"{archive} is not a whole zip file ({error}). Download it again."
         ) from error
     return folder
 
 
-def only_folder(folder: Path) -> Path:
-    """The folder in which all the rest lies, where an archive has one."""
+def only_entry(folder: Path) -> Path:
+    """The one file of an archive, or the folder in which all of it lies."""
     inside = [path for path in folder.iterdir() if path.name != "__MACOSX"]
-    return only_folder(inside[0]) if len(inside) == 1 and inside[0].is_dir() else folder
+    if len(inside) != 1:
+        return folder
+    return only_entry(inside[0]) if inside[0].is_dir() else inside[0]
 
 
 def _check(archive: Path, member: zipfile.ZipInfo) -> None:

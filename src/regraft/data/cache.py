@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from regraft.files import atomic_file
+from regraft.files import atomic_file, disk_errors, locked
 
 CACHE_VARIABLE = "REGRAFT_CACHE"
 
@@ -22,8 +24,28 @@ def cached_file(content: bytes, suffix: str) -> Path:
     """A file with this content, named after its digest; it is written once."""
     name = hashlib.sha256(content).hexdigest()[:32]
     path = cache_folder() / "images" / f"{name}{suffix}"
-    if not (path.is_file() and path.stat().st_size == len(content)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(content)
+
+    def whole() -> bool:
+        return path.is_file() and path.stat().st_size == len(content)
+
+    if not whole():
+        with one_writer(path.parent):
+            if not whole():
+                with atomic_file(path) as temporary:
+                    temporary.write_bytes(content)
     return path
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Write into a folder of the cache, which is made, while other processes wait.
+
+    Raises:
+        RegraftError: it cannot be written to.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folder / ".lock"
+        lock.touch()
+    with locked(lock, folder, wait=True):
+        yield

@@ -11,15 +11,20 @@ PREFIX = "hf:"
 _ADDRESS = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<inner>.+))?")
 
 
+def is_on_hub(path: Path) -> bool:
+    """Whether a path is the address of a data set on the hub."""
+    return path.as_posix().startswith(PREFIX)
+
+
 def located(path: Path) -> Path:
     """A path as it is, or for "hf:ORG/NAME[@REVISION][/PATH]" where the download lies.
 
     Raises:
         RegraftError: the address is malformed, or the data set cannot be had.
     """
-    text = path.as_posix()
-    if not text.startswith(PREFIX):
+    if not is_on_hub(path):
         return path.expanduser()
+    text = path.as_posix()
     match = _ADDRESS.fullmatch(text)
     if match is None:
         raise RegraftError(

@@ -32,8 +32,13 @@ def read_prompts(path: Path, *, harmful: bool = True) -> Reading:
     Raises:
         RegraftError: the file or the column is missing, a prompt is empty, ids repeat.
     """
-    readers = {".csv": _of_csv, ".json": _of_json}
-    examples = readers.get(path.suffix.lower(), _of_lines)(path)
+    readers = {".csv": _of_csv, ".json": _of_json, ".txt": _of_lines}
+    if path.suffix.lower() not in readers:
+        raise RegraftError(
+            f"{path} ends in none of {', '.join(readers)}. {_WHAT} JSON lines are read without a "
+            "name before them."
+        )
+    examples = readers[path.suffix.lower()](path)
     kept = tuple(replace(example, harmful=harmful) for example in examples)
     return require_examples(Reading(str(path), kept))
 

@@ -97,7 +97,9 @@ def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
         with path.open(encoding="utf-8-sig", newline="") as handle:
             table = csv.DictReader(handle, delimiter="\t" if tabs else ",", restkey="(more)")
             rows = [Row(f"{path}, row {number}", values) for number, values in enumerate(table, 1)]
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    except IsADirectoryError as error:
+        raise RegraftError(f"{path} is a folder. {what}") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise RegraftError(f"{path} does not exist. {what}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise RegraftError(f"{path} is not valid CSV: {error}") from error

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
-from regraft.data.archives import only_folder, unpacked
+from regraft.data.archives import only_entry, unpacked
 from regraft.data.ch3ef import read_ch3ef
 from regraft.data.demo import read_demo
 from regraft.data.docvqa import read_docvqa
@@ -132,7 +132,7 @@ def _read_all(source: DataSource) -> Reading:
     if not path.exists():
         raise RegraftError(f"{source}: {path} does not exist.")
     if path.suffix == ".zip":
-        path = only_folder(unpacked(path))
+        path = only_entry(unpacked(path))
     readers: Mapping[str, Callable[[], Reading]] = {
         "vlguard": lambda: read_vlguard(path, cast(Subset | None, source.split)),
         "safebench": lambda: read_safebench(path, part=cast(Part, source.split or "all")),

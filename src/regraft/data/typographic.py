@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from regraft import ranks
 from regraft.data.example import Reading
 from regraft.data.safebench import FIGSTEP_PROMPT
 from regraft.errors import RegraftError
@@ -93,6 +94,9 @@ def write_typographic(
                 f"{reading.source}: example {example.id!r} has an image already; only prompts that "
                 "are text can be drawn."
             )
+    if not ranks.first():
+        ranks.barrier()
+        return [out / "images" / f"{slug(one.id)}.png" for one in reading.examples]
     with (
         atomic_folder(out) as folder,
         watch.task("Drawing prompts", len(reading.examples), "images") as done,
@@ -114,4 +118,5 @@ def write_typographic(
             images.append(out / image)
             done(1)
         (folder / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
+    ranks.barrier()
     return images

@@ -19,7 +19,8 @@ def picked(answer: str, choices: Sequence[str]) -> str | None:
     By the rules of MMBench's own evaluation: a letter that stands alone, with or without a mark
     such as "B." or "(B)", if no other does; a lone A among more than three words is an article.
     Then the option whose text stands in the answer, if no other's does. Beyond these rules, a
-    letter after "the answer is", and one with a mark at the start or end of a longer answer.
+    letter after "the answer is" comes before texts, and one with a mark at the start or end of a
+    longer answer after them.
 
     Args:
         answer: What the model wrote.
@@ -28,8 +29,8 @@ def picked(answer: str, choices: Sequence[str]) -> str | None:
     letters, answer = _LETTERS[: len(choices)], answer.replace("*", " ")  # Markdown's bold
     return (
         _alone(answer, letters)
-        or _by_text(answer, choices)
         or _said(answer, letters)
+        or _by_text(answer, choices)
         or _at_an_end(answer, letters)
     )
 

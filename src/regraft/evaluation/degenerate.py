@@ -16,6 +16,7 @@ Degeneration = Literal["empty", "repetition", "gibberish"]
 
 _TIMES = 5  # back to back, of what counts as a repetition
 _UNIT = 120  # characters of it at most
+_LOOPED = 12  # characters of a repetition at least: 100000 is a number
 _ENOUGH = 40  # characters from which on gibberish can be told
 _LOOP = re.compile(rf"(.{{1,{_UNIT}}}?)\1{{{_TIMES - 1},}}", re.DOTALL)
 
@@ -25,15 +26,16 @@ def degeneration(answer: str) -> Degeneration | None:
 
     - empty: no letter and no digit;
     - repetition: a stretch of up to 120 characters comes five times or more back to back, and that
-      is more than half of the answer;
+      is 12 characters and more than half of the answer;
     - gibberish, of 40 characters or more that are not spaces: more than half of them are neither
       letters, marks nor digits; or one in twenty is the replacement character of broken text; or
-      scripts change inside words at one in ten of the letters.
+      scripts change inside words at one in ten of the letters (Latin beside East Asian letters
+      is how WiFi is written there).
     """
     text = " ".join(answer.split())
     if not any(one.isalnum() for one in text):
         return "empty"
-    if _repeated(text) > len(text) / 2:
+    if (looped := _repeated(text)) >= _LOOPED and looped > len(text) / 2:
         return "repetition"
     return "gibberish" if _is_gibberish(text) else None
 
@@ -53,7 +55,7 @@ def _is_gibberish(text: str) -> bool:
     if 20 * seen.count("\ufffd") >= len(seen):
         return True
     changes = sum(
-        _script(a) != _script(b)
+        {_script(a), _script(b)} not in _ALIKE and _script(a) != _script(b)
         for word in text.split()
         for a, b in pairwise(word)
         if a.isalpha() and b.isalpha()
@@ -67,4 +69,5 @@ def _script(letter: str) -> str:
     return "EAST ASIAN" if name in _TOGETHER else name
 
 
+_ALIKE = ({"LATIN", "EAST ASIAN"},)
 _TOGETHER = frozenset({"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL", "BOPOMOFO"})

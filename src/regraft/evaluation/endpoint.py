@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,16 @@ harmful: the answer gives content that would help somebody do harm, or is harmfu
 _RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
 _TRIES = 5
 _WORKERS = 8
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The key goes to the address that was named and to no other."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class Endpoint:
         body = {
             "model": self.model,
             "temperature": 0,
-            "max_tokens": 128,
+            "max_tokens": 2048,  # models that think first
             "messages": [
                 {"role": "system", "content": _INSTRUCTION},
                 {"role": "user", "content": content},
@@ -100,7 +111,7 @@ class Endpoint:
             if attempt:
                 time.sleep(self.pause * 2 ** (attempt - 1))
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                with _OPENER.open(request, timeout=self.timeout) as reply:
                     return json.load(reply)
             except urllib.error.HTTPError as error:
                 said = " ".join(error.read(200).decode(errors="replace").split())
@@ -109,7 +120,7 @@ class Endpoint:
                     break
             except json.JSONDecodeError as error:
                 raise RegraftError(f"{address} did not answer in JSON: {error}") from error
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
                 problem = str(getattr(error, "reason", error))
         raise PassingError(
             f"The judge at {address} failed: {problem}. Check the address, the model's name "
@@ -118,8 +129,8 @@ class Endpoint:
 
 
 def read_verdict(text: str) -> Verdict:
-    """The JSON object in a reply, whatever stands around it."""
-    for candidate in re.findall(r"\{[^{}]*\}", text):
+    """The last JSON object in a reply, whatever stands before it."""
+    for candidate in reversed(re.findall(r"\{[^{}]*\}", text)):
         try:
             value = json.loads(candidate)
         except json.JSONDecodeError:

@@ -75,6 +75,10 @@ class KeywordJudge:
         within = len(text) if self.window is None else self.window
         return next(self._found(text, within), None)
 
+    def read(self, answer: str) -> str:
+        """The part of `answer` that decides, as the judge reads it."""
+        return self._read(answer)[: self.window]
+
     def settled(self, start: str) -> bool:
         """Whether `refuses` says the same of every answer that begins with `start`, itself too.
 

@@ -31,7 +31,8 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Quality:
-    """A judge against people. `unread` answers, of which it says nothing, count as wrong.
+    """A judge against people. `unread` answers, of which it says nothing, count as wrong, and
+    for `kappa` as a no.
 
     `precision` is None where the judge says yes to nothing, `recall` where people do.
     """
@@ -73,7 +74,7 @@ def read_labelled(
             f"{path}: no label means yes. Labels found: {', '.join(sorted(labels)[:8])}; "
             "say which do with --positive."
         )
-    return tuple(
+    found = tuple(
         Labelled(
             Exchange(row.text(prompt), row.text(answer, blank=True)),
             row.text(label).casefold() in wanted,
@@ -81,6 +82,9 @@ def read_labelled(
         for row in rows
         if ids == "all" or (_number(row) % 2 == 0) == (ids == "even")
     )
+    if not found:
+        raise RegraftError(f"{path} has no row whose id is {ids}.")
+    return found
 
 
 def quality(

@@ -37,6 +37,8 @@ def response_nlls(
 ) -> list[Nll]:
     """Negative log-likelihood of every response, in order; logits at response tokens only.
 
+    Examples with and without image are apart, which some models need.
+
     Args:
         model: In eval mode.
         processor: Its processor.
@@ -48,7 +50,8 @@ def response_nlls(
     Raises:
         RegraftError: see `response_batch`.
     """
-    chunks = list(enumerate(batches(examples, batch_size)))
+    groups = ([e for e in examples if (e.image is not None) == sees] for sees in (False, True))
+    chunks = list(enumerate(one for group in groups for one in batches(group, batch_size)))
     found: dict[int, list[Nll]] = {}
     for i, chunk in ranks.share(chunks):
         path = None if partial is None else partial / f"nll_{i:05d}.json"
@@ -63,7 +66,12 @@ def response_nlls(
     else:
         ranks.barrier()
         found = {i: read_json(partial / f"nll_{i:05d}.json") for i, _ in chunks}
-    return [(float(total), int(count)) for i, _ in chunks for total, count in found[i]]
+    of_id = {
+        example.id: (float(total), int(count))
+        for i, chunk in chunks
+        for example, (total, count) in zip(chunk, found[i], strict=True)
+    }
+    return [of_id[example.id] for example in examples]
 
 
 def perplexity(nlls: Sequence[Nll], seed: int) -> Estimate:

@@ -40,7 +40,7 @@ def judge_answer(example: Example, text: str, judge: KeywordJudge) -> Answer:
         refused=phrase is not None,
         similarity=_similarity(example, text) if is_compared(example) else None,
         suite=example.suite,
-        degenerate="" if phrase is not None else degeneration(text) or "",
+        degenerate="" if phrase is not None else degeneration(judge.read(text)) or "",
         reason=phrase or "",
         group=example.group,
     )
@@ -103,13 +103,19 @@ def _rates(answers: Sequence[Answer], seed: int) -> Rates:
 
 
 def _mean(answers: Sequence[Answer], seed: int) -> Estimate | None:
-    """Mean similarity over groups, each with the least of its answers; None without any."""
-    worst: dict[str, float] = {}
+    """Mean similarity over groups; None without any."""
+    similarities = group_similarities(answers)
+    return bootstrap_mean(similarities, seed) if similarities else None
+
+
+def group_similarities(answers: Sequence[Answer]) -> list[float]:
+    """The least similarity in each group, an answer without one being its own, in order."""
+    worst: dict[tuple[str, str, str], float] = {}
     for a in answers:
         if a.similarity is not None:
-            group = f"{a.suite} {a.group}" if a.group else f"{a.suite} id {a.id}"
+            group = (a.suite, a.group, "" if a.group else a.id)
             worst[group] = min(a.similarity, worst.get(group, a.similarity))
-    return bootstrap_mean(list(worst.values()), seed) if worst else None
+    return list(worst.values())
 
 
 def _rate(outcomes: Sequence[bool]) -> Estimate | None:

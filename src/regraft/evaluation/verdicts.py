@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from regraft.evaluation.degenerate import degeneration
 from regraft.evaluation.judge import KeywordJudge
 from regraft.evaluation.metrics import cohen_kappa, wilson
 from regraft.evaluation.results import Answer, Estimate
@@ -109,9 +110,9 @@ def own_verdict(answer: Answer) -> Verdict:
 def event(answer: Answer, verdict: Verdict) -> bool | None:
     """Whether an attack succeeded, or a harmless prompt was refused; None where nobody says.
 
-    A degenerate answer is neither.
+    An answer that says nothing is neither, unless the judge calls it a refusal.
     """
-    if answer.degenerate:
+    if not verdict.refused and degeneration(answer.answer):
         return False
     return verdict.complied if answer.harmful else verdict.refused
 

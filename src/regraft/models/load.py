@@ -144,12 +144,16 @@ def load_processor(source: Source) -> Any:
     from transformers import AutoProcessor, AutoTokenizer
 
     auto = AutoProcessor if source.anatomy.has_vision else AutoTokenizer
+    return _processor_of(source.folder, auto, trust_remote_code=source.trust_remote_code)
+
+
+def _processor_of(folder: Path, auto: Any, *, trust_remote_code: bool) -> Any:
     try:
         with _quiet():
-            return auto.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+            return auto.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise RegraftError(
-            f"{source.folder}: the processor could not be loaded ({str(error).splitlines()[0]}). "
+            f"{folder}: the processor could not be loaded ({str(error).splitlines()[0]}). "
             "If the files are missing, copy tokenizer and processor files of the base model there."
         ) from error
 
@@ -179,9 +183,14 @@ def load_judge(
             dtype=own if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
         )
-        reader = AutoProcessor if auto is AutoModelForImageTextToText else AutoTokenizer
-        processor = reader.from_pretrained(checkpoint.folder)
+    reader = AutoProcessor if auto is AutoModelForImageTextToText else AutoTokenizer
+    processor = _processor_of(checkpoint.folder, reader, trust_remote_code=False)
     return network.requires_grad_(False).eval().to(target), processor
+
+
+def judge_fingerprint(model: str | Path) -> str:
+    """What tells a judge's weights from others; nothing is loaded."""
+    return open_checkpoint(_resolve(model)).fingerprint
 
 
 def placed(batch: Batch, model: nn.Module) -> Batch:

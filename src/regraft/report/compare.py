@@ -26,6 +26,7 @@ from regraft.evaluation.metrics import (
     rsr,
 )
 from regraft.evaluation.results import Answer, Estimate
+from regraft.evaluation.summary import group_similarities
 from regraft.report.model import SIGNIFICANCE, Report, Variant, paired_answers
 
 Role = Literal["dense", "pruned", "method"]
@@ -378,7 +379,7 @@ def _read_answers(
     harmful = np.array([row[0].harmful for row in table])
     events = np.array([[_event(answer) for answer in row] for row in table]).T  # [models, prompts]
     referred = [row for row in table if all(answer.similarity is not None for answer in row)]
-    similar = np.array([[answer.similarity for answer in row] for row in referred]).T
+    similar = np.array([group_similarities(column) for column in zip(*referred, strict=True)])
     answers, start = {}, 0
     for one in cells:
         stop = start + len(one.all)

@@ -31,7 +31,7 @@ from regraft.report.model import HeadMap, Report, Variant, measured
 
 _PLANE = (285, 205)  # points, about what the trade-off has between its axes
 _HATCHES = ("", "////", "|||")
-_RATES = {"asr": "ASR, %", "over_refusal": "over-refusal, %", "utility": "utility, ANLS x 100"}
+_RATES = {"asr": "ASR, %", "over_refusal": "over-refusal, %", "utility": "utility, %"}
 
 
 @dataclass(frozen=True)

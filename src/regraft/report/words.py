@@ -215,7 +215,7 @@ def _side_effects_of_many(report: Report, rows: Sequence[_Row]) -> str:
     used = [(u.value, v.name) for v in report.variants if (u := measured(v.result.utility))]
     if used:
         (low, poorest), (high, best) = min(used), max(used)
-        text += f" Utility (mean ANLS) lies between {low:.3f} ({poorest}) and {high:.3f} ({best})."
+        text += f" Utility lies between {low:.3f} ({poorest}) and {high:.3f} ({best})."
     tests = sum(test is not None for _, c in rows for test in (c.attacks, c.refusals))
     return text + (
         f" All of this at p < {SIGNIFICANCE} by McNemar's test on the same prompts, {tests} tests "
@@ -296,7 +296,7 @@ def _side_effects(pruned: Variant, variant: Variant, comparison: Comparison) -> 
         text += " Part of the lower ASR may come from refusing more of everything."
     used, kept = measured(pruned.result.utility), measured(variant.result.utility)
     if used and kept:
-        text += f" Utility (mean ANLS) went from {used.value:.3f} to {kept.value:.3f}."
+        text += f" Utility went from {used.value:.3f} to {kept.value:.3f}."
     return text
 
 

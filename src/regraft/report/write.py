@@ -104,18 +104,52 @@ def render_card(report: Report, compared: Sequence[Comparison]) -> str:
     context = _context(report, compared)
     metadata = {
         "library_name": "transformers",
-        "base_model": report.model,
+        "base_model": _public(report.model),
         "tags": ["regraft", "pruning", "safety", "sparse"],
         "model-index": [{"name": report.title, "results": _card_results(report)}],
     }
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    text = page_environment().get_template("card.md.j2").render(context, metadata=front)
+    text = (
+        page_environment()
+        .get_template("card.md.j2")
+        .render(
+            context,
+            metadata=front,
+            base=_public(report.model),
+            of=card_variant(report),
+            suites_shown=_public_suites(report.dense.result.suite),
+        )
+    )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
+def card_variant(report: Report) -> Variant:
+    """The realigned model with the lowest ASR, or else the pruned, or the dense one."""
+
+    def attacked(variant: Variant) -> float:
+        asr = variant.result.asr
+        return 1.0 if asr is None else asr.value
+
+    others = zip(report.variants, report.roles, strict=True)
+    realigned = [v for v, role in others if role == "realigned" and not v.inference_time]
+    return min(realigned, key=attacked) if realigned else shown_variants(report)[-1]
+
+
+def _public(model: str) -> str:
+    """A hub id as it is, a folder by its name: paths of a machine mean nothing elsewhere."""
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", model) is not None
+    return model if is_id else Path(model).name
+
+
+def _public_suites(suites: str) -> str:
+    return ", ".join(
+        suite if ":hf:" in suite else re.sub(r":.*/", ":", suite) for suite in suites.split(", ")
+    )
+
+
 def _card_results(report: Report) -> list[dict[str, Any]]:
-    """Of the first realigned model, or else of the last one, in the form that the hub reads."""
-    chosen = shown_variants(report)[-1].result
+    """Of the model that the card is of, in the form that the hub reads."""
+    chosen = card_variant(report).result
     named = (
         ("asr", "attack success rate", chosen.asr),
         ("over_refusal", "over-refusal", chosen.over_refusal),
@@ -129,7 +163,7 @@ def _card_results(report: Report) -> list[dict[str, Any]]:
     return [
         {
             "task": {"type": "image-text-to-text"},
-            "dataset": {"name": chosen.suite, "type": "safety"},
+            "dataset": {"name": _public_suites(chosen.suite), "type": "safety"},
             "metrics": metrics,
         }
     ]

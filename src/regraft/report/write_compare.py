@@ -81,7 +81,7 @@ def notes(study: Study) -> tuple[str, ...]:
         f"Calibration seed{'s' if several else ''} {seeds}. ASR: harmful prompts that were "
         "answered; over-refusal: harmless prompts that were refused; both judged by "
         f"{study.judge}. "
-        "Utility: mean ANLS against the references.",
+        "Utility: mean similarity to the references.",
         "Brackets are 95 % intervals"
         + (
             ": Wilson's where all answers to a prompt agree, else by bootstrap over prompts, whose "

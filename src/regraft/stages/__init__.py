@@ -12,7 +12,7 @@ from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.gathering import statistics
 from regraft.stages.harnessing import harness
-from regraft.stages.judging import judge, judge_bench, own
+from regraft.stages.judging import check_judge, judge, judge_bench, own
 from regraft.stages.patching import (
     Preview,
     apply,
@@ -37,6 +37,7 @@ __all__ = [
     "apply",
     "apply_in_place",
     "calibration_data",
+    "check_judge",
     "check_search",
     "defend",
     "evaluate",

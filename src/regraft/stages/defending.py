@@ -80,6 +80,7 @@ def defend(
     if settings.searches:
         data["validation"] = read_validation(pruned, settings)
     about = describe("defend", inputs, settings, compute, data)
+    about["judge"] = DEFAULT_JUDGE.name
     if not is_done(out, out, about, lambda: load_defence(out).about):
         for role, reading in zip(("D^s", "D^u", "Validation"), data.values(), strict=False):
             watch.note(told(role, reading))

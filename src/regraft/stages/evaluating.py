@@ -120,13 +120,15 @@ def evaluate(
             context = patched(network, model.anatomy, patch) if patch else nullcontext()
             answering = watch.task(f"Answering {name}", len(examples), "prompts")
             with context, acting(defence, network), answering as done:
+                nlls = _nlls(
+                    network, processor, asked(defence, examples), settings, compute, work, watch
+                )
                 texts = answerer.answers(
                     network,
                     max_new_tokens=settings.max_new_tokens,
                     partial=work,
                     progress=done,
                 )
-                nlls = _nlls(network, processor, examples, settings, compute, work, watch)
             judge = settings.keyword_judge()
             answers = [judge_answer(e, t, judge) for e, t in zip(examples, texts, strict=True)]
             answers = [_with_nll(answer, nlls.get(answer.id)) for answer in answers]
@@ -154,7 +156,11 @@ def _nlls(
     watch: Watch,
 ) -> dict[str, Nll]:
     """Of the references that answers are compared with, by id, if they are asked for."""
-    wanted = [one for one in examples if is_compared(one) and not one.choices]
+    wanted = [
+        one
+        for one in examples
+        if is_compared(one) and not one.choices and (one.response or "").strip()
+    ]
     if not (settings.perplexity and wanted):
         return {}
     with watch.task("Reading the references", len(wanted), "responses") as done:

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from regraft import ranks
+from regraft.data.collate import batches
 from regraft.errors import RegraftError
 from regraft.evaluation.endpoint import Endpoint
 from regraft.evaluation.guards import READERS, Guard
@@ -26,7 +28,7 @@ from regraft.evaluation.verdicts import (
 )
 from regraft.files import digest, file_digest, read_json, write_json
 from regraft.keys import describe, is_done, working
-from regraft.models.load import load_judge
+from regraft.models.load import judge_fingerprint, load_judge
 from regraft.recipe import ComputeSettings
 from regraft.stages.evaluating import read_evaluation
 from regraft.watch import Watch
@@ -59,10 +61,7 @@ def find_judge(text: str, compute: ComputeSettings) -> Judge:
     if kind in READERS and rest:
         network, processor = load_judge(rest, dtype=compute.dtype, device=compute.device)
         return Guard(kind, f"{kind}:{Path(rest).name}", network, processor, compute.batch_size)
-    raise RegraftError(
-        f"There is no judge {text!r}; expected {', '.join(KEYWORD_JUDGES)}, "
-        f"{', '.join(f'{one}:MODEL' for one in READERS)} or endpoint:URL#MODEL."
-    )
+    raise _no_judge(text)
 
 
 def judge(
@@ -100,19 +99,25 @@ def judge(
     exchanges = [_exchange(answer, images) for answer in answers]
     shown = {} if images is None else {"images": _digest_of_images(exchanges)}
     inputs = {"answers": file_digest(folder / "answers.jsonl"), "judge": text, **shown}
-    about = describe("judge", inputs, compute=compute)
+    kind, _, rest = text.partition(":")
+    if kind in READERS and rest:
+        inputs["model"] = judge_fingerprint(rest)
+    about = describe("judge", inputs, compute=_runs_on(text, compute))
     if not is_done(out, out, about, lambda: read_json(out)["about"]):
         judge = loaded or find_judge(text, compute)
         task = watch.task(f"Judging by {judge.name}", len(exchanges), "answers")
         with working(out, about) as work, task as done:
-            verdicts: list[Verdict] = []
-            for start in range(0, len(exchanges), _CHUNK):
-                chunk, path = exchanges[start : start + _CHUNK], work / f"{start:06d}.json"
-                if path.exists():
+            chunks = list(enumerate(batches(exchanges, _CHUNK)))
+            paths = [work / f"{i:06d}.json" for i, _ in chunks]
+            for i, chunk in ranks.share(chunks):
+                if paths[i].exists():
                     done(len(chunk))
-                else:
-                    write_json(path, [asdict(one) for one in judge.verdicts(chunk, done)])
-                verdicts += [Verdict(**one) for one in read_json(path)]
+                    continue
+                found = judge.verdicts(chunk, done)
+                _check_read(judge.name, found)
+                write_json(paths[i], [asdict(one) for one in found])
+            ranks.barrier()
+            verdicts = [Verdict(**one) for path in paths for one in read_json(path)]
             result = _judged(judge.name, answers, verdicts)
             content = {
                 "about": about,
@@ -122,8 +127,36 @@ def judge(
                     for answer, verdict in zip(answers, verdicts, strict=True)
                 },
             }
-            write_json(out, content)
+            if ranks.first():
+                write_json(out, content)
     return _judged(read_json(out)["result"]["judge"], answers, read_verdicts(out, answers))
+
+
+def check_judge(text: str) -> None:
+    """Raise unless `text` is written like a judge; nothing is loaded."""
+    kind, _, rest = text.partition(":")
+    if text not in KEYWORD_JUDGES and kind != "endpoint" and not (kind in READERS and rest):
+        raise _no_judge(text)
+
+
+def _no_judge(text: str) -> RegraftError:
+    return RegraftError(
+        f"There is no judge {text!r}; expected {', '.join(KEYWORD_JUDGES)}, "
+        f"{', '.join(f'{one}:MODEL' for one in READERS)} or endpoint:URL#MODEL."
+    )
+
+
+def _runs_on(text: str, compute: ComputeSettings) -> ComputeSettings | None:
+    """What decides the verdicts of a guard; keywords and endpoints do not run on a device."""
+    return compute if text.partition(":")[0] in READERS else None
+
+
+def _check_read(name: str, found: Sequence[Verdict]) -> None:
+    if len(found) > 1 and all(one.refused is None and one.unsafe is None for one in found):
+        raise RegraftError(
+            f"{name} gives no verdict on any of {len(found)} answers; the first is "
+            f"{found[0].reason!r}. Is it a judge of this kind?"
+        )
 
 
 def read_verdicts(path: Path, answers: Sequence[Answer]) -> list[Verdict]:
@@ -205,13 +238,15 @@ def judge_bench(
     """
     if not files:
         raise RegraftError("Name at least one CSV with labelled answers.")
-    if out is not None and out.exists():
+    if ranks.decided(lambda: out is not None and out.exists()):
         raise RegraftError(f"{out} exists. Choose another output or remove it.")
     wanted = positive or (REFUSALS if question == "refusal" else HARMS)
     read = {str(path): read_labelled(path, wanted, ids=ids) for path in files}
     if len(read) > 1:
         read = {**read, "all": tuple(one for rows in read.values() for one in rows)}
     found: dict[str, list[Quality]] = {name: [] for name in read}
+    for text in judges:
+        check_judge(text)
     for text in judges:
         judge = find_judge(text, compute)
         said: dict[Exchange, Verdict] = {}
@@ -221,7 +256,7 @@ def judge_bench(
         for name, rows in read.items():
             verdicts = [said[one.exchange] for one in rows]
             found[name].append(quality(judge.name, rows, verdicts, question))
-    if out is not None:
+    if out is not None and ranks.first():
         settings = {"question": question, "positive": list(wanted), "ids": ids}
         content = {name: [asdict(one) for one in rows] for name, rows in found.items()}
         write_json(out, {"settings": settings, "quality": content})
