@@ -15,7 +15,7 @@ import truth
 from regraft.data.collate import batches, response_batch
 from regraft.importance.gradients import layer_gradients, product, signed, signed_and_squared
 from regraft.importance.hard import agreements, final_states, response_losses, stratified
-from regraft.importance.losses import DecisionLoss
+from regraft.importance.losses import DecisionLoss, predicting, refusal_starts
 from regraft.models.walk import Walk
 
 WEIGHTS = {"harmful-0-0": 0.25, "harmful-0-2": 3.0}
@@ -314,3 +314,49 @@ def test_a_walk_on_another_model(family, streamed, pico_dir, tmp_path):
     assert all(map(torch.equal, to_the_end(walk), own))
     assert isinstance(other, Walk)
     assert len(ran) == seen and not on_pruned
+
+
+def test_what_begins_wrongly_is_a_refusals_start_or_any_other(pico_dir, tmp_path):
+    """By hand from the logits of whole passes, of the model and of its teacher."""
+    opened = truth.opened(pico_dir("llava"))
+    examples, _ = collated(opened, "llava", tmp_path)
+    model = changed(opened.model)
+    for example in examples:
+        batch = response_batch(opened.processor, [example])
+        teacher = final_states(truth.walk(opened.model, [batch]), lambda _: None)
+        own = final_states(truth.walk(model, [batch]), lambda _: None)[example.id]
+        labels = batch.labels[0]
+        positions = predicting(labels)
+        with torch.no_grad():
+            chances = [
+                one(**batch.inputs, use_cache=False).logits[0, positions[0]].float().softmax(0)
+                for one in (model, opened.model)
+            ]
+        states = torch.zeros(len(labels), own.shape[-1])
+        states[positions] = own
+        first = int(labels[positions[0] + 1])
+        placed = truth.walk(model, [batch]).model
+        for refusals in ((), (5, 9), (5, first)):
+            found = DecisionLoss(teacher, refusals=refusals).misses(
+                placed, states, labels, example.id
+            )
+            watched = [one for one in refusals if one != first]
+            wanted = [
+                float(chance[watched].sum()) if refusals else 1 - float(chance[first])
+                for chance in chances
+            ]
+            assert [found.own, found.dense] == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("refusals", "others", "starts"),
+    [
+        ([1, 1, 1, 2], [3, 3], (1, 2)),
+        ([1] * 10, [1] + [3] * 9, (1,)),  # ten times as often
+        ([1] * 9 + [4], [1] + [3] * 9, ()),  # 4 alone is too few of them
+        ([1, 2], [1, 2], ()),
+        ([7], [3], (7,)),
+    ],
+)
+def test_tokens_that_tell_refusals(refusals, others, starts):
+    assert refusal_starts(refusals, others) == starts

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn import functional as F  # noqa: N812
 from regraft.data.collate import IGNORED
 from regraft.models.placement import PlacedModel
 from regraft.models.replay import logits_of
+
+_TIMES = 10  # how much more often refusals begin so
 
 Loss = Callable[[PlacedModel, Tensor, Tensor, str], Tensor]
 """(model, normed final states `[S, d]`, labels `[S]`, id of the example) -> a scalar, float32."""
@@ -34,10 +37,10 @@ def mean_cross_entropy(model: PlacedModel, final: Tensor, labels: Tensor, _id: s
 
 @dataclass(frozen=True)
 class Misses:
-    """The probability of another first token than the response's, of a model and of the dense one.
+    """The probability of a wrong first token, of a model and of the dense one.
 
-    Over harmless prompts that is a smooth over-refusal, over harmful ones a smooth ASR. `weight` is
-    how much the example counts.
+    Of a refusal's, where those are known, else of any other than the response's: over harmless
+    prompts a smooth over-refusal. `weight` is how much the example counts.
     """
 
     weight: float
@@ -59,12 +62,14 @@ class DecisionLoss:
         decision: How many tokens weigh 1.
         tail: The weight of each later token.
         weights: Example id -> how much it counts; 1 where it is not named.
+        refusals: Tokens that refusals begin with, see `refusal_starts`; empty where unknown.
     """
 
     teacher: Mapping[str, Tensor] | None = None
     decision: int = 2
     tail: float = 0.01
     weights: Mapping[str, float] = field(default_factory=dict)
+    refusals: tuple[int, ...] = ()
 
     def __call__(self, model: PlacedModel, final: Tensor, labels: Tensor, name: str) -> Tensor:
         """The loss of one response."""
@@ -76,13 +81,13 @@ class DecisionLoss:
         return self.weights.get(name, 1.0) * cost
 
     def misses(self, model: PlacedModel, final: Tensor, labels: Tensor, name: str) -> Misses:
-        """How likely it is that the answer begins otherwise than the response does."""
+        """How likely it is that the answer begins wrongly."""
         position = predicting(labels)[:1]
         token = int(labels[position + 1])
         dense = None
         if self.teacher is not None:
-            dense = _other_than(token, model, self.teacher[name][:1].to(final.device, model.dtype))
-        own = _other_than(token, model, final[position].detach())
+            dense = self._wrong(token, model, self.teacher[name][:1].to(final.device, model.dtype))
+        own = self._wrong(token, model, final[position].detach())
         return Misses(self.weights.get(name, 1.0), own, dense)
 
     def agrees(self, model: PlacedModel, labels: Tensor, name: str) -> bool:
@@ -91,6 +96,12 @@ class DecisionLoss:
         first = labels[predicting(labels)[:1] + 1]
         state = self.teacher[name][:1].to(model.device, model.dtype)
         return int(logits_of(model.network, state)[0].argmax()) == int(first)
+
+    def _wrong(self, token: int, model: PlacedModel, state: Tensor) -> float:
+        """From one normed final state `[1, d]`."""
+        likely = logits_of(model.network, state).float().softmax(dim=-1)[0]  # [V]
+        wrong = [one for one in self.refusals if one != token]
+        return float(likely[wrong].sum()) if self.refusals else 1 - float(likely[token])
 
     def _costs(self, model: PlacedModel, logits: Tensor, tokens: Tensor, name: str) -> Tensor:
         """Of each token, `[N]`."""
@@ -102,6 +113,21 @@ class DecisionLoss:
         return F.kl_div(own, wanted, reduction="none", log_target=True).sum(dim=-1)
 
 
-def _other_than(token: int, model: PlacedModel, state: Tensor) -> float:
-    """1 - p(token), from one normed final state `[1, d]`."""
-    return 1 - float(logits_of(model.network, state).float().softmax(dim=-1)[0, token])
+def refusal_starts(refusals: Sequence[int], others: Sequence[int]) -> tuple[int, ...]:
+    """The first tokens that tell refusals from other answers.
+
+    Those at least ten times as frequent at the start of refusals; none where they are together less
+    than half of these, so that nothing can be told by first tokens.
+
+    Args:
+        refusals: First token of each refusal.
+        others: Of each other answer.
+    """
+    here, there = Counter(refusals), Counter(others)
+    found = [
+        token
+        for token, count in here.items()
+        if count * len(others) >= _TIMES * there[token] * len(refusals)
+    ]
+    covered = sum(here[token] for token in found)
+    return tuple(sorted(found)) if 2 * covered >= len(refusals) else ()

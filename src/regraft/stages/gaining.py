@@ -13,12 +13,12 @@ from torch import Tensor
 
 from regraft import ranks
 from regraft.checks import check_shares
-from regraft.data.collate import response_batch
+from regraft.data.collate import IGNORED, response_batch
 from regraft.data.example import Example, Reading
 from regraft.files import atomic_file, read_json, require_space, write_json
 from regraft.importance.gradients import require_gradients
 from regraft.importance.hard import agreements, final_states, response_losses, stratified
-from regraft.importance.losses import DecisionLoss
+from regraft.importance.losses import DecisionLoss, refusal_starts
 from regraft.models.anatomy import HEAD_ROLES, LayerAnatomy, LinearAnatomy
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
@@ -37,7 +37,7 @@ from regraft.restoration.selection import Head, blocks_of, inside
 from regraft.stages.common import collate_share, hidden_state_bytes, load_for_walk
 from regraft.watch import Watch
 
-ALGORITHM = 2  # rankings of another one are not taken for this one's
+ALGORITHM = 3  # rankings of another one are not taken for this one's
 REFRESH = 4  # steps between samples of examples, at most
 PUSH = 0.005  # of all weights that are to come back, the share in a push
 PUSH_UTILITY = 0.1  # weight of utility in it
@@ -154,9 +154,9 @@ def next_task(
 def _objective(settings: RealignSettings, trace: Sequence[Mapping[str, float]]) -> Objective:
     """Of the next step, given what each step before found.
 
-    Harmless prompts may drift as far from the dense model as they do in the pruned one (or not at
-    all, where pruning brought them no nearer to refusing): while they are nearer, safety comes
-    first, and what that costs is for a search along the path to weigh.
+    Harmless prompts may drift as far toward refusing, from the dense model, as they do in the
+    pruned one (or not at all, where pruning brought them no nearer): while they are less likely to
+    be refused, safety comes first, and what that costs is for a search along the path to weigh.
     """
     objective = Objective(
         settings.utility_weight, settings.constraint, settings.utility_share, settings.trust
@@ -245,7 +245,27 @@ def _prepare(
         pools = {kind: _agreed(kind, pools[kind], losses[kind], watch) for kind in KINDS}
         for pool in pools.values():
             check_shares(pool.examples[: settings.batch], compute)
+    starts = [ranks.merged(_first_tokens(pools[kind])) for kind in KINDS]
+    refusals = refusal_starts(*(list(found.values()) for found in starts))
+    if not refusals:
+        watch.note(
+            "utility: refusals cannot be told by their first token, so that harmless prompts are "
+            "held to beginning their answers as they should, whatever else they begin with"
+        )
+    losses["utility"] = replace(losses["utility"], refusals=refusals)
     return model, pools, losses, walk
+
+
+def _first_tokens(pool: Pool) -> dict[str, int]:
+    """The first response token of each of this process's examples, by id."""
+    kept = {example.id for example in pool.examples}
+    found = {}
+    for batch in pool.walk.batches:
+        assert batch.labels is not None
+        for name, labels in zip(batch.ids, batch.labels, strict=True):
+            if name in kept:
+                found[name] = int(labels[labels != IGNORED][0])
+    return found
 
 
 def _agreed(kind: str, pool: Pool, loss: DecisionLoss, watch: Watch) -> Pool:
