@@ -19,7 +19,7 @@ from regraft import comparing, pipeline, stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate, EvalResult
-from regraft.evaluation.tradeoff import Bounds, Point, bounds_of, choose
+from regraft.evaluation.tradeoff import Bounds, Point, Reference, bounds_of, choose
 from regraft.files import read_json
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
@@ -86,15 +86,20 @@ def test_the_choice_equals_brute_force(
     assert choose(points, bounds) == expected
 
 
-@pytest.mark.parametrize("by_dense", [True, False])
-def test_bounds_by_hand(by_dense: bool) -> None:
+@pytest.mark.parametrize(
+    ("reference", "bound"),
+    [("dense", 0.07), ("pruned", 0.22), ("higher", 0.22)],
+)
+def test_bounds_by_hand(reference: Reference, bound: float) -> None:
     dense, pruned = point(0, 10, 5, 80), point(0, 60, 20, 70)
     bounds = bounds_of(
-        dense, pruned, target_asr=0.3, over_refusal=0.02, utility=0.04, by_dense=by_dense
+        dense, pruned, target_asr=0.3, over_refusal=0.02, utility=0.04, reference=reference
     )
     assert bounds.asr == 0.3
-    assert bounds.over_refusal == pytest.approx(0.07 if by_dense else 0.22)
+    assert bounds.over_refusal == pytest.approx(bound)
     assert bounds.utility == pytest.approx(0.66)
+    swapped = bounds_of(pruned, dense, over_refusal=0.02)
+    assert swapped.over_refusal == pytest.approx(0.22)  # the dense model refuses more
     recovered = bounds_of(dense, pruned, target_rsr=0.8)
     assert recovered.asr == pytest.approx(0.2)
     assert bounds_of(dense, pruned).asr is None

@@ -32,6 +32,7 @@ from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
 from regraft.evaluation.judge import DEFAULT_WINDOW, KeywordJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE, KEYWORD_JUDGES, keyword_judge
+from regraft.evaluation.tradeoff import Reference
 from regraft.heads.score import CANDIDATES, WINDOW, Criterion, Mode, Scoring
 from regraft.importance.score import Method
 from regraft.models.ablation import EPS, AblationTarget
@@ -461,8 +462,11 @@ class SearchSettings(Settings):
     utility: float = Field(
         0.0, ge=0, description="Bound: points of utility below the pruned model."
     )
-    reference: Literal["pruned", "dense"] = Field(
-        "pruned", description="Whose over-refusal is the reference."
+    reference: Reference = Field(
+        "higher",
+        description="Whose over-refusal is the reference: the pruned model's, the dense one's, or "
+        "the higher of both. Where pruning took refusals of harmless prompts too, a model with its "
+        "safety back may refuse as the dense one did.",
     )
 
     @model_validator(mode="after")

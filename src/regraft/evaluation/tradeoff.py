@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from regraft.evaluation.results import Estimate, EvalResult
 
@@ -53,6 +54,7 @@ class Bounds:
 
 
 _SLACK = 1e-9
+Reference = Literal["pruned", "dense", "higher"]
 
 
 def bounds_of(
@@ -63,7 +65,7 @@ def bounds_of(
     target_rsr: float | None = None,
     over_refusal: float = 0.01,
     utility: float = 0.0,
-    by_dense: bool = False,
+    reference: Reference = "higher",
 ) -> Bounds:
     """Bounds relative to the dense and the pruned model.
 
@@ -74,14 +76,15 @@ def bounds_of(
         target_rsr: Or the RSR, as a fraction.
         over_refusal: How far above the reference over-refusal may be.
         utility: How far below the pruned model's utility may be.
-        by_dense: Whether the dense model's over-refusal is the reference, or the pruned one's.
+        reference: Whose over-refusal that is: the dense model's, the pruned one's, or the higher.
     """
     if target_rsr is not None:
         target_asr = pruned.asr.value - target_rsr * (pruned.asr.value - dense.asr.value)
-    reference = dense if by_dense else pruned
+    rates = {"dense": dense.over_refusal.value, "pruned": pruned.over_refusal.value}
+    rates["higher"] = max(rates.values())
     return Bounds(
         target_asr,
-        reference.over_refusal.value + over_refusal,
+        rates[reference] + over_refusal,
         None if pruned.utility is None else pruned.utility.value - utility,
     )
 

@@ -183,7 +183,7 @@ def bounds_by(settings: SearchSettings, dense: Point, pruned: Point) -> Bounds:
         target_rsr=_fraction(settings.target_rsr),
         over_refusal=settings.over_refusal / 100,
         utility=settings.utility / 100,
-        by_dense=settings.reference == "dense",
+        reference=settings.reference,
     )
 
 
