@@ -373,6 +373,13 @@ def test_a_failing_endpoint_is_told(server: str, failures: list[int]) -> None:
     assert len(_Server.got) == len(failures)
 
 
+@pytest.mark.parametrize("flag", [{"trust_remote_code": True}, {"placement": "streamed"}])
+def test_flags_that_judges_do_not_know(tmp_path: Path, flag: dict[str, Any]) -> None:
+    compute = ComputeSettings(device="cpu", **flag)
+    with pytest.raises(RegraftError, match="leave out --trust-remote-code"):
+        judging.find_judge("vlguard-1", compute)
+
+
 def test_what_an_endpoint_said_before_it_failed_stays(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

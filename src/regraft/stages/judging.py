@@ -48,6 +48,11 @@ def find_judge(text: str, compute: ComputeSettings) -> Judge:
         RegraftError: there is no such judge, or its model cannot be loaded.
     """
     kind, _, rest = text.partition(":")
+    if compute.trust_remote_code or compute.placement == "streamed":
+        raise RegraftError(
+            "Judges run whole on the device and no code of theirs: leave out --trust-remote-code "
+            "and --placement streamed."
+        )
     if text in KEYWORD_JUDGES:
         return ByKeywords(KEYWORD_JUDGES[text])
     if kind == "endpoint":
