@@ -704,3 +704,14 @@ def test_several_suites_have_a_table_of_their_own() -> None:
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
     assert lines[2].startswith("| a | ASR | 12.5 [5.5, 26.1] | 62.5 [47.0, 75.8] |")
     assert lines[3].startswith("| b \\| c | over-refusal | 5.0 [0.9, 23.6] |")
+
+
+def test_perplexity_stands_on_the_page_where_it_was_measured(page: str) -> None:
+    def measured(one: Variant) -> Variant:
+        return replace(one, result=replace(one.result, perplexity=Estimate(2.5, 20, 2.25, 3.0)))
+
+    report = replace(REPORT, variants=tuple(map(measured, REPORT.variants)))
+    line = "the dense model 2.500 [2.250, 3.000], the pruned model"
+    assert line in render_html(report, comparisons(report))
+    assert line in render_markdown(report, comparisons(report))
+    assert "Perplexity" not in page
