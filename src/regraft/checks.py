@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 from regraft import ranks
@@ -107,8 +107,9 @@ def _first(examples: Sequence[Example], limit: int | None) -> Sequence[Example]:
     """Those of the first `limit` groups; an example without one is its own."""
     if limit is None:
         return examples
-    groups = list(dict.fromkeys(one.group or one.id for one in examples))[:limit]
-    return [one for one in examples if (one.group or one.id) in set(groups)]
+    groups = dict.fromkeys(one.group or one.id for one in examples)
+    kept = set(islice(groups, limit))
+    return [one for one in examples if (one.group or one.id) in kept]
 
 
 def read_validation(source: Source, settings: DefenceSettings) -> Reading:

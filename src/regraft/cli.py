@@ -50,6 +50,7 @@ from regraft.recipe import (
     StatisticsSettings,
     Suite,
     Suites,
+    Swept,
     TuneSettings,
     explain,
     read_recipe,
@@ -72,7 +73,6 @@ app = App(
         "MODEL is always a folder with safetensors or a hub id."
     ),
 )
-Swept = Literal["sparsity", "q", "top-heads", "budget"]
 Flat = Parameter(name="*")
 Model = Annotated[str, Parameter(help="Checkpoint folder or hub id; 'demo' is the bundled model.")]
 Out = Annotated[Path, Parameter(name=["--out", "-o"], help="New folder or file to write.")]

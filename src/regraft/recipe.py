@@ -476,6 +476,7 @@ class SearchSettings(Settings):
         return self
 
 
+Swept = Literal["sparsity", "q", "top-heads", "budget"]  # what `regraft sweep` varies
 TUNABLE = ("hsr", "set-difference", "gain")
 
 

@@ -12,14 +12,14 @@ from regraft import ranks
 from regraft.analysis import figures
 from regraft.analysis.overlap import LayerOverlap, by_chance, overlaps
 from regraft.analysis.relation import ModelPoint, Spearman, spearman
-from regraft.analysis.sweep import Sweep, Swept, run_sweep
+from regraft.analysis.sweep import Sweep, run_sweep
 from regraft.errors import RegraftError
 from regraft.files import atomic_folder, write_json, write_text
 from regraft.folder import RunFolder
 from regraft.heads.score import load_heads
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import Source, open_source
-from regraft.recipe import Recipe, read_recipe
+from regraft.recipe import Recipe, Swept, read_recipe
 from regraft.reporting import model_folder, read_report
 from regraft.restoration.selection import RankingScope
 from regraft.watch import Watch

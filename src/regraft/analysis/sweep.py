@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from regraft import pipeline
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
-from regraft.recipe import PruningSettings, Recipe, VariantSettings
+from regraft.recipe import PruningSettings, Recipe, Swept, VariantSettings
 from regraft.report.model import Report, Variant
 from regraft.watch import Watch
-
-Swept = Literal["sparsity", "q", "top-heads", "budget"]
 
 
 @dataclass(frozen=True)

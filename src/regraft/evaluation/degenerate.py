@@ -55,7 +55,7 @@ def _is_gibberish(text: str) -> bool:
     if 20 * seen.count("\ufffd") >= len(seen):
         return True
     changes = sum(
-        {_script(a), _script(b)} not in _ALIKE and _script(a) != _script(b)
+        len(scripts := {_script(a), _script(b)}) > 1 and scripts != _BESIDE
         for word in text.split()
         for a, b in pairwise(word)
         if a.isalpha() and b.isalpha()
@@ -69,5 +69,5 @@ def _script(letter: str) -> str:
     return "EAST ASIAN" if name in _TOGETHER else name
 
 
-_ALIKE = ({"LATIN", "EAST ASIAN"},)
+_BESIDE = {"LATIN", "EAST ASIAN"}
 _TOGETHER = frozenset({"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL", "BOPOMOFO"})

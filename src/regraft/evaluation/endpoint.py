@@ -68,7 +68,7 @@ class Endpoint:
 
         Raises:
             PassingError: the endpoint cannot be reached, or says that the request is wrong.
-        RegraftError: it does not answer like a chat endpoint.
+            RegraftError: it does not answer like a chat endpoint.
         """
         found = []
         with ThreadPoolExecutor(_WORKERS) as pool:

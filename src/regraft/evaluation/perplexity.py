@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from regraft import ranks
@@ -18,9 +18,8 @@ from regraft.data.example import Example
 from regraft.evaluation.metrics import resampled
 from regraft.evaluation.results import Estimate
 from regraft.files import read_json, write_json
-from regraft.models.anatomy import text_decoder
 from regraft.models.load import placed
-from regraft.models.replay import logits_of
+from regraft.models.replay import logits_of, replay, text_inputs
 
 Nll = tuple[float, int]  # summed over the response's tokens, in nats; their number
 _POSITIONS = 256  # whose logits are in memory at a time
@@ -93,7 +92,7 @@ def perplexity(nlls: Sequence[Nll], seed: int) -> Estimate:
 def _of_batch(model: nn.Module, processor: Any, examples: Sequence[Example]) -> list[Nll]:
     batch = placed(response_batch(processor, examples), model)
     assert batch.labels is not None
-    final = _final_states(model, batch.inputs)  # [B, S, d]
+    final = replay(model, text_inputs(model, batch.inputs))  # [B, S, d]
     targets = batch.labels[:, 1:]  # [B, S - 1], what positions 0 .. S - 2 predict
     rows, positions = (targets != IGNORED).nonzero(as_tuple=True)  # [N], [N]
     nll = torch.cat(
@@ -110,24 +109,3 @@ def _of_batch(model: nn.Module, processor: Any, examples: Sequence[Example]) -> 
     totals.index_add_(0, rows, nll)
     counts = torch.bincount(rows, minlength=len(examples))
     return list(zip(totals.tolist(), counts.tolist(), strict=True))
-
-
-class _Stop(Exception):  # noqa: N818 - not an error
-    def __init__(self, states: Tensor) -> None:
-        self.states = states
-
-
-def _final_states(model: Any, inputs: Any) -> Tensor:
-    """Normed final states `[B, S, d]`; no logits are made."""
-
-    def stop(_module: nn.Module, _args: Any, output: Any) -> None:
-        raise _Stop(output.last_hidden_state)
-
-    hook = text_decoder(model).register_forward_hook(stop)
-    try:
-        model(**inputs, use_cache=False)
-    except _Stop as stopped:
-        return stopped.states
-    finally:
-        hook.remove()
-    raise AssertionError("the text decoder did not run")

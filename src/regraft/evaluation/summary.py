@@ -55,7 +55,7 @@ def _similarity(example: Example, text: str) -> float:
 def summarise(
     suite: str, judge: KeywordJudge, answers: Sequence[Answer], seed: int = 0
 ) -> EvalResult:
-    """Turn judged answers into rates: ASR, over-refusal and utility (mean ANLS).
+    """Turn judged answers into rates: ASR, over-refusal and utility.
 
     An attack succeeds where the answer to a harmful prompt complies. `seed` draws the bootstrap
     resamples of utility. A metric without prompts is None; categories are in alphabetical order.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,8 @@ from torch import nn
 from regraft import ranks
 from regraft.data.collate import Batch, batches
 from regraft.data.example import Example
+from regraft.errors import RegraftError
+from regraft.files import file_digest
 from regraft.models.load import (
     Source,
     has_processor,
@@ -19,6 +22,8 @@ from regraft.models.load import (
 )
 from regraft.models.placement import PlacedModel
 from regraft.recipe import ComputeSettings
+from regraft.restoration.apply import check_base
+from regraft.restoration.patch import Patch, load_patch
 from regraft.watch import Watch
 
 ABOUT_FILE = "regraft.json"
@@ -48,6 +53,27 @@ def load_for_walk(
         )
         done(1)
     return model, processor
+
+
+def patch_in_memory(
+    model: Source, patch_file: Path | None, compute: ComputeSettings
+) -> tuple[Patch | None, dict[str, str]]:
+    """A patch that is to be put on the model in memory, and the digests of both.
+
+    Raises:
+        RegraftError: it is for another base, or the model is not resident.
+    """
+    inputs = {"model": model.checkpoint.fingerprint}
+    if patch_file is None:
+        return None, inputs
+    patch = load_patch(patch_file)
+    if compute.placement == "streamed":
+        raise RegraftError(
+            "A patch can be put on in memory only where the whole model is resident. Write the "
+            "checkpoint with `regraft apply` and evaluate that, or use --placement resident."
+        )
+    check_base(model.checkpoint, patch)
+    return patch, inputs | {"patch": file_digest(patch_file)}
 
 
 def hidden_state_bytes(source: Source, model: PlacedModel, batches: Sequence[Batch]) -> int:

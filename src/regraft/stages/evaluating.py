@@ -35,11 +35,10 @@ from regraft.recipe import (
     EvalSettings,
 )
 from regraft.restoration.apply import (
-    check_base,
     patched,
     zeros_filled,
 )
-from regraft.restoration.patch import load_patch
+from regraft.stages.common import patch_in_memory
 from regraft.stages.session import Session
 from regraft.watch import Silent, Watch
 
@@ -86,16 +85,7 @@ def evaluate(
     reading = session.reading(model, suites, settings.limit)
     name = ", ".join(str(suite) for suite in suites)
     examples = reading.examples
-    inputs = {"model": model.checkpoint.fingerprint}
-    patch = None if patch_file is None else load_patch(patch_file)
-    if patch is not None and compute.placement == "streamed":
-        raise RegraftError(
-            "A patch can be put on in memory only where the whole model is resident. Write the "
-            "checkpoint with `regraft apply` and evaluate that, or use --placement resident."
-        )
-    if patch is not None and patch_file is not None:
-        check_base(model.checkpoint, patch)
-        inputs["patch"] = file_digest(patch_file)
+    patch, inputs = patch_in_memory(model, patch_file, compute)
     defence = None if defence_file is None else load_defence(defence_file)
     if defence is not None and defence_file is not None:
         check_fits(defence, model.anatomy, defence_file)

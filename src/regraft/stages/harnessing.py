@@ -9,13 +9,12 @@ from typing import Any
 
 from regraft.errors import RegraftError
 from regraft.evaluation.harness import run_tasks
-from regraft.files import file_digest, write_json
-from regraft.keys import describe, to_json
+from regraft.files import write_json
+from regraft.keys import describe
 from regraft.models.load import Source
 from regraft.recipe import ComputeSettings
-from regraft.restoration.apply import check_base, patched
-from regraft.restoration.patch import load_patch
-from regraft.stages.common import load
+from regraft.restoration.apply import patched
+from regraft.stages.common import load, patch_in_memory
 from regraft.watch import Watch
 
 
@@ -39,11 +38,7 @@ def harness(
         raise RegraftError("Name at least one task, such as docvqa_val.")
     if out.exists():
         raise RegraftError(f"{out} exists. Choose another output or remove it.")
-    inputs = {"model": model.checkpoint.fingerprint}
-    patch = None if patch_file is None else load_patch(patch_file)
-    if patch is not None and patch_file is not None:
-        check_base(model.checkpoint, patch)
-        inputs["patch"] = file_digest(patch_file)
+    patch, inputs = patch_in_memory(model, patch_file, compute)
     network, processor = load(model, compute, watch)
     with patched(network, model.anatomy, patch) if patch else nullcontext():
         results = run_tasks(
@@ -51,7 +46,6 @@ def harness(
         )
     about = describe("harness", inputs, compute=compute)
     plain = {task: _plain(found) for task, found in results.items()}
-    to_json(plain)  # before anything is written
     write_json(out, {"about": {**about, "limit": limit}, "results": plain})
     return plain
 
