@@ -47,7 +47,6 @@ def find_judge(text: str, compute: ComputeSettings) -> Judge:
     Raises:
         RegraftError: there is no such judge, or its model cannot be loaded.
     """
-    kind, _, rest = text.partition(":")
     if compute.trust_remote_code or compute.placement == "streamed":
         raise RegraftError(
             "Judges run whole on the device and no code of theirs: leave out --trust-remote-code "
@@ -55,17 +54,18 @@ def find_judge(text: str, compute: ComputeSettings) -> Judge:
         )
     if text in KEYWORD_JUDGES:
         return ByKeywords(KEYWORD_JUDGES[text])
-    if kind == "endpoint":
-        url, _, model = rest.rpartition("#")
+    if text.startswith("endpoint:"):
+        url, _, model = text.removeprefix("endpoint:").rpartition("#")
         if not (re.match("https?://", url) and model):
             raise RegraftError(
                 f"{text!r} names no endpoint; expected endpoint:URL#MODEL, as in "
                 "endpoint:http://localhost:8000/v1#Qwen/Qwen3-8B."
             )
         return Endpoint(url, model)
-    if kind in READERS and rest:
-        network, processor = load_judge(rest, dtype=compute.dtype, device=compute.device)
-        return Guard(kind, f"{kind}:{Path(rest).name}", network, processor, compute.batch_size)
+    if guard := _guard(text):
+        kind, model = guard
+        network, processor = load_judge(model, dtype=compute.dtype, device=compute.device)
+        return Guard(kind, f"{kind}:{Path(model).name}", network, processor, compute.batch_size)
     raise _no_judge(text)
 
 
@@ -104,9 +104,8 @@ def judge(
     exchanges = [_exchange(answer, images) for answer in answers]
     shown = {} if images is None else {"images": _digest_of_images(exchanges)}
     inputs = {"answers": file_digest(folder / "answers.jsonl"), "judge": text, **shown}
-    kind, _, rest = text.partition(":")
-    if kind in READERS and rest:
-        inputs["model"] = judge_fingerprint(rest)
+    if guard := _guard(text):
+        inputs["model"] = judge_fingerprint(guard[1])
     about = describe("judge", inputs, compute=_runs_on(text, compute))
     if not is_done(out, out, about, lambda: read_json(out)["about"]):
         judge = loaded or find_judge(text, compute)
@@ -139,9 +138,14 @@ def judge(
 
 def check_judge(text: str) -> None:
     """Raise unless `text` is written like a judge; nothing is loaded."""
-    kind, _, rest = text.partition(":")
-    if text not in KEYWORD_JUDGES and kind != "endpoint" and not (kind in READERS and rest):
+    if not (text in KEYWORD_JUDGES or text.startswith("endpoint:") or _guard(text)):
         raise _no_judge(text)
+
+
+def _guard(text: str) -> tuple[str, str] | None:
+    """(kind, model) of a judge that is one, as in "qwen3guard:MODEL"."""
+    kind, _, model = text.partition(":")
+    return (kind, model) if kind in READERS and model else None
 
 
 def _no_judge(text: str) -> RegraftError:
@@ -153,7 +157,7 @@ def _no_judge(text: str) -> RegraftError:
 
 def _runs_on(text: str, compute: ComputeSettings) -> ComputeSettings | None:
     """What decides the verdicts of a guard; keywords and endpoints do not run on a device."""
-    return compute if text.partition(":")[0] in READERS else None
+    return compute if _guard(text) else None
 
 
 def _check_read(name: str, found: Sequence[Verdict]) -> None:
