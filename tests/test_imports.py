@@ -17,9 +17,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     *("data", "models", "importance", "pruning", "heads", "restoration", "evaluation"),
     *("defence", "report", "recipe", "checks", "keys", "stages", "folder"),
-    *("reporting", "comparing", "pipeline", "study", "analysis", "console", "cli"),
+    *("reporting", "comparing", "preflight", "pipeline", "study", "analysis", "console", "cli"),
 )
-FREE = {"regraft", "errors", "files", "artifact", "watch", "ranks", "data.example"}
+FREE = {"regraft", "errors", "files", "artifact", "watch", "ranks", "costs", "data.example"}
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 

@@ -26,6 +26,8 @@ from regraft.evaluation.tuned import NOTE, Tuned
 from regraft.watch import Advance
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from regraft.analysis.overlap import LayerOverlap
     from regraft.analysis.relation import ModelPoint, Spearman
     from regraft.analysis.sweep import Sweep
@@ -47,6 +49,9 @@ class ConsoleWatch:
     def note(self, text: str) -> None:
         """Print one line."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def loaded(self, network: nn.Module) -> None:
+        """Nothing to show."""
 
     @contextmanager
     def task(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:

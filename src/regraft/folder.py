@@ -36,6 +36,11 @@ class RunFolder:
         """report.json, report.md, report.html."""
         return self.path / "report"
 
+    @property
+    def costs(self) -> Path:
+        """Time, FLOPs and memory of every stage."""
+        return self.path / "costs.json"
+
     def statistics(self, score: str) -> Path:
         """What is gathered on D^s and D^u for one kind of importance."""
         name = "statistics" if score == "wanda" else f"statistics-{score}"

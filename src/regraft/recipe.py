@@ -876,6 +876,16 @@ class Recipe(Settings):
         """How a pruning is defended at inference."""
         return tuple(one for one in self.defend if _is_for(pruning, one.prunings))
 
+    def calibration_of(self, variant: VariantSettings) -> CalibrationSettings:
+        """What a variant learns from."""
+        if variant.responses is None:
+            return self.calibration
+        return self.calibration.model_copy(update={"responses": variant.responses})
+
+    def on_disk(self, variant: VariantSettings) -> bool:
+        """Whether its checkpoint is written: a streamed model takes no patch in memory."""
+        return variant.checkpoint or self.compute.placement == "streamed"
+
     @field_serializer("prune")
     def _one_or_many(self, prune: tuple[PruningSettings, ...]) -> Any:
         written = [one.model_dump(mode="json") for one in prune]

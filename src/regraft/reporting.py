@@ -9,6 +9,7 @@ from typing import Any
 
 from regraft import ranks, stages
 from regraft.checks import join_suites
+from regraft.costs import read_costs
 from regraft.data.demo import demo_model
 from regraft.defence.artifact import Direction, load_defence
 from regraft.defence.prompt import DEFENCE_PROMPT
@@ -90,6 +91,7 @@ def read_report(folder: Path) -> Report:
         head_maps=maps,
         data=tuple(_accounts(abouts)),
         recipe=recipe.model_dump(mode="json"),
+        costs=tuple(read_costs(place.costs)),
         images=_images(recipe),
         versions=abouts[0]["versions"] | {"device": abouts[0]["compute"]["device"]},
     )

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+from torch import nn
+
 Advance = Callable[[int], None]
 
 
@@ -18,6 +20,9 @@ class Watch(Protocol):
     def note(self, text: str) -> None:
         """Say one thing."""
 
+    def loaded(self, network: nn.Module) -> None:
+        """A model is in memory and about to be used."""
+
 
 class Silent:
     """Shows nothing."""
@@ -27,4 +32,7 @@ class Silent:
         return nullcontext(lambda _: None)
 
     def note(self, text: str) -> None:
+        """Take no notice."""
+
+    def loaded(self, network: nn.Module) -> None:
         """Take no notice."""

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from regraft.costs import Cost
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import (
     PairedTest,
@@ -122,6 +123,7 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     images: Mapping[str, Path] = field(default_factory=dict)
+    costs: tuple[Cost, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.variants:

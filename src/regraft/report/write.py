@@ -19,7 +19,7 @@ from markupsafe import Markup
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.summary import result_to_json
 from regraft.files import write_json, write_text
-from regraft.report import words
+from regraft.report import spent, words
 from regraft.report.all_answers import answer_data
 from regraft.report.examples import choose_examples, shown_group, shown_variants
 from regraft.report.figures import (
@@ -65,6 +65,7 @@ def report_to_json(report: Report, compared: Sequence[Comparison]) -> dict[str, 
         "data": [_shallow(account) for account in report.data],
         "recipe": _plain(report.recipe),
         "versions": dict(report.versions),
+        "costs": [asdict(cost) for cost in report.costs],
         "notes": list(report.notes),
     }
 
@@ -186,6 +187,9 @@ def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
         "restored": any(v.restored for v in report.variants),
         "harmful": harmful,
         "harmless": harmless,
+        "spent": spent.by_stage(report.costs),
+        "spent_in_all": spent.total(report.costs) if report.costs else None,
+        "devices": spent.devices(report.costs),
         "recipe": yaml.safe_dump(_plain(report.recipe), sort_keys=False, allow_unicode=True),
         "answer_length": ANSWER_LENGTH,
         "prompt_length": PROMPT_LENGTH,
@@ -278,6 +282,9 @@ def page_environment() -> Environment:
             "cell",
             "marked",
         )
+    }
+    environment.filters |= {
+        name: getattr(spent, name) for name in ("duration", "operations", "memory")
     }
     environment.filters |= {"measured": measured, "md": escape_markdown, "fenced": fenced}
     environment.globals["dash"] = words.DASH

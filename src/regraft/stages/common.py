@@ -39,6 +39,7 @@ def load(
         processor = load_processor(source if own else processor_from or source)
         model = load_model(source, dtype=compute.dtype, device=compute.device, split=split)
         done(1)
+    watch.loaded(model)
     return model, processor
 
 
@@ -52,6 +53,7 @@ def load_for_walk(
             source, dtype=compute.dtype, device=compute.device, placement=compute.placement
         )
         done(1)
+    watch.loaded(model.network)
     return model, processor
 
 

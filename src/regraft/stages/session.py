@@ -74,6 +74,7 @@ class Session:
         if self._loaded is None or self._loaded[0] != key:
             self.unload()
             self._loaded = key, load(model, compute, watch, processor_from)
+        watch.loaded(self._loaded[1][0])
         return self._loaded[1]
 
     def unload(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any, get_args
 import torch
 import yaml
 from pydantic import ValidationError
+from torch import nn
 
 from regraft import ranks
 from regraft.checks import check_r_max, check_top_heads, draw_calibration
@@ -595,6 +596,9 @@ class _Counting:
 
     def note(self, text: str) -> None:
         self.watch.note(text)
+
+    def loaded(self, network: nn.Module) -> None:
+        self.watch.loaded(network)
 
     @contextmanager
     def _counted(self, inner: AbstractContextManager[Advance]) -> Iterator[Advance]:

@@ -1,0 +1,133 @@
+"""What would stop a run hours later, found before it writes anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from regraft import ranks, stages
+from regraft.checks import (
+    check_direction_layer,
+    check_pattern,
+    check_r_max,
+    check_shares,
+    check_top_heads,
+    order_calibration,
+    read_validation,
+    seen_before,
+)
+from regraft.data.example import Reading
+from regraft.files import discard_leftover, require_space
+from regraft.folder import RunFolder
+from regraft.importance.score import Method
+from regraft.models.load import Source, open_source, pick_device
+from regraft.recipe import Recipe
+from regraft.reporting import model_folder
+from regraft.restoration.realign import check_pair
+
+
+def check(recipe: Recipe, folder: Path, session: stages.Session) -> tuple[Source, Source | None]:
+    """Find now, before anything is written, what would stop the run hours later.
+
+    Returns:
+        The dense model, and the pruned one where the recipe names it.
+
+    Raises:
+        RegraftError: bad input.
+    """
+    place = RunFolder(folder, several=len(recipe.prune) > 1)
+    trust = recipe.compute.trust_remote_code
+    dense = open_source(model_folder(recipe.model), trust_remote_code=trust)
+    existing = None
+    if recipe.pruned is not None:
+        existing = open_source(recipe.pruned, trust_remote_code=trust)
+        check_pair(dense, existing)
+    _check(recipe, dense, place, session)
+    return dense, existing
+
+
+def scores_needed(recipe: Recipe) -> list[Method]:
+    """Every kind of importance for which something must be gathered first."""
+    scores = [one.score for one in recipe.realign if stages.needs_statistics(one)]
+    return list(dict.fromkeys(scores))
+
+
+def seen_before_in(recipe: Recipe, dense: Source, session: stages.Session) -> list[str]:
+    """What of the test prompts anything is learnt or chosen from."""
+    drawn = {(recipe.calibration, harmful): None for harmful in _kinds_drawn(recipe)}
+    for one in recipe.realign:
+        if one.method == "gain":
+            drawn |= {(recipe.calibration_of(one), harmful): None for harmful in (True, False)}
+    used: dict[str, Reading] = {}
+    for calibration, harmful in drawn:
+        role = f"{'harmful' if harmful else 'harmless'} calibration"
+        if calibration.responses == "self":  # any may be needed, until enough answers are kept
+            used[f"{role} (self)"] = order_calibration(dense, calibration, harmful=harmful)
+        else:
+            used[role] = session.drawn(dense, calibration, harmful=harmful)
+    for variant in recipe.realign:
+        if (search := variant.search) is not None:
+            role = f"validation ({search.validation}, {search.validation_limit or 'all'})"
+            suites = stages.suites_of(search)
+            used[role] = session.reading(dense, suites, search.validation_limit)
+    for defence in recipe.defend:
+        if defence.searches:
+            used[f"{defence.name}'s validation"] = read_validation(dense, defence)
+    evaluated = session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
+    return seen_before(evaluated, used)
+
+
+def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Session) -> None:
+    pick_device(recipe.compute.device)
+    _check_gain(recipe, dense, session)
+    for variant in recipe.realign:
+        if variant.search is not None:
+            stages.check_search(dense, variant.search, recipe.compute, session)
+    for harmful in _kinds_drawn(recipe):
+        drawn = session.drawn(dense, recipe.calibration, harmful=harmful)
+        check_shares(drawn.examples, recipe.compute)
+        if harmful and any(one.by_heads for one in recipe.realign):
+            check_r_max(dense, recipe.heads, len(drawn.examples))
+    session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
+    for variant in recipe.realign:
+        check_top_heads(dense, variant)
+    for defence in recipe.defend:
+        check_direction_layer(dense, defence)
+        if defence.searches:
+            read_validation(dense, defence)
+    checkpoints = [
+        place.realigned(pruning.name, variant.name)
+        for pruning in recipe.prune
+        for variant in recipe.variants_of(pruning)
+        if recipe.on_disk(variant)
+    ]
+    if recipe.pruned is None:
+        for pruning in recipe.prune:
+            check_pattern(dense, pruning)
+            checkpoints.append(place.pruned(pruning.name))
+    for checkpoint in checkpoints if ranks.first() else ():
+        discard_leftover(checkpoint)
+    missing = sum(not folder.exists() for folder in checkpoints)
+    require_space(place.path, missing * dense.checkpoint.bytes)
+
+
+def _kinds_drawn(recipe: Recipe) -> list[bool]:
+    """Which calibration prompts whole stages learn from, harmful (True), harmless or both.
+
+    Gain draws as well, but learns from a batch of them at a time.
+    """
+    always = bool(scores_needed(recipe)) or any(
+        one.method == "refusal-direction" for one in recipe.defend
+    )
+    by_heads = any(one.by_heads for one in recipe.realign)
+    on_both = recipe.pruned is None and any(one.calibrate_on == "both" for one in recipe.prune)
+    wanted = {True: by_heads or on_both, False: recipe.pruned is None}
+    return [harmful for harmful, also in wanted.items() if always or also]
+
+
+def _check_gain(recipe: Recipe, dense: Source, session: stages.Session) -> None:
+    by_gain = [one for one in recipe.realign if one.method == "gain"]
+    for calibration in dict.fromkeys(recipe.calibration_of(one) for one in by_gain):
+        for harmful in (True, False):
+            examples = session.drawn(dense, calibration, harmful=harmful).examples
+            for one in by_gain:
+                check_shares(examples[: one.batch], recipe.compute)

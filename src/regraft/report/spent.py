@@ -1,0 +1,59 @@
+"""What a run cost, in words: by stage, and of each model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from regraft.costs import Cost
+
+_OPERATIONS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
+
+
+def by_stage(costs: Sequence[Cost]) -> tuple[tuple[Cost, int], ...]:
+    """(the sum over all models, how many they are) of each stage, in the order of the first."""
+    sums: dict[str, tuple[Cost, int]] = {}
+    for cost in costs:
+        before, count = sums.get(cost.stage, (None, 0))
+        total = replace(cost if before is None else before + cost, of="")
+        sums[cost.stage] = total, count + 1
+    return tuple(sums.values())
+
+
+def total(costs: Sequence[Cost]) -> Cost:
+    """Of the whole run."""
+    first, *others = costs
+    for other in others:
+        first += other
+    return replace(first, stage="in all", of="")
+
+
+def devices(costs: Sequence[Cost]) -> str:
+    """All that the run was on, each once."""
+    return "; ".join(dict.fromkeys(cost.device for cost in costs))
+
+
+def duration(seconds: float) -> str:
+    """3725 -> "1 h 2 min", 61.2 -> "1 min 1 s", 4.26 -> "4.3 s"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def operations(flops: float) -> str:
+    """2.34e12 -> "2.34 TFLOP"."""
+    for size, unit in _OPERATIONS:
+        if flops >= 0.9995 * size:
+            return f"{flops / size:.3g} {unit}"
+    return f"{flops:,.0f} FLOP"
+
+
+def memory(count: int) -> str:
+    """Bytes in GiB: "1.2 GiB"."""
+    return f"{count / 2**30:.2g} GiB" if count < 10 * 2**30 else f"{count / 2**30:,.0f} GiB"
