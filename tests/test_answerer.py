@@ -232,7 +232,7 @@ def test_finished_batches_are_kept(tmp_path: Path) -> None:
     examples = truth.examples("llava", tmp_path, 3)
     answerer = Answerer(processor, examples, batch_size=2)
     seen: list[int] = []
-    write_json(tmp_path / "work" / "answers_00000.json", ["was", "there"])
+    write_json(tmp_path / "work" / "answers_000000.json", ["was", "there"])
     texts = answerer.answers(
         model, max_new_tokens=TOKENS, partial=tmp_path / "work", progress=seen.append
     )

@@ -6,7 +6,7 @@ are decoded in threads while the model answers the batch before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,13 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from regraft import ranks
 from regraft.data.collate import Batch, batches, decoded, prompt_batch
 from regraft.data.example import Example
 from regraft.evaluation.ahead import made_ahead
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.pieces import in_pieces
 from regraft.evaluation.summary import is_compared
-from regraft.files import read_json, write_json
 from regraft.models.load import placed
 from regraft.models.vision import VisionOutput, recorded, replayed, vision_state, without_pixels
 
@@ -109,34 +108,21 @@ class Answerer:
         state = vision_state(model) if self._memo_bytes else None
         if state is None or state != self._vision:
             self._kept, self.kept_bytes, self._vision = {}, 0, state
-        found: dict[int, list[str]] = {}
-        own = ranks.share(list(range(len(self._chunks))))
-        files = {i: partial / f"answers_{i:05d}.json" for i in own} if partial else {}
-        done = {i for i, path in files.items() if path.exists()}
 
         def told(i: int) -> None:
             if progress is not None:
                 progress(len(self._chunks[i].places))
 
-        for i in done:
-            told(i)
-        for i, images in made_ahead(self._images, [i for i in own if i not in done]):
-            texts = self._answer(model, i, max_new_tokens, images)
-            if i in files:
-                write_json(files[i], texts)
-            else:
-                found[i] = texts
-            told(i)
-        if partial is None:
-            found = ranks.merged(found)
-        else:
-            ranks.barrier()
-            names = {i: partial / f"answers_{i:05d}.json" for i in range(len(self._chunks))}
-            found = {i: read_json(path) for i, path in names.items()}
+        def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
+            for i, images in made_ahead(self._images, list(wanted)):
+                yield i, self._answer(model, i, max_new_tokens, images)
+                told(i)
+
+        found = in_pieces(len(self._chunks), made, partial, "answers", told)
         answered = {
             place: text
-            for i, chunk in enumerate(self._chunks)
-            for place, text in zip(chunk.places, found[i], strict=True)
+            for chunk, texts in zip(self._chunks, found, strict=True)
+            for place, text in zip(chunk.places, texts, strict=True)
         }
         return [answered[place] for place in range(len(self.examples))]
 

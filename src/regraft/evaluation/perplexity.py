@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from regraft import ranks
 from regraft.data.collate import IGNORED, batches, response_batch
 from regraft.data.example import Example
 from regraft.evaluation.metrics import resampled
+from regraft.evaluation.pieces import in_pieces
 from regraft.evaluation.results import Estimate
-from regraft.files import read_json, write_json
 from regraft.models.load import placed
 from regraft.models.replay import logits_of, replay, text_inputs
 
@@ -50,25 +49,22 @@ def response_nlls(
         RegraftError: see `response_batch`.
     """
     groups = ([e for e in examples if (e.image is not None) == sees] for sees in (False, True))
-    chunks = list(enumerate(one for group in groups for one in batches(group, batch_size)))
-    found: dict[int, list[Nll]] = {}
-    for i, chunk in ranks.share(chunks):
-        path = None if partial is None else partial / f"nll_{i:05d}.json"
-        if path is None:
-            found[i] = _of_batch(model, processor, chunk)
-        elif not path.exists():
-            write_json(path, _of_batch(model, processor, chunk))
+    chunks = [one for group in groups for one in batches(group, batch_size)]
+
+    def told(i: int) -> None:
         if progress is not None:
-            progress(len(chunk))
-    if partial is None:
-        found = ranks.merged(found)
-    else:
-        ranks.barrier()
-        found = {i: read_json(partial / f"nll_{i:05d}.json") for i, _ in chunks}
+            progress(len(chunks[i]))
+
+    def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[Nll]]]:
+        for i in wanted:
+            yield i, _of_batch(model, processor, chunks[i])
+            told(i)
+
+    found = in_pieces(len(chunks), made, partial, "nll", told)
     of_id = {
         example.id: (float(total), int(count))
-        for i, chunk in chunks
-        for example, (total, count) in zip(chunk, found[i], strict=True)
+        for chunk, nlls in zip(chunks, found, strict=True)
+        for example, (total, count) in zip(chunk, nlls, strict=True)
     }
     return [of_id[example.id] for example in examples]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from regraft import ranks
 from regraft.data.collate import batches
@@ -15,6 +15,7 @@ from regraft.evaluation.endpoint import Endpoint
 from regraft.evaluation.guards import READERS, Guard
 from regraft.evaluation.keywords import KEYWORD_JUDGES
 from regraft.evaluation.labelled import HARMS, REFUSALS, Quality, Question, quality, read_labelled
+from regraft.evaluation.pieces import in_pieces
 from regraft.evaluation.results import Answer
 from regraft.evaluation.verdicts import (
     ByKeywords,
@@ -31,7 +32,7 @@ from regraft.keys import describe, is_done, working
 from regraft.models.load import judge_fingerprint, load_judge
 from regraft.recipe import ComputeSettings
 from regraft.stages.evaluating import read_evaluation
-from regraft.watch import Watch
+from regraft.watch import Advance, Watch
 
 _CHUNK = 64  # exchanges after which verdicts are on disk
 
@@ -111,17 +112,7 @@ def judge(
         judge = loaded or find_judge(text, compute)
         task = watch.task(f"Judging by {judge.name}", len(exchanges), "answers")
         with working(out, about) as work, task as done:
-            chunks = list(enumerate(batches(exchanges, _CHUNK)))
-            paths = [work / f"{i:06d}.json" for i, _ in chunks]
-            for i, chunk in ranks.share(chunks):
-                if paths[i].exists():
-                    done(len(chunk))
-                    continue
-                found = judge.verdicts(chunk, done)
-                _check_read(judge.name, found)
-                write_json(paths[i], [asdict(one) for one in found])
-            ranks.barrier()
-            verdicts = [Verdict(**one) for path in paths for one in read_json(path)]
+            verdicts = _verdicts(judge, exchanges, work, done)
             result = _judged(judge.name, answers, verdicts)
             content = {
                 "about": about,
@@ -134,6 +125,21 @@ def judge(
             if ranks.first():
                 write_json(out, content)
     return _judged(read_json(out)["result"]["judge"], answers, read_verdicts(out, answers))
+
+
+def _verdicts(
+    judge: Judge, exchanges: Sequence[Exchange], work: Path, done: Advance
+) -> list[Verdict]:
+    chunks = list(batches(exchanges, _CHUNK))
+
+    def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        for i in wanted:
+            found = judge.verdicts(chunks[i], done)
+            _check_read(judge.name, found)
+            yield i, [asdict(one) for one in found]
+
+    pieces = in_pieces(len(chunks), made, work, "verdicts", lambda i: done(len(chunks[i])))
+    return [Verdict(**one) for piece in pieces for one in piece]
 
 
 def check_judge(text: str) -> None:
