@@ -242,7 +242,7 @@ class _Job:
                 place.curve(pruning, settings.name),
                 search,
                 settings.selection(),
-                self.recipe.evaluate.only(),
+                self.recipe.evaluate.only().in_memory(),
                 self.recipe.compute,
                 self.watch,
                 self.session,

@@ -18,10 +18,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_serializer,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -709,6 +711,18 @@ class EvalSettings(Settings):
         description=f"How many first characters count for your own keywords ({DEFAULT_WINDOW}).",
     )
     limit: int | None = Field(None, ge=1, description="Use only the first examples of the suite.")
+    backend: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What answers: the model in memory, or vLLM (an extra) on the checkpoint, in "
+        "full and faster. Their answers are not the same to the last token.",
+    )
+    tensor_parallel: int = Field(1, ge=1, description="vllm: accelerators that share the model.")
+    max_length: int | None = Field(
+        None,
+        ge=1,
+        description="vllm: tokens of a prompt with its image and answer; all that the model was "
+        "made for if not given, which may want more memory than there is.",
+    )
     perplexity: bool = Field(
         False, description="Measure the perplexity of the references of harmless prompts too."
     )
@@ -722,11 +736,29 @@ class EvalSettings(Settings):
     def _check_judge(self) -> EvalSettings:
         if self.judge not in KEYWORD_JUDGES:
             raise ValueError(f"no judge {self.judge!r}; expected {', '.join(KEYWORD_JUDGES)}")
+        if self.backend == "vllm" and self.perplexity:
+            raise ValueError("perplexity is measured by the transformers backend only")
+        if self.backend == "vllm" and not self.full_answers:
+            raise ValueError("vllm always gives full answers: leave full_answers as it is")
+        if self.backend != "vllm" and (self.tensor_parallel, self.max_length) != (1, None):
+            raise ValueError("tensor_parallel and max_length are vllm's: add backend vllm")
         if self.window is not None and not self.keywords:
             raise ValueError("a window is for keywords of your own: add keywords")
         if self.keywords and not all(map(str.strip, self.keywords)):
             raise ValueError("keywords: a blank one stands in every answer")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is vLLM's is left out without it, so that evaluations of before are known again."""
+        content: dict[str, Any] = whole(self)
+        left_out = () if self.backend == "vllm" else ("backend", "tensor_parallel", "max_length")
+        return {name: value for name, value in content.items() if name not in left_out}
+
+    def in_memory(self) -> EvalSettings:
+        """The same by the model in memory."""
+        own = {"backend": "transformers", "tensor_parallel": 1, "max_length": None}
+        return self.model_copy(update=own)
 
     def keyword_judge(self) -> KeywordJudge:
         """The judge that these settings ask for."""
@@ -883,8 +915,9 @@ class Recipe(Settings):
         return self.calibration.model_copy(update={"responses": variant.responses})
 
     def on_disk(self, variant: VariantSettings) -> bool:
-        """Whether its checkpoint is written: a streamed model takes no patch in memory."""
-        return variant.checkpoint or self.compute.placement == "streamed"
+        """Whether its checkpoint is written: streamed models and vLLM take no patch in memory."""
+        in_memory = self.compute.placement != "streamed" and self.evaluate.backend != "vllm"
+        return variant.checkpoint or not in_memory
 
     @field_serializer("prune")
     def _one_or_many(self, prune: tuple[PruningSettings, ...]) -> Any:

@@ -14,8 +14,16 @@ from regraft import ranks
 from regraft.checks import told
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
-from regraft.defence.artifact import acting, asked, check_fits, load_defence
+from regraft.defence.artifact import (
+    Defence,
+    Direction,
+    acting,
+    asked,
+    check_fits,
+    load_defence,
+)
 from regraft.errors import RegraftError
+from regraft.evaluation.by_vllm import Engine
 from regraft.evaluation.perplexity import Nll, response_nlls
 from regraft.evaluation.results import Answer, EvalResult
 from regraft.evaluation.summary import (
@@ -29,7 +37,7 @@ from regraft.evaluation.summary import (
 )
 from regraft.files import atomic_folder, file_digest, read_json, write_json
 from regraft.keys import describe, is_done, working
-from regraft.models.load import Source
+from regraft.models.load import Source, has_processor, load_processor
 from regraft.recipe import (
     ComputeSettings,
     EvalSettings,
@@ -38,6 +46,7 @@ from regraft.restoration.apply import (
     patched,
     zeros_filled,
 )
+from regraft.restoration.patch import Patch
 from regraft.stages.common import patch_in_memory
 from regraft.stages.session import Session
 from regraft.watch import Silent, Watch
@@ -87,6 +96,8 @@ def evaluate(
     examples = reading.examples
     patch, inputs = patch_in_memory(model, patch_file, compute)
     defence = None if defence_file is None else load_defence(defence_file)
+    if settings.backend == "vllm":
+        _check_for_vllm(patch, defence)
     if defence is not None and defence_file is not None:
         check_fits(defence, model.anatomy, defence_file)
         inputs["defence"] = file_digest(defence_file)
@@ -96,29 +107,26 @@ def evaluate(
     if not is_done(out, out / "results.json", about, lambda: _read_results(out)["about"]):
         with working(out, about) as work:
             watch.note(told("Prompts", reading))
-            network, processor = session.load(model, compute, watch, processor_from)
-            content = about["data"]["suite"]["digest"]
-            answerer = session.answerer(
-                model,
-                processor,
-                asked(defence, examples),
-                content,
-                settings,
-                compute,
-                processor_from,
-            )
-            context = patched(network, model.anatomy, patch) if patch else nullcontext()
-            answering = watch.task(f"Answering {name}", len(examples), "prompts")
-            with context, acting(defence, network), answering as done:
-                nlls = _nlls(
-                    network, processor, asked(defence, examples), settings, compute, work, watch
+            prompts = asked(defence, examples)
+            nlls: Mapping[str, Nll] = {}
+            if settings.backend == "vllm":
+                texts = _by_vllm(model, prompts, settings, compute, processor_from, work, watch)
+            else:
+                network, processor = session.load(model, compute, watch, processor_from)
+                content = about["data"]["suite"]["digest"]
+                answerer = session.answerer(
+                    model, processor, prompts, content, settings, compute, processor_from
                 )
-                texts = answerer.answers(
-                    network,
-                    max_new_tokens=settings.max_new_tokens,
-                    partial=work,
-                    progress=done,
-                )
+                context = patched(network, model.anatomy, patch) if patch else nullcontext()
+                answering = watch.task(f"Answering {name}", len(examples), "prompts")
+                with context, acting(defence, network), answering as done:
+                    nlls = _nlls(network, processor, prompts, settings, compute, work, watch)
+                    texts = answerer.answers(
+                        network,
+                        max_new_tokens=settings.max_new_tokens,
+                        partial=work,
+                        progress=done,
+                    )
             judge = settings.keyword_judge()
             answers = [judge_answer(e, t, judge) for e, t in zip(examples, texts, strict=True)]
             answers = [_with_nll(answer, nlls.get(answer.id)) for answer in answers]
@@ -134,6 +142,52 @@ def evaluate(
                     content = {"about": about, "sizes": sizes, "result": result_to_json(result)}
                     write_json(folder / "results.json", content)
     return read_evaluation(out)
+
+
+def _check_for_vllm(patch: Patch | None, defence: Defence | None) -> None:
+    if patch is not None:
+        raise RegraftError(
+            "vLLM reads checkpoints and takes no patch in memory. Write the checkpoint with "
+            "`regraft apply` and evaluate that, or use --backend transformers."
+        )
+    if isinstance(defence, Direction):
+        raise RegraftError(
+            "A refusal direction acts inside the model, which vLLM does not let it: use --backend "
+            "transformers. (A defence prompt works with both.)"
+        )
+    if ranks.world() > 1:
+        raise RegraftError(
+            "vLLM shares accelerators by itself: start it without torchrun, with --tensor-parallel."
+        )
+
+
+def _by_vllm(
+    model: Source,
+    prompts: Sequence[Example],
+    settings: EvalSettings,
+    compute: ComputeSettings,
+    processor_from: Source | None,
+    work: Path,
+    watch: Watch,
+) -> list[str]:
+    own = processor_from is None or has_processor(model)
+    processor = load_processor(model if own else processor_from or model)
+    with watch.task(f"Loading {model.folder} into vLLM", 1) as done:
+        engine = Engine(
+            model.folder,
+            processor,
+            dtype=compute.dtype,
+            tensor_parallel=settings.tensor_parallel,
+            max_length=settings.max_length,
+            sees=model.anatomy.has_vision,
+            trust_remote_code=compute.trust_remote_code,
+        )
+        done(1)
+    try:
+        with watch.task("Answering by vLLM", len(prompts), "prompts") as done:
+            return engine.answers(prompts, settings.max_new_tokens, work, done)
+    finally:
+        engine.close()
 
 
 def _nlls(
