@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from dataclasses import replace
-from itertools import combinations
 
 import pytest
 import torch
@@ -13,8 +13,14 @@ from torch.nn import functional as F  # noqa: N812
 
 import truth
 from regraft.data.collate import batches, response_batch
-from regraft.importance.gradients import layer_gradients, product, signed, signed_and_squared
-from regraft.importance.hard import agreements, final_states, response_losses, stratified
+from regraft.importance.gradients import (
+    SampleGradients,
+    layer_gradients,
+    product,
+    signed,
+    signed_and_squared,
+)
+from regraft.importance.hard import agreements, final_states, response_losses, sampled
 from regraft.importance.losses import DecisionLoss, predicting, refusal_starts
 from regraft.models.walk import Walk
 
@@ -117,6 +123,47 @@ def test_gradients_equal_autograd_on_the_whole_model(family, teacher, pico_dir, 
         assert scale > 0
         torch.testing.assert_close(parts[key][:rows], wanted, rtol=1e-3, atol=5e-5 * scale)
         assert (parts[key][rows:] >= 0).all()
+
+
+def test_gradients_of_single_samples_equal_autograd(family, pico_dir, tmp_path):
+    """At random places of every weight, and nowhere in one."""
+    opened = truth.opened(pico_dir(family))
+    model = changed(opened.model)
+    examples, cut = collated(opened, family, tmp_path)
+    loss = DecisionLoss(decision=1, tail=0.3, weights=WEIGHTS)
+    generator = torch.Generator().manual_seed(3)
+    places = {
+        linear.key: torch.randint(math.prod(linear.shape), (7,), generator=generator)
+        for linear in opened.anatomy.linears
+    }
+    nowhere = next(iter(places))
+    places[nowhere] = places[nowhere][:0]
+    walk = truth.walk(model, cut)
+    samples = SampleGradients(walk, places)
+    with truth.unchanged(model):
+        layers = layer_gradients(
+            walk,
+            opened.anatomy,
+            tmp_path / "states",
+            lambda _: True,
+            lambda _: None,
+            loss=loss,
+            samples=samples,
+        )
+        means = {key: one for _, layer in layers for key, one in layer.items()}
+    found = samples.found
+    for key, at in places.items():
+        torch.testing.assert_close(found[key].mean(dim=0), means[key].flatten()[at])
+    assert not list((tmp_path / "states").iterdir()), "layer inputs are left behind"
+    assert found.keys() == places.keys() and found[nowhere].shape == (len(examples), 0)
+    for row, example in enumerate(examples):
+        expected, _ = by_autograd(
+            model, None, opened.processor, opened.anatomy, [example], WEIGHTS, 1, 0.3
+        )
+        for key, at in places.items():
+            wanted = expected[key].flatten()[at]
+            scale = float(expected[key].abs().max())
+            torch.testing.assert_close(found[key][row], wanted, rtol=1e-3, atol=5e-5 * scale)
 
 
 def test_only_wanted_linears_are_taken(pico_dir, tmp_path):
@@ -245,29 +292,34 @@ def test_a_teacher_agrees_where_it_would_begin_as_the_response_does(pico_dir, tm
 POOL = {"a": 0.5, "b": 4.0, "c": 4.0, "d": 1.0, "e": 0.0, "f": 9.0, "g": 2.0}
 
 
-@pytest.mark.parametrize(
-    ("count", "hard", "first"), [(4, 0.5, "fb"), (4, 0.0, ""), (5, 0.7, "fbcg")]
-)
-def test_a_sample_stands_for_the_pool(count, hard, first):
-    """Over all possible draws, each once, the weighted mean is the mean of the pool."""
+@pytest.mark.parametrize("count", [1, 3, 4, 6])
+def test_a_sample_stands_for_the_pool(count):
+    """Over many draws: as many as asked for, by chance as promised, and without bias."""
     values = {name: torch.randn((), dtype=torch.float64).exp().item() for name in POOL}
-    draws = Counter(tuple(stratified(POOL, count, hard, seed).items()) for seed in range(1500))
-    rest = [name for name in POOL if name not in first]
-    assert {frozenset(name for name, _ in draw) for draw in draws} == {
-        frozenset(first) | set(chosen) for chosen in combinations(rest, count - len(first))
-    }
-    assert min(draws.values()) > 0.5 * 1500 / len(draws), "some draws are rare"
-    means = []
-    for draw in draws:
-        assert [name for name, _ in draw] == [name for name in POOL if name in dict(draw)]
-        means.append(sum(weight * values[name] for name, weight in draw) / count)
-    assert sum(means) / len(means) == pytest.approx(sum(values.values()) / len(values))
+    mean = sum(POOL.values()) / len(POOL)
+    times, means, draws = Counter(), [], 4000
+    for seed in range(draws):
+        draw = sampled(POOL, count, seed)
+        assert len(draw) == count and list(draw) == [name for name in POOL if name in draw]
+        times.update(list(draw))
+        means.append(sum(weight * values[name] for name, weight in draw.items()) / count)
+    likely = {name: times[name] / draws for name in POOL}
+    for name, weight in draw.items():  # what it counts makes up for how likely it is
+        assert weight == pytest.approx(count / (len(POOL) * likely[name]), rel=0.15)
+    some = [name for name in POOL if likely[name] < 0.999]
+    per_size = [likely[name] / (POOL[name] + mean) for name in some]
+    assert max(per_size) < 1.15 * min(per_size), "not in proportion to loss and mean"
+    assert count < 6 or len(some) < len(POOL), "none is certain"
+    error = 4 * torch.tensor(means).std().item() / draws**0.5
+    assert sum(means) / draws == pytest.approx(sum(values.values()) / len(values), abs=error)
 
 
 def test_all_examples_where_there_are_few():
     for count in (len(POOL), len(POOL) + 1):
-        assert stratified(POOL, count, 0.5, 0) == dict.fromkeys(POOL, 1.0)
-    assert stratified({}, 3, 0.5, 0) == {}
+        assert sampled(POOL, count, 0) == dict.fromkeys(POOL, 1.0)
+    assert sampled({}, 3, 0) == {}
+    even = sampled(dict.fromkeys("abcd", 0.0), 2, 0)
+    assert list(even.values()) == [1.0, 1.0]
 
 
 # Walks

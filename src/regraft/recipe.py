@@ -363,7 +363,7 @@ class RealignSettings(Settings):
         "its bounds.",
     )
     trust: float = Field(
-        0.3,
+        1.0,
         gt=0,
         description="gain: a step tries no more weights than are predicted to lower the loss by "
         "this share of it, and takes those with which it falls most.",
@@ -371,8 +371,8 @@ class RealignSettings(Settings):
     batch: int = Field(
         128,
         ge=2,
-        description="gain: prompts of each kind in a gradient; of more samples than that, half are "
-        "those on which the pruned model falls shortest, chosen anew now and then.",
+        description="gain: prompts of each kind in a step; of more samples than that they are "
+        "drawn anew for each, those on which the model falls short likelier.",
     )
     swap: bool = Field(
         False,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from itertools import accumulate
+from math import floor
 
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from torch import Tensor
 from regraft.importance.gradients import Progress
 from regraft.importance.losses import DecisionLoss, Loss, predicting
 from regraft.models.walk import Walk
+
+_ROUNDING = 1e-9
 
 
 def final_states(walk: Walk, progress: Progress) -> dict[str, Tensor]:
@@ -54,16 +58,15 @@ def agreements(walk: Walk, loss: DecisionLoss) -> dict[str, bool]:
     return found
 
 
-def stratified(losses: Mapping[str, float], count: int, hard: float, seed: int) -> dict[str, float]:
-    """A sample of examples that tells the mean gradient of all, with less noise than a plain draw.
+def sampled(losses: Mapping[str, float], count: int, seed: int) -> dict[str, float]:
+    """A sample of examples in which those that cost more are likelier.
 
-    A share `hard` of the sample are the examples with the highest loss, each standing for itself;
-    the others are drawn from the rest and stand for all of it.
+    An example is drawn with a probability proportional to its loss and the mean of all, 1 at most:
+    half the sample goes by loss, half is even. What it then counts makes up for it.
 
     Args:
-        losses: Example id -> loss.
+        losses: Example id -> loss, 0 or more.
         count: How many; all examples where there are no more.
-        hard: Share of them, in [0, 1).
         seed: Of the draw.
 
     Returns:
@@ -73,12 +76,27 @@ def stratified(losses: Mapping[str, float], count: int, hard: float, seed: int) 
     total = len(losses)
     if total <= count:
         return dict.fromkeys(losses, 1.0)
-    ranked = sorted(losses, key=lambda name: (-losses[name], name))
-    first = round(hard * count)
-    drawn = random.Random(seed).sample(ranked[first:], count - first)
-    weights = dict.fromkeys(ranked[:first], count / total)
-    weights |= dict.fromkeys(drawn, (total - first) / (count - first) * count / total)
-    return {name: weights[name] for name in losses if name in weights}
+    mean = sum(losses.values()) / total
+    sizes = {name: loss + mean if mean else 1.0 for name, loss in losses.items()}
+    likely: dict[str, float] = {}
+    rest = dict(sizes)
+    while rest:  # those certain to be drawn leave the others their share
+        scale = (count - len(likely)) / sum(rest.values())
+        certain = [name for name, size in rest.items() if size * scale >= 1]
+        likely |= dict.fromkeys(certain, 1.0)
+        rest = {name: size for name, size in rest.items() if size * scale < 1}
+        if not certain:
+            likely |= {name: size * scale for name, size in rest.items()}
+            break
+    draw = random.Random(seed)
+    names = sorted(likely)
+    draw.shuffle(names)
+    start = draw.random()
+    ends = list(accumulate(likely[name] for name in names))
+    # one draw wherever the running sum passes start, start + 1, ...
+    hits = [floor(end - start + _ROUNDING) for end in ends]
+    drawn = {name for name, was, now in zip(names, [-1, *hits], hits, strict=False) if now > was}
+    return {name: count / (total * likely[name]) for name in losses if name in drawn}
 
 
 def _to_the_end(walk: Walk, progress: Progress) -> None:

@@ -35,14 +35,14 @@ class Objective:
     `utility_weight` a multiplier that grows while harmless prompts drift further from their answers
     than they may, and shrinks while they drift less (see `adapted`). "both" does both.
 
-    First order holds near the model as it is: a step tries no more than what is predicted to lower
-    the loss by the share `trust` of it, which can only fall to 0, and see `backtrack`.
+    A step tries no more than what is predicted to lower the loss by the share `trust` of it, and
+    see `backtrack`.
     """
 
     utility_weight: float = 0.3
     constraint: Constraint = "both"
     share: float = 0.2
-    trust: float = 0.3
+    trust: float = 1.0
 
     def keys(self, safety: Tensor, utility: Tensor) -> Tensor:
         """The objective of each candidate, -inf where it is not allowed.
@@ -67,16 +67,14 @@ class Objective:
         weight = min(high, max(low, self.utility_weight * math.exp(_RATE * drift)))
         return replace(self, utility_weight=weight)
 
-    def within_trust(self, keys: Tensor, safety: float, utility: float) -> int:
-        """How many of a step's best weights to take, at least one.
+    def within_trust(self, worth: Tensor, now: float) -> int:
+        """How many of a step's weights to take, at least one.
 
         Args:
-            keys: What each return is worth, best first, `[k]` float32.
-            safety: The safety loss now.
-            utility: The utility loss now.
+            worth: What each is predicted to add, in order, `[k]` float32.
+            now: What the step is to lower.
         """
-        limit = self.trust * self.value(safety, utility)
-        return max(1, int((keys.double().cumsum(0) <= limit).sum()))
+        return max(1, int((worth.double().cumsum(0) <= self.trust * now).sum()))
 
     def value(self, safety: float, utility: float) -> float:
         """What a step is to lower: `safety + utility_weight * utility`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from regraft import ranks
 from regraft.importance.gradients import (
+    SampleGradients,
     layer_gradients,
     signed,
     signed_and_squared,
@@ -30,11 +32,13 @@ from regraft.restoration.gain import (
     swaps_in_rows,
 )
 from regraft.restoration.groups import grouping_of
-from regraft.restoration.ranking import Best, Edits, Ranking
+from regraft.restoration.matching import Effects, together
+from regraft.restoration.ranking import KEPT, Best, Edits, Ranking, empty
 from regraft.restoration.selection import restorable
 
 Progress = Callable[[int], None]
 _SWAPS_IN_A_ROW = 64
+_CANDIDATES = 24  # for each weight that may come back in a step
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Problem:
 class Step:
     """The weights that came back in a step, best first, and the model as it was before.
 
+    `candidates` are those that promise most for the next step.
     `safety` and `utility` are losses; `drift` is how much likelier harmless answers began otherwise
     than they should, than those of the dense model (without a teacher: than never).
     """
@@ -67,6 +72,7 @@ class Step:
     safety: float
     utility: float
     drift: float
+    candidates: Ranking
 
 
 def step(
@@ -77,11 +83,14 @@ def step(
     so_far: Ranking,
     scratch: Path,
     progress: Progress,
+    candidates: Ranking | None = None,
 ) -> Step:
     """The `count` weights whose return helps most now, and put them into the model.
 
-    One layer's gradients are in memory at a time (two with `swap`: the squares too). As many of
-    the weights are taken as lower the objective most on the same samples, by forward passes.
+    Mean gradients tell candidates, several times as many as can come back, and gradients of single
+    samples which of them to take (see `matching`). One layer's gradients are in memory at a time
+    (two with `swap`: the squares too). As many of the weights are taken as lower the objective most
+    on the same samples, by forward passes.
 
     Args:
         problem: The model, with `so_far` in it.
@@ -92,15 +101,73 @@ def step(
         so_far: What has come back before.
         scratch: A folder for layer inputs.
         progress: Called with the number of samples a layer has seen, forward and backward.
+        candidates: Of the step before; without them a pass of its own looks for some.
     """
-    best = Best(count)
+    sides = (
+        _Side("safety", *safety, 1.0, scratch / "safety"),
+        _Side("utility", *utility, problem.objective.utility_weight, scratch / "utility"),
+    )
+    if candidates is None:
+        candidates = _look(problem, sides, count, so_far, empty(), progress).candidates
+    candidates = candidates.at(_unused(candidates, so_far))
+    seen = _look(problem, sides, count, so_far, candidates, progress)
+    order, worth = together(seen.effects, count)
+    now = problem.objective.value(seen.safety, seen.utility)
+    chosen = replace(candidates.at(order), score=worth)
+    chosen = chosen.first(problem.objective.within_trust(worth, now))
+    weights = weights_of(problem.model.network, problem.dense.anatomy)
+    edits = Edits(chosen, weights, problem.dense)
+
+    def value(tried: int) -> float:
+        edits.put(tried)
+        losses = (_mean(response_losses(side.walk, side.loss).values()) for side in sides)
+        return problem.objective.value(*losses)
+
+    taken = backtrack(value, now, len(chosen))
+    edits.put(taken)
+    return Step(chosen.first(taken), seen.safety, seen.utility, seen.drift, seen.candidates)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Samples of one kind, of which `share` is the objective's."""
+
+    kind: str
+    walk: Walk
+    loss: DecisionLoss
+    share: float
+    scratch: Path
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """What one pass found: losses, candidates, and what those that were asked for would do."""
+
+    safety: float
+    utility: float
+    drift: float
+    candidates: Ranking
+    effects: Effects
+
+
+def _look(
+    problem: Problem,
+    sides: Sequence[_Side],
+    count: int,
+    so_far: Ranking,
+    asked: Ranking,
+    progress: Progress,
+) -> _Looked:
+    """All samples once forward and backward through the model as it is."""
+    best = Best(count * _CANDIDATES)
     anatomy = problem.dense.anatomy
     index = {linear.key: i for i, linear in enumerate(anatomy.linears)}
     weights = weights_of(problem.model.network, anatomy)
-    seen: dict[str, list[_Seen]] = {"safety": [], "utility": []}
+    seen: list[list[_Seen]] = [[] for _ in sides]
+    samples = [SampleGradients(side.walk, _places(asked, anatomy)) for side in sides]
     passes = (
-        _gradients(problem, walk, _recorded(loss, seen[kind]), scratch / kind, progress)
-        for kind, (walk, loss) in (("safety", safety), ("utility", utility))
+        _gradients(problem, side, _recorded(side.loss, own), single, progress)
+        for side, own, single in zip(sides, seen, samples, strict=True)
     )
     for (layer, for_safety), (_, for_utility) in zip(*passes, strict=True):
         for linear in layer.linears:
@@ -116,20 +183,81 @@ def step(
                 _taken(so_far, index[linear.key]),
             )
             best.add(index[linear.key], keys, removed)
-    losses = [_mean([one.loss for one in seen[kind]]) for kind in ("safety", "utility")]
-    drift = _mean([one.drift for one in seen["utility"]])
-    objective, ranking = problem.objective, best.ranking
-    ranking = ranking.first(objective.within_trust(ranking.score, *losses))
-    edits = Edits(ranking, weights, problem.dense)
+    effects = [
+        _effects(problem, asked, weights, side, own, single)
+        for side, own, single in zip(sides, seen, samples, strict=True)
+    ]
+    safety, utility = (_mean([one.loss for one in own]) for own in seen)
+    return _Looked(
+        safety,
+        utility,
+        _mean([one.drift for one in seen[1]]),
+        best.ranking,
+        reduce(Effects.and_of, effects),
+    )
 
-    def value(tried: int) -> float:
-        edits.put(tried)
-        found = [_mean(response_losses(*one).values()) for one in (safety, utility)]
-        return objective.value(*found)
 
-    taken = backtrack(value, objective.value(*losses), len(ranking))
-    edits.put(taken)
-    return Step(ranking.first(taken), losses[0], losses[1], drift)
+def _unused(candidates: Ranking, so_far: Ranking) -> Tensor:
+    """Places of the candidates neither of whose two weights a step has touched."""
+    used = {
+        pair
+        for column in (so_far.position, so_far.removed)
+        for pair in zip(so_far.linear.tolist(), column.tolist(), strict=True)
+    }
+    rows = zip(
+        candidates.linear.tolist(),
+        candidates.position.tolist(),
+        candidates.removed.tolist(),
+        strict=True,
+    )
+    free = [
+        place
+        for place, (linear, back, gone) in enumerate(rows)
+        if (linear, back) not in used and (gone == KEPT or (linear, gone) not in used)
+    ]
+    return torch.tensor(free, dtype=torch.int64)
+
+
+def _by_linear(candidates: Ranking) -> Iterator[tuple[int, Tensor]]:
+    """(index of a linear, places of its candidates)."""
+    for index in candidates.linear.unique().tolist():
+        yield index, (candidates.linear == index).nonzero().flatten()
+
+
+def _places(asked: Ranking, anatomy: Anatomy) -> dict[str, Tensor]:
+    """Flat positions by linear: of what comes back, then of what goes (0 where nothing does)."""
+    linears = list(anatomy.linears)
+    return {
+        linears[index].key: torch.cat([asked.position[at], asked.removed[at].clamp_min(0)])
+        for index, at in _by_linear(asked)
+    }
+
+
+def _effects(
+    problem: Problem,
+    asked: Ranking,
+    weights: Sequence[Tensor],
+    side: _Side,
+    seen: Sequence[_Seen],
+    single: SampleGradients,
+) -> Effects:
+    linears = list(problem.dense.anatomy.linears)
+    gains = torch.zeros(len(seen), len(asked))
+    for index, at in _by_linear(asked):
+        dense = problem.dense.checkpoint.read(linears[index].tensor).reshape(-1)
+        current = weights[index].reshape(-1)
+        back, gone = asked.position[at], asked.removed[at].clamp_min(0)
+        new = dense[back].to(current.dtype).float()
+        returns = current[back.to(current.device)].cpu().float() - new
+        removals = current[gone.to(current.device)].cpu().float()
+        removals.masked_fill_(asked.removed[at] == KEPT, 0)
+        of_both = single.found[linears[index].key] * torch.cat([returns, removals])  # [E, 2n]
+        gains[:, at] = of_both[:, : len(at)] + of_both[:, len(at) :]
+    share = side.share / int(ranks.total(torch.tensor(len(seen))))
+    names = [name for batch in side.walk.batches for name in batch.ids]
+    counted = torch.tensor([side.loss.weights.get(name, 1.0) for name in names])
+    losses = torch.tensor([one.loss for one in seen])
+    return Effects(gains * share, losses * share, counted * share)
 
 
 @dataclass(frozen=True)
@@ -172,19 +300,20 @@ def weights_of(network: nn.Module, anatomy: Anatomy) -> list[Tensor]:
 
 
 def _gradients(
-    problem: Problem, walk: Walk, loss: Loss, scratch: Path, progress: Progress
+    problem: Problem, side: _Side, loss: Loss, samples: SampleGradients, progress: Progress
 ) -> Iterator[tuple[LayerAnatomy, Mapping[str, Tensor]]]:
-    walk.rewind()
+    side.walk.rewind()
     anatomy = problem.dense.anatomy
     layers = {linear: layer for layer in anatomy.layers for linear in layer.linears}
     return layer_gradients(
-        walk,
+        side.walk,
         anatomy,
-        scratch,
+        side.scratch,
         lambda linear: problem.open(layers[linear], linear) is not None,
         progress,
         add=signed_and_squared if problem.swap else signed,
         loss=loss,
+        samples=samples,
     )
 
 
@@ -224,6 +353,4 @@ def _candidates(
 
 def _taken(ranking: Ranking, index: int) -> Ranking:
     own = ranking.linear == index
-    return Ranking(
-        ranking.linear[own], ranking.position[own], ranking.removed[own], ranking.score[own]
-    )
+    return ranking.at(own.nonzero().flatten())

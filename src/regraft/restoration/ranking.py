@@ -48,15 +48,19 @@ class Ranking:
     def __len__(self) -> int:
         return len(self.linear)
 
-    def first(self, count: int) -> Ranking:
-        """The first `count` weights."""
+    def at(self, order: Tensor) -> Ranking:
+        """The weights at these places of it, `[n]` int64, in this order."""
         return Ranking(
-            self.linear[:count],
-            self.position[:count],
-            self.removed[:count],
-            self.score[:count],
+            self.linear[order],
+            self.position[order],
+            self.removed[order],
+            self.score[order],
             self.about,
         )
+
+    def first(self, count: int) -> Ranking:
+        """The first `count` weights."""
+        return self.at(torch.arange(min(count, len(self))))
 
     def then(self, other: Ranking) -> Ranking:
         """This ranking, and `other` behind it."""
@@ -115,9 +119,7 @@ class Best:
         by_place = by_place[both.linear[by_place].argsort(stable=True)]
         by_score = both.score[by_place].argsort(descending=True, stable=True)
         order = by_place[by_score[: self.count]]
-        self.ranking = Ranking(
-            both.linear[order], both.position[order], both.removed[order], both.score[order]
-        )
+        self.ranking = both.at(order)
 
 
 Keys = Callable[[int, LinearAnatomy, Tensor, Tensor], Tensor | None]

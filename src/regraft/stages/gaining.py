@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from regraft.data.collate import IGNORED, response_batch
 from regraft.data.example import Example, Reading
 from regraft.files import atomic_file, read_json, require_space, write_json
 from regraft.importance.gradients import require_gradients
-from regraft.importance.hard import agreements, final_states, response_losses, stratified
+from regraft.importance.hard import agreements, final_states, response_losses, sampled
 from regraft.importance.losses import DecisionLoss, refusal_starts
 from regraft.models.anatomy import HEAD_ROLES, LayerAnatomy, LinearAnatomy
 from regraft.models.load import Source
@@ -37,11 +36,10 @@ from regraft.restoration.selection import Head, blocks_of, inside
 from regraft.stages.common import collate_share, hidden_state_bytes, load_for_walk
 from regraft.watch import Watch
 
-ALGORITHM = 3  # rankings of another one are not taken for this one's
-REFRESH = 4  # steps between samples of examples, at most
+ALGORITHM = 4  # rankings of another one are not taken for this one's
+REFRESH = 4  # steps after which it is looked again how hard every example is
 PUSH = 0.005  # of all weights that are to come back, the share in a push
 PUSH_UTILITY = 0.1  # weight of utility in it
-HARD = 0.5  # share of them on which the pruned model falls shortest
 KINDS = ("safety", "utility")
 Examples = Sequence[Example]
 
@@ -95,25 +93,37 @@ def restore_by_gain(
         2 * own * layers * (settings.steps + settings.pushes - finished),
         "samples x layers",
     ) as done:
-        gathered: dict[str, tuple[Walk, DecisionLoss]] = {}
+        sides: dict[str, tuple[Walk, DecisionLoss]] = {}
         while (task := next_task(settings, count, trace)) is not None:
-            drawn = _drawn_at(trace)
-            if not gathered or drawn == len(trace):
-                gathered = {}  # the old states go before the new ones come
+            at = len(trace)
+            drawn = {
+                kind: sampled(_costs(work, kind, pools[kind], losses[kind], settings, at), size, at)
+                for kind, size in zip(KINDS, sizes, strict=True)
+            }
+            if not sides or any(sides[kind][1].weights != drawn[kind] for kind in KINDS):
+                sides = {}  # the old states go before the new ones come
                 for kind, pool in pools.items():
-                    file = work / f"sample-{kind}-{drawn}.json"
-                    weights = _sample(file, pool, losses[kind], settings.batch, drawn)
-                    chosen = [one for one in pool.examples if one.id in weights]
-                    gathered[kind] = walk(chosen), replace(losses[kind], weights=weights)
-                batches = [one.batches for one, _ in gathered.values()]
+                    chosen = [one for one in pool.examples if one.id in drawn[kind]]
+                    sides[kind] = walk(chosen), replace(losses[kind], weights=drawn[kind])
+                batches = [one.batches for one, _ in sides.values()]
                 require_space(work, sum(hidden_state_bytes(dense, model, one) for one in batches))
             problem = replace(problem, objective=task.objective)
-            safety, utility = (gathered[kind] for kind in KINDS)
-            new = step(problem, safety, utility, task.most, ranking, work / "states", done)
+            new = step(
+                problem,
+                sides["safety"],
+                sides["utility"],
+                task.most,
+                ranking,
+                work / "states",
+                done,
+                _promising(work, trace, task),
+            )
             ranking = ranking.then(new.ranking)
             trace.append(_told(len(ranking), task, new))
             if ranks.first():
+                save_ranking(_candidates_file(work, at), new.candidates)
                 save_ranking(path, replace(ranking, about={"steps": trace}))
+                _candidates_file(work, at - 1).unlink(missing_ok=True)
             ranks.barrier()
     return replace(ranking, about={"steps": trace})
 
@@ -166,24 +176,21 @@ def _objective(settings: RealignSettings, trace: Sequence[Mapping[str, float]]) 
     return objective
 
 
-def _empty(trace: Sequence[Mapping[str, float]]) -> list[bool]:
-    """Of each step, whether nothing came back."""
-    restored = [0, *(found["restored"] for found in trace)]
-    return [after == before for before, after in pairwise(restored)]
-
-
-def _drawn_at(trace: Sequence[Mapping[str, float]]) -> int:
-    """At which step the next one's sample of examples was drawn, or is.
-
-    One with which nothing came back is not kept.
-    """
-    after_empty = [i + 1 for i, empty in enumerate(_empty(trace)) if empty]
-    return max([len(trace) - len(trace) % REFRESH, *after_empty])
-
-
 def _stuck(trace: Sequence[Mapping[str, float]]) -> bool:
     """Whether nothing came back with two samples in a row."""
-    return len(trace) > 1 and all(_empty(trace)[-2:])
+    restored = [0, *(found["restored"] for found in trace)]
+    return len(trace) > 1 and len(set(restored[-3:])) == 1
+
+
+def _candidates_file(work: Path, step: int) -> Path:
+    return work / f"candidates-{step}.safetensors"
+
+
+def _promising(work: Path, trace: Sequence[Mapping[str, float]], task: Task) -> Ranking | None:
+    """What the step before found for this one; None where it looked for something else."""
+    if not trace or bool(trace[-1]["push"]) != task.push:
+        return None
+    return load_ranking(_candidates_file(work, len(trace) - 1))
 
 
 def _told(restored: int, task: Task, new: Step) -> dict[str, float]:
@@ -301,18 +308,20 @@ def _ask(pools: Mapping[str, Pool], teachers: Mapping[str, Path], watch: Watch) 
     ranks.barrier()
 
 
-def _sample(path: Path, pool: Pool, loss: DecisionLoss, count: int, seed: int) -> dict[str, float]:
-    """Examples for the next gradients and their weights, by id."""
+def _costs(
+    work: Path, kind: str, pool: Pool, loss: DecisionLoss, settings: RealignSettings, at: int
+) -> dict[str, float]:
+    """The loss of every example, by id, looked at anew now and then; 0 where all are taken."""
+    if len(pool.examples) <= settings.batch:
+        return dict.fromkeys((example.id for example in pool.examples), 0.0)
+    path = work / f"losses-{kind}-{at - at % REFRESH}.json"
     if not ranks.decided(path.exists):
-        values: dict[str, float] = {}
-        if len(pool.examples) > count:
-            values = ranks.merged(response_losses(pool.walk, loss))
-        ordered = {example.id: values.get(example.id, 0.0) for example in pool.examples}
+        values = ranks.merged(response_losses(pool.walk, loss))
         if ranks.first():
-            write_json(path, stratified(ordered, count, HARD, seed))
+            write_json(path, {example.id: values[example.id] for example in pool.examples})
         ranks.barrier()
-    weights: dict[str, float] = read_json(path)
-    return weights
+    found: dict[str, float] = read_json(path)
+    return found
 
 
 def _open(
