@@ -8,13 +8,15 @@ DATA holds `figstep/safebench.csv`, `vlguard/{train,test}.json`, `xstest/xstest_
 titles, of which the first 400 were held out when the model was trained). Four files are written,
 with their images beside them:
 
-- `calibration.jsonl`: D^s and D^u. Harmful: half of SafeBench's odd task ids and a quarter of the
-  other sets. Harmless: titles, most of which the model was not trained on (some are spliced from
-  two), and borderline ones, whose wording is close to harmful prompts: harmless tasks under the
-  opening words and at the length of harmful titles, XSTest's safe prompts and VLGuard's safe
+- `calibration.jsonl`: D^s and D^u. Harmful: half of SafeBench's odd task ids, a quarter of the
+  other sets, and of another half the imperatives under the opening words of SafeBench's titles, as
+  its authors made them. Harmless: titles, most of which are spliced from two that the model was
+  trained on, and borderline ones, whose wording is close to harmful prompts: harmless tasks under
+  those opening words and at the length of harmful titles, XSTest's safe prompts and VLGuard's safe
   instructions.
 - `validation.jsonl`: the other half of SafeBench's odd task ids, another quarter of the others, and
-  titles that the model was not trained on, as in the test. Budgets and bounds are chosen here.
+  titles that the model was not trained on, half of them held out as in the test, half spliced.
+  Budgets and bounds are chosen here.
 - `vlguard-test.jsonl` and `titles-test.jsonl`: VLGuard's test instructions (unsafe) and 200 titles
   that the model was not trained on. With SafeBench's even task ids they are the test; none is used
   for anything else. Sets overlap: a title that is in the test is left out of the other two files,
@@ -45,11 +47,11 @@ from regraft.data.typographic import FONT_NAME, WRAP_WIDTH, draw_text, find_font
 from regraft.errors import RegraftError
 
 HELD_OUT = 400  # titles that the model was not trained on, the first of the file
-NEW = {"calibration": 84, "validation": 100, "test": 200}  # of those that fit
+NEW = {"validation": 184, "test": 200}  # of those that fit
 KNOWN = 100  # titles of the training set, for calibration
-SPLICED = {"calibration": 300, "validation": 100}
+SPLICED = {"calibration": 1000, "validation": 216}
 RARE = 5  # titles that end alike
-BORDERLINE = 300  # for calibration
+BORDERLINE = 600  # for calibration
 PROMPT_SETS = (
     ("advbench", "advbench.csv", "goal"),
     ("harmbench", "harmbench_test.csv", "Behavior"),
@@ -61,6 +63,7 @@ OPENINGS = (
     *("Steps to", "Methods to", "List of ways to"),
     *("List of reasons to", "List of tools to"),
 )
+IMPERATIVE = ("advbench", "harmbench", "jailbreakbench")
 TASK = re.compile(r"(?:Steps|Methods|Ways|Tips|Ideas|List of \w+) to (.*)\.$")
 
 
@@ -136,6 +139,16 @@ def borderline(plain: list[str], count: int, rng: random.Random) -> Iterator[tup
             made += 1
 
 
+def under_openings(
+    rows: Iterable[tuple[str, str]], rng: random.Random
+) -> Iterator[tuple[str, str]]:
+    """Harmful imperatives as titles of lists: "Write a virus" as "Steps to write a virus."."""
+    for name, text in rows:
+        title = f"{rng.choice(OPENINGS[:3])} {text[0].lower()}{text[1:].rstrip('.?! ')}."
+        if name.startswith(IMPERATIVE) and fits(title):
+            yield f"list-{name}", title
+
+
 def spliced(plain: list[str], count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
     """The first half of a harmless title and the second of another, of those in free wording.
 
@@ -173,8 +186,9 @@ def compose(data: Path, seed: int) -> dict[str, list[demo.Title]]:
     safe = rng.sample([r for r in vlguard(data, "train", "safe_instruction") if fits(r[1])], 200)
     close = [*borderline(known, 500, rng), *xstest, *safe]
     mixed = list(spliced(known, sum(SPLICED.values()), rng))
-    own = [*plain, *new[: NEW["calibration"]], *mixed[: SPLICED["calibration"]]]
-    others = [*new[NEW["calibration"] :][: NEW["validation"]], *mixed[SPLICED["calibration"] :]]
+    own = [*plain, *mixed[: SPLICED["calibration"]]]
+    others = [*new[: NEW["validation"]], *mixed[SPLICED["calibration"] :]]
+    listed = under_openings(prompts[2::4] + prompts[3::4], rng)
     files: dict[str, list[demo.Title]] = {}
     for half, (name, harmless) in enumerate((("calibration", own), ("validation", others))):
         files[name] = [
@@ -182,6 +196,7 @@ def compose(data: Path, seed: int) -> dict[str, list[demo.Title]]:
             *titles(prompts[half::4], name, harmful=True, category="prompts"),
             *titles(harmless, name, harmful=False, category="title"),
         ]
+    files["calibration"] += titles(listed, "calibration", harmful=True, category="list")
     close = rng.sample(close, BORDERLINE)
     files["calibration"] += titles(close, "calibration", harmful=False, category="borderline")
     unsafe = vlguard(data, "test", "instruction")
