@@ -6,12 +6,13 @@
     python benchmarks/gain.py --shape vicuna-7b --samples 128            # LLaVA-NeXT-Vicuna-7B's
 
 A step takes the gradients of `--samples` harmful and as many harmless prompts, ranks all pruned
-weights of all linears and puts the best back; with `swap` it also takes the squares of gradients
-and pairs what comes back with what goes. `bare` is one forward and backward pass of the whole model
-over the same data by autograd, weight gradients included and thrown away (resident only: it needs
-room for the model and its gradients). Every row is a process of its own. The vision tower and the
-embeddings are in `bare` and in `step`; of the steps between two samples of prompts only the first
-runs them.
+weights of all linears, asks which of the best ones suit each other on every prompt and puts those
+back, a twelfth of 5 per 10,000 (candidates are those of a step before, not timed); with `swap` it
+also takes the squares of gradients and pairs what comes back with what goes. `bare` is one forward
+and backward pass of the whole model over the same data by autograd, weight gradients included and
+thrown away (resident only: it needs room for the model and its gradients). Every row is a process
+of its own. The vision tower and the embeddings are in `bare` and in `step`; of the steps between
+two samples of prompts only the first runs them.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ from regraft.models.checkpoint import write_edited
 from regraft.models.load import Source, load_placed, load_processor, open_source, pick_device
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
-from regraft.pruning.pruner import magnitude_edits
+from regraft.pruning.pruner import magnitude_edits, zeros
 from regraft.recipe import PruneSettings
 from regraft.restoration.gain import Objective
-from regraft.restoration.iterative import Problem, step, weights_of
-from regraft.restoration.ranking import empty
+from regraft.restoration.iterative import Problem, Step, step
+from regraft.restoration.ranking import Ranking, empty
 
-COUNT = 1000
+SHARE = 5 / 10_000 / 12  # of the pruned weights in a step: a budget of 5 per 10,000 in 12
 KINDS = ("safety", "utility")
 
 
@@ -112,15 +113,19 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
-    def one_step() -> int:
+    count = int(SHARE * zeros(pruned.checkpoint, pruned.anatomy))
+
+    def one_step(so_far: Ranking, candidates: Ranking | None) -> Step:
         walks = {kind: Walk(model, batches_) for kind, batches_ in data.items()}
         safety, utility = ((walks[kind], losses[kind]) for kind in KINDS)
         with TemporaryDirectory(dir=options.folder) as work:
-            found = step(problem, safety, utility, COUNT, empty(), Path(work), lambda _: None)
-        return len(found.ranking)
+            return step(
+                problem, safety, utility, count, so_far, Path(work), lambda _: None, candidates
+            )
 
-    seconds, found = timed(device, one_step)
-    assert found and weights_of(model.network, source.anatomy)
+    first = one_step(empty(), None)
+    seconds, _ = timed(device, lambda: one_step(first.ranking, first.candidates))
+    assert len(first.ranking)
     return _row(options, seconds, device)
 
 

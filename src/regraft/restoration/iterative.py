@@ -39,6 +39,7 @@ from regraft.restoration.selection import restorable
 Progress = Callable[[int], None]
 _SWAPS_IN_A_ROW = 64
 _CANDIDATES = 24  # for each weight that may come back in a step
+_EFFECTS_BYTES = 2**31  # of what candidates do to each prompt of a process, at most
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def step(
         candidates = _look(problem, sides, count, so_far, empty(), progress).candidates
     candidates = candidates.at(_unused(candidates, so_far))
     seen = _look(problem, sides, count, so_far, candidates, progress)
-    order, worth = together(seen.effects, count)
+    order, worth = together(seen.effects.to(problem.model.device), count)
     now = problem.objective.value(seen.safety, seen.utility)
     chosen = replace(candidates.at(order), score=worth)
     chosen = chosen.first(problem.objective.within_trust(worth, now))
@@ -159,12 +160,14 @@ def _look(
     progress: Progress,
 ) -> _Looked:
     """All samples once forward and backward through the model as it is."""
-    best = Best(count * _CANDIDATES)
+    best = Best(_most_candidates(count, sides))
     anatomy = problem.dense.anatomy
     index = {linear.key: i for i, linear in enumerate(anatomy.linears)}
     weights = weights_of(problem.model.network, anatomy)
     seen: list[list[_Seen]] = [[] for _ in sides]
-    samples = [SampleGradients(side.walk, _places(asked, anatomy)) for side in sides]
+    samples = [
+        SampleGradients(side.walk, _places(asked, anatomy, swap=problem.swap)) for side in sides
+    ]
     passes = (
         _gradients(problem, side, _recorded(side.loss, own), single, progress)
         for side, own, single in zip(sides, seen, samples, strict=True)
@@ -197,25 +200,24 @@ def _look(
     )
 
 
+def _most_candidates(count: int, sides: Sequence[_Side]) -> int:
+    """How many candidates a step looks for; fewer where memory for what they do is short."""
+    prompts = sum(len(batch.ids) for side in sides for batch in side.walk.batches)
+    of_each = -(-int(ranks.total(torch.tensor(prompts))) // ranks.world())
+    return count * max(1, min(_CANDIDATES, _EFFECTS_BYTES // (4 * of_each * count)))
+
+
 def _unused(candidates: Ranking, so_far: Ranking) -> Tensor:
-    """Places of the candidates neither of whose two weights a step has touched."""
-    used = {
-        pair
-        for column in (so_far.position, so_far.removed)
-        for pair in zip(so_far.linear.tolist(), column.tolist(), strict=True)
-    }
-    rows = zip(
-        candidates.linear.tolist(),
-        candidates.position.tolist(),
-        candidates.removed.tolist(),
-        strict=True,
-    )
-    free = [
-        place
-        for place, (linear, back, gone) in enumerate(rows)
-        if (linear, back) not in used and (gone == KEPT or (linear, gone) not in used)
-    ]
-    return torch.tensor(free, dtype=torch.int64)
+    """Places of the candidates neither of whose two weights a step has touched, `[k]` int64."""
+
+    def names(ranking: Ranking, column: Tensor) -> Tensor:
+        return ranking.linear.long() << 40 | column.clamp_min(0)
+
+    gone_before = so_far.at((so_far.removed != KEPT).nonzero().flatten())
+    used = torch.cat([names(so_far, so_far.position), names(gone_before, gone_before.removed)])
+    back, gone = (names(candidates, one) for one in (candidates.position, candidates.removed))
+    taken = torch.isin(back, used) | (torch.isin(gone, used) & (candidates.removed != KEPT))
+    return (~taken).nonzero().flatten()
 
 
 def _by_linear(candidates: Ranking) -> Iterator[tuple[int, Tensor]]:
@@ -224,11 +226,12 @@ def _by_linear(candidates: Ranking) -> Iterator[tuple[int, Tensor]]:
         yield index, (candidates.linear == index).nonzero().flatten()
 
 
-def _places(asked: Ranking, anatomy: Anatomy) -> dict[str, Tensor]:
-    """Flat positions by linear: of what comes back, then of what goes (0 where nothing does)."""
+def _places(asked: Ranking, anatomy: Anatomy, *, swap: bool) -> dict[str, Tensor]:
+    """Flat positions by linear: of what comes back, with `swap` then of what goes for it."""
     linears = list(anatomy.linears)
+    columns = (asked.position, asked.removed) if swap else (asked.position,)
     return {
-        linears[index].key: torch.cat([asked.position[at], asked.removed[at].clamp_min(0)])
+        linears[index].key: torch.cat([column[at] for column in columns])
         for index, at in _by_linear(asked)
     }
 
@@ -246,18 +249,18 @@ def _effects(
     for index, at in _by_linear(asked):
         dense = problem.dense.checkpoint.read(linears[index].tensor).reshape(-1)
         current = weights[index].reshape(-1)
-        back, gone = asked.position[at], asked.removed[at].clamp_min(0)
+        gradients = single.found[linears[index].key]  # [E, n], with `swap` [E, 2n]
+        back, gone = asked.position[at], asked.removed[at]
         new = dense[back].to(current.dtype).float()
-        returns = current[back.to(current.device)].cpu().float() - new
-        removals = current[gone.to(current.device)].cpu().float()
-        removals.masked_fill_(asked.removed[at] == KEPT, 0)
-        of_both = single.found[linears[index].key] * torch.cat([returns, removals])  # [E, 2n]
-        gains[:, at] = of_both[:, : len(at)] + of_both[:, len(at) :]
+        falls = gradients[:, : len(at)] * (current[back.to(current.device)].cpu().float() - new)
+        if problem.swap:
+            falls += gradients[:, len(at) :] * current[gone.to(current.device)].cpu().float()
+        gains[:, at] = falls
     share = side.share / int(ranks.total(torch.tensor(len(seen))))
     names = [name for batch in side.walk.batches for name in batch.ids]
     counted = torch.tensor([side.loss.weights.get(name, 1.0) for name in names])
     losses = torch.tensor([one.loss for one in seen])
-    return Effects(gains * share, losses * share, counted * share)
+    return Effects(gains.mul_(share), losses * share, counted * share)
 
 
 @dataclass(frozen=True)

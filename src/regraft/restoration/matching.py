@@ -38,6 +38,10 @@ class Effects:
     losses: Tensor
     weights: Tensor
 
+    def to(self, device: torch.device) -> Effects:
+        """On a device."""
+        return Effects(self.gains.to(device), self.losses.to(device), self.weights.to(device))
+
     def and_of(self, other: Effects) -> Effects:
         """On other prompts too."""
         return Effects(
@@ -53,7 +57,7 @@ def together(effects: Effects, count: int) -> tuple[Tensor, Tensor]:
     Fewer where no other lowers the sum of all prompts' losses.
 
     Returns:
-        (`[k]` int64, `[k]` float32: the fall of that sum, on which all processes agree)
+        (`[k]` int64, `[k]` float32 on CPU: the fall of that sum, on which all processes agree)
     """
     gains = effects.gains
     stiffness = 1 / (4 * (effects.losses + DAMPING * effects.weights))  # [E]
@@ -74,4 +78,4 @@ def together(effects: Effects, count: int) -> tuple[Tensor, Tensor]:
         taken[chosen] = True
         done += gains[:, chosen].sum(dim=1)
         room -= len(chosen)
-    return torch.cat(order), torch.cat(added)
+    return torch.cat(order).cpu(), torch.cat(added).cpu()
