@@ -237,7 +237,8 @@ def test_the_multiplier_follows_over_refusal():
 def test_harmless_prompts_may_drift_as_far_as_pruning_left_them():
     def weight(*drifts):
         trace = [{"drift": drift} for drift in drifts]
-        return gaining._objective(RealignSettings(method="gain", count=1), trace).utility_weight
+        settings = RealignSettings(method="gain", count=1, constraint="lagrangian")
+        return gaining._objective(settings, trace).utility_weight
 
     start = weight()
     assert weight(0.1) == start

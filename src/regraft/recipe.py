@@ -328,20 +328,20 @@ class RealignSettings(Settings):
         description="gain: weights come back in all linears, in attention, or in the chosen heads.",
     )
     utility_weight: float = Field(
-        0.3,
+        1.0,
         ge=0,
         description="gain: how much utility counts beside safety, at first where a multiplier "
         "moves it.",
     )
     constraint: Constraint = Field(
-        "both",
+        "utility-gain",
         description="gain: utility-gain takes only weights whose gain in utility is at least "
         "`utility_share` of that in safety; lagrangian moves the utility weight so that harmless "
         "prompts get no further from the dense model than pruning left them (or than it is itself, "
         "where pruning refuses less); both; or none.",
     )
     utility_share: float = Field(
-        0.2, ge=0, description="gain: see constraint; 0 takes all that cost no utility."
+        0.0, ge=0, description="gain: see constraint; 0 takes all that cost no utility."
     )
     loss: Literal["distil", "given"] = Field(
         "distil",

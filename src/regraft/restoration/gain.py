@@ -39,9 +39,9 @@ class Objective:
     see `backtrack`.
     """
 
-    utility_weight: float = 0.3
-    constraint: Constraint = "both"
-    share: float = 0.2
+    utility_weight: float = 1.0
+    constraint: Constraint = "utility-gain"
+    share: float = 0.0
     trust: float = 1.0
 
     def keys(self, safety: Tensor, utility: Tensor) -> Tensor:
