@@ -11,8 +11,8 @@ back, a twelfth of 5 per 10,000 (candidates are those of a step before, not time
 also takes the squares of gradients and pairs what comes back with what goes. `bare` is one forward
 and backward pass of the whole model over the same data by autograd, weight gradients included and
 thrown away (resident only: it needs room for the model and its gradients). Every row is a process
-of its own. The vision tower and the embeddings are in `bare` and in `step`; of the steps between
-two samples of prompts only the first runs them.
+of its own. The vision tower and the embeddings are in `bare` and in `step`, which runs them where
+new prompts are drawn for it.
 """
 
 from __future__ import annotations
@@ -101,14 +101,8 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
     }
     del dense
     swap = options.what == "swap"
-    problem = Problem(
-        model,
-        source,
-        pruned,
-        lambda _layer, linear: torch.ones(linear.shape, dtype=torch.bool),
-        Objective(trust=1e9),
-        swap,
-    )
+    problem = Problem(model, source, pruned, lambda _layer, _linear: True, swap)
+    objective = Objective(trust=1e9)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -119,8 +113,9 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
         walks = {kind: Walk(model, batches_) for kind, batches_ in data.items()}
         safety, utility = ((walks[kind], losses[kind]) for kind in KINDS)
         with TemporaryDirectory(dir=options.folder) as work:
+            place, silent = Path(work), lambda _: None
             return step(
-                problem, safety, utility, count, so_far, Path(work), lambda _: None, candidates
+                problem, objective, safety, utility, count, so_far, place, silent, candidates
             )
 
     first = one_step(empty(), None)

@@ -49,7 +49,7 @@ from regraft.restoration.gain import (
     swaps_in_groups,
     swaps_in_rows,
 )
-from regraft.restoration.matching import Effects
+from regraft.restoration.joint import Effects, joined
 from regraft.restoration.patch import load_patch
 from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.restoration.selection import blocks_of, inside, random_heads, restorable
@@ -318,25 +318,22 @@ def test_pushes_come_behind_the_path():
             assert task is not None, "the path has ended"
             before = trace[-1]["restored"] if trace else 0
             assert 0 <= now - before <= task.most
-            trace.append({"restored": now, "push": float(task.push), "drift": 0.1})
-        return [bool(one["push"]) for one in trace], gaining.next_task(settings, count, trace)
+            trace.append({"restored": now, "push": task.push, "drift": 0.1})
+        return [one["push"] for one in trace], gaining.next_task(settings, count, trace)
 
     done, task = run(100, 300, 500)
-    assert done == [False] * 3 and not task.push and task.most == 1000 - 3 * 5 - 500
+    assert done == [0] * 3 and not task.push and task.most == 1000 - 3 * 5 - 500
     assert task.objective == Objective()
-    done, task = run(100, 300, 500, 700, 705, 709)  # all steps done
-    assert done == [False] * 4 + [True] * 2 and task.push and task.most == 5
+    done, task = run(100, 300, 500, 700)  # all steps done
+    assert done == [0] * 4 and task.push == 5 and task.most == 3 * 5
     assert task.objective.constraint == "none" and task.objective.utility_weight < 0.3
-    assert run(100, 300, 500, 700, 705, 709, 709)[1] is None
+    assert run(100, 300, 500, 700, 712) == ([0] * 4 + [5], None)
     done, task = run(247, 493, 739, 985)  # the path is full
-    assert task.push and task.most == 5
-    assert run(247, 493, 739, 985, 990, 995, 1000)[1] is None
+    assert task.push == 5 and task.most == 15
     done, task = run(100, 100, 100)  # nothing helps any more
-    assert done == [False] * 3 and task.push
-    done, task = run(100, 100, 100, 105)
-    assert done == [False] * 3 + [True] and task.push, "the path goes on behind a push"
-    assert run(1, 2, 3, 4, count=4)[0] == [False] * 4, "too few weights for a push"
-    assert run(100, 100, 100, 100, 100)[1] is None, "pushes that bring nothing go on"
+    assert done == [0] * 3 and task.push
+    assert run(100, 100, 100, 105)[1] is None, "the path goes on behind the pushes"
+    assert run(1, 2, 3, 4, count=4)[0] == [0] * 4, "too few weights for a push"
     small = settings.model_copy(update={"utility_weight": 0.02})
     assert run(100, 100, 100, settings=small)[1].objective.utility_weight == 0.02
     many = settings.model_copy(update={"pushes": 200})
@@ -568,11 +565,10 @@ def test_a_swap_removes_what_neither_loss_needs(benches):
     for one in gradients:
         one[rows:].abs_()
     objective = Objective(utility_weight=0.05, constraint="none")
-    everywhere = torch.ones(linear.shape, dtype=torch.bool)
-    problem = iterative.Problem(
-        None, bench.dense, bench.pruned(), lambda *_: everywhere, objective, swap=True
-    )
-    keys, removed = iterative._candidates(problem, linear, weight, everywhere, gradients, empty())
+    problem = iterative.Problem(None, bench.dense, bench.pruned(), lambda *_: True, swap=True)
+    over_all = iterative._Pass(problem, objective, (), 1, empty(), lambda _: None)
+    dense = bench.dense.checkpoint.read(linear.tensor).float()
+    keys, removed = over_all._candidates(index, linear, dense, weight, True, gradients)
     moved = sum(
         (-g[:rows] * weight + g[rows:] * weight**2 / 2).abs() for g in gradients
     ).masked_fill(weight == 0, INF)
@@ -585,12 +581,57 @@ def test_a_swap_removes_what_neither_loss_needs(benches):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("swap", [False, True])
+def test_what_candidates_do_to_each_prompt(swap, benches, tmp_path, monkeypatch):
+    """Central differences of the losses of single prompts, along what comes back and what goes."""
+    seen: list[Any] = []
+
+    def spied(self: Any, asked: Ranking) -> Any:
+        found = look(self, asked)
+        if len(asked):
+            seen.append((self, asked, found.effects))
+        return found
+
+    look = iterative._Pass.look
+    monkeypatch.setattr(iterative._Pass, "look", spied)
+    monkeypatch.setattr(iterative, "backtrack", lambda *_: 0)
+    settings = GAIN.model_copy(update={"swap": swap, "steps": 1, "count": 4, "constraint": "none"})
+    benches("llama").rank(tmp_path / "ranking", settings)
+    over_all, asked, effects = seen[0]
+    problem = over_all.problem
+    weights = iterative.weights_of(problem.model.network, problem.dense.anatomy)
+    linears = list(problem.dense.anatomy.linears)
+    checked = 0
+    for j in range(0, len(asked), 7):
+        index, back, gone = (int(one[j]) for one in (asked.linear, asked.position, asked.removed))
+        flat, dense = weights[index].view(-1), problem.dense.checkpoint.read(linears[index].tensor)
+        before = flat.clone()
+        change = torch.zeros_like(flat)
+        change[back] = dense.reshape(-1)[back] - before[back]
+        assert (gone != KEPT) == swap
+        if swap:
+            change[gone] = -before[gone]
+        for side, found in zip(over_all.sides, effects, strict=True):
+            losses = []
+            for sign in (1, -1):
+                flat.copy_(before + sign * 0.05 * change)
+                values = iterative.response_losses(side.walk, side.loss)
+                losses.append([values[name] for batch in side.walk.batches for name in batch.ids])
+            flat.copy_(before)
+            for e, (above, below) in enumerate(zip(*losses, strict=True)):
+                slope = (below - above) / 0.1 / len(losses[0])
+                assert float(found.gains[e, j]) == pytest.approx(slope, rel=0.05, abs=2e-5)
+                checked += abs(slope) > 1e-4
+    assert checked > 10
+
+
+@pytest.mark.slow
 def test_a_search_looks_around_every_push(benches, tmp_path):
     bench = benches("llama")
     settings = GAIN.model_copy(update={"pushes": 3, "steps": 2})
     steps = bench.rank(tmp_path / "ranking", settings).about["steps"]
-    assert [one["push"] for one in steps] == [0, 0, 1, 1, 1]
-    assert [one["weight"] for one in steps][2:] == [gaining.PUSH_UTILITY] * 3
+    assert [one["push"] for one in steps] == [0, 0, 1]
+    assert steps[2]["weight"] == gaining.PUSH_UTILITY
     choice = SearchSettings(validation=bench.calibration.data, points=1)
     short = EvalSettings(max_new_tokens=1)
     stages.search(
@@ -604,7 +645,9 @@ def test_a_search_looks_around_every_push(benches, tmp_path):
         COMPUTE,
     )
     tried = [point.restored for point in read_curve(tmp_path / "curve.json")]
-    assert tried == sorted({0, *(int(one["restored"]) for one in steps[1:])})
+    path, end = (int(one["restored"]) for one in steps[1:])
+    assert path < end
+    assert tried == [0, *range(path, end + 1)]
 
 
 @pytest.mark.slow
@@ -700,3 +743,22 @@ def test_a_constraint_and_a_pool_larger_than_the_batch(benches, tmp_path, monkey
     assert 100 < len(bound) < 0.9 * len(free), "the constraint binds nothing"
     for at, score in scores[0].items():
         assert score > 0 and scores[1][at] == pytest.approx(float(score), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_constraint_holds_of_what_is_seen_now(benches, tmp_path, monkeypatch):
+    """Candidates are a step old, and of other prompts: some would cost utility by now."""
+    offered: list[tuple[torch.Tensor, ...]] = []
+
+    def spied(sides: Any, shares: Any, chosen: torch.Tensor, device: torch.device) -> Effects:
+        offered.append((*(side.mean for side in sides), chosen))
+        return joined(sides, shares, chosen, device)
+
+    monkeypatch.setattr(iterative, "joined", spied)
+    settings = GAIN.model_copy(update={"batch": 2, "constraint": "utility-gain", "steps": 4})
+    benches("llama").rank(tmp_path / "ranking", settings)
+    dropped = 0
+    for _, utility, chosen in offered:
+        assert (utility[chosen] >= 0).all() and len(chosen) == (utility >= 0).sum()
+        dropped += len(utility) - len(chosen)
+    assert dropped > 0

@@ -358,9 +358,8 @@ class RealignSettings(Settings):
         0,
         ge=0,
         le=20,
-        description="gain: so many small steps behind the others, each of 0.5 % of the budget, "
-        "that look at safety nearly alone; for a search, which takes the one that still keeps to "
-        "its bounds.",
+        description="gain: so many times 0.5 % of the budget are chosen in a last step that looks "
+        "at safety nearly alone; for a search, which takes as many of them as keep to its bounds.",
     )
     trust: float = Field(
         1.0,

@@ -7,8 +7,8 @@ back in steps, with the gradients of the model as it then is.
 
 In a swap a kept weight of the same row, or of the same N:M group, is pruned in exchange: the one
 without which both losses change least, by `|-G w + F w^2 / 2|` with F the diagonal of the empirical
-Fisher matrix. A removal that is predicted to help is not sought: which weights may help without
-hurting is only asked of those that come back.
+Fisher matrix. No removal is sought for being predicted to help; which of these pairs are taken is
+then a matter of what both do together (see `joint`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -32,21 +31,21 @@ from regraft.restoration.gain import (
     swaps_in_rows,
 )
 from regraft.restoration.groups import grouping_of
-from regraft.restoration.matching import Effects, together
-from regraft.restoration.ranking import KEPT, Best, Edits, Ranking, empty
+from regraft.restoration.joint import Effects, joined, together
+from regraft.restoration.ranking import KEPT, Best, Edits, Ranking, by_linear, empty
 from regraft.restoration.selection import restorable
 
 Progress = Callable[[int], None]
 _SWAPS_IN_A_ROW = 64
 _CANDIDATES = 24  # for each weight that may come back in a step
-_EFFECTS_BYTES = 2**31  # of what candidates do to each prompt of a process, at most
+_EFFECTS_BYTES = 2**31  # of what candidates do to each prompt, unless too few could be looked at
 
 
 @dataclass(frozen=True)
 class Problem:
     """What is restored in: the model as pruned, in memory, and both checkpoints.
 
-    `open` says where in a weight values may come back, `[out, in]` bool, or None for nowhere.
+    `open` says where in a weight values may come back: everywhere, nowhere, or at `[out, in]` bool.
     `swap` prunes a kept weight of the same row for each that comes back, or of the same group of M
     inputs in the linears whose `LinearAnatomy.key` is in `groups`.
     """
@@ -54,8 +53,7 @@ class Problem:
     model: PlacedModel
     dense: Source
     pruned: Source
-    open: Callable[[LayerAnatomy, LinearAnatomy], Tensor | None]
-    objective: Objective
+    open: Callable[[LayerAnatomy, LinearAnatomy], Tensor | bool]
     swap: bool = False
     groups: Mapping[str, int] = field(default_factory=dict)
 
@@ -78,6 +76,7 @@ class Step:
 
 def step(
     problem: Problem,
+    objective: Objective,
     safety: tuple[Walk, DecisionLoss],
     utility: tuple[Walk, DecisionLoss],
     count: int,
@@ -89,12 +88,13 @@ def step(
     """The `count` weights whose return helps most now, and put them into the model.
 
     Mean gradients tell candidates, several times as many as can come back, and gradients of single
-    samples which of them to take (see `matching`). One layer's gradients are in memory at a time
-    (two with `swap`: the squares too). As many of the weights are taken as lower the objective most
-    on the same samples, by forward passes.
+    samples which of them to take (see `joint`). One layer's gradients of both kinds of samples are
+    in memory at a time (with `swap` the squares too). As many of the weights are taken as lower the
+    objective most on the same samples, by forward passes.
 
     Args:
         problem: The model, with `so_far` in it.
+        objective: What is to fall, and what the weights are held to.
         safety: D^s before the first layer, and its loss.
         utility: D^u, likewise.
         count: How many weights at most; fewer come back where fewer help, or where they are
@@ -105,24 +105,30 @@ def step(
         candidates: Of the step before; without them a pass of its own looks for some.
     """
     sides = (
-        _Side("safety", *safety, 1.0, scratch / "safety"),
-        _Side("utility", *utility, problem.objective.utility_weight, scratch / "utility"),
+        _Side("safety", *safety, scratch / "safety"),
+        _Side("utility", *utility, scratch / "utility"),
     )
+    over_all = _Pass(problem, objective, sides, count, so_far, progress)
     if candidates is None:
-        candidates = _look(problem, sides, count, so_far, empty(), progress).candidates
+        candidates = over_all.look(empty()).candidates
     candidates = candidates.at(_unused(candidates, so_far))
-    seen = _look(problem, sides, count, so_far, candidates, progress)
-    order, worth = together(seen.effects.to(problem.model.device), count)
-    now = problem.objective.value(seen.safety, seen.utility)
+    seen = over_all.look(candidates)
+    allowed = objective.keys(*(side.mean for side in seen.effects)) > -torch.inf
+    candidates = candidates.at(allowed.nonzero().flatten())
+    device = torch.device("cpu") if problem.model.streamed else problem.model.device
+    shares = (1.0, objective.utility_weight)
+    effects = joined(seen.effects, shares, allowed.nonzero().flatten(), device)
+    order, worth = together(effects, count)
+    now = objective.value(seen.safety, seen.utility)
     chosen = replace(candidates.at(order), score=worth)
-    chosen = chosen.first(problem.objective.within_trust(worth, now))
+    chosen = chosen.first(objective.within_trust(worth, now))
     weights = weights_of(problem.model.network, problem.dense.anatomy)
     edits = Edits(chosen, weights, problem.dense)
 
     def value(tried: int) -> float:
         edits.put(tried)
         losses = (_mean(response_losses(side.walk, side.loss).values()) for side in sides)
-        return problem.objective.value(*losses)
+        return objective.value(*losses)
 
     taken = backtrack(value, now, len(chosen))
     edits.put(taken)
@@ -131,80 +137,118 @@ def step(
 
 @dataclass(frozen=True)
 class _Side:
-    """Samples of one kind, of which `share` is the objective's."""
+    """Samples of one kind."""
 
     kind: str
     walk: Walk
     loss: DecisionLoss
-    share: float
     scratch: Path
 
 
 @dataclass(frozen=True)
 class _Looked:
-    """What one pass found: losses, candidates, and what those that were asked for would do."""
+    """What one pass found: losses, candidates, and what those that were asked for would do.
+
+    `effects` are by kind of sample, and not yet multiplied by a kind's share in the objective.
+    """
 
     safety: float
     utility: float
     drift: float
     candidates: Ranking
-    effects: Effects
+    effects: tuple[Effects, ...]
 
 
-def _look(
-    problem: Problem,
-    sides: Sequence[_Side],
-    count: int,
-    so_far: Ranking,
-    asked: Ranking,
-    progress: Progress,
-) -> _Looked:
+@dataclass(frozen=True)
+class _Pass:
     """All samples once forward and backward through the model as it is."""
-    best = Best(_most_candidates(count, sides))
-    anatomy = problem.dense.anatomy
-    index = {linear.key: i for i, linear in enumerate(anatomy.linears)}
-    weights = weights_of(problem.model.network, anatomy)
-    seen: list[list[_Seen]] = [[] for _ in sides]
-    samples = [
-        SampleGradients(side.walk, _places(asked, anatomy, swap=problem.swap)) for side in sides
-    ]
-    passes = (
-        _gradients(problem, side, _recorded(side.loss, own), single, progress)
-        for side, own, single in zip(sides, seen, samples, strict=True)
-    )
-    for (layer, for_safety), (_, for_utility) in zip(*passes, strict=True):
-        for linear in layer.linears:
-            where = problem.open(layer, linear)
-            if where is None or linear.key not in for_safety.keys() & for_utility.keys():
-                continue
-            keys, removed = _candidates(
-                problem,
-                linear,
-                weights[index[linear.key]],
-                where,
-                (for_safety[linear.key], for_utility[linear.key]),
-                _taken(so_far, index[linear.key]),
-            )
-            best.add(index[linear.key], keys, removed)
-    effects = [
-        _effects(problem, asked, weights, side, own, single)
-        for side, own, single in zip(sides, seen, samples, strict=True)
-    ]
-    safety, utility = (_mean([one.loss for one in own]) for own in seen)
-    return _Looked(
-        safety,
-        utility,
-        _mean([one.drift for one in seen[1]]),
-        best.ranking,
-        reduce(Effects.and_of, effects),
-    )
+
+    problem: Problem
+    objective: Objective
+    sides: Sequence[_Side]
+    count: int
+    so_far: Ranking
+    progress: Progress
+
+    def look(self, asked: Ranking) -> _Looked:
+        """Look for candidates, and at what those `asked` for would do to each sample."""
+        problem = self.problem
+        best = Best(_most_candidates(self.count, self.sides))
+        anatomy = problem.dense.anatomy
+        index = {linear.key: i for i, linear in enumerate(anatomy.linears)}
+        weights = weights_of(problem.model.network, anatomy)
+        change = torch.zeros(len(asked)), torch.zeros(len(asked))
+        seen: list[list[_Seen]] = [[] for _ in self.sides]
+        samples = [
+            SampleGradients(side.walk, _places(asked, anatomy, swap=problem.swap))
+            for side in self.sides
+        ]
+        passes = (
+            _gradients(problem, side, _recorded(side, own), single, self.progress)
+            for side, own, single in zip(self.sides, seen, samples, strict=True)
+        )
+        for (layer, for_safety), (_, for_utility) in zip(*passes, strict=True):
+            for linear in layer.linears:
+                where, i = problem.open(layer, linear), index[linear.key]
+                both = for_safety.pop(linear.key, None), for_utility.pop(linear.key, None)
+                if where is False or both[0] is None or both[1] is None:
+                    continue
+                current = weights[i].to(both[0].device)
+                dense = problem.dense.checkpoint.read(linear.tensor).to(current)
+                _note_change(change, asked, i, dense, current)
+                best.add(i, *self._candidates(i, linear, dense, current, where, both))
+        effects = [
+            _effects(asked, anatomy, change, side, own, single)
+            for side, own, single in zip(self.sides, seen, samples, strict=True)
+        ]
+        safety, utility = (_mean([one.loss for one in own]) for own in seen)
+        drift = _mean([one.drift for one in seen[1]])
+        return _Looked(safety, utility, drift, best.ranking, tuple(effects))
+
+    def _candidates(
+        self,
+        index: int,
+        linear: LinearAnatomy,
+        dense: Tensor,
+        current: Tensor,
+        where: Tensor | bool,
+        gradients: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        """(what each return is worth, -inf where it does not help; what is removed for it)."""
+        rows, device = linear.shape[0], current.device
+        taken = self.so_far.at((self.so_far.linear == index).nonzero().flatten())
+        gains = [gain(gradient[:rows], dense, current) for gradient in gradients]
+        keys = self.objective.keys(*gains)
+        closed = None if isinstance(where, bool) else ~where.to(device)
+        free = restorable(dense, current)
+        free.view(-1)[taken.removed[taken.removed >= 0].to(device)] = False
+        keys.masked_fill_(~free, -torch.inf)
+        if closed is not None:
+            keys.masked_fill_(closed, -torch.inf)
+        if not self.problem.swap:
+            return keys.masked_fill_(keys <= 0, -torch.inf), None
+        moved = [removal_cost(g[:rows], g[rows:], current).abs_() for g in gradients]
+        # whatever weighs more in the return, a removal should disturb neither
+        cost = moved[0] + max(1.0, self.objective.utility_weight) * moved[1]
+        fixed = current == 0
+        fixed.view(-1)[taken.position.to(device)] = True
+        cost.masked_fill_(fixed if closed is None else fixed | closed, torch.inf)
+        m = self.problem.groups.get(linear.key)
+        if m is None:
+            keys, removed = swaps_in_rows(keys, cost, _SWAPS_IN_A_ROW)
+        else:
+            keys, removed = swaps_in_groups(keys, cost, m)
+        return keys.masked_fill_(keys <= 0, -torch.inf), removed
 
 
 def _most_candidates(count: int, sides: Sequence[_Side]) -> int:
-    """How many candidates a step looks for; fewer where memory for what they do is short."""
+    """How many candidates a step looks for; fewer where memory for what they do is short.
+
+    `count` of them more than it takes, since this very step may take as many before they are used.
+    """
     prompts = sum(len(batch.ids) for side in sides for batch in side.walk.batches)
-    of_each = -(-int(ranks.total(torch.tensor(prompts))) // ranks.world())
-    return count * max(1, min(_CANDIDATES, _EFFECTS_BYTES // (4 * of_each * count)))
+    of_each = 4 * int(ranks.total(torch.tensor(prompts))) * count
+    return count * (1 + max(1, min(_CANDIDATES, _EFFECTS_BYTES // of_each)))
 
 
 def _unused(candidates: Ranking, so_far: Ranking) -> Tensor:
@@ -220,43 +264,45 @@ def _unused(candidates: Ranking, so_far: Ranking) -> Tensor:
     return (~taken).nonzero().flatten()
 
 
-def _by_linear(candidates: Ranking) -> Iterator[tuple[int, Tensor]]:
-    """(index of a linear, places of its candidates)."""
-    for index in candidates.linear.unique().tolist():
-        yield index, (candidates.linear == index).nonzero().flatten()
-
-
 def _places(asked: Ranking, anatomy: Anatomy, *, swap: bool) -> dict[str, Tensor]:
     """Flat positions by linear: of what comes back, with `swap` then of what goes for it."""
     linears = list(anatomy.linears)
     columns = (asked.position, asked.removed) if swap else (asked.position,)
     return {
         linears[index].key: torch.cat([column[at] for column in columns])
-        for index, at in _by_linear(asked)
+        for index, at in by_linear(asked)
     }
 
 
+def _note_change(
+    change: tuple[Tensor, Tensor], asked: Ranking, index: int, dense: Tensor, current: Tensor
+) -> None:
+    """How far the weights of one linear fall with each swap: what comes back, and what goes."""
+    at = (asked.linear == index).nonzero().flatten()
+    if not len(at):
+        return
+    dense, current = dense.reshape(-1), current.reshape(-1)
+    back, gone = (column[at].to(current.device) for column in (asked.position, asked.removed))
+    change[0][at] = (current[back].float() - dense[back].float()).cpu()
+    change[1][at] = current[gone.clamp_min(0)].float().cpu()
+
+
 def _effects(
-    problem: Problem,
     asked: Ranking,
-    weights: Sequence[Tensor],
+    anatomy: Anatomy,
+    change: tuple[Tensor, Tensor],
     side: _Side,
     seen: Sequence[_Seen],
     single: SampleGradients,
 ) -> Effects:
-    linears = list(problem.dense.anatomy.linears)
+    """Every sample's gain by each candidate, to first order; their sum is the mean gain."""
+    linears = list(anatomy.linears)
     gains = torch.zeros(len(seen), len(asked))
-    for index, at in _by_linear(asked):
-        dense = problem.dense.checkpoint.read(linears[index].tensor).reshape(-1)
-        current = weights[index].reshape(-1)
-        gradients = single.found[linears[index].key]  # [E, n], with `swap` [E, 2n]
-        back, gone = asked.position[at], asked.removed[at]
-        new = dense[back].to(current.dtype).float()
-        falls = gradients[:, : len(at)] * (current[back.to(current.device)].cpu().float() - new)
-        if problem.swap:
-            falls += gradients[:, len(at) :] * current[gone.to(current.device)].cpu().float()
-        gains[:, at] = falls
-    share = side.share / int(ranks.total(torch.tensor(len(seen))))
+    for index, at in by_linear(asked):
+        gradients = single.found.pop(linears[index].key)  # [E, n], with `swap` [E, 2n]
+        for column, fall in zip(gradients.split(len(at), dim=1), change, strict=False):
+            gains[:, at] += column * fall[at]
+    share = 1 / int(ranks.total(torch.tensor(len(seen))))
     names = [name for batch in side.walk.batches for name in batch.ids]
     counted = torch.tensor([side.loss.weights.get(name, 1.0) for name in names])
     losses = torch.tensor([one.loss for one in seen])
@@ -271,11 +317,14 @@ class _Seen:
     drift: float
 
 
-def _recorded(loss: DecisionLoss, into: list[_Seen]) -> Loss:
+def _recorded(side: _Side, into: list[_Seen]) -> Loss:
+    loss = side.loss
+
     def recorded(model: PlacedModel, final: Tensor, labels: Tensor, name: str) -> Tensor:
-        value = loss(model, final, labels, name)
-        misses = loss.misses(model, final, labels, name)
-        drift = misses.weight * (misses.own - (misses.dense or 0.0))
+        value, drift = loss(model, final, labels, name), 0.0
+        if side.kind == "utility":
+            misses = loss.misses(model, final, labels, name)
+            drift = misses.weight * (misses.own - (misses.dense or 0.0))
         into.append(_Seen(float(value.detach()), drift))
         return value
 
@@ -304,7 +353,7 @@ def weights_of(network: nn.Module, anatomy: Anatomy) -> list[Tensor]:
 
 def _gradients(
     problem: Problem, side: _Side, loss: Loss, samples: SampleGradients, progress: Progress
-) -> Iterator[tuple[LayerAnatomy, Mapping[str, Tensor]]]:
+) -> Iterator[tuple[LayerAnatomy, dict[str, Tensor]]]:
     side.walk.rewind()
     anatomy = problem.dense.anatomy
     layers = {linear: layer for layer in anatomy.layers for linear in layer.linears}
@@ -312,48 +361,9 @@ def _gradients(
         side.walk,
         anatomy,
         side.scratch,
-        lambda linear: problem.open(layers[linear], linear) is not None,
+        lambda linear: problem.open(layers[linear], linear) is not False,
         progress,
         add=signed_and_squared if problem.swap else signed,
         loss=loss,
         samples=samples,
     )
-
-
-def _candidates(
-    problem: Problem,
-    linear: LinearAnatomy,
-    weight: Tensor,
-    where: Tensor,
-    gradients: Sequence[Tensor],
-    taken: Ranking,
-) -> tuple[Tensor, Tensor | None]:
-    """(what each return is worth, -inf where it does not help; what is removed for it)."""
-    rows = linear.shape[0]
-    device = gradients[0].device
-    current = weight.to(device)
-    dense = problem.dense.checkpoint.read(linear.tensor).to(device, current.dtype)
-    gains = [gain(gradient[:rows], dense, current) for gradient in gradients]
-    keys = problem.objective.keys(*gains)
-    free = restorable(dense, current) & where.to(device)
-    free.view(-1)[taken.removed[taken.removed >= 0].to(device)] = False
-    keys.masked_fill_(~free, -torch.inf)
-    if not problem.swap:
-        return keys.masked_fill_(keys <= 0, -torch.inf), None
-    moved = [removal_cost(g[:rows], g[rows:], current).abs_() for g in gradients]
-    # whatever weighs more in the return, a removal should disturb neither
-    cost = moved[0] + max(1.0, problem.objective.utility_weight) * moved[1]
-    fixed = current == 0
-    fixed.view(-1)[taken.position.to(device)] = True
-    cost.masked_fill_(fixed | ~where.to(device), torch.inf)
-    m = problem.groups.get(linear.key)
-    if m is None:
-        keys, removed = swaps_in_rows(keys, cost, _SWAPS_IN_A_ROW)
-    else:
-        keys, removed = swaps_in_groups(keys, cost, m)
-    return keys.masked_fill_(keys <= 0, -torch.inf), removed
-
-
-def _taken(ranking: Ranking, index: int) -> Ranking:
-    own = ranking.linear == index
-    return ranking.at(own.nonzero().flatten())

@@ -7,7 +7,7 @@ several lengths of one ranking.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,8 @@ class Best:
         if not count:
             return
         least = flat.topk(count).values[-1]
+        if len(self.ranking) == self.count:  # a tie may still go to this matrix
+            least = max(least, self.ranking.score[-1].to(least))
         position = (flat >= least).nonzero().flatten()
         chosen = Ranking(
             torch.full((len(position),), index),
@@ -171,7 +173,7 @@ def patch_of(
     """
     pairs = list(zip(dense.anatomy.linears, pruned.anatomy.linears, strict=True))
     tensors = {}
-    for index, rows in _by_linear(ranking):
+    for index, rows in by_linear(ranking):
         linear, other = pairs[index]
         after = pruned.checkpoint.read(other.tensor)
         back, gone = ranking.position[rows], ranking.removed[rows]
@@ -190,7 +192,8 @@ def patch_of(
     return Patch(tensors, dict(about or {}))
 
 
-def _by_linear(ranking: Ranking) -> Iterable[tuple[int, Tensor]]:
+def by_linear(ranking: Ranking) -> Iterator[tuple[int, Tensor]]:
+    """(index of a linear, places of its weights in the ranking)."""
     for index in ranking.linear.unique().tolist():
         yield index, (ranking.linear == index).nonzero().flatten()
 
@@ -214,7 +217,7 @@ class Edits:
         linears = list(dense.anatomy.linears)
         self._edits = [
             _Edit.of(ranking, rows, weights[index], dense.checkpoint.read(linears[index].tensor))
-            for index, rows in _by_linear(ranking)
+            for index, rows in by_linear(ranking)
         ]
 
     def put(self, count: int) -> None:

@@ -36,10 +36,10 @@ from regraft.restoration.selection import Head, blocks_of, inside
 from regraft.stages.common import collate_share, hidden_state_bytes, load_for_walk
 from regraft.watch import Watch
 
-ALGORITHM = 4  # rankings of another one are not taken for this one's
+ALGORITHM = 5  # rankings of another one are not taken for this one's
 REFRESH = 4  # steps after which it is looked again how hard every example is
 PUSH = 0.005  # of all weights that are to come back, the share in a push
-PUSH_UTILITY = 0.1  # weight of utility in it
+PUSH_UTILITY = 0.1  # weight of utility in pushes
 KINDS = ("safety", "utility")
 Examples = Sequence[Example]
 
@@ -55,7 +55,7 @@ def restore_by_gain(
     compute: ComputeSettings,
     watch: Watch,
 ) -> Ranking:
-    """The order in which weights come back, in `settings.steps` steps and some pushes.
+    """The order in which weights come back, in `settings.steps` steps and with some pushes.
 
     Args:
         dense: The dense checkpoint, the teacher.
@@ -75,7 +75,6 @@ def restore_by_gain(
         dense,
         pruned,
         _open(settings, heads),
-        _objective(settings, ()),
         settings.swap,
         groups_of(dense, pruned) if settings.swap else {},
     )
@@ -88,9 +87,10 @@ def restore_by_gain(
     layers = len(dense.anatomy.layers)
     sizes = [min(settings.batch, len(pool.examples)) for pool in pools.values()]
     own = sum(sizes) // ranks.world()
+    pushes = 2 * bool(settings.pushes)  # as any first step, this one looks for candidates too
     with watch.task(
         "Restoring by gain",
-        2 * own * layers * (settings.steps + settings.pushes - finished),
+        2 * own * layers * (1 + settings.steps - finished + pushes),
         "samples x layers",
     ) as done:
         sides: dict[str, tuple[Walk, DecisionLoss]] = {}
@@ -107,9 +107,9 @@ def restore_by_gain(
                     sides[kind] = walk(chosen), replace(losses[kind], weights=drawn[kind])
                 batches = [one.batches for one, _ in sides.values()]
                 require_space(work, sum(hidden_state_bytes(dense, model, one) for one in batches))
-            problem = replace(problem, objective=task.objective)
             new = step(
                 problem,
+                task.objective,
                 sides["safety"],
                 sides["utility"],
                 task.most,
@@ -130,11 +130,14 @@ def restore_by_gain(
 
 @dataclass(frozen=True)
 class Task:
-    """What a step is to do: bring back `most` weights at most, by an objective."""
+    """What a step is to do: bring back `most` weights at most, by an objective.
+
+    `push` is how many weights are a push in the last step, and 0 in the others.
+    """
 
     objective: Objective
     most: int
-    push: bool
+    push: int = 0
 
 
 def next_task(
@@ -142,27 +145,26 @@ def next_task(
 ) -> Task | None:
     """The next step, given what each step before found; None at the end.
 
-    Behind the path come the pushes, small steps that look at safety nearly alone. The path leaves
+    Behind the path come the pushes, one last step at safety nearly alone. The path leaves
     the balance between refusing and complying where it happens to; pushes move it, so that a search
-    can take the one that spends the over-refusal which is allowed.
+    can take as many as spend the over-refusal which is allowed.
     """
+    if trace and trace[-1]["push"]:
+        return None
     restored = int(trace[-1]["restored"]) if trace else 0
-    path = [found for found in trace if not found["push"]]
     size = max(1, round(PUSH * count))
     pushes = min(settings.pushes, count // (10 * size))  # most of the weights are the path's
-    room, left = count - pushes * size - restored, settings.steps - len(path)
-    if len(path) == len(trace) and left > 0 and room > 0 and not _stuck(trace):
-        return Task(_objective(settings, trace), -(-room // left), push=False)
-    pushed = len(trace) - len(path)
-    if pushed < pushes and not (pushed > 1 and _stuck(trace)):
-        weight = min(PUSH_UTILITY, settings.utility_weight)
-        objective = Objective(weight, "none", settings.utility_share, trust=1.0)
-        return Task(objective, min(size, count - restored), push=True)
-    return None
+    room, left = count - pushes * size - restored, settings.steps - len(trace)
+    if left > 0 and room > 0 and not _stuck(trace):
+        return Task(_objective(settings, trace), -(-room // left))
+    if not pushes:
+        return None
+    weight = min(PUSH_UTILITY, settings.utility_weight)
+    return Task(Objective(weight, "none"), pushes * size, size)
 
 
 def _objective(settings: RealignSettings, trace: Sequence[Mapping[str, float]]) -> Objective:
-    """Of the next step, given what each step before found.
+    """Of the next step; what each step before found moves the multiplier, where there is one.
 
     Harmless prompts may drift as far toward refusing, from the dense model, as they do in the
     pruned one (or not at all, where pruning brought them no nearer): while they are less likely to
@@ -188,7 +190,7 @@ def _candidates_file(work: Path, step: int) -> Path:
 
 def _promising(work: Path, trace: Sequence[Mapping[str, float]], task: Task) -> Ranking | None:
     """What the step before found for this one; None where it looked for something else."""
-    if not trace or bool(trace[-1]["push"]) != task.push:
+    if not trace or task.push:
         return None
     return load_ranking(_candidates_file(work, len(trace) - 1))
 
@@ -196,7 +198,7 @@ def _promising(work: Path, trace: Sequence[Mapping[str, float]], task: Task) -> 
 def _told(restored: int, task: Task, new: Step) -> dict[str, float]:
     return {
         "restored": restored,
-        "push": float(task.push),
+        "push": task.push,
         "weight": task.objective.utility_weight,
         "safety": new.safety,
         "utility": new.utility,
@@ -254,7 +256,7 @@ def _prepare(
             check_shares(pool.examples[: settings.batch], compute)
     starts = [ranks.merged(_first_tokens(pools[kind])) for kind in KINDS]
     refusals = refusal_starts(*(list(found.values()) for found in starts))
-    if not refusals:
+    if not refusals and settings.constraint in ("lagrangian", "both"):
         watch.note(
             "utility: refusals cannot be told by their first token, so that harmless prompts are "
             "held to beginning their answers as they should, whatever else they begin with"
@@ -317,6 +319,7 @@ def _costs(
     path = work / f"losses-{kind}-{at - at % REFRESH}.json"
     if not ranks.decided(path.exists):
         values = ranks.merged(response_losses(pool.walk, loss))
+        pool.walk.rewind()  # final states of all examples would stay in memory
         if ranks.first():
             write_json(path, {example.id: values[example.id] for example in pool.examples})
         ranks.barrier()
@@ -326,17 +329,15 @@ def _costs(
 
 def _open(
     settings: RealignSettings, heads: Sequence[Head]
-) -> Callable[[LayerAnatomy, LinearAnatomy], Tensor | None]:
-    """Where in a weight values may come back, `[out, in]` bool."""
+) -> Callable[[LayerAnatomy, LinearAnatomy], Tensor | bool]:
+    """Where in a weight values may come back: everywhere, nowhere, or at `[out, in]` bool."""
 
-    def everywhere(_layer: LayerAnatomy, linear: LinearAnatomy) -> Tensor | None:
-        if settings.within == "attention" and linear.role not in HEAD_ROLES:
-            return None
-        return torch.ones(linear.shape, dtype=torch.bool)
+    def everywhere(_layer: LayerAnatomy, linear: LinearAnatomy) -> bool:
+        return settings.within != "attention" or linear.role in HEAD_ROLES
 
-    def in_heads(layer: LayerAnatomy, linear: LinearAnatomy) -> Tensor | None:
+    def in_heads(layer: LayerAnatomy, linear: LinearAnatomy) -> Tensor | bool:
         own = [head for index, head in heads if index == layer.index]
         blocks = blocks_of(layer, linear, own)
-        return inside(linear.shape, blocks, torch.device("cpu")) if blocks else None
+        return inside(linear.shape, blocks, torch.device("cpu")) if blocks else False
 
     return in_heads if settings.within == "heads" else everywhere

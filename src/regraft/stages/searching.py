@@ -119,9 +119,13 @@ def search(
 
 def _around_pushes(ranking: Ranking) -> set[int]:
     """How many weights are back before the first of gain's pushes, and after each."""
-    steps = [{"restored": 0.0}, *ranking.about.get("steps", ())]
-    pairs = [pair for pair in pairwise(steps) if pair[1].get("push")]
-    return {int(one["restored"]) for pair in pairs for one in pair}
+    steps = [{"restored": 0}, *ranking.about.get("steps", ())]
+    found: set[int] = set()
+    for before, pushes in pairwise(steps):
+        if size := int(pushes.get("push", 0)):
+            start, end = int(before["restored"]), int(pushes["restored"])
+            found |= {*range(start, end, size), end}
+    return found
 
 
 def check_search(
