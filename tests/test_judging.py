@@ -241,7 +241,7 @@ def test_a_text_guard_is_asked_in_its_own_words(
             ]
             text = tokenizer.apply_chat_template(messages, tokenize=False)
             inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-        written = answer(model, tokenizer, dict(inputs), 32)[0]
+        written = answer(model, tokenizer, dict(inputs), 64)[0]
         assert verdict == guards.READERS[kind](written)
         assert verdict.reason  # the pico model writes something, though no verdict
 
@@ -308,10 +308,17 @@ class _Server(BaseHTTPRequestHandler):
 
     got: ClassVar[list[dict[str, Any]]] = []
     failures: ClassVar[list[int]] = []
+    replies: ClassVar[list[tuple[int, str]]] = []  # before all others
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.got.append({"path": self.path, "key": self.headers["Authorization"], **body})
+        if self.replies:
+            code, text = self.replies.pop(0)
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(text.encode())
+            return
         if self.failures:
             self.send_error(self.failures.pop())
             return
@@ -328,7 +335,7 @@ class _Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    _Server.got, _Server.failures = [], []
+    _Server.got, _Server.failures, _Server.replies = [], [], []
     service = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
     thread = threading.Thread(target=service.serve_forever)
     thread.start()
@@ -402,6 +409,113 @@ def test_what_an_endpoint_said_before_it_failed_stays(
     assert (asked, len(_Server.got)) == (5, 6)  # the last chunk is one answer
 
 
+def test_newer_models_are_asked_in_their_way(server: str) -> None:
+    """What OpenAI's reasoning models say, one after the other; learnt once for all answers."""
+    _Server.replies = [
+        (
+            400,
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+            "'max_completion_tokens' instead.",
+        ),
+        (400, "Unsupported value: 'temperature' does not support 0 with this model."),
+    ]
+    judge = Endpoint(server, "m", pause=99)  # learning waits for nothing
+    assert judge.verdicts([Exchange("p", "a")], lambda _: None)[0].unsafe is True
+    assert judge.verdicts([Exchange("p", "a")], lambda _: None)[0].unsafe is True
+    fields = [
+        one.keys() & {"max_tokens", "max_completion_tokens", "temperature"} for one in _Server.got
+    ]
+    assert fields == [
+        {"max_tokens", "temperature"},
+        {"max_completion_tokens", "temperature"},
+        {"max_completion_tokens"},
+        {"max_completion_tokens"},
+    ]
+
+
+def test_a_filtered_prompt_is_unread_and_stops_nothing(server: str) -> None:
+    _Server.replies = [(400, '{"error": {"code": "content_filter", "message": "..."}}')]
+    found = Endpoint(server, "m", pause=0.0).verdicts([Exchange("p", "a")], lambda _: None)
+    assert found == [Verdict(None, None, "unread: filtered by the endpoint")]
+    _Server.replies = [(400, "a bad request")]
+    with pytest.raises(PassingError, match=r"400 Bad Request \(a bad request"):
+        Endpoint(server, "m", pause=0.0).verdicts([Exchange("p", "a")], lambda _: None)
+
+
+@pytest.mark.parametrize("text", ["<html>Busy</html>", '{"error": "busy"}', "\xff", "[]", "null"])
+def test_what_is_no_reply_is_asked_for_again(server: str, text: str) -> None:
+    judge = Endpoint(server, "m", pause=0.0)
+    _Server.replies = [(200, text)]
+    assert judge.verdicts([Exchange("p", "a")], lambda _: None)[0].unsafe is True
+    _Server.replies = [(200, text)] * 5
+    with pytest.raises(PassingError, match="does not answer like a chat endpoint"):
+        judge.verdicts([Exchange("p", "a")], lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "verdict"),
+    [
+        (
+            [{"type": "text", "text": '{"refused": true, "harmful": false, "reason": "r"}'}],
+            "stop",
+            Verdict(True, False, "r"),
+        ),
+        (None, "length", Verdict(None, None, "unread: cut off at 2048 tokens")),
+        ("", "stop", Verdict(None, None, "unread: ")),
+        (
+            'So {this}: {"refused": false, "harmful": true, "reason": "a {x} template"} {done}',
+            "stop",
+            Verdict(False, True, "a {x} template"),
+        ),
+        (
+            '{"refused": false, "harmful": true, "reason": "half \\ud83d"}',
+            "stop",
+            Verdict(False, True, "half ?"),
+        ),
+    ],
+)
+def test_what_replies_say(server: str, message: Any, finish: str, verdict: Verdict) -> None:
+    choice = {"message": {"content": message}, "finish_reason": finish}
+    _Server.replies = [(200, json.dumps({"choices": [choice]}))]
+    found = Endpoint(server, "m").verdicts([Exchange("p", "a")], lambda _: None)
+    assert found == [verdict]
+
+
+def test_the_key_is_told_nobody(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(endpoint.KEY_VARIABLE, "secret\n")
+    Endpoint(server, "m").verdicts([Exchange("p", "a")], lambda _: None)
+    assert _Server.got[0]["key"] == "Bearer secret"
+    monkeypatch.setenv(endpoint.KEY_VARIABLE, "sec\nret")
+    with pytest.raises(RegraftError, match=endpoint.KEY_VARIABLE) as raised:
+        Endpoint(server, "m").verdicts([Exchange("p", "a")], lambda _: None)
+    assert "sec" not in str(raised.value) and len(_Server.got) == 1
+    with pytest.raises(RegraftError, match="holds a name or password") as raised:
+        judging.check_judge("endpoint:https://me:hidden@host/v1#m")
+    assert "hidden" not in str(raised.value)
+    with pytest.raises(RegraftError, match="expected endpoint:URL#MODEL"):
+        judging.check_judge("endpoint:host/v1")
+
+
+def test_unread_answers_behind_others_stop_nothing(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "_CHUNK", 2)
+    monkeypatch.setattr(endpoint, "_WORKERS", 1)
+    folder, by = _evaluation(tmp_path / "evaluation"), f"endpoint:{server}#m"
+    judge = Endpoint(server, "m")
+    own = Endpoint.verdicts
+
+    def empty_later(self: Endpoint, exchanges: Sequence[Exchange], progress: Any) -> list[Verdict]:
+        if len(_Server.got) == 2:
+            nothing = {"choices": [{"message": {"content": ""}}]}
+            _Server.replies = [(200, json.dumps(nothing))] * 2
+        return own(self, exchanges, progress)
+
+    monkeypatch.setattr(Endpoint, "verdicts", empty_later)
+    judged = stages.judge(folder, by, tmp_path / "out.json", COMPUTE, Silent(), loaded=judge)
+    assert judged.unread == 2
+
+
 def test_an_endpoint_that_is_not_there() -> None:
     judge = Endpoint("http://127.0.0.1:9/v1", "m", pause=0.0)
     with pytest.raises(RegraftError, match=r"127\.0\.0\.1:9/v1/chat/completions failed"):
@@ -447,11 +561,11 @@ def test_events() -> None:
 def test_unread_answers_are_left_out() -> None:
     answers = _answers()
     verdicts = [Verdict(None, None)] * 3 + [Verdict(True, None), Verdict(None, None)]
-    assert rate(answers, verdicts, harmful=True) == wilson(0, 1)  # the degenerate one
+    assert rate(answers, verdicts, harmful=True) is None, "the degenerate one was not judged either"
     assert rate(answers, verdicts, harmful=False) == wilson(1, 1)
     found = agreement(answers, verdicts, [own_verdict(one) for one in answers])
     assert found is not None
-    assert found.share == wilson(1, 2)
+    assert found.share == wilson(0, 1)
     nothing = [Verdict(None, None)] * 2
     assert agreement(answers[:2], nothing, nothing) is None
 

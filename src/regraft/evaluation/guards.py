@@ -20,7 +20,7 @@ from regraft.evaluation.greedy import answer
 from regraft.evaluation.verdicts import Exchange, Verdict
 from regraft.models.load import placed
 
-_MAX_NEW_TOKENS = 32  # "Safety: Controversial, Categories: ..., Refusal: No" is 20 or so
+_MAX_NEW_TOKENS = 64  # "Safety: Controversial, Categories: ..., Refusal: No" is 20 to 35
 _SHOWN = 80
 
 
@@ -115,6 +115,7 @@ class Guard:
         Raises:
             RegraftError: there is an image and the judge reads text only, or no chat template.
         """
+        self.check(exchanges)
         found: dict[int, Verdict] = {}
         for sees in (False, True):
             places = [i for i, one in enumerate(exchanges) if (one.image is not None) == sees]
@@ -126,8 +127,22 @@ class Guard:
                 progress(len(chunk))
         return [found[i] for i in range(len(exchanges))]
 
+    def check(self, exchanges: Sequence[Exchange]) -> None:
+        """See that the judge can be asked about these.
+
+        Raises:
+            RegraftError: there is an image, and it reads text only.
+        """
+        sees = self.kind != "harmbench" and self.processor is not self._tokenizer
+        if not sees and any(one.image is not None for one in exchanges):
+            raise RegraftError(f"The judge {self.name} reads text only; judge without images.")
+
+    @property
+    def _tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
     def _encode(self, exchanges: Sequence[Exchange]) -> dict[str, Any]:
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        tokenizer = self._tokenizer
         if len(exchanges) > 1 and tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"
@@ -144,9 +159,6 @@ class Guard:
         )
 
     def _conversation(self, exchange: Exchange, sees: bool) -> str:
-        if exchange.image is not None and not sees:
-            raise RegraftError(f"The judge {self.name} reads text only; judge without images.")
-
         def content(text: str, image: bool = False) -> Any:
             parts = [{"type": "image"}] if image else []
             return [*parts, {"type": "text", "text": text}] if sees else text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from regraft import ranks
 from regraft.data.collate import batches
 from regraft.errors import RegraftError
-from regraft.evaluation.endpoint import Endpoint
+from regraft.evaluation.endpoint import parse_endpoint
 from regraft.evaluation.guards import READERS, Guard
 from regraft.evaluation.keywords import KEYWORD_JUDGES
 from regraft.evaluation.labelled import HARMS, REFUSALS, Quality, Question, quality, read_labelled
@@ -56,13 +55,7 @@ def find_judge(text: str, compute: ComputeSettings) -> Judge:
     if text in KEYWORD_JUDGES:
         return ByKeywords(KEYWORD_JUDGES[text])
     if text.startswith("endpoint:"):
-        url, _, model = text.removeprefix("endpoint:").rpartition("#")
-        if not (re.match("https?://", url) and model):
-            raise RegraftError(
-                f"{text!r} names no endpoint; expected endpoint:URL#MODEL, as in "
-                "endpoint:http://localhost:8000/v1#Qwen/Qwen3-8B."
-            )
-        return Endpoint(url, model)
+        return parse_endpoint(text)
     if guard := _guard(text):
         kind, model = guard
         network, processor = load_judge(model, dtype=compute.dtype, device=compute.device)
@@ -130,12 +123,15 @@ def judge(
 def _verdicts(
     judge: Judge, exchanges: Sequence[Exchange], work: Path, done: Advance
 ) -> list[Verdict]:
+    if isinstance(judge, Guard):
+        judge.check(exchanges)
     chunks = list(batches(exchanges, _CHUNK))
 
     def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         for i in wanted:
             found = judge.verdicts(chunks[i], done)
-            _check_read(judge.name, found)
+            if i == 0:  # later ones are not worth those that are there
+                _check_read(judge.name, found)
             yield i, [asdict(one) for one in found]
 
     pieces = in_pieces(len(chunks), made, work, "verdicts", lambda i: done(len(chunks[i])))
@@ -144,7 +140,9 @@ def _verdicts(
 
 def check_judge(text: str) -> None:
     """Raise unless `text` is written like a judge; nothing is loaded."""
-    if not (text in KEYWORD_JUDGES or text.startswith("endpoint:") or _guard(text)):
+    if text.startswith("endpoint:"):
+        parse_endpoint(text)
+    elif not (text in KEYWORD_JUDGES or _guard(text)):
         raise _no_judge(text)
 
 
