@@ -7,9 +7,13 @@ into prompts itself, and answers greedily. With vLLM installed the real one is a
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sys
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -20,24 +24,31 @@ from safetensors.torch import load_file, save_file
 
 import pico
 import truth
-from disk import write_data
-from regraft import stages
+from disk import rewrite, write_data
+from regraft import pipeline, ranks, stages
 from regraft.checks import read_suites
 from regraft.data.collate import prompt_batch, prompt_tokens
+from regraft.data.example import Example
 from regraft.data.sources import DataSource
-from regraft.errors import RegraftError
+from regraft.defence.artifact import Defence, Direction, ShieldPrompt
+from regraft.errors import PassingError, RegraftError
 from regraft.evaluation import by_vllm
 from regraft.evaluation.generate import Answerer
-from regraft.models.load import load_model, load_processor, open_source
-from regraft.recipe import ComputeSettings, EvalSettings
+from regraft.models.load import Source, load_model, load_processor, open_source
+from regraft.recipe import ComputeSettings, EvalSettings, Recipe
+from regraft.restoration.patch import Patch
+from regraft.stages import evaluating
+from regraft.watch import Silent
 
 TOKENS = 6
+BY_VLLM = EvalSettings(max_new_tokens=TOKENS, backend="vllm")
 
 
 class StandIn:
     """`vllm.LLM` as far as we use it."""
 
     made: ClassVar[list[StandIn]] = []
+    refusal: ClassVar[type[Exception]] = ValueError
 
     def __init__(self, model: str, **settings: Any) -> None:
         self.settings, self.asked, self.stopped = settings, 0, False
@@ -50,27 +61,47 @@ class StandIn:
 
     def generate(self, prompts: Sequence[dict[str, Any]], how: Any, use_tqdm: bool) -> list[Any]:
         assert how.temperature == 0.0 and not use_tqdm
+        encoded = [self._encoded(prompt) for prompt in prompts]
+        for inputs in encoded:
+            if (length := inputs["input_ids"].shape[1]) > self._most():
+                raise self.refusal(f"The decoder prompt (length {length})\nis too long.")
         self.asked += len(prompts)
-        return [SimpleNamespace(outputs=[self._one(prompt, how)]) for prompt in prompts]
+        return [SimpleNamespace(outputs=[self._one(inputs, how)]) for inputs in encoded]
 
-    def _one(self, prompt: dict[str, Any], how: Any) -> Any:
+    def _most(self) -> int:
+        return self.settings["max_model_len"] or 4096
+
+    def _encoded(self, prompt: dict[str, Any]) -> Any:
         text = self.processor.tokenizer.decode(prompt["prompt_token_ids"])
         image = prompt.get("multi_modal_data", {}).get("image")
         images = {} if image is None else {"images": [image]}
-        inputs = self.processor(
-            text=[text], return_tensors="pt", add_special_tokens=False, **images
+        return self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **images)
+
+    def _one(self, inputs: Any, how: Any) -> Any:
+        length = inputs["input_ids"].shape[1]
+        most = min(how.max_tokens, self._most() - length)
+        ids = self.model.generate(**inputs, max_new_tokens=max(most, 1), do_sample=False)
+        new = ids[0, length:].tolist()[:most]
+        ended = self.processor.tokenizer.eos_token_id in new
+        return SimpleNamespace(
+            text=self.processor.tokenizer.decode(new, skip_special_tokens=True),
+            token_ids=new,
+            finish_reason="stop" if ended else "length",
         )
-        ids = self.model.generate(**inputs, max_new_tokens=how.max_tokens, do_sample=False)
-        new = ids[0, inputs["input_ids"].shape[1] :]
-        return SimpleNamespace(text=self.processor.tokenizer.decode(new, skip_special_tokens=True))
 
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
     module = SimpleNamespace(LLM=StandIn, SamplingParams=SimpleNamespace)
     monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(by_vllm, "version", lambda _: "0.33.0")
     StandIn.made = []
     return StandIn.made
+
+
+@pytest.fixture
+def llava(pico_dir: Callable[[str], Path]) -> Source:
+    return open_source(pico_dir("llava"))
 
 
 @pytest.mark.parametrize("family", [*pico.PAPER_FAMILIES, "llava"])
@@ -103,12 +134,20 @@ def test_an_evaluation_by_vllm(
     suites = [DataSource(name="jsonl", path=write_data(tmp_path / "data", 8))]
     source = open_source(tmp_path / "model")
     settings = EvalSettings(max_new_tokens=TOKENS, backend="vllm", max_length=512)
-    compute = ComputeSettings(device="cpu", dtype="float32")
+    session = stages.Session()
+    compute = ComputeSettings(dtype="float32")
 
     def evaluated(name: str, one: EvalSettings) -> stages.Evaluation:
-        return stages.evaluate(source, tmp_path / name, suites, one, compute)
+        return stages.evaluate(source, tmp_path / name, suites, one, compute, session=session)
 
     ours = evaluated("ours", settings.in_memory())
+    network = weakref.ref(session.load(source, compute, Silent())[0])
+
+    def built(**given: Any) -> StandIn:
+        assert network() is None, "our own model is still in memory"
+        return StandIn(**given)
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", built)
     theirs = evaluated("theirs", settings)
     (engine,) = vllm
     assert engine.stopped and engine.asked == len(ours.result.answers)
@@ -118,8 +157,13 @@ def test_an_evaluation_by_vllm(
     assert len({a.answer for a in theirs.result.answers}) > 1
     assert theirs.about["settings"]["backend"] == "vllm"
     assert "backend" not in ours.about["settings"]
+    assert theirs.about["versions"] == {**ours.about["versions"], "vllm": "0.33.0"}
+    assert "vllm" not in ours.about["versions"]
     evaluated("theirs", settings)
     assert len(vllm) == 1, "a finished evaluation was repeated"
+    monkeypatch.setattr(by_vllm, "version", lambda _: "0.34.0")
+    with pytest.raises(RegraftError, match=r"versions\.vllm: \"0.33.0\" there, \"0.34.0\" now"):
+        evaluated("theirs", settings)
 
 
 def test_pieces_of_a_stopped_evaluation_are_kept(
@@ -163,21 +207,236 @@ def test_what_vllm_cannot_do_is_said_before(vllm: list[StandIn], tmp_path: Path)
     assert not vllm
 
 
-def test_a_missing_vllm_is_told_with_the_fix(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def _missing(_: str) -> str:
+    raise PackageNotFoundError
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({}, None),
+        ({"device": "cuda"}, None),
+        ({"device": "cpu"}, r"not --device cpu\..* CUDA_VISIBLE_DEVICES"),
+        ({"device": "cuda:1"}, r"not --device cuda:1\."),
+        ({"placement": "streamed"}, r"--placement streamed is nothing .* --tensor-parallel"),
+    ],
+)
+def test_what_keeps_vllm_from_a_model(
+    vllm: list[StandIn],
+    llava: Source,
+    monkeypatch: pytest.MonkeyPatch,
+    several: bool,
+    wrong: dict[str, Any],
+    message: str | None,
+) -> None:
+    monkeypatch.setattr(ranks, "world", lambda: 2 if several else 1)
+    message = "start it without torchrun, with --tensor-parallel" if several else message
+    if message is None:
+        evaluating.check_for_vllm(llava, ComputeSettings(**wrong))
+    else:
+        with pytest.raises(RegraftError, match=message):
+            evaluating.check_for_vllm(llava, ComputeSettings(**wrong))
+    monkeypatch.setattr(by_vllm, "version", _missing)
+    with pytest.raises(RegraftError, match=r"not installed: pip install 'regraft\[vllm\]'"):
+        evaluating.check_for_vllm(llava, ComputeSettings(**wrong))
+
+
+@pytest.mark.parametrize(
+    ("patch", "defence", "message"),
+    [
+        (None, None, None),
+        (None, ShieldPrompt("Be careful.", {}), None),
+        (Patch({}, {}), None, "takes no patch in memory.*regraft apply"),
+        (None, Direction(torch.ones(4), 0, 1.0, {}), "A refusal direction acts inside the model"),
+    ],
+)
+def test_nothing_acts_inside_of_a_model_of_vllm(
+    patch: Patch | None, defence: Defence | None, message: str | None
+) -> None:
+    if message is None:
+        evaluating._check_outside(patch, defence)
+    else:
+        with pytest.raises(RegraftError, match=message):
+            evaluating._check_outside(patch, defence)
+
+
+def test_a_recipe_with_a_direction_is_refused() -> None:
+    defend = [{"name": "shield"}, {"name": "pushed", "method": "refusal-direction"}]
+    Recipe.model_validate({"defend": defend})
+    Recipe.model_validate({"defend": defend[:1], "evaluate": {"backend": "vllm"}})
+    with pytest.raises(ValueError, match="refusal direction of 'pushed' acts inside the model"):
+        Recipe.model_validate({"defend": defend, "evaluate": {"backend": "vllm"}})
+
+
+@pytest.mark.parametrize("bare", ["dense", "pruned"])
+def test_a_run_finds_a_missing_processor_before_anything_else(
+    vllm: list[StandIn], tmp_path: Path, bare: str
+) -> None:
+    for name in ("dense", "pruned"):
+        folder = pico.save("llava", tmp_path / name)
+    pruned = open_source(folder)
+    weight = next(pruned.anatomy.linears).tensor
+    zeros = torch.zeros_like(pruned.checkpoint.read(weight))
+    rewrite(folder, "model.safetensors", {weight: zeros})
+    recipe = Recipe.model_validate(
+        {
+            "model": str(tmp_path / "dense"),
+            "pruned": str(tmp_path / "pruned"),
+            "calibration": {"data": str(tmp_path / "never-read.jsonl")},
+            "evaluate": {"backend": "vllm"},
+        }
+    )
+    (tmp_path / bare / "tokenizer_config.json").unlink()
+    with pytest.raises(RegraftError, match=f"{bare} comes without .* copy tokenizer and processor"):
+        pipeline.check(recipe, tmp_path / "run", stages.Session())
+
+
+def test_an_evaluation_finds_a_missing_processor_though_there_is_another(
+    vllm: list[StandIn], llava: Source, tmp_path: Path
+) -> None:
+    source = open_source(pico.save("llava", tmp_path / "bare"))
+    (source.folder / "processor_config.json").unlink()
+    suites = [DataSource(name="jsonl", path=write_data(tmp_path / "data", 1))]
+    with pytest.raises(RegraftError, match="bare comes without the files of its processor"):
+        stages.evaluate(
+            source, tmp_path / "out", suites, BY_VLLM, ComputeSettings(), processor_from=llava
+        )
+    assert not vllm
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_vllm_is_told_the_dtype_of_the_checkpoint(
+    vllm: list[StandIn], tmp_path: Path, dtype: str, told: bool
+) -> None:
+    folder = pico.save("llava", tmp_path / "model", getattr(torch, dtype))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config.pop("dtype") == dtype
+    if not told:
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    suites = [DataSource(name="jsonl", path=write_data(tmp_path / "data", 1))]
+    settings = EvalSettings(max_new_tokens=1, backend="vllm")
+    stages.evaluate(open_source(folder), tmp_path / "out", suites, settings, ComputeSettings())
+    assert [engine.settings["dtype"] for engine in vllm] == [dtype]
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (
+            ValueError("No room for\nthe KV cache."),
+            r"\(No room for the KV cache\.\)\. Use --backend",
+        ),
+        (AssertionError(), r"\(AssertionError\(\)\)"),
+        (OSError("x" * 600), f"\\({'x' * 500}\\)"),
+    ],
+)
+def test_a_model_that_vllm_refuses_leaves_finished_pieces(
+    vllm: list[StandIn],
+    llava: Source,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: Exception,
+    message: str,
+) -> None:
+    def refuses(**_: Any) -> None:
+        raise raised
+
+    def stops(**given: Any) -> StandIn:
+        engine = StandIn(**given)
+        pieces = [engine.generate, None]
+
+        def generate(*arguments: Any, **more: Any) -> list[Any]:
+            one = pieces.pop(0)
+            if one is None:
+                raise KeyboardInterrupt
+            return one(*arguments, **more)
+
+        engine.generate = generate  # type: ignore[method-assign]
+        return engine
+
+    suites = [DataSource(name="jsonl", path=write_data(tmp_path / "data", 2))]
+
+    def evaluated(build: Any) -> None:
+        sys.modules["vllm"].LLM = build  # type: ignore[attr-defined]
+        stages.evaluate(llava, tmp_path / "out", suites, BY_VLLM, ComputeSettings(dtype="float32"))
+
+    monkeypatch.setattr(by_vllm, "_PIECE", 2)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(stops)
+    with pytest.raises(PassingError, match=message):
+        evaluated(refuses)
+    assert len(list(tmp_path.rglob("vllm_*.json"))) == 1
+    evaluated(StandIn)
+    assert vllm[-1].asked == 2, "a finished piece was answered again"
+
+
+def test_a_vllm_that_cannot_be_imported_leaves_finished_pieces(
+    vllm: list[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(RegraftError, match=r"pip install 'regraft\[vllm\]'"):
-        by_vllm.Engine(tmp_path, None, dtype="auto")
+    with pytest.raises(PassingError, match=r"import of vllm halted.*'regraft\[vllm\]'"):
+        by_vllm.Engine(tmp_path, None, dtype="float32")
 
 
-def test_a_model_that_vllm_refuses(vllm: list[StandIn], tmp_path: Path) -> None:
-    def refuses(**_: Any) -> None:
-        raise ValueError("No room for the KV cache.\nMore.")
+class ClientError(Exception):
+    """What newer versions raise in place of a ValueError."""
 
-    sys.modules["vllm"].LLM = refuses  # type: ignore[attr-defined]
-    with pytest.raises(RegraftError, match=r"No room for the KV cache\. Use --backend"):
-        by_vllm.Engine(tmp_path, None, dtype="auto")
+
+def _lengths(folder: Path, examples: Sequence[Example]) -> list[int]:
+    processor = load_processor(open_source(folder))
+    return [prompt_batch(processor, [one]).inputs["input_ids"].shape[1] for one in examples]
+
+
+@pytest.mark.parametrize("refusal", [ValueError, ClientError])
+def test_prompts_and_answers_that_are_too_long_are_named(
+    vllm: list[StandIn],
+    llava: Source,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refusal: type[Exception],
+) -> None:
+    exceptions = SimpleNamespace(VLLMClientError=ClientError)
+    monkeypatch.setattr(sys.modules["vllm"], "exceptions", exceptions, raising=False)
+    monkeypatch.setattr(StandIn, "refusal", refusal)
+    folder = llava.folder
+    short, long = truth.examples("llava", tmp_path, 2)
+    long = replace(long, instruction=20 * "Which is red? ")
+    lengths = _lengths(folder, [short, long])
+    assert lengths[1] > lengths[0] + TOKENS
+
+    def answers(most: int | None) -> list[str]:
+        processor = load_processor(open_source(folder))
+        engine = by_vllm.Engine(folder, processor, dtype="float32", max_length=most)
+        return engine.answers([short, long], TOKENS)
+
+    whole = answers(None)
+    assert answers(lengths[1] + TOKENS) == whole
+    refused = f"refuses the prompt of {long.id} .*length {lengths[1]}\\) is too long.* raise --max"
+    with pytest.raises(RegraftError, match=refused):
+        answers(lengths[1] - 1)
+    with pytest.raises(RegraftError, match=f"prompt of {short.id} and 1 more "):
+        answers(lengths[0] - 1)
+    cut = f"answer to {long.id} short: .* than --max-length {lengths[1] + 2}. Raise --max-length"
+    with pytest.raises(RegraftError, match=cut):
+        answers(lengths[1] + 2)
+
+
+def test_an_error_of_no_prompt_is_not_blamed_on_one(
+    vllm: list[StandIn], llava: Source, tmp_path: Path
+) -> None:
+    engine = by_vllm.Engine(llava.folder, load_processor(llava), dtype="float32")
+    own, failures = vllm[0].generate, [ValueError("Out of luck")]
+
+    def generate(*arguments: Any, **more: Any) -> list[Any]:
+        if failures:
+            raise failures.pop()
+        return own(*arguments, **more)
+
+    vllm[0].generate = generate  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="Out of luck"):
+        engine.answers(truth.examples("llava", tmp_path, 2), TOKENS)
 
 
 @pytest.mark.slow

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pico
 import truth
-from regraft.costs import Cost, Ledger, Metered, read_costs
+from regraft import costs as module
+from regraft import ranks
+from regraft.costs import Cost, Ledger, Metered, elsewhere, read_costs
 from regraft.data.collate import prompt_batch
 from regraft.errors import RegraftError
 from regraft.report import spent
+from regraft.report.model import comparisons
+from regraft.report.write import render_html, render_markdown
 from regraft.watch import Silent
+from test_report import REPORT
 
 CPU = torch.device("cpu")
 
@@ -61,6 +71,169 @@ def test_a_ledger_adds_what_was_broken_off(tmp_path: Path) -> None:
     assert 0 < cost.seconds < 60
     assert cost.peak_bytes > 10**7
     assert cost.device.endswith(f"{torch.get_num_threads()} threads")
+
+
+@contextmanager
+def _at_work(tmp_path: Path, stage: str = "prune") -> Iterator[tuple[nn.Module, Any, Path]]:
+    """A layer of 8 operations a forward pass, a task's advance and the file of the costs."""
+    net, metered, path = nn.Linear(2, 2), Metered(Silent()), tmp_path / "costs.json"
+    metered.loaded(net)
+    ledger = Ledger(path, metered, CPU)
+    with ledger.of(stage), metered.task("Pruning", 9) as done, torch.no_grad():
+        yield net, done, path
+
+
+def test_what_a_killed_start_had_spent_is_kept_and_not_counted_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BETWEEN_WRITES", 0)
+
+    def flops() -> list[float | None]:
+        return [one.flops for one in read_costs(tmp_path / "costs.json")]
+
+    with _at_work(tmp_path) as (net, done, path):
+        for steps in (1, 2):
+            net(torch.ones(1, 2))
+            done(1)
+            assert flops() == [8 * steps]
+        as_killed = shutil.copyfile(path, tmp_path / "killed.json")
+        net(torch.ones(1, 2))
+    assert flops() == [8 * 3]
+    shutil.copyfile(as_killed, path)
+    with _at_work(tmp_path) as (net, done, _):
+        net(torch.ones(1, 2))
+        done(1)
+        done(1)
+        assert flops() == [8 * (2 + 1)]
+    assert flops() == [8 * (2 + 1)]
+
+
+def test_nothing_is_left_of_a_start_that_was_killed_as_it_wrote(tmp_path: Path) -> None:
+    (tmp_path / ".costs.json.regraft-tmp").write_text("[")
+    with _at_work(tmp_path):
+        pass  # done before, so that nothing is spent and written
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_at_work_is_not_written_at_every_step(tmp_path: Path) -> None:
+    with _at_work(tmp_path) as (net, done, path):
+        for _ in range(9):
+            net(torch.ones(1, 2))
+            done(1)
+        assert not path.exists()
+
+
+def test_operations_are_those_of_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "world", lambda: 3)
+
+    def gathered(own: Cost) -> list[Cost]:
+        return [own, replace(own, flops=100.0, peak_bytes=2**50), replace(own, flops=20.0)]
+
+    monkeypatch.setattr(ranks, "gathered", gathered)
+    with _at_work(tmp_path) as (net, _, path):
+        net(torch.ones(1, 2))
+    (cost,) = read_costs(path)
+    assert (cost.flops, cost.peak_bytes) == (8 + 100 + 20, 2**50)
+    assert cost.device.startswith("3 x ")
+
+    def hangs(_: Cost) -> list[Cost]:
+        raise AssertionError("the others are not here")
+
+    monkeypatch.setattr(ranks, "gathered", hangs)
+    with pytest.raises(KeyboardInterrupt), _at_work(tmp_path, "apply") as (net, _, path):
+        net(torch.ones(1, 2))
+        raise KeyboardInterrupt
+    assert [one.flops for one in read_costs(path)] == [8 + 100 + 20, 3 * 8]
+
+
+def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BETWEEN_WRITES", 0)
+    monkeypatch.setattr(ranks, "first", lambda: False)
+    with _at_work(tmp_path) as (net, done, path):
+        net(torch.ones(1, 2))
+        done(1)
+    assert not path.exists()
+
+
+def test_a_stage_fails_by_its_own_error_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise RegraftError("The disk is full")
+
+    monkeypatch.setattr(module, "write_json", full)
+    monkeypatch.setattr(module, "_BETWEEN_WRITES", 0)
+    with pytest.raises(ZeroDivisionError), _at_work(tmp_path) as (net, done, _):
+        net(torch.ones(1, 2))
+        done(1)
+        raise ZeroDivisionError
+    with pytest.raises(RegraftError, match="disk is full"), _at_work(tmp_path) as (net, _, _):
+        net(torch.ones(1, 2))
+
+
+def test_what_another_program_does_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_WORTH_TELLING", 0)
+    metered, path = Metered(Silent()), tmp_path / "costs.json"
+    ledger = Ledger(path, metered, CPU)
+    with ledger.of("evaluate", "dense"):
+        elsewhere(metered)
+    elsewhere(Silent())  # nobody counts
+    with ledger.of("prune"):
+        pass
+    outside, inside = read_costs(path)
+    assert (outside.flops, outside.peak_bytes) == (None, None)
+    assert inside.flops == 0 and inside.peak_bytes is not None
+    both = spent.total([outside, inside])
+    assert (both.flops, both.peak_bytes) == (None, None)
+    assert both.seconds == outside.seconds + inside.seconds
+
+
+def test_a_peak_is_of_the_device_that_is_named() -> None:
+    old, new = (Cost("prune", "a", 1, 1, peak, name) for peak, name in ((9, "old"), (5, "new")))
+    assert (old + new).peak_bytes == 5
+    assert (old + replace(new, device="old")).peak_bytes == 9
+    assert (old + new).device == "new"
+
+
+def test_the_peak_of_the_fullest_accelerator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks, reset = {0: 5, 1: 9, 2: 7}, []
+    for name, does in {
+        "init": lambda: None,
+        "device_count": lambda: len(peaks),
+        "reset_peak_memory_stats": reset.append,
+        "max_memory_allocated": peaks.__getitem__,
+        "get_device_name": lambda _: "card",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, does)
+    monkeypatch.setattr(module, "_WORTH_TELLING", 0)
+    path = tmp_path / "costs.json"
+    with Ledger(path, Metered(Silent()), torch.device("cuda")).of("prune"):
+        assert reset == [0, 1, 2]
+    (cost,) = read_costs(path)
+    assert (cost.peak_bytes, cost.device) == (9, "card")
+
+
+def test_the_report_says_what_is_not_measured() -> None:
+    prune = Cost("prune", "a", 1, 2e12, 2**30, "card")
+    apply = Cost("apply", "a", 1, 0, 2**29, "card")
+    by_vllm = Cost("evaluate", "a", 1, None, None, "card")
+    whole = replace(REPORT, costs=(prune, apply))
+    part = replace(REPORT, costs=(prune, apply, by_vllm))
+    for render in (render_html, render_markdown):
+        page = render(whole, comparisons(whole))
+        assert "0 FLOP" in page and "512 MiB" in page and "vLLM" not in page
+        assert "A dash: not measured, as vLLM works" in render(part, comparisons(part))
+    rows = render_markdown(part, comparisons(part)).splitlines()
+    assert "| evaluate | 1 | 1.0 s | – | – |" in rows
+    assert "| in all | – | 3.0 s | – | – |" in rows
+    header = rows.index("| Stage | Models | Time | Operations | Peak memory |")
+    assert rows[header - 1] == "" and rows[header - 2].startswith("On card.")
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -108,6 +281,14 @@ def test_amounts() -> None:
     assert spent.operations(2.344e12) == "2.34 TFLOP"
     assert spent.operations(9.999e14) == "1 PFLOP"
     assert spent.operations(512) == "512 FLOP"
+    assert spent.operations(0) == "0 FLOP"
+    assert spent.operations(1.234e21) == "1.23 ZFLOP"
+    assert spent.operations(9.996e23) == "1,000 ZFLOP"
+    assert spent.operations(1.2345e25) == "12,345 ZFLOP"
+    assert spent.operations(None) == spent.memory(None) == "–"
+    assert spent.memory(2**19 + 1) == "1 MiB"
+    assert spent.memory(640 * 2**20) == "640 MiB"
+    assert spent.memory(2**30 - 1) == "1 GiB"
     assert spent.memory(3 * 2**29) == "1.5 GiB"
     assert spent.memory(79 * 2**30) == "79 GiB"
 

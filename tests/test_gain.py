@@ -322,20 +322,23 @@ def test_pushes_come_behind_the_path():
         return [one["push"] for one in trace], gaining.next_task(settings, count, trace)
 
     done, task = run(100, 300, 500)
-    assert done == [0] * 3 and not task.push and task.most == 1000 - 3 * 5 - 500
+    assert done == [0] * 3 and not task.push and task.most == 1000 - 2 * 3 * 2 - 500
     assert task.objective == Objective()
     done, task = run(100, 300, 500, 700)  # all steps done
-    assert done == [0] * 4 and task.push == 5 and task.most == 3 * 5
-    assert task.objective.constraint == "none" and task.objective.utility_weight < 0.3
-    assert run(100, 300, 500, 700, 712) == ([0] * 4 + [5], None)
-    done, task = run(247, 493, 739, 985)  # the path is full
-    assert task.push == 5 and task.most == 15
+    assert done == [0] * 4 and task.push == 2 and task.most == 3 * 2
+    assert task.objective == Objective(10, "none")
+    done, task = run(100, 300, 500, 700, 706)
+    assert done == [0] * 4 + [2] and task.push == 2 and task.most == 3 * 2
+    assert task.objective == Objective(0.1, "none")
+    assert run(100, 300, 500, 700, 706, 712) == ([0] * 4 + [2, 2], None)
+    done, task = run(247, 493, 739, 988)  # the path is full
+    assert task.push == 2 and task.most == 6
     done, task = run(100, 100, 100)  # nothing helps any more
     assert done == [0] * 3 and task.push
-    assert run(100, 100, 100, 105)[1] is None, "the path goes on behind the pushes"
+    done, task = run(100, 100, 100, 104)
+    assert done == [0] * 3 + [2] and task.push, "the path goes on behind a push"
+    assert run(100, 100, 100, 100, 100)[1] is None
     assert run(1, 2, 3, 4, count=4)[0] == [0] * 4, "too few weights for a push"
-    small = settings.model_copy(update={"utility_weight": 0.02})
-    assert run(100, 100, 100, settings=small)[1].objective.utility_weight == 0.02
     many = settings.model_copy(update={"pushes": 200})
     assert run(0, settings=many)[1].most > 200, "pushes leave nothing for the path"
     none = settings.model_copy(update={"pushes": 0})
@@ -630,8 +633,8 @@ def test_a_search_looks_around_every_push(benches, tmp_path):
     bench = benches("llama")
     settings = GAIN.model_copy(update={"pushes": 3, "steps": 2})
     steps = bench.rank(tmp_path / "ranking", settings).about["steps"]
-    assert [one["push"] for one in steps] == [0, 0, 1]
-    assert steps[2]["weight"] == gaining.PUSH_UTILITY
+    assert [one["push"] for one in steps] == [0, 0, 1, 1]
+    assert tuple(one["weight"] for one in steps[2:]) == gaining.PUSH_UTILITY
     choice = SearchSettings(validation=bench.calibration.data, points=1)
     short = EvalSettings(max_new_tokens=1)
     stages.search(
@@ -645,8 +648,8 @@ def test_a_search_looks_around_every_push(benches, tmp_path):
         COMPUTE,
     )
     tried = [point.restored for point in read_curve(tmp_path / "curve.json")]
-    path, end = (int(one["restored"]) for one in steps[1:])
-    assert path < end
+    path, between, end = (int(one["restored"]) for one in steps[1:])
+    assert path <= between <= end > path
     assert tried == [0, *range(path, end + 1)]
 
 

@@ -14,8 +14,10 @@ import pico
 import truth
 from disk import write_data
 from regraft import stages
+from regraft.checks import read_suites
 from regraft.data.collate import response_batch
 from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
 from regraft.evaluation import perplexity as module
 from regraft.evaluation.perplexity import perplexity, response_nlls
 from regraft.models.load import open_source
@@ -50,6 +52,24 @@ def test_perplexity_by_hand() -> None:
     assert wide.low < wide.value < wide.high
     with pytest.raises(ValueError, match="at least one response token"):
         perplexity([], 0)
+
+
+@pytest.mark.parametrize("total", [math.nan, math.inf, 720.0 * 3])
+def test_what_is_not_finite_is_told_with_its_example(
+    pico_dir: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    total: float,
+) -> None:
+    source = open_source(pico_dir("llava"))
+    suite = DataSource.model_validate(str(write_data(tmp_path / "data", 2)))
+    asked = [one for one in read_suites(source, [suite], None).examples if not one.harmful]
+    monkeypatch.setattr(module, "_of_batch", lambda *_: [(1.0, 3), (total, 3)])
+    settings = EvalSettings(max_new_tokens=2, perplexity=True)
+    compute = ComputeSettings(device="cpu", batch_size=2)
+    told = f"response of {asked[1].id} has no finite .* --dtype bfloat16 or float32"
+    with pytest.raises(RegraftError, match=told):
+        stages.evaluate(source, tmp_path / "out", [suite], settings, compute)
 
 
 def test_evaluate_measures_it_where_asked(

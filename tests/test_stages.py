@@ -290,6 +290,9 @@ def test_stopping_keeps_the_work(bench: Bench, tmp_path: Path) -> None:
         def note(self, _: str) -> None:
             return None
 
+        def loaded(self, _: Any) -> None:
+            return None
+
     out = tmp_path / "out" / "pruned"
     with pytest.raises(KeyboardInterrupt):
         bench.run("prune", out=out, watch=Stops())
@@ -378,9 +381,18 @@ def _moments(changes: int, count: int) -> Iterator[int]:
 
 
 def _same(killable: Killable, folder: Path, when: str) -> None:
+    """The same files, to the byte but for what they say of time."""
     expected, found = tree(killable.finished), tree(folder)
     assert found.keys() == expected.keys(), f"{when}: {sorted(found.keys() ^ expected.keys())}"
-    changed = [name for name in found if found[name] != expected[name]]
+    results = [
+        json.loads((one / "report" / "report.json").read_text(encoding="utf-8"))
+        for one in (killable.finished, folder)
+    ]
+    assert all(result.pop("costs") for result in results), when
+    assert results[0] == results[1], f"{when}: another report"
+    timed = {"costs.json", *(f"report/report.{kind}" for kind in ("json", "md", "html"))}
+    assert timed < found.keys()
+    changed = [name for name in found.keys() - timed if found[name] != expected[name]]
     assert not changed, f"{when}: other bytes in {changed}"
 
 

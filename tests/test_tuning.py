@@ -300,7 +300,7 @@ def test_gain(tune: Callable[..., Tuned], tmp_path: Path, pushes: int) -> None:
     names = {"utility_weight", "utility_share", "trust", "steps", "within", "constraint"}
     assert tuned.trials[0].settings.keys() == names
     samples = 2 * 4  # of both kinds
-    looks = 2 if pushes else 0  # one at candidates and one at what they do
+    looks = 4 if pushes else 0  # two times one at candidates and one at what they do
     assert 2 * (2 + looks) * samples <= tuned.cost.gradients <= 2 * (3 + looks) * samples
     assert tuned.cost.gradients % samples == 0
     variant = _fits_into_a_recipe(tuned, tmp_path / "tuned")

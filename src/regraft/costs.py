@@ -8,21 +8,23 @@ import resource
 import sys
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from regraft import ranks
 from regraft.errors import RegraftError
-from regraft.files import read_json, write_json
+from regraft.files import discard_leftover, read_json, write_json
 from regraft.watch import Advance, Watch
 
+T = TypeVar("T")
 _WORTH_TELLING = 1.0  # seconds; what takes less and runs no model was there already
+_BETWEEN_WRITES = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -34,39 +36,56 @@ class Cost:
         of: The model that it made or evaluated; "" where it is of the whole run.
         seconds: Wall clock.
         flops: Floating point operations of linear layers and convolutions, two for each product;
-            a backward pass counts twice its forward pass. Attention's own products are left out.
-        peak_bytes: The most memory in use at a time: of the accelerator, or else of the process.
+            a backward pass counts twice its forward pass. Attention's own products are left out,
+            and SparseGPT's own linear algebra. None: not measured, of another program.
+        peak_bytes: The most memory in use at a time: of one accelerator, or else of one process.
+            None: not measured, of another program.
         device: Its name, and how many processes ran.
     """
 
     stage: str
     of: str
     seconds: float
-    flops: float
-    peak_bytes: int
+    flops: float | None
+    peak_bytes: int | None
     device: str
 
     def __add__(self, other: Cost) -> Cost:
-        """Both, on the later one's device."""
+        """Both, on the later one's device; a peak on another one is left out."""
+        peaks = [one.peak_bytes for one in (self, other) if one.device == other.device]
         return replace(
             other,
             seconds=self.seconds + other.seconds,
-            flops=self.flops + other.flops,
-            peak_bytes=max(self.peak_bytes, other.peak_bytes),
+            flops=_if_all_known(sum, (self.flops, other.flops)),
+            peak_bytes=_if_all_known(max, peaks),
         )
 
 
 class Metered:
-    """A watch that counts the floating point operations of every model it is told of."""
+    """A watch that counts the floating point operations of every model it is told of.
+
+    Attributes:
+        flops: So far.
+        elsewhere: Whether another program was at work, of which nothing is counted.
+        advanced: Called whenever a task gets on.
+    """
 
     def __init__(self, watch: Watch) -> None:
-        self.flops = 0.0
+        self.flops, self.elsewhere = 0.0, False
+        self.advanced: Callable[[], None] = _nothing
         self._watch = watch
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-    def task(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Advance]:
-        """Tell the watch inside."""
-        return self._watch.task(what, total, unit)
+    @contextmanager
+    def task(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:
+        """Tell the watch inside, and whoever wants to know that work gets on."""
+        with self._watch.task(what, total, unit) as advance:
+
+            def told(done: int) -> None:
+                advance(done)
+                self.advanced()
+
+            yield told
 
     def note(self, text: str) -> None:
         """Tell the watch inside."""
@@ -90,33 +109,71 @@ class Metered:
 
 
 class Ledger:
-    """The costs of a run, in a file that every finished or broken off stage is added to."""
+    """The costs of a run, in a file that every finished or broken off stage is added to.
+
+    A stage at work is in it as well, as of a minute ago at most where its tasks get on so often:
+    what a killed start had spent since then is lost.
+    """
 
     def __init__(self, path: Path, metered: Metered, device: torch.device) -> None:
         self._path, self._metered, self._device = path, metered, device
 
     @contextmanager
     def of(self, stage: str, model: str = "") -> Iterator[None]:
-        """What happens inside is a cost of this stage."""
-        gpu = self._device.type == "cuda"
-        if gpu:
-            torch.cuda.reset_peak_memory_stats(self._device)
-        start, before = time.monotonic(), self._metered.flops
+        """What happens inside is a cost of this stage. All processes enter and leave together."""
+        earlier = None
+        if ranks.first():
+            discard_leftover(self._path)
+            earlier = self._read().get((stage, model))
+        spent = self._meter(stage, model)
+
+        def keep_estimate() -> None:
+            with suppress(Exception):  # the stage, or its own error, matters more
+                self._keep(earlier, _estimated(spent()))
+
+        self._metered.advanced = _at_most_every(_BETWEEN_WRITES, keep_estimate)
         try:
             yield
+        except BaseException:
+            keep_estimate()
+            raise
         finally:
-            seconds, flops = time.monotonic() - start, self._metered.flops - before
-            peak = torch.cuda.max_memory_allocated(self._device) if gpu else _resident()
-            # every process has its share of the prompts
-            cost = Cost(stage, model, seconds, flops * ranks.world(), peak, named(self._device))
-            if ranks.first() and (flops or seconds >= _WORTH_TELLING):
-                self._add(cost)
+            self._metered.advanced = _nothing
+        self._keep(earlier, _of_all(ranks.gathered(spent())))
 
-    def _add(self, cost: Cost) -> None:
-        costs = {(one.stage, one.of): one for one in read_costs(self._path)}
-        key = cost.stage, cost.of
-        costs[key] = costs[key] + cost if key in costs else cost
-        write_json(self._path, [asdict(one) for one in costs.values()])
+    def _meter(self, stage: str, model: str) -> Callable[[], Cost]:
+        """Of this process, from now until it is called."""
+        gpus: Sequence[int] = ()
+        if self._device.type == "cuda":
+            torch.cuda.init()
+            gpus = range(torch.cuda.device_count())
+        for gpu in gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        self._metered.elsewhere = False
+        start, before = time.monotonic(), self._metered.flops
+
+        def spent() -> Cost:
+            seconds, flops = time.monotonic() - start, self._metered.flops - before
+            peak = max(map(torch.cuda.max_memory_allocated, gpus)) if gpus else _resident()
+            cost = Cost(stage, model, seconds, flops, peak, named(self._device))
+            return replace(cost, flops=None, peak_bytes=None) if self._metered.elsewhere else cost
+
+        return spent
+
+    def _read(self) -> dict[tuple[str, str], Cost]:
+        return {(one.stage, one.of): one for one in read_costs(self._path)}
+
+    def _keep(self, earlier: Cost | None, cost: Cost) -> None:
+        if ranks.first() and (cost.flops or cost.seconds >= _WORTH_TELLING):
+            whole = cost if earlier is None else earlier + cost
+            costs = self._read() | {(cost.stage, cost.of): whole}
+            write_json(self._path, [asdict(one) for one in costs.values()])
+
+
+def elsewhere(watch: Watch) -> None:
+    """Tell that another program works from here on, so that this stage is not all counted."""
+    if isinstance(watch, Metered):
+        watch.elsewhere = True
 
 
 def read_costs(path: Path) -> list[Cost]:
@@ -155,3 +212,39 @@ def _resident() -> int:
     """Peak resident memory of this process so far, in bytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
+
+
+def _estimated(cost: Cost) -> Cost:
+    """Of all processes by one: each has its share of the prompts."""
+    return replace(cost, flops=None if cost.flops is None else cost.flops * ranks.world())
+
+
+def _of_all(costs: Sequence[Cost]) -> Cost:
+    """Of all processes together, in the time of the first."""
+    return replace(
+        costs[0],
+        flops=_if_all_known(sum, [one.flops for one in costs]),
+        peak_bytes=_if_all_known(max, [one.peak_bytes for one in costs]),
+    )
+
+
+def _if_all_known(together: Callable[[Iterable[T]], T], values: Sequence[T | None]) -> T | None:
+    known = [value for value in values if value is not None]
+    return together(known) if len(known) == len(values) else None
+
+
+def _at_most_every(seconds: float, act: Callable[[], None]) -> Callable[[], None]:
+    """`act`, but not where it was called so short a time ago."""
+    last = time.monotonic()
+
+    def perhaps() -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            act()
+            last = time.monotonic()
+
+    return perhaps
+
+
+def _nothing() -> None:
+    pass

@@ -23,6 +23,7 @@ from regraft.models.load import Source, open_source, pick_device
 from regraft.recipe import Recipe
 from regraft.reporting import model_folder
 from regraft.restoration.realign import check_pair
+from regraft.stages.evaluating import check_for_vllm
 
 
 def check(recipe: Recipe, folder: Path, session: stages.Session) -> tuple[Source, Source | None]:
@@ -41,6 +42,9 @@ def check(recipe: Recipe, folder: Path, session: stages.Session) -> tuple[Source
     if recipe.pruned is not None:
         existing = open_source(recipe.pruned, trust_remote_code=trust)
         check_pair(dense, existing)
+    if recipe.evaluate.backend == "vllm":
+        for model in filter(None, (dense, existing)):
+            check_for_vllm(model, recipe.compute)
     _check(recipe, dense, place, session)
     return dense, existing
 

@@ -358,8 +358,9 @@ class RealignSettings(Settings):
         0,
         ge=0,
         le=20,
-        description="gain: so many times 0.5 % of the budget are chosen in a last step that looks "
-        "at safety nearly alone; for a search, which takes as many of them as keep to its bounds.",
+        description="gain: so many times 0.25 % of the budget come back in a step that looks at "
+        "utility nearly alone, and as many in a last one at safety; for a search, which stops "
+        "where its bounds are kept.",
     )
     trust: float = Field(
         1.0,
@@ -872,6 +873,12 @@ class Recipe(Settings):
             raise ValueError(
                 f"`heads.candidates` is {self.heads.candidates}, but `realign` takes {most} heads, "
                 "some of which would only have estimated scores; raise the candidates"
+            )
+        directions = [one.name for one in self.defend if one.method == "refusal-direction"]
+        if self.evaluate.backend == "vllm" and directions:
+            raise ValueError(
+                f"the refusal direction of {directions[0]!r} acts inside the model, which vLLM "
+                "does not let it: set `evaluate.backend` to transformers or leave it out"
             )
         if self.pruned is not None and len(self.prune) > 1:
             raise ValueError(

@@ -7,13 +7,14 @@ imported only here, when it is used.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from regraft.data.collate import batches, prompt_tokens
 from regraft.data.example import Example
 from regraft.data.images import open_image
-from regraft.errors import RegraftError
+from regraft.errors import PassingError, RegraftError
 from regraft.evaluation.pieces import in_pieces
 
 _PIECE = 256  # prompts after which answers are on disk; vLLM makes its own batches of them
@@ -25,7 +26,8 @@ class Engine:
     Args:
         folder: The checkpoint.
         processor: Its processor.
-        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16" or "float16"; "auto" leaves it to vLLM, which makes half of
+            single precision.
         tensor_parallel: How many accelerators share the model.
         max_length: Tokens of a prompt and its answer, images included; None for all that the model
             was made for, which may be more than the memory holds.
@@ -33,7 +35,7 @@ class Engine:
         trust_remote_code: Run code that comes with the checkpoint.
 
     Raises:
-        RegraftError: vLLM is missing, or cannot run the model.
+        PassingError: vLLM cannot be imported or cannot run the model.
     """
 
     def __init__(
@@ -59,13 +61,17 @@ class Engine:
                 trust_remote_code=trust_remote_code,
                 **images,
             )
-        except (ValueError, RuntimeError, NotImplementedError) as error:
-            raise RegraftError(
-                f"vLLM cannot run {folder}: {str(error).splitlines()[0]} Use --backend "
-                "transformers, or where it wants memory, a smaller --max-length."
+        except Exception as error:
+            raise PassingError(
+                f"vLLM cannot run {folder} ({_reason(error)}). Use --backend transformers, or "
+                "where it wants memory, a smaller --max-length."
             ) from error
         self._sampling = vllm.SamplingParams
         self._processor = processor
+        self._fits = f"--max-length {max_length}" if max_length else "what the model was made for"
+        # those of newer versions are no ValueErrors
+        own = getattr(getattr(vllm, "exceptions", None), "VLLMClientError", ValueError)
+        self._refusals: tuple[type[Exception], ...] = (ValueError, own)
 
     def answers(
         self,
@@ -81,6 +87,9 @@ class Engine:
             max_new_tokens: Length of an answer, in tokens.
             partial: Scratch folder; finished pieces found there are kept.
             progress: Called with the number of prompts just answered.
+
+        Raises:
+            RegraftError: a prompt, or a prompt and its answer, are longer than vLLM takes.
         """
         pieces = list(batches(examples, _PIECE))
 
@@ -89,11 +98,8 @@ class Engine:
                 progress(len(pieces[i]))
 
         def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
-            greedy = self._sampling(temperature=0.0, max_tokens=max_new_tokens)
             for i in wanted:
-                prompts = [self._prompt(example) for example in pieces[i]]
-                outputs = self._engine.generate(prompts, greedy, use_tqdm=False)
-                yield i, [output.outputs[0].text.strip() for output in outputs]
+                yield i, self._answer(pieces[i], max_new_tokens)
                 told(i)
 
         found = in_pieces(len(pieces), made, partial, "vllm", told)
@@ -107,6 +113,46 @@ class Engine:
         if core is not None:
             core.shutdown()
 
+    def _answer(self, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
+        prompts = [self._prompt(example) for example in examples]
+        try:
+            answers = self._generate(prompts, max_new_tokens)
+        except self._refusals as error:
+            refused = [
+                one.id
+                for one, prompt in zip(examples, prompts, strict=True)
+                if not self._takes(prompt)
+            ]
+            if not refused:
+                raise
+            raise RegraftError(
+                f"vLLM refuses the prompt of {_listed(refused)} ({_reason(error)}). If it is "
+                f"longer than {self._fits}, raise --max-length or leave it out."
+            ) from error
+        cut = [
+            example.id
+            for example, answer in zip(examples, answers, strict=True)
+            if answer.finish_reason == "length" and len(answer.token_ids) < max_new_tokens
+        ]
+        if cut:
+            raise RegraftError(
+                f"vLLM cut the answer to {_listed(cut)} short: with its prompt it is longer than "
+                f"{self._fits}. Raise --max-length, or lower --max-new-tokens."
+            )
+        return [answer.text.strip() for answer in answers]
+
+    def _generate(self, prompts: Sequence[dict[str, Any]], max_new_tokens: int) -> list[Any]:
+        greedy = self._sampling(temperature=0.0, max_tokens=max_new_tokens)
+        outputs = self._engine.generate(prompts, greedy, use_tqdm=False)
+        return [output.outputs[0] for output in outputs]
+
+    def _takes(self, prompt: dict[str, Any]) -> bool:
+        try:
+            self._generate([prompt], 1)
+        except self._refusals:
+            return False
+        return True
+
     def _prompt(self, example: Example) -> dict[str, Any]:
         prompt: dict[str, Any] = {"prompt_token_ids": prompt_tokens(self._processor, example)}
         if example.image is not None:
@@ -114,11 +160,34 @@ class Engine:
         return prompt
 
 
+def vllm_version() -> str:
+    """The installed version of vLLM, which need not be imported for it.
+
+    Raises:
+        RegraftError: there is none.
+    """
+    try:
+        return version("vllm")
+    except PackageNotFoundError as error:
+        raise RegraftError(
+            "--backend vllm needs vLLM, which is not installed: pip install 'regraft[vllm]'."
+        ) from error
+
+
 def _import() -> Any:
     try:
         import vllm  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise RegraftError(
-            f"--backend vllm needs vLLM ({error}): pip install 'regraft[vllm]'."
+    except Exception as error:
+        raise PassingError(
+            f"vLLM cannot be imported ({_reason(error)}). Install it anew, pip install "
+            "'regraft[vllm]', or use --backend transformers."
         ) from error
     return vllm
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:500] or repr(error)
+
+
+def _listed(ids: Sequence[str]) -> str:
+    return ids[0] if len(ids) == 1 else f"{ids[0]} and {len(ids) - 1} more"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from regraft.data.collate import IGNORED, batches, response_batch
 from regraft.data.example import Example
+from regraft.errors import RegraftError
 from regraft.evaluation.metrics import resampled
 from regraft.evaluation.pieces import in_pieces
 from regraft.evaluation.results import Estimate
@@ -22,6 +24,7 @@ from regraft.models.replay import logits_of, replay, text_inputs
 
 Nll = tuple[float, int]  # summed over the response's tokens, in nats; their number
 _POSITIONS = 256  # whose logits are in memory at a time
+_MOST = math.log(sys.float_info.max)  # nats a token whose exp is finite
 
 
 def response_nlls(
@@ -46,7 +49,7 @@ def response_nlls(
         progress: Called with the number of examples just done.
 
     Raises:
-        RegraftError: see `response_batch`.
+        RegraftError: see `response_batch`; the model's numbers overflow.
     """
     groups = ([e for e in examples if (e.image is not None) == sees] for sees in (False, True))
     chunks = [one for group in groups for one in batches(group, batch_size)]
@@ -57,7 +60,9 @@ def response_nlls(
 
     def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[Nll]]]:
         for i in wanted:
-            yield i, _of_batch(model, processor, chunks[i])
+            nlls = _of_batch(model, processor, chunks[i])
+            _require_finite(chunks[i], nlls)
+            yield i, nlls
             told(i)
 
     found = in_pieces(len(chunks), made, partial, "nll", told)
@@ -105,3 +110,12 @@ def _of_batch(model: nn.Module, processor: Any, examples: Sequence[Example]) -> 
     totals.index_add_(0, rows, nll)
     counts = torch.bincount(rows, minlength=len(examples))
     return list(zip(totals.tolist(), counts.tolist(), strict=True))
+
+
+def _require_finite(examples: Sequence[Example], nlls: Sequence[Nll]) -> None:
+    for example, (total, count) in zip(examples, nlls, strict=True):
+        if not total <= count * _MOST:  # nan as well
+            raise RegraftError(
+                f"The response of {example.id} has no finite perplexity: numbers overflow in this "
+                "dtype. Use --dtype bfloat16 or float32."
+            )

@@ -6,8 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from regraft.costs import Cost
+from regraft.report.words import DASH
 
-_OPERATIONS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
+_OPERATIONS = (
+    (1e21, "ZFLOP"),
+    (1e18, "EFLOP"),
+    (1e15, "PFLOP"),
+    (1e12, "TFLOP"),
+    (1e9, "GFLOP"),
+    (1e6, "MFLOP"),
+)
 
 
 def by_stage(costs: Sequence[Cost]) -> tuple[tuple[Cost, int], ...]:
@@ -46,14 +54,25 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def operations(flops: float) -> str:
-    """2.34e12 -> "2.34 TFLOP"."""
+def operations(flops: float | None) -> str:
+    """2.34e12 -> "2.34 TFLOP"; a dash where they were not measured."""
+    if flops is None:
+        return DASH
     for size, unit in _OPERATIONS:
         if flops >= 0.9995 * size:
-            return f"{flops / size:.3g} {unit}"
+            return f"{_three_digits(flops / size)} {unit}"
     return f"{flops:,.0f} FLOP"
 
 
-def memory(count: int) -> str:
-    """Bytes in GiB: "1.2 GiB"."""
+def memory(count: int | None) -> str:
+    """Bytes: "640 MiB", "1.2 GiB", "79 GiB"; a dash where they were not measured."""
+    if count is None:
+        return DASH
+    mebibytes = round(count / 2**20)
+    if mebibytes < 1024:
+        return f"{mebibytes} MiB"
     return f"{count / 2**30:.2g} GiB" if count < 10 * 2**30 else f"{count / 2**30:,.0f} GiB"
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from regraft import ranks
+from regraft import costs, ranks
 from regraft.checks import told
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
@@ -23,7 +25,7 @@ from regraft.defence.artifact import (
     load_defence,
 )
 from regraft.errors import RegraftError
-from regraft.evaluation.by_vllm import Engine
+from regraft.evaluation.by_vllm import Engine, vllm_version
 from regraft.evaluation.perplexity import Nll, response_nlls
 from regraft.evaluation.results import Answer, EvalResult
 from regraft.evaluation.summary import (
@@ -87,8 +89,10 @@ def evaluate(
         defence_file: Answer under this defence at inference, from `defend`.
 
     Raises:
-        RegraftError: see the data readers.
+        RegraftError: see the data readers and `check_for_vllm`.
     """
+    if settings.backend == "vllm":
+        check_for_vllm(model, compute)
     watch = watch or Silent()
     session = session or Session(memo_bytes=0)
     reading = session.reading(model, suites, settings.limit)
@@ -97,20 +101,22 @@ def evaluate(
     patch, inputs = patch_in_memory(model, patch_file, compute)
     defence = None if defence_file is None else load_defence(defence_file)
     if settings.backend == "vllm":
-        _check_for_vllm(patch, defence)
+        _check_outside(patch, defence)
     if defence is not None and defence_file is not None:
         check_fits(defence, model.anatomy, defence_file)
         inputs["defence"] = file_digest(defence_file)
     about = describe("evaluate", inputs, settings, compute, {"suite": reading})
     if settings.full_answers:  # as in evaluations from before there was a choice
         del about["settings"]["full_answers"]
+    if settings.backend == "vllm":
+        about["versions"]["vllm"] = vllm_version()
     if not is_done(out, out / "results.json", about, lambda: _read_results(out)["about"]):
         with working(out, about) as work:
             watch.note(told("Prompts", reading))
             prompts = asked(defence, examples)
             nlls: Mapping[str, Nll] = {}
             if settings.backend == "vllm":
-                texts = _by_vllm(model, prompts, settings, compute, processor_from, work, watch)
+                texts = _by_vllm(model, prompts, settings, compute, work, watch, session)
             else:
                 network, processor = session.load(model, compute, watch, processor_from)
                 content = about["data"]["suite"]["digest"]
@@ -144,7 +150,37 @@ def evaluate(
     return read_evaluation(out)
 
 
-def _check_for_vllm(patch: Patch | None, defence: Defence | None) -> None:
+def check_for_vllm(model: Source, compute: ComputeSettings) -> None:
+    """Find before long work starts what would keep vLLM from a model.
+
+    Raises:
+        RegraftError: it is not installed, would be started by several processes, is asked for a
+            device or a placement, or the folder lacks the processor.
+    """
+    vllm_version()
+    if ranks.world() > 1:
+        raise RegraftError(
+            "vLLM shares accelerators by itself: start it without torchrun, with --tensor-parallel."
+        )
+    if compute.device not in ("auto", "cuda"):
+        raise RegraftError(
+            f"vLLM takes the first accelerators that it sees, not --device {compute.device}. Leave "
+            "it at auto and name them in CUDA_VISIBLE_DEVICES, or use --backend transformers."
+        )
+    if compute.placement == "streamed":
+        raise RegraftError(
+            "vLLM holds the whole model on its accelerators: --placement streamed is nothing to "
+            "it. Use --placement resident with --tensor-parallel, or --backend transformers."
+        )
+    if not has_processor(model):
+        raise RegraftError(
+            f"{model.folder} comes without the files of its processor, which vLLM reads from the "
+            "folder itself: copy tokenizer and processor files of the base model there."
+        )
+
+
+def _check_outside(patch: Patch | None, defence: Defence | None) -> None:
+    """Nothing may act inside of a model that vLLM runs."""
     if patch is not None:
         raise RegraftError(
             "vLLM reads checkpoints and takes no patch in memory. Write the checkpoint with "
@@ -155,10 +191,6 @@ def _check_for_vllm(patch: Patch | None, defence: Defence | None) -> None:
             "A refusal direction acts inside the model, which vLLM does not let it: use --backend "
             "transformers. (A defence prompt works with both.)"
         )
-    if ranks.world() > 1:
-        raise RegraftError(
-            "vLLM shares accelerators by itself: start it without torchrun, with --tensor-parallel."
-        )
 
 
 def _by_vllm(
@@ -166,17 +198,21 @@ def _by_vllm(
     prompts: Sequence[Example],
     settings: EvalSettings,
     compute: ComputeSettings,
-    processor_from: Source | None,
     work: Path,
     watch: Watch,
+    session: Session,
 ) -> list[str]:
-    own = processor_from is None or has_processor(model)
-    processor = load_processor(model if own else processor_from or model)
+    session.unload()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    costs.elsewhere(watch)
+    processor = load_processor(model)
     with watch.task(f"Loading {model.folder} into vLLM", 1) as done:
         engine = Engine(
             model.folder,
             processor,
-            dtype=compute.dtype,
+            dtype=_dtype(model) if compute.dtype == "auto" else compute.dtype,
             tensor_parallel=settings.tensor_parallel,
             max_length=settings.max_length,
             sees=model.anatomy.has_vision,
@@ -188,6 +224,14 @@ def _by_vllm(
             return engine.answers(prompts, settings.max_new_tokens, work, done)
     finally:
         engine.close()
+
+
+def _dtype(model: Source) -> str:
+    """The checkpoint's own, by its config as for transformers, or else its weights."""
+    config = read_json(model.folder / "config.json")
+    weight = model.checkpoint.record(next(model.anatomy.linears).tensor)
+    named = config.get("dtype") or config.get("torch_dtype") or str(weight.torch_dtype)
+    return str(named).removeprefix("torch.")
 
 
 def _nlls(

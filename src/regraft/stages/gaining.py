@@ -36,10 +36,10 @@ from regraft.restoration.selection import Head, blocks_of, inside
 from regraft.stages.common import collate_share, hidden_state_bytes, load_for_walk
 from regraft.watch import Watch
 
-ALGORITHM = 5  # rankings of another one are not taken for this one's
+ALGORITHM = 6  # rankings of another one are not taken for this one's
 REFRESH = 4  # steps after which it is looked again how hard every example is
-PUSH = 0.005  # of all weights that are to come back, the share in a push
-PUSH_UTILITY = 0.1  # weight of utility in pushes
+PUSH = 0.0025  # of all weights that are to come back, the share in a push
+PUSH_UTILITY = (10.0, 0.1)  # weight of utility in pushes toward complying, and toward refusing
 KINDS = ("safety", "utility")
 Examples = Sequence[Example]
 
@@ -87,7 +87,7 @@ def restore_by_gain(
     layers = len(dense.anatomy.layers)
     sizes = [min(settings.batch, len(pool.examples)) for pool in pools.values()]
     own = sum(sizes) // ranks.world()
-    pushes = 2 * bool(settings.pushes)  # as any first step, this one looks for candidates too
+    pushes = 4 * bool(settings.pushes)  # as any first step, these two look for candidates too
     with watch.task(
         "Restoring by gain",
         2 * own * layers * (1 + settings.steps - finished + pushes),
@@ -132,7 +132,7 @@ def restore_by_gain(
 class Task:
     """What a step is to do: bring back `most` weights at most, by an objective.
 
-    `push` is how many weights are a push in the last step, and 0 in the others.
+    `push` is how many weights are a push in the last two steps, and 0 in the others.
     """
 
     objective: Objective
@@ -145,22 +145,23 @@ def next_task(
 ) -> Task | None:
     """The next step, given what each step before found; None at the end.
 
-    Behind the path come the pushes, one last step at safety nearly alone. The path leaves
-    the balance between refusing and complying where it happens to; pushes move it, so that a search
-    can take as many as spend the over-refusal which is allowed.
+    The path leaves the balance between refusing and complying where it happens to. Behind it come
+    pushes, as many toward complying in one step as toward refusing in the next: they go once
+    through all balances, so that a search can take the one that spends the over-refusal which is
+    allowed.
     """
-    if trace and trace[-1]["push"]:
+    pushed = sum(bool(found["push"]) for found in trace)
+    if pushed == len(PUSH_UTILITY):
         return None
     restored = int(trace[-1]["restored"]) if trace else 0
     size = max(1, round(PUSH * count))
-    pushes = min(settings.pushes, count // (10 * size))  # most of the weights are the path's
-    room, left = count - pushes * size - restored, settings.steps - len(trace)
-    if left > 0 and room > 0 and not _stuck(trace):
+    pushes = min(settings.pushes, count // (20 * size))  # most of the weights are the path's
+    room, left = count - 2 * pushes * size - restored, settings.steps - len(trace)
+    if not pushed and left > 0 and room > 0 and not _stuck(trace):
         return Task(_objective(settings, trace), -(-room // left))
     if not pushes:
         return None
-    weight = min(PUSH_UTILITY, settings.utility_weight)
-    return Task(Objective(weight, "none"), pushes * size, size)
+    return Task(Objective(PUSH_UTILITY[pushed], "none"), pushes * size, size)
 
 
 def _objective(settings: RealignSettings, trace: Sequence[Mapping[str, float]]) -> Objective:

@@ -118,7 +118,7 @@ def search(
 
 
 def _around_pushes(ranking: Ranking) -> set[int]:
-    """How many weights are back before the first of gain's pushes, and after each."""
+    """How many weights are back before gain's pushes, and after each."""
     steps = [{"restored": 0}, *ranking.about.get("steps", ())]
     found: set[int] = set()
     for before, pushes in pairwise(steps):
