@@ -219,7 +219,7 @@ def _missing(_: str) -> str:
         ({"device": "cuda"}, None),
         ({"device": "cpu"}, r"not --device cpu\..* CUDA_VISIBLE_DEVICES"),
         ({"device": "cuda:1"}, r"not --device cuda:1\."),
-        ({"placement": "streamed"}, r"--placement streamed is nothing .* --tensor-parallel"),
+        ({"placement": "streamed"}, None),  # of the other stages of a run
     ],
 )
 def test_what_keeps_vllm_from_a_model(

@@ -731,7 +731,7 @@ def test_disk_gets_full_in_a_run(world: World) -> None:
     with file_size_limit(50_000), pytest.raises(SystemExit) as stopped:
         main(["run", str(recipe), "--out", str(world.root / "run")])
     assert stopped.value.code == 2
-    assert tree(world.root / "run").keys() == {"recipe.yaml"}
+    assert tree(world.root / "run").keys() == {"recipe.yaml", "costs.json"}
     run_ok("run", recipe, "--out", world.root / "run")
 
 

@@ -155,7 +155,7 @@ def check_for_vllm(model: Source, compute: ComputeSettings) -> None:
 
     Raises:
         RegraftError: it is not installed, would be started by several processes, is asked for a
-            device or a placement, or the folder lacks the processor.
+            device, or the folder lacks the processor.
     """
     vllm_version()
     if ranks.world() > 1:
@@ -166,11 +166,6 @@ def check_for_vllm(model: Source, compute: ComputeSettings) -> None:
         raise RegraftError(
             f"vLLM takes the first accelerators that it sees, not --device {compute.device}. Leave "
             "it at auto and name them in CUDA_VISIBLE_DEVICES, or use --backend transformers."
-        )
-    if compute.placement == "streamed":
-        raise RegraftError(
-            "vLLM holds the whole model on its accelerators: --placement streamed is nothing to "
-            "it. Use --placement resident with --tensor-parallel, or --backend transformers."
         )
     if not has_processor(model):
         raise RegraftError(
