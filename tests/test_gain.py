@@ -479,7 +479,7 @@ def test_stopped_and_taken_up_again(when, loss, benches, tmp_path, monkeypatch):
     true_step, true_save = gaining.step, gaining.save_ranking
 
     def counted(*arguments: Any) -> Ranking:
-        steps.append(len(arguments[4]))
+        steps.append(len(arguments[5]))
         return true_step(*arguments)
 
     saved: list[str] = []
