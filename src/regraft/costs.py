@@ -195,7 +195,8 @@ def named(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{_processor()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
     return name if ranks.world() == 1 else f"{ranks.world()} x {name}"
 
 
