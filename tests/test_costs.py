@@ -1,10 +1,9 @@
-import re
-
 """What a run costs: counted operations against arithmetic, the ledger, and how it is told."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
