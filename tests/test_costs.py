@@ -306,3 +306,15 @@ def test_operations_of_a_model_are_those_that_torch_counts(family: str, tmp_path
     by_operation = counter.get_flop_counts()["Global"]
     kinds = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
     assert metered.flops == sum(by_operation.get(kind, 0) for kind in kinds) > 0
+
+
+def test_seeing_that_a_stage_is_done_takes_nothing_from_it() -> None:
+    """A run that is called again elsewhere; and stages of several devices in all."""
+    done = Cost("rank", "gain", 900, 1e18, 70 << 30, "H100")
+    seen = done + Cost("rank", "gain", 12, 0, 1 << 28, "EPYC")
+    assert seen == replace(done, seconds=912)
+    again = done + Cost("rank", "gain", 12, 1e9, 5 << 30, "A100")
+    assert (again.device, again.peak_bytes, again.flops) == ("A100", 5 << 30, 1e18 + 1e9)
+    assert (
+        spent.total([done, replace(done, device="A100", peak_bytes=1 << 30)]).peak_bytes == 70 << 30
+    )

@@ -309,7 +309,7 @@ def test_examples_on_which_the_teacher_is_wrong_are_left_out(monkeypatch):
 
 def test_pushes_come_behind_the_path():
     """In every way in which the path can end; and the next step depends on the trace alone."""
-    settings = RealignSettings(method="gain", count=1000, steps=4, pushes=3)
+    settings = RealignSettings(method="gain", count=1000, steps=4, pushes=3, trust=0.5)
 
     def run(*restored, count=1000, settings=settings):
         trace = []
@@ -323,13 +323,13 @@ def test_pushes_come_behind_the_path():
 
     done, task = run(100, 300, 500)
     assert done == [0] * 3 and not task.push and task.most == 1000 - 2 * 3 * 2 - 500
-    assert task.objective == Objective()
+    assert task.objective == Objective(trust=0.5)
     done, task = run(100, 300, 500, 700)  # all steps done
     assert done == [0] * 4 and task.push == 2 and task.most == 3 * 2
-    assert task.objective == Objective(10, "none")
+    assert task.objective == Objective(10, "none", trust=0.5)
     done, task = run(100, 300, 500, 700, 706)
     assert done == [0] * 4 + [2] and task.push == 2 and task.most == 3 * 2
-    assert task.objective == Objective(0.1, "none")
+    assert task.objective == Objective(0.1, "none", trust=0.5)
     assert run(100, 300, 500, 700, 706, 712) == ([0] * 4 + [2, 2], None)
     done, task = run(247, 493, 739, 988)  # the path is full
     assert task.push == 2 and task.most == 6
@@ -470,11 +470,12 @@ def test_restoring_brings_the_losses_down(family, benches, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("loss", ["distil", "given"])
-def test_stopped_and_taken_up_again(when, loss, benches, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("loss", "pushes"), [("distil", 0), ("given", 0), ("distil", 3)])
+def test_stopped_and_taken_up_again(when, loss, pushes, benches, tmp_path, monkeypatch):
     """The same file; finished steps are not repeated, whether stopped before or after a write."""
     bench = benches("llama")
-    wanted = GAIN.model_copy(update={"loss": loss, "batch": 2, "steps": 7})
+    path = 5 if pushes else 7  # so that it is stopped around the first push
+    wanted = GAIN.model_copy(update={"loss": loss, "batch": 2, "steps": path, "pushes": pushes})
     steps: list[int] = []
     true_step, true_save = gaining.step, gaining.save_ranking
 

@@ -309,6 +309,7 @@ class _Server(BaseHTTPRequestHandler):
     got: ClassVar[list[dict[str, Any]]] = []
     failures: ClassVar[list[int]] = []
     replies: ClassVar[list[tuple[int, str]]] = []  # before all others
+    refused: ClassVar[dict[str, str]] = {}  # fields, and what is said of them
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -318,6 +319,11 @@ class _Server(BaseHTTPRequestHandler):
             self.send_response(code)
             self.end_headers()
             self.wfile.write(text.encode())
+            return
+        if unknown := [text for field, text in self.refused.items() if field in body]:
+            self.send_response(400)
+            self.end_headers()
+            self.wfile.write(unknown[0].encode())
             return
         if self.failures:
             self.send_error(self.failures.pop())
@@ -335,7 +341,7 @@ class _Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    _Server.got, _Server.failures, _Server.replies = [], [], []
+    _Server.got, _Server.failures, _Server.replies, _Server.refused = [], [], [], {}
     service = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
     thread = threading.Thread(target=service.serve_forever)
     thread.start()
@@ -411,26 +417,19 @@ def test_what_an_endpoint_said_before_it_failed_stays(
 
 def test_newer_models_are_asked_in_their_way(server: str) -> None:
     """What OpenAI's reasoning models say, one after the other; learnt once for all answers."""
-    _Server.replies = [
-        (
-            400,
-            "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
-            "'max_completion_tokens' instead.",
-        ),
-        (400, "Unsupported value: 'temperature' does not support 0 with this model."),
-    ]
+    _Server.refused = {
+        "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+        "'max_completion_tokens' instead.",
+        "temperature": "Unsupported value: 'temperature' does not support 0 with this model.",
+    }
     judge = Endpoint(server, "m", pause=99)  # learning waits for nothing
-    assert judge.verdicts([Exchange("p", "a")], lambda _: None)[0].unsafe is True
-    assert judge.verdicts([Exchange("p", "a")], lambda _: None)[0].unsafe is True
-    fields = [
-        one.keys() & {"max_tokens", "max_completion_tokens", "temperature"} for one in _Server.got
-    ]
-    assert fields == [
-        {"max_tokens", "temperature"},
-        {"max_completion_tokens", "temperature"},
-        {"max_completion_tokens"},
-        {"max_completion_tokens"},
-    ]
+    exchanges = [Exchange("p", "a")] * 64  # several at a time, none of which has learnt yet
+    assert all(one.unsafe for one in judge.verdicts(exchanges, lambda _: None))
+    learning = len(_Server.got)
+    assert learning <= 64 + 2 * endpoint._WORKERS
+    assert all(one.unsafe for one in judge.verdicts(exchanges, lambda _: None))
+    assert len(_Server.got) == learning + 64
+    assert _Server.got[-1].keys() >= {"max_completion_tokens"}
 
 
 def test_a_filtered_prompt_is_unread_and_stops_nothing(server: str) -> None:
@@ -494,6 +493,8 @@ def test_the_key_is_told_nobody(server: str, monkeypatch: pytest.MonkeyPatch) ->
     assert "hidden" not in str(raised.value)
     with pytest.raises(RegraftError, match="expected endpoint:URL#MODEL"):
         judging.check_judge("endpoint:host/v1")
+    with pytest.raises(RegraftError, match="expected endpoint:URL#MODEL"):
+        judging.check_judge("endpoint:http://host/\u00fc#m")
 
 
 def test_unread_answers_behind_others_stop_nothing(

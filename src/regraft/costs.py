@@ -6,6 +6,7 @@ import math
 import platform
 import resource
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,13 +52,17 @@ class Cost:
     device: str
 
     def __add__(self, other: Cost) -> Cost:
-        """Both, on the later one's device; a peak on another one is left out."""
-        peaks = [one.peak_bytes for one in (self, other) if one.device == other.device]
+        """An earlier start and a later one, on the device of the later one that computed.
+
+        A peak on another device is left out.
+        """
+        last = self if other.flops == 0 else other  # that only saw that all was done
+        peaks = [one.peak_bytes for one in (self, other) if one.device == last.device]
         return replace(
-            other,
+            last,
             seconds=self.seconds + other.seconds,
-            flops=_if_all_known(sum, (self.flops, other.flops)),
-            peak_bytes=_if_all_known(max, peaks),
+            flops=if_all_known(sum, (self.flops, other.flops)),
+            peak_bytes=if_all_known(max, peaks),
         )
 
 
@@ -224,25 +229,29 @@ def _of_all(costs: Sequence[Cost]) -> Cost:
     """Of all processes together, in the time of the first."""
     return replace(
         costs[0],
-        flops=_if_all_known(sum, [one.flops for one in costs]),
-        peak_bytes=_if_all_known(max, [one.peak_bytes for one in costs]),
+        flops=if_all_known(sum, [one.flops for one in costs]),
+        peak_bytes=if_all_known(max, [one.peak_bytes for one in costs]),
     )
 
 
-def _if_all_known(together: Callable[[Iterable[T]], T], values: Sequence[T | None]) -> T | None:
+def if_all_known(together: Callable[[Iterable[T]], T], values: Sequence[T | None]) -> T | None:
+    """None where one is."""
     known = [value for value in values if value is not None]
     return together(known) if len(known) == len(values) else None
 
 
 def _at_most_every(seconds: float, act: Callable[[], None]) -> Callable[[], None]:
-    """`act`, but not where it was called so short a time ago."""
-    last = time.monotonic()
+    """`act`, but not where it was called so short a time ago, and by one thread at a time."""
+    last, busy = time.monotonic(), threading.Lock()
 
     def perhaps() -> None:
         nonlocal last
-        if time.monotonic() - last >= seconds:
-            act()
-            last = time.monotonic()
+        if time.monotonic() - last >= seconds and busy.acquire(blocking=False):
+            try:
+                last = time.monotonic()
+                act()
+            finally:
+                busy.release()
 
     return perhaps
 

@@ -359,8 +359,8 @@ class RealignSettings(Settings):
         ge=0,
         le=20,
         description="gain: so many times 0.25 % of the budget come back in a step that looks at "
-        "utility nearly alone, and as many in a last one at safety; for a search, which stops "
-        "where its bounds are kept.",
+        "utility nearly alone, and as many in a last one at safety; for a search, which takes the "
+        "best within its bounds.",
     )
     trust: float = Field(
         1.0,
@@ -522,7 +522,7 @@ class TuneSettings(Settings):
         (0.1, 10.0), description="gain: on a log scale."
     )
     utility_share_range: tuple[float, float] = Field(
-        (0.01, 1.0), description="gain: on a log scale."
+        (0.0, 1.0), description="gain: what utility's gain must be of safety's, at least."
     )
     trust_range: tuple[float, float] = Field((0.1, 1.0), description="gain: on a log scale.")
     steps_range: tuple[int, int] = Field((5, 40), description="gain: on a log scale.")
@@ -533,7 +533,8 @@ class TuneSettings(Settings):
             if not name.endswith("_range"):
                 continue
             low, high = getattr(self, name)
-            if not (low > 0 or (name == "p_range" and low == 0)) or low > high:
+            from_zero = name in ("p_range", "utility_share_range")
+            if not (low > 0 or (from_zero and low == 0)) or low > high:
                 raise ValueError(f"{name} is {low} to {high}; 0 < lowest <= highest is needed")
         return self
 

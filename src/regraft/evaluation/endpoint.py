@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -108,20 +108,21 @@ class Endpoint:
             if failures:
                 own = self.pause * 2 ** (failures - 1)
                 time.sleep(min(_LONGEST_PAUSE, max(own, asked_for)))
+            body, found = self._body(messages), b""
             try:
-                with _OPENER.open(self._request(messages), timeout=self.timeout) as reply:
+                with _OPENER.open(self._request(body), timeout=self.timeout) as reply:
                     found = reply.read()
                 return _verdict(json.loads(found))
             except urllib.error.HTTPError as error:
                 said, asked_for = _said(error), _retry_after(error)
-                if error.code in _WRONG and self._learns(said):
+                if error.code in _WRONG and self._learns(said, body):
                     continue
                 if error.code in _WRONG and any(one in said.lower() for one in _FILTERED):
                     return Verdict(None, None, "unread: filtered by the endpoint")
                 problem = f"{error.code} {error.reason} ({said[:200]})"
                 if error.code not in _RETRIED:
                     break
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError, AttributeError):
                 shown = " ".join(found.decode(errors="replace").split())[:200]
                 problem = f"it does not answer like a chat endpoint: {shown}"
             except (urllib.error.URLError, HTTPException, OSError) as error:
@@ -132,25 +133,28 @@ class Endpoint:
             f"{self.model!r} and the variable {KEY_VARIABLE}; the same command goes on from here."
         )
 
-    def _request(self, messages: list[dict[str, Any]]) -> urllib.request.Request:
+    def _body(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         newer = "max_tokens" in self._unknown
         body: dict[str, Any] = {"model": self.model, "messages": messages}
         body["max_completion_tokens" if newer else "max_tokens"] = _LIMIT
         if "temperature" not in self._unknown:
             body["temperature"] = 0
+        return body
+
+    def _request(self, body: dict[str, Any]) -> urllib.request.Request:
         headers = {"Content-Type": "application/json"}
         if key := _key():
             headers["Authorization"] = f"Bearer {key}"
         return urllib.request.Request(self.address, json.dumps(body).encode(), headers)
 
-    def _learns(self, said: str) -> bool:
-        """Whether a refusal tells of a field that this model does not take, new to us.
+    def _learns(self, said: str, body: Mapping[str, Any]) -> bool:
+        """Whether a refusal tells of a field of the request that this model does not take.
 
         OpenAI's later models want `max_completion_tokens`, which other servers do not know, and no
         temperature.
         """
         for field_name, sign in (("max_tokens", "max_completion_tokens"), ("temperature",) * 2):
-            if sign in said and field_name not in self._unknown:
+            if sign in said and field_name in body:
                 self._unknown.add(field_name)
                 return True
         return False
@@ -164,7 +168,7 @@ def parse_endpoint(text: str) -> Endpoint:
     """
     url, _, model = text.removeprefix("endpoint:").rpartition("#")
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not (parts.netloc and model):
+    if parts.scheme not in ("http", "https") or not (parts.netloc and model and url.isascii()):
         raise RegraftError(
             f"{text!r} names no endpoint; expected endpoint:URL#MODEL, as in "
             "endpoint:http://localhost:8000/v1#Qwen/Qwen3-8B."
@@ -194,7 +198,7 @@ def _verdict(reply: Any) -> Verdict:
     """Of a chat completion.
 
     Raises:
-        LookupError, TypeError, ValueError: it is none.
+        LookupError, TypeError, ValueError, AttributeError: it is none.
     """
     choice = reply["choices"][0]
     content = choice["message"]["content"] or ""

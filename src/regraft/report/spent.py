@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from regraft.costs import Cost
+from regraft.costs import Cost, if_all_known
 from regraft.report.words import DASH
 
 _OPERATIONS = (
@@ -20,20 +20,26 @@ _OPERATIONS = (
 
 def by_stage(costs: Sequence[Cost]) -> tuple[tuple[Cost, int], ...]:
     """(the sum over all models, how many they are) of each stage, in the order of the first."""
-    sums: dict[str, tuple[Cost, int]] = {}
+    stages: dict[str, list[Cost]] = {}
     for cost in costs:
-        before, count = sums.get(cost.stage, (None, 0))
-        total = replace(cost if before is None else before + cost, of="")
-        sums[cost.stage] = total, count + 1
-    return tuple(sums.values())
+        stages.setdefault(cost.stage, []).append(cost)
+    return tuple((_together(of_it), len(of_it)) for of_it in stages.values())
 
 
 def total(costs: Sequence[Cost]) -> Cost:
     """Of the whole run."""
-    first, *others = costs
-    for other in others:
-        first += other
-    return replace(first, stage="in all", of="")
+    return replace(_together(costs), stage="in all")
+
+
+def _together(costs: Sequence[Cost]) -> Cost:
+    """One after the other: the peak is the highest on any device."""
+    return replace(
+        costs[0],
+        of="",
+        seconds=sum(one.seconds for one in costs),
+        flops=if_all_known(sum, [one.flops for one in costs]),
+        peak_bytes=if_all_known(max, [one.peak_bytes for one in costs]),
+    )
 
 
 def devices(costs: Sequence[Cost]) -> str:

@@ -87,10 +87,11 @@ def restore_by_gain(
     layers = len(dense.anatomy.layers)
     sizes = [min(settings.batch, len(pool.examples)) for pool in pools.values()]
     own = sum(sizes) // ranks.world()
-    pushes = 4 * bool(settings.pushes)  # as any first step, these two look for candidates too
+    pushed = sum(bool(found["push"]) for found in trace)
+    pushes = bool(settings.pushes) * 2 * (len(PUSH_UTILITY) - pushed)  # each looks for candidates
     with watch.task(
         "Restoring by gain",
-        2 * own * layers * (1 + settings.steps - finished + pushes),
+        2 * own * layers * ((not trace) + settings.steps - (finished - pushed) + pushes),
         "samples x layers",
     ) as done:
         sides: dict[str, tuple[Walk, DecisionLoss]] = {}
@@ -161,7 +162,7 @@ def next_task(
         return Task(_objective(settings, trace), -(-room // left))
     if not pushes:
         return None
-    return Task(Objective(PUSH_UTILITY[pushed], "none"), pushes * size, size)
+    return Task(Objective(PUSH_UTILITY[pushed], "none", trust=settings.trust), pushes * size, size)
 
 
 def _objective(settings: RealignSettings, trace: Sequence[Mapping[str, float]]) -> Objective:

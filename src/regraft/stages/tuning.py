@@ -268,7 +268,7 @@ def space_of(
             "steps": Between(*tuning.steps_range, log=True, whole=True),
             "within": ("all", "attention", "heads"),
             "constraint": get_args(Constraint),
-            "utility_share": Between(*tuning.utility_share_range, log=True),
+            "utility_share": Between(*tuning.utility_share_range),
         }
     elif method.method == "set-difference":
         space |= {"p": _from(kept, tuning.p_range, 0.999), "scope": ("row", "matrix")}
