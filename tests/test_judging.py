@@ -441,7 +441,17 @@ def test_a_filtered_prompt_is_unread_and_stops_nothing(server: str) -> None:
         Endpoint(server, "m", pause=0.0).verdicts([Exchange("p", "a")], lambda _: None)
 
 
-@pytest.mark.parametrize("text", ["<html>Busy</html>", '{"error": "busy"}', "\xff", "[]", "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<html>Busy</html>",
+        '{"error": "busy"}',
+        "\xff",
+        "[]",
+        "null",
+        '{"choices": [{"message": {"content": ["a"]}}]}',
+    ],
+)
 def test_what_is_no_reply_is_asked_for_again(server: str, text: str) -> None:
     judge = Endpoint(server, "m", pause=0.0)
     _Server.replies = [(200, text)]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 Constraint = Literal["utility-gain", "lagrangian", "both", "none"]
+MULTIPLIED: tuple[Constraint, ...] = ("lagrangian", "both")  # by a weight that moves
 _RATE = 8.0  # of the multiplier, per unit of drift: a drift of 9 points doubles the weight
 _LIMITS = (0.05, 50.0)
 
@@ -61,7 +62,7 @@ class Objective:
 
         Dual ascent: the weight moves by a factor exp(8 drift), drift in [-1, 1].
         """
-        if self.constraint in ("utility-gain", "none"):
+        if self.constraint not in MULTIPLIED:
             return self
         low, high = _LIMITS
         weight = min(high, max(low, self.utility_weight * math.exp(_RATE * drift)))

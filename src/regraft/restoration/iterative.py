@@ -113,11 +113,12 @@ def step(
         candidates = over_all.look(empty()).candidates
     candidates = candidates.at(_unused(candidates, so_far))
     seen = over_all.look(candidates)
-    allowed = objective.keys(*(side.mean for side in seen.effects)) > -torch.inf
-    candidates = candidates.at(allowed.nonzero().flatten())
+    worth_now = objective.keys(*(side.mean for side in seen.effects))
+    allowed = (worth_now > -torch.inf).nonzero().flatten()
+    candidates = candidates.at(allowed)
     device = torch.device("cpu") if problem.model.streamed else problem.model.device
     shares = (1.0, objective.utility_weight)
-    effects = joined(seen.effects, shares, allowed.nonzero().flatten(), device)
+    effects = joined(seen.effects, shares, allowed, device)
     order, worth = together(effects, count)
     now = objective.value(seen.safety, seen.utility)
     chosen = replace(candidates.at(order), score=worth)

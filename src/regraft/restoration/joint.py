@@ -97,7 +97,8 @@ def together(effects: Effects, count: int) -> tuple[Tensor, Tensor]:
         worth = ranks.total(slope @ gains) - overshoot  # [N]
         worth.masked_fill_(taken, -torch.inf)
         best = worth.topk(min(at_once, room, len(worth)))
-        chosen, alone = best.indices[best.values > 0], best.values[best.values > 0]
+        helps = best.values > 0
+        chosen, alone = best.indices[helps], best.values[helps]
         if not len(chosen):
             break
         while True:

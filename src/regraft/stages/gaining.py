@@ -23,7 +23,7 @@ from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.recipe import ComputeSettings, RealignSettings
-from regraft.restoration.gain import Objective
+from regraft.restoration.gain import MULTIPLIED, Objective
 from regraft.restoration.iterative import (
     Problem,
     Step,
@@ -258,7 +258,7 @@ def _prepare(
             check_shares(pool.examples[: settings.batch], compute)
     starts = [ranks.merged(_first_tokens(pools[kind])) for kind in KINDS]
     refusals = refusal_starts(*(list(found.values()) for found in starts))
-    if not refusals and settings.constraint in ("lagrangian", "both"):
+    if not refusals and settings.constraint in MULTIPLIED:
         watch.note(
             "utility: refusals cannot be told by their first token, so that harmless prompts are "
             "held to beginning their answers as they should, whatever else they begin with"
