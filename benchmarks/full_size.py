@@ -32,7 +32,7 @@ from regraft.data.collate import batches, response_batch
 from regraft.data.sources import DataSource, read
 from regraft.models.load import load_model, load_processor, open_source, pick_device
 from regraft.models.replay import layer_inputs, text_inputs
-from regraft.recipe import (
+from regraft.settings import (
     CalibrationSettings,
     ComputeSettings,
     HeadSettings,

@@ -41,10 +41,10 @@ from regraft.models.load import Source, load_placed, load_processor, open_source
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.pruning.pruner import magnitude_edits, zeros
-from regraft.recipe import PruneSettings
 from regraft.restoration.gain import Objective
 from regraft.restoration.iterative import Problem, Step, step
 from regraft.restoration.ranking import Ranking, empty
+from regraft.settings import PruneSettings
 
 SHARE = 5 / 10_000 / 12  # of the pruned weights in a step: a budget of 5 per 10,000 in 12
 KINDS = ("safety", "utility")

@@ -11,7 +11,7 @@ import torch
 from regraft import ranks, stages
 from regraft.data.sources import DataSource
 from regraft.models.load import open_source
-from regraft.recipe import (
+from regraft.settings import (
     CalibrationSettings,
     ComputeSettings,
     EvalSettings,

@@ -28,7 +28,8 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
-from regraft.recipe import CalibrationSettings, ComputeSettings, Recipe, read_recipe
+from regraft.recipe import Recipe, read_recipe
+from regraft.settings import CalibrationSettings, ComputeSettings
 from regraft.watch import Silent
 
 

@@ -36,7 +36,7 @@ from regraft.files import write_json
 from regraft.models.anatomy import decoder_layers
 from regraft.models.load import open_source
 from regraft.models.vision import VisionOutput, replayed, vision_state
-from regraft.recipe import (
+from regraft.settings import (
     CalibrationSettings,
     ComputeSettings,
     EvalSettings,

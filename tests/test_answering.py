@@ -24,13 +24,8 @@ from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import read_json
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import Source, open_source
-from regraft.recipe import (
-    CalibrationSettings,
-    ComputeSettings,
-    HeadSettings,
-    PruneSettings,
-    Recipe,
-)
+from regraft.recipe import Recipe
+from regraft.settings import CalibrationSettings, ComputeSettings, HeadSettings, PruneSettings
 from regraft.stages import answering
 from regraft.watch import Silent
 

@@ -35,8 +35,9 @@ from regraft.errors import PassingError, RegraftError
 from regraft.evaluation import by_vllm
 from regraft.evaluation.generate import Answerer
 from regraft.models.load import Source, load_model, load_processor, open_source
-from regraft.recipe import ComputeSettings, EvalSettings, Recipe
+from regraft.recipe import Recipe
 from regraft.restoration.patch import Patch
+from regraft.settings import ComputeSettings, EvalSettings
 from regraft.stages import evaluating
 from regraft.watch import Silent
 

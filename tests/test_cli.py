@@ -24,7 +24,7 @@ from regraft import stages
 from regraft.cli import main
 from regraft.data.sources import DataSource
 from regraft.models.load import open_source
-from regraft.recipe import CalibrationSettings, ComputeSettings, PruneSettings, RealignSettings
+from regraft.settings import CalibrationSettings, ComputeSettings, PruneSettings, RealignSettings
 
 FAMILY = "qwen2_5_vl"
 WIDTHS = "rows of 64"

@@ -25,11 +25,12 @@ from regraft.evaluation.metrics import bootstrap_rsr, holm, mcnemar, rsr, wilson
 from regraft.evaluation.results import Answer
 from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
 from regraft.files import write_json
-from regraft.recipe import RealignSettings, Recipe, read_recipe, write_recipe
+from regraft.recipe import Recipe, read_recipe, write_recipe
 from regraft.report.compare import Curve, CurvePoint, Row, Run, Study, Table, compare, is_drawn
 from regraft.report.compare_figures import curve_panels, trade_off_panels
 from regraft.report.model import Report, Variant
 from regraft.report.write_compare import render_comparison_html, render_comparison_markdown
+from regraft.settings import RealignSettings
 
 JUDGE = REGRAFT_1
 REFUSAL = "I'm sorry, I can't help with that."

@@ -25,7 +25,7 @@ from regraft.data.safebench import FIGSTEP_PROMPT, read_safebench
 from regraft.data.sources import DataSource, read
 from regraft.data.vlguard import parse_vlguard, read_vlguard
 from regraft.errors import RegraftError
-from regraft.recipe import _several
+from regraft.settings import _several
 
 
 def png(path: Path, seed: int = 0) -> Path:

@@ -27,14 +27,8 @@ from regraft.evaluation.metrics import wilson
 from regraft.files import file_digest
 from regraft.models.load import Source, open_source
 from regraft.models.steering import last_token_outputs, moved_output
-from regraft.recipe import (
-    CalibrationSettings,
-    ComputeSettings,
-    DefenceSettings,
-    EvalSettings,
-    Recipe,
-    read_recipe,
-)
+from regraft.recipe import Recipe, read_recipe
+from regraft.settings import CalibrationSettings, ComputeSettings, DefenceSettings, EvalSettings
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
 

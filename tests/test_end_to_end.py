@@ -29,16 +29,16 @@ from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import open_source
-from regraft.recipe import (
+from regraft.recipe import Recipe as RecipeModel
+from regraft.recipe import write_recipe
+from regraft.restoration.patch import load_patch
+from regraft.settings import (
     CalibrationSettings,
     ComputeSettings,
     EvalSettings,
     HeadSettings,
     RealignSettings,
-    write_recipe,
 )
-from regraft.recipe import Recipe as RecipeModel
-from regraft.restoration.patch import load_patch
 from regraft.watch import Silent
 
 pytestmark = pytest.mark.slow

@@ -31,14 +31,6 @@ from regraft.models.anatomy import HEAD_ROLES
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.pruning.pruner import zeros
-from regraft.recipe import (
-    CalibrationSettings,
-    ComputeSettings,
-    EvalSettings,
-    PruneSettings,
-    RealignSettings,
-    SearchSettings,
-)
 from regraft.restoration import iterative
 from regraft.restoration.apply import patched
 from regraft.restoration.gain import (
@@ -53,6 +45,14 @@ from regraft.restoration.joint import Effects, joined
 from regraft.restoration.patch import load_patch
 from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.restoration.selection import blocks_of, inside, random_heads, restorable
+from regraft.settings import (
+    CalibrationSettings,
+    ComputeSettings,
+    EvalSettings,
+    PruneSettings,
+    RealignSettings,
+    SearchSettings,
+)
 from regraft.stages import gaining
 from regraft.stages.searching import read_curve
 from regraft.watch import Silent

@@ -13,9 +13,9 @@ from hypothesis.extra import numpy as hnp
 
 import truth
 from regraft.pruning.masks import n_m_mask
-from regraft.recipe import RealignSettings
 from regraft.restoration.groups import Grouping, common_grouping, grouping_of, violated_groups
 from regraft.restoration.patch import Patch, TensorPatch
+from regraft.settings import RealignSettings
 
 
 def most_kept(weight: np.ndarray, m: int) -> int:

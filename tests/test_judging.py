@@ -38,7 +38,7 @@ from regraft.evaluation.verdicts import (
     rate,
 )
 from regraft.files import write_json
-from regraft.recipe import ComputeSettings
+from regraft.settings import ComputeSettings
 from regraft.stages import judging
 from regraft.watch import Silent
 

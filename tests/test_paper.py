@@ -16,7 +16,7 @@ from regraft.errors import RegraftError
 from regraft.importance.score import Method
 from regraft.models.load import open_source
 from regraft.pruning.pruner import zeros
-from regraft.recipe import (
+from regraft.settings import (
     CalibrationSettings,
     ComputeSettings,
     EvalSettings,

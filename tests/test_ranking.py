@@ -27,7 +27,6 @@ from regraft.importance.statistics import load_statistics
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.pruning.pruner import zeros
-from regraft.recipe import CalibrationSettings, ComputeSettings, HeadSettings, RealignSettings
 from regraft.restoration.apply import patched
 from regraft.restoration.iterative import weights_of
 from regraft.restoration.patch import load_patch
@@ -43,6 +42,7 @@ from regraft.restoration.ranking import (
     save_ranking,
 )
 from regraft.restoration.selection import blocks_of, inside, restorable
+from regraft.settings import CalibrationSettings, ComputeSettings, HeadSettings, RealignSettings
 
 NONE = -math.inf
 matrices = st.lists(

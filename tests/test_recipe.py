@@ -13,17 +13,8 @@ import regraft
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.pruning.masks import Pattern
-from regraft.recipe import (
-    HeadSettings,
-    PruneSettings,
-    PruningSettings,
-    RealignSettings,
-    Recipe,
-    VariantSettings,
-    explain,
-    read_recipe,
-    write_recipe,
-)
+from regraft.recipe import PruningSettings, Recipe, VariantSettings, read_recipe, write_recipe
+from regraft.settings import HeadSettings, PruneSettings, RealignSettings, explain
 
 FULL = Recipe(
     title='A "title": with #signs, ü',

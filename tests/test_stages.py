@@ -27,20 +27,16 @@ from regraft.heads.score import load_heads
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import Source, open_source
 from regraft.pruning.pruner import zeros
-from regraft.recipe import (
+from regraft.recipe import EvaluateSettings, Recipe, VariantSettings, read_recipe, write_recipe
+from regraft.restoration.patch import load_patch
+from regraft.settings import (
     CalibrationSettings,
     ComputeSettings,
     EvalSettings,
-    EvaluateSettings,
     HeadSettings,
     PruneSettings,
     RealignSettings,
-    Recipe,
-    VariantSettings,
-    read_recipe,
-    write_recipe,
 )
-from regraft.restoration.patch import load_patch
 from regraft.stages import common, patching, pruning, realigning
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)

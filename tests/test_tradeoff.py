@@ -23,15 +23,15 @@ from regraft.evaluation.tradeoff import Bounds, Point, Reference, bounds_of, cho
 from regraft.files import read_json
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
-from regraft.recipe import (
+from regraft.recipe import Recipe
+from regraft.restoration.patch import load_patch
+from regraft.settings import (
     CalibrationSettings,
     ComputeSettings,
     EvalSettings,
     RealignSettings,
-    Recipe,
     SearchSettings,
 )
-from regraft.restoration.patch import load_patch
 from regraft.stages import searching
 
 # The choice

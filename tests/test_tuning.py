@@ -29,7 +29,9 @@ from regraft.evaluation.tuned import Cost, Tried, Tuned, best_first
 from regraft.files import read_json
 from regraft.heads.score import load_heads
 from regraft.models.load import open_source
-from regraft.recipe import (
+from regraft.recipe import VariantSettings
+from regraft.restoration.patch import load_patch
+from regraft.settings import (
     CalibrationSettings,
     ComputeSettings,
     EvalSettings,
@@ -38,11 +40,10 @@ from regraft.recipe import (
     RealignSettings,
     SearchSettings,
     TuneSettings,
-    VariantSettings,
 )
-from regraft.restoration.patch import load_patch
-from regraft.stages import tuning
+from regraft.stages import tuning_trial
 from regraft.stages.optimising import Between, Finished, Trials
+from regraft.stages.tuning_space import space_of
 
 pytest.importorskip("optuna")
 COMPUTE = ComputeSettings(device="cpu", batch_size=4)
@@ -250,7 +251,7 @@ def test_bounds_decide(
     tune: Callable[..., Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every weight back lowers ASR, and of too many over-refusal is out of bounds."""
-    true, most = tuning.evaluate_point, 5000
+    true, most = tuning_trial.evaluate_point, 5000
 
     def fake(*arguments: Any) -> Point:
         restored, patch = arguments[3], arguments[-1]
@@ -258,7 +259,7 @@ def test_bounds_decide(
             return true(*arguments)
         return _point(1 / (1 + restored), float(restored > most), 1.0, restored)
 
-    monkeypatch.setattr(tuning, "evaluate_point", fake)
+    monkeypatch.setattr(tuning_trial, "evaluate_point", fake)
     tuned = tune(RealignSettings(heads="all"), trials=8, q_range=(0.4, 1.0))
     restored = [one.point.restored for one in tuned.trials]
     assert max(restored) > most, "a trial out of bounds is what this is about"
@@ -316,15 +317,15 @@ def test_what_is_tuned_can_be_set(root: Path) -> None:
     heads = sum(layer.heads for layer in dense.anatomy.layers)
     for method in ("hsr", "set-difference", "gain"):
         settings = RealignSettings(method=method, budget=1)
-        space = tuning.space_of(dense, settings, TuneSettings(), HeadSettings(), 0.5, 4)
+        space = space_of(dense, settings, TuneSettings(), HeadSettings(), 0.5, 4)
         assert space.keys() <= RealignSettings.model_fields.keys() | {"r_max"}
         assert "q" not in space, "the budget takes its place"
-    space = tuning.space_of(dense, RealignSettings(), TuneSettings(), HeadSettings(), 0.5, 4)
+    space = space_of(dense, RealignSettings(), TuneSettings(), HeadSettings(), 0.5, 4)
     assert space["r_max"] == Between(1, 4, whole=True)
     assert space["top_heads"] == Between(1, min(heads, 32), whole=True)
     assert space["p_max"] == Between(0.55, 1.0)
     few = HeadSettings(mode="screened", candidates=3)
-    space = tuning.space_of(dense, RealignSettings(), TuneSettings(), few, 0.5, 4)
+    space = space_of(dense, RealignSettings(), TuneSettings(), few, 0.5, 4)
     assert space["top_heads"] == Between(1, 3, whole=True)
 
 

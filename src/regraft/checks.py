@@ -14,7 +14,8 @@ from regraft.data.sources import DataSource, read
 from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.models.load import Source
-from regraft.recipe import (
+from regraft.restoration.selection import all_heads
+from regraft.settings import (
     CalibrationSettings,
     ComputeSettings,
     DefenceSettings,
@@ -22,7 +23,6 @@ from regraft.recipe import (
     PruneSettings,
     RealignSettings,
 )
-from regraft.restoration.selection import all_heads
 
 
 def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:

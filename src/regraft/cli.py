@@ -37,7 +37,11 @@ from regraft.evaluation.keywords import KEYWORD_JUDGES
 from regraft.models.anatomy import LayerAnatomy
 from regraft.models.load import Source, open_source
 from regraft.pruning.pruner import zeros
-from regraft.recipe import (
+from regraft.recipe import Recipe, read_recipe, write_recipe
+from regraft.restoration.apply import Operation
+from regraft.restoration.patch import Patch, load_patch
+from regraft.restoration.realign import check_pair
+from regraft.settings import (
     CalibrationSettings,
     ComputeSettings,
     DefenceSettings,
@@ -45,7 +49,6 @@ from regraft.recipe import (
     HeadSettings,
     PruneSettings,
     RealignSettings,
-    Recipe,
     SearchSettings,
     StatisticsSettings,
     Suite,
@@ -53,12 +56,7 @@ from regraft.recipe import (
     Swept,
     TuneSettings,
     explain,
-    read_recipe,
-    write_recipe,
 )
-from regraft.restoration.apply import Operation
-from regraft.restoration.patch import Patch, load_patch
-from regraft.restoration.realign import check_pair
 
 if TYPE_CHECKING:
     from regraft.report.compare import Study

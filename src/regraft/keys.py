@@ -29,7 +29,7 @@ from regraft.files import (
     require_empty,
 )
 from regraft.models.load import pick_device, transformers_version
-from regraft.recipe import ComputeSettings, Settings
+from regraft.settings import ComputeSettings, Settings
 
 _OUTCOMES = {"violated_groups", "steps"}  # told of an artifact, but not deciding what it will be
 

@@ -13,18 +13,16 @@ from regraft.keys import difference
 from regraft.models.load import Source, open_source, pick_device
 from regraft.preflight import check, scores_needed, seen_before_in
 from regraft.recipe import (
-    CalibrationSettings,
     NamedDefenceSettings,
     PruningSettings,
     Recipe,
-    SearchSettings,
-    StatisticsSettings,
     VariantSettings,
     read_recipe,
     write_recipe,
 )
 from regraft.report.model import Report
 from regraft.reporting import report
+from regraft.settings import CalibrationSettings, SearchSettings, StatisticsSettings
 from regraft.watch import Silent, Watch
 
 __all__ = ["RunFolder", "check", "report", "run"]

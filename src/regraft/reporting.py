@@ -19,18 +19,12 @@ from regraft.folder import RECIPE_FILE, RunFolder
 from regraft.heads.score import HeadScores, load_heads
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
-from regraft.recipe import (
-    DefenceSettings,
-    PruneSettings,
-    PruningSettings,
-    Recipe,
-    VariantSettings,
-    read_recipe,
-)
+from regraft.recipe import PruningSettings, Recipe, VariantSettings, read_recipe
 from regraft.report.model import DataAccount, HeadMap, Report, Variant
 from regraft.report.write import write_report
 from regraft.restoration.patch import load_patch
 from regraft.restoration.realign import restored_by_module
+from regraft.settings import DefenceSettings, PruneSettings
 from regraft.stages import Evaluation
 
 CONTROL_LABELS = {"random": "random heads", "all": "all heads"}

@@ -19,9 +19,10 @@ from regraft.folder import RunFolder
 from regraft.heads.score import load_heads
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import Source, open_source
-from regraft.recipe import Recipe, Swept, read_recipe
+from regraft.recipe import Recipe, read_recipe
 from regraft.reporting import model_folder, read_report
 from regraft.restoration.selection import RankingScope
+from regraft.settings import Swept
 from regraft.watch import Watch
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from regraft import pipeline
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
-from regraft.recipe import PruningSettings, Recipe, Swept, VariantSettings
+from regraft.recipe import PruningSettings, Recipe, VariantSettings
 from regraft.report.model import Report, Variant
+from regraft.settings import Swept
 from regraft.watch import Watch
 
 

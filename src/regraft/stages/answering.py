@@ -21,7 +21,7 @@ from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import write_text
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
-from regraft.recipe import CalibrationSettings, ComputeSettings
+from regraft.settings import CalibrationSettings, ComputeSettings
 from regraft.stages.common import load
 from regraft.watch import Watch
 

@@ -21,9 +21,9 @@ from regraft.models.load import (
     load_processor,
 )
 from regraft.models.placement import PlacedModel
-from regraft.recipe import ComputeSettings
 from regraft.restoration.apply import check_base
 from regraft.restoration.patch import Patch, load_patch
+from regraft.settings import ComputeSettings
 from regraft.watch import Watch
 
 ABOUT_FILE = "regraft.json"

@@ -34,7 +34,7 @@ from regraft.evaluation.metrics import wilson
 from regraft.evaluation.summary import judge_answer
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
-from regraft.recipe import CalibrationSettings, ComputeSettings, DefenceSettings
+from regraft.settings import CalibrationSettings, ComputeSettings, DefenceSettings
 from regraft.stages.common import collate, load
 from regraft.watch import Silent, Watch
 

@@ -40,15 +40,12 @@ from regraft.evaluation.summary import (
 from regraft.files import atomic_folder, file_digest, read_json, write_json
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source, has_processor, load_processor
-from regraft.recipe import (
-    ComputeSettings,
-    EvalSettings,
-)
 from regraft.restoration.apply import (
     patched,
     zeros_filled,
 )
 from regraft.restoration.patch import Patch
+from regraft.settings import ComputeSettings, EvalSettings
 from regraft.stages.common import patch_in_memory
 from regraft.stages.session import Session
 from regraft.watch import Silent, Watch

@@ -22,7 +22,6 @@ from regraft.models.anatomy import HEAD_ROLES, LayerAnatomy, LinearAnatomy
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
-from regraft.recipe import ComputeSettings, RealignSettings
 from regraft.restoration.gain import MULTIPLIED, Objective
 from regraft.restoration.iterative import (
     Problem,
@@ -33,6 +32,7 @@ from regraft.restoration.iterative import (
 )
 from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
 from regraft.restoration.selection import Head, blocks_of, inside
+from regraft.settings import ComputeSettings, RealignSettings
 from regraft.stages.common import collate_share, hidden_state_bytes, load_for_walk
 from regraft.watch import Watch
 

@@ -12,8 +12,8 @@ from regraft.evaluation.harness import run_tasks
 from regraft.files import write_json
 from regraft.keys import describe
 from regraft.models.load import Source
-from regraft.recipe import ComputeSettings
 from regraft.restoration.apply import patched
+from regraft.settings import ComputeSettings
 from regraft.stages.common import load, patch_in_memory
 from regraft.watch import Watch
 

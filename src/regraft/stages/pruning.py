@@ -16,7 +16,7 @@ from regraft.models.load import Source
 from regraft.models.walk import Walk
 from regraft.pruning.pruner import magnitude_edits, prune_layers
 from regraft.pruning.results import LayerResults
-from regraft.recipe import CalibrationSettings, ComputeSettings, PruneSettings
+from regraft.settings import CalibrationSettings, ComputeSettings, PruneSettings
 from regraft.stages.answering import beside, calibration_data
 from regraft.stages.common import (
     ABOUT_FILE,

@@ -16,7 +16,6 @@ from regraft.files import file_digest
 from regraft.keys import describe, is_done, working
 from regraft.models.anatomy import LinearAnatomy
 from regraft.models.load import Source, pick_device
-from regraft.recipe import CalibrationSettings, ComputeSettings, RealignSettings
 from regraft.restoration.ranking import (
     Keys,
     Ranking,
@@ -32,6 +31,7 @@ from regraft.restoration.selection import (
     random_keys,
     whole,
 )
+from regraft.settings import CalibrationSettings, ComputeSettings, RealignSettings
 from regraft.stages.answering import beside, calibration_data
 from regraft.stages.gaining import ALGORITHM, restore_by_gain
 from regraft.stages.realigning import (

@@ -17,16 +17,13 @@ from regraft.heads.score import HeadScores, load_heads
 from regraft.importance.statistics import ImportanceStatistics, load_statistics
 from regraft.keys import describe, difference, is_done, working
 from regraft.models.load import Source, pick_device
-from regraft.recipe import (
-    ComputeSettings,
-    RealignSettings,
-)
 from regraft.restoration.groups import Grouping, violated_groups
 from regraft.restoration.patch import Patch, load_patch, save_patch
 from regraft.restoration.ranking import load_ranking, patch_of
 from regraft.restoration.realign import Rule, Survey, check_pair, hsr, survey, whole_heads
 from regraft.restoration.realign import realign as select
 from regraft.restoration.selection import Band, Head, all_heads, random_heads
+from regraft.settings import ComputeSettings, RealignSettings
 from regraft.watch import Silent, Watch
 
 MARGIN = 0.2  # p_max - p in the paper

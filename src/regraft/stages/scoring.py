@@ -18,11 +18,7 @@ from regraft.files import digest
 from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
-from regraft.recipe import (
-    CalibrationSettings,
-    ComputeSettings,
-    HeadSettings,
-)
+from regraft.settings import CalibrationSettings, ComputeSettings, HeadSettings
 from regraft.stages.common import collate, load
 from regraft.watch import Silent, Watch
 

@@ -17,8 +17,8 @@ from regraft.evaluation.tradeoff import Bounds, Point, bounds_of, choose
 from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
 from regraft.models.load import Source
-from regraft.recipe import ComputeSettings, EvalSettings, RealignSettings, SearchSettings
 from regraft.restoration.ranking import Ranking, load_ranking
+from regraft.settings import ComputeSettings, EvalSettings, RealignSettings, SearchSettings
 from regraft.stages.evaluating import evaluate
 from regraft.stages.realigning import realign
 from regraft.stages.session import Session

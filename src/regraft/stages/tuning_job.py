@@ -1,0 +1,124 @@
+"""What is tuned, and where tuning keeps what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from regraft.errors import RegraftError
+from regraft.models.load import Source
+from regraft.settings import (
+    CalibrationSettings,
+    ComputeSettings,
+    EvalSettings,
+    HeadSettings,
+    RealignSettings,
+    SearchSettings,
+    TuneSettings,
+    explain,
+)
+from regraft.stages.optimising import Space, Trials
+
+
+@dataclass(frozen=True)
+class TuneFolder:
+    """Where tuning keeps what."""
+
+    path: Path
+
+    @property
+    def about(self) -> Path:
+        """What is tuned, on which data."""
+        return self.path / "tune.json"
+
+    @property
+    def study(self) -> Path:
+        """All trials (SQLite)."""
+        return self.path / "study.db"
+
+    @property
+    def locks(self) -> Path:
+        """Who is at what."""
+        return self.path / "locks"
+
+    @property
+    def tuned(self) -> Path:
+        """The outcome."""
+        return self.path / "tuned.json"
+
+    @property
+    def best(self) -> Path:
+        """The best settings, to be pasted into a recipe."""
+        return self.path / "best.yaml"
+
+    @property
+    def references(self) -> Path:
+        """Evaluations of the dense and the pruned model."""
+        return self.path / "references"
+
+    @property
+    def states(self) -> Path:
+        """Of ablated models, from which heads are scored for any r_max."""
+        return self.path / "states"
+
+    @property
+    def statistics(self) -> Path:
+        """What is gathered on D^s and D^u."""
+        return self.path / "statistics.safetensors"
+
+    @property
+    def responses(self) -> Path:
+        """What the dense model answered to calibration prompts, where it was to."""
+        return self.path / "responses"
+
+    def heads(self, r_max: int) -> Path:
+        """Head scores."""
+        return self.path / "heads" / f"r_max-{r_max}.safetensors"
+
+    def ranking(self, name: str) -> Path:
+        """Weights in the order in which they come back; trials may share it."""
+        return self.path / "rankings" / f"{name}.safetensors"
+
+    def trial(self, number: int) -> Path:
+        """Patches and answers of one trial."""
+        return self.path / "trials" / f"{number:04d}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know."""
+
+    dense: Source
+    pruned: Source
+    place: TuneFolder
+    method: RealignSettings
+    tuning: TuneSettings
+    choice: SearchSettings
+    scoring: HeadSettings
+    calibration: CalibrationSettings
+    evaluation: EvalSettings
+    compute: ComputeSettings
+    space: Space
+    weights: int
+
+    def trials(self) -> Trials:
+        """The trials that all workers share."""
+        return Trials(
+            self.place.study,
+            self.place.locks,
+            self.space,
+            self.tuning.sampler_seed,
+            self.tuning.random_trials,
+        )
+
+
+def varied(method: RealignSettings, settings: Mapping[str, Any]) -> RealignSettings:
+    own = {name: value for name, value in settings.items() if name != "r_max"}
+    try:
+        return RealignSettings(**method.model_dump() | own)
+    except ValidationError as error:
+        raise RegraftError(f"These settings do not go together:\n{explain(error)}") from error

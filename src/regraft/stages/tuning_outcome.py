@@ -1,0 +1,129 @@
+"""What tuning found: all trials best first, and the best settings for a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from regraft.evaluation.tradeoff import Point
+from regraft.evaluation.tuned import NOTE, Cost, Tried, Tuned, best_first
+from regraft.files import write_json, write_text
+from regraft.recipe import VariantSettings
+from regraft.stages.evaluating import read_evaluation
+from regraft.stages.searching import (
+    bounds_by,
+    plain,
+    point_of,
+)
+from regraft.stages.tuning_job import Job, varied
+
+
+def conclude(job: Job, about: Mapping[str, Any]) -> Tuned:
+    """Read all trials and write the outcome."""
+    trials = job.trials()
+    with trials.exclusive("outcome"):
+        tried = [
+            Tried(
+                one.number,
+                one.settings,
+                point_of(one.record["point"]),
+                one.constraints,
+                Cost(**one.record["cost"]),
+            )
+            for one in trials.finished()
+        ]
+        full, before = (
+            Point.of(0, read_evaluation(job.place.references / name).result)
+            for name in ("dense", "pruned")
+        )
+        tuned = Tuned(
+            job.method.method,
+            best_first(tried),
+            bounds_by(job.choice, full, before),
+            full,
+            before,
+            job.weights,
+            trials.failed(),
+        )
+        write_json(job.place.tuned, {"about": about, **_told(tuned)})
+        if tuned.best is None:
+            job.place.best.unlink(missing_ok=True)
+        else:
+            write_text(job.place.best, snippet(job, tuned.best, len(tried)))
+    return tuned
+
+
+def _told(tuned: Tuned) -> dict[str, Any]:
+    def told(one: Tried) -> dict[str, Any]:
+        return {
+            "number": one.number,
+            "within": one.within,
+            "settings": dict(one.settings),
+            **plain(one.point),
+            "per_ten_thousand": tuned.per_ten_thousand(one.point),
+            "excess": dict(one.excess),
+            "cost": asdict(one.cost),
+        }
+
+    cost = tuned.cost
+    return {
+        "best": None if tuned.best is None else told(tuned.best),
+        "note": NOTE,
+        "bounds": asdict(tuned.bounds),
+        "dense": plain(tuned.dense),
+        "pruned": plain(tuned.before),
+        "cost": {
+            "trials": len(tuned.trials),
+            "failed": tuned.failed,
+            "total_seconds": sum(cost.seconds.values()),
+            **asdict(cost),
+        },
+        "trials": [told(one) for one in tuned.trials],
+    }
+
+
+def snippet(job: Job, best: Tried, trials: int) -> str:
+    """The best settings as an item of a recipe's `realign`, YAML.
+
+    Where the best point is a prefix of the ranking: `count` says how many weights come back, or
+    with gain, whose steps depend on how many are wanted, the same search on the same prompts.
+    """
+    method = varied(job.method, best.settings)
+    update: dict[str, Any] = {"name": f"{method.method}-tuned"}
+    whole = method.how_many(job.weights)
+    if method.ranked and (best.point.restored < whole or method.pushes):
+        if method.method == "gain":
+            validation = job.choice.validation
+            if validation.path is not None:
+                path = validation.path.expanduser().absolute()
+                validation = validation.model_copy(update={"path": path})
+            update["search"] = job.choice.model_copy(update={"validation": validation})
+        else:
+            update |= {"budget": None, "count": best.point.restored}
+    if method.method == "gain" and job.calibration.responses != "given":
+        update["responses"] = job.calibration.responses
+    variant = VariantSettings(**method.model_dump() | update)
+    content = {"name": variant.name, "method": variant.method}
+    content |= variant.model_dump(mode="json", exclude_defaults=True)
+    content |= {name: value for name, value in best.settings.items() if name != "r_max"}
+    lines = [
+        f"Trial {best.number}, the best of {trials}: an item of a recipe's `realign`.",
+        f"On validation prompts: {_rates(best.point)}.",
+        f"It was found with evaluate.max_new_tokens {job.evaluation.max_new_tokens}, "
+        f"calibration.samples {job.calibration.samples}, calibration.seed {job.calibration.seed}"
+        + (f", heads.r_max {best.settings['r_max']}." if "r_max" in best.settings else "."),
+        NOTE,
+    ]
+    return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump([content], sort_keys=False)
+
+
+def _rates(point: Point) -> str:
+    rates = {"ASR": point.asr, "over-refusal": point.over_refusal, "utility": point.utility}
+    return ", ".join(
+        f"{name} {100 * one.value:.1f} % [{100 * one.low:.1f}, {100 * one.high:.1f}] (n {one.n})"
+        for name, one in rates.items()
+        if one is not None
+    )
