@@ -73,7 +73,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
     data_set = "demo:calibration" if demo else f"jsonl:{options.folder / 'data.jsonl'}"
     examples = read(DataSource.model_validate(data_set)).examples
     device = pick_device(options.device)
-    dtype = "auto" if demo else "bfloat16"
+    dtype = "auto" if demo else options.dtype
     processor = load_processor(source)
     data = {
         kind: [
@@ -146,6 +146,9 @@ def main() -> None:
     parser.add_argument("--image", type=int, default=560, help="pixels a side")
     parser.add_argument("--no-bare", action="store_true", help="where the model does not fit")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="not of demo"
+    )
     parser.add_argument("--scratch", type=Path, default=None, help="disk for checkpoint and states")
     parser.add_argument("--json", type=Path, default=None)
     for name in ("--folder", "--what", "--placement"):  # of a child process

@@ -268,7 +268,7 @@ def test_backtracking_takes_what_was_seen_to_help(count, random):
         seen.append(n)
         return values[n]
 
-    taken = backtrack(value, 1.0, count)
+    taken = backtrack(value, 1.0, torch.ones(count))  # each alone is predicted to bring it to 0
     assert seen == [count >> i for i in range(len(seen))]
     tried = [n for n in (count >> i for i in range(8)) if n]
     helping = [i for i, n in enumerate(tried) if values[n] < 1]
@@ -282,11 +282,40 @@ def test_backtracking_takes_what_was_seen_to_help(count, random):
     assert seen == tried[: end + 2], "a try too many"
 
 
+@given(
+    st.lists(st.integers(1, 32).map(lambda n: n / 64), min_size=1, max_size=40),
+    st.randoms(use_true_random=False),
+)
+def test_backtracking_tries_no_less_than_could_be_better(worth, random):
+    """What predictions at their best would not beat is not tried, and nothing is lost by that."""
+    worth.sort(reverse=True)
+    promised = [0.0, *itertools.accumulate(worth)]
+    # predictions hold but for the overshoot of many together: never better than promised
+    share = {n: random.choice([0.25, 0.5, 1.0]) for n in range(1, len(worth) + 1)}
+    seen: list[int] = []
+
+    def value(n):
+        seen.append(n)
+        return 50 - promised[n] * share[n]
+
+    taken = backtrack(value, 50.0, torch.tensor(worth))
+    every = backtrack(
+        lambda n: 50 - promised[n] * share[n], 50.0, torch.tensor([99.0] * len(worth))
+    )
+    assert taken == every
+    if share[len(worth)] == 1:
+        assert seen == [len(worth)], "all as promised, and less was tried"
+
+
 def test_too_long_a_step_is_cut():
     """A parabola: first order says go to 2, its minimum is at 1."""
-    assert backtrack(lambda n: (n / 64 - 1) ** 2, 1.0, 128) == 64
-    assert backtrack(lambda n: (n / 64 - 1) ** 2, 1.0, 100) == 50
-    assert backtrack(lambda n: 1.0 + n, 1.0, 128) == 0
+
+    def slope(n):
+        return torch.full((n,), 2 / 64)
+
+    assert backtrack(lambda n: (n / 64 - 1) ** 2, 1.0, slope(128)) == 64
+    assert backtrack(lambda n: (n / 64 - 1) ** 2, 1.0, slope(100)) == 50
+    assert backtrack(lambda n: 1.0 + n, 1.0, slope(128)) == 0
 
 
 def test_examples_on_which_the_teacher_is_wrong_are_left_out(monkeypatch):
@@ -321,26 +350,28 @@ def test_pushes_come_behind_the_path():
             trace.append({"restored": now, "push": task.push, "drift": 0.1})
         return [one["push"] for one in trace], gaining.next_task(settings, count, trace)
 
+    size = round(gaining.PUSH * 1000)
     done, task = run(100, 300, 500)
-    assert done == [0] * 3 and not task.push and task.most == 1000 - 2 * 3 * 2 - 500
+    assert done == [0] * 3 and not task.push and task.most == 1000 - 2 * 3 * size - 500
     assert task.objective == Objective(trust=0.5)
     done, task = run(100, 300, 500, 700)  # all steps done
-    assert done == [0] * 4 and task.push == 2 and task.most == 3 * 2
+    assert done == [0] * 4 and task.push == size and task.most == 3 * size
     assert task.objective == Objective(10, "none", trust=0.5)
     done, task = run(100, 300, 500, 700, 706)
-    assert done == [0] * 4 + [2] and task.push == 2 and task.most == 3 * 2
+    assert done == [0] * 4 + [size] and task.push == size and task.most == 3 * size
     assert task.objective == Objective(0.1, "none", trust=0.5)
-    assert run(100, 300, 500, 700, 706, 712) == ([0] * 4 + [2, 2], None)
-    done, task = run(247, 493, 739, 988)  # the path is full
-    assert task.push == 2 and task.most == 6
+    assert run(100, 300, 500, 700, 706, 712) == ([0] * 4 + [size] * 2, None)
+    path = 1000 - 2 * 3 * size
+    done, task = run(path // 4, path // 2, path // 2, path)  # the path is full
+    assert task.push == size and task.most == 3 * size
     done, task = run(100, 100, 100)  # nothing helps any more
     assert done == [0] * 3 and task.push
     done, task = run(100, 100, 100, 104)
-    assert done == [0] * 3 + [2] and task.push, "the path goes on behind a push"
+    assert done == [0] * 3 + [size] and task.push, "the path goes on behind a push"
     assert run(100, 100, 100, 100, 100)[1] is None
-    assert run(1, 2, 3, 4, count=4)[0] == [0] * 4, "too few weights for a push"
+    assert run(1, 2, 3, count=3) == ([0] * 3, None), "too few weights for a push"
     many = settings.model_copy(update={"pushes": 200})
-    assert run(0, settings=many)[1].most > 200, "pushes leave nothing for the path"
+    assert run(0, settings=many)[1].most >= 1000 / 2 / 4, "pushes leave nothing for the path"
     none = settings.model_copy(update={"pushes": 0})
     assert run(250, 500, 750, 1000, settings=none)[1] is None
 
@@ -729,7 +760,7 @@ def test_a_constraint_and_a_pool_larger_than_the_batch(benches, tmp_path, monkey
     bench = benches("llama")
     every = {"batch": 2, "steps": 1, "count": 10**6, "trust": 1e6}
     settings = GAIN.model_copy(update=every)
-    monkeypatch.setattr(iterative, "backtrack", lambda _value, _now, count: count)
+    monkeypatch.setattr(iterative, "backtrack", lambda _value, _now, worth: len(worth))
 
     def each_by_itself(effects: Effects, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         worth, order = effects.gains.double().sum(dim=0).sort(descending=True, stable=True)

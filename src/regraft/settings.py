@@ -324,7 +324,7 @@ class RealignSettings(Settings):
         0,
         ge=0,
         le=20,
-        description="gain: so many times 0.25 % of the budget come back in a step that looks at "
+        description="gain: so many times 0.75 % of the budget come back in a step that looks at "
         "utility nearly alone, and as many in a last one at safety; for a search, which takes the "
         "best within its bounds.",
     )

@@ -82,25 +82,27 @@ class Objective:
         return safety + self.utility_weight * utility
 
 
-def backtrack(value: Callable[[int], float], now: float, count: int) -> int:
+def backtrack(value: Callable[[int], float], now: float, worth: Tensor) -> int:
     """How many of a step's best weights to take: those that lower the objective most.
 
-    First order overestimates what many weights do together. `count` of them are tried, then half
-    as many, and so on down to one, until less is worse than what was found to help.
+    Predictions overestimate what many weights do together. All are tried, then half as many, and
+    so on down to one, until less is worse than what was found to help, or is not even predicted to
+    be better.
 
     Args:
         value: The objective with the first n weights of the step back.
         now: The objective without.
-        count: How many to begin with.
+        worth: What each is predicted to add to its fall, in order, `[k]` float32.
 
     Returns:
         0 where no try lowers the objective.
     """
-    best, lowest, tried = 0, now, count
-    while tried:
-        found = value(tried)
-        if found < lowest:
-            best, lowest = tried, found
+    promised = worth.double().cumsum(0)
+    best, fall, tried = 0, 0.0, len(worth)
+    while tried and not (best and promised[tried - 1] <= fall):
+        found = now - value(tried)
+        if found > fall:
+            best, fall = tried, found
         elif best:
             break
         tried //= 2

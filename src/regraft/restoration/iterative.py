@@ -131,7 +131,7 @@ def step(
         losses = (_mean(response_losses(side.walk, side.loss).values()) for side in sides)
         return objective.value(*losses)
 
-    taken = backtrack(value, now, len(chosen))
+    taken = backtrack(value, now, chosen.score)
     edits.put(taken)
     return Step(chosen.first(taken), seen.safety, seen.utility, seen.drift, seen.candidates)
 

@@ -36,9 +36,9 @@ from regraft.settings import ComputeSettings, RealignSettings
 from regraft.stages.common import collate_share, hidden_state_bytes, load_for_walk
 from regraft.watch import Watch
 
-ALGORITHM = 6  # rankings of another one are not taken for this one's
+ALGORITHM = 7  # rankings of another one are not taken for this one's
 REFRESH = 4  # steps after which it is looked again how hard every example is
-PUSH = 0.0025  # of all weights that are to come back, the share in a push
+PUSH = 0.0075  # of all weights that are to come back, the share in a push
 PUSH_UTILITY = (10.0, 0.1)  # weight of utility in pushes toward complying, and toward refusing
 KINDS = ("safety", "utility")
 Examples = Sequence[Example]
@@ -156,7 +156,7 @@ def next_task(
         return None
     restored = int(trace[-1]["restored"]) if trace else 0
     size = max(1, round(PUSH * count))
-    pushes = min(settings.pushes, count // (20 * size))  # most of the weights are the path's
+    pushes = min(settings.pushes, count // (4 * size))  # half of the weights are the path's
     room, left = count - 2 * pushes * size - restored, settings.steps - len(trace)
     if not pushed and left > 0 and room > 0 and not _stuck(trace):
         return Task(_objective(settings, trace), -(-room // left))
