@@ -275,6 +275,21 @@ def test_the_search_keeps_to_its_bounds(
     assert curve["chosen"] == (None if "reference" in fields else expected)
 
 
+def test_a_search_tells_why_nothing_comes_back() -> None:
+    def point(restored: int, asr: float, over: float, utility: float) -> Point:
+        return Point(restored, *(Estimate(one, 50, 0, 1, None) for one in (asr, over, utility)))
+
+    bounds = Bounds(None, 0.1, 0.6)
+    far, near = point(500, 0.1, 0.2, 0.65), point(1500, 0.2, 0.118, 0.59)
+    told = searching._why_nothing([far, near], bounds)
+    for part in ("1,500 weights", "ASR 20.0 %", "over-refusal 1.8 points", "utility 1.0 points"):
+        assert part in told, told
+    assert "pushes" in told and "over_refusal" in told
+    told = searching._why_nothing([far, point(9, 0.9, 0.1, 0.6)], bounds)
+    assert told == "No number of weights tried lowers ASR."
+    assert "No weight" in searching._why_nothing([], bounds)
+
+
 def read_pruned(bench: Bench) -> int:
     found = stages.realign(
         bench.dense,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -98,10 +98,8 @@ def search(
             points.append(point(folder / f"{count:08d}", count, pruned, patch))
         bounds = bounds_by(settings, full, points[0])
         chosen = choose(points, bounds)
-        if chosen is None:
-            watch.note(
-                f"{out.stem}: no point of the curve keeps to the bounds; nothing comes back."
-            )
+        if chosen is None or not points[chosen].restored:
+            watch.note(f"{out.stem}: nothing comes back. {_why_nothing(points[1:], bounds)}")
         if ranks.first():
             curve = {
                 "about": about,
@@ -115,6 +113,25 @@ def search(
             write_json(out, curve)
         ranks.barrier()
     return int(read_json(out)["chosen"] or 0)
+
+
+def _why_nothing(points: Sequence[Point], bounds: Bounds) -> str:
+    """Of points with weights back, none of which was taken: what stood against the nearest."""
+    if not points:
+        return "No weight is there to come back."
+    nearest = min(points, key=lambda one: sum(bounds.excess(one).values()))
+    beyond = {name: by for name, by in bounds.excess(nearest).items() if by}
+    if not beyond:
+        return "No number of weights tried lowers ASR."
+    told = " and ".join(
+        f"{name.replace('_', '-')} {100 * by:.1f} points beyond its bound"
+        for name, by in beyond.items()
+    )
+    return (
+        f"The point nearest to the bounds, {nearest.restored:,} weights, has ASR "
+        f"{100 * nearest.asr.value:.1f} % and {told}. Allow more by over_refusal or utility, or "
+        "let gain go further by pushes."
+    )
 
 
 def _around_pushes(ranking: Ranking) -> set[int]:
