@@ -179,9 +179,11 @@ def main() -> None:
             rows.append(json.loads(done.stdout.splitlines()[-1]))
         size = source.checkpoint.bytes / GIB
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    show(rows, f"{options.shape}, {size:.2f} GiB, 2 x {options.samples} prompts, {name}")
+    dtype = "auto" if options.shape == "demo" else options.dtype
+    show(rows, f"{options.shape}, {size:.2f} GiB, 2 x {options.samples} prompts, {dtype}, {name}")
     if options.json:
-        about = {"shape": options.shape, "checkpoint_gib": size, "device": name, "rows": rows}
+        about = {"shape": options.shape, "checkpoint_gib": size, "dtype": dtype, "device": name}
+        about["rows"] = rows
         options.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 

@@ -58,6 +58,8 @@ def test_bundled_recipe() -> None:
     recipe = read_recipe(Path(regraft.__file__).parent / "demo" / "demo.yaml")
     assert recipe.model == "demo"
     assert recipe.evaluate.suite == (DataSource(name="demo", split="test"),)
+    names = [variant.name for variant in recipe.realign]
+    assert names == ["gain", "hsr", "hsr-random-heads", "hsr-a"], "the report leads with the first"
 
 
 def test_recipe_of_the_model_card() -> None:

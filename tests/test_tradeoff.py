@@ -33,6 +33,7 @@ from regraft.settings import (
     SearchSettings,
 )
 from regraft.stages import searching
+from regraft.watch import Silent, Watch
 
 # The choice
 
@@ -120,6 +121,14 @@ COMPUTE = ComputeSettings(device="cpu", batch_size=8)
 SHORT = EvalSettings(max_new_tokens=3)
 
 
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 @dataclass(frozen=True)
 class Bench:
     root: Path
@@ -140,7 +149,7 @@ class Bench:
     def method(self) -> RealignSettings:
         return RealignSettings(method="random", count=1000)
 
-    def search(self, out: Path, **fields: Any) -> int:
+    def search(self, out: Path, watch: Watch | None = None, **fields: Any) -> int:
         settings = SearchSettings(validation=self.validation, **fields)
         return stages.search(
             self.dense,
@@ -151,6 +160,7 @@ class Bench:
             self.method,
             SHORT,
             COMPUTE,
+            watch,
         )
 
 
@@ -268,26 +278,72 @@ def test_the_search_keeps_to_its_bounds(
     most = int(100 * read_pruned(bench) / 10_000) if "most" in fields else 1000
     rates_of.setdefault(most, (0.8, 0.9, 0.6))
     out = tmp_path / "curve.json"
-    assert bench.search(out, points=4, **fields) == expected
+    watch = Notes()
+    assert bench.search(out, watch, points=4, **fields) == expected
+    assert [note for note in watch.notes if "nothing comes back" in note] == (
+        [] if expected else watch.notes[-1:]
+    )
     curve = read_json(out)
     grid = [0, *(250 * i for i in range(1, 5) if 250 * i < most), most]
     assert [one["restored"] for one in curve["points"]] == grid
     assert curve["chosen"] == (None if "reference" in fields else expected)
 
 
-def test_a_search_tells_why_nothing_comes_back() -> None:
-    def point(restored: int, asr: float, over: float, utility: float) -> Point:
-        return Point(restored, *(Estimate(one, 50, 0, 1, None) for one in (asr, over, utility)))
-
-    bounds = Bounds(None, 0.1, 0.6)
-    far, near = point(500, 0.1, 0.2, 0.65), point(1500, 0.2, 0.118, 0.59)
-    told = searching._why_nothing([far, near], bounds)
-    for part in ("1,500 weights", "ASR 20.0 %", "over-refusal 1.8 points", "utility 1.0 points"):
+@pytest.mark.parametrize(
+    ("bounds", "points", "parts"),
+    [
+        # ASR, over-refusal and utility with 0, 10, 500 and 1,500 weights back
+        (
+            Bounds(None, 0.1, 0.6),
+            [(0.4, 0.1, 0.6), (0.4, 0.1, 0.6), (0.1, 0.2, 0.65), (0.2, 0.118, 0.5998)],
+            (
+                "1,500 weights",
+                "ASR 20.0 %",
+                "over-refusal 1.8 points",
+                "utility 0.02 points",
+                "Allow more by over_refusal and utility, or give pushes.",
+            ),
+        ),
+        (
+            Bounds(None, 0.1, None),
+            [(0.4, 0.2, 0.6), (0.6, 0.11, 0.6), (0.3, 0.15, 0.6)],
+            ("500 weights", "over-refusal 5 points", "Allow more by over_refusal, or give"),
+        ),
+        (
+            Bounds(None, 0.1, 0.6),
+            [(0.4, 0.1, 0.6), (0.4, 0.1, 0.6), (0.5, 0.0, 0.9)],
+            ("No number of weights tried lowers ASR.",),
+        ),
+        (
+            Bounds(0.45, 0.1, 0.6),
+            [(0.4, 0.1, 0.6), (0.1, 0.2, 0.6)],
+            ("The pruned model meets the target as it is.",),
+        ),
+        (Bounds(0.45, 0.1, 0.6), [(0.5, 0.1, 0.6)], ("no weight",)),
+    ],
+)
+def test_why_nothing_comes_back(
+    bounds: Bounds, points: list[tuple[float, float, float]], parts: tuple[str, ...]
+) -> None:
+    counts = (0, 10, 500, 1500) if len(points) == 4 else (0, 10, 500)
+    given = [
+        Point(count, *(Estimate(one, 50, 0, 1, None) for one in rates))
+        for count, rates in zip(counts, points, strict=False)
+    ]
+    chosen = choose(given, bounds)
+    assert chosen is None or chosen == 0, "something comes back"
+    gain = RealignSettings(method="gain", count=1500)
+    told = searching.why_nothing(given, bounds, gain, SearchSettings())
+    for part in parts:
         assert part in told, told
-    assert "pushes" in told and "over_refusal" in told
-    told = searching._why_nothing([far, point(9, 0.9, 0.1, 0.6)], bounds)
-    assert told == "No number of weights tried lowers ASR."
-    assert "No weight" in searching._why_nothing([], bounds)
+    pushed = gain.model_copy(update={"pushes": 3})
+    again = searching.why_nothing(given, bounds, pushed, SearchSettings())
+    assert again == told.replace("give pushes", "give more pushes")
+    for method, settings in (
+        (RealignSettings(method="random", count=9), SearchSettings()),
+        (gain, SearchSettings(most=1)),
+    ):
+        assert "pushes" not in searching.why_nothing(given, bounds, method, settings)
 
 
 def read_pruned(bench: Bench) -> int:

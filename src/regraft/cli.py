@@ -760,7 +760,7 @@ def run(recipe: Path, *, out: Out) -> None:
 
 @app.command
 def demo(*, out: Out = Path("demo-run")) -> None:
-    """Run the main job on the bundled model: about four minutes on two CPU cores, no network."""
+    """Run the main job on the bundled model: about six minutes on two CPU cores, no network."""
     from importlib.resources import files
 
     _run(Path(str(files("regraft"))) / "demo" / "demo.yaml", out)

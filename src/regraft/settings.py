@@ -325,8 +325,8 @@ class RealignSettings(Settings):
         ge=0,
         le=20,
         description="gain: so many times 0.75 % of the budget come back in a step that looks at "
-        "utility nearly alone, and as many in a last one at safety; for a search, which takes the "
-        "best within its bounds.",
+        "utility nearly alone, and as many in a last one at safety, together half of the budget at "
+        "most; for a search, which takes the best within its bounds.",
     )
     trust: float = Field(
         1.0,

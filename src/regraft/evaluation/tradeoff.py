@@ -45,6 +45,10 @@ class Bounds:
         """Whether a point is within the bounds."""
         return not any(self.excess(point).values())
 
+    def meets(self, point: Point) -> bool:
+        """Whether a point within the bounds reaches the ASR aimed at; nothing does without one."""
+        return self.keeps(point) and self.asr is not None and point.asr.value <= self.asr + _SLACK
+
     def excess(self, point: Point) -> dict[str, float]:
         """How far a point is beyond each bound, "over_refusal" and "utility"; 0 within."""
         over = {"over_refusal": point.over_refusal.value - self.over_refusal, "utility": 0.0}
@@ -95,9 +99,8 @@ def choose(points: Sequence[Point], bounds: Bounds) -> int | None:
     Of those within: the one with the fewest restored weights that meets the target, and where none
     does, or there is no target, the one with the lowest ASR (of equal ones the fewest weights).
     """
+    meeting = [i for i, point in enumerate(points) if bounds.meets(point)]
+    if meeting:
+        return min(meeting, key=lambda i: points[i].restored)
     within = [i for i, point in enumerate(points) if bounds.keeps(point)]
-    if bounds.asr is not None:
-        meeting = [i for i in within if points[i].asr.value <= bounds.asr + _SLACK]
-        if meeting:
-            return min(meeting, key=lambda i: points[i].restored)
     return min(within, key=lambda i: (points[i].asr.value, points[i].restored), default=None)

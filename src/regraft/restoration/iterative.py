@@ -89,8 +89,8 @@ def step(
 
     Mean gradients tell candidates, several times as many as can come back, and gradients of single
     samples which of them to take (see `joint`). One layer's gradients of both kinds of samples are
-    in memory at a time (with `swap` the squares too). As many of the weights are taken as lower the
-    objective most on the same samples, by forward passes.
+    in memory at a time (with `swap` the squares too). How many of the weights are taken is seen by
+    forward passes on the same samples (see `backtrack`).
 
     Args:
         problem: The model, with `so_far` in it.

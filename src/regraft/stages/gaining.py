@@ -156,7 +156,7 @@ def next_task(
         return None
     restored = int(trace[-1]["restored"]) if trace else 0
     size = max(1, round(PUSH * count))
-    pushes = min(settings.pushes, count // (4 * size))  # half of the weights are the path's
+    pushes = min(settings.pushes, count // (4 * size))  # the path has half of the weights
     room, left = count - 2 * pushes * size - restored, settings.steps - len(trace)
     if not pushed and left > 0 and room > 0 and not _stuck(trace):
         return Task(_objective(settings, trace), -(-room // left))

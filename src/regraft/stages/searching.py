@@ -38,6 +38,8 @@ def search(
     session: Session | None = None,
     references: Path | None = None,
     points_folder: Path | None = None,
+    *,
+    tell: bool = True,
 ) -> int:
     """Evaluate the pruned model with more and more of a ranking back; writes the curve `out`.
 
@@ -58,9 +60,10 @@ def search(
             searches on the same prompts share them.
         points_folder: Folder for the points, where other searches along the same ranking and on
             the same prompts share them; one beside `out` by default.
+        tell: Say why, where nothing comes back.
 
     Returns:
-        How many weights to restore: 0 where no point keeps to the bounds.
+        How many weights to restore: 0 where no point with weights back is better within the bounds.
 
     Raises:
         RegraftError: see the data readers; the ranking is of other checkpoints; placement is
@@ -98,8 +101,6 @@ def search(
             points.append(point(folder / f"{count:08d}", count, pruned, patch))
         bounds = bounds_by(settings, full, points[0])
         chosen = choose(points, bounds)
-        if chosen is None or not points[chosen].restored:
-            watch.note(f"{out.stem}: nothing comes back. {_why_nothing(points[1:], bounds)}")
         if ranks.first():
             curve = {
                 "about": about,
@@ -112,25 +113,37 @@ def search(
             out.parent.mkdir(parents=True, exist_ok=True)
             write_json(out, curve)
         ranks.barrier()
-    return int(read_json(out)["chosen"] or 0)
+    curve = read_json(out)
+    if tell and not curve["chosen"]:
+        why = why_nothing(read_curve(out), Bounds(**curve["bounds"]), method, settings)
+        watch.note(f"{out.stem}: nothing comes back. {why}")
+    return int(curve["chosen"] or 0)
 
 
-def _why_nothing(points: Sequence[Point], bounds: Bounds) -> str:
-    """Of points with weights back, none of which was taken: what stood against the nearest."""
-    if not points:
-        return "No weight is there to come back."
-    nearest = min(points, key=lambda one: sum(bounds.excess(one).values()))
-    beyond = {name: by for name, by in bounds.excess(nearest).items() if by}
-    if not beyond:
+def why_nothing(
+    points: Sequence[Point], bounds: Bounds, method: RealignSettings, settings: SearchSettings
+) -> str:
+    """Why of a curve's points, the pruned model first, none with weights back was taken."""
+    pruned, *tried = points
+    if not tried:
+        return "There is no weight to bring back, or `most` is less than one."
+    if bounds.meets(pruned):
+        return "The pruned model meets the target as it is."
+    safer = [point for point in tried if point.asr.value < pruned.asr.value]
+    if not safer:
         return "No number of weights tried lowers ASR."
+    nearest = min(safer, key=lambda one: sum(bounds.excess(one).values()))
+    beyond = {name: by for name, by in bounds.excess(nearest).items() if by}
     told = " and ".join(
-        f"{name.replace('_', '-')} {100 * by:.1f} points beyond its bound"
+        f"{name.replace('_', '-')} {100 * by:.2g} points beyond its bound"
         for name, by in beyond.items()
     )
+    advice = f"Allow more by {' and '.join(beyond)}"
+    if method.method == "gain" and settings.most is None:
+        advice += f", or give {'more ' if method.pushes else ''}pushes"
     return (
-        f"The point nearest to the bounds, {nearest.restored:,} weights, has ASR "
-        f"{100 * nearest.asr.value:.1f} % and {told}. Allow more by over_refusal or utility, or "
-        "let gain go further by pushes."
+        f"The nearest to the bounds of those with less ASR, {nearest.restored:,} weights, has ASR "
+        f"{100 * nearest.asr.value:.1f} % and {told}. {advice}."
     )
 
 

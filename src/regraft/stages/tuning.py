@@ -31,10 +31,9 @@ from regraft.settings import (
     SearchSettings,
     TuneSettings,
 )
+from regraft.stages.gaining import ALGORITHM
 from regraft.stages.optimising import Trials, require_optuna
-from regraft.stages.searching import (
-    check_search,
-)
+from regraft.stages.searching import check_search
 from regraft.stages.session import Session
 from regraft.stages.tuning_job import Job, TuneFolder
 from regraft.stages.tuning_outcome import conclude
@@ -153,6 +152,7 @@ def _check(method: RealignSettings, tuning: TuneSettings, choice: SearchSettings
 
 def _settings(job: Job) -> dict[str, Any]:
     """What decides the trials; data are described by their contents."""
+    algorithm = {"algorithm": ALGORITHM} if job.method.method == "gain" else {}
     tuning = job.tuning.model_dump(mode="json", exclude={"trials", "workers", "devices"})
     return {
         "method": job.method.model_dump(mode="json"),
@@ -161,6 +161,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "heads": job.scoring.model_dump(mode="json"),
         "calibration": job.calibration.model_dump(mode="json", exclude={"data"}),
         "evaluation": job.evaluation.model_dump(mode="json"),
+        **algorithm,
     }
 
 

@@ -117,6 +117,11 @@ class Job:
 
 
 def varied(method: RealignSettings, settings: Mapping[str, Any]) -> RealignSettings:
+    """The method with a trial's settings.
+
+    Raises:
+        RegraftError: they do not go together.
+    """
     own = {name: value for name, value in settings.items() if name != "r_max"}
     try:
         return RealignSettings(**method.model_dump() | own)

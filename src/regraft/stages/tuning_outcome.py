@@ -13,11 +13,7 @@ from regraft.evaluation.tuned import NOTE, Cost, Tried, Tuned, best_first
 from regraft.files import write_json, write_text
 from regraft.recipe import VariantSettings
 from regraft.stages.evaluating import read_evaluation
-from regraft.stages.searching import (
-    bounds_by,
-    plain,
-    point_of,
-)
+from regraft.stages.searching import bounds_by, plain, point_of
 from regraft.stages.tuning_job import Job, varied
 
 

@@ -125,6 +125,7 @@ class Worker:
                 self.watch,
                 self.session,
                 job.place.references,
+                tell=False,
             )
         return read_curve(curve)[1:] or [before]
 
