@@ -50,7 +50,9 @@ class ComputeSettings(Settings):
 
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes the accelerator.")
     dtype: DTypeName = Field(
-        "auto", description="Of the computation: float32 on CPU, the checkpoint's own elsewhere."
+        "auto",
+        description="Of the computation: float32 on CPU, where bfloat16 is often far slower, the "
+        "checkpoint's own elsewhere.",
     )
     batch_size: int = Field(8, ge=1, description="Examples in one forward pass.")
     placement: Placement = Field(
