@@ -104,3 +104,8 @@ def choose(points: Sequence[Point], bounds: Bounds) -> int | None:
         return min(meeting, key=lambda i: points[i].restored)
     within = [i for i, point in enumerate(points) if bounds.keeps(point)]
     return min(within, key=lambda i: (points[i].asr.value, points[i].restored), default=None)
+
+
+def nearest(points: Sequence[Point], bounds: Bounds) -> Point:
+    """The point that is least far beyond the bounds, the first of equal ones."""
+    return min(points, key=lambda point: sum(bounds.excess(point).values()))

@@ -13,7 +13,7 @@ from regraft.data.example import Reading
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
-from regraft.evaluation.tradeoff import Bounds, Point, bounds_of, choose
+from regraft.evaluation.tradeoff import Bounds, Point, bounds_of, choose, nearest
 from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
 from regraft.models.load import Source
@@ -115,7 +115,7 @@ def search(
         ranks.barrier()
     curve = read_json(out)
     if tell and not curve["chosen"]:
-        why = why_nothing(read_curve(out), Bounds(**curve["bounds"]), method, settings)
+        why = why_nothing(_points(curve), Bounds(**curve["bounds"]), method, settings)
         watch.note(f"{out.stem}: nothing comes back. {why}")
     return int(curve["chosen"] or 0)
 
@@ -129,11 +129,11 @@ def why_nothing(
         return "There is no weight to bring back, or `most` is less than one."
     if bounds.meets(pruned):
         return "The pruned model meets the target as it is."
-    safer = [point for point in tried if point.asr.value < pruned.asr.value]
+    safer = [one for one in tried if one.asr.value < pruned.asr.value]
     if not safer:
         return "No number of weights tried lowers ASR."
-    nearest = min(safer, key=lambda one: sum(bounds.excess(one).values()))
-    beyond = {name: by for name, by in bounds.excess(nearest).items() if by}
+    point = nearest(safer, bounds)
+    beyond = {name: by for name, by in bounds.excess(point).items() if by}
     told = " and ".join(
         f"{name.replace('_', '-')} {100 * by:.2g} points beyond its bound"
         for name, by in beyond.items()
@@ -142,8 +142,8 @@ def why_nothing(
     if method.method == "gain" and settings.most is None:
         advice += f", or give {'more ' if method.pushes else ''}pushes"
     return (
-        f"The nearest to the bounds of those with less ASR, {nearest.restored:,} weights, has ASR "
-        f"{100 * nearest.asr.value:.1f} % and {told}. {advice}."
+        f"The nearest to the bounds of those with less ASR, {point.restored:,} weights, has ASR "
+        f"{100 * point.asr.value:.1f} % and {told}. {advice}."
     )
 
 
@@ -223,7 +223,11 @@ def bounds_by(settings: SearchSettings, dense: Point, pruned: Point) -> Bounds:
 
 def read_curve(path: Path) -> list[Point]:
     """The points of a curve that `search` wrote, the pruned model first."""
-    return [point_of(one) for one in read_json(path)["points"]]
+    return _points(read_json(path))
+
+
+def _points(curve: Mapping[str, Any]) -> list[Point]:
+    return [point_of(one) for one in curve["points"]]
 
 
 def point_of(content: Mapping[str, Any]) -> Point:

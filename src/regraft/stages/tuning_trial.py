@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from regraft.evaluation.tradeoff import Point, choose
+from regraft.evaluation.tradeoff import Point, choose, nearest
 from regraft.evaluation.tuned import Cost, Tried
 from regraft.files import digest
 from regraft.models.load import Source
@@ -54,11 +54,7 @@ class Worker:
         points = self._points(task.number, method, files, before, counting, clock)
         bounds = bounds_by(job.choice, full, before)
         chosen = choose(points, bounds)
-        point = (
-            min(points, key=lambda one: sum(bounds.excess(one).values()))
-            if chosen is None
-            else points[chosen]
-        )
+        point = nearest(points, bounds) if chosen is None else points[chosen]
         prompts = full.asr.n + full.over_refusal.n
         evaluations = references + sum(one.restored > 0 for one in points)
         cost = Cost(
