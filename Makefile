@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test fast lint clean
 
@@ -10,10 +11,10 @@ demo: $(VENV)/.run  ## prune, realign and report on the bundled model
 	$(BIN)/regraft demo --out demo-run
 
 test: $(VENV)/.dev  ## all tests, slow ones included
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 fast: $(VENV)/.dev  ## unit tests only
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
