@@ -21,6 +21,7 @@ from regraft.evaluation.metrics import (
     holm,
     levenshtein,
     mcnemar,
+    paired_difference,
     paired_exact,
     per_ten_thousand,
     rsr,
@@ -228,45 +229,105 @@ def test_bootstrap_rsr_of_several_runs_resamples_prompts_with_all_their_runs() -
 
 
 def test_clustered_rate_of_answers_that_agree_is_wilsons() -> None:
-    assert clustered_rate([0, 1, 1, 0, 1], 1, seed=0) == wilson(3, 5)
-    assert clustered_rate([0, 4, 4, 0, 4], 4, seed=0) == wilson(3, 5)
-    assert clustered_rate([0, 0, 0], 5, seed=0) == wilson(0, 3)
+    assert clustered_rate([0, 1, 1, 0, 1], 1) == wilson(3, 5)
+    assert clustered_rate([0, 4, 4, 0, 4], 4) == wilson(3, 5)
+    assert clustered_rate([0, 0, 0], 5) == wilson(0, 3)
 
 
-def test_clustered_rate_agrees_with_resampling_prompts_one_by_one() -> None:
-    events = np.random.default_rng(1).binomial(3, 0.3, size=200)
-    estimate = clustered_rate(events.tolist(), 3, seed=0)
-    rows = np.random.default_rng(2).integers(200, size=(20_000, 200))
-    truth = np.quantile(events[rows].mean(axis=1) / 3, [0.025, 0.975])
-    assert (estimate.value, estimate.n) == (pytest.approx(events.mean() / 3), 200)
-    assert (estimate.low, estimate.high) == pytest.approx(tuple(truth), abs=0.004)
-    assert estimate.count is None
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=300))
+def test_clustered_rate_counts_prompts_and_not_answers(events: list[int]) -> None:
+    estimate = clustered_rate(events, 3)
+    n, rate = len(events), sum(events) / 3 / len(events)
+    assert (estimate.value, estimate.n) == (pytest.approx(rate), n)
+    for end in (estimate.low, estimate.high):  # where the score test just rejects (Wilson 1927)
+        if 0 < end < 1:
+            assert (rate - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / n, rel=1e-4)
+    assert (estimate.count is None) == bool(set(events) - {0, 3})
+
+
+def test_clustered_rate_of_more_events_is_bounded_higher() -> None:
+    """One refusal in one of three runs allows no lower rate than none at all."""
+    none, one = (clustered_rate([k] + [0] * 199, 3) for k in (0, 1))
+    assert one.high > none.high > 0.018
 
 
 @pytest.mark.parametrize(("events", "answers"), [([], 1), ([2], 1), ([-1], 2), ([0], 0)])
 def test_clustered_rate_rejects_impossible_counts(events: list[int], answers: int) -> None:
     with pytest.raises(ValueError, match="events"):
-        clustered_rate(events, answers, seed=0)
+        clustered_rate(events, answers)
+
+
+@given(*(st.integers(0, 40) for _ in range(4)))
+def test_paired_difference_is_agresti_and_mins(both: int, a: int, b: int, neither: int) -> None:
+    """By the table of outcomes, as they write it."""
+    if not both + a + b + neither:
+        return
+    found = paired_difference([0.0] * (both + neither) + [1.0] * a + [-1.0] * b)
+    n, p12, p21 = both + a + b + neither + 2, a + 0.5, b + 0.5
+    centre = (p12 - p21) / n
+    half = norm.ppf(0.975) * math.sqrt((p12 + p21) - (p12 - p21) ** 2 / n) / n
+    assert found.value == pytest.approx((a - b) / (n - 2))
+    assert found.low == pytest.approx(max(-1, centre - half), abs=1e-9)
+    assert found.high == pytest.approx(min(1, centre + half), abs=1e-9)
+    assert found.low < found.value < found.high or abs(found.value) == 1
+
+
+def test_paired_difference_covers_what_it_should() -> None:
+    """Rare refusals, of which most samples see none that differ."""
+    draws = np.random.default_rng(0).random((2000, 200, 1))
+    outcomes = (draws < 0.01).astype(int) - ((draws >= 0.01) & (draws < 0.014)).astype(int)
+    found = [paired_difference(one[:, 0].tolist()) for one in outcomes]
+    assert sum(one.low <= 0.006 <= one.high for one in found) / len(found) > 0.94
+
+
+@pytest.mark.parametrize("differences", [[], [1.5], [math.nan]])
+def test_paired_difference_rejects_what_is_none(differences: list[float]) -> None:
+    with pytest.raises(ValueError, match="difference"):
+        paired_difference(differences)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60))
 def test_paired_exact_of_one_run_is_mcnemars(pairs: list[tuple[bool, bool]]) -> None:
-    test = paired_exact([x - y for x, y in pairs])
-    truth = mcnemar([x for x, _ in pairs], [y for _, y in pairs])
-    assert test.total == truth.only_a - truth.only_b
+    a, b = [x for x, _ in pairs], [y for _, y in pairs]
+    test, truth = paired_exact([a], [b]), mcnemar(a, b)
+    assert test.difference * max(1, len(pairs)) == pytest.approx(truth.only_a - truth.only_b)
     assert test.differing == truth.only_a + truth.only_b
     assert test.p == pytest.approx(truth.p, rel=1e-9)
 
 
-@given(st.lists(st.integers(-5, 5), max_size=10), st.sampled_from([1, 2, 3]))
-def test_paired_exact_equals_all_signs_written_out(differences: list[int], scale: int) -> None:
-    differences = [scale * d for d in differences]
-    found = abs(sum(differences))
-    signs = list(itertools.product((-1, 1), repeat=len(differences)))
-    sums = [abs(sum(s * d for s, d in zip(row, differences, strict=True))) for row in signs]
-    test = paired_exact(differences)
-    assert test.p == pytest.approx(sum(one >= found for one in sums) / len(signs), rel=1e-9)
-    assert test.total == sum(differences)
+@given(
+    st.integers(1, 2).flatmap(
+        lambda ours: st.tuples(
+            st.just(ours),
+            st.integers(1, 3).flatmap(
+                lambda theirs: st.lists(
+                    st.tuples(*[st.integers(0, 3)] * (ours + theirs)), min_size=1, max_size=4
+                )
+            ),
+        )
+    )
+)
+def test_paired_exact_equals_all_draws_written_out(case: tuple[int, list[tuple[int, ...]]]) -> None:
+    draws, prompts = case
+    values = np.array(prompts).T  # [draws of both, prompts]
+    test = paired_exact(values[:draws], values[draws:])
+    found = int(values[:draws].sum())
+    ways = [list(itertools.combinations(prompt, draws)) for prompt in prompts]
+    sums = [sum(map(sum, chosen)) for chosen in itertools.product(*ways)]
+    tails = sum(one <= found for one in sums), sum(one >= found for one in sums)
+    assert test.p == pytest.approx(min(1, 2 * min(tails) / len(sums)), rel=1e-9)
+    assert test.differing == sum(len(set(prompt)) > 1 for prompt in prompts)
+
+
+def test_paired_exact_against_more_draws_is_fair() -> None:
+    """A method that is one more draw is called better no oftener than it should, nor worse."""
+    generator, called = np.random.default_rng(5), [0, 0]
+    for _ in range(1500):
+        seen = (generator.random((6, 100)) < 0.05).astype(int)
+        test = paired_exact(seen[:1], seen[1:])
+        if test.p < 0.05:
+            called[test.difference > 0] += 1
+    assert max(called) / 1500 < 0.035  # of at most 2.5 % each
 
 
 def test_paired_exact_of_many_prompts_against_exact_fractions() -> None:
@@ -283,8 +344,15 @@ def test_paired_exact_of_many_prompts_against_exact_fractions() -> None:
     tail = sum(ways for at, ways in counts.items() if abs(at) >= abs(sum(differences)))
     truth = float(Fraction(tail, 2 ** sum(d != 0 for d in differences)))
     assert 0 < truth < 1
-    assert paired_exact(differences).p == pytest.approx(truth, rel=1e-9)
-    assert paired_exact([1] * 1000).p == pytest.approx(2.0**-999)
+    a, b = np.maximum(differences, 0), np.maximum(-np.array(differences), 0)
+    assert paired_exact([a], [b]).p == pytest.approx(truth, rel=1e-9)
+    assert paired_exact([[1] * 1000], [[0] * 1000]).p == pytest.approx(2.0**-999)
+
+
+@pytest.mark.parametrize(("a", "b"), [([[1]], [[1, 0]]), ([1], [1]), (np.zeros((0, 2)), [[1, 0]])])
+def test_paired_exact_rejects_what_is_not_paired(a: object, b: object) -> None:
+    with pytest.raises(ValueError, match="paired test"):
+        paired_exact(a, b)  # type: ignore[arg-type]
 
 
 def step_down(p_values: list[float], level: float) -> set[int]:

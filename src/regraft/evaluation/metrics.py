@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binom, binomtest, norm
+from scipy.stats import binomtest, norm
 
 from regraft.evaluation.results import Estimate
 
@@ -30,12 +30,14 @@ def wilson(count: int, n: int) -> Estimate:
     """
     if n < 1 or not 0 <= count <= n:
         raise ValueError(f"A rate needs 0 <= count <= n and n >= 1; got count {count}, n {n}.")
-    rate, z2 = count / n, _Z**2
+    return Estimate(count / n, n, *_score_interval(count / n, n), count)
+
+
+def _score_interval(rate: float, n: int) -> tuple[float, float]:
+    z2 = _Z**2
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
-    low = 0.0 if count == 0 else centre - half
-    high = 1.0 if count == n else centre + half
-    return Estimate(rate, n, low, high, count)
+    return (0.0 if rate == 0 else centre - half), (1.0 if rate == 1 else centre + half)
 
 
 def bootstrap_mean(values: Sequence[float], seed: int) -> Estimate:
@@ -64,17 +66,17 @@ def resampled(
     return _percentiles(np.concatenate([statistic(rows) for rows in _resamples(n, seed)]))
 
 
-def clustered_rate(events: Sequence[int], answers: int, seed: int) -> Estimate:
+def clustered_rate(events: Sequence[int], answers: int) -> Estimate:
     """The rate of an event where each prompt has as many answers, of as many models.
 
-    Answers to one prompt are no independent draws, so `n` is the number of prompts. The interval is
-    the percentile bootstrap's over prompts (10,000 resamples); where all answers to each prompt
-    agree, as one answer does, it is Wilson's and `count` is given.
+    Answers to one prompt are no independent draws, so `n` is the number of prompts, and the
+    interval is Wilson's of the mean rate at that n. It is never too narrow for that: a prompt's
+    share of events varies most, between prompts, where all of its answers agree. `count` is given
+    where they do.
 
     Args:
         events: How many of a prompt's answers had the event.
         answers: How many answers each prompt has.
-        seed: Of the bootstrap.
 
     Raises:
         ValueError: there is no prompt, or a count is not between 0 and `answers`.
@@ -84,11 +86,31 @@ def clustered_rate(events: Sequence[int], answers: int, seed: int) -> Estimate:
         raise ValueError(f"A rate needs prompts with 0 to {answers} events; got {list(events)}.")
     if np.isin(counts, (0, answers)).all():
         return wilson(int((counts > 0).sum()), counts.size)
-    levels, sizes = np.unique(counts, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(counts.size, sizes / counts.size, RESAMPLES)
-    whole = answers * counts.size
-    low, high = _percentiles(draws @ levels / whole)
-    return Estimate(int(counts.sum()) / whole, counts.size, low, high)
+    rate = int(counts.sum()) / (answers * counts.size)
+    return Estimate(rate, counts.size, *_score_interval(rate, counts.size))
+
+
+def paired_difference(differences: Sequence[float]) -> Estimate:
+    """The mean difference of two rates on the same prompts, with a 95 % interval.
+
+    Agresti and Min's interval (2005): Wald's after half a prompt is added to each of the four ways
+    in which two yes/no outcomes can fall. It has a width where no prompt differs too. Where a
+    prompt has several answers, its difference is that of its shares of events.
+
+    Args:
+        differences: One a prompt, in [-1, 1].
+
+    Raises:
+        ValueError: there is none, or one is out of range.
+    """
+    found = np.asarray(differences, dtype=np.float64)
+    if found.size == 0 or not (np.abs(found) <= 1).all():
+        raise ValueError("A difference of rates needs at least one prompt, each in [-1, 1].")
+    n, total = found.size + 2, float(found.sum())
+    squares = float((found**2).sum()) + 1
+    half = _Z * math.sqrt(max(0.0, squares - total**2 / n)) / n
+    low, high = max(-1.0, total / n - half), min(1.0, total / n + half)
+    return Estimate(float(found.mean()), found.size, low, high)
 
 
 def _resamples(n: int, seed: int) -> Iterator[NDArray[np.int64]]:
@@ -266,40 +288,66 @@ def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float | None:
 
 
 @dataclass(frozen=True)
-class SignFlipTest:
-    """The sum of the differences a - b, how many prompts differ, and the two-sided p value."""
+class PermutationTest:
+    """The mean outcome of a less that of b, how many prompts tell them apart, two-sided p."""
 
-    total: int
+    difference: float
     differing: int
     p: float
 
 
-def paired_exact(differences: Sequence[int]) -> SignFlipTest:
-    """The exact sign-flip test of paired outcomes that are pooled over runs (Fisher 1935).
+def paired_exact(a: ArrayLike, b: ArrayLike) -> PermutationTest:
+    """The exact permutation test of events that two methods had on the same prompts (Fisher 1935).
 
-    A prompt's answers in all runs are one cluster. Under the null hypothesis that a and b are
-    exchangeable, its difference is as likely as its opposite, so the sum is one of fair signs, and
-    `p` the probability that it is as far from 0 as the one found; 1 where no prompt differs. With
-    one run this is McNemar's exact test.
+    A method may have several draws (of a random control), and a draw's answers to a prompt in all
+    runs are one cluster. Under the null hypothesis a prompt's outcomes could as well have come
+    from any draw of either method, so the sum of a's is one of as many outcomes of every prompt,
+    drawn without replacement; `p` is twice the smaller tail of its exact distribution. With one
+    draw of each this is the sign-flip test, and with one run as well McNemar's.
 
     Args:
-        differences: One a prompt: the runs in which the event was seen for a, less those for b.
+        a: In how many runs the event was seen, `[draws, prompts]` integers.
+        b: Of the other method, from as many runs; its number of draws may be another.
+
+    Raises:
+        ValueError: the prompts are not as many, or there is no draw.
     """
-    sizes = np.abs(np.asarray(differences, dtype=np.int64))
-    sizes = sizes[sizes > 0]
-    total = sum(int(d) for d in differences)
-    if total == 0:
-        return SignFlipTest(0, len(sizes), 1.0)
-    unit = int(np.gcd.reduce(sizes))
-    # n signs of one size k sum up to k * (2 * heads - n), so their sum plus n * k is 2 * k * heads.
-    chances = np.ones(1)  # that half of the sum, shifted to start at 0, is its index
-    for size, count in zip(*np.unique(sizes // unit, return_counts=True), strict=True):
-        spread = np.zeros(size * count + 1)
-        spread[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
-        chances = np.convolve(chances, spread)
-    # |total| is reached from index (whole + |total|) / 2 on, and on the other side as often.
-    start = (int(sizes.sum()) + abs(total)) // (2 * unit)
-    return SignFlipTest(total, len(sizes), min(1.0, 2 * float(chances[start:].sum())))
+    ours, theirs = (np.asarray(one, dtype=np.int64) for one in (a, b))
+    if ours.ndim != 2 or theirs.ndim != 2 or ours.shape[1:] != theirs.shape[1:]:
+        raise ValueError(f"A paired test needs the same prompts; got {ours.shape}, {theirs.shape}.")
+    if not len(ours) or not len(theirs):
+        raise ValueError("A paired test needs a draw of each method.")
+    both = np.sort(np.concatenate([ours, theirs]), axis=0)  # [draws of both, prompts]
+    telling = both[0] < both[-1]
+    outcomes, counts = np.unique(both[:, telling], axis=1, return_counts=True)
+    chances = np.ones(1)  # of a's sum over the telling prompts, which is its index
+    for values, count in zip(outcomes.T, counts, strict=True):
+        chances = np.convolve(chances, _of_several(_sums(values, len(ours)), int(count)))
+    total = int(ours[:, telling].sum())
+    tails = chances[: total + 1].sum(), chances[total:].sum()
+    difference = float(ours.mean() - theirs.mean()) if ours.size else 0.0
+    return PermutationTest(difference, int(telling.sum()), min(1.0, 2 * float(min(tails))))
+
+
+def _sums(values: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    """The chances of every sum of `count` of the values, drawn without replacement."""
+    ways = np.zeros((count + 1, int(values.sum()) + 1))  # [how many drawn, their sum]
+    ways[0, 0] = 1
+    for value in values.tolist():
+        drawn = np.roll(ways[:-1], value, axis=1)  # no sum wraps: the last place is all of them
+        ways[1:] += drawn
+    return ways[count] / math.comb(len(values), count)
+
+
+def _of_several(chances: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """The chances of the sum of `count` draws, by squaring; without loss in the tails."""
+    found, power = np.ones(1), chances
+    while count:
+        if count & 1:
+            found = np.convolve(found, power)
+        count >>= 1
+        power = np.convolve(power, power) if count else power
+    return found
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:

@@ -22,6 +22,7 @@ from regraft.evaluation.metrics import (
     bootstrap_rsr,
     clustered_rate,
     holm,
+    paired_difference,
     paired_exact,
     rsr,
 )
@@ -77,8 +78,8 @@ class Spread:
 class Tested:
     """Attack successes of a method against those of another model, on the same prompts.
 
-    `p` is of the exact sign-flip test clustered by prompt (McNemar's for a single run), `adjusted`
-    is Holm's over all methods of the table. The verdict is "better", "worse" or "not
+    `p` is of the exact permutation test clustered by prompt (McNemar's for a single run), `adjusted`
+    is Holm's over all tests of the table. The verdict is "better", "worse" or "not
     distinguishable" (adjusted p >= 0.05).
     """
 
@@ -108,8 +109,7 @@ class OnSuite:
 class Row:
     """One method in one pruning, or the dense or the pruned model, over all seeds.
 
-    Estimates are over `n` prompts; a difference is in the same unit, method less the other, with a
-    bootstrap interval over prompts. `restored` is per 10,000 pruned weights, None where no weight
+    Estimates are over `n` prompts; a difference is in the same unit, method less the other. `restored` is per 10,000 pruned weights, None where no weight
     comes back. `repeats` draws of a random control are one row. None stands for what was not
     measured or does not apply.
     """
@@ -184,20 +184,36 @@ class _Cells:
 
 @dataclass(frozen=True)
 class _Events:
-    """Of each seed and prompt, how many of a row's `repeats` models had the event: [S, n] int64."""
+    """Whether each of a row's models, of each seed and draw, had the event: [S, draws, n] int64."""
 
-    counts: Counts
-    repeats: int
+    seen: Counts
+
+    @property
+    def repeats(self) -> int:
+        return self.seen.shape[1]
+
+    @property
+    def counts(self) -> Counts:
+        """Of each seed and prompt, how many draws had it: [S, n]."""
+        counts: Counts = self.seen.sum(axis=1)
+        return counts
+
+    @property
+    def draws(self) -> Counts:
+        """Of each draw and prompt, with how many seeds it had it: [draws, n]."""
+        draws: Counts = self.seen.sum(axis=0)
+        return draws
 
     @property
     def total(self) -> Counts:
-        total: Counts = self.counts.sum(axis=0)
+        """Of each prompt: [n]."""
+        total: Counts = self.seen.sum(axis=(0, 1))
         return total
 
     @property
     def answers(self) -> int:
         """To each prompt."""
-        return len(self.counts) * self.repeats
+        return len(self.seen) * self.repeats
 
     @property
     def share(self) -> NDArray[np.float64]:
@@ -205,7 +221,7 @@ class _Events:
         return share
 
     def where(self, prompts: NDArray[np.bool_]) -> _Events:
-        return _Events(self.counts[:, prompts], self.repeats)
+        return _Events(self.seen[:, :, prompts])
 
 
 @dataclass(frozen=True)
@@ -297,10 +313,8 @@ def _table(
     cells = (dense, pruned, *methods)
     answers, of_suite = _read_answers(runs, cells)
     names = [one.name for one in methods]
-    tests = {
-        base: _tests({name: answers[name] for name in names if name != base}, answers[base])
-        for base in (pruning, *(name for name in against if name in names))
-    }
+    bases = (pruning, *(name for name in against if name in names))
+    tests = _tests(names, bases, answers)
     reference = answers["dense"], answers[pruning]
     prompts = {
         label: np.array([suite == one for suite in of_suite], dtype=bool)
@@ -386,8 +400,8 @@ def _read_answers(
         shape = (len(runs), one.repeats, -1)
         mine = events[start:stop].reshape(len(runs), one.repeats, len(table)).astype(np.int64)
         answers[one.name] = _Answers(
-            _Events(mine[:, :, harmful].sum(axis=1), one.repeats),
-            _Events(mine[:, :, ~harmful].sum(axis=1), one.repeats),
+            _Events(mine[:, :, harmful]),
+            _Events(mine[:, :, ~harmful]),
             similar[start:stop].reshape(shape).mean(axis=(0, 1)) if referred else np.empty(0),
         )
         start = stop
@@ -399,31 +413,32 @@ def _event(answer: Answer) -> bool:
     return answer.complies if answer.harmful else answer.refused
 
 
-def _tests(methods: Mapping[str, _Answers], base: _Answers) -> dict[str, Tested]:
-    """Each method against one model, corrected for their number."""
-    if not base.attacks.total.size:
-        return {}
-    # As many answers on both sides: each counts once for every repeat on the other.
-    found = {
-        name: paired_exact(
-            (one.attacks.total * base.attacks.repeats - base.attacks.total * one.attacks.repeats)
-            .astype(int)
-            .tolist()
-        )
-        for name, one in methods.items()
-    }
-    adjusted = holm([test.p for test in found.values()])
-    return {
-        name: Tested(test.p, p, _verdict(test.total, p))
-        for (name, test), p in zip(found.items(), adjusted, strict=True)
-    }
+def _tests(
+    methods: Sequence[str], bases: Sequence[str], answers: Mapping[str, _Answers]
+) -> dict[str, dict[str, Tested]]:
+    """Each method against each base, all tests of the table corrected for their number."""
+    pairs = [
+        (base, name)
+        for base in bases
+        for name in methods
+        if name != base and answers[base].attacks.total.size
+    ]
+    found = [
+        paired_exact(answers[name].attacks.draws, answers[base].attacks.draws)
+        for base, name in pairs
+    ]
+    adjusted = holm([test.p for test in found])
+    tests: dict[str, dict[str, Tested]] = {base: {} for base in bases}
+    for (base, name), test, p in zip(pairs, found, adjusted, strict=True):
+        tests[base][name] = Tested(test.p, p, _verdict(test.difference, p))
+    return tests
 
 
-def _verdict(total: int, p: float) -> str:
+def _verdict(difference: float, p: float) -> str:
     """In words; the tested event is a successful attack, so that fewer are better."""
     if p >= SIGNIFICANCE:
         return "not distinguishable"
-    return "better" if total < 0 else "worse"
+    return "better" if difference < 0 else "worse"
 
 
 def _row(
@@ -442,7 +457,9 @@ def _row(
     everywhere = np.ones(answers.attacks.total.size, dtype=bool)
 
     def refusals(other: _Answers | None) -> Estimate | None:
-        return _mean(answers.refusals.share - other.refusals.share, seed) if other else None
+        if other is None or not answers.refusals.total.size:
+            return None
+        return paired_difference((answers.refusals.share - other.refusals.share).tolist())
 
     def utility(other: _Answers | None) -> Estimate | None:
         return _mean(answers.similarity - other.similarity, seed) if other else None
@@ -460,18 +477,18 @@ def _row(
         repeats=cells.repeats,
         inference_time=any(variant.inference_time for variant in cells.all),
         restored=_spread(variant.per_ten_thousand for variant in cells.all),
-        asr=_rate(answers.attacks, seed),
+        asr=_rate(answers.attacks),
         rsr=recovered(everywhere),
         by_suite={
             label: OnSuite(asr, recovered(prompts))
             for label, prompts in suites.items()
-            if (asr := _rate(answers.attacks.where(prompts), seed))
+            if (asr := _rate(answers.attacks.where(prompts)))
         },
         test=tests[pruning].get(cells.name),
         against={
             other: tests[other][cells.name] for other in against if cells.name in tests[other]
         },
-        over_refusal=_rate(answers.refusals, seed),
+        over_refusal=_rate(answers.refusals),
         over_refusal_from_pruned=refusals(from_pruned),
         over_refusal_from_dense=refusals(from_dense),
         utility=_mean(answers.similarity, seed),
@@ -487,10 +504,10 @@ def _spread(shares: Iterable[float | None]) -> Spread | None:
     return Spread(sum(found) / len(found), min(found), max(found))
 
 
-def _rate(events: _Events, seed: int) -> Estimate | None:
+def _rate(events: _Events) -> Estimate | None:
     if not events.total.size:
         return None
-    return clustered_rate(events.total.tolist(), events.answers, seed)
+    return clustered_rate(events.total.tolist(), events.answers)
 
 
 def _mean(values: NDArray[np.float64], seed: int) -> Estimate | None:

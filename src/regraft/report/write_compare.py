@@ -82,19 +82,19 @@ def notes(study: Study) -> tuple[str, ...]:
         "answered; over-refusal: harmless prompts that were refused; both judged by "
         f"{study.judge}. "
         "Utility: mean similarity to the references.",
-        "Brackets are 95 % intervals"
+        "Brackets are 95 % intervals over prompts: Wilson's of ASR and over-refusal"
         + (
-            ": Wilson's where all answers to a prompt agree, else by bootstrap over prompts, whose "
-            "answers in all runs stay together."
+            ", with n the number of prompts however many answers each has"
             if several or any(row.repeats > 1 for row in rows)
-            else ": Wilson's of ASR and over-refusal, by bootstrap over prompts of the others."
-        ),
+            else ""
+        )
+        + ", Agresti and Min's of points of over-refusal, by bootstrap of the others.",
         "RSR: the share of the rise in ASR that was undone"
         + ("; in parentheses that of each seed alone." if several else "."),
-        "p: exact sign-flip test of attack success clustered by prompt (McNemar's test where there "
-        "is one run), against the pruned model"
+        "p: exact permutation test of attack success clustered by prompt (McNemar's where there is "
+        "one run), against the pruned model"
         + (f" and against {', '.join(study.against)}" if study.against else "")
-        + f". Holm: the same, corrected for all methods of a table; the verdict is at Holm < "
+        + f". Holm: the same, corrected for all tests of a table; the verdict is at Holm < "
         f"{SIGNIFICANCE}. It is on ASR alone: read it with over-refusal, since a model that "
         "refuses everything is better by it.",
         "Points: a method's rate less the pruned or the dense model's.",
