@@ -315,7 +315,10 @@ def importance(bench: Bench, kind: str, linear: Any) -> Any:
 
 
 def test_set_difference_is_set_algebra(bench: Bench, tmp_path: Path) -> None:
-    """Top q by safety minus top p by utility, on Python sets, for the q that the budget allows."""
+    """Top q by safety minus top p by utility, on Python sets, for the q that the budget allows.
+
+    Of the weights that come in at the last q, a draw takes as many as there is room for.
+    """
     budget = 30
     count = budget * bench.pruned_weights() // 10_000
     settings = RealignSettings(method="set-difference", budget=budget)
@@ -340,9 +343,17 @@ def test_set_difference_is_set_algebra(bench: Bench, tmp_path: Path) -> None:
                     wanted.append((-share, index, row * columns + column))
     wanted.sort()
     assert 0 < count < len(wanted)
+    share = {(index, position): -share for share, index, position in wanted}
     found = list(zip(ranking.linear.tolist(), ranking.position.tolist(), strict=True))
-    assert found == [(index, position) for _, index, position in wanted[:count]]
+    assert len(set(found)) == count
+    assert [share[one] for one in found] == [-share for share, _, _ in wanted[:count]]
+    last = [one for one in share if share[one] == share[found[-1]]]
+    taken = [one in found for one in sorted(last)]
+    assert 0 < sum(taken) < len(taken)
+    assert taken != sorted(taken, reverse=True), "the first layers and rows are preferred"
     assert (ranking.removed == KEPT).all()
+    again = bench.rank(tmp_path / "again", settings)
+    assert torch.equal(again.position, ranking.position)
 
 
 def test_hsr_under_a_budget_stays_in_its_heads_and_band(bench: Bench, tmp_path: Path) -> None:

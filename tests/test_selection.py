@@ -32,6 +32,7 @@ from regraft.restoration.selection import (
     restorable,
     select_all,
     select_hsr,
+    ties_drawn,
     top,
 )
 
@@ -212,6 +213,20 @@ def test_rank_share_counts_what_matters_less(case):
             expected[at] = sum((score[x], x) <= (score[at], at) for x in group) / len(group)
     assert share.dtype == torch.float32
     np.testing.assert_allclose(share.numpy(), expected, rtol=1e-6)
+
+
+def test_ties_are_drawn_and_nothing_else_moves():
+    generator = torch.Generator().manual_seed(2)
+    share = torch.randint(1, 2**15, (64, 9), generator=generator) / 2**15
+    share[:, 0], share[0, 0] = 1.0, -torch.inf  # the best of every row but one
+    keys = ties_drawn(share, 3, 1)
+    assert torch.equal(keys, ties_drawn(share, 3, 1))
+    by_key = share.flatten()[keys.flatten().argsort(descending=True)]
+    assert torch.equal(by_key, share.flatten().sort(descending=True).values)
+    firsts = [int(ties_drawn(share, seed, 0)[:, 0].argmax()) for seed in range(600)]
+    counts = torch.tensor(firsts).bincount(minlength=64)
+    assert counts[0] == 0 and counts[1:].min() > 0
+    assert abs(sum(firsts) / 600 - 32) < 3, "first rows are preferred"
 
 
 def test_random_keys_are_a_fair_seeded_order():

@@ -78,8 +78,8 @@ class Spread:
 class Tested:
     """Attack successes of a method against those of another model, on the same prompts.
 
-    `p` is of the exact permutation test clustered by prompt (McNemar's for a single run), `adjusted`
-    is Holm's over all tests of the table. The verdict is "better", "worse" or "not
+    `p` is of the exact permutation test clustered by prompt (McNemar's for a single run),
+    `adjusted` is Holm's over all tests of the table. The verdict is "better", "worse" or "not
     distinguishable" (adjusted p >= 0.05).
     """
 
@@ -109,9 +109,9 @@ class OnSuite:
 class Row:
     """One method in one pruning, or the dense or the pruned model, over all seeds.
 
-    Estimates are over `n` prompts; a difference is in the same unit, method less the other. `restored` is per 10,000 pruned weights, None where no weight
-    comes back. `repeats` draws of a random control are one row. None stands for what was not
-    measured or does not apply.
+    Estimates are over `n` prompts; a difference is in the same unit, method less the other.
+    `restored` is per 10,000 pruned weights, None where no weight comes back. `repeats` draws of a
+    random control are one row. None stands for what was not measured or does not apply.
     """
 
     name: str

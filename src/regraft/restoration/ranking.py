@@ -8,7 +8,7 @@ several lengths of one ranking.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class Best:
 
         Args:
             index: Of the linear.
-            keys: `[out, in]` float32, higher is better; -inf is no candidate.
+            keys: `[out, in]` floats, higher is better; -inf is no candidate.
             removed: For each candidate the position that is pruned in exchange, `[out, in]` int64.
         """
         flat = keys.reshape(-1)
@@ -111,7 +111,7 @@ class Best:
             torch.full((len(position),), KEPT)
             if removed is None
             else removed.reshape(-1)[position].cpu(),
-            flat[position].float().cpu(),
+            flat[position].cpu(),
         )
         self._merge(chosen)
 
@@ -125,7 +125,7 @@ class Best:
 
 
 Keys = Callable[[int, LinearAnatomy, Tensor, Tensor], Tensor | None]
-"""(index, linear, dense weight, where a value can come back) -> `[out, in]` float32, or None."""
+"""(index, linear, dense weight, where a value can come back) -> `[out, in]` floats, or None."""
 
 
 def rank(
@@ -158,7 +158,7 @@ def rank(
                 best.add(index, found)
             index += 1
         progress(1)
-    return best.ranking
+    return replace(best.ranking, score=best.ranking.score.float())
 
 
 def patch_of(

@@ -22,6 +22,7 @@ RankingScope = Literal["row", "matrix", "head"]
 Head = tuple[int, int]
 Scorer = Callable[[slice], Tensor]
 _CHUNK = 2**22
+_TIE = 2.0**-30  # less than lies between two shares of rows of up to 2^15 inputs
 
 
 @dataclass(frozen=True)
@@ -196,9 +197,27 @@ def random_keys(free: Tensor, seed: int, index: int) -> Tensor:
 
     The draw depends on `seed` and the matrix's `index` alone, not on the device.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    keys = torch.rand(free.shape, generator=generator).to(free.device)
+    keys = torch.rand(free.shape, generator=_of_matrix(seed, index)).to(free.device)
     return keys.masked_fill_(~free, -torch.inf)
+
+
+def ties_drawn(keys: Tensor, seed: int, index: int) -> Tensor:
+    """Keys among which equal ones have a random order, `[out, in]` float64.
+
+    Shares of a row are few, and as many weights have one as there are rows: without a draw a budget
+    that ends among them would go to the first layers and rows alone.
+
+    Args:
+        keys: Of `hsr_keys`.
+        seed: Of the draw, which depends on nothing else but `index`.
+        index: Of the matrix.
+    """
+    draw = torch.rand(keys.shape, generator=_of_matrix(seed, index), dtype=torch.float64)
+    return keys.double() - _TIE * draw.to(keys.device)
+
+
+def _of_matrix(seed: int, index: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + index)
 
 
 def select_all(free: Tensor, blocks: Sequence[Block]) -> Tensor:

@@ -29,6 +29,7 @@ from regraft.restoration.selection import (
     blocks_of,
     hsr_keys,
     random_keys,
+    ties_drawn,
     whole,
 )
 from regraft.settings import CalibrationSettings, ComputeSettings, RealignSettings
@@ -99,7 +100,7 @@ def rank(
     )
     if settings.method == "gain":
         about["algorithm"] = ALGORITHM
-    if settings.method == "random":
+    else:
         about["seed"] = calibration.seed
     heads = chosen_heads(dense, settings, scores)
     about["heads"] = [list(head) for head in heads]
@@ -148,6 +149,7 @@ def _keys(
     statistics_file: Path | None,
     seed: int,
 ) -> Keys:
+    """The method's own; `seed` is of random weights, and of the order of equal ones."""
     layer_of = {linear.key: layer for layer in dense.anatomy.layers for linear in layer.linears}
     if settings.method == "random":
         return lambda index, _linear, _weight, free: random_keys(
@@ -158,7 +160,7 @@ def _keys(
     for layer_index, head in heads:
         by_layer.setdefault(layer_index, []).append(head)
 
-    def keys(_index: int, linear: LinearAnatomy, weight: Tensor, free: Tensor) -> Tensor | None:
+    def keys(index: int, linear: LinearAnatomy, weight: Tensor, free: Tensor) -> Tensor | None:
         layer = layer_of[linear.key]
         difference = settings.method == "set-difference"
         blocks = (
@@ -170,8 +172,9 @@ def _keys(
         band = band_of(settings, kept, everything=difference)
         if not blocks or band is None:
             return None
-        return hsr_keys(
+        shares = hsr_keys(
             free, safety.scorer(linear, weight), utility.scorer(linear, weight), blocks, band
         )
+        return ties_drawn(shares, seed, index)
 
     return keys
