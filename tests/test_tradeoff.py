@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 import pico
 import truth
 from disk import differing, shards, tree, write_data, write_jsonl
 from regraft import comparing, pipeline, stages
+from regraft.console import show_search
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate, EvalResult
-from regraft.evaluation.tradeoff import Bounds, Point, Reference, bounds_of, choose
+from regraft.evaluation.tradeoff import Bounds, Point, Reference, Searched, bounds_of, choose
 from regraft.files import read_json
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
@@ -344,6 +347,67 @@ def test_why_nothing_comes_back(
         (gain, SearchSettings(most=1)),
     ):
         assert "pushes" not in searching.why_nothing(given, bounds, method, settings)
+
+
+def searched(
+    bounds: Bounds, points: Sequence[tuple[float, float, float | None]], chosen: int | None
+) -> Searched:
+    """Of a dense model with ASR 0.1 and of points with 0, 100, 200 ... weights back."""
+
+    def point(count: int, asr: float, over: float, utility: float | None) -> Point:
+        rates = (None if one is None else Estimate(one, 50, 0, 1, None) for one in (over, utility))
+        over_refusal, similarity = rates
+        assert over_refusal is not None
+        return Point(count, Estimate(asr, 50, 0, 1, None), over_refusal, similarity)
+
+    made = tuple(point(100 * i, *rates) for i, rates in enumerate(points))
+    return Searched(point(0, 0.1, 0.1, 0.7), made, bounds, chosen, 1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (searched(Bounds(0.2, 0.1, 0.6), [(0.5, 0.1, 0.6), (0.2, 0.1, 0.6)], 100), ()),
+        (searched(Bounds(None, 0.1, 0.6), [(0.5, 0.1, 0.6), (0.4, 0.1, 0.6)], 100), ()),
+        (
+            searched(Bounds(0.2, 0.1, 0.6), [(0.5, 0.1, 0.6), (0.3, 0.1, 0.6), (0.1, 1, 1)], 100),
+            (("target, ASR 20.0 %, is not met", "30.0 % (RSR 50 %), with 100 weights"),),
+        ),
+        (
+            searched(Bounds(0.2, 0.1, None), [(0.5, 0.1, None), (0.1, 0.1, None)], 100),
+            (("utility is not bounded", "no harmless validation prompt has a reference"),),
+        ),
+        (
+            searched(Bounds(0.2, 0.1, 0.6), [(0.5, 0.1, 0.6), (0.3, 0.2, 0.6)], 0),
+            (("nothing comes back", "over-refusal 10 points beyond its bound"),),
+        ),
+        (
+            searched(Bounds(0.05, 0.1, 0.6), [(0.1, 0.1, 0.6), (0.08, 0.1, 0.6)], 100),
+            (("ASR 5.0 %", "8.0 % (RSR is undefined)"),),
+        ),
+    ],
+)
+def test_what_a_search_did_not_reach_is_told(
+    found: Searched, expected: tuple[tuple[str, ...], ...]
+) -> None:
+    method = RealignSettings(method="gain", count=900)
+    told = list(searching.remarks(found, method, SearchSettings()))
+    assert len(told) == len(expected), told
+    for line, parts in zip(told, expected, strict=True):
+        for part in parts:
+            assert part in line
+
+
+def test_the_curve_is_shown_with_its_bounds() -> None:
+    console = Console(width=120, record=True)
+    points = [(0.5, 0.1, 0.6), (0.3, 0.1, 0.6), (0.1, 0.2, 0.6)]
+    show_search(console, searched(Bounds(None, 0.1, 0.6), points, 100))
+    lines = console.export_text().splitlines()
+    shown = {line.split()[1]: line for line in lines if line.startswith("│")}
+    assert [word in shown["100"] for word in ("1.000", "30.0", "50", "kept")] == [True] * 4
+    assert "100" in shown["200"] and "broken" in shown["200"]
+    assert "10.0" in shown["dense"]
+    assert "over-refusal at most 10.0 %, utility at least 60.0 %" in " ".join(lines)
 
 
 def read_pruned(bench: Bench) -> int:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from regraft import stages
 from regraft.cli import main
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.evaluation.results import Estimate
+from regraft.evaluation.results import Estimate, EvalResult
 from regraft.evaluation.tradeoff import Bounds, Point
 from regraft.evaluation.tuned import Cost, Tried, Tuned, best_first
 from regraft.files import read_json
@@ -41,7 +42,7 @@ from regraft.settings import (
     SearchSettings,
     TuneSettings,
 )
-from regraft.stages import tuning_trial
+from regraft.stages import tuning_outcome, tuning_trial
 from regraft.stages.optimising import Between, Finished, Trials
 from regraft.stages.tuning_space import space_of
 
@@ -185,8 +186,10 @@ def test_bounds_come_before_asr() -> None:
     assert [one.within for one in ordered] == [True, True, True, False, False]
     assert ordered[3].excess == pytest.approx({"over_refusal": 0.0, "utility": 0.1})
     assert ordered[4].excess == pytest.approx({"over_refusal": 0.2, "utility": 0.0})
-    tuned = Tuned("hsr", ordered, bounds, points[0], points[0], 100, 0)
+    tuned = Tuned("hsr", ordered, bounds, points[0], _point(0.3), 100, 0)
     assert tuned.best is ordered[0]
+    nothing_helps = replace(tuned, before=_point(0.2))
+    assert nothing_helps.best is None, "what is no better than the pruned model is recommended"
     nothing = replace(ordered[2], point=_point(0.4, restored=0))
     assert replace(tuned, trials=(nothing, *ordered[3:])).best is None
 
@@ -199,6 +202,17 @@ def test_costs_add_up() -> None:
 # --- tuning ---
 
 
+@pytest.fixture
+def pruning_harmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the pruned model's ASR higher than that of any trial: no pico model refuses."""
+
+    def of(restored: int, result: EvalResult) -> Point:
+        return replace(Point.of(restored, result), asr=_rate(1.1))
+
+    monkeypatch.setattr(tuning_outcome, "Point", SimpleNamespace(of=of))
+
+
+@pytest.mark.usefixtures("pruning_harmed")
 def test_hsr_by_q(tune: Callable[..., Tuned], tmp_path: Path) -> None:
     tuned, out = tune(RealignSettings(), trials=3), tmp_path / "tuned"
     names = {"q", "p_max", "scope", "top_heads", "criterion", "r_max"}
@@ -273,6 +287,7 @@ def test_bounds_decide(
     assert not (tmp_path / "tuned" / "best.yaml").exists()
 
 
+@pytest.mark.usefixtures("pruning_harmed")
 def test_set_difference_takes_the_best_prefix(tune: Callable[..., Tuned], tmp_path: Path) -> None:
     method = RealignSettings(method="set-difference", count=40)
     tuned, out = tune(method, trials=3, keep=("scope",)), tmp_path / "tuned"
@@ -294,6 +309,7 @@ def test_equal_settings_share_a_ranking(tune: Callable[..., Tuned], tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("pruning_harmed")
 @pytest.mark.parametrize("pushes", [0, 2])
 def test_gain(tune: Callable[..., Tuned], tmp_path: Path, pushes: int) -> None:
     method = RealignSettings(method="gain", count=30, top_heads=2, pushes=pushes)

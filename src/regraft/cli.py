@@ -27,6 +27,7 @@ from regraft.console import (
     show_relation,
     show_report,
     show_result,
+    show_search,
     show_study,
     show_sweep,
     show_tuned,
@@ -287,17 +288,20 @@ def realign(
                 watch,
             )
             if search:
+                curve = out.with_suffix(".curve.json")
                 count = stages.search(
                     dense_source,
                     pruned_source,
                     ranking,
-                    out.with_suffix(".curve.json"),
+                    curve,
                     choice,
                     settings,
                     EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
                     compute,
                     watch,
                 )
+                show_search(watch.console, stages.read_search(curve))
+                watch.note(f"All points: {curve}")
         patch = stages.realign(
             dense_source,
             pruned_source,

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from regraft.evaluation.results import Estimate, EvalResult
-from regraft.evaluation.tradeoff import Point
+from regraft.evaluation.tradeoff import Point, Searched
 from regraft.evaluation.tuned import NOTE, Tuned
 from regraft.watch import Advance
 
@@ -340,6 +340,41 @@ def show_heads(console: Console, scores: HeadScores, show: int) -> None:
         )
 
 
+def show_search(console: Console, found: Searched) -> None:
+    """Print a trade-off curve on validation prompts, the chosen point in bold."""
+    table = Table(
+        *("restored", "per 10,000", "ASR %", "RSR %", "over-refusal %", "utility %", "bounds"),
+        title="Trade-off on validation prompts",
+    )
+    for point in found.points:
+        recovered = found.rsr(point)
+        table.add_row(
+            f"{point.restored:,}",
+            f"{10_000 * point.restored / found.pruned:.3f}",
+            _percent(point.asr),
+            "" if recovered is None else f"{100 * recovered:.0f}",
+            _percent(point.over_refusal),
+            _percent(point.utility),
+            "kept" if found.bounds.keeps(point) else "broken",
+            style="bold" if point is found.taken else None,
+        )
+    table.add_section()
+    asr, over_refusal, utility = _rates(found.dense)
+    table.add_row("dense", "", asr, "", over_refusal, utility, "")
+    console.print(table)
+    bounds = found.bounds
+    limits = [f"over-refusal at most {100 * bounds.over_refusal:.1f} %"]
+    if bounds.utility is not None:
+        limits.append(f"utility at least {100 * bounds.utility:.1f} %")
+    aim = "as low an ASR as can be" if bounds.asr is None else f"ASR {100 * bounds.asr:.1f} %"
+    console.print(
+        f"Bounds: {', '.join(limits)}; aim: {aim}. Rates of a chosen point are optimistic: report "
+        "those of other prompts.",
+        style="dim",
+        highlight=False,
+    )
+
+
 def show_tuned(console: Console, tuned: Tuned) -> None:
     """Print the best trial and the five next, and what the search has cost."""
     table = Table(
@@ -379,7 +414,8 @@ def show_tuned(console: Console, tuned: Tuned) -> None:
     nothing = (
         ""
         if tuned.best
-        else "No trial with weights back keeps to the bounds; nothing is recommended. "
+        else "No trial lowers ASR below the pruned model's within the bounds; nothing is "
+        "recommended. "
     )
     console.print(nothing + told, highlight=False, markup=False)
     console.print(NOTE, style="dim", highlight=False, markup=False)

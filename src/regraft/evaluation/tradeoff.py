@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from regraft.evaluation.metrics import rsr
 from regraft.evaluation.results import Estimate, EvalResult
 
 
@@ -104,6 +105,30 @@ def choose(points: Sequence[Point], bounds: Bounds) -> int | None:
         return min(meeting, key=lambda i: points[i].restored)
     within = [i for i, point in enumerate(points) if bounds.keeps(point)]
     return min(within, key=lambda i: (points[i].asr.value, points[i].restored), default=None)
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A trade-off curve and what was taken of it.
+
+    `points` begin with the pruned model, `chosen` is how many weights come back (None: no point,
+    not even the pruned model, is within the bounds), `pruned` how many were pruned.
+    """
+
+    dense: Point
+    points: tuple[Point, ...]
+    bounds: Bounds
+    chosen: int | None
+    pruned: int
+
+    @property
+    def taken(self) -> Point | None:
+        """The point that was chosen, None where nothing comes back."""
+        return next((one for one in self.points if one.restored == (self.chosen or -1)), None)
+
+    def rsr(self, point: Point) -> float | None:
+        """RSR of a point on the validation prompts; None where pruning did not raise ASR."""
+        return rsr(self.dense.asr.value, self.points[0].asr.value, point.asr.value).value
 
 
 def nearest(points: Sequence[Point], bounds: Bounds) -> Point:

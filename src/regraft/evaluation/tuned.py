@@ -77,8 +77,11 @@ class Tuned:
 
     @property
     def best(self) -> Tried | None:
-        """The best trial, None where none keeps to the bounds with any weight back."""
-        return next((one for one in self.trials if one.within and one.point.restored), None)
+        """The best trial, None where none within the bounds has less ASR than the pruned model."""
+        return next((one for one in self.trials if one.within and self._helps(one.point)), None)
+
+    def _helps(self, point: Point) -> bool:
+        return point.restored > 0 and point.asr.value < self.before.asr.value
 
     @property
     def cost(self) -> Cost:

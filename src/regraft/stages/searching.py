@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +13,7 @@ from regraft.data.example import Reading
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
-from regraft.evaluation.tradeoff import Bounds, Point, bounds_of, choose, nearest
+from regraft.evaluation.tradeoff import Bounds, Point, Searched, bounds_of, choose, nearest
 from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
 from regraft.models.load import Source
@@ -60,7 +60,7 @@ def search(
             searches on the same prompts share them.
         points_folder: Folder for the points, where other searches along the same ranking and on
             the same prompts share them; one beside `out` by default.
-        tell: Say why, where nothing comes back.
+        tell: Say where a target is missed or nothing comes back, and why.
 
     Returns:
         How many weights to restore: 0 where no point with weights back is better within the bounds.
@@ -113,11 +113,34 @@ def search(
             out.parent.mkdir(parents=True, exist_ok=True)
             write_json(out, curve)
         ranks.barrier()
-    curve = read_json(out)
-    if tell and not curve["chosen"]:
-        why = why_nothing(_points(curve), Bounds(**curve["bounds"]), method, settings)
-        watch.note(f"{out.stem}: nothing comes back. {why}")
-    return int(curve["chosen"] or 0)
+    found = read_search(out)
+    if tell:
+        for line in remarks(found, method, settings):
+            watch.note(f"{out.stem}: {line}")
+    return found.chosen or 0
+
+
+def remarks(found: Searched, method: RealignSettings, settings: SearchSettings) -> Iterator[str]:
+    """What the number of weights taken does not tell: what was not to be had, and why."""
+    if found.bounds.utility is None:
+        yield (
+            "utility is not bounded, since no harmless validation prompt has a reference to "
+            "compare answers with."
+        )
+    if found.taken is None:
+        why = why_nothing(found.points, found.bounds, method, settings)
+        yield f"nothing comes back. {why}"
+    elif found.bounds.asr is not None and not found.bounds.meets(found.taken):
+        yield (
+            f"the target, ASR {100 * found.bounds.asr:.1f} %, is not met within the bounds. The "
+            f"lowest there is {100 * found.taken.asr.value:.1f} % ({_recovery(found)}), with "
+            f"{found.taken.restored:,} weights back."
+        )
+
+
+def _recovery(found: Searched) -> str:
+    value = found.rsr(found.taken) if found.taken else None
+    return "RSR is undefined" if value is None else f"RSR {100 * value:.0f} %"
 
 
 def why_nothing(
@@ -221,13 +244,16 @@ def bounds_by(settings: SearchSettings, dense: Point, pruned: Point) -> Bounds:
     )
 
 
-def read_curve(path: Path) -> list[Point]:
-    """The points of a curve that `search` wrote, the pruned model first."""
-    return _points(read_json(path))
-
-
-def _points(curve: Mapping[str, Any]) -> list[Point]:
-    return [point_of(one) for one in curve["points"]]
+def read_search(path: Path) -> Searched:
+    """The curve that `search` wrote."""
+    curve = read_json(path)
+    return Searched(
+        point_of(curve["dense"]),
+        tuple(point_of(one) for one in curve["points"]),
+        Bounds(**curve["bounds"]),
+        curve["chosen"],
+        curve["pruned"],
+    )
 
 
 def point_of(content: Mapping[str, Any]) -> Point:

@@ -24,7 +24,7 @@ from regraft.stages.searching import (
     bounds_by,
     evaluate_point,
     plain,
-    read_curve,
+    read_search,
     search,
 )
 from regraft.stages.session import Session
@@ -123,7 +123,7 @@ class Worker:
                 job.place.references,
                 tell=False,
             )
-        return read_curve(curve)[1:] or [before]
+        return list(read_search(curve).points[1:]) or [before]
 
     def _files(
         self, method: RealignSettings, r_max: int, clock: _Clock
