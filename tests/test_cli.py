@@ -290,8 +290,6 @@ def test_more_heads_than_there_are(world: World, refused: Refused, heads: str) -
 
 
 BUDGETS = [
-    (["--method", "gain"], ["gain needs a `budget` (per 10,000 pruned) or a `count`"]),
-    (["--method", "random"], ["random needs a `budget` (per 10,000 pruned) or a `count`"]),
     (["--method", "hsr-a", "--budget", 2], ["hsr-a restores whole heads: give `top_heads`"]),
     (["--budget", 2, "--count", 9], ["`budget` and `count` say the same thing; give one"]),
     (["--method", "hsr", "--swap"], ["only gain can swap, not hsr"]),
@@ -318,7 +316,6 @@ def test_budgets(world: World, refused: Refused, words: list[object], parts: lis
     ("variant", "parts"),
     [
         ({"search": {}}, ["realign.0", "'hsr' searches a number of weights: give it a `budget`"]),
-        ({"method": "gain"}, ["realign.0", "gain needs a `budget`"]),
         ({"method": "hsr-a", "count": 4}, ["realign.0", "hsr-a restores whole heads"]),
         ({"method": "random", "count": 4, "swap": True}, ["realign.0", "only gain can swap"]),
         (

@@ -413,6 +413,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = {
         "model": str(root / "dense"),
         "seeds": [0, 3],
+        "against": ["random"],
         "calibration": {"data": str(root / "data" / "data.jsonl"), "samples": 4},
         "prune": [{"sparsity": 0.5, "order": "one-shot"}, {"sparsity": 0.6, "order": "one-shot"}],
         "realign": VARIANTS,
@@ -437,6 +438,8 @@ def test_a_study_is_a_run_a_seed_and_their_comparison(world: Path) -> None:
     assert [row["name"] for row in content["tables"][0]["rows"]] == [
         *("dense", "wanda-50", "hsr", "random"),
     ]
+    assert content["against"] == ["random"]
+    assert [row["name"] for row in content["tables"][0]["rows"] if row["against"]] == ["hsr"]
     recipes = [read_recipe(run / f"seed-{seed}" / "recipe.yaml") for seed in (0, 3)]
     assert [one.calibration.seed for one in recipes] == [0, 3]
     draws = [[(v.name, v.head_seed) for v in one.realign if v.random] for one in recipes]

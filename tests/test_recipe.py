@@ -159,6 +159,24 @@ def test_what_is_done_to_which_pruning(tmp_path: Path) -> None:
     assert done == {"a": ["all", "everywhere", "here"], "b": ["all", "one", "everywhere"], "c": []}
 
 
+@pytest.mark.parametrize(
+    ("given", "budget"),
+    [
+        ({"method": "gain"}, 5.0),
+        ({"method": "random", "budget": None}, 5.0),
+        ({"method": "gain", "search": {"target_rsr": 90}}, 5.0),
+        ({"method": "gain", "count": 9}, None),
+        ({"method": "set-difference", "budget": 2}, 2.0),
+        ({"method": "hsr"}, None),
+        ({}, None),
+    ],
+)
+def test_a_method_with_a_budget_has_one(given: dict[str, Any], budget: float | None) -> None:
+    variant = VariantSettings.model_validate(given)
+    assert variant.budget == budget
+    assert RealignSettings(**variant.selection().model_dump()).budget == budget
+
+
 def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     recipe = _read(tmp_path, "model: ~/m\npruned: ~/p\nevaluate: {suite: 'safebench:~/s'}")
@@ -185,6 +203,8 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("realign: [{name: dense}]", ["realign.0.name", "'dense'"]),
         ("realign: [{prunings: [b]}]", ["'hsr' is for the pruning 'b'", "prunings are pruned"]),
         ("defend: [{prunings: [b]}]", ["'defended' is for the pruning 'b'"]),
+        ("against: [hsr]", ["`against` is for the comparison over `seeds`"]),
+        ("seeds: [0]\nagainst: [snip]", ["`against` names 'snip'; expected some of hsr"]),
         ("realign: [{q: 0}]", ["realign.0.q", "greater than 0"]),
         ("evaluate: {suite: safebench}", ["evaluate.suite", "safebench needs a path"]),
         ("evaluate: {keywords: sorry}", ["evaluate.keywords", "'sorry'"]),

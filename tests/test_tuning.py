@@ -454,7 +454,6 @@ def refused(
 def test_bad_input(refused: Callable[..., str]) -> None:
     assert "nothing to tune of random" in refused("--method", "random", "--budget", 2)
     assert "hsr-b" in refused("--method", "hsr-b")
-    assert "needs a `budget`" in refused("--method", "gain")
     assert "less than one weight" in refused("--method", "gain", "--budget", 1e-5)
     assert "keep: 'steps' is not tuned here" in refused("--keep", "steps")
     assert "leave target_asr" in refused("--target-asr", 3)

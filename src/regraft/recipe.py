@@ -217,6 +217,11 @@ class Recipe(Settings):
         description="Calibration seeds, in place of calibration.seed: one run each, in the folders "
         "seed-N, and a comparison over them.",
     )
+    against: tuple[str, ...] = Field(
+        (),
+        description="With seeds: names of `realign` or `defend` that the comparison tests every "
+        "method against, besides the pruned model.",
+    )
     prune: Annotated[
         tuple[PruningSettings, ...], BeforeValidator(_prunings), AfterValidator(_named)
     ] = Field(
@@ -250,6 +255,10 @@ class Recipe(Settings):
             raise ValueError("`seeds` take the place of `calibration.seed`; leave one of them out")
         names = [one.name for one in self.realign] + [one.name for one in self.defend]
         both = "`realign` and `defend`" if self.defend else "`realign`"
+        if self.against and not self.seeds:
+            raise ValueError("`against` is for the comparison over `seeds`; give some, or leave it")
+        if odd := [name for name in self.against if name not in names]:
+            raise ValueError(f"`against` names {odd[0]!r}; expected some of {', '.join(names)}")
         if len(set(names)) < len(names):
             raise ValueError(f"the names of {both} must differ, not {names}")
         if len(self.prune) == 1 and self.prune[0].name in names:
@@ -296,6 +305,7 @@ class Recipe(Settings):
         ]
         content = dict(self) | {
             "seeds": (),
+            "against": (),
             "calibration": self.calibration.model_copy(update={"seed": seed}),
             "realign": realign,
         }

@@ -251,6 +251,7 @@ class StatisticsSettings(Settings):
     score: Method = Field("wanda", description="For which importance: wanda, sparsegpt or snip.")
 
 
+DEFAULT_BUDGET = 5.0  # per 10,000 pruned
 RestorationMethod = Literal["hsr", "hsr-a", "set-difference", "random", "gain"]
 
 
@@ -267,7 +268,8 @@ class RealignSettings(Settings):
         None,
         gt=0,
         lt=10_000,
-        description="Restored weights per 10,000 pruned ones; of hsr it takes the place of q.",
+        description="Restored weights per 10,000 pruned ones; of hsr it takes the place of q. "
+        f"Where other methods are given neither this nor a count it is {DEFAULT_BUDGET:g}.",
     )
     count: int | None = Field(None, ge=1, description="Restored weights; instead of the budget.")
     score: Method = Field(
@@ -357,14 +359,22 @@ class RealignSettings(Settings):
             self.method in ("hsr", "hsr-a") and self.heads == "random"
         )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_budget(cls, given: Any) -> Any:
+        """Written out, so that an artifact tells what it was made with."""
+        if not isinstance(given, Mapping) or given.get("method", "hsr") in ("hsr", "hsr-a"):
+            return given
+        if given.get("budget") is not None or given.get("count") is not None:
+            return given
+        return {**given, "budget": DEFAULT_BUDGET}
+
     @model_validator(mode="after")
     def _check(self) -> RealignSettings:
         if self.p is not None and self.p_max is not None and self.p >= self.p_max:
             raise ValueError(f"p is {self.p} and p_max {self.p_max}; p < p_max is needed")
         if self.budget is not None and self.count is not None:
             raise ValueError("`budget` and `count` say the same thing; give one of them")
-        if self.ranked and self.method != "hsr" and self.amount is None:
-            raise ValueError(f"{self.method} needs a `budget` (per 10,000 pruned) or a `count`")
         if self.method == "hsr-a" and self.amount is not None:
             raise ValueError("hsr-a restores whole heads: give `top_heads`, not a budget")
         if self.swap and self.method != "gain":

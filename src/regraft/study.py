@@ -52,14 +52,15 @@ def report(folder: Path) -> Study:
         RegraftError: the folder holds no study, or one that is not finished.
     """
     place = RunFolder(folder)
-    seeds = read_recipe(place.recipe).seeds
-    for seed in seeds:
+    recipe = read_recipe(place.recipe)
+    for seed in recipe.seeds:
         if not seed_folder(folder, seed).exists():
             raise RegraftError(
                 f"The study in {folder} is not finished: seed {seed} has not been run. Continue it "
                 f"with `regraft run {place.recipe} --out {folder}`."
             )
-    return compare([seed_folder(folder, seed) for seed in seeds], place.report)
+    runs = [seed_folder(folder, seed) for seed in recipe.seeds]
+    return compare(runs, place.report, recipe.against)
 
 
 def is_study(folder: Path) -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from regraft.evaluation.metrics import rsr
 from regraft.evaluation.results import Estimate, EvalResult
 
 
@@ -128,6 +127,8 @@ class Searched:
 
     def rsr(self, point: Point) -> float | None:
         """RSR of a point on the validation prompts; None where pruning did not raise ASR."""
+        from regraft.evaluation.metrics import rsr  # scipy, slow to import
+
         return rsr(self.dense.asr.value, self.points[0].asr.value, point.asr.value).value
 
 
