@@ -25,6 +25,7 @@ from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import wilson
 from regraft.files import file_digest
+from regraft.folder import RunFolder
 from regraft.models.load import Source, open_source
 from regraft.models.steering import last_token_outputs, moved_output
 from regraft.recipe import Recipe, read_recipe
@@ -363,11 +364,13 @@ def test_a_run_with_defences(source: Source, data: DataSource, tmp_path: Path) -
                     "max_new_tokens": 2,
                 },
             ],
-            "evaluate": {"suite": str(data), "max_new_tokens": 2},
+            "evaluate": {"suite": str(data), "max_new_tokens": 2, "judge": "gcg-1"},
             "compute": {"device": "cpu", "batch_size": 4},
         }
     )
     report = pipeline.run(recipe, tmp_path / "run")
+    chosen_by = load_defence(RunFolder(tmp_path / "run").defence("pruned", "direction")).about
+    assert chosen_by["judge"] == "gcg-1", "the choice was judged otherwise than the run"
     assert [v.name for v in report.variants] == ["dense", "pruned", "hsr-a", "shield", "direction"]
     assert report.roles == ("dense", "pruned", "realigned", "control", "control")
     for variant in report.variants[3:]:

@@ -29,6 +29,7 @@ from regraft.defence.artifact import (
 from regraft.defence.direction import Trial, choose, mean_states, middle_layers
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import generate
+from regraft.evaluation.judge import KeywordJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.evaluation.metrics import wilson
 from regraft.evaluation.summary import judge_answer
@@ -47,6 +48,7 @@ def defend(
     compute: ComputeSettings,
     watch: Watch | None = None,
     processor_from: Source | None = None,
+    judge: KeywordJudge = DEFAULT_JUDGE,
 ) -> Defence:
     """Make a defence for a pruned model, to evaluate it under; writes the file `out`.
 
@@ -60,6 +62,7 @@ def defend(
         compute: Device, dtype, batch size.
         watch: Progress.
         processor_from: Take the processor from there if the checkpoint comes without one.
+        judge: Of answers to validation prompts.
 
     Raises:
         RegraftError: see the data readers; the layer is not one that every prompt runs through.
@@ -80,14 +83,14 @@ def defend(
     if settings.searches:
         data["validation"] = read_validation(pruned, settings)
     about = describe("defend", inputs, settings, compute, data)
-    about["judge"] = DEFAULT_JUDGE.name
+    about["judge"] = judge.name
     if not is_done(out, out, about, lambda: load_defence(out).about):
         for role, reading in zip(("D^s", "D^u", "Validation"), data.values(), strict=False):
             watch.note(told(role, reading))
         with working(out, about) as work:
             model, processor = load(pruned, compute, watch, processor_from)
             vectors = _differences(pruned, model, processor, data, compute, watch)
-            search = _Search(model, processor, vectors, settings, compute, work, about)
+            search = _Search(model, processor, vectors, settings, compute, judge, work, about)
             made = search.run(data.get("validation"), watch)
             if not made.strength:
                 watch.note(
@@ -131,6 +134,7 @@ class _Search:
     vectors: Tensor  # [layers, d]
     settings: DefenceSettings
     compute: ComputeSettings
+    judge: KeywordJudge
     work: Path
     about: Mapping[str, Any]
 
@@ -186,7 +190,7 @@ class _Search:
                 progress=progress,
             )
         judged = [
-            judge_answer(example, answer, DEFAULT_JUDGE)
+            judge_answer(example, answer, self.judge)
             for example, answer in zip(examples, answers, strict=True)
         ]
         attacks = [one.complies for one in judged if one.harmful]
