@@ -468,6 +468,21 @@ def test_unknown_data(world: World, refused: Refused, data: str, parts: list[str
     has(refused("prune", world.model, "--data", data, "--out", "out"), *parts)
 
 
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["vlguard#safe-safe", "gone"], "vlguard:gone#safe-safe: gone does not exist"),
+        (["vlguard", "gone#safe-safe"], "vlguard:gone#safe-safe: gone does not exist"),
+        (["xstest#harmless:gone"], "xstest:gone#harmless: gone does not exist"),
+        (["safebench#half", "gone"], "safebench has the splits even, odd, tiny; there is no"),
+        (["vlgard#unsafe", "gone"], "unknown data set 'vlgard#unsafe"),
+    ],
+)
+def test_parts_behind_the_name(world: World, refused: Refused, words: list[str], part: str) -> None:
+    has(refused("eval", world.model, "--suite", *words, "--out", "out"), part)
+    has(refused("prune", world.model, "--data", *words, "--out", "out"), part)
+
+
 # Settings
 
 

@@ -476,12 +476,37 @@ def test_source_words(words, name, path, split, text):
         ("a.jsonl#harmless", {"name": "jsonl", "kind": "harmless"}),
         ("a.jsonl#val#harmful", {"name": "jsonl", "split": "val", "kind": "harmful"}),
         ("jsonl:a#harmlessly", {"name": "jsonl", "split": "harmlessly"}),
+        ("vlguard#safe-safe:v/t.json", {"name": "vlguard", "split": "safe-safe"}),
+        (["vlguard#safe-safe", "v"], {"name": "vlguard", "split": "safe-safe"}),
+        (["xstest#harmless", "hf:o/x/p.csv"], {"name": "xstest", "kind": "harmless"}),
+        (
+            ["safebench#even#harmful", "d"],
+            {"name": "safebench", "split": "even", "kind": "harmful"},
+        ),
+        (
+            "safebench#harmful:d#even",
+            {"name": "safebench", "split": "even", "kind": "harmful"},
+        ),
+        ("demo#test", {"name": "demo", "split": "test"}),
+        ("demo#harmful:test", {"name": "demo", "split": "test", "kind": "harmful"}),
+        ("vlguard#x/a.jsonl", {"name": "jsonl"}),
     ],
 )
 def test_source_kind(words, fields):
     source = DataSource.model_validate(words)
     assert {name: value for name, value in source if value and name != "path"} == fields
     assert DataSource.model_validate(str(source)) == source
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("vlguard", "#safe-safe"), ("xstest", "#harmless"), ("safebench", "#odd#harmful")],
+)
+def test_parts_behind_the_name_or_behind_the_path_are_the_same(name, parts):
+    behind = DataSource.model_validate(f"{name}:d/e.x{parts}")
+    assert behind.path == Path("d/e.x")
+    for words in (f"{name}{parts}:d/e.x", [f"{name}{parts}", "d/e.x"], [name, f"d/e.x{parts}"]):
+        assert DataSource.model_validate(words) == behind
 
 
 @given(
@@ -510,6 +535,12 @@ def test_source_text_is_always_the_inverse(name, path, split, kind):
             "vlguard:d#test",
             "safe-safe, all; there is no 'test'",
         ),
+        ("safebench#half:d", "safebench has the splits even, odd, tiny; there is no 'half'"),
+        (["xstest#even", "d"], "xstest has no splits; there is no 'even'"),
+        ("vlguard#unsafe", "vlguard needs a path, as in vlguard:PATH"),
+        ("vlgard#unsafe:d", "unknown data set 'vlgard#unsafe:d'; expected demo, vlguard"),
+        ("safebench#even:d#odd", "asks for 'odd' and for 'even'; give one of them"),
+        ("xstest#harmful#harmless:d", "asks for 'harmful' and for 'harmless'"),
         ({"name": "demo", "path": "x"}, "takes no path"),
         ({"name": "jsonl", "path": "a#b"}, "ambiguous"),
         ({"name": "jsonl", "path": "a", "split": "harmful"}, "ambiguous"),
@@ -606,6 +637,13 @@ def test_test_prompts_that_were_used_before_are_found(tmp_path):
         ("safebench /a#tiny x.jsonl", ["safebench:/a#tiny", "jsonl:x.jsonl"]),
         ("demo test demo", ["demo:test", "demo"]),
         ("demo demo:test#harmless vlguard:/x", ["demo", "demo:test#harmless", "vlguard:/x"]),
+        ("vlguard#safe-safe /a xstest#harmless /b", ["vlguard:/a#safe-safe", "xstest:/b#harmless"]),
+        ("vlguard#unsafe:/a safebench#odd /b", ["vlguard:/a#unsafe", "safebench:/b#odd"]),
+        (
+            "demo test#harmless demo#test x.jsonl",
+            ["demo:test#harmless", "demo:test", "jsonl:x.jsonl"],
+        ),
+        ("demo#harmful test demo#harmless", ["demo:test#harmful", "demo#harmless"]),
     ],
 )
 def test_several_suites_in_a_row(words, suites):

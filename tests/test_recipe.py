@@ -143,6 +143,16 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     assert recipe.evaluate.suite == (DataSource(name="safebench", path=here / "s", split="even"),)
 
 
+def test_parts_behind_the_name_of_a_suite(tmp_path: Path) -> None:
+    text = "evaluate: {suite: ['vlguard#safe-safe:v', 'xstest:x#harmless', [xstest#harmful, x]]}"
+    suites = _read(tmp_path, text).evaluate.suite
+    assert [(one.name, one.path, one.split, one.kind) for one in suites] == [
+        ("vlguard", tmp_path / "v", "safe-safe", None),
+        ("xstest", tmp_path / "x", None, "harmless"),
+        ("xstest", tmp_path / "x", None, "harmful"),
+    ]
+
+
 def test_what_is_done_to_which_pruning(tmp_path: Path) -> None:
     text = """
     prune: [{name: a}, {name: b}, {name: c, realign: false}]

@@ -32,6 +32,7 @@ from regraft.console import (
     show_tuned,
 )
 from regraft.data.demo import demo_model
+from regraft.data.sources import words_of_first
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import KEYWORD_JUDGES
 from regraft.models.anatomy import LayerAnatomy
@@ -777,7 +778,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(stderr=True)
     try:
         with ranks.joined():
-            app(arguments, exit_on_error=False, print_error=False)
+            words = _joined(sys.argv[1:] if arguments is None else arguments)
+            app(words, exit_on_error=False, print_error=False)
     except RegraftError as error:
         _fail(console, str(error))
     except ValidationError as error:
@@ -798,6 +800,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         console.print("Interrupted. The same command continues where it stopped.")
         sys.exit(130)
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """The words with `--data NAME PATH` as `--data NAME:PATH`; settings take a flag's one word."""
+    found: list[str] = []
+    rest = list(words)
+    while rest:
+        option = found[-1:] in (["--data"], ["--validation"])
+        count = words_of_first(rest) if option and not "".join(rest[1:2]).startswith("-") else 1
+        found.append(":".join(rest[:count]))
+        rest = rest[count:]
+    return found
 
 
 def _fail(console: Console, message: str) -> None:

@@ -6,7 +6,7 @@ The same models make the command line's flags, are a recipe's blocks and are wri
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import (
@@ -20,8 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from regraft.data.sources import DataSource
-from regraft.data.sources import Name as DataName
+from regraft.data.sources import DataSource, words_of_first
 from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
 from regraft.evaluation.judge import DEFAULT_WINDOW, KeywordJudge
@@ -71,26 +70,24 @@ def _words(_type: Any, tokens: Sequence[Any]) -> DataSource:
 
 
 def _several(_type: Any, tokens: Sequence[Any]) -> tuple[DataSource, ...]:
-    """Words of several data sets in a row: a bare name takes the next word as its path."""
+    """Words of several data sets in a row."""
     words, found = [str(token.value) for token in tokens], []
     while words:
-        pair = words[0] in get_args(DataName) and (words[0] != "demo" or words[1:2] in _DEMO_SPLITS)
-        found.append(DataSource.model_validate(words[: 2 if pair else 1]))
-        words = words[2 if pair else 1 :]
+        count = words_of_first(words)
+        found.append(DataSource.model_validate(words[:count]))
+        words = words[count:]
     return tuple(found)
-
-
-_DEMO_SPLITS = (["calibration"], ["validation"], ["test"])
 
 
 _ONE_OR_TWO_WORDS = Parameter(
     converter=_words, n_tokens=-1, consume_multiple=True, accepts_keys=False
 )
+_ONE_WORD = Parameter(n_tokens=1, accepts_keys=False)  # no converter is asked inside of settings
 
 
 Data = Annotated[
     DataSource,
-    _ONE_OR_TWO_WORDS,
+    _ONE_WORD,
     Parameter(help="demo:calibration, vlguard PATH (train.json by its images) or a .jsonl file."),
 ]
 
@@ -117,11 +114,7 @@ Suites = Annotated[
 ]
 
 
-Validation = Annotated[
-    DataSource,
-    _ONE_OR_TWO_WORDS,
-    Parameter(help="Direction: harmful and harmless prompts to choose layer and strength on."),
-]
+Validation = Annotated[DataSource, _ONE_WORD]
 
 
 class CalibrationSettings(Settings):

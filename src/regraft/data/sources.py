@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -56,6 +56,7 @@ _ONE_KIND: Mapping[str, Kind] = {
     "mmbench": "harmless",
     "docvqa": "harmless",
 }
+_NAME_FIRST = re.compile(rf"({'|'.join(get_args(Name))})((?:#[\w-]+)*)(?::(.*))?", re.DOTALL)
 
 
 class DataSource(BaseModel):
@@ -66,8 +67,9 @@ class DataSource(BaseModel):
     names have a SPLIT: safebench (#even, #odd, #tiny), vlguard (#unsafe, #safe-unsafe, #safe-safe,
     #all), mm-safetybench (#SD, #SD_TYPO, #TYPO), ch3ef, mossbench, xstest, prompts (harmful
     ones), benign (harmless ones), mmbench, docvqa. Each may end in "#harmful" or "#harmless", which
-    keeps these prompts alone, as in "demo:test#harmless". A list of words, as in
-    ["safebench", PATH], is read too. PATH is a file or a folder, a zip file of one, or
+    keeps these prompts alone, as in "demo:test#harmless". SPLIT and kind may follow the name
+    instead, as in "vlguard#safe-safe:PATH", and a list of words, as in ["safebench#even", PATH], is
+    read too. PATH is a file or a folder, a zip file of one, or
     hf:ORG/NAME[@REVISION][/PATH] for a data set on the hub.
     """
 
@@ -151,7 +153,33 @@ def _read_all(source: DataSource) -> Reading:
     return readers[source.name]()
 
 
+def words_of_first(words: Sequence[str]) -> int:
+    """How many of `words` name the first data set: 2 for a NAME before its PATH, or demo SPLIT."""
+    match = _NAME_FIRST.fullmatch(words[0])
+    if match is None or match[3] is not None:
+        return 1
+    following = "".join(words[1:2])
+    is_split = following.partition("#")[0] in ("calibration", "validation", "test")
+    return 2 if following and (match[1] != "demo" or is_split) else 1
+
+
 def _parse(text: str) -> dict[str, str]:
+    match = _NAME_FIRST.fullmatch(text)
+    if match is None or not match[2]:
+        return _parse_behind(text)
+    name, parts, rest = match.groups()
+    fields = _parse_behind(name if rest is None else f"{name}:{rest}")
+    for part in parts[1:].split("#"):
+        field = "kind" if part in get_args(Kind) else "split"
+        if field in fields:
+            raise ValueError(
+                f"{text!r} asks for {fields[field]!r} and for {part!r}; give one of them"
+            )
+        fields[field] = part
+    return fields
+
+
+def _parse_behind(text: str) -> dict[str, str]:
     before, _, kind = text.rpartition("#")
     if kind in get_args(Kind):
         return {**_parse_all(before), "kind": kind}
