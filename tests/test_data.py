@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 import pico
-from regraft.checks import seen_before
+from regraft.checks import draw_calibration, join_suites, order_calibration, seen_before
 from regraft.data import demo
 from regraft.data.demo import demo_model, read_demo
 from regraft.data.example import Example, Reading
 from regraft.data.images import check_images, open_image
 from regraft.data.jsonl import read_jsonl
 from regraft.data.safebench import FIGSTEP_PROMPT, read_safebench
-from regraft.data.sources import DataSource, read
+from regraft.data.sources import DataSource, of_split, read
 from regraft.data.vlguard import parse_vlguard, read_vlguard
 from regraft.errors import RegraftError
-from regraft.settings import _several
+from regraft.settings import CalibrationSettings, SearchSettings, _several
+from regraft.stages.searching import suites_of
 
 
 def png(path: Path, seed: int = 0) -> Path:
@@ -216,6 +217,43 @@ def test_vlguard_prefers_the_images_of_its_own_split(tmp_path):
         dump(tmp_path / f"{split}.json", [unsafe(1, "bad_ads/1.png")])
         image = png(tmp_path / split / "bad_ads" / "1.png")
         assert read_vlguard(tmp_path / f"{split}.json").examples[0].image == image
+
+
+def both_splits(folder: Path, *splits: str) -> Path:
+    """VLGuard's folder: one prompt a split, whose instruction says which."""
+    for split in splits or ("train", "test"):
+        answer = {"instruction": split, "response": "r"}
+        dump(folder / f"{split}.json", [unsafe(1, "b/1.png", **{"instr-resp": [answer]})])
+        png(folder / split / "b" / "1.png")
+    return folder
+
+
+def test_vlguards_folder_is_learnt_from_and_evaluated_on_by_split(tmp_path):
+    folder = DataSource(name="vlguard", path=both_splits(tmp_path))
+    sees = SimpleNamespace(anatomy=SimpleNamespace(has_vision=True))
+    calibration = CalibrationSettings(data=folder, samples=1)
+    for of in (draw_calibration, order_calibration):
+        assert [e.instruction for e in of(sees, calibration, harmful=True).examples] == ["train"]
+    searched = suites_of(SearchSettings(validation=folder))
+    assert [str(one) for one in searched] == [
+        f"vlguard:{tmp_path / 'train.json'}#{kind}" for kind in ("harmful", "harmless")
+    ]
+    evaluated = join_suites([folder], None).examples
+    assert [(e.instruction, e.suite) for e in evaluated] == [("test", str(folder))]
+    by_name = DataSource(name="vlguard", path=tmp_path / "train.json")
+    assert [e.instruction for e in join_suites([by_name], None).examples] == ["train"]
+
+
+def test_vlguard_without_the_split_that_is_needed(tmp_path):
+    folder = DataSource(name="vlguard", path=both_splits(tmp_path / "v", "train"))
+    named = r"v/train\.json"
+    with pytest.raises(RegraftError, match=rf"no test\.json but train\.json.*vlguard:.*{named}"):
+        join_suites([folder], None)
+    with pytest.raises(RegraftError, match=r"holds no test\.json, and.*evaluated on"):
+        of_split(DataSource(name="vlguard", path=png(tmp_path / "w" / "1.png").parent), "test")
+    (tmp_path / "v" / "train.json").rename(tmp_path / "v" / "test.json")
+    with pytest.raises(RegraftError, match=r"no train\.json but test\.json.*learnt and chosen"):
+        of_split(folder, "train")
 
 
 def test_vlguard_missing_images_are_never_dropped(tmp_path):

@@ -22,7 +22,7 @@ from regraft.data.mossbench import read_mossbench
 from regraft.data.prompts import read_prompts
 from regraft.data.rows import require_examples
 from regraft.data.safebench import Part, read_safebench
-from regraft.data.vlguard import Subset, read_vlguard
+from regraft.data.vlguard import Split, Subset, read_vlguard, split_file
 from regraft.data.xstest import read_xstest
 from regraft.errors import RegraftError
 
@@ -116,7 +116,7 @@ class DataSource(BaseModel):
 
 
 def read(source: DataSource) -> Reading:
-    """Read the data set that `source` names.
+    """Read the data set that `source` names; VLGuard's folder needs `of_split` first.
 
     Raises:
         RegraftError: see its reader; it has no prompt of the kind.
@@ -127,14 +127,35 @@ def read(source: DataSource) -> Reading:
     return require_examples(of_kind(reading, harmful=source.kind == "harmful"))
 
 
+def of_split(source: DataSource, split: Split) -> DataSource:
+    """The source, or of VLGuard's folder (zip file, hub id) its file of a split.
+
+    Learn and choose from "train", evaluate on "test". A file that is named itself stays.
+
+    Raises:
+        RegraftError: the file is not there.
+    """
+    if source.name != "vlguard" or source.path is None or source.path.suffix == ".json":
+        return source
+    path = _found(source, source.path)
+    if path.is_file() and source.path.suffix != ".zip":
+        return source
+    folder = path.parent if path.is_file() else path  # of a zip file with no other in it
+    return source.model_copy(update={"path": split_file(folder, split)})
+
+
+def _found(source: DataSource, path: Path) -> Path:
+    """Where the path of a source lies on this disk, downloaded and unpacked."""
+    path = located(path)
+    if not path.exists():
+        raise RegraftError(f"{source}: {path} does not exist.")
+    return only_entry(unpacked(path)) if path.suffix == ".zip" else path
+
+
 def _read_all(source: DataSource) -> Reading:
     if source.path is None:
         return read_demo(source.split)
-    path = located(source.path)
-    if not path.exists():
-        raise RegraftError(f"{source}: {path} does not exist.")
-    if path.suffix == ".zip":
-        path = only_entry(unpacked(path))
+    path = _found(source, source.path)
     readers: Mapping[str, Callable[[], Reading]] = {
         "vlguard": lambda: read_vlguard(path, cast(Subset | None, source.split)),
         "safebench": lambda: read_safebench(path, part=cast(Part, source.split or "all")),

@@ -10,7 +10,7 @@ from typing import Any
 
 from regraft import ranks
 from regraft.data.example import Reading
-from regraft.data.sources import DataSource
+from regraft.data.sources import DataSource, of_split
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.tradeoff import Bounds, Point, bounds_of, choose, nearest
@@ -178,7 +178,8 @@ def check_search(
 def suites_of(settings: SearchSettings) -> list[DataSource]:
     """The harmful and the harmless validation prompts."""
     kinds = ("harmful", "harmless")
-    return [settings.validation.model_copy(update={"kind": kind}) for kind in kinds]
+    validation = of_split(settings.validation, "train")
+    return [validation.model_copy(update={"kind": kind}) for kind in kinds]
 
 
 def evaluate_point(
