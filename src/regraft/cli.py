@@ -635,8 +635,16 @@ def render(prompts: Suite, *, out: Out, font: Path | None = None) -> None:
     from regraft.data.typographic import write_typographic
 
     with _watch() as watch:
-        images = write_typographic(read(prompts), out, watch, font)
-        watch.note(f"{len(images)} images; evaluate them by the name {out / 'examples.jsonl'}")
+        reading = read(prompts)
+        drawn = write_typographic(reading, out, watch, font)
+        if drawn.left_out:
+            watch.note(
+                f"{len(drawn.left_out)} of {len(reading.examples)} left out, as they do not fit "
+                f"into an image: {', '.join(drawn.left_out)}"
+            )
+        watch.note(
+            f"{len(drawn.images)} images; evaluate them by the name {out / 'examples.jsonl'}"
+        )
 
 
 @app.command
