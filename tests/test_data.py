@@ -423,6 +423,16 @@ def test_open_image_turns_exif_upright(tmp_path):
     assert open_image(tmp_path / "a.png").size == (4, 8)
 
 
+def test_an_image_with_a_broken_exif_block_is_named(tmp_path):
+    """Pillow raises struct.error: the block ends where the place of its fields should stand."""
+    pico.image(0, (8, 4)).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*")
+    with pytest.raises(RegraftError, match=r"a\.png is not a readable image: unpack requires"):
+        open_image(tmp_path / "a.png")
+    example = Example("x", "read it", True, "", tmp_path / "a.png")
+    with pytest.raises(RegraftError, match=r"set: 1 of 1 .*unreadable image: .*a\.png \(x\)"):
+        check_images(Reading("set", (example,)))
+
+
 # Demo
 
 

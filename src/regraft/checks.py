@@ -22,6 +22,7 @@ from regraft.settings import (
     HeadSettings,
     PruneSettings,
     RealignSettings,
+    validation_of,
 )
 
 
@@ -120,7 +121,7 @@ def read_validation(source: Source, settings: DefenceSettings) -> Reading:
     Raises:
         RegraftError: as `draw_calibration`; a kind is missing.
     """
-    reading = read(of_split(settings.validation, "train"))
+    reading = read(of_split(validation_of(settings), "train"))
     limit = settings.validation_limit
     kept: list[Example] = []
     for harmful, kind in ((True, "harmful"), (False, "harmless")):

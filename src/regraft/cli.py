@@ -57,6 +57,7 @@ from regraft.settings import (
     Swept,
     TuneSettings,
     explain,
+    with_validation,
 )
 
 if TYPE_CHECKING:
@@ -257,6 +258,7 @@ def realign(
         if search and not settings.ranked:
             raise RegraftError("--search chooses a number of weights: give a --budget too.")
         if search:
+            choice = with_validation(choice, dense_source.folder, calibration)
             stages.check_search(dense_source, choice, compute, stages.Session())
         elif choice != SearchSettings():
             raise RegraftError("Bounds, targets and points are those of a search: add --search.")
@@ -335,7 +337,7 @@ def tune(
     tuned.json and best.yaml, an item of a recipe's `realign`.
 
     Example: regraft tune MODEL pruned --method gain --budget 2 --data vlguard VLGuard/train.json
-    --trials 40 --points 3 --out tuned
+    --validation validation.jsonl --trials 40 --points 3 --out tuned
 
     Parameters
     ----------

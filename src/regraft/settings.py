@@ -6,7 +6,8 @@ The same models make the command line's flags, are a recipe's blocks and are wri
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from cyclopts import Parameter
 from pydantic import (
@@ -20,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from regraft.data.demo import is_demo
 from regraft.data.sources import DataSource, words_of_first
 from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
@@ -114,7 +116,7 @@ Suites = Annotated[
 ]
 
 
-Validation = Annotated[DataSource, _ONE_WORD]
+Validation = Annotated[DataSource | None, _ONE_WORD]
 
 
 class CalibrationSettings(Settings):
@@ -397,8 +399,9 @@ class SearchSettings(Settings):
     """How many weights of a ranking come back, chosen on validation prompts."""
 
     validation: Validation = Field(
-        DataSource(name="demo", split="validation"),
-        description="Harmful and harmless prompts, none of which should be evaluated on.",
+        None,
+        description="Harmful and harmless prompts, none of which should be evaluated on. The "
+        "bundled model or data come with some; any other needs its own.",
     )
     validation_limit: int | None = Field(
         None, ge=1, description="Use only the first of these prompts, of each kind."
@@ -533,9 +536,10 @@ class DefenceSettings(Settings):
         description="Direction: those to choose from; repeat the flag for more.",
     )
     validation: Validation = Field(
-        DataSource(name="demo", split="validation"),
+        None,
         description="Direction: harmful and harmless prompts on which layer and strength are "
-        "chosen, none of which should be evaluated on.",
+        "chosen, none of which should be evaluated on. The bundled model or data come with some; "
+        "any other needs its own.",
     )
     validation_limit: int | None = Field(
         None, ge=1, description="Direction: use only the first of these prompts, of each kind."
@@ -562,6 +566,39 @@ class DefenceSettings(Settings):
     def searches(self) -> bool:
         """Whether layer or strength are chosen on validation prompts."""
         return self.method == "refusal-direction" and None in (self.layer, self.strength)
+
+
+Choosing = TypeVar("Choosing", bound=SearchSettings | DefenceSettings)
+
+
+def with_validation(
+    settings: Choosing, model: str | Path, calibration: CalibrationSettings, *, needed: bool = True
+) -> Choosing:
+    """The settings, with the bundled validation prompts where none are named and these will do.
+
+    They will for the bundled model, for data that are bundled too, and where they are not `needed`.
+    """
+    if settings.validation is not None:
+        return settings
+    if needed and calibration.data.name != "demo" and not is_demo(model):
+        return settings
+    bundled = {"validation": DataSource(name="demo", split="validation")}
+    return cast(Choosing, settings.model_copy(update=bundled))
+
+
+def validation_of(settings: SearchSettings | DefenceSettings) -> DataSource:
+    """The prompts to choose on.
+
+    Raises:
+        RegraftError: none are named.
+    """
+    if settings.validation is None:
+        raise RegraftError(
+            "No validation prompts are named to choose on, and the bundled ones say nothing about "
+            "another model and other data. Give harmful and harmless ones with --validation (in a "
+            "recipe `validation`)."
+        )
+    return settings.validation
 
 
 class EvalSettings(Settings):

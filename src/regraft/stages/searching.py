@@ -18,7 +18,13 @@ from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
 from regraft.models.load import Source
 from regraft.restoration.ranking import Ranking, load_ranking
-from regraft.settings import ComputeSettings, EvalSettings, RealignSettings, SearchSettings
+from regraft.settings import (
+    ComputeSettings,
+    EvalSettings,
+    RealignSettings,
+    SearchSettings,
+    validation_of,
+)
 from regraft.stages.evaluating import evaluate
 from regraft.stages.realigning import realign
 from regraft.stages.session import Session
@@ -178,7 +184,7 @@ def check_search(
 def suites_of(settings: SearchSettings) -> list[DataSource]:
     """The harmful and the harmless validation prompts."""
     kinds = ("harmful", "harmless")
-    validation = of_split(settings.validation, "train")
+    validation = of_split(validation_of(settings), "train")
     return [validation.model_copy(update={"kind": kind}) for kind in kinds]
 
 
