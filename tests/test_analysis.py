@@ -26,6 +26,8 @@ from regraft.analysis.sweep import swept
 from regraft.cli import main
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
+from regraft.folder import RunFolder
+from regraft.heads.score import load_heads
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
 from regraft.recipe import Recipe, read_recipe
@@ -217,12 +219,42 @@ def test_sweep_and_relate_commands(
     relation = json.loads((tmp_path / "relation" / "relation.json").read_text())
     assert len({one["ships"] for one in relation["points"]}) == 1  # one dense model
     assert relation["spearman"] is None
+    assert relation["note"] is None
+    assert {one["estimated"] for one in relation["points"]} == {0}
     assert "not defined" in capsys.readouterr().out
     ElementTree.fromstring((tmp_path / "relation" / "relation.svg").read_text())
     _run("relate", runs[0], "--out", tmp_path / "other", code=2)
     assert "3 pruned models or more" in capsys.readouterr().err
     _run("relate", by_q / "evaluation", "--out", tmp_path / "other", code=2)
     assert not (tmp_path / "other").exists()
+
+
+def test_totals_of_screened_heads_are_told_to_be_estimates(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = read_recipe(recipe_file)
+    prune = [
+        {**recipe.prune[0].model_dump(), "name": f"p{i}", "sparsity": (3 + i) / 10}
+        for i in range(3)
+    ]
+    heads = {**recipe.heads.model_dump(), "mode": "screened", "candidates": 2}
+    path = tmp_path / "screened.yaml"
+    content = recipe.model_dump(mode="json") | {"prune": prune, "heads": heads}
+    path.write_text(json.dumps(content))
+    _run("run", path, "--out", tmp_path / "run")
+    capsys.readouterr()
+    _run("relate", tmp_path / "run", "--out", tmp_path / "relation")
+    dense = open_source(recipe.model)
+    scores = load_heads(RunFolder(tmp_path / "run").heads, dense.anatomy)
+    assert scores.exact is not None
+    exact, every = int(scores.exact.sum()), scores.exact.numel()
+    assert 0 < exact < every
+    relation = json.loads((tmp_path / "relation" / "relation.json").read_text())
+    told = [(one["estimated"], one["heads"]) for one in relation["points"]]
+    assert told == [(every - exact, every)] * 3
+    note = f"Ships are estimates for {every - exact} of {every} heads of "
+    assert note in relation["note"]
+    assert note in capsys.readouterr().out
 
 
 def test_sparsity_sweep(recipe_file: Path, tmp_path: Path) -> None:

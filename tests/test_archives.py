@@ -18,7 +18,7 @@ from PIL import Image
 from regraft.data.archives import unpacked
 from regraft.data.cache import CACHE_VARIABLE, cached_file
 from regraft.data.hub import located
-from regraft.data.sources import DataSource, read
+from regraft.data.sources import DataSource, of_split, read
 from regraft.data.vlguard import read_vlguard
 from regraft.errors import RegraftError
 
@@ -97,6 +97,54 @@ def test_vlguards_images_may_be_in_its_archive(tmp_path: Path, cache: Path, insi
     assert example.image is not None
     assert example.image.is_relative_to(cache)
     assert example.image.read_bytes() == content
+
+
+def test_vlguards_archive_counts_where_the_other_split_is_unpacked(
+    tmp_path: Path, cache: Path
+) -> None:
+    """Also where the unpacked one has an image of the same name."""
+    _vlguard(tmp_path / "v")
+    (tmp_path / "v" / "train" / "f").mkdir(parents=True)
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "v" / "train" / "f" / "1.png")
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "1.png")
+    content = (tmp_path / "1.png").read_bytes()
+    with zipfile.ZipFile(tmp_path / "v" / "test.zip", "w") as archive:
+        archive.writestr("test/f/1.png", content)
+    (example,) = read_vlguard(tmp_path / "v" / "test.json").examples
+    assert example.image is not None
+    assert example.image.read_bytes() == content
+    (tmp_path / "v" / "test" / "f").mkdir(parents=True)
+    own = tmp_path / "v" / "test" / "f" / "1.png"
+    Image.new("RGB", (4, 4), "green").save(own)
+    (example,) = read_vlguard(tmp_path / "v" / "test.json").examples
+    assert example.image == own
+
+
+def test_splits_of_a_zipped_vlguard(tmp_path: Path, cache: Path) -> None:
+    archive = tmp_path / "x.zip"
+    source = DataSource.model_validate(f"vlguard:{archive}")
+    with zipfile.ZipFile(archive, "w") as whole:
+        whole.writestr("VLGuard/train.json", "[]")
+    with pytest.raises(RegraftError, match=r"no test\.json but train\.json"):
+        of_split(source, "test")
+    with zipfile.ZipFile(archive, "a") as whole:
+        whole.writestr("VLGuard/test.json", "[]")
+    for split in ("train", "test"):
+        path = of_split(source, split).path  # type: ignore[arg-type]
+        assert path is not None
+        assert path.name == f"{split}.json"
+        assert path.is_relative_to(cache)
+
+
+def test_splits_of_vlguard_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    source = DataSource.model_validate("vlguard:hf:org/VLGuard#unsafe")
+    (tmp_path / "train.json").write_text("[]")
+    assert str(of_split(source, "train")) == f"vlguard:{tmp_path / 'train.json'}#unsafe"
+    with pytest.raises(RegraftError, match=r"no test\.json but train\.json"):
+        of_split(source, "test")
+    named = DataSource.model_validate("vlguard:hf:org/VLGuard/train.json")
+    assert of_split(named, "test") == named
 
 
 def test_a_data_set_may_be_a_zip_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -343,6 +344,44 @@ def test_budgets_in_a_recipe(
     has(refused("run", world.recipe(realign=[variant]), "--out", "run"), *parts)
 
 
+@pytest.mark.parametrize(
+    ("command", "wanted", "unwanted"),
+    [
+        ("realign", "Harmful and harmless prompts, none of which should be", "Direction"),
+        ("tune", "Harmful and harmless prompts, none of which should be", "Direction"),
+        ("defend", "Direction: harmful and harmless prompts on which layer and", "search"),
+    ],
+)
+def test_validation_is_explained_by_each_command(
+    command: str,
+    wanted: str,
+    unwanted: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    run_ok(command, "--help")
+    told = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    about = told.rpartition("--validation ")[2].partition("--validation-limit ")[0]
+    assert wanted in about
+    assert unwanted not in about
+
+
+def test_validation_prompts_must_be_named_for_another_model(world: World, refused: Refused) -> None:
+    random = ["--method", "random", "--count", 4, "--search"]
+    words = ["realign", world.model, world.pruned, *random, "--out", "out"]
+    missing = "No validation prompts are named to choose on"
+    has(refused(*words, "--data", world.data), missing, "--validation")
+    words += ["--validation", "vlguard#unsafe", "gone"]
+    has(refused(*words, "--data", world.data), "vlguard:gone#unsafe: gone does not exist")
+    defend = ["defend", world.pruned, "--method", "refusal-direction", "--out", "out"]
+    has(refused(*defend, "--data", world.data), missing)
+    variant = {"name": "r", "method": "random", "count": 4, "search": {"points": 1}}
+    has(refused("run", world.recipe(realign=[variant]), "--out", "run"), "realign: 'r'", missing)
+    direction = {"name": "d", "method": "refusal-direction", "layer": 0}
+    has(refused("run", world.recipe(defend=[direction]), "--out", "run"), "defend: 'd'", missing)
+
+
 def test_prompts_of_one_kind_only(world: World, refused: Refused) -> None:
     """For gain and for the search; found before anything is pruned or ranked."""
     lines = world.data.read_text().splitlines(keepends=True)
@@ -463,6 +502,21 @@ def test_r_max_too_large(world: World, refused: Refused, command: str) -> None:
 )
 def test_unknown_data(world: World, refused: Refused, data: str, parts: list[str]) -> None:
     has(refused("prune", world.model, "--data", data, "--out", "out"), *parts)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["vlguard#safe-safe", "gone"], "vlguard:gone#safe-safe: gone does not exist"),
+        (["vlguard", "gone#safe-safe"], "vlguard:gone#safe-safe: gone does not exist"),
+        (["xstest#harmless:gone"], "xstest:gone#harmless: gone does not exist"),
+        (["safebench#half", "gone"], "safebench has the splits even, odd, tiny; there is no"),
+        (["vlgard#unsafe", "gone"], "unknown data set 'vlgard#unsafe"),
+    ],
+)
+def test_parts_behind_the_name(world: World, refused: Refused, words: list[str], part: str) -> None:
+    has(refused("eval", world.model, "--suite", *words, "--out", "out"), part)
+    has(refused("prune", world.model, "--data", *words, "--out", "out"), part)
 
 
 # Settings

@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 import pico
-from regraft.checks import seen_before
+from regraft.checks import draw_calibration, join_suites, order_calibration, seen_before
 from regraft.data import demo
 from regraft.data.demo import demo_model, read_demo
 from regraft.data.example import Example, Reading
 from regraft.data.images import check_images, open_image
 from regraft.data.jsonl import read_jsonl
 from regraft.data.safebench import FIGSTEP_PROMPT, read_safebench
-from regraft.data.sources import DataSource, read
+from regraft.data.sources import DataSource, of_split, read
 from regraft.data.vlguard import parse_vlguard, read_vlguard
 from regraft.errors import RegraftError
-from regraft.settings import _several
+from regraft.settings import CalibrationSettings, SearchSettings, _several
+from regraft.stages.searching import suites_of
 
 
 def png(path: Path, seed: int = 0) -> Path:
@@ -218,6 +219,43 @@ def test_vlguard_prefers_the_images_of_its_own_split(tmp_path):
         assert read_vlguard(tmp_path / f"{split}.json").examples[0].image == image
 
 
+def both_splits(folder: Path, *splits: str) -> Path:
+    """VLGuard's folder: one prompt a split, whose instruction says which."""
+    for split in splits or ("train", "test"):
+        answer = {"instruction": split, "response": "r"}
+        dump(folder / f"{split}.json", [unsafe(1, "b/1.png", **{"instr-resp": [answer]})])
+        png(folder / split / "b" / "1.png")
+    return folder
+
+
+def test_vlguards_folder_is_learnt_from_and_evaluated_on_by_split(tmp_path):
+    folder = DataSource(name="vlguard", path=both_splits(tmp_path))
+    sees = SimpleNamespace(anatomy=SimpleNamespace(has_vision=True))
+    calibration = CalibrationSettings(data=folder, samples=1)
+    for of in (draw_calibration, order_calibration):
+        assert [e.instruction for e in of(sees, calibration, harmful=True).examples] == ["train"]
+    searched = suites_of(SearchSettings(validation=folder))
+    assert [str(one) for one in searched] == [
+        f"vlguard:{tmp_path / 'train.json'}#{kind}" for kind in ("harmful", "harmless")
+    ]
+    evaluated = join_suites([folder], None).examples
+    assert [(e.instruction, e.suite) for e in evaluated] == [("test", str(folder))]
+    by_name = DataSource(name="vlguard", path=tmp_path / "train.json")
+    assert [e.instruction for e in join_suites([by_name], None).examples] == ["train"]
+
+
+def test_vlguard_without_the_split_that_is_needed(tmp_path):
+    folder = DataSource(name="vlguard", path=both_splits(tmp_path / "v", "train"))
+    named = r"v/train\.json"
+    with pytest.raises(RegraftError, match=rf"no test\.json but train\.json.*vlguard:.*{named}"):
+        join_suites([folder], None)
+    with pytest.raises(RegraftError, match=r"holds no test\.json, and.*evaluated on"):
+        of_split(DataSource(name="vlguard", path=png(tmp_path / "w" / "1.png").parent), "test")
+    (tmp_path / "v" / "train.json").rename(tmp_path / "v" / "test.json")
+    with pytest.raises(RegraftError, match=r"no train\.json but test\.json.*learnt and chosen"):
+        of_split(folder, "train")
+
+
 def test_vlguard_missing_images_are_never_dropped(tmp_path):
     dump(tmp_path / "train.json", [unsafe(i, f"bad_ads/{i}.png") for i in range(6)])
     png(tmp_path / "train" / "bad_ads" / "0.png")
@@ -385,6 +423,16 @@ def test_open_image_turns_exif_upright(tmp_path):
     assert open_image(tmp_path / "a.png").size == (4, 8)
 
 
+def test_an_image_with_a_broken_exif_block_is_named(tmp_path):
+    """Pillow raises struct.error: the block ends where the place of its fields should stand."""
+    pico.image(0, (8, 4)).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*")
+    with pytest.raises(RegraftError, match=r"a\.png is not a readable image: unpack requires"):
+        open_image(tmp_path / "a.png")
+    example = Example("x", "read it", True, "", tmp_path / "a.png")
+    with pytest.raises(RegraftError, match=r"set: 1 of 1 .*unreadable image: .*a\.png \(x\)"):
+        check_images(Reading("set", (example,)))
+
+
 # Demo
 
 
@@ -476,12 +524,37 @@ def test_source_words(words, name, path, split, text):
         ("a.jsonl#harmless", {"name": "jsonl", "kind": "harmless"}),
         ("a.jsonl#val#harmful", {"name": "jsonl", "split": "val", "kind": "harmful"}),
         ("jsonl:a#harmlessly", {"name": "jsonl", "split": "harmlessly"}),
+        ("vlguard#safe-safe:v/t.json", {"name": "vlguard", "split": "safe-safe"}),
+        (["vlguard#safe-safe", "v"], {"name": "vlguard", "split": "safe-safe"}),
+        (["xstest#harmless", "hf:o/x/p.csv"], {"name": "xstest", "kind": "harmless"}),
+        (
+            ["safebench#even#harmful", "d"],
+            {"name": "safebench", "split": "even", "kind": "harmful"},
+        ),
+        (
+            "safebench#harmful:d#even",
+            {"name": "safebench", "split": "even", "kind": "harmful"},
+        ),
+        ("demo#test", {"name": "demo", "split": "test"}),
+        ("demo#harmful:test", {"name": "demo", "split": "test", "kind": "harmful"}),
+        ("vlguard#x/a.jsonl", {"name": "jsonl"}),
     ],
 )
 def test_source_kind(words, fields):
     source = DataSource.model_validate(words)
     assert {name: value for name, value in source if value and name != "path"} == fields
     assert DataSource.model_validate(str(source)) == source
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("vlguard", "#safe-safe"), ("xstest", "#harmless"), ("safebench", "#odd#harmful")],
+)
+def test_parts_behind_the_name_or_behind_the_path_are_the_same(name, parts):
+    behind = DataSource.model_validate(f"{name}:d/e.x{parts}")
+    assert behind.path == Path("d/e.x")
+    for words in (f"{name}{parts}:d/e.x", [f"{name}{parts}", "d/e.x"], [name, f"d/e.x{parts}"]):
+        assert DataSource.model_validate(words) == behind
 
 
 @given(
@@ -510,6 +583,12 @@ def test_source_text_is_always_the_inverse(name, path, split, kind):
             "vlguard:d#test",
             "safe-safe, all; there is no 'test'",
         ),
+        ("safebench#half:d", "safebench has the splits even, odd, tiny; there is no 'half'"),
+        (["xstest#even", "d"], "xstest has no splits; there is no 'even'"),
+        ("vlguard#unsafe", "vlguard needs a path, as in vlguard:PATH"),
+        ("vlgard#unsafe:d", "unknown data set 'vlgard#unsafe:d'; expected demo, vlguard"),
+        ("safebench#even:d#odd", "asks for 'odd' and for 'even'; give one of them"),
+        ("xstest#harmful#harmless:d", "asks for 'harmful' and for 'harmless'"),
         ({"name": "demo", "path": "x"}, "takes no path"),
         ({"name": "jsonl", "path": "a#b"}, "ambiguous"),
         ({"name": "jsonl", "path": "a", "split": "harmful"}, "ambiguous"),
@@ -606,6 +685,13 @@ def test_test_prompts_that_were_used_before_are_found(tmp_path):
         ("safebench /a#tiny x.jsonl", ["safebench:/a#tiny", "jsonl:x.jsonl"]),
         ("demo test demo", ["demo:test", "demo"]),
         ("demo demo:test#harmless vlguard:/x", ["demo", "demo:test#harmless", "vlguard:/x"]),
+        ("vlguard#safe-safe /a xstest#harmless /b", ["vlguard:/a#safe-safe", "xstest:/b#harmless"]),
+        ("vlguard#unsafe:/a safebench#odd /b", ["vlguard:/a#unsafe", "safebench:/b#odd"]),
+        (
+            "demo test#harmless demo#test x.jsonl",
+            ["demo:test#harmless", "demo:test", "jsonl:x.jsonl"],
+        ),
+        ("demo#harmful test demo#harmless", ["demo:test#harmful", "demo#harmless"]),
     ],
 )
 def test_several_suites_in_a_row(words, suites):

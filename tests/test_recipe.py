@@ -143,6 +143,48 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     assert recipe.evaluate.suite == (DataSource(name="safebench", path=here / "s", split="even"),)
 
 
+def test_parts_behind_the_name_of_a_suite(tmp_path: Path) -> None:
+    text = "evaluate: {suite: ['vlguard#safe-safe:v', 'xstest:x#harmless', [xstest#harmful, x]]}"
+    suites = _read(tmp_path, text).evaluate.suite
+    assert [(one.name, one.path, one.split, one.kind) for one in suites] == [
+        ("vlguard", tmp_path / "v", "safe-safe", None),
+        ("xstest", tmp_path / "x", None, "harmless"),
+        ("xstest", tmp_path / "x", None, "harmful"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "bundled",
+    ["model: demo", "model: x/y\ncalibration: {data: 'demo:calibration'}"],
+    ids=["model", "data"],
+)
+def test_bundled_validation_prompts_are_for_bundled_models_and_data(
+    tmp_path: Path, bundled: str
+) -> None:
+    """They are written out, as they were before there was a choice, so that keys stay the same."""
+    text = (
+        "realign: [{name: r, method: random, count: 4, search: {points: 1}}]\n"
+        "defend: [{name: d, method: refusal-direction}]\n"
+    )
+    written = _read(tmp_path, f"{bundled}\n{text}").model_dump(mode="json")
+    assert written["realign"][0]["search"]["validation"] == "demo:validation"
+    assert written["defend"][0]["validation"] == "demo:validation"
+
+
+def test_what_chooses_nothing_needs_no_validation_prompts(tmp_path: Path) -> None:
+    text = """
+    model: x/y
+    calibration: {data: a.jsonl}
+    defend:
+    - {name: shield}
+    - {name: given, method: refusal-direction, layer: 1, strength: 1}
+    - {name: own, method: refusal-direction, validation: v.jsonl}
+    """
+    defend = _read(tmp_path, text).model_dump(mode="json")["defend"]
+    own = f"jsonl:{tmp_path / 'v.jsonl'}"
+    assert [one["validation"] for one in defend] == ["demo:validation", "demo:validation", own]
+
+
 def test_what_is_done_to_which_pruning(tmp_path: Path) -> None:
     text = """
     prune: [{name: a}, {name: b}, {name: c, realign: false}]

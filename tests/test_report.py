@@ -613,6 +613,37 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert value["comparisons"][1]["recovery"]["value"] == pytest.approx(0.75)
 
 
+def test_a_report_of_many_answers_stays_small(tmp_path: Path) -> None:
+    """5000 answers of three models, none like another, are 15 MB; the page has what fits."""
+
+    def of(name: str, refuses: int, **numbers: object) -> Variant:
+        given = [
+            judge_answer(
+                Example(f"h{i}", f"{i} prompt " + "of words " * 10, i % 2 == 0, f"c{i % 5}"),
+                (REFUSAL if i % refuses == 0 else "Sure. ")
+                + f"{name} {i} "
+                + f"{i * 7:09d} " * 100,
+                JUDGE,
+            )
+            for i in range(5000)
+        ]
+        return Variant(name, name, summarise("suite", JUDGE, given), **numbers)  # type: ignore[arg-type]
+
+    numbers = {"sparsity": 0.6, "pruned": 1000}
+    variants = (
+        of("dense", 2),
+        of("pruned", 5, base="dense", **numbers),
+        of("realigned", 3, base="pruned", restored=5, **numbers),
+    )
+    written = sum(len(one.answer) for variant in variants for one in variant.result.answers)
+    assert written > 15_000_000
+    write_report(replace(REPORT, variants=variants), tmp_path)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert set(sizes) == {"report.html", "report.json", "report.md", "card.md"}
+    assert max(sizes.values()) < 5_000_000, sizes
+    assert sizes["report.html"] > 2_000_000  # as many answers as fit are there
+
+
 def test_a_matrix_is_rendered_the_same_again() -> None:
     compared = comparisons(MATRIX)
     assert render_html(MATRIX, compared) == render_html(MATRIX, comparisons(MATRIX))

@@ -461,6 +461,12 @@ def test_bad_input(refused: Callable[..., str]) -> None:
     assert "top_heads" in refused("--method", "gain", "--count", 9, "--top-heads", 999)
 
 
+def test_validation_prompts_must_be_named(tune: Callable[..., Tuned], tmp_path: Path) -> None:
+    with pytest.raises(RegraftError, match="No validation prompts are named to choose on"):
+        tune(RealignSettings(), choice=SearchSettings(validation_limit=2, points=2))
+    assert not (tmp_path / "tuned").exists()
+
+
 def test_without_optuna(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert "pip install 'regraft[tune]'" in refused()

@@ -15,7 +15,13 @@ from regraft.cli import main
 from regraft.data.jsonl import read_jsonl
 from regraft.data.prompts import read_prompts
 from regraft.data.safebench import FIGSTEP_PROMPT
-from regraft.data.typographic import FONT_PLACES, draw_text, find_font, write_typographic
+from regraft.data.typographic import (
+    FONT_PLACES,
+    _fitting,
+    draw_text,
+    find_font,
+    write_typographic,
+)
 from regraft.errors import RegraftError
 from regraft.watch import Silent
 
@@ -80,11 +86,42 @@ def test_a_data_set_of_images(tmp_path: Path) -> None:
     assert titles == ["Do a/b", "Do c"]
 
 
+def test_prompts_that_do_not_fit_are_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file like HarmBench's, of which the second with its context is too long at any size."""
+    with (tmp_path / "h.csv").open("w", newline="") as handle:
+        table = csv.writer(handle)
+        table.writerow(["Behavior", "SemanticCategory", "ContextString", "BehaviorID"])
+        table.writerow(["Do a", "c1", "", "a_short"])
+        table.writerow(["Edit this", "c2", "word " * 2000, "b_long"])
+        table.writerow(["Do c", "c1", "word", "c_short"])
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stopped:
+        main(["render", f"prompts:{tmp_path / 'h.csv'}", "--out", str(out), "--font", str(FONT)])
+    assert stopped.value.code == 0
+    told = capsys.readouterr().out
+    assert "1 of 3 left out, as they do not fit into an image: b_long" in told
+    assert "2 images" in told
+    assert [one.id for one in read_jsonl(out / "examples.jsonl").examples] == ["a_short", "c_short"]
+    assert {path.name for path in (out / "images").iterdir()} == {"a_short.png", "c_short.png"}
+
+
+def test_some_of_harmbench_does_not_fit(shared: Path) -> None:
+    """FigStep's wrapping at the smallest size: what is far too long for it, and what is short."""
+    if not any(place.is_file() for place in FONT_PLACES):
+        pytest.skip("needs FreeMono Bold: Debian's package fonts-freefont-ttf")
+    examples = read_prompts(shared / "data" / "prompts" / "harmbench_test.csv").examples
+    longest, shortest = (pick(examples, key=lambda e: len(e.instruction)) for pick in (max, min))
+    assert _fitting(longest.instruction, find_font()) is None
+    assert _fitting(shortest.instruction, find_font()) is not None
+
+
 def test_drawing_leaves_nothing_half_done(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("short\n" + "x " * 4000 + "\n")
+    (tmp_path / "p.txt").write_text("y " * 3000 + "\n" + "x " * 4000 + "\n")
     reading = read_prompts(tmp_path / "p.txt", harmful=False)
     assert [example.harmful for example in reading.examples] == [False, False]
-    with pytest.raises(RegraftError, match="does not fit"):
+    with pytest.raises(RegraftError, match=r"p\.txt: none of 2 prompts fits into an image"):
         write_typographic(reading, tmp_path / "out", Silent(), FONT)
     assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
     (tmp_path / "p.txt").write_text("short\n")

@@ -10,7 +10,7 @@ from typing import Any
 from regraft import ranks
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
-from regraft.data.sources import DataSource, read
+from regraft.data.sources import DataSource, of_split, read
 from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.models.load import Source
@@ -22,6 +22,7 @@ from regraft.settings import (
     HeadSettings,
     PruneSettings,
     RealignSettings,
+    validation_of,
 )
 
 
@@ -35,7 +36,8 @@ def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmfu
         RegraftError: see the data readers and `draw`; an image is unreadable, or there are images
             and the model reads text only.
     """
-    reading = draw(read(calibration.data), harmful=harmful, **_drawing(calibration))
+    whole = read(of_split(calibration.data, "train"))
+    reading = draw(whole, harmful=harmful, **_drawing(calibration))
     _check_readable(source, reading)
     return reading
 
@@ -44,7 +46,8 @@ def order_calibration(
     source: Source, calibration: CalibrationSettings, *, harmful: bool
 ) -> Reading:
     """All prompts of one kind in the order in which they are drawn, as `draw_calibration`."""
-    reading = in_drawn_order(read(calibration.data), harmful=harmful, **_drawing(calibration))
+    whole = read(of_split(calibration.data, "train"))
+    reading = in_drawn_order(whole, harmful=harmful, **_drawing(calibration))
     _check_readable(source, reading)
     return reading
 
@@ -79,7 +82,7 @@ def join_suites(suites: Sequence[DataSource], limit: int | None) -> Reading:
     Raises:
         RegraftError: see the data readers.
     """
-    readings = [read(suite) for suite in suites]
+    readings = [read(of_split(suite, "test")) for suite in suites]
     examples: list[Example] = []
     skipped: dict[str, int] = {}
     taken: set[str] = set()
@@ -118,7 +121,7 @@ def read_validation(source: Source, settings: DefenceSettings) -> Reading:
     Raises:
         RegraftError: as `draw_calibration`; a kind is missing.
     """
-    reading = read(settings.validation)
+    reading = read(of_split(validation_of(settings), "train"))
     limit = settings.validation_limit
     kept: list[Example] = []
     for harmful, kind in ((True, "harmful"), (False, "harmless")):

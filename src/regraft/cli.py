@@ -33,6 +33,7 @@ from regraft.console import (
     show_tuned,
 )
 from regraft.data.demo import demo_model
+from regraft.data.sources import words_of_first
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import KEYWORD_JUDGES
 from regraft.models.anatomy import LayerAnatomy
@@ -57,6 +58,7 @@ from regraft.settings import (
     Swept,
     TuneSettings,
     explain,
+    with_validation,
 )
 
 if TYPE_CHECKING:
@@ -257,6 +259,7 @@ def realign(
         if search and not settings.ranked:
             raise RegraftError("--search chooses a number of weights: give a --budget too.")
         if search:
+            choice = with_validation(choice, dense_source.folder, calibration)
             stages.check_search(dense_source, choice, compute, stages.Session())
         elif choice != SearchSettings():
             raise RegraftError("Bounds, targets and points are those of a search: add --search.")
@@ -338,7 +341,7 @@ def tune(
     tuned.json and best.yaml, an item of a recipe's `realign`.
 
     Example: regraft tune MODEL pruned --method gain --budget 2 --data vlguard VLGuard/train.json
-    --trials 40 --points 3 --out tuned
+    --validation validation.jsonl --trials 40 --points 3 --out tuned
 
     Parameters
     ----------
@@ -638,8 +641,16 @@ def render(prompts: Suite, *, out: Out, font: Path | None = None) -> None:
     from regraft.data.typographic import write_typographic
 
     with _watch() as watch:
-        images = write_typographic(read(prompts), out, watch, font)
-        watch.note(f"{len(images)} images; evaluate them by the name {out / 'examples.jsonl'}")
+        reading = read(prompts)
+        drawn = write_typographic(reading, out, watch, font)
+        if drawn.left_out:
+            watch.note(
+                f"{len(drawn.left_out)} of {len(reading.examples)} left out, as they do not fit "
+                f"into an image: {', '.join(drawn.left_out)}"
+            )
+        watch.note(
+            f"{len(drawn.images)} images; evaluate them by the name {out / 'examples.jsonl'}"
+        )
 
 
 @app.command
@@ -781,7 +792,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(stderr=True)
     try:
         with ranks.joined():
-            app(arguments, exit_on_error=False, print_error=False)
+            words = _joined(sys.argv[1:] if arguments is None else arguments)
+            app(words, exit_on_error=False, print_error=False)
     except RegraftError as error:
         _fail(console, str(error))
     except ValidationError as error:
@@ -802,6 +814,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         console.print("Interrupted. The same command continues where it stopped.")
         sys.exit(130)
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """The words with `--data NAME PATH` as `--data NAME:PATH`; settings take a flag's one word."""
+    found: list[str] = []
+    rest = list(words)
+    while rest:
+        option = found[-1:] in (["--data"], ["--validation"])
+        count = words_of_first(rest) if option and not "".join(rest[1:2]).startswith("-") else 1
+        found.append(":".join(rest[:count]))
+        rest = rest[count:]
+    return found
 
 
 def _fail(console: Console, message: str) -> None:

@@ -183,6 +183,8 @@ def show_sweep(console: Console, sweep: Sweep) -> None:
 
 def show_relation(console: Console, points: Sequence[ModelPoint], found: Spearman | None) -> None:
     """Print total Ships and the rise in ASR of each model, and their rank correlation."""
+    from regraft.analysis.relation import estimates
+
     table = Table("model", "total Ships", "rise in ASR, points")
     for one in points:
         table.add_row(Text(one.name), f"{one.ships:.3f}", f"{100 * one.degradation:+.1f}")
@@ -192,6 +194,8 @@ def show_relation(console: Console, points: Sequence[ModelPoint], found: Spearma
         if found is None
         else f"Spearman's rho {found.rho:.4f}, p = {found.p:.3g}, n = {found.n}"
     )
+    if note := estimates(points):
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
 
 
 def show_overlap(console: Console, found: Mapping[float, Sequence[LayerOverlap]]) -> None:

@@ -23,6 +23,7 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.settings import (
     CalibrationSettings,
+    Choosing,
     ComputeSettings,
     DefenceSettings,
     EvalSettings,
@@ -32,6 +33,8 @@ from regraft.settings import (
     SearchSettings,
     Settings,
     explain,
+    validation_of,
+    with_validation,
 )
 
 
@@ -247,6 +250,27 @@ class Recipe(Settings):
         seed = info.data["calibration"].seed
         return tuple(draw for one in realign for draw in one.draws(seed))
 
+    @field_validator("realign")
+    @classmethod
+    def _search_on(
+        cls, realign: tuple[VariantSettings, ...], info: ValidationInfo
+    ) -> tuple[VariantSettings, ...]:
+        """Searches with the prompts that they choose on."""
+        return tuple(
+            one
+            if one.search is None
+            else one.model_copy(update={"search": _choosing(one.search, one.name, info)})
+            for one in realign
+        )
+
+    @field_validator("defend")
+    @classmethod
+    def _choose_on(
+        cls, defend: tuple[NamedDefenceSettings, ...], info: ValidationInfo
+    ) -> tuple[NamedDefenceSettings, ...]:
+        """Defences with the prompts that they choose on."""
+        return tuple(_choosing(one, one.name, info, needed=one.searches) for one in defend)
+
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         if len(set(self.seeds)) < len(self.seeds):
@@ -336,6 +360,20 @@ class Recipe(Settings):
         return written if len(written) > 1 else written[0]
 
 
+def _choosing(
+    settings: Choosing, name: str, info: ValidationInfo, *, needed: bool = True
+) -> Choosing:
+    if not {"model", "calibration"} <= info.data.keys():
+        return settings  # they have errors of their own
+    model, calibration = info.data["model"], info.data["calibration"]
+    found = with_validation(settings, model, calibration, needed=needed)
+    try:
+        validation_of(found)
+    except RegraftError as error:
+        raise ValueError(f"{name!r}: {error}") from error
+    return found
+
+
 def _is_for(pruning: PruningSettings, names: tuple[str, ...]) -> bool:
     return pruning.realign and (not names or pruning.name in names)
 
@@ -392,7 +430,7 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
     suites = tuple(source(one) for one in recipe.evaluate.suite)
     evaluate = recipe.evaluate.model_copy(update={"suite": suites})
     defend = tuple(
-        one.model_copy(update={"validation": source(one.validation)}) for one in recipe.defend
+        one.model_copy(update={"validation": source(validation_of(one))}) for one in recipe.defend
     )
     realign = tuple(
         one
@@ -400,7 +438,7 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
         else one.model_copy(
             update={
                 "search": one.search.model_copy(
-                    update={"validation": source(one.search.validation)}
+                    update={"validation": source(validation_of(one.search))}
                 )
             }
         )

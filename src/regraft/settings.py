@@ -6,7 +6,8 @@ The same models make the command line's flags, are a recipe's blocks and are wri
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from cyclopts import Parameter
 from pydantic import (
@@ -20,8 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from regraft.data.sources import DataSource
-from regraft.data.sources import Name as DataName
+from regraft.data.demo import is_demo
+from regraft.data.sources import DataSource, words_of_first
 from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
 from regraft.evaluation.judge import DEFAULT_WINDOW, KeywordJudge
@@ -71,26 +72,24 @@ def _words(_type: Any, tokens: Sequence[Any]) -> DataSource:
 
 
 def _several(_type: Any, tokens: Sequence[Any]) -> tuple[DataSource, ...]:
-    """Words of several data sets in a row: a bare name takes the next word as its path."""
+    """Words of several data sets in a row."""
     words, found = [str(token.value) for token in tokens], []
     while words:
-        pair = words[0] in get_args(DataName) and (words[0] != "demo" or words[1:2] in _DEMO_SPLITS)
-        found.append(DataSource.model_validate(words[: 2 if pair else 1]))
-        words = words[2 if pair else 1 :]
+        count = words_of_first(words)
+        found.append(DataSource.model_validate(words[:count]))
+        words = words[count:]
     return tuple(found)
-
-
-_DEMO_SPLITS = (["calibration"], ["validation"], ["test"])
 
 
 _ONE_OR_TWO_WORDS = Parameter(
     converter=_words, n_tokens=-1, consume_multiple=True, accepts_keys=False
 )
+_ONE_WORD = Parameter(n_tokens=1, accepts_keys=False)  # no converter is asked inside of settings
 
 
 Data = Annotated[
     DataSource,
-    _ONE_OR_TWO_WORDS,
+    _ONE_WORD,
     Parameter(help="demo:calibration, vlguard PATH (train.json by its images) or a .jsonl file."),
 ]
 
@@ -117,11 +116,7 @@ Suites = Annotated[
 ]
 
 
-Validation = Annotated[
-    DataSource,
-    _ONE_OR_TWO_WORDS,
-    Parameter(help="Direction: harmful and harmless prompts to choose layer and strength on."),
-]
+Validation = Annotated[DataSource | None, _ONE_WORD]
 
 
 class CalibrationSettings(Settings):
@@ -414,8 +409,9 @@ class SearchSettings(Settings):
     """How many weights of a ranking come back, chosen on validation prompts."""
 
     validation: Validation = Field(
-        DataSource(name="demo", split="validation"),
-        description="Harmful and harmless prompts, none of which should be evaluated on.",
+        None,
+        description="Harmful and harmless prompts, none of which should be evaluated on. The "
+        "bundled model or data come with some; any other needs its own.",
     )
     validation_limit: int | None = Field(
         None, ge=1, description="Use only the first of these prompts, of each kind."
@@ -550,9 +546,10 @@ class DefenceSettings(Settings):
         description="Direction: those to choose from; repeat the flag for more.",
     )
     validation: Validation = Field(
-        DataSource(name="demo", split="validation"),
+        None,
         description="Direction: harmful and harmless prompts on which layer and strength are "
-        "chosen, none of which should be evaluated on.",
+        "chosen, none of which should be evaluated on. The bundled model or data come with some; "
+        "any other needs its own.",
     )
     validation_limit: int | None = Field(
         None, ge=1, description="Direction: use only the first of these prompts, of each kind."
@@ -579,6 +576,39 @@ class DefenceSettings(Settings):
     def searches(self) -> bool:
         """Whether layer or strength are chosen on validation prompts."""
         return self.method == "refusal-direction" and None in (self.layer, self.strength)
+
+
+Choosing = TypeVar("Choosing", bound=SearchSettings | DefenceSettings)
+
+
+def with_validation(
+    settings: Choosing, model: str | Path, calibration: CalibrationSettings, *, needed: bool = True
+) -> Choosing:
+    """The settings, with the bundled validation prompts where none are named and these will do.
+
+    They will for the bundled model, for data that are bundled too, and where they are not `needed`.
+    """
+    if settings.validation is not None:
+        return settings
+    if needed and calibration.data.name != "demo" and not is_demo(model):
+        return settings
+    bundled = {"validation": DataSource(name="demo", split="validation")}
+    return cast(Choosing, settings.model_copy(update=bundled))
+
+
+def validation_of(settings: SearchSettings | DefenceSettings) -> DataSource:
+    """The prompts to choose on.
+
+    Raises:
+        RegraftError: none are named.
+    """
+    if settings.validation is None:
+        raise RegraftError(
+            "No validation prompts are named to choose on, and the bundled ones say nothing about "
+            "another model and other data. Give harmful and harmless ones with --validation (in a "
+            "recipe `validation`)."
+        )
+    return settings.validation
 
 
 class EvalSettings(Settings):

@@ -17,12 +17,29 @@ _EXACT = 8  # models up to which p is exact: 40,320 orders
 class ModelPoint:
     """A pruned model: the Ships of all heads of its dense model together, and what pruning did.
 
-    `ships` in radians; `degradation` is ASR pruned less ASR dense, in [-1, 1].
+    `ships` in radians; `degradation` is ASR pruned less ASR dense, in [-1, 1]. Of `heads` that were
+    scored, the Ships of `estimated` are estimates.
     """
 
     name: str
     ships: float
     degradation: float
+    heads: int = 0
+    estimated: int = 0
+
+
+def estimates(points: Sequence[ModelPoint]) -> str | None:
+    """One line on totals that are not sums of exact Ships; None where all are exact."""
+    some = [
+        f"{one.estimated} of {one.heads} heads of {one.name}" for one in points if one.estimated
+    ]
+    if not some:
+        return None
+    return (
+        f"Ships are estimates for {', '.join(some)}, as `regraft heads --mode screened` leaves "
+        "them: these totals are not sums of exact scores. Score all heads with --mode exact (in a "
+        "recipe heads.mode) to relate exact ones."
+    )
 
 
 @dataclass(frozen=True)

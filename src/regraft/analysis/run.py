@@ -11,7 +11,7 @@ from typing import Any
 from regraft import ranks
 from regraft.analysis import figures
 from regraft.analysis.overlap import LayerOverlap, by_chance, overlaps
-from regraft.analysis.relation import ModelPoint, Spearman, spearman
+from regraft.analysis.relation import ModelPoint, Spearman, estimates, spearman
 from regraft.analysis.sweep import Sweep, run_sweep
 from regraft.errors import RegraftError
 from regraft.files import atomic_folder, write_json, write_text
@@ -63,6 +63,7 @@ def relate(folders: Sequence[Path], out: Path) -> tuple[tuple[ModelPoint, ...], 
     content: dict[str, Any] = {
         "points": [asdict(point) for point in points],
         "spearman": None if found is None else asdict(found),
+        "note": estimates(points),
     }
     _write(out, "relation", content, figures.relation_figure(points))
     return points, found
@@ -123,8 +124,10 @@ def _points(folder: Path) -> list[ModelPoint]:
     recipe = read_recipe(place.recipe)
     trust = recipe.compute.trust_remote_code
     dense = open_source(model_folder(recipe.model), trust_remote_code=trust)
-    ships = load_heads(place.heads, dense.anatomy).ships
-    total = float(ships[~ships.isnan()].sum())
+    scores = load_heads(place.heads, dense.anatomy)
+    scored = ~scores.ships.isnan()
+    total, heads = float(scores.ships[scored].sum()), int(scored.sum())
+    estimated = 0 if scores.exact is None else int((scored & ~scores.exact).sum())
     before = report.dense.result.asr
     found = []
     for group in report.groups:
@@ -132,7 +135,8 @@ def _points(folder: Path) -> list[ModelPoint]:
         if before is None or after is None or math.isnan(total):
             raise RegraftError(f"{folder} was evaluated on no harmful prompts: it has no ASR.")
         name = f"{report.model} {group[0].label}" if len(report.groups) > 1 else report.model
-        found.append(ModelPoint(name, total, after.value - before.value))
+        change = after.value - before.value
+        found.append(ModelPoint(name, total, change, heads, estimated))
     return found
 
 

@@ -30,6 +30,11 @@ def demo_model() -> Path:
     return _bundled("reader-llava-12m")
 
 
+def is_demo(model: str | Path) -> bool:
+    """Whether a model is the bundled one, by the word "demo" or by its folder."""
+    return str(model) == "demo" or Path(model).expanduser().resolve() == demo_model().resolve()
+
+
 def _bundled(name: str) -> Path:
     path = Path(str(files("regraft"))) / "demo" / name
     if not path.is_dir():

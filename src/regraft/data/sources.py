@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -22,7 +22,7 @@ from regraft.data.mossbench import read_mossbench
 from regraft.data.prompts import read_prompts
 from regraft.data.rows import require_examples
 from regraft.data.safebench import Part, read_safebench
-from regraft.data.vlguard import Subset, read_vlguard
+from regraft.data.vlguard import Split, Subset, read_vlguard, split_file
 from regraft.data.xstest import read_xstest
 from regraft.errors import RegraftError
 
@@ -56,6 +56,7 @@ _ONE_KIND: Mapping[str, Kind] = {
     "mmbench": "harmless",
     "docvqa": "harmless",
 }
+_NAME_FIRST = re.compile(rf"({'|'.join(get_args(Name))})((?:#[\w-]+)*)(?::(.*))?", re.DOTALL)
 
 
 class DataSource(BaseModel):
@@ -66,8 +67,9 @@ class DataSource(BaseModel):
     names have a SPLIT: safebench (#even, #odd, #tiny), vlguard (#unsafe, #safe-unsafe, #safe-safe,
     #all), mm-safetybench (#SD, #SD_TYPO, #TYPO), ch3ef, mossbench, xstest, prompts (harmful
     ones), benign (harmless ones), mmbench, docvqa. Each may end in "#harmful" or "#harmless", which
-    keeps these prompts alone, as in "demo:test#harmless". A list of words, as in
-    ["safebench", PATH], is read too. PATH is a file or a folder, a zip file of one, or
+    keeps these prompts alone, as in "demo:test#harmless". SPLIT and kind may follow the name
+    instead, as in "vlguard#safe-safe:PATH", and a list of words, as in ["safebench#even", PATH], is
+    read too. PATH is a file or a folder, a zip file of one, or
     hf:ORG/NAME[@REVISION][/PATH] for a data set on the hub.
     """
 
@@ -114,7 +116,7 @@ class DataSource(BaseModel):
 
 
 def read(source: DataSource) -> Reading:
-    """Read the data set that `source` names.
+    """Read the data set that `source` names; VLGuard's folder needs `of_split` first.
 
     Raises:
         RegraftError: see its reader; it has no prompt of the kind.
@@ -125,14 +127,35 @@ def read(source: DataSource) -> Reading:
     return require_examples(of_kind(reading, harmful=source.kind == "harmful"))
 
 
+def of_split(source: DataSource, split: Split) -> DataSource:
+    """The source, or of VLGuard's folder (zip file, hub id) its file of a split.
+
+    Learn and choose from "train", evaluate on "test". A file that is named itself stays.
+
+    Raises:
+        RegraftError: the file is not there.
+    """
+    if source.name != "vlguard" or source.path is None or source.path.suffix == ".json":
+        return source
+    path = _found(source, source.path)
+    if path.is_file() and source.path.suffix != ".zip":
+        return source
+    folder = path.parent if path.is_file() else path  # of a zip file with no other in it
+    return source.model_copy(update={"path": split_file(folder, split)})
+
+
+def _found(source: DataSource, path: Path) -> Path:
+    """Where the path of a source lies on this disk, downloaded and unpacked."""
+    path = located(path)
+    if not path.exists():
+        raise RegraftError(f"{source}: {path} does not exist.")
+    return only_entry(unpacked(path)) if path.suffix == ".zip" else path
+
+
 def _read_all(source: DataSource) -> Reading:
     if source.path is None:
         return read_demo(source.split)
-    path = located(source.path)
-    if not path.exists():
-        raise RegraftError(f"{source}: {path} does not exist.")
-    if path.suffix == ".zip":
-        path = only_entry(unpacked(path))
+    path = _found(source, source.path)
     readers: Mapping[str, Callable[[], Reading]] = {
         "vlguard": lambda: read_vlguard(path, cast(Subset | None, source.split)),
         "safebench": lambda: read_safebench(path, part=cast(Part, source.split or "all")),
@@ -151,7 +174,33 @@ def _read_all(source: DataSource) -> Reading:
     return readers[source.name]()
 
 
+def words_of_first(words: Sequence[str]) -> int:
+    """How many of `words` name the first data set: 2 for a NAME before its PATH, or demo SPLIT."""
+    match = _NAME_FIRST.fullmatch(words[0])
+    if match is None or match[3] is not None:
+        return 1
+    following = "".join(words[1:2])
+    is_split = following.partition("#")[0] in ("calibration", "validation", "test")
+    return 2 if following and (match[1] != "demo" or is_split) else 1
+
+
 def _parse(text: str) -> dict[str, str]:
+    match = _NAME_FIRST.fullmatch(text)
+    if match is None or not match[2]:
+        return _parse_behind(text)
+    name, parts, rest = match.groups()
+    fields = _parse_behind(name if rest is None else f"{name}:{rest}")
+    for part in parts[1:].split("#"):
+        field = "kind" if part in get_args(Kind) else "split"
+        if field in fields:
+            raise ValueError(
+                f"{text!r} asks for {fields[field]!r} and for {part!r}; give one of them"
+            )
+        fields[field] = part
+    return fields
+
+
+def _parse_behind(text: str) -> dict[str, str]:
     before, _, kind = text.rpartition("#")
     if kind in get_args(Kind):
         return {**_parse_all(before), "kind": kind}

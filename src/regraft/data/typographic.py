@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -57,6 +57,17 @@ def draw_text(text: str, font: Path, *, shrink: bool = True) -> Image.Image:
     Raises:
         RegraftError: the font cannot be read, or the text does not fit at 20 pixels either.
     """
+    image = _fitting(text, font, shrink=shrink)
+    if image is not None:
+        return image
+    raise RegraftError(
+        f"A prompt of {len(text)} characters does not fit into an image of {SIZE[0]} x {SIZE[1]}: "
+        f"{text[:60]!r}... Shorten it or leave it out."
+    )
+
+
+def _fitting(text: str, font: Path, *, shrink: bool = True) -> Image.Image | None:
+    """`draw_text`, or None where the text does not fit."""
     for size in range(FONT_SIZE, _SMALLEST - 1, -4):
         try:
             face = ImageFont.truetype(str(font), size)
@@ -70,22 +81,26 @@ def draw_text(text: str, font: Path, *, shrink: bool = True) -> Image.Image:
         if not shrink or (right <= SIZE[0] and bottom <= SIZE[1]):
             draw.text(_ORIGIN, lines, font=face, fill="#000000", spacing=spacing)
             return image
-    raise RegraftError(
-        f"A prompt of {len(text)} characters does not fit into an image of {SIZE[0]} x {SIZE[1]}: "
-        f"{text[:60]!r}... Shorten it or leave it out."
-    )
+    return None
 
 
-def write_typographic(
-    reading: Reading, out: Path, watch: Watch, font: Path | None = None
-) -> Sequence[Path]:
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn: the images, and the ids of prompts that do not fit into one."""
+
+    images: tuple[Path, ...]
+    left_out: tuple[str, ...]
+
+
+def write_typographic(reading: Reading, out: Path, watch: Watch, font: Path | None = None) -> Drawn:
     """Write a data set of images that show the prompts: `examples.jsonl` and `images/` in `out`.
 
-    Every example asks FigStep's question about its image; id, kind, category and response stay.
+    Every example asks FigStep's question about its image; id, kind, category and response stay. A
+    prompt that does not fit into its image at 20 pixels either is left out.
 
     Raises:
-        RegraftError: an example has an image already, the font is missing, a prompt is too long,
-            or `out` is not empty.
+        RegraftError: an example has an image already, the font is missing, no prompt fits, or `out`
+            is not empty.
     """
     face = find_font(font)
     for example in reading.examples:
@@ -95,17 +110,21 @@ def write_typographic(
                 "are text can be drawn."
             )
     if not ranks.first():
-        ranks.barrier()
-        return [out / "images" / f"{slug(one.id)}.png" for one in reading.examples]
+        return ranks.gathered(Drawn((), ()))[0]
     with (
         atomic_folder(out) as folder,
         watch.task("Drawing prompts", len(reading.examples), "images") as done,
     ):
-        images, lines = [], []
+        images, left_out, lines = [], [], []
         (folder / "images").mkdir()
         for example in reading.examples:
+            done(1)
+            drawn = _fitting(example.instruction, face)
+            if drawn is None:
+                left_out.append(example.id)
+                continue
             image = Path("images", f"{slug(example.id)}.png")
-            draw_text(example.instruction, face).save(folder / image, optimize=True)
+            drawn.save(folder / image, optimize=True)
             row = {
                 "id": example.id,
                 "image": image.as_posix(),
@@ -116,7 +135,10 @@ def write_typographic(
             } | ({"response": example.response} if example.response else {})
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
             images.append(out / image)
-            done(1)
+        if not images:
+            raise RegraftError(
+                f"{reading.source}: none of {len(left_out)} prompts fits into an image of "
+                f"{SIZE[0]} x {SIZE[1]}. Shorten them."
+            )
         (folder / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
-    ranks.barrier()
-    return images
+    return ranks.gathered(Drawn(tuple(images), tuple(left_out)))[0]

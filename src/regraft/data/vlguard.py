@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -18,21 +18,41 @@ from regraft.files import read_json
 UNSAFE_ON_SAFE = "safe image, unsafe instruction"
 SAFE_ON_SAFE = "safe image"
 Subset = Literal["unsafe", "safe-unsafe", "safe-safe", "all"]
+Split = Literal["train", "test"]
+_OTHER: Mapping[Split, Split] = {"train": "test", "test": "train"}
 
 
 def read_vlguard(path: Path, subset: Subset | None = None) -> Reading:
     """Read VLGuard's `train.json` or `test.json` and find its images.
 
     `path` is the JSON file, or a folder with `train.json`. Images are looked for below the JSON's
-    folder: in `train/` or `test/` (of the JSON's own name first), `images/`, or the folder itself;
-    last in `train.zip` or `test.zip`, as they come from the hub, which is unpacked into the cache.
-    Otherwise as `parse_vlguard`.
+    folder: in `train/` or `test/` (of the JSON's own name first), `images/`, or the folder itself.
+    Where there is no folder of its own name but `train.zip` or `test.zip`, as they come from the
+    hub, that is unpacked into the cache and looked into first. Otherwise as `parse_vlguard`.
 
     Raises:
         RegraftError: a file, field or image is missing or wrong.
     """
     metadata = path / "train.json" if path.is_dir() else path
     return locate_images(parse_vlguard(metadata, subset), _image_roots(metadata))
+
+
+def split_file(folder: Path, split: Split) -> Path:
+    """The JSON file of a split in VLGuard's folder.
+
+    Raises:
+        RegraftError: it is not there; the message names the other one if that is.
+    """
+    file, other = folder / f"{split}.json", folder / f"{_OTHER[split]}.json"
+    if file.is_file():
+        return file
+    use = "evaluated on" if split == "test" else "learnt and chosen from"
+    there = f" but {other.name}" if other.is_file() else ""
+    advice = f", or name a file, as in vlguard:{other}" if other.is_file() else ""
+    raise RegraftError(
+        f"{folder} holds no {file.name}{there}, and VLGuard's {split} split is what is {use}. "
+        f"Put {file.name} there{advice}."
+    )
 
 
 def parse_vlguard(path: Path, subset: Subset | None = None) -> Reading:
@@ -120,7 +140,8 @@ def _image_roots(metadata: Path) -> list[Path]:
     folder, split = metadata.parent, metadata.stem
     names = dict.fromkeys([split, f"{split}/{split}", "images", f"images/{split}", "train", "test"])
     roots = [*(folder / name for name in names if (folder / name).is_dir()), folder]
-    if (archive := folder / f"{split}.zip").is_file() and len(roots) == 1:
-        whole = unpacked(archive)
-        roots += [whole, whole / split]
-    return roots
+    archive = folder / f"{split}.zip"
+    if (folder / split).is_dir() or not archive.is_file():
+        return roots
+    whole = unpacked(archive)
+    return [whole, whole / split, *roots]

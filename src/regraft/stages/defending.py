@@ -35,7 +35,12 @@ from regraft.evaluation.metrics import wilson
 from regraft.evaluation.summary import judge_answer
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
-from regraft.settings import CalibrationSettings, ComputeSettings, DefenceSettings
+from regraft.settings import (
+    CalibrationSettings,
+    ComputeSettings,
+    DefenceSettings,
+    with_validation,
+)
 from regraft.stages.common import collate, load
 from regraft.watch import Silent, Watch
 
@@ -68,6 +73,7 @@ def defend(
         RegraftError: see the data readers; the layer is not one that every prompt runs through.
     """
     watch = watch or Silent()
+    settings = with_validation(settings, pruned.folder, calibration, needed=settings.searches)
     inputs = {"model": pruned.checkpoint.fingerprint}
     if settings.method == "adashield":
         about = describe("defend", inputs, settings)

@@ -10,7 +10,7 @@ from typing import Any
 
 from regraft import ranks
 from regraft.data.example import Reading
-from regraft.data.sources import DataSource
+from regraft.data.sources import DataSource, of_split
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.tradeoff import Bounds, Point, Searched, bounds_of, choose, nearest
@@ -18,7 +18,13 @@ from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
 from regraft.models.load import Source
 from regraft.restoration.ranking import Ranking, load_ranking
-from regraft.settings import ComputeSettings, EvalSettings, RealignSettings, SearchSettings
+from regraft.settings import (
+    ComputeSettings,
+    EvalSettings,
+    RealignSettings,
+    SearchSettings,
+    validation_of,
+)
 from regraft.stages.evaluating import evaluate
 from regraft.stages.realigning import realign
 from regraft.stages.session import Session
@@ -201,7 +207,8 @@ def check_search(
 def suites_of(settings: SearchSettings) -> list[DataSource]:
     """The harmful and the harmless validation prompts."""
     kinds = ("harmful", "harmless")
-    return [settings.validation.model_copy(update={"kind": kind}) for kind in kinds]
+    validation = of_split(validation_of(settings), "train")
+    return [validation.model_copy(update={"kind": kind}) for kind in kinds]
 
 
 def evaluate_point(

@@ -30,6 +30,7 @@ from regraft.settings import (
     RealignSettings,
     SearchSettings,
     TuneSettings,
+    with_validation,
 )
 from regraft.stages.gaining import ALGORITHM
 from regraft.stages.optimising import Trials, require_optuna
@@ -81,7 +82,8 @@ def tune(
         RegraftError: bad input, the folder is of another tuning, or Optuna is missing.
     """
     watch = watch or Silent()
-    tuning, choice = tuning or TuneSettings(), choice or SearchSettings()
+    tuning = tuning or TuneSettings()
+    choice = with_validation(choice or SearchSettings(), dense.folder, calibration)
     scoring = scoring or HeadSettings()
     evaluation = evaluation or EvalSettings(full_answers=False)
     compute = compute.model_copy(update={"device": (*tuning.devices, compute.device)[0]})

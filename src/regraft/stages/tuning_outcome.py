@@ -8,10 +8,12 @@ from typing import Any
 
 import yaml
 
+from regraft.data.hub import is_on_hub
 from regraft.evaluation.tradeoff import Point
 from regraft.evaluation.tuned import NOTE, Cost, Tried, Tuned, best_first
 from regraft.files import write_json, write_text
 from regraft.recipe import VariantSettings
+from regraft.settings import validation_of
 from regraft.stages.evaluating import read_evaluation
 from regraft.stages.searching import bounds_by, plain, point_of
 from regraft.stages.tuning_job import Job, varied
@@ -92,8 +94,8 @@ def snippet(job: Job, best: Tried, trials: int) -> str:
     whole = method.how_many(job.weights)
     if method.ranked and (best.point.restored < whole or method.pushes):
         if method.method == "gain":
-            validation = job.choice.validation
-            if validation.path is not None:
+            validation = validation_of(job.choice)
+            if validation.path is not None and not is_on_hub(validation.path):
                 path = validation.path.expanduser().absolute()
                 validation = validation.model_copy(update={"path": path})
             update["search"] = job.choice.model_copy(update={"validation": validation})
