@@ -19,6 +19,7 @@ from regraft import ranks
 from regraft.checks import check_top_heads
 from regraft.console import (
     ConsoleWatch,
+    show_agreement,
     show_harness,
     show_heads,
     show_judged,
@@ -647,7 +648,7 @@ def judge(
     images: Path | None = None,
     compute: Compute = ComputeSettings(),
 ) -> None:
-    """Judge the saved answers of an evaluation by other judges; how far do they agree with it?
+    """Judge the saved answers of an evaluation by other judges; how far do any two agree?
 
     Example: regraft judge run/evaluation/pruned --by vlguard-1 --by qwen3guard:Qwen3Guard-Gen-4B
 
@@ -665,11 +666,14 @@ def judge(
         for one in by:
             stages.check_judge(one)
         folder = out or evaluation / "judges"
-        judged = [stages.own(evaluation)]
-        for one in by:
-            file = folder / f"{slug(one)}.json"
-            judged.append(stages.judge(evaluation, one, file, compute, watch, images))
-        show_judged(watch.console, judged)
+        files = {one: folder / f"{slug(one)}.json" for one in by}
+        judged = [
+            stages.judge(evaluation, one, file, compute, watch, images)
+            for one, file in files.items()
+        ]
+        show_judged(watch.console, [stages.own(evaluation), *judged])
+        found = stages.agreement(evaluation, [*files.values()], folder / "agreement.json")
+        show_agreement(watch.console, found)
         watch.note(f"Verdicts with reasons: {folder}")
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from regraft.analysis.relation import ModelPoint, Spearman
     from regraft.analysis.sweep import Sweep
     from regraft.evaluation.labelled import Quality
-    from regraft.evaluation.verdicts import Judged
+    from regraft.evaluation.verdicts import Agreement, Judged
     from regraft.heads.score import HeadScores
     from regraft.report.compare import Study
     from regraft.report.model import Report
@@ -132,17 +132,30 @@ def show_result(console: Console, result: EvalResult) -> None:
 
 def show_judged(console: Console, judged: Sequence[Judged]) -> None:
     """Print what several judges make of the same answers; the first is the evaluation's own."""
-    table = Table("judge", "ASR %", "over-refusal %", "agrees with the first %", "kappa", "unread")
+    table = Table("judge", "ASR %", "over-refusal %", "unread")
     for one in judged:
-        agrees = one.agrees
+        rates = (_with_interval(rate) for rate in (one.asr, one.over_refusal))
+        table.add_row(Text(one.judge), *rates, str(one.unread))
+    console.print(table)
+
+
+def show_agreement(console: Console, found: Sequence[Agreement]) -> None:
+    """Print how far every two judges agree, by kind of prompt."""
+    table = Table("prompts", "judge", "and judge", "agree %", "n", "kappa")
+    for one in sorted(found, key=lambda one: not one.harmful):
         table.add_row(
-            Text(one.judge),
-            *(_with_interval(rate) for rate in (one.asr, one.over_refusal)),
-            _with_interval(agrees.share if agrees else None),
-            "-" if agrees is None or agrees.kappa is None else f"{agrees.kappa:.2f}",
-            str(one.unread),
+            "harmful" if one.harmful else "harmless",
+            Text(one.one),
+            Text(one.other),
+            _with_interval(one.share),
+            f"{one.share.n:,}",
+            _kappa(one.kappa),
         )
     console.print(table)
+
+
+def _kappa(value: float | None) -> str:
+    return "-" if value is None else f"{value:z.2f}"
 
 
 def show_quality(console: Console, found: Mapping[str, Sequence[Quality]]) -> None:
@@ -154,7 +167,7 @@ def show_quality(console: Console, found: Mapping[str, Sequence[Quality]]) -> No
             table.add_row(
                 Text(one.judge),
                 *(_with_interval(rate) for rate in (one.accuracy, one.precision, one.recall)),
-                "-" if one.kappa is None else f"{one.kappa:.2f}",
+                _kappa(one.kappa),
                 str(one.unread),
             )
         console.print(table)

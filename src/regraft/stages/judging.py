@@ -17,12 +17,13 @@ from regraft.evaluation.labelled import HARMS, REFUSALS, Quality, Question, qual
 from regraft.evaluation.pieces import in_pieces
 from regraft.evaluation.results import Answer
 from regraft.evaluation.verdicts import (
+    Agreement,
     ByKeywords,
     Exchange,
     Judge,
     Judged,
     Verdict,
-    agreement,
+    agreements,
     own_verdict,
     rate,
 )
@@ -194,17 +195,37 @@ def read_verdicts(path: Path, answers: Sequence[Answer]) -> list[Verdict]:
 def own(folder: Path) -> Judged:
     """The evaluation's own judge, as one among others."""
     result = read_evaluation(folder).result
-    return Judged(result.judge, result.asr, result.over_refusal, 0, None)
+    return Judged(result.judge, result.asr, result.over_refusal, 0)
+
+
+def agreement(folder: Path, files: Sequence[Path], out: Path) -> tuple[Agreement, ...]:
+    """How far the judges of an evaluation agree, its own among them; writes the JSON file `out`.
+
+    Args:
+        folder: Of `evaluate`.
+        files: Of `judge`, on its answers.
+        out: Written anew, whatever it held.
+
+    Raises:
+        RegraftError: see `read_verdicts`.
+    """
+    result = read_evaluation(folder).result
+    said = [(result.judge, [own_verdict(answer) for answer in result.answers])]
+    for file in files:
+        verdicts = read_verdicts(file, result.answers)
+        said.append((read_json(file)["result"]["judge"], verdicts))
+    found = agreements(result.answers, said)
+    if ranks.first():
+        write_json(out, {"agreement": [asdict(one) for one in found]})
+    return found
 
 
 def _judged(name: str, answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> Judged:
-    first = [own_verdict(answer) for answer in answers]
     return Judged(
         name,
         rate(answers, verdicts, harmful=True),
         rate(answers, verdicts, harmful=False),
         sum(one.refused is None and one.unsafe is None for one in verdicts),
-        agreement(answers, verdicts, first),
     )
 
 
