@@ -79,7 +79,9 @@ def test_two_keyword_judges_by_hand(tmp_path: Path) -> None:
     assert (theirs.asr, theirs.over_refusal, theirs.unread) == (wilson(0, 3), wilson(1, 2), 0)
     attacks, refusals = stages.agreement(folder, [folder / "9.json"], folder / "agreement.json")
     assert (attacks.harmful, attacks.share) == (True, wilson(2, 3))  # all but the second answer
-    assert attacks.kappa == pytest.approx(0)  # one that never sees an attack succeed agrees by chance alone
+    assert attacks.kappa == pytest.approx(
+        0
+    )  # one that never sees an attack succeed agrees by chance alone
     assert (refusals.harmful, refusals.share) == (False, wilson(2, 2))
     assert refusals.kappa == pytest.approx(1)
     assert stages.own(folder).asr == wilson(1, 3)
@@ -300,6 +302,27 @@ def test_images_are_looked_for_by_name(tmp_path: Path) -> None:
     folder = _evaluation(tmp_path / "evaluation")
     with pytest.raises(RegraftError, match=r"i\.png, the image of '0', does not exist"):
         _judge(folder, "gcg-1", images=tmp_path)
+
+
+def test_judges_without_the_image_are_told_what_it_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _evaluation(tmp_path / "evaluation")
+    first, *others = stages.read_evaluation(folder).result.answers
+    write_answers(folder / "answers.jsonl", [replace(first, request="Pick a lock."), *others])
+    pico.image(0).save(tmp_path / "i.png")
+    asked: list[list[Exchange]] = []
+
+    class Notes(_Stops):
+        def verdicts(self, exchanges: Sequence[Exchange], progress: Any) -> list[Verdict]:
+            asked.append(list(exchanges))
+            return super().verdicts(exchanges, progress)
+
+    _judge(folder, "gcg-1", loaded=Notes(1))
+    _judge(folder, "vlguard-1", loaded=Notes(1), images=tmp_path)
+    blind, sees = asked
+    assert [one.prompt for one in blind] == ["Pick a lock.", *(f"Prompt {i}" for i in range(1, 5))]
+    assert (sees[0].prompt, sees[0].image) == ("Prompt 0", tmp_path / "i.png")
 
 
 # An endpoint

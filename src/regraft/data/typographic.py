@@ -81,7 +81,8 @@ def write_typographic(
 ) -> Sequence[Path]:
     """Write a data set of images that show the prompts: `examples.jsonl` and `images/` in `out`.
 
-    Every example asks FigStep's question about its image; id, kind, category and response stay.
+    Every example asks FigStep's question about its image, and has the prompt as its request; id,
+    kind, category and response stay.
 
     Raises:
         RegraftError: an example has an image already, the font is missing, a prompt is too long,
@@ -112,7 +113,7 @@ def write_typographic(
                 "instruction": FIGSTEP_PROMPT,
                 "harmful": example.harmful,
                 "category": example.category,
-                "title": example.instruction,
+                "request": example.instruction,
             } | ({"response": example.response} if example.response else {})
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
             images.append(out / image)

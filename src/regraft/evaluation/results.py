@@ -15,7 +15,8 @@ class Answer:
     reference (1 or 0 for a multiple choice), or None. `group` holds answers that count together;
     `suite` is the one of several suites that the prompt came from, "" where that was not written
     down. Where perplexity was asked for, `nll` is the reference's negative log-likelihood over its
-    `nll_tokens`, in nats.
+    `nll_tokens`, in nats. `request` is what is really asked where the instruction leaves that to
+    the image.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Answer:
     group: str = ""
     nll: float | None = None
     nll_tokens: int | None = None
+    request: str | None = None
 
     @property
     def complies(self) -> bool:

@@ -16,7 +16,10 @@ from regraft.evaluation.results import Answer, Estimate
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt with the answer it got; `image` only where the judge is to see it."""
+    """A prompt with the answer it got; `image` only where the judge is to see it.
+
+    Without the image, `prompt` is what is really asked; with it, the words beside the image.
+    """
 
     prompt: str
     answer: str

@@ -231,7 +231,7 @@ def _judged(name: str, answers: Sequence[Answer], verdicts: Sequence[Verdict]) -
 
 def _exchange(answer: Answer, images: Path | None) -> Exchange:
     if images is None or answer.image is None:
-        return Exchange(answer.instruction, answer.answer)
+        return Exchange(answer.request or answer.instruction, answer.answer)
     image = images / answer.image
     if not image.is_file():
         raise RegraftError(f"{image}, the image of {answer.id!r}, does not exist.")
