@@ -79,9 +79,7 @@ def test_two_keyword_judges_by_hand(tmp_path: Path) -> None:
     assert (theirs.asr, theirs.over_refusal, theirs.unread) == (wilson(0, 3), wilson(1, 2), 0)
     attacks, refusals = stages.agreement(folder, [folder / "9.json"], folder / "agreement.json")
     assert (attacks.harmful, attacks.share) == (True, wilson(2, 3))  # all but the second answer
-    assert attacks.kappa == pytest.approx(
-        0
-    )  # one that never sees an attack succeed agrees by chance alone
+    assert attacks.kappa == pytest.approx(0)  # the other sees no attack succeed
     assert (refusals.harmful, refusals.share) == (False, wilson(2, 2))
     assert refusals.kappa == pytest.approx(1)
     assert stages.own(folder).asr == wilson(1, 3)
@@ -438,6 +436,45 @@ def test_what_an_endpoint_said_before_it_failed_stays(
     monkeypatch.setattr(Endpoint, "verdicts", own)
     stages.judge(folder, by, tmp_path / "out.json", COMPUTE, Silent(), loaded=judge)
     assert (asked, len(_Server.got)) == (5, 6)  # the last chunk is one answer
+
+
+def test_a_bench_that_fails_goes_on(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(judging, "_CHUNK", 2)
+    table, out = tmp_path / "a.csv", tmp_path / "q.json"
+    table.write_text(CSV, encoding="utf-8")
+    by = ("--by", f"endpoint:{server}#one", "--by", f"endpoint:{server}#two")
+    own = Endpoint.verdicts
+
+    def fails_later(self: Endpoint, exchanges: Sequence[Exchange], progress: Any) -> list[Verdict]:
+        if len(_Server.got) == 5:  # the first judge's three answers, two of the second's
+            _Server.failures = [401]
+        return own(self, exchanges, progress)
+
+    monkeypatch.setattr(Endpoint, "verdicts", fails_later)
+    _run("judge-bench", table, *by, "--out", out, code=2)
+    assert "goes on from here" in " ".join(capsys.readouterr().err.split())
+    assert (len(_Server.got), out.exists()) == (6, False)
+    monkeypatch.setattr(Endpoint, "verdicts", own)
+    _run("judge-bench", table, *by, "--out", out)
+    assert len(_Server.got) == 7  # the answer that was missing, and no other
+    assert [one["model"] for one in _Server.got] == ["one"] * 3 + ["two"] * 4
+    rows = json.loads(out.read_text())["quality"][str(table)]
+    assert [one["accuracy"]["count"] for one in rows] == [2, 2]
+    _run("judge-bench", table, *by, code=2)
+    assert "with --out" in capsys.readouterr().err
+
+
+def test_a_bench_with_a_judge_that_is_not_there_keeps_the_others(
+    server: str, tmp_path: Path
+) -> None:
+    table, out = tmp_path / "a.csv", tmp_path / "q.json"
+    table.write_text(CSV, encoding="utf-8")
+    by = ("--by", f"endpoint:{server}#one", "--by")
+    _run("judge-bench", table, *by, f"qwen3guard:{tmp_path}", "--out", out, code=2)
+    _run("judge-bench", table, *by, "gcg-1", "--out", out)
+    assert len(_Server.got) == 3
 
 
 def test_newer_models_are_asked_in_their_way(server: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from regraft.evaluation.verdicts import (
     own_verdict,
     rate,
 )
-from regraft.files import digest, file_digest, read_json, write_json
+from regraft.files import digest, file_digest, read_json, slug, write_json
 from regraft.keys import describe, is_done, working
 from regraft.models.load import judge_fingerprint, load_judge
 from regraft.settings import ComputeSettings
@@ -98,31 +98,42 @@ def judge(
         )
     exchanges = [_exchange(answer, images) for answer in answers]
     shown = {} if images is None else {"images": _digest_of_images(exchanges)}
-    inputs = {"answers": file_digest(folder / "answers.jsonl"), "judge": text, **shown}
-    if guard := _guard(text):
-        inputs["model"] = judge_fingerprint(guard[1])
+    inputs = {"answers": file_digest(folder / "answers.jsonl"), **_of_judge(text), **shown}
     about = describe("judge", inputs, compute=_runs_on(text, compute))
-    if not is_done(out, out, about, lambda: read_json(out)["about"]):
-        judge = loaded or find_judge(text, compute)
-        task = watch.task(f"Judging by {judge.name}", len(exchanges), "answers")
-        with working(out, about) as work, task as done:
-            verdicts = _verdicts(judge, exchanges, work, done)
-            result = _judged(judge.name, answers, verdicts)
-            content = {
-                "about": about,
-                "result": asdict(result),
-                "verdicts": {
-                    answer.id: asdict(verdict)
-                    for answer, verdict in zip(answers, verdicts, strict=True)
-                },
-            }
-            if ranks.first():
-                write_json(out, content)
+
+    def content(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+        said = zip(answers, verdicts, strict=True)
+        return {
+            "result": asdict(_judged(name, answers, verdicts)),
+            "verdicts": {answer.id: asdict(verdict) for answer, verdict in said},
+        }
+
+    _judge_into(out, about, loaded or text, exchanges, compute, watch, content)
     return _judged(read_json(out)["result"]["judge"], answers, read_verdicts(out, answers))
 
 
+def _judge_into(
+    out: Path,
+    about: Mapping[str, Any],
+    by: Judge | str,
+    exchanges: Sequence[Exchange],
+    compute: ComputeSettings,
+    watch: Watch,
+    content: Callable[[str, Sequence[Verdict]], dict[str, Any]],
+) -> None:
+    """Write what `content` makes of the judge's name and verdicts, unless it is there."""
+    if is_done(out, out, about, lambda: read_json(out)["about"]):
+        return
+    judge = find_judge(by, compute) if isinstance(by, str) else by
+    task = watch.task(f"Judging by {judge.name}", len(exchanges), "answers")
+    with working(out, about) as work, task as done:
+        verdicts = _verdicts(judge, exchanges, work, done)
+        if ranks.first():
+            write_json(out, {"about": about, **content(judge.name, verdicts)})
+
+
 def _verdicts(
-    judge: Judge, exchanges: Sequence[Exchange], work: Path, done: Advance
+    judge: Judge, exchanges: Sequence[Exchange], work: Path | None, done: Advance
 ) -> list[Verdict]:
     if isinstance(judge, Guard):
         judge.check(exchanges)
@@ -158,6 +169,12 @@ def _no_judge(text: str) -> RegraftError:
         f"There is no judge {text!r}; expected {', '.join(KEYWORD_JUDGES)}, "
         f"{', '.join(f'{one}:MODEL' for one in READERS)} or endpoint:URL#MODEL."
     )
+
+
+def _of_judge(text: str) -> dict[str, str]:
+    """What tells a judge from others."""
+    guard = _guard(text)
+    return {"judge": text, **({"model": judge_fingerprint(guard[1])} if guard else {})}
 
 
 def _runs_on(text: str, compute: ComputeSettings) -> ComputeSettings | None:
@@ -254,6 +271,8 @@ def judge_bench(
 ) -> dict[str, list[Quality]]:
     """Every judge against the labels of every file, and of all together if there are several.
 
+    Verdicts are kept in a folder beside `out`, one file a judge, and a stopped run goes on.
+
     Args:
         files: See `read_labelled`.
         judges: See `find_judge`.
@@ -262,13 +281,13 @@ def judge_bench(
         ids: Which rows.
         compute: Where models run.
         watch: Progress.
-        out: Write the figures here, as JSON.
+        out: Write the figures here, as JSON; keyword judges alone, which are quick, need none.
 
     Returns:
         File -> one quality a judge; "all" over several.
 
     Raises:
-        RegraftError: bad input.
+        RegraftError: bad input; a judge is a model and `out` is missing.
     """
     if not files:
         raise RegraftError("Name at least one CSV with labelled answers.")
@@ -278,20 +297,48 @@ def judge_bench(
     read = {str(path): read_labelled(path, wanted, ids=ids) for path in files}
     if len(read) > 1:
         read = {**read, "all": tuple(one for rows in read.values() for one in rows)}
-    found: dict[str, list[Quality]] = {name: [] for name in read}
     for text in judges:
         check_judge(text)
-    for text in judges:
-        judge = find_judge(text, compute)
-        said: dict[Exchange, Verdict] = {}
-        exchanges = list(dict.fromkeys(one.exchange for rows in read.values() for one in rows))
-        with watch.task(f"Judging by {judge.name}", len(exchanges), "answers") as done:
-            said |= dict(zip(exchanges, judge.verdicts(exchanges, done), strict=True))
-        for name, rows in read.items():
-            verdicts = [said[one.exchange] for one in rows]
-            found[name].append(quality(judge.name, rows, verdicts, question))
+        if out is None and text not in KEYWORD_JUDGES:
+            raise RegraftError(
+                f"Name a file for the figures with --out: the verdicts of {text} are kept beside "
+                "it, and are not lost where something fails."
+            )
+    exchanges = list(dict.fromkeys(one.exchange for rows in read.values() for one in rows))
+    asked = {"answers": digest(*map(file_digest, files)), "ids": ids}
+    found: dict[str, list[Quality]] = {name: [] for name in read}
+    for text in dict.fromkeys(judges):
+        name, verdicts = _bench_verdicts(text, exchanges, asked, out, compute, watch)
+        said = dict(zip(exchanges, verdicts, strict=True))
+        for file, rows in read.items():
+            mine = [said[one.exchange] for one in rows]
+            found[file].append(quality(name, rows, mine, question))
     if out is not None and ranks.first():
         settings = {"question": question, "positive": list(wanted), "ids": ids}
         content = {name: [asdict(one) for one in rows] for name, rows in found.items()}
         write_json(out, {"settings": settings, "quality": content})
     return found
+
+
+def _bench_verdicts(
+    text: str,
+    exchanges: Sequence[Exchange],
+    asked: Mapping[str, str],
+    out: Path | None,
+    compute: ComputeSettings,
+    watch: Watch,
+) -> tuple[str, list[Verdict]]:
+    """(the judge's name, a verdict an exchange)."""
+    if out is None:
+        judge = find_judge(text, compute)
+        with watch.task(f"Judging by {judge.name}", len(exchanges), "answers") as done:
+            return judge.name, _verdicts(judge, exchanges, None, done)
+    kept = out.with_name(f"{out.name}.verdicts") / f"{slug(text)}.json"
+    about = describe("judge-bench", {**asked, **_of_judge(text)}, compute=_runs_on(text, compute))
+
+    def content(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+        return {"judge": name, "verdicts": [asdict(one) for one in verdicts]}
+
+    _judge_into(kept, about, text, exchanges, compute, watch, content)
+    written = read_json(kept)
+    return written["judge"], [Verdict(**one) for one in written["verdicts"]]
