@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,12 +23,12 @@ from regraft import stages
 from regraft.cli import main
 from regraft.data.example import Example
 from regraft.errors import PassingError, RegraftError
-from regraft.evaluation import endpoint, guards
+from regraft.evaluation import endpoint, guards, labelled
 from regraft.evaluation.endpoint import Endpoint, read_verdict
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.keywords import REGRAFT_2
-from regraft.evaluation.labelled import Labelled, quality, read_labelled
-from regraft.evaluation.metrics import cohen_kappa, wilson
+from regraft.evaluation.labelled import Labelled, bench, quality, read_labelled
+from regraft.evaluation.metrics import cohen_kappa, mcnemar, wilson
 from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
 from regraft.evaluation.verdicts import (
     Exchange,
@@ -461,7 +463,7 @@ def test_a_bench_that_fails_goes_on(
     assert len(_Server.got) == 7  # the answer that was missing, and no other
     assert [one["model"] for one in _Server.got] == ["one"] * 3 + ["two"] * 4
     rows = json.loads(out.read_text())["quality"][str(table)]
-    assert [one["accuracy"]["count"] for one in rows] == [2, 2]
+    assert [round(3 * one["accuracy"]["value"]) for one in rows] == [2, 2]
     _run("judge-bench", table, *by, code=2)
     assert "with --out" in capsys.readouterr().err
 
@@ -690,7 +692,7 @@ def _answers() -> list[Any]:
 
 
 def test_quality_by_hand() -> None:
-    labelled = [Labelled(Exchange("p", str(i)), yes) for i, yes in enumerate([1, 1, 1, 0, 0])]
+    labelled = [Labelled(Exchange(f"p{i}", "a"), yes) for i, yes in enumerate([1, 1, 1, 0, 0])]
     said = [Verdict(one, None) for one in (True, False, None, True, False)]
     found = quality("j", labelled, said, "refusal")
     assert (found.accuracy, found.unread) == (wilson(2, 5), 1)
@@ -699,6 +701,75 @@ def test_quality_by_hand() -> None:
     assert (silent.precision, silent.recall) == (None, wilson(0, 3))
     with pytest.raises(RegraftError, match="labels of refusal only"):
         quality("j", labelled, said, "harm")
+
+
+def _asked(prompts: Sequence[int]) -> list[Labelled]:
+    return [
+        Labelled(Exchange(f"prompt {prompt}", f"answer {i}"), True, "refused")
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _saying(right: Sequence[int]) -> list[Verdict]:
+    return [Verdict(bool(one), None) for one in right]
+
+
+def test_answers_to_one_prompt_are_no_independent_draws() -> None:
+    """Five models that say the same tell as much as one."""
+    right = [int(prompt % 4 != 0) for prompt in range(40)]
+    once = bench(_asked(range(40)), [("j", _saying(right))], "refusal").judges[0]
+    copied = bench(_asked([*range(40)] * 5), [("j", _saying(right * 5))], "refusal")
+    assert once.accuracy == copied.judges[0].accuracy == wilson(30, 40)
+    assert (copied.answers, copied.prompts) == (200, 40)
+    assert bench(_asked([0, 0, 1]), [("j", _saying([1, 1, 1]))], "refusal").judges[0].accuracy == (
+        wilson(2, 2)
+    )
+    # Half of each prompt's answers right: no prompt differs from another, so there is no doubt.
+    even = bench(_asked([*range(40)] * 2), [("j", _saying([1] * 40 + [0] * 40))], "refusal")
+    found = even.judges[0].accuracy
+    assert (found.value, found.n, found.low, found.high) == (0.5, 40, 0.5, 0.5)
+
+
+def test_intervals_by_prompts_are_the_bootstraps() -> None:
+    """Against the spread of resamples that are drawn one by one, answers in unequal numbers."""
+    prompts = [0, 0, 0, 1, 2, 2, *range(3, 30), *range(3, 20)]
+    right = [(i * i) % 7 < 4 for i in range(len(prompts))]
+    found = bench(_asked(prompts), [("j", _saying(right))], "refusal").judges[0].accuracy
+    assert found.value == pytest.approx(sum(right) / len(right))
+    by_prompt = [[r for p, r in zip(prompts, right, strict=True) if p == k] for k in range(30)]
+    generator, rates = random.Random(1), []
+    for _ in range(4000):
+        drawn = [r for group in generator.choices(by_prompt, k=30) for r in group]
+        rates.append(sum(drawn) / len(drawn))
+    rates.sort()
+    assert found.low == pytest.approx(rates[100], abs=0.015)
+    assert found.high == pytest.approx(rates[-100], abs=0.015)
+
+
+def test_a_judge_against_the_best_other() -> None:
+    labelled = _asked([0, 0, 0, 1, 1, 2, 3, 4])
+    judges = [
+        ("best", _saying([1, 1, 1, 1, 1, 1, 0, 0])),
+        ("worst", _saying([0] * 8)),
+        ("second", _saying([0, 0, 1, 1, 0, 1, 1, 0])),
+    ]
+    found = {one.judge: one.against for one in bench(labelled, judges, "refusal").judges}
+    less = found["best"]
+    assert less is not None
+    assert (less.other, less.value) == ("second", 2 / 8)
+    # By prompt the best has 2, 1, 0, -1, 0 answers more: of the 8 signs of 2, 1, 1 the sums are
+    # 4, 2, 2, 0, 0, -2, -2, -4, and 6 of them are as far from 0 as the 2 found.
+    assert less.p == pytest.approx(6 / 8)
+    assert less.low <= less.value <= less.high
+    assert [found[name].other for name in ("worst", "second")] == ["best", "best"]  # type: ignore[union-attr]
+    assert bench(labelled, judges[:1], "refusal").judges[0].against is None
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_one_answer_a_prompt_is_mcnemars_test(pairs: list[tuple[bool, bool]]) -> None:
+    one, other = ([pair[i] for pair in pairs] for i in range(2))
+    more = np.array(one, dtype=np.int64) - np.array(other, dtype=np.int64)
+    assert math.isclose(labelled._sign_flip(more), mcnemar(one, other).p, rel_tol=1e-9)
 
 
 CSV = (
@@ -713,7 +784,8 @@ def test_labelled_answers_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("\ufeff" + CSV, encoding="utf-8")
     first, second, third = read_labelled(path)
-    assert first == Labelled(Exchange('Say "it"', "Two\nlines, and a comma"), False)
+    exchange = Exchange('Say "it"', "Two\nlines, and a comma")
+    assert first == Labelled(exchange, False, "1_full_compliance")
     assert (second.yes, third.yes, third.exchange.answer) == (True, True, "")
     assert read_labelled(path, ["2_FULL_refusal"])[2].yes is False
     assert read_labelled(path, ids="even") == (second,)
@@ -759,6 +831,13 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _run("judge-bench", table, other, "--out", tmp_path / "q.json")
     written = json.loads((tmp_path / "q.json").read_text())
     assert list(written["quality"]) == [str(table), str(other), "all"]
+    assert written["labels"]["all"] == {
+        "answers": 6,
+        "prompts": 2,
+        "yes": ["2_full_refusal", "3_partial_refusal"],
+        "no": ["1_full_compliance"],
+    }
+    assert "yes: 2_full_refusal, 3_partial_refusal; as no: 1_full" in capsys.readouterr().out
     assert [one["judge"] for one in written["quality"]["all"]][-1] == "gcg-1"
     _run("judge-bench", table, "--out", tmp_path / "q.json", code=2)
     assert "exists" in capsys.readouterr().err

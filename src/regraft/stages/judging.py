@@ -13,7 +13,7 @@ from regraft.errors import RegraftError
 from regraft.evaluation.endpoint import parse_endpoint
 from regraft.evaluation.guards import READERS, Guard
 from regraft.evaluation.keywords import KEYWORD_JUDGES
-from regraft.evaluation.labelled import HARMS, REFUSALS, Quality, Question, quality, read_labelled
+from regraft.evaluation.labelled import HARMS, REFUSALS, Bench, Question, bench, read_labelled
 from regraft.evaluation.pieces import in_pieces
 from regraft.evaluation.results import Answer
 from regraft.evaluation.verdicts import (
@@ -268,7 +268,7 @@ def judge_bench(
     compute: ComputeSettings,
     watch: Watch,
     out: Path | None = None,
-) -> dict[str, list[Quality]]:
+) -> dict[str, Bench]:
     """Every judge against the labels of every file, and of all together if there are several.
 
     Verdicts are kept in a folder beside `out`, one file a judge, and a stopped run goes on.
@@ -284,7 +284,7 @@ def judge_bench(
         out: Write the figures here, as JSON; keyword judges alone, which are quick, need none.
 
     Returns:
-        File -> one quality a judge; "all" over several.
+        File -> its labels, and one quality a judge; "all" over several.
 
     Raises:
         RegraftError: bad input; a judge is a model and `out` is missing.
@@ -306,17 +306,21 @@ def judge_bench(
             )
     exchanges = list(dict.fromkeys(one.exchange for rows in read.values() for one in rows))
     asked = {"answers": digest(*map(file_digest, files)), "ids": ids}
-    found: dict[str, list[Quality]] = {name: [] for name in read}
+    said: list[tuple[str, dict[Exchange, Verdict]]] = []
     for text in dict.fromkeys(judges):
         name, verdicts = _bench_verdicts(text, exchanges, asked, out, compute, watch)
-        said = dict(zip(exchanges, verdicts, strict=True))
-        for file, rows in read.items():
-            mine = [said[one.exchange] for one in rows]
-            found[file].append(quality(name, rows, mine, question))
+        said.append((name, dict(zip(exchanges, verdicts, strict=True))))
+    found = {
+        file: bench(
+            rows, [(name, [by[one.exchange] for one in rows]) for name, by in said], question
+        )
+        for file, rows in read.items()
+    }
     if out is not None and ranks.first():
         settings = {"question": question, "positive": list(wanted), "ids": ids}
-        content = {name: [asdict(one) for one in rows] for name, rows in found.items()}
-        write_json(out, {"settings": settings, "quality": content})
+        files = {name: asdict(one) for name, one in found.items()}
+        content = {name: one.pop("judges") for name, one in files.items()}
+        write_json(out, {"settings": settings, "labels": files, "quality": content})
     return found
 
 
