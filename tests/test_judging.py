@@ -22,6 +22,7 @@ import pico
 from regraft import stages
 from regraft.cli import main
 from regraft.data.example import Example
+from regraft.data.sources import DataSource
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation import endpoint, guards, labelled
 from regraft.evaluation.endpoint import Endpoint, read_verdict
@@ -29,6 +30,8 @@ from regraft.evaluation.greedy import answer
 from regraft.evaluation.keywords import REGRAFT_2
 from regraft.evaluation.labelled import Labelled, bench, quality, read_labelled
 from regraft.evaluation.metrics import cohen_kappa, mcnemar, wilson
+from regraft.evaluation.pictures import Pictures
+from regraft.evaluation.results import Answer
 from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
 from regraft.evaluation.verdicts import (
     Exchange,
@@ -39,8 +42,9 @@ from regraft.evaluation.verdicts import (
     own_verdict,
     rate,
 )
-from regraft.files import write_json
-from regraft.settings import ComputeSettings
+from regraft.files import file_digest, write_json
+from regraft.models.load import open_source
+from regraft.settings import ComputeSettings, EvalSettings
 from regraft.stages import judging
 from regraft.watch import Silent
 
@@ -323,6 +327,64 @@ def test_judges_without_the_image_are_told_what_it_asks(
     blind, sees = asked
     assert [one.prompt for one in blind] == ["Pick a lock.", *(f"Prompt {i}" for i in range(1, 5))]
     assert (sees[0].prompt, sees[0].image) == ("Prompt 0", tmp_path / "i.png")
+
+
+def _of_image(name: str, path: Path | None = None) -> Answer:
+    answer = judge_answer(Example("0", "p", True, "c", Path(name)), "Sure.", REGRAFT_2)
+    return answer if path is None else replace(answer, image_digest=file_digest(path))
+
+
+def test_images_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
+    """As in MM-SafetyBench's folders, all of whose scenarios have a 0.jpg."""
+    root = tmp_path / "imgs"
+    paths = [root / folder / "0.jpg" for folder in ("01/SD", "01/TYPO", "02/SD", ".")]
+    for seed, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pico.image(seed).save(path)
+    pictures = Pictures(root)
+    assert [pictures.of(_of_image("at/home/0.jpg", path)) for path in paths] == paths
+    assert pictures.of(_of_image("0.jpg")) == root / "0.jpg"  # of older answers
+    pico.image(9).save(tmp_path / "0.jpg")
+    with pytest.raises(RegraftError, match=r"0\.jpg is not the image of '0': its bytes"):
+        pictures.of(_of_image("0.jpg", tmp_path / "0.jpg"))
+    with pytest.raises(RegraftError, match=r"imgs: there is no 1\.jpg, the image of '0', in it"):
+        pictures.of(_of_image("1.jpg", tmp_path / "0.jpg"))
+    assert pictures.of(judge_answer(Example("0", "p", True, "c"), "Sure.", REGRAFT_2)) is None
+
+
+def test_an_evaluation_is_judged_by_what_its_images_ask(
+    pico_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """From a data set of nested folders to what a judge is shown."""
+    for seed, folder in enumerate("ab"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        pico.image(seed).save(tmp_path / "data" / folder / "0.png")
+    rows = [
+        {"id": one, "instruction": "Do it.", "image": f"{one}/0.png", "harmful": True}
+        for one in "ab"
+    ]
+    rows[0]["request"] = "Pick a lock."
+    data = tmp_path / "data" / "d.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, out = open_source(pico_dir("llava")), tmp_path / "evaluation"
+    suite, short = DataSource.model_validate(str(data)), EvalSettings(max_new_tokens=2)
+    stages.evaluate(source, out, [suite], short, COMPUTE)
+    asked: list[Exchange] = []
+
+    class Notes(_Stops):
+        def verdicts(self, exchanges: Sequence[Exchange], progress: Any) -> list[Verdict]:
+            asked.extend(exchanges)
+            return super().verdicts(exchanges, progress)
+
+    moved = shutil.copytree(tmp_path / "data", tmp_path / "elsewhere" / "below")
+    _judge(out, "gcg-1", loaded=Notes(1))
+    _judge(out, "vlguard-1", loaded=Notes(1), images=moved.parent)
+    assert [(one.prompt, one.image) for one in asked] == [
+        ("Pick a lock.", None),
+        ("Do it.", None),
+        ("Do it.", moved / "a" / "0.png"),
+        ("Do it.", moved / "b" / "0.png"),
+    ]
 
 
 # An endpoint

@@ -657,7 +657,7 @@ def judge(
     evaluation
         Folder of `regraft eval`, or one below `evaluation` in that of a run.
     images
-        Show judges that see the prompts' images, which lie in this folder.
+        Show judges that see the prompts' images, which lie in this folder or below it.
     """
     from regraft import stages
     from regraft.files import slug

@@ -16,7 +16,8 @@ class Answer:
     `suite` is the one of several suites that the prompt came from, "" where that was not written
     down. Where perplexity was asked for, `nll` is the reference's negative log-likelihood over its
     `nll_tokens`, in nats. `request` is what is really asked where the instruction leaves that to
-    the image.
+    the image. `image` is the name of the image's file, `image_digest` the SHA-256 of its bytes, ""
+    where that was not written down.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Answer:
     nll: float | None = None
     nll_tokens: int | None = None
     request: str | None = None
+    image_digest: str = ""
 
     @property
     def complies(self) -> bool:

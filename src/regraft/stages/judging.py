@@ -14,6 +14,7 @@ from regraft.evaluation.endpoint import parse_endpoint
 from regraft.evaluation.guards import READERS, Guard
 from regraft.evaluation.keywords import KEYWORD_JUDGES
 from regraft.evaluation.labelled import HARMS, REFUSALS, Bench, Question, bench, read_labelled
+from regraft.evaluation.pictures import Pictures
 from regraft.evaluation.pieces import in_pieces
 from regraft.evaluation.results import Answer
 from regraft.evaluation.verdicts import (
@@ -81,12 +82,12 @@ def judge(
         out: One JSON file with the rates, and a verdict by id.
         compute: Where a model runs.
         watch: Progress.
-        images: Show the judge the prompts' images, which lie in this folder by their names.
+        images: Show the judge the prompts' images, which lie in this folder (see `Pictures`).
         loaded: The judge, if it is in memory.
 
     Raises:
         RegraftError: no such judge, no answers, answers cut short by the keyword judge, an image
-            is missing.
+            is missing or another one.
     """
     evaluation = read_evaluation(folder)
     answers = evaluation.result.answers
@@ -96,7 +97,8 @@ def judge(
             f"{folder}: answers end where {evaluation.result.judge} was certain, too early for "
             "another judge. Evaluate with --full-answers."
         )
-    exchanges = [_exchange(answer, images) for answer in answers]
+    pictures = None if images is None else Pictures(images)
+    exchanges = [_exchange(answer, pictures) for answer in answers]
     shown = {} if images is None else {"images": _digest_of_images(exchanges)}
     inputs = {"answers": file_digest(folder / "answers.jsonl"), **_of_judge(text), **shown}
     about = describe("judge", inputs, compute=_runs_on(text, compute))
@@ -246,13 +248,10 @@ def _judged(name: str, answers: Sequence[Answer], verdicts: Sequence[Verdict]) -
     )
 
 
-def _exchange(answer: Answer, images: Path | None) -> Exchange:
-    if images is None or answer.image is None:
-        return Exchange(answer.request or answer.instruction, answer.answer)
-    image = images / answer.image
-    if not image.is_file():
-        raise RegraftError(f"{image}, the image of {answer.id!r}, does not exist.")
-    return Exchange(answer.instruction, answer.answer, image)
+def _exchange(answer: Answer, pictures: Pictures | None) -> Exchange:
+    image = None if pictures is None else pictures.of(answer)
+    asked = answer.request if image is None else None  # an image says it itself
+    return Exchange(asked or answer.instruction, answer.answer, image)
 
 
 def _digest_of_images(exchanges: Sequence[Exchange]) -> str:
