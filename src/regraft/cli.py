@@ -689,6 +689,8 @@ def judge_bench(
 ) -> None:
     """Measure judges against answers that people labelled: accuracy, precision, recall, kappa.
 
+    Judges that are models need --out: verdicts are kept beside it, and a stopped run goes on.
+
     Example: regraft judge-bench xstest/completions_*.csv --ids even
 
     Parameters
