@@ -317,9 +317,9 @@ def judge_bench(
     }
     if out is not None and ranks.first():
         settings = {"question": question, "positive": list(wanted), "ids": ids}
-        files = {name: asdict(one) for name, one in found.items()}
-        content = {name: one.pop("judges") for name, one in files.items()}
-        write_json(out, {"settings": settings, "labels": files, "quality": content})
+        labels = {name: asdict(one) for name, one in found.items()}
+        content = {name: one.pop("judges") for name, one in labels.items()}
+        write_json(out, {"settings": settings, "labels": labels, "quality": content})
     return found
 
 
