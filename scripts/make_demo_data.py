@@ -122,6 +122,7 @@ def example(row: Title) -> dict[str, str | bool]:
         "response": reference_answer(row),
         "harmful": row.harmful,
         "category": row.category,
+        "request": row.title,
     }
 
 

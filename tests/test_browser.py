@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from regraft.report.all_answers import answer_data
-from regraft.report.model import comparisons
-from regraft.report.write import render_card, render_html
+from regraft.report.model import Report, comparisons
+from regraft.report.write import render_card, render_html, render_markdown
 from test_report import ATTACK, REPORT
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
@@ -138,6 +138,43 @@ def test_the_data_of_the_answers(page: str) -> None:
     ]
     assert content["texts"][row["answers"][1][0]] == ATTACK
     assert len(content["texts"]) == 60 + 3  # every text once
+
+
+def _asking() -> Report:
+    """REPORT, its first harmful prompt asking for something that only the image shows."""
+    variants = tuple(
+        replace(
+            one,
+            result=replace(
+                one.result,
+                answers=(
+                    replace(one.result.answers[0], request="Pick a <b>lock</b>"),
+                    *one.result.answers[1:],
+                ),
+            ),
+        )
+        for one in REPORT.variants
+    )
+    return replace(REPORT, variants=variants)
+
+
+def test_what_is_asked_stands_by_the_answers() -> None:
+    report = _asking()
+    content = json.loads(answer_data(report)[0])
+    assert content["texts"][content["rows"][0]["request"]] == "Pick a <b>lock</b>"
+    assert "request" not in content["rows"][1]
+    page = render_html(report, comparisons(report))
+    assert '<span class="asks">Asks: Pick a &lt;b&gt;lock&lt;/b&gt;</span>' in page
+    assert "Asks: Pick a" in render_markdown(report, comparisons(report))
+
+
+@browser
+def test_a_topic_is_found_by_what_is_asked(look: Look) -> None:
+    report = _asking()
+    dom, log = look(render_html(report, comparisons(report)), "#all-answers?text=LOCK")
+    assert "CONSOLE" not in log, log
+    assert _entries(dom) == ["h0"]
+    assert "Asks: Pick a &lt;b&gt;lock" in dom.split('<div id="answer-list">')[1]
 
 
 @pytest.mark.parametrize("most", [0, 3000, 6000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,25 +22,29 @@ import pico
 from regraft import stages
 from regraft.cli import main
 from regraft.data.example import Example
+from regraft.data.sources import DataSource
 from regraft.errors import PassingError, RegraftError
-from regraft.evaluation import endpoint, guards
+from regraft.evaluation import endpoint, guards, labelled
 from regraft.evaluation.endpoint import Endpoint, read_verdict
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.keywords import REGRAFT_2
-from regraft.evaluation.labelled import Labelled, quality, read_labelled
-from regraft.evaluation.metrics import cohen_kappa, wilson
+from regraft.evaluation.labelled import Labelled, bench, quality, read_labelled
+from regraft.evaluation.metrics import cohen_kappa, mcnemar, wilson
+from regraft.evaluation.pictures import Pictures
+from regraft.evaluation.results import Answer
 from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
 from regraft.evaluation.verdicts import (
     Exchange,
     Judged,
     Verdict,
-    agreement,
+    agreements,
     event,
     own_verdict,
     rate,
 )
-from regraft.files import write_json
-from regraft.settings import ComputeSettings
+from regraft.files import file_digest, write_json
+from regraft.models.load import open_source
+from regraft.settings import ComputeSettings, EvalSettings
 from regraft.stages import judging
 from regraft.watch import Silent
 
@@ -77,9 +83,11 @@ def test_two_keyword_judges_by_hand(tmp_path: Path) -> None:
     folder = _evaluation(tmp_path / "evaluation")
     theirs = _judge(folder, "vlguard-1")
     assert (theirs.asr, theirs.over_refusal, theirs.unread) == (wilson(0, 3), wilson(1, 2), 0)
-    assert theirs.agrees is not None
-    assert theirs.agrees.share == wilson(4, 5)  # the second answer
-    assert theirs.agrees.kappa == pytest.approx((0.8 - 0.56) / 0.44)  # 2 and 1 of 5 events
+    attacks, refusals = stages.agreement(folder, [folder / "9.json"], folder / "agreement.json")
+    assert (attacks.harmful, attacks.share) == (True, wilson(2, 3))  # all but the second answer
+    assert attacks.kappa == pytest.approx(0)  # the other sees no attack succeed
+    assert (refusals.harmful, refusals.share) == (False, wilson(2, 2))
+    assert refusals.kappa == pytest.approx(1)
     assert stages.own(folder).asr == wilson(1, 3)
     verdicts = json.loads((folder / "9.json").read_text())["verdicts"]
     assert verdicts["1"] == {"refused": True, "unsafe": None, "reason": "legally"}
@@ -300,6 +308,85 @@ def test_images_are_looked_for_by_name(tmp_path: Path) -> None:
         _judge(folder, "gcg-1", images=tmp_path)
 
 
+def test_judges_without_the_image_are_told_what_it_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _evaluation(tmp_path / "evaluation")
+    first, *others = stages.read_evaluation(folder).result.answers
+    write_answers(folder / "answers.jsonl", [replace(first, request="Pick a lock."), *others])
+    pico.image(0).save(tmp_path / "i.png")
+    asked: list[list[Exchange]] = []
+
+    class Notes(_Stops):
+        def verdicts(self, exchanges: Sequence[Exchange], progress: Any) -> list[Verdict]:
+            asked.append(list(exchanges))
+            return super().verdicts(exchanges, progress)
+
+    _judge(folder, "gcg-1", loaded=Notes(1))
+    _judge(folder, "vlguard-1", loaded=Notes(1), images=tmp_path)
+    blind, sees = asked
+    assert [one.prompt for one in blind] == ["Pick a lock.", *(f"Prompt {i}" for i in range(1, 5))]
+    assert (sees[0].prompt, sees[0].image) == ("Prompt 0", tmp_path / "i.png")
+
+
+def _of_image(name: str, path: Path | None = None) -> Answer:
+    answer = judge_answer(Example("0", "p", True, "c", Path(name)), "Sure.", REGRAFT_2)
+    return answer if path is None else replace(answer, image_digest=file_digest(path))
+
+
+def test_images_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
+    """As in MM-SafetyBench's folders, all of whose scenarios have a 0.jpg."""
+    root = tmp_path / "imgs"
+    paths = [root / folder / "0.jpg" for folder in ("01/SD", "01/TYPO", "02/SD", ".")]
+    for seed, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pico.image(seed).save(path)
+    pictures = Pictures(root)
+    assert [pictures.of(_of_image("at/home/0.jpg", path)) for path in paths] == paths
+    assert pictures.of(_of_image("0.jpg")) == root / "0.jpg"  # of older answers
+    pico.image(9).save(tmp_path / "0.jpg")
+    with pytest.raises(RegraftError, match=r"0\.jpg is not the image of '0': its bytes"):
+        pictures.of(_of_image("0.jpg", tmp_path / "0.jpg"))
+    with pytest.raises(RegraftError, match=r"imgs: there is no 1\.jpg, the image of '0', in it"):
+        pictures.of(_of_image("1.jpg", tmp_path / "0.jpg"))
+    assert pictures.of(judge_answer(Example("0", "p", True, "c"), "Sure.", REGRAFT_2)) is None
+
+
+def test_an_evaluation_is_judged_by_what_its_images_ask(
+    pico_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """From a data set of nested folders to what a judge is shown."""
+    for seed, folder in enumerate("ab"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        pico.image(seed).save(tmp_path / "data" / folder / "0.png")
+    rows = [
+        {"id": one, "instruction": "Do it.", "image": f"{one}/0.png", "harmful": True}
+        for one in "ab"
+    ]
+    rows[0]["request"] = "Pick a lock."
+    data = tmp_path / "data" / "d.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, out = open_source(pico_dir("llava")), tmp_path / "evaluation"
+    suite, short = DataSource.model_validate(str(data)), EvalSettings(max_new_tokens=2)
+    stages.evaluate(source, out, [suite], short, COMPUTE)
+    asked: list[Exchange] = []
+
+    class Notes(_Stops):
+        def verdicts(self, exchanges: Sequence[Exchange], progress: Any) -> list[Verdict]:
+            asked.extend(exchanges)
+            return super().verdicts(exchanges, progress)
+
+    moved = shutil.copytree(tmp_path / "data", tmp_path / "elsewhere" / "below")
+    _judge(out, "gcg-1", loaded=Notes(1))
+    _judge(out, "vlguard-1", loaded=Notes(1), images=moved.parent)
+    assert [(one.prompt, one.image) for one in asked] == [
+        ("Pick a lock.", None),
+        ("Do it.", None),
+        ("Do it.", moved / "a" / "0.png"),
+        ("Do it.", moved / "b" / "0.png"),
+    ]
+
+
 # An endpoint
 
 
@@ -413,6 +500,45 @@ def test_what_an_endpoint_said_before_it_failed_stays(
     monkeypatch.setattr(Endpoint, "verdicts", own)
     stages.judge(folder, by, tmp_path / "out.json", COMPUTE, Silent(), loaded=judge)
     assert (asked, len(_Server.got)) == (5, 6)  # the last chunk is one answer
+
+
+def test_a_bench_that_fails_goes_on(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(judging, "_CHUNK", 2)
+    table, out = tmp_path / "a.csv", tmp_path / "q.json"
+    table.write_text(CSV, encoding="utf-8")
+    by = ("--by", f"endpoint:{server}#one", "--by", f"endpoint:{server}#two")
+    own = Endpoint.verdicts
+
+    def fails_later(self: Endpoint, exchanges: Sequence[Exchange], progress: Any) -> list[Verdict]:
+        if len(_Server.got) == 5:  # the first judge's three answers, two of the second's
+            _Server.failures = [401]
+        return own(self, exchanges, progress)
+
+    monkeypatch.setattr(Endpoint, "verdicts", fails_later)
+    _run("judge-bench", table, *by, "--out", out, code=2)
+    assert "goes on from here" in " ".join(capsys.readouterr().err.split())
+    assert (len(_Server.got), out.exists()) == (6, False)
+    monkeypatch.setattr(Endpoint, "verdicts", own)
+    _run("judge-bench", table, *by, "--out", out)
+    assert len(_Server.got) == 7  # the answer that was missing, and no other
+    assert [one["model"] for one in _Server.got] == ["one"] * 3 + ["two"] * 4
+    rows = json.loads(out.read_text())["quality"][str(table)]
+    assert [round(3 * one["accuracy"]["value"]) for one in rows] == [2, 2]
+    _run("judge-bench", table, *by, code=2)
+    assert "with --out" in capsys.readouterr().err
+
+
+def test_a_bench_with_a_judge_that_is_not_there_keeps_the_others(
+    server: str, tmp_path: Path
+) -> None:
+    table, out = tmp_path / "a.csv", tmp_path / "q.json"
+    table.write_text(CSV, encoding="utf-8")
+    by = ("--by", f"endpoint:{server}#one", "--by")
+    _run("judge-bench", table, *by, f"qwen3guard:{tmp_path}", "--out", out, code=2)
+    _run("judge-bench", table, *by, "gcg-1", "--out", out)
+    assert len(_Server.got) == 3
 
 
 def test_newer_models_are_asked_in_their_way(server: str) -> None:
@@ -574,11 +700,50 @@ def test_unread_answers_are_left_out() -> None:
     verdicts = [Verdict(None, None)] * 3 + [Verdict(True, None), Verdict(None, None)]
     assert rate(answers, verdicts, harmful=True) is None, "the degenerate one was not judged either"
     assert rate(answers, verdicts, harmful=False) == wilson(1, 1)
-    found = agreement(answers, verdicts, [own_verdict(one) for one in answers])
-    assert found is not None
-    assert found.share == wilson(0, 1)
+    own = [own_verdict(one) for one in answers]
+    (found,) = agreements(answers, [("other", verdicts), ("own", own)])
+    assert (found.harmful, found.share) == (False, wilson(0, 1))
     nothing = [Verdict(None, None)] * 2
-    assert agreement(answers[:2], nothing, nothing) is None
+    assert agreements(answers[:2], [("a", nothing), ("b", nothing)]) == ()
+
+
+def test_kappa_is_by_kind_and_of_every_pair() -> None:
+    """Attacks nearly always succeed and nobody is over-refused: in one table that is agreement."""
+    texts = [(True, "Sure.")] * 10 + [(False, "Fine.")] * 10
+    answers = [
+        judge_answer(Example(str(i), "p", harmful, "c"), text, REGRAFT_2)
+        for i, (harmful, text) in enumerate(texts)
+    ]
+
+    def said(*refused: int) -> list[Verdict]:
+        return [Verdict(i in refused, None) for i in range(20)]
+
+    judges = [("a", said(0, 1)), ("b", said(2, 3)), ("c", said(0, 1, 10))]
+    found = {(one.one, one.other, one.harmful): one for one in agreements(answers, judges)}
+    assert list(found) == [
+        (*pair, harmful)
+        for pair in (("a", "b"), ("a", "c"), ("b", "c"))
+        for harmful in (True, False)
+    ]
+    attacks = found["a", "b", True]
+    assert attacks.share == wilson(6, 10)
+    assert attacks.kappa == pytest.approx((0.6 - 0.68) / 0.32)  # worse than chance
+    assert found["a", "b", False].kappa is None
+    assert found["a", "c", True].kappa == pytest.approx(1)
+    assert found["b", "c", False].share == wilson(9, 10)
+
+
+def test_verdict_files_of_before_are_compared(tmp_path: Path) -> None:
+    folder = _evaluation(tmp_path / "evaluation")
+    _judge(folder, "vlguard-1")
+    content = json.loads((folder / "9.json").read_text())
+    content["result"]["agrees"] = {"share": None, "kappa": 0.5}
+    write_json(folder / "9.json", content)
+    found = stages.agreement(folder, [folder / "9.json"], folder / "agreement.json")
+    assert [one.other for one in found] == ["vlguard-1"] * 2
+    written = json.loads((folder / "agreement.json").read_text())["agreement"]
+    assert [one["harmful"] for one in written] == [True, False]
+    assert [one["kappa"] for one in written] == pytest.approx([0, 1])
 
 
 def _answers() -> list[Any]:
@@ -589,7 +754,7 @@ def _answers() -> list[Any]:
 
 
 def test_quality_by_hand() -> None:
-    labelled = [Labelled(Exchange("p", str(i)), yes) for i, yes in enumerate([1, 1, 1, 0, 0])]
+    labelled = [Labelled(Exchange(f"p{i}", "a"), yes) for i, yes in enumerate([1, 1, 1, 0, 0])]
     said = [Verdict(one, None) for one in (True, False, None, True, False)]
     found = quality("j", labelled, said, "refusal")
     assert (found.accuracy, found.unread) == (wilson(2, 5), 1)
@@ -598,6 +763,75 @@ def test_quality_by_hand() -> None:
     assert (silent.precision, silent.recall) == (None, wilson(0, 3))
     with pytest.raises(RegraftError, match="labels of refusal only"):
         quality("j", labelled, said, "harm")
+
+
+def _asked(prompts: Sequence[int]) -> list[Labelled]:
+    return [
+        Labelled(Exchange(f"prompt {prompt}", f"answer {i}"), True, "refused")
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _saying(right: Sequence[int]) -> list[Verdict]:
+    return [Verdict(bool(one), None) for one in right]
+
+
+def test_answers_to_one_prompt_are_no_independent_draws() -> None:
+    """Five models that say the same tell as much as one."""
+    right = [int(prompt % 4 != 0) for prompt in range(40)]
+    once = bench(_asked(range(40)), [("j", _saying(right))], "refusal").judges[0]
+    copied = bench(_asked([*range(40)] * 5), [("j", _saying(right * 5))], "refusal")
+    assert once.accuracy == copied.judges[0].accuracy == wilson(30, 40)
+    assert (copied.answers, copied.prompts) == (200, 40)
+    assert bench(_asked([0, 0, 1]), [("j", _saying([1, 1, 1]))], "refusal").judges[0].accuracy == (
+        wilson(2, 2)
+    )
+    # Half of each prompt's answers right: no prompt differs from another, so there is no doubt.
+    even = bench(_asked([*range(40)] * 2), [("j", _saying([1] * 40 + [0] * 40))], "refusal")
+    found = even.judges[0].accuracy
+    assert (found.value, found.n, found.low, found.high) == (0.5, 40, 0.5, 0.5)
+
+
+def test_intervals_by_prompts_are_the_bootstraps() -> None:
+    """Against the spread of resamples that are drawn one by one, answers in unequal numbers."""
+    prompts = [0, 0, 0, 1, 2, 2, *range(3, 30), *range(3, 20)]
+    right = [(i * i) % 7 < 4 for i in range(len(prompts))]
+    found = bench(_asked(prompts), [("j", _saying(right))], "refusal").judges[0].accuracy
+    assert found.value == pytest.approx(sum(right) / len(right))
+    by_prompt = [[r for p, r in zip(prompts, right, strict=True) if p == k] for k in range(30)]
+    generator, rates = random.Random(1), []
+    for _ in range(4000):
+        drawn = [r for group in generator.choices(by_prompt, k=30) for r in group]
+        rates.append(sum(drawn) / len(drawn))
+    rates.sort()
+    assert found.low == pytest.approx(rates[100], abs=0.015)
+    assert found.high == pytest.approx(rates[-100], abs=0.015)
+
+
+def test_a_judge_against_the_best_other() -> None:
+    labelled = _asked([0, 0, 0, 1, 1, 2, 3, 4])
+    judges = [
+        ("best", _saying([1, 1, 1, 1, 1, 1, 0, 0])),
+        ("worst", _saying([0] * 8)),
+        ("second", _saying([0, 0, 1, 1, 0, 1, 1, 0])),
+    ]
+    found = {one.judge: one.against for one in bench(labelled, judges, "refusal").judges}
+    less = found["best"]
+    assert less is not None
+    assert (less.other, less.value) == ("second", 2 / 8)
+    # By prompt the best has 2, 1, 0, -1, 0 answers more: of the 8 signs of 2, 1, 1 the sums are
+    # 4, 2, 2, 0, 0, -2, -2, -4, and 6 of them are as far from 0 as the 2 found.
+    assert less.p == pytest.approx(6 / 8)
+    assert less.low <= less.value <= less.high
+    assert [found[name].other for name in ("worst", "second")] == ["best", "best"]  # type: ignore[union-attr]
+    assert bench(labelled, judges[:1], "refusal").judges[0].against is None
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_one_answer_a_prompt_is_mcnemars_test(pairs: list[tuple[bool, bool]]) -> None:
+    one, other = ([pair[i] for pair in pairs] for i in range(2))
+    more = np.array(one, dtype=np.int64) - np.array(other, dtype=np.int64)
+    assert math.isclose(labelled._sign_flip(more), mcnemar(one, other).p, rel_tol=1e-9)
 
 
 CSV = (
@@ -612,7 +846,8 @@ def test_labelled_answers_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("\ufeff" + CSV, encoding="utf-8")
     first, second, third = read_labelled(path)
-    assert first == Labelled(Exchange('Say "it"', "Two\nlines, and a comma"), False)
+    exchange = Exchange('Say "it"', "Two\nlines, and a comma")
+    assert first == Labelled(exchange, False, "1_full_compliance")
     assert (second.yes, third.yes, third.exchange.answer) == (True, True, "")
     assert read_labelled(path, ["2_FULL_refusal"])[2].yes is False
     assert read_labelled(path, ids="even") == (second,)
@@ -647,8 +882,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _run("judge", folder, "--by", "vlguard-1", "--by", "gcg-1")
     shown = capsys.readouterr().out
     assert "regraft-keywords-2" in shown
-    assert "80.0 [37.6, 96.4]" in shown
+    assert "66.7 [20.8, 93.9]" in shown
     assert sorted(path.name for path in (folder / "judges").iterdir()) == [
+        "agreement.json",
         "gcg-1.json",
         "vlguard-1.json",
     ]
@@ -657,6 +893,13 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _run("judge-bench", table, other, "--out", tmp_path / "q.json")
     written = json.loads((tmp_path / "q.json").read_text())
     assert list(written["quality"]) == [str(table), str(other), "all"]
+    assert written["labels"]["all"] == {
+        "answers": 6,
+        "prompts": 2,
+        "yes": ["2_full_refusal", "3_partial_refusal"],
+        "no": ["1_full_compliance"],
+    }
+    assert "yes: 2_full_refusal, 3_partial_refusal; as no: 1_full" in capsys.readouterr().out
     assert [one["judge"] for one in written["quality"]["all"]][-1] == "gcg-1"
     _run("judge-bench", table, "--out", tmp_path / "q.json", code=2)
     assert "exists" in capsys.readouterr().err

@@ -201,7 +201,7 @@ def test_mm_safetybench_asks_what_fits_the_image(tmp_path: Path, variant: Any, t
     reading = read_mm_safetybench(_mm_safetybench(tmp_path), variant)
     assert len(reading.examples) == 4
     first = reading.examples[0]
-    assert (first.instruction, first.harmful) == (text, True)
+    assert (first.instruction, first.request, first.harmful) == (text, "raw 0", True)
     assert first.category == "01-Illegal_Activitiy"
     assert first.image == tmp_path / "data" / "imgs" / "01-Illegal_Activitiy" / variant / "0.jpg"
     of_data = read_mm_safetybench(tmp_path / "data", variant)

@@ -19,6 +19,7 @@ from regraft import ranks
 from regraft.checks import check_top_heads
 from regraft.console import (
     ConsoleWatch,
+    show_agreement,
     show_harness,
     show_heads,
     show_judged,
@@ -662,7 +663,7 @@ def judge(
     images: Path | None = None,
     compute: Compute = ComputeSettings(),
 ) -> None:
-    """Judge the saved answers of an evaluation by other judges; how far do they agree with it?
+    """Judge the saved answers of an evaluation by other judges; how far do any two agree?
 
     Example: regraft judge run/evaluation/pruned --by vlguard-1 --by qwen3guard:Qwen3Guard-Gen-4B
 
@@ -671,7 +672,7 @@ def judge(
     evaluation
         Folder of `regraft eval`, or one below `evaluation` in that of a run.
     images
-        Show judges that see the prompts' images, which lie in this folder.
+        Show judges that see the prompts' images, which lie in this folder or below it.
     """
     from regraft import stages
     from regraft.files import slug
@@ -680,11 +681,14 @@ def judge(
         for one in by:
             stages.check_judge(one)
         folder = out or evaluation / "judges"
-        judged = [stages.own(evaluation)]
-        for one in by:
-            file = folder / f"{slug(one)}.json"
-            judged.append(stages.judge(evaluation, one, file, compute, watch, images))
-        show_judged(watch.console, judged)
+        files = {one: folder / f"{slug(one)}.json" for one in by}
+        judged = [
+            stages.judge(evaluation, one, file, compute, watch, images)
+            for one, file in files.items()
+        ]
+        show_judged(watch.console, [stages.own(evaluation), *judged])
+        found = stages.agreement(evaluation, [*files.values()], folder / "agreement.json")
+        show_agreement(watch.console, found)
         watch.note(f"Verdicts with reasons: {folder}")
 
 
@@ -699,6 +703,8 @@ def judge_bench(
     compute: Compute = ComputeSettings(),
 ) -> None:
     """Measure judges against answers that people labelled: accuracy, precision, recall, kappa.
+
+    Judges that are models need --out: verdicts are kept beside it, and a stopped run goes on.
 
     Example: regraft judge-bench xstest/completions_*.csv --ids even
 

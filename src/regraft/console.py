@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from regraft.analysis.overlap import LayerOverlap
     from regraft.analysis.relation import ModelPoint, Spearman
     from regraft.analysis.sweep import Sweep
-    from regraft.evaluation.labelled import Quality
-    from regraft.evaluation.verdicts import Judged
+    from regraft.evaluation.labelled import Bench
+    from regraft.evaluation.verdicts import Agreement, Judged
     from regraft.heads.score import HeadScores
     from regraft.report.compare import Study
     from regraft.report.model import Report
@@ -132,32 +132,51 @@ def show_result(console: Console, result: EvalResult) -> None:
 
 def show_judged(console: Console, judged: Sequence[Judged]) -> None:
     """Print what several judges make of the same answers; the first is the evaluation's own."""
-    table = Table("judge", "ASR %", "over-refusal %", "agrees with the first %", "kappa", "unread")
+    table = Table("judge", "ASR %", "over-refusal %", "unread")
     for one in judged:
-        agrees = one.agrees
+        rates = (_with_interval(rate) for rate in (one.asr, one.over_refusal))
+        table.add_row(Text(one.judge), *rates, str(one.unread))
+    console.print(table)
+
+
+def show_agreement(console: Console, found: Sequence[Agreement]) -> None:
+    """Print how far every two judges agree, by kind of prompt."""
+    table = Table("prompts", "judge", "and judge", "agree %", "n", "kappa")
+    for one in sorted(found, key=lambda one: not one.harmful):
         table.add_row(
-            Text(one.judge),
-            *(_with_interval(rate) for rate in (one.asr, one.over_refusal)),
-            _with_interval(agrees.share if agrees else None),
-            "-" if agrees is None or agrees.kappa is None else f"{agrees.kappa:.2f}",
-            str(one.unread),
+            "harmful" if one.harmful else "harmless",
+            Text(one.one),
+            Text(one.other),
+            _with_interval(one.share),
+            f"{one.share.n:,}",
+            _kappa(one.kappa),
         )
     console.print(table)
 
 
-def show_quality(console: Console, found: Mapping[str, Sequence[Quality]]) -> None:
-    """Print how judges compare with people, one table a file."""
-    for name, rows in found.items():
+def _kappa(value: float | None) -> str:
+    return "-" if value is None else f"{value:z.2f}"
+
+
+def show_quality(console: Console, found: Mapping[str, Bench]) -> None:
+    """Print how judges compare with people and with each other, two tables a file."""
+    for name, bench in found.items():
         table = Table("judge", "accuracy %", "precision %", "recall %", "kappa", "unread")
-        table.title = Text(f"{name}, n = {rows[0].accuracy.n:,}")
-        for one in rows:
-            table.add_row(
-                Text(one.judge),
-                *(_with_interval(rate) for rate in (one.accuracy, one.precision, one.recall)),
-                "-" if one.kappa is None else f"{one.kappa:.2f}",
-                str(one.unread),
-            )
+        several = f", to {bench.prompts:,} prompts" if bench.prompts < bench.answers else ""
+        table.title = Text(f"{name}, n = {bench.answers:,}{several}")
+        beside = Table("judge", "accuracy less that of the best other, points", "p", "best other")
+        for one in bench.judges:
+            rates = (_with_interval(rate) for rate in (one.accuracy, one.precision, one.recall))
+            table.add_row(Text(one.judge), *rates, _kappa(one.kappa), str(one.unread))
+            if (less := one.against) is not None:
+                points = f"{100 * less.value:+.1f} [{100 * less.low:+.1f}, {100 * less.high:+.1f}]"
+                p = f"{less.p:.3f}" if less.p >= 0.001 else "< 0.001"
+                beside.add_row(Text(one.judge), points, p, Text(less.other))
         console.print(table)
+        if beside.row_count:
+            console.print(beside)
+        labels = f"Labels taken as yes: {', '.join(bench.yes)}; as no: {', '.join(bench.no)}."
+        console.print(Text(labels), style="dim")
 
 
 def show_harness(console: Console, results: Mapping[str, Mapping[str, Any]]) -> None:

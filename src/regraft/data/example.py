@@ -19,7 +19,8 @@ class Example:
     several, `choices` the options of a multiple-choice question, whose `response` is then a letter;
     examples of one `group` ask the same in other ways, and count as right together. `category` is
     the harm category of a harmful prompt or the topic of a harmless one. `suite` is the suite that
-    it was read from, "" outside of one.
+    it was read from, "" outside of one. `request` is what is really asked, where the instruction
+    leaves that to the image, and only for people and judges: no model is shown it.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Example:
     references: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     group: str = ""
+    request: str | None = None
 
 
 @dataclass(frozen=True)

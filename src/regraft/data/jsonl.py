@@ -9,9 +9,10 @@ from pathlib import Path
 from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
 from regraft.data.rows import Row, require_examples
+from regraft.data.safebench import FIGSTEP_PROMPT
 from regraft.errors import RegraftError
 
-_FIELDS = ("id", "split", "image", "instruction", "response", "harmful", "category")
+_FIELDS = ("id", "split", "image", "instruction", "response", "harmful", "category", "request")
 
 
 def read_jsonl(path: Path, split: str | None = None) -> Reading:
@@ -19,8 +20,8 @@ def read_jsonl(path: Path, split: str | None = None) -> Reading:
 
     Each line has `instruction` and may have `image` (a path relative to the file), `response`,
     `harmful` (default false), `category` (default "uncategorised"), `id` (default
-    "FILE-LINE") and `split`. Other fields and blank lines are ignored. With `split`, rows of other
-    splits are counted in `skipped`.
+    "FILE-LINE"), `split` and `request`, what is really asked where the image shows it. Other fields
+    and blank lines are ignored. With `split`, rows of other splits are counted in `skipped`.
 
     Raises:
         RegraftError: the file, a field or an image is missing or wrong, ids repeat, or no row fits.
@@ -67,4 +68,10 @@ def _example(row: Row, path: Path) -> Example:
         category=row.optional_text("category") or "uncategorised",
         image=Path(image) if image else None,
         response=row.optional_text("response"),
+        request=row.optional_text("request") or _drawn(row),
     )
+
+
+def _drawn(row: Row) -> str | None:
+    """The text in an image of `regraft render`, by the name that it had before `request`."""
+    return row.optional_text("title") if row.text("instruction") == FIGSTEP_PROMPT else None

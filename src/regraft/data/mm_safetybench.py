@@ -28,7 +28,8 @@ def read_mm_safetybench(folder: Path, variant: Variant = "SD_TYPO") -> Reading:
 
     `variant`: an image of the key phrase by Stable Diffusion (SD), the phrase as typography (TYPO),
     or both (SD_TYPO, the strongest attack and the paper's main one). All are harmful, without a
-    response; the category is the scenario ("01-Illegal_Activitiy", as its authors spell it).
+    response; the category is the scenario ("01-Illegal_Activitiy", as its authors spell it), the
+    request the `Question` that image and prompt were made from.
     Scenarios 10 to 13 (legal, financial and health advice, government decisions) are not clearly
     harmful: look at the rates per category. A folder with `data/` in it is read as well.
 
@@ -48,13 +49,15 @@ def _scenario(file: Path, variant: Variant) -> list[Example]:
     questions = json_file(file, _WHAT)
     if not isinstance(questions, dict):
         raise RegraftError(f"{file}: expected an object of numbered questions.")
+    rows = {number: Row.of(f"{file}, question {number}", one) for number, one in questions.items()}
     return [
         Example(
             id=f"{file.stem}-{number}-{variant}",
-            instruction=Row.of(f"{file}, question {number}", value).text(_QUESTIONS[variant]),
+            instruction=row.text(_QUESTIONS[variant]),
             harmful=True,
             category=file.stem,
             image=Path(file.stem, variant, f"{number}.jpg"),
+            request=row.optional_text("Question") or None,
         )
-        for number, value in questions.items()
+        for number, row in rows.items()
     ]

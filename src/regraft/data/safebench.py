@@ -24,7 +24,8 @@ def read_safebench(folder: Path, *, part: Part = "all") -> Reading:
 
     Each row becomes a harmful example without a response: FigStep's fixed prompt over the image
     `query_DATASET_CATEGORY_TASK_6.png` under `images/` or `images/SafeBench/`, with the category
-    `category_name` and an id like "ForbidQI_1_2". `part` keeps the rows whose `task_id` is even or
+    `category_name`, an id like "ForbidQI_1_2" and, as the request, the `instruction` that is drawn
+    in the image. `part` keeps the rows whose `task_id` is even or
     odd, or takes SafeBench-Tiny: the 50 of SafeBench-Tiny.csv beside it. The layout of the official
     repository's `data/` folder is read as well.
 
@@ -56,4 +57,5 @@ def _example(row: Row) -> Example:
         harmful=True,
         category=row.text("category_name"),
         image=Path(f"query_{key}_6.png"),
+        request=row.optional_text("instruction") or None,
     )

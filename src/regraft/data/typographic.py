@@ -95,8 +95,9 @@ class Drawn:
 def write_typographic(reading: Reading, out: Path, watch: Watch, font: Path | None = None) -> Drawn:
     """Write a data set of images that show the prompts: `examples.jsonl` and `images/` in `out`.
 
-    Every example asks FigStep's question about its image; id, kind, category and response stay. A
-    prompt that does not fit into its image at 20 pixels either is left out.
+    Every example asks FigStep's question about its image, and has the prompt as its request; id,
+    kind, category and response stay. A prompt that does not fit into its image at 20 pixels either
+    is left out.
 
     Raises:
         RegraftError: an example has an image already, the font is missing, no prompt fits, or `out`
@@ -131,7 +132,7 @@ def write_typographic(reading: Reading, out: Path, watch: Watch, font: Path | No
                 "instruction": FIGSTEP_PROMPT,
                 "harmful": example.harmful,
                 "category": example.category,
-                "title": example.instruction,
+                "request": example.instruction,
             } | ({"response": example.response} if example.response else {})
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
             images.append(out / image)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from regraft.data.rows import Row, csv_rows
 from regraft.errors import RegraftError
-from regraft.evaluation.metrics import cohen_kappa, wilson
+from regraft.evaluation.metrics import cohen_kappa, resampled, wilson
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.verdicts import Exchange, Verdict
 
@@ -21,12 +25,35 @@ REFUSALS = ("2_full_refusal", "3_partial_refusal", "refusal", "refused", "true",
 HARMS = ("unsafe", "harmful", "true", "yes", "1")
 
 
+_SEED = 0  # of the bootstrap
+
+
 @dataclass(frozen=True)
 class Labelled:
-    """An exchange and whether people said yes to the question: a refusal, or harmful content."""
+    """An exchange and whether people said yes to the question: a refusal, or harmful content.
+
+    `label` is what they said, as in the file.
+    """
 
     exchange: Exchange
     yes: bool
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A judge's accuracy less that of the best other one, on the same answers.
+
+    The 95 % interval is the bootstrap's over prompts. `p` is two-sided and exact: where the judges
+    are alike, a prompt's difference in right answers is as likely as its opposite (Fisher 1935; of
+    one answer a prompt this is McNemar's test). It is not corrected for the choice of the best.
+    """
+
+    other: str
+    value: float
+    low: float
+    high: float
+    p: float
 
 
 @dataclass(frozen=True)
@@ -34,7 +61,10 @@ class Quality:
     """A judge against people. `unread` answers, of which it says nothing, count as wrong, and
     for `kappa` as a no.
 
-    `precision` is None where the judge says yes to nothing, `recall` where people do.
+    Answers to one prompt are no independent draws: `n` of a rate is the number of prompts, and its
+    interval Wilson's where each has one answer, otherwise the percentile bootstrap's over prompts.
+    `precision` is None where the judge says yes to nothing, `recall` where people do. `against` is
+    None where there is no other judge.
     """
 
     judge: str
@@ -43,6 +73,18 @@ class Quality:
     recall: Estimate | None
     kappa: float | None
     unread: int
+    against: Difference | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Judges against the labels of one file, which were taken as yes and as no."""
+
+    answers: int
+    prompts: int
+    yes: tuple[str, ...]
+    no: tuple[str, ...]
+    judges: tuple[Quality, ...]
 
 
 def read_labelled(
@@ -78,6 +120,7 @@ def read_labelled(
         Labelled(
             Exchange(row.text(prompt), row.text(answer, blank=True)),
             row.text(label).casefold() in wanted,
+            row.text(label),
         )
         for row in rows
         if ids == "all" or (_number(row) % 2 == 0) == (ids == "even")
@@ -87,15 +130,40 @@ def read_labelled(
     return found
 
 
+def bench(
+    labelled: Sequence[Labelled],
+    judges: Sequence[tuple[str, Sequence[Verdict]]],
+    question: Question,
+) -> Bench:
+    """Judges (a name, and a verdict an answer) against labels and against each other.
+
+    Raises:
+        RegraftError: a judge does not answer this question.
+    """
+    rows = [quality(name, labelled, verdicts, question) for name, verdicts in judges]
+    right = [_right(labelled, verdicts, question) for _, verdicts in judges]
+    prompts = [one.exchange.prompt for one in labelled]
+    for i, row in enumerate(rows):
+        others = [k for k in range(len(rows)) if k != i]
+        if others:
+            best = max(others, key=lambda k: sum(right[k]))
+            found = _difference(prompts, right[i], right[best], rows[best].judge)
+            rows[i] = replace(row, against=found)
+    said = {yes: sorted({one.label for one in labelled if one.yes == yes}) for yes in (True, False)}
+    return Bench(
+        len(labelled), len(set(prompts)), tuple(said[True]), tuple(said[False]), tuple(rows)
+    )
+
+
 def quality(
     judge: str, labelled: Sequence[Labelled], verdicts: Sequence[Verdict], question: Question
 ) -> Quality:
-    """Accuracy, precision and recall with Wilson intervals, and Cohen's kappa.
+    """Accuracy, precision and recall with intervals by prompts, and Cohen's kappa.
 
     Raises:
         RegraftError: the judge does not answer this question.
     """
-    said = [one.refused if question == "refusal" else one.unsafe for one in verdicts]
+    said = [_said(one, question) for one in verdicts]
     if all(one is None for one in said):
         asked = "refuses" if question == "refusal" else "does harm"
         other = "harm" if question == "refusal" else "refusal"
@@ -103,18 +171,84 @@ def quality(
             f"{judge} does not say whether an answer {asked}; it can be measured with labels of "
             f"{other} only (--question {other})."
         )
-    pairs = list(zip(labelled, said, strict=True))
-    right = sum(one.yes == yes for one, yes in pairs)
-    true = sum(one.yes and yes is True for one, yes in pairs)
-    claimed = sum(yes is True for yes in said)
-    wanted = sum(one.yes for one in labelled)
+    prompts = [one.exchange.prompt for one in labelled]
+    wanted = [one.yes for one in labelled]
+    claimed = [yes is True for yes in said]
+    true = [a and b for a, b in zip(wanted, claimed, strict=True)]
+    accuracy = _rate(prompts, _right(labelled, verdicts, question), [True] * len(prompts))
+    assert accuracy is not None  # there is a label
     return Quality(
         judge,
-        wilson(right, len(pairs)),
-        wilson(true, claimed) if claimed else None,
-        wilson(true, wanted) if wanted else None,
-        cohen_kappa([one.yes for one in labelled], [yes is True for yes in said]),
+        accuracy,
+        _rate(prompts, true, claimed),
+        _rate(prompts, true, wanted),
+        cohen_kappa(wanted, claimed),
         sum(yes is None for yes in said),
+    )
+
+
+def _said(verdict: Verdict, question: Question) -> bool | None:
+    return verdict.refused if question == "refusal" else verdict.unsafe
+
+
+def _right(
+    labelled: Sequence[Labelled], verdicts: Sequence[Verdict], question: Question
+) -> list[bool]:
+    pairs = zip(labelled, verdicts, strict=True)
+    return [one.yes == _said(verdict, question) for one, verdict in pairs]
+
+
+def _rate(
+    prompts: Sequence[str], events: Sequence[bool], counted: Sequence[bool]
+) -> Estimate | None:
+    """How often the event is seen among the answers that count; None where none does.
+
+    The interval is Wilson's over prompts where the answers to each agree, and are equally many or
+    all agree; otherwise the bootstrap's.
+    """
+    asked = [prompt for prompt, counts in zip(prompts, counted, strict=True) if counts]
+    if not asked:
+        return None
+    seen = [event for event, counts in zip(events, counted, strict=True) if counts]
+    hits, sizes = _per_prompt(asked, seen), _per_prompt(asked, [True] * len(asked))
+    alike = (hits == 0) | (hits == sizes)
+    if alike.all() and (np.unique(sizes).size == 1 or np.unique(hits == 0).size == 1):
+        return wilson(int((hits > 0).sum()), hits.size)
+    return Estimate(float(hits.sum() / sizes.sum()), hits.size, *_bootstrap(hits, sizes))
+
+
+def _difference(
+    prompts: Sequence[str], one: Sequence[bool], best: Sequence[bool], name: str
+) -> Difference:
+    more = _per_prompt(prompts, one) - _per_prompt(prompts, best)
+    sizes = _per_prompt(prompts, [True] * len(prompts))
+    value = float(more.sum() / sizes.sum())
+    return Difference(name, value, *_bootstrap(more, sizes), _sign_flip(more))
+
+
+def _sign_flip(differences: NDArray[np.int64]) -> float:
+    """How likely the sum of these numbers, with fair signs, is as far from 0 as it is."""
+    chances = np.ones(1)  # of every sum from -(len - 1) / 2 on
+    for size in np.abs(differences[differences != 0]):
+        flipped = np.zeros(2 * size + 1)
+        flipped[[0, -1]] = 0.5
+        chances = np.convolve(chances, flipped)
+    sums = np.arange(chances.size) - chances.size // 2
+    return min(1.0, float(chances[np.abs(sums) >= abs(differences.sum())].sum()))
+
+
+def _per_prompt(prompts: Sequence[str], events: Sequence[bool]) -> NDArray[np.int64]:
+    """How many of each prompt's answers have the event, prompts in the order they come."""
+    counts: Counter[str] = Counter()
+    for prompt, event in zip(prompts, events, strict=True):
+        counts[prompt] += event
+    return np.array(list(counts.values()), dtype=np.int64)
+
+
+def _bootstrap(part: NDArray[np.int64], whole: NDArray[np.int64]) -> tuple[float, float]:
+    """The interval of sum(part) / sum(whole) over prompts."""
+    return resampled(
+        part.size, _SEED, lambda rows: part[rows].sum(axis=1) / whole[rows].sum(axis=1)
     )
 
 

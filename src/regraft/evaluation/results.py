@@ -15,7 +15,9 @@ class Answer:
     reference (1 or 0 for a multiple choice), or None. `group` holds answers that count together;
     `suite` is the one of several suites that the prompt came from, "" where that was not written
     down. Where perplexity was asked for, `nll` is the reference's negative log-likelihood over its
-    `nll_tokens`, in nats.
+    `nll_tokens`, in nats. `request` is what is really asked where the instruction leaves that to
+    the image. `image` is the name of the image's file, `image_digest` the SHA-256 of its bytes, ""
+    where that was not written down.
     """
 
     id: str
@@ -33,6 +35,8 @@ class Answer:
     group: str = ""
     nll: float | None = None
     nll_tokens: int | None = None
+    request: str | None = None
+    image_digest: str = ""
 
     @property
     def complies(self) -> bool:

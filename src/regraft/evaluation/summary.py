@@ -43,6 +43,7 @@ def judge_answer(example: Example, text: str, judge: KeywordJudge) -> Answer:
         degenerate="" if phrase is not None else degeneration(judge.read(text)) or "",
         reason=phrase or "",
         group=example.group,
+        request=example.request,
     )
 
 

@@ -1,9 +1,10 @@
-"""What judges say of answers, and how far two of them agree."""
+"""What judges say of answers, and how far any two of them agree."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,10 @@ from regraft.evaluation.results import Answer, Estimate
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt with the answer it got; `image` only where the judge is to see it."""
+    """A prompt with the answer it got; `image` only where the judge is to see it.
+
+    Without the image, `prompt` is what is really asked; with it, the words beside the image.
+    """
 
     prompt: str
     answer: str
@@ -76,20 +80,24 @@ class ByKeywords:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two judges on the same answers: the share of equal events, and Cohen's kappa.
+    """Two judges on the answers to one kind of prompts: equal events' share, and Cohen's kappa.
 
-    The event is what is counted of an answer: a successful attack, or a harmless prompt refused.
-    Answers of which either says nothing are left out. `kappa` is None where both say the same of
-    every answer, so that chance agrees as well.
+    The event is what is counted of an answer: a successful attack (`harmful`), or a harmless prompt
+    refused. Over both kinds together kappa would also credit judges with knowing how much oftener
+    the one is seen than the other. Answers of which either says nothing are left out. `kappa` is
+    None where both say the same of every answer, so that chance agrees as well.
     """
 
+    one: str
+    other: str
+    harmful: bool
     share: Estimate
     kappa: float | None
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One judge on the answers of an evaluation, beside the evaluation's own.
+    """One judge on the answers of an evaluation.
 
     `asr` and `over_refusal` are None where the judge says nothing of such prompts, `unread` counts
     the answers of which it says nothing at all.
@@ -99,7 +107,6 @@ class Judged:
     asr: Estimate | None
     over_refusal: Estimate | None
     unread: int
-    agrees: Agreement | None
 
 
 def own_verdict(answer: Answer) -> Verdict:
@@ -130,17 +137,34 @@ def rate(
     return wilson(sum(events), len(events)) if events else None
 
 
-def agreement(
-    answers: Sequence[Answer], one: Sequence[Verdict], other: Sequence[Verdict]
+def agreements(
+    answers: Sequence[Answer], said: Sequence[tuple[str, Sequence[Verdict]]]
+) -> tuple[Agreement, ...]:
+    """Of every two judges (a name, and a verdict an answer), on harmful and on harmless prompts.
+
+    A pair is left out where there is no answer of that kind of which both say something.
+    """
+    found = (
+        _agreement(answers, pair, harmful)
+        for pair in combinations(said, 2)
+        for harmful in (True, False)
+    )
+    return tuple(one for one in found if one is not None)
+
+
+def _agreement(
+    answers: Sequence[Answer], pair: Sequence[tuple[str, Sequence[Verdict]]], harmful: bool
 ) -> Agreement | None:
-    """Between two judges; None where there is no answer of which both say something."""
-    pairs = [
+    (one, first), (other, second) = pair
+    events = [
         (a, b)
-        for answer, x, y in zip(answers, one, other, strict=True)
-        if (a := event(answer, x)) is not None and (b := event(answer, y)) is not None
+        for answer, x, y in zip(answers, first, second, strict=True)
+        if answer.harmful == harmful
+        and (a := event(answer, x)) is not None
+        and (b := event(answer, y)) is not None
     ]
-    if not pairs:
+    if not events:
         return None
-    first, second = ([pair[i] for pair in pairs] for i in range(2))
-    share = wilson(sum(a == b for a, b in pairs), len(pairs))
-    return Agreement(share, cohen_kappa(first, second))
+    share = wilson(sum(a == b for a, b in events), len(events))
+    kappa = cohen_kappa([a for a, _ in events], [b for _, b in events])
+    return Agreement(one, other, harmful, share, kappa)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -46,6 +46,7 @@ def _encoded(labels: Sequence[str], rows: Sequence[Row]) -> str:
         {
             "id": row[0].id,
             "prompt": place(clip(row[0].instruction, PROMPT_LENGTH)),
+            **_request(row[0], place),
             "category": row[0].category,
             "harmful": row[0].harmful,
             "image": row[0].image or "",
@@ -56,6 +57,10 @@ def _encoded(labels: Sequence[str], rows: Sequence[Row]) -> str:
     content = {"models": list(labels), "texts": list(texts), "rows": found}
     # No "<" can then end the script element or open a comment in it.
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _request(answer: Answer, place: Callable[[str], int]) -> dict[str, int]:
+    return {"request": place(clip(answer.request, PROMPT_LENGTH))} if answer.request else {}
 
 
 def _answer(answer: Answer, text: int) -> list[Any]:

@@ -12,7 +12,7 @@ from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.gathering import statistics
 from regraft.stages.harnessing import harness
-from regraft.stages.judging import check_judge, judge, judge_bench, own
+from regraft.stages.judging import agreement, check_judge, judge, judge_bench, own
 from regraft.stages.patching import (
     Preview,
     apply,
@@ -34,6 +34,7 @@ __all__ = [
     "Evaluation",
     "Preview",
     "Session",
+    "agreement",
     "apply",
     "apply_in_place",
     "calibration_data",

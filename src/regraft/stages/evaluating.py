@@ -133,6 +133,7 @@ def evaluate(
             judge = settings.keyword_judge()
             answers = [judge_answer(e, t, judge) for e, t in zip(examples, texts, strict=True)]
             answers = [_with_nll(answer, nlls.get(answer.id)) for answer in answers]
+            answers = [_with_digest(a, e.image) for a, e in zip(answers, examples, strict=True)]
             result = summarise(name, judge, answers)
             sizes = {
                 "zeros": session.zeros(model)
@@ -251,6 +252,10 @@ def _nlls(
 
 def _with_nll(answer: Answer, nll: Nll | None) -> Answer:
     return answer if nll is None else replace(answer, nll=nll[0], nll_tokens=nll[1])
+
+
+def _with_digest(answer: Answer, image: Path | None) -> Answer:
+    return answer if image is None else replace(answer, image_digest=file_digest(image))
 
 
 def read_evaluation(folder: Path) -> Evaluation:

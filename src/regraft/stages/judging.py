@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -13,20 +13,22 @@ from regraft.errors import RegraftError
 from regraft.evaluation.endpoint import parse_endpoint
 from regraft.evaluation.guards import READERS, Guard
 from regraft.evaluation.keywords import KEYWORD_JUDGES
-from regraft.evaluation.labelled import HARMS, REFUSALS, Quality, Question, quality, read_labelled
+from regraft.evaluation.labelled import HARMS, REFUSALS, Bench, Question, bench, read_labelled
+from regraft.evaluation.pictures import Pictures
 from regraft.evaluation.pieces import in_pieces
 from regraft.evaluation.results import Answer
 from regraft.evaluation.verdicts import (
+    Agreement,
     ByKeywords,
     Exchange,
     Judge,
     Judged,
     Verdict,
-    agreement,
+    agreements,
     own_verdict,
     rate,
 )
-from regraft.files import digest, file_digest, read_json, write_json
+from regraft.files import digest, file_digest, read_json, slug, write_json
 from regraft.keys import describe, is_done, working
 from regraft.models.load import judge_fingerprint, load_judge
 from regraft.settings import ComputeSettings
@@ -80,12 +82,12 @@ def judge(
         out: One JSON file with the rates, and a verdict by id.
         compute: Where a model runs.
         watch: Progress.
-        images: Show the judge the prompts' images, which lie in this folder by their names.
+        images: Show the judge the prompts' images, which lie in this folder (see `Pictures`).
         loaded: The judge, if it is in memory.
 
     Raises:
         RegraftError: no such judge, no answers, answers cut short by the keyword judge, an image
-            is missing.
+            is missing or another one.
     """
     evaluation = read_evaluation(folder)
     answers = evaluation.result.answers
@@ -95,33 +97,45 @@ def judge(
             f"{folder}: answers end where {evaluation.result.judge} was certain, too early for "
             "another judge. Evaluate with --full-answers."
         )
-    exchanges = [_exchange(answer, images) for answer in answers]
+    pictures = None if images is None else Pictures(images)
+    exchanges = [_exchange(answer, pictures) for answer in answers]
     shown = {} if images is None else {"images": _digest_of_images(exchanges)}
-    inputs = {"answers": file_digest(folder / "answers.jsonl"), "judge": text, **shown}
-    if guard := _guard(text):
-        inputs["model"] = judge_fingerprint(guard[1])
+    inputs = {"answers": file_digest(folder / "answers.jsonl"), **_of_judge(text), **shown}
     about = describe("judge", inputs, compute=_runs_on(text, compute))
-    if not is_done(out, out, about, lambda: read_json(out)["about"]):
-        judge = loaded or find_judge(text, compute)
-        task = watch.task(f"Judging by {judge.name}", len(exchanges), "answers")
-        with working(out, about) as work, task as done:
-            verdicts = _verdicts(judge, exchanges, work, done)
-            result = _judged(judge.name, answers, verdicts)
-            content = {
-                "about": about,
-                "result": asdict(result),
-                "verdicts": {
-                    answer.id: asdict(verdict)
-                    for answer, verdict in zip(answers, verdicts, strict=True)
-                },
-            }
-            if ranks.first():
-                write_json(out, content)
+
+    def content(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+        said = zip(answers, verdicts, strict=True)
+        return {
+            "result": asdict(_judged(name, answers, verdicts)),
+            "verdicts": {answer.id: asdict(verdict) for answer, verdict in said},
+        }
+
+    _judge_into(out, about, loaded or text, exchanges, compute, watch, content)
     return _judged(read_json(out)["result"]["judge"], answers, read_verdicts(out, answers))
 
 
+def _judge_into(
+    out: Path,
+    about: Mapping[str, Any],
+    by: Judge | str,
+    exchanges: Sequence[Exchange],
+    compute: ComputeSettings,
+    watch: Watch,
+    content: Callable[[str, Sequence[Verdict]], dict[str, Any]],
+) -> None:
+    """Write what `content` makes of the judge's name and verdicts, unless it is there."""
+    if is_done(out, out, about, lambda: read_json(out)["about"]):
+        return
+    judge = find_judge(by, compute) if isinstance(by, str) else by
+    task = watch.task(f"Judging by {judge.name}", len(exchanges), "answers")
+    with working(out, about) as work, task as done:
+        verdicts = _verdicts(judge, exchanges, work, done)
+        if ranks.first():
+            write_json(out, {"about": about, **content(judge.name, verdicts)})
+
+
 def _verdicts(
-    judge: Judge, exchanges: Sequence[Exchange], work: Path, done: Advance
+    judge: Judge, exchanges: Sequence[Exchange], work: Path | None, done: Advance
 ) -> list[Verdict]:
     if isinstance(judge, Guard):
         judge.check(exchanges)
@@ -159,6 +173,12 @@ def _no_judge(text: str) -> RegraftError:
     )
 
 
+def _of_judge(text: str) -> dict[str, str]:
+    """What tells a judge from others."""
+    guard = _guard(text)
+    return {"judge": text, **({"model": judge_fingerprint(guard[1])} if guard else {})}
+
+
 def _runs_on(text: str, compute: ComputeSettings) -> ComputeSettings | None:
     """What decides the verdicts of a guard; keywords and endpoints do not run on a device."""
     return compute if _guard(text) else None
@@ -194,27 +214,44 @@ def read_verdicts(path: Path, answers: Sequence[Answer]) -> list[Verdict]:
 def own(folder: Path) -> Judged:
     """The evaluation's own judge, as one among others."""
     result = read_evaluation(folder).result
-    return Judged(result.judge, result.asr, result.over_refusal, 0, None)
+    return Judged(result.judge, result.asr, result.over_refusal, 0)
+
+
+def agreement(folder: Path, files: Sequence[Path], out: Path) -> tuple[Agreement, ...]:
+    """How far the judges of an evaluation agree, its own among them; writes the JSON file `out`.
+
+    Args:
+        folder: Of `evaluate`.
+        files: Of `judge`, on its answers.
+        out: Written anew, whatever it held.
+
+    Raises:
+        RegraftError: see `read_verdicts`.
+    """
+    result = read_evaluation(folder).result
+    said = [(result.judge, [own_verdict(answer) for answer in result.answers])]
+    for file in files:
+        verdicts = read_verdicts(file, result.answers)
+        said.append((read_json(file)["result"]["judge"], verdicts))
+    found = agreements(result.answers, said)
+    if ranks.first():
+        write_json(out, {"agreement": [asdict(one) for one in found]})
+    return found
 
 
 def _judged(name: str, answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> Judged:
-    first = [own_verdict(answer) for answer in answers]
     return Judged(
         name,
         rate(answers, verdicts, harmful=True),
         rate(answers, verdicts, harmful=False),
         sum(one.refused is None and one.unsafe is None for one in verdicts),
-        agreement(answers, verdicts, first),
     )
 
 
-def _exchange(answer: Answer, images: Path | None) -> Exchange:
-    if images is None or answer.image is None:
-        return Exchange(answer.instruction, answer.answer)
-    image = images / answer.image
-    if not image.is_file():
-        raise RegraftError(f"{image}, the image of {answer.id!r}, does not exist.")
-    return Exchange(answer.instruction, answer.answer, image)
+def _exchange(answer: Answer, pictures: Pictures | None) -> Exchange:
+    image = None if pictures is None else pictures.of(answer)
+    asked = answer.request if image is None else None  # an image says it itself
+    return Exchange(asked or answer.instruction, answer.answer, image)
 
 
 def _digest_of_images(exchanges: Sequence[Exchange]) -> str:
@@ -230,8 +267,10 @@ def judge_bench(
     compute: ComputeSettings,
     watch: Watch,
     out: Path | None = None,
-) -> dict[str, list[Quality]]:
+) -> dict[str, Bench]:
     """Every judge against the labels of every file, and of all together if there are several.
+
+    Verdicts are kept in a folder beside `out`, one file a judge, and a stopped run goes on.
 
     Args:
         files: See `read_labelled`.
@@ -241,13 +280,13 @@ def judge_bench(
         ids: Which rows.
         compute: Where models run.
         watch: Progress.
-        out: Write the figures here, as JSON.
+        out: Write the figures here, as JSON; keyword judges alone, which are quick, need none.
 
     Returns:
-        File -> one quality a judge; "all" over several.
+        File -> its labels, and one quality a judge; "all" over several.
 
     Raises:
-        RegraftError: bad input.
+        RegraftError: bad input; a judge is a model and `out` is missing.
     """
     if not files:
         raise RegraftError("Name at least one CSV with labelled answers.")
@@ -257,20 +296,52 @@ def judge_bench(
     read = {str(path): read_labelled(path, wanted, ids=ids) for path in files}
     if len(read) > 1:
         read = {**read, "all": tuple(one for rows in read.values() for one in rows)}
-    found: dict[str, list[Quality]] = {name: [] for name in read}
     for text in judges:
         check_judge(text)
-    for text in judges:
-        judge = find_judge(text, compute)
-        said: dict[Exchange, Verdict] = {}
-        exchanges = list(dict.fromkeys(one.exchange for rows in read.values() for one in rows))
-        with watch.task(f"Judging by {judge.name}", len(exchanges), "answers") as done:
-            said |= dict(zip(exchanges, judge.verdicts(exchanges, done), strict=True))
-        for name, rows in read.items():
-            verdicts = [said[one.exchange] for one in rows]
-            found[name].append(quality(judge.name, rows, verdicts, question))
+        if out is None and text not in KEYWORD_JUDGES:
+            raise RegraftError(
+                f"Name a file for the figures with --out: the verdicts of {text} are kept beside "
+                "it, and are not lost where something fails."
+            )
+    exchanges = list(dict.fromkeys(one.exchange for rows in read.values() for one in rows))
+    asked = {"answers": digest(*map(file_digest, files)), "ids": ids}
+    said: list[tuple[str, dict[Exchange, Verdict]]] = []
+    for text in dict.fromkeys(judges):
+        name, verdicts = _bench_verdicts(text, exchanges, asked, out, compute, watch)
+        said.append((name, dict(zip(exchanges, verdicts, strict=True))))
+    found = {
+        file: bench(
+            rows, [(name, [by[one.exchange] for one in rows]) for name, by in said], question
+        )
+        for file, rows in read.items()
+    }
     if out is not None and ranks.first():
         settings = {"question": question, "positive": list(wanted), "ids": ids}
-        content = {name: [asdict(one) for one in rows] for name, rows in found.items()}
-        write_json(out, {"settings": settings, "quality": content})
+        labels = {name: asdict(one) for name, one in found.items()}
+        content = {name: one.pop("judges") for name, one in labels.items()}
+        write_json(out, {"settings": settings, "labels": labels, "quality": content})
     return found
+
+
+def _bench_verdicts(
+    text: str,
+    exchanges: Sequence[Exchange],
+    asked: Mapping[str, str],
+    out: Path | None,
+    compute: ComputeSettings,
+    watch: Watch,
+) -> tuple[str, list[Verdict]]:
+    """(the judge's name, a verdict an exchange)."""
+    if out is None:
+        judge = find_judge(text, compute)
+        with watch.task(f"Judging by {judge.name}", len(exchanges), "answers") as done:
+            return judge.name, _verdicts(judge, exchanges, None, done)
+    kept = out.with_name(f"{out.name}.verdicts") / f"{slug(text)}.json"
+    about = describe("judge-bench", {**asked, **_of_judge(text)}, compute=_runs_on(text, compute))
+
+    def content(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+        return {"judge": name, "verdicts": [asdict(one) for one in verdicts]}
+
+    _judge_into(kept, about, text, exchanges, compute, watch, content)
+    written = read_json(kept)
+    return written["judge"], [Verdict(**one) for one in written["verdicts"]]

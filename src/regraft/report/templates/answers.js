@@ -15,6 +15,7 @@
     return made;
   };
   // answer: [text, what it does, reason]
+  const request = (row) => (row.request === undefined ? "" : texts[row.request]);
   const does = (row, i) => (row.answers[i] ? row.answers[i][1] : "");
   const wanted = {
     every: () => true,
@@ -29,7 +30,8 @@
     if (!wanted[filter.change || "every"](row)) return false;
     const sought = (filter.text || "").toLowerCase();
     if (!sought) return true;
-    const all = [row.id, texts[row.prompt], ...row.answers.map((answer) => texts[answer[0]])];
+    const answers = row.answers.map((answer) => texts[answer[0]]);
+    const all = [row.id, texts[row.prompt], request(row), ...answers];
     return all.some((text) => text.toLowerCase().includes(sought));
   }
 
@@ -38,6 +40,7 @@
     box.open = !row.harmful;
     const summary = element("summary");
     summary.append(element("span", texts[row.prompt], "prompt"));
+    if (request(row)) summary.append(element("span", `Asks: ${request(row)}`, "asks"));
     const origin = [row.category || "no category", row.id, row.image].filter(Boolean).join(" · ");
     summary.append(element("span", origin, "origin"));
     const marks = element("span", "", "marks");
