@@ -497,6 +497,20 @@ def test_full_answers_are_the_results_of_old(
         assert done.about["settings"].get("full_answers") is (None if full else False)
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_a_late_loop_is_seen_where_answers_are_full(
+    models_on_disk: dict[str, Any], tmp_path: Path, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = "Sure. " + "Step one: mix the two things together in a bowl. " * 12
+    monkeypatch.setattr(
+        sessions.Answerer, "answers", lambda self, *_, **__: [loop] * len(self.examples)
+    )
+    data, settings = models_on_disk["data"], EvalSettings(full_answers=full)
+    done = stages.evaluate(models_on_disk["dense"], tmp_path / "out", [data], settings, COMPUTE)
+    assert done.result.asr is not None
+    assert done.result.asr.value == (0 if full else 1)
+
+
 def test_a_session_sees_changed_images(models_on_disk: dict[str, Any], tmp_path: Path) -> None:
     """The same path with another image in it, between two evaluations."""
     session = stages.Session()

@@ -11,11 +11,11 @@ class Answer:
     """One generation and its judgement.
 
     It refuses, or it says nothing (`degenerate`: "empty", "repetition" or "gibberish", else ""), or
-    it complies; `reason` is what the judge saw a refusal by. `similarity` is ANLS against the
-    reference (1 or 0 for a multiple choice), or None. `group` holds answers that count together;
-    `suite` is the one of several suites that the prompt came from, "" where that was not written
-    down. Where perplexity was asked for, `nll` is the reference's negative log-likelihood over its
-    `nll_tokens`, in nats.
+    it complies; a refusal may be degenerate too. `reason` is what the judge saw a refusal by.
+    `similarity` is ANLS against the reference (1 or 0 for a multiple choice), or None. `group`
+    holds answers that count together; `suite` is the one of several suites that the prompt came
+    from, "" where that was not written down. Where perplexity was asked for, `nll` is the
+    reference's negative log-likelihood over its `nll_tokens`, in nats.
     """
 
     id: str
@@ -71,8 +71,9 @@ class EvalResult:
     suite has no such prompts. `utility` is the mean similarity; a group counts as its worst answer.
     `by_suite` has the same of each suite where there are several. `degenerate` counts the answers
     that say nothing, by kind of prompt ("harmful", "harmless"), where there are any: they are
-    neither refusals nor successful attacks. `perplexity` is that of the references of harmless
-    prompts, not a rate.
+    neither refusals nor successful attacks. Degenerate refusals, which stay refusals, are counted
+    beside them ("harmful refusals", "harmless refusals"). `perplexity` is that of the references of
+    harmless prompts, not a rate.
     """
 
     suite: str

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from regraft.evaluation.degenerate import degeneration
 from regraft.evaluation.judge import KeywordJudge
 from regraft.evaluation.metrics import cohen_kappa, wilson
 from regraft.evaluation.results import Answer, Estimate
@@ -113,7 +112,7 @@ def event(answer: Answer, verdict: Verdict) -> bool | None:
     An answer that says nothing is neither, unless the judge calls it a refusal.
     """
     said = verdict.complied if answer.harmful else verdict.refused
-    if said and not verdict.refused and degeneration(answer.answer):
+    if said and not verdict.refused and answer.degenerate:
         return False
     return said
 

@@ -131,7 +131,10 @@ def evaluate(
                         progress=done,
                     )
             judge = settings.keyword_judge()
-            answers = [judge_answer(e, t, judge) for e, t in zip(examples, texts, strict=True)]
+            answers = [
+                judge_answer(example, text, judge, full_answers=settings.full_answers)
+                for example, text in zip(examples, texts, strict=True)
+            ]
             answers = [_with_nll(answer, nlls.get(answer.id)) for answer in answers]
             result = summarise(name, judge, answers)
             sizes = {
