@@ -33,6 +33,12 @@ class Example:
     choices: tuple[str, ...] = ()
     group: str = ""
 
+    @property
+    def scored_by(self) -> str:
+        """What makes it a question of a utility benchmark, and its scale; "" for others."""
+        kinds = {"choices": self.choices, "references": self.references, "group": self.group}
+        return next((kind for kind, given in kinds.items() if given), "")
+
 
 @dataclass(frozen=True)
 class Reading:

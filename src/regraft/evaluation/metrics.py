@@ -51,6 +51,25 @@ def bootstrap_mean(values: Sequence[float], seed: int) -> Estimate:
     return Estimate(float(sample.mean()), sample.size, low, high)
 
 
+def macro_average(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of independent estimates, each counting the same, however large its sample.
+
+    Their distances to the ends of their intervals add up in squares, as standard errors do (MOVER,
+    Zou and Donner 2008); `n` is the sum. One estimate is its own average.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if len(estimates) < 2:
+        (only,) = estimates
+        return only
+    k = len(estimates)
+    value = sum(one.value for one in estimates) / k
+    below = math.hypot(*(one.value - one.low for one in estimates)) / k
+    above = math.hypot(*(one.high - one.value for one in estimates)) / k
+    return Estimate(value, sum(one.n for one in estimates), value - below, value + above)
+
+
 def resampled(
     n: int, seed: int, statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]]
 ) -> tuple[float, float]:

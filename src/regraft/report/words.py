@@ -18,8 +18,8 @@ from regraft.report.model import (
 
 DASH = "–"
 _NO_OVER_REFUSAL = (
-    "Over-refusal was not measured: without harmless prompts, a low ASR may come from a model that "
-    "refuses everything."
+    "Over-refusal was not measured: without harmless prompts that test it, a low ASR may come from "
+    "a model that refuses everything."
 )
 _RECOVERY = {"none": "no recovery", "partial": "partial recovery", "complete": "complete recovery"}
 

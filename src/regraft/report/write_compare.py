@@ -81,7 +81,9 @@ def notes(study: Study) -> tuple[str, ...]:
         f"Calibration seed{'s' if several else ''} {seeds}. ASR: harmful prompts that were "
         "answered; over-refusal: harmless prompts that were refused; both judged by "
         f"{study.judge}. "
-        "Utility: mean similarity to the references.",
+        "Utility: mean similarity to the references; where suites score in different ways, the "
+        "mean over suites. Questions with options or several right answers are no part of "
+        "over-refusal.",
         "Brackets are 95 % intervals"
         + (
             ": Wilson's where all answers to a prompt agree, else by bootstrap over prompts, whose "
