@@ -115,8 +115,11 @@ def rows_of(study: Study) -> dict[str, Row]:
 
 
 def attacks_of(of: Run, name: str) -> list[bool]:
-    found = next(one for one in of.report.variants if one.name == name)
-    return [not answer.refused for answer in found.result.answers if answer.harmful]
+    return [not answer.refused for answer in answers_of(of, name) if answer.harmful]
+
+
+def answers_of(of: Run, name: str) -> tuple[Answer, ...]:
+    return next(one for one in of.report.variants if one.name == name).result.answers
 
 
 def test_one_run_is_wilson_and_mcnemar() -> None:
@@ -133,6 +136,8 @@ def test_one_run_is_wilson_and_mcnemar() -> None:
         assert row.rsr.recovery.value == pytest.approx(rsr(sum(dense), sum(base), sum(own)).value)
         assert row.rsr.interval == bootstrap_rsr(dense, base, own, 0)
         assert row.rsr.by_seed == (row.rsr.recovery.value,)
+        right = [a.similarity == 1 for a in answers_of(RUNS[0], name) if a.similarity is not None]
+        assert row.utility == wilson(sum(right), PROMPTS)
     raw = [row.test.p for row in rows.values() if row.test]
     assert [row.test.adjusted for row in rows.values() if row.test] == list(holm(raw))
     assert rows["pruned"].test is None

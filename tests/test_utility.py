@@ -175,7 +175,7 @@ def test_groups_count_alike_where_runs_are_pooled() -> None:
 def test_a_group_is_right_if_every_rotation_is() -> None:
     half = summarise("s", REGRAFT_2, _answers("A", "A", "A", "Paris France"))
     close = 1 - 1 / 13  # to the longer reference
-    assert half.by_suite["mm"].utility == bootstrap_mean([0.0, 1.0], 0)
+    assert half.by_suite["mm"].utility == wilson(1, 2)
     of_doc = half.by_suite["doc"].utility
     assert of_doc is not None
     assert of_doc.value == pytest.approx(close)
@@ -287,6 +287,23 @@ def test_utility_on_one_scale_is_pooled() -> None:
     assert len(set(similarities)) == 4
     result = summarise("s", REGRAFT_2, answers)
     assert result.utility == bootstrap_mean(similarities, 0)
+
+
+@pytest.mark.parametrize("right", [0, 12])
+def test_all_right_or_all_wrong_is_not_certain(right: int) -> None:
+    """By hand: with no success in n, Wilson's upper end is z2 / (n + z2)."""
+    texts = [("doc", "nine" if right else "eight")] * 12
+    found = summarise("s", REGRAFT_2, _mixed(*texts)).utility
+    assert found is not None
+    away = 1.959964**2 / (12 + 1.959964**2)
+    expected = (1 - away, 1) if right else (0, away)
+    assert (found.value, found.n) == (right / 12, 12)
+    assert (found.low, found.high) == pytest.approx(expected)
+
+
+def test_similarities_between_are_a_mean() -> None:
+    found = summarise("s", REGRAFT_2, _mixed(("own", "nine egg"), ("own", "nine eggs"))).utility
+    assert found == bootstrap_mean([8 / 9, 1.0], 0)
 
 
 # DocVQA

@@ -51,6 +51,19 @@ def bootstrap_mean(values: Sequence[float], seed: int) -> Estimate:
     return Estimate(float(sample.mean()), sample.size, low, high)
 
 
+def mean_similarity(values: Sequence[float], seed: int) -> Estimate:
+    """The mean of similarities in [0, 1]: a rate with Wilson's interval where each is 0 or 1.
+
+    Otherwise see `bootstrap_mean`, whose interval has no width where all values are equal.
+
+    Raises:
+        ValueError: as `bootstrap_mean`.
+    """
+    if values and set(values) <= {0, 1}:
+        return wilson(round(sum(values)), len(values))
+    return bootstrap_mean(values, seed)
+
+
 def macro_average(estimates: Sequence[Estimate]) -> Estimate:
     """The mean of independent estimates, each counting the same, however large its sample.
 

@@ -16,7 +16,7 @@ from regraft.errors import RegraftError
 from regraft.evaluation.choice import picked
 from regraft.evaluation.degenerate import degeneration
 from regraft.evaluation.judge import KeywordJudge
-from regraft.evaluation.metrics import anls, bootstrap_mean, macro_average, wilson
+from regraft.evaluation.metrics import anls, macro_average, mean_similarity, wilson
 from regraft.evaluation.perplexity import perplexity
 from regraft.evaluation.results import Answer, Estimate, EvalResult, Rates
 from regraft.files import write_text
@@ -119,7 +119,7 @@ def _rates(answers: Sequence[Answer], refusable: Sequence[Answer], seed: int) ->
 def _utility(answers: Sequence[Answer], seed: int) -> Estimate | None:
     """Mean similarity over groups, or over suites on several scales; None without any."""
     means = [
-        bootstrap_mean(group_similarities([answers[place] for place in places]), seed)
+        mean_similarity(group_similarities([answers[place] for place in places]), seed)
         for places in alike(answers)
     ]
     return macro_average(means) if means else None

@@ -23,6 +23,7 @@ from regraft.evaluation.metrics import (
     clustered_rate,
     holm,
     macro_average,
+    mean_similarity,
     paired_exact,
     rsr,
 )
@@ -487,7 +488,7 @@ def _row(
         over_refusal=_rate(answers.refusals, seed),
         over_refusal_from_pruned=refusals(from_pruned),
         over_refusal_from_dense=refusals(from_dense),
-        utility=_macro([bootstrap_mean(part.tolist(), seed) for part in answers.similarity]),
+        utility=_macro([mean_similarity(part.tolist(), seed) for part in answers.similarity]),
         utility_from_pruned=utility(from_pruned),
         utility_from_dense=utility(from_dense),
     )

@@ -89,7 +89,8 @@ def notes(study: Study) -> tuple[str, ...]:
             ": Wilson's where all answers to a prompt agree, else by bootstrap over prompts, whose "
             "answers in all runs stay together."
             if several or any(row.repeats > 1 for row in rows)
-            else ": Wilson's of ASR and over-refusal, by bootstrap over prompts of the others."
+            else ": Wilson's of ASR, over-refusal and a utility of right and wrong answers, by "
+            "bootstrap over prompts of the others."
         ),
         "RSR: the share of the rise in ASR that was undone"
         + ("; in parentheses that of each seed alone." if several else "."),
