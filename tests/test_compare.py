@@ -24,7 +24,7 @@ from regraft.evaluation.keywords import REGRAFT_1
 from regraft.evaluation.metrics import bootstrap_rsr, holm, mcnemar, rsr, wilson
 from regraft.evaluation.results import Answer
 from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
-from regraft.files import write_json
+from regraft.files import file_digest, write_json
 from regraft.recipe import Recipe, read_recipe, write_recipe
 from regraft.report.compare import Curve, CurvePoint, Row, Run, Study, Table, compare, is_drawn
 from regraft.report.compare_figures import curve_panels, trade_off_panels
@@ -490,7 +490,11 @@ def synthetic(world: Path, out: Path) -> Path:
             result = summarise(found.result.suite, JUDGE, changed)
             content = json.loads((place / "results.json").read_text())
             write_answers(place / "answers.jsonl", changed)
-            write_json(place / "results.json", content | {"result": result_to_json(result)})
+            made = {
+                "result": result_to_json(result),
+                "answers": file_digest(place / "answers.jsonl"),
+            }
+            write_json(place / "results.json", content | made)
         points = [
             {"restored": 2 * i, "asr": {"value": 0.5, "n": 2, "low": 0, "high": 1, "count": 1}}
             for i in range(3)

@@ -170,7 +170,7 @@ def test_verdicts_of_other_answers_are_refused(tmp_path: Path) -> None:
         judging.read_verdicts(folder / "5.json", [replace(answers[0], id="x")])
     with pytest.raises(RegraftError, match="holds no verdicts"):
         judging.read_verdicts(folder / "results.json", answers)
-    write_answers(folder / "answers.jsonl", answers[:-1])
+    write_answers(folder / "answers.jsonl", [*answers[:-1], replace(answers[-1], answer="Flour.")])
     with pytest.raises(RegraftError, match="made with something else"):
         _judge(folder, "gcg-1")
 

@@ -145,7 +145,12 @@ def evaluate(
             if ranks.first():
                 with atomic_folder(out) as folder:
                     write_answers(folder / "answers.jsonl", answers)
-                    content = {"about": about, "sizes": sizes, "result": result_to_json(result)}
+                    content = {
+                        "about": about,
+                        "sizes": sizes,
+                        "result": result_to_json(result),
+                        "answers": file_digest(folder / "answers.jsonl"),
+                    }
                     write_json(folder / "results.json", content)
     return read_evaluation(out)
 
@@ -260,11 +265,26 @@ def read_evaluation(folder: Path) -> Evaluation:
     """Read what `evaluate` wrote.
 
     Raises:
-        RegraftError: the folder holds no evaluation.
+        RegraftError: the folder holds no evaluation, or answers that its results are not of.
     """
     content = _read_results(folder)
-    result = result_from_json(content["result"], read_answers(folder / "answers.jsonl"))
+    path = folder / "answers.jsonl"
+    result = result_from_json(content["result"], read_answers(path))
+    written = content.get("answers")  # by no version before there were digests
+    if not (_counts_fit(result) if written is None else written == file_digest(path)):
+        raise RegraftError(
+            f"{path} does not hold the answers that {folder / 'results.json'} was made of: it was "
+            "changed, cut short or copied from another evaluation. Put the right file there, or "
+            "remove the folder and evaluate again."
+        )
     return Evaluation(result, {**content["about"], **content["sizes"]})
+
+
+def _counts_fit(result: EvalResult) -> bool:
+    """Whether there are as many answers of each kind as rates without digest were taken over."""
+    harmful = sum(answer.harmful for answer in result.answers)
+    rates = ((result.asr, harmful), (result.over_refusal, len(result.answers) - harmful))
+    return all((0 if rate is None else rate.n) == n for rate, n in rates)
 
 
 def _read_results(folder: Path) -> dict[str, Any]:
