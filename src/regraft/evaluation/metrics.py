@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -52,7 +52,7 @@ def bootstrap_mean(values: Sequence[float], seed: int) -> Estimate:
 
 
 def mean_similarity(values: Sequence[float], seed: int) -> Estimate:
-    """The mean of similarities in [0, 1]: a rate with Wilson's interval where each is 0 or 1.
+    """The mean of similarities in [0, 1], with Wilson's interval where each is 0 or 1.
 
     Otherwise see `bootstrap_mean`, whose interval has no width where all values are equal.
 
@@ -60,7 +60,7 @@ def mean_similarity(values: Sequence[float], seed: int) -> Estimate:
         ValueError: as `bootstrap_mean`.
     """
     if values and set(values) <= {0, 1}:
-        return wilson(round(sum(values)), len(values))
+        return replace(wilson(round(sum(values)), len(values)), count=None)
     return bootstrap_mean(values, seed)
 
 

@@ -51,7 +51,7 @@ class Answer:
 class Estimate:
     """A rate (Wilson) or a mean (bootstrap) in [0, 1] with n and its 95 % interval.
 
-    Utility is a rate where every answer is right or wrong, and a mean otherwise.
+    Utility is a mean, with a rate's interval where every answer is right or wrong.
 
     `count` is the number of successes of a rate, None for a mean.
     """
