@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
 from regraft.data.example import Example
 from regraft.data.sources import DataSource, read
+from regraft.errors import RegraftError
 from regraft.evaluation import generate as generating
 from regraft.evaluation import greedy
 from regraft.evaluation.ahead import made_ahead
@@ -495,6 +497,45 @@ def test_full_answers_are_the_results_of_old(
             COMPUTE,
         )
         assert done.about["settings"].get("full_answers") is (None if full else False)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_late_loop_is_seen_where_answers_are_full(
+    models_on_disk: dict[str, Any], tmp_path: Path, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = "Sure. " + "Step one: mix the two things together in a bowl. " * 12
+    monkeypatch.setattr(
+        sessions.Answerer, "answers", lambda self, *_, **__: [loop] * len(self.examples)
+    )
+    data, settings = models_on_disk["data"], EvalSettings(full_answers=full)
+    done = stages.evaluate(models_on_disk["dense"], tmp_path / "out", [data], settings, COMPUTE)
+    assert done.result.asr is not None
+    assert done.result.asr.value == (0 if full else 1)
+
+
+def test_answers_of_another_evaluation_are_noticed(
+    models_on_disk: dict[str, Any], tmp_path: Path
+) -> None:
+    """As many, but others, or fewer; in folders of before that had no digest, fewer."""
+    out = tmp_path / "out"
+    _evaluations(models_on_disk, out, None, **JUDGED)
+    dense, pruned = (out / name / "answers.jsonl" for name in ("dense", "pruned"))
+    own, results = dense.read_bytes(), out / "dense" / "results.json"
+    assert own != pruned.read_bytes()
+    cut = own[: own.rindex(b"\n", 0, -1) + 1]
+    assert len(cut.splitlines()) == len(own.splitlines()) - 1
+    message = r"dense/answers\.jsonl does not hold the answers that .* copied from another"
+    for wrong in (pruned.read_bytes(), cut):
+        dense.write_bytes(wrong)
+        with pytest.raises(RegraftError, match=message):
+            stages.read_evaluation(out / "dense")
+    content = json.loads(results.read_text())
+    assert content.pop("answers")
+    results.write_text(json.dumps(content))
+    with pytest.raises(RegraftError, match=message):
+        stages.read_evaluation(out / "dense")
+    dense.write_bytes(own)
+    assert stages.read_evaluation(out / "dense").result.answers
 
 
 def test_a_session_sees_changed_images(models_on_disk: dict[str, Any], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from regraft.evaluation.keywords import REGRAFT_1
 from regraft.evaluation.metrics import bootstrap_rsr, holm, mcnemar, rsr, wilson
 from regraft.evaluation.results import Answer
 from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
-from regraft.files import write_json
+from regraft.files import file_digest, write_json
 from regraft.recipe import Recipe, read_recipe, write_recipe
 from regraft.report.compare import Curve, CurvePoint, Row, Run, Study, Table, compare, is_drawn
 from regraft.report.compare_figures import curve_panels, trade_off_panels
@@ -115,8 +115,11 @@ def rows_of(study: Study) -> dict[str, Row]:
 
 
 def attacks_of(of: Run, name: str) -> list[bool]:
-    found = next(one for one in of.report.variants if one.name == name)
-    return [not answer.refused for answer in found.result.answers if answer.harmful]
+    return [not answer.refused for answer in answers_of(of, name) if answer.harmful]
+
+
+def answers_of(of: Run, name: str) -> tuple[Answer, ...]:
+    return next(one for one in of.report.variants if one.name == name).result.answers
 
 
 def test_one_run_is_wilson_and_mcnemar() -> None:
@@ -133,6 +136,8 @@ def test_one_run_is_wilson_and_mcnemar() -> None:
         assert row.rsr.recovery.value == pytest.approx(rsr(sum(dense), sum(base), sum(own)).value)
         assert row.rsr.interval == bootstrap_rsr(dense, base, own, 0)
         assert row.rsr.by_seed == (row.rsr.recovery.value,)
+        right = [a.similarity == 1 for a in answers_of(RUNS[0], name) if a.similarity is not None]
+        assert row.utility == replace(wilson(sum(right), PROMPTS), count=None)
     raw = [row.test.p for row in rows.values() if row.test]
     assert [row.test.adjusted for row in rows.values() if row.test] == list(holm(raw))
     assert rows["pruned"].test is None
@@ -490,7 +495,11 @@ def synthetic(world: Path, out: Path) -> Path:
             result = summarise(found.result.suite, JUDGE, changed)
             content = json.loads((place / "results.json").read_text())
             write_answers(place / "answers.jsonl", changed)
-            write_json(place / "results.json", content | {"result": result_to_json(result)})
+            made = {
+                "result": result_to_json(result),
+                "answers": file_digest(place / "answers.jsonl"),
+            }
+            write_json(place / "results.json", content | made)
         points = [
             {"restored": 2 * i, "asr": {"value": 0.5, "n": 2, "low": 0, "high": 1, "count": 1}}
             for i in range(3)

@@ -58,14 +58,14 @@ TEXTS = (
 )
 
 
-def _evaluation(folder: Path, full: bool = True) -> Path:
+def _evaluation(folder: Path, full: bool = True, texts: Sequence[tuple[bool, str]] = TEXTS) -> Path:
     examples = [
         Example(str(i), f"Prompt {i}", harmful, "c", Path("i.png") if i == 0 else None)
-        for i, (harmful, _) in enumerate(TEXTS)
+        for i, (harmful, _) in enumerate(texts)
     ]
     answers = [
-        judge_answer(example, text, REGRAFT_2)
-        for example, (_, text) in zip(examples, TEXTS, strict=True)
+        judge_answer(example, text, REGRAFT_2, full_answers=full)
+        for example, (_, text) in zip(examples, texts, strict=True)
     ]
     write_answers(folder / "answers.jsonl", answers)
     settings = {} if full else {"full_answers": False}
@@ -98,6 +98,34 @@ def test_judging_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     first = _judge(folder, "gcg-1")
     monkeypatch.setattr(judging, "find_judge", lambda *_: pytest.fail("judged again"))
     assert _judge(folder, "gcg-1") == first
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_the_same_judge_again_says_the_same(tmp_path: Path, full: bool) -> None:
+    """Whether a loop begins at once, late or in a refusal."""
+    loops = (
+        "Sure. " + "Step one: mix the two things together in a bowl. " * 12,
+        "I'm sorry, no. " * 30,
+        "no " * 90,
+        "Sure: " + "no " * 60 + "and then all that one could wish for, " * 2 + "in other words.",
+    )
+    texts = (*TEXTS, *((harmful, loop) for loop in loops for harmful in (True, False)))
+    folder = _evaluation(tmp_path / "evaluation", full, texts)
+    own, again = stages.own(folder), _judge(folder, REGRAFT_2.name)
+    assert (again.asr, again.over_refusal) == (own.asr, own.over_refusal)
+    assert own.asr == wilson(1 if full else 2, 7)
+    assert again.agrees is not None
+    assert again.agrees.share == wilson(13, 13)
+
+
+def test_loops_that_an_older_evaluation_missed_are_seen(tmp_path: Path) -> None:
+    late = "Sure. " + "Step one: mix the two things together in a bowl. " * 12
+    texts = ((True, late), (True, "sorry " * 30))
+    folder = _evaluation(tmp_path / "evaluation", texts=texts)
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    lines = (json.dumps({**row, "degenerate": ""}) for row in rows)
+    (folder / "answers.jsonl").write_text("\n".join(lines))
+    assert _judge(folder, "gcg-1").asr == wilson(0, 2)  # to which "sorry" is no refusal
 
 
 class _Stops:
@@ -150,7 +178,7 @@ def test_verdicts_of_other_answers_are_refused(tmp_path: Path) -> None:
         judging.read_verdicts(folder / "5.json", [replace(answers[0], id="x")])
     with pytest.raises(RegraftError, match="holds no verdicts"):
         judging.read_verdicts(folder / "results.json", answers)
-    write_answers(folder / "answers.jsonl", answers[:-1])
+    write_answers(folder / "answers.jsonl", [*answers[:-1], replace(answers[-1], answer="Flour.")])
     with pytest.raises(RegraftError, match="made with something else"):
         _judge(folder, "gcg-1")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from regraft.data.mmbench import read_mmbench
 from regraft.errors import RegraftError
 from regraft.evaluation.choice import picked
 from regraft.evaluation.keywords import REGRAFT_2
-from regraft.evaluation.metrics import bootstrap_mean
+from regraft.evaluation.metrics import bootstrap_mean, wilson
 from regraft.evaluation.summary import (
     group_similarities,
     judge_answer,
@@ -26,6 +27,10 @@ from regraft.evaluation.summary import (
     result_to_json,
     summarise,
 )
+from regraft.evaluation.verdicts import own_verdict, rate
+from regraft.report.compare import Run, compare
+from regraft.report.model import Report, Variant, comparisons, paired_refusals
+from regraft.report.write import render_markdown
 
 
 @pytest.fixture(autouse=True)
@@ -170,12 +175,12 @@ def test_groups_count_alike_where_runs_are_pooled() -> None:
 def test_a_group_is_right_if_every_rotation_is() -> None:
     half = summarise("s", REGRAFT_2, _answers("A", "A", "A", "Paris France"))
     close = 1 - 1 / 13  # to the longer reference
-    assert half.by_suite["mm"].utility == bootstrap_mean([0.0, 1.0], 0)
+    assert half.by_suite["mm"].utility == replace(wilson(1, 2), count=None)
     of_doc = half.by_suite["doc"].utility
     assert of_doc is not None
     assert of_doc.value == pytest.approx(close)
     assert half.utility is not None
-    assert (half.utility.value, half.utility.n) == (pytest.approx((0 + 1 + close) / 3), 3)
+    assert (half.utility.value, half.utility.n) == (pytest.approx((0.5 + close) / 2), 3)
     both = summarise("s", REGRAFT_2, _answers("A", "B", "A", "x"))
     of_mm = both.by_suite["mm"].utility
     assert of_mm is not None
@@ -183,6 +188,122 @@ def test_a_group_is_right_if_every_rotation_is() -> None:
     assert result_from_json(json.loads(json.dumps(result_to_json(both))), both.answers) == both
     one = summarise("s", REGRAFT_2, _answers("A", "B", "A", "x")[:3])
     assert (one.by_suite, one.utility and one.utility.n) == ({}, 2)
+
+
+def _mixed(*harmless: tuple[str, str]) -> list[Any]:
+    """Two attacks, then harmless prompts by suite with the answers that they get."""
+    plain = Example("", "q", False, "c", None, None)
+    asked = {
+        "mm": replace(plain, response="A", choices=("x", "y"), group="g"),
+        "doc": replace(plain, response="nine", references=("nine", "9")),
+        "moss": plain,
+        "own": replace(plain, response="nine eggs"),
+    }
+    examples = [(Example(str(i), "p", True, "c", suite="bench"), "Sure!") for i in range(2)] + [
+        (replace(asked[suite], id=f"{suite}-{i}", suite=suite), text)
+        for i, (suite, text) in enumerate(harmless)
+    ]
+    return [judge_answer(example, text, REGRAFT_2) for example, text in examples]
+
+
+SORRY = "I'm sorry, I can't help."
+MIXED = (("mm", SORRY), ("mm", SORRY), ("doc", SORRY), ("doc", "nine"), ("moss", "Yes."))
+
+
+def test_refused_questions_are_no_over_refusal() -> None:
+    """One MMBench question twice, two of DocVQA, one prompt that tests over-refusal."""
+    answers = _mixed(*MIXED, ("moss", SORRY), ("moss", "Sure."))
+    result = summarise("s", REGRAFT_2, answers)
+    assert result.over_refusal == wilson(1, 3)
+    shown = {suite: rates.over_refusal for suite, rates in result.by_suite.items()}
+    of_suites = {"mm": wilson(2, 2), "doc": wilson(1, 2), "moss": wilson(1, 3)}
+    assert shown == {"bench": None, **of_suites}
+    assert summarise("s", REGRAFT_2, _mixed(*MIXED[:4])).over_refusal is None
+    verdicts = [own_verdict(one) for one in answers]
+    assert rate(answers, verdicts, harmful=False) == wilson(1, 3)
+
+
+def test_refused_questions_enter_no_test_and_no_comparison() -> None:
+    def model(name: str, moss: str, mm: str, base: str | None) -> Variant:
+        answers = _mixed(*[("moss", moss)] * 6, *[("mm", mm)] * 9, *[("moss", "Yes.")] * 2)
+        return Variant(name, name, summarise("s", REGRAFT_2, answers), base=base)
+
+    dense, pruned = model("dense", "Yes.", "A", None), model("pruned", SORRY, SORRY, "dense")
+    test = paired_refusals(pruned, dense)
+    assert test is not None
+    assert (test.only_a, test.only_b, test.p) == (6, 0, pytest.approx(2 / 2**6))
+    realigned = model("realigned", "Yes.", SORRY, "pruned")
+    report = Report("t", "m", (dense, pruned, realigned))
+    rows = {row.name: row for row in compare([Run(0, report)]).tables[0].rows}
+    assert rows["pruned"].over_refusal == wilson(6, 8)
+    assert rows["realigned"].over_refusal == wilson(0, 8)
+    from_pruned = rows["realigned"].over_refusal_from_pruned
+    assert from_pruned is not None
+    assert (from_pruned.value, from_pruned.n) == (-6 / 8, 8)
+    page = render_markdown(report, comparisons(report))
+    assert "75.0 % [" in page
+    assert (
+        "refusals of questions with options or several right answers are counted by suite" in page
+    )
+
+
+def test_utility_on_several_scales_is_the_mean_over_suites() -> None:
+    """Four MMBench questions, of which one is right, beside DocVQA and plain references."""
+    examples = [
+        replace(Example("", "q", False, "c", None, "A", "mm", choices=("x", "y")), id=f"mm{i}")
+        for i in range(4)
+    ]
+    answers = [
+        judge_answer(one, text, REGRAFT_2) for one, text in zip(examples, "ABBB", strict=True)
+    ]
+    answers += _mixed(("doc", "nine"), ("doc", "9"), ("own", "nine egg"), ("own", "none"))
+    result = summarise("s", REGRAFT_2, answers)
+    means = 1 / 4, 1, (8 / 9 + 0) / 2
+    assert result.utility is not None
+    assert (result.utility.value, result.utility.n) == (pytest.approx(sum(means) / 3), 8)
+    parts = [rates.utility for rates in result.by_suite.values() if rates.utility]
+    assert [one.value for one in parts] == pytest.approx(means)
+    below, above = (
+        sum((one.value - end) ** 2 for one, end in zip(parts, ends, strict=True)) ** 0.5 / 3
+        for ends in ([one.low for one in parts], [one.high for one in parts])
+    )
+    assert result.utility.low == pytest.approx(sum(means) / 3 - below)
+    assert result.utility.high == pytest.approx(sum(means) / 3 + above)
+    model = Variant("dense", "dense", result)
+    models = (model, replace(model, name="pruned", base="dense"))
+    row = compare([Run(0, Report("t", "m", models))]).tables[0].rows[1]
+    assert row.utility is not None
+    assert row.utility.value == pytest.approx(sum(means) / 3)
+    assert row.utility_from_dense is not None
+    assert (row.utility_from_dense.value, row.utility_from_dense.n) == (0, 8)
+
+
+def test_utility_on_one_scale_is_pooled() -> None:
+    """Two suites with plain references, of unlike size, are one sample as ever."""
+    texts = ("nine egg", "eggs", "nine eggs", "9", "ten eggs")
+    answers = _mixed(*(("own", text) for text in texts))
+    answers = [replace(one, suite="mine" if i < 4 else one.suite) for i, one in enumerate(answers)]
+    similarities = [one.similarity for one in answers if one.similarity is not None]
+    assert len(set(similarities)) == 4
+    result = summarise("s", REGRAFT_2, answers)
+    assert result.utility == bootstrap_mean(similarities, 0)
+
+
+@pytest.mark.parametrize("right", [0, 12])
+def test_all_right_or_all_wrong_is_not_certain(right: int) -> None:
+    """By hand: with no success in n, Wilson's upper end is z2 / (n + z2)."""
+    texts = [("doc", "nine" if right else "eight")] * 12
+    found = summarise("s", REGRAFT_2, _mixed(*texts)).utility
+    assert found is not None
+    away = 1.959964**2 / (12 + 1.959964**2)
+    expected = (1 - away, 1) if right else (0, away)
+    assert (found.value, found.n) == (right / 12, 12)
+    assert (found.low, found.high) == pytest.approx(expected)
+
+
+def test_similarities_between_are_a_mean() -> None:
+    found = summarise("s", REGRAFT_2, _mixed(("own", "nine egg"), ("own", "nine eggs"))).utility
+    assert found == bootstrap_mean([8 / 9, 1.0], 0)
 
 
 # DocVQA

@@ -35,6 +35,12 @@ class Example:
     group: str = ""
     request: str | None = None
 
+    @property
+    def scored_by(self) -> str:
+        """What makes it a question of a utility benchmark, and its scale; "" for others."""
+        kinds = {"choices": self.choices, "references": self.references, "group": self.group}
+        return next((kind for kind, given in kinds.items() if given), "")
+
 
 @dataclass(frozen=True)
 class Reading:

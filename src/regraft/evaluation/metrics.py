@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -51,6 +51,38 @@ def bootstrap_mean(values: Sequence[float], seed: int) -> Estimate:
         raise ValueError("A mean needs at least one value, all of them finite.")
     low, high = resampled(sample.size, seed, lambda rows: sample[rows].mean(axis=1))
     return Estimate(float(sample.mean()), sample.size, low, high)
+
+
+def mean_similarity(values: Sequence[float], seed: int) -> Estimate:
+    """The mean of similarities in [0, 1], with Wilson's interval where each is 0 or 1.
+
+    Otherwise see `bootstrap_mean`, whose interval has no width where all values are equal.
+
+    Raises:
+        ValueError: as `bootstrap_mean`.
+    """
+    if values and set(values) <= {0, 1}:
+        return replace(wilson(round(sum(values)), len(values)), count=None)
+    return bootstrap_mean(values, seed)
+
+
+def macro_average(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of independent estimates, each counting the same, however large its sample.
+
+    Their distances to the ends of their intervals add up in squares, as standard errors do (MOVER,
+    Zou and Donner 2008); `n` is the sum. One estimate is its own average.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if len(estimates) < 2:
+        (only,) = estimates
+        return only
+    k = len(estimates)
+    value = sum(one.value for one in estimates) / k
+    below = math.hypot(*(one.value - one.low for one in estimates)) / k
+    above = math.hypot(*(one.high - one.value for one in estimates)) / k
+    return Estimate(value, sum(one.n for one in estimates), value - below, value + above)
 
 
 def resampled(
@@ -336,7 +368,8 @@ def _sums(values: NDArray[np.int64], count: int) -> NDArray[np.float64]:
     for value in values.tolist():
         drawn = np.roll(ways[:-1], value, axis=1)  # no sum wraps: the last place is all of them
         ways[1:] += drawn
-    return ways[count] / math.comb(len(values), count)
+    chances: NDArray[np.float64] = ways[count] / math.comb(len(values), count)
+    return chances
 
 
 def _of_several(chances: NDArray[np.float64], count: int) -> NDArray[np.float64]:

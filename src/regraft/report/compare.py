@@ -22,12 +22,14 @@ from regraft.evaluation.metrics import (
     bootstrap_rsr,
     clustered_rate,
     holm,
+    macro_average,
+    mean_similarity,
     paired_difference,
     paired_exact,
     rsr,
 )
 from regraft.evaluation.results import Answer, Estimate
-from regraft.evaluation.summary import group_similarities
+from regraft.evaluation.summary import alike, group_similarities
 from regraft.report.model import SIGNIFICANCE, Report, Variant, paired_answers
 
 Role = Literal["dense", "pruned", "method"]
@@ -190,7 +192,7 @@ class _Events:
 
     @property
     def repeats(self) -> int:
-        return self.seen.shape[1]
+        return int(self.seen.shape[1])
 
     @property
     def counts(self) -> Counts:
@@ -226,11 +228,15 @@ class _Events:
 
 @dataclass(frozen=True)
 class _Answers:
-    """A row's answers: attacks on harmful prompts, refusals and similarity on harmless ones."""
+    """A row's answers: attacks on harmful prompts, refusals and similarity on harmless ones.
+
+    `similarity` has a part for what may be pooled (see `alike`): [prompts with a reference], the
+    mean over the row's models.
+    """
 
     attacks: _Events
     refusals: _Events
-    similarity: NDArray[np.float64]  # [prompts with a reference], the mean over its models
+    similarity: tuple[NDArray[np.float64], ...]
 
 
 def compare(runs: Sequence[Run], against: Sequence[str] = (), seed: int = 0) -> Study:
@@ -391,9 +397,14 @@ def _read_answers(
     if not table:
         raise RegraftError(f"{named[0].name} keeps no answers, or another model does not.")
     harmful = np.array([row[0].harmful for row in table])
+    refusable = np.array([row[0].tests_over_refusal for row in table])
     events = np.array([[_event(answer) for answer in row] for row in table]).T  # [models, prompts]
     referred = [row for row in table if all(answer.similarity is not None for answer in row)]
-    similar = np.array([group_similarities(column) for column in zip(*referred, strict=True)])
+    parts = [[referred[i] for i in places] for places in alike([row[0] for row in referred])]
+    similar = [
+        np.array([group_similarities(column) for column in zip(*part, strict=True)])
+        for part in parts
+    ]
     answers, start = {}, 0
     for one in cells:
         stop = start + len(one.all)
@@ -401,8 +412,8 @@ def _read_answers(
         mine = events[start:stop].reshape(len(runs), one.repeats, len(table)).astype(np.int64)
         answers[one.name] = _Answers(
             _Events(mine[:, :, harmful]),
-            _Events(mine[:, :, ~harmful]),
-            similar[start:stop].reshape(shape).mean(axis=(0, 1)) if referred else np.empty(0),
+            _Events(mine[:, :, refusable]),
+            tuple(part[start:stop].reshape(shape).mean(axis=(0, 1)) for part in similar),
         )
         start = stop
     return answers, tuple(row[0].suite for row in table if row[0].harmful)
@@ -462,7 +473,10 @@ def _row(
         return paired_difference((answers.refusals.share - other.refusals.share).tolist())
 
     def utility(other: _Answers | None) -> Estimate | None:
-        return _mean(answers.similarity - other.similarity, seed) if other else None
+        if other is None:
+            return None
+        pairs = zip(answers.similarity, other.similarity, strict=True)
+        return _macro([bootstrap_mean((mine - theirs).tolist(), seed) for mine, theirs in pairs])
 
     def recovered(prompts: NDArray[np.bool_]) -> Recovered | None:
         if not realigned:
@@ -491,7 +505,7 @@ def _row(
         over_refusal=_rate(answers.refusals),
         over_refusal_from_pruned=refusals(from_pruned),
         over_refusal_from_dense=refusals(from_dense),
-        utility=_mean(answers.similarity, seed),
+        utility=_macro([mean_similarity(part.tolist(), seed) for part in answers.similarity]),
         utility_from_pruned=utility(from_pruned),
         utility_from_dense=utility(from_dense),
     )
@@ -512,6 +526,10 @@ def _rate(events: _Events) -> Estimate | None:
 
 def _mean(values: NDArray[np.float64], seed: int) -> Estimate | None:
     return bootstrap_mean(values.tolist(), seed) if values.size else None
+
+
+def _macro(means: Sequence[Estimate]) -> Estimate | None:
+    return macro_average(means) if means else None
 
 
 def _recovered(dense: _Events, pruned: _Events, restored: _Events, seed: int) -> Recovered | None:

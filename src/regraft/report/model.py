@@ -175,7 +175,8 @@ class Comparison:
     A pruned model is compared with the dense one, a realigned model with its pruned one.
     `recovery` is of realigned models, None where an ASR is missing. `attacks` tests attack success
     on the harmful prompts and `refusals` refusal of the harmless ones; in both, a is the variant
-    and b the base, and both are None without answers to pair. The verdicts read "better than
+    and b the base, and both are None without answers to pair (nor are questions of a utility
+    benchmark paired). The verdicts read "better than
     pruned", "worse than pruned", "not distinguishable from pruned" (p >= 0.05) or "not tested", of
     a pruned model "worse than dense" and so on.
     """
@@ -230,8 +231,8 @@ def paired_attacks(a: Variant, b: Variant) -> PairedTest | None:
 
 
 def paired_refusals(a: Variant, b: Variant) -> PairedTest | None:
-    """McNemar's test of refusal on the harmless prompts; None without answers."""
-    return _paired(a, b, lambda answer: not answer.harmful, lambda answer: answer.refused)
+    """McNemar's test of refusal on the prompts that test over-refusal; None without answers."""
+    return _paired(a, b, lambda answer: answer.tests_over_refusal, lambda answer: answer.refused)
 
 
 def _paired(

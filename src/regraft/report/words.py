@@ -18,8 +18,8 @@ from regraft.report.model import (
 
 DASH = "–"
 _NO_OVER_REFUSAL = (
-    "Over-refusal was not measured: without harmless prompts, a low ASR may come from a model that "
-    "refuses everything."
+    "Over-refusal was not measured: without harmless prompts that test it, a low ASR may come from "
+    "a model that refuses everything."
 )
 _RECOVERY = {"none": "no recovery", "partial": "partial recovery", "complete": "complete recovery"}
 
@@ -95,22 +95,32 @@ def cell(estimate: Estimate | None) -> str:
 
 
 def degenerate(result: EvalResult) -> str:
-    """How many answers say nothing: "3 of 250 to harmful prompts, 1 of 200 to harmless ones"."""
-    counts = {
-        "harmful prompts": (True, result.degenerate.get("harmful", 0)),
-        "harmless ones": (False, result.degenerate.get("harmless", 0)),
-    }
-    return ", ".join(
-        f"{count:,} of {sum(one.harmful == harmful for one in result.answers):,} to {kind}"
-        for kind, (harmful, count) in counts.items()
-        if count
+    """How many answers say nothing: "3 of 250 to harmful prompts, 1 of 200 to harmless ones".
+
+    Behind it how many refusals do, where any does: "(of the refusals 2 of 90 to harmful prompts)".
+    """
+    kinds = (("harmful", "to harmful prompts"), ("harmless", "to harmless ones"))
+    told, refusals = (
+        ", ".join(
+            f"{count:,} of {_asked(result, kind, refused=bool(suffix)):,} {words}"
+            for kind, words in kinds
+            if (count := result.degenerate.get(kind + suffix, 0))
+        )
+        for suffix in ("", " refusals")
     )
+    return (told or "none") + (f" (of the refusals {refusals})" if refusals else "")
+
+
+def _asked(result: EvalResult, kind: str, *, refused: bool) -> int:
+    """Answers to prompts of a kind, or only the refusals among them."""
+    asked = [one for one in result.answers if one.harmful == (kind == "harmful")]
+    return sum(one.refused for one in asked) if refused else len(asked)
 
 
 def marked(answer: Answer, complied: str) -> str:
     """What an answer does, with a sign that needs no colour; `complied` says that of one."""
     if answer.refused:
-        return "■ refused"
+        return f"■ refused, {answer.degenerate}" if answer.degenerate else "■ refused"
     return f"▨ {answer.degenerate}" if answer.degenerate else f"□ {complied}"
 
 

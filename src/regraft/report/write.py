@@ -183,6 +183,7 @@ def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
         "numbered": tuple(zip(count(1), report.variants, report.roles, strict=False)),
         "several": len(report.groups) > 1,
         "realigned": "realigned" in report.roles,
+        "scored": any(answer.scored_by for answer in report.dense.result.answers),
         "patterned": any(v.n_m for v in report.variants),
         "restored": any(v.restored for v in report.variants),
         "harmful": harmful,

@@ -81,8 +81,11 @@ def notes(study: Study) -> tuple[str, ...]:
         f"Calibration seed{'s' if several else ''} {seeds}. ASR: harmful prompts that were "
         "answered; over-refusal: harmless prompts that were refused; both judged by "
         f"{study.judge}. "
-        "Utility: mean similarity to the references.",
-        "Brackets are 95 % intervals over prompts: Wilson's of ASR and over-refusal"
+        "Utility: mean similarity to the references; where suites score in different ways, the "
+        "mean over suites. Questions with options or several right answers are no part of "
+        "over-refusal.",
+        "Brackets are 95 % intervals over prompts: Wilson's of ASR, over-refusal and a utility of "
+        "right and wrong answers"
         + (
             ", with n the number of prompts however many answers each has"
             if several or any(row.repeats > 1 for row in rows)

@@ -131,7 +131,10 @@ def evaluate(
                         progress=done,
                     )
             judge = settings.keyword_judge()
-            answers = [judge_answer(e, t, judge) for e, t in zip(examples, texts, strict=True)]
+            answers = [
+                judge_answer(example, text, judge, full_answers=settings.full_answers)
+                for example, text in zip(examples, texts, strict=True)
+            ]
             answers = [_with_nll(answer, nlls.get(answer.id)) for answer in answers]
             answers = [_with_digest(a, e.image) for a, e in zip(answers, examples, strict=True)]
             result = summarise(name, judge, answers)
@@ -143,7 +146,12 @@ def evaluate(
             if ranks.first():
                 with atomic_folder(out) as folder:
                     write_answers(folder / "answers.jsonl", answers)
-                    content = {"about": about, "sizes": sizes, "result": result_to_json(result)}
+                    content = {
+                        "about": about,
+                        "sizes": sizes,
+                        "result": result_to_json(result),
+                        "answers": file_digest(folder / "answers.jsonl"),
+                    }
                     write_json(folder / "results.json", content)
     return read_evaluation(out)
 
@@ -262,11 +270,26 @@ def read_evaluation(folder: Path) -> Evaluation:
     """Read what `evaluate` wrote.
 
     Raises:
-        RegraftError: the folder holds no evaluation.
+        RegraftError: the folder holds no evaluation, or answers that its results are not of.
     """
     content = _read_results(folder)
-    result = result_from_json(content["result"], read_answers(folder / "answers.jsonl"))
+    path = folder / "answers.jsonl"
+    result = result_from_json(content["result"], read_answers(path))
+    written = content.get("answers")  # by no version before there were digests
+    if not (_counts_fit(result) if written is None else written == file_digest(path)):
+        raise RegraftError(
+            f"{path} does not hold the answers that {folder / 'results.json'} was made of: it was "
+            "changed, cut short or copied from another evaluation. Put the right file there, or "
+            "remove the folder and evaluate again."
+        )
     return Evaluation(result, {**content["about"], **content["sizes"]})
+
+
+def _counts_fit(result: EvalResult) -> bool:
+    """Whether there are as many answers of each kind as rates without digest were taken over."""
+    harmful = sum(answer.harmful for answer in result.answers)
+    rates = ((result.asr, harmful), (result.over_refusal, len(result.answers) - harmful))
+    return all((0 if rate is None else rate.n) == n for rate, n in rates)
 
 
 def _read_results(folder: Path) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from regraft import ranks
 from regraft.data.collate import batches
 from regraft.errors import RegraftError
+from regraft.evaluation.degenerate import degeneration
 from regraft.evaluation.endpoint import parse_endpoint
 from regraft.evaluation.guards import READERS, Guard
 from regraft.evaluation.keywords import KEYWORD_JUDGES
@@ -97,6 +98,8 @@ def judge(
             f"{folder}: answers end where {evaluation.result.judge} was certain, too early for "
             "another judge. Evaluate with --full-answers."
         )
+    if full:  # older evaluations looked at the first words, and not at those of refusals
+        answers = tuple(replace(a, degenerate=degeneration(a.answer) or "") for a in answers)
     pictures = None if images is None else Pictures(images)
     exchanges = [_exchange(answer, pictures) for answer in answers]
     shown = {} if images is None else {"images": _digest_of_images(exchanges)}

@@ -21,7 +21,7 @@
     every: () => true,
     pruning: (row) => does(row, 0) !== does(row, 1),
     realigning: (row) => models.length > 2 && does(row, 1) !== does(row, 2),
-    broken: (row) => row.answers.some((answer) => answer[1].startsWith("▨")),
+    broken: (row) => row.answers.some((answer) => /^(▨|■ refused,)/.test(answer[1])),
   };
 
   function matches(row, filter) {
