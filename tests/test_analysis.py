@@ -148,6 +148,8 @@ def test_a_swept_recipe() -> None:
         ("sparsity-0.6", 0.6, None),
     ]
     assert sparse.realign == ()
+    study = Recipe.model_validate({"seeds": [0, 1], "against": ["hsr"]})
+    assert (swept(study, "q", [0.1]).seeds, swept(study, "q", [0.1]).against) == ((), ())
     heads = swept(recipe, "top-heads", [1, 8])
     assert [one.top_heads for one in heads.realign] == [1, 8]
 

@@ -120,6 +120,19 @@ def test_vlguards_archive_counts_where_the_other_split_is_unpacked(
     assert example.image == own
 
 
+def test_vlguards_archive_is_left_alone_beside_a_folder_of_images(
+    tmp_path: Path, cache: Path
+) -> None:
+    _vlguard(tmp_path / "v")
+    own = tmp_path / "v" / "images" / "f" / "1.png"
+    own.parent.mkdir(parents=True)
+    Image.new("RGB", (4, 4), "green").save(own)
+    (tmp_path / "v" / "test.zip").write_bytes(b"cut off")
+    (example,) = read_vlguard(tmp_path / "v" / "test.json").examples
+    assert example.image == own
+    assert not cache.exists() or not list(cache.iterdir())
+
+
 def test_splits_of_a_zipped_vlguard(tmp_path: Path, cache: Path) -> None:
     archive = tmp_path / "x.zip"
     source = DataSource.model_validate(f"vlguard:{archive}")

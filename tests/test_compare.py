@@ -206,6 +206,20 @@ def test_repeats_of_a_random_control_are_one_row(pooled: Study) -> None:
     assert [one.adjusted for one in tests] == list(holm([one.p for one in tests]))
 
 
+def test_two_methods_are_one_test_whichever_is_named_first() -> None:
+    """A draw of a random control stands for its row; a name given twice counts once."""
+    study = compare(RUNS, ("hsr", "random-2", "hsr"))
+    assert study.against == study.tables[0].against == ("hsr", "random")
+    rows = rows_of(study)
+    one, other = rows["random"].against["hsr"], rows["hsr"].against["random"]
+    assert (one.p, one.adjusted) == (other.p, other.adjusted)
+    assert {one.verdict, other.verdict} == {"better", "worse"}
+    tests = [row.test for row in rows.values() if row.test]
+    tests += [rows[name].against["hsr"] for name in ("random", "worse")]
+    tests.append(rows["worse"].against["random"])
+    assert [one.adjusted for one in tests] == list(holm([one.p for one in tests]))
+
+
 def test_random_controls_with_other_settings_stay_apart() -> None:
     runs = []
     for one in RUNS[:2]:
@@ -471,6 +485,10 @@ def test_the_dense_model_answers_once(world: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(RegraftError, match="not finished: seed 3 has not been run"):
         study.report(world / "half")
     assert study.run(recipe, world / "half") == again
+    assert len(done) == 2 * (1 + 3)
+    other = recipe.model_copy(update={"against": ("hsr",)})
+    assert study.run(other, world / "half").against == ("hsr",), "tests of finished runs"
+    assert study.report(world / "half").against == ("hsr",)
     assert len(done) == 2 * (1 + 3)
     assert not [path for path in done if path.name == "dense"]
     dense = [world / "half" / f"seed-{seed}" / "evaluation" / "dense" for seed in (0, 3)]

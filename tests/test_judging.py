@@ -13,7 +13,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -114,8 +113,9 @@ def test_the_same_judge_again_says_the_same(tmp_path: Path, full: bool) -> None:
     own, again = stages.own(folder), _judge(folder, REGRAFT_2.name)
     assert (again.asr, again.over_refusal) == (own.asr, own.over_refusal)
     assert own.asr == wilson(1 if full else 2, 7)
-    assert again.agrees is not None
-    assert again.agrees.share == wilson(13, 13)
+    kept = folder / f"{len(REGRAFT_2.name)}.json"
+    attacks, refusals = stages.agreement(folder, [kept], folder / "agreement.json")
+    assert (attacks.share, refusals.share) == (wilson(7, 7), wilson(6, 6))
 
 
 def test_loops_that_an_older_evaluation_missed_are_seen(tmp_path: Path) -> None:
@@ -126,6 +126,9 @@ def test_loops_that_an_older_evaluation_missed_are_seen(tmp_path: Path) -> None:
     lines = (json.dumps({**row, "degenerate": ""}) for row in rows)
     (folder / "answers.jsonl").write_text("\n".join(lines))
     assert _judge(folder, "gcg-1").asr == wilson(0, 2)  # to which "sorry" is no refusal
+    assert stages.own(folder).asr == wilson(0, 2), "the own judge's row counts otherwise"
+    (attacks,) = stages.agreement(folder, [folder / "5.json"], folder / "agreement.json")
+    assert attacks.share == wilson(2, 2)
 
 
 class _Stops:
@@ -858,8 +861,8 @@ def test_a_judge_against_the_best_other() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
 def test_one_answer_a_prompt_is_mcnemars_test(pairs: list[tuple[bool, bool]]) -> None:
     one, other = ([pair[i] for pair in pairs] for i in range(2))
-    more = np.array(one, dtype=np.int64) - np.array(other, dtype=np.int64)
-    assert math.isclose(labelled._sign_flip(more), mcnemar(one, other).p, rel_tol=1e-9)
+    found = labelled._difference([str(i) for i in range(len(pairs))], one, other, "other")
+    assert math.isclose(found.p, mcnemar(one, other).p, rel_tol=1e-9)
 
 
 CSV = (

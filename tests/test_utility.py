@@ -187,7 +187,11 @@ def test_a_group_is_right_if_every_rotation_is() -> None:
     assert of_mm.value == 1
     assert result_from_json(json.loads(json.dumps(result_to_json(both))), both.answers) == both
     one = summarise("s", REGRAFT_2, _answers("A", "B", "A", "x")[:3])
-    assert (one.by_suite, one.utility and one.utility.n) == ({}, 2)
+    assert one.over_refusal is None
+    assert one.by_suite["mm"].over_refusal == wilson(0, 3), "its refusals are shown nowhere"
+    assert one.utility == one.by_suite["mm"].utility
+    plain = summarise("s", REGRAFT_2, [replace(a, scored_by="") for a in one.answers])
+    assert plain.by_suite == {}
 
 
 def _mixed(*harmless: tuple[str, str]) -> list[Any]:
@@ -242,9 +246,7 @@ def test_refused_questions_enter_no_test_and_no_comparison() -> None:
     assert (from_pruned.value, from_pruned.n) == (-6 / 8, 8)
     page = render_markdown(report, comparisons(report))
     assert "75.0 % [" in page
-    assert (
-        "refusals of questions with options or several right answers are counted by suite" in page
-    )
+    assert "refusals of questions of MMBench and DocVQA are counted by suite" in page
 
 
 def test_utility_on_several_scales_is_the_mean_over_suites() -> None:

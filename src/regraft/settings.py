@@ -264,7 +264,8 @@ class RealignSettings(Settings):
         gt=0,
         lt=10_000,
         description="Restored weights per 10,000 pruned ones; of hsr it takes the place of q. "
-        f"Where other methods are given neither this nor a count it is {DEFAULT_BUDGET:g}.",
+        "Where gain, set-difference or random are given neither this nor a count it is "
+        f"{DEFAULT_BUDGET:g}.",
     )
     count: int | None = Field(None, ge=1, description="Restored weights; instead of the budget.")
     score: Method = Field(

@@ -69,7 +69,7 @@ def swept(recipe: Recipe, setting: Swept, values: Sequence[float]) -> Recipe:
         variants = [VariantSettings.model_validate({**first, **change}) for change in changes]
         pruning = recipe.prune[0].model_dump() | {"realign": True}
         varied = {"prune": [PruningSettings.model_validate(pruning)], "realign": variants}
-    return Recipe.model_validate(content | varied | {"seeds": (), "defend": ()})
+    return Recipe.model_validate(content | varied | {"seeds": (), "against": (), "defend": ()})
 
 
 def _check_used(variant: VariantSettings, setting: Swept) -> None:

@@ -141,7 +141,8 @@ def _image_roots(metadata: Path) -> list[Path]:
     names = dict.fromkeys([split, f"{split}/{split}", "images", f"images/{split}", "train", "test"])
     roots = [*(folder / name for name in names if (folder / name).is_dir()), folder]
     archive = folder / f"{split}.zip"
-    if (folder / split).is_dir() or not archive.is_file():
+    unpacked_already = any((folder / name).is_dir() for name in (split, "images"))
+    if unpacked_already or not archive.is_file():
         return roots
     whole = unpacked(archive)
     return [whole, whole / split, *roots]

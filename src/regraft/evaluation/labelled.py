@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from regraft.data.rows import Row, csv_rows
 from regraft.errors import RegraftError
-from regraft.evaluation.metrics import cohen_kappa, resampled, wilson
+from regraft.evaluation.metrics import cohen_kappa, paired_exact, resampled, wilson
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.verdicts import Exchange, Verdict
 
@@ -220,21 +220,12 @@ def _rate(
 def _difference(
     prompts: Sequence[str], one: Sequence[bool], best: Sequence[bool], name: str
 ) -> Difference:
-    more = _per_prompt(prompts, one) - _per_prompt(prompts, best)
+    right, rights = _per_prompt(prompts, one), _per_prompt(prompts, best)
     sizes = _per_prompt(prompts, [True] * len(prompts))
-    value = float(more.sum() / sizes.sum())
-    return Difference(name, value, *_bootstrap(more, sizes), _sign_flip(more))
-
-
-def _sign_flip(differences: NDArray[np.int64]) -> float:
-    """How likely the sum of these numbers, with fair signs, is as far from 0 as it is."""
-    chances = np.ones(1)  # of every sum from -(len - 1) / 2 on
-    for size in np.abs(differences[differences != 0]):
-        flipped = np.zeros(2 * size + 1)
-        flipped[[0, -1]] = 0.5
-        chances = np.convolve(chances, flipped)
-    sums = np.arange(chances.size) - chances.size // 2
-    return min(1.0, float(chances[np.abs(sums) >= abs(differences.sum())].sum()))
+    value = float((right - rights).sum() / sizes.sum())
+    return Difference(
+        name, value, *_bootstrap(right - rights, sizes), paired_exact([right], [rights]).p
+    )
 
 
 def _per_prompt(prompts: Sequence[str], events: Sequence[bool]) -> NDArray[np.int64]:

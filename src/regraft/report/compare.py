@@ -183,6 +183,11 @@ class _Cells:
     def all(self) -> tuple[Variant, ...]:
         return tuple(variant for of_seed in self.variants for variant in of_seed)
 
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """Of its draws, as the recipe names them."""
+        return tuple(one.name.removeprefix(f"{one.base}/") for one in self.variants[0])
+
 
 @dataclass(frozen=True)
 class _Events:
@@ -259,7 +264,10 @@ def compare(runs: Sequence[Run], against: Sequence[str] = (), seed: int = 0) -> 
     )
     labels = _short(suites) if len(suites) > 1 else {}
     groups = list(zip(*(run.report.groups for run in runs), strict=True))
-    _check_against(against, [one.name for group in groups for one in _methods(group, first.recipe)])
+    cells = [one for group in groups for one in _methods(group, first.recipe)]
+    row_of = {own: one.name for one in cells for own in (*one.own_names, one.name)}
+    _check_against(against, list(row_of))
+    against = tuple(dict.fromkeys(row_of[name] for name in against))
     return Study(
         title=first.title,
         model=first.model,
@@ -267,7 +275,7 @@ def compare(runs: Sequence[Run], against: Sequence[str] = (), seed: int = 0) -> 
         judge=first.dense.result.judge,
         seeds=tuple(run.seed for run in runs),
         suites=tuple(labels.values()),
-        against=tuple(against),
+        against=against,
         tables=tuple(_table(runs, group, against, labels, seed) for group in groups),
     )
 
@@ -277,7 +285,7 @@ def _check_against(against: Sequence[str], names: Sequence[str]) -> None:
     if unknown := [name for name in against if name not in names]:
         known = ", ".join(dict.fromkeys(names))
         raise RegraftError(
-            f"--against {unknown[0]}: there is no such method; expected one of {known}."
+            f"`against` names {unknown[0]!r}: there is no such method; expected one of {known}."
         )
 
 
@@ -319,7 +327,7 @@ def _table(
     cells = (dense, pruned, *methods)
     answers, of_suite = _read_answers(runs, cells)
     names = [one.name for one in methods]
-    bases = (pruning, *(name for name in against if name in names))
+    bases = (pruning, *dict.fromkeys(name for name in against if name in names))
     tests = _tests(names, bases, answers)
     reference = answers["dense"], answers[pruning]
     prompts = {
@@ -427,20 +435,23 @@ def _event(answer: Answer) -> bool:
 def _tests(
     methods: Sequence[str], bases: Sequence[str], answers: Mapping[str, _Answers]
 ) -> dict[str, dict[str, Tested]]:
-    """Each method against each base, all tests of the table corrected for their number."""
-    pairs = [
-        (base, name)
-        for base in bases
-        for name in methods
-        if name != base and answers[base].attacks.total.size
-    ]
-    found = [
-        paired_exact(answers[name].attacks.draws, answers[base].attacks.draws)
-        for base, name in pairs
-    ]
-    adjusted = holm([test.p for test in found])
+    """Each method against each base, all tests of the table corrected for their number.
+
+    Two bases are one test, whichever of them is the method.
+    """
     tests: dict[str, dict[str, Tested]] = {base: {} for base in bases}
-    for (base, name), test, p in zip(pairs, found, adjusted, strict=True):
+    if not answers[bases[0]].attacks.total.size:
+        return tests
+    pairs = [(base, name) for base in bases for name in methods if name != base]
+    found = {
+        (base, name): paired_exact(answers[name].attacks.draws, answers[base].attacks.draws)
+        for base, name in pairs
+    }
+    single = list(dict.fromkeys(frozenset(pair) for pair in pairs))
+    p_of = {frozenset(pair): test.p for pair, test in found.items()}
+    adjusted = dict(zip(single, holm([p_of[pair] for pair in single]), strict=True))
+    for (base, name), test in found.items():
+        p = adjusted[frozenset((base, name))]
         tests[base][name] = Tested(test.p, p, _verdict(test.difference, p))
     return tests
 
@@ -522,10 +533,6 @@ def _rate(events: _Events) -> Estimate | None:
     if not events.total.size:
         return None
     return clustered_rate(events.total.tolist(), events.answers)
-
-
-def _mean(values: NDArray[np.float64], seed: int) -> Estimate | None:
-    return bootstrap_mean(values.tolist(), seed) if values.size else None
 
 
 def _macro(means: Sequence[Estimate]) -> Estimate | None:

@@ -97,7 +97,8 @@ def cell(estimate: Estimate | None) -> str:
 def degenerate(result: EvalResult) -> str:
     """How many answers say nothing: "3 of 250 to harmful prompts, 1 of 200 to harmless ones".
 
-    Behind it how many refusals do, where any does: "(of the refusals 2 of 90 to harmful prompts)".
+    Behind it how many refusals do, where any does: "(refusals that are degenerate too: 2 of 90 to
+    harmful prompts)".
     """
     kinds = (("harmful", "to harmful prompts"), ("harmless", "to harmless ones"))
     told, refusals = (
@@ -108,7 +109,9 @@ def degenerate(result: EvalResult) -> str:
         )
         for suffix in ("", " refusals")
     )
-    return (told or "none") + (f" (of the refusals {refusals})" if refusals else "")
+    return (told or "none") + (
+        f" (refusals that are degenerate too: {refusals})" if refusals else ""
+    )
 
 
 def _asked(result: EvalResult, kind: str, *, refused: bool) -> int:

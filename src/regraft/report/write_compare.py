@@ -82,8 +82,7 @@ def notes(study: Study) -> tuple[str, ...]:
         "answered; over-refusal: harmless prompts that were refused; both judged by "
         f"{study.judge}. "
         "Utility: mean similarity to the references; where suites score in different ways, the "
-        "mean over suites. Questions with options or several right answers are no part of "
-        "over-refusal.",
+        "mean over suites. Questions of MMBench and DocVQA are no part of over-refusal.",
         "Brackets are 95 % intervals over prompts: Wilson's of ASR, over-refusal and a utility of "
         "right and wrong answers"
         + (

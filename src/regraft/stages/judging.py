@@ -33,7 +33,7 @@ from regraft.files import digest, file_digest, read_json, slug, write_json
 from regraft.keys import describe, is_done, working
 from regraft.models.load import judge_fingerprint, load_judge
 from regraft.settings import ComputeSettings
-from regraft.stages.evaluating import read_evaluation
+from regraft.stages.evaluating import Evaluation, read_evaluation
 from regraft.watch import Advance, Watch
 
 _CHUNK = 64  # exchanges after which verdicts are on disk
@@ -91,17 +91,20 @@ def judge(
             is missing or another one.
     """
     evaluation = read_evaluation(folder)
-    answers = evaluation.result.answers
-    full = evaluation.about.get("settings", {}).get("full_answers", True)
-    if not full and text != evaluation.result.judge:
+    answers = _answers(evaluation)
+    if not _in_full(evaluation) and text != evaluation.result.judge:
         raise RegraftError(
             f"{folder}: answers end where {evaluation.result.judge} was certain, too early for "
             "another judge. Evaluate with --full-answers."
         )
-    if full:  # older evaluations looked at the first words, and not at those of refusals
-        answers = tuple(replace(a, degenerate=degeneration(a.answer) or "") for a in answers)
     pictures = None if images is None else Pictures(images)
     exchanges = [_exchange(answer, pictures) for answer in answers]
+    unasked = sum(bool(a.image) and not a.request for a in answers)
+    if images is None and unasked and text not in KEYWORD_JUDGES:
+        watch.note(
+            f"{unasked} answers do not say what their image asks: the judge is told the words "
+            "beside it alone. Give --images to judges that see, or evaluate anew."
+        )
     shown = {} if images is None else {"images": _digest_of_images(exchanges)}
     inputs = {"answers": file_digest(folder / "answers.jsonl"), **_of_judge(text), **shown}
     about = describe("judge", inputs, compute=_runs_on(text, compute))
@@ -216,8 +219,9 @@ def read_verdicts(path: Path, answers: Sequence[Answer]) -> list[Verdict]:
 
 def own(folder: Path) -> Judged:
     """The evaluation's own judge, as one among others."""
-    result = read_evaluation(folder).result
-    return Judged(result.judge, result.asr, result.over_refusal, 0)
+    evaluation = read_evaluation(folder)
+    answers = _answers(evaluation)
+    return _judged(evaluation.result.judge, answers, [own_verdict(answer) for answer in answers])
 
 
 def agreement(folder: Path, files: Sequence[Path], out: Path) -> tuple[Agreement, ...]:
@@ -231,15 +235,26 @@ def agreement(folder: Path, files: Sequence[Path], out: Path) -> tuple[Agreement
     Raises:
         RegraftError: see `read_verdicts`.
     """
-    result = read_evaluation(folder).result
-    said = [(result.judge, [own_verdict(answer) for answer in result.answers])]
-    for file in files:
-        verdicts = read_verdicts(file, result.answers)
-        said.append((read_json(file)["result"]["judge"], verdicts))
-    found = agreements(result.answers, said)
+    evaluation = read_evaluation(folder)
+    answers = _answers(evaluation)
+    said = [(evaluation.result.judge, [own_verdict(answer) for answer in answers])]
+    said += [(read_json(one)["result"]["judge"], read_verdicts(one, answers)) for one in files]
+    found = agreements(answers, said)
     if ranks.first():
         write_json(out, {"agreement": [asdict(one) for one in found]})
     return found
+
+
+def _in_full(evaluation: Evaluation) -> bool:
+    return bool(evaluation.about.get("settings", {}).get("full_answers", True))
+
+
+def _answers(evaluation: Evaluation) -> tuple[Answer, ...]:
+    """The answers; evaluations of before looked for degeneration in the first words alone."""
+    found = evaluation.result.answers
+    if not _in_full(evaluation):
+        return found
+    return tuple(replace(a, degenerate=degeneration(a.answer) or "") for a in found)
 
 
 def _judged(name: str, answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> Judged:
