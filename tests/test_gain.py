@@ -54,7 +54,7 @@ from regraft.settings import (
     SearchSettings,
 )
 from regraft.stages import gaining
-from regraft.stages.searching import read_curve
+from regraft.stages.searching import read_search
 from regraft.watch import Silent
 
 INF = math.inf
@@ -680,7 +680,7 @@ def test_a_search_looks_around_every_push(benches, tmp_path):
         short,
         COMPUTE,
     )
-    tried = [point.restored for point in read_curve(tmp_path / "curve.json")]
+    tried = [point.restored for point in read_search(tmp_path / "curve.json").points]
     path, between, end = (int(one["restored"]) for one in steps[1:])
     assert path <= between <= end > path
     assert tried == [0, *range(path, end + 1)]
