@@ -149,7 +149,8 @@ class Table:
     @property
     def against(self) -> tuple[str, ...]:
         """Methods of this table that the others are tested against."""
-        return tuple(dict.fromkeys(name for row in self.rows for name in row.against))
+        by_number = sorted(self.rows, key=lambda row: -len(row.against))  # one of them lacks itself
+        return tuple(dict.fromkeys(name for row in by_number for name in row.against))
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def compare(runs: Sequence[Run], against: Sequence[str] = (), seed: int = 0) -> 
     groups = list(zip(*(run.report.groups for run in runs), strict=True))
     cells = [one for group in groups for one in _methods(group, first.recipe)]
     row_of = {own: one.name for one in cells for own in (*one.own_names, one.name)}
-    _check_against(against, list(row_of))
+    _check_against([row_of.get(name, name) for name in against], [one.name for one in cells])
     against = tuple(dict.fromkeys(row_of[name] for name in against))
     return Study(
         title=first.title,
@@ -285,7 +286,7 @@ def _check_against(against: Sequence[str], names: Sequence[str]) -> None:
     if unknown := [name for name in against if name not in names]:
         known = ", ".join(dict.fromkeys(names))
         raise RegraftError(
-            f"`against` names {unknown[0]!r}: there is no such method; expected one of {known}."
+            f"against {unknown[0]}: there is no such method; expected one of {known}."
         )
 
 
