@@ -190,7 +190,8 @@ def test_a_group_is_right_if_every_rotation_is() -> None:
     assert one.over_refusal is None
     assert one.by_suite["mm"].over_refusal == wilson(0, 3), "its refusals are shown nowhere"
     assert one.utility == one.by_suite["mm"].utility
-    plain = summarise("s", REGRAFT_2, [replace(a, scored_by="") for a in one.answers])
+    attack = replace(one.answers[0], scored_by="", group="", harmful=True)
+    plain = summarise("s", REGRAFT_2, [attack])
     assert plain.by_suite == {}
 
 

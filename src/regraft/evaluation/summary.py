@@ -91,7 +91,7 @@ def summarise(
         by_suite={
             one: _rates(mine, [a for a in mine if not a.harmful], seed)
             for one, mine in of_suite.items()
-            if len(suites) > 1 or any(not a.tests_over_refusal for a in mine)
+            if len(suites) > 1 or any(a.scored_by for a in mine)
         },
         degenerate=dict(Counter(_kind(a) for a in answers if a.degenerate)),
         answers=tuple(answers),
