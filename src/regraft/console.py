@@ -366,7 +366,7 @@ def show_heads(console: Console, scores: HeadScores, show: int) -> None:
 def show_search(console: Console, found: Searched) -> None:
     """Print a trade-off curve on validation prompts, the chosen point in bold."""
     table = Table(
-        *("restored", "per 10,000", "ASR %", "RSR %", "over-refusal %", "utility %", "bounds"),
+        *("restored", "per 10,000", "ASR %", "RSR %", "over-refusal %", "utility %", "beyond"),
         title="Trade-off on validation prompts",
     )
     for point in found.points:
@@ -378,7 +378,9 @@ def show_search(console: Console, found: Searched) -> None:
             "" if recovered is None else f"{100 * recovered:.0f}",
             _percent(point.over_refusal),
             _percent(point.utility),
-            "kept" if found.bounds.keeps(point) else "broken",
+            ", ".join(
+                name.replace("_", "-") for name, by in found.bounds.excess(point).items() if by
+            ),
             style="bold" if point is found.taken else None,
         )
     table.add_section()
