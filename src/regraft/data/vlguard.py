@@ -27,8 +27,9 @@ def read_vlguard(path: Path, subset: Subset | None = None) -> Reading:
 
     `path` is the JSON file, or a folder with `train.json`. Images are looked for below the JSON's
     folder: in `train/` or `test/` (of the JSON's own name first), `images/`, or the folder itself.
-    Where there is no folder of its own name but `train.zip` or `test.zip`, as they come from the
-    hub, that is unpacked into the cache and looked into first. Otherwise as `parse_vlguard`.
+    Where there is neither a folder of its own name nor `images/`, but `train.zip` or `test.zip`, as
+    they come from the hub, that is unpacked into the cache and looked into first. Otherwise as
+    `parse_vlguard`.
 
     Raises:
         RegraftError: a file, field or image is missing or wrong.
