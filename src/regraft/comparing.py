@@ -69,7 +69,7 @@ def _curves(place: Path, report: Report) -> Iterator[tuple[str, Curve]]:
     """(name of the variant, its curve) of all that were written."""
     folder = RunFolder(place, several=len(report.groups) > 1)
     for variant in report.variants:
-        own = variant.name.removeprefix(f"{variant.base}/")
+        own = variant.name_in_group
         path = folder.curve(variant.base or "", own)
         if path.exists():
             yield variant.name, read_curve(path)

@@ -187,7 +187,7 @@ class _Cells:
     @property
     def own_names(self) -> tuple[str, ...]:
         """Of its draws, as the recipe names them."""
-        return tuple(one.name.removeprefix(f"{one.base}/") for one in self.variants[0])
+        return tuple(one.name_in_group for one in self.variants[0])
 
 
 @dataclass(frozen=True)
@@ -353,7 +353,7 @@ def _methods(groups: Sequence[Sequence[Variant]], recipe: Mapping[str, Any]) -> 
     settings = {one["name"]: one for one in recipe.get("realign", ())}
     together: dict[Any, list[str]] = {}
     for variant in groups[0][1:]:
-        own = variant.name.removeprefix(f"{variant.base}/")
+        own = variant.name_in_group
         together.setdefault(_apart_from_the_draw(settings.get(own), own), []).append(own)
     return tuple(_cells(groups, names) for names in together.values())
 
@@ -378,7 +378,7 @@ def _apart_from_the_draw(settings: Mapping[str, Any] | None, name: str) -> Any:
 
 
 def _cells(groups: Sequence[Sequence[Variant]], names: Sequence[str]) -> _Cells:
-    by_name = [{v.name.removeprefix(f"{v.base}/"): v for v in group[1:]} for group in groups]
+    by_name = [{v.name_in_group: v for v in group[1:]} for group in groups]
     found = tuple(tuple(of_seed[name] for name in names) for of_seed in by_name)
     label, name = found[0][0].label_in_group, names[0]
     if len(names) > 1:

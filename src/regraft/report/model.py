@@ -58,6 +58,11 @@ class Variant:
     inference_time: bool = False
 
     @property
+    def name_in_group(self) -> str:
+        """The name without the pruning's, as a recipe has it."""
+        return self.name.removeprefix(f"{self.base}/")
+
+    @property
     def label_in_group(self) -> str:
         """The label where the pruning is known: without its name in front."""
         return self.label.removeprefix(f"{self.base}/")
