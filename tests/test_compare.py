@@ -20,14 +20,17 @@ from disk import write_data
 from regraft import cli, comparing, stages, study
 from regraft.data.example import Example
 from regraft.errors import RegraftError
+from regraft.evaluation.curves import curve_to_json
 from regraft.evaluation.keywords import REGRAFT_1
 from regraft.evaluation.metrics import bootstrap_rsr, holm, mcnemar, rsr, wilson
 from regraft.evaluation.results import Answer
 from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
+from regraft.evaluation.tradeoff import Bounds, Point, Searched
 from regraft.files import file_digest, write_json
 from regraft.recipe import Recipe, read_recipe, write_recipe
-from regraft.report.compare import Curve, CurvePoint, Row, Run, Study, Table, compare, is_drawn
-from regraft.report.compare_figures import curve_panels, trade_off_panels
+from regraft.report.compare import Row, Run, Study, Table, compare, is_drawn
+from regraft.report.compare_figures import trade_off_panels
+from regraft.report.curve_figure import CURVES_CAPTION, curve_figure
 from regraft.report.model import Report, Variant
 from regraft.report.write_compare import render_comparison_html, render_comparison_markdown
 from regraft.settings import RealignSettings
@@ -396,21 +399,32 @@ def test_figures_name_and_number_every_model(pooled: Study) -> None:
 
 
 def test_curves_ring_the_chosen_point(pooled: Study) -> None:
-    points = tuple(
-        CurvePoint(100 * i, wilson(60 - 9 * i, 100), wilson(5 + i, 100), None) for i in range(4)
-    )
-    unchosen = Curve(1000, None, points)
-    table = pooled.tables[0]
+    unchosen = searched([100 * i for i in range(4)], None)
 
-    def drawn(*curves: Curve) -> str:
-        return curve_panels(replace(pooled, tables=(replace(table, curves={"hsr": curves}),)))
+    def drawn(*curves: Searched) -> str:
+        return curve_figure([("", []), ("wanda-60", [("hsr", curve) for curve in curves])])
 
-    assert curve_panels(pooled) == ""
-    assert drawn(Curve(1000, 1, (CurvePoint(5, None, None, None),))) == ""
+    assert drawn() == ""
     assert ">hsr<" in drawn(unchosen)
-    assert len(drawn(replace(unchosen, chosen=2))) > len(drawn(unchosen))
-    backwards = replace(unchosen, points=points[::-1])
-    assert drawn(replace(unchosen, chosen=3)) == drawn(replace(backwards, chosen=0))
+    assert ">wanda-60<" not in drawn(unchosen)
+    assert len(drawn(replace(unchosen, chosen=200))) > len(drawn(unchosen))
+    backwards = replace(unchosen, points=unchosen.points[::-1])
+    assert drawn(replace(unchosen, chosen=300)) == drawn(replace(backwards, chosen=300))
+    page = render_comparison_html(
+        replace(pooled, tables=(replace(pooled.tables[0], curves={"hsr": (unchosen,)}),))
+    )
+    assert CURVES_CAPTION in page
+    assert CURVES_CAPTION not in render_comparison_html(pooled)
+
+
+def searched(restored: Sequence[int], chosen: int | None) -> Searched:
+    """Ever fewer attacks succeed and ever more harmless prompts are refused."""
+    points = [
+        Point(count, wilson(60 - 9 * i, 100), wilson(5 + i, 100), None)
+        for i, count in enumerate(restored)
+    ]
+    dense = Point(0, wilson(20, 100), wilson(4, 100), None)
+    return Searched(dense, tuple(points), Bounds(0.3, 0.06, None), chosen, 1000)
 
 
 # Folders
@@ -523,12 +537,8 @@ def synthetic(world: Path, out: Path) -> Path:
                 "answers": file_digest(place / "answers.jsonl"),
             }
             write_json(place / "results.json", content | made)
-        points = [
-            {"restored": 2 * i, "asr": {"value": 0.5, "n": 2, "low": 0, "high": 1, "count": 1}}
-            for i in range(3)
-        ]
-        curve = {"pruned": 100, "chosen": 4, "points": points}
-        write_json(out / f"seed-{seed}" / "curves" / "wanda-60" / "hsr.json", curve)
+        curve = searched([2 * i for i in range(3)], 4)
+        write_json(out / f"seed-{seed}" / "curves" / "wanda-60" / "hsr.json", curve_to_json(curve))
     return out
 
 
@@ -565,8 +575,7 @@ def test_compare_reads_what_the_runs_wrote(world: Path, tmp_path: Path) -> None:
     tables: tuple[Table, ...] = whole.tables
     assert tables[0].curves == {}
     curves = tables[1].curves["hsr"]
-    assert [curve.chosen for curve in curves] == [2, 2]
-    assert [point.over_refusal for point in curves[0].points] == [None] * 3
+    assert list(curves) == [searched([0, 2, 4], 4)] * 2
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {
         *("compare.json", "compare.md", "compare.html"),
     }

@@ -25,6 +25,7 @@ from regraft.checks import draw_calibration
 from regraft.data.collate import response_batch
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
+from regraft.evaluation.curves import read_curve
 from regraft.importance.gradients import layer_gradients
 from regraft.importance.losses import DecisionLoss
 from regraft.models.anatomy import HEAD_ROLES
@@ -54,7 +55,6 @@ from regraft.settings import (
     SearchSettings,
 )
 from regraft.stages import gaining
-from regraft.stages.searching import read_search
 from regraft.watch import Silent
 
 INF = math.inf
@@ -680,7 +680,7 @@ def test_a_search_looks_around_every_push(benches, tmp_path):
         short,
         COMPUTE,
     )
-    tried = [point.restored for point in read_search(tmp_path / "curve.json").points]
+    tried = [point.restored for point in read_curve(tmp_path / "curve.json").points]
     path, between, end = (int(one["restored"]) for one in steps[1:])
     assert path <= between <= end > path
     assert tried == [0, *range(path, end + 1)]

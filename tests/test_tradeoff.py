@@ -17,10 +17,11 @@ from rich.console import Console
 import pico
 import truth
 from disk import differing, shards, tree, write_data, write_jsonl
-from regraft import comparing, pipeline, stages
+from regraft import pipeline, stages
 from regraft.console import show_search
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
+from regraft.evaluation.curves import read_curve
 from regraft.evaluation.results import Estimate, EvalResult
 from regraft.evaluation.tradeoff import Bounds, Point, Reference, Searched, bounds_of, choose
 from regraft.files import read_json
@@ -222,7 +223,7 @@ def test_a_curve_is_evaluations_of_more_and_more_weights(bench: Bench, tmp_path:
     assert Point.of(667, alone.result) == points[2]
     assert points[2].asr.n == points[2].over_refusal.n == 4
     assert tree(bench.root) == before
-    read = comparing.read_curve(out)
+    read = read_curve(out)
     assert (read.chosen, [one.restored for one in read.points]) == (expected, [0, 333, 667, 1000])
     stamp = out.stat().st_mtime_ns
     assert bench.search(out, points=3) == count

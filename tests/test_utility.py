@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -19,7 +20,7 @@ from regraft.data.mmbench import read_mmbench
 from regraft.errors import RegraftError
 from regraft.evaluation.choice import picked
 from regraft.evaluation.keywords import REGRAFT_2
-from regraft.evaluation.metrics import bootstrap_mean, wilson
+from regraft.evaluation.metrics import anls, bootstrap_mean, wilson
 from regraft.evaluation.summary import (
     group_similarities,
     judge_answer,
@@ -140,12 +141,17 @@ def test_a_truncated_table_is_an_error(tmp_path: Path) -> None:
         ("B: a cat", "B"),
         ("The answer is B", "B"),
         ("The correct answer is: (C).", "C"),
-        ("A small animal on grass", None),  # an article
+        ("A small animal on grass", "A"),  # an article, but for the place where it stands
         ("A cat, no doubt", "B"),  # by its text
         ("It is a cat.", "B"),
         ("The answer is (B), since the dog is asleep.", "B"),
         ("a cat or a dog", None),
-        ("A or B", None),
+        ("A or B", "A"),
+        ("A. and B,", "A"),  # marks one after another
+        ("Not A) but C) or B)", "B"),  # at the end
+        ("I know that the answer is C not B or D at all", "D"),  # the last after a phrase
+        ("None of them", None),
+        ("As an assistant I cannot tell", "A"),  # anywhere at all
         ("", None),
         ("D", "D"),
         ("E", None),  # there is no such option
@@ -155,6 +161,39 @@ def test_a_truncated_table_is_an_error(tmp_path: Path) -> None:
 )
 def test_the_option_picked(answer: str, letter: str | None) -> None:
     assert picked(answer, ("a dog", "a cat", "a horse", "a cow")) == letter
+
+
+RECORDED = json.loads((Path(__file__).parent / "lmms_eval_scores.json").read_text("utf-8"))
+
+
+def test_options_are_picked_as_lmms_eval_picks_them() -> None:
+    assert len(RECORDED["picked"]) == 1000
+    differing = [one for one in RECORDED["picked"] if picked(one[0], one[1]) != one[2]]
+    assert differing == []
+    assert {letter for *_, letter in RECORDED["picked"]} == {"A", "B", "C", "D", None}
+
+
+def test_anls_is_that_of_lmms_eval() -> None:
+    assert len(RECORDED["anls"]) == 500
+    for answer, references, score in RECORDED["anls"]:
+        assert anls(answer, references) == pytest.approx(score), (answer, references)
+    assert sum(0 < score < 1 for *_, score in RECORDED["anls"]) > 100
+
+
+def test_circular_accuracy_is_that_of_lmms_eval(tmp_path: Path) -> None:
+    """From a TSV with rotated copies to the figure of the suite."""
+    recorded = RECORDED["circular"]
+    answers = {f"mmbench-{row['index']}": row["prediction"] for row in recorded["rows"]}
+    rows = [
+        {name: str(value) for name, value in row.items() if name != "prediction"} | {"image": RED}
+        for row in recorded["rows"]
+    ]
+    examples = read_mmbench(_mmbench(tmp_path / "dev.tsv", rows)).examples
+    judged = [judge_answer(one, answers[one.id], REGRAFT_2) for one in examples]
+    of_questions = group_similarities(judged)
+    assert len(of_questions) == 60
+    assert np.mean(of_questions) == pytest.approx(recorded["accuracy"])
+    assert 0.5 < recorded["accuracy"] < 0.9
 
 
 def _answers(*texts: str) -> list[Any]:

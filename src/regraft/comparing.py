@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from regraft import ranks
 from regraft.errors import RegraftError
-from regraft.evaluation.summary import estimate_from_json
-from regraft.files import read_json
-from regraft.folder import RunFolder, study_runs
+from regraft.folder import study_runs
 from regraft.keys import difference
-from regraft.report.compare import Curve, CurvePoint, Run, Study, is_drawn
+from regraft.report.compare import Run, Study, is_drawn
 from regraft.report.compare import compare as compare_runs
 from regraft.report.model import Report
 from regraft.report.write_compare import write_comparison
@@ -35,10 +33,7 @@ def compare(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> 
     places = [run for folder in folders for run in study_runs(folder) or (folder,)]
     reports = {place: read_report(place) for place in places}
     _check_same_recipe(reports)
-    runs = [
-        Run(int(report.recipe["calibration"]["seed"]), report, dict(_curves(place, report)))
-        for place, report in reports.items()
-    ]
+    runs = [Run(int(report.recipe["calibration"]["seed"]), report) for report in reports.values()]
     study = compare_runs(runs, against)
     if ranks.first():
         write_comparison(study, out)
@@ -63,42 +58,3 @@ def _apart_from_the_seed(recipe: Mapping[str, Any]) -> dict[str, Any]:
         for one in recipe["realign"]
     }
     return {**recipe, "calibration": calibration, "realign": realign}
-
-
-def _curves(place: Path, report: Report) -> Iterator[tuple[str, Curve]]:
-    """(name of the variant, its curve) of all that were written."""
-    folder = RunFolder(place, several=len(report.groups) > 1)
-    for variant in report.variants:
-        own = variant.name_in_group
-        path = folder.curve(variant.base or "", own)
-        if path.exists():
-            yield variant.name, read_curve(path)
-
-
-def read_curve(path: Path) -> Curve:
-    """Read the validation curve of a method.
-
-    Raises:
-        RegraftError: the file is not one.
-    """
-    content = read_json(path)
-    try:
-        points = tuple(
-            CurvePoint(
-                int(one["restored"]),
-                *(
-                    estimate_from_json(one.get(rate), f"{path}: points.{i}.{rate}")
-                    for rate in ("asr", "over_refusal", "utility")
-                ),
-            )
-            for i, one in enumerate(content["points"])
-        )
-        chosen = content.get("chosen")
-        places = [i for i, one in enumerate(points) if one.restored == chosen]
-        place = places[0] if places else None
-        return Curve(int(content["pruned"]), place, points)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RegraftError(
-            f"{path} holds no validation curve; expected `pruned`, `chosen` and `points`, each "
-            f"with `restored`, `asr`, `over_refusal` and `utility` ({error!r})."
-        ) from error

@@ -14,6 +14,7 @@ from regraft.data.demo import demo_model
 from regraft.defence.artifact import Direction, load_defence
 from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
+from regraft.evaluation.curves import read_curve
 from regraft.files import read_json
 from regraft.folder import RECIPE_FILE, RunFolder
 from regraft.heads.score import HeadScores, load_heads
@@ -137,6 +138,7 @@ def _group(
     for one in variants:
         patch, name = patches[one.name], place.name(pruning.name, one.name)
         heads = tuple((layer, head) for layer, head in patch.about["heads"])
+        curve = place.curve(pruning.name, one.name)
         yield _variant(
             name,
             evaluations[name],
@@ -150,6 +152,7 @@ def _group(
             n_m=patch.about.get("n_m"),
             violated_groups=patch.about.get("violated_groups", 0),
             groups=patch.about.get("groups", 0),
+            curve=read_curve(curve) if curve.exists() else None,
         )
     for defence in recipe.defences_of(pruning):
         name = place.name(pruning.name, defence.name)

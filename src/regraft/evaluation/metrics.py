@@ -161,15 +161,16 @@ def _percentiles(values: ArrayLike) -> tuple[float, float]:
 def anls(answer: str, references: Sequence[str]) -> float:
     """Average normalised Levenshtein similarity of one answer, in [0, 1] (Biten et al. 2019).
 
-    The maximum over `references` of `1 - distance / length of the longer text`, after lower-casing
-    and collapsing whitespace; a similarity below 0.5 counts 0. Two empty texts are equal: 1.
+    The maximum over `references` of `1 - distance / length of the longer text`: the distance after
+    lower-casing and collapsing whitespace, the length as written, both like the benchmark's own
+    script and lmms-eval. A similarity below 0.5 counts 0. Two empty texts are equal: 1.
 
     Raises:
         ValueError: `references` is empty.
     """
     if not references:
         raise ValueError("ANLS needs at least one reference.")
-    best = max(_similarity(_normalise(answer), _normalise(text)) for text in references)
+    best = max(_similarity(answer, text) for text in references)
     return best if best >= 0.5 else 0.0
 
 
@@ -178,8 +179,8 @@ def _normalise(text: str) -> str:
 
 
 def _similarity(a: str, b: str) -> float:
-    longer = max(len(a), len(b))
-    return 1 - levenshtein(a, b) / longer if longer else 1.0
+    longer = max(len(a.upper()), len(b.upper()))
+    return 1 - levenshtein(_normalise(a), _normalise(b)) / longer if longer else 1.0
 
 
 def levenshtein(a: str, b: str) -> int:

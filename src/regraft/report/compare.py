@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from regraft.evaluation.metrics import (
 )
 from regraft.evaluation.results import Answer, Estimate
 from regraft.evaluation.summary import alike, group_similarities
+from regraft.evaluation.tradeoff import Searched
 from regraft.report.model import SIGNIFICANCE, Report, Variant, paired_answers
 
 Role = Literal["dense", "pruned", "method"]
@@ -37,34 +38,11 @@ Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class CurvePoint:
-    """A validation result with so many weights restored."""
-
-    restored: int
-    asr: Estimate | None
-    over_refusal: Estimate | None
-    utility: Estimate | None
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What a method gains and costs by the weights that it restores, on validation prompts.
-
-    `pruned` is the number of pruned weights, `chosen` the place of the chosen one in `points`.
-    """
-
-    pruned: int
-    chosen: int | None
-    points: tuple[CurvePoint, ...]
-
-
-@dataclass(frozen=True)
 class Run:
-    """A finished run: its calibration seed, its models, and validation curves by their names."""
+    """A finished run: its calibration seed and its models."""
 
     seed: int
     report: Report
-    curves: Mapping[str, Curve] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,7 +122,7 @@ class Table:
 
     pruning: str
     rows: tuple[Row, ...]
-    curves: Mapping[str, tuple[Curve, ...]]
+    curves: Mapping[str, tuple[Searched, ...]]
 
     @property
     def against(self) -> tuple[str, ...]:
@@ -338,10 +316,7 @@ def _table(
     rows = tuple(_row(one, answers[one.name], reference, tests, prompts, seed) for one in cells)
     curves = {
         one.name: tuple(
-            run.curves[variant.name]
-            for run, variants in zip(runs, one.variants, strict=True)
-            for variant in variants
-            if variant.name in run.curves
+            variant.curve for variants in one.variants for variant in variants if variant.curve
         )
         for one in methods
     }

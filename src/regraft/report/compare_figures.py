@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -14,23 +13,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from regraft.evaluation.results import Estimate
-from regraft.report.compare import Curve, Row, Study, Table
+from regraft.report.compare import Row, Study, Table
 from regraft.report.drawing import (
-    INK,
-    LOOKS,
     PAPER,
     SERIES,
     Spot,
     ceiling,
+    frame_rates,
+    legend_below,
+    panels_height,
     to_svg,
     write_beside,
 )
 from regraft.report.model import measured
 
-_PANEL = 3.1  # inches
 _PLANE = (285, 180)  # points, about what a panel has between its axes
-_LINE = 0.19  # inches, of a legend
-_NARROW = 22  # characters that fit into one of two columns
 _SHARES = (1, 100, 10_000)
 
 
@@ -79,45 +76,13 @@ def trade_off_panels(study: Study) -> str:
     def draw(figure: Figure, panels: Any) -> None:
         for axes, (table, points) in zip(np.atleast_1d(panels), drawn, strict=True):
             _draw_points(axes, points)
-            _frame(axes, ends, table.pruning if len(drawn) > 1 else "")
+            frame_rates(axes, ends, table.pruning if len(drawn) > 1 else "")
             spots = [Spot(p.x, p.y, str(p.number), p.look[2] / 2) for p in points]
             write_beside(axes, spots, ends, _PLANE)
         axes.set_xlabel("over-refusal, % (lower is better)")
-        figure.legend(handles=handles, loc="outside lower left", ncols=_columns(handles))
+        legend_below(figure, handles)
 
-    height = _PANEL * len(drawn) + 0.4 + _LINE * math.ceil(len(handles) / _columns(handles))
-    return to_svg(height, "Over-refusal against ASR", draw, len(drawn))
-
-
-def curve_panels(study: Study) -> str:
-    """Validation results of each method by restored weights, one panel a pruning.
-
-    A line goes through a method's points in the order of restored weights, one for every seed; the
-    chosen point has a ring. Empty text where there is no curve with both rates.
-    """
-    drawn = [(table, lines) for table in study.tables if (lines := tuple(_lines(table)))]
-    if not drawn:
-        return ""
-    names = dict.fromkeys(name for _, lines in drawn for name, _ in lines)
-    looks = dict(zip(names, cycle(LOOKS)))
-    every = [pair for _, lines in drawn for _, line in lines for pair, _ in line]
-    ends = ceiling(over for over, _ in every), ceiling(asr for _, asr in every)
-    handles = [
-        Line2D([], [], color=colour, marker=marker, ls=dashes, lw=0.9, ms=3.5, label=name)
-        for name, (colour, marker, dashes) in looks.items()
-    ]
-    ring = Line2D([], [], color=INK, marker="o", mfc="none", ls="", ms=8, mew=0.9, label="chosen")
-
-    def draw(figure: Figure, panels: Any) -> None:
-        for axes, (table, lines) in zip(np.atleast_1d(panels), drawn, strict=True):
-            for name, line in lines:
-                _draw_line(axes, line, looks[name])
-            _frame(axes, ends, table.pruning if len(drawn) > 1 else "")
-        axes.set_xlabel("over-refusal on validation prompts, %")
-        figure.legend(handles=[*handles, ring], loc="outside lower left", ncols=_columns(handles))
-
-    height = _PANEL * len(drawn) + 0.4 + _LINE * math.ceil((len(handles) + 1) / _columns(handles))
-    return to_svg(height, "Validation curves", draw, len(drawn))
+    return to_svg(panels_height(len(drawn), handles), "Over-refusal against ASR", draw, len(drawn))
 
 
 def _points(table: Table) -> Iterator[_Point]:
@@ -145,53 +110,6 @@ def _draw_points(axes: Axes, points: Sequence[_Point]) -> None:
             zorder=3 if point.row.role == "method" else 3.5,
             clip_on=False,
         )
-
-
-def _draw_line(
-    axes: Axes,
-    line: Sequence[tuple[tuple[Estimate, Estimate], bool]],
-    look: tuple[str, str, str],
-) -> None:
-    colour, marker, dashes = look
-    places = [(100 * over.value, 100 * asr.value) for (over, asr), _ in line]
-    axes.plot(
-        [x for x, _ in places],
-        [y for _, y in places],
-        color=colour,
-        marker=marker,
-        ls=dashes,
-        lw=0.9,
-        ms=3.5,
-        mec=PAPER,
-        mew=0.4,
-    )
-    for (x, y), (_, chosen) in zip(places, line, strict=True):
-        if chosen:
-            axes.plot(x, y, "o", ms=9, mfc="none", mec=INK, mew=0.9, zorder=4, clip_on=False)
-
-
-def _frame(axes: Axes, ends: tuple[float, float], title: str) -> None:
-    axes.set(xlim=(0, ends[0]), ylim=(0, ends[1]), ylabel="ASR, % (lower is safer)")
-    axes.tick_params(labelbottom=True)
-    axes.grid()
-    if title:
-        axes.set_title(title, loc="left", size=9.5)
-
-
-def _lines(table: Table) -> Iterator[tuple[str, list[tuple[tuple[Estimate, Estimate], bool]]]]:
-    """(method, [(rates, whether chosen)]) of every curve with a point to draw."""
-    for name, curves in table.curves.items():
-        for curve in curves:
-            if line := list(_ordered(curve)):
-                yield name, line
-
-
-def _ordered(curve: Curve) -> Iterator[tuple[tuple[Estimate, Estimate], bool]]:
-    """(over-refusal and ASR, whether chosen), in the order of restored weights."""
-    for place, point in sorted(enumerate(curve.points), key=lambda pair: pair[1].restored):
-        over, asr = measured(point.over_refusal), measured(point.asr)
-        if over and asr:
-            yield (over, asr), place == curve.chosen
 
 
 def _names(drawn: Sequence[tuple[Table, Sequence[_Point]]]) -> Iterator[Line2D]:
@@ -222,7 +140,3 @@ def _sizes(drawn: Sequence[tuple[Table, Sequence[_Point]]]) -> Iterator[Line2D]:
 def _size(share: float) -> float:
     """The diameter, in points, of a circle for so many restored weights per 10,000."""
     return math.sqrt(14 + 26 * max(0.0, 1 + math.log10(max(share, 0.1))))
-
-
-def _columns(handles: Sequence[Line2D]) -> int:
-    return 2 if max(len(str(handle.get_label())) for handle in handles) <= _NARROW + 6 else 1

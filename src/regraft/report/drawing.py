@@ -17,10 +17,14 @@ from typing import Any
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from regraft.evaluation.results import Estimate
 
 WIDTH = 4.6  # inches
+_PANEL = 3.1  # inches, of a plane of two rates
+_LINE = 0.19  # inches, of a legend
+_NARROW = 28  # characters that fit into one of two columns
 _FONT = "DejaVu Sans"  # shipped with matplotlib, so that layouts agree on every machine
 
 # matplotlib draws in these colours; the page's own take their place afterwards.
@@ -100,6 +104,29 @@ def _opening(tag: str, title: str) -> str:
 def ceiling(estimates: Iterable[Estimate]) -> float:
     """The end of an axis in %: the highest interval and a little room."""
     return min(105.0, 100 * max(e.high for e in estimates) * 1.08 + 1)
+
+
+def frame_rates(axes: Axes, ends: tuple[float, float], title: str) -> None:
+    """Over-refusal across, ASR up, from 0 to `ends`, in %."""
+    axes.set(xlim=(0, ends[0]), ylim=(0, ends[1]), ylabel="ASR, % (lower is safer)")
+    axes.tick_params(labelbottom=True)
+    axes.grid()
+    if title:
+        axes.set_title(title, loc="left", size=9.5)
+
+
+def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Below all panels, in two columns where the labels are short."""
+    figure.legend(handles=list(handles), loc="outside lower left", ncols=_columns(handles))
+
+
+def panels_height(panels: int, handles: Sequence[Line2D]) -> float:
+    """Of so many panels of rates, one above the other, and the legend below, in inches."""
+    return _PANEL * panels + 0.4 + _LINE * math.ceil(len(handles) / _columns(handles))
+
+
+def _columns(handles: Sequence[Line2D]) -> int:
+    return 2 if max(len(str(handle.get_label())) for handle in handles) <= _NARROW else 1
 
 
 @dataclass(frozen=True)

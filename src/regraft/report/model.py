@@ -21,6 +21,7 @@ from regraft.evaluation.metrics import (
     rsr,
 )
 from regraft.evaluation.results import Answer, Estimate, EvalResult
+from regraft.evaluation.tradeoff import Searched
 
 SIGNIFICANCE = 0.05
 Role = Literal["dense", "pruned", "realigned", "control"]
@@ -39,7 +40,8 @@ class Variant:
     kind such as "self_attn.q_proj" to its restored weights per layer. `heads` are the
     (layer, head) pairs that were open to restoration. Where pruning kept an N:M pattern, `n_m` is
     the pattern ("2:4") and `violated_groups` of `groups` no longer keep it. `inference_time` marks
-    a method that leaves the pruned weights alone and acts while the model answers.
+    a method that leaves the pruned weights alone and acts while the model answers. `curve` is the
+    search on validation prompts by which `restored` was chosen.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Variant:
     violated_groups: int = 0
     groups: int = 0
     inference_time: bool = False
+    curve: Searched | None = None
 
     @property
     def name_in_group(self) -> str:

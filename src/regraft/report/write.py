@@ -16,11 +16,14 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from regraft.evaluation.curves import curve_to_json
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.summary import result_to_json
+from regraft.evaluation.tradeoff import Searched
 from regraft.files import write_json, write_text
 from regraft.report import spent, words
 from regraft.report.all_answers import answer_data
+from regraft.report.curve_figure import CURVES_CAPTION, curve_figure
 from regraft.report.examples import choose_examples, shown_group, shown_variants
 from regraft.report.figures import (
     category_figure,
@@ -227,6 +230,7 @@ def _figures(report: Report) -> tuple[tuple[Markup, str], ...]:
             category_figure(shown_variants(report)),
             "ASR by harm category, with 95 % intervals (lines).",
         ),
+        (curve_figure(_searched(report)), CURVES_CAPTION),
         *(
             (restored_figure(v), f"{v.label}: weights restored in each module and layer.")
             for v in group
@@ -240,6 +244,14 @@ def _figures(report: Report) -> tuple[tuple[Markup, str], ...]:
         ),
     ]
     return tuple((Markup(svg), caption) for svg, caption in drawn if svg)
+
+
+def _searched(report: Report) -> list[tuple[str, list[tuple[str, Searched]]]]:
+    """Of every pruning its methods with a validation curve."""
+    return [
+        (pruned.label, [(v.name_in_group, v.curve) for v in made if v.curve])
+        for pruned, *made in report.groups
+    ]
 
 
 def _trade_off(report: Report) -> tuple[str, str]:
@@ -311,6 +323,7 @@ def _variant_to_json(variant: Variant) -> dict[str, Any]:
     return {
         **_shallow(variant),
         "result": result_to_json(variant.result),
+        "curve": curve_to_json(variant.curve) if variant.curve else None,
         "per_ten_thousand": variant.per_ten_thousand,
     }
 

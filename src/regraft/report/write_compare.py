@@ -12,9 +12,11 @@ from typing import Any
 from markupsafe import Markup
 
 from regraft.evaluation.results import Estimate
+from regraft.evaluation.tradeoff import Searched
 from regraft.files import write_json, write_text
-from regraft.report.compare import Recovered, Row, Spread, Study, Tested
-from regraft.report.compare_figures import curve_panels, trade_off_panels
+from regraft.report.compare import Recovered, Row, Spread, Study, Table, Tested
+from regraft.report.compare_figures import trade_off_panels
+from regraft.report.curve_figure import CURVES_CAPTION, curve_figure
 from regraft.report.model import SIGNIFICANCE, measured
 from regraft.report.words import DASH, share
 from regraft.report.write import page_environment
@@ -42,11 +44,16 @@ def render_comparison_html(study: Study) -> str:
             "none; grey circles are means over random draws.",
         ),
         (
-            curve_panels(study),
-            "Validation: each method's points in the order of restored weights, one line a seed.",
+            curve_figure([(table.pruning, named_curves(table)) for table in study.tables]),
+            f"{CURVES_CAPTION} One line a seed.",
         ),
     ]
     return _render(study, "html", [(Markup(svg), caption) for svg, caption in figures if svg])
+
+
+def named_curves(table: Table) -> list[tuple[str, Searched]]:
+    """(method, curve) of every run."""
+    return [(name, curve) for name, curves in table.curves.items() for curve in curves]
 
 
 def render_comparison_markdown(study: Study) -> str:

@@ -25,7 +25,7 @@ from regraft.stages.pruning import prune
 from regraft.stages.ranking import rank
 from regraft.stages.realigning import needs_statistics, realign
 from regraft.stages.scoring import heads
-from regraft.stages.searching import check_search, read_search, search, suites_of
+from regraft.stages.searching import check_search, search, suites_of
 from regraft.stages.session import Session
 from regraft.stages.tuning import tune
 
@@ -52,7 +52,6 @@ __all__ = [
     "prune",
     "rank",
     "read_evaluation",
-    "read_search",
     "realign",
     "revert",
     "revert_in_place",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from regraft import ranks
 from regraft.data.example import Reading
 from regraft.data.sources import DataSource, of_split
 from regraft.errors import RegraftError
-from regraft.evaluation.results import Estimate
+from regraft.evaluation.curves import curve_to_json, read_curve
 from regraft.evaluation.tradeoff import Bounds, Point, Searched, bounds_of, choose, nearest
 from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
@@ -108,18 +106,12 @@ def search(
         bounds = bounds_by(settings, full, points[0])
         chosen = choose(points, bounds)
         if ranks.first():
-            curve = {
-                "about": about,
-                "pruned": ranking.about["pruned"],
-                "chosen": None if chosen is None else points[chosen].restored,
-                "bounds": asdict(bounds),
-                "dense": plain(full),
-                "points": [plain(one) for one in points],
-            }
+            taken = None if chosen is None else points[chosen].restored
+            found = Searched(full, tuple(points), bounds, taken, ranking.about["pruned"])
             out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(out, curve)
+            write_json(out, {"about": about, **curve_to_json(found)})
         ranks.barrier()
-    found = read_search(out)
+    found = read_curve(out)
     if tell:
         for line in remarks(found, method, settings):
             watch.note(f"{out.stem}: {line}")
@@ -251,37 +243,5 @@ def bounds_by(settings: SearchSettings, dense: Point, pruned: Point) -> Bounds:
     )
 
 
-def read_search(path: Path) -> Searched:
-    """The curve that `search` wrote."""
-    curve = read_json(path)
-    return Searched(
-        point_of(curve["dense"]),
-        tuple(point_of(one) for one in curve["points"]),
-        Bounds(**curve["bounds"]),
-        curve["chosen"],
-        curve["pruned"],
-    )
-
-
-def point_of(content: Mapping[str, Any]) -> Point:
-    """The inverse of `plain`."""
-    rates: dict[str, Any] = {
-        name: None if content[name] is None else Estimate(**content[name])
-        for name in ("asr", "over_refusal", "utility")
-    }
-    return Point(restored=content["restored"], **rates)
-
-
 def _fraction(percent: float | None) -> float | None:
     return None if percent is None else percent / 100
-
-
-def plain(point: Point) -> dict[str, Any]:
-    """A point as JSON values."""
-    return {
-        "restored": point.restored,
-        **{
-            name: None if (value := getattr(point, name)) is None else asdict(value)
-            for name in ("asr", "over_refusal", "utility")
-        },
-    }

@@ -9,13 +9,14 @@ from typing import Any
 import yaml
 
 from regraft.data.hub import is_on_hub
+from regraft.evaluation.curves import point_from_json, point_to_json
 from regraft.evaluation.tradeoff import Point
 from regraft.evaluation.tuned import NOTE, Cost, Tried, Tuned, best_first
 from regraft.files import write_json, write_text
 from regraft.recipe import VariantSettings
 from regraft.settings import validation_of
 from regraft.stages.evaluating import read_evaluation
-from regraft.stages.searching import bounds_by, plain, point_of
+from regraft.stages.searching import bounds_by
 from regraft.stages.tuning_job import Job, varied
 
 
@@ -27,7 +28,7 @@ def conclude(job: Job, about: Mapping[str, Any]) -> Tuned:
             Tried(
                 one.number,
                 one.settings,
-                point_of(one.record["point"]),
+                point_from_json(one.record["point"], f"trial {one.number}"),
                 one.constraints,
                 Cost(**one.record["cost"]),
             )
@@ -60,7 +61,7 @@ def _told(tuned: Tuned) -> dict[str, Any]:
             "number": one.number,
             "within": one.within,
             "settings": dict(one.settings),
-            **plain(one.point),
+            **point_to_json(one.point),
             "per_ten_thousand": tuned.per_ten_thousand(one.point),
             "excess": dict(one.excess),
             "cost": asdict(one.cost),
@@ -71,8 +72,8 @@ def _told(tuned: Tuned) -> dict[str, Any]:
         "best": None if tuned.best is None else told(tuned.best),
         "note": NOTE,
         "bounds": asdict(tuned.bounds),
-        "dense": plain(tuned.dense),
-        "pruned": plain(tuned.before),
+        "dense": point_to_json(tuned.dense),
+        "pruned": point_to_json(tuned.before),
         "cost": {
             "trials": len(tuned.trials),
             "failed": tuned.failed,

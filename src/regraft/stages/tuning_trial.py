@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from regraft.evaluation.curves import point_to_json, read_curve
 from regraft.evaluation.tradeoff import Point, choose, nearest
 from regraft.evaluation.tuned import Cost, Tried
 from regraft.files import digest
@@ -23,8 +24,6 @@ from regraft.stages.scoring import heads
 from regraft.stages.searching import (
     bounds_by,
     evaluate_point,
-    plain,
-    read_search,
     search,
 )
 from regraft.stages.session import Session
@@ -65,7 +64,7 @@ class Worker:
         )
         tried = Tried(task.number, task.settings, point, bounds.excess(point), cost)
         task.constraints.update(tried.excess)
-        task.record.update({"point": plain(point), "cost": asdict(cost)})
+        task.record.update({"point": point_to_json(point), "cost": asdict(cost)})
         self.trials.finish(task, point.asr.value)
         return tried
 
@@ -123,7 +122,7 @@ class Worker:
                 job.place.references,
                 tell=False,
             )
-        return list(read_search(curve).points[1:]) or [before]
+        return list(read_curve(curve).points[1:]) or [before]
 
     def _files(
         self, method: RealignSettings, r_max: int, clock: _Clock
