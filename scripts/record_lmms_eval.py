@@ -43,26 +43,10 @@ FILLERS = (
         "no doubt",
     ),
 )
-WORDS = [
-    "invoice",
-    "Total",
-    "1,024.50",
-    "the",
-    "of",
-    "March",
-    "3rd,",
-    "1998",
-    "Dr.",
-    "Smith",
-    "",
-    "é",
-    "İ",
-    "ß",
-    "ÅB",
-    "§",
-    "12%",
-    "yes",
-]
+WORDS = (
+    *("invoice", "Total", "1,024.50", "the", "of", "March", "3rd,", "1998", "Dr.", "Smith"),
+    *("", "é", "İ", "ß", "ÅB", "§", "12%", "yes"),
+)
 
 
 def answers(draw: random.Random, choices: tuple[str, ...]) -> str:
