@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from disk import write_data
 from regraft import stages
 from regraft.analysis import run as analysis
 from regraft.analysis.overlap import by_chance, overlaps
-from regraft.analysis.relation import spearman
+from regraft.analysis.relation import ModelPoint, correlation, spearman
 from regraft.analysis.sweep import swept
 from regraft.cli import main
 from regraft.data.sources import DataSource
@@ -66,6 +67,19 @@ def test_rho_of_many_models_by_students_t() -> None:
     perfect = spearman(x.tolist(), x.tolist())
     assert perfect is not None
     assert (perfect.rho, perfect.p) == (pytest.approx(1), 0)
+
+
+def test_several_prunings_of_a_model_have_no_p_value() -> None:
+    """They share its Ships: three models cannot get below 1 / 3, six points of them would."""
+    rises = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    several = [ModelPoint(f"{i}", f"model {i // 2}", i // 2, r) for i, r in enumerate(rises)]
+    found = correlation(several)
+    assert found is not None
+    assert found.rho > 0.9
+    assert found.p is None
+    alone = correlation([replace(one, model=one.name) for one in several])
+    assert alone is not None
+    assert alone.p is not None
 
 
 def test_rho_needs_three_pairs() -> None:
@@ -164,6 +178,13 @@ def test_a_swept_recipe() -> None:
         ({"realign": [{"method": "gain", "budget": 2}]}, "q", [0.1], "does not go by q"),
         ({"realign": [{"budget": 2}]}, "q", [0.1], "leave out its budget"),
         ({"realign": [{"heads": "all"}]}, "top-heads", [1], "does not go by top-heads"),
+        ({"realign": [{"method": "set-difference"}]}, "q", [0.1], r"another variant first\.$"),
+        (
+            {"realign": [{"method": "gain", "heads": "random"}]},
+            "top-heads",
+            [1],
+            "does not go by top-heads",
+        ),
         ({"pruned": "x"}, "sparsity", [0.1], "its sparsity is given"),
         ({}, "q", [2.0], "less than or equal to 1"),
     ],

@@ -158,6 +158,46 @@ def test_hub_model_without_network(refused: Refused) -> None:
     has(refused("inspect", "nobody/nothing"), "nobody/nothing", "could not be had from the hub")
 
 
+@pytest.mark.parametrize("name", ["./nope", "../nope", "a/b--c"])
+def test_mistyped_folder(refused: Refused, name: str) -> None:
+    message = refused("inspect", name)
+    has(message, name)
+    assert "does not exist" in message or "could not be had" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_quantised_weights(world: World, refused: Refused, dtype: torch.dtype) -> None:
+    """They keep names and shapes, but not what a value means."""
+    for shard in shards(world.pruned):
+        tensors = load_file(shard)
+        quantised = {k: v.to(dtype) if "mlp" in k else v for k, v in tensors.items()}
+        save_file(quantised, shard, metadata={"format": "pt"})
+    words = ["realign", world.model, world.pruned, "--data", world.data, "--method", "hsr-a"]
+    has(refused(*words, "--out", "x"), "mlp", "it is quantised", "BF16")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "what"),
+    [
+        ({"realign": [{"method": "gain", "budget": 50}]}, "(gain)"),
+        ({"prune": {"method": "snip"}}, "(SNIP)"),
+        ({"realign": [{"score": "snip", "top_heads": 2}]}, "(SNIP)"),
+    ],
+)
+def test_float16_has_no_gradients(
+    world: World, refused: Refused, recipe: dict[str, Any], what: str
+) -> None:
+    compute = {"device": "cpu", "dtype": "float16"}
+    message = refused("run", world.recipe(**recipe, compute=compute), "--out", "run")
+    has(message, what, "vanish in float16", "compute.dtype")
+
+
+def test_scores_of_attention_alone(world: World, refused: Refused) -> None:
+    words = ["realign", world.model, world.pruned, "--data", world.data, "--out", "x"]
+    message = refused(*words, "--method", "set-difference", "--score", "snip")
+    has(message, "set-difference ranks the weights of all linears", "score: wanda")
+
+
 def test_no_config(world: World, refused: Refused) -> None:
     (world.model / "config.json").unlink()
     has(refused(*prune(world)), "model holds no config.json")
@@ -485,10 +525,10 @@ def test_images_with_a_text_only_model(world: World, refused: Refused, command: 
 @pytest.mark.parametrize("command", ["heads", "run"])
 def test_r_max_too_large(world: World, refused: Refused, command: str) -> None:
     words: list[object] = ["heads", world.model, "--data", world.data, "--out", "out"]
-    words += ["--r-max", 5]
+    words += ["--r-max", 4]
     if command == "run":
-        words = ["run", world.recipe(heads={"r_max": 5}), "--out", "run"]
-    has(refused(*words), "r_max is 5", "4 samples", "at most 4", "use more samples")
+        words = ["run", world.recipe(heads={"r_max": 4}), "--out", "run"]
+    has(refused(*words), "r_max is 4", "4 samples", "at most 3", "use more samples")
 
 
 @pytest.mark.parametrize(
@@ -702,6 +742,25 @@ def test_output_is_taken(world: World, refused: Refused, command: str) -> None:
     has(message, "thesis.txt", "Choose another output")
 
 
+@pytest.mark.parametrize("place", [".", "..", "link"])
+def test_output_cannot_be_put_in_place(
+    world: World, refused: Refused, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told before the work: a finished folder gets its name by one rename."""
+    here = world.root / "empty" / "here"
+    here.mkdir(parents=True)
+    (here.parent / "link").symlink_to(here)
+    monkeypatch.chdir(here.parent if place == "link" else here)
+    message = refused("eval", world.model, "--suite", world.data, "--out", place)
+    has(message, "is a link" if place == "link" else "", f"The output folder {place} ")
+
+
+def test_patch_of_other_settings_is_found_before_the_work(world: World, refused: Refused) -> None:
+    words = ["realign", world.model, world.pruned, "--data", world.data, "--out", world.patch]
+    message = refused(*words, "--method", "gain", "--budget", 100)
+    has(message, "patch.safetensors exists", 'settings.method: "hsr-a" there, "gain" now')
+
+
 def test_run_folder_is_taken(world: World, refused: Refused) -> None:
     has(refused("run", world.recipe(), "--out", "data"), "data is not empty")
 
@@ -713,6 +772,23 @@ def test_run_folder_of_another_recipe(world: World, refused: Refused) -> None:
     shutil.rmtree(world.root / "run" / "evaluation" / "hsr")
     message = refused("report", "run")
     has(message, "run is not finished", "hsr has not been evaluated", "regraft run")
+
+
+def test_a_run_goes_on_with_smaller_batches(world: World) -> None:
+    """As it is told to where memory was short: what is finished stays."""
+    run_ok("run", world.recipe(), "--out", "run")
+    shutil.rmtree(world.root / "run" / "evaluation" / "hsr")
+    before = tree(world.root / "run")
+    compute = {"device": "cpu", "batch_size": 1, "placement": "streamed"}
+    heads = {"r_max": 2, "tokens_per_pass": 64}
+    run_ok("run", world.recipe(compute=compute, heads=heads), "--out", "run")
+    after = tree(world.root / "run")
+    assert {name for name in before if name.endswith(".safetensors")} == {
+        name for name in after if name.endswith(".safetensors") and after[name] == before.get(name)
+    }
+    assert "batch_size: 1" in (world.root / "run" / "recipe.yaml").read_text()
+    results = json.loads((world.root / "run/evaluation/hsr/results.json").read_text())
+    assert results["about"]["compute"]["batch_size"] == 1
 
 
 def test_report_of_nothing(refused: Refused) -> None:

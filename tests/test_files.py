@@ -25,7 +25,9 @@ from regraft.files import (
     read_at,
     read_json,
     require_empty,
+    require_new,
     require_space,
+    size_of,
     write_json,
     write_text,
 )
@@ -131,6 +133,49 @@ def test_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     folder = atomic_folder(tmp_path / "out")
     with pytest.raises(RegraftError, match=r"No permission to write .*out"), folder:
         pass
+
+
+def test_only_a_new_folder_can_be_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_new(tmp_path / "new")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    require_new(empty)
+    (tmp_path / "link").symlink_to(empty)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    for name in ("link", "dangling"):
+        with pytest.raises(RegraftError, match=rf"{name} is a link, .* such as .*{name}/out"):
+            require_new(tmp_path / name)
+    monkeypatch.chdir(empty)
+    for here in (Path(), Path(".."), empty):
+        with pytest.raises(RegraftError, match=r"is the current folder, or holds it|not empty"):
+            require_new(here)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda _: True)
+    with pytest.raises(RegraftError, match="is a mount point"):
+        require_new(empty)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_: object) -> None:
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path / "lock", tmp_path):
+        assert (tmp_path / "lock").exists()
+
+
+def test_sizes(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a").write_bytes(bytes(3))
+    (tmp_path / "in" / "b").write_bytes(bytes(4))
+    assert [size_of(tmp_path / name) for name in ("a", "in", ".", "none")] == [3, 4, 7, 0]
 
 
 def test_space(tmp_path: Path) -> None:

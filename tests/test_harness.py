@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from regraft.data.collate import prompt_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.greedy import answer
-from regraft.evaluation.harness import Request, answers_to, cut, harness_model
+from regraft.evaluation.harness import Request, _request, answers_to, cut, harness_model
 
 installed = pytest.mark.skipif(find_spec("lmms_eval") is None, reason="needs lmms-eval")
 
@@ -43,6 +44,28 @@ def test_answers_are_those_of_single_prompts(tmp_path: Path) -> None:
 )
 def test_answers_are_cut(until: tuple[str, ...], text: str) -> None:
     assert cut("a b. c", until) == text
+
+
+class _Harness:
+    """What lmms-eval hands over beside a request."""
+
+    task_dict = {"task": {"test": ["doc"]}}  # noqa: RUF012
+
+
+def _asked(settings: dict[str, Any], *visuals: object) -> Request:
+    return _request(_Harness(), ("Why?", settings, lambda _: list(visuals), 0, "task", "test"))
+
+
+def test_a_stop_that_no_task_asked_for_is_left_out() -> None:
+    """lmms-eval fills it in, which would cut reasoning off before its answer."""
+    assert _asked({"until": ["\n\n"]}).until == ()
+    assert _asked({"until": ["\n\n", "ASSISTANT:"]}).until == ("ASSISTANT:",)
+    assert len(_asked({}, pico.image(0)).images) == 1
+
+
+def test_what_is_no_image_is_refused() -> None:
+    with pytest.raises(RegraftError, match=r"task shows a str, '/x\.mp4', instead of an image"):
+        _asked({}, "/x.mp4")
 
 
 def test_several_images_are_refused() -> None:

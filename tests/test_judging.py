@@ -301,6 +301,29 @@ def test_a_guard_that_sees_is_shown_the_image(
     assert [one.reason for one in mixed] == [reasons[2], reasons[1], reasons[2]]
 
 
+IN_PARTS = (
+    "{% for message in messages %}{{ message['role'] }}: "
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] }}{% endfor %}\n{% endfor %}"
+)
+
+
+def test_a_template_of_parts_is_given_parts(pico_dir: Callable[[str], Path]) -> None:
+    """Llama Guard 3 1B has a tokenizer alone, whose template writes down no plain text."""
+    judge = judging.find_judge(f"llama-guard:{pico_dir('llama')}", COMPUTE)
+    assert isinstance(judge, guards.Guard)
+    judge.processor.chat_template = IN_PARTS
+    exchanges = [Exchange("Question", f"Answer {i}") for i in range(2)]
+    inputs = judge._encode(exchanges)
+    texts = judge.processor.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+    for i, text in enumerate(texts):
+        assert "Question" in text
+        assert f"Answer {i}" in text
+    judge.processor.chat_template = "{{ messages | length }}"
+    with pytest.raises(RegraftError, match="writes down no prompt and answer"):
+        judge.verdicts(exchanges, lambda _: None)
+
+
 def test_a_text_guard_takes_no_image(pico_dir: Callable[[str], Path], tmp_path: Path) -> None:
     judge = judging.find_judge(f"llama-guard:{pico_dir('llama')}", COMPUTE)
     with pytest.raises(RegraftError, match="reads text only"):

@@ -17,6 +17,7 @@ from regraft.heads.score import Scoring, score_heads
 from regraft.models import load
 from regraft.models.anatomy import decoder_layers
 from regraft.models.load import load_model, load_placed
+from regraft.models.walk import Walk
 from regraft.restoration.apply import patched
 from regraft.restoration.patch import Patch, TensorPatch
 
@@ -71,6 +72,26 @@ def test_streamed_model_of_a_real_folder(tmp_path):
     assert layer.mlp.down_proj.weight.data_ptr() == home
     assert layer.mlp.down_proj.weight.any()
     assert model.place(batch).inputs["pixel_values"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["mllama", "llama", "qwen2_5_vl", "llava_next-mistral"])
+def test_layers_need_no_embedding(family, pico_dir, tmp_path):
+    """It stays in host memory, where ids on the device cannot be looked up."""
+    opened = truth.opened(pico_dir(family))
+    model = load_placed(opened.source, dtype="float32", device="cpu", placement="streamed")
+    batch = response_batch(opened.processor, truth.examples(family, tmp_path, 2))
+    walk = Walk(model, [batch])
+    wanted = opened.model(**batch.inputs, output_hidden_states=True).hidden_states[-1]
+
+    def unwanted(*_):
+        raise AssertionError("the embedding ran")
+
+    model.network.get_input_embeddings().register_forward_pre_hook(unwanted)
+    for layer in range(walk.layers):
+        with model.layer(layer):
+            walk.advance(layer, lambda _: None)
+    mask = batch.inputs["attention_mask"].bool()
+    torch.testing.assert_close(walk.states[0][mask], wanted[mask])
 
 
 def test_spread_models_need_accelerate(pico_dir, monkeypatch):

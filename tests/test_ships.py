@@ -25,7 +25,7 @@ from regraft.heads.score import (
     save_heads,
     score_heads,
 )
-from regraft.heads.ships import kl_divergence, left_subspace, principal_angles, ships
+from regraft.heads.ships import kl_divergence, left_subspace, most_rank, principal_angles, ships
 from regraft.heads.states import rounded_again
 from regraft.models.replay import logits_of
 
@@ -189,10 +189,23 @@ def test_scores_of_each_target(target, eps, pico_dir, tmp_path):
     _, model, processor, anatomy = truth.opened(pico_dir("qwen2_5_vl"))
     examples = truth.examples("qwen2_5_vl", tmp_path, 3)
     cut = [prompt_batch(processor, examples)]
-    scoring = Scoring(r_max=3, target=target, eps=eps)
+    scoring = Scoring(r_max=2, target=target, eps=eps)
     found = score_heads(model, anatomy, cut, tmp_path / "p", scoring)
-    expected = naive_scores(model, processor, anatomy, examples, 3, target, eps)
+    expected = naive_scores(model, processor, anatomy, examples, 2, target, eps)
     assert_scores(found, expected, 2e-5, target)
+    assert found.ships.nan_to_num().max() > 1e-3
+
+
+def test_as_many_vectors_as_samples_cannot_turn(pico_dir, tmp_path):
+    """They span all of R^samples, so that every angle would be rounding noise."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(5, 4, 64, generator=generator)
+    assert ships(states[0], states[1:], 4).max() < 1e-12
+    assert ships(states[0], states[1:], most_rank(4, 64)).min() > 0.1
+    _, model, processor, anatomy = truth.opened(pico_dir("llava"))
+    cut = [prompt_batch(processor, truth.examples("llava", tmp_path, 3))]
+    with pytest.raises(RegraftError, match=r"r_max is 3, but 3 samples .* allow 1 to 2"):
+        score_heads(model, anatomy, cut, tmp_path / "p", Scoring(r_max=3))
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "mllama", "llava_next-vicuna"])

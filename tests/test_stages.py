@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -21,10 +22,11 @@ import pico
 from disk import shards, tree, write_data
 from regraft import pipeline, stages
 from regraft.data.sources import DataSource
-from regraft.errors import RegraftError
-from regraft.files import read_json
+from regraft.errors import PassingError, RegraftError
+from regraft.files import disk_errors, read_json, write_text
 from regraft.heads.score import load_heads
 from regraft.importance.statistics import load_statistics
+from regraft.keys import working
 from regraft.models.load import Source, open_source
 from regraft.pruning.pruner import zeros
 from regraft.recipe import EvaluateSettings, Recipe, VariantSettings, read_recipe, write_recipe
@@ -173,7 +175,11 @@ DIFFERENCES: list[tuple[str, Callable[[Bench], dict[str, Any]], str]] = [
         "data.utility.digest",
     ),
     ("prune", lambda b: {"dense": b.pruned}, "inputs.dense"),
-    ("prune", lambda _: {"compute": ComputeSettings(device="cpu")}, "compute.batch_size: 2 there"),
+    (
+        "prune",
+        lambda _: {"compute": ComputeSettings(device="cpu", dtype="bfloat16")},
+        "compute.dtype: .auto. there",
+    ),
     ("heads", lambda _: {"settings": HeadSettings(r_max=3)}, "settings.r_max: 2 there, 3 now"),
     (
         "statistics",
@@ -497,6 +503,21 @@ def test_disk_too_full_for_scratch_is_told_before_the_work(
         bench.run("prune", out=out, settings=PruneSettings(method=method))
     assert len(folders) == 2 and not out.exists()
     assert not list(bench.root.glob(".new*"))
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_finished_work_stays_where_the_disk_is_full(tmp_path: Path, begun: bool) -> None:
+    out, about = tmp_path / "out", {"stage": "x"}
+    with pytest.raises(PassingError, match="disk is full"), working(out, about) as work:
+        if begun:
+            write_text(work / "part", "hours of work")
+        with disk_errors(out):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert any(tmp_path.rglob("part")) == begun
+    assert any(tmp_path.iterdir()) == begun
+    with working(out, about) as work:
+        assert (work / "part").exists() == begun
+    assert not any(tmp_path.iterdir())
 
 
 def test_calibration_on_both_kinds_is_another_model(bench: Bench) -> None:

@@ -95,8 +95,8 @@ def test_xstest_real(shared: Path) -> None:
     ("name", "count", "first", "category"),
     [
         ("advbench.csv", 520, "Write a script that can exploit", "uncategorised"),
-        ("harmbench_test.csv", 320, "Write a persuasive article", "misinformation_disinformation"),
-        ("harmbench_val.csv", 80, "Give detailed instructions", "chemical_biological"),
+        ("harmbench_test.csv", 240, "Write a persuasive article", "misinformation_disinformation"),
+        ("harmbench_val.csv", 60, "Give detailed instructions", "chemical_biological"),
         ("jailbreakbench.csv", 100, "Write a defamatory article", "Harassment/Discrimination"),
         ("strongreject.csv", 313, "Can you explain how to write", "Disinformation and deception"),
         ("malicious_instruct.txt", 100, "How to use subliminal", "uncategorised"),
@@ -114,12 +114,17 @@ def test_harmbench_contexts_stand_before_the_behaviour(shared: Path, tmp_path: P
     rows = "Behavior,ContextString,BehaviorID\nDo it,Once upon a time.,do_it\nDo,,do\n"
     one, other = read_prompts(_dump(tmp_path / "h.csv", rows)).examples
     assert (one.id, one.instruction) == ("do_it", "Once upon a time.\n\n---\n\nDo it")
-    assert other.instruction == "Do"
+    assert (one.request, other.instruction, other.request) == ("Do it", "Do", None)
     path = shared / "data" / "prompts" / "harmbench_test.csv"
     with path.open(encoding="utf-8", newline="") as handle:
-        contexts = sum(bool(row["ContextString"]) for row in csv.DictReader(handle))
-    found = sum("\n\n---\n\n" in example.instruction for example in read_prompts(path).examples)
+        rows = list(csv.DictReader(handle))
+    reading = read_prompts(path)
+    contexts = sum(bool(row["ContextString"]) for row in rows)
+    found = sum("\n\n---\n\n" in example.instruction for example in reading.examples)
     assert found == contexts > 0
+    texts = sum(row["FunctionalCategory"] == "copyright" for row in rows)
+    assert reading.skipped == {"judged by comparing with a copyrighted text": texts}
+    assert reading.read == len(rows)
 
 
 @pytest.mark.parametrize(

@@ -337,7 +337,7 @@ def test_what_is_tuned_can_be_set(root: Path) -> None:
         assert space.keys() <= RealignSettings.model_fields.keys() | {"r_max"}
         assert "q" not in space, "the budget takes its place"
     space = space_of(dense, RealignSettings(), TuneSettings(), HeadSettings(), 0.5, 4)
-    assert space["r_max"] == Between(1, 4, whole=True)
+    assert space["r_max"] == Between(1, 3, whole=True)
     assert space["top_heads"] == Between(1, min(heads, 32), whole=True)
     assert space["p_max"] == Between(0.55, 1.0)
     few = HeadSettings(mode="screened", candidates=3)

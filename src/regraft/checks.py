@@ -7,13 +7,16 @@ from dataclasses import replace
 from itertools import count, islice
 from typing import Any
 
+import torch
+
 from regraft import ranks
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
 from regraft.data.sources import DataSource, of_split, read
 from regraft.errors import RegraftError
 from regraft.files import file_digest
-from regraft.models.load import Source
+from regraft.heads.ships import most_rank
+from regraft.models.load import Source, pick_device
 from regraft.restoration.selection import all_heads
 from regraft.settings import (
     CalibrationSettings,
@@ -185,14 +188,28 @@ def check_shares(examples: Sequence[Example], compute: ComputeSettings) -> None:
         )
 
 
+def check_gradients(source: Source, compute: ComputeSettings, what: str) -> None:
+    """Raise where the dtype that a model will be loaded in is one in which gradients vanish."""
+    dtype = compute.dtype
+    if dtype == "auto" and pick_device(compute.device).type != "cpu":
+        first = next(source.anatomy.linears)
+        stored = source.checkpoint.record(first.tensor).torch_dtype
+        dtype = "float16" if stored == torch.float16 else dtype
+    if dtype == "float16":
+        raise RegraftError(
+            f"{what} needs gradients, which vanish in float16, the dtype of {source.folder} or the "
+            "one asked for. Use --dtype bfloat16 (in a recipe compute.dtype), or float32."
+        )
+
+
 def check_pattern(dense: Source, settings: PruneSettings) -> None:
     """Raise unless every weight to be pruned can have its pattern."""
     settings.patterns(dense.anatomy.linears)
 
 
 def check_r_max(dense: Source, settings: HeadSettings, samples: int) -> None:
-    """Raise unless as many samples span a subspace of rank `r_max`."""
-    limit = min(samples, dense.anatomy.hidden_size)
+    """Raise unless subspaces of rank `r_max` of as many samples can differ."""
+    limit = most_rank(samples, dense.anatomy.hidden_size)
     if settings.r_max > limit:
         raise RegraftError(
             f"r_max is {settings.r_max}, but {samples} samples of {dense.anatomy.hidden_size} "

@@ -16,7 +16,7 @@ from rich.text import Text
 
 import regraft
 from regraft import ranks
-from regraft.checks import check_top_heads
+from regraft.checks import check_gradients, check_top_heads
 from regraft.console import (
     ConsoleWatch,
     show_agreement,
@@ -43,7 +43,7 @@ from regraft.models.load import Source, open_source
 from regraft.pruning.pruner import zeros
 from regraft.recipe import Recipe, read_recipe, write_recipe
 from regraft.restoration.apply import Operation
-from regraft.restoration.patch import Patch, load_patch
+from regraft.restoration.patch import Patch
 from regraft.restoration.realign import check_pair
 from regraft.settings import (
     CalibrationSettings,
@@ -270,7 +270,11 @@ def realign(
         if settings.pushes and choice.most is not None:
             raise RegraftError("--most cuts off the pushes, which come last: lower --budget.")
         if out.exists():
-            load_patch(out)  # anything else in its place is an error before long work
+            stages.check_made_by(out, dense_source, pruned_source, settings)
+        if settings.method == "gain" or (
+            settings.score == "snip" and stages.needs_statistics(settings)
+        ):
+            check_gradients(dense_source, compute, f"Realigning by {settings.method}")
         if settings.by_heads and heads_file is None:
             heads_file = out.with_suffix(".heads.safetensors")
             stages.heads(dense_source, heads_file, scoring, calibration, compute, watch)
@@ -815,8 +819,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _fail(
             console,
-            "The device is out of memory. Lower --batch-size (in a recipe compute.batch_size) or "
-            "--tokens-per-pass (heads.tokens_per_pass).",
+            "The device is out of memory. Lower --batch-size (in a recipe compute.batch_size), in "
+            "scoring heads --tokens-per-pass (heads.tokens_per_pass), or keep one layer at a time "
+            "on the device: --placement streamed (compute.placement). What is finished stays.",
         )
     except KeyboardInterrupt:
         console.print("Interrupted. The same command continues where it stopped.")

@@ -200,6 +200,12 @@ def show_sweep(console: Console, sweep: Sweep) -> None:
     console.print(table)
 
 
+def _p_of(found: Spearman) -> str:
+    if found.p is None:
+        return "no p value, since several prunings of one model are not independent"
+    return f"p = {found.p:.3g}"
+
+
 def show_relation(console: Console, points: Sequence[ModelPoint], found: Spearman | None) -> None:
     """Print total Ships and the rise in ASR of each model, and their rank correlation."""
     from regraft.analysis.relation import estimates
@@ -211,7 +217,7 @@ def show_relation(console: Console, points: Sequence[ModelPoint], found: Spearma
     console.print(
         "Spearman's rho is not defined: all values of one are equal."
         if found is None
-        else f"Spearman's rho {found.rho:.4f}, p = {found.p:.3g}, n = {found.n}"
+        else f"Spearman's rho {found.rho:.4f}, {_p_of(found)}, n = {found.n}"
     )
     if note := estimates(points):
         console.print(note, highlight=False, soft_wrap=True, markup=False)

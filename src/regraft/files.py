@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from regraft.errors import RegraftError
+from regraft.errors import PassingError, RegraftError
 
 try:
     import fcntl
@@ -27,6 +27,7 @@ except ImportError:  # Windows has no such locks
 
 WORKERS = min(4, os.cpu_count() or 1)
 _COPY_CHUNK = 16 * 2**20
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # Lustre and NFS, mounted without
 _READ_CHUNK = 2**20  # small enough for a processor's cache
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -38,15 +39,20 @@ def _temporary(target: Path) -> Path:
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Turn the operating system's "no space left" and "not allowed" into a clear error."""
+    """Turn the operating system's "no space left" and "not allowed" into a clear error.
+
+    Raises:
+        PassingError: the disk is full.
+        RegraftError: the target may not, or cannot, be written.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = _error_number(error)
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise RegraftError(
+            raise PassingError(
                 f"The disk is full: could not write {target}. Nothing was kept of it. "
-                "Free some space or choose another output folder."
+                "Free some space and run the same command again, or choose another output folder."
             ) from error
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise RegraftError(
@@ -102,9 +108,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a new temporary folder beside `target`; rename it to `target` if the block succeeds.
 
     Raises:
-        RegraftError: `target` exists and is not an empty folder.
+        RegraftError: see `require_new`.
     """
-    require_empty(target)
+    require_new(target)
     with new_folders(target):
         temporary = discard_leftover(target)
         try:
@@ -142,14 +148,46 @@ def require_empty(folder: Path) -> None:
         )
 
 
+def require_new(folder: Path) -> None:
+    """Raise unless `folder` can be put in place by one rename: `require_empty`, and no other's.
+
+    Raises:
+        RegraftError: it is not empty, a link, a mount point, or around the current folder.
+    """
+    require_empty(folder)
+    what = None
+    if folder.is_symlink():
+        what = "is a link"
+    elif folder.exists() and os.path.ismount(folder):
+        what = "is a mount point"
+    elif folder.exists() and Path.cwd().is_relative_to(folder.resolve()):
+        what = "is the current folder, or holds it"
+    if what:
+        raise RegraftError(
+            f"The output folder {folder} {what}, where no finished folder can be put in one step. "
+            f"Name a new one, such as {folder / 'out'}."
+        )
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; 0 where there is nothing."""
+    files = path.rglob("*") if path.is_dir() else (path,)
+    return sum(one.stat().st_size for one in files if one.is_file())
+
+
+def leftover_bytes(target: Path) -> int:
+    """Of what a killed run left of `target`, which goes before it is written again."""
+    return size_of(_temporary(target))
+
+
 def require_space(folder: Path, needed_bytes: int) -> None:
-    """Raise if the disk that will hold `folder` has fewer than `needed_bytes` free."""
+    """Raise a `PassingError` if the disk that will hold `folder` has less than `needed_bytes`."""
     existing = next(
         path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
     )
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise RegraftError(
+        raise PassingError(
             f"The disk is too full: {folder} needs {_size(needed_bytes)} and {_size(free)} are "
             "free. Free some space or choose another folder."
         )
@@ -259,6 +297,8 @@ def one_at_a_time(progress: Callable[[int], None] | None, stop: Event) -> Callab
 def locked(path: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock on the file `path`, made if it is not there, for the length of the block.
 
+    Some shared file systems have no locks; nothing is held there.
+
     `wait` until another process gives it back.
 
     Raises:
@@ -273,6 +313,9 @@ def locked(path: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
                     f"Another regraft process is writing {what} at this moment. Wait for it, or "
                     "choose another output."
                 ) from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
         yield
 
 

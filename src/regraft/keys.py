@@ -26,11 +26,16 @@ from regraft.files import (
     locked,
     new_folders,
     read_json,
-    require_empty,
+    require_new,
+    size_of,
 )
 from regraft.models.load import pick_device, transformers_version
 from regraft.settings import ComputeSettings, Settings
 
+ONLY_ROUNDING = {  # settings by which results differ in rounding alone, so that others go on
+    "compute": ("batch_size", "placement"),
+    "settings": ("tokens_per_pass",),
+}
 _OUTCOMES = {"violated_groups", "steps"}  # told of an artifact, but not deciding what it will be
 
 
@@ -83,6 +88,9 @@ def is_done(
 ) -> bool:
     """True if `out` was made by the same inputs and settings, False if there is nothing.
 
+    Settings that change rounding alone may differ, so that a run which was out of memory goes on
+    with smaller batches. Work that is not finished begins again with them.
+
     Args:
         out: The artifact, a file or a folder.
         marker: The file that holds its description: `out` itself or one in it.
@@ -112,16 +120,16 @@ def holds(
     """`is_done`, but it touches nothing."""
     if marker != out:
         if out.is_file() or not marker.exists():
-            require_empty(out)
+            require_new(out)
             return False
     elif not marker.exists():
         return False
     found = (read_about or (lambda: read_json(marker)))()
-    if _key(found) == _key(about):
+    there, wanted = _but_for_rounding(found), _but_for_rounding(about)
+    if there == wanted:
         return True
     raise RegraftError(
-        f"{out} exists and was made with something else "
-        f"({difference(_identity(found), _identity(about))}). "
+        f"{out} exists and was made with something else ({difference(there, wanted)}). "
         "Choose another output or remove it."
     )
 
@@ -140,9 +148,9 @@ def difference(found: Any, wanted: Any, where: str = "") -> str:
 def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     """A folder for unfinished work on `out`, under its key; only one job may have it.
 
-    It goes when the block succeeds, and with bad input or a full disk, which leave nothing behind;
-    it stays where a run is stopped, or by a `PassingError`. Processes of one job enter and leave
-    together.
+    It goes when the block succeeds, and with bad input, which leaves nothing behind; finished work
+    stays where a run is stopped, or by a `PassingError` such as a full disk. Processes of one job
+    enter and leave together.
 
     Raises:
         RegraftError: another job is at work on `out`, or this process does not see the folder.
@@ -164,9 +172,9 @@ def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
             ranks.barrier()
             yield work
             ranks.barrier()
-        except PassingError:
-            raise
-        except RegraftError:
+        except RegraftError as error:
+            if isinstance(error, PassingError) and size_of(work):
+                raise
             shutil.rmtree(work, ignore_errors=True)
             (folder / "lock").unlink(missing_ok=True)
             with suppress(OSError):  # not empty: unfinished work of other settings
@@ -203,6 +211,14 @@ def _identity(about: Mapping[str, Any]) -> dict[str, Any]:
     }
     decides = {name: value for name, value in about.items() if name not in _OUTCOMES}
     return {**decides, "data": data}
+
+
+def _but_for_rounding(about: Mapping[str, Any]) -> dict[str, Any]:
+    decides = _identity(about)
+    for part, names in ONLY_ROUNDING.items():
+        if part in decides:
+            decides[part] = {k: v for k, v in decides[part].items() if k not in names}
+    return decides
 
 
 def _short(value: Any) -> str:

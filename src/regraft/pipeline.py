@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from regraft import ranks, stages
 from regraft.costs import Ledger, Metered
 from regraft.errors import RegraftError
 from regraft.files import digest, discard_leftover, require_empty, write_text
 from regraft.folder import RunFolder
-from regraft.keys import difference
+from regraft.keys import ONLY_ROUNDING, difference
 from regraft.models.load import Source, open_source, pick_device
 from regraft.preflight import check, scores_needed, seen_before_in
 from regraft.recipe import (
@@ -280,16 +281,29 @@ def _prompts_name(search: SearchSettings) -> str:
     return digest(search.model_dump_json(include={"validation", "validation_limit"}))[:8]
 
 
+def _fixed(recipe: Recipe) -> dict[str, Any]:
+    """All of a recipe that a run must keep to.
+
+    Not its tests, which are of finished models, nor what changes rounding alone.
+    """
+    content = recipe.model_dump(mode="json", exclude={"against"})
+    for name in ONLY_ROUNDING["compute"]:
+        del content["compute"][name]
+    for name in ONLY_ROUNDING["settings"]:
+        del content["heads"][name]
+    return content
+
+
 def _claim(place: RunFolder, recipe: Recipe) -> None:
     if place.recipe.exists():
         before = read_recipe(place.recipe)
-        if before.model_copy(update={"against": recipe.against}) != recipe:
-            found, wanted = (one.model_dump(mode="json") for one in (before, recipe))
+        found, wanted = _fixed(before), _fixed(recipe)
+        if found != wanted:
             raise RegraftError(
                 f"{place.path} holds a run of another recipe "
                 f"({difference(found, wanted)}). Choose another output folder."
             )
-        if before != recipe:  # tests are of finished runs, and may be others
+        if before != recipe:
             write_text(place.recipe, write_recipe(recipe))
         return
     discard_leftover(place.recipe)

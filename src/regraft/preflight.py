@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from regraft import ranks, stages
+from regraft import stages
 from regraft.checks import (
     check_direction_layer,
+    check_gradients,
     check_pattern,
     check_r_max,
     check_shares,
@@ -16,10 +18,10 @@ from regraft.checks import (
     seen_before,
 )
 from regraft.data.example import Reading
-from regraft.files import discard_leftover, require_space
+from regraft.files import leftover_bytes, require_space
 from regraft.folder import RunFolder
 from regraft.importance.score import Method
-from regraft.models.load import Source, open_source, pick_device
+from regraft.models.load import Source, open_source, pick_device, require_split
 from regraft.recipe import Recipe
 from regraft.reporting import model_folder
 from regraft.restoration.realign import check_pair
@@ -81,7 +83,10 @@ def seen_before_in(recipe: Recipe, dense: Source, session: stages.Session) -> li
 
 
 def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Session) -> None:
-    pick_device(recipe.compute.device)
+    if pick_device(recipe.compute.device).type != "cpu" and recipe.compute.placement == "streamed":
+        require_split()
+    for what in _by_gradients(recipe):
+        check_gradients(dense, recipe.compute, what)
     _check_gain(recipe, dense, session)
     for variant in recipe.realign:
         if variant.search is not None:
@@ -108,10 +113,26 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
         for pruning in recipe.prune:
             check_pattern(dense, pruning)
             checkpoints.append(place.pruned(pruning.name))
-    for checkpoint in checkpoints if ranks.first() else ():
-        discard_leftover(checkpoint)
-    missing = sum(not folder.exists() for folder in checkpoints)
-    require_space(place.path, missing * dense.checkpoint.bytes)
+    missing = [folder for folder in checkpoints if not folder.exists()]
+    there = sum(leftover_bytes(folder) for folder in missing)
+    spilled = [
+        stages.spilled_bytes(dense, pruning)
+        for pruning in recipe.prune
+        if place.pruned(pruning.name) in missing
+    ]
+    needed = len(missing) * dense.checkpoint.bytes + max(spilled, default=0)
+    require_space(place.path, needed - there)
+
+
+def _by_gradients(recipe: Recipe) -> Iterator[str]:
+    """What of the recipe goes by gradients."""
+    if recipe.pruned is None:
+        yield from (f"{one.name} (SNIP)" for one in recipe.prune if one.method == "snip")
+    for one in recipe.realign:
+        if one.method == "gain":
+            yield f"{one.name} (gain)"
+        elif one.score == "snip" and stages.needs_statistics(one):
+            yield f"{one.name} (SNIP)"
 
 
 def _kinds_drawn(recipe: Recipe) -> list[bool]:

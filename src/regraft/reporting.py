@@ -134,7 +134,10 @@ def _group(
         series=series,
         pruned=next((patch.about["pruned"] for patch in patches.values()), taken),
     )
-    layers = open_source(recipe.pruned or place.pruned(pruning.name)).anatomy.layers
+    layers = open_source(
+        recipe.pruned or place.pruned(pruning.name),
+        trust_remote_code=recipe.compute.trust_remote_code,
+    ).anatomy.layers
     for one in variants:
         patch, name = patches[one.name], place.name(pruning.name, one.name)
         heads = tuple((layer, head) for layer, head in patch.about["heads"])

@@ -373,6 +373,11 @@ class RealignSettings(Settings):
             raise ValueError("`budget` and `count` say the same thing; give one of them")
         if self.method == "hsr-a" and self.amount is not None:
             raise ValueError("hsr-a restores whole heads: give `top_heads`, not a budget")
+        if self.method == "set-difference" and self.score in ("sparsegpt", "snip"):
+            raise ValueError(
+                f"set-difference ranks the weights of all linears, and {self.score} statistics are "
+                "kept for those of attention alone; give `score: wanda`"
+            )
         if self.swap and self.method != "gain":
             raise ValueError(f"only gain can swap, not {self.method}")
         if self.pushes and self.method != "gain":
@@ -615,7 +620,12 @@ def validation_of(settings: SearchSettings | DefenceSettings) -> DataSource:
 class EvalSettings(Settings):
     """Greedy answers, judged by the words and phrases of a refusal."""
 
-    max_new_tokens: int = Field(64, ge=1, description="Length of an answer.")
+    max_new_tokens: int = Field(
+        64,
+        ge=1,
+        description="Length of an answer. 64 is enough for judges of how an answer begins; give "
+        "256 or more where one shall read what it says (VLGuard's list, guards).",
+    )
     judge: str = Field(
         DEFAULT_JUDGE.name,
         description=f"What tells refusals by their words: {', '.join(KEYWORD_JUDGES)}.",
@@ -648,8 +658,9 @@ class EvalSettings(Settings):
     )
     full_answers: bool = Field(
         True,
-        description="Let every answer end by itself. If not, one that is judged and not compared "
-        "with a reference ends where the verdict is certain, which saves most of its tokens.",
+        description="Let every answer go on to its own end or to `max_new_tokens`. If not, one "
+        "that is judged and not compared with a reference ends where the verdict is certain, which "
+        "saves most of its tokens.",
     )
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
@@ -15,13 +15,14 @@ _EXACT = 8  # models up to which p is exact: 40,320 orders
 
 @dataclass(frozen=True)
 class ModelPoint:
-    """A pruned model: the Ships of all heads of its dense model together, and what pruning did.
+    """A pruned model: the Ships of all heads of its dense `model` together, and what pruning did.
 
     `ships` in radians; `degradation` is ASR pruned less ASR dense, in [-1, 1]. Of `heads` that were
     scored, the Ships of `estimated` are estimates.
     """
 
     name: str
+    model: str
     ships: float
     degradation: float
     heads: int = 0
@@ -44,17 +45,30 @@ def estimates(points: Sequence[ModelPoint]) -> str | None:
 
 @dataclass(frozen=True)
 class Spearman:
-    """The rank correlation and its two-sided p value."""
+    """The rank correlation, and its two-sided p value where all points are independent."""
 
     rho: float
-    p: float
+    p: float | None
     n: int
+
+
+def correlation(points: Sequence[ModelPoint]) -> Spearman | None:
+    """Total Ships against the rise in ASR; without p where several points are of one model.
+
+    Several prunings of a model share its Ships, so that their orders are not equally likely.
+
+    Raises:
+        ValueError: see `spearman`.
+    """
+    found = spearman([p.ships for p in points], [p.degradation for p in points])
+    independent = len({point.model for point in points}) == len(points)
+    return found if found is None or independent else replace(found, p=None)
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> Spearman | None:
     """Spearman's rho (1904); equal values share the mean of their ranks.
 
-    p is exact, over all orders, for up to 8 models without equal values, and by Student's t beyond.
+    p is exact, over all orders, for up to 8 points, and by Student's t beyond.
     None where all values of one are equal.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 from regraft import ranks
 from regraft.analysis import figures
 from regraft.analysis.overlap import LayerOverlap, by_chance, overlaps
-from regraft.analysis.relation import ModelPoint, Spearman, estimates, spearman
+from regraft.analysis.relation import ModelPoint, Spearman, correlation, estimates
 from regraft.analysis.sweep import Sweep, run_sweep
 from regraft.errors import RegraftError
 from regraft.files import atomic_folder, write_json, write_text
@@ -59,7 +59,7 @@ def relate(folders: Sequence[Path], out: Path) -> tuple[tuple[ModelPoint, ...], 
         raise RegraftError(
             f"A rank correlation needs 3 pruned models or more; the runs have {len(points)}."
         )
-    found = spearman([p.ships for p in points], [p.degradation for p in points])
+    found = correlation(points)
     content: dict[str, Any] = {
         "points": [asdict(point) for point in points],
         "spearman": None if found is None else asdict(found),
@@ -136,7 +136,7 @@ def _points(folder: Path) -> list[ModelPoint]:
             raise RegraftError(f"{folder} was evaluated on no harmful prompts: it has no ASR.")
         name = f"{report.model} {group[0].label}" if len(report.groups) > 1 else report.model
         change = after.value - before.value
-        found.append(ModelPoint(name, total, change, heads, estimated))
+        found.append(ModelPoint(name, report.model, total, change, heads, estimated))
     return found
 
 

@@ -74,9 +74,12 @@ def swept(recipe: Recipe, setting: Swept, values: Sequence[float]) -> Recipe:
 
 def _check_used(variant: VariantSettings, setting: Swept) -> None:
     """Raise where a setting decides nothing, so that all points would be the same."""
+    in_heads = variant.method.startswith("hsr") or (
+        variant.method == "gain" and variant.within == "heads"
+    )
     unused = {
-        "q": variant.method not in ("hsr", "set-difference") or variant.ranked,
-        "top-heads": not variant.by_heads and variant.heads != "random",
+        "q": variant.method != "hsr" or variant.ranked,
+        "top-heads": not (variant.by_heads or (in_heads and variant.heads == "random")),
         "budget": variant.method == "hsr-a",
         "sparsity": False,
     }[setting]
@@ -84,7 +87,7 @@ def _check_used(variant: VariantSettings, setting: Swept) -> None:
         raise RegraftError(
             f"The recipe's first variant, {variant.name!r} by {variant.method}, does not go by "
             f"{setting}, so that all points would be the same. Put another variant first"
-            + (" or leave out its budget." if setting == "q" and variant.ranked else ".")
+            + (" or leave out its budget." if setting == "q" and variant.method == "hsr" else ".")
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from regraft.data.example import Example, Reading
-from regraft.data.rows import Row, csv_rows, json_file, require_examples
+from regraft.data.rows import csv_rows, json_file, require_examples
 from regraft.errors import RegraftError
 
 # The first column found counts: JailbreakBench's Behavior is a title, its Goal the request.
@@ -15,6 +15,8 @@ _PROMPTS = ("goal", "forbidden_prompt", "behavior", "prompt", "instruction", "qu
 _CATEGORIES = ("category", "semanticcategory", "type")
 _IDS = ("behaviorid", "id")
 _CONTEXT = "contextstring"
+_TAGS, _COMPARED = "tags", "hash_check"
+_Found = tuple[list[Example], dict[str, int]]  # what is read, and how many are left out, and why
 _WHAT = (
     "A file of prompts is CSV with a column goal, Behavior or forbidden_prompt, a list in JSON, or "
     "plain text with one a line."
@@ -26,8 +28,10 @@ def read_prompts(path: Path, *, harmful: bool = True) -> Reading:
 
     Columns, in any capitals: goal, forbidden_prompt, behavior, prompt, instruction or question, the
     first of these that is there; category, SemanticCategory or type; BehaviorID or id. The context
-    of a HarmBench behaviour stands before it, as in HarmBench. JSON is a list of strings, or an
-    object with one such list. None has a response.
+    of a HarmBench behaviour stands before it, as in HarmBench, and the behaviour alone is its
+    request. Behaviours that HarmBench scores by comparing with a copyrighted text (Tags:
+    hash_check) are left out: not refusing is no success there, and no judge here has the text. JSON
+    is a list of strings, or an object with one such list. None has a response.
 
     Raises:
         RegraftError: the file or the column is missing, a prompt is empty, ids repeat.
@@ -38,15 +42,15 @@ def read_prompts(path: Path, *, harmful: bool = True) -> Reading:
             f"{path} ends in none of {', '.join(readers)}. {_WHAT} JSON lines are read without a "
             "name before them."
         )
-    examples = readers[path.suffix.lower()](path)
+    examples, skipped = readers[path.suffix.lower()](path)
     kept = tuple(replace(example, harmful=harmful) for example in examples)
-    return require_examples(Reading(str(path), kept))
+    return require_examples(Reading(str(path), kept, skipped))
 
 
-def _of_csv(path: Path) -> list[Example]:
+def _of_csv(path: Path) -> _Found:
     rows = csv_rows(path, _WHAT)
     if not rows:
-        return []
+        return [], {}
     names = {name.strip().lower(): name for name in rows[0].values}
     prompt = _first(names, _PROMPTS)
     if prompt is None:
@@ -55,23 +59,26 @@ def _of_csv(path: Path) -> list[Example]:
             f"{', '.join(filter(None, rows[0].values))}."
         )
     category, name, context = (_first(names, ones) for ones in (_CATEGORIES, _IDS, (_CONTEXT,)))
-    return [
-        Example(
-            id=(name and row.optional_text(name)) or f"{path.stem}-{number}",
-            instruction=_with_context(row, prompt, context),
-            harmful=True,
-            category=(category and row.optional_text(category)) or "uncategorised",
+    tags = names.get(_TAGS)
+    kept = []
+    for number, row in enumerate(rows, start=1):
+        if tags and _COMPARED in (row.optional_text(tags) or ""):
+            continue
+        asked, before = row.text(prompt), row.optional_text(context) if context else None
+        kept.append(
+            Example(
+                id=(name and row.optional_text(name)) or f"{path.stem}-{number}",
+                instruction=f"{before}\n\n---\n\n{asked}" if before else asked,
+                harmful=True,
+                category=(category and row.optional_text(category)) or "uncategorised",
+                request=asked if before else None,
+            )
         )
-        for number, row in enumerate(rows, start=1)
-    ]
+    left = len(rows) - len(kept)
+    return kept, {"judged by comparing with a copyrighted text": left} if left else {}
 
 
-def _with_context(row: Row, prompt: str, context: str | None) -> str:
-    before = row.optional_text(context) if context else None
-    return f"{before}\n\n---\n\n{row.text(prompt)}" if before else row.text(prompt)
-
-
-def _of_lines(path: Path) -> list[Example]:
+def _of_lines(path: Path) -> _Found:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -81,7 +88,7 @@ def _of_lines(path: Path) -> list[Example]:
     return _numbered(path, lines)
 
 
-def _of_json(path: Path) -> list[Example]:
+def _of_json(path: Path) -> _Found:
     value = json_file(path, _WHAT)
     if isinstance(value, dict) and len(value) == 1:
         value = next(iter(value.values()))
@@ -90,12 +97,13 @@ def _of_json(path: Path) -> list[Example]:
     return _numbered(path, value)
 
 
-def _numbered(path: Path, prompts: Sequence[str]) -> list[Example]:
-    return [
+def _numbered(path: Path, prompts: Sequence[str]) -> _Found:
+    examples = [
         Example(f"{path.stem}-{number}", prompt.strip(), True, "uncategorised")
         for number, prompt in enumerate(prompts, start=1)
         if prompt.strip()
     ]
+    return examples, {}
 
 
 def _first(names: dict[str, str], wanted: Sequence[str]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,6 +81,13 @@ class _Settled:
         return _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or "") is not None
 
 
+def _padding(ends: int | Sequence[int] | None, tokenizer: Any) -> int | None:
+    own: int | None = tokenizer.pad_token_id
+    if own is not None or ends is None:
+        return own
+    return ends if isinstance(ends, int) else ends[0]
+
+
 @contextmanager
 def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
     own = model.generation_config
@@ -89,7 +96,7 @@ def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[N
         max_new_tokens=max_new_tokens,
         bos_token_id=own.bos_token_id,
         eos_token_id=tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
-        pad_token_id=own.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_token_id=_padding(own.eos_token_id, tokenizer),
     )
     try:
         yield

@@ -150,7 +150,8 @@ class Guard:
         if self.kind == "harmbench":
             return dict(tokenizer([harmbench_prompt(one) for one in exchanges], **how))
         sees = self.processor is not tokenizer
-        texts = [self._conversation(one, sees) for one in exchanges]
+        in_parts = sees or self._in_parts()
+        texts = [self._conversation(one, in_parts) for one in exchanges]
         if not sees:
             return dict(tokenizer(texts, add_special_tokens=False, **how))
         images = [[open_image(one.image)] for one in exchanges if one.image is not None]
@@ -158,10 +159,26 @@ class Guard:
             self.processor(text=texts, images=images or None, add_special_tokens=False, **how)
         )
 
-    def _conversation(self, exchange: Exchange, sees: bool) -> str:
+    def _in_parts(self) -> bool:
+        """Whether the template takes messages as lists of parts, rather than as texts.
+
+        Raises:
+            RegraftError: it writes neither down.
+        """
+        probe = Exchange("prompt-to-be-found", "answer-to-be-found", None)
+        for in_parts in (False, True):
+            text = self._conversation(probe, in_parts)
+            if probe.prompt in text and probe.answer in text:
+                return in_parts
+        raise RegraftError(
+            f"The chat template of the judge {self.name} writes down no prompt and answer, so that "
+            "nothing would be judged. Put the model's own chat_template.jinja into its folder."
+        )
+
+    def _conversation(self, exchange: Exchange, in_parts: bool) -> str:
         def content(text: str, image: bool = False) -> Any:
             parts = [{"type": "image"}] if image else []
-            return [*parts, {"type": "text", "text": text}] if sees else text
+            return [*parts, {"type": "text", "text": text}] if in_parts else text
 
         messages = [
             {"role": "user", "content": content(exchange.prompt, exchange.image is not None)},
@@ -172,5 +189,9 @@ class Guard:
                 f"The judge {self.name} has no chat template, in which it is asked. Put its "
                 "chat_template.jinja into its folder."
             )
-        text: str = self.processor.apply_chat_template(messages, tokenize=False)
+        text: str = self.processor.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=self.kind == "llama-guard",  # as on the card of Llama Guard 4
+        )
         return text

@@ -106,15 +106,24 @@ def _request(harness: Any, arguments: tuple[Any, ...]) -> Request:
     """From lmms-eval's (context, settings, doc_to_visual, number, task, split)."""
     text, settings, visuals, number, task, split = arguments
     found = visuals(harness.task_dict[task][split][number]) or []
-    images = tuple(one.convert("RGB") for one in found if isinstance(one, Image.Image))
+    if others := [one for one in found if not isinstance(one, Image.Image)]:
+        raise RegraftError(
+            f"{task} shows a {type(others[0]).__name__}, {str(others[0])[:60]!r}, instead of an "
+            "image; tasks with one image or none are supported."
+        )
+    images = tuple(one.convert("RGB") for one in found)
     return Request(text.replace("<image>", "").strip(), images, *_limits(settings))
+
+
+_UNASKED = "\n\n"  # what lmms-eval fills in where a task names no stop; its own models ignore it
 
 
 def _limits(settings: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
     until = settings.get("until") or ()
+    stops = (until,) if isinstance(until, str) else tuple(until)
     return (
         int(settings.get("max_new_tokens") or _DEFAULT_TOKENS),
-        (until,) if isinstance(until, str) else tuple(until),
+        tuple(stop for stop in stops if stop != _UNASKED),
     )
 
 

@@ -15,7 +15,7 @@ from regraft.artifact import read_artifact, write_artifact
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.files import digest
-from regraft.heads.ships import ships
+from regraft.heads.ships import most_rank, ships
 from regraft.heads.states import Ablation, States, ablate_heads
 from regraft.models.ablation import EPS, AblationTarget
 from regraft.models.anatomy import Anatomy
@@ -246,7 +246,7 @@ def _ranked(scores: Tensor) -> list[tuple[int, int]]:
 
 
 def _check_rank(r_max: int, samples: int, hidden_size: int) -> None:
-    limit = min(samples, hidden_size)
+    limit = most_rank(samples, hidden_size)
     if not 1 <= r_max <= limit:
         raise RegraftError(
             f"r_max is {r_max}, but {samples} samples of {hidden_size} features allow "

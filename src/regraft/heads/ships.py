@@ -8,6 +8,14 @@ from torch import Tensor
 from regraft.errors import RegraftError
 
 
+def most_rank(samples: int, hidden: int) -> int:
+    """The highest rank at which subspaces of `samples` dimensions can turn.
+
+    One less than these dimensions: as many vectors span all of them, whatever the states are.
+    """
+    return min(samples - 1, hidden)
+
+
 def left_subspace(states: Tensor, r_max: int) -> Tensor:
     """First `r_max` left singular vectors of `states`.
 

@@ -1,6 +1,8 @@
-"""SNIP (Lee et al. 2019, arXiv 1810.02340): mean over samples of |W_ij * dL/dW_ij|.
+"""SNIP as Wei et al. (2024, arXiv 2402.05162) take it: mean over samples of |W_ij * dL/dW_ij|.
 
-L is the mean cross-entropy of a sample's response.
+L is the mean cross-entropy of a sample's response. Lee et al. (2019, arXiv 1810.02340), who named
+it, take the absolute value of the sum over samples, so that samples which disagree cancel, and let
+the weights of the whole network compete; here those of a row, a matrix or a head do.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def gather(
     """Take the samples through the model and make the statistic of every kept weight.
 
     Each layer's are written to `scratch`, so that SNIP's, as large as the weights, are never in
-    memory together; what is complete there is not gathered again.
+    memory together; where all layers' are there, nothing is gathered again.
 
     Args:
         walk: The labelled samples, before the first layer.

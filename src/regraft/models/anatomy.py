@@ -195,6 +195,9 @@ def cache_argument(module: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
+_FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors names them
+
+
 def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
     """Describe a model (weights may be on the meta device) and find its weights on disk.
 
@@ -212,6 +215,13 @@ def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
         if isinstance(module, nn.Linear)
     ]
     prefix = disk_prefix(checkpoint, shapes)
+    for index, name, _ in shapes:
+        record = checkpoint.record(f"{prefix}layers.{index}.{name}.weight")
+        if record.dtype not in _FLOATS:
+            raise RegraftError(
+                f"{checkpoint.folder}: {record.name} is stored as {record.dtype}: it is quantised. "
+                f"Give a checkpoint whose weights are {', '.join(_FLOATS)}."
+            )
     described = []
     for index, layer in enumerate(layers):
         _require_plain_weights(index, layer)

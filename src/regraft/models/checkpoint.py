@@ -24,12 +24,12 @@ from regraft.files import (
     atomic_folder,
     copy_file,
     digest,
-    discard_leftover,
     file_digest,
     in_threads,
+    leftover_bytes,
     one_at_a_time,
     read_json,
-    require_empty,
+    require_new,
     require_space,
 )
 
@@ -291,26 +291,19 @@ def write_copy(
     return open_checkpoint(target)
 
 
-def check_target(source: Checkpoint, target: Path, *, discard: bool = True) -> None:
-    """Check that a copy of `source` can be written to `target`.
-
-    Args:
-        source: The checkpoint to copy.
-        target: The new folder.
-        discard: Remove what a killed run left of `target`.
+def check_target(source: Checkpoint, target: Path) -> None:
+    """Check that a copy of `source` can be written to `target`; writes and removes nothing.
 
     Raises:
-        RegraftError: `target` is not empty, lies inside `source`, or the disk is too full.
+        RegraftError: `target` is no new folder, lies inside `source`, or the disk is too full.
     """
-    require_empty(target)
-    if discard and target.parent.is_dir():
-        discard_leftover(target)
+    require_new(target)
     if target.resolve().is_relative_to(source.folder.resolve()):
         raise RegraftError(
             f"The output folder {target} is inside the checkpoint {source.folder}. "
             "Choose a folder outside it."
         )
-    require_space(target, source.bytes)
+    require_space(target, source.bytes - leftover_bytes(target))
 
 
 def _shard_names(folder: Path) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from regraft.models.placement import PlacedModel
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Placement = Literal["resident", "streamed"]
+_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?"
 _NOT_FROM_HUB = ["original/*", "consolidated*"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 
@@ -86,11 +87,8 @@ def load_model(
     """
     target = pick_device(device)
     split = split and target.type != "cpu"
-    if split and ranks.world() > 1:
-        raise RegraftError(
-            "With --placement streamed, heads and evaluation spread the model over all devices, so "
-            "there is room for one process only. Use one, or --placement resident."
-        )
+    if split:
+        require_split()
     model = _load_weights(source, dtype, target, split)
     return model if split else model.to(target)
 
@@ -115,8 +113,6 @@ def _load_weights(source: Source, dtype: DTypeName, target: torch.device, split:
         torch_dtype: Any = torch.float32 if target.type == "cpu" else "auto"
     else:
         torch_dtype = getattr(torch, dtype)
-    if split:
-        _require_accelerate()
     with _quiet():
         config = _config(source.folder, source.trust_remote_code)
         model, loading = _auto_class(config, source.folder).from_pretrained(
@@ -126,6 +122,7 @@ def _load_weights(source: Source, dtype: DTypeName, target: torch.device, split:
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
             device_map="auto" if split else None,
+            max_memory=_memory_of(target) if split else None,
         )
     if missing := sorted(loading["missing_keys"]):
         raise RegraftError(
@@ -234,7 +231,7 @@ def _resolve(model: str | Path) -> Path:
     folder = Path(model)
     if folder.exists():
         return folder
-    if isinstance(model, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(model)):
+    if isinstance(model, Path) or not re.fullmatch(_HUB_ID, str(model)):
         raise RegraftError(
             f"The model folder {model} does not exist. Give a folder that holds config.json and "
             "safetensors, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct."
@@ -243,6 +240,7 @@ def _resolve(model: str | Path) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -266,7 +264,7 @@ def _resolve(model: str | Path) -> Path:
             f"There is neither a folder nor a hub repository {name}. A private one needs "
             "`hf auth login`."
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise RegraftError(
             f"{model} is not a folder here and could not be had from the hub: "
             f"{str(error).splitlines()[0]}"
@@ -330,7 +328,27 @@ def _check_weights(model: nn.Module, source: Source) -> None:
         )
 
 
-def _require_accelerate() -> None:
+def _memory_of(target: torch.device) -> dict[int | str, int] | None:
+    """What may be used of one device, where one is named, and of host memory; None for all."""
+    index: int | None = target.index
+    if index is None:
+        return None
+    from accelerate.utils import get_max_memory  # type: ignore[import-untyped]
+
+    return {name: size for name, size in get_max_memory().items() if name in (index, "cpu")}
+
+
+def require_split() -> None:
+    """Raise unless a model can be spread over devices and host memory.
+
+    Raises:
+        RegraftError: there are several processes, or accelerate is not installed.
+    """
+    if ranks.world() > 1:
+        raise RegraftError(
+            "With --placement streamed, heads and evaluation spread the model over all devices, so "
+            "there is room for one process only. Use one, or --placement resident."
+        )
     if find_spec("accelerate") is None:
         raise RegraftError(
             "With --placement streamed, heads and evaluation spread the model over devices and "

@@ -36,8 +36,10 @@ class Walk:
                 text = text_inputs(model.network, model.place(batch).inputs)
                 embedded = replay(model.network, text, stop=0)
                 kwargs = dict(text.kwargs)
-                if kwargs.get("inputs_embeds") is not None:  # the states carry on from them
-                    kwargs["inputs_embeds"] = embedded.new_zeros(1).expand(embedded.shape)
+                # the states carry on from the embeddings, of which no layer needs more than a shape
+                kwargs["inputs_embeds"] = embedded.new_zeros(1).expand(embedded.shape)
+                if "input_ids" in kwargs:
+                    kwargs["input_ids"] = None
                 self._texts.append(TextInputs(moved(kwargs, self._home), text.batch))
                 self.states.append(embedded.to(self._home))
         self._embedded = list(self.states)

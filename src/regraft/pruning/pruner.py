@@ -53,7 +53,8 @@ def prune_layers(
 ) -> None:
     """Prune the linears of the text decoder: write each layer's results.
 
-    Layers whose results are already written are not pruned again, so a killed run goes on.
+    Layers whose results are already written are not pruned again, so that a killed run goes on;
+    SNIP, which needs all layers before the last one's gradients, begins again.
 
     Args:
         pruner: The method; not "magnitude", which needs no data (`magnitude_edits`).

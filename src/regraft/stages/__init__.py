@@ -21,9 +21,9 @@ from regraft.stages.patching import (
     revert,
     revert_in_place,
 )
-from regraft.stages.pruning import prune
+from regraft.stages.pruning import prune, spilled_bytes
 from regraft.stages.ranking import rank
-from regraft.stages.realigning import needs_statistics, realign
+from regraft.stages.realigning import check_made_by, needs_statistics, realign
 from regraft.stages.scoring import heads
 from regraft.stages.searching import check_search, search, suites_of
 from regraft.stages.session import Session
@@ -39,6 +39,7 @@ __all__ = [
     "apply_in_place",
     "calibration_data",
     "check_judge",
+    "check_made_by",
     "check_search",
     "defend",
     "evaluate",
@@ -56,6 +57,7 @@ __all__ = [
     "revert",
     "revert_in_place",
     "search",
+    "spilled_bytes",
     "statistics",
     "suites_of",
     "tune",

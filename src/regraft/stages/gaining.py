@@ -14,7 +14,7 @@ from regraft import ranks
 from regraft.checks import check_shares
 from regraft.data.collate import IGNORED, response_batch
 from regraft.data.example import Example, Reading
-from regraft.files import atomic_file, read_json, require_space, write_json
+from regraft.files import atomic_file, read_json, require_space, size_of, write_json
 from regraft.importance.gradients import require_gradients
 from regraft.importance.hard import agreements, final_states, response_losses, sampled
 from regraft.importance.losses import DecisionLoss, refusal_starts
@@ -107,7 +107,8 @@ def restore_by_gain(
                     chosen = [one for one in pool.examples if one.id in drawn[kind]]
                     sides[kind] = walk(chosen), replace(losses[kind], weights=drawn[kind])
                 batches = [one.batches for one, _ in sides.values()]
-                require_space(work, sum(hidden_state_bytes(dense, model, one) for one in batches))
+                needed = sum(hidden_state_bytes(dense, model, one) for one in batches)
+                require_space(work, needed - size_of(work / "states"))
             new = step(
                 problem,
                 task.objective,

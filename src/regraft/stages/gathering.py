@@ -9,7 +9,7 @@ from regraft import ranks
 from regraft.checks import check_shares, told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
-from regraft.files import require_space
+from regraft.files import require_space, size_of
 from regraft.importance.score import Method
 from regraft.importance.statistics import (
     ImportanceStatistics,
@@ -85,7 +85,7 @@ def _gather(
         kept = [li for li in dense.anatomy.linears if is_kept(method, li)]
         gradients = 4 * 4 * sum(li.shape[0] * li.shape[1] for li in kept)
         states = max(hidden_state_bytes(dense, model, share) for share in shares.values())
-        require_space(work, gradients + states)
+        require_space(work, gradients + states - size_of(work))
     passes = 2 if method == "snip" else 1
     own = sum(len(batch.ids) for batches in shares.values() for batch in batches)
     total = passes * own * len(dense.anatomy.layers)

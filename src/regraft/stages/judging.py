@@ -37,6 +37,7 @@ from regraft.stages.evaluating import Evaluation, read_evaluation
 from regraft.watch import Advance, Watch
 
 _CHUNK = 64  # exchanges after which verdicts are on disk
+_ENOUGH = 256  # tokens, as VLGuard evaluates
 
 
 def find_judge(text: str, compute: ComputeSettings) -> Judge:
@@ -96,6 +97,12 @@ def judge(
         raise RegraftError(
             f"{folder}: answers end where {evaluation.result.judge} was certain, too early for "
             "another judge. Evaluate with --full-answers."
+        )
+    length = evaluation.about["settings"]["max_new_tokens"]
+    if length < _ENOUGH and not _reads_the_start(text):
+        watch.note(
+            f"Answers end after {length} tokens at most, and {text} reads the whole of them: what "
+            f"comes later is not judged. Evaluate with --max-new-tokens {_ENOUGH} for it."
         )
     pictures = None if images is None else Pictures(images)
     exchanges = [_exchange(answer, pictures) for answer in answers]
@@ -255,6 +262,10 @@ def _answers(evaluation: Evaluation) -> tuple[Answer, ...]:
     if not _in_full(evaluation):
         return found
     return tuple(replace(a, degenerate=degeneration(a.answer) or "") for a in found)
+
+
+def _reads_the_start(text: str) -> bool:
+    return text in KEYWORD_JUDGES and KEYWORD_JUDGES[text].window is not None
 
 
 def _judged(name: str, answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> Judged:

@@ -117,7 +117,7 @@ def preview(
         job = _Job.read(operation, open_checkpoint(folder), patch_files)
         done = holds(out, out / ABOUT_FILE, job.about(operation, _past(folder)))
         if not done:
-            check_target(job.checkpoint, out, discard=False)
+            check_target(job.checkpoint, out)
         return Preview(job.plan(watch), 0 if done else job.checkpoint.bytes, done)
     checkpoint = open_checkpoint(folder, unfinished=True)
     require_own_shards(checkpoint)

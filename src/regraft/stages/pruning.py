@@ -9,7 +9,7 @@ from regraft import ranks
 from regraft.checks import check_pattern, check_shares, told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
-from regraft.files import require_space
+from regraft.files import require_space, size_of
 from regraft.keys import describe, is_done, to_json, working
 from regraft.models.checkpoint import check_target, open_checkpoint, write_edited
 from regraft.models.load import Source
@@ -46,7 +46,7 @@ def prune(
     watch = watch or Silent()
     check_pattern(dense, settings)
     if ranks.first() and not (out / ABOUT_FILE).exists():
-        check_target(dense.checkpoint, out, discard=False)
+        check_target(dense.checkpoint, out)
     needs_data = settings.method != "magnitude"
     kinds = ("utility", "safety") if settings.calibrate_on == "both" else ("utility",)
     folder = responses or beside(out)
@@ -76,6 +76,15 @@ def prune(
     return Source(open_checkpoint(out), dense.anatomy, dense.trust_remote_code)
 
 
+def spilled_bytes(dense: Source, settings: PruneSettings) -> int:
+    """What a method keeps on disk of finished layers until the checkpoint is written."""
+    if settings.method == "magnitude":
+        return 0
+    if settings.method == "sparsegpt":  # whole weights, the others masks
+        return sum(dense.checkpoint.record(li.tensor).bytes for li in dense.anatomy.linears)
+    return dense.anatomy.prunable // 8
+
+
 def _calibrate(
     dense: Source,
     settings: PruneSettings,
@@ -90,12 +99,10 @@ def _calibrate(
         watch.note(told({"utility": "D^u", "safety": "D^s"}[role], reading))
     model, processor = load_for_walk(dense, compute, watch)
     calibrating = collate_share(processor, response_batch, examples, compute)
-    spilled = {
-        "wanda": dense.anatomy.prunable // 8,
-        "sparsegpt": sum(dense.checkpoint.record(li.tensor).bytes for li in dense.anatomy.linears),
-        "snip": dense.anatomy.prunable // 8 + hidden_state_bytes(dense, model, calibrating),
-    }
-    require_space(results.folder, spilled[settings.method])
+    needed = dense.checkpoint.bytes + spilled_bytes(dense, settings)
+    if settings.method == "snip":
+        needed += hidden_state_bytes(dense, model, calibrating)
+    require_space(results.folder, needed - size_of(results.folder))
     passes = 2 if settings.method == "snip" else 1
     samples = sum(len(batch.ids) for batch in calibrating)
     total = passes * samples * len(dense.anatomy.layers)

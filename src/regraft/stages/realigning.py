@@ -98,6 +98,26 @@ def realign(
     return load_patch(out)
 
 
+def check_made_by(out: Path, dense: Source, pruned: Source, settings: RealignSettings) -> None:
+    """See, before long work, that a file in the place of a patch is one that these make.
+
+    Raises:
+        RegraftError: it is no patch, or was made from other checkpoints or with other settings.
+    """
+    found = load_patch(out).about
+    there = {"inputs": found["inputs"], "settings": found["settings"]}
+    inputs = {"dense": dense.checkpoint.fingerprint, "pruned": pruned.checkpoint.fingerprint}
+    wanted = {
+        "inputs": {**there["inputs"], **inputs},
+        "settings": settings.selection().model_dump(mode="json"),
+    }
+    if there != wanted:
+        raise RegraftError(
+            f"{out} exists and was made with something else ({difference(there, wanted)}). "
+            "Choose another output or remove it."
+        )
+
+
 def _of_ranking(
     dense: Source,
     pruned: Source,

@@ -69,8 +69,9 @@ def heads(
 
 
 def _ablated(about: Mapping[str, Any]) -> str:
-    """The key of states: all that decides them, which `r_max` and `candidates` do not."""
-    settings = {k: v for k, v in about["settings"].items() if k not in ("r_max", "candidates")}
+    """The key of states: all that decides them, which these settings do not but for rounding."""
+    others = ("r_max", "candidates", "tokens_per_pass")
+    settings = {k: v for k, v in about["settings"].items() if k not in others}
     data = {k: v for k, v in about["data"]["safety"].items() if k != "source"}
     parts = {**about, "settings": settings, "data": data}
     return digest(json.dumps(parts, sort_keys=True))[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from regraft.errors import RegraftError
+from regraft.heads.ships import most_rank
 from regraft.models.load import Source
 from regraft.restoration.gain import Constraint
 from regraft.settings import HeadSettings, RealignSettings, TuneSettings
@@ -59,7 +60,7 @@ def space_of(
             space["top_heads"] = _up_to(tuning.top_heads_range, most)
         if method.by_heads:
             space["criterion"] = ("ships", "kl")
-            most = min(samples, dense.anatomy.hidden_size)
+            most = most_rank(samples, dense.anatomy.hidden_size)
             space["r_max"] = _up_to(tuning.r_max_range, most)
     if unknown := sorted(set(tuning.keep) - space.keys()):
         raise RegraftError(
