@@ -25,6 +25,7 @@ from regraft import stages
 from regraft.cli import main
 from regraft.data.sources import DataSource
 from regraft.models.load import open_source
+from regraft.pruning import pruner
 from regraft.settings import CalibrationSettings, ComputeSettings, PruneSettings, RealignSettings
 
 FAMILY = "qwen2_5_vl"
@@ -168,7 +169,7 @@ def test_mistyped_folder(refused: Refused, name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
 def test_quantised_weights(world: World, refused: Refused, dtype: torch.dtype) -> None:
     """They keep names and shapes, but not what a value means."""
-    for shard in shards(world.pruned):
+    for shard in world.pruned.glob("*.safetensors"):
         tensors = load_file(shard)
         quantised = {k: v.to(dtype) if "mlp" in k else v for k, v in tensors.items()}
         save_file(quantised, shard, metadata={"format": "pt"})
@@ -776,18 +777,19 @@ def test_run_folder_of_another_recipe(world: World, refused: Refused) -> None:
 
 def test_a_run_goes_on_with_smaller_batches(world: World) -> None:
     """As it is told to where memory was short: what is finished stays."""
-    run_ok("run", world.recipe(), "--out", "run")
-    shutil.rmtree(world.root / "run" / "evaluation" / "hsr")
-    before = tree(world.root / "run")
+    run = world.root / "run"
+    run_ok("run", world.recipe(), "--out", run)
+    shutil.rmtree(run / "evaluation" / "hsr")
+    before = tree(run)
     compute = {"device": "cpu", "batch_size": 1, "placement": "streamed"}
     heads = {"r_max": 2, "tokens_per_pass": 64}
-    run_ok("run", world.recipe(compute=compute, heads=heads), "--out", "run")
-    after = tree(world.root / "run")
+    run_ok("run", world.recipe(compute=compute, heads=heads), "--out", run)
+    after = tree(run)
     assert {name for name in before if name.endswith(".safetensors")} == {
         name for name in after if name.endswith(".safetensors") and after[name] == before.get(name)
     }
-    assert "batch_size: 1" in (world.root / "run" / "recipe.yaml").read_text()
-    results = json.loads((world.root / "run/evaluation/hsr/results.json").read_text())
+    assert "batch_size: 1" in (run / "recipe.yaml").read_text()
+    results = json.loads((run / "evaluation" / "hsr" / "results.json").read_text())
     assert results["about"]["compute"]["batch_size"] == 1
 
 
@@ -830,7 +832,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("command", "limit"),
     [
-        *[("prune", 50_000), ("prune", 1_000), ("heads", 1_000), ("statistics", 1_000)],
+        *[("prune", 1_000), ("heads", 1_000), ("statistics", 1_000)],
         *[("eval", 150), ("apply", 50_000), ("revert", 50_000), ("realign", 10_000)],
     ],
 )
@@ -852,14 +854,23 @@ def test_disk_gets_full_while_writing(
     has(message, "The disk is full: could not write a/b/", "Free some space")
 
 
-def test_disk_gets_full_in_a_run(world: World) -> None:
-    """What was finished stays, to go on from; nothing half-written and no hidden work."""
-    recipe = world.recipe()
+def test_disk_gets_full_in_a_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was finished stays, pruned layers too, to go on from; nothing is half-written."""
+    recipe, run = world.recipe(), world.root / "run"
     with file_size_limit(50_000), pytest.raises(SystemExit) as stopped:
-        main(["run", str(recipe), "--out", str(world.root / "run")])
+        main(["run", str(recipe), "--out", str(run)])
     assert stopped.value.code == 2
-    assert tree(world.root / "run").keys() == {"recipe.yaml", "costs.json"}
-    run_ok("run", recipe, "--out", world.root / "run")
+    layers = {path.name for path in run.glob(".pruned.regraft-work/*/*")}
+    assert layers == {f"layer_{i:03d}.safetensors" for i in range(4)}
+    assert {path.name for path in run.glob("[!.]*")} == {"recipe.yaml", "costs.json"}
+    assert not any(path.name.endswith("regraft-tmp") for path in run.rglob("*"))
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("a layer was pruned again")
+
+    monkeypatch.setattr(pruner, "_prune_layer", again)
+    run_ok("run", recipe, "--out", run)
+    assert not any(path.name.endswith("regraft-work") for path in run.rglob("*"))
 
 
 @pytest.mark.skipif(
@@ -884,7 +895,9 @@ def test_small_disk(world: World) -> None:
             with pytest.raises(SystemExit) as stopped:
                 main([str(word) for word in words])
             assert stopped.value.code == 2, words[0]
-            assert tree(disk).keys() == {"filler"}, words[0]
+            assert {path.name for path in disk.glob("[!.]*")} == {"filler"}, words[0]
+            assert not any(path.name.endswith("regraft-tmp") for path in disk.rglob("*")), words[0]
+            shutil.rmtree(disk / ".out.regraft-work", ignore_errors=True)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -278,7 +278,9 @@ def test_a_text_guard_is_asked_in_its_own_words(
                 {"role": "user", "content": one.prompt},
                 {"role": "assistant", "content": one.answer},
             ]
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=kind == "llama-guard"
+            )
             inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
         written = answer(model, tokenizer, dict(inputs), 64)[0]
         assert verdict == guards.READERS[kind](written)

@@ -196,16 +196,12 @@ def test_scores_of_each_target(target, eps, pico_dir, tmp_path):
     assert found.ships.nan_to_num().max() > 1e-3
 
 
-def test_as_many_vectors_as_samples_cannot_turn(pico_dir, tmp_path):
+def test_as_many_vectors_as_samples_cannot_turn():
     """They span all of R^samples, so that every angle would be rounding noise."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(5, 4, 64, generator=generator)
     assert ships(states[0], states[1:], 4).max() < 1e-12
     assert ships(states[0], states[1:], most_rank(4, 64)).min() > 0.1
-    _, model, processor, anatomy = truth.opened(pico_dir("llava"))
-    cut = [prompt_batch(processor, truth.examples("llava", tmp_path, 3))]
-    with pytest.raises(RegraftError, match=r"r_max is 3, but 3 samples .* allow 1 to 2"):
-        score_heads(model, anatomy, cut, tmp_path / "p", Scoring(r_max=3))
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "mllama", "llava_next-vicuna"])
@@ -277,11 +273,11 @@ def test_layers_that_do_not_run_have_no_score(pico_dir, tmp_path):
     assert len(ranked) == 12 and not any(cross[layer] for layer, _ in ranked)
 
 
-@pytest.mark.parametrize("r_max", [0, 4])
+@pytest.mark.parametrize("r_max", [0, 3])
 def test_rank_beyond_the_samples_is_refused(r_max, pico_dir, tmp_path):
     _, model, processor, anatomy = truth.opened(pico_dir("llama"))
     cut = [prompt_batch(processor, truth.examples("llama", tmp_path, 3))]
-    with pytest.raises(RegraftError, match=f"r_max is {r_max}, but 3 samples .* allow 1 to 3"):
+    with pytest.raises(RegraftError, match=f"r_max is {r_max}, but 3 samples .* allow 1 to 2"):
         score_heads(model, anatomy, cut, tmp_path / "partial", Scoring(r_max=r_max))
     assert not (tmp_path / "partial").exists()
 

@@ -52,7 +52,8 @@ def disk_errors(target: Path) -> Iterator[None]:
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise PassingError(
                 f"The disk is full: could not write {target}. Nothing was kept of it. "
-                "Free some space and run the same command again, or choose another output folder."
+                "Free some space and run the same command again, which goes on from what was "
+                "finished before, or choose another output folder."
             ) from error
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise RegraftError(

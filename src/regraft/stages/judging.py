@@ -98,7 +98,7 @@ def judge(
             f"{folder}: answers end where {evaluation.result.judge} was certain, too early for "
             "another judge. Evaluate with --full-answers."
         )
-    length = evaluation.about["settings"]["max_new_tokens"]
+    length = evaluation.about.get("settings", {}).get("max_new_tokens", _ENOUGH)
     if length < _ENOUGH and not _reads_the_start(text):
         watch.note(
             f"Answers end after {length} tokens at most, and {text} reads the whole of them: what "
