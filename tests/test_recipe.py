@@ -19,7 +19,7 @@ from regraft.settings import HeadSettings, PruneSettings, RealignSettings, expla
 FULL = Recipe(
     title='A "title": with #signs, ü',
     model="/models/x",
-    pruned=Path("/models/y"),
+    pruned="/models/y",
     prune=PruneSettings(n_m="2:4"),
     heads=HeadSettings(eps=1e-7, target="v"),
     realign=(
@@ -138,7 +138,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     recipe = read_recipe(Path("recipes/recipe.yaml"))
     assert recipe.model == str(here / "models" / "x")
-    assert recipe.pruned == here / ".." / "pruned"
+    assert recipe.pruned == str(here / ".." / "pruned")
     assert recipe.calibration.data.path == here / "v" / "train.json"
     assert recipe.evaluate.suite == (DataSource(name="safebench", path=here / "s", split="even"),)
 
@@ -223,7 +223,7 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     recipe = _read(tmp_path, "model: ~/m\npruned: ~/p\nevaluate: {suite: 'safebench:~/s'}")
     assert recipe.model == "/home/someone/m"
-    assert recipe.pruned == Path("/home/someone/p")
+    assert recipe.pruned == "/home/someone/p"
     assert recipe.evaluate.suite[0].path == Path("/home/someone/s")
     assert _read(tmp_path, "model: Qwen/Qwen2.5-VL-7B-Instruct").model.startswith("Qwen/")
 

@@ -210,9 +210,13 @@ class Recipe(Settings):
     """A whole run: prune, score heads, realign, evaluate, report."""
 
     title: str = Field("regraft", description="Of the report.")
-    model: str = Field("demo", description="A folder, a hub id, or 'demo' for the bundled model.")
-    pruned: Path | None = Field(
-        None, description="An existing pruned checkpoint; `prune` is then not used."
+    model: str = Field(
+        "demo", min_length=1, description="A folder, a hub id, or 'demo' for the bundled model."
+    )
+    pruned: str | None = Field(
+        None,
+        min_length=1,
+        description="An existing pruned checkpoint, folder or hub id; `prune` is then not used.",
     )
     calibration: CalibrationSettings = CalibrationSettings()
     seeds: tuple[int, ...] = Field(
@@ -444,17 +448,20 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
         )
         for one in recipe.realign
     )
-    model = recipe.model
-    if model != "demo" and (model.startswith((".", "~")) or (folder / model).is_dir()):
-        model = str(path(Path(model)).expanduser())
-    pruned = None if recipe.pruned is None else path(recipe.pruned)
+
+    def model(name: str) -> str:
+        on_hub = name[0] not in "./~" and name.partition("@")[0].count("/") == 1
+        if name == "demo" or (on_hub and not (folder / name).is_dir()):
+            return name
+        return str(path(Path(name)))
+
     return recipe.model_copy(
         update={
             "calibration": calibration,
             "defend": defend,
             "evaluate": evaluate,
-            "model": model,
-            "pruned": pruned,
+            "model": model(recipe.model),
+            "pruned": None if recipe.pruned is None else model(recipe.pruned),
             "realign": realign,
         }
     )
