@@ -455,7 +455,7 @@ def test_what_a_ranking_asks_for(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(RegraftError, match="SET-DIFFERENCE by wanda needs statistics"):
         bench.rank(out, RealignSettings(method="set-difference", budget=9), statistics_file=None)
     with pytest.raises(RegraftError, match="holds statistics of wanda, but the score is snip"):
-        bench.rank(out, RealignSettings(method="set-difference", budget=9, score="snip"))
+        bench.rank(out, RealignSettings(budget=9, top_heads=2, score="snip"))
     with pytest.raises(RegraftError, match="top_heads is 99; the model has 16 heads"):
         bench.rank(out, RealignSettings(budget=20, top_heads=99))
     with pytest.raises(RegraftError, match="hsr with a budget needs a ranking of weights first"):

@@ -447,7 +447,7 @@ def test_finished_run_only_writes_its_report(killable: Killable, tmp_path: Path)
 
 def test_run_on_an_existing_pruned_checkpoint(killable: Killable, tmp_path: Path) -> None:
     """The recipe names it; nothing of it is written."""
-    existing = {"pruned": killable.finished / "pruned"}
+    existing = {"pruned": str(killable.finished / "pruned")}
     recipe = read_recipe(killable.recipe).model_copy(update=existing)
     before = tree(killable.finished)
     made = pipeline.run(recipe, tmp_path / "run")

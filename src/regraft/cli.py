@@ -36,7 +36,6 @@ from regraft.console import (
 from regraft.data.demo import demo_model
 from regraft.data.sources import words_of_first
 from regraft.errors import RegraftError
-from regraft.evaluation.curves import read_curve
 from regraft.evaluation.keywords import KEYWORD_JUDGES
 from regraft.models.anatomy import LayerAnatomy
 from regraft.models.load import Source, open_source
@@ -309,7 +308,7 @@ def realign(
                     compute,
                     watch,
                 )
-                show_search(watch.console, read_curve(curve))
+                show_search(watch.console, stages.read_curve(curve))
                 watch.note(f"All points: {curve}")
         patch = stages.realign(
             dense_source,

@@ -6,6 +6,7 @@ another key is never overwritten. Unfinished work waits in a hidden folder besid
 under its key, and is taken up again after a kill.
 """
 
+from regraft.evaluation.curves import read_curve
 from regraft.stages.answering import calibration_data
 from regraft.stages.common import ABOUT_FILE
 from regraft.stages.defending import defend
@@ -52,6 +53,7 @@ __all__ = [
     "preview",
     "prune",
     "rank",
+    "read_curve",
     "read_evaluation",
     "realign",
     "revert",
