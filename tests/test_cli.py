@@ -25,7 +25,9 @@ from regraft import stages
 from regraft.cli import main
 from regraft.data.sources import DataSource
 from regraft.models.load import open_source
+from regraft.preflight import bytes_needed
 from regraft.pruning import pruner
+from regraft.recipe import read_recipe
 from regraft.settings import CalibrationSettings, ComputeSettings, PruneSettings, RealignSettings
 
 FAMILY = "qwen2_5_vl"
@@ -743,9 +745,9 @@ def test_output_is_taken(world: World, refused: Refused, command: str) -> None:
     has(message, "thesis.txt", "Choose another output")
 
 
-@pytest.mark.parametrize("place", [".", "..", "link"])
+@pytest.mark.parametrize(("place", "what"), [(".", "is the current folder"), ("link", "is a link")])
 def test_output_cannot_be_put_in_place(
-    world: World, refused: Refused, place: str, monkeypatch: pytest.MonkeyPatch
+    world: World, refused: Refused, place: str, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Told before the work: a finished folder gets its name by one rename."""
     here = world.root / "empty" / "here"
@@ -753,7 +755,7 @@ def test_output_cannot_be_put_in_place(
     (here.parent / "link").symlink_to(here)
     monkeypatch.chdir(here.parent if place == "link" else here)
     message = refused("eval", world.model, "--suite", world.data, "--out", place)
-    has(message, "is a link" if place == "link" else "", f"The output folder {place} ")
+    has(message, f"The output folder {place} {what}")
 
 
 def test_patch_of_other_settings_is_found_before_the_work(world: World, refused: Refused) -> None:
@@ -778,12 +780,14 @@ def test_run_folder_of_another_recipe(world: World, refused: Refused) -> None:
 def test_a_run_goes_on_with_smaller_batches(world: World) -> None:
     """As it is told to where memory was short: what is finished stays."""
     run = world.root / "run"
-    run_ok("run", world.recipe(), "--out", run)
+    realign = [{"top_heads": 2}, {"name": "other", "top_heads": 1, "checkpoint": False}]
+    run_ok("run", world.recipe(realign=realign), "--out", run)
     shutil.rmtree(run / "evaluation" / "hsr")
     before = tree(run)
-    compute = {"device": "cpu", "batch_size": 1, "placement": "streamed"}
+    compute = {"device": "cpu", "batch_size": 1}
     heads = {"r_max": 2, "tokens_per_pass": 64}
-    run_ok("run", world.recipe(compute=compute, heads=heads), "--out", run)
+    smaller = world.recipe(realign=realign, compute=compute, heads=heads)
+    run_ok("run", smaller, "--out", run)
     after = tree(run)
     assert {name for name in before if name.endswith(".safetensors")} == {
         name for name in after if name.endswith(".safetensors") and after[name] == before.get(name)
@@ -815,6 +819,34 @@ def test_disk_too_full(
         "run": ["run", world.recipe(), "--out", "out"],
     }
     has(refused(*words[command]), "disk is too full", "out", "MiB are free")
+
+
+def test_space_of_a_run_is_what_is_there_at_once(
+    world: World, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What pruning keeps goes before realigning; work of a killed run counts; seeds add up."""
+    dense = open_source(world.model)
+    size = dense.checkpoint.bytes
+    spilled = sum(dense.checkpoint.record(one.tensor).bytes for one in dense.anatomy.linears)
+    sparse = {"method": "sparsegpt"}
+    out = world.root / "run"
+
+    def needed(**fields: Any) -> tuple[int, int]:
+        return bytes_needed(read_recipe(world.recipe(**fields)), dense, out)
+
+    alone = {"prune": sparse, "realign": []}
+    assert needed(**alone) == (size, size + spilled)
+    assert needed(prune=sparse) == (2 * size, 2 * size)
+    two = [{**sparse, "name": "a"}, {**sparse, "name": "b", "realign": False}]
+    assert needed(prune=two) == (3 * size, 3 * size + spilled)
+    work = out / ".pruned.regraft-work" / "key"
+    work.mkdir(parents=True)
+    (work / "layer").write_bytes(bytes(1000))
+    assert needed(**alone) == (size - 1000, size + spilled - 1000)
+    shutil.rmtree(out)
+    usage = shutil.disk_usage(world.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size + spilled))
+    has(refused("run", world.recipe(**alone, seeds=[0, 1]), "--out", "run"), "disk is too full")
 
 
 @contextmanager

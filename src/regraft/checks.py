@@ -7,8 +7,6 @@ from dataclasses import replace
 from itertools import count, islice
 from typing import Any
 
-import torch
-
 from regraft import ranks
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
@@ -16,7 +14,7 @@ from regraft.data.sources import DataSource, of_split, read
 from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.heads.ships import most_rank
-from regraft.models.load import Source, pick_device
+from regraft.models.load import Source, pick_device, stored_dtype
 from regraft.restoration.selection import all_heads
 from regraft.settings import (
     CalibrationSettings,
@@ -190,11 +188,9 @@ def check_shares(examples: Sequence[Example], compute: ComputeSettings) -> None:
 
 def check_gradients(source: Source, compute: ComputeSettings, what: str) -> None:
     """Raise where the dtype that a model will be loaded in is one in which gradients vanish."""
-    dtype = compute.dtype
+    dtype: str = compute.dtype
     if dtype == "auto" and pick_device(compute.device).type != "cpu":
-        first = next(source.anatomy.linears)
-        stored = source.checkpoint.record(first.tensor).torch_dtype
-        dtype = "float16" if stored == torch.float16 else dtype
+        dtype = stored_dtype(source)
     if dtype == "float16":
         raise RegraftError(
             f"{what} needs gradients, which vanish in float16, the dtype of {source.folder} or the "

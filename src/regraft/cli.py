@@ -270,9 +270,8 @@ def realign(
             raise RegraftError("--most cuts off the pushes, which come last: lower --budget.")
         if out.exists():
             stages.check_made_by(out, dense_source, pruned_source, settings)
-        if settings.method == "gain" or (
-            settings.score == "snip" and stages.needs_statistics(settings)
-        ):
+        asks_snip = settings.score == "snip" and stages.needs_statistics(settings)
+        if settings.method == "gain" or (asks_snip and statistics_file is None):
             check_gradients(dense_source, compute, f"Realigning by {settings.method}")
         if settings.by_heads and heads_file is None:
             heads_file = out.with_suffix(".heads.safetensors")
@@ -819,8 +818,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(
             console,
             "The device is out of memory. Lower --batch-size (in a recipe compute.batch_size), in "
-            "scoring heads --tokens-per-pass (heads.tokens_per_pass), or keep one layer at a time "
-            "on the device: --placement streamed (compute.placement). What is finished stays.",
+            "scoring heads --tokens-per-pass (heads.tokens_per_pass): what is finished stays. Or "
+            "keep one layer at a time on the device, in a new output: --placement streamed "
+            "(compute.placement).",
         )
     except KeyboardInterrupt:
         console.print("Interrupted. The same command continues where it stopped.")

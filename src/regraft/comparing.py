@@ -10,7 +10,7 @@ from typing import Any
 from regraft import ranks
 from regraft.errors import RegraftError
 from regraft.folder import study_runs
-from regraft.keys import difference
+from regraft.keys import but_for_rounding, difference
 from regraft.report.compare import Run, Study, is_drawn
 from regraft.report.compare import compare as compare_runs
 from regraft.report.model import Report
@@ -57,4 +57,6 @@ def _apart_from_the_seed(recipe: Mapping[str, Any]) -> dict[str, Any]:
         one["name"]: {k: v for k, v in one.items() if k != "head_seed" or not is_drawn(one)}
         for one in recipe["realign"]
     }
-    return {**recipe, "calibration": calibration, "realign": realign}
+    kept = {**recipe, "calibration": calibration, "realign": realign}
+    rest: dict[str, Any] = but_for_rounding(kept)
+    return rest

@@ -153,7 +153,7 @@ def require_new(folder: Path) -> None:
     """Raise unless `folder` can be put in place by one rename: `require_empty`, and no other's.
 
     Raises:
-        RegraftError: it is not empty, a link, a mount point, or around the current folder.
+        RegraftError: it is not empty, a link, a mount point, or the current folder.
     """
     require_empty(folder)
     what = None
@@ -161,8 +161,8 @@ def require_new(folder: Path) -> None:
         what = "is a link"
     elif folder.exists() and os.path.ismount(folder):
         what = "is a mount point"
-    elif folder.exists() and Path.cwd().is_relative_to(folder.resolve()):
-        what = "is the current folder, or holds it"
+    elif folder.exists() and Path.cwd() == folder.resolve():
+        what = "is the current folder"
     if what:
         raise RegraftError(
             f"The output folder {folder} {what}, where no finished folder can be put in one step. "
@@ -298,12 +298,11 @@ def one_at_a_time(progress: Callable[[int], None] | None, stop: Event) -> Callab
 def locked(path: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock on the file `path`, made if it is not there, for the length of the block.
 
-    Some shared file systems have no locks; nothing is held there.
-
     `wait` until another process gives it back.
 
     Raises:
-        RegraftError: another process holds it, which is writing `what`, and nobody waits.
+        RegraftError: another process holds it, which is writing `what`, and nobody waits; or the
+            file system has no locks.
     """
     with path.open("ab") as handle:
         if fcntl is not None:
@@ -317,6 +316,11 @@ def locked(path: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
+                raise RegraftError(
+                    f"{path.parent} is on a file system without file locks (such as Lustre mounted "
+                    "without flock, or NFS without a lock daemon), where another process could "
+                    f"write {what} too. Mount it with locks, or choose an output elsewhere."
+                ) from error
         yield
 
 

@@ -23,6 +23,7 @@ from regraft.errors import PassingError, RegraftError
 from regraft.files import (
     digest,
     discard_leftover,
+    leftover_bytes,
     locked,
     new_folders,
     read_json,
@@ -32,10 +33,7 @@ from regraft.files import (
 from regraft.models.load import pick_device, transformers_version
 from regraft.settings import ComputeSettings, Settings
 
-ONLY_ROUNDING = {  # settings by which results differ in rounding alone, so that others go on
-    "compute": ("batch_size", "placement"),
-    "settings": ("tokens_per_pass",),
-}
+_ONLY_ROUNDING = ("batch_size", "tokens_per_pass")  # settings that change nothing more
 _OUTCOMES = {"violated_groups", "steps"}  # told of an artifact, but not deciding what it will be
 
 
@@ -125,7 +123,7 @@ def holds(
     elif not marker.exists():
         return False
     found = (read_about or (lambda: read_json(marker)))()
-    there, wanted = _but_for_rounding(found), _but_for_rounding(about)
+    there, wanted = (but_for_rounding(_identity(one)) for one in (found, about))
     if there == wanted:
         return True
     raise RegraftError(
@@ -213,12 +211,17 @@ def _identity(about: Mapping[str, Any]) -> dict[str, Any]:
     return {**decides, "data": data}
 
 
-def _but_for_rounding(about: Mapping[str, Any]) -> dict[str, Any]:
-    decides = _identity(about)
-    for part, names in ONLY_ROUNDING.items():
-        if part in decides:
-            decides[part] = {k: v for k, v in decides[part].items() if k not in names}
-    return decides
+def but_for_rounding(content: Any) -> Any:
+    """JSON values without the settings, however deep, by which results differ in rounding alone."""
+    if isinstance(content, Mapping):
+        kept = {name: one for name, one in content.items() if name not in _ONLY_ROUNDING}
+        return {name: but_for_rounding(one) for name, one in kept.items()}
+    return [but_for_rounding(one) for one in content] if isinstance(content, list) else content
+
+
+def unfinished_bytes(out: Path) -> int:
+    """What lies on the disk of unfinished work on `out`."""
+    return leftover_bytes(out) + size_of(_work_folder(out))
 
 
 def _short(value: Any) -> str:

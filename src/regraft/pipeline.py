@@ -10,7 +10,7 @@ from regraft.costs import Ledger, Metered
 from regraft.errors import RegraftError
 from regraft.files import digest, discard_leftover, require_empty, write_text
 from regraft.folder import RunFolder
-from regraft.keys import ONLY_ROUNDING, difference
+from regraft.keys import but_for_rounding, difference
 from regraft.models.load import Source, open_source, pick_device
 from regraft.preflight import check, scores_needed, seen_before_in
 from regraft.recipe import (
@@ -286,11 +286,7 @@ def _fixed(recipe: Recipe) -> dict[str, Any]:
 
     Not its tests, which are of finished models, nor what changes rounding alone.
     """
-    content = recipe.model_dump(mode="json", exclude={"against"})
-    for name in ONLY_ROUNDING["compute"]:
-        del content["compute"][name]
-    for name in ONLY_ROUNDING["settings"]:
-        del content["heads"][name]
+    content: dict[str, Any] = but_for_rounding(recipe.model_dump(mode="json", exclude={"against"}))
     return content
 
 

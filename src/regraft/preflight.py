@@ -18,9 +18,10 @@ from regraft.checks import (
     seen_before,
 )
 from regraft.data.example import Reading
-from regraft.files import leftover_bytes, require_space
+from regraft.files import require_space
 from regraft.folder import RunFolder
 from regraft.importance.score import Method
+from regraft.keys import unfinished_bytes
 from regraft.models.load import Source, open_source, pick_device, require_split
 from regraft.recipe import Recipe
 from regraft.reporting import model_folder
@@ -103,25 +104,29 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
         check_direction_layer(dense, defence)
         if defence.searches:
             read_validation(dense, defence)
-    checkpoints = [
-        place.realigned(pruning.name, variant.name)
-        for pruning in recipe.prune
-        for variant in recipe.variants_of(pruning)
-        if recipe.on_disk(variant)
-    ]
     if recipe.pruned is None:
         for pruning in recipe.prune:
             check_pattern(dense, pruning)
-            checkpoints.append(place.pruned(pruning.name))
-    missing = [folder for folder in checkpoints if not folder.exists()]
-    there = sum(leftover_bytes(folder) for folder in missing)
-    spilled = [
-        stages.spilled_bytes(dense, pruning)
-        for pruning in recipe.prune
-        if place.pruned(pruning.name) in missing
-    ]
-    needed = len(missing) * dense.checkpoint.bytes + max(spilled, default=0)
-    require_space(place.path, needed - there)
+    require_space(place.path, bytes_needed(recipe, dense, place.path)[1])
+
+
+def bytes_needed(recipe: Recipe, dense: Source, folder: Path) -> tuple[int, int]:
+    """Of checkpoints not yet written, and with what pruning keeps meanwhile the most at once."""
+    place = RunFolder(folder, several=len(recipe.prune) > 1)
+    most = kept = unfinished = 0
+    for pruning in recipe.prune:
+        pruned = place.pruned(pruning.name)
+        if recipe.pruned is None and not pruned.exists():
+            kept += dense.checkpoint.bytes
+            most = max(most, kept + stages.spilled_bytes(dense, pruning))
+            unfinished += unfinished_bytes(pruned)
+        for variant in recipe.variants_of(pruning):
+            realigned = place.realigned(pruning.name, variant.name)
+            if recipe.on_disk(variant) and not realigned.exists():
+                kept += dense.checkpoint.bytes
+                unfinished += unfinished_bytes(realigned)
+        most = max(most, kept)
+    return kept - unfinished, most - unfinished
 
 
 def _by_gradients(recipe: Recipe) -> Iterator[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from regraft import pipeline, ranks, stages
 from regraft.comparing import compare
 from regraft.errors import RegraftError
-from regraft.files import atomic_folder
+from regraft.files import atomic_folder, require_space
 from regraft.folder import RunFolder, seed_folder
+from regraft.preflight import bytes_needed
 from regraft.recipe import Recipe, read_recipe
 from regraft.report.compare import Study
 from regraft.watch import Silent, Watch
@@ -32,8 +33,12 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Study:
     watch = watch or Silent()
     runs = {seed_folder(folder, seed): recipe.for_seed(seed) for seed in recipe.seeds}
     session = stages.Session()
-    for place, one in runs.items():
-        pipeline.check(one, place, session)
+    needed = [
+        bytes_needed(one, pipeline.check(one, place, session)[0], place)
+        for place, one in runs.items()
+    ]
+    kept = sum(one for one, _ in needed)
+    require_space(folder, kept + max(most - own for own, most in needed))
     pipeline.claim(folder, recipe)
     for place, one in runs.items():
         watch.note(f"Calibration seed {one.calibration.seed}")

@@ -15,10 +15,11 @@ _EXACT = 8  # models up to which p is exact: 40,320 orders
 
 @dataclass(frozen=True)
 class ModelPoint:
-    """A pruned model: the Ships of all heads of its dense `model` together, and what pruning did.
+    """A pruned model: the Ships of all heads of its dense model together, and what pruning did.
 
-    `ships` in radians; `degradation` is ASR pruned less ASR dense, in [-1, 1]. Of `heads` that were
-    scored, the Ships of `estimated` are estimates.
+    `model`, the fingerprint of its checkpoint, tells dense models apart. `ships` in radians;
+    `degradation` is ASR pruned less ASR dense, in [-1, 1]. Of `heads` that were scored, the Ships
+    of `estimated` are estimates.
     """
 
     name: str

@@ -128,7 +128,7 @@ def _points(folder: Path) -> list[ModelPoint]:
     scored = ~scores.ships.isnan()
     total, heads = float(scores.ships[scored].sum()), int(scored.sum())
     estimated = 0 if scores.exact is None else int((scored & ~scores.exact).sum())
-    before = report.dense.result.asr
+    before, model = report.dense.result.asr, dense.checkpoint.fingerprint
     found = []
     for group in report.groups:
         after = group[0].result.asr
@@ -136,7 +136,7 @@ def _points(folder: Path) -> list[ModelPoint]:
             raise RegraftError(f"{folder} was evaluated on no harmful prompts: it has no ASR.")
         name = f"{report.model} {group[0].label}" if len(report.groups) > 1 else report.model
         change = after.value - before.value
-        found.append(ModelPoint(name, report.model, total, change, heads, estimated))
+        found.append(ModelPoint(name, model, total, change, heads, estimated))
     return found
 
 

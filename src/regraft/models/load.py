@@ -18,6 +18,7 @@ from torch import nn
 from regraft import ranks
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
+from regraft.files import read_json
 from regraft.models.anatomy import Anatomy, read_anatomy
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.placement import PlacedModel
@@ -68,6 +69,14 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source
         where = "" if str(checkpoint.folder) in str(error) else f"{checkpoint.folder}: "
         raise RegraftError(f"{where}{error}") from error
     return Source(checkpoint, anatomy, trust_remote_code)
+
+
+def stored_dtype(source: Source) -> str:
+    """The checkpoint's own, by its config as for transformers, or else its weights: "bfloat16"."""
+    config = read_json(source.folder / "config.json")
+    weight = source.checkpoint.record(next(source.anatomy.linears).tensor)
+    named = config.get("dtype") or config.get("torch_dtype") or str(weight.torch_dtype)
+    return str(named).removeprefix("torch.")
 
 
 def load_model(

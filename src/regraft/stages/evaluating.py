@@ -39,7 +39,7 @@ from regraft.evaluation.summary import (
 )
 from regraft.files import atomic_folder, file_digest, read_json, write_json
 from regraft.keys import describe, is_done, working
-from regraft.models.load import Source, has_processor, load_processor
+from regraft.models.load import Source, has_processor, load_processor, stored_dtype
 from regraft.restoration.apply import (
     patched,
     zeros_filled,
@@ -213,7 +213,7 @@ def _by_vllm(
         engine = Engine(
             model.folder,
             processor,
-            dtype=_dtype(model) if compute.dtype == "auto" else compute.dtype,
+            dtype=stored_dtype(model) if compute.dtype == "auto" else compute.dtype,
             tensor_parallel=settings.tensor_parallel,
             max_length=settings.max_length,
             sees=model.anatomy.has_vision,
@@ -225,14 +225,6 @@ def _by_vllm(
             return engine.answers(prompts, settings.max_new_tokens, work, done)
     finally:
         engine.close()
-
-
-def _dtype(model: Source) -> str:
-    """The checkpoint's own, by its config as for transformers, or else its weights."""
-    config = read_json(model.folder / "config.json")
-    weight = model.checkpoint.record(next(model.anatomy.linears).tensor)
-    named = config.get("dtype") or config.get("torch_dtype") or str(weight.torch_dtype)
-    return str(named).removeprefix("torch.")
 
 
 def _nlls(

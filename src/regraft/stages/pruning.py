@@ -9,8 +9,8 @@ from regraft import ranks
 from regraft.checks import check_pattern, check_shares, told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
-from regraft.files import require_space, size_of
-from regraft.keys import describe, is_done, to_json, working
+from regraft.files import require_space
+from regraft.keys import describe, is_done, to_json, unfinished_bytes, working
 from regraft.models.checkpoint import check_target, open_checkpoint, write_edited
 from regraft.models.load import Source
 from regraft.models.walk import Walk
@@ -60,7 +60,7 @@ def prune(
         with working(out, about) as work:
             if needs_data:
                 results = LayerResults(work)
-                _calibrate(dense, settings, compute, data, results, watch)
+                _calibrate(dense, out, settings, compute, data, results, watch)
                 edits = results.edits(dense.anatomy)
             else:
                 edits = magnitude_edits(patterns)
@@ -87,6 +87,7 @@ def spilled_bytes(dense: Source, settings: PruneSettings) -> int:
 
 def _calibrate(
     dense: Source,
+    out: Path,
     settings: PruneSettings,
     compute: ComputeSettings,
     data: Mapping[str, Reading],
@@ -102,7 +103,7 @@ def _calibrate(
     needed = dense.checkpoint.bytes + spilled_bytes(dense, settings)
     if settings.method == "snip":
         needed += hidden_state_bytes(dense, model, calibrating)
-    require_space(results.folder, needed - size_of(results.folder))
+    require_space(out, needed - unfinished_bytes(out))
     passes = 2 if settings.method == "snip" else 1
     samples = sum(len(batch.ids) for batch in calibrating)
     total = passes * samples * len(dense.anatomy.layers)
