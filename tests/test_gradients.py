@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import math
 from collections import Counter
 from dataclasses import replace
@@ -13,6 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 
 import truth
 from regraft.data.collate import batches, response_batch
+from regraft.errors import PassingError
+from regraft.importance import gradients
 from regraft.importance.gradients import (
     SampleGradients,
     layer_gradients,
@@ -178,6 +181,26 @@ def test_only_wanted_linears_are_taken(pico_dir, tmp_path):
     )
     found = [(layer.index, list(part)) for layer, part in layers]
     assert found == [(i, [f"layers.{i}.self_attn.v_proj"]) for i in (3, 2, 1, 0)]
+
+
+def test_layer_inputs_go_where_the_disk_is_full(pico_dir, tmp_path, monkeypatch):
+    """The next try makes them anew, and may need their room."""
+    opened = truth.opened(pico_dir("llama"))
+    cut = [response_batch(opened.processor, truth.examples("llama", tmp_path, 2))]
+    scratch, real = tmp_path / "states", gradients.save_file
+
+    def fills_up(tensors, path):
+        if any(scratch.iterdir()):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(gradients, "save_file", fills_up)
+    layers = layer_gradients(
+        truth.walk(opened.model, cut), opened.anatomy, scratch, lambda _: True, lambda _: None
+    )
+    with pytest.raises(PassingError, match="disk is full"):
+        next(layers)
+    assert not scratch.exists()
 
 
 def test_squares_are_of_each_token():

@@ -28,6 +28,7 @@ from regraft.files import read_json
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.recipe import Recipe
+from regraft.report.curve_figure import CURVES_CAPTION
 from regraft.restoration.patch import load_patch
 from regraft.settings import (
     CalibrationSettings,
@@ -533,6 +534,11 @@ def test_a_run_that_searches(tmp_path: Path) -> None:
     never = json.loads((run / "curves" / "never.json").read_text())
     assert never["chosen"] is None
     assert variants["never"].restored == 0
+    assert variants["gain"].curve == read_curve(run / "curves" / "gain.json")
+    assert variants["random"].curve is None
+    assert CURVES_CAPTION in (run / "report" / "report.html").read_text()
+    told = json.loads((run / "report" / "report.json").read_text())["variants"]
+    assert [one["curve"] and one["curve"]["chosen"] for one in told][2] == chosen
     assert variants["never"].result == variants["pruned"].result
     assert shards(run / "pruned") == {}, "the existing pruned model is copied"
     assert variants["random"].restored == 30

@@ -7,6 +7,7 @@ dL/dW = dY^T X.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
@@ -148,9 +149,13 @@ def _backward(
 ) -> Iterator[LayerAnatomy]:
     """All batches backward through one layer after the other, the last first; yields each."""
     require_gradients(walk.model.dtype)
-    with disk_errors(scratch):
-        scratch.mkdir(parents=True, exist_ok=True)
-        _forward(walk, anatomy, scratch, progress)
+    try:
+        with disk_errors(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
+            _forward(walk, anatomy, scratch, progress)
+    except RegraftError:  # of no use to the next try, which may need the room
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
     gradients = _loss_gradients(walk, loss)
     for layer in reversed(anatomy.layers):
         modules = dict(walk.model.network.named_modules())

@@ -23,8 +23,14 @@ from regraft.models.replay import TextInputs, replay, text_inputs
 class Walk:
     """Batches on their way: `states[i]` `[B, S, d]` is what enters the layer reached by batch i."""
 
-    def __init__(self, model: PlacedModel, batches: Sequence[Batch]) -> None:
-        """Run vision tower and embeddings; see `rewind` for going all the way again."""
+    def __init__(self, model: PlacedModel, batches: Sequence[Batch], *, again: bool = True) -> None:
+        """Run vision tower and embeddings.
+
+        Args:
+            model: Resident or streamed.
+            batches: On any device.
+            again: Keep the embeddings for `rewind`, as many bytes as the states have.
+        """
         self.model = model
         self.batches = batches
         self.layers = len(decoder_layers(model.network))
@@ -42,10 +48,11 @@ class Walk:
                     kwargs["input_ids"] = None
                 self._texts.append(TextInputs(moved(kwargs, self._home), text.batch))
                 self.states.append(embedded.to(self._home))
-        self._embedded = list(self.states)
+        self._embedded = list(self.states) if again else None
 
     def rewind(self) -> None:
         """Back to before the first layer, whatever became of the decoder's weights meanwhile."""
+        assert self._embedded is not None, "this walk goes one way"
         self.states = list(self._embedded)
 
     def on(self, model: PlacedModel) -> Walk:

@@ -90,11 +90,9 @@ def _gather(
     own = sum(len(batch.ids) for batches in shares.values() for batch in batches)
     total = passes * own * len(dense.anatomy.layers)
     with watch.task("Gathering statistics", total, "samples x layers") as done:
-        return {
-            kind: ImportanceStatistics(
-                method,
-                gather(Walk(model, batches), dense.anatomy, method, work / kind, done, watch.note),
-                len(readings[kind].examples),
-            )
-            for kind, batches in shares.items()
-        }
+        found = {}
+        for kind, batches in shares.items():
+            walk = Walk(model, batches, again=False)
+            values = gather(walk, dense.anatomy, method, work / kind, done, watch.note)
+            found[kind] = ImportanceStatistics(method, values, len(readings[kind].examples))
+        return found

@@ -110,7 +110,7 @@ def _calibrate(
     with watch.task("Pruning, layer by layer", total, "samples x layers") as done:
         prune_layers(
             settings.pruner(),
-            Walk(model, calibrating),
+            Walk(model, calibrating, again=False),
             dense.anatomy,
             dense.checkpoint,
             settings.patterns(dense.anatomy.linears),
