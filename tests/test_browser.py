@@ -14,7 +14,7 @@ import yaml
 
 from regraft.report.all_answers import answer_data
 from regraft.report.model import Report, comparisons
-from regraft.report.write import render_card, render_html, render_markdown
+from regraft.report.write import card_variant, render_card, render_html, render_markdown
 from test_report import ATTACK, REPORT
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
@@ -192,7 +192,7 @@ def test_the_card_has_metadata_that_the_hub_reads() -> None:
     card = render_card(REPORT, comparisons(REPORT))
     _, front, text = card.split("---\n", 2)
     metadata = yaml.safe_load(front)
-    assert metadata["base_model"] == "pico <model>"
+    assert "base_model" not in metadata, "a folder's name is nobody's id on the hub"
     (result,) = metadata["model-index"][0]["results"]
     assert {one["type"]: one["value"] for one in result["metrics"]} == {
         "asr": 25.0,
@@ -209,3 +209,33 @@ def test_the_card_of_models_that_nothing_was_restored_in() -> None:
     card = render_card(alone, comparisons(alone))
     assert "## Use" not in card
     assert "| the pruned model | 60 % | – |" in card
+    *both, realigned = REPORT.variants[:3]
+    defended = replace(realigned, restored=0, inference_time=True)
+    with_defence = replace(REPORT, variants=(*both, defended))
+    assert card_variant(with_defence) == both[1], "the weights are the pruned model's"
+
+
+@pytest.mark.parametrize(
+    ("model", "base"),
+    [
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        ("Qwen/Q@refs/pr/1", "Qwen/Q"),
+        ("./x", None),
+        ("/a/b/llava 1.5", None),
+        ("demo", None),
+    ],
+)
+def test_the_base_model_of_a_card(model: str, base: str | None) -> None:
+    named = replace(REPORT, model=model)
+    front = render_card(named, comparisons(named)).split("---\n", 2)[1]
+    assert yaml.safe_load(front).get("base_model") == base
+
+
+def test_a_card_says_that_its_model_was_chosen() -> None:
+    first = REPORT.variants[2]
+    other = replace(REPORT.variants[1], name="pruned-2", label="another")
+    more = replace(first, name="pruned-2/x", label="more", base="pruned-2")
+    two = replace(REPORT, variants=(*REPORT.variants[:3], other, more))
+    told = "the one with the lowest ASR of the 2 realigned here"
+    assert told in render_card(two, comparisons(two))
+    assert "the lowest ASR" not in render_card(REPORT, comparisons(REPORT))

@@ -239,6 +239,7 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("prune: {name: dense}", ["prune.name", "not 'dense'"]),
         ("prune: [{name: a/b}, {}]", ["prune.0.name", "'a/b'"]),
         ("prune: {name: hsr}", ["`prune` and one of `realign` are both called 'hsr'"]),
+        ("prune: [{name: a}, {name: hsr}]", ["`prune` and one of `realign`", "called 'hsr'"]),
         ("pruned: x\nprune: [{n_m: 2:4}, {}]", ["`pruned` names", "`prune` has 2 prunings"]),
         ("prune: {sparsity: abc, scope: head}", ["prune.sparsity", "prune.scope", "'head'"]),
         ("realign: [{name: a}, {name: a}]", ["names of `realign` must differ", "'a'"]),

@@ -422,6 +422,11 @@ def test_the_verdict_warns_of_a_model_that_refuses_everything() -> None:
     refuser = variant("refuser", 0, 20, base="pruned", restored=9, pruned=10)
     report = Report("t", "m", (DENSE, PRUNED, refuser))
     assert "refusing more of everything" in verdict(report, comparisons(report))[-1]
+    riskier = variant("riskier", 30, 20, base="pruned", restored=9, pruned=10)
+    report = Report("t", "m", (DENSE, PRUNED, riskier))
+    said = verdict(report, comparisons(report))[-1]
+    assert "worse than pruned" in said
+    assert "lower ASR" not in said, "it rose"
 
 
 def test_the_verdict_says_when_rsr_is_undefined() -> None:

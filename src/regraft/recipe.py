@@ -289,8 +289,8 @@ class Recipe(Settings):
             raise ValueError(f"`against` names {odd[0]!r}; expected some of {', '.join(names)}")
         if len(set(names)) < len(names):
             raise ValueError(f"the names of {both} must differ, not {names}")
-        if len(self.prune) == 1 and self.prune[0].name in names:
-            raise ValueError(f"`prune` and one of {both} are both called {self.prune[0].name!r}")
+        if clash := [one.name for one in self.prune if one.name in names]:
+            raise ValueError(f"`prune` and one of {both} are both called {clash[0]!r}")
         most = max((one.top_heads for one in self.realign if one.by_heads), default=0)
         known = {one.name for one in self.prune}
         prunings_of = {one.name: one.prunings for one in self.realign}

@@ -305,7 +305,9 @@ def _side_effects(pruned: Variant, variant: Variant, comparison: Comparison) -> 
     )
     outcome = tested(comparison.refusals_verdict, comparison.refusals)
     text = f"Over-refusal {change}, {outcome}."
-    if comparison.refusals_verdict == "worse than pruned":
+    attacked, left = measured(pruned.result.asr), measured(variant.result.asr)
+    lower = attacked is not None and left is not None and left.value < attacked.value
+    if lower and comparison.refusals_verdict == "worse than pruned":
         text += " Part of the lower ASR may come from refusing more of everything."
     used, kept = measured(pruned.result.utility), measured(variant.result.utility)
     if used and kept:

@@ -108,7 +108,7 @@ def render_card(report: Report, compared: Sequence[Comparison]) -> str:
     context = _context(report, compared)
     metadata = {
         "library_name": "transformers",
-        "base_model": _public(report.model),
+        **({"base_model": base} if (base := _hub_id(report.model)) else {}),
         "tags": ["regraft", "pruning", "safety", "sparse"],
         "model-index": [{"name": report.title, "results": _card_results(report)}],
     }
@@ -121,6 +121,7 @@ def render_card(report: Report, compared: Sequence[Comparison]) -> str:
             metadata=front,
             base=_public(report.model),
             of=card_variant(report),
+            among=sum(role == "realigned" for role in report.roles),
             suites_shown=_public_suites(report.dense.result.suite),
         )
     )
@@ -136,13 +137,18 @@ def card_variant(report: Report) -> Variant:
 
     others = zip(report.variants, report.roles, strict=True)
     realigned = [v for v, role in others if role == "realigned" and not v.inference_time]
-    return min(realigned, key=attacked) if realigned else shown_variants(report)[-1]
+    return min(realigned, key=attacked) if realigned else (shown_group(report) or [report.dense])[0]
 
 
 def _public(model: str) -> str:
     """A hub id as it is, a folder by its name: paths of a machine mean nothing elsewhere."""
-    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", model) is not None
-    return model if is_id else Path(model).name
+    return model if _hub_id(model) else Path(model).name
+
+
+def _hub_id(model: str) -> str | None:
+    """Of a model from the hub its id without a revision, as the hub takes it; None of a folder."""
+    found = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?", model)
+    return found[1] if found and not Path(model).exists() else None
 
 
 def _public_suites(suites: str) -> str:

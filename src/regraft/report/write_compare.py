@@ -97,7 +97,8 @@ def notes(study: Study) -> tuple[str, ...]:
             if several or any(row.repeats > 1 for row in rows)
             else ""
         )
-        + ", Agresti and Min's of points of over-refusal, by bootstrap of the others.",
+        + ", Agresti and Min's of points of over-refusal, MOVER's of utility that is a mean over "
+        "suites, by bootstrap of the others.",
         "RSR: the share of the rise in ASR that was undone"
         + ("; in parentheses that of each seed alone." if several else "."),
         "p: exact permutation test of attack success clustered by prompt (McNemar's where there is "

@@ -228,7 +228,11 @@ def _write_new(
 def _write_in_place(
     operation: Operation, folder: Path, patch_files: Sequence[Path], watch: Watch | None
 ) -> bool:
-    watch = watch or Silent()
+    """Process 0 alone writes."""
+    return ranks.decided(lambda: _change(operation, folder, patch_files, watch or Silent()))
+
+
+def _change(operation: Operation, folder: Path, patch_files: Sequence[Path], watch: Watch) -> bool:
     checkpoint = open_checkpoint(folder, unfinished=True)
     with owned(checkpoint):
         journal = read_journal(folder)

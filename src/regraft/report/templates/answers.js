@@ -16,7 +16,7 @@
   };
   // answer: [text, what it does, reason]
   const request = (row) => (row.request === undefined ? "" : texts[row.request]);
-  const does = (row, i) => (row.answers[i] ? row.answers[i][1] : "");
+  const does = (row, i) => (row.answers[i] ? row.answers[i][1][0] : ""); // ■, □ or ▨
   const wanted = {
     every: () => true,
     pruning: (row) => does(row, 0) !== does(row, 1),
@@ -46,7 +46,7 @@
     const marks = element("span", "", "marks");
     const columns = element("div", "", "columns");
     row.answers.forEach(([text, mark, reason], i) => {
-      const kind = mark.startsWith("■") ? "refused" : "complied";
+      const kind = { "■": "refused", "□": "complied" }[mark[0]] || "nothing";
       const short = element("span", `${models[i]}: `);
       short.append(element("span", mark, `mark ${kind}`));
       marks.append(short);
