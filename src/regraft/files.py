@@ -273,9 +273,9 @@ def in_threads(
             for future in as_completed(futures):
                 future.result()
         except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # before others are let go on
             if stop is not None:
                 stop.set()
-            pool.shutdown(cancel_futures=True)
             raise
         return [future.result() for future in futures]
 
