@@ -123,13 +123,17 @@ def holds(
     elif not marker.exists():
         return False
     found = (read_about or (lambda: read_json(marker)))()
-    there, wanted = (but_for_rounding(_identity(one)) for one in (found, about))
-    if there == wanted:
-        return True
-    raise RegraftError(
-        f"{out} exists and was made with something else ({difference(there, wanted)}). "
-        "Choose another output or remove it."
-    )
+    require_same(out, *(but_for_rounding(_identity(one)) for one in (found, about)))
+    return True
+
+
+def require_same(out: Path, there: Any, wanted: Any) -> None:
+    """Raise unless what `out` was made with is what is wanted."""
+    if there != wanted:
+        raise RegraftError(
+            f"{out} exists and was made with something else ({difference(there, wanted)}). "
+            "Choose another output or remove it."
+        )
 
 
 def difference(found: Any, wanted: Any, where: str = "") -> str:

@@ -21,6 +21,7 @@ from regraft.evaluation.greedy import answer
 from regraft.models.load import placed
 
 _DEFAULT_TOKENS = 128
+_UNASKED = "\n\n"  # what lmms-eval fills in where a task names no stop; its own models ignore it
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,6 @@ def _request(harness: Any, arguments: tuple[Any, ...]) -> Request:
         )
     images = tuple(one.convert("RGB") for one in found)
     return Request(text.replace("<image>", "").strip(), images, *_limits(settings))
-
-
-_UNASKED = "\n\n"  # what lmms-eval fills in where a task names no stop; its own models ignore it
 
 
 def _limits(settings: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:

@@ -195,9 +195,6 @@ def cache_argument(module: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
-_FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors names them
-
-
 def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
     """Describe a model (weights may be on the meta device) and find its weights on disk.
 
@@ -216,12 +213,7 @@ def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
     ]
     prefix = disk_prefix(checkpoint, shapes)
     for index, name, _ in shapes:
-        record = checkpoint.record(f"{prefix}layers.{index}.{name}.weight")
-        if record.dtype not in _FLOATS:
-            raise RegraftError(
-                f"{checkpoint.folder}: {record.name} is stored as {record.dtype}: it is quantised. "
-                f"Give a checkpoint whose weights are {', '.join(_FLOATS)}."
-            )
+        _require_float(checkpoint, f"{prefix}layers.{index}.{name}.weight")
     described = []
     for index, layer in enumerate(layers):
         _require_plain_weights(index, layer)
@@ -311,6 +303,18 @@ def disk_prefix(checkpoint: Checkpoint, shapes: list[tuple[int, str, tuple[int, 
         f"{list(wanted[name])}, the file has {list(stored) if stored else 'none'}. "
         "Weights and config belong to different models, or the weights are quantised or fused."
     )
+
+
+_FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors names them
+
+
+def _require_float(checkpoint: Checkpoint, tensor: str) -> None:
+    dtype = checkpoint.record(tensor).dtype
+    if dtype not in _FLOATS:
+        raise RegraftError(
+            f"{checkpoint.folder}: {tensor} is stored as {dtype}: it is quantised. Give a "
+            f"checkpoint whose weights are {', '.join(_FLOATS)}."
+        )
 
 
 def _require_heads(index: int, attention: nn.Module, head_dim: int) -> tuple[int, int]:

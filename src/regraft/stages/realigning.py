@@ -15,7 +15,7 @@ from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.heads.score import HeadScores, load_heads
 from regraft.importance.statistics import ImportanceStatistics, load_statistics
-from regraft.keys import describe, difference, is_done, working
+from regraft.keys import describe, difference, is_done, require_same, working
 from regraft.models.load import Source, pick_device
 from regraft.restoration.groups import Grouping, violated_groups
 from regraft.restoration.patch import Patch, load_patch, save_patch
@@ -111,11 +111,7 @@ def check_made_by(out: Path, dense: Source, pruned: Source, settings: RealignSet
         "inputs": {**there["inputs"], **inputs},
         "settings": settings.selection().model_dump(mode="json"),
     }
-    if there != wanted:
-        raise RegraftError(
-            f"{out} exists and was made with something else ({difference(there, wanted)}). "
-            "Choose another output or remove it."
-        )
+    require_same(out, there, wanted)
 
 
 def _of_ranking(
