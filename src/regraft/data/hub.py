@@ -11,6 +11,10 @@ PREFIX = "hf:"
 _ADDRESS = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<inner>.+))?")
 
 
+MODEL_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?")
+"""ORG/NAME of a model, with or without @REVISION."""
+
+
 def is_on_hub(path: Path) -> bool:
     """Whether a path is the address of a data set on the hub."""
     return path.as_posix().startswith(PREFIX)

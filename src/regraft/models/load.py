@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import nn
 
 from regraft import ranks
 from regraft.data.collate import Batch
+from regraft.data.hub import MODEL_ID
 from regraft.errors import RegraftError
 from regraft.files import read_json
 from regraft.models.anatomy import Anatomy, read_anatomy
@@ -25,7 +25,6 @@ from regraft.models.placement import PlacedModel
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Placement = Literal["resident", "streamed"]
-_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?"
 _NOT_FROM_HUB = ["original/*", "consolidated*"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 
@@ -240,7 +239,7 @@ def _resolve(model: str | Path) -> Path:
     folder = Path(model)
     if folder.exists():
         return folder
-    if isinstance(model, Path) or not re.fullmatch(_HUB_ID, str(model)):
+    if isinstance(model, Path) or not MODEL_ID.fullmatch(str(model)):
         raise RegraftError(
             f"The model folder {model} does not exist. Give a folder that holds config.json and "
             "safetensors, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct."

@@ -16,6 +16,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from regraft.data.hub import MODEL_ID
 from regraft.evaluation.curves import curve_to_json
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.summary import result_to_json
@@ -147,7 +148,7 @@ def _public(model: str) -> str:
 
 def _hub_id(model: str) -> str | None:
     """Of a model from the hub its id without a revision, as the hub takes it; None of a folder."""
-    found = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?", model)
+    found = MODEL_ID.fullmatch(model)
     return found[1] if found and not Path(model).exists() else None
 
 
