@@ -106,7 +106,7 @@ def test_scores_rank_differently(scored: Callable[[str], Path], tmp_path: Path) 
     for method in (*PRUNERS, "magnitude"):
         settings = RealignSettings(score=method, top_heads=8, q=0.9)
         file = None
-        if stages.needs_statistics(settings):
+        if settings.needs_statistics:
             file = tmp_path / f"statistics-{method}"
             stages.statistics(dense, file, calibration, COMPUTE, StatisticsSettings(score=method))
         patch = stages.realign(

@@ -16,7 +16,6 @@ from rich.text import Text
 
 import regraft
 from regraft import ranks
-from regraft.checks import check_gradients, check_top_heads
 from regraft.console import (
     ConsoleWatch,
     show_agreement,
@@ -43,7 +42,6 @@ from regraft.pruning.pruner import zeros
 from regraft.recipe import Recipe, read_recipe, write_recipe
 from regraft.restoration.apply import Operation
 from regraft.restoration.patch import Patch
-from regraft.restoration.realign import check_pair
 from regraft.settings import (
     CalibrationSettings,
     ComputeSettings,
@@ -253,74 +251,40 @@ def realign(
     from regraft import stages
 
     with _watch() as watch:
+        _check_search_flags(search, settings, choice)
         dense_source = _open(dense, compute.trust_remote_code)
-        pruned_source = _open(pruned, compute.trust_remote_code)
-        check_pair(dense_source, pruned_source)
-        check_top_heads(dense_source, settings)
-        if search and not settings.ranked:
-            raise RegraftError("--search chooses a number of weights: give a --budget too.")
-        if search:
-            choice = with_validation(choice, dense_source.folder, calibration)
-            stages.check_search(dense_source, choice, compute, stages.Session())
-        elif choice != SearchSettings():
-            raise RegraftError("Bounds, targets and points are those of a search: add --search.")
-        elif settings.pushes:
-            raise RegraftError("Only a search can hold --pushes to bounds: add --search.")
-        if settings.pushes and choice.most is not None:
-            raise RegraftError("--most cuts off the pushes, which come last: lower --budget.")
-        if out.exists():
-            stages.check_made_by(out, dense_source, pruned_source, settings)
-        asks_snip = settings.score == "snip" and stages.needs_statistics(settings)
-        if settings.method == "gain" or (asks_snip and statistics_file is None):
-            check_gradients(dense_source, compute, f"Realigning by {settings.method}")
-        if settings.by_heads and heads_file is None:
-            heads_file = out.with_suffix(".heads.safetensors")
-            stages.heads(dense_source, heads_file, scoring, calibration, compute, watch)
-        if stages.needs_statistics(settings) and statistics_file is None:
-            statistics_file = out.with_suffix(".statistics.safetensors")
-            wanted = StatisticsSettings(score=settings.score)
-            stages.statistics(dense_source, statistics_file, calibration, compute, wanted, watch)
-        files = (heads_file, statistics_file)
-        ranking, count = None, None
-        if settings.ranked:
-            ranking = out.with_suffix(".ranking.safetensors")
-            stages.rank(
-                dense_source,
-                pruned_source,
-                ranking,
-                settings,
-                calibration,
-                *files,
-                compute,
-                watch,
-            )
-            if search:
-                curve = out.with_suffix(".curve.json")
-                count = stages.search(
-                    dense_source,
-                    pruned_source,
-                    ranking,
-                    curve,
-                    choice,
-                    settings,
-                    EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
-                    compute,
-                    watch,
-                )
-                show_search(watch.console, stages.read_curve(curve))
-                watch.note(f"All points: {curve}")
-        patch = stages.realign(
+        found = with_validation(choice, dense_source.folder, calibration) if search else None
+        patch = stages.restore(
             dense_source,
-            pruned_source,
+            _open(pruned, compute.trust_remote_code),
             out,
             settings,
-            *files,
+            calibration,
             compute,
             watch,
-            ranking_file=ranking,
-            count=count,
+            heads_file=heads_file,
+            statistics_file=statistics_file,
+            scoring=scoring,
+            choice=found,
+            evaluation=EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
         )
+        if search:
+            curve = stages.curve_beside(out)
+            show_search(watch.console, stages.read_curve(curve))
+            watch.note(f"All points: {curve}")
         _tell_patch(watch, out, patch)
+
+
+def _check_search_flags(search: bool, settings: RealignSettings, choice: SearchSettings) -> None:
+    """What a recipe says by the place of a setting, flags must say together."""
+    if search and not settings.ranked:
+        raise RegraftError("--search chooses a number of weights: give a --budget too.")
+    if not search and choice != SearchSettings():
+        raise RegraftError("Bounds, targets and points are those of a search: add --search.")
+    if not search and settings.pushes:
+        raise RegraftError("Only a search can hold --pushes to bounds: add --search.")
+    if settings.pushes and choice.most is not None:
+        raise RegraftError("--most cuts off the pushes, which come last: lower --budget.")
 
 
 @app.command

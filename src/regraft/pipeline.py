@@ -167,7 +167,7 @@ class _Job:
         patch, method = place.patch(pruning, settings.name), settings.selection()
         files = (
             place.heads if settings.by_heads else None,
-            place.statistics(settings.score) if stages.needs_statistics(settings) else None,
+            place.statistics(settings.score) if settings.needs_statistics else None,
         )
         ranking, count = None, None
         if settings.ranked:

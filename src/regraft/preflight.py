@@ -54,7 +54,7 @@ def check(recipe: Recipe, folder: Path, session: stages.Session) -> tuple[Source
 
 def scores_needed(recipe: Recipe) -> list[Method]:
     """Every kind of importance for which something must be gathered first."""
-    scores = [one.score for one in recipe.realign if stages.needs_statistics(one)]
+    scores = [one.score for one in recipe.realign if one.needs_statistics]
     return list(dict.fromkeys(scores))
 
 
@@ -134,10 +134,8 @@ def _by_gradients(recipe: Recipe) -> Iterator[str]:
     if recipe.pruned is None:
         yield from (f"{one.name} (SNIP)" for one in recipe.prune if one.method == "snip")
     for one in recipe.realign:
-        if one.method == "gain":
-            yield f"{one.name} (gain)"
-        elif one.score == "snip" and stages.needs_statistics(one):
-            yield f"{one.name} (SNIP)"
+        if one.needs_gradients:
+            yield f"{one.name} ({'gain' if one.method == 'gain' else 'SNIP'})"
 
 
 def _kinds_drawn(recipe: Recipe) -> list[bool]:

@@ -400,6 +400,16 @@ class RealignSettings(Settings):
         asked = self.within == "heads" if self.method == "gain" else self.method.startswith("hsr")
         return asked and self.heads == "top"
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether weights are ranked by something that must be gathered from data first."""
+        return self.method in ("hsr", "set-difference") and self.score != "magnitude"
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether gradients are taken, for the ranking or for its statistics."""
+        return self.method == "gain" or (self.needs_statistics and self.score == "snip")
+
     def how_many(self, pruned: int) -> int:
         """How many of `pruned` weights come back at most."""
         if self.count is not None:

@@ -24,7 +24,8 @@ from regraft.stages.patching import (
 )
 from regraft.stages.pruning import prune, spilled_bytes
 from regraft.stages.ranking import rank
-from regraft.stages.realigning import check_made_by, needs_statistics, realign
+from regraft.stages.realigning import realign
+from regraft.stages.restoring import curve_beside, restore
 from regraft.stages.scoring import heads
 from regraft.stages.searching import check_search, search, suites_of
 from regraft.stages.session import Session
@@ -40,15 +41,14 @@ __all__ = [
     "apply_in_place",
     "calibration_data",
     "check_judge",
-    "check_made_by",
     "check_search",
+    "curve_beside",
     "defend",
     "evaluate",
     "harness",
     "heads",
     "judge",
     "judge_bench",
-    "needs_statistics",
     "own",
     "preview",
     "prune",
@@ -56,6 +56,7 @@ __all__ = [
     "read_curve",
     "read_evaluation",
     "realign",
+    "restore",
     "revert",
     "revert_in_place",
     "search",

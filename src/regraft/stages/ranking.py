@@ -39,7 +39,6 @@ from regraft.stages.realigning import (
     band_of,
     chosen_heads,
     importance_of,
-    needs_statistics,
     require_files,
     scores_of,
     taken,
@@ -84,7 +83,7 @@ def rank(
     scores = scores_of(dense, settings, heads_file)
     if scores is not None and heads_file is not None:
         inputs["heads"] = file_digest(heads_file)
-    if statistics_file is not None and needs_statistics(settings):
+    if statistics_file is not None and settings.needs_statistics:
         inputs["statistics"] = file_digest(statistics_file)
     readings: dict[str, Reading] = {}
     if settings.method == "gain":

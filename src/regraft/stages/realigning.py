@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import ranks
-from regraft.checks import (
-    check_top_heads,
-)
+from regraft.checks import check_top_heads
 from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.heads.score import HeadScores, load_heads
@@ -76,7 +74,7 @@ def realign(
     rule: Rule = whole_heads
     if settings.method == "hsr":
         safety, utility = importance_of(dense, settings, statistics_file)
-        if statistics_file is not None and needs_statistics(settings):
+        if statistics_file is not None and settings.needs_statistics:
             about["inputs"]["statistics"] = file_digest(statistics_file)
         rule = hsr(lambda kept: band_of(settings, kept), safety, utility)
     chosen = chosen_heads(dense, settings, scores)
@@ -168,7 +166,7 @@ def require_files(
     """Raise unless the files are there that the method ranks by."""
     if settings.by_heads and heads_file is None:
         raise RegraftError("Ranking heads needs their scores: run `regraft heads` first.")
-    if needs_statistics(settings) and statistics_file is None:
+    if settings.needs_statistics and statistics_file is None:
         raise RegraftError(
             f"{settings.method.upper()} by {settings.score} needs statistics: run `regraft "
             f"statistics --score {settings.score}` first."
@@ -197,11 +195,6 @@ def _with_violations(patch: Patch, pruned: Source, grouping: Grouping | None) ->
     return replace(patch, about={**patch.about, "violated_groups": count})
 
 
-def needs_statistics(settings: RealignSettings) -> bool:
-    """Whether weights are ranked by something that must be gathered from data first."""
-    return settings.method in ("hsr", "set-difference") and settings.score != "magnitude"
-
-
 def importance_of(
     dense: Source, settings: RealignSettings, statistics_file: Path | None
 ) -> tuple[ImportanceStatistics, ImportanceStatistics]:
@@ -210,7 +203,7 @@ def importance_of(
     Raises:
         RegraftError: the file is of another model or another score.
     """
-    if not needs_statistics(settings):
+    if not settings.needs_statistics:
         none = ImportanceStatistics("magnitude", {}, 0)
         return none, none
     assert statistics_file is not None

@@ -19,7 +19,7 @@ from regraft.settings import RealignSettings, StatisticsSettings
 from regraft.stages.gathering import statistics
 from regraft.stages.optimising import Task, Trials
 from regraft.stages.ranking import rank
-from regraft.stages.realigning import needs_statistics, realign
+from regraft.stages.realigning import realign
 from regraft.stages.scoring import heads
 from regraft.stages.searching import (
     bounds_by,
@@ -130,7 +130,7 @@ class Worker:
         """(head scores, statistics), where the method goes by them."""
         job, place = self.job, self.job.place
         scores, gathered = None, None
-        if needs_statistics(method):
+        if method.needs_statistics:
             gathered = place.statistics
             with self.trials.exclusive("statistics"), clock.of("statistics"):
                 if not gathered.exists():

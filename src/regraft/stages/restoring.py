@@ -1,0 +1,114 @@
+"""From two checkpoints to a patch: head scores, statistics, ranking and search beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from regraft.checks import check_gradients, check_top_heads
+from regraft.models.load import Source
+from regraft.restoration.patch import Patch
+from regraft.restoration.realign import check_pair
+from regraft.settings import (
+    CalibrationSettings,
+    ComputeSettings,
+    EvalSettings,
+    HeadSettings,
+    RealignSettings,
+    SearchSettings,
+    StatisticsSettings,
+)
+from regraft.stages.gathering import statistics
+from regraft.stages.ranking import rank
+from regraft.stages.realigning import check_made_by, realign
+from regraft.stages.scoring import heads
+from regraft.stages.searching import check_search, search
+from regraft.stages.session import Session
+from regraft.watch import Silent, Watch
+
+
+def restore(
+    dense: Source,
+    pruned: Source,
+    out: Path,
+    settings: RealignSettings,
+    calibration: CalibrationSettings,
+    compute: ComputeSettings,
+    watch: Watch | None = None,
+    *,
+    heads_file: Path | None = None,
+    statistics_file: Path | None = None,
+    scoring: HeadSettings | None = None,
+    choice: SearchSettings | None = None,
+    evaluation: EvalSettings | None = None,
+) -> Patch:
+    """All that a method needs, each an artifact beside `out`, and then the patch `out`.
+
+    Args:
+        dense: The dense checkpoint.
+        pruned: The same network pruned, by whomever.
+        out: The patch file.
+        settings: The method.
+        calibration: D^s and D^u.
+        compute: Device, dtype, batch size, placement.
+        watch: Progress.
+        heads_file: From `heads`, where that has been done.
+        statistics_file: From `statistics`, likewise.
+        scoring: Of heads, where they are scored here.
+        choice: Search how much of the ranking comes back; the curve lies at `curve_beside`.
+        evaluation: How validation prompts are answered and judged.
+
+    Raises:
+        RegraftError: bad input, all of which is looked for before any long work; see the stages.
+    """
+    watch, session = watch or Silent(), Session()
+    check_pair(dense, pruned)
+    check_top_heads(dense, settings)
+    if choice is not None:
+        check_search(dense, choice, compute, session)
+    if out.exists():
+        check_made_by(out, dense, pruned, settings)
+    gathers = settings.needs_statistics and statistics_file is None
+    if settings.method == "gain" or (gathers and settings.needs_gradients):
+        check_gradients(dense, compute, f"Realigning by {settings.method}")
+    if settings.by_heads and heads_file is None:
+        heads_file = out.with_suffix(".heads.safetensors")
+        heads(dense, heads_file, scoring or HeadSettings(), calibration, compute, watch)
+    if gathers:
+        statistics_file = out.with_suffix(".statistics.safetensors")
+        wanted = StatisticsSettings(score=settings.score)
+        statistics(dense, statistics_file, calibration, compute, wanted, watch)
+    files = (heads_file, statistics_file)
+    ranking, count = None, None
+    if settings.ranked:
+        ranking = out.with_suffix(".ranking.safetensors")
+        rank(dense, pruned, ranking, settings, calibration, *files, compute, watch)
+    if ranking is not None and choice is not None:
+        how = evaluation or EvalSettings()
+        count = search(
+            dense,
+            pruned,
+            ranking,
+            curve_beside(out),
+            choice,
+            settings,
+            how,
+            compute,
+            watch,
+            session,
+        )
+    return realign(
+        dense,
+        pruned,
+        out,
+        settings,
+        *files,
+        compute,
+        watch,
+        ranking_file=ranking,
+        count=count,
+    )
+
+
+def curve_beside(out: Path) -> Path:
+    """Where the search for the patch `out` leaves its validation results."""
+    return out.with_suffix(".curve.json")
