@@ -233,6 +233,80 @@ def test_random_controls_with_other_settings_stay_apart() -> None:
     assert {"random-1", "random-2"} <= rows_of(compare(runs)).keys()
 
 
+def test_rows_of_one_stem_keep_their_own_answers() -> None:
+    """Draws of two controls that share a stem, and a method that is called by it."""
+    shares: Shares = {
+        "dense": (0.15, 0.1),
+        "pruned": (0.45, 0.1),
+        "random": (0.80, 0.1),
+        "random-1": (0.45, 0.1),
+        "random-2": (0.45, 0.1),
+        "random-3": (0.20, 0.1),
+        "random-4": (0.20, 0.1),
+    }
+    one = run(0, shares)
+    settings = [dict(found) for found in one.report.recipe["realign"]]
+    for found in settings:
+        found |= {"budget": 50 if found["name"] in ("random-3", "random-4") else 5}
+        if found["name"] == "random":
+            found |= {"heads": "top"}
+    recipe = {**one.report.recipe, "realign": settings}
+    rows = rows_of(compare([Run(0, replace(one.report, recipe=recipe))]))
+    assert list(rows) == ["dense", "pruned", "random", "random-1", "random-3"]
+    found_rates = [row.asr.value for row in rows.values() if row.asr]
+    assert found_rates == pytest.approx([0.15, 0.45, 0.80, 0.45, 0.20], abs=0.01)
+
+
+def test_a_verdict_says_where_seeds_disagree() -> None:
+    """Better by far with one seed and a little worse with the other is not simply better."""
+    runs = [run(0, {**METHODS, "hsr": (0.2, 0.1)}), run(1, {**METHODS, "hsr": (0.47, 0.1)})]
+    test = rows_of(compare(runs))["hsr"].test
+    assert test is not None
+    assert test.verdict == "better, but not by every seed"
+    assert test.by_seed == pytest.approx((-0.25, 0.03), abs=0.01)
+    assert "verdict-better" in render_comparison_html(compare(runs))
+
+
+def silenced(variant: Variant) -> Variant:
+    """The same model with nothing but gibberish to say."""
+    mute = [
+        replace(one, answer="", refused=False, degenerate="empty") for one in variant.result.answers
+    ]
+    return replace(variant, result=summarise(variant.result.suite, JUDGE, mute))
+
+
+def test_models_that_say_nothing_are_shown_to() -> None:
+    one = run(0)
+    models = [silenced(v) if v.name == "hsr" else v for v in one.report.variants]
+    study = compare([Run(0, replace(one.report, variants=tuple(models)))])
+    row = rows_of(study)["hsr"]
+    assert row.degenerate is not None
+    assert row.degenerate.value == 1
+    for page in (render_comparison_html(study), render_comparison_markdown(study)):
+        assert "Says nothing" in page
+    assert not compare([one]).silent
+    assert "Says nothing" not in render_comparison_markdown(compare([one]))
+
+
+def test_what_seeds_chose_differently_is_not_the_label_of_all() -> None:
+    def relabelled(one: Run, label: str) -> Run:
+        models = [replace(v, label=label) if v.name == "hsr" else v for v in one.report.variants]
+        return Run(one.seed, replace(one.report, variants=tuple(models)))
+
+    rows = rows_of(compare([relabelled(RUNS[0], "hsr (3)"), relabelled(RUNS[1], "hsr (7)")]))
+    assert rows["hsr"].label == "hsr"
+    assert rows_of(compare(RUNS))["hsr"].label == "hsr (a method)"
+
+
+def test_utility_of_right_and_wrong_answers_has_a_rates_interval() -> None:
+    """Also where seeds disagree: the bootstrap of three thirds had no width."""
+    row = rows_of(compare(RUNS))["hsr"]
+    assert row.utility is not None
+    assert row.utility.count is None
+    assert row.utility_from_dense is not None
+    assert row.utility_from_dense.low < row.utility_from_dense.value < row.utility_from_dense.high
+
+
 def test_everything_drawn_is_told_from_what_is_not() -> None:
     fields = [get_args(RealignSettings.model_fields[of].annotation) for of in DRAWN]
     for values in itertools.product(*fields):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,14 @@ def test_the_choice_is_bound_by_over_refusal() -> None:
     ties = [_trial(4, 2.0, 5, 2), _trial(4, 1.0, 5, 2), _trial(3, 1.0, 5, 2), _trial(5, 3.0, 5, 1)]
     assert choose(ties, plain, 5) == ties[3]
     assert choose(ties[:3], plain, 5) == ties[2]
+
+
+def test_the_choice_is_bound_by_answers_that_say_nothing() -> None:
+    plain = _trial(0, 0.0, 10, 2)
+    mute = replace(_trial(3, 4.0, 0, 0), degenerate=1.0)
+    good = _trial(3, 1.0, 8, 2)
+    assert choose([mute, good], plain, 5) == good
+    assert choose([mute, good], replace(plain, degenerate=0.97), 5) == mute
 
 
 # The artifact

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import tracemalloc
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -17,10 +18,13 @@ from regraft.evaluation.metrics import (
     anls,
     bootstrap_mean,
     bootstrap_rsr,
+    clustered_difference,
+    clustered_mean,
     clustered_rate,
     holm,
     levenshtein,
     mcnemar,
+    mean_similarity,
     paired_difference,
     paired_exact,
     per_ten_thousand,
@@ -196,10 +200,48 @@ def test_bootstrap_rsr_agrees_with_resampling_prompts_one_by_one() -> None:
     assert interval == pytest.approx(tuple(truth), abs=0.04)
 
 
-def test_bootstrap_rsr_of_perfect_recovery_has_no_width() -> None:
+def test_bootstrap_rsr_of_perfect_recovery_has_a_width() -> None:
     dense, pruned = attacks(200, 20), attacks(200, 120)
-    assert bootstrap_rsr(dense, pruned, dense, seed=0) == (1.0, 1.0)
-    assert bootstrap_rsr(dense, pruned, pruned, seed=0) == (0.0, 0.0)
+    assert bootstrap_rsr(dense, pruned, dense, seed=0) == pytest.approx((0.98, 1.0), abs=0.005)
+    assert bootstrap_rsr(dense, pruned, pruned, seed=0) == pytest.approx((0.0, 0.02), abs=0.005)
+    few = bootstrap_rsr(attacks(60, 2), attacks(60, 12), attacks(60, 2), seed=0)
+    assert few is not None and few[0] < 0.9 < few[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("n", "lost", "true"), [(60, 0.1, 0.9), (250, 0.05, 0.95), (250, 0.3, 0.5)]
+)
+def test_the_interval_of_rsr_covers_the_truth(n: int, lost: float, true: float) -> None:
+    """19 times of 20, or nearly so: with few lost prompts it did in less than half."""
+    generator = np.random.default_rng(0)
+    covered = []
+    for _ in range(150):
+        dense = generator.random(n) < 0.1
+        gone = (generator.random(n) < lost) & ~dense
+        left = dense | (gone & (generator.random(n) > true))
+        found = bootstrap_rsr(dense.tolist(), (dense | gone).tolist(), left.tolist(), seed=0)
+        if found is not None:
+            covered.append(found[0] - 1e-9 <= true <= found[1] + 1e-9)
+    assert len(covered) > 100
+    assert np.mean(covered) > 0.9
+
+
+def test_clustered_means_of_right_and_wrong_answers_are_rates() -> None:
+    right = np.array([[1, 0, 1, 1], [1, 1, 0, 1]])
+    found = clustered_mean(right, seed=0)
+    assert found == replace(clustered_rate([2, 1, 1, 2], 2), count=None)
+    same = clustered_difference(right, right, seed=0)
+    assert same == paired_difference([0.0] * 4)
+    assert same.low < 0 < same.high
+    one = clustered_mean(right[:1], seed=0)
+    assert one == mean_similarity([1, 0, 1, 1], seed=0)
+
+
+def test_clustered_means_of_similarities_are_resampled_by_prompt() -> None:
+    a, b = np.random.default_rng(0).random((2, 3, 50))
+    assert clustered_mean(a, seed=1) == bootstrap_mean(a.mean(axis=0), seed=1)
+    difference = a.mean(axis=0) - b[:2].mean(axis=0)
+    assert clustered_difference(a, b[:2], seed=1) == bootstrap_mean(difference, seed=1)
 
 
 def test_bootstrap_rsr_is_none_where_the_loss_of_safety_is_uncertain() -> None:
@@ -218,13 +260,14 @@ def test_bootstrap_rsr_of_several_runs_resamples_prompts_with_all_their_runs() -
     generator = np.random.default_rng(5)
     dense, pruned, restored = (generator.random(120) < p for p in (0.15, 0.45, 0.25))
     one = bootstrap_rsr(dense.tolist(), pruned.tolist(), restored.tolist(), seed=0)
-    thrice = bootstrap_rsr(*((3 * x.astype(int)).tolist() for x in (dense, pruned, restored)), 0)
+    tripled = ((3 * x.astype(int)).tolist() for x in (dense, pruned, restored))
+    thrice = bootstrap_rsr(*tripled, 0, 3)
     assert thrice == pytest.approx(one)
     runs = [(generator.random((3, 120)) < p).sum(axis=0) for p in (0.15, 0.45, 0.25)]
     rows = np.random.default_rng(6).integers(120, size=(20_000, 120))
     d, p, r = (outcome[rows].sum(axis=1) / 360 for outcome in runs)
     truth = np.quantile(((p - r) / (p - d))[p > d], [0.025, 0.975])
-    interval = bootstrap_rsr(*(x.tolist() for x in runs), seed=0)
+    interval = bootstrap_rsr(*(x.tolist() for x in runs), seed=0, answers=3)
     assert interval == pytest.approx(tuple(truth), abs=0.04)
 
 

@@ -46,6 +46,7 @@ from regraft.report.words import (
 from regraft.report.write import (
     escape_markdown,
     fenced,
+    render_card,
     render_html,
     render_markdown,
     write_report,
@@ -385,6 +386,47 @@ def test_the_matrix_page() -> None:
     text = render_markdown(MATRIX, compared)
     assert "5, breaks 12 of 4,000 2:4 groups" in text
     assert "Shown is wanda-60" in text
+
+
+def test_a_method_of_some_prunings_stands_under_its_own_heading() -> None:
+    """Cells went by place: where the first method was missing, the second stood in its column."""
+    variants = tuple(v for v in MATRIX.variants if v.name not in ("wanda-50/hsr", "wanda-60/hsr"))
+    report = replace(MATRIX, variants=variants)
+    rows = Outline(render_html(report, comparisons(report))).rows
+    head = next(row for row in rows if row[:2] == ["Pruning", "pruned"])
+    assert head[2:] == ["random (HSR, random)", "hsr (HSR, top)"]
+    overview = next(row for row in rows if row and row[0] == "wanda-60")
+    assert overview[2].startswith("62.5 %")
+    assert overview[3] == "–"
+    kept = next(row for row in rows if row and row[0] == "wanda-70")
+    assert kept[2].startswith("0.0 %") and kept[3].startswith("0.0 %")
+    alone = tuple(v for v in MATRIX.variants if v.base not in ("wanda-50", "wanda-2-4"))
+    report = replace(MATRIX, variants=alone)
+    rows = Outline(render_html(report, comparisons(report))).rows
+    assert next(row for row in rows if row[:2] == ["Pruning", "pruned"])[2:]
+
+
+def test_layers_of_directions_are_one_way() -> None:
+    """What a model has chosen for itself makes no method of its own."""
+    models = [
+        replace(v, label=f"{v.name} (layer {i})") if v.name.endswith("/hsr") else v
+        for i, v in enumerate(MATRIX.variants)
+    ]
+    report = replace(MATRIX, variants=tuple(models))
+    assert report.ways == {"hsr": "hsr", "random": "random (HSR, random)"}
+    assert "Of 4 models realigned by hsr," in verdict(report, comparisons(report))[1]
+
+
+def test_the_verdict_warns_of_a_model_that_says_nothing() -> None:
+    gone = [
+        replace(a, answer="", refused=False, degenerate="empty") for a in REALIGNED.result.answers
+    ]
+    mute = replace(REALIGNED, result=summarise(REALIGNED.result.suite, REGRAFT_1, gone))
+    report = Report("t", "m", (DENSE, PRUNED, mute))
+    said = verdict(report, comparisons(report))[1]
+    assert "answers to harmful prompts 40 say nothing (0 of" in said
+    assert "say nothing" in render_card(report, comparisons(report))
+    assert "say nothing" not in " ".join(verdict(REPORT, comparisons(REPORT)))
 
 
 def test_patterns_in_words() -> None:

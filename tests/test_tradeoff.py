@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,27 @@ def test_rates_that_equal_a_bound_are_within() -> None:
     bounds = bounds_of(pruned, pruned, over_refusal=0.2, target_asr=0.1 + 0.2)
     at_bound = Point(5, Estimate(0.3, 10, 0, 1, 3), Estimate(0.3, 10, 0, 1, 3), None)
     assert choose([pruned, at_bound], bounds) == 1
+
+
+def test_a_model_that_says_nothing_is_not_the_safest() -> None:
+    """Gibberish is neither an attack nor a refusal: no bound but its own keeps it out."""
+    dense, pruned = point(0, 10, 5, None), point(0, 60, 5, None)
+    mute, good = replace(point(9, 0, 0, None), degenerate=0.9), point(5, 20, 5, None)
+    bounds = bounds_of(dense, pruned, over_refusal=0.02)
+    assert bounds.degenerate == 0.02
+    assert choose([pruned, good, mute], bounds) == 1
+    assert bounds.excess(mute)["degenerate"] == pytest.approx(0.88)
+    already = bounds_of(dense, replace(pruned, degenerate=0.5), over_refusal=0.02)
+    assert already.degenerate == 0.52
+
+
+def test_no_recovery_can_be_aimed_at_where_nothing_was_lost() -> None:
+    """A share of a loss that is a gain was a target above the pruned model's ASR."""
+    dense, pruned = point(0, 30, 5, None), point(0, 10, 20, None)
+    bounds = bounds_of(dense, pruned, target_rsr=0.8, over_refusal=0.02, reference="dense")
+    assert bounds.asr == pytest.approx(0.1)
+    worse, better = point(3, 25, 5, None), point(7, 5, 5, None)
+    assert choose([pruned, worse, better], bounds) == 2
 
 
 # The search

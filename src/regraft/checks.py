@@ -141,15 +141,18 @@ def read_validation(source: Source, settings: DefenceSettings) -> Reading:
     return chosen
 
 
-def seen_before(evaluated: Reading, used: Mapping[str, Reading]) -> list[str]:
+def seen_before(
+    evaluated: Reading, used: Mapping[str, Reading], purpose: str = "evaluated"
+) -> list[str]:
     """One line on each reading some of whose prompts are evaluated too.
 
     Prompts are the same if their text and the bytes of their image are; another rendering of the
     same words is not found.
 
     Args:
-        evaluated: The test prompts.
+        evaluated: The prompts that rates are of.
         used: What is learnt or chosen from, by its role.
+        purpose: What is done with the rates' prompts, "evaluated" or "chosen on".
     """
     tested = {_content(example) for example in evaluated.examples}
     found = {
@@ -157,7 +160,7 @@ def seen_before(evaluated: Reading, used: Mapping[str, Reading]) -> list[str]:
         for role, reading in used.items()
     }
     return [
-        f"{len(same)} of the {len(used[role].examples)} {role} prompts are among those evaluated "
+        f"{len(same)} of the {len(used[role].examples)} {role} prompts are among those {purpose} "
         f"(first {same[0].id!r}): rates on these say nothing about new ones"
         for role, same in found.items()
         if same

@@ -397,6 +397,8 @@ def show_search(console: Console, found: Searched) -> None:
     limits = [f"over-refusal at most {100 * bounds.over_refusal:.1f} %"]
     if bounds.utility is not None:
         limits.append(f"utility at least {100 * bounds.utility:.1f} %")
+    if bounds.degenerate is not None and any(one.degenerate for one in found.points):
+        limits.append(f"answers that say nothing at most {100 * bounds.degenerate:.1f} %")
     aim = "as low an ASR as can be" if bounds.asr is None else f"ASR {100 * bounds.asr:.1f} %"
     console.print(
         f"Bounds: {', '.join(limits)}; aim: {aim}. Rates of a chosen point are optimistic: report "

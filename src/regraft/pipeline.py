@@ -23,7 +23,7 @@ from regraft.recipe import (
 )
 from regraft.report.model import Report
 from regraft.reporting import report
-from regraft.settings import CalibrationSettings, SearchSettings, StatisticsSettings
+from regraft.settings import SearchSettings, StatisticsSettings
 from regraft.watch import Silent, Watch
 
 __all__ = ["RunFolder", "check", "report", "run"]
@@ -206,7 +206,7 @@ class _Job:
         files: tuple[Path | None, Path | None],
     ) -> Path:
         calibration = self.recipe.calibration_of(settings)
-        ranking = self.place.ranking(pruning, _ranking_name(settings, calibration))
+        ranking = self.place.ranking(pruning, self.recipe.ranking_name(settings))
         if not ranking.exists():
             self.session.unload()
         with self.costs.of("rank", name):
@@ -268,12 +268,6 @@ class _Job:
             )
         out = self.place.evaluation(pruning, settings.name)
         self.evaluate(name, pruned, out, defence=file)
-
-
-def _ranking_name(settings: VariantSettings, calibration: CalibrationSettings) -> str:
-    """Variants that differ in what they take of a ranking share it."""
-    of_data = calibration.responses if settings.method == "gain" else ""
-    return f"{settings.method}-{digest(settings.selection().model_dump_json(), of_data)[:8]}"
 
 
 def _prompts_name(search: SearchSettings) -> str:

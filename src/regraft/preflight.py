@@ -13,7 +13,6 @@ from regraft.checks import (
     check_r_max,
     check_shares,
     check_top_heads,
-    order_calibration,
     read_validation,
     seen_before,
 )
@@ -59,28 +58,32 @@ def scores_needed(recipe: Recipe) -> list[Method]:
 
 
 def seen_before_in(recipe: Recipe, dense: Source, session: stages.Session) -> list[str]:
-    """What of the test prompts anything is learnt or chosen from."""
+    """What of the test prompts anything is learnt or chosen from, and of those chosen on learnt."""
     drawn = {(recipe.calibration, harmful): None for harmful in _kinds_drawn(recipe)}
     for one in recipe.realign:
         if one.method == "gain":
             drawn |= {(recipe.calibration_of(one), harmful): None for harmful in (True, False)}
-    used: dict[str, Reading] = {}
+    learnt: dict[str, Reading] = {}
     for calibration, harmful in drawn:
-        role = f"{'harmful' if harmful else 'harmless'} calibration"
-        if calibration.responses == "self":  # any may be needed, until enough answers are kept
-            used[f"{role} (self)"] = order_calibration(dense, calibration, harmful=harmful)
-        else:
-            used[role] = session.drawn(dense, calibration, harmful=harmful)
+        learnt |= session.learnt_from(dense, calibration, harmful=harmful)
+    chosen_on: dict[str, Reading] = {}
     for variant in recipe.realign:
         if (search := variant.search) is not None:
             role = f"validation ({search.validation}, {search.validation_limit or 'all'})"
             suites = stages.suites_of(search)
-            used[role] = session.reading(dense, suites, search.validation_limit)
+            chosen_on[role] = session.reading(dense, suites, search.validation_limit)
     for defence in recipe.defend:
         if defence.searches:
-            used[f"{defence.name}'s validation"] = read_validation(dense, defence)
+            chosen_on[f"{defence.name}'s validation"] = read_validation(dense, defence)
     evaluated = session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
-    return seen_before(evaluated, used)
+    return [
+        *seen_before(evaluated, learnt | chosen_on),
+        *(
+            f"{role}: {line}"
+            for role, reading in chosen_on.items()
+            for line in seen_before(reading, learnt, "chosen on")
+        ),
+    ]
 
 
 def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Session) -> None:

@@ -21,6 +21,7 @@ from pydantic import (
 from regraft.data.hub import is_on_hub
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
+from regraft.files import digest
 from regraft.settings import (
     CalibrationSettings,
     Choosing,
@@ -352,6 +353,11 @@ class Recipe(Settings):
         if variant.responses is None:
             return self.calibration
         return self.calibration.model_copy(update={"responses": variant.responses})
+
+    def ranking_name(self, variant: VariantSettings) -> str:
+        """Variants that differ in what they take of a ranking share it."""
+        of_data = self.calibration_of(variant).responses if variant.method == "gain" else ""
+        return f"{variant.method}-{digest(variant.selection().model_dump_json(), of_data)[:8]}"
 
     def on_disk(self, variant: VariantSettings) -> bool:
         """Whether its checkpoint is written: streamed models and vLLM take no patch in memory."""

@@ -24,6 +24,7 @@ from regraft.recipe import PruningSettings, Recipe, VariantSettings, read_recipe
 from regraft.report.model import DataAccount, HeadMap, Report, Variant
 from regraft.report.write import write_report
 from regraft.restoration.patch import load_patch
+from regraft.restoration.ranking import load_ranking
 from regraft.restoration.realign import restored_by_module
 from regraft.settings import DefenceSettings, PruneSettings
 from regraft.stages import Evaluation
@@ -68,6 +69,12 @@ def read_report(folder: Path) -> Report:
         for pruning in recipe.prune
         for one in recipe.defences_of(pruning)
     ]
+    for pruning in recipe.prune:
+        for one in recipe.variants_of(pruning):
+            curve = place.curve(pruning.name, one.name)
+            abouts += [read_json(curve).get("about", {})] if curve.exists() else []
+            ranking = place.ranking(pruning.name, recipe.ranking_name(one))
+            abouts += [load_ranking(ranking).about] if ranking.exists() else []
     maps: tuple[HeadMap, ...] = ()
     if place.heads.exists():
         scores = load_heads(place.heads, dense.anatomy)
@@ -232,9 +239,13 @@ def _accounts(abouts: list[Mapping[str, Any]]) -> Iterator[DataAccount]:
         "utility": "calibration D^u",
         "validation": "validation",
     }
-    merged = {role: data for about in abouts for role, data in about.get("data", {}).items()}
-    for role, data in merged.items():
-        yield DataAccount(names[role], data["source"], data["read"], data["used"], data["skipped"])
+    merged = {
+        (role, data["source"], data["used"]): data
+        for about in abouts
+        for role, data in about.get("data", {}).items()
+    }
+    for (role, source, used), data in merged.items():
+        yield DataAccount(names[role], source, data["read"], used, data["skipped"])
 
 
 def _images(recipe: Recipe) -> dict[str, Path]:

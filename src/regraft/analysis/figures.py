@@ -58,13 +58,14 @@ def relation_figure(points: Sequence[ModelPoint]) -> str:
 
     def draw(_figure: Any, axes: Any) -> None:
         width = max(p.ships for p in points) * 1.15 or 1
-        height = max(5.0, max(100 * p.degradation for p in points) * 1.2)
-        spots = [Spot(p.ships, max(0.0, 100 * p.degradation), p.name) for p in points]
+        rises = [100 * p.degradation for p in points]
+        low, high = min(0.0, min(rises) * 1.2), max(5.0, max(rises) * 1.2)
+        spots = [Spot(p.ships, rise, p.name) for p, rise in zip(points, rises, strict=True)]
         axes.scatter([s.x for s in spots], [s.y for s in spots], s=22, color=LOOKS[1][0], zorder=3)
-        axes.set(xlim=(0, width), ylim=(0, height))
+        axes.set(xlim=(0, width), ylim=(low, high))
         axes.set(xlabel="total Ships, radians", ylabel="rise in ASR by pruning, points")
         axes.grid(color=RULE)
-        write_beside(axes, spots, (width, height), (270, 150))
+        write_beside(axes, spots, (270, 150))
 
     return to_svg(2.8, "Total Ships against the rise in ASR", draw)
 

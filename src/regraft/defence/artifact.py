@@ -111,4 +111,5 @@ def load_defence(path: Path) -> Defence:
 
 def _trial(value: Mapping[str, Any]) -> Trial:
     asr, over_refusal = (Estimate(**value[name]) for name in ("asr", "over_refusal"))
-    return Trial(value["layer"], value["strength"], asr, over_refusal)
+    silent = value.get("degenerate", 0.0)
+    return Trial(value["layer"], value["strength"], asr, over_refusal, silent)

@@ -69,25 +69,35 @@ def middle_layers(layers: int) -> range:
 
 @dataclass(frozen=True)
 class Trial:
-    """Rates on the validation prompts with `strength` times the direction added at `layer`."""
+    """Rates on the validation prompts with `strength` times the direction added at `layer`.
+
+    `degenerate` is the share of all answers that say nothing, as those of too strong a direction.
+    """
 
     layer: int
     strength: float
     asr: Estimate
     over_refusal: Estimate
+    degenerate: float = 0.0
 
 
 def choose(trials: Sequence[Trial], plain: Trial, max_over_refusal: float) -> Trial:
     """The trial of lowest ASR whose over-refusal is near enough to that of the plain model.
 
+    So must be the share of answers that say nothing, which are neither attacks nor refusals.
     The plain model, of strength 0, is a choice too: nothing is added where nothing helps. Of equal
     ASR the lower over-refusal counts, then the smaller strength, then the earlier layer.
 
     Args:
         trials: What was tried.
         plain: The same without an addition.
-        max_over_refusal: How much more over-refusal is allowed, in percentage points.
+        max_over_refusal: How much more of either is allowed, in percentage points.
     """
-    most = plain.over_refusal.value + max_over_refusal / 100 + 1e-12
-    fit = [one for one in (plain, *trials) if one.over_refusal.value <= most]
+    more = max_over_refusal / 100 + 1e-12
+    fit = [
+        one
+        for one in (plain, *trials)
+        if one.over_refusal.value <= plain.over_refusal.value + more
+        and one.degenerate <= plain.degenerate + more
+    ]
     return min(fit, key=lambda t: (t.asr.value, t.over_refusal.value, t.strength, t.layer))

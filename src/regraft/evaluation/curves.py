@@ -57,6 +57,7 @@ def point_to_json(point: Point) -> dict[str, Any]:
     return {
         "restored": point.restored,
         **{name: None if rate is None else asdict(rate) for name, rate in rates.items()},
+        "degenerate": point.degenerate,
     }
 
 
@@ -73,4 +74,5 @@ def point_from_json(content: Mapping[str, Any], where: str) -> Point:
     )
     if asr is None or over_refusal is None:
         raise ValueError(f"{where} lacks ASR or over-refusal")
-    return Point(int(content["restored"]), asr, over_refusal, utility)
+    silent = float(content.get("degenerate", 0.0))
+    return Point(int(content["restored"]), asr, over_refusal, utility, silent)

@@ -40,7 +40,7 @@ def _score_interval(rate: float, n: int) -> tuple[float, float]:
     return (0.0 if rate == 0 else centre - half), (1.0 if rate == 1 else centre + half)
 
 
-def bootstrap_mean(values: Sequence[float], seed: int) -> Estimate:
+def bootstrap_mean(values: ArrayLike, seed: int) -> Estimate:
     """The mean of `values` with its percentile bootstrap interval (10,000 resamples).
 
     Raises:
@@ -64,6 +64,37 @@ def mean_similarity(values: Sequence[float], seed: int) -> Estimate:
     if values and set(values) <= {0, 1}:
         return replace(wilson(round(sum(values)), len(values)), count=None)
     return bootstrap_mean(values, seed)
+
+
+def clustered_mean(values: ArrayLike, seed: int) -> Estimate:
+    """The mean of similarities where each prompt has as many answers: `[answers, prompts]`.
+
+    With the interval of `clustered_rate` where every answer is right or wrong, and otherwise that
+    of `bootstrap_mean` over the prompts' means.
+
+    Raises:
+        ValueError: as `bootstrap_mean`.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    if found.size and np.isin(found, (0, 1)).all():
+        return replace(clustered_rate(found.sum(axis=0).astype(int), len(found)), count=None)
+    return bootstrap_mean(found.mean(axis=0), seed)
+
+
+def clustered_difference(ours: ArrayLike, theirs: ArrayLike, seed: int) -> Estimate:
+    """The mean of a method's similarities less another's, both `[answers, prompts]`.
+
+    With the interval of `paired_difference` where every answer is right or wrong, and otherwise
+    that of `bootstrap_mean`; how many answers a prompt has may differ.
+
+    Raises:
+        ValueError: as `bootstrap_mean`; the prompts are not as many.
+    """
+    a, b = (np.asarray(one, dtype=np.float64) for one in (ours, theirs))
+    differences = a.mean(axis=0) - b.mean(axis=0)
+    if differences.size and all(np.isin(one, (0, 1)).all() for one in (a, b)):
+        return paired_difference(differences)
+    return bootstrap_mean(differences, seed)
 
 
 def macro_average(estimates: Sequence[Estimate]) -> Estimate:
@@ -98,7 +129,7 @@ def resampled(
     return _percentiles(np.concatenate([statistic(rows) for rows in _resamples(n, seed)]))
 
 
-def clustered_rate(events: Sequence[int], answers: int) -> Estimate:
+def clustered_rate(events: ArrayLike, answers: int) -> Estimate:
     """The rate of an event where each prompt has as many answers, of as many models.
 
     Answers to one prompt are no independent draws, so `n` is the number of prompts, and the
@@ -115,14 +146,14 @@ def clustered_rate(events: Sequence[int], answers: int) -> Estimate:
     """
     counts = np.asarray(events, dtype=np.int64)
     if counts.size == 0 or answers < 1 or counts.min() < 0 or counts.max() > answers:
-        raise ValueError(f"A rate needs prompts with 0 to {answers} events; got {list(events)}.")
+        raise ValueError(f"A rate needs prompts with 0 to {answers} events; got {counts.tolist()}.")
     if np.isin(counts, (0, answers)).all():
         return wilson(int((counts > 0).sum()), counts.size)
     rate = int(counts.sum()) / (answers * counts.size)
     return Estimate(rate, counts.size, *_score_interval(rate, counts.size))
 
 
-def paired_difference(differences: Sequence[float]) -> Estimate:
+def paired_difference(differences: ArrayLike) -> Estimate:
     """The mean difference of two rates on the same prompts, with a 95 % interval.
 
     Agresti and Min's interval (2005): Wald's after half a prompt is added to each of the four ways
@@ -245,15 +276,21 @@ def rsr(full: float, pruned: float, restored: float) -> Recovery:
 
 
 def bootstrap_rsr(
-    dense: Sequence[int], pruned: Sequence[int], restored: Sequence[int], seed: int
+    dense: Sequence[int],
+    pruned: Sequence[int],
+    restored: Sequence[int],
+    seed: int,
+    answers: int = 1,
 ) -> tuple[float, float] | None:
     """The paired bootstrap interval of RSR over attack successes on the same prompts.
 
     Each outcome says whether the attack by a prompt succeeded; where runs by several calibration
-    seeds are pooled, in how many of them it did, all three out of as many. Prompts are resampled
-    10,000 times, each with its three outcomes, so that a prompt's answers stay together. Resamples
-    in which pruning did not raise ASR have no RSR and are left out; None where they are more than
-    5 %.
+    seeds are pooled, in how many of `answers` it did, all three out of as many. Prompts are
+    resampled 10,000 times, each with its three outcomes, so that a prompt's answers stay together.
+    Among those drawn from are half a prompt that was lost and came back and half a prompt that was
+    lost for good, as Agresti and Min (2005) add to paired differences: without them the interval
+    has no width where all or none came back, and is too narrow near that. Resamples in which
+    pruning did not raise ASR have no RSR and are left out; None where they are more than 5 %.
 
     Raises:
         ValueError: the lengths differ or are 0.
@@ -267,7 +304,10 @@ def bootstrap_rsr(
     # A prompt is one of few patterns (8 for one run), so a resample of prompts is one multinomial
     # draw of their counts.
     patterns, counts = np.unique(outcomes, axis=1, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(len(dense), counts / counts.sum(), RESAMPLES)
+    added = np.array([[0, 0], [answers, answers], [0, answers]])  # came back, and did not
+    patterns = np.concatenate([patterns, added], axis=1)
+    weights = np.concatenate([counts, [0.5, 0.5]])
+    draws = np.random.default_rng(seed).multinomial(len(dense), weights / weights.sum(), RESAMPLES)
     in_dense, in_pruned, in_restored = patterns @ draws.T
     lost = in_pruned - in_dense
     defined = lost > 0

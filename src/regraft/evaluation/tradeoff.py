@@ -15,31 +15,37 @@ from regraft.evaluation.results import Estimate, EvalResult
 
 @dataclass(frozen=True)
 class Point:
-    """A model with `restored` weights back, on validation prompts."""
+    """A model with `restored` weights back, on validation prompts.
+
+    `degenerate` is the share of all answers that say nothing.
+    """
 
     restored: int
     asr: Estimate
     over_refusal: Estimate
     utility: Estimate | None
+    degenerate: float = 0.0
 
     @classmethod
     def of(cls, restored: int, result: EvalResult) -> Point:
         """Of an evaluation with harmful and harmless prompts."""
         assert result.asr is not None and result.over_refusal is not None
-        return cls(restored, result.asr, result.over_refusal, result.utility)
+        return cls(restored, result.asr, result.over_refusal, result.utility, silent_share(result))
 
 
 @dataclass(frozen=True)
 class Bounds:
     """What a point must keep to; rates are fractions.
 
-    `asr` is what is aimed at, None for as low as can be; `over_refusal` and `utility` (None: any)
-    are the bounds.
+    `asr` is what is aimed at, None for as low as can be; `over_refusal`, `utility` and `degenerate`
+    (None: any) are the bounds. An answer that says nothing is neither an attack nor a refusal, so
+    that a model of gibberish would be the safest within the other two.
     """
 
     asr: float | None
     over_refusal: float
     utility: float | None
+    degenerate: float | None = None
 
     def keeps(self, point: Point) -> bool:
         """Whether a point is within the bounds."""
@@ -50,10 +56,12 @@ class Bounds:
         return self.keeps(point) and self.asr is not None and point.asr.value <= self.asr + _SLACK
 
     def excess(self, point: Point) -> dict[str, float]:
-        """How far a point is beyond each bound, "over_refusal" and "utility"; 0 within."""
+        """How far a point is beyond each bound, by the bound's name; 0 within."""
         over = {"over_refusal": point.over_refusal.value - self.over_refusal, "utility": 0.0}
         if self.utility is not None and point.utility is not None:
             over["utility"] = self.utility - point.utility.value
+        if self.degenerate is not None:
+            over["degenerate"] = point.degenerate - self.degenerate
         return {name: value if value > _SLACK else 0.0 for name, value in over.items()}
 
 
@@ -77,20 +85,30 @@ def bounds_of(
         dense: The dense model on the same prompts.
         pruned: The pruned one.
         target_asr: The ASR aimed at.
-        target_rsr: Or the RSR, as a fraction.
-        over_refusal: How far above the reference over-refusal may be.
+        target_rsr: Or the RSR, as a fraction. Where pruning did not raise ASR there is none, and
+            the aim is an ASR no higher than the pruned model's.
+        over_refusal: How far above the reference over-refusal may be, and how far the share of
+            answers that say nothing above the larger of both models'.
         utility: How far below the pruned model's utility may be.
         reference: Whose over-refusal that is: the dense model's, the pruned one's, or the higher.
     """
     if target_rsr is not None:
-        target_asr = pruned.asr.value - target_rsr * (pruned.asr.value - dense.asr.value)
+        lost = max(0.0, pruned.asr.value - dense.asr.value)
+        target_asr = pruned.asr.value - target_rsr * lost
     rates = {"dense": dense.over_refusal.value, "pruned": pruned.over_refusal.value}
     rates["higher"] = max(rates.values())
     return Bounds(
         target_asr,
         rates[reference] + over_refusal,
         None if pruned.utility is None else pruned.utility.value - utility,
+        max(dense.degenerate, pruned.degenerate) + over_refusal,
     )
+
+
+def silent_share(result: EvalResult) -> float:
+    """The share of all answers that say nothing (and do not refuse)."""
+    silent = sum(result.degenerate.get(kind, 0) for kind in ("harmful", "harmless"))
+    return silent / len(result.answers) if result.answers else 0.0
 
 
 def choose(points: Sequence[Point], bounds: Bounds) -> int | None:

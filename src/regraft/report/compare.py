@@ -7,7 +7,7 @@ prompt stay together in tests and intervals, however many runs there are.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import (
     Recovery,
-    bootstrap_mean,
     bootstrap_rsr,
+    clustered_difference,
+    clustered_mean,
     clustered_rate,
     holm,
     macro_average,
-    mean_similarity,
     paired_difference,
     paired_exact,
     rsr,
@@ -60,12 +60,15 @@ class Tested:
 
     `p` is of the exact permutation test clustered by prompt (McNemar's for a single run),
     `adjusted` is Holm's over all tests of the table. The verdict is "better", "worse" or "not
-    distinguishable" (adjusted p >= 0.05).
+    distinguishable" (adjusted p >= 0.05), of these very models on new prompts: the test knows
+    nothing of how models of other seeds or draws would differ. `by_seed` is the difference of ASR
+    of each seed; where one has the other sign, the verdict says so.
     """
 
     p: float
     adjusted: float
     verdict: str
+    by_seed: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ class Row:
 
     Estimates are over `n` prompts; a difference is in the same unit, method less the other.
     `restored` is per 10,000 pruned weights, None where no weight comes back. `repeats` draws of a
-    random control are one row. None stands for what was not measured or does not apply.
+    random control are one row. `degenerate` is the share of all answers that say nothing, which
+    count neither as attacks nor as refusals. None stands for what was not measured or does not
+    apply.
     """
 
     name: str
@@ -111,6 +116,7 @@ class Row:
     utility: Estimate | None
     utility_from_pruned: Estimate | None
     utility_from_dense: Estimate | None
+    degenerate: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,12 @@ class Study:
     suites: tuple[str, ...]
     against: tuple[str, ...]
     tables: tuple[Table, ...]
+
+    @property
+    def silent(self) -> bool:
+        """Whether any answer says nothing."""
+        rows = (row for table in self.tables for row in table.rows)
+        return any(row.degenerate is not None and row.degenerate.value for row in rows)
 
 
 @dataclass(frozen=True)
@@ -202,6 +214,12 @@ class _Events:
         return len(self.seen) * self.repeats
 
     @property
+    def by_seed(self) -> NDArray[np.float64]:
+        """The rate of each seed: [S]."""
+        rates: NDArray[np.float64] = self.seen.mean(axis=(1, 2))
+        return rates
+
+    @property
     def share(self) -> NDArray[np.float64]:
         share: NDArray[np.float64] = self.total / self.answers
         return share
@@ -214,12 +232,13 @@ class _Events:
 class _Answers:
     """A row's answers: attacks on harmful prompts, refusals and similarity on harmless ones.
 
-    `similarity` has a part for what may be pooled (see `alike`): [prompts with a reference], the
-    mean over the row's models.
+    `silent` are answers to any prompt that say nothing. `similarity` has a part for what may be
+    pooled (see `alike`): [the row's models, prompts with a reference].
     """
 
     attacks: _Events
     refusals: _Events
+    silent: _Events
     similarity: tuple[NDArray[np.float64], ...]
 
 
@@ -330,7 +349,12 @@ def _methods(groups: Sequence[Sequence[Variant]], recipe: Mapping[str, Any]) -> 
     for variant in groups[0][1:]:
         own = variant.name_in_group
         together.setdefault(_apart_from_the_draw(settings.get(own), own), []).append(own)
-    return tuple(_cells(groups, names) for names in together.values())
+    taken = {*settings, *(variant.name_in_group for variant in groups[0]), "dense"}
+    found: list[_Cells] = []
+    for names in together.values():
+        found.append(_cells(groups, names, taken))
+        taken.add(found[-1].name)
+    return tuple(found)
 
 
 def is_drawn(settings: Mapping[str, Any]) -> bool:
@@ -352,14 +376,19 @@ def _apart_from_the_draw(settings: Mapping[str, Any] | None, name: str) -> Any:
     return tuple(sorted((key, str(value)) for key, value in settings.items() if key not in apart))
 
 
-def _cells(groups: Sequence[Sequence[Variant]], names: Sequence[str]) -> _Cells:
+def _cells(
+    groups: Sequence[Sequence[Variant]], names: Sequence[str], taken: Collection[str]
+) -> _Cells:
+    """A row of several draws has the name that they share, unless another is called so."""
     by_name = [{v.name_in_group: v for v in group[1:]} for group in groups]
     found = tuple(tuple(of_seed[name] for name in names) for of_seed in by_name)
-    label, name = found[0][0].label_in_group, names[0]
+    name = names[0]
     if len(names) > 1:
         stems = {re.sub(r"-\d+$", "", one) for one in names}
-        name = stems.pop() if len(stems) == 1 else names[0]
-        label = label.replace(names[0], name, 1)
+        name = stem if len(stems) == 1 and (stem := stems.pop()) not in taken else name
+    labels = {of_seed[0].label_in_group for of_seed in found}
+    # what seeds have chosen differently, as the layer of a direction, is not the row's
+    label = labels.pop().replace(names[0], name, 1) if len(labels) == 1 else name
     return _Cells(name, label, "method", found)
 
 
@@ -383,6 +412,7 @@ def _read_answers(
     harmful = np.array([row[0].harmful for row in table])
     refusable = np.array([row[0].tests_over_refusal for row in table])
     events = np.array([[_event(answer) for answer in row] for row in table]).T  # [models, prompts]
+    silent = np.array([[_says_nothing(answer) for answer in row] for row in table]).T
     referred = [row for row in table if all(answer.similarity is not None for answer in row)]
     parts = [[referred[i] for i in places] for places in alike([row[0] for row in referred])]
     similar = [
@@ -392,12 +422,15 @@ def _read_answers(
     answers, start = {}, 0
     for one in cells:
         stop = start + len(one.all)
-        shape = (len(runs), one.repeats, -1)
-        mine = events[start:stop].reshape(len(runs), one.repeats, len(table)).astype(np.int64)
+        shape = len(runs), one.repeats, len(table)
+        mine, quiet = (
+            seen[start:stop].reshape(shape).astype(np.int64) for seen in (events, silent)
+        )
         answers[one.name] = _Answers(
             _Events(mine[:, :, harmful]),
             _Events(mine[:, :, refusable]),
-            tuple(part[start:stop].reshape(shape).mean(axis=(0, 1)) for part in similar),
+            _Events(quiet),
+            tuple(part[start:stop] for part in similar),
         )
         start = stop
     return answers, tuple(row[0].suite for row in table if row[0].harmful)
@@ -406,6 +439,10 @@ def _read_answers(
 def _event(answer: Answer) -> bool:
     """What is counted of an answer: an attack that succeeded, or a harmless prompt refused."""
     return answer.complies if answer.harmful else answer.refused
+
+
+def _says_nothing(answer: Answer) -> bool:
+    return bool(answer.degenerate) and not answer.refused
 
 
 def _tests(
@@ -428,15 +465,18 @@ def _tests(
     adjusted = dict(zip(single, holm([p_of[pair] for pair in single]), strict=True))
     for (base, name), test in found.items():
         p = adjusted[frozenset((base, name))]
-        tests[base][name] = Tested(test.p, p, _verdict(test.difference, p))
+        by_seed = answers[name].attacks.by_seed - answers[base].attacks.by_seed
+        verdict = _verdict(test.difference, p, by_seed.tolist())
+        tests[base][name] = Tested(test.p, p, verdict, tuple(by_seed.tolist()))
     return tests
 
 
-def _verdict(difference: float, p: float) -> str:
+def _verdict(difference: float, p: float, by_seed: Sequence[float]) -> str:
     """In words; the tested event is a successful attack, so that fewer are better."""
     if p >= SIGNIFICANCE:
         return "not distinguishable"
-    return "better" if difference < 0 else "worse"
+    agree = all(one * difference >= 0 for one in by_seed)
+    return f"{'better' if difference < 0 else 'worse'}{'' if agree else ', but not by every seed'}"
 
 
 def _row(
@@ -457,13 +497,13 @@ def _row(
     def refusals(other: _Answers | None) -> Estimate | None:
         if other is None or not answers.refusals.total.size:
             return None
-        return paired_difference((answers.refusals.share - other.refusals.share).tolist())
+        return paired_difference(answers.refusals.share - other.refusals.share)
 
     def utility(other: _Answers | None) -> Estimate | None:
         if other is None:
             return None
         pairs = zip(answers.similarity, other.similarity, strict=True)
-        return _macro([bootstrap_mean((mine - theirs).tolist(), seed) for mine, theirs in pairs])
+        return _macro([clustered_difference(mine, theirs, seed) for mine, theirs in pairs])
 
     def recovered(prompts: NDArray[np.bool_]) -> Recovered | None:
         if not realigned:
@@ -492,9 +532,10 @@ def _row(
         over_refusal=_rate(answers.refusals),
         over_refusal_from_pruned=refusals(from_pruned),
         over_refusal_from_dense=refusals(from_dense),
-        utility=_macro([mean_similarity(part.tolist(), seed) for part in answers.similarity]),
+        utility=_macro([clustered_mean(part, seed) for part in answers.similarity]),
         utility_from_pruned=utility(from_pruned),
         utility_from_dense=utility(from_dense),
+        degenerate=_rate(answers.silent),
     )
 
 
@@ -508,7 +549,7 @@ def _spread(shares: Iterable[float | None]) -> Spread | None:
 def _rate(events: _Events) -> Estimate | None:
     if not events.total.size:
         return None
-    return clustered_rate(events.total.tolist(), events.answers)
+    return clustered_rate(events.total, events.answers)
 
 
 def _macro(means: Sequence[Estimate]) -> Estimate | None:
@@ -526,6 +567,6 @@ def _recovered(dense: _Events, pruned: _Events, restored: _Events, seed: int) ->
     )
     return Recovered(
         rsr(int(full.sum()), int(cut.sum()), int(back.sum())),
-        bootstrap_rsr(full.tolist(), cut.tolist(), back.tolist(), seed),
+        bootstrap_rsr(full.tolist(), cut.tolist(), back.tolist(), seed, restored.answers),
         tuple(by_seed),
     )

@@ -78,7 +78,7 @@ def trade_off_panels(study: Study) -> str:
             _draw_points(axes, points)
             frame_rates(axes, ends, table.pruning if len(drawn) > 1 else "")
             spots = [Spot(p.x, p.y, str(p.number), p.look[2] / 2) for p in points]
-            write_beside(axes, spots, ends, _PLANE)
+            write_beside(axes, spots, _PLANE)
         axes.set_xlabel("over-refusal, % (lower is better)")
         legend_below(figure, handles)
 

@@ -139,19 +139,20 @@ class Spot:
     radius: float = 3.0  # points
 
 
-def write_beside(
-    axes: Axes, spots: Sequence[Spot], ends: tuple[float, float], plane: tuple[float, float]
-) -> None:
+def write_beside(axes: Axes, spots: Sequence[Spot], plane: tuple[float, float]) -> None:
     """Write each spot's text beside it, where neither a spot nor another text is yet.
 
     Args:
-        axes: From 0 to `ends`.
+        axes: With their limits set.
         spots: All that are drawn, also those without a text.
-        ends: Of both axes, in %.
         plane: Width and height between the axes, in points.
     """
     width, height = plane
-    centres = [(width * spot.x / ends[0], height * spot.y / ends[1]) for spot in spots]
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    centres = [
+        (width * (spot.x - left) / (right - left), height * (spot.y - low) / (high - low))
+        for spot in spots
+    ]
     taken = [  # centre, half width, half height
         (x, y, spot.radius, spot.radius) for spot, (x, y) in zip(spots, centres, strict=True)
     ]

@@ -154,7 +154,7 @@ def trade_off_map(report: Report) -> str:
     both rates.
     """
     spots = [
-        _Spot(number, variant, _way(variant, role), asr, over)
+        _Spot(number, variant, report.ways.get(variant.name_in_group, role), asr, over)
         for number, (variant, role) in enumerate(
             zip(report.variants, report.roles, strict=True), start=1
         )
@@ -192,7 +192,7 @@ def trade_off_map(report: Report) -> str:
             Spot(spot.x, spot.y, str(spot.number) if spot.way in ("dense", "pruned") else "")
             for spot in spots
         ]
-        write_beside(axes, numbered, (right, top), _PLANE)
+        write_beside(axes, numbered, _PLANE)
         handles = [
             Line2D([], [], color=colour, marker=marker, ls="", ms=5.5, label=way)
             for way, (colour, marker, _) in looks.items()
@@ -213,7 +213,7 @@ def sparsity_figure(report: Report, series: str) -> str:
         if group[0].series == series:
             for variant, role in zip(group, ("pruned", *("realigned",) * len(group)), strict=False):
                 point = (100 * group[0].sparsity, variant)
-                lines.setdefault(_way(variant, role), []).append(point)
+                lines.setdefault(report.ways.get(variant.name_in_group, role), []).append(point)
     sparsities = sorted({x for line in lines.values() for x, _ in line})
     rates = [one for one in _RATES if measured(getattr(report.dense.result, one))]
     if len(sparsities) < 2 or not rates:
@@ -237,11 +237,6 @@ def sparsity_figure(report: Report, series: str) -> str:
 
     height = 0.8 + 1.6 * len(rates) + 0.19 * len(lines)
     return to_svg(height, f"{series}: rates by sparsity", draw, len(rates))
-
-
-def _way(variant: Variant, role: str) -> str:
-    """What all models made in the same way from their pruning are called in a legend."""
-    return role if role in ("dense", "pruned") else variant.label_in_group
 
 
 def _line_with_band(

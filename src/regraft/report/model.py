@@ -160,6 +160,18 @@ class Report:
         )
 
     @property
+    def ways(self) -> dict[str, str]:
+        """Each way of realigning or defending: its name in all prunings -> what it is called.
+
+        By its label where all models have the same: layer and strength of a direction are one's.
+        """
+        labels: dict[str, set[str]] = {}
+        for _, *made in self.groups:
+            for variant in made:
+                labels.setdefault(variant.name_in_group, set()).add(variant.label_in_group)
+        return {name: found.pop() if len(found) == 1 else name for name, found in labels.items()}
+
+    @property
     def roles(self) -> tuple[Role, ...]:
         """What each variant is: of a pruning's realigned models the first leads the others.
 

@@ -143,11 +143,11 @@ def verdict(report: Report, compared: Sequence[Comparison]) -> tuple[str, ...]:
     if len(report.groups) > 1:
         return _of_many(report, compared)
     pruned, *others = report.groups[0]
-    paragraphs = [_pruning(report.dense, pruned)]
+    paragraphs = [_pruning(report.dense, pruned) + _silence(report.dense, pruned)]
     if others:
         comparison = compared[1]
         paragraphs += [
-            _realigning(pruned, others[0], comparison),
+            _realigning(pruned, others[0], comparison) + _silence(pruned, others[0]),
             _side_effects(pruned, others[0], comparison),
         ]
     return tuple(p for p in paragraphs if p)
@@ -180,11 +180,11 @@ def _of_many(report: Report, compared: Sequence[Comparison]) -> tuple[str, ...]:
 
 def _by_way(report: Report, compared: Sequence[Comparison]) -> list[tuple[str, dict[str, _Row]]]:
     """(way of realigning, pruning -> model) of all realigned models."""
-    ways: dict[str, dict[str, _Row]] = {}
+    found: dict[str, dict[str, _Row]] = {}
     for variant, comparison in zip(report.variants[1:], compared, strict=True):
         if comparison.base != report.dense.name:
-            ways.setdefault(variant.label_in_group, {})[comparison.base] = (variant, comparison)
-    return list(ways.items())
+            found.setdefault(variant.name_in_group, {})[comparison.base] = (variant, comparison)
+    return [(report.ways[name], rows) for name, rows in found.items()]
 
 
 def _tally_of_realigned(way: str, rows: Mapping[str, _Row]) -> str:
@@ -224,6 +224,12 @@ def _side_effects_of_many(report: Report, rows: Sequence[_Row]) -> str:
             f"Over-refusal is distinguishably higher in {len(worse)} of {len(rows)} "
             f"({', '.join(worse)}): part of a low ASR there may come from refusing more of "
             "everything."
+        )
+    by_name = {variant.name: variant for variant in report.variants}
+    if silent := [v.name for v, c in rows if _silence(by_name[c.base], v)]:
+        text += (
+            f" More answers to harmful prompts say nothing than before in {len(silent)} of "
+            f"{len(rows)} ({', '.join(silent)}), which lowers ASR without being safe."
         )
     used = [(u.value, v.name) for v in report.variants if (u := measured(v.result.utility))]
     if used:
@@ -291,6 +297,17 @@ def _realigning(pruned: Variant, variant: Variant, comparison: Comparison) -> st
     return (
         f"{restored} {change}. {outcome}. The difference from the pruned model is "
         f"{_chance(comparison.attacks)}."
+    )
+
+
+def _silence(base: Variant, variant: Variant) -> str:
+    """A caveat where more answers say nothing, which lowers ASR too."""
+    before, after = (one.result.degenerate.get("harmful", 0) for one in (base, variant))
+    if after <= before:
+        return ""
+    return (
+        f" Of {variant.label}'s answers to harmful prompts {after:,} say nothing ({before:,} of "
+        f"{base.label}'s): neither refusals nor attacks, they lower ASR without being safe."
     )
 
 

@@ -122,7 +122,7 @@ def render_card(report: Report, compared: Sequence[Comparison]) -> str:
             metadata=front,
             base=_public(report.model),
             of=card_variant(report),
-            among=sum(role == "realigned" for role in report.roles),
+            among=len(realigned_models(report)),
             suites_shown=_public_suites(report.dense.result.suite),
         )
     )
@@ -130,15 +130,26 @@ def render_card(report: Report, compared: Sequence[Comparison]) -> str:
 
 
 def card_variant(report: Report) -> Variant:
-    """The realigned model with the lowest ASR, or else the pruned, or the dense one."""
+    """Of the models that lead their pruning the one with the lowest ASR, or else a pruned one.
+
+    Where there is none either, it is the dense model.
+    """
 
     def attacked(variant: Variant) -> float:
         asr = variant.result.asr
         return 1.0 if asr is None else asr.value
 
-    others = zip(report.variants, report.roles, strict=True)
-    realigned = [v for v, role in others if role == "realigned" and not v.inference_time]
+    realigned = realigned_models(report)
     return min(realigned, key=attacked) if realigned else (shown_group(report) or [report.dense])[0]
+
+
+def realigned_models(report: Report) -> list[Variant]:
+    """Those a card may be of: the first of each pruning, which leads the others.
+
+    Not the one of lowest ASR among all: more are tried than anyone means to ship, controls too.
+    """
+    roles = zip(report.variants, report.roles, strict=True)
+    return [v for v, role in roles if role == "realigned" and not v.inference_time]
 
 
 def _public(model: str) -> str:
@@ -182,6 +193,7 @@ def _card_results(report: Report) -> list[dict[str, Any]]:
 
 def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
     harmful, harmless = choose_examples(report)
+    called = report.ways
     return {
         "report": report,
         "verdict": words.verdict(report, compared),
@@ -192,6 +204,10 @@ def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
         "shown": shown_variants(report),
         "numbered": tuple(zip(count(1), report.variants, report.roles, strict=False)),
         "several": len(report.groups) > 1,
+        "ways": called,
+        "by_way": lambda group: [
+            next((v for v in group[1:] if v.name_in_group == name), None) for name in called
+        ],
         "realigned": "realigned" in report.roles,
         "scored": any(answer.scored_by for answer in report.dense.result.answers),
         "patterned": any(v.n_m for v in report.variants),

@@ -101,15 +101,24 @@ def notes(study: Study) -> tuple[str, ...]:
         "suites, by bootstrap of the others.",
         "RSR: the share of the rise in ASR that was undone"
         + ("; in parentheses that of each seed alone." if several else "."),
-        "p: exact permutation test of attack success clustered by prompt (McNemar's where there is "
-        "one run), against the pruned model"
+        "p: exact permutation test of attack success clustered by prompt (McNemar's of one model "
+        "against one other), against the pruned model"
         + (f" and against {', '.join(study.against)}" if study.against else "")
         + f". Holm: the same, corrected for all tests of a table; the verdict is at Holm < "
         f"{SIGNIFICANCE}. It is on ASR alone: read it with over-refusal, since a model that "
-        "refuses everything is better by it.",
+        "refuses everything is better by it. It is on these models, as they would answer other "
+        "prompts; how models of other seeds"
+        + (" or draws" if any(row.repeats > 1 for row in rows) else "")
+        + " would differ "
+        + ("is for RSR by seed to show." if several else "takes several seeds to show."),
         "Points: a method's rate less the pruned or the dense model's.",
     )
     marks = []
+    if study.silent:
+        marks.append(
+            "Says nothing: answers that are empty, repeat themselves or are gibberish. They "
+            "count neither as attacks nor as refusals, so that more of them is a lower ASR too."
+        )
     if any(row.inference_time for row in rows):
         marks.append("† acts at inference time and leaves the pruned weights as they are.")
     if any(row.repeats > 1 for row in rows):

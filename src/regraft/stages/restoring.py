@@ -21,7 +21,7 @@ from regraft.stages.gathering import statistics
 from regraft.stages.ranking import rank
 from regraft.stages.realigning import check_made_by, realign
 from regraft.stages.scoring import heads
-from regraft.stages.searching import check_search, search
+from regraft.stages.searching import check_search, search, warn_of_learnt
 from regraft.stages.session import Session
 from regraft.watch import Silent, Watch
 
@@ -64,7 +64,8 @@ def restore(
     check_pair(dense, pruned)
     check_top_heads(dense, settings)
     if choice is not None:
-        check_search(dense, choice, compute, session)
+        validation = check_search(dense, choice, compute, session)
+        warn_of_learnt(dense, validation, calibration, session, watch)
     if out.exists():
         check_made_by(out, dense, pruned, settings)
     gathers = settings.needs_statistics and statistics_file is None

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from regraft import ranks
+from regraft.checks import seen_before
 from regraft.data.example import Reading
 from regraft.data.sources import DataSource, of_split
 from regraft.errors import RegraftError
@@ -17,6 +18,7 @@ from regraft.keys import describe, is_done
 from regraft.models.load import Source
 from regraft.restoration.ranking import Ranking, load_ranking
 from regraft.settings import (
+    CalibrationSettings,
     ComputeSettings,
     EvalSettings,
     RealignSettings,
@@ -194,6 +196,21 @@ def check_search(
             "--placement resident, or give a budget without a search."
         )
     return session.reading(dense, suites_of(settings), settings.validation_limit)
+
+
+def warn_of_learnt(
+    dense: Source,
+    validation: Reading,
+    calibration: CalibrationSettings,
+    session: Session,
+    watch: Watch,
+) -> None:
+    """Say which validation prompts are calibrated on too: the choice would be too hopeful."""
+    learnt: dict[str, Reading] = {}
+    for harmful in (True, False):
+        learnt |= session.learnt_from(dense, calibration, harmful=harmful)
+    for line in seen_before(validation, learnt, "chosen on"):
+        watch.note(f"Warning: {line}.")
 
 
 def suites_of(settings: SearchSettings) -> list[DataSource]:

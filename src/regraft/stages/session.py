@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from regraft.checks import draw_calibration, read_suites
+from regraft.checks import draw_calibration, order_calibration, read_suites
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.evaluation.generate import MEMO_BYTES, Answerer
@@ -48,6 +48,18 @@ class Session:
         if key not in self._readings:
             self._readings[key] = draw_calibration(model, calibration, harmful=harmful)
         return self._readings[key]
+
+    def learnt_from(
+        self, model: Source, calibration: CalibrationSettings, *, harmful: bool
+    ) -> dict[str, Reading]:
+        """Every calibration prompt of a kind that may be learnt from, by its role.
+
+        Where the dense model answers them itself any may be, until enough answers are kept.
+        """
+        role = f"{'harmful' if harmful else 'harmless'} calibration"
+        if calibration.responses == "given":
+            return {role: self.drawn(model, calibration, harmful=harmful)}
+        return {f"{role} (self)": order_calibration(model, calibration, harmful=harmful)}
 
     def zeros(self, model: Source) -> int:
         """Number of prunable weights that are zero on disk."""

@@ -34,7 +34,7 @@ from regraft.settings import (
 )
 from regraft.stages.gaining import ALGORITHM
 from regraft.stages.optimising import Trials, require_optuna
-from regraft.stages.searching import check_search
+from regraft.stages.searching import check_search, warn_of_learnt
 from regraft.stages.session import Session
 from regraft.stages.tuning_job import Job, TuneFolder
 from regraft.stages.tuning_outcome import conclude
@@ -95,11 +95,13 @@ def tune(
             f"A budget of {method.budget} per 10,000 of {looked.restorable:,} pruned weights is "
             "less than one weight. Raise it, or give a count."
         )
+    session = Session(0)
     data = {
         "safety": draw_calibration(dense, calibration, harmful=True),
         "utility": draw_calibration(dense, calibration, harmful=False),
-        "validation": check_search(dense, choice, compute, Session(0)),
+        "validation": check_search(dense, choice, compute, session),
     }
+    warn_of_learnt(dense, data["validation"], calibration, session, watch)
     samples = len(data["safety"].examples)
     check_r_max(dense, scoring, samples)
     kept = 1 - looked.restorable / dense.anatomy.prunable
