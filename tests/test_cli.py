@@ -23,8 +23,9 @@ import pico
 from disk import rewrite, shards, tree, write_data
 from regraft import stages
 from regraft.cli import main
+from regraft.data.collate import prompt_batch
 from regraft.data.sources import DataSource
-from regraft.models.load import open_source
+from regraft.models.load import load_processor, open_source
 from regraft.preflight import bytes_needed
 from regraft.pruning import pruner
 from regraft.recipe import read_recipe
@@ -847,6 +848,30 @@ def test_space_of_a_run_is_what_is_there_at_once(
     usage = shutil.disk_usage(world.root)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size + spilled))
     has(refused("run", world.recipe(**alone, seeds=[0, 1]), "--out", "run"), "disk is too full")
+
+
+def test_what_a_backward_pass_keeps_needs_space_too(
+    world: World, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inputs of all layers, found before anything is pruned: of a 7B model more than itself."""
+    dense = open_source(world.model)
+    gain = {"realign": [{"method": "gain", "budget": 50, "checkpoint": False}]}
+    fields = gain | {"calibration": {"data": str(world.data), "samples": 2}}
+    made = read_recipe(world.recipe(**fields))
+    kept, most = bytes_needed(made, dense, world.root / "run")
+    processor, session = load_processor(dense), stages.Session()
+    tokens = [
+        prompt_batch(processor, [one]).inputs["input_ids"].numel()
+        for harmful in (True, False)
+        for one in session.drawn(dense, made.calibration, harmful=harmful).examples
+    ]
+    states = 4 * sum(tokens) * len(dense.anatomy.layers) * dense.anatomy.hidden_size
+    assert kept + states > most + 10_000
+    usage = shutil.disk_usage(world.root)
+    for free in (most, kept + states - 10_000):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, n=free: usage._replace(free=n))
+        has(refused("run", world.recipe(**fields), "--out", "run"), "disk is too full")
+        assert not (world.root / "run").exists()
 
 
 @contextmanager

@@ -16,7 +16,10 @@ from transformers import ProcessorMixin
 import pico
 import regraft.data.collate
 from regraft.data.collate import IGNORED, batches, prompt_batch, response_batch, response_span
+from regraft.data.example import Example
 from regraft.errors import RegraftError
+from regraft.settings import ComputeSettings
+from regraft.stages.common import cut
 
 
 def examples_for(family, folder, n=3, **kwargs):
@@ -330,3 +333,17 @@ def test_collate_imports_no_transformers():
         for name in [getattr(node, "module", None) or node.names[0].name]
     }
     assert not any(name.startswith("transformers") for name in imported), imported
+
+
+def test_images_of_like_size_share_a_batch(tmp_path):
+    """Of families that make tokens by area one large photo would pad a whole batch."""
+    sizes = {"photo": (4000, 3000), "icon": (32, 32), "scan": (3900, 3100), "thumb": (33, 31)}
+    examples = [Example("text", "?", False, "")]
+    for name, size in sizes.items():
+        path = tmp_path / f"{name}.png"
+        Image.new("L", size).save(path)
+        examples.append(Example(name, "?", False, "", image=path))
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    examples.append(Example("broken", "?", False, "", image=tmp_path / "broken.png"))
+    found = [[one.id for one in batch] for batch in cut(examples, ComputeSettings(batch_size=2))]
+    assert found == [["text", "broken"], ["icon", "thumb"], ["photo", "scan"]]

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import pico
+import truth
+from disk import write_data
+from regraft import stages
 from regraft.data.collate import prompt_batch, response_batch
 from regraft.evaluation.generate import generate
 from regraft.heads.score import Scoring, score_heads
@@ -27,6 +30,7 @@ from regraft.pruning.masks import Pattern
 from regraft.pruning.patterns import assign_patterns
 from regraft.pruning.pruner import Pruner, prune_layers
 from regraft.pruning.results import LayerResults
+from regraft.settings import CalibrationSettings, ComputeSettings, RealignSettings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -116,3 +120,37 @@ def test_half_precision_runs_and_answers(
         model, processor, examples, tmp_path / "answers", max_new_tokens=4, batch_size=2
     )
     assert len(answers) == 3
+
+
+@pytest.mark.parametrize("placement", ["resident", "streamed"])
+def test_gain(
+    paper_family: str, placement: Placement, pico_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Nearly the same weights come back as on the CPU: some of equal worth change places."""
+    dense = open_source(pico_dir(paper_family))
+    pruned, _ = truth.pruned_at_random(dense, tmp_path / "pruned", 0.5)
+    write_data(tmp_path, 8)
+    calibration = CalibrationSettings(data=f"jsonl:{tmp_path / 'data.jsonl'}", samples=4)  # type: ignore[arg-type]
+    settings = RealignSettings(method="gain", count=200, steps=2, constraint="none")
+    chosen = {}
+    for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
+        found = stages.rank(
+            dense,
+            pruned,
+            tmp_path / f"{device}-{dtype}.safetensors",
+            settings,
+            calibration,
+            compute=ComputeSettings(
+                device=device,
+                dtype=dtype,  # type: ignore[arg-type]
+                batch_size=2,
+                placement=placement,
+            ),
+        )
+        chosen[device, dtype] = set(
+            zip(found.linear.tolist(), found.position.tolist(), strict=True)
+        )
+    exact, again = chosen["cpu", "float32"], chosen["cuda", "float32"]
+    assert exact
+    assert len(exact & again) > 0.8 * len(exact)
+    assert chosen["cuda", "bfloat16"]

@@ -325,7 +325,7 @@ def test_examples_on_which_the_teacher_is_wrong_are_left_out(monkeypatch):
         def note(self, text):
             notes.append(text)
 
-    pool = gaining.Pool([Example(name, "?", False, "title") for name in "abcde"], None)
+    pool = gaining.Pool([Example(name, "?", False, "title") for name in "abcde"], None, 5)
     for wrong, kept in (("", "abcde"), ("bd", "ace"), ("bcd", "abcde")):
         notes.clear()
         told = {name: name not in wrong for name in "abcde"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,67 @@ def test_a_patch_is_never_lost_on_a_spread_model(pico_dir, tmp_path):
         patched(model, opened.anatomy, Patch({linear.tensor: tensor}, {})),
     ):
         pass
+
+
+def test_a_patch_reaches_weights_that_wait_in_host_memory(pico_dir, tmp_path):
+    """It is on while the block runs, whatever accelerate copies where, and off again after it."""
+    accelerate = pytest.importorskip("accelerate")
+    opened = truth.opened(pico_dir("llava_next-mistral"))
+    linears = [opened.anatomy.layers[i].linear("q_proj") for i in (0, 1)]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for linear in linears:
+        weight = opened.source.checkpoint.read(linear.tensor)
+        at = torch.randperm(weight.numel(), generator=generator)[:20].sort().values
+        tensors[linear.tensor] = TensorPatch.of(weight, at, torch.ones(20, dtype=weight.dtype))
+    patch = Patch(tensors, {})
+    model = accelerate.cpu_offload(copy.deepcopy(opened.model), torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    batch = prompt_batch(opened.processor, truth.examples("llava_next-mistral", tmp_path, 2))
+    before = opened.model(**batch.inputs).logits
+    whole = copy.deepcopy(opened.model)
+    with patched(whole, opened.anatomy, patch), patched(model, opened.anatomy, patch):
+        expected = whole(**batch.inputs).logits
+        assert not torch.allclose(expected, before)
+        torch.testing.assert_close(model(**batch.inputs).logits, expected)
+    torch.testing.assert_close(model(**batch.inputs).logits, before)
+
+
+def resident_walk(opened: truth.Opened, batches) -> Walk:
+    model = load_placed(opened.source, dtype="float32", device="cpu", placement="resident")
+    return Walk(model, batches)
+
+
+@pytest.mark.parametrize(("copies", "home"), [(6, "cuda"), (4, "cpu")])
+def test_states_wait_in_host_memory_where_the_device_is_full(
+    copies, home, pico_dir, tmp_path, monkeypatch
+):
+    """A backward pass has five times the states; the device is taken for one with less or more."""
+    opened = truth.opened(pico_dir("llama"))
+    batch = response_batch(opened.processor, truth.examples("llama", tmp_path, 2))
+    walk = resident_walk(opened, [batch])
+    size = sum(state.nbytes for state in walk.states)
+    walk._home = torch.device("cuda")
+    monkeypatch.setattr("regraft.models.walk.free_bytes", lambda _: copies * size)
+    walk._make_room()
+    assert walk._home.type == home
+
+
+def test_a_walk_keeps_no_pixels(pico_dir, tmp_path):
+    opened = truth.opened(pico_dir("qwen2_5_vl"))
+    examples = truth.examples("qwen2_5_vl", tmp_path, 8)
+    alive = []
+
+    def encoded():
+        for i in (0, 2, 4, 6):
+            batch = response_batch(opened.processor, examples[i : i + 2])
+            alive.append(weakref.ref(batch.inputs["pixel_values"]))
+            held = sum(one() is not None for one in alive)
+            assert held <= 2, "more than the batch that has run and the next"
+            yield batch
+            del batch
+
+    walk = resident_walk(opened, encoded())
+    assert len(walk.batches) == 4
+    assert not any(name.startswith("pixel") for batch in walk.batches for name in batch.inputs)
+    assert all(one() is None for one in alive)

@@ -493,7 +493,6 @@ def test_validation_needs_both_kinds(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"compute": {"device": "cpu", "placement": "streamed"}}, "--placement resident"),
         ({"realign": [{"budget": 5, "search": {"validation": "absent.jsonl"}}]}, "absent"),
         ({"calibration": {"data": "demo:calibration#harmful"}}, "harmless"),
     ],

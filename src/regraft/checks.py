@@ -189,12 +189,16 @@ def check_shares(examples: Sequence[Example], compute: ComputeSettings) -> None:
         )
 
 
+def loaded_dtype(source: Source, compute: ComputeSettings) -> str:
+    """The dtype that a model will be loaded in, such as "bfloat16"."""
+    if compute.dtype != "auto":
+        return compute.dtype
+    return "float32" if pick_device(compute.device).type == "cpu" else stored_dtype(source)
+
+
 def check_gradients(source: Source, compute: ComputeSettings, what: str) -> None:
     """Raise where the dtype that a model will be loaded in is one in which gradients vanish."""
-    dtype: str = compute.dtype
-    if dtype == "auto" and pick_device(compute.device).type != "cpu":
-        dtype = stored_dtype(source)
-    if dtype == "float16":
+    if loaded_dtype(source, compute) == "float16":
         raise RegraftError(
             f"{what} needs gradients, which vanish in float16, the dtype of {source.folder} or the "
             "one asked for. Use --dtype bfloat16 (in a recipe compute.dtype), or float32."

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
@@ -778,17 +778,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(console, str(error))
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
-            raise
+            _crash(console)
         _fail(
             console,
             "The device is out of memory. Lower --batch-size (in a recipe compute.batch_size), in "
-            "scoring heads --tokens-per-pass (heads.tokens_per_pass): what is finished stays. Or "
-            "keep one layer at a time on the device, in a new output: --placement streamed "
+            "scoring heads --tokens-per-pass (heads.tokens_per_pass): what is finished stays. Or, "
+            "in a new output, keep one layer at a time on the device: --placement streamed "
             "(compute.placement).",
         )
     except KeyboardInterrupt:
         console.print("Interrupted. The same command continues where it stopped.")
-        sys.exit(130)
+        ranks.leave(130)
+    except Exception:
+        _crash(console)
 
 
 def _joined(words: Sequence[str]) -> list[str]:
@@ -803,10 +805,18 @@ def _joined(words: Sequence[str]) -> list[str]:
     return found
 
 
-def _fail(console: Console, message: str) -> None:
+def _crash(console: Console) -> NoReturn:
+    """Raise what was not foreseen; one of several processes says it and is gone."""
+    if ranks.world() > 1:
+        console.print_exception()
+        ranks.leave(1)
+    raise
+
+
+def _fail(console: Console, message: str) -> NoReturn:
     console.print("[bold red]Error:[/] ", end="")
     console.print(message.strip(), markup=False, highlight=False, soft_wrap=True)
-    sys.exit(2)
+    ranks.leave(2)
 
 
 def _run(recipe_file: Path, out: Path) -> None:

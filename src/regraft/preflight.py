@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from regraft import stages
 from regraft.checks import (
     check_direction_layer,
@@ -13,19 +15,23 @@ from regraft.checks import (
     check_r_max,
     check_shares,
     check_top_heads,
+    loaded_dtype,
     read_validation,
     seen_before,
 )
+from regraft.data.collate import prompt_batch
 from regraft.data.example import Reading
 from regraft.files import require_space
 from regraft.folder import RunFolder
 from regraft.importance.score import Method
 from regraft.keys import unfinished_bytes
-from regraft.models.load import Source, open_source, pick_device, require_split
+from regraft.models.load import Source, load_processor, open_source, pick_device, require_split
 from regraft.recipe import Recipe
 from regraft.reporting import model_folder
 from regraft.restoration.realign import check_pair
 from regraft.stages.evaluating import check_for_vllm
+
+_LOOKED_AT = 4  # prompts whose length tells that of all
 
 
 def check(recipe: Recipe, folder: Path, session: stages.Session) -> tuple[Source, Source | None]:
@@ -110,7 +116,32 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
     if recipe.pruned is None:
         for pruning in recipe.prune:
             check_pattern(dense, pruning)
-    require_space(place.path, bytes_needed(recipe, dense, place.path)[1])
+    kept, most = bytes_needed(recipe, dense, place.path)
+    require_space(place.path, max(most, kept + _state_bytes(recipe, dense, session)))
+
+
+def _state_bytes(recipe: Recipe, dense: Source, session: stages.Session) -> int:
+    """About what a backward pass keeps of all layers' inputs, going by a few prompts of each kind.
+
+    The states of a 7B model and 128 prompts of each kind are as large as its checkpoint or larger.
+    """
+    if next(_by_gradients(recipe), None) is None:
+        return 0
+    most = max((one.batch for one in recipe.realign if one.method == "gain"), default=None)
+    processor = load_processor(dense)
+    tokens = []
+    for harmful in (True, False):
+        examples = session.drawn(dense, recipe.calibration, harmful=harmful).examples
+        lengths = [
+            prompt_batch(processor, [one]).inputs["input_ids"].shape[1]
+            for one in examples[:_LOOKED_AT]
+        ]
+        count = len(examples) if most is None else min(most, len(examples))
+        tokens.append(count * sum(lengths) // max(1, len(lengths)))
+    at_once = max(tokens) if most is None else sum(tokens)  # SNIP takes one kind after the other
+    itemsize = getattr(torch, loaded_dtype(dense, recipe.compute)).itemsize
+    size: int = at_once * len(dense.anatomy.layers) * dense.anatomy.hidden_size * itemsize
+    return size
 
 
 def bytes_needed(recipe: Recipe, dense: Source, folder: Path) -> tuple[int, int]:

@@ -8,10 +8,11 @@ all of them see. Outside of that there is one process and nothing to do.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,11 @@ def world() -> int:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the other processes if a launcher started this one as one of several."""
+    """Join the other processes if a launcher started this one as one of several.
+
+    They are not left after an error: the others may be waiting in a sum on their devices, and
+    leaving would wait for them. What is to be said then should be, and `leave` called.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
@@ -47,10 +52,17 @@ def joined() -> Iterator[None]:
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; at once where it is one of several, so that their launcher ends them."""
+    if _together():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

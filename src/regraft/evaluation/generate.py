@@ -16,6 +16,7 @@ from torch import nn
 
 from regraft.data.collate import Batch, batches, decoded, prompt_batch
 from regraft.data.example import Example
+from regraft.data.images import size_class
 from regraft.evaluation.ahead import made_ahead
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.judge import KeywordJudge
@@ -178,14 +179,14 @@ def _chunks(
 ) -> list[_Chunk]:
     """All examples; with a judge first those that end by it, then the others.
 
-    Of each kind those without image come first, and then shorter ones: like stands beside like, so
-    that little is padded.
+    Of each kind those without image come first, then those with smaller images, and of like images
+    those with shorter text: like stands beside like, so that little is padded.
     """
     places = range(len(examples))
     kinds: list[tuple[Sequence[int], KeywordJudge | None]] = [(places, None)]
     if judge is not None:
-        whole = [place for place in places if is_compared(examples[place])]
-        kinds = [([place for place in places if place not in set(whole)], judge), (whole, None)]
+        whole = {place for place in places if is_compared(examples[place])}
+        kinds = [([place for place in places if place not in whole], judge), (sorted(whole), None)]
     return [
         _Chunk(chunk, ender)
         for members, ender in kinds
@@ -196,4 +197,6 @@ def _chunks(
 
 def _by_length(examples: Sequence[Example], members: Sequence[int], image: bool) -> list[int]:
     fit = [place for place in members if (examples[place].image is not None) == image]
-    return sorted(fit, key=lambda place: len(examples[place].instruction))
+    return sorted(
+        fit, key=lambda place: (size_class(examples[place]), len(examples[place].instruction))
+    )

@@ -184,13 +184,18 @@ def _forward(walk: Walk, anatomy: Anatomy, scratch: Path, progress: Progress) ->
 
 
 def _loss_gradients(walk: Walk, loss: Loss) -> list[Tensor]:
-    """dL/d(normed final state) `[B, S, d]` of each batch, L the sum of its samples' losses."""
+    """dL/d(normed final state) `[B, S, d]` of each batch, L the sum of its samples' losses.
+
+    The walk's states go on the way: they are as large as the gradients.
+    """
     gradients = []
+    states = walk.states[::-1]
+    walk.states = []
     with walk.model.frame():
-        for batch, state in zip(walk.batches, walk.states, strict=True):
-            labels = batch.labels
+        for batch in walk.batches:
+            labels, state = batch.labels, states.pop()
             assert labels is not None, "a batch of prompts has no responses"
-            final = state.to(walk.model.device).requires_grad_()
+            final = state.to(walk.model.device).detach().requires_grad_()
             for row in range(len(labels)):  # one sample's logits at a time in memory
                 own = labels[row].to(walk.model.device)
                 loss(walk.model, final[row], own, batch.ids[row]).backward()

@@ -79,6 +79,33 @@ def resident(network: nn.Module) -> PlacedModel:
     return PlacedModel(network, parameter.device, parameter.dtype)
 
 
+def weight_in_memory(module: nn.Module) -> Tensor | None:
+    """A module's weight where it is, on a device or in host memory; None where it waits on disk.
+
+    Accelerate keeps the weights of layers for which the devices have no room in host memory, and
+    copies them to a device when the layer runs.
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if not weight.is_meta:
+        return weight.data
+    hook: Any = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        waiting = getattr(one, "weights_map", None)
+        if waiting is not None:
+            first, again = waiting["weight"], waiting["weight"]
+            if first.data_ptr() == again.data_ptr():  # otherwise read from disk each time
+                held: Tensor = first
+                return held
+    return None
+
+
+def free_bytes(device: torch.device) -> int:
+    """What an accelerator has left, freed memory that PyTorch keeps for later included."""
+    left, _ = torch.cuda.mem_get_info(device)
+    return left + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def moved(value: Any, device: torch.device) -> Any:
     """A tensor, or the tensors in nested tuples, lists and dicts, on `device`."""
     if isinstance(value, Tensor):

@@ -1,12 +1,12 @@
 """Take all calibration batches through the decoder, one layer at a time.
 
-The vision tower and the embeddings run once. With a streamed model only the layer at work is on the
-device and hidden states wait in host memory.
+The vision tower and the embeddings run once. Hidden states wait in host memory where the model is
+streamed, so that only the layer at work is on the device, or where the device has little room left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -16,24 +16,34 @@ from torch import Tensor
 
 from regraft.data.collate import Batch
 from regraft.models.anatomy import decoder_layers
-from regraft.models.placement import PlacedModel, moved
+from regraft.models.placement import PlacedModel, free_bytes, moved
 from regraft.models.replay import TextInputs, replay, text_inputs
+from regraft.models.window import cross_attention_layers
+
+_COPIES = 4  # of the states that a backward pass has at a time, the embeddings aside
 
 
 class Walk:
-    """Batches on their way: `states[i]` `[B, S, d]` is what enters the layer reached by batch i."""
+    """Batches on their way: `states[i]` `[B, S, d]` is what enters the layer reached by batch i.
 
-    def __init__(self, model: PlacedModel, batches: Sequence[Batch], *, again: bool = True) -> None:
+    Attributes:
+        model: Resident or streamed.
+        batches: Without their pixels, which only the vision tower reads.
+        states: On the device, or in host memory.
+    """
+
+    def __init__(self, model: PlacedModel, batches: Iterable[Batch], *, again: bool = True) -> None:
         """Run vision tower and embeddings.
 
         Args:
             model: Resident or streamed.
-            batches: On any device.
+            batches: On any device. Of a generator one at a time is in memory.
             again: Keep the embeddings for `rewind`, as many bytes as the states have.
         """
         self.model = model
-        self.batches = batches
+        self.batches: list[Batch] = []
         self.layers = len(decoder_layers(model.network))
+        self._cross = frozenset(cross_attention_layers(model.network))
         self._home = torch.device("cpu") if model.streamed else model.device
         self._texts: list[TextInputs] = []
         self.states: list[Tensor] = []
@@ -41,19 +51,40 @@ class Walk:
             for batch in batches:
                 text = text_inputs(model.network, model.place(batch).inputs)
                 embedded = replay(model.network, text, stop=0)
-                kwargs = dict(text.kwargs)
-                # the states carry on from the embeddings, of which no layer needs more than a shape
-                kwargs["inputs_embeds"] = embedded.new_zeros(1).expand(embedded.shape)
-                if "input_ids" in kwargs:
-                    kwargs["input_ids"] = None
+                # the states carry on from the embeddings, of which layers need a shape at most
+                kwargs = {
+                    name: None if name in ("inputs_embeds", "input_ids") else value
+                    for name, value in text.kwargs.items()
+                }
                 self._texts.append(TextInputs(moved(kwargs, self._home), text.batch))
                 self.states.append(embedded.to(self._home))
+                self.batches.append(_without_image(batch))
+                self._make_room()
         self._embedded = list(self.states) if again else None
+
+    @property
+    def tokens(self) -> int:
+        """Of all batches, padding too."""
+        return sum(state.shape[0] * state.shape[1] for state in self.states)
+
+    def _make_room(self) -> None:
+        """Let the states wait in host memory from now on, if the device has too little for more."""
+        size = sum(state.nbytes for state in self.states)
+        if self._home.type == "cuda" and (_COPIES + 1) * size > free_bytes(self._home):
+            self._home = torch.device("cpu")
+            self.states = [state.to(self._home) for state in self.states]
+            self._texts = [
+                TextInputs(moved(dict(text.kwargs), self._home), text.batch) for text in self._texts
+            ]
 
     def rewind(self) -> None:
         """Back to before the first layer, whatever became of the decoder's weights meanwhile."""
         assert self._embedded is not None, "this walk goes one way"
         self.states = list(self._embedded)
+
+    def forget(self) -> None:
+        """Give back the memory of the batches; this walk goes nowhere any more."""
+        self.batches, self._texts, self.states, self._embedded = [], [], [], None
 
     def on(self, model: PlacedModel) -> Walk:
         """The same batches before the first layer of another model.
@@ -79,16 +110,20 @@ class Walk:
             Index of the batch and the layer's output `[B, S, d]`; after the last layer, normed.
         """
         for i, batch in enumerate(self.batches):
-            with (
-                nullcontext() if around is None else around(self.model.place(_without_image(batch)))
-            ):
+            with nullcontext() if around is None else around(self.model.place(batch)):
                 output = self.replay(i, layer, self.states[i].to(self.model.device))
             yield i, output
 
     def replay(self, i: int, layer: int, hidden: Tensor, *, gradient: bool = False) -> Tensor:
         """Run one layer on batch i, from the input `hidden` `[B, S, d]` on the device."""
         text = self._texts[i]
-        text = TextInputs(moved(dict(text.kwargs), self.model.device), text.batch)
+        kwargs = dict(text.kwargs)
+        if layer not in self._cross and kwargs.get("cross_attention_states") is not None:
+            # not read here, but without any the layers behind would be skipped
+            kwargs["cross_attention_states"] = kwargs["cross_attention_states"][:1]
+        kwargs = moved(kwargs, self.model.device)
+        kwargs["inputs_embeds"] = hidden.new_zeros(1).expand(hidden.shape)
+        text = TextInputs(kwargs, text.batch)
         stop = layer + 1 if layer + 1 < self.layers else None
         return replay(
             self.model.network, text, start=layer, hidden=hidden, stop=stop, gradient=gradient

@@ -21,6 +21,7 @@ from regraft.errors import RegraftError
 from regraft.files import in_threads, read_at, write_at
 from regraft.models.anatomy import Anatomy
 from regraft.models.checkpoint import Checkpoint, Progress, TensorRecord, write_copy
+from regraft.models.placement import weight_in_memory
 from regraft.restoration.patch import CHUNK, Patch, Target, bits, chunks, merge
 
 Operation = Literal["apply", "revert"]
@@ -235,24 +236,26 @@ def patched(model: nn.Module, anatomy: Anatomy, patch: Patch) -> Iterator[None]:
 
     Raises:
         RegraftError: the patch names a tensor that is no prunable weight of this model, or one
-            that is not in memory (a model spread over devices by accelerate).
+            that waits on disk (of a model spread over devices that host memory does not hold).
     """
     modules = dict(model.named_modules())
-    weights = {linear.tensor: modules[linear.module].weight for linear in anatomy.linears}
-    for name in patch.tensors:
-        if name not in weights:
+    readers = {linear.tensor: modules[linear.module] for linear in anatomy.linears}
+    for name, tensor in patch.tensors.items():
+        if name not in readers:
             raise RegraftError(f"The patch is for another model: it has no weight {name}.")
-        if tuple(weights[name].shape) != patch.tensors[name].shape:
+        shape = tuple(readers[name].weight.shape)
+        if shape != tensor.shape:
             raise RegraftError(
-                f"The patch is for another model: {name} is {list(weights[name].shape)}, the "
-                f"patch is for {list(patch.tensors[name].shape)}."
+                f"The patch is for another model: {name} is {list(shape)}, the patch is for "
+                f"{list(tensor.shape)}."
             )
-        if weights[name].is_meta:
-            raise RegraftError(
-                f"{name} waits outside of the device's memory, where no patch can be put on it. "
-                "Write the checkpoint with `regraft apply` and evaluate that."
-            )
-    targets = [(weights[name], tensor) for name, tensor in patch.tensors.items()]
+    held = {name: weight_in_memory(readers[name]) for name in patch.tensors}
+    if on_disk := [name for name, weight in held.items() if weight is None]:
+        raise RegraftError(
+            f"{on_disk[0]} waits on disk, where no patch can be put on it. Write the checkpoint "
+            "with `regraft apply` and evaluate that."
+        )
+    targets = [(held[name], tensor) for name, tensor in patch.tensors.items()]
     before = [_get(weight, tensor.positions) for weight, tensor in targets]
     try:
         for weight, tensor in targets:

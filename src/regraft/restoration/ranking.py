@@ -64,13 +64,16 @@ class Ranking:
 
     def then(self, other: Ranking) -> Ranking:
         """This ranking, and `other` behind it."""
-        return Ranking(
-            torch.cat([self.linear, other.linear]),
-            torch.cat([self.position, other.position]),
-            torch.cat([self.removed, other.removed]),
-            torch.cat([self.score, other.score]),
-            self.about,
-        )
+        return joined([self, other])
+
+
+def joined(parts: Sequence[Ranking]) -> Ranking:
+    """One behind the other, told about as the first."""
+    linear, position, removed, score = (
+        torch.cat([getattr(part, name) for part in parts])
+        for name in ("linear", "position", "removed", "score")
+    )
+    return Ranking(linear, position, removed, score, parts[0].about)
 
 
 def empty() -> Ranking:
@@ -84,10 +87,18 @@ class Best:
     """The `count` best candidates of all matrices, which come one after the other.
 
     Ties go to the earlier matrix and position, so that a ranking does not depend on the device.
+    Candidates are sorted in when there are as many new ones as are kept.
     """
 
     count: int
-    ranking: Ranking = field(default_factory=empty)
+    _kept: Ranking = field(default_factory=empty)
+    _new: list[Ranking] = field(default_factory=list)
+
+    @property
+    def ranking(self) -> Ranking:
+        """The best of all that were added."""
+        self._merge()
+        return self._kept
 
     def add(self, index: int, keys: Tensor, removed: Tensor | None = None) -> None:
         """Add the candidates of one matrix.
@@ -102,9 +113,11 @@ class Best:
         if not count:
             return
         least = flat.topk(count).values[-1]
-        if len(self.ranking) == self.count:  # a tie may still go to this matrix
-            least = max(least, self.ranking.score[-1].to(least))
+        if len(self._kept) == self.count:  # a tie may still go to this matrix
+            least = max(least, self._kept.score[-1].to(least))
         position = (flat >= least).nonzero().flatten()
+        if not len(position):
+            return
         chosen = Ranking(
             torch.full((len(position),), index),
             position.cpu(),
@@ -113,15 +126,18 @@ class Best:
             else removed.reshape(-1)[position].cpu(),
             flat[position].cpu(),
         )
-        self._merge(chosen)
+        self._new.append(chosen)
+        if sum(map(len, self._new)) >= self.count:
+            self._merge()
 
-    def _merge(self, other: Ranking) -> None:
-        both = self.ranking.then(other)
-        by_place = both.position.argsort(stable=True)
-        by_place = by_place[both.linear[by_place].argsort(stable=True)]
-        by_score = both.score[by_place].argsort(descending=True, stable=True)
-        order = by_place[by_score[: self.count]]
-        self.ranking = both.at(order)
+    def _merge(self) -> None:
+        if not self._new:
+            return
+        found = joined([self._kept, *self._new])
+        by_place = found.position.argsort(stable=True)
+        by_place = by_place[found.linear[by_place].argsort(stable=True)]
+        by_score = found.score[by_place].argsort(descending=True, stable=True)
+        self._kept, self._new = found.at(by_place[by_score[: self.count]]), []
 
 
 Keys = Callable[[int, LinearAnatomy, Tensor, Tensor], Tensor | None]

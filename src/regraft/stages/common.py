@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from regraft import ranks
 from regraft.data.collate import Batch, batches
 from regraft.data.example import Example
-from regraft.errors import RegraftError
+from regraft.data.images import size_class
 from regraft.files import file_digest
 from regraft.models.load import (
     Source,
@@ -21,6 +21,7 @@ from regraft.models.load import (
     load_processor,
 )
 from regraft.models.placement import PlacedModel
+from regraft.models.walk import Walk
 from regraft.restoration.apply import check_base
 from regraft.restoration.patch import Patch, load_patch
 from regraft.settings import ComputeSettings
@@ -63,26 +64,21 @@ def patch_in_memory(
     """A patch that is to be put on the model in memory, and the digests of both.
 
     Raises:
-        RegraftError: it is for another base, or the model is not resident.
+        RegraftError: it is for another base.
     """
     inputs = {"model": model.checkpoint.fingerprint}
     if patch_file is None:
         return None, inputs
     patch = load_patch(patch_file)
-    if compute.placement == "streamed":
-        raise RegraftError(
-            "A patch can be put on in memory only where the whole model is resident. Write the "
-            "checkpoint with `regraft apply` and evaluate that, or use --placement resident."
-        )
     check_base(model.checkpoint, patch)
     return patch, inputs | {"patch": file_digest(patch_file)}
 
 
-def hidden_state_bytes(source: Source, model: PlacedModel, batches: Sequence[Batch]) -> int:
+def hidden_state_bytes(source: Source, walk: Walk) -> int:
     """What the inputs of all layers take on disk, of this process's batches: SNIP keeps them."""
-    tokens = sum(batch.inputs["input_ids"].numel() for batch in batches)
     anatomy = source.anatomy
-    return tokens * len(anatomy.layers) * anatomy.hidden_size * model.dtype.itemsize
+    size = len(anatomy.layers) * anatomy.hidden_size * walk.model.dtype.itemsize
+    return walk.tokens * size
 
 
 def collate(
@@ -91,16 +87,21 @@ def collate(
     examples: Sequence[Example],
     compute: ComputeSettings,
 ) -> list[Batch]:
-    """Examples as batches in host memory."""
-    return [encode(processor, chunk) for chunk in batches(examples, compute.batch_size)]
+    """Examples as batches in host memory, see `cut`."""
+    return [encode(processor, chunk) for chunk in cut(examples, compute)]
 
 
-def collate_share(
+def each_of_share(
     processor: Any,
     encode: Callable[[Any, Sequence[Example]], Batch],
     examples: Sequence[Example],
     compute: ComputeSettings,
-) -> list[Batch]:
-    """This process's share of the batches (see `check_shares`)."""
-    chunks = list(batches(examples, compute.batch_size))
-    return [encode(processor, chunk) for chunk in ranks.share(chunks)]
+) -> Iterator[Batch]:
+    """This process's share of the batches (see `check_shares`), encoded as they are asked for."""
+    for chunk in ranks.share(cut(examples, compute)):
+        yield encode(processor, chunk)
+
+
+def cut(examples: Sequence[Example], compute: ComputeSettings) -> list[tuple[Example, ...]]:
+    """Examples in batches, those with images of like size together, so that little is padded."""
+    return list(batches(sorted(examples, key=size_class), compute.batch_size))

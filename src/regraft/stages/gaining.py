@@ -33,7 +33,7 @@ from regraft.restoration.iterative import (
 from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
 from regraft.restoration.selection import Head, blocks_of, inside
 from regraft.settings import ComputeSettings, RealignSettings
-from regraft.stages.common import collate_share, hidden_state_bytes, load_for_walk
+from regraft.stages.common import each_of_share, hidden_state_bytes, load_for_walk
 from regraft.watch import Watch
 
 ALGORITHM = 7  # rankings of another one are not taken for this one's
@@ -105,9 +105,12 @@ def restore_by_gain(
                 sides = {}  # the old states go before the new ones come
                 for kind, pool in pools.items():
                     chosen = [one for one in pool.examples if one.id in drawn[kind]]
-                    sides[kind] = walk(chosen), replace(losses[kind], weights=drawn[kind])
-                batches = [one.batches for one, _ in sides.values()]
-                needed = sum(hidden_state_bytes(dense, model, one) for one in batches)
+                    taken = pool.walk_of(chosen)
+                    if taken is None and chosen == list(pool.examples):
+                        pool.walk.forget()  # no others will be asked for
+                    new_loss = replace(losses[kind], weights=drawn[kind])
+                    sides[kind] = walk(chosen) if taken is None else taken, new_loss
+                needed = sum(hidden_state_bytes(dense, one) for one, _ in sides.values())
                 require_space(work, needed - size_of(work / "states"))
             new = step(
                 problem,
@@ -211,10 +214,18 @@ def _told(restored: int, task: Task, new: Step) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Pool:
-    """All examples of a kind, and this process's share of them before the pruned model's layers."""
+    """All examples of a kind, and this process's share of them before the pruned model's layers.
+
+    The walk was made of `read` examples, of which some may have been left out since.
+    """
 
     examples: Sequence[Example]
     walk: Walk
+    read: int
+
+    def walk_of(self, chosen: Sequence[Example]) -> Walk | None:
+        """The pool's own walk, where it is of just these examples."""
+        return self.walk if len(chosen) == self.read else None
 
 
 def _prepare(
@@ -237,16 +248,17 @@ def _prepare(
     require_gradients(model.dtype)
 
     def walk(examples: Examples) -> Walk:
-        return Walk(model, collate_share(processor, response_batch, examples, compute))
+        return Walk(model, each_of_share(processor, response_batch, examples, compute))
 
     with watch.task("Reading the prompts", sum(len(r.examples) for r in readings.values())) as done:
         pools = {}
         for kind in KINDS:
-            pools[kind] = Pool(readings[kind].examples, walk(readings[kind].examples))
-            done(len(readings[kind].examples))
+            examples = readings[kind].examples
+            pools[kind] = Pool(examples, walk(examples), len(examples))
+            done(len(examples))
     if asks:
         _ask(pools, teachers, watch)
-        model.network.to("cpu")  # one model on the device at a time
+        model.network.to("meta")  # one model in memory at a time; the pools still hold this one
         model, _ = load_for_walk(pruned, compute, watch, processor_from=dense)
         pools = {kind: replace(pool, walk=pool.walk.on(model)) for kind, pool in pools.items()}
     losses = {

@@ -23,7 +23,7 @@ from regraft.models.load import Source
 from regraft.models.walk import Walk
 from regraft.settings import CalibrationSettings, ComputeSettings, StatisticsSettings
 from regraft.stages.answering import beside, calibration_data
-from regraft.stages.common import collate_share, hidden_state_bytes, load_for_walk
+from regraft.stages.common import cut, hidden_state_bytes, load_for_walk
 from regraft.watch import Silent, Watch
 
 
@@ -78,21 +78,20 @@ def _gather(
 ) -> dict[str, ImportanceStatistics]:
     model, processor = load_for_walk(dense, compute, watch)
     shares = {
-        kind: collate_share(processor, response_batch, reading.examples, compute)
-        for kind, reading in readings.items()
+        kind: ranks.share(cut(reading.examples, compute)) for kind, reading in readings.items()
     }
-    if method == "snip":  # both sets' gradients twice, in parts and in the file
-        kept = [li for li in dense.anatomy.linears if is_kept(method, li)]
-        gradients = 4 * 4 * sum(li.shape[0] * li.shape[1] for li in kept)
-        states = max(hidden_state_bytes(dense, model, share) for share in shares.values())
-        require_space(work, gradients + states - size_of(work))
     passes = 2 if method == "snip" else 1
-    own = sum(len(batch.ids) for batches in shares.values() for batch in batches)
+    own = sum(len(chunk) for chunks in shares.values() for chunk in chunks)
     total = passes * own * len(dense.anatomy.layers)
     with watch.task("Gathering statistics", total, "samples x layers") as done:
         found = {}
-        for kind, batches in shares.items():
-            walk = Walk(model, batches, again=False)
+        for kind, chunks in shares.items():
+            encoded = (response_batch(processor, chunk) for chunk in chunks)
+            walk = Walk(model, encoded, again=False)
+            if method == "snip":  # both sets' gradients twice, in parts and in the file
+                kept = [li for li in dense.anatomy.linears if is_kept(method, li)]
+                gradients = 4 * 4 * sum(li.shape[0] * li.shape[1] for li in kept)
+                require_space(work, gradients + hidden_state_bytes(dense, walk) - size_of(work))
             values = gather(walk, dense.anatomy, method, work / kind, done, watch.note)
             found[kind] = ImportanceStatistics(method, values, len(readings[kind].examples))
         return found

@@ -20,7 +20,7 @@ from regraft.settings import CalibrationSettings, ComputeSettings, PruneSettings
 from regraft.stages.answering import beside, calibration_data
 from regraft.stages.common import (
     ABOUT_FILE,
-    collate_share,
+    each_of_share,
     hidden_state_bytes,
     load_for_walk,
 )
@@ -99,18 +99,18 @@ def _calibrate(
     for role, reading in data.items():
         watch.note(told({"utility": "D^u", "safety": "D^s"}[role], reading))
     model, processor = load_for_walk(dense, compute, watch)
-    calibrating = collate_share(processor, response_batch, examples, compute)
+    walk = Walk(model, each_of_share(processor, response_batch, examples, compute), again=False)
     needed = dense.checkpoint.bytes + spilled_bytes(dense, settings)
     if settings.method == "snip":
-        needed += hidden_state_bytes(dense, model, calibrating)
+        needed += hidden_state_bytes(dense, walk)
     require_space(out, needed - unfinished_bytes(out))
     passes = 2 if settings.method == "snip" else 1
-    samples = sum(len(batch.ids) for batch in calibrating)
+    samples = sum(len(batch.ids) for batch in walk.batches)
     total = passes * samples * len(dense.anatomy.layers)
     with watch.task("Pruning, layer by layer", total, "samples x layers") as done:
         prune_layers(
             settings.pruner(),
-            Walk(model, calibrating, again=False),
+            walk,
             dense.anatomy,
             dense.checkpoint,
             settings.patterns(dense.anatomy.linears),

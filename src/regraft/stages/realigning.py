@@ -15,7 +15,7 @@ from regraft.heads.score import HeadScores, load_heads
 from regraft.importance.statistics import ImportanceStatistics, load_statistics
 from regraft.keys import describe, difference, is_done, require_same, working
 from regraft.models.load import Source, pick_device
-from regraft.restoration.groups import Grouping, violated_groups
+from regraft.restoration.groups import violated_groups
 from regraft.restoration.patch import Patch, load_patch, save_patch
 from regraft.restoration.ranking import load_ranking, patch_of
 from regraft.restoration.realign import Rule, Survey, check_pair, hsr, survey, whole_heads
@@ -25,6 +25,7 @@ from regraft.settings import ComputeSettings, RealignSettings
 from regraft.watch import Silent, Watch
 
 MARGIN = 0.2  # p_max - p in the paper
+TAKEN = ("pruned", "n_m", "groups")
 
 
 def realign(
@@ -90,7 +91,7 @@ def realign(
                     patch = select(
                         dense, pruned, chosen, rule, about=about, device=device, progress=done
                     )
-                save_patch(out, _with_violations(patch, pruned, looked.grouping))
+                save_patch(out, _with_violations(patch, pruned))
                 if not patch.restored:
                     watch.note(f"{out.name}: no pruned weight fits; the patch is empty.")
     return load_patch(out)
@@ -134,26 +135,27 @@ def _of_ranking(
             f"{ranking_file} was made with other settings "
             f"({difference(ranking.about['settings'], wanted)}). Rank again, or give its own."
         )
-    looked = survey(dense, pruned)
     inputs = {
         "dense": dense.checkpoint.fingerprint,
         "pruned": pruned.checkpoint.fingerprint,
         "ranking": file_digest(ranking_file),
     }
     about = describe("realign", inputs, settings)
-    about |= {"heads": ranking.about["heads"], "count": count} | taken(looked)
+    about |= {"heads": ranking.about["heads"], "count": count}
+    # of these very checkpoints, so that they need not be read again
+    about |= {name: ranking.about[name] for name in TAKEN if name in ranking.about}
     if not is_done(out, out, about, lambda: load_patch(out).about):
         with working(out, about):
             if ranks.first():
                 patch = patch_of(
                     ranking.first(len(ranking) if count is None else count), dense, pruned, about
                 )
-                save_patch(out, _with_violations(patch, pruned, looked.grouping))
+                save_patch(out, _with_violations(patch, pruned))
     return load_patch(out)
 
 
 def taken(looked: Survey) -> dict[str, Any]:
-    """What pruning took, as artifacts tell it."""
+    """What pruning took, as artifacts tell it: those of `TAKEN`, the last two of N:M patterns."""
     told: dict[str, Any] = {"pruned": looked.restorable}
     if looked.grouping is not None:
         told |= {"n_m": looked.grouping.n_m, "groups": looked.grouping.groups}
@@ -188,10 +190,11 @@ def scores_of(
     return scores
 
 
-def _with_violations(patch: Patch, pruned: Source, grouping: Grouping | None) -> Patch:
-    if grouping is None:
+def _with_violations(patch: Patch, pruned: Source) -> Patch:
+    if "n_m" not in patch.about:
         return patch
-    count = violated_groups(pruned.checkpoint, patch, grouping.n, grouping.m)
+    n, m = map(int, patch.about["n_m"].split(":"))
+    count = violated_groups(pruned.checkpoint, patch, n, m)
     return replace(patch, about={**patch.about, "violated_groups": count})
 
 

@@ -10,12 +10,11 @@ from regraft import ranks
 from regraft.checks import seen_before
 from regraft.data.example import Reading
 from regraft.data.sources import DataSource, of_split
-from regraft.errors import RegraftError
 from regraft.evaluation.curves import curve_to_json, read_curve
 from regraft.evaluation.tradeoff import Bounds, Point, Searched, bounds_of, choose, nearest
 from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
-from regraft.models.load import Source
+from regraft.models.load import Source, pick_device, require_split
 from regraft.restoration.ranking import Ranking, load_ranking
 from regraft.settings import (
     CalibrationSettings,
@@ -72,8 +71,8 @@ def search(
         How many weights to restore: 0 where no point with weights back is better within the bounds.
 
     Raises:
-        RegraftError: see the data readers; the ranking is of other checkpoints; placement is
-            streamed.
+        RegraftError: see the data readers; the ranking is of other checkpoints; a model that is
+            spread over devices and host memory has weights on disk too.
     """
     watch, session = watch or Silent(), session or Session()
     ranking = load_ranking(ranking_file)
@@ -187,14 +186,10 @@ def check_search(
     """Read the validation prompts, and see that points can be evaluated on them.
 
     Raises:
-        RegraftError: see the data readers; placement is streamed, where no patch can be put on a
-            model in memory.
+        RegraftError: see the data readers and, where placement is streamed, `require_split`.
     """
-    if compute.placement == "streamed":
-        raise RegraftError(
-            "A number of weights can be searched only where the whole model is resident: use "
-            "--placement resident, or give a budget without a search."
-        )
+    if compute.placement == "streamed" and pick_device(compute.device).type != "cpu":
+        require_split()
     return session.reading(dense, suites_of(settings), settings.validation_limit)
 
 
