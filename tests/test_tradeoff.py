@@ -175,7 +175,13 @@ class Bench:
     def method(self) -> RealignSettings:
         return RealignSettings(method="random", count=1000)
 
-    def search(self, out: Path, watch: Watch | None = None, **fields: Any) -> int:
+    def search(
+        self,
+        out: Path,
+        watch: Watch | None = None,
+        compute: ComputeSettings = COMPUTE,
+        **fields: Any,
+    ) -> int:
         settings = SearchSettings(validation=self.validation, **fields)
         return stages.search(
             self.dense,
@@ -185,7 +191,7 @@ class Bench:
             settings,
             self.method,
             SHORT,
-            COMPUTE,
+            compute,
             watch,
         )
 
@@ -210,6 +216,7 @@ def read_points(out: Path) -> list[Point]:
                 None if one[name] is None else Estimate(**one[name])
                 for name in ("asr", "over_refusal", "utility")
             ),
+            one["degenerate"],
         )
         for one in read_json(out)["points"]
     ]
@@ -252,6 +259,17 @@ def test_a_curve_is_evaluations_of_more_and_more_weights(bench: Bench, tmp_path:
     assert out.stat().st_mtime_ns == stamp
     with pytest.raises(RegraftError, match=r"settings.points: 3 there, 2 now"):
         bench.search(out, points=2)
+
+
+@pytest.mark.slow
+def test_a_search_with_layers_in_host_memory(bench: Bench, tmp_path: Path) -> None:
+    streamed = COMPUTE.model_copy(update={"placement": "streamed"})
+    counts = [
+        bench.search(tmp_path / name, compute=compute, points=2)
+        for name, compute in (("whole.json", COMPUTE), ("streamed.json", streamed))
+    ]
+    assert counts[0] == counts[1]
+    assert read_points(tmp_path / "whole.json") == read_points(tmp_path / "streamed.json")
 
 
 @pytest.fixture
