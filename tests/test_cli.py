@@ -369,7 +369,7 @@ def test_budgets(world: World, refused: Refused, words: list[object], parts: lis
         ),
         (
             {"method": "gain", "count": 4, "pushes": 2},
-            ["realign.0", "'hsr' has pushes, which only a search can hold to bounds"],
+            ["realign.0", "'gain' has pushes, which only a search can hold to bounds"],
         ),
         (
             {"method": "random", "count": 4, "search": {"target_asr": 1, "target_rsr": 1}},
@@ -647,7 +647,53 @@ def test_recipe_files(world: World, refused: Refused) -> None:
     (world.root / "bad.yaml").write_text("a: [")
     has(refused("run", "bad.yaml", "--out", "run"), "bad.yaml is not valid YAML")
     (world.root / "list.yaml").write_text("- a")
-    has(refused("run", "list.yaml", "--out", "run"), "list.yaml", "dictionary")
+    has(refused("run", "list.yaml", "--out", "run"), "list.yaml", "each a name and a value")
+
+
+def test_settings_that_would_change_nothing(world: World, refused: Refused) -> None:
+    realign = _realign(world, world.model, world.pruned)
+    has(refused(*realign, "--heads-file", "h", "--r-max", 3), "--heads-file has scores")
+    has(refused(*realign, "--max-new-tokens", 12), "answers in a search", "--search")
+    has(refused(*realign, "--method", "gain", "--q", 0.1), "`q` changes nothing with gain")
+    has(refused(*prune(world, "--n-m", "2:4", "--sparsity", 0.6)), "takes the place of sparsity")
+
+
+def test_output_places(world: World, refused: Refused) -> None:
+    """Found before the work, and said as it is."""
+    data = ["--data", world.data]
+    has(refused("statistics", world.model, *data, "--out", "."), ". is a folder")
+    has(refused("compare", "model", "--out", "pruned"), "pruned holds something else")
+    has(refused("overlap", world.model, "gone", "--out", "pruned"), "pruned is not empty")
+    has(refused("relate", "model", "--out", "pruned"), "pruned is not empty")
+    has(refused("apply", "pruned", world.patch, "--out", "pruned"), "itself", "--in-place")
+
+
+def test_suites_named_twice(world: World, refused: Refused) -> None:
+    words: list[object] = ["eval", world.model, "--suite", world.data, "--suite", world.data]
+    has(refused(*words, "--out", "out"), "named twice", "count twice")
+
+
+def test_folders_that_are_no_evaluation(world: World, refused: Refused) -> None:
+    below = world.root / "run" / "evaluation" / "dense"
+    below.mkdir(parents=True)
+    (below / "results.json").write_text("{}")
+    message = refused("judge", "run", "--by", "vlguard-1")
+    has(message, "run is no evaluation", "Those in it: run/evaluation/dense")
+
+
+def test_paths_are_not_emoji(world: World, refused: Refused) -> None:
+    has(refused("inspect", "run:key:x:"), "run:key:x:")
+
+
+def test_bundled_data_for_another_model_is_said(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.root)
+    run_ok("prune", world.model, "--samples", 1, "--out", "mine", "--device", "cpu")
+    said = " ".join(capsys.readouterr().out.split())
+    has(said, "Warning: demo:calibration are the bundled images")
+    run_ok("prune", world.model, "--data", world.data, "--out", "own", "--device", "cpu")
+    assert "Warning" not in capsys.readouterr().out
 
 
 def test_flags(world: World, refused: Refused) -> None:

@@ -718,3 +718,14 @@ def test_test_prompts_that_were_used_before_are_found(tmp_path):
 def test_several_suites_in_a_row(words, suites):
     found = _several(None, [SimpleNamespace(value=word) for word in words.split()])
     assert [str(suite) for suite in found] == suites
+
+
+@pytest.mark.parametrize("field", ["unsafe", "Label", "is_safe"])
+def test_jsonl_that_says_who_is_harmful_by_another_name(tmp_path, field):
+    """All would be harmless, and harmful answers over-refusal's and utility's."""
+    path = lines(tmp_path, {"instruction": "a", field: True}, {"instruction": "b"})
+    with pytest.raises(RegraftError, match=rf"no row has the field 'harmful'.*'{field}'"):
+        read_jsonl(path)
+    both = lines(tmp_path, {"instruction": "a", field: True, "harmful": True})
+    assert read_jsonl(both).examples[0].harmful
+    assert not read_jsonl(lines(tmp_path, {"instruction": "a"})).examples[0].harmful

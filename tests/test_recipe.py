@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,27 @@ import yaml
 from pydantic import ValidationError
 
 import regraft
+from regraft import recipe_help
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.pruning.masks import Pattern
-from regraft.recipe import PruningSettings, Recipe, VariantSettings, read_recipe, write_recipe
-from regraft.settings import HeadSettings, PruneSettings, RealignSettings, explain
+from regraft.recipe import (
+    NamedDefenceSettings,
+    PruningSettings,
+    Recipe,
+    VariantSettings,
+    read_recipe,
+    write_recipe,
+)
+from regraft.recipe_help import explained_recipe
+from regraft.settings import (
+    HeadSettings,
+    PruneSettings,
+    RealignSettings,
+    SearchSettings,
+    Settings,
+    explain,
+)
 
 FULL = Recipe(
     title='A "title": with #signs, ü',
@@ -245,13 +262,32 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("realign: [{name: a}, {name: a}]", ["names of `realign` must differ", "'a'"]),
         ("realign: [{name: dense}]", ["realign.0.name", "'dense'"]),
         ("realign: [{prunings: [b]}]", ["'hsr' is for the pruning 'b'", "prunings are pruned"]),
-        ("defend: [{prunings: [b]}]", ["'defended' is for the pruning 'b'"]),
+        ("defend: [{prunings: [b]}]", ["'adashield' is for the pruning 'b'"]),
         ("against: [hsr]", ["`against` is for the comparison over `seeds`"]),
         ("seeds: [0]\nagainst: [snip]", ["`against` names 'snip'; expected some of hsr"]),
         ("realign: [{q: 0}]", ["realign.0.q", "greater than 0"]),
         ("evaluate: {suite: safebench}", ["evaluate.suite", "safebench needs a path"]),
         ("evaluate: {keywords: sorry}", ["evaluate.keywords", "'sorry'"]),
         ("calibration: {samples: 0}", ["calibration.samples", "got 0"]),
+        ("prune: {sparsity: 60}", ["prune.sparsity", "less than 1; 60 % is 0.6"]),
+        ("prune: {n_m: 2:4, sparsity: 0.6}", ["n_m 2:4 takes the place of sparsity 0.6"]),
+        ("realign: {top-heads: 3}", ["realign.0.top-heads: there is no such", "is it top_heads?"]),
+        ("seeds: 3", ["seeds: a list is needed"]),
+        ("realign: 3", ["realign.0: settings are needed"]),
+        ("model: a\nmodel: b", ["'model' is there twice", "line 2"]),
+        ("realign: [{method: gain}, {method: gain}]", ["must differ", "['gain', 'gain']"]),
+        ("realign: {method: gain, q: 0.1}", ["`q` changes nothing with gain; leave it out"]),
+        ("realign: {steps: 3}", ["`steps` changes nothing with hsr"]),
+        ("realign: {budget: 3, q: 0.1}", ["takes the place of `q`"]),
+        ("realign: {method: random, top_heads: 3}", ["`top_heads` changes nothing with random"]),
+        (
+            "realign: {method: gain, top_heads: 3}",
+            ["`top_heads` changes nothing with gain unless `within` is heads"],
+        ),
+        (
+            "evaluate: {keywords: [sorry], judge: gcg-1}",
+            ["keywords take the place of the judge gcg-1"],
+        ),
     ],
 )
 def test_errors_name_the_field(tmp_path: Path, text: str, parts: list[str]) -> None:
@@ -296,3 +332,44 @@ def test_settings_are_frozen(field: str) -> None:
 
 def test_written_recipe_is_plain_yaml() -> None:
     assert yaml.safe_load(write_recipe(FULL))["prune"]["n_m"] == "2:4"
+
+
+def test_an_explained_recipe_is_the_default_one(tmp_path: Path) -> None:
+    text = explained_recipe()
+    assert _read(tmp_path, text) == _read(tmp_path, "")
+    assert max(map(len, text.splitlines())) <= 110
+
+
+@pytest.mark.parametrize("settings", [SearchSettings(), NamedDefenceSettings()])
+def test_blocks_that_are_there_as_comments_are_valid(settings: Settings) -> None:
+    lines = list(recipe_help._block(settings, ""))
+    assert type(settings).model_validate(yaml.safe_load("\n".join(lines))) == settings
+    text = explained_recipe()
+    assert all(f" {line}\n" in text for line in lines if not line.startswith("#"))
+
+
+def test_every_setting_is_explained() -> None:
+    text = explained_recipe()
+    for settings in (Recipe, PruningSettings, VariantSettings, NamedDefenceSettings, HeadSettings):
+        for name in settings.model_fields:
+            assert re.search(rf"# .*\n(# )?[ #-]*{name}:", text), name
+
+
+def test_methods_name_what_has_no_name(tmp_path: Path) -> None:
+    recipe = _read(tmp_path, "realign: [{method: gain}, {}]\ndefend: {method: adashield}")
+    assert [one.name for one in recipe.realign] == ["gain", "hsr"]
+    assert [one.name for one in recipe.defend] == ["adashield"]
+    assert _read(tmp_path, "realign: {method: random}").realign[0].name == "random"
+
+
+def test_a_folder_here_is_not_one_beside_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the form of a hub id it was taken from wherever the command ran."""
+    (tmp_path / "here" / "runs" / "pruned").mkdir(parents=True)
+    (tmp_path / "there" / "runs" / "own").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(RegraftError, match=r"there is no .*there/runs/pruned\. Write .*here/runs"):
+        _read(tmp_path / "there", "pruned: runs/pruned")
+    found = _read(tmp_path / "there", "pruned: runs/own\nmodel: org/name")
+    assert (found.pruned, found.model) == (str(tmp_path / "there" / "runs" / "own"), "org/name")

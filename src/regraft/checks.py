@@ -8,6 +8,7 @@ from itertools import count, islice
 from typing import Any
 
 from regraft import ranks
+from regraft.data.demo import is_demo
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
 from regraft.data.sources import DataSource, of_split, read
@@ -83,6 +84,8 @@ def join_suites(suites: Sequence[DataSource], limit: int | None) -> Reading:
     Raises:
         RegraftError: see the data readers.
     """
+    if twice := [suite for i, suite in enumerate(suites) if suite in suites[:i]]:
+        raise RegraftError(f"{twice[0]} is named twice: its prompts would count twice.")
     readings = [read(of_split(suite, "test")) for suite in suites]
     examples: list[Example] = []
     skipped: dict[str, int] = {}
@@ -170,6 +173,16 @@ def seen_before(
 def _content(example: Example) -> tuple[str, str | None]:
     image = None if example.image is None else file_digest(example.image)
     return example.instruction, image
+
+
+def bundled_for_another(source: Source, data: DataSource) -> str | None:
+    """A warning where a model of one's own goes by prompts made for the bundled one."""
+    if data.name != "demo" or is_demo(source.folder):
+        return None
+    return (
+        f"Warning: {data} are the bundled images, made for the bundled model; what is learnt from "
+        "them or measured on them says little about this one. Name data of your own."
+    )
 
 
 def told(role: str, reading: Reading) -> str:

@@ -39,7 +39,7 @@ from regraft.evaluation.keywords import KEYWORD_JUDGES
 from regraft.models.anatomy import LayerAnatomy
 from regraft.models.load import Source, open_source
 from regraft.pruning.pruner import zeros
-from regraft.recipe import Recipe, read_recipe, write_recipe
+from regraft.recipe import read_recipe
 from regraft.restoration.apply import Operation
 from regraft.restoration.patch import Patch
 from regraft.settings import (
@@ -75,8 +75,13 @@ app = App(
 )
 Flat = Parameter(name="*")
 Model = Annotated[str, Parameter(help="Checkpoint folder or hub id; 'demo' is the bundled model.")]
-Out = Annotated[Path, Parameter(name=["--out", "-o"], help="New folder or file to write.")]
-MaybeOut = Annotated[Path | None, Parameter(name=["--out", "-o"], help="New folder to write.")]
+DEFAULT_VALIDATION_TOKENS = 64
+OutFolder = Annotated[Path, Parameter(name=["--out", "-o"], help="New folder to write.")]
+OutFile = Annotated[Path, Parameter(name=["--out", "-o"], help="New file to write.")]
+MaybeOutFolder = Annotated[
+    Path | None, Parameter(name=["--out", "-o"], help="New folder to write.")
+]
+MaybeOutFile = Annotated[Path | None, Parameter(name=["--out", "-o"], help="New file to write.")]
 Against = Annotated[
     tuple[str, ...],
     Parameter(consume_multiple=True, help="Methods to test all others against, one or several."),
@@ -104,7 +109,7 @@ def inspect(model: Model, *, trust_remote_code: bool = False, names: bool = Fals
         Also list every prunable weight by its name on disk.
     """
     source = _open(model, trust_remote_code)
-    anatomy, console = source.anatomy, Console()
+    anatomy, console = source.anatomy, Console(emoji=False)
     about = Table.grid(padding=(0, 2))
     about.add_column()
     about.add_column(overflow="fold")
@@ -143,7 +148,7 @@ def inspect(model: Model, *, trust_remote_code: bool = False, names: bool = Fals
 def prune(
     model: Model,
     *,
-    out: Out,
+    out: OutFolder,
     settings: Annotated[PruneSettings, Flat] = PruneSettings(),
     calibration: Calibration = CalibrationSettings(),
     compute: Compute = ComputeSettings(),
@@ -168,7 +173,7 @@ def prune(
 def heads(
     model: Model,
     *,
-    out: Out,
+    out: OutFile,
     settings: Annotated[HeadSettings, Flat] = HeadSettings(),
     calibration: Calibration = CalibrationSettings(),
     compute: Compute = ComputeSettings(),
@@ -195,7 +200,7 @@ def heads(
 def statistics(
     model: Model,
     *,
-    out: Out,
+    out: OutFile,
     settings: Annotated[StatisticsSettings, Flat] = StatisticsSettings(),
     calibration: Calibration = CalibrationSettings(),
     compute: Compute = ComputeSettings(),
@@ -214,11 +219,11 @@ def realign(
     dense: Model,
     pruned: Model,
     *,
-    out: Out,
+    out: OutFile,
     heads_file: Path | None = None,
     statistics_file: Path | None = None,
     search: bool = False,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = DEFAULT_VALIDATION_TOKENS,
     settings: Annotated[RealignSettings, Flat] = RealignSettings(),
     choice: Annotated[SearchSettings, Flat] = SearchSettings(),
     scoring: Annotated[HeadSettings, Flat] = HeadSettings(),
@@ -252,6 +257,10 @@ def realign(
 
     with _watch() as watch:
         _check_search_flags(search, settings, choice)
+        if heads_file is not None and scoring != HeadSettings():
+            raise RegraftError("--heads-file has scores: settings of scoring would change nothing.")
+        if not search and max_new_tokens != DEFAULT_VALIDATION_TOKENS:
+            raise RegraftError("--max-new-tokens is of answers in a search: add --search.")
         dense_source = _open(dense, compute.trust_remote_code)
         found = with_validation(choice, dense_source.folder, calibration) if search else None
         patch = stages.restore(
@@ -292,8 +301,8 @@ def tune(
     dense: Model,
     pruned: Model,
     *,
-    out: Out,
-    max_new_tokens: int = 64,
+    out: OutFolder,
+    max_new_tokens: int = DEFAULT_VALIDATION_TOKENS,
     tuning: Annotated[TuneSettings, Flat] = TuneSettings(),
     settings: Annotated[RealignSettings, Flat] = RealignSettings(),
     choice: Annotated[SearchSettings, Flat] = SearchSettings(),
@@ -363,7 +372,7 @@ def _tell_patch(watch: ConsoleWatch, out: Path, patch: Patch) -> None:
 def apply(
     pruned: Path,
     *patch: Path,
-    out: MaybeOut = None,
+    out: MaybeOutFolder = None,
     in_place: bool = False,
     dry_run: bool = False,
 ) -> None:
@@ -390,7 +399,7 @@ def apply(
 def revert(
     realigned: Path,
     *patch: Path,
-    out: MaybeOut = None,
+    out: MaybeOutFolder = None,
     in_place: bool = False,
     dry_run: bool = False,
 ) -> None:
@@ -416,7 +425,7 @@ def revert(
 def defend(
     pruned: Model,
     *,
-    out: Out,
+    out: OutFile,
     settings: Annotated[DefenceSettings, Flat] = DefenceSettings(),
     calibration: Calibration = CalibrationSettings(),
     compute: Compute = ComputeSettings(),
@@ -441,7 +450,7 @@ def evaluate(
     model: Model,
     *,
     suite: Suites,
-    out: Out,
+    out: OutFolder,
     patch: Path | None = None,
     defence: Path | None = None,
     settings: Annotated[EvalSettings, Flat] = EvalSettings(),
@@ -474,7 +483,7 @@ def evaluate(
 def harness(
     model: Model,
     *task: str,
-    out: Out,
+    out: OutFile,
     patch: Path | None = None,
     limit: int | None = None,
     include: Path | None = None,
@@ -513,7 +522,7 @@ def sweep(
     setting: Swept,
     *,
     values: Annotated[tuple[float, ...], Parameter(consume_multiple=True)],
-    out: Out,
+    out: OutFolder,
 ) -> None:
     """Run a recipe at several values of one setting: ASR, over-refusal and utility by the value.
 
@@ -540,7 +549,7 @@ def sweep(
 
 
 @app.command
-def relate(*run: Path, out: Out) -> None:
+def relate(*run: Path, out: OutFolder) -> None:
     """Over the pruned models of several runs: total Ships against the rise in ASR, Spearman's rho.
 
     Example: regraft relate runs/qwen2-vl runs/llava-mistral runs/llava-vicuna --out relation
@@ -565,7 +574,7 @@ def overlap(
     *,
     share: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (0.05, 0.1, 0.2),
     scope: Literal["row", "matrix"] = "matrix",
-    out: Out,
+    out: OutFolder,
     trust_remote_code: bool = False,
 ) -> None:
     """Which weights matter for safety and utility alike: Jaccard's index of the top by layer.
@@ -593,7 +602,7 @@ def overlap(
 
 
 @app.command
-def render(prompts: Suite, *, out: Out, font: Path | None = None) -> None:
+def render(prompts: Suite, *, out: OutFolder, font: Path | None = None) -> None:
     """Draw prompts as FigStep's typographic images: a data set of images from one of text.
 
     Example: regraft render prompts:advbench.csv --out advbench-images
@@ -626,7 +635,7 @@ def judge(
     evaluation: Path,
     *,
     by: Judges,
-    out: MaybeOut = None,
+    out: MaybeOutFolder = None,
     images: Path | None = None,
     compute: Compute = ComputeSettings(),
 ) -> None:
@@ -666,7 +675,7 @@ def judge_bench(
     positive: tuple[str, ...] = (),
     question: Literal["refusal", "harm"] = "refusal",
     ids: Literal["all", "even", "odd"] = "all",
-    out: MaybeOut = None,
+    out: MaybeOutFile = None,
     compute: Compute = ComputeSettings(),
 ) -> None:
     """Measure judges against answers that people labelled: accuracy, precision, recall, kappa.
@@ -715,7 +724,7 @@ def report(run: Path) -> None:
 
 
 @app.command
-def compare(*run: Path, out: Out, against: Against = ()) -> None:
+def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:
     """Tell methods apart over finished runs: tests, intervals, verdicts and the trade-off plot.
 
     Example: regraft compare runs/study --out runs/study/comparison --against hsr
@@ -733,7 +742,7 @@ def compare(*run: Path, out: Out, against: Against = ()) -> None:
 
 
 @app.command
-def run(recipe: Path, *, out: Out) -> None:
+def run(recipe: Path, *, out: OutFolder) -> None:
     """Run a whole recipe: prune, score heads, realign, evaluate, report. Resumes after a kill.
 
     With `seeds` in the recipe there is one run for each, and a comparison over them.
@@ -747,7 +756,7 @@ def run(recipe: Path, *, out: Out) -> None:
 
 
 @app.command
-def demo(*, out: Out = Path("demo-run")) -> None:
+def demo(*, out: OutFolder = Path("demo-run")) -> None:
     """Run the main job on the bundled model: about six minutes on two CPU cores, no network."""
     from importlib.resources import files
 
@@ -757,12 +766,14 @@ def demo(*, out: Out = Path("demo-run")) -> None:
 @app.command
 def recipe() -> None:
     """Print a recipe with every setting and its default, to start one's own from."""
-    sys.stdout.write(write_recipe(Recipe()))
+    from regraft.recipe_help import explained_recipe
+
+    sys.stdout.write(explained_recipe())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 on bad input, having written nothing."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     try:
         with ranks.joined():
             words = _joined(sys.argv[1:] if arguments is None else arguments)
@@ -857,6 +868,8 @@ def _patch(
                 watch.console, stages.preview(operation, folder, patches, out, watch), out
             )
         elif out is not None:
+            if out.exists() and out.resolve() == folder.resolve():
+                raise RegraftError(f"{out} is the checkpoint itself: use --in-place to change it.")
             write = stages.apply if operation == "apply" else stages.revert
             write(folder, patches, out, watch)
             watch.note(f"Wrote {out}")
@@ -892,7 +905,8 @@ def _open(model: str, trust_remote_code: bool) -> Source:
 
 @contextmanager
 def _watch() -> Iterator[ConsoleWatch]:
-    yield ConsoleWatch(Console(width=None if sys.stdout.isatty() else 120, quiet=not ranks.first()))
+    width = None if sys.stdout.isatty() else 120
+    yield ConsoleWatch(Console(width=width, quiet=not ranks.first(), emoji=False))
 
 
 def _runs(layers: Sequence[LayerAnatomy]) -> Iterator[tuple[int, int, LayerAnatomy]]:

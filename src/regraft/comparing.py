@@ -30,6 +30,10 @@ def compare(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> 
     Raises:
         RegraftError: a run is not finished, or they cannot be compared.
     """
+    if out.is_dir() and any(out.iterdir()) and not (out / "compare.json").exists():
+        raise RegraftError(
+            f"The output folder {out} holds something else than a comparison. Choose a new folder."
+        )
     places = [run for folder in folders for run in study_runs(folder) or (folder,)]
     reports = {place: read_report(place) for place in places}
     _check_same_recipe(reports)

@@ -96,7 +96,7 @@ class ConsoleWatch:
 
 def show_result(console: Console, result: EvalResult) -> None:
     """Print one evaluation with its intervals, per category."""
-    from regraft.report.words import degenerate  # scipy, slow to import
+    from regraft.report.words import NO_OVER_REFUSAL, degenerate  # scipy, slow to import
 
     table = Table(
         "", "%", "95 % interval", "n", title=Text(f"{result.suite}, judge {result.judge}")
@@ -124,6 +124,8 @@ def show_result(console: Console, result: EvalResult) -> None:
             f"[{found.low:.3f}, {found.high:.3f}]",
             highlight=False,
         )
+    if result.asr is not None and result.over_refusal is None:
+        console.print(NO_OVER_REFUSAL, highlight=False)
     if result.degenerate:
         console.print(
             f"Degenerate answers, neither refusals nor successful attacks: {degenerate(result)}."

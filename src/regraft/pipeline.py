@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import ranks, stages
+from regraft.checks import bundled_for_another
 from regraft.costs import Ledger, Metered
 from regraft.errors import RegraftError
 from regraft.files import digest, discard_leftover, require_empty, write_text
@@ -53,6 +54,9 @@ def run(
     claim(folder, recipe)
     for line in seen_before_in(recipe, dense, session):
         watch.note(f"Warning: {line}.")
+    for suite in recipe.evaluate.suite:
+        if (warning := bundled_for_another(dense, suite)) is not None:
+            watch.note(warning)
     job = _Job(place, dense, recipe, session, watch)
     pruned = {one.name: existing or job.prune(one) for one in recipe.prune}
     watch.note("Evaluating the dense model")

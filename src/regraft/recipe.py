@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,6 +48,13 @@ def _checked_name(name: str, *taken: str) -> str:
     return name
 
 
+def _named_by_method(given: Any) -> Any:
+    """The settings as they are written, with the method's name where they have none."""
+    if isinstance(given, Mapping) and isinstance(given.get("method"), str):
+        return {"name": given["method"], **given}
+    return given
+
+
 class PruningSettings(PruneSettings):
     """One pruned model of a run."""
 
@@ -77,7 +85,10 @@ class PruningSettings(PruneSettings):
 class VariantSettings(RealignSettings):
     """One realigned model of a run."""
 
-    name: str = Field("hsr", description="What to call it in tables and folders.")
+    name: str = Field(
+        "hsr",
+        description="What to call it in tables and folders; if not given, as the method is called.",
+    )
     prunings: tuple[str, ...] = Field(
         (), description="Names of the prunings that are realigned so; all if not given."
     )
@@ -94,6 +105,11 @@ class VariantSettings(RealignSettings):
         description="Of a random control: R draws NAME-1 to NAME-R, with head seeds from head_seed "
         "+ R x calibration seed on, so that no two calibration seeds share one.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derived_name(cls, given: Any) -> Any:
+        return _named_by_method(given)
 
     @field_validator("name")
     @classmethod
@@ -151,10 +167,18 @@ class VariantSettings(RealignSettings):
 class NamedDefenceSettings(DefenceSettings):
     """One defended model of a run."""
 
-    name: str = Field("defended", description="What to call it in tables and folders.")
+    name: str = Field(
+        "adashield",
+        description="What to call it in tables and folders; if not given, as the method is called.",
+    )
     prunings: tuple[str, ...] = Field(
         (), description="Names of the prunings that are defended so; all if not given."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derived_name(cls, given: Any) -> Any:
+        return _named_by_method(given)
 
     @field_validator("name")
     @classmethod
@@ -174,7 +198,10 @@ class EvaluateSettings(EvalSettings):
     """What a run evaluates every model on: one suite, or a list of suites taken together."""
 
     suite: Annotated[tuple[DataSource, ...], BeforeValidator(_one_or_more)] = Field(
-        (DataSource(name="demo", split="test"),), min_length=1
+        (DataSource(name="demo", split="test"),),
+        min_length=1,
+        description="What the models are asked: demo:test, a .jsonl file, or NAME:PATH as for "
+        "`regraft eval`; one, or a list of them.",
     )
 
     def only(self) -> EvalSettings:
@@ -225,7 +252,7 @@ class Recipe(Settings):
         description="Calibration seeds, in place of calibration.seed: one run each, in the folders "
         "seed-N, and a comparison over them.",
     )
-    against: tuple[str, ...] = Field(
+    against: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
         (),
         description="With seeds: names of `realign` or `defend` that the comparison tests every "
         "method against, besides the pruned model.",
@@ -237,8 +264,10 @@ class Recipe(Settings):
         description="One pruning, or a list of them, each evaluated and realigned.",
     )
     heads: HeadSettings = HeadSettings()
-    realign: tuple[VariantSettings, ...] = (VariantSettings(),)
-    defend: tuple[NamedDefenceSettings, ...] = Field(
+    realign: Annotated[tuple[VariantSettings, ...], BeforeValidator(_one_or_more)] = Field(
+        (VariantSettings(),), description="One way of realigning, or a list of them."
+    )
+    defend: Annotated[tuple[NamedDefenceSettings, ...], BeforeValidator(_one_or_more)] = Field(
         (), description="Defences at inference, evaluated on the pruned models."
     )
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -389,7 +418,20 @@ def _is_for(pruning: PruningSettings, names: tuple[str, ...]) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without base-60 numbers, so that `n_m: 2:4` is the text that it looks like."""
+    """YAML without base-60 numbers, so that `n_m: 2:4` is the text that it looks like.
+
+    A key that is there twice is an error; YAML takes the last.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -457,9 +499,15 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
 
     def model(name: str) -> str:
         on_hub = name[0] not in "./~" and name.partition("@")[0].count("/") == 1
-        if name == "demo" or (on_hub and not (folder / name).is_dir()):
+        beside = path(Path(name))
+        if name == "demo" or (on_hub and not beside.is_dir()):
+            if on_hub and Path(name).is_dir() and Path(name).resolve() != beside.resolve():
+                raise RegraftError(
+                    f"{name} is a folder of the current one, but paths of a recipe are relative to "
+                    f"its file: there is no {beside}. Write {Path(name).absolute()}."
+                )
             return name
-        return str(path(Path(name)))
+        return str(beside)
 
     return recipe.model_copy(
         update={

@@ -6,6 +6,7 @@ The same models make the command line's flags, are a recipe's blocks and are wri
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -46,6 +47,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _default(settings: Settings, name: str) -> Any:
+    return type(settings).model_fields[name].default
+
+
 class ComputeSettings(Settings):
     """Where and how to run the model."""
 
@@ -59,8 +64,8 @@ class ComputeSettings(Settings):
     placement: Placement = Field(
         "resident",
         description="resident: the whole model on the device; streamed, for models larger than "
-        "it: one decoder layer at a time (prune, statistics), or spread over all devices and host "
-        "memory (heads, eval; needs accelerate).",
+        "it: one decoder layer at a time (prune, statistics, gain), or spread over all devices and "
+        "host memory (heads, eval, searches; needs accelerate).",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the checkpoint."
@@ -173,6 +178,10 @@ class PruneSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> PruneSettings:
+        if self.n_m is not None and self.sparsity != _default(self, "sparsity"):
+            raise ValueError(
+                f"n_m {self.n_m} takes the place of sparsity {self.sparsity:g}; give one of them"
+            )
         try:
             self.pattern()
             self._overrides()
@@ -247,6 +256,18 @@ class StatisticsSettings(Settings):
 
 
 DEFAULT_BUDGET = 5.0  # per 10,000 pruned
+_OF_HEADS = ("heads", "criterion", "top_heads")
+_OF_HSR = ("score", "p", "p_max", "scope")
+_OF_GAIN = (
+    "within",
+    "utility_weight",
+    "constraint",
+    "utility_share",
+    "loss",
+    "steps",
+    "trust",
+    "batch",
+)
 RestorationMethod = Literal["hsr", "hsr-a", "set-difference", "random", "gain"]
 
 
@@ -382,7 +403,25 @@ class RealignSettings(Settings):
             raise ValueError(f"only gain can swap, not {self.method}")
         if self.pushes and self.method != "gain":
             raise ValueError(f"only gain has pushes, not {self.method}")
+        if self.method == "hsr" and self.ranked and self.q != _default(self, "q"):
+            raise ValueError("a budget or a count takes the place of `q`; give one of them")
+        changed = (name for name in self._unread() if getattr(self, name) != _default(self, name))
+        if unread := next(changed, None):
+            where = (
+                " unless `within` is heads" if unread in _OF_HEADS and self.method == "gain" else ""
+            )
+            raise ValueError(f"`{unread}` changes nothing with {self.method}{where}; leave it out")
         return self
+
+    def _unread(self) -> tuple[str, ...]:
+        """Settings that the method does not look at."""
+        return {
+            "hsr": _OF_GAIN,
+            "hsr-a": ("q", *_OF_HSR, *_OF_GAIN),
+            "set-difference": ("q", "p_max", *_OF_HEADS, *_OF_GAIN),
+            "random": ("q", *_OF_HSR, *_OF_HEADS, *_OF_GAIN),
+            "gain": ("q", *_OF_HSR, *(() if self.within == "heads" else _OF_HEADS)),
+        }[self.method]
 
     @property
     def amount(self) -> float | None:
@@ -685,6 +724,8 @@ class EvalSettings(Settings):
             raise ValueError("tensor_parallel and max_length are vllm's: add backend vllm")
         if self.window is not None and not self.keywords:
             raise ValueError("a window is for keywords of your own: add keywords")
+        if self.keywords and self.judge != _default(self, "judge"):
+            raise ValueError(f"keywords take the place of the judge {self.judge}; give one of them")
         if self.keywords and not all(map(str.strip, self.keywords)):
             raise ValueError("keywords: a blank one stands in every answer")
         return self
@@ -708,6 +749,17 @@ class EvalSettings(Settings):
         return KeywordJudge(keywords=self.keywords, window=self.window or DEFAULT_WINDOW)
 
 
+def _names_of(settings: type[BaseModel]) -> set[str]:
+    """Of all settings that there are."""
+    return set(settings.model_fields).union(*(_names_of(one) for one in settings.__subclasses__()))
+
+
+def _is_percent(problem: Mapping[str, Any]) -> bool:
+    """Whether a share of at most 1 was given in per cent."""
+    given = problem["input"]
+    return problem["ctx"]["lt"] == 1 and isinstance(given, int | float) and 1 < given < 100
+
+
 def explain(error: ValidationError, *, flags: bool = False) -> str:
     """A pydantic error in one line a field, named as in a recipe or as a command line's flag."""
     lines = []
@@ -720,6 +772,14 @@ def explain(error: ValidationError, *, flags: bool = False) -> str:
         if problem["type"] in ("missing", "value_error"):
             given = ""
         elif problem["type"] == "extra_forbidden":
-            message, given = "there is no such setting", ""
+            near = get_close_matches(str(problem["loc"][-1]), sorted(_names_of(Settings)), 1)
+            message = "there is no such setting" + (f"; is it {near[0]}?" if near else "")
+            given = ""
+        elif problem["type"] == "tuple_type":
+            message = "a list is needed, as in [0, 1]"
+        elif problem["type"] in ("model_type", "dict_type"):
+            message = "settings are needed, each a name and a value"
+        elif problem["type"] == "less_than" and _is_percent(problem):
+            message += f"; {problem['input']:g} % is {problem['input'] / 100:g}"
         lines.append(f"  {where}: {message}{given}" if where else f"  {message}{given}")
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from regraft.analysis.overlap import LayerOverlap, by_chance, overlaps
 from regraft.analysis.relation import ModelPoint, Spearman, correlation, estimates
 from regraft.analysis.sweep import Sweep, run_sweep
 from regraft.errors import RegraftError
-from regraft.files import atomic_folder, write_json, write_text
+from regraft.files import atomic_folder, require_new, write_json, write_text
 from regraft.folder import RunFolder
 from regraft.heads.score import load_heads
 from regraft.importance.statistics import load_statistics
@@ -54,6 +54,7 @@ def relate(folders: Sequence[Path], out: Path) -> tuple[tuple[ModelPoint, ...], 
         RegraftError: a run is not finished or has no head scores, its suite has no harmful
             prompts, or there are fewer than 3 models.
     """
+    require_new(out)
     points = tuple(point for folder in folders for point in _points(folder))
     if len(points) < 3:
         raise RegraftError(
@@ -86,6 +87,7 @@ def overlap(
     """
     if not shares or not all(0 < share <= 1 for share in shares):
         raise RegraftError(f"Shares lie above 0 and up to 1; got {list(shares)}.")
+    require_new(out)
     statistics = load_statistics(statistics_file)
     if statistics.about["inputs"]["dense"] != dense.checkpoint.fingerprint:
         raise RegraftError(f"{statistics_file} was made from another model than {dense.folder}.")

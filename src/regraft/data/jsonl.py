@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from regraft.data.example import Example, Reading
@@ -13,6 +13,7 @@ from regraft.data.safebench import FIGSTEP_PROMPT
 from regraft.errors import RegraftError
 
 _FIELDS = ("id", "split", "image", "instruction", "response", "harmful", "category", "request")
+_SAYS_SO = {"unsafe", "safe", "is_safe", "is_unsafe", "is_harmful", "toxic", "label", "safety"}
 
 
 def read_jsonl(path: Path, split: str | None = None) -> Reading:
@@ -24,7 +25,8 @@ def read_jsonl(path: Path, split: str | None = None) -> Reading:
     and blank lines are ignored. With `split`, rows of other splits are counted in `skipped`.
 
     Raises:
-        RegraftError: the file, a field or an image is missing or wrong, ids repeat, or no row fits.
+        RegraftError: the file, a field or an image is missing or wrong, ids repeat, no row fits, or
+            another field than `harmful` says which are.
     """
     rows = list(_rows(path))
     splits = {row.optional_text("split") for row in rows}
@@ -35,7 +37,20 @@ def read_jsonl(path: Path, split: str | None = None) -> Reading:
     skipped = {f"not in split {split!r}": len(rows) - len(kept)} if len(kept) < len(rows) else {}
     examples = tuple(_example(row, path) for row in kept)
     reading = require_examples(Reading(str(path), examples, skipped))
+    _require_harmful(rows, path)
     return locate_images(reading, [path.parent])
+
+
+def _require_harmful(rows: Sequence[Row], path: Path) -> None:
+    """Raise where it is said by another name which prompts are harmful: all would be harmless."""
+    if any("harmful" in row.values for row in rows):
+        return
+    for name in (name for row in rows for name in row.values):
+        if name.lower() in _SAYS_SO:
+            raise RegraftError(
+                f"{path}: no row has the field 'harmful', so that all would be harmless, but there "
+                f"is {name!r}. Write 'harmful': true into those that are."
+            )
 
 
 def _rows(path: Path) -> Iterator[Row]:

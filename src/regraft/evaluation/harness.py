@@ -73,18 +73,28 @@ def _example(i: int, request: Request, image: bool) -> Example:
     return Example(str(i), request.text, False, "", Path(str(i)) if image else None)
 
 
+def require_harness() -> None:
+    """Raise unless lmms-eval is installed.
+
+    Raises:
+        RegraftError: it is not, or one of its own needs is missing.
+    """
+    try:
+        import lmms_eval.api.model  # noqa: F401
+    except ImportError as error:
+        raise RegraftError(
+            f"lmms-eval is needed: pip install 'regraft[harness]' ({error})."
+        ) from error
+
+
 def harness_model(model: nn.Module, processor: Any, batch_size: int) -> Any:
     """An instance of lmms-eval's `lmms` that answers with this model.
 
     Raises:
         RegraftError: lmms-eval is not installed.
     """
-    try:
-        from lmms_eval.api.model import lmms
-    except ImportError as error:
-        raise RegraftError(
-            f"lmms-eval is needed: pip install 'regraft[harness]' ({error})."
-        ) from error
+    require_harness()
+    from lmms_eval.api.model import lmms
 
     class InMemory(lmms):  # type: ignore[misc]
         """One image a prompt, greedy answers; no likelihoods."""

@@ -17,7 +17,7 @@ from regraft.report.model import (
 )
 
 DASH = "–"
-_NO_OVER_REFUSAL = (
+NO_OVER_REFUSAL = (
     "Over-refusal was not measured: without harmless prompts that test it, a low ASR may come from "
     "a model that refuses everything."
 )
@@ -218,7 +218,7 @@ def _side_effects_of_many(report: Report, rows: Sequence[_Row]) -> str:
     worse = [v.name for v, c in rows if c.refusals_verdict.startswith("worse")]
     text = "Over-refusal did not rise distinguishably in any model."
     if not measured(report.dense.result.over_refusal):
-        text = _NO_OVER_REFUSAL
+        text = NO_OVER_REFUSAL
     elif worse:
         text = (
             f"Over-refusal is distinguishably higher in {len(worse)} of {len(rows)} "
@@ -314,7 +314,7 @@ def _silence(base: Variant, variant: Variant) -> str:
 def _side_effects(pruned: Variant, variant: Variant, comparison: Comparison) -> str:
     before, after = measured(pruned.result.over_refusal), measured(variant.result.over_refusal)
     if before is None or after is None:
-        return _NO_OVER_REFUSAL
+        return NO_OVER_REFUSAL
     change = (
         f"stayed at {rate(after)}"
         if before.value == after.value

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import ranks
-from regraft.checks import draw_calibration, order_calibration
+from regraft.checks import bundled_for_another, draw_calibration, order_calibration
 from regraft.data.collate import batches
 from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
@@ -38,6 +38,7 @@ class Response:
 
 def beside(out: Path) -> Path:
     """Where a stage keeps the responses for its artifact `out` if nobody says where."""
+    out = out.absolute()  # "." has no name
     return out.with_name(f"{out.name}.responses")
 
 
@@ -69,6 +70,8 @@ def calibration_data(
     Raises:
         RegraftError: see the data readers; no answer can be kept.
     """
+    if (warning := bundled_for_another(dense, calibration.data)) is not None:
+        watch.note(warning)
     if calibration.responses == "given":
         return draw_calibration(dense, calibration, harmful=harmful)
     prompts = order_calibration(dense, calibration, harmful=harmful)

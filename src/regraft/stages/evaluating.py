@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from regraft import costs, ranks
-from regraft.checks import told
+from regraft.checks import bundled_for_another, told
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.defence.artifact import (
@@ -109,6 +109,9 @@ def evaluate(
         about["versions"]["vllm"] = vllm_version()
     if not is_done(out, out / "results.json", about, lambda: _read_results(out)["about"]):
         with working(out, about) as work:
+            for suite in suites if processor_from is None else ():  # a run says it once
+                if (warning := bundled_for_another(model, suite)) is not None:
+                    watch.note(warning)
             watch.note(told("Prompts", reading))
             prompts = asked(defence, examples)
             nlls: Mapping[str, Nll] = {}
@@ -285,6 +288,10 @@ def _counts_fit(result: EvalResult) -> bool:
 
 
 def _read_results(folder: Path) -> dict[str, Any]:
+    if folder.is_dir() and not (folder / "results.json").exists():
+        below = sorted(str(one.parent) for one in folder.glob("**/results.json"))[:5]
+        there = f" Those in it: {', '.join(below)}." if below else ""
+        raise RegraftError(f"{folder} is no evaluation: it holds no results.json.{there}")
     content: dict[str, Any] = read_json(folder / "results.json")
     if not isinstance(content, dict) or not {"about", "sizes", "result"} <= content.keys():
         raise RegraftError(f"{folder / 'results.json'} holds no evaluation of regraft.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.errors import RegraftError
-from regraft.evaluation.harness import run_tasks
+from regraft.evaluation.harness import require_harness, run_tasks
 from regraft.files import write_json
 from regraft.keys import describe
 from regraft.models.load import Source
@@ -38,6 +38,7 @@ def harness(
         raise RegraftError("Name at least one task, such as docvqa_val.")
     if out.exists():
         raise RegraftError(f"{out} exists. Choose another output or remove it.")
+    require_harness()
     patch, inputs = patch_in_memory(model, patch_file, compute)
     network, processor = load(model, compute, watch)
     with patched(network, model.anatomy, patch) if patch else nullcontext():

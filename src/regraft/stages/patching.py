@@ -218,6 +218,8 @@ def _write_new(
     if done:
         open_checkpoint(out)
         return out
+    as_it_was = "nothing: the patches are already " + ("on" if operation == "apply" else "off")
+    watch.note(f"Changes {f'{plan.weights:,} weights' if plan.weights else as_it_was}.")
     with working(out, about):
         if ranks.first():
             with watch.task(f"Writing {out}", job.checkpoint.bytes, "bytes") as advance:

@@ -9,6 +9,7 @@ from typing import Any
 
 from regraft import ranks
 from regraft.checks import (
+    bundled_for_another,
     check_r_max,
     draw_calibration,
     told,
@@ -47,6 +48,8 @@ def heads(
     )
     if not is_done(out, out, about, lambda: load_heads(out, dense.anatomy).about):
         check_r_max(dense, settings, len(data.examples))
+        if (warning := bundled_for_another(dense, calibration.data)) is not None:
+            watch.note(warning)
         watch.note(told("D^s", data))
         with working(out, about) as work:
             model, processor = load(dense, compute, watch)

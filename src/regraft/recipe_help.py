@@ -1,0 +1,86 @@
+"""Every setting of a recipe with its default and what it does: YAML that is a recipe itself."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from cyclopts import Parameter
+from pydantic.fields import FieldInfo
+
+from regraft.recipe import NamedDefenceSettings, Recipe
+from regraft.settings import SearchSettings, Settings
+
+_WIDTH = 100
+
+
+def explained_recipe() -> str:
+    """The default recipe; blocks that it does not have are there as comments."""
+    return "\n".join(_block(Recipe(), "")) + "\n"
+
+
+def _block(settings: Settings, pad: str) -> Iterator[str]:
+    content = settings.model_dump(mode="json")
+    for name, field in type(settings).model_fields.items():
+        if name not in content:  # of a backend that is not the default
+            continue
+        value, written = getattr(settings, name), content[name]
+        yield from _comment(_meaning(field, value), pad)
+        if isinstance(value, Settings):
+            yield f"{pad}{name}:"
+            yield from _block(value, f"{pad}  ")
+        elif isinstance(written, dict):  # a list of one that is written without a list
+            yield f"{pad}{name}:"
+            yield from _block(value[0], f"{pad}  ")
+        elif written and isinstance(written, list) and isinstance(value[0], Settings):
+            yield f"{pad}{name}:"
+            yield from _items(value, pad)
+        else:
+            yield from _entry(name, written, pad)
+        if name == "search" and value is None:
+            yield from _example(["search:", *_block(SearchSettings(), "  ")], pad)
+        if name == "defend" and not value:
+            yield from _example(["defend:", *_items([NamedDefenceSettings()], "")], pad)
+
+
+def _items(settings: Any, pad: str) -> Iterator[str]:
+    for one in settings:
+        yield f"{pad}  -"
+        yield from _block(one, f"{pad}    ")
+
+
+def _entry(name: str, written: Any, pad: str) -> Iterator[str]:
+    text = yaml.safe_dump({name: written}, sort_keys=False, allow_unicode=True, width=_WIDTH)
+    yield from (f"{pad}{line}" for line in text.splitlines())
+
+
+def _example(lines: list[str], pad: str) -> Iterator[str]:
+    """What takes the place of the line before, as a comment."""
+    yield f"{pad}# such as:"
+    yield from (f"{pad}# {line}" for line in lines)
+
+
+def _comment(text: str, pad: str) -> Iterator[str]:
+    for line in textwrap.wrap(text, _WIDTH - len(pad) - 2, break_on_hyphens=False):
+        yield f"{pad}# {line}"
+
+
+def _meaning(field: FieldInfo, value: Any) -> str:
+    """A setting's description, or a block's, with the choices that it does not name."""
+    helps = [one.help for one in field.metadata if isinstance(one, Parameter) and one.help]
+    text = field.description or " ".join(helps)
+    if not text and isinstance(value, Settings):
+        text = (type(value).__doc__ or "").splitlines()[0]
+    choices = _choices(field.annotation)
+    if choices and not all(choice in text for choice in choices):
+        text += f" One of {', '.join(choices)}."
+    return text
+
+
+def _choices(annotation: Any) -> list[str]:
+    """Of a literal, or of one that may be left out."""
+    if get_origin(annotation) is Literal:
+        return [str(one) for one in get_args(annotation)]
+    return next((found for one in get_args(annotation) if (found := _choices(one))), [])
