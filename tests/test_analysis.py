@@ -183,7 +183,7 @@ def test_a_swept_recipe() -> None:
             {"realign": [{"method": "gain", "heads": "random"}]},
             "top-heads",
             [1],
-            "`heads` changes nothing with gain unless `within` is heads",
+            "does not go by top-heads",
         ),
         ({"pruned": "x"}, "sparsity", [0.1], "its sparsity is given"),
         ({}, "q", [2.0], "less than or equal to 1"),

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 
 import pico
 from disk import rewrite, shards, tree, write_data
-from regraft import stages
+from regraft import preflight, stages
 from regraft.cli import main
 from regraft.data.collate import prompt_batch
 from regraft.data.sources import DataSource
+from regraft.folder import RunFolder
 from regraft.models.load import load_processor, open_source
 from regraft.preflight import bytes_needed
 from regraft.pruning import pruner
@@ -655,7 +656,7 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
     has(refused(*realign, "--heads-file", "h", "--r-max", 3), "--heads-file has scores")
     has(refused(*realign, "--max-new-tokens", 12), "answers in a search", "--search")
     has(refused(*realign, "--method", "gain", "--q", 0.1), "`q` changes nothing with gain")
-    has(refused(*prune(world, "--n-m", "2:4", "--sparsity", 0.6)), "takes the place of sparsity")
+    has(refused(*prune(world, "--n-m", "2:4", "--sparsity", 0.6)), "takes the place of `sparsity`")
 
 
 def test_output_places(world: World, refused: Refused) -> None:
@@ -918,6 +919,33 @@ def test_what_a_backward_pass_keeps_needs_space_too(
         monkeypatch.setattr(shutil, "disk_usage", lambda _, n=free: usage._replace(free=n))
         has(refused("run", world.recipe(**fields), "--out", "run"), "disk is too full")
         assert not (world.root / "run").exists()
+
+
+def test_what_needs_no_backward_pass_needs_no_space_for_one(world: World) -> None:
+    """Nor what is done, and of a data set only the kinds that are learnt from."""
+    dense, session = open_source(world.model), stages.Session()
+    place = RunFolder(world.root / "run")
+
+    def needed(**fields: Any) -> int:
+        return preflight._state_bytes(read_recipe(world.recipe(**fields)), dense, place, session)
+
+    lines = world.data.read_text().splitlines(keepends=True)
+    harmless = world.data.with_name("harmless.jsonl")
+    harmless.write_text("".join(line for line in lines if not json.loads(line)["harmful"]))
+    assert needed() == 0
+    snip = {"prune": {"method": "snip"}, "realign": []}
+    assert needed(**snip, calibration={"data": str(harmless), "samples": 4}) > 0
+    bare = world.data.with_name("bare.jsonl")
+    rows = [{k: v for k, v in json.loads(line).items() if k != "response"} for line in lines]
+    bare.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gain = {"realign": {"method": "gain", "budget": 50, "responses": "self"}}
+    fields = gain | {"calibration": {"data": str(bare), "samples": 4}}
+    assert needed(**fields) > 0
+    recipe = read_recipe(world.recipe(**fields))
+    ranking = place.ranking("pruned", recipe.ranking_name(recipe.realign[0]))
+    ranking.parent.mkdir(parents=True)
+    ranking.touch()
+    assert needed(**fields) == 0
 
 
 @contextmanager

@@ -386,15 +386,14 @@ def test_hsr_under_a_budget_stays_in_its_heads_and_band(bench: Bench, tmp_path: 
 def test_the_number_restored_is_the_budget(bench: Bench, method: str, tmp_path: Path) -> None:
     """On disk: so many zeros less, and no other weight touched; shorter is a prefix."""
     pruned = bench.pruned_weights()
-    of_heads = {"top_heads": 4} if method == "hsr" else {}
-    settings = RealignSettings(method=method, budget=20, **of_heads)
+    settings = RealignSettings(method=method, budget=20, top_heads=4)
     expected = 20 * pruned // 10_000
     ranking = bench.rank(tmp_path / "ranking", settings)
     assert len(ranking) == expected > 10
     assert ranking.about["pruned"] == pruned
     assert (ranking.score.diff() <= 0).all()
     by_count = bench.rank(
-        tmp_path / "count", RealignSettings(method=method, count=expected, **of_heads)
+        tmp_path / "count", RealignSettings(method=method, count=expected, top_heads=4)
     )
     assert torch.equal(by_count.position, ranking.position)
     again = bench.rank(tmp_path / "ranking", settings)

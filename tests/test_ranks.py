@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 import pico
 import ranked
 from disk import write_data
+from regraft import ranks
 from regraft.heads.score import load_heads
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
@@ -121,3 +124,49 @@ def test_the_command_line_speaks_once(
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Wrote ") == 1
     assert load_statistics(tmp_path / "s.safetensors").utility.samples == 4
+
+
+@pytest.mark.parametrize(("code", "left"), [(0, True), (None, True), (2, False)])
+def test_others_are_left_by_commands_that_went_well(
+    code: int | None, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands end with SystemExit; after an error the others may be waiting in a sum."""
+    calls: list[str] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda *_, **__: calls.append("in"))
+    monkeypatch.setattr(ranks.dist, "destroy_process_group", lambda: calls.append("out"))
+    with suppress(SystemExit), ranks.joined():
+        raise SystemExit(code)
+    assert calls == ["in", "out"] if left else ["in"]
+
+
+def test_one_of_several_is_gone_at_once_after_an_error() -> None:
+    """Two processes: one fails while the other waits for it, and their launcher ends both."""
+    program = (
+        "import sys, regraft.cli as cli, regraft.ranks as ranks\n"
+        "def work(*_, **__):\n"
+        "    if ranks.first():\n"
+        "        ranks.barrier()\n"
+        "    raise cli.RegraftError('the second one failed')\n"
+        "cli.app = work\n"
+        "cli.main(['x'])\n"
+    )
+    port = str(29600 + os.getpid() % 300)
+    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**os.environ, **own, "RANK": str(i), "LOCAL_RANK": str(i)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in (0, 1)
+    ]
+    try:
+        said = both[1].communicate(timeout=120)[1]
+        assert both[1].returncode == 2
+        assert "the second one failed" in said
+    finally:
+        for one in both:
+            one.kill()
+            one.communicate()

@@ -14,6 +14,7 @@ import regraft
 from regraft import recipe_help
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
+from regraft.preflight import unread_in
 from regraft.pruning.masks import Pattern
 from regraft.recipe import (
     NamedDefenceSettings,
@@ -270,24 +271,11 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("evaluate: {keywords: sorry}", ["evaluate.keywords", "'sorry'"]),
         ("calibration: {samples: 0}", ["calibration.samples", "got 0"]),
         ("prune: {sparsity: 60}", ["prune.sparsity", "less than 1; 60 % is 0.6"]),
-        ("prune: {n_m: 2:4, sparsity: 0.6}", ["n_m 2:4 takes the place of sparsity 0.6"]),
         ("realign: {top-heads: 3}", ["realign.0.top-heads: there is no such", "is it top_heads?"]),
         ("seeds: 3", ["seeds: a list is needed"]),
         ("realign: 3", ["realign.0: settings are needed"]),
         ("model: a\nmodel: b", ["'model' is there twice", "line 2"]),
         ("realign: [{method: gain}, {method: gain}]", ["must differ", "['gain', 'gain']"]),
-        ("realign: {method: gain, q: 0.1}", ["`q` changes nothing with gain; leave it out"]),
-        ("realign: {steps: 3}", ["`steps` changes nothing with hsr"]),
-        ("realign: {budget: 3, q: 0.1}", ["takes the place of `q`"]),
-        ("realign: {method: random, top_heads: 3}", ["`top_heads` changes nothing with random"]),
-        (
-            "realign: {method: gain, top_heads: 3}",
-            ["`top_heads` changes nothing with gain unless `within` is heads"],
-        ),
-        (
-            "evaluate: {keywords: [sorry], judge: gcg-1}",
-            ["keywords take the place of the judge gcg-1"],
-        ),
     ],
 )
 def test_errors_name_the_field(tmp_path: Path, text: str, parts: list[str]) -> None:
@@ -373,3 +361,32 @@ def test_a_folder_here_is_not_one_beside_the_recipe(
         _read(tmp_path / "there", "pruned: runs/pruned")
     found = _read(tmp_path / "there", "pruned: runs/own\nmodel: org/name")
     assert (found.pruned, found.model) == (str(tmp_path / "there" / "runs" / "own"), "org/name")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", None),
+        ("prune: {n_m: 2:4, sparsity: 0.6}", "pruned: `n_m` 2:4 takes the place of `sparsity` 0.6"),
+        ("pruned: ./x\nprune: {n_m: 2:4, sparsity: 0.6}", None),
+        ("realign: {method: gain, q: 0.1}", "gain: `q` changes nothing with gain"),
+        ("realign: {steps: 3}", "hsr: `steps` changes nothing with hsr"),
+        ("realign: {budget: 3, q: 0.1}", "hsr: a budget or a count takes the place of `q`"),
+        ("realign: {method: random, top_heads: 3}", "`top_heads` changes nothing with random"),
+        ("realign: {method: gain, top_heads: 3}", "with gain unless `within` is heads"),
+        ("realign: {method: gain, within: heads, top_heads: 3}", None),
+        ("realign: {method: hsr-a, score: snip}", "`score` changes nothing with hsr-a"),
+        ("realign: {method: set-difference, scope: matrix}", None),
+        ("evaluate: {keywords: [sorry], judge: gcg-1}", "take the place of the judge gcg-1"),
+    ],
+)
+def test_settings_that_change_nothing_are_told(tmp_path: Path, text: str, said: str | None) -> None:
+    """Not refused: finished runs have them in their recipes."""
+    found = unread_in(_read(tmp_path, text))
+    assert not found if said is None else len(found) == 1 and said in found[0]
+
+
+@pytest.mark.parametrize("text", ["model: {{ x }}", "? [a, b]\n: c"])
+def test_odd_keys_are_no_valid_yaml(tmp_path: Path, text: str) -> None:
+    with pytest.raises(RegraftError, match="not valid YAML"):
+        _read(tmp_path, text)

@@ -25,6 +25,7 @@ from regraft.evaluation.curves import read_curve
 from regraft.evaluation.results import Estimate, EvalResult
 from regraft.evaluation.tradeoff import Bounds, Point, Reference, Searched, bounds_of, choose
 from regraft.files import read_json
+from regraft.models.anatomy import decoder_layers
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.recipe import Recipe
@@ -37,7 +38,7 @@ from regraft.settings import (
     RealignSettings,
     SearchSettings,
 )
-from regraft.stages import searching
+from regraft.stages import common, searching
 from regraft.watch import Silent, Watch
 
 # The choice
@@ -262,13 +263,29 @@ def test_a_curve_is_evaluations_of_more_and_more_weights(bench: Bench, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_search_with_layers_in_host_memory(bench: Bench, tmp_path: Path) -> None:
+def test_a_search_with_layers_in_host_memory(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerate = pytest.importorskip("accelerate")
     streamed = COMPUTE.model_copy(update={"placement": "streamed"})
+    whole, offloaded = common.load_model, []
+
+    def spread(*arguments: Any, split: bool, **named: Any) -> Any:
+        """As on an accelerator with no room for any layer."""
+        model = whole(*arguments, split=False, **named)
+        if split:
+            for layer in decoder_layers(model):
+                accelerate.cpu_offload(layer, torch.device("cpu"))
+                offloaded.append(all(weight.is_meta for weight in layer.parameters()))
+        return model
+
+    monkeypatch.setattr(common, "load_model", spread)
     counts = [
         bench.search(tmp_path / name, compute=compute, points=2)
         for name, compute in (("whole.json", COMPUTE), ("streamed.json", streamed))
     ]
     assert counts[0] == counts[1]
+    assert offloaded and all(offloaded)
     assert read_points(tmp_path / "whole.json") == read_points(tmp_path / "streamed.json")
 
 

@@ -160,6 +160,7 @@ def prune(
     from regraft import stages
 
     with _watch() as watch:
+        _refuse_unread(settings)
         source = _open(model, compute.trust_remote_code)
         pruned = stages.prune(source, out, settings, calibration, compute, watch)
         count = zeros(pruned.checkpoint, pruned.anatomy)
@@ -256,6 +257,7 @@ def realign(
     from regraft import stages
 
     with _watch() as watch:
+        _refuse_unread(settings)
         _check_search_flags(search, settings, choice)
         if heads_file is not None and scoring != HeadSettings():
             raise RegraftError("--heads-file has scores: settings of scoring would change nothing.")
@@ -282,6 +284,11 @@ def realign(
             show_search(watch.console, stages.read_curve(curve))
             watch.note(f"All points: {curve}")
         _tell_patch(watch, out, patch)
+
+
+def _refuse_unread(settings: PruneSettings | RealignSettings | EvalSettings) -> None:
+    if (found := settings.unread()) is not None:
+        raise RegraftError(f"{found}. Leave it out.".replace("_", "-"))
 
 
 def _check_search_flags(search: bool, settings: RealignSettings, choice: SearchSettings) -> None:
@@ -471,6 +478,7 @@ def evaluate(
     from regraft import stages
 
     with _watch() as watch:
+        _refuse_unread(settings)
         source = _open(model, compute.trust_remote_code)
         done = stages.evaluate(
             source, out, suite, settings, compute, patch, watch=watch, defence_file=defence

@@ -34,6 +34,7 @@ from regraft.models.load import pick_device, transformers_version
 from regraft.settings import ComputeSettings, Settings
 
 _ONLY_ROUNDING = ("batch_size", "tokens_per_pass")  # settings that change nothing more
+_PIECES = "by size of image"  # how work is cut; another cut begins unfinished work again
 _OUTCOMES = {"violated_groups", "steps"}  # told of an artifact, but not deciding what it will be
 
 
@@ -202,7 +203,7 @@ def _account(reading: Reading) -> dict[str, Any]:
 
 
 def _key(about: Mapping[str, Any]) -> str:
-    return digest(json.dumps(_identity(about), sort_keys=True))
+    return digest(_PIECES, json.dumps(_identity(about), sort_keys=True))
 
 
 def _identity(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from regraft.files import digest, discard_leftover, require_empty, write_text
 from regraft.folder import RunFolder
 from regraft.keys import but_for_rounding, difference
 from regraft.models.load import Source, open_source, pick_device
-from regraft.preflight import check, scores_needed, seen_before_in
+from regraft.preflight import check, scores_needed, seen_before_in, unread_in
 from regraft.recipe import (
     NamedDefenceSettings,
     PruningSettings,
@@ -52,7 +52,7 @@ def run(
     session = session or stages.Session()
     dense, existing = check(recipe, folder, session)
     claim(folder, recipe)
-    for line in seen_before_in(recipe, dense, session):
+    for line in (*unread_in(recipe), *seen_before_in(recipe, dense, session)):
         watch.note(f"Warning: {line}.")
     for suite in recipe.evaluate.suite:
         if (warning := bundled_for_another(dense, suite)) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from regraft.models.load import Source, load_processor, open_source, pick_device
 from regraft.recipe import Recipe
 from regraft.reporting import model_folder
 from regraft.restoration.realign import check_pair
+from regraft.settings import CalibrationSettings
 from regraft.stages.evaluating import check_for_vllm
 
 _LOOKED_AT = 4  # prompts whose length tells that of all
@@ -117,31 +118,65 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
         for pruning in recipe.prune:
             check_pattern(dense, pruning)
     kept, most = bytes_needed(recipe, dense, place.path)
-    require_space(place.path, max(most, kept + _state_bytes(recipe, dense, session)))
+    require_space(place.path, max(most, kept + _state_bytes(recipe, dense, place, session)))
 
 
-def _state_bytes(recipe: Recipe, dense: Source, session: stages.Session) -> int:
+def unread_in(recipe: Recipe) -> list[str]:
+    """What of the recipe changes nothing."""
+    named = [] if recipe.pruned else [(one.name, one.unread()) for one in recipe.prune]
+    named += [(one.name, one.unread()) for one in recipe.realign]
+    named.append(("evaluate", recipe.evaluate.unread()))
+    return [f"{name}: {found}" for name, found in named if found is not None]
+
+
+def _state_bytes(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Session) -> int:
     """About what a backward pass keeps of all layers' inputs, going by a few prompts of each kind.
 
     The states of a 7B model and 128 prompts of each kind are as large as its checkpoint or larger.
+    What is done needs none, and what a killed pass has left counts.
     """
-    if next(_by_gradients(recipe), None) is None:
-        return 0
-    most = max((one.batch for one in recipe.realign if one.method == "gain"), default=None)
-    processor = load_processor(dense)
-    tokens = []
-    for harmful in (True, False):
-        examples = session.drawn(dense, recipe.calibration, harmful=harmful).examples
-        lengths = [
-            prompt_batch(processor, [one]).inputs["input_ids"].shape[1]
-            for one in examples[:_LOOKED_AT]
-        ]
-        count = len(examples) if most is None else min(most, len(examples))
-        tokens.append(count * sum(lengths) // max(1, len(lengths)))
-    at_once = max(tokens) if most is None else sum(tokens)  # SNIP takes one kind after the other
     itemsize = getattr(torch, loaded_dtype(dense, recipe.compute)).itemsize
-    size: int = at_once * len(dense.anatomy.layers) * dense.anatomy.hidden_size * itemsize
-    return size
+    of_token = len(dense.anatomy.layers) * dense.anatomy.hidden_size * itemsize
+    lengths: dict[tuple[CalibrationSettings, bool], tuple[int, float]] = {}
+
+    def tokens(calibration: CalibrationSettings, harmful: bool, most: int | None) -> float:
+        """Of one kind of prompts, `most` at a time."""
+        if (calibration, harmful) not in lengths:
+            examples = session.drawn(dense, calibration, harmful=harmful).examples
+            some = [
+                prompt_batch(load_processor(dense), [one]).inputs["input_ids"].numel()
+                for one in examples[:_LOOKED_AT]
+            ]
+            lengths[calibration, harmful] = len(examples), sum(some) / max(1, len(some))
+        count, length = lengths[calibration, harmful]
+        return length * (count if most is None else min(count, most))
+
+    needed = 0
+    for out, calibration, together, most in _backward_passes(recipe, place):
+        if not out.exists():
+            kinds = [[tokens(calibration, one, most) for one in some] for some in together]
+            size = int(max(map(sum, kinds)) * of_token) - unfinished_bytes(out)
+            needed = max(needed, size)
+    return needed
+
+
+def _backward_passes(
+    recipe: Recipe, place: RunFolder
+) -> Iterator[tuple[Path, CalibrationSettings, Sequence[Sequence[bool]], int | None]]:
+    """Outputs that need one, of which prompts (kinds that are kept together), how many at most."""
+    own = recipe.calibration
+    for pruning in () if recipe.pruned else recipe.prune:
+        if pruning.method == "snip":
+            kinds = (False, True) if pruning.calibrate_on == "both" else (False,)
+            yield place.pruned(pruning.name), own, [kinds], None
+    for one in recipe.realign:
+        if one.method != "gain" and one.needs_gradients:
+            yield place.statistics(one.score), own, [(True,), (False,)], None
+    for pruning in recipe.prune:
+        for one in recipe.variants_of(pruning):
+            if one.method == "gain":
+                ranking = place.ranking(pruning.name, recipe.ranking_name(one))
+                yield ranking, recipe.calibration_of(one), [(True, False)], one.batch
 
 
 def bytes_needed(recipe: Recipe, dense: Source, folder: Path) -> tuple[int, int]:

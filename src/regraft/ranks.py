@@ -52,7 +52,11 @@ def joined() -> Iterator[None]:
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
-    yield
+    try:
+        yield
+    except SystemExit as end:  # how commands end that went well
+        if end.code:
+            raise
     dist.destroy_process_group()
 
 

@@ -389,7 +389,10 @@ class Recipe(Settings):
         return f"{variant.method}-{digest(variant.selection().model_dump_json(), of_data)[:8]}"
 
     def on_disk(self, variant: VariantSettings) -> bool:
-        """Whether its checkpoint is written: streamed models and vLLM take no patch in memory."""
+        """Whether its checkpoint is written, wanted or not.
+
+        vLLM takes no patch in memory, nor do weights of streamed models that wait on disk.
+        """
         in_memory = self.compute.placement != "streamed" and self.evaluate.backend != "vllm"
         return variant.checkpoint or not in_memory
 
@@ -426,7 +429,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value!r} is there twice", key.start_mark
                 )

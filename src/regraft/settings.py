@@ -178,16 +178,18 @@ class PruneSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> PruneSettings:
-        if self.n_m is not None and self.sparsity != _default(self, "sparsity"):
-            raise ValueError(
-                f"n_m {self.n_m} takes the place of sparsity {self.sparsity:g}; give one of them"
-            )
         try:
             self.pattern()
             self._overrides()
         except RegraftError as error:
             raise ValueError(str(error)) from error
         return self
+
+    def unread(self) -> str | None:
+        """What was set and changes nothing, in words."""
+        if self.n_m is not None and self.sparsity != _default(self, "sparsity"):
+            return f"`n_m` {self.n_m} takes the place of `sparsity` {self.sparsity:g}"
+        return None
 
     def pattern(self) -> Pattern:
         """The pattern that these settings ask for, overrides aside."""
@@ -403,25 +405,25 @@ class RealignSettings(Settings):
             raise ValueError(f"only gain can swap, not {self.method}")
         if self.pushes and self.method != "gain":
             raise ValueError(f"only gain has pushes, not {self.method}")
-        if self.method == "hsr" and self.ranked and self.q != _default(self, "q"):
-            raise ValueError("a budget or a count takes the place of `q`; give one of them")
-        changed = (name for name in self._unread() if getattr(self, name) != _default(self, name))
-        if unread := next(changed, None):
-            where = (
-                " unless `within` is heads" if unread in _OF_HEADS and self.method == "gain" else ""
-            )
-            raise ValueError(f"`{unread}` changes nothing with {self.method}{where}; leave it out")
         return self
 
-    def _unread(self) -> tuple[str, ...]:
-        """Settings that the method does not look at."""
-        return {
+    def unread(self) -> str | None:
+        """What was set and changes nothing: the first of it, in words."""
+        if self.method == "hsr" and self.ranked and self.q != _default(self, "q"):
+            return "a budget or a count takes the place of `q`"
+        not_read = {
             "hsr": _OF_GAIN,
             "hsr-a": ("q", *_OF_HSR, *_OF_GAIN),
             "set-difference": ("q", "p_max", *_OF_HEADS, *_OF_GAIN),
             "random": ("q", *_OF_HSR, *_OF_HEADS, *_OF_GAIN),
             "gain": ("q", *_OF_HSR, *(() if self.within == "heads" else _OF_HEADS)),
         }[self.method]
+        for name in not_read:
+            if getattr(self, name) != _default(self, name):
+                in_heads = self.method == "gain" and name in _OF_HEADS
+                but = " unless `within` is heads" if in_heads else ""
+                return f"`{name}` changes nothing with {self.method}{but}"
+        return None
 
     @property
     def amount(self) -> float | None:
@@ -724,8 +726,6 @@ class EvalSettings(Settings):
             raise ValueError("tensor_parallel and max_length are vllm's: add backend vllm")
         if self.window is not None and not self.keywords:
             raise ValueError("a window is for keywords of your own: add keywords")
-        if self.keywords and self.judge != _default(self, "judge"):
-            raise ValueError(f"keywords take the place of the judge {self.judge}; give one of them")
         if self.keywords and not all(map(str.strip, self.keywords)):
             raise ValueError("keywords: a blank one stands in every answer")
         return self
@@ -736,6 +736,12 @@ class EvalSettings(Settings):
         content: dict[str, Any] = whole(self)
         left_out = () if self.backend == "vllm" else ("backend", "tensor_parallel", "max_length")
         return {name: value for name, value in content.items() if name not in left_out}
+
+    def unread(self) -> str | None:
+        """What was set and changes nothing, in words."""
+        if self.keywords and self.judge != _default(self, "judge"):
+            return f"`keywords` take the place of the judge {self.judge}"
+        return None
 
     def in_memory(self) -> EvalSettings:
         """The same by the model in memory."""

@@ -30,6 +30,7 @@ class Walk:
         model: Resident or streamed.
         batches: Without their pixels, which only the vision tower reads.
         states: On the device, or in host memory.
+        tokens: Of all batches, padding too.
     """
 
     def __init__(self, model: PlacedModel, batches: Iterable[Batch], *, again: bool = True) -> None:
@@ -60,12 +61,8 @@ class Walk:
                 self.states.append(embedded.to(self._home))
                 self.batches.append(_without_image(batch))
                 self._make_room()
+        self.tokens = sum(state.shape[0] * state.shape[1] for state in self.states)
         self._embedded = list(self.states) if again else None
-
-    @property
-    def tokens(self) -> int:
-        """Of all batches, padding too."""
-        return sum(state.shape[0] * state.shape[1] for state in self.states)
 
     def _make_room(self) -> None:
         """Let the states wait in host memory from now on, if the device has too little for more."""

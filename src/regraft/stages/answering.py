@@ -70,7 +70,8 @@ def calibration_data(
     Raises:
         RegraftError: see the data readers; no answer can be kept.
     """
-    if (warning := bundled_for_another(dense, calibration.data)) is not None:
+    warning = None if harmful else bundled_for_another(dense, calibration.data)  # once for both
+    if warning is not None:
         watch.note(warning)
     if calibration.responses == "given":
         return draw_calibration(dense, calibration, harmful=harmful)

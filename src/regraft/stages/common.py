@@ -58,9 +58,7 @@ def load_for_walk(
     return model, processor
 
 
-def patch_in_memory(
-    model: Source, patch_file: Path | None, compute: ComputeSettings
-) -> tuple[Patch | None, dict[str, str]]:
+def patch_in_memory(model: Source, patch_file: Path | None) -> tuple[Patch | None, dict[str, str]]:
     """A patch that is to be put on the model in memory, and the digests of both.
 
     Raises:

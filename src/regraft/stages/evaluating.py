@@ -95,7 +95,7 @@ def evaluate(
     reading = session.reading(model, suites, settings.limit)
     name = ", ".join(str(suite) for suite in suites)
     examples = reading.examples
-    patch, inputs = patch_in_memory(model, patch_file, compute)
+    patch, inputs = patch_in_memory(model, patch_file)
     defence = None if defence_file is None else load_defence(defence_file)
     if settings.backend == "vllm":
         _check_outside(patch, defence)

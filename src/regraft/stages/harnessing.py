@@ -39,7 +39,7 @@ def harness(
     if out.exists():
         raise RegraftError(f"{out} exists. Choose another output or remove it.")
     require_harness()
-    patch, inputs = patch_in_memory(model, patch_file, compute)
+    patch, inputs = patch_in_memory(model, patch_file)
     network, processor = load(model, compute, watch)
     with patched(network, model.anatomy, patch) if patch else nullcontext():
         results = run_tasks(

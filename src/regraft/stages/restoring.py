@@ -65,13 +65,17 @@ def restore(
     check_top_heads(dense, settings)
     if choice is not None:
         validation = check_search(dense, choice, compute, session)
-        warn_of_learnt(dense, validation, calibration, session, watch)
     if out.exists():
         check_made_by(out, dense, pruned, settings)
     gathers = settings.needs_statistics and statistics_file is None
+    scores = settings.by_heads and heads_file is None
+    if choice is not None:
+        both = settings.method == "gain" or gathers
+        kinds = (True, False) if both else (True,) if scores else ()
+        warn_of_learnt(dense, validation, calibration, kinds, session, watch)
     if settings.method == "gain" or (gathers and settings.needs_gradients):
         check_gradients(dense, compute, f"Realigning by {settings.method}")
-    if settings.by_heads and heads_file is None:
+    if scores:
         heads_file = out.with_suffix(".heads.safetensors")
         heads(dense, heads_file, scoring or HeadSettings(), calibration, compute, watch)
     if gathers:

@@ -156,13 +156,18 @@ def why_nothing(
         return "No number of weights tried lowers ASR."
     point = nearest(safer, bounds)
     beyond = {name: by for name, by in bounds.excess(point).items() if by}
+    called = {"degenerate": "the share of answers that say nothing"}
     told = " and ".join(
-        f"{name.replace('_', '-')} {100 * by:.2g} points beyond its bound"
+        f"{called.get(name, name.replace('_', '-'))} {100 * by:.2g} points beyond its bound"
         for name, by in beyond.items()
     )
-    advice = f"Allow more by {' and '.join(beyond)}"
+    ways = []
+    if allowed := [name for name in beyond if name not in called]:
+        ways.append(f"allow more by {' and '.join(allowed)}")
     if method.method == "gain" and settings.most is None:
-        advice += f", or give {'more ' if method.pushes else ''}pushes"
+        ways.append(f"give {'more ' if method.pushes else ''}pushes")
+    ways = ways or ["take another method"]
+    advice = ", or ".join(ways).capitalize()
     return (
         f"The nearest to the bounds of those with less ASR, {point.restored:,} weights, has ASR "
         f"{100 * point.asr.value:.1f} % and {told}. {advice}."
@@ -197,12 +202,16 @@ def warn_of_learnt(
     dense: Source,
     validation: Reading,
     calibration: CalibrationSettings,
+    kinds: Sequence[bool],
     session: Session,
     watch: Watch,
 ) -> None:
-    """Say which validation prompts are calibrated on too: the choice would be too hopeful."""
+    """Say which validation prompts are calibrated on too: the choice would be too hopeful.
+
+    `kinds` are those of the calibration prompts that are learnt from: harmful (True), harmless.
+    """
     learnt: dict[str, Reading] = {}
-    for harmful in (True, False):
+    for harmful in kinds:
         learnt |= session.learnt_from(dense, calibration, harmful=harmful)
     for line in seen_before(validation, learnt, "chosen on"):
         watch.note(f"Warning: {line}.")

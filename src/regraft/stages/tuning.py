@@ -101,7 +101,7 @@ def tune(
         "utility": draw_calibration(dense, calibration, harmful=False),
         "validation": check_search(dense, choice, compute, session),
     }
-    warn_of_learnt(dense, data["validation"], calibration, session, watch)
+    warn_of_learnt(dense, data["validation"], calibration, (True, False), session, watch)
     samples = len(data["safety"].examples)
     check_r_max(dense, scoring, samples)
     kept = 1 - looked.restorable / dense.anatomy.prunable
