@@ -16,7 +16,17 @@ ROOT = Path(regraft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     *("data", "models", "importance", "pruning", "heads", "restoration", "evaluation"),
-    *("defence", "report", "settings", "recipe", "checks", "keys", "stages", "folder"),
+    *(
+        "defence",
+        "report",
+        "settings",
+        "recipe",
+        "recipe_help",
+        "checks",
+        "keys",
+        "stages",
+        "folder",
+    ),
     *("reporting", "comparing", "preflight", "pipeline", "study", "analysis", "console", "cli"),
 )
 FREE = {"regraft", "errors", "files", "artifact", "watch", "ranks", "costs", "data.example"}

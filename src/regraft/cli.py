@@ -807,7 +807,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except KeyboardInterrupt:
         console.print("Interrupted. The same command continues where it stopped.")
-        ranks.leave(130)
+        _leave(130)
     except Exception:
         _crash(console)
 
@@ -824,18 +824,24 @@ def _joined(words: Sequence[str]) -> list[str]:
     return found
 
 
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    ranks.leave(code)
+
+
 def _crash(console: Console) -> NoReturn:
     """Raise what was not foreseen; one of several processes says it and is gone."""
     if ranks.world() > 1:
         console.print_exception()
-        ranks.leave(1)
+        _leave(1)
     raise
 
 
 def _fail(console: Console, message: str) -> NoReturn:
     console.print("[bold red]Error:[/] ", end="")
     console.print(message.strip(), markup=False, highlight=False, soft_wrap=True)
-    ranks.leave(2)
+    _leave(2)
 
 
 def _run(recipe_file: Path, out: Path) -> None:

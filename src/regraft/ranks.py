@@ -63,9 +63,7 @@ def joined() -> Iterator[None]:
 def leave(code: int) -> NoReturn:
     """End this process; at once where it is one of several, so that their launcher ends them."""
     if _together():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        os._exit(code)  # what was printed must have been flushed
     sys.exit(code)
 
 
