@@ -135,6 +135,10 @@ def _state_bytes(recipe: Recipe, dense: Source, place: RunFolder, session: stage
     The states of a 7B model and 128 prompts of each kind are as large as its checkpoint or larger.
     What is done needs none, and what a killed pass has left counts.
     """
+    passes = [one for one in _backward_passes(recipe, place) if not one[0].exists()]
+    if not passes:
+        return 0
+    processor = load_processor(dense)
     itemsize = getattr(torch, loaded_dtype(dense, recipe.compute)).itemsize
     of_token = len(dense.anatomy.layers) * dense.anatomy.hidden_size * itemsize
     lengths: dict[tuple[CalibrationSettings, bool], tuple[int, float]] = {}
@@ -144,7 +148,7 @@ def _state_bytes(recipe: Recipe, dense: Source, place: RunFolder, session: stage
         if (calibration, harmful) not in lengths:
             examples = session.drawn(dense, calibration, harmful=harmful).examples
             some = [
-                prompt_batch(load_processor(dense), [one]).inputs["input_ids"].numel()
+                prompt_batch(processor, [one]).inputs["input_ids"].numel()
                 for one in examples[:_LOOKED_AT]
             ]
             lengths[calibration, harmful] = len(examples), sum(some) / max(1, len(some))
@@ -152,11 +156,10 @@ def _state_bytes(recipe: Recipe, dense: Source, place: RunFolder, session: stage
         return length * (count if most is None else min(count, most))
 
     needed = 0
-    for out, calibration, together, most in _backward_passes(recipe, place):
-        if not out.exists():
-            kinds = [[tokens(calibration, one, most) for one in some] for some in together]
-            size = int(max(map(sum, kinds)) * of_token) - unfinished_bytes(out)
-            needed = max(needed, size)
+    for out, calibration, together, most in passes:
+        kinds = [[tokens(calibration, one, most) for one in some] for some in together]
+        size = int(max(map(sum, kinds)) * of_token) - unfinished_bytes(out)
+        needed = max(needed, size)
     return needed
 
 

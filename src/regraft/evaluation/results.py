@@ -47,6 +47,11 @@ class Answer:
         return not (self.refused or self.degenerate)
 
     @property
+    def says_nothing(self) -> bool:
+        """Whether it does neither: no refusal, and nothing that answers the prompt."""
+        return bool(self.degenerate) and not self.refused
+
+    @property
     def tests_over_refusal(self) -> bool:
         """Whether refusing it is over-refusal: harmless, and no question of a utility benchmark."""
         return not (self.harmful or self.scored_by)

@@ -153,8 +153,9 @@ def trade_off_map(report: Report) -> str:
     pruned model to those realigned from it. Empty text where no model has
     both rates.
     """
+    called = report.ways
     spots = [
-        _Spot(number, variant, report.ways.get(variant.name_in_group, role), asr, over)
+        _Spot(number, variant, called.get(variant.name_in_group, role), asr, over)
         for number, (variant, role) in enumerate(
             zip(report.variants, report.roles, strict=True), start=1
         )
@@ -209,11 +210,12 @@ def sparsity_figure(report: Report, series: str) -> str:
     level. Empty text where fewer than two sparsities were measured.
     """
     lines: dict[str, list[tuple[float, Variant]]] = {}
+    called = report.ways
     for group in report.groups:
         if group[0].series == series:
             for variant, role in zip(group, ("pruned", *("realigned",) * len(group)), strict=False):
                 point = (100 * group[0].sparsity, variant)
-                lines.setdefault(report.ways.get(variant.name_in_group, role), []).append(point)
+                lines.setdefault(called.get(variant.name_in_group, role), []).append(point)
     sparsities = sorted({x for line in lines.values() for x, _ in line})
     rates = [one for one in _RATES if measured(getattr(report.dense.result, one))]
     if len(sparsities) < 2 or not rates:

@@ -184,7 +184,8 @@ def _by_way(report: Report, compared: Sequence[Comparison]) -> list[tuple[str, d
     for variant, comparison in zip(report.variants[1:], compared, strict=True):
         if comparison.base != report.dense.name:
             found.setdefault(variant.name_in_group, {})[comparison.base] = (variant, comparison)
-    return [(report.ways[name], rows) for name, rows in found.items()]
+    called = report.ways
+    return [(called[name], rows) for name, rows in found.items()]
 
 
 def _tally_of_realigned(way: str, rows: Mapping[str, _Row]) -> str:

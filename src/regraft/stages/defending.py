@@ -206,5 +206,5 @@ class _Search:
             strength,
             wilson(sum(attacks), len(attacks)),
             wilson(sum(harmless), len(harmless)),
-            sum(bool(one.degenerate and not one.refused) for one in judged) / len(judged),
+            sum(one.says_nothing for one in judged) / len(judged),
         )
