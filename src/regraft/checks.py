@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count, islice
 from typing import Any
@@ -175,14 +175,13 @@ def _content(example: Example) -> tuple[str, str | None]:
     return example.instruction, image
 
 
-def bundled_for_another(source: Source, data: DataSource) -> str | None:
-    """A warning where a model of one's own goes by prompts made for the bundled one."""
-    if data.name != "demo" or is_demo(source.folder):
-        return None
-    return (
-        f"Warning: {data} are the bundled images, made for the bundled model; what is learnt from "
-        "them or measured on them says little about this one. Name data of your own."
-    )
+def warn_of_bundled(source: Source, data: DataSource, note: Callable[[str], None]) -> None:
+    """Say where a model of one's own goes by prompts made for the bundled one."""
+    if data.name == "demo" and not is_demo(source.folder):
+        note(
+            f"Warning: {data} are the bundled images, made for the bundled model; what is learnt "
+            "from them or measured on them says little about this one. Name data of your own."
+        )
 
 
 def told(role: str, reading: Reading) -> str:

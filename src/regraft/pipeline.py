@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import ranks, stages
-from regraft.checks import bundled_for_another
+from regraft.checks import warn_of_bundled
 from regraft.costs import Ledger, Metered
 from regraft.errors import RegraftError
 from regraft.files import digest, discard_leftover, require_empty, write_text
@@ -55,8 +55,7 @@ def run(
     for line in (*unread_in(recipe), *seen_before_in(recipe, dense, session)):
         watch.note(f"Warning: {line}.")
     for suite in recipe.evaluate.suite:
-        if (warning := bundled_for_another(dense, suite)) is not None:
-            watch.note(warning)
+        warn_of_bundled(dense, suite, watch.note)
     job = _Job(place, dense, recipe, session, watch)
     pruned = {one.name: existing or job.prune(one) for one in recipe.prune}
     watch.note("Evaluating the dense model")

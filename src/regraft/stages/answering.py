@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import ranks
-from regraft.checks import bundled_for_another, draw_calibration, order_calibration
+from regraft.checks import draw_calibration, order_calibration, warn_of_bundled
 from regraft.data.collate import batches
 from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
@@ -70,9 +70,8 @@ def calibration_data(
     Raises:
         RegraftError: see the data readers; no answer can be kept.
     """
-    warning = None if harmful else bundled_for_another(dense, calibration.data)  # once for both
-    if warning is not None:
-        watch.note(warning)
+    if not harmful:  # once for both kinds
+        warn_of_bundled(dense, calibration.data, watch.note)
     if calibration.responses == "given":
         return draw_calibration(dense, calibration, harmful=harmful)
     prompts = order_calibration(dense, calibration, harmful=harmful)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from regraft import costs, ranks
-from regraft.checks import bundled_for_another, told
+from regraft.checks import told, warn_of_bundled
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.defence.artifact import (
@@ -110,8 +110,7 @@ def evaluate(
     if not is_done(out, out / "results.json", about, lambda: _read_results(out)["about"]):
         with working(out, about) as work:
             for suite in suites if processor_from is None else ():  # a run says it once
-                if (warning := bundled_for_another(model, suite)) is not None:
-                    watch.note(warning)
+                warn_of_bundled(model, suite, watch.note)
             watch.note(told("Prompts", reading))
             prompts = asked(defence, examples)
             nlls: Mapping[str, Nll] = {}

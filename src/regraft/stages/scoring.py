@@ -9,10 +9,10 @@ from typing import Any
 
 from regraft import ranks
 from regraft.checks import (
-    bundled_for_another,
     check_r_max,
     draw_calibration,
     told,
+    warn_of_bundled,
 )
 from regraft.data.collate import prompt_batch
 from regraft.files import digest
@@ -48,8 +48,7 @@ def heads(
     )
     if not is_done(out, out, about, lambda: load_heads(out, dense.anatomy).about):
         check_r_max(dense, settings, len(data.examples))
-        if (warning := bundled_for_another(dense, calibration.data)) is not None:
-            watch.note(warning)
+        warn_of_bundled(dense, calibration.data, watch.note)
         watch.note(told("D^s", data))
         with working(out, about) as work:
             model, processor = load(dense, compute, watch)
