@@ -4,6 +4,7 @@
     python benchmarks/gain.py --layers 2 --scale 0.25 --samples 8        # small, on a CPU
     python benchmarks/gain.py --samples 128 --json gain.json             # Qwen2.5-VL-7B's shape
     python benchmarks/gain.py --shape vicuna-7b --samples 128            # LLaVA-NeXT-Vicuna-7B's
+    python benchmarks/gain.py --samples 2 --image 112 --skip bare resident --device cpu # no GPU
 
 A step takes the gradients of `--samples` harmful and as many harmless prompts, ranks all pruned
 weights of all linears, asks which of the best ones suit each other on every prompt and puts those
@@ -13,6 +14,11 @@ and backward pass of the whole model over the same data by autograd, weight grad
 thrown away (resident only: it needs room for the model and its gradients). Every row is a process
 of its own. The vision tower and the embeddings are in `bare` and in `step`, which runs them where
 new prompts are drawn for it.
+
+On a CPU `own` is the peak of the process' memory but for pages of files: the place of everything
+that a streamed model has on a device but for its weights, of which a layer at a time is there, or
+what is in no layer (`fetched`, the larger). A device needs no more than their sum, in which the
+libraries are too, and what a run on a GPU keeps on the host.
 """
 
 from __future__ import annotations
@@ -21,6 +27,9 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -118,10 +127,44 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
                 problem, objective, safety, utility, count, so_far, place, silent, candidates
             )
 
-    first = one_step(empty(), None)
-    seconds, _ = timed(device, lambda: one_step(first.ranking, first.candidates))
+    with own_memory() as seen:
+        first = one_step(empty(), None)
+        seconds, _ = timed(device, lambda: one_step(first.ranking, first.candidates))
     assert len(first.ranking)
-    return _row(options, seconds, device)
+    row = _row(options, seconds, device)
+    if device.type == "cpu" and options.placement == "streamed":
+        row |= {"own_peak_gib": max(seen) / GIB, "fetched_gib": _largest_part(source) / GIB}
+    return row
+
+
+@contextmanager
+def own_memory() -> Iterator[list[int]]:
+    """Bytes of this process that are no pages of files, looked at fifty times a second."""
+    seen, ended = [_anonymous()], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.02):
+            seen.append(_anonymous())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        looking.join()
+
+
+def _anonymous() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+
+def _largest_part(source: Source) -> int:
+    """Bytes on disk of the largest layer, or of all that is in none where that is more."""
+    record = source.checkpoint.record
+    layers = [sum(record(li.tensor).bytes for li in one.linears) for one in source.anatomy.layers]
+    return max(*layers, source.checkpoint.bytes - sum(layers))
 
 
 def _row(options: argparse.Namespace, seconds: float, device: torch.device) -> dict[str, Any]:
@@ -144,7 +187,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="prompts of each kind")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--image", type=int, default=560, help="pixels a side")
-    parser.add_argument("--no-bare", action="store_true", help="where the model does not fit")
+    parser.add_argument(
+        "--skip",
+        nargs="*",
+        choices=("bare", "resident", "swap"),
+        default=(),
+        help="rows, such as those for which the model is too large",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="not of demo"
@@ -171,8 +220,10 @@ def main() -> None:
             source = open_source(folder / "dense")
         patterns = PruneSettings(method="magnitude").patterns(source.anatomy.linears)
         write_edited(source.checkpoint, folder / "pruned", magnitude_edits(patterns))
-        runs = [("step", "resident"), ("step", "streamed"), ("swap", "streamed")]
-        for what, placement in [*([] if options.no_bare else [("bare", "resident")]), *runs]:
+        runs = [("bare", "resident"), ("step", "resident"), ("step", "streamed")]
+        for what, placement in [*runs, ("swap", "streamed")]:
+            if what in options.skip or (what == "step" and placement in options.skip):
+                continue
             child = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder)]
             child += ["--what", what, "--placement", placement]
             done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
@@ -189,7 +240,8 @@ def main() -> None:
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
     """Print the table."""
-    table = Table("", "placement", "time / bare", "device GiB", "host GiB", title=title)
+    columns = ("", "placement", "time / bare", "device GiB", "own + fetched GiB", "host GiB")
+    table = Table(*columns, title=title)
     bare_seconds = rows[0]["seconds"] if rows[0]["what"] == "bare" else None
     for row in rows:
         peak = row["device_peak_gib"]
@@ -198,6 +250,9 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
             row["placement"],
             "" if bare_seconds is None else f"{row['seconds'] / bare_seconds:.2f}",
             "" if peak is None else f"{peak:.2f}",
+            f"{row['own_peak_gib']:.2f} + {row['fetched_gib']:.2f}"
+            if "own_peak_gib" in row
+            else "",
             f"{row['host_peak_gib']:.2f}",
         )
     Console().print(table)

@@ -58,6 +58,19 @@ def test_heads_and_answers_of_a_spread_model(paper_family, pico_dir, tmp_path):
     assert texts[0] == texts[1]
 
 
+def test_answers_where_no_weight_fits_a_device(pico_dir, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    opened = truth.opened(pico_dir("qwen2_vl"))
+    offloaded = accelerate.cpu_offload(copy.deepcopy(opened.model), torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    examples = truth.examples("qwen2_vl", tmp_path, 3)
+    one, other = (
+        generate(each, opened.processor, examples, tmp_path / name, max_new_tokens=4, batch_size=3)
+        for each, name in ((opened.model, "a"), (offloaded, "b"))
+    )
+    assert one == other
+
+
 def test_streamed_model_of_a_real_folder(tmp_path):
     """Weights in the checkpoint's dtype stay pages of the file; a layer runs only when held."""
     folder = pico.save("qwen2_5_vl", tmp_path / "model", torch.bfloat16)

@@ -199,9 +199,14 @@ def judge_fingerprint(model: str | Path) -> str:
 
 
 def placed(batch: Batch, model: nn.Module) -> Batch:
-    """The batch on the model's device, pixels in its dtype."""
-    parameter = next(p for p in model.parameters() if not p.is_meta)
-    return batch.to(parameter.device, parameter.dtype)
+    """The batch on the model's device, pixels in its dtype.
+
+    Where every weight waits off the devices accelerate's hooks take the batch to them.
+    """
+    parameters = list(model.parameters())
+    first = next((p for p in parameters if not p.is_meta), None)
+    device = torch.device("cpu") if first is None else first.device
+    return batch.to(device, (first if first is not None else parameters[0]).dtype)
 
 
 def has_processor(source: Source) -> bool:
