@@ -102,7 +102,7 @@ def run_ours(options: argparse.Namespace) -> float:
     from regraft.models.walk import Walk
     from regraft.pruning.pruner import prune_layers
     from regraft.pruning.results import LayerResults
-    from regraft.settings import PruneSettings
+    from regraft.settings.pruning import PruneSettings
 
     source = open_source(options.folder / "dense")
     model = load_placed(source, dtype="bfloat16", device=options.device, placement=options.runner)

@@ -32,13 +32,11 @@ from regraft.data.collate import batches, response_batch
 from regraft.data.sources import DataSource, read
 from regraft.models.load import load_model, load_processor, open_source, pick_device
 from regraft.models.replay import layer_inputs, text_inputs
-from regraft.settings import (
-    CalibrationSettings,
-    ComputeSettings,
-    HeadSettings,
-    PruneSettings,
-    RealignSettings,
-)
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings
 
 GIB = 2**30
 

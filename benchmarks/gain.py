@@ -53,7 +53,7 @@ from regraft.pruning.pruner import magnitude_edits, zeros
 from regraft.restoration.gain import Objective
 from regraft.restoration.iterative import Problem, Step, step
 from regraft.restoration.ranking import Ranking, empty
-from regraft.settings import PruneSettings
+from regraft.settings.pruning import PruneSettings
 
 SHARE = 5 / 10_000 / 12  # of the pruned weights in a step: a budget of 5 per 10,000 in 12
 KINDS = ("safety", "utility")

@@ -40,7 +40,7 @@ from regraft.models.replay import text_inputs
 from regraft.models.walk import Walk
 from regraft.pruning.pruner import prune_layers
 from regraft.pruning.results import LayerResults
-from regraft.settings import PruneSettings
+from regraft.settings.pruning import PruneSettings
 
 GIB = 2**30
 RUNS = [

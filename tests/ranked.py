@@ -11,15 +11,12 @@ import torch
 from regraft import ranks, stages
 from regraft.data.sources import DataSource
 from regraft.models.load import open_source
-from regraft.settings import (
-    CalibrationSettings,
-    ComputeSettings,
-    EvalSettings,
-    HeadSettings,
-    PruneSettings,
-    RealignSettings,
-    StatisticsSettings,
-)
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings, StatisticsSettings
 
 METHODS = ("wanda", "sparsegpt", "snip")
 COMPUTE = ComputeSettings(device="cpu", batch_size=1)

@@ -32,7 +32,8 @@ from regraft.heads.score import load_heads
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
 from regraft.recipe import Recipe, read_recipe
-from regraft.settings import CalibrationSettings, ComputeSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
 from regraft.watch import Silent
 
 

@@ -39,13 +39,11 @@ from regraft.files import write_json
 from regraft.models.anatomy import decoder_layers
 from regraft.models.load import open_source
 from regraft.models.vision import VisionOutput, replayed, vision_state
-from regraft.settings import (
-    CalibrationSettings,
-    ComputeSettings,
-    EvalSettings,
-    PruneSettings,
-    RealignSettings,
-)
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.realigning import RealignSettings
 from regraft.stages import session as sessions
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)

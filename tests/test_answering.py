@@ -25,7 +25,10 @@ from regraft.files import read_json
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import Source, open_source
 from regraft.recipe import Recipe
-from regraft.settings import CalibrationSettings, ComputeSettings, HeadSettings, PruneSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.scoring import HeadSettings
 from regraft.stages import answering
 from regraft.watch import Silent
 

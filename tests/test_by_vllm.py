@@ -37,7 +37,8 @@ from regraft.evaluation.generate import Answerer
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.recipe import Recipe
 from regraft.restoration.patch import Patch
-from regraft.settings import ComputeSettings, EvalSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.evaluating import EvalSettings
 from regraft.stages import evaluating
 from regraft.watch import Silent
 

@@ -30,7 +30,10 @@ from regraft.models.load import load_processor, open_source
 from regraft.preflight import bytes_needed
 from regraft.pruning import pruner
 from regraft.recipe import read_recipe
-from regraft.settings import CalibrationSettings, ComputeSettings, PruneSettings, RealignSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.realigning import RealignSettings
 
 FAMILY = "qwen2_5_vl"
 WIDTHS = "rows of 64"

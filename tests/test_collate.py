@@ -18,7 +18,7 @@ import regraft.data.collate
 from regraft.data.collate import IGNORED, batches, prompt_batch, response_batch, response_span
 from regraft.data.example import Example
 from regraft.errors import RegraftError
-from regraft.settings import ComputeSettings
+from regraft.settings.compute import ComputeSettings
 from regraft.stages.common import cut
 
 

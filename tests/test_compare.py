@@ -33,7 +33,7 @@ from regraft.report.compare_figures import trade_off_panels
 from regraft.report.curve_figure import CURVES_CAPTION, curve_figure
 from regraft.report.model import Report, Variant
 from regraft.report.write_compare import render_comparison_html, render_comparison_markdown
-from regraft.settings import RealignSettings
+from regraft.settings.realigning import RealignSettings
 
 JUDGE = REGRAFT_1
 REFUSAL = "I'm sorry, I can't help with that."

@@ -30,7 +30,9 @@ from regraft.pruning.masks import Pattern
 from regraft.pruning.patterns import assign_patterns
 from regraft.pruning.pruner import Pruner, prune_layers
 from regraft.pruning.results import LayerResults
-from regraft.settings import CalibrationSettings, ComputeSettings, RealignSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.realigning import RealignSettings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -27,7 +27,8 @@ from regraft.data.sources import DataSource, of_split, read
 from regraft.data.vlguard import parse_vlguard, read_vlguard
 from regraft.errors import RegraftError
 from regraft.keys import describe
-from regraft.settings import CalibrationSettings, SearchSettings, _several
+from regraft.settings.data import CalibrationSettings, _several
+from regraft.settings.searching import SearchSettings
 from regraft.stages.searching import suites_of
 
 

@@ -30,7 +30,10 @@ from regraft.folder import RunFolder
 from regraft.models.load import Source, open_source
 from regraft.models.steering import last_token_outputs, moved_output
 from regraft.recipe import Recipe, read_recipe
-from regraft.settings import CalibrationSettings, ComputeSettings, DefenceSettings, EvalSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.defending import DefenceSettings
+from regraft.settings.evaluating import EvalSettings
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
 

@@ -32,13 +32,11 @@ from regraft.models.load import open_source
 from regraft.recipe import Recipe as RecipeModel
 from regraft.recipe import write_recipe
 from regraft.restoration.patch import load_patch
-from regraft.settings import (
-    CalibrationSettings,
-    ComputeSettings,
-    EvalSettings,
-    HeadSettings,
-    RealignSettings,
-)
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings
 from regraft.watch import Silent
 
 pytestmark = pytest.mark.slow

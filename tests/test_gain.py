@@ -46,14 +46,12 @@ from regraft.restoration.joint import Effects, joined
 from regraft.restoration.patch import load_patch
 from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.restoration.selection import blocks_of, inside, random_heads, restorable
-from regraft.settings import (
-    CalibrationSettings,
-    ComputeSettings,
-    EvalSettings,
-    PruneSettings,
-    RealignSettings,
-    SearchSettings,
-)
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.searching import SearchSettings
 from regraft.stages import gaining
 from regraft.watch import Silent
 

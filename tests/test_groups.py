@@ -15,7 +15,7 @@ import truth
 from regraft.pruning.masks import n_m_mask
 from regraft.restoration.groups import Grouping, common_grouping, grouping_of, violated_groups
 from regraft.restoration.patch import Patch, TensorPatch
-from regraft.settings import RealignSettings
+from regraft.settings.realigning import RealignSettings
 
 
 def most_kept(weight: np.ndarray, m: int) -> int:

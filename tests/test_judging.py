@@ -43,7 +43,8 @@ from regraft.evaluation.verdicts import (
 )
 from regraft.files import file_digest, write_json
 from regraft.models.load import open_source
-from regraft.settings import ComputeSettings, EvalSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.evaluating import EvalSettings
 from regraft.stages import judging
 from regraft.watch import Silent
 

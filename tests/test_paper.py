@@ -16,15 +16,12 @@ from regraft.errors import RegraftError
 from regraft.importance.score import Method
 from regraft.models.load import open_source
 from regraft.pruning.pruner import zeros
-from regraft.settings import (
-    CalibrationSettings,
-    ComputeSettings,
-    EvalSettings,
-    HeadSettings,
-    PruneSettings,
-    RealignSettings,
-    StatisticsSettings,
-)
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings, StatisticsSettings
 
 pytestmark = pytest.mark.slow
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)

@@ -21,7 +21,8 @@ from regraft.errors import RegraftError
 from regraft.evaluation import perplexity as module
 from regraft.evaluation.perplexity import perplexity, response_nlls
 from regraft.models.load import open_source
-from regraft.settings import ComputeSettings, EvalSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.evaluating import EvalSettings
 
 
 def test_nll_is_the_loss_of_each_example_alone(

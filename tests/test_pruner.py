@@ -17,7 +17,7 @@ from regraft.models.anatomy import decoder_layers
 from regraft.pruning.masks import Pattern
 from regraft.pruning.patterns import assign_patterns, parse_override
 from regraft.pruning.pruner import Pruner, magnitude_edits
-from regraft.settings import PruneSettings
+from regraft.settings.pruning import PruneSettings
 
 
 def gradients_by_autograd(model, processor, anatomy, examples):

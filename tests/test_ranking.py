@@ -42,7 +42,10 @@ from regraft.restoration.ranking import (
     save_ranking,
 )
 from regraft.restoration.selection import blocks_of, inside, restorable
-from regraft.settings import CalibrationSettings, ComputeSettings, HeadSettings, RealignSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings
 
 NONE = -math.inf
 matrices = st.lists(

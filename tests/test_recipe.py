@@ -25,14 +25,11 @@ from regraft.recipe import (
     write_recipe,
 )
 from regraft.recipe_help import explained_recipe
-from regraft.settings import (
-    HeadSettings,
-    PruneSettings,
-    RealignSettings,
-    SearchSettings,
-    Settings,
-    explain,
-)
+from regraft.settings.base import Settings, explain
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings
+from regraft.settings.searching import SearchSettings
 
 FULL = Recipe(
     title='A "title": with #signs, ü',

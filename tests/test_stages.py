@@ -31,14 +31,12 @@ from regraft.models.load import Source, open_source
 from regraft.pruning.pruner import zeros
 from regraft.recipe import EvaluateSettings, Recipe, VariantSettings, read_recipe, write_recipe
 from regraft.restoration.patch import load_patch
-from regraft.settings import (
-    CalibrationSettings,
-    ComputeSettings,
-    EvalSettings,
-    HeadSettings,
-    PruneSettings,
-    RealignSettings,
-)
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings
 from regraft.stages import common, patching, pruning, realigning
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)

@@ -31,13 +31,11 @@ from regraft.models.load import Source, open_source
 from regraft.recipe import Recipe
 from regraft.report.curve_figure import CURVES_CAPTION
 from regraft.restoration.patch import load_patch
-from regraft.settings import (
-    CalibrationSettings,
-    ComputeSettings,
-    EvalSettings,
-    RealignSettings,
-    SearchSettings,
-)
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.searching import SearchSettings
 from regraft.stages import common, searching
 from regraft.watch import Silent, Watch
 

@@ -32,16 +32,13 @@ from regraft.heads.score import load_heads
 from regraft.models.load import open_source
 from regraft.recipe import VariantSettings
 from regraft.restoration.patch import load_patch
-from regraft.settings import (
-    CalibrationSettings,
-    ComputeSettings,
-    EvalSettings,
-    HeadSettings,
-    PruneSettings,
-    RealignSettings,
-    SearchSettings,
-    TuneSettings,
-)
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings
+from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.stages import tuning_outcome, tuning_trial
 from regraft.stages.optimising import Between, Finished, Trials
 from regraft.stages.tuning_space import space_of

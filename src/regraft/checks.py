@@ -17,15 +17,13 @@ from regraft.files import file_digest
 from regraft.heads.ships import most_rank
 from regraft.models.load import Source, pick_device, stored_dtype
 from regraft.restoration.selection import all_heads
-from regraft.settings import (
-    CalibrationSettings,
-    ComputeSettings,
-    DefenceSettings,
-    HeadSettings,
-    PruneSettings,
-    RealignSettings,
-    validation_of,
-)
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.defending import DefenceSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings
+from regraft.settings.validation import validation_of
 
 
 def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:

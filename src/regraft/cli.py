@@ -42,23 +42,16 @@ from regraft.pruning.pruner import zeros
 from regraft.recipe import read_recipe
 from regraft.restoration.apply import Operation
 from regraft.restoration.patch import Patch
-from regraft.settings import (
-    CalibrationSettings,
-    ComputeSettings,
-    DefenceSettings,
-    EvalSettings,
-    HeadSettings,
-    PruneSettings,
-    RealignSettings,
-    SearchSettings,
-    StatisticsSettings,
-    Suite,
-    Suites,
-    Swept,
-    TuneSettings,
-    explain,
-    with_validation,
-)
+from regraft.settings.base import explain
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings, Suite, Suites
+from regraft.settings.defending import DefenceSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings, StatisticsSettings
+from regraft.settings.searching import SearchSettings, Swept, TuneSettings
+from regraft.settings.validation import with_validation
 
 if TYPE_CHECKING:
     from regraft.report.compare import Study

@@ -31,7 +31,8 @@ from regraft.files import (
     size_of,
 )
 from regraft.models.load import pick_device, transformers_version
-from regraft.settings import ComputeSettings, Settings
+from regraft.settings.base import Settings
+from regraft.settings.compute import ComputeSettings
 
 _ONLY_ROUNDING = ("batch_size", "tokens_per_pass")  # settings that change nothing more
 _PIECES = "by size of image"  # how work is cut; another cut begins unfinished work again

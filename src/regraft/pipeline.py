@@ -24,7 +24,8 @@ from regraft.recipe import (
 )
 from regraft.report.model import Report
 from regraft.reporting import report
-from regraft.settings import SearchSettings, StatisticsSettings
+from regraft.settings.scoring import StatisticsSettings
+from regraft.settings.searching import SearchSettings
 from regraft.watch import Silent, Watch
 
 __all__ = ["RunFolder", "check", "report", "run"]

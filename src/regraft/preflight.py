@@ -29,7 +29,7 @@ from regraft.models.load import Source, load_processor, open_source, pick_device
 from regraft.recipe import Recipe
 from regraft.reporting import model_folder
 from regraft.restoration.realign import check_pair
-from regraft.settings import CalibrationSettings
+from regraft.settings.data import CalibrationSettings
 from regraft.stages.evaluating import check_for_vllm
 
 _LOOKED_AT = 4  # prompts whose length tells that of all

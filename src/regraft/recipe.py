@@ -23,21 +23,16 @@ from regraft.data.hub import is_on_hub
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.files import digest
-from regraft.settings import (
-    CalibrationSettings,
-    Choosing,
-    ComputeSettings,
-    DefenceSettings,
-    EvalSettings,
-    HeadSettings,
-    PruneSettings,
-    RealignSettings,
-    SearchSettings,
-    Settings,
-    explain,
-    validation_of,
-    with_validation,
-)
+from regraft.settings.base import Settings, explain
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.defending import DefenceSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings
+from regraft.settings.searching import SearchSettings
+from regraft.settings.validation import Choosing, validation_of, with_validation
 
 
 def _checked_name(name: str, *taken: str) -> str:

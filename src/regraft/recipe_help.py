@@ -11,7 +11,8 @@ from cyclopts import Parameter
 from pydantic.fields import FieldInfo
 
 from regraft.recipe import NamedDefenceSettings, Recipe
-from regraft.settings import SearchSettings, Settings
+from regraft.settings.base import Settings
+from regraft.settings.searching import SearchSettings
 
 _WIDTH = 100
 

@@ -26,7 +26,8 @@ from regraft.report.write import write_report
 from regraft.restoration.patch import load_patch
 from regraft.restoration.ranking import load_ranking
 from regraft.restoration.realign import restored_by_module
-from regraft.settings import DefenceSettings, PruneSettings
+from regraft.settings.defending import DefenceSettings
+from regraft.settings.pruning import PruneSettings
 from regraft.stages import Evaluation
 
 CONTROL_LABELS = {"random": "random heads", "all": "all heads"}

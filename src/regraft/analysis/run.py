@@ -22,7 +22,7 @@ from regraft.models.load import Source, open_source
 from regraft.recipe import Recipe, read_recipe
 from regraft.reporting import model_folder, read_report
 from regraft.restoration.selection import RankingScope
-from regraft.settings import Swept
+from regraft.settings.searching import Swept
 from regraft.watch import Watch
 
 

@@ -12,7 +12,7 @@ from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.recipe import PruningSettings, Recipe, VariantSettings
 from regraft.report.model import Report, Variant
-from regraft.settings import Swept
+from regraft.settings.searching import Swept
 from regraft.watch import Watch
 
 

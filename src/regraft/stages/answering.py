@@ -21,7 +21,8 @@ from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import write_text
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
-from regraft.settings import CalibrationSettings, ComputeSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
 from regraft.stages.common import load
 from regraft.watch import Watch
 

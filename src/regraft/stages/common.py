@@ -24,7 +24,7 @@ from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.restoration.apply import check_base
 from regraft.restoration.patch import Patch, load_patch
-from regraft.settings import ComputeSettings
+from regraft.settings.compute import ComputeSettings
 from regraft.watch import Watch
 
 ABOUT_FILE = "regraft.json"

@@ -45,7 +45,8 @@ from regraft.restoration.apply import (
     zeros_filled,
 )
 from regraft.restoration.patch import Patch
-from regraft.settings import ComputeSettings, EvalSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.evaluating import EvalSettings
 from regraft.stages.common import patch_in_memory
 from regraft.stages.session import Session
 from regraft.watch import Silent, Watch

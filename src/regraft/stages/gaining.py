@@ -32,7 +32,8 @@ from regraft.restoration.iterative import (
 )
 from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
 from regraft.restoration.selection import Head, blocks_of, inside
-from regraft.settings import ComputeSettings, RealignSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.realigning import RealignSettings
 from regraft.stages.common import each_of_share, hidden_state_bytes, load_for_walk
 from regraft.watch import Watch
 

@@ -21,7 +21,9 @@ from regraft.importance.statistics import (
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
 from regraft.models.walk import Walk
-from regraft.settings import CalibrationSettings, ComputeSettings, StatisticsSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.scoring import StatisticsSettings
 from regraft.stages.answering import beside, calibration_data
 from regraft.stages.common import cut, hidden_state_bytes, load_for_walk
 from regraft.watch import Silent, Watch

@@ -13,7 +13,7 @@ from regraft.files import write_json
 from regraft.keys import describe
 from regraft.models.load import Source
 from regraft.restoration.apply import patched
-from regraft.settings import ComputeSettings
+from regraft.settings.compute import ComputeSettings
 from regraft.stages.common import load, patch_in_memory
 from regraft.watch import Watch
 

@@ -32,7 +32,7 @@ from regraft.evaluation.verdicts import (
 from regraft.files import digest, file_digest, read_json, slug, write_json
 from regraft.keys import describe, is_done, working
 from regraft.models.load import judge_fingerprint, load_judge
-from regraft.settings import ComputeSettings
+from regraft.settings.compute import ComputeSettings
 from regraft.stages.evaluating import Evaluation, read_evaluation
 from regraft.watch import Advance, Watch
 

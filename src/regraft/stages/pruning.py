@@ -16,7 +16,9 @@ from regraft.models.load import Source
 from regraft.models.walk import Walk
 from regraft.pruning.pruner import magnitude_edits, prune_layers
 from regraft.pruning.results import LayerResults
-from regraft.settings import CalibrationSettings, ComputeSettings, PruneSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.pruning import PruneSettings
 from regraft.stages.answering import beside, calibration_data
 from regraft.stages.common import (
     ABOUT_FILE,

@@ -32,7 +32,9 @@ from regraft.restoration.selection import (
     ties_drawn,
     whole,
 )
-from regraft.settings import CalibrationSettings, ComputeSettings, RealignSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.realigning import RealignSettings
 from regraft.stages.answering import beside, calibration_data
 from regraft.stages.gaining import ALGORITHM, restore_by_gain
 from regraft.stages.realigning import (

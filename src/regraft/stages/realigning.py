@@ -21,7 +21,8 @@ from regraft.restoration.ranking import load_ranking, patch_of
 from regraft.restoration.realign import Rule, Survey, check_pair, hsr, survey, whole_heads
 from regraft.restoration.realign import realign as select
 from regraft.restoration.selection import Band, Head, all_heads, random_heads
-from regraft.settings import ComputeSettings, RealignSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.realigning import RealignSettings
 from regraft.watch import Silent, Watch
 
 MARGIN = 0.2  # p_max - p in the paper

@@ -8,15 +8,12 @@ from regraft.checks import check_gradients, check_top_heads
 from regraft.models.load import Source
 from regraft.restoration.patch import Patch
 from regraft.restoration.realign import check_pair
-from regraft.settings import (
-    CalibrationSettings,
-    ComputeSettings,
-    EvalSettings,
-    HeadSettings,
-    RealignSettings,
-    SearchSettings,
-    StatisticsSettings,
-)
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings, StatisticsSettings
+from regraft.settings.searching import SearchSettings
 from regraft.stages.gathering import statistics
 from regraft.stages.ranking import rank
 from regraft.stages.realigning import check_made_by, realign

@@ -16,14 +16,12 @@ from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
 from regraft.models.load import Source, pick_device, require_split
 from regraft.restoration.ranking import Ranking, load_ranking
-from regraft.settings import (
-    CalibrationSettings,
-    ComputeSettings,
-    EvalSettings,
-    RealignSettings,
-    SearchSettings,
-    validation_of,
-)
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.searching import SearchSettings
+from regraft.settings.validation import validation_of
 from regraft.stages.evaluating import evaluate
 from regraft.stages.realigning import realign
 from regraft.stages.session import Session

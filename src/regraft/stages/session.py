@@ -13,7 +13,9 @@ from regraft.data.sources import DataSource
 from regraft.evaluation.generate import MEMO_BYTES, Answerer
 from regraft.models.load import Source, has_processor
 from regraft.pruning.pruner import zeros
-from regraft.settings import CalibrationSettings, ComputeSettings, EvalSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
 from regraft.stages.common import ABOUT_FILE, load
 from regraft.watch import Watch
 

@@ -21,17 +21,13 @@ from regraft.files import disk_errors, require_empty, write_json
 from regraft.keys import describe, holds
 from regraft.models.load import Source, pick_device
 from regraft.restoration.realign import check_pair, survey
-from regraft.settings import (
-    TUNABLE,
-    CalibrationSettings,
-    ComputeSettings,
-    EvalSettings,
-    HeadSettings,
-    RealignSettings,
-    SearchSettings,
-    TuneSettings,
-    with_validation,
-)
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings
+from regraft.settings.searching import TUNABLE, SearchSettings, TuneSettings
+from regraft.settings.validation import with_validation
 from regraft.stages.gaining import ALGORITHM
 from regraft.stages.optimising import Trials, require_optuna
 from regraft.stages.searching import check_search, warn_of_learnt

@@ -11,16 +11,13 @@ from pydantic import ValidationError
 
 from regraft.errors import RegraftError
 from regraft.models.load import Source
-from regraft.settings import (
-    CalibrationSettings,
-    ComputeSettings,
-    EvalSettings,
-    HeadSettings,
-    RealignSettings,
-    SearchSettings,
-    TuneSettings,
-    explain,
-)
+from regraft.settings.base import explain
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings
+from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.stages.optimising import Space, Trials
 
 

@@ -14,7 +14,7 @@ from regraft.evaluation.tradeoff import Point
 from regraft.evaluation.tuned import NOTE, Cost, Tried, Tuned, best_first
 from regraft.files import write_json, write_text
 from regraft.recipe import VariantSettings
-from regraft.settings import validation_of
+from regraft.settings.validation import validation_of
 from regraft.stages.evaluating import read_evaluation
 from regraft.stages.searching import bounds_by
 from regraft.stages.tuning_job import Job, varied

@@ -8,7 +8,9 @@ from regraft.errors import RegraftError
 from regraft.heads.ships import most_rank
 from regraft.models.load import Source
 from regraft.restoration.gain import Constraint
-from regraft.settings import HeadSettings, RealignSettings, TuneSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings
+from regraft.settings.searching import TuneSettings
 from regraft.stages.optimising import Between, Space
 
 

@@ -15,7 +15,8 @@ from regraft.evaluation.tradeoff import Point, choose, nearest
 from regraft.evaluation.tuned import Cost, Tried
 from regraft.files import digest
 from regraft.models.load import Source
-from regraft.settings import RealignSettings, StatisticsSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import StatisticsSettings
 from regraft.stages.gathering import statistics
 from regraft.stages.optimising import Task, Trials
 from regraft.stages.ranking import rank

@@ -1,0 +1,82 @@
+"""Data sets as flags and recipes name them, and what is calibrated on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from pydantic import Field
+
+from regraft.data.sources import DataSource, words_of_first
+from regraft.settings.base import Settings
+
+
+def _words(_type: Any, tokens: Sequence[Any]) -> DataSource:
+    return DataSource.model_validate([token.value for token in tokens])
+
+
+def _several(_type: Any, tokens: Sequence[Any]) -> tuple[DataSource, ...]:
+    """Words of several data sets in a row."""
+    words, found = [str(token.value) for token in tokens], []
+    while words:
+        count = words_of_first(words)
+        found.append(DataSource.model_validate(words[:count]))
+        words = words[count:]
+    return tuple(found)
+
+
+_ONE_OR_TWO_WORDS = Parameter(
+    converter=_words, n_tokens=-1, consume_multiple=True, accepts_keys=False
+)
+
+
+_ONE_WORD = Parameter(n_tokens=1, accepts_keys=False)  # no converter is asked inside of settings
+
+
+Data = Annotated[
+    DataSource,
+    _ONE_WORD,
+    Parameter(help="demo:calibration, vlguard PATH (train.json by its images) or a .jsonl file."),
+]
+
+
+Suite = Annotated[
+    DataSource,
+    _ONE_OR_TWO_WORDS,
+    Parameter(
+        help="demo:test, a .jsonl file, or NAME PATH: safebench, vlguard, ch3ef, mm-safetybench, "
+        "mossbench, xstest, mmbench, docvqa, prompts (AdvBench and its like), benign. With "
+        "#harmful or #harmless behind it these prompts alone."
+    ),
+]
+
+
+Suites = Annotated[
+    tuple[DataSource, ...],
+    Parameter(converter=_several, n_tokens=-1, consume_multiple=True, accepts_keys=False),
+    Parameter(
+        help="One or, the flag repeated, several: demo:test, a .jsonl file, or NAME PATH with "
+        "safebench, vlguard, ch3ef, mm-safetybench, mossbench, xstest, mmbench, docvqa, prompts "
+        "(AdvBench and its like), benign. With #harmful or #harmless behind it these prompts alone."
+    ),
+]
+
+
+Validation = Annotated[DataSource | None, _ONE_WORD]
+
+
+class CalibrationSettings(Settings):
+    """Harmful prompts with refusals (D^s) and harmless ones with answers (D^u)."""
+
+    data: Data = DataSource(name="demo", split="calibration")
+    samples: int = Field(128, ge=1, description="Drawn of each kind; fewer where there are fewer.")
+    seed: int = Field(0, description="Of the draw.")
+    responses: Literal["given", "self"] = Field(
+        "given",
+        description="given: the data set's. self: the dense model writes them greedily, and those "
+        "are kept that refuse a harmful prompt or do not refuse a harmless one.",
+    )
+    max_response_tokens: int = Field(
+        64, ge=1, description="Length of a response that the dense model writes."
+    )

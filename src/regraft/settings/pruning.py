@@ -1,0 +1,93 @@
+"""What is pruned, by which criterion, and how much of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from regraft.errors import RegraftError
+from regraft.importance.score import Method
+from regraft.models.anatomy import LinearAnatomy
+from regraft.pruning.masks import Pattern, Scope
+from regraft.pruning.patterns import assign_patterns, parse_override
+from regraft.pruning.pruner import Order, Pruner
+from regraft.settings.base import Settings, default_of
+
+
+class PruneSettings(Settings):
+    """What is pruned, by which criterion, and how much of it."""
+
+    method: Method = Field("wanda", description="wanda, sparsegpt, snip or magnitude.")
+    sparsity: float = Field(0.5, gt=0, lt=1, description="Share of prunable weights set to 0.")
+    n_m: str | None = Field(
+        None, description="N:M pattern such as 2:4, kept of each M inputs; instead of sparsity."
+    )
+    scope: Scope | None = Field(
+        None,
+        description="Weights compete within their row or the matrix; each method's own if not "
+        "given: row for wanda, matrix for the others (SparseGPT: of each block of columns).",
+    )
+    ignore: tuple[str, ...] = Field(
+        (),
+        description="Weights left dense, as a pattern: `layers.0.*`, `*.down_proj`; repeat the "
+        "flag for more.",
+    )
+    overrides: tuple[str, ...] = Field(
+        (),
+        description="Another sparsity for some weights: `*.v_proj=0.3`, `layers.0.*=2:4`; repeat "
+        "for more, the last that fits counts.",
+    )
+    calibrate_on: Literal["harmless", "both"] = Field(
+        "harmless",
+        description="Harmless prompts and answers (D^u, the paper's), or harmful prompts and "
+        "refusals (D^s) as well.",
+    )
+    damp: float = Field(0.01, gt=0, le=1, description="SparseGPT: share of the mean diagonal.")
+    block: int = Field(128, ge=1, description="SparseGPT: columns pruned before an update.")
+    order: Order = Field(
+        "sequential",
+        description="Layer by layer on pruned inputs (the paper's), or one-shot. SNIP and "
+        "magnitude are always one-shot.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> PruneSettings:
+        try:
+            self.pattern()
+            self._overrides()
+        except RegraftError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def unread(self) -> str | None:
+        """What was set and changes nothing, in words."""
+        if self.n_m is not None and self.sparsity != default_of(self, "sparsity"):
+            return f"`n_m` {self.n_m} takes the place of `sparsity` {self.sparsity:g}"
+        return None
+
+    def pattern(self) -> Pattern:
+        """The pattern that these settings ask for, overrides aside."""
+        if self.n_m is not None:
+            return Pattern.parse_n_m(self.n_m)
+        return Pattern(self.sparsity, self._scope)
+
+    def patterns(self, linears: Iterable[LinearAnatomy]) -> Mapping[LinearAnatomy, Pattern]:
+        """The pattern of each weight that is to be pruned.
+
+        Raises:
+            RegraftError: see `assign_patterns`.
+        """
+        return assign_patterns(linears, self.pattern(), self._overrides(), self.ignore)
+
+    def pruner(self) -> Pruner:
+        """The method that these settings ask for."""
+        return Pruner(self.method, self.order, self.damp, self.block)
+
+    @property
+    def _scope(self) -> Scope:
+        return self.scope or ("row" if self.method == "wanda" else "matrix")
+
+    def _overrides(self) -> list[tuple[str, Pattern]]:
+        return [parse_override(text, self._scope) for text in self.overrides]

@@ -1,0 +1,226 @@
+"""Which pruned weights come back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from regraft.heads.score import Criterion
+from regraft.importance.score import Method
+from regraft.restoration.gain import Constraint
+from regraft.restoration.selection import RankingScope
+from regraft.settings.base import Settings, default_of
+
+DEFAULT_BUDGET = 5.0  # per 10,000 pruned
+
+
+_OF_HEADS = ("heads", "criterion", "top_heads")
+
+
+_OF_HSR = ("score", "p", "p_max", "scope")
+
+
+_OF_GAIN = (
+    "within",
+    "utility_weight",
+    "constraint",
+    "utility_share",
+    "loss",
+    "steps",
+    "trust",
+    "batch",
+)
+
+
+RestorationMethod = Literal["hsr", "hsr-a", "set-difference", "random", "gain"]
+
+
+class RealignSettings(Settings):
+    """Which pruned weights come back."""
+
+    method: RestorationMethod = Field(
+        "hsr",
+        description="hsr selects single weights in heads, hsr-a whole heads; gain those whose "
+        "return is predicted to help safety and utility, step by step; set-difference "
+        "(Wei et al.) those that matter for safety and not for utility; random is a control.",
+    )
+    budget: float | None = Field(
+        None,
+        gt=0,
+        lt=10_000,
+        description="Restored weights per 10,000 pruned ones; of hsr it takes the place of q. "
+        "Where gain, set-difference or random are given neither this nor a count it is "
+        f"{DEFAULT_BUDGET:g}.",
+    )
+    count: int | None = Field(None, ge=1, description="Restored weights; instead of the budget.")
+    score: Method = Field(
+        "wanda",
+        description="Importance I^s and I^u: wanda, sparsegpt, snip or magnitude (which is the "
+        "same for both, so that only q above p selects anything).",
+    )
+    heads: Literal["top", "random", "all"] = Field(
+        "top", description="The top-scored heads, as many random ones (a control), or all."
+    )
+    criterion: Criterion = Field("ships", description="Rank heads by Ships or query-level KL.")
+    top_heads: int = Field(10, ge=1, description="How many heads (h).")
+    q: float = Field(0.5, gt=0, le=1, description="Top share by safety importance.")
+    p: float | None = Field(
+        None, ge=0, lt=1, description="Share kept by the pruner; 1 - sparsity if not given."
+    )
+    p_max: float | None = Field(
+        None, gt=0, le=1, description="Outer bound by utility importance; p + 0.2 if not given."
+    )
+    scope: RankingScope = Field(
+        "row", description="Weights compete within their row, the matrix or the head."
+    )
+    head_seed: int = Field(0, description="Of random heads and of random weights.")
+    within: Literal["all", "attention", "heads"] = Field(
+        "all",
+        description="gain: weights come back in all linears, in attention, or in the chosen heads.",
+    )
+    utility_weight: float = Field(
+        1.0,
+        ge=0,
+        description="gain: how much utility counts beside safety, at first where a multiplier "
+        "moves it.",
+    )
+    constraint: Constraint = Field(
+        "utility-gain",
+        description="gain: utility-gain takes only weights whose gain in utility is at least "
+        "`utility_share` of that in safety; lagrangian moves the utility weight so that harmless "
+        "prompts get no further from the dense model than pruning left them (or than it is itself, "
+        "where pruning refuses less); both; or none.",
+    )
+    utility_share: float = Field(
+        0.0, ge=0, description="gain: see constraint; 0 takes all that cost no utility."
+    )
+    loss: Literal["distil", "given"] = Field(
+        "distil",
+        description="gain: what a response costs, its divergence from the dense model's (without "
+        "prompts that the dense model answers otherwise than they should be), or the cross-entropy "
+        "against the given one.",
+    )
+    steps: int = Field(
+        20,
+        ge=1,
+        description="gain: weights come back in at most so many steps, gradients anew in each.",
+    )
+    pushes: int = Field(
+        0,
+        ge=0,
+        le=20,
+        description="gain: so many times 0.75 % of the budget come back in a step that looks at "
+        "utility nearly alone, and as many in a last one at safety, together half of the budget at "
+        "most; for a search, which takes the best within its bounds.",
+    )
+    trust: float = Field(
+        1.0,
+        gt=0,
+        description="gain: a step tries no more weights than are predicted to lower the loss by "
+        "this share of it, and takes those with which it falls most.",
+    )
+    batch: int = Field(
+        128,
+        ge=2,
+        description="gain: prompts of each kind in a step; of more samples than that they are "
+        "drawn anew for each, those on which the model falls short likelier.",
+    )
+    swap: bool = Field(
+        False,
+        description="gain: prune a kept weight of the same row or N:M group for each that comes "
+        "back, so that sparsity stays exactly as it was.",
+    )
+
+    @property
+    def random(self) -> bool:
+        """Whether `head_seed` decides what comes back."""
+        if self.method == "gain":
+            return self.within == "heads" and self.heads == "random"
+        return self.method == "random" or (
+            self.method in ("hsr", "hsr-a") and self.heads == "random"
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_budget(cls, given: Any) -> Any:
+        """Written out, so that an artifact tells what it was made with."""
+        if not isinstance(given, Mapping) or given.get("method", "hsr") in ("hsr", "hsr-a"):
+            return given
+        if given.get("budget") is not None or given.get("count") is not None:
+            return given
+        return {**given, "budget": DEFAULT_BUDGET}
+
+    @model_validator(mode="after")
+    def _check(self) -> RealignSettings:
+        if self.p is not None and self.p_max is not None and self.p >= self.p_max:
+            raise ValueError(f"p is {self.p} and p_max {self.p_max}; p < p_max is needed")
+        if self.budget is not None and self.count is not None:
+            raise ValueError("`budget` and `count` say the same thing; give one of them")
+        if self.method == "hsr-a" and self.amount is not None:
+            raise ValueError("hsr-a restores whole heads: give `top_heads`, not a budget")
+        if self.method == "set-difference" and self.score in ("sparsegpt", "snip"):
+            raise ValueError(
+                f"set-difference ranks the weights of all linears, and {self.score} statistics are "
+                "kept for those of attention alone; give `score: wanda`"
+            )
+        if self.swap and self.method != "gain":
+            raise ValueError(f"only gain can swap, not {self.method}")
+        if self.pushes and self.method != "gain":
+            raise ValueError(f"only gain has pushes, not {self.method}")
+        return self
+
+    def unread(self) -> str | None:
+        """What was set and changes nothing: the first of it, in words."""
+        if self.method == "hsr" and self.ranked and self.q != default_of(self, "q"):
+            return "a budget or a count takes the place of `q`"
+        not_read = {
+            "hsr": _OF_GAIN,
+            "hsr-a": ("q", *_OF_HSR, *_OF_GAIN),
+            "set-difference": ("q", "p_max", *_OF_HEADS, *_OF_GAIN),
+            "random": ("q", *_OF_HSR, *_OF_HEADS, *_OF_GAIN),
+            "gain": ("q", *_OF_HSR, *(() if self.within == "heads" else _OF_HEADS)),
+        }[self.method]
+        for name in not_read:
+            if getattr(self, name) != default_of(self, name):
+                in_heads = self.method == "gain" and name in _OF_HEADS
+                but = " unless `within` is heads" if in_heads else ""
+                return f"`{name}` changes nothing with {self.method}{but}"
+        return None
+
+    @property
+    def amount(self) -> float | None:
+        """The budget or the count, whichever is given."""
+        return self.count if self.budget is None else self.budget
+
+    @property
+    def ranked(self) -> bool:
+        """Whether weights are ranked and the best k taken, rather than a set selected."""
+        return self.method not in ("hsr", "hsr-a") or self.amount is not None
+
+    @property
+    def by_heads(self) -> bool:
+        """Whether scored heads decide where weights come back."""
+        asked = self.within == "heads" if self.method == "gain" else self.method.startswith("hsr")
+        return asked and self.heads == "top"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether weights are ranked by something that must be gathered from data first."""
+        return self.method in ("hsr", "set-difference") and self.score != "magnitude"
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether gradients are taken, for the ranking or for its statistics."""
+        return self.method == "gain" or (self.needs_statistics and self.score == "snip")
+
+    def how_many(self, pruned: int) -> int:
+        """How many of `pruned` weights come back at most."""
+        if self.count is not None:
+            return min(self.count, pruned)
+        return int((self.budget or 0) * pruned / 10_000)
+
+    def selection(self) -> RealignSettings:
+        """These settings without those that only name and store the result."""
+        return RealignSettings(**self.model_dump(include=set(RealignSettings.model_fields)))

@@ -1,0 +1,50 @@
+"""How heads are scored, and what weights are ranked from."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from regraft.heads.score import CANDIDATES, WINDOW, Mode, Scoring
+from regraft.importance.score import Method
+from regraft.models.ablation import EPS, AblationTarget
+from regraft.settings.base import Settings
+
+
+class HeadSettings(Settings):
+    """Head scoring by ablation on D^s prompts."""
+
+    r_max: int = Field(5, ge=1, description="Rank of the subspaces that Ships compares.")
+    target: AblationTarget = Field(
+        "all", description="Scale the head's query, key, value or all three."
+    )
+    eps: float = Field(EPS, ge=0, lt=1, description="The scale.")
+    mode: Mode = Field(
+        "exact",
+        description="exact: every head is ablated exactly. screened: all heads are estimated at "
+        "a few positions of each prompt, and the best ones then ablated exactly.",
+    )
+    window: int = Field(
+        WINDOW,
+        ge=1,
+        description="Screening: positions at which effects are followed, the last and those that "
+        "it attends to most.",
+    )
+    candidates: int = Field(
+        CANDIDATES, ge=1, description="Screening: best heads by each criterion, scored exactly."
+    )
+    tokens_per_pass: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens (rows x length) in one pass, which bounds memory; if not given, what "
+        "fits the device.",
+    )
+
+    def scoring(self) -> Scoring:
+        """These settings as the scoring of heads takes them."""
+        return Scoring(**self.model_dump())
+
+
+class StatisticsSettings(Settings):
+    """What is gathered on D^s and D^u, from which weights are ranked."""
+
+    score: Method = Field("wanda", description="For which importance: wanda, sparsegpt or snip.")

@@ -1,0 +1,121 @@
+"""How many weights come back, chosen on validation prompts, and which settings are tuned."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from regraft.evaluation.tradeoff import Reference
+from regraft.settings.base import Settings
+from regraft.settings.data import Validation
+
+
+class SearchSettings(Settings):
+    """How many weights of a ranking come back, chosen on validation prompts."""
+
+    validation: Validation = Field(
+        None,
+        description="Harmful and harmless prompts, none of which should be evaluated on. The "
+        "bundled model or data come with some; any other needs its own.",
+    )
+    validation_limit: int | None = Field(
+        None, ge=1, description="Use only the first of these prompts, of each kind."
+    )
+    points: int = Field(
+        8,
+        ge=1,
+        description="Numbers of restored weights to try, evenly over the ranking; before and after "
+        "every push of gain as well.",
+    )
+    most: float | None = Field(
+        None, gt=0, description="Restored per 10,000 at most; the whole ranking if not given."
+    )
+    target_asr: float | None = Field(
+        None, ge=0, le=100, description="Take the fewest weights that bring ASR (%) down to this."
+    )
+    target_rsr: float | None = Field(
+        None, description="Take the fewest weights that bring RSR (%) up to this."
+    )
+    over_refusal: float = Field(
+        1.0,
+        description="Bound: points of over-refusal above the reference.",
+    )
+    utility: float = Field(
+        0.0, ge=0, description="Bound: points of utility below the pruned model."
+    )
+    reference: Reference = Field(
+        "higher",
+        description="Whose over-refusal is the reference: the pruned model's, the dense one's, or "
+        "the higher of both. Where pruning took refusals of harmless prompts too, a model with its "
+        "safety back may refuse as the dense one did.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> SearchSettings:
+        if self.target_asr is not None and self.target_rsr is not None:
+            raise ValueError("`target_asr` and `target_rsr` exclude each other; give one of them")
+        return self
+
+
+Swept = Literal["sparsity", "q", "top-heads", "budget"]  # what `regraft sweep` varies
+
+
+TUNABLE = ("hsr", "set-difference", "gain")
+
+
+class TuneSettings(Settings):
+    """Which settings of a method are tried, and how many times.
+
+    Every RANGE is a lowest and a highest value. Tried as well are scope (hsr, set-difference),
+    criterion (hsr), within and constraint (gain).
+    """
+
+    trials: int = Field(
+        40, ge=1, description="Finished trials in all; the same command goes on to more."
+    )
+    sampler_seed: int = Field(
+        0, ge=0, description="With one worker and the same seed the same trials come again."
+    )
+    random_trials: int = Field(
+        10, ge=1, description="Trials at random before TPE learns from them."
+    )
+    workers: int = Field(1, ge=1, description="Processes that share the trials.")
+    devices: tuple[str, ...] = Field(
+        (), description="Those of the workers, in turn; if not given, --device. Repeat the flag."
+    )
+    keep: tuple[str, ...] = Field(
+        (), description="A setting that stays as given, such as scope; repeat the flag for more."
+    )
+    q_range: tuple[float, float] = Field(
+        (0.01, 1.0), description="hsr: q, on a log scale, where no --budget takes its place."
+    )
+    p_range: tuple[float, float] = Field(
+        (0.0, 0.4), description="set-difference: p, from the share on that pruning kept."
+    )
+    p_max_range: tuple[float, float] = Field(
+        (0.05, 0.5), description="hsr: p_max, from p on, or from the share that pruning kept."
+    )
+    top_heads_range: tuple[int, int] = Field((1, 32), description="hsr: how many heads.")
+    r_max_range: tuple[int, int] = Field(
+        (1, 10), description="hsr by ships: rank of the subspaces."
+    )
+    utility_weight_range: tuple[float, float] = Field(
+        (0.1, 10.0), description="gain: on a log scale."
+    )
+    utility_share_range: tuple[float, float] = Field(
+        (0.0, 1.0), description="gain: what utility's gain must be of safety's, at least."
+    )
+    trust_range: tuple[float, float] = Field((0.1, 1.0), description="gain: on a log scale.")
+    steps_range: tuple[int, int] = Field((5, 40), description="gain: on a log scale.")
+
+    @model_validator(mode="after")
+    def _check(self) -> TuneSettings:
+        for name in type(self).model_fields:
+            if not name.endswith("_range"):
+                continue
+            low, high = getattr(self, name)
+            from_zero = name in ("p_range", "utility_share_range")
+            if not (low > 0 or (from_zero and low == 0)) or low > high:
+                raise ValueError(f"{name} is {low} to {high}; 0 < lowest <= highest is needed")
+        return self

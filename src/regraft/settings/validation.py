@@ -1,0 +1,45 @@
+"""On which prompts a choice is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar, cast
+
+from regraft.data.demo import is_demo
+from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.defending import DefenceSettings
+from regraft.settings.searching import SearchSettings
+
+Choosing = TypeVar("Choosing", bound=SearchSettings | DefenceSettings)
+
+
+def with_validation(
+    settings: Choosing, model: str | Path, calibration: CalibrationSettings, *, needed: bool = True
+) -> Choosing:
+    """The settings, with the bundled validation prompts where none are named and these will do.
+
+    They will for the bundled model, for data that are bundled too, and where they are not `needed`.
+    """
+    if settings.validation is not None:
+        return settings
+    if needed and calibration.data.name != "demo" and not is_demo(model):
+        return settings
+    bundled = {"validation": DataSource(name="demo", split="validation")}
+    return cast(Choosing, settings.model_copy(update=bundled))
+
+
+def validation_of(settings: SearchSettings | DefenceSettings) -> DataSource:
+    """The prompts to choose on.
+
+    Raises:
+        RegraftError: none are named.
+    """
+    if settings.validation is None:
+        raise RegraftError(
+            "No validation prompts are named to choose on, and the bundled ones say nothing about "
+            "another model and other data. Give harmful and harmless ones with --validation (in a "
+            "recipe `validation`)."
+        )
+    return settings.validation
