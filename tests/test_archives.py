@@ -80,6 +80,33 @@ def test_links_and_broken_archives(tmp_path: Path, cache: Path) -> None:
     assert not any(path.name.startswith("b-") for path in cache.rglob("*"))
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])
+def test_damage_is_told_whatever_the_compression(tmp_path: Path, cache: Path, method: int) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+        archive.writestr("a", bytes(range(256)) * 40)
+    whole = bytearray((tmp_path / "a.zip").read_bytes())
+    for i in range(45, 75):
+        whole[i] ^= 0xFF
+    (tmp_path / "a.zip").write_bytes(whole)
+    with pytest.raises(RegraftError, match="not a whole zip file"):
+        unpacked(tmp_path / "a.zip")
+
+
+def test_a_name_that_the_disk_cannot_hold(tmp_path: Path, cache: Path) -> None:
+    _zip(tmp_path / "a.zip", **{"x" * 300: b"1"})
+    with pytest.raises(RegraftError, match=r"a\.zip: 'x+' cannot be unpacked: .*too long"):
+        unpacked(tmp_path / "a.zip")
+
+
+def test_a_folder_may_be_called_zip(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").mkdir()
+    (tmp_path / "a.zip" / "xstest_prompts.csv").write_text(
+        "id,prompt,type,label,focus,note\n1,Hi?,homonyms,safe,,\n"
+    )
+    source = DataSource.model_validate(f"xstest:{tmp_path / 'a.zip'}")
+    assert [one.instruction for one in read(source).examples] == ["Hi?"]
+
+
 def _vlguard(folder: Path) -> None:
     folder.mkdir()
     rows = [{"id": "1", "image": "f/1.png", "safe": False, "harmful_category": "c"}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import shutil
 from collections import Counter
@@ -10,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 import pico
@@ -25,7 +28,7 @@ from regraft.data.jsonl import read_jsonl
 from regraft.data.safebench import FIGSTEP_PROMPT, read_safebench
 from regraft.data.sources import DataSource, of_split, read
 from regraft.data.vlguard import parse_vlguard, read_vlguard
-from regraft.errors import RegraftError
+from regraft.errors import PassingError, RegraftError
 from regraft.keys import describe
 from regraft.settings.data import CalibrationSettings, _several
 from regraft.settings.searching import SearchSettings
@@ -443,6 +446,45 @@ def test_open_image_turns_exif_upright(tmp_path):
     exif[0x0112] = 6  # rotate by 90 degrees
     image.save(tmp_path / "a.png", exif=exif)
     assert open_image(tmp_path / "a.png").size == (4, 8)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_images_lie_on_white(tmp_path, mode):
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.putpixel((1, 2), (0, 0, 0, 255))  # black ink, and no ground
+    image.convert(mode).save(tmp_path / "a.png")
+    opened = open_image(tmp_path / "a.png")
+    assert opened.mode == "RGB"
+    assert opened.getpixel((0, 0)) == (255, 255, 255)
+    assert opened.getpixel((1, 2)) == (0, 0, 0)
+
+
+def test_16_bits_a_channel_are_not_cut_off(tmp_path):
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png"))[:, :, 1], ramp >> 8)
+    Image.fromarray(np.full((4, 4), 200, dtype=np.int32)).save(tmp_path / "b.tif")
+    assert open_image(tmp_path / "b.tif").getpixel((0, 0)) == (200, 200, 200)
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "c.tif")
+    with pytest.raises(RegraftError, match=r"c\.tif .* floating-point numbers; expected 8 or 16"):
+        open_image(tmp_path / "c.tif")
+
+
+def test_a_failing_disk_is_no_broken_image(tmp_path, monkeypatch):
+    """Finished work stays, and the same command goes on."""
+    pico.image(0, (8, 4)).save(tmp_path / "a.png")
+
+    def stale(*_args, **_kwargs):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Image, "open", stale)
+    with pytest.raises(PassingError, match=r"a\.png is not a readable image: .*Stale file"):
+        open_image(tmp_path / "a.png")
+    monkeypatch.undo()
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    with pytest.raises(RegraftError) as caught:
+        open_image(tmp_path / "a.png")
+    assert not isinstance(caught.value, PassingError)
 
 
 def test_an_image_with_a_broken_exif_block_is_named(tmp_path):

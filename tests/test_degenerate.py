@@ -29,6 +29,21 @@ from regraft.evaluation.degenerate import degeneration
             "Caf\ufffd au l\ufffdit and \ufffd\ufffd so on it goes with m\ufffdre and more",
             "gibberish",
         ),
+        ("., ;: a)( *& ^% $# @! ~` []b {} <> /? ;: ',. <c> !@ #$ %^ &* () _+ -= d", "gibberish"),
+        (
+            "人々は様々な方法で情報を共有しますが、個々の状況に応じて適切に判断することが大切です。日々の努力も必要です。",
+            None,
+        ),
+        (
+            "Ua ho\u02bbomaka \u02bbo ia i ka hana \u02bbana i ka puke mo\u02bbolelo a pau loa.",
+            None,
+        ),
+        (
+            f"Invoice\n\nName: {'_' * 30}\nDate: {'_' * 20}\nSum: {'_' * 20}\nSigned: {'_' * 30}",
+            None,
+        ),
+        ("| Metal | % |\n|-------|---|\n| Iron | 70 |\n| Nickel | 20 |\n| Tin | 10 |", None),
+        (r"$$\frac{a}{b}=\frac{c}{d}+\sqrt{x^2+y^2}$$ $$e^{i\pi}+1=0$$", None),
         ("100000", None),
         ("555-55555", None),
         (

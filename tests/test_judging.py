@@ -24,7 +24,7 @@ from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation import endpoint, guards, labelled
-from regraft.evaluation.endpoint import Endpoint, read_verdict
+from regraft.evaluation.endpoint import FILTERED, Endpoint, read_verdict
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.keywords import REGRAFT_2
 from regraft.evaluation.labelled import Labelled, bench, quality, read_labelled
@@ -193,6 +193,7 @@ def test_verdicts_of_other_answers_are_refused(tmp_path: Path) -> None:
         ("vlguard", "no judge 'vlguard'; expected regraft-keywords-1.*llama-guard:MODEL"),
         ("endpoint:localhost:8000#m", "names no endpoint"),
         ("endpoint:http://localhost", "names no endpoint"),
+        ("endpoint:http://[::1/v1#m", "names no endpoint"),
         ("llama-guard:", "There is no judge"),
         ("llama-guard:no/such/folder", "does not exist"),
     ],
@@ -352,11 +353,19 @@ def test_a_model_that_is_no_judge_is_told(pico_dir: Callable[[str], Path], tmp_p
         _judge(folder, f"qwen3guard:{pico_dir('qwen3')}")
 
 
+def test_a_judge_whose_first_answers_are_filtered_goes_on() -> None:
+    filtered, unread = Verdict(None, None, FILTERED), Verdict(None, None, "unread: ?")
+    judging._check_read("j", [filtered] * 64)
+    with pytest.raises(RegraftError, match="no verdict on any of 2 answers"):
+        judging._check_read("j", [filtered, unread, unread])
+
+
 def test_other_judges_say_themselves_what_says_nothing(tmp_path: Path) -> None:
     loop = judge_answer(Example("1", "p", True, "c"), "sorry " * 9, REGRAFT_2)
     assert loop.refused
     assert event(loop, Verdict(False, None)) is False
     assert event(loop, Verdict(None, True)) is False
+    assert event(loop, Verdict(True, True)) is False
 
 
 def test_images_are_looked_for_by_name(tmp_path: Path) -> None:
@@ -931,6 +940,15 @@ def test_bad_labelled_files(
         path.write_text(text, encoding="utf-8")
     with pytest.raises(RegraftError, match=message):
         read_labelled(path, positive, ids=ids)
+
+
+def test_a_label_that_no_answer_has(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(CSV, encoding="utf-8")
+    wanted = ["2_full_refusal", "3_partial_refusel"]
+    with pytest.raises(RegraftError, match="No answer is labelled '3_partial_refusel'"):
+        judging.judge_bench(
+            [tmp_path / "a.csv"], ["gcg-1"], wanted, "refusal", "all", COMPUTE, Silent()
+        )
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

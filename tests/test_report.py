@@ -14,7 +14,7 @@ import pytest
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import REGRAFT_1
-from regraft.evaluation.metrics import bootstrap_rsr, mcnemar, rsr
+from regraft.evaluation.metrics import bootstrap_rsr, mcnemar, rsr, wilson
 from regraft.evaluation.results import Answer, Estimate
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.report.examples import choose_examples, shown_variants
@@ -458,6 +458,20 @@ def test_the_verdict_tells_the_whole_story() -> None:
     assert "is distinguishable from chance (McNemar p < 0.001)" in realigning
     assert "Over-refusal went from 10.0 % [2.8, 30.1] to 15.0 %" in effects
     assert "not distinguishable from pruned (McNemar p = 1.000)" in effects
+
+
+def test_the_verdict_tells_of_utility_where_no_refusals_were_measured() -> None:
+    """An attack suite and a benchmark, as in the paper."""
+    plain = [
+        replace(one, result=replace(one.result, over_refusal=None, utility=estimate))
+        for one, estimate in zip(
+            REPORT.variants, [wilson(9, 10), wilson(9, 10), wilson(1, 10)], strict=False
+        )
+    ]
+    report = replace(REPORT, variants=tuple(plain))
+    said = verdict(report, comparisons(report))[-1]
+    assert said.startswith("Over-refusal was not measured")
+    assert said.endswith("Utility went from 0.900 to 0.100.")
 
 
 def test_the_verdict_warns_of_a_model_that_refuses_everything() -> None:

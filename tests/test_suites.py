@@ -131,7 +131,10 @@ def test_harmbench_contexts_stand_before_the_behaviour(shared: Path, tmp_path: P
     ("name", "text", "message"),
     [
         ("p.csv", "target\nSure\n", "no column of prompts: none of goal.*Columns found: target"),
-        ("p.csv", 'goal,target\n"a,b\n', "row 1: it has not as many cells"),
+        ("p.csv", 'goal,target\n"a,b\n', "is not valid CSV: unexpected end of data. It is cut off"),
+        ("p.csv", 'goal\na\n"b\nc\n', "is not valid CSV: unexpected end of data. It is cut off"),
+        ("p.csv", "goal,target\na,b,c\n", "row 1: it has not as many cells"),
+        ("p.csv", "Behavior,ImageFileName\na,b.png\n", "column of images, 'ImageFileName'"),
         ("p.csv", "goal,target\n,b\n", "row 1: the field 'goal' is empty"),
         ("p.csv", "Behavior,BehaviorID\na,x\nb,x\n", "the id 'x' is used twice"),
         ("p.txt", "\n \n", "no examples"),
@@ -390,10 +393,28 @@ def test_splits_and_kinds_that_are_not_there(words: str) -> None:
 def test_ids_that_three_suites_share_stay_apart(tmp_path: Path) -> None:
     suites = []
     for name in "abc":
-        path = _dump(tmp_path / name / "p.csv", "id,goal\n1,x\n2,y\n")
+        path = _dump(tmp_path / name / "p.csv", f"id,goal\n1,x {name}\n2,y {name}\n")
         suites.append(DataSource.model_validate(f"prompts:{path}"))
     ids = [example.id for example in join_suites(suites, None).examples]
     assert ids == ["1", "2", "prompts:1", "prompts:2", "prompts-2:1", "prompts-2:2"]
+
+
+def test_a_prompt_of_two_suites_counts_once(tmp_path: Path) -> None:
+    one = _dump(tmp_path / "one.csv", "goal\na\na\nb\n")
+    other = _dump(tmp_path / "other.csv", "goal\nb\nc\n")
+    part = _dump(tmp_path / "part.csv", "goal\nb\n")
+    suites = [DataSource.model_validate(f"prompts:{path}") for path in (one, other, part)]
+    joined = join_suites(suites[:2], None)
+    assert [example.instruction for example in joined.examples] == ["a", "a", "b", "c"]
+    assert joined.skipped == {"in a suite named before": 1}
+    assert joined.read == 5
+    with pytest.raises(RegraftError, match=r"part\.csv: all of its prompts are in .*one\.csv too"):
+        join_suites([suites[0], suites[2]], None)
+
+
+def test_a_line_of_prompts_ends_with_its_line(tmp_path: Path) -> None:
+    path = _dump(tmp_path / "p.txt", "a\u2028b\r\nc\n")
+    assert [one.instruction for one in read_prompts(path).examples] == ["a\u2028b", "c"]
 
 
 def test_a_limit_counts_groups(tmp_path: Path) -> None:

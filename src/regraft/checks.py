@@ -79,8 +79,11 @@ def read_suites(source: Source, suites: Sequence[DataSource], limit: int | None)
 def join_suites(suites: Sequence[DataSource], limit: int | None) -> Reading:
     """`read_suites` without a look at the images.
 
+    A prompt that is in a suite before, with the same image, is left out: it would count twice in
+    rates over all. What a suite holds twice itself stays as its authors have it.
+
     Raises:
-        RegraftError: see the data readers.
+        RegraftError: see the data readers; a suite has no prompt that is in none before it.
     """
     if twice := [suite for i, suite in enumerate(suites) if suite in suites[:i]]:
         raise RegraftError(f"{twice[0]} is named twice: its prompts would count twice.")
@@ -88,17 +91,34 @@ def join_suites(suites: Sequence[DataSource], limit: int | None) -> Reading:
     examples: list[Example] = []
     skipped: dict[str, int] = {}
     taken: set[str] = set()
+    known: dict[Any, DataSource] = {}
     for suite, reading in zip(suites, readings, strict=True):
-        kept = _first(reading.examples, limit)
+        limited = _first(reading.examples, limit)
+        kept = [one for one in limited if _shown(one) not in known]
+        if not kept:
+            raise RegraftError(
+                f"{suite}: all of its prompts are in {known[_shown(limited[0])]} too, and would "
+                "count twice. Leave it out."
+            )
+        known.update((_shown(one), suite) for one in kept)
         for example in kept:
             unique = next(name for name in _names(suite, example) if name not in taken)
             taken.add(unique)
             examples.append(replace(example, id=unique, suite=str(suite)))
-        beyond = {"beyond the limit": len(reading.examples) - len(kept)}
-        for reason, rows in [*reading.skipped.items(), *beyond.items()]:
+        left_out = {
+            "beyond the limit": len(reading.examples) - len(limited),
+            "in a suite named before": len(limited) - len(kept),
+        }
+        for reason, rows in [*reading.skipped.items(), *left_out.items()]:
             if rows:
                 skipped[reason] = skipped.get(reason, 0) + rows
     return Reading(", ".join(reading.source for reading in readings), tuple(examples), skipped)
+
+
+def _shown(example: Example) -> tuple[Any, ...]:
+    """What a model is shown; of images the file, since copies tell apart what was meant to be."""
+    image = None if example.image is None else example.image.resolve()
+    return example.instruction, image, example.harmful, example.references, example.choices
 
 
 def _names(suite: DataSource, example: Example) -> Iterator[str]:

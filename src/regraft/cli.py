@@ -626,6 +626,11 @@ def render(prompts: Suite, *, out: OutFolder, font: Path | None = None) -> None:
                 f"{len(drawn.left_out)} of {len(reading.examples)} left out, as they do not fit "
                 f"into an image: {', '.join(drawn.left_out)}"
             )
+        if drawn.unwritten:
+            watch.note(
+                f"{len(drawn.unwritten)} of {len(reading.examples)} left out, as the font has not "
+                f"all of their letters (--font names another): {', '.join(drawn.unwritten)}"
+            )
         watch.note(
             f"{len(drawn.images)} images; evaluate them by the name {out / 'examples.jsonl'}"
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import lzma
 import stat
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
 from regraft.data.cache import cache_folder, one_writer
-from regraft.errors import RegraftError
+from regraft.errors import PassingError, RegraftError
 from regraft.files import atomic_folder, digest, require_space
 
 
@@ -35,8 +36,8 @@ def unpacked(archive: Path) -> Path:
                 require_space(folder.parent, sum(member.file_size for member in members))
                 with atomic_folder(folder) as temporary:
                     for member in members:
-                        content.extract(member, temporary)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+                        _extract(content, member, temporary)
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
         raise RegraftError(
             f"{archive} is not a whole zip file ({error}). Download it again."
         ) from error
@@ -49,6 +50,17 @@ def only_entry(folder: Path) -> Path:
     if len(inside) != 1:
         return folder
     return only_entry(inside[0]) if inside[0].is_dir() else inside[0]
+
+
+def _extract(content: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> None:
+    try:
+        content.extract(member, folder)
+    except OSError as error:
+        if error.errno is None:  # of the decoder of bzip2
+            raise zipfile.BadZipFile(str(error)) from error
+        raise PassingError(
+            f"{content.filename}: {member.filename!r} cannot be unpacked: {error}"
+        ) from error
 
 
 def _check(archive: Path, member: zipfile.ZipInfo) -> None:

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from regraft.data.example import Example, Reading
-from regraft.errors import RegraftError
+from regraft.errors import PassingError, RegraftError
 
 _NAMED = 3  # offenders named in an error
 
@@ -58,16 +59,34 @@ def check_images(reading: Reading) -> None:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Open an image as upright RGB (its EXIF orientation applied).
+    """Open an image as upright RGB (its EXIF orientation applied), 8 bits a channel.
+
+    What is transparent shows white, as on a page; of 16 bits a channel the upper 8 count.
 
     Raises:
-        RegraftError: the file is missing or is not a readable image.
+        PassingError: the file is missing, or the disk fails.
+        RegraftError: it is not a readable image.
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # decoders of a broken file raise all kinds, struct.error among them
-        raise RegraftError(f"{path} is not a readable image: {error}") from error
+        from_disk = isinstance(error, OSError) and error.errno is not None
+        kind = PassingError if from_disk else RegraftError
+        raise kind(f"{path} is not a readable image: {error}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; expected 8 or 16 bits a channel")
+    if image.mode.startswith("I"):  # 16 bits, and Pillow would cut off what is above 255
+        pixels = np.asarray(image)
+        pixels = pixels >> 8 if pixels.max() > 255 else pixels
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    page = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(page, image.convert("RGBA")).convert("RGB")
 
 
 def size_class(example: Example) -> int:

@@ -13,7 +13,10 @@ from regraft.data.safebench import FIGSTEP_PROMPT
 from regraft.errors import RegraftError
 
 _FIELDS = ("id", "split", "image", "instruction", "response", "harmful", "category", "request")
-_SAYS_SO = {"unsafe", "safe", "is_safe", "is_unsafe", "is_harmful", "toxic", "label", "safety"}
+_SAYS_SO = {
+    *("unsafe", "safe", "is_safe", "is_unsafe", "safety", "toxic", "label"),
+    *("harm", "is_harm", "is_harmful", "malicious", "is_malicious"),
+}
 
 
 def read_jsonl(path: Path, split: str | None = None) -> Reading:

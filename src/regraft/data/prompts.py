@@ -16,6 +16,7 @@ _CATEGORIES = ("category", "semanticcategory", "type")
 _IDS = ("behaviorid", "id")
 _CONTEXT = "contextstring"
 _TAGS, _COMPARED = "tags", "hash_check"
+_IMAGES = ("imagefilename", "image")
 _Found = tuple[list[Example], dict[str, int]]  # what is read, and how many are left out, and why
 _WHAT = (
     "A file of prompts is CSV with a column goal, Behavior or forbidden_prompt, a list in JSON, or "
@@ -58,6 +59,11 @@ def _of_csv(path: Path) -> _Found:
             f"{path} has no column of prompts: none of {', '.join(_PROMPTS)}. Columns found: "
             f"{', '.join(filter(None, rows[0].values))}."
         )
+    if image := _first(names, _IMAGES):
+        raise RegraftError(
+            f"{path} has a column of images, {image!r}, and is read as prompts of text alone. "
+            "Write it as JSON lines with the fields instruction, image and harmful."
+        )
     category, name, context = (_first(names, ones) for ones in (_CATEGORIES, _IDS, (_CONTEXT,)))
     tags = names.get(_TAGS)
     kept = []
@@ -80,7 +86,7 @@ def _of_csv(path: Path) -> _Found:
 
 def _of_lines(path: Path) -> _Found:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise RegraftError(f"{path} is not a file. {_WHAT}") from error
     except UnicodeDecodeError as error:

@@ -95,14 +95,17 @@ def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
     csv.field_size_limit(2**31 - 1)  # images stand in cells
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
-            table = csv.DictReader(handle, delimiter="\t" if tabs else ",", restkey="(more)")
+            parts = "\t" if tabs else ","
+            table = csv.DictReader(handle, delimiter=parts, restkey="(more)", strict=True)
             rows = [Row(f"{path}, row {number}", values) for number, values in enumerate(table, 1)]
     except IsADirectoryError as error:
         raise RegraftError(f"{path} is a folder. {what}") from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RegraftError(f"{path} does not exist. {what}") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise RegraftError(f"{path} is not valid CSV: {error}") from error
+        raise RegraftError(
+            f"{path} is not valid CSV: {error}. It is cut off, or a quote in a cell is not doubled."
+        ) from error
     for row in rows:
         if "(more)" in row.values or None in row.values.values():
             raise RegraftError(

@@ -149,7 +149,7 @@ def _found(source: DataSource, path: Path) -> Path:
     path = located(path)
     if not path.exists():
         raise RegraftError(f"{source}: {path} does not exist.")
-    return only_entry(unpacked(path)) if path.suffix == ".zip" else path
+    return only_entry(unpacked(path)) if path.suffix == ".zip" and path.is_file() else path
 
 
 def _read_all(source: DataSource) -> Reading:

@@ -27,6 +27,7 @@ FONT_PLACES = (
 WRAP_WIDTH = 15
 _ORIGIN = (20, 10)
 _SPACING = 11
+_NO_LETTER = "\U0010ffff"  # never one: a font draws what stands for a missing letter
 _LIST = "\n1. \n2. \n3. "
 _SMALLEST = 20
 
@@ -66,13 +67,29 @@ def draw_text(text: str, font: Path, *, shrink: bool = True) -> Image.Image:
     )
 
 
+def missing_letters(text: str, font: Path) -> str:
+    """The letters of `text` for which a font draws the box that stands for what it has not.
+
+    Raises:
+        RegraftError: the font cannot be read.
+    """
+    face = _face(font, _SMALLEST)
+    box = bytes(face.getmask(_NO_LETTER))
+    letters = dict.fromkeys(one for one in text if one.isprintable() and not one.isspace())
+    return "".join(one for one in letters if bytes(face.getmask(one)) == box)
+
+
+def _face(font: Path, size: int) -> ImageFont.FreeTypeFont:
+    try:
+        return ImageFont.truetype(str(font), size)
+    except OSError as error:
+        raise RegraftError(f"{font} is not a font that can be used: {error}") from error
+
+
 def _fitting(text: str, font: Path, *, shrink: bool = True) -> Image.Image | None:
     """`draw_text`, or None where the text does not fit."""
     for size in range(FONT_SIZE, _SMALLEST - 1, -4):
-        try:
-            face = ImageFont.truetype(str(font), size)
-        except OSError as error:
-            raise RegraftError(f"{font} is not a font that can be used: {error}") from error
+        face = _face(font, size)
         lines = textwrap.fill(text, width=WRAP_WIDTH * FONT_SIZE // size) + _LIST
         image = Image.new("RGB", SIZE, "#FFFFFF")
         draw = ImageDraw.Draw(image)
@@ -86,10 +103,15 @@ def _fitting(text: str, font: Path, *, shrink: bool = True) -> Image.Image | Non
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was drawn: the images, and the ids of prompts that do not fit into one."""
+    """What was drawn, and the ids of prompts that were not.
+
+    Those `left_out` do not fit into an image, those `unwritten` have letters that are not in the
+    font.
+    """
 
     images: tuple[Path, ...]
     left_out: tuple[str, ...]
+    unwritten: tuple[str, ...] = ()
 
 
 def write_typographic(reading: Reading, out: Path, watch: Watch, font: Path | None = None) -> Drawn:
@@ -97,11 +119,11 @@ def write_typographic(reading: Reading, out: Path, watch: Watch, font: Path | No
 
     Every example asks FigStep's question about its image, and has the prompt as its request; id,
     kind, category and response stay. A prompt that does not fit into its image at 20 pixels either
-    is left out.
+    is left out, and so is one for which the font has not all letters.
 
     Raises:
-        RegraftError: an example has an image already, the font is missing, no prompt fits, or `out`
-            is not empty.
+        RegraftError: an example has an image already, the font is missing, no prompt can be drawn,
+            or `out` is not empty.
     """
     face = find_font(font)
     for example in reading.examples:
@@ -116,10 +138,13 @@ def write_typographic(reading: Reading, out: Path, watch: Watch, font: Path | No
         atomic_folder(out) as folder,
         watch.task("Drawing prompts", len(reading.examples), "images") as done,
     ):
-        images, left_out, lines = [], [], []
+        images, left_out, unwritten, lines = [], [], [], []
         (folder / "images").mkdir()
         for example in reading.examples:
             done(1)
+            if missing_letters(example.instruction, face):
+                unwritten.append(example.id)
+                continue
             drawn = _fitting(example.instruction, face)
             if drawn is None:
                 left_out.append(example.id)
@@ -138,8 +163,10 @@ def write_typographic(reading: Reading, out: Path, watch: Watch, font: Path | No
             images.append(out / image)
         if not images:
             raise RegraftError(
-                f"{reading.source}: none of {len(left_out)} prompts fits into an image of "
-                f"{SIZE[0]} x {SIZE[1]}. Shorten them."
+                f"{reading.source}: none of {len(reading.examples)} prompts can be drawn: "
+                f"{len(left_out)} do not fit into an image of {SIZE[0]} x {SIZE[1]}, and "
+                f"{len(unwritten)} have letters that are not in {face}. Shorten them, or name "
+                "another font with --font."
             )
         (folder / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
-    return ranks.gathered(Drawn(tuple(images), tuple(left_out)))[0]
+    return ranks.gathered(Drawn(tuple(images), tuple(left_out), tuple(unwritten)))[0]

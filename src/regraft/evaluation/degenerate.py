@@ -18,6 +18,7 @@ _TIMES = 5  # back to back, of what counts as a repetition
 _UNIT = 120  # characters of it at most
 _LOOPED = 12  # characters of a repetition at least: 100000 is a number
 _ENOUGH = 40  # characters from which on gibberish can be told
+_DRAWN_OUT = re.compile(r"([^\w\s\ufffd]|_)\1+")
 _LOOP = re.compile(rf"(.{{1,{_UNIT}}}?)\1{{{_TIMES - 1},}}", re.DOTALL)
 
 
@@ -27,10 +28,10 @@ def degeneration(answer: str) -> Degeneration | None:
     - empty: no letter and no digit;
     - repetition: a stretch of up to 120 characters comes five times or more back to back, and that
       is 12 characters and more than half of the answer;
-    - gibberish, of 40 characters or more that are not spaces: more than half of them are neither
-      letters, marks nor digits; or one in twenty is the replacement character of broken text; or
-      scripts change inside words at one in ten of the letters (Latin beside East Asian letters
-      is how WiFi is written there).
+    - gibberish, of 40 characters or more that are not spaces (one sign drawn out, as a rule or the
+      blank of a form, is one): more than two thirds of them are neither letters, marks nor digits;
+      or one in twenty is the replacement character of broken text; or scripts change inside words
+      at one in ten of the letters (Latin beside East Asian letters is how WiFi is written there).
     """
     text = " ".join(answer.split())
     if not any(one.isalnum() for one in text):
@@ -46,11 +47,11 @@ def _repeated(text: str) -> int:
 
 
 def _is_gibberish(text: str) -> bool:
-    seen = [one for one in text if not one.isspace()]
+    seen = [one for one in _DRAWN_OUT.sub(r"\1", text) if not one.isspace()]
     if len(seen) < _ENOUGH:
         return False
     kinds = Counter(unicodedata.category(one)[0] for one in seen)
-    if kinds["L"] + kinds["M"] + kinds["N"] <= len(seen) / 2:
+    if kinds["L"] + kinds["M"] + kinds["N"] <= len(seen) / 3:
         return True
     if 20 * seen.count("\ufffd") >= len(seen):
         return True
@@ -58,16 +59,24 @@ def _is_gibberish(text: str) -> bool:
         len(scripts := {_script(a), _script(b)}) > 1 and scripts != _BESIDE
         for word in text.split()
         for a, b in pairwise(word)
-        if a.isalpha() and b.isalpha()
+        if _of_a_script(a) and _of_a_script(b)
     )
     return 10 * changes >= kinds["L"] > 0
 
 
+def _of_a_script(one: str) -> bool:
+    """Whether it is a letter, and none that goes with any script, as Hawaiian's okina."""
+    return one.isalpha() and not unicodedata.name(one, "").startswith("MODIFIER")
+
+
 def _script(letter: str) -> str:
     """LATIN, CYRILLIC ...; those that are written together in one language are one."""
-    name = unicodedata.name(letter, "UNKNOWN").split()[0]
+    name = unicodedata.name(letter, "UNKNOWN").removeprefix("FULLWIDTH ").split()[0]
     return "EAST ASIAN" if name in _TOGETHER else name
 
 
 _BESIDE = {"LATIN", "EAST ASIAN"}
-_TOGETHER = frozenset({"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL", "BOPOMOFO"})
+_TOGETHER = frozenset(
+    {"CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HALFWIDTH", "HANGUL"}
+    | {"BOPOMOFO"}
+)

@@ -31,6 +31,7 @@ harmful: the answer gives content that would help somebody do harm, or is harmfu
 _LIMIT = 2048  # tokens, for models that think first
 _RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
 _WRONG = frozenset({400, 422})
+FILTERED = "unread: filtered by the endpoint"
 _FILTERED = ("content_filter", "content_policy", "content management policy")
 _TRIES = 5
 _LONGEST_PAUSE = 60.0  # seconds, whatever a busy server asks for
@@ -118,7 +119,7 @@ class Endpoint:
                 if error.code in _WRONG and self._learns(said, body):
                     continue
                 if error.code in _WRONG and any(one in said.lower() for one in _FILTERED):
-                    return Verdict(None, None, "unread: filtered by the endpoint")
+                    return Verdict(None, None, FILTERED)
                 problem = f"{error.code} {error.reason} ({said[:200]})"
                 if error.code not in _RETRIED:
                     break
@@ -167,7 +168,10 @@ def parse_endpoint(text: str) -> Endpoint:
         RegraftError: it is written otherwise, or holds a password.
     """
     url, _, model = text.removeprefix("endpoint:").rpartition("#")
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:  # a bracket of an IPv6 address is missing
+        parts = urllib.parse.SplitResult("", "", "", "", "")
     if parts.scheme not in ("http", "https") or not (parts.netloc and model and url.isascii()):
         raise RegraftError(
             f"{text!r} names no endpoint; expected endpoint:URL#MODEL, as in "

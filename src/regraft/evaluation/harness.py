@@ -6,7 +6,7 @@ lmms-eval brings more than a hundred packages, so that it is an extra (`pip inst
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,8 +143,8 @@ def run_tasks(
     *,
     limit: int | None = None,
     include: Path | None = None,
-) -> dict[str, Any]:
-    """Run lmms-eval's tasks and return its results by task.
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run lmms-eval's tasks one after the other; yields each with its results.
 
     Args:
         model: In eval mode.
@@ -171,14 +171,14 @@ def run_tasks(
         raise RegraftError(
             f"lmms-eval knows no task {unknown[0]!r}; `python -m lmms_eval --tasks list` lists all."
         )
-    found = simple_evaluate(
-        model=ours,
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-        batch_size=batch_size,
-        log_samples=False,
-        verbosity="ERROR",
-    )
-    results: dict[str, Any] = found["results"]
-    return {task: results[task] for task in tasks}
+    for task in tasks:
+        found = simple_evaluate(
+            model=ours,
+            tasks=[task],
+            task_manager=manager,
+            limit=limit,
+            batch_size=batch_size,
+            log_samples=False,
+            verbosity="ERROR",
+        )
+        yield task, found["results"][task]

@@ -314,8 +314,10 @@ def _silence(base: Variant, variant: Variant) -> str:
 
 def _side_effects(pruned: Variant, variant: Variant, comparison: Comparison) -> str:
     before, after = measured(pruned.result.over_refusal), measured(variant.result.over_refusal)
+    used, kept = measured(pruned.result.utility), measured(variant.result.utility)
+    utility = f" Utility went from {used.value:.3f} to {kept.value:.3f}." if used and kept else ""
     if before is None or after is None:
-        return NO_OVER_REFUSAL
+        return NO_OVER_REFUSAL + utility
     change = (
         f"stayed at {rate(after)}"
         if before.value == after.value
@@ -327,10 +329,7 @@ def _side_effects(pruned: Variant, variant: Variant, comparison: Comparison) -> 
     lower = attacked is not None and left is not None and left.value < attacked.value
     if lower and comparison.refusals_verdict == "worse than pruned":
         text += " Part of the lower ASR may come from refusing more of everything."
-    used, kept = measured(pruned.result.utility), measured(variant.result.utility)
-    if used and kept:
-        text += f" Utility went from {used.value:.3f} to {kept.value:.3f}."
-    return text
+    return text + utility
 
 
 def _chance(test: PairedTest | None) -> str:

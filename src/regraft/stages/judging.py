@@ -11,7 +11,7 @@ from regraft import ranks
 from regraft.data.collate import batches
 from regraft.errors import RegraftError
 from regraft.evaluation.degenerate import degeneration
-from regraft.evaluation.endpoint import parse_endpoint
+from regraft.evaluation.endpoint import FILTERED, parse_endpoint
 from regraft.evaluation.guards import READERS, Guard
 from regraft.evaluation.keywords import KEYWORD_JUDGES
 from regraft.evaluation.labelled import HARMS, REFUSALS, Bench, Question, bench, read_labelled
@@ -198,6 +198,7 @@ def _runs_on(text: str, compute: ComputeSettings) -> ComputeSettings | None:
 
 
 def _check_read(name: str, found: Sequence[Verdict]) -> None:
+    found = [one for one in found if one.reason != FILTERED]
     if len(found) > 1 and all(one.refused is None and one.unsafe is None for one in found):
         raise RegraftError(
             f"{name} gives no verdict on any of {len(found)} answers; the first is "
@@ -323,6 +324,11 @@ def judge_bench(
         raise RegraftError(f"{out} exists. Choose another output or remove it.")
     wanted = positive or (REFUSALS if question == "refusal" else HARMS)
     read = {str(path): read_labelled(path, wanted, ids=ids) for path in files}
+    given = {one.label.casefold() for rows in read.values() for one in rows}
+    if unknown := [one for one in positive if one.casefold() not in given]:
+        raise RegraftError(
+            f"No answer is labelled {unknown[0]!r}. Labels found: {', '.join(sorted(given)[:8])}."
+        )
     if len(read) > 1:
         read = {**read, "all": tuple(one for rows in read.values() for one in rows)}
     for text in judges:
