@@ -22,10 +22,16 @@ from safetensors.torch import load_file, save_file
 import pico
 from disk import rewrite, shards, tree, write_data
 from regraft import preflight, stages
+from regraft.checks import _made_from_demo, check_top_heads
 from regraft.cli import main
 from regraft.data.collate import prompt_batch
+from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
+from regraft.files import write_json
 from regraft.folder import RunFolder
+from regraft.keys import ABOUT_FILE
+from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import load_processor, open_source
 from regraft.preflight import bytes_needed
 from regraft.pruning import pruner
@@ -348,6 +354,7 @@ BUDGETS = [
     (["--budget", 0], ["budget", "0"]),
     (["--budget", 10_000], ["budget", "10000"]),
     (["--search"], ["--search chooses a number of weights: give a --budget too"]),
+    (["--method", "hsr-a", "--search"], ["hsr-a has no number of weights to choose"]),
     (["--method", "random", "--budget", 1e-3], ["A budget of 0.001 per 10,000", "less than one"]),
     (
         ["--method", "random", "--count", 9, "--target-asr", 5, "--target-rsr", 5],
@@ -536,7 +543,7 @@ def test_r_max_too_large(world: World, refused: Refused, command: str) -> None:
     words += ["--r-max", 4]
     if command == "run":
         words = ["run", world.recipe(heads={"r_max": 4}), "--out", "run"]
-    has(refused(*words), "r_max is 4", "4 samples", "at most 3", "use more samples")
+    has(refused(*words), "r_max is 4", "4 different prompts", "at most 3", "use more prompts")
 
 
 @pytest.mark.parametrize(
@@ -660,6 +667,83 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
     has(refused(*realign, "--max-new-tokens", 12), "answers in a search", "--search")
     has(refused(*realign, "--method", "gain", "--q", 0.1), "`q` changes nothing with gain")
     has(refused(*prune(world, "--n-m", "2:4", "--sparsity", 0.6)), "takes the place of `sparsity`")
+    has(refused(*prune(world, "--method", "magnitude", "--order", "one-shot")), "`order` changes")
+    has(refused(*realign, "--heads", "all", "--top-heads", 3), "`heads` is all")
+    has(refused(*realign, "--heads", "random", "--r-max", 3), "No heads are scored")
+    gain = [*realign, "--method", "gain", "--constraint", "none"]
+    has(refused(*gain, "--utility-share", 0.7), "`utility-share` changes nothing")
+    scored: list[object] = ["heads", world.model, "--out", "h", "--candidates", 4]
+    has(refused(*scored), "`candidates` changes nothing where `mode` is exact")
+    defend: list[object] = ["defend", world.pruned, "--out", "d", "--layer", 1]
+    has(refused(*defend), "`layer` changes nothing with adashield")
+
+
+def test_bad_input_is_found_before_heads_are_scored(world: World, refused: Refused) -> None:
+    realign = _realign(world, world.model, world.pruned)
+    has(
+        refused(*realign, "--statistics-file", "gone", "--r-max", 2),
+        "The file gone",
+        "does not exist",
+    )
+    screened = ["--mode", "screened", "--candidates", 2, "--r-max", 2]
+    has(refused(*realign, *screened, "--top-heads", 3), "only the 2 best", "--candidates 3")
+    has(refused(*realign, "--budget", 0.001, "--r-max", 2), "less than one weight")
+    harmful = world.root / "harmful.jsonl"
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()]
+    for row in rows:
+        row["image"] = f"data/{row['image']}"
+    harmful.write_text("".join(json.dumps(row) + "\n" for row in rows if row["harmful"]))
+    words = [word if word != world.data else harmful for word in realign]
+    has(refused(*words, "--r-max", 2), "no harmless examples")
+    twice = world.root / "twice.jsonl"
+    harmful_first = sorted(rows, key=lambda row: not row["harmful"])
+    copies = [{**row, "id": f"{i}-{row['id']}"} for i in range(3) for row in harmful_first[:3]]
+    rows = [*copies, *harmful_first[-1:]]
+    twice.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [word if word != world.data else twice for word in realign]
+    has(refused(*words, "--r-max", 3), "r_max is 3", "different prompts")
+
+
+def test_heads_decide_only_where_they_are_asked(world: World) -> None:
+    """A model with fewer heads than the default, by a method that has none to choose."""
+    pruned, few = open_source(world.pruned), RealignSettings(method="random", top_heads=99, count=3)
+    check_top_heads(pruned, few)
+    with pytest.raises(RegraftError, match="top_heads is 99"):
+        check_top_heads(pruned, RealignSettings(top_heads=99))
+
+
+def test_a_search_in_the_place_of_a_patch_without_one(world: World, refused: Refused) -> None:
+    words = ["realign", world.model, world.pruned, "--method", "random", "--count", 4]
+    run_ok(*words, "--out", world.root / "p.safetensors", "--device", "cpu")
+    words += ["--search", "--validation", world.data]
+    has(refused(*words, "--out", "p.safetensors"), "was made without a search")
+
+
+def test_a_model_that_is_pruned_already(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    (world.pruned / "README.md").write_text("---\nlicense: mit\n---\n# Card\n")
+    out = world.root / "twice"
+    run_ok("prune", world.pruned, "--method", "magnitude", "--out", out)
+    has(
+        " ".join(capsys.readouterr().out.split()),
+        "Warning: 50 % of the first layer",
+        "dense model?",
+    )
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n> **Pruned** by regraft (magnitude, 50 %")
+    assert card.endswith("# Card\n")
+
+
+def test_a_file_in_the_place_of_a_model(world: World, refused: Refused) -> None:
+    has(refused("apply", world.patch, world.pruned, "--out", "x"), "is a file", "come first")
+
+
+def test_reverting_one_of_two_patches(world: World, refused: Refused) -> None:
+    words = ["realign", world.model, world.pruned, "--method", "random", "--count", 4]
+    run_ok(*words, "--out", world.root / "p.safetensors", "--device", "cpu")
+    run_ok(
+        "apply", world.pruned, world.patch, world.root / "p.safetensors", "--out", world.root / "b"
+    )
+    has(refused("revert", "b", world.patch, "--out", "x"), "name them too", "apply again those")
 
 
 def test_output_places(world: World, refused: Refused) -> None:
@@ -687,6 +771,16 @@ def test_folders_that_are_no_evaluation(world: World, refused: Refused) -> None:
 
 def test_paths_are_not_emoji(world: World, refused: Refused) -> None:
     has(refused("inspect", "run:key:x:"), "run:key:x:")
+
+
+def test_the_bundled_model_pruned_is_known(tmp_path: Path) -> None:
+    dense = open_checkpoint(demo_model()).fingerprint
+    pruned = {"stage": "prune", "inputs": {"dense": dense}}
+    write_json(tmp_path / ABOUT_FILE, {"stage": "apply", "inputs": {}, "before": pruned})
+    assert _made_from_demo(tmp_path)
+    write_json(tmp_path / ABOUT_FILE, {"stage": "apply", "inputs": {}, "before": None})
+    assert not _made_from_demo(tmp_path)
+    assert not _made_from_demo(tmp_path / "none")
 
 
 def test_bundled_data_for_another_model_is_said(
@@ -1073,8 +1167,8 @@ def test_whole_way_by_single_commands(
     files = ["--heads-file", "heads.st", "--statistics-file", "statistics.st"]
     shown = run("realign", world.model, "half", *files, "--top-heads", 2, "--out", "hsr.st")
     has(shown, "weights come back", "per 10,000")
-    has(run("apply", "half", "hsr.st", "--out", "realigned"), "Wrote realigned")
-    has(run("revert", "realigned", "hsr.st", "--out", "reverted"), "Wrote reverted")
+    has(run("apply", "half", "hsr.st", "--out", "realigned"), "Checkpoint: realigned")
+    has(run("revert", "realigned", "hsr.st", "--out", "reverted"), "Checkpoint: reverted")
     answers = ["--suite", world.data, "--max-new-tokens", 2, "--device", "cpu"]
     has(run("eval", "realigned", *answers, "--out", "a"), "ASR", "over-refusal", "95 %")
     run("eval", "half", "--patch", "hsr.st", *answers, "--out", "b")

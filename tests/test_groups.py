@@ -34,8 +34,10 @@ def test_grouping_equals_loops(weight: np.ndarray) -> None:
     kept = np.count_nonzero(weight)
     fitting = [
         m
-        for m in (4, 8, 16)
-        if 0 < most_kept(weight, m) < m and kept >= 0.95 * most_kept(weight, m) * weight.size / m
+        for m in range(2, 65)
+        if weight.shape[1] % m == 0
+        and 0 < most_kept(weight, m) < m
+        and kept >= 0.95 * most_kept(weight, m) * weight.size / m
     ]
     if not fitting:
         assert found is None
@@ -46,12 +48,12 @@ def test_grouping_equals_loops(weight: np.ndarray) -> None:
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.7, 0.8, 0.9])
 def test_pruning_without_a_pattern_is_none(sparsity: float) -> None:
-    """In 2,000 rows some group of 16 is full or not by chance; sizes give it away."""
+    """In 2,000 rows some group of 64 is full or not by chance; sizes give it away."""
     score = torch.rand(2000, 512, generator=torch.Generator().manual_seed(0))
     assert grouping_of(score.masked_fill(score < sparsity, 0)) is None
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (3, 16)])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8), (1, 4), (3, 16), (16, 32), (40, 64)])
 def test_pruned_matrices_are_recognised(n: int, m: int) -> None:
     score = torch.rand(64, 64, generator=torch.Generator().manual_seed(0))
     weight = score.masked_fill(n_m_mask(score, n, m), 0).bfloat16()
@@ -93,6 +95,7 @@ def test_violated_groups_equal_loops(pico_dir, tmp_path: Path) -> None:
         )
     assert expected > 5
     assert violated_groups(pruned, Patch(tensors, {}), 2, 4) == expected
+    assert violated_groups(pruned, Patch(tensors, {}), 1, 4) == 0, "none has that pattern"
 
 
 def test_realign_tells_of_violated_groups(pico_dir, tmp_path: Path) -> None:

@@ -375,6 +375,15 @@ def test_a_folder_here_is_not_one_beside_the_recipe(
         ("realign: {method: hsr-a, score: snip}", "`score` changes nothing with hsr-a"),
         ("realign: {method: set-difference, scope: matrix}", None),
         ("evaluate: {keywords: [sorry], judge: gcg-1}", "take the place of the judge gcg-1"),
+        ("prune: {method: snip, damp: 0.3}", "pruned: `damp` changes nothing with snip"),
+        (
+            "realign: {heads: all, criterion: kl}",
+            "`criterion` changes nothing where `heads`",
+        ),
+        ("realign: {heads: random, repeats: 2}", None),
+        ("realign: {method: set-difference, head_seed: 4}", "`head_seed` changes nothing with set"),
+        ("heads: {window: 3}", "heads: `window` changes nothing where `mode` is exact"),
+        ("defend: {method: adashield, strength: 2}", "`strength` changes nothing with adashield"),
     ],
 )
 def test_settings_that_change_nothing_are_told(tmp_path: Path, text: str, said: str | None) -> None:

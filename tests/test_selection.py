@@ -265,6 +265,23 @@ def test_paper_thresholds_by_hand():
     assert found.dtype == torch.int64
 
 
+def test_what_was_zero_before_was_not_kept():
+    """A dense model may have zeros, and a pruner takes them first."""
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.rand(40, 50, generator=generator) + 0.1
+    dense[torch.rand(40, 50, generator=generator) < 0.2] = 0
+    pruned = dense.masked_fill(dense < dense.median(), 0)
+    free = selection.restorable(dense, pruned)
+    kept = int((pruned != 0).sum()) / dense.numel()
+    assert selection.kept_share(dense, free) == kept < 1 - int(free.sum()) / dense.numel()
+
+
+def test_seeds_of_any_size_draw():
+    free = torch.ones(4, 4, dtype=torch.bool)
+    large = selection.random_keys(free, 1_764_133_478_000, 3)
+    assert not torch.equal(large, selection.random_keys(free, 1_764_133_478_001, 3))
+
+
 def test_no_heads_restore_nothing():
     free = torch.ones(4, 4, dtype=torch.bool)
     ones = by_wanda(torch.ones(4, 4), torch.ones(4))
@@ -363,7 +380,7 @@ def test_realign_finds_the_mask_regions_and_thresholds(family, pico_dir, tmp_pat
         blocks = blocks_of(layer, linear, [h for i, h in heads if i == layer.index])
         assert torch.equal(one.positions, select_all(mask, blocks))
         assert torch.equal(one.values, weight.flatten()[one.positions])
-        share = 1 - int(mask.sum()) / mask.numel()
+        share = int(((weight != 0) & ~mask).sum()) / mask.numel()
         expected = select_hsr(
             mask,
             by_wanda(weight, safety.of(linear)),

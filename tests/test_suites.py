@@ -427,6 +427,8 @@ def test_a_limit_counts_groups(tmp_path: Path) -> None:
     assert [one.id for one in _first(grouped, 1)] == ["0", "3"]
     assert [one.id for one in _first(grouped, 2)] == ["0", "1", "3"]
     assert _first(grouped, None) == grouped
+    both = [*examples[:2], *(replace(one, harmful=True) for one in examples[2:])]
+    assert [one.id for one in _first(both, 1)] == ["0", "2"], "of each kind"
 
 
 def test_suites_on_the_hub_in_a_recipe(tmp_path: Path) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 from regraft import ranks
-from regraft.data.demo import is_demo
+from regraft.data.demo import demo_model, is_demo
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
 from regraft.data.sources import DataSource, of_split, read
 from regraft.errors import RegraftError
-from regraft.files import file_digest
+from regraft.files import file_digest, read_json
 from regraft.heads.ships import most_rank
+from regraft.keys import ABOUT_FILE
+from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, pick_device, stored_dtype
 from regraft.restoration.selection import all_heads
 from regraft.settings.compute import ComputeSettings
@@ -61,7 +64,7 @@ def _drawing(calibration: CalibrationSettings) -> dict[str, Any]:
 
 
 def read_suites(source: Source, suites: Sequence[DataSource], limit: int | None) -> Reading:
-    """Read what is to be evaluated, one suite after the other, at most `limit` of each.
+    """Read what is to be evaluated, one suite after the other, at most `limit` a kind of each.
 
     Ids that suites share get their suite's name in front. A limit counts groups of examples, such
     as the rotations of a question, as one.
@@ -129,12 +132,16 @@ def _names(suite: DataSource, example: Example) -> Iterator[str]:
 
 
 def _first(examples: Sequence[Example], limit: int | None) -> Sequence[Example]:
-    """Those of the first `limit` groups; an example without one is its own."""
+    """Those of the first `limit` groups of each kind; an example without one is its own."""
     if limit is None:
         return examples
-    groups = dict.fromkeys(one.group or one.id for one in examples)
-    kept = set(islice(groups, limit))
-    return [one for one in examples if (one.group or one.id) in kept]
+    groups = dict.fromkeys((one.harmful, one.group or one.id) for one in examples)
+    kept = {
+        one
+        for kind in (True, False)
+        for one in islice((group for group in groups if group[0] == kind), limit)
+    }
+    return [one for one in examples if (one.harmful, one.group or one.id) in kept]
 
 
 def read_validation(source: Source, settings: DefenceSettings) -> Reading:
@@ -195,11 +202,23 @@ def _content(example: Example) -> tuple[str, str | None]:
 
 def warn_of_bundled(source: Source, data: DataSource, note: Callable[[str], None]) -> None:
     """Say where a model of one's own goes by prompts made for the bundled one."""
-    if data.name == "demo" and not is_demo(source.folder):
+    if data.name == "demo" and not (is_demo(source.folder) or _made_from_demo(source.folder)):
         note(
             f"Warning: {data} are the bundled images, made for the bundled model; what is learnt "
             "from them or measured on them says little about this one. Name data of your own."
         )
+
+
+def _made_from_demo(folder: Path) -> bool:
+    """Whether a checkpoint is the bundled model pruned by regraft, patched since or not."""
+    path = folder / ABOUT_FILE
+    about = read_json(path) if path.is_file() else None
+    while isinstance(about, dict) and "before" in about:
+        about = about["before"]
+    if not isinstance(about, dict):
+        return False
+    demo = open_checkpoint(demo_model()).fingerprint
+    return bool(about.get("inputs", {}).get("dense") == demo)
 
 
 def told(role: str, reading: Reading) -> str:
@@ -240,21 +259,52 @@ def check_pattern(dense: Source, settings: PruneSettings) -> None:
     settings.patterns(dense.anatomy.linears)
 
 
-def check_r_max(dense: Source, settings: HeadSettings, samples: int) -> None:
-    """Raise unless subspaces of rank `r_max` of as many samples can differ."""
-    limit = most_rank(samples, dense.anatomy.hidden_size)
+def distinct(reading: Reading) -> int:
+    """How many different prompts there are, with their images: copies span no more than one."""
+    return len({_content(example) for example in reading.examples})
+
+
+def check_r_max(dense: Source, settings: HeadSettings, prompts: Reading) -> None:
+    """Raise unless subspaces of rank `r_max` of these prompts' states can differ."""
+    count = distinct(prompts)
+    limit = most_rank(count, dense.anatomy.hidden_size)
     if settings.r_max > limit:
         raise RegraftError(
-            f"r_max is {settings.r_max}, but {samples} samples of {dense.anatomy.hidden_size} "
-            f"features allow at most {limit}. Lower r_max or use more samples."
+            f"r_max is {settings.r_max}, but {count} different prompts and states of "
+            f"{dense.anatomy.hidden_size} features allow at most {limit}. Lower r_max or use more "
+            "prompts."
         )
 
 
 def check_top_heads(dense: Source, settings: RealignSettings) -> None:
     """Raise unless the model has as many heads as are to be chosen."""
     count = len(all_heads(dense.anatomy))
-    if settings.heads != "all" and settings.top_heads > count:
+    if settings.in_heads and settings.heads != "all" and settings.top_heads > count:
         raise RegraftError(f"top_heads is {settings.top_heads}; the model has {count} heads.")
+
+
+def check_budget(dense: Source, settings: RealignSettings) -> None:
+    """Raise where a budget is less than one weight even if all had been pruned."""
+    if settings.budget is not None and not settings.how_many(dense.anatomy.prunable):
+        raise less_than_one(settings, dense.anatomy.prunable)
+
+
+def less_than_one(settings: RealignSettings, pruned: int) -> RegraftError:
+    """Make the error for a budget by which none of `pruned` weights comes back."""
+    return RegraftError(
+        f"A budget of {settings.budget:g} per 10,000 of {pruned:,} pruned weights is less than one "
+        "weight. Raise it, or give a count."
+    )
+
+
+def check_scored(settings: RealignSettings, scoring: HeadSettings) -> None:
+    """Raise where fewer heads will be scored exactly than are to be chosen."""
+    if settings.by_heads and scoring.mode == "screened" and scoring.candidates < settings.top_heads:
+        raise RegraftError(
+            f"top_heads is {settings.top_heads}, but of the screened heads only the "
+            f"{scoring.candidates} best will be scored exactly. Give --candidates "
+            f"{settings.top_heads} or more."
+        )
 
 
 def check_direction_layer(source: Source, settings: DefenceSettings) -> None:

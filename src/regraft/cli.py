@@ -42,9 +42,9 @@ from regraft.pruning.pruner import zeros
 from regraft.recipe import read_recipe
 from regraft.restoration.apply import Operation
 from regraft.restoration.patch import Patch
-from regraft.settings.base import explain
+from regraft.settings.base import Settings, explain
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings, Suite, Suites
+from regraft.settings.data import CalibrationSettings, Suites, TextPrompts
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.pruning import PruneSettings
@@ -63,7 +63,7 @@ app = App(
     help=(
         "Give a pruned vision-language model its safety back.\n\n"
         "Start with `regraft demo`, which prunes, realigns and reports on a bundled model. "
-        "MODEL is always a folder with safetensors or a hub id."
+        "MODEL is always a folder with safetensors, a hub id, or the word demo for that model."
     ),
 )
 Flat = Parameter(name="*")
@@ -185,6 +185,7 @@ def heads(
     from regraft import stages
 
     with _watch() as watch:
+        _refuse_unread(settings)
         source = _open(model, compute.trust_remote_code)
         scores = stages.heads(source, out, settings, calibration, compute, watch)
         show_heads(watch.console, scores, show)
@@ -254,6 +255,11 @@ def realign(
         _check_search_flags(search, settings, choice)
         if heads_file is not None and scoring != HeadSettings():
             raise RegraftError("--heads-file has scores: settings of scoring would change nothing.")
+        if not settings.by_heads and scoring != HeadSettings():
+            raise RegraftError(
+                "No heads are scored for these settings: those of scoring would change nothing."
+            )
+        _refuse_unread(scoring)
         if not search and max_new_tokens != DEFAULT_VALIDATION_TOKENS:
             raise RegraftError("--max-new-tokens is of answers in a search: add --search.")
         dense_source = _open(dense, compute.trust_remote_code)
@@ -279,13 +285,15 @@ def realign(
         _tell_patch(watch, out, patch)
 
 
-def _refuse_unread(settings: PruneSettings | RealignSettings | EvalSettings) -> None:
+def _refuse_unread(settings: Settings) -> None:
     if (found := settings.unread()) is not None:
         raise RegraftError(f"{found}. Leave it out.".replace("_", "-"))
 
 
 def _check_search_flags(search: bool, settings: RealignSettings, choice: SearchSettings) -> None:
     """What a recipe says by the place of a setting, flags must say together."""
+    if search and settings.method == "hsr-a":
+        raise RegraftError("hsr-a has no number of weights to choose: leave --search out.")
     if search and not settings.ranked:
         raise RegraftError("--search chooses a number of weights: give a --budget too.")
     if not search and choice != SearchSettings():
@@ -390,7 +398,7 @@ def apply(
         Change the folder itself. A stopped run leaves a journal in it, with which the same
         command finishes and `regraft revert` undoes.
     dry_run
-        Check everything and show what would be written; write nothing.
+        Check everything and show what would be written, by --out or --in-place; write nothing.
     """
     _patch("apply", pruned, patch, out, in_place, dry_run)
 
@@ -416,7 +424,7 @@ def revert(
     in_place
         Change the folder itself; see `regraft apply`.
     dry_run
-        Check everything and show what would be written; write nothing.
+        Check everything and show what would be written, by --out or --in-place; write nothing.
     """
     _patch("revert", realigned, patch, out, in_place, dry_run)
 
@@ -438,6 +446,7 @@ def defend(
     from regraft.defence.artifact import Direction
 
     with _watch() as watch:
+        _refuse_unread(settings)
         source = _open(pruned, compute.trust_remote_code)
         made = stages.defend(source, out, settings, calibration, compute, watch)
         if isinstance(made, Direction):
@@ -603,15 +612,13 @@ def overlap(
 
 
 @app.command
-def render(prompts: Suite, *, out: OutFolder, font: Path | None = None) -> None:
+def render(prompts: TextPrompts, *, out: OutFolder, font: Path | None = None) -> None:
     """Draw prompts as FigStep's typographic images: a data set of images from one of text.
 
     Example: regraft render prompts:advbench.csv --out advbench-images
 
     Parameters
     ----------
-    prompts
-        A data set of text, such as prompts:FILE (harmful) or benign:FILE (harmless).
     font
         The file of FreeMono Bold, or of another font.
     """
@@ -884,7 +891,7 @@ def _patch(
                 raise RegraftError(f"{out} is the checkpoint itself: use --in-place to change it.")
             write = stages.apply if operation == "apply" else stages.revert
             write(folder, patches, out, watch)
-            watch.note(f"Wrote {out}")
+            watch.note(f"Checkpoint: {out}")
         else:
             change = stages.apply_in_place if operation == "apply" else stages.revert_in_place
             changed = change(folder, patches, watch)

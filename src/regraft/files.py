@@ -42,8 +42,7 @@ def disk_errors(target: Path) -> Iterator[None]:
     """Turn the operating system's "no space left" and "not allowed" into a clear error.
 
     Raises:
-        PassingError: the disk is full.
-        RegraftError: the target may not, or cannot, be written.
+        PassingError: the disk is full, or the target may not, or cannot, be written.
     """
     try:
         yield
@@ -56,11 +55,11 @@ def disk_errors(target: Path) -> Iterator[None]:
                 "finished before, or choose another output folder."
             ) from error
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise RegraftError(
+            raise PassingError(
                 f"No permission to write {target}. Choose another output folder."
             ) from error
         if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise RegraftError(
+            raise PassingError(
                 f"{target} cannot be written: a file stands where a folder is needed, or a folder "
                 "where a file is. Choose another output."
             ) from error
@@ -109,7 +108,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a new temporary folder beside `target`; rename it to `target` if the block succeeds.
 
     Raises:
-        RegraftError: see `require_new`.
+        PassingError: see `require_new`.
     """
     require_new(target)
     with new_folders(target):
@@ -142,9 +141,9 @@ def discard_leftover(target: Path) -> Path:
 def require_empty(folder: Path) -> None:
     """Raise unless `folder` is absent or empty, so that no output overwrites anything."""
     if folder.is_file():
-        raise RegraftError(f"{folder} is a file; the output must be a new folder.")
+        raise PassingError(f"{folder} is a file; the output must be a new folder.")
     if folder.is_dir() and any(folder.iterdir()):
-        raise RegraftError(
+        raise PassingError(
             f"The output folder {folder} is not empty. Choose a new folder or empty this one."
         )
 
@@ -153,7 +152,7 @@ def require_new(folder: Path) -> None:
     """Raise unless `folder` can be put in place by one rename: `require_empty`, and no other's.
 
     Raises:
-        RegraftError: it is not empty, a link, a mount point, or the current folder.
+        PassingError: it is not empty, a link, a mount point, or the current folder.
     """
     require_empty(folder)
     what = None
@@ -164,7 +163,7 @@ def require_new(folder: Path) -> None:
     elif folder.exists() and Path.cwd() == folder.resolve():
         what = "is the current folder"
     if what:
-        raise RegraftError(
+        raise PassingError(
             f"The output folder {folder} {what}, where no finished folder can be put in one step. "
             f"Name a new one, such as {folder / 'out'}."
         )

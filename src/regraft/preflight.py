@@ -9,6 +9,7 @@ import torch
 
 from regraft import stages
 from regraft.checks import (
+    check_budget,
     check_direction_layer,
     check_gradients,
     check_pattern,
@@ -106,10 +107,11 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
         drawn = session.drawn(dense, recipe.calibration, harmful=harmful)
         check_shares(drawn.examples, recipe.compute)
         if harmful and any(one.by_heads for one in recipe.realign):
-            check_r_max(dense, recipe.heads, len(drawn.examples))
+            check_r_max(dense, recipe.heads, drawn)
     session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
     for variant in recipe.realign:
         check_top_heads(dense, variant)
+        check_budget(dense, variant)
     for defence in recipe.defend:
         check_direction_layer(dense, defence)
         if defence.searches:
@@ -125,7 +127,8 @@ def unread_in(recipe: Recipe) -> list[str]:
     """What of the recipe changes nothing."""
     named = [] if recipe.pruned else [(one.name, one.unread()) for one in recipe.prune]
     named += [(one.name, one.unread()) for one in recipe.realign]
-    named.append(("evaluate", recipe.evaluate.unread()))
+    named += [(one.name, one.unread()) for one in recipe.defend]
+    named += [("heads", recipe.heads.unread()), ("evaluate", recipe.evaluate.unread())]
     return [f"{name}: {found}" for name, found in named if found is not None]
 
 

@@ -93,7 +93,7 @@ def overlap(
         raise RegraftError(f"{statistics_file} was made from another model than {dense.folder}.")
     found: dict[float, tuple[LayerOverlap, ...]] = {}
     layers = len(dense.anatomy.layers)
-    with watch.task("Comparing importance", layers * len(shares), "layers") as done:
+    with watch.task("Comparing importance", layers * len(shares), "layers x shares") as done:
         for share in sorted(set(shares)):
             of_share = []
             for one in overlaps(dense, statistics, share, scope):

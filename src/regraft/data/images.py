@@ -32,7 +32,7 @@ def locate_images(reading: Reading, roots: Sequence[Path]) -> Reading:
     if missing:
         raise RegraftError(
             f"{reading.source}: {len(missing)} of {len(located)} examples have no image file: "
-            f"{_first(missing)}. Looked in {', '.join(str(root) for root in roots)}."
+            f"{_first(missing)}. Looked in {', '.join(str(root.absolute()) for root in roots)}."
         )
     return replace(reading, examples=located)
 

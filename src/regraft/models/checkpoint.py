@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.errors import RegraftError
+from regraft.errors import PassingError, RegraftError
 from regraft.files import (
     atomic_folder,
     copy_file,
@@ -173,6 +173,11 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
             safetensors, index and shards disagree, only pickled weights are there, or patching
             it in place was stopped halfway.
     """
+    if folder.is_file():
+        raise RegraftError(
+            f"{folder} is a file, and a model is a folder with config.json and safetensors. "
+            "Models come first on the command line, patches and statistics after them."
+        )
     if not folder.is_dir():
         raise RegraftError(f"The model folder {folder} does not exist.")
     if not unfinished and (folder / JOURNAL).exists():
@@ -284,7 +289,7 @@ def write_copy(
         else:
             in_threads(copy, source.shards, stop)
         if source.stamps() != stamps:
-            raise RegraftError(
+            raise PassingError(
                 f"{source.folder} was changed while it was copied. Run the same command again when "
                 "nothing else writes there."
             )

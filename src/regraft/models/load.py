@@ -278,9 +278,10 @@ def _resolve(model: str | Path) -> Path:
             "`hf auth login`."
         ) from error
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0].removeprefix("Got: ")
         raise RegraftError(
-            f"{model} is not a folder here and could not be had from the hub: "
-            f"{str(error).splitlines()[0]}"
+            f"{model} is not a folder here and could not be had from the hub: {reason} Without a "
+            "network give the folder of a copy on disk."
         ) from error
 
 

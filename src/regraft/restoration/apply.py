@@ -27,6 +27,11 @@ from regraft.restoration.patch import CHUNK, Patch, Target, bits, chunks, merge
 Operation = Literal["apply", "revert"]
 _GAP = 64 * 2**10  # bytes; what lies between is written again rather than skipped
 _FIX = "Apply the patch to the pruned checkpoint that it was made for."
+_OTHERS = "If other patches are on it, name them too."
+_FIX_OF_REVERT = (
+    "If other patches are on it as well, name them too, so that all come off; then apply again "
+    "those that are to stay."
+)
 
 
 @dataclass(frozen=True)
@@ -351,8 +356,8 @@ def _inspect(
     for (name, part), marked in zip(target.parts, left_out, strict=True):
         if bases[_key(marked)][1].hexdigest() != part.base:
             raise RegraftError(
-                f"{_not_the_base(checkpoint, name)}: the weights of {record.name} differ. {_FIX} "
-                "If other patches are on it, name them too."
+                f"{_not_the_base(checkpoint, name)}: the weights of {record.name} differ. "
+                + (_FIX_OF_REVERT if operation == "revert" else f"{_FIX} {_OTHERS}")
             )
     if changing.all():
         return Change(record, positions, wanted), on

@@ -12,7 +12,8 @@ from torch import Tensor
 from regraft.models.checkpoint import Checkpoint
 from regraft.restoration.patch import Patch
 
-SIZES = (4, 8, 16)
+_LARGEST = 64  # weights in a group
+_FIRST = 64  # rows
 _NEARLY_ALL = 0.95
 
 
@@ -31,18 +32,24 @@ class Grouping:
 
 
 def grouping_of(pruned: Tensor) -> Grouping | None:
-    """The N:M pattern of one weight `[out, in]`: the smallest M of 4, 8, 16 that fits, if any.
+    """The N:M pattern of one weight `[out, in]`: the smallest M from 2 to 64 that fits, if any.
 
     No group may hold more than N weights, N < M, and nearly all must hold N: pruning without a
-    pattern leaves few full groups of 16 too, but groups of all sizes.
+    pattern leaves no full group of 64 either, but groups of all sizes.
     """
-    kept = pruned != 0
-    for m in SIZES:
-        if pruned.shape[1] % m == 0 and not _any_full(kept, m):
-            held = _kept_in_groups(kept, m)
-            n = int(held.max())
-            if n and int(kept.count_nonzero()) >= _NEARLY_ALL * n * len(held):
-                return Grouping(n, m, len(held))
+    kept, columns = pruned != 0, pruned.shape[1]
+    total = int(kept.count_nonzero())
+    for m in range(2, min(_LARGEST, columns) + 1):
+        if columns % m:
+            continue
+        groups = kept.numel() // m
+        for rows in (slice(_FIRST), slice(None)):  # a look at some rules out most
+            n = int(_kept_in_groups(kept[rows], m).max())
+            if n == m or total < _NEARLY_ALL * n * groups:
+                break
+        else:
+            if n:
+                return Grouping(n, m, groups)
     return None
 
 
@@ -63,24 +70,18 @@ def common_grouping(found: Iterable[Grouping | None]) -> Grouping | None:
 def violated_groups(pruned: Checkpoint, patch: Patch, n: int, m: int) -> int:
     """Number of N:M groups of the pruned checkpoint that hold more than N weights once patched.
 
-    Groups that held more before (of weights that were pruned otherwise) do not count.
+    Of weights that have this pattern; those that were pruned otherwise have no groups to break.
     """
     violated = 0
     for name, tensor in patch.tensors.items():
-        if tensor.shape[1] % m:
+        before = pruned.read(name)
+        grouping = grouping_of(before)
+        if grouping is None or (grouping.n, grouping.m) != (n, m):
             continue
-        kept = pruned.read(name) != 0
-        before = _kept_in_groups(kept, m)
+        kept = before != 0
         kept.view(-1)[tensor.positions] = tensor.values != 0
-        after = _kept_in_groups(kept, m)
-        violated += int(((after > n) & (before <= n)).count_nonzero())
+        violated += int((_kept_in_groups(kept, m) > n).count_nonzero())
     return violated
-
-
-def _any_full(kept: Tensor, m: int) -> bool:
-    """Whether any M consecutive weights `[out, in]` bool are all kept."""
-    full = kept.contiguous().view(torch.int32) == 0x01010101  # [out, in / 4]
-    return bool(full.view(-1, m // 4).all(dim=1).any())
 
 
 def _kept_in_groups(kept: Tensor, m: int) -> Tensor:

@@ -23,6 +23,7 @@ from regraft.restoration.selection import (
     Band,
     Head,
     blocks_of,
+    kept_share,
     restorable,
     select_all,
     select_hsr,
@@ -46,7 +47,7 @@ def hsr(
     def rule(
         linear: LinearAnatomy, weight: Tensor, free: Tensor, blocks: Sequence[Block]
     ) -> Tensor:
-        thresholds = band(1 - int(free.count_nonzero()) / free.numel())
+        thresholds = band(kept_share(weight, free))
         if thresholds is None:
             return torch.empty(0, dtype=torch.int64)
         return select_hsr(
@@ -83,22 +84,27 @@ def check_pair(dense: Source, pruned: Source) -> None:
 
 @dataclass(frozen=True)
 class Survey:
-    """What pruning took: `restorable` weights, zero now and not before; its N:M pattern if any."""
+    """What pruning took: `restorable` weights, zero now and not before; its N:M pattern if any.
+
+    `kept` are the weights that are not zero now.
+    """
 
     restorable: int
+    kept: int
     grouping: Grouping | None
 
 
 def survey(dense: Source, pruned: Source) -> Survey:
     """Look over every prunable weight of both checkpoints, one in memory at a time."""
-    count, groupings = 0, []
+    count, kept, groupings = 0, 0, []
     for a, b in zip(dense.anatomy.linears, pruned.anatomy.linears, strict=True):
         before, after = dense.checkpoint.read(a.tensor), pruned.checkpoint.read(b.tensor)
         taken = int(restorable(before, after).count_nonzero())
         count += taken
+        kept += int((after != 0).count_nonzero())
         if taken:
             groupings.append(grouping_of(after))
-    return Survey(count, common_grouping(groupings))
+    return Survey(count, kept, common_grouping(groupings))
 
 
 def realign(

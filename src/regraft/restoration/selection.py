@@ -75,6 +75,17 @@ def restorable(dense: Tensor, pruned: Tensor) -> Tensor:
     return (pruned == 0) & (dense != 0)
 
 
+def kept_share(dense: Tensor, free: Tensor) -> float:
+    """The share of a matrix that pruning kept, p of HSR; what was 0 before was not kept.
+
+    Args:
+        dense: The weight before, `[out, in]`.
+        free: Where a value can come back (`restorable`), `[out, in]` bool.
+    """
+    there = int((dense != 0).count_nonzero())
+    return (there - int(free.count_nonzero())) / dense.numel()
+
+
 def inside(shape: tuple[int, int], blocks: Sequence[Block], device: torch.device) -> Tensor:
     """True inside any of `blocks`, `[out, in]` bool."""
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -217,7 +228,7 @@ def ties_drawn(keys: Tensor, seed: int, index: int) -> Tensor:
 
 
 def _of_matrix(seed: int, index: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + index)
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
 
 
 def select_all(free: Tensor, blocks: Sequence[Block]) -> Tensor:

@@ -14,10 +14,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def unread(self) -> str | None:
+        """What was set and changes nothing: the first of it, in words."""
+        return None
 
-def default_of(settings: Settings, name: str) -> Any:
-    """What a setting is if it is not given."""
-    return type(settings).model_fields[name].default
+    def first_set(self, *names: str) -> str | None:
+        """The first of these settings that is not as it is if not given."""
+        fields = type(self).model_fields
+        return next((one for one in names if getattr(self, one) != fields[one].default), None)
 
 
 def _names_of(settings: type[BaseModel]) -> set[str]:

@@ -52,6 +52,16 @@ Suite = Annotated[
 ]
 
 
+TextPrompts = Annotated[
+    DataSource,
+    _ONE_OR_TWO_WORDS,
+    Parameter(
+        help="Prompts without images: prompts FILE (harmful; AdvBench and its like, or a line "
+        "each), benign FILE (harmless), xstest PATH or a .jsonl file."
+    ),
+]
+
+
 Suites = Annotated[
     tuple[DataSource, ...],
     Parameter(converter=_several, n_tokens=-1, consume_multiple=True, accepts_keys=False),

@@ -10,6 +10,11 @@ from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.settings.base import Settings
 from regraft.settings.data import Validation
 
+_OF_SEARCH = (
+    *("strengths", "validation", "validation_limit"),
+    *("max_over_refusal", "max_new_tokens"),
+)
+
 
 class DefenceSettings(Settings):
     """A defence at inference, which leaves the weights as pruning left them."""
@@ -67,6 +72,19 @@ class DefenceSettings(Settings):
         if min(strengths) <= 0:
             raise ValueError(f"strengths must be above 0, not {min(strengths)}")
         return strengths
+
+    def unread(self) -> str | None:
+        """What was set and changes nothing: the first of it, in words."""
+        if self.method == "adashield":
+            name = self.first_set("layer", "strength", *_OF_SEARCH)
+            return None if name is None else f"`{name}` changes nothing with adashield"
+        if self.first_set("prompt"):
+            return "`prompt` changes nothing with refusal-direction"
+        if not self.searches and (name := self.first_set(*_OF_SEARCH)):
+            return f"`{name}` changes nothing where layer and strength are given"
+        if self.strength is not None and self.first_set("strengths"):
+            return "`strengths` changes nothing where a strength is given"
+        return None
 
     @property
     def searches(self) -> bool:

@@ -8,7 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from regraft.evaluation.judge import DEFAULT_WINDOW, KeywordJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE, KEYWORD_JUDGES, keyword_judge
-from regraft.settings.base import Settings, default_of
+from regraft.settings.base import Settings
 
 
 class EvalSettings(Settings):
@@ -34,7 +34,9 @@ class EvalSettings(Settings):
         ge=1,
         description=f"How many first characters count for your own keywords ({DEFAULT_WINDOW}).",
     )
-    limit: int | None = Field(None, ge=1, description="Use only the first examples of the suite.")
+    limit: int | None = Field(
+        None, ge=1, description="Use only the first of the prompts of each suite, of each kind."
+    )
     backend: Literal["transformers", "vllm"] = Field(
         "transformers",
         description="What answers: the model in memory, or vLLM (an extra) on the checkpoint, in "
@@ -82,7 +84,7 @@ class EvalSettings(Settings):
 
     def unread(self) -> str | None:
         """What was set and changes nothing, in words."""
-        if self.keywords and self.judge != default_of(self, "judge"):
+        if self.keywords and self.first_set("judge"):
             return f"`keywords` take the place of the judge {self.judge}"
         return None
 

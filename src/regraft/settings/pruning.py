@@ -13,7 +13,7 @@ from regraft.models.anatomy import LinearAnatomy
 from regraft.pruning.masks import Pattern, Scope
 from regraft.pruning.patterns import assign_patterns, parse_override
 from regraft.pruning.pruner import Order, Pruner
-from regraft.settings.base import Settings, default_of
+from regraft.settings.base import Settings
 
 
 class PruneSettings(Settings):
@@ -62,10 +62,17 @@ class PruneSettings(Settings):
         return self
 
     def unread(self) -> str | None:
-        """What was set and changes nothing, in words."""
-        if self.n_m is not None and self.sparsity != default_of(self, "sparsity"):
+        """What was set and changes nothing: the first of it, in words."""
+        if self.n_m is not None and self.first_set("sparsity"):
             return f"`n_m` {self.n_m} takes the place of `sparsity` {self.sparsity:g}"
-        return None
+        not_read = {
+            "wanda": ("damp", "block"),
+            "sparsegpt": (),
+            "snip": ("damp", "block", "order"),
+            "magnitude": ("damp", "block", "order", "calibrate_on"),
+        }[self.method]
+        name = self.first_set(*not_read)
+        return None if name is None else f"`{name}` changes nothing with {self.method}"
 
     def pattern(self) -> Pattern:
         """The pattern that these settings ask for, overrides aside."""

@@ -11,7 +11,7 @@ from regraft.heads.score import Criterion
 from regraft.importance.score import Method
 from regraft.restoration.gain import Constraint
 from regraft.restoration.selection import RankingScope
-from regraft.settings.base import Settings, default_of
+from regraft.settings.base import Settings
 
 DEFAULT_BUDGET = 5.0  # per 10,000 pruned
 
@@ -19,6 +19,11 @@ DEFAULT_BUDGET = 5.0  # per 10,000 pruned
 _OF_HEADS = ("heads", "criterion", "top_heads")
 
 
+_NOT_OF_HEADS = {
+    "top": ("head_seed",),
+    "random": ("criterion",),
+    "all": ("criterion", "top_heads", "head_seed"),
+}
 _OF_HSR = ("score", "p", "p_max", "scope")
 
 
@@ -173,7 +178,7 @@ class RealignSettings(Settings):
 
     def unread(self) -> str | None:
         """What was set and changes nothing: the first of it, in words."""
-        if self.method == "hsr" and self.ranked and self.q != default_of(self, "q"):
+        if self.method == "hsr" and self.ranked and self.first_set("q"):
             return "a budget or a count takes the place of `q`"
         not_read = {
             "hsr": _OF_GAIN,
@@ -182,11 +187,16 @@ class RealignSettings(Settings):
             "random": ("q", *_OF_HSR, *_OF_HEADS, *_OF_GAIN),
             "gain": ("q", *_OF_HSR, *(() if self.within == "heads" else _OF_HEADS)),
         }[self.method]
-        for name in not_read:
-            if getattr(self, name) != default_of(self, name):
-                in_heads = self.method == "gain" and name in _OF_HEADS
-                but = " unless `within` is heads" if in_heads else ""
-                return f"`{name}` changes nothing with {self.method}{but}"
+        if (name := self.first_set(*not_read)) is not None:
+            in_heads = self.method == "gain" and name in _OF_HEADS
+            but = " unless `within` is heads" if in_heads else ""
+            return f"`{name}` changes nothing with {self.method}{but}"
+        if self.in_heads and (name := self.first_set(*_NOT_OF_HEADS[self.heads])) is not None:
+            return f"`{name}` changes nothing where `heads` is {self.heads}"
+        if not self.random and self.first_set("head_seed"):
+            return f"`head_seed` changes nothing with {self.method}"
+        if self.constraint in ("none", "lagrangian") and self.first_set("utility_share"):
+            return f"`utility_share` changes nothing where `constraint` is {self.constraint}"
         return None
 
     @property
@@ -200,10 +210,14 @@ class RealignSettings(Settings):
         return self.method not in ("hsr", "hsr-a") or self.amount is not None
 
     @property
+    def in_heads(self) -> bool:
+        """Whether weights come back in chosen heads alone."""
+        return self.within == "heads" if self.method == "gain" else self.method.startswith("hsr")
+
+    @property
     def by_heads(self) -> bool:
         """Whether scored heads decide where weights come back."""
-        asked = self.within == "heads" if self.method == "gain" else self.method.startswith("hsr")
-        return asked and self.heads == "top"
+        return self.in_heads and self.heads == "top"
 
     @property
     def needs_statistics(self) -> bool:

@@ -39,6 +39,11 @@ class HeadSettings(Settings):
         "fits the device.",
     )
 
+    def unread(self) -> str | None:
+        """What was set and changes nothing: the first of it, in words."""
+        name = None if self.mode == "screened" else self.first_set("window", "candidates")
+        return None if name is None else f"`{name}` changes nothing where `mode` is {self.mode}"
+
     def scoring(self) -> Scoring:
         """These settings as the scoring of heads takes them."""
         return Scoring(**self.model_dump())

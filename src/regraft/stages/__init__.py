@@ -7,8 +7,8 @@ under its key, and is taken up again after a kill.
 """
 
 from regraft.evaluation.curves import read_curve
+from regraft.keys import ABOUT_FILE
 from regraft.stages.answering import calibration_data
-from regraft.stages.common import ABOUT_FILE
 from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.gathering import statistics

@@ -1,4 +1,4 @@
-"""What several stages share: loading, batching, the name of the description file."""
+"""What several stages share: loading and batching."""
 
 from __future__ import annotations
 
@@ -26,8 +26,6 @@ from regraft.restoration.apply import check_base
 from regraft.restoration.patch import Patch, load_patch
 from regraft.settings.compute import ComputeSettings
 from regraft.watch import Watch
-
-ABOUT_FILE = "regraft.json"
 
 
 def load(

@@ -10,7 +10,7 @@ from typing import Any
 from regraft import ranks
 from regraft.errors import RegraftError
 from regraft.files import file_digest, read_json, write_text
-from regraft.keys import describe, holds, is_done, to_json, working
+from regraft.keys import ABOUT_FILE, describe, holds, is_done, to_json, working
 from regraft.models.checkpoint import Checkpoint, check_target, open_checkpoint
 from regraft.restoration.apply import Operation, Plan, make_plan, write_plan
 from regraft.restoration.inplace import (
@@ -23,7 +23,6 @@ from regraft.restoration.inplace import (
     write_journal,
 )
 from regraft.restoration.patch import Patch, load_patch
-from regraft.stages.common import ABOUT_FILE
 from regraft.watch import Silent, Watch
 
 _ROLE = {"apply": "pruned", "revert": "realigned"}

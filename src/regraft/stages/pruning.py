@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from regraft.checks import check_pattern, check_shares, told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
 from regraft.files import require_space
-from regraft.keys import describe, is_done, to_json, unfinished_bytes, working
+from regraft.keys import ABOUT_FILE, describe, is_done, to_json, unfinished_bytes, working
 from regraft.models.checkpoint import check_target, open_checkpoint, write_edited
 from regraft.models.load import Source
 from regraft.models.walk import Walk
@@ -21,12 +22,14 @@ from regraft.settings.data import CalibrationSettings
 from regraft.settings.pruning import PruneSettings
 from regraft.stages.answering import beside, calibration_data
 from regraft.stages.common import (
-    ABOUT_FILE,
     each_of_share,
     hidden_state_bytes,
     load_for_walk,
 )
 from regraft.watch import Silent, Watch
+
+CARD = "README.md"
+_PRUNED = 0.01  # share of zeros
 
 
 def prune(
@@ -59,6 +62,7 @@ def prune(
     about = describe("prune", {"dense": dense.checkpoint.fingerprint}, settings, compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
         patterns = settings.patterns(dense.anatomy.linears)
+        _warn_of_pruned(dense, watch)
         with working(out, about) as work:
             if needs_data:
                 results = LayerResults(work)
@@ -72,10 +76,37 @@ def prune(
                         dense.checkpoint,
                         out,
                         edits,
-                        files={ABOUT_FILE: to_json(about)},
+                        files={ABOUT_FILE: to_json(about), **_card(dense, settings)},
                         progress=done,
                     )
     return Source(open_checkpoint(out), dense.anatomy, dense.trust_remote_code)
+
+
+def _warn_of_pruned(dense: Source, watch: Watch) -> None:
+    """Say where a model is pruned already, going by its first layer."""
+    weights = [dense.checkpoint.read(linear.tensor) for linear in dense.anatomy.layers[0].linears]
+    share = sum(int((one == 0).sum()) for one in weights) / sum(one.numel() for one in weights)
+    if share > _PRUNED:
+        watch.note(
+            f"Warning: {100 * share:.0f} % of the first layer of {dense.folder} is zero before "
+            "pruning. Is it the dense model?"
+        )
+
+
+def _card(dense: Source, settings: PruneSettings) -> dict[str, str]:
+    """The dense model's card, if any, with a line on top that says what became of the model."""
+    path = dense.folder / CARD
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\n.*?\n---\n", text, re.DOTALL)
+    metadata = front.group() if front else ""
+    how_much = settings.n_m or f"{100 * settings.sparsity:g} %"
+    line = (
+        f"> **Pruned** by regraft ({settings.method}, {how_much}; see {ABOUT_FILE}). What follows "
+        "is the card of the dense model.\n\n"
+    )
+    return {CARD: metadata + line + text[len(metadata) :]}
 
 
 def spilled_bytes(dense: Source, settings: PruneSettings) -> int:

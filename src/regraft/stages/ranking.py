@@ -9,9 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from regraft import ranks
-from regraft.checks import check_shares, check_top_heads, told
+from regraft.checks import check_shares, check_top_heads, less_than_one, told
 from regraft.data.example import Reading
-from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.keys import describe, is_done, working
 from regraft.models.anatomy import LinearAnatomy
@@ -28,6 +27,7 @@ from regraft.restoration.selection import (
     Head,
     blocks_of,
     hsr_keys,
+    kept_share,
     random_keys,
     ties_drawn,
     whole,
@@ -109,10 +109,7 @@ def rank(
     about |= taken(looked)
     count = settings.how_many(looked.restorable)
     if not count:
-        raise RegraftError(
-            f"A budget of {settings.budget} per 10,000 of {looked.restorable:,} pruned weights is "
-            "less than one weight. Raise it, or give a count."
-        )
+        raise less_than_one(settings, looked.restorable)
     if not is_done(out, out, about, lambda: load_ranking(out).about):
         for role, reading in zip(("D^s", "D^u"), readings.values(), strict=False):
             check_shares(reading.examples[: settings.batch], compute)
@@ -134,8 +131,11 @@ def rank(
                         progress=done,
                     )
             if len(ranking) < count:
+                why = "are all that fit"
+                if settings.method == "gain":
+                    why = f"are all that helped in {settings.steps} steps (--steps, --samples)"
                 watch.note(
-                    f"{out.name}: {len(ranking):,} weights fit, fewer than the {count:,} of the "
+                    f"{out.name}: {len(ranking):,} weights {why}, fewer than the {count:,} of the "
                     "budget."
                 )
             if ranks.first():
@@ -169,8 +169,7 @@ def _keys(
             if difference
             else blocks_of(layer, linear, by_layer.get(layer.index, []))
         )
-        kept = 1 - int(free.count_nonzero()) / free.numel()
-        band = band_of(settings, kept, everything=difference)
+        band = band_of(settings, kept_share(weight, free), everything=difference)
         if not blocks or band is None:
             return None
         shares = hsr_keys(

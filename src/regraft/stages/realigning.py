@@ -98,13 +98,20 @@ def realign(
     return load_patch(out)
 
 
-def check_made_by(out: Path, dense: Source, pruned: Source, settings: RealignSettings) -> None:
+def check_made_by(
+    out: Path, dense: Source, pruned: Source, settings: RealignSettings, *, searched: bool
+) -> None:
     """See, before long work, that a file in the place of a patch is one that these make.
 
     Raises:
         RegraftError: it is no patch, or was made from other checkpoints or with other settings.
     """
     found = load_patch(out).about
+    if searched != (found.get("count") is not None):
+        raise RegraftError(
+            f"{out} exists and was made {'without' if searched else 'by'} a search. Choose another "
+            "output or remove it."
+        )
     there = {"inputs": found["inputs"], "settings": found["settings"]}
     inputs = {"dense": dense.checkpoint.fingerprint, "pruned": pruned.checkpoint.fingerprint}
     wanted = {
@@ -248,10 +255,7 @@ def chosen_heads(dense: Source, settings: RealignSettings, scores: HeadScores | 
     Raises:
         RegraftError: more heads are asked for than there are, or than were scored exactly.
     """
-    in_heads = settings.method in ("hsr", "hsr-a") or (
-        settings.method == "gain" and settings.within == "heads"
-    )
-    if not in_heads:
+    if not settings.in_heads:
         return []
     if settings.heads == "all":
         return all_heads(dense.anatomy)

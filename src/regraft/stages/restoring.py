@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from regraft.checks import check_gradients, check_top_heads
+from regraft.checks import (
+    check_budget,
+    check_gradients,
+    check_r_max,
+    check_scored,
+    check_top_heads,
+    draw_calibration,
+)
 from regraft.models.load import Source
 from regraft.restoration.patch import Patch
 from regraft.restoration.realign import check_pair
@@ -16,7 +23,13 @@ from regraft.settings.scoring import HeadSettings, StatisticsSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages.gathering import statistics
 from regraft.stages.ranking import rank
-from regraft.stages.realigning import check_made_by, realign
+from regraft.stages.realigning import (
+    check_made_by,
+    chosen_heads,
+    importance_of,
+    realign,
+    scores_of,
+)
 from regraft.stages.scoring import heads
 from regraft.stages.searching import check_search, search, warn_of_learnt
 from regraft.stages.session import Session
@@ -60,15 +73,27 @@ def restore(
     watch, session = watch or Silent(), Session()
     check_pair(dense, pruned)
     check_top_heads(dense, settings)
+    check_budget(dense, settings)
     if choice is not None:
         validation = check_search(dense, choice, compute, session)
     if out.exists():
-        check_made_by(out, dense, pruned, settings)
+        check_made_by(out, dense, pruned, settings, searched=choice is not None)
     gathers = settings.needs_statistics and statistics_file is None
     scores = settings.by_heads and heads_file is None
+    if heads_file is not None:
+        chosen_heads(dense, settings, scores_of(dense, settings, heads_file))
+    if statistics_file is not None:
+        importance_of(dense, settings, statistics_file)
+    learns = settings.method == "gain" or gathers
+    if scores or learns:
+        prompts = draw_calibration(dense, calibration, harmful=True)
+    if learns:
+        draw_calibration(dense, calibration, harmful=False)
+    if scores:
+        check_r_max(dense, scoring or HeadSettings(), prompts)
+        check_scored(settings, scoring or HeadSettings())
     if choice is not None:
-        both = settings.method == "gain" or gathers
-        kinds = (True, False) if both else (True,) if scores else ()
+        kinds = (True, False) if learns else (True,) if scores else ()
         warn_of_learnt(dense, validation, calibration, kinds, session, watch)
     if settings.method == "gain" or (gathers and settings.needs_gradients):
         check_gradients(dense, compute, f"Realigning by {settings.method}")

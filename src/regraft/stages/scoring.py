@@ -49,7 +49,7 @@ def heads(
         "heads", {"dense": dense.checkpoint.fingerprint}, settings, compute, {"safety": data}
     )
     if not is_done(out, out, about, lambda: load_heads(out, dense.anatomy).about):
-        check_r_max(dense, settings, len(data.examples))
+        check_r_max(dense, settings, data)
         warn_of_bundled(dense, calibration.data, watch.note)
         watch.note(told("D^s", data))
         with working(out, about) as work:
@@ -57,7 +57,7 @@ def heads(
             prompts = collate(processor, prompt_batch, data.examples, compute)
             passes = 2 if settings.mode == "screened" else 1
             total = passes * len(prompts) * len(dense.anatomy.layers)
-            with watch.task("Scoring heads", total, "layers") as done:
+            with watch.task("Scoring heads", total, "batches x layers") as done:
                 scores = score_heads(
                     model,
                     dense.anatomy,

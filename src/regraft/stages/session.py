@@ -11,12 +11,13 @@ from regraft.checks import draw_calibration, order_calibration, read_suites
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.evaluation.generate import MEMO_BYTES, Answerer
+from regraft.keys import ABOUT_FILE
 from regraft.models.load import Source, has_processor
 from regraft.pruning.pruner import zeros
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.stages.common import ABOUT_FILE, load
+from regraft.stages.common import load
 from regraft.watch import Watch
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from regraft import ranks
-from regraft.checks import check_r_max, check_top_heads, draw_calibration
+from regraft.checks import check_r_max, check_top_heads, distinct, draw_calibration, less_than_one
 from regraft.errors import RegraftError
 from regraft.evaluation.tuned import Tuned
 from regraft.files import disk_errors, require_empty, write_json
@@ -87,10 +87,7 @@ def tune(
     check_pair(dense, pruned)
     looked = survey(dense, pruned)
     if method.ranked and not method.how_many(looked.restorable):
-        raise RegraftError(
-            f"A budget of {method.budget} per 10,000 of {looked.restorable:,} pruned weights is "
-            "less than one weight. Raise it, or give a count."
-        )
+        raise less_than_one(method, looked.restorable)
     session = Session(0)
     data = {
         "safety": draw_calibration(dense, calibration, harmful=True),
@@ -98,9 +95,9 @@ def tune(
         "validation": check_search(dense, choice, compute, session),
     }
     warn_of_learnt(dense, data["validation"], calibration, (True, False), session, watch)
-    samples = len(data["safety"].examples)
-    check_r_max(dense, scoring, samples)
-    kept = 1 - looked.restorable / dense.anatomy.prunable
+    samples = distinct(data["safety"])
+    check_r_max(dense, scoring, data["safety"])
+    kept = looked.kept / dense.anatomy.prunable
     if method.method == "gain" and "within" not in tuning.keep:
         check_top_heads(dense, method.model_copy(update={"within": "heads"}))
     space = space_of(dense, method, tuning, scoring, kept, samples)
