@@ -383,6 +383,8 @@ def test_a_folder_here_is_not_one_beside_the_recipe(
         ("realign: {heads: random, repeats: 2}", None),
         ("realign: {method: set-difference, head_seed: 4}", "`head_seed` changes nothing with set"),
         ("heads: {window: 3}", "heads: `window` changes nothing where `mode` is exact"),
+        ("defend: {method: adashield}", None),
+        ("defend: {method: refusal-direction, layer: 1, strength: 2}", None),
         ("defend: {method: adashield, strength: 2}", "`strength` changes nothing with adashield"),
     ],
 )

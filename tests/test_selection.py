@@ -278,8 +278,9 @@ def test_what_was_zero_before_was_not_kept():
 
 def test_seeds_of_any_size_draw():
     free = torch.ones(4, 4, dtype=torch.bool)
-    large = selection.random_keys(free, 1_764_133_478_000, 3)
-    assert not torch.equal(large, selection.random_keys(free, 1_764_133_478_001, 3))
+    milliseconds = 1000 * 1_764_133_478_000
+    large = selection.random_keys(free, milliseconds, 3)
+    assert not torch.equal(large, selection.random_keys(free, milliseconds + 1, 3))
 
 
 def test_no_heads_restore_nothing():

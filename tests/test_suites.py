@@ -408,7 +408,9 @@ def test_a_prompt_of_two_suites_counts_once(tmp_path: Path) -> None:
     assert [example.instruction for example in joined.examples] == ["a", "a", "b", "c"]
     assert joined.skipped == {"in a suite named before": 1}
     assert joined.read == 5
-    with pytest.raises(RegraftError, match=r"part\.csv: all of its prompts are in .*one\.csv too"):
+    few = join_suites(suites[:2], 1)
+    assert [example.instruction for example in few.examples] == ["a", "c"], "new ones first"
+    with pytest.raises(RegraftError, match=r"part\.csv: all of its prompts are in suites"):
         join_suites([suites[0], suites[2]], None)
 
 

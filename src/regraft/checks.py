@@ -94,23 +94,23 @@ def join_suites(suites: Sequence[DataSource], limit: int | None) -> Reading:
     examples: list[Example] = []
     skipped: dict[str, int] = {}
     taken: set[str] = set()
-    known: dict[Any, DataSource] = {}
+    known: set[Any] = set()
     for suite, reading in zip(suites, readings, strict=True):
-        limited = _first(reading.examples, limit)
-        kept = [one for one in limited if _shown(one) not in known]
-        if not kept:
+        new = [one for one in reading.examples if _shown(one) not in known]
+        if not new:
             raise RegraftError(
-                f"{suite}: all of its prompts are in {known[_shown(limited[0])]} too, and would "
-                "count twice. Leave it out."
+                f"{suite}: all of its prompts are in suites named before, and would count twice. "
+                "Leave it out."
             )
-        known.update((_shown(one), suite) for one in kept)
+        known.update(map(_shown, new))
+        kept = _first(new, limit)
         for example in kept:
             unique = next(name for name in _names(suite, example) if name not in taken)
             taken.add(unique)
             examples.append(replace(example, id=unique, suite=str(suite)))
         left_out = {
-            "beyond the limit": len(reading.examples) - len(limited),
-            "in a suite named before": len(limited) - len(kept),
+            "beyond the limit": len(new) - len(kept),
+            "in a suite named before": len(reading.examples) - len(new),
         }
         for reason, rows in [*reading.skipped.items(), *left_out.items()]:
             if rows:
@@ -285,15 +285,26 @@ def check_top_heads(dense: Source, settings: RealignSettings) -> None:
 
 def check_budget(dense: Source, settings: RealignSettings) -> None:
     """Raise where a budget is less than one weight even if all had been pruned."""
-    if settings.budget is not None and not settings.how_many(dense.anatomy.prunable):
-        raise less_than_one(settings, dense.anatomy.prunable)
+    if settings.ranked and not settings.how_many(dense.anatomy.prunable):
+        raise less_than_one(settings, f"{dense.anatomy.prunable:,} prunable")
 
 
-def less_than_one(settings: RealignSettings, pruned: int) -> RegraftError:
-    """Make the error for a budget by which none of `pruned` weights comes back."""
+def check_restorable(settings: RealignSettings, restorable: int) -> None:
+    """Raise where none of the weights that pruning took would come back."""
+    if not restorable:
+        raise RegraftError(
+            "No weight is zero now that was not before: there is nothing to restore. Give the "
+            "dense checkpoint first and the pruned one second."
+        )
+    if not settings.how_many(restorable):
+        raise less_than_one(settings, f"{restorable:,} pruned")
+
+
+def less_than_one(settings: RealignSettings, weights: str) -> RegraftError:
+    """Make the error for a budget by which none of so many weights comes back."""
     return RegraftError(
-        f"A budget of {settings.budget:g} per 10,000 of {pruned:,} pruned weights is less than one "
-        "weight. Raise it, or give a count."
+        f"A budget of {settings.budget} per 10,000 of {weights} weights is less than one weight. "
+        "Raise it, or give a count."
     )
 
 

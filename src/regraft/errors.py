@@ -10,4 +10,7 @@ class RegraftError(Exception):
 
 
 class PassingError(RegraftError):
-    """Bad luck rather than bad input: finished work stays, and the same command goes on."""
+    """Bad luck or an output in the way, not bad input: finished work stays.
+
+    The same command goes on from it, once there is room or the way is free.
+    """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import lzma
 import stat
 import zipfile
@@ -9,7 +10,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from regraft.data.cache import cache_folder, one_writer
-from regraft.errors import PassingError, RegraftError
+from regraft.errors import RegraftError
 from regraft.files import atomic_folder, digest, require_space
 
 
@@ -58,9 +59,12 @@ def _extract(content: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) ->
     except OSError as error:
         if error.errno is None:  # of the decoder of bzip2
             raise zipfile.BadZipFile(str(error)) from error
-        raise PassingError(
-            f"{content.filename}: {member.filename!r} cannot be unpacked: {error}"
-        ) from error
+        if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EINVAL):
+            raise RegraftError(
+                f"{content.filename}: the entry {member.filename!r} cannot be unpacked: "
+                f"{error.strerror}."
+            ) from error
+        raise
 
 
 def _check(archive: Path, member: zipfile.ZipInfo) -> None:

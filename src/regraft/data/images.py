@@ -61,7 +61,8 @@ def check_images(reading: Reading) -> None:
 def open_image(path: Path) -> Image.Image:
     """Open an image as upright RGB (its EXIF orientation applied), 8 bits a channel.
 
-    What is transparent shows white, as on a page; of 16 bits a channel the upper 8 count.
+    What is transparent shows white, as on a page. Of 16 bits a channel the upper 8 count, or the
+    lower ones where there are no others.
 
     Raises:
         PassingError: the file is missing, or the disk fails.

@@ -102,7 +102,9 @@ def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
         raise RegraftError(f"{path} is a folder. {what}") from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RegraftError(f"{path} does not exist. {what}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise RegraftError(f"{path} is not valid CSV: {error}. Save it as UTF-8.") from error
+    except csv.Error as error:
         raise RegraftError(
             f"{path} is not valid CSV: {error}. It is cut off, or a quote in a cell is not doubled."
         ) from error

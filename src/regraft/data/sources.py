@@ -212,14 +212,12 @@ def _parse_all(text: str) -> dict[str, str]:
         text = f"jsonl:{text}"
     name, _, rest = text.partition(":")
     if name not in get_args(Name):
-        if re.search(r"\.(txt|csv|json)$", text):
-            raise ValueError(
-                f"{text!r} does not say what it is; prompts:{text} reads harmful ones from it, "
-                f"benign:{text} harmless ones"
-            )
+        hint = ""
+        if re.fullmatch(r"([^:/]*|[^:/]*/.*)\.(txt|csv|json)(#[\w-]+)?", text, re.IGNORECASE):
+            hint = f". For a list of prompts write prompts:{text} (harmful) or benign:{text}"
         raise ValueError(
             f"unknown data set {text!r}; expected {', '.join(get_args(Name))} "
-            "(as in demo:test or vlguard:PATH), or a path ending in .jsonl"
+            f"(as in demo:test or vlguard:PATH), or a path ending in .jsonl{hint}"
         )
     path, _, split = rest.rpartition("#")
     if name == "demo":

@@ -29,7 +29,7 @@ def degeneration(answer: str) -> Degeneration | None:
     - repetition: a stretch of up to 120 characters comes five times or more back to back, and that
       is 12 characters and more than half of the answer;
     - gibberish, of 40 characters or more that are not spaces (one sign drawn out, as a rule or the
-      blank of a form, is one): more than two thirds of them are neither letters, marks nor digits;
+      blank of a form, is one): two thirds of them or more are neither letters, marks nor digits;
       or one in twenty is the replacement character of broken text; or scripts change inside words
       at one in ten of the letters (Latin beside East Asian letters is how WiFi is written there).
     """

@@ -35,11 +35,12 @@ def grouping_of(pruned: Tensor) -> Grouping | None:
     """The N:M pattern of one weight `[out, in]`: the smallest M from 2 to 64 that fits, if any.
 
     No group may hold more than N weights, N < M, and nearly all must hold N: pruning without a
-    pattern leaves no full group of 64 either, but groups of all sizes.
+    pattern may leave no full group of 64 either, but groups of all sizes. A whole row is no group,
+    since pruning by rows leaves as many weights in each.
     """
     kept, columns = pruned != 0, pruned.shape[1]
     total = int(kept.count_nonzero())
-    for m in range(2, min(_LARGEST, columns) + 1):
+    for m in range(2, min(_LARGEST, columns - 1) + 1):
         if columns % m:
             continue
         groups = kept.numel() // m
@@ -56,7 +57,7 @@ def grouping_of(pruned: Tensor) -> Grouping | None:
 def common_grouping(found: Iterable[Grouping | None]) -> Grouping | None:
     """The pattern that more than half of the pruned weights have, with their groups added up.
 
-    Fewer would be chance: a small unstructured matrix may have no full group of 16.
+    Fewer would be chance: a small unstructured matrix may have no full group of some size.
     """
     found = list(found)
     patterns = Counter((one.n, one.m) for one in found if one is not None)

@@ -10,10 +10,7 @@ from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.settings.base import Settings
 from regraft.settings.data import Validation
 
-_OF_SEARCH = (
-    *("strengths", "validation", "validation_limit"),
-    *("max_over_refusal", "max_new_tokens"),
-)
+_OF_SEARCH = ("strengths", "validation_limit", "max_over_refusal", "max_new_tokens")
 
 
 class DefenceSettings(Settings):
@@ -76,15 +73,21 @@ class DefenceSettings(Settings):
     def unread(self) -> str | None:
         """What was set and changes nothing: the first of it, in words."""
         if self.method == "adashield":
-            name = self.first_set("layer", "strength", *_OF_SEARCH)
+            name = self.first_set("layer", "strength", *self._of_search)
             return None if name is None else f"`{name}` changes nothing with adashield"
         if self.first_set("prompt"):
             return "`prompt` changes nothing with refusal-direction"
-        if not self.searches and (name := self.first_set(*_OF_SEARCH)):
+        if not self.searches and (name := self.first_set(*self._of_search)):
             return f"`{name}` changes nothing where layer and strength are given"
         if self.strength is not None and self.first_set("strengths"):
             return "`strengths` changes nothing where a strength is given"
         return None
+
+    @property
+    def _of_search(self) -> tuple[str, ...]:
+        """Settings of the search; bundled prompts are filled in and not set by anyone."""
+        bundled = self.validation is not None and self.validation.name == "demo"
+        return _OF_SEARCH if bundled else ("validation", *_OF_SEARCH)
 
     @property
     def searches(self) -> bool:

@@ -195,9 +195,14 @@ class RealignSettings(Settings):
             return f"`{name}` changes nothing where `heads` is {self.heads}"
         if not self.random and self.first_set("head_seed"):
             return f"`head_seed` changes nothing with {self.method}"
-        if self.constraint in ("none", "lagrangian") and self.first_set("utility_share"):
+        if not self.reads_share and self.first_set("utility_share"):
             return f"`utility_share` changes nothing where `constraint` is {self.constraint}"
         return None
+
+    @property
+    def reads_share(self) -> bool:
+        """Whether the constraint is one on each weight, which `utility_share` sets."""
+        return self.constraint in ("utility-gain", "both")
 
     @property
     def amount(self) -> float | None:

@@ -324,8 +324,8 @@ def judge_bench(
         raise RegraftError(f"{out} exists. Choose another output or remove it.")
     wanted = positive or (REFUSALS if question == "refusal" else HARMS)
     read = {str(path): read_labelled(path, wanted, ids=ids) for path in files}
-    given = {one.label.casefold() for rows in read.values() for one in rows}
-    if unknown := [one for one in positive if one.casefold() not in given]:
+    given = {one.label for path in files for one in read_labelled(path, wanted)}
+    if unknown := [one for one in positive if one.casefold() not in map(str.casefold, given)]:
         raise RegraftError(
             f"No answer is labelled {unknown[0]!r}. Labels found: {', '.join(sorted(given)[:8])}."
         )

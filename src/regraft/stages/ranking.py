@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from regraft import ranks
-from regraft.checks import check_shares, check_top_heads, less_than_one, told
+from regraft.checks import check_restorable, check_shares, check_top_heads, told
 from regraft.data.example import Reading
 from regraft.files import file_digest
 from regraft.keys import describe, is_done, working
@@ -108,8 +108,7 @@ def rank(
     looked = survey(dense, pruned)
     about |= taken(looked)
     count = settings.how_many(looked.restorable)
-    if not count:
-        raise less_than_one(settings, looked.restorable)
+    check_restorable(settings, looked.restorable)
     if not is_done(out, out, about, lambda: load_ranking(out).about):
         for role, reading in zip(("D^s", "D^u"), readings.values(), strict=False):
             check_shares(reading.examples[: settings.batch], compute)

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 
 from regraft import ranks
-from regraft.checks import check_r_max, check_top_heads, distinct, draw_calibration, less_than_one
+from regraft.checks import (
+    check_r_max,
+    check_restorable,
+    check_top_heads,
+    distinct,
+    draw_calibration,
+)
 from regraft.errors import RegraftError
 from regraft.evaluation.tuned import Tuned
 from regraft.files import disk_errors, require_empty, write_json
@@ -86,8 +92,8 @@ def tune(
     _check(method, tuning, choice)
     check_pair(dense, pruned)
     looked = survey(dense, pruned)
-    if method.ranked and not method.how_many(looked.restorable):
-        raise less_than_one(method, looked.restorable)
+    if method.ranked:
+        check_restorable(method, looked.restorable)
     session = Session(0)
     data = {
         "safety": draw_calibration(dense, calibration, harmful=True),

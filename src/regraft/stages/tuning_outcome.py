@@ -107,7 +107,9 @@ def snippet(job: Job, best: Tried, trials: int) -> str:
     variant = VariantSettings(**method.model_dump() | update)
     content = {"name": variant.name, "method": variant.method}
     content |= variant.model_dump(mode="json", exclude_defaults=True)
-    content |= {name: value for name, value in best.settings.items() if name != "r_max"}
+    content |= best.settings
+    for name in ("r_max", *(() if method.reads_share else ("utility_share",))):
+        content.pop(name, None)
     lines = [
         f"Trial {best.number}, the best of {trials}: an item of a recipe's `realign`.",
         f"On validation prompts: {_rates(best.point)}.",
