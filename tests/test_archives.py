@@ -94,9 +94,7 @@ def test_damage_is_told_whatever_the_compression(tmp_path: Path, cache: Path, me
 
 def test_a_name_that_the_disk_cannot_hold(tmp_path: Path, cache: Path) -> None:
     _zip(tmp_path / "a.zip", **{"x" * 300: b"1"})
-    with pytest.raises(
-        RegraftError, match=r"the entry 'x+' cannot be unpacked: .*too long"
-    ):
+    with pytest.raises(RegraftError, match=r"the entry 'x+' cannot be unpacked: .*too long"):
         unpacked(tmp_path / "a.zip")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def run(
 
     Args:
         recipe: All settings.
-        folder: A new folder, or that of an earlier run of the same recipe.
+        folder: A new folder, or that of an earlier run of the same recipe or a part of it.
         watch: Progress.
         session: What evaluations share, if other runs share it too.
 
@@ -288,11 +289,25 @@ def _fixed(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
+def _known(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says of what an earlier one had too, since a run may grow.
+
+    By methods, defences and seeds, and by prunings where there are several, with a folder each.
+    """
+    known = dict(wanted)
+    several = isinstance(found["prune"], list) and isinstance(wanted["prune"], list)
+    for kind in ("realign", "defend", *(("prune",) if several else ())):
+        named = {one["name"]: one for one in wanted[kind]}
+        known[kind] = [named[one["name"]] for one in found[kind] if one["name"] in named]
+    known["seeds"] = [seed for seed in found["seeds"] if seed in wanted["seeds"]]
+    return known if found["seeds"] else known | {"seeds": wanted["seeds"]}
+
+
 def _claim(place: RunFolder, recipe: Recipe) -> None:
     if place.recipe.exists():
         before = read_recipe(place.recipe)
         found, wanted = _fixed(before), _fixed(recipe)
-        if found != wanted:
+        if found != (wanted := _known(wanted, found)):
             raise RegraftError(
                 f"{place.path} holds a run of another recipe "
                 f"({difference(found, wanted)}). Choose another output folder."

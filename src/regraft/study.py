@@ -24,7 +24,7 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Study:
 
     Args:
         recipe: With `seeds`.
-        folder: A new folder, or that of an earlier run of the same recipe.
+        folder: A new folder, or that of an earlier run of the same recipe or a part of it.
         watch: Progress.
 
     Raises:
