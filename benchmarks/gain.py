@@ -36,7 +36,7 @@ from typing import Any
 
 import shapes
 import torch
-from prune import GIB, peak_host, timed
+from prune import GIB, host_bytes, peak_host, timed
 from rich.console import Console
 from rich.table import Table
 
@@ -140,11 +140,11 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def own_memory() -> Iterator[list[int]]:
     """Bytes of this process that are no pages of files, looked at fifty times a second."""
-    seen, ended = [_anonymous()], threading.Event()
+    seen, ended = [host_bytes("RssAnon")], threading.Event()
 
     def look() -> None:
         while not ended.wait(0.02):
-            seen.append(_anonymous())
+            seen.append(host_bytes("RssAnon"))
 
     looking = threading.Thread(target=look)
     looking.start()
@@ -153,11 +153,6 @@ def own_memory() -> Iterator[list[int]]:
     finally:
         ended.set()
         looking.join()
-
-
-def _anonymous() -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 
 def _largest_part(source: Source) -> int:

@@ -51,10 +51,15 @@ RUNS = [
 ]
 
 
+def host_bytes(field: str) -> int:
+    """Memory of this process by a field of its status, such as "RssAnon"."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(li.split()[1]) for li in lines if li.startswith(field)) * 1024
+
+
 def peak_host() -> float:
     """GiB of this process at its peak, pages of files included."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(li.split()[1]) for li in lines if li.startswith("VmHWM")) / 2**20
+    return host_bytes("VmHWM") / GIB
 
 
 def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:

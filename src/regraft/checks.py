@@ -286,7 +286,7 @@ def check_top_heads(dense: Source, settings: RealignSettings) -> None:
 def check_budget(dense: Source, settings: RealignSettings) -> None:
     """Raise where a budget is less than one weight even if all had been pruned."""
     if settings.ranked and not settings.how_many(dense.anatomy.prunable):
-        raise less_than_one(settings, f"{dense.anatomy.prunable:,} prunable")
+        raise _less_than_one(settings, f"{dense.anatomy.prunable:,} prunable")
 
 
 def check_restorable(settings: RealignSettings, restorable: int) -> None:
@@ -297,10 +297,10 @@ def check_restorable(settings: RealignSettings, restorable: int) -> None:
             "dense checkpoint first and the pruned one second."
         )
     if not settings.how_many(restorable):
-        raise less_than_one(settings, f"{restorable:,} pruned")
+        raise _less_than_one(settings, f"{restorable:,} pruned")
 
 
-def less_than_one(settings: RealignSettings, weights: str) -> RegraftError:
+def _less_than_one(settings: RealignSettings, weights: str) -> RegraftError:
     """Make the error for a budget by which none of so many weights comes back."""
     return RegraftError(
         f"A budget of {settings.budget} per 10,000 of {weights} weights is less than one weight. "

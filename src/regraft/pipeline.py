@@ -299,8 +299,9 @@ def _known(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any
     for kind in ("realign", "defend", *(("prune",) if several else ())):
         named = {one["name"]: one for one in wanted[kind]}
         known[kind] = [named[one["name"]] for one in found[kind] if one["name"] in named]
-    known["seeds"] = [seed for seed in found["seeds"] if seed in wanted["seeds"]]
-    return known if found["seeds"] else known | {"seeds": wanted["seeds"]}
+    if found["seeds"]:
+        known["seeds"] = [seed for seed in found["seeds"] if seed in wanted["seeds"]]
+    return known
 
 
 def _claim(place: RunFolder, recipe: Recipe) -> None:

@@ -10,7 +10,6 @@ from regraft.checks import (
     check_r_max,
     check_scored,
     check_top_heads,
-    draw_calibration,
 )
 from regraft.models.load import Source
 from regraft.restoration.patch import Patch
@@ -86,9 +85,9 @@ def restore(
         importance_of(dense, settings, statistics_file)
     learns = settings.method == "gain" or gathers
     if scores or learns:
-        prompts = draw_calibration(dense, calibration, harmful=True)
+        prompts = session.drawn(dense, calibration, harmful=True)
     if learns:
-        draw_calibration(dense, calibration, harmful=False)
+        session.drawn(dense, calibration, harmful=False)
     if scores:
         check_r_max(dense, scoring or HeadSettings(), prompts)
         check_scored(settings, scoring or HeadSettings())
