@@ -133,13 +133,18 @@ def test_a_failed_trial_does_not_count(tmp_path: Path) -> None:
     assert [one.number for one in _run(trials, 1)] == [1]
 
 
-def test_a_trial_killed_while_it_was_drawn_is_given_up(tmp_path: Path) -> None:
-    trials = _trials(tmp_path)
-    with pytest.raises(KeyboardInterrupt), trials.take(2):
+def test_a_trial_killed_while_it_was_drawn_is_drawn_anew(tmp_path: Path) -> None:
+    at_once = _run(_trials(tmp_path / "a"), 5)
+    trials = _trials(tmp_path / "b")
+    _run(trials, 2)
+    with pytest.raises(KeyboardInterrupt), trials.take(5):
         raise KeyboardInterrupt
-    with sqlite3.connect(tmp_path / "study.db") as database:
-        database.execute("delete from trial_params where param_name = 'w'")
-    assert [one.number for one in _run(_trials(tmp_path), 2)] == [1, 2]
+    with sqlite3.connect(tmp_path / "b" / "study.db") as database:
+        database.execute("delete from trial_params where param_name = 'w' and trial_id = 3")
+    anew = _run(_trials(tmp_path / "b"), 5)
+    assert [one.number for one in anew] == [0, 1, 3, 4, 5]
+    assert [one.settings for one in anew] == [one.settings for one in at_once]
+    assert trials.failed() == 0
 
 
 @pytest.mark.parametrize("constrained", [True, False])
@@ -410,7 +415,10 @@ def test_two_starts_share_the_trials_and_a_killed_one_leaves_them(
         one.join()
     assert [one.exitcode for one in starts] == [-signal.SIGKILL, 0]
     content = read_json(out / "tuned.json")
-    assert sorted(one["number"] for one in content["trials"]) == list(range(6))
+    numbers = {one["number"] for one in content["trials"]}
+    assert len(numbers) == len(content["trials"]) == 6
+    assert numbers <= set(range(7))  # that which the killed one may have been drawing is left out
+    assert content["cost"]["failed"] == 0
     _main(root, out, 6)
     assert read_json(out / "tuned.json") == content
     told = " ".join(capsys.readouterr().out.split())

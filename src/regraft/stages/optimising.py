@@ -1,9 +1,10 @@
 """Trials of a seeded TPE sampler, kept in an SQLite file that several processes share (Optuna).
 
 A worker holds a lock on the trial that it is at. Of a worker that was killed the lock is free and
-the trial still running: the next worker takes it over, with its number and its settings. Trials are
-handed out one at a time, and what is drawn for a trial depends on the seed, its number and the
-trials that have finished before, so that one worker draws the same with and without a kill.
+the trial still running: the next worker takes it over, with its number and its settings. One whose
+worker was killed while it was drawn is drawn anew, under the next number. Trials are handed out one
+at a time, and what is drawn for a trial depends on the seed, how many were drawn before and which
+of these have finished, so that one worker draws the same with and without a kill.
 """
 
 from __future__ import annotations
@@ -142,7 +143,10 @@ class Trials:
         """How many trials have ended in an error."""
         from optuna.trial import TrialState
 
-        return len(self._all(TrialState.FAIL))
+        return sum(self._drawn(one) for one in self._all(TrialState.FAIL))
+
+    def _drawn(self, trial: FrozenTrial) -> bool:
+        return trial.params.keys() == self._space.keys()
 
     def _all(self, *states: Any) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=states or None)
@@ -158,7 +162,7 @@ class Trials:
                 self._hold(one.number, held)
             except RegraftError:  # its worker is alive
                 continue
-            if one.params.keys() == self._space.keys():
+            if self._drawn(one):
                 return one
             self._study.tell(one.number, state=TrialState.FAIL)  # killed while it was drawn
         return None
@@ -169,10 +173,11 @@ class Trials:
 
         if len(self._all(TrialState.COMPLETE, TrialState.RUNNING)) >= most:
             return None
-        number = len(self._all())
-        seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
+        before = self._all()
+        entropy = [self._seed, sum(map(self._drawn, before))]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         self._study.sampler = TPESampler(seed=seed, n_startup_trials=self._random)
-        self._hold(number, held)
+        self._hold(len(before), held)
         return self._study.ask(_distributions(self._space))
 
     def _hold(self, number: int, held: ExitStack) -> None:
