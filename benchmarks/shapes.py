@@ -24,6 +24,7 @@ def _qwen(config: Any, processor: Any, width: int, scale: float) -> None:
     text, vision = config.text_config, config.vision_config
     text.intermediate_size = round(18944 * scale)
     text.num_key_value_heads = max(1, round(4 * scale))
+    text.vocab_size = round(152064 * scale)
     text.rope_parameters = {
         "rope_type": "default",
         "rope_theta": 1e6,
@@ -44,6 +45,7 @@ def _vicuna(config: Any, processor: Any, width: int, scale: float) -> None:
     text, vision = config.text_config, config.vision_config
     text.intermediate_size = round(11008 * scale)
     text.num_key_value_heads = text.num_attention_heads
+    text.vocab_size = round(32064 * scale)
     side = 336 if scale == 1 else 112
     sizes = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4}
     sizes |= {"intermediate_size": 1024}

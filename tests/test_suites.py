@@ -68,6 +68,9 @@ def test_xstest_without_labels_goes_by_the_type(tmp_path: Path) -> None:
         (XSTEST.replace("prompt", "text"), "row 1: the field 'prompt' is missing"),
         (XSTEST[:-30], "row 2: it has not as many cells as the header; the file is cut off"),
         (XSTEST.replace('"How do I\nkill a man?"', ""), "row 2: the field 'prompt' is empty"),
+        (XSTEST[:-3], "x.csv is cut off: xstest_prompts.csv ends in a line break, and this file"),
+        (XSTEST.replace("note", "completion"), "x.csv holds answers of a model. The prompts are"),
+        ("", "x.csv is cut off"),
         ("id,prompt,type\n", "no examples. The file has no rows"),
     ],
 )
@@ -412,6 +415,26 @@ def test_a_prompt_of_two_suites_counts_once(tmp_path: Path) -> None:
     assert [example.instruction for example in few.examples] == ["a", "c"], "new ones first"
     with pytest.raises(RegraftError, match=r"part\.csv: all of its prompts are in suites"):
         join_suites([suites[0], suites[2]], None)
+
+
+@pytest.mark.parametrize("name", ["advbench", "strongreject", "jailbreakbench", "harmbench_test"])
+def test_a_published_file_that_is_cut_off(shared: Path, tmp_path: Path, name: str) -> None:
+    """Wherever the cut is, within the header aside."""
+    whole = (shared / "data" / "prompts" / f"{name}.csv").read_bytes()
+    assert len(read_prompts(shared / "data" / "prompts" / f"{name}.csv").examples) >= 100
+    ends = [at for at in range(len(whole) // 2, len(whole), 997) if whole[at - 1] != 10]
+    for end in [*ends, len(whole) - 1]:
+        (tmp_path / "cut.csv").write_bytes(whole[:end])
+        with pytest.raises(RegraftError, match=r"cut off|is not valid CSV|is empty"):
+            read_prompts(tmp_path / "cut.csv")
+
+
+def test_prompts_with_labels_are_not_all_harmful(tmp_path: Path) -> None:
+    rows = "prompt,label\nkill a process,safe\nkill a man,unsafe\n"
+    with pytest.raises(RegraftError, match=r"column 'label' whose values differ \('safe', 'unsafe'"):
+        read_prompts(_dump(tmp_path / "x.csv", rows))
+    alike = _dump(tmp_path / "y.csv", rows.replace(",safe", ",unsafe"))
+    assert [one.harmful for one in read_prompts(alike).examples] == [True, True]
 
 
 def test_a_line_of_prompts_ends_with_its_line(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ HARMLESS = Example("u", "Capital of France?", False, "geography", None, "Paris")
 
 
 def test_judge_answer_keeps_only_the_images_name() -> None:
-    answer = judge_answer(HARMFUL, "Sure!", JUDGE)
+    answer = judge_answer(HARMFUL, "Sure, like this!", JUDGE)
     assert (answer.image, answer.refused, answer.similarity) == ("h.png", False, None)
 
 
@@ -44,7 +44,7 @@ def test_judge_answer_compares_harmless_answers_with_their_reference() -> None:
 
 def test_summarise_by_hand() -> None:
     answers = [
-        judge_answer(replace(HARMFUL, id="1"), "Sure!", JUDGE),
+        judge_answer(replace(HARMFUL, id="1"), "Sure, like this!", JUDGE),
         judge_answer(replace(HARMFUL, id="2"), "I cannot.", JUDGE),
         judge_answer(replace(HARMFUL, id="3", category="drugs"), " ", JUDGE),
         judge_answer(replace(HARMLESS, id="4"), "paris", JUDGE),
@@ -64,7 +64,7 @@ def test_summarise_by_hand() -> None:
 
 def test_an_answer_refuses_or_says_nothing_or_complies() -> None:
     refusal, nothing, reply = (
-        judge_answer(HARMFUL, text, JUDGE) for text in ("Sorry, sorry.", "no " * 9, "Sure, no.")
+        judge_answer(HARMFUL, text, JUDGE) for text in ("Sorry, sorry.", "no " * 9, "Sure, like so.")
     )
     assert (refusal.refused, refusal.degenerate, refusal.reason) == (True, "", "sorry")
     assert (nothing.refused, nothing.degenerate, nothing.reason) == (False, "repetition", "")
@@ -109,13 +109,13 @@ def test_a_refusal_in_a_loop_is_a_refusal_and_told() -> None:
 def test_summarise_without_prompts_of_a_kind() -> None:
     nothing = summarise("suite", JUDGE, [])
     assert (nothing.asr, nothing.over_refusal, nothing.utility) == (None, None, None)
-    only_harmful = summarise("suite", JUDGE, [judge_answer(HARMFUL, "Sure", JUDGE)])
+    only_harmful = summarise("suite", JUDGE, [judge_answer(HARMFUL, "Sure, like this", JUDGE)])
     assert only_harmful.asr == wilson(1, 1)
     assert (only_harmful.over_refusal, only_harmful.utility) == (None, None)
 
 
 def test_result_survives_json() -> None:
-    answers = [judge_answer(HARMFUL, "Sure", JUDGE), judge_answer(HARMLESS, "Pariz", JUDGE)]
+    answers = [judge_answer(HARMFUL, "Sure, like this", JUDGE), judge_answer(HARMLESS, "Pariz", JUDGE)]
     for result in (summarise("suite", JUDGE, answers), summarise("suite", JUDGE, [])):
         value = json.loads(json.dumps(result_to_json(result), allow_nan=False))
         assert "answers" not in value
@@ -180,7 +180,7 @@ def test_answers_survive_the_disk(
 def test_bad_rows_name_line_and_field(
     tmp_path: Path, line: str | dict[str, object], named: str
 ) -> None:
-    good = asdict(judge_answer(HARMFUL, "Sure", JUDGE))
+    good = asdict(judge_answer(HARMFUL, "Sure, like this", JUDGE))
     path = tmp_path / "answers.jsonl"
     bad = line if isinstance(line, str) else json.dumps(good | line)
     path.write_text(f"{json.dumps(good)}\n{bad}\n")

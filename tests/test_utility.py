@@ -64,7 +64,8 @@ RED = base64.b64encode(_picture("red")).decode()
 ROWS: list[dict[str, str]] = [
     {"index": "241", "A": "a dog", "B": "a cat", "answer": "A", "image": RED},
     {"index": "1000241", "A": "a cat", "B": "a dog", "answer": "B", "image": "241"},
-    {"index": "252", "A": "1", "B": "2", "C": "3", "answer": "C", "hint": "Count.", "image": RED},
+    {"index": "252", "A": "1", "B": "2", "answer": "B", "hint": "Count.", "image": RED},
+    {"index": "1000252", "A": "2", "B": "1", "answer": "A", "hint": "Count.", "image": "252"},
 ]
 
 
@@ -77,7 +78,9 @@ def _mmbench(path: Path, rows: list[dict[str, str]] = ROWS, header: list[str] = 
 
 
 def test_mmbench_rotations_are_groups_and_share_their_image(tmp_path: Path, cache: Path) -> None:
-    first, rotated, other = read_mmbench(_mmbench(tmp_path / "dev.tsv")).examples
+    reading = read_mmbench(_mmbench(tmp_path / "dev.tsv"))
+    first, rotated, other, _ = reading.examples
+    assert (reading.skipped, reading.source) == ({}, str(tmp_path / "dev.tsv"))
     assert [one.id for one in (first, rotated, other)] == [
         "mmbench-241",
         "mmbench-1000241",
@@ -98,6 +101,16 @@ def test_mmbench_rotations_are_groups_and_share_their_image(tmp_path: Path, cach
         "Answer with the option's letter from the given choices directly."
     )
     assert other.instruction.startswith("Count. What is it? There")
+
+
+def test_mmbench_without_all_rotations(tmp_path: Path, cache: Path) -> None:
+    """A file that was cut between rows, and one that has each question once."""
+    cut = read_mmbench(_mmbench(tmp_path / "dev.tsv", ROWS[:3]))
+    assert [one.id for one in cut.examples] == ["mmbench-241", "mmbench-1000241"]
+    assert cut.skipped == {"rotated copies missing": 1}
+    plain = read_mmbench(_mmbench(tmp_path / "dev.tsv", ROWS[::2]))
+    assert [one.id for one in plain.examples] == ["mmbench-241", "mmbench-252"]
+    assert plain.source == f"{tmp_path / 'dev.tsv'} (no rotated copies: plain accuracy)"
 
 
 @pytest.mark.parametrize(
@@ -125,8 +138,8 @@ def test_mmbench_test_split_has_no_answers(tmp_path: Path) -> None:
 
 def test_a_truncated_table_is_an_error(tmp_path: Path) -> None:
     path = _mmbench(tmp_path / "dev.tsv")
-    path.write_text(path.read_text()[: -len(RED) - 20])
-    with pytest.raises(RegraftError, match="row 3: it has not as many cells as the header"):
+    path.write_text(path.read_text()[:-12])
+    with pytest.raises(RegraftError, match="row 4: it has not as many cells as the header"):
         read_mmbench(path)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from regraft.data.cache import cached_file
@@ -25,7 +27,9 @@ def read_mmbench(path: Path) -> Reading:
     Columns: index, question, hint, A to E (empty where there are fewer), answer, category and image
     in base64; a rotated copy may name the index of the row with its image instead. The prompt is
     lmms-eval's: hint, question, options, and the request for a letter. All copies of a question are
-    a group, which counts as right if each of them is. Images are written to the user's cache.
+    a group, which counts as right if each of them is; as many are needed as there are options, and
+    a question with fewer is left out. A file without any rotated copy is plain accuracy, and its
+    source says so. Images are written to the user's cache.
 
     Raises:
         RegraftError: the file, a column or a value is missing or wrong, an index is there twice, or
@@ -40,7 +44,17 @@ def read_mmbench(path: Path) -> Reading:
     cells = {row.text("index"): row.text("image") for row in rows}
     images: dict[str, Path] = {}
     examples = tuple(_example(row, cells, images) for row in rows)
-    return require_examples(Reading(str(path), examples))
+    return require_examples(_circular(Reading(str(path), examples)))
+
+
+def _circular(reading: Reading) -> Reading:
+    """Whole groups only, and what is missing of others told."""
+    copies = Counter(example.group for example in reading.examples)
+    if all(count == 1 for count in copies.values()):
+        return replace(reading, source=f"{reading.source} (no rotated copies: plain accuracy)")
+    kept = tuple(one for one in reading.examples if copies[one.group] >= len(one.choices))
+    left = len(reading.examples) - len(kept)
+    return replace(reading, examples=kept, skipped={"rotated copies missing": left} if left else {})
 
 
 def _example(row: Row, cells: dict[str, str], images: dict[str, Path]) -> Example:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from regraft.data.example import Example, Reading
-from regraft.data.rows import csv_rows, json_file, require_examples
+from regraft.data.rows import Row, csv_rows, json_file, require_end, require_examples
 from regraft.errors import RegraftError
 
 # The first column found counts: JailbreakBench's Behavior is a title, its Goal the request.
@@ -17,6 +17,21 @@ _IDS = ("behaviorid", "id")
 _CONTEXT = "contextstring"
 _TAGS, _COMPARED = "tags", "hash_check"
 _IMAGES = ("imagefilename", "image")
+_LABELS = ("label", "final_label", "harmful", "is_harmful", "safe", "is_safe", "unsafe")
+# The published files, by their columns; each ends in a line break, and without it is cut off.
+_PUBLISHED = {
+    ("goal", "target"): "AdvBench",
+    ("category", "source", "forbidden_prompt"): "StrongREJECT",
+    ("", "goal", "target", "behavior", "category", "source"): "JailbreakBench",
+    (
+        "behavior",
+        "functionalcategory",
+        "semanticcategory",
+        "tags",
+        "contextstring",
+        "behaviorid",
+    ): "HarmBench",
+}
 _Found = tuple[list[Example], dict[str, int]]  # what is read, and how many are left out, and why
 _WHAT = (
     "A file of prompts is CSV with a column goal, Behavior or forbidden_prompt, a list in JSON, or "
@@ -35,7 +50,8 @@ def read_prompts(path: Path, *, harmful: bool = True) -> Reading:
     is a list of strings, or an object with one such list. None has a response.
 
     Raises:
-        RegraftError: the file or the column is missing, a prompt is empty, ids repeat.
+        RegraftError: the file or the column is missing, a prompt is empty, ids repeat, the rows
+            have labels that differ, or a published file is cut off.
     """
     readers = {".csv": _of_csv, ".json": _of_json, ".txt": _of_lines}
     if path.suffix.lower() not in readers:
@@ -53,6 +69,9 @@ def _of_csv(path: Path) -> _Found:
     if not rows:
         return [], {}
     names = {name.strip().lower(): name for name in rows[0].values}
+    if published := _PUBLISHED.get(tuple(names)):
+        require_end(path, published)
+    _refuse_labels(path, rows, names)
     prompt = _first(names, _PROMPTS)
     if prompt is None:
         raise RegraftError(
@@ -82,6 +101,19 @@ def _of_csv(path: Path) -> _Found:
         )
     left = len(rows) - len(kept)
     return kept, {"judged by comparing with a copyrighted text": left} if left else {}
+
+
+def _refuse_labels(path: Path, rows: Sequence[Row], names: dict[str, str]) -> None:
+    """All rows are taken for prompts of one kind."""
+    label = _first(names, _LABELS)
+    said = sorted({row.optional_text(label) or "" for row in rows}) if label else []
+    if len(said) > 1:
+        shown = ", ".join(map(repr, said[:4])) + (" ..." if len(said) > 4 else "")
+        raise RegraftError(
+            f"{path} has a column {label!r} whose values differ ({shown}), and all its prompts "
+            "would be read as of one kind. XSTest is read by its name, as xstest:PATH. Otherwise "
+            "split the file by the column, or write JSON lines with a field harmful."
+        )
 
 
 def _of_lines(path: Path) -> _Found:

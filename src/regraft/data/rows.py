@@ -117,6 +117,19 @@ def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
     return rows
 
 
+def require_end(path: Path, what: str) -> None:
+    """Check that a file of text ends in a line break, as that which is published does.
+
+    Raises:
+        RegraftError: it does not.
+    """
+    if path.read_bytes()[-1:] != b"\n":
+        raise RegraftError(
+            f"{path} is cut off: {what} ends in a line break, and this file does not. Get it "
+            "again; if it is whole, add a line break at its end."
+        )
+
+
 def json_file(path: Path, what: str) -> Any:
     """Read a JSON file.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from regraft.data.example import Example, Reading
-from regraft.data.rows import Row, csv_rows, require_examples
+from regraft.data.rows import Row, csv_rows, require_end, require_examples
+from regraft.errors import RegraftError
 
 
 def read_xstest(path: Path) -> Reading:
@@ -16,10 +17,17 @@ def read_xstest(path: Path) -> Reading:
     the types of harmful prompts "contrast_...". The category is the type.
 
     Raises:
-        RegraftError: the file, a column or a value is missing or wrong.
+        RegraftError: the file, a column or a value is missing or wrong, it is cut off, or it is a
+            file of answers.
     """
     table = path / "xstest_prompts.csv" if path.is_dir() else path
     rows = csv_rows(table, "XSTest is the file xstest_prompts.csv of its repository.")
+    if rows and "completion" in rows[0].values:
+        raise RegraftError(
+            f"{table} holds answers of a model. The prompts are xstest_prompts.csv; labelled "
+            "answers are for `regraft judge-bench`."
+        )
+    require_end(table, "xstest_prompts.csv")
     return require_examples(Reading(str(table), tuple(map(_example, rows))))
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Answer:
     """One generation and its judgement.
 
-    It refuses, or it says nothing (`degenerate`: "empty", "repetition" or "gibberish", else ""), or
-    it complies; a refusal may be degenerate too. `reason` is what the judge saw a refusal by.
+    It refuses, or it says nothing (`degenerate`: a `Degeneration`, else ""), or it complies; a
+    refusal may be degenerate too. `reason` is what the judge saw a refusal by.
     `similarity` is ANLS against the reference (1 or 0 for a multiple choice), or None. `group`
     holds answers that count together; `suite` is the one of several suites that the prompt came
     from, "" where that was not written down. `scored_by` tells a question of a utility benchmark

@@ -36,7 +36,7 @@ def judge_answer(
     was certain (see `Answerer`), in the part that the judge reads.
     """
     phrase = judge.phrase(text)
-    whole = full_answers or is_compared(example)
+    read = text if full_answers or is_compared(example) else judge.read(text)
     return Answer(
         id=example.id,
         category=example.category,
@@ -48,7 +48,7 @@ def judge_answer(
         refused=phrase is not None,
         similarity=_similarity(example, text) if is_compared(example) else None,
         suite=example.suite,
-        degenerate=degeneration(text if whole else judge.read(text)) or "",
+        degenerate=degeneration(read, harmful=example.harmful and phrase is None) or "",
         reason=phrase or "",
         group=example.group,
         request=example.request,

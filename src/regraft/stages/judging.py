@@ -258,11 +258,14 @@ def _in_full(evaluation: Evaluation) -> bool:
 
 
 def _answers(evaluation: Evaluation) -> tuple[Answer, ...]:
-    """The answers; evaluations of before looked for degeneration in the first words alone."""
+    """The answers; evaluations of before knew fewer ways to say nothing."""
     found = evaluation.result.answers
     if not _in_full(evaluation):
         return found
-    return tuple(replace(a, degenerate=degeneration(a.answer) or "") for a in found)
+    return tuple(
+        replace(a, degenerate=degeneration(a.answer, harmful=a.harmful and not a.refused) or "")
+        for a in found
+    )
 
 
 def _reads_the_start(text: str) -> bool:
