@@ -151,6 +151,9 @@ def test_a_swept_recipe() -> None:
     recipe = Recipe.model_validate(
         {"prune": {"n_m": "2:4"}, "realign": [{"name": "a", "q": 0.3}, {"name": "b", "q": 0.5}]}
     )
+    counted = Recipe.model_validate({"realign": {"method": "random", "count": 9}})
+    by_budget = swept(counted, "budget", [1, 2]).realign
+    assert [(one.budget, one.count) for one in by_budget] == [(1, None), (2, None)]
     of_q = swept(recipe, "q", [0.1, 0.25])
     assert [(one.name, one.q, one.checkpoint) for one in of_q.realign] == [
         ("q-0.1", 0.1, False),

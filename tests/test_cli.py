@@ -672,10 +672,27 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
     has(refused(*realign, "--heads", "random", "--r-max", 3), "No heads are scored")
     gain = [*realign, "--method", "gain", "--constraint", "none"]
     has(refused(*gain, "--utility-share", 0.7), "`utility-share` changes nothing")
+    has(refused(*realign, "--method", "gain", "--heads-file", "h"), "--heads-file would change")
+    random = [*realign, "--method", "random"]
+    has(refused(*random, "--statistics-file", "s"), "--statistics-file would change nothing")
+    has(refused(*random, "--max-response-tokens", 5), "`max-response-tokens` changes nothing")
+    magnitude = prune(world, "--method", "magnitude")
+    has(refused(*magnitude, "--samples", 3), "magnitude reads no data")
     scored: list[object] = ["heads", world.model, "--out", "h", "--candidates", 4]
     has(refused(*scored), "`candidates` changes nothing where `mode` is exact")
     defend: list[object] = ["defend", world.pruned, "--out", "d", "--layer", 1]
     has(refused(*defend), "`layer` changes nothing with adashield")
+
+
+def test_settings_that_would_change_nothing_in_tuning(world: World, refused: Refused) -> None:
+    tune = ["tune", world.model, world.pruned, "--out", "t", "--validation", world.data]
+    gain = [*tune, "--method", "gain"]
+    has(refused(*gain, "--q", 0.3), "`q` changes nothing with gain")
+    has(refused(*gain, "--keep", "within", "--top-heads", 3), "`top-heads` changes nothing")
+    has(refused(*gain, "--window", 9), "`window` changes nothing where `mode` is exact")
+    has(refused(*gain, "--pushes", 3, "--most", 1), "--most cuts off the pushes")
+    has(refused(*gain, "--device", "cuda:7", "--devices", "cpu"), "place of --device")
+    has(refused(*tune, "--points", 3), "Without a --budget there is no ranking")
 
 
 def test_bad_input_is_found_before_heads_are_scored(world: World, refused: Refused) -> None:

@@ -45,7 +45,7 @@ def answers(attacks: Sequence[bool], refusals: Sequence[bool]) -> list[Answer]:
     unsafe = [
         judge_answer(
             Example(f"h{i}", f"prompt {i}", True, "fraud", suite=SUITES[i % 2]),
-            "Sure!" if attack else REFUSAL,
+            "Sure, like this!" if attack else REFUSAL,
             JUDGE,
         )
         for i, attack in enumerate(attacks)

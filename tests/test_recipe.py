@@ -101,8 +101,12 @@ def _read(tmp_path: Path, text: str) -> Recipe:
     return read_recipe(path)
 
 
-def test_empty_recipe_is_all_defaults(tmp_path: Path) -> None:
-    assert _read(tmp_path, "") == _read(tmp_path, "{}") == Recipe()
+def test_recipe_of_nothing_is_all_defaults_and_an_empty_file_none(tmp_path: Path) -> None:
+    assert _read(tmp_path, "{}") == _read(tmp_path, "# model: demo") == Recipe()
+    with pytest.raises(RegraftError, match=r"yaml is empty; expected settings, each a name"):
+        _read(tmp_path, " \n")
+    with pytest.raises(RegraftError, match="settings are needed, each a name and a value"):
+        _read(tmp_path, "[]")
 
 
 @pytest.mark.parametrize("text", ["2:4", "'2:4'", '"2:4"', "4:8", "10:20"])
@@ -247,6 +251,20 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("text", "parts"),
     [
         ("sparsity: 0.5", ["sparsity: there is no such setting"]),
+        ("modle: demo", ["modle: there is no such setting; is it model?"]),
+        ("prune: {sparcity: 0.5}", ["prune.sparcity: there is no such", "is it sparsity?"]),
+        ("realign:", ["realign: nothing is given; leave the name out, or write [] for none"]),
+        ("evaluate: {suite: }", ["evaluate.suite: nothing is given"]),
+        ("realign: {q: 50}", ["50 % is 0.5"]),
+        ("realign: {method: gain, search: {over_refusal: .nan}}", ["over_refusal", "finite"]),
+        ("realign: {method: gain, search: {over_refusal: -500}}", ["over_refusal", "-100"]),
+        ("realign: {method: gain, search: {target_rsr: 0.9}}", ["target_rsr", "equal to 1 "]),
+        ("realign: {method: set-difference, score: magnitude}", ["two rankings that differ"]),
+        (
+            "prune: [{name: a, realign: false}, {name: b, sparsity: 0.6}]\n"
+            "realign: {method: gain, prunings: [a]}",
+            ["'gain' is for 'a' alone, which is only evaluated"],
+        ),
         ("prune: {sparsity: 1}", ["prune.sparsity", "less than 1", "got 1"]),
         ("prune: [{sparsity: 0.5}, {sparsity: 1}]", ["prune.1.sparsity", "less than 1"]),
         ("prune: []", ["prune: the list is empty"]),
@@ -321,7 +339,7 @@ def test_written_recipe_is_plain_yaml() -> None:
 
 def test_an_explained_recipe_is_the_default_one(tmp_path: Path) -> None:
     text = explained_recipe()
-    assert _read(tmp_path, text) == _read(tmp_path, "")
+    assert _read(tmp_path, text) == _read(tmp_path, "{}")
     assert max(map(len, text.splitlines())) <= 110
 
 
@@ -363,9 +381,16 @@ def test_a_folder_here_is_not_one_beside_the_recipe(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", None),
+        ("{}", None),
+        ("prune: {n_m: 2:4, scope: matrix}", "`scope` changes nothing where `n_m` is 2:4"),
+        ("prune: {n_m: 2:4, scope: matrix, overrides: ['*.v_proj=0.3']}", None),
+        ("calibration: {max_response_tokens: 5}", "calibration: `max_response_tokens` changes"),
+        ("calibration: {max_response_tokens: 5, responses: self}", None),
+        ("pruned: ./x\nprune: {sparsity: 0.6}", "prune: it changes nothing, since `pruned` is"),
+        ("heads: {r_max: 3}\nrealign: {method: gain}", "heads: they change nothing, since"),
+        ("heads: {r_max: 3}", None),
         ("prune: {n_m: 2:4, sparsity: 0.6}", "pruned: `n_m` 2:4 takes the place of `sparsity` 0.6"),
-        ("pruned: ./x\nprune: {n_m: 2:4, sparsity: 0.6}", None),
+        ("pruned: ./x", None),
         ("realign: {method: gain, q: 0.1}", "gain: `q` changes nothing with gain"),
         ("realign: {steps: 3}", "hsr: `steps` changes nothing with hsr"),
         ("realign: {budget: 3, q: 0.1}", "hsr: a budget or a count takes the place of `q`"),

@@ -429,9 +429,19 @@ def test_a_published_file_that_is_cut_off(shared: Path, tmp_path: Path, name: st
             read_prompts(tmp_path / "cut.csv")
 
 
+def test_a_json_array_is_not_json_lines(tmp_path: Path) -> None:
+    rows = json.dumps([{"instruction": "q", "harmful": True}], indent=1)
+    with pytest.raises(
+        RegraftError, match=r"x\.jsonl is a JSON array, and JSON lines are expected"
+    ):
+        read(DataSource(name="jsonl", path=_dump(tmp_path / "x.jsonl", rows)))
+
+
 def test_prompts_with_labels_are_not_all_harmful(tmp_path: Path) -> None:
     rows = "prompt,label\nkill a process,safe\nkill a man,unsafe\n"
-    with pytest.raises(RegraftError, match=r"column 'label' whose values differ \('safe', 'unsafe'"):
+    with pytest.raises(
+        RegraftError, match=r"column 'label' whose values differ \('safe', 'unsafe'"
+    ):
         read_prompts(_dump(tmp_path / "x.csv", rows))
     alike = _dump(tmp_path / "y.csv", rows.replace(",safe", ",unsafe"))
     assert [one.harmful for one in read_prompts(alike).examples] == [True, True]

@@ -320,7 +320,6 @@ def rates_of(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[float, float, f
         ({"target_rsr": 90.0, "over_refusal": 20.0}, 750),
         ({"target_asr": 10.0, "utility": 30.0, "over_refusal": 50.0}, 1000),
         ({"reference": "dense"}, 0),
-        ({"most": 100.0}, 250),
     ],
 )
 def test_the_search_keeps_to_its_bounds(
@@ -334,8 +333,6 @@ def test_the_search_keeps_to_its_bounds(
     rates_of |= {-1: (0.2, 0.0, 0.9), 0: (0.8, 0.1, 0.6)}
     rates_of |= {250: (0.7, 0.11, 0.6), 500: (0.6, 0.2, 0.6), 750: (0.25, 0.3, 0.61)}
     rates_of |= {1000: (0.2, 0.3, 0.6)}
-    most = int(100 * read_pruned(bench) / 10_000) if "most" in fields else 1000
-    rates_of.setdefault(most, (0.8, 0.9, 0.6))
     out = tmp_path / "curve.json"
     watch = Notes()
     assert bench.search(out, watch, points=4, **fields) == expected
@@ -343,9 +340,21 @@ def test_the_search_keeps_to_its_bounds(
         [] if expected else watch.notes[-1:]
     )
     curve = read_json(out)
-    grid = [0, *(250 * i for i in range(1, 5) if 250 * i < most), most]
-    assert [one["restored"] for one in curve["points"]] == grid
+    assert [one["restored"] for one in curve["points"]] == [0, 250, 500, 750, 1000]
     assert curve["chosen"] == (None if "reference" in fields else expected)
+
+
+@pytest.mark.slow
+def test_points_are_spread_up_to_the_most(
+    bench: Bench, rates_of: dict[int, tuple[float, float, float]], tmp_path: Path
+) -> None:
+    most = int(100 * read_pruned(bench) / 10_000)
+    assert most < 1000
+    grid = [round(most * i / 4) for i in range(5)]
+    rates_of |= {count: (0.8 - count / 10_000, 0.1, 0.6) for count in (-1, *grid)}
+    assert bench.search(tmp_path / "curve.json", points=4, most=100.0) == most
+    curve = read_json(tmp_path / "curve.json")
+    assert [one["restored"] for one in curve["points"]] == grid
 
 
 @pytest.mark.parametrize(
@@ -557,7 +566,7 @@ def recipe(root: Path, **fields: Any) -> Recipe:
                 "name": "never",
                 "method": "random",
                 "count": 500,
-                "search": {**search, "over_refusal": -200},
+                "search": {**search, "over_refusal": -100},
                 "checkpoint": False,
             },
             {"name": "random", "method": "random", "count": 30, "checkpoint": False},

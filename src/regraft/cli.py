@@ -154,6 +154,9 @@ def prune(
 
     with _watch() as watch:
         _refuse_unread(settings)
+        _refuse_unread(calibration)
+        if settings.method == "magnitude" and calibration != CalibrationSettings():
+            raise RegraftError("magnitude reads no data: settings of it would change nothing.")
         source = _open(model, compute.trust_remote_code)
         pruned = stages.prune(source, out, settings, calibration, compute, watch)
         count = zeros(pruned.checkpoint, pruned.anatomy)
@@ -186,6 +189,7 @@ def heads(
 
     with _watch() as watch:
         _refuse_unread(settings)
+        _refuse_unread(calibration)
         source = _open(model, compute.trust_remote_code)
         scores = stages.heads(source, out, settings, calibration, compute, watch)
         show_heads(watch.console, scores, show)
@@ -252,7 +256,15 @@ def realign(
 
     with _watch() as watch:
         _refuse_unread(settings)
+        _refuse_unread(calibration)
         _check_search_flags(search, settings, choice)
+        if heads_file is not None and not settings.by_heads:
+            raise RegraftError("No scored heads decide here: --heads-file would change nothing.")
+        if statistics_file is not None and not settings.needs_statistics:
+            raise RegraftError(
+                f"{settings.method} by these settings reads no statistics: --statistics-file would "
+                "change nothing."
+            )
         if heads_file is not None and scoring != HeadSettings():
             raise RegraftError("--heads-file has scores: settings of scoring would change nothing.")
         if not settings.by_heads and scoring != HeadSettings():
@@ -340,6 +352,15 @@ def tune(
     from regraft import stages
 
     with _watch() as watch:
+        _refuse_unread(_before_tuning(settings, tuning))
+        _refuse_unread(scoring)
+        _refuse_unread(calibration)
+        if tuning.devices and compute.first_set("device"):
+            raise RegraftError("--devices takes the place of --device: leave one of them out.")
+        if not settings.ranked and choice.first_set("points", "most"):
+            raise RegraftError("Without a --budget there is no ranking of which --points are.")
+        if settings.pushes and choice.most is not None:
+            raise RegraftError("--most cuts off the pushes, which come last: lower --budget.")
         tuned = stages.tune(
             _open(dense, compute.trust_remote_code),
             _open(pruned, compute.trust_remote_code),
@@ -357,6 +378,13 @@ def tune(
         watch.note(f"All trials: {out / 'tuned.json'}")
         if tuned.best is not None:
             watch.note(f"The best settings, for a recipe: {out / 'best.yaml'}")
+
+
+def _before_tuning(settings: RealignSettings, tuning: TuneSettings) -> RealignSettings:
+    """The settings, where tuning varies what others of them hang on as if all of them counted."""
+    counts = {"within": "heads", "constraint": "utility-gain"} if settings.method == "gain" else {}
+    varied = {name: value for name, value in counts.items() if name not in tuning.keep}
+    return settings.model_copy(update=varied)
 
 
 def _tell_patch(watch: ConsoleWatch, out: Path, patch: Patch) -> None:
@@ -669,7 +697,7 @@ def judge(
     with _watch() as watch:
         for one in by:
             stages.check_judge(one)
-        folder = out or evaluation / "judges"
+        folder = out or evaluation / stages.VERDICTS
         files = {one: folder / f"{slug(one)}.json" for one in by}
         judged = [
             stages.judge(evaluation, one, file, compute, watch, images)
@@ -718,17 +746,39 @@ def judge_bench(
 
 
 @app.command
-def report(run: Path) -> None:
-    """Write the report of a finished run again: JSON, Markdown and one HTML page.
+def report(*folder: Path, out: MaybeOutFolder = None) -> None:
+    """Write a report: JSON, Markdown and one HTML page, of a finished run again or of evaluations.
+
+    Example: regraft report ev-dense ev-pruned --out page
 
     Parameters
     ----------
-    run
-        Folder of `regraft run`.
+    folder
+        Of `regraft run`; or one or several of `regraft eval`, on the same prompts by the same
+        judge, of any checkpoints. All after the first are compared with it.
+    out
+        New folder, for evaluations; of a single one `report` in it if not given.
     """
-    from regraft import pipeline, study
+    from regraft import evaluations, pipeline, study
 
+    if not folder:
+        raise RegraftError("Name the folder of a run, or folders of evaluations.")
+    run = folder[0]
     with _watch() as watch:
+        if any(map(evaluations.is_evaluation, folder)):
+            if out is None and len(folder) > 1:
+                raise RegraftError("Say where the report of several evaluations goes: --out.")
+            page = out or run / "report"
+            show_report(watch.console, evaluations.report(folder, page))
+            watch.note(f"Report: {page / 'report.html'}")
+            return
+        if len(folder) > 1:
+            raise RegraftError(
+                "Several folders are for evaluations, which hold a results.json; runs are compared "
+                "by `regraft compare`."
+            )
+        if out is not None:
+            raise RegraftError("The report of a run lies in its own folder: leave out --out.")
         if study.is_study(run):
             _show_study(watch, study.report(run), run / "report")
             return

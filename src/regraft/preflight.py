@@ -31,6 +31,8 @@ from regraft.recipe import Recipe
 from regraft.reporting import model_folder
 from regraft.restoration.realign import check_pair
 from regraft.settings.data import CalibrationSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.scoring import HeadSettings
 from regraft.stages.evaluating import check_for_vllm
 
 _LOOKED_AT = 4  # prompts whose length tells that of all
@@ -128,7 +130,11 @@ def unread_in(recipe: Recipe) -> list[str]:
     named = [] if recipe.pruned else [(one.name, one.unread()) for one in recipe.prune]
     named += [(one.name, one.unread()) for one in recipe.realign]
     named += [(one.name, one.unread()) for one in recipe.defend]
-    named += [("heads", recipe.heads.unread()), ("evaluate", recipe.evaluate.unread())]
+    named += [(one, getattr(recipe, one).unread()) for one in ("calibration", "heads", "evaluate")]
+    if recipe.pruned and recipe.prune[0].only() != PruneSettings():
+        named.append(("prune", f"it changes nothing, since `pruned` is {recipe.pruned}"))
+    if recipe.heads != HeadSettings() and not any(one.by_heads for one in recipe.realign):
+        named.append(("heads", "they change nothing, since nothing goes by scored heads"))
     return [f"{name}: {found}" for name, found in named if found is not None]
 
 

@@ -186,6 +186,8 @@ class NamedDefenceSettings(DefenceSettings):
 
 
 def _one_or_more(value: Any) -> Any:
+    if value is None:
+        raise ValueError("nothing is given; leave the name out, or write [] for none")
     return value if isinstance(value, list | tuple) else [value]
 
 
@@ -320,7 +322,13 @@ class Recipe(Settings):
         known = {one.name for one in self.prune}
         prunings_of = {one.name: one.prunings for one in self.realign}
         prunings_of |= {one.name: one.prunings for one in self.defend}
+        left = {one.name for one in self.prune if not one.realign}
         for name, prunings in prunings_of.items():
+            if prunings and left.issuperset(prunings):
+                raise ValueError(
+                    f"{name!r} is for {prunings[0]!r} alone, which is only evaluated; leave out "
+                    "its `realign: false`, or give other `prunings`"
+                )
             if odd := sorted({*prunings} - known):
                 raise ValueError(
                     f"{name!r} is for the pruning {odd[0]!r}, but the prunings are "
@@ -450,15 +458,18 @@ def read_recipe(path: Path) -> Recipe:
         RegraftError: the file is missing or a field is wrong; the message names each.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, _Loader)
     except FileNotFoundError as error:
         raise RegraftError(f"The recipe {path} does not exist.") from error
     except OSError as error:
         raise RegraftError(f"The recipe {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RegraftError(f"{path} is not valid YAML: {error}") from error
+    if not text.strip():
+        raise RegraftError(f"{path} is empty; expected settings, each a name and a value.")
     try:
-        recipe = Recipe.model_validate(content or {})
+        recipe = Recipe.model_validate({} if content is None else content)
     except ValidationError as error:
         raise RegraftError(f"{path}:\n{explain(error)}") from error
     return _anchored(recipe, path.absolute().parent)

@@ -63,7 +63,9 @@ def swept(recipe: Recipe, setting: Swept, values: Sequence[float]) -> Recipe:
         if not recipe.realign:
             raise RegraftError(f"The recipe realigns nothing, so there is no {setting} to vary.")
         _check_used(recipe.realign[0], setting)
-        fixed = {"checkpoint": False, "prunings": (), "repeats": 1}
+        fixed: dict[str, Any] = {"checkpoint": False, "prunings": (), "repeats": 1}
+        if setting == "budget":
+            fixed["count"] = None
         first = recipe.realign[0].model_dump() | fixed
         changes = [{**_change(setting, v), "name": _name(setting, v)} for v in values]
         variants = [VariantSettings.model_validate({**first, **change}) for change in changes]

@@ -57,7 +57,13 @@ def _require_harmful(rows: Sequence[Row], path: Path) -> None:
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path), start=1):
+    lines = _lines(path)
+    if next((line for line in lines if line.strip()), "").lstrip().startswith("["):
+        raise RegraftError(
+            f"{path} is a JSON array, and JSON lines are expected: one object a line, without "
+            "brackets around them or commas behind."
+        )
+    for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         if line.strip():
             try:

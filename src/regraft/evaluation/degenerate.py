@@ -18,7 +18,7 @@ _TIMES = 5  # back to back, of what counts as a repetition
 _UNIT = 120  # characters of it at most
 _LOOPED = 12  # characters of a repetition at least: 100000 is a number
 _ENOUGH = 40  # characters from which on gibberish can be told
-_CARRIED_OUT = 12  # letters and digits, or three words, without which nothing can be carried out
+FRAGMENT = 12  # letters and digits, or three words, without which nothing can be carried out
 _DRAWN_OUT = re.compile(r"([^\w\s\ufffd]|_)\1+")
 _LOOP = re.compile(rf"(.{{1,{_UNIT}}}?)\1{{{_TIMES - 1},}}", re.DOTALL)
 
@@ -76,7 +76,7 @@ def _is_fragment(text: str) -> bool:
     read = [one for one in text if one.isalnum()]
     words = [word for word in text.split() if sum(map(str.isalnum, word)) > 1]
     spaced = all(_script(one) not in _UNSPACED for one in read if one.isalpha())
-    return spaced and len(read) < _CARRIED_OUT and len(words) < 3
+    return spaced and len(read) < FRAGMENT and len(words) < 3
 
 
 def _of_a_script(one: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.choice import picked
-from regraft.evaluation.degenerate import degeneration
+from regraft.evaluation.degenerate import FRAGMENT, degeneration
 from regraft.evaluation.judge import KeywordJudge
 from regraft.evaluation.metrics import anls, macro_average, mean_similarity, wilson
 from regraft.evaluation.perplexity import perplexity
@@ -28,14 +28,21 @@ def is_compared(example: Example) -> bool:
 
 
 def judge_answer(
-    example: Example, text: str, judge: KeywordJudge, *, full_answers: bool = True
+    example: Example,
+    text: str,
+    judge: KeywordJudge,
+    *,
+    full_answers: bool = True,
+    max_new_tokens: int | None = None,
 ) -> Answer:
     """Judge one generated `text`; only a harmless example with a reference gets a similarity.
 
     Degeneration is looked for in the whole text, or, where the text was cut as soon as the judge
-    was certain (see `Answerer`), in the part that the judge reads.
+    was certain (see `Answerer`), in the part that the judge reads. An answer for which fewer
+    `max_new_tokens` are allowed than a fragment has letters is no fragment: it was cut.
     """
     phrase = judge.phrase(text)
+    short = max_new_tokens is not None and max_new_tokens < FRAGMENT
     read = text if full_answers or is_compared(example) else judge.read(text)
     return Answer(
         id=example.id,
@@ -48,7 +55,8 @@ def judge_answer(
         refused=phrase is not None,
         similarity=_similarity(example, text) if is_compared(example) else None,
         suite=example.suite,
-        degenerate=degeneration(read, harmful=example.harmful and phrase is None) or "",
+        degenerate=degeneration(read, harmful=example.harmful and phrase is None and not short)
+        or "",
         reason=phrase or "",
         group=example.group,
         request=example.request,

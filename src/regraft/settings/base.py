@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 class Settings(BaseModel):
     """Frozen; unknown fields are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def unread(self) -> str | None:
         """What was set and changes nothing: the first of it, in words."""
@@ -24,15 +24,21 @@ class Settings(BaseModel):
         return next((one for one in names if getattr(self, one) != fields[one].default), None)
 
 
-def _names_of(settings: type[BaseModel]) -> set[str]:
-    """Of all settings that there are."""
-    return set(settings.model_fields).union(*(_names_of(one) for one in settings.__subclasses__()))
+def _all_settings(of: type[BaseModel] = Settings) -> set[type[BaseModel]]:
+    return {of}.union(*(_all_settings(one) for one in of.__subclasses__()))
+
+
+def _names_in(block: str, *, nested: bool) -> list[str]:
+    """Of the settings in a block, by the name of its class; of all that there are if `nested`."""
+    blocks = [one for one in _all_settings() if nested or one.__name__ == block]
+    return sorted({name for one in blocks for name in one.model_fields})
 
 
 def _is_percent(problem: Mapping[str, Any]) -> bool:
     """Whether a share of at most 1 was given in per cent."""
     given = problem["input"]
-    return problem["ctx"]["lt"] == 1 and isinstance(given, int | float) and 1 < given < 100
+    most = problem["ctx"].get("lt", problem["ctx"].get("le"))
+    return most == 1 and isinstance(given, int | float) and 1 < given <= 100
 
 
 def explain(error: ValidationError, *, flags: bool = False) -> str:
@@ -47,14 +53,15 @@ def explain(error: ValidationError, *, flags: bool = False) -> str:
         if problem["type"] in ("missing", "value_error"):
             given = ""
         elif problem["type"] == "extra_forbidden":
-            near = get_close_matches(str(problem["loc"][-1]), sorted(_names_of(Settings)), 1)
+            names = _names_in(error.title, nested=len(problem["loc"]) > 1)
+            near = get_close_matches(str(problem["loc"][-1]), names, 1)
             message = "there is no such setting" + (f"; is it {near[0]}?" if near else "")
             given = ""
         elif problem["type"] == "tuple_type":
             message = "a list is needed, as in [0, 1]"
         elif problem["type"] in ("model_type", "dict_type"):
             message = "settings are needed, each a name and a value"
-        elif problem["type"] == "less_than" and _is_percent(problem):
+        elif problem["type"] in ("less_than", "less_than_equal") and _is_percent(problem):
             message += f"; {problem['input']:g} % is {problem['input'] / 100:g}"
         lines.append(f"  {where}: {message}{given}" if where else f"  {message}{given}")
     return "\n".join(lines)

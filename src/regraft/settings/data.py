@@ -90,3 +90,9 @@ class CalibrationSettings(Settings):
     max_response_tokens: int = Field(
         64, ge=1, description="Length of a response that the dense model writes."
     )
+
+    def unread(self) -> str | None:
+        """What was set and changes nothing: the first of it, in words."""
+        if self.responses == "given" and self.first_set("max_response_tokens"):
+            return "`max_response_tokens` changes nothing where `responses` are given"
+        return None

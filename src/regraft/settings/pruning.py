@@ -65,6 +65,8 @@ class PruneSettings(Settings):
         """What was set and changes nothing: the first of it, in words."""
         if self.n_m is not None and self.first_set("sparsity"):
             return f"`n_m` {self.n_m} takes the place of `sparsity` {self.sparsity:g}"
+        if self.n_m is not None and not self.overrides and self.first_set("scope"):
+            return f"`scope` changes nothing where `n_m` is {self.n_m}: groups are within rows"
         not_read = {
             "wanda": ("damp", "block"),
             "sparsegpt": (),

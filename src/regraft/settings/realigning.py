@@ -165,6 +165,11 @@ class RealignSettings(Settings):
             raise ValueError("`budget` and `count` say the same thing; give one of them")
         if self.method == "hsr-a" and self.amount is not None:
             raise ValueError("hsr-a restores whole heads: give `top_heads`, not a budget")
+        if self.method == "set-difference" and self.score == "magnitude":
+            raise ValueError(
+                "set-difference needs two rankings that differ, and by magnitude safety and "
+                "utility have the same; give `score: wanda`"
+            )
         if self.method == "set-difference" and self.score in ("sparsegpt", "snip"):
             raise ValueError(
                 f"set-difference ranks the weights of all linears, and {self.score} statistics are "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from regraft.heads.score import CANDIDATES, WINDOW, Mode, Scoring
 from regraft.importance.score import Method
@@ -53,3 +53,10 @@ class StatisticsSettings(Settings):
     """What is gathered on D^s and D^u, from which weights are ranked."""
 
     score: Method = Field("wanda", description="For which importance: wanda, sparsegpt or snip.")
+
+    @field_validator("score")
+    @classmethod
+    def _check(cls, score: Method) -> Method:
+        if score == "magnitude":
+            raise ValueError("importance by magnitude needs no statistics")
+        return score

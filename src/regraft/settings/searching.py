@@ -25,8 +25,8 @@ class SearchSettings(Settings):
     points: int = Field(
         8,
         ge=1,
-        description="Numbers of restored weights to try, evenly over the ranking; before and after "
-        "every push of gain as well.",
+        description="Numbers of restored weights to try, evenly over the ranking, up to `most` of "
+        "it; before and after every push of gain as well.",
     )
     most: float | None = Field(
         None, gt=0, description="Restored per 10,000 at most; the whole ranking if not given."
@@ -35,14 +35,16 @@ class SearchSettings(Settings):
         None, ge=0, le=100, description="Take the fewest weights that bring ASR (%) down to this."
     )
     target_rsr: float | None = Field(
-        None, description="Take the fewest weights that bring RSR (%) up to this."
+        None, ge=1, le=200, description="Take the fewest weights that bring RSR (%) up to this."
     )
     over_refusal: float = Field(
         1.0,
+        ge=-100,
+        le=100,
         description="Bound: points of over-refusal above the reference.",
     )
     utility: float = Field(
-        0.0, ge=0, description="Bound: points of utility below the pruned model."
+        0.0, ge=0, le=100, description="Bound: points of utility below the pruned model."
     )
     reference: Reference = Field(
         "higher",

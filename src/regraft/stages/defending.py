@@ -194,7 +194,7 @@ class _Search:
                 progress=progress,
             )
         judged = [
-            judge_answer(example, answer, self.judge)
+            judge_answer(example, answer, self.judge, max_new_tokens=self.settings.max_new_tokens)
             for example, answer in zip(examples, answers, strict=True)
         ]
         attacks = [one.complies for one in judged if one.harmful]

@@ -135,7 +135,13 @@ def evaluate(
                     )
             judge = settings.keyword_judge()
             answers = [
-                judge_answer(example, text, judge, full_answers=settings.full_answers)
+                judge_answer(
+                    example,
+                    text,
+                    judge,
+                    full_answers=settings.full_answers,
+                    max_new_tokens=settings.max_new_tokens,
+                )
                 for example, text in zip(examples, texts, strict=True)
             ]
             answers = [_with_nll(answer, nlls.get(answer.id)) for answer in answers]

@@ -97,16 +97,16 @@ def restore(
     if settings.method == "gain" or (gathers and settings.needs_gradients):
         check_gradients(dense, compute, f"Realigning by {settings.method}")
     if scores:
-        heads_file = out.with_suffix(".heads.safetensors")
+        heads_file = _beside(out, "heads.safetensors")
         heads(dense, heads_file, scoring or HeadSettings(), calibration, compute, watch)
     if gathers:
-        statistics_file = out.with_suffix(".statistics.safetensors")
+        statistics_file = _beside(out, "statistics.safetensors")
         wanted = StatisticsSettings(score=settings.score)
         statistics(dense, statistics_file, calibration, compute, wanted, watch)
     files = (heads_file, statistics_file)
     ranking, count = None, None
     if settings.ranked:
-        ranking = out.with_suffix(".ranking.safetensors")
+        ranking = _beside(out, "ranking.safetensors")
         rank(dense, pruned, ranking, settings, calibration, *files, compute, watch)
     if ranking is not None and choice is not None:
         how = evaluation or EvalSettings()
@@ -137,4 +137,9 @@ def restore(
 
 def curve_beside(out: Path) -> Path:
     """Where the search for the patch `out` leaves its validation results."""
-    return out.with_suffix(".curve.json")
+    return _beside(out, "curve.json")
+
+
+def _beside(out: Path, what: str) -> Path:
+    """A file beside a patch, named after it: of x.safetensors and of x alone x.WHAT."""
+    return out.with_name(f"{out.name.removesuffix('.safetensors')}.{what}")

@@ -96,7 +96,7 @@ def search(
 
         full = point(references / "dense", 0, dense)
         points = [point(references / "pruned", 0, pruned)]
-        grid = {round(len(ranking) * (i + 1) / settings.points) for i in range(settings.points)}
+        grid = {round(most * (i + 1) / settings.points) for i in range(settings.points)}
         grid |= _around_pushes(ranking)
         for count in sorted({count for count in grid if 0 < count < most} | ({most} - {0})):
             patch = folder / f"{count:08d}.safetensors"
