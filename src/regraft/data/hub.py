@@ -8,6 +8,7 @@ from pathlib import Path
 from regraft.errors import RegraftError
 
 PREFIX = "hf:"
+_ALONE = (".csv", ".tsv", ".txt")
 _ADDRESS = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<inner>.+))?")
 
 
@@ -22,6 +23,9 @@ def is_on_hub(path: Path) -> bool:
 
 def located(path: Path) -> Path:
     """A path as it is, or for "hf:ORG/NAME[@REVISION][/PATH]" where the download lies.
+
+    All of the data set is had, since images lie beside files that name them, but for a table or a
+    list of prompts, which is a file by itself.
 
     Raises:
         RegraftError: the address is malformed, or the data set cannot be had.
@@ -38,9 +42,12 @@ def located(path: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    name = match["name"]
+    name, inner = match["name"], match["inner"] or ""
+    wanted = [inner] if inner.lower().endswith(_ALONE) else None
     try:
-        folder = snapshot_download(name, repo_type="dataset", revision=match["revision"])
+        folder = snapshot_download(
+            name, repo_type="dataset", revision=match["revision"], allow_patterns=wanted
+        )
     except GatedRepoError as error:
         raise RegraftError(
             f"{name} is gated: accept its terms on its page, then `hf auth login`."
@@ -54,4 +61,4 @@ def located(path: Path) -> Path:
             f"{text} could not be had from the hub: {str(error).splitlines()[0]} Without a network "
             "give the path of a copy on disk."
         ) from error
-    return Path(folder, match["inner"] or "")
+    return Path(folder, inner)

@@ -93,6 +93,11 @@ def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
             the header.
     """
     csv.field_size_limit(2**31 - 1)  # images stand in cells
+    if path.suffix == ".parquet":
+        raise RegraftError(
+            f"{path} is a Parquet file, which is not read here. {what} Get the file in its own "
+            f"format, or write it as {'TSV' if tabs else 'CSV'} with pandas."
+        )
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
             parts = "\t" if tabs else ","
