@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ import yaml
 from regraft.report.all_answers import answer_data
 from regraft.report.model import Report, comparisons
 from regraft.report.write import card_variant, render_card, render_html, render_markdown
-from test_report import ATTACK, REPORT
+from test_report import ATTACK, REPORT, alone, of_places
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: Debian's package chromium")
@@ -100,9 +101,11 @@ def test_the_filter_filters(
 def test_harmful_answers_are_folded_and_the_reason_is_told(look: Look, page: str) -> None:
     dom, _ = look(page, "#all-answers?text=prompt+39")
     listed = dom.split('<div id="answer-list">')[1]
-    assert '<details class="example"><summary>' in listed
+    (summary,) = re.findall(r'<details class="example"><summary>(.*?)</summary>', listed)
     assert "■ refused: “sorry”" in listed
-    assert "&lt;img src=x&gt; prompt 39" in listed
+    assert "&lt;img src=x&gt; prompt 39" in listed.replace(summary, "")
+    assert "prompt 39" not in summary
+    assert "category 0 · h39" in summary
     harmless, _ = look(page, "#all-answers?text=question+19")
     assert '<details class="example harmless" open="">' in harmless
 
@@ -119,6 +122,40 @@ def test_nothing_is_wider_than_the_screen(look: Look, page: str, width: int) -> 
     assert found is not None
     wide, screen = json.loads(found[1])
     assert wide <= screen
+
+
+@browser
+def test_values_of_suites_are_seen_on_a_phone(look: Look) -> None:
+    """In a frame as wide as one: windows of the browser are wider."""
+    report = replace(REPORT, variants=tuple(map(of_places, REPORT.variants)))
+    probe = (
+        "<script>if (innerWidth === 390) {"
+        "const cells = [...document.querySelectorAll('.wide tbody tr td:nth-child(2) b')];"
+        "const seen = cells.map((b) => { b.scrollIntoView({block: 'center', inline: 'nearest'});"
+        "b.closest('.wide').scrollLeft = 0; const box = b.getBoundingClientRect();"
+        "return document.elementFromPoint(box.right - 1, box.top + box.height / 2) === b; });"
+        "parent.postMessage(JSON.stringify([innerWidth, seen]), '*'); }</script></body>"
+    )
+    inner = render_html(report, comparisons(report)).replace("</body>", probe)
+    outer = (
+        f'<title>none</title><iframe style="width:390px;height:800px;border:0" srcdoc="'
+        f'{html.escape(inner)}"></iframe>'
+        "<script>onmessage = (event) => { document.title = event.data; }</script>"
+    )
+    dom, _ = look(outer)
+    found = re.search(r"<title>(\[.*?\])</title>", dom)
+    assert found is not None
+    width, seen = json.loads(found[1])
+    assert (width, len(seen) > 6, all(seen)) == (390, True, True)
+
+
+@browser
+def test_unrelated_models_are_filtered_by_what_they_do(look: Look) -> None:
+    report = alone(*REPORT.variants[:3])
+    page = render_html(report, comparisons(report))
+    dom, log = look(page, "#all-answers?kind=harmful&change=differing")
+    assert "CONSOLE" not in log, log
+    assert (len(_entries(dom)), _entries(dom)[0]) == (20, "h5")
 
 
 def test_the_data_of_the_answers(page: str) -> None:
@@ -200,7 +237,8 @@ def test_the_card_has_metadata_that_the_hub_reads() -> None:
         "utility": 85.0,
     }
     assert "| the realigned model | 60 % | 5 | 25.0 [14.2, 40.2] | 15.0 [5.2, 36.0] |" in text
-    assert "regraft apply PRUNED PATCH --out MODEL" in text
+    assert metadata["pipeline_tag"] == "image-text-to-text"
+    assert "regraft apply pruned 'patches/the realigned.safetensors' --out MODEL" in text
     assert "# A title &amp; more" in text or "# A title & more" in text
 
 

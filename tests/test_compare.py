@@ -14,10 +14,12 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import pico
 from disk import write_data
 from regraft import cli, comparing, stages, study
+from regraft.console import show_study
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.curves import curve_to_json
@@ -284,6 +286,10 @@ def test_models_that_say_nothing_are_shown_to() -> None:
     assert row.degenerate.value == 1
     for page in (render_comparison_html(study), render_comparison_markdown(study)):
         assert "Says nothing" in page
+    for one_study, there in ((study, True), (compare([one]), False)):
+        with (console := Console(width=200)).capture() as shown:
+            show_study(console, one_study)
+        assert ("nothing %" in shown.get()) == there
     assert not compare([one]).silent
     assert "Says nothing" not in render_comparison_markdown(compare([one]))
 
@@ -364,7 +370,7 @@ def test_price_is_set_beside_the_gain(pooled: Study) -> None:
 
 
 def test_each_harmful_suite_has_its_own_numbers(pooled: Study) -> None:
-    assert pooled.suites == ("safebench:figstep#even", "jsonl:mmsb.jsonl")
+    assert pooled.suites == ("safebench#even", "mmsb")
     row = rows_of(pooled)["hsr"]
     for place, suite in enumerate(pooled.suites):
         own, base, dense = (
@@ -447,7 +453,7 @@ def test_page_and_text_show_every_row(pooled: Study) -> None:
     page = render_comparison_html(replace(pooled, title="A <b> title", tables=tables))
     text = render_comparison_markdown(replace(pooled, tables=tables))
     for shown in (page, text):
-        for words in ("random (x2)", "worse †", "not distinguishable", "better", "safebench:fig"):
+        for words in ("random (x2)", "worse †", "not distinguishable", "better", "safebench#even"):
             assert words in shown, words
     assert "A &lt;b&gt; title" in page
     assert "http" not in page.replace("http://www.w3.org", ""), "the page is not self-contained"

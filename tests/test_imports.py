@@ -27,7 +27,17 @@ ORDER = (
         "stages",
         "folder",
     ),
-    *("reporting", "comparing", "preflight", "pipeline", "study", "analysis", "console", "cli"),
+    *(
+        "reporting",
+        "evaluations",
+        "comparing",
+        "preflight",
+        "pipeline",
+        "study",
+        "analysis",
+        "console",
+        "cli",
+    ),
 )
 FREE = {"regraft", "errors", "files", "artifact", "watch", "ranks", "costs", "data.example"}
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]

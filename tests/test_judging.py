@@ -93,6 +93,43 @@ def test_two_keyword_judges_by_hand(tmp_path: Path) -> None:
     assert verdicts["1"] == {"refused": True, "unsafe": None, "reason": "legally"}
 
 
+def test_answers_that_say_nothing_are_counted_of_every_judge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = (*TEXTS, (False, ""), (True, "sorry " * 30))
+    folder = _evaluation(tmp_path / "evaluation", texts=texts)
+    assert stages.own(folder).degenerate == {"harmful": 1, "harmless": 1}
+    with pytest.raises(SystemExit, match="0"):
+        main(["judge", str(folder), "--by", "gcg-1"])
+    rows = capsys.readouterr().out.splitlines()
+    assert "1 harmful, 1 harmless" in next(row for row in rows if REGRAFT_2.name in row)
+    assert "2 harmful, 1 harmless" in next(row for row in rows if "│ gcg-1" in row)
+    assert any(row.startswith("Say nothing: degenerate answers") for row in rows)
+    written = json.loads((folder / "judges" / "gcg-1.json").read_text())
+    assert written["result"]["degenerate"] == {"harmful": 2, "harmless": 1}
+
+
+def test_opinions_are_the_verdicts_beside_an_evaluation(tmp_path: Path) -> None:
+    folder = _evaluation(tmp_path / "evaluation")
+    assert stages.opinions(folder) == ()
+    with pytest.raises(SystemExit, match="0"):
+        main(["judge", str(folder), "--by", "vlguard-1", "--by", "gcg-1"])
+    gcg, vlguard = stages.opinions(folder)
+    assert (gcg[0].judge, vlguard[0].judge) == ("gcg-1", "vlguard-1")
+    assert vlguard[0].asr == wilson(0, 3)
+    attacks, refusals = vlguard[1]
+    assert (attacks.one, attacks.other, attacks.share) == (
+        REGRAFT_2.name,
+        "vlguard-1",
+        wilson(2, 3),
+    )
+    assert refusals.share == wilson(2, 2)
+    answers = folder / "answers.jsonl"
+    answers.write_text(answers.read_text().replace("Two eggs", "Ten eggs"))
+    with pytest.raises(RegraftError, match=r"gcg-1.json judges other answers than"):
+        stages.opinions(folder)
+
+
 def test_judging_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = _evaluation(tmp_path / "evaluation")
     first = _judge(folder, "gcg-1")
@@ -775,7 +812,7 @@ def test_unread_answers_are_left_out() -> None:
 
 def test_kappa_is_by_kind_and_of_every_pair() -> None:
     """Attacks nearly always succeed and nobody is over-refused: in one table that is agreement."""
-    texts = [(True, "Sure.")] * 10 + [(False, "Fine.")] * 10
+    texts = [(True, "Sure, like this.")] * 10 + [(False, "Fine.")] * 10
     answers = [
         judge_answer(Example(str(i), "p", harmful, "c"), text, REGRAFT_2)
         for i, (harmful, text) in enumerate(texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -10,13 +11,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from regraft.console import show_report
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import REGRAFT_1
 from regraft.evaluation.metrics import bootstrap_rsr, mcnemar, rsr, wilson
 from regraft.evaluation.results import Answer, Estimate
 from regraft.evaluation.summary import judge_answer, summarise
+from regraft.evaluation.verdicts import Agreement, Judged
+from regraft.report.addresses import short_names
 from regraft.report.examples import choose_examples, shown_variants
 from regraft.report.figures import (
     category_figure,
@@ -29,6 +34,7 @@ from regraft.report.figures import (
 from regraft.report.model import (
     DataAccount,
     HeadMap,
+    Opinion,
     Report,
     Variant,
     comparisons,
@@ -84,7 +90,7 @@ def variant(name: str, attacks: int, refusals: int, **numbers: object) -> Varian
 
 
 DENSE = variant("dense", 5, 1)
-PRUNED = variant("pruned", 25, 2, base="dense", sparsity=0.6, pruned=1_000_000)
+PRUNED = variant("pruned", 25, 2, base="dense", sparsity=0.6, pruned=1_000_000, checkpoint="pruned")
 REALIGNED = variant(
     "realigned",
     10,
@@ -95,6 +101,7 @@ REALIGNED = variant(
     pruned=1_000_000,
     restored_by_module={"self_attn.q_proj": (300, 0, 17), "mlp.up_proj": (100, 83)},
     heads=((0, 1), (1, 0)),
+    patch="patches/the realigned.safetensors",
 )
 RANDOM = variant("random", 24, 2, base="pruned", sparsity=0.5995, restored=500, pruned=1_000_000)
 BACKWARDS = (
@@ -619,8 +626,21 @@ def test_harmful_answers_are_folded(page: str) -> None:
     assert page.count('<details class="example">') == 12
     assert "<details open" not in page
     before, folded = _markup(page).split("<details", 1)
-    assert "alert" not in before
-    assert "alert" not in folded.rsplit("</details>", 1)[1]
+    behind = folded.rsplit("</details>", 1)[1]
+    seen = (before, behind, *re.findall(r"<summary>.*?</summary>", page, re.DOTALL))
+    for words in ("alert", "&lt;img src=x&gt; prompt"):
+        assert words in folded
+        assert not any(words in part for part in seen)
+
+
+def test_harmful_requests_are_folded_in_markdown_and_reasons_told(text: str) -> None:
+    before, rest = text.split("<details>", 1)
+    folded, behind = rest.split("</details>", 1)
+    for words in ("src=x> prompt", "alert"):
+        assert words in folded
+        assert words not in before + behind
+    assert "■ refused, by “sorry”" in folded
+    assert "the dense model: ■ refused, by “sorry”" in behind
 
 
 def test_the_table_shows_the_numbers_given(page: str) -> None:
@@ -652,11 +672,22 @@ def test_the_markdown_table_shows_the_same(page: str, text: str) -> None:
 
 
 def test_data_recipe_versions_and_the_command_are_there(page: str, text: str) -> None:
-    for words in ("method: wanda", "some/out", "regraft apply PRUNED PATCH --out OUT", "A note."):
-        assert words in page
+    command = "regraft apply pruned 'patches/the realigned.safetensors' --out OUT"
+    for words in ("method: wanda", "some/out", command, "A note."):
+        assert words in html.unescape(page)
         assert words in text
+    assert "Take one patch" not in page
     row = Outline(page).row("calibration")
     assert row == ["calibration", "VLGuard", "2,000", "128", "not drawn: 1,872"]
+
+
+def test_of_several_patches_one_is_chosen() -> None:
+    more = replace(RANDOM, patch="patches/random.safetensors")
+    report = replace(REPORT, variants=(DENSE, PRUNED, REALIGNED, more))
+    text = render_markdown(report, comparisons(report))
+    assert "Take one patch: they are alternatives. Choose it by its row in the results" in text
+    assert "regraft apply pruned patches/random.safetensors --out OUT\n```" in text
+    assert "patches/random" not in render_card(report, comparisons(report))
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -786,9 +817,10 @@ def test_several_suites_have_a_table_of_their_own() -> None:
 
     report = replace(REPORT, variants=tuple(map(of_suites, REPORT.variants)))
     page = render_html(report, comparisons(report))
-    rows = [row for row in Outline(page).rows if row[:2] in (["a", "ASR"], ["b | c", "utility"])]
-    assert [row[3] for row in rows] == ["62.5 % [47.0, 75.8] 25 of 40", rows[1][3]]
-    assert rows[1][3].startswith("0.900 [")
+    rows = {row[0]: row for row in Outline(page).rows if row}
+    assert rows["a ASR"][2] == "62.5 % [47.0, 75.8] 25 of 40"
+    assert rows["b | c utility"][2].startswith("0.900 [")
+    assert "a says nothing" not in rows
     assert "By suite" not in render_html(REPORT, comparisons(REPORT))
     text = render_markdown(report, comparisons(report))
     start = text.index("| Suite | |")
@@ -796,6 +828,153 @@ def test_several_suites_have_a_table_of_their_own() -> None:
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
     assert lines[2].startswith("| a | ASR | 12.5 [5.5, 26.1] | 62.5 [47.0, 75.8] |")
     assert lines[3].startswith("| b \\| c | over-refusal | 5.0 [0.9, 23.6] |")
+
+
+PLACES = ("safebench:/home/me/data/figstep#even", "jsonl:/home/me/runs/titles-test.jsonl")
+
+
+def of_places(one: Variant, places: tuple[str, str] = PLACES) -> Variant:
+    """Its answers to harmful prompts as of the first place, its first five degenerate."""
+    given = [
+        replace(
+            answer,
+            suite=places[not answer.harmful],
+            **({"refused": False, "degenerate": "empty"} if i < 5 else {}),  # type: ignore[arg-type]
+        )
+        for i, answer in enumerate(one.result.answers)
+    ]
+    return replace(one, result=summarise(", ".join(places), JUDGE, given))
+
+
+def test_suites_have_short_names_and_their_addresses_beside_them() -> None:
+    accounts = (DataAccount("evaluation", "/home/me/data/figstep, /home/me/t.jsonl", 9, 9),)
+    report = replace(REPORT, variants=tuple(map(of_places, REPORT.variants)), data=accounts)
+    compared = comparisons(report)
+    page, text = render_html(report, compared), render_markdown(report, compared)
+    assert f'title="{PLACES[0]}">safebench#even <small>ASR</small></th>' in page
+    shown = re.sub(r"<[^>]*>", "", _markup(page))
+    for words in (shown, text):
+        assert "/home/me" not in words
+        assert "figstep, t.jsonl" in words
+        assert "safebench#even, titles-test" in words
+    assert Outline(page).row("safebench#even says nothing")[1] == "12.5 % [5.5, 26.1] 5 of 40"
+    assert "| safebench#even | says nothing | 12.5 [5.5, 26.1] |" in text
+    assert "| titles-test | over-refusal |" in text
+    assert "| titles-test | says nothing |" not in text
+
+
+def test_short_names_tell_suites_apart() -> None:
+    def short(*suites: str) -> list[str]:
+        return list(short_names(suites).values())
+
+    assert short("demo:test", "vlguard:/x/test.json#safe-safe", "prompts:/x/advbench.csv") == [
+        "demo:test",
+        "vlguard#safe-safe",
+        "advbench",
+    ]
+    assert short("jsonl:hf:org/name/a.b.jsonl#val", "mmbench:x.tsv#harmless") == [
+        "a.b#val",
+        "mmbench#harmless",
+    ]
+    assert short("ch3ef:/x/a", "ch3ef:/x/b") == ["ch3ef:a", "ch3ef:b"]
+    assert short("ch3ef:/x/a", "ch3ef:/y/a") == ["ch3ef:/x/a", "ch3ef:/y/a"]
+    assert short("a", "") == ["a", ""]
+
+
+# Unrelated models
+
+
+def alone(*variants: Variant, **fields: object) -> Report:
+    bare = [
+        Variant(v.name, v.name, v.result, base=variants[0].name if i else None)
+        for i, v in enumerate(variants)
+    ]
+    fields = {"recipe": {"settings": {"judge": "it"}}, **fields}
+    return Report("Evaluations", "", tuple(bare), unrelated=True, **fields)  # type: ignore[arg-type]
+
+
+def test_unrelated_models_are_compared_with_the_first() -> None:
+    report = alone(DENSE, PRUNED, REALIGNED)
+    found = comparisons(report)
+    dense, other, third = ([i < n for i in range(40)] for n in (5, 25, 10))
+    assert [(one.name, one.base, one.recovery) for one in found] == [
+        ("pruned", "dense", None),
+        ("realigned", "dense", None),
+    ]
+    assert [one.attacks for one in found] == [mcnemar(other, dense), mcnemar(third, dense)]
+    assert [one.attacks_verdict for one in found] == [
+        "worse than dense",
+        "not distinguishable from dense",
+    ]
+
+
+def test_a_page_of_unrelated_models_has_no_word_of_pruning() -> None:
+    renamed = [replace(v, name=n) for v, n in zip((DENSE, PRUNED, REALIGNED), "abc", strict=True)]
+    for models in (renamed, renamed[:1]):
+        report = alone(*models)
+        compared = comparisons(report)
+        page, text = render_html(report, compared), render_markdown(report, compared)
+        seen = re.sub(r"<(style|script).*?</\1>", "", page, flags=re.DOTALL)
+        for words in (seen, text):
+            assert not re.search(
+                r"prun|realign|restor|RSR|recipe|dense", re.sub(r"<[^>]*>", "", words), re.I
+            )
+            assert "What was run" in words
+        assert ("McNemar" in text, "of each model against a" in text) == (len(models) > 1,) * 2
+        assert len(Outline(page).row("1 a")) == (6 if len(models) > 1 else 4)
+        assert len({line.count("|") for line in text.splitlines() if line[:2] == "| "}) > 1
+    said = verdict(alone(*renamed), comparisons(alone(*renamed)))
+    assert said[0].startswith("a: ASR 12.5 % [5.5, 26.1] on 40 harmful prompts, over-refusal 5.0 %")
+    assert said[0].endswith("on 20.")
+    assert "On the same prompts: ASR worse than a (McNemar p < 0.001), over-refusal not" in said[1]
+
+
+def test_the_verdict_on_unrelated_models_has_its_caveats() -> None:
+    refuser = variant("refuser", 0, 20)
+    report = alone(DENSE, refuser)
+    assert verdict(report, comparisons(report))[1].endswith("refusing more of everything.")
+    report = alone(*(without(False, of_places(v)) for v in (DENSE, PRUNED)))
+    told = verdict(report, comparisons(report))
+    assert "5 answers to harmful prompts say nothing" in told[0]
+    assert told[-1].startswith("Over-refusal was not measured")
+
+
+def test_the_table_of_a_run_counts_answers_that_say_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = "Degenerate answers, neither refusals nor successful attacks."
+    show_report(
+        Console(width=200), replace(REPORT, variants=tuple(map(of_places, REPORT.variants)))
+    )
+    out = capsys.readouterr().out
+    assert f"{told} the dense model: 5 of 40 to harmful prompts; the pruned model: 5 of" in out
+    show_report(Console(width=200), REPORT)
+    assert told not in capsys.readouterr().out
+
+
+def test_examples_of_unrelated_models_tell_any_two_apart() -> None:
+    same = replace(DENSE, name="same")
+    harmful, _ = choose_examples(alone(DENSE, same, PRUNED))
+    assert sum(len({a.complies for a in row}) > 1 for row in harmful) == 9
+    assert len(harmful[0]) == 3
+
+
+def test_other_judges_stand_on_the_page() -> None:
+    judged = Judged("guard", wilson(10, 40), None, 2)
+    agreement = (Agreement("a", "guard", True, wilson(30, 40), 0.5),)
+    report = alone(DENSE, opinions=(Opinion("dense", judged, agreement),))
+    page, text = render_html(report, ()), render_markdown(report, ())
+    row = next(row for row in Outline(page).rows if row[1:2] == ["guard"])
+    assert row == [
+        "dense",
+        "guard",
+        "25.0 % [14.2, 40.2] 10 of 40",
+        "75.0\u00a0% [59.8,\u00a085.8] of 40, kappa 0.50".replace("\u00a0", " "),
+        "–",
+        "–",
+        "2",
+    ]
+    assert "| dense | guard | 25.0 % [14.2, 40.2], 10 of 40 | 75.0 % [59.8, 85.8] of 40" in text
 
 
 def test_perplexity_stands_on_the_page_where_it_was_measured(page: str) -> None:

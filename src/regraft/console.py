@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from regraft.analysis.relation import ModelPoint, Spearman
     from regraft.analysis.sweep import Sweep
     from regraft.evaluation.labelled import Bench
+    from regraft.evaluation.metrics import PairedTest, Recovery
     from regraft.evaluation.verdicts import Agreement, Judged
     from regraft.heads.score import HeadScores
     from regraft.report.compare import Study
-    from regraft.report.model import Report
+    from regraft.report.model import Report, Variant
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -134,11 +135,18 @@ def show_result(console: Console, result: EvalResult) -> None:
 
 def show_judged(console: Console, judged: Sequence[Judged]) -> None:
     """Print what several judges make of the same answers; the first is the evaluation's own."""
-    table = Table("judge", "ASR %", "over-refusal %", "unread")
+    table = Table("judge", "ASR %", "over-refusal %", "say nothing", "unread")
     for one in judged:
         rates = (_with_interval(rate) for rate in (one.asr, one.over_refusal))
-        table.add_row(Text(one.judge), *rates, str(one.unread))
+        silent = (f"{one.degenerate.get(kind, 0):,} {kind}" for kind in ("harmful", "harmless"))
+        table.add_row(Text(one.judge), *rates, ", ".join(silent), str(one.unread))
     console.print(table)
+    if any(one.degenerate for one in judged):
+        console.print(
+            "Say nothing: degenerate answers to harmful and to harmless prompts in which a judge "
+            "sees no refusal; they are no successful attacks, whatever it says.",
+            style="dim",
+        )
 
 
 def show_agreement(console: Console, found: Sequence[Agreement]) -> None:
@@ -251,19 +259,19 @@ def _with_interval(rate: Estimate | None) -> str:
 def show_report(console: Console, report: Report) -> None:
     """Print the table of a run: every model with sparsity, ASR, RSR, over-refusal, utility."""
     from regraft.report.model import comparisons  # scipy, slow to import
-    from regraft.report.words import broken
+    from regraft.report.words import broken, degenerate, tested_against
 
+    restoring, several = "realigned" in report.roles, len(report.variants) > 1
     patterned = any(variant.n_m for variant in report.variants)
     grouped = len(report.groups) > 1 and "realigned" in report.roles
     table = Table(
         "model",
         "sparsity",
-        "restored",
-        "per 10,000",
+        *(("restored", "per 10,000") if restoring else ()),
         *(("N:M",) if patterned else ()),
         "ASR %",
-        "RSR %",
-        "p",
+        *(("RSR %",) if restoring else ()),
+        *(("p",) if several else ()),
         "over-refusal %",
         "utility %",
         title=Text(report.title),
@@ -278,21 +286,47 @@ def show_report(console: Console, report: Report) -> None:
         table.add_row(
             Text(variant.label_in_group),
             f"{100 * variant.sparsity:.2f} %",
-            f"{variant.restored:,}" if variant.restored else "",
-            "" if variant.per_ten_thousand is None else f"{variant.per_ten_thousand:.2f}",
+            *(_came_back(variant) if restoring else ()),
             *((broken(variant),) if patterned else ()),
             _percent(variant.result.asr),
-            "" if recovery is None or recovery.value is None else f"{100 * recovery.value:.1f}",
-            "" if attacks is None else f"{attacks.p:.3f}" if attacks.p >= 0.001 else "< 0.001",
+            *((_recovered(recovery),) if restoring else ()),
+            *((_p_text(attacks),) if several else ()),
             _percent(variant.result.over_refusal),
             _percent(variant.result.utility),
         )
     console.print(table)
     console.print(
-        "Brackets are 95 % intervals; p is McNemar's exact test on the same harmful prompts, "
-        "of a pruned model against the dense one and of a realigned model against its pruned one.",
+        "Brackets are 95 % intervals"
+        + (
+            "; p is McNemar's exact test on the same harmful prompts, " + tested_against(report)
+            if several
+            else ""
+        )
+        + ".",
         style="dim",
+        markup=False,
     )
+    if silent := [v for v in report.variants if v.result.degenerate]:
+        told = "; ".join(f"{v.label}: {degenerate(v.result)}" for v in silent)
+        console.print(
+            f"Degenerate answers, neither refusals nor successful attacks. {told}.", markup=False
+        )
+
+
+def _came_back(variant: Variant) -> tuple[str, str]:
+    share = variant.per_ten_thousand
+    return (
+        f"{variant.restored:,}" if variant.restored else "",
+        "" if share is None else f"{share:.2f}",
+    )
+
+
+def _p_text(test: PairedTest | None) -> str:
+    return "" if test is None else f"{test.p:.3f}" if test.p >= 0.001 else "< 0.001"
+
+
+def _recovered(recovery: Recovery | None) -> str:
+    return "" if recovery is None or recovery.value is None else f"{100 * recovery.value:.1f}"
 
 
 def show_study(console: Console, study: Study) -> None:
@@ -307,6 +341,7 @@ def show_study(console: Console, study: Study) -> None:
             Column("method", overflow="fold"),
             *("per\n10,000", "ASR %", "RSR %", "p, Holm"),
             Column("verdict", min_width=len("distinguishable")),
+            *(("says\nnothing %",) if study.silent else ()),
             *("over-\nrefusal %", "from\npruned", "utility %"),
             Column("from\npruned", min_width=len("pruned")),
             title=Text(f"{study.title}: {table.pruning}"),
@@ -322,6 +357,7 @@ def show_study(console: Console, study: Study) -> None:
                 stacked(words.recovered_text(row.rsr)),
                 words.p_text(row.test),
                 row.test.verdict if row.test else "",
+                *((stacked(words.rate_text(row.degenerate)),) if study.silent else ()),
                 stacked(words.rate_text(row.over_refusal)),
                 words.points_text(row.over_refusal_from_pruned).partition(" ")[0],
                 stacked(words.rate_text(row.utility)),

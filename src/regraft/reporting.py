@@ -54,7 +54,11 @@ def read_report(folder: Path) -> Report:
     """
     place = RunFolder(folder)
     if not place.recipe.exists():
-        raise RegraftError(f"{folder} holds no run: there is no {RECIPE_FILE} in it.")
+        below = sorted(str(one.parent) for one in folder.glob("**/results.json"))[:5]
+        there = f" `regraft report` takes the evaluations in it: {', '.join(below)}."
+        raise RegraftError(
+            f"{folder} holds no run: there is no {RECIPE_FILE} in it.{there if below else ''}"
+        )
     recipe = read_recipe(place.recipe)
     place = RunFolder(folder, several=len(recipe.prune) > 1)
     evaluations = dict(_evaluations(place, recipe))
@@ -140,6 +144,7 @@ def _group(
         own,
         base="dense",
         series=series,
+        checkpoint=recipe.pruned or str(place.pruned(pruning.name).relative_to(place.path)),
         pruned=next((patch.about["pruned"] for patch in patches.values()), taken),
     )
     layers = open_source(
@@ -156,6 +161,7 @@ def _group(
             label=f"{name} ({_method(one)})",
             base=pruning.name,
             series=series,
+            patch=str(place.patch(pruning.name, one.name).relative_to(place.path)),
             restored=patch.restored,
             pruned=patch.about["pruned"],
             restored_by_module=restored_by_module(patch, layers),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Protocol
@@ -99,13 +100,15 @@ class Judged:
     """One judge on the answers of an evaluation.
 
     `asr` and `over_refusal` are None where the judge says nothing of such prompts, `unread` counts
-    the answers of which it says nothing at all.
+    the answers of which it says nothing at all. `degenerate` counts, by kind of prompt, the answers
+    that say nothing and in which the judge sees no refusal, as in `EvalResult`.
     """
 
     judge: str
     asr: Estimate | None
     over_refusal: Estimate | None
     unread: int
+    degenerate: Mapping[str, int] = field(default_factory=dict)
 
 
 def own_verdict(answer: Answer) -> Verdict:
@@ -135,6 +138,19 @@ def rate(
         if answer.harmful == harmful and (found := event(answer, verdict)) is not None
     ]
     return wilson(sum(events), len(events)) if events else None
+
+
+def silent(answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> dict[str, int]:
+    """Degenerate answers that are no refusals to a judge, by kind of prompt, where there are any.
+
+    They are no successful attacks either.
+    """
+    kinds = (
+        "harmful" if answer.harmful else "harmless"
+        for answer, verdict in zip(answers, verdicts, strict=True)
+        if answer.degenerate and not verdict.refused
+    )
+    return dict(Counter(kinds))
 
 
 def agreements(

@@ -31,6 +31,7 @@ from regraft.evaluation.metrics import (
 from regraft.evaluation.results import Answer, Estimate
 from regraft.evaluation.summary import alike, group_similarities
 from regraft.evaluation.tradeoff import Searched
+from regraft.report.addresses import short_names
 from regraft.report.model import SIGNIFICANCE, Report, Variant, paired_answers
 
 Role = Literal["dense", "pruned", "method"]
@@ -260,7 +261,7 @@ def compare(runs: Sequence[Run], against: Sequence[str] = (), seed: int = 0) -> 
     suites = tuple(
         dict.fromkeys(answer.suite for answer in first.dense.result.answers if answer.harmful)
     )
-    labels = _short(suites) if len(suites) > 1 else {}
+    labels = short_names(suites) if len(suites) > 1 else {}
     groups = list(zip(*(run.report.groups for run in runs), strict=True))
     cells = [one for group in groups for one in _methods(group, first.recipe)]
     row_of = {own: one.name for one in cells for own in (*one.own_names, one.name)}
@@ -303,12 +304,6 @@ def _check_alike(runs: Sequence[Run]) -> None:
             raise RegraftError(f"The run of seed {run.seed} has no model {min(missing)!r}.")
     if not runs[0].report.groups:
         raise RegraftError("There is no pruned model to compare with.")
-
-
-def _short(suites: Sequence[str]) -> dict[str, str]:
-    """Suite -> its name without folders, or in full where those would be the same."""
-    short = [re.sub(r"[^:#]*/", "", suite) for suite in suites]
-    return dict(zip(suites, short if len(set(short)) == len(short) else suites, strict=True))
 
 
 def _table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +22,10 @@ from regraft.evaluation.metrics import (
 )
 from regraft.evaluation.results import Answer, Estimate, EvalResult
 from regraft.evaluation.tradeoff import Searched
+from regraft.evaluation.verdicts import Agreement, Judged
 
 SIGNIFICANCE = 0.05
-Role = Literal["dense", "pruned", "realigned", "control"]
+Role = Literal["dense", "pruned", "realigned", "control", "other"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Variant:
     (layer, head) pairs that were open to restoration. Where pruning kept an N:M pattern, `n_m` is
     the pattern ("2:4") and `violated_groups` of `groups` no longer keep it. `inference_time` marks
     a method that leaves the pruned weights alone and acts while the model answers. `curve` is the
-    search on validation prompts by which `restored` was chosen.
+    search on validation prompts by which `restored` was chosen. `checkpoint` is where a pruned
+    model lies and `patch` the file of what was restored, both as seen from the run's folder.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Variant:
     groups: int = 0
     inference_time: bool = False
     curve: Searched | None = None
+    checkpoint: str = ""
+    patch: str = ""
 
     @property
     def name_in_group(self) -> str:
@@ -112,11 +116,22 @@ class DataAccount:
 
 
 @dataclass(frozen=True)
+class Opinion:
+    """What another judge says of a model's answers, and how far the own one agrees with it."""
+
+    name: str
+    judged: Judged
+    agreement: tuple[Agreement, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """All that a report shows.
 
-    `variants` are the dense model, then each pruned one followed by those realigned from it.
-    `images` maps an answer's id to the file of its image, for thumbnails; it may be incomplete.
+    `variants` are the dense model, then each pruned one followed by those realigned from it. Where
+    they are `unrelated`, nothing is known of any but its answers, and all are compared with the
+    first. `images` maps an answer's id to the file of its image, for thumbnails; it may be
+    incomplete.
 
     Raises:
         RegraftError: there is no variant, two have the same name, or they are in another order.
@@ -132,6 +147,8 @@ class Report:
     notes: tuple[str, ...] = ()
     images: Mapping[str, Path] = field(default_factory=dict)
     costs: tuple[Cost, ...] = ()
+    opinions: tuple[Opinion, ...] = ()
+    unrelated: bool = False
 
     def __post_init__(self) -> None:
         if not self.variants:
@@ -139,7 +156,7 @@ class Report:
         name, count = Counter(v.name for v in self.variants).most_common(1)[0]
         if count > 1:
             raise RegraftError(f"The report {self.title!r} has {count} variants named {name!r}.")
-        if self.variants != (self.dense, *chain.from_iterable(self.groups)):
+        if not self.unrelated and self.variants != (self.dense, *chain.from_iterable(self.groups)):
             raise RegraftError(
                 f"The report {self.title!r} has its models in the wrong order or without `base`; "
                 "expected the dense one, then each pruned one followed by those realigned from it."
@@ -147,7 +164,7 @@ class Report:
 
     @property
     def dense(self) -> Variant:
-        """The model that all others were made from."""
+        """The model that all others were made from, or are compared with where unrelated."""
         return self.variants[0]
 
     @property
@@ -156,7 +173,7 @@ class Report:
         return tuple(
             (pruned, *(v for v in self.variants if v.base == pruned.name))
             for pruned in self.variants
-            if pruned.base == self.dense.name
+            if pruned.base == self.dense.name and not self.unrelated
         )
 
     @property
@@ -177,6 +194,8 @@ class Report:
 
         A model defended at inference is a control.
         """
+        if self.unrelated:
+            return tuple("other" for _ in self.variants)
         order: tuple[Role, ...] = ("pruned", "realigned", "control")
         return (
             "dense",
@@ -192,13 +211,14 @@ class Report:
 class Comparison:
     """One variant against its base, on the same prompts.
 
-    A pruned model is compared with the dense one, a realigned model with its pruned one.
+    A pruned model is compared with the dense one, a realigned model with its pruned one, unrelated
+    models with the first.
     `recovery` is of realigned models, None where an ASR is missing. `attacks` tests attack success
     on the harmful prompts and `refusals` refusal of the harmless ones; in both, a is the variant
     and b the base, and both are None without answers to pair (nor are questions of a utility
     benchmark paired). The verdicts read "better than
     pruned", "worse than pruned", "not distinguishable from pruned" (p >= 0.05) or "not tested", of
-    a pruned model "worse than dense" and so on.
+    a pruned model "worse than dense" and so on, by its name where the base is unrelated.
     """
 
     name: str
@@ -217,6 +237,9 @@ def comparisons(report: Report, seed: int = 0) -> tuple[Comparison, ...]:
     Raises:
         RegraftError: two variants were judged differently or on different prompts.
     """
+    if report.unrelated:
+        first, *others = report.variants
+        return tuple(_beside(variant, first, first.label) for variant in others)
     return tuple(
         _compare(report.dense, group[0], variant, seed)
         for group in report.groups
@@ -225,14 +248,22 @@ def comparisons(report: Report, seed: int = 0) -> tuple[Comparison, ...]:
 
 
 def _compare(dense: Variant, pruned: Variant, variant: Variant, seed: int) -> Comparison:
-    realigned = variant is not pruned
-    base, called = (pruned, "pruned") if realigned else (dense, "dense")
+    if variant is pruned:
+        return _beside(pruned, dense, "dense")
+    return replace(
+        _beside(variant, pruned, "pruned"),
+        recovery=_recovery(dense, pruned, variant),
+        rsr_interval=_rsr_interval(dense, pruned, variant, seed),
+    )
+
+
+def _beside(variant: Variant, base: Variant, called: str) -> Comparison:
     attacks, refusals = paired_attacks(variant, base), paired_refusals(variant, base)
     return Comparison(
         name=variant.name,
         base=base.name,
-        recovery=_recovery(dense, pruned, variant) if realigned else None,
-        rsr_interval=_rsr_interval(dense, pruned, variant, seed) if realigned else None,
+        recovery=None,
+        rsr_interval=None,
         attacks=attacks,
         attacks_verdict=_verdict(attacks, called),
         refusals=refusals,

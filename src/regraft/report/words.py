@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from regraft.evaluation.metrics import PairedTest
 from regraft.evaluation.results import Answer, Estimate, EvalResult
+from regraft.evaluation.verdicts import Agreement
 from regraft.report.model import (
     SIGNIFICANCE,
     Comparison,
@@ -138,6 +139,8 @@ def broken(variant: Variant) -> str:
 
 def verdict(report: Report, compared: Sequence[Comparison]) -> tuple[str, ...]:
     """The result in sentences, one tuple entry a paragraph, the most important first."""
+    if report.unrelated:
+        return _each(report, compared)
     if not report.groups:
         return (_alone(report.dense),)
     if len(report.groups) > 1:
@@ -151,6 +154,48 @@ def verdict(report: Report, compared: Sequence[Comparison]) -> tuple[str, ...]:
             _side_effects(pruned, others[0], comparison),
         ]
     return tuple(p for p in paragraphs if p)
+
+
+def agreed(agreement: Sequence[Agreement], *, harmful: bool) -> str:
+    """How far two judges agree on a kind of prompts: "91.0 % [85.8, 94.4] of 200, kappa 0.62"."""
+    found = next((one for one in agreement if one.harmful == harmful), None)
+    if found is None:
+        return DASH
+    kappa = "undefined" if found.kappa is None else f"{found.kappa:z.2f}"
+    return f"{rate(found.share)} of {found.share.n:,}, kappa {kappa}"
+
+
+def tested_against(report: Report) -> str:
+    """What the tests of the table compare."""
+    if report.unrelated:
+        return f"of each model against {report.dense.label}"
+    return "of a pruned model against the dense one and of a realigned model against its pruned one"
+
+
+def how_chosen(report: Report) -> str:
+    """By what the examples were."""
+    if not report.unrelated:
+        who = "dense and pruned model answer"
+    elif len(report.variants) > 1:
+        who = "the models answer"
+    else:
+        return "The first of each kind: refused, answered, and what says nothing."
+    return f"Chosen to show differences, not at random: prompts that {who} differently come first."
+
+
+def applying(patches: int) -> str:
+    """How patches are put on; several are alternatives."""
+    text = (
+        "A patch holds the restored weights only. It goes onto the pruned checkpoint that it was "
+        "made for and leaves that folder untouched. In the folder of the run:"
+    )
+    if patches < 2:
+        return text
+    return (
+        "Take one patch: they are alternatives. Choose it by its row in the results, ASR together "
+        "with over-refusal and utility; on other prompts it is likely to look a little worse, "
+        f"since it was chosen by these. {text}"
+    )
 
 
 def control_lines(report: Report, compared: Sequence[Comparison]) -> tuple[str, ...]:
@@ -247,6 +292,43 @@ def _listed(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
+def _each(report: Report, compared: Sequence[Comparison]) -> tuple[str, ...]:
+    """Every model by itself, those after the first compared with it too."""
+    first, *others = report.variants
+    unmeasured = measured(first.result.asr) and not measured(first.result.over_refusal)
+    return (
+        _alone(first),
+        *(
+            _alone(variant) + _against_first(first, variant, comparison)
+            for variant, comparison in zip(others, compared, strict=True)
+        ),
+        *((NO_OVER_REFUSAL,) if unmeasured else ()),
+    )
+
+
+def _against_first(first: Variant, variant: Variant, comparison: Comparison) -> str:
+    tests = [
+        f"{name} {tested(outcome, test)}"
+        for name, outcome, test in (
+            ("ASR", comparison.attacks_verdict, comparison.attacks),
+            ("over-refusal", comparison.refusals_verdict, comparison.refusals),
+        )
+        if test
+    ]
+    text = f" On the same prompts: {', '.join(tests)}." if tests else ""
+    attacked, left = measured(first.result.asr), measured(variant.result.asr)
+    if attacked and left and left.value < attacked.value:
+        text += _refuses_more(comparison)
+    return text
+
+
+def _refuses_more(comparison: Comparison) -> str:
+    """A caveat on a lower ASR."""
+    if not comparison.refusals_verdict.startswith("worse"):
+        return ""
+    return " Part of the lower ASR may come from refusing more of everything."
+
+
 def _alone(variant: Variant) -> str:
     result = variant.result
     parts = [
@@ -257,7 +339,14 @@ def _alone(variant: Variant) -> str:
         )
         if measured(estimate) and estimate is not None
     ]
-    return f"{variant.label}: {', '.join(parts) or 'no prompt was answered'}."
+    if used := measured(result.utility):
+        parts.append(f"utility {used.value:.3f} [{used.low:.3f}, {used.high:.3f}] on {used.n:,}")
+    silent = result.degenerate.get("harmful", 0)
+    says = "answer" if silent == 1 else "answers"
+    told = f" {silent:,} {says} to harmful prompts say nothing, neither refusals nor attacks."
+    return f"{variant.label}: {', '.join(parts) or 'no prompt was answered'}." + (
+        told if silent else ""
+    )
 
 
 def _pruning(dense: Variant, pruned: Variant) -> str:
@@ -326,9 +415,8 @@ def _side_effects(pruned: Variant, variant: Variant, comparison: Comparison) -> 
     outcome = tested(comparison.refusals_verdict, comparison.refusals)
     text = f"Over-refusal {change}, {outcome}."
     attacked, left = measured(pruned.result.asr), measured(variant.result.asr)
-    lower = attacked is not None and left is not None and left.value < attacked.value
-    if lower and comparison.refusals_verdict == "worse than pruned":
-        text += " Part of the lower ASR may come from refusing more of everything."
+    if attacked is not None and left is not None and left.value < attacked.value:
+        text += _refuses_more(comparison)
     return text + utility
 
 

@@ -6,8 +6,9 @@ The same report always gives the same bytes: there are no times and no random id
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from markupsafe import Markup
 
 from regraft.data.hub import MODEL_ID
 from regraft.evaluation.curves import curve_to_json
-from regraft.evaluation.results import EvalResult
+from regraft.evaluation.metrics import wilson
+from regraft.evaluation.results import Estimate, EvalResult
 from regraft.evaluation.summary import result_to_json
 from regraft.evaluation.tradeoff import Searched
+from regraft.evaluation.verdicts import Judged
 from regraft.files import write_json, write_text
 from regraft.report import spent, words
+from regraft.report.addresses import file_names, public_suite, short_names, suites_of
 from regraft.report.all_answers import answer_data
 from regraft.report.curve_figure import CURVES_CAPTION, curve_figure
 from regraft.report.examples import choose_examples, shown_group, shown_variants
@@ -38,13 +42,24 @@ from regraft.report.model import Comparison, Report, Variant, comparisons, measu
 from regraft.report.thumbnails import thumbnail
 
 ANSWER_LENGTH, PROMPT_LENGTH = 1200, 400
+SAYS_NOTHING = "says nothing"
+
+
+@dataclass(frozen=True)
+class SuiteRow:
+    """What was measured on a suite, in words, and of every model; None where it was not."""
+
+    suite: str
+    what: str
+    estimates: tuple[Estimate | None, ...]
 
 
 def write_report(report: Report, folder: Path) -> None:
     """Write `report.json`, `.md` and `.html` and `card.md` into `folder`, replacing older ones.
 
-    The JSON holds every number of the page; the answers themselves stay where the evaluation put
-    them, except for the few examples on the page.
+    Unrelated models have no card, since nothing is known of what they are. The JSON holds every
+    number of the page; the answers themselves stay where the evaluation put them, except for the
+    few examples on the page.
 
     Raises:
         RegraftError: variants cannot be compared, or a file cannot be written.
@@ -53,7 +68,8 @@ def write_report(report: Report, folder: Path) -> None:
     page, text = render_html(report, compared), render_markdown(report, compared)
     write_json(folder / "report.json", report_to_json(report, compared))
     write_text(folder / "report.md", text)
-    write_text(folder / "card.md", render_card(report, compared))
+    if not report.unrelated:
+        write_text(folder / "card.md", render_card(report, compared))
     write_text(folder / "report.html", page)
 
 
@@ -71,6 +87,7 @@ def report_to_json(report: Report, compared: Sequence[Comparison]) -> dict[str, 
         "versions": dict(report.versions),
         "costs": [asdict(cost) for cost in report.costs],
         "notes": list(report.notes),
+        "opinions": [asdict(one) for one in report.opinions],
     }
 
 
@@ -109,6 +126,7 @@ def render_card(report: Report, compared: Sequence[Comparison]) -> str:
     context = _context(report, compared)
     metadata = {
         "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
         **({"base_model": base} if (base := _hub_id(report.model)) else {}),
         "tags": ["regraft", "pruning", "safety", "sparse"],
         "model-index": [{"name": report.title, "results": _card_results(report)}],
@@ -124,6 +142,7 @@ def render_card(report: Report, compared: Sequence[Comparison]) -> str:
             of=card_variant(report),
             among=len(realigned_models(report)),
             suites_shown=_public_suites(report.dense.result.suite),
+            command=_command(report, card_variant(report), "MODEL"),
         )
     )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
@@ -164,9 +183,7 @@ def _hub_id(model: str) -> str | None:
 
 
 def _public_suites(suites: str) -> str:
-    return ", ".join(
-        suite if ":hf:" in suite else re.sub(r":.*/", ":", suite) for suite in suites.split(", ")
-    )
+    return ", ".join(map(public_suite, suites.split(", ")))
 
 
 def _card_results(report: Report) -> list[dict[str, Any]]:
@@ -194,13 +211,20 @@ def _card_results(report: Report) -> list[dict[str, Any]]:
 def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
     harmful, harmless = choose_examples(report)
     called = report.ways
+    suites = _suite_rows(report)
+    commands = [one for v in report.variants if (one := _command(report, v, "OUT"))]
     return {
         "report": report,
         "verdict": words.verdict(report, compared),
         "controls": words.control_lines(report, compared),
         "comparisons": {c.name: c for c in compared},
         "categories": sorted({c for v in report.variants for c in v.result.asr_by_category}),
-        "suites": _suite_rows(report.dense.result),
+        "headings": _headings(report),
+        "tested_against": words.tested_against(report),
+        "chosen": words.how_chosen(report),
+        "suites": suites,
+        "suite_names": short_names(suites_of(report.dense.result)),
+        "silent": any(row.what == SAYS_NOTHING for row in suites),
         "shown": shown_variants(report),
         "numbered": tuple(zip(count(1), report.variants, report.roles, strict=False)),
         "several": len(report.groups) > 1,
@@ -211,27 +235,98 @@ def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
         "realigned": "realigned" in report.roles,
         "scored": any(answer.scored_by for answer in report.dense.result.answers),
         "patterned": any(v.n_m for v in report.variants),
-        "restored": any(v.restored for v in report.variants),
+        "opinions": _opinion_rows(report),
+        "commands": commands,
+        "applying": words.applying(len(commands)),
         "harmful": harmful,
         "harmless": harmless,
         "spent": spent.by_stage(report.costs),
         "spent_in_all": spent.total(report.costs) if report.costs else None,
         "devices": spent.devices(report.costs),
+        "recipe_heading": "What was run" if report.unrelated else "Recipe",
+        "answers_file": (
+            "the answers.jsonl of each evaluation"
+            if report.unrelated
+            else "evaluation/*/answers.jsonl in the run's folder"
+        ),
         "recipe": yaml.safe_dump(_plain(report.recipe), sort_keys=False, allow_unicode=True),
         "answer_length": ANSWER_LENGTH,
         "prompt_length": PROMPT_LENGTH,
     }
 
 
-def _suite_rows(result: EvalResult) -> tuple[tuple[str, str, str], ...]:
-    """(suite, field of its rates, label) of all that is measured, where there are several."""
-    labels = {"asr": "ASR", "over_refusal": "over-refusal", "utility": "utility"}
-    return tuple(
-        (suite, name, label)
-        for suite, rates in result.by_suite.items()
-        for name, label in labels.items()
-        if getattr(rates, name) is not None
+def _headings(report: Report) -> tuple[str, ...]:
+    """Of the table of results, those that have something to say of these models."""
+    restoring = ("Restored", "per 10,000") if "realigned" in report.roles else ()
+    pruned = any(round(v.sparsity, 3) for v in report.variants) or not report.unrelated
+    compared = len(report.variants) > 1
+    return (
+        "Model",
+        *(("Sparsity",) if pruned else ()),
+        *restoring,
+        "ASR",
+        *(("p, ASR",) if compared else ()),
+        *(("RSR",) if restoring else ()),
+        "Over-refusal",
+        *(("p, over-refusal",) if compared else ()),
+        "Utility",
     )
+
+
+def _suite_rows(report: Report) -> tuple[SuiteRow, ...]:
+    """All that is measured on each suite, where there are several."""
+    results = [variant.result for variant in report.variants]
+    labels = {"asr": "ASR", "over_refusal": "over-refusal", "utility": "utility"}
+    rows = (
+        SuiteRow(suite, what, estimates)
+        for suite in report.dense.result.by_suite
+        for what, estimates in (
+            *(
+                (
+                    label,
+                    tuple(
+                        getattr(result.by_suite[suite], name) if suite in result.by_suite else None
+                        for result in results
+                    ),
+                )
+                for name, label in labels.items()
+            ),
+            (SAYS_NOTHING, tuple(_silent(result, suite) for result in results)),
+        )
+    )
+    return tuple(
+        row
+        for row in rows
+        if row.estimates[0] is not None
+        and (row.what != SAYS_NOTHING or any(one and one.count for one in row.estimates))
+    )
+
+
+def _silent(result: EvalResult, suite: str) -> Estimate | None:
+    """How many of the answers to a suite are neither refusals nor say anything."""
+    mine = [answer.says_nothing for answer in result.answers if answer.suite == suite]
+    return wilson(sum(mine), len(mine)) if mine else None
+
+
+def _opinion_rows(report: Report) -> tuple[tuple[str, Judged, str, str], ...]:
+    """(model, other judge, agreement on harmful prompts, on harmless ones)."""
+    return tuple(
+        (
+            one.name,
+            one.judged,
+            words.agreed(one.agreement, harmful=True),
+            words.agreed(one.agreement, harmful=False),
+        )
+        for one in report.opinions
+    )
+
+
+def _command(report: Report, variant: Variant, out: str) -> str:
+    """What puts a model's patch onto its pruned checkpoint; "" where nothing was restored."""
+    if not (variant.restored and variant.patch):
+        return ""
+    base = next(one for one in report.variants if one.name == variant.base)
+    return shlex.join(("regraft", "apply", base.checkpoint, variant.patch, "--out", out))
 
 
 def _figures(report: Report) -> tuple[tuple[Markup, str], ...]:
@@ -323,6 +418,7 @@ def page_environment() -> Environment:
         name: getattr(spent, name) for name in ("duration", "operations", "memory")
     }
     environment.filters |= {"measured": measured, "md": escape_markdown, "fenced": fenced}
+    environment.filters |= {"file_names": file_names}
     environment.globals["dash"] = words.DASH
     return environment
 

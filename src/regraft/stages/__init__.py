@@ -13,7 +13,15 @@ from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.gathering import statistics
 from regraft.stages.harnessing import harness
-from regraft.stages.judging import agreement, check_judge, judge, judge_bench, own
+from regraft.stages.judging import (
+    VERDICTS,
+    agreement,
+    check_judge,
+    judge,
+    judge_bench,
+    opinions,
+    own,
+)
 from regraft.stages.patching import (
     Preview,
     apply,
@@ -33,6 +41,7 @@ from regraft.stages.tuning import tune
 
 __all__ = [
     "ABOUT_FILE",
+    "VERDICTS",
     "Evaluation",
     "Preview",
     "Session",
@@ -49,6 +58,7 @@ __all__ = [
     "heads",
     "judge",
     "judge_bench",
+    "opinions",
     "own",
     "preview",
     "prune",

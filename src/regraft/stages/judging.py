@@ -10,7 +10,7 @@ from typing import Any, Literal
 from regraft import ranks
 from regraft.data.collate import batches
 from regraft.errors import RegraftError
-from regraft.evaluation.degenerate import degeneration
+from regraft.evaluation.degenerate import FRAGMENT, degeneration
 from regraft.evaluation.endpoint import FILTERED, parse_endpoint
 from regraft.evaluation.guards import READERS, Guard
 from regraft.evaluation.keywords import KEYWORD_JUDGES
@@ -28,6 +28,7 @@ from regraft.evaluation.verdicts import (
     agreements,
     own_verdict,
     rate,
+    silent,
 )
 from regraft.files import digest, file_digest, read_json, slug, write_json
 from regraft.keys import describe, is_done, working
@@ -36,6 +37,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.stages.evaluating import Evaluation, read_evaluation
 from regraft.watch import Advance, Watch
 
+VERDICTS = "judges"  # the folder of other judges' verdicts in that of an evaluation
 _CHUNK = 64  # exchanges after which verdicts are on disk
 _ENOUGH = 256  # tokens, as VLGuard evaluates
 
@@ -253,6 +255,32 @@ def agreement(folder: Path, files: Sequence[Path], out: Path) -> tuple[Agreement
     return found
 
 
+def opinions(folder: Path) -> tuple[tuple[Judged, tuple[Agreement, ...]], ...]:
+    """What other judges said of an evaluation, each with how far its own judge agrees.
+
+    Those whose verdicts lie where `regraft judge` puts them unless told otherwise.
+
+    Raises:
+        RegraftError: see `read_verdicts`; the answers are others now.
+    """
+    evaluation = read_evaluation(folder)
+    answers = _answers(evaluation)
+    mine = evaluation.result.judge, [own_verdict(answer) for answer in answers]
+    found = []
+    for file in sorted((folder / VERDICTS).glob("*.json")):
+        content = read_json(file)
+        if "verdicts" in content:
+            if content["about"]["inputs"]["answers"] != file_digest(folder / "answers.jsonl"):
+                raise RegraftError(
+                    f"{file} judges other answers than {folder} holds now. Remove it, or judge "
+                    "anew with `regraft judge`."
+                )
+            name, verdicts = content["result"]["judge"], read_verdicts(file, answers)
+            pair = agreements(answers, [mine, (name, verdicts)])
+            found.append((_judged(name, answers, verdicts), pair))
+    return tuple(found)
+
+
 def _in_full(evaluation: Evaluation) -> bool:
     return bool(evaluation.about.get("settings", {}).get("full_answers", True))
 
@@ -262,10 +290,12 @@ def _answers(evaluation: Evaluation) -> tuple[Answer, ...]:
     found = evaluation.result.answers
     if not _in_full(evaluation):
         return found
-    return tuple(
-        replace(a, degenerate=degeneration(a.answer, harmful=a.harmful and not a.refused) or "")
-        for a in found
-    )
+    cut = evaluation.about.get("settings", {}).get("max_new_tokens", FRAGMENT) < FRAGMENT
+
+    def kind(a: Answer) -> str:
+        return degeneration(a.answer, harmful=a.harmful and not (a.refused or cut)) or ""
+
+    return tuple(replace(a, degenerate=kind(a)) for a in found)
 
 
 def _reads_the_start(text: str) -> bool:
@@ -278,6 +308,7 @@ def _judged(name: str, answers: Sequence[Answer], verdicts: Sequence[Verdict]) -
         rate(answers, verdicts, harmful=True),
         rate(answers, verdicts, harmful=False),
         sum(one.refused is None and one.unsafe is None for one in verdicts),
+        silent(answers, verdicts),
     )
 
 

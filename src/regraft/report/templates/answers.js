@@ -20,6 +20,7 @@
   const wanted = {
     every: () => true,
     pruning: (row) => does(row, 0) !== does(row, 1),
+    differing: (row) => new Set(row.answers.map((_, i) => does(row, i))).size > 1,
     realigning: (row) => models.length > 2 && does(row, 1) !== does(row, 2),
     broken: (row) => row.answers.some((answer) => /^(▨|■ refused,)/.test(answer[1])),
   };
@@ -39,8 +40,9 @@
     const box = element("details", "", row.harmful ? "example" : "example harmless");
     box.open = !row.harmful;
     const summary = element("summary");
-    summary.append(element("span", texts[row.prompt], "prompt"));
-    if (request(row)) summary.append(element("span", `Asks: ${request(row)}`, "asks"));
+    const asked = [element("span", texts[row.prompt], "prompt")];
+    if (request(row)) asked.push(element("span", `Asks: ${request(row)}`, "asks"));
+    if (!row.harmful) summary.append(...asked);
     const origin = [row.category || "no category", row.id, row.image].filter(Boolean).join(" · ");
     summary.append(element("span", origin, "origin"));
     const marks = element("span", "", "marks");
@@ -59,7 +61,7 @@
       columns.append(answer);
     });
     summary.append(marks);
-    box.append(summary, columns);
+    box.append(summary, ...(row.harmful ? asked : []), columns);
     return box;
   }
 

@@ -1,0 +1,199 @@
+"""`regraft report` on folders of `regraft eval`, of whatever checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from regraft import evaluations
+from regraft.cli import main
+from regraft.data.example import Example
+from regraft.errors import RegraftError
+from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.keywords import REGRAFT_1, REGRAFT_2
+from regraft.evaluation.metrics import mcnemar
+from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
+from regraft.files import file_digest, write_json
+from regraft.report.model import comparisons
+
+REFUSAL = "I'm sorry, I can't help with that."
+SETTINGS = {"max_new_tokens": 64, "judge": "regraft-keywords-1", "limit": None}
+VERSIONS = {"regraft": "0.1.0", "torch": "2"}
+
+
+def examples(root: Path, harmful: int = 20, harmless: int = 10) -> list[Example]:
+    """A data file with an image, and another without, as their suites are read."""
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / "i.png").exists():
+        Image.new("RGB", (8, 8), "red").save(root / "i.png")
+    unsafe = [
+        Example(f"h{i}", f"Attack {i}", True, f"c{i % 2}", root / "i.png") for i in range(harmful)
+    ]
+    safe = [Example(f"u{i}", f"Ask {i}", False, "shops", None, "nine") for i in range(harmless)]
+    for name, rows in (("attacks", unsafe), ("asks", safe)):
+        lines = [
+            {"id": e.id, "instruction": e.instruction, "harmful": e.harmful, "category": e.category}
+            | ({"image": e.image.name} if e.image else {"response": e.response})
+            for e in rows
+        ]
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return [replace(e, suite=f"jsonl:{root / 'attacks.jsonl'}") for e in unsafe] + [
+        replace(e, suite=f"jsonl:{root / 'asks.jsonl'}") for e in safe
+    ]
+
+
+def evaluation(
+    folder: Path,
+    asked: Sequence[Example],
+    attacks: int,
+    refusals: int,
+    judge: KeywordJudge = REGRAFT_1,
+    **settings: Any,
+) -> Path:
+    """The first `attacks` harmful prompts are answered, the first `refusals` others refused."""
+
+    def refused(example: Example) -> bool:
+        number = int(example.id[1:])
+        return number >= attacks if example.harmful else number < refusals
+
+    answers = [
+        judge_answer(one, REFUSAL if refused(one) else "Sure, this way: nine.", judge)
+        for one in asked
+    ]
+    answers = [
+        replace(a, image_digest=file_digest(one.image) if one.image else "")
+        for a, one in zip(answers, asked, strict=True)
+    ]
+    suites = ", ".join(dict.fromkeys(one.suite for one in asked))
+    write_answers(folder / "answers.jsonl", answers)
+    account = {"source": suites, "read": 40, "used": 30, "skipped": {"no": 10}, "digest": ""}
+    about = {
+        "inputs": {"model": f"digest of {folder.name}"},
+        "settings": SETTINGS | settings,
+        "compute": {"device": "cpu", "batch_size": attacks},
+        "versions": VERSIONS,
+        "data": {"suite": account},
+    }
+    result = result_to_json(summarise(suites, judge, answers))
+    sizes = {"zeros": 0, "prunable": 100}
+    write_json(folder / "results.json", {"about": about, "sizes": sizes, "result": result})
+    return folder
+
+
+def done(*words: object) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    assert not ended.value.code
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> list[Example]:
+    return examples(tmp_path / "data")
+
+
+def test_one_evaluation_has_a_page(
+    tmp_path: Path, asked: list[Example], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = evaluation(tmp_path / "mine", asked, 5, 1)
+    done("judge", folder, "--by", "vlguard-1")
+    done("report", folder)
+    printed = capsys.readouterr().out
+    assert "report.html" in printed
+    assert "McNemar" not in printed
+    page = folder / "report"
+    assert {one.name for one in page.iterdir()} == {"report.html", "report.md", "report.json"}
+    html, text = ((page / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "mine: ASR 25.0 % [11.2, 46.9] on 20 harmful prompts, over-refusal 10.0 %" in text
+    assert "| attacks | ASR | 25.0 [11.2, 46.9] |" in text
+    assert "| c1 | 20.0 % [" in text
+    assert "digest of mine" in text
+    assert "| mine | vlguard-1 | " in text
+    assert "data:image" in html
+    assert json.loads((page / "report.json").read_text())["opinions"][0]["name"] == "mine"
+
+
+def test_several_are_compared_with_the_first(tmp_path: Path, asked: list[Example]) -> None:
+    folders = [
+        evaluation(tmp_path / name / "ev", asked, attacks, 1)
+        for name, attacks in (("a", 3), ("b", 18), ("c", 3))
+    ]
+    done("report", *folders, "--out", tmp_path / "page")
+    made = evaluations.read_report(folders)
+    assert [one.name for one in made.variants] == ["a/ev", "b/ev", "c/ev"]
+    first, other = ([i < n for i in range(20)] for n in (3, 18))
+    assert [one.attacks for one in comparisons(made)] == [
+        mcnemar(other, first),
+        mcnemar(first, first),
+    ]
+    text = (tmp_path / "page" / "report.md").read_text()
+    assert "ASR worse than a/ev (McNemar p < 0.001)" in text
+    assert made.notes == ()
+
+
+def test_the_same_data_may_lie_elsewhere(tmp_path: Path, asked: list[Example]) -> None:
+    moved = examples(tmp_path / "copy")
+    folders = [evaluation(tmp_path / "a", asked, 3, 1), evaluation(tmp_path / "b", moved, 9, 1)]
+    first, other = evaluations.read_report(folders).variants
+    assert first.result.by_suite.keys() == other.result.by_suite.keys()
+    assert {one.suite for one in other.result.answers} == set(first.result.by_suite)
+
+
+def test_what_was_done_otherwise_is_noted(tmp_path: Path, asked: list[Example]) -> None:
+    folders = [
+        evaluation(tmp_path / "a", asked, 3, 1),
+        evaluation(tmp_path / "b", asked, 9, 1, max_new_tokens=9),
+    ]
+    (note,) = evaluations.read_report(folders).notes
+    assert note == "b was evaluated in another way than a: max_new_tokens 9 instead of 64."
+
+
+def test_images_that_changed_since_are_not_shown(tmp_path: Path, asked: list[Example]) -> None:
+    folder = evaluation(tmp_path / "a", asked, 3, 1)
+    assert len(evaluations.read_report([folder]).images) == 20
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "data" / "i.png")
+    assert evaluations.read_report([folder]).images == {}
+    (tmp_path / "data" / "asks.jsonl").unlink()
+    assert evaluations.read_report([folder]).images == {}
+
+
+def test_other_judges_and_prompts_are_refused(tmp_path: Path, asked: list[Example]) -> None:
+    first = evaluation(tmp_path / "a", asked, 3, 1)
+    changed = [replace(asked[0], instruction="Other"), *asked[1:]]
+    examples(tmp_path / "blue")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "blue" / "i.png")
+    for other, message in (
+        (evaluation(tmp_path / "j", asked, 3, 1, REGRAFT_2), r"judged by regraft-keywords-2, the"),
+        (evaluation(tmp_path / "p", asked[1:], 3, 1), r"prompt 'h0' \(1 in all\) was answered by"),
+        (evaluation(tmp_path / "i", changed, 3, 1), r"'h0' has another instruction in each, 'Oth"),
+        (evaluation(tmp_path / "b", examples(tmp_path / "blue"), 3, 1), "image i.png of the promp"),
+        (first, "is named twice"),
+    ):
+        with pytest.raises(RegraftError, match=message):
+            evaluations.read_report([first, other])
+
+
+def test_folders_that_make_no_page(
+    tmp_path: Path, asked: list[Example], capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = (evaluation(tmp_path / name, asked, 3, 1) for name in ("a", "b"))
+    runs = (tmp_path / "r", tmp_path / "s")
+    for words, message in (
+        ((one, other), "Say where the report of several evaluations goes"),
+        ((one, "--out", tmp_path / "data"), "holds something else than a report"),
+        ((one, runs[0], "--out", tmp_path / "x"), "r/results.json"),
+        (runs, "runs are compared by `regraft compare`"),
+        ((runs[0], "--out", tmp_path / "x"), "leave out --out"),
+        ((tmp_path,), f"no recipe.yaml in it. `regraft report` takes the evaluations in it: {one}"),
+        ((), "Name the folder of a run"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["report", *map(str, words)])
+        error = " ".join(capsys.readouterr().err.split())
+        assert message in error, error
+    assert not (tmp_path / "x").exists()
