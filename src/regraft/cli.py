@@ -514,7 +514,7 @@ def evaluate(
             source, out, suite, settings, compute, patch, watch=watch, defence_file=defence
         )
         show_result(watch.console, done.result)
-        watch.note(f"Answers and results: {out}")
+        watch.note(f"Answers and results: {out}. As a page: regraft report {out}")
 
 
 @app.command
