@@ -390,7 +390,8 @@ def test_other_number_of_heads_is_refused(pico_dir, tmp_path):
         check_same_anatomy(one, other, ("dense", "pruned"))
 
 
-def test_same_shapes_under_other_names_are_the_same_network(pico_dir):
-    """Llama inside LLaVA and on its own: regraft compares what it prunes."""
+def test_same_decoder_in_another_model_is_refused(pico_dir):
+    """Llama inside LLaVA and on its own; see test_pair.py, too."""
     one, other = (truth.opened(pico_dir(f)).anatomy for f in ("llava", "llama"))
-    check_same_anatomy(one, other, ("dense", "pruned"))
+    with pytest.raises(RegraftError, match=r"the first \(llava\) takes images, the second \(llama"):
+        check_same_anatomy(one, other, ("dense", "pruned"))

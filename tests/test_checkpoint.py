@@ -287,6 +287,18 @@ def _header(content: bytes) -> bytes:
             "tensor a ends at byte",
         ),
         (_header(b"{}") + b"1234", "4 bytes follow the last tensor"),
+        (
+            _header(b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}') + b"1234",
+            "no readable safetensors header",
+        ),
+        (
+            _header(b'{"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 4]}}') + b"1234",
+            r"tensor a of shape \[2, 3\] and dtype F32 takes 24 bytes, the header gives it 4",
+        ),
+        (
+            _header(b'{"a": {"dtype": "F16", "shape": [1], "data_offsets": [2, 4]}}') + b"1234",
+            "tensor a begins at byte 2 of the data, the one before it ends at 0",
+        ),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
     ],
 )
@@ -319,6 +331,21 @@ def test_tensor_in_two_shards(small: Path) -> None:
     save_file({"a": torch.zeros(1), "c": torch.zeros(1)}, small / "x-2.safetensors")
     with pytest.raises(RegraftError, match="tensor a is in two shards"):
         open_checkpoint(small)
+
+
+def test_sample(small: Path) -> None:
+    """From the middle; whole where it is small."""
+    long = torch.arange(5000, dtype=torch.float32).view(50, 100)
+    rewrite(small, "x-2.safetensors", {"long": long})
+    checkpoint = open_checkpoint(small)
+    assert equal_bytes(checkpoint.sample("long"), long.flatten()[1988 : 1988 + 1024])
+    for name in "abcde":
+        assert equal_bytes(checkpoint.sample(name), checkpoint.read(name).flatten())
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(RegraftError, match=r"gone does not exist.*the word demo or a hub id will"):
+        open_checkpoint(tmp_path / "gone")
 
 
 def test_no_weights(small: Path) -> None:

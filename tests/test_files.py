@@ -266,6 +266,8 @@ def test_json(tmp_path: Path) -> None:
         read_json(tmp_path / "b.json")
     with pytest.raises(RegraftError, match="is a folder"):
         read_json(tmp_path)
+    with pytest.raises(RegraftError, match=r"a\.json is a file; a folder that holds x.y\.json is"):
+        read_json(path / "x" / "y.json")
     for bad in (b"{", b"\xff", b""):
         path.write_bytes(bad)
         with pytest.raises(RegraftError, match=r"a.json is not valid JSON"):

@@ -338,7 +338,8 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        RegraftError: the file is missing or is not JSON.
+        RegraftError: the file is missing, is a folder or is not JSON, or a file stands in place of
+            one of the folders above it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -346,6 +347,11 @@ def read_json(path: Path) -> Any:
         raise RegraftError(f"{path} does not exist.") from error
     except IsADirectoryError as error:
         raise RegraftError(f"{path} is a folder; a JSON file is needed.") from error
+    except NotADirectoryError as error:
+        file = next((above for above in path.parents if above.is_file()), path.parent)
+        raise RegraftError(
+            f"{file} is a file; a folder that holds {path.relative_to(file)} is needed."
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RegraftError(f"{path} is not valid JSON: {error}") from error
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -80,7 +80,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The text decoder of one checkpoint. `tied` says whether lm_head shares the embedding."""
+    """The text decoder of one checkpoint. `tied` says whether lm_head shares the embedding.
+
+    `prefix` is what its names on disk begin with; `others` are the names in memory and the shapes
+    of all parameters that are never pruned, in the decoder and outside it.
+    """
 
     family: str
     layers: tuple[LayerAnatomy, ...]
@@ -89,6 +93,8 @@ class Anatomy:
     tied: bool
     has_vision: bool
     parameters: int
+    prefix: str
+    others: tuple[tuple[str, tuple[int, ...]], ...] = field(repr=False)
 
     @property
     def linears(self) -> Iterator[LinearAnatomy]:
@@ -127,6 +133,8 @@ def head_block(layer: LayerAnatomy, linear: LinearAnatomy, head: int) -> Block |
 def check_same_anatomy(dense: Anatomy, pruned: Anatomy, names: tuple[str, str]) -> None:
     """Check that two checkpoints are the same network; names on disk and dtypes may differ.
 
+    All of it counts: what is pruned, the vocabulary, and what there is besides the decoder.
+
     Args:
         dense: One anatomy.
         pruned: The other.
@@ -135,21 +143,33 @@ def check_same_anatomy(dense: Anatomy, pruned: Anatomy, names: tuple[str, str]) 
     Raises:
         RegraftError: the first difference.
     """
-    fix = "Give the dense checkpoint that the pruned one was made from."
-    a, b = ({linear.key: linear.shape for linear in one.linears} for one in (dense, pruned))
-    for key in [*a, *b]:
-        if a.get(key) != b.get(key):
-            shapes = [f"{list(one[key])}" if key in one else "missing" for one in (a, b)]
-            raise RegraftError(
-                f"{names[0]} and {names[1]} are different models: {key}.weight is {shapes[0]} in "
-                f"the first and {shapes[1]} in the second. {fix}"
-            )
+    if difference := _difference(dense, pruned):
+        raise RegraftError(
+            f"{names[0]} and {names[1]} are different models: {difference}. Give the dense "
+            "checkpoint that the pruned one was made from."
+        )
+
+
+def _difference(dense: Anatomy, pruned: Anatomy) -> str | None:
+    if dense.has_vision != pruned.has_vision:
+        kinds = ("takes images", "is text-only")
+        first, second = kinds if dense.has_vision else reversed(kinds)
+        return f"the first ({dense.family}) {first}, the second ({pruned.family}) {second}"
+    a, b = ({f"{li.key}.weight": li.shape for li in one.linears} for one in (dense, pruned))
+    if found := _other_shape(a, b):
+        return found
     for one, other in zip(dense.layers, pruned.layers, strict=True):
         if (one.heads, one.kv_heads) != (other.heads, other.kv_heads):
-            raise RegraftError(
-                f"{names[0]} and {names[1]} are different models: layer {one.index} has "
-                f"{one.heads} and {other.heads} heads. {fix}"
-            )
+            return f"layer {one.index} has {one.heads} and {other.heads} heads"
+    return _other_shape(dict(dense.others), dict(pruned.others))
+
+
+def _other_shape(a: Mapping[str, tuple[int, ...]], b: Mapping[str, tuple[int, ...]]) -> str | None:
+    for name in [*a, *b]:
+        if a.get(name) != b.get(name):
+            first, second = (list(one[name]) if name in one else "missing" for one in (a, b))
+            return f"{name} is {first} in the first and {second} in the second"
+    return None
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
@@ -200,7 +220,7 @@ def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
 
     Raises:
         RegraftError: an attention without separate q, k, v and o projections, experts, quantised
-            weights, or a checkpoint whose tensors do not match the model.
+            weights, or a checkpoint whose decoder or head does not match the model.
     """
     names = {id(module): name for name, module in model.named_modules()}
     config = text_decoder(model).config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
@@ -253,6 +273,8 @@ def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
         )
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     output = model.get_output_embeddings()  # type: ignore[operator]
+    _check_stored(checkpoint, prefix, text_decoder(model), output)
+    pruned = {f"{linear.module}.weight" for layer in described for linear in layer.linears}
     return Anatomy(
         family=model.config.model_type,  # type: ignore[union-attr, arg-type]
         layers=tuple(described),
@@ -261,6 +283,12 @@ def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
         tied=output.weight is embedding.weight,
         has_vision=hasattr(model.config, "vision_config"),
         parameters=sum(p.numel() for p in model.parameters()),
+        prefix=prefix,
+        others=tuple(
+            (name, tuple(parameter.shape))
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if name not in pruned
+        ),
     )
 
 
@@ -305,15 +333,33 @@ def disk_prefix(checkpoint: Checkpoint, shapes: list[tuple[int, str, tuple[int, 
     )
 
 
-_FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors names them
+def _check_stored(
+    checkpoint: Checkpoint, prefix: str, decoder: nn.Module, output: nn.Module
+) -> None:
+    """Compare shapes on disk with the model's: of the decoder's embedding and norms, the head."""
+    wanted = {f"{prefix}{name}": one.shape for name, one in decoder.named_parameters()}
+    head = f"{prefix.removesuffix('model.')}lm_head.weight"
+    for name in {"lm_head.weight", head} - wanted.keys():
+        wanted[name] = output.weight.shape  # type: ignore[assignment]
+    for name, shape in wanted.items():
+        record = checkpoint.tensors.get(name)
+        if record is not None and record.shape != tuple(shape):
+            raise RegraftError(
+                f"{checkpoint.folder}: config.json describes {name} of shape {list(shape)}, the "
+                f"file has {list(record.shape)}. Weights and config belong to different models, "
+                "or the vocabulary was changed in one of them alone."
+            )
+
+
+FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors names them
 
 
 def _require_float(checkpoint: Checkpoint, tensor: str) -> None:
     dtype = checkpoint.record(tensor).dtype
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise RegraftError(
             f"{checkpoint.folder}: {tensor} is stored as {dtype}: it is quantised. Give a "
-            f"checkpoint whose weights are {', '.join(_FLOATS)}."
+            f"checkpoint whose weights are {', '.join(FLOATS)}."
         )
 
 

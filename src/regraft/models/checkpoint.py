@@ -7,10 +7,11 @@ everything else (other tensors, their order, dtypes, shard sizes, metadata) is k
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Event
@@ -37,6 +38,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 JOURNAL = ".regraft-journal"
 _SAMPLE = 4096
+_SAMPLED = 1024
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
 _SETTINGS = {".json", ".jinja", ".txt", ".model", ".py"}
 _LFS_POINTER = b"version https://git-lfs"
@@ -107,6 +109,21 @@ class Checkpoint:
             data = handle.read(record.bytes)
         return _as_tensor(data, record)
 
+    def sample(self, name: str) -> Tensor:
+        """Read at most 1024 elements from the middle of one tensor, flat, in its own dtype.
+
+        Raises:
+            RegraftError: there is no such tensor.
+        """
+        record = self.record(name)
+        size = record.torch_dtype.itemsize
+        elements = record.bytes // size
+        count = min(elements, _SAMPLED)
+        with (self.folder / record.shard).open("rb") as handle:
+            handle.seek(record.start + (elements - count) // 2 * size)
+            data = handle.read(count * size)
+        return _as_tensor(data, replace(record, shape=(count,)))
+
     def record(self, name: str) -> TensorRecord:
         """Look up a tensor by its name on disk."""
         try:
@@ -170,8 +187,8 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
 
     Raises:
         RegraftError: the folder, a shard or the index is missing, a shard is truncated or not
-            safetensors, index and shards disagree, only pickled weights are there, or patching
-            it in place was stopped halfway.
+            safetensors, a tensor's range is not of its size, index and shards disagree, only
+            pickled weights are there, or patching it in place was stopped halfway.
     """
     if folder.is_file():
         raise RegraftError(
@@ -179,7 +196,11 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
             "Models come first on the command line, patches and statistics after them."
         )
     if not folder.is_dir():
-        raise RegraftError(f"The model folder {folder} does not exist.")
+        raise RegraftError(
+            f"The model folder {folder} does not exist. A folder on disk is needed here, with "
+            "config.json and safetensors: the word demo or a hub id will not do. `hf download ID` "
+            "prints the folder of a model from the hub."
+        )
     if not unfinished and (folder / JOURNAL).exists():
         raise RegraftError(
             f"{folder} is patched only in part: patching it in place was stopped. Run `regraft "
@@ -355,23 +376,42 @@ def _read_header(path: Path) -> Iterator[TensorRecord]:
             header: dict[str, Any] = json.loads(handle.read(length))
             header.pop("__metadata__", None)
             entries = [
-                (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+                (name, entry["dtype"], tuple(map(int, entry["shape"])), start, stop)
                 for name, entry in header.items()
+                for start, stop in [map(int, entry["data_offsets"])]
             ]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RegraftError(f"{path} has no readable safetensors header. {again}") from error
     base = 8 + length
-    end = base
-    for name, dtype, shape, start, stop in entries:
-        end = max(end, base + stop)
+    place = 0
+    for name, dtype, shape, start, stop in sorted(entries, key=lambda entry: entry[3:]):
+        if start != place:
+            raise RegraftError(
+                f"{path} is damaged: tensor {name} begins at byte {start} of the data, the one "
+                f"before it ends at {place}. {again}"
+            )
+        place = stop
         if base + stop > size:
             raise RegraftError(
                 f"{path} is truncated: tensor {name} ends at byte {base + stop}, "
                 f"the file at {size}. {again}"
             )
-        yield TensorRecord(name, path.name, dtype, shape, base + start, base + stop)
-    if end != size:
-        raise RegraftError(f"{path}: {size - end} bytes follow the last tensor. {again}")
+        record = TensorRecord(name, path.name, dtype, shape, base + start, base + stop)
+        _require_size(path, record, again)
+        yield record
+    if rest := size - base - place:
+        raise RegraftError(f"{path}: {rest} bytes follow the last tensor. {again}")
+
+
+def _require_size(path: Path, record: TensorRecord, again: str) -> None:
+    if record.dtype not in _DTYPES:
+        return
+    needed = math.prod(record.shape) * record.torch_dtype.itemsize
+    if record.bytes != needed:
+        raise RegraftError(
+            f"{path} is damaged: tensor {record.name} of shape {list(record.shape)} and dtype "
+            f"{record.dtype} takes {needed} bytes, the header gives it {record.bytes}. {again}"
+        )
 
 
 def _as_tensor(data: bytes, record: TensorRecord) -> Tensor:

@@ -90,8 +90,9 @@ def load_model(
         split: Spread the layers over all accelerators, and host memory where they do not suffice.
 
     Raises:
-        RegraftError: a prunable weight in memory is not the one on disk, or a model is to be split
-            without accelerate.
+        RegraftError: a prunable weight in memory is not the one on disk, a tensor is missing or
+            has another shape than config.json gives it, or a model is to be split without
+            accelerate.
     """
     target = pick_device(device)
     split = split and target.type != "cpu"
@@ -129,8 +130,17 @@ def _load_weights(source: Source, dtype: DTypeName, target: torch.device, split:
             dtype=torch_dtype,
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, in words
             device_map="auto" if split else None,
             max_memory=_memory_of(target) if split else None,
+        )
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise RegraftError(
+            f"{source.folder}: {name} is {list(stored)} in the file, config.json describes "
+            f"{list(wanted)}"
+            + (f" ({len(mismatched) - 1} more differ)" if mismatched[1:] else "")
+            + ". Weights and config belong to different models: export the whole model again."
         )
     if missing := sorted(loading["missing_keys"]):
         raise RegraftError(

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from regraft.errors import RegraftError
 from regraft.importance.statistics import ImportanceStatistics
-from regraft.models.anatomy import Block, LayerAnatomy, LinearAnatomy, check_same_anatomy
+from regraft.models.anatomy import (
+    FLOATS,
+    Block,
+    LayerAnatomy,
+    LinearAnatomy,
+    check_same_anatomy,
+)
 from regraft.models.load import Source
 from regraft.restoration.groups import Grouping, common_grouping, grouping_of
 from regraft.restoration.patch import Patch, TensorPatch
@@ -29,6 +35,7 @@ from regraft.restoration.selection import (
     select_hsr,
 )
 
+_NEARLY_ALL = 0.9
 Rule = Callable[[LinearAnatomy, Tensor, Tensor, Sequence[Block]], Tensor]
 """(linear, dense weight, where a value can come back, head regions) -> flat positions."""
 
@@ -72,10 +79,11 @@ def check_pair(dense: Source, pruned: Source) -> None:
     """Check that a pruned checkpoint can be realigned with this dense one.
 
     Raises:
-        RegraftError: they are different models, or nothing was pruned.
+        RegraftError: they are different models, a weight that is read is not finite, or nothing
+            was pruned.
     """
     check_same_anatomy(dense.anatomy, pruned.anatomy, (str(dense.folder), str(pruned.folder)))
-    if not any((pruned.checkpoint.read(li.tensor) == 0).any() for li in pruned.anatomy.linears):
+    if not any((_read(pruned, linear) == 0).any() for linear in pruned.anatomy.linears):
         raise RegraftError(
             f"{pruned.folder} has no zeros in its prunable weights: nothing was pruned, so there "
             "is nothing to restore. Give the dense checkpoint first and the pruned one second."
@@ -86,25 +94,83 @@ def check_pair(dense: Source, pruned: Source) -> None:
 class Survey:
     """What pruning took: `restorable` weights, zero now and not before; its N:M pattern if any.
 
-    `kept` are the weights that are not zero now.
+    `kept` are the weights that are not zero now; `same` says whether what pruning never changes
+    is the dense model's.
     """
 
     restorable: int
     kept: int
     grouping: Grouping | None
+    same: bool = True
+
+    @property
+    def doubt(self) -> str | None:
+        """What the user should be told of the pair before weights of one go into the other."""
+        if self.same:
+            return None
+        return (
+            "The pruned model's kept weights are not the dense model's: is it pruned from another "
+            "fine-tune, or was it trained since? Dense values fit only among the dense model's own."
+        )
 
 
 def survey(dense: Source, pruned: Source) -> Survey:
-    """Look over every prunable weight of both checkpoints, one in memory at a time."""
+    """Look over every prunable weight of both checkpoints, one in memory at a time.
+
+    Raises:
+        RegraftError: a weight is NaN or infinite.
+    """
     count, kept, groupings = 0, 0, []
+    equal, compared = 0, 0
     for a, b in zip(dense.anatomy.linears, pruned.anatomy.linears, strict=True):
-        before, after = dense.checkpoint.read(a.tensor), pruned.checkpoint.read(b.tensor)
+        before, after = _read(dense, a), _read(pruned, b)
         taken = int(restorable(before, after).count_nonzero())
         count += taken
         kept += int((after != 0).count_nonzero())
         if taken:
             groupings.append(grouping_of(after))
-    return Survey(count, kept, common_grouping(groupings))
+        first, left = _alike(before[:, 0], after[:, 0])  # SparseGPT changes later columns alone
+        equal += int(((first == left) & (left != 0)).count_nonzero())
+        compared += int((left != 0).count_nonzero())
+    same = equal >= _NEARLY_ALL * compared and _same_besides(dense, pruned)
+    return Survey(count, kept, common_grouping(groupings), same)
+
+
+def _same_besides(dense: Source, pruned: Source) -> bool:
+    """Whether nearly all tensors that are never pruned are the same, by a sample of each."""
+    a, b = _never_pruned(dense), _never_pruned(pruned)
+    same = [
+        torch.equal(*_alike(dense.checkpoint.sample(a[name]), pruned.checkpoint.sample(b[name])))
+        for name in a.keys() & b.keys()
+    ]
+    return sum(same) >= _NEARLY_ALL * len(same)
+
+
+def _never_pruned(source: Source) -> dict[str, str]:
+    """Name without the decoder's prefix -> name on disk; no biases, which some pruners correct."""
+    prunable = {linear.tensor.removesuffix("weight") for linear in source.anatomy.linears}
+    return {
+        name.removeprefix(source.anatomy.prefix): name
+        for name, record in source.checkpoint.tensors.items()
+        if record.dtype in FLOATS and f"{name.rpartition('.')[0]}." not in prunable
+    }
+
+
+def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the coarser of their dtypes."""
+    dtype = max(a.dtype, b.dtype, key=lambda one: torch.finfo(one).eps)
+    return a.to(dtype), b.to(dtype)
+
+
+def _read(source: Source, linear: LinearAnatomy) -> Tensor:
+    """One prunable weight, which must be finite."""
+    weight = source.checkpoint.read(linear.tensor)
+    if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
+        raise RegraftError(
+            f"{source.folder}: {linear.tensor} holds values that are NaN or infinite. Make or "
+            "download the checkpoint again."
+        )
+    return weight
 
 
 def realign(
@@ -145,8 +211,7 @@ def realign(
         for linear, pruned_linear in linears if layer.index in chosen else ():
             blocks = blocks_of(layer, linear, chosen[layer.index])
             if blocks:
-                before = dense.checkpoint.read(linear.tensor)
-                after = pruned.checkpoint.read(pruned_linear.tensor)
+                before, after = _read(dense, linear), _read(pruned, pruned_linear)
                 patch = _graft(linear, before, after, blocks, rule, device)
                 if len(patch.positions):
                     tensors[pruned_linear.tensor] = patch

@@ -106,6 +106,8 @@ def rank(
     heads = chosen_heads(dense, settings, scores)
     about["heads"] = [list(head) for head in heads]
     looked = survey(dense, pruned)
+    if looked.doubt:
+        watch.note(looked.doubt)
     about |= taken(looked)
     count = settings.how_many(looked.restorable)
     check_restorable(settings, looked.restorable)

@@ -82,6 +82,8 @@ def realign(
     chosen = chosen_heads(dense, settings, scores)
     about["heads"] = [list(head) for head in chosen]
     looked = survey(dense, pruned)
+    if looked.doubt:
+        watch.note(looked.doubt)
     about |= taken(looked)
     if not is_done(out, out, about, lambda: load_patch(out).about):
         device = pick_device((compute or ComputeSettings()).device)
