@@ -15,10 +15,10 @@ thrown away (resident only: it needs room for the model and its gradients). Ever
 of its own. The vision tower and the embeddings are in `bare` and in `step`, which runs them where
 new prompts are drawn for it.
 
-On a CPU `own` is the peak of the process' memory but for pages of files: the place of everything
-that a streamed model has on a device but for its weights, of which a layer at a time is there, or
-what is in no layer (`fetched`, the larger). A device needs no more than their sum, in which the
-libraries are too, and what a run on a GPU keeps on the host.
+On a CPU `own` is the peak of the process' memory but for pages of files. Of a streamed model whose
+checkpoint has the dtype of the computation these pages are the weights, and what is about to run is
+copied as to a device: a device needs no more than `own`, in which the libraries are too, and what a
+run on a GPU keeps on the host. In another dtype (float32) all weights are in it as well.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
     assert len(first.ranking)
     row = _row(options, seconds, device)
     if device.type == "cpu" and options.placement == "streamed":
-        row |= {"own_peak_gib": max(seen) / GIB, "fetched_gib": _largest_part(source) / GIB}
+        row |= {"own_peak_gib": max(seen) / GIB}
     return row
 
 
@@ -153,13 +153,6 @@ def own_memory() -> Iterator[list[int]]:
     finally:
         ended.set()
         looking.join()
-
-
-def _largest_part(source: Source) -> int:
-    """Bytes on disk of the largest layer, or of all that is in none where that is more."""
-    record = source.checkpoint.record
-    layers = [sum(record(li.tensor).bytes for li in one.linears) for one in source.anatomy.layers]
-    return max(*layers, source.checkpoint.bytes - sum(layers))
 
 
 def _row(options: argparse.Namespace, seconds: float, device: torch.device) -> dict[str, Any]:
@@ -235,7 +228,7 @@ def main() -> None:
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
     """Print the table."""
-    columns = ("", "placement", "time / bare", "device GiB", "own + fetched GiB", "host GiB")
+    columns = ("", "placement", "time / bare", "device GiB", "own GiB", "host GiB")
     table = Table(*columns, title=title)
     bare_seconds = rows[0]["seconds"] if rows[0]["what"] == "bare" else None
     for row in rows:
@@ -245,9 +238,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
             row["placement"],
             "" if bare_seconds is None else f"{row['seconds'] / bare_seconds:.2f}",
             "" if peak is None else f"{peak:.2f}",
-            f"{row['own_peak_gib']:.2f} + {row['fetched_gib']:.2f}"
-            if "own_peak_gib" in row
-            else "",
+            f"{row['own_peak_gib']:.2f}" if "own_peak_gib" in row else "",
             f"{row['host_peak_gib']:.2f}",
         )
     Console().print(table)
