@@ -355,7 +355,7 @@ def tune(
         _refuse_unread(_before_tuning(settings, tuning))
         _refuse_unread(scoring)
         _refuse_unread(calibration)
-        if tuning.devices and compute.first_set("device"):
+        if tuning.devices and compute.device not in ("auto", *tuning.devices):
             raise RegraftError("--devices takes the place of --device: leave one of them out.")
         if not settings.ranked and choice.first_set("points", "most"):
             raise RegraftError("Without a --budget there is no ranking of which --points are.")
