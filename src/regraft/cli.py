@@ -312,6 +312,10 @@ def _check_search_flags(search: bool, settings: RealignSettings, choice: SearchS
         raise RegraftError("Bounds, targets and points are those of a search: add --search.")
     if not search and settings.pushes:
         raise RegraftError("Only a search can hold --pushes to bounds: add --search.")
+    _check_most(settings, choice)
+
+
+def _check_most(settings: RealignSettings, choice: SearchSettings) -> None:
     if settings.pushes and choice.most is not None:
         raise RegraftError("--most cuts off the pushes, which come last: lower --budget.")
 
@@ -359,8 +363,7 @@ def tune(
             raise RegraftError("--devices takes the place of --device: leave one of them out.")
         if not settings.ranked and choice.first_set("points", "most"):
             raise RegraftError("Without a --budget there is no ranking of which --points are.")
-        if settings.pushes and choice.most is not None:
-            raise RegraftError("--most cuts off the pushes, which come last: lower --budget.")
+        _check_most(settings, choice)
         tuned = stages.tune(
             _open(dense, compute.trust_remote_code),
             _open(pruned, compute.trust_remote_code),

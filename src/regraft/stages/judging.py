@@ -266,11 +266,12 @@ def opinions(folder: Path) -> tuple[tuple[Judged, tuple[Agreement, ...]], ...]:
     evaluation = read_evaluation(folder)
     answers = _answers(evaluation)
     mine = evaluation.result.judge, [own_verdict(answer) for answer in answers]
+    judged_now = file_digest(folder / "answers.jsonl")
     found = []
     for file in sorted((folder / VERDICTS).glob("*.json")):
         content = read_json(file)
         if "verdicts" in content:
-            if content["about"]["inputs"]["answers"] != file_digest(folder / "answers.jsonl"):
+            if content["about"]["inputs"]["answers"] != judged_now:
                 raise RegraftError(
                     f"{file} judges other answers than {folder} holds now. Remove it, or judge "
                     "anew with `regraft judge`."
