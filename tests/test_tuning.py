@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +124,28 @@ def test_no_two_workers_have_one_trial_and_no_more_than_asked_for(tmp_path: Path
     with b.take(2) as left:
         assert left is not None
         assert (left.number, left.settings) == (first.number, first.settings)
+
+
+def test_a_trial_finished_while_another_worker_reaches_for_it_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, held = _trials(tmp_path), _trials(tmp_path), ExitStack()
+    first = held.enter_context(a.take(2))
+    assert first is not None
+    hold = b._hold
+
+    def finished_before(*words: Any) -> None:
+        if not a.finished():
+            a.finish(first, 1.0)
+            held.close()
+        hold(*words)
+
+    monkeypatch.setattr(b, "_hold", finished_before)
+    with b.take(2) as second:
+        assert second is not None
+        assert second.number == 1
+        b.finish(second, 2.0)
+    assert [one.value for one in b.finished()] == [1.0, 2.0]
 
 
 def test_a_failed_trial_does_not_count(tmp_path: Path) -> None:

@@ -157,10 +157,13 @@ class Trials:
     def _left_behind(self, held: ExitStack) -> FrozenTrial | None:
         from optuna.trial import TrialState
 
-        for one in self._all(TrialState.RUNNING):
+        for number in [one.number for one in self._all(TrialState.RUNNING)]:
             try:
-                self._hold(one.number, held)
+                self._hold(number, held)
             except RegraftError:  # its worker is alive
+                continue
+            one = self._frozen(number)
+            if one.state != TrialState.RUNNING:  # finished since, which freed the lock
                 continue
             if self._drawn(one):
                 return one
