@@ -682,6 +682,10 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
     has(refused(*scored), "`candidates` changes nothing where `mode` is exact")
     defend: list[object] = ["defend", world.pruned, "--out", "d", "--layer", 1]
     has(refused(*defend), "`layer` changes nothing with adashield")
+    shield = ["defend", world.pruned, "--out", "d"]
+    has(refused(*shield, "--data", "demo"), "adashield reads no data")
+    statistics = ["statistics", world.model, "--out", "s", "--max-response-tokens", 9]
+    has(refused(*statistics), "`max-response-tokens` changes nothing")
 
 
 def test_settings_that_would_change_nothing_in_tuning(world: World, refused: Refused) -> None:

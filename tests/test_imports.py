@@ -97,7 +97,7 @@ def test_only_models_know_transformers(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_only_the_command_line_prints(path: Path) -> None:
-    if _module(path) in ("cli", "console"):
+    if _module(path).split(".")[0] in ("cli", "console"):
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):

@@ -315,7 +315,9 @@ def test_bounds_decide(
 @pytest.mark.usefixtures("pruning_harmed")
 def test_set_difference_takes_the_best_prefix(tune: Callable[..., Tuned], tmp_path: Path) -> None:
     method = RealignSettings(method="set-difference", count=40)
-    tuned, out = tune(method, trials=3, keep=("scope",)), tmp_path / "tuned"
+    too_many = HeadSettings(r_max=99)  # of the heads, which nothing scores here
+    tuned = tune(method, trials=3, keep=("scope",), scoring=too_many)
+    out = tmp_path / "tuned"
     assert all(one.settings.keys() == {"p"} for one in tuned.trials)
     assert all(one.point.restored in (20, 40) for one in tuned.trials)
     variant = _fits_into_a_recipe(tuned, out)
@@ -480,13 +482,19 @@ def refused(
 
 
 def test_bad_input(refused: Callable[..., str]) -> None:
-    assert "nothing to tune of random" in refused("--method", "random", "--budget", 2)
     assert "hsr-b" in refused("--method", "hsr-b")
     assert "less than one weight" in refused("--method", "gain", "--budget", 1e-5)
     assert "keep: 'steps' is not tuned here" in refused("--keep", "steps")
     assert "leave target_asr" in refused("--target-asr", 3)
     assert "0 < lowest <= highest" in refused("--q-range", 0.5, 0.1)
     assert "top_heads" in refused("--method", "gain", "--count", 9, "--top-heads", 999)
+    assert "No heads are scored for these" in refused("--method", "set-difference")  # --r-max 2
+    assert "responses" in refused("--max-response-tokens", 9)
+
+
+def test_random_weights_have_nothing_to_tune(tune: Callable[..., Tuned]) -> None:
+    with pytest.raises(RegraftError, match="nothing to tune of random"):
+        tune(RealignSettings(method="random", budget=2))
 
 
 def test_validation_prompts_must_be_named(tune: Callable[..., Tuned], tmp_path: Path) -> None:

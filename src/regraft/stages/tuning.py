@@ -30,6 +30,7 @@ from regraft.restoration.realign import check_pair, survey
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
+from regraft.settings.flags import before_tuning
 from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import TUNABLE, SearchSettings, TuneSettings
@@ -102,7 +103,8 @@ def tune(
     }
     warn_of_learnt(dense, data["validation"], calibration, (True, False), session, watch)
     samples = distinct(data["safety"])
-    check_r_max(dense, scoring, data["safety"])
+    if before_tuning(method, tuning).by_heads:
+        check_r_max(dense, scoring, data["safety"])
     kept = looked.kept / dense.anatomy.prunable
     if method.method == "gain" and "within" not in tuning.keep:
         check_top_heads(dense, method.model_copy(update={"within": "heads"}))

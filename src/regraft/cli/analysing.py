@@ -1,0 +1,95 @@
+"""The paper's analyses: `regraft sweep`, `regraft relate` and `regraft overlap`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from regraft.cli.options import Model, OutFolder, open_model, watching
+from regraft.console import show_overlap, show_relation, show_sweep
+from regraft.recipe import read_recipe
+from regraft.settings.searching import Swept
+
+
+def sweep(
+    recipe: Path,
+    setting: Swept,
+    *,
+    values: Annotated[tuple[float, ...], Parameter(consume_multiple=True)],
+    out: OutFolder,
+) -> None:
+    """Run a recipe at several values of one setting: ASR, over-refusal and utility by the value.
+
+    How much pruning is too much (sparsity), how many neurons matter (q), how many heads
+    (top-heads), how many weights (budget). Resumes after a kill.
+
+    Example: regraft sweep recipe.yaml sparsity --values 0.3 0.4 0.5 0.6 --out sweep
+
+    Parameters
+    ----------
+    recipe
+        A YAML file; its first pruning and its first variant are varied.
+    setting
+        What is varied.
+    values
+        The values.
+    """
+    from regraft.analysis import run as analysis
+
+    with watching() as watch:
+        found = analysis.sweep(read_recipe(recipe), setting, values, out, watch)
+        show_sweep(watch.console, found)
+        watch.note(f"Figure: {(out / 'sweep.svg').absolute()}")
+
+
+def relate(*run: Path, out: OutFolder) -> None:
+    """Over the pruned models of several runs: total Ships against the rise in ASR, Spearman's rho.
+
+    Example: regraft relate runs/qwen2-vl runs/llava-mistral runs/llava-vicuna --out relation
+
+    Parameters
+    ----------
+    run
+        Folders of `regraft run` with head scores.
+    """
+    from regraft.analysis import run as analysis
+
+    with watching() as watch:
+        points, found = analysis.relate(run, out)
+        show_relation(watch.console, points, found)
+        watch.note(f"Figure: {(out / 'relation.svg').absolute()}")
+
+
+def overlap(
+    model: Model,
+    statistics_file: Path,
+    *,
+    share: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (0.05, 0.1, 0.2),
+    scope: Literal["row", "matrix"] = "matrix",
+    out: OutFolder,
+    trust_remote_code: bool = False,
+) -> None:
+    """Which weights matter for safety and utility alike: Jaccard's index of the top by layer.
+
+    Example: regraft overlap MODEL statistics.safetensors --share 0.05 0.1 --out overlap
+
+    Parameters
+    ----------
+    statistics_file
+        From `regraft statistics`.
+    share
+        Top shares of every weight matrix.
+    scope
+        Weights compete within their row or their matrix.
+    trust_remote_code
+        Run Python code that comes with the checkpoint.
+    """
+    from regraft.analysis import run as analysis
+
+    with watching() as watch:
+        dense = open_model(model, trust_remote_code)
+        found = analysis.overlap(dense, statistics_file, share, scope, out, watch)
+        show_overlap(watch.console, found)
+        watch.note(f"Figure: {(out / 'overlap.svg').absolute()}")

@@ -1,0 +1,36 @@
+"""A defence at inference to compare with: `regraft defend`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from regraft.cli.options import Calibration, Compute, Flat, Model, OutFile, open_model, watching
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.defending import DefenceSettings
+from regraft.settings.flags import check_data, refuse_unread
+
+
+def defend(
+    pruned: Model,
+    *,
+    out: OutFile,
+    settings: Annotated[DefenceSettings, Flat] = DefenceSettings(),
+    calibration: Calibration = CalibrationSettings(),
+    compute: Compute = ComputeSettings(),
+) -> None:
+    """Make a defence at inference to compare with: a prompt (AdaShield) or a refusal direction.
+
+    Example: regraft defend pruned --method refusal-direction --out direction.safetensors
+    """
+    from regraft import stages
+    from regraft.defence.artifact import Direction
+
+    with watching() as watch:
+        refuse_unread(settings)
+        check_data(settings.method, calibration)
+        source = open_model(pruned, compute.trust_remote_code)
+        made = stages.defend(source, out, settings, calibration, compute, watch)
+        if isinstance(made, Direction):
+            watch.note(f"{out}: {made.strength:g} differences of means behind layer {made.layer}.")
+        watch.note(f"Evaluate under it with `regraft eval {pruned} --defence {out} ...`.")

@@ -1,0 +1,83 @@
+"""How good a model is: `regraft eval`, and `regraft harness` by lmms-eval's tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from regraft.cli.options import Compute, Flat, Model, OutFile, OutFolder, open_model, watching
+from regraft.console import show_harness, show_result
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import Suites
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.flags import refuse_unread
+
+
+def evaluate(
+    model: Model,
+    *,
+    suite: Suites,
+    out: OutFolder,
+    patch: Path | None = None,
+    defence: Path | None = None,
+    settings: Annotated[EvalSettings, Flat] = EvalSettings(),
+    compute: Compute = ComputeSettings(),
+) -> None:
+    """Answer suites greedily and report ASR, over-refusal and utility with 95 % intervals.
+
+    Example: regraft eval pruned --suite safebench FigStep/data --suite mossbench MOSSBench/data
+    --out eval/pruned
+
+    Parameters
+    ----------
+    patch
+        Put this patch on the model in memory first.
+    defence
+        Answer under this defence at inference, from `regraft defend`.
+    """
+    from regraft import stages
+
+    with watching() as watch:
+        refuse_unread(settings)
+        source = open_model(model, compute.trust_remote_code)
+        done = stages.evaluate(
+            source, out, suite, settings, compute, patch, watch=watch, defence_file=defence
+        )
+        show_result(watch.console, done.result)
+        watch.note(f"Answers and results: {out}. As a page: regraft report {out}")
+
+
+def harness(
+    model: Model,
+    *task: str,
+    out: OutFile,
+    patch: Path | None = None,
+    limit: int | None = None,
+    include: Path | None = None,
+    compute: Compute = ComputeSettings(),
+) -> None:
+    """Run tasks of lmms-eval on the model in memory (pip install 'regraft[harness]').
+
+    Example: regraft harness MODEL mmbench_en_dev_static docvqa_val --patch gain.safetensors
+    --out utility.json
+
+    Parameters
+    ----------
+    task
+        Names of lmms-eval's tasks that generate answers to prompts with one image or none.
+    patch
+        Put this patch on the model in memory first.
+    limit
+        Use only the first prompts of each task.
+    include
+        A folder with tasks of your own, in place of lmms-eval's.
+    """
+    from regraft import stages
+
+    with watching() as watch:
+        source = open_model(model, compute.trust_remote_code)
+        results = stages.harness(
+            source, task, out, compute, watch, patch_file=patch, limit=limit, include=include
+        )
+        show_harness(watch.console, results)
+        watch.note(f"Wrote {out}")

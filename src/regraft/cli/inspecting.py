@@ -1,0 +1,72 @@
+"""What a checkpoint is: `regraft inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from regraft.cli.options import Model, open_model
+from regraft.models.anatomy import LayerAnatomy
+
+
+def inspect(model: Model, *, trust_remote_code: bool = False, names: bool = False) -> None:
+    """Show layers, heads, prunable weights and names on disk; loads no weights.
+
+    Parameters
+    ----------
+    trust_remote_code
+        Run Python code that comes with the checkpoint.
+    names
+        Also list every prunable weight by its name on disk.
+    """
+    source = open_model(model, trust_remote_code)
+    anatomy, console = source.anatomy, Console(emoji=False)
+    about = Table.grid(padding=(0, 2))
+    about.add_column()
+    about.add_column(overflow="fold")
+    for key, value in {
+        "folder": str(source.folder),
+        "family": anatomy.family,
+        "vision": "yes" if anatomy.has_vision else "no",
+        "parameters": f"{anatomy.parameters:,}",
+        "prunable": f"{anatomy.prunable:,} in {sum(1 for _ in anatomy.linears)} linears",
+        "hidden size": str(anatomy.hidden_size),
+        "vocabulary": f"{anatomy.vocabulary:,}" + (" (tied head)" if anatomy.tied else ""),
+        "on disk": f"{source.checkpoint.bytes / 2**30:.2f} GiB in "
+        f"{len(source.checkpoint.shards)} file(s)",
+    }.items():
+        about.add_row(key, value)
+    console.print(about)
+    layers = Table("layers", "attention", "query heads", "kv heads", "head size", "linears")
+    for first, last, layer in _runs(anatomy.layers):
+        layers.add_row(
+            f"{first}" if first == last else f"{first}-{last}",
+            layer.attention,
+            str(layer.heads),
+            str(layer.kv_heads),
+            str(layer.head_dim),
+            ", ".join(f"{li.role} {li.shape[0]}x{li.shape[1]}" for li in layer.linears),
+        )
+    console.print(layers)
+    linears = list(anatomy.linears)
+    console.print("names on disk" if names else "names on disk, first and last:")
+    for linear in linears if names else (linears[0], linears[-1]):
+        record = source.checkpoint.record(linear.tensor)
+        console.print(f"  {linear.tensor}  {record.dtype}  {record.shard}", highlight=False)
+
+
+def _runs(layers: Sequence[LayerAnatomy]) -> Iterator[tuple[int, int, LayerAnatomy]]:
+    """Group neighbouring layers of equal shape: (first index, last index, one of them)."""
+
+    def look(layer: LayerAnatomy) -> Any:
+        shapes = tuple((linear.name, linear.shape) for linear in layer.linears)
+        return layer.attention, layer.heads, layer.kv_heads, layer.head_dim, shapes
+
+    start = 0
+    for i in range(1, len(layers) + 1):
+        if i == len(layers) or look(layers[i]) != look(layers[start]):
+            yield layers[start].index, layers[i - 1].index, layers[start]
+            start = i

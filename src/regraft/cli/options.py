@@ -1,0 +1,44 @@
+"""What commands share: the types of their flags, opening a model, and the console they write to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from regraft import ranks
+from regraft.console import ConsoleWatch
+from regraft.data.demo import demo_model
+from regraft.models.load import Source, open_source
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+
+Flat = Parameter(name="*")
+Model = Annotated[str, Parameter(help="Checkpoint folder or hub id; 'demo' is the bundled model.")]
+OutFolder = Annotated[Path, Parameter(name=["--out", "-o"], help="New folder to write.")]
+OutFile = Annotated[Path, Parameter(name=["--out", "-o"], help="New file to write.")]
+MaybeOutFolder = Annotated[
+    Path | None, Parameter(name=["--out", "-o"], help="New folder to write.")
+]
+MaybeOutFile = Annotated[Path | None, Parameter(name=["--out", "-o"], help="New file to write.")]
+Calibration = Annotated[CalibrationSettings, Flat]
+Compute = Annotated[ComputeSettings, Flat]
+
+
+def open_model(model: str, trust_remote_code: bool) -> Source:
+    """What lies in the folder, behind the hub id or in the bundled model; loads no weights."""
+    return open_source(
+        demo_model() if model == "demo" else model, trust_remote_code=trust_remote_code
+    )
+
+
+@contextmanager
+def watching() -> Iterator[ConsoleWatch]:
+    """Progress and notes on standard output, from one process of several."""
+    width = None if sys.stdout.isatty() else 120
+    yield ConsoleWatch(Console(width=width, quiet=not ranks.first(), emoji=False))

@@ -1,0 +1,108 @@
+"""What flags must say together, and a recipe says by the place of a setting.
+
+A recipe's bounds stand below `search` and are one with it; flags stand beside each other. Each of
+these functions refuses some that contradict others or would change nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from regraft.errors import RegraftError
+from regraft.settings.base import Settings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings
+from regraft.settings.searching import SearchSettings, TuneSettings
+
+DEFAULT_VALIDATION_TOKENS = 64
+
+
+def refuse_unread(*given: Settings) -> None:
+    """Refuse the first setting that was given and changes nothing."""
+    for settings in given:
+        if (found := settings.unread()) is not None:
+            raise RegraftError(f"{found}. Leave it out.".replace("_", "-"))
+
+
+def check_data(method: str, calibration: CalibrationSettings) -> None:
+    """Refuse data where none are read, of a method of pruning or a defence."""
+    if method in ("magnitude", "adashield") and calibration != CalibrationSettings():
+        raise RegraftError(f"{method} reads no data: settings of it would change nothing.")
+    refuse_unread(calibration)
+
+
+def check_search(search: bool, settings: RealignSettings, choice: SearchSettings) -> None:
+    """Refuse a search that nothing can be searched in, and settings of one without --search."""
+    if search and settings.method == "hsr-a":
+        raise RegraftError("hsr-a has no number of weights to choose: leave --search out.")
+    if search and not settings.ranked:
+        raise RegraftError("--search chooses a number of weights: give a --budget too.")
+    if not search and choice != SearchSettings():
+        raise RegraftError("Bounds, targets and points are those of a search: add --search.")
+    if not search and settings.pushes:
+        raise RegraftError("Only a search can hold --pushes to bounds: add --search.")
+    _check_most(settings, choice)
+
+
+def check_answers(search: bool, max_new_tokens: int) -> None:
+    """Refuse a length of answers where nothing is answered."""
+    if not search and max_new_tokens != DEFAULT_VALIDATION_TOKENS:
+        raise RegraftError("--max-new-tokens is of answers in a search: add --search.")
+
+
+def check_inputs(
+    settings: RealignSettings,
+    scoring: HeadSettings,
+    heads_file: Path | None,
+    statistics_file: Path | None,
+) -> None:
+    """Refuse head scores, statistics and settings of scoring that are not read."""
+    if heads_file is not None and not settings.by_heads:
+        raise RegraftError("No scored heads decide here: --heads-file would change nothing.")
+    if statistics_file is not None and not settings.needs_statistics:
+        raise RegraftError(
+            f"{settings.method} by these settings reads no statistics: --statistics-file would "
+            "change nothing."
+        )
+    if heads_file is not None and scoring != HeadSettings():
+        raise RegraftError("--heads-file has scores: settings of scoring would change nothing.")
+    _check_scoring(settings, scoring)
+
+
+def check_tuning(
+    settings: RealignSettings,
+    tuning: TuneSettings,
+    choice: SearchSettings,
+    scoring: HeadSettings,
+    device: str,
+) -> None:
+    """Refuse what no trial reads, and two answers to the same question."""
+    varied = before_tuning(settings, tuning)
+    refuse_unread(varied)
+    _check_scoring(varied, scoring)
+    if tuning.devices and device not in ("auto", *tuning.devices):
+        raise RegraftError("--devices takes the place of --device: leave one of them out.")
+    if not settings.ranked and choice.first_set("points", "most"):
+        raise RegraftError("Without a --budget there is no ranking of which --points are.")
+    _check_most(settings, choice)
+
+
+def before_tuning(settings: RealignSettings, tuning: TuneSettings) -> RealignSettings:
+    """The settings, where tuning varies what others of them hang on as if all of them counted."""
+    counts = {"within": "heads", "constraint": "utility-gain"} if settings.method == "gain" else {}
+    varied = {name: value for name, value in counts.items() if name not in tuning.keep}
+    return settings.model_copy(update=varied)
+
+
+def _check_scoring(settings: RealignSettings, scoring: HeadSettings) -> None:
+    if not settings.by_heads and scoring != HeadSettings():
+        raise RegraftError(
+            "No heads are scored for these settings: those of scoring would change nothing."
+        )
+    refuse_unread(scoring)
+
+
+def _check_most(settings: RealignSettings, choice: SearchSettings) -> None:
+    if settings.pushes and choice.most is not None:
+        raise RegraftError("--most cuts off the pushes, which come last: lower --budget.")
