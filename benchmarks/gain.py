@@ -4,16 +4,16 @@
     python benchmarks/gain.py --layers 2 --scale 0.25 --samples 8        # small, on a CPU
     python benchmarks/gain.py --samples 128 --json gain.json             # Qwen2.5-VL-7B's shape
     python benchmarks/gain.py --shape vicuna-7b --samples 128            # LLaVA-NeXT-Vicuna-7B's
-    python benchmarks/gain.py --samples 2 --image 112 --skip bare resident --device cpu # no GPU
+    python benchmarks/gain.py --samples 2 --image 112 --skip resident --device cpu # without a GPU
 
 A step takes the gradients of `--samples` harmful and as many harmless prompts, ranks all pruned
 weights of all linears, asks which of the best ones suit each other on every prompt and puts those
-back, a twelfth of 5 per 10,000 (candidates are those of a step before, not timed); with `swap` it
-also takes the squares of gradients and pairs what comes back with what goes. `bare` is one forward
-and backward pass of the whole model over the same data by autograd, weight gradients included and
-thrown away (resident only: it needs room for the model and its gradients). Every row is a process
-of its own. The vision tower and the embeddings are in `bare` and in `step`, which runs them where
-new prompts are drawn for it.
+back, a twelfth of 5 per 10,000. Candidates are those of a step before, which looks for its own and
+so takes longer; its seconds are `first_seconds`. With `swap` it also takes the squares of gradients
+and pairs what comes back with what goes. `bare` is one forward and backward pass of the whole model
+over the same data by autograd, weight gradients included and thrown away one by one (resident only:
+it needs room for the model). Every row is a process of its own. The vision tower and the embeddings
+are in `bare` and in `step`, which runs them where new prompts are drawn for it.
 
 On a CPU `own` is the peak of the process' memory but for pages of files. Of a streamed model whose
 checkpoint has the dtype of the computation these pages are the weights, and what is about to run is
@@ -63,15 +63,20 @@ def bare(model: PlacedModel, source: Source, data: list[Batch]) -> None:
     """Forward and backward over all data by autograd, with weight gradients."""
     modules = dict(model.network.named_modules())
     weights = [modules[linear.module].weight for linear in source.anatomy.linears]
+    hooks = []
     for weight in weights:
         weight.requires_grad_(True)
+        hooks.append(weight.register_post_accumulate_grad_hook(_throw_away))
     for batch in data:
         placed = model.place(batch)
         model.network(**placed.inputs, labels=placed.labels, use_cache=False).loss.backward()
-        for weight in weights:
-            weight.grad = None
-    for weight in weights:
+    for weight, hook in zip(weights, hooks, strict=True):
         weight.requires_grad_(False)
+        hook.remove()
+
+
+def _throw_away(weight: torch.Tensor) -> None:
+    weight.grad = None
 
 
 def run_one(options: argparse.Namespace) -> dict[str, Any]:
@@ -128,10 +133,11 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
             )
 
     with own_memory() as seen:
-        first = one_step(empty(), None)
+        first_seconds, first = timed(device, lambda: one_step(empty(), None))
+        print(f"first step: {first_seconds:.0f} s", file=sys.stderr, flush=True)
         seconds, _ = timed(device, lambda: one_step(first.ranking, first.candidates))
     assert len(first.ranking)
-    row = _row(options, seconds, device)
+    row = _row(options, seconds, device) | {"first_seconds": first_seconds}
     if device.type == "cpu" and options.placement == "streamed":
         row |= {"own_peak_gib": max(seen) / GIB}
     return row
@@ -157,6 +163,7 @@ def own_memory() -> Iterator[list[int]]:
 
 def _row(options: argparse.Namespace, seconds: float, device: torch.device) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
+    print(f"{options.what}, {options.placement}: {seconds:.0f} s", file=sys.stderr, flush=True)
     return {
         "what": options.what,
         "placement": options.placement,

@@ -106,12 +106,12 @@ def rank(
     heads = chosen_heads(dense, settings, scores)
     about["heads"] = [list(head) for head in heads]
     looked = survey(dense, pruned)
-    if looked.doubt:
-        watch.note(looked.doubt)
     about |= taken(looked)
     count = settings.how_many(looked.restorable)
     check_restorable(settings, looked.restorable)
     if not is_done(out, out, about, lambda: load_ranking(out).about):
+        if looked.doubt:
+            watch.note(looked.doubt)
         for role, reading in zip(("D^s", "D^u"), readings.values(), strict=False):
             check_shares(reading.examples[: settings.batch], compute)
             watch.note(told(role, reading))

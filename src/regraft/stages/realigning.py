@@ -82,10 +82,10 @@ def realign(
     chosen = chosen_heads(dense, settings, scores)
     about["heads"] = [list(head) for head in chosen]
     looked = survey(dense, pruned)
-    if looked.doubt:
-        watch.note(looked.doubt)
     about |= taken(looked)
     if not is_done(out, out, about, lambda: load_patch(out).about):
+        if looked.doubt:
+            watch.note(looked.doubt)
         device = pick_device((compute or ComputeSettings()).device)
         selecting = watch.task("Selecting weights", len(dense.anatomy.layers), "layers")
         with working(out, about):
