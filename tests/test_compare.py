@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -657,8 +658,12 @@ def test_compare_reads_what_the_runs_wrote(world: Path, tmp_path: Path) -> None:
     curves = tables[1].curves["hsr"]
     assert list(curves) == [searched([0, 2, 4], 4)] * 2
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {
-        *("compare.json", "compare.md", "compare.html"),
+        *("compare.json", "compare.md", "compare.html", "trade-off.svg", "curves.svg"),
     }
+    page = (tmp_path / "whole" / "compare.html").read_text()
+    for figure in (tmp_path / "whole").glob("*.svg"):
+        assert ElementTree.parse(figure).getroot().tag.endswith("svg")
+        assert figure.read_text() in page
     content = json.loads((tmp_path / "whole" / "compare.json").read_text())
     assert content["against"] == ["random"]
     assert math.isclose(content["tables"][1]["rows"][2]["asr"]["value"], counts["hsr"] / 12)

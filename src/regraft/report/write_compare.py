@@ -1,4 +1,4 @@
-"""`Study` to `compare.json`, `compare.md` and `compare.html`.
+"""`Study` to `compare.json`, `compare.md`, `compare.html` and figures.
 
 The same study always gives the same bytes.
 """
@@ -24,7 +24,9 @@ from regraft.report.write import page_environment
 
 
 def write_comparison(study: Study, folder: Path) -> None:
-    """Write `compare.json`, `compare.md` and `compare.html` into `folder`, replacing older ones.
+    """Write `compare.json`, `compare.md`, `compare.html` and its figures, replacing older ones.
+
+    `trade-off.svg`, and where there was a search `curves.svg`, are figures of the page.
 
     Raises:
         RegraftError: a file cannot be written.
@@ -32,24 +34,33 @@ def write_comparison(study: Study, folder: Path) -> None:
     page, text = render_comparison_html(study), render_comparison_markdown(study)
     write_json(folder / "compare.json", asdict(study))
     write_text(folder / "compare.md", text)
+    for name, (svg, _) in _figures(study).items():
+        write_text(folder / f"{name}.svg", svg)
     write_text(folder / "compare.html", page)
 
 
 def render_comparison_html(study: Study) -> str:
     """One self-contained page: inline styles and figures, nothing fetched."""
-    figures = [
-        (
+    return _render(
+        study, "html", [(Markup(svg), caption) for svg, caption in _figures(study).values()]
+    )
+
+
+def _figures(study: Study) -> dict[str, tuple[str, str]]:
+    """Name -> SVG and caption of every figure that has something to show."""
+    drawn = {
+        "trade-off": (
             trade_off_panels(study),
             "ASR against over-refusal, numbered as in the table, with 95 % intervals; down and to "
             "the left is better. Area: restored weights, on a logarithmic scale. Triangles restore "
             "none; grey circles are means over random draws.",
         ),
-        (
+        "curves": (
             curve_figure([(table.pruning, named_curves(table)) for table in study.tables]),
             f"{CURVES_CAPTION} One line a seed.",
         ),
-    ]
-    return _render(study, "html", [(Markup(svg), caption) for svg, caption in figures if svg])
+    }
+    return {name: (svg, caption) for name, (svg, caption) in drawn.items() if svg}
 
 
 def named_curves(table: Table) -> list[tuple[str, Searched]]:
