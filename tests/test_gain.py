@@ -27,6 +27,7 @@ from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.evaluation.curves import read_curve
 from regraft.importance.gradients import layer_gradients
+from regraft.importance.hard import response_losses
 from regraft.importance.losses import DecisionLoss
 from regraft.models.anatomy import HEAD_ROLES
 from regraft.models.checkpoint import open_checkpoint
@@ -649,7 +650,7 @@ def test_what_candidates_do_to_each_prompt(swap, benches, tmp_path, monkeypatch)
             losses = []
             for sign in (1, -1):
                 flat.copy_(before + sign * 0.05 * change)
-                values = iterative.response_losses(side.walk, side.loss)
+                values = response_losses(side.walk, side.loss)
                 losses.append([values[name] for batch in side.walk.batches for name in batch.ids])
             flat.copy_(before)
             for e, (above, below) in enumerate(zip(*losses, strict=True)):

@@ -23,8 +23,15 @@ from regraft.importance.gradients import (
     signed,
     signed_and_squared,
 )
-from regraft.importance.hard import agreements, final_states, response_losses, sampled
+from regraft.importance.hard import (
+    agreements,
+    final_states,
+    losses_together,
+    response_losses,
+    sampled,
+)
 from regraft.importance.losses import DecisionLoss, predicting, refusal_starts
+from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 
 WEIGHTS = {"harmful-0-0": 0.25, "harmful-0-2": 3.0}
@@ -254,6 +261,22 @@ def test_streamed_equals_resident(family, pico_dir, tmp_path):
     assert losses == again
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_losses_together_stream_the_model_once(pico_dir, tmp_path, monkeypatch):
+    opened = truth.opened(pico_dir("qwen2_vl"))
+    _, cut = collated(opened, "qwen2_vl", tmp_path)
+    assert len(cut) > 1
+    one = truth.walk(changed(opened.model), cut, streamed=True)
+    other = truth.walk(one.model.network, cut[:1], streamed=True)
+    plain, weighted = DecisionLoss(), DecisionLoss(decision=1, weights=WEIGHTS)
+    apart = [response_losses(one, plain), response_losses(other, weighted)]
+    held, hold = [], PlacedModel.layer
+    monkeypatch.setattr(
+        PlacedModel, "layer", lambda self, index: held.append(index) or hold(self, index)
+    )
+    assert losses_together([(one, plain), (other.on(one.model), weighted)]) == apart
+    assert held == list(range(one.layers))
 
 
 # The teacher's say, and hard examples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from math import floor
 
@@ -23,7 +23,7 @@ def final_states(walk: Walk, progress: Progress) -> dict[str, Tensor]:
     They are a teacher's whole say (see `DecisionLoss`): the head that turns them into tokens is
     never pruned, and N x d floats are far fewer than N x vocabulary.
     """
-    _to_the_end(walk, progress)
+    _to_the_end([walk], progress)
     return {
         name: state[row, predicting(labels[row])].cpu().clone()
         for batch, state in zip(walk.batches, walk.states, strict=True)
@@ -36,14 +36,26 @@ def response_losses(
     walk: Walk, loss: Loss, progress: Progress = lambda _: None
 ) -> dict[str, float]:
     """The loss of every example's response, by example id."""
-    _to_the_end(walk, progress)
+    return losses_together([(walk, loss)], progress)[0]
+
+
+def losses_together(
+    sides: Sequence[tuple[Walk, Loss]], progress: Progress = lambda _: None
+) -> list[dict[str, float]]:
+    """`response_losses` of several walks through one model, which is streamed once for all."""
+    walks = [walk for walk, _ in sides]
+    _to_the_end(walks, progress)
+    with walks[0].model.frame(), torch.no_grad():
+        return [_losses_at_the_end(walk, loss) for walk, loss in sides]
+
+
+def _losses_at_the_end(walk: Walk, loss: Loss) -> dict[str, float]:
     losses = {}
-    with walk.model.frame(), torch.no_grad():
-        for batch, state in zip(walk.batches, walk.states, strict=True):
-            assert batch.labels is not None, "a batch of prompts has no responses"
-            final, labels = state.to(walk.model.device), batch.labels.to(walk.model.device)
-            for row, name in enumerate(batch.ids):
-                losses[name] = float(loss(walk.model, final[row], labels[row], name))
+    for batch, state in zip(walk.batches, walk.states, strict=True):
+        assert batch.labels is not None, "a batch of prompts has no responses"
+        final, labels = state.to(walk.model.device), batch.labels.to(walk.model.device)
+        for row, name in enumerate(batch.ids):
+            losses[name] = float(loss(walk.model, final[row], labels[row], name))
     return losses
 
 
@@ -99,8 +111,10 @@ def sampled(losses: Mapping[str, float], count: int, seed: int) -> dict[str, flo
     return {name: count / (total * likely[name]) for name in losses if name in drawn}
 
 
-def _to_the_end(walk: Walk, progress: Progress) -> None:
-    walk.rewind()
-    for index in range(walk.layers):
-        with walk.model.layer(index):
-            walk.advance(index, progress)
+def _to_the_end(walks: Sequence[Walk], progress: Progress) -> None:
+    for walk in walks:
+        walk.rewind()
+    for index in range(walks[0].layers):
+        with walks[0].model.layer(index):
+            for walk in walks:
+                walk.advance(index, progress)

@@ -16,7 +16,7 @@ from regraft.importance.gradients import (
     signed,
     signed_and_squared,
 )
-from regraft.importance.hard import response_losses
+from regraft.importance.hard import losses_together
 from regraft.importance.losses import DecisionLoss, Loss
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
 from regraft.models.load import Source
@@ -128,8 +128,8 @@ def step(
 
     def value(tried: int) -> float:
         edits.put(tried)
-        losses = (_mean(response_losses(side.walk, side.loss).values()) for side in sides)
-        return objective.value(*losses)
+        losses = losses_together([(side.walk, side.loss) for side in sides])
+        return objective.value(*(_mean(found.values()) for found in losses))
 
     taken = backtrack(value, now, chosen.score)
     edits.put(taken)

@@ -72,7 +72,10 @@ class RealignSettings(Settings):
     top_heads: int = Field(10, ge=1, description="How many heads (h).")
     q: float = Field(0.5, gt=0, le=1, description="Top share by safety importance.")
     p: float | None = Field(
-        None, ge=0, lt=1, description="Share kept by the pruner; 1 - sparsity if not given."
+        None,
+        ge=0,
+        lt=1,
+        description="Share kept by the pruner; if not given, of all prunable weights.",
     )
     p_max: float | None = Field(
         None, gt=0, le=1, description="Outer bound by utility importance; p + 0.2 if not given."
