@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -660,10 +661,9 @@ def test_compare_reads_what_the_runs_wrote(world: Path, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {
         *("compare.json", "compare.md", "compare.html", "trade-off.svg", "curves.svg"),
     }
-    page = (tmp_path / "whole" / "compare.html").read_text()
     for figure in (tmp_path / "whole").glob("*.svg"):
         assert ElementTree.parse(figure).getroot().tag.endswith("svg")
-        assert figure.read_text() in page
+        assert not re.search(r"var\(|currentColor", figure.read_text())
     content = json.loads((tmp_path / "whole" / "compare.json").read_text())
     assert content["against"] == ["random"]
     assert math.isclose(content["tables"][1]["rows"][2]["asr"]["value"], counts["hsr"] / 12)

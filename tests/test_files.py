@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 
 from disk import tree
 from regraft.artifact import read_artifact, write_artifact
-from regraft.errors import RegraftError
+from regraft.errors import PassingError, RegraftError
 from regraft.files import (
     WORKERS,
     atomic_file,
@@ -32,6 +33,7 @@ from regraft.files import (
     write_json,
     write_text,
 )
+from regraft.keys import working
 
 
 def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -227,6 +229,36 @@ def test_threads_give_results_in_order_and_stop_at_an_error() -> None:
     with pytest.raises(ZeroDivisionError):
         in_threads(fail, range(500), stop)
     assert len(begun) <= WORKERS + 1, "the error stopped nothing"
+
+
+def test_a_lock_on_a_file_that_its_last_holder_removes_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="no such locks")
+    lock, flock = tmp_path / "lock", fcntl.flock
+
+    def removed_before(*words: Any) -> None:
+        lock.unlink()
+        flock(*words)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with pytest.raises(RegraftError, match="was writing"), locked(lock, tmp_path / "out"):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_was_finished_before_the_lock_was_free_is_not_begun_again(
+    tmp_path: Path, folder: bool
+) -> None:
+    out = tmp_path / "out"
+    if folder:
+        out.mkdir()
+        with working(out, {}):  # an empty folder is as good as none
+            pass
+    write_text(out / "results.json" if folder else out, "theirs")
+    with pytest.raises(PassingError, match="just finished"), working(out, {}):
+        raise AssertionError
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def test_lock(tmp_path: Path) -> None:

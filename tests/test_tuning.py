@@ -40,7 +40,7 @@ from regraft.settings.pruning import PruneSettings
 from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
-from regraft.stages import tuning_outcome, tuning_trial
+from regraft.stages import tuning, tuning_outcome, tuning_trial
 from regraft.stages.optimising import Between, Finished, Trials
 from regraft.stages.tuning_space import space_of
 
@@ -501,6 +501,17 @@ def test_validation_prompts_must_be_named(tune: Callable[..., Tuned], tmp_path: 
     with pytest.raises(RegraftError, match="No validation prompts are named to choose on"):
         tune(RealignSettings(), choice=SearchSettings(validation_limit=2, points=2))
     assert not (tmp_path / "tuned").exists()
+
+
+def test_a_start_beside_another_shares_its_folder(
+    tune: Callable[..., Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def claimed_by_another(folder: Path) -> None:
+        (folder / "locks").mkdir(parents=True)
+        raise RegraftError("is not empty")
+
+    monkeypatch.setattr(tuning, "require_empty", claimed_by_another)
+    assert len(tune(RealignSettings(method="set-difference", count=20), trials=1).trials) == 1
 
 
 def test_without_optuna(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

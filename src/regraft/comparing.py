@@ -19,7 +19,7 @@ from regraft.reporting import read_report
 
 
 def compare(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> Study:
-    """Compare the methods of finished runs; writes compare.json, .md and .html into `out`.
+    """Compare the methods of finished runs; writes compare.json, .md, .html and figures.
 
     Args:
         folders: Of runs whose recipes differ in the calibration seed alone, or of a study, which

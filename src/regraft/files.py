@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from safetensors import SafetensorError
 
@@ -320,7 +320,20 @@ def locked(path: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
                     "without flock, or NFS without a lock daemon), where another process could "
                     f"write {what} too. Mount it with locks, or choose an output elsewhere."
                 ) from error
+            if not _is_at(handle, path):
+                raise RegraftError(
+                    f"Another regraft process was writing {what} at this moment. The same command "
+                    "goes on from what it has done."
+                )
         yield
+
+
+def _is_at(handle: IO[bytes], path: Path) -> bool:
+    """Whether the open file is still the one at `path`, from where its last holder removed it."""
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_text(target: Path, text: str) -> None:

@@ -158,7 +158,8 @@ def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     enter and leave together.
 
     Raises:
-        RegraftError: another job is at work on `out`, or this process does not see the folder.
+        RegraftError: another job is at work on `out` or has just finished it, or this process does
+            not see the folder.
     """
     folder = _work_folder(out)
     work = folder / _key(about)[:16]
@@ -174,6 +175,10 @@ def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
         return
     with new_folders(folder / "lock"), locked(folder / "lock", out):
         try:
+            if out.is_file() or (out.is_dir() and any(out.iterdir())):  # there was none before
+                raise PassingError(
+                    f"Another process has just finished {out}. The same command takes it as it is."
+                )
             ranks.barrier()
             yield work
             ranks.barrier()

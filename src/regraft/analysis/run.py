@@ -20,6 +20,7 @@ from regraft.heads.score import load_heads
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import Source, open_source
 from regraft.recipe import Recipe, read_recipe
+from regraft.report.drawing import standalone
 from regraft.reporting import model_folder, read_report
 from regraft.restoration.selection import RankingScope
 from regraft.settings.searching import Swept
@@ -37,7 +38,7 @@ def sweep(
     found = run_sweep(recipe, setting, values, folder, watch)
     if ranks.first():
         write_json(folder / "sweep.json", asdict(found))
-        write_text(folder / "sweep.svg", figures.sweep_figure(found))
+        write_text(folder / "sweep.svg", standalone(figures.sweep_figure(found)))
     return found
 
 
@@ -146,4 +147,4 @@ def _write(out: Path, name: str, content: Any, figure: str) -> None:
     if ranks.first():
         with atomic_folder(out) as folder:
             write_json(folder / f"{name}.json", content)
-            write_text(folder / f"{name}.svg", figure)
+            write_text(folder / f"{name}.svg", standalone(figure))

@@ -101,6 +101,12 @@ def _opening(tag: str, title: str) -> str:
     return f'<svg {spaces} {box} role="img" aria-label="{escape(title)}">'
 
 
+def standalone(svg: str) -> str:
+    """The figure for a file of its own: colours and font without a page's, on white."""
+    svg = re.sub(r"var\(--[\w-]+, ([^()]+)\)", r"\1", svg).replace("currentColor", "#1c1b22")
+    return svg.replace("<svg ", '<svg style="background: #ffffff" ', 1)
+
+
 def ceiling(estimates: Iterable[Estimate]) -> float:
     """The end of an axis in %: the highest interval and a little room."""
     return min(105.0, 100 * max(e.high for e in estimates) * 1.08 + 1)

@@ -18,6 +18,7 @@ from regraft.report.addresses import short_names
 from regraft.report.compare import Recovered, Row, Spread, Study, Table, Tested
 from regraft.report.compare_figures import trade_off_panels
 from regraft.report.curve_figure import CURVES_CAPTION, curve_figure
+from regraft.report.drawing import standalone
 from regraft.report.model import SIGNIFICANCE, measured
 from regraft.report.words import DASH, share
 from regraft.report.write import page_environment
@@ -35,20 +36,23 @@ def write_comparison(study: Study, folder: Path) -> None:
     write_json(folder / "compare.json", asdict(study))
     write_text(folder / "compare.md", text)
     for name, (svg, _) in _figures(study).items():
-        write_text(folder / f"{name}.svg", svg)
+        file = folder / f"{name}.svg"
+        if svg:
+            write_text(file, standalone(svg))
+        else:
+            file.unlink(missing_ok=True)
     write_text(folder / "compare.html", page)
 
 
 def render_comparison_html(study: Study) -> str:
     """One self-contained page: inline styles and figures, nothing fetched."""
-    return _render(
-        study, "html", [(Markup(svg), caption) for svg, caption in _figures(study).values()]
-    )
+    figures = [(Markup(svg), caption) for svg, caption in _figures(study).values() if svg]
+    return _render(study, "html", figures)
 
 
 def _figures(study: Study) -> dict[str, tuple[str, str]]:
-    """Name -> SVG and caption of every figure that has something to show."""
-    drawn = {
+    """Name -> SVG, empty where it has nothing to show, and caption of every figure."""
+    return {
         "trade-off": (
             trade_off_panels(study),
             "ASR against over-refusal, numbered as in the table, with 95 % intervals; down and to "
@@ -60,7 +64,6 @@ def _figures(study: Study) -> dict[str, tuple[str, str]]:
             f"{CURVES_CAPTION} One line a seed.",
         ),
     }
-    return {name: (svg, caption) for name, (svg, caption) in drawn.items() if svg}
 
 
 def named_curves(table: Table) -> list[tuple[str, Searched]]:

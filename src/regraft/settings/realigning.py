@@ -75,7 +75,7 @@ class RealignSettings(Settings):
         None,
         ge=0,
         lt=1,
-        description="Share kept by the pruner; if not given, of all prunable weights.",
+        description="Share kept by the pruner; if not given, what each matrix has kept.",
     )
     p_max: float | None = Field(
         None, gt=0, le=1, description="Outer bound by utility importance; p + 0.2 if not given."

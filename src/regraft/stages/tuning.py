@@ -103,12 +103,12 @@ def tune(
     }
     warn_of_learnt(dense, data["validation"], calibration, (True, False), session, watch)
     samples = distinct(data["safety"])
-    if before_tuning(method, tuning).by_heads:
-        check_r_max(dense, scoring, data["safety"])
     kept = looked.kept / dense.anatomy.prunable
     if method.method == "gain" and "within" not in tuning.keep:
         check_top_heads(dense, method.model_copy(update={"within": "heads"}))
     space = space_of(dense, method, tuning, scoring, kept, samples)
+    if before_tuning(method, tuning).by_heads and "r_max" not in space:
+        check_r_max(dense, scoring, data["safety"])
     place = TuneFolder(out)
     job = Job(
         dense,
@@ -171,8 +171,11 @@ def _settings(job: Job) -> dict[str, Any]:
 
 
 def _claim(place: TuneFolder, about: Mapping[str, Any]) -> None:
-    if not place.locks.exists():  # else another worker is here, perhaps at this moment
+    try:
         require_empty(place.path)
+    except RegraftError:
+        if not place.locks.exists():  # else another worker is here, perhaps at this moment
+            raise
     with disk_errors(place.locks):
         place.locks.mkdir(parents=True, exist_ok=True)
     with Trials.alone(place.locks, "claim"):

@@ -17,6 +17,7 @@ from regraft.files import digest
 from regraft.models.load import Source
 from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import StatisticsSettings
+from regraft.stages.answering import calibration_data
 from regraft.stages.gathering import statistics
 from regraft.stages.optimising import Task, Trials
 from regraft.stages.ranking import rank
@@ -45,6 +46,8 @@ class Worker:
         """Do a trial and record it."""
         job, clock = self.job, _Clock()
         method = varied(job.method, task.settings)
+        if method.method == "gain" or method.needs_statistics:
+            self._write_responses(clock)
         files = self._files(method, int(task.settings.get("r_max", job.scoring.r_max)), clock)
         with self.trials.exclusive("references"), clock.of("references"):
             references = 0 if (job.place.references / "pruned").exists() else 2
@@ -68,6 +71,24 @@ class Worker:
         task.record.update({"point": point_to_json(point), "cost": asdict(cost)})
         self.trials.finish(task, point.asr.value)
         return tried
+
+    def _write_responses(self, clock: _Clock) -> None:
+        """The responses that all statistics and rankings share, whichever a worker is at."""
+        job = self.job
+        if job.calibration.responses == "given":
+            return
+        with self.trials.exclusive("responses"), clock.of("responses"):
+            if not job.place.responses.exists():
+                self.session.unload()
+            for harmful in (True, False):
+                calibration_data(
+                    job.dense,
+                    job.calibration,
+                    job.compute,
+                    job.place.responses,
+                    self.watch,
+                    harmful=harmful,
+                )
 
     def _points(
         self,
