@@ -27,6 +27,7 @@ from regraft.files import (
     locked,
     new_folders,
     read_json,
+    require_empty,
     require_new,
     size_of,
 )
@@ -175,10 +176,7 @@ def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
         return
     with new_folders(folder / "lock"), locked(folder / "lock", out):
         try:
-            if out.is_file() or (out.is_dir() and any(out.iterdir())):  # there was none before
-                raise PassingError(
-                    f"Another process has just finished {out}. The same command takes it as it is."
-                )
+            _require_unfinished(out)
             ranks.barrier()
             yield work
             ranks.barrier()
@@ -191,6 +189,15 @@ def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
                 folder.rmdir()
             raise
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_unfinished(out: Path) -> None:
+    try:
+        require_empty(out)
+    except PassingError as error:  # it was, before the lock
+        raise PassingError(
+            f"Another process has just finished {out}. The same command takes it as it is."
+        ) from error
 
 
 def _account(reading: Reading) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The same study always gives the same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ def write_comparison(study: Study, folder: Path) -> None:
     Raises:
         RegraftError: a file cannot be written.
     """
-    page, text = render_comparison_html(study), render_comparison_markdown(study)
+    figures = _figures(study)
+    page, text = _page(study, figures), render_comparison_markdown(study)
     write_json(folder / "compare.json", asdict(study))
     write_text(folder / "compare.md", text)
-    for name, (svg, _) in _figures(study).items():
+    for name, (svg, _) in figures.items():
         file = folder / f"{name}.svg"
         if svg:
             write_text(file, standalone(svg))
@@ -46,8 +48,12 @@ def write_comparison(study: Study, folder: Path) -> None:
 
 def render_comparison_html(study: Study) -> str:
     """One self-contained page: inline styles and figures, nothing fetched."""
-    figures = [(Markup(svg), caption) for svg, caption in _figures(study).values() if svg]
-    return _render(study, "html", figures)
+    return _page(study, _figures(study))
+
+
+def _page(study: Study, figures: Mapping[str, tuple[str, str]]) -> str:
+    shown = [(Markup(svg), caption) for svg, caption in figures.values() if svg]
+    return _render(study, "html", shown)
 
 
 def _figures(study: Study) -> dict[str, tuple[str, str]]:
