@@ -246,8 +246,11 @@ def test_finished_batches_are_kept(tmp_path: Path) -> None:
 def test_model_and_output_are_left_alone(vlm_family: str, tmp_path: Path) -> None:
     model, processor = pico.build(vlm_family)
 
-    def state() -> list[tuple[set[str], int]]:
-        return [(set(one.__dict__), len(one._forward_hooks)) for one in model.modules()]
+    def state() -> list[tuple[set[str], int, int]]:
+        return [
+            (set(one.__dict__), len(one._forward_hooks), len(one._forward_pre_hooks))
+            for one in model.modules()
+        ]
 
     answered(model, processor, truth.examples(vlm_family, tmp_path, 2))
     before = state()  # with what transformers itself leaves at a model
