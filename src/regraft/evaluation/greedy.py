@@ -109,8 +109,8 @@ def _contiguous_head(model: Any) -> Iterator[None]:
     """Hand the output embedding a contiguous tensor.
 
     After the prompt `generate` takes `hidden[:, -1:]`, whose rows lie apart in memory. On a CPU
-    torch makes of its product with a frozen weight a batched one, which copies the weight for every
-    row: with a vocabulary of 152,000 and 32 rows in bfloat16 minutes and 8 GB for nothing.
+    torch makes a batched product of it if the weight is frozen, and copies the weight for every row
+    (bfloat16, vocabulary of 152,000, 32 rows: 53 s and 8 GB).
     """
     head = model.get_output_embeddings()
     if head is None:
