@@ -72,7 +72,7 @@ def calibration_data(
         RegraftError: see the data readers; no answer can be kept.
     """
     if not harmful:  # once for both kinds
-        warn_of_bundled(dense, calibration.data, watch.note)
+        warn_of_bundled(dense, calibration.source, watch.note)
     if calibration.responses == "given":
         return draw_calibration(dense, calibration, harmful=harmful)
     prompts = order_calibration(dense, calibration, harmful=harmful)
