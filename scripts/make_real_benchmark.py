@@ -26,10 +26,12 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -47,159 +49,145 @@ from regraft.files import digest, write_json, write_text
 from regraft.models.load import Source, open_source
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.stages.answering import calibration_data, judged
+from regraft.stages.answering import Response, calibration_data, judged
 from regraft.stages.common import load
 from regraft.watch import Watch
 
+Summary = dict[str, Any]
 
-def build(
-    dense: Source,
-    data: Path,
-    out: Path,
-    compute: ComputeSettings,
-    watch: Watch,
-    *,
-    samples: int = 64,
-    new_tokens: int = 48,
-    images: bool = False,
-) -> dict[str, Any]:
-    """Write all files; returns what `summary.json` says.
 
-    Raises:
-        RegraftError: a source is missing or unreadable, the dense model gives too few answers of
-            use, or `images` are wanted for a model without vision.
+@dataclass(frozen=True)
+class Maker:
+    """Writes the files of one model into `out`.
+
+    Args:
+        dense: The model whose answers they hold.
+        out: The folder.
+        compute: Device, dtype, batch size.
+        watch: Progress.
+        samples: Calibration prompts of each kind and seed.
+        new_tokens: Length of an answer.
     """
-    if images:
-        find_font()
-        if not dense.anatomy.has_vision:
-            raise RegraftError(f"{dense.folder} reads text only: leave out --images.")
-    splits = real_prompts.splits(data)
-    out.mkdir(parents=True, exist_ok=True)
-    files: dict[str, Any] = {}
-    for name, prompts in (("test", splits.test), ("validation", splits.validation)):
-        readings = _answered(dense, prompts, out, compute, watch, new_tokens, test=name == "test")
-        files[name] = _write(out / f"{name}.jsonl", readings)
-    for seed, prompts in enumerate(splits.candidates):
+
+    dense: Source
+    out: Path
+    compute: ComputeSettings
+    watch: Watch
+    samples: int = 64
+    new_tokens: int = 48
+
+    def build(self, data: Path, *, images: bool = False, font: Path | None = None) -> Summary:
+        """Write all files; returns what `summary.json` says.
+
+        Raises:
+            RegraftError: a source is missing or unreadable, the dense model gives too few answers
+                of use, or `images` are wanted of a model without vision.
+        """
+        if images:
+            find_font(font)
+            if not self.dense.anatomy.has_vision:
+                raise RegraftError(f"{self.dense.folder} reads text only: leave out --images.")
+        splits = real_prompts.splits(data)
+        self.out.mkdir(parents=True, exist_ok=True)
+        files = {}
+        for name, prompts in (("test", splits.test), ("validation", splits.validation)):
+            reading = self._answered(prompts, references_only=name == "test")
+            files[name] = _write(self.out / f"{name}.jsonl", [reading])
+        for seed, prompts in enumerate(splits.candidates):
+            name = f"calibration-{seed}"
+            files[name] = _write(self.out / f"{name}.jsonl", self._calibration(seed, prompts))
+        if images:
+            files["test-images"] = self._draw(splits.test, font)
+        summary = {
+            "model": str(self.dense.folder),
+            "fingerprint": self.dense.checkpoint.fingerprint,
+            "dtype": self.compute.dtype,
+            "new tokens": self.new_tokens,
+            "judge": DEFAULT_JUDGE.name,
+            "near-duplicates removed": dict(splits.removed),
+            "files": files,
+        }
+        write_json(self.out / "summary.json", summary)
+        return summary
+
+    def _answered(self, prompts: Sequence[Example], *, references_only: bool) -> Reading:
+        """The prompts, with the answers that are of use as responses.
+
+        With `references_only` the harmless ones alone are answered. `skipped` counts the answers
+        that are left out; their prompts stay.
+        """
+        asked = [one for one in prompts if not (references_only and one.harmful)]
+        answers = {one.id: one for one in self._answers(asked)}
+        left_out = Counter(
+            f"no response ({'harmful' if one.harmful else 'harmless'}: {answers[one.id].why})"
+            for one in asked
+            if not answers[one.id].kept
+        )
+        kept = {name: answer.answer for name, answer in answers.items() if answer.kept}
+        examples = tuple(replace(one, response=kept.get(one.id)) for one in prompts)
+        return Reading("the benchmark", examples, left_out)
+
+    def _answers(self, prompts: Sequence[Example]) -> list[Response]:
+        """The dense model's judged answers; finished batches are kept for the next run."""
+        content = digest(
+            self.dense.checkpoint.fingerprint,
+            *(f"{one.id} {one.instruction} {one.request}" for one in prompts),
+            *map(str, (self.new_tokens, self.compute.dtype, self.compute.batch_size)),
+        )
+        partial = self.out / "answers" / content[:16]
+        partial.mkdir(parents=True, exist_ok=True)
+        model, processor = load(self.dense, self.compute, self.watch)
+        with self.watch.task("Writing references", len(prompts), "answers") as done:
+            texts = generate(
+                model,
+                processor,
+                prompts,
+                partial,
+                max_new_tokens=self.new_tokens,
+                batch_size=self.compute.batch_size,
+                progress=done,
+            )
+        return [judged(one, text, DEFAULT_JUDGE) for one, text in zip(prompts, texts, strict=True)]
+
+    def _calibration(self, seed: int, prompts: Sequence[Example]) -> list[Reading]:
+        """The first harmful prompts that the dense model refuses, and harmless ones it answers."""
+        candidates = self.out / "answers" / f"candidates-{seed}.jsonl"
+        candidates.parent.mkdir(exist_ok=True)
+        write_text(candidates, "".join(map(_line, prompts)))
         settings = CalibrationSettings(
-            data=_candidates(out, seed, prompts),
-            samples=samples,
+            data=DataSource(name="jsonl", path=candidates),
+            samples=self.samples,
             seed=seed,
             responses="self",
-            max_response_tokens=new_tokens,
+            max_response_tokens=self.new_tokens,
         )
-        folder = out / "answers" / f"calibration-{seed}"
-        readings = [
-            calibration_data(dense, settings, compute, folder, watch, harmful=harmful)
-            for harmful in (True, False)
-        ]
-        _require(readings, samples, seed)
-        files[f"calibration-{seed}"] = _write(out / f"calibration-{seed}.jsonl", readings)
-    if images:
-        files["test-images"] = _draw(dense, splits.test, out, compute, watch, new_tokens)
-    summary = {
-        "model": str(dense.folder),
-        "fingerprint": dense.checkpoint.fingerprint,
-        "dtype": compute.dtype,
-        "new tokens": new_tokens,
-        "judge": DEFAULT_JUDGE.name,
-        "near-duplicates removed": dict(splits.removed),
-        "files": files,
-    }
-    write_json(out / "summary.json", summary)
-    return summary
-
-
-def _answered(
-    dense: Source,
-    prompts: Sequence[Example],
-    out: Path,
-    compute: ComputeSettings,
-    watch: Watch,
-    new_tokens: int,
-    *,
-    test: bool,
-) -> list[Reading]:
-    """The prompts with the answers that are of use as responses; none for harmful test prompts."""
-    asked = [one for one in prompts if not (test and one.harmful)]
-    answers = _answers(dense, asked, out, compute, watch, new_tokens)
-    by_id = {one.id: one for one in answers}
-    kept = []
-    left_out: Counter[str] = Counter()
-    for prompt in prompts:
-        found = by_id.get(prompt.id)
-        if found is not None and not found.kept:
-            left_out[f"{'harmful' if prompt.harmful else 'harmless'}: {found.why}"] += 1
-        kept.append(replace(prompt, response=found.answer if found and found.kept else None))
-    reading = Reading("the benchmark", tuple(kept), {})
-    return [replace(reading, skipped={f"no response ({k})": n for k, n in left_out.items()})]
-
-
-def _answers(
-    dense: Source,
-    prompts: Sequence[Example],
-    out: Path,
-    compute: ComputeSettings,
-    watch: Watch,
-    new_tokens: int,
-) -> list[Any]:
-    """The dense model's judged answers to prompts; kept on disk for the next run."""
-    content = digest(
-        dense.checkpoint.fingerprint,
-        *(f"{one.id} {one.instruction}" for one in prompts),
-        *map(str, (new_tokens, compute.dtype, compute.batch_size)),
-    )
-    partial = out / "answers" / content[:16]
-    partial.mkdir(parents=True, exist_ok=True)
-    model, processor = load(dense, compute, watch)
-    with watch.task("Writing references", len(prompts), "answers") as done:
-        texts = generate(
-            model,
-            processor,
-            prompts,
-            partial,
-            max_new_tokens=new_tokens,
-            batch_size=compute.batch_size,
-            progress=done,
-        )
-    return [judged(one, text, DEFAULT_JUDGE) for one, text in zip(prompts, texts, strict=True)]
-
-
-def _candidates(out: Path, seed: int, prompts: Iterable[Example]) -> DataSource:
-    """The prompts of a seed on disk, for `calibration_data`."""
-    path = out / "answers" / f"candidates-{seed}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    write_text(path, "".join(map(_line, prompts)))
-    return DataSource(name="jsonl", path=path)
-
-
-def _require(readings: Sequence[Reading], samples: int, seed: int) -> None:
-    """Both kinds are there in the number asked for."""
-    for reading, does in zip(readings, ("refuses", "answers"), strict=True):
-        if len(reading.examples) < samples:
-            raise RegraftError(
-                f"Calibration seed {seed}: the dense model {does} {len(reading.examples)} of the "
-                f"prompts that it should, and {samples} are wanted. Ask for fewer with --samples."
+        folder = candidates.with_name(f"calibration-{seed}")
+        readings = []
+        for harmful, does in ((True, "refuses"), (False, "answers")):
+            found = calibration_data(
+                self.dense, settings, self.compute, folder, self.watch, harmful=harmful
             )
+            if len(found.examples) < self.samples:
+                raise RegraftError(
+                    f"Calibration seed {seed}: the dense model {does} {len(found.examples)} of the "
+                    f"prompts that it should, and {self.samples} are wanted. Ask for fewer with "
+                    "--samples."
+                )
+            readings.append(found)
+        return readings
 
-
-def _draw(
-    dense: Source,
-    prompts: Sequence[Example],
-    out: Path,
-    compute: ComputeSettings,
-    watch: Watch,
-    new_tokens: int,
-) -> dict[str, Any]:
-    """The test prompts as images, with what the dense model answers to the harmless ones."""
-    folder = out / "test-images"
-    table = folder / "examples.jsonl"
-    if not table.exists():
-        write_typographic(Reading("test", tuple(prompts), {}), folder, watch)
-    drawn = [replace(one, response=None) for one in read_jsonl(table).examples]
-    readings = _answered(dense, drawn, out, compute, watch, new_tokens, test=True)
-    if left := len(prompts) - len(drawn):
-        readings[0] = replace(readings[0], skipped=readings[0].skipped | {"not drawn": left})
-    return _write(table, readings)
+    def _draw(self, prompts: Sequence[Example], font: Path | None) -> dict[str, Any]:
+        """The test prompts as images, with what the dense model answers to the harmless ones."""
+        folder = self.out / "test-images"
+        table = folder / "examples.jsonl"
+        if not table.exists():
+            bare = tuple(replace(one, response=None) for one in prompts)
+            write_typographic(Reading("test", bare), folder, self.watch, font)
+        drawn = read_jsonl(table).examples
+        reading = self._answered(drawn, references_only=True)
+        if left := len(prompts) - len(drawn):
+            reading = replace(reading, skipped={**reading.skipped, "not drawn": left})
+        return _write(table, [reading])
 
 
 def _write(path: Path, readings: Sequence[Reading]) -> dict[str, Any]:
@@ -244,6 +232,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64, help="calibration, of each kind")
     parser.add_argument("--new-tokens", type=int, default=48, help="length of an answer")
     parser.add_argument("--images", action="store_true", help="test prompts as images too")
+    parser.add_argument("--font", type=Path, help="of the images; FreeMono Bold if not given")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -252,21 +241,18 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Command line."""
-    from rich.console import Console
-
     args = _arguments()
+    compute = ComputeSettings(device=args.device, dtype=args.dtype, batch_size=args.batch_size)
     try:
-        compute = ComputeSettings(device=args.device, dtype=args.dtype, batch_size=args.batch_size)
-        summary: Mapping[str, Any] = build(
+        maker = Maker(
             open_source(args.model),
-            args.data,
             args.out,
             compute,
             ConsoleWatch(Console()),
-            samples=args.samples,
-            new_tokens=args.new_tokens,
-            images=args.images,
+            args.samples,
+            args.new_tokens,
         )
+        summary = maker.build(args.data, images=args.images, font=args.font)
     except (RegraftError, FileNotFoundError) as error:
         print(f"make_real_benchmark: error: {error}", file=sys.stderr)
         return 2

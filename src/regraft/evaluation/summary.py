@@ -167,8 +167,10 @@ def result_to_json(result: EvalResult) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Estimate | Rates | TextResult):
+    if isinstance(value, Estimate | Rates):
         return asdict(value)
+    if isinstance(value, TextResult):
+        return asdict(value) | {"documents": [list(one) for one in value.documents]}
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return value
