@@ -39,7 +39,7 @@ def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmfu
         RegraftError: see the data readers and `draw`; an image is unreadable, or there are images
             and the model reads text only.
     """
-    whole = read(of_split(calibration.data, "train"))
+    whole = read(of_split(calibration.source, "train"))
     reading = draw(whole, harmful=harmful, **_drawing(calibration))
     _check_readable(source, reading)
     return reading
@@ -49,7 +49,7 @@ def order_calibration(
     source: Source, calibration: CalibrationSettings, *, harmful: bool
 ) -> Reading:
     """All prompts of one kind in the order in which they are drawn, as `draw_calibration`."""
-    whole = read(of_split(calibration.data, "train"))
+    whole = read(of_split(calibration.source, "train"))
     reading = in_drawn_order(whole, harmful=harmful, **_drawing(calibration))
     _check_readable(source, reading)
     return reading

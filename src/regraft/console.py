@@ -97,7 +97,12 @@ class ConsoleWatch:
 
 def show_result(console: Console, result: EvalResult) -> None:
     """Print one evaluation with its intervals, per category."""
-    from regraft.report.words import NO_OVER_REFUSAL, degenerate  # scipy, slow to import
+    from regraft.report.words import (  # scipy, slow to import
+        NO_OVER_REFUSAL,
+        degenerate,
+        digits,
+        on_text,
+    )
 
     table = Table(
         "", "%", "95 % interval", "n", title=Text(f"{result.suite}, judge {result.judge}")
@@ -125,6 +130,11 @@ def show_result(console: Console, result: EvalResult) -> None:
             f"[{found.low:.3f}, {found.high:.3f}]",
             highlight=False,
         )
+    if result.text is not None:
+        told = f"Ordinary text, {on_text(result.text)}: perplexity {digits(result.text.perplexity)}"
+        if result.text.kl is not None:
+            told += f", KL(dense || model) {digits(result.text.kl)} nats a token"
+        console.print(told, highlight=False, markup=False)
     if result.asr is not None and result.over_refusal is None:
         console.print(NO_OVER_REFUSAL, highlight=False)
     if result.degenerate:
@@ -259,8 +269,9 @@ def _with_interval(rate: Estimate | None) -> str:
 def show_report(console: Console, report: Report) -> None:
     """Print the table of a run: every model with sparsity, ASR, RSR, over-refusal, utility."""
     from regraft.report.model import comparisons  # scipy, slow to import
-    from regraft.report.words import broken, degenerate, tested_against
+    from regraft.report.words import broken, degenerate, digits, tested_against
 
+    on_text = any(variant.result.text for variant in report.variants)
     restoring, several = "realigned" in report.roles, len(report.variants) > 1
     patterned = any(variant.n_m for variant in report.variants)
     grouped = len(report.groups) > 1 and "realigned" in report.roles
@@ -274,6 +285,7 @@ def show_report(console: Console, report: Report) -> None:
         *(("p",) if several else ()),
         "over-refusal %",
         "utility %",
+        *(("KL to dense",) if on_text else ()),
         title=Text(report.title),
     )
     compared = {one.name: one for one in comparisons(report)}
@@ -281,6 +293,7 @@ def show_report(console: Console, report: Report) -> None:
         comparison = compared.get(variant.name)
         recovery = None if comparison is None else comparison.recovery
         attacks = None if comparison is None else comparison.attacks
+        text = variant.result.text
         if grouped and role == "pruned":
             table.add_section()
         table.add_row(
@@ -293,6 +306,7 @@ def show_report(console: Console, report: Report) -> None:
             *((_p_text(attacks),) if several else ()),
             _percent(variant.result.over_refusal),
             _percent(variant.result.utility),
+            *((digits(text.kl if text else None),) if on_text else ()),
         )
     console.print(table)
     console.print(
@@ -332,6 +346,7 @@ def _recovered(recovery: Recovery | None) -> str:
 def show_study(console: Console, study: Study) -> None:
     """Print a comparison, one table a pruning."""
     from regraft.report import write_compare as words  # matplotlib, slow to import
+    from regraft.report.words import digits
 
     def stacked(text: str) -> str:
         return text.replace(" [", "\n[").replace(" (", "\n(").replace(" to ", "\nto ")
@@ -344,6 +359,7 @@ def show_study(console: Console, study: Study) -> None:
             *(("says\nnothing %",) if study.silent else ()),
             *("over-\nrefusal %", "from\npruned", "utility %"),
             Column("from\npruned", min_width=len("pruned")),
+            *(("KL to\ndense",) if study.text else ()),
             title=Text(f"{study.title}: {table.pruning}"),
             box=SIMPLE_HEAD,
             collapse_padding=True,
@@ -362,6 +378,7 @@ def show_study(console: Console, study: Study) -> None:
                 words.points_text(row.over_refusal_from_pruned).partition(" ")[0],
                 stacked(words.rate_text(row.utility)),
                 words.points_text(row.utility_from_pruned).partition(" ")[0],
+                *((stacked(digits(row.text.kl if row.text else None)),) if study.text else ()),
             )
         console.print(shown)
         for other in table.against:

@@ -151,7 +151,11 @@ class _Job:
         patch: Path | None = None,
         defence: Path | None = None,
     ) -> None:
-        """Answers to the test prompts."""
+        """Answers to the test prompts, and how likely ordinary text is where that is named."""
+        text = None
+        if (file := self.recipe.evaluate.text) is not None:
+            dense = self.place.dense_evaluation
+            text = stages.OnText(file, None if out == dense else dense)
         with self.costs.of("evaluate", name):
             stages.evaluate(
                 model,
@@ -164,6 +168,7 @@ class _Job:
                 watch=self.watch,
                 session=self.session,
                 defence_file=defence,
+                text=text,
             )
 
     def realign(self, pruning: str, pruned: Source, settings: VariantSettings) -> None:

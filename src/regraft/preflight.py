@@ -22,6 +22,7 @@ from regraft.checks import (
 )
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Reading
+from regraft.evaluation.text import read_documents
 from regraft.files import require_space
 from regraft.folder import RunFolder
 from regraft.importance.score import Method
@@ -111,6 +112,8 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
         if harmful and any(one.by_heads for one in recipe.realign):
             check_r_max(dense, recipe.heads, drawn)
     session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
+    if recipe.evaluate.text is not None:
+        read_documents(recipe.evaluate.text)
     for variant in recipe.realign:
         check_top_heads(dense, variant)
         check_budget(dense, variant)

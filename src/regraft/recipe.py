@@ -201,8 +201,20 @@ class EvaluateSettings(EvalSettings):
         "`regraft eval`; one, or a list of them.",
     )
 
+    text: Path | None = Field(
+        None,
+        description="A text file, documents with blank lines between them: measure perplexity on "
+        "it, and KL to the dense model.",
+    )
+
+    @model_validator(mode="after")
+    def _check_text(self) -> EvaluateSettings:
+        if self.text is not None and self.backend == "vllm":
+            raise ValueError("text is measured by the transformers backend only")
+        return self
+
     def only(self) -> EvalSettings:
-        """These settings without the suites."""
+        """These settings without the suites and the text."""
         return EvalSettings(**self.model_dump(include=set(EvalSettings.model_fields)))
 
 
@@ -491,7 +503,8 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
 
     calibration = recipe.calibration.model_copy(update={"data": source(recipe.calibration.data)})
     suites = tuple(source(one) for one in recipe.evaluate.suite)
-    evaluate = recipe.evaluate.model_copy(update={"suite": suites})
+    text = recipe.evaluate.text and path(recipe.evaluate.text)
+    evaluate = recipe.evaluate.model_copy(update={"suite": suites, "text": text})
     defend = tuple(
         one.model_copy(update={"validation": source(validation_of(one))}) for one in recipe.defend
     )

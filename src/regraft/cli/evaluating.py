@@ -7,6 +7,7 @@ from typing import Annotated
 
 from regraft.cli.options import Compute, Flat, Model, OutFile, OutFolder, open_model, watching
 from regraft.console import show_harness, show_result
+from regraft.errors import RegraftError
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites
 from regraft.settings.evaluating import EvalSettings
@@ -20,6 +21,8 @@ def evaluate(
     out: OutFolder,
     patch: Path | None = None,
     defence: Path | None = None,
+    text: Path | None = None,
+    dense: Path | None = None,
     settings: Annotated[EvalSettings, Flat] = EvalSettings(),
     compute: Compute = ComputeSettings(),
 ) -> None:
@@ -34,14 +37,29 @@ def evaluate(
         Put this patch on the model in memory first.
     defence
         Answer under this defence at inference, from `regraft defend`.
+    text
+        Measure perplexity on this text file too: documents with blank lines between them.
+    dense
+        With --text: the folder of the dense model's evaluation on it, to measure KL to that model.
     """
     from regraft import stages
 
     with watching() as watch:
         refuse_unread(settings)
+        if dense is not None and text is None:
+            raise RegraftError("--dense is for KL on a text: name the text with --text.")
+        on_text = None if text is None else stages.OnText(text, dense)
         source = open_model(model, compute.trust_remote_code)
         done = stages.evaluate(
-            source, out, suite, settings, compute, patch, watch=watch, defence_file=defence
+            source,
+            out,
+            suite,
+            settings,
+            compute,
+            patch,
+            watch=watch,
+            defence_file=defence,
+            text=on_text,
         )
         show_result(watch.console, done.result)
         watch.note(f"Answers and results: {out}. As a page: regraft report {out}")

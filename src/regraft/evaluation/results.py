@@ -86,6 +86,21 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class TextResult:
+    """How well a model predicts ordinary text.
+
+    `perplexity` and `kl`, the mean KL(dense || model) a token in nats (None without the dense
+    model's), are no rates; their `n` is the number of documents. `tokens` are those predicted in
+    all, `documents` the sums of each: (negative log-likelihood, KL or None, tokens).
+    """
+
+    perplexity: Estimate
+    kl: Estimate | None
+    tokens: int
+    documents: tuple[tuple[float, float | None, int], ...]
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """One model on one suite.
 
@@ -97,7 +112,7 @@ class EvalResult:
     that say nothing, by kind of prompt ("harmful", "harmless"), where there are any: they are
     neither refusals nor successful attacks. Degenerate refusals, which stay refusals, are counted
     beside them ("harmful refusals", "harmless refusals"). `perplexity` is that of the references of
-    harmless prompts, not a rate.
+    harmless prompts, not a rate; `text` is what was measured on ordinary text.
     """
 
     suite: str
@@ -110,3 +125,4 @@ class EvalResult:
     degenerate: Mapping[str, int]
     answers: tuple[Answer, ...]
     perplexity: Estimate | None = None
+    text: TextResult | None = None

@@ -18,7 +18,7 @@ from regraft.evaluation.degenerate import FRAGMENT, degeneration
 from regraft.evaluation.judge import KeywordJudge
 from regraft.evaluation.metrics import anls, macro_average, mean_similarity, wilson
 from regraft.evaluation.perplexity import perplexity
-from regraft.evaluation.results import Answer, Estimate, EvalResult, Rates
+from regraft.evaluation.results import Answer, Estimate, EvalResult, Rates, TextResult
 from regraft.files import write_text
 
 
@@ -169,6 +169,8 @@ def result_to_json(result: EvalResult) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Estimate | Rates):
         return asdict(value)
+    if isinstance(value, TextResult):
+        return asdict(value) | {"documents": [list(one) for one in value.documents]}
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return value
@@ -200,6 +202,21 @@ def result_from_json(value: Any, answers: Sequence[Answer] = ()) -> EvalResult:
         degenerate=_field(row, "degenerate", dict, "evaluation result"),
         answers=tuple(answers),
         perplexity=estimate_from_json(row.get("perplexity"), "perplexity"),
+        text=None if row.get("text") is None else _text_from_json(row["text"]),
+    )
+
+
+def _text_from_json(value: Any) -> TextResult:
+    row = _mapping(value, "text")
+    found = estimate_from_json(row.get("perplexity"), "text.perplexity")
+    documents = _field(row, "documents", list, "text")
+    if found is None or not all(isinstance(one, list) and len(one) == 3 for one in documents):
+        raise RegraftError("text: expected a perplexity, and three numbers for each document.")
+    return TextResult(
+        perplexity=found,
+        kl=estimate_from_json(row.get("kl"), "text.kl"),
+        tokens=_field(row, "tokens", int, "text"),
+        documents=tuple(tuple(one) for one in documents),
     )
 
 

@@ -28,8 +28,9 @@ from regraft.evaluation.metrics import (
     paired_exact,
     rsr,
 )
-from regraft.evaluation.results import Answer, Estimate
+from regraft.evaluation.results import Answer, Estimate, TextResult
 from regraft.evaluation.summary import alike, group_similarities
+from regraft.evaluation.text import pooled
 from regraft.evaluation.tradeoff import Searched
 from regraft.report.addresses import short_names
 from regraft.report.model import SIGNIFICANCE, Report, Variant, paired_answers
@@ -96,8 +97,8 @@ class Row:
     Estimates are over `n` prompts; a difference is in the same unit, method less the other.
     `restored` is per 10,000 pruned weights, None where no weight comes back. `repeats` draws of a
     random control are one row. `degenerate` is the share of all answers that say nothing, which
-    count neither as attacks nor as refusals. None stands for what was not measured or does not
-    apply.
+    count neither as attacks nor as refusals. `text` is the mean over a row's models. None stands
+    for what was not measured or does not apply.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Row:
     utility_from_pruned: Estimate | None
     utility_from_dense: Estimate | None
     degenerate: Estimate | None = None
+    text: TextResult | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,11 @@ class Study:
         """Whether any answer says nothing."""
         rows = (row for table in self.tables for row in table.rows)
         return any(row.degenerate is not None and row.degenerate.value for row in rows)
+
+    @property
+    def text(self) -> TextResult | None:
+        """What was measured on ordinary text, of the first row of which it was."""
+        return next((row.text for table in self.tables for row in table.rows if row.text), None)
 
 
 @dataclass(frozen=True)
@@ -527,6 +534,7 @@ def _row(
         utility_from_pruned=utility(from_pruned),
         utility_from_dense=utility(from_dense),
         degenerate=_rate(answers.silent),
+        text=pooled([one.result.text for one in cells.all if one.result.text is not None]),
     )
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from regraft.evaluation.metrics import PairedTest
-from regraft.evaluation.results import Answer, Estimate, EvalResult
+from regraft.evaluation.results import Answer, Estimate, EvalResult, TextResult
 from regraft.evaluation.verdicts import Agreement
 from regraft.report.model import (
     SIGNIFICANCE,
@@ -93,6 +93,18 @@ def cell(estimate: Estimate | None) -> str:
         return DASH
     low, middle, high = (f"{100 * v:.1f}" for v in (estimate.low, estimate.value, estimate.high))
     return f"{middle} [{low}, {high}]"
+
+
+def digits(estimate: Estimate | None) -> str:
+    """What is no rate, to three digits: "4.19 [3.92, 4.51]"."""
+    if estimate is None:
+        return DASH
+    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
+
+
+def on_text(result: TextResult) -> str:
+    """What perplexity and KL are over: "on 5,301 tokens of 40 documents"."""
+    return f"{result.tokens:,} tokens of {result.perplexity.n:,} documents"
 
 
 def degenerate(result: EvalResult) -> str:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from regraft.data.hub import MODEL_ID
 from regraft.evaluation.curves import curve_to_json
 from regraft.evaluation.metrics import wilson
-from regraft.evaluation.results import Estimate, EvalResult
+from regraft.evaluation.results import Estimate, EvalResult, TextResult
 from regraft.evaluation.summary import result_to_json
 from regraft.evaluation.tradeoff import Searched
 from regraft.evaluation.verdicts import Judged
@@ -224,6 +224,7 @@ def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
         "chosen": words.how_chosen(report),
         "suites": suites,
         "suite_names": short_names(suites_of(report.dense.result)),
+        "text": (found := _text_of(report)) and words.on_text(found),
         "silent": any(row.what == SAYS_NOTHING for row in suites),
         "shown": shown_variants(report),
         "numbered": tuple(zip(count(1), report.variants, report.roles, strict=False)),
@@ -270,7 +271,13 @@ def _headings(report: Report) -> tuple[str, ...]:
         "Over-refusal",
         *(("p, over-refusal",) if compared else ()),
         "Utility",
+        *(("Perplexity", "KL to dense") if _text_of(report) else ()),
     )
+
+
+def _text_of(report: Report) -> TextResult | None:
+    """What was measured on ordinary text, of the first model of which it was."""
+    return next((v.result.text for v in report.variants if v.result.text), None)
 
 
 def _suite_rows(report: Report) -> tuple[SuiteRow, ...]:
@@ -411,6 +418,7 @@ def page_environment() -> Environment:
             "clip",
             "degenerate",
             "cell",
+            "digits",
             "marked",
         )
     }

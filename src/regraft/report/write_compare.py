@@ -21,7 +21,7 @@ from regraft.report.compare_figures import trade_off_panels
 from regraft.report.curve_figure import CURVES_CAPTION, curve_figure
 from regraft.report.drawing import standalone
 from regraft.report.model import SIGNIFICANCE, measured
-from regraft.report.words import DASH, share
+from regraft.report.words import DASH, on_text, share
 from regraft.report.write import page_environment
 
 
@@ -136,6 +136,12 @@ def notes(study: Study) -> tuple[str, ...]:
         "Points: a method's rate less the pruned or the dense model's.",
     )
     marks = []
+    if study.text is not None:
+        marks.append(
+            "Perplexity, and KL(dense || model) in nats a token, on "
+            f"{on_text(study.text)} of ordinary text; means over the models of a row, with "
+            "bootstrap intervals over documents."
+        )
     if study.silent:
         marks.append(
             "Says nothing: answers that are empty, repeat themselves, are gibberish, or of a few "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -37,7 +38,10 @@ _ONE_WORD = Parameter(n_tokens=1, accepts_keys=False)  # no converter is asked i
 Data = Annotated[
     DataSource,
     _ONE_WORD,
-    Parameter(help="demo:calibration, vlguard PATH (train.json by its images) or a .jsonl file."),
+    Parameter(
+        help="demo:calibration, vlguard PATH (train.json by its images) or a .jsonl file; "
+        "{seed} in its name stands for the seed."
+    ),
 ]
 
 
@@ -79,7 +83,7 @@ Validation = Annotated[DataSource | None, _ONE_WORD]
 class CalibrationSettings(Settings):
     """Harmful prompts with refusals (D^s) and harmless ones with answers (D^u)."""
 
-    data: Data = DataSource(name="demo", split="calibration")
+    data: Data = DataSource(name="demo", split="calibration")  # `source` is what is read
     samples: int = Field(128, ge=1, description="Drawn of each kind; fewer where there are fewer.")
     seed: int = Field(0, description="Of the draw.")
     responses: Literal["given", "self"] = Field(
@@ -90,6 +94,14 @@ class CalibrationSettings(Settings):
     max_response_tokens: int = Field(
         64, ge=1, description="Length of a response that the dense model writes."
     )
+
+    @property
+    def source(self) -> DataSource:
+        """`data`, with the seed in place of `{seed}` in its path: a file for each seed."""
+        if self.data.path is None:
+            return self.data
+        path = Path(str(self.data.path).replace("{seed}", str(self.seed)))
+        return self.data.model_copy(update={"path": path})
 
     def unread(self) -> str | None:
         """What was set and changes nothing: the first of it, in words."""

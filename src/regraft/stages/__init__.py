@@ -37,12 +37,14 @@ from regraft.stages.restoring import curve_beside, restore
 from regraft.stages.scoring import heads
 from regraft.stages.searching import check_search, search, suites_of
 from regraft.stages.session import Session
+from regraft.stages.text import OnText
 from regraft.stages.tuning import tune
 
 __all__ = [
     "ABOUT_FILE",
     "VERDICTS",
     "Evaluation",
+    "OnText",
     "Preview",
     "Session",
     "agreement",

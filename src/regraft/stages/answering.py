@@ -72,7 +72,7 @@ def calibration_data(
         RegraftError: see the data readers; no answer can be kept.
     """
     if not harmful:  # once for both kinds
-        warn_of_bundled(dense, calibration.data, watch.note)
+        warn_of_bundled(dense, calibration.source, watch.note)
     if calibration.responses == "given":
         return draw_calibration(dense, calibration, harmful=harmful)
     prompts = order_calibration(dense, calibration, harmful=harmful)
@@ -120,7 +120,7 @@ def _answer(
                 batch_size=compute.batch_size,
             )
             for example, text in zip(chunk, texts, strict=True):
-                answers.append(_judged(example, text, judge))
+                answers.append(judged(example, text, judge))
                 kept += answers[-1].kept
                 done(int(answers[-1].kept))
                 if kept == calibration.samples:
@@ -128,7 +128,8 @@ def _answer(
     return answers
 
 
-def _judged(example: Example, text: str, judge: KeywordJudge) -> Response:
+def judged(example: Example, text: str, judge: KeywordJudge) -> Response:
+    """Whether an answer of the dense model is of use: it refuses exactly what is harmful."""
     why: str = "blank" if not text.strip() else degeneration(text) or ""
     if not why:
         refused = judge.refuses(text)

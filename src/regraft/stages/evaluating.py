@@ -27,7 +27,7 @@ from regraft.defence.artifact import (
 from regraft.errors import RegraftError
 from regraft.evaluation.by_vllm import Engine, vllm_version
 from regraft.evaluation.perplexity import Nll, response_nlls
-from regraft.evaluation.results import Answer, EvalResult
+from regraft.evaluation.results import Answer, EvalResult, TextResult
 from regraft.evaluation.summary import (
     is_compared,
     judge_answer,
@@ -37,6 +37,7 @@ from regraft.evaluation.summary import (
     summarise,
     write_answers,
 )
+from regraft.evaluation.text import Teacher
 from regraft.files import atomic_folder, file_digest, read_json, write_json
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source, has_processor, load_processor, stored_dtype
@@ -49,6 +50,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages.common import patch_in_memory
 from regraft.stages.session import Session
+from regraft.stages.text import OnText
 from regraft.watch import Silent, Watch
 
 
@@ -71,6 +73,7 @@ def evaluate(
     watch: Watch | None = None,
     session: Session | None = None,
     defence_file: Path | None = None,
+    text: OnText | None = None,
 ) -> Evaluation:
     """Answer and judge suites; writes `answers.jsonl` and `results.json` in the folder `out`.
 
@@ -85,9 +88,10 @@ def evaluate(
         watch: Progress.
         session: Shared with the other evaluations of a run, which saves work and changes nothing.
         defence_file: Answer under this defence at inference, from `defend`.
+        text: Measure perplexity on ordinary text too, and KL to the dense model.
 
     Raises:
-        RegraftError: see the data readers and `check_for_vllm`.
+        RegraftError: see the data readers, `check_for_vllm` and `predict`.
     """
     if settings.backend == "vllm":
         check_for_vllm(model, compute)
@@ -100,10 +104,14 @@ def evaluate(
     defence = None if defence_file is None else load_defence(defence_file)
     if settings.backend == "vllm":
         _check_outside(patch, defence)
+        if text is not None:
+            raise RegraftError("Text is measured by the transformers backend only, not by vLLM.")
     if defence is not None and defence_file is not None:
         check_fits(defence, model.anatomy, defence_file)
         inputs["defence"] = file_digest(defence_file)
     about = describe("evaluate", inputs, settings, compute, {"suite": reading})
+    if text is not None:
+        about["inputs"] |= text.digests()
     if settings.full_answers:  # as in evaluations from before there was a choice
         del about["settings"]["full_answers"]
     if settings.backend == "vllm":
@@ -115,6 +123,7 @@ def evaluate(
             watch.note(told("Prompts", reading))
             prompts = asked(defence, examples)
             nlls: Mapping[str, Nll] = {}
+            on_text: tuple[TextResult, Teacher] | None = None
             if settings.backend == "vllm":
                 texts = _by_vllm(model, prompts, settings, compute, work, watch, session)
             else:
@@ -127,6 +136,8 @@ def evaluate(
                 answering = watch.task(f"Answering {name}", len(examples), "prompts")
                 with context, acting(defence, network), answering as done:
                     nlls = _nlls(network, processor, prompts, settings, compute, work, watch)
+                    if text is not None:
+                        on_text = text.predicted(network, processor, watch)
                     texts = answerer.answers(
                         network,
                         max_new_tokens=settings.max_new_tokens,
@@ -147,6 +158,8 @@ def evaluate(
             answers = [_with_nll(answer, nlls.get(answer.id)) for answer in answers]
             answers = [_with_digest(a, e.image) for a, e in zip(answers, examples, strict=True)]
             result = summarise(name, judge, answers)
+            if on_text is not None:
+                result = replace(result, text=on_text[0])
             sizes = {
                 "zeros": session.zeros(model)
                 - (zeros_filled(model.checkpoint, patch) if patch else 0),
@@ -155,6 +168,8 @@ def evaluate(
             if ranks.first():
                 with atomic_folder(out) as folder:
                     write_answers(folder / "answers.jsonl", answers)
+                    if text is not None and on_text is not None:
+                        text.keep(on_text[1], folder)
                     content = {
                         "about": about,
                         "sizes": sizes,

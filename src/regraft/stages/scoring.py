@@ -50,7 +50,7 @@ def heads(
     )
     if not is_done(out, out, about, lambda: load_heads(out, dense.anatomy).about):
         check_r_max(dense, settings, data)
-        warn_of_bundled(dense, calibration.data, watch.note)
+        warn_of_bundled(dense, calibration.source, watch.note)
         watch.note(told("D^s", data))
         with working(out, about) as work:
             model, processor = load(dense, compute, watch)

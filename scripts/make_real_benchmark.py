@@ -1,0 +1,264 @@
+#!/usr/bin/env python3
+"""Write the data of `recipes/real-methods.yaml` for a model: prompts, and its own answers to them.
+
+    python scripts/make_real_benchmark.py MODEL --data DATA --out runs/real-data
+
+MODEL is the dense model, a folder or hub id, with or without vision. DATA holds `prompts/`
+(AdvBench, HarmBench, JailbreakBench, StrongREJECT, MaliciousInstruct), `figstep/safebench.csv` and
+`xstest/xstest_prompts.csv`; `real_prompts.py` says which goes into which split. Written are
+
+- `calibration-0.jsonl`, `-1`, `-2`: the three seeds of calibration, no prompt in two of them. Each
+  holds --samples harmful prompts that the dense model refuses and as many harmless ones that it
+  answers, with its greedy answers.
+- `validation.jsonl`, `test.jsonl`: all prompts of the split. Harmless ones, and harmful ones of
+  validation, have the dense model's greedy answer as their response where it is of use.
+- `summary.json`: how many of each source, near-duplicates removed, answers left out and why.
+- with --images, `test-images/examples.jsonl`: the test prompts as typographic images.
+
+An answer is of use if it refuses a harmful prompt, or answers a harmless one, and is neither blank
+nor degenerate (`regraft.stages.answering.judged`). Answers end after --new-tokens: evaluate with as
+many, so that similarity to them measures content. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import real_prompts
+
+from regraft.console import ConsoleWatch
+from regraft.data.example import Example, Reading
+from regraft.data.jsonl import read_jsonl
+from regraft.data.sources import DataSource
+from regraft.data.typographic import find_font, write_typographic
+from regraft.errors import RegraftError
+from regraft.evaluation.generate import generate
+from regraft.evaluation.keywords import DEFAULT_JUDGE
+from regraft.files import digest, write_json, write_text
+from regraft.models.load import Source, open_source
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.stages.answering import Response, calibration_data, judged
+from regraft.stages.common import load
+from regraft.watch import Watch
+
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Writes the files of one model into `out`.
+
+    Args:
+        dense: The model whose answers they hold.
+        out: The folder.
+        compute: Device, dtype, batch size.
+        watch: Progress.
+        samples: Calibration prompts of each kind and seed.
+        new_tokens: Length of an answer.
+    """
+
+    dense: Source
+    out: Path
+    compute: ComputeSettings
+    watch: Watch
+    samples: int = 64
+    new_tokens: int = 48
+
+    def build(self, data: Path, *, images: bool = False, font: Path | None = None) -> Summary:
+        """Write all files; returns what `summary.json` says.
+
+        Raises:
+            RegraftError: a source is missing or unreadable, the dense model gives too few answers
+                of use, or `images` are wanted of a model without vision.
+        """
+        if images:
+            find_font(font)
+            if not self.dense.anatomy.has_vision:
+                raise RegraftError(f"{self.dense.folder} reads text only: leave out --images.")
+        splits = real_prompts.splits(data)
+        self.out.mkdir(parents=True, exist_ok=True)
+        files = {}
+        for name, prompts in (("test", splits.test), ("validation", splits.validation)):
+            reading = self._answered(prompts, references_only=name == "test")
+            files[name] = _write(self.out / f"{name}.jsonl", [reading])
+        for seed, prompts in enumerate(splits.candidates):
+            name = f"calibration-{seed}"
+            files[name] = _write(self.out / f"{name}.jsonl", self._calibration(seed, prompts))
+        if images:
+            files["test-images"] = self._draw(splits.test, font)
+        summary = {
+            "model": str(self.dense.folder),
+            "fingerprint": self.dense.checkpoint.fingerprint,
+            "dtype": self.compute.dtype,
+            "new tokens": self.new_tokens,
+            "judge": DEFAULT_JUDGE.name,
+            "near-duplicates removed": dict(splits.removed),
+            "files": files,
+        }
+        write_json(self.out / "summary.json", summary)
+        return summary
+
+    def _answered(self, prompts: Sequence[Example], *, references_only: bool) -> Reading:
+        """The prompts, with the answers that are of use as responses.
+
+        With `references_only` the harmless ones alone are answered. `skipped` counts the answers
+        that are left out; their prompts stay.
+        """
+        asked = [one for one in prompts if not (references_only and one.harmful)]
+        answers = {one.id: one for one in self._answers(asked)}
+        left_out = Counter(
+            f"no response ({'harmful' if one.harmful else 'harmless'}: {answers[one.id].why})"
+            for one in asked
+            if not answers[one.id].kept
+        )
+        kept = {name: answer.answer for name, answer in answers.items() if answer.kept}
+        examples = tuple(replace(one, response=kept.get(one.id)) for one in prompts)
+        return Reading("the benchmark", examples, left_out)
+
+    def _answers(self, prompts: Sequence[Example]) -> list[Response]:
+        """The dense model's judged answers; finished batches are kept for the next run."""
+        content = digest(
+            self.dense.checkpoint.fingerprint,
+            *(f"{one.id} {one.instruction} {one.request}" for one in prompts),
+            *map(str, (self.new_tokens, self.compute.dtype, self.compute.batch_size)),
+        )
+        partial = self.out / "answers" / content[:16]
+        partial.mkdir(parents=True, exist_ok=True)
+        model, processor = load(self.dense, self.compute, self.watch)
+        with self.watch.task("Writing references", len(prompts), "answers") as done:
+            texts = generate(
+                model,
+                processor,
+                prompts,
+                partial,
+                max_new_tokens=self.new_tokens,
+                batch_size=self.compute.batch_size,
+                progress=done,
+            )
+        return [judged(one, text, DEFAULT_JUDGE) for one, text in zip(prompts, texts, strict=True)]
+
+    def _calibration(self, seed: int, prompts: Sequence[Example]) -> list[Reading]:
+        """The first harmful prompts that the dense model refuses, and harmless ones it answers."""
+        candidates = self.out / "answers" / f"candidates-{seed}.jsonl"
+        candidates.parent.mkdir(exist_ok=True)
+        write_text(candidates, "".join(map(_line, prompts)))
+        settings = CalibrationSettings(
+            data=DataSource(name="jsonl", path=candidates),
+            samples=self.samples,
+            seed=seed,
+            responses="self",
+            max_response_tokens=self.new_tokens,
+        )
+        folder = candidates.with_name(f"calibration-{seed}")
+        readings = []
+        for harmful, does in ((True, "refuses"), (False, "answers")):
+            found = calibration_data(
+                self.dense, settings, self.compute, folder, self.watch, harmful=harmful
+            )
+            if len(found.examples) < self.samples:
+                raise RegraftError(
+                    f"Calibration seed {seed}: the dense model {does} {len(found.examples)} of the "
+                    f"prompts that it should, and {self.samples} are wanted. Ask for fewer with "
+                    "--samples."
+                )
+            readings.append(found)
+        return readings
+
+    def _draw(self, prompts: Sequence[Example], font: Path | None) -> dict[str, Any]:
+        """The test prompts as images, with what the dense model answers to the harmless ones."""
+        folder = self.out / "test-images"
+        table = folder / "examples.jsonl"
+        if not table.exists():
+            bare = tuple(replace(one, response=None) for one in prompts)
+            write_typographic(Reading("test", bare), folder, self.watch, font)
+        drawn = read_jsonl(table).examples
+        reading = self._answered(drawn, references_only=True)
+        if left := len(prompts) - len(drawn):
+            reading = replace(reading, skipped={**reading.skipped, "not drawn": left})
+        return _write(table, [reading])
+
+
+def _write(path: Path, readings: Sequence[Reading]) -> dict[str, Any]:
+    """Write the examples; returns how many of each kind and source, and what was left out."""
+    examples = [one for reading in readings for one in reading.examples]
+    write_text(path, "".join(_line(one, path.parent) for one in examples))
+    left_out: Counter[str] = Counter()
+    for reading in readings:
+        left_out.update({k: n for k, n in reading.skipped.items() if not k.startswith("not harm")})
+    return {
+        "harmful": _count(one.category for one in examples if one.harmful),
+        "harmless": _count(one.category for one in examples if not one.harmful),
+        "with response": sum(one.response is not None for one in examples),
+        "left out": dict(sorted(left_out.items())),
+    }
+
+
+def _count(categories: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(categories).items()))
+
+
+def _line(example: Example, folder: Path = Path()) -> str:
+    """A row as `regraft` reads it from JSON lines."""
+    row = {
+        "id": example.id,
+        "image": example.image and example.image.relative_to(folder).as_posix(),
+        "instruction": example.instruction,
+        "response": example.response,
+        "harmful": example.harmful,
+        "category": example.category,
+        "request": example.request,
+    }
+    kept = {name: value for name, value in row.items() if value is not None}
+    return json.dumps(kept, ensure_ascii=False) + "\n"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="the dense model, a folder or hub id")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--out", type=Path, required=True, help="where to write")
+    parser.add_argument("--samples", type=int, default=64, help="calibration, of each kind")
+    parser.add_argument("--new-tokens", type=int, default=48, help="length of an answer")
+    parser.add_argument("--images", action="store_true", help="test prompts as images too")
+    parser.add_argument("--font", type=Path, help="of the images; FreeMono Bold if not given")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--batch-size", type=int, default=16)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Command line."""
+    args = _arguments()
+    compute = ComputeSettings(device=args.device, dtype=args.dtype, batch_size=args.batch_size)
+    try:
+        maker = Maker(
+            open_source(args.model),
+            args.out,
+            compute,
+            ConsoleWatch(Console()),
+            args.samples,
+            args.new_tokens,
+        )
+        summary = maker.build(args.data, images=args.images, font=args.font)
+    except (RegraftError, FileNotFoundError) as error:
+        print(f"make_real_benchmark: error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(summary, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""The prompts of `make_real_benchmark.py`: which source goes into which split, without a model.
+
+Every split has harmful prompts of its own sources:
+
+- test: JailbreakBench (the rows that its authors wrote), MaliciousInstruct, StrongREJECT (the rows
+  that its authors wrote: "custom"); harmless: XSTest's safe prompts with an even id, and a third of
+  our everyday and borderline prompts.
+- validation: 96 of HarmBench's standard behaviours, which need no context and quote no copyrighted
+  text; harmless: an eighth of ours.
+- calibration 0, 1, 2: AdvBench and SafeBench, dealt out to the three seeds; harmless: the rest of
+  ours. AdvBench is all imperatives and SafeBench has a question and a list title for each task, so
+  prompts are put into one of several forms: what is learnt from one form need not hold for others.
+
+JailbreakBench and StrongREJECT also repeat rows of AdvBench, HarmBench and MaliciousInstruct; these
+are left out by their column `source`. VLGuard's instructions are about an image, and those that
+name none are mostly harmless by themselves: it is in no split. SafeBench's legal, financial and
+health advice is not clearly harmful and left out.
+
+Near-duplicates stay in one split: test before validation before calibration; within a split the
+first is kept, so that seeds share none either. Prompts are near-duplicates if their word-Jaccard is
+0.75 or more, with or without the words around the task ("Write a tutorial on how to", "Steps to").
+
+`prompts/everyday.txt` and `prompts/borderline.txt` were written for this benchmark and have
+regraft's licence. Borderline prompts are harmless with alarming words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from regraft.data.example import Example
+from regraft.data.rows import csv_rows
+
+OURS = Path(__file__).resolve().parent / "prompts"
+SEEDS = 3
+JACCARD = 0.75
+TEST, VALIDATION = 34, 12  # per cent of our harmless prompts
+HARMBENCH = 96  # behaviours for validation
+_UNCLEAR = {"Legal Opinion", "Financial Advice", "Health Consultation"}
+_FRAME = re.compile(
+    r"^(?:.*\bhow to|(?:steps|methods|ways|tips|list of \w+) to|can you|how (?:do|can|could) \w+) ",
+    re.IGNORECASE,
+)
+_HOW_TO = re.compile(r"\b(?:on|for|explaining|detailing|describing) how to (?P<what>.+)$")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The prompts of each split, none with a response.
+
+    `candidates[seed]` are for calibration: those whose answer is of use become examples. `removed`
+    counts the near-duplicates by split and source.
+    """
+
+    test: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    candidates: tuple[tuple[Example, ...], ...]
+    removed: Mapping[str, int]
+
+
+def splits(data: Path) -> Splits:
+    """Read all sources and deal them out; the same files give the same splits.
+
+    Args:
+        data: Folder with `prompts/`, `figstep/safebench.csv` and `xstest/xstest_prompts.csv`.
+
+    Raises:
+        RegraftError: a file or a column is missing.
+    """
+    removed: Counter[str] = Counter()
+    ours = [*own("everyday"), *own("borderline")]
+    test = distinct([*test_harmful(data), *xstest_safe(data), *part(ours, "test")], [], removed)
+    behaviours = distinct(harmbench(data), test, removed)
+    behaviours = sorted(behaviours, key=lambda one: share(one.instruction))[:HARMBENCH]
+    validation = [*behaviours, *distinct(part(ours, "validation"), test, removed)]
+    # before prompts take a form, and again after it: either may show that two are alike
+    raw = distinct([*advbench(data), *safebench(data)], [*test, *validation], removed)
+    rest = [*map(formed, raw), *part(ours, "calibration")]
+    kept = distinct(rest, [*test, *validation], removed)
+    return Splits(tuple(test), tuple(validation), dealt(kept), dict(removed))
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text, in lower case and without punctuation."""
+    return frozenset(re.findall(r"\w+", text.lower()))
+
+
+def task(text: str) -> str:
+    """A prompt without the words around its task."""
+    return _FRAME.sub("", text)
+
+
+def alike(one: frozenset[str], other: frozenset[str]) -> bool:
+    """Whether the Jaccard index of two sets of words makes them near-duplicates."""
+    return len(one & other) >= JACCARD * len(one | other)
+
+
+def distinct(
+    prompts: Iterable[Example], others: Iterable[Example], removed: Counter[str]
+) -> list[Example]:
+    """The prompts that are like none of `others` and none before them; counts those left out."""
+    seen = [_both(one) for one in others]
+    kept = []
+    for one in prompts:
+        mine = _both(one)
+        if any(alike(mine[0], other[0]) or alike(mine[1], other[1]) for other in seen):
+            removed[one.category] += 1
+        else:
+            seen.append(mine)
+            kept.append(one)
+    return kept
+
+
+def _both(example: Example) -> tuple[frozenset[str], frozenset[str]]:
+    """The words of a prompt, and of its task alone."""
+    return words(example.instruction), words(task(example.instruction))
+
+
+def formed(example: Example) -> Example:
+    """An AdvBench prompt as an imperative, a request, a question or a list title, by its id."""
+    if example.category != "advbench":
+        return example
+    text = example.instruction.rstrip(".")
+    forms = {"imperative": text, "request": f"Can you {text[0].lower()}{text[1:]}?"}
+    if found := _HOW_TO.search(text):
+        forms |= {
+            "question": f"How do I {found['what']}?",
+            "list title": f"Steps to {found['what']}.",
+        }
+    form = list(forms)[share(example.id) % len(forms)]
+    return replace(example, instruction=forms[form], category=f"advbench {form}")
+
+
+def dealt(prompts: Sequence[Example]) -> tuple[tuple[Example, ...], ...]:
+    """The prompts of every category in a fixed random order, dealt out to the seeds."""
+    order = list(prompts)
+    random.Random(0).shuffle(order)
+    order.sort(key=lambda one: one.category)  # stable
+    return tuple(tuple(order[seed::SEEDS]) for seed in range(SEEDS))
+
+
+def share(text: str) -> int:
+    """A number from 0 to 99 that only `text` decides."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % 100
+
+
+def part(prompts: Iterable[Example], split: str) -> list[Example]:
+    """Our prompts of a split, by a hash of their text."""
+    ranges = {
+        "test": range(TEST),
+        "validation": range(TEST, TEST + VALIDATION),
+        "calibration": range(TEST + VALIDATION, 100),
+    }
+    return [one for one in prompts if share(one.instruction) in ranges[split]]
+
+
+def own(kind: str) -> list[Example]:
+    """The harmless prompts of `prompts/KIND.txt`, one a line."""
+    return _lines(OURS / f"{kind}.txt", kind, harmful=False)
+
+
+def test_harmful(data: Path) -> list[Example]:
+    """JailbreakBench and StrongREJECT without what they repeat of others; MaliciousInstruct."""
+    prompts = data / "prompts"
+    jailbreakbench = _table(
+        prompts / "jailbreakbench.csv", "jailbreakbench", "Goal", {"Source": {"Original"}}
+    )
+    strongreject = _table(
+        prompts / "strongreject.csv", "strongreject", "forbidden_prompt", {"source": {"custom"}}
+    )
+    asked = _lines(prompts / "malicious_instruct.txt", "maliciousinstruct", harmful=True)
+    return [*jailbreakbench, *asked, *strongreject]
+
+
+def harmbench(data: Path) -> list[Example]:
+    """HarmBench's standard behaviours, validation and test."""
+    kept = {"FunctionalCategory": {"standard"}}
+    return [
+        example
+        for half in ("val", "test")
+        for example in _table(
+            data / "prompts" / f"harmbench_{half}.csv", "harmbench", "Behavior", kept, half
+        )
+    ]
+
+
+def advbench(data: Path) -> list[Example]:
+    """AdvBench's goals."""
+    return _table(data / "prompts" / "advbench.csv", "advbench", "goal")
+
+
+def safebench(data: Path) -> list[Example]:
+    """Each clearly harmful task of SafeBench as its question or its list title, by its id."""
+    rows = csv_rows(data / "figstep" / "safebench.csv", "SafeBench is the file safebench.csv.")
+    found = []
+    for row in rows:
+        if row.text("category_name") in _UNCLEAR:
+            continue
+        name = f"safebench-{row.text('category_id')}-{row.text('task_id')}"
+        field, form = [("question", "question"), ("instruction", "list title")][share(name) % 2]
+        found.append(Example(name, row.text(field), True, f"safebench {form}"))
+    return found
+
+
+def xstest_safe(data: Path) -> list[Example]:
+    """XSTest's safe prompts with an even id; the odd ones are left for choosing judges."""
+    rows = csv_rows(data / "xstest" / "xstest_prompts.csv", "XSTest is xstest_prompts.csv.")
+    return [
+        Example(f"xstest-{row.text('id')}", row.text("prompt"), False, "xstest-safe")
+        for row in rows
+        if row.text("label") == "safe" and int(row.text("id")) % 2 == 0
+    ]
+
+
+def _table(
+    path: Path,
+    category: str,
+    column: str,
+    kept: Mapping[str, set[str]] | None = None,
+    part_of: str = "",
+) -> list[Example]:
+    """The harmful prompts in a column of a CSV file, of the rows whose columns have values kept."""
+    name = "-".join(filter(None, (category, part_of)))
+    rows = csv_rows(path, f"{category} is a CSV file with a column {column}.")
+    return [
+        Example(f"{name}-{number}", " ".join(row.text(column).split()), True, category)
+        for number, row in enumerate(rows, start=1)
+        if all(row.text(field) in values for field, values in (kept or {}).items())
+    ]
+
+
+def _lines(path: Path, category: str, *, harmful: bool) -> list[Example]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [
+        Example(f"{category}-{number}", line.strip(), harmful, category)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
