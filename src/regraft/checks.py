@@ -310,6 +310,11 @@ def _less_than_one(settings: RealignSettings, weights: str) -> RegraftError:
 
 def check_scored(settings: RealignSettings, scoring: HeadSettings) -> None:
     """Raise where fewer heads will be scored exactly than are to be chosen."""
+    if settings.by_heads and settings.criterion == "released" and scoring.mode != "exact":
+        raise RegraftError(
+            f"The criterion `released` needs every head scored exactly, and `mode` is "
+            f"{scoring.mode}. Leave it out, or rank heads by ships or kl."
+        )
     if settings.by_heads and scoring.mode == "screened" and scoring.candidates < settings.top_heads:
         raise RegraftError(
             f"top_heads is {settings.top_heads}, but of the screened heads only the "

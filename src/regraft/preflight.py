@@ -231,7 +231,9 @@ def _kinds_drawn(recipe: Recipe) -> list[bool]:
         one.method == "refusal-direction" for one in recipe.defend
     )
     by_heads = any(one.by_heads for one in recipe.realign)
-    on_both = recipe.pruned is None and any(one.calibrate_on == "both" for one in recipe.prune)
+    on_both = recipe.pruned is None and any(
+        one.calibrate_on == "both" or one.method == "safety-potential" for one in recipe.prune
+    )
     wanted = {True: by_heads or on_both, False: recipe.pruned is None}
     return [harmful for harmful, also in wanted.items() if always or also]
 

@@ -31,7 +31,12 @@ from regraft.settings.pruning import PruneSettings
 from regraft.stages import Evaluation
 
 CONTROL_LABELS = {"random": "random heads", "all": "all heads"}
-METHOD_LABELS = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "snip": "SNIP"}
+METHOD_LABELS = {
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+    "snip": "SNIP",
+    "safety-potential": "Safety-Potential",
+}
 
 
 def report(folder: Path) -> Report:
@@ -206,13 +211,16 @@ def _method(settings: VariantSettings) -> str:
         swap = ", swapped" if settings.swap else ""
         own = ", self-written responses" if settings.responses == "self" else ""
         return f"gain, {place}{swap}{own}"
-    return f"{settings.method.upper()}{score}, {heads}"
+    name = "HSR as released" if settings.method == "hsr-released" else settings.method.upper()
+    return f"{name}{score}, {heads}"
 
 
 def _defence(settings: DefenceSettings, file: Path) -> str:
     made = load_defence(file)
     if isinstance(made, Direction):
         return f"refusal direction, layer {made.layer}, strength {made.strength:g}"
+    if settings.method == "safety-prompt":
+        return "safety prompt"
     if settings.prompt == DEFENCE_PROMPT:
         return "prompt after AdaShield-S"
     return "AdaShield with a given prompt"

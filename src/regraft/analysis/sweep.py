@@ -12,6 +12,7 @@ from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.recipe import PruningSettings, Recipe, VariantSettings
 from regraft.report.model import Report, Variant
+from regraft.settings.realigning import SELECTING
 from regraft.settings.searching import Swept
 from regraft.watch import Watch
 
@@ -80,7 +81,7 @@ def _check_used(variant: VariantSettings, setting: Swept) -> None:
         variant.method == "gain" and variant.within == "heads"
     )
     unused = {
-        "q": variant.method != "hsr" or variant.ranked,
+        "q": variant.method not in SELECTING or variant.ranked,
         "top-heads": not (variant.by_heads or (in_heads and variant.heads == "random")),
         "budget": variant.method == "hsr-a",
         "sparsity": False,
@@ -89,7 +90,11 @@ def _check_used(variant: VariantSettings, setting: Swept) -> None:
         raise RegraftError(
             f"The recipe's first variant, {variant.name!r} by {variant.method}, does not go by "
             f"{setting}, so that all points would be the same. Put another variant first"
-            + (" or leave out its budget." if setting == "q" and variant.method == "hsr" else ".")
+            + (
+                " or leave out its budget."
+                if setting == "q" and variant.method in SELECTING
+                else "."
+            )
         )
 
 

@@ -19,7 +19,7 @@ def defend(
     calibration: Calibration = CalibrationSettings(),
     compute: Compute = ComputeSettings(),
 ) -> None:
-    """Make a defence at inference to compare with: a prompt (AdaShield) or a refusal direction.
+    """Make a defence at inference to compare with: a prompt or a refusal direction.
 
     Example: regraft defend pruned --method refusal-direction --out direction.safetensors
     """

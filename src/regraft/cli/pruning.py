@@ -22,6 +22,8 @@ def prune(
 ) -> None:
     """Prune by Wanda, SparseGPT, SNIP or magnitude, calibrated on harmless prompts (D^u).
 
+    Or by safety-potential, calibrated on harmful prompts with a safety prompt and without.
+
     Example: regraft prune MODEL --sparsity 0.5 --data vlguard VLGuard/train.json --out pruned
     """
     from regraft import stages

@@ -16,6 +16,7 @@ from regraft.defence.direction import Trial
 from regraft.defence.prompt import shielded
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
+from regraft.importance.safety_potential import with_safety_prompt
 from regraft.models.anatomy import Anatomy
 from regraft.models.steering import moved_output
 
@@ -24,10 +25,11 @@ FORMAT = "regraft-defence-1"
 
 @dataclass(frozen=True)
 class ShieldPrompt:
-    """A defence prompt around the user's text. `about` is the description of what made it."""
+    """A defence prompt around the user's text, or before it. `about` says what made it."""
 
     prompt: str
     about: Mapping[str, Any]
+    before: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ Defence = ShieldPrompt | Direction
 
 def asked(defence: Defence | None, examples: Sequence[Example]) -> Sequence[Example]:
     """The examples as the model gets them."""
-    return shielded(examples, defence.prompt) if isinstance(defence, ShieldPrompt) else examples
+    if not isinstance(defence, ShieldPrompt):
+        return examples
+    placed = with_safety_prompt if defence.before else shielded
+    return placed(examples, defence.prompt)
 
 
 @contextmanager
@@ -83,7 +88,8 @@ def check_fits(defence: Defence, anatomy: Anatomy, path: Path) -> None:
 def save_defence(path: Path, defence: Defence) -> None:
     """Write a defence to a safetensors file; the direction is its tensor."""
     if isinstance(defence, ShieldPrompt):
-        write_artifact(path, FORMAT, {"about": defence.about, "prompt": defence.prompt}, {})
+        content = {"about": defence.about, "prompt": defence.prompt, "before": defence.before}
+        write_artifact(path, FORMAT, content, {})
         return
     header = {
         "about": defence.about,
@@ -102,7 +108,7 @@ def load_defence(path: Path) -> Defence:
     """
     header, tensors = read_artifact(path, FORMAT, "a defence")
     if "prompt" in header:
-        return ShieldPrompt(header["prompt"], header["about"])
+        return ShieldPrompt(header["prompt"], header["about"], header.get("before", False))
     trials = tuple(_trial(one) for one in header["trials"])
     return Direction(
         tensors["direction"], header["layer"], header["strength"], header["about"], trials

@@ -15,13 +15,13 @@ from regraft.artifact import read_artifact, write_artifact
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.files import digest
-from regraft.heads.ships import most_rank, ships
+from regraft.heads.ships import first_feature_angles, most_rank, ships
 from regraft.heads.states import Ablation, States, ablate_heads
 from regraft.models.ablation import EPS, AblationTarget
 from regraft.models.anatomy import Anatomy
 
 FORMAT = "regraft-heads-2"
-Criterion = Literal["ships", "kl"]
+Criterion = Literal["ships", "kl", "released"]
 Mode = Literal["exact", "screened"]
 Heads = Mapping[int, Sequence[int]]  # layer -> heads in it
 WINDOW = 8
@@ -66,7 +66,8 @@ class HeadScores:
     says how they were made. `exact` marks the heads that were ablated exactly, `[layers, heads]`
     bool; the other scores are estimates. `estimate` has Ships and KL as estimated, `[2, layers,
     heads]`, None where nothing was. `noise` has the Ships and KL that one more rounding of a
-    layer's input makes, `[2, layers]`: scores below it say nothing; None in float32.
+    layer's input makes, `[2, layers]`: scores below it say nothing; None in float32. `released` has
+    the scores of HSR's released code (`first_feature_angles`), where all heads are exact.
     """
 
     ships: Tensor
@@ -75,10 +76,22 @@ class HeadScores:
     exact: Tensor | None = None
     estimate: Tensor | None = None
     noise: Tensor | None = None
+    released: Tensor | None = None
 
     def of(self, criterion: Criterion) -> Tensor:
-        """The scores by one criterion, `[layers, heads]`."""
-        return self.ships if criterion == "ships" else self.kl
+        """The scores by one criterion, `[layers, heads]`.
+
+        Raises:
+            RegraftError: these scores lack it.
+        """
+        if criterion != "released":
+            return self.ships if criterion == "ships" else self.kl
+        if self.released is None:
+            raise RegraftError(
+                "These head scores lack those of HSR's released code (`released`). Score heads "
+                "again, to another file, with `regraft heads` in mode exact."
+            )
+        return self.released
 
     def ranked(self, criterion: Criterion) -> list[tuple[int, int]]:
         """(layer, head), most important first; heads that were not scored are left out.
@@ -168,14 +181,15 @@ def score_heads(
     about = dict(about or {})
     if scoring.mode == "exact":
         exact = measured("exact", every, estimate=False)
-        return HeadScores(exact.scores[0], exact.scores[1], about, noise=exact.noise)
-    estimate = measured("estimate", every, estimate=True).scores
+        ships_, kl, released = exact.scores
+        return HeadScores(ships_, kl, about, noise=exact.noise, released=released)
+    estimate = measured("estimate", every, estimate=True).scores[:2]
     best = candidates(estimate, scoring.candidates)
     exact = measured(f"candidates-{digest(repr(best))[:16]}", best, estimate=False)
     is_exact = torch.zeros(estimate.shape[1:], dtype=torch.bool)
     for layer, heads in best.items():
         is_exact[layer, list(heads)] = True
-    scores = torch.where(is_exact, exact.scores, estimate)
+    scores = torch.where(is_exact, exact.scores[:2], estimate)
     return HeadScores(scores[0], scores[1], about, is_exact, estimate, exact.noise)
 
 
@@ -192,7 +206,8 @@ def candidates(estimate: Tensor, count: int) -> dict[int, list[int]]:
 
 def save_heads(path: Path, scores: HeadScores) -> None:
     """Write scores to a safetensors file."""
-    optional = {"exact": scores.exact, "estimate": scores.estimate, "noise": scores.noise}
+    names = ("exact", "estimate", "noise", "released")
+    optional = {name: getattr(scores, name) for name in names}
     tensors = {"ships": scores.ships, "kl": scores.kl}
     tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     write_artifact(path, FORMAT, {"about": scores.about}, tensors)
@@ -216,13 +231,13 @@ def load_heads(path: Path, anatomy: Anatomy) -> HeadScores:
 
 
 class _Measured(NamedTuple):
-    scores: Tensor  # Ships and KL, [2, layers, heads] float64, NaN where there is none
+    scores: Tensor  # Ships, KL, released: [3, layers, heads] float64, NaN where there is none
     noise: Tensor | None  # [2, layers]
 
 
 def _measure(states: States, anatomy: Anatomy, heads: Heads, r_max: int) -> _Measured:
     layers, most = len(anatomy.layers), max(layer.heads for layer in anatomy.layers)
-    scores = torch.full((2, layers, most), math.nan, dtype=torch.float64)
+    scores = torch.full((3, layers, most), math.nan, dtype=torch.float64)
     noise = torch.full((2, layers), math.nan, dtype=torch.float64)
     base = states.base()  # [N, d]
     for layer, some in heads.items():
@@ -231,6 +246,7 @@ def _measure(states: States, anatomy: Anatomy, heads: Heads, r_max: int) -> _Mea
             continue
         scores[0, layer, list(some)] = ships(base, found.ablated, r_max)
         scores[1, layer, list(some)] = found.kl.double().mean(dim=1)
+        scores[2, layer, list(some)] = first_feature_angles(base, found.ablated)
         if found.jittered is not None and found.jittered_kl is not None:
             noise[0, layer] = ships(base, found.jittered[None], r_max)
             noise[1, layer] = found.jittered_kl.double().mean()

@@ -75,6 +75,27 @@ def ships(base: Tensor, ablated: Tensor, r_max: int) -> Tensor:
     )
 
 
+def first_feature_angles(base: Tensor, ablated: Tensor) -> Tensor:
+    """What HSR's released code computes in place of Ships: the turn of hidden feature 0 alone.
+
+    Its SVD is commented out; columns of the states are normalised and the first of each is taken.
+    The release gives degrees, from float32 arccos, which cannot resolve below 0.02 degrees.
+
+    Args:
+        base: Final hidden states of the last prompt token, `[samples, hidden]`.
+        ablated: The same with each head ablated, `[heads, samples, hidden]`.
+
+    Returns:
+        `[heads]`, float64, radians in [0, pi / 2]: the angle between the lines that the samples'
+        values of feature 0 span before and after. NaN where that feature is 0 in all samples.
+    """
+    before, after = (states[..., :1].double() for states in (base, ablated))
+    before, after = (
+        one / torch.linalg.vector_norm(one, dim=-2, keepdim=True) for one in (before, after)
+    )
+    return principal_angles(before, after).squeeze(-1)
+
+
 def kl_divergence(base_logits: Tensor, ablated_logits: Tensor) -> Tensor:
     """KL(p_base || p_ablated) of next-token distributions, in nats.
 

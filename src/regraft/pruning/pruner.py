@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
 from regraft import ranks
+from regraft.data.collate import Batch
 from regraft.importance.observe import InputSums, observing, unused
-from regraft.importance.score import Method, score
+from regraft.importance.safety_potential import AddedEnergy
+from regraft.importance.score import score
 from regraft.importance.snip import gradient_magnitudes
 from regraft.importance.sparsegpt import DAMP, factors, second_moments
 from regraft.importance.wanda import sum_of_squares
@@ -22,6 +25,7 @@ from regraft.pruning.results import LayerResults, PrunedWeight
 from regraft.pruning.sparsegpt import BLOCK, sparsegpt_prune
 
 Order = Literal["sequential", "one-shot"]
+PruneMethod = Literal["wanda", "sparsegpt", "snip", "magnitude", "safety-potential"]
 Patterns = Mapping[LinearAnatomy, Pattern]
 
 
@@ -34,7 +38,7 @@ class Pruner:
     magnitude do anyway.
     """
 
-    method: Method = "wanda"
+    method: PruneMethod = "wanda"
     order: Order = "sequential"
     damp: float = DAMP
     block: int = BLOCK
@@ -58,8 +62,8 @@ def prune_layers(
 
     Args:
         pruner: The method; not "magnitude", which needs no data (`magnitude_edits`).
-        walk: The calibration data, D^u of the paper, before the first layer. A resident model's
-            weights are pruned in place.
+        walk: The calibration data, D^u of the paper, before the first layer; of "safety-potential"
+            `PotentialBatch`es. A resident model's weights are pruned in place.
         anatomy: Of the model.
         checkpoint: The dense checkpoint; its dtypes are those that updated weights are rounded to.
         patterns: Sparsity or N:M of every weight that is to be pruned.
@@ -80,11 +84,11 @@ def prune_layers(
         linears = {li: modules[li.module] for li in layer.linears if li in patterns}
         with walk.model.layer(layer.index):
             pruned = results.load(layer)
-            sums = InputSums(sum_of_squares if pruner.method == "wanda" else second_moments)
+            sums, around = _gathering(pruner, linears)
             if pruner.order == "one-shot":
-                walk.advance(layer.index, progress, observing(linears, sums))
+                walk.advance(layer.index, progress, around)
             elif pruned is None:
-                for _ in walk.run(layer.index, observing(linears, sums)):
+                for _ in walk.run(layer.index, around):
                     pass
             if pruned is None:
                 sums.gather()
@@ -132,21 +136,33 @@ def _prune_by_gradients(
         _save(results, layer, pruned)
 
 
+def _gathering(
+    pruner: Pruner, linears: Mapping[LinearAnatomy, nn.Module]
+) -> tuple[InputSums | AddedEnergy, Callable[[Batch], AbstractContextManager[None]]]:
+    """The statistic that a method needs, and contexts in which forward passes add to it."""
+    if pruner.method == "safety-potential":
+        added = AddedEnergy()
+        return added, added.observing(linears)
+    sums = InputSums(sum_of_squares if pruner.method == "wanda" else second_moments)
+    return sums, observing(linears, sums)
+
+
 def _prune_layer(
     pruner: Pruner,
     linears: Mapping[LinearAnatomy, nn.Module],
-    sums: InputSums,
+    sums: InputSums | AddedEnergy,
     checkpoint: Checkpoint,
     patterns: Patterns,
     note: Callable[[str], None],
 ) -> dict[str, PrunedWeight]:
-    if pruner.method == "wanda":
+    if pruner.method in ("wanda", "safety-potential"):  # both |W_ij| * sqrt(s_j)
         return {
             linear.key: PrunedWeight(
                 mask=patterns[linear].mask(score("wanda", _weight(module), sums.of(linear)[0]))
             )
             for linear, module in linears.items()
         }
+    assert isinstance(sums, InputSums)
     pruned = {}
     for linear, factor in factors(linears, sums, pruner.damp, note):
         weight = _weight(linears[linear])

@@ -367,7 +367,8 @@ def is_drawn(settings: Mapping[str, Any]) -> bool:
     method = settings.get("method", "hsr")
     if method == "gain":
         return settings.get("within") == "heads" and settings.get("heads") == "random"
-    return method == "random" or (method in ("hsr", "hsr-a") and settings.get("heads") == "random")
+    of_heads = method in ("hsr", "hsr-released", "hsr-a")
+    return method == "random" or (of_heads and settings.get("heads") == "random")
 
 
 def _apart_from_the_draw(settings: Mapping[str, Any] | None, name: str) -> Any:

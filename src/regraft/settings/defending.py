@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from regraft.defence.prompt import DEFENCE_PROMPT
+from regraft.importance.safety_potential import SAFETY_PROMPT
 from regraft.settings.base import Settings
 from regraft.settings.data import Validation
 
@@ -16,15 +18,17 @@ _OF_SEARCH = ("strengths", "validation_limit", "max_over_refusal", "max_new_toke
 class DefenceSettings(Settings):
     """A defence at inference, which leaves the weights as pruning left them."""
 
-    method: Literal["adashield", "refusal-direction"] = Field(
+    method: Literal["adashield", "safety-prompt", "refusal-direction"] = Field(
         "adashield",
-        description="adashield: a defence prompt around the user's text. refusal-direction: the "
+        description="adashield: a defence prompt around the user's text. safety-prompt: one before "
+        "it, that of Safety-Potential Pruning. refusal-direction: the "
         "difference of means of harmful and harmless prompts added to the hidden states.",
     )
     prompt: str = Field(
         DEFENCE_PROMPT,
         min_length=1,
-        description="AdaShield: the text; if not given, AdaShield-S's scheme in our own words.",
+        description="adashield, safety-prompt: the text; if not given, AdaShield-S's scheme in our "
+        "own words, or what `regraft prune --method safety-potential` calibrates with.",
     )
     layer: int | None = Field(
         None,
@@ -63,6 +67,13 @@ class DefenceSettings(Settings):
         64, ge=1, description="Direction: length of an answer to a validation prompt."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_prompt(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("method") == "safety-prompt":
+            return {"prompt": SAFETY_PROMPT, **given}
+        return given
+
     @field_validator("strengths")
     @classmethod
     def _check_strengths(cls, strengths: tuple[float, ...]) -> tuple[float, ...]:
@@ -72,9 +83,9 @@ class DefenceSettings(Settings):
 
     def unread(self) -> str | None:
         """What was set and changes nothing: the first of it, in words."""
-        if self.method == "adashield":
+        if self.method != "refusal-direction":
             name = self.first_set("layer", "strength", *self._of_search)
-            return None if name is None else f"`{name}` changes nothing with adashield"
+            return None if name is None else f"`{name}` changes nothing with {self.method}"
         if self.first_set("prompt"):
             return "`prompt` changes nothing with refusal-direction"
         if not self.searches and (name := self.first_set(*self._of_search)):

@@ -27,7 +27,10 @@ def refuse_unread(*given: Settings) -> None:
 
 def check_data(method: str, calibration: CalibrationSettings) -> None:
     """Refuse data where none are read, of a method of pruning or a defence."""
-    if method in ("magnitude", "adashield") and calibration != CalibrationSettings():
+    if (
+        method in ("magnitude", "adashield", "safety-prompt")
+        and calibration != CalibrationSettings()
+    ):
         raise RegraftError(f"{method} reads no data: settings of it would change nothing.")
     refuse_unread(calibration)
 

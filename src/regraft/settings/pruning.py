@@ -8,18 +8,22 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from regraft.errors import RegraftError
-from regraft.importance.score import Method
+from regraft.importance.safety_potential import SAFETY_PROMPT
 from regraft.models.anatomy import LinearAnatomy
 from regraft.pruning.masks import Pattern, Scope
 from regraft.pruning.patterns import assign_patterns, parse_override
-from regraft.pruning.pruner import Order, Pruner
+from regraft.pruning.pruner import Order, PruneMethod, Pruner
 from regraft.settings.base import Settings
 
 
 class PruneSettings(Settings):
     """What is pruned, by which criterion, and how much of it."""
 
-    method: Method = Field("wanda", description="wanda, sparsegpt, snip or magnitude.")
+    method: PruneMethod = Field(
+        "wanda",
+        description="wanda, sparsegpt, snip, magnitude or safety-potential: |W| times the root of "
+        "the input energy that a safety prompt adds to harmful prompts (arXiv 2603.14219).",
+    )
     sparsity: float = Field(0.5, gt=0, lt=1, description="Share of prunable weights set to 0.")
     n_m: str | None = Field(
         None, description="N:M pattern such as 2:4, kept of each M inputs; instead of sparsity."
@@ -27,7 +31,8 @@ class PruneSettings(Settings):
     scope: Scope | None = Field(
         None,
         description="Weights compete within their row or the matrix; each method's own if not "
-        "given: row for wanda, matrix for the others (SparseGPT: of each block of columns).",
+        "given: row for wanda and safety-potential, matrix for the others (SparseGPT: of each "
+        "block of columns).",
     )
     ignore: tuple[str, ...] = Field(
         (),
@@ -46,6 +51,12 @@ class PruneSettings(Settings):
     )
     damp: float = Field(0.01, gt=0, le=1, description="SparseGPT: share of the mean diagonal.")
     block: int = Field(128, ge=1, description="SparseGPT: columns pruned before an update.")
+    prompt: str = Field(
+        SAFETY_PROMPT,
+        min_length=1,
+        description="safety-potential: the safety prompt, before the user's text; `regraft defend "
+        "--method safety-prompt` gives it at inference.",
+    )
     order: Order = Field(
         "sequential",
         description="Layer by layer on pruned inputs (the paper's), or one-shot. SNIP and "
@@ -68,10 +79,11 @@ class PruneSettings(Settings):
         if self.n_m is not None and not self.overrides and self.first_set("scope"):
             return f"`scope` changes nothing where `n_m` is {self.n_m}: groups are within rows"
         not_read = {
-            "wanda": ("damp", "block"),
-            "sparsegpt": (),
-            "snip": ("damp", "block", "order"),
-            "magnitude": ("damp", "block", "order", "calibrate_on"),
+            "wanda": ("damp", "block", "prompt"),
+            "sparsegpt": ("prompt",),
+            "snip": ("damp", "block", "order", "prompt"),
+            "magnitude": ("damp", "block", "order", "calibrate_on", "prompt"),
+            "safety-potential": ("damp", "block", "calibrate_on"),
         }[self.method]
         name = self.first_set(*not_read)
         return None if name is None else f"`{name}` changes nothing with {self.method}"
@@ -96,7 +108,7 @@ class PruneSettings(Settings):
 
     @property
     def _scope(self) -> Scope:
-        return self.scope or ("row" if self.method == "wanda" else "matrix")
+        return self.scope or ("row" if self.method in ("wanda", "safety-potential") else "matrix")
 
     def _overrides(self) -> list[tuple[str, Pattern]]:
         return [parse_override(text, self._scope) for text in self.overrides]

@@ -39,7 +39,10 @@ _OF_GAIN = (
 )
 
 
-RestorationMethod = Literal["hsr", "hsr-a", "set-difference", "random", "gain"]
+RestorationMethod = Literal["hsr", "hsr-released", "hsr-a", "set-difference", "random", "gain"]
+
+SELECTING = ("hsr", "hsr-released")  # single weights in heads, by I^s and I^u
+OF_HEADS = (*SELECTING, "hsr-a")
 
 
 class RealignSettings(Settings):
@@ -47,7 +50,8 @@ class RealignSettings(Settings):
 
     method: RestorationMethod = Field(
         "hsr",
-        description="hsr selects single weights in heads, hsr-a whole heads; gain those whose "
+        description="hsr selects single weights in heads, hsr-released those that the authors' "
+        "code would (docs/hsr-released.md), hsr-a whole heads; gain those whose "
         "return is predicted to help safety and utility, step by step; set-difference "
         "(Wei et al.) those that matter for safety and not for utility; random is a control.",
     )
@@ -68,7 +72,11 @@ class RealignSettings(Settings):
     heads: Literal["top", "random", "all"] = Field(
         "top", description="The top-scored heads, as many random ones (a control), or all."
     )
-    criterion: Criterion = Field("ships", description="Rank heads by Ships or query-level KL.")
+    criterion: Criterion = Field(
+        "ships",
+        description="Rank heads by Ships, by query-level KL, or by what HSR's released code "
+        "computes (released), which hsr-released does if not given.",
+    )
     top_heads: int = Field(10, ge=1, description="How many heads (h).")
     q: float = Field(0.5, gt=0, le=1, description="Top share by safety importance.")
     p: float | None = Field(
@@ -78,7 +86,11 @@ class RealignSettings(Settings):
         description="Share kept by the pruner; if not given, what each matrix has kept.",
     )
     p_max: float | None = Field(
-        None, gt=0, le=1, description="Outer bound by utility importance; p + 0.2 if not given."
+        None,
+        gt=0,
+        le=1,
+        description="Outer bound by utility importance; p + 0.2 if not given, 0.7 always in "
+        "hsr-released.",
     )
     scope: RankingScope = Field(
         "row", description="Weights compete within their row, the matrix or the head."
@@ -146,15 +158,18 @@ class RealignSettings(Settings):
         """Whether `head_seed` decides what comes back."""
         if self.method == "gain":
             return self.within == "heads" and self.heads == "random"
-        return self.method == "random" or (
-            self.method in ("hsr", "hsr-a") and self.heads == "random"
-        )
+        return self.method == "random" or (self.method in OF_HEADS and self.heads == "random")
 
     @model_validator(mode="before")
     @classmethod
     def _default_budget(cls, given: Any) -> Any:
         """Written out, so that an artifact tells what it was made with."""
-        if not isinstance(given, Mapping) or given.get("method", "hsr") in ("hsr", "hsr-a"):
+        if not isinstance(given, Mapping):
+            return given
+        method = given.get("method", "hsr")
+        if method == "hsr-released" and given.get("heads", "top") == "top":
+            return {"criterion": "released", **given}
+        if method in OF_HEADS:
             return given
         if given.get("budget") is not None or given.get("count") is not None:
             return given
@@ -186,10 +201,11 @@ class RealignSettings(Settings):
 
     def unread(self) -> str | None:
         """What was set and changes nothing: the first of it, in words."""
-        if self.method == "hsr" and self.ranked and self.first_set("q"):
+        if self.method in SELECTING and self.ranked and self.first_set("q"):
             return "a budget or a count takes the place of `q`"
         not_read = {
             "hsr": _OF_GAIN,
+            "hsr-released": ("p_max", "scope", *_OF_GAIN),
             "hsr-a": ("q", *_OF_HSR, *_OF_GAIN),
             "set-difference": ("q", "p_max", *_OF_HEADS, *_OF_GAIN),
             "random": ("q", *_OF_HSR, *_OF_HEADS, *_OF_GAIN),
@@ -220,12 +236,12 @@ class RealignSettings(Settings):
     @property
     def ranked(self) -> bool:
         """Whether weights are ranked and the best k taken, rather than a set selected."""
-        return self.method not in ("hsr", "hsr-a") or self.amount is not None
+        return self.method not in OF_HEADS or self.amount is not None
 
     @property
     def in_heads(self) -> bool:
         """Whether weights come back in chosen heads alone."""
-        return self.within == "heads" if self.method == "gain" else self.method.startswith("hsr")
+        return self.within == "heads" if self.method == "gain" else self.method in OF_HEADS
 
     @property
     def by_heads(self) -> bool:
@@ -235,7 +251,7 @@ class RealignSettings(Settings):
     @property
     def needs_statistics(self) -> bool:
         """Whether weights are ranked by something that must be gathered from data first."""
-        return self.method in ("hsr", "set-difference") and self.score != "magnitude"
+        return self.method in (*SELECTING, "set-difference") and self.score != "magnitude"
 
     @property
     def needs_gradients(self) -> bool:

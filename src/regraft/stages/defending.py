@@ -73,10 +73,11 @@ def defend(
     watch = watch or Silent()
     settings = with_validation(settings, pruned.folder, calibration, needed=settings.searches)
     inputs = {"model": pruned.checkpoint.fingerprint}
-    if settings.method == "adashield":
+    if settings.method != "refusal-direction":
         about = describe("defend", inputs, settings)
         if not is_done(out, out, about, lambda: load_defence(out).about) and ranks.first():
-            save_defence(out, ShieldPrompt(settings.prompt, about))
+            before = settings.method == "safety-prompt"
+            save_defence(out, ShieldPrompt(settings.prompt, about, before))
         ranks.barrier()
         return load_defence(out)
     check_direction_layer(pruned, settings)

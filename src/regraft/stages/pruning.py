@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from regraft import ranks
-from regraft.checks import check_pattern, check_shares, told
-from regraft.data.collate import response_batch
-from regraft.data.example import Reading
+from regraft.checks import (
+    check_pattern,
+    check_shares,
+    draw_calibration,
+    told,
+    warn_of_bundled,
+)
+from regraft.data.collate import Batch, response_batch
+from regraft.data.example import Example, Reading
 from regraft.files import require_space
+from regraft.importance.safety_potential import potential_batch
 from regraft.keys import ABOUT_FILE, describe, is_done, to_json, unfinished_bytes, working
 from regraft.models.checkpoint import check_target, open_checkpoint, write_edited
 from regraft.models.load import Source
@@ -41,7 +51,7 @@ def prune(
     watch: Watch | None = None,
     responses: Path | None = None,
 ) -> Source:
-    """Prune a checkpoint, calibrated on D^u or on D^s and D^u; writes the folder `out`.
+    """Prune a checkpoint, calibrated on D^u, D^s and D^u, or D^s prompts; writes the folder `out`.
 
     `responses` is the folder for those that the dense model writes, by default one beside `out`.
 
@@ -52,19 +62,13 @@ def prune(
     check_pattern(dense, settings)
     if ranks.first() and not (out / ABOUT_FILE).exists():
         check_target(dense.checkpoint, out)
-    needs_data = settings.method != "magnitude"
-    kinds = ("utility", "safety") if settings.calibrate_on == "both" else ("utility",)
-    folder = responses or beside(out)
-    data = {
-        kind: calibration_data(dense, calibration, compute, folder, watch, harmful=kind == "safety")
-        for kind in (kinds if needs_data else ())
-    }
+    data = _data(dense, settings, calibration, compute, responses or beside(out), watch)
     about = describe("prune", {"dense": dense.checkpoint.fingerprint}, settings, compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
         patterns = settings.patterns(dense.anatomy.linears)
         _warn_of_pruned(dense, watch)
         with working(out, about) as work:
-            if needs_data:
+            if data:
                 results = LayerResults(work)
                 _calibrate(dense, out, settings, compute, data, results, watch)
                 edits = results.edits(dense.anatomy)
@@ -80,6 +84,42 @@ def prune(
                         progress=done,
                     )
     return Source(open_checkpoint(out), dense.anatomy, dense.trust_remote_code)
+
+
+def _data(
+    dense: Source,
+    settings: PruneSettings,
+    calibration: CalibrationSettings,
+    compute: ComputeSettings,
+    responses: Path,
+    watch: Watch,
+) -> dict[str, Reading]:
+    """What a method is calibrated on, by kind: nothing for magnitude."""
+    if settings.method == "magnitude":
+        return {}
+    if settings.method == "safety-potential":  # prompts alone
+        warn_of_bundled(dense, calibration.data, watch.note)
+        return {"safety": draw_calibration(dense, calibration, harmful=True)}
+    kinds = ("utility", "safety") if settings.calibrate_on == "both" else ("utility",)
+    return {
+        kind: calibration_data(
+            dense, calibration, compute, responses, watch, harmful=kind == "safety"
+        )
+        for kind in kinds
+    }
+
+
+def _batches(
+    processor: Any, settings: PruneSettings, examples: Sequence[Example], compute: ComputeSettings
+) -> Iterator[Batch]:
+    """This process's share of the calibration data, encoded as it is asked for."""
+    if settings.method != "safety-potential":
+        return each_of_share(processor, response_batch, examples, compute)
+    prompted = partial(potential_batch, prompt=settings.prompt)
+    return chain(
+        each_of_share(processor, potential_batch, examples, compute),
+        each_of_share(processor, prompted, examples, compute),
+    )
 
 
 def _warn_of_pruned(dense: Source, watch: Watch) -> None:
@@ -132,7 +172,7 @@ def _calibrate(
     for role, reading in data.items():
         watch.note(told({"utility": "D^u", "safety": "D^s"}[role], reading))
     model, processor = load_for_walk(dense, compute, watch)
-    walk = Walk(model, each_of_share(processor, response_batch, examples, compute), again=False)
+    walk = Walk(model, _batches(processor, settings, examples, compute), again=False)
     needed = dense.checkpoint.bytes + spilled_bytes(dense, settings)
     if settings.method == "snip":
         needed += hidden_state_bytes(dense, walk)

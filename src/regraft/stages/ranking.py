@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from regraft.checks import check_restorable, check_shares, check_top_heads, told
 from regraft.data.example import Reading
 from regraft.files import file_digest
 from regraft.keys import describe, is_done, working
-from regraft.models.anatomy import LinearAnatomy
+from regraft.models.anatomy import Block, LinearAnatomy
 from regraft.models.load import Source, pick_device
 from regraft.restoration.ranking import (
     Keys,
@@ -23,6 +23,7 @@ from regraft.restoration.ranking import (
 )
 from regraft.restoration.ranking import rank as rank_by
 from regraft.restoration.realign import check_pair, survey
+from regraft.restoration.released import released_keys, released_regions
 from regraft.restoration.selection import (
     Head,
     blocks_of,
@@ -69,7 +70,7 @@ def rank(
         settings: The method and how many weights to rank (the budget).
         calibration: D^s and D^u, which only gain reads here; random draws by its seed too.
         heads_file: From `heads`; needed to rank heads.
-        statistics_file: From `statistics`; needed by "hsr" and "set-difference".
+        statistics_file: From `statistics`; needed by "hsr", "hsr-released" and "set-difference".
         compute: Device, dtype, batch size and placement of gain; of the others the device counts.
         watch: Progress.
         responses: Folder for responses that the dense model writes, by default one beside `out`.
@@ -152,30 +153,42 @@ def _keys(
     seed: int,
 ) -> Keys:
     """The method's own; `seed` is of random weights, and of the order of equal ones."""
-    layer_of = {linear.key: layer for layer in dense.anatomy.layers for linear in layer.linears}
     if settings.method == "random":
         return lambda index, _linear, _weight, free: random_keys(
             free, settings.head_seed + 1000 * seed, index
         )
     safety, utility = importance_of(dense, settings, statistics_file)
+    regions = _regions(dense, settings, heads)
+    shares = released_keys if settings.method == "hsr-released" else hsr_keys
+    everything = settings.method == "set-difference"
+
+    def keys(index: int, linear: LinearAnatomy, weight: Tensor, free: Tensor) -> Tensor | None:
+        blocks = regions(linear)
+        band = band_of(settings, kept_share(weight, free), everything=everything)
+        if not blocks or band is None:
+            return None
+        scorers = safety.scorer(linear, weight), utility.scorer(linear, weight)
+        return ties_drawn(shares(free, *scorers, blocks, band), seed, index)
+
+    return keys
+
+
+def _regions(
+    dense: Source, settings: RealignSettings, heads: Sequence[Head]
+) -> Callable[[LinearAnatomy], Sequence[Block]]:
+    """Where in each weight a value may be restored."""
+    if settings.method == "set-difference":
+        return lambda linear: [whole(linear)]
+    if settings.method == "hsr-released":
+        found = released_regions(dense.anatomy, heads)
+        return lambda linear: found.get(linear.key, [])
+    layer_of = {linear.key: layer for layer in dense.anatomy.layers for linear in layer.linears}
     by_layer: dict[int, list[int]] = {}
     for layer_index, head in heads:
         by_layer.setdefault(layer_index, []).append(head)
 
-    def keys(index: int, linear: LinearAnatomy, weight: Tensor, free: Tensor) -> Tensor | None:
+    def blocks(linear: LinearAnatomy) -> Sequence[Block]:
         layer = layer_of[linear.key]
-        difference = settings.method == "set-difference"
-        blocks = (
-            [whole(linear)]
-            if difference
-            else blocks_of(layer, linear, by_layer.get(layer.index, []))
-        )
-        band = band_of(settings, kept_share(weight, free), everything=difference)
-        if not blocks or band is None:
-            return None
-        shares = hsr_keys(
-            free, safety.scorer(linear, weight), utility.scorer(linear, weight), blocks, band
-        )
-        return ties_drawn(shares, seed, index)
+        return blocks_of(layer, linear, by_layer.get(layer.index, []))
 
-    return keys
+    return blocks

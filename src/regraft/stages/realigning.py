@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from regraft.restoration.patch import Patch, load_patch, save_patch
 from regraft.restoration.ranking import load_ranking, patch_of
 from regraft.restoration.realign import Rule, Survey, check_pair, hsr, survey, whole_heads
 from regraft.restoration.realign import realign as select
+from regraft.restoration.released import P_MAX, released, released_regions
 from regraft.restoration.selection import Band, Head, all_heads, random_heads
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.settings.realigning import SELECTING, RealignSettings
 from regraft.watch import Silent, Watch
 
 MARGIN = 0.2  # p_max - p in the paper
@@ -73,13 +75,16 @@ def realign(
     if scores is not None and heads_file is not None:
         inputs["heads"] = file_digest(heads_file)
     about = describe("realign", inputs, settings)
+    chosen = chosen_heads(dense, settings, scores)
     rule: Rule = whole_heads
-    if settings.method == "hsr":
-        safety, utility = importance_of(dense, settings, statistics_file)
+    if settings.method in SELECTING:
+        importance = importance_of(dense, settings, statistics_file)
         if statistics_file is not None and settings.needs_statistics:
             about["inputs"]["statistics"] = file_digest(statistics_file)
-        rule = hsr(lambda kept: band_of(settings, kept), safety, utility)
-    chosen = chosen_heads(dense, settings, scores)
+        band = partial(band_of, settings)
+        rule = hsr(band, *importance)
+        if settings.method == "hsr-released":
+            rule = released(released_regions(dense.anatomy, chosen), band, *importance)
     about["heads"] = [list(head) for head in chosen]
     looked = survey(dense, pruned)
     about |= taken(looked)
@@ -239,6 +244,8 @@ def band_of(settings: RealignSettings, kept: float, *, everything: bool = False)
     p = kept if settings.p is None else settings.p
     p_max = min(1.0, p + MARGIN) if settings.p_max is None else settings.p_max
     q = 1.0 if settings.ranked else settings.q
+    if settings.method == "hsr-released":
+        return Band(q, p, P_MAX, "matrix") if p < P_MAX else None
     p_max = 1.0 if everything else p_max
     return Band(q, p, p_max, settings.scope) if p < p_max else None
 
