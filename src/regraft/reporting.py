@@ -207,10 +207,9 @@ def _method(settings: VariantSettings) -> str:
     if settings.method == "set-difference":
         return f"set difference{score}"
     if settings.method == "gain":
-        place = {"all": "all linears", "attention": "attention", "heads": heads}[settings.within]
         swap = ", swapped" if settings.swap else ""
         own = ", self-written responses" if settings.responses == "self" else ""
-        return f"gain, {place}{swap}{own}"
+        return f"gain{swap}{own}"
     name = "HSR as released" if settings.method == "hsr-released" else settings.method.upper()
     return f"{name}{score}, {heads}"
 

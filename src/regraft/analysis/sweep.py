@@ -77,12 +77,9 @@ def swept(recipe: Recipe, setting: Swept, values: Sequence[float]) -> Recipe:
 
 def _check_used(variant: VariantSettings, setting: Swept) -> None:
     """Raise where a setting decides nothing, so that all points would be the same."""
-    in_heads = variant.method.startswith("hsr") or (
-        variant.method == "gain" and variant.within == "heads"
-    )
     unused = {
         "q": variant.method not in SELECTING or variant.ranked,
-        "top-heads": not (variant.by_heads or (in_heads and variant.heads == "random")),
+        "top-heads": not (variant.by_heads or (variant.in_heads and variant.heads == "random")),
         "budget": variant.method == "hsr-a",
         "sparsity": False,
     }[setting]

@@ -365,8 +365,6 @@ def is_drawn(settings: Mapping[str, Any]) -> bool:
     As `RealignSettings.random`, which a report need not know.
     """
     method = settings.get("method", "hsr")
-    if method == "gain":
-        return settings.get("within") == "heads" and settings.get("heads") == "random"
     of_heads = method in ("hsr", "hsr-released", "hsr-a")
     return method == "random" or (of_heads and settings.get("heads") == "random")
 

@@ -43,9 +43,6 @@ def check_search(search: bool, settings: RealignSettings, choice: SearchSettings
         raise RegraftError("--search chooses a number of weights: give a --budget too.")
     if not search and choice != SearchSettings():
         raise RegraftError("Bounds, targets and points are those of a search: add --search.")
-    if not search and settings.pushes:
-        raise RegraftError("Only a search can hold --pushes to bounds: add --search.")
-    _check_most(settings, choice)
 
 
 def check_answers(search: bool, max_new_tokens: int) -> None:
@@ -81,21 +78,12 @@ def check_tuning(
     device: str,
 ) -> None:
     """Refuse what no trial reads, and two answers to the same question."""
-    varied = before_tuning(settings, tuning)
-    refuse_unread(varied)
-    _check_scoring(varied, scoring)
+    refuse_unread(settings)
+    _check_scoring(settings, scoring)
     if tuning.devices and device not in ("auto", *tuning.devices):
         raise RegraftError("--devices takes the place of --device: leave one of them out.")
     if not settings.ranked and choice.first_set("points", "most"):
         raise RegraftError("Without a --budget there is no ranking of which --points are.")
-    _check_most(settings, choice)
-
-
-def before_tuning(settings: RealignSettings, tuning: TuneSettings) -> RealignSettings:
-    """The settings, where tuning varies what others of them hang on as if all of them counted."""
-    counts = {"within": "heads", "constraint": "utility-gain"} if settings.method == "gain" else {}
-    varied = {name: value for name, value in counts.items() if name not in tuning.keep}
-    return settings.model_copy(update=varied)
 
 
 def _check_scoring(settings: RealignSettings, scoring: HeadSettings) -> None:
@@ -104,8 +92,3 @@ def _check_scoring(settings: RealignSettings, scoring: HeadSettings) -> None:
             "No heads are scored for these settings: those of scoring would change nothing."
         )
     refuse_unread(scoring)
-
-
-def _check_most(settings: RealignSettings, choice: SearchSettings) -> None:
-    if settings.pushes and choice.most is not None:
-        raise RegraftError("--most cuts off the pushes, which come last: lower --budget.")

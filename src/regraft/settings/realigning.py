@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 
 from regraft.heads.score import Criterion
 from regraft.importance.score import Method
-from regraft.restoration.gain import Constraint
 from regraft.restoration.selection import RankingScope
 from regraft.settings.base import Settings
 
@@ -27,18 +26,6 @@ _NOT_OF_HEADS = {
 _OF_HSR = ("score", "p", "p_max", "scope")
 
 
-_OF_GAIN = (
-    "within",
-    "utility_weight",
-    "constraint",
-    "utility_share",
-    "loss",
-    "steps",
-    "trust",
-    "batch",
-)
-
-
 RestorationMethod = Literal["hsr", "hsr-released", "hsr-a", "set-difference", "random", "gain"]
 
 SELECTING = ("hsr", "hsr-released")  # single weights in heads, by I^s and I^u
@@ -51,17 +38,18 @@ class RealignSettings(Settings):
     method: RestorationMethod = Field(
         "hsr",
         description="hsr selects single weights in heads, hsr-released those that the authors' "
-        "code would (docs/hsr-released.md), hsr-a whole heads; gain those whose "
-        "return is predicted to help safety and utility, step by step; set-difference "
-        "(Wei et al.) those that matter for safety and not for utility; random is a control.",
+        "code would (docs/hsr-released.md), hsr-a whole heads; gain those that are "
+        "predicted to bring the model's answers nearest to the dense model's, step by step, as "
+        "long as that helps on held-out prompts; set-difference (Wei et al.) those that matter "
+        "for safety and not for utility; random is a control.",
     )
     budget: float | None = Field(
         None,
         gt=0,
         lt=10_000,
-        description="Restored weights per 10,000 pruned ones; of hsr it takes the place of q. "
-        "Where gain, set-difference or random are given neither this nor a count it is "
-        f"{DEFAULT_BUDGET:g}.",
+        description="Restored weights per 10,000 pruned ones, at most in gain, which stops where "
+        "more do not help; of hsr it takes the place of q. Where gain, set-difference or random "
+        f"are given neither this nor a count it is {DEFAULT_BUDGET:g}.",
     )
     count: int | None = Field(None, ge=1, description="Restored weights; instead of the budget.")
     score: Method = Field(
@@ -96,68 +84,15 @@ class RealignSettings(Settings):
         "row", description="Weights compete within their row, the matrix or the head."
     )
     head_seed: int = Field(0, description="Of random heads and of random weights.")
-    within: Literal["all", "attention", "heads"] = Field(
-        "all",
-        description="gain: weights come back in all linears, in attention, or in the chosen heads.",
-    )
-    utility_weight: float = Field(
-        1.0,
-        ge=0,
-        description="gain: how much utility counts beside safety, at first where a multiplier "
-        "moves it.",
-    )
-    constraint: Constraint = Field(
-        "utility-gain",
-        description="gain: utility-gain takes only weights whose gain in utility is at least "
-        "`utility_share` of that in safety; lagrangian moves the utility weight so that harmless "
-        "prompts get no further from the dense model than pruning left them (or than it is itself, "
-        "where pruning refuses less); both; or none.",
-    )
-    utility_share: float = Field(
-        0.0, ge=0, description="gain: see constraint; 0 takes all that cost no utility."
-    )
-    loss: Literal["distil", "given"] = Field(
-        "distil",
-        description="gain: what a response costs, its divergence from the dense model's (without "
-        "prompts that the dense model answers otherwise than they should be), or the cross-entropy "
-        "against the given one.",
-    )
-    steps: int = Field(
-        20,
-        ge=1,
-        description="gain: weights come back in at most so many steps, gradients anew in each.",
-    )
-    pushes: int = Field(
-        0,
-        ge=0,
-        le=20,
-        description="gain: so many times 0.75 % of the budget come back in a step that looks at "
-        "utility nearly alone, and as many in a last one at safety, together half of the budget at "
-        "most; for a search, which takes the best within its bounds.",
-    )
-    trust: float = Field(
-        1.0,
-        gt=0,
-        description="gain: a step tries no more weights than are predicted to lower the loss by "
-        "this share of it, and takes those with which it falls most.",
-    )
-    batch: int = Field(
-        128,
-        ge=2,
-        description="gain: prompts of each kind in a step; of more samples than that they are "
-        "drawn anew for each, those on which the model falls short likelier.",
-    )
     swap: bool = Field(
         False,
-        description="gain: prune a kept weight of the same row or N:M group for each that comes "
-        "back, so that sparsity stays exactly as it was.",
+        description="gain: prune a kept weight of the same row or N:M group for each that is "
+        "restored, so that sparsity stays exactly as it was.",
     )
 
     @property
     def random(self) -> bool:
         """Whether `head_seed` decides what comes back."""
-        if self.method == "gain":
-            return self.within == "heads" and self.heads == "random"
         return self.method == "random" or (self.method in OF_HEADS and self.heads == "random")
 
     @model_validator(mode="before")
@@ -195,8 +130,6 @@ class RealignSettings(Settings):
             )
         if self.swap and self.method != "gain":
             raise ValueError(f"only gain can swap, not {self.method}")
-        if self.pushes and self.method != "gain":
-            raise ValueError(f"only gain has pushes, not {self.method}")
         return self
 
     def unread(self) -> str | None:
@@ -204,29 +137,20 @@ class RealignSettings(Settings):
         if self.method in SELECTING and self.ranked and self.first_set("q"):
             return "a budget or a count takes the place of `q`"
         not_read = {
-            "hsr": _OF_GAIN,
-            "hsr-released": ("p_max", "scope", *_OF_GAIN),
-            "hsr-a": ("q", *_OF_HSR, *_OF_GAIN),
-            "set-difference": ("q", "p_max", *_OF_HEADS, *_OF_GAIN),
-            "random": ("q", *_OF_HSR, *_OF_HEADS, *_OF_GAIN),
-            "gain": ("q", *_OF_HSR, *(() if self.within == "heads" else _OF_HEADS)),
+            "hsr": (),
+            "hsr-released": ("p_max", "scope"),
+            "hsr-a": ("q", *_OF_HSR),
+            "set-difference": ("q", "p_max", *_OF_HEADS),
+            "random": ("q", *_OF_HSR, *_OF_HEADS),
+            "gain": ("q", *_OF_HSR, *_OF_HEADS),
         }[self.method]
         if (name := self.first_set(*not_read)) is not None:
-            in_heads = self.method == "gain" and name in _OF_HEADS
-            but = " unless `within` is heads" if in_heads else ""
-            return f"`{name}` changes nothing with {self.method}{but}"
+            return f"`{name}` changes nothing with {self.method}"
         if self.in_heads and (name := self.first_set(*_NOT_OF_HEADS[self.heads])) is not None:
             return f"`{name}` changes nothing where `heads` is {self.heads}"
         if not self.random and self.first_set("head_seed"):
             return f"`head_seed` changes nothing with {self.method}"
-        if not self.reads_share and self.first_set("utility_share"):
-            return f"`utility_share` changes nothing where `constraint` is {self.constraint}"
         return None
-
-    @property
-    def reads_share(self) -> bool:
-        """Whether the constraint is one on each weight, which `utility_share` sets."""
-        return self.constraint in ("utility-gain", "both")
 
     @property
     def amount(self) -> float | None:
@@ -241,7 +165,7 @@ class RealignSettings(Settings):
     @property
     def in_heads(self) -> bool:
         """Whether weights come back in chosen heads alone."""
-        return self.within == "heads" if self.method == "gain" else self.method in OF_HEADS
+        return self.method in OF_HEADS
 
     @property
     def by_heads(self) -> bool:

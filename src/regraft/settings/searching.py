@@ -26,7 +26,7 @@ class SearchSettings(Settings):
         8,
         ge=1,
         description="Numbers of restored weights to try, evenly over the ranking, up to `most` of "
-        "it; before and after every push of gain as well.",
+        "it.",
     )
     most: float | None = Field(
         None, gt=0, description="Restored per 10,000 at most; the whole ranking if not given."
@@ -63,14 +63,14 @@ class SearchSettings(Settings):
 Swept = Literal["sparsity", "q", "top-heads", "budget"]  # what `regraft sweep` varies
 
 
-TUNABLE = ("hsr", "set-difference", "gain")
+TUNABLE = ("hsr", "set-difference")
 
 
 class TuneSettings(Settings):
     """Which settings of a method are tried, and how many times.
 
-    Every RANGE is a lowest and a highest value. Tried as well are scope (hsr, set-difference),
-    criterion (hsr), within and constraint (gain).
+    Every RANGE is a lowest and a highest value. Tried as well are scope (hsr, set-difference) and
+    criterion (hsr). Gain has nothing to tune.
     """
 
     trials: int = Field(
@@ -102,14 +102,6 @@ class TuneSettings(Settings):
     r_max_range: tuple[int, int] = Field(
         (1, 10), description="hsr by ships: rank of the subspaces."
     )
-    utility_weight_range: tuple[float, float] = Field(
-        (0.1, 10.0), description="gain: on a log scale."
-    )
-    utility_share_range: tuple[float, float] = Field(
-        (0.0, 1.0), description="gain: what utility's gain must be of safety's, at least."
-    )
-    trust_range: tuple[float, float] = Field((0.1, 1.0), description="gain: on a log scale.")
-    steps_range: tuple[int, int] = Field((5, 40), description="gain: on a log scale.")
 
     @model_validator(mode="after")
     def _check(self) -> TuneSettings:
@@ -117,7 +109,7 @@ class TuneSettings(Settings):
             if not name.endswith("_range"):
                 continue
             low, high = getattr(self, name)
-            from_zero = name in ("p_range", "utility_share_range")
+            from_zero = name == "p_range"
             if not (low > 0 or (from_zero and low == 0)) or low > high:
                 raise ValueError(f"{name} is {low} to {high}; 0 < lowest <= highest is needed")
         return self

@@ -1,48 +1,81 @@
-"""Restore by gain: the teacher's say, hard examples, and the steps; resumable after each."""
+"""Restore by gain: the teacher distribution, held-out prompts, and the steps; resumable."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from regraft import ranks
 from regraft.checks import check_shares
-from regraft.data.collate import IGNORED, response_batch
+from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
-from regraft.files import atomic_file, read_json, require_space, size_of, write_json
+from regraft.data.hold_out import hold_out
+from regraft.errors import RegraftError
+from regraft.files import atomic_file, require_space
 from regraft.importance.gradients import require_gradients
-from regraft.importance.hard import agreements, final_states, response_losses, sampled
-from regraft.importance.losses import DecisionLoss, refusal_starts
-from regraft.models.anatomy import HEAD_ROLES, LayerAnatomy, LinearAnatomy
+from regraft.importance.losses import TOKEN_WEIGHTS, DecisionLoss
+from regraft.importance.teacher import final_states
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
-from regraft.restoration.gain import MULTIPLIED, Objective
-from regraft.restoration.iterative import (
+from regraft.restoration.gain import MOST_TRIES
+from regraft.restoration.gain_step import (
+    Losses,
     Problem,
+    Prompts,
     Step,
     groups_of,
+    held_out_losses,
     step,
     weights_of,
 )
 from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
-from regraft.restoration.selection import Head, blocks_of, inside
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.realigning import RealignSettings
 from regraft.stages.common import each_of_share, hidden_state_bytes, load_for_walk
 from regraft.watch import Watch
 
-ALGORITHM = 7  # rankings of another one are not taken for this one's
-REFRESH = 4  # steps after which it is looked again how hard every example is
-PUSH = 0.0075  # of all weights that are to come back, the share in a push
-PUSH_UTILITY = (10.0, 0.1)  # weight of utility in pushes toward complying, and toward refusing
+ALGORITHM = 8  # rankings of another one are not taken for this one's
+HELD_OUT = 0.25  # of the prompts of each kind
+WORTHWHILE = 0.01  # a step that lowers the held-out loss by less of it is the last
 KINDS = ("safety", "utility")
-Examples = Sequence[Example]
+
+End = Literal["budget", "held-out", "candidates"]
+REASONS: Mapping[End, str] = {
+    "budget": "the budget is spent",
+    "held-out": "more weights do not lower the loss on held-out prompts",
+    "candidates": "no other pruned weight is predicted to help",
+}
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A step on the path, as it is kept: losses before it on calibration prompts, after it on
+    held-out ones, all in nats."""
+
+    restored: int
+    fit: Losses
+    held_out: Losses
+    candidates: int
+    tries: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, restored: int, new: Step) -> Passed:
+        """What a step with which `restored` weights are restored in all found."""
+        tries = tuple((one.restored, one.loss) for one in new.tries)
+        return cls(restored, new.fit, new.held_out, new.candidates, tries)
+
+    @classmethod
+    def read(cls, kept: Mapping[str, Any]) -> Passed:
+        """From what `asdict` made of it."""
+        fit, held_out = Losses(**kept["fit"]), Losses(**kept["held_out"])
+        tries = tuple((int(count), float(loss)) for count, loss in kept["tries"])
+        return cls(kept["restored"], fit, held_out, kept["candidates"], tries)
 
 
 def restore_by_gain(
@@ -51,309 +84,171 @@ def restore_by_gain(
     work: Path,
     settings: RealignSettings,
     readings: Mapping[str, Reading],
-    heads: Sequence[Head],
     count: int,
     compute: ComputeSettings,
     watch: Watch,
+    *,
+    seed: int,
 ) -> Ranking:
-    """The order in which weights come back, in `settings.steps` steps and with some pushes.
+    """The order in which weights are restored, step by step; see `restoration.gain`.
+
+    Its `about` has the `steps`, the held-out losses of the pruned model at the `start`, and why it
+    ended.
 
     Args:
         dense: The dense checkpoint, the teacher.
         pruned: The pruned one, restored in memory.
         work: A folder in which every finished step is kept.
         settings: Of gain.
-        readings: "safety" (D^s) and "utility" (D^u) -> labelled examples.
-        heads: Where weights come back, if `settings.within` is "heads".
-        count: How many.
+        readings: "safety" (D^s) and "utility" (D^u) -> examples with responses.
+        count: How many weights at most.
         compute: Device, dtype, batch size, placement.
         watch: Progress.
+        seed: Of the draw of held-out prompts, where all are of one source.
+
+    Raises:
+        RegraftError: there are fewer than two prompts of a kind.
     """
     work.mkdir(parents=True, exist_ok=True)
-    model, pools, losses, walk = _prepare(dense, pruned, work, settings, readings, compute, watch)
-    problem = Problem(
-        model,
-        dense,
-        pruned,
-        _open(settings, heads),
-        settings.swap,
-        groups_of(dense, pruned) if settings.swap else {},
-    )
+    model, sides = _prepare(dense, pruned, work, readings, compute, watch, seed)
+    groups = groups_of(dense, pruned) if settings.swap else {}
+    problem = Problem(model, dense, pruned, settings.swap, groups)
+    needed = sum(hidden_state_bytes(dense, side.fit) for side in sides)
     ranking, path = empty(), work / "so-far.safetensors"
     if path.exists():
         ranking = load_ranking(path)
         put(ranking, weights_of(model.network, dense.anatomy), dense)
-    trace: list[dict[str, float]] = list(ranking.about.get("steps", ()))
-    finished = len(trace)
-    layers = len(dense.anatomy.layers)
-    sizes = [min(settings.batch, len(pool.examples)) for pool in pools.values()]
-    own = sum(sizes) // ranks.world()
-    pushed = sum(bool(found["push"]) for found in trace)
-    pushes = bool(settings.pushes) * 2 * (len(PUSH_UTILITY) - pushed)  # each looks for candidates
-    with watch.task(
-        "Restoring by gain",
-        2 * own * layers * ((not trace) + settings.steps - (finished - pushed) + pushes),
-        "samples x layers",
-    ) as done:
-        sides: dict[str, tuple[Walk, DecisionLoss]] = {}
-        while (task := next_task(settings, count, trace)) is not None:
-            at = len(trace)
-            drawn = {
-                kind: sampled(_costs(work, kind, pools[kind], losses[kind], settings, at), size, at)
-                for kind, size in zip(KINDS, sizes, strict=True)
-            }
-            if not sides or any(sides[kind][1].weights != drawn[kind] for kind in KINDS):
-                sides = {}  # the old states go before the new ones come
-                for kind, pool in pools.items():
-                    chosen = [one for one in pool.examples if one.id in drawn[kind]]
-                    taken = pool.walk_of(chosen)
-                    if taken is None and chosen == list(pool.examples):
-                        pool.walk.forget()  # no others will be asked for
-                    new_loss = replace(losses[kind], weights=drawn[kind])
-                    sides[kind] = walk(chosen) if taken is None else taken, new_loss
-                needed = sum(hidden_state_bytes(dense, one) for one, _ in sides.values())
-                require_space(work, needed - size_of(work / "states"))
-            new = step(
-                problem,
-                task.objective,
-                sides["safety"],
-                sides["utility"],
-                task.most,
-                ranking,
-                work / "states",
-                done,
-                _promising(work, trace, task),
-            )
-            ranking = ranking.then(new.ranking)
-            trace.append(_told(len(ranking), task, new))
-            if ranks.first():
-                save_ranking(_candidates_file(work, at), new.candidates)
-                save_ranking(path, replace(ranking, about={"steps": trace}))
-                _candidates_file(work, at - 1).unlink(missing_ok=True)
-            ranks.barrier()
-    return replace(ranking, about={"steps": trace})
+        start = Losses(**ranking.about["start"])
+    else:
+        with watch.task("Held-out loss of the pruned model", *_work(sides, 0, 1)) as done:
+            start = held_out_losses(sides, done)
+    steps = [Passed.read(kept) for kept in ranking.about.get("steps", ())]
+    while (end := _end(steps, start, count)) is None:
+        now = steps[-1].held_out if steps else start
+        require_space(work, needed)
+        with watch.task(f"Step {len(steps) + 1} of gain", *_work(sides, 2, MOST_TRIES)) as done:
+            new = step(problem, *sides, count - len(ranking), ranking, now, work / "states", done)
+        ranking = ranking.then(new.ranking)
+        steps.append(Passed.of(len(ranking), new))
+        watch.note(_described(steps[-1], now))
+        about = {"start": asdict(start), "steps": [asdict(one) for one in steps]}
+        ranking = replace(ranking, about=about)
+        if ranks.first():
+            save_ranking(path, ranking)
+        ranks.barrier()
+    watch.note(f"{len(ranking):,} weights restored: {REASONS[end]}")
+    return replace(ranking, about={**ranking.about, "end": end})
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a step is to do: bring back `most` weights at most, by an objective.
-
-    `push` is how many weights are a push in the last two steps, and 0 in the others.
-    """
-
-    objective: Objective
-    most: int
-    push: int = 0
-
-
-def next_task(
-    settings: RealignSettings, count: int, trace: Sequence[Mapping[str, float]]
-) -> Task | None:
-    """The next step, given what each step before found; None at the end.
-
-    The path leaves the balance between refusing and complying where it happens to. Behind it come
-    pushes, as many toward complying in one step as toward refusing in the next: they go once
-    through all balances, so that a search can take the one that spends the over-refusal which is
-    allowed.
-    """
-    pushed = sum(bool(found["push"]) for found in trace)
-    if pushed == len(PUSH_UTILITY):
+def _end(steps: Sequence[Passed], start: Losses, count: int) -> End | None:
+    """Why there is no further step, if there is none."""
+    if not steps:
         return None
-    restored = int(trace[-1]["restored"]) if trace else 0
-    size = max(1, round(PUSH * count))
-    pushes = min(settings.pushes, count // (4 * size))  # the path has half of the weights
-    room, left = count - 2 * pushes * size - restored, settings.steps - len(trace)
-    if not pushed and left > 0 and room > 0 and not _stuck(trace):
-        return Task(_objective(settings, trace), -(-room // left))
-    if not pushes:
-        return None
-    return Task(Objective(PUSH_UTILITY[pushed], "none", trust=settings.trust), pushes * size, size)
+    last = steps[-1]
+    before = steps[-2].held_out if len(steps) > 1 else start
+    if not last.candidates:
+        return "candidates"
+    if before.sum - last.held_out.sum <= WORTHWHILE * before.sum:
+        return "held-out"
+    return "budget" if last.restored >= count else None
 
 
-def _objective(settings: RealignSettings, trace: Sequence[Mapping[str, float]]) -> Objective:
-    """Of the next step; what each step before found moves the multiplier, where there is one.
-
-    Harmless prompts may drift as far toward refusing, from the dense model, as they do in the
-    pruned one (or not at all, where pruning brought them no nearer): while they are less likely to
-    be refused, safety comes first, and what that costs is for a search along the path to weigh.
-    """
-    objective = Objective(
-        settings.utility_weight, settings.constraint, settings.utility_share, settings.trust
+def _described(last: Passed, before: Losses) -> str:
+    tried = ", ".join(f"{count:,}: {loss:.3f}" for count, loss in last.tries)
+    return (
+        f"calibration loss {last.fit.sum:.3f} nats before the step; held-out loss "
+        f"{before.sum:.3f} -> {last.held_out.sum:.3f} (weights tried: {tried or 'none'}); "
+        f"{last.restored:,} restored"
     )
-    for found in trace:
-        objective = objective.adapted(found["drift"] - max(0.0, trace[0]["drift"]))
-    return objective
 
 
-def _stuck(trace: Sequence[Mapping[str, float]]) -> bool:
-    """Whether nothing came back with two samples in a row."""
-    restored = [0, *(found["restored"] for found in trace)]
-    return len(trace) > 1 and len(set(restored[-3:])) == 1
+def _work(sides: Sequence[Prompts], passes: int, tries: int) -> tuple[int, str]:
+    """How much there is to do, at most: passes over calibration prompts and held-out ones."""
 
+    def prompts(walk: Walk) -> int:
+        return sum(len(batch.ids) for batch in walk.batches) * walk.layers
 
-def _candidates_file(work: Path, step: int) -> Path:
-    return work / f"candidates-{step}.safetensors"
-
-
-def _promising(work: Path, trace: Sequence[Mapping[str, float]], task: Task) -> Ranking | None:
-    """What the step before found for this one; None where it looked for something else."""
-    if not trace or task.push:
-        return None
-    return load_ranking(_candidates_file(work, len(trace) - 1))
-
-
-def _told(restored: int, task: Task, new: Step) -> dict[str, float]:
-    return {
-        "restored": restored,
-        "push": task.push,
-        "weight": task.objective.utility_weight,
-        "safety": new.safety,
-        "utility": new.utility,
-        "drift": new.drift,
-    }
-
-
-@dataclass(frozen=True)
-class Pool:
-    """All examples of a kind, and this process's share of them before the pruned model's layers.
-
-    The walk was made of `read` examples, of which some may have been left out since.
-    """
-
-    examples: Sequence[Example]
-    walk: Walk
-    read: int
-
-    def walk_of(self, chosen: Sequence[Example]) -> Walk | None:
-        """The pool's own walk, where it is of just these examples."""
-        return self.walk if len(chosen) == self.read else None
+    own = sum(passes * prompts(side.fit) + tries * prompts(side.held_out) for side in sides)
+    return own, "samples x layers"
 
 
 def _prepare(
     dense: Source,
     pruned: Source,
     work: Path,
-    settings: RealignSettings,
     readings: Mapping[str, Reading],
     compute: ComputeSettings,
     watch: Watch,
-) -> tuple[PlacedModel, dict[str, Pool], dict[str, DecisionLoss], Callable[[Examples], Walk]]:
-    """The pruned model, all examples before its layers, their losses, and walks of some of them."""
+    seed: int,
+) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
+    """The pruned model and both kinds of prompts, before its layers."""
     teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in KINDS}
-    asks = settings.loss == "distil" and not ranks.decided(
-        lambda: all(path.exists() for path in teachers.values())
-    )
+    asks = not ranks.decided(lambda: all(path.exists() for path in teachers.values()))
     model, processor = load_for_walk(
         dense if asks else pruned, compute, watch, processor_from=dense
     )
     require_gradients(model.dtype)
-
-    def walk(examples: Examples) -> Walk:
-        return Walk(model, each_of_share(processor, response_batch, examples, compute))
-
-    with watch.task("Reading the prompts", sum(len(r.examples) for r in readings.values())) as done:
-        pools = {}
-        for kind in KINDS:
-            examples = readings[kind].examples
-            pools[kind] = Pool(examples, walk(examples), len(examples))
-            done(len(examples))
+    parts = {kind: _split(kind, readings[kind], watch, seed) for kind in KINDS}
+    walks: dict[str, list[Walk]] = {kind: [] for kind in KINDS}
+    total = sum(len(examples) for part in parts.values() for examples in part)
+    with watch.task("Reading the prompts", total) as done:
+        for kind, part in parts.items():
+            for examples in part:
+                check_shares(examples, compute)
+                short = [_shortened(processor, one) for one in examples]
+                batches = each_of_share(processor, response_batch, short, compute)
+                walks[kind].append(Walk(model, batches))
+                done(len(examples))
     if asks:
-        _ask(pools, teachers, watch)
-        model.network.to("meta")  # one model in memory at a time; the pools still hold this one
+        _ask(walks, teachers, watch)
+        model.network.to("meta")  # one model in memory at a time; the walks still hold this one
         model, _ = load_for_walk(pruned, compute, watch, processor_from=dense)
-        pools = {kind: replace(pool, walk=pool.walk.on(model)) for kind, pool in pools.items()}
-    losses = {
-        kind: DecisionLoss(load_file(path) if settings.loss == "distil" else None)
-        for kind, path in teachers.items()
-    }
-    if settings.loss == "distil":
-        pools = {kind: _agreed(kind, pools[kind], losses[kind], watch) for kind in KINDS}
-        for pool in pools.values():
-            check_shares(pool.examples[: settings.batch], compute)
-    starts = [ranks.merged(_first_tokens(pools[kind])) for kind in KINDS]
-    refusals = refusal_starts(*(list(found.values()) for found in starts))
-    if not refusals and settings.constraint in MULTIPLIED:
-        watch.note(
-            "utility: refusals cannot be told by their first token, so that harmless prompts are "
-            "held to beginning their answers as they should, whatever else they begin with"
+        walks = {kind: [walk.on(model) for walk in pair] for kind, pair in walks.items()}
+    safety, utility = (
+        Prompts(*walks[kind], DecisionLoss(load_file(teachers[kind]))) for kind in KINDS
+    )
+    return model, (safety, utility)
+
+
+def _split(
+    kind: str, reading: Reading, watch: Watch, seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """(prompts to take gradients of, prompts held out)."""
+    if len(reading.examples) < 2:
+        raise RegraftError(
+            f"{reading.source}: gain holds some {kind} prompts out to see where to stop, and needs "
+            f"at least 2; there are {len(reading.examples)}. Give more prompts, or raise --samples."
         )
-    losses["utility"] = replace(losses["utility"], refusals=refusals)
-    return model, pools, losses, walk
+    fit, held = hold_out(reading.examples, HELD_OUT, seed)
+    sources = sorted({one.category or "" for one in held} - {one.category or "" for one in fit})
+    of = f"of {', '.join(sources)}" if sources else "drawn, of the same source"
+    watch.note(f"{kind}: {len(fit)} prompts for gradients, {len(held)} held out ({of})")
+    return fit, held
 
 
-def _first_tokens(pool: Pool) -> dict[str, int]:
-    """The first response token of each of this process's examples, by id."""
-    kept = {example.id for example in pool.examples}
-    found = {}
-    for batch in pool.walk.batches:
-        assert batch.labels is not None
-        for name, labels in zip(batch.ids, batch.labels, strict=True):
-            if name in kept:
-                found[name] = int(labels[labels != IGNORED][0])
-    return found
+def _shortened(processor: Any, example: Example) -> Example:
+    """The example with no more of its response than the loss reads."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ids = tokenizer(example.response, add_special_tokens=False)["input_ids"]
+    start = tokenizer.decode(ids[: len(TOKEN_WEIGHTS) + 1], skip_special_tokens=True)
+    return replace(example, response=start) if start.strip() else example
 
 
-def _agreed(kind: str, pool: Pool, loss: DecisionLoss, watch: Watch) -> Pool:
-    """The pool without the examples of which the dense model itself gets the answer wrong.
-
-    Its say on them would teach what is unwanted: to refuse a harmless prompt, or to comply with a
-    harmful one. Where it begins most answers otherwise than given, the given ones are in other
-    words than its own, and nothing can be told.
-    """
-    found = ranks.merged(agreements(pool.walk, loss))
-    kept = [one for one in pool.examples if found[one.id]]
-    wrong, total = len(pool.examples) - len(kept), len(pool.examples)
-    if wrong > len(kept):
-        watch.note(
-            f"{kind}: the dense model would begin {wrong} of {total} answers otherwise than given, "
-            "so that it cannot be told where it is wrong; all are used (--responses self tells)"
-        )
-        return pool
-    if wrong:
-        watch.note(f"{kind}: {wrong} of {total} left out, on which the dense model is wrong itself")
-    return replace(pool, examples=kept)
-
-
-def _ask(pools: Mapping[str, Pool], teachers: Mapping[str, Path], watch: Watch) -> None:
-    """Write what the dense model, which the pools are before, says to every example."""
-    own = sum(len(b.ids) * pool.walk.layers for pool in pools.values() for b in pool.walk.batches)
+def _ask(walks: Mapping[str, Sequence[Walk]], teachers: Mapping[str, Path], watch: Watch) -> None:
+    """Write the teacher distribution of the dense model, which the walks are before."""
+    own = sum(
+        len(batch.ids) * walk.layers
+        for pair in walks.values()
+        for walk in pair
+        for batch in walk.batches
+    )
     with watch.task("Asking the dense model", own, "samples x layers") as done:
         for kind, path in teachers.items():
-            states = ranks.merged(final_states(pools[kind].walk, done))
+            found: dict[str, Tensor] = {}
+            for walk in walks[kind]:
+                found |= ranks.merged(final_states(walk, done))
+                walk.rewind()
             if ranks.first():
                 with atomic_file(path) as temporary:
-                    save_file(states, temporary)
+                    save_file(found, temporary)
     ranks.barrier()
-
-
-def _costs(
-    work: Path, kind: str, pool: Pool, loss: DecisionLoss, settings: RealignSettings, at: int
-) -> dict[str, float]:
-    """The loss of every example, by id, looked at anew now and then; 0 where all are taken."""
-    if len(pool.examples) <= settings.batch:
-        return dict.fromkeys((example.id for example in pool.examples), 0.0)
-    path = work / f"losses-{kind}-{at - at % REFRESH}.json"
-    if not ranks.decided(path.exists):
-        values = ranks.merged(response_losses(pool.walk, loss))
-        pool.walk.rewind()  # final states of all examples would stay in memory
-        if ranks.first():
-            write_json(path, {example.id: values[example.id] for example in pool.examples})
-        ranks.barrier()
-    found: dict[str, float] = read_json(path)
-    return found
-
-
-def _open(
-    settings: RealignSettings, heads: Sequence[Head]
-) -> Callable[[LayerAnatomy, LinearAnatomy], Tensor | bool]:
-    """Where in a weight values may come back: everywhere, nowhere, or at `[out, in]` bool."""
-
-    def everywhere(_layer: LayerAnatomy, linear: LinearAnatomy) -> bool:
-        return settings.within != "attention" or linear.role in HEAD_ROLES
-
-    def in_heads(layer: LayerAnatomy, linear: LinearAnatomy) -> Tensor | bool:
-        own = [head for index, head in heads if index == layer.index]
-        blocks = blocks_of(layer, linear, own)
-        return inside(linear.shape, blocks, torch.device("cpu")) if blocks else False
-
-    return in_heads if settings.within == "heads" else everywhere

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from regraft import ranks
-from regraft.checks import check_restorable, check_shares, check_top_heads, told
+from regraft.checks import check_restorable, check_top_heads, told
 from regraft.data.example import Reading
 from regraft.files import file_digest
 from regraft.keys import describe, is_done, working
@@ -114,12 +114,19 @@ def rank(
         if looked.doubt:
             watch.note(looked.doubt)
         for role, reading in zip(("D^s", "D^u"), readings.values(), strict=False):
-            check_shares(reading.examples[: settings.batch], compute)
             watch.note(told(role, reading))
         with working(out, about) as work:
             if readings:
                 ranking = restore_by_gain(
-                    dense, pruned, work, settings, readings, heads, count, compute, watch
+                    dense,
+                    pruned,
+                    work,
+                    settings,
+                    readings,
+                    count,
+                    compute,
+                    watch,
+                    seed=calibration.seed,
                 )
             else:
                 keys = _keys(dense, settings, heads, statistics_file, calibration.seed)
@@ -132,13 +139,10 @@ def rank(
                         device=pick_device(compute.device),
                         progress=done,
                     )
-            if len(ranking) < count:
-                why = "are all that fit"
-                if settings.method == "gain":
-                    why = f"are all that helped in {settings.steps} steps (--steps, --samples)"
+            if len(ranking) < count and not readings:  # gain says why it ended
                 watch.note(
-                    f"{out.name}: {len(ranking):,} weights {why}, fewer than the {count:,} of the "
-                    "budget."
+                    f"{out.name}: {len(ranking):,} weights are all that fit, fewer than the "
+                    f"{count:,} of the budget."
                 )
             if ranks.first():
                 save_ranking(out, replace(ranking, about={**ranking.about, **about}))

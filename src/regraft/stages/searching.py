@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from regraft import ranks
@@ -15,7 +14,7 @@ from regraft.evaluation.tradeoff import Bounds, Point, Searched, bounds_of, choo
 from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
 from regraft.models.load import Source, pick_device, require_split
-from regraft.restoration.ranking import Ranking, load_ranking
+from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
@@ -97,7 +96,6 @@ def search(
         full = point(references / "dense", 0, dense)
         points = [point(references / "pruned", 0, pruned)]
         grid = {round(most * (i + 1) / settings.points) for i in range(settings.points)}
-        grid |= _around_pushes(ranking)
         for count in sorted({count for count in grid if 0 < count < most} | ({most} - {0})):
             patch = folder / f"{count:08d}.safetensors"
             realign(dense, pruned, patch, method, ranking_file=ranking_file, count=count)
@@ -162,25 +160,12 @@ def why_nothing(
     ways = []
     if allowed := [name for name in beyond if name not in called]:
         ways.append(f"allow more by {' and '.join(allowed)}")
-    if method.method == "gain" and settings.most is None:
-        ways.append(f"give {'more ' if method.pushes else ''}pushes")
     ways = ways or ["take another method"]
     advice = ", or ".join(ways).capitalize()
     return (
         f"The nearest to the bounds of those with less ASR, {point.restored:,} weights, has ASR "
         f"{100 * point.asr.value:.1f} % and {told}. {advice}."
     )
-
-
-def _around_pushes(ranking: Ranking) -> set[int]:
-    """How many weights are back before gain's pushes, and after each."""
-    steps = [{"restored": 0}, *ranking.about.get("steps", ())]
-    found: set[int] = set()
-    for before, pushes in pairwise(steps):
-        if size := int(pushes.get("push", 0)):
-            start, end = int(before["restored"]), int(pushes["restored"])
-            found |= {*range(start, end, size), end}
-    return found
 
 
 def check_search(

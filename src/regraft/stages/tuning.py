@@ -17,7 +17,6 @@ from regraft import ranks
 from regraft.checks import (
     check_r_max,
     check_restorable,
-    check_top_heads,
     distinct,
     draw_calibration,
 )
@@ -30,7 +29,6 @@ from regraft.restoration.realign import check_pair, survey
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.flags import before_tuning
 from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import TUNABLE, SearchSettings, TuneSettings
@@ -104,10 +102,8 @@ def tune(
     warn_of_learnt(dense, data["validation"], calibration, (True, False), session, watch)
     samples = distinct(data["safety"])
     kept = looked.kept / dense.anatomy.prunable
-    if method.method == "gain" and "within" not in tuning.keep:
-        check_top_heads(dense, method.model_copy(update={"within": "heads"}))
     space = space_of(dense, method, tuning, scoring, kept, samples)
-    if before_tuning(method, tuning).by_heads and "r_max" not in space:
+    if method.by_heads and "r_max" not in space:
         check_r_max(dense, scoring, data["safety"])
     place = TuneFolder(out)
     job = Job(

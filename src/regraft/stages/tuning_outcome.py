@@ -8,13 +8,11 @@ from typing import Any
 
 import yaml
 
-from regraft.data.hub import is_on_hub
 from regraft.evaluation.curves import point_from_json, point_to_json
 from regraft.evaluation.tradeoff import Point
 from regraft.evaluation.tuned import NOTE, Cost, Tried, Tuned, best_first
 from regraft.files import write_json, write_text
 from regraft.recipe import VariantSettings
-from regraft.settings.validation import validation_of
 from regraft.stages.evaluating import read_evaluation
 from regraft.stages.searching import bounds_by
 from regraft.stages.tuning_job import Job, varied
@@ -87,29 +85,18 @@ def _told(tuned: Tuned) -> dict[str, Any]:
 def snippet(job: Job, best: Tried, trials: int) -> str:
     """The best settings as an item of a recipe's `realign`, YAML.
 
-    Where the best point is a prefix of the ranking: `count` says how many weights come back, or
-    with gain, whose steps depend on how many are wanted, the same search on the same prompts.
+    Where the best point is a prefix of the ranking, `count` says how many weights are restored.
     """
     method = varied(job.method, best.settings)
     update: dict[str, Any] = {"name": f"{method.method}-tuned"}
     whole = method.how_many(job.weights)
-    if method.ranked and (best.point.restored < whole or method.pushes):
-        if method.method == "gain":
-            validation = validation_of(job.choice)
-            if validation.path is not None and not is_on_hub(validation.path):
-                path = validation.path.expanduser().absolute()
-                validation = validation.model_copy(update={"path": path})
-            update["search"] = job.choice.model_copy(update={"validation": validation})
-        else:
-            update |= {"budget": None, "count": best.point.restored}
-    if method.method == "gain" and job.calibration.responses != "given":
-        update["responses"] = job.calibration.responses
+    if method.ranked and best.point.restored < whole:
+        update |= {"budget": None, "count": best.point.restored}
     variant = VariantSettings(**method.model_dump() | update)
     content = {"name": variant.name, "method": variant.method}
     content |= variant.model_dump(mode="json", exclude_defaults=True)
     content |= best.settings
-    for name in ("r_max", *(() if method.reads_share else ("utility_share",))):
-        content.pop(name, None)
+    content.pop("r_max", None)
     lines = [
         f"Trial {best.number}, the best of {trials}: an item of a recipe's `realign`.",
         f"On validation prompts: {_rates(best.point)}.",

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from regraft.errors import RegraftError
 from regraft.heads.ships import most_rank
 from regraft.models.load import Source
-from regraft.restoration.gain import Constraint
 from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import TuneSettings
@@ -37,16 +34,7 @@ def space_of(
     """
     p = kept if method.p is None else method.p
     space: dict[str, Between | tuple[str, ...]] = {}
-    if method.method == "gain":
-        space |= {
-            "utility_weight": Between(*tuning.utility_weight_range, log=True),
-            "trust": Between(*tuning.trust_range, log=True),
-            "steps": Between(*tuning.steps_range, log=True, whole=True),
-            "within": ("all", "attention", "heads"),
-            "constraint": get_args(Constraint),
-            "utility_share": Between(*tuning.utility_share_range),
-        }
-    elif method.method == "set-difference":
+    if method.method == "set-difference":
         space |= {"p": _from(kept, tuning.p_range, 0.999), "scope": ("row", "matrix")}
     else:
         if not method.ranked:

@@ -115,8 +115,6 @@ class Worker:
         name = f"{method.method}-{digest(method.model_dump_json(), of_heads)[:8]}"
         ranking = job.place.ranking(name)
         with self.trials.exclusive(name), clock.of("rank"):
-            if method.method == "gain" and not ranking.exists():
-                self.session.unload()
             rank(
                 job.dense,
                 job.pruned,
