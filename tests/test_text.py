@@ -28,7 +28,6 @@ from regraft.evaluation.text import (
 )
 from regraft.models.load import open_source
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 
 DOCUMENTS = ("A cat sat on the mat.", "Rain fell all day and the river rose.", "Nine red boats.")
@@ -179,10 +178,3 @@ def test_an_evaluation_measures_it(pico_dir: Callable[[str], Path], tmp_path: Pa
     file.write_text("Another text.", encoding="utf-8")
     with pytest.raises(RegraftError, match="was made with something else"):
         run("other", stages.OnText(file, tmp_path / "dense"))
-
-
-def test_a_file_for_each_seed() -> None:
-    data = DataSource.model_validate("folder/calibration-{seed}.jsonl")
-    settings = CalibrationSettings(data=data, seed=2)
-    assert settings.source == DataSource.model_validate("folder/calibration-2.jsonl")
-    assert CalibrationSettings().source == CalibrationSettings().data
