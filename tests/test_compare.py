@@ -29,6 +29,7 @@ from regraft.evaluation.keywords import REGRAFT_1
 from regraft.evaluation.metrics import bootstrap_rsr, holm, mcnemar, rsr, wilson
 from regraft.evaluation.results import Answer
 from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
+from regraft.evaluation.text import result_of
 from regraft.evaluation.tradeoff import Bounds, Point, Searched
 from regraft.files import file_digest, write_json
 from regraft.recipe import Recipe, read_recipe, write_recipe
@@ -465,6 +466,29 @@ def test_page_and_text_show_every_row(pooled: Study) -> None:
     header = next(i for i, line in enumerate(text.splitlines()) if line.startswith("| | Method"))
     assert text.splitlines()[header + 1].startswith("|---|---|"), "the table has no rule"
     assert page == render_comparison_html(replace(pooled, title="A <b> title", tables=tables))
+
+
+def test_text_is_the_mean_over_seeds_and_shown_where_it_was_measured(pooled: Study) -> None:
+    def with_text(of: Run, kl: float) -> Run:
+        text = result_of([(8.0, kl, 4), (9.0, 3 * kl, 4)])
+        models = (replace(v, result=replace(v.result, text=text)) for v in of.report.variants)
+        return replace(of, report=replace(of.report, variants=tuple(models)))
+
+    study = compare([with_text(run(0), 0.4), with_text(run(1), 0.8)])
+    for row in study.tables[0].rows:
+        assert row.text is not None
+        assert row.text.kl is not None
+        assert row.text.kl.value == pytest.approx((0.6 + 1.8) / 8)
+        assert row.text.perplexity.value == pytest.approx(math.exp(17 / 8))
+    text, page = render_comparison_markdown(study), render_comparison_html(study)
+    heading = next(line for line in text.splitlines() if line.startswith("| | Method"))
+    assert heading.endswith(" Perplexity | KL to dense |")
+    rows = [line for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert any(line.endswith(" 8.37 [7.39, 9.49] | 0.3 [0.15, 0.45] |") for line in rows)
+    assert len({line.count("|") for line in rows if "8.37" in line} | {heading.count("|")}) == 1
+    assert "on 8 tokens of 2 documents of ordinary text" in page
+    assert "KL to dense" not in render_comparison_markdown(pooled)
+    assert "KL to dense" not in render_comparison_html(pooled)
 
 
 def _at_inference(study: Study) -> Row:

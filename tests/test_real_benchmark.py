@@ -13,12 +13,16 @@ import matplotlib
 import pytest
 
 import pico
+from disk import write_jsonl
+from regraft.checks import draw_calibration
 from regraft.data.example import Example
 from regraft.data.jsonl import read_jsonl
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.models.load import Source, open_source
+from regraft.recipe import read_recipe
 from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
 from regraft.stages import answering
 from regraft.watch import Silent
 
@@ -223,3 +227,17 @@ def test_images_show_the_test_prompts(
     text_only = open_source(pico.save("qwen2", tmp_path / "text-only"))
     with pytest.raises(RegraftError, match="reads text only: leave out --images"):
         _maker(text_only, out).build(tmp_path, images=True, font=FONT)
+
+
+def test_each_seed_reads_its_own_file(pico_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    for seed in (0, 1):
+        example = Example("a", f"prompt of seed {seed}", True, "x", response="No.")
+        write_jsonl(tmp_path / f"calibration-{seed}.jsonl", [example])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("calibration: {data: 'calibration-{seed}.jsonl'}\nseeds: [0, 1]\n")
+    source = open_source(pico_dir("llava"))
+    for seed in (0, 1):
+        calibration = read_recipe(recipe).for_seed(seed).calibration
+        drawn = draw_calibration(source, calibration, harmful=True)
+        assert [one.instruction for one in drawn.examples] == [f"prompt of seed {seed}"]
+    assert CalibrationSettings().source == CalibrationSettings().data

@@ -20,6 +20,7 @@ from regraft.evaluation.keywords import REGRAFT_1
 from regraft.evaluation.metrics import bootstrap_rsr, mcnemar, rsr, wilson
 from regraft.evaluation.results import Answer, Estimate
 from regraft.evaluation.summary import judge_answer, summarise
+from regraft.evaluation.text import result_of
 from regraft.evaluation.verdicts import Agreement, Judged
 from regraft.report.addresses import short_names
 from regraft.report.examples import choose_examples, shown_variants
@@ -986,3 +987,25 @@ def test_perplexity_stands_on_the_page_where_it_was_measured(page: str) -> None:
     assert line in render_html(report, comparisons(report))
     assert line in render_markdown(report, comparisons(report))
     assert "Perplexity" not in page
+
+
+def test_text_has_columns_where_it_was_measured() -> None:
+    own = replace(DENSE, result=replace(DENSE.result, text=result_of([(8.0, None, 4)])))
+    cut = replace(PRUNED, result=replace(PRUNED.result, text=result_of([(12.0, 2.0, 4)])))
+    shown = Report("text", "pico", (own, cut, REALIGNED))
+    compared = comparisons(shown)
+    text, page = render_markdown(shown, compared), render_html(shown, compared)
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if "KL to dense |" in line)
+    table = lines[start : start + 5]
+    assert len({line.count("|") for line in table}) == 1
+    assert table[2].endswith(" 7.39 [7.39, 7.39] | – |")
+    assert table[3].endswith(" 20.1 [20.1, 20.1] | 0.5 [0.5, 0.5] |")
+    assert table[4].endswith(" – | – |")
+    assert page.count('data-label="KL to dense"') == 3
+    assert "on 4 tokens of 1 documents of ordinary text" in page
+    console = Console(width=200, record=True)
+    show_report(console, shown)
+    assert "0.5 [0.5, 0.5]" in console.export_text()
+    without = Report("text", "pico", (DENSE, PRUNED))
+    assert "KL to dense" not in render_markdown(without, comparisons(without))

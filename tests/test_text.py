@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import pico
 from disk import write_data
-from regraft import stages
+from regraft import pipeline, stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation import text as module
@@ -27,8 +27,8 @@ from regraft.evaluation.text import (
     save_teacher,
 )
 from regraft.models.load import open_source
+from regraft.recipe import read_recipe
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 
 DOCUMENTS = ("A cat sat on the mat.", "Rain fell all day and the river rose.", "Nine red boats.")
@@ -181,8 +181,30 @@ def test_an_evaluation_measures_it(pico_dir: Callable[[str], Path], tmp_path: Pa
         run("other", stages.OnText(file, tmp_path / "dense"))
 
 
-def test_a_file_for_each_seed() -> None:
-    data = DataSource.model_validate("folder/calibration-{seed}.jsonl")
-    settings = CalibrationSettings(data=data, seed=2)
-    assert settings.source == DataSource.model_validate("folder/calibration-2.jsonl")
-    assert CalibrationSettings().source == CalibrationSettings().data
+def test_a_run_sets_every_model_against_its_dense_one(
+    pico_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    data, file = write_data(tmp_path / "data", 3), tmp_path / "text.txt"
+    file.write_text("\n\n".join(DOCUMENTS), encoding="utf-8")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+model: {pico_dir("llava")}
+calibration: {{data: {data}, samples: 2}}
+prune: {{method: wanda, sparsity: 0.5}}
+realign: [{{method: random, budget: 500, checkpoint: false}}]
+evaluate: {{suite: {data}, max_new_tokens: 2, text: text.txt}}
+compute: {{device: cpu}}
+"""
+    )
+    report = pipeline.run(read_recipe(recipe), tmp_path / "run")
+    dense, pruned, restored = (variant.result.text for variant in report.variants)
+    assert dense is not None and pruned is not None and restored is not None
+    assert dense.kl is None
+    assert pruned.kl is not None and restored.kl is not None
+    assert pruned.kl.value > 0
+    assert restored.kl.value > 0
+    assert restored.kl.value != pruned.kl.value
+    states = [path.parent.name for path in (tmp_path / "run").rglob("text-states.safetensors")]
+    assert states == ["dense"]
+    assert "| KL to dense |" in (tmp_path / "run" / "report" / "report.md").read_text()
