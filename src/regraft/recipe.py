@@ -401,7 +401,7 @@ class Recipe(Settings):
     def ranking_name(self, variant: VariantSettings) -> str:
         """Variants that differ in what they take of a ranking share it."""
         of_data = self.calibration_of(variant).responses if variant.method == "gain" else ""
-        return f"{variant.method}-{digest(variant.selection().model_dump_json(), of_data)[:8]}"
+        return f"{variant.method}-{digest(variant.ranking().model_dump_json(), of_data)[:8]}"
 
     def on_disk(self, variant: VariantSettings) -> bool:
         """Whether its checkpoint is written, wanted or not.

@@ -188,6 +188,11 @@ class RealignSettings(Settings):
             return min(self.count, pruned)
         return int((self.budget or 0) * pruned / 10_000)
 
+    def ranking(self) -> RealignSettings:
+        """What the ranking depends on: gain's has no budget, which takes the first part of it."""
+        free = {"budget": None, "count": None} if self.method == "gain" else {}
+        return self.selection().model_copy(update=free)
+
     def selection(self) -> RealignSettings:
         """These settings without those that only name and store the result."""
         return RealignSettings(**self.model_dump(include=set(RealignSettings.model_fields)))

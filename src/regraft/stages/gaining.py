@@ -36,7 +36,6 @@ from regraft.restoration.gain_step import (
 )
 from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.realigning import RealignSettings
 from regraft.stages.common import each_of_share, hidden_state_bytes, load_for_walk
 from regraft.watch import Watch
 
@@ -45,9 +44,9 @@ HELD_OUT = 0.25  # of the prompts of each kind
 WORTHWHILE = 0.01  # a step that lowers the held-out loss by less of it is the last
 KINDS = ("safety", "utility")
 
-End = Literal["budget", "held-out", "candidates"]
+End = Literal["limit", "held-out", "candidates"]
 REASONS: Mapping[End, str] = {
-    "budget": "the budget is spent",
+    "limit": "no path may be longer",
     "held-out": "more weights do not lower the loss on held-out prompts",
     "candidates": "no other pruned weight is predicted to help",
 }
@@ -82,12 +81,12 @@ def restore_by_gain(
     dense: Source,
     pruned: Source,
     work: Path,
-    settings: RealignSettings,
     readings: Mapping[str, Reading],
-    count: int,
+    most: int,
     compute: ComputeSettings,
     watch: Watch,
     *,
+    swap: bool,
     seed: int,
 ) -> Ranking:
     """The order in which weights are restored, step by step; see `restoration.gain`.
@@ -99,11 +98,11 @@ def restore_by_gain(
         dense: The dense checkpoint, the teacher.
         pruned: The pruned one, restored in memory.
         work: A folder in which every finished step is kept.
-        settings: Of gain.
         readings: "safety" (D^s) and "utility" (D^u) -> examples with responses.
-        count: How many weights at most.
+        most: How many weights at most.
         compute: Device, dtype, batch size, placement.
         watch: Progress.
+        swap: Prune a kept weight for each that is restored.
         seed: Of the draw of held-out prompts, where all are of one source.
 
     Raises:
@@ -111,8 +110,8 @@ def restore_by_gain(
     """
     work.mkdir(parents=True, exist_ok=True)
     model, sides = _prepare(dense, pruned, work, readings, compute, watch, seed)
-    groups = groups_of(dense, pruned) if settings.swap else {}
-    problem = Problem(model, dense, pruned, settings.swap, groups)
+    groups = groups_of(dense, pruned) if swap else {}
+    problem = Problem(model, dense, pruned, swap, groups)
     needed = sum(hidden_state_bytes(dense, side.fit) for side in sides)
     ranking, path = empty(), work / "so-far.safetensors"
     if path.exists():
@@ -123,11 +122,11 @@ def restore_by_gain(
         with watch.task("Held-out loss of the pruned model", *_work(sides, 0, 1)) as done:
             start = held_out_losses(sides, done)
     steps = [Passed.read(kept) for kept in ranking.about.get("steps", ())]
-    while (end := _end(steps, start, count)) is None:
+    while (end := _end(steps, start, most)) is None:
         now = steps[-1].held_out if steps else start
         require_space(work, needed)
         with watch.task(f"Step {len(steps) + 1} of gain", *_work(sides, 2, MOST_TRIES)) as done:
-            new = step(problem, *sides, count - len(ranking), ranking, now, work / "states", done)
+            new = step(problem, *sides, most - len(ranking), ranking, now, work / "states", done)
         ranking = ranking.then(new.ranking)
         steps.append(Passed.of(len(ranking), new))
         watch.note(_described(steps[-1], now))
@@ -140,7 +139,15 @@ def restore_by_gain(
     return replace(ranking, about={**ranking.about, "end": end})
 
 
-def _end(steps: Sequence[Passed], start: Losses, count: int) -> End | None:
+def path_limit(pruned: int) -> int:
+    """How many weights a path may have, so that its candidates fit into memory.
+
+    Paths end long before, at some thousandths of a per mille of all pruned weights.
+    """
+    return min(pruned, max(10_000, pruned // 1_000))
+
+
+def _end(steps: Sequence[Passed], start: Losses, most: int) -> End | None:
     """Why there is no further step, if there is none."""
     if not steps:
         return None
@@ -150,7 +157,7 @@ def _end(steps: Sequence[Passed], start: Losses, count: int) -> End | None:
         return "candidates"
     if before.sum - last.held_out.sum <= WORTHWHILE * before.sum:
         return "held-out"
-    return "budget" if last.restored >= count else None
+    return "limit" if last.restored >= most else None
 
 
 def _described(last: Passed, before: Losses) -> str:

@@ -37,7 +37,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.realigning import RealignSettings
 from regraft.stages.answering import beside, calibration_data
-from regraft.stages.gaining import ALGORITHM, restore_by_gain
+from regraft.stages.gaining import ALGORITHM, path_limit, restore_by_gain
 from regraft.stages.realigning import (
     band_of,
     chosen_heads,
@@ -67,7 +67,8 @@ def rank(
         dense: The dense checkpoint.
         pruned: The same network pruned, by whomever.
         out: The file.
-        settings: The method and how many weights to rank (the budget).
+        settings: The method and how many weights to rank (the budget); gain ranks the same
+            whatever the budget, which takes the first of them.
         calibration: D^s and D^u, which only gain reads here; random draws by its seed too.
         heads_file: From `heads`; needed to rank heads.
         statistics_file: From `statistics`; needed by "hsr", "hsr-released" and "set-difference".
@@ -98,7 +99,11 @@ def rank(
             for kind in ("safety", "utility")
         }
     about = describe(
-        "rank", inputs, settings, compute if readings else None, readings if readings else None
+        "rank",
+        inputs,
+        settings.ranking(),
+        compute if readings else None,
+        readings if readings else None,
     )
     if settings.method == "gain":
         about["algorithm"] = ALGORITHM
@@ -121,11 +126,11 @@ def rank(
                     dense,
                     pruned,
                     work,
-                    settings,
                     readings,
-                    count,
+                    path_limit(looked.restorable),
                     compute,
                     watch,
+                    swap=settings.swap,
                     seed=calibration.seed,
                 )
             else:

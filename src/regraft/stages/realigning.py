@@ -144,7 +144,7 @@ def _of_ranking(
             raise RegraftError(
                 f"{ranking_file} was made from another {role} checkpoint than {source.folder}."
             )
-    wanted = settings.model_dump(mode="json")
+    wanted = settings.ranking().model_dump(mode="json")
     if ranking.about["settings"] != wanted:
         raise RegraftError(
             f"{ranking_file} was made with other settings "
@@ -162,9 +162,8 @@ def _of_ranking(
     if not is_done(out, out, about, lambda: load_patch(out).about):
         with working(out, about):
             if ranks.first():
-                patch = patch_of(
-                    ranking.first(len(ranking) if count is None else count), dense, pruned, about
-                )
+                most = settings.how_many(ranking.about["pruned"]) if count is None else count
+                patch = patch_of(ranking.first(most), dense, pruned, about)
                 save_patch(out, _with_violations(patch, pruned))
     return load_patch(out)
 

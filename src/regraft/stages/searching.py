@@ -73,7 +73,7 @@ def search(
     """
     watch, session = watch or Silent(), session or Session()
     ranking = load_ranking(ranking_file)
-    most = len(ranking)
+    most = min(len(ranking), method.how_many(ranking.about["pruned"]))
     if settings.most is not None:
         most = min(most, int(settings.most * ranking.about["pruned"] / 10_000))
     reading = check_search(dense, settings, compute, session)
