@@ -361,7 +361,7 @@ def is_drawn(settings: Mapping[str, Any]) -> bool:
     if method == "gain":
         return settings.get("within") == "heads" and settings.get("heads") == "random"
     if method == "fine-tune":
-        return settings.get("positions", "random") == "random"
+        return bool(settings.get("positions", "random") == "random")
     of_heads = method in ("hsr", "hsr-released", "hsr-a")
     return method == "random" or (of_heads and settings.get("heads") == "random")
 
