@@ -25,6 +25,7 @@ from regraft.recipe import (
 )
 from regraft.report.model import Report
 from regraft.reporting import report
+from regraft.settings.realigning import RANDOM
 from regraft.settings.scoring import StatisticsSettings
 from regraft.settings.searching import SearchSettings
 from regraft.watch import Silent, Watch
@@ -180,22 +181,25 @@ class _Job:
             place.statistics(settings.score) if settings.needs_statistics else None,
         )
         ranking, count = None, None
+        if settings.method == "fine-tune":
+            self._fine_tune(name, pruning, pruned, settings)
         if settings.ranked:
             ranking = self._rank(name, pruning, pruned, settings, files)
             if settings.search is not None:
                 count = self._search(name, pruning, pruned, settings, settings.search, ranking)
-        with self.costs.of("realign", name):
-            stages.realign(
-                self.dense,
-                pruned,
-                patch,
-                method,
-                *files,
-                self.recipe.compute,
-                self.watch,
-                ranking_file=ranking,
-                count=count,
-            )
+        if settings.method != "fine-tune":
+            with self.costs.of("realign", name):
+                stages.realign(
+                    self.dense,
+                    pruned,
+                    patch,
+                    method,
+                    *files,
+                    self.recipe.compute,
+                    self.watch,
+                    ranking_file=ranking,
+                    count=count,
+                )
         out = place.evaluation(pruning, settings.name)
         if not self.recipe.on_disk(settings):
             self.evaluate(name, pruned, out, patch)
@@ -206,6 +210,30 @@ class _Job:
             )
         trust = self.recipe.compute.trust_remote_code
         self.evaluate(name, open_source(written, trust_remote_code=trust), out)
+
+    def _fine_tune(
+        self, name: str, pruning: str, pruned: Source, settings: VariantSettings
+    ) -> None:
+        """Train a patch, at the positions of a method before it if that is named."""
+        patch = self.place.patch(pruning, settings.name)
+        source = self.recipe.positions_of(settings)
+        positions = None if settings.positions == RANDOM else Path(settings.positions)
+        if source is not None:
+            positions = self.place.ranking(pruning, self.recipe.ranking_name(source))
+        if not patch.exists():
+            self.session.unload()
+        with self.costs.of("fine-tune", name):
+            stages.fine_tune(
+                self.dense,
+                pruned,
+                patch,
+                settings.selection(),
+                self.recipe.calibration_of(settings),
+                self.recipe.compute,
+                self.watch,
+                ranking_file=positions,
+                responses=self.place.responses,
+            )
 
     def _rank(
         self,

@@ -30,11 +30,14 @@ from regraft.keys import unfinished_bytes
 from regraft.models.load import Source, load_processor, open_source, pick_device, require_split
 from regraft.recipe import Recipe
 from regraft.reporting import model_folder
+from regraft.restoration.ranking import load_ranking
 from regraft.restoration.realign import check_pair
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.pruning import PruneSettings
+from regraft.settings.realigning import RANDOM
 from regraft.settings.scoring import HeadSettings
 from regraft.stages.evaluating import check_for_vllm
+from regraft.stages.fine_tuning import minibatches
 
 _LOOKED_AT = 4  # prompts whose length tells that of all
 
@@ -72,7 +75,7 @@ def seen_before_in(recipe: Recipe, dense: Source, session: stages.Session) -> li
     """What of the test prompts anything is learnt or chosen from, and of those chosen on learnt."""
     drawn = {(recipe.calibration, harmful): None for harmful in _kinds_drawn(recipe)}
     for one in recipe.realign:
-        if one.method == "gain":
+        if one.method in ("gain", "fine-tune"):
             drawn |= {(recipe.calibration_of(one), harmful): None for harmful in (True, False)}
     learnt: dict[str, Reading] = {}
     for calibration, harmful in drawn:
@@ -185,13 +188,13 @@ def _backward_passes(
             kinds = (False, True) if pruning.calibrate_on == "both" else (False,)
             yield place.pruned(pruning.name), own, [kinds], None
     for one in recipe.realign:
-        if one.method != "gain" and one.needs_gradients:
+        if one.method not in ("gain", "fine-tune") and one.needs_gradients:
             yield place.statistics(one.score), own, [(True,), (False,)], None
     for pruning in recipe.prune:
         for one in recipe.variants_of(pruning):
             if one.method == "gain":
                 ranking = place.ranking(pruning.name, recipe.ranking_name(one))
-                yield ranking, recipe.calibration_of(one), [(True, False)], one.batch
+                yield ranking, recipe.calibration_of(one), [(True, False)], None
 
 
 def bytes_needed(recipe: Recipe, dense: Source, folder: Path) -> tuple[int, int]:
@@ -219,7 +222,8 @@ def _by_gradients(recipe: Recipe) -> Iterator[str]:
         yield from (f"{one.name} (SNIP)" for one in recipe.prune if one.method == "snip")
     for one in recipe.realign:
         if one.needs_gradients:
-            yield f"{one.name} ({'gain' if one.method == 'gain' else 'SNIP'})"
+            by = one.method if one.method in ("gain", "fine-tune") else "SNIP"
+            yield f"{one.name} ({by})"
 
 
 def _kinds_drawn(recipe: Recipe) -> list[bool]:
@@ -244,3 +248,12 @@ def _check_gain(recipe: Recipe, dense: Source, session: stages.Session) -> None:
         for harmful in (True, False):
             examples = session.drawn(dense, calibration, harmful=harmful).examples
             check_shares(examples, recipe.compute)
+    for one in recipe.realign:
+        if one.method == "fine-tune":
+            kinds = [
+                session.drawn(dense, recipe.calibration_of(one), harmful=harmful).examples
+                for harmful in (True, False)
+            ]
+            minibatches(kinds, recipe.compute)
+            if one.positions != RANDOM and recipe.positions_of(one) is None:
+                load_ranking(Path(one.positions))

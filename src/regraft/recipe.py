@@ -113,9 +113,10 @@ class VariantSettings(RealignSettings):
 
     @model_validator(mode="after")
     def _check_search(self) -> VariantSettings:
-        if self.search is not None and self.method == "hsr-a":
+        fixed = {"hsr-a": "restores whole heads", "fine-tune": "trains its weights together"}
+        if self.search is not None and self.method in fixed:
             raise ValueError(
-                f"{self.name!r} restores whole heads, so that there is no number of weights to "
+                f"{self.name!r} {fixed[self.method]}, so that there is no number of weights to "
                 "search; leave `search` out"
             )
         if self.pushes and self.search is None:
@@ -130,9 +131,10 @@ class VariantSettings(RealignSettings):
             )
         if self.search is not None and not self.ranked:
             raise ValueError(f"{self.name!r} searches a number of weights: give it a `budget` too")
-        if self.responses is not None and self.method != "gain":
+        if self.responses is not None and self.method not in ("gain", "fine-tune"):
             raise ValueError(
-                f"{self.name!r}: only gain takes its own `responses`, not {self.method}; set "
+                f"{self.name!r}: only gain and fine-tune take their own `responses`, not "
+                f"{self.method}; set "
                 "`calibration.responses`"
             )
         return self
@@ -330,6 +332,7 @@ class Recipe(Settings):
             raise ValueError(f"the names of {both} must differ, not {names}")
         if clash := [one.name for one in self.prune if one.name in names]:
             raise ValueError(f"`prune` and one of {both} are both called {clash[0]!r}")
+        self._check_positions()
         most = max((one.top_heads for one in self.realign if one.by_heads), default=0)
         known = {one.name for one in self.prune}
         prunings_of = {one.name: one.prunings for one in self.realign}
@@ -363,6 +366,24 @@ class Recipe(Settings):
                 "prunings; leave one of them out"
             )
         return self
+
+    def _check_positions(self) -> None:
+        """Raise unless positions by name are those of a ranking made before, without swaps."""
+        before: list[str] = []
+        for one in self.realign:
+            source = self.positions_of(one)
+            if source is not None:
+                if source.name not in before or not source.ranked or source.swap:
+                    raise ValueError(
+                        f"{one.name!r} trains at the positions of {source.name!r}, which must come "
+                        "before it in `realign`, have a budget or a count, and no swaps"
+                    )
+                if source.prunings and source.prunings != one.prunings:
+                    raise ValueError(
+                        f"{one.name!r} trains at the positions of {source.name!r}; give it the "
+                        f"same `prunings`, {', '.join(source.prunings)}"
+                    )
+            before.append(one.name)
 
     def for_seed(self, seed: int) -> Recipe:
         """The recipe of one of the runs that `seeds` asks for.
@@ -402,6 +423,12 @@ class Recipe(Settings):
         """Variants that differ in what they take of a ranking share it."""
         of_data = self.calibration_of(variant).responses if variant.method == "gain" else ""
         return f"{variant.method}-{digest(variant.ranking().model_dump_json(), of_data)[:8]}"
+
+    def positions_of(self, variant: VariantSettings) -> VariantSettings | None:
+        """The method whose ranking has the positions that `variant` trains, if it names one."""
+        if variant.method != "fine-tune" or variant.random:
+            return None
+        return next((one for one in self.realign if one.name == variant.positions), None)
 
     def on_disk(self, variant: VariantSettings) -> bool:
         """Whether its checkpoint is written, wanted or not.

@@ -23,6 +23,7 @@ from regraft.models.load import open_source
 from regraft.recipe import PruningSettings, Recipe, VariantSettings, read_recipe
 from regraft.report.model import DataAccount, HeadMap, Report, Variant
 from regraft.report.write import write_report
+from regraft.restoration.fine_tune import TRAINED_VALUES, is_trained
 from regraft.restoration.patch import load_patch
 from regraft.restoration.ranking import load_ranking
 from regraft.restoration.realign import restored_by_module
@@ -85,6 +86,8 @@ def read_report(folder: Path) -> Report:
             abouts += [read_json(curve).get("about", {})] if curve.exists() else []
             ranking = place.ranking(pruning.name, recipe.ranking_name(one))
             abouts += [load_ranking(ranking).about] if ranking.exists() else []
+            if one.method == "fine-tune":
+                abouts.append(load_patch(place.patch(pruning.name, one.name)).about)
     maps: tuple[HeadMap, ...] = ()
     if place.heads.exists():
         scores = load_heads(place.heads, dense.anatomy)
@@ -106,6 +109,7 @@ def read_report(folder: Path) -> Report:
         costs=tuple(read_costs(place.costs)),
         images=_images(recipe),
         versions=abouts[0]["versions"] | {"device": abouts[0]["compute"]["device"]},
+        notes=tuple(f"{one.label}: {TRAINED_VALUES}" for one in variants if one.trained),
     )
 
 
@@ -168,6 +172,7 @@ def _group(
             series=series,
             patch=str(place.patch(pruning.name, one.name).relative_to(place.path)),
             restored=patch.restored,
+            trained=is_trained(patch),
             pruned=patch.about["pruned"],
             restored_by_module=restored_by_module(patch, layers),
             heads=() if one.heads == "all" else heads,
@@ -206,6 +211,9 @@ def _method(settings: VariantSettings) -> str:
         return "random weights"
     if settings.method == "set-difference":
         return f"set difference{score}"
+    if settings.method == "fine-tune":
+        where = "random positions" if settings.random else f"positions of {settings.positions}"
+        return f"fine-tuned, {where}: trained values"
     if settings.method == "gain":
         swap = ", swapped" if settings.swap else ""
         own = ", self-written responses" if settings.responses == "self" else ""

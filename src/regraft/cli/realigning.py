@@ -7,6 +7,7 @@ from typing import Annotated
 
 from regraft.cli.options import Calibration, Compute, Flat, Model, OutFile, open_model, watching
 from regraft.console import ConsoleWatch, show_search
+from regraft.restoration.fine_tune import TRAINED_VALUES, is_trained
 from regraft.restoration.patch import Patch
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -99,6 +100,8 @@ def _tell_patch(watch: ConsoleWatch, out: Path, patch: Patch) -> None:
         f"{out}: {patch.restored:,} weights come back{exchanged}, "
         f"{10_000 * patch.restored / pruned:.3f} per 10,000 of {pruned:,} zeros."
     )
+    if is_trained(patch):
+        watch.note(f"{out}: {TRAINED_VALUES}")
     if "n_m" in patch.about:
         watch.note(
             f"{patch.about['violated_groups']:,} of {patch.about['groups']:,} "

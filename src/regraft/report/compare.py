@@ -365,6 +365,8 @@ def is_drawn(settings: Mapping[str, Any]) -> bool:
     As `RealignSettings.random`, which a report need not know.
     """
     method = settings.get("method", "hsr")
+    if method == "fine-tune":
+        return bool(settings.get("positions", "random") == "random")
     of_heads = method in ("hsr", "hsr-released", "hsr-a")
     return method == "random" or (of_heads and settings.get("heads") == "random")
 

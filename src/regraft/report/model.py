@@ -37,7 +37,8 @@ class Variant:
     what pruned models that differ in sparsity alone have in common, "" where that is unknown.
 
     `sparsity` is the fraction of zeros among the prunable weights, `pruned` the number of weights
-    that pruning took, `restored` the number that came back. `restored_by_module` maps a module
+    that pruning took, `restored` the number that came back, with values of their own where they
+    were `trained` and not restored. `restored_by_module` maps a module
     kind such as "self_attn.q_proj" to its restored weights per layer. `heads` are the
     (layer, head) pairs that were open to restoration. Where pruning kept an N:M pattern, `n_m` is
     the pattern ("2:4") and `violated_groups` of `groups` no longer keep it. `inference_time` marks
@@ -53,6 +54,7 @@ class Variant:
     series: str = ""
     sparsity: float = 0.0
     restored: int = 0
+    trained: bool = False
     pruned: int = 0
     restored_by_module: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     heads: tuple[tuple[int, int], ...] = ()

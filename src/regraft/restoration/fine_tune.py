@@ -24,11 +24,23 @@ from regraft.importance.losses import Loss
 from regraft.models.anatomy import Anatomy
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
+from regraft.restoration.patch import Patch
 
 Side = tuple[Walk, Loss]
 """Prompts of one kind before the first layer, and what a response to them costs."""
+TRAINED = "trained"  # what the `about` of a patch calls its values
+TRAINED_VALUES = (
+    "the values are trained and not the dense model's, so that the result is a new training of "
+    "these weights. It can no longer be said that every weight is the pruned or the dense model's, "
+    "on which their licence and evaluations rest; reverting works as with any patch."
+)
 BETAS = (0.9, 0.999)
 EPS = 1e-8
+
+
+def is_trained(patch: Patch) -> bool:
+    """Whether a patch holds trained values instead of dense ones."""
+    return patch.about.get("values") == TRAINED
 
 
 @dataclass

@@ -37,8 +37,10 @@ def check_data(method: str, calibration: CalibrationSettings) -> None:
 
 def check_search(search: bool, settings: RealignSettings, choice: SearchSettings) -> None:
     """Refuse a search that nothing can be searched in, and settings of one without --search."""
-    if search and settings.method == "hsr-a":
-        raise RegraftError("hsr-a has no number of weights to choose: leave --search out.")
+    if search and settings.method in ("hsr-a", "fine-tune"):
+        raise RegraftError(
+            f"{settings.method} has no number of weights to choose: leave --search out."
+        )
     if search and not settings.ranked:
         raise RegraftError("--search chooses a number of weights: give a --budget too.")
     if not search and choice != SearchSettings():

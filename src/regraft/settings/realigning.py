@@ -26,8 +26,14 @@ _NOT_OF_HEADS = {
 _OF_HSR = ("score", "p", "p_max", "scope")
 
 
-RestorationMethod = Literal["hsr", "hsr-released", "hsr-a", "set-difference", "random", "gain"]
+_OF_FINE_TUNING = ("positions", "learning_rate", "passes")
 
+
+RestorationMethod = Literal[
+    "hsr", "hsr-released", "hsr-a", "set-difference", "random", "gain", "fine-tune"
+]
+
+RANDOM = "random"  # positions that are drawn
 SELECTING = ("hsr", "hsr-released")  # single weights in heads, by I^s and I^u
 OF_HEADS = (*SELECTING, "hsr-a")
 
@@ -41,7 +47,8 @@ class RealignSettings(Settings):
         "code would (docs/hsr-released.md), hsr-a whole heads; gain those that are "
         "predicted to bring the model's answers nearest to the dense model's, step by step, as "
         "long as that helps on held-out prompts; set-difference (Wei et al.) those that matter "
-        "for safety and not for utility; random is a control.",
+        "for safety and not for utility; random is a control; fine-tune, a baseline, trains "
+        "values by Adam instead of restoring dense ones.",
     )
     budget: float | None = Field(
         None,
@@ -89,10 +96,21 @@ class RealignSettings(Settings):
         description="gain: prune a kept weight of the same row or N:M group for each that is "
         "restored, so that sparsity stays exactly as it was.",
     )
+    positions: str = Field(
+        RANDOM,
+        description="fine-tune: which weights are trained, those of a ranking of weights FILE (in "
+        "a recipe also the name of a method before it), the first of it, or random pruned ones.",
+    )
+    learning_rate: float = Field(0.003, gt=0, description="fine-tune: of Adam.")
+    passes: int = Field(
+        3, ge=1, description="fine-tune: forward and backward passes over all prompts."
+    )
 
     @property
     def random(self) -> bool:
         """Whether `head_seed` decides what comes back."""
+        if self.method == "fine-tune":
+            return self.positions == RANDOM
         return self.method == "random" or (self.method in OF_HEADS and self.heads == "random")
 
     @model_validator(mode="before")
@@ -106,6 +124,8 @@ class RealignSettings(Settings):
             return {"criterion": "released", **given}
         if method in OF_HEADS:
             return given
+        if method == "fine-tune" and given.get("positions", RANDOM) != RANDOM:
+            return given  # all of the ranking
         if given.get("budget") is not None or given.get("count") is not None:
             return given
         return {**given, "budget": DEFAULT_BUDGET}
@@ -136,14 +156,17 @@ class RealignSettings(Settings):
         """What was set and changes nothing: the first of it, in words."""
         if self.method in SELECTING and self.ranked and self.first_set("q"):
             return "a budget or a count takes the place of `q`"
-        not_read = {
+        not_read: tuple[str, ...] = {
             "hsr": (),
             "hsr-released": ("p_max", "scope"),
             "hsr-a": ("q", *_OF_HSR),
             "set-difference": ("q", "p_max", *_OF_HEADS),
             "random": ("q", *_OF_HSR, *_OF_HEADS),
             "gain": ("q", *_OF_HSR, *_OF_HEADS),
+            "fine-tune": ("q", *_OF_HSR, *_OF_HEADS),
         }[self.method]
+        if self.method != "fine-tune":
+            not_read = (*not_read, *_OF_FINE_TUNING)
         if (name := self.first_set(*not_read)) is not None:
             return f"`{name}` changes nothing with {self.method}"
         if self.in_heads and (name := self.first_set(*_NOT_OF_HEADS[self.heads])) is not None:
@@ -160,6 +183,8 @@ class RealignSettings(Settings):
     @property
     def ranked(self) -> bool:
         """Whether weights are ranked and the best k taken, rather than a set selected."""
+        if self.method == "fine-tune":
+            return False
         return self.method not in OF_HEADS or self.amount is not None
 
     @property
@@ -180,7 +205,8 @@ class RealignSettings(Settings):
     @property
     def needs_gradients(self) -> bool:
         """Whether gradients are taken, for the ranking or for its statistics."""
-        return self.method == "gain" or (self.needs_statistics and self.score == "snip")
+        learns = self.method in ("gain", "fine-tune")
+        return learns or (self.needs_statistics and self.score == "snip")
 
     def how_many(self, pruned: int) -> int:
         """How many of `pruned` weights come back at most."""

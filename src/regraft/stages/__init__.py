@@ -11,6 +11,7 @@ from regraft.keys import ABOUT_FILE
 from regraft.stages.answering import calibration_data
 from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
+from regraft.stages.fine_tuning import fine_tune
 from regraft.stages.gathering import statistics
 from regraft.stages.harnessing import harness
 from regraft.stages.judging import (
@@ -56,6 +57,7 @@ __all__ = [
     "curve_beside",
     "defend",
     "evaluate",
+    "fine_tune",
     "harness",
     "heads",
     "judge",

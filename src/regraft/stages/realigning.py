@@ -18,7 +18,7 @@ from regraft.keys import describe, difference, is_done, require_same, working
 from regraft.models.load import Source, pick_device
 from regraft.restoration.groups import violated_groups
 from regraft.restoration.patch import Patch, load_patch, save_patch
-from regraft.restoration.ranking import load_ranking, patch_of
+from regraft.restoration.ranking import Ranking, load_ranking, patch_of
 from regraft.restoration.realign import Rule, Survey, check_pair, hsr, survey, whole_heads
 from regraft.restoration.realign import realign as select
 from regraft.restoration.released import P_MAX, released, released_regions
@@ -99,7 +99,7 @@ def realign(
                     patch = select(
                         dense, pruned, chosen, rule, about=about, device=device, progress=done
                     )
-                save_patch(out, _with_violations(patch, pruned))
+                save_patch(out, with_violations(patch, pruned))
                 if not patch.restored:
                     watch.note(f"{out.name}: no pruned weight fits; the patch is empty.")
     return load_patch(out)
@@ -139,11 +139,7 @@ def _of_ranking(
     if ranking_file is None:
         raise RegraftError(f"{settings.method} with a budget needs a ranking of weights first.")
     ranking = load_ranking(ranking_file)
-    for role, source in (("dense", dense), ("pruned", pruned)):
-        if ranking.about["inputs"][role] != source.checkpoint.fingerprint:
-            raise RegraftError(
-                f"{ranking_file} was made from another {role} checkpoint than {source.folder}."
-            )
+    require_made_of(ranking, ranking_file, dense, pruned)
     wanted = settings.ranking().model_dump(mode="json")
     if ranking.about["settings"] != wanted:
         raise RegraftError(
@@ -164,8 +160,17 @@ def _of_ranking(
             if ranks.first():
                 most = settings.how_many(ranking.about["pruned"]) if count is None else count
                 patch = patch_of(ranking.first(most), dense, pruned, about)
-                save_patch(out, _with_violations(patch, pruned))
+                save_patch(out, with_violations(patch, pruned))
     return load_patch(out)
+
+
+def require_made_of(ranking: Ranking, path: Path, dense: Source, pruned: Source) -> None:
+    """Raise unless the ranking in the file `path` is of these two checkpoints."""
+    for role, source in (("dense", dense), ("pruned", pruned)):
+        if ranking.about["inputs"][role] != source.checkpoint.fingerprint:
+            raise RegraftError(
+                f"{path} was made from another {role} checkpoint than {source.folder}."
+            )
 
 
 def taken(looked: Survey) -> dict[str, Any]:
@@ -204,7 +209,8 @@ def scores_of(
     return scores
 
 
-def _with_violations(patch: Patch, pruned: Source) -> Patch:
+def with_violations(patch: Patch, pruned: Source) -> Patch:
+    """A patch that says how many N:M groups it breaks, where the pruned model has a pattern."""
     if "n_m" not in patch.about:
         return patch
     n, m = map(int, patch.about["n_m"].split(":"))

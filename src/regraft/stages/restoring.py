@@ -17,9 +17,10 @@ from regraft.restoration.realign import check_pair
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.settings.realigning import RANDOM, RealignSettings
 from regraft.settings.scoring import HeadSettings, StatisticsSettings
 from regraft.settings.searching import SearchSettings
+from regraft.stages.fine_tuning import fine_tune
 from regraft.stages.gathering import statistics
 from regraft.stages.ranking import rank
 from regraft.stages.realigning import (
@@ -75,6 +76,11 @@ def restore(
     check_budget(dense, settings)
     if choice is not None:
         validation = check_search(dense, choice, compute, session)
+    if settings.method == "fine-tune":
+        positions = None if settings.positions == RANDOM else Path(settings.positions)
+        return fine_tune(
+            dense, pruned, out, settings, calibration, compute, watch, ranking_file=positions
+        )
     if out.exists():
         check_made_by(out, dense, pruned, settings, searched=choice is not None)
     gathers = settings.needs_statistics and statistics_file is None

@@ -1,0 +1,263 @@
+"""The stage of sparse fine-tuning: positions, minibatches, resuming, its patch and its report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pico
+import truth
+from disk import differing, write_data
+from regraft import pipeline, stages
+from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
+from regraft.files import file_digest
+from regraft.models.load import open_source
+from regraft.recipe import Recipe
+from regraft.report.compare import is_drawn
+from regraft.restoration.fine_tune import is_trained
+from regraft.restoration.patch import Patch, load_patch
+from regraft.restoration.ranking import Ranking, load_ranking, save_ranking
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.stages import fine_tuning
+
+COMPUTE = ComputeSettings(device="cpu", batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fine-tuning")
+    dense = open_source(pico.save("qwen2_vl", folder / "dense", torch.bfloat16, "100KB"))
+    truth.pruned_at_random(dense, folder / "pruned", 0.5)
+    write_data(folder / "data", 5)
+    return folder
+
+
+def calibration(root: Path) -> CalibrationSettings:
+    data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
+    return CalibrationSettings(data=data, samples=5)
+
+
+def tuned(root: Path, out: Path, ranking: Path | None = None, **settings: Any) -> Patch:
+    dense, pruned = open_source(root / "dense"), open_source(root / "pruned")
+    given = {"method": "fine-tune", "passes": 2, "learning_rate": 0.02, "count": 60} | settings
+    return stages.fine_tune(
+        dense,
+        pruned,
+        out,
+        RealignSettings(**given),
+        calibration(root),
+        COMPUTE,
+        ranking_file=ranking,
+    )
+
+
+def ranked(root: Path, out: Path, count: int = 60) -> Ranking:
+    dense, pruned = open_source(root / "dense"), open_source(root / "pruned")
+    settings = RealignSettings(method="random", count=count)
+    return stages.rank(dense, pruned, out, settings, calibration(root), compute=COMPUTE)
+
+
+def places(patch: Patch) -> set[tuple[str, int]]:
+    return {(name, at) for name, one in patch.tensors.items() for at in one.positions.tolist()}
+
+
+def test_random_positions_are_those_that_random_restores(root: Path, tmp_path: Path) -> None:
+    patch, ranking = tuned(root, tmp_path / "patch"), ranked(root, tmp_path / "ranking")
+    linears = list(open_source(root / "dense").anatomy.linears)
+    at = zip(ranking.linear.tolist(), ranking.position.tolist(), strict=True)
+    assert places(patch) == {(linears[i].tensor, position) for i, position in at}
+    dense = open_source(root / "dense").checkpoint
+    for name, one in patch.tensors.items():
+        there = dense.read(name).flatten()[one.positions]
+        assert (one.values != there).float().mean() > 0.9, "these are the dense values"
+        assert (one.before == 0).all() and one.values.dtype == torch.bfloat16
+    losses = [step["loss"] for step in load_patch(tmp_path / "patch").about["steps"]]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    assert is_trained(patch) and patch.restored == 60
+
+
+def test_it_is_put_on_and_taken_off_to_the_byte(root: Path, tmp_path: Path) -> None:
+    patch = tuned(root, tmp_path / "patch")
+    stages.apply(root / "pruned", tmp_path / "patch", tmp_path / "on")
+    stages.revert(tmp_path / "on", tmp_path / "patch", tmp_path / "off")
+    pruned, on, off = (
+        open_source(folder).checkpoint
+        for folder in (root / "pruned", tmp_path / "on", tmp_path / "off")
+    )
+    assert differing(pruned, on) == set(patch.tensors)
+    assert not differing(pruned, off)
+
+
+def test_the_first_of_a_ranking(root: Path, tmp_path: Path) -> None:
+    ranking = ranked(root, tmp_path / "ranking", 80)
+    linears = list(open_source(root / "dense").anatomy.linears)
+    for count in (30, None):
+        name, first = f"patch-{count}", ranking.first(count or 80)
+        patch = tuned(root, tmp_path / name, tmp_path / "ranking", count=count, positions="ranking")
+        assert places(patch) == {
+            (linears[i].tensor, at)
+            for i, at in zip(first.linear.tolist(), first.position.tolist(), strict=True)
+        }
+
+
+def test_killed_after_a_pass_it_ends_the_same(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned(root, tmp_path / "whole", passes=3)
+    train, calls = fine_tuning.train, []
+
+    def twice(*arguments: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    monkeypatch.setattr(fine_tuning, "train", twice)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(root, tmp_path / "patch", passes=3)
+    assert not (tmp_path / "patch").exists()
+    tuned(root, tmp_path / "patch", passes=3)
+    assert len(calls) == 4, "one pass is left"
+    assert file_digest(tmp_path / "patch") == file_digest(tmp_path / "whole")
+
+
+def test_minibatches_have_both_kinds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fine_tuning, "MINIBATCH", 2)
+    harmful, harmless = (
+        pico.write_examples(tmp_path, n, harmful=kind, images=False)
+        for n, kind in ((5, True), (3, False))
+    )
+    cut = fine_tuning.minibatches((harmful, harmless), COMPUTE)
+    assert [[len(chunk) for chunk in one] for one in cut] == [[2, 1], [2, 1], [1, 1]]
+    for i, examples in enumerate((harmful, harmless)):
+        assert sorted(e.id for one in cut for e in one[i]) == sorted(e.id for e in examples)
+    assert len(fine_tuning.minibatches((harmful, harmless[:1]), COMPUTE)) == 1
+
+
+def test_rankings_that_cannot_be_trained_at(root: Path, tmp_path: Path) -> None:
+    ranking = ranked(root, tmp_path / "ranking", 20)
+    with pytest.raises(RegraftError, match=r"ranking has 20 weights, and 60 are to be trained"):
+        tuned(root, tmp_path / "patch", tmp_path / "ranking", positions="ranking")
+    swaps = Ranking(
+        ranking.linear, ranking.position, ranking.position + 1, ranking.score, ranking.about
+    )
+    save_ranking(tmp_path / "swaps", swaps)
+    with pytest.raises(RegraftError, match=r"swaps.*--swap"):
+        tuned(root, tmp_path / "patch", tmp_path / "swaps", positions="swaps", count=10)
+    dense = open_source(root / "dense")
+    truth.pruned_at_random(dense, tmp_path / "other", 0.3)
+    with pytest.raises(RegraftError, match="another pruned checkpoint than"):
+        stages.fine_tune(
+            dense,
+            open_source(tmp_path / "other"),
+            tmp_path / "patch",
+            RealignSettings(method="fine-tune", positions="ranking"),
+            calibration(root),
+            COMPUTE,
+            ranking_file=tmp_path / "ranking",
+        )
+    assert not (tmp_path / "patch").exists()
+
+
+def test_values_beyond_the_dtype_are_an_error(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(RegraftError, match=r"overflow|diverged"):
+        tuned(root, tmp_path / "patch", learning_rate=1e38)
+
+
+@pytest.mark.parametrize(
+    ("settings", "unread"),
+    [
+        ({"method": "fine-tune"}, None),
+        ({"method": "fine-tune", "head_seed": 3}, None),
+        ({"method": "fine-tune", "positions": "f", "head_seed": 3}, "head_seed"),
+        ({"method": "fine-tune", "score": "snip"}, "score"),
+        ({"method": "fine-tune", "steps": 3}, "steps"),
+        ({"method": "gain", "learning_rate": 0.1}, "learning_rate"),
+        ({"method": "random", "passes": 9}, "passes"),
+        ({"method": "hsr", "positions": "f"}, "positions"),
+    ],
+)
+def test_what_is_not_read_is_named(settings: dict[str, Any], unread: str | None) -> None:
+    found = RealignSettings(**settings)
+    said = found.unread()
+    assert said is None if unread is None else f"`{unread}` changes nothing" in (said or "")
+    assert is_drawn(settings) == found.random
+
+
+def variants(*realign: dict[str, Any]) -> Recipe:
+    return Recipe.model_validate({"model": "demo", "realign": realign})
+
+
+@pytest.mark.parametrize(
+    ("realign", "message"),
+    [
+        ([{"method": "fine-tune", "positions": "hsr", "count": 3}, {"method": "hsr", "count": 9}],
+         "must come before it"),
+        ([{"method": "hsr"}, {"method": "fine-tune", "positions": "hsr", "count": 3}],
+         "have a budget or a count"),
+        ([{"method": "gain", "swap": True}, {"method": "fine-tune", "positions": "gain"}],
+         "no swaps"),
+        ([{"method": "fine-tune", "count": 3, "search": {}}], "no number of weights to search"),
+    ],
+)  # fmt: skip
+def test_recipes_that_make_no_sense(realign: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        variants(*realign)
+
+
+def test_a_random_control_is_no_name_of_positions() -> None:
+    recipe = variants({"method": "random", "count": 3}, {"method": "fine-tune", "count": 3})
+    assert recipe.positions_of(recipe.realign[1]) is None
+    named = variants({"method": "gain"}, {"method": "fine-tune", "positions": "gain"})
+    assert named.positions_of(named.realign[1]) == named.realign[0]
+
+
+@pytest.fixture
+def run(root: Path, tmp_path: Path) -> Iterator[Path]:
+    data = {"name": "jsonl", "path": str(root / "data" / "data.jsonl")}
+    recipe = Recipe.model_validate(
+        {
+            "model": str(root / "dense"),
+            "calibration": {"data": data, "samples": 4},
+            "prune": {"sparsity": 0.5},
+            "realign": [
+                {"name": "drawn", "method": "random", "count": 40, "checkpoint": False},
+                {
+                    "name": "there",
+                    "method": "fine-tune",
+                    "positions": "drawn",
+                    "count": 30,
+                    "learning_rate": 0.02,
+                },
+                {"name": "anywhere", "method": "fine-tune", "count": 40, "checkpoint": False},
+            ],
+            "evaluate": {"suite": [data], "max_new_tokens": 3},
+            "compute": {"device": "cpu", "batch_size": 2},
+        }
+    )
+    pipeline.run(recipe, tmp_path / "run")
+    yield tmp_path / "run"
+    shutil.rmtree(tmp_path / "run")
+
+
+def test_a_run_says_that_values_are_trained(run: Path) -> None:
+    read = pipeline.report(run)
+    labels = {one.name: one for one in read.variants}
+    assert labels["there"].label == "there (fine-tuned, positions of drawn: trained values)"
+    assert labels["anywhere"].label == "anywhere (fine-tuned, random positions: trained values)"
+    assert [one.name for one in read.variants if one.trained] == ["there", "anywhere"]
+    assert len(read.notes) == 2 and all("not the dense model's" in note for note in read.notes)
+    text = (run / "report" / "report.md").read_text()
+    assert "the values are trained and not the dense model's" in text
+    patch = load_patch(run / "patches" / "there.safetensors")
+    ranking = load_ranking(next((run / "rankings").glob("random-*")))
+    assert patch.restored == 30 and patch.about["inputs"]["ranking"]
+    assert sorted(at for _, at in places(patch)) == sorted(ranking.first(30).position.tolist())
