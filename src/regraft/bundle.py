@@ -22,7 +22,7 @@ from regraft import ranks, stages
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Answer
 from regraft.evaluation.summary import result_to_json
-from regraft.files import atomic_file, digest, file_digest, read_json, require_new
+from regraft.files import atomic_file, digest, file_digest, read_json
 from regraft.folder import RunFolder, folder_of_model, study_runs
 from regraft.recipe import Recipe, read_recipe
 from regraft.reporting import read_report
@@ -42,7 +42,7 @@ runs/*/evaluation/* hold the rates of every model (results.json) and the verdict
 
 To check the digests and count every rate again from the verdicts:
 
-    regraft report {name}
+    regraft report THIS_FILE.zip
 """
 
 
@@ -78,13 +78,12 @@ def write_bundle(folder: Path, out: Path, *, texts: bool = False) -> None:
     """
     if out.suffix != ".zip":
         raise RegraftError(f"A bundle is a .zip file; {out} is none. Name it {out.stem}.zip.")
-    require_new(out)
+    if out.exists():
+        raise RegraftError(f"{out} exists already; a bundle is a new file.")
     recipe = read_recipe(RunFolder(folder).recipe)
     files = dict(_files(folder, recipe, texts))
     held = "with prompts and answers" if texts else "without the texts of prompts and answers"
-    readme = _README.format(
-        version=regraft.__version__, title=recipe.title, texts=held, name=out.name
-    )
+    readme = _README.format(version=regraft.__version__, title=recipe.title, texts=held)
     files["README.txt"] = readme.encode()
     manifest = {
         "format": FORMAT,

@@ -41,11 +41,13 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> ModelTable:
     if recipe.published is not None:
         read_published(recipe.published)
     runs = {folder_of_model(folder, one.name): recipe.for_model(one) for one in recipe.models}
-    check_runs(folder, {place: (one, stages.Session()) for place, one in runs.items()})
+    session = stages.Session()
+    check_runs(folder, runs, session)
     pipeline.claim(folder, recipe)
     for model, (place, one) in zip(recipe.models, runs.items(), strict=True):
         watch.note(f"Model {model.name}: {model.model}")
-        pipeline.run(one, place, watch)
+        pipeline.run(one, place, watch, session)
+        session.forget_prompts()
     return report(folder)
 
 

@@ -34,7 +34,7 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Study:
     watch = watch or Silent()
     runs = {seed_folder(folder, seed): recipe.for_seed(seed) for seed in recipe.seeds}
     session = stages.Session()
-    check_runs(folder, {place: (one, session) for place, one in runs.items()})
+    check_runs(folder, runs, session)
     pipeline.claim(folder, recipe)
     for place, one in runs.items():
         watch.note(f"Calibration seed {one.calibration.seed}")
@@ -46,19 +46,20 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Study:
     return report(folder)
 
 
-def check_runs(folder: Path, runs: Mapping[Path, tuple[Recipe, stages.Session]]) -> None:
+def check_runs(folder: Path, runs: Mapping[Path, Recipe], session: stages.Session) -> None:
     """Find what would stop one of several runs, room for all their checkpoints included.
 
     Args:
         folder: That the runs lie in.
-        runs: Folder of each -> its recipe and what its evaluations share.
+        runs: Folder of each -> its recipe.
+        session: What they share.
 
     Raises:
         RegraftError: bad input, or too little room.
     """
     needed = [
         bytes_needed(one, pipeline.check(one, place, session)[0], place)
-        for place, (one, session) in runs.items()
+        for place, one in runs.items()
     ]
     kept = sum(one for one, _ in needed)
     require_space(folder, kept + max(most - own for own, most in needed))
