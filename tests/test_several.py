@@ -487,7 +487,7 @@ def test_the_papers_recipe_from_end_to_end(
         model["model"] = str(pico.save(family, tmp_path / "models" / family))
     for one in content["realign"]:
         if "budget" in one:
-            one["budget"] = 20  # of a pico model's weights, 0.02 per 10,000 are none
+            one["budget"] = 0.5  # of a pico model's weights, 0.02 per 10,000 are none
     content["heads"]["r_max"] = 2  # of few prompts
     content["calibration"]["samples"] = 4
     content["evaluate"]["max_new_tokens"] = 3
