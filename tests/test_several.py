@@ -420,6 +420,13 @@ def _set_rsr(content: Any) -> None:
         ),
         (_changed("models.json", _set_row), True, r"one wanda-50: asr is 1\.00 %"),
         (_changed("models.json", _set_rsr), True, r"RSR is 0\.99"),
+        (lambda files: files.update({"models.json": b"{"}), True, "models.json: not valid JSON"),
+        (lambda files: files.update({"models.json": b"{}"}), True, "is no table of regraft"),
+        (
+            lambda files: files.update({"runs/one/evaluation/dense/results.json": b"[]"}),
+            True,
+            "expected a JSON object, found list",
+        ),
         (lambda files: files.pop("models.md"), False, "models.md is missing"),
         (lambda files: files.update(more=b""), False, "more was added"),
         (lambda files: files.pop(MANIFEST), False, "no bundle of regraft"),

@@ -71,7 +71,13 @@ def read_bundle(path: Path) -> Bundle:
     if not results:
         raise RegraftError(f"{path} holds no evaluation.")
     if "models.json" in content:
-        _check_table(path, json.loads(content["models.json"]), results)
+        table = _json(f"{path}: models.json", content["models.json"])
+        try:
+            _check_table(path, table, results)
+        except (KeyError, TypeError) as error:
+            raise RegraftError(
+                f"{path}: models.json is no table of regraft ({error!r})."
+            ) from error
     cards: list[str] = [name for name in ("models.md", "compare.md") if name in content]
     cards += sorted(name for name in content if name.endswith("/card.md"))
     return Bundle(
@@ -123,13 +129,23 @@ def _manifest(path: Path, content: Mapping[str, bytes]) -> dict[str, Any]:
     return found
 
 
+def _json(where: str, content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise RegraftError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise RegraftError(f"{where}: expected a JSON object, found {type(found).__name__}.")
+    return found
+
+
 def _counted(where: str, results: bytes, answers: bytes) -> EvalResult:
     """The result with its answers, if they give its rates."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "answers.jsonl"
         file.write_bytes(answers)
         given = read_answers(file)
-    claimed = result_from_json(json.loads(results).get("result"), given)
+    claimed = result_from_json(_json(where, results).get("result"), given)
     counted = summarise(claimed.suite, DEFAULT_JUDGE, given)
     for what, one, other in _pairs(claimed, counted):
         _check_same(f"{where}: {what}", one, other)
