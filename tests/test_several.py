@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 import pico
 from disk import write_data
 from paper_data import write_paper_data
-from regraft import cli, several, stages
+from regraft import cli, pipeline, several, stages
 from regraft.bundle import MANIFEST, write_bundle
 from regraft.bundle_check import read_bundle
 from regraft.errors import RegraftError
@@ -296,6 +296,19 @@ def test_a_run_of_several_models_resumes_and_grows(
     )
     with pytest.raises(RegraftError, match="another recipe"):
         several.run(other, tmp_path / "run")
+
+
+def test_a_run_of_one_model_is_no_run_of_several(tmp_path: Path) -> None:
+    pipeline.claim(tmp_path / "one", Recipe())
+    pipeline.claim(tmp_path / "several", Recipe.model_validate({"models": ["a/b"]}))
+    pipeline.claim(tmp_path / "several", Recipe.model_validate({"models": ["c/d", "a/b"]}))
+    for folder, other in (
+        ("one", {"models": ["a/b"]}),
+        ("several", {}),
+        ("several", {"models": ["c/d"]}),
+    ):
+        with pytest.raises(RegraftError, match="another recipe"):
+            pipeline.claim(tmp_path / folder, Recipe.model_validate(other))
 
 
 def test_bad_input_of_several_models_writes_nothing(world: Path, tmp_path: Path) -> None:

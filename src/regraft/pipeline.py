@@ -300,7 +300,10 @@ def _known(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any
     """
     known = dict(wanted)
     several = isinstance(found["prune"], list) and isinstance(wanted["prune"], list)
-    for kind in ("realign", "defend", "models", *(("prune",) if several else ())):
+    growing = ["realign", "defend"]
+    growing += ["prune"] if several else []
+    growing += ["models"] if found["models"] else []
+    for kind in growing:
         named = {one["name"]: one for one in wanted[kind]}
         known[kind] = [named[one["name"]] for one in found[kind] if one["name"] in named]
     if found["seeds"]:

@@ -96,7 +96,8 @@ def _points(places: Mapping[str, Path], table: ModelTable, pruning: str) -> Iter
     for name, place in places.items():
         dense, pruned = asr.get((name, "dense")), asr.get((name, pruning))
         if dense is not None and pruned is not None and RunFolder(place).heads.exists():
-            yield total_ships(place).point(name, pruned.value - dense.value)
+            rise = round(pruned.value - dense.value, 12)  # so that equal rises stay ties
+            yield total_ships(place).point(name, rise)
 
 
 def _correlation(pruning: str, points: tuple[ModelPoint, ...]) -> Correlation:
