@@ -190,6 +190,7 @@ def test_a_swept_recipe() -> None:
             "does not go by top-heads",
         ),
         ({"pruned": "x"}, "sparsity", [0.1], "its sparsity is given"),
+        ({"models": ["a/b"]}, "sparsity", [0.1], "A sweep is of one model"),
         ({}, "q", [2.0], "less than or equal to 1"),
     ],
 )

@@ -21,6 +21,8 @@ from rich.console import Console
 import pico
 from disk import write_data
 from regraft import cli, comparing, stages, study
+from regraft.bundle import write_bundle
+from regraft.bundle_check import read_bundle
 from regraft.console import show_study
 from regraft.data.example import Example
 from regraft.errors import RegraftError
@@ -737,6 +739,15 @@ def test_bad_input_of_compare(
     message = refused(["compare", tmp_path / "study", "--out", out], capsys)
     assert "hsr.json holds no validation curve" in message
     assert not out.exists()
+
+
+def test_a_study_is_bundled_with_its_comparison(world: Path, tmp_path: Path) -> None:
+    write_bundle(world / "run", tmp_path / "study.zip")
+    found = read_bundle(tmp_path / "study.zip")
+    assert len(found.evaluations) == 2 * (1 + 2 * 4)
+    assert "runs/seed-3/wanda-60/random-2" in found.evaluations
+    page = (world / "run" / "report" / "compare.md").read_text()
+    assert found.page == page.replace(f"{world}/", ""), "paths of this machine are left out"
 
 
 def test_bad_seeds_and_repeats() -> None:

@@ -26,6 +26,7 @@ from regraft.recipe import (
 )
 from regraft.recipe_help import explained_recipe
 from regraft.settings.base import Settings, explain
+from regraft.settings.models import ModelSettings
 from regraft.settings.pruning import PruneSettings
 from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
@@ -346,7 +347,9 @@ def test_an_explained_recipe_is_the_default_one(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 110
 
 
-@pytest.mark.parametrize("settings", [SearchSettings(), NamedDefenceSettings()])
+@pytest.mark.parametrize(
+    "settings", [SearchSettings(), NamedDefenceSettings(), ModelSettings(model="ORG/NAME")]
+)
 def test_blocks_that_are_there_as_comments_are_valid(settings: Settings) -> None:
     lines = list(recipe_help._block(settings, ""))
     assert type(settings).model_validate(yaml.safe_load("\n".join(lines))) == settings
@@ -356,7 +359,8 @@ def test_blocks_that_are_there_as_comments_are_valid(settings: Settings) -> None
 
 def test_every_setting_is_explained() -> None:
     text = explained_recipe()
-    for settings in (Recipe, PruningSettings, VariantSettings, NamedDefenceSettings, HeadSettings):
+    blocks = (PruningSettings, VariantSettings, NamedDefenceSettings, HeadSettings, ModelSettings)
+    for settings in (Recipe, *blocks):
         for name in settings.model_fields:
             assert re.search(rf"# .*\n(# )?[ #-]*{name}:", text), name
 

@@ -26,17 +26,21 @@ from regraft.evaluation.tuned import NOTE, Tuned
 from regraft.watch import Advance
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from regraft.analysis.overlap import LayerOverlap
     from regraft.analysis.relation import ModelPoint, Spearman
     from regraft.analysis.sweep import Sweep
+    from regraft.bundle_check import Bundle
     from regraft.evaluation.labelled import Bench
     from regraft.evaluation.metrics import PairedTest, Recovery
     from regraft.evaluation.verdicts import Agreement, Judged
     from regraft.heads.score import HeadScores
     from regraft.report.compare import Study
     from regraft.report.model import Report, Variant
+    from regraft.report.models import ModelTable
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -394,6 +398,53 @@ def show_study(console: Console, study: Study) -> None:
             console.print(beside)
     for note in words.notes(study):
         console.print(note, style="dim", highlight=False, markup=False)
+
+
+def show_models(console: Console, table: ModelTable) -> None:
+    """Print the table over several models, published figures beside."""
+    from regraft.report import write_models as words  # matplotlib, slow to import
+    from regraft.report.write_compare import rate_text
+
+    theirs = ("published",) if table.published else ()
+    for model in table.models:
+        shown = Table(
+            Column("model", overflow="fold"),
+            *("per 10,000", "ASR %, mean", *theirs, "RSR %", *theirs, "p"),
+            *("over-refusal %", "utility %"),
+            title=Text(f"{table.title}: {model}"),
+            box=SIMPLE_HEAD,
+        )
+        for row in table.of(model):
+            shown.add_row(
+                Text(row.name),
+                words.restored_text(row),
+                rate_text(row.measured.asr),
+                *((words.published_asr(row),) if theirs else ()),
+                words.rsr_text(row),
+                *((words.published_rsr(row),) if theirs else ()),
+                words.p_text(row),
+                rate_text(row.measured.over_refusal),
+                rate_text(row.measured.utility),
+            )
+        console.print(shown)
+    if table.correlation:
+        console.print(words.correlation_text(table), highlight=False, markup=False)
+    for note in words.notes(table):
+        console.print(note, style="dim", highlight=False, markup=False)
+
+
+def show_bundle(console: Console, file: Path, bundle: Bundle) -> None:
+    """Print a bundle that was checked: what it holds, and its table."""
+    console.print(bundle.page, highlight=False, markup=False, soft_wrap=True)
+    answers = sum(len(one.answers) for one in bundle.evaluations.values())
+    console.print(
+        f"{file}: {bundle.title}, regraft {bundle.version}. {bundle.files} files are as their "
+        f"digests say, and the verdicts on {answers:,} answers of {len(bundle.evaluations)} "
+        f"evaluations give the rates in it. Digest of all: {bundle.digest}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def show_heads(console: Console, scores: HeadScores, show: int) -> None:

@@ -97,6 +97,11 @@ def seed_folder(study: Path, seed: int) -> Path:
     return study / f"seed-{seed}"
 
 
+def folder_of_model(several: Path, name: str) -> Path:
+    """Where a run of several models keeps the run of one of them."""
+    return several / f"model-{name}"
+
+
 def study_runs(folder: Path) -> tuple[Path, ...]:
     """The runs of a study by their seeds; none where `folder` is no study."""
     found = [(re.fullmatch(r"seed-(-?\d+)", path.name), path) for path in folder.glob("seed-*")]

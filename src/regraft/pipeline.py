@@ -316,20 +316,27 @@ def _prompts_name(search: SearchSettings) -> str:
 def _fixed(recipe: Recipe) -> dict[str, Any]:
     """All of a recipe that a run must keep to.
 
-    Not its tests, which are of finished models, nor what changes rounding alone.
+    Not its tests and what it is set beside, which are of finished models, nor what changes rounding
+    alone.
     """
-    content: dict[str, Any] = but_for_rounding(recipe.model_dump(mode="json", exclude={"against"}))
+    content: dict[str, Any] = but_for_rounding(
+        recipe.model_dump(mode="json", exclude={"against", "published"})
+    )
     return content
 
 
 def _known(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe says of what an earlier one had too, since a run may grow.
 
-    By methods, defences and seeds, and by prunings where there are several, with a folder each.
+    By methods, defences, seeds and models, and by prunings where there are several, with a folder
+    each.
     """
     known = dict(wanted)
     several = isinstance(found["prune"], list) and isinstance(wanted["prune"], list)
-    for kind in ("realign", "defend", *(("prune",) if several else ())):
+    growing = ["realign", "defend"]
+    growing += ["prune"] if several else []
+    growing += ["models"] if found["models"] else []
+    for kind in growing:
         named = {one["name"]: one for one in wanted[kind]}
         known[kind] = [named[one["name"]] for one in found[kind] if one["name"] in named]
     if found["seeds"]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -23,24 +23,17 @@ from regraft.data.hub import is_on_hub
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.files import digest
-from regraft.settings.base import Settings, explain
+from regraft.settings.base import Settings, checked_name, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.evaluating import EvalSettings
+from regraft.settings.models import ModelSettings
 from regraft.settings.pruning import PruneSettings
 from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import Choosing, validation_of, with_validation
-
-
-def _checked_name(name: str, *taken: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in taken:
-        but = f", and neither {' nor '.join(map(repr, taken))}" if len(taken) > 1 else ""
-        but = but or f", and not {taken[0]!r}"
-        raise ValueError(f"{name!r} must be letters, digits, '.', '_' and '-'{but}")
-    return name
 
 
 def _named_by_method(given: Any) -> Any:
@@ -65,7 +58,7 @@ class PruningSettings(PruneSettings):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        return _checked_name(name, "dense")
+        return checked_name(name, "dense")
 
     def only(self) -> PruneSettings:
         """These settings without the name."""
@@ -109,7 +102,7 @@ class VariantSettings(RealignSettings):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        return _checked_name(name, "dense", "pruned")
+        return checked_name(name, "dense", "pruned")
 
     @model_validator(mode="after")
     def _check_search(self) -> VariantSettings:
@@ -180,11 +173,14 @@ class NamedDefenceSettings(DefenceSettings):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        return _checked_name(name, "dense", "pruned")
+        return checked_name(name, "dense", "pruned")
 
     def only(self) -> DefenceSettings:
         """These settings without the name."""
         return DefenceSettings(**self.model_dump(include=set(DefenceSettings.model_fields)))
+
+
+Way = TypeVar("Way", VariantSettings, NamedDefenceSettings)
 
 
 def _one_or_more(value: Any) -> Any:
@@ -252,6 +248,16 @@ class Recipe(Settings):
     model: str = Field(
         "demo", min_length=1, description="A folder, a hub id, or 'demo' for the bundled model."
     )
+    models: tuple[ModelSettings, ...] = Field(
+        (),
+        description="Several models, in place of `model`: one run each, in the folders model-NAME, "
+        "and one table over them.",
+    )
+    published: Path | None = Field(
+        None,
+        description="With models: a YAML file of published figures that the table sets beside its "
+        "own.",
+    )
     pruned: str | None = Field(
         None,
         min_length=1,
@@ -318,6 +324,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        self._check_models()
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"`seeds` must differ, not {list(self.seeds)}")
         if self.seeds and self.calibration.seed:
@@ -385,6 +392,43 @@ class Recipe(Settings):
                     )
             before.append(one.name)
 
+    def _check_models(self) -> None:
+        if self.published is not None and not self.models:
+            raise ValueError("`published` is for the table over `models`; give some, or leave it")
+        if not self.models:
+            return
+        if other := [one for one in ("pruned", "seeds") if getattr(self, one)]:
+            raise ValueError(f"`models` and `{other[0]}` cannot be combined; leave one of them out")
+        if self.model != type(self).model_fields["model"].default:
+            raise ValueError("`models` take the place of `model`; leave one of them out")
+        names = [one.name for one in self.models]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two of `models` are called {twice[0]!r}; give each its own `name`")
+        known = [one.name for one in self.prune]
+        for one in self.models:
+            if odd := [name for name in one.prunings if name not in known]:
+                raise ValueError(
+                    f"{one.name!r} is pruned by {odd[0]!r}, but the prunings are {', '.join(known)}"
+                )
+
+    def for_model(self, model: ModelSettings) -> Recipe:
+        """The recipe of one of the runs that `models` asks for.
+
+        With the model's own prunings, and the ways of realigning and defending that these have.
+        """
+        prune = [one for one in self.prune if not model.prunings or one.name in model.prunings]
+        realigned = [one.name for one in prune if one.realign]
+        content = dict(self) | {
+            "title": f"{self.title}: {model.name}",
+            "model": model.model,
+            "models": (),
+            "published": None,
+            "prune": prune,
+            "realign": _for_prunings(self.realign, realigned),
+            "defend": _for_prunings(self.defend, realigned),
+        }
+        return Recipe.model_validate(content)
+
     def for_seed(self, seed: int) -> Recipe:
         """The recipe of one of the runs that `seeds` asks for.
 
@@ -447,15 +491,26 @@ class Recipe(Settings):
 def _choosing(
     settings: Choosing, name: str, info: ValidationInfo, *, needed: bool = True
 ) -> Choosing:
-    if not {"model", "calibration"} <= info.data.keys():
+    if not {"model", "models", "calibration"} <= info.data.keys():
         return settings  # they have errors of their own
-    model, calibration = info.data["model"], info.data["calibration"]
+    models, calibration = info.data["models"], info.data["calibration"]
+    model = models[0].model if models else info.data["model"]
     found = with_validation(settings, model, calibration, needed=needed)
     try:
         validation_of(found)
     except RegraftError as error:
         raise ValueError(f"{name!r}: {error}") from error
     return found
+
+
+def _for_prunings(ways: Sequence[Way], known: Sequence[str]) -> list[Way]:
+    """The ways of realigning or defending that are for some of the prunings, and these alone."""
+    kept = [(one, tuple(name for name in one.prunings if name in known)) for one in ways]
+    return [
+        one.model_copy(update={"prunings": prunings})
+        for one, prunings in kept
+        if prunings or not one.prunings
+    ]
 
 
 def _is_for(pruning: PruningSettings, names: tuple[str, ...]) -> bool:
@@ -566,6 +621,10 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
             "defend": defend,
             "evaluate": evaluate,
             "model": model(recipe.model),
+            "models": tuple(
+                one.model_copy(update={"model": model(one.model)}) for one in recipe.models
+            ),
+            "published": None if recipe.published is None else path(recipe.published),
             "pruned": None if recipe.pruned is None else model(recipe.pruned),
             "realign": realign,
         }

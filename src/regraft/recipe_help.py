@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from regraft.recipe import NamedDefenceSettings, Recipe
 from regraft.settings.base import Settings
+from regraft.settings.models import ModelSettings
 from regraft.settings.searching import SearchSettings
 
 _WIDTH = 100
@@ -42,6 +43,8 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
             yield from _entry(name, written, pad)
         if name == "search" and value is None:
             yield from _example(["search:", *_block(SearchSettings(), "  ")], pad)
+        if name == "models" and not value:
+            yield from _example(["models:", *_items([ModelSettings(model="ORG/NAME")], "")], pad)
         if name == "defend" and not value:
             yield from _example(["defend:", *_items([NamedDefenceSettings()], "")], pad)
 

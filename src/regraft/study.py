@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from regraft import pipeline, ranks, stages
@@ -33,12 +34,7 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Study:
     watch = watch or Silent()
     runs = {seed_folder(folder, seed): recipe.for_seed(seed) for seed in recipe.seeds}
     session = stages.Session()
-    needed = [
-        bytes_needed(one, pipeline.check(one, place, session)[0], place)
-        for place, one in runs.items()
-    ]
-    kept = sum(one for one, _ in needed)
-    require_space(folder, kept + max(most - own for own, most in needed))
+    check_runs(folder, runs, session)
     pipeline.claim(folder, recipe)
     for place, one in runs.items():
         watch.note(f"Calibration seed {one.calibration.seed}")
@@ -48,6 +44,25 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Study:
         ranks.barrier()
         pipeline.run(one, place, watch, session)
     return report(folder)
+
+
+def check_runs(folder: Path, runs: Mapping[Path, Recipe], session: stages.Session) -> None:
+    """Find what would stop one of several runs, room for all their checkpoints included.
+
+    Args:
+        folder: That the runs lie in.
+        runs: Folder of each -> its recipe.
+        session: What they share.
+
+    Raises:
+        RegraftError: bad input, or too little room.
+    """
+    needed = [
+        bytes_needed(one, pipeline.check(one, place, session)[0], place)
+        for place, one in runs.items()
+    ]
+    kept = sum(one for one, _ in needed)
+    require_space(folder, kept + max(most - own for own, most in needed))
 
 
 def report(folder: Path) -> Study:

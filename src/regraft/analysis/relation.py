@@ -30,6 +30,20 @@ class ModelPoint:
     estimated: int = 0
 
 
+@dataclass(frozen=True)
+class TotalShips:
+    """Of a dense model; see `ModelPoint`."""
+
+    model: str
+    ships: float
+    heads: int
+    estimated: int
+
+    def point(self, name: str, degradation: float) -> ModelPoint:
+        """With what one pruning did to the model's safety."""
+        return ModelPoint(name, self.model, self.ships, degradation, self.heads, self.estimated)
+
+
 def estimates(points: Sequence[ModelPoint]) -> str | None:
     """One line on totals that are not sums of exact Ships; None where all are exact."""
     some = [

@@ -11,7 +11,13 @@ from typing import Any
 from regraft import ranks
 from regraft.analysis import figures
 from regraft.analysis.overlap import LayerOverlap, by_chance, overlaps
-from regraft.analysis.relation import ModelPoint, Spearman, correlation, estimates
+from regraft.analysis.relation import (
+    ModelPoint,
+    Spearman,
+    TotalShips,
+    correlation,
+    estimates,
+)
 from regraft.analysis.sweep import Sweep, run_sweep
 from regraft.errors import RegraftError
 from regraft.files import atomic_folder, require_new, write_json, write_text
@@ -119,9 +125,13 @@ def overlap(
     return found
 
 
-def _points(folder: Path) -> list[ModelPoint]:
+def total_ships(folder: Path) -> TotalShips:
+    """The Ships of all scored heads of a run's dense model together.
+
+    Raises:
+        RegraftError: the folder holds no run, or its heads were not scored.
+    """
     place = RunFolder(folder)
-    report = read_report(folder)
     if not place.heads.exists():
         raise RegraftError(f"{folder} holds no head scores: nothing in its recipe goes by heads.")
     recipe = read_recipe(place.recipe)
@@ -129,17 +139,22 @@ def _points(folder: Path) -> list[ModelPoint]:
     dense = open_source(model_folder(recipe.model), trust_remote_code=trust)
     scores = load_heads(place.heads, dense.anatomy)
     scored = ~scores.ships.isnan()
-    total, heads = float(scores.ships[scored].sum()), int(scored.sum())
     estimated = 0 if scores.exact is None else int((scored & ~scores.exact).sum())
-    before, model = report.dense.result.asr, dense.checkpoint.fingerprint
+    ships = float(scores.ships[scored].sum())
+    return TotalShips(dense.checkpoint.fingerprint, ships, int(scored.sum()), estimated)
+
+
+def _points(folder: Path) -> list[ModelPoint]:
+    report = read_report(folder)
+    total = total_ships(folder)
+    before = report.dense.result.asr
     found = []
     for group in report.groups:
         after = group[0].result.asr
-        if before is None or after is None or math.isnan(total):
+        if before is None or after is None or math.isnan(total.ships):
             raise RegraftError(f"{folder} was evaluated on no harmful prompts: it has no ASR.")
         name = f"{report.model} {group[0].label}" if len(report.groups) > 1 else report.model
-        change = after.value - before.value
-        found.append(ModelPoint(name, model, total, change, heads, estimated))
+        found.append(total.point(name, after.value - before.value))
     return found
 
 

@@ -50,6 +50,8 @@ def swept(recipe: Recipe, setting: Swept, values: Sequence[float]) -> Recipe:
     """
     if not values or len(set(values)) < len(values):
         raise RegraftError(f"A sweep needs values that differ, not {list(values)}.")
+    if recipe.models:
+        raise RegraftError("A sweep is of one model: give the recipe `model` in place of `models`.")
     content = recipe.model_dump()
     if setting == "sparsity":
         if recipe.pruned is not None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from regraft.cli.options import MaybeOutFolder, OutFolder, watching
-from regraft.console import ConsoleWatch, show_report, show_study
+from regraft.console import ConsoleWatch, show_bundle, show_models, show_report, show_study
 from regraft.errors import RegraftError
 
 if TYPE_CHECKING:
     from regraft.report.compare import Study
+    from regraft.report.models import ModelTable
 
 Against = Annotated[
     tuple[str, ...],
@@ -20,8 +22,17 @@ Against = Annotated[
 ]
 
 
-def report(*folder: Path, out: MaybeOutFolder = None) -> None:
+Bundled = Annotated[
+    Path | None, Parameter(help="New .zip file to bundle the run's results in, to be sent.")
+]
+
+
+def report(
+    *folder: Path, out: MaybeOutFolder = None, bundle: Bundled = None, texts: bool = False
+) -> None:
     """Write a report: JSON, Markdown and one HTML page, of a finished run again or of evaluations.
+
+    Or bundle a run's results in a zip file to be sent, or check such a file and show its table.
 
     Example: regraft report ev-dense ev-pruned --out page
 
@@ -29,19 +40,29 @@ def report(*folder: Path, out: MaybeOutFolder = None) -> None:
     ----------
     folder
         Of `regraft run`; or one or several of `regraft eval`, on the same prompts by the same
-        judge, of any checkpoints. All after the first are compared with it.
+        judge, of any checkpoints. All after the first are compared with it. Or a bundle, which is
+        checked: every digest, and every rate counted again.
+    texts
+        Put the texts of prompts and answers into the bundle too.
     out
         New folder, for evaluations; of a single one `report` in it if not given.
     """
-    from regraft import evaluations, pipeline, study
+    from regraft import evaluations
 
     if not folder:
         raise RegraftError("Name the folder of a run, or folders of evaluations.")
     run = folder[0]
+    if texts and bundle is None:
+        raise RegraftError("--texts is for a bundle: name its file with --bundle.")
     with watching() as watch:
+        if run.suffix == ".zip":
+            _check_bundle(watch, folder)
+            return
         if any(map(evaluations.is_evaluation, folder)):
             if out is None and len(folder) > 1:
                 raise RegraftError("Say where the report of several evaluations goes: --out.")
+            if bundle is not None:
+                raise RegraftError("A bundle is of a run, and these are evaluations.")
             page = out or run / "report"
             show_report(watch.console, evaluations.report(folder, page))
             watch.note(f"Report: {page / 'report.html'}")
@@ -53,11 +74,31 @@ def report(*folder: Path, out: MaybeOutFolder = None) -> None:
             )
         if out is not None:
             raise RegraftError("The report of a run lies in its own folder: leave out --out.")
-        if study.is_study(run):
-            show_comparison(watch, study.report(run), run / "report")
-            return
+        _report_run(watch, run)
+        if bundle is not None:
+            from regraft.bundle import write_bundle
+
+            write_bundle(run, bundle, texts=texts)
+            watch.note(f"Bundle: {bundle.absolute()} ({bundle.stat().st_size / 1e6:.1f} MB)")
+
+
+def _report_run(watch: ConsoleWatch, run: Path) -> None:
+    from regraft import pipeline, several, study
+
+    if study.is_study(run):
+        show_comparison(watch, study.report(run), run / "report")
+    elif several.is_several(run):
+        show_table(watch, several.report(run), run / "report")
+    else:
         show_report(watch.console, pipeline.report(run))
         watch.note(f"Report: {pipeline.RunFolder(run).report / 'report.html'}")
+
+
+def _check_bundle(watch: ConsoleWatch, files: Sequence[Path]) -> None:
+    from regraft.bundle_check import read_bundle
+
+    for file in files:
+        show_bundle(watch.console, file, read_bundle(file))
 
 
 def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:
@@ -75,6 +116,12 @@ def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:
 
     with watching() as watch:
         show_comparison(watch, compare_folders(run, out, against), out)
+
+
+def show_table(watch: ConsoleWatch, table: ModelTable, out: Path) -> None:
+    """Print the table over several models, and say where the page lies."""
+    show_models(watch.console, table)
+    watch.note(f"Table: {(out / 'models.html').absolute()}")
 
 
 def show_comparison(watch: ConsoleWatch, study: Study, out: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from regraft.cli.options import OutFolder, watching
-from regraft.cli.reporting import show_comparison
+from regraft.cli.reporting import show_comparison, show_table
 from regraft.console import show_report
 from regraft.recipe import read_recipe
 
@@ -14,7 +14,8 @@ from regraft.recipe import read_recipe
 def run(recipe: Path, *, out: OutFolder) -> None:
     """Run a whole recipe: prune, score heads, realign, evaluate, report. Resumes after a kill.
 
-    With `seeds` in the recipe there is one run for each, and a comparison over them.
+    With `seeds` or `models` in the recipe there is one run for each, and a comparison or a table
+    over them.
 
     Parameters
     ----------
@@ -39,12 +40,15 @@ def recipe() -> None:
 
 
 def _run(recipe_file: Path, out: Path) -> None:
-    from regraft import pipeline, study
+    from regraft import pipeline, several, study
 
     recipe = read_recipe(recipe_file)
     with watching() as watch:
         if recipe.seeds:
             show_comparison(watch, study.run(recipe, out, watch), out / "report")
+            return
+        if recipe.models:
+            show_table(watch, several.run(recipe, out, watch), out / "report")
             return
         made = pipeline.run(recipe, out, watch)
         show_report(watch.console, made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -22,6 +23,19 @@ class Settings(BaseModel):
         """The first of these settings that is not as it is if not given."""
         fields = type(self).model_fields
         return next((one for one in names if getattr(self, one) != fields[one].default), None)
+
+
+def checked_name(name: str, *taken: str) -> str:
+    """The name, which stands in paths and tables.
+
+    Raises:
+        ValueError: it has other characters than letters, digits, '.', '_' and '-', or is taken.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in taken:
+        but = f", and neither {' nor '.join(map(repr, taken))}" if len(taken) > 1 else ""
+        but = but or (f", and not {taken[0]!r}" if taken else "")
+        raise ValueError(f"{name!r} must be letters, digits, '.', '_' and '-'{but}")
+    return name
 
 
 def _all_settings(of: type[BaseModel] = Settings) -> set[type[BaseModel]]:

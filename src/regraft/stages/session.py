@@ -96,6 +96,11 @@ class Session:
         """Give back the memory of the model, for work that loads one itself."""
         self._loaded = None
 
+    def forget_prompts(self) -> None:
+        """Give back the encoded prompts and the model, for runs of another; what was read stays."""
+        self._answerers.clear()
+        self.unload()
+
     def answerer(
         self,
         model: Source,

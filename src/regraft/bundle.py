@@ -1,0 +1,224 @@
+"""What a run found, in one zip file that can be sent and checked.
+
+It holds the recipe, results, reports, model card, costs, versions and digests, and of every answer
+the verdict on it, so that a reader can count the rates again. It holds no weights and no images,
+and no text of prompts or answers unless asked for. The same run always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import regraft
+from regraft import ranks, stages
+from regraft.errors import RegraftError
+from regraft.evaluation.results import Answer
+from regraft.evaluation.summary import result_to_json
+from regraft.files import atomic_file, digest, file_digest, read_json
+from regraft.folder import RunFolder, folder_of_model, study_runs
+from regraft.recipe import Recipe, read_recipe
+from regraft.reporting import read_report
+from regraft.restoration.patch import load_patch
+
+FORMAT = "regraft-bundle-1"
+MANIFEST = "manifest.json"
+_DATE = (1980, 1, 1, 0, 0, 0)  # the first that a zip file can hold
+_PAGES = ("models.json", "models.md", "models.html", "compare.json", "compare.md", "compare.html")
+_CARDS = ("report.json", "card.md")  # the other pages of a run show prompts and answers
+_README = """\
+Results of a run of regraft {version}: {title}
+
+models.md or compare.md, where there are several runs, and runs/*/card.md are the tables to read.
+runs/*/evaluation/* hold the rates of every model (results.json) and the verdict on each answer
+(answers.jsonl), {texts}. No weights and no images.
+
+To check the digests and count every rate again from the verdicts:
+
+    regraft report THIS_FILE.zip
+"""
+
+
+@dataclass(frozen=True)
+class Names:
+    """How paths of this machine are written for others: without these folders in front."""
+
+    folders: tuple[str, ...]
+
+    def public(self, value: Any) -> Any:
+        """JSON values with every path made relative, in keys too."""
+        if isinstance(value, str):
+            for folder in self.folders:
+                value = value.replace(folder, "")
+            return value
+        if isinstance(value, Mapping):
+            return {self.public(key): self.public(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.public(one) for one in value]
+        return value
+
+
+def write_bundle(folder: Path, out: Path, *, texts: bool = False) -> None:
+    """Write the bundle of a finished run, of one of several seeds or of several models.
+
+    Args:
+        folder: Of the run; its report must have been written.
+        out: A new .zip file.
+        texts: Put prompts and answers in it too.
+
+    Raises:
+        RegraftError: the run is not finished, or `out` is there or no .zip file.
+    """
+    if out.suffix != ".zip":
+        raise RegraftError(f"A bundle is a .zip file; {out} is none. Name it {out.stem}.zip.")
+    if out.exists():
+        raise RegraftError(f"{out} exists already; a bundle is a new file.")
+    recipe = read_recipe(RunFolder(folder).recipe)
+    files = dict(_files(folder, recipe, texts))
+    held = "with prompts and answers" if texts else "without the texts of prompts and answers"
+    readme = _README.format(version=regraft.__version__, title=recipe.title, texts=held)
+    files["README.txt"] = readme.encode()
+    manifest = {
+        "format": FORMAT,
+        "title": recipe.title,
+        "regraft": regraft.__version__,
+        "texts": texts,
+        "files": {name: digest(content) for name, content in sorted(files.items())},
+    }
+    if ranks.first():
+        with atomic_file(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            for name, content in [(MANIFEST, _json(manifest)), *sorted(files.items())]:
+                archive.writestr(_entry(name), content, zipfile.ZIP_DEFLATED, 9)
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    """Of no date, owner or system, so that the same content gives the same bytes."""
+    entry = zipfile.ZipInfo(name, _DATE)
+    entry.create_system, entry.external_attr = 3, 0o644 << 16
+    return entry
+
+
+def _files(folder: Path, recipe: Recipe, texts: bool) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of everything but the manifest."""
+    runs = {one.name: folder_of_model(folder, one.name) for one in recipe.models}
+    runs |= {one.name: one for one in study_runs(folder)}
+    names = _names(recipe)
+    for page in _PAGES:
+        if runs and (file := RunFolder(folder).report / page).is_file():
+            yield page, _text(file, names)
+    if runs:
+        yield "recipe.yaml", _recipe(recipe, names)
+    for name, run in (runs or {"run": folder}).items():
+        for inside, content in _run_files(run, texts):
+            yield f"runs/{name}/{inside}", content
+
+
+def _run_files(folder: Path, texts: bool) -> Iterator[tuple[str, bytes]]:
+    place = RunFolder(folder)
+    recipe = read_recipe(place.recipe)
+    place = RunFolder(folder, several=len(recipe.prune) > 1)
+    names = _names(recipe)
+    read_report(folder)  # raises where the run is not finished
+    yield "recipe.yaml", _recipe(recipe, names)
+    for page in _CARDS:
+        if not (file := place.report / page).is_file():
+            raise RegraftError(f"{file} is missing; write it again: `regraft report {folder}`.")
+        yield page, _text(file, names)
+    if place.costs.exists():
+        yield "costs.json", _json(names.public(read_json(place.costs)))
+    patches = {}
+    for pruning in recipe.prune:
+        for one in recipe.variants_of(pruning):
+            file = place.patch(pruning.name, one.name)
+            about = names.public(dict(load_patch(file).about))
+            patches[f"{pruning.name}/{one.name}"] = {"sha256": file_digest(file), "about": about}
+    if patches:
+        yield "patches.json", _json(patches)
+    for name, evaluation in _evaluations(place, recipe).items():
+        for file_name, content in _evaluation(evaluation, names, texts):
+            yield f"evaluation/{name}/{file_name}", content
+
+
+def _evaluations(place: RunFolder, recipe: Recipe) -> dict[str, Path]:
+    """Name of every evaluated model, as in `report.models.Row`, -> its evaluation."""
+    found = {"dense": place.dense_evaluation}
+    for pruning in recipe.prune:
+        found[pruning.name] = place.evaluation(pruning.name)
+        ways = [one.name for one in recipe.variants_of(pruning)]
+        for way in ways + [one.name for one in recipe.defences_of(pruning)]:
+            found[f"{pruning.name}/{way}"] = place.evaluation(pruning.name, way)
+    return found
+
+
+def _evaluation(folder: Path, names: Names, texts: bool) -> Iterator[tuple[str, bytes]]:
+    """results.json and answers.jsonl; the digests of what was asked and answered stay."""
+    found = stages.read_evaluation(folder)
+    answers = found.result.answers
+    asked = [[one.id, one.instruction, one.request, one.image_digest] for one in answers]
+    content = {
+        "about": dict(found.about),
+        "result": result_to_json(found.result),
+        "answers": file_digest(folder / "answers.jsonl"),
+        "prompts": digest(_json(asked)),
+    }
+    yield "results.json", _json(names.public(content))
+    lines = (
+        json.dumps(
+            asdict(replace(one if texts else _without_text(one), suite=names.public(one.suite))),
+            ensure_ascii=False,
+            separators=(",", ":"),
+        )
+        for one in answers
+    )
+    yield "answers.jsonl", "".join(f"{line}\n" for line in lines).encode()
+
+
+def _without_text(answer: Answer) -> Answer:
+    """What rates are counted from; that there was a reference stays, what it says goes."""
+    return replace(
+        answer,
+        instruction="",
+        image=None,
+        reference=None,
+        answer="",
+        reason="",
+        request=None,
+        image_digest="",
+    )
+
+
+def _names(recipe: Recipe) -> Names:
+    """Without what all paths of a recipe share, so that two of them never become one."""
+    content = recipe.model_dump(mode="json")
+    sources = [content["calibration"]["data"], *content["evaluate"]["suite"]]
+    sources += [one["search"]["validation"] for one in content["realign"] if one["search"]]
+    sources += [one["validation"] for one in content["defend"]]
+    paths = [str(one).partition(":")[2] for one in sources]
+    paths += [content["model"], *(one["model"] for one in content["models"])]
+    paths += [content["pruned"] or "", content["published"] or ""]
+    local = [Path(one).parent for one in paths if Path(one).is_absolute()]
+    shared = Path(os.path.commonpath(local)) if local else Path()
+    folders = [one for one in (shared, Path.home()) if len(one.parts) > 1]
+    return Names(tuple(f"{one}{os.sep}" for one in folders))
+
+
+def _recipe(recipe: Recipe, names: Names) -> bytes:
+    content = names.public(recipe.model_dump(mode="json"))
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
+
+
+def _text(file: Path, names: Names) -> bytes:
+    if file.suffix == ".json":
+        return _json(names.public(read_json(file)))
+    return str(names.public(file.read_text(encoding="utf-8"))).encode()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

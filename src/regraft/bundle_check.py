@@ -1,0 +1,206 @@
+"""Reading a bundle that somebody sent: its digests, and its rates counted again."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from regraft.bundle import FORMAT, MANIFEST
+from regraft.errors import RegraftError
+from regraft.evaluation.keywords import DEFAULT_JUDGE
+from regraft.evaluation.results import Answer, Estimate, EvalResult
+from regraft.evaluation.summary import (
+    estimate_from_json,
+    read_answers,
+    result_from_json,
+    summarise,
+)
+from regraft.files import digest
+from regraft.report.models import macro_rsr, measure
+
+_MOST = 2**31  # bytes that a file of a bundle may unpack to
+_ROUNDING = 1e-9  # between machines
+_RATES = ("asr", "over_refusal", "utility")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was read and checked.
+
+    `digest` is that of its manifest, and so of all its content. `evaluations` maps the run and the
+    model, such as "runs/qwen2.5-vl/wanda-50/hsr", to the result. `page` is the table over several
+    runs, or the card of a single one, as Markdown.
+    """
+
+    title: str
+    version: str
+    texts: bool
+    digest: str
+    files: int
+    evaluations: Mapping[str, EvalResult]
+    page: str
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Read a bundle; checks every digest, and counts every rate again from the answers' verdicts.
+
+    That the verdicts are right nobody can check without the answers, and that the answers were
+    given, without the models.
+
+    Raises:
+        RegraftError: it is no bundle, a file is missing, added or changed, or a rate is not what
+            its answers give.
+    """
+    content = _unpacked(path)
+    manifest = _manifest(path, content)
+    results = {}
+    for name in sorted(content):
+        folder, _, file = name.rpartition("/")
+        if file == "results.json" and "/evaluation/" in name:
+            answers = content.get(f"{folder}/answers.jsonl")
+            if answers is None:
+                raise RegraftError(f"{path}: {folder} has no answers.jsonl.")
+            called = folder.replace("/evaluation/", "/", 1)
+            results[called] = _counted(f"{path}: {folder}", content[name], answers)
+    if not results:
+        raise RegraftError(f"{path} holds no evaluation.")
+    if "models.json" in content:
+        table = _json(f"{path}: models.json", content["models.json"])
+        try:
+            _check_table(path, table, results)
+        except (KeyError, TypeError) as error:
+            raise RegraftError(
+                f"{path}: models.json is no table of regraft ({error!r})."
+            ) from error
+    cards: list[str] = [name for name in ("models.md", "compare.md") if name in content]
+    cards += sorted(name for name in content if name.endswith("/card.md"))
+    return Bundle(
+        title=manifest["title"],
+        version=manifest["regraft"],
+        texts=manifest["texts"],
+        digest=digest(content[MANIFEST]),
+        files=len(content),
+        evaluations=results,
+        page=content[cards[0]].decode() if cards else "",
+    )
+
+
+def _unpacked(path: Path) -> dict[str, bytes]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            names = [one.filename for one in entries]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise RegraftError(f"{path}: {twice[0]} is there twice.")
+            if large := [one.filename for one in entries if one.file_size > _MOST]:
+                raise RegraftError(f"{path}: {large[0]} is larger than any file of a bundle.")
+            return {name: archive.read(name) for name in names}
+    except FileNotFoundError as error:
+        raise RegraftError(f"The bundle {path} does not exist.") from error
+    except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError) as error:
+        raise RegraftError(f"{path} is damaged or no zip file: {error}") from error
+
+
+def _manifest(path: Path, content: Mapping[str, bytes]) -> dict[str, Any]:
+    try:
+        manifest = json.loads(content[MANIFEST])
+        expected = dict(manifest["files"])
+        known = manifest["format"] == FORMAT and {"title", "regraft", "texts"} <= manifest.keys()
+    except (KeyError, TypeError, ValueError):
+        known, manifest, expected = False, {}, {}
+    if not known:
+        raise RegraftError(f"{path} is no bundle of regraft ({FORMAT}).")
+    there = content.keys() - {MANIFEST}
+    if odd := sorted(there ^ expected.keys()):
+        what = "is missing" if odd[0] in expected else "was added"
+        raise RegraftError(f"{path}: {odd[0]} {what}; the bundle was changed. Ask for it again.")
+    if changed := [name for name in sorted(there) if digest(content[name]) != expected[name]]:
+        raise RegraftError(
+            f"{path}: {changed[0]} is not what its digest says; the bundle was changed or damaged. "
+            "Ask for it again."
+        )
+    found: dict[str, Any] = manifest
+    return found
+
+
+def _json(where: str, content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise RegraftError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise RegraftError(f"{where}: expected a JSON object, found {type(found).__name__}.")
+    return found
+
+
+def _counted(where: str, results: bytes, answers: bytes) -> EvalResult:
+    """The result with its answers, if they give its rates."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "answers.jsonl"
+        file.write_bytes(answers)
+        given = read_answers(file)
+    claimed = result_from_json(_json(where, results).get("result"), given)
+    counted = summarise(claimed.suite, DEFAULT_JUDGE, given)
+    for what, one, other in _pairs(claimed, counted):
+        _check_same(f"{where}: {what}", one, other)
+    return claimed
+
+
+def _pairs(
+    claimed: EvalResult, counted: EvalResult
+) -> Iterator[tuple[str, Estimate | None, Estimate | None]]:
+    for rate in _RATES:
+        yield rate, getattr(claimed, rate), getattr(counted, rate)
+    for suite in claimed.by_suite.keys() | counted.by_suite.keys():
+        for rate in _RATES:
+            both = [getattr(one.by_suite.get(suite), rate, None) for one in (claimed, counted)]
+            yield f"{rate} of {suite}", both[0], both[1]
+
+
+def _check_same(where: str, claimed: Estimate | None, counted: Estimate | None) -> None:
+    if claimed is None and counted is None:
+        return
+    same = claimed and counted and claimed.n == counted.n
+    if not (same and claimed and counted and abs(claimed.value - counted.value) < _ROUNDING):
+        said, found = (
+            "none" if one is None else f"{100 * one.value:.2f} % (n = {one.n})"
+            for one in (claimed, counted)
+        )
+        raise RegraftError(f"{where} is {said}, but the answers give {found}.")
+
+
+def _check_table(path: Path, table: Any, results: Mapping[str, EvalResult]) -> None:
+    """Every row of models.json against the evaluation that it is of."""
+    for row in table["rows"]:
+        run = f"runs/{row['model']}"
+        pruning, method = row["pruning"], row["method"]
+        name = "/".join(filter(None, (pruning, method))) or "dense"
+        where = f"{path}: models.json, {row['model']} {name}"
+        if f"{run}/{name}" not in results:
+            raise RegraftError(f"{where} has no evaluation.")
+        counted = measure(results[f"{run}/{name}"])
+        for rate in _RATES:
+            claimed = estimate_from_json(row["measured"][rate], rate)
+            _check_same(f"{where}: {rate}", claimed, getattr(counted, rate))
+        if method and row["rsr"] is not None:
+            of = (results[f"{run}/{one}"].answers for one in ("dense", pruning, name))
+            _check_rsr(where, row["rsr"]["value"], *of)
+
+
+def _check_rsr(
+    where: str,
+    claimed: float | None,
+    dense: tuple[Answer, ...],
+    pruned: tuple[Answer, ...],
+    restored: tuple[Answer, ...],
+) -> None:
+    counted = macro_rsr(dense, pruned, restored)[0]
+    value = None if counted is None else counted.value
+    if (claimed is None) != (value is None) or abs((claimed or 0) - (value or 0)) > _ROUNDING:
+        raise RegraftError(f"{where}: RSR is {claimed}, but the answers give {value}.")

@@ -1,0 +1,111 @@
+"""One recipe on several models: a run each, and one table over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from regraft import pipeline, ranks, stages
+from regraft.analysis.figures import relation_figure
+from regraft.analysis.relation import ModelPoint, correlation, estimates
+from regraft.analysis.run import total_ships
+from regraft.errors import RegraftError
+from regraft.folder import RunFolder, folder_of_model
+from regraft.recipe import Recipe, read_recipe
+from regraft.report.models import Correlation, ModelTable, model_table
+from regraft.report.write_models import write_models
+from regraft.reporting import read_report
+from regraft.settings.published import read_published
+from regraft.study import check_runs
+from regraft.watch import Silent, Watch
+
+_FEWEST = 3  # models of which ranks are correlated
+
+
+def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> ModelTable:
+    """One `pipeline.run` for every model in its own folder, then the table in `report`.
+
+    All models are opened and checked before the first is run, so that one that cannot be downloaded
+    stops nothing after hours. Finished stages are not repeated.
+
+    Args:
+        recipe: With `models`.
+        folder: A new folder, or that of an earlier run of the same recipe or a part of it.
+        watch: Progress.
+
+    Raises:
+        RegraftError: bad input, or the folder holds something else.
+    """
+    watch = watch or Silent()
+    if recipe.published is not None:
+        read_published(recipe.published)
+    runs = {folder_of_model(folder, one.name): recipe.for_model(one) for one in recipe.models}
+    session = stages.Session()
+    check_runs(folder, runs, session)
+    pipeline.claim(folder, recipe)
+    for model, (place, one) in zip(recipe.models, runs.items(), strict=True):
+        watch.note(f"Model {model.name}: {model.model}")
+        pipeline.run(one, place, watch, session)
+        session.forget_prompts()
+    return report(folder)
+
+
+def report(folder: Path) -> ModelTable:
+    """Write the table of finished runs again.
+
+    Raises:
+        RegraftError: a run is not finished, or the published figures cannot be read.
+    """
+    table, points = _read(folder)
+    if ranks.first():
+        figure = relation_figure(points) if points else ""
+        write_models(table, RunFolder(folder).report, figure)
+    return table
+
+
+def is_several(folder: Path) -> bool:
+    """Whether the folder holds runs of several models."""
+    recipe = RunFolder(folder).recipe
+    return recipe.exists() and bool(read_recipe(recipe).models)
+
+
+def _read(folder: Path) -> tuple[ModelTable, tuple[ModelPoint, ...]]:
+    """The table, and the points of its correlation."""
+    place = RunFolder(folder)
+    recipe = read_recipe(place.recipe)
+    places = {one.name: folder_of_model(folder, one.name) for one in recipe.models}
+    for name, run_folder in places.items():
+        if not RunFolder(run_folder).recipe.exists():
+            raise RegraftError(
+                f"The run in {folder} is not finished: {name} has not been run. Continue it with "
+                f"`regraft run {place.recipe} --out {folder}`."
+            )
+    reports = {name: read_report(one) for name, one in places.items()}
+    published = None if recipe.published is None else read_published(recipe.published)
+    table = model_table(recipe.title, reports, published)
+    points = tuple(_points(places, table, recipe.prune[0].name))
+    if len(points) < _FEWEST:
+        return table, ()
+    return replace(table, correlation=_correlation(recipe.prune[0].name, points)), points
+
+
+def _points(places: Mapping[str, Path], table: ModelTable, pruning: str) -> Iterator[ModelPoint]:
+    """Of every model with head scores that was pruned so: total Ships, rise in mean ASR."""
+    asr = {(row.model, row.name): row.measured.asr for row in table.rows}
+    for name, place in places.items():
+        dense, pruned = asr.get((name, "dense")), asr.get((name, pruning))
+        if dense is not None and pruned is not None and RunFolder(place).heads.exists():
+            rise = round(pruned.value - dense.value, 12)  # so that equal rises stay ties
+            yield total_ships(place).point(name, rise)
+
+
+def _correlation(pruning: str, points: tuple[ModelPoint, ...]) -> Correlation:
+    found = correlation(points)
+    return Correlation(
+        pruning,
+        tuple((one.name, one.ships, one.degradation) for one in points),
+        None if found is None else found.rho,
+        None if found is None else found.p,
+        estimates(points),
+    )
