@@ -14,24 +14,28 @@ def hold_out(
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Split examples into (the rest, those held out), both in their order and neither empty.
 
-    Whole categories are held out, the smallest first and of like ones the last by name, until the
-    share is reached: what is learned from some sources is then judged on others. The largest
-    category is never held out. Where all are of one category, examples are drawn.
+    Whole categories are held out, the smallest first and of like ones the last by name, as long as
+    they are together at most half as many again as wanted: what is learned from some sources is
+    then judged on others. What is wanting is drawn from the rest.
 
     Args:
         examples: At least two.
-        share: Of the examples that are to be held out, at least; above 0 and below 1.
+        share: Of the examples that are to be held out, above 0 and at most a half.
         seed: Of the draw.
     """
     wanted = max(1, round(share * len(examples)))
     sizes = Counter(one.category or "" for one in examples)
-    if len(sizes) == 1:
-        drawn = set(random.Random(seed).sample(range(len(examples)), wanted))
-    else:
-        by_size = sorted(sizes, key=lambda name: (sizes[name], [-ord(char) for char in name]))
-        chosen: set[str] = set()
-        while sum(sizes[name] for name in chosen) < wanted and len(chosen) + 1 < len(sizes):
-            chosen.add(by_size[len(chosen)])
-        drawn = {i for i, one in enumerate(examples) if (one.category or "") in chosen}
-    rest = tuple(one for i, one in enumerate(examples) if i not in drawn)
-    return rest, tuple(one for i, one in enumerate(examples) if i in drawn)
+    names = sorted(sizes, key=lambda name: (sizes[name], [-ord(char) for char in name]))
+    whole: set[str] = set()
+    held: list[int] = []
+    for name in names[:-1]:  # never all of them
+        if len(held) < wanted and 2 * (len(held) + sizes[name]) <= 3 * wanted:
+            whole.add(name)
+            held += [i for i, one in enumerate(examples) if (one.category or "") == name]
+    rest = [i for i, one in enumerate(examples) if (one.category or "") not in whole]
+    missing = max(0, wanted - len(held))
+    chosen = {*held, *random.Random(seed).sample(rest, missing)}
+    return (
+        tuple(one for i, one in enumerate(examples) if i not in chosen),
+        tuple(one for i, one in enumerate(examples) if i in chosen),
+    )
