@@ -12,6 +12,7 @@ from regraft.console import ConsoleWatch, show_report, show_study
 from regraft.errors import RegraftError
 
 if TYPE_CHECKING:
+    from regraft.evaluations import Pair
     from regraft.report.compare import Study
 
 Against = Annotated[
@@ -20,10 +21,15 @@ Against = Annotated[
 ]
 
 
-def report(*folder: Path, out: MaybeOutFolder = None) -> None:
+def report(
+    *folder: Path,
+    out: MaybeOutFolder = None,
+    dense: Path | None = None,
+    pruned: Path | None = None,
+) -> None:
     """Write a report: JSON, Markdown and one HTML page, of a finished run again or of evaluations.
 
-    Example: regraft report ev-dense ev-pruned --out page
+    Example: regraft report ev-gain --dense ev-dense --pruned ev-pruned --out page
 
     Parameters
     ----------
@@ -32,18 +38,25 @@ def report(*folder: Path, out: MaybeOutFolder = None) -> None:
         judge, of any checkpoints. All after the first are compared with it.
     out
         New folder, for evaluations; of a single one `report` in it if not given.
+    dense
+        The evaluation of the dense model, with --pruned: all others are compared with the pruned
+        model, and their RSR is reported.
+    pruned
+        The evaluation of the pruned model.
     """
     from regraft import evaluations, pipeline, study
 
-    if not folder:
+    pair = _pair(dense, pruned)
+    named = (*folder, *((pair.dense, pair.pruned) if pair else ()))
+    if not named:
         raise RegraftError("Name the folder of a run, or folders of evaluations.")
-    run = folder[0]
+    run = named[0]
     with watching() as watch:
-        if any(map(evaluations.is_evaluation, folder)):
-            if out is None and len(folder) > 1:
+        if pair is not None or any(map(evaluations.is_evaluation, folder)):
+            if out is None and len(named) > 1:
                 raise RegraftError("Say where the report of several evaluations goes: --out.")
             page = out or run / "report"
-            show_report(watch.console, evaluations.report(folder, page))
+            show_report(watch.console, evaluations.report(folder, page, pair))
             watch.note(f"Report: {page / 'report.html'}")
             return
         if len(folder) > 1:
@@ -58,6 +71,17 @@ def report(*folder: Path, out: MaybeOutFolder = None) -> None:
             return
         show_report(watch.console, pipeline.report(run))
         watch.note(f"Report: {pipeline.RunFolder(run).report / 'report.html'}")
+
+
+def _pair(dense: Path | None, pruned: Path | None) -> Pair | None:
+    if dense is None and pruned is None:
+        return None
+    if dense is None or pruned is None:
+        given, missing = ("--pruned", "--dense") if dense is None else ("--dense", "--pruned")
+        raise RegraftError(f"RSR needs both evaluations: beside {given} name {missing} too.")
+    from regraft.evaluations import Pair
+
+    return Pair(dense, pruned)
 
 
 def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:
