@@ -54,6 +54,8 @@ def evaluation(
     attacks: int,
     refusals: int,
     judge: KeywordJudge = REGRAFT_1,
+    zeros: int = 0,
+    inputs: dict[str, str] | None = None,
     **settings: Any,
 ) -> Path:
     """The first `attacks` harmful prompts are answered, the first `refusals` others refused."""
@@ -74,14 +76,14 @@ def evaluation(
     write_answers(folder / "answers.jsonl", answers)
     account = {"source": suites, "read": 40, "used": 30, "skipped": {"no": 10}, "digest": ""}
     about = {
-        "inputs": {"model": f"digest of {folder.name}"},
+        "inputs": inputs or {"model": f"digest of {folder.name}"},
         "settings": SETTINGS | settings,
         "compute": {"device": "cpu", "batch_size": attacks},
         "versions": VERSIONS,
         "data": {"suite": account},
     }
     result = result_to_json(summarise(suites, judge, answers))
-    sizes = {"zeros": 0, "prunable": 100}
+    sizes = {"zeros": zeros, "prunable": 100}
     write_json(folder / "results.json", {"about": about, "sizes": sizes, "result": result})
     return folder
 
@@ -134,6 +136,54 @@ def test_several_are_compared_with_the_first(tmp_path: Path, asked: list[Example
     text = (tmp_path / "page" / "report.md").read_text()
     assert "ASR worse than a/ev (McNemar p < 0.001)" in text
     assert made.notes == ()
+
+
+def test_named_dense_and_pruned_give_rsr(
+    tmp_path: Path, asked: list[Example], capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = evaluation(tmp_path / "dense", asked, 4, 1)
+    pruned = evaluation(tmp_path / "pruned", asked, 16, 1, zeros=50)
+    made = {"model": "digest of pruned", "patch": "digest"}
+    gain = evaluation(tmp_path / "gain", asked, 7, 1, zeros=48, inputs=made)
+    shield = {"model": "digest of pruned", "defence": "digest"}
+    prompt = evaluation(tmp_path / "prompt", asked, 10, 1, zeros=50, inputs=shield)
+    page = tmp_path / "page"
+    done(
+        *("report", gain, dense, prompt),
+        *("--dense", dense, "--pruned", pruned, "--out", page),
+    )
+    found = evaluations.read_report([gain, prompt], evaluations.Pair(dense, pruned))
+    assert [one.name for one in found.variants] == ["dense", "pruned", "gain", "prompt"]
+    assert found.roles == ("dense", "pruned", "realigned", "control")
+    assert [(one.restored, one.pruned) for one in found.variants[1:]] == [(0, 50), (2, 50), (0, 50)]
+    recovered = [one.recovery.value for one in comparisons(found) if one.recovery]
+    assert recovered == pytest.approx([(16 - 7) / (16 - 4), (16 - 10) / (16 - 4)])
+    text = (page / "report.md").read_text()
+    assert "RSR 75.0 % [" in text
+    assert "75.0" in capsys.readouterr().out
+
+
+def test_what_is_no_pair_is_refused(
+    tmp_path: Path, asked: list[Example], capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = evaluation(tmp_path / "dense", asked, 4, 1)
+    pruned = evaluation(tmp_path / "pruned", asked, 16, 1, zeros=50)
+    again = evaluation(tmp_path / "again", asked, 4, 1, inputs={"model": "digest of dense"})
+    other = evaluation(tmp_path / "x", asked, 4, 1, inputs={"model": "digest", "patch": "digest"})
+    for folders, pair, message in (
+        ((), (pruned, dense), "Are --dense and --pruned exchanged?"),
+        ((), (dense, again), "are evaluations of the same model"),
+        ((other,), (dense, pruned), "x is an evaluation of another model with a patch"),
+    ):
+        with pytest.raises(RegraftError, match=message):
+            evaluations.read_report(folders, evaluations.Pair(*pair))
+    for words, message in (
+        (("--dense", dense), "beside --dense name --pruned too"),
+        (("--pruned", pruned), "beside --pruned name --dense too"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["report", *map(str, words)])
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_same_data_may_lie_elsewhere(tmp_path: Path, asked: list[Example]) -> None:

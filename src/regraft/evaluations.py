@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,15 @@ def is_evaluation(folder: Path) -> bool:
     return (folder / "results.json").is_file()
 
 
-def report(folders: Sequence[Path], out: Path) -> Report:
+@dataclass(frozen=True)
+class Pair:
+    """The evaluations of the dense model and of the pruned one that others were made from."""
+
+    dense: Path
+    pruned: Path
+
+
+def report(folders: Sequence[Path], out: Path, pair: Pair | None = None) -> Report:
     """Write report.json, .md and .html on evaluations into `out`, replacing older ones.
 
     Raises:
@@ -40,40 +48,40 @@ def report(folders: Sequence[Path], out: Path) -> Report:
         raise RegraftError(
             f"The output folder {out} holds something else than a report. Choose a new folder."
         )
-    made = read_report(folders)
+    made = read_report(folders, pair)
     if ranks.first():
         write_report(made, out)
     return made
 
 
-def read_report(folders: Sequence[Path]) -> Report:
+def read_report(folders: Sequence[Path], pair: Pair | None = None) -> Report:
     """One report on evaluations of the same prompts by the same judge; writes nothing.
 
-    All after the first are compared with it.
+    All after the first are compared with it. With `pair` the pruned model is compared with the
+    dense one and all others with the pruned one, with their RSR; its two folders may be among
+    `folders` or not.
 
     Raises:
-        RegraftError: a folder holds no evaluation or is named twice, or judge or prompts differ.
+        RegraftError: a folder holds no evaluation or is named twice, judge or prompts differ, or
+            the models recorded are not such a pair, or are not made from it.
     """
+    if pair is not None:
+        named = [pair.dense.resolve(), pair.pruned.resolve()]
+        others = [folder for folder in folders if folder.resolve() not in named]
+        folders = [pair.dense, pair.pruned, *others]
     found = dict(zip(_names(folders), map(stages.read_evaluation, folders), strict=True))
-    first, *others = found
+    if pair is not None:
+        _check_pair(found)
+    first, *names = found
     results = {first: found[first].result} | {
-        name: _on_the_same(first, found[first].result, name, found[name].result) for name in others
+        name: _on_the_same(first, found[first].result, name, found[name].result) for name in names
     }
     about = found[first].about
     account = about["data"]["suite"]
     return Report(
-        title=f"Evaluation{'s' if others else ''}: {', '.join(found)}",
+        title=f"Evaluation{'s' if names else ''}: {', '.join(found)}",
         model="",
-        variants=tuple(
-            Variant(
-                name,
-                name,
-                results[name],
-                base=first if name != first else None,
-                sparsity=one.about["zeros"] / one.about["prunable"],
-            )
-            for name, one in found.items()
-        ),
+        variants=tuple(_variants(found, results, related=pair is not None)),
         data=(DataAccount("evaluation", *(account[one] for one in _COUNTED)),),
         recipe={
             "evaluations": {
@@ -86,7 +94,7 @@ def read_report(folders: Sequence[Path]) -> Report:
         versions=about["versions"] | {"device": about["compute"]["device"]},
         notes=tuple(
             f"{name} was evaluated in another way than {first}: {', '.join(ways)}."
-            for name in others
+            for name in names
             if (ways := list(_other_ways(about, found[name].about)))
         ),
         images=_images(found[first]),
@@ -95,8 +103,62 @@ def read_report(folders: Sequence[Path]) -> Report:
             for folder, name in zip(folders, found, strict=True)
             for one in stages.opinions(folder)
         ),
-        unrelated=True,
+        unrelated=pair is None,
     )
+
+
+def _variants(
+    found: Mapping[str, Evaluation], results: Mapping[str, EvalResult], *, related: bool
+) -> Iterator[Variant]:
+    """The models; with `related` the first is the dense one and the second the pruned one."""
+    first, *names = found
+    zeros = {name: one.about["zeros"] for name, one in found.items()}
+    pruned = names[0] if related else first
+    for name, one in found.items():
+        yield Variant(
+            name,
+            name,
+            results[name],
+            base=None if name == first else first if name == pruned else pruned,
+            sparsity=zeros[name] / one.about["prunable"],
+            restored=0 if name == first else max(0, zeros[pruned] - zeros[name]) * related,
+            pruned=0 if name == first else zeros[pruned] - zeros[first],
+            inference_time=related and "defence" in one.about["inputs"],
+        )
+
+
+def _check_pair(found: Mapping[str, Evaluation]) -> None:
+    """Raise where what was recorded of the models contradicts their roles.
+
+    A checkpoint of its own records no more than its digest: it is taken for one of the pair's.
+    """
+    dense, pruned, *others = found
+    about = {name: one.about for name, one in found.items()}
+    if about[dense]["inputs"] == about[pruned]["inputs"]:
+        raise RegraftError(
+            f"{dense} and {pruned} are evaluations of the same model (fingerprint "
+            f"{about[dense]['inputs']['model'][:12]}). Name the pruned model's by --pruned."
+        )
+    if (odd := about[pruned]["prunable"]) != about[dense]["prunable"]:
+        raise RegraftError(
+            f"{pruned} has {odd:,} prunable weights and {dense} {about[dense]['prunable']:,}: the "
+            "one was not made from the other."
+        )
+    if about[pruned]["zeros"] <= about[dense]["zeros"]:
+        raise RegraftError(
+            f"The model of {pruned} has {about[pruned]['zeros']:,} zero weights and that of "
+            f"{dense} {about[dense]['zeros']:,}: it was not pruned from it. Are --dense and "
+            "--pruned exchanged?"
+        )
+    for name in others:
+        inputs = about[name]["inputs"]
+        changed = inputs.keys() & {"patch", "defence"}
+        if changed and inputs["model"] != about[pruned]["inputs"]["model"]:
+            raise RegraftError(
+                f"{name} is an evaluation of another model with a {changed.pop()} (fingerprint "
+                f"{inputs['model'][:12]}), not of {pruned}'s. Leave it out, or name its pruned "
+                "model's evaluation by --pruned."
+            )
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

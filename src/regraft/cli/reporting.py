@@ -13,6 +13,7 @@ from regraft.console import ConsoleWatch, show_bundle, show_models, show_report,
 from regraft.errors import RegraftError
 
 if TYPE_CHECKING:
+    from regraft.evaluations import Pair
     from regraft.report.compare import Study
     from regraft.report.models import ModelTable
 
@@ -28,13 +29,18 @@ Bundled = Annotated[
 
 
 def report(
-    *folder: Path, out: MaybeOutFolder = None, bundle: Bundled = None, texts: bool = False
+    *folder: Path,
+    out: MaybeOutFolder = None,
+    dense: Path | None = None,
+    pruned: Path | None = None,
+    bundle: Bundled = None,
+    texts: bool = False,
 ) -> None:
     """Write a report: JSON, Markdown and one HTML page, of a finished run again or of evaluations.
 
     Or bundle a run's results in a zip file to be sent, or check such a file and show its table.
 
-    Example: regraft report ev-dense ev-pruned --out page
+    Example: regraft report ev-gain --dense ev-dense --pruned ev-pruned --out page
 
     Parameters
     ----------
@@ -46,25 +52,32 @@ def report(
         Put the texts of prompts and answers into the bundle too.
     out
         New folder, for evaluations; of a single one `report` in it if not given.
+    dense
+        The evaluation of the dense model, with --pruned: all others are compared with the pruned
+        model, and their RSR is reported.
+    pruned
+        The evaluation of the pruned model.
     """
     from regraft import evaluations
 
-    if not folder:
+    pair = _pair(dense, pruned)
+    named = (*folder, *((pair.dense, pair.pruned) if pair else ()))
+    if not named:
         raise RegraftError("Name the folder of a run, or folders of evaluations.")
-    run = folder[0]
+    run = named[0]
     if texts and bundle is None:
         raise RegraftError("--texts is for a bundle: name its file with --bundle.")
     with watching() as watch:
         if run.suffix == ".zip":
             _check_bundle(watch, folder)
             return
-        if any(map(evaluations.is_evaluation, folder)):
-            if out is None and len(folder) > 1:
+        if pair is not None or any(map(evaluations.is_evaluation, folder)):
+            if out is None and len(named) > 1:
                 raise RegraftError("Say where the report of several evaluations goes: --out.")
             if bundle is not None:
                 raise RegraftError("A bundle is of a run, and these are evaluations.")
             page = out or run / "report"
-            show_report(watch.console, evaluations.report(folder, page))
+            show_report(watch.console, evaluations.report(folder, page, pair))
             watch.note(f"Report: {page / 'report.html'}")
             return
         if len(folder) > 1:
@@ -99,6 +112,17 @@ def _check_bundle(watch: ConsoleWatch, files: Sequence[Path]) -> None:
 
     for file in files:
         show_bundle(watch.console, file, read_bundle(file))
+
+
+def _pair(dense: Path | None, pruned: Path | None) -> Pair | None:
+    if dense is None and pruned is None:
+        return None
+    if dense is None or pruned is None:
+        given, missing = ("--pruned", "--dense") if dense is None else ("--dense", "--pruned")
+        raise RegraftError(f"RSR needs both evaluations: beside {given} name {missing} too.")
+    from regraft.evaluations import Pair
+
+    return Pair(dense, pruned)
 
 
 def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:

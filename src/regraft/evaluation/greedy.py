@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.evaluation.judge import KeywordJudge
+from regraft.models.prefix import with_shared_prefix
 
 # What later tokens may still change at the end of decoded text: a character whose bytes are not all
 # there, a space that a tokenizer's clean-up removes before punctuation or a contraction.
@@ -46,7 +47,8 @@ def answer(
     settled = None if judge is None else _Settled(tokenizer, judge, start)
     with _plain_greedy(model, tokenizer, max_new_tokens), contiguous_head(model):
         tokens = model.generate(  # type: ignore[operator]
-            **inputs, stopping_criteria=None if settled is None else [settled]
+            **with_shared_prefix(model, inputs),
+            stopping_criteria=None if settled is None else [settled],
         )
     new = tokens[:, start:].tolist()  # [B, new tokens]
     if settled is not None:

@@ -9,6 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from regraft import ranks
 from regraft.checks import (
     check_pattern,
@@ -39,7 +41,8 @@ from regraft.stages.common import (
 from regraft.watch import Silent, Watch
 
 CARD = "README.md"
-_PRUNED = 0.01  # share of zeros
+_PRUNED = 0.01  # share of zeros that nothing but pruning explains
+_ROWS, _BLOCK = 128, 32  # of a weight that are looked at; columns that share quantisation's scale
 
 
 def prune(
@@ -125,12 +128,27 @@ def _batches(
 def _warn_of_pruned(dense: Source, watch: Watch) -> None:
     """Say where a model is pruned already, going by its first layer."""
     weights = [dense.checkpoint.read(linear.tensor) for linear in dense.anatomy.layers[0].linears]
-    share = sum(int((one == 0).sum()) for one in weights) / sum(one.numel() for one in weights)
-    if share > _PRUNED:
+    if sum(map(excess_zeros, weights)) / len(weights) > _PRUNED:
+        share = sum(int((one == 0).sum()) for one in weights) / sum(one.numel() for one in weights)
         watch.note(
             f"Warning: {100 * share:.0f} % of the first layer of {dense.folder} is zero before "
             "pruning. Is it the dense model?"
         )
+
+
+def excess_zeros(weight: Tensor) -> float:
+    """Share of a weight `[out, in]` that is zero beyond what a quantisation grid explains.
+
+    In 32 columns of a row, which share a scale, dequantised weights have few values, of which zero
+    is one and about as frequent as its neighbours. Pruning makes zero more frequent than any other
+    value. Negative where another value is more frequent. The first rows stand for all.
+    """
+    blocks = min(weight.shape[1], _BLOCK)
+    rows = weight[:_ROWS, : weight.shape[1] // blocks * blocks].reshape(-1, blocks)  # [n, 32]
+    equal = (rows[:, :, None] == rows[:, None, :]).sum(2)  # [n, 32], how often each value is there
+    zero = rows == 0
+    others = equal.masked_fill(zero, 0).amax(1)
+    return float((zero.sum(1) - others).sum()) / rows.numel()
 
 
 def _card(dense: Source, settings: PruneSettings) -> dict[str, str]:
