@@ -112,16 +112,6 @@ class VariantSettings(RealignSettings):
                 f"{self.name!r} {fixed[self.method]}, so that there is no number of weights to "
                 "search; leave `search` out"
             )
-        if self.pushes and self.search is None:
-            raise ValueError(
-                f"{self.name!r} has pushes, which only a search can hold to bounds: give `search` "
-                "too, or leave `pushes` out"
-            )
-        if self.pushes and self.search is not None and self.search.most is not None:
-            raise ValueError(
-                f"{self.name!r}: `search.most` cuts off the pushes, which come last; give the same "
-                "as `budget` instead"
-            )
         if self.search is not None and not self.ranked:
             raise ValueError(f"{self.name!r} searches a number of weights: give it a `budget` too")
         if self.responses is not None and self.method not in ("gain", "fine-tune"):
