@@ -20,15 +20,15 @@ def hold_out(
 
     Args:
         examples: At least two.
-        share: Of the examples that are to be held out, at least; above 0 and below 1.
+        share: Of the examples, rounded, how many are to be held out at least; above 0, below 1.
         seed: Of the draw.
     """
-    wanted = max(1, round(share * len(examples)))
+    wanted = min(max(1, round(share * len(examples))), len(examples) - 1)
     sizes = Counter(one.category or "" for one in examples)
     if len(sizes) == 1:
         drawn = set(random.Random(seed).sample(range(len(examples)), wanted))
     else:
-        by_size = sorted(sizes, key=lambda name: (sizes[name], [-ord(char) for char in name]))
+        by_size = sorted(sorted(sizes, reverse=True), key=lambda name: sizes[name])
         chosen: set[str] = set()
         while sum(sizes[name] for name in chosen) < wanted and len(chosen) + 1 < len(sizes):
             chosen.add(by_size[len(chosen)])

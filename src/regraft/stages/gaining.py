@@ -192,13 +192,13 @@ def _prepare(
     seed: int,
 ) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
     """The pruned model and both kinds of prompts, before its layers."""
+    parts = {kind: _split(kind, readings[kind], watch, seed) for kind in KINDS}
     teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in KINDS}
     asks = not ranks.decided(lambda: all(path.exists() for path in teachers.values()))
     model, processor = load_for_walk(
         dense if asks else pruned, compute, watch, processor_from=dense
     )
     require_gradients(model.dtype)
-    parts = {kind: _split(kind, readings[kind], watch, seed) for kind in KINDS}
     walks: dict[str, list[Walk]] = {kind: [] for kind in KINDS}
     total = sum(len(examples) for part in parts.values() for examples in part)
     with watch.task("Reading the prompts", total) as done:
