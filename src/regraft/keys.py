@@ -38,7 +38,7 @@ from regraft.settings.compute import ComputeSettings
 _ONLY_ROUNDING = ("batch_size", "tokens_per_pass")  # settings that change nothing more
 _PIECES = "by size of image"  # how work is cut; another cut begins unfinished work again
 ABOUT_FILE = "regraft.json"  # in a checkpoint: how it was made
-_OUTCOMES = {"violated_groups", "steps"}  # told of an artifact, but not deciding what it will be
+_OUTCOMES = {"violated_groups", "start", "steps", "end"}  # told of an artifact, but not deciding it
 
 
 def describe(

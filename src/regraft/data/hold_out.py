@@ -23,9 +23,9 @@ def hold_out(
         share: Of the examples that are to be held out, above 0 and at most a half.
         seed: Of the draw.
     """
-    wanted = max(1, round(share * len(examples)))
+    wanted = min(max(1, round(share * len(examples))), len(examples) - 1)
     sizes = Counter(one.category or "" for one in examples)
-    names = sorted(sizes, key=lambda name: (sizes[name], [-ord(char) for char in name]))
+    names = sorted(sorted(sizes, reverse=True), key=sizes.__getitem__)
     whole: set[str] = set()
     held: list[int] = []
     for name in names[:-1]:  # never all of them

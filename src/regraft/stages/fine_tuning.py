@@ -20,7 +20,6 @@ from regraft.errors import RegraftError
 from regraft.files import atomic_file, file_digest
 from regraft.importance.gradients import require_gradients
 from regraft.importance.losses import DecisionLoss
-from regraft.importance.teacher import final_states
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
@@ -34,7 +33,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.realigning import RealignSettings
 from regraft.stages.answering import beside, calibration_data
-from regraft.stages.common import each_of_share, load_for_walk
+from regraft.stages.common import each_of_share, load_for_walk, write_teacher
 from regraft.stages.realigning import require_made_of, taken, with_violations
 from regraft.watch import Silent, Watch
 
@@ -215,27 +214,13 @@ class _Job:
             for chunks in minibatches([readings[kind].examples for kind in KINDS], self.compute)
         ]
         if asks:
-            self._ask(walks, teachers)
+            by_kind = {kind: [one[kind] for one in walks] for kind in KINDS}
+            write_teacher(by_kind, teachers, self.watch)
             model.network.to("meta")  # one model in memory at a time
             model, _ = load_for_walk(self.pruned, self.compute, self.watch, self.dense)
             walks = [{kind: one[kind].on(model) for kind in KINDS} for one in walks]
         losses = {kind: DecisionLoss(load_file(path)) for kind, path in teachers.items()}
         return model, [[(one[kind], losses[kind]) for kind in KINDS] for one in walks]
-
-    def _ask(self, walks: Sequence[Mapping[str, Walk]], teachers: Mapping[str, Path]) -> None:
-        """Write the dense model's final states, which the walks are before, by example."""
-        own = sum(len(b.ids) * w.layers for one in walks for w in one.values() for b in w.batches)
-        with self.watch.task("Asking the dense model", own, "samples x layers") as done:
-            for kind, path in teachers.items():
-                states: dict[str, Tensor] = {}
-                for one in walks:
-                    states |= final_states(one[kind], done)
-                    one[kind].rewind()
-                states = ranks.merged(states)
-                if ranks.first():
-                    with atomic_file(path) as temporary:
-                        save_file(states, temporary)
-        ranks.barrier()
 
 
 def minibatches(

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from regraft import ranks
 from regraft.checks import check_shares
@@ -16,10 +15,9 @@ from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
 from regraft.data.hold_out import hold_out
 from regraft.errors import RegraftError
-from regraft.files import atomic_file, require_space
+from regraft.files import require_space
 from regraft.importance.gradients import require_gradients
 from regraft.importance.losses import TOKEN_WEIGHTS, DecisionLoss
-from regraft.importance.teacher import final_states
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
@@ -36,7 +34,12 @@ from regraft.restoration.gain_step import (
 )
 from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
 from regraft.settings.compute import ComputeSettings
-from regraft.stages.common import each_of_share, hidden_state_bytes, load_for_walk
+from regraft.stages.common import (
+    each_of_share,
+    hidden_state_bytes,
+    load_for_walk,
+    write_teacher,
+)
 from regraft.watch import Watch
 
 ALGORITHM = 8  # rankings of another one are not taken for this one's
@@ -189,13 +192,13 @@ def _prepare(
     seed: int,
 ) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
     """The pruned model and both kinds of prompts, before its layers."""
+    parts = {kind: _split(kind, readings[kind], watch, seed) for kind in KINDS}
     teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in KINDS}
     asks = not ranks.decided(lambda: all(path.exists() for path in teachers.values()))
     model, processor = load_for_walk(
         dense if asks else pruned, compute, watch, processor_from=dense
     )
     require_gradients(model.dtype)
-    parts = {kind: _split(kind, readings[kind], watch, seed) for kind in KINDS}
     walks: dict[str, list[Walk]] = {kind: [] for kind in KINDS}
     total = sum(len(examples) for part in parts.values() for examples in part)
     with watch.task("Reading the prompts", total) as done:
@@ -207,12 +210,13 @@ def _prepare(
                 walks[kind].append(Walk(model, batches))
                 done(len(examples))
     if asks:
-        _ask(walks, teachers, watch)
+        write_teacher(walks, teachers, watch)
         model.network.to("meta")  # one model in memory at a time; the walks still hold this one
         model, _ = load_for_walk(pruned, compute, watch, processor_from=dense)
         walks = {kind: [walk.on(model) for walk in pair] for kind, pair in walks.items()}
     safety, utility = (
-        Prompts(*walks[kind], DecisionLoss(load_file(teachers[kind]))) for kind in KINDS
+        Prompts(fit, held_out, DecisionLoss(load_file(teachers[kind])))
+        for kind, (fit, held_out) in walks.items()
     )
     return model, (safety, utility)
 
@@ -239,23 +243,3 @@ def _shortened(processor: Any, example: Example) -> Example:
     ids = tokenizer(example.response, add_special_tokens=False)["input_ids"]
     start = tokenizer.decode(ids[: len(TOKEN_WEIGHTS) + 1], skip_special_tokens=True)
     return replace(example, response=start) if start.strip() else example
-
-
-def _ask(walks: Mapping[str, Sequence[Walk]], teachers: Mapping[str, Path], watch: Watch) -> None:
-    """Write the teacher distribution of the dense model, which the walks are before."""
-    own = sum(
-        len(batch.ids) * walk.layers
-        for pair in walks.values()
-        for walk in pair
-        for batch in walk.batches
-    )
-    with watch.task("Asking the dense model", own, "samples x layers") as done:
-        for kind, path in teachers.items():
-            found: dict[str, Tensor] = {}
-            for walk in walks[kind]:
-                found |= ranks.merged(final_states(walk, done))
-                walk.rewind()
-            if ranks.first():
-                with atomic_file(path) as temporary:
-                    save_file(found, temporary)
-    ranks.barrier()

@@ -98,7 +98,8 @@ def search(
         grid = {round(most * (i + 1) / settings.points) for i in range(settings.points)}
         for count in sorted({count for count in grid if 0 < count < most} | ({most} - {0})):
             patch = folder / f"{count:08d}.safetensors"
-            realign(dense, pruned, patch, method, ranking_file=ranking_file, count=count)
+            first = method.ranking()  # searches of other budgets along this ranking take it too
+            realign(dense, pruned, patch, first, ranking_file=ranking_file, count=count)
             points.append(point(folder / f"{count:08d}", count, pruned, patch))
         bounds = bounds_by(settings, full, points[0])
         chosen = choose(points, bounds)
