@@ -129,7 +129,7 @@ def restore_by_gain(
         now = steps[-1].held_out if steps else start
         require_space(work, needed)
         with watch.task(f"Step {len(steps) + 1} of gain", *_work(sides, 2, MOST_TRIES)) as done:
-            new = step(problem, *sides, most - len(ranking), ranking, now, work / "states", done)
+            new = step(problem, *sides, _room(steps, most), ranking, now, work / "states", done)
         ranking = ranking.then(new.ranking)
         steps.append(Passed.of(len(ranking), new))
         watch.note(_described(steps[-1], now))
@@ -140,6 +140,18 @@ def restore_by_gain(
         ranks.barrier()
     watch.note(f"{len(ranking):,} weights restored: {REASONS[end]}")
     return replace(ranking, about={**ranking.about, "end": end})
+
+
+def _room(steps: Sequence[Passed], most: int) -> int:
+    """How many weights the next step may restore.
+
+    At most twice as many as the step before, so that the line search is not spent on numbers that
+    were too many already.
+    """
+    if not steps:
+        return most
+    before = steps[-2].restored if len(steps) > 1 else 0
+    return min(most - steps[-1].restored, 2 * (steps[-1].restored - before))
 
 
 def path_limit(pruned: int) -> int:
