@@ -66,6 +66,16 @@ TextPrompts = Annotated[
 ]
 
 
+Prompts = Annotated[
+    DataSource,
+    _ONE_OR_TWO_WORDS,
+    Parameter(
+        help="A .jsonl file, demo:calibration, vlguard PATH, prompts FILE (harmful; AdvBench and "
+        "its like) or benign FILE (harmless). Responses in it are not read."
+    ),
+]
+
+
 Suites = Annotated[
     tuple[DataSource, ...],
     Parameter(converter=_several, n_tokens=-1, consume_multiple=True, accepts_keys=False),
@@ -89,7 +99,8 @@ class CalibrationSettings(Settings):
     responses: Literal["given", "self"] = Field(
         "given",
         description="given: the data set's. self: the dense model writes them greedily, and those "
-        "are kept that refuse a harmful prompt or do not refuse a harmless one.",
+        "are kept that refuse a harmful prompt or do not refuse a harmless one. `regraft respond` "
+        "writes them once, for all commands.",
     )
     max_response_tokens: int = Field(
         64, ge=1, description="Length of a response that the dense model writes."
