@@ -133,7 +133,7 @@ def test_gain(
     pruned, _ = truth.pruned_at_random(dense, tmp_path / "pruned", 0.5)
     write_data(tmp_path, 8)
     calibration = CalibrationSettings(data=f"jsonl:{tmp_path / 'data.jsonl'}", samples=4)  # type: ignore[arg-type]
-    settings = RealignSettings(method="gain", count=200, steps=2, constraint="none")
+    settings = RealignSettings(method="gain")
     chosen = {}
     for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
         found = stages.rank(
