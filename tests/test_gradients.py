@@ -7,24 +7,15 @@ import errno
 
 import pytest
 import torch
-from regraft.importance.hard import (
-    final_states,
-    losses_together,
-    response_losses,
-)
 from torch.nn import functional as F  # noqa: N812
 
 import truth
 from regraft.data.collate import batches, response_batch
 from regraft.errors import PassingError
 from regraft.importance import gradients
-from regraft.importance.gradients import (
-    layer_gradients,
-    product,
-    signed,
-    signed_and_squared,
-)
-from regraft.importance.losses import DecisionLoss
+from regraft.importance.gradients import layer_gradients, product, signed, signed_and_squared
+from regraft.importance.losses import DecisionLoss, mean_cross_entropy
+from regraft.importance.teacher import final_states, losses_together, response_losses
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 

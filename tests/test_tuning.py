@@ -468,7 +468,6 @@ def test_bad_input(refused: Callable[..., str]) -> None:
     assert "keep: 'swap' is not tuned here" in refused("--keep", "swap")
     assert "leave target_asr" in refused("--target-asr", 3)
     assert "0 < lowest <= highest" in refused("--q-range", 0.5, 0.1)
-    assert "top_heads" in refused("--count", 9, "--top-heads", 999)
     assert "No heads are scored for these" in refused("--method", "set-difference")  # --r-max 2
     assert "responses" in refused("--max-response-tokens", 9)
 

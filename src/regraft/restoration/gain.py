@@ -79,8 +79,8 @@ def line_search(
     Returns:
         (the number, 0 where no try lowers the loss; all tries in order)
     """
-    best, lowest, tries = 0, now, []
-    tried = most
+    best, lowest, tried = 0, now, most
+    tries: list[Try] = []
     while tried and len(tries) < MOST_TRIES:
         found = value(tried)
         tries.append(Try(tried, found))
