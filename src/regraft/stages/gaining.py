@@ -42,14 +42,14 @@ from regraft.stages.common import (
 )
 from regraft.watch import Watch
 
-ALGORITHM = 8  # rankings of another one are not taken for this one's
+ALGORITHM = 9  # rankings of another one are not taken for this one's
 HELD_OUT = 0.25  # of the prompts of each kind
-WORTHWHILE = 0.01  # a step that lowers the held-out loss by less of it is the last
+MOST_STEPS = 8  # at most 10 forward and backward passes over all prompts
 KINDS = ("safety", "utility")
 
 End = Literal["limit", "held-out", "candidates"]
 REASONS: Mapping[End, str] = {
-    "limit": "no path may be longer",
+    "limit": "no path may take more steps or weights",
     "held-out": "more weights do not lower the loss on held-out prompts",
     "candidates": "no other pruned weight is predicted to help",
 }
@@ -170,9 +170,9 @@ def _end(steps: Sequence[Passed], start: Losses, most: int) -> End | None:
     before = steps[-2].held_out if len(steps) > 1 else start
     if not last.candidates:
         return "candidates"
-    if before.sum - last.held_out.sum <= WORTHWHILE * before.sum:
+    if last.held_out.sum >= before.sum:
         return "held-out"
-    return "limit" if last.restored >= most else None
+    return "limit" if last.restored >= most or len(steps) == MOST_STEPS else None
 
 
 def _described(last: Passed, before: Losses) -> str:
