@@ -30,6 +30,7 @@ from regraft.restoration import gain_step
 from regraft.restoration.apply import patched
 from regraft.restoration.gain_step import Losses
 from regraft.restoration.patch import load_patch
+from regraft.restoration.path import REASONS
 from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.restoration.selection import restorable
 from regraft.settings.compute import ComputeSettings
@@ -206,7 +207,7 @@ def test_other_ends(end, benches, tmp_path, monkeypatch):
     if end == "candidates":
         (step,) = found.about["steps"]
         assert step["tries"] == [] and step["held_out"] == found.about["start"]
-    assert any(gaining.REASONS[end] in note for note in notes)
+    assert any(REASONS[end] in note for note in notes)
 
 
 def test_how_long_a_path_may_be():
