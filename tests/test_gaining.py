@@ -30,7 +30,7 @@ from regraft.restoration import gain_step
 from regraft.restoration.apply import patched
 from regraft.restoration.gain_step import Losses
 from regraft.restoration.patch import load_patch
-from regraft.restoration.path import REASONS
+from regraft.restoration.path import REASONS, path_to_json
 from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.restoration.selection import restorable
 from regraft.settings.compute import ComputeSettings
@@ -353,6 +353,9 @@ def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch)
     path = load_ranking(file)
     settings = path.about["settings"]
     assert settings["budget"] is None and settings["count"] is None
+    (shared,) = made.paths
+    assert (shared.pruning, shared.methods) == ("pruned", tuple(one["name"] for one in every))
+    assert path_to_json(shared.path).items() <= path.about.items()
     restored = {one.name: one.restored for one in made.variants}
     assert (restored["few"], restored["most"]) == (20, len(path))
     assert restored["some"] == 50 * path.about["pruned"] // 10_000 < len(path)

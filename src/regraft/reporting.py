@@ -21,10 +21,11 @@ from regraft.heads.score import HeadScores, load_heads
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
 from regraft.recipe import PruningSettings, Recipe, VariantSettings, read_recipe
-from regraft.report.model import DataAccount, HeadMap, Report, Variant
+from regraft.report.model import DataAccount, HeadMap, Report, SharedPath, Variant
 from regraft.report.write import write_report
 from regraft.restoration.fine_tune import TRAINED_VALUES, is_trained
 from regraft.restoration.patch import load_patch
+from regraft.restoration.path import read_path
 from regraft.restoration.ranking import load_ranking
 from regraft.restoration.realign import restored_by_module
 from regraft.settings.defending import DefenceSettings
@@ -108,6 +109,7 @@ def read_report(folder: Path) -> Report:
         recipe=recipe.model_dump(mode="json"),
         costs=tuple(read_costs(place.costs)),
         images=_images(recipe),
+        paths=tuple(_paths(place, recipe)),
         versions=abouts[0]["versions"] | {"device": abouts[0]["compute"]["device"]},
         notes=tuple(f"{one.label}: {TRAINED_VALUES}" for one in variants if one.trained),
     )
@@ -198,6 +200,18 @@ def _variant(name: str, evaluation: Evaluation, **fields: Any) -> Variant:
     sparsity = float(evaluation.about["zeros"] / evaluation.about["prunable"])
     label = fields.pop("label", name)
     return Variant(name, label, evaluation.result, sparsity=sparsity, **fields)
+
+
+def _paths(place: RunFolder, recipe: Recipe) -> Iterator[SharedPath]:
+    """The path of each ranking by gain that is there, with the variants that take a part of it."""
+    for pruning in recipe.prune:
+        sharing: dict[str, list[str]] = {}
+        for one in recipe.variants_of(pruning):
+            sharing.setdefault(recipe.ranking_name(one), []).append(one.name)
+        for name, methods in sharing.items():
+            file = place.ranking(pruning.name, name)
+            if file.exists() and (path := read_path(load_ranking(file).about)) is not None:
+                yield SharedPath(pruning.name, tuple(methods), path)
 
 
 def _method(settings: VariantSettings) -> str:

@@ -34,6 +34,7 @@ from regraft.evaluation.text import pooled
 from regraft.evaluation.tradeoff import Searched
 from regraft.report.addresses import short_names
 from regraft.report.model import SIGNIFICANCE, Report, Variant, paired_answers
+from regraft.restoration.path import GainPath
 
 Role = Literal["dense", "pruned", "method"]
 Counts = NDArray[np.int64]
@@ -142,7 +143,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Study:
-    """All that a comparison shows; `suites` are those with harmful prompts, where several are."""
+    """All that a comparison shows.
+
+    `suites` are those with harmful prompts, where several are. `paths` are those of gain, a title
+    with one path a seed.
+    """
 
     title: str
     model: str
@@ -152,6 +157,7 @@ class Study:
     suites: tuple[str, ...]
     against: tuple[str, ...]
     tables: tuple[Table, ...]
+    paths: tuple[tuple[str, tuple[GainPath, ...]], ...] = ()
 
     @property
     def silent(self) -> bool:
@@ -283,7 +289,17 @@ def compare(runs: Sequence[Run], against: Sequence[str] = (), seed: int = 0) -> 
         suites=tuple(labels.values()),
         against=against,
         tables=tuple(_table(runs, group, against, labels, seed) for group in groups),
+        paths=_paths(runs),
     )
+
+
+def _paths(runs: Sequence[Run]) -> tuple[tuple[str, tuple[GainPath, ...]], ...]:
+    """Those of each method by gain, one a seed."""
+    found: dict[str, list[GainPath]] = {}
+    for run in runs:
+        for one in run.report.paths:
+            found.setdefault(one.title, []).append(one.path)
+    return tuple((title, tuple(paths)) for title, paths in found.items())
 
 
 def _check_against(against: Sequence[str], names: Sequence[str]) -> None:

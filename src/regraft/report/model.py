@@ -23,6 +23,7 @@ from regraft.evaluation.metrics import (
 from regraft.evaluation.results import Answer, Estimate, EvalResult
 from regraft.evaluation.tradeoff import Searched
 from regraft.evaluation.verdicts import Agreement, Judged
+from regraft.restoration.path import GainPath
 
 SIGNIFICANCE = 0.05
 Role = Literal["dense", "pruned", "realigned", "control", "other"]
@@ -118,6 +119,20 @@ class DataAccount:
 
 
 @dataclass(frozen=True)
+class SharedPath:
+    """A path and the methods of a pruning that take the first part of it."""
+
+    pruning: str
+    methods: tuple[str, ...]
+    path: GainPath
+
+    @property
+    def title(self) -> str:
+        """Of its panel, its table and the sentence about its end."""
+        return f"{self.pruning}: {', '.join(self.methods)}"
+
+
+@dataclass(frozen=True)
 class Opinion:
     """What another judge says of a model's answers, and how far the own one agrees with it."""
 
@@ -133,7 +148,7 @@ class Report:
     `variants` are the dense model, then each pruned one followed by those realigned from it. Where
     they are `unrelated`, nothing is known of any but its answers, and all are compared with the
     first. `images` maps an answer's id to the file of its image, for thumbnails; it may be
-    incomplete.
+    incomplete. `paths` are those of methods by gain.
 
     Raises:
         RegraftError: there is no variant, two have the same name, or they are in another order.
@@ -150,6 +165,7 @@ class Report:
     images: Mapping[str, Path] = field(default_factory=dict)
     costs: tuple[Cost, ...] = ()
     opinions: tuple[Opinion, ...] = ()
+    paths: tuple[SharedPath, ...] = ()
     unrelated: bool = False
 
     def __post_init__(self) -> None:

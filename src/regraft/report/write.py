@@ -39,7 +39,10 @@ from regraft.report.figures import (
     trade_off_map,
 )
 from regraft.report.model import Comparison, Report, Variant, comparisons, measured
+from regraft.report.path_figure import path_figure
+from regraft.report.paths import PATHS_CAPTION, ending, step_rows
 from regraft.report.thumbnails import thumbnail
+from regraft.restoration.path import path_to_json
 
 ANSWER_LENGTH, PROMPT_LENGTH = 1200, 400
 SAYS_NOTHING = "says nothing"
@@ -88,6 +91,10 @@ def report_to_json(report: Report, compared: Sequence[Comparison]) -> dict[str, 
         "costs": [asdict(cost) for cost in report.costs],
         "notes": list(report.notes),
         "opinions": [asdict(one) for one in report.opinions],
+        "paths": [
+            {"pruning": one.pruning, "methods": list(one.methods), **path_to_json(one.path)}
+            for one in report.paths
+        ],
     }
 
 
@@ -241,6 +248,7 @@ def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
         "applying": words.applying(len(commands)),
         "harmful": harmful,
         "harmless": harmless,
+        "paths": [(one.title, step_rows(one.path), ending(one.path)) for one in report.paths],
         "spent": spent.by_stage(report.costs),
         "spent_in_all": spent.total(report.costs) if report.costs else None,
         "devices": spent.devices(report.costs),
@@ -356,6 +364,7 @@ def _figures(report: Report) -> tuple[tuple[Markup, str], ...]:
             "ASR by harm category, with 95 % intervals (lines).",
         ),
         (curve_figure(_searched(report)), CURVES_CAPTION),
+        (path_figure([(one.title, (one.path,)) for one in report.paths]), PATHS_CAPTION),
         *(
             (restored_figure(v), f"{v.label}: weights restored in each module and layer.")
             for v in group

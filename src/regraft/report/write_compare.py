@@ -21,6 +21,8 @@ from regraft.report.compare_figures import trade_off_panels
 from regraft.report.curve_figure import CURVES_CAPTION, curve_figure
 from regraft.report.drawing import standalone
 from regraft.report.model import SIGNIFICANCE, measured
+from regraft.report.path_figure import path_figure
+from regraft.report.paths import PATHS_CAPTION
 from regraft.report.words import DASH, on_text, share
 from regraft.report.write import page_environment
 
@@ -28,7 +30,8 @@ from regraft.report.write import page_environment
 def write_comparison(study: Study, folder: Path) -> None:
     """Write `compare.json`, `compare.md`, `compare.html` and its figures, replacing older ones.
 
-    `trade-off.svg`, and where there was a search `curves.svg`, are figures of the page.
+    `trade-off.svg`, where there was a search `curves.svg` and where gain was used `paths.svg`, are
+    figures of the page.
 
     Raises:
         RegraftError: a file cannot be written.
@@ -69,6 +72,7 @@ def _figures(study: Study) -> dict[str, tuple[str, str]]:
             curve_figure([(table.pruning, named_curves(table)) for table in study.tables]),
             f"{CURVES_CAPTION} One line a seed.",
         ),
+        "paths": (path_figure(study.paths), f"{PATHS_CAPTION} One pair of lines a seed."),
     }
 
 

@@ -47,6 +47,7 @@ HELD_OUT = 0.25  # of the prompts of each kind
 WORTHWHILE = 0.01  # a step that lowers the held-out loss by less of it is the last
 KINDS = ("safety", "utility")
 
+
 def restore_by_gain(
     dense: Source,
     pruned: Source,
