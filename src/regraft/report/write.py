@@ -243,6 +243,7 @@ def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
         "realigned": "realigned" in report.roles,
         "scored": any(answer.scored_by for answer in report.dense.result.answers),
         "patterned": any(v.n_m for v in report.variants),
+        "passes": words.passes_note(report),
         "opinions": _opinion_rows(report),
         "commands": commands,
         "applying": words.applying(len(commands)),
@@ -267,12 +268,14 @@ def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
 def _headings(report: Report) -> tuple[str, ...]:
     """Of the table of results, those that have something to say of these models."""
     restoring = ("Restored", "per 10,000") if "realigned" in report.roles else ()
+    passes = ("Passes",) if words.passes_note(report) else ()
     pruned = any(round(v.sparsity, 3) for v in report.variants) or not report.unrelated
     compared = len(report.variants) > 1
     return (
         "Model",
         *(("Sparsity",) if pruned else ()),
         *restoring,
+        *passes,
         "ASR",
         *(("p, ASR",) if compared else ()),
         *(("RSR",) if restoring else ()),
@@ -419,6 +422,7 @@ def page_environment() -> Environment:
             "interval",
             "rate",
             "share",
+            "passes_text",
             "p_value",
             "rsr_text",
             "broken",

@@ -23,7 +23,7 @@ from regraft.report.drawing import standalone
 from regraft.report.model import SIGNIFICANCE, measured
 from regraft.report.path_figure import path_figure
 from regraft.report.paths import PATHS_CAPTION
-from regraft.report.words import DASH, on_text, share
+from regraft.report.words import DASH, PASSES_NOTE, on_text, passes_text, share
 from regraft.report.write import page_environment
 
 
@@ -92,6 +92,7 @@ def _render(study: Study, kind: str, figures: list[tuple[Markup, str]]) -> str:
         "figure": rate_text,
         "points": points_text,
         "spread": spread_text,
+        "passes": passes_of,
         "recovered": recovered_text,
         "by_seed": by_seed_text,
         "p": p_text,
@@ -139,7 +140,7 @@ def notes(study: Study) -> tuple[str, ...]:
         + ("is for RSR by seed to show." if several else "takes several seeds to show."),
         "Points: a method's rate less the pruned or the dense model's.",
     )
-    marks = []
+    marks = [PASSES_NOTE] if study.counts_passes else []
     if study.text is not None:
         marks.append(
             "Perplexity, and KL(dense || model) in nats a token, on "
@@ -189,6 +190,14 @@ def spread_text(spread: Spread | None) -> str:
     if share(spread.least) == share(spread.most):
         return share(spread.mean)
     return f"{share(spread.mean)} ({share(spread.least)} to {share(spread.most)})"
+
+
+def passes_of(spread: Spread | None) -> str:
+    """ "12.3 (11.9 to 12.8)": passes over the calibration prompts, over the runs."""
+    if spread is None:
+        return DASH
+    mean, least, most = (passes_text(one) for one in (spread.mean, spread.least, spread.most))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def recovered_text(recovered: Recovered | None) -> str:
