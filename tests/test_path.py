@@ -17,6 +17,7 @@ from regraft.report.path_figure import (
     calibration_points,
     held_out_points,
     path_figure,
+    ticks,
     tried_points,
 )
 from regraft.report.paths import StepRow, ending, step_rows
@@ -106,9 +107,17 @@ def test_the_figure_has_a_panel_a_method_and_a_line_a_seed() -> None:
     two = path_figure([("a <title>", [PATH, replace(PATH, start=Losses(1.0, 1.0))])])
     lines = [text.count("stroke-dasharray") for text in (one, two)]
     assert lines[1] == lines[0] + 1, "the dashed line of the second path"
+    assert {"0", "1,000", "2,000", "5,000"} <= set(svg_texts(one))
     assert "b" in svg_texts(path_figure([("a", [PATH]), ("b", [PATH])]))
     assert path_figure([]) == path_figure([("a", [])]) == ""
     assert path_figure([("nothing helps", [GainPath(Losses(0.0, 0.0))])])
+
+
+def test_ticks_are_round_and_few() -> None:
+    assert ticks(625, 5000) == [0, 1000, 2000, 5000]
+    assert ticks(3, 40_000) == [0, 10, 100, 1000, 10_000]
+    assert ticks(1, 1) == [0, 1]
+    assert ticks(7, 9) == [0]
 
 
 def test_a_row_a_step_and_why_it_ended() -> None:

@@ -16,6 +16,7 @@ from regraft.restoration.path import GainPath
 
 Points = tuple[tuple[int, float], ...]  # (weights restored, loss in nats)
 _HELD_OUT, _CALIBRATION, _TRY = SERIES[2], SERIES[0], SERIES[3]
+_MOST_TICKS = 6
 _HEADROOM = 1.25  # of the highest loss on a line
 
 
@@ -40,7 +41,7 @@ def path_figure(panels: Sequence[tuple[str, Sequence[GainPath]]]) -> str:
         Line2D([], [], color=_TRY, marker="o", ls="", ms=3, alpha=0.5, label="tried, held out"),
     ]
     counts = [count for _, paths in drawn for path in paths for count, _ in every_point(path)]
-    least = min((count for count in counts if count), default=1)
+    least, most = min((count for count in counts if count), default=1), max(1, *counts)
 
     def draw(figure: Figure, planes: Any) -> None:
         for axes, (title, paths) in zip(np.atleast_1d(planes), drawn, strict=True):
@@ -48,7 +49,9 @@ def path_figure(panels: Sequence[tuple[str, Sequence[GainPath]]]) -> str:
                 _draw_path(axes, path)
             lines = [loss for path in paths for loss in _line_losses(path)]
             axes.set_xscale("symlog", linthresh=least, linscale=0.3)
-            axes.set(xlim=(0, 1.15 * max(1, *counts)), ylim=(0, _HEADROOM * max(lines) or 1))
+            axes.set_xticks(ticks(least, most), [f"{tick:,}" for tick in ticks(least, most)])
+            axes.minorticks_off()
+            axes.set(xlim=(0, 1.15 * most), ylim=(0, _HEADROOM * max(lines) or 1))
             axes.set_ylabel("loss, nats (lower is better)")
             axes.tick_params(labelbottom=True)
             axes.grid()
@@ -57,6 +60,16 @@ def path_figure(panels: Sequence[tuple[str, Sequence[GainPath]]]) -> str:
         legend_below(figure, handles)
 
     return to_svg(panels_height(len(drawn), handles), "Paths of gain", draw, len(drawn))
+
+
+def ticks(least: int, most: int) -> list[int]:
+    """0 and round numbers from `least` to `most`, few enough to be written side by side."""
+    decades = range(len(str(most)))
+    fine, coarse = (
+        [m * 10**e for e in decades for m in steps if least <= m * 10**e <= most]
+        for steps in ((1, 2, 5), (1,))
+    )
+    return [0, *(fine if len(fine) <= _MOST_TICKS else coarse)]
 
 
 def held_out_points(path: GainPath) -> Points:
@@ -91,7 +104,7 @@ def _line_losses(path: GainPath) -> list[float]:
 
 
 def _draw_path(axes: Axes, path: GainPath) -> None:
-    looks: dict[str, Any] = {"lw": 0.9, "ms": 3.5, "mec": PAPER, "mew": 0.4}
+    looks: dict[str, Any] = {"lw": 0.9, "ms": 3.5, "mec": PAPER, "mew": 0.4, "clip_on": False}
     tried = tried_points(path)
     axes.plot(*_columns(tried), "o", color=_TRY, ms=3, mew=0, alpha=0.5)
     axes.plot(*_columns(calibration_points(path)), "s--", color=_CALIBRATION, **looks)

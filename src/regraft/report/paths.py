@@ -11,7 +11,7 @@ PATHS_CAPTION = (
     "Mean loss along the path of gain, safety and utility together, in nats. Calibration: prompts "
     "whose gradients choose the weights, before each step. Held out: prompts that decide how many "
     "weights a step restores, after it. Points: numbers of weights that were tried, those with "
-    "losses above the frame left out."
+    "losses above the frame left out. Weights are on a logarithmic scale."
 )
 
 
