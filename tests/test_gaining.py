@@ -19,6 +19,7 @@ from regraft import pipeline, stages
 from regraft.checks import draw_calibration
 from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
+from regraft.data.hold_out import hold_out
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.curves import read_curve
@@ -30,6 +31,7 @@ from regraft.restoration import gain_step
 from regraft.restoration.apply import patched
 from regraft.restoration.gain_step import Losses
 from regraft.restoration.patch import load_patch
+from regraft.restoration.path import REASONS, path_to_json
 from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.restoration.selection import restorable
 from regraft.settings.compute import ComputeSettings
@@ -48,7 +50,6 @@ METHODS: dict[str, dict[str, Any]] = {
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
 STREAMED = COMPUTE.model_copy(update={"placement": "streamed"})
 GAIN = RealignSettings(method="gain")
-HELD_OUT = {"privacy", "houses"}  # of two equal categories the last by name
 TOKENS = (1, 1, 0.3, 0.3, 0.3, 0.3)
 
 
@@ -84,10 +85,11 @@ class Bench:
         means = []
         for harmful in (True, False):
             drawn = draw_calibration(self.dense, self.calibration, harmful=harmful).examples
-            own = [one for one in drawn if (one.category in HELD_OUT) == held_out]
-            assert len(own) == 2
+            own = hold_out(drawn, gaining.HELD_OUT, self.calibration.seed)[held_out]
             with patched(model, pruned.anatomy, patch) if patch else nullcontext():
-                means.append(sum(_divergence(dense, model, processor, one) for one in own) / 2)
+                means.append(
+                    sum(_divergence(dense, model, processor, one) for one in own) / len(own)
+                )
         return Losses(*means)
 
 
@@ -206,7 +208,7 @@ def test_other_ends(end, benches, tmp_path, monkeypatch):
     if end == "candidates":
         (step,) = found.about["steps"]
         assert step["tries"] == [] and step["held_out"] == found.about["start"]
-    assert any(gaining.REASONS[end] in note for note in notes)
+    assert any(REASONS[end] in note for note in notes)
 
 
 def test_how_long_a_path_may_be():
@@ -227,10 +229,16 @@ def test_gradients_are_of_the_prompts_that_are_not_held_out(benches, tmp_path, m
 
     monkeypatch.setattr(gain_step, "layer_gradients", gradients)
     monkeypatch.setattr(gain_step, "losses_together", losses)
-    benches("llama").rank(tmp_path / "ranking")
-    kinds = ("harmful", "harmless")
-    assert fitted == {f"{kind}-0-{i}" for kind in kinds for i in (0, 2)}
-    assert held == {f"{kind}-0-{i}" for kind in kinds for i in (1, 3)}
+    bench = benches("llama")
+    bench.rank(tmp_path / "ranking")
+    splits = [
+        hold_out(
+            draw_calibration(bench.dense, bench.calibration, harmful=harmful).examples, 0.25, 0
+        )
+        for harmful in (True, False)
+    ]
+    assert fitted == {one.id for fit, _ in splits for one in fit}
+    assert held == {one.id for _, out in splits for one in out}
 
 
 def test_what_does_not_help_on_held_out_prompts_is_not_restored(benches, tmp_path, monkeypatch):
@@ -288,14 +296,14 @@ def test_whole_sources_are_held_out_and_named():
         def note(self, text: str) -> None:
             notes.append(text)
 
-    names = ["advbench"] * 5 + ["harmbench"] * 2 + ["strongreject"] * 4
+    names = ["advbench"] * 12 + ["harmbench"] * 2 + ["strongreject"] * 2
     fit, held = gaining._split("safety", of(names), Told(), 0)
     assert {one.category for one in fit} == {"advbench"}
     assert {one.category for one in held} == {"harmbench", "strongreject"}
     gaining._split("utility", of(["alpaca"] * 8), Told(), 0)
     assert notes == [
-        "safety: 5 prompts for gradients, 6 held out (of harmbench, strongreject)",
-        "utility: 6 prompts for gradients, 2 held out (drawn, of the same source)",
+        "safety: 12 prompts for gradients, 4 held out (4 of harmbench, strongreject)",
+        "utility: 6 prompts for gradients, 2 held out (2 drawn)",
     ]
 
 
@@ -352,6 +360,9 @@ def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch)
     path = load_ranking(file)
     settings = path.about["settings"]
     assert settings["budget"] is None and settings["count"] is None
+    (shared,) = made.paths
+    assert (shared.pruning, shared.methods) == ("pruned", tuple(one["name"] for one in every))
+    assert path_to_json(shared.path).items() <= path.about.items()
     restored = {one.name: one.restored for one in made.variants}
     assert (restored["few"], restored["most"]) == (20, len(path))
     assert restored["some"] == 50 * path.about["pruned"] // 10_000 < len(path)

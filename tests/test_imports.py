@@ -26,6 +26,7 @@ ORDER = (
         "checks",
         "stages",
         "folder",
+        "passes",
     ),
     *(
         "reporting",

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +64,23 @@ class Cost:
             flops=if_all_known(sum, (self.flops, other.flops)),
             peak_bytes=if_all_known(max, peaks),
         )
+
+
+@dataclass(frozen=True)
+class CalibrationPass:
+    """One forward and backward pass over all calibration prompts of a run, harmful and harmless.
+
+    Attributes:
+        prompts: How many.
+        tokens: Of all of them, places of images included; responses are not.
+        flops: 6 for each prunable weight of the decoder and token: 2 forward and, as in `Cost`,
+            twice as many backward (C = 6 N D; Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+            The vision tower and the LM head are left out.
+    """
+
+    prompts: int
+    tokens: int
+    flops: int
 
 
 class Metered:
@@ -193,6 +210,26 @@ def read_costs(path: Path) -> list[Cost]:
         return [Cost(**one) for one in read_json(path)]
     except TypeError as error:
         raise RegraftError(f"{path} holds no costs of a run ({error}). Remove it.") from error
+
+
+def read_pass(path: Path) -> CalibrationPass | None:
+    """What a pass over the calibration prompts of a run is; None where the file is missing.
+
+    Raises:
+        RegraftError: the file holds something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = read_json(path)
+        return CalibrationPass(
+            **{one.name: int(found[one.name]) for one in fields(CalibrationPass)}
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RegraftError(
+            f"{path} does not say what a pass over the calibration prompts is ({error!r}). Remove "
+            "it and continue the run."
+        ) from error
 
 
 def named(device: torch.device) -> str:

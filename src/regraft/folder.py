@@ -41,6 +41,11 @@ class RunFolder:
         """Time, FLOPs and memory of every stage."""
         return self.path / "costs.json"
 
+    @property
+    def calibration_pass(self) -> Path:
+        """What one pass over the calibration prompts is, in tokens and FLOPs."""
+        return self.path / "calibration-pass.json"
+
     def statistics(self, score: str) -> Path:
         """What is gathered on D^s and D^u for one kind of importance."""
         name = "statistics" if score == "wanda" else f"statistics-{score}"

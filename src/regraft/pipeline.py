@@ -14,6 +14,7 @@ from regraft.files import digest, discard_leftover, require_empty, write_text
 from regraft.folder import RunFolder
 from regraft.keys import but_for_rounding, difference
 from regraft.models.load import Source, open_source, pick_device
+from regraft.passes import SEARCH_REFERENCES, count_pass, learns_from_both
 from regraft.preflight import check, scores_needed, seen_before_in, unread_in
 from regraft.recipe import (
     NamedDefenceSettings,
@@ -77,6 +78,8 @@ def run(
             watch.note(f"Defending: {place.name(name, defence.name)}")
             job.defend(name, source, defence)
     session.unload()
+    if learns_from_both(recipe):
+        count_pass(dense, recipe.calibration, place.calibration_pass, session, watch)
     return report(folder)
 
 
@@ -271,6 +274,19 @@ class _Job:
         ranking: Path,
     ) -> int:
         place, prompts = self.place, _prompts_name(search)
+        references, answering = place.points(pruning, prompts), self.recipe.evaluate.only()
+        if not place.curve(pruning, settings.name).exists():
+            with self.costs.of(SEARCH_REFERENCES, pruning):  # which all searches share
+                stages.evaluate_references(
+                    self.dense,
+                    pruned,
+                    references,
+                    search,
+                    answering.in_memory(),
+                    self.recipe.compute,
+                    self.watch,
+                    self.session,
+                )
         with self.costs.of("search", name):
             return stages.search(
                 self.dense,
@@ -279,11 +295,11 @@ class _Job:
                 place.curve(pruning, settings.name),
                 search,
                 settings.selection(),
-                self.recipe.evaluate.only().in_memory(),
+                answering.in_memory(),
                 self.recipe.compute,
                 self.watch,
                 self.session,
-                references=place.points(pruning, prompts),
+                references=references,
                 points_folder=place.points(pruning, f"{ranking.stem}-{prompts}"),
             )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from regraft import ranks, stages
 from regraft.checks import join_suites
-from regraft.costs import read_costs
+from regraft.costs import read_costs, read_pass
 from regraft.data.demo import demo_model
 from regraft.defence.artifact import Direction, load_defence
 from regraft.defence.prompt import DEFENCE_PROMPT
@@ -20,11 +20,13 @@ from regraft.folder import RECIPE_FILE, RunFolder
 from regraft.heads.score import HeadScores, load_heads
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
+from regraft.passes import passes_of_defence, passes_of_variant
 from regraft.recipe import PruningSettings, Recipe, VariantSettings, read_recipe
-from regraft.report.model import DataAccount, HeadMap, Report, Variant
+from regraft.report.model import DataAccount, HeadMap, Report, SharedPath, Variant
 from regraft.report.write import write_report
 from regraft.restoration.fine_tune import TRAINED_VALUES, is_trained
 from regraft.restoration.patch import load_patch
+from regraft.restoration.path import read_path
 from regraft.restoration.ranking import load_ranking
 from regraft.restoration.realign import restored_by_module
 from regraft.settings.defending import DefenceSettings
@@ -108,6 +110,8 @@ def read_report(folder: Path) -> Report:
         recipe=recipe.model_dump(mode="json"),
         costs=tuple(read_costs(place.costs)),
         images=_images(recipe),
+        paths=tuple(_paths(place, recipe)),
+        one_pass=read_pass(place.calibration_pass),
         versions=abouts[0]["versions"] | {"device": abouts[0]["compute"]["device"]},
         notes=tuple(f"{one.label}: {TRAINED_VALUES}" for one in variants if one.trained),
     )
@@ -144,6 +148,7 @@ def _group(
 ) -> Iterator[Variant]:
     """One pruning and the variants realigned from it."""
     variants = recipe.variants_of(pruning)
+    costs, unit = read_costs(place.costs), read_pass(place.calibration_pass)
     patches = {one.name: load_patch(place.patch(pruning.name, one.name)) for one in variants}
     own = evaluations[pruning.name]
     taken = own.about["zeros"] - evaluations["dense"].about["zeros"]
@@ -180,6 +185,7 @@ def _group(
             violated_groups=patch.about.get("violated_groups", 0),
             groups=patch.about.get("groups", 0),
             curve=read_curve(curve) if curve.exists() else None,
+            passes=passes_of_variant(recipe, place, pruning, one, costs, unit),
         )
     for defence in recipe.defences_of(pruning):
         name = place.name(pruning.name, defence.name)
@@ -191,6 +197,9 @@ def _group(
             base=pruning.name,
             series=series,
             inference_time=True,
+            passes=passes_of_defence(
+                name, costs, unit, by_prompt=defence.method != "refusal-direction"
+            ),
         )
 
 
@@ -198,6 +207,18 @@ def _variant(name: str, evaluation: Evaluation, **fields: Any) -> Variant:
     sparsity = float(evaluation.about["zeros"] / evaluation.about["prunable"])
     label = fields.pop("label", name)
     return Variant(name, label, evaluation.result, sparsity=sparsity, **fields)
+
+
+def _paths(place: RunFolder, recipe: Recipe) -> Iterator[SharedPath]:
+    """The path of each ranking by gain that is there, with the variants that take a part of it."""
+    for pruning in recipe.prune:
+        sharing: dict[str, list[str]] = {}
+        for one in recipe.variants_of(pruning):
+            sharing.setdefault(recipe.ranking_name(one), []).append(one.name)
+        for name, methods in sharing.items():
+            file = place.ranking(pruning.name, name)
+            if file.exists() and (path := read_path(load_ranking(file).about)) is not None:
+                yield SharedPath(pruning.name, tuple(methods), path)
 
 
 def _method(settings: VariantSettings) -> str:

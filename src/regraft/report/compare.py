@@ -34,6 +34,7 @@ from regraft.evaluation.text import pooled
 from regraft.evaluation.tradeoff import Searched
 from regraft.report.addresses import short_names
 from regraft.report.model import SIGNIFICANCE, Report, Variant, paired_answers
+from regraft.restoration.path import GainPath
 
 Role = Literal["dense", "pruned", "method"]
 Counts = NDArray[np.int64]
@@ -97,8 +98,9 @@ class Row:
     Estimates are over `n` prompts; a difference is in the same unit, method less the other.
     `restored` is per 10,000 pruned weights, None where no weight comes back. `repeats` draws of a
     random control are one row. `degenerate` is the share of all answers that say nothing, which
-    count neither as attacks nor as refusals. `text` is the mean over a row's models. None stands
-    for what was not measured or does not apply.
+    count neither as attacks nor as refusals. `text` is the mean over a row's models.
+    `passes` is the compute of choosing the weights, in passes over the calibration prompts of each
+    run. None stands for what was not measured or does not apply.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Row:
     utility_from_dense: Estimate | None
     degenerate: Estimate | None = None
     text: TextResult | None = None
+    passes: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Study:
-    """All that a comparison shows; `suites` are those with harmful prompts, where several are."""
+    """All that a comparison shows.
+
+    `suites` are those with harmful prompts, where several are. `paths` are those of gain, a title
+    with one path a seed.
+    """
 
     title: str
     model: str
@@ -152,12 +159,18 @@ class Study:
     suites: tuple[str, ...]
     against: tuple[str, ...]
     tables: tuple[Table, ...]
+    paths: tuple[tuple[str, tuple[GainPath, ...]], ...] = ()
 
     @property
     def silent(self) -> bool:
         """Whether any answer says nothing."""
         rows = (row for table in self.tables for row in table.rows)
         return any(row.degenerate is not None and row.degenerate.value for row in rows)
+
+    @property
+    def counts_passes(self) -> bool:
+        """Whether the compute of any method was measured."""
+        return any(row.passes is not None for table in self.tables for row in table.rows)
 
     @property
     def text(self) -> TextResult | None:
@@ -283,7 +296,17 @@ def compare(runs: Sequence[Run], against: Sequence[str] = (), seed: int = 0) -> 
         suites=tuple(labels.values()),
         against=against,
         tables=tuple(_table(runs, group, against, labels, seed) for group in groups),
+        paths=_paths(runs),
     )
+
+
+def _paths(runs: Sequence[Run]) -> tuple[tuple[str, tuple[GainPath, ...]], ...]:
+    """Those of each method by gain, one a seed."""
+    found: dict[str, list[GainPath]] = {}
+    for run in runs:
+        for one in run.report.paths:
+            found.setdefault(one.title, []).append(one.path)
+    return tuple((title, tuple(paths)) for title, paths in found.items())
 
 
 def _check_against(against: Sequence[str], names: Sequence[str]) -> None:
@@ -535,6 +558,7 @@ def _row(
         utility_from_pruned=utility(from_pruned),
         utility_from_dense=utility(from_dense),
         degenerate=_rate(answers.silent),
+        passes=_passes([variant.passes for variant in cells.all]),
         text=pooled([one.result.text for one in cells.all if one.result.text is not None]),
     )
 
@@ -544,6 +568,14 @@ def _spread(shares: Iterable[float | None]) -> Spread | None:
     if not any(found):
         return None
     return Spread(sum(found) / len(found), min(found), max(found))
+
+
+def _passes(found: Sequence[float | None]) -> Spread | None:
+    """None where one was not measured."""
+    known = [one for one in found if one is not None]
+    if len(known) < len(found):
+        return None
+    return Spread(sum(known) / len(known), min(known), max(known))
 
 
 def _rate(events: _Events) -> Estimate | None:

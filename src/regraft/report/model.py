@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from regraft.costs import Cost
+from regraft.costs import CalibrationPass, Cost
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import (
     PairedTest,
@@ -23,6 +23,7 @@ from regraft.evaluation.metrics import (
 from regraft.evaluation.results import Answer, Estimate, EvalResult
 from regraft.evaluation.tradeoff import Searched
 from regraft.evaluation.verdicts import Agreement, Judged
+from regraft.restoration.path import GainPath
 
 SIGNIFICANCE = 0.05
 Role = Literal["dense", "pruned", "realigned", "control", "other"]
@@ -43,8 +44,10 @@ class Variant:
     (layer, head) pairs that were open to restoration. Where pruning kept an N:M pattern, `n_m` is
     the pattern ("2:4") and `violated_groups` of `groups` no longer keep it. `inference_time` marks
     a method that leaves the pruned weights alone and acts while the model answers. `curve` is the
-    search on validation prompts by which `restored` was chosen. `checkpoint` is where a pruned
-    model lies and `patch` the file of what was restored, both as seen from the run's folder.
+    search on validation prompts by which `restored` was chosen. `passes` is the compute of choosing
+    the weights, in passes over the calibration prompts; None where it was not measured.
+    `checkpoint` is where a pruned model lies and `patch` the file of what was restored, both as
+    seen from the run's folder.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Variant:
     groups: int = 0
     inference_time: bool = False
     curve: Searched | None = None
+    passes: float | None = None
     checkpoint: str = ""
     patch: str = ""
 
@@ -118,6 +122,20 @@ class DataAccount:
 
 
 @dataclass(frozen=True)
+class SharedPath:
+    """A path and the methods of a pruning that take the first part of it."""
+
+    pruning: str
+    methods: tuple[str, ...]
+    path: GainPath
+
+    @property
+    def title(self) -> str:
+        """Of its panel, its table and the sentence about its end."""
+        return f"{self.pruning}: {', '.join(self.methods)}"
+
+
+@dataclass(frozen=True)
 class Opinion:
     """What another judge says of a model's answers, and how far the own one agrees with it."""
 
@@ -133,7 +151,8 @@ class Report:
     `variants` are the dense model, then each pruned one followed by those realigned from it. Where
     they are `unrelated`, nothing is known of any but its answers, and all are compared with the
     first. `images` maps an answer's id to the file of its image, for thumbnails; it may be
-    incomplete.
+    incomplete. `paths` are those of methods by gain,
+    `one_pass` the unit of `Variant.passes`.
 
     Raises:
         RegraftError: there is no variant, two have the same name, or they are in another order.
@@ -150,6 +169,8 @@ class Report:
     images: Mapping[str, Path] = field(default_factory=dict)
     costs: tuple[Cost, ...] = ()
     opinions: tuple[Opinion, ...] = ()
+    paths: tuple[SharedPath, ...] = ()
+    one_pass: CalibrationPass | None = None
     unrelated: bool = False
 
     def __post_init__(self) -> None:

@@ -17,6 +17,15 @@ from regraft.report.model import (
     paired_attacks,
 )
 
+PASSES_NOTE = (
+    "Passes: the compute of choosing the weights (scores of heads, statistics, ranking, search, "
+    "training), in forward and backward passes over all calibration prompts of the run. One pass "
+    "is 6 operations for each prunable weight of the decoder and each token of the prompts, "
+    "without responses. The operations measured include those of the vision tower and the LM head. "
+    "What methods share counts fully for each; responses that the dense model writes count for the "
+    "stage that first needs them. Pruning and the evaluation on test prompts are not counted. "
+    "A dash: not measured."
+)
 DASH = "–"
 NO_OVER_REFUSAL = (
     "Over-refusal was not measured: without harmless prompts that test it, a low ASR may come from "
@@ -51,6 +60,26 @@ def share(value: float | None) -> str:
     if value is None:
         return DASH
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def passes_text(value: float | None) -> str:
+    """Passes over the calibration prompts: "0", "< 0.1", "12.3", "1,240.0"."""
+    if value is None:
+        return DASH
+    if value == 0:
+        return "0"
+    return "< 0.1" if value < 0.1 else f"{value:,.1f}"
+
+
+def passes_note(report: Report) -> str:
+    """What the column of passes means, with the size of one; "" where no method has any."""
+    one_pass = report.one_pass
+    if one_pass is None or all(one.passes is None for one in report.variants):
+        return ""
+    return (
+        f"{PASSES_NOTE} Here one pass is over {one_pass.prompts:,} prompts, {one_pass.tokens:,} "
+        "tokens."
+    )
 
 
 def p_value(test: PairedTest | None) -> str:

@@ -39,7 +39,10 @@ from regraft.report.figures import (
     trade_off_map,
 )
 from regraft.report.model import Comparison, Report, Variant, comparisons, measured
+from regraft.report.path_figure import path_figure
+from regraft.report.paths import PATHS_CAPTION, ending, step_rows
 from regraft.report.thumbnails import thumbnail
+from regraft.restoration.path import path_to_json
 
 ANSWER_LENGTH, PROMPT_LENGTH = 1200, 400
 SAYS_NOTHING = "says nothing"
@@ -88,6 +91,10 @@ def report_to_json(report: Report, compared: Sequence[Comparison]) -> dict[str, 
         "costs": [asdict(cost) for cost in report.costs],
         "notes": list(report.notes),
         "opinions": [asdict(one) for one in report.opinions],
+        "paths": [
+            {"pruning": one.pruning, "methods": list(one.methods), **path_to_json(one.path)}
+            for one in report.paths
+        ],
     }
 
 
@@ -236,11 +243,13 @@ def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
         "realigned": "realigned" in report.roles,
         "scored": any(answer.scored_by for answer in report.dense.result.answers),
         "patterned": any(v.n_m for v in report.variants),
+        "passes": words.passes_note(report),
         "opinions": _opinion_rows(report),
         "commands": commands,
         "applying": words.applying(len(commands)),
         "harmful": harmful,
         "harmless": harmless,
+        "paths": [(one.title, step_rows(one.path), ending(one.path)) for one in report.paths],
         "spent": spent.by_stage(report.costs),
         "spent_in_all": spent.total(report.costs) if report.costs else None,
         "devices": spent.devices(report.costs),
@@ -259,12 +268,14 @@ def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
 def _headings(report: Report) -> tuple[str, ...]:
     """Of the table of results, those that have something to say of these models."""
     restoring = ("Restored", "per 10,000") if "realigned" in report.roles else ()
+    passes = ("Passes",) if words.passes_note(report) else ()
     pruned = any(round(v.sparsity, 3) for v in report.variants) or not report.unrelated
     compared = len(report.variants) > 1
     return (
         "Model",
         *(("Sparsity",) if pruned else ()),
         *restoring,
+        *passes,
         "ASR",
         *(("p, ASR",) if compared else ()),
         *(("RSR",) if restoring else ()),
@@ -356,6 +367,7 @@ def _figures(report: Report) -> tuple[tuple[Markup, str], ...]:
             "ASR by harm category, with 95 % intervals (lines).",
         ),
         (curve_figure(_searched(report)), CURVES_CAPTION),
+        (path_figure([(one.title, (one.path,)) for one in report.paths]), PATHS_CAPTION),
         *(
             (restored_figure(v), f"{v.label}: weights restored in each module and layer.")
             for v in group
@@ -410,6 +422,7 @@ def page_environment() -> Environment:
             "interval",
             "rate",
             "share",
+            "passes_text",
             "p_value",
             "rsr_text",
             "broken",

@@ -21,14 +21,17 @@ from regraft.report.compare_figures import trade_off_panels
 from regraft.report.curve_figure import CURVES_CAPTION, curve_figure
 from regraft.report.drawing import standalone
 from regraft.report.model import SIGNIFICANCE, measured
-from regraft.report.words import DASH, on_text, share
+from regraft.report.path_figure import path_figure
+from regraft.report.paths import PATHS_CAPTION
+from regraft.report.words import DASH, PASSES_NOTE, on_text, passes_text, share
 from regraft.report.write import page_environment
 
 
 def write_comparison(study: Study, folder: Path) -> None:
     """Write `compare.json`, `compare.md`, `compare.html` and its figures, replacing older ones.
 
-    `trade-off.svg`, and where there was a search `curves.svg`, are figures of the page.
+    `trade-off.svg`, where there was a search `curves.svg` and where gain was used `paths.svg`, are
+    figures of the page.
 
     Raises:
         RegraftError: a file cannot be written.
@@ -69,6 +72,7 @@ def _figures(study: Study) -> dict[str, tuple[str, str]]:
             curve_figure([(table.pruning, named_curves(table)) for table in study.tables]),
             f"{CURVES_CAPTION} One line a seed.",
         ),
+        "paths": (path_figure(study.paths), f"{PATHS_CAPTION} One pair of lines a seed."),
     }
 
 
@@ -88,6 +92,7 @@ def _render(study: Study, kind: str, figures: list[tuple[Markup, str]]) -> str:
         "figure": rate_text,
         "points": points_text,
         "spread": spread_text,
+        "passes": passes_of,
         "recovered": recovered_text,
         "by_seed": by_seed_text,
         "p": p_text,
@@ -135,7 +140,7 @@ def notes(study: Study) -> tuple[str, ...]:
         + ("is for RSR by seed to show." if several else "takes several seeds to show."),
         "Points: a method's rate less the pruned or the dense model's.",
     )
-    marks = []
+    marks = [PASSES_NOTE] if study.counts_passes else []
     if study.text is not None:
         marks.append(
             "Perplexity, and KL(dense || model) in nats a token, on "
@@ -185,6 +190,14 @@ def spread_text(spread: Spread | None) -> str:
     if share(spread.least) == share(spread.most):
         return share(spread.mean)
     return f"{share(spread.mean)} ({share(spread.least)} to {share(spread.most)})"
+
+
+def passes_of(spread: Spread | None) -> str:
+    """ "12.3 (11.9 to 12.8)": passes over the calibration prompts, over the runs."""
+    if spread is None:
+        return DASH
+    mean, least, most = (passes_text(one) for one in (spread.mean, spread.least, spread.most))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def recovered_text(recovered: Recovered | None) -> str:

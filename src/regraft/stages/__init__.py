@@ -37,7 +37,7 @@ from regraft.stages.realigning import realign
 from regraft.stages.responding import respond
 from regraft.stages.restoring import curve_beside, restore
 from regraft.stages.scoring import heads
-from regraft.stages.searching import check_search, search, suites_of
+from regraft.stages.searching import check_search, evaluate_references, search, suites_of
 from regraft.stages.session import Session
 from regraft.stages.text import OnText
 from regraft.stages.tuning import tune
@@ -58,6 +58,7 @@ __all__ = [
     "curve_beside",
     "defend",
     "evaluate",
+    "evaluate_references",
     "fine_tune",
     "harness",
     "heads",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -15,7 +15,7 @@ from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
 from regraft.data.hold_out import hold_out
 from regraft.errors import RegraftError
-from regraft.files import require_space
+from regraft.files import require_space, size_of
 from regraft.importance.gradients import require_gradients
 from regraft.importance.losses import TOKEN_WEIGHTS, DecisionLoss
 from regraft.models.load import Source
@@ -26,12 +26,12 @@ from regraft.restoration.gain_step import (
     Losses,
     Problem,
     Prompts,
-    Step,
     groups_of,
     held_out_losses,
     step,
     weights_of,
 )
+from regraft.restoration.path import REASONS, End, GainPath, Passed, path_to_json, read_path
 from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.stages.common import (
@@ -44,40 +44,8 @@ from regraft.watch import Watch
 
 ALGORITHM = 9  # rankings of another one are not taken for this one's
 HELD_OUT = 0.25  # of the prompts of each kind
-MOST_STEPS = 8  # at most 10 forward and backward passes over all prompts
+MOST_STEPS = 8
 KINDS = ("safety", "utility")
-
-End = Literal["limit", "held-out", "candidates"]
-REASONS: Mapping[End, str] = {
-    "limit": "no path may take more steps or weights",
-    "held-out": "more weights do not lower the loss on held-out prompts",
-    "candidates": "no other pruned weight is predicted to help",
-}
-
-
-@dataclass(frozen=True)
-class Passed:
-    """A step on the path, as it is kept: losses before it on calibration prompts, after it on
-    held-out ones, all in nats."""
-
-    restored: int
-    fit: Losses
-    held_out: Losses
-    candidates: int
-    tries: tuple[tuple[int, float], ...]
-
-    @classmethod
-    def of(cls, restored: int, new: Step) -> Passed:
-        """What a step with which `restored` weights are restored in all found."""
-        tries = tuple((one.restored, one.loss) for one in new.tries)
-        return cls(restored, new.fit, new.held_out, new.candidates, tries)
-
-    @classmethod
-    def read(cls, kept: Mapping[str, Any]) -> Passed:
-        """From what `asdict` made of it."""
-        fit, held_out = Losses(**kept["fit"]), Losses(**kept["held_out"])
-        tries = tuple((int(count), float(loss)) for count, loss in kept["tries"])
-        return cls(kept["restored"], fit, held_out, kept["candidates"], tries)
 
 
 def restore_by_gain(
@@ -116,67 +84,63 @@ def restore_by_gain(
     groups = groups_of(dense, pruned) if swap else {}
     problem = Problem(model, dense, pruned, swap, groups)
     needed = sum(hidden_state_bytes(dense, side.fit) for side in sides)
-    ranking, path = empty(), work / "so-far.safetensors"
-    if path.exists():
-        ranking = load_ranking(path)
+    ranking, file = empty(), work / "so-far.safetensors"
+    if ranks.decided(file.exists):
+        ranking = load_ranking(file)
         put(ranking, weights_of(model.network, dense.anatomy), dense)
-        start = Losses(**ranking.about["start"])
-    else:
+    if (path := read_path(ranking.about)) is None:
         with watch.task("Held-out loss of the pruned model", *_work(sides, 0, 1)) as done:
-            start = held_out_losses(sides, done)
-    steps = [Passed.read(kept) for kept in ranking.about.get("steps", ())]
-    while (end := _end(steps, start, most)) is None:
-        now = steps[-1].held_out if steps else start
-        require_space(work, needed)
-        with watch.task(f"Step {len(steps) + 1} of gain", *_work(sides, 2, MOST_TRIES)) as done:
-            new = step(problem, *sides, _room(steps, most), ranking, now, work / "states", done)
+            path = GainPath(held_out_losses(sides, done))
+    while (end := _end(path, most)) is None:
+        now = path.held_out
+        require_space(work, needed - size_of(work / "states"))  # a killed step leaves some there
+        number = len(path.steps) + 1
+        with watch.task(f"Step {number} of gain", *_work(sides, 2, MOST_TRIES)) as done:
+            new = step(problem, *sides, _room(path, most), ranking, now, work / "states", done)
         ranking = ranking.then(new.ranking)
-        steps.append(Passed.of(len(ranking), new))
-        watch.note(_described(steps[-1], now))
-        about = {"start": asdict(start), "steps": [asdict(one) for one in steps]}
-        ranking = replace(ranking, about=about)
+        path = replace(path, steps=(*path.steps, Passed.of(len(ranking), new)))
+        watch.note(_described(path.steps[-1], now))
+        ranking = replace(ranking, about=path_to_json(path))
         if ranks.first():
-            save_ranking(path, ranking)
+            save_ranking(file, ranking)
         ranks.barrier()
-    watch.note(f"{len(ranking):,} weights restored: {REASONS[end]}")
-    return replace(ranking, about={**ranking.about, "end": end})
+    watch.note(f"Path of {len(ranking):,} weights in {len(path.steps)} steps: {REASONS[end]}")
+    return replace(ranking, about=path_to_json(replace(path, end=end)))
 
 
-def _room(steps: Sequence[Passed], most: int) -> int:
+def _room(path: GainPath, most: int) -> int:
     """How many weights the next step may restore.
 
     At most twice as many as the step before, so that the line search is not spent on numbers that
     were too many already.
     """
-    if not steps:
-        return most
-    before = steps[-2].restored if len(steps) > 1 else 0
-    return min(most - steps[-1].restored, 2 * (steps[-1].restored - before))
+    return min(most - path.restored, 2 * path.taken[-1]) if path.steps else most
 
 
 def path_limit(pruned: int) -> int:
     """How many weights a path may have, so that its candidates fit into memory.
 
-    Paths end long before, at some thousandths of a per mille of all pruned weights.
+    Paths end long before: on a 0.5 B model at a few weights of a million pruned ones.
     """
     return min(pruned, max(10_000, pruned // 1_000))
 
 
-def _end(steps: Sequence[Passed], start: Losses, most: int) -> End | None:
+def _end(path: GainPath, most: int) -> End | None:
     """Why there is no further step, if there is none."""
-    if not steps:
+    if not path.steps:
         return None
-    last = steps[-1]
-    before = steps[-2].held_out if len(steps) > 1 else start
-    if not last.candidates:
+    before = replace(path, steps=path.steps[:-1]).held_out
+    if not path.steps[-1].candidates:
         return "candidates"
-    if last.held_out.sum >= before.sum:
+    if path.held_out.sum >= before.sum:
         return "held-out"
-    return "limit" if last.restored >= most or len(steps) == MOST_STEPS else None
+    if path.restored >= most or len(path.steps) == MOST_STEPS:
+        return "limit"
+    return None
 
 
 def _described(last: Passed, before: Losses) -> str:
-    tried = ", ".join(f"{count:,}: {loss:.3f}" for count, loss in last.tries)
+    tried = ", ".join(f"{one.restored:,}: {one.loss:.3f}" for one in last.tries)
     return (
         f"calibration loss {last.fit.sum:.3f} nats before the step; held-out loss "
         f"{before.sum:.3f} -> {last.held_out.sum:.3f} (weights tried: {tried or 'none'}); "
@@ -243,9 +207,13 @@ def _split(
             f"at least 2; there are {len(reading.examples)}. Give more prompts, or raise --samples."
         )
     fit, held = hold_out(reading.examples, HELD_OUT, seed)
-    sources = sorted({one.category or "" for one in held} - {one.category or "" for one in fit})
-    of = f"of {', '.join(sources)}" if sources else "drawn, of the same source"
-    watch.note(f"{kind}: {len(fit)} prompts for gradients, {len(held)} held out ({of})")
+    apart = {one.category for one in held} - {one.category for one in fit}
+    whole = sum(one.category in apart for one in held)
+    parts = [f"{whole} of {', '.join(sorted(apart))}"] if whole else []
+    parts += [f"{len(held) - whole} drawn"] if whole < len(held) else []
+    watch.note(
+        f"{kind}: {len(fit)} prompts for gradients, {len(held)} held out ({', '.join(parts)})"
+    )
     return fit, held
 
 

@@ -93,8 +93,10 @@ def search(
                 dense, model, path, count, settings, evaluation, compute, watch, session, patch
             )
 
-        full = point(references / "dense", 0, dense)
-        points = [point(references / "pruned", 0, pruned)]
+        full, start = evaluate_references(
+            dense, pruned, references, settings, evaluation, compute, watch, session
+        )
+        points = [start]
         grid = {round(most * (i + 1) / settings.points) for i in range(settings.points)}
         for count in sorted({count for count in grid if 0 < count < most} | ({most} - {0})):
             patch = folder / f"{count:08d}.safetensors"
@@ -231,6 +233,24 @@ def evaluate_point(
         session=session,
     )
     return Point.of(restored, done.result)
+
+
+def evaluate_references(
+    dense: Source,
+    pruned: Source,
+    folder: Path,
+    settings: SearchSettings,
+    evaluation: EvalSettings,
+    compute: ComputeSettings,
+    watch: Watch,
+    session: Session,
+) -> tuple[Point, Point]:
+    """The dense and the pruned model on the validation prompts; writes two folders in `folder`."""
+    given = settings, evaluation, compute, watch, session
+    return (
+        evaluate_point(dense, dense, folder / "dense", 0, *given),
+        evaluate_point(dense, pruned, folder / "pruned", 0, *given),
+    )
 
 
 def bounds_by(settings: SearchSettings, dense: Point, pruned: Point) -> Bounds:

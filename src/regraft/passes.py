@@ -1,0 +1,151 @@
+"""The compute that a method took, in passes over the calibration prompts of its run."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from regraft import ranks
+from regraft.costs import CalibrationPass, Cost, if_all_known
+from regraft.data.collate import prompt_batch
+from regraft.files import read_json, write_json
+from regraft.folder import RunFolder
+from regraft.keys import describe, is_done
+from regraft.models.load import Source, load_processor
+from regraft.recipe import PruningSettings, Recipe, VariantSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.searching import SearchSettings
+from regraft.stages import Session
+from regraft.watch import Watch
+
+SEARCH_REFERENCES = "evaluate for search"  # the dense and the pruned model, on validation prompts
+
+
+def learns_from_both(recipe: Recipe) -> bool:
+    """Whether a method reads harmful and harmless calibration prompts, so that there are both."""
+    return any(
+        one.needs_statistics or one.method in ("gain", "fine-tune") for one in recipe.realign
+    )
+
+
+def count_pass(
+    dense: Source, calibration: CalibrationSettings, out: Path, session: Session, watch: Watch
+) -> None:
+    """Count the tokens of all calibration prompts; writes a `CalibrationPass` to the file `out`.
+
+    The prompts are those drawn, both kinds, without responses, each encoded alone, so that no
+    padding is counted.
+
+    Raises:
+        RegraftError: see `draw_calibration`; `out` is of other prompts or another model.
+    """
+    readings = {
+        kind: session.drawn(dense, calibration, harmful=kind == "safety")
+        for kind in ("safety", "utility")
+    }
+    about = describe("calibration pass", {"dense": dense.checkpoint.fingerprint}, data=readings)
+    if not is_done(out, out, about, lambda: read_json(out)["about"]) and ranks.first():
+        processor = load_processor(dense)
+        examples = [one for reading in readings.values() for one in reading.examples]
+        tokens = 0
+        with watch.task("Counting the tokens of the calibration prompts", len(examples)) as done:
+            for example in examples:
+                mask = prompt_batch(processor, [example]).inputs["attention_mask"]
+                tokens += int(mask.sum())
+                done(1)
+        found = CalibrationPass(len(examples), tokens, 6 * dense.anatomy.prunable * tokens)
+        write_json(out, {"about": about, **asdict(found)})
+    ranks.barrier()
+
+
+@dataclass(frozen=True)
+class _Need:
+    """A stage that a method needs, done for any of these models ("" for the run).
+
+    Where it runs the network, a stage that is missing was not measured; else it took nothing.
+    """
+
+    stage: str
+    models: tuple[str, ...]
+    runs_network: bool = True
+
+
+def passes_of_variant(
+    recipe: Recipe,
+    place: RunFolder,
+    pruning: PruningSettings,
+    variant: VariantSettings,
+    costs: Sequence[Cost],
+    unit: CalibrationPass | None,
+) -> float | None:
+    """What choosing the weights of a method took, as multiples of `unit`; None if not measured.
+
+    Head scores, statistics, ranking, search and training; what methods share counts fully for each.
+    """
+    from_file = variant.method == "fine-tune" and not variant.random
+    if from_file and recipe.positions_of(variant) is None:
+        return None  # positions that were found elsewhere
+    return _passes(_needs(recipe, place, pruning, variant), costs, unit)
+
+
+def passes_of_defence(
+    name: str, costs: Sequence[Cost], unit: CalibrationPass | None, *, by_prompt: bool
+) -> float | None:
+    """The same of a defence at inference, by its name among all models of the run."""
+    return _passes([] if by_prompt else [_Need("defend", (name,))], costs, unit)
+
+
+def _needs(
+    recipe: Recipe, place: RunFolder, pruning: PruningSettings, variant: VariantSettings
+) -> Iterator[_Need]:
+    own = (place.name(pruning.name, variant.name),)
+    if variant.by_heads:
+        yield _Need("score heads", ("",))
+    if variant.needs_statistics:
+        yield _Need(f"statistics for {variant.score}", ("",))
+    if variant.ranked:
+        along = [
+            one
+            for one in recipe.variants_of(pruning)
+            if one.ranked and recipe.ranking_name(one) == recipe.ranking_name(variant)
+        ]
+        yield _Need("rank", _names(place, pruning, along), variant.method == "gain")
+        if (search := variant.search) is not None:
+            searches = [one.search for one in recipe.variants_of(pruning) if one.search]
+            one_set = len({_prompts(one) for one in searches}) == 1  # or it was of which?
+            yield _Need(SEARCH_REFERENCES, (pruning.name,) if one_set else ())
+            alike = [
+                one for one in along if one.search and _prompts(one.search) == _prompts(search)
+            ]
+            yield _Need("search", _names(place, pruning, alike))
+    if variant.method == "fine-tune":
+        if (source := recipe.positions_of(variant)) is not None:
+            positions = source.model_copy(update={"search": None})
+            yield from _needs(recipe, place, pruning, positions)
+        yield _Need("fine-tune", own)
+
+
+def _prompts(search: SearchSettings) -> Hashable:
+    """Searches along one ranking on the same prompts share their points."""
+    return search.validation, search.validation_limit
+
+
+def _names(
+    place: RunFolder, pruning: PruningSettings, variants: Sequence[VariantSettings]
+) -> tuple[str, ...]:
+    return tuple(place.name(pruning.name, one.name) for one in variants)
+
+
+def _passes(
+    needs: Iterable[_Need], costs: Sequence[Cost], unit: CalibrationPass | None
+) -> float | None:
+    spent = {(one.stage, one.of): one.flops for one in costs}
+    total = if_all_known(sum, [_flops(need, spent) for need in needs])
+    return None if unit is None or total is None else total / unit.flops
+
+
+def _flops(need: _Need, spent: Mapping[tuple[str, str], float | None]) -> float | None:
+    found = [spent[need.stage, model] for model in need.models if (need.stage, model) in spent]
+    total = if_all_known(sum, found)
+    return None if need.runs_network and not total else total

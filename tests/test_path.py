@@ -1,0 +1,171 @@
+"""The path of gain on disk, in words and drawn, against values worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regraft.errors import RegraftError
+from regraft.report.compare import Run, compare
+from regraft.report.model import Report, SharedPath, comparisons
+from regraft.report.path_figure import (
+    calibration_points,
+    held_out_points,
+    path_figure,
+    ticks,
+    tried_points,
+)
+from regraft.report.paths import StepRow, ending, step_rows
+from regraft.report.write import render_html, render_markdown, report_to_json
+from regraft.report.write_compare import render_comparison_html
+from regraft.restoration.gain import Try
+from regraft.restoration.gain_step import Losses
+from regraft.restoration.path import GainPath, Passed, path_to_json, read_path
+from test_compare import RUNS
+from test_report import REPORT, Outline, svg_texts
+
+ABOUT: dict[str, Any] = {  # as a ranking has it, of a method with other entries beside
+    "settings": {"method": "gain"},
+    "start": {"safety": 0.5, "utility": 0.25},
+    "steps": [
+        {
+            "restored": 1250,
+            "fit": {"safety": 0.5, "utility": 0.125},
+            "held_out": {"safety": 0.25, "utility": 0.125},
+            "candidates": 40_000,
+            "tries": [[5000, 0.875], [2500, 0.5], [1250, 0.375], [625, 0.4375]],
+        },
+        {
+            "restored": 1250,
+            "fit": {"safety": 0.125, "utility": 0.125},
+            "held_out": {"safety": 0.25, "utility": 0.125},
+            "candidates": 30_000,
+            "tries": [[2500, 0.625]],
+        },
+    ],
+    "end": "held-out",
+}
+PATH = read_path(ABOUT)
+assert PATH is not None
+SHARED = SharedPath("wanda-50", ("gain-0.01", "gain"), PATH)
+
+losses = st.builds(Losses, *[st.floats(0, 100)] * 2)
+tries = st.lists(st.builds(Try, st.integers(1, 10**9), st.floats(0, 100)), max_size=4).map(tuple)
+passed = st.builds(Passed, st.integers(0, 10**9), losses, losses, st.integers(0, 10**9), tries)
+paths = st.builds(
+    GainPath,
+    losses,
+    st.lists(passed, max_size=4).map(tuple),
+    st.sampled_from([None, "limit", "held-out", "candidates"]),
+)
+
+
+@given(paths)
+def test_what_is_kept_is_read_again(path: GainPath) -> None:
+    assert read_path(json.loads(json.dumps(path_to_json(path)))) == path
+
+
+def test_a_path_is_written_as_rankings_have_it() -> None:
+    assert path_to_json(PATH) == {name: ABOUT[name] for name in ("start", "steps", "end")}
+    assert (PATH.restored, PATH.taken, PATH.held_out.sum) == (1250, (1250, 0), 0.375)
+    bare = GainPath(PATH.start)
+    assert (bare.restored, bare.taken, bare.held_out) == (0, (), PATH.start)
+    assert read_path({"settings": {"method": "random"}}) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"end": "boredom"},
+        {"start": {"safety": 1.0}},
+        {"steps": [{"restored": 3}]},
+        {"steps": [ABOUT["steps"][0] | {"tries": [[1]]}]},
+    ],
+)
+def test_something_else_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(RegraftError, match="does not hold the path"):
+        read_path(ABOUT | change)
+
+
+def test_points_of_the_figure() -> None:
+    assert held_out_points(PATH) == ((0, 0.75), (1250, 0.375), (1250, 0.375))
+    assert calibration_points(PATH) == ((0, 0.625), (1250, 0.25))
+    assert tried_points(PATH) == (
+        *((5000, 0.875), (2500, 0.5), (1250, 0.375), (625, 0.4375)),
+        (1250 + 2500, 0.625),
+    )
+
+
+def test_the_figure_has_a_panel_a_method_and_a_line_a_seed() -> None:
+    one = path_figure([("a <title>", [PATH])])
+    assert {"a <title>", "held out", "calibration", "weights restored"} <= set(svg_texts(one))
+    two = path_figure([("a <title>", [PATH, replace(PATH, start=Losses(1.0, 1.0))])])
+    lines = [text.count("stroke-dasharray") for text in (one, two)]
+    assert lines[1] == lines[0] + 1, "the dashed line of the second path"
+    assert {"0", "1,000", "2,000", "5,000"} <= set(svg_texts(one))
+    assert "b" in svg_texts(path_figure([("a", [PATH]), ("b", [PATH])]))
+    assert path_figure([]) == path_figure([("a", [])]) == ""
+    assert path_figure([("nothing helps", [GainPath(Losses(0.0, 0.0))])])
+
+
+def test_ticks_are_round_and_few() -> None:
+    assert ticks(625, 5000) == [0, 1000, 2000, 5000]
+    assert ticks(3, 40_000) == [0, 10, 100, 1000, 10_000]
+    assert ticks(1, 1) == [0, 1]
+    assert ticks(7, 9) == [0]
+
+
+def test_a_row_a_step_and_why_it_ended() -> None:
+    assert step_rows(PATH) == (
+        StepRow(0, "–", "–", "0", "–", "0.750"),
+        StepRow(1, "5,000, 2,500, 1,250, 625", "1,250", "1,250", "0.625", "0.375"),
+        StepRow(2, "2,500", "0", "1,250", "0.250", "0.375"),
+    )
+    assert ending(PATH) == (
+        "The path ended after 2 steps with 1,250 weights restored: more weights do not lower the "
+        "loss on held-out prompts."
+    )
+    first = replace(PATH, steps=(replace(PATH.steps[0], restored=1),), end="candidates")
+    assert ending(first) == (
+        "The path ended after 1 step with 1 weight restored: no other pruned weight is predicted "
+        "to help."
+    )
+    assert ending(replace(first, end=None)).startswith("The path has not ended")
+
+
+def shown(*paths: SharedPath) -> Report:
+    return replace(REPORT, paths=paths)
+
+
+def test_the_report_shows_a_shared_path_once() -> None:
+    report = shown(SHARED)
+    found = comparisons(report)
+    page, text = render_html(report, found), render_markdown(report, found)
+    outline = Outline(page)
+    rows = [row for row in outline.rows if row[-1] in ("0.750", "0.375")]
+    assert [row[0] for row in rows] == ["pruned", "1", "2"]
+    assert [a["aria-label"] for tag, a in outline.tags if tag == "svg"].count("Paths of gain") == 1
+    assert page.count("The path ended after 2 steps") == text.count("The path ended after") == 1
+    assert "wanda-50: gain-0.01, gain. The path ended" in text
+    assert "| 1 | 5,000, 2,500, 1,250, 625 | 1,250 | 1,250 | 0.625 | 0.375 |" in text.splitlines()
+    (kept,) = report_to_json(report, found)["paths"]
+    assert kept["methods"] == ["gain-0.01", "gain"] and read_path(kept) == PATH
+    for rendered in (render_html(REPORT, found), render_markdown(REPORT, found)):
+        assert "Paths of gain" not in rendered
+
+
+def test_a_comparison_has_a_line_a_seed() -> None:
+    later = SharedPath(SHARED.pruning, SHARED.methods, replace(PATH, start=Losses(1.0, 1.0)))
+    runs = [
+        Run(run.seed, replace(run.report, paths=(one,)))
+        for run, one in zip(RUNS, (SHARED, later, SHARED), strict=True)
+    ]
+    study = compare(runs)
+    assert study.paths == (("wanda-50: gain-0.01, gain", (PATH, later.path, PATH)),)
+    page = render_comparison_html(study)
+    assert 'aria-label="Paths of gain"' in page and "One pair of lines a seed." in page
