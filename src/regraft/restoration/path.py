@@ -12,7 +12,7 @@ from regraft.restoration.gain_step import Losses, Step
 
 End = Literal["limit", "held-out", "candidates"]
 REASONS: Mapping[End, str] = {
-    "limit": "no path may be longer",
+    "limit": "no path may take more steps or weights",
     "held-out": "more weights do not lower the loss on held-out prompts",
     "candidates": "no other pruned weight is predicted to help",
 }

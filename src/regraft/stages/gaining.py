@@ -42,9 +42,9 @@ from regraft.stages.common import (
 )
 from regraft.watch import Watch
 
-ALGORITHM = 8  # rankings of another one are not taken for this one's
+ALGORITHM = 9  # rankings of another one are not taken for this one's
 HELD_OUT = 0.25  # of the prompts of each kind
-WORTHWHILE = 0.01  # a step that lowers the held-out loss by less of it is the last
+MOST_STEPS = 8  # at most 10 forward and backward passes over all prompts
 KINDS = ("safety", "utility")
 
 
@@ -132,9 +132,9 @@ def _end(path: GainPath, most: int) -> End | None:
     before = replace(path, steps=path.steps[:-1]).held_out
     if not path.steps[-1].candidates:
         return "candidates"
-    if before.sum - path.held_out.sum <= WORTHWHILE * before.sum:
+    if path.held_out.sum >= before.sum:
         return "held-out"
-    return "limit" if path.restored >= most else None
+    return "limit" if path.restored >= most or len(path.steps) == MOST_STEPS else None
 
 
 def _described(last: Passed, before: Losses) -> str:
