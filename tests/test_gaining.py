@@ -122,6 +122,12 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
     return bench
 
 
+@pytest.fixture(autouse=True)
+def half_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that of four prompts of two sources one source is held out whole."""
+    monkeypatch.setattr(gaining, "HELD_OUT", 0.5)
+
+
 def same(one: Ranking, other: Ranking) -> bool:
     names = ("linear", "position", "removed", "score")
     return all(torch.equal(getattr(one, n), getattr(other, n)) for n in names)
@@ -168,10 +174,10 @@ def test_restoring_lowers_the_losses(family, benches, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("swap", [False, True])
 def test_what_every_step_did(swap, benches, tmp_path):
-    """It restored the best number that it tried; the first step that helps little is the last."""
+    """It restored the best number that it tried; the first step that does not help is the last."""
     ranking = benches("mllama").rank(tmp_path / "ranking", GAIN.model_copy(update={"swap": swap}))
     steps, end = ranking.about["steps"], ranking.about["end"]
-    assert len(steps) > 3 and end == "held-out"
+    assert len(steps) > 3 and end in ("held-out", "limit")
     before, loss = 0, Losses(**ranking.about["start"]).sum
     falls = []
     for step in steps:
@@ -187,7 +193,8 @@ def test_what_every_step_did(swap, benches, tmp_path):
         falls.append((loss - now) / loss)
         before, loss = step["restored"], now
     assert before == len(ranking)
-    assert all(fall > 0.01 for fall in falls[:-1]) and 0 <= falls[-1] <= 0.01
+    assert all(fall > 0 for fall in falls[:-1])
+    assert falls[-1] == 0 if end == "held-out" else len(steps) == gaining.MOST_STEPS
 
 
 @pytest.mark.parametrize("end", ["candidates", "limit"])
@@ -289,7 +296,7 @@ def of(categories: Sequence[str], harmful: bool = True) -> Reading:
     return Reading("file", tuple(given))
 
 
-def test_whole_sources_are_held_out_and_named():
+def test_whole_sources_are_held_out_and_named(monkeypatch):
     notes: list[str] = []
 
     class Told(Silent):
@@ -297,6 +304,7 @@ def test_whole_sources_are_held_out_and_named():
             notes.append(text)
 
     names = ["advbench"] * 12 + ["harmbench"] * 2 + ["strongreject"] * 2
+    monkeypatch.setattr(gaining, "HELD_OUT", 0.25)
     fit, held = gaining._split("safety", of(names), Told(), 0)
     assert {one.category for one in fit} == {"advbench"}
     assert {one.category for one in held} == {"harmbench", "strongreject"}

@@ -134,9 +134,7 @@ def _end(path: GainPath, most: int) -> End | None:
         return "candidates"
     if path.held_out.sum >= before.sum:
         return "held-out"
-    if path.restored >= most or len(path.steps) == MOST_STEPS:
-        return "limit"
-    return None
+    return "limit" if path.restored >= most or len(path.steps) == MOST_STEPS else None
 
 
 def _described(last: Passed, before: Losses) -> str:
