@@ -240,7 +240,7 @@ def test_gradients_are_of_the_prompts_that_are_not_held_out(benches, tmp_path, m
     bench.rank(tmp_path / "ranking")
     splits = [
         hold_out(
-            draw_calibration(bench.dense, bench.calibration, harmful=harmful).examples, 0.25, 0
+            draw_calibration(bench.dense, bench.calibration, harmful=harmful).examples, 0.5, 0
         )
         for harmful in (True, False)
     ]
