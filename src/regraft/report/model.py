@@ -132,8 +132,8 @@ class Report:
 
     `variants` are the dense model, then each pruned one followed by those realigned from it. Where
     they are `unrelated`, nothing is known of any but its answers, and all are compared with the
-    first. `images` maps an answer's id to the file of its image, for thumbnails; it may be
-    incomplete.
+    first. `caveat` is what no reader may overlook. `images` maps an answer's id to the file of its
+    image, for thumbnails; it may be incomplete.
 
     Raises:
         RegraftError: there is no variant, two have the same name, or they are in another order.
@@ -151,6 +151,7 @@ class Report:
     costs: tuple[Cost, ...] = ()
     opinions: tuple[Opinion, ...] = ()
     unrelated: bool = False
+    caveat: str = ""
 
     def __post_init__(self) -> None:
         if not self.variants:
