@@ -65,9 +65,9 @@ def test_how_many_are_left(files: Files, shared: Path) -> None:
     """Of VLGuard's 442 test instructions 57 are training ones to the byte, of 400 titles 2."""
     unsafe = [text for _, text in benchmark.vlguard(shared / "data", "test", "instruction")]
     harmful, harmless = map(set, benchmark.trained_on(shared / "data"))
-    assert (len(unsafe), len(harmful.intersection(unsafe))) == (442, 57)
+    assert (len(unsafe), sum(one in harmful for one in unsafe)) == (442, 57)
     held_out = benchmark.benign_titles(shared / "data")[: benchmark.HELD_OUT]
-    assert len(harmless.intersection(held_out)) == 2
+    assert sum(one in harmless for one in held_out) == 2
     assert len(files["vlguard-test"]) == 343
     assert len(files["titles-test"]) == 271
 
