@@ -6,14 +6,14 @@
     python benchmarks/gain.py --shape vicuna-7b --samples 128            # LLaVA-NeXT-Vicuna-7B's
     python benchmarks/gain.py --samples 2 --image 112 --skip resident --device cpu # without a GPU
 
-A step takes the gradients of `--samples` harmful and as many harmless prompts, ranks all pruned
-weights of all linears, asks which of the best ones suit each other on every prompt and puts those
-back, a twelfth of 5 per 10,000. Candidates are those of a step before, which looks for its own and
-so takes longer; its seconds are `first_seconds`. With `swap` it also takes the squares of gradients
-and pairs what comes back with what goes. `bare` is one forward and backward pass of the whole model
-over the same data by autograd, weight gradients included and thrown away one by one (resident only:
-it needs room for the model). Every row is a process of its own. The vision tower and the embeddings
-are in `bare` and in `step`, which runs them where new prompts are drawn for it.
+A step takes the gradients of three quarters of `--samples` harmful and as many harmless prompts,
+ranks all pruned weights, and tries up to five numbers of the best on the other quarter, the
+held-out prompts. With `swap` it also takes the squares of gradients and pairs what is restored with
+what is pruned. `bare` is one forward and backward pass of the whole model over all these prompts by
+autograd, weight gradients included and thrown away one by one (resident only: it needs room for the
+model). Every row is a process of its own. The vision tower and the embeddings are in `bare` alone:
+on a path they run once for all steps. A step should take at most 3 times as long as `bare`, where
+there are enough prompts for the work on them to outweigh that on weights.
 
 On a CPU `own` is the peak of the process' memory but for pages of files. Of a streamed model whose
 checkpoint has the dtype of the computation these pages are the weights, and what is about to run is
@@ -28,7 +28,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,21 +42,20 @@ from rich.table import Table
 
 from regraft.data.collate import Batch, batches, response_batch
 from regraft.data.demo import demo_model
+from regraft.data.example import Example
+from regraft.data.hold_out import hold_out
 from regraft.data.sources import DataSource, read
-from regraft.importance.hard import final_states
 from regraft.importance.losses import DecisionLoss
+from regraft.importance.teacher import final_states
 from regraft.models.checkpoint import write_edited
 from regraft.models.load import Source, load_placed, load_processor, open_source, pick_device
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.pruning.pruner import magnitude_edits, zeros
-from regraft.restoration.gain import Objective
-from regraft.restoration.iterative import Problem, Step, step
-from regraft.restoration.ranking import Ranking, empty
+from regraft.restoration.gain_step import Problem, Prompts, Step, held_out_losses, step
+from regraft.restoration.ranking import empty
 from regraft.settings.pruning import PruneSettings
-
-SHARE = 5 / 10_000 / 12  # of the pruned weights in a step: a budget of 5 per 10,000 in 12
-KINDS = ("safety", "utility")
+from regraft.stages.gaining import HELD_OUT, path_limit
 
 
 def bare(model: PlacedModel, source: Source, data: list[Batch]) -> None:
@@ -84,63 +83,86 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
     demo = options.shape == "demo"
     source = open_source(demo_model() if demo else options.folder / "dense")
     pruned = open_source(options.folder / "pruned")
-    data_set = "demo:calibration" if demo else f"jsonl:{options.folder / 'data.jsonl'}"
-    examples = read(DataSource.model_validate(data_set)).examples
     device = pick_device(options.device)
+    parts = [hold_out(examples, HELD_OUT, 0) for examples in drawn(options)]
     dtype = "auto" if demo else options.dtype
-    processor = load_processor(source)
-    data = {
-        kind: [
-            response_batch(processor, chunk)
-            for chunk in batches(
-                [e for e in examples if e.harmful == (kind == "safety")][: options.samples],
-                options.batch_size,
-            )
-        ]
-        for kind in KINDS
-    }
-    place = "resident" if options.what == "bare" else options.placement
-    model = load_placed(pruned, dtype=dtype, device=options.device, placement=place)
     if options.what == "bare":
-        together = [batch for batches_ in data.values() for batch in batches_]
-        bare(model, source, together[:1])
+        model = load_placed(pruned, dtype=dtype, device=options.device, placement="resident")
+        processor = load_processor(source)
+        every = [one for pair in parts for part in pair for one in part]
+        data = collated(processor, every, options.batch_size)
+        bare(model, source, data[:1])
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds, _ = timed(device, lambda: bare(model, source, together))
+        seconds, _ = timed(device, lambda: bare(model, source, data))
         return _row(options, seconds, device)
-    dense = load_placed(source, dtype=dtype, device=options.device, placement=place)
-    losses = {
-        kind: DecisionLoss(final_states(Walk(dense, batches_), lambda _: None))
-        for kind, batches_ in data.items()
-    }
-    del dense
-    swap = options.what == "swap"
-    problem = Problem(model, source, pruned, lambda _layer, _linear: True, swap)
-    objective = Objective(trust=1e9)
+    model, sides = taught(options, source, pruned, parts)
+    problem = Problem(model, source, pruned, options.what == "swap")
+    room = path_limit(zeros(pruned.checkpoint, pruned.anatomy))
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    start = held_out_losses(sides)  # what the path begins with, and a warm-up
 
-    count = int(SHARE * zeros(pruned.checkpoint, pruned.anatomy))
-
-    def one_step(so_far: Ranking, candidates: Ranking | None) -> Step:
-        walks = {kind: Walk(model, batches_) for kind, batches_ in data.items()}
-        safety, utility = ((walks[kind], losses[kind]) for kind in KINDS)
+    def one_step() -> Step:
         with TemporaryDirectory(dir=options.folder) as work:
-            place, silent = Path(work), lambda _: None
-            return step(
-                problem, objective, safety, utility, count, so_far, place, silent, candidates
-            )
+            return step(problem, *sides, room, empty(), start, Path(work), lambda _: None)
 
     with own_memory() as seen:
-        first_seconds, first = timed(device, lambda: one_step(empty(), None))
-        print(f"first step: {first_seconds:.0f} s", file=sys.stderr, flush=True)
-        seconds, _ = timed(device, lambda: one_step(first.ranking, first.candidates))
-    assert len(first.ranking)
-    row = _row(options, seconds, device) | {"first_seconds": first_seconds}
+        seconds, found = timed(device, one_step)
+    row = _row(options, seconds, device) | {
+        "candidates": found.candidates,
+        "tries": len(found.tries),
+        "restored": len(found.ranking),
+    }
     if device.type == "cpu" and options.placement == "streamed":
         row |= {"own_peak_gib": max(seen) / GIB}
     return row
+
+
+def drawn(options: argparse.Namespace) -> list[list[Example]]:
+    """As many harmful examples and harmless ones as asked for."""
+    demo = options.shape == "demo"
+    data_set = "demo:calibration" if demo else f"jsonl:{options.folder / 'data.jsonl'}"
+    examples = read(DataSource.model_validate(data_set)).examples
+    return [
+        [one for one in examples if one.harmful == harmful][: options.samples]
+        for harmful in (True, False)
+    ]
+
+
+def collated(processor: Any, examples: Sequence[Example], size: int) -> list[Batch]:
+    """Examples and their responses in batches."""
+    return [response_batch(processor, chunk) for chunk in batches(examples, size)]
+
+
+def taught(
+    options: argparse.Namespace,
+    source: Source,
+    pruned: Source,
+    parts: Sequence[tuple[Sequence[Example], Sequence[Example]]],
+) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
+    """The pruned model, and both kinds of prompts with what the dense model predicts."""
+    demo = options.shape == "demo"
+    dtype = "auto" if demo else options.dtype
+    given = {"dtype": dtype, "device": options.device, "placement": options.placement}
+    dense = load_placed(source, **given)
+    processor = load_processor(source)
+    walks = [
+        [Walk(dense, collated(processor, part, options.batch_size)) for part in pair]
+        for pair in parts
+    ]
+    losses = [
+        DecisionLoss({name: one for walk in pair for name, one in final_states(walk).items()})
+        for pair in walks
+    ]
+    dense.network.to("meta")  # one model in memory at a time
+    model = load_placed(pruned, **given)
+    safety, utility = (
+        Prompts(fit.on(model), held_out.on(model), loss)
+        for (fit, held_out), loss in zip(walks, losses, strict=True)
+    )
+    return model, (safety, utility)
 
 
 @contextmanager
@@ -235,7 +257,7 @@ def main() -> None:
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
     """Print the table."""
-    columns = ("", "placement", "time / bare", "device GiB", "own GiB", "host GiB")
+    columns = ("", "placement", "time / bare", "tries", "device GiB", "own GiB", "host GiB")
     table = Table(*columns, title=title)
     bare_seconds = rows[0]["seconds"] if rows[0]["what"] == "bare" else None
     for row in rows:
@@ -244,6 +266,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
             row["what"],
             row["placement"],
             "" if bare_seconds is None else f"{row['seconds'] / bare_seconds:.2f}",
+            str(row.get("tries", "")),
             "" if peak is None else f"{peak:.2f}",
             f"{row['own_peak_gib']:.2f}" if "own_peak_gib" in row else "",
             f"{row['host_peak_gib']:.2f}",

@@ -74,7 +74,7 @@ class Maker:
     compute: ComputeSettings
     watch: Watch
     samples: int = 64
-    new_tokens: int = 48
+    new_tokens: int = 24
 
     def build(self, data: Path, *, images: bool = False, font: Path | None = None) -> Summary:
         """Write all files; returns what `summary.json` says.
@@ -230,7 +230,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--out", type=Path, required=True, help="where to write")
     parser.add_argument("--samples", type=int, default=64, help="calibration, of each kind")
-    parser.add_argument("--new-tokens", type=int, default=48, help="length of an answer")
+    parser.add_argument("--new-tokens", type=int, default=24, help="length of an answer")
     parser.add_argument("--images", action="store_true", help="test prompts as images too")
     parser.add_argument("--font", type=Path, help="of the images; FreeMono Bold if not given")
     parser.add_argument("--device", default="auto")

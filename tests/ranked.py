@@ -47,7 +47,7 @@ def main(root: Path, out: Path) -> None:
         out / "statistics-wanda",
         COMPUTE,
     )
-    gain = RealignSettings(method="gain", count=40, steps=5, batch=2, trust=0.1)
+    gain = RealignSettings(method="gain", count=40)
     stages.rank(dense, pruned, out / "ranking", gain, calibration, compute=COMPUTE)
     stages.apply(pruned.folder, out / "patch", out / "realigned")
     stages.evaluate(dense, out / "answers", [data], EvalSettings(max_new_tokens=4), COMPUTE)

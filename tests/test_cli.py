@@ -349,8 +349,6 @@ BUDGETS = [
     (["--budget", 2, "--count", 9], ["`budget` and `count` say the same thing; give one"]),
     (["--method", "hsr", "--swap"], ["only gain can swap, not hsr"]),
     (["--method", "random", "--budget", 2, "--swap"], ["only gain can swap, not random"]),
-    (["--budget", 2, "--pushes", 2], ["only gain has pushes, not hsr"]),
-    (["--method", "gain", "--count", 9, "--pushes", 2], ["hold --pushes to bounds: add --search"]),
     (["--budget", 0], ["budget", "0"]),
     (["--budget", 10_000], ["budget", "10000"]),
     (["--search"], ["--search chooses a number of weights: give a --budget too"]),
@@ -374,14 +372,6 @@ def test_budgets(world: World, refused: Refused, words: list[object], parts: lis
         ({"search": {}}, ["realign.0", "'hsr' searches a number of weights: give it a `budget`"]),
         ({"method": "hsr-a", "count": 4}, ["realign.0", "hsr-a restores whole heads"]),
         ({"method": "random", "count": 4, "swap": True}, ["realign.0", "only gain can swap"]),
-        (
-            {"method": "gain", "count": 4, "pushes": 2, "search": {"most": 1}},
-            ["realign.0", "`search.most` cuts off the pushes"],
-        ),
-        (
-            {"method": "gain", "count": 4, "pushes": 2},
-            ["realign.0", "'gain' has pushes, which only a search can hold to bounds"],
-        ),
         (
             {"method": "random", "count": 4, "search": {"target_asr": 1, "target_rsr": 1}},
             ["realign.0.search", "exclude each other"],
@@ -670,8 +660,6 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
     has(refused(*prune(world, "--method", "magnitude", "--order", "one-shot")), "`order` changes")
     has(refused(*realign, "--heads", "all", "--top-heads", 3), "`heads` is all")
     has(refused(*realign, "--heads", "random", "--r-max", 3), "No heads are scored")
-    gain = [*realign, "--method", "gain", "--constraint", "none"]
-    has(refused(*gain, "--utility-share", 0.7), "`utility-share` changes nothing")
     has(refused(*realign, "--method", "gain", "--heads-file", "h"), "--heads-file would change")
     random = [*realign, "--method", "random"]
     has(refused(*random, "--statistics-file", "s"), "--statistics-file would change nothing")
@@ -690,12 +678,11 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
 
 def test_settings_that_would_change_nothing_in_tuning(world: World, refused: Refused) -> None:
     tune = ["tune", world.model, world.pruned, "--out", "t", "--validation", world.data]
-    gain = [*tune, "--method", "gain"]
-    has(refused(*gain, "--q", 0.3), "`q` changes nothing with gain")
-    has(refused(*gain, "--keep", "within", "--top-heads", 3), "`top-heads` changes nothing")
-    has(refused(*gain, "--window", 9), "`window` changes nothing where `mode` is exact")
-    has(refused(*gain, "--pushes", 3, "--most", 1), "--most cuts off the pushes")
-    has(refused(*gain, "--device", "cuda:7", "--devices", "cpu"), "place of --device")
+    difference = [*tune, "--method", "set-difference"]
+    has(refused(*difference, "--q", 0.3), "`q` changes nothing with set-difference")
+    has(refused(*difference, "--top-heads", 3), "`top-heads` changes nothing")
+    has(refused(*tune, "--window", 9), "`window` changes nothing where `mode` is exact")
+    has(refused(*tune, "--device", "cuda:7", "--devices", "cpu"), "place of --device")
     has(refused(*tune, "--points", 3), "Without a --budget there is no ranking")
 
 
@@ -1231,7 +1218,7 @@ def test_gain_and_search(
     world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(world.root)
-    words = ["realign", "model", "pruned", "--method", "gain", "--budget", 20, "--steps", 2]
+    words = ["realign", "model", "pruned", "--method", "gain", "--budget", 20]
     words += ["--data", world.data, "--samples", 4, "--device", "cpu", "--search", "--points", 2]
     words += ["--validation", world.data, "--max-new-tokens", 2, "--out", "gain.safetensors"]
     run_ok(*words)
@@ -1260,9 +1247,9 @@ def test_gain_with_swaps_tells_both(
     world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(world.root)
-    words = ["realign", "model", "pruned", "--method", "gain", "--count", 5, "--steps", 1]
+    words = ["realign", "model", "pruned", "--method", "gain", "--count", 5]
     words += ["--swap", "--data", world.data, "--samples", 4, "--device", "cpu"]
-    run_ok(*words, "--trust", 1000, "--out", "swap.safetensors")
+    run_ok(*words, "--out", "swap.safetensors")
     shown = " ".join(capsys.readouterr().out.split())
     has(shown, "5 weights come back and 5 kept ones go in exchange")
 

@@ -83,7 +83,7 @@ METHODS: Shares = {
     "worse": (0.70, 0.02),
 }
 PROMPTS = 120
-DRAWN = ("method", "within", "heads")
+DRAWN = ("method", "heads")
 RANDOM = {"heads": "random", "top_heads": 4}
 
 

@@ -179,7 +179,7 @@ def test_values_beyond_the_dtype_are_an_error(root: Path, tmp_path: Path) -> Non
         ({"method": "fine-tune", "head_seed": 3}, None),
         ({"method": "fine-tune", "positions": "f", "head_seed": 3}, "head_seed"),
         ({"method": "fine-tune", "score": "snip"}, "score"),
-        ({"method": "fine-tune", "steps": 3}, "steps"),
+        ({"method": "fine-tune", "top_heads": 3}, "top_heads"),
         ({"method": "gain", "learning_rate": 0.1}, "learning_rate"),
         ({"method": "random", "passes": 9}, "passes"),
         ({"method": "hsr", "positions": "f"}, "positions"),

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import math
-from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,25 +13,12 @@ import truth
 from regraft.data.collate import batches, response_batch
 from regraft.errors import PassingError
 from regraft.importance import gradients
-from regraft.importance.gradients import (
-    SampleGradients,
-    layer_gradients,
-    product,
-    signed,
-    signed_and_squared,
-)
-from regraft.importance.hard import (
-    agreements,
-    final_states,
-    losses_together,
-    response_losses,
-    sampled,
-)
-from regraft.importance.losses import DecisionLoss, predicting, refusal_starts
+from regraft.importance.gradients import layer_gradients, product, signed, signed_and_squared
+from regraft.importance.losses import DecisionLoss, mean_cross_entropy
+from regraft.importance.teacher import final_states, losses_together, response_losses
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 
-WEIGHTS = {"harmful-0-0": 0.25, "harmful-0-2": 3.0}
 SOME = ("qwen2_vl", "mllama", "gemma3", "llama")
 
 
@@ -54,25 +38,29 @@ def collated(opened, family, folder, n=3, size=2):
     return examples, [response_batch(opened.processor, rows) for rows in batches(examples, size)]
 
 
-def written_out(logits, labels, teacher, decision, tail):
-    """The loss of one response, token by token, from logits `[S, V]` of a whole forward pass."""
-    total, seen = torch.zeros(()), 0
+def written_out(logits, labels, teacher):
+    """The loss of one response, token by token, from logits `[S, V]` of a whole forward pass.
+
+    With a teacher's logits the divergence from them at the first tokens, else the mean cross
+    entropy.
+    """
+    costs = []
     for t in range(len(labels) - 1):
         if labels[t + 1] == -100:
             continue
         own = logits[t].float().log_softmax(0)
         if teacher is None:
-            cost = -own[labels[t + 1]]
+            costs.append(-own[labels[t + 1]])
         else:
             wanted = teacher[t].float().log_softmax(0)
-            cost = (wanted.exp() * (wanted - own)).sum()
-        total = total + (1.0 if seen < decision else tail) * cost
-        seen += 1
-    return total
+            costs.append((wanted.exp() * (wanted - own)).sum())
+    if teacher is None:
+        return sum(costs) / len(costs)
+    return sum(w * cost for w, cost in zip((1, 1, 0.3, 0.3, 0.3, 0.3), costs, strict=False))
 
 
-def by_autograd(model, dense, processor, anatomy, examples, weights, decision, tail):
-    """Mean over single rows of the weighted loss's dL/dW, and the losses by id."""
+def by_autograd(model, dense, processor, anatomy, examples):
+    """Mean over single rows of the loss's dL/dW, and the losses by id."""
     modules = dict(model.named_modules())
     matrices = {li.key: modules[li.module].weight.requires_grad_() for li in anatomy.linears}
     losses, total = {}, 0
@@ -82,8 +70,7 @@ def by_autograd(model, dense, processor, anatomy, examples, weights, decision, t
         wanted = None
         if dense is not None:
             wanted = truth.full_forward(dense, batch.inputs).logits[0]
-        loss = written_out(logits, batch.labels[0], wanted, decision, tail)
-        loss = weights.get(example.id, 1.0) * loss
+        loss = written_out(logits, batch.labels[0], wanted)
         losses[example.id] = float(loss.detach())
         total = total + loss
     gradients = torch.autograd.grad(total / len(examples), list(matrices.values()))
@@ -92,20 +79,15 @@ def by_autograd(model, dense, processor, anatomy, examples, weights, decision, t
     return dict(zip(matrices, gradients, strict=True)), losses
 
 
-@pytest.mark.parametrize("teacher", [True, False], ids=["distil", "given"])
+@pytest.mark.parametrize("teacher", [True, False], ids=["divergence", "cross-entropy"])
 def test_gradients_equal_autograd_on_the_whole_model(family, teacher, pico_dir, tmp_path):
-    """With a teacher and example weights, and squares below; without, the plain sum."""
+    """With a teacher, and squares below; without, the plain sum."""
     opened = truth.opened(pico_dir(family))
     dense, processor, anatomy = opened.model, opened.processor, opened.anatomy
     model = changed(dense)
     examples, cut = collated(opened, family, tmp_path)
-    weights = WEIGHTS if teacher else {}
-    loss = DecisionLoss(decision=1, tail=0.3, weights=weights)
-    if teacher:
-        loss = replace(loss, teacher=final_states(truth.walk(dense, cut), lambda _: None))
-    expected, losses = by_autograd(
-        model, dense if teacher else None, processor, anatomy, examples, weights, 1, 0.3
-    )
+    loss = DecisionLoss(final_states(truth.walk(dense, cut))) if teacher else mean_cross_entropy
+    expected, losses = by_autograd(model, dense if teacher else None, processor, anatomy, examples)
     walk = truth.walk(model, cut)
     found = response_losses(walk, loss)
     assert found == {name: pytest.approx(value, rel=1e-3) for name, value in losses.items()}
@@ -133,47 +115,6 @@ def test_gradients_equal_autograd_on_the_whole_model(family, teacher, pico_dir, 
         assert scale > 0
         torch.testing.assert_close(parts[key][:rows], wanted, rtol=1e-3, atol=5e-5 * scale)
         assert (parts[key][rows:] >= 0).all()
-
-
-def test_gradients_of_single_samples_equal_autograd(family, pico_dir, tmp_path):
-    """At random places of every weight, and nowhere in one."""
-    opened = truth.opened(pico_dir(family))
-    model = changed(opened.model)
-    examples, cut = collated(opened, family, tmp_path)
-    loss = DecisionLoss(decision=1, tail=0.3, weights=WEIGHTS)
-    generator = torch.Generator().manual_seed(3)
-    places = {
-        linear.key: torch.randint(math.prod(linear.shape), (7,), generator=generator)
-        for linear in opened.anatomy.linears
-    }
-    nowhere = next(iter(places))
-    places[nowhere] = places[nowhere][:0]
-    walk = truth.walk(model, cut)
-    samples = SampleGradients(walk, places)
-    with truth.unchanged(model):
-        layers = layer_gradients(
-            walk,
-            opened.anatomy,
-            tmp_path / "states",
-            lambda _: True,
-            lambda _: None,
-            loss=loss,
-            samples=samples,
-        )
-        means = {key: one for _, layer in layers for key, one in layer.items()}
-    found = samples.found
-    for key, at in places.items():
-        torch.testing.assert_close(found[key].mean(dim=0), means[key].flatten()[at])
-    assert not list((tmp_path / "states").iterdir()), "layer inputs are left behind"
-    assert found.keys() == places.keys() and found[nowhere].shape == (len(examples), 0)
-    for row, example in enumerate(examples):
-        expected, _ = by_autograd(
-            model, None, opened.processor, opened.anatomy, [example], WEIGHTS, 1, 0.3
-        )
-        for key, at in places.items():
-            wanted = expected[key].flatten()[at]
-            scale = float(expected[key].abs().max())
-            torch.testing.assert_close(found[key][row], wanted, rtol=1e-3, atol=5e-5 * scale)
 
 
 def test_only_wanted_linears_are_taken(pico_dir, tmp_path):
@@ -239,7 +180,7 @@ def test_streamed_equals_resident(family, pico_dir, tmp_path):
     _, cut = collated(opened, family, tmp_path)
     teacher = final_states(truth.walk(opened.model, cut), lambda _: None)
     model = changed(opened.model)
-    loss = DecisionLoss(teacher, weights=WEIGHTS)
+    loss = DecisionLoss(teacher)
 
     def gradients(streamed):
         walk = truth.walk(model, cut, streamed=streamed)
@@ -267,19 +208,20 @@ def test_losses_together_stream_the_model_once(pico_dir, tmp_path, monkeypatch):
     opened = truth.opened(pico_dir("qwen2_vl"))
     _, cut = collated(opened, "qwen2_vl", tmp_path)
     assert len(cut) > 1
+    teacher = final_states(truth.walk(opened.model, cut))
     one = truth.walk(changed(opened.model), cut, streamed=True)
     other = truth.walk(one.model.network, cut[:1], streamed=True)
-    plain, weighted = DecisionLoss(), DecisionLoss(decision=1, weights=WEIGHTS)
-    apart = [response_losses(one, plain), response_losses(other, weighted)]
+    plain, against = mean_cross_entropy, DecisionLoss(teacher)
+    apart = [response_losses(one, plain), response_losses(other, against)]
     held, hold = [], PlacedModel.layer
     monkeypatch.setattr(
         PlacedModel, "layer", lambda self, index: held.append(index) or hold(self, index)
     )
-    assert losses_together([(one, plain), (other.on(one.model), weighted)]) == apart
+    assert losses_together([(one, plain), (other.on(one.model), against)]) == apart
     assert held == list(range(one.layers))
 
 
-# The teacher's say, and hard examples
+# The teacher distribution
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -289,7 +231,7 @@ def test_final_states_and_losses_are_those_of_a_full_forward(family, pico_dir, t
     ticks = []
     walk = truth.walk(opened.model, cut)
     states = final_states(walk, ticks.append)
-    losses = response_losses(walk, DecisionLoss(decision=2, tail=0.1))
+    losses = response_losses(walk, mean_cross_entropy)
     assert sum(ticks) == 5 * len(opened.anatomy.layers)
     assert list(states) == list(losses) == [example.id for example in examples]
     for batch in cut:
@@ -303,7 +245,7 @@ def test_final_states_and_losses_are_those_of_a_full_forward(family, pico_dir, t
                 float(F.cross_entropy(forward.logits[row, t - 1].float(), batch.labels[row, t]))
                 for t in response
             ]
-            assert losses[name] == pytest.approx(sum(cost[:2]) + 0.1 * sum(cost[2:]), rel=1e-3)
+            assert losses[name] == pytest.approx(sum(cost) / len(cost), rel=1e-3)
 
 
 def test_a_model_has_no_divergence_from_itself(pico_dir, tmp_path):
@@ -315,57 +257,6 @@ def test_a_model_has_no_divergence_from_itself(pico_dir, tmp_path):
     others = response_losses(walk.on(truth.walk(changed(opened.model), cut).model), loss)
     assert all(abs(value) < 1e-5 for value in own.values())
     assert all(value > 1e-2 for value in others.values())
-
-
-def test_a_teacher_agrees_where_it_would_begin_as_the_response_does(pico_dir, tmp_path):
-    opened = truth.opened(pico_dir("qwen2_vl"))
-    _, cut = collated(opened, "qwen2_vl", tmp_path, 4)
-    walk = truth.walk(opened.model, cut)
-    loss = DecisionLoss(final_states(walk, lambda _: None))
-    assert not any(agreements(walk, loss).values()), "the random model happens to agree"
-    agreeing = set()
-    for batch in cut:
-        logits = truth.full_forward(opened.model, batch.inputs).logits
-        for row in range(0, len(batch.ids), 2):  # the model's own first token, for every other one
-            first = int((batch.labels[row] != -100).nonzero()[0])
-            batch.labels[row, first] = logits[row, first - 1].argmax()
-            agreeing.add(batch.ids[row])
-    found = agreements(walk, loss)
-    assert found.keys() == {name for batch in cut for name in batch.ids}
-    assert {name for name, right in found.items() if right} == agreeing
-
-
-POOL = {"a": 0.5, "b": 4.0, "c": 4.0, "d": 1.0, "e": 0.0, "f": 9.0, "g": 2.0}
-
-
-@pytest.mark.parametrize("count", [1, 3, 4, 6])
-def test_a_sample_stands_for_the_pool(count):
-    """Over many draws: as many as asked for, by chance as promised, and without bias."""
-    values = {name: torch.randn((), dtype=torch.float64).exp().item() for name in POOL}
-    mean = sum(POOL.values()) / len(POOL)
-    times, means, draws = Counter(), [], 4000
-    for seed in range(draws):
-        draw = sampled(POOL, count, seed)
-        assert len(draw) == count and list(draw) == [name for name in POOL if name in draw]
-        times.update(list(draw))
-        means.append(sum(weight * values[name] for name, weight in draw.items()) / count)
-    likely = {name: times[name] / draws for name in POOL}
-    for name, weight in draw.items():  # what it counts makes up for how likely it is
-        assert weight == pytest.approx(count / (len(POOL) * likely[name]), rel=0.15)
-    some = [name for name in POOL if likely[name] < 0.999]
-    per_size = [likely[name] / (POOL[name] + mean) for name in some]
-    assert max(per_size) < 1.15 * min(per_size), "not in proportion to loss and mean"
-    assert count < 6 or len(some) < len(POOL), "none is certain"
-    error = 4 * torch.tensor(means).std().item() / draws**0.5
-    assert sum(means) / draws == pytest.approx(sum(values.values()) / len(values), abs=error)
-
-
-def test_all_examples_where_there_are_few():
-    for count in (len(POOL), len(POOL) + 1):
-        assert sampled(POOL, count, 0) == dict.fromkeys(POOL, 1.0)
-    assert sampled({}, 3, 0) == {}
-    even = sampled(dict.fromkeys("abcd", 0.0), 2, 0)
-    assert list(even.values()) == [1.0, 1.0]
 
 
 # Walks
@@ -412,49 +303,3 @@ def test_a_walk_on_another_model(family, streamed, pico_dir, tmp_path):
     assert all(map(torch.equal, to_the_end(walk), own))
     assert isinstance(other, Walk)
     assert len(ran) == seen and not on_pruned
-
-
-def test_what_begins_wrongly_is_a_refusals_start_or_any_other(pico_dir, tmp_path):
-    """By hand from the logits of whole passes, of the model and of its teacher."""
-    opened = truth.opened(pico_dir("llava"))
-    examples, _ = collated(opened, "llava", tmp_path)
-    model = changed(opened.model)
-    for example in examples:
-        batch = response_batch(opened.processor, [example])
-        teacher = final_states(truth.walk(opened.model, [batch]), lambda _: None)
-        own = final_states(truth.walk(model, [batch]), lambda _: None)[example.id]
-        labels = batch.labels[0]
-        positions = predicting(labels)
-        with torch.no_grad():
-            chances = [
-                one(**batch.inputs, use_cache=False).logits[0, positions[0]].float().softmax(0)
-                for one in (model, opened.model)
-            ]
-        states = torch.zeros(len(labels), own.shape[-1])
-        states[positions] = own
-        first = int(labels[positions[0] + 1])
-        placed = truth.walk(model, [batch]).model
-        for refusals in ((), (5, 9), (5, first)):
-            found = DecisionLoss(teacher, refusals=refusals).misses(
-                placed, states, labels, example.id
-            )
-            watched = [one for one in refusals if one != first]
-            wanted = [
-                float(chance[watched].sum()) if refusals else 1 - float(chance[first])
-                for chance in chances
-            ]
-            assert [found.own, found.dense] == pytest.approx(wanted, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("refusals", "others", "starts"),
-    [
-        ([1, 1, 1, 2], [3, 3], (1, 2)),
-        ([1] * 10, [1] + [3] * 9, (1,)),  # ten times as often
-        ([1] * 9 + [4], [1] + [3] * 9, ()),  # 4 alone is too few of them
-        ([1, 2], [1, 2], ()),
-        ([7], [3], (7,)),
-    ],
-)
-def test_tokens_that_tell_refusals(refusals, others, starts):
-    assert refusal_starts(refusals, others) == starts

@@ -28,7 +28,7 @@ from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.pruning.pruner import zeros
 from regraft.restoration.apply import patched
-from regraft.restoration.iterative import weights_of
+from regraft.restoration.gain_step import weights_of
 from regraft.restoration.patch import load_patch
 from regraft.restoration.ranking import (
     KEPT,

@@ -276,7 +276,7 @@ def test_screened_heads_and_old_files_lack_its_criterion(bench, tmp_path):
     assert not (tmp_path / "patch").exists()
 
 
-@pytest.mark.parametrize("setting", [{"p_max": 0.6}, {"scope": "head"}, {"steps": 3}])
+@pytest.mark.parametrize("setting", [{"p_max": 0.6}, {"scope": "head"}, {"passes": 4}])
 def test_what_the_release_does_not_read_is_named(setting):
     settings = RealignSettings(method="hsr-released", **setting)
     assert settings.unread() == f"`{next(iter(setting))}` changes nothing with hsr-released"

@@ -369,13 +369,13 @@ def test_points_are_spread_up_to_the_most(
                 "ASR 20.0 %",
                 "over-refusal 1.8 points",
                 "utility 0.02 points",
-                "Allow more by over_refusal and utility, or give pushes.",
+                "Allow more by over_refusal and utility.",
             ),
         ),
         (
             Bounds(None, 0.1, None),
             [(0.4, 0.2, 0.6), (0.6, 0.11, 0.6), (0.3, 0.15, 0.6)],
-            ("500 weights", "over-refusal 5 points", "Allow more by over_refusal, or give"),
+            ("500 weights", "over-refusal 5 points", "Allow more by over_refusal."),
         ),
         (
             Bounds(None, 0.1, 0.6),
@@ -400,18 +400,9 @@ def test_why_nothing_comes_back(
     ]
     chosen = choose(given, bounds)
     assert chosen is None or chosen == 0, "something comes back"
-    gain = RealignSettings(method="gain", count=1500)
-    told = searching.why_nothing(given, bounds, gain, SearchSettings())
+    told = searching.why_nothing(given, bounds)
     for part in parts:
         assert part in told, told
-    pushed = gain.model_copy(update={"pushes": 3})
-    again = searching.why_nothing(given, bounds, pushed, SearchSettings())
-    assert again == told.replace("give pushes", "give more pushes")
-    for method, settings in (
-        (RealignSettings(method="random", count=9), SearchSettings()),
-        (gain, SearchSettings(most=1)),
-    ):
-        assert "pushes" not in searching.why_nothing(given, bounds, method, settings)
 
 
 def searched(
@@ -455,8 +446,7 @@ def searched(
 def test_what_a_search_did_not_reach_is_told(
     found: Searched, expected: tuple[tuple[str, ...], ...]
 ) -> None:
-    method = RealignSettings(method="gain", count=900)
-    told = list(searching.remarks(found, method, SearchSettings()))
+    told = list(searching.remarks(found))
     assert len(told) == len(expected), told
     for line, parts in zip(told, expected, strict=True):
         for part in parts:
@@ -561,7 +551,7 @@ def recipe(root: Path, **fields: Any) -> Recipe:
         "pruned": str(root / "pruned"),
         "calibration": {"data": data, "samples": 4},
         "realign": [
-            {"name": "gain", "method": "gain", "count": 40, "steps": 2, "search": search},
+            {"name": "gain", "method": "gain", "count": 40, "search": search},
             {
                 "name": "never",
                 "method": "random",

@@ -326,7 +326,7 @@ def test_sequential_pruner_equals_brute_force(family, pattern, pico_dir, tmp_pat
     dense, pruned = state(model), copy.deepcopy(model)
     ticks = []
     masks = truth.prune(opened, pruned, cut, pattern, tmp_path / "masks", progress=ticks.append)
-    assert sum(ticks) == 5 * len(anatomy.layers)
+    assert sum(ticks) == 2 * 5 * len(anatomy.layers)
     naive = copy.deepcopy(model)
     expected = prune_by_loops(naive, processor, anatomy, examples, pattern, "sequential")
     assert_pruned(pruned, anatomy, masks, expected, dense)
@@ -365,7 +365,7 @@ def test_killed_pruner_goes_on(family, method, pico_dir, tmp_path):
 
     def kill(samples):
         seen.append(samples)
-        if len(seen) == 2:  # layers, of one batch each
+        if len(seen) == 4:  # two layers, of one batch each, run dense and pruned
             raise Killed
 
     with pytest.raises(Killed):

@@ -59,8 +59,16 @@ def _drawing(calibration: CalibrationSettings) -> dict[str, Any]:
     return {
         "samples": calibration.samples,
         "seed": calibration.seed,
-        "answered": calibration.responses == "given",
+        "answered": responses_are_given(calibration),
     }
+
+
+def responses_are_given(calibration: CalibrationSettings) -> bool:
+    """Whether the data set's responses are learned from, and not the dense model's own."""
+    if calibration.responses != "auto":
+        return calibration.responses == "given"
+    whole = read(of_split(calibration.source, "train"))
+    return any(one.response is not None for one in whole.examples)
 
 
 def read_suites(source: Source, suites: Sequence[DataSource], limit: int | None) -> Reading:

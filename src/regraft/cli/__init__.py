@@ -25,6 +25,7 @@ from regraft.cli.pruning import prune
 from regraft.cli.realigning import realign
 from regraft.cli.rendering import render
 from regraft.cli.reporting import compare, report
+from regraft.cli.responding import respond
 from regraft.cli.running import demo, recipe, run
 from regraft.cli.scoring import heads, statistics
 from regraft.cli.tuning import tune
@@ -44,6 +45,7 @@ app = App(
     ),
 )
 app.command(inspect)
+app.command(respond)
 app.command(prune)
 app.command(heads)
 app.command(statistics)

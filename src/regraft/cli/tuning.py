@@ -35,7 +35,7 @@ def tune(
     tried within the bounds counts. What is not tuned stays as given, the budget above all. Writes
     tuned.json and best.yaml, an item of a recipe's `realign`.
 
-    Example: regraft tune MODEL pruned --method gain --budget 2 --data vlguard VLGuard/train.json
+    Example: regraft tune MODEL pruned --method hsr --budget 2 --data vlguard VLGuard/train.json
     --validation validation.jsonl --trials 40 --points 3 --out tuned
 
     Parameters

@@ -160,7 +160,7 @@ def score_heads(
             too, if nothing else differs.
         scoring: How; the defaults are exact.
         about: Recorded with the scores.
-        progress: Called with the layers done of a batch, `passes` times over all of them.
+        progress: See `ablate_heads`; twice over all batches where screened.
 
     Returns:
         The scores, float64 on CPU.

@@ -121,7 +121,8 @@ def ablate_heads(
         folder: For the states.
         how: What is done to a head.
         heads: Layer -> its heads to ablate; other layers are not run.
-        progress: Called with 1 for each layer of each batch.
+        progress: Called for each layer of each batch with the layers that its heads' ablation
+            runs again, itself and all behind: what it costs. `steps` of them a batch.
 
     Raises:
         RegraftError: states overflow in the model's dtype.
@@ -133,7 +134,8 @@ def ablate_heads(
             for layer in anatomy.layers
             if heads.get(layer.index) and not _layer_file(place, layer.index).exists()
         }
-        progress(len(anatomy.layers) - len(missing))
+        last = len(anatomy.layers)
+        progress(steps(anatomy) - sum(last - index for index in missing))
         if missing or not _base_file(place).exists():
             _run_batch(model, anatomy, placed(batch, model), place, how, missing, progress)
     ranks.barrier()
@@ -164,7 +166,12 @@ def _run_batch(
                 states |= run.jittered(index, hidden, seed)
         _require_finite(states, index)
         _save(_layer_file(folder, index), states)
-        progress(1)
+        progress(len(anatomy.layers) - index)
+
+
+def steps(anatomy: Anatomy) -> int:
+    """Layers run in ablating one head of each layer: the sum of 1 to the number of layers."""
+    return sum(range(len(anatomy.layers) + 1))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -28,9 +27,8 @@ from regraft.models.walk import Walk
 Progress = Callable[[int], None]
 Product = Callable[[Tensor, Tensor], Tensor]
 """(dL/dY `[B, T, out]`, X `[B, T, in]`) of B samples -> what is added up, `[k * out, in]`."""
-_AT_ONCE = 1 << 24  # products in memory at a time, in gradients of single samples
-_Take = Callable[[LinearAnatomy, int, Tensor, Tensor], None]
-"""(linear, index of the batch, dL/dY, X), of one batch."""
+_Take = Callable[[LinearAnatomy, Tensor, Tensor], None]
+"""(linear, dL/dY, X), of one batch."""
 
 
 def signed(dy: Tensor, x: Tensor) -> Tensor:
@@ -68,7 +66,6 @@ def layer_gradients(
     *,
     add: Product = signed,
     loss: Loss = mean_cross_entropy,
-    samples: SampleGradients | None = None,
 ) -> Iterator[tuple[LayerAnatomy, dict[str, Tensor]]]:
     """Mean over samples of `add`, from the last layer to the first.
 
@@ -82,7 +79,6 @@ def layer_gradients(
             and backward.
         add: What to add up of each batch, `signed` for the plain gradient.
         loss: Of one sample.
-        samples: Filled on the way: those of single samples at some places.
 
     Yields:
         The layer, and `LinearAnatomy.key` -> what `add` makes, float32 on the device. A linear that
@@ -94,11 +90,9 @@ def layer_gradients(
     total = int(ranks.total(torch.tensor(sum(len(batch.ids) for batch in walk.batches))))
     sums: dict[str, Tensor] = {}
 
-    def take(linear: LinearAnatomy, batch: int, dy: Tensor, x: Tensor) -> None:
+    def take(linear: LinearAnatomy, dy: Tensor, x: Tensor) -> None:
         part = add(dy, x)
         sums[linear.key] = sums[linear.key].add_(part) if linear.key in sums else part
-        if samples is not None:
-            samples.take(linear, batch, dy, x)
 
     for layer in _backward(walk, anatomy, scratch, wanted, take, progress, loss):
         found = dict(sums)
@@ -110,32 +104,6 @@ def layer_gradients(
             if not torch.isfinite(found[linear.key]).all():
                 raise overflow(linear)
         yield layer, found
-
-
-class SampleGradients:
-    """The gradient of every sample of this process at a few places of each weight.
-
-    Attributes:
-        found: `LinearAnatomy.key` -> `[samples, n]` float32 on CPU, samples in the order of the
-            batches; 0 where a sample did not use the weight.
-    """
-
-    def __init__(self, walk: Walk, places: Mapping[str, Tensor]) -> None:
-        """`places` are flat positions by `LinearAnatomy.key`, `[n]` int64."""
-        self._starts = list(accumulate((len(batch.ids) for batch in walk.batches), initial=0))
-        self._places = places
-        self.found = {key: torch.zeros(self._starts[-1], len(at)) for key, at in places.items()}
-
-    def take(self, linear: LinearAnatomy, batch: int, dy: Tensor, x: Tensor) -> None:
-        """Add what a linear read, `[B, T, in]`, and its output's gradient, `[B, T, out]`."""
-        if linear.key not in self._places:
-            return
-        at = self._places[linear.key].to(dy.device)
-        into = self.found[linear.key][self._starts[batch] : self._starts[batch + 1]]  # [B, n]
-        some = max(1, _AT_ONCE // dy[:, :, 0].numel())
-        for part, mine in zip(at.split(some), into.split(some, dim=1), strict=True):
-            rows, columns = part // linear.shape[1], part % linear.shape[1]
-            mine += (dy[:, :, rows].float() * x[:, :, columns].float()).sum(dim=1).cpu()
 
 
 def _backward(
@@ -164,7 +132,7 @@ def _backward(
             for i, batch in enumerate(walk.batches):
                 path = _path(scratch, layer.index, i)
                 hidden = load_file(path)["hidden"].to(walk.model.device).requires_grad_()
-                with _capture(linears, len(batch.ids), i, take):
+                with _capture(linears, len(batch.ids), take):
                     output = walk.replay(i, layer.index, hidden, gradient=True)
                     output.backward(gradients[i].to(output.device))
                 assert hidden.grad is not None
@@ -205,9 +173,7 @@ def _loss_gradients(walk: Walk, loss: Loss) -> list[Tensor]:
 
 
 @contextmanager
-def _capture(
-    linears: Mapping[LinearAnatomy, nn.Module], rows: int, batch: int, take: _Take
-) -> Iterator[None]:
+def _capture(linears: Mapping[LinearAnatomy, nn.Module], rows: int, take: _Take) -> Iterator[None]:
     """Have `take` see what each linear read and its output's gradient, when that comes by."""
 
     def watch(linear: LinearAnatomy) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -217,7 +183,7 @@ def _capture(
                 output = output.detach().requires_grad_()
 
             def taken(gradient: Tensor) -> None:
-                take(linear, batch, gradient.reshape(rows, -1, gradient.shape[-1]), inputs)
+                take(linear, gradient.reshape(rows, -1, gradient.shape[-1]), inputs)
 
             output.register_hook(taken)
             return output

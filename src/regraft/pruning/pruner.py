@@ -68,8 +68,8 @@ def prune_layers(
         checkpoint: The dense checkpoint; its dtypes are those that updated weights are rounded to.
         patterns: Sparsity or N:M of every weight that is to be pruned.
         results: Where the results go.
-        progress: Called with the number of samples each time a layer has seen a batch (twice a
-            layer for SNIP).
+        progress: Called with the number of samples each time a layer has seen a batch: `passes` of
+            them in all.
         note: Told of a damping that had to grow.
 
     Raises:
@@ -88,8 +88,10 @@ def prune_layers(
             if pruner.order == "one-shot":
                 walk.advance(layer.index, progress, around)
             elif pruned is None:
-                for _ in walk.run(layer.index, around):
-                    pass
+                for i, _ in walk.run(layer.index, around):
+                    progress(len(walk.batches[i].ids))
+            else:
+                progress(sum(len(batch.ids) for batch in walk.batches))
             if pruned is None:
                 sums.gather()
                 pruned = _prune_layer(pruner, linears, sums, checkpoint, patterns, note)
@@ -98,6 +100,11 @@ def prune_layers(
                 for linear, module in linears.items():
                     pruned[linear.key].put(_weight(module))
                 _advance(walk, layer, progress)
+
+
+def passes(pruner: Pruner) -> int:
+    """How often each layer sees the calibration data: sequential pruning runs it pruned, too."""
+    return 2 if pruner.method == "snip" or pruner.order == "sequential" else 1
 
 
 def magnitude_edits(patterns: Patterns) -> dict[str, Edit]:

@@ -8,9 +8,9 @@ restoration). Weights are restored in steps:
     repeat
         G^s, G^u <- mean gradients of the model as it is, over the calibration prompts
         candidates <- pruned weights with gain^u >= 0, by gain^s + gain^u, best first
-        n <- as many as are predicted to lower the loss to zero, within the budget
+        n <- as many as are predicted to lower the loss to zero, at most twice the step before
         restore the first n, n/2, n/4 ... and keep the number with the lowest held-out loss
-    until no number lowers the held-out loss, or the budget is spent
+    until no number lowers the held-out loss, or 8 times
 
 In a swap a kept weight of the same row, or of the same N:M group, is pruned in exchange: the one
 without which both losses change least, by `|-G w + F w^2 / 2|` with F the diagonal of the empirical
@@ -79,8 +79,8 @@ def line_search(
     Returns:
         (the number, 0 where no try lowers the loss; all tries in order)
     """
-    best, lowest, tries = 0, now, []
-    tried = most
+    best, lowest, tried = 0, now, most
+    tries: list[Try] = []
     while tried and len(tries) < MOST_TRIES:
         found = value(tried)
         tries.append(Try(tried, found))

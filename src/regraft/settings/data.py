@@ -66,6 +66,16 @@ TextPrompts = Annotated[
 ]
 
 
+Prompts = Annotated[
+    DataSource,
+    _ONE_OR_TWO_WORDS,
+    Parameter(
+        help="A .jsonl file, demo:calibration, vlguard PATH, prompts FILE (harmful; AdvBench and "
+        "its like) or benign FILE (harmless). Responses in it are not read."
+    ),
+]
+
+
 Suites = Annotated[
     tuple[DataSource, ...],
     Parameter(converter=_several, n_tokens=-1, consume_multiple=True, accepts_keys=False),
@@ -86,10 +96,11 @@ class CalibrationSettings(Settings):
     data: Data = DataSource(name="demo", split="calibration")  # `source` is what is read
     samples: int = Field(128, ge=1, description="Drawn of each kind; fewer where there are fewer.")
     seed: int = Field(0, description="Of the draw.")
-    responses: Literal["given", "self"] = Field(
-        "given",
+    responses: Literal["auto", "given", "self"] = Field(
+        "auto",
         description="given: the data set's. self: the dense model writes them greedily, and those "
-        "are kept that refuse a harmful prompt or do not refuse a harmless one.",
+        "are kept that refuse a harmful prompt or do not refuse a harmless one. auto: given where "
+        "the data set has some, else self. `regraft respond` writes them once, for all commands.",
     )
     max_response_tokens: int = Field(
         64, ge=1, description="Length of a response that the dense model writes."

@@ -34,6 +34,7 @@ from regraft.stages.patching import (
 from regraft.stages.pruning import prune, spilled_bytes
 from regraft.stages.ranking import rank
 from regraft.stages.realigning import realign
+from regraft.stages.responding import respond
 from regraft.stages.restoring import curve_beside, restore
 from regraft.stages.scoring import heads
 from regraft.stages.searching import check_search, search, suites_of
@@ -70,6 +71,7 @@ __all__ = [
     "read_curve",
     "read_evaluation",
     "realign",
+    "respond",
     "restore",
     "revert",
     "revert_in_place",

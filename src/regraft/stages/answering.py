@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from regraft import ranks
-from regraft.checks import draw_calibration, order_calibration, warn_of_bundled
+from regraft.checks import (
+    draw_calibration,
+    order_calibration,
+    responses_are_given,
+    warn_of_bundled,
+)
 from regraft.data.collate import batches
 from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
@@ -54,7 +59,7 @@ def calibration_data(
 ) -> Reading:
     """D^s or D^u, each example with a response.
 
-    With `responses: given` these are the data set's. With `responses: self` the dense model answers
+    Where `responses_are_given` these are the data set's. Otherwise the dense model answers
     the prompts greedily, batch by batch in the drawn order, until as many answers are kept as
     samples are wanted: refusals of harmful prompts, and what refuses nothing of harmless ones. The
     first prompts are those that would be drawn anyhow. Answers are the file `harmful.jsonl` or
@@ -73,7 +78,7 @@ def calibration_data(
     """
     if not harmful:  # once for both kinds
         warn_of_bundled(dense, calibration.source, watch.note)
-    if calibration.responses == "given":
+    if responses_are_given(calibration):
         return draw_calibration(dense, calibration, harmful=harmful)
     prompts = order_calibration(dense, calibration, harmful=harmful)
     out = folder / f"{'harmful' if harmful else 'harmless'}.jsonl"

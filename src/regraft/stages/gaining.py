@@ -42,14 +42,14 @@ from regraft.stages.common import (
 )
 from regraft.watch import Watch
 
-ALGORITHM = 8  # rankings of another one are not taken for this one's
+ALGORITHM = 9  # rankings of another one are not taken for this one's
 HELD_OUT = 0.25  # of the prompts of each kind
-WORTHWHILE = 0.01  # a step that lowers the held-out loss by less of it is the last
+MOST_STEPS = 8  # at most 10 forward and backward passes over all prompts
 KINDS = ("safety", "utility")
 
 End = Literal["limit", "held-out", "candidates"]
 REASONS: Mapping[End, str] = {
-    "limit": "no path may be longer",
+    "limit": "no path may take more steps or weights",
     "held-out": "more weights do not lower the loss on held-out prompts",
     "candidates": "no other pruned weight is predicted to help",
 }
@@ -129,7 +129,7 @@ def restore_by_gain(
         now = steps[-1].held_out if steps else start
         require_space(work, needed)
         with watch.task(f"Step {len(steps) + 1} of gain", *_work(sides, 2, MOST_TRIES)) as done:
-            new = step(problem, *sides, most - len(ranking), ranking, now, work / "states", done)
+            new = step(problem, *sides, _room(steps, most), ranking, now, work / "states", done)
         ranking = ranking.then(new.ranking)
         steps.append(Passed.of(len(ranking), new))
         watch.note(_described(steps[-1], now))
@@ -140,6 +140,18 @@ def restore_by_gain(
         ranks.barrier()
     watch.note(f"{len(ranking):,} weights restored: {REASONS[end]}")
     return replace(ranking, about={**ranking.about, "end": end})
+
+
+def _room(steps: Sequence[Passed], most: int) -> int:
+    """How many weights the next step may restore.
+
+    At most twice as many as the step before, so that the line search is not spent on numbers that
+    were too many already.
+    """
+    if not steps:
+        return most
+    before = steps[-2].restored if len(steps) > 1 else 0
+    return min(most - steps[-1].restored, 2 * (steps[-1].restored - before))
 
 
 def path_limit(pruned: int) -> int:
@@ -158,9 +170,9 @@ def _end(steps: Sequence[Passed], start: Losses, most: int) -> End | None:
     before = steps[-2].held_out if len(steps) > 1 else start
     if not last.candidates:
         return "candidates"
-    if before.sum - last.held_out.sum <= WORTHWHILE * before.sum:
+    if last.held_out.sum >= before.sum:
         return "held-out"
-    return "limit" if last.restored >= most else None
+    return "limit" if last.restored >= most or len(steps) == MOST_STEPS else None
 
 
 def _described(last: Passed, before: Losses) -> str:

@@ -27,7 +27,7 @@ from regraft.keys import ABOUT_FILE, describe, is_done, to_json, unfinished_byte
 from regraft.models.checkpoint import check_target, open_checkpoint, write_edited
 from regraft.models.load import Source
 from regraft.models.walk import Walk
-from regraft.pruning.pruner import magnitude_edits, prune_layers
+from regraft.pruning.pruner import magnitude_edits, passes, prune_layers
 from regraft.pruning.results import LayerResults
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -195,9 +195,8 @@ def _calibrate(
     if settings.method == "snip":
         needed += hidden_state_bytes(dense, walk)
     require_space(out, needed - unfinished_bytes(out))
-    passes = 2 if settings.method == "snip" else 1
     samples = sum(len(batch.ids) for batch in walk.batches)
-    total = passes * samples * len(dense.anatomy.layers)
+    total = passes(settings.pruner()) * samples * len(dense.anatomy.layers)
     with watch.task("Pruning, layer by layer", total, "samples x layers") as done:
         prune_layers(
             settings.pruner(),

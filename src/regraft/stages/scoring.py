@@ -17,6 +17,7 @@ from regraft.checks import (
 from regraft.data.collate import prompt_batch
 from regraft.files import digest
 from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
+from regraft.heads.states import steps
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
 from regraft.settings.compute import ComputeSettings
@@ -56,8 +57,8 @@ def heads(
             model, processor = load(dense, compute, watch)
             prompts = collate(processor, prompt_batch, data.examples, compute)
             passes = 2 if settings.mode == "screened" else 1
-            total = passes * len(prompts) * len(dense.anatomy.layers)
-            with watch.task("Scoring heads", total, "batches x layers") as done:
+            total = passes * len(prompts) * steps(dense.anatomy)
+            with watch.task("Scoring heads", total, "batches x layers to run again") as done:
                 scores = score_heads(
                     model,
                     dense.anatomy,

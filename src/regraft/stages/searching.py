@@ -111,12 +111,12 @@ def search(
         ranks.barrier()
     found = read_curve(out)
     if tell:
-        for line in remarks(found, method, settings):
+        for line in remarks(found):
             watch.note(f"{out.stem}: {line}")
     return found.chosen or 0
 
 
-def remarks(found: Searched, method: RealignSettings, settings: SearchSettings) -> Iterator[str]:
+def remarks(found: Searched) -> Iterator[str]:
     """What the number of weights taken does not tell: what was not to be had, and why."""
     if found.bounds.utility is None:
         yield (
@@ -124,7 +124,7 @@ def remarks(found: Searched, method: RealignSettings, settings: SearchSettings) 
             "compare answers with."
         )
     if found.taken is None:
-        why = why_nothing(found.points, found.bounds, method, settings)
+        why = why_nothing(found.points, found.bounds)
         yield f"nothing comes back. {why}"
     elif found.bounds.asr is not None and not found.bounds.meets(found.taken):
         yield (
@@ -139,9 +139,7 @@ def _recovery(found: Searched) -> str:
     return "RSR is undefined" if value is None else f"RSR {100 * value:.0f} %"
 
 
-def why_nothing(
-    points: Sequence[Point], bounds: Bounds, method: RealignSettings, settings: SearchSettings
-) -> str:
+def why_nothing(points: Sequence[Point], bounds: Bounds) -> str:
     """Why of a curve's points, the pruned model first, none with weights back was taken."""
     pruned, *tried = points
     if not tried:

@@ -7,7 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from regraft.checks import draw_calibration, order_calibration, read_suites
+from regraft.checks import (
+    draw_calibration,
+    order_calibration,
+    read_suites,
+    responses_are_given,
+)
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.evaluation.generate import MEMO_BYTES, Answerer
@@ -60,7 +65,7 @@ class Session:
         Where the dense model answers them itself any may be, until enough answers are kept.
         """
         role = f"{'harmful' if harmful else 'harmless'} calibration"
-        if calibration.responses == "given":
+        if responses_are_given(calibration):
             return {role: self.drawn(model, calibration, harmful=harmful)}
         return {f"{role} (self)": order_calibration(model, calibration, harmful=harmful)}
 

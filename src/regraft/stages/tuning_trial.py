@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from regraft.checks import responses_are_given
 from regraft.evaluation.curves import point_to_json, read_curve
 from regraft.evaluation.tradeoff import Point, choose, nearest
 from regraft.evaluation.tuned import Cost, Tried
@@ -75,7 +76,7 @@ class Worker:
     def _write_responses(self, clock: _Clock) -> None:
         """The responses that all statistics and rankings share, whichever a worker is at."""
         job = self.job
-        if job.calibration.responses == "given":
+        if responses_are_given(job.calibration):
             return
         with self.trials.exclusive("responses"), clock.of("responses"):
             if not job.place.responses.exists():

@@ -1,0 +1,186 @@
+"""Each stage as a multiple of bare passes of the same model over the same tokens, in one run.
+
+    python benchmarks/stages.py                                       # the bundled model
+    python benchmarks/stages.py --model MODEL --dtype bfloat16 --json stages.json
+
+`bare` is the model's own forward, logits of the last position alone, and for gain its forward and
+backward through all states, weight gradients left out. Tokens are those that the stage reads:
+prompts with the answers that eval wrote, read in one pass each (so that its multiple is the price
+of writing token by token), the calibration data of `prune`, the prompts of `heads`, harmful and
+harmless calibration data for gain. Gain is a mean step: all its time by the steps that it took.
+Loading models and writing checkpoints are left out on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from regraft import stages
+from regraft.checks import draw_calibration, read_suites
+from regraft.data.collate import Batch, prompt_batch, response_batch
+from regraft.data.demo import demo_model
+from regraft.data.example import Example
+from regraft.data.sources import DataSource
+from regraft.evaluation.greedy import contiguous_head
+from regraft.models.load import Source, load_model, load_processor, open_source, placed
+from regraft.restoration.ranking import load_ranking
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.settings.scoring import HeadSettings
+from regraft.stages.common import collate
+from regraft.watch import Advance, Silent
+
+NOT_COUNTED = ("Loading", "Writing", "Checking")
+
+
+class Clock(Silent):
+    """Adds up the seconds of all tasks but those of `NOT_COUNTED`."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def task(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:
+        start = time.perf_counter()
+        yield lambda _: None
+        if not what.startswith(NOT_COUNTED):
+            self.seconds += time.perf_counter() - start
+
+
+def bare(model: nn.Module, data: Sequence[Batch], *, backward: bool = False) -> float:
+    """Seconds of the model's own passes over all batches; the first is run once before."""
+
+    def run(batch: Batch) -> None:
+        inputs = dict(placed(batch, model).inputs)
+        with torch.set_grad_enabled(backward):
+            found = model(**inputs, use_cache=False, logits_to_keep=1).logits
+        if backward:
+            found.float().logsumexp(-1).sum().backward()
+
+    def input_gradient(_module: Any, _args: Any, states: torch.Tensor) -> torch.Tensor:
+        return states.requires_grad_(True) if backward else states
+
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    hook = embedding.register_forward_hook(input_gradient)
+    try:
+        with contiguous_head(model):
+            run(data[0])
+            start = time.perf_counter()
+            for batch in data:
+                run(batch)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+    finally:
+        hook.remove()
+
+
+def measured(
+    source: Source, options: argparse.Namespace, compute: ComputeSettings, work: Path
+) -> list[dict[str, Any]]:
+    """One row a stage: seconds and what the same tokens take bare."""
+    calibration = CalibrationSettings(
+        data=options.data, samples=options.samples, responses=options.responses
+    )
+    suite, count = [options.suite], options.samples
+    clocks = {name: Clock() for name in ("eval", "prune", "heads", "gain, a step")}
+    asked = read_suites(source, suite, count).examples
+    how = EvalSettings(limit=count, max_new_tokens=options.max_new_tokens)
+    result = stages.evaluate(source, work / "ev", suite, how, compute, watch=clocks["eval"]).result
+    pruned = stages.prune(
+        source, work / "pruned", PruneSettings(), calibration, compute, clocks["prune"]
+    )
+    r_max = HeadSettings(r_max=min(5, count // 2))
+    stages.heads(source, work / "heads", r_max, calibration, compute, clocks["heads"])
+    gain = RealignSettings(method="gain", count=options.count)
+    patch = work / "gain.safetensors"
+    stages.restore(source, pruned, patch, gain, calibration, compute, clocks["gain, a step"])
+    taken = [load_ranking(path) for path in work.glob("gain*ranking*")]
+    steps = max(1, len(taken[0].about["steps"]))
+
+    responses = work / "pruned.responses"
+    drawn: dict[bool, Sequence[Example]] = {
+        harmful: stages.calibration_data(
+            source, calibration, compute, responses, Silent(), harmful=harmful
+        ).examples
+        for harmful in (True, False)
+    }
+    prompts = draw_calibration(source, calibration, harmful=True).examples
+    said = {answer.id: answer.answer or "." for answer in result.answers}
+    answered = [replace(one, response=said[one.id]) for one in asked]
+    processor = load_processor(source)
+    model = load_model(source, dtype=compute.dtype, device=compute.device)
+    texts = {
+        "eval": collate(processor, response_batch, answered, compute),
+        "prune": collate(processor, response_batch, drawn[False], compute),
+        "heads": collate(processor, prompt_batch, prompts, compute),
+        "gain, a step": [
+            batch
+            for examples in drawn.values()
+            for batch in collate(processor, response_batch, examples, compute)
+        ],
+    }
+    rows = []
+    for stage, data in texts.items():
+        backward = stage.startswith("gain")
+        seconds = clocks[stage].seconds / (steps if backward else 1)
+        plain = bare(model, data, backward=backward)
+        tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in data)
+        what = "forward and backward" if backward else "forward"
+        rows.append({"stage": stage, "seconds": seconds, "bare": what, "bare_seconds": plain})
+        rows[-1] |= {"tokens": tokens, "multiple": seconds / plain}
+    return rows
+
+
+def main() -> None:
+    """Run all stages, print the table, save JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--data", default="demo:calibration", type=DataSource.model_validate)
+    parser.add_argument("--suite", default="demo:test", type=DataSource.model_validate)
+    parser.add_argument("--responses", choices=("given", "self"), default="given")
+    parser.add_argument("--samples", type=int, default=32, help="of each kind")
+    parser.add_argument("--count", type=int, default=250, help="weights that gain may restore")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    compute = ComputeSettings(
+        device=options.device, dtype=options.dtype, batch_size=options.batch_size
+    )
+    source = open_source(demo_model() if options.model == "demo" else options.model)
+    with TemporaryDirectory() as work:
+        rows = measured(source, options, compute, Path(work))
+    title = f"{options.model}, {options.dtype}, {options.samples} prompts of each kind"
+    table = Table("stage", "seconds", "tokens", "bare", "seconds", "multiple", title=title)
+    for row in rows:
+        cells = (f"{row['seconds']:.1f}", f"{row['tokens']:,}", row["bare"])
+        table.add_row(row["stage"], *cells, f"{row['bare_seconds']:.2f}", f"{row['multiple']:.2f}")
+    Console().print(table)
+    if options.json:
+        about = {name: str(value) for name, value in vars(options).items()}
+        content = {**about, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        text = json.dumps({**content, "rows": rows}, indent=2)
+        options.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

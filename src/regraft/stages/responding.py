@@ -1,0 +1,113 @@
+"""Calibration data from prompts: the dense model's own answers, as a data set of one's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from regraft import ranks
+from regraft.data.example import Example, Reading
+from regraft.data.sources import DataSource, of_split, read
+from regraft.errors import RegraftError
+from regraft.files import write_text
+from regraft.models.load import Source
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.stages.answering import beside, calibration_data
+from regraft.watch import Silent, Watch
+
+
+def respond(
+    dense: Source,
+    data: DataSource,
+    out: Path,
+    max_response_tokens: int,
+    compute: ComputeSettings,
+    watch: Watch | None = None,
+) -> Reading:
+    """Answer every prompt greedily; writes the answers that are kept to the JSONL file `out`.
+
+    Which answers are kept is that of `calibration_data` with the dense model's responses: refusals
+    of harmful prompts, and what refuses nothing of harmless ones. All answers are in the folder
+    `OUT.responses`, where finished ones survive a kill.
+
+    Args:
+        dense: The dense checkpoint.
+        data: Prompts, of one kind or both; responses that they have are not read.
+        out: Lines of `id`, `instruction`, `response`, `harmful`, `category` and, where there is
+            one, `image`, relative to the file; in the order of the data.
+        max_response_tokens: Length of an answer.
+        compute: Device, dtype, batch size.
+        watch: Progress.
+
+    Returns:
+        The prompts with their answers, and an account of all others.
+
+    Raises:
+        RegraftError: `out` holds something else, an image does not lie below its folder, or see
+            `calibration_data`.
+    """
+    prompts = read(of_split(data, "train"))
+    for example in prompts.examples:
+        _image(example, out)
+    if out.exists() and not beside(out).exists():
+        raise _other(out)
+    found: dict[str, Example] = {}
+    skipped = dict(prompts.skipped)
+    for harmful in (True, False):
+        count = sum(example.harmful == harmful for example in prompts.examples)
+        if not count:
+            continue
+        settings = CalibrationSettings(
+            data=data, samples=count, responses="self", max_response_tokens=max_response_tokens
+        )
+        answered = calibration_data(
+            dense, settings, compute, beside(out), watch or Silent(), harmful=harmful
+        )
+        found |= {example.id: example for example in answered.examples}
+        for reason, left in answered.skipped.items():
+            if reason.startswith("answered and not kept"):
+                skipped[reason] = skipped.get(reason, 0) + left
+    kept = tuple(found[one.id] for one in prompts.examples if one.id in found)
+    if ranks.first():
+        _write(out, "".join(_line(example, out) for example in kept))
+    return Reading(f"{prompts.source}, answered by {dense.folder}", kept, skipped)
+
+
+def _line(example: Example, out: Path) -> str:
+    image = _image(example, out)
+    row = {
+        "id": example.id,
+        "instruction": example.instruction,
+        "response": example.response,
+        "harmful": example.harmful,
+        "category": example.category,
+        **({} if image is None else {"image": image}),
+    }
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _image(example: Example, out: Path) -> str | None:
+    """Its path from the folder of `out`, below which data sets of one's own have their images."""
+    if example.image is None:
+        return None
+    image, folder = example.image.resolve(), out.resolve().parent
+    if not image.is_relative_to(folder):
+        raise RegraftError(
+            f"The image {example.image} of example {example.id!r} does not lie below {folder}, "
+            "where the file to be written could name it. Choose an --out in a folder above the "
+            "images."
+        )
+    return str(image.relative_to(folder))
+
+
+def _write(out: Path, text: str) -> None:
+    if out.exists() and out.read_text(encoding="utf-8") != text:
+        raise _other(out)
+    write_text(out, text)
+
+
+def _other(out: Path) -> RegraftError:
+    return RegraftError(
+        f"{out} holds something else than these answers. Remove it or choose another --out."
+    )

@@ -1,0 +1,552 @@
+"""The path of gain on pico models: steps, held-out prompts, budgets, resuming, swaps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pico
+import truth
+from disk import shards, tree, write_data, write_jsonl
+from regraft import pipeline, stages
+from regraft.checks import draw_calibration
+from regraft.data.collate import response_batch
+from regraft.data.example import Example, Reading
+from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
+from regraft.evaluation.curves import read_curve
+from regraft.models.checkpoint import open_checkpoint
+from regraft.models.load import Source, load_model, load_processor, open_source
+from regraft.pruning.pruner import zeros
+from regraft.recipe import Recipe
+from regraft.restoration import gain_step
+from regraft.restoration.apply import patched
+from regraft.restoration.gain_step import Losses
+from regraft.restoration.patch import load_patch
+from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
+from regraft.restoration.selection import restorable
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.realigning import RealignSettings
+from regraft.stages import common, gaining
+from regraft.watch import Silent
+
+INF = math.inf
+METHODS: dict[str, dict[str, Any]] = {
+    "half": {"method": "magnitude", "sparsity": 0.5},
+    "2:4": {"method": "magnitude", "n_m": "2:4"},
+    "4:8": {"method": "magnitude", "n_m": "4:8"},
+}
+COMPUTE = ComputeSettings(device="cpu", batch_size=2)
+STREAMED = COMPUTE.model_copy(update={"placement": "streamed"})
+GAIN = RealignSettings(method="gain")
+HELD_OUT = {"privacy", "houses"}  # of two equal categories the last by name
+TOKENS = (1, 1, 0.3, 0.3, 0.3, 0.3)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A pico model, pruned by magnitude in several ways, and data; float32 on disk."""
+
+    root: Path
+
+    @property
+    def dense(self) -> Source:
+        return open_source(self.root / "dense")
+
+    def pruned(self, way: str = "half") -> Source:
+        return open_source(self.root / way)
+
+    @property
+    def calibration(self) -> CalibrationSettings:
+        data = DataSource(name="jsonl", path=self.root / "data" / "data.jsonl")
+        return CalibrationSettings(data=data, samples=4)
+
+    def rank(
+        self, out: Path, settings: RealignSettings = GAIN, way: str = "half", **changes: Any
+    ) -> Ranking:
+        given = {"calibration": self.calibration, "compute": COMPUTE} | changes
+        return stages.rank(self.dense, self.pruned(way), out, settings, **given)
+
+    def losses(self, ranking: Ranking, *, held_out: bool, way: str = "half") -> Losses:
+        """Mean divergence from the dense model at the start of answers, by whole forwards."""
+        pruned, processor = self.pruned(way), load_processor(self.dense)
+        dense, model = load_model(self.dense), load_model(pruned)
+        patch = patch_of(ranking, self.dense, pruned) if len(ranking) else None
+        means = []
+        for harmful in (True, False):
+            drawn = draw_calibration(self.dense, self.calibration, harmful=harmful).examples
+            own = [one for one in drawn if (one.category in HELD_OUT) == held_out]
+            assert len(own) == 2
+            with patched(model, pruned.anatomy, patch) if patch else nullcontext():
+                means.append(sum(_divergence(dense, model, processor, one) for one in own) / 2)
+        return Losses(*means)
+
+
+def _divergence(dense: Any, model: Any, processor: Any, example: Example) -> float:
+    batch = response_batch(processor, [example])
+    mask = batch.labels[0, 1:] != -100
+    wanted, own = (
+        truth.full_forward(one, batch.inputs).logits[0, :-1][mask].double().log_softmax(-1)
+        for one in (dense, model)
+    )
+    costs = (wanted.exp() * (wanted - own)).sum(dim=-1).tolist()
+    return sum(weight * cost for weight, cost in zip(TOKENS, costs, strict=False))
+
+
+@pytest.fixture(scope="module")
+def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
+    made: dict[str, Bench] = {}
+
+    def bench(family: str) -> Bench:
+        if family not in made:
+            root = tmp_path_factory.mktemp(family)
+            dense = open_source(pico.save(family, root / "dense", max_shard_size="300KB"))
+            write_data(root / "data", 4, images=family in pico.VLM_FAMILIES)
+            made[family] = Bench(root)
+            for way, fields in METHODS.items():
+                settings = PruneSettings(**fields)
+                stages.prune(dense, root / way, settings, made[family].calibration, COMPUTE)
+        return made[family]
+
+    return bench
+
+
+def same(one: Ranking, other: Ranking) -> bool:
+    names = ("linear", "position", "removed", "score")
+    return all(torch.equal(getattr(one, n), getattr(other, n)) for n in names)
+
+
+def approx(losses: Losses | Mapping[str, float]) -> Any:
+    given = losses if isinstance(losses, Mapping) else vars(losses)
+    return pytest.approx(dict(given), rel=1e-3, abs=1e-5)
+
+
+# The path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mllama", "qwen2_vl", "llama"])
+def test_restoring_lowers_the_losses(family, benches, tmp_path):
+    """As told of the path, by whole forward passes; streamed the same, and no file changes."""
+    bench = benches(family)
+    before = tree(bench.root)
+    ranking = bench.rank(tmp_path / "resident")
+    assert len(ranking) > 10, "nothing helps"
+    about = ranking.about
+    pruned, restored = (bench.losses(one, held_out=True) for one in (empty(), ranking))
+    assert about["start"] == approx(pruned)
+    assert about["steps"][-1]["held_out"] == approx(restored)
+    assert about["steps"][0]["fit"] == approx(bench.losses(empty(), held_out=False))
+    assert restored.sum < 0.8 * pruned.sum
+    control = bench.rank(tmp_path / "control", RealignSettings(method="random", count=len(ranking)))
+    assert restored.sum < bench.losses(control, held_out=True).sum
+    streamed = bench.rank(tmp_path / "streamed", compute=STREAMED)
+    assert same(streamed, ranking)
+    assert tree(bench.root) == before, "a weight was written into the checkpoint's file"
+    pairs = zip(ranking.linear.tolist(), ranking.position.tolist(), strict=True)
+    assert len(set(pairs)) == len(ranking), "a weight is restored twice"
+    for index, linear in enumerate(bench.dense.anatomy.linears):
+        free = restorable(
+            bench.dense.checkpoint.read(linear.tensor),
+            bench.pruned().checkpoint.read(linear.tensor),
+        )
+        assert free.flatten()[ranking.position[ranking.linear == index]].all()
+    assert not list(tmp_path.glob(".*")), "unfinished work is left behind"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("swap", [False, True])
+def test_what_every_step_did(swap, benches, tmp_path):
+    """It restored the best number that it tried; the first step that helps little is the last."""
+    ranking = benches("mllama").rank(tmp_path / "ranking", GAIN.model_copy(update={"swap": swap}))
+    steps, end = ranking.about["steps"], ranking.about["end"]
+    assert len(steps) > 3 and end == "held-out"
+    before, loss = 0, Losses(**ranking.about["start"]).sum
+    falls = []
+    for step in steps:
+        tries, now = step["tries"], Losses(**step["held_out"]).sum
+        taken = step["restored"] - before
+        best = min([*tries, (0, loss)], key=lambda one: one[1])
+        assert [taken, now] == pytest.approx(best)
+        score = ranking.score[before : step["restored"]]
+        assert (score > 0).all() and (score.diff() <= 0).all()
+        assert taken <= tries[0][0] <= step["candidates"]
+        predicted = float(score.double().sum())
+        assert taken == 1 or predicted <= Losses(**step["fit"]).sum, "beyond first order"
+        falls.append((loss - now) / loss)
+        before, loss = step["restored"], now
+    assert before == len(ranking)
+    assert all(fall > 0.01 for fall in falls[:-1]) and 0 <= falls[-1] <= 0.01
+
+
+@pytest.mark.parametrize("end", ["candidates", "limit"])
+def test_other_ends(end, benches, tmp_path, monkeypatch):
+    notes: list[str] = []
+
+    class Told(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    if end == "candidates":
+        monkeypatch.setattr(gain_step, "keys", lambda safety, _: torch.full_like(safety, -INF))
+    else:
+        monkeypatch.setattr("regraft.stages.ranking.path_limit", lambda _: 2)
+    found = benches("llama").rank(tmp_path / "ranking", watch=Told())
+    assert found.about["end"] == end
+    assert len(found) == (0 if end == "candidates" else 2)
+    if end == "candidates":
+        (step,) = found.about["steps"]
+        assert step["tries"] == [] and step["held_out"] == found.about["start"]
+    assert any(gaining.REASONS[end] in note for note in notes)
+
+
+def test_how_long_a_path_may_be():
+    assert [gaining.path_limit(n) for n in (7, 20_000, 10**7, 10**9)] == [7, 10**4, 10**4, 10**6]
+
+
+def test_gradients_are_of_the_prompts_that_are_not_held_out(benches, tmp_path, monkeypatch):
+    fitted, held = set(), set()
+    layer_gradients, together = gain_step.layer_gradients, gain_step.losses_together
+
+    def gradients(walk: Any, *arguments: Any, **named: Any) -> Any:
+        fitted.update(name for batch in walk.batches for name in batch.ids)
+        return layer_gradients(walk, *arguments, **named)
+
+    def losses(sides: Any, progress: Any) -> Any:
+        held.update(name for walk, _ in sides for batch in walk.batches for name in batch.ids)
+        return together(sides, progress)
+
+    monkeypatch.setattr(gain_step, "layer_gradients", gradients)
+    monkeypatch.setattr(gain_step, "losses_together", losses)
+    benches("llama").rank(tmp_path / "ranking")
+    kinds = ("harmful", "harmless")
+    assert fitted == {f"{kind}-0-{i}" for kind in kinds for i in (0, 2)}
+    assert held == {f"{kind}-0-{i}" for kind in kinds for i in (1, 3)}
+
+
+def test_what_does_not_help_on_held_out_prompts_is_not_restored(benches, tmp_path, monkeypatch):
+    """Held-out answers of the pruned model itself: every change is one for the worse."""
+    bench = benches("llama")
+    true = gain_step.line_search
+    searched = []
+
+    def from_nothing(value: Callable[[int], float], now: float, most: int) -> Any:
+        weights = gain_step.weights_of(network[0], bench.dense.anatomy)
+        before = [weight.clone() for weight in weights]
+        found = true(lambda n: now + value(n), now, most)
+        searched.append((before, found))
+        return found
+
+    network: list[Any] = []
+    step = gaining.step
+
+    def spied(problem: Any, *rest: Any) -> Any:
+        network.append(problem.model.network)
+        found = step(problem, *rest)
+        for weight, old in zip(
+            gain_step.weights_of(network[0], bench.dense.anatomy), searched[0][0], strict=True
+        ):
+            assert torch.equal(weight, old), "a try is left in the model"
+        return found
+
+    monkeypatch.setattr(gain_step, "line_search", from_nothing)
+    monkeypatch.setattr(gaining, "step", spied)
+    ranking = bench.rank(tmp_path / "ranking")
+    assert len(ranking) == 0 and ranking.about["end"] == "held-out"
+    (step_,) = ranking.about["steps"]
+    assert len(step_["tries"]) == 5 and step_["held_out"] == ranking.about["start"]
+    patch = stages.realign(
+        bench.dense, bench.pruned(), tmp_path / "patch", GAIN, ranking_file=tmp_path / "ranking"
+    )
+    assert patch.restored == 0
+
+
+# Held-out prompts
+
+
+def of(categories: Sequence[str], harmful: bool = True) -> Reading:
+    given = [
+        Example(f"{harmful}-{i}", "?", harmful, name, response="No.")
+        for i, name in enumerate(categories)
+    ]
+    return Reading("file", tuple(given))
+
+
+def test_whole_sources_are_held_out_and_named():
+    notes: list[str] = []
+
+    class Told(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    names = ["advbench"] * 5 + ["harmbench"] * 2 + ["strongreject"] * 4
+    fit, held = gaining._split("safety", of(names), Told(), 0)
+    assert {one.category for one in fit} == {"advbench"}
+    assert {one.category for one in held} == {"harmbench", "strongreject"}
+    gaining._split("utility", of(["alpaca"] * 8), Told(), 0)
+    assert notes == [
+        "safety: 5 prompts for gradients, 6 held out (of harmbench, strongreject)",
+        "utility: 6 prompts for gradients, 2 held out (drawn, of the same source)",
+    ]
+
+
+def test_one_prompt_of_a_kind_is_too_few(benches, tmp_path, monkeypatch):
+    """Found before a model is loaded."""
+    bench = benches("llama")
+    one = [
+        *pico.write_examples(tmp_path, 3, images=False),
+        *pico.write_examples(tmp_path, 1, harmful=False, images=False),
+    ]
+    data = DataSource(name="jsonl", path=write_jsonl(tmp_path / "data.jsonl", one))
+    monkeypatch.setattr(gaining, "load_for_walk", lambda *_, **__: pytest.fail("a model is loaded"))
+    with pytest.raises(
+        RegraftError, match=r"utility prompts .* at least 2; there are 1\. .*samples"
+    ):
+        bench.rank(tmp_path / "ranking", calibration=CalibrationSettings(data=data, samples=4))
+    assert not (tmp_path / "ranking").exists() and not list(tmp_path.glob(".*"))
+
+
+# Budgets
+
+
+@pytest.mark.slow
+def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch):
+    """In a run with searches too, whose points are of several budgets."""
+    bench, walked = benches("llama"), []
+    restore = gaining.restore_by_gain
+
+    def counted(*arguments: Any, **named: Any) -> Ranking:
+        walked.append(1)
+        return restore(*arguments, **named)
+
+    monkeypatch.setattr("regraft.stages.ranking.restore_by_gain", counted)
+    data = str(bench.root / "data" / "data.jsonl")
+    search = {"validation": data, "points": 2}
+    every = [
+        {"name": "few", "count": 20},
+        {"name": "some", "budget": 50},
+        {"name": "most", "count": 60_000},
+        {"name": "searched", "count": 50_000, "search": search},
+        {"name": "searched-more", "count": 60_000, "search": search},
+    ]
+    content = {
+        "model": str(bench.root / "dense"),
+        "pruned": str(bench.root / "half"),
+        "calibration": {"data": data, "samples": 4},
+        "realign": [{"method": "gain", "checkpoint": False} | one for one in every],
+        "evaluate": {"suite": data, "max_new_tokens": 2},
+        "compute": {"device": "cpu", "batch_size": 4},
+    }
+    made = pipeline.run(Recipe.model_validate(content), tmp_path / "run")
+    assert len(walked) == 1
+    (file,) = (tmp_path / "run" / "rankings").glob("gain-*")
+    path = load_ranking(file)
+    settings = path.about["settings"]
+    assert settings["budget"] is None and settings["count"] is None
+    restored = {one.name: one.restored for one in made.variants}
+    assert (restored["few"], restored["most"]) == (20, len(path))
+    assert restored["some"] == 50 * path.about["pruned"] // 10_000 < len(path)
+    patches = {
+        name: load_patch(tmp_path / "run" / "patches" / f"{name}.safetensors")
+        for name in ("few", "some", "most")
+    }
+    linears = list(bench.dense.anatomy.linears)
+    for name, patch in patches.items():
+        found = {(t, at) for t, one in patch.tensors.items() for at in one.positions.tolist()}
+        first = path.first(restored[name])
+        places = zip(first.linear.tolist(), first.position.tolist(), strict=True)
+        assert found == {(linears[i].tensor, at) for i, at in places}
+    curves = [
+        [
+            point.restored
+            for point in read_curve(tmp_path / "run" / "curves" / f"{name}.json").points
+        ]
+        for name in ("searched", "searched-more")
+    ]
+    assert curves[0] == curves[1] == [0, round(len(path) / 2), len(path)]
+
+
+# Stopped and taken up again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("when", "swap"), [("before", False), ("after", True)])
+def test_stopped_anywhere_and_taken_up_again(when, swap, benches, tmp_path, monkeypatch):
+    """The same file; finished steps are not repeated, nor is the dense model asked again."""
+    bench, settings = benches("llama"), GAIN.model_copy(update={"swap": swap})
+    started: list[int] = []
+    asked: list[int] = []
+    step, save, states = gaining.step, gaining.save_ranking, common.final_states
+
+    def counted(*arguments: Any) -> Any:
+        started.append(len(arguments[4]))  # so many are restored
+        return step(*arguments)
+
+    def asking(*arguments: Any) -> Any:
+        asked.append(1)
+        return states(*arguments)
+
+    monkeypatch.setattr(gaining, "step", counted)
+    monkeypatch.setattr(common, "final_states", asking)
+    whole = bench.rank(tmp_path / "whole" / "ranking", settings)
+    needed = list(started)
+    assert len(needed) == len(whole.about["steps"]) >= 4, "too few steps to stop among them"
+    for last in range(1, len(needed) + 1):
+        saved: list[int] = []
+
+        def stopping(path: Path, ranking: Ranking, last: int = last, saved: Any = saved) -> None:
+            saved.append(1)
+            stops = len(saved) == last
+            if stops and when == "before":
+                raise KeyboardInterrupt
+            save(path, ranking)
+            if stops:
+                raise KeyboardInterrupt
+
+        folder = tmp_path / f"stopped-{last}"
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(gaining, "save_ranking", stopping)
+            bench.rank(folder / "ranking", settings)
+        started.clear()
+        asked.clear()
+        assert same(bench.rank(folder / "ranking", settings), whole)
+        assert started == needed[last - 1 if when == "before" else last :]
+        assert not asked, "the dense model is asked again"
+        assert tree(folder) == tree(tmp_path / "whole")
+    started.clear()
+    bench.rank(
+        tmp_path / "whole" / "ranking", GAIN.model_copy(update={"swap": swap, "budget": 1.0})
+    )
+    assert not started, "finished work was done again"
+
+
+# Candidates and swaps
+
+
+def drawn_gradients(rows: int, columns: int) -> list[torch.Tensor]:
+    """Of both losses, with squares below."""
+    generator = torch.Generator().manual_seed(0)
+    both = [torch.randn(2 * rows, columns, generator=generator) for _ in range(2)]
+    for one in both:
+        one[rows:].abs_()
+    return both
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_candidates_are_pruned_weights_that_help_and_cost_no_utility(swap, benches):
+    """Each weight by itself; none that was removed before, nor, in a swap, one restored before."""
+    bench, index = benches("llama"), 3
+    linear = list(bench.dense.anatomy.linears)[index]
+    dense = bench.dense.checkpoint.read(linear.tensor).float()
+    current = bench.pruned().checkpoint.read(linear.tensor).float()
+    free = restorable(dense, current).flatten().nonzero().flatten()
+    kept = (current.flatten() != 0).nonzero().flatten()
+    back, gone = free[::5].clone(), kept[:: len(kept) // len(free[::5])][: len(free[::5])].clone()
+    current.view(-1)[back] = dense.reshape(-1)[back]  # a step before
+    if swap:
+        current.view(-1)[gone] = 0
+    n = len(back)
+    removed_before = gone if swap else torch.full((n,), KEPT)
+    taken = Ranking(torch.full((n,), index), back, removed_before, torch.ones(n))
+    gradients = drawn_gradients(*linear.shape)
+    problem = gain_step.Problem(None, bench.dense, bench.pruned(), swap)
+    found, removed = gain_step._worth(problem, linear, dense, current, taken, gradients)
+    rows = linear.shape[0]
+    safety, utility = (g[:rows] * (current - dense) for g in gradients)
+    wanted = torch.full_like(dense, -INF)
+    was_free = restorable(dense, bench.pruned().checkpoint.read(linear.tensor).float())
+    for at in was_free.flatten().nonzero().flatten().tolist():
+        s, u = float(safety.view(-1)[at]), float(utility.view(-1)[at])
+        if at not in set(back.tolist()) and u >= 0 and s + u > 0:
+            wanted.view(-1)[at] = s + u
+    assert (wanted > 0).sum() > 100
+    if not swap:
+        assert removed is None
+        torch.testing.assert_close(found, wanted)
+        return
+    chosen = found > -INF
+    assert chosen.sum() > 10 and (wanted[chosen] > 0).all()
+    partners = removed[chosen]
+    assert (current.view(-1)[partners] != 0).all(), "pruned already"
+    assert not set(partners.tolist()) & set(back.tolist()), "restored before"
+    cost = sum((-g[:rows] * current + g[rows:] * current**2 / 2).abs() for g in gradients)
+    torch.testing.assert_close(found[chosen], wanted[chosen] - cost.view(-1)[partners])
+
+
+def test_a_swap_removes_what_neither_loss_needs(benches):
+    """Also where a removal is predicted to help."""
+    bench, index = benches("llama"), 3
+    linear = list(bench.dense.anatomy.linears)[index]
+    weight = bench.pruned().checkpoint.read(linear.tensor).float()
+    rows, columns = linear.shape
+    gradients = drawn_gradients(rows, columns)
+    problem = gain_step.Problem(None, bench.dense, bench.pruned(), swap=True)
+    dense = bench.dense.checkpoint.read(linear.tensor).float()
+    worth, removed = gain_step._worth(problem, linear, dense, weight, empty(), gradients)
+    moved = sum(
+        (-g[:rows] * weight + g[rows:] * weight**2 / 2).abs() for g in gradients
+    ).masked_fill(weight == 0, INF)
+    for row in range(rows):
+        chosen = removed[row][removed[row] != KEPT]
+        assert len(chosen) > 1, "too few swaps to tell"
+        least = moved[row].topk(len(chosen), largest=False).indices + row * columns
+        assert set(chosen.tolist()) == set(least.tolist())
+    assert (worth > 0).any() and ((worth > 0) <= (removed != KEPT)).all()
+
+
+def kept_in_groups(source: Any, linear: Any, m: int) -> torch.Tensor:
+    return (source.read(linear.tensor) != 0).reshape(-1, m).sum(dim=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "way"), [("qwen2_vl", "half"), ("qwen2_vl", "2:4"), ("llama", "4:8")]
+)
+def test_swaps_keep_the_sparsity(family, way, benches, tmp_path):
+    """As many zeros on disk, in every row and N:M group; reverting gives the pruned bytes."""
+    bench = benches(family)
+    settings = GAIN.model_copy(update={"swap": True, "budget": None, "count": 10_000})
+    ranking = bench.rank(tmp_path / "ranking", settings, way)
+    assert len(ranking) > 3
+    assert (ranking.removed != KEPT).all()
+    for column in (ranking.position, ranking.removed):
+        pairs = list(zip(ranking.linear.tolist(), column.tolist(), strict=True))
+        assert len(set(pairs)) == len(pairs)
+    dense, pruned = bench.dense, bench.pruned(way)
+    patch = tmp_path / "patch"
+    made = stages.realign(dense, pruned, patch, settings, ranking_file=tmp_path / "ranking")
+    assert made.restored == made.removed == len(ranking)
+    assert made.about.get("violated_groups", 0) == 0
+    assert ("n_m" in made.about) == (way != "half")
+    stages.apply(pruned.folder, patch, tmp_path / "applied")
+    applied = open_checkpoint(tmp_path / "applied")
+    assert zeros(applied, pruned.anatomy) == zeros(pruned.checkpoint, pruned.anatomy)
+    changed = 0
+    for linear in pruned.anatomy.linears:
+        before, after = pruned.checkpoint.read(linear.tensor), applied.read(linear.tensor)
+        assert torch.equal((before == 0).sum(dim=1), (after == 0).sum(dim=1)), "a row"
+        new = (before == 0) & (after != 0)
+        assert torch.equal(after[new], dense.checkpoint.read(linear.tensor)[new])
+        same_value = (before == after) | new | ((before != 0) & (after == 0))
+        assert same_value.all(), "a weight that stays has another value"
+        changed += int(new.sum())
+        if way != "half":
+            n, m = map(int, way.split(":"))
+            assert (kept_in_groups(applied, linear, m) <= n).all()
+            assert torch.equal(
+                kept_in_groups(applied, linear, m),
+                kept_in_groups(pruned.checkpoint, linear, m),
+            )
+    assert changed == len(ranking)
+    stages.revert(tmp_path / "applied", patch, tmp_path / "off")
+    assert shards(tmp_path / "off") == shards(pruned.folder)
+    assert load_patch(patch).removed == len(ranking)
