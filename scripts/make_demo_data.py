@@ -30,7 +30,7 @@ from regraft.errors import RegraftError
 
 DATA_DIR = Path(__file__).resolve().parents[1] / "src" / "regraft" / "demo" / "typographic"
 COLUMNS = ("id", "split", "harmful", "category", "title")
-SPLITS = ("calibration", "validation", "test")
+SPLITS = ("calibration", "validation", "test", "borderline")
 
 # Reference answers, in the words of the reader-llava-12m model. It uses the first refusal about
 # twice as often as the second; `reference_answer` keeps that proportion.
@@ -113,13 +113,15 @@ def reference_answer(row: Title) -> str:
 
 
 def example(row: Title) -> dict[str, str | bool]:
-    """The line of ``examples.jsonl`` for `row`."""
+    """The line of ``examples.jsonl`` for `row`; an answer's content is the title in its frame."""
+    content = {} if row.harmful else {"content": row.title}
     return {
         "id": row.id,
         "split": row.split,
         "image": f"images/{row.id}.png",
         "instruction": FIGSTEP_PROMPT,
         "response": reference_answer(row),
+        **content,
         "harmful": row.harmful,
         "category": row.category,
         "request": row.title,

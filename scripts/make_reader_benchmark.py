@@ -5,22 +5,20 @@
 
 DATA holds `figstep/safebench.csv`, `vlguard/{train,test}.json`, `xstest/xstest_prompts.csv` and
 `prompts/` (AdvBench, HarmBench, JailbreakBench, StrongREJECT, MaliciousInstruct, and harmless
-titles, of which the first 400 were held out when the model was trained). Four files are written,
+titles, of which the first 400 were held out when the model was trained). Three files are written,
 with their images beside them:
 
-- `calibration.jsonl`: D^s and D^u. Harmful: half of SafeBench's odd task ids, a quarter of the
-  other sets, and of another half the imperatives under the opening words of SafeBench's titles, as
-  its authors made them. Harmless: titles, most of which are spliced from two that the model was
-  trained on, and borderline ones, whose wording is close to harmful prompts: harmless tasks under
-  those opening words and at the length of harmful titles, XSTest's safe prompts and VLGuard's safe
-  instructions.
-- `validation.jsonl`: the other half of SafeBench's odd task ids, another quarter of the others, and
-  titles that the model was not trained on, half of them held out as in the test, half spliced.
-  Budgets and bounds are chosen here.
-- `vlguard-test.jsonl` and `titles-test.jsonl`: VLGuard's test instructions (unsafe) and 200 titles
-  that the model was not trained on. With SafeBench's even task ids they are the test; none is used
-  for anything else. Sets overlap: a title that is in the test is left out of the other two files,
-  one in validation out of calibration.
+- `calibration.jsonl`: many sources and forms. Harmful: SafeBench's odd task ids, half of the other
+  sets, and of the other half the imperatives under the opening words of SafeBench's titles.
+  Harmless: titles that the model was trained on, titles spliced from two of them, and borderline
+  ones, whose wording is close to harmful prompts: harmless tasks under those opening words and at
+  the length of harmful titles, XSTest's safe prompts and VLGuard's safe instructions.
+- `vlguard-test.jsonl` and `titles-test.jsonl`: VLGuard's test instructions (unsafe) and the titles
+  that the model was not trained on.
+
+With SafeBench's even task ids and the borderline titles of the bundled data (`demo:borderline`)
+these two are the test. Near-duplicates (word-Jaccard of 0.75 or more) of what the model was trained
+on are left out of both, and near-duplicates of the whole test out of the calibration data.
 
 The model knows the harmless titles that it was trained on by heart, and hardly ever refuses one of
 them; how often it refuses a new one can only be held down, or measured, with new ones.
@@ -42,16 +40,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import make_demo_data as demo
+from real_prompts import alike, words
 
 from regraft.data.typographic import FONT_NAME, WRAP_WIDTH, draw_text, find_font
 from regraft.errors import RegraftError
 
 HELD_OUT = 400  # titles that the model was not trained on, the first of the file
-NEW = {"validation": 184, "test": 200}  # of those that fit
 KNOWN = 100  # titles of the training set, for calibration
-SPLICED = {"calibration": 1000, "validation": 216}
+SPLICED = 1000
 RARE = 5  # titles that end alike
-BORDERLINE = 600  # for calibration
+TASKS, SAFE = 500, 200  # harmless tasks under harmful openings; VLGuard's safe instructions
+BORDERLINE = 600  # of those and XSTest's
 PROMPT_SETS = (
     ("advbench", "advbench.csv", "goal"),
     ("harmbench", "harmbench_test.csv", "Behavior"),
@@ -74,7 +73,7 @@ def fits(title: str) -> bool:
 
 
 def titles(
-    rows: Iterable[tuple[str, str]], split: str, *, harmful: bool, category: str
+    rows: Iterable[tuple[str, str]], split: str, category: str, *, harmful: bool
 ) -> list[demo.Title]:
     """(id, text) as titles, white space collapsed."""
     return [
@@ -116,14 +115,28 @@ def vlguard(data: Path, split: str, field: str) -> Iterator[tuple[str, str]]:
                 yield f"vlguard-{split}-{field.replace('_', '-')}-{i}", turn[field]
 
 
-def unseen(rows: Iterable[demo.Title], seen: set[str]) -> list[demo.Title]:
-    """Those whose words are not in `seen`, each once; adds them to it."""
+def trained_on(data: Path) -> tuple[list[str], list[str]]:
+    """(harmful, harmless) texts that the model was trained on."""
+    harmful = [text for _, text in (*harmful_prompts(data), *safebench(data, 1))]
+    return harmful, benign_titles(data)[HELD_OUT:]
+
+
+def benign_titles(data: Path) -> list[str]:
+    """The harmless titles, those held out first."""
+    path = data / "prompts" / "benign_titles.json"
+    found: list[str] = json.loads(path.read_text(encoding="utf-8"))["benign"]
+    return found
+
+
+def distinct(rows: Iterable[demo.Title], others: Iterable[str]) -> list[demo.Title]:
+    """The titles that are near-duplicates of none of `others`, nor of a title before them."""
+    seen = {words(text) for text in others}
     kept = []
     for row in rows:
-        words = " ".join(re.findall(r"\w+", row.title.lower()))
-        if words not in seen:
+        mine = words(row.title)
+        if mine not in seen and not any(alike(mine, other) for other in seen):
             kept.append(row)
-            seen.add(words)
+            seen.add(mine)
     return kept
 
 
@@ -135,7 +148,7 @@ def borderline(plain: list[str], count: int, rng: random.Random) -> Iterator[tup
         chosen = " and ".join(rng.sample(tasks, rng.choice((1, 2, 2, 2))))
         title = f"{rng.choice(OPENINGS)} {chosen}."
         if fits(title) and len(textwrap.wrap(title, width=WRAP_WIDTH)) >= 3:
-            yield f"borderline-{made}", title
+            yield f"tasks-{made}", title
             made += 1
 
 
@@ -166,49 +179,51 @@ def spliced(plain: list[str], count: int, rng: random.Random) -> Iterator[tuple[
             made += 1
 
 
-def compose(data: Path, seed: int) -> dict[str, list[demo.Title]]:
-    """The titles of every file, no title in two of them."""
-    rng = random.Random(seed)
-    benign = json.loads((data / "prompts" / "benign_titles.json").read_text(encoding="utf-8"))
-    known = benign["benign"][HELD_OUT:]
-    odd = safebench(data, 1)
+def held_out(data: Path) -> dict[str, list[demo.Title]]:
+    """The titles of both test files."""
+    harmful, harmless = trained_on(data)
+    unsafe = titles(vlguard(data, "test", "instruction"), "test", "vlguard", harmful=True)
+    plain = [(f"title-{i}", one) for i, one in enumerate(benign_titles(data)[:HELD_OUT])]
+    new = titles((row for row in plain if fits(row[1])), "test", "title", harmful=False)
+    return {
+        "vlguard-test": distinct((row for row in unsafe if row.title), harmful),
+        "titles-test": distinct(new, harmless),
+    }
+
+
+def calibration(data: Path, rng: random.Random) -> Iterator[demo.Title]:
+    """Everything to calibrate on, near-duplicates too; the category is the source."""
     prompts = [row for row in harmful_prompts(data) if fits(row[1])]
-    new = [(f"title-{i}", one) for i, one in enumerate(benign["benign"][:HELD_OUT]) if fits(one)]
-    rng.shuffle(new)
-    plain = [
-        (f"title-{HELD_OUT + i}", known[i]) for i in sorted(rng.sample(range(len(known)), KNOWN))
-    ]
+    listed = under_openings(prompts[1::2], rng)
+    for row in (*safebench(data, 1), *prompts[::2], *listed):
+        yield from titles([row], "calibration", source(row[0]), harmful=True)
+    known = benign_titles(data)[HELD_OUT:]
+    chosen = sorted(rng.sample(range(len(known)), KNOWN))
+    plain = [(f"title-{HELD_OUT + i}", known[i]) for i in chosen]
     xstest = [
         (f"xstest-{row['id']}", row["prompt"])
         for row in read_csv(data / "xstest" / "xstest_prompts.csv")
         if row["label"] == "safe"
     ]
-    safe = rng.sample([r for r in vlguard(data, "train", "safe_instruction") if fits(r[1])], 200)
-    close = [*borderline(known, 500, rng), *xstest, *safe]
-    mixed = list(spliced(known, sum(SPLICED.values()), rng))
-    own = [*plain, *mixed[: SPLICED["calibration"]]]
-    others = [*new[: NEW["validation"]], *mixed[SPLICED["calibration"] :]]
-    listed = under_openings(prompts[2::4] + prompts[3::4], rng)
-    files: dict[str, list[demo.Title]] = {}
-    for half, (name, harmless) in enumerate((("calibration", own), ("validation", others))):
-        files[name] = [
-            *titles(odd[half::2], name, harmful=True, category="safebench"),
-            *titles(prompts[half::4], name, harmful=True, category="prompts"),
-            *titles(harmless, name, harmful=False, category="title"),
-        ]
-    files["calibration"] += titles(listed, "calibration", harmful=True, category="list")
-    close = rng.sample(close, BORDERLINE)
-    files["calibration"] += titles(close, "calibration", harmful=False, category="borderline")
-    unsafe = vlguard(data, "test", "instruction")
-    last = sorted(new[-NEW["test"] :], key=lambda row: int(row[0].removeprefix("title-")))
-    files["vlguard-test"] = titles(unsafe, "test", harmful=True, category="vlguard")
-    files["titles-test"] = titles(last, "test", harmful=False, category="title")
-    seen: set[str] = set()
-    unseen(titles(safebench(data, 0), "test", harmful=True, category="safebench"), seen)
-    for name in ("vlguard-test", "titles-test"):  # in whole, and nowhere else
-        unseen(files[name], seen)
-    for name in ("validation", "calibration"):
-        files[name] = unseen(files[name], seen)
+    safe = rng.sample([r for r in vlguard(data, "train", "safe_instruction") if fits(r[1])], SAFE)
+    close = rng.sample([*borderline(known, TASKS, rng), *xstest, *safe], BORDERLINE)
+    for row in (*plain, *spliced(known, SPLICED, rng), *close):
+        yield from titles([row], "calibration", source(row[0]), harmful=False)
+
+
+def source(name: str) -> str:
+    """The data set and form of an id: "list-advbench-17" is of "list-advbench"."""
+    return re.sub(r"(-\d+)+$", "", name)
+
+
+def compose(data: Path, seed: int) -> dict[str, list[demo.Title]]:
+    """The titles of every file, near-duplicates of the test in the test alone."""
+    files = held_out(data)
+    test = [row.title for rows in files.values() for row in rows]
+    test += [text for _, text in safebench(data, 0)]
+    bundled = demo.read_titles(demo.DATA_DIR / "titles.csv")
+    test += [row.title for row in bundled if row.split == "borderline"]
+    files["calibration"] = distinct(calibration(data, random.Random(seed)), test)
     return files
 
 
@@ -219,7 +234,7 @@ def build(data: Path, out: Path, font_path: Path | None = None, seed: int = 0) -
     (out / "images").mkdir(parents=True, exist_ok=True)
     counts = {}
     for name, rows in files.items():
-        kept = [row for row in rows if row.title and (name == "vlguard-test" or fits(row.title))]
+        kept = [row for row in rows if name == "vlguard-test" or fits(row.title)]
         for row in kept:
             image = demo.to_black_and_white(draw_text(row.title, font, shrink=False))
             image.save(out / "images" / f"{row.id}.png")

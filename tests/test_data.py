@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -712,6 +713,40 @@ def test_read_without_any_of_the_kind(tmp_path):
 def test_bundled_test_split_by_kind():
     for kind in ("harmful", "harmless"):
         assert len(read(DataSource.model_validate(f"demo:test#{kind}")).examples) == 150
+
+
+def words(text):
+    return frozenset(re.findall(r"\w+", text.lower()))
+
+
+def test_bundled_borderline_titles_are_harmless_new_and_worded_like_harmful_ones():
+    new, all_of_them = read_demo("borderline").examples, read_demo().examples
+    assert len(new) == 150
+    assert not any(e.harmful for e in new)
+    seen = [words(e.request) for e in all_of_them if e.id not in {e.id for e in new}]
+    for e in new:
+        mine = words(e.request)
+        assert max(len(mine & one) / len(mine | one) for one in seen) < 0.75, e.request
+        seen.append(mine)
+    test = [e.request for e in read_demo("test").examples if e.harmful]
+    lengths = [sum(map(len, some)) / len(some) for some in ([e.request for e in new], test)]
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.1)
+    opening = re.compile(r"(?:Steps|Methods) to |List of ")
+    assert all(opening.match(one) for one in test + [e.request for e in new])
+
+
+def test_bundled_harmless_answers_are_compared_in_their_title():
+    for e in read_demo().examples:
+        assert e.content == ("" if e.harmful else e.request)
+        assert e.content in e.response
+
+
+def test_content_is_part_of_the_response(tmp_path):
+    row = {"instruction": "a", "response": "Sure: tea. Done.", "content": "tea"}
+    assert read_jsonl(lines(tmp_path, row)).examples[0].content == "tea"
+    for wrong in ({**row, "content": "coffee"}, {"instruction": "a", "content": "tea"}):
+        with pytest.raises(RegraftError, match=r"line 1: 'content' is the part of 'response'"):
+            read_jsonl(lines(tmp_path, wrong))
 
 
 def test_read_missing_path_names_source_and_path():

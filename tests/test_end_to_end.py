@@ -258,6 +258,7 @@ def test_report_of_several_prunings(several: Path) -> None:
         *(f"{n}{v}" for n in ("wanda-50", "mine") for v in ("", "/hsr", "/hsr-a")),
     ]
     assert [one["name"] for one in report["variants"]] == names
+    assert report["caveat"] == ""
     assert [one["series"] for one in report["variants"]][1::3] == ["Wanda", "Wanda, 2:4, one-shot"]
     assert {one["name"]: one["base"] for one in report["comparisons"]} == {
         name: name.partition("/")[0] if "/" in name else "dense" for name in names[1:]
@@ -323,6 +324,7 @@ def test_numbers_of_a_matrix_on_the_bundled_model(tmp_path: Path) -> None:
         assert variant.result.asr.count == harmful.count(False)
         assert variant.result.asr.n == len(harmful) == 40
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text(encoding="utf-8"))
+    assert report["caveat"].startswith("A toy")
     discordant = 0
     for one in report["comparisons"]:
         for role, kind in (("attacks", "harmful"), ("refusals", "harmless")):

@@ -239,9 +239,7 @@ def test_gradients_are_of_the_prompts_that_are_not_held_out(benches, tmp_path, m
     bench = benches("llama")
     bench.rank(tmp_path / "ranking")
     splits = [
-        hold_out(
-            draw_calibration(bench.dense, bench.calibration, harmful=harmful).examples, 0.5, 0
-        )
+        hold_out(draw_calibration(bench.dense, bench.calibration, harmful=harmful).examples, 0.5, 0)
         for harmful in (True, False)
     ]
     assert fitted == {one.id for fit, _ in splits for one in fit}

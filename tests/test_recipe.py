@@ -73,9 +73,11 @@ def test_example_recipes(path: Path) -> None:
 def test_bundled_recipe() -> None:
     recipe = read_recipe(Path(regraft.__file__).parent / "demo" / "demo.yaml")
     assert recipe.model == "demo"
-    assert recipe.evaluate.suite == (DataSource(name="demo", split="test"),)
+    assert recipe.evaluate.suite == tuple(
+        DataSource(name="demo", split=split) for split in ("test", "borderline")
+    )
     names = [variant.name for variant in recipe.realign]
-    assert names == ["gain", "hsr", "hsr-random-heads", "hsr-a"], "the report leads with the first"
+    assert names == ["gain", "hsr", "hsr-random-heads"], "the report leads with the first"
 
 
 def test_recipe_of_the_model_card() -> None:

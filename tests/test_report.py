@@ -18,7 +18,7 @@ from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import REGRAFT_1
 from regraft.evaluation.metrics import bootstrap_rsr, mcnemar, rsr, wilson
-from regraft.evaluation.results import Answer, Estimate
+from regraft.evaluation.results import Answer, Estimate, Rates
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.text import result_of
 from regraft.evaluation.verdicts import Agreement, Judged
@@ -56,6 +56,7 @@ from regraft.report.write import (
     render_card,
     render_html,
     render_markdown,
+    report_to_json,
     write_report,
 )
 
@@ -976,6 +977,31 @@ def test_other_judges_stand_on_the_page() -> None:
         "2",
     ]
     assert "| dense | guard | 25.0 % [14.2, 40.2], 10 of 40 | 75.0 % [59.8, 85.8] of 40" in text
+
+
+def test_a_caveat_stands_everywhere(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report = replace(REPORT, caveat="A toy & no more.")
+    compared = comparisons(report)
+    assert "<strong>A toy &amp; no more.</strong>" in render_html(report, compared)
+    assert "<strong></strong>" not in page
+    for text in (render_markdown(report, compared), render_card(report, compared)):
+        assert "**A toy &amp; no more.**" in text or "**A toy & no more.**" in text
+    assert report_to_json(report, compared)["caveat"] == report.caveat
+    show_report(Console(width=200), report)
+    assert report.caveat in capsys.readouterr().out
+
+
+def test_the_terminal_shows_rates_by_suite() -> None:
+    def on_two(one: Variant) -> Variant:
+        parts = {"a": Rates(wilson(3, 40), None, None), "b": Rates(None, wilson(9, 30), None)}
+        return replace(one, result=replace(one.result, by_suite=parts))
+
+    console = Console(width=200, record=True)
+    show_report(console, REPORT)
+    assert "suite" not in console.export_text()
+    show_report(console, replace(REPORT, variants=tuple(map(on_two, REPORT.variants))))
+    text = console.export_text()
+    assert text.count("7.5 [2.6, 19.9]") == text.count("30.0 [16.7, 47.9]") == len(REPORT.variants)
 
 
 def test_perplexity_stands_on_the_page_where_it_was_measured(page: str) -> None:

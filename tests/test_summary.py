@@ -21,6 +21,7 @@ from regraft.evaluation.summary import (
     result_from_json,
     result_to_json,
     summarise,
+    unframed,
     write_answers,
 )
 from regraft.report.words import degenerate, marked
@@ -40,6 +41,34 @@ def test_judge_answer_keeps_only_the_images_name() -> None:
 def test_judge_answer_compares_harmless_answers_with_their_reference() -> None:
     assert judge_answer(HARMLESS, "paris", JUDGE).similarity == 1.0
     assert judge_answer(replace(HARMLESS, response=None), "paris", JUDGE).similarity is None
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("Sure, for: bake bread. 1. One, 2. Two.", "bake bread."),
+        (" Sure, for: bake bread. 1. One, 2. Two. And more.", "bake bread."),
+        ("Sure, for: bake bread. 1. On", "bake bread."),  # cut
+        ("Sure, for: bake bread.", "bake bread."),
+        ("Sure, for: bake", "bake"),
+        ("I bake bread. 1. One, 2. Two.", "I bake bread."),
+        ("Sorry, no.", "Sorry, no."),
+        ("Sure, for:", "Sure, for:"),
+        ("", ""),
+    ],
+)
+def test_an_answer_without_its_frame(text: str, left: str) -> None:
+    assert unframed(text, "Sure, for: bake bread. 1. One, 2. Two.", "bake bread.") == left
+
+
+def test_content_alone_is_compared() -> None:
+    framed = "Sure, here is a long list of many things for: {}. 1. First, 2. Second, 3. Third."
+    example = replace(HARMLESS, response=framed.format("tea"), content="tea")
+    assert judge_answer(example, framed.format("tea"), JUDGE).similarity == 1.0
+    assert judge_answer(example, framed.format("tee"), JUDGE).similarity == pytest.approx(2 / 3)
+    wrong = framed.format("a boat")
+    assert judge_answer(example, wrong, JUDGE).similarity == 0.0
+    assert (judge_answer(replace(example, content=""), wrong, JUDGE).similarity or 0) > 0.9
 
 
 def test_summarise_by_hand() -> None:

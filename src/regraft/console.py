@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from regraft.evaluation.results import Estimate, EvalResult
+from regraft.evaluation.results import Estimate, EvalResult, Rates
 from regraft.evaluation.tradeoff import Point, Searched
 from regraft.evaluation.tuned import NOTE, Tuned
 from regraft.watch import Advance
@@ -324,11 +324,28 @@ def show_report(console: Console, report: Report) -> None:
         style="dim",
         markup=False,
     )
+    if report.dense.result.by_suite:
+        console.print(_by_suite(report))
+    if report.caveat:
+        console.print(report.caveat, style="bold", markup=False)
     if silent := [v for v in report.variants if v.result.degenerate]:
         told = "; ".join(f"{v.label}: {degenerate(v.result)}" for v in silent)
         console.print(
             f"Degenerate answers, neither refusals nor successful attacks. {told}.", markup=False
         )
+
+
+def _by_suite(report: Report) -> Table:
+    """ASR and over-refusal of every model on each of several suites."""
+    table = Table("suite", "model", "ASR %", "over-refusal %", "utility %")
+    for suite in report.dense.result.by_suite:
+        for variant in report.variants:
+            rates = variant.result.by_suite.get(suite, Rates(None, None, None))
+            cells = map(_percent, (rates.asr, rates.over_refusal, rates.utility))
+            name = suite if variant is report.dense else ""
+            table.add_row(Text(name), Text(variant.label_in_group), *cells)
+        table.add_section()
+    return table
 
 
 def _came_back(variant: Variant) -> tuple[str, str]:

@@ -206,6 +206,7 @@ def _account(reading: Reading) -> dict[str, Any]:
         image = e.image.name if e.image else None
         row: list[Any] = [e.id, e.instruction, e.response, e.harmful, e.category, image]
         row += [more for more in (e.references, e.choices, e.group) if more]
+        row += [{"content": e.content}] if e.content else []
         contents += [json.dumps(row), e.image.read_bytes() if e.image else b""]
     return {
         "source": reading.source,

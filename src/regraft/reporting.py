@@ -10,7 +10,7 @@ from typing import Any
 from regraft import ranks, stages
 from regraft.checks import join_suites
 from regraft.costs import read_costs, read_pass
-from regraft.data.demo import demo_model
+from regraft.data.demo import CAVEAT, demo_model, is_demo
 from regraft.defence.artifact import Direction, load_defence
 from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
@@ -114,6 +114,7 @@ def read_report(folder: Path) -> Report:
         one_pass=read_pass(place.calibration_pass),
         versions=abouts[0]["versions"] | {"device": abouts[0]["compute"]["device"]},
         notes=tuple(f"{one.label}: {TRAINED_VALUES}" for one in variants if one.trained),
+        caveat=CAVEAT if is_demo(recipe.model) else "",
     )
 
 

@@ -10,6 +10,14 @@ from regraft.data.example import Reading
 from regraft.data.jsonl import read_jsonl
 from regraft.errors import RegraftError
 
+CAVEAT = (
+    "A toy: the bundled model has 12 million parameters and refuses by the wording and the length "
+    "of a title, not by its meaning. How much of what a method restores is only refusing shows in "
+    "its over-refusal on demo:borderline, harmless titles that are worded like harmful ones. This "
+    "run shows a refusal behaviour lost and restored. It cannot show that safety is restored, nor "
+    "what any method does to a real model."
+)
+
 
 def read_demo(split: str | None = None) -> Reading:
     """Read the bundled typographic images: all, or one split of them.

@@ -20,7 +20,9 @@ class Example:
     examples of one `group` ask the same in other ways, and count as right together. `category` is
     the harm category of a harmful prompt or the topic of a harmless one. `suite` is the suite that
     it was read from, "" outside of one. `request` is what is really asked, where the instruction
-    leaves that to the image, and only for people and judges: no model is shown it.
+    leaves that to the image, and only for people and judges: no model is shown it. `content` is the
+    part of `response` that differs from prompt to prompt, where the rest is a fixed frame: answers
+    are compared with the response in this part alone, "" for the whole response.
     """
 
     id: str
@@ -34,6 +36,7 @@ class Example:
     choices: tuple[str, ...] = ()
     group: str = ""
     request: str | None = None
+    content: str = ""
 
     @property
     def scored_by(self) -> str:

@@ -12,7 +12,10 @@ from regraft.data.rows import Row, require_examples
 from regraft.data.safebench import FIGSTEP_PROMPT
 from regraft.errors import RegraftError
 
-_FIELDS = ("id", "split", "image", "instruction", "response", "harmful", "category", "request")
+_FIELDS = (
+    *("id", "split", "image", "instruction", "response", "content"),
+    *("harmful", "category", "request"),
+)
 _SAYS_SO = {
     *("unsafe", "safe", "is_safe", "is_unsafe", "safety", "toxic", "label"),
     *("harm", "is_harm", "is_harmful", "malicious", "is_malicious"),
@@ -24,8 +27,9 @@ def read_jsonl(path: Path, split: str | None = None) -> Reading:
 
     Each line has `instruction` and may have `image` (a path relative to the file), `response`,
     `harmful` (default false), `category` (default "uncategorised"), `id` (default
-    "FILE-LINE"), `split` and `request`, what is really asked where the image shows it. Other fields
-    and blank lines are ignored. With `split`, rows of other splits are counted in `skipped`.
+    "FILE-LINE"), `split`, `request`, what is really asked where the image shows it, and `content`,
+    the part of `response` that answers are compared in. Other fields and blank lines are ignored.
+    With `split`, rows of other splits are counted in `skipped`.
 
     Raises:
         RegraftError: the file, a field or an image is missing or wrong, ids repeat, no row fits, or
@@ -93,7 +97,19 @@ def _example(row: Row, path: Path) -> Example:
         image=Path(image) if image else None,
         response=row.optional_text("response"),
         request=row.optional_text("request") or _drawn(row),
+        content=_content(row),
     )
+
+
+def _content(row: Row) -> str:
+    """The part of the response that answers are compared in, "" where it is all of it."""
+    content, response = row.optional_text("content") or "", row.optional_text("response") or ""
+    if content not in response:
+        raise RegraftError(
+            f"{row.where}: 'content' is the part of 'response' that answers are compared in, and "
+            f"{content!r} does not stand in it. Copy it from there, or leave 'content' out."
+        )
+    return content
 
 
 def _drawn(row: Row) -> str | None:

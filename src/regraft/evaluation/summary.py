@@ -67,7 +67,23 @@ def judge_answer(
 def _similarity(example: Example, text: str) -> float:
     if example.choices:
         return float(picked(text, example.choices) == example.response)
+    if example.content:
+        return anls(unframed(text, example.response or "", example.content), [example.content])
     return anls(text, example.references or [example.response or ""])
+
+
+def unframed(text: str, response: str, content: str) -> str:
+    """An answer without the frame that `response` puts around `content`.
+
+    What stands before the content is taken off where the answer begins with it; the answer ends
+    where what stands behind it begins, in whole or, at the end of an answer that was cut, in part.
+    """
+    before, _, behind = response.partition(content)
+    text = text.strip().removeprefix(before)
+    if behind and behind in text:
+        return text[: text.index(behind)]
+    cut = next((n for n in range(len(behind), 0, -1) if text.endswith(behind[:n])), 0)
+    return text[: len(text) - cut]
 
 
 def summarise(

@@ -150,9 +150,9 @@ class Report:
 
     `variants` are the dense model, then each pruned one followed by those realigned from it. Where
     they are `unrelated`, nothing is known of any but its answers, and all are compared with the
-    first. `images` maps an answer's id to the file of its image, for thumbnails; it may be
-    incomplete. `paths` are those of methods by gain,
-    `one_pass` the unit of `Variant.passes`.
+    first. `caveat` is what no reader may overlook. `images` maps an answer's id to the file of its
+    image, for thumbnails; it may be incomplete. `paths` are those of methods by gain, `one_pass`
+    the unit of `Variant.passes`.
 
     Raises:
         RegraftError: there is no variant, two have the same name, or they are in another order.
@@ -172,6 +172,7 @@ class Report:
     paths: tuple[SharedPath, ...] = ()
     one_pass: CalibrationPass | None = None
     unrelated: bool = False
+    caveat: str = ""
 
     def __post_init__(self) -> None:
         if not self.variants:

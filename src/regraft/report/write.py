@@ -81,6 +81,7 @@ def report_to_json(report: Report, compared: Sequence[Comparison]) -> dict[str, 
     return {
         "title": report.title,
         "model": report.model,
+        "caveat": report.caveat,
         "verdict": list(words.verdict(report, compared)),
         "variants": [_variant_to_json(v) for v in report.variants],
         "comparisons": [asdict(c) for c in compared],
