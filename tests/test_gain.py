@@ -22,11 +22,11 @@ from regraft.restoration.gain import (
     Try,
     first_order_limit,
     gain,
-    keys,
     line_search,
     removal_cost,
     swaps_in_groups,
     swaps_in_rows,
+    worth_of,
 )
 from regraft.restoration.ranking import KEPT
 
@@ -188,7 +188,7 @@ def test_swaps_in_groups_are_the_best_single_ones(m, data):
 @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=8))
 def test_candidates_cost_no_utility(gains):
     safety, utility = torch.tensor(gains).T
-    found = keys(safety.clone(), utility.clone())
+    found = worth_of(safety.clone(), utility.clone())
     wanted = [s + u if u >= 0 else -INF for s, u in gains]
     torch.testing.assert_close(found, torch.tensor(wanted))
 

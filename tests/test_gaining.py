@@ -206,7 +206,7 @@ def test_other_ends(end, benches, tmp_path, monkeypatch):
             notes.append(text)
 
     if end == "candidates":
-        monkeypatch.setattr(gain_step, "keys", lambda safety, _: torch.full_like(safety, -INF))
+        monkeypatch.setattr(gain_step, "worth_of", lambda safety, _: torch.full_like(safety, -INF))
     else:
         monkeypatch.setattr("regraft.stages.ranking.path_limit", lambda _: 2)
     found = benches("llama").rank(tmp_path / "ranking", watch=Told())

@@ -220,8 +220,8 @@ def test_bounds_come_before_asr() -> None:
 
 
 def test_costs_add_up() -> None:
-    total = Cost.total([Cost({"rank": 1.0}, 2, 8), Cost({"rank": 2.0, "heads": 3.0}, 3, 12, 7)])
-    assert total == Cost({"rank": 3.0, "heads": 3.0}, 5, 20, 7)
+    total = Cost.total([Cost({"rank": 1.0}, 2, 8), Cost({"rank": 2.0, "heads": 3.0}, 3, 12)])
+    assert total == Cost({"rank": 3.0, "heads": 3.0}, 5, 20)
 
 
 # --- tuning ---

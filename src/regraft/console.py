@@ -562,10 +562,9 @@ def show_tuned(console: Console, tuned: Tuned) -> None:
     console.print(table)
     cost, failed = tuned.cost, f", {tuned.failed} failed" if tuned.failed else ""
     stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in cost.seconds.items())
-    gradients = f", {cost.gradients:,} gradients of an example" if cost.gradients else ""
     told = (
         f"The search took {len(tuned.trials)} trials{failed}, {sum(cost.seconds.values()):.0f} s "
-        f"({stages}), {cost.evaluations:,} evaluations with {cost.prompts:,} answers{gradients}."
+        f"({stages}), {cost.evaluations:,} evaluations with {cost.prompts:,} answers."
     )
     nothing = (
         ""

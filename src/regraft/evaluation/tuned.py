@@ -22,14 +22,11 @@ class Cost:
         seconds: By stage, of all processes together; without those of trials that were stopped.
         evaluations: Models that were evaluated.
         prompts: Prompts that they answered.
-        gradients: Forward and backward passes of one example through the whole model, of gain; the
-            forward passes by which it tries its steps are not among them.
     """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     evaluations: int = 0
     prompts: int = 0
-    gradients: int = 0
 
     @classmethod
     def total(cls, costs: Iterable[Cost]) -> Cost:
@@ -40,7 +37,6 @@ class Cost:
             {stage: sum(one.seconds.get(stage, 0.0) for one in costs) for stage in stages},
             sum(one.evaluations for one in costs),
             sum(one.prompts for one in costs),
-            sum(one.gradients for one in costs),
         )
 
 

@@ -79,10 +79,6 @@ class Walk:
         assert self._embedded is not None, "this walk goes one way"
         self.states = list(self._embedded)
 
-    def forget(self) -> None:
-        """Give back the memory of the batches; this walk goes nowhere any more."""
-        self.batches, self._texts, self.states, self._embedded = [], [], [], None
-
     def on(self, model: PlacedModel) -> Walk:
         """The same batches before the first layer of another model.
 

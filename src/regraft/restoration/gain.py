@@ -28,7 +28,7 @@ from torch import Tensor
 MOST_TRIES = 5  # numbers of weights that a line search evaluates: n, n/2 ... n/16
 
 
-def keys(safety: Tensor, utility: Tensor) -> Tensor:
+def worth_of(safety: Tensor, utility: Tensor) -> Tensor:
     """`gain^s + gain^u` of each candidate, -inf where restoring it would cost utility.
 
     Args:

@@ -21,11 +21,11 @@ from regraft.restoration.gain import (
     Try,
     first_order_limit,
     gain,
-    keys,
     line_search,
     removal_cost,
     swaps_in_groups,
     swaps_in_rows,
+    worth_of,
 )
 from regraft.restoration.groups import grouping_of
 from regraft.restoration.ranking import Best, Edits, Ranking
@@ -196,7 +196,7 @@ def _worth(
     """
     rows, device = linear.shape[0], current.device
     gains = [gain(gradient[:rows], dense, current) for gradient in gradients]
-    worth = keys(*gains)
+    worth = worth_of(*gains)
     free = restorable(dense, current)
     free.view(-1)[taken.removed[taken.removed >= 0].to(device)] = False
     worth.masked_fill_(~free, -torch.inf)

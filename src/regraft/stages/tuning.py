@@ -33,7 +33,6 @@ from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import TUNABLE, SearchSettings, TuneSettings
 from regraft.settings.validation import with_validation
-from regraft.stages.gaining import ALGORITHM
 from regraft.stages.optimising import Trials, require_optuna
 from regraft.stages.searching import check_search, warn_of_learnt
 from regraft.stages.session import Session
@@ -153,7 +152,6 @@ def _check(method: RealignSettings, tuning: TuneSettings, choice: SearchSettings
 
 def _settings(job: Job) -> dict[str, Any]:
     """What decides the trials; data are described by their contents."""
-    algorithm = {"algorithm": ALGORITHM} if job.method.method == "gain" else {}
     tuning = job.tuning.model_dump(mode="json", exclude={"trials", "workers", "devices"})
     return {
         "method": job.method.model_dump(mode="json"),
@@ -162,7 +160,6 @@ def _settings(job: Job) -> dict[str, Any]:
         "heads": job.scoring.model_dump(mode="json"),
         "calibration": job.calibration.model_dump(mode="json", exclude={"data"}),
         "evaluation": job.evaluation.model_dump(mode="json"),
-        **algorithm,
     }
 
 

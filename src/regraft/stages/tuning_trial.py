@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-from torch import nn
 
 from regraft.checks import responses_are_given
 from regraft.evaluation.curves import point_to_json, read_curve
@@ -31,7 +29,7 @@ from regraft.stages.searching import (
 )
 from regraft.stages.session import Session
 from regraft.stages.tuning_job import Job, varied
-from regraft.watch import Advance, Watch
+from regraft.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -47,26 +45,20 @@ class Worker:
         """Do a trial and record it."""
         job, clock = self.job, _Clock()
         method = varied(job.method, task.settings)
-        if method.method == "gain" or method.needs_statistics:
+        if method.needs_statistics:
             self._write_responses(clock)
         files = self._files(method, int(task.settings.get("r_max", job.scoring.r_max)), clock)
         with self.trials.exclusive("references"), clock.of("references"):
             references = 0 if (job.place.references / "pruned").exists() else 2
             full = self._point(job.place.references / "dense", job.dense)
             before = self._point(job.place.references / "pruned", job.pruned)
-        counting = _Counting(self.watch)
-        points = self._points(task.number, method, files, before, counting, clock)
+        points = self._points(task.number, method, files, before, clock)
         bounds = bounds_by(job.choice, full, before)
         chosen = choose(points, bounds)
         point = nearest(points, bounds) if chosen is None else points[chosen]
         prompts = full.asr.n + full.over_refusal.n
         evaluations = references + sum(one.restored > 0 for one in points)
-        cost = Cost(
-            clock.seconds,
-            evaluations,
-            prompts * evaluations,
-            counting.samples // (2 * len(job.dense.anatomy.layers)),
-        )
+        cost = Cost(clock.seconds, evaluations, prompts * evaluations)
         tried = Tried(task.number, task.settings, point, bounds.excess(point), cost)
         task.constraints.update(tried.excess)
         task.record.update({"point": point_to_json(point), "cost": asdict(cost)})
@@ -97,7 +89,6 @@ class Worker:
         method: RealignSettings,
         files: tuple[Path | None, Path | None],
         before: Point,
-        counting: Watch,
         clock: _Clock,
     ) -> list[Point]:
         """With weights back; the pruned model, `before`, where none can come back."""
@@ -124,7 +115,7 @@ class Worker:
                 job.calibration,
                 *files,
                 job.compute,
-                counting,
+                self.watch,
                 job.place.responses,
             )
         curve = own / "curve.json"
@@ -210,31 +201,3 @@ class _Clock:
         start = time.monotonic()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
-
-
-@dataclass
-class _Counting:
-    """A watch that counts how many samples a layer has seen, forward and backward."""
-
-    watch: Watch
-    samples: int = 0
-
-    def task(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Advance]:
-        inner = self.watch.task(what, total, unit)
-        return self._counted(inner) if what == "Restoring by gain" else inner
-
-    def note(self, text: str) -> None:
-        self.watch.note(text)
-
-    def loaded(self, network: nn.Module) -> None:
-        self.watch.loaded(network)
-
-    @contextmanager
-    def _counted(self, inner: AbstractContextManager[Advance]) -> Iterator[Advance]:
-        with inner as advance:
-
-            def counted(steps: int) -> None:
-                self.samples += steps
-                advance(steps)
-
-            yield counted
