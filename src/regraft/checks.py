@@ -40,7 +40,7 @@ def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmfu
             and the model reads text only.
     """
     whole = read(of_split(calibration.source, "train"))
-    reading = draw(whole, harmful=harmful, **_drawing(calibration))
+    reading = draw(whole, harmful=harmful, **_drawing(calibration, harmful))
     _check_readable(source, reading)
     return reading
 
@@ -50,25 +50,26 @@ def order_calibration(
 ) -> Reading:
     """All prompts of one kind in the order in which they are drawn, as `draw_calibration`."""
     whole = read(of_split(calibration.source, "train"))
-    reading = in_drawn_order(whole, harmful=harmful, **_drawing(calibration))
+    reading = in_drawn_order(whole, harmful=harmful, **_drawing(calibration, harmful))
     _check_readable(source, reading)
     return reading
 
 
-def _drawing(calibration: CalibrationSettings) -> dict[str, Any]:
+def _drawing(calibration: CalibrationSettings, harmful: bool) -> dict[str, Any]:
     return {
         "samples": calibration.samples,
         "seed": calibration.seed,
-        "answered": responses_are_given(calibration),
+        "answered": responses_are_given(calibration, harmful=harmful),
     }
 
 
-def responses_are_given(calibration: CalibrationSettings) -> bool:
-    """Whether the data set's responses are learned from, and not the dense model's own."""
+def responses_are_given(calibration: CalibrationSettings, *, harmful: bool) -> bool:
+    """Whether the data set's responses to a kind are learned from, not the dense model's own."""
     if calibration.responses != "auto":
         return calibration.responses == "given"
     whole = read(of_split(calibration.source, "train"))
-    return any(one.response is not None for one in whole.examples)
+    of_kind = (one for one in whole.examples if one.harmful == harmful)
+    return any(one.response and one.response.strip() for one in of_kind)
 
 
 def read_suites(source: Source, suites: Sequence[DataSource], limit: int | None) -> Reading:

@@ -78,7 +78,7 @@ def calibration_data(
     """
     if not harmful:  # once for both kinds
         warn_of_bundled(dense, calibration.source, watch.note)
-    if responses_are_given(calibration):
+    if responses_are_given(calibration, harmful=harmful):
         return draw_calibration(dense, calibration, harmful=harmful)
     prompts = order_calibration(dense, calibration, harmful=harmful)
     out = folder / f"{'harmful' if harmful else 'harmless'}.jsonl"

@@ -65,7 +65,7 @@ class Session:
         Where the dense model answers them itself any may be, until enough answers are kept.
         """
         role = f"{'harmful' if harmful else 'harmless'} calibration"
-        if responses_are_given(calibration):
+        if responses_are_given(calibration, harmful=harmful):
             return {role: self.drawn(model, calibration, harmful=harmful)}
         return {f"{role} (self)": order_calibration(model, calibration, harmful=harmful)}
 

@@ -68,12 +68,15 @@ class Worker:
     def _write_responses(self, clock: _Clock) -> None:
         """The responses that all statistics and rankings share, whichever a worker is at."""
         job = self.job
-        if responses_are_given(job.calibration):
+        kinds = [
+            one for one in (True, False) if not responses_are_given(job.calibration, harmful=one)
+        ]
+        if not kinds:
             return
         with self.trials.exclusive("responses"), clock.of("responses"):
             if not job.place.responses.exists():
                 self.session.unload()
-            for harmful in (True, False):
+            for harmful in kinds:
                 calibration_data(
                     job.dense,
                     job.calibration,
