@@ -663,7 +663,10 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
     has(refused(*realign, "--method", "gain", "--heads-file", "h"), "--heads-file would change")
     random = [*realign, "--method", "random"]
     has(refused(*random, "--statistics-file", "s"), "--statistics-file would change nothing")
-    has(refused(*random, "--max-response-tokens", 5), "`max-response-tokens` changes nothing")
+    has(
+        refused(*random, "--responses", "given", "--max-response-tokens", 5),
+        "`max-response-tokens` changes nothing",
+    )
     magnitude = prune(world, "--method", "magnitude")
     has(refused(*magnitude, "--samples", 3), "magnitude reads no data")
     scored: list[object] = ["heads", world.model, "--out", "h", "--candidates", 4]
@@ -672,7 +675,16 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
     has(refused(*defend), "`layer` changes nothing with adashield")
     shield = ["defend", world.pruned, "--out", "d"]
     has(refused(*shield, "--data", "demo"), "adashield reads no data")
-    statistics = ["statistics", world.model, "--out", "s", "--max-response-tokens", 9]
+    statistics = [
+        "statistics",
+        world.model,
+        "--out",
+        "s",
+        "--responses",
+        "given",
+        "--max-response-tokens",
+        9,
+    ]
     has(refused(*statistics), "`max-response-tokens` changes nothing")
 
 

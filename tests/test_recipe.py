@@ -393,7 +393,10 @@ def test_a_folder_here_is_not_one_beside_the_recipe(
         ("{}", None),
         ("prune: {n_m: 2:4, scope: matrix}", "`scope` changes nothing where `n_m` is 2:4"),
         ("prune: {n_m: 2:4, scope: matrix, overrides: ['*.v_proj=0.3']}", None),
-        ("calibration: {max_response_tokens: 5}", "calibration: `max_response_tokens` changes"),
+        (
+            "calibration: {max_response_tokens: 5, responses: given}",
+            "calibration: `max_response_tokens` changes",
+        ),
         ("calibration: {max_response_tokens: 5, responses: self}", None),
         ("pruned: ./x\nprune: {sparsity: 0.6}", "prune: it changes nothing, since `pruned` is"),
         ("heads: {r_max: 3}\nrealign: {method: gain}", "heads: they change nothing, since"),

@@ -469,7 +469,7 @@ def test_bad_input(refused: Callable[..., str]) -> None:
     assert "leave target_asr" in refused("--target-asr", 3)
     assert "0 < lowest <= highest" in refused("--q-range", 0.5, 0.1)
     assert "No heads are scored for these" in refused("--method", "set-difference")  # --r-max 2
-    assert "responses" in refused("--max-response-tokens", 9)
+    assert "responses" in refused("--responses", "given", "--max-response-tokens", 9)
 
 
 @pytest.mark.parametrize("method", ["random", "gain"])
