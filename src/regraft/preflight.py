@@ -229,7 +229,7 @@ def _by_gradients(recipe: Recipe) -> Iterator[str]:
 def _kinds_drawn(recipe: Recipe) -> list[bool]:
     """Which calibration prompts whole stages learn from, harmful (True), harmless or both.
 
-    Gain draws as well, but learns from a batch of them at a time.
+    Gain draws as well; see `_check_gain`.
     """
     always = bool(scores_needed(recipe)) or any(
         one.method == "refusal-direction" for one in recipe.defend

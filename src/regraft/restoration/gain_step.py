@@ -86,7 +86,8 @@ class Step:
         ranking: The weights that it restored, best first; empty where none lower the held-out loss.
         fit: Losses on the calibration prompts before the step.
         held_out: Losses on the held-out prompts after it.
-        candidates: How many weights were predicted to help and not to cost utility.
+        candidates: How many weights were predicted to help and not to cost utility; those beyond
+            as many as may be restored are not counted.
         tries: Numbers of weights that were tried, with the held-out losses.
     """
 

@@ -13,7 +13,7 @@ from regraft.restoration.gain_step import Losses, Step
 End = Literal["limit", "held-out", "candidates"]
 REASONS: Mapping[End, str] = {
     "limit": "a path takes no more steps or weights",
-    "held-out": "more weights do not lower the loss on held-out prompts",
+    "held-out": "no number of weights that was tried lowers the loss on held-out prompts further",
     "candidates": "no other pruned weight is predicted to help",
 }
 
@@ -26,7 +26,7 @@ class Passed:
         restored: How many weights are restored after it, in all.
         fit: Losses on the calibration prompts before it, in nats.
         held_out: Losses on the held-out prompts after it, in nats.
-        candidates: How many weights were predicted to help and not to cost utility.
+        candidates: As `Step.candidates`.
         tries: Numbers of weights that were tried, besides those restored before, with the sum of
             the held-out losses.
     """
