@@ -167,6 +167,8 @@ def _prepare(
 ) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
     """The pruned model and both kinds of prompts, before its layers."""
     parts = {kind: _split(kind, readings[kind], watch, seed) for kind in KINDS}
+    for fit, _ in parts.values():  # a process may have no held-out prompts
+        check_shares(fit, compute)
     teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in KINDS}
     asks = not ranks.decided(lambda: all(path.exists() for path in teachers.values()))
     model, processor = load_for_walk(
@@ -178,7 +180,6 @@ def _prepare(
     with watch.task("Reading the prompts", total) as done:
         for kind, part in parts.items():
             for examples in part:
-                check_shares(examples, compute)
                 short = [_shortened(processor, one) for one in examples]
                 batches = each_of_share(processor, response_batch, short, compute)
                 walks[kind].append(Walk(model, batches))
