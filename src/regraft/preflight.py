@@ -156,23 +156,22 @@ def _state_bytes(recipe: Recipe, dense: Source, place: RunFolder, session: stage
     processor = load_processor(dense)
     itemsize = getattr(torch, loaded_dtype(dense, recipe.compute)).itemsize
     of_token = len(dense.anatomy.layers) * dense.anatomy.hidden_size * itemsize
-    lengths: dict[tuple[CalibrationSettings, bool], tuple[int, float]] = {}
+    counted: dict[tuple[CalibrationSettings, bool], float] = {}
 
-    def tokens(calibration: CalibrationSettings, harmful: bool, most: int | None) -> float:
-        """Of one kind of prompts, `most` at a time."""
-        if (calibration, harmful) not in lengths:
+    def tokens(calibration: CalibrationSettings, harmful: bool) -> float:
+        """Of all prompts of one kind, as long as the first are on average."""
+        if (calibration, harmful) not in counted:
             examples = session.drawn(dense, calibration, harmful=harmful).examples
             some = [
                 prompt_batch(processor, [one]).inputs["input_ids"].numel()
                 for one in examples[:_LOOKED_AT]
             ]
-            lengths[calibration, harmful] = len(examples), sum(some) / max(1, len(some))
-        count, length = lengths[calibration, harmful]
-        return length * (count if most is None else min(count, most))
+            counted[calibration, harmful] = len(examples) * sum(some) / max(1, len(some))
+        return counted[calibration, harmful]
 
     needed = 0
-    for out, calibration, together, most in passes:
-        kinds = [[tokens(calibration, one, most) for one in some] for some in together]
+    for out, calibration, together in passes:
+        kinds = [[tokens(calibration, one) for one in some] for some in together]
         size = int(max(map(sum, kinds)) * of_token) - unfinished_bytes(out)
         needed = max(needed, size)
     return needed
@@ -180,21 +179,21 @@ def _state_bytes(recipe: Recipe, dense: Source, place: RunFolder, session: stage
 
 def _backward_passes(
     recipe: Recipe, place: RunFolder
-) -> Iterator[tuple[Path, CalibrationSettings, Sequence[Sequence[bool]], int | None]]:
-    """Outputs that need one, of which prompts (kinds that are kept together), how many at most."""
+) -> Iterator[tuple[Path, CalibrationSettings, Sequence[Sequence[bool]]]]:
+    """Outputs that need one, and of which prompts (kinds that are kept together)."""
     own = recipe.calibration
     for pruning in () if recipe.pruned else recipe.prune:
         if pruning.method == "snip":
             kinds = (False, True) if pruning.calibrate_on == "both" else (False,)
-            yield place.pruned(pruning.name), own, [kinds], None
+            yield place.pruned(pruning.name), own, [kinds]
     for one in recipe.realign:
         if one.method not in ("gain", "fine-tune") and one.needs_gradients:
-            yield place.statistics(one.score), own, [(True,), (False,)], None
+            yield place.statistics(one.score), own, [(True,), (False,)]
     for pruning in recipe.prune:
         for one in recipe.variants_of(pruning):
             if one.method == "gain":
                 ranking = place.ranking(pruning.name, recipe.ranking_name(one))
-                yield ranking, recipe.calibration_of(one), [(True, False)], None
+                yield ranking, recipe.calibration_of(one), [(True, False)]
 
 
 def bytes_needed(recipe: Recipe, dense: Source, folder: Path) -> tuple[int, int]:
