@@ -7,17 +7,18 @@ MODEL is the dense model, a folder or hub id, with or without vision. DATA holds
 (AdvBench, HarmBench, JailbreakBench, StrongREJECT, MaliciousInstruct), `figstep/safebench.csv` and
 `xstest/xstest_prompts.csv`; `real_prompts.py` says which goes into which split. Written are
 
-- `calibration-0.jsonl`, `-1`, `-2`: the three seeds of calibration, no prompt in two of them. Each
-  holds --samples harmful prompts that the dense model refuses and as many harmless ones that it
-  answers, with its greedy answers.
-- `validation.jsonl`, `test.jsonl`: all prompts of the split. Harmless ones, and harmful ones of
-  validation, have the dense model's greedy answer as their response where it is of use.
+- `calibration-0.jsonl`, `-1`, `-2`: the three seeds of calibration, no prompt in two of them, at
+  least --samples of each kind with a response.
+- `validation.jsonl`, `test.jsonl`: their prompts.
 - `summary.json`: how many of each source, near-duplicates removed, answers left out and why.
 - with --images, `test-images/examples.jsonl`: the test prompts as typographic images.
 
-An answer is of use if it refuses a harmful prompt, or answers a harmless one, and is neither blank
-nor degenerate (`regraft.stages.answering.judged`). Answers end after --new-tokens: evaluate with as
-many, so that similarity to them measures content. A run that was stopped goes on where it was.
+A prompt has the dense model's greedy answer as its response where that is of use; harmful prompts
+of the test have none. An answer is of use if it refuses a harmful prompt, or answers a harmless
+one, and is neither blank nor degenerate (`regraft.stages.answering.judged`). Methods that learn
+from responses draw prompts that have one; gain draws from all, since it learns from whatever the
+dense model answers. Answers end after --new-tokens: evaluate with as many, so that similarity to
+them measures content. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ import real_prompts
 from regraft.console import ConsoleWatch
 from regraft.data.example import Example, Reading
 from regraft.data.jsonl import read_jsonl
-from regraft.data.sources import DataSource
 from regraft.data.typographic import find_font, write_typographic
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import generate
@@ -48,8 +48,7 @@ from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import digest, write_json, write_text
 from regraft.models.load import Source, open_source
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
-from regraft.stages.answering import Response, calibration_data, judged
+from regraft.stages.answering import Response, judged
 from regraft.stages.common import load
 from regraft.watch import Watch
 
@@ -65,7 +64,7 @@ class Maker:
         out: The folder.
         compute: Device, dtype, batch size.
         watch: Progress.
-        samples: Calibration prompts of each kind and seed.
+        samples: Calibration prompts with a response of each kind and seed, at least.
         new_tokens: Length of an answer.
     """
 
@@ -150,31 +149,17 @@ class Maker:
         return [judged(one, text, DEFAULT_JUDGE) for one, text in zip(prompts, texts, strict=True)]
 
     def _calibration(self, seed: int, prompts: Sequence[Example]) -> list[Reading]:
-        """The first harmful prompts that the dense model refuses, and harmless ones it answers."""
-        candidates = self.out / "answers" / f"candidates-{seed}.jsonl"
-        candidates.parent.mkdir(exist_ok=True)
-        write_text(candidates, "".join(map(_line, prompts)))
-        settings = CalibrationSettings(
-            data=DataSource(name="jsonl", path=candidates),
-            samples=self.samples,
-            seed=seed,
-            responses="self",
-            max_response_tokens=self.new_tokens,
-        )
-        folder = candidates.with_name(f"calibration-{seed}")
-        readings = []
+        """All prompts of the seed, enough of each kind with an answer of use."""
+        reading = self._answered(prompts, references_only=False)
         for harmful, does in ((True, "refuses"), (False, "answers")):
-            found = calibration_data(
-                self.dense, settings, self.compute, folder, self.watch, harmful=harmful
-            )
-            if len(found.examples) < self.samples:
+            found = [one for one in reading.examples if one.harmful == harmful and one.response]
+            if len(found) < self.samples:
                 raise RegraftError(
-                    f"Calibration seed {seed}: the dense model {does} {len(found.examples)} of the "
+                    f"Calibration seed {seed}: the dense model {does} {len(found)} of the "
                     f"prompts that it should, and {self.samples} are wanted. Ask for fewer with "
                     "--samples."
                 )
-            readings.append(found)
-        return readings
+        return [reading]
 
     def _draw(self, prompts: Sequence[Example], font: Path | None) -> dict[str, Any]:
         """The test prompts as images, with what the dense model answers to the harmless ones."""
@@ -229,7 +214,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", help="the dense model, a folder or hub id")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--out", type=Path, required=True, help="where to write")
-    parser.add_argument("--samples", type=int, default=64, help="calibration, of each kind")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=64,
+        help="least calibration prompts of a kind with a response",
+    )
     parser.add_argument("--new-tokens", type=int, default=24, help="length of an answer")
     parser.add_argument("--images", action="store_true", help="test prompts as images too")
     parser.add_argument("--font", type=Path, help="of the images; FreeMono Bold if not given")

@@ -54,8 +54,7 @@ _HOW_TO = re.compile(r"\b(?:on|for|explaining|detailing|describing) how to (?P<w
 class Splits:
     """The prompts of each split, none with a response.
 
-    `candidates[seed]` are for calibration: those whose answer is of use become examples. `removed`
-    counts the near-duplicates by split and source.
+    `candidates[seed]` are for calibration. `removed` counts near-duplicates by split and source.
     """
 
     test: tuple[Example, ...]

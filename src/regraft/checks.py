@@ -45,6 +45,20 @@ def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmfu
     return reading
 
 
+def draw_prompts(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
+    """Draw prompts of one kind, with a response or without, as `draw_calibration`."""
+    whole = read(of_split(calibration.source, "train"))
+    reading = draw(
+        whole,
+        harmful=harmful,
+        samples=calibration.samples,
+        seed=calibration.seed,
+        answered=False,
+    )
+    _check_readable(source, reading)
+    return reading
+
+
 def order_calibration(
     source: Source, calibration: CalibrationSettings, *, harmful: bool
 ) -> Reading:

@@ -231,7 +231,7 @@ class _Job:
                 pruned,
                 patch,
                 settings.selection(),
-                self.recipe.calibration_of(settings),
+                self.recipe.calibration,
                 self.recipe.compute,
                 self.watch,
                 ranking_file=positions,
@@ -246,7 +246,7 @@ class _Job:
         settings: VariantSettings,
         files: tuple[Path | None, Path | None],
     ) -> Path:
-        calibration = self.recipe.calibration_of(settings)
+        calibration = self.recipe.calibration
         ranking = self.place.ranking(pruning, self.recipe.ranking_name(settings))
         if not ranking.exists():
             self.session.unload()

@@ -73,13 +73,11 @@ def scores_needed(recipe: Recipe) -> list[Method]:
 
 def seen_before_in(recipe: Recipe, dense: Source, session: stages.Session) -> list[str]:
     """What of the test prompts anything is learnt or chosen from, and of those chosen on learnt."""
-    drawn = {(recipe.calibration, harmful): None for harmful in _kinds_drawn(recipe)}
-    for one in recipe.realign:
-        if one.method in ("gain", "fine-tune"):
-            drawn |= {(recipe.calibration_of(one), harmful): None for harmful in (True, False)}
     learnt: dict[str, Reading] = {}
-    for calibration, harmful in drawn:
-        learnt |= session.learnt_from(dense, calibration, harmful=harmful)
+    for harmful in _kinds_drawn(recipe):
+        learnt |= session.learnt_from(dense, recipe.calibration, harmful=harmful)
+    if any(one.imitates for one in recipe.realign):
+        learnt |= session.imitated(dense, recipe.calibration)
     chosen_on: dict[str, Reading] = {}
     for variant in recipe.realign:
         if (search := variant.search) is not None:
@@ -105,7 +103,7 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
         require_split()
     for what in _by_gradients(recipe):
         check_gradients(dense, recipe.compute, what)
-    _check_gain(recipe, dense, session)
+    _check_imitation(recipe, dense, session)
     for variant in recipe.realign:
         if variant.search is not None:
             stages.check_search(dense, variant.search, recipe.compute, session)
@@ -187,13 +185,13 @@ def _backward_passes(
             kinds = (False, True) if pruning.calibrate_on == "both" else (False,)
             yield place.pruned(pruning.name), own, [kinds]
     for one in recipe.realign:
-        if one.method not in ("gain", "fine-tune") and one.needs_gradients:
+        if one.needs_gradients and not one.imitates:
             yield place.statistics(one.score), own, [(True,), (False,)]
     for pruning in recipe.prune:
         for one in recipe.variants_of(pruning):
             if one.method == "gain":
                 ranking = place.ranking(pruning.name, recipe.ranking_name(one))
-                yield ranking, recipe.calibration_of(one), [(True, False)]
+                yield ranking, own, [(True, False)]
 
 
 def bytes_needed(recipe: Recipe, dense: Source, folder: Path) -> tuple[int, int]:
@@ -221,14 +219,14 @@ def _by_gradients(recipe: Recipe) -> Iterator[str]:
         yield from (f"{one.name} (SNIP)" for one in recipe.prune if one.method == "snip")
     for one in recipe.realign:
         if one.needs_gradients:
-            by = one.method if one.method in ("gain", "fine-tune") else "SNIP"
+            by = one.method if one.imitates else "SNIP"
             yield f"{one.name} ({by})"
 
 
 def _kinds_drawn(recipe: Recipe) -> list[bool]:
     """Which calibration prompts whole stages learn from, harmful (True), harmless or both.
 
-    Gain draws as well; see `_check_gain`.
+    Gain and fine-tuning draw as well; see `_check_imitation`.
     """
     always = bool(scores_needed(recipe)) or any(
         one.method == "refusal-direction" for one in recipe.defend
@@ -241,18 +239,14 @@ def _kinds_drawn(recipe: Recipe) -> list[bool]:
     return [harmful for harmful, also in wanted.items() if always or also]
 
 
-def _check_gain(recipe: Recipe, dense: Source, session: stages.Session) -> None:
-    by_gain = [one for one in recipe.realign if one.method == "gain"]
-    for calibration in dict.fromkeys(recipe.calibration_of(one) for one in by_gain):
-        for harmful in (True, False):
-            examples = session.drawn(dense, calibration, harmful=harmful).examples
-            check_shares(examples, recipe.compute)
-    for one in recipe.realign:
-        if one.method == "fine-tune":
-            kinds = [
-                session.drawn(dense, recipe.calibration_of(one), harmful=harmful).examples
-                for harmful in (True, False)
-            ]
+def _check_imitation(recipe: Recipe, dense: Source, session: stages.Session) -> None:
+    if not any(one.imitates for one in recipe.realign):
+        return
+    kinds = [one.examples for one in session.imitated(dense, recipe.calibration).values()]
+    for variant in recipe.realign:
+        if variant.method == "gain":
+            stages.check_prompts(kinds, recipe.calibration, recipe.compute)
+        if variant.method == "fine-tune":
             minibatches(kinds, recipe.compute)
-            if one.positions != RANDOM and recipe.positions_of(one) is None:
-                load_ranking(Path(one.positions))
+            if variant.positions != RANDOM and recipe.positions_of(variant) is None:
+                load_ranking(Path(variant.positions))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import (
@@ -83,9 +83,6 @@ class VariantSettings(RealignSettings):
     search: SearchSettings | None = Field(
         None, description="Choose how many weights come back on validation prompts."
     )
-    responses: Literal["given", "self"] | None = Field(
-        None, description="gain: whose responses, if others than `calibration` says."
-    )
     checkpoint: bool = Field(True, description="Write the checkpoint too, not only the patch.")
     repeats: int = Field(
         1,
@@ -114,12 +111,6 @@ class VariantSettings(RealignSettings):
             )
         if self.search is not None and not self.ranked:
             raise ValueError(f"{self.name!r} searches a number of weights: give it a `budget` too")
-        if self.responses is not None and self.method not in ("gain", "fine-tune"):
-            raise ValueError(
-                f"{self.name!r}: only gain and fine-tune take their own `responses`, not "
-                f"{self.method}; set "
-                "`calibration.responses`"
-            )
         return self
 
     @model_validator(mode="after")
@@ -447,16 +438,9 @@ class Recipe(Settings):
         """How a pruning is defended at inference."""
         return tuple(one for one in self.defend if _is_for(pruning, one.prunings))
 
-    def calibration_of(self, variant: VariantSettings) -> CalibrationSettings:
-        """What a variant learns from."""
-        if variant.responses is None:
-            return self.calibration
-        return self.calibration.model_copy(update={"responses": variant.responses})
-
     def ranking_name(self, variant: VariantSettings) -> str:
         """Variants that differ in what they take of a ranking share it."""
-        of_data = self.calibration_of(variant).responses if variant.method == "gain" else ""
-        return f"{variant.method}-{digest(variant.ranking().model_dump_json(), of_data)[:8]}"
+        return f"{variant.method}-{digest(variant.ranking().model_dump_json())[:8]}"
 
     def positions_of(self, variant: VariantSettings) -> VariantSettings | None:
         """The method whose ranking has the positions that `variant` trains, if it names one."""

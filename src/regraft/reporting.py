@@ -238,8 +238,7 @@ def _method(settings: VariantSettings) -> str:
         return f"fine-tuned, {where}: trained values"
     if settings.method == "gain":
         swap = ", swapped" if settings.swap else ""
-        own = ", self-written responses" if settings.responses == "self" else ""
-        return f"gain{swap}{own}"
+        return f"gain{swap}"
     name = "HSR as released" if settings.method == "hsr-released" else settings.method.upper()
     return f"{name}{score}, {heads}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft import ranks
+from regraft.errors import RegraftError
 from regraft.importance.gradients import layer_gradients, signed, signed_and_squared
 from regraft.importance.losses import DecisionLoss, Loss
 from regraft.importance.teacher import losses_together
@@ -137,9 +139,20 @@ def step(
 
 
 def held_out_losses(sides: Sequence[Prompts], progress: Progress = lambda _: None) -> Losses:
-    """Of the model as it is."""
+    """Of the model as it is.
+
+    Raises:
+        RegraftError: they are not finite.
+    """
     found = losses_together([(side.held_out, side.loss) for side in sides], progress)
-    return Losses(*(_mean(losses.values()) for losses in found))
+    losses = Losses(*(_mean(one.values()) for one in found))
+    if not math.isfinite(losses.sum):
+        raise RegraftError(
+            f"The model's loss on held-out prompts is {losses.sum}: its activations overflow in "
+            f"{sides[0].held_out.model.dtype}, or a weight is not finite. Take --dtype float32, or "
+            "prune again."
+        )
+    return losses
 
 
 def _candidates(

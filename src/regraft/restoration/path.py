@@ -13,7 +13,7 @@ from regraft.restoration.gain_step import Losses, Step
 End = Literal["limit", "held-out", "candidates"]
 REASONS: Mapping[End, str] = {
     "limit": "a path takes no more steps or weights",
-    "held-out": "no number of weights that was tried lowers the loss on held-out prompts further",
+    "held-out": "more weights hardly lower the loss on held-out prompts",
     "candidates": "no other pruned weight is predicted to help",
 }
 

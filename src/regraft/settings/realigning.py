@@ -203,10 +203,14 @@ class RealignSettings(Settings):
         return self.method in (*SELECTING, "set-difference") and self.score != "magnitude"
 
     @property
+    def imitates(self) -> bool:
+        """Whether it learns from what the dense model answers, of prompts alone."""
+        return self.method in ("gain", "fine-tune")
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether gradients are taken, for the ranking or for its statistics."""
-        learns = self.method in ("gain", "fine-tune")
-        return learns or (self.needs_statistics and self.score == "snip")
+        return self.imitates or (self.needs_statistics and self.score == "snip")
 
     def how_many(self, pruned: int) -> int:
         """How many of `pruned` weights come back at most."""

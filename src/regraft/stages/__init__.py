@@ -12,6 +12,7 @@ from regraft.stages.answering import calibration_data
 from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.fine_tuning import fine_tune
+from regraft.stages.gaining import check_prompts
 from regraft.stages.gathering import statistics
 from regraft.stages.harnessing import harness
 from regraft.stages.judging import (
@@ -54,6 +55,7 @@ __all__ = [
     "apply_in_place",
     "calibration_data",
     "check_judge",
+    "check_prompts",
     "check_search",
     "curve_beside",
     "defend",

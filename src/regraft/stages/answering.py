@@ -1,17 +1,19 @@
-"""Calibration data with the data set's responses, or with those that the dense model writes."""
+"""Calibration data with the data set's responses, or with answers that the dense model writes."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from regraft import ranks
 from regraft.checks import (
     draw_calibration,
+    draw_prompts,
     order_calibration,
     responses_are_given,
     warn_of_bundled,
@@ -24,6 +26,7 @@ from regraft.evaluation.generate import generate
 from regraft.evaluation.judge import KeywordJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import write_text
+from regraft.importance.losses import TOKEN_WEIGHTS
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
 from regraft.settings.compute import ComputeSettings
@@ -81,28 +84,103 @@ def calibration_data(
     if responses_are_given(calibration, harmful=harmful):
         return draw_calibration(dense, calibration, harmful=harmful)
     prompts = order_calibration(dense, calibration, harmful=harmful)
-    out = folder / f"{'harmful' if harmful else 'harmless'}.jsonl"
+    wanted = _Wanted(
+        calibration.samples,
+        calibration.max_response_tokens,
+        partial(judged, judge=DEFAULT_JUDGE),
+        {"judge": DEFAULT_JUDGE.name},
+        _nothing_kept(prompts, harmful=harmful),
+    )
+    out = folder / f"{_kind(harmful)}.jsonl"
+    return _kept(prompts, _written(dense, prompts, out, wanted, compute, watch))
+
+
+def imitation_data(
+    dense: Source,
+    calibration: CalibrationSettings,
+    compute: ComputeSettings,
+    folder: Path,
+    watch: Watch,
+    *,
+    harmful: bool,
+) -> Reading:
+    """The prompts drawn of one kind, each with the start of what the dense model answers.
+
+    Whether it refuses or not: a model that is to refuse as often as the dense one must learn from
+    the harmful prompts that the dense model answers, and the harmless ones that it refuses, too.
+    The data set's responses are not read. An answer starts with the tokens that `DecisionLoss`
+    reads and one more, since text is not always cut into tokens as it was written. Files and
+    arguments as for `calibration_data`.
+
+    Raises:
+        RegraftError: see the data readers; the dense model answers nothing at all.
+    """
+    if not harmful:
+        warn_of_bundled(dense, calibration.source, watch.note)
+    prompts = draw_prompts(dense, calibration, harmful=harmful)
+    count = len(prompts.examples)
+    nothing = RegraftError(
+        f"{prompts.source}: the dense model's answer to each of the {count} {_kind(harmful)} "
+        "prompts is empty, so there is nothing to imitate. Give other prompts."
+    )
+    wanted = _Wanted(count, len(TOKEN_WEIGHTS) + 1, _unless_blank, {}, nothing)
+    out = folder / f"{_kind(harmful)}-starts.jsonl"
+    return _kept(prompts, _written(dense, prompts, out, wanted, compute, watch))
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Which answers are to be written.
+
+    Attributes:
+        kept: How many are to be kept.
+        tokens: Their length.
+        judge: Says of an answer whether it is kept.
+        about: Settings of `judge`, for the provenance.
+        nothing: Raised where none is kept.
+    """
+
+    kept: int
+    tokens: int
+    judge: Callable[[Example, str], Response]
+    about: Mapping[str, Any]
+    nothing: RegraftError
+
+
+def _kind(harmful: bool) -> str:
+    return "harmful" if harmful else "harmless"
+
+
+def _written(
+    dense: Source,
+    prompts: Reading,
+    out: Path,
+    wanted: _Wanted,
+    compute: ComputeSettings,
+    watch: Watch,
+) -> tuple[Response, ...]:
+    """The dense model's answers, from the file `out` if it has them."""
     about = describe(
         "responses", {"dense": dense.checkpoint.fingerprint}, None, compute, {"prompts": prompts}
     )
     about["settings"] = {
-        "samples": calibration.samples,
-        "max_response_tokens": calibration.max_response_tokens,
-        "judge": DEFAULT_JUDGE.name,
+        "samples": wanted.kept,
+        "max_response_tokens": wanted.tokens,
+        **wanted.about,
     }
     if not is_done(out, out, about, lambda: _read(out)[0]):
         with working(out, about) as work:
-            answers = _answer(dense, calibration, compute, prompts, work, watch)
+            answers = _answer(dense, wanted, compute, prompts, work, watch)
             if not any(one.kept for one in answers):
-                raise _nothing_kept(prompts, harmful=harmful)
+                raise wanted.nothing
             if ranks.first():
                 _write(out, about, answers)
-    return _kept(prompts, _read(out)[1])
+    return _read(out)[1]
 
 
 def _answer(
     dense: Source,
-    calibration: CalibrationSettings,
+    wanted: _Wanted,
     compute: ComputeSettings,
     prompts: Reading,
     work: Path,
@@ -110,27 +188,32 @@ def _answer(
 ) -> list[Response]:
     """The answers up to the one with which there are enough."""
     model, processor = load(dense, compute, watch)
-    judge, kept = DEFAULT_JUDGE, 0
+    kept = 0
     answers: list[Response] = []
     size = compute.batch_size * ranks.world()
-    wanted = min(calibration.samples, len(prompts.examples))
-    with watch.task("Writing responses", wanted, "kept responses") as done:
+    most = min(wanted.kept, len(prompts.examples))
+    with watch.task("Writing responses", most, "kept responses") as done:
         for i, chunk in enumerate(batches(prompts.examples, size)):
             texts = generate(
                 model,
                 processor,
                 chunk,
                 work / f"part_{i:05d}_of_{size}",  # another number of processes cuts other parts
-                max_new_tokens=calibration.max_response_tokens,
+                max_new_tokens=wanted.tokens,
                 batch_size=compute.batch_size,
             )
             for example, text in zip(chunk, texts, strict=True):
-                answers.append(judged(example, text, judge))
+                answers.append(wanted.judge(example, text))
                 kept += answers[-1].kept
                 done(int(answers[-1].kept))
-                if kept == calibration.samples:
+                if kept == wanted.kept:
                     return answers
     return answers
+
+
+def _unless_blank(example: Example, text: str) -> Response:
+    blank = not text.strip()
+    return Response(example.id, text, not blank, "blank" if blank else "")
 
 
 def judged(example: Example, text: str, judge: KeywordJudge) -> Response:

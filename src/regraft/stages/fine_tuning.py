@@ -32,7 +32,7 @@ from regraft.restoration.selection import random_keys
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.realigning import RealignSettings
-from regraft.stages.answering import beside, calibration_data
+from regraft.stages.answering import beside, imitation_data
 from regraft.stages.common import each_of_share, load_for_walk, write_teacher
 from regraft.stages.realigning import require_made_of, taken, with_violations
 from regraft.watch import Silent, Watch
@@ -80,7 +80,7 @@ def fine_tune(
         require_made_of(load_ranking(ranking_file), ranking_file, dense, pruned)
         inputs["ranking"] = file_digest(ranking_file)
     readings = {
-        kind: calibration_data(
+        kind: imitation_data(
             dense, calibration, compute, responses or beside(out), watch, harmful=kind == "safety"
         )
         for kind in KINDS

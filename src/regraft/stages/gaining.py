@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 
@@ -17,7 +16,7 @@ from regraft.data.hold_out import hold_out
 from regraft.errors import RegraftError
 from regraft.files import require_space, size_of
 from regraft.importance.gradients import require_gradients
-from regraft.importance.losses import TOKEN_WEIGHTS, DecisionLoss
+from regraft.importance.losses import DecisionLoss
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
@@ -34,6 +33,7 @@ from regraft.restoration.gain_step import (
 from regraft.restoration.path import REASONS, End, GainPath, Passed, path_to_json, read_path
 from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
 from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
 from regraft.stages.common import (
     each_of_share,
     hidden_state_bytes,
@@ -42,9 +42,10 @@ from regraft.stages.common import (
 )
 from regraft.watch import Watch
 
-ALGORITHM = 9  # rankings of another one are not taken for this one's
+ALGORITHM = 10  # rankings of another one are not taken for this one's
 HELD_OUT = 0.25  # of the prompts of each kind
 MOST_STEPS = 8
+LEAST_FALL = 0.01  # of the held-out loss by a step, with which there is another one
 KINDS = ("safety", "utility")
 
 
@@ -69,7 +70,8 @@ def restore_by_gain(
         dense: The dense checkpoint, the teacher.
         pruned: The pruned one, restored in memory.
         work: A folder in which every finished step is kept.
-        readings: "safety" (D^s) and "utility" (D^u) -> examples with responses.
+        readings: "safety" (harmful prompts) and "utility" (harmless ones) -> examples with the
+            dense model's answers, see `imitation_data`.
         most: How many weights at most.
         compute: Device, dtype, batch size, placement.
         watch: Progress.
@@ -132,7 +134,7 @@ def _end(path: GainPath, most: int) -> End | None:
     before = replace(path, steps=path.steps[:-1]).held_out
     if not path.steps[-1].candidates:
         return "candidates"
-    if path.held_out.sum >= before.sum:
+    if path.held_out.sum > (1 - LEAST_FALL) * before.sum:
         return "held-out"
     return "limit" if path.restored >= most or len(path.steps) == MOST_STEPS else None
 
@@ -167,8 +169,6 @@ def _prepare(
 ) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
     """The pruned model and both kinds of prompts, before its layers."""
     parts = {kind: _split(kind, readings[kind], watch, seed) for kind in KINDS}
-    for fit, _ in parts.values():  # a process may have no held-out prompts
-        check_shares(fit, compute)
     teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in KINDS}
     asks = not ranks.decided(lambda: all(path.exists() for path in teachers.values()))
     model, processor = load_for_walk(
@@ -180,8 +180,7 @@ def _prepare(
     with watch.task("Reading the prompts", total) as done:
         for kind, part in parts.items():
             for examples in part:
-                short = [_shortened(processor, one) for one in examples]
-                batches = each_of_share(processor, response_batch, short, compute)
+                batches = each_of_share(processor, response_batch, examples, compute)
                 walks[kind].append(Walk(model, batches))
                 done(len(examples))
     if asks:
@@ -196,15 +195,27 @@ def _prepare(
     return model, (safety, utility)
 
 
+def check_prompts(
+    kinds: Sequence[Sequence[Example]], calibration: CalibrationSettings, compute: ComputeSettings
+) -> None:
+    """Raise a `RegraftError` unless prompts of each kind can be held out, and shared by processes.
+
+    A process may have no held-out prompts, but gradients are taken by each.
+    """
+    for examples in kinds:
+        if len(examples) < 2:
+            raise RegraftError(
+                f"{calibration.source}: gain holds prompts out to see where to stop, and needs at "
+                f"least 2 harmful and 2 harmless ones; of one kind there is {len(examples)}. Give "
+                "more prompts, or raise --samples."
+            )
+        check_shares(hold_out(examples, HELD_OUT, calibration.seed)[0], compute)
+
+
 def _split(
     kind: str, reading: Reading, watch: Watch, seed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """(prompts to take gradients of, prompts held out)."""
-    if len(reading.examples) < 2:
-        raise RegraftError(
-            f"{reading.source}: gain holds some {kind} prompts out to see where to stop, and needs "
-            f"at least 2; there are {len(reading.examples)}. Give more prompts, or raise --samples."
-        )
     fit, held = hold_out(reading.examples, HELD_OUT, seed)
     apart = {one.category for one in held} - {one.category for one in fit}
     whole = sum(one.category in apart for one in held)
@@ -214,11 +225,3 @@ def _split(
         f"{kind}: {len(fit)} prompts for gradients, {len(held)} held out ({', '.join(parts)})"
     )
     return fit, held
-
-
-def _shortened(processor: Any, example: Example) -> Example:
-    """The example with no more of its response than the loss reads."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    ids = tokenizer(example.response, add_special_tokens=False)["input_ids"]
-    start = tokenizer.decode(ids[: len(TOKEN_WEIGHTS) + 1], skip_special_tokens=True)
-    return replace(example, response=start) if start.strip() else example

@@ -36,8 +36,8 @@ from regraft.restoration.selection import (
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.realigning import RealignSettings
-from regraft.stages.answering import beside, calibration_data
-from regraft.stages.gaining import ALGORITHM, path_limit, restore_by_gain
+from regraft.stages.answering import beside, imitation_data
+from regraft.stages.gaining import ALGORITHM, check_prompts, path_limit, restore_by_gain
 from regraft.stages.realigning import (
     band_of,
     chosen_heads,
@@ -69,12 +69,12 @@ def rank(
         out: The file.
         settings: The method and how many weights to rank (the budget); gain ranks the same
             whatever the budget, which takes the first of them.
-        calibration: D^s and D^u, which only gain reads here; random draws by its seed too.
+        calibration: Prompts of both kinds, which only gain reads here; random draws by its seed.
         heads_file: From `heads`; needed to rank heads.
         statistics_file: From `statistics`; needed by "hsr", "hsr-released" and "set-difference".
         compute: Device, dtype, batch size and placement of gain; of the others the device counts.
         watch: Progress.
-        responses: Folder for responses that the dense model writes, by default one beside `out`.
+        responses: Folder for the dense model's answers, by default one beside `out`.
 
     Raises:
         RegraftError: an input is missing or does not fit, or the budget is less than one weight.
@@ -93,11 +93,12 @@ def rank(
     if settings.method == "gain":
         folder = responses or beside(out)
         readings = {
-            kind: calibration_data(
+            kind: imitation_data(
                 dense, calibration, compute, folder, watch, harmful=kind == "safety"
             )
             for kind in ("safety", "utility")
         }
+        check_prompts([one.examples for one in readings.values()], calibration, compute)
     about = describe(
         "rank",
         inputs,

@@ -11,6 +11,7 @@ from regraft.checks import (
     check_scored,
     check_top_heads,
 )
+from regraft.data.example import Reading
 from regraft.models.load import Source
 from regraft.restoration.patch import Patch
 from regraft.restoration.realign import check_pair
@@ -21,6 +22,7 @@ from regraft.settings.realigning import RANDOM, RealignSettings
 from regraft.settings.scoring import HeadSettings, StatisticsSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages.fine_tuning import fine_tune
+from regraft.stages.gaining import check_prompts
 from regraft.stages.gathering import statistics
 from regraft.stages.ranking import rank
 from regraft.stages.realigning import (
@@ -89,17 +91,19 @@ def restore(
         chosen_heads(dense, settings, scores_of(dense, settings, heads_file))
     if statistics_file is not None:
         importance_of(dense, settings, statistics_file)
-    learns = settings.method == "gain" or gathers
-    if scores or learns:
-        prompts = session.drawn(dense, calibration, harmful=True)
-    if learns:
-        session.drawn(dense, calibration, harmful=False)
+    learnt: dict[str, Reading] = {}
+    if settings.method == "gain":
+        learnt = session.imitated(dense, calibration)
+        check_prompts([one.examples for one in learnt.values()], calibration, compute)
+    for harmful in (True, False) if gathers else (True,) if scores else ():
+        session.drawn(dense, calibration, harmful=harmful)
+        learnt |= session.learnt_from(dense, calibration, harmful=harmful)
     if scores:
+        prompts = session.drawn(dense, calibration, harmful=True)
         check_r_max(dense, scoring or HeadSettings(), prompts)
         check_scored(settings, scoring or HeadSettings())
     if choice is not None:
-        kinds = (True, False) if learns else (True,) if scores else ()
-        warn_of_learnt(dense, validation, calibration, kinds, session, watch)
+        warn_of_learnt(validation, learnt, watch)
     if settings.method == "gain" or (gathers and settings.needs_gradients):
         check_gradients(dense, compute, f"Realigning by {settings.method}")
     if scores:

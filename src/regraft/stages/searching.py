@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from regraft import ranks
@@ -16,7 +16,6 @@ from regraft.keys import describe, is_done
 from regraft.models.load import Source, pick_device, require_split
 from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.realigning import RealignSettings
 from regraft.settings.searching import SearchSettings
@@ -182,21 +181,11 @@ def check_search(
     return session.reading(dense, suites_of(settings), settings.validation_limit)
 
 
-def warn_of_learnt(
-    dense: Source,
-    validation: Reading,
-    calibration: CalibrationSettings,
-    kinds: Sequence[bool],
-    session: Session,
-    watch: Watch,
-) -> None:
+def warn_of_learnt(validation: Reading, learnt: Mapping[str, Reading], watch: Watch) -> None:
     """Say which validation prompts are calibrated on too: the choice would be too hopeful.
 
-    `kinds` are those of the calibration prompts that are learnt from: harmful (True), harmless.
+    `learnt` are the calibration prompts that something is learnt from, by their role.
     """
-    learnt: dict[str, Reading] = {}
-    for harmful in kinds:
-        learnt |= session.learnt_from(dense, calibration, harmful=harmful)
     for line in seen_before(validation, learnt, "chosen on"):
         watch.note(f"Warning: {line}.")
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from regraft.checks import (
     draw_calibration,
+    draw_prompts,
     order_calibration,
     read_suites,
     responses_are_given,
@@ -57,6 +58,13 @@ class Session:
             self._readings[key] = draw_calibration(model, calibration, harmful=harmful)
         return self._readings[key]
 
+    def prompts(self, model: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
+        """`draw_prompts`, and every image is decoded once only."""
+        key = ("prompts", calibration, harmful, model.anatomy.has_vision)
+        if key not in self._readings:
+            self._readings[key] = draw_prompts(model, calibration, harmful=harmful)
+        return self._readings[key]
+
     def learnt_from(
         self, model: Source, calibration: CalibrationSettings, *, harmful: bool
     ) -> dict[str, Reading]:
@@ -68,6 +76,13 @@ class Session:
         if responses_are_given(calibration, harmful=harmful):
             return {role: self.drawn(model, calibration, harmful=harmful)}
         return {f"{role} (self)": order_calibration(model, calibration, harmful=harmful)}
+
+    def imitated(self, model: Source, calibration: CalibrationSettings) -> dict[str, Reading]:
+        """The prompts on which gain and fine-tuning imitate the dense model, by their role."""
+        return {
+            f"{role} calibration (imitated)": self.prompts(model, calibration, harmful=harmful)
+            for role, harmful in (("harmful", True), ("harmless", False))
+        }
 
     def zeros(self, model: Source) -> int:
         """Number of prunable weights that are zero on disk."""

@@ -20,6 +20,7 @@ from regraft.checks import (
     distinct,
     draw_calibration,
 )
+from regraft.data.example import Reading
 from regraft.errors import RegraftError
 from regraft.evaluation.tuned import Tuned
 from regraft.files import disk_errors, require_empty, write_json
@@ -98,7 +99,10 @@ def tune(
         "utility": draw_calibration(dense, calibration, harmful=False),
         "validation": check_search(dense, choice, compute, session),
     }
-    warn_of_learnt(dense, data["validation"], calibration, (True, False), session, watch)
+    learnt: dict[str, Reading] = {}
+    for harmful in (True, False):
+        learnt |= session.learnt_from(dense, calibration, harmful=harmful)
+    warn_of_learnt(data["validation"], learnt, watch)
     samples = distinct(data["safety"])
     kept = looked.kept / dense.anatomy.prunable
     space = space_of(dense, method, tuning, scoring, kept, samples)
