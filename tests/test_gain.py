@@ -199,18 +199,18 @@ def test_candidates_cost_no_utility(gains):
 @given(
     st.lists(st.integers(0, 64).map(lambda n: n / 8), min_size=1, max_size=9), st.integers(0, 99)
 )
-def test_first_order_ends_where_the_loss_would_be_zero(worth, eighths):
-    """No more weights than are predicted to take all of the loss, and at least one."""
+def test_first_order_ends_where_the_loss_would_be_half(worth, eighths):
+    """No more weights than are predicted to take half of the loss, and at least one."""
     worth.sort(reverse=True)
     loss = eighths / 8
-    fitting = [n for n in range(len(worth) + 1) if sum(worth[:n]) <= loss]
+    fitting = [n for n in range(len(worth) + 1) if 2 * sum(worth[:n]) <= loss]
     assert first_order_limit(torch.tensor(worth), loss) == max(1, fitting[-1])
 
 
 def test_first_order_adds_many_small_gains_exactly():
     """In float32 a sum of 2^24 stops growing by ones."""
     worth = torch.cat([torch.tensor([2.0**24]), torch.ones(1000)])
-    assert first_order_limit(worth, 2.0**24 + 600) == 601
+    assert first_order_limit(worth, 2 * (2.0**24 + 600)) == 601
 
 
 @given(st.integers(0, 200), st.randoms(use_true_random=False))

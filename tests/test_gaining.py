@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 
 import pico
 import truth
-from disk import shards, tree, write_data, write_jsonl
+from disk import shards, tree, write_jsonl
 from regraft import pipeline, stages
-from regraft.checks import draw_calibration
+from regraft.checks import draw_prompts
 from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
 from regraft.data.hold_out import hold_out
@@ -27,7 +27,7 @@ from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.pruning.pruner import zeros
 from regraft.recipe import Recipe
-from regraft.restoration import gain_step
+from regraft.restoration import gain, gain_step
 from regraft.restoration.apply import patched
 from regraft.restoration.gain_step import Losses
 from regraft.restoration.patch import load_patch
@@ -39,6 +39,7 @@ from regraft.settings.data import CalibrationSettings
 from regraft.settings.pruning import PruneSettings
 from regraft.settings.realigning import RealignSettings
 from regraft.stages import common, gaining
+from regraft.stages.answering import imitation_data
 from regraft.watch import Silent
 
 INF = math.inf
@@ -84,8 +85,15 @@ class Bench:
         patch = patch_of(ranking, self.dense, pruned) if len(ranking) else None
         means = []
         for harmful in (True, False):
-            drawn = draw_calibration(self.dense, self.calibration, harmful=harmful).examples
-            own = hold_out(drawn, gaining.HELD_OUT, self.calibration.seed)[held_out]
+            answered = imitation_data(
+                self.dense,
+                self.calibration,
+                COMPUTE,
+                self.root.with_name(f"{self.root.name}-answers"),
+                Silent(),
+                harmful=harmful,
+            ).examples
+            own = hold_out(answered, gaining.HELD_OUT, self.calibration.seed)[held_out]
             with patched(model, pruned.anatomy, patch) if patch else nullcontext():
                 means.append(
                     sum(_divergence(dense, model, processor, one) for one in own) / len(own)
@@ -104,6 +112,15 @@ def _divergence(dense: Any, model: Any, processor: Any, example: Example) -> flo
     return sum(weight * cost for weight, cost in zip(TOKENS, costs, strict=False))
 
 
+def _prompts(root: Path, images: bool) -> list[Example]:
+    """Four of each kind, two sources a kind, with texts of their own and no response."""
+    return [
+        replace(one, instruction=f"{one.instruction} {kind}", response=None)
+        for kind, harmful in (("badly", True), ("well", False))
+        for one in pico.write_examples(root / "data" / "images", 4, harmful, images)
+    ]
+
+
 @pytest.fixture(scope="module")
 def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
     made: dict[str, Bench] = {}
@@ -112,7 +129,7 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
         if family not in made:
             root = tmp_path_factory.mktemp(family)
             dense = open_source(pico.save(family, root / "dense", max_shard_size="300KB"))
-            write_data(root / "data", 4, images=family in pico.VLM_FAMILIES)
+            write_jsonl(root / "data" / "data.jsonl", _prompts(root, family in pico.VLM_FAMILIES))
             made[family] = Bench(root)
             for way, fields in METHODS.items():
                 settings = PruneSettings(**fields)
@@ -154,7 +171,7 @@ def test_restoring_lowers_the_losses(family, benches, tmp_path):
     assert about["start"] == approx(pruned)
     assert about["steps"][-1]["held_out"] == approx(restored)
     assert about["steps"][0]["fit"] == approx(bench.losses(empty(), held_out=False))
-    assert restored.sum < 0.8 * pruned.sum
+    assert restored.sum < 0.95 * pruned.sum
     control = bench.rank(tmp_path / "control", RealignSettings(method="random", count=len(ranking)))
     assert restored.sum < bench.losses(control, held_out=True).sum
     streamed = bench.rank(tmp_path / "streamed", compute=STREAMED)
@@ -177,7 +194,7 @@ def test_what_every_step_did(swap, benches, tmp_path):
     """It restored the best number that it tried; the first step that does not help is the last."""
     ranking = benches("mllama").rank(tmp_path / "ranking", GAIN.model_copy(update={"swap": swap}))
     steps, end = ranking.about["steps"], ranking.about["end"]
-    assert len(steps) > 3 and end in ("held-out", "limit")
+    assert len(steps) >= 3 and end in ("held-out", "limit")
     before, loss = 0, Losses(**ranking.about["start"]).sum
     falls = []
     for step in steps:
@@ -189,12 +206,13 @@ def test_what_every_step_did(swap, benches, tmp_path):
         assert (score > 0).all() and (score.diff() <= 0).all()
         assert taken <= tries[0][0] <= step["candidates"]
         predicted = float(score.double().sum())
-        assert taken == 1 or predicted <= Losses(**step["fit"]).sum, "beyond first order"
+        assert taken == 1 or predicted <= Losses(**step["fit"]).sum / 2, "beyond first order"
         falls.append((loss - now) / loss)
         before, loss = step["restored"], now
     assert before == len(ranking)
-    assert all(fall > 0 for fall in falls[:-1])
-    assert falls[-1] == 0 if end == "held-out" else len(steps) == gaining.MOST_STEPS
+    least = gaining.LEAST_FALL
+    assert all(fall >= least for fall in falls[:-1])
+    assert falls[-1] < least if end == "held-out" else len(steps) == gaining.MOST_STEPS
 
 
 @pytest.mark.parametrize("end", ["candidates", "limit"])
@@ -239,7 +257,7 @@ def test_gradients_are_of_the_prompts_that_are_not_held_out(benches, tmp_path, m
     bench = benches("llama")
     bench.rank(tmp_path / "ranking")
     splits = [
-        hold_out(draw_calibration(bench.dense, bench.calibration, harmful=harmful).examples, 0.5, 0)
+        hold_out(draw_prompts(bench.dense, bench.calibration, harmful=harmful).examples, 0.5, 0)
         for harmful in (True, False)
     ]
     assert fitted == {one.id for fit, _ in splits for one in fit}
@@ -276,7 +294,9 @@ def test_what_does_not_help_on_held_out_prompts_is_not_restored(benches, tmp_pat
     ranking = bench.rank(tmp_path / "ranking")
     assert len(ranking) == 0 and ranking.about["end"] == "held-out"
     (step_,) = ranking.about["steps"]
-    assert len(step_["tries"]) == 5 and step_["held_out"] == ranking.about["start"]
+    most = step_["tries"][0][0]
+    assert len(step_["tries"]) == min(gain.MOST_TRIES, most.bit_length())
+    assert step_["held_out"] == ranking.about["start"]
     patch = stages.realign(
         bench.dense, bench.pruned(), tmp_path / "patch", GAIN, ranking_file=tmp_path / "ranking"
     )
@@ -314,7 +334,7 @@ def test_whole_sources_are_held_out_and_named(monkeypatch):
 
 
 def test_one_prompt_of_a_kind_is_too_few(benches, tmp_path, monkeypatch):
-    """Found before a model is loaded."""
+    """Found before the pruned model is loaded."""
     bench = benches("llama")
     one = [
         *pico.write_examples(tmp_path, 3, images=False),
@@ -323,7 +343,7 @@ def test_one_prompt_of_a_kind_is_too_few(benches, tmp_path, monkeypatch):
     data = DataSource(name="jsonl", path=write_jsonl(tmp_path / "data.jsonl", one))
     monkeypatch.setattr(gaining, "load_for_walk", lambda *_, **__: pytest.fail("a model is loaded"))
     with pytest.raises(
-        RegraftError, match=r"utility prompts .* at least 2; there are 1\. .*samples"
+        RegraftError, match=r"at least 2 harmful and 2 harmless .* there is 1\. .*samples"
     ):
         bench.rank(tmp_path / "ranking", calibration=CalibrationSettings(data=data, samples=4))
     assert not (tmp_path / "ranking").exists() and not list(tmp_path.glob(".*"))
@@ -347,7 +367,7 @@ def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch)
     search = {"validation": data, "points": 2}
     every = [
         {"name": "few", "count": 20},
-        {"name": "some", "budget": 50},
+        {"name": "some", "budget": 20},
         {"name": "most", "count": 60_000},
         {"name": "searched", "count": 50_000, "search": search},
         {"name": "searched-more", "count": 60_000, "search": search},
@@ -371,7 +391,7 @@ def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch)
     assert path_to_json(shared.path).items() <= path.about.items()
     restored = {one.name: one.restored for one in made.variants}
     assert (restored["few"], restored["most"]) == (20, len(path))
-    assert restored["some"] == 50 * path.about["pruned"] // 10_000 < len(path)
+    assert restored["some"] == 20 * path.about["pruned"] // 10_000 < len(path)
     patches = {
         name: load_patch(tmp_path / "run" / "patches" / f"{name}.safetensors")
         for name in ("few", "some", "most")
@@ -416,7 +436,7 @@ def test_stopped_anywhere_and_taken_up_again(when, swap, benches, tmp_path, monk
     monkeypatch.setattr(common, "final_states", asking)
     whole = bench.rank(tmp_path / "whole" / "ranking", settings)
     needed = list(started)
-    assert len(needed) == len(whole.about["steps"]) >= 4, "too few steps to stop among them"
+    assert len(needed) == len(whole.about["steps"]) >= 3, "too few steps to stop among them"
     for last in range(1, len(needed) + 1):
         saved: list[int] = []
 

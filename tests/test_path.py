@@ -127,8 +127,8 @@ def test_a_row_a_step_and_why_it_ended() -> None:
         StepRow(2, "2,500", "0", "1,250", "0.250", "0.375"),
     )
     assert ending(PATH) == (
-        "The path ended after 2 steps with 1,250 weights restored: no number of weights that was "
-        "tried lowers the loss on held-out prompts further."
+        "The path ended after 2 steps with 1,250 weights restored: more weights hardly lower the "
+        "loss on held-out prompts."
     )
     first = replace(PATH, steps=(replace(PATH.steps[0], restored=1),), end="candidates")
     assert ending(first) == (
