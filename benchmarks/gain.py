@@ -97,7 +97,6 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
         seconds, _ = timed(device, lambda: bare(model, source, data))
         return _row(options, seconds, device)
     model, sides = taught(options, source, pruned, parts)
-    problem = Problem(model, source, pruned, options.what == "swap")
     room = path_limit(zeros(pruned.checkpoint, pruned.anatomy))
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -106,7 +105,8 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
 
     def one_step() -> Step:
         with TemporaryDirectory(dir=options.folder) as work:
-            return step(problem, *sides, room, empty(), start, Path(work), lambda _: None)
+            problem = Problem(model, source, pruned, sides, Path(work), options.what == "swap")
+            return step(problem, room, empty(), start, lambda _: None)
 
     with own_memory() as seen:
         seconds, found = timed(device, one_step)

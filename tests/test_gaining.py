@@ -425,7 +425,7 @@ def test_stopped_anywhere_and_taken_up_again(when, swap, benches, tmp_path, monk
     step, save, states = gaining.step, gaining.save_ranking, common.final_states
 
     def counted(*arguments: Any) -> Any:
-        started.append(len(arguments[4]))  # so many are restored
+        started.append(len(arguments[2]))  # so many are restored
         return step(*arguments)
 
     def asking(*arguments: Any) -> Any:
@@ -495,7 +495,7 @@ def test_candidates_are_pruned_weights_that_help_and_cost_no_utility(swap, bench
     removed_before = gone if swap else torch.full((n,), KEPT)
     taken = Ranking(torch.full((n,), index), back, removed_before, torch.ones(n))
     gradients = drawn_gradients(*linear.shape)
-    problem = gain_step.Problem(None, bench.dense, bench.pruned(), swap)
+    problem = gain_step.Problem(None, bench.dense, bench.pruned(), (), Path(), swap)
     found, removed = gain_step._worth(problem, linear, dense, current, taken, gradients)
     rows = linear.shape[0]
     safety, utility = (g[:rows] * (current - dense) for g in gradients)
@@ -526,7 +526,7 @@ def test_a_swap_removes_what_neither_loss_needs(benches):
     weight = bench.pruned().checkpoint.read(linear.tensor).float()
     rows, columns = linear.shape
     gradients = drawn_gradients(rows, columns)
-    problem = gain_step.Problem(None, bench.dense, bench.pruned(), swap=True)
+    problem = gain_step.Problem(None, bench.dense, bench.pruned(), (), Path(), swap=True)
     dense = bench.dense.checkpoint.read(linear.tensor).float()
     worth, removed = gain_step._worth(problem, linear, dense, weight, empty(), gradients)
     moved = sum(

@@ -306,10 +306,6 @@ def test_errors_name_the_field(tmp_path: Path, text: str, parts: list[str]) -> N
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (
-            {"method": "hsr", "responses": "self"},
-            "only gain and fine-tune take their own `responses`",
-        ),
         ({"method": "hsr-a", "search": {}}, "restores whole heads"),
         ({"method": "hsr", "search": {}}, "give it a `budget` too"),
     ],

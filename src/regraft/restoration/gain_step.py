@@ -38,21 +38,6 @@ _SWAPS_IN_A_ROW = 64
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What is restored: the model in memory, as pruned, and both checkpoints.
-
-    `swap` prunes a kept weight of the same row for each that is restored, or of the same group of M
-    inputs in the linears whose `LinearAnatomy.key` is in `groups`.
-    """
-
-    model: PlacedModel
-    dense: Source
-    pruned: Source
-    swap: bool = False
-    groups: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Prompts:
     """Prompts of one kind, harmful or harmless, with their answers and the loss on them.
 
@@ -65,6 +50,30 @@ class Prompts:
     fit: Walk
     held_out: Walk
     loss: DecisionLoss
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is restored, and what by.
+
+    Attributes:
+        model: The model in memory, as pruned.
+        dense: The checkpoint that values are taken from.
+        pruned: The checkpoint of `model`.
+        sides: Harmful prompts and harmless ones.
+        scratch: A folder for layer inputs.
+        swap: Prune a kept weight of the same row for each that is restored, or of the same group of
+            M inputs in the linears whose `LinearAnatomy.key` is in `groups`.
+        groups: As above.
+    """
+
+    model: PlacedModel
+    dense: Source
+    pruned: Source
+    sides: tuple[Prompts, Prompts]
+    scratch: Path
+    swap: bool = False
+    groups: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,36 +110,25 @@ class Step:
 
 
 def step(
-    problem: Problem,
-    safety: Prompts,
-    utility: Prompts,
-    room: int,
-    so_far: Ranking,
-    held_out: Losses,
-    scratch: Path,
-    progress: Progress,
+    problem: Problem, room: int, so_far: Ranking, held_out: Losses, progress: Progress
 ) -> Step:
     """Restore the weights that help most now; in the model too.
 
     Args:
-        problem: The model, with `so_far` restored.
-        safety: Harmful prompts.
-        utility: Harmless ones.
+        problem: The model, with `so_far` restored, and the prompts.
         room: How many weights at most.
         so_far: What steps before restored.
         held_out: The held-out losses now.
-        scratch: A folder for layer inputs.
         progress: Called with the number of samples that a layer has seen, forward or backward.
     """
-    sides = (safety, utility)
-    found, fit = _candidates(problem, sides, room, so_far, scratch, progress)
+    found, fit = _candidates(problem, room, so_far, progress)
     chosen = found.first(first_order_limit(found.score, fit.sum)) if len(found) else found
     edits = Edits(chosen, weights_of(problem.model.network, problem.dense.anatomy), problem.dense)
     seen = {0: held_out}
 
     def value(count: int) -> float:
         edits.put(count)
-        seen[count] = held_out_losses(sides, progress)
+        seen[count] = held_out_losses(problem.sides, progress)
         return seen[count].sum
 
     taken, tries = line_search(value, held_out.sum, len(chosen))
@@ -156,12 +154,7 @@ def held_out_losses(sides: Sequence[Prompts], progress: Progress = lambda _: Non
 
 
 def _candidates(
-    problem: Problem,
-    sides: Sequence[Prompts],
-    room: int,
-    so_far: Ranking,
-    scratch: Path,
-    progress: Progress,
+    problem: Problem, room: int, so_far: Ranking, progress: Progress
 ) -> tuple[Ranking, Losses]:
     """(the best weights that could be restored, in order; losses on the calibration prompts).
 
@@ -174,8 +167,8 @@ def _candidates(
     weights = weights_of(problem.model.network, anatomy)
     seen: tuple[list[float], list[float]] = ([], [])
     passes = (
-        _gradients(problem, side, _recorded(side.loss, losses), scratch / str(i), progress)
-        for i, (side, losses) in enumerate(zip(sides, seen, strict=True))
+        _gradients(problem, i, _recorded(problem.sides[i].loss, losses), progress)
+        for i, losses in enumerate(seen)
     )
     for (layer, for_safety), (_, for_utility) in zip(*passes, strict=True):
         for linear in layer.linears:
@@ -232,13 +225,14 @@ def _worth(
 
 
 def _gradients(
-    problem: Problem, side: Prompts, loss: Loss, scratch: Path, progress: Progress
+    problem: Problem, side: int, loss: Loss, progress: Progress
 ) -> Iterator[tuple[LayerAnatomy, dict[str, Tensor]]]:
-    side.fit.rewind()
+    walk = problem.sides[side].fit
+    walk.rewind()
     return layer_gradients(
-        side.fit,
+        walk,
         problem.dense.anatomy,
-        scratch,
+        problem.scratch / str(side),
         lambda _: True,
         progress,
         add=signed_and_squared if problem.swap else signed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -49,42 +49,49 @@ LEAST_FALL = 0.01  # of the held-out loss by a step, with which there is another
 KINDS = ("safety", "utility")
 
 
-def restore_by_gain(
-    dense: Source,
-    pruned: Source,
-    work: Path,
-    readings: Mapping[str, Reading],
-    most: int,
-    compute: ComputeSettings,
-    watch: Watch,
-    *,
-    swap: bool,
-    seed: int,
-) -> Ranking:
+@dataclass(frozen=True)
+class GainJob:
+    """Which model is restored, and how.
+
+    Attributes:
+        dense: The dense checkpoint, the teacher.
+        pruned: The pruned one, restored in memory.
+        work: A folder in which every finished step is kept.
+        compute: Device, dtype, batch size, placement.
+        watch: Progress.
+        swap: Prune a kept weight for each that is restored.
+        seed: Of the draw of held-out prompts, where all are of one source.
+    """
+
+    dense: Source
+    pruned: Source
+    work: Path
+    compute: ComputeSettings
+    watch: Watch
+    swap: bool
+    seed: int
+
+
+def restore_by_gain(job: GainJob, readings: Mapping[str, Reading], most: int) -> Ranking:
     """The order in which weights are restored, step by step; see `restoration.gain`.
 
     Its `about` has the `steps`, the held-out losses of the pruned model at the `start`, and why it
     ended.
 
     Args:
-        dense: The dense checkpoint, the teacher.
-        pruned: The pruned one, restored in memory.
-        work: A folder in which every finished step is kept.
+        job: The models, and how they are run.
         readings: "safety" (harmful prompts) and "utility" (harmless ones) -> examples with the
             dense model's answers, see `imitation_data`.
         most: How many weights at most.
-        compute: Device, dtype, batch size, placement.
-        watch: Progress.
-        swap: Prune a kept weight for each that is restored.
-        seed: Of the draw of held-out prompts, where all are of one source.
 
     Raises:
         RegraftError: there are fewer than two prompts of a kind.
     """
+    dense, pruned, work, watch = job.dense, job.pruned, job.work, job.watch
     work.mkdir(parents=True, exist_ok=True)
-    model, sides = _prepare(dense, pruned, work, readings, compute, watch, seed)
-    groups = groups_of(dense, pruned) if swap else {}
-    problem = Problem(model, dense, pruned, swap, groups)
+    model, sides = _prepare(job, readings)
+    groups = groups_of(dense, pruned) if job.swap else {}
+    problem = Problem(model, dense, pruned, sides, work / "states", job.swap, groups)
     needed = sum(hidden_state_bytes(dense, side.fit) for side in sides)
     ranking, file = empty(), work / "so-far.safetensors"
     if ranks.decided(file.exists):
@@ -98,7 +105,7 @@ def restore_by_gain(
         require_space(work, needed - size_of(work / "states"))  # a killed step leaves some there
         number = len(path.steps) + 1
         with watch.task(f"Step {number} of gain", *_work(sides, 2, MOST_TRIES)) as done:
-            new = step(problem, *sides, _room(path, most), ranking, now, work / "states", done)
+            new = step(problem, _room(path, most), ranking, now, done)
         ranking = ranking.then(new.ranking)
         path = replace(path, steps=(*path.steps, Passed.of(len(ranking), new)))
         watch.note(_described(path.steps[-1], now))
@@ -159,16 +166,11 @@ def _work(sides: Sequence[Prompts], passes: int, tries: int) -> tuple[int, str]:
 
 
 def _prepare(
-    dense: Source,
-    pruned: Source,
-    work: Path,
-    readings: Mapping[str, Reading],
-    compute: ComputeSettings,
-    watch: Watch,
-    seed: int,
+    job: GainJob, readings: Mapping[str, Reading]
 ) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
     """The pruned model and both kinds of prompts, before its layers."""
-    parts = {kind: _split(kind, readings[kind], watch, seed) for kind in KINDS}
+    dense, pruned, work, compute, watch = job.dense, job.pruned, job.work, job.compute, job.watch
+    parts = {kind: _split(kind, readings[kind], watch, job.seed) for kind in KINDS}
     teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in KINDS}
     asks = not ranks.decided(lambda: all(path.exists() for path in teachers.values()))
     model, processor = load_for_walk(

@@ -37,7 +37,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.realigning import RealignSettings
 from regraft.stages.answering import beside, imitation_data
-from regraft.stages.gaining import ALGORITHM, check_prompts, path_limit, restore_by_gain
+from regraft.stages.gaining import ALGORITHM, GainJob, check_prompts, path_limit, restore_by_gain
 from regraft.stages.realigning import (
     band_of,
     chosen_heads,
@@ -108,8 +108,7 @@ def rank(
     )
     if settings.method == "gain":
         about["algorithm"] = ALGORITHM
-    else:
-        about["seed"] = calibration.seed
+    about["seed"] = calibration.seed
     heads = chosen_heads(dense, settings, scores)
     about["heads"] = [list(head) for head in heads]
     looked = survey(dense, pruned)
@@ -123,17 +122,9 @@ def rank(
             watch.note(told(role, reading))
         with working(out, about) as work:
             if readings:
-                ranking = restore_by_gain(
-                    dense,
-                    pruned,
-                    work,
-                    readings,
-                    path_limit(looked.restorable),
-                    compute,
-                    watch,
-                    swap=settings.swap,
-                    seed=calibration.seed,
-                )
+                swap, seed = settings.swap, calibration.seed
+                job = GainJob(dense, pruned, work, compute, watch, swap, seed)
+                ranking = restore_by_gain(job, readings, path_limit(looked.restorable))
             else:
                 keys = _keys(dense, settings, heads, statistics_file, calibration.seed)
                 with watch.task("Ranking weights", len(dense.anatomy.layers), "layers") as done:
