@@ -6,9 +6,9 @@
 `bare` is the model's own forward, logits of the last position alone, and for gain its forward and
 backward through all states, weight gradients left out. Tokens are those that the stage reads:
 prompts with the answers that eval wrote, read in one pass each (so that its multiple is the price
-of writing token by token), the calibration data of `prune`, the prompts of `heads`, harmful and
-harmless calibration data for gain. Gain is a mean step: all its time by the steps that it took.
-Loading models and writing checkpoints are left out on both sides.
+of writing token by token), the calibration data of `prune`, the prompts of `heads`, prompts of both
+kinds with the start of the dense model's answers for gain. Gain is a mean step: all its time by the
+steps that it took. Loading models and writing checkpoints are left out on both sides.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from regraft.settings.evaluating import EvalSettings
 from regraft.settings.pruning import PruneSettings
 from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
+from regraft.stages.answering import imitation_data
 from regraft.stages.common import collate
 from regraft.watch import Advance, Silent
 
@@ -115,12 +116,13 @@ def measured(
     steps = max(1, len(taken[0].about["steps"]))
 
     responses = work / "pruned.responses"
-    drawn: dict[bool, Sequence[Example]] = {
-        harmful: stages.calibration_data(
-            source, calibration, compute, responses, Silent(), harmful=harmful
-        ).examples
+    learnt = stages.calibration_data(
+        source, calibration, compute, responses, Silent(), harmful=False
+    ).examples
+    imitated: list[Sequence[Example]] = [
+        imitation_data(source, calibration, compute, responses, Silent(), harmful=harmful).examples
         for harmful in (True, False)
-    }
+    ]
     prompts = draw_calibration(source, calibration, harmful=True).examples
     said = {answer.id: answer.answer or "." for answer in result.answers}
     answered = [replace(one, response=said[one.id]) for one in asked]
@@ -128,11 +130,11 @@ def measured(
     model = load_model(source, dtype=compute.dtype, device=compute.device)
     texts = {
         "eval": collate(processor, response_batch, answered, compute),
-        "prune": collate(processor, response_batch, drawn[False], compute),
+        "prune": collate(processor, response_batch, learnt, compute),
         "heads": collate(processor, prompt_batch, prompts, compute),
         "gain, a step": [
             batch
-            for examples in drawn.values()
+            for examples in imitated
             for batch in collate(processor, response_batch, examples, compute)
         ],
     }
