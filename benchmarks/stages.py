@@ -119,10 +119,8 @@ def measured(
     learnt = stages.calibration_data(
         source, calibration, compute, responses, Silent(), harmful=False
     ).examples
-    imitated: list[Sequence[Example]] = [
-        imitation_data(source, calibration, compute, responses, Silent(), harmful=harmful).examples
-        for harmful in (True, False)
-    ]
+    found = imitation_data(source, calibration, compute, responses, Silent())
+    imitated: list[Sequence[Example]] = [one.examples for one in found.values()]
     prompts = draw_calibration(source, calibration, harmful=True).examples
     said = {answer.id: answer.answer or "." for answer in result.answers}
     answered = [replace(one, response=said[one.id]) for one in asked]

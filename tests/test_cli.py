@@ -1062,7 +1062,7 @@ def test_what_needs_no_backward_pass_needs_no_space_for_one(world: World) -> Non
     bare = world.data.with_name("bare.jsonl")
     rows = [{k: v for k, v in json.loads(line).items() if k != "response"} for line in lines]
     bare.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    gain = {"realign": {"method": "gain", "budget": 50, "responses": "self"}}
+    gain = {"realign": {"method": "gain", "budget": 50}}
     fields = gain | {"calibration": {"data": str(bare), "samples": 4}}
     assert needed(**fields) > 0
     recipe = read_recipe(world.recipe(**fields))

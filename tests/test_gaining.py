@@ -84,16 +84,10 @@ class Bench:
         dense, model = load_model(self.dense), load_model(pruned)
         patch = patch_of(ranking, self.dense, pruned) if len(ranking) else None
         means = []
-        for harmful in (True, False):
-            answered = imitation_data(
-                self.dense,
-                self.calibration,
-                COMPUTE,
-                self.root.with_name(f"{self.root.name}-answers"),
-                Silent(),
-                harmful=harmful,
-            ).examples
-            own = hold_out(answered, gaining.HELD_OUT, self.calibration.seed)[held_out]
+        answers = self.root.with_name(f"{self.root.name}-answers")
+        answered = imitation_data(self.dense, self.calibration, COMPUTE, answers, Silent())
+        for reading in answered.values():
+            own = hold_out(reading.examples, gaining.HELD_OUT, self.calibration.seed)[held_out]
             with patched(model, pruned.anatomy, patch) if patch else nullcontext():
                 means.append(
                     sum(_divergence(dense, model, processor, one) for one in own) / len(own)

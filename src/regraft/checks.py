@@ -46,7 +46,13 @@ def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmfu
 
 
 def draw_prompts(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
-    """Draw prompts of one kind, with a response or without, as `draw_calibration`."""
+    """Draw prompts of one kind by the same seed, whether they have a response or not.
+
+    What they have of one is left out.
+
+    Raises:
+        RegraftError: see `draw_calibration`.
+    """
     whole = read(of_split(calibration.source, "train"))
     reading = draw(
         whole,
@@ -56,7 +62,8 @@ def draw_prompts(source: Source, calibration: CalibrationSettings, *, harmful: b
         answered=False,
     )
     _check_readable(source, reading)
-    return reading
+    bare = tuple(replace(one, response=None) for one in reading.examples)
+    return replace(reading, examples=bare)
 
 
 def order_calibration(

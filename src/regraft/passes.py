@@ -24,9 +24,7 @@ SEARCH_REFERENCES = "evaluate for search"  # the dense and the pruned model, on 
 
 def learns_from_both(recipe: Recipe) -> bool:
     """Whether a method reads harmful and harmless calibration prompts, so that there are both."""
-    return any(
-        one.needs_statistics or one.method in ("gain", "fine-tune") for one in recipe.realign
-    )
+    return any(one.needs_statistics or one.imitates for one in recipe.realign)
 
 
 def count_pass(
@@ -34,14 +32,14 @@ def count_pass(
 ) -> None:
     """Count the tokens of all calibration prompts; writes a `CalibrationPass` to the file `out`.
 
-    The prompts are those drawn, both kinds, without responses, each encoded alone, so that no
-    padding is counted.
+    The prompts are those that gain draws, whether they have a response or not, both kinds, without
+    responses, each encoded alone, so that no padding is counted.
 
     Raises:
-        RegraftError: see `draw_calibration`; `out` is of other prompts or another model.
+        RegraftError: see `draw_prompts`; `out` is of other prompts or another model.
     """
     readings = {
-        kind: session.drawn(dense, calibration, harmful=kind == "safety")
+        kind: session.prompts(dense, calibration, harmful=kind == "safety")
         for kind in ("safety", "utility")
     }
     about = describe("calibration pass", {"dense": dense.checkpoint.fingerprint}, data=readings)
@@ -102,6 +100,8 @@ def _needs(
     own = (place.name(pruning.name, variant.name),)
     if variant.by_heads:
         yield _Need("score heads", ("",))
+    if variant.imitates:
+        yield _Need("answer", ("",))
     if variant.needs_statistics:
         yield _Need(f"statistics for {variant.score}", ("",))
     if variant.ranked:

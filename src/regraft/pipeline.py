@@ -135,6 +135,11 @@ class _Job:
                     compute,
                     self.watch,
                 )
+        if any(one.imitates for one in self.recipe.realign):
+            with self.costs.of("answer"):
+                stages.imitation_data(
+                    self.dense, calibration, compute, self.place.responses, self.watch
+                )
         for score in scores_needed(self.recipe):
             with self.costs.of(f"statistics for {score}"):
                 stages.statistics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,12 +28,11 @@ from regraft.files import require_space
 from regraft.folder import RunFolder
 from regraft.importance.score import Method
 from regraft.keys import unfinished_bytes
-from regraft.models.load import Source, load_processor, open_source, pick_device, require_split
+from regraft.models.load import Source, check_split, load_processor, open_source
 from regraft.recipe import Recipe
 from regraft.reporting import model_folder
 from regraft.restoration.ranking import load_ranking
 from regraft.restoration.realign import check_pair
-from regraft.settings.data import CalibrationSettings
 from regraft.settings.pruning import PruneSettings
 from regraft.settings.realigning import RANDOM
 from regraft.settings.scoring import HeadSettings
@@ -99,8 +99,7 @@ def seen_before_in(recipe: Recipe, dense: Source, session: stages.Session) -> li
 
 
 def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Session) -> None:
-    if pick_device(recipe.compute.device).type != "cpu" and recipe.compute.placement == "streamed":
-        require_split()
+    check_split(recipe.compute.device, recipe.compute.placement)
     for what in _by_gradients(recipe):
         check_gradients(dense, recipe.compute, what)
     _check_imitation(recipe, dense, session)
@@ -154,22 +153,21 @@ def _state_bytes(recipe: Recipe, dense: Source, place: RunFolder, session: stage
     processor = load_processor(dense)
     itemsize = getattr(torch, loaded_dtype(dense, recipe.compute)).itemsize
     of_token = len(dense.anatomy.layers) * dense.anatomy.hidden_size * itemsize
-    counted: dict[tuple[CalibrationSettings, bool], float] = {}
 
-    def tokens(calibration: CalibrationSettings, harmful: bool) -> float:
+    @functools.cache
+    def tokens(imitates: bool, harmful: bool) -> float:
         """Of all prompts of one kind, as long as the first are on average."""
-        if (calibration, harmful) not in counted:
-            examples = session.drawn(dense, calibration, harmful=harmful).examples
-            some = [
-                prompt_batch(processor, [one]).inputs["input_ids"].numel()
-                for one in examples[:_LOOKED_AT]
-            ]
-            counted[calibration, harmful] = len(examples) * sum(some) / max(1, len(some))
-        return counted[calibration, harmful]
+        draw = session.prompts if imitates else session.drawn
+        examples = draw(dense, recipe.calibration, harmful=harmful).examples
+        some = [
+            prompt_batch(processor, [one]).inputs["input_ids"].numel()
+            for one in examples[:_LOOKED_AT]
+        ]
+        return len(examples) * sum(some) / max(1, len(some))
 
     needed = 0
-    for out, calibration, together in passes:
-        kinds = [[tokens(calibration, one) for one in some] for some in together]
+    for out, imitates, together in passes:
+        kinds = [[tokens(imitates, one) for one in some] for some in together]
         size = int(max(map(sum, kinds)) * of_token) - unfinished_bytes(out)
         needed = max(needed, size)
     return needed
@@ -177,21 +175,20 @@ def _state_bytes(recipe: Recipe, dense: Source, place: RunFolder, session: stage
 
 def _backward_passes(
     recipe: Recipe, place: RunFolder
-) -> Iterator[tuple[Path, CalibrationSettings, Sequence[Sequence[bool]]]]:
-    """Outputs that need one, and of which prompts (kinds that are kept together)."""
-    own = recipe.calibration
+) -> Iterator[tuple[Path, bool, Sequence[Sequence[bool]]]]:
+    """Outputs that need one, whether they imitate, and of which kinds (those kept together)."""
     for pruning in () if recipe.pruned else recipe.prune:
         if pruning.method == "snip":
             kinds = (False, True) if pruning.calibrate_on == "both" else (False,)
-            yield place.pruned(pruning.name), own, [kinds]
+            yield place.pruned(pruning.name), False, [kinds]
     for one in recipe.realign:
         if one.needs_gradients and not one.imitates:
-            yield place.statistics(one.score), own, [(True,), (False,)]
+            yield place.statistics(one.score), False, [(True,), (False,)]
     for pruning in recipe.prune:
         for one in recipe.variants_of(pruning):
             if one.method == "gain":
                 ranking = place.ranking(pruning.name, recipe.ranking_name(one))
-                yield ranking, own, [(True, False)]
+                yield ranking, True, [(True, False)]
 
 
 def bytes_needed(recipe: Recipe, dense: Source, folder: Path) -> tuple[int, int]:
@@ -242,10 +239,11 @@ def _kinds_drawn(recipe: Recipe) -> list[bool]:
 def _check_imitation(recipe: Recipe, dense: Source, session: stages.Session) -> None:
     if not any(one.imitates for one in recipe.realign):
         return
-    kinds = [one.examples for one in session.imitated(dense, recipe.calibration).values()]
+    imitated = session.imitated(dense, recipe.calibration)
+    kinds = [one.examples for one in imitated.values()]
     for variant in recipe.realign:
         if variant.method == "gain":
-            stages.check_prompts(kinds, recipe.calibration, recipe.compute)
+            stages.check_gain_prompts(imitated, recipe.calibration.seed, recipe.compute)
         if variant.method == "fine-tune":
             minibatches(kinds, recipe.compute)
             if variant.positions != RANDOM and recipe.positions_of(variant) is None:

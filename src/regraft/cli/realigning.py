@@ -15,6 +15,7 @@ from regraft.settings.evaluating import EvalSettings
 from regraft.settings.flags import (
     DEFAULT_VALIDATION_TOKENS,
     check_answers,
+    check_imitation,
     check_inputs,
     check_search,
     refuse_unread,
@@ -67,6 +68,7 @@ def realign(
 
     with watching() as watch:
         refuse_unread(settings, calibration)
+        check_imitation(settings, calibration)
         check_search(search, settings, choice)
         check_inputs(settings, scoring, heads_file, statistics_file)
         check_answers(search, max_new_tokens)

@@ -362,6 +362,12 @@ def _memory_of(target: torch.device) -> dict[int | str, int] | None:
     return {name: size for name, size in get_max_memory().items() if name in (index, "cpu")}
 
 
+def check_split(device: str, placement: str) -> None:
+    """`require_split` where a model that is too large for one device is to answer prompts."""
+    if placement == "streamed" and pick_device(device).type != "cpu":
+        require_split()
+
+
 def require_split() -> None:
     """Raise unless a model can be spread over devices and host memory.
 
@@ -370,13 +376,15 @@ def require_split() -> None:
     """
     if ranks.world() > 1:
         raise RegraftError(
-            "With --placement streamed, heads and evaluation spread the model over all devices, so "
-            "there is room for one process only. Use one, or --placement resident."
+            "With --placement streamed, heads, evaluation and the dense answers that gain imitates "
+            "spread the model over all devices, so there is room for one process only. Use one, or "
+            "--placement resident."
         )
     if find_spec("accelerate") is None:
         raise RegraftError(
-            "With --placement streamed, heads and evaluation spread the model over devices and "
-            "host memory with accelerate: pip install 'regraft[streamed]'."
+            "With --placement streamed, heads, evaluation and the dense answers that gain imitates "
+            "spread the model over devices and host memory with accelerate: pip install "
+            "'regraft[streamed]'."
         )
 
 

@@ -35,6 +35,16 @@ def check_data(method: str, calibration: CalibrationSettings) -> None:
     refuse_unread(calibration)
 
 
+def check_imitation(settings: RealignSettings, calibration: CalibrationSettings) -> None:
+    """Refuse settings of responses for a method that reads none."""
+    found = calibration.first_set("responses", "max_response_tokens")
+    if settings.imitates and found is not None:
+        raise RegraftError(
+            f"{settings.method} imitates the dense model's own answers: --{found.replace('_', '-')}"
+            " would change nothing. Leave it out."
+        )
+
+
 def check_search(search: bool, settings: RealignSettings, choice: SearchSettings) -> None:
     """Refuse a search that nothing can be searched in, and settings of one without --search."""
     if search and settings.method in ("hsr-a", "fine-tune"):

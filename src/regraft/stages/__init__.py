@@ -8,11 +8,11 @@ under its key, and is taken up again after a kill.
 
 from regraft.evaluation.curves import read_curve
 from regraft.keys import ABOUT_FILE
-from regraft.stages.answering import calibration_data
+from regraft.stages.answering import calibration_data, imitation_data
 from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.fine_tuning import fine_tune
-from regraft.stages.gaining import check_prompts
+from regraft.stages.gaining import check_gain_prompts
 from regraft.stages.gathering import statistics
 from regraft.stages.harnessing import harness
 from regraft.stages.judging import (
@@ -54,8 +54,8 @@ __all__ = [
     "apply",
     "apply_in_place",
     "calibration_data",
+    "check_gain_prompts",
     "check_judge",
-    "check_prompts",
     "check_search",
     "curve_beside",
     "defend",
@@ -64,6 +64,7 @@ __all__ = [
     "fine_tune",
     "harness",
     "heads",
+    "imitation_data",
     "judge",
     "judge_bench",
     "opinions",

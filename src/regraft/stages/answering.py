@@ -6,9 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from regraft import ranks
 from regraft.checks import (
@@ -37,7 +39,7 @@ from regraft.watch import Watch
 
 @dataclass(frozen=True)
 class Response:
-    """One answer of the dense model to a calibration prompt, and why it was not kept: "" if so."""
+    """One answer of the dense model to a prompt, and why it was not kept, "" if it was."""
 
     id: str
     answer: str
@@ -92,7 +94,7 @@ def calibration_data(
         _nothing_kept(prompts, harmful=harmful),
     )
     out = folder / f"{_kind(harmful)}.jsonl"
-    return _kept(prompts, _written(dense, prompts, out, wanted, compute, watch))
+    return _kept(prompts, _written(_Loaded(dense, compute, watch), prompts, out, wanted))
 
 
 def imitation_data(
@@ -101,31 +103,53 @@ def imitation_data(
     compute: ComputeSettings,
     folder: Path,
     watch: Watch,
-    *,
-    harmful: bool,
-) -> Reading:
-    """The prompts drawn of one kind, each with the start of what the dense model answers.
+) -> dict[str, Reading]:
+    """The prompts drawn, each with the start of what the dense model answers.
 
     Whether it refuses or not: a model that is to refuse as often as the dense one must learn from
     the harmful prompts that the dense model answers, and the harmless ones that it refuses, too.
-    The data set's responses are not read. An answer starts with the tokens that `DecisionLoss`
-    reads and one more, since text is not always cut into tokens as it was written. Files and
-    arguments as for `calibration_data`.
+    The data set's responses are not read. An answer is cut after one token more than `DecisionLoss`
+    reads, since text is not always cut into tokens again as it was written. Files and arguments as
+    for `calibration_data`.
+
+    Returns:
+        "safety" -> harmful prompts, "utility" -> harmless ones.
 
     Raises:
         RegraftError: see the data readers; the dense model answers nothing at all.
     """
-    if not harmful:
-        warn_of_bundled(dense, calibration.source, watch.note)
-    prompts = draw_prompts(dense, calibration, harmful=harmful)
-    count = len(prompts.examples)
-    nothing = RegraftError(
-        f"{prompts.source}: the dense model's answer to each of the {count} {_kind(harmful)} "
-        "prompts is empty, so there is nothing to imitate. Give other prompts."
-    )
-    wanted = _Wanted(count, len(TOKEN_WEIGHTS) + 1, _unless_blank, {}, nothing)
-    out = folder / f"{_kind(harmful)}-starts.jsonl"
-    return _kept(prompts, _written(dense, prompts, out, wanted, compute, watch))
+    warn_of_bundled(dense, calibration.source, watch.note)
+    readings = {}
+    model = _Loaded(dense, compute, watch)
+    for kind, harmful in (("safety", True), ("utility", False)):
+        prompts = draw_prompts(dense, calibration, harmful=harmful)
+        count = len(prompts.examples)
+        nothing = RegraftError(
+            f"{prompts.source}: the dense model's answer to each of the {count} {_kind(harmful)} "
+            "prompts is empty, so there is nothing to imitate. Give other prompts."
+        )
+        wanted = _Wanted(count, len(TOKEN_WEIGHTS) + 1, _unless_blank, {}, nothing)
+        out = folder / f"{_kind(harmful)}-starts.jsonl"
+        readings[kind] = _kept(prompts, _written(model, prompts, out, wanted))
+    return readings
+
+
+class _Loaded:
+    """The dense model, loaded when the first answer is asked of it.
+
+    Args:
+        source: The dense checkpoint.
+        compute: Device, dtype, batch size.
+        watch: Progress.
+    """
+
+    def __init__(self, source: Source, compute: ComputeSettings, watch: Watch) -> None:
+        self.source, self.compute, self.watch = source, compute, watch
+
+    @cached_property
+    def parts(self) -> tuple[nn.Module, Any]:
+        """The model and its processor."""
+        return load(self.source, self.compute, self.watch)
 
 
 @dataclass(frozen=True)
@@ -134,7 +158,7 @@ class _Wanted:
 
     Attributes:
         kept: How many are to be kept.
-        tokens: Their length.
+        tokens: Most tokens of an answer.
         judge: Says of an answer whether it is kept.
         about: Settings of `judge`, for the provenance.
         nothing: Raised where none is kept.
@@ -151,18 +175,10 @@ def _kind(harmful: bool) -> str:
     return "harmful" if harmful else "harmless"
 
 
-def _written(
-    dense: Source,
-    prompts: Reading,
-    out: Path,
-    wanted: _Wanted,
-    compute: ComputeSettings,
-    watch: Watch,
-) -> tuple[Response, ...]:
+def _written(dense: _Loaded, prompts: Reading, out: Path, wanted: _Wanted) -> tuple[Response, ...]:
     """The dense model's answers, from the file `out` if it has them."""
-    about = describe(
-        "responses", {"dense": dense.checkpoint.fingerprint}, None, compute, {"prompts": prompts}
-    )
+    inputs = {"dense": dense.source.checkpoint.fingerprint}
+    about = describe("responses", inputs, None, dense.compute, {"prompts": prompts})
     about["settings"] = {
         "samples": wanted.kept,
         "max_response_tokens": wanted.tokens,
@@ -170,7 +186,7 @@ def _written(
     }
     if not is_done(out, out, about, lambda: _read(out)[0]):
         with working(out, about) as work:
-            answers = _answer(dense, wanted, compute, prompts, work, watch)
+            answers = _answer(dense, wanted, prompts, work)
             if not any(one.kept for one in answers):
                 raise wanted.nothing
             if ranks.first():
@@ -178,21 +194,14 @@ def _written(
     return _read(out)[1]
 
 
-def _answer(
-    dense: Source,
-    wanted: _Wanted,
-    compute: ComputeSettings,
-    prompts: Reading,
-    work: Path,
-    watch: Watch,
-) -> list[Response]:
+def _answer(dense: _Loaded, wanted: _Wanted, prompts: Reading, work: Path) -> list[Response]:
     """The answers up to the one with which there are enough."""
-    model, processor = load(dense, compute, watch)
+    (model, processor), compute = dense.parts, dense.compute
     kept = 0
     answers: list[Response] = []
     size = compute.batch_size * ranks.world()
     most = min(wanted.kept, len(prompts.examples))
-    with watch.task("Writing responses", most, "kept responses") as done:
+    with dense.watch.task("Writing responses", most, "answers") as done:
         for i, chunk in enumerate(batches(prompts.examples, size)):
             texts = generate(
                 model,

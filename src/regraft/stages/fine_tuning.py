@@ -63,11 +63,11 @@ def fine_tune(
         pruned: The same network pruned, where training begins.
         out: The patch file.
         settings: `learning_rate`, `passes`, and how many weights.
-        calibration: D^s and D^u; random positions are drawn by its seed too, as for "random".
+        calibration: Prompts of both kinds; random positions are drawn by its seed, as for "random".
         compute: Device, dtype, batch size, placement.
         watch: Progress.
         ranking_file: Whose first weights are trained; random pruned ones without.
-        responses: Folder for those that the dense model writes, by default one beside `out`.
+        responses: Folder for the dense model's answers, by default one beside `out`.
 
     Raises:
         RegraftError: bad input, or training diverges.
@@ -79,21 +79,16 @@ def fine_tune(
     if ranking_file is not None:
         require_made_of(load_ranking(ranking_file), ranking_file, dense, pruned)
         inputs["ranking"] = file_digest(ranking_file)
-    readings = {
-        kind: imitation_data(
-            dense, calibration, compute, responses or beside(out), watch, harmful=kind == "safety"
-        )
-        for kind in KINDS
-    }
+    looked = survey(dense, pruned)
+    chosen = _chosen(dense, pruned, settings, calibration, ranking_file, looked.restorable)
+    readings = imitation_data(dense, calibration, compute, responses or beside(out), watch)
     about = describe("realign", inputs, settings, compute, readings)
     about |= {"seed": calibration.seed, "heads": [], "count": None, "values": TRAINED}
-    looked = survey(dense, pruned)
     about |= taken(looked)
     if not is_done(out, out, about, lambda: load_patch(out).about):
         for role, reading in zip(("D^s", "D^u"), readings.values(), strict=True):
             watch.note(told(role, reading))
         with working(out, about) as work:
-            chosen = _chosen(dense, pruned, settings, calibration, ranking_file, looked.restorable)
             job = _Job(dense, pruned, work, settings, compute, calibration.seed, watch)
             values, losses = job.run(readings, chosen)
             about["steps"] = [{"pass": i + 1, "loss": loss} for i, loss in enumerate(losses)]

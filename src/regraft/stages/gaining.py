@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,6 @@ from regraft.restoration.gain_step import (
 from regraft.restoration.path import REASONS, End, GainPath, Passed, path_to_json, read_path
 from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
 from regraft.stages.common import (
     each_of_share,
     hidden_state_bytes,
@@ -45,7 +45,7 @@ from regraft.watch import Watch
 ALGORITHM = 10  # rankings of another one are not taken for this one's
 HELD_OUT = 0.25  # of the prompts of each kind
 MOST_STEPS = 8
-LEAST_FALL = 0.01  # of the held-out loss by a step, with which there is another one
+LEAST_FALL = 0.01  # of the held-out loss, relative: with a smaller one a step is the last
 KINDS = ("safety", "utility")
 
 
@@ -85,9 +85,10 @@ def restore_by_gain(job: GainJob, readings: Mapping[str, Reading], most: int) ->
         most: How many weights at most.
 
     Raises:
-        RegraftError: there are fewer than two prompts of a kind.
+        RegraftError: the pruned model's loss on held-out prompts is not finite.
     """
-    dense, pruned, work, watch = job.dense, job.pruned, job.work, job.watch
+    dense, pruned, work = job.dense, job.pruned, job.work
+    compute, watch = job.compute, job.watch
     work.mkdir(parents=True, exist_ok=True)
     model, sides = _prepare(job, readings)
     groups = groups_of(dense, pruned) if job.swap else {}
@@ -99,7 +100,7 @@ def restore_by_gain(job: GainJob, readings: Mapping[str, Reading], most: int) ->
         put(ranking, weights_of(model.network, dense.anatomy), dense)
     if (path := read_path(ranking.about)) is None:
         with watch.task("Held-out loss of the pruned model", *_work(sides, 0, 1)) as done:
-            path = GainPath(held_out_losses(sides, done))
+            path = GainPath(_finite(held_out_losses(sides, done), compute))
     while (end := _end(path, most)) is None:
         now = path.held_out
         require_space(work, needed - size_of(work / "states"))  # a killed step leaves some there
@@ -115,6 +116,15 @@ def restore_by_gain(job: GainJob, readings: Mapping[str, Reading], most: int) ->
         ranks.barrier()
     watch.note(f"Path of {len(ranking):,} weights in {len(path.steps)} steps: {REASONS[end]}")
     return replace(ranking, about=path_to_json(replace(path, end=end)))
+
+
+def _finite(losses: Losses, compute: ComputeSettings) -> Losses:
+    if not math.isfinite(losses.sum):
+        raise RegraftError(
+            f"The pruned model's loss on held-out prompts is {losses.sum}: activations overflow in "
+            f"{compute.dtype}, or a weight is not finite. Take --dtype float32, or prune again."
+        )
+    return losses
 
 
 def _room(path: GainPath, most: int) -> int:
@@ -141,7 +151,7 @@ def _end(path: GainPath, most: int) -> End | None:
     before = replace(path, steps=path.steps[:-1]).held_out
     if not path.steps[-1].candidates:
         return "candidates"
-    if path.held_out.sum > (1 - LEAST_FALL) * before.sum:
+    if before.sum - path.held_out.sum <= LEAST_FALL * max(before.sum, 0):
         return "held-out"
     return "limit" if path.restored >= most or len(path.steps) == MOST_STEPS else None
 
@@ -197,21 +207,29 @@ def _prepare(
     return model, (safety, utility)
 
 
-def check_prompts(
-    kinds: Sequence[Sequence[Example]], calibration: CalibrationSettings, compute: ComputeSettings
+def check_gain_prompts(
+    readings: Mapping[str, Reading], seed: int, compute: ComputeSettings
 ) -> None:
-    """Raise a `RegraftError` unless prompts of each kind can be held out, and shared by processes.
+    """Check that prompts of each kind can be held out, and shared by processes.
 
     A process may have no held-out prompts, but gradients are taken by each.
+
+    Args:
+        readings: Kind -> prompts.
+        seed: Of the draw of held-out prompts.
+        compute: The batch size.
+
+    Raises:
+        RegraftError: there are too few.
     """
-    for examples in kinds:
-        if len(examples) < 2:
+    for kind, reading in readings.items():
+        if (count := len(reading.examples)) < 2:
             raise RegraftError(
-                f"{calibration.source}: gain holds prompts out to see where to stop, and needs at "
-                f"least 2 harmful and 2 harmless ones; of one kind there is {len(examples)}. Give "
-                "more prompts, or raise --samples."
+                f"{reading.source}: gain holds prompts of each kind out to see where to stop, and "
+                f"needs at least 2 of {kind}; there are {count}. Give more prompts, or raise "
+                "--samples."
             )
-        check_shares(hold_out(examples, HELD_OUT, calibration.seed)[0], compute)
+        check_shares(hold_out(reading.examples, HELD_OUT, seed)[0], compute)
 
 
 def _split(

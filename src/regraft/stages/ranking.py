@@ -37,7 +37,13 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.realigning import RealignSettings
 from regraft.stages.answering import beside, imitation_data
-from regraft.stages.gaining import ALGORITHM, GainJob, check_prompts, path_limit, restore_by_gain
+from regraft.stages.gaining import (
+    ALGORITHM,
+    GainJob,
+    check_gain_prompts,
+    path_limit,
+    restore_by_gain,
+)
 from regraft.stages.realigning import (
     band_of,
     chosen_heads,
@@ -89,16 +95,13 @@ def rank(
         inputs["heads"] = file_digest(heads_file)
     if statistics_file is not None and settings.needs_statistics:
         inputs["statistics"] = file_digest(statistics_file)
+    looked = survey(dense, pruned)
+    check_restorable(settings, looked.restorable)
     readings: dict[str, Reading] = {}
     if settings.method == "gain":
         folder = responses or beside(out)
-        readings = {
-            kind: imitation_data(
-                dense, calibration, compute, folder, watch, harmful=kind == "safety"
-            )
-            for kind in ("safety", "utility")
-        }
-        check_prompts([one.examples for one in readings.values()], calibration, compute)
+        readings = imitation_data(dense, calibration, compute, folder, watch)
+        check_gain_prompts(readings, calibration.seed, compute)
     about = describe(
         "rank",
         inputs,
@@ -111,10 +114,8 @@ def rank(
     about["seed"] = calibration.seed
     heads = chosen_heads(dense, settings, scores)
     about["heads"] = [list(head) for head in heads]
-    looked = survey(dense, pruned)
     about |= taken(looked)
     count = settings.how_many(looked.restorable)
-    check_restorable(settings, looked.restorable)
     if not is_done(out, out, about, lambda: load_ranking(out).about):
         if looked.doubt:
             watch.note(looked.doubt)

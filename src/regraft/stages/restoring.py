@@ -12,7 +12,7 @@ from regraft.checks import (
     check_top_heads,
 )
 from regraft.data.example import Reading
-from regraft.models.load import Source
+from regraft.models.load import Source, check_split
 from regraft.restoration.patch import Patch
 from regraft.restoration.realign import check_pair
 from regraft.settings.compute import ComputeSettings
@@ -21,8 +21,8 @@ from regraft.settings.evaluating import EvalSettings
 from regraft.settings.realigning import RANDOM, RealignSettings
 from regraft.settings.scoring import HeadSettings, StatisticsSettings
 from regraft.settings.searching import SearchSettings
-from regraft.stages.fine_tuning import fine_tune
-from regraft.stages.gaining import check_prompts
+from regraft.stages.fine_tuning import fine_tune, minibatches
+from regraft.stages.gaining import check_gain_prompts
 from regraft.stages.gathering import statistics
 from regraft.stages.ranking import rank
 from regraft.stages.realigning import (
@@ -78,7 +78,11 @@ def restore(
     check_budget(dense, settings)
     if choice is not None:
         validation = check_search(dense, choice, compute, session)
+    if settings.imitates:
+        check_split(compute.device, compute.placement)
     if settings.method == "fine-tune":
+        imitated = session.imitated(dense, calibration)
+        minibatches([one.examples for one in imitated.values()], compute)
         positions = None if settings.positions == RANDOM else Path(settings.positions)
         return fine_tune(
             dense, pruned, out, settings, calibration, compute, watch, ranking_file=positions
@@ -94,10 +98,11 @@ def restore(
     learnt: dict[str, Reading] = {}
     if settings.method == "gain":
         learnt = session.imitated(dense, calibration)
-        check_prompts([one.examples for one in learnt.values()], calibration, compute)
+        check_gain_prompts(learnt, calibration.seed, compute)
     for harmful in (True, False) if gathers else (True,) if scores else ():
         session.drawn(dense, calibration, harmful=harmful)
-        learnt |= session.learnt_from(dense, calibration, harmful=harmful)
+        if choice is not None:
+            learnt |= session.learnt_from(dense, calibration, harmful=harmful)
     if scores:
         prompts = session.drawn(dense, calibration, harmful=True)
         check_r_max(dense, scoring or HeadSettings(), prompts)

@@ -13,7 +13,7 @@ from regraft.evaluation.curves import curve_to_json, read_curve
 from regraft.evaluation.tradeoff import Bounds, Point, Searched, bounds_of, choose, nearest
 from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
-from regraft.models.load import Source, pick_device, require_split
+from regraft.models.load import Source, check_split
 from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
@@ -174,10 +174,9 @@ def check_search(
     """Read the validation prompts, and see that points can be evaluated on them.
 
     Raises:
-        RegraftError: see the data readers and, where placement is streamed, `require_split`.
+        RegraftError: see the data readers and, `check_split`.
     """
-    if compute.placement == "streamed" and pick_device(compute.device).type != "cpu":
-        require_split()
+    check_split(compute.device, compute.placement)
     return session.reading(dense, suites_of(settings), settings.validation_limit)
 
 
