@@ -14,7 +14,6 @@ from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.fine_tuning import fine_tune
 from regraft.stages.gaining import check_prompts
 from regraft.stages.gathering import statistics
-from regraft.stages.harnessing import harness
 from regraft.stages.judging import (
     VERDICTS,
     agreement,
@@ -62,7 +61,6 @@ __all__ = [
     "evaluate",
     "evaluate_references",
     "fine_tune",
-    "harness",
     "heads",
     "judge",
     "judge_bench",
