@@ -23,14 +23,7 @@ from regraft.stages.judging import (
     opinions,
     own,
 )
-from regraft.stages.patching import (
-    Preview,
-    apply,
-    apply_in_place,
-    preview,
-    revert,
-    revert_in_place,
-)
+from regraft.stages.patching import Preview, apply, preview, revert
 from regraft.stages.pruning import prune, spilled_bytes
 from regraft.stages.ranking import rank
 from regraft.stages.realigning import realign
@@ -51,7 +44,6 @@ __all__ = [
     "Session",
     "agreement",
     "apply",
-    "apply_in_place",
     "calibration_data",
     "check_judge",
     "check_prompts",
@@ -75,7 +67,6 @@ __all__ = [
     "respond",
     "restore",
     "revert",
-    "revert_in_place",
     "search",
     "spilled_bytes",
     "statistics",
