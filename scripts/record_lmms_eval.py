@@ -1,6 +1,7 @@
 """Record how lmms-eval scores made-up answers, for a test that ours are scored alike.
 
-Needs lmms-eval: pip install -e '.[harness]'. Writes tests/lmms_eval_scores.json.
+Writes tests/lmms_eval_scores.json. Needs lmms-eval, whose version 0.7.3 imports a module that
+filelock 4 no longer has: pip install 'lmms-eval==0.7.3' 'filelock<4'
 
     python scripts/record_lmms_eval.py
 """

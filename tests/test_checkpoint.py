@@ -212,6 +212,18 @@ def test_output_is_refused(small: Path, tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
+def test_a_source_that_changes_while_it_is_copied_is_told(small: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(small)
+
+    def meddle(tensor: Tensor) -> Tensor:
+        (small / source.shards[0]).touch()
+        return tensor
+
+    with pytest.raises(RegraftError, match="was changed while it was copied"):
+        write_edited(source, tmp_path / "out", {"a": meddle})
+    assert not (tmp_path / "out").exists()
+
+
 def test_symlinked_shards_are_copied_as_files(small: Path, tmp_path: Path) -> None:
     """The hub's cache holds links to blobs."""
     blobs = tmp_path / "blobs"

@@ -773,7 +773,7 @@ def test_output_places(world: World, refused: Refused) -> None:
     has(refused("compare", "model", "--out", "pruned"), "pruned holds something else")
     has(refused("overlap", world.model, "gone", "--out", "pruned"), "pruned is not empty")
     has(refused("relate", "model", "--out", "pruned"), "pruned is not empty")
-    has(refused("apply", "pruned", world.patch, "--out", "pruned"), "itself", "--in-place")
+    has(refused("apply", "pruned", world.patch, "--out", "pruned"), "itself", "a new folder")
 
 
 def test_suites_named_twice(world: World, refused: Refused) -> None:
@@ -837,36 +837,17 @@ def test_patch_for_another_base(world: World, refused: Refused) -> None:
 
 @pytest.mark.parametrize("command", ["apply", "revert"])
 def test_where_to_patch(world: World, refused: Refused, command: str) -> None:
-    has(refused(command, world.pruned, world.patch), "either --out FOLDER", "or --in-place")
-    has(
-        refused(command, world.pruned, world.patch, "--out", "x", "--in-place"),
-        "either --out FOLDER",
-    )
+    has(refused(command, world.pruned, world.patch), "--out")
     has(refused(command, world.pruned, "--out", "x"), "No patch is named")
-    has(refused(command, world.pruned, world.patch, world.pruned, "--in-place"), "is a folder")
+    has(refused(command, world.pruned, world.patch, world.pruned, "--out", "x"), "is a folder")
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["new folder", "in place"])
-def test_dry_run(world: World, capsys: pytest.CaptureFixture[str], in_place: bool) -> None:
+def test_dry_run(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(world.root)
-    where = ["--in-place"] if in_place else ["--out", world.root / "out"]
-    run_ok("apply", world.pruned, world.patch, *where, "--dry-run")
+    run_ok("apply", world.pruned, world.patch, "--out", world.root / "out", "--dry-run")
     shown = capsys.readouterr().out
     has(shown, "weights", "already on", "would change, in", "Nothing was written")
     assert tree(world.root) == before
-
-
-def test_in_place(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    before = tree(world.pruned)
-    run_ok("apply", world.pruned, world.patch, "--out", world.root / "out")
-    words = (world.pruned, world.patch, world.patch, "--in-place")
-    run_ok("apply", *words)
-    has(capsys.readouterr().out, f"Changed {world.pruned}")
-    assert shards(world.pruned) == shards(world.root / "out")
-    run_ok("apply", *words)
-    has(capsys.readouterr().out, "Nothing to do")
-    run_ok("revert", *words)
-    assert tree(world.pruned) == before
 
 
 def test_damaged_patch(world: World, refused: Refused) -> None:

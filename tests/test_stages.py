@@ -27,6 +27,7 @@ from regraft.files import disk_errors, read_json, write_text
 from regraft.heads.score import load_heads
 from regraft.importance.statistics import load_statistics
 from regraft.keys import working
+from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.pruning.pruner import zeros
 from regraft.recipe import EvaluateSettings, Recipe, VariantSettings, read_recipe, write_recipe
@@ -323,6 +324,38 @@ def test_revert_gives_the_pruned_shards(bench: Bench) -> None:
     assert shards(bench.root / "reverted") == shards(bench.root / "pruned")
     assert shards(bench.root / "realigned") != shards(bench.root / "pruned")
     assert bench.about("revert")["stage"] == "revert"
+    assert bench.about("revert")["before"] == bench.about("apply")
+    assert bench.about("apply")["before"] == bench.about("prune")
+
+
+def test_preview_writes_nothing_and_tells_the_truth(bench: Bench, tmp_path: Path) -> None:
+    folder, out, patch_file = bench.root / "pruned", tmp_path / "out", bench.root / "patch"
+    (tmp_path / ".out.regraft-tmp").mkdir()
+    before = tree(tmp_path)
+    new = stages.preview("apply", folder, [patch_file], out)
+    assert tree(tmp_path) == before
+    (state,), patch = new.plan.states, load_patch(patch_file)
+    assert (state.weights, state.on) == (patch.restored, 0)
+    assert new.plan.weights == patch.restored
+    assert (new.bytes, new.done) == (open_checkpoint(folder).bytes, False)
+    stages.apply(folder, patch_file, out)
+    old, changed = shards(folder), shards(out)
+    assert set(new.plan.shards) == {name for name in old if old[name] != changed[name]}
+    again = stages.preview("apply", folder, [patch_file], out)
+    assert (again.bytes, again.done) == (0, True)
+    back = stages.preview("revert", out, [patch_file], tmp_path / "back")
+    assert (back.plan.states[0].on, back.plan.weights) == (patch.restored, patch.restored)
+    assert not stages.preview("revert", folder, [patch_file], tmp_path / "back").plan.changes
+
+
+def test_preview_refuses_what_the_command_refuses(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("mine")
+    patches = [bench.root / "patch"]
+    with pytest.raises(RegraftError, match="is not the base of this patch"):
+        stages.preview("apply", bench.root / "dense", patches, tmp_path / "new")
+    with pytest.raises(RegraftError, match="taken is not empty"):
+        stages.preview("apply", bench.root / "pruned", patches, tmp_path / "taken")
 
 
 # A run, killed

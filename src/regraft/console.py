@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -201,16 +201,6 @@ def show_quality(console: Console, found: Mapping[str, Bench]) -> None:
             console.print(beside)
         labels = f"Labels taken as yes: {', '.join(bench.yes)}; as no: {', '.join(bench.no)}."
         console.print(Text(labels), style="dim")
-
-
-def show_harness(console: Console, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print the numbers of lmms-eval's tasks, under its own names."""
-    table = Table("task", "metric", "value")
-    for task, found in results.items():
-        for name, value in found.items():
-            if isinstance(value, float):
-                table.add_row(Text(task), Text(name), f"{value:.4f}")
-    console.print(table)
 
 
 def show_sweep(console: Console, sweep: Sweep) -> None:

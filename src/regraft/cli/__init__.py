@@ -16,7 +16,7 @@ import regraft
 from regraft import ranks
 from regraft.cli.analysing import overlap, relate, sweep
 from regraft.cli.defending import defend
-from regraft.cli.evaluating import evaluate, harness
+from regraft.cli.evaluating import evaluate
 from regraft.cli.exits import crash, fail, leave
 from regraft.cli.inspecting import inspect
 from regraft.cli.judging import judge, judge_bench
@@ -55,7 +55,6 @@ app.command(apply)
 app.command(revert)
 app.command(defend)
 app.command(evaluate, name="eval")
-app.command(harness)
 app.command(sweep)
 app.command(relate)
 app.command(overlap)

@@ -1,12 +1,12 @@
-"""How good a model is: `regraft eval`, and `regraft harness` by lmms-eval's tasks."""
+"""How good a model is: `regraft eval`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-from regraft.cli.options import Compute, Flat, Model, OutFile, OutFolder, open_model, watching
-from regraft.console import show_harness, show_result
+from regraft.cli.options import Compute, Flat, Model, OutFolder, open_model, watching
+from regraft.console import show_result
 from regraft.errors import RegraftError
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites
@@ -63,39 +63,3 @@ def evaluate(
         )
         show_result(watch.console, done.result)
         watch.note(f"Answers and results: {out}. As a page: regraft report {out}")
-
-
-def harness(
-    model: Model,
-    *task: str,
-    out: OutFile,
-    patch: Path | None = None,
-    limit: int | None = None,
-    include: Path | None = None,
-    compute: Compute = ComputeSettings(),
-) -> None:
-    """Run tasks of lmms-eval on the model in memory (pip install 'regraft[harness]').
-
-    Example: regraft harness MODEL mmbench_en_dev_static docvqa_val --patch gain.safetensors
-    --out utility.json
-
-    Parameters
-    ----------
-    task
-        Names of lmms-eval's tasks that generate answers to prompts with one image or none.
-    patch
-        Put this patch on the model in memory first.
-    limit
-        Use only the first prompts of each task.
-    include
-        A folder with tasks of your own, in place of lmms-eval's.
-    """
-    from regraft import stages
-
-    with watching() as watch:
-        source = open_model(model, compute.trust_remote_code)
-        results = stages.harness(
-            source, task, out, compute, watch, patch_file=patch, limit=limit, include=include
-        )
-        show_harness(watch.console, results)
-        watch.note(f"Wrote {out}")

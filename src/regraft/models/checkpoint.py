@@ -36,7 +36,6 @@ from regraft.files import (
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-JOURNAL = ".regraft-journal"
 _SAMPLE = 4096
 _SAMPLED = 1024
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
@@ -178,17 +177,13 @@ class Checkpoint:
         return digest(*parts)
 
 
-def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
+def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a folder of safetensors and check it without reading tensors.
-
-    Args:
-        folder: The checkpoint.
-        unfinished: Open it even if a patch is half on it, to finish that.
 
     Raises:
         RegraftError: the folder, a shard or the index is missing, a shard is truncated or not
-            safetensors, a tensor's range is not of its size, index and shards disagree, only
-            pickled weights are there, or patching it in place was stopped halfway.
+            safetensors, a tensor's range is not of its size, index and shards disagree, or only
+            pickled weights are there.
     """
     if folder.is_file():
         raise RegraftError(
@@ -200,12 +195,6 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
             f"The model folder {folder} does not exist. A folder on disk is needed here, with "
             "config.json and safetensors: the word demo or a hub id will not do. `hf download ID` "
             "prints the folder of a model from the hub."
-        )
-    if not unfinished and (folder / JOURNAL).exists():
-        raise RegraftError(
-            f"{folder} is patched only in part: patching it in place was stopped. Run `regraft "
-            f"apply {folder} --in-place` to put the patch on or `regraft revert {folder} "
-            f"--in-place` to take it off; what they need is kept in {folder / JOURNAL}."
         )
     shards = _shard_names(folder)
     tensors: dict[str, TensorRecord] = {}

@@ -52,14 +52,6 @@ class Change:
         edges = [0, *(apart.nonzero().flatten() + 1).tolist(), len(self.positions)]
         return [slice(*edge) for edge in pairwise(edges)]
 
-    @property
-    def bytes(self) -> int:
-        """How many bytes its spans cover."""
-        spans = self.spans()
-        first = self.positions[[span.start for span in spans]]
-        last = self.positions[[span.stop - 1 for span in spans]]
-        return int((last - first + 1).sum()) * self.values.element_size()
-
 
 @dataclass(frozen=True)
 class PatchState:
@@ -88,7 +80,6 @@ class Plan:
     """
 
     checkpoint: Checkpoint
-    operation: Operation
     states: tuple[PatchState, ...]
     changes: tuple[Change, ...]
 
@@ -102,18 +93,12 @@ class Plan:
         """How many weights change."""
         return sum(len(change.positions) for change in self.changes)
 
-    @property
-    def bytes(self) -> int:
-        """How many bytes are written where it is carried out in place."""
-        return sum(change.bytes for change in self.changes)
-
 
 def make_plan(
     checkpoint: Checkpoint,
     patches: Patch | Sequence[Patch],
     operation: Operation,
     *,
-    unfinished: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Check that a checkpoint is the base of patches and list what has to change; writes nothing.
@@ -122,7 +107,6 @@ def make_plan(
         checkpoint: The base. Any of `patches` may be on it, wholly or in part; others may not.
         patches: One or several, in any order.
         operation: Put them on or take them off.
-        unfinished: A write was cut short: change every target, whatever it seems to hold now.
         progress: Called with 1 after each tensor.
 
     Raises:
@@ -135,7 +119,7 @@ def make_plan(
         _check_layout(checkpoint, name, target)
 
     def inspect(name: str) -> tuple[Change, Tensor]:
-        found = _inspect(checkpoint, checkpoint.tensors[name], targets[name], operation, unfinished)
+        found = _inspect(checkpoint, checkpoint.tensors[name], targets[name], operation)
         if progress is not None:
             progress(1)
         return found
@@ -145,7 +129,7 @@ def make_plan(
     on = {name: is_on for name, (_, is_on) in found.items()}
     states = [_state(patch, targets, on) for patch in patches]
     changes = [change for change, _ in found.values() if len(change.positions)]
-    return Plan(checkpoint, operation, tuple(states), tuple(changes))
+    return Plan(checkpoint, tuple(states), tuple(changes))
 
 
 def write_plan(
@@ -168,21 +152,13 @@ def write_plan(
     """
 
     def edit_shard(path: Path) -> None:
-        write_changes(path, [one for one in plan.changes if one.record.shard == path.name])
+        _write_changes(path, [one for one in plan.changes if one.record.shard == path.name])
 
     return write_copy(plan.checkpoint, target, edit_shard, files=files, progress=progress)
 
 
-def write_changes(
-    shard: Path, changes: Sequence[Change], *, progress: Progress | None = None
-) -> None:
-    """Overwrite single weights in a shard.
-
-    Args:
-        shard: The file.
-        changes: All for tensors in it.
-        progress: Called with the number of bytes just written.
-    """
+def _write_changes(shard: Path, changes: Sequence[Change]) -> None:
+    """Overwrite single weights in a shard; all changes are for tensors in it."""
     buffer = memoryview(bytearray(CHUNK))
     with shard.open("r+b", buffering=0) as handle:
         for change in sorted(changes, key=lambda one: one.record.start):
@@ -197,8 +173,6 @@ def write_changes(
                     change.values[span]
                 )
                 write_at(handle, place, data)
-                if progress is not None:
-                    progress(len(data))
 
 
 def apply_patch(
@@ -323,7 +297,6 @@ def _inspect(
     record: TensorRecord,
     target: Target,
     operation: Operation,
-    unfinished: bool,
 ) -> tuple[Change, Tensor]:
     """What has to change in one tensor, and at which of the target's positions it is on. `[k]`
 
@@ -340,12 +313,12 @@ def _inspect(
         at = positions[inside] - start
         held = chunk[at]
         on[inside] = bits(held) == bits(target.values[inside])
-        if not unfinished and not (on[inside] | (held == before[inside])).all():
+        if not (on[inside] | (held == before[inside])).all():
             raise RegraftError(
                 f"{_not_the_base(checkpoint, *(name for name, _ in target.parts))}: {record.name} "
                 f"holds other values where the patch restores pruned ones. {_FIX}"
             )
-        changing[inside] = unfinished | (bits(held) != bits(wanted[inside]))
+        changing[inside] = bits(held) != bits(wanted[inside])
         chunk[at] = before[inside]
         for marked, hasher in bases.values():
             here = _between(marked, start, start + len(chunk)) - start

@@ -14,7 +14,6 @@ from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.fine_tuning import fine_tune
 from regraft.stages.gaining import check_gain_prompts
 from regraft.stages.gathering import statistics
-from regraft.stages.harnessing import harness
 from regraft.stages.judging import (
     VERDICTS,
     agreement,
@@ -24,14 +23,7 @@ from regraft.stages.judging import (
     opinions,
     own,
 )
-from regraft.stages.patching import (
-    Preview,
-    apply,
-    apply_in_place,
-    preview,
-    revert,
-    revert_in_place,
-)
+from regraft.stages.patching import Preview, apply, preview, revert
 from regraft.stages.pruning import prune, spilled_bytes
 from regraft.stages.ranking import rank
 from regraft.stages.realigning import realign
@@ -52,7 +44,6 @@ __all__ = [
     "Session",
     "agreement",
     "apply",
-    "apply_in_place",
     "calibration_data",
     "check_gain_prompts",
     "check_judge",
@@ -62,7 +53,6 @@ __all__ = [
     "evaluate",
     "evaluate_references",
     "fine_tune",
-    "harness",
     "heads",
     "imitation_data",
     "judge",
@@ -78,7 +68,6 @@ __all__ = [
     "respond",
     "restore",
     "revert",
-    "revert_in_place",
     "search",
     "spilled_bytes",
     "statistics",
