@@ -7,7 +7,7 @@
     python benchmarks/gain.py --samples 2 --image 112 --skip resident --device cpu # without a GPU
 
 A step takes the gradients of three quarters of `--samples` harmful and as many harmless prompts,
-ranks all pruned weights, and tries up to five numbers of the best on the other quarter, the
+ranks all pruned weights, and tries up to seven numbers of the best on the other quarter, the
 held-out prompts. With `swap` it also takes the squares of gradients and pairs what is restored with
 what is pruned. `bare` is one forward and backward pass of the whole model over all these prompts by
 autograd, weight gradients included and thrown away one by one (resident only: it needs room for the

@@ -91,7 +91,7 @@ class Maker:
         files = {}
         for name, prompts in (("test", splits.test), ("validation", splits.validation)):
             reading = self._answered(prompts, references_only=name == "test")
-            files[name] = _write(self.out / f"{name}.jsonl", [reading])
+            files[name] = _write(self.out / f"{name}.jsonl", reading)
         for seed, prompts in enumerate(splits.candidates):
             name = f"calibration-{seed}"
             files[name] = _write(self.out / f"{name}.jsonl", self._calibration(seed, prompts))
@@ -148,7 +148,7 @@ class Maker:
             )
         return [judged(one, text, DEFAULT_JUDGE) for one, text in zip(prompts, texts, strict=True)]
 
-    def _calibration(self, seed: int, prompts: Sequence[Example]) -> list[Reading]:
+    def _calibration(self, seed: int, prompts: Sequence[Example]) -> Reading:
         """All prompts of the seed, enough of each kind with an answer of use."""
         reading = self._answered(prompts, references_only=False)
         for harmful, does in ((True, "refuses"), (False, "answers")):
@@ -159,7 +159,7 @@ class Maker:
                     f"prompts that it should, and {self.samples} are wanted. Ask for fewer with "
                     "--samples."
                 )
-        return [reading]
+        return reading
 
     def _draw(self, prompts: Sequence[Example], font: Path | None) -> dict[str, Any]:
         """The test prompts as images, with what the dense model answers to the harmless ones."""
@@ -172,21 +172,18 @@ class Maker:
         reading = self._answered(drawn, references_only=True)
         if left := len(prompts) - len(drawn):
             reading = replace(reading, skipped={**reading.skipped, "not drawn": left})
-        return _write(table, [reading])
+        return _write(table, reading)
 
 
-def _write(path: Path, readings: Sequence[Reading]) -> dict[str, Any]:
+def _write(path: Path, reading: Reading) -> dict[str, Any]:
     """Write the examples; returns how many of each kind and source, and what was left out."""
-    examples = [one for reading in readings for one in reading.examples]
+    examples = reading.examples
     write_text(path, "".join(_line(one, path.parent) for one in examples))
-    left_out: Counter[str] = Counter()
-    for reading in readings:
-        left_out.update({k: n for k, n in reading.skipped.items() if not k.startswith("not harm")})
     return {
         "harmful": _count(one.category for one in examples if one.harmful),
         "harmless": _count(one.category for one in examples if not one.harmful),
         "with response": sum(one.response is not None for one in examples),
-        "left out": dict(sorted(left_out.items())),
+        "left out": dict(sorted(reading.skipped.items())),
     }
 
 

@@ -9,8 +9,8 @@ restoration). Weights are restored in steps:
         G^s, G^u <- mean gradients of the model as it is, over the calibration prompts
         candidates <- pruned weights with gain^u >= 0, by gain^s + gain^u, best first
         n <- as many as are predicted to halve the loss, at most twice the step before
-        restore the first n, n/2, n/4 ... and keep the number with the lowest held-out loss
-    until no number that is tried (to n / 64) lowers the held-out loss by 1 %, or 8 times
+        try the first n, n/2, n/4 ... n/64 and restore the number with the lowest held-out loss
+    until a step lowers the held-out loss by less than 1 %, or 8 times
 
 In a swap a kept weight of the same row, or of the same N:M group, is pruned in exchange: the one
 without which both losses change least, by `|-G w + F w^2 / 2|` with F the diagonal of the empirical
@@ -46,9 +46,9 @@ def gain(gradient: Tensor, dense: Tensor, current: Tensor) -> Tensor:
 def first_order_limit(worth: Tensor, loss: float) -> int:
     """How many weights are together predicted to halve the loss, at least one.
 
-    The first weights of a step push the same decision the same way, so that first order promises
-    more than they do together: with as many as are predicted to lower the loss to zero, a step
-    restores twice the refusals that are missing, and the next steps undo it.
+    The first weights of a step push the same decision the same way, so that they do less together
+    than first order promises of each. With as many as are predicted to lower the loss to zero, the
+    model refuses much more than the dense one, and further steps go into undoing that.
 
     Args:
         worth: The predicted fall by each weight, best first, `[k]` float32.

@@ -91,7 +91,7 @@ Validation = Annotated[DataSource | None, _ONE_WORD]
 
 
 class CalibrationSettings(Settings):
-    """Harmful prompts with refusals (D^s) and harmless ones with answers (D^u)."""
+    """Harmful prompts (D^s) and harmless ones (D^u), with responses for methods that read them."""
 
     data: Data = DataSource(name="demo", split="calibration")  # `source` is what is read
     samples: int = Field(128, ge=1, description="Drawn of each kind; fewer where there are fewer.")
@@ -100,7 +100,9 @@ class CalibrationSettings(Settings):
         "auto",
         description="given: the data set's. self: the dense model writes them greedily, and those "
         "are kept that refuse a harmful prompt or do not refuse a harmless one. auto: given where "
-        "the data set has some, else self. `regraft respond` writes them once, for all commands.",
+        "the data set has some, else self. `regraft respond` writes them once, for all commands "
+        "that read them. Gain and fine-tune read none: they imitate the dense model's own first "
+        "tokens.",
     )
     max_response_tokens: int = Field(
         64, ge=1, description="Length of a response that the dense model writes."

@@ -204,7 +204,7 @@ class RealignSettings(Settings):
 
     @property
     def imitates(self) -> bool:
-        """Whether it learns from what the dense model answers, of prompts alone."""
+        """Whether it learns from the dense model's own answers, and needs prompts alone."""
         return self.method in ("gain", "fine-tune")
 
     @property

@@ -86,7 +86,9 @@ def fine_tune(
     about |= {"seed": calibration.seed, "heads": [], "count": None, "values": TRAINED}
     about |= taken(looked)
     if not is_done(out, out, about, lambda: load_patch(out).about):
-        for role, reading in zip(("D^s", "D^u"), readings.values(), strict=True):
+        for role, reading in zip(
+            ("Harmful prompts", "Harmless prompts"), readings.values(), strict=True
+        ):
             watch.note(told(role, reading))
         with working(out, about) as work:
             job = _Job(dense, pruned, work, settings, compute, calibration.seed, watch)

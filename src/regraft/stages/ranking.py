@@ -119,7 +119,9 @@ def rank(
     if not is_done(out, out, about, lambda: load_ranking(out).about):
         if looked.doubt:
             watch.note(looked.doubt)
-        for role, reading in zip(("D^s", "D^u"), readings.values(), strict=False):
+        for role, reading in zip(
+            ("Harmful prompts", "Harmless prompts"), readings.values(), strict=False
+        ):
             watch.note(told(role, reading))
         with working(out, about) as work:
             if readings:

@@ -60,7 +60,7 @@ def restore(
         pruned: The same network pruned, by whomever.
         out: The patch file.
         settings: The method.
-        calibration: D^s and D^u.
+        calibration: Prompts of both kinds, with responses where the method learns from them.
         compute: Device, dtype, batch size, placement.
         watch: Progress.
         heads_file: From `heads`, where that has been done.
