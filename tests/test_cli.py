@@ -1221,6 +1221,7 @@ def test_gain_and_search(
     assert made == {
         "gain.safetensors",
         "gain.ranking.safetensors",
+        "gain.ranking.safetensors.responses",
         "gain.curve.json",
         "gain.curve",
     }

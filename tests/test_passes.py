@@ -129,6 +129,7 @@ RECIPE = Recipe.model_validate(
 FLOPS: dict[tuple[str, str], float | None] = {
     ("prune", "wanda"): 7e9,
     ("evaluate", "wanda/hsr"): 7e9,
+    ("answer", ""): 1_000,
     ("score heads", ""): 20_000,
     ("statistics for wanda", ""): 4_000,
     ("rank", "wanda/gain"): 12_000,  # the path of gain-less too
@@ -157,8 +158,8 @@ def passes(name: str, flops: Any = FLOPS, pruning: int = 0, unit: Any = UNIT) ->
 @pytest.mark.parametrize(
     ("name", "taken"),
     [
-        ("gain", 12),
-        ("gain-less", 12),
+        ("gain", 1 + 12),
+        ("gain-less", 1 + 12),
         ("swaps", None),
         ("hsr", 20 + 4),
         ("hsr-all", 4),
@@ -169,8 +170,8 @@ def passes(name: str, flops: Any = FLOPS, pruning: int = 0, unit: Any = UNIT) ->
         ("tuned", 20 + 4 + 6 + 30.5),
         ("tuned-rsr", 20 + 4 + 6 + 30.5),
         ("tuned-set", 4 + 6 + 40),
-        ("trained", 12 + 9),
-        ("drawn", 8),
+        ("trained", 1 + 12 + 9),
+        ("drawn", 1 + 8),
         ("elsewhere", None),
     ],
 )
@@ -180,7 +181,7 @@ def test_what_a_method_needs_is_added_up(name: str, taken: float | None) -> None
 
 
 def test_what_was_not_measured_is_not_guessed() -> None:
-    assert passes("gain", pruning=1) == 13
+    assert passes("gain", pruning=1) == 1 + 13
     assert passes("tuned", pruning=1) is None, "searched, but no search was measured"
     assert passes("hsr", FLOPS | {("score heads", ""): None}) is None, "another program's"
     assert passes("gain", FLOPS | {("rank", "wanda/gain"): 0}) is None, "only seen to be done"
@@ -241,15 +242,15 @@ def test_a_run_counts_its_own_passes(tmp_path: Path) -> None:
     tokens = json.loads((tmp_path / "run" / "calibration-pass.json").read_text())["tokens"]
     one = 6 * tokens * open_source(tmp_path / "dense").anatomy.prunable
     ranked, searched = spent["rank", "gain"], spent["search", "gain-search"]
-    references = spent["evaluate for search", "pruned"]
+    references, answers = spent["evaluate for search", "pruned"], spent["answer", ""]
     found = {variant.name: variant.passes for variant in made.variants}
-    assert min(ranked, searched, references) > 0
+    assert min(ranked, searched, references, answers) > 0
     assert ("rank", "gain-search") not in spent, "the path is shared"
     assert found == {
         "dense": None,
         "pruned": None,
-        "gain": pytest.approx(ranked / one),
-        "gain-search": pytest.approx((ranked + references + searched) / one),
+        "gain": pytest.approx((answers + ranked) / one),
+        "gain-search": pytest.approx((answers + ranked + references + searched) / one),
         "set": pytest.approx(spent["statistics for wanda", ""] / one),
         "random": 0,
     }

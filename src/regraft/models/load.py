@@ -364,7 +364,8 @@ def _memory_of(target: torch.device) -> dict[int | str, int] | None:
 
 def check_split(device: str, placement: str) -> None:
     """`require_split` where a model that is too large for one device is to answer prompts."""
-    if placement == "streamed" and pick_device(device).type != "cpu":
+    on_cpu = pick_device(device).type == "cpu"
+    if placement == "streamed" and not on_cpu:
         require_split()
 
 

@@ -222,12 +222,11 @@ def check_gain_prompts(
     Raises:
         RegraftError: there are too few.
     """
-    for kind, reading in readings.items():
+    for reading in readings.values():
         if (count := len(reading.examples)) < 2:
             raise RegraftError(
                 f"{reading.source}: gain holds prompts of each kind out to see where to stop, and "
-                f"needs at least 2 of {kind}; there are {count}. Give more prompts, or raise "
-                "--samples."
+                f"needs at least 2; there are {count}. Give more prompts, or raise --samples."
             )
         check_shares(hold_out(reading.examples, HELD_OUT, seed)[0], compute)
 
