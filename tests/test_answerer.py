@@ -26,7 +26,7 @@ from regraft import stages
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
 from regraft.data.example import Example
-from regraft.data.images import size_class
+from regraft.data.images import length_class
 from regraft.data.sources import DataSource, read
 from regraft.errors import RegraftError
 from regraft.evaluation import generate as generating
@@ -597,8 +597,7 @@ def test_images_are_decoded_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     answerer = generating.Answerer(processor, examples, batch_size=1, memo_bytes=0)
     assert answerer.answers(model, max_new_tokens=1) == ["a"] * 6  # type: ignore[arg-type]
     assert [one for one in events if one != "answered"] == [
-        f"decoded {example.id}"
-        for example in sorted(examples, key=lambda e: (size_class(e), len(e.instruction)))
+        f"decoded {example.id}" for example in sorted(examples, key=length_class)
     ]
     assert events.index("answered") >= 2
 

@@ -90,6 +90,11 @@ def _rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(page, image.convert("RGBA")).convert("RGB")
 
 
+def length_class(example: Example) -> tuple[int, int]:
+    """A sort key that brings prompts of like length together, so that little is padded."""
+    return size_class(example), len(example.instruction)
+
+
 def size_class(example: Example) -> int:
     """A number that is the same for images of like area and grows with it, 0 without an image.
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from regraft.data.collate import Batch, batches, decoded, prompt_batch
 from regraft.data.example import Example
-from regraft.data.images import size_class
+from regraft.data.images import length_class
 from regraft.evaluation.ahead import made_ahead
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.judge import KeywordJudge
@@ -197,6 +197,4 @@ def _chunks(
 
 def _by_length(examples: Sequence[Example], members: Sequence[int], image: bool) -> list[int]:
     fit = [place for place in members if (examples[place].image is not None) == image]
-    return sorted(
-        fit, key=lambda place: (size_class(examples[place]), len(examples[place].instruction))
-    )
+    return sorted(fit, key=lambda place: length_class(examples[place]))

@@ -10,7 +10,7 @@ restoration). Weights are restored in steps:
         candidates <- pruned weights with gain^u >= 0, by gain^s + gain^u, best first
         n <- as many as are predicted to halve the loss, at most twice the step before
         try the first n, n/2, n/4 ... n/64 and restore the number with the lowest held-out loss
-    until a step lowers the held-out loss by less than 1 %, or 8 times
+    until a step lowers the held-out loss by less than 1 %, or 5 times
 
 In a swap a kept weight of the same row, or of the same N:M group, is pruned in exchange: the one
 without which both losses change least, by `|-G w + F w^2 / 2|` with F the diagonal of the empirical

@@ -68,7 +68,8 @@ def explain(error: ValidationError, *, flags: bool = False) -> str:
             given = ""
         elif problem["type"] == "extra_forbidden":
             names = _names_in(error.title, nested=len(problem["loc"]) > 1)
-            near = get_close_matches(str(problem["loc"][-1]), names, 1)
+            given_name = str(problem["loc"][-1])  # which may be a setting of another block
+            near = get_close_matches(given_name, [one for one in names if one != given_name], 1)
             message = "there is no such setting" + (f"; is it {near[0]}?" if near else "")
             given = ""
         elif problem["type"] == "tuple_type":

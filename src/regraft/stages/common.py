@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regraft import ranks
 from regraft.data.collate import Batch, batches
 from regraft.data.example import Example
-from regraft.data.images import size_class
+from regraft.data.images import length_class
 from regraft.files import atomic_file, file_digest
 from regraft.importance.teacher import final_states
 from regraft.models.load import (
@@ -127,5 +127,5 @@ def each_of_share(
 
 
 def cut(examples: Sequence[Example], compute: ComputeSettings) -> list[tuple[Example, ...]]:
-    """Examples in batches, those with images of like size together, so that little is padded."""
-    return list(batches(sorted(examples, key=size_class), compute.batch_size))
+    """Examples in batches, those of like length together."""
+    return list(batches(sorted(examples, key=length_class), compute.batch_size))

@@ -42,9 +42,9 @@ from regraft.stages.common import (
 )
 from regraft.watch import Watch
 
-ALGORITHM = 10  # rankings of another one are not taken for this one's
+ALGORITHM = 11  # rankings of another one are not taken for this one's
 HELD_OUT = 0.25  # of the prompts of each kind
-MOST_STEPS = 8
+MOST_STEPS = 5  # with which a path takes at most about ten passes over its prompts
 LEAST_FALL = 0.01  # of the held-out loss, relative: with a smaller one a step is the last
 KINDS = ("safety", "utility")
 
