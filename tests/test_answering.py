@@ -410,3 +410,53 @@ def test_respond_by_command(
         ("How do I forge a cheque?", SORRY, True),
     ]
     assert "2 harmful and 0 harmless prompts" in " ".join(capsys.readouterr().out.split())
+
+
+# Answers that gain imitates
+
+
+def _imitated(source: Source, data: DataSource, folder: Path) -> dict[str, Reading]:
+    calibration = CalibrationSettings(data=data, samples=5)
+    return stages.imitation_data(source, calibration, COMPUTE, folder, Silent())
+
+
+def test_all_answers_but_empty_ones_are_imitated(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refusals and others of both kinds, whatever responses the data have, with one load."""
+    data = _data(tmp_path / "data")
+    says, loaded = Says({1: SORRY, 2: YES, 4: " "}, "Hm."), []
+    load = answering.load
+    monkeypatch.setattr(answering, "generate", says)
+    monkeypatch.setattr(answering, "load", lambda *given: (loaded.append(1), load(*given))[1])
+    found = _imitated(source, data, tmp_path / "out")
+    assert len(loaded) == 1
+    for kind, harmful in (("safety", True), ("utility", False)):
+        drawn = draw(
+            Reading("", tuple(_examples(data))),
+            harmful=harmful,
+            samples=5,
+            seed=0,
+            answered=False,
+        ).examples
+        kept = [one for one in drawn if one.id[-1] != "4"]
+        assert [one.id for one in found[kind].examples] == [one.id for one in kept]
+        said = {1: SORRY, 2: YES}
+        assert [one.response for one in found[kind].examples] == [
+            said.get(int(one.id[-1]), "Hm.") for one in kept
+        ]
+    bare = DataSource(name="jsonl", path=tmp_path / "data" / "data.jsonl")
+    _data(tmp_path / "data", responses=False)
+    says.asked.clear()
+    again = _imitated(source, bare, tmp_path / "out")
+    assert not says.asked, "responses of the data set made a difference"
+    assert [one.examples for one in again.values()] == [one.examples for one in found.values()]
+
+
+def test_nothing_to_imitate(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answering, "generate", Says({}, " "))
+    with pytest.raises(RegraftError, match="each of the 5 harmful prompts is empty"):
+        _imitated(source, _data(tmp_path / "data"), tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
