@@ -19,6 +19,7 @@ Fisher matrix. No removal is sought for being predicted to help.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -79,18 +80,19 @@ def line_search(
         most: How many weights at most.
 
     Returns:
-        (the number, 0 where no try lowers the loss; all tries in order)
+        (the number, 0 where no try lowers the loss; the tries in order, but for those whose loss
+        is not finite)
     """
-    best, lowest, tried = 0, now, most
+    best, lowest = 0, now
     tries: list[Try] = []
-    while tried and len(tries) < MOST_TRIES:
+    for tried in (most >> i for i in range(min(MOST_TRIES, most.bit_length()))):
         found = value(tried)
-        tries.append(Try(tried, found))
+        if math.isfinite(found):
+            tries.append(Try(tried, found))
         if found < lowest:
             best, lowest = tried, found
         elif best:
             break
-        tried //= 2
     return best, tuple(tries)
 
 
