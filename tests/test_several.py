@@ -517,7 +517,7 @@ def test_the_papers_recipe_from_end_to_end(
     ended(["run", recipe, "--out", run], 0)
     ended(["report", run, "--bundle", tmp_path / "bundle.zip"], 0)
     bundle = read_bundle(tmp_path / "bundle.zip")
-    assert len(bundle.evaluations) == 6 + 10 + 6 * 8 + 4 * 2
+    assert len(bundle.evaluations) == 6 + 10 + 6 * 9 + 4 * 2
     table = json.loads((run / "report" / "models.json").read_text())
     assert {row["model"] for row in table["rows"]} == set(NAMES)
     suites = {"safebench", "ch3ef", "mmbench", "docvqa", "mossbench"}
