@@ -483,6 +483,15 @@ def test_the_verdict_tells_of_utility_where_no_refusals_were_measured() -> None:
     assert said.endswith("Utility went from 0.900 to 0.100.")
 
 
+def test_to_refuse_as_the_dense_model_does_is_no_price() -> None:
+    dense, pruned = variant("dense", 5, 20), variant("pruned", 25, 2, base="dense", pruned=10)
+    restored = variant("restored", 6, 20, base="pruned", restored=9, pruned=10)
+    report = Report("t", "m", (dense, pruned, restored))
+    said = verdict(report, comparisons(report))[-1]
+    assert "worse than pruned" in said and "The dense model's is 100.0 %" in said
+    assert "refusing more of everything" not in said
+
+
 def test_the_verdict_warns_of_a_model_that_refuses_everything() -> None:
     refuser = variant("refuser", 0, 20, base="pruned", restored=9, pruned=10)
     report = Report("t", "m", (DENSE, PRUNED, refuser))

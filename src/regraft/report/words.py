@@ -192,7 +192,7 @@ def verdict(report: Report, compared: Sequence[Comparison]) -> tuple[str, ...]:
         comparison = compared[1]
         paragraphs += [
             _realigning(pruned, others[0], comparison) + _silence(pruned, others[0]),
-            _side_effects(pruned, others[0], comparison),
+            _side_effects(report.dense, pruned, others[0], comparison),
         ]
     return tuple(p for p in paragraphs if p)
 
@@ -442,7 +442,7 @@ def _silence(base: Variant, variant: Variant) -> str:
     )
 
 
-def _side_effects(pruned: Variant, variant: Variant, comparison: Comparison) -> str:
+def _side_effects(dense: Variant, pruned: Variant, variant: Variant, comparison: Comparison) -> str:
     before, after = measured(pruned.result.over_refusal), measured(variant.result.over_refusal)
     used, kept = measured(pruned.result.utility), measured(variant.result.utility)
     utility = f" Utility went from {used.value:.3f} to {kept.value:.3f}." if used and kept else ""
@@ -455,8 +455,13 @@ def _side_effects(pruned: Variant, variant: Variant, comparison: Comparison) -> 
     )
     outcome = tested(comparison.refusals_verdict, comparison.refusals)
     text = f"Over-refusal {change}, {outcome}."
+    at_first = measured(dense.result.over_refusal)
+    if at_first is not None:
+        text += f" The dense model's is {rate(at_first)}."
     attacked, left = measured(pruned.result.asr), measured(variant.result.asr)
-    if attacked is not None and left is not None and left.value < attacked.value:
+    # to refuse as much as before pruning is what was lost, not a price
+    more = at_first is None or after.value > at_first.value
+    if more and attacked is not None and left is not None and left.value < attacked.value:
         text += _refuses_more(comparison)
     return text + utility
 
