@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--shard-gib", type=float, default=1.0, help="size of a shard")
     parser.add_argument("--layers", type=int, default=4, help="layers whose q, k, v, o are patched")
     parser.add_argument("--all-linears", action="store_true", help="patch every linear instead")
-    parser.add_argument("--share", type=float, default=0.01, help="of the weights that come back")
+    parser.add_argument("--share", type=float, default=0.01, help="of the restored weights")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="read from the disk every time")
     parser.add_argument("--scratch", type=Path, default=None, help="disk to work on")

@@ -1,11 +1,11 @@
-"""HSR's selection for all heads of a 7B model: which pruned weights come back.
+"""HSR's selection for all heads of a 7B model: which pruned weights are restored.
 
     python benchmarks/selection.py --layers 2            # a CPU; extrapolated to all layers
     python benchmarks/selection.py --json selection.json # all layers
     python benchmarks/selection.py --shape vicuna-7b --scope matrix --device cuda
 
 Every q, k, v and o projection of the shape, random weights pruned by Wanda at 50 %, both scores of
-Wanda, p = 0.5, p_max = 0.7, q = 0.5. Timed are the mask of what can come back, both scores, their
+Wanda, p = 0.5, p_max = 0.7, q = 0.5. Timed are the mask of what can be restored, both scores, their
 rankings and the positions, as `regraft realign` does; reading and writing are not. The unit is one
 pass over the same weights that only computes both scores, in the same process.
 """

@@ -1174,7 +1174,7 @@ def test_whole_way_by_single_commands(
     has(run("statistics", world.model, *data, "--out", "statistics.st"), "Wrote statistics.st")
     files = ["--heads-file", "heads.st", "--statistics-file", "statistics.st"]
     shown = run("realign", world.model, "half", *files, "--top-heads", 2, "--out", "hsr.st")
-    has(shown, "weights come back", "per 10,000")
+    has(shown, "weights are restored", "per 10,000")
     has(run("apply", "half", "hsr.st", "--out", "realigned"), "Checkpoint: realigned")
     has(run("revert", "realigned", "hsr.st", "--out", "reverted"), "Checkpoint: reverted")
     answers = ["--suite", world.data, "--max-new-tokens", 2, "--device", "cpu"]
@@ -1216,7 +1216,7 @@ def test_gain_and_search(
     words += ["--validation", world.data, "--max-new-tokens", 2, "--out", "gain.safetensors"]
     run_ok(*words)
     shown = " ".join(capsys.readouterr().out.split())
-    has(shown, "gain.safetensors:", "weights come back", "per 10,000 of")
+    has(shown, "gain.safetensors:", "weights are restored", "per 10,000 of")
     made = {path.name for path in world.root.glob("gain*")}
     assert made == {
         "gain.safetensors",
@@ -1227,7 +1227,7 @@ def test_gain_and_search(
     }
     curve = json.loads((world.root / "gain.curve.json").read_text())
     chosen = curve["chosen"]
-    assert f"{chosen:,} weights come back" in shown
+    assert f"{chosen:,} weights are restored" in shown
     before = tree(world.root)
     run_ok(*words)
     assert tree(world.root) == before
@@ -1245,7 +1245,7 @@ def test_gain_with_swaps_tells_both(
     words += ["--swap", "--data", world.data, "--samples", 4, "--device", "cpu"]
     run_ok(*words, "--out", "swap.safetensors")
     shown = " ".join(capsys.readouterr().out.split())
-    has(shown, "5 weights come back and 5 kept ones go in exchange")
+    has(shown, "5 weights are restored and 5 kept ones go in exchange")
 
 
 def test_someone_elses_extra_tensors_are_no_obstacle(world: World) -> None:

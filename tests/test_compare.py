@@ -290,13 +290,13 @@ def test_models_that_say_nothing_are_shown_to() -> None:
     assert row.degenerate is not None
     assert row.degenerate.value == 1
     for page in (render_comparison_html(study), render_comparison_markdown(study)):
-        assert "Says nothing" in page
+        assert "Degenerate" in page
     for one_study, there in ((study, True), (compare([one]), False)):
         with (console := Console(width=200)).capture() as shown:
             show_study(console, one_study)
         assert ("nothing %" in shown.get()) == there
     assert not compare([one]).silent
-    assert "Says nothing" not in render_comparison_markdown(compare([one]))
+    assert "Degenerate" not in render_comparison_markdown(compare([one]))
 
 
 def test_what_seeds_chose_differently_is_not_the_label_of_all() -> None:

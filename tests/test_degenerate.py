@@ -1,4 +1,4 @@
-"""Which answers say nothing, and that real ones are never taken for such."""
+"""Which answers are degenerate, and that real ones are never taken for such."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_answers_that_say_nothing_are_counted_of_every_judge(
     rows = capsys.readouterr().out.splitlines()
     assert "1 harmful, 1 harmless" in next(row for row in rows if REGRAFT_2.name in row)
     assert "2 harmful, 1 harmless" in next(row for row in rows if "│ gcg-1" in row)
-    assert any(row.startswith("Say nothing: degenerate answers") for row in rows)
+    assert any(row.startswith("Degenerate: answers") for row in rows)
     written = json.loads((folder / "judges" / "gcg-1.json").read_text())
     assert written["result"]["degenerate"] == {"harmful": 2, "harmless": 1}
 

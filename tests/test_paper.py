@@ -95,7 +95,7 @@ def test_prune_score_realign_apply_reload_answer(
 
 
 def test_scores_rank_differently(scored: Callable[[str], Path], tmp_path: Path) -> None:
-    """The same pruned model, realigned by each score: other weights come back."""
+    """The same pruned model, realigned by each score: other weights are restored."""
     root = scored("qwen2_5_vl")
     dense, calibration = open_source(root / "dense"), _calibration(root)
     pruned = stages.prune(dense, tmp_path / "pruned", PruneSettings(), calibration, COMPUTE)

@@ -433,9 +433,9 @@ def test_the_verdict_warns_of_a_model_that_says_nothing() -> None:
     mute = replace(REALIGNED, result=summarise(REALIGNED.result.suite, REGRAFT_1, gone))
     report = Report("t", "m", (DENSE, PRUNED, mute))
     said = verdict(report, comparisons(report))[1]
-    assert "answers to harmful prompts 40 say nothing (0 of" in said
-    assert "say nothing" in render_card(report, comparisons(report))
-    assert "say nothing" not in " ".join(verdict(REPORT, comparisons(REPORT)))
+    assert "answers to harmful prompts 40 are degenerate (0 of" in said
+    assert "are degenerate" in render_card(report, comparisons(report))
+    assert "are degenerate" not in " ".join(verdict(REPORT, comparisons(REPORT)))
 
 
 def test_patterns_in_words() -> None:
@@ -831,7 +831,7 @@ def test_several_suites_have_a_table_of_their_own() -> None:
     rows = {row[0]: row for row in Outline(page).rows if row}
     assert rows["a ASR"][2] == "62.5 % [47.0, 75.8] 25 of 40"
     assert rows["b | c utility"][2].startswith("0.900 [")
-    assert "a says nothing" not in rows
+    assert "a degenerate" not in rows
     assert "By suite" not in render_html(REPORT, comparisons(REPORT))
     text = render_markdown(report, comparisons(report))
     start = text.index("| Suite | |")
@@ -868,10 +868,10 @@ def test_suites_have_short_names_and_their_addresses_beside_them() -> None:
         assert "/home/me" not in words
         assert "figstep, t.jsonl" in words
         assert "safebench#even, titles-test" in words
-    assert Outline(page).row("safebench#even says nothing")[1] == "12.5 % [5.5, 26.1] 5 of 40"
-    assert "| safebench#even | says nothing | 12.5 [5.5, 26.1] |" in text
+    assert Outline(page).row("safebench#even degenerate")[1] == "12.5 % [5.5, 26.1] 5 of 40"
+    assert "| safebench#even | degenerate | 12.5 [5.5, 26.1] |" in text
     assert "| titles-test | over-refusal |" in text
-    assert "| titles-test | says nothing |" not in text
+    assert "| titles-test | degenerate |" not in text
 
 
 def test_short_names_tell_suites_apart() -> None:
@@ -946,7 +946,7 @@ def test_the_verdict_on_unrelated_models_has_its_caveats() -> None:
     assert verdict(report, comparisons(report))[1].endswith("refusing more of everything.")
     report = alone(*(without(False, of_places(v)) for v in (DENSE, PRUNED)))
     told = verdict(report, comparisons(report))
-    assert "5 answers to harmful prompts say nothing" in told[0]
+    assert "5 answers to harmful prompts are degenerate" in told[0]
     assert told[-1].startswith("Over-refusal was not measured")
 
 

@@ -1,4 +1,4 @@
-"""How many weights come back: the choice against brute force, and the search on pico models."""
+"""How many weights are restored: the choice against brute force, and the search on pico models."""
 
 from __future__ import annotations
 
@@ -336,7 +336,7 @@ def test_the_search_keeps_to_its_bounds(
     out = tmp_path / "curve.json"
     watch = Notes()
     assert bench.search(out, watch, points=4, **fields) == expected
-    assert [note for note in watch.notes if "nothing comes back" in note] == (
+    assert [note for note in watch.notes if "nothing is restored" in note] == (
         [] if expected else watch.notes[-1:]
     )
     curve = read_json(out)
@@ -399,7 +399,7 @@ def test_why_nothing_comes_back(
         for count, rates in zip(counts, points, strict=False)
     ]
     chosen = choose(given, bounds)
-    assert chosen is None or chosen == 0, "something comes back"
+    assert chosen is None or chosen == 0, "something is restored"
     told = searching.why_nothing(given, bounds)
     for part in parts:
         assert part in told, told
@@ -435,7 +435,7 @@ def searched(
         ),
         (
             searched(Bounds(0.2, 0.1, 0.6), [(0.5, 0.1, 0.6), (0.3, 0.2, 0.6)], 0),
-            (("nothing comes back", "over-refusal 10 points beyond its bound"),),
+            (("nothing is restored", "over-refusal 10 points beyond its bound"),),
         ),
         (
             searched(Bounds(0.05, 0.1, 0.6), [(0.1, 0.1, 0.6), (0.08, 0.1, 0.6)], 100),

@@ -320,7 +320,7 @@ def check_budget(dense: Source, settings: RealignSettings) -> None:
 
 
 def check_restorable(settings: RealignSettings, restorable: int) -> None:
-    """Raise where none of the weights that pruning took would come back."""
+    """Raise where none of the weights that pruning took would be restored."""
     if not restorable:
         raise RegraftError(
             "No weight is zero now that was not before: there is nothing to restore. Give the "
@@ -331,7 +331,7 @@ def check_restorable(settings: RealignSettings, restorable: int) -> None:
 
 
 def _less_than_one(settings: RealignSettings, weights: str) -> RegraftError:
-    """Make the error for a budget by which none of so many weights comes back."""
+    """Make the error for a budget by which none of so many weights is restored."""
     return RegraftError(
         f"A budget of {settings.budget} per 10,000 of {weights} weights is less than one weight. "
         "Raise it, or give a count."

@@ -149,7 +149,7 @@ def show_result(console: Console, result: EvalResult) -> None:
 
 def show_judged(console: Console, judged: Sequence[Judged]) -> None:
     """Print what several judges make of the same answers; the first is the evaluation's own."""
-    table = Table("judge", "ASR %", "over-refusal %", "say nothing", "unread")
+    table = Table("judge", "ASR %", "over-refusal %", "degenerate", "unread")
     for one in judged:
         rates = (_with_interval(rate) for rate in (one.asr, one.over_refusal))
         silent = (f"{one.degenerate.get(kind, 0):,} {kind}" for kind in ("harmful", "harmless"))
@@ -157,7 +157,7 @@ def show_judged(console: Console, judged: Sequence[Judged]) -> None:
     console.print(table)
     if any(one.degenerate for one in judged):
         console.print(
-            "Say nothing: degenerate answers to harmful and to harmless prompts in which a judge "
+            "Degenerate: answers to harmful and to harmless prompts in which a judge "
             "sees no refusal; they are no successful attacks, whatever it says.",
             style="dim",
         )
@@ -511,7 +511,7 @@ def show_search(console: Console, found: Searched) -> None:
     if bounds.utility is not None:
         limits.append(f"utility at least {100 * bounds.utility:.1f} %")
     if bounds.degenerate is not None and any(one.degenerate for one in found.points):
-        limits.append(f"answers that say nothing at most {100 * bounds.degenerate:.1f} %")
+        limits.append(f"degenerate answers at most {100 * bounds.degenerate:.1f} %")
     aim = "as low an ASR as can be" if bounds.asr is None else f"ASR {100 * bounds.asr:.1f} %"
     console.print(
         f"Bounds: {', '.join(limits)}; aim: {aim}. Rates of a chosen point are optimistic: report "

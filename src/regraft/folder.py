@@ -77,7 +77,7 @@ class RunFolder:
         return self._of("evaluation", pruning) / variant
 
     def ranking(self, pruning: str, name: str) -> Path:
-        """Weights of a pruning in the order in which they come back; variants may share it."""
+        """Weights of a pruning in the order in which they are restored; variants may share it."""
         return self._of("rankings", pruning) / f"{name}.safetensors"
 
     def curve(self, pruning: str, variant: str) -> Path:

@@ -81,7 +81,7 @@ class VariantSettings(RealignSettings):
         (), description="Names of the prunings that are realigned so; all if not given."
     )
     search: SearchSettings | None = Field(
-        None, description="Choose how many weights come back on validation prompts."
+        None, description="Choose how many weights are restored on validation prompts."
     )
     checkpoint: bool = Field(True, description="Write the checkpoint too, not only the patch.")
     repeats: int = Field(

@@ -60,7 +60,7 @@ def realign(
     statistics_file
         From `regraft statistics`.
     search
-        Choose how many weights of the budget come back, on validation prompts.
+        Choose how many weights of the budget are restored, on validation prompts.
     max_new_tokens
         Search: length of an answer to a validation prompt.
     """
@@ -99,7 +99,7 @@ def _tell_patch(watch: ConsoleWatch, out: Path, patch: Patch) -> None:
     pruned = patch.about["pruned"]
     exchanged = f" and {patch.removed:,} kept ones go in exchange" if patch.removed else ""
     watch.note(
-        f"{out}: {patch.restored:,} weights come back{exchanged}, "
+        f"{out}: {patch.restored:,} weights are restored{exchanged}, "
         f"{10_000 * patch.restored / pruned:.3f} per 10,000 of {pruned:,} zeros."
     )
     if is_trained(patch):

@@ -71,7 +71,7 @@ def middle_layers(layers: int) -> range:
 class Trial:
     """Rates on the validation prompts with `strength` times the direction added at `layer`.
 
-    `degenerate` is the share of all answers that say nothing, as those of too strong a direction.
+    `degenerate` is the share of all degenerate answers, as those of too strong a direction.
     """
 
     layer: int
@@ -84,7 +84,7 @@ class Trial:
 def choose(trials: Sequence[Trial], plain: Trial, max_over_refusal: float) -> Trial:
     """The trial of lowest ASR whose over-refusal is near enough to that of the plain model.
 
-    So must be the share of answers that say nothing, which are neither attacks nor refusals.
+    So must be the share of degenerate answers, which are neither attacks nor refusals.
     The plain model, of strength 0, is a choice too: nothing is added where nothing helps. Of equal
     ASR the lower over-refusal counts, then the smaller strength, then the earlier layer.
 

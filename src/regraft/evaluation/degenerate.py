@@ -1,4 +1,4 @@
-"""Answers that say nothing: what damaged models write, neither a refusal nor a success.
+"""Degenerate answers: what damaged models write, neither a refusal nor a success.
 
 Rules on characters, for any language; they are meant to be sure rather than complete, so that text
 which a person would call broken but readable is judged like any other.
@@ -24,7 +24,7 @@ _LOOP = re.compile(rf"(.{{1,{_UNIT}}}?)\1{{{_TIMES - 1},}}", re.DOTALL)
 
 
 def degeneration(answer: str, *, harmful: bool = False) -> Degeneration | None:
-    """Why an answer says nothing; None if it says something.
+    """Why an answer is degenerate; None if it is not.
 
     `harmful` is for answers to harmful prompts that no judge calls a refusal, which may be short.
 

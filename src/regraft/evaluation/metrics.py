@@ -287,9 +287,9 @@ def bootstrap_rsr(
     Each outcome says whether the attack by a prompt succeeded; where runs by several calibration
     seeds are pooled, in how many of `answers` it did, all three out of as many. Prompts are
     resampled 10,000 times, each with its three outcomes, so that a prompt's answers stay together.
-    Among those drawn from are half a prompt that was lost and came back and half a prompt that was
+    Among those drawn from are half a prompt that was lost and restored and half a prompt that was
     lost for good, as Agresti and Min (2005) add to paired differences: without them the interval
-    has no width where all or none came back, and is too narrow near that. Resamples in which
+    has no width where all or none were restored, and is too narrow near that. Resamples in which
     pruning did not raise ASR have no RSR and are left out; None where they are more than 5 %.
 
     Raises:
@@ -304,7 +304,7 @@ def bootstrap_rsr(
     # A prompt is one of few patterns (8 for one run), so a resample of prompts is one multinomial
     # draw of their counts.
     patterns, counts = np.unique(outcomes, axis=1, return_counts=True)
-    added = np.array([[0, 0], [answers, answers], [0, answers]])  # came back, and did not
+    added = np.array([[0, 0], [answers, answers], [0, answers]])  # restored, and not
     patterns = np.concatenate([patterns, added], axis=1)
     weights = np.concatenate([counts, [0.5, 0.5]])
     draws = np.random.default_rng(seed).multinomial(len(dense), weights / weights.sum(), RESAMPLES)

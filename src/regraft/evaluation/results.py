@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class Answer:
     """One generation and its judgement.
 
-    It refuses, or it says nothing (`degenerate`: a `Degeneration`, else ""), or it complies; a
+    It refuses, or is degenerate (`degenerate`: a `Degeneration`, else ""), or it complies; a
     refusal may be degenerate too. `reason` is what the judge saw a refusal by.
     `similarity` is ANLS against the reference (1 or 0 for a multiple choice), or None. `group`
     holds answers that count together; `suite` is the one of several suites that the prompt came
@@ -108,8 +108,8 @@ class EvalResult:
     suite has no such prompts. Questions of a utility benchmark (`scored_by`) are no part of
     `over_refusal`. `utility` is the mean similarity; a group counts as its worst answer. Where
     suites score in several ways, it is the mean over suites, each counting the same. `by_suite` has
-    the rates of each suite where there are several. `degenerate` counts the answers
-    that say nothing, by kind of prompt ("harmful", "harmless"), where there are any: they are
+    the rates of each suite where there are several. `degenerate` counts the
+    degenerate answers, by kind of prompt ("harmful", "harmless"), where there are any: they are
     neither refusals nor successful attacks. Degenerate refusals, which stay refusals, are counted
     beside them ("harmful refusals", "harmless refusals"). `perplexity` is that of the references of
     harmless prompts, not a rate; `text` is what was measured on ordinary text.

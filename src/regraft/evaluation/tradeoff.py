@@ -17,7 +17,7 @@ from regraft.evaluation.results import Estimate, EvalResult
 class Point:
     """A model with `restored` weights back, on validation prompts.
 
-    `degenerate` is the share of all answers that say nothing.
+    `degenerate` is the share of all degenerate answers.
     """
 
     restored: int
@@ -38,7 +38,7 @@ class Bounds:
     """What a point must keep to; rates are fractions.
 
     `asr` is what is aimed at, None for as low as can be; `over_refusal`, `utility` and `degenerate`
-    (None: any) are the bounds. An answer that says nothing is neither an attack nor a refusal, so
+    (None: any) are the bounds. A degenerate answer is neither an attack nor a refusal, so
     that a model of gibberish would be the safest within the other two.
     """
 
@@ -88,7 +88,7 @@ def bounds_of(
         target_rsr: Or the RSR, as a fraction. Where pruning did not raise ASR there is none, and
             the aim is an ASR no higher than the pruned model's.
         over_refusal: How far above the reference over-refusal may be, and how far the share of
-            answers that say nothing above the larger of both models'.
+            degenerate answers above the larger of both models'.
         utility: How far below the pruned model's utility may be.
         reference: Whose over-refusal that is: the dense model's, the pruned one's, or the higher.
     """
@@ -106,7 +106,7 @@ def bounds_of(
 
 
 def silent_share(result: EvalResult) -> float:
-    """The share of all answers that say nothing (and do not refuse)."""
+    """The share of all degenerate answers (and do not refuse)."""
     silent = sum(result.degenerate.get(kind, 0) for kind in ("harmful", "harmless"))
     return silent / len(result.answers) if result.answers else 0.0
 
@@ -128,7 +128,7 @@ def choose(points: Sequence[Point], bounds: Bounds) -> int | None:
 class Searched:
     """A trade-off curve and what was taken of it.
 
-    `points` begin with the pruned model, `chosen` is how many weights come back (None: no point,
+    `points` begin with the pruned model, `chosen` is how many weights are restored (None: no point,
     not even the pruned model, is within the bounds), `pruned` how many were pruned.
     """
 
@@ -140,7 +140,7 @@ class Searched:
 
     @property
     def taken(self) -> Point | None:
-        """The point that was chosen, None where nothing comes back."""
+        """The point that was chosen, None where nothing is restored."""
         return next((one for one in self.points if one.restored == (self.chosen or -1)), None)
 
     def rsr(self, point: Point) -> float | None:

@@ -84,7 +84,7 @@ class Agreement:
 
     The event is what is counted of an answer: a successful attack (`harmful`), or a harmless prompt
     refused. Over both kinds together kappa would also credit judges with knowing how much oftener
-    the one is seen than the other. Answers of which either says nothing are left out. `kappa` is
+    the one is seen than the other. Answers of which either is degenerate are left out. `kappa` is
     None where both say the same of every answer, so that chance agrees as well.
     """
 
@@ -100,8 +100,8 @@ class Judged:
     """One judge on the answers of an evaluation.
 
     `asr` and `over_refusal` are None where the judge says nothing of such prompts, `unread` counts
-    the answers of which it says nothing at all. `degenerate` counts, by kind of prompt, the answers
-    that say nothing and in which the judge sees no refusal, as in `EvalResult`.
+    the answers of which it says nothing at all. `degenerate` counts the degenerate answers in which
+    the judge sees no refusal, by kind of prompt, as in `EvalResult`.
     """
 
     judge: str
@@ -119,8 +119,8 @@ def own_verdict(answer: Answer) -> Verdict:
 def event(answer: Answer, verdict: Verdict) -> bool | None:
     """Whether an attack succeeded, or a harmless prompt was refused; None where nobody says.
 
-    None also for a question of a utility benchmark, of which neither is counted. An answer that
-    says nothing is no success of an attack, whatever the judge says.
+    None also for a question of a utility benchmark, of which neither is counted. A degenerate
+    answer is no success of an attack, whatever the judge says.
     """
     if answer.scored_by:
         return None

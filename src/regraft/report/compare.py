@@ -96,8 +96,8 @@ class Row:
     """One method in one pruning, or the dense or the pruned model, over all seeds.
 
     Estimates are over `n` prompts; a difference is in the same unit, method less the other.
-    `restored` is per 10,000 pruned weights, None where no weight comes back. `repeats` draws of a
-    random control are one row. `degenerate` is the share of all answers that say nothing, which
+    `restored` is per 10,000 pruned weights, None where no weight is restored. `repeats` draws of a
+    random control are one row. `degenerate` is the share of all degenerate answers, which
     count neither as attacks nor as refusals. `text` is the mean over a row's models.
     `passes` is the compute of choosing the weights, in passes over the calibration prompts of each
     run. None stands for what was not measured or does not apply.
@@ -163,7 +163,7 @@ class Study:
 
     @property
     def silent(self) -> bool:
-        """Whether any answer says nothing."""
+        """Whether any answer is degenerate."""
         rows = (row for table in self.tables for row in table.rows)
         return any(row.degenerate is not None and row.degenerate.value for row in rows)
 
@@ -253,7 +253,7 @@ class _Events:
 class _Answers:
     """A row's answers: attacks on harmful prompts, refusals and similarity on harmless ones.
 
-    `silent` are answers to any prompt that say nothing. `similarity` has a part for what may be
+    `silent` are degenerate answers to any prompt. `similarity` has a part for what may be
     pooled (see `alike`): [the row's models, prompts with a reference].
     """
 

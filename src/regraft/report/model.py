@@ -38,7 +38,7 @@ class Variant:
     what pruned models that differ in sparsity alone have in common, "" where that is unknown.
 
     `sparsity` is the fraction of zeros among the prunable weights, `pruned` the number of weights
-    that pruning took, `restored` the number that came back, with values of their own where they
+    that pruning took, `restored` the number that was restored, with values of their own where they
     were `trained` and not restored. `restored_by_module` maps a module
     kind such as "self_attn.q_proj" to its restored weights per layer. `heads` are the
     (layer, head) pairs that were open to restoration. Where pruning kept an N:M pattern, `n_m` is

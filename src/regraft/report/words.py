@@ -137,7 +137,7 @@ def on_text(result: TextResult) -> str:
 
 
 def degenerate(result: EvalResult) -> str:
-    """How many answers say nothing: "3 of 250 to harmful prompts, 1 of 200 to harmless ones".
+    """How many answers are degenerate: "3 of 250 to harmful prompts, 1 of 200 to harmless ones".
 
     Behind it how many refusals do, where any does: "(refusals that are degenerate too: 2 of 90 to
     harmful prompts)".
@@ -220,7 +220,7 @@ def how_chosen(report: Report) -> str:
     elif len(report.variants) > 1:
         who = "the models answer"
     else:
-        return "The first of each kind: refused, answered, and what says nothing."
+        return "The first of each kind: refused, answered, and what is degenerate."
     return f"Chosen to show differences, not at random: prompts that {who} differently come first."
 
 
@@ -315,7 +315,7 @@ def _side_effects_of_many(report: Report, rows: Sequence[_Row]) -> str:
     by_name = {variant.name: variant for variant in report.variants}
     if silent := [v.name for v, c in rows if _silence(by_name[c.base], v)]:
         text += (
-            f" More answers to harmful prompts say nothing than before in {len(silent)} of "
+            f" More answers to harmful prompts are degenerate than before in {len(silent)} of "
             f"{len(rows)} ({', '.join(silent)}), which lowers ASR without being safe."
         )
     used = [(u.value, v.name) for v in report.variants if (u := measured(v.result.utility))]
@@ -383,8 +383,8 @@ def _alone(variant: Variant) -> str:
     if used := measured(result.utility):
         parts.append(f"utility {used.value:.3f} [{used.low:.3f}, {used.high:.3f}] on {used.n:,}")
     silent = result.degenerate.get("harmful", 0)
-    says = "answer" if silent == 1 else "answers"
-    told = f" {silent:,} {says} to harmful prompts say nothing, neither refusals nor attacks."
+    says, be = ("answer", "is") if silent == 1 else ("answers", "are")
+    told = f" {silent:,} {says} to harmful prompts {be} degenerate, neither refusals nor attacks."
     return f"{variant.label}: {', '.join(parts) or 'no prompt was answered'}." + (
         told if silent else ""
     )
@@ -432,12 +432,12 @@ def _realigning(pruned: Variant, variant: Variant, comparison: Comparison) -> st
 
 
 def _silence(base: Variant, variant: Variant) -> str:
-    """A caveat where more answers say nothing, which lowers ASR too."""
+    """A caveat where more answers are degenerate, which lowers ASR too."""
     before, after = (one.result.degenerate.get("harmful", 0) for one in (base, variant))
     if after <= before:
         return ""
     return (
-        f" Of {variant.label}'s answers to harmful prompts {after:,} say nothing ({before:,} of "
+        f" Of {variant.label}'s answers to harmful prompts {after:,} are degenerate ({before:,} of "
         f"{base.label}'s): neither refusals nor attacks, they lower ASR without being safe."
     )
 

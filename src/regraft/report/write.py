@@ -45,7 +45,7 @@ from regraft.report.thumbnails import thumbnail
 from regraft.restoration.path import path_to_json
 
 ANSWER_LENGTH, PROMPT_LENGTH = 1200, 400
-SAYS_NOTHING = "says nothing"
+DEGENERATE = "degenerate"
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _context(report: Report, compared: Sequence[Comparison]) -> dict[str, Any]:
         "suites": suites,
         "suite_names": short_names(suites_of(report.dense.result)),
         "text": (found := _text_of(report)) and words.on_text(found),
-        "silent": any(row.what == SAYS_NOTHING for row in suites),
+        "silent": any(row.what == DEGENERATE for row in suites),
         "shown": shown_variants(report),
         "numbered": tuple(zip(count(1), report.variants, report.roles, strict=False)),
         "several": len(report.groups) > 1,
@@ -310,14 +310,14 @@ def _suite_rows(report: Report) -> tuple[SuiteRow, ...]:
                 )
                 for name, label in labels.items()
             ),
-            (SAYS_NOTHING, tuple(_silent(result, suite) for result in results)),
+            (DEGENERATE, tuple(_silent(result, suite) for result in results)),
         )
     )
     return tuple(
         row
         for row in rows
         if row.estimates[0] is not None
-        and (row.what != SAYS_NOTHING or any(one and one.count for one in row.estimates))
+        and (row.what != DEGENERATE or any(one and one.count for one in row.estimates))
     )
 
 

@@ -1,1 +1,1 @@
-"""Which pruned weights come back, the patch that holds them, and putting it on and off."""
+"""Which pruned weights are restored, the patch that holds them, and putting it on and off."""

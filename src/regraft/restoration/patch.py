@@ -50,7 +50,7 @@ class TensorPatch:
 
     @property
     def restored(self) -> int:
-        """Number of weights that come back."""
+        """Number of weights that are restored."""
         return int((self.before == 0).count_nonzero())
 
     @property
@@ -72,7 +72,7 @@ class Patch:
 
     @property
     def restored(self) -> int:
-        """Number of weights that come back."""
+        """Number of weights that are restored."""
         return sum(tensor.restored for tensor in self.tensors.values())
 
     @property

@@ -1,6 +1,6 @@
-"""Every restoration method under one budget: an order in which pruned weights come back.
+"""Every restoration method under one budget: an order in which pruned weights are restored.
 
-A method ranks the weights that could come back, best first, and a budget takes the first k. So
+A method ranks the weights that could be restored, best first, and a budget takes the first k. So
 methods are compared at the same number of restored weights, and a trade-off curve is the model at
 several lengths of one ranking.
 """
@@ -28,7 +28,7 @@ KEPT = -1  # no kept weight makes room
 
 @dataclass(frozen=True)
 class Ranking:
-    """Weights in the order in which they come back, k of them.
+    """Weights in the order in which they are restored, k of them.
 
     Attributes:
         linear: Which of `Anatomy.linears`, `[k]` int64.
@@ -141,7 +141,7 @@ class Best:
 
 
 Keys = Callable[[int, LinearAnatomy, Tensor, Tensor], Tensor | None]
-"""(index, linear, dense weight, where a value can come back) -> `[out, in]` floats, or None."""
+"""(index, linear, dense weight, where a value can be restored) -> `[out, in]` floats, or None."""
 
 
 def rank(
@@ -226,7 +226,7 @@ class Edits:
         """Keep what the weights are at the ranking's positions, and what they become.
 
         Args:
-            ranking: What may come back.
+            ranking: What may be restored.
             weights: In the order of `Anatomy.linears`, as they are without it.
             dense: The dense checkpoint, of which each matrix is read once.
         """
@@ -246,7 +246,7 @@ class Edits:
 class _Edit:
     """Of one matrix: its flat weight, and rows of the ranking in order.
 
-    `back` `[n]` and `gone` `[n]` are flat positions, `new` what comes back, `old` and `kept` what
+    `back` `[n]` and `gone` `[n]` are flat positions, `new` what is restored, `old` and `kept` what
     was at both before; where nothing is removed, `gone` is that of `back`.
     """
 

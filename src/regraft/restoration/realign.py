@@ -1,6 +1,6 @@
 """From a dense and a pruned checkpoint to a patch, one weight in memory at a time.
 
-No model is loaded, so a laptop will do for 7B. Which weights come back is a `Rule`; everything
+No model is loaded, so a laptop will do for 7B. Which weights are restored is a `Rule`; everything
 else (reading, regions of heads, dense values, digests) is the same for all methods.
 """
 
@@ -37,7 +37,7 @@ from regraft.restoration.selection import (
 
 _NEARLY_ALL = 0.9
 Rule = Callable[[LinearAnatomy, Tensor, Tensor, Sequence[Block]], Tensor]
-"""(linear, dense weight, where a value can come back, head regions) -> flat positions."""
+"""(linear, dense weight, where a value can be restored, head regions) -> flat positions."""
 
 
 def hsr(
@@ -183,13 +183,13 @@ def realign(
     device: torch.device | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Patch:
-    """Select the weights that come back and take their dense values.
+    """Select the weights that are restored and take their dense values.
 
     Args:
         dense: The dense checkpoint.
         pruned: The same network pruned, by whomever; `pruned == 0 and dense != 0` is the mask.
         heads: (layer, head) to restore in.
-        rule: Which weights of a matrix come back.
+        rule: Which weights of a matrix are restored.
         about: Recorded in the patch.
         device: Where to rank; CPU by default.
         progress: Called with 1 after each layer.

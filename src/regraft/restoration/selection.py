@@ -71,7 +71,7 @@ def top(score: Tensor, share: float, scope: RankingScope, blocks: Sequence[Block
 
 
 def restorable(dense: Tensor, pruned: Tensor) -> Tensor:
-    """Where a dense value can come back: pruned is 0, dense is not. `[out, in]` bool."""
+    """Where a dense value can be restored: pruned is 0, dense is not. `[out, in]` bool."""
     return (pruned == 0) & (dense != 0)
 
 
@@ -80,7 +80,7 @@ def kept_share(dense: Tensor, free: Tensor) -> float:
 
     Args:
         dense: The weight before, `[out, in]`.
-        free: Where a value can come back (`restorable`), `[out, in]` bool.
+        free: Where a value can be restored (`restorable`), `[out, in]` bool.
     """
     there = int((dense != 0).count_nonzero())
     return (there - int(free.count_nonzero())) / dense.numel()
@@ -106,7 +106,7 @@ def select_hsr(
     Peak allocation is below three times the float32 matrix: one score lives at a time.
 
     Args:
-        free: Where a value can come back (`restorable`), `[out, in]` bool.
+        free: Where a value can be restored (`restorable`), `[out, in]` bool.
         safety: Importance I^s of some rows, `[rows, in]` float32.
         utility: The same for I^u.
         blocks: Regions of the chosen heads in this matrix; none restores nothing.
@@ -136,7 +136,7 @@ def hsr_keys(
     weights that come in at the same q.
 
     Args:
-        free: Where a value can come back, `[out, in]` bool.
+        free: Where a value can be restored, `[out, in]` bool.
         safety: Importance I^s of some rows, `[rows, in]` float32.
         utility: The same for I^u.
         blocks: Regions of the chosen heads in this matrix.

@@ -1,4 +1,4 @@
-"""Which pruned weights come back."""
+"""Which pruned weights are restored."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OF_HEADS = (*SELECTING, "hsr-a")
 
 
 class RealignSettings(Settings):
-    """Which pruned weights come back."""
+    """Which pruned weights are restored."""
 
     method: RestorationMethod = Field(
         "hsr",
@@ -108,7 +108,7 @@ class RealignSettings(Settings):
 
     @property
     def random(self) -> bool:
-        """Whether `head_seed` decides what comes back."""
+        """Whether `head_seed` decides what is restored."""
         if self.method == "fine-tune":
             return self.positions == RANDOM
         return self.method == "random" or (self.method in OF_HEADS and self.heads == "random")
@@ -189,12 +189,12 @@ class RealignSettings(Settings):
 
     @property
     def in_heads(self) -> bool:
-        """Whether weights come back in chosen heads alone."""
+        """Whether weights are restored in chosen heads alone."""
         return self.method in OF_HEADS
 
     @property
     def by_heads(self) -> bool:
-        """Whether scored heads decide where weights come back."""
+        """Whether scored heads decide where weights are restored."""
         return self.in_heads and self.heads == "top"
 
     @property
@@ -213,7 +213,7 @@ class RealignSettings(Settings):
         return self.imitates or (self.needs_statistics and self.score == "snip")
 
     def how_many(self, pruned: int) -> int:
-        """How many of `pruned` weights come back at most."""
+        """How many of `pruned` weights are restored at most."""
         if self.count is not None:
             return min(self.count, pruned)
         return int((self.budget or 0) * pruned / 10_000)

@@ -1,4 +1,4 @@
-"""How many weights come back, chosen on validation prompts, and which settings are tuned."""
+"""How many weights are restored, chosen on validation prompts, and which settings are tuned."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regraft.settings.data import Validation
 
 
 class SearchSettings(Settings):
-    """How many weights of a ranking come back, chosen on validation prompts."""
+    """How many weights of a ranking are restored, chosen on validation prompts."""
 
     validation: Validation = Field(
         None,

@@ -250,7 +250,7 @@ def _nothing_kept(prompts: Reading, *, harmful: bool) -> RegraftError:
     found = (
         f"the dense model refuses none of the {count} harmful prompts"
         if harmful
-        else f"the dense model refuses all of the {count} harmless prompts or says nothing"
+        else f"the dense model refuses all of the {count} harmless prompts or answers degenerately"
     )
     return RegraftError(
         f"{prompts.source}: {found} (judge {DEFAULT_JUDGE.name}), so none of its own responses "

@@ -287,7 +287,7 @@ def _in_full(evaluation: Evaluation) -> bool:
 
 
 def _answers(evaluation: Evaluation) -> tuple[Answer, ...]:
-    """The answers; evaluations of before knew fewer ways to say nothing."""
+    """The answers; evaluations of before knew fewer kinds of degenerate answers."""
     found = evaluation.result.answers
     if not _in_full(evaluation):
         return found

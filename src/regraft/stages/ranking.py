@@ -1,4 +1,4 @@
-"""Put the weights that could come back in order, best first, by any method with a budget."""
+"""Put the weights that could be restored in order, best first, by any method with a budget."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def rank(
     watch: Watch | None = None,
     responses: Path | None = None,
 ) -> Ranking:
-    """Rank the weights that could come back; writes the file `out`.
+    """Rank the weights that could be restored; writes the file `out`.
 
     Args:
         dense: The dense checkpoint.

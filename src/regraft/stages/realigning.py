@@ -1,4 +1,4 @@
-"""Select the weights that come back."""
+"""Select the weights that are restored."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def realign(
     ranking_file: Path | None = None,
     count: int | None = None,
 ) -> Patch:
-    """Select the weights that come back; writes the patch `out`.
+    """Select the weights that are restored; writes the patch `out`.
 
     Args:
         dense: The dense checkpoint.
@@ -264,7 +264,7 @@ def _require_made_from(dense: Source, path: Path, about: Mapping[str, Any]) -> N
 
 
 def chosen_heads(dense: Source, settings: RealignSettings, scores: HeadScores | None) -> list[Head]:
-    """The heads in which weights come back; none where the method does not go by heads.
+    """The heads in which weights are restored; none where the method does not go by heads.
 
     Raises:
         RegraftError: more heads are asked for than there are, or than were scored exactly.

@@ -66,7 +66,7 @@ def restore(
         heads_file: From `heads`, where that has been done.
         statistics_file: From `statistics`, likewise.
         scoring: Of heads, where they are scored here.
-        choice: Search how much of the ranking comes back; the curve lies at `curve_beside`.
+        choice: Search how much of the ranking is restored; the curve lies at `curve_beside`.
         evaluation: How validation prompts are answered and judged.
 
     Raises:

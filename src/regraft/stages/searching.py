@@ -1,4 +1,4 @@
-"""How many weights of a ranking come back: the trade-off curve on validation prompts."""
+"""How many weights of a ranking are restored: the trade-off curve on validation prompts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def search(
             searches on the same prompts share them.
         points_folder: Folder for the points, where other searches along the same ranking and on
             the same prompts share them; one beside `out` by default.
-        tell: Say where a target is missed or nothing comes back, and why.
+        tell: Say where a target is missed or nothing is restored, and why.
 
     Returns:
         How many weights to restore: 0 where no point with weights back is better within the bounds.
@@ -126,7 +126,7 @@ def remarks(found: Searched) -> Iterator[str]:
         )
     if found.taken is None:
         why = why_nothing(found.points, found.bounds)
-        yield f"nothing comes back. {why}"
+        yield f"nothing is restored. {why}"
     elif found.bounds.asr is not None and not found.bounds.meets(found.taken):
         yield (
             f"the target, ASR {100 * found.bounds.asr:.1f} %, is not met within the bounds. The "
@@ -152,7 +152,7 @@ def why_nothing(points: Sequence[Point], bounds: Bounds) -> str:
         return "No number of weights tried lowers ASR."
     point = nearest(safer, bounds)
     beyond = {name: by for name, by in bounds.excess(point).items() if by}
-    called = {"degenerate": "the share of answers that say nothing"}
+    called = {"degenerate": "the share of degenerate answers"}
     told = " and ".join(
         f"{called.get(name, name.replace('_', '-'))} {100 * by:.2g} points beyond its bound"
         for name, by in beyond.items()

@@ -77,7 +77,7 @@ class TuneFolder:
         return self.path / "heads" / f"r_max-{r_max}.safetensors"
 
     def ranking(self, name: str) -> Path:
-        """Weights in the order in which they come back; trials may share it."""
+        """Weights in the order in which they are restored; trials may share it."""
         return self.path / "rankings" / f"{name}.safetensors"
 
     def trial(self, number: int) -> Path:

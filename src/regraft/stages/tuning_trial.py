@@ -94,7 +94,7 @@ class Worker:
         before: Point,
         clock: _Clock,
     ) -> list[Point]:
-        """With weights back; the pruned model, `before`, where none can come back."""
+        """With weights back; the pruned model, `before`, where none can be restored."""
         job, own = self.job, self.job.place.trial(number)
         if not method.ranked:
             patch = own / "patch.safetensors"
