@@ -334,8 +334,8 @@ def test_whole_sources_are_held_out_and_named(monkeypatch):
     assert {one.category for one in held} == {"harmbench", "strongreject"}
     gaining._split("utility", of(["alpaca"] * 8), Told(), 0)
     assert notes == [
-        "safety: 12 prompts for gradients, 4 held out (4 of harmbench, strongreject)",
-        "utility: 6 prompts for gradients, 2 held out (2 drawn)",
+        "harmful prompts: 12 for gradients, 4 held out (4 of harmbench, strongreject)",
+        "harmless prompts: 6 for gradients, 2 held out (2 drawn)",
     ]
 
 

@@ -46,7 +46,7 @@ ALGORITHM = 11  # rankings of another one are not taken for this one's
 HELD_OUT = 0.25  # of the prompts of each kind
 MOST_STEPS = 5  # with which a path takes at most about ten passes over its prompts
 LEAST_FALL = 0.01  # of the held-out loss, relative: with a smaller one a step is the last
-KINDS = ("safety", "utility")
+CALLED = {"safety": "harmful", "utility": "harmless"}
 
 
 @dataclass(frozen=True)
@@ -180,14 +180,14 @@ def _prepare(
 ) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
     """The pruned model and both kinds of prompts, before its layers."""
     dense, pruned, work, compute, watch = job.dense, job.pruned, job.work, job.compute, job.watch
-    parts = {kind: _split(kind, readings[kind], watch, job.seed) for kind in KINDS}
-    teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in KINDS}
+    parts = {kind: _split(kind, readings[kind], watch, job.seed) for kind in CALLED}
+    teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in CALLED}
     asks = not ranks.decided(lambda: all(path.exists() for path in teachers.values()))
     model, processor = load_for_walk(
         dense if asks else pruned, compute, watch, processor_from=dense
     )
     require_gradients(model.dtype)
-    walks: dict[str, list[Walk]] = {kind: [] for kind in KINDS}
+    walks: dict[str, list[Walk]] = {kind: [] for kind in CALLED}
     total = sum(len(examples) for part in parts.values() for examples in part)
     with watch.task("Reading the prompts", total) as done:
         for kind, part in parts.items():
@@ -241,6 +241,7 @@ def _split(
     parts = [f"{whole} of {', '.join(sorted(apart))}"] if whole else []
     parts += [f"{len(held) - whole} drawn"] if whole < len(held) else []
     watch.note(
-        f"{kind}: {len(fit)} prompts for gradients, {len(held)} held out ({', '.join(parts)})"
+        f"{CALLED[kind]} prompts: {len(fit)} for gradients, {len(held)} held out "
+        f"({', '.join(parts)})"
     )
     return fit, held
