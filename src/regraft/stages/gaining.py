@@ -121,8 +121,8 @@ def restore_by_gain(job: GainJob, readings: Mapping[str, Reading], most: int) ->
 def _finite(losses: Losses, compute: ComputeSettings) -> Losses:
     if not math.isfinite(losses.sum):
         raise RegraftError(
-            f"The pruned model's loss on held-out prompts is {losses.sum}: activations overflow in "
-            f"{compute.dtype}, or a weight is not finite. Take --dtype float32, or prune again."
+            f"The pruned model's loss on held-out prompts is {losses.sum}: activations overflow "
+            f"with --dtype {compute.dtype}, or a weight is not finite. Take float32 or prune again."
         )
     return losses
 
