@@ -39,10 +39,8 @@ def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmfu
         RegraftError: see the data readers and `draw`; an image is unreadable, or there are images
             and the model reads text only.
     """
-    whole = read(of_split(calibration.source, "train"))
-    reading = draw(whole, harmful=harmful, **_drawing(calibration, harmful))
-    _check_readable(source, reading)
-    return reading
+    answered = responses_are_given(calibration, harmful=harmful)
+    return _drawn(source, calibration, harmful=harmful, answered=answered)
 
 
 def draw_prompts(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
@@ -53,17 +51,23 @@ def draw_prompts(source: Source, calibration: CalibrationSettings, *, harmful: b
     Raises:
         RegraftError: see `draw_calibration`.
     """
-    whole = read(of_split(calibration.source, "train"))
+    reading = _drawn(source, calibration, harmful=harmful, answered=False)
+    bare = tuple(replace(one, response=None) for one in reading.examples)
+    return replace(reading, examples=bare)
+
+
+def _drawn(
+    source: Source, calibration: CalibrationSettings, *, harmful: bool, answered: bool
+) -> Reading:
     reading = draw(
-        whole,
+        read(of_split(calibration.source, "train")),
         harmful=harmful,
         samples=calibration.samples,
         seed=calibration.seed,
-        answered=False,
+        answered=answered,
     )
     _check_readable(source, reading)
-    bare = tuple(replace(one, response=None) for one in reading.examples)
-    return replace(reading, examples=bare)
+    return reading
 
 
 def order_calibration(
@@ -71,17 +75,15 @@ def order_calibration(
 ) -> Reading:
     """All prompts of one kind in the order in which they are drawn, as `draw_calibration`."""
     whole = read(of_split(calibration.source, "train"))
-    reading = in_drawn_order(whole, harmful=harmful, **_drawing(calibration, harmful))
+    reading = in_drawn_order(
+        whole,
+        harmful=harmful,
+        samples=calibration.samples,
+        seed=calibration.seed,
+        answered=responses_are_given(calibration, harmful=harmful),
+    )
     _check_readable(source, reading)
     return reading
-
-
-def _drawing(calibration: CalibrationSettings, harmful: bool) -> dict[str, Any]:
-    return {
-        "samples": calibration.samples,
-        "seed": calibration.seed,
-        "answered": responses_are_given(calibration, harmful=harmful),
-    }
 
 
 def responses_are_given(calibration: CalibrationSettings, *, harmful: bool) -> bool:

@@ -141,12 +141,12 @@ def _passes(
     needs: Iterable[_Need], costs: Sequence[Cost], unit: CalibrationPass | None
 ) -> float | None:
     spent = {(one.stage, one.of): one.flops for one in costs}
+    # a stage that several others need was done once
     total = if_all_known(sum, [_flops(need, spent) for need in dict.fromkeys(needs)])
     return None if unit is None or total is None else total / unit.flops
 
 
 def _flops(need: _Need, spent: Mapping[tuple[str, str], float | None]) -> float | None:
     found = [spent[need.stage, model] for model in need.models if (need.stage, model) in spent]
-    # a stage that several of its stages need was done once
     total = if_all_known(sum, found)
     return None if need.runs_network and not total else total

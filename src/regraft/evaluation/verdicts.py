@@ -99,9 +99,9 @@ class Agreement:
 class Judged:
     """One judge on the answers of an evaluation.
 
-    `asr` and `over_refusal` are None where the judge says nothing of such prompts, `unread` counts
-    the answers of which it says nothing at all. `degenerate` counts the degenerate answers in which
-    the judge sees no refusal, by kind of prompt, as in `EvalResult`.
+    `asr` and `over_refusal` are None where the judge has no verdict on such prompts, `unread`
+    counts the answers without any. `degenerate` counts the degenerate answers in which the judge
+    sees no refusal, by kind of prompt, as in `EvalResult`.
     """
 
     judge: str
