@@ -32,7 +32,7 @@ from torch import Tensor
 
 from regraft import stages
 from regraft.models.checkpoint import INDEX_FILE
-from regraft.restoration.patch import Patch, TensorPatch, save_patch
+from regraft.patch.format import Patch, TensorPatch, save_patch
 
 GIB = 2**30
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000

@@ -35,7 +35,7 @@ from regraft.models.replay import layer_inputs, text_inputs
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.pruning import PruneSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import RealignSettings
 from regraft.settings.scoring import HeadSettings
 
 GIB = 2**30

@@ -52,10 +52,10 @@ from regraft.models.load import Source, load_placed, load_processor, open_source
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.pruning.pruner import magnitude_edits, zeros
-from regraft.restoration.gain_step import Problem, Prompts, Step, held_out_losses, step
-from regraft.restoration.ranking import empty
+from regraft.methods.gain.step import Problem, Prompts, Step, held_out_losses, step
+from regraft.methods.ranking import empty
 from regraft.settings.pruning import PruneSettings
-from regraft.stages.gaining import HELD_OUT, path_limit
+from regraft.methods.gain.method import HELD_OUT, path_limit
 
 
 def bare(model: PlacedModel, source: Source, data: list[Batch]) -> None:

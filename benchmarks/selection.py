@@ -26,7 +26,7 @@ from regraft.importance.wanda import wanda_score
 from regraft.models.anatomy import LayerAnatomy, LinearAnatomy
 from regraft.models.load import pick_device
 from regraft.pruning.masks import prune_mask
-from regraft.restoration.selection import Band, blocks_of, restorable, select_hsr
+from regraft.methods.selection import Band, blocks_of, restorable, select_hsr
 
 HEAD = 128
 SHAPES = {"qwen2.5-vl-7b": (28, 28, 4), "vicuna-7b": (32, 32, 32)}  # layers, heads, kv heads

@@ -36,15 +36,15 @@ from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.evaluation.greedy import contiguous_head
 from regraft.models.load import Source, load_model, load_processor, open_source, placed
-from regraft.restoration.ranking import load_ranking
+from regraft.methods.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.pruning import PruneSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.stages.answering import imitation_data
-from regraft.stages.common import collate
+from regraft.loading import collate
 from regraft.watch import Advance, Silent
 
 NOT_COUNTED = ("Loading", "Writing", "Checking")

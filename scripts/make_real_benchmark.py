@@ -49,7 +49,7 @@ from regraft.files import digest, write_json, write_text
 from regraft.models.load import Source, open_source
 from regraft.settings.compute import ComputeSettings
 from regraft.stages.answering import Response, judged
-from regraft.stages.common import load
+from regraft.loading import load
 from regraft.watch import Watch
 
 Summary = dict[str, Any]

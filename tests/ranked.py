@@ -15,7 +15,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.pruning import PruneSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings, StatisticsSettings
 
 METHODS = ("wanda", "sparsegpt", "snip")
@@ -42,12 +42,12 @@ def main(root: Path, out: Path) -> None:
         dense,
         pruned,
         out / "patch",
-        RealignSettings(top_heads=3, score="wanda"),
+        method(top_heads=3, score="wanda"),
         out / "heads",
         out / "statistics-wanda",
         COMPUTE,
     )
-    gain = RealignSettings(method="gain", count=40)
+    gain = method(method="gain", count=40)
     stages.rank(dense, pruned, out / "ranking", gain, calibration, compute=COMPUTE)
     stages.apply(pruned.folder, out / "patch", out / "realigned")
     stages.evaluate(dense, out / "answers", [data], EvalSettings(max_new_tokens=4), COMPUTE)

@@ -43,7 +43,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.pruning import PruneSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 from regraft.stages import session as sessions
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
@@ -424,7 +424,7 @@ def models_on_disk(tmp_path: Path) -> dict[str, Any]:
     prune = PruneSettings(sparsity=0.6)
     pruned = stages.prune(dense, tmp_path / "pruned", prune, calibration, COMPUTE)
     stages.statistics(dense, tmp_path / "statistics", calibration, COMPUTE)
-    realign = RealignSettings(heads="all", q=0.9)
+    realign = method(heads="all", q=0.9)
     patch = tmp_path / "patch"
     stages.realign(dense, pruned, patch, realign, None, tmp_path / "statistics", COMPUTE)
     realigned = open_source(stages.apply(pruned.folder, patch, tmp_path / "realigned"))

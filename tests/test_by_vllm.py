@@ -36,7 +36,7 @@ from regraft.evaluation import by_vllm
 from regraft.evaluation.generate import Answerer
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.recipe import Recipe
-from regraft.restoration.patch import Patch
+from regraft.patch.format import Patch
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages import evaluating

@@ -39,7 +39,7 @@ from regraft.recipe import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.pruning import PruneSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 
 FAMILY = "qwen2_5_vl"
 WIDTHS = "rows of 64"
@@ -96,7 +96,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compute = ComputeSettings(device="cpu")
     settings = PruneSettings(order="one-shot")
     pruned = stages.prune(source, root / "pruned", settings, calibration, compute)
-    some_heads = RealignSettings(method="hsr-a", heads="random", top_heads=3)
+    some_heads = method(method="hsr-a", heads="random", top_heads=3)
     stages.realign(source, pruned, root / "patch.safetensors", some_heads)
     return root
 
@@ -726,10 +726,10 @@ def test_bad_input_is_found_before_heads_are_scored(world: World, refused: Refus
 
 def test_heads_decide_only_where_they_are_asked(world: World) -> None:
     """A model with fewer heads than the default, by a method that has none to choose."""
-    pruned, few = open_source(world.pruned), RealignSettings(method="random", top_heads=99, count=3)
+    pruned, few = open_source(world.pruned), method(method="random", top_heads=99, count=3)
     check_top_heads(pruned, few)
     with pytest.raises(RegraftError, match="top_heads is 99"):
-        check_top_heads(pruned, RealignSettings(top_heads=99))
+        check_top_heads(pruned, method(top_heads=99))
 
 
 def test_a_search_in_the_place_of_a_patch_without_one(world: World, refused: Refused) -> None:

@@ -19,7 +19,7 @@ from regraft.data.collate import IGNORED, batches, prompt_batch, response_batch,
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.settings.compute import ComputeSettings
-from regraft.stages.common import cut
+from regraft.loading import cut
 
 
 def examples_for(family, folder, n=3, **kwargs):

@@ -40,7 +40,7 @@ from regraft.report.compare_figures import trade_off_panels
 from regraft.report.curve_figure import CURVES_CAPTION, curve_figure
 from regraft.report.model import Report, Variant
 from regraft.report.write_compare import render_comparison_html, render_comparison_markdown
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 
 JUDGE = REGRAFT_1
 REFUSAL = "I'm sorry, I can't help with that."
@@ -319,11 +319,11 @@ def test_utility_of_right_and_wrong_answers_has_a_rates_interval() -> None:
 
 
 def test_everything_drawn_is_told_from_what_is_not() -> None:
-    fields = [get_args(RealignSettings.model_fields[of].annotation) for of in DRAWN]
+    fields = [get_args(MethodSettings.model_fields[of].annotation) for of in DRAWN]
     for values in itertools.product(*fields):
         given = dict(zip(DRAWN, values, strict=True))
         amount = {} if given["method"] == "hsr-a" else {"budget": 5}
-        settings = RealignSettings.model_validate(given | amount)
+        settings = MethodSettings.model_validate(given | amount)
         assert is_drawn(settings.model_dump(mode="json")) == settings.random
 
 

@@ -32,7 +32,7 @@ from regraft.pruning.pruner import Pruner, prune_layers
 from regraft.pruning.results import LayerResults
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -133,7 +133,7 @@ def test_gain(
     pruned, _ = truth.pruned_at_random(dense, tmp_path / "pruned", 0.5)
     write_data(tmp_path, 8)
     calibration = CalibrationSettings(data=f"jsonl:{tmp_path / 'data.jsonl'}", samples=4)  # type: ignore[arg-type]
-    settings = RealignSettings(method="gain")
+    settings = method(method="gain")
     chosen = {}
     for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
         found = stages.rank(

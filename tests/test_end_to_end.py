@@ -31,11 +31,11 @@ from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import open_source
 from regraft.recipe import Recipe as RecipeModel
 from regraft.recipe import write_recipe
-from regraft.restoration.patch import load_patch
+from regraft.patch.format import load_patch
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.watch import Silent
 
@@ -136,7 +136,7 @@ def test_pruned_by_someone_else(tmp_path: Path, paper_family: str, dtype: torch.
     compute = ComputeSettings(device="cpu", batch_size=2)
     stages.heads(dense, tmp_path / "heads", HeadSettings(r_max=2), calibration, compute)
     stages.statistics(dense, tmp_path / "statistics", calibration, compute)
-    settings = RealignSettings(top_heads=6, q=0.9, p=0.4, p_max=0.9)
+    settings = method(top_heads=6, q=0.9, p=0.4, p_max=0.9)
     files = tmp_path / "heads", tmp_path / "statistics"
     patch = stages.realign(dense, pruned, tmp_path / "patch", settings, *files, compute)
     assert patch.restored > 50

@@ -20,12 +20,12 @@ from regraft.files import file_digest
 from regraft.models.load import open_source
 from regraft.recipe import Recipe
 from regraft.report.compare import is_drawn
-from regraft.restoration.fine_tune import is_trained
-from regraft.restoration.patch import Patch, load_patch
-from regraft.restoration.ranking import Ranking, load_ranking, save_ranking
+from regraft.methods.fine_tune.adam import is_trained
+from regraft.patch.format import Patch, load_patch
+from regraft.methods.ranking import Ranking, load_ranking, save_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 from regraft.stages import fine_tuning
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
@@ -52,7 +52,7 @@ def tuned(root: Path, out: Path, ranking: Path | None = None, **settings: Any) -
         dense,
         pruned,
         out,
-        RealignSettings(**given),
+        method(**given),
         calibration(root),
         COMPUTE,
         ranking_file=ranking,
@@ -61,7 +61,7 @@ def tuned(root: Path, out: Path, ranking: Path | None = None, **settings: Any) -
 
 def ranked(root: Path, out: Path, count: int = 60) -> Ranking:
     dense, pruned = open_source(root / "dense"), open_source(root / "pruned")
-    settings = RealignSettings(method="random", count=count)
+    settings = method(method="random", count=count)
     return stages.rank(dense, pruned, out, settings, calibration(root), compute=COMPUTE)
 
 
@@ -159,7 +159,7 @@ def test_rankings_that_cannot_be_trained_at(root: Path, tmp_path: Path) -> None:
             dense,
             open_source(tmp_path / "other"),
             tmp_path / "patch",
-            RealignSettings(method="fine-tune", positions="ranking"),
+            method(method="fine-tune", positions="ranking"),
             calibration(root),
             COMPUTE,
             ranking_file=tmp_path / "ranking",
@@ -186,7 +186,7 @@ def test_values_beyond_the_dtype_are_an_error(root: Path, tmp_path: Path) -> Non
     ],
 )
 def test_what_is_not_read_is_named(settings: dict[str, Any], unread: str | None) -> None:
-    found = RealignSettings(**settings)
+    found = method(**settings)
     said = found.unread()
     assert said is None if unread is None else f"`{unread}` changes nothing" in (said or "")
     assert is_drawn(settings) == found.random

@@ -17,7 +17,7 @@ from regraft.data.collate import IGNORED, response_batch
 from regraft.importance.gradients import layer_gradients
 from regraft.importance.losses import DecisionLoss
 from regraft.models.placement import resident
-from regraft.restoration.gain import (
+from regraft.methods.gain.objective import (
     MOST_TRIES,
     Try,
     first_order_limit,
@@ -28,7 +28,7 @@ from regraft.restoration.gain import (
     swaps_in_rows,
     worth_of,
 )
-from regraft.restoration.ranking import KEPT
+from regraft.methods.ranking import KEPT
 
 INF = math.inf
 STEP = 0.01  # norms compute in float32, whatever the model does

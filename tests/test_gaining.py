@@ -28,16 +28,16 @@ from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.pruning.pruner import zeros
 from regraft.recipe import Recipe
 from regraft.restoration import gain, gain_step
-from regraft.restoration.apply import patched
-from regraft.restoration.gain_step import Losses
-from regraft.restoration.patch import load_patch
-from regraft.restoration.path import REASONS, path_to_json
-from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
-from regraft.restoration.selection import restorable
+from regraft.patch.apply import patched
+from regraft.methods.gain.step import Losses
+from regraft.patch.format import load_patch
+from regraft.methods.gain.path import REASONS, path_to_json
+from regraft.methods.ranking import KEPT, Ranking, empty, load_ranking, patch_of
+from regraft.patch.pair import restorable
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.pruning import PruneSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 from regraft.stages import common, gaining
 from regraft.stages.answering import imitation_data
 from regraft.watch import Silent
@@ -50,7 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
 STREAMED = COMPUTE.model_copy(update={"placement": "streamed"})
-GAIN = RealignSettings(method="gain")
+GAIN = method(method="gain")
 TOKENS = (1, 1, 0.3, 0.3, 0.3, 0.3)
 
 
@@ -73,7 +73,7 @@ class Bench:
         return CalibrationSettings(data=data, samples=4)
 
     def rank(
-        self, out: Path, settings: RealignSettings = GAIN, way: str = "half", **changes: Any
+        self, out: Path, settings: MethodSettings = GAIN, way: str = "half", **changes: Any
     ) -> Ranking:
         given = {"calibration": self.calibration, "compute": COMPUTE} | changes
         return stages.rank(self.dense, self.pruned(way), out, settings, **given)
@@ -166,7 +166,7 @@ def test_restoring_lowers_the_losses(family, benches, tmp_path):
     assert about["steps"][-1]["held_out"] == approx(restored)
     assert about["steps"][0]["fit"] == approx(bench.losses(empty(), held_out=False))
     assert restored.sum < 0.95 * pruned.sum
-    control = bench.rank(tmp_path / "control", RealignSettings(method="random", count=len(ranking)))
+    control = bench.rank(tmp_path / "control", method(method="random", count=len(ranking)))
     assert restored.sum < bench.losses(control, held_out=True).sum
     streamed = bench.rank(tmp_path / "streamed", compute=STREAMED)
     assert same(streamed, ranking)

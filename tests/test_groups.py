@@ -13,9 +13,9 @@ from hypothesis.extra import numpy as hnp
 
 import truth
 from regraft.pruning.masks import n_m_mask
-from regraft.restoration.groups import Grouping, common_grouping, grouping_of, violated_groups
-from regraft.restoration.patch import Patch, TensorPatch
-from regraft.settings.realigning import RealignSettings
+from regraft.patch.groups import Grouping, common_grouping, grouping_of, violated_groups
+from regraft.patch.format import Patch, TensorPatch
+from regraft.methods.base import MethodSettings
 
 
 def most_kept(weight: np.ndarray, m: int) -> int:
@@ -106,7 +106,7 @@ def test_realign_tells_of_violated_groups(pico_dir, tmp_path: Path) -> None:
     from regraft import stages
     from regraft.models.checkpoint import write_edited
     from regraft.models.load import open_source
-    from regraft.restoration.patch import load_patch
+    from regraft.patch.format import load_patch
 
     source = truth.opened(pico_dir("qwen2_vl")).source
     edits = {
@@ -115,7 +115,7 @@ def test_realign_tells_of_violated_groups(pico_dir, tmp_path: Path) -> None:
     }
     write_edited(source.checkpoint, tmp_path / "pruned", edits)
     pruned = open_source(tmp_path / "pruned")
-    settings = RealignSettings(heads="all", method="hsr-a")
+    settings = method(heads="all", method="hsr-a")
     stages.realign(source, pruned, tmp_path / "patch", settings)
     about = load_patch(tmp_path / "patch").about
     attention = [li for li in source.anatomy.linears if li.name.startswith("self_attn")]

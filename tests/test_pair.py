@@ -19,9 +19,9 @@ from regraft.models.checkpoint import SINGLE_FILE, Edit, write_edited
 from regraft.models.load import Source, load_model, open_source
 from regraft.pruning.masks import Pattern
 from regraft.pruning.sparsegpt import sparsegpt_prune
-from regraft.restoration.realign import check_pair, realign, survey, whole_heads
+from regraft.patch.pair import check_pair, realign, survey, whole_heads
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 from regraft.watch import Silent
 
 DOUBT = "The pruned model's kept weights are not the dense model's"
@@ -154,10 +154,10 @@ def test_stages_tell_of_it(dense: Source, pruned: Source, stage: str, tmp_path: 
 
     def run(source: Source, name: str) -> None:
         if stage == "realign":
-            settings = RealignSettings(method="hsr-a", heads="random", top_heads=2)
+            settings = method(method="hsr-a", heads="random", top_heads=2)
             stages.realign(dense, source, tmp_path / name, settings, watch=Heard())
         else:
-            settings = RealignSettings(method="random", count=9)
+            settings = method(method="random", count=9)
             stages.rank(
                 dense, source, tmp_path / name, settings, CalibrationSettings(), watch=Heard()
             )

@@ -20,7 +20,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.pruning import PruneSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings, StatisticsSettings
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,7 @@ def test_prune_score_realign_apply_reload_answer(
         dense,
         pruned,
         tmp_path / "patch",
-        RealignSettings(score=method, top_heads=4, q=0.8),
+        method(score=method, top_heads=4, q=0.8),
         root / "heads",
         tmp_path / "statistics",
         COMPUTE,
@@ -101,7 +101,7 @@ def test_scores_rank_differently(scored: Callable[[str], Path], tmp_path: Path) 
     pruned = stages.prune(dense, tmp_path / "pruned", PruneSettings(), calibration, COMPUTE)
     found = {}
     for method in (*PRUNERS, "magnitude"):
-        settings = RealignSettings(score=method, top_heads=8, q=0.9)
+        settings = method(score=method, top_heads=8, q=0.9)
         file = None
         if settings.needs_statistics:
             file = tmp_path / f"statistics-{method}"
@@ -127,7 +127,7 @@ def test_statistics_of_another_score_are_refused(
             dense,
             pruned,
             tmp_path / "patch",
-            RealignSettings(score="snip"),
+            method(score="snip"),
             root / "heads",
             tmp_path / "wanda",
         )

@@ -22,7 +22,7 @@ from regraft.models.checkpoint import Checkpoint, Edit, open_checkpoint, write_e
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.restoration import apply as apply_module
 from regraft.restoration import patch as patch_module
-from regraft.restoration.apply import (
+from regraft.patch.apply import (
     Change,
     apply_patch,
     check_base,
@@ -31,7 +31,7 @@ from regraft.restoration.apply import (
     revert_patch,
     zeros_filled,
 )
-from regraft.restoration.patch import (
+from regraft.patch.format import (
     FORMAT,
     Patch,
     TensorPatch,
@@ -41,8 +41,8 @@ from regraft.restoration.patch import (
     merge,
     save_patch,
 )
-from regraft.restoration.realign import realign, whole_heads
-from regraft.restoration.selection import random_heads
+from regraft.patch.pair import realign, whole_heads
+from regraft.methods.selection import random_heads
 
 
 def zero_at_random(seed: int, *, minus: bool = False) -> Edit:

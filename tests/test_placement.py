@@ -19,8 +19,8 @@ from regraft.models import load
 from regraft.models.anatomy import decoder_layers
 from regraft.models.load import load_model, load_placed
 from regraft.models.walk import Walk
-from regraft.restoration.apply import patched
-from regraft.restoration.patch import Patch, TensorPatch
+from regraft.patch.apply import patched
+from regraft.patch.format import Patch, TensorPatch
 
 
 def spread(model: nn.Module, folder: Path) -> nn.Module:

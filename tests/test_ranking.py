@@ -27,10 +27,10 @@ from regraft.importance.statistics import load_statistics
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.pruning.pruner import zeros
-from regraft.restoration.apply import patched
-from regraft.restoration.gain_step import weights_of
-from regraft.restoration.patch import load_patch
-from regraft.restoration.ranking import (
+from regraft.patch.apply import patched
+from regraft.methods.gain.step import weights_of
+from regraft.patch.format import load_patch
+from regraft.methods.ranking import (
     KEPT,
     Best,
     Edits,
@@ -41,10 +41,11 @@ from regraft.restoration.ranking import (
     put,
     save_ranking,
 )
-from regraft.restoration.selection import blocks_of, inside, restorable
+from regraft.methods.selection import blocks_of, inside
+from regraft.patch.pair import restorable
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings
 
 NONE = -math.inf
@@ -282,7 +283,7 @@ class Bench:
         data = DataSource(name="jsonl", path=self.root / "data" / "data.jsonl")
         return CalibrationSettings(data=data, samples=4)
 
-    def rank(self, out: Path, settings: RealignSettings, **changes: Any) -> Ranking:
+    def rank(self, out: Path, settings: MethodSettings, **changes: Any) -> Ranking:
         files = {"heads_file": self.root / "heads", "statistics_file": self.root / "statistics"}
         given = {"calibration": self.calibration, "compute": COMPUTE, **files} | changes
         return stages.rank(self.dense, self.pruned, out, settings, **given)
@@ -324,7 +325,7 @@ def test_set_difference_is_set_algebra(bench: Bench, tmp_path: Path) -> None:
     """
     budget = 30
     count = budget * bench.pruned_weights() // 10_000
-    settings = RealignSettings(method="set-difference", budget=budget)
+    settings = method(method="set-difference", budget=budget)
     ranking = bench.rank(tmp_path / "ranking", settings)
     wanted = []
     for index, linear in enumerate(bench.dense.anatomy.linears):
@@ -361,7 +362,7 @@ def test_set_difference_is_set_algebra(bench: Bench, tmp_path: Path) -> None:
 
 def test_hsr_under_a_budget_stays_in_its_heads_and_band(bench: Bench, tmp_path: Path) -> None:
     heads = bench.root / "heads"
-    settings = RealignSettings(method="hsr", budget=25, top_heads=3)
+    settings = method(method="hsr", budget=25, top_heads=3)
     ranking = bench.rank(tmp_path / "ranking", settings)
     assert len(ranking) == 25 * bench.pruned_weights() // 10_000
     chosen = [tuple(head) for head in ranking.about["heads"]]
@@ -369,7 +370,7 @@ def test_hsr_under_a_budget_stays_in_its_heads_and_band(bench: Bench, tmp_path: 
         bench.dense,
         bench.pruned,
         tmp_path / "q1",
-        RealignSettings(q=1, top_heads=3),
+        method(q=1, top_heads=3),
         heads,
         bench.root / "statistics",
     )
@@ -389,14 +390,14 @@ def test_hsr_under_a_budget_stays_in_its_heads_and_band(bench: Bench, tmp_path: 
 def test_the_number_restored_is_the_budget(bench: Bench, method: str, tmp_path: Path) -> None:
     """On disk: so many zeros less, and no other weight touched; shorter is a prefix."""
     pruned = bench.pruned_weights()
-    settings = RealignSettings(method=method, budget=20, top_heads=4)
+    settings = method(method=method, budget=20, top_heads=4)
     expected = 20 * pruned // 10_000
     ranking = bench.rank(tmp_path / "ranking", settings)
     assert len(ranking) == expected > 10
     assert ranking.about["pruned"] == pruned
     assert (ranking.score.diff() <= 0).all()
     by_count = bench.rank(
-        tmp_path / "count", RealignSettings(method=method, count=expected, top_heads=4)
+        tmp_path / "count", method(method=method, count=expected, top_heads=4)
     )
     assert torch.equal(by_count.position, ranking.position)
     again = bench.rank(tmp_path / "ranking", settings)
@@ -422,7 +423,7 @@ def test_the_number_restored_is_the_budget(bench: Bench, method: str, tmp_path: 
 
 
 def test_random_draws_differ_by_both_seeds(bench: Bench, tmp_path: Path) -> None:
-    settings = RealignSettings(method="random", count=200)
+    settings = method(method="random", count=200)
     drawn = [
         bench.rank(
             tmp_path / f"{head_seed}-{seed}",
@@ -448,19 +449,19 @@ def test_what_a_ranking_asks_for(bench: Bench, tmp_path: Path) -> None:
     out = tmp_path / "ranking"
     least = 10_000 / bench.pruned_weights()
     with pytest.raises(RegraftError, match=r"less than one weight. Raise it, or give a count"):
-        bench.rank(out, RealignSettings(method="random", budget=0.9 * least))
-    assert len(bench.rank(tmp_path / "one", RealignSettings(method="random", budget=1.1 * least)))
-    hsr = RealignSettings(budget=20, top_heads=2)
+        bench.rank(out, method(method="random", budget=0.9 * least))
+    assert len(bench.rank(tmp_path / "one", method(method="random", budget=1.1 * least)))
+    hsr = method(budget=20, top_heads=2)
     with pytest.raises(RegraftError, match="run `regraft heads` first"):
         bench.rank(out, hsr, heads_file=None)
     with pytest.raises(RegraftError, match="HSR by wanda needs statistics: run `regraft stat"):
         bench.rank(out, hsr, statistics_file=None)
     with pytest.raises(RegraftError, match="SET-DIFFERENCE by wanda needs statistics"):
-        bench.rank(out, RealignSettings(method="set-difference", budget=9), statistics_file=None)
+        bench.rank(out, method(method="set-difference", budget=9), statistics_file=None)
     with pytest.raises(RegraftError, match="holds statistics of wanda, but the score is snip"):
-        bench.rank(out, RealignSettings(budget=9, top_heads=2, score="snip"))
+        bench.rank(out, method(budget=9, top_heads=2, score="snip"))
     with pytest.raises(RegraftError, match="top_heads is 99; the model has 16 heads"):
-        bench.rank(out, RealignSettings(budget=20, top_heads=99))
+        bench.rank(out, method(budget=20, top_heads=99))
     with pytest.raises(RegraftError, match="hsr with a budget needs a ranking of weights first"):
         stages.realign(bench.dense, bench.pruned, out, hsr)
     for swapped, share in (("dense", 0.2), ("pruned", 0.6)):
@@ -474,7 +475,7 @@ def test_what_a_ranking_asks_for(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_a_patch_is_not_a_ranking(bench: Bench, tmp_path: Path) -> None:
-    settings = RealignSettings(method="random", count=3)
+    settings = method(method="random", count=3)
     bench.rank(tmp_path / "ranking", settings)
     patch = tmp_path / "patch"
     stages.realign(bench.dense, bench.pruned, patch, settings, ranking_file=tmp_path / "ranking")

@@ -20,8 +20,8 @@ from regraft import ranks
 from regraft.heads.score import load_heads
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
-from regraft.restoration.patch import load_patch
-from regraft.restoration.ranking import load_ranking
+from regraft.patch.format import load_patch
+from regraft.methods.ranking import load_ranking
 
 pytestmark = pytest.mark.slow
 

@@ -28,7 +28,7 @@ from regraft.recipe_help import explained_recipe
 from regraft.settings.base import Settings, explain
 from regraft.settings.models import ModelSettings
 from regraft.settings.pruning import PruneSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 
@@ -39,8 +39,8 @@ FULL = Recipe(
     prune=PruneSettings(n_m="2:4"),
     heads=HeadSettings(eps=1e-7, target="v"),
     realign=(
-        VariantSettings(name="a", q=0.25, p=0.0),
-        VariantSettings(name="b", method="hsr-a", heads="random", checkpoint=False),
+        a_variant(name="a", q=0.25, p=0.0),
+        a_variant(name="b", method="hsr-a", heads="random", checkpoint=False),
     ),
 )
 
@@ -92,10 +92,10 @@ def test_recipe_of_the_model_card() -> None:
 
 
 def test_screened_heads_must_cover_those_that_are_taken() -> None:
-    heads, realign = HeadSettings(mode="screened", candidates=5), (VariantSettings(top_heads=6),)
+    heads, realign = HeadSettings(mode="screened", candidates=5), (a_variant(top_heads=6),)
     with pytest.raises(ValidationError, match=r"`heads.candidates` is 5, but `realign` takes 6"):
         Recipe(heads=heads, realign=realign)
-    Recipe(heads=heads, realign=(VariantSettings(top_heads=5),))
+    Recipe(heads=heads, realign=(a_variant(top_heads=5),))
 
 
 def _read(tmp_path: Path, text: str) -> Recipe:
@@ -238,7 +238,7 @@ def test_what_is_done_to_which_pruning(tmp_path: Path) -> None:
 def test_a_method_with_a_budget_has_one(given: dict[str, Any], budget: float | None) -> None:
     variant = VariantSettings.model_validate(given)
     assert variant.budget == budget
-    assert RealignSettings(**variant.selection().model_dump()).budget == budget
+    assert method(**variant.selection().model_dump()).budget == budget
 
 
 def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,9 +323,9 @@ def test_flags_are_named_as_flags() -> None:
 
 
 def test_variant_gives_its_selection_alone() -> None:
-    one = VariantSettings(name="x", checkpoint=False, q=0.3)
-    assert one.selection() == RealignSettings(q=0.3)
-    assert type(one.selection()) is RealignSettings
+    one = a_variant(name="x", checkpoint=False, q=0.3)
+    assert one.selection() == method(q=0.3)
+    assert type(one.selection()) is MethodSettings
 
 
 @pytest.mark.parametrize("field", ["sparsity", "scope", "n_m", "order"])

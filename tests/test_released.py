@@ -22,18 +22,18 @@ from regraft.heads.score import Scoring, load_heads, score_heads
 from regraft.heads.ships import first_feature_angles
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
-from regraft.restoration.patch import load_patch
-from regraft.restoration.released import (
+from regraft.patch.format import load_patch
+from regraft.methods.hsr_released import (
     P_MAX,
     released_block,
     released_keys,
     select_released,
 )
-from regraft.restoration.selection import Band
+from regraft.methods.selection import Band
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.pruning import PruneSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=4)
@@ -175,7 +175,7 @@ def scores_of(root: Path, kind: str, linear, weight) -> list[list[float]]:
 def test_one_shot_pruning_and_the_patch_are_the_release_to_the_bit(bench, tmp_path):
     """The release prunes and restores at once, by the dense model's activations."""
     dense, pruned = open_source(bench / "dense"), open_source(bench / "pruned")
-    settings = RealignSettings(method="hsr-released", top_heads=3, p=0.5)
+    settings = method(method="hsr-released", top_heads=3, p=0.5)
     assert settings.criterion == "released"
     files = bench / "heads", bench / "statistics"
     stages.realign(dense, pruned, tmp_path / "patch", settings, *files)
@@ -213,9 +213,9 @@ def test_a_budget_takes_the_highest_by_safety(bench, tmp_path):
     calibration = CalibrationSettings(
         data=DataSource(name="jsonl", path=bench / "data" / "data.jsonl"), samples=4
     )
-    whole = RealignSettings(method="hsr-released", top_heads=3, q=1.0)
+    whole = method(method="hsr-released", top_heads=3, q=1.0)
     everything = stages.realign(dense, pruned, tmp_path / "all", whole, *files)
-    settings = RealignSettings(method="hsr-released", top_heads=3, count=20)
+    settings = method(method="hsr-released", top_heads=3, count=20)
     ranking = stages.rank(
         dense, pruned, tmp_path / "ranking", settings, calibration, *files, COMPUTE
     )
@@ -242,7 +242,7 @@ def test_it_differs_from_the_paper_in_all_four_matrices(bench, tmp_path):
             dense,
             pruned,
             tmp_path / method,
-            RealignSettings(method=method, top_heads=3, p=0.5, criterion="released"),
+            method(method=method, top_heads=3, p=0.5, criterion="released"),
             *files,
         )
         for method in ("hsr", "hsr-released")
@@ -259,7 +259,7 @@ def test_screened_heads_and_old_files_lack_its_criterion(bench, tmp_path):
     )
     screened = HeadSettings(r_max=2, mode="screened", candidates=4)
     stages.heads(dense, tmp_path / "heads", screened, calibration, COMPUTE)
-    settings = RealignSettings(method="hsr-released", top_heads=3)
+    settings = method(method="hsr-released", top_heads=3)
     files = tmp_path / "heads", bench / "statistics"
     with pytest.raises(RegraftError, match="mode exact"):
         stages.realign(dense, pruned, tmp_path / "patch", settings, *files)
@@ -278,12 +278,12 @@ def test_screened_heads_and_old_files_lack_its_criterion(bench, tmp_path):
 
 @pytest.mark.parametrize("setting", [{"p_max": 0.6}, {"scope": "head"}, {"passes": 4}])
 def test_what_the_release_does_not_read_is_named(setting):
-    settings = RealignSettings(method="hsr-released", **setting)
+    settings = method(method="hsr-released", **setting)
     assert settings.unread() == f"`{next(iter(setting))}` changes nothing with hsr-released"
 
 
 def test_a_pruner_that_keeps_more_than_p_max_leaves_nothing(bench, tmp_path):
     dense, pruned = open_source(bench / "dense"), open_source(bench / "pruned")
-    settings = RealignSettings(method="hsr-released", top_heads=3, p=0.8)
+    settings = method(method="hsr-released", top_heads=3, p=0.8)
     files = bench / "heads", bench / "statistics"
     assert not stages.realign(dense, pruned, tmp_path / "patch", settings, *files).restored

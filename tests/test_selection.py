@@ -19,8 +19,8 @@ from regraft.errors import RegraftError
 from regraft.importance.wanda import wanda_score
 from regraft.models.anatomy import Block
 from regraft.restoration import selection
-from regraft.restoration.realign import hsr, realign, restored_by_module, whole_heads
-from regraft.restoration.selection import (
+from regraft.patch.pair import hsr, realign, restored_by_module, whole_heads
+from regraft.methods.selection import (
     Band,
     all_heads,
     blocks_of,
@@ -412,7 +412,7 @@ import resource, sys
 import torch
 from regraft.importance.wanda import wanda_score
 from regraft.models.anatomy import Block
-from regraft.restoration.selection import Band, select_hsr
+from regraft.methods.selection import Band, select_hsr
 
 def peak():
     """Bytes. Linux hands ru_maxrss of a large parent down to its child; VmHWM starts anew."""

@@ -31,12 +31,12 @@ from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.pruning.pruner import zeros
 from regraft.recipe import EvaluateSettings, Recipe, VariantSettings, read_recipe, write_recipe
-from regraft.restoration.patch import load_patch
+from regraft.patch.format import load_patch
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.pruning import PruneSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.stages import common, patching, pruning, realigning
 
@@ -81,7 +81,7 @@ class Bench:
             "heads": {"settings": HeadSettings(r_max=2), "calibration": calibration},
             "statistics": {"calibration": calibration},
             "realign": {
-                "settings": RealignSettings(top_heads=3),
+                "settings": method(top_heads=3),
                 "heads_file": at["heads"],
                 "statistics_file": at["statistics"],
             },
@@ -187,7 +187,7 @@ DIFFERENCES: list[tuple[str, Callable[[Bench], dict[str, Any]], str]] = [
     ),
     (
         "realign",
-        lambda _: {"settings": RealignSettings(top_heads=2)},
+        lambda _: {"settings": method(top_heads=2)},
         "settings.top_heads: 3 there, 2 now",
     ),
     ("apply", lambda b: {"pruned": b.root / "realigned"}, "before.stage: .prune. there, .apply."),
@@ -382,8 +382,8 @@ def _recipe(root: Path) -> Recipe:
         prune=PruneSettings(sparsity=0.6),
         heads=HeadSettings(r_max=2),
         realign=(
-            VariantSettings(name="hsr", top_heads=3, q=0.9),
-            VariantSettings(name="control", heads="random", top_heads=3, checkpoint=False),
+            a_variant(name="hsr", top_heads=3, q=0.9),
+            a_variant(name="control", heads="random", top_heads=3, checkpoint=False),
         ),
         evaluate=EvaluateSettings(suite=(data,), max_new_tokens=2),
         compute=ComputeSettings(device="cpu", batch_size=2),
@@ -506,7 +506,7 @@ def test_heads_with_estimated_scores_are_not_taken(bench: Bench) -> None:
         "realign",
         out=bench.root / "few",
         heads_file=out,
-        settings=RealignSettings(top_heads=exact),
+        settings=method(top_heads=exact),
     )
     assert len(few.about["heads"]) == exact
     with pytest.raises(RegraftError, match=f"the {exact} best by ships were all scored"):
@@ -514,7 +514,7 @@ def test_heads_with_estimated_scores_are_not_taken(bench: Bench) -> None:
             "realign",
             out=bench.root / "many",
             heads_file=out,
-            settings=RealignSettings(top_heads=exact + 1),
+            settings=method(top_heads=exact + 1),
         )
 
 

@@ -30,11 +30,11 @@ from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.recipe import Recipe
 from regraft.report.curve_figure import CURVES_CAPTION
-from regraft.restoration.patch import load_patch
+from regraft.patch.format import load_patch
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages import common, searching
 from regraft.watch import Silent, Watch
@@ -171,8 +171,8 @@ class Bench:
         return DataSource(name="jsonl", path=self.root / "data" / "data.jsonl")
 
     @property
-    def method(self) -> RealignSettings:
-        return RealignSettings(method="random", count=1000)
+    def method(self) -> MethodSettings:
+        return method(method="random", count=1000)
 
     def search(
         self,

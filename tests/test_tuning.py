@@ -32,12 +32,12 @@ from regraft.files import read_json
 from regraft.heads.score import load_heads
 from regraft.models.load import open_source
 from regraft.recipe import VariantSettings
-from regraft.restoration.patch import load_patch
+from regraft.patch.format import load_patch
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.pruning import PruneSettings
-from regraft.settings.realigning import RealignSettings
+from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.stages import tuning, tuning_outcome, tuning_trial
@@ -65,7 +65,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tune(root: Path, tmp_path: Path) -> Callable[..., Tuned]:
     """`tune(method, trials=3)` into `tmp_path`/tuned; settings by their names."""
 
-    def run(method: RealignSettings, **changes: Any) -> Tuned:
+    def run(method: MethodSettings, **changes: Any) -> Tuned:
         data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
         own = {k: changes.pop(k) for k in list(changes) if k in TuneSettings.model_fields}
         given = {
@@ -239,7 +239,7 @@ def pruning_harmed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("pruning_harmed")
 def test_hsr_by_q(tune: Callable[..., Tuned], tmp_path: Path) -> None:
-    tuned, out = tune(RealignSettings(), trials=3), tmp_path / "tuned"
+    tuned, out = tune(method(), trials=3), tmp_path / "tuned"
     names = {"q", "p_max", "scope", "top_heads", "criterion", "r_max"}
     assert all(one.settings.keys() == names for one in tuned.trials)
     content = read_json(out / "tuned.json")
@@ -267,7 +267,7 @@ def test_hsr_by_q(tune: Callable[..., Tuned], tmp_path: Path) -> None:
 
 def _fits_into_a_recipe(tuned: Tuned, out: Path) -> VariantSettings:
     (item,) = yaml.safe_load((out / "best.yaml").read_text())
-    variant = VariantSettings(**item)
+    variant = a_variant(**item)
     assert tuned.best is not None
     for name, value in tuned.best.settings.items():
         if name != "r_max":
@@ -276,13 +276,13 @@ def _fits_into_a_recipe(tuned: Tuned, out: Path) -> VariantSettings:
 
 
 def test_a_second_start_does_the_rest(tune: Callable[..., Tuned], tmp_path: Path) -> None:
-    tune(RealignSettings(), trials=2)
+    tune(method(), trials=2)
     before = tree(tmp_path / "tuned" / "trials")
-    assert {one.number for one in tune(RealignSettings(), trials=3).trials} == {0, 1, 2}
+    assert {one.number for one in tune(method(), trials=3).trials} == {0, 1, 2}
     after = tree(tmp_path / "tuned" / "trials")
     assert after.items() >= before.items()
     assert {name.partition("/")[0] for name in after.keys() - before.keys()} == {"0002"}
-    tune(RealignSettings(), trials=1)
+    tune(method(), trials=1)
     assert tree(tmp_path / "tuned" / "trials") == after
 
 
@@ -299,7 +299,7 @@ def test_bounds_decide(
         return _point(1 / (1 + restored), float(restored > most), 1.0, restored)
 
     monkeypatch.setattr(tuning_trial, "evaluate_point", fake)
-    tuned = tune(RealignSettings(heads="all"), trials=8, q_range=(0.4, 1.0))
+    tuned = tune(method(heads="all"), trials=8, q_range=(0.4, 1.0))
     restored = [one.point.restored for one in tuned.trials]
     assert max(restored) > most, "a trial out of bounds is what this is about"
     assert tuned.best is not None
@@ -307,14 +307,14 @@ def test_bounds_decide(
     assert tuned.best.point.asr.value > min(one.point.asr.value for one in tuned.trials)
     most = -1
     shutil.rmtree(tmp_path / "tuned")
-    assert tune(RealignSettings(heads="all"), trials=2).best is None
+    assert tune(method(heads="all"), trials=2).best is None
     assert read_json(tmp_path / "tuned" / "tuned.json")["best"] is None
     assert not (tmp_path / "tuned" / "best.yaml").exists()
 
 
 @pytest.mark.usefixtures("pruning_harmed")
 def test_set_difference_takes_the_best_prefix(tune: Callable[..., Tuned], tmp_path: Path) -> None:
-    method = RealignSettings(method="set-difference", count=40)
+    method = method(method="set-difference", count=40)
     too_many = HeadSettings(r_max=99)  # of the heads, which nothing scores here
     tuned = tune(method, trials=3, keep=("scope",), scoring=too_many)
     out = tmp_path / "tuned"
@@ -330,7 +330,7 @@ def test_set_difference_takes_the_best_prefix(tune: Callable[..., Tuned], tmp_pa
 
 
 def test_equal_settings_share_a_ranking(tune: Callable[..., Tuned], tmp_path: Path) -> None:
-    method = RealignSettings(method="set-difference", count=20)
+    method = method(method="set-difference", count=20)
     tune(method, trials=2, p_range=(0.1, 0.1), keep=("scope",))
     assert len(list((tmp_path / "tuned" / "rankings").iterdir())) == 1
 
@@ -340,16 +340,16 @@ def test_what_is_tuned_can_be_set(root: Path) -> None:
     dense = open_source(root / "dense")
     heads = sum(layer.heads for layer in dense.anatomy.layers)
     for method in ("hsr", "set-difference"):
-        settings = RealignSettings(method=method, budget=1)
+        settings = method(method=method, budget=1)
         space = space_of(dense, settings, TuneSettings(), HeadSettings(), 0.5, 4)
-        assert space.keys() <= RealignSettings.model_fields.keys() | {"r_max"}
+        assert space.keys() <= MethodSettings.model_fields.keys() | {"r_max"}
         assert "q" not in space, "the budget takes its place"
-    space = space_of(dense, RealignSettings(), TuneSettings(), HeadSettings(), 0.5, 4)
+    space = space_of(dense, method(), TuneSettings(), HeadSettings(), 0.5, 4)
     assert space["r_max"] == Between(1, 3, whole=True)
     assert space["top_heads"] == Between(1, min(heads, 32), whole=True)
     assert space["p_max"] == Between(0.55, 1.0)
     few = HeadSettings(mode="screened", candidates=3)
-    space = space_of(dense, RealignSettings(), TuneSettings(), few, 0.5, 4)
+    space = space_of(dense, method(), TuneSettings(), few, 0.5, 4)
     assert space["top_heads"] == Between(1, 3, whole=True)
 
 
@@ -475,12 +475,12 @@ def test_bad_input(refused: Callable[..., str]) -> None:
 @pytest.mark.parametrize("method", ["random", "gain"])
 def test_methods_that_have_nothing_to_tune(tune: Callable[..., Tuned], method: str) -> None:
     with pytest.raises(RegraftError, match=f"nothing to tune of {method}"):
-        tune(RealignSettings(method=method, budget=2))
+        tune(method(method=method, budget=2))
 
 
 def test_validation_prompts_must_be_named(tune: Callable[..., Tuned], tmp_path: Path) -> None:
     with pytest.raises(RegraftError, match="No validation prompts are named to choose on"):
-        tune(RealignSettings(), choice=SearchSettings(validation_limit=2, points=2))
+        tune(method(), choice=SearchSettings(validation_limit=2, points=2))
     assert not (tmp_path / "tuned").exists()
 
 
@@ -492,7 +492,7 @@ def test_a_start_beside_another_shares_its_folder(
         raise RegraftError("is not empty")
 
     monkeypatch.setattr(tuning, "require_empty", claimed_by_another)
-    assert len(tune(RealignSettings(method="set-difference", count=20), trials=1).trials) == 1
+    assert len(tune(method(method="set-difference", count=20), trials=1).trials) == 1
 
 
 def test_without_optuna(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -505,16 +505,16 @@ def test_a_folder_of_other_settings_is_refused(
 ) -> None:
     data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
     choice = SearchSettings(validation=data, validation_limit=2, points=2)
-    tune(RealignSettings(), trials=1)
+    tune(method(), trials=1)
     before = tree(tmp_path / "tuned")
     with pytest.raises(
         RegraftError, match=r"settings\.method\.score: \"wanda\" there, \"magnitude\""
     ):
-        tune(RealignSettings(score="magnitude"), trials=2)
+        tune(method(score="magnitude"), trials=2)
     with pytest.raises(RegraftError, match=r"settings\.search\.points: 2 there, 3 now"):
-        tune(RealignSettings(), choice=choice.model_copy(update={"points": 3}))
+        tune(method(), choice=choice.model_copy(update={"points": 3}))
     assert tree(tmp_path / "tuned") == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
     with pytest.raises(RegraftError, match="not empty"):
-        tune(RealignSettings(), out=tmp_path / "other")
+        tune(method(), out=tmp_path / "other")

@@ -24,9 +24,9 @@ from regraft.evaluation.results import Answer
 from regraft.evaluation.summary import result_to_json
 from regraft.files import atomic_file, digest, file_digest, read_json
 from regraft.folder import RunFolder, folder_of_model, study_runs
+from regraft.patch.format import load_patch
 from regraft.recipe import Recipe, read_recipe
 from regraft.reporting import read_report
-from regraft.restoration.patch import load_patch
 
 FORMAT = "regraft-bundle-1"
 MANIFEST = "manifest.json"

@@ -8,7 +8,6 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from regraft import ranks
 from regraft.data.demo import demo_model, is_demo
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
@@ -17,14 +16,14 @@ from regraft.errors import RegraftError
 from regraft.files import file_digest, read_json
 from regraft.heads.ships import most_rank
 from regraft.keys import ABOUT_FILE
+from regraft.methods.base import MethodSettings, Needs
+from regraft.methods.selection import all_heads
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, pick_device, stored_dtype
-from regraft.restoration.selection import all_heads
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.pruning import PruneSettings
-from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.validation import validation_of
 
@@ -260,16 +259,6 @@ def told(role: str, reading: Reading) -> str:
     return f"{role} ({reading.source}): {used}" + (f"; {left_out}" if left_out else "")
 
 
-def check_shares(examples: Sequence[Example], compute: ComputeSettings) -> None:
-    """Raise unless there is a batch for each of the processes."""
-    count = -(-len(examples) // compute.batch_size)
-    if count < ranks.world():
-        raise RegraftError(
-            f"{len(examples)} examples make {count} batches of {compute.batch_size}, too few for "
-            f"{ranks.world()} processes. Lower --batch-size or start fewer processes."
-        )
-
-
 def loaded_dtype(source: Source, compute: ComputeSettings) -> str:
     """The dtype that a model will be loaded in, such as "bfloat16"."""
     if compute.dtype != "auto":
@@ -308,51 +297,53 @@ def check_r_max(dense: Source, settings: HeadSettings, prompts: Reading) -> None
         )
 
 
-def check_top_heads(dense: Source, settings: RealignSettings) -> None:
-    """Raise unless the model has as many heads as are to be chosen."""
+def check_heads(dense: Source, needs: Needs, scoring: HeadSettings | None) -> None:
+    """Raise unless the model has as many heads as are to be chosen, and they will be scored.
+
+    `scoring` is None where scores are given.
+    """
     count = len(all_heads(dense.anatomy))
-    if settings.in_heads and settings.heads != "all" and settings.top_heads > count:
-        raise RegraftError(f"top_heads is {settings.top_heads}; the model has {count} heads.")
+    if needs.some_heads > count:
+        raise RegraftError(f"top_heads is {needs.some_heads}; the model has {count} heads.")
+    if scoring is None or needs.heads is None:
+        return
+    if needs.heads.criterion == "released" and scoring.mode != "exact":
+        raise RegraftError(
+            f"The criterion `released` needs every head scored exactly, and `mode` is "
+            f"{scoring.mode}. Leave it out, or rank heads by ships or kl."
+        )
+    if scoring.mode == "screened" and scoring.candidates < needs.heads.count:
+        raise RegraftError(
+            f"top_heads is {needs.heads.count}, but of the screened heads only the "
+            f"{scoring.candidates} best will be scored exactly. Give --candidates "
+            f"{needs.heads.count} or more."
+        )
 
 
-def check_budget(dense: Source, settings: RealignSettings) -> None:
+def check_budget(dense: Source, settings: MethodSettings) -> None:
     """Raise where a budget is less than one weight even if all had been pruned."""
-    if settings.ranked and not settings.how_many(dense.anatomy.prunable):
+    if settings.how_many(dense.anatomy.prunable) == 0:
         raise _less_than_one(settings, f"{dense.anatomy.prunable:,} prunable")
 
 
-def check_restorable(settings: RealignSettings, restorable: int) -> None:
+def check_restorable(settings: MethodSettings, restorable: int) -> None:
     """Raise where none of the weights that pruning took would be restored."""
     if not restorable:
         raise RegraftError(
             "No weight is zero now that was not before: there is nothing to restore. Give the "
             "dense checkpoint first and the pruned one second."
         )
-    if not settings.how_many(restorable):
+    if settings.how_many(restorable) == 0:
         raise _less_than_one(settings, f"{restorable:,} pruned")
 
 
-def _less_than_one(settings: RealignSettings, weights: str) -> RegraftError:
+def _less_than_one(settings: MethodSettings, weights: str) -> RegraftError:
     """Make the error for a budget by which none of so many weights is restored."""
+    budget = getattr(settings, "budget", None)
     return RegraftError(
-        f"A budget of {settings.budget} per 10,000 of {weights} weights is less than one weight. "
+        f"A budget of {budget} per 10,000 of {weights} weights is less than one weight. "
         "Raise it, or give a count."
     )
-
-
-def check_scored(settings: RealignSettings, scoring: HeadSettings) -> None:
-    """Raise where fewer heads will be scored exactly than are to be chosen."""
-    if settings.by_heads and settings.criterion == "released" and scoring.mode != "exact":
-        raise RegraftError(
-            f"The criterion `released` needs every head scored exactly, and `mode` is "
-            f"{scoring.mode}. Leave it out, or rank heads by ships or kl."
-        )
-    if settings.by_heads and scoring.mode == "screened" and scoring.candidates < settings.top_heads:
-        raise RegraftError(
-            f"top_heads is {settings.top_heads}, but of the screened heads only the "
-            f"{scoring.candidates} best will be scored exactly. Give --candidates "
-            f"{settings.top_heads} or more."
-        )
 
 
 def check_direction_layer(source: Source, settings: DefenceSettings) -> None:

@@ -11,7 +11,8 @@ from regraft import ranks
 from regraft.errors import RegraftError
 from regraft.folder import study_runs
 from regraft.keys import but_for_rounding, difference
-from regraft.report.compare import Run, Study, is_drawn
+from regraft.methods.base import settings_in
+from regraft.report.compare import Run, Study
 from regraft.report.compare import compare as compare_runs
 from regraft.report.model import Report
 from regraft.report.write_compare import write_comparison
@@ -58,7 +59,9 @@ def _apart_from_the_seed(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """By it, random controls draw other heads and weights too."""
     calibration = {name: value for name, value in recipe["calibration"].items() if name != "seed"}
     realign = {
-        one["name"]: {k: v for k, v in one.items() if k != "head_seed" or not is_drawn(one)}
+        one["name"]: {
+            k: v for k, v in one.items() if k != "head_seed" or not settings_in(one).drawn
+        }
         for one in recipe["realign"]
     }
     kept = {**recipe, "calibration": calibration, "realign": realign}

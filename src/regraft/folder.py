@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from regraft.stages.restoring import Places
+
 RECIPE_FILE = "recipe.yaml"
 
 
@@ -87,6 +89,17 @@ class RunFolder:
     def points(self, pruning: str, name: str) -> Path:
         """Patches and answers behind validation curves; variants may share them."""
         return self._of("curves", pruning) / f"points-{name}"
+
+    def of(self, pruning: str, variant: str, ranking: str) -> Places:
+        """Where the artifacts of one realigned variant lie."""
+        return Places(
+            heads=self.heads,
+            statistics=self.statistics,
+            responses=self.responses,
+            ranking=self.ranking(pruning, ranking),
+            patch=self.patch(pruning, variant),
+            curve=self.curve(pruning, variant),
+        )
 
     def name(self, pruning: str, variant: str) -> str:
         """What a realigned variant is called among all models of the run."""

@@ -38,7 +38,15 @@ from regraft.settings.compute import ComputeSettings
 _ONLY_ROUNDING = ("batch_size", "tokens_per_pass")  # settings that change nothing more
 _PIECES = "by size of image"  # how work is cut; another cut begins unfinished work again
 ABOUT_FILE = "regraft.json"  # in a checkpoint: how it was made
-_OUTCOMES = {"violated_groups", "start", "steps", "end"}  # told of an artifact, but not deciding it
+_OUTCOMES = {
+    "violated_groups",
+    "heads",
+    "start",
+    "steps",
+    "end",
+    "values",
+    "passes",
+}  # told of an artifact, but not deciding it
 
 
 def describe(

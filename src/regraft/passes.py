@@ -12,6 +12,7 @@ from regraft.data.collate import prompt_batch
 from regraft.files import read_json, write_json
 from regraft.folder import RunFolder
 from regraft.keys import describe, is_done
+from regraft.methods.base import needs_of
 from regraft.models.load import Source, load_processor
 from regraft.recipe import PruningSettings, Recipe, VariantSettings
 from regraft.settings.data import CalibrationSettings
@@ -24,7 +25,9 @@ SEARCH_REFERENCES = "evaluate for search"  # the dense and the pruned model, on 
 
 def learns_from_both(recipe: Recipe) -> bool:
     """Whether a method reads harmful and harmless calibration prompts, so that there are both."""
-    return any(one.needs_statistics or one.imitates for one in recipe.realign)
+    return any(
+        needs.statistics or needs.answers for needs in (needs_of(one) for one in recipe.realign)
+    )
 
 
 def count_pass(
@@ -81,8 +84,7 @@ def passes_of_variant(
 
     Head scores, statistics, ranking, search and training; what methods share counts fully for each.
     """
-    from_file = variant.method == "fine-tune" and not variant.random
-    if from_file and recipe.positions_of(variant) is None:
+    if needs_of(variant).positions and recipe.positions_of(variant) is None:
         return None  # positions that were found elsewhere
     return _passes(_needs(recipe, place, pruning, variant), costs, unit)
 
@@ -97,33 +99,27 @@ def passes_of_defence(
 def _needs(
     recipe: Recipe, place: RunFolder, pruning: PruningSettings, variant: VariantSettings
 ) -> Iterator[_Need]:
-    own = (place.name(pruning.name, variant.name),)
-    if variant.by_heads:
+    needs = needs_of(variant)
+    if needs.heads:
         yield _Need("score heads", ("",))
-    if variant.imitates:
+    if needs.answers:
         yield _Need("answer", ("",))
-    if variant.needs_statistics:
-        yield _Need(f"statistics for {variant.score}", ("",))
-    if variant.ranked:
-        along = [
-            one
-            for one in recipe.variants_of(pruning)
-            if one.ranked and recipe.ranking_name(one) == recipe.ranking_name(variant)
-        ]
-        yield _Need("rank", _names(place, pruning, along), variant.method == "gain")
-        if (search := variant.search) is not None:
-            searches = [one.search for one in recipe.variants_of(pruning) if one.search]
-            one_set = len({_prompts(one) for one in searches}) == 1  # or it was of which?
-            yield _Need(SEARCH_REFERENCES, (pruning.name,) if one_set else ())
-            alike = [
-                one for one in along if one.search and _prompts(one.search) == _prompts(search)
-            ]
-            yield _Need("search", _names(place, pruning, alike))
-    if variant.method == "fine-tune":
-        if (source := recipe.positions_of(variant)) is not None:
-            positions = source.model_copy(update={"search": None})
-            yield from _needs(recipe, place, pruning, positions)
-        yield _Need("fine-tune", own)
+    if needs.statistics:
+        yield _Need(f"statistics for {needs.statistics}", ("",))
+    if (source := recipe.positions_of(variant)) is not None:
+        yield from _needs(recipe, place, pruning, source.model_copy(update={"search": None}))
+    along = [
+        one
+        for one in recipe.variants_of(pruning)
+        if recipe.ranking_name(one) == recipe.ranking_name(variant)
+    ]
+    yield _Need("rank", _names(place, pruning, along), needs.answers)
+    if (search := variant.search) is not None:
+        searches = [one.search for one in recipe.variants_of(pruning) if one.search]
+        one_set = len({_prompts(one) for one in searches}) == 1  # or it was of which?
+        yield _Need(SEARCH_REFERENCES, (pruning.name,) if one_set else ())
+        alike = [one for one in along if one.search and _prompts(one.search) == _prompts(search)]
+        yield _Need("search", _names(place, pruning, alike))
 
 
 def _prompts(search: SearchSettings) -> Hashable:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from regraft.errors import RegraftError
 from regraft.files import digest, discard_leftover, require_empty, write_text
 from regraft.folder import RunFolder
 from regraft.keys import but_for_rounding, difference
+from regraft.methods.base import needs_of
 from regraft.models.load import Source, open_source, pick_device
 from regraft.passes import SEARCH_REFERENCES, count_pass, learns_from_both
-from regraft.preflight import check, scores_needed, seen_before_in, unread_in
+from regraft.preflight import check, seen_before_in, unread_in
 from regraft.recipe import (
     NamedDefenceSettings,
     PruningSettings,
@@ -26,8 +29,6 @@ from regraft.recipe import (
 )
 from regraft.report.model import Report
 from regraft.reporting import report
-from regraft.settings.realigning import RANDOM
-from regraft.settings.scoring import StatisticsSettings
 from regraft.settings.searching import SearchSettings
 from regraft.watch import Silent, Watch
 
@@ -123,34 +124,24 @@ class _Job:
             )
 
     def gather(self) -> None:
-        """What several variants are realigned by: scores of heads, statistics of D^s and D^u."""
-        calibration, compute = self.recipe.calibration, self.recipe.compute
-        if any(one.by_heads for one in self.recipe.realign):
-            with self.costs.of("score heads"):
-                stages.heads(
-                    self.dense,
-                    self.place.heads,
-                    self.recipe.heads,
-                    calibration,
-                    compute,
-                    self.watch,
-                )
-        if any(one.imitates for one in self.recipe.realign):
-            with self.costs.of("answer"):
-                stages.imitation_data(
-                    self.dense, calibration, compute, self.place.responses, self.watch
-                )
-        for score in scores_needed(self.recipe):
-            with self.costs.of(f"statistics for {score}"):
-                stages.statistics(
-                    self.dense,
-                    self.place.statistics(score),
-                    calibration,
-                    compute,
-                    StatisticsSettings(score=score),
-                    self.watch,
-                    self.place.responses,
-                )
+        """What several variants are realigned by: scores of heads, answers, statistics."""
+        needs = [needs_of(one) for one in self.recipe.realign]
+        name = self.recipe.prune[0].name
+        self._restoration.gather(needs, self.place.of(name, "", ""), stages.Inputs())
+
+    @cached_property
+    def _restoration(self) -> stages.Restoration:
+        recipe = self.recipe
+        return stages.Restoration(
+            self.dense,
+            recipe.calibration,
+            recipe.compute,
+            recipe.heads,
+            recipe.evaluate.only().in_memory(),
+            self.watch,
+            self.session,
+            self.costs.of,
+        )
 
     def evaluate(
         self,
@@ -182,131 +173,50 @@ class _Job:
 
     def realign(self, pruning: str, pruned: Source, settings: VariantSettings) -> None:
         """A patch, a checkpoint with it if one is wanted, and its answers."""
-        place, name = self.place, self.place.name(pruning, settings.name)
-        patch, method = place.patch(pruning, settings.name), settings.selection()
-        files = (
-            place.heads if settings.by_heads else None,
-            place.statistics(settings.score) if settings.needs_statistics else None,
-        )
-        ranking, count = None, None
-        if settings.method == "fine-tune":
-            self._fine_tune(name, pruning, pruned, settings)
-        if settings.ranked:
-            ranking = self._rank(name, pruning, pruned, settings, files)
-            if settings.search is not None:
-                count = self._search(name, pruning, pruned, settings, settings.search, ranking)
-        if settings.method != "fine-tune":
-            with self.costs.of("realign", name):
-                stages.realign(
-                    self.dense,
-                    pruned,
-                    patch,
-                    method,
-                    *files,
-                    self.recipe.compute,
-                    self.watch,
-                    ranking_file=ranking,
-                    count=count,
-                )
+        place, recipe, name = self.place, self.recipe, self.place.name(pruning, settings.name)
+        places = place.of(pruning, settings.name, recipe.ranking_name(settings))
+        if (source := recipe.positions_of(settings)) is not None:
+            positions = place.ranking(pruning, recipe.ranking_name(source))
+            places = replace(places, positions=positions)
+        if (search := settings.search) is not None:
+            places = self._references(pruning, pruned, settings, search, places)
+        self._restoration.restore(pruned, settings, places, choice=search, name=name)
         out = place.evaluation(pruning, settings.name)
-        if not self.recipe.on_disk(settings):
-            self.evaluate(name, pruned, out, patch)
+        if not recipe.on_disk(settings):
+            self.evaluate(name, pruned, out, places.patch)
             return
         with self.costs.of("apply", name):
             written = stages.apply(
-                pruned.folder, patch, place.realigned(pruning, settings.name), self.watch
+                pruned.folder, places.patch, place.realigned(pruning, settings.name), self.watch
             )
-        trust = self.recipe.compute.trust_remote_code
+        trust = recipe.compute.trust_remote_code
         self.evaluate(name, open_source(written, trust_remote_code=trust), out)
 
-    def _fine_tune(
-        self, name: str, pruning: str, pruned: Source, settings: VariantSettings
-    ) -> None:
-        """Train a patch, at the positions of a method before it if that is named."""
-        patch = self.place.patch(pruning, settings.name)
-        source = self.recipe.positions_of(settings)
-        positions = None if settings.positions == RANDOM else Path(settings.positions)
-        if source is not None:
-            positions = self.place.ranking(pruning, self.recipe.ranking_name(source))
-        if not patch.exists():
-            self.session.unload()
-        with self.costs.of("fine-tune", name):
-            stages.fine_tune(
-                self.dense,
-                pruned,
-                patch,
-                settings.selection(),
-                self.recipe.calibration,
-                self.recipe.compute,
-                self.watch,
-                ranking_file=positions,
-                responses=self.place.responses,
-            )
-
-    def _rank(
+    def _references(
         self,
-        name: str,
-        pruning: str,
-        pruned: Source,
-        settings: VariantSettings,
-        files: tuple[Path | None, Path | None],
-    ) -> Path:
-        calibration = self.recipe.calibration
-        ranking = self.place.ranking(pruning, self.recipe.ranking_name(settings))
-        if not ranking.exists():
-            self.session.unload()
-        with self.costs.of("rank", name):
-            stages.rank(
-                self.dense,
-                pruned,
-                ranking,
-                settings.selection(),
-                calibration,
-                *files,
-                self.recipe.compute,
-                self.watch,
-                self.place.responses,
-            )
-        return ranking
-
-    def _search(
-        self,
-        name: str,
         pruning: str,
         pruned: Source,
         settings: VariantSettings,
         search: SearchSettings,
-        ranking: Path,
-    ) -> int:
-        place, prompts = self.place, _prompts_name(search)
-        references, answering = place.points(pruning, prompts), self.recipe.evaluate.only()
-        if not place.curve(pruning, settings.name).exists():
-            with self.costs.of(SEARCH_REFERENCES, pruning):  # which all searches share
+        places: stages.Places,
+    ) -> stages.Places:
+        """Evaluate what all searches on these prompts share; returns where that lies."""
+        prompts = _prompts_name(search)
+        references = self.place.points(pruning, prompts)
+        if not places.curve.exists():
+            with self.costs.of(SEARCH_REFERENCES, pruning):
                 stages.evaluate_references(
                     self.dense,
                     pruned,
                     references,
                     search,
-                    answering.in_memory(),
+                    self.recipe.evaluate.only().in_memory(),
                     self.recipe.compute,
                     self.watch,
                     self.session,
                 )
-        with self.costs.of("search", name):
-            return stages.search(
-                self.dense,
-                pruned,
-                ranking,
-                place.curve(pruning, settings.name),
-                search,
-                settings.selection(),
-                answering.in_memory(),
-                self.recipe.compute,
-                self.watch,
-                self.session,
-                references=references,
-                points_folder=place.points(pruning, f"{ranking.stem}-{prompts}"),
-            )
+        points = self.place.points(pruning, f"{places.ranking.stem}-{prompts}")
+        return replace(places, references=references, points=points)
 
     def defend(self, pruning: str, pruned: Source, settings: NamedDefenceSettings) -> None:
         """A defence at inference, and the answers under it."""

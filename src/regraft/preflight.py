@@ -10,13 +10,9 @@ import torch
 
 from regraft import stages
 from regraft.checks import (
-    check_budget,
     check_direction_layer,
     check_gradients,
     check_pattern,
-    check_r_max,
-    check_shares,
-    check_top_heads,
     loaded_dtype,
     read_validation,
     seen_before,
@@ -26,18 +22,18 @@ from regraft.data.example import Reading
 from regraft.evaluation.text import read_documents
 from regraft.files import require_space
 from regraft.folder import RunFolder
-from regraft.importance.score import Method
 from regraft.keys import unfinished_bytes
+from regraft.loading import check_shares
+from regraft.methods.base import needs_of
+from regraft.methods.ranking import load_ranking
 from regraft.models.load import Source, check_split, load_processor, open_source
+from regraft.patch.pair import check_pair
 from regraft.recipe import Recipe
 from regraft.reporting import model_folder
-from regraft.restoration.ranking import load_ranking
-from regraft.restoration.realign import check_pair
 from regraft.settings.pruning import PruneSettings
-from regraft.settings.realigning import RANDOM
 from regraft.settings.scoring import HeadSettings
 from regraft.stages.evaluating import check_for_vllm
-from regraft.stages.fine_tuning import minibatches
+from regraft.stages.needing import check_method, learnt_by
 
 _LOOKED_AT = 4  # prompts whose length tells that of all
 
@@ -65,19 +61,13 @@ def check(recipe: Recipe, folder: Path, session: stages.Session) -> tuple[Source
     return dense, existing
 
 
-def scores_needed(recipe: Recipe) -> list[Method]:
-    """Every kind of importance for which something must be gathered first."""
-    scores = [one.score for one in recipe.realign if one.needs_statistics]
-    return list(dict.fromkeys(scores))
-
-
 def seen_before_in(recipe: Recipe, dense: Source, session: stages.Session) -> list[str]:
     """What of the test prompts anything is learnt or chosen from, and of those chosen on learnt."""
     learnt: dict[str, Reading] = {}
     for harmful in _kinds_drawn(recipe):
         learnt |= session.learnt_from(dense, recipe.calibration, harmful=harmful)
-    if any(one.imitates for one in recipe.realign):
-        learnt |= session.imitated(dense, recipe.calibration)
+    for variant in recipe.realign:
+        learnt |= learnt_by(dense, needs_of(variant), recipe.calibration, session)
     chosen_on: dict[str, Reading] = {}
     for variant in recipe.realign:
         if (search := variant.search) is not None:
@@ -100,23 +90,21 @@ def seen_before_in(recipe: Recipe, dense: Source, session: stages.Session) -> li
 
 def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Session) -> None:
     check_split(recipe.compute.device, recipe.compute.placement)
-    for what in _by_gradients(recipe):
-        check_gradients(dense, recipe.compute, what)
-    _check_imitation(recipe, dense, session)
+    for pruning in () if recipe.pruned else recipe.prune:
+        if pruning.method == "snip":
+            check_gradients(dense, recipe.compute, f"{pruning.name} (SNIP)")
     for variant in recipe.realign:
+        check_method(dense, variant, recipe.calibration, recipe.compute, session, recipe.heads)
+        if (file := needs_of(variant).positions) and recipe.positions_of(variant) is None:
+            load_ranking(Path(file))
         if variant.search is not None:
             stages.check_search(dense, variant.search, recipe.compute, session)
     for harmful in _kinds_drawn(recipe):
         drawn = session.drawn(dense, recipe.calibration, harmful=harmful)
         check_shares(drawn.examples, recipe.compute)
-        if harmful and any(one.by_heads for one in recipe.realign):
-            check_r_max(dense, recipe.heads, drawn)
     session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
     if recipe.evaluate.text is not None:
         read_documents(recipe.evaluate.text)
-    for variant in recipe.realign:
-        check_top_heads(dense, variant)
-        check_budget(dense, variant)
     for defence in recipe.defend:
         check_direction_layer(dense, defence)
         if defence.searches:
@@ -131,12 +119,11 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
 def unread_in(recipe: Recipe) -> list[str]:
     """What of the recipe changes nothing."""
     named = [] if recipe.pruned else [(one.name, one.unread()) for one in recipe.prune]
-    named += [(one.name, one.unread()) for one in recipe.realign]
     named += [(one.name, one.unread()) for one in recipe.defend]
     named += [(one, getattr(recipe, one).unread()) for one in ("calibration", "heads", "evaluate")]
     if recipe.pruned and recipe.prune[0].only() != PruneSettings():
         named.append(("prune", f"it changes nothing, since `pruned` is {recipe.pruned}"))
-    if recipe.heads != HeadSettings() and not any(one.by_heads for one in recipe.realign):
+    if recipe.heads != HeadSettings() and not any(needs_of(one).heads for one in recipe.realign):
         named.append(("heads", "they change nothing, since nothing goes by scored heads"))
     return [f"{name}: {found}" for name, found in named if found is not None]
 
@@ -181,12 +168,12 @@ def _backward_passes(
         if pruning.method == "snip":
             kinds = (False, True) if pruning.calibrate_on == "both" else (False,)
             yield place.pruned(pruning.name), False, [kinds]
-    for one in recipe.realign:
-        if one.needs_gradients and not one.imitates:
-            yield place.statistics(one.score), False, [(True,), (False,)]
+    for needs in map(needs_of, recipe.realign):
+        if needs.statistics and needs.gradients and not needs.answers:
+            yield place.statistics(needs.statistics), False, [(True,), (False,)]
     for pruning in recipe.prune:
         for one in recipe.variants_of(pruning):
-            if one.method == "gain":
+            if needs_of(one).answers:
                 ranking = place.ranking(pruning.name, recipe.ranking_name(one))
                 yield ranking, True, [(True, False)]
 
@@ -210,41 +197,11 @@ def bytes_needed(recipe: Recipe, dense: Source, folder: Path) -> tuple[int, int]
     return kept - unfinished, most - unfinished
 
 
-def _by_gradients(recipe: Recipe) -> Iterator[str]:
-    """What of the recipe goes by gradients."""
-    if recipe.pruned is None:
-        yield from (f"{one.name} (SNIP)" for one in recipe.prune if one.method == "snip")
-    for one in recipe.realign:
-        if one.needs_gradients:
-            by = one.method if one.imitates else "SNIP"
-            yield f"{one.name} ({by})"
-
-
 def _kinds_drawn(recipe: Recipe) -> list[bool]:
-    """Which calibration prompts whole stages learn from, harmful (True), harmless or both.
-
-    Gain and fine-tuning draw as well; see `_check_imitation`.
-    """
-    always = bool(scores_needed(recipe)) or any(
-        one.method == "refusal-direction" for one in recipe.defend
-    )
-    by_heads = any(one.by_heads for one in recipe.realign)
+    """Which calibration prompts pruning and defences learn from, harmful (True) and harmless."""
+    always = any(one.method == "refusal-direction" for one in recipe.defend)
     on_both = recipe.pruned is None and any(
         one.calibrate_on == "both" or one.method == "safety-potential" for one in recipe.prune
     )
-    wanted = {True: by_heads or on_both, False: recipe.pruned is None}
+    wanted = {True: on_both, False: recipe.pruned is None}
     return [harmful for harmful, also in wanted.items() if always or also]
-
-
-def _check_imitation(recipe: Recipe, dense: Source, session: stages.Session) -> None:
-    if not any(one.imitates for one in recipe.realign):
-        return
-    imitated = session.imitated(dense, recipe.calibration)
-    kinds = [one.examples for one in imitated.values()]
-    for variant in recipe.realign:
-        if variant.method == "gain":
-            stages.check_gain_prompts(imitated, recipe.calibration.seed, recipe.compute)
-        if variant.method == "fine-tune":
-            minibatches(kinds, recipe.compute)
-            if variant.positions != RANDOM and recipe.positions_of(variant) is None:
-                load_ranking(Path(variant.positions))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -12,8 +13,12 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    SerializeAsAny,
     ValidationError,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
     field_serializer,
     field_validator,
     model_validator,
@@ -23,6 +28,13 @@ from regraft.data.hub import is_on_hub
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.files import digest
+from regraft.methods.base import (
+    DEFAULT,
+    MethodSettings,
+    method_named,
+    needs_of,
+    own_settings,
+)
 from regraft.settings.base import Settings, checked_name, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -30,7 +42,6 @@ from regraft.settings.defending import DefenceSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.models import ModelSettings
 from regraft.settings.pruning import PruneSettings
-from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import Choosing, validation_of, with_validation
@@ -70,11 +81,14 @@ class PruningSettings(PruneSettings):
         return f"{self.method}-{amount}"
 
 
-class VariantSettings(RealignSettings):
-    """One realigned model of a run."""
+class VariantSettings(MethodSettings):
+    """One realigned model of a run: what to call and keep of it, beside the method's settings.
+
+    Every method has a class of its own, with these fields and the method's; see `variant`.
+    """
 
     name: str = Field(
-        "hsr",
+        "",
         description="What to call it in tables and folders; if not given, as the method is called.",
     )
     prunings: tuple[str, ...] = Field(
@@ -87,14 +101,9 @@ class VariantSettings(RealignSettings):
     repeats: int = Field(
         1,
         ge=1,
-        description="Of a random control: R draws NAME-1 to NAME-R, with head seeds from head_seed "
-        "+ R x calibration seed on, so that no two calibration seeds share one.",
+        description="Of a random control: R draws NAME-1 to NAME-R, with seeds that no two "
+        "calibration seeds share.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _derived_name(cls, given: Any) -> Any:
-        return _named_by_method(given)
 
     @field_validator("name")
     @classmethod
@@ -103,19 +112,19 @@ class VariantSettings(RealignSettings):
 
     @model_validator(mode="after")
     def _check_search(self) -> VariantSettings:
-        fixed = {"hsr-a": "restores whole heads", "fine-tune": "trains its weights together"}
-        if self.search is not None and self.method in fixed:
+        if self.search is not None and not self.searchable:
+            if "budget" in type(self).model_fields and self.method != "fine-tune":
+                raise ValueError(
+                    f"{self.name!r} searches a number of weights: give it a `budget` too"
+                )
             raise ValueError(
-                f"{self.name!r} {fixed[self.method]}, so that there is no number of weights to "
-                "search; leave `search` out"
+                f"{self.name!r} has no number of weights to search; leave `search` out"
             )
-        if self.search is not None and not self.ranked:
-            raise ValueError(f"{self.name!r} searches a number of weights: give it a `budget` too")
         return self
 
     @model_validator(mode="after")
     def _check_repeats(self) -> VariantSettings:
-        if self.repeats > 1 and not self.random:
+        if self.repeats > 1 and not self.drawn:
             raise ValueError(
                 f"{self.name!r} has {self.repeats} repeats and nothing random in it, so that they "
                 "would all be the same; only random controls can be repeated"
@@ -126,13 +135,51 @@ class VariantSettings(RealignSettings):
         """The repeats as variants of their own, for runs calibrated by `seed`; one is itself."""
         if self.repeats == 1:
             return (self,)
-        first = self.head_seed + self.repeats * seed
         return tuple(
-            self.model_copy(
-                update={"name": f"{self.name}-{i + 1}", "head_seed": first + i, "repeats": 1}
+            self.reseeded(self.repeats * seed + i).model_copy(
+                update={"name": f"{self.name}-{i + 1}", "repeats": 1}
             )
             for i in range(self.repeats)
         )
+
+
+def variant(**given: Any) -> VariantSettings:
+    """The settings of one realigned model, by whichever method they name.
+
+    Raises:
+        ValidationError: they are not this method's.
+        ValueError: there is no such method.
+    """
+    method = given.get("method", DEFAULT)
+    if not isinstance(method, str):
+        raise ValueError(f"method must be a name, not {method!r}")
+    try:
+        own = variant_class(method)
+    except RegraftError as error:
+        raise ValueError(str(error)) from error
+    return own.model_validate({"name": method, **given})
+
+
+@cache
+def variant_class(method: str) -> type[VariantSettings]:
+    """The fields of `VariantSettings` and those of a method.
+
+    Raises:
+        RegraftError: there is no such method.
+    """
+    bases: Any = (method_named(method).Settings, VariantSettings)
+    made: Any = create_model(f"variant-{method}", __base__=bases)
+    own: type[VariantSettings] = made
+    return own
+
+
+def _as_variant(given: Any, otherwise: ValidatorFunctionWrapHandler) -> VariantSettings:
+    if isinstance(given, VariantSettings):
+        return given
+    if isinstance(given, Mapping):
+        return variant(**given)
+    found: VariantSettings = otherwise(given)  # which says what is wrong with it
+    return found
 
 
 class NamedDefenceSettings(DefenceSettings):
@@ -262,8 +309,12 @@ class Recipe(Settings):
         description="One pruning, or a list of them, each evaluated and realigned.",
     )
     heads: HeadSettings = HeadSettings()
-    realign: Annotated[tuple[VariantSettings, ...], BeforeValidator(_one_or_more)] = Field(
-        (VariantSettings(),), description="One way of realigning, or a list of them."
+    realign: Annotated[
+        tuple[Annotated[SerializeAsAny[VariantSettings], WrapValidator(_as_variant)], ...],
+        BeforeValidator(_one_or_more),
+    ] = Field(
+        (variant(),),
+        description="One way of realigning, or a list of them; gain if no `method` is named.",
     )
     defend: Annotated[tuple[NamedDefenceSettings, ...], BeforeValidator(_one_or_more)] = Field(
         (), description="Defences at inference, evaluated on the pruned models."
@@ -321,7 +372,8 @@ class Recipe(Settings):
         if clash := [one.name for one in self.prune if one.name in names]:
             raise ValueError(f"`prune` and one of {both} are both called {clash[0]!r}")
         self._check_positions()
-        most = max((one.top_heads for one in self.realign if one.by_heads), default=0)
+        heads = [found for one in self.realign if (found := needs_of(one).heads)]
+        most = max((one.count for one in heads), default=0)
         known = {one.name for one in self.prune}
         prunings_of = {one.name: one.prunings for one in self.realign}
         prunings_of |= {one.name: one.prunings for one in self.defend}
@@ -361,14 +413,14 @@ class Recipe(Settings):
         for one in self.realign:
             source = self.positions_of(one)
             if source is not None:
-                if source.name not in before or not source.ranked or source.swap:
+                if source.name not in before or not source.searchable or source.exchanges:
                     raise ValueError(
-                        f"{one.name!r} trains at the positions of {source.name!r}, which must come "
+                        f"{one.name!r} takes the positions of {source.name!r}, which must come "
                         "before it in `realign`, have a budget or a count, and no swaps"
                     )
                 if source.prunings and source.prunings != one.prunings:
                     raise ValueError(
-                        f"{one.name!r} trains at the positions of {source.name!r}; give it the "
+                        f"{one.name!r} takes the positions of {source.name!r}; give it the "
                         f"same `prunings`, {', '.join(source.prunings)}"
                     )
             before.append(one.name)
@@ -417,10 +469,7 @@ class Recipe(Settings):
         by its `head_seed` + `seed`.
         """
         realign = [
-            one.model_copy(update={"head_seed": one.head_seed + seed})
-            if one.random and one.repeats == 1
-            else one
-            for one in self.realign
+            one.reseeded(seed) if one.drawn and one.repeats == 1 else one for one in self.realign
         ]
         content = dict(self) | {
             "seeds": (),
@@ -440,13 +489,13 @@ class Recipe(Settings):
 
     def ranking_name(self, variant: VariantSettings) -> str:
         """Variants that differ in what they take of a ranking share it."""
-        return f"{variant.method}-{digest(variant.ranking().model_dump_json())[:8]}"
+        settings = own_settings(variant).ranking()
+        return f"{variant.method}-{digest(settings.model_dump_json())[:8]}"
 
     def positions_of(self, variant: VariantSettings) -> VariantSettings | None:
-        """The method whose ranking has the positions that `variant` trains, if it names one."""
-        if variant.method != "fine-tune" or variant.random:
-            return None
-        return next((one for one in self.realign if one.name == variant.positions), None)
+        """The method before it whose ranking `variant` needs, if it names one."""
+        name = needs_of(variant).positions
+        return next((one for one in self.realign if one.name == name), None)
 
     def on_disk(self, variant: VariantSettings) -> bool:
         """Whether its checkpoint is written, wanted or not.

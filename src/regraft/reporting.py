@@ -19,21 +19,21 @@ from regraft.files import read_json
 from regraft.folder import RECIPE_FILE, RunFolder
 from regraft.heads.score import HeadScores, load_heads
 from regraft.importance.statistics import load_statistics
+from regraft.methods.base import method_of, needs_of
+from regraft.methods.fine_tune.adam import TRAINED_VALUES, is_trained
+from regraft.methods.gain.path import read_path
+from regraft.methods.ranking import load_ranking
 from regraft.models.load import open_source
 from regraft.passes import passes_of_defence, passes_of_variant
-from regraft.recipe import PruningSettings, Recipe, VariantSettings, read_recipe
+from regraft.patch.format import load_patch
+from regraft.patch.pair import restored_by_module
+from regraft.recipe import PruningSettings, Recipe, read_recipe
 from regraft.report.model import DataAccount, HeadMap, Report, SharedPath, Variant
 from regraft.report.write import write_report
-from regraft.restoration.fine_tune import TRAINED_VALUES, is_trained
-from regraft.restoration.patch import load_patch
-from regraft.restoration.path import read_path
-from regraft.restoration.ranking import load_ranking
-from regraft.restoration.realign import restored_by_module
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.pruning import PruneSettings
 from regraft.stages import Evaluation
 
-CONTROL_LABELS = {"random": "random heads", "all": "all heads"}
 METHOD_LABELS = {
     "wanda": "Wanda",
     "sparsegpt": "SparseGPT",
@@ -88,14 +88,13 @@ def read_report(folder: Path) -> Report:
             abouts += [read_json(curve).get("about", {})] if curve.exists() else []
             ranking = place.ranking(pruning.name, recipe.ranking_name(one))
             abouts += [load_ranking(ranking).about] if ranking.exists() else []
-            if one.method == "fine-tune":
-                abouts.append(load_patch(place.patch(pruning.name, one.name)).about)
     maps: tuple[HeadMap, ...] = ()
     if place.heads.exists():
         scores = load_heads(place.heads, dense.anatomy)
         maps = _head_maps(scores)
         abouts.append(scores.about)
-    gathered = [path for one in recipe.realign if (path := place.statistics(one.score)).exists()]
+    kinds = [kind for one in recipe.realign if (kind := needs_of(one).statistics)]
+    gathered = [path for kind in kinds if (path := place.statistics(kind)).exists()]
     written = [place.pruned(one.name) / stages.ABOUT_FILE for one in recipe.prune]
     if gathered:
         abouts.append(load_statistics(gathered[0]).about)
@@ -173,7 +172,7 @@ def _group(
         yield _variant(
             name,
             evaluations[name],
-            label=f"{name} ({_method(one)})",
+            label=f"{name} ({method_of(one).label(one)})",
             base=pruning.name,
             series=series,
             patch=str(place.patch(pruning.name, one.name).relative_to(place.path)),
@@ -181,7 +180,7 @@ def _group(
             trained=is_trained(patch),
             pruned=patch.about["pruned"],
             restored_by_module=restored_by_module(patch, layers),
-            heads=() if one.heads == "all" else heads,
+            heads=() if len(heads) == sum(layer.heads for layer in layers) else heads,
             n_m=patch.about.get("n_m"),
             violated_groups=patch.about.get("violated_groups", 0),
             groups=patch.about.get("groups", 0),
@@ -220,27 +219,6 @@ def _paths(place: RunFolder, recipe: Recipe) -> Iterator[SharedPath]:
             file = place.ranking(pruning.name, name)
             if file.exists() and (path := read_path(load_ranking(file).about)) is not None:
                 yield SharedPath(pruning.name, tuple(methods), path)
-
-
-def _method(settings: VariantSettings) -> str:
-    heads = (
-        f"top {settings.top_heads} by {settings.criterion}"
-        if settings.heads == "top"
-        else CONTROL_LABELS[settings.heads]
-    )
-    score = "" if settings.score == "wanda" else f" by {settings.score}"
-    if settings.method == "random":
-        return "random weights"
-    if settings.method == "set-difference":
-        return f"set difference{score}"
-    if settings.method == "fine-tune":
-        where = "random positions" if settings.random else f"positions of {settings.positions}"
-        return f"fine-tuned, {where}: trained values"
-    if settings.method == "gain":
-        swap = ", swapped" if settings.swap else ""
-        return f"gain{swap}"
-    name = "HSR as released" if settings.method == "hsr-released" else settings.method.upper()
-    return f"{name}{score}, {heads}"
 
 
 def _defence(settings: DefenceSettings, file: Path) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from regraft.importance.statistics import SavedStatistics
+from regraft.methods.selection import RankingScope, top
 from regraft.models.load import Source
-from regraft.restoration.selection import RankingScope, top
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,16 @@ from regraft.files import atomic_folder, require_new, write_json, write_text
 from regraft.folder import RunFolder
 from regraft.heads.score import load_heads
 from regraft.importance.statistics import load_statistics
+from regraft.methods.selection import RankingScope
 from regraft.models.load import Source, open_source
 from regraft.recipe import Recipe, read_recipe
 from regraft.report.drawing import standalone
 from regraft.reporting import model_folder, read_report
-from regraft.restoration.selection import RankingScope
-from regraft.settings.searching import Swept
 from regraft.watch import Watch
 
 
 def sweep(
-    recipe: Recipe, setting: Swept, values: Sequence[float], folder: Path, watch: Watch
+    recipe: Recipe, setting: str, values: Sequence[float], folder: Path, watch: Watch
 ) -> Sweep:
     """Run a sweep in `folder`; writes sweep.json and sweep.svg beside the run's own files.
 

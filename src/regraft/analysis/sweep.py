@@ -10,10 +10,9 @@ from typing import Any
 from regraft import pipeline
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
-from regraft.recipe import PruningSettings, Recipe, VariantSettings
+from regraft.methods.base import method_of
+from regraft.recipe import PruningSettings, Recipe, variant
 from regraft.report.model import Report, Variant
-from regraft.settings.realigning import SELECTING
-from regraft.settings.searching import Swept
 from regraft.watch import Watch
 
 
@@ -32,17 +31,17 @@ class SweepPoint:
 class Sweep:
     """All points, and the models they are compared with: "dense", and "pruned" if one is fixed."""
 
-    setting: Swept
+    setting: str
     judge: str
     points: tuple[SweepPoint, ...]
     references: dict[str, SweepPoint]
 
 
-def swept(recipe: Recipe, setting: Swept, values: Sequence[float]) -> Recipe:
+def swept(recipe: Recipe, setting: str, values: Sequence[float]) -> Recipe:
     """The recipe with one pruning, or one realigned variant, for each value.
 
-    Sparsity is that of the recipe's first pruning, alone; the others are settings of its first
-    variant, on its first pruning.
+    Sparsity is that of the recipe's first pruning, alone; any other is a setting of the method of
+    its first variant, on its first pruning.
 
     Raises:
         RegraftError: no value or two equal ones, a value that the setting cannot have, or the
@@ -65,40 +64,27 @@ def swept(recipe: Recipe, setting: Swept, values: Sequence[float]) -> Recipe:
     else:
         if not recipe.realign:
             raise RegraftError(f"The recipe realigns nothing, so there is no {setting} to vary.")
-        _check_used(recipe.realign[0], setting)
-        fixed: dict[str, Any] = {"checkpoint": False, "prunings": (), "repeats": 1}
-        if setting == "budget":
-            fixed["count"] = None
-        first = recipe.realign[0].model_dump() | fixed
-        changes = [{**_change(setting, v), "name": _name(setting, v)} for v in values]
-        variants = [VariantSettings.model_validate({**first, **change}) for change in changes]
+        first = recipe.realign[0]
+        field = setting.replace("-", "_")
+        if field not in method_of(first).Settings.model_fields or field == "method":
+            raise RegraftError(
+                f"{setting} is no setting of {first.name!r}, the recipe's first variant, by "
+                f"{first.method}. Put another variant first, or sweep another setting."
+            )
+        content_of = first.model_dump(exclude_unset=True)
+        content_of |= {"checkpoint": False, "prunings": (), "repeats": 1, "method": first.method}
+        for other in ("budget", "count") if field in ("budget", "count") else ():
+            content_of.pop(other, None)
+        variants = [
+            variant(**{**content_of, field: _whole(v), "name": _name(setting, v)}) for v in values
+        ]
         pruning = recipe.prune[0].model_dump() | {"realign": True}
         varied = {"prune": [PruningSettings.model_validate(pruning)], "realign": variants}
     return Recipe.model_validate(content | varied | {"seeds": (), "against": (), "defend": ()})
 
 
-def _check_used(variant: VariantSettings, setting: Swept) -> None:
-    """Raise where a setting decides nothing, so that all points would be the same."""
-    unused = {
-        "q": variant.method not in SELECTING or variant.ranked,
-        "top-heads": not (variant.by_heads or (variant.in_heads and variant.heads == "random")),
-        "budget": variant.method == "hsr-a",
-        "sparsity": False,
-    }[setting]
-    if unused:
-        raise RegraftError(
-            f"The recipe's first variant, {variant.name!r} by {variant.method}, does not go by "
-            f"{setting}, so that all points would be the same. Put another variant first"
-            + (
-                " or leave out its budget."
-                if setting == "q" and variant.method in SELECTING
-                else "."
-            )
-        )
-
-
 def run_sweep(
-    recipe: Recipe, setting: Swept, values: Sequence[float], folder: Path, watch: Watch
+    recipe: Recipe, setting: str, values: Sequence[float], folder: Path, watch: Watch
 ) -> Sweep:
     """Run the swept recipe in `folder`, which resumes, and read its points from the report.
 
@@ -109,7 +95,7 @@ def run_sweep(
     return read_sweep(report, setting, values)
 
 
-def read_sweep(report: Report, setting: Swept, values: Sequence[float]) -> Sweep:
+def read_sweep(report: Report, setting: str, values: Sequence[float]) -> Sweep:
     """The points of a finished sweep."""
     found = {variant.name.rpartition("/")[2]: variant for variant in report.variants}
     points = tuple(_point(found[_name(setting, value)], value) for value in sorted(values))
@@ -124,13 +110,10 @@ def _point(variant: Variant, value: float) -> SweepPoint:
     return SweepPoint(value, variant.restored, result.asr, result.over_refusal, result.utility)
 
 
-def _change(setting: Swept, value: float) -> dict[str, Any]:
-    if setting != "top-heads":
-        return {setting: value}
-    if value != int(value):
-        raise RegraftError(f"top-heads is a whole number, not {value}.")
-    return {"top_heads": int(value)}
+def _whole(value: float) -> float:
+    """A whole number as one, for settings that count something."""
+    return int(value) if value == int(value) else value
 
 
-def _name(setting: Swept, value: float) -> str:
+def _name(setting: str, value: float) -> str:
     return f"{setting}-{value:g}"

@@ -22,13 +22,13 @@ from regraft.cli.inspecting import inspect
 from regraft.cli.judging import judge, judge_bench
 from regraft.cli.patching import apply, revert
 from regraft.cli.pruning import prune
-from regraft.cli.realigning import realign
+from regraft.cli.realigning import app as realign
 from regraft.cli.rendering import render
 from regraft.cli.reporting import compare, report
 from regraft.cli.responding import respond
 from regraft.cli.running import demo, recipe, run
 from regraft.cli.scoring import heads, statistics
-from regraft.cli.tuning import tune
+from regraft.cli.tuning import app as tune
 from regraft.data.sources import words_of_first
 from regraft.errors import RegraftError
 from regraft.settings.base import explain

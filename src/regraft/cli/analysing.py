@@ -10,12 +10,11 @@ from cyclopts import Parameter
 from regraft.cli.options import Model, OutFolder, open_model, watching
 from regraft.console import show_overlap, show_relation, show_sweep
 from regraft.recipe import read_recipe
-from regraft.settings.searching import Swept
 
 
 def sweep(
     recipe: Path,
-    setting: Swept,
+    setting: str,
     *,
     values: Annotated[tuple[float, ...], Parameter(consume_multiple=True)],
     out: OutFolder,
@@ -32,7 +31,8 @@ def sweep(
     recipe
         A YAML file; its first pruning and its first variant are varied.
     setting
-        What is varied.
+        What is varied: sparsity, or a setting of the first variant's method, such as q, top-heads
+        or budget.
     values
         The values.
     """

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from regraft.cli.options import OutFolder, watching
 from regraft.errors import RegraftError
-from regraft.restoration.apply import Operation
+from regraft.patch.apply import Operation
 
 if TYPE_CHECKING:
     from regraft.stages import Preview

@@ -1,101 +1,180 @@
-"""A dense and a pruned model to a patch: `regraft realign`."""
+"""A dense and a pruned model to a patch: `regraft realign METHOD`, a command for each method."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from regraft.cli.options import Calibration, Compute, Flat, Model, OutFile, open_model, watching
+from cyclopts import App, Group, Parameter
+from pydantic import create_model
+
+from regraft.cli.options import (
+    Flat,
+    Model,
+    OutFile,
+    open_model,
+    watching,
+)
 from regraft.console import ConsoleWatch, show_search
-from regraft.restoration.fine_tune import TRAINED_VALUES, is_trained
-from regraft.restoration.patch import Patch
+from regraft.methods.base import METHODS, MethodSettings, method_named
+from regraft.methods.fine_tune.adam import TRAINED_VALUES, is_trained
+from regraft.patch.format import Patch
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
+from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.flags import (
     DEFAULT_VALIDATION_TOKENS,
     check_answers,
-    check_imitation,
     check_inputs,
     check_search,
     refuse_unread,
 )
-from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import with_validation
 
+SEARCH = Group("Search for a number of weights", sort_key=2)
+SCORING = Group("Scoring of heads", sort_key=3)
+DATA = Group("Calibration prompts", sort_key=1)
+COMPUTE = Group("Where it runs", sort_key=4)
+
+
+def grouped(group: Group) -> Parameter:
+    """Flags of their own for the fields of settings, under a heading of the help."""
+    found: Parameter = Parameter(name="*", group=group)
+    return found
+
+
+def flags_of(name: str) -> type[MethodSettings]:
+    """A method's settings, without a flag for its name."""
+    own = method_named(name).Settings
+    hidden = Annotated[Literal[name], Parameter(show=False, parse=False)]  # type: ignore[valid-type]
+    fields: Any = {"method": (hidden, name)}
+    made: Any = create_model(own.__name__, __base__=own, **fields)
+    flags: type[MethodSettings] = made
+    return flags
+
+
+def keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> Any:
+    """A parameter of a command."""
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def pair() -> list[inspect.Parameter]:
+    """The two models that a restoration is of."""
+    said = {"dense": "The dense checkpoint", "pruned": "The same model pruned, by any tool"}
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            annotation=Annotated[Model, Parameter(help=f"{text}: folder or hub id.")],
+        )
+        for name, text in said.items()
+    ]
+
+
+def calibrated(name: str) -> inspect.Parameter:
+    """Prompts, and responses where the method may read some."""
+    own = CalibrationSettings if method_named(name).reads_responses else PromptSettings
+    return keyword("calibration", Annotated[own, grouped(DATA)], own())
+
+
+def command(
+    name: str, parameters: list[inspect.Parameter], run: Callable[..., None], text: str
+) -> Callable[..., None]:
+    """A function whose parameters are put together, as `cyclopts` reads them."""
+
+    def made(*args: Any, **given: Any) -> None:
+        run(name, *args, **given)
+
+    made.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    made.__annotations__ = {one.name: one.annotation for one in parameters}
+    made.__doc__ = text
+    made.__name__ = name
+    return made
+
+
+def _parameters(name: str) -> list[inspect.Parameter]:
+    method, own = method_named(name), flags_of(name)
+    found = [*pair(), keyword("out", OutFile)]
+    found.append(keyword("settings", Annotated[own, Flat], None))
+    if method.reads_heads:
+        said = Parameter(help="From `regraft heads`, instead of scoring them here.", group=SCORING)
+        found.append(keyword("heads_file", Annotated[Path | None, said], None))
+        found.append(keyword("scoring", Annotated[HeadSettings, grouped(SCORING)], HeadSettings()))
+    if method.reads_responses:
+        said = Parameter(help="From `regraft statistics`, instead of gathering them here.")
+        found.append(keyword("statistics_file", Annotated[Path | None, said], None))
+    if "budget" in own.model_fields and method.searches:
+        said = Parameter(
+            help="Choose how many weights of the budget are restored, on validation prompts.",
+            group=SEARCH,
+        )
+        found.append(keyword("search", Annotated[bool, said], False))
+        length = Parameter(help="Length of an answer to a validation prompt.", group=SEARCH)
+        found.append(keyword("max_new_tokens", Annotated[int, length], DEFAULT_VALIDATION_TOKENS))
+        found.append(
+            keyword("choice", Annotated[SearchSettings, grouped(SEARCH)], SearchSettings())
+        )
+    found.append(calibrated(name))
+    found.append(
+        keyword("compute", Annotated[ComputeSettings, grouped(COMPUTE)], ComputeSettings())
+    )
+    return found
+
 
 def realign(
-    dense: Model,
-    pruned: Model,
+    name: str,
+    dense: str,
+    pruned: str,
     *,
-    out: OutFile,
+    out: Path,
+    settings: MethodSettings | None = None,
     heads_file: Path | None = None,
     statistics_file: Path | None = None,
     search: bool = False,
     max_new_tokens: int = DEFAULT_VALIDATION_TOKENS,
-    settings: Annotated[RealignSettings, Flat] = RealignSettings(),
-    choice: Annotated[SearchSettings, Flat] = SearchSettings(),
-    scoring: Annotated[HeadSettings, Flat] = HeadSettings(),
-    calibration: Calibration = CalibrationSettings(),
-    compute: Compute = ComputeSettings(),
+    choice: SearchSettings = SearchSettings(),
+    scoring: HeadSettings = HeadSettings(),
+    calibration: PromptSettings = CalibrationSettings(),
+    compute: ComputeSettings = ComputeSettings(),
 ) -> None:
-    """Select the pruned weights that carried safety and write their dense values as a patch.
-
-    Head scores, input statistics and the ranking of weights are computed beside the patch where no
-    file is given.
-
-    Example: regraft realign MODEL pruned --method gain --budget 2 --data vlguard
-    VLGuard/train.json --out gain.safetensors
-
-    Parameters
-    ----------
-    dense
-        The dense checkpoint.
-    pruned
-        The same model pruned, by regraft or by any other tool.
-    heads_file
-        From `regraft heads`.
-    statistics_file
-        From `regraft statistics`.
-    search
-        Choose how many weights of the budget are restored, on validation prompts.
-    max_new_tokens
-        Search: length of an answer to a validation prompt.
-    """
+    """Rank pruned weights by a method and write the dense values of the first as a patch."""
     from regraft import stages
 
+    settings = settings or method_named(name).Settings(method=name)
+    calibration = calibration.with_responses()
     with watching() as watch:
-        refuse_unread(settings, calibration)
-        check_imitation(settings, calibration)
+        refuse_unread(calibration)
         check_search(search, settings, choice)
         check_inputs(settings, scoring, heads_file, statistics_file)
         check_answers(search, max_new_tokens)
-        dense_source = open_model(dense, compute.trust_remote_code)
-        found = with_validation(choice, dense_source.folder, calibration) if search else None
-        patch = stages.restore(
-            dense_source,
-            open_model(pruned, compute.trust_remote_code),
-            out,
-            settings,
+        source = open_model(dense, compute.trust_remote_code)
+        other = open_model(pruned, compute.trust_remote_code)
+        found = with_validation(choice, source.folder, calibration) if search else None
+        given = stages.Inputs(heads=heads_file, statistics=statistics_file)
+        places = stages.Places.beside(out)
+        restoration = stages.Restoration(
+            source,
             calibration,
             compute,
+            scoring,
+            EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
             watch,
-            heads_file=heads_file,
-            statistics_file=statistics_file,
-            scoring=scoring,
-            choice=found,
-            evaluation=EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
         )
+        restoration.check(other, settings, found, places, given)
+        patch = restoration.restore(other, settings, places, choice=found, given=given)
         if search:
-            curve = stages.curve_beside(out)
-            show_search(watch.console, stages.read_curve(curve))
-            watch.note(f"All points: {curve}")
-        _tell_patch(watch, out, patch)
+            show_search(watch.console, stages.read_curve(places.curve))
+            watch.note(f"All points: {places.curve}")
+        _describe(watch, out, patch)
 
 
-def _tell_patch(watch: ConsoleWatch, out: Path, patch: Patch) -> None:
+def _describe(watch: ConsoleWatch, out: Path, patch: Patch) -> None:
     pruned = patch.about["pruned"]
     exchanged = f" and {patch.removed:,} kept ones go in exchange" if patch.removed else ""
     watch.note(
@@ -112,3 +191,19 @@ def _tell_patch(watch: ConsoleWatch, out: Path, patch: Patch) -> None:
             if patch.about["violated_groups"]
             else f"All {patch.about['groups']:,} {patch.about['n_m']} groups are kept."
         )
+
+
+def by_method(name: str, text: str) -> App:
+    """A command with one below it for each method."""
+    return App(name=name, help=text)
+
+
+app = by_method(
+    "realign",
+    "Restore the pruned weights that carried safety: write their dense values as a patch.\n\n"
+    "Take gain unless you compare methods: regraft realign gain MODEL pruned --data "
+    "prompts.jsonl --out gain.safetensors",
+)
+for _name in METHODS.names():
+    _text = (method_named(_name).Settings.__doc__ or "").strip()
+    app.command(command(_name, _parameters(_name), realign, _text), name=_name)

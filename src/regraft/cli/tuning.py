@@ -1,54 +1,67 @@
-"""The best settings of a method: `regraft tune`."""
+"""The best settings of a method: `regraft tune METHOD`."""
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Annotated
 
-from regraft.cli.options import Calibration, Compute, Flat, Model, OutFolder, open_model, watching
+from cyclopts import Group, Parameter
+
+from regraft.cli.options import Flat, OutFolder, open_model, watching
+from regraft.cli.realigning import (
+    COMPUTE,
+    SCORING,
+    SEARCH,
+    by_method,
+    calibrated,
+    command,
+    flags_of,
+    grouped,
+    keyword,
+    pair,
+)
 from regraft.console import show_tuned
+from regraft.methods.base import METHODS, MethodSettings, method_named
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
+from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.flags import DEFAULT_VALIDATION_TOKENS, check_tuning, refuse_unread
-from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 
+TRIALS = Group("Trials", sort_key=0)
+ABOUT = (
+    "Search for a method's settings that give the lowest ASR within bounds, on validation "
+    "prompts.\n\n"
+    "Constrained TPE (Optuna: pip install 'regraft[tune]'). The same command continues after a "
+    "kill, goes on to more --trials, and started twice at once shares them. Of a ranking the best "
+    "prefix tried within the bounds counts. What is not tuned stays as given, the budget above "
+    "all. Writes tuned.json and best.yaml, an item of a recipe's `realign`.\n\n"
+    "Example: regraft tune hsr MODEL pruned --budget 2 --data vlguard VLGuard/train.json "
+    "--validation validation.jsonl --trials 40 --points 3 --out tuned"
+)
+
 
 def tune(
-    dense: Model,
-    pruned: Model,
+    name: str,
+    dense: str,
+    pruned: str,
     *,
-    out: OutFolder,
+    out: Path,
+    settings: MethodSettings | None = None,
+    tuning: TuneSettings = TuneSettings(),
     max_new_tokens: int = DEFAULT_VALIDATION_TOKENS,
-    tuning: Annotated[TuneSettings, Flat] = TuneSettings(),
-    settings: Annotated[RealignSettings, Flat] = RealignSettings(),
-    choice: Annotated[SearchSettings, Flat] = SearchSettings(),
-    scoring: Annotated[HeadSettings, Flat] = HeadSettings(),
-    calibration: Calibration = CalibrationSettings(),
-    compute: Compute = ComputeSettings(),
+    choice: SearchSettings = SearchSettings(),
+    scoring: HeadSettings = HeadSettings(),
+    calibration: PromptSettings = CalibrationSettings(),
+    compute: ComputeSettings = ComputeSettings(),
 ) -> None:
-    """Search for a method's settings that give the lowest ASR within bounds, on validation prompts.
-
-    Constrained TPE (Optuna: pip install 'regraft[tune]'). The same command continues after a kill,
-    goes on to more --trials, and started twice at once shares them. Of a ranking the best prefix
-    tried within the bounds counts. What is not tuned stays as given, the budget above all. Writes
-    tuned.json and best.yaml, an item of a recipe's `realign`.
-
-    Example: regraft tune MODEL pruned --method hsr --budget 2 --data vlguard VLGuard/train.json
-    --validation validation.jsonl --trials 40 --points 3 --out tuned
-
-    Parameters
-    ----------
-    dense
-        The dense checkpoint.
-    pruned
-        The same model pruned, by regraft or by any other tool.
-    max_new_tokens
-        Length of an answer to a validation prompt.
-    """
+    """Tune a method on a dense and a pruned model."""
     from regraft import stages
 
+    settings = settings or method_named(name).Settings(method=name)
+    calibration = calibration.with_responses()
     with watching() as watch:
         check_tuning(settings, tuning, choice, scoring, compute.device)
         refuse_unread(calibration)
@@ -69,3 +82,26 @@ def tune(
         watch.note(f"All trials: {out / 'tuned.json'}")
         if tuned.best is not None:
             watch.note(f"The best settings, for a recipe: {out / 'best.yaml'}")
+
+
+def _parameters(name: str) -> list[inspect.Parameter]:
+    length = Parameter(help="Length of an answer to a validation prompt.", group=SEARCH)
+    found = [
+        *pair(),
+        keyword("out", OutFolder),
+        keyword("settings", Annotated[flags_of(name), Flat], None),
+        keyword("tuning", Annotated[TuneSettings, grouped(TRIALS)], TuneSettings()),
+        keyword("max_new_tokens", Annotated[int, length], DEFAULT_VALIDATION_TOKENS),
+        keyword("choice", Annotated[SearchSettings, grouped(SEARCH)], SearchSettings()),
+    ]
+    if method_named(name).reads_heads:
+        found.append(keyword("scoring", Annotated[HeadSettings, grouped(SCORING)], HeadSettings()))
+    compute = Annotated[ComputeSettings, grouped(COMPUTE)]
+    return [*found, calibrated(name), keyword("compute", compute, ComputeSettings())]
+
+
+app = by_method("tune", ABOUT)
+for _name in METHODS.names():
+    if method_named(_name).tunes:
+        _text = f"Tune {_name}: {(method_named(_name).Settings.__doc__ or '').strip()}"
+        app.command(command(_name, _parameters(_name), tune, _text), name=_name)

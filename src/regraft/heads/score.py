@@ -113,6 +113,23 @@ class HeadScores:
         exact = self.exact
         return next((i for i, head in enumerate(estimated) if not exact[head]), len(estimated))
 
+    def best(self, criterion: Criterion, count: int) -> list[tuple[int, int]]:
+        """The `count` most important (layer, head).
+
+        Raises:
+            RegraftError: fewer heads were scored, or scored exactly.
+        """
+        ranked, certain = self.ranked(criterion), self.certain(criterion)
+        if count > len(ranked):
+            raise RegraftError(f"top_heads is {count}, but only {len(ranked)} heads were scored.")
+        if count > certain:
+            raise RegraftError(
+                f"top_heads is {count}, but only the {certain} best by {criterion} were all scored "
+                f"exactly; other scores are estimates. Score heads again with --candidates {count} "
+                "or more."
+            )
+        return ranked[:count]
+
     def below_noise(self, criterion: Criterion) -> int | None:
         """How many heads score below the rounding noise of their layer; None without a floor.
 

@@ -32,9 +32,10 @@ from regraft.evaluation.results import Answer, Estimate, TextResult
 from regraft.evaluation.summary import alike, group_similarities
 from regraft.evaluation.text import pooled
 from regraft.evaluation.tradeoff import Searched
+from regraft.methods.base import settings_in
+from regraft.methods.gain.path import GainPath
 from regraft.report.addresses import short_names
 from regraft.report.model import SIGNIFICANCE, Report, Variant, paired_answers
-from regraft.restoration.path import GainPath
 
 Role = Literal["dense", "pruned", "method"]
 Counts = NDArray[np.int64]
@@ -382,21 +383,9 @@ def _methods(groups: Sequence[Sequence[Variant]], recipe: Mapping[str, Any]) -> 
     return tuple(found)
 
 
-def is_drawn(settings: Mapping[str, Any]) -> bool:
-    """Whether `head_seed` decides a variant, given as a recipe writes it.
-
-    As `RealignSettings.random`, which a report need not know.
-    """
-    method = settings.get("method", "hsr")
-    if method == "fine-tune":
-        return bool(settings.get("positions", "random") == "random")
-    of_heads = method in ("hsr", "hsr-released", "hsr-a")
-    return method == "random" or (of_heads and settings.get("heads") == "random")
-
-
 def _apart_from_the_draw(settings: Mapping[str, Any] | None, name: str) -> Any:
     """What repeats of a random control have in common; a method of its own is called by name."""
-    if settings is None or not is_drawn(settings):
+    if settings is None or not settings_in(settings).drawn:
         return name
     apart = ("name", "head_seed", "checkpoint", "repeats")
     return tuple(sorted((key, str(value)) for key, value in settings.items() if key not in apart))

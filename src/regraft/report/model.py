@@ -23,7 +23,7 @@ from regraft.evaluation.metrics import (
 from regraft.evaluation.results import Answer, Estimate, EvalResult
 from regraft.evaluation.tradeoff import Searched
 from regraft.evaluation.verdicts import Agreement, Judged
-from regraft.restoration.path import GainPath
+from regraft.methods.gain.path import GainPath
 
 SIGNIFICANCE = 0.05
 Role = Literal["dense", "pruned", "realigned", "control", "other"]

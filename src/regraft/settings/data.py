@@ -90,12 +90,29 @@ Suites = Annotated[
 Validation = Annotated[DataSource | None, _ONE_WORD]
 
 
-class CalibrationSettings(Settings):
-    """Harmful prompts (D^s) and harmless ones (D^u), with responses for methods that read them."""
+class PromptSettings(Settings):
+    """Harmful prompts (D^s) and harmless ones (D^u)."""
 
     data: Data = DataSource(name="demo", split="calibration")  # `source` is what is read
     samples: int = Field(128, ge=1, description="Drawn of each kind; fewer where there are fewer.")
     seed: int = Field(0, description="Of the draw.")
+
+    @property
+    def source(self) -> DataSource:
+        """`data`, with the seed in place of `{seed}` in its path: a file for each seed."""
+        if self.data.path is None:
+            return self.data
+        path = Path(str(self.data.path).replace("{seed}", str(self.seed)))
+        return self.data.model_copy(update={"path": path})
+
+    def with_responses(self) -> CalibrationSettings:
+        """With the defaults of what is said of responses."""
+        return CalibrationSettings(**self.model_dump())
+
+
+class CalibrationSettings(PromptSettings):
+    """Harmful prompts (D^s) and harmless ones (D^u), with responses for methods that read them."""
+
     responses: Literal["auto", "given", "self"] = Field(
         "auto",
         description="given: the data set's. self: the dense model writes them greedily, and those "
@@ -107,14 +124,6 @@ class CalibrationSettings(Settings):
     max_response_tokens: int = Field(
         64, ge=1, description="Length of a response that the dense model writes."
     )
-
-    @property
-    def source(self) -> DataSource:
-        """`data`, with the seed in place of `{seed}` in its path: a file for each seed."""
-        if self.data.path is None:
-            return self.data
-        path = Path(str(self.data.path).replace("{seed}", str(self.seed)))
-        return self.data.model_copy(update={"path": path})
 
     def unread(self) -> str | None:
         """What was set and changes nothing: the first of it, in words."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from regraft.errors import RegraftError
+from regraft.methods.base import MethodSettings, needs_of
 from regraft.settings.base import Settings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 
@@ -35,24 +35,14 @@ def check_data(method: str, calibration: CalibrationSettings) -> None:
     refuse_unread(calibration)
 
 
-def check_imitation(settings: RealignSettings, calibration: CalibrationSettings) -> None:
-    """Refuse settings of responses for a method that reads none."""
-    found = calibration.first_set("responses", "max_response_tokens")
-    if settings.imitates and found is not None:
-        raise RegraftError(
-            f"{settings.method} imitates the dense model's own answers: --{found.replace('_', '-')}"
-            " would change nothing. Leave it out."
-        )
-
-
-def check_search(search: bool, settings: RealignSettings, choice: SearchSettings) -> None:
+def check_search(search: bool, settings: MethodSettings, choice: SearchSettings) -> None:
     """Refuse a search that nothing can be searched in, and settings of one without --search."""
-    if search and settings.method in ("hsr-a", "fine-tune"):
+    if search and not settings.searchable:
         raise RegraftError(
-            f"{settings.method} has no number of weights to choose: leave --search out."
+            "--search chooses a number of weights: give a --budget too."
+            if "budget" in type(settings).model_fields
+            else f"{settings.method} has no number of weights to choose: leave --search out."
         )
-    if search and not settings.ranked:
-        raise RegraftError("--search chooses a number of weights: give a --budget too.")
     if not search and choice != SearchSettings():
         raise RegraftError("Bounds, targets and points are those of a search: add --search.")
 
@@ -64,15 +54,16 @@ def check_answers(search: bool, max_new_tokens: int) -> None:
 
 
 def check_inputs(
-    settings: RealignSettings,
+    settings: MethodSettings,
     scoring: HeadSettings,
     heads_file: Path | None,
     statistics_file: Path | None,
 ) -> None:
     """Refuse head scores, statistics and settings of scoring that are not read."""
-    if heads_file is not None and not settings.by_heads:
+    needs = needs_of(settings)
+    if heads_file is not None and needs.heads is None:
         raise RegraftError("No scored heads decide here: --heads-file would change nothing.")
-    if statistics_file is not None and not settings.needs_statistics:
+    if statistics_file is not None and needs.statistics is None:
         raise RegraftError(
             f"{settings.method} by these settings reads no statistics: --statistics-file would "
             "change nothing."
@@ -83,23 +74,22 @@ def check_inputs(
 
 
 def check_tuning(
-    settings: RealignSettings,
+    settings: MethodSettings,
     tuning: TuneSettings,
     choice: SearchSettings,
     scoring: HeadSettings,
     device: str,
 ) -> None:
     """Refuse what no trial reads, and two answers to the same question."""
-    refuse_unread(settings)
     _check_scoring(settings, scoring)
     if tuning.devices and device not in ("auto", *tuning.devices):
         raise RegraftError("--devices takes the place of --device: leave one of them out.")
-    if not settings.ranked and choice.first_set("points", "most"):
+    if not settings.searchable and choice.first_set("points", "most"):
         raise RegraftError("Without a --budget there is no ranking of which --points are.")
 
 
-def _check_scoring(settings: RealignSettings, scoring: HeadSettings) -> None:
-    if not settings.by_heads and scoring != HeadSettings():
+def _check_scoring(settings: MethodSettings, scoring: HeadSettings) -> None:
+    if needs_of(settings).heads is None and scoring != HeadSettings():
         raise RegraftError(
             "No heads are scored for these settings: those of scoring would change nothing."
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
 from regraft.evaluation.tradeoff import Reference
@@ -60,17 +58,10 @@ class SearchSettings(Settings):
         return self
 
 
-Swept = Literal["sparsity", "q", "top-heads", "budget"]  # what `regraft sweep` varies
-
-
-TUNABLE = ("hsr", "set-difference")
-
-
 class TuneSettings(Settings):
     """Which settings of a method are tried, and how many times.
 
-    Every RANGE is a lowest and a highest value. Tried as well are scope (hsr, set-difference) and
-    criterion (hsr). Gain has nothing to tune.
+    What is tried, and in which range, every method says itself; gain has nothing to tune.
     """
 
     trials: int = Field(
@@ -89,27 +80,3 @@ class TuneSettings(Settings):
     keep: tuple[str, ...] = Field(
         (), description="A setting that stays as given, such as scope; repeat the flag for more."
     )
-    q_range: tuple[float, float] = Field(
-        (0.01, 1.0), description="hsr: q, on a log scale, where no --budget takes its place."
-    )
-    p_range: tuple[float, float] = Field(
-        (0.0, 0.4), description="set-difference: p, from the share on that pruning kept."
-    )
-    p_max_range: tuple[float, float] = Field(
-        (0.05, 0.5), description="hsr: p_max, from p on, or from the share that pruning kept."
-    )
-    top_heads_range: tuple[int, int] = Field((1, 32), description="hsr: how many heads.")
-    r_max_range: tuple[int, int] = Field(
-        (1, 10), description="hsr by ships: rank of the subspaces."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> TuneSettings:
-        for name in type(self).model_fields:
-            if not name.endswith("_range"):
-                continue
-            low, high = getattr(self, name)
-            from_zero = name == "p_range"
-            if not (low > 0 or (from_zero and low == 0)) or low > high:
-                raise ValueError(f"{name} is {low} to {high}; 0 < lowest <= highest is needed")
-        return self

@@ -11,8 +11,6 @@ from regraft.keys import ABOUT_FILE
 from regraft.stages.answering import calibration_data, imitation_data
 from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
-from regraft.stages.fine_tuning import fine_tune
-from regraft.stages.gaining import check_gain_prompts
 from regraft.stages.gathering import statistics
 from regraft.stages.judging import (
     VERDICTS,
@@ -25,10 +23,10 @@ from regraft.stages.judging import (
 )
 from regraft.stages.patching import Preview, apply, preview, revert
 from regraft.stages.pruning import prune, spilled_bytes
-from regraft.stages.ranking import rank
+from regraft.stages.ranking import Inputs, rank
 from regraft.stages.realigning import realign
 from regraft.stages.responding import respond
-from regraft.stages.restoring import curve_beside, restore
+from regraft.stages.restoring import Places, Restoration, curve_beside
 from regraft.stages.scoring import heads
 from regraft.stages.searching import check_search, evaluate_references, search, suites_of
 from regraft.stages.session import Session
@@ -39,20 +37,21 @@ __all__ = [
     "ABOUT_FILE",
     "VERDICTS",
     "Evaluation",
+    "Inputs",
     "OnText",
+    "Places",
     "Preview",
+    "Restoration",
     "Session",
     "agreement",
     "apply",
     "calibration_data",
-    "check_gain_prompts",
     "check_judge",
     "check_search",
     "curve_beside",
     "defend",
     "evaluate",
     "evaluate_references",
-    "fine_tune",
     "heads",
     "imitation_data",
     "judge",
@@ -66,7 +65,6 @@ __all__ = [
     "read_evaluation",
     "realign",
     "respond",
-    "restore",
     "revert",
     "search",
     "spilled_bytes",

@@ -30,10 +30,10 @@ from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import write_text
 from regraft.importance.losses import TOKEN_WEIGHTS
 from regraft.keys import describe, is_done, working
+from regraft.loading import load
 from regraft.models.load import Source
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.stages.common import load
 from regraft.watch import Watch
 
 

@@ -34,12 +34,12 @@ from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.evaluation.metrics import wilson
 from regraft.evaluation.summary import judge_answer
 from regraft.keys import describe, is_done, working
+from regraft.loading import collate, load
 from regraft.models.load import Source
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.validation import with_validation
-from regraft.stages.common import collate, load
 from regraft.watch import Silent, Watch
 
 

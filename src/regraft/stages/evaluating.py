@@ -40,15 +40,15 @@ from regraft.evaluation.summary import (
 from regraft.evaluation.text import Teacher
 from regraft.files import atomic_folder, file_digest, read_json, write_json
 from regraft.keys import describe, is_done, working
+from regraft.loading import patch_in_memory
 from regraft.models.load import Source, has_processor, load_processor, stored_dtype
-from regraft.restoration.apply import (
+from regraft.patch.apply import (
     patched,
     zeros_filled,
 )
-from regraft.restoration.patch import Patch
+from regraft.patch.format import Patch
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.stages.common import patch_in_memory
 from regraft.stages.session import Session
 from regraft.stages.text import OnText
 from regraft.watch import Silent, Watch

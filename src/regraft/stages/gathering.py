@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from regraft import ranks
-from regraft.checks import check_shares, told
+from regraft.checks import told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
 from regraft.files import require_space, size_of
@@ -19,13 +19,13 @@ from regraft.importance.statistics import (
     save_statistics,
 )
 from regraft.keys import describe, is_done, working
+from regraft.loading import check_shares, cut, hidden_state_bytes, load_for_walk
 from regraft.models.load import Source
 from regraft.models.walk import Walk
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import StatisticsSettings
 from regraft.stages.answering import beside, calibration_data
-from regraft.stages.common import cut, hidden_state_bytes, load_for_walk
 from regraft.watch import Silent, Watch
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from regraft.errors import RegraftError
 from regraft.files import locked
+from regraft.methods.base import Between, Space
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -26,20 +27,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 _PATIENCE = 120  # seconds for which a process waits for another one that writes to the file
-
-
-@dataclass(frozen=True)
-class Between:
-    """A number from `low` to `high`, both included."""
-
-    low: float
-    high: float
-    log: bool = False
-    whole: bool = False
-
-
-Space = Mapping[str, Between | tuple[str, ...]]
-"""Name -> the numbers or words that it may be."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from torch import Tensor
 from regraft import ranks
 from regraft.checks import (
     check_pattern,
-    check_shares,
     draw_calibration,
     told,
     warn_of_bundled,
@@ -24,6 +23,12 @@ from regraft.data.example import Example, Reading
 from regraft.files import require_space
 from regraft.importance.safety_potential import potential_batch
 from regraft.keys import ABOUT_FILE, describe, is_done, to_json, unfinished_bytes, working
+from regraft.loading import (
+    check_shares,
+    each_of_share,
+    hidden_state_bytes,
+    load_for_walk,
+)
 from regraft.models.checkpoint import check_target, open_checkpoint, write_edited
 from regraft.models.load import Source
 from regraft.models.walk import Walk
@@ -33,11 +38,6 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.pruning import PruneSettings
 from regraft.stages.answering import beside, calibration_data
-from regraft.stages.common import (
-    each_of_share,
-    hidden_state_bytes,
-    load_for_walk,
-)
 from regraft.watch import Silent, Watch
 
 CARD = "README.md"

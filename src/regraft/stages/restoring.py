@@ -1,153 +1,262 @@
-"""From two checkpoints to a patch: head scores, statistics, ranking and search beside it."""
+"""The chain from two checkpoints to a patch: what a method needs, ranking, search, patch.
+
+Written once, for the command line, for runs of a recipe and for tuning, which say where each
+artifact lies and may measure or lock a step while it is at work.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from regraft.checks import (
-    check_budget,
-    check_gradients,
-    check_r_max,
-    check_scored,
-    check_top_heads,
-)
-from regraft.data.example import Reading
+from regraft.methods.base import MethodSettings, Needs, needs_of, own_settings
 from regraft.models.load import Source, check_split
-from regraft.restoration.patch import Patch
-from regraft.restoration.realign import check_pair
+from regraft.patch.format import Patch
+from regraft.patch.pair import check_pair
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.realigning import RANDOM, RealignSettings
 from regraft.settings.scoring import HeadSettings, StatisticsSettings
 from regraft.settings.searching import SearchSettings
-from regraft.stages.fine_tuning import fine_tune, minibatches
-from regraft.stages.gaining import check_gain_prompts
+from regraft.stages.answering import imitation_data
 from regraft.stages.gathering import statistics
-from regraft.stages.ranking import rank
-from regraft.stages.realigning import (
-    check_made_by,
-    chosen_heads,
-    importance_of,
-    realign,
-    scores_of,
-)
+from regraft.stages.needing import check_method, learnt_by
+from regraft.stages.ranking import Inputs, rank, read_inputs
+from regraft.stages.realigning import check_made_by, realign
 from regraft.stages.scoring import heads
 from regraft.stages.searching import check_search, search, warn_of_learnt
 from regraft.stages.session import Session
 from regraft.watch import Silent, Watch
 
+StepGuard = Callable[[str, str], AbstractContextManager[None]]
+"""(step, name of what it is for) -> what surrounds the step."""
 
-def restore(
-    dense: Source,
-    pruned: Source,
-    out: Path,
-    settings: RealignSettings,
-    calibration: CalibrationSettings,
-    compute: ComputeSettings,
-    watch: Watch | None = None,
-    *,
-    heads_file: Path | None = None,
-    statistics_file: Path | None = None,
-    scoring: HeadSettings | None = None,
-    choice: SearchSettings | None = None,
-    evaluation: EvalSettings | None = None,
-) -> Patch:
-    """All that a method needs, each an artifact beside `out`, and then the patch `out`.
 
-    Args:
-        dense: The dense checkpoint.
-        pruned: The same network pruned, by whomever.
-        out: The patch file.
-        settings: The method.
-        calibration: Prompts of both kinds, with responses where the method learns from them.
-        compute: Device, dtype, batch size, placement.
-        watch: Progress.
-        heads_file: From `heads`, where that has been done.
-        statistics_file: From `statistics`, likewise.
-        scoring: Of heads, where they are scored here.
-        choice: Search how much of the ranking is restored; the curve lies at `curve_beside`.
-        evaluation: How validation prompts are answered and judged.
+@dataclass(frozen=True)
+class Places:
+    """Where the artifacts of a restoration lie.
 
-    Raises:
-        RegraftError: bad input, all of which is looked for before any long work; see the stages.
+    Attributes:
+        heads: Head scores.
+        statistics: Kind of importance -> statistics of D^s and D^u.
+        responses: Folder for the dense model's answers to calibration prompts.
+        ranking: The ranking, which methods that differ in what they take of it share.
+        patch: The patch.
+        curve: Results of a search.
+        references: Evaluations of the dense and the pruned model, which searches share.
+        points: Patches and answers of a search.
+        positions: Another ranking, where the method needs one that a run has made.
+        states: Of ablated models, from which heads are scored for any r_max.
     """
-    watch, session = watch or Silent(), Session()
-    check_pair(dense, pruned)
-    check_top_heads(dense, settings)
-    check_budget(dense, settings)
-    if choice is not None:
-        validation = check_search(dense, choice, compute, session)
-    if settings.imitates:
-        check_split(compute.device, compute.placement)
-    if settings.method == "fine-tune":
-        imitated = session.imitated(dense, calibration)
-        minibatches([one.examples for one in imitated.values()], compute)
-        positions = None if settings.positions == RANDOM else Path(settings.positions)
-        return fine_tune(
-            dense, pruned, out, settings, calibration, compute, watch, ranking_file=positions
+
+    heads: Path
+    statistics: Callable[[str], Path]
+    responses: Path
+    ranking: Path
+    patch: Path
+    curve: Path
+    references: Path | None = None
+    points: Path | None = None
+    positions: Path | None = None
+    states: Path | None = None
+
+    @classmethod
+    def beside(cls, out: Path) -> Places:
+        """All beside the patch `out`, named after it."""
+        return cls(
+            heads=_beside(out, "heads.safetensors"),
+            statistics=lambda _: _beside(out, "statistics.safetensors"),
+            responses=_beside(out, "responses"),
+            ranking=_beside(out, "ranking.safetensors"),
+            patch=out,
+            curve=curve_beside(out),
         )
-    if out.exists():
-        check_made_by(out, dense, pruned, settings, searched=choice is not None)
-    gathers = settings.needs_statistics and statistics_file is None
-    scores = settings.by_heads and heads_file is None
-    if heads_file is not None:
-        chosen_heads(dense, settings, scores_of(dense, settings, heads_file))
-    if statistics_file is not None:
-        importance_of(dense, settings, statistics_file)
-    learnt: dict[str, Reading] = {}
-    if settings.method == "gain":
-        learnt = session.imitated(dense, calibration)
-        check_gain_prompts(learnt, calibration.seed, compute)
-    for harmful in (True, False) if gathers else (True,) if scores else ():
-        session.drawn(dense, calibration, harmful=harmful)
-        if choice is not None:
-            learnt |= session.learnt_from(dense, calibration, harmful=harmful)
-    if scores:
-        prompts = session.drawn(dense, calibration, harmful=True)
-        check_r_max(dense, scoring or HeadSettings(), prompts)
-        check_scored(settings, scoring or HeadSettings())
-    if choice is not None:
-        warn_of_learnt(validation, learnt, watch)
-    if settings.method == "gain" or (gathers and settings.needs_gradients):
-        check_gradients(dense, compute, f"Realigning by {settings.method}")
-    if scores:
-        heads_file = _beside(out, "heads.safetensors")
-        heads(dense, heads_file, scoring or HeadSettings(), calibration, compute, watch)
-    if gathers:
-        statistics_file = _beside(out, "statistics.safetensors")
-        wanted = StatisticsSettings(score=settings.score)
-        statistics(dense, statistics_file, calibration, compute, wanted, watch)
-    files = (heads_file, statistics_file)
-    ranking, count = None, None
-    if settings.ranked:
-        ranking = _beside(out, "ranking.safetensors")
-        rank(dense, pruned, ranking, settings, calibration, *files, compute, watch)
-    if ranking is not None and choice is not None:
-        how = evaluation or EvalSettings()
-        count = search(
-            dense,
-            pruned,
-            ranking,
-            curve_beside(out),
-            choice,
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """What every step needs.
+
+    Attributes:
+        dense: The dense checkpoint.
+        calibration: Prompts of both kinds, with responses where a method learns from them.
+        compute: Device, dtype, batch size, placement.
+        scoring: Of heads.
+        evaluation: How validation prompts are answered and judged.
+        watch: Progress.
+        session: What evaluations share.
+        guard: Surrounds every step.
+    """
+
+    dense: Source
+    calibration: CalibrationSettings
+    compute: ComputeSettings = ComputeSettings()
+    scoring: HeadSettings = HeadSettings()
+    evaluation: EvalSettings = EvalSettings(full_answers=False)
+    watch: Watch = field(default_factory=Silent)
+    session: Session = field(default_factory=Session)
+    guard: StepGuard = lambda _step, _of: nullcontext()
+
+    def check(
+        self,
+        pruned: Source,
+        settings: MethodSettings,
+        choice: SearchSettings | None,
+        places: Places,
+        given: Inputs,
+    ) -> None:
+        """Find bad input before any long work.
+
+        Raises:
+            RegraftError: see the steps.
+        """
+        needs = needs_of(settings)
+        check_pair(self.dense, pruned)
+        made = Needs(
+            heads=needs.heads if given.heads else None,
+            statistics=needs.statistics if given.statistics else None,
+            positions=needs.positions,
+        )
+        read_inputs(self.dense, pruned, made, given)
+        scored, gathered = given.heads is not None, given.statistics is not None
+        check_method(
+            self.dense,
             settings,
-            how,
-            compute,
-            watch,
-            session,
+            self.calibration,
+            self.compute,
+            self.session,
+            None if scored else self.scoring,
+            gathers=not gathered,
         )
-    return realign(
-        dense,
-        pruned,
-        out,
-        settings,
-        *files,
-        compute,
-        watch,
-        ranking_file=ranking,
-        count=count,
-    )
+        if choice is not None:
+            validation = check_search(self.dense, choice, self.compute, self.session)
+            learnt = learnt_by(
+                self.dense,
+                needs,
+                self.calibration,
+                self.session,
+                scored=scored,
+                gathered=gathered,
+            )
+            warn_of_learnt(validation, learnt, self.watch)
+        if needs.answers:
+            check_split(self.compute.device, self.compute.placement)
+        if places.patch.exists():
+            searched = choice is not None
+            check_made_by(places.patch, self.dense, pruned, settings, searched=searched)
+
+    def gather(self, needs: Iterable[Needs], places: Places, given: Inputs) -> None:
+        """All that any of the methods needs and that is not given: scores, answers, statistics."""
+        wanted = list(needs)
+        if any(one.heads for one in wanted) and given.heads is None:
+            self._unload_before(places.heads)
+            with self.guard("score heads", ""):
+                heads(
+                    self.dense,
+                    places.heads,
+                    self.scoring,
+                    self.calibration,
+                    self.compute,
+                    self.watch,
+                    places.states,
+                )
+        if any(one.answers for one in wanted):
+            with self.guard("answer", ""):
+                imitation_data(
+                    self.dense, self.calibration, self.compute, places.responses, self.watch
+                )
+        scores = dict.fromkeys(one.statistics for one in wanted if one.statistics)
+        for score in scores if given.statistics is None else ():
+            out = places.statistics(score)
+            self._unload_before(out)
+            with self.guard(f"statistics for {score}", ""):
+                statistics(
+                    self.dense,
+                    out,
+                    self.calibration,
+                    self.compute,
+                    StatisticsSettings(score=score),
+                    self.watch,
+                    places.responses,
+                )
+
+    def rank(
+        self, pruned: Source, settings: MethodSettings, places: Places, given: Inputs, name: str
+    ) -> Inputs:
+        """The ranking, from what was gathered or is given; returns what it was made from."""
+        needs = needs_of(settings)
+        self._unload_before(places.ranking)
+        made = Inputs(
+            heads=given.heads or (places.heads if needs.heads else None),
+            statistics=given.statistics
+            or (places.statistics(needs.statistics) if needs.statistics else None),
+            positions=given.positions or places.positions,
+            responses=places.responses,
+        )
+        with self.guard("rank", name):
+            rank(
+                self.dense,
+                pruned,
+                places.ranking,
+                own_settings(settings),
+                self.calibration,
+                made,
+                self.compute,
+                self.watch,
+            )
+        return made
+
+    def restore(
+        self,
+        pruned: Source,
+        settings: MethodSettings,
+        places: Places,
+        *,
+        choice: SearchSettings | None = None,
+        given: Inputs | None = None,
+        name: str = "",
+    ) -> Patch:
+        """All steps, each an artifact, and then the patch.
+
+        Args:
+            pruned: The same network pruned, by whomever.
+            settings: The method.
+            places: Where artifacts lie.
+            choice: Search how much of the ranking is restored.
+            given: What has been made elsewhere.
+            name: What `guard` is told of the steps of this model alone.
+        """
+        given = given or Inputs()
+        self.gather([needs_of(settings)], places, given)
+        self.rank(pruned, settings, places, given, name)
+        count = None
+        if choice is not None:
+            with self.guard("search", name):
+                count = search(
+                    self.dense,
+                    pruned,
+                    places.ranking,
+                    places.curve,
+                    choice,
+                    own_settings(settings),
+                    self.evaluation,
+                    self.compute,
+                    self.watch,
+                    self.session,
+                    references=places.references,
+                    points_folder=places.points,
+                )
+        with self.guard("realign", name):
+            return realign(
+                self.dense, pruned, places.patch, own_settings(settings), places.ranking, count
+            )
+
+    def _unload_before(self, out: Path) -> None:
+        """Give back the memory of the model last evaluated, where `out` is still to be made."""
+        if not out.exists():
+            self.session.unload()
 
 
 def curve_beside(out: Path) -> Path:

@@ -19,11 +19,11 @@ from regraft.files import digest
 from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
 from regraft.heads.states import steps
 from regraft.keys import describe, is_done, working
+from regraft.loading import collate, load
 from regraft.models.load import Source
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import HeadSettings
-from regraft.stages.common import collate, load
 from regraft.watch import Silent, Watch
 
 

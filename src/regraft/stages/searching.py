@@ -13,11 +13,11 @@ from regraft.evaluation.curves import curve_to_json, read_curve
 from regraft.evaluation.tradeoff import Bounds, Point, Searched, bounds_of, choose, nearest
 from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
+from regraft.methods.base import MethodSettings
+from regraft.methods.ranking import load_ranking
 from regraft.models.load import Source, check_split
-from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.realigning import RealignSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import validation_of
 from regraft.stages.evaluating import evaluate
@@ -32,7 +32,7 @@ def search(
     ranking_file: Path,
     out: Path,
     settings: SearchSettings,
-    method: RealignSettings,
+    method: MethodSettings,
     evaluation: EvalSettings,
     compute: ComputeSettings,
     watch: Watch | None = None,
@@ -72,7 +72,8 @@ def search(
     """
     watch, session = watch or Silent(), session or Session()
     ranking = load_ranking(ranking_file)
-    most = min(len(ranking), method.how_many(ranking.about["pruned"]))
+    wanted = method.how_many(ranking.about["pruned"])
+    most = len(ranking) if wanted is None else min(len(ranking), wanted)
     if settings.most is not None:
         most = min(most, int(settings.most * ranking.about["pruned"] / 10_000))
     reading = check_search(dense, settings, compute, session)
@@ -100,7 +101,7 @@ def search(
         for count in sorted({count for count in grid if 0 < count < most} | ({most} - {0})):
             patch = folder / f"{count:08d}.safetensors"
             first = method.ranking()  # searches of other budgets along this ranking take it too
-            realign(dense, pruned, patch, first, ranking_file=ranking_file, count=count)
+            realign(dense, pruned, patch, first, ranking_file, count)
             points.append(point(folder / f"{count:08d}", count, pruned, patch))
         bounds = bounds_by(settings, full, points[0])
         chosen = choose(points, bounds)

@@ -25,14 +25,14 @@ from regraft.errors import RegraftError
 from regraft.evaluation.tuned import Tuned
 from regraft.files import disk_errors, require_empty, write_json
 from regraft.keys import describe, holds
+from regraft.methods.base import MethodSettings, needs_of
 from regraft.models.load import Source, pick_device
-from regraft.restoration.realign import check_pair, survey
+from regraft.patch.pair import check_pair, survey
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
-from regraft.settings.searching import TUNABLE, SearchSettings, TuneSettings
+from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.settings.validation import with_validation
 from regraft.stages.optimising import Trials, require_optuna
 from regraft.stages.searching import check_search, warn_of_learnt
@@ -50,7 +50,7 @@ def tune(
     dense: Source,
     pruned: Source,
     out: Path,
-    method: RealignSettings,
+    method: MethodSettings,
     calibration: CalibrationSettings,
     compute: ComputeSettings,
     tuning: TuneSettings | None = None,
@@ -88,10 +88,10 @@ def tune(
     scoring = scoring or HeadSettings()
     evaluation = evaluation or EvalSettings(full_answers=False)
     compute = compute.model_copy(update={"device": (*tuning.devices, compute.device)[0]})
-    _check(method, tuning, choice)
+    _check(tuning, choice)
     check_pair(dense, pruned)
     looked = survey(dense, pruned)
-    if method.ranked:
+    if method.searchable:
         check_restorable(method, looked.restorable)
     session = Session(0)
     data = {
@@ -106,7 +106,7 @@ def tune(
     samples = distinct(data["safety"])
     kept = looked.kept / dense.anatomy.prunable
     space = space_of(dense, method, tuning, scoring, kept, samples)
-    if method.by_heads and "r_max" not in space:
+    if needs_of(method).heads and "r_max" not in space:
         check_r_max(dense, scoring, data["safety"])
     place = TuneFolder(out)
     job = Job(
@@ -133,17 +133,12 @@ def tune(
     return conclude(job, about)
 
 
-def _check(method: RealignSettings, tuning: TuneSettings, choice: SearchSettings) -> None:
+def _check(tuning: TuneSettings, choice: SearchSettings) -> None:
     require_optuna()
     if ranks.world() > 1:
         raise RegraftError(
             "Tuning shares its trials between workers, not between the processes of torchrun: "
             "start it without, and give --workers or start it several times."
-        )
-    if method.method not in TUNABLE:
-        raise RegraftError(
-            f"There is nothing to tune of {method.method}; the method must be one of "
-            f"{', '.join(TUNABLE)}."
         )
     if choice.target_asr is not None or choice.target_rsr is not None:
         raise RegraftError(

@@ -10,15 +10,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from regraft.errors import RegraftError
+from regraft.methods.base import MethodSettings, Space
 from regraft.models.load import Source
 from regraft.settings.base import explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
-from regraft.stages.optimising import Space, Trials
+from regraft.stages.optimising import Trials
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Job:
     dense: Source
     pruned: Source
     place: TuneFolder
-    method: RealignSettings
+    method: MethodSettings
     tuning: TuneSettings
     choice: SearchSettings
     scoring: HeadSettings
@@ -113,7 +113,7 @@ class Job:
         )
 
 
-def varied(method: RealignSettings, settings: Mapping[str, Any]) -> RealignSettings:
+def varied(method: MethodSettings, settings: Mapping[str, Any]) -> MethodSettings:
     """The method with a trial's settings.
 
     Raises:
@@ -121,6 +121,6 @@ def varied(method: RealignSettings, settings: Mapping[str, Any]) -> RealignSetti
     """
     own = {name: value for name, value in settings.items() if name != "r_max"}
     try:
-        return RealignSettings(**method.model_dump() | own)
+        return type(method)(**method.model_dump(exclude_unset=True) | own)
     except ValidationError as error:
         raise RegraftError(f"These settings do not go together:\n{explain(error)}") from error

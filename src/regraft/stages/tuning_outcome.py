@@ -12,7 +12,7 @@ from regraft.evaluation.curves import point_from_json, point_to_json
 from regraft.evaluation.tradeoff import Point
 from regraft.evaluation.tuned import NOTE, Cost, Tried, Tuned, best_first
 from regraft.files import write_json, write_text
-from regraft.recipe import VariantSettings
+from regraft.recipe import variant
 from regraft.stages.evaluating import read_evaluation
 from regraft.stages.searching import bounds_by
 from regraft.stages.tuning_job import Job, varied
@@ -88,15 +88,16 @@ def snippet(job: Job, best: Tried, trials: int) -> str:
     Where the best point is a prefix of the ranking, `count` says how many weights are restored.
     """
     method = varied(job.method, best.settings)
-    update: dict[str, Any] = {"name": f"{method.method}-tuned"}
+    update: dict[str, Any] = {}
     whole = method.how_many(job.weights)
-    if method.ranked and best.point.restored < whole:
-        update |= {"budget": None, "count": best.point.restored}
-    variant = VariantSettings(**method.model_dump() | update)
-    content = {"name": variant.name, "method": variant.method}
-    content |= variant.model_dump(mode="json", exclude_defaults=True)
-    content |= best.settings
+    if whole is not None and best.point.restored < whole:
+        update = {"budget": None, "count": best.point.restored}
+    content = {"name": f"{method.method}-tuned", "method": method.method}
+    content |= method.model_dump(mode="json", exclude_defaults=True)
+    content |= {**best.settings, **update}
+    content = {name: value for name, value in content.items() if value is not None}
     content.pop("r_max", None)
+    variant(**content)  # which sees that it is one
     lines = [
         f"Trial {best.number}, the best of {trials}: an item of a recipe's `realign`.",
         f"On validation prompts: {_rates(best.point)}.",

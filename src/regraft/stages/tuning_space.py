@@ -4,67 +4,50 @@ from __future__ import annotations
 
 from regraft.errors import RegraftError
 from regraft.heads.ships import most_rank
+from regraft.methods.base import Between, MethodSettings, Space, method_of
 from regraft.models.load import Source
-from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import TuneSettings
-from regraft.stages.optimising import Between, Space
+
+_MOST_RANK = 10
 
 
 def space_of(
     dense: Source,
-    method: RealignSettings,
+    settings: MethodSettings,
     tuning: TuneSettings,
     scoring: HeadSettings,
     kept: float,
     samples: int,
 ) -> Space:
-    """What is varied: fields of `RealignSettings`, and r_max of `HeadSettings`.
+    """What is varied: what the method says, and r_max of the scoring of heads.
 
     Args:
         dense: Whose heads bound their number.
-        method: The method.
-        tuning: The ranges.
+        settings: The method.
+        tuning: What stays as given.
         scoring: Of heads; of screened ones, only the candidates may be taken.
         kept: Share of weights that pruning kept.
         samples: Of D^s, which bound r_max.
 
     Raises:
-        RegraftError: `tuning.keep` names something else, or leaves nothing.
+        RegraftError: there is nothing to tune, or `tuning.keep` names something else.
     """
-    p = kept if method.p is None else method.p
-    space: dict[str, Between | tuple[str, ...]] = {}
-    if method.method == "set-difference":
-        space |= {"p": _from(kept, tuning.p_range, 0.999), "scope": ("row", "matrix")}
-    else:
-        if not method.ranked:
-            space["q"] = Between(*tuning.q_range, log=True)
-        space |= {
-            "p_max": _from(p, tuning.p_max_range, 1.0),
-            "scope": ("row", "matrix", "head"),
-        }
-        if method.heads != "all":
-            most = sum(layer.heads for layer in dense.anatomy.layers)
-            if scoring.mode == "screened" and method.by_heads:
-                most = min(most, scoring.candidates)
-            space["top_heads"] = _up_to(tuning.top_heads_range, most)
-        if method.by_heads:
-            space["criterion"] = ("ships", "kl")
-            most = most_rank(samples, dense.anatomy.hidden_size)
-            space["r_max"] = _up_to(tuning.r_max_range, most)
+    method = method_of(settings)
+    space = method.space(settings, dense, kept)
+    if not space:
+        raise RegraftError(f"There is nothing to tune of {settings.method}.")
+    if method.needs(settings).heads is not None:
+        heads = space.get("top_heads")
+        if scoring.mode == "screened" and isinstance(heads, Between):
+            space["top_heads"] = Between(1, min(heads.high, scoring.candidates), whole=True)
+        most = min(_MOST_RANK, most_rank(samples, dense.anatomy.hidden_size))
+        space["r_max"] = Between(1, most, whole=True)
     if unknown := sorted(set(tuning.keep) - space.keys()):
         raise RegraftError(
-            f"keep: {unknown[0]!r} is not tuned here; {method.method} tunes {', '.join(space)}."
+            f"keep: {unknown[0]!r} is not tuned here; {settings.method} tunes {', '.join(space)}."
         )
     left = {name: of for name, of in space.items() if name not in tuning.keep}
     if not left:
         raise RegraftError("keep names every setting, which leaves nothing to tune.")
     return left
-
-
-def _from(start: float, span: tuple[float, float], most: float) -> Between:
-    return Between(min(start + span[0], most), min(start + span[1], most))
-
-
-def _up_to(span: tuple[int, int], most: int) -> Between:
-    return Between(min(span[0], most), min(span[1], most), whole=True)

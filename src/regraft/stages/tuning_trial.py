@@ -8,20 +8,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from regraft.checks import responses_are_given
 from regraft.evaluation.curves import point_to_json, read_curve
 from regraft.evaluation.tradeoff import Point, choose, nearest
 from regraft.evaluation.tuned import Cost, Tried
 from regraft.files import digest
+from regraft.methods.base import MethodSettings, needs_of
 from regraft.models.load import Source
-from regraft.settings.realigning import RealignSettings
-from regraft.settings.scoring import StatisticsSettings
-from regraft.stages.answering import calibration_data
-from regraft.stages.gathering import statistics
 from regraft.stages.optimising import Task, Trials
-from regraft.stages.ranking import rank
+from regraft.stages.ranking import Inputs
 from regraft.stages.realigning import realign
-from regraft.stages.scoring import heads
+from regraft.stages.restoring import Places, Restoration
 from regraft.stages.searching import (
     bounds_by,
     evaluate_point,
@@ -45,14 +41,12 @@ class Worker:
         """Do a trial and record it."""
         job, clock = self.job, _Clock()
         method = varied(job.method, task.settings)
-        if method.needs_statistics:
-            self._write_responses(clock)
-        files = self._files(method, int(task.settings.get("r_max", job.scoring.r_max)), clock)
+        r_max = int(task.settings.get("r_max", job.scoring.r_max))
         with self.trials.exclusive("references"), clock.of("references"):
             references = 0 if (job.place.references / "pruned").exists() else 2
             full = self._point(job.place.references / "dense", job.dense)
             before = self._point(job.place.references / "pruned", job.pruned)
-        points = self._points(task.number, method, files, before, clock)
+        points = self._points(task.number, method, r_max, before, clock)
         bounds = bounds_by(job.choice, full, before)
         chosen = choose(points, bounds)
         point = nearest(points, bounds) if chosen is None else points[chosen]
@@ -65,69 +59,30 @@ class Worker:
         self.trials.finish(task, point.asr.value)
         return tried
 
-    def _write_responses(self, clock: _Clock) -> None:
-        """The responses that all statistics and rankings share, whichever a worker is at."""
-        job = self.job
-        kinds = [
-            one for one in (True, False) if not responses_are_given(job.calibration, harmful=one)
-        ]
-        if not kinds:
-            return
-        with self.trials.exclusive("responses"), clock.of("responses"):
-            if not job.place.responses.exists():
-                self.session.unload()
-            for harmful in kinds:
-                calibration_data(
-                    job.dense,
-                    job.calibration,
-                    job.compute,
-                    job.place.responses,
-                    self.watch,
-                    harmful=harmful,
-                )
-
     def _points(
-        self,
-        number: int,
-        method: RealignSettings,
-        files: tuple[Path | None, Path | None],
-        before: Point,
-        clock: _Clock,
+        self, number: int, method: MethodSettings, r_max: int, before: Point, clock: _Clock
     ) -> list[Point]:
         """With weights back; the pruned model, `before`, where none can be restored."""
-        job, own = self.job, self.job.place.trial(number)
-        if not method.ranked:
-            patch = own / "patch.safetensors"
+        job = self.job
+        places = self._places(number, method, r_max)
+        restoration = self._restoration(r_max, clock)
+        given = Inputs()
+        restoration.gather([needs_of(method)], places, given)
+        restoration.rank(job.pruned, method, places, given, places.ranking.stem)
+        if not method.searchable:
             with clock.of("realign"):
-                made = realign(
-                    job.dense, job.pruned, patch, method, *files, job.compute, self.watch
-                )
+                made = realign(job.dense, job.pruned, places.patch, method, places.ranking)
             if not made.restored:
                 return [before]
             with clock.of("evaluate"):
-                return [self._point(own / "evaluation", job.pruned, made.restored, patch)]
-        of_heads = "" if files[0] is None else files[0].stem
-        name = f"{method.method}-{digest(method.model_dump_json(), of_heads)[:8]}"
-        ranking = job.place.ranking(name)
-        with self.trials.exclusive(name), clock.of("rank"):
-            rank(
-                job.dense,
-                job.pruned,
-                ranking,
-                method,
-                job.calibration,
-                *files,
-                job.compute,
-                self.watch,
-                job.place.responses,
-            )
-        curve = own / "curve.json"
+                out = job.place.trial(number) / "evaluation"
+                return [self._point(out, job.pruned, made.restored, places.patch)]
         with clock.of("evaluate"):
             search(
                 job.dense,
                 job.pruned,
-                ranking,
-                curve,
+                places.ranking,
+                places.curve,
                 job.choice,
                 method,
                 job.evaluation,
@@ -137,45 +92,42 @@ class Worker:
                 job.place.references,
                 tell=False,
             )
-        return list(read_curve(curve).points[1:]) or [before]
+        return list(read_curve(places.curve).points[1:]) or [before]
 
-    def _files(
-        self, method: RealignSettings, r_max: int, clock: _Clock
-    ) -> tuple[Path | None, Path | None]:
-        """(head scores, statistics), where the method goes by them."""
-        job, place = self.job, self.job.place
-        scores, gathered = None, None
-        if method.needs_statistics:
-            gathered = place.statistics
-            with self.trials.exclusive("statistics"), clock.of("statistics"):
-                if not gathered.exists():
-                    self.session.unload()
-                wanted = StatisticsSettings(score=method.score)
-                statistics(
-                    job.dense,
-                    gathered,
-                    job.calibration,
-                    job.compute,
-                    wanted,
-                    self.watch,
-                    place.responses,
-                )
-        if method.by_heads:
-            scores = place.heads(r_max)
-            scoring = job.scoring.model_copy(update={"r_max": r_max})
-            with self.trials.exclusive("heads"), clock.of("heads"):
-                if not scores.exists():
-                    self.session.unload()
-                heads(
-                    job.dense,
-                    scores,
-                    scoring,
-                    job.calibration,
-                    job.compute,
-                    self.watch,
-                    place.states,
-                )
-        return scores, gathered
+    def _places(self, number: int, method: MethodSettings, r_max: int) -> Places:
+        place, own = self.job.place, self.job.place.trial(number)
+        of_heads = f"r_max-{r_max}" if needs_of(method).heads else ""
+        name = f"{method.method}-{digest(method.model_dump_json(), of_heads)[:8]}"
+        return Places(
+            heads=place.heads(r_max),
+            statistics=lambda _: place.statistics,
+            responses=place.responses,
+            ranking=place.ranking(name),
+            patch=own / "patch.safetensors",
+            curve=own / "curve.json",
+            states=place.states,
+        )
+
+    def _restoration(self, r_max: int, clock: _Clock) -> Restoration:
+        """Steps that several trials share are locked while one worker is at them."""
+        job = self.job
+
+        @contextmanager
+        def guard(step: str, of: str) -> Iterator[None]:
+            with self.trials.exclusive(f"{step} {of}".strip().replace(" ", "-")), clock.of(step):
+                yield
+
+        scoring = job.scoring.model_copy(update={"r_max": r_max})
+        return Restoration(
+            job.dense,
+            job.calibration,
+            job.compute,
+            scoring,
+            job.evaluation,
+            self.watch,
+            self.session,
+            guard,
+        )
 
     def _point(
         self, out: Path, model: Source, restored: int = 0, patch: Path | None = None

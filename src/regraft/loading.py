@@ -13,6 +13,7 @@ from regraft import ranks
 from regraft.data.collate import Batch, batches
 from regraft.data.example import Example
 from regraft.data.images import length_class
+from regraft.errors import RegraftError
 from regraft.files import atomic_file, file_digest
 from regraft.importance.teacher import final_states
 from regraft.models.load import (
@@ -24,8 +25,8 @@ from regraft.models.load import (
 )
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
-from regraft.restoration.apply import check_base
-from regraft.restoration.patch import Patch, load_patch
+from regraft.patch.apply import check_base
+from regraft.patch.format import Patch, load_patch
 from regraft.settings.compute import ComputeSettings
 from regraft.watch import Watch
 
@@ -129,3 +130,13 @@ def each_of_share(
 def cut(examples: Sequence[Example], compute: ComputeSettings) -> list[tuple[Example, ...]]:
     """Examples in batches, those of like length together."""
     return list(batches(sorted(examples, key=length_class), compute.batch_size))
+
+
+def check_shares(examples: Sequence[Example], compute: ComputeSettings) -> None:
+    """Raise unless there is a batch for each of the processes."""
+    count = -(-len(examples) // compute.batch_size)
+    if count < ranks.world():
+        raise RegraftError(
+            f"{len(examples)} examples make {count} batches of {compute.batch_size}, too few for "
+            f"{ranks.world()} processes. Lower --batch-size or start fewer processes."
+        )

@@ -24,7 +24,7 @@ from regraft.importance.losses import Loss
 from regraft.models.anatomy import Anatomy
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
-from regraft.restoration.patch import Patch
+from regraft.patch.format import Patch
 
 Side = tuple[Walk, Loss]
 """Prompts of one kind before the first layer, and what a response to them costs."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from typing import ClassVar, Literal, Self
 
+from pydantic import Field
 from safetensors.torch import load_file
 
 from regraft import ranks
-from regraft.checks import check_shares
 from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
 from regraft.data.hold_out import hold_out
@@ -18,11 +18,24 @@ from regraft.errors import RegraftError
 from regraft.files import require_space, size_of
 from regraft.importance.gradients import require_gradients
 from regraft.importance.losses import DecisionLoss
-from regraft.models.load import Source
-from regraft.models.placement import PlacedModel
-from regraft.models.walk import Walk
-from regraft.restoration.gain import MOST_TRIES
-from regraft.restoration.gain_step import (
+from regraft.loading import (
+    check_shares,
+    each_of_share,
+    hidden_state_bytes,
+    load_for_walk,
+    write_teacher,
+)
+from regraft.methods.base import (
+    DEFAULT_BUDGET,
+    AlwaysBudgeted,
+    Context,
+    Method,
+    MethodSettings,
+    Needs,
+)
+from regraft.methods.gain.objective import MOST_TRIES
+from regraft.methods.gain.path import REASONS, End, GainPath, Passed, path_to_json, read_path
+from regraft.methods.gain.step import (
     Losses,
     Problem,
     Prompts,
@@ -31,68 +44,109 @@ from regraft.restoration.gain_step import (
     step,
     weights_of,
 )
-from regraft.restoration.path import REASONS, End, GainPath, Passed, path_to_json, read_path
-from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
+from regraft.methods.ranking import Ranking, empty, load_ranking, put, save_ranking
+from regraft.models.load import Source
+from regraft.models.placement import PlacedModel
+from regraft.models.walk import Walk
 from regraft.settings.compute import ComputeSettings
-from regraft.stages.common import (
-    each_of_share,
-    hidden_state_bytes,
-    load_for_walk,
-    write_teacher,
-)
 from regraft.watch import Watch
 
-ALGORITHM = 11  # rankings of another one are not taken for this one's
 HELD_OUT = 0.25  # of the prompts of each kind
 MOST_STEPS = 5  # with which a path takes at most about ten passes over its prompts
 LEAST_FALL = 0.01  # of the held-out loss, relative: with a smaller one a step is the last
 CALLED = {"safety": "harmful", "utility": "harmless"}
 
 
-@dataclass(frozen=True)
-class GainJob:
-    """Which model is restored, and how.
+class GainSettings(AlwaysBudgeted):
+    """The weights that are predicted to bring the model's answers nearest to the dense model's."""
 
-    Attributes:
-        dense: The dense checkpoint, the teacher.
-        pruned: The pruned one, restored in memory.
-        work: A folder in which every finished step is kept.
-        compute: Device, dtype, batch size, placement.
-        watch: Progress.
-        swap: Prune a kept weight for each that is restored.
-        seed: Of the draw of held-out prompts, where all are of one source.
-    """
+    method: Literal["gain"] = "gain"
+    budget: float | None = Field(
+        None,
+        gt=0,
+        lt=10_000,
+        description="Restored weights per 10,000 pruned ones at most: gain stops where more do "
+        f"not help on held-out prompts. {DEFAULT_BUDGET:g} where neither this nor a count is "
+        "given, which no path has reached yet.",
+    )
+    swap: bool = Field(
+        False,
+        description="Prune a kept weight of the same row or N:M group for each that is restored, "
+        "so that sparsity stays exactly as it was.",
+    )
 
-    dense: Source
-    pruned: Source
-    work: Path
-    compute: ComputeSettings
-    watch: Watch
-    swap: bool
-    seed: int
+    @property
+    def exchanges(self) -> bool:
+        """Whether a kept weight is pruned for each that is restored."""
+        return self.swap
+
+    def ranking(self) -> Self:
+        """Without the budget, which takes the first part of the same path."""
+        return self.model_copy(update={"budget": None, "count": None})
 
 
-def restore_by_gain(job: GainJob, readings: Mapping[str, Reading], most: int) -> Ranking:
-    """The order in which weights are restored, step by step; see `restoration.gain`.
+class Gain(Method[GainSettings]):
+    """See `gain.objective` for the method, `gain.step` for a step; here is the loop."""
 
-    Its `about` has the `steps`, the held-out losses of the pruned model at the `start`, and why it
-    ended.
+    name: ClassVar[str] = "gain"
+    Settings: ClassVar[type[MethodSettings]] = GainSettings
+    algorithm: ClassVar[int] = 11
 
-    Args:
-        job: The models, and how they are run.
-        readings: "safety" (harmful prompts) and "utility" (harmless ones) -> examples with the
-            dense model's answers, see `imitation_data`.
-        most: How many weights at most.
+    def needs(self, settings: GainSettings) -> Needs:
+        """The dense model's own answers."""
+        return Needs(answers=True)
 
-    Raises:
-        RegraftError: the pruned model's loss on held-out prompts is not finite.
-    """
-    dense, pruned, work = job.dense, job.pruned, job.work
-    compute, watch = job.compute, job.watch
+    def check(
+        self,
+        settings: GainSettings,
+        dense: Source,
+        seed: int,
+        compute: ComputeSettings,
+        prompts: Mapping[str, Reading],
+    ) -> None:
+        """Check that prompts of each kind can be held out, and shared by processes.
+
+        A process may have no held-out prompts, but gradients are taken by each.
+
+        Raises:
+            RegraftError: there are too few.
+        """
+        for reading in prompts.values():
+            if (count := len(reading.examples)) < 2:
+                raise RegraftError(
+                    f"{reading.source}: gain holds prompts of each kind out to see where to stop, "
+                    f"and needs at least 2; there are {count}. Give more prompts, or raise "
+                    "--samples."
+                )
+            check_shares(hold_out(reading.examples, HELD_OUT, seed)[0], compute)
+
+    def rank(self, settings: GainSettings, context: Context) -> Ranking:
+        """The order in which weights are restored, step by step.
+
+        Its `about` has the `steps`, the held-out losses of the pruned model at the `start`, and why
+        it ended; every finished step is kept in the work folder.
+
+        Raises:
+            RegraftError: the pruned model's loss on held-out prompts is not finite.
+        """
+        return _restore(context, settings.swap, path_limit(context.survey.restorable))
+
+    def label(self, settings: GainSettings) -> str:
+        """What tables call it."""
+        return "gain, swapped" if settings.swap else "gain"
+
+
+GAIN = Gain()
+
+
+def _restore(context: Context, swap: bool, most: int) -> Ranking:
+    """`Gain.rank`, of `most` weights at most."""
+    dense, pruned, work = context.dense, context.pruned, context.work
+    compute, watch = context.compute, context.watch
     work.mkdir(parents=True, exist_ok=True)
-    model, sides = _prepare(job, readings)
-    groups = groups_of(dense, pruned) if job.swap else {}
-    problem = Problem(model, dense, pruned, sides, work / "states", job.swap, groups)
+    model, sides = _prepare(context)
+    groups = groups_of(dense, pruned) if swap else {}
+    problem = Problem(model, dense, pruned, sides, work / "states", swap, groups)
     needed = sum(hidden_state_bytes(dense, side.fit) for side in sides)
     ranking, file = empty(), work / "so-far.safetensors"
     if ranks.decided(file.exists):
@@ -175,12 +229,11 @@ def _work(sides: Sequence[Prompts], passes: int, tries: int) -> tuple[int, str]:
     return own, "samples x layers"
 
 
-def _prepare(
-    job: GainJob, readings: Mapping[str, Reading]
-) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
+def _prepare(context: Context) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
     """The pruned model and both kinds of prompts, before its layers."""
-    dense, pruned, work, compute, watch = job.dense, job.pruned, job.work, job.compute, job.watch
-    parts = {kind: _split(kind, readings[kind], watch, job.seed) for kind in CALLED}
+    dense, pruned, work = context.dense, context.pruned, context.work
+    compute, watch, readings = context.compute, context.watch, context.answered or {}
+    parts = {kind: _split(kind, readings[kind], watch, context.seed) for kind in CALLED}
     teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in CALLED}
     asks = not ranks.decided(lambda: all(path.exists() for path in teachers.values()))
     model, processor = load_for_walk(
@@ -205,30 +258,6 @@ def _prepare(
         for kind, (fit, held_out) in walks.items()
     )
     return model, (safety, utility)
-
-
-def check_gain_prompts(
-    readings: Mapping[str, Reading], seed: int, compute: ComputeSettings
-) -> None:
-    """Check that prompts of each kind can be held out, and shared by processes.
-
-    A process may have no held-out prompts, but gradients are taken by each.
-
-    Args:
-        readings: Kind -> prompts.
-        seed: Of the draw of held-out prompts.
-        compute: The batch size.
-
-    Raises:
-        RegraftError: there are too few.
-    """
-    for reading in readings.values():
-        if (count := len(reading.examples)) < 2:
-            raise RegraftError(
-                f"{reading.source}: gain holds prompts of each kind out to see where to stop, and "
-                f"needs at least 2; there are {count}. Give more prompts, or raise --samples."
-            )
-        check_shares(hold_out(reading.examples, HELD_OUT, seed)[0], compute)
 
 
 def _split(

@@ -19,8 +19,8 @@ from regraft.artifact import read_artifact, write_artifact
 from regraft.errors import RegraftError
 from regraft.models.anatomy import LinearAnatomy
 from regraft.models.load import Source
-from regraft.restoration.patch import Patch, TensorPatch
-from regraft.restoration.selection import restorable
+from regraft.patch.format import Patch, TensorPatch
+from regraft.patch.pair import restorable
 
 FORMAT = "regraft-ranking-1"
 KEPT = -1  # no kept weight makes room
@@ -37,6 +37,7 @@ class Ranking:
             `[k]` int64; -1 where none is.
         score: What the method ranked by, `[k]` float32, of the step in which the weight was taken.
         about: How it was made.
+        values: What each weight becomes, `[k]` float32; None for the dense model's values.
     """
 
     linear: Tensor
@@ -44,6 +45,7 @@ class Ranking:
     removed: Tensor
     score: Tensor
     about: Mapping[str, Any] = field(default_factory=dict)
+    values: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.linear)
@@ -56,6 +58,7 @@ class Ranking:
             self.removed[order],
             self.score[order],
             self.about,
+            None if self.values is None else self.values[order],
         )
 
     def first(self, count: int) -> Ranking:
@@ -84,13 +87,13 @@ def empty() -> Ranking:
 
 @dataclass
 class Best:
-    """The `count` best candidates of all matrices, which come one after the other.
+    """The `count` best candidates of all matrices, which come one after the other; None for all.
 
     Ties go to the earlier matrix and position, so that a ranking does not depend on the device.
     Candidates are sorted in when there are as many new ones as are kept.
     """
 
-    count: int
+    count: int | None
     _kept: Ranking = field(default_factory=empty)
     _new: list[Ranking] = field(default_factory=list)
 
@@ -100,22 +103,16 @@ class Best:
         self._merge()
         return self._kept
 
-    def add(self, index: int, keys: Tensor, removed: Tensor | None = None) -> None:
+    def add(self, index: int, scores: Tensor, removed: Tensor | None = None) -> None:
         """Add the candidates of one matrix.
 
         Args:
             index: Of the linear.
-            keys: `[out, in]` floats, higher is better; -inf is no candidate.
+            scores: `[out, in]` floats, higher is better; -inf is no candidate.
             removed: For each candidate the position that is pruned in exchange, `[out, in]` int64.
         """
-        flat = keys.reshape(-1)
-        count = min(self.count, int((flat > -torch.inf).count_nonzero()))
-        if not count:
-            return
-        least = flat.topk(count).values[-1]
-        if len(self._kept) == self.count:  # a tie may still go to this matrix
-            least = max(least, self._kept.score[-1].to(least))
-        position = (flat >= least).nonzero().flatten()
+        flat = scores.reshape(-1)
+        position = self._among_the_best(flat)
         if not len(position):
             return
         chosen = Ranking(
@@ -127,8 +124,20 @@ class Best:
             flat[position].cpu(),
         )
         self._new.append(chosen)
-        if sum(map(len, self._new)) >= self.count:
+        if self.count is not None and sum(map(len, self._new)) >= self.count:
             self._merge()
+
+    def _among_the_best(self, flat: Tensor) -> Tensor:
+        """Positions of the scores `[n]` that may be among the best so far, ascending, int64."""
+        if self.count is None:
+            return (flat > -torch.inf).nonzero().flatten()
+        count = min(self.count, int((flat > -torch.inf).count_nonzero()))
+        if not count:
+            return torch.empty(0, dtype=torch.int64)
+        least = flat.topk(count).values[-1]
+        if len(self._kept) == self.count:  # a tie may still go to this matrix
+            least = max(least, self._kept.score[-1].to(least))
+        return (flat >= least).nonzero().flatten()
 
     def _merge(self) -> None:
         if not self._new:
@@ -140,27 +149,27 @@ class Best:
         self._kept, self._new = found.at(by_place[by_score[: self.count]]), []
 
 
-Keys = Callable[[int, LinearAnatomy, Tensor, Tensor], Tensor | None]
+WeightScore = Callable[[int, LinearAnatomy, Tensor, Tensor], Tensor | None]
 """(index, linear, dense weight, where a value can be restored) -> `[out, in]` floats, or None."""
 
 
 def rank(
     dense: Source,
     pruned: Source,
-    keys: Keys,
-    count: int,
+    score: WeightScore,
+    count: int | None,
     *,
     device: torch.device | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Ranking:
-    """Rank by a key that each matrix has by itself, one matrix in memory at a time.
+    """Rank by a score that each matrix has by itself, one matrix in memory at a time.
 
     Args:
         dense: The dense checkpoint.
         pruned: The same network pruned.
-        keys: The method.
-        count: How many weights at most.
-        device: Where to compute keys; CPU by default.
+        score: The method's.
+        count: How many weights at most; None for all that have a score.
+        device: Where to compute scores; CPU by default.
         progress: Called with 1 after each layer.
     """
     best = Best(count)
@@ -169,7 +178,7 @@ def rank(
         for linear, other in zip(layer.linears, pruned_layer.linears, strict=True):
             weight = dense.checkpoint.read(linear.tensor).to(device or "cpu")
             after = pruned.checkpoint.read(other.tensor).to(weight.device)
-            found = keys(index, linear, weight, restorable(weight, after))
+            found = score(index, linear, weight, restorable(weight, after))
             if found is not None:
                 best.add(index, found)
             index += 1
@@ -182,10 +191,10 @@ def patch_of(
 ) -> Patch:
     """The patch that takes the whole ranking to a pruned checkpoint.
 
-    A weight whose dense value is 0 in that checkpoint's dtype stays pruned.
+    A weight whose new value is 0 in that checkpoint's dtype stays pruned.
 
     Raises:
-        RegraftError: a dense value does not fit into the pruned checkpoint's dtype.
+        RegraftError: a new value does not fit into the pruned checkpoint's dtype.
     """
     pairs = list(zip(dense.anatomy.linears, pruned.anatomy.linears, strict=True))
     tensors = {}
@@ -193,10 +202,13 @@ def patch_of(
         linear, other = pairs[index]
         after = pruned.checkpoint.read(other.tensor)
         back, gone = ranking.position[rows], ranking.removed[rows]
-        values = dense.checkpoint.read(linear.tensor).reshape(-1)[back].to(after.dtype)
+        if ranking.values is None:
+            values = dense.checkpoint.read(linear.tensor).reshape(-1)[back].to(after.dtype)
+        else:
+            values = ranking.values[rows].to(after.dtype)
         if not torch.isfinite(values).all():
             raise RegraftError(
-                f"{linear.key}: some dense values do not fit into the pruned checkpoint's dtype "
+                f"{linear.key}: some new values do not fit into the pruned checkpoint's dtype "
                 f"{after.dtype}. Give a dense checkpoint of that dtype."
             )
         representable = values != 0
@@ -283,6 +295,8 @@ def save_ranking(path: Path, ranking: Ranking) -> None:
         "removed": ranking.removed,
         "score": ranking.score.float(),
     }
+    if ranking.values is not None:
+        tensors["values"] = ranking.values
     write_artifact(path, FORMAT, {"about": dict(ranking.about)}, tensors)
 
 
@@ -300,4 +314,4 @@ def load_ranking(path: Path) -> Ranking:
         about = header["about"]
     except KeyError as error:
         raise RegraftError(f"{path} is damaged: {error} is missing.") from error
-    return Ranking(linear.long(), position, removed, score, about)
+    return Ranking(linear.long(), position, removed, score, about, stored.get("values"))

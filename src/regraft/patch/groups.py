@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regraft.models.checkpoint import Checkpoint
-from regraft.restoration.patch import Patch
+from regraft.patch.format import Patch
 
 _LARGEST = 64  # weights in a group
 _FIRST = 64  # rows

@@ -9,16 +9,27 @@ matrix as soon as its layer has one chosen head; p_max is 0.7 whatever p is. Its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
-from regraft.importance.statistics import ImportanceStatistics
+from regraft.methods.base import Between, Context, Method, MethodSettings, Needs, Space
+from regraft.methods.hsr import (
+    ByImportance,
+    by_importance,
+    chosen_heads,
+    heads_space,
+    score_label,
+)
+from regraft.methods.ranking import Ranking
+from regraft.methods.selection import Band, Head, Scorer, inside, rank_share
 from regraft.models.anatomy import HEAD_ROLES, Anatomy, Block, LayerAnatomy, LinearAnatomy
+from regraft.models.load import Source
 from regraft.pruning.masks import count_of, smallest
-from regraft.restoration.realign import Rule
-from regraft.restoration.selection import Band, Head, Scorer, inside, kept_share, rank_share
 
 P_MAX = 0.7  # the default of the released function, to which `--max_p` is never passed
 
@@ -50,10 +61,10 @@ def released_regions(anatomy: Anatomy, heads: Iterable[Head]) -> dict[str, list[
     return found
 
 
-def select_released(
+def released_scores(
     free: Tensor, safety: Scorer, utility: Scorer, blocks: Sequence[Block], band: Band
 ) -> Tensor:
-    """The weights of one matrix that the release restores.
+    """What the release restores in one matrix; as `selection.hsr_scores`.
 
     Args:
         free: Where a value can be restored (`restorable`), `[out, in]` bool.
@@ -63,42 +74,13 @@ def select_released(
         band: q, p and p_max as shares of the matrix; its scope is not read.
 
     Returns:
-        Flat positions in row-major order, ascending, `[count]` int64.
-    """
-    chosen = _candidates(free, utility, blocks, band)
-    chosen &= _largest(safety(slice(None)), band.q)
-    return chosen.reshape(-1).nonzero().flatten().cpu()
-
-
-def released_keys(
-    free: Tensor, safety: Scorer, utility: Scorer, blocks: Sequence[Block], band: Band
-) -> Tensor:
-    """The same with q left open, for a budget (see `selection.hsr_keys`).
-
-    Returns:
         `[out, in]` float32: the rank of I^s in the matrix as a share in (0, 1], -inf where the
         release restores nothing.
     """
     chosen = _candidates(free, utility, blocks, band)
-    return rank_share(safety(slice(None)), "matrix", ()).masked_fill_(~chosen, -torch.inf)
-
-
-def released(
-    regions: Mapping[str, Sequence[Block]],
-    band: Callable[[float], Band | None],
-    safety: ImportanceStatistics,
-    utility: ImportanceStatistics,
-) -> Rule:
-    """The release's rule; `band` as in `realign.hsr`, `regions` of the chosen heads."""
-
-    def rule(linear: LinearAnatomy, weight: Tensor, free: Tensor, _: Sequence[Block]) -> Tensor:
-        thresholds = band(kept_share(weight, free))
-        if thresholds is None:
-            return torch.empty(0, dtype=torch.int64)
-        scorers = safety.scorer(linear, weight), utility.scorer(linear, weight)
-        return select_released(free, *scorers, regions[linear.key], thresholds)
-
-    return rule
+    score = safety(slice(None))
+    chosen &= _largest(score, band.q)
+    return rank_share(score, "matrix", ()).masked_fill_(~chosen, -torch.inf)
 
 
 def _candidates(free: Tensor, utility: Scorer, blocks: Sequence[Block], band: Band) -> Tensor:
@@ -114,3 +96,58 @@ def _largest(score: Tensor, share: float) -> Tensor:
     """The floor(share * n) largest of all n scores of the matrix, as the release counts them."""
     n = score.numel()
     return smallest(score, n - count_of(share, n), "matrix").logical_not_()
+
+
+class HSRReleasedSettings(ByImportance):
+    """What the authors' code restores (docs/hsr-released.md)."""
+
+    method: Literal["hsr-released"] = "hsr-released"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_criterion(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("heads", "top") == "top":
+            return {"criterion": "released", **given}
+        return given
+
+    def band(self, kept: float) -> Band | None:
+        """The thresholds for a matrix of which pruning kept a share; None where empty."""
+        p = kept if self.p is None else self.p
+        return Band(self.open_q, p, P_MAX, "matrix") if p < P_MAX else None
+
+
+class HSRReleased(Method[HSRReleasedSettings]):
+    """See the module."""
+
+    name: ClassVar[str] = "hsr-released"
+    Settings: ClassVar[type[MethodSettings]] = HSRReleasedSettings
+    reads_heads: ClassVar[bool] = True
+    reads_responses: ClassVar[bool] = True
+
+    def needs(self, settings: HSRReleasedSettings) -> Needs:
+        """Scored heads, and statistics of both kinds of prompts."""
+        return replace(settings.of_heads, statistics=settings.statistics)
+
+    def rank(self, settings: HSRReleasedSettings, context: Context) -> Ranking:
+        """By the share q at which the release would restore each weight."""
+        heads = chosen_heads(context.dense, settings, context.heads)
+        found = released_regions(context.dense.anatomy, heads)
+
+        def regions(linear: LinearAnatomy) -> Sequence[Block]:
+            return found.get(linear.key, [])
+
+        return context.rank_by(
+            by_importance(context, regions, settings.band, released_scores), heads
+        )
+
+    def label(self, settings: HSRReleasedSettings) -> str:
+        """What tables call it."""
+        return f"HSR as released{score_label(settings.score)}, {settings.heads_label}"
+
+    def space(self, settings: HSRReleasedSettings, dense: Source, kept: float) -> Space:
+        """q, how many heads, and by what they are chosen."""
+        found: Space = {} if settings.searchable else {"q": Between(0.01, 1.0, log=True)}
+        return found | heads_space(settings, dense)
+
+
+HSR_RELEASED = HSRReleased()

@@ -70,11 +70,6 @@ def top(score: Tensor, share: float, scope: RankingScope, blocks: Sequence[Block
     return mask
 
 
-def restorable(dense: Tensor, pruned: Tensor) -> Tensor:
-    """Where a dense value can be restored: pruned is 0, dense is not. `[out, in]` bool."""
-    return (pruned == 0) & (dense != 0)
-
-
 def kept_share(dense: Tensor, free: Tensor) -> float:
     """The share of a matrix that pruning kept, p of HSR; what was 0 before was not kept.
 
@@ -94,63 +89,35 @@ def inside(shape: tuple[int, int], blocks: Sequence[Block], device: torch.device
     return mask
 
 
-def select_hsr(
+def hsr_scores(
     free: Tensor,
     safety: Scorer,
     utility: Scorer,
     blocks: Sequence[Block],
     band: Band,
 ) -> Tensor:
-    """The weights of one matrix that HSR restores.
+    """What HSR restores, by the share q at which each weight would come in, turned round.
 
-    Peak allocation is below three times the float32 matrix: one score lives at a time.
-
-    Args:
-        free: Where a value can be restored (`restorable`), `[out, in]` bool.
-        safety: Importance I^s of some rows, `[rows, in]` float32.
-        utility: The same for I^u.
-        blocks: Regions of the chosen heads in this matrix; none restores nothing.
-        band: The thresholds and the ranking scope.
-
-    Returns:
-        Flat positions in row-major order, ascending, `[count]` int64.
-    """
-    columns = free.shape[1]
-    parts = [
-        chosen.reshape(-1).nonzero().flatten().cpu() + rows.start * columns
-        for rows, chosen, _ in _restored(free, safety, utility, blocks, band)
-    ]
-    return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
-
-
-def hsr_keys(
-    free: Tensor,
-    safety: Scorer,
-    utility: Scorer,
-    blocks: Sequence[Block],
-    band: Band,
-) -> Tensor:
-    """HSR with q left open: the share q at which each weight would come in, turned round.
-
-    The first k weights by this key are what `select_hsr` gives with the q that selects k, up to
-    weights that come in at the same q.
+    With q below 1 the weights with a score are HSR's set. With q left open, 1, the first k by
+    score are its set with the q that selects k, up to weights that come in at the same q. Peak
+    allocation is below three times the float32 matrix: one importance lives at a time.
 
     Args:
         free: Where a value can be restored, `[out, in]` bool.
         safety: Importance I^s of some rows, `[rows, in]` float32.
         utility: The same for I^u.
         blocks: Regions of the chosen heads in this matrix.
-        band: p, p_max and the ranking scope; q bounds the key.
+        band: p, p_max and the ranking scope; q bounds the score.
 
     Returns:
         `[out, in]` float32 in (0, 1], the share of weights in the scope that matter less or as
         much for safety; -inf where HSR restores nothing.
     """
-    keys = torch.full(free.shape, -torch.inf, device=free.device)
+    scores = torch.full(free.shape, -torch.inf, device=free.device)
     for rows, chosen, score in _restored(free, safety, utility, blocks, band):
         share = rank_share(score, band.scope, blocks)
-        keys[rows] = torch.where(chosen, share, -torch.inf)
-    return keys
+        scores[rows] = torch.where(chosen, share, -torch.inf)
+    return scores
 
 
 def _restored(
@@ -203,38 +170,38 @@ def _ranks(rows: Tensor) -> Tensor:
     return torch.empty_like(rows, dtype=torch.float64).scatter_(1, order, count.expand_as(order))
 
 
-def random_keys(free: Tensor, seed: int, index: int) -> Tensor:
+def random_scores(free: Tensor, seed: int, index: int) -> Tensor:
     """A control: a random order of all pruned weights of a matrix, `[out, in]` float32.
 
     The draw depends on `seed` and the matrix's `index` alone, not on the device.
     """
-    keys = torch.rand(free.shape, generator=_of_matrix(seed, index)).to(free.device)
-    return keys.masked_fill_(~free, -torch.inf)
+    scores = torch.rand(free.shape, generator=_of_matrix(seed, index)).to(free.device)
+    return scores.masked_fill_(~free, -torch.inf)
 
 
-def ties_drawn(keys: Tensor, seed: int, index: int) -> Tensor:
-    """Keys among which equal ones have a random order, `[out, in]` float64.
+def ties_drawn(scores: Tensor, seed: int, index: int) -> Tensor:
+    """Scores among which equal ones have a random order, `[out, in]` float64.
 
     Shares of a row are few, and as many weights have one as there are rows: without a draw a budget
     that ends among them would go to the first layers and rows alone.
 
     Args:
-        keys: Of `hsr_keys`.
+        scores: Of `hsr_scores`.
         seed: Of the draw, which depends on nothing else but `index`.
         index: Of the matrix.
     """
-    draw = torch.rand(keys.shape, generator=_of_matrix(seed, index), dtype=torch.float64)
-    return keys.double() - _TIE * draw.to(keys.device)
+    draw = torch.rand(scores.shape, generator=_of_matrix(seed, index), dtype=torch.float64)
+    return scores.double() - _TIE * draw.to(scores.device)
 
 
 def _of_matrix(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
 
 
-def select_all(free: Tensor, blocks: Sequence[Block]) -> Tensor:
-    """HSR-a: every pruned weight of the chosen heads. Flat positions, `[count]` int64."""
+def everything(free: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """The same score, 1, for every pruned weight of the regions; -inf elsewhere. `[out, in]`."""
     chosen = free & inside(tuple(free.shape), blocks, free.device)  # type: ignore[arg-type]
-    return chosen.reshape(-1).nonzero().flatten().cpu()
+    return torch.full(free.shape, -torch.inf, device=free.device).masked_fill_(chosen, 1.0)
 
 
 def blocks_of(layer: LayerAnatomy, linear: LinearAnatomy, heads: Sequence[int]) -> list[Block]:

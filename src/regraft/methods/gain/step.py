@@ -13,11 +13,7 @@ from regraft import ranks
 from regraft.importance.gradients import layer_gradients, signed, signed_and_squared
 from regraft.importance.losses import DecisionLoss, Loss
 from regraft.importance.teacher import losses_together
-from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
-from regraft.models.load import Source
-from regraft.models.placement import PlacedModel
-from regraft.models.walk import Walk
-from regraft.restoration.gain import (
+from regraft.methods.gain.objective import (
     Try,
     first_order_limit,
     gain,
@@ -27,9 +23,13 @@ from regraft.restoration.gain import (
     swaps_in_rows,
     worth_of,
 )
-from regraft.restoration.groups import grouping_of
-from regraft.restoration.ranking import Best, Edits, Ranking
-from regraft.restoration.selection import restorable
+from regraft.methods.ranking import Best, Edits, Ranking
+from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
+from regraft.models.load import Source
+from regraft.models.placement import PlacedModel
+from regraft.models.walk import Walk
+from regraft.patch.groups import grouping_of
+from regraft.patch.pair import restorable
 
 Progress = Callable[[int], None]
 _SWAPS_IN_A_ROW = 64

@@ -1,78 +1,25 @@
-"""From a dense and a pruned checkpoint to a patch, one weight in memory at a time.
-
-No model is loaded, so a laptop will do for 7B. Which weights are restored is a `Rule`; everything
-else (reading, regions of heads, dense values, digests) is the same for all methods.
-"""
+"""A dense checkpoint and the same network pruned: whether they fit, and what pruning took."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from regraft.errors import RegraftError
-from regraft.importance.statistics import ImportanceStatistics
-from regraft.models.anatomy import (
-    FLOATS,
-    Block,
-    LayerAnatomy,
-    LinearAnatomy,
-    check_same_anatomy,
-)
+from regraft.models.anatomy import FLOATS, LayerAnatomy, LinearAnatomy, check_same_anatomy
 from regraft.models.load import Source
-from regraft.restoration.groups import Grouping, common_grouping, grouping_of
-from regraft.restoration.patch import Patch, TensorPatch
-from regraft.restoration.selection import (
-    Band,
-    Head,
-    blocks_of,
-    kept_share,
-    restorable,
-    select_all,
-    select_hsr,
-)
+from regraft.patch.format import Patch
+from regraft.patch.groups import Grouping, common_grouping, grouping_of
 
 _NEARLY_ALL = 0.9
-Rule = Callable[[LinearAnatomy, Tensor, Tensor, Sequence[Block]], Tensor]
-"""(linear, dense weight, where a value can be restored, head regions) -> flat positions."""
 
 
-def hsr(
-    band: Callable[[float], Band | None],
-    safety: ImportanceStatistics,
-    utility: ImportanceStatistics,
-) -> Rule:
-    """HSR's rule: safety-critical weights at the edge of what pruning kept.
-
-    `band` gives the thresholds for a matrix from the share of its weights that pruning kept, or
-    None where they leave nothing to take.
-    """
-
-    def rule(
-        linear: LinearAnatomy, weight: Tensor, free: Tensor, blocks: Sequence[Block]
-    ) -> Tensor:
-        thresholds = band(kept_share(weight, free))
-        if thresholds is None:
-            return torch.empty(0, dtype=torch.int64)
-        return select_hsr(
-            free,
-            safety.scorer(linear, weight),
-            utility.scorer(linear, weight),
-            blocks,
-            thresholds,
-        )
-
-    return rule
-
-
-def whole_heads(
-    _linear: LinearAnatomy, _weight: Tensor, free: Tensor, blocks: Sequence[Block]
-) -> Tensor:
-    """HSR-a's rule: everything in the chosen heads."""
-    return select_all(free, blocks)
+def restorable(dense: Tensor, pruned: Tensor) -> Tensor:
+    """Where a dense value can be restored: pruned is 0, dense is not. `[out, in]` bool."""
+    return (pruned == 0) & (dense != 0)
 
 
 def check_pair(dense: Source, pruned: Source) -> None:
@@ -173,53 +120,6 @@ def _read(source: Source, linear: LinearAnatomy) -> Tensor:
     return weight
 
 
-def realign(
-    dense: Source,
-    pruned: Source,
-    heads: Iterable[Head],
-    rule: Rule,
-    *,
-    about: Mapping[str, Any] | None = None,
-    device: torch.device | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Patch:
-    """Select the weights that are restored and take their dense values.
-
-    Args:
-        dense: The dense checkpoint.
-        pruned: The same network pruned, by whomever; `pruned == 0 and dense != 0` is the mask.
-        heads: (layer, head) to restore in.
-        rule: Which weights of a matrix are restored.
-        about: Recorded in the patch.
-        device: Where to rank; CPU by default.
-        progress: Called with 1 after each layer.
-
-    Returns:
-        The patch, for the tensors as the pruned checkpoint names them and in its dtype.
-
-    Raises:
-        RegraftError: the checkpoints or statistics do not fit.
-    """
-    check_pair(dense, pruned)
-    chosen: dict[int, list[int]] = {}
-    for layer_index, head in heads:
-        chosen.setdefault(layer_index, []).append(head)
-    tensors = {}
-    layers = zip(dense.anatomy.layers, pruned.anatomy.layers, strict=True)
-    for layer, pruned_layer in layers:
-        linears = zip(layer.linears, pruned_layer.linears, strict=True)
-        for linear, pruned_linear in linears if layer.index in chosen else ():
-            blocks = blocks_of(layer, linear, chosen[layer.index])
-            if blocks:
-                before, after = _read(dense, linear), _read(pruned, pruned_linear)
-                patch = _graft(linear, before, after, blocks, rule, device)
-                if len(patch.positions):
-                    tensors[pruned_linear.tensor] = patch
-        if progress is not None:
-            progress(1)
-    return Patch(tensors, dict(about or {}))
-
-
 def restored_by_module(patch: Patch, layers: Sequence[LayerAnatomy]) -> dict[str, tuple[int, ...]]:
     """Restored weights per module and layer: "self_attn.q_proj" -> count in each layer."""
     names = dict.fromkeys(linear.name for layer in layers for linear in layer.linears)
@@ -230,24 +130,3 @@ def restored_by_module(patch: Patch, layers: Sequence[LayerAnatomy]) -> dict[str
         if linear.tensor in patch.tensors
     }
     return {name: tuple(counts.get((name, layer.index), 0) for layer in layers) for name in names}
-
-
-def _graft(
-    linear: LinearAnatomy,
-    before: Tensor,
-    after: Tensor,
-    blocks: Sequence[Block],
-    rule: Rule,
-    device: torch.device | None,
-) -> TensorPatch:
-    weight = before.to(device or "cpu")
-    free = restorable(weight, after.to(weight.device))
-    positions = rule(linear, weight, free, blocks)
-    values = before.reshape(-1)[positions].to(after.dtype)
-    if not torch.isfinite(values).all():
-        raise RegraftError(
-            f"{linear.key}: some dense values do not fit into the pruned checkpoint's dtype "
-            f"{after.dtype}. Give a dense checkpoint of that dtype."
-        )
-    representable = values != 0
-    return TensorPatch.of(after, positions[representable], values[representable])

@@ -22,7 +22,7 @@ from regraft.files import in_threads, read_at, write_at
 from regraft.models.anatomy import Anatomy
 from regraft.models.checkpoint import Checkpoint, Progress, TensorRecord, write_copy
 from regraft.models.placement import weight_in_memory
-from regraft.restoration.patch import CHUNK, Patch, Target, bits, chunks, merge
+from regraft.patch.format import CHUNK, Patch, Target, bits, chunks, merge
 
 Operation = Literal["apply", "revert"]
 _GAP = 64 * 2**10  # bytes; what lies between is written again rather than skipped

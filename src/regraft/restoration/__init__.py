@@ -1,1 +1,0 @@
-"""Which pruned weights are restored, the patch that holds them, and putting it on and off."""

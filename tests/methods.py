@@ -1,0 +1,42 @@
+"""Settings of restoration methods by name, as tests write them; HSR if none is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from regraft import stages
+from regraft.methods.base import MethodSettings, method_named
+from regraft.models.load import Source
+from regraft.patch.format import Patch
+from regraft.recipe import VariantSettings, variant
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.watch import Watch
+
+
+def method(method: str = "hsr", **given: Any) -> MethodSettings:
+    """The settings of a method."""
+    return method_named(method).Settings(method=method, **given)
+
+
+def a_variant(method: str = "hsr", **given: Any) -> VariantSettings:
+    """One realigned model of a recipe."""
+    return variant(method=method, **given)
+
+
+def restored(
+    dense: Source,
+    pruned: Source,
+    out: Path,
+    settings: MethodSettings,
+    heads: Path | None = None,
+    statistics: Path | None = None,
+    compute: ComputeSettings | None = None,
+    watch: Watch | None = None,
+) -> Patch:
+    """The patch `out` of a method that reads no prompts; its ranking lies beside it."""
+    ranking, inputs = out.with_name(f"{out.name}.ranking"), stages.Inputs(heads, statistics)
+    data = CalibrationSettings()
+    stages.rank(dense, pruned, ranking, settings, data, inputs, compute, watch)
+    return stages.realign(dense, pruned, out, settings, ranking)
