@@ -46,6 +46,8 @@ from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import Choosing, validation_of, with_validation
 
+_create_model: Any = create_model  # its types do not know bases of two kinds
+
 
 def _named_by_method(given: Any) -> Any:
     """The settings as they are written, with the method's name where they have none."""
@@ -168,8 +170,7 @@ def variant_class(method: str) -> type[VariantSettings]:
         RegraftError: there is no such method.
     """
     bases: Any = (method_named(method).Settings, VariantSettings)
-    made: Any = create_model(f"variant-{method}", __base__=bases)
-    own: type[VariantSettings] = made
+    own: type[VariantSettings] = _create_model(f"variant-{method}", __base__=bases)
     return own
 
 

@@ -35,6 +35,7 @@ from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import with_validation
 
+_create_model: Any = create_model
 SEARCH = Group("Search for a number of weights", sort_key=2)
 SCORING = Group("Scoring of heads", sort_key=3)
 DATA = Group("Calibration prompts", sort_key=1)
@@ -43,21 +44,20 @@ COMPUTE = Group("Where it runs", sort_key=4)
 
 def grouped(group: Group) -> Parameter:
     """Flags of their own for the fields of settings, under a heading of the help."""
-    found: Parameter = Parameter(name="*", group=group)
-    return found
+    return Parameter(name="*", group=group)
 
 
 def flags_of(name: str) -> type[MethodSettings]:
     """A method's settings, without a flag for its name."""
     own = method_named(name).Settings
     hidden = Annotated[Literal[name], Parameter(show=False, parse=False)]  # type: ignore[valid-type]
-    fields: Any = {"method": (hidden, name)}
-    made: Any = create_model(own.__name__, __base__=own, **fields)
-    flags: type[MethodSettings] = made
+    flags: type[MethodSettings] = _create_model(own.__name__, __base__=own, method=(hidden, name))
     return flags
 
 
-def keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> Any:
+def keyword(
+    name: str, annotation: Any, default: Any = inspect.Parameter.empty
+) -> inspect.Parameter:
     """A parameter of a command."""
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
