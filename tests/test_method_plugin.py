@@ -1,0 +1,162 @@
+"""A restoration method from one file of another package works everywhere, as a built-in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import pico
+from disk import write_data
+from regraft.methods.ranking import load_ranking
+from regraft.models.load import open_source
+from regraft.patch.format import load_patch
+from truth import pruned_at_random
+
+pytest.importorskip("optuna")
+METHOD = '''
+"""Restore the largest dense values in the top heads."""
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from regraft.methods.base import AlwaysBudgeted, Between, HeadChoice, Method, Needs
+from regraft.methods.hsr import regions_of
+from regraft.methods.selection import inside
+
+
+class Settings(AlwaysBudgeted):
+    """The largest |W| in the top heads."""
+
+    method: Literal["top-magnitude"] = "top-magnitude"
+    top_heads: int = Field(2, ge=1, description="How many heads.")
+
+
+class TopMagnitude(Method[Settings]):
+    name: ClassVar[str] = "top-magnitude"
+    Settings = Settings
+    reads_heads = True
+
+    def needs(self, settings):
+        return Needs(heads=HeadChoice("ships", settings.top_heads))
+
+    def rank(self, settings, context):
+        heads = context.heads.best("ships", settings.top_heads)
+        regions = regions_of(context.dense, heads)
+
+        def score(index, linear, weight, free):
+            chosen = free & inside(tuple(weight.shape), regions(linear), weight.device)
+            return weight.float().abs().masked_fill(~chosen, float("-inf"))
+
+        return context.rank_by(score, heads)
+
+    def label(self, settings):
+        return f"largest weights of {settings.top_heads} heads"
+
+    def space(self, settings, dense, kept):
+        return {"top_heads": Between(1, 4, whole=True)}
+
+
+TOP_MAGNITUDE = TopMagnitude()
+'''
+COMMANDS = """
+import json, sys
+import torch
+from regraft.cli import main
+
+torch.set_num_threads(1)
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert not end.code, (arguments, end.code)
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense and a pruned pico model, data, and an installed package of one file."""
+    root = tmp_path_factory.mktemp("plugin")
+    dense = open_source(pico.save("qwen2_vl", root / "dense", torch.bfloat16))
+    pruned_at_random(dense, root / "pruned", 0.5)
+    write_data(root / "data", 4)
+    (root / "site" / "other-1.0.dist-info").mkdir(parents=True)
+    (root / "site" / "top_magnitude.py").write_text(METHOD)
+    (root / "site" / "other-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: other\nVersion: 1.0\n"
+    )
+    (root / "site" / "other-1.0.dist-info" / "entry_points.txt").write_text(
+        "[regraft.methods]\ntop-magnitude = top_magnitude:TOP_MAGNITUDE\n"
+    )
+    return root
+
+
+def recipe(root: Path) -> dict[str, object]:
+    """Two seeds, a budget, a search, and HSR beside it."""
+    data = str(root / "data" / "data.jsonl")
+    ours = {"method": "top-magnitude", "count": 8, "checkpoint": False}
+    return {
+        "model": str(root / "dense"),
+        "pruned": str(root / "pruned"),
+        "seeds": [0, 1],
+        "calibration": {"data": data, "samples": 4},
+        "heads": {"r_max": 2},
+        "realign": [
+            {"name": "largest", **ours},
+            {"name": "searched", **ours, "search": {"validation": data, "points": 2}},
+            {"name": "hsr", "method": "hsr", "budget": 20, "top_heads": 2, "checkpoint": False},
+        ],
+        "against": ["hsr"],
+        "evaluate": {"suite": data, "max_new_tokens": 2},
+        "compute": {"device": "cpu"},
+    }
+
+
+@pytest.mark.slow
+def test_it_realigns_runs_is_compared_and_tuned(world: Path) -> None:
+    data = str(world / "data" / "data.jsonl")
+    models = [str(world / "dense"), str(world / "pruned")]
+    common = ["--data", data, "--samples", "4", "--r-max", "2", "--device", "cpu"]
+    ours = ["top-magnitude", *models, "--count", "8"]
+    search = ["--validation", data, "--max-new-tokens", "2"]
+    (world / "recipe.yaml").write_text(yaml.safe_dump(recipe(world)))
+    commands = [
+        ["realign", *ours, "--top-heads", "3", *common, "--out", str(world / "patch")],
+        ["run", str(world / "recipe.yaml"), "--out", str(world / "run")],
+        ["tune", *ours, *common, *search, "--trials", "2", "--out", str(world / "tuned")],
+    ]
+    path = os.pathsep.join([str(world / "site"), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
+        env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    patch = load_patch(world / "patch")
+    assert (patch.restored, len(patch.about["heads"])) == (8, 3)
+    dense, ranking = open_source(world / "dense"), load_ranking(world / "patch.ranking.safetensors")
+    linears = list(dense.anatomy.linears)
+    sizes = [
+        float(dense.checkpoint.read(linears[i].tensor).flatten()[at].abs())
+        for i, at in zip(ranking.linear.tolist(), ranking.position.tolist(), strict=True)
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes == pytest.approx(ranking.score.tolist())
+
+    compared = (world / "run" / "report" / "compare.json").read_text()
+    rows = json.loads(compared)["tables"][0]["rows"]
+    assert {"largest", "searched"} <= {one["name"] for one in rows}
+    page = (world / "run" / "seed-0" / "report" / "report.md").read_text()
+    assert "largest weights of 2 heads" in page
+    tuned = json.loads((world / "tuned" / "tuned.json").read_text())
+    assert [one["settings"].keys() for one in tuned["trials"]] == [{"top_heads", "r_max"}] * 2
