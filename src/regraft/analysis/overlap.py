@@ -34,7 +34,7 @@ def overlaps(
 
     Args:
         dense: The dense checkpoint.
-        statistics: From `regraft statistics`.
+        statistics: From `regraft analyse statistics`.
         share: Above 0, at most 1.
         scope: Weights compete within their row or their matrix.
     """

@@ -52,8 +52,8 @@ def estimates(points: Sequence[ModelPoint]) -> str | None:
     if not some:
         return None
     return (
-        f"Ships are estimates for {', '.join(some)}, as `regraft heads --mode screened` leaves "
-        "them: these totals are not sums of exact scores. Score all heads with --mode exact (in a "
+        f"Ships are estimates for {', '.join(some)}, as `regraft analyse heads --mode screened` "
+        "leaves them: these totals are not sums of exact scores. Score all heads with --mode exact (in a "
         "recipe heads.mode) to relate exact ones."
     )
 

@@ -1,39 +1,73 @@
 """The command line: one thin command a stage, and `run` for all of them.
 
-Every command is here with the module it is in, and is registered below.
+A command is imported when it is called or asked for help, so that `regraft --help` is there at
+once. What it says of itself here is the first line of its own help; a test keeps them equal.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cyclopts import App, CycloptsError
 from pydantic import ValidationError
 from rich.console import Console
 
 import regraft
-from regraft import ranks
-from regraft.cli.analysing import overlap, relate, sweep
-from regraft.cli.defending import defend
-from regraft.cli.evaluating import evaluate
-from regraft.cli.exits import crash, fail, leave
-from regraft.cli.inspecting import inspect
-from regraft.cli.judging import judge, judge_bench
-from regraft.cli.patching import apply, revert
-from regraft.cli.pruning import prune
-from regraft.cli.realigning import app as realign
-from regraft.cli.rendering import render
-from regraft.cli.reporting import compare, report
-from regraft.cli.responding import respond
-from regraft.cli.running import demo, recipe, run
-from regraft.cli.scoring import heads, statistics
-from regraft.cli.tuning import app as tune
-from regraft.data.sources import words_of_first
+from regraft.cli.exits import crash, fail, joined, leave
 from regraft.errors import RegraftError
-from regraft.settings.base import explain
 
 __all__ = ["app", "main"]
+
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "demo": (
+        "running:demo",
+        "Run the main job on the bundled model: about six minutes on two CPU cores, no network.",
+    ),
+    "run": ("running:run", "Run a whole recipe: prune, realign, evaluate, report."),
+    "inspect": (
+        "inspecting:inspect",
+        "Show layers, heads, prunable weights and names on disk; loads no weights.",
+    ),
+    "data": ("making_data:app", "Make data: answers to calibration prompts, prompts as images."),
+    "prune": ("pruning:prune", "Prune the decoder by Wanda, SparseGPT, SNIP or another pruner."),
+    "realign": (
+        "realigning:app",
+        "Restore the pruned weights that carried safety: write their dense values as a patch.",
+    ),
+    "tune": (
+        "tuning:app",
+        "Search for a method's settings that give the lowest ASR within bounds, on validation "
+        "prompts.",
+    ),
+    "apply": ("patching:apply", "Put one or several patches on a pruned checkpoint."),
+    "revert": (
+        "patching:revert",
+        "Take one or several patches off a realigned checkpoint; gives the pruned bytes back.",
+    ),
+    "defend": (
+        "defending:defend",
+        "Make a defence at inference to compare with: a prompt or a refusal direction.",
+    ),
+    "eval": (
+        "evaluating:evaluate",
+        "Answer suites greedily and report ASR, over-refusal and utility with 95 % intervals.",
+    ),
+    "judge": ("judging:app", "Judge saved answers by other judges, or judges by people's labels."),
+    "report": (
+        "reporting:report",
+        "Write a report: JSON, Markdown and one HTML page, of a finished run again or of "
+        "evaluations.",
+    ),
+    "compare": (
+        "reporting:compare",
+        "Tell methods apart over finished runs: tests, intervals, verdicts and the trade-off plot.",
+    ),
+    "analyse": (
+        "analysing:app",
+        "Look into a model or a run: heads, importance, one setting at several values.",
+    ),
+}
 
 app = App(
     name="regraft",
@@ -44,45 +78,27 @@ app = App(
         "MODEL is always a folder with safetensors, a hub id, or the word demo for that model."
     ),
 )
-app.command(inspect)
-app.command(respond)
-app.command(prune)
-app.command(heads)
-app.command(statistics)
-app.command(realign)
-app.command(tune)
-app.command(apply)
-app.command(revert)
-app.command(defend)
-app.command(evaluate, name="eval")
-app.command(sweep)
-app.command(relate)
-app.command(overlap)
-app.command(render)
-app.command(judge)
-app.command(judge_bench, name="judge-bench")
-app.command(report)
-app.command(compare)
-app.command(run)
-app.command(demo)
-app.command(recipe)
+for _name, (_where, _text) in COMMANDS.items():
+    app.command(
+        f"regraft.cli.{_where}", name=_name, help=_text, sort_key=list(COMMANDS).index(_name)
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 on bad input, having written nothing."""
     console = Console(stderr=True, emoji=False)
     try:
-        with ranks.joined():
+        with joined():
             words = _joined(sys.argv[1:] if arguments is None else arguments)
             app(words, exit_on_error=False, print_error=False)
     except RegraftError as error:
         fail(console, str(error))
     except ValidationError as error:
-        fail(console, explain(error, flags=True))
+        fail(console, _explained(error))
     except CycloptsError as error:
         cause = error.__cause__
         if isinstance(cause, ValidationError):
-            fail(console, explain(cause, flags=True))
+            fail(console, _explained(cause))
         fail(console, str(error))
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
@@ -101,8 +117,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         crash(console)
 
 
+def _explained(error: ValidationError) -> str:
+    from regraft.settings.base import explain
+
+    return explain(error, flags=True)
+
+
 def _joined(words: Sequence[str]) -> list[str]:
     """The words with `--data NAME PATH` as `--data NAME:PATH`; settings take a flag's one word."""
+    if not {"--data", "--validation"}.intersection(words):
+        return list(words)
+    from regraft.data.sources import words_of_first
+
     found: list[str] = []
     rest = list(words)
     while rest:

@@ -1,17 +1,83 @@
-"""The paper's analyses: `regraft sweep`, `regraft relate` and `regraft overlap`."""
+"""Into a model or a run: `regraft analyse`, the paper's analyses and what realigning goes by."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
-from regraft.cli.options import Model, OutFolder, open_model, watching
-from regraft.console import show_overlap, show_relation, show_sweep
+from regraft.cli.options import (
+    Calibration,
+    Compute,
+    Flat,
+    Model,
+    OutFile,
+    OutFolder,
+    open_model,
+    watching,
+)
+from regraft.console import show_heads, show_overlap, show_relation, show_sweep
 from regraft.recipe import read_recipe
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.flags import refuse_unread
+from regraft.settings.scoring import HeadSettings, StatisticsSettings
+
+app = App(
+    name="analyse",
+    help="Look into a model or a run: heads, importance, one setting at several values.",
+)
 
 
+@app.command(name="heads")
+def heads(
+    model: Model,
+    *,
+    out: OutFile,
+    settings: Annotated[HeadSettings, Flat] = HeadSettings(),
+    calibration: Calibration = CalibrationSettings(),
+    compute: Compute = ComputeSettings(),
+    show: int = 10,
+) -> None:
+    """Score every head for safety on harmful prompts (D^s): Ships and KL by ablation.
+
+    Example: regraft analyse heads MODEL --data vlguard VLGuard/train.json --out heads.safetensors
+
+    Parameters
+    ----------
+    show
+        How many top heads to print.
+    """
+    from regraft import stages
+
+    with watching() as watch:
+        refuse_unread(settings, calibration)
+        source = open_model(model, compute.trust_remote_code)
+        scores = stages.heads(source, out, settings, calibration, compute, watch)
+        show_heads(watch.console, scores, show)
+
+
+@app.command(name="statistics")
+def statistics(
+    model: Model,
+    *,
+    out: OutFile,
+    settings: Annotated[StatisticsSettings, Flat] = StatisticsSettings(),
+    calibration: Calibration = CalibrationSettings(),
+    compute: Compute = ComputeSettings(),
+) -> None:
+    """Gather statistics on D^s and D^u, from which HSR ranks weights (Wanda: 9 MB for 7B)."""
+    from regraft import stages
+
+    with watching() as watch:
+        refuse_unread(calibration)
+        source = open_model(model, compute.trust_remote_code)
+        stages.statistics(source, out, calibration, compute, settings, watch)
+        watch.note(f"Wrote {out}")
+
+
+@app.command(name="sweep")
 def sweep(
     recipe: Path,
     setting: str,
@@ -24,7 +90,7 @@ def sweep(
     How much pruning is too much (sparsity), how many neurons matter (q), how many heads
     (top-heads), how many weights (budget). Resumes after a kill.
 
-    Example: regraft sweep recipe.yaml sparsity --values 0.3 0.4 0.5 0.6 --out sweep
+    Example: regraft analyse sweep recipe.yaml sparsity --values 0.3 0.4 0.5 0.6 --out sweep
 
     Parameters
     ----------
@@ -44,10 +110,11 @@ def sweep(
         watch.note(f"Figure: {(out / 'sweep.svg').absolute()}")
 
 
+@app.command(name="relate")
 def relate(*run: Path, out: OutFolder) -> None:
     """Over the pruned models of several runs: total Ships against the rise in ASR, Spearman's rho.
 
-    Example: regraft relate runs/qwen2-vl runs/llava-mistral runs/llava-vicuna --out relation
+    Example: regraft analyse relate runs/qwen2-vl runs/llava-mistral runs/llava-vicuna --out relation
 
     Parameters
     ----------
@@ -62,6 +129,7 @@ def relate(*run: Path, out: OutFolder) -> None:
         watch.note(f"Figure: {(out / 'relation.svg').absolute()}")
 
 
+@app.command(name="overlap")
 def overlap(
     model: Model,
     statistics_file: Path,
@@ -73,12 +141,12 @@ def overlap(
 ) -> None:
     """Which weights matter for safety and utility alike: Jaccard's index of the top by layer.
 
-    Example: regraft overlap MODEL statistics.safetensors --share 0.05 0.1 --out overlap
+    Example: regraft analyse overlap MODEL statistics.safetensors --share 0.05 0.1 --out overlap
 
     Parameters
     ----------
     statistics_file
-        From `regraft statistics`.
+        From `regraft analyse statistics`.
     share
         Top shares of every weight matrix.
     scope

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 from rich.console import Console
 
-from regraft import ranks
+
+def joined() -> AbstractContextManager[None]:
+    """Join the other processes, if a launcher started this one as one of several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return nullcontext()  # without importing torch, so that help is there at once
+    from regraft import ranks
+
+    return ranks.joined()
 
 
 def fail(console: Console, message: str) -> NoReturn:
@@ -19,7 +28,7 @@ def fail(console: Console, message: str) -> NoReturn:
 
 def crash(console: Console) -> NoReturn:
     """Raise what was not foreseen; one of several processes says it and is gone."""
-    if ranks.world() > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         console.print_exception()
         leave(1)
     raise
@@ -29,4 +38,8 @@ def leave(code: int) -> NoReturn:
     """End this process with all it printed flushed."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise SystemExit(code)
+    from regraft import ranks
+
     ranks.leave(code)

@@ -1,17 +1,18 @@
-"""Other judges of saved answers, and judges against people: `judge` and `judge-bench`."""
+"""Other judges of saved answers, and judges against people: `regraft judge`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
 from regraft.cli.options import Compute, MaybeOutFile, MaybeOutFolder, watching
 from regraft.console import show_agreement, show_judged, show_quality
 from regraft.evaluation.keywords import KEYWORD_JUDGES
 from regraft.settings.compute import ComputeSettings
 
+app = App(name="judge", help="Judge saved answers by other judges, or judges by people's labels.")
 Judges = Annotated[
     tuple[str, ...],
     Parameter(
@@ -21,6 +22,7 @@ Judges = Annotated[
 ]
 
 
+@app.command(name="answers")
 def judge(
     evaluation: Path,
     *,
@@ -31,7 +33,7 @@ def judge(
 ) -> None:
     """Judge the saved answers of an evaluation by other judges; how far do any two agree?
 
-    Example: regraft judge run/evaluation/pruned --by vlguard-1 --by qwen3guard:Qwen3Guard-Gen-4B
+    Example: regraft judge answers run/evaluation/pruned --by vlguard-1 --by qwen3guard:Qwen3Guard-Gen-4B
 
     Parameters
     ----------
@@ -58,6 +60,7 @@ def judge(
         watch.note(f"Verdicts with reasons: {folder}")
 
 
+@app.command(name="bench")
 def judge_bench(
     *file: Path,
     by: Judges = tuple(KEYWORD_JUDGES),
@@ -71,7 +74,7 @@ def judge_bench(
 
     Judges that are models need --out: verdicts are kept beside it, and a stopped run goes on.
 
-    Example: regraft judge-bench xstest/completions_*.csv --ids even
+    Example: regraft judge bench xstest/completions_*.csv --ids even
 
     Parameters
     ----------

@@ -103,11 +103,13 @@ def _parameters(name: str) -> list[inspect.Parameter]:
     found = [*pair(), keyword("out", OutFile)]
     found.append(keyword("settings", Annotated[own, Flat], None))
     if method.reads_heads:
-        said = Parameter(help="From `regraft heads`, instead of scoring them here.", group=SCORING)
+        said = Parameter(
+            help="From `regraft analyse heads`, instead of scoring them here.", group=SCORING
+        )
         found.append(keyword("heads_file", Annotated[Path | None, said], None))
         found.append(keyword("scoring", Annotated[HeadSettings, grouped(SCORING)], HeadSettings()))
     if method.reads_responses:
-        said = Parameter(help="From `regraft statistics`, instead of gathering them here.")
+        said = Parameter(help="From `regraft analyse statistics`, instead of gathering them here.")
         found.append(keyword("statistics_file", Annotated[Path | None, said], None))
     if "budget" in own.model_fields and method.searches:
         said = Parameter(

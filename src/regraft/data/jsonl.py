@@ -113,5 +113,5 @@ def _content(row: Row) -> str:
 
 
 def _drawn(row: Row) -> str | None:
-    """The text in an image of `regraft render`, by the name that it had before `request`."""
+    """The text in an image of `regraft data render`, by the name that it had before `request`."""
     return row.optional_text("title") if row.text("instruction") == FIGSTEP_PROMPT else None

@@ -25,7 +25,7 @@ def read_xstest(path: Path) -> Reading:
     if rows and "completion" in rows[0].values:
         raise RegraftError(
             f"{table} holds answers of a model. The prompts are xstest_prompts.csv; labelled "
-            "answers are for `regraft judge-bench`."
+            "answers are for `regraft judge bench`."
         )
     require_end(table, "xstest_prompts.csv")
     return require_examples(Reading(str(table), tuple(map(_example, rows))))

@@ -1,7 +1,7 @@
 """Does an answer refuse? Words and phrases in it: quick judges that need no second model.
 
 A judge of this kind is an approximation: lists disagree with each other and with people, so a
-result carries the judge's name, and `regraft judge-bench` measures any of them against labelled
+result carries the judge's name, and `regraft judge bench` measures any of them against labelled
 answers. The named ones are in `regraft.evaluation.keywords`.
 """
 

@@ -1,6 +1,6 @@
 """The keyword judges by name. A list is never changed: a better one gets another number.
 
-How well they agree with people is measured by `regraft judge-bench`; the documentation has the
+How well they agree with people is measured by `regraft judge bench`; the documentation has the
 table. `vlguard-1` and `gcg-1` are the lists of the papers, matched as their code matches them.
 """
 

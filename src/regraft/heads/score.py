@@ -89,7 +89,7 @@ class HeadScores:
         if self.released is None:
             raise RegraftError(
                 "These head scores lack those of HSR's released code (`released`). Score heads "
-                "again, to another file, with `regraft heads` in mode exact."
+                "again, to another file, with `regraft analyse heads` in mode exact."
             )
         return self.released
 
@@ -242,7 +242,7 @@ def load_heads(path: Path, anatomy: Anatomy) -> HeadScores:
     if list(scores.ships.shape) != expected:
         raise RegraftError(
             f"{path} scores {list(scores.ships.shape)} layers x heads; the model has {expected}. "
-            "Score the heads of this model with `regraft heads`."
+            "Score the heads of this model with `regraft analyse heads`."
         )
     return scores
 

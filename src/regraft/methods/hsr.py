@@ -264,7 +264,7 @@ def chosen_heads(dense: Source, settings: InHeads, scores: HeadScores | None) ->
     if settings.heads == "random":
         return random_heads(dense.anatomy, settings.top_heads, settings.head_seed)
     if scores is None:
-        raise RegraftError("Ranking heads needs their scores: run `regraft heads` first.")
+        raise RegraftError("Ranking heads needs their scores: run `regraft analyse heads` first.")
     return scores.best(settings.criterion, settings.top_heads)
 
 

@@ -117,7 +117,7 @@ class CalibrationSettings(PromptSettings):
         "auto",
         description="given: the data set's. self: the dense model writes them greedily, and those "
         "are kept that refuse a harmful prompt or do not refuse a harmless one. auto: given where "
-        "the data set has some, else self. `regraft respond` writes them once, for all commands "
+        "the data set has some, else self. `regraft data respond` writes them once, for all commands "
         "that read them. Gain and fine-tune read none: they imitate the dense model's own first "
         "tokens.",
     )

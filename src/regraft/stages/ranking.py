@@ -127,13 +127,15 @@ def read_inputs(dense: Source, pruned: Source, needs: Needs, inputs: Inputs) -> 
     digests, loaded = dict[str, str](), dict[str, Any]()
     if needs.heads is not None:
         if inputs.heads is None:
-            raise RegraftError("Ranking heads needs their scores: run `regraft heads` first.")
+            raise RegraftError(
+                "Ranking heads needs their scores: run `regraft analyse heads` first."
+            )
         loaded["heads"] = load_heads(inputs.heads, dense.anatomy)
         _require_made_from(dense, inputs.heads, loaded["heads"].about)
         loaded["heads"].best(needs.heads.criterion, needs.heads.count)
         digests["heads"] = file_digest(inputs.heads)
     if (score := needs.statistics) is not None:
-        again = f"run `regraft statistics --score {score}`"
+        again = f"run `regraft analyse statistics --score {score}`"
         if inputs.statistics is None:
             raise RegraftError(f"Importance by {score} needs statistics: {again} first.")
         found = load_statistics(inputs.statistics)
