@@ -33,7 +33,7 @@ def judge(
 ) -> None:
     """Judge the saved answers of an evaluation by other judges; how far do any two agree?
 
-    Example: regraft judge answers run/evaluation/pruned --by vlguard-1 --by qwen3guard:Qwen3Guard-Gen-4B
+    Example: regraft judge answers run/evaluation/pruned --by qwen3guard:Qwen3Guard-Gen-4B
 
     Parameters
     ----------

@@ -39,8 +39,7 @@ Data = Annotated[
     DataSource,
     _ONE_WORD,
     Parameter(
-        help="demo:calibration, vlguard PATH (train.json by its images) or a .jsonl file; "
-        "{seed} in its name stands for the seed."
+        help="A .jsonl file ({seed} in its name is the seed), vlguard PATH or demo:calibration."
     ),
 ]
 
@@ -94,7 +93,7 @@ class PromptSettings(Settings):
     """Harmful prompts (D^s) and harmless ones (D^u)."""
 
     data: Data = DataSource(name="demo", split="calibration")  # `source` is what is read
-    samples: int = Field(128, ge=1, description="Drawn of each kind; fewer where there are fewer.")
+    samples: int = Field(128, ge=1, description="Drawn of each kind.")
     seed: int = Field(0, description="Of the draw.")
 
     @property
@@ -115,14 +114,11 @@ class CalibrationSettings(PromptSettings):
 
     responses: Literal["auto", "given", "self"] = Field(
         "auto",
-        description="given: the data set's. self: the dense model writes them greedily, and those "
-        "are kept that refuse a harmful prompt or do not refuse a harmless one. auto: given where "
-        "the data set has some, else self. `regraft data respond` writes them once, for all commands "
-        "that read them. Gain and fine-tune read none: they imitate the dense model's own first "
-        "tokens.",
+        description="given: the data set's. self: the dense model's own, kept if they refuse "
+        "exactly what is harmful. auto: given where there are some, else self.",
     )
     max_response_tokens: int = Field(
-        64, ge=1, description="Length of a response that the dense model writes."
+        64, ge=1, description="Length of a response of the dense model."
     )
 
     def unread(self) -> str | None:
