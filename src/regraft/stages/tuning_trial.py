@@ -21,7 +21,6 @@ from regraft.stages.restoring import Places, Restoration
 from regraft.stages.searching import (
     bounds_by,
     evaluate_point,
-    search,
 )
 from regraft.stages.session import Session
 from regraft.stages.tuning_job import Job, varied
@@ -66,9 +65,10 @@ class Worker:
         job = self.job
         places = self._places(number, method, r_max)
         restoration = self._restoration(r_max, clock)
-        given = Inputs()
-        restoration.gather([needs_of(method)], places, given)
-        restoration.rank(job.pruned, method, places, given, places.ranking.stem)
+        restoration.make(restoration.gathering([needs_of(method)], places, Inputs()))
+        name = places.ranking.stem
+        ranking, *_ = restoration.steps(lambda: job.pruned, method, places, name=name)
+        restoration.make([ranking])
         if not method.searchable:
             with clock.of("realign"):
                 made = realign(job.dense, job.pruned, places.patch, method, places.ranking)
@@ -78,20 +78,7 @@ class Worker:
                 out = job.place.trial(number) / "evaluation"
                 return [self._point(out, job.pruned, made.restored, places.patch)]
         with clock.of("evaluate"):
-            search(
-                job.dense,
-                job.pruned,
-                places.ranking,
-                places.curve,
-                job.choice,
-                method,
-                job.evaluation,
-                job.compute,
-                self.watch,
-                self.session,
-                job.place.references,
-                tell=False,
-            )
+            restoration.search(job.pruned, method, places, job.choice, tell=False)
         return list(read_curve(places.curve).points[1:]) or [before]
 
     def _places(self, number: int, method: MethodSettings, r_max: int) -> Places:
@@ -105,6 +92,7 @@ class Worker:
             ranking=place.ranking(name),
             patch=own / "patch.safetensors",
             curve=own / "curve.json",
+            references=place.references,
             states=place.states,
         )
 
