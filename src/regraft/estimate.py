@@ -40,10 +40,9 @@ def seconds(
     processor = load_processor(dense)
     lengths = [prompt_batch(processor, [one]).inputs["input_ids"].numel() for one in some]
     tokens = sum(lengths) / max(1, len(lengths))
+    left = {step.out: step for step in steps if not step.done}.values()  # some share an artifact
     passed = sum(
-        step.answers * (tokens + new_tokens) + step.learns * _BOTH_WAYS * tokens
-        for step in steps
-        if not step.done
+        step.answers * (tokens + new_tokens) + step.learns * _BOTH_WAYS * tokens for step in left
     )
     return 2 * dense.anatomy.parameters * passed / (_SHARE * _speed(dense, compute))
 
