@@ -1,4 +1,4 @@
-"""What `mkdocs build` adds to the pages of docs/: the command reference, and files of the repository.
+"""What `mkdocs build` adds to the pages of docs/: command reference and files of the repository.
 
 mkdocs loads this module as a hook (`hooks` in mkdocs.yml). The command reference is written from
 the application itself, so that it cannot fall behind it. Pages in docs/ may link to files beside
