@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = "commands.md"  # the page that is generated
+_CONTENTS = re.compile(r"^## Table of Contents\n.*?(?=^\*\*Commands\*\*)", re.DOTALL | re.MULTILINE)
 _OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)")
 
 
@@ -21,15 +22,8 @@ def command_reference() -> str:
     """Every command of `regraft` with its flags, defaults and descriptions, as Markdown."""
     from regraft.cli import app
 
-    written: str = app.generate_docs(output_format="markdown")
-    _, _, commands = written.partition("\n## ")
-    return f"# Commands\n\n{_preamble(written)}\n\n## {commands}"
-
-
-def _preamble(written: str) -> str:
-    """What stands between the title and the first command."""
-    start, _, _ = written.partition("\n## ")
-    return start.partition("\n")[2].strip()
+    _, _, body = app.generate_docs(output_format="markdown").partition("\n")
+    return "# Commands\n" + _CONTENTS.sub("", body)  # the site has a table of contents of its own
 
 
 def outside_links(docs: Path) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from regraft.cli import app
+from regraft.cli import _joined, app
 from regraft.evaluation.results import Answer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -60,6 +61,24 @@ def test_links_lead_to_files_of_the_repository(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8"))
     local = {link for link in links if "://" not in link} - {docs_site.COMMANDS}
     assert [link for link in sorted(local) if not (page.parent / link).exists()] == []
+
+
+def _shown(page: Path) -> Iterator[str]:
+    """The lines of a page's shell blocks that call regraft, continued lines joined."""
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        lines = block.replace("\\\n", " ").splitlines()
+        yield from (line for line in lines if line.startswith("regraft "))
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_commands_that_pages_show_are_commands(page: Path) -> None:
+    for line in _shown(page):
+        words = shlex.split(line.replace("...", ""), comments=True)[1:]
+        app.parse_args(_joined(words), exit_on_error=False, print_error=False)
+
+
+def test_some_commands_are_shown() -> None:
+    assert len([line for page in (ROOT / "README.md", *PAGES) for line in _shown(page)]) > 20
 
 
 def test_links_out_of_docs_are_pointed_at_copies_in_the_site() -> None:
