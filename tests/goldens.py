@@ -40,6 +40,7 @@ from safetensors import safe_open
 import pico
 from disk import write_jsonl
 from regraft.cli import main as regraft
+from regraft.methods.ranking import load_ranking
 
 FOLDER = Path(__file__).parent / "goldens"
 Digests = dict[str, str]
@@ -155,15 +156,23 @@ def digests_of(run: Path) -> Digests:
 def _rankings(folder: Path) -> Iterator[tuple[str, str]]:
     """Rankings by pruning and method, and in order of their digests where these have several.
 
-    The names of their files end in a digest of settings, which is provenance.
+    The names of their files end in a digest of settings, which is provenance. A ranking of which
+    all is restored says no more than its patch does.
     """
     several: dict[str, set[str]] = {}
     for file in folder.rglob("*.safetensors"):
+        if _is_whole(load_ranking(file).about["settings"]):
+            continue
         name = f"ranking/{file.parent.name}/{file.stem.rpartition('-')[0]}"
         several.setdefault(name, set()).add(digest(_read(file)))
     for name, found in several.items():
         for i, one in enumerate(sorted(found)):
             yield (f"{name}/{i + 1}" if len(found) > 1 else name), one
+
+
+def _is_whole(settings: Mapping[str, Any]) -> bool:
+    free = settings.get("budget") is None and settings.get("count") is None
+    return settings["method"] == "fine-tune" or (free and settings["method"] != "gain")
 
 
 def demo_table(run: Path) -> dict[str, dict[str, Any]]:
