@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regraft.data.cache import CACHE_VARIABLE, cached_file
-from regraft.data.docvqa import read_docvqa
 from regraft.data.example import Example
-from regraft.data.mmbench import read_mmbench
+from regraft.data.readers.docvqa import read_docvqa
+from regraft.data.readers.mmbench import read_mmbench
+from regraft.data.storage import CACHE_VARIABLE, cached_file
 from regraft.errors import RegraftError
 from regraft.evaluation.choice import picked
 from regraft.evaluation.keywords import REGRAFT_2

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from regraft import ranks
 from regraft.data.example import Reading
-from regraft.data.safebench import FIGSTEP_PROMPT
+from regraft.data.readers.safebench import FIGSTEP_PROMPT
 from regraft.errors import RegraftError
 from regraft.files import atomic_folder, slug
 from regraft.watch import Watch

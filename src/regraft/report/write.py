@@ -17,7 +17,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from regraft.data.hub import MODEL_ID
+from regraft.data.storage import MODEL_ID
 from regraft.evaluation.curves import curve_to_json
 from regraft.evaluation.metrics import wilson
 from regraft.evaluation.results import Estimate, EvalResult, TextResult
