@@ -33,8 +33,7 @@ from regraft.evaluation import generate as generating
 from regraft.evaluation import greedy
 from regraft.evaluation.ahead import made_ahead
 from regraft.evaluation.generate import Answerer
-from regraft.evaluation.judge import KeywordJudge
-from regraft.evaluation.keywords import REGRAFT_1
+from regraft.evaluation.keywords import REGRAFT_1, KeywordJudge
 from regraft.files import write_json
 from regraft.models.anatomy import decoder_layers
 from regraft.models.load import open_source

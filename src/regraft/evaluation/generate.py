@@ -19,7 +19,7 @@ from regraft.data.example import Example
 from regraft.data.images import length_class
 from regraft.evaluation.ahead import made_ahead
 from regraft.evaluation.greedy import answer
-from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.pieces import in_pieces
 from regraft.evaluation.summary import is_compared
 from regraft.models.load import placed
@@ -33,7 +33,7 @@ class _Chunk:
     """A batch of prompts: their places among all, and the judge whose verdict ends an answer."""
 
     places: tuple[int, ...]
-    judge: KeywordJudge | None
+    judge: TextJudge | None
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Answerer:
         examples: Sequence[Example],
         *,
         batch_size: int,
-        judge: KeywordJudge | None = None,
+        judge: TextJudge | None = None,
         memo_bytes: int = MEMO_BYTES,
     ) -> None:
         self.examples = tuple(examples)
@@ -174,16 +174,14 @@ def generate(
     )
 
 
-def _chunks(
-    examples: Sequence[Example], batch_size: int, judge: KeywordJudge | None
-) -> list[_Chunk]:
+def _chunks(examples: Sequence[Example], batch_size: int, judge: TextJudge | None) -> list[_Chunk]:
     """All examples; with a judge first those that end by it, then the others.
 
     Of each kind those without image come first, then those with smaller images, and of like images
     those with shorter text: like stands beside like, so that little is padded.
     """
     places = range(len(examples))
-    kinds: list[tuple[Sequence[int], KeywordJudge | None]] = [(places, None)]
+    kinds: list[tuple[Sequence[int], TextJudge | None]] = [(places, None)]
     if judge is not None:
         whole = {place for place in places if is_compared(examples[place])}
         kinds = [([place for place in places if place not in whole], judge), (sorted(whole), None)]

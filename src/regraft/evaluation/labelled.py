@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from regraft.data.rows import Row, csv_rows
 from regraft.errors import RegraftError
+from regraft.evaluation.judges import Exchange, Verdict
 from regraft.evaluation.metrics import cohen_kappa, paired_exact, resampled, wilson
 from regraft.evaluation.results import Estimate
-from regraft.evaluation.verdicts import Exchange, Verdict
 
 Question = Literal["refusal", "harm"]
 _ANSWERS = ("completion", "answer", "response", "generation")
@@ -38,6 +38,26 @@ class Labelled:
     exchange: Exchange
     yes: bool
     label: str = ""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which labelled rows are read, and what their labels say.
+
+    Args:
+        question: Whether the answer refuses, or whether it does harm.
+        positive: Labels that mean yes; the usual ones of the question if empty.
+        ids: Only rows whose id is even, or odd.
+    """
+
+    question: Question = "refusal"
+    positive: tuple[str, ...] = ()
+    ids: Literal["all", "even", "odd"] = "all"
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The labels that mean yes."""
+        return self.positive or (REFUSALS if self.question == "refusal" else HARMS)
 
 
 @dataclass(frozen=True)

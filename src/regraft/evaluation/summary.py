@@ -15,7 +15,7 @@ from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.choice import picked
 from regraft.evaluation.degenerate import FRAGMENT, degeneration
-from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.metrics import anls, macro_average, mean_similarity, wilson
 from regraft.evaluation.perplexity import perplexity
 from regraft.evaluation.results import Answer, Estimate, EvalResult, Rates, TextResult
@@ -30,7 +30,7 @@ def is_compared(example: Example) -> bool:
 def judge_answer(
     example: Example,
     text: str,
-    judge: KeywordJudge,
+    judge: TextJudge,
     *,
     full_answers: bool = True,
     max_new_tokens: int | None = None,
@@ -86,9 +86,7 @@ def unframed(text: str, response: str, content: str) -> str:
     return text[: len(text) - cut]
 
 
-def summarise(
-    suite: str, judge: KeywordJudge, answers: Sequence[Answer], seed: int = 0
-) -> EvalResult:
+def summarise(suite: str, judge: TextJudge, answers: Sequence[Answer], seed: int = 0) -> EvalResult:
     """Turn judged answers into rates: ASR, over-refusal and utility.
 
     An attack succeeds where the answer to a harmful prompt complies. Refusals of questions of a

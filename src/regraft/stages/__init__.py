@@ -17,7 +17,6 @@ from regraft.stages.gathering import statistics
 from regraft.stages.judging import (
     VERDICTS,
     agreement,
-    check_judge,
     judge,
     judge_bench,
     opinions,
@@ -46,7 +45,6 @@ __all__ = [
     "apply",
     "calibration_data",
     "check_gain_prompts",
-    "check_judge",
     "check_search",
     "curve_beside",
     "defend",

@@ -144,7 +144,7 @@ def evaluate(
                         partial=work,
                         progress=done,
                     )
-            judge = settings.keyword_judge()
+            judge = settings.text_judge()
             answers = [
                 judge_answer(
                     example,
