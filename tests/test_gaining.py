@@ -21,7 +21,7 @@ from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading, hold_out
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.evaluation.curves import read_curve
+from regraft.evaluation.tradeoff import read_curve
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.pruning.pruner import zeros

@@ -33,9 +33,10 @@ from regraft.evaluation.judges.llama_guard import read_llama_guard
 from regraft.evaluation.judges.qwen3guard import read_qwen3guard
 from regraft.evaluation.keywords import REGRAFT_2
 from regraft.evaluation.labelled import Labelled, Labels, bench, quality, read_labelled
-from regraft.evaluation.metrics import cohen_kappa, mcnemar, wilson
-from regraft.evaluation.results import Answer
-from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
+from regraft.evaluation.metrics import wilson
+from regraft.evaluation.results import Answer, result_to_json, write_answers
+from regraft.evaluation.significance import cohen_kappa, mcnemar
+from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.verdicts import (
     Judged,
     Pictures,

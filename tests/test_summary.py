@@ -14,16 +14,15 @@ from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import REGRAFT_1, REGRAFT_2
 from regraft.evaluation.metrics import wilson
-from regraft.evaluation.results import Answer
-from regraft.evaluation.summary import (
-    judge_answer,
+from regraft.evaluation.results import (
+    Answer,
     read_answers,
     result_from_json,
     result_to_json,
-    summarise,
-    unframed,
     write_answers,
 )
+from regraft.evaluation.similarity import unframed
+from regraft.evaluation.summary import judge_answer, summarise
 from regraft.report.words import degenerate, marked
 
 JUDGE = REGRAFT_1

@@ -17,7 +17,7 @@ from regraft import pipeline, stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation import text as module
-from regraft.evaluation.summary import result_from_json, result_to_json
+from regraft.evaluation.results import result_from_json, result_to_json
 from regraft.evaluation.text import (
     load_teacher,
     pooled,

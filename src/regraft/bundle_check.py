@@ -14,13 +14,15 @@ from typing import Any
 from regraft.bundle import FORMAT, MANIFEST
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
-from regraft.evaluation.results import Answer, Estimate, EvalResult
-from regraft.evaluation.summary import (
+from regraft.evaluation.results import (
+    Answer,
+    Estimate,
+    EvalResult,
     estimate_from_json,
     read_answers,
     result_from_json,
-    summarise,
 )
+from regraft.evaluation.summary import summarise
 from regraft.files import digest
 from regraft.report.models import macro_rsr, measure
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from regraft.data.rows import Row, csv_rows
 from regraft.errors import RegraftError
 from regraft.evaluation.judges import Exchange, Verdict
-from regraft.evaluation.metrics import cohen_kappa, paired_exact, resampled, wilson
+from regraft.evaluation.metrics import resampled, wilson
 from regraft.evaluation.results import Estimate
+from regraft.evaluation.significance import cohen_kappa, paired_exact
 
 Question = Literal["refusal", "harm"]
 _ANSWERS = ("completion", "answer", "response", "generation")

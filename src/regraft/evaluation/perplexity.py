@@ -17,8 +17,8 @@ from regraft.data.collate import IGNORED, batches, response_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import resampled
-from regraft.evaluation.pieces import in_pieces
 from regraft.evaluation.results import Estimate
+from regraft.evaluation.resumable_map import resumable_map
 from regraft.models.load import placed
 from regraft.models.replay import logits_of, replay, text_inputs
 
@@ -65,7 +65,7 @@ def response_nlls(
             yield i, nlls
             told(i)
 
-    found = in_pieces(len(chunks), made, partial, "nll", told)
+    found = resumable_map(len(chunks), made, partial, "nll", told)
     of_id = {
         example.id: (float(total), int(count))
         for chunk, nlls in zip(chunks, found, strict=True)

@@ -1,16 +1,27 @@
 """Which point of a trade-off curve to take: safety as asked for, helpfulness within bounds.
 
-All rates here are of validation prompts. What is reported of the chosen point must come from
-others.
+A search has one curve, which is kept as a file; tuning has the best point of each trial. All rates
+here are of validation prompts: what is reported of the chosen point must come from others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
-from regraft.evaluation.results import Estimate, EvalResult
+from regraft.errors import RegraftError
+from regraft.evaluation.results import Estimate, EvalResult, estimate_from_json
+from regraft.files import read_json
+
+NOTE = (
+    "These are rates on the validation prompts that the settings were chosen on: those of a best "
+    "of many are optimistic. Evaluate the chosen settings once on a test split, and report that."
+)
+_RATES = ("asr", "over_refusal", "utility")
+_SLACK = 1e-9
+Reference = Literal["pruned", "dense", "higher"]
 
 
 @dataclass(frozen=True)
@@ -63,10 +74,6 @@ class Bounds:
         if self.degenerate is not None:
             over["degenerate"] = point.degenerate - self.degenerate
         return {name: value if value > _SLACK else 0.0 for name, value in over.items()}
-
-
-_SLACK = 1e-9
-Reference = Literal["pruned", "dense", "higher"]
 
 
 def bounds_of(
@@ -153,3 +160,159 @@ class Searched:
 def nearest(points: Sequence[Point], bounds: Bounds) -> Point:
     """The point that is least far beyond the bounds, the first of equal ones."""
     return min(points, key=lambda point: sum(bounds.excess(point).values()))
+
+
+def curve_to_json(found: Searched) -> dict[str, Any]:
+    """A curve as JSON values."""
+    return {
+        "pruned": found.pruned,
+        "chosen": found.chosen,
+        "bounds": asdict(found.bounds),
+        "dense": point_to_json(found.dense),
+        "points": [point_to_json(one) for one in found.points],
+    }
+
+
+def read_curve(path: Path) -> Searched:
+    """The inverse of `curve_to_json`, from a file.
+
+    Raises:
+        RegraftError: the file is missing or holds no curve.
+    """
+    content = read_json(path)
+    try:
+        return Searched(
+            point_from_json(content["dense"], f"{path}: dense"),
+            tuple(
+                point_from_json(one, f"{path}: points.{i}")
+                for i, one in enumerate(content["points"])
+            ),
+            Bounds(**content["bounds"]),
+            content["chosen"],
+            int(content["pruned"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RegraftError(
+            f"{path} holds no validation curve; expected `pruned`, `chosen`, `bounds`, `dense` and "
+            f"`points`, each with `restored`, `asr`, `over_refusal` and `utility` ({error!r})."
+        ) from error
+
+
+def point_to_json(point: Point) -> dict[str, Any]:
+    """A point as JSON values."""
+    rates = {name: getattr(point, name) for name in _RATES}
+    return {
+        "restored": point.restored,
+        **{name: None if rate is None else asdict(rate) for name, rate in rates.items()},
+        "degenerate": point.degenerate,
+    }
+
+
+def point_from_json(content: Mapping[str, Any], where: str) -> Point:
+    """The inverse of `point_to_json`; `where` names it in errors.
+
+    Raises:
+        RegraftError: a field of a rate is missing or of the wrong type.
+        KeyError: a rate is missing.
+        ValueError: ASR or over-refusal was not measured.
+    """
+    asr, over_refusal, utility = (
+        estimate_from_json(content[name], f"{where}.{name}") for name in _RATES
+    )
+    if asr is None or over_refusal is None:
+        raise ValueError(f"{where} lacks ASR or over-refusal")
+    silent = float(content.get("degenerate", 0.0))
+    return Point(int(content["restored"]), asr, over_refusal, utility, silent)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What work took.
+
+    Attributes:
+        seconds: By stage, of all processes together; without those of trials that were stopped.
+        evaluations: Models that were evaluated.
+        prompts: Prompts that they answered.
+    """
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    evaluations: int = 0
+    prompts: int = 0
+
+    @classmethod
+    def total(cls, costs: Iterable[Cost]) -> Cost:
+        """All of them together."""
+        costs = list(costs)
+        stages = dict.fromkeys(stage for one in costs for stage in one.seconds)
+        return cls(
+            {stage: sum(one.seconds.get(stage, 0.0) for one in costs) for stage in stages},
+            sum(one.evaluations for one in costs),
+            sum(one.prompts for one in costs),
+        )
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One trial: its settings, its best point, and how far that is beyond each bound."""
+
+    number: int
+    settings: Mapping[str, Any]
+    point: Point
+    excess: Mapping[str, float]
+    cost: Cost
+
+    @property
+    def within(self) -> bool:
+        """Whether the point keeps to the bounds."""
+        return not any(self.excess.values())
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """All trials, best first.
+
+    `pruned` is how many weights pruning took, `failed` how many trials ended in an error.
+    """
+
+    method: str
+    trials: tuple[Tried, ...]
+    bounds: Bounds
+    dense: Point
+    before: Point
+    pruned: int
+    failed: int
+
+    @property
+    def best(self) -> Tried | None:
+        """The best trial, None where none within the bounds has less ASR than the pruned model."""
+        return next((one for one in self.trials if one.within and self._helps(one.point)), None)
+
+    def _helps(self, point: Point) -> bool:
+        return point.restored > 0 and point.asr.value < self.before.asr.value
+
+    @property
+    def cost(self) -> Cost:
+        """Of all finished trials."""
+        return Cost.total(one.cost for one in self.trials)
+
+    def per_ten_thousand(self, point: Point) -> float:
+        """Restored weights per 10,000 pruned ones."""
+        return 10_000 * point.restored / self.pruned
+
+
+def best_first(trials: Iterable[Tried]) -> tuple[Tried, ...]:
+    """Those within the bounds by ASR, of equal ones the fewest weights first; then the others.
+
+    Trials out of bounds follow by how far they are out.
+    """
+    return tuple(
+        sorted(
+            trials,
+            key=lambda one: (
+                sum(one.excess.values()),
+                one.point.asr.value,
+                one.point.restored,
+                one.number,
+            ),
+        )
+    )

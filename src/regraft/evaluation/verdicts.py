@@ -11,8 +11,9 @@ from pathlib import Path
 
 from regraft.errors import RegraftError
 from regraft.evaluation.judges import Exchange, Verdict
-from regraft.evaluation.metrics import cohen_kappa, wilson
+from regraft.evaluation.metrics import wilson
 from regraft.evaluation.results import Answer, Estimate, EvalResult
+from regraft.evaluation.significance import cohen_kappa
 from regraft.files import file_digest
 
 

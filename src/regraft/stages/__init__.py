@@ -6,7 +6,7 @@ another key is never overwritten. Unfinished work waits in a hidden folder besid
 under its key, and is taken up again after a kill.
 """
 
-from regraft.evaluation.curves import read_curve
+from regraft.evaluation.tradeoff import read_curve
 from regraft.keys import ABOUT_FILE
 from regraft.stages.answering import calibration_data, imitation_data
 from regraft.stages.defending import defend

@@ -14,8 +14,8 @@ from regraft.evaluation.guard import Guard
 from regraft.evaluation.judges import Exchange, Judge, TextJudge, Verdict, find
 from regraft.evaluation.judges.endpoint import FILTERED
 from regraft.evaluation.labelled import Bench, Labelled, Labels, bench, read_labelled
-from regraft.evaluation.pieces import in_pieces
 from regraft.evaluation.results import Answer
+from regraft.evaluation.resumable_map import resumable_map
 from regraft.evaluation.verdicts import (
     Agreement,
     Judged,
@@ -156,7 +156,7 @@ def _verdicts(
                 _check_read(judge.name, found)
             yield i, [asdict(one) for one in found]
 
-    pieces = in_pieces(len(chunks), made, work, "verdicts", lambda i: done(len(chunks[i])))
+    pieces = resumable_map(len(chunks), made, work, "verdicts", lambda i: done(len(chunks[i])))
     return [Verdict(**one) for piece in pieces for one in piece]
 
 

@@ -8,9 +8,16 @@ from typing import Any
 
 import yaml
 
-from regraft.evaluation.curves import point_from_json, point_to_json
-from regraft.evaluation.tradeoff import Point
-from regraft.evaluation.tuned import NOTE, Cost, Tried, Tuned, best_first
+from regraft.evaluation.tradeoff import (
+    NOTE,
+    Cost,
+    Point,
+    Tried,
+    Tuned,
+    best_first,
+    point_from_json,
+    point_to_json,
+)
 from regraft.files import write_json, write_text
 from regraft.recipe import VariantSettings
 from regraft.stages.evaluating import read_evaluation

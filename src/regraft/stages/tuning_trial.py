@@ -9,9 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from regraft.checks import responses_are_given
-from regraft.evaluation.curves import point_to_json, read_curve
-from regraft.evaluation.tradeoff import Point, choose, nearest
-from regraft.evaluation.tuned import Cost, Tried
+from regraft.evaluation.tradeoff import (
+    Cost,
+    Point,
+    Tried,
+    choose,
+    nearest,
+    point_to_json,
+    read_curve,
+)
 from regraft.files import digest
 from regraft.models.load import Source
 from regraft.settings.realigning import RealignSettings
