@@ -18,7 +18,7 @@ from regraft.evaluation.results import (
     Answer,
     Estimate,
     EvalResult,
-    estimate_from_json,
+    from_json,
     read_answers,
     result_from_json,
 )
@@ -188,7 +188,7 @@ def _check_table(path: Path, table: Any, results: Mapping[str, EvalResult]) -> N
             raise RegraftError(f"{where} has no evaluation.")
         counted = measure(results[f"{run}/{name}"])
         for rate in _RATES:
-            claimed = estimate_from_json(row["measured"][rate], rate)
+            claimed = row["measured"][rate] and from_json(Estimate, row["measured"][rate], rate)
             _check_same(f"{where}: {rate}", claimed, getattr(counted, rate))
         if method and row["rsr"] is not None:
             of = (results[f"{run}/{one}"].answers for one in ("dense", pruning, name))

@@ -6,17 +6,22 @@ Both with their files: answers.jsonl has an answer a line, results.json all the 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, cast
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from regraft.errors import RegraftError
 from regraft.files import write_text
 
+Read = TypeVar("Read")
+EXACT = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))  # how `from_json` reads
 
+
+@EXACT
 @dataclass(frozen=True)
 class Answer:
     """One generation and its judgement.
@@ -67,6 +72,7 @@ class Answer:
         return not (self.harmful or self.scored_by)
 
 
+@EXACT
 @dataclass(frozen=True)
 class Estimate:
     """A rate (Wilson) or a mean (bootstrap) in [0, 1] with n and its 95 % interval.
@@ -83,6 +89,7 @@ class Estimate:
     count: int | None = None
 
 
+@EXACT
 @dataclass(frozen=True)
 class Rates:
     """Of one suite; None where it has no such prompts.
@@ -95,6 +102,7 @@ class Rates:
     utility: Estimate | None
 
 
+@EXACT
 @dataclass(frozen=True)
 class TextResult:
     """How well a model predicts ordinary text.
@@ -110,6 +118,7 @@ class TextResult:
     documents: tuple[tuple[float, float | None, int], ...]
 
 
+@EXACT
 @dataclass(frozen=True)
 class EvalResult:
     """One model on one suite.
@@ -140,17 +149,9 @@ class EvalResult:
 
 def result_to_json(result: EvalResult) -> dict[str, Any]:
     """Everything but the answers, as JSON values; `write_answers` keeps those."""
-    return {f.name: _plain(getattr(result, f.name)) for f in fields(result) if f.name != "answers"}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Estimate | Rates):
-        return asdict(value)
-    if isinstance(value, TextResult):
-        return asdict(value) | {"documents": [list(one) for one in value.documents]}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
+    content = asdict(replace(result, answers=()))
+    del content["answers"]
+    return content
 
 
 def result_from_json(value: Any, answers: Sequence[Answer] = ()) -> EvalResult:
@@ -159,56 +160,8 @@ def result_from_json(value: Any, answers: Sequence[Answer] = ()) -> EvalResult:
     Raises:
         RegraftError: a field is missing or of the wrong type, by name.
     """
-    row = _mapping(value, "evaluation result")
-    by_category = _field(row, "asr_by_category", dict, "evaluation result")
-    return EvalResult(
-        suite=_field(row, "suite", str, "evaluation result"),
-        judge=_field(row, "judge", str, "evaluation result"),
-        asr=estimate_from_json(row.get("asr"), "asr"),
-        over_refusal=estimate_from_json(row.get("over_refusal"), "over_refusal"),
-        utility=estimate_from_json(row.get("utility"), "utility"),
-        asr_by_category={
-            category: estimate
-            for category, item in by_category.items()
-            if (estimate := estimate_from_json(item, f"asr_by_category.{category}"))
-        },
-        by_suite={
-            suite: _rates_from_json(item, f"by_suite.{suite}")
-            for suite, item in _field(row, "by_suite", dict, "evaluation result").items()
-        },
-        degenerate=_field(row, "degenerate", dict, "evaluation result"),
-        answers=tuple(answers),
-        perplexity=estimate_from_json(row.get("perplexity"), "perplexity"),
-        text=None if row.get("text") is None else _text_from_json(row["text"]),
-    )
-
-
-def _text_from_json(value: Any) -> TextResult:
-    row = _mapping(value, "text")
-    found = estimate_from_json(row.get("perplexity"), "text.perplexity")
-    documents = _field(row, "documents", list, "text")
-    if found is None or not all(isinstance(one, list) and len(one) == 3 for one in documents):
-        raise RegraftError("text: expected a perplexity, and three numbers for each document.")
-    return TextResult(
-        perplexity=found,
-        kl=estimate_from_json(row.get("kl"), "text.kl"),
-        tokens=_field(row, "tokens", int, "text"),
-        documents=tuple(tuple(one) for one in documents),
-    )
-
-
-def _rates_from_json(value: Any, where: str) -> Rates:
-    row = _mapping(value, where)
-    return Rates(*(estimate_from_json(row.get(f.name), f"{where}.{f.name}") for f in fields(Rates)))
-
-
-def estimate_from_json(value: Any, where: str) -> Estimate | None:
-    """An estimate as `result_to_json` writes it; `where` names it in errors.
-
-    Raises:
-        RegraftError: a field is missing or of the wrong type, by name.
-    """
-    return None if value is None else Estimate(**_typed_fields(value, Estimate, where))
+    row = {**value, "answers": []} if isinstance(value, dict) else value
+    return replace(from_json(EvalResult, row, "evaluation result"), answers=tuple(answers))
 
 
 def write_answers(path: Path, answers: Sequence[Answer]) -> None:
@@ -241,39 +194,37 @@ def _answer(line: str, where: str) -> Answer:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise RegraftError(f"{where}: not valid JSON: {error}") from error
-    return Answer(**_typed_fields(value, Answer, where))
+    return from_json(Answer, value, where)
 
 
-def _typed_fields(value: Any, kind: type, where: str) -> dict[str, Any]:
-    """The fields of dataclass `kind`, each checked against its type hint; defaults may miss."""
-    row = _mapping(value, where)
-    hints = get_type_hints(kind)
-    if unknown := sorted(row.keys() - hints.keys()):
-        raise RegraftError(f"{where}: unknown field {unknown[0]!r}; expected {', '.join(hints)}.")
-    optional = {f.name for f in fields(kind) if f.default is not MISSING}
-    return {
-        name: _field(row, name, hint, where)
-        for name, hint in hints.items()
-        if name in row or name not in optional
-    }
+def from_json(kind: type[Read], value: Any, where: str) -> Read:
+    """A dataclass from JSON values, each checked against its type; `where` names it in errors.
+
+    Raises:
+        RegraftError: a field is missing, unknown or of the wrong type, by name.
+    """
+    try:
+        found: Read = _adapter(cast(Any, kind)).validate_json(json.dumps(value), strict=True)
+        return found
+    except ValidationError as error:
+        raise RegraftError(f"{where}: {_first_problem(error)}") from error
 
 
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RegraftError(f"{where}: expected a JSON object, found {type(value).__name__}.")
-    return value
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
-def _field(row: Mapping[str, Any], name: str, hint: type | UnionType, where: str) -> Any:
-    if name not in row:
-        raise RegraftError(f"{where}: field {name!r} is missing.")
-    value = row[name]
-    allowed = get_args(hint) or (hint,)
-    if type(value) is int and float in allowed:
-        value = float(value)
-    if type(value) not in allowed:
-        expected = " or ".join(kind.__name__ for kind in allowed)
-        raise RegraftError(f"{where}: field {name!r} is {value!r}; expected {expected}.")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise RegraftError(f"{where}: field {name!r} is {value!r}; expected a finite number.")
-    return value
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    *above, name = map(str, first["loc"]) if first["loc"] else [""]
+    inside = "".join(f"{one}." for one in above).rstrip(".")
+    if first["type"] == "dataclass_type":
+        found = f"expected a JSON object, found {type(first['input']).__name__}."
+        return f"{name}: {found}" if name else found
+    field = f"{inside}: field {name!r}" if inside else f"field {name!r}"
+    if first["type"] == "missing":
+        return f"{field} is missing."
+    if first["type"] == "unexpected_keyword_argument":
+        return f"unknown {field}."
+    return f"{field} is {first['input']!r}; {first['msg'].replace('Input should be', 'expected')}."

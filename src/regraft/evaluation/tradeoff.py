@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from regraft.errors import RegraftError
-from regraft.evaluation.results import Estimate, EvalResult, estimate_from_json
+from regraft.evaluation.results import EXACT, Estimate, EvalResult, from_json
 from regraft.files import read_json
 
 NOTE = (
     "These are rates on the validation prompts that the settings were chosen on: those of a best "
     "of many are optimistic. Evaluate the chosen settings once on a test split, and report that."
 )
-_RATES = ("asr", "over_refusal", "utility")
+_CURVE = ("pruned", "chosen", "bounds", "dense", "points")  # in the order in which it is kept
 _SLACK = 1e-9
 Reference = Literal["pruned", "dense", "higher"]
 
 
+@EXACT
 @dataclass(frozen=True)
 class Point:
     """A model with `restored` weights back, on validation prompts.
@@ -44,6 +45,7 @@ class Point:
         return cls(restored, result.asr, result.over_refusal, result.utility, silent_share(result))
 
 
+@EXACT
 @dataclass(frozen=True)
 class Bounds:
     """What a point must keep to; rates are fractions.
@@ -131,6 +133,7 @@ def choose(points: Sequence[Point], bounds: Bounds) -> int | None:
     return min(within, key=lambda i: (points[i].asr.value, points[i].restored), default=None)
 
 
+@EXACT
 @dataclass(frozen=True)
 class Searched:
     """A trade-off curve and what was taken of it.
@@ -164,13 +167,8 @@ def nearest(points: Sequence[Point], bounds: Bounds) -> Point:
 
 def curve_to_json(found: Searched) -> dict[str, Any]:
     """A curve as JSON values."""
-    return {
-        "pruned": found.pruned,
-        "chosen": found.chosen,
-        "bounds": asdict(found.bounds),
-        "dense": point_to_json(found.dense),
-        "points": [point_to_json(one) for one in found.points],
-    }
+    content = asdict(found)
+    return {name: content[name] for name in _CURVE}
 
 
 def read_curve(path: Path) -> Searched:
@@ -180,49 +178,14 @@ def read_curve(path: Path) -> Searched:
         RegraftError: the file is missing or holds no curve.
     """
     content = read_json(path)
-    try:
-        return Searched(
-            point_from_json(content["dense"], f"{path}: dense"),
-            tuple(
-                point_from_json(one, f"{path}: points.{i}")
-                for i, one in enumerate(content["points"])
-            ),
-            Bounds(**content["bounds"]),
-            content["chosen"],
-            int(content["pruned"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RegraftError(
-            f"{path} holds no validation curve; expected `pruned`, `chosen`, `bounds`, `dense` and "
-            f"`points`, each with `restored`, `asr`, `over_refusal` and `utility` ({error!r})."
-        ) from error
+    if not isinstance(content, dict) or not content.keys() >= set(_CURVE):
+        raise RegraftError(f"{path} holds no validation curve; expected {', '.join(_CURVE)}.")
+    return from_json(Searched, {name: content[name] for name in _CURVE}, str(path))
 
 
-def point_to_json(point: Point) -> dict[str, Any]:
-    """A point as JSON values."""
-    rates = {name: getattr(point, name) for name in _RATES}
-    return {
-        "restored": point.restored,
-        **{name: None if rate is None else asdict(rate) for name, rate in rates.items()},
-        "degenerate": point.degenerate,
-    }
-
-
-def point_from_json(content: Mapping[str, Any], where: str) -> Point:
-    """The inverse of `point_to_json`; `where` names it in errors.
-
-    Raises:
-        RegraftError: a field of a rate is missing or of the wrong type.
-        KeyError: a rate is missing.
-        ValueError: ASR or over-refusal was not measured.
-    """
-    asr, over_refusal, utility = (
-        estimate_from_json(content[name], f"{where}.{name}") for name in _RATES
-    )
-    if asr is None or over_refusal is None:
-        raise ValueError(f"{where} lacks ASR or over-refusal")
-    silent = float(content.get("degenerate", 0.0))
-    return Point(int(content["restored"]), asr, over_refusal, utility, silent)
+def point_from_json(value: Any, where: str) -> Point:
+    """The inverse of `asdict`; raises RegraftError as `from_json` does."""
+    return from_json(Point, value, where)
 
 
 @dataclass(frozen=True)

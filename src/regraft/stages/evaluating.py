@@ -25,7 +25,7 @@ from regraft.defence.artifact import (
     load_defence,
 )
 from regraft.errors import RegraftError
-from regraft.evaluation.perplexity import Nll, response_nlls
+from regraft.evaluation.perplexity import Nll, Teacher, response_nlls
 from regraft.evaluation.results import (
     Answer,
     EvalResult,
@@ -36,7 +36,6 @@ from regraft.evaluation.results import (
     write_answers,
 )
 from regraft.evaluation.summary import is_compared, judge_answer, summarise
-from regraft.evaluation.text import Teacher
 from regraft.evaluation.vllm import Engine, vllm_version
 from regraft.files import atomic_folder, file_digest, read_json, write_json
 from regraft.keys import describe, is_done, working

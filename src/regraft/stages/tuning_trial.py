@@ -15,7 +15,6 @@ from regraft.evaluation.tradeoff import (
     Tried,
     choose,
     nearest,
-    point_to_json,
     read_curve,
 )
 from regraft.files import digest
@@ -67,7 +66,7 @@ class Worker:
         cost = Cost(clock.seconds, evaluations, prompts * evaluations)
         tried = Tried(task.number, task.settings, point, bounds.excess(point), cost)
         task.constraints.update(tried.excess)
-        task.record.update({"point": point_to_json(point), "cost": asdict(cost)})
+        task.record.update({"point": asdict(point), "cost": asdict(cost)})
         self.trials.finish(task, point.asr.value)
         return tried
 
