@@ -44,6 +44,7 @@ from regraft.evaluation.verdicts import (
     event,
     own_verdict,
     rate,
+    read_verdicts,
 )
 from regraft.files import file_digest, write_json
 from regraft.models.load import open_source
@@ -207,9 +208,9 @@ def test_verdicts_of_other_answers_are_refused(tmp_path: Path) -> None:
     _judge(folder, "gcg-1")
     answers = stages.read_evaluation(folder).result.answers
     with pytest.raises(RegraftError, match=r"no verdict on 'x' and 0 more.*another"):
-        judging.read_verdicts(folder / "5.json", [replace(answers[0], id="x")])
+        read_verdicts(folder / "5.json", [replace(answers[0], id="x")])
     with pytest.raises(RegraftError, match="holds no verdicts"):
-        judging.read_verdicts(folder / "results.json", answers)
+        read_verdicts(folder / "results.json", answers)
     write_answers(folder / "answers.jsonl", [*answers[:-1], replace(answers[-1], answer="Flour.")])
     with pytest.raises(RegraftError, match="made with something else"):
         _judge(folder, "gcg-1")

@@ -14,7 +14,7 @@ from regraft.evaluation.judges import Exchange, Verdict
 from regraft.evaluation.metrics import wilson
 from regraft.evaluation.results import Answer, Estimate, EvalResult
 from regraft.evaluation.significance import cohen_kappa
-from regraft.files import file_digest
+from regraft.files import file_digest, read_json
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,25 @@ def judged(name: str, answers: Sequence[Answer], verdicts: Sequence[Verdict]) ->
         sum(one.refused is None and one.unsafe is None for one in verdicts),
         silent(answers, verdicts),
     )
+
+
+def read_verdicts(path: Path, answers: Sequence[Answer]) -> list[Verdict]:
+    """The verdicts of `regraft judge` on these answers, in their order.
+
+    Raises:
+        RegraftError: the file holds none, or those on other answers.
+    """
+    content = read_json(path)
+    try:
+        found = {name: Verdict(**one) for name, one in content["verdicts"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RegraftError(f"{path} holds no verdicts of `regraft judge` ({error!r}).") from error
+    if missing := [answer.id for answer in answers if answer.id not in found]:
+        raise RegraftError(
+            f"{path} has no verdict on {missing[0]!r} and {len(missing) - 1} more answers: it "
+            "belongs to another evaluation."
+        )
+    return [found[answer.id] for answer in answers]
 
 
 def event(answer: Answer, verdict: Verdict) -> bool | None:

@@ -24,6 +24,7 @@ from regraft.evaluation.verdicts import (
     exchange,
     judged,
     own_verdicts,
+    read_verdicts,
 )
 from regraft.files import digest, file_digest, read_json, slug, write_json
 from regraft.keys import describe, is_done, working
@@ -83,39 +84,39 @@ def judge(
             f"{folder}: answers end where {evaluation.result.judge} was certain, too early for "
             "another judge. Evaluate with --full-answers."
         )
-    _note_what_is_notjudged(
+    _note_gaps(
         text, answers, settings.get("max_new_tokens", _ENOUGH), watch, seen=images is not None
     )
     pictures = None if images is None else Pictures(images)
     exchanges = [exchange(answer, pictures) for answer in answers]
-    shown = {} if images is None else {"images": _digest_of_images(exchanges)}
-    inputs = {"answers": file_digest(folder / "answers.jsonl"), **_of_judge(text), **shown}
+    inputs = {"answers": file_digest(folder / "answers.jsonl"), **_of_judge(text)}
+    if images is not None:
+        inputs["images"] = digest(*(file_digest(one.image) for one in exchanges if one.image))
     about = describe("judge", inputs, compute=_runs_on(text, compute))
 
     def content(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-        said = zip(answers, verdicts, strict=True)
         return {
             "result": asdict(judged(name, answers, verdicts)),
-            "verdicts": {answer.id: asdict(verdict) for answer, verdict in said},
+            "verdicts": {a.id: asdict(one) for a, one in zip(answers, verdicts, strict=True)},
         }
 
     _judge_into(out, about, loaded or text, exchanges, compute, watch, content)
     return judged(read_json(out)["result"]["judge"], answers, read_verdicts(out, answers))
 
 
-def _note_what_is_notjudged(
+def _note_gaps(
     text: str, answers: Sequence[Answer], length: int, watch: Watch, *, seen: bool
 ) -> None:
     """Say so where a judge reads the end of answers, or what an image asks, and gets neither."""
     kind, _ = find(text)
-    of_words = isinstance(kind, TextJudge)
-    if length < _ENOUGH and not (isinstance(kind, TextJudge) and kind.window is not None):
+    words = kind if isinstance(kind, TextJudge) else None
+    if length < _ENOUGH and not (words and words.window):
         watch.note(
             f"Answers end after {length} tokens at most, and {text} reads the whole of them: what "
             f"comes later is not judged. Evaluate with --max-new-tokens {_ENOUGH} for it."
         )
     unasked = sum(bool(a.image) and not a.request for a in answers)
-    if unasked and not (seen or of_words):
+    if unasked and not (seen or words):
         watch.note(
             f"{unasked} answers do not say what their image asks: the judge is told the words "
             "beside it alone. Give --images to judges that see, or evaluate anew."
@@ -180,25 +181,6 @@ def _check_read(name: str, found: Sequence[Verdict]) -> None:
         )
 
 
-def read_verdicts(path: Path, answers: Sequence[Answer]) -> list[Verdict]:
-    """The verdicts of `judge` on these answers, in their order.
-
-    Raises:
-        RegraftError: the file holds none, or those on other answers.
-    """
-    content = read_json(path)
-    try:
-        found = {name: Verdict(**one) for name, one in content["verdicts"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RegraftError(f"{path} holds no verdicts of `regraft judge` ({error!r}).") from error
-    if missing := [answer.id for answer in answers if answer.id not in found]:
-        raise RegraftError(
-            f"{path} has no verdict on {missing[0]!r} and {len(missing) - 1} more answers: it "
-            "belongs to another evaluation."
-        )
-    return [found[answer.id] for answer in answers]
-
-
 def own(folder: Path) -> Judged:
     """The evaluation's own judge, as one among others."""
     result = read_evaluation(folder).result
@@ -230,7 +212,7 @@ def agreement(folder: Path, files: Sequence[Path], out: Path) -> tuple[Agreement
 def opinions(folder: Path) -> tuple[tuple[Judged, tuple[Agreement, ...]], ...]:
     """What other judges said of an evaluation, each with how far its own judge agrees.
 
-    Those whose verdicts lie where `regraft judge` puts them unless told otherwise.
+    Read from the folder in which `regraft judge` leaves verdicts where no other is named.
 
     Raises:
         RegraftError: see `read_verdicts`; the answers are others now.
@@ -253,10 +235,6 @@ def opinions(folder: Path) -> tuple[tuple[Judged, tuple[Agreement, ...]], ...]:
     return tuple(found)
 
 
-def _digest_of_images(exchanges: Sequence[Exchange]) -> str:
-    return digest(*(file_digest(one.image) for one in exchanges if one.image is not None))
-
-
 def judge_bench(
     files: Sequence[Path],
     judges: Sequence[str],
@@ -271,11 +249,11 @@ def judge_bench(
 
     Args:
         files: See `read_labelled`.
-        judges: See `judges.find`.
+        judges: By name, see `judges.find`.
         labels: Which rows, and what their labels say.
         compute: Where models run.
         watch: Progress.
-        out: Write the figures here, as JSON; judges of words, which are quick, need none.
+        out: The figures as JSON; judges of words, which are quick, need none.
 
     Returns:
         File -> its labels, and one quality a judge; "all" over several.
@@ -286,30 +264,34 @@ def judge_bench(
     if ranks.decided(lambda: out is not None and out.exists()):
         raise RegraftError(f"{out} exists. Choose another output or remove it.")
     read = _read_labelled(files, labels)
-    for text in judges:
-        if not isinstance(find(text)[0], TextJudge) and out is None:
-            raise RegraftError(
-                f"Name a file for the figures with --out: the verdicts of {text} are kept beside "
-                "it, and are not lost where something fails."
-            )
+    models = [text for text in judges if not isinstance(find(text)[0], TextJudge)]
+    if models and out is None:
+        raise RegraftError(
+            f"Name a file for the figures with --out: the verdicts of {models[0]} are kept beside "
+            "it, and are not lost where something fails."
+        )
     exchanges = list(dict.fromkeys(one.exchange for rows in read.values() for one in rows))
     asked = {"answers": digest(*map(file_digest, files)), "ids": labels.ids}
-    said: list[tuple[str, dict[Exchange, Verdict]]] = []
-    for text in dict.fromkeys(judges):
-        name, verdicts = _bench_verdicts(text, exchanges, asked, out, compute, watch)
-        said.append((name, dict(zip(exchanges, verdicts, strict=True))))
-    found = {
-        file: bench(
-            rows, [(name, [by[one.exchange] for one in rows]) for name, by in said], labels.question
-        )
-        for file, rows in read.items()
-    }
+    said = [
+        _bench_verdicts(text, exchanges, asked, out, compute, watch)
+        for text in dict.fromkeys(judges)
+    ]
+    place = {exchange: i for i, exchange in enumerate(exchanges)}
+    found = {}
+    for file, rows in read.items():
+        places = [place[one.exchange] for one in rows]
+        by_judge = [(name, [verdicts[i] for i in places]) for name, verdicts in said]
+        found[file] = bench(rows, by_judge, labels.question)
     if out is not None and ranks.first():
-        figures = {name: asdict(one) for name, one in found.items()}
-        content = {name: one.pop("judges") for name, one in figures.items()}
-        settings = {**asdict(labels), "positive": list(labels.wanted)}
-        write_json(out, {"settings": settings, "labels": figures, "quality": content})
+        _write_bench(out, labels, found)
     return found
+
+
+def _write_bench(out: Path, labels: Labels, found: Mapping[str, Bench]) -> None:
+    figures = {name: asdict(one) for name, one in found.items()}
+    quality = {name: one.pop("judges") for name, one in figures.items()}
+    settings = {**asdict(labels), "positive": list(labels.wanted)}
+    write_json(out, {"settings": settings, "labels": figures, "quality": quality})
 
 
 def _read_labelled(files: Sequence[Path], labels: Labels) -> dict[str, tuple[Labelled, ...]]:
