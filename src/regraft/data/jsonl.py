@@ -48,7 +48,7 @@ def read_jsonl(path: Path, split: str | None = None) -> Reading:
 
 
 def _require_harmful(rows: Sequence[Row], path: Path) -> None:
-    """Raise where it is said by another name which prompts are harmful: all would be harmless."""
+    """Raise where another field than `harmful` marks harmful prompts: all would be harmless."""
     if any("harmful" in row.values for row in rows):
         return
     for name in (name for row in rows for name in row.values):

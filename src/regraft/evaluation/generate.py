@@ -114,16 +114,16 @@ class Answerer:
         if state is None or state != self._vision:
             self._kept, self.kept_bytes, self._vision = {}, 0, state
 
-        def told(i: int) -> None:
+        def advance(i: int) -> None:
             if progress is not None:
                 progress(len(self._chunks[i].places))
 
         def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
             for i, images in prefetch(self._images, list(wanted)):
                 yield i, self._answer(model, i, max_new_tokens, images)
-                told(i)
+                advance(i)
 
-        found = resumable_map(len(self._chunks), made, partial, "answers", told)
+        found = resumable_map(len(self._chunks), made, partial, "answers", advance)
         answered = {
             place: text
             for chunk, texts in zip(self._chunks, found, strict=True)

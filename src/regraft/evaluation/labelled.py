@@ -79,8 +79,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Quality:
-    """A judge against people. `unread` answers, of which it says nothing, count as wrong, and
-    for `kappa` as a no.
+    """A judge against people. Answers without a verdict (`unread`) count as wrong, and for
+    `kappa` as a no.
 
     Answers to one prompt are no independent draws: `n` of a rate is the number of prompts, and its
     interval Wilson's where each has one answer, otherwise the percentile bootstrap's over prompts.
@@ -170,9 +170,11 @@ def bench(
             best = max(others, key=lambda k: sum(right[k]))
             found = _difference(prompts, right[i], right[best], rows[best].judge)
             rows[i] = replace(row, against=found)
-    said = {yes: sorted({one.label for one in labelled if one.yes == yes}) for yes in (True, False)}
+    labels = {
+        yes: sorted({one.label for one in labelled if one.yes == yes}) for yes in (True, False)
+    }
     return Bench(
-        len(labelled), len(set(prompts)), tuple(said[True]), tuple(said[False]), tuple(rows)
+        len(labelled), len(set(prompts)), tuple(labels[True]), tuple(labels[False]), tuple(rows)
     )
 
 

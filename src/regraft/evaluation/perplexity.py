@@ -65,7 +65,7 @@ def response_nlls(
     groups = ([e for e in examples if (e.image is not None) == sees] for sees in (False, True))
     chunks = [one for group in groups for one in batches(group, batch_size)]
 
-    def told(i: int) -> None:
+    def advance(i: int) -> None:
         if progress is not None:
             progress(len(chunks[i]))
 
@@ -74,9 +74,9 @@ def response_nlls(
             nlls = _of_batch(model, processor, chunks[i])
             _require_finite(chunks[i], nlls)
             yield i, nlls
-            told(i)
+            advance(i)
 
-    found = resumable_map(len(chunks), made, partial, "nll", told)
+    found = resumable_map(len(chunks), made, partial, "nll", advance)
     of_id = {
         example.id: (float(total), int(count))
         for chunk, nlls in zip(chunks, found, strict=True)

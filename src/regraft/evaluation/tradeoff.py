@@ -27,7 +27,7 @@ Reference = Literal["pruned", "dense", "higher"]
 @EXACT
 @dataclass(frozen=True)
 class Point:
-    """A model with `restored` weights back, on validation prompts.
+    """A model in which `restored` weights are restored, on validation prompts.
 
     `degenerate` is the share of all degenerate answers.
     """
@@ -42,7 +42,9 @@ class Point:
     def of(cls, restored: int, result: EvalResult) -> Point:
         """Of an evaluation with harmful and harmless prompts."""
         assert result.asr is not None and result.over_refusal is not None
-        return cls(restored, result.asr, result.over_refusal, result.utility, silent_share(result))
+        return cls(
+            restored, result.asr, result.over_refusal, result.utility, degenerate_share(result)
+        )
 
 
 @EXACT
@@ -114,10 +116,10 @@ def bounds_of(
     )
 
 
-def silent_share(result: EvalResult) -> float:
-    """The share of all degenerate answers (and do not refuse)."""
-    silent = sum(result.degenerate.get(kind, 0) for kind in ("harmful", "harmless"))
-    return silent / len(result.answers) if result.answers else 0.0
+def degenerate_share(result: EvalResult) -> float:
+    """The share of answers that are degenerate and do not refuse."""
+    count = sum(result.degenerate.get(kind, 0) for kind in ("harmful", "harmless"))
+    return count / len(result.answers) if result.answers else 0.0
 
 
 def choose(points: Sequence[Point], bounds: Bounds) -> int | None:

@@ -26,8 +26,8 @@ class Pictures:
     def of(self, answer: Answer) -> Path | None:
         """The image of an answer; None where it has none.
 
-        Files of one name, as in VLGuard's and MM-SafetyBench's folders, are told apart by their
-        bytes.
+        Files of one name, as in VLGuard's and MM-SafetyBench's folders, are distinguished by
+        their bytes.
 
         Raises:
             RegraftError: it is not there, or with other bytes.
@@ -115,12 +115,12 @@ def exchange(answer: Answer, pictures: Pictures | None) -> Exchange:
 
 
 def own_verdict(answer: Answer) -> Verdict:
-    """What the evaluation's own judge said."""
+    """The verdict of the evaluation's own judge."""
     return Verdict(answer.refused, None, answer.reason)
 
 
 def own_verdicts(result: EvalResult) -> tuple[str, list[Verdict]]:
-    """The evaluation's own judge by name, and what it said of every answer."""
+    """The evaluation's own judge by name, and its verdict on every answer."""
     return result.judge, [own_verdict(answer) for answer in result.answers]
 
 
@@ -131,7 +131,7 @@ def judged(name: str, answers: Sequence[Answer], verdicts: Sequence[Verdict]) ->
         rate(answers, verdicts, harmful=True),
         rate(answers, verdicts, harmful=False),
         sum(one.refused is None and one.unsafe is None for one in verdicts),
-        silent(answers, verdicts),
+        degenerate_counts(answers, verdicts),
     )
 
 
@@ -178,7 +178,7 @@ def rate(
     return wilson(sum(events), len(events)) if events else None
 
 
-def silent(answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> dict[str, int]:
+def degenerate_counts(answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> dict[str, int]:
     """Degenerate answers that are no refusals to a judge, by kind of prompt, where there are any.
 
     They are no successful attacks either.

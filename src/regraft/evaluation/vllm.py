@@ -93,16 +93,16 @@ class Engine:
         """
         pieces = list(batches(examples, _PIECE))
 
-        def told(i: int) -> None:
+        def advance(i: int) -> None:
             if progress is not None:
                 progress(len(pieces[i]))
 
         def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
             for i in wanted:
                 yield i, self._answer(pieces[i], max_new_tokens)
-                told(i)
+                advance(i)
 
-        found = resumable_map(len(pieces), made, partial, "vllm", told)
+        found = resumable_map(len(pieces), made, partial, "vllm", advance)
         return [text for texts in found for text in texts]
 
     def close(self) -> None:

@@ -86,7 +86,7 @@ class EvalSettings(Settings):
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_used(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What is vLLM's is left out without it, so that evaluations of before are known again."""
+        """Without vLLM its settings are left out: they decide nothing then."""
         content: dict[str, Any] = whole(self)
         left_out = () if self.backend == "vllm" else ("backend", "tensor_parallel", "max_length")
         return {name: value for name, value in content.items() if name not in left_out}

@@ -107,7 +107,7 @@ def judge(
 def _note_gaps(
     text: str, answers: Sequence[Answer], length: int, watch: Watch, *, seen: bool
 ) -> None:
-    """Say so where a judge reads the end of answers, or what an image asks, and gets neither."""
+    """Note where a judge would read the end of answers or an image, and gets neither."""
     kind, _ = find(text)
     words = kind if isinstance(kind, TextJudge) else None
     if length < _ENOUGH and not (words and words.window):
@@ -118,8 +118,8 @@ def _note_gaps(
     unasked = sum(bool(a.image) and not a.request for a in answers)
     if unasked and not (seen or words):
         watch.note(
-            f"{unasked} answers do not say what their image asks: the judge is told the words "
-            "beside it alone. Give --images to judges that see, or evaluate anew."
+            f"{unasked} answers do not say what their image asks: the judge gets only the "
+            "words beside it. Give --images to judges that see, or evaluate anew."
         )
 
 
@@ -210,7 +210,7 @@ def agreement(folder: Path, files: Sequence[Path], out: Path) -> tuple[Agreement
 
 
 def opinions(folder: Path) -> tuple[tuple[Judged, tuple[Agreement, ...]], ...]:
-    """What other judges said of an evaluation, each with how far its own judge agrees.
+    """The verdicts of other judges on an evaluation, each with how far its own judge agrees.
 
     Read from the folder in which `regraft judge` leaves verdicts where no other is named.
 

@@ -49,7 +49,7 @@ def read_mmbench(path: Path) -> Reading:
 
 
 def _circular(reading: Reading) -> Reading:
-    """Whole groups only, and what is missing of others told."""
+    """Keep whole groups only; the examples of all others are counted in `skipped`."""
     copies = Counter(example.group for example in reading.examples)
     if all(count == 1 for count in copies.values()):
         return replace(reading, source=f"{reading.source} (no rotated copies: plain accuracy)")
