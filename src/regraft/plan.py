@@ -202,7 +202,7 @@ class _Planner:
                 recipe.compute,
                 self.watch,
                 self.dense,
-                recipe.evaluate.keyword_judge(),
+                recipe.evaluate.text_judge(),
             )
 
         yield Step("defend", name, file, make, alone=settings.method == "refusal-direction")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -72,7 +72,6 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 app = App(
     name="regraft",
     version=regraft.__version__,
-    default_parameter=Parameter(negative=()),
     help=(
         "Give a pruned vision-language model its safety back.\n\n"
         "Start with `regraft demo`, which prunes, realigns and reports on a bundled model. "

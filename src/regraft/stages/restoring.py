@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from regraft.evaluation.curves import read_curve
+from regraft.evaluation.tradeoff import read_curve
 from regraft.methods.base import MethodSettings, Needs, needs_of, own_settings
 from regraft.models.load import Source, check_split
 from regraft.patch.format import Patch, load_patch

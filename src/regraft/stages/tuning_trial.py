@@ -8,9 +8,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from regraft.evaluation.curves import point_to_json, read_curve
-from regraft.evaluation.tradeoff import Point, choose, nearest
-from regraft.evaluation.tuned import Cost, Tried
+from regraft.evaluation.tradeoff import (
+    Cost,
+    Point,
+    Tried,
+    choose,
+    nearest,
+    read_curve,
+)
 from regraft.files import digest
 from regraft.methods.base import MethodSettings, needs_of
 from regraft.models.load import Source
@@ -54,7 +59,7 @@ class Worker:
         cost = Cost(clock.seconds, evaluations, prompts * evaluations)
         tried = Tried(task.number, task.settings, point, bounds.excess(point), cost)
         task.constraints.update(tried.excess)
-        task.record.update({"point": point_to_json(point), "cost": asdict(cost)})
+        task.record.update({"point": asdict(point), "cost": asdict(cost)})
         self.trials.finish(task, point.asr.value)
         return tried
 
