@@ -45,16 +45,15 @@ from regraft.data.demo import demo_model
 from regraft.data.example import Example
 from regraft.data.hold_out import hold_out
 from regraft.data.sources import DataSource, read
-from regraft.importance.losses import DecisionLoss
-from regraft.importance.teacher import final_states
 from regraft.models.checkpoint import write_edited
 from regraft.models.load import Source, load_placed, load_processor, open_source, pick_device
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
-from regraft.pruning.pruner import magnitude_edits, zeros
+from regraft.pruning.base import prune_settings
+from regraft.pruning.prune import edits_without_data, zeros
 from regraft.restoration.gain_step import Problem, Prompts, Step, held_out_losses, step
 from regraft.restoration.ranking import empty
-from regraft.settings.pruning import PruneSettings
+from regraft.restoration.teacher import DecisionLoss, final_states
 from regraft.stages.gaining import HELD_OUT, path_limit
 
 
@@ -235,8 +234,12 @@ def main() -> None:
             )
             shapes.write_data(folder, options.samples, options.image)
             source = open_source(folder / "dense")
-        patterns = PruneSettings(method="magnitude").patterns(source.anatomy.linears)
-        write_edited(source.checkpoint, folder / "pruned", magnitude_edits(patterns))
+        patterns = prune_settings(method="magnitude").patterns(source.anatomy.linears)
+        write_edited(
+            source.checkpoint,
+            folder / "pruned",
+            edits_without_data(prune_settings("magnitude"), patterns),
+        )
         runs = [("bare", "resident"), ("step", "resident"), ("step", "streamed")]
         for what, placement in [*runs, ("swap", "streamed")]:
             if what in options.skip or (what == "step" and placement in options.skip):

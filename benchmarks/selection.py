@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from regraft.importance.wanda import wanda_score
 from regraft.models.anatomy import LayerAnatomy, LinearAnatomy
 from regraft.models.load import pick_device
 from regraft.pruning.masks import prune_mask
+from regraft.pruning.pruners.wanda import wanda_score
 from regraft.restoration.selection import Band, blocks_of, restorable, select_hsr
 
 HEAD = 128

@@ -11,10 +11,10 @@ import torch
 from regraft import ranks, stages
 from regraft.data.sources import DataSource
 from regraft.models.load import open_source
+from regraft.pruning.base import prune_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings, StatisticsSettings
 
@@ -35,7 +35,7 @@ def main(root: Path, out: Path) -> None:
             COMPUTE,
             StatisticsSettings(score=method),
         )
-        settings = PruneSettings(method=method, scope="row")
+        settings = prune_settings(method=method, scope="row")
         pruned = stages.prune(dense, out / f"pruned-{method}", settings, calibration, COMPUTE)
     stages.heads(dense, out / "heads", HeadSettings(r_max=2), calibration, COMPUTE)
     stages.realign(

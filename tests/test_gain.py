@@ -14,9 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 
 import truth
 from regraft.data.collate import IGNORED, response_batch
-from regraft.importance.gradients import layer_gradients
-from regraft.importance.losses import DecisionLoss
 from regraft.models.placement import resident
+from regraft.pruning.gradients import layer_gradients
 from regraft.restoration.gain import (
     MOST_TRIES,
     Try,
@@ -29,6 +28,7 @@ from regraft.restoration.gain import (
     worth_of,
 )
 from regraft.restoration.ranking import KEPT
+from regraft.restoration.teacher import DecisionLoss
 
 INF = math.inf
 STEP = 0.01  # norms compute in float32, whatever the model does

@@ -25,7 +25,8 @@ from regraft.errors import RegraftError
 from regraft.evaluation.curves import read_curve
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, load_model, load_processor, open_source
-from regraft.pruning.pruner import zeros
+from regraft.pruning.base import prune_settings
+from regraft.pruning.prune import zeros
 from regraft.recipe import Recipe
 from regraft.restoration import gain, gain_step
 from regraft.restoration.apply import patched
@@ -36,7 +37,6 @@ from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patc
 from regraft.restoration.selection import restorable
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.settings.realigning import RealignSettings
 from regraft.stages import common, gaining
 from regraft.stages.answering import imitation_data
@@ -126,7 +126,7 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
             write_jsonl(root / "data" / "data.jsonl", _prompts(root, family in pico.VLM_FAMILIES))
             made[family] = Bench(root)
             for way, fields in METHODS.items():
-                settings = PruneSettings(**fields)
+                settings = prune_settings(**fields)
                 stages.prune(dense, root / way, settings, made[family].calibration, COMPUTE)
         return made[family]
 

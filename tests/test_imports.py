@@ -15,7 +15,7 @@ import regraft
 ROOT = Path(regraft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
-    *("data", "models", "importance", "pruning", "heads", "restoration", "evaluation"),
+    *("data", "models", "pruning", "heads", "restoration", "evaluation"),
     *(
         "defence",
         "report",
@@ -43,7 +43,18 @@ ORDER = (
         "cli",
     ),
 )
-FREE = {"regraft", "errors", "files", "artifact", "watch", "ranks", "costs", "data.example"}
+FREE = {
+    "regraft",
+    "errors",
+    "files",
+    "artifact",
+    "watch",
+    "ranks",
+    "costs",
+    "data.example",
+    "registry",
+    "settings.base",
+}
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 

@@ -14,11 +14,10 @@ import truth
 from disk import rewrite
 from regraft import stages
 from regraft.errors import RegraftError
-from regraft.importance.sparsegpt import inverse_factor, second_moments
 from regraft.models.checkpoint import SINGLE_FILE, Edit, write_edited
 from regraft.models.load import Source, load_model, open_source
 from regraft.pruning.masks import Pattern
-from regraft.pruning.sparsegpt import sparsegpt_prune
+from regraft.pruning.pruners.sparsegpt import inverse_factor, second_moments, sparsegpt_prune
 from regraft.restoration.realign import check_pair, realign, survey, whole_heads
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.realigning import RealignSettings

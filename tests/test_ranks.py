@@ -18,8 +18,8 @@ import ranked
 from disk import write_data
 from regraft import ranks
 from regraft.heads.score import load_heads
-from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
+from regraft.pruning.statistics import load_statistics
 from regraft.restoration.patch import load_patch
 from regraft.restoration.ranking import load_ranking
 

@@ -20,8 +20,9 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.heads.score import Scoring, load_heads, score_heads
 from regraft.heads.ships import first_feature_angles
-from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
+from regraft.pruning.base import prune_settings
+from regraft.pruning.statistics import load_statistics
 from regraft.restoration.patch import load_patch
 from regraft.restoration.released import (
     P_MAX,
@@ -32,7 +33,6 @@ from regraft.restoration.released import (
 from regraft.restoration.selection import Band
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
 
@@ -162,7 +162,7 @@ def bench(tmp_path_factory):
     calibration = CalibrationSettings(data=data, samples=4)
     stages.heads(dense, root / "heads", HeadSettings(r_max=2), calibration, COMPUTE)
     stages.statistics(dense, root / "statistics", calibration, COMPUTE)
-    one_shot = PruneSettings(order="one-shot")
+    one_shot = prune_settings(order="one-shot")
     stages.prune(dense, root / "pruned", one_shot, calibration, COMPUTE)
     return root
 

@@ -16,8 +16,8 @@ from hypothesis.extra import numpy as hnp
 
 import truth
 from regraft.errors import RegraftError
-from regraft.importance.wanda import wanda_score
 from regraft.models.anatomy import Block
+from regraft.pruning.pruners.wanda import wanda_score
 from regraft.restoration import selection
 from regraft.restoration.realign import hsr, realign, restored_by_module, whole_heads
 from regraft.restoration.selection import (
@@ -410,7 +410,7 @@ def test_nothing_pruned_is_told(pico_dir):
 _PEAK = '''
 import resource, sys
 import torch
-from regraft.importance.wanda import wanda_score
+from regraft.pruning.pruners.wanda import wanda_score
 from regraft.models.anatomy import Block
 from regraft.restoration.selection import Band, select_hsr
 

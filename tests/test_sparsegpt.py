@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from regraft.errors import RegraftError
-from regraft.importance.observe import InputSums
-from regraft.importance.sparsegpt import (
+from regraft.models.anatomy import LinearAnatomy
+from regraft.pruning.inputs import InputSums
+from regraft.pruning.masks import Pattern, Scope
+from regraft.pruning.pruners.sparsegpt import (
     factors,
     inverse_factor,
     second_moments,
+    sparsegpt_prune,
     sparsegpt_score,
 )
-from regraft.models.anatomy import LinearAnatomy
-from regraft.pruning.masks import Pattern, Scope
-from regraft.pruning.sparsegpt import sparsegpt_prune
 
 
 def problem(seed: int, out: int = 24, width: int = 48, tokens: int = 400) -> tuple[np.ndarray, ...]:

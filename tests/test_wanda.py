@@ -14,14 +14,8 @@ from hypothesis.extra import numpy as hnp
 import truth
 from regraft.data.collate import batches, response_batch
 from regraft.errors import RegraftError
-from regraft.importance.statistics import (
-    ImportanceStatistics,
-    gather,
-    load_statistics,
-    save_statistics,
-)
-from regraft.importance.wanda import sum_of_squares, wanda_score
 from regraft.pruning import masks as masks_module
+from regraft.pruning.base import PRUNERS, prune_settings
 from regraft.pruning.masks import (
     Pattern,
     count_of,
@@ -30,8 +24,14 @@ from regraft.pruning.masks import (
     prune_mask,
     smallest,
 )
-from regraft.pruning.pruner import Pruner
+from regraft.pruning.pruners.wanda import sum_of_squares, wanda_score
 from regraft.pruning.results import LayerResults, PrunedWeight
+from regraft.pruning.statistics import (
+    ImportanceStatistics,
+    gather,
+    load_statistics,
+    save_statistics,
+)
 
 matrices = hnp.arrays(
     np.float32,
@@ -205,7 +205,9 @@ def test_statistics_are_sums_over_response_tokens(family, pico_dir, tmp_path):
     ticks = []
     with truth.unchanged(model):
         cut = [response_batch(processor, rows) for rows in batches(examples, 3)]
-        found = gather(truth.walk(model, cut), anatomy, "wanda", tmp_path / "work", ticks.append)
+        found = gather(
+            truth.walk(model, cut), anatomy, PRUNERS.get("wanda"), tmp_path / "work", ticks.append
+        )
     assert ticks == [3, 2] * len(anatomy.layers)
     expected = squares_by_rows(model, processor, anatomy, examples)
     assert found.keys() == expected.keys() and len(expected) == 7 * len(anatomy.layers)
@@ -221,7 +223,7 @@ def test_layers_that_do_not_run_have_no_statistics(pico_dir, tmp_path):
     examples = truth.examples("mllama", tmp_path, 2, images=False)
     batch = response_batch(processor, examples)
     walk = truth.walk(model, [batch])
-    found = gather(walk, anatomy, "wanda", tmp_path / "work", lambda _: None)
+    found = gather(walk, anatomy, PRUNERS.get("wanda"), tmp_path / "work", lambda _: None)
     assert {key.split(".")[1] for key in found} == {"0", "2", "4"}
     missing = anatomy.layers[1].linear("q_proj")
     with pytest.raises(RegraftError, match=r"no wanda statistics for layers.1.cross_attn.q_proj"):
@@ -234,7 +236,7 @@ def test_layers_that_do_not_run_have_no_statistics(pico_dir, tmp_path):
                 [batch],
                 Pattern(0.5),
                 tmp_path / method,
-                pruner=Pruner(method),
+                settings=prune_settings(method),
             )
 
 
@@ -251,7 +253,7 @@ def test_overflow_is_told(pico_dir, tmp_path):
                 [batch],
                 Pattern(0.5),
                 tmp_path / method,
-                pruner=Pruner(method),
+                settings=prune_settings(method),
             )
 
 
@@ -333,9 +335,9 @@ def test_sequential_pruner_equals_brute_force(family, pattern, pico_dir, tmp_pat
     zeros = sum(int(mask.sum()) for mask in expected.values()) / anatomy.prunable
     assert zeros == pytest.approx(pattern.sparsity, abs=0.01)
 
-    pruner, folder = Pruner(order="one-shot"), tmp_path / "one-shot"
+    pruner, folder = prune_settings(order="one-shot"), tmp_path / "one-shot"
     with truth.unchanged(model):
-        one_shot = truth.prune(opened, model, cut, pattern, folder, pruner=pruner)
+        one_shot = truth.prune(opened, model, cut, pattern, folder, settings=pruner)
     naive = copy.deepcopy(model)
     at_once = prune_by_loops(naive, processor, anatomy, examples, pattern, "one-shot")
     assert_pruned(naive, anatomy, one_shot, at_once, dense)
@@ -354,7 +356,7 @@ def test_killed_pruner_goes_on(family, method, pico_dir, tmp_path):
     examples = truth.examples(family, tmp_path, 3, harmful=False)
     cut = [response_batch(processor, examples)]
     first, second = copy.deepcopy(model), copy.deepcopy(model)
-    settings = {"pattern": Pattern(0.5), "pruner": Pruner(method)}
+    settings = {"pattern": Pattern(0.5), "settings": prune_settings(method)}
     whole = truth.prune(opened, first, cut, folder=tmp_path / "whole", **settings)
     place, resumed = tmp_path / "resumed", LayerResults(tmp_path / "resumed")
 

@@ -19,11 +19,11 @@ from regraft.heads.ships import most_rank
 from regraft.keys import ABOUT_FILE
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, pick_device, stored_dtype
+from regraft.pruning.base import PruneSettings
 from regraft.restoration.selection import all_heads
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.settings.realigning import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.validation import validation_of

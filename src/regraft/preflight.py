@@ -26,14 +26,13 @@ from regraft.data.example import Reading
 from regraft.evaluation.text import read_documents
 from regraft.files import require_space
 from regraft.folder import RunFolder
-from regraft.importance.score import Method
 from regraft.keys import unfinished_bytes
 from regraft.models.load import Source, check_split, load_processor, open_source
+from regraft.pruning.base import PRUNERS, GradientPruner, PruneSettings, prune_settings
 from regraft.recipe import Recipe
 from regraft.reporting import model_folder
 from regraft.restoration.ranking import load_ranking
 from regraft.restoration.realign import check_pair
-from regraft.settings.pruning import PruneSettings
 from regraft.settings.realigning import RANDOM
 from regraft.settings.scoring import HeadSettings
 from regraft.stages.evaluating import check_for_vllm
@@ -65,7 +64,7 @@ def check(recipe: Recipe, folder: Path, session: stages.Session) -> tuple[Source
     return dense, existing
 
 
-def scores_needed(recipe: Recipe) -> list[Method]:
+def scores_needed(recipe: Recipe) -> list[str]:
     """Every kind of importance for which something must be gathered first."""
     scores = [one.score for one in recipe.realign if one.needs_statistics]
     return list(dict.fromkeys(scores))
@@ -134,7 +133,7 @@ def unread_in(recipe: Recipe) -> list[str]:
     named += [(one.name, one.unread()) for one in recipe.realign]
     named += [(one.name, one.unread()) for one in recipe.defend]
     named += [(one, getattr(recipe, one).unread()) for one in ("calibration", "heads", "evaluate")]
-    if recipe.pruned and recipe.prune[0].only() != PruneSettings():
+    if recipe.pruned and recipe.prune[0].only() != prune_settings():
         named.append(("prune", f"it changes nothing, since `pruned` is {recipe.pruned}"))
     if recipe.heads != HeadSettings() and not any(one.by_heads for one in recipe.realign):
         named.append(("heads", "they change nothing, since nothing goes by scored heads"))
@@ -178,9 +177,8 @@ def _backward_passes(
 ) -> Iterator[tuple[Path, bool, Sequence[Sequence[bool]]]]:
     """Outputs that need one, whether they imitate, and of which kinds (those kept together)."""
     for pruning in () if recipe.pruned else recipe.prune:
-        if pruning.method == "snip":
-            kinds = (False, True) if pruning.calibrate_on == "both" else (False,)
-            yield place.pruned(pruning.name), False, [kinds]
+        if _takes_gradients(pruning):
+            yield place.pruned(pruning.name), False, [[one == "safety" for one in pruning.kinds]]
     for one in recipe.realign:
         if one.needs_gradients and not one.imitates:
             yield place.statistics(one.score), False, [(True,), (False,)]
@@ -213,11 +211,19 @@ def bytes_needed(recipe: Recipe, dense: Source, folder: Path) -> tuple[int, int]
 def _by_gradients(recipe: Recipe) -> Iterator[str]:
     """What of the recipe goes by gradients."""
     if recipe.pruned is None:
-        yield from (f"{one.name} (SNIP)" for one in recipe.prune if one.method == "snip")
+        yield from (
+            f"{one.name} ({PRUNERS.get(one.method).label})"
+            for one in recipe.prune
+            if _takes_gradients(one)
+        )
     for one in recipe.realign:
         if one.needs_gradients:
-            by = one.method if one.imitates else "SNIP"
+            by = one.method if one.imitates else PRUNERS.get(one.score).label
             yield f"{one.name} ({by})"
+
+
+def _takes_gradients(pruning: PruneSettings) -> bool:
+    return isinstance(PRUNERS.get(pruning.method), GradientPruner)
 
 
 def _kinds_drawn(recipe: Recipe) -> list[bool]:
@@ -229,9 +235,7 @@ def _kinds_drawn(recipe: Recipe) -> list[bool]:
         one.method == "refusal-direction" for one in recipe.defend
     )
     by_heads = any(one.by_heads for one in recipe.realign)
-    on_both = recipe.pruned is None and any(
-        one.calibrate_on == "both" or one.method == "safety-potential" for one in recipe.prune
-    )
+    on_both = recipe.pruned is None and any("safety" in one.kinds for one in recipe.prune)
     wanted = {True: by_heads or on_both, False: recipe.pruned is None}
     return [harmful for harmful, also in wanted.items() if always or also]
 

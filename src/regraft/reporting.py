@@ -18,9 +18,10 @@ from regraft.evaluation.curves import read_curve
 from regraft.files import read_json
 from regraft.folder import RECIPE_FILE, RunFolder
 from regraft.heads.score import HeadScores, load_heads
-from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
 from regraft.passes import passes_of_defence, passes_of_variant
+from regraft.pruning.base import PRUNERS, PruneSettings, prune_settings
+from regraft.pruning.statistics import load_statistics
 from regraft.recipe import PruningSettings, Recipe, VariantSettings, read_recipe
 from regraft.report.model import DataAccount, HeadMap, Report, SharedPath, Variant
 from regraft.report.write import write_report
@@ -30,16 +31,9 @@ from regraft.restoration.path import read_path
 from regraft.restoration.ranking import load_ranking
 from regraft.restoration.realign import restored_by_module
 from regraft.settings.defending import DefenceSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.stages import Evaluation
 
 CONTROL_LABELS = {"random": "random heads", "all": "all heads"}
-METHOD_LABELS = {
-    "wanda": "Wanda",
-    "sparsegpt": "SparseGPT",
-    "snip": "SNIP",
-    "safety-potential": "Safety-Potential",
-}
 
 
 def report(folder: Path) -> Report:
@@ -256,13 +250,13 @@ def _defence(settings: DefenceSettings, file: Path) -> str:
 
 def _series(settings: PruneSettings) -> str:
     """The method and every setting that is not its default, the sparsity aside."""
-    default = PruneSettings(method=settings.method)
+    default = prune_settings(settings.method)
     others = [
         value if isinstance(value, str) else f"{name} {value}"
         for name, value in settings.model_dump(mode="json").items()
         if name != "sparsity" and getattr(settings, name) != getattr(default, name)
     ]
-    return ", ".join((METHOD_LABELS.get(settings.method, settings.method), *others))
+    return ", ".join((PRUNERS.get(settings.method).label, *others))
 
 
 def _head_maps(scores: HeadScores) -> tuple[HeadMap, ...]:

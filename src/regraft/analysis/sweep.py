@@ -10,7 +10,7 @@ from typing import Any
 from regraft import pipeline
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
-from regraft.recipe import PruningSettings, Recipe, VariantSettings
+from regraft.recipe import Recipe, VariantSettings, pruning_settings
 from regraft.report.model import Report, Variant
 from regraft.settings.realigning import SELECTING
 from regraft.settings.searching import Swept
@@ -58,8 +58,7 @@ def swept(recipe: Recipe, setting: Swept, values: Sequence[float]) -> Recipe:
             raise RegraftError("The recipe names a pruned checkpoint, so its sparsity is given.")
         base = recipe.prune[0].model_dump() | {"n_m": None}
         prunings = [
-            PruningSettings.model_validate({**base, "sparsity": v, "name": _name(setting, v)})
-            for v in values
+            pruning_settings(**{**base, "sparsity": v, "name": _name(setting, v)}) for v in values
         ]
         varied: dict[str, Any] = {"prune": prunings, "realign": ()}
     else:
@@ -73,7 +72,7 @@ def swept(recipe: Recipe, setting: Swept, values: Sequence[float]) -> Recipe:
         changes = [{**_change(setting, v), "name": _name(setting, v)} for v in values]
         variants = [VariantSettings.model_validate({**first, **change}) for change in changes]
         pruning = recipe.prune[0].model_dump() | {"realign": True}
-        varied = {"prune": [PruningSettings.model_validate(pruning)], "realign": variants}
+        varied = {"prune": [pruning_settings(**pruning)], "realign": variants}
     return Recipe.model_validate(content | varied | {"seeds": (), "against": (), "defend": ()})
 
 

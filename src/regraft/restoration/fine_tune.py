@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from regraft import ranks
-from regraft.importance.gradients import Progress, layer_gradients
-from regraft.importance.losses import Loss
 from regraft.models.anatomy import Anatomy
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
+from regraft.pruning.gradients import Loss, Progress, layer_gradients
 from regraft.restoration.patch import Patch
 
 Side = tuple[Walk, Loss]

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from regraft import ranks
-from regraft.importance.gradients import layer_gradients, signed, signed_and_squared
-from regraft.importance.losses import DecisionLoss, Loss
-from regraft.importance.teacher import losses_together
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
+from regraft.pruning.gradients import Loss, layer_gradients, signed, signed_and_squared
 from regraft.restoration.gain import (
     Try,
     first_order_limit,
@@ -30,6 +28,7 @@ from regraft.restoration.gain import (
 from regraft.restoration.groups import grouping_of
 from regraft.restoration.ranking import Best, Edits, Ranking
 from regraft.restoration.selection import restorable
+from regraft.restoration.teacher import DecisionLoss, losses_together
 
 Progress = Callable[[int], None]
 _SWAPS_IN_A_ROW = 64

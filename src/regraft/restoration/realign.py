@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from regraft.errors import RegraftError
-from regraft.importance.statistics import ImportanceStatistics
 from regraft.models.anatomy import (
     FLOATS,
     Block,
@@ -23,6 +22,7 @@ from regraft.models.anatomy import (
     check_same_anatomy,
 )
 from regraft.models.load import Source
+from regraft.pruning.statistics import ImportanceStatistics
 from regraft.restoration.groups import Grouping, common_grouping, grouping_of
 from regraft.restoration.patch import Patch, TensorPatch
 from regraft.restoration.selection import (

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from regraft.importance.statistics import ImportanceStatistics
 from regraft.models.anatomy import HEAD_ROLES, Anatomy, Block, LayerAnatomy, LinearAnatomy
 from regraft.pruning.masks import count_of, smallest
+from regraft.pruning.statistics import ImportanceStatistics
 from regraft.restoration.realign import Rule
 from regraft.restoration.selection import Band, Head, Scorer, inside, kept_share, rank_share
 

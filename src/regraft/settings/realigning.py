@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from regraft.heads.score import Criterion
-from regraft.importance.score import Method
+from regraft.pruning.base import PRUNERS, GradientPruner, ScoreName
 from regraft.restoration.selection import RankingScope
 from regraft.settings.base import Settings
 
@@ -59,7 +59,7 @@ class RealignSettings(Settings):
         f"are given neither this nor a count it is {DEFAULT_BUDGET:g}.",
     )
     count: int | None = Field(None, ge=1, description="Restored weights; instead of the budget.")
-    score: Method = Field(
+    score: ScoreName = Field(
         "wanda",
         description="Importance I^s and I^u: wanda, sparsegpt, snip or magnitude (which is the "
         "same for both, so that only q above p selects anything).",
@@ -138,12 +138,12 @@ class RealignSettings(Settings):
             raise ValueError("`budget` and `count` say the same thing; give one of them")
         if self.method == "hsr-a" and self.amount is not None:
             raise ValueError("hsr-a restores whole heads: give `top_heads`, not a budget")
-        if self.method == "set-difference" and self.score == "magnitude":
+        if self.method == "set-difference" and not PRUNERS.get(self.score).reads_data:
             raise ValueError(
-                "set-difference needs two rankings that differ, and by magnitude safety and "
+                f"set-difference needs two rankings that differ, and by {self.score} safety and "
                 "utility have the same; give `score: wanda`"
             )
-        if self.method == "set-difference" and self.score in ("sparsegpt", "snip"):
+        if self.method == "set-difference" and not PRUNERS.get(self.score).every_linear:
             raise ValueError(
                 f"set-difference ranks the weights of all linears, and {self.score} statistics are "
                 "kept for those of attention alone; give `score: wanda`"
@@ -200,7 +200,8 @@ class RealignSettings(Settings):
     @property
     def needs_statistics(self) -> bool:
         """Whether weights are ranked by something that must be gathered from data first."""
-        return self.method in (*SELECTING, "set-difference") and self.score != "magnitude"
+        by_score = self.method in (*SELECTING, "set-difference")
+        return by_score and PRUNERS.get(self.score).reads_data
 
     @property
     def imitates(self) -> bool:
@@ -210,7 +211,9 @@ class RealignSettings(Settings):
     @property
     def needs_gradients(self) -> bool:
         """Whether gradients are taken, for the ranking or for its statistics."""
-        return self.imitates or (self.needs_statistics and self.score == "snip")
+        return self.imitates or (
+            self.needs_statistics and isinstance(PRUNERS.get(self.score), GradientPruner)
+        )
 
     def how_many(self, pruned: int) -> int:
         """How many of `pruned` weights are restored at most."""

@@ -28,9 +28,9 @@ from regraft.evaluation.generate import generate
 from regraft.evaluation.judge import KeywordJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import write_text
-from regraft.importance.losses import TOKEN_WEIGHTS
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
+from regraft.restoration.teacher import TOKEN_WEIGHTS
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.common import load

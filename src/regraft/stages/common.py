@@ -14,7 +14,6 @@ from regraft.data.collate import Batch, batches
 from regraft.data.example import Example
 from regraft.data.images import length_class
 from regraft.files import atomic_file, file_digest
-from regraft.importance.teacher import final_states
 from regraft.models.load import (
     Source,
     has_processor,
@@ -26,6 +25,7 @@ from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.restoration.apply import check_base
 from regraft.restoration.patch import Patch, load_patch
+from regraft.restoration.teacher import final_states
 from regraft.settings.compute import ComputeSettings
 from regraft.watch import Watch
 

@@ -18,17 +18,17 @@ from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
 from regraft.files import atomic_file, file_digest
-from regraft.importance.gradients import require_gradients
-from regraft.importance.losses import DecisionLoss
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
+from regraft.pruning.gradients import require_gradients
 from regraft.restoration.fine_tune import TRAINED, Side, SparseAdam, train
 from regraft.restoration.patch import Patch, TensorPatch, load_patch, save_patch
 from regraft.restoration.ranking import KEPT, Ranking, by_linear, load_ranking, rank
 from regraft.restoration.realign import check_pair, survey
 from regraft.restoration.selection import random_keys
+from regraft.restoration.teacher import DecisionLoss
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.realigning import RealignSettings

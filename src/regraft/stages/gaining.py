@@ -16,11 +16,10 @@ from regraft.data.example import Example, Reading
 from regraft.data.hold_out import hold_out
 from regraft.errors import RegraftError
 from regraft.files import require_space, size_of
-from regraft.importance.gradients import require_gradients
-from regraft.importance.losses import DecisionLoss
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
+from regraft.pruning.gradients import require_gradients
 from regraft.restoration.gain import MOST_TRIES
 from regraft.restoration.gain_step import (
     Losses,
@@ -33,6 +32,7 @@ from regraft.restoration.gain_step import (
 )
 from regraft.restoration.path import REASONS, End, GainPath, Passed, path_to_json, read_path
 from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
+from regraft.restoration.teacher import DecisionLoss
 from regraft.settings.compute import ComputeSettings
 from regraft.stages.common import (
     each_of_share,

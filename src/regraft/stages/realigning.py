@@ -13,9 +13,9 @@ from regraft.checks import check_top_heads
 from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.heads.score import HeadScores, load_heads
-from regraft.importance.statistics import ImportanceStatistics, load_statistics
 from regraft.keys import describe, difference, is_done, require_same, working
 from regraft.models.load import Source, pick_device
+from regraft.pruning.statistics import ImportanceStatistics, load_statistics
 from regraft.restoration.groups import violated_groups
 from regraft.restoration.patch import Patch, load_patch, save_patch
 from regraft.restoration.ranking import Ranking, load_ranking, patch_of
@@ -227,7 +227,7 @@ def importance_of(
         RegraftError: the file is of another model or another score.
     """
     if not settings.needs_statistics:
-        none = ImportanceStatistics("magnitude", {}, 0)
+        none = ImportanceStatistics(settings.score, {}, 0)
         return none, none
     assert statistics_file is not None
     loaded = load_statistics(statistics_file)
