@@ -27,7 +27,7 @@ from regraft.data.hub import is_on_hub
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.files import digest
-from regraft.pruning.base import PRUNERS, PruneSettings, all_settings
+from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, refuse_broken
 from regraft.settings.base import Settings, by_method, checked_name, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -225,6 +225,7 @@ def _prunings(value: Any) -> Any:
     """One block of settings as a list of one, so that errors in it name its fields alone."""
 
     def given(one: Any) -> Any:
+        refuse_broken(one)
         plain = isinstance(one, PruneSettings) and not isinstance(one, PruningSettings)
         return one.model_dump() if plain else one
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, TypeAdapter, create_model
 
 from regraft.cli.options import Calibration, Compute, Flat, Model, OutFolder, open_model, watching
-from regraft.errors import RegraftError
-from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, described
+from regraft.pruning.base import PruneSettings, all_settings, described, refuse_broken
 from regraft.pruning.prune import zeros
 from regraft.settings.base import by_method
 from regraft.settings.compute import ComputeSettings
@@ -19,19 +17,11 @@ from regraft.settings.flags import check_data, refuse_unread
 
 def _flags() -> type[BaseModel]:
     """The flags of all pruners. The chosen one's settings refuse those that are not its own."""
-    settings = dict(_installed())
+    settings = all_settings()
     names = dict.fromkeys(name for one in settings.values() for name in one.model_fields)
     fields: dict[str, Any] = {name: _flag(name, settings) for name in names}
     fields["method"] = (str, Field("wanda", description=described()))
     return create_model("PruneFlags", **fields)
-
-
-def _installed() -> Iterator[tuple[str, type[PruneSettings]]]:
-    for name in PRUNERS.names():
-        try:
-            yield name, PRUNERS.get(name).Settings
-        except RegraftError:  # of another package that is broken: `prune` raises it, not its help
-            continue
 
 
 def _flag(name: str, settings: dict[str, type[PruneSettings]]) -> Any:
@@ -73,8 +63,10 @@ def prune(
     from regraft import stages
 
     with watching() as watch:
+        given = flags.model_dump(exclude_unset=True)
+        refuse_broken(given)
         union = TypeAdapter(by_method(all_settings(), default="wanda"))
-        settings = union.validate_python(flags.model_dump(exclude_unset=True))
+        settings = union.validate_python(given)
         refuse_unread(settings)
         check_data(settings.method, calibration, reads=bool(settings.kinds))
         source = open_model(model, compute.trust_remote_code)

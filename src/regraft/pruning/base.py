@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -268,37 +269,40 @@ def prune_settings(method: str = "wanda", **fields: Any) -> PruneSettings:
     """Settings of a pruner by its name.
 
     Raises:
-        RegraftError: there is no such pruner.
+        RegraftError: there is none of that name, or it cannot be imported.
         pydantic.ValidationError: it has no such setting, or a value is wrong.
     """
     return PRUNERS.get(method).Settings(**fields)
 
 
 def all_settings() -> dict[str, type[PruneSettings]]:
-    """The settings of every pruner that is installed, by name.
+    """The settings of every pruner, by name; without those of packages that are broken."""
+    found = {}
+    for name in PRUNERS.names():
+        with suppress(RegraftError):  # raised where somebody asks for this pruner
+            found[name] = PRUNERS.get(name).Settings
+    return found
+
+
+def refuse_broken(given: Any) -> None:
+    """Raise where settings name a pruner of a package that is broken.
 
     Raises:
-        RegraftError: another package's pruner cannot be imported, or has another name in its
-            settings than the one it is registered by.
+        RegraftError: it cannot be imported, or is no pruner.
     """
-    found = {name: PRUNERS.get(name).Settings for name in PRUNERS.names()}
-    for name, settings in found.items():
-        if settings.model_fields["method"].default != name:
-            raise RegraftError(
-                f"The pruner {name!r} has settings with another `method`; give {settings.__name__} "
-                f'the field method: Literal["{name}"] = "{name}".'
-            )
-    return found
+    name = str(given.get("method")) if isinstance(given, Mapping) else ""
+    if name in PRUNERS:
+        PRUNERS.get(name)
 
 
 def described() -> str:
     """Every pruner by its name, with what its class says of it."""
-    docs = ((name, type(PRUNERS.get(name)).__doc__ or "") for name in PRUNERS.names())
-    return " ".join(f"{name}: {text.splitlines()[0]}" for name, text in docs)
+    docs = ((name, type(PRUNERS.get(name)).__doc__ or "") for name in all_settings())
+    return " ".join(f"{name}: {text.partition(chr(10))[0]}" for name, text in docs)
 
 
 def _check_score(name: str) -> str:
-    known = [one for one in PRUNERS.names() if PRUNERS.get(one).restores]
+    known = [one for one in all_settings() if PRUNERS.get(one).restores]
     if name not in known:
         raise ValueError(f"there is no score {name!r}; expected {', '.join(known)}")
     return name
