@@ -22,8 +22,8 @@ from regraft.pruning.base import prune_settings
 from regraft.pruning.masks import Pattern
 from regraft.pruning.prune import zeros
 from regraft.pruning.pruners.safety_potential import (
+    PLUGIN,
     SAFETY_PROMPT,
-    AddedEnergy,
     potential_batch,
     with_safety_prompt,
 )
@@ -101,7 +101,7 @@ def test_it_prunes_other_weights_than_wanda(pico_dir, tmp_path):
 
 def fed(linear, prompted, plain):
     """What is added by the prompt, from inputs `[tokens, in]` with and without it."""
-    energy = AddedEnergy()
+    energy = PLUGIN.accumulator()
     energy.prompted.add(linear, torch.tensor(prompted))
     energy.plain.add(linear, torch.tensor(plain))
     return energy

@@ -310,16 +310,4 @@ def _check_score(name: str) -> str:
 
 ScoreName = Annotated[str, AfterValidator(_check_score)]
 """A pruner by whose score of the dense weights restoration may rank."""
-NO_STATISTIC = torch.empty(0)
-
-
-class NoStatistics:
-    """The statistics of a pruner that reads no data."""
-
-    def ran(self, linear: LinearAnatomy) -> bool:
-        """Every linear can be scored."""
-        return True
-
-    def of(self, linear: LinearAnatomy) -> Tensor:
-        """An empty tensor."""
-        return NO_STATISTIC
+NO_STATISTIC = torch.empty(0)  # of a pruner that reads no data

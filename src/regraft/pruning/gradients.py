@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
 from regraft.models.placement import PlacedModel
 from regraft.models.replay import logits_of
 from regraft.models.walk import Walk
-from regraft.pruning.inputs import different_layers, overflow, unused
+from regraft.pruning.inputs import different_layers, overflow
 
 Progress = Callable[[int], None]
 Loss = Callable[[PlacedModel, Tensor, Tensor, str], Tensor]
@@ -35,27 +34,6 @@ Product = Callable[[Tensor, Tensor], Tensor]
 """(dL/dY `[B, T, out]`, X `[B, T, in]`) of B samples -> what is added up, `[k * out, in]`."""
 _Take = Callable[[LinearAnatomy, Tensor, Tensor], None]
 """(linear, dL/dY, X), of one batch."""
-
-
-@dataclass(frozen=True)
-class GradientMeans:
-    """The statistics of one layer's linears: means over samples, by `LinearAnatomy.key`."""
-
-    values: Mapping[str, Tensor]
-
-    def ran(self, linear: LinearAnatomy) -> bool:
-        """Whether any sample used a linear."""
-        return linear.key in self.values
-
-    def of(self, linear: LinearAnatomy) -> Tensor:
-        """The mean for a linear, `[out, in]` float32.
-
-        Raises:
-            RegraftError: no sample used it.
-        """
-        if linear.key not in self.values:
-            raise unused(linear)
-        return self.values[linear.key]
 
 
 def predicting(labels: Tensor) -> Tensor:

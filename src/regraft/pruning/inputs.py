@@ -35,6 +35,27 @@ class Statistics(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Known:
+    """Statistics that are there already, by `LinearAnatomy.key`."""
+
+    values: Mapping[str, Tensor]
+
+    def ran(self, linear: LinearAnatomy) -> bool:
+        """Whether a linear has a statistic."""
+        return linear.key in self.values
+
+    def of(self, linear: LinearAnatomy) -> Tensor:
+        """The statistic of a linear.
+
+        Raises:
+            RegraftError: it has none.
+        """
+        if linear.key not in self.values:
+            raise unused(linear)
+        return self.values[linear.key]
+
+
 class Accumulator(Statistics, Protocol):
     """Statistics while they are accumulated, for the linears of one layer."""
 

@@ -44,10 +44,8 @@ class Pattern:
     def parse_n_m(cls, text: str) -> Pattern:
         """Read "2:4"."""
         n, _, m = text.partition(":")
-        if not (n.isdecimal() and m.isdecimal()):
+        if not (n.isdecimal() and m.isdecimal() and int(m)):
             raise RegraftError(f"{text!r} is no N:M pattern; write it like 2:4.")
-        if int(m) == 0:
-            raise RegraftError(f"{text!r} is no N:M pattern: M must be at least 2.")
         return cls(1 - int(n) / int(m), n_m=(int(n), int(m)))
 
     def fits(self, shape: tuple[int, int], name: str) -> None:
@@ -59,10 +57,16 @@ class Pattern:
             )
 
     def mask(self, score: Tensor) -> Tensor:
-        """True where a weight is pruned, `[out, in]` bool, from its importance `[out, in]`."""
+        """True where a weight is pruned, `[out, in]` bool, from its importance `[out, in]`.
+
+        The floor(sparsity * n) smallest scores of each row or the matrix, or the M - N smallest of
+        every M consecutive inputs.
+        """
         if self.n_m is not None:
-            return n_m_mask(score, *self.n_m)
-        return prune_mask(score, self.sparsity, self.scope)
+            n, m = self.n_m
+            return smallest(score.reshape(-1, m), m - n).view(score.shape)
+        n = score.shape[1] if self.scope == "row" else score.numel()
+        return smallest(score, count_of(self.sparsity, n), self.scope)
 
 
 Patterns = Mapping[LinearAnatomy, Pattern]
@@ -139,6 +143,9 @@ def smallest(score: Tensor, count: int, scope: Scope = "row") -> Tensor:
     Returns:
         `[out, in]`, bool. Allocates at most about the size of `score`.
     """
+    n = score.shape[1] if scope == "row" else score.numel()
+    if not 0 < count < n:
+        return torch.full(score.shape, count > 0, device=score.device)
     if scope == "matrix":
         return _smallest_of_all(score, count)
     mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
@@ -148,29 +155,7 @@ def smallest(score: Tensor, count: int, scope: Scope = "row") -> Tensor:
     return mask
 
 
-def prune_mask(score: Tensor, sparsity: float, scope: Scope = "row") -> Tensor:
-    """True where a weight is pruned: the floor(sparsity * n) smallest scores of each scope."""
-    n = score.shape[1] if scope == "row" else score.numel()
-    return smallest(score, count_of(sparsity, n), scope)
-
-
-def n_m_mask(score: Tensor, n: int, m: int) -> Tensor:
-    """True where a weight is pruned: the m - n smallest of every m consecutive inputs.
-
-    Args:
-        score: `[out, in]`, float32.
-        n: Weights kept in each group.
-        m: Group size; divides `in`.
-    """
-    groups = score.reshape(-1, m)  # [out * in / m, m]
-    return smallest(groups, m - n).view(score.shape)
-
-
 def _smallest_of_rows(score: Tensor, count: int) -> Tensor:
-    if count <= 0:
-        return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
-    if count >= score.shape[1]:
-        return torch.ones(score.shape, dtype=torch.bool, device=score.device)
     threshold = torch.kthvalue(score, count, dim=1, keepdim=True).values
     below = score < threshold
     ties = score == threshold
@@ -180,10 +165,6 @@ def _smallest_of_rows(score: Tensor, count: int) -> Tensor:
 
 def _smallest_of_all(score: Tensor, count: int) -> Tensor:
     flat = score.reshape(-1)
-    if count <= 0:
-        return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
-    if count >= flat.numel():
-        return torch.ones(score.shape, dtype=torch.bool, device=score.device)
     threshold = kth_smallest(flat, count)
     mask = flat < threshold
     free = count - int(mask.count_nonzero())  # mask.sum() would copy the mask to int64

@@ -21,14 +21,15 @@ from regraft.models.checkpoint import Checkpoint, Edit
 from regraft.models.load import Source
 from regraft.models.walk import Walk
 from regraft.pruning.base import (
+    NO_STATISTIC,
     PRUNERS,
     GradientPruner,
     InputPruner,
-    NoStatistics,
     Note,
     PruneSettings,
 )
-from regraft.pruning.gradients import GradientMeans, Progress, layer_gradients
+from regraft.pruning.gradients import Progress, layer_gradients
+from regraft.pruning.inputs import Known
 from regraft.pruning.masks import Patterns
 from regraft.pruning.results import LayerResults, PrunedWeight
 
@@ -117,7 +118,7 @@ def _prune_by_gradients(
         with walk.model.layer(layer.index):
             wanted = [linear for linear in layer.linears if linear in patterns]
             weights = {linear: _weight(modules[linear.module]) for linear in wanted}
-            found = pruner.prune(weights, GradientMeans(values), patterns, settings)
+            found = pruner.prune(weights, Known(values), patterns, settings)
             _save(results, layer, found, dense.checkpoint)
 
 
@@ -133,7 +134,9 @@ def edits_without_data(settings: PruneSettings, patterns: Patterns) -> dict[str,
 
     def prune(linear: LinearAnatomy) -> Edit:
         def edit(weight: Tensor) -> Tensor:
-            found = pruner.prune({linear: weight}, NoStatistics(), patterns, settings)
+            found = pruner.prune(
+                {linear: weight}, Known({linear.key: NO_STATISTIC}), patterns, settings
+            )
             (_, pruned), *_ = found
             return pruned.put(weight)
 

@@ -29,8 +29,8 @@ from regraft.pruning.base import (
     Note,
     Pruner,
 )
-from regraft.pruning.gradients import GradientMeans, Progress, layer_gradients
-from regraft.pruning.inputs import Statistics
+from regraft.pruning.gradients import Progress, layer_gradients
+from regraft.pruning.inputs import Known, Statistics
 
 FORMAT = "regraft-statistics-2"
 
@@ -135,7 +135,7 @@ def _by_layer(
             walk, anatomy, scratch / "states", pruner.keeps, progress, add=pruner.accumulate
         )
         for layer, values in backward:
-            yield layer, _made(pruner, layer.linears, GradientMeans(values), note)
+            yield layer, _made(pruner, layer.linears, Known(values), note)
         return
     assert isinstance(pruner, InputPruner)
     modules = dict(walk.model.network.named_modules())

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -33,8 +33,7 @@ from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.models.anatomy import LinearAnatomy
 from regraft.pruning.base import Encode, InputPruner, LayerwiseSettings
-from regraft.pruning.inputs import Accumulator, InputSums, Observing
-from regraft.pruning.pruners.wanda import wanda_score
+from regraft.pruning.inputs import InputSums, Observing
 
 SAFETY_PROMPT = (
     "If the text or the image below contains anything harmful, violent, illegal, graphic or "
@@ -69,15 +68,15 @@ class SafetyPotential(InputPruner):
 
     def accumulate(self, inputs: Tensor) -> Tensor:
         """Squared inputs `[tokens, in]` added up over tokens, `[in]` float64."""
-        return _squares(inputs)
+        return inputs.double().square().sum(dim=0)
 
-    def accumulator(self) -> Accumulator:
+    def accumulator(self) -> AddedEnergy:
         """Sums with the prompt and without."""
-        return AddedEnergy()
+        return AddedEnergy(InputSums(self.accumulate), InputSums(self.accumulate))
 
     def score(self, weight: Tensor, statistic: Tensor) -> Tensor:
         """|W_ij| sqrt(S_j), up to a factor that is the same for all."""
-        return wanda_score(weight, statistic)
+        return weight.float().abs().mul_(statistic.sqrt())
 
     def encoders(self, settings: Any) -> tuple[Encode, ...]:
         """All prompts without the safety prompt, then all with it."""
@@ -118,8 +117,8 @@ class AddedEnergy:
     Sums are in float64: what a prompt adds may be small beside outliers that both sums have.
     """
 
-    prompted: InputSums = field(default_factory=lambda: InputSums(_squares))
-    plain: InputSums = field(default_factory=lambda: InputSums(_squares))
+    prompted: InputSums
+    plain: InputSums
 
     def observing(self, linears: Mapping[LinearAnatomy, nn.Module]) -> Observing:
         """Make contexts in which forward passes of a `PotentialBatch` are added."""
@@ -158,10 +157,6 @@ class AddedEnergy:
                 f"cannot be ranked by it. Leave them dense with --ignore '*.{linear.name}'."
             )
         return added.float()
-
-
-def _squares(inputs: Tensor) -> Tensor:
-    return inputs.double().square().sum(dim=0)
 
 
 PLUGIN = SafetyPotential()

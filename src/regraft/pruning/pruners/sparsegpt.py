@@ -66,7 +66,8 @@ class SparseGPT(InputPruner):
 
     def accumulate(self, inputs: Tensor) -> Tensor:
         """X^T X, `[in, in]` float32."""
-        return second_moments(inputs)
+        x = inputs.float()
+        return x.T @ x
 
     def statistics(
         self, linears: Iterable[LinearAnatomy], found: Statistics, note: Note = lambda _: None
@@ -77,7 +78,7 @@ class SparseGPT(InputPruner):
 
     def score(self, weight: Tensor, statistic: Tensor) -> Tensor:
         """W_ij^2 / U_jj^2."""
-        return sparsegpt_score(weight, statistic)
+        return weight.float().square().mul_(statistic)
 
     def prune(
         self,
@@ -109,12 +110,6 @@ class InverseFactor:
     def statistic(self) -> Tensor:
         """What the score needs of U: 1 / U_jj^2, and 0 for dead inputs. `[in]` float32."""
         return self.upper.diagonal().square().reciprocal().masked_fill(self.dead, 0)
-
-
-def second_moments(inputs: Tensor) -> Tensor:
-    """X^T X of inputs `[tokens, in]` -> `[in, in]` float32; add over batches."""
-    x = inputs.float()
-    return x.T @ x
 
 
 def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseFactor:
@@ -162,11 +157,7 @@ def factors(
 ) -> Iterator[tuple[LinearAnatomy, InverseFactor]]:
     """The factor for each linear, made once for those that read the same input.
 
-    Args:
-        linears: Any.
-        found: Their second moments; used up.
-        damp: First damping to try.
-        note: Called where the damping had to grow.
+    `found`, their second moments, is used up; `note` is called where the damping had to grow.
 
     Raises:
         RegraftError: a linear was not used, or its inputs overflow.
@@ -183,16 +174,6 @@ def factors(
             note(f"{source}: the damping had to grow from {damp} to {factor.damp}.")
         for linear in group:
             yield linear, factor
-
-
-def sparsegpt_score(weight: Tensor, statistic: Tensor) -> Tensor:
-    """Cost of removing each weight alone: `[out, in]` float32.
-
-    Args:
-        weight: `[out, in]`, any float dtype.
-        statistic: `InverseFactor.statistic`, `[in]` float32.
-    """
-    return weight.float().square().mul_(statistic)
 
 
 def sparsegpt_prune(

@@ -33,29 +33,11 @@ class Wanda(InputPruner):
 
     def accumulate(self, inputs: Tensor) -> Tensor:
         """s_j: squared inputs `[tokens, in]` added up over tokens, `[in]` float32."""
-        return sum_of_squares(inputs)
+        return inputs.float().square().sum(dim=0)
 
     def score(self, weight: Tensor, statistic: Tensor) -> Tensor:
-        """|W_ij| sqrt(s_j)."""
-        return wanda_score(weight, statistic)
-
-
-def sum_of_squares(inputs: Tensor) -> Tensor:
-    """Add up squared inputs over tokens: `[tokens, in]` -> `[in]`, float32."""
-    return inputs.float().square().sum(dim=0)
-
-
-def wanda_score(weight: Tensor, input_squares: Tensor) -> Tensor:
-    """Wanda's importance of every weight.
-
-    Args:
-        weight: `[out, in]`, any float dtype.
-        input_squares: Sum over response tokens of squared inputs, `[in]`, float32.
-
-    Returns:
-        `[out, in]`, float32.
-    """
-    return weight.float().abs().mul_(input_squares.sqrt())
+        """|W_ij| sqrt(s_j), `[out, in]` float32."""
+        return weight.float().abs().mul_(statistic.sqrt())
 
 
 PLUGIN = Wanda()
