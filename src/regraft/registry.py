@@ -37,8 +37,12 @@ class Registry(Generic[Plugin]):
 
     def names(self) -> tuple[str, ...]:
         """All names: the built-in ones, then those of other packages, each in order."""
-        own = _built_in(self.package)
-        return (*own, *sorted({one.name for one in self._others()} - own.keys()))
+        own = self.built_in()
+        return (*own, *sorted({one.name for one in self._others()}.difference(own)))
+
+    def built_in(self) -> tuple[str, ...]:
+        """The names of the built-in ones, in order."""
+        return tuple(_built_in(self.package))
 
     def __contains__(self, name: object) -> bool:
         return name in _built_in(self.package) or any(one.name == name for one in self._others())
