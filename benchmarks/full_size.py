@@ -32,9 +32,11 @@ from regraft.data.collate import batches, response_batch
 from regraft.data.sources import DataSource, read
 from regraft.models.load import load_model, load_processor, open_source, pick_device
 from regraft.models.replay import layer_inputs, text_inputs
+from regraft.pruning.base import prune_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.pruning import PruneSettings
+from regraft.pruning.base import PruneSettings
+from regraft.methods.base import RealignSettings
 from regraft.methods.base import RealignSettings
 from regraft.settings.scoring import HeadSettings
 
@@ -102,7 +104,7 @@ def main() -> None:
         del model
         pruned = measure(
             "prune (sequential)",
-            lambda: stages.prune(dense, folder / "pruned", PruneSettings(), calibration, compute),
+            lambda: stages.prune(dense, folder / "pruned", prune_settings(), calibration, compute),
         )
         measure(
             f"heads ({options.head_samples} samples)",

@@ -40,7 +40,10 @@ from regraft.methods.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.pruning import PruneSettings
+from regraft.pruning.base import PruneSettings
+from regraft.methods.base import RealignSettings
+from regraft.pruning.base import prune_settings
+from regraft.methods.ranking import load_ranking
 from regraft.methods.base import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.stages.answering import imitation_data
@@ -105,7 +108,7 @@ def measured(
     how = EvalSettings(limit=count, max_new_tokens=options.max_new_tokens)
     result = stages.evaluate(source, work / "ev", suite, how, compute, watch=clocks["eval"]).result
     pruned = stages.prune(
-        source, work / "pruned", PruneSettings(), calibration, compute, clocks["prune"]
+        source, work / "pruned", prune_settings(), calibration, compute, clocks["prune"]
     )
     r_max = HeadSettings(r_max=min(5, count // 2))
     stages.heads(source, work / "heads", r_max, calibration, compute, clocks["heads"])

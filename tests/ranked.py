@@ -11,11 +11,13 @@ import torch
 from regraft import ranks, stages
 from regraft.data.sources import DataSource
 from regraft.models.load import open_source
+from regraft.pruning.base import prune_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.pruning import PruneSettings
+from regraft.pruning.base import PruneSettings
 from regraft.methods.base import MethodSettings
+from regraft.methods.base import RealignSettings
 from regraft.settings.scoring import HeadSettings, StatisticsSettings
 
 METHODS = ("wanda", "sparsegpt", "snip")
@@ -35,7 +37,7 @@ def main(root: Path, out: Path) -> None:
             COMPUTE,
             StatisticsSettings(score=method),
         )
-        settings = PruneSettings(method=method, scope="row")
+        settings = prune_settings(method=method, scope="row")
         pruned = stages.prune(dense, out / f"pruned-{method}", settings, calibration, COMPUTE)
     stages.heads(dense, out / "heads", HeadSettings(r_max=2), calibration, COMPUTE)
     stages.realign(

@@ -34,12 +34,14 @@ from regraft.keys import ABOUT_FILE
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import load_processor, open_source
 from regraft.preflight import bytes_needed
-from regraft.pruning import pruner
+from regraft.pruning.base import prune_settings
+from regraft.pruning.pruners.wanda import Wanda
 from regraft.recipe import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.pruning import PruneSettings
+from regraft.pruning.base import PruneSettings
 from regraft.methods.base import MethodSettings
+from regraft.methods.base import RealignSettings
 
 FAMILY = "qwen2_5_vl"
 WIDTHS = "rows of 64"
@@ -94,7 +96,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = open_source(root / "model")
     calibration = CalibrationSettings(data=DataSource(name="jsonl", path=data), samples=4)
     compute = ComputeSettings(device="cpu")
-    settings = PruneSettings(order="one-shot")
+    settings = prune_settings(order="one-shot")
     pruned = stages.prune(source, root / "pruned", settings, calibration, compute)
     some_heads = method(method="hsr-a", heads="random", top_heads=3)
     stages.realign(source, pruned, root / "patch.safetensors", some_heads)
@@ -657,7 +659,10 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
     has(refused(*realign, "--max-new-tokens", 12), "answers in a search", "--search")
     has(refused(*realign, "--method", "gain", "--q", 0.1), "`q` changes nothing with gain")
     has(refused(*prune(world, "--n-m", "2:4", "--sparsity", 0.6)), "takes the place of `sparsity`")
-    has(refused(*prune(world, "--method", "magnitude", "--order", "one-shot")), "`order` changes")
+    has(
+        refused(*prune(world, "--method", "magnitude", "--order", "one-shot")),
+        "--order: there is no such setting of method magnitude",
+    )
     has(refused(*realign, "--heads", "all", "--top-heads", 3), "`heads` is all")
     has(refused(*realign, "--heads", "random", "--r-max", 3), "No heads are scored")
     has(refused(*realign, "--method", "gain", "--heads-file", "h"), "--heads-file would change")
@@ -1104,7 +1109,7 @@ def test_disk_gets_full_in_a_run(world: World, monkeypatch: pytest.MonkeyPatch) 
     def again(*_: object, **__: object) -> None:
         raise AssertionError("a layer was pruned again")
 
-    monkeypatch.setattr(pruner, "_prune_layer", again)
+    monkeypatch.setattr(Wanda, "prune", again)
     run_ok("run", recipe, "--out", run)
     assert not any(path.name.endswith("regraft-work") for path in run.rglob("*"))
 

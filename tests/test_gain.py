@@ -14,8 +14,6 @@ from torch.nn import functional as F  # noqa: N812
 
 import truth
 from regraft.data.collate import IGNORED, response_batch
-from regraft.importance.gradients import layer_gradients
-from regraft.importance.losses import DecisionLoss
 from regraft.models.placement import resident
 from regraft.methods.gain.objective import (
     MOST_TRIES,
@@ -29,6 +27,8 @@ from regraft.methods.gain.objective import (
     worth_of,
 )
 from regraft.methods.ranking import KEPT
+from regraft.methods.ranking import KEPT
+from regraft.methods.teacher import DecisionLoss
 
 INF = math.inf
 STEP = 0.01  # norms compute in float32, whatever the model does

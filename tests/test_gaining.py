@@ -24,9 +24,11 @@ from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, load_model, load_processor, open_source
-from regraft.pruning.pruner import zeros
+from regraft.pruning.base import prune_settings
+from regraft.pruning.prune import zeros
 from regraft.recipe import Recipe
-from regraft.restoration import gain, gain_step
+from regraft.methods.gain.objective import gain
+from regraft.restoration import gain_step
 from regraft.patch.apply import patched
 from regraft.methods.gain.step import Losses
 from regraft.patch.format import load_patch
@@ -35,8 +37,9 @@ from regraft.methods.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.patch.pair import restorable
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.pruning import PruneSettings
+from regraft.pruning.base import PruneSettings
 from regraft.methods.base import MethodSettings
+from regraft.methods.base import RealignSettings
 from regraft.stages import common, gaining
 from regraft.stages.answering import imitation_data
 from regraft.watch import Silent
@@ -125,7 +128,7 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
             write_jsonl(root / "data" / "data.jsonl", _prompts(root, family in pico.VLM_FAMILIES))
             made[family] = Bench(root)
             for way, fields in METHODS.items():
-                settings = PruneSettings(**fields)
+                settings = prune_settings(**fields)
                 stages.prune(dense, root / way, settings, made[family].calibration, COMPUTE)
         return made[family]
 

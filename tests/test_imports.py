@@ -15,7 +15,7 @@ import regraft
 ROOT = Path(regraft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
-    *("data", "models", "importance", "pruning", "heads", "restoration", "evaluation"),
+    *("data", "models", "pruning", "heads", "restoration", "evaluation"),
     *(
         "defence",
         "report",
@@ -45,7 +45,7 @@ ORDER = (
 )
 FREE = {
     *("regraft", "errors", "files", "registry", "artifact", "watch", "ranks", "costs"),
-    "data.example",
+    *("data.example", "settings.base"),
 }
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 

@@ -14,11 +14,13 @@ import truth
 from disk import rewrite
 from regraft import stages
 from regraft.errors import RegraftError
-from regraft.importance.sparsegpt import inverse_factor, second_moments
 from regraft.models.checkpoint import SINGLE_FILE, Edit, write_edited
 from regraft.models.load import Source, load_model, open_source
 from regraft.pruning.masks import Pattern
-from regraft.pruning.sparsegpt import sparsegpt_prune
+from regraft.pruning.pruners.sparsegpt import sparsegpt_prune
+from regraft.patch.pair import check_pair, realign, survey, whole_heads
+from regraft.pruning.pruners.sparsegpt import PLUGIN as SPARSEGPT
+from regraft.pruning.pruners.sparsegpt import inverse_factor, sparsegpt_prune
 from regraft.patch.pair import check_pair, realign, survey, whole_heads
 from regraft.settings.data import CalibrationSettings
 from regraft.methods.base import MethodSettings
@@ -125,7 +127,7 @@ def test_sparsegpt_changes_what_it_keeps(
 
     def prune(weight: Tensor) -> Tensor:
         inputs = torch.randn(200, weight.shape[1], generator=draw) + 1
-        factor = inverse_factor(second_moments(inputs), 200)
+        factor = inverse_factor(SPARSEGPT.accumulate(inputs), 200)
         pattern = Pattern(0.5, n_m=n_m) if n_m else Pattern(0.5, "row")
         return sparsegpt_prune(weight, factor, pattern).to(weight.dtype)
 

@@ -13,19 +13,20 @@ from disk import write_data
 from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.importance.score import Method
 from regraft.models.load import open_source
-from regraft.pruning.pruner import zeros
+from regraft.pruning.base import prune_settings
+from regraft.pruning.prune import zeros
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.pruning import PruneSettings
+from regraft.pruning.base import PruneSettings
 from regraft.methods.base import MethodSettings
+from regraft.methods.base import RealignSettings
 from regraft.settings.scoring import HeadSettings, StatisticsSettings
 
 pytestmark = pytest.mark.slow
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
-PRUNERS: tuple[Method, ...] = ("wanda", "sparsegpt", "snip")
+PRUNERS: tuple[str, ...] = ("wanda", "sparsegpt", "snip")
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +54,11 @@ def _calibration(root: Path) -> CalibrationSettings:
 
 @pytest.mark.parametrize("method", PRUNERS)
 def test_prune_score_realign_apply_reload_answer(
-    paper_family: str, method: Method, scored: Callable[[str], Path], tmp_path: Path
+    paper_family: str, method: str, scored: Callable[[str], Path], tmp_path: Path
 ) -> None:
     root = scored(paper_family)
     dense, calibration = open_source(root / "dense"), _calibration(root)
-    settings = PruneSettings(method=method, sparsity=0.6)
+    settings = prune_settings(method=method, sparsity=0.6)
     pruned = stages.prune(dense, tmp_path / "pruned", settings, calibration, COMPUTE)
     share = zeros(pruned.checkpoint, pruned.anatomy) / pruned.anatomy.prunable
     assert share == pytest.approx(0.6, abs=0.02)
@@ -98,7 +99,7 @@ def test_scores_rank_differently(scored: Callable[[str], Path], tmp_path: Path) 
     """The same pruned model, realigned by each score: other weights are restored."""
     root = scored("qwen2_5_vl")
     dense, calibration = open_source(root / "dense"), _calibration(root)
-    pruned = stages.prune(dense, tmp_path / "pruned", PruneSettings(), calibration, COMPUTE)
+    pruned = stages.prune(dense, tmp_path / "pruned", prune_settings(), calibration, COMPUTE)
     found = {}
     for method in (*PRUNERS, "magnitude"):
         settings = method(score=method, top_heads=8, q=0.9)
@@ -120,7 +121,7 @@ def test_statistics_of_another_score_are_refused(
     root = scored("qwen2_5_vl")
     dense, calibration = open_source(root / "dense"), _calibration(root)
     stages.statistics(dense, tmp_path / "wanda", calibration, COMPUTE)
-    settings = PruneSettings(method="magnitude")
+    settings = prune_settings(method="magnitude")
     pruned = stages.prune(dense, tmp_path / "pruned", settings, calibration, COMPUTE)
     with pytest.raises(RegraftError, match="holds statistics of wanda, but the score is snip"):
         stages.realign(

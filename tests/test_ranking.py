@@ -23,10 +23,9 @@ from disk import differing, equal_bytes, shards, write_data
 from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.importance.statistics import load_statistics
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
-from regraft.pruning.pruner import zeros
+from regraft.pruning.prune import zeros
 from regraft.patch.apply import patched
 from regraft.methods.gain.step import weights_of
 from regraft.patch.format import load_patch

@@ -20,7 +20,6 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.heads.score import Scoring, load_heads, score_heads
 from regraft.heads.ships import first_feature_angles
-from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
 from regraft.methods.hsr_released import (
@@ -32,8 +31,9 @@ from regraft.methods.hsr_released import (
 from regraft.methods.selection import Band
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.pruning import PruneSettings
+from regraft.pruning.base import PruneSettings
 from regraft.methods.base import MethodSettings
+from regraft.methods.base import RealignSettings
 from regraft.settings.scoring import HeadSettings
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=4)
@@ -162,7 +162,7 @@ def bench(tmp_path_factory):
     calibration = CalibrationSettings(data=data, samples=4)
     stages.heads(dense, root / "heads", HeadSettings(r_max=2), calibration, COMPUTE)
     stages.statistics(dense, root / "statistics", calibration, COMPUTE)
-    one_shot = PruneSettings(order="one-shot")
+    one_shot = prune_settings(order="one-shot")
     stages.prune(dense, root / "pruned", one_shot, calibration, COMPUTE)
     return root
 

@@ -16,25 +16,12 @@ from hypothesis.extra import numpy as hnp
 
 import truth
 from regraft.errors import RegraftError
-from regraft.importance.wanda import wanda_score
 from regraft.models.anatomy import Block
+from regraft.pruning.pruners.wanda import PLUGIN as WANDA
 from regraft.restoration import selection
 from regraft.patch.pair import hsr, realign, restored_by_module, whole_heads
-from regraft.methods.selection import (
-    Band,
-    all_heads,
-    blocks_of,
-    hsr_keys,
-    inside,
-    random_heads,
-    random_keys,
-    rank_share,
-    restorable,
-    select_all,
-    select_hsr,
-    ties_drawn,
-    top,
-)
+from regraft.methods.selection import Band, all_heads, blocks_of, hsr_keys, inside, random_heads, random_keys, rank_share, select_all, select_hsr, ties_drawn, top
+from regraft.patch.pair import restorable
 
 SCOPES = ("row", "matrix", "head")
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
@@ -112,7 +99,7 @@ def tensors(case, *names):
 
 def by_wanda(weight, squares):
     """Wanda's importance of some rows."""
-    return lambda rows: wanda_score(weight[rows], squares)
+    return lambda rows: WANDA.score(weight[rows], squares)
 
 
 def as_pairs(flat, shape):
@@ -410,7 +397,7 @@ def test_nothing_pruned_is_told(pico_dir):
 _PEAK = '''
 import resource, sys
 import torch
-from regraft.importance.wanda import wanda_score
+from regraft.pruning.pruners.wanda import PLUGIN as WANDA
 from regraft.models.anatomy import Block
 from regraft.methods.selection import Band, select_hsr
 
@@ -431,8 +418,8 @@ if ties:
 squares = [torch.ones(columns) if ties else torch.rand(columns) for _ in range(2)]
 free = torch.zeros(out, columns, dtype=torch.bool).bernoulli_(0.5, generator=generator)
 blocks = [Block(0, out, h * head, (h + 1) * head) for h in range(columns // head)]
-scorers = [lambda rows, s=s: wanda_score(weight[rows], s) for s in squares]
-small = [lambda rows, s=s: wanda_score(weight[:8][rows], s) for s in squares]
+scorers = [lambda rows, s=s: WANDA.score(weight[rows], s) for s in squares]
+small = [lambda rows, s=s: WANDA.score(weight[:8][rows], s) for s in squares]
 tiny = Band(0.5, 0.5, 0.7, scope)
 select_hsr(free[:8].clone(), *small, [Block(0, 8, 0, columns)], tiny)  # warm up
 before = peak()

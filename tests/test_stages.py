@@ -25,18 +25,20 @@ from regraft.data.sources import DataSource
 from regraft.errors import PassingError, RegraftError
 from regraft.files import disk_errors, read_json, write_text
 from regraft.heads.score import load_heads
-from regraft.importance.statistics import load_statistics
 from regraft.keys import working
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
-from regraft.pruning.pruner import zeros
+from regraft.pruning.base import prune_settings
+from regraft.pruning.prune import zeros
+from regraft.pruning.statistics import load_statistics
 from regraft.recipe import EvaluateSettings, Recipe, VariantSettings, read_recipe, write_recipe
 from regraft.patch.format import load_patch
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.pruning import PruneSettings
+from regraft.pruning.base import PruneSettings
 from regraft.methods.base import MethodSettings
+from regraft.methods.base import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.stages import common, patching, pruning, realigning
 
@@ -77,7 +79,7 @@ class Bench:
         calibration = CalibrationSettings(data=self.data, samples=4)
         at = {name: self.root / folder for name, folder in OUTPUTS.items()}
         arguments: dict[str, dict[str, Any]] = {
-            "prune": {"settings": PruneSettings(), "calibration": calibration},
+            "prune": {"settings": prune_settings(), "calibration": calibration},
             "heads": {"settings": HeadSettings(r_max=2), "calibration": calibration},
             "statistics": {"calibration": calibration},
             "realign": {
@@ -162,7 +164,7 @@ def test_finished_stage_is_not_repeated(
 
 
 DIFFERENCES: list[tuple[str, Callable[[Bench], dict[str, Any]], str]] = [
-    ("prune", lambda _: {"settings": PruneSettings(sparsity=0.6)}, "settings.sparsity: 0.5 there"),
+    ("prune", lambda _: {"settings": prune_settings(sparsity=0.6)}, "settings.sparsity: 0.5 there"),
     (
         "prune",
         lambda b: {"calibration": CalibrationSettings(data=b.data, samples=3)},
@@ -379,7 +381,7 @@ def _recipe(root: Path) -> Recipe:
     return Recipe(
         model=str(root / "dense"),
         calibration=CalibrationSettings(data=data, samples=4),
-        prune=PruneSettings(sparsity=0.6),
+        prune=prune_settings(sparsity=0.6),
         heads=HeadSettings(r_max=2),
         realign=(
             a_variant(name="hsr", top_heads=3, q=0.9),
@@ -534,7 +536,7 @@ def test_disk_too_full_for_scratch_is_told_before_the_work(
     monkeypatch.setattr(shutil, "disk_usage", little)
     out = bench.root / "new"
     with pytest.raises(RegraftError, match="The disk is too full"):
-        bench.run("prune", out=out, settings=PruneSettings(method=method))
+        bench.run("prune", out=out, settings=prune_settings(method=method))
     assert len(folders) == 2 and not out.exists()
     assert not list(bench.root.glob(".new*"))
 
@@ -556,7 +558,7 @@ def test_finished_work_stays_where_the_disk_is_full(tmp_path: Path, begun: bool)
 
 def test_calibration_on_both_kinds_is_another_model(bench: Bench) -> None:
     """Refusals count too: the account names both data sets, and other weights go."""
-    settings = PruneSettings(calibrate_on="both")
+    settings = prune_settings(calibrate_on="both")
     both = bench.run("prune", out=bench.root / "both", settings=settings)
     about = read_json(bench.root / "both" / stages.ABOUT_FILE)
     assert set(about["data"]) == {"utility", "safety"}

@@ -30,13 +30,15 @@ from regraft.evaluation.tradeoff import Bounds, Cost, Point, Tried, Tuned, best_
 from regraft.files import read_json
 from regraft.heads.score import load_heads
 from regraft.models.load import open_source
+from regraft.pruning.base import prune_settings
 from regraft.recipe import VariantSettings
 from regraft.patch.format import load_patch
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.pruning import PruneSettings
+from regraft.pruning.base import PruneSettings
 from regraft.methods.base import MethodSettings
+from regraft.methods.base import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.stages import tuning, tuning_outcome, tuning_trial
@@ -56,7 +58,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dense = open_source(pico.save("qwen2_vl", root / "dense", torch.bfloat16))
     data = DataSource(name="jsonl", path=write_data(root / "data", 4))
     calibration = CalibrationSettings(data=data, samples=4)
-    stages.prune(dense, root / "pruned", PruneSettings(order="one-shot"), calibration, COMPUTE)
+    stages.prune(dense, root / "pruned", prune_settings(order="one-shot"), calibration, COMPUTE)
     return root
 
 

@@ -30,11 +30,11 @@ from regraft.heads.score import HeadScores
 from regraft.methods.base import DEFAULT, method_named
 from regraft.models.load import Source, open_source
 from regraft.patch.format import Patch
+from regraft.pruning.base import PruneSettings
 from regraft.settings.base import Settings, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import with_validation

@@ -20,10 +20,10 @@ from regraft.methods.base import MethodSettings, Needs
 from regraft.methods.selection import all_heads
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, pick_device, stored_dtype
+from regraft.pruning.base import PruneSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.validation import validation_of
 

@@ -15,7 +15,7 @@ from regraft.data.example import Example
 from regraft.data.images import length_class
 from regraft.errors import RegraftError
 from regraft.files import atomic_file, file_digest
-from regraft.importance.teacher import final_states
+from regraft.methods.teacher import final_states
 from regraft.models.load import (
     Source,
     has_processor,

@@ -10,6 +10,7 @@ import yaml
 from cyclopts import Parameter
 from pydantic.fields import FieldInfo
 
+from regraft.pruning.base import PruneSettings, all_settings, described
 from regraft.recipe import NamedDefenceSettings, Recipe
 from regraft.settings.base import Settings
 from regraft.settings.models import ModelSettings
@@ -29,13 +30,16 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
         if name not in content:  # of a backend that is not the default
             continue
         value, written = getattr(settings, name), content[name]
-        yield from _comment(_meaning(field, value), pad)
+        of_pruner = name == "method" and isinstance(settings, PruneSettings)
+        yield from _comment(described() if of_pruner else _meaning(field, value), pad)
         if isinstance(value, Settings):
             yield f"{pad}{name}:"
             yield from _block(value, f"{pad}  ")
         elif isinstance(written, dict):  # a list of one that is written without a list
             yield f"{pad}{name}:"
             yield from _block(value[0], f"{pad}  ")
+            if isinstance(value[0], PruneSettings):
+                yield from _of_other_pruners(value[0], f"{pad}  ")
         elif written and isinstance(written, list) and isinstance(value[0], Settings):
             yield f"{pad}{name}:"
             yield from _items(value, pad)
@@ -47,6 +51,15 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
             yield from _example(["models:", *_items([ModelSettings(model="ORG/NAME")], "")], pad)
         if name == "defend" and not value:
             yield from _example(["defend:", *_items([NamedDefenceSettings()], "")], pad)
+
+
+def _of_other_pruners(settings: PruneSettings, pad: str) -> Iterator[str]:
+    """Settings of pruners other than that of `settings`, as comments."""
+    for method, other in all_settings().items():
+        for name, field in other.model_fields.items():
+            if name not in type(settings).model_fields:
+                yield from _comment(f"Of {method}: {_meaning(field, None)}", pad)
+                yield from (f"{pad}# {line}" for line in _entry(name, field.default, ""))
 
 
 def _items(settings: Any, pad: str) -> Iterator[str]:

@@ -18,7 +18,6 @@ from regraft.evaluation.tradeoff import read_curve
 from regraft.files import read_json
 from regraft.folder import RECIPE_FILE, RunFolder
 from regraft.heads.score import HeadScores, load_heads
-from regraft.importance.statistics import load_statistics
 from regraft.methods.base import method_of, needs_of
 from regraft.methods.fine_tune.adam import TRAINED_VALUES, is_trained
 from regraft.methods.gain.path import read_path
@@ -27,19 +26,13 @@ from regraft.models.load import open_source
 from regraft.passes import passes_of_defence, passes_of_variant
 from regraft.patch.format import load_patch
 from regraft.patch.pair import restored_by_module
+from regraft.pruning.base import PRUNERS, PruneSettings, prune_settings
+from regraft.pruning.statistics import load_statistics
 from regraft.recipe import PruningSettings, Recipe, read_recipe
 from regraft.report.model import DataAccount, HeadMap, Report, SharedPath, Variant
 from regraft.report.write import write_report
 from regraft.settings.defending import DefenceSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.stages import Evaluation
-
-METHOD_LABELS = {
-    "wanda": "Wanda",
-    "sparsegpt": "SparseGPT",
-    "snip": "SNIP",
-    "safety-potential": "Safety-Potential",
-}
 
 
 def report(folder: Path) -> Report:
@@ -234,13 +227,13 @@ def _defence(settings: DefenceSettings, file: Path) -> str:
 
 def _series(settings: PruneSettings) -> str:
     """The method and every setting that is not its default, the sparsity aside."""
-    default = PruneSettings(method=settings.method)
+    default = prune_settings(settings.method)
     others = [
         value if isinstance(value, str) else f"{name} {value}"
         for name, value in settings.model_dump(mode="json").items()
         if name != "sparsity" and getattr(settings, name) != getattr(default, name)
     ]
-    return ", ".join((METHOD_LABELS.get(settings.method, settings.method), *others))
+    return ", ".join((PRUNERS.get(settings.method).label, *others))
 
 
 def _head_maps(scores: HeadScores) -> tuple[HeadMap, ...]:

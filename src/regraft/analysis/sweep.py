@@ -11,7 +11,7 @@ from regraft import pipeline
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.methods.base import method_of
-from regraft.recipe import PruningSettings, Recipe, variant
+from regraft.recipe import Recipe, pruning_settings, variant
 from regraft.report.model import Report, Variant
 from regraft.watch import Watch
 
@@ -57,8 +57,7 @@ def swept(recipe: Recipe, setting: str, values: Sequence[float]) -> Recipe:
             raise RegraftError("The recipe names a pruned checkpoint, so its sparsity is given.")
         base = recipe.prune[0].model_dump() | {"n_m": None}
         prunings = [
-            PruningSettings.model_validate({**base, "sparsity": v, "name": _name(setting, v)})
-            for v in values
+            pruning_settings(**{**base, "sparsity": v, "name": _name(setting, v)}) for v in values
         ]
         varied: dict[str, Any] = {"prune": prunings, "realign": ()}
     else:
@@ -79,7 +78,7 @@ def swept(recipe: Recipe, setting: str, values: Sequence[float]) -> Recipe:
             variant(**{**content_of, field: _whole(v), "name": _name(setting, v)}) for v in values
         ]
         pruning = recipe.prune[0].model_dump() | {"realign": True}
-        varied = {"prune": [PruningSettings.model_validate(pruning)], "realign": variants}
+        varied = {"prune": [pruning_settings(**pruning)], "realign": variants}
     return Recipe.model_validate(content | varied | {"seeds": (), "against": (), "defend": ()})
 
 

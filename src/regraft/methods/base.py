@@ -19,11 +19,12 @@ from pydantic import Field, model_validator
 from regraft.data.example import Reading
 from regraft.errors import RegraftError
 from regraft.heads.score import Criterion, HeadScores
-from regraft.importance.statistics import SavedStatistics
 from regraft.methods.ranking import Ranking, WeightScore, rank
 from regraft.models.load import Source, pick_device
 from regraft.patch.pair import Survey
 from regraft.plugins import Registry
+from regraft.pruning.base import PRUNERS, GradientPruner
+from regraft.pruning.statistics import SavedStatistics
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 from regraft.watch import Watch
@@ -137,7 +138,9 @@ class Needs:
     @property
     def gradients(self) -> bool:
         """Whether gradients are taken, for the ranking or for its statistics."""
-        return self.answers or self.statistics == "snip"
+        return self.answers or (
+            self.statistics is not None and isinstance(PRUNERS.get(self.statistics), GradientPruner)
+        )
 
 
 @dataclass(frozen=True)

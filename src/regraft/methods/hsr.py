@@ -21,8 +21,6 @@ from torch import Tensor
 
 from regraft.errors import RegraftError
 from regraft.heads.score import Criterion, HeadScores
-from regraft.importance.score import Method as Score
-from regraft.importance.statistics import ImportanceStatistics
 from regraft.methods.base import (
     Between,
     Budgeted,
@@ -49,6 +47,8 @@ from regraft.methods.selection import (
 )
 from regraft.models.anatomy import Block, LinearAnatomy
 from regraft.models.load import Source
+from regraft.pruning.base import PRUNERS, ScoreName
+from regraft.pruning.statistics import ImportanceStatistics
 
 MARGIN = 0.2  # p_max - p in the paper
 Regions = Callable[[LinearAnatomy], Sequence[Block]]
@@ -112,7 +112,7 @@ class ByImportance(Budgeted, InHeads):
         lt=10_000,
         description="Restored weights per 10,000 pruned ones; takes the place of q.",
     )
-    score: Score = Field(
+    score: ScoreName = Field(
         "wanda",
         description="Importance I^s and I^u; by magnitude both are the same.",
     )
@@ -138,7 +138,7 @@ class ByImportance(Budgeted, InHeads):
     @property
     def statistics(self) -> str | None:
         """The kind of importance that must be gathered first."""
-        return None if self.score == "magnitude" else self.score
+        return self.score if PRUNERS.get(self.score).reads_data else None
 
 
 class HSRSettings(ByImportance):
@@ -189,7 +189,8 @@ class HSRMethod(Method[HSRSettings]):
     def rank(self, settings: HSRSettings, context: Context) -> Ranking:
         """By the share q at which HSR would restore each weight of the heads."""
         heads = chosen_heads(context.dense, settings, context.heads)
-        score = by_importance(context, regions_of(context.dense, heads), settings.band, hsr_scores)
+        regions = regions_of(context.dense, heads)
+        score = by_importance(context, regions, settings.band, settings.score, hsr_scores)
         return context.rank_by(score, heads)
 
     def label(self, settings: HSRSettings) -> str:
@@ -284,17 +285,19 @@ def by_importance(
     context: Context,
     regions: Regions,
     band: Callable[[float], Band | None],
+    name: str,
     scores: Callable[[Tensor, Scorer, Scorer, Sequence[Block], Band], Tensor],
 ) -> WeightScore:
     """A score of weights from their importance on D^s and D^u, within a band of some regions.
 
     Args:
-        context: Its statistics, or none for magnitude; its seed orders equal scores.
+        context: Its statistics; its seed orders equal scores.
         regions: Where in each weight a value may be restored.
         band: The thresholds for a matrix, from the share of its weights that pruning kept.
+        name: Of the importance; of one that reads no data there are no statistics.
         scores: Such as `hsr_scores`.
     """
-    none = ImportanceStatistics("magnitude", {}, 0)
+    none = ImportanceStatistics(name, {}, 0)
     found = context.statistics
     safety, utility = (none, none) if found is None else (found.safety, found.utility)
 

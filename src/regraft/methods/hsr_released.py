@@ -137,7 +137,8 @@ class HSRReleased(Method[HSRReleasedSettings]):
             return found.get(linear.key, [])
 
         return context.rank_by(
-            by_importance(context, regions, settings.band, released_scores), heads
+            by_importance(context, regions, settings.band, settings.score, released_scores),
+            heads,
         )
 
     def label(self, settings: HSRReleasedSettings) -> str:

@@ -59,7 +59,7 @@ class SetDifference(Method[SetDifferenceSettings]):
 
     def rank(self, settings: SetDifferenceSettings, context: Context) -> Ranking:
         """By the share q at which the set difference would hold each weight."""
-        score = by_importance(context, lambda one: [whole(one)], settings.band, hsr_scores)
+        score = by_importance(context, lambda one: [whole(one)], settings.band, "wanda", hsr_scores)
         return context.rank_by(score)
 
     def label(self, settings: SetDifferenceSettings) -> str:

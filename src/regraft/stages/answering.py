@@ -28,9 +28,9 @@ from regraft.evaluation.generate import generate
 from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import write_text
-from regraft.importance.losses import TOKEN_WEIGHTS
 from regraft.keys import describe, is_done, working
 from regraft.loading import load
+from regraft.methods.teacher import TOKEN_WEIGHTS
 from regraft.models.load import Source
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from regraft import ranks
-from regraft.importance.gradients import Progress, layer_gradients
-from regraft.importance.losses import Loss
 from regraft.models.anatomy import Anatomy
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.patch.format import Patch
+from regraft.pruning.gradients import Loss, Progress, layer_gradients
 
 Side = tuple[Walk, Loss]
 """Prompts of one kind before the first layer, and what a response to them costs."""

@@ -17,8 +17,6 @@ from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
-from regraft.importance.gradients import require_gradients
-from regraft.importance.losses import DecisionLoss
 from regraft.loading import check_shares, each_of_share, load_for_walk, write_teacher
 from regraft.methods.base import (
     DEFAULT_BUDGET,
@@ -31,9 +29,11 @@ from regraft.methods.base import (
 from regraft.methods.fine_tune.adam import TRAINED, Side, SparseAdam, train
 from regraft.methods.random_weights import drawn_by
 from regraft.methods.ranking import KEPT, Ranking, by_linear
+from regraft.methods.teacher import DecisionLoss
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
+from regraft.pruning.gradients import require_gradients
 from regraft.settings.compute import ComputeSettings
 
 RANDOM = "random"  # positions that are drawn

@@ -15,8 +15,6 @@ from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading, hold_out
 from regraft.errors import RegraftError
 from regraft.files import require_space, size_of
-from regraft.importance.gradients import require_gradients
-from regraft.importance.losses import DecisionLoss
 from regraft.loading import (
     check_shares,
     each_of_share,
@@ -44,9 +42,11 @@ from regraft.methods.gain.step import (
     weights_of,
 )
 from regraft.methods.ranking import Ranking, empty, load_ranking, put, save_ranking
+from regraft.methods.teacher import DecisionLoss
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
+from regraft.pruning.gradients import require_gradients
 from regraft.settings.compute import ComputeSettings
 from regraft.watch import Watch
 

@@ -10,9 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from regraft import ranks
-from regraft.importance.gradients import layer_gradients, signed, signed_and_squared
-from regraft.importance.losses import DecisionLoss, Loss
-from regraft.importance.teacher import losses_together
 from regraft.methods.gain.objective import (
     Try,
     first_order_limit,
@@ -24,12 +21,14 @@ from regraft.methods.gain.objective import (
     worth_of,
 )
 from regraft.methods.ranking import Best, Edits, Ranking
+from regraft.methods.teacher import DecisionLoss, losses_together
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.patch.groups import grouping_of
 from regraft.patch.pair import restorable
+from regraft.pruning.gradients import Loss, layer_gradients, signed, signed_and_squared
 
 Progress = Callable[[int], None]
 _SWAPS_IN_A_ROW = 64

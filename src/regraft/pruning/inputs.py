@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,54 @@ from regraft.errors import RegraftError
 from regraft.models.anatomy import LinearAnatomy
 
 Reduce = Callable[[Tensor], Tensor]
-"""`[tokens, in]` -> a float32 sum over tokens: `sum_of_squares` or `second_moments`."""
+"""`[tokens, in]` -> a float32 sum over tokens, such as `sum_of_squares` or `second_moments`."""
+Observing = Callable[[Batch], AbstractContextManager[None]]
+"""A batch -> a context in which its forward passes are observed."""
+
+
+class Statistics(Protocol):
+    """What was accumulated for some linears."""
+
+    def ran(self, linear: LinearAnatomy) -> bool:
+        """Whether anything was fed to a linear."""
+
+    def of(self, linear: LinearAnatomy) -> Tensor:
+        """The statistic of a linear.
+
+        Raises:
+            RegraftError: nothing was fed to it, or its inputs overflow.
+        """
+
+
+@dataclass(frozen=True)
+class Known:
+    """Statistics that are there already, by `LinearAnatomy.key`."""
+
+    values: Mapping[str, Tensor]
+
+    def ran(self, linear: LinearAnatomy) -> bool:
+        """Whether a linear has a statistic."""
+        return linear.key in self.values
+
+    def of(self, linear: LinearAnatomy) -> Tensor:
+        """The statistic of a linear.
+
+        Raises:
+            RegraftError: it has none.
+        """
+        if linear.key not in self.values:
+            raise unused(linear)
+        return self.values[linear.key]
+
+
+class Accumulator(Statistics, Protocol):
+    """Statistics while they are accumulated, for the linears of one layer."""
+
+    def observing(self, linears: Mapping[LinearAnatomy, nn.Module]) -> Observing:
+        """Contexts in which forward passes of a batch are added, of these linears."""
+
+    def gather(self) -> None:
+        """Add up over all processes."""
 
 
 @dataclass
@@ -39,8 +87,12 @@ class InputSums:
         self.sums[key] = self.sums[key].add_(total) if key in self.sums else total
         self.tokens[key] = self.tokens.get(key, 0) + len(inputs)
 
-    def of(self, linear: LinearAnatomy) -> tuple[Tensor, int]:
-        """The sum for a linear and the number of tokens in it.
+    def ran(self, linear: LinearAnatomy) -> bool:
+        """Whether anything was fed to a linear."""
+        return linear.key in self.source
+
+    def of(self, linear: LinearAnatomy) -> Tensor:
+        """The sum for a linear.
 
         Raises:
             RegraftError: nothing was fed to it, or its inputs overflow.
@@ -51,7 +103,7 @@ class InputSums:
         total = self.sums[source]
         if not torch.isfinite(total).all():
             raise overflow(linear)
-        return total, self.tokens[source]
+        return total
 
     def gather(self) -> None:
         """Add up over all processes.
@@ -64,6 +116,42 @@ class InputSums:
         for key, total in sorted(self.sums.items()):
             ranks.total(total)
             self.tokens[key] = int(ranks.total(torch.tensor(self.tokens[key], device=total.device)))
+
+    def observing(self, linears: Mapping[LinearAnatomy, nn.Module]) -> Observing:
+        """Make contexts in which forward passes of a batch are added.
+
+        Inputs `[B, S, in]` count at response tokens only. The vision tokens that Mllama's
+        cross-attention reads have no such positions: those count that a response token attends to.
+
+        Args:
+            linears: The linears to observe and their modules.
+        """
+
+        @contextmanager
+        def around(batch: Batch) -> Iterator[None]:
+            response, tiles = batch.response, _attended_tiles(batch)
+            last: tuple[Tensor, str] | None = None
+
+            def watch(linear: LinearAnatomy) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+                def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                    nonlocal last
+                    if last is not None and args[0] is last[0]:
+                        self.source[linear.key] = last[1]
+                        return
+                    last = args[0], linear.key
+                    inputs = args[0][tiles if linear.reads_vision else response]
+                    self.add(linear, inputs.flatten(0, -2))
+
+                return hook
+
+            hooks = [m.register_forward_pre_hook(watch(linear)) for linear, m in linears.items()]
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+        return around
 
 
 def unused(linear: LinearAnatomy) -> RegraftError:
@@ -88,46 +176,6 @@ def overflow(linear: LinearAnatomy) -> RegraftError:
         f"The inputs or gradients of {linear.key} overflow in this dtype. "
         "Use --dtype bfloat16 or float32."
     )
-
-
-def observing(
-    linears: Mapping[LinearAnatomy, nn.Module], sums: InputSums
-) -> Callable[[Batch], AbstractContextManager[None]]:
-    """Make contexts in which forward passes of a batch are added to `sums`.
-
-    Inputs `[B, S, in]` count at response tokens only. The vision tokens that Mllama's
-    cross-attention reads have no such positions: those count that a response token attends to.
-
-    Args:
-        linears: The weights to watch and their modules.
-        sums: Added to.
-    """
-
-    @contextmanager
-    def around(batch: Batch) -> Iterator[None]:
-        response, tiles = batch.response, _attended_tiles(batch)
-        last: tuple[Tensor, str] | None = None
-
-        def watch(linear: LinearAnatomy) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                nonlocal last
-                if last is not None and args[0] is last[0]:
-                    sums.source[linear.key] = last[1]
-                    return
-                last = args[0], linear.key
-                inputs = args[0][tiles if linear.reads_vision else response]
-                sums.add(linear, inputs.flatten(0, -2))
-
-            return hook
-
-        hooks = [m.register_forward_pre_hook(watch(linear)) for linear, m in linears.items()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    return around
 
 
 def _attended_tiles(batch: Batch) -> Tensor | None:

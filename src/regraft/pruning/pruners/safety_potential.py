@@ -2,9 +2,14 @@
 
     score_ij = |W_ij| * sqrt(max(S_j, 0)),  S_j = mean over prompts of ||X^S_:,j||^2 - ||X^N_:,j||^2
 
+    for each layer, first to last:
+        add up S_j over all prompts, with the safety prompt and without
+        W_ij = 0                                        where the score is least in row i
+        run the pruned layer: its outputs are the next layer's inputs
+
 X^S are a linear's inputs over all tokens of a harmful prompt (image tokens too, no answer) with the
-safety prompt before its text, X^N those without. Weights compete within their row, layer by layer
-on the outputs of the pruned layers before. As a defence the same prompt is given at inference.
+safety prompt before its text, X^N those without. As a defence the same prompt is given at
+inference.
 
 The authors' code (github.com/AngelAlita/Safety-Potential-Pruning), read and not copied, takes the
 root without the maximum: inputs whose energy falls get NaN there, which sorts last, so that their
@@ -14,24 +19,68 @@ the authors', give the text of their src/prompts.py as `prompt`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from regraft.data.collate import IGNORED, Batch, prompt_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
-from regraft.importance.observe import InputSums, observing
 from regraft.models.anatomy import LinearAnatomy
+from regraft.pruning.base import Encode, InputPruner, LayerwiseSettings
+from regraft.pruning.inputs import InputSums, Observing
 
 SAFETY_PROMPT = (
     "If the text or the image below contains anything harmful, violent, illegal, graphic or "
     'otherwise inappropriate, answer only "Sorry, I cannot help with that." and neither describe '
     "nor explain it."
 )
+
+
+class SafetyPotentialSettings(LayerwiseSettings):
+    """Settings of Safety-Potential Pruning."""
+
+    method: Literal["safety-potential"] = "safety-potential"
+    prompt: str = Field(
+        SAFETY_PROMPT,
+        min_length=1,
+        description="The safety prompt, before the user's text; `regraft defend --method "
+        "safety-prompt` gives it at inference.",
+    )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Harmful prompts alone, whose responses are not read."""
+        return ("safety",)
+
+
+class SafetyPotential(InputPruner):
+    """|W| times the root of the input energy that a safety prompt adds to harmful prompts."""
+
+    name, label, Settings = "safety-potential", "Safety-Potential", SafetyPotentialSettings
+    reads_responses = False
+    restores = False  # its statistic is of prompts with and without the safety prompt, not of D^u
+
+    def accumulate(self, inputs: Tensor) -> Tensor:
+        """Squared inputs `[tokens, in]` added up over tokens, `[in]` float64."""
+        return inputs.double().square().sum(dim=0)
+
+    def accumulator(self) -> AddedEnergy:
+        """Sums with the prompt and without."""
+        return AddedEnergy(InputSums(self.accumulate), InputSums(self.accumulate))
+
+    def score(self, weight: Tensor, statistic: Tensor) -> Tensor:
+        """|W_ij| sqrt(S_j), up to a factor that is the same for all."""
+        return weight.float().abs().mul_(statistic.sqrt())
+
+    def encoders(self, settings: Any) -> tuple[Encode, ...]:
+        """All prompts without the safety prompt, then all with it."""
+        return potential_batch, partial(potential_batch, prompt=settings.prompt)
 
 
 def with_safety_prompt(examples: Sequence[Example], prompt: str = SAFETY_PROMPT) -> list[Example]:
@@ -68,20 +117,22 @@ class AddedEnergy:
     Sums are in float64: what a prompt adds may be small beside outliers that both sums have.
     """
 
-    prompted: InputSums = field(default_factory=lambda: InputSums(_squares))
-    plain: InputSums = field(default_factory=lambda: InputSums(_squares))
+    prompted: InputSums
+    plain: InputSums
 
-    def observing(
-        self, linears: Mapping[LinearAnatomy, nn.Module]
-    ) -> Callable[[Batch], AbstractContextManager[None]]:
+    def observing(self, linears: Mapping[LinearAnatomy, nn.Module]) -> Observing:
         """Make contexts in which forward passes of a `PotentialBatch` are added."""
-        with_prompt, without = observing(linears, self.prompted), observing(linears, self.plain)
+        with_prompt, without = self.prompted.observing(linears), self.plain.observing(linears)
 
         def around(batch: Batch) -> AbstractContextManager[None]:
             assert isinstance(batch, PotentialBatch)
             return with_prompt(batch) if batch.prompted else without(batch)
 
         return around
+
+    def ran(self, linear: LinearAnatomy) -> bool:
+        """Whether anything was fed to a linear."""
+        return self.prompted.ran(linear)
 
     def gather(self) -> None:
         """Add up over all processes.
@@ -92,23 +143,20 @@ class AddedEnergy:
         self.prompted.gather()
         self.plain.gather()
 
-    def of(self, linear: LinearAnatomy) -> tuple[Tensor, int]:
-        """max(S_j, 0) times the number of prompts, `[in]` float32, and the tokens with the prompt.
+    def of(self, linear: LinearAnatomy) -> Tensor:
+        """max(S_j, 0) times the number of prompts, `[in]` float32.
 
         Raises:
             RegraftError: nothing was fed to the linear, its inputs overflow, or the prompt adds
                 energy to none of them (vision tokens that cross-attention reads do not see it).
         """
-        total, tokens = self.prompted.of(linear)
-        added = (total - self.plain.of(linear)[0]).clamp_(min=0)
+        added = (self.prompted.of(linear) - self.plain.of(linear)).clamp_(min=0)
         if not added.any():
             raise RegraftError(
                 f"The safety prompt adds energy to no input of {linear.key}, so that its weights "
                 f"cannot be ranked by it. Leave them dense with --ignore '*.{linear.name}'."
             )
-        return added.float(), tokens
+        return added.float()
 
 
-def _squares(inputs: Tensor) -> Tensor:
-    """`[tokens, in]` -> `[in]`, float64."""
-    return inputs.double().square().sum(dim=0)
+PLUGIN = SafetyPotential()

@@ -15,20 +15,40 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from regraft import ranks
+from regraft.data.collate import IGNORED
 from regraft.errors import RegraftError
 from regraft.files import disk_errors
-from regraft.importance.losses import Loss, mean_cross_entropy
-from regraft.importance.observe import different_layers, overflow
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
+from regraft.models.placement import PlacedModel
+from regraft.models.replay import logits_of
 from regraft.models.walk import Walk
+from regraft.pruning.inputs import different_layers, overflow
 
 Progress = Callable[[int], None]
+Loss = Callable[[PlacedModel, Tensor, Tensor, str], Tensor]
+"""(model, normed final states `[S, d]`, labels `[S]`, id of the example) -> a scalar, float32."""
 Product = Callable[[Tensor, Tensor], Tensor]
 """(dL/dY `[B, T, out]`, X `[B, T, in]`) of B samples -> what is added up, `[k * out, in]`."""
 _Take = Callable[[LinearAnatomy, Tensor, Tensor], None]
 """(linear, dL/dY, X), of one batch."""
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """Positions whose logits predict response tokens: those before them. `[N]` int64.
+
+    The logits at position t predict the token at t + 1.
+    """
+    return (labels[1:] != IGNORED).nonzero().flatten()
+
+
+def mean_cross_entropy(model: PlacedModel, final: Tensor, labels: Tensor, _id: str) -> Tensor:
+    """Mean over response tokens: the loss that models are trained with, and SNIP's."""
+    positions = predicting(labels)
+    logits = logits_of(model.network, final[positions], gradient=True)  # [N, vocabulary]
+    return F.cross_entropy(logits.float(), labels[positions + 1])
 
 
 def signed(dy: Tensor, x: Tensor) -> Tensor:

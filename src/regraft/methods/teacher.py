@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
-from regraft.importance.gradients import Progress
-from regraft.importance.losses import Loss, predicting
+from regraft.models.placement import PlacedModel
+from regraft.models.replay import logits_of
 from regraft.models.walk import Walk
+from regraft.pruning.gradients import Loss, Progress, predicting
+
+TOKEN_WEIGHTS = (1.0, 1.0, 0.3, 0.3, 0.3, 0.3)  # of the first response tokens
+
+
+@dataclass(frozen=True)
+class DecisionLoss:
+    """How far the start of an answer is from the dense model's, token by token.
+
+    Whether an answer refuses is decided at its start. The divergence KL(dense || model) of the
+    next-token distribution counts 1 at each of the first two tokens and 0.3 at each of the next
+    four; what follows does not count, so that long and short answers weigh alike.
+
+    Attributes:
+        teacher: Example id -> the dense model's normed final states `[N, d]` where they predict
+            response tokens.
+    """
+
+    teacher: Mapping[str, Tensor]
+
+    def __call__(self, model: PlacedModel, final: Tensor, labels: Tensor, name: str) -> Tensor:
+        """The loss of one response, in nats, float32."""
+        positions = predicting(labels)[: len(TOKEN_WEIGHTS)]
+        states = self.teacher[name][: len(positions)].to(final.device, model.dtype)
+        wanted = logits_of(model.network, states).float().log_softmax(dim=-1)  # [N, V]
+        own = logits_of(model.network, final[positions], gradient=True).float().log_softmax(dim=-1)
+        cost = F.kl_div(own, wanted, reduction="none", log_target=True).sum(dim=-1)  # [N]
+        return (cost.new_tensor(TOKEN_WEIGHTS[: len(positions)]) * cost).sum()
 
 
 def final_states(walk: Walk, progress: Progress = lambda _: None) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
-"""What the importance of weights is computed from, gathered once and kept in a file.
+"""What the scores of dense weights are computed from, gathered once and kept in a file.
 
-Statistics are stored, not scores: `in` floats a weight matrix for Wanda and SparseGPT (9 MB for
-Wanda on a 7B model, both data sets), `[out, in]` for SNIP (see `regraft.importance.score`).
+Every score is made of a weight and a statistic of the calibration data, so that statistics are
+stored instead of scores: `in` floats a matrix for Wanda and SparseGPT, `[out, in]` for SNIP. HSR
+and set difference take those of harmful prompts (D^s) and of harmless ones (D^u).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,37 +19,44 @@ from regraft import ranks
 from regraft.artifact import read_artifact, write_artifact
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
-from regraft.importance.observe import InputSums, observing
-from regraft.importance.score import Method, score
-from regraft.importance.snip import gradient_magnitudes
-from regraft.importance.sparsegpt import factors, second_moments
-from regraft.importance.wanda import sum_of_squares
-from regraft.models.anatomy import HEAD_ROLES, Anatomy, LayerAnatomy, LinearAnatomy
+from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
 from regraft.models.walk import Walk
+from regraft.pruning.base import (
+    NO_STATISTIC,
+    PRUNERS,
+    GradientPruner,
+    InputPruner,
+    Note,
+    Pruner,
+)
+from regraft.pruning.gradients import Progress, layer_gradients
+from regraft.pruning.inputs import Known, Statistics
 
 FORMAT = "regraft-statistics-2"
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class ImportanceStatistics:
-    """One statistic a weight matrix, `LinearAnatomy.key` -> float32 on CPU, for one method.
+    """One statistic a weight matrix, `LinearAnatomy.key` -> float32 on CPU, of one pruner.
 
-    `[in]` for "wanda" and "sparsegpt", `[out, in]` for "snip", nothing for "magnitude".
+    Attributes:
+        method: The pruner's name.
+        values: `[in]` or `[out, in]` each, as its score takes them; none where it reads no data.
+        samples: How many they are of.
     """
 
-    method: Method
+    method: str
     values: Mapping[str, Tensor]
     samples: int
 
-    def of(self, linear: LinearAnatomy) -> Tensor | None:
-        """The statistic of one weight; None for magnitude.
+    def of(self, linear: LinearAnatomy) -> Tensor:
+        """The statistic of one weight; empty where the pruner reads no data.
 
         Raises:
             RegraftError: nothing was gathered for it.
         """
-        if self.method == "magnitude":
-            return None
+        if not PRUNERS.get(self.method).reads_data:
+            return NO_STATISTIC
         if linear.key not in self.values:
             raise RegraftError(
                 f"There are no {self.method} statistics for {linear.key}: its layer did not run on "
@@ -65,32 +73,22 @@ class ImportanceStatistics:
 
     def scorer(self, linear: LinearAnatomy, weight: Tensor) -> Callable[[slice], Tensor]:
         """A function from rows of a weight `[out, in]` to their importance `[rows, in]`."""
-        value = self.of(linear)
+        value, pruner = self.of(linear), PRUNERS.get(self.method)
 
         def importance(rows: slice) -> Tensor:
-            part = value if value is None or value.ndim == 1 else value[rows]
-            on_device = None if part is None else part.to(weight.device)
-            return score(self.method, weight[rows], on_device)
+            part = value if value.ndim == 1 else value[rows]
+            return pruner.score(weight[rows], part.to(weight.device))
 
         return importance
-
-
-def is_kept(method: Method, linear: LinearAnatomy) -> bool:
-    """Whether a statistics file holds this weight: all for Wanda, those of heads for the rest.
-
-    HSR restores inside heads only, and the others' statistics are dear: SNIP's are as large as the
-    weights, SparseGPT's take a Cholesky factorisation of the MLP's width.
-    """
-    return method == "wanda" or linear.role in HEAD_ROLES
 
 
 def gather(
     walk: Walk,
     anatomy: Anatomy,
-    method: Method,
+    pruner: Pruner,
     scratch: Path,
     progress: Progress,
-    note: Callable[[str], None] = lambda _: None,
+    note: Note = lambda _: None,
 ) -> dict[str, Tensor]:
     """Take the samples through the model and make the statistic of every kept weight.
 
@@ -100,11 +98,11 @@ def gather(
     Args:
         walk: The labelled samples, before the first layer.
         anatomy: Of the model.
-        method: Whose statistic.
+        pruner: Whose statistic.
         scratch: A folder for unfinished work.
         progress: Called with the number of samples each time a layer has seen a batch (twice a
-            layer for SNIP).
-        note: Told of a damping of SparseGPT that had to grow.
+            layer for gradients).
+        note: Called with what the pruner has to say.
 
     Returns:
         `LinearAnatomy.key` -> float32 on CPU (pages of the files in `scratch`).
@@ -114,43 +112,49 @@ def gather(
     def part(layer: LayerAnatomy) -> Path:
         return scratch / f"statistics_{layer.index:03d}.safetensors"
 
-    if method != "magnitude" and not all(part(layer).exists() for layer in anatomy.layers):
-        for layer, values in _by_layer(walk, anatomy, method, scratch, progress, note):
+    layers = anatomy.layers if pruner.reads_data else ()
+    if not all(part(layer).exists() for layer in layers):
+        for layer, values in _by_layer(walk, anatomy, pruner, scratch, progress, note):
             if ranks.first():
                 with atomic_file(part(layer)) as temporary:
                     save_file({key: value.cpu() for key, value in values.items()}, temporary)
         ranks.barrier()
-    return {
-        key: value
-        for layer in (anatomy.layers if method != "magnitude" else ())
-        for key, value in load_file(part(layer)).items()
-    }
+    return {key: value for layer in layers for key, value in load_file(part(layer)).items()}
 
 
 def _by_layer(
     walk: Walk,
     anatomy: Anatomy,
-    method: Method,
+    pruner: Pruner,
     scratch: Path,
     progress: Progress,
-    note: Callable[[str], None],
+    note: Note,
 ) -> Iterator[tuple[LayerAnatomy, dict[str, Tensor]]]:
-    if method == "snip":
-        wanted = lambda linear: is_kept(method, linear)  # noqa: E731
-        yield from gradient_magnitudes(walk, anatomy, scratch / "states", wanted, progress)
+    if isinstance(pruner, GradientPruner):
+        backward = layer_gradients(
+            walk, anatomy, scratch / "states", pruner.keeps, progress, add=pruner.accumulate
+        )
+        for layer, values in backward:
+            yield layer, _made(pruner, layer.linears, Known(values), note)
         return
+    assert isinstance(pruner, InputPruner)
     modules = dict(walk.model.network.named_modules())
     for layer in anatomy.layers:
-        linears = {li: modules[li.module] for li in layer.linears if is_kept(method, li)}
-        sums = InputSums(sum_of_squares if method == "wanda" else second_moments)
+        linears = {li: modules[li.module] for li in layer.linears if pruner.keeps(li)}
+        sums = pruner.accumulator()
         with walk.model.layer(layer.index):
-            walk.advance(layer.index, progress, observing(linears, sums))
+            walk.advance(layer.index, progress, sums.observing(linears))
         sums.gather()
-        ran = [linear for linear in linears if linear.key in sums.source]
-        if method == "wanda":
-            yield layer, {linear.key: sums.of(linear)[0].clone() for linear in ran}
-        else:
-            yield layer, {linear.key: f.statistic for linear, f in factors(ran, sums, note=note)}
+        made = _made(pruner, linears, sums, note)
+        # copies, since linears that read one input share its sum, which the file would not take
+        yield layer, {key: value.clone() for key, value in made.items()}
+
+
+def _made(
+    pruner: Pruner, linears: Iterable[LinearAnatomy], found: Statistics, note: Note
+) -> dict[str, Tensor]:
+    ran = [linear for linear in linears if found.ran(linear)]
+    return {linear.key: one for linear, one in pruner.statistics(ran, found, note)}
 
 
 @dataclass(frozen=True)
