@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import pico
 from disk import differing, equal_bytes, shards, tree, write_data
+from methods import method, restored
 from regraft import pipeline, stages
 from regraft.costs import read_costs
 from regraft.data.collate import prompt_batch
@@ -29,13 +30,12 @@ from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import open_source
+from regraft.patch.format import load_patch
 from regraft.recipe import Recipe as RecipeModel
 from regraft.recipe import write_recipe
-from regraft.patch.format import load_patch
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.watch import Silent
 
@@ -138,7 +138,7 @@ def test_pruned_by_someone_else(tmp_path: Path, paper_family: str, dtype: torch.
     stages.statistics(dense, tmp_path / "statistics", calibration, compute)
     settings = method(top_heads=6, q=0.9, p=0.4, p_max=0.9)
     files = tmp_path / "heads", tmp_path / "statistics"
-    patch = stages.realign(dense, pruned, tmp_path / "patch", settings, *files, compute)
+    patch = restored(dense, pruned, tmp_path / "patch", settings, *files, compute)
     assert patch.restored > 50
     assert patch.tensors.keys() <= pruned.checkpoint.tensors.keys()
     stages.apply(theirs, tmp_path / "patch", tmp_path / "realigned")
