@@ -16,7 +16,6 @@ import truth
 from regraft.data.collate import IGNORED, response_batch
 from regraft.importance.gradients import layer_gradients
 from regraft.importance.losses import DecisionLoss
-from regraft.models.placement import resident
 from regraft.methods.gain.objective import (
     MOST_TRIES,
     Try,
@@ -29,6 +28,7 @@ from regraft.methods.gain.objective import (
     worth_of,
 )
 from regraft.methods.ranking import KEPT
+from regraft.models.placement import resident
 
 INF = math.inf
 STEP = 0.01  # norms compute in float32, whatever the model does
