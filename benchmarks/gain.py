@@ -47,15 +47,15 @@ from regraft.data.hold_out import hold_out
 from regraft.data.sources import DataSource, read
 from regraft.importance.losses import DecisionLoss
 from regraft.importance.teacher import final_states
+from regraft.methods.gain.method import HELD_OUT, path_limit
+from regraft.methods.gain.step import Problem, Prompts, Step, held_out_losses, step
+from regraft.methods.ranking import empty
 from regraft.models.checkpoint import write_edited
 from regraft.models.load import Source, load_placed, load_processor, open_source, pick_device
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.pruning.pruner import magnitude_edits, zeros
-from regraft.methods.gain.step import Problem, Prompts, Step, held_out_losses, step
-from regraft.methods.ranking import empty
 from regraft.settings.pruning import PruneSettings
-from regraft.methods.gain.method import HELD_OUT, path_limit
 
 
 def bare(model: PlacedModel, source: Source, data: list[Batch]) -> None:

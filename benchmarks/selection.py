@@ -23,10 +23,11 @@ from rich.table import Table
 from torch import Tensor
 
 from regraft.importance.wanda import wanda_score
+from regraft.methods.selection import Band, blocks_of, hsr_scores
 from regraft.models.anatomy import LayerAnatomy, LinearAnatomy
 from regraft.models.load import pick_device
+from regraft.patch.pair import restorable
 from regraft.pruning.masks import prune_mask
-from regraft.methods.selection import Band, blocks_of, restorable, select_hsr
 
 HEAD = 128
 SHAPES = {"qwen2.5-vl-7b": (28, 28, 4), "vicuna-7b": (32, 32, 32)}  # layers, heads, kv heads
@@ -74,7 +75,8 @@ def main() -> None:
                 return wanda_score(weight[rows], by)
 
             start = _now(device)
-            found = select_hsr(restorable(weight, pruned), scored, useful, blocks, band)
+            scores = hsr_scores(restorable(weight, pruned), scored, useful, blocks, band)
+            found = (scores > -torch.inf).reshape(-1).nonzero().flatten()
             middle = _now(device)
             scored(slice(None)), useful(slice(None))
             end = _now(device)
