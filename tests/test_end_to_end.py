@@ -48,9 +48,16 @@ def _recipe(root: Path, **fields: Any) -> RecipeModel:
         "calibration": {"data": str(root / "data" / "data.jsonl"), "samples": 4},
         "heads": {"r_max": 2},
         "realign": [
-            {"name": "hsr", "top_heads": 4, "q": 0.9},
+            {"method": "hsr", "top_heads": 4, "q": 0.9},
             {"name": "hsr-a", "method": "hsr-a", "top_heads": 2, "checkpoint": False},
-            {"name": "random", "heads": "random", "top_heads": 4, "q": 0.9, "checkpoint": False},
+            {
+                "name": "random",
+                "method": "hsr",
+                "heads": "random",
+                "top_heads": 4,
+                "q": 0.9,
+                "checkpoint": False,
+            },
         ],
         "evaluate": {"suite": str(root / "data" / "data.jsonl"), "max_new_tokens": 3},
         "compute": {"device": "cpu", "batch_size": 3},
@@ -179,7 +186,7 @@ def test_someone_elses_layout_differs(tmp_path: Path) -> None:
 SEVERAL = {
     "prune": [{"sparsity": 0.5}, {"n_m": "2:4", "order": "one-shot", "name": "mine"}],
     "realign": [
-        {"name": "hsr", "top_heads": 4, "q": 0.9},
+        {"method": "hsr", "top_heads": 4, "q": 0.9},
         {"name": "hsr-a", "method": "hsr-a", "top_heads": 2, "checkpoint": False},
     ],
 }
@@ -388,7 +395,7 @@ def test_bundled_model_killed_at_work(tmp_path: Path) -> None:
         "model": "demo",
         "calibration": {"data": "demo:calibration", "samples": 8},
         "prune": {"sparsity": 0.6},
-        "realign": [{"name": "hsr", "top_heads": 16, "q": 0.3}],
+        "realign": [{"method": "hsr", "top_heads": 16, "q": 0.3}],
         "evaluate": {"suite": "demo:test", "max_new_tokens": 4, "limit": 8},
         "compute": {"device": "cpu", "batch_size": 2},
     }
