@@ -22,15 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from regraft.methods.selection import Band, blocks_of, hsr_scores
 from regraft.models.anatomy import LayerAnatomy, LinearAnatomy
 from regraft.models.load import pick_device
-from regraft.pruning.masks import prune_mask
-from regraft.methods.selection import Band, blocks_of, select_hsr
 from regraft.patch.pair import restorable
 from regraft.pruning.masks import Pattern
 from regraft.pruning.pruners.wanda import PLUGIN as WANDA
-from regraft.methods.selection import Band, blocks_of, select_hsr
-from regraft.patch.pair import restorable
 
 HEAD = 128
 SHAPES = {"qwen2.5-vl-7b": (28, 28, 4), "vicuna-7b": (32, 32, 32)}  # layers, heads, kv heads
@@ -78,7 +75,8 @@ def main() -> None:
                 return WANDA.score(weight[rows], by)
 
             start = _now(device)
-            found = select_hsr(restorable(weight, pruned), scored, useful, blocks, band)
+            scores = hsr_scores(restorable(weight, pruned), scored, useful, blocks, band)
+            found = (scores > -torch.inf).reshape(-1).nonzero().flatten()
             middle = _now(device)
             scored(slice(None)), useful(slice(None))
             end = _now(device)

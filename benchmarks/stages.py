@@ -35,19 +35,16 @@ from regraft.data.demo import demo_model
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.evaluation.greedy import contiguous_head
-from regraft.models.load import Source, load_model, load_processor, open_source, placed
+from regraft.loading import collate
+from regraft.methods.gain.method import GainSettings
 from regraft.methods.ranking import load_ranking
+from regraft.models.load import Source, load_model, load_processor, open_source, placed
+from regraft.pruning.base import prune_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.pruning.base import PruneSettings
-from regraft.methods.base import RealignSettings
-from regraft.pruning.base import prune_settings
-from regraft.methods.ranking import load_ranking
-from regraft.methods.base import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.stages.answering import imitation_data
-from regraft.loading import collate
 from regraft.watch import Advance, Silent
 
 NOT_COUNTED = ("Loading", "Writing", "Checking")
@@ -112,11 +109,10 @@ def measured(
     )
     r_max = HeadSettings(r_max=min(5, count // 2))
     stages.heads(source, work / "heads", r_max, calibration, compute, clocks["heads"])
-    gain = RealignSettings(method="gain", count=options.count)
-    patch = work / "gain.safetensors"
-    stages.restore(source, pruned, patch, gain, calibration, compute, clocks["gain, a step"])
-    taken = [load_ranking(path) for path in work.glob("gain*ranking*")]
-    steps = max(1, len(taken[0].about["steps"]))
+    gain, places = GainSettings(count=options.count), stages.Places.beside(work / "gain")
+    restoration = stages.Restoration(source, calibration, compute, watch=clocks["gain, a step"])
+    restoration.restore(pruned, gain, places)
+    steps = max(1, len(load_ranking(places.ranking).about["steps"]))
 
     responses = work / "pruned.responses"
     learnt = stages.calibration_data(

@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 import pico
 import truth
 from disk import tree, write_data
+from methods import method, restored
 from regraft import stages
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
@@ -41,9 +42,6 @@ from regraft.pruning.base import prune_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.pruning.base import PruneSettings
-from regraft.methods.base import MethodSettings
-from regraft.methods.base import RealignSettings
 from regraft.stages import session as sessions
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
@@ -424,9 +422,9 @@ def models_on_disk(tmp_path: Path) -> dict[str, Any]:
     prune = prune_settings(sparsity=0.6)
     pruned = stages.prune(dense, tmp_path / "pruned", prune, calibration, COMPUTE)
     stages.statistics(dense, tmp_path / "statistics", calibration, COMPUTE)
-    realign = method(heads="all", q=0.9)
+    settings = method(heads="all", q=0.9)
     patch = tmp_path / "patch"
-    stages.realign(dense, pruned, patch, realign, None, tmp_path / "statistics", COMPUTE)
+    restored(dense, pruned, patch, settings, None, tmp_path / "statistics", COMPUTE)
     realigned = open_source(stages.apply(pruned.folder, patch, tmp_path / "realigned"))
     return {"dense": dense, "pruned": pruned, "patch": patch, "realigned": realigned, "data": data}
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import pico
 from disk import rewrite, shards, tree, write_data
+from methods import method
 from regraft import preflight, stages
 from regraft.checks import _made_from_demo, check_top_heads
 from regraft.cli import main
@@ -39,9 +40,6 @@ from regraft.pruning.pruners.wanda import Wanda
 from regraft.recipe import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.pruning.base import PruneSettings
-from regraft.methods.base import MethodSettings
-from regraft.methods.base import RealignSettings
 
 FAMILY = "qwen2_5_vl"
 WIDTHS = "rows of 64"

@@ -11,6 +11,7 @@ import torch
 import pico
 import truth
 from disk import write_data
+from methods import method
 from regraft import stages
 from regraft.data.collate import prompt_batch, response_batch
 from regraft.evaluation.generate import generate
@@ -31,7 +32,6 @@ from regraft.pruning.results import LayerResults
 from regraft.pruning.statistics import gather
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.methods.base import MethodSettings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

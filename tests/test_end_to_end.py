@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import pico
 from disk import differing, equal_bytes, shards, tree, write_data
+from methods import method, restored
 from regraft import pipeline, stages
 from regraft.costs import read_costs
 from regraft.data.collate import prompt_batch
@@ -29,13 +30,12 @@ from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import open_source
+from regraft.patch.format import load_patch
 from regraft.recipe import Recipe as RecipeModel
 from regraft.recipe import write_recipe
-from regraft.patch.format import load_patch
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.watch import Silent
 
@@ -48,9 +48,16 @@ def _recipe(root: Path, **fields: Any) -> RecipeModel:
         "calibration": {"data": str(root / "data" / "data.jsonl"), "samples": 4},
         "heads": {"r_max": 2},
         "realign": [
-            {"name": "hsr", "top_heads": 4, "q": 0.9},
+            {"method": "hsr", "top_heads": 4, "q": 0.9},
             {"name": "hsr-a", "method": "hsr-a", "top_heads": 2, "checkpoint": False},
-            {"name": "random", "heads": "random", "top_heads": 4, "q": 0.9, "checkpoint": False},
+            {
+                "name": "random",
+                "method": "hsr",
+                "heads": "random",
+                "top_heads": 4,
+                "q": 0.9,
+                "checkpoint": False,
+            },
         ],
         "evaluate": {"suite": str(root / "data" / "data.jsonl"), "max_new_tokens": 3},
         "compute": {"device": "cpu", "batch_size": 3},
@@ -138,7 +145,7 @@ def test_pruned_by_someone_else(tmp_path: Path, paper_family: str, dtype: torch.
     stages.statistics(dense, tmp_path / "statistics", calibration, compute)
     settings = method(top_heads=6, q=0.9, p=0.4, p_max=0.9)
     files = tmp_path / "heads", tmp_path / "statistics"
-    patch = stages.realign(dense, pruned, tmp_path / "patch", settings, *files, compute)
+    patch = restored(dense, pruned, tmp_path / "patch", settings, *files, compute)
     assert patch.restored > 50
     assert patch.tensors.keys() <= pruned.checkpoint.tensors.keys()
     stages.apply(theirs, tmp_path / "patch", tmp_path / "realigned")
@@ -179,7 +186,7 @@ def test_someone_elses_layout_differs(tmp_path: Path) -> None:
 SEVERAL = {
     "prune": [{"sparsity": 0.5}, {"n_m": "2:4", "order": "one-shot", "name": "mine"}],
     "realign": [
-        {"name": "hsr", "top_heads": 4, "q": 0.9},
+        {"method": "hsr", "top_heads": 4, "q": 0.9},
         {"name": "hsr-a", "method": "hsr-a", "top_heads": 2, "checkpoint": False},
     ],
 }
@@ -388,7 +395,7 @@ def test_bundled_model_killed_at_work(tmp_path: Path) -> None:
         "model": "demo",
         "calibration": {"data": "demo:calibration", "samples": 8},
         "prune": {"sparsity": 0.6},
-        "realign": [{"name": "hsr", "top_heads": 16, "q": 0.3}],
+        "realign": [{"method": "hsr", "top_heads": 16, "q": 0.3}],
         "evaluate": {"suite": "demo:test", "max_new_tokens": 4, "limit": 8},
         "compute": {"device": "cpu", "batch_size": 2},
     }

@@ -14,7 +14,6 @@ from torch.nn import functional as F  # noqa: N812
 
 import truth
 from regraft.data.collate import IGNORED, response_batch
-from regraft.models.placement import resident
 from regraft.methods.gain.objective import (
     MOST_TRIES,
     Try,
@@ -27,8 +26,9 @@ from regraft.methods.gain.objective import (
     worth_of,
 )
 from regraft.methods.ranking import KEPT
-from regraft.methods.ranking import KEPT
 from regraft.methods.teacher import DecisionLoss
+from regraft.models.placement import resident
+from regraft.pruning.gradients import layer_gradients
 
 INF = math.inf
 STEP = 0.01  # norms compute in float32, whatever the model does

@@ -12,14 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import truth
-from regraft.pruning.masks import n_m_mask
-from regraft.patch.groups import Grouping, common_grouping, grouping_of, violated_groups
+from methods import method, restored
 from regraft.patch.format import Patch, TensorPatch
-from regraft.methods.base import MethodSettings
+from regraft.patch.groups import Grouping, common_grouping, grouping_of, violated_groups
 from regraft.pruning.masks import Pattern
-from regraft.patch.groups import Grouping, common_grouping, grouping_of, violated_groups
-from regraft.patch.format import Patch, TensorPatch
-from regraft.methods.base import RealignSettings
 
 
 def most_kept(weight: np.ndarray, m: int) -> int:
@@ -107,7 +103,6 @@ def test_violated_groups_equal_loops(pico_dir, tmp_path: Path) -> None:
 
 
 def test_realign_tells_of_violated_groups(pico_dir, tmp_path: Path) -> None:
-    from regraft import stages
     from regraft.models.checkpoint import write_edited
     from regraft.models.load import open_source
     from regraft.patch.format import load_patch
@@ -120,11 +115,11 @@ def test_realign_tells_of_violated_groups(pico_dir, tmp_path: Path) -> None:
     write_edited(source.checkpoint, tmp_path / "pruned", edits)
     pruned = open_source(tmp_path / "pruned")
     settings = method(heads="all", method="hsr-a")
-    stages.realign(source, pruned, tmp_path / "patch", settings)
+    restored(source, pruned, tmp_path / "patch", settings)
     about = load_patch(tmp_path / "patch").about
     attention = [li for li in source.anatomy.linears if li.name.startswith("self_attn")]
     assert about["n_m"] == "2:4"
     assert about["groups"] == source.anatomy.prunable // 4
     assert about["violated_groups"] == sum(li.shape[0] * li.shape[1] for li in attention) // 4
-    again = stages.realign(source, pruned, tmp_path / "patch", settings)
+    again = restored(source, pruned, tmp_path / "patch", settings)
     assert again.about == about

@@ -23,11 +23,11 @@ from regraft.errors import RegraftError
 from regraft.files import read_json
 from regraft.folder import RunFolder
 from regraft.models.load import open_source
+from regraft.patch.format import load_patch
 from regraft.pruning.base import PRUNERS, prune_settings
 from regraft.pruning.masks import Pattern
 from regraft.recipe import read_recipe
 from regraft.reporting import read_report
-from regraft.patch.format import load_patch
 
 TOY = '''
 """|W_ij| times the sum of |x_j|; the first rows of every matrix stay dense."""

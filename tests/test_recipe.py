@@ -11,9 +11,11 @@ import yaml
 from pydantic import ValidationError
 
 import regraft
+from methods import a_variant, method
 from regraft import recipe_help
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
+from regraft.methods.base import MethodSettings
 from regraft.preflight import unread_in
 from regraft.pruning.base import all_settings, prune_settings
 from regraft.pruning.masks import Pattern
@@ -30,9 +32,6 @@ from regraft.recipe import (
 from regraft.recipe_help import explained_recipe
 from regraft.settings.base import Settings, explain
 from regraft.settings.models import ModelSettings
-from regraft.pruning.base import PruneSettings
-from regraft.methods.base import MethodSettings
-from regraft.methods.base import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 

@@ -20,6 +20,7 @@ import torch
 import killed
 import pico
 from disk import shards, tree, write_data
+from methods import a_variant, method
 from regraft import pipeline, stages
 from regraft.data.sources import DataSource
 from regraft.errors import PassingError, RegraftError
@@ -28,17 +29,14 @@ from regraft.heads.score import load_heads
 from regraft.keys import working
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
+from regraft.patch.format import load_patch
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
 from regraft.pruning.statistics import load_statistics
-from regraft.recipe import EvaluateSettings, Recipe, VariantSettings, read_recipe, write_recipe
-from regraft.patch.format import load_patch
+from regraft.recipe import EvaluateSettings, Recipe, read_recipe, write_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.pruning.base import PruneSettings
-from regraft.methods.base import MethodSettings
-from regraft.methods.base import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.stages import common, patching, pruning, realigning
 

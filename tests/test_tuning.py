@@ -21,6 +21,7 @@ import yaml
 
 import pico
 from disk import tree, write_data
+from methods import a_variant, method
 from regraft import stages
 from regraft.cli import main
 from regraft.data.sources import DataSource
@@ -29,16 +30,14 @@ from regraft.evaluation.results import Estimate, EvalResult
 from regraft.evaluation.tradeoff import Bounds, Cost, Point, Tried, Tuned, best_first
 from regraft.files import read_json
 from regraft.heads.score import load_heads
+from regraft.methods.base import MethodSettings
 from regraft.models.load import open_source
+from regraft.patch.format import load_patch
 from regraft.pruning.base import prune_settings
 from regraft.recipe import VariantSettings
-from regraft.patch.format import load_patch
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.pruning.base import PruneSettings
-from regraft.methods.base import MethodSettings
-from regraft.methods.base import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.stages import tuning, tuning_outcome, tuning_trial

@@ -303,8 +303,8 @@ def by_importance(
 
     def score(index: int, linear: LinearAnatomy, weight: Tensor, free: Tensor) -> Tensor | None:
         blocks = regions(linear)
-        thresholds = band(kept_share(weight, free))
-        if not blocks or thresholds is None:
+        thresholds = band(kept_share(weight, free)) if blocks else None
+        if thresholds is None:
             return None
         scorers = safety.scorer(linear, weight), utility.scorer(linear, weight)
         return ties_drawn(scores(free, *scorers, blocks, thresholds), context.seed, index)

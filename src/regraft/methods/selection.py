@@ -100,7 +100,8 @@ def hsr_scores(
 
     With q below 1 the weights with a score are HSR's set. With q left open, 1, the first k by
     score are its set with the q that selects k, up to weights that come in at the same q. Peak
-    allocation is below three times the float32 matrix: one importance lives at a time.
+    allocation is below three times the float32 matrix where rows are ranked, which goes part by
+    part, below five times for heads and nine for the matrix, which is sorted at once.
 
     Args:
         free: Where a value can be restored, `[out, in]` bool.

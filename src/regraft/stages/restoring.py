@@ -119,7 +119,7 @@ class Restoration:
             statistics=needs.statistics if given.statistics else None,
             positions=needs.positions,
         )
-        read_inputs(self.dense, pruned, made, given)
+        read_inputs(self.dense, pruned, settings, made, given)
         scored, gathered = given.heads is not None, given.statistics is not None
         check_method(
             self.dense,

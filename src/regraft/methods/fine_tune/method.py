@@ -30,6 +30,7 @@ from regraft.methods.fine_tune.adam import TRAINED, Side, SparseAdam, train
 from regraft.methods.random_weights import drawn_by
 from regraft.methods.ranking import KEPT, Ranking, by_linear
 from regraft.methods.teacher import DecisionLoss
+from regraft.methods.ranking import Ranking, by_linear
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
@@ -118,7 +119,7 @@ class FineTune(Method[FineTuneSettings]):
         """The positions, with their trained values; `about` has the loss of each pass.
 
         Raises:
-            RegraftError: the ranking has too few weights, or swaps; training diverges.
+            RegraftError: training diverges.
         """
         chosen = _chosen(settings, context)
         context.work.mkdir(parents=True, exist_ok=True)
@@ -147,23 +148,11 @@ FINE_TUNE = FineTune()
 
 def _chosen(settings: FineTuneSettings, context: Context) -> Ranking:
     """Where values are trained: among weights that are 0 now, and were not in the dense model."""
-    count = settings.how_many(context.survey.restorable)
     if settings.drawn:
         return context.rank_by(drawn_by(settings.head_seed, context.seed))
     if (ranking := context.positions) is None:
         raise RegraftError(f"There is no ranking {settings.positions} to train the weights of.")
-    if (ranking.removed != KEPT).any():
-        raise RegraftError(
-            f"{settings.positions} has swaps, which prune a kept weight for each; give a ranking "
-            "made without --swap."
-        )
-    count = len(ranking) if count is None else count
-    if count > len(ranking):
-        raise RegraftError(
-            f"{settings.positions} has {len(ranking):,} weights, and {count:,} are to be trained. "
-            "Lower --budget or --count, or leave it out to train them all."
-        )
-    return ranking.first(count)
+    return ranking if context.count is None else ranking.first(context.count)
 
 
 @dataclass(frozen=True)
