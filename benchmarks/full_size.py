@@ -30,10 +30,10 @@ from torch import nn
 from regraft import stages
 from regraft.data.collate import batches, response_batch
 from regraft.data.sources import DataSource, read
-from regraft.methods.hsr import HSRSettings
 from regraft.models.load import Source, load_model, load_processor, open_source, pick_device
 from regraft.models.replay import layer_inputs, text_inputs
 from regraft.pruning.base import prune_settings
+from regraft.restoration.methods.hsr import HSRSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import HeadSettings

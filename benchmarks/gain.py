@@ -44,16 +44,16 @@ from regraft.data.collate import Batch, batches, response_batch
 from regraft.data.demo import demo_model
 from regraft.data.example import Example, hold_out
 from regraft.data.sources import DataSource, read
-from regraft.methods.gain.method import HELD_OUT, path_limit
-from regraft.methods.gain.step import Problem, Prompts, Step, held_out_losses, step
-from regraft.methods.ranking import empty
-from regraft.methods.teacher import DecisionLoss, final_states
 from regraft.models.checkpoint import write_edited
 from regraft.models.load import Source, load_placed, load_processor, open_source, pick_device
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import edits_without_data, zeros
+from regraft.restoration.methods.gain.method import HELD_OUT, path_limit
+from regraft.restoration.methods.gain.step import Problem, Prompts, Step, held_out_losses, step
+from regraft.restoration.ranking import empty
+from regraft.restoration.teacher import DecisionLoss, final_states
 
 
 def bare(model: PlacedModel, source: Source, data: list[Batch]) -> None:

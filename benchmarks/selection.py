@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from regraft.methods.selection import Band, blocks_of, hsr_scores
 from regraft.models.anatomy import LayerAnatomy, LinearAnatomy
 from regraft.models.load import pick_device
 from regraft.patch.pair import restorable
 from regraft.pruning.masks import Pattern
 from regraft.pruning.pruners.wanda import PLUGIN as WANDA
+from regraft.restoration.selection import Band, blocks_of, hsr_scores
 
 HEAD = 128
 SHAPES = {"qwen2.5-vl-7b": (28, 28, 4), "vicuna-7b": (32, 32, 32)}  # layers, heads, kv heads

@@ -36,10 +36,10 @@ from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.evaluation.greedy import contiguous_head
 from regraft.loading import collate
-from regraft.methods.gain.method import GainSettings
-from regraft.methods.ranking import load_ranking
 from regraft.models.load import Source, load_model, load_processor, open_source, placed
 from regraft.pruning.base import prune_settings
+from regraft.restoration.methods.gain.method import GainSettings
+from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings

@@ -19,12 +19,12 @@ from regraft import pipeline, stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.files import file_digest
-from regraft.methods.fine_tune import method as fine_tuning
-from regraft.methods.fine_tune.adam import is_trained
-from regraft.methods.ranking import Ranking, load_ranking, save_ranking
 from regraft.models.load import open_source
 from regraft.patch.format import Patch, load_patch
 from regraft.recipe import Recipe
+from regraft.restoration.methods.fine_tune import method as fine_tuning
+from regraft.restoration.methods.fine_tune.adam import is_trained
+from regraft.restoration.ranking import Ranking, load_ranking, save_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 

@@ -23,13 +23,6 @@ from regraft.data.example import Example, Reading, hold_out
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
-from regraft.methods.base import MethodSettings
-from regraft.methods.gain import method as gaining
-from regraft.methods.gain import objective as gain
-from regraft.methods.gain import step as gain_step
-from regraft.methods.gain.path import REASONS, path_to_json
-from regraft.methods.gain.step import Losses
-from regraft.methods.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.patch.apply import patched
@@ -38,6 +31,13 @@ from regraft.patch.pair import restorable
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
 from regraft.recipe import Recipe
+from regraft.restoration.base import MethodSettings
+from regraft.restoration.methods.gain import method as gaining
+from regraft.restoration.methods.gain import objective as gain
+from regraft.restoration.methods.gain import step as gain_step
+from regraft.restoration.methods.gain.path import REASONS, path_to_json
+from regraft.restoration.methods.gain.step import Losses
+from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import imitation_data
@@ -221,7 +221,7 @@ def test_other_ends(end, benches, tmp_path, monkeypatch):
     if end == "candidates":
         monkeypatch.setattr(gain_step, "worth_of", lambda safety, _: torch.full_like(safety, -INF))
     else:
-        monkeypatch.setattr("regraft.methods.gain.method.path_limit", lambda _: 2)
+        monkeypatch.setattr("regraft.restoration.methods.gain.method.path_limit", lambda _: 2)
     found = benches("llama").rank(tmp_path / "ranking", watch=Told())
     assert found.about["end"] == end
     assert len(found) == (0 if end == "candidates" else 2)

@@ -12,7 +12,6 @@ from torch.nn import functional as F  # noqa: N812
 import truth
 from regraft.data.collate import batches, response_batch
 from regraft.errors import PassingError
-from regraft.methods.teacher import DecisionLoss, final_states, losses_together, response_losses
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.pruning import gradients
@@ -23,6 +22,7 @@ from regraft.pruning.gradients import (
     signed,
     signed_and_squared,
 )
+from regraft.restoration.teacher import DecisionLoss, final_states, losses_together, response_losses
 
 SOME = ("qwen2_vl", "mllama", "gemma3", "llama")
 

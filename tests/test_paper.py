@@ -14,10 +14,10 @@ from methods import method, restored
 from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.methods.base import Method
 from regraft.models.load import open_source
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
+from regraft.restoration.base import Method
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings

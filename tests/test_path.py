@@ -11,9 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regraft.errors import RegraftError
-from regraft.methods.gain.objective import Try
-from regraft.methods.gain.path import GainPath, Passed, path_to_json, read_path
-from regraft.methods.gain.step import Losses
 from regraft.report.compare import Run, compare
 from regraft.report.model import Report, SharedPath, comparisons
 from regraft.report.path_figure import (
@@ -26,6 +23,9 @@ from regraft.report.path_figure import (
 from regraft.report.paths import StepRow, ending, step_rows
 from regraft.report.write import render_html, render_markdown, report_to_json
 from regraft.report.write_compare import render_comparison_html
+from regraft.restoration.methods.gain.objective import Try
+from regraft.restoration.methods.gain.path import GainPath, Passed, path_to_json, read_path
+from regraft.restoration.methods.gain.step import Losses
 from test_compare import RUNS
 from test_report import REPORT, Outline, svg_texts
 

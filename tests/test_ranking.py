@@ -24,9 +24,16 @@ from methods import method, restored
 from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.methods.base import MethodSettings
-from regraft.methods.gain.step import weights_of
-from regraft.methods.ranking import (
+from regraft.models.checkpoint import open_checkpoint
+from regraft.models.load import Source, open_source
+from regraft.patch.apply import patched
+from regraft.patch.format import load_patch
+from regraft.patch.pair import restorable
+from regraft.pruning.prune import zeros
+from regraft.pruning.statistics import load_statistics
+from regraft.restoration.base import MethodSettings
+from regraft.restoration.methods.gain.step import weights_of
+from regraft.restoration.ranking import (
     KEPT,
     Best,
     Edits,
@@ -37,14 +44,7 @@ from regraft.methods.ranking import (
     put,
     save_ranking,
 )
-from regraft.methods.selection import blocks_of, inside
-from regraft.models.checkpoint import open_checkpoint
-from regraft.models.load import Source, open_source
-from regraft.patch.apply import patched
-from regraft.patch.format import load_patch
-from regraft.patch.pair import restorable
-from regraft.pruning.prune import zeros
-from regraft.pruning.statistics import load_statistics
+from regraft.restoration.selection import blocks_of, inside
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import HeadSettings

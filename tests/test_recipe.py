@@ -15,7 +15,6 @@ from methods import a_variant, method
 from regraft import recipe_help
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.methods.base import MethodSettings
 from regraft.preflight import unread_in
 from regraft.pruning.base import all_settings, prune_settings
 from regraft.pruning.masks import Pattern
@@ -30,6 +29,7 @@ from regraft.recipe import (
     write_recipe,
 )
 from regraft.recipe_help import explained_recipe
+from regraft.restoration.base import MethodSettings
 from regraft.settings.base import Settings, explain
 from regraft.settings.models import ModelSettings
 from regraft.settings.scoring import HeadSettings

@@ -22,16 +22,16 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.heads.score import Scoring, load_heads, score_heads
 from regraft.heads.ships import first_feature_angles
-from regraft.methods.hsr_released import (
-    P_MAX,
-    released_block,
-    released_scores,
-)
-from regraft.methods.selection import Band
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
 from regraft.pruning.base import prune_settings
 from regraft.pruning.statistics import load_statistics
+from regraft.restoration.methods.hsr_released import (
+    P_MAX,
+    released_block,
+    released_scores,
+)
+from regraft.restoration.selection import Band
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import HeadSettings

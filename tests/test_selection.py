@@ -16,11 +16,15 @@ from hypothesis.extra import numpy as hnp
 
 import truth
 from regraft.errors import RegraftError
-from regraft.methods import selection
-from regraft.methods.base import Context
-from regraft.methods.hsr import by_importance, regions_of
-from regraft.methods.ranking import patch_of
-from regraft.methods.selection import (
+from regraft.models.anatomy import Block
+from regraft.patch.pair import check_pair, restorable, restored_by_module, survey
+from regraft.pruning.pruners.wanda import PLUGIN as WANDA
+from regraft.pruning.statistics import SavedStatistics
+from regraft.restoration import selection
+from regraft.restoration.base import Context
+from regraft.restoration.methods.hsr import by_importance, regions_of
+from regraft.restoration.ranking import patch_of
+from regraft.restoration.selection import (
     Band,
     all_heads,
     blocks_of,
@@ -33,10 +37,6 @@ from regraft.methods.selection import (
     ties_drawn,
     top,
 )
-from regraft.models.anatomy import Block
-from regraft.patch.pair import check_pair, restorable, restored_by_module, survey
-from regraft.pruning.pruners.wanda import PLUGIN as WANDA
-from regraft.pruning.statistics import SavedStatistics
 from regraft.settings.compute import ComputeSettings
 from regraft.watch import Silent
 
@@ -440,7 +440,7 @@ import resource, sys
 import torch
 from regraft.pruning.pruners.wanda import PLUGIN as WANDA
 from regraft.models.anatomy import Block
-from regraft.methods.selection import Band, hsr_scores
+from regraft.restoration.selection import Band, hsr_scores
 
 def peak():
     """Bytes. Linux hands ru_maxrss of a large parent down to its child; VmHWM starts anew."""

@@ -33,13 +33,13 @@ from regraft.evaluation.tradeoff import (
     read_curve,
 )
 from regraft.files import read_json
-from regraft.methods.base import MethodSettings
 from regraft.models.anatomy import decoder_layers
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.patch.format import load_patch
 from regraft.recipe import Recipe
 from regraft.report.curve_figure import CURVES_CAPTION
+from regraft.restoration.base import MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings

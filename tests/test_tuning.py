@@ -30,11 +30,11 @@ from regraft.evaluation.results import Estimate, EvalResult
 from regraft.evaluation.tradeoff import Bounds, Cost, Point, Tried, Tuned, best_first
 from regraft.files import read_json
 from regraft.heads.score import load_heads
-from regraft.methods.base import MethodSettings
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
 from regraft.pruning.base import prune_settings
 from regraft.recipe import VariantSettings
+from regraft.restoration.base import MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings

@@ -27,10 +27,10 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.results import EvalResult
 from regraft.heads.score import HeadScores
-from regraft.methods.base import DEFAULT, method_named
 from regraft.models.load import Source, open_source
 from regraft.patch.format import Patch
 from regraft.pruning.base import PruneSettings
+from regraft.restoration.base import DEFAULT, METHODS
 from regraft.settings.base import Settings, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -122,7 +122,7 @@ def realign(
         RegraftError: bad input.
     """
     found = _Given({"method": method, **settings})
-    own = found.of(method_named(method).Settings)
+    own = found.of(METHODS.get(method).Settings)
     scoring, data, compute = found.of(HeadSettings), found.calibration(), found.of(ComputeSettings)
     found.finish()
     before, after, places = _opened(dense, compute), _opened(pruned, compute), Path(out)

@@ -11,12 +11,12 @@ from regraft import ranks
 from regraft.errors import RegraftError
 from regraft.folder import study_runs
 from regraft.keys import but_for_rounding, difference
-from regraft.methods.base import settings_in
 from regraft.report.compare import Run, Study
 from regraft.report.compare import compare as compare_runs
 from regraft.report.model import Report
 from regraft.report.write_compare import write_comparison
 from regraft.reporting import read_report
+from regraft.restoration.base import settings_in
 
 
 def compare(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> Study:

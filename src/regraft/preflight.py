@@ -24,13 +24,13 @@ from regraft.files import require_space
 from regraft.folder import RunFolder
 from regraft.keys import unfinished_bytes
 from regraft.loading import check_shares
-from regraft.methods.base import needs_of
-from regraft.methods.ranking import load_ranking
 from regraft.models.load import Source, check_split, load_processor, open_source
 from regraft.patch.pair import check_pair
 from regraft.pruning.base import PRUNERS, GradientPruner, PruneSettings, prune_settings
 from regraft.recipe import Recipe
 from regraft.reporting import model_folder
+from regraft.restoration.base import needs_of
+from regraft.restoration.ranking import load_ranking
 from regraft.settings.scoring import HeadSettings
 from regraft.stages.evaluating import check_for_vllm
 from regraft.stages.needing import check_method, learnt_by

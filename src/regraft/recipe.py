@@ -30,14 +30,14 @@ from regraft.data.sources import DataSource
 from regraft.data.storage import is_on_hub
 from regraft.errors import RegraftError
 from regraft.files import digest
-from regraft.methods.base import (
+from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, refuse_broken
+from regraft.restoration.base import (
     DEFAULT,
+    METHODS,
     MethodSettings,
-    method_named,
     needs_of,
     own_settings,
 )
-from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, refuse_broken
 from regraft.settings.base import Settings, by_method, checked_name, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -191,7 +191,7 @@ def variant_class(method: str) -> type[VariantSettings]:
     Raises:
         RegraftError: there is no such method.
     """
-    bases: Any = (method_named(method).Settings, VariantSettings)
+    bases: Any = (METHODS.get(method).Settings, VariantSettings)
     own: type[VariantSettings] = _create_model(f"variant-{method}", __base__=bases)
     return own
 

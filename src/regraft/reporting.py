@@ -18,10 +18,6 @@ from regraft.evaluation.tradeoff import read_curve
 from regraft.files import read_json
 from regraft.folder import RECIPE_FILE, RunFolder
 from regraft.heads.score import HeadScores, load_heads
-from regraft.methods.base import method_of, needs_of
-from regraft.methods.fine_tune.adam import TRAINED_VALUES, is_trained
-from regraft.methods.gain.path import read_path
-from regraft.methods.ranking import load_ranking
 from regraft.models.load import open_source
 from regraft.passes import passes_of_defence, passes_of_variant
 from regraft.patch.format import load_patch
@@ -31,6 +27,10 @@ from regraft.pruning.statistics import load_statistics
 from regraft.recipe import PruningSettings, Recipe, read_recipe
 from regraft.report.model import DataAccount, HeadMap, Report, SharedPath, Variant
 from regraft.report.write import write_report
+from regraft.restoration.base import method_of, needs_of
+from regraft.restoration.methods.fine_tune.adam import TRAINED_VALUES, is_trained
+from regraft.restoration.methods.gain.path import read_path
+from regraft.restoration.ranking import load_ranking
 from regraft.settings.defending import DefenceSettings
 from regraft.stages import Evaluation
 

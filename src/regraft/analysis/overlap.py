@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from regraft.methods.selection import RankingScope, top
 from regraft.models.load import Source
 from regraft.pruning.statistics import SavedStatistics
+from regraft.restoration.selection import RankingScope, top
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from regraft.errors import RegraftError
 from regraft.files import atomic_folder, require_new, write_json, write_text
 from regraft.folder import RunFolder
 from regraft.heads.score import load_heads
-from regraft.methods.selection import RankingScope
 from regraft.models.load import Source, open_source
 from regraft.pruning.statistics import load_statistics
 from regraft.recipe import Recipe, read_recipe
 from regraft.report.drawing import standalone
 from regraft.reporting import model_folder, read_report
+from regraft.restoration.selection import RankingScope
 from regraft.watch import Watch
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from regraft import pipeline
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
-from regraft.methods.base import method_of
 from regraft.recipe import Recipe, pruning_settings, variant
 from regraft.report.model import Report, Variant
+from regraft.restoration.base import method_of
 from regraft.watch import Watch
 
 

@@ -31,10 +31,10 @@ from regraft.evaluation.results import Answer, Estimate, TextResult
 from regraft.evaluation.significance import holm, paired_exact
 from regraft.evaluation.summary import alike, group_similarities
 from regraft.evaluation.tradeoff import Searched
-from regraft.methods.base import settings_in
-from regraft.methods.gain.path import GainPath
 from regraft.report.addresses import short_names
 from regraft.report.model import SIGNIFICANCE, Report, Variant, paired_answers
+from regraft.restoration.base import settings_in
+from regraft.restoration.methods.gain.path import GainPath
 
 Role = Literal["dense", "pruned", "method"]
 Counts = NDArray[np.int64]

@@ -17,7 +17,7 @@ from regraft.evaluation.results import Answer, Estimate, EvalResult
 from regraft.evaluation.significance import PairedTest, mcnemar
 from regraft.evaluation.tradeoff import Searched
 from regraft.evaluation.verdicts import Agreement, Judged
-from regraft.methods.gain.path import GainPath
+from regraft.restoration.methods.gain.path import GainPath
 
 SIGNIFICANCE = 0.05
 Role = Literal["dense", "pruned", "realigned", "control", "other"]

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from regraft.methods.gain.path import GainPath
 from regraft.report.drawing import PAPER, SERIES, legend_below, panels_height, to_svg
+from regraft.restoration.methods.gain.path import GainPath
 
 Points = tuple[tuple[int, float], ...]  # (weights restored, loss in nats)
 _HELD_OUT, _CALIBRATION, _TRY = SERIES[2], SERIES[0], SERIES[3]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from regraft.methods.gain.path import REASONS, GainPath
 from regraft.report.words import DASH
+from regraft.restoration.methods.gain.path import REASONS, GainPath
 
 PATHS_CAPTION = (
     "Mean loss along the path of gain, safety and utility together, in nats. Calibration: prompts "

@@ -23,7 +23,6 @@ from regraft.evaluation.results import Estimate, EvalResult, TextResult, result_
 from regraft.evaluation.tradeoff import Searched, curve_to_json
 from regraft.evaluation.verdicts import Judged
 from regraft.files import write_json, write_text
-from regraft.methods.gain.path import path_to_json
 from regraft.report import spent, words
 from regraft.report.addresses import file_names, public_suite, short_names, suites_of
 from regraft.report.all_answers import answer_data
@@ -41,6 +40,7 @@ from regraft.report.model import Comparison, Report, Variant, comparisons, measu
 from regraft.report.path_figure import path_figure
 from regraft.report.paths import PATHS_CAPTION, ending, step_rows
 from regraft.report.thumbnails import thumbnail
+from regraft.restoration.methods.gain.path import path_to_json
 
 ANSWER_LENGTH, PROMPT_LENGTH = 1200, 400
 DEGENERATE = "degenerate"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from regraft.errors import RegraftError
-from regraft.methods.base import MethodSettings, needs_of
+from regraft.restoration.base import MethodSettings, needs_of
 from regraft.settings.base import Settings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import HeadSettings

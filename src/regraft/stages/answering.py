@@ -30,8 +30,8 @@ from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import write_text
 from regraft.keys import describe, is_done, working
 from regraft.loading import load
-from regraft.methods.teacher import TOKEN_WEIGHTS
 from regraft.models.load import Source
+from regraft.restoration.teacher import TOKEN_WEIGHTS
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.watch import Watch

@@ -14,11 +14,11 @@ from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.heads.score import load_heads
 from regraft.keys import describe, is_done, working
-from regraft.methods.base import Context, MethodSettings, Needs, method_of
-from regraft.methods.ranking import KEPT, Ranking, load_ranking, save_ranking
 from regraft.models.load import Source
 from regraft.patch.pair import Survey, check_pair, survey
 from regraft.pruning.statistics import load_statistics
+from regraft.restoration.base import Context, MethodSettings, Needs, method_of
+from regraft.restoration.ranking import KEPT, Ranking, load_ranking, save_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import beside, imitation_data

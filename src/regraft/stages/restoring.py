@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from regraft.evaluation.tradeoff import read_curve
-from regraft.methods.base import MethodSettings, Needs, needs_of, own_settings
 from regraft.models.load import Source, check_split
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import check_pair
+from regraft.restoration.base import MethodSettings, Needs, needs_of, own_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings

@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from regraft.methods.base import (
+from regraft.models.load import Source
+from regraft.restoration.base import (
     AlwaysBudgeted,
     Between,
     Context,
@@ -19,10 +20,9 @@ from regraft.methods.base import (
     Needs,
     Space,
 )
-from regraft.methods.hsr import by_importance
-from regraft.methods.ranking import Ranking
-from regraft.methods.selection import Band, hsr_scores, whole
-from regraft.models.load import Source
+from regraft.restoration.methods.hsr import by_importance
+from regraft.restoration.ranking import Ranking
+from regraft.restoration.selection import Band, hsr_scores, whole
 
 
 class SetDifferenceSettings(AlwaysBudgeted):
@@ -74,4 +74,4 @@ class SetDifference(Method[SetDifferenceSettings]):
         }
 
 
-SET_DIFFERENCE = SetDifference()
+PLUGIN = SetDifference()

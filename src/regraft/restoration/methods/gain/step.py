@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from regraft import ranks
-from regraft.methods.gain.objective import (
+from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
+from regraft.models.load import Source
+from regraft.models.placement import PlacedModel
+from regraft.models.walk import Walk
+from regraft.patch.groups import grouping_of
+from regraft.patch.pair import restorable
+from regraft.pruning.gradients import Loss, layer_gradients, signed, signed_and_squared
+from regraft.restoration.methods.gain.objective import (
     Try,
     first_order_limit,
     gain,
@@ -20,15 +27,8 @@ from regraft.methods.gain.objective import (
     swaps_in_rows,
     worth_of,
 )
-from regraft.methods.ranking import Best, Edits, Ranking
-from regraft.methods.teacher import DecisionLoss, losses_together
-from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
-from regraft.models.load import Source
-from regraft.models.placement import PlacedModel
-from regraft.models.walk import Walk
-from regraft.patch.groups import grouping_of
-from regraft.patch.pair import restorable
-from regraft.pruning.gradients import Loss, layer_gradients, signed, signed_and_squared
+from regraft.restoration.ranking import Best, Edits, Ranking
+from regraft.restoration.teacher import DecisionLoss, losses_together
 
 Progress = Callable[[int], None]
 _SWAPS_IN_A_ROW = 64

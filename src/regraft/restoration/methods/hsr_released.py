@@ -17,19 +17,19 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from regraft.methods.base import Between, Context, Method, MethodSettings, Needs, Space
-from regraft.methods.hsr import (
+from regraft.models.anatomy import HEAD_ROLES, Anatomy, Block, LayerAnatomy, LinearAnatomy
+from regraft.models.load import Source
+from regraft.pruning.masks import count_of, smallest
+from regraft.restoration.base import Between, Context, Method, MethodSettings, Needs, Space
+from regraft.restoration.methods.hsr import (
     ByImportance,
     by_importance,
     chosen_heads,
     heads_space,
     score_label,
 )
-from regraft.methods.ranking import Ranking
-from regraft.methods.selection import Band, Head, Scorer, inside, rank_share
-from regraft.models.anatomy import HEAD_ROLES, Anatomy, Block, LayerAnatomy, LinearAnatomy
-from regraft.models.load import Source
-from regraft.pruning.masks import count_of, smallest
+from regraft.restoration.ranking import Ranking
+from regraft.restoration.selection import Band, Head, Scorer, inside, rank_share
 
 P_MAX = 0.7  # the default of the released function, to which `--max_p` is never passed
 
@@ -151,4 +151,4 @@ class HSRReleased(Method[HSRReleasedSettings]):
         return found | heads_space(settings, dense)
 
 
-HSR_RELEASED = HSRReleased()
+PLUGIN = HSRReleased()

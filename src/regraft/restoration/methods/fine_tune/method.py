@@ -18,7 +18,11 @@ from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
 from regraft.loading import check_shares, each_of_share, load_for_walk, write_teacher
-from regraft.methods.base import (
+from regraft.models.load import Source
+from regraft.models.placement import PlacedModel
+from regraft.models.walk import Walk
+from regraft.pruning.gradients import require_gradients
+from regraft.restoration.base import (
     DEFAULT_BUDGET,
     Budgeted,
     Context,
@@ -26,15 +30,10 @@ from regraft.methods.base import (
     MethodSettings,
     Needs,
 )
-from regraft.methods.fine_tune.adam import TRAINED, Side, SparseAdam, train
-from regraft.methods.random_weights import drawn_by
-from regraft.methods.ranking import KEPT, Ranking, by_linear
-from regraft.methods.teacher import DecisionLoss
-from regraft.methods.ranking import Ranking, by_linear
-from regraft.models.load import Source
-from regraft.models.placement import PlacedModel
-from regraft.models.walk import Walk
-from regraft.pruning.gradients import require_gradients
+from regraft.restoration.methods.fine_tune.adam import TRAINED, Side, SparseAdam, train
+from regraft.restoration.methods.random import drawn_by
+from regraft.restoration.ranking import Ranking, by_linear
+from regraft.restoration.teacher import DecisionLoss
 from regraft.settings.compute import ComputeSettings
 
 RANDOM = "random"  # positions that are drawn
@@ -143,7 +142,7 @@ class FineTune(Method[FineTuneSettings]):
         return f"fine-tuned, {where}: trained values"
 
 
-FINE_TUNE = FineTune()
+PLUGIN = FineTune()
 
 
 def _chosen(settings: FineTuneSettings, context: Context) -> Ranking:

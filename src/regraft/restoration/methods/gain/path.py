@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from regraft.errors import RegraftError
-from regraft.methods.gain.objective import Try
-from regraft.methods.gain.step import Losses, Step
+from regraft.restoration.methods.gain.objective import Try
+from regraft.restoration.methods.gain.step import Losses, Step
 
 End = Literal["limit", "held-out", "candidates"]
 REASONS: Mapping[End, str] = {

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field
 from torch import Tensor
 
-from regraft.methods.base import AlwaysBudgeted, Context, Method, MethodSettings
-from regraft.methods.ranking import Ranking
-from regraft.methods.selection import random_scores
+from regraft.restoration.base import AlwaysBudgeted, Context, Method, MethodSettings
+from regraft.restoration.ranking import Ranking
+from regraft.restoration.selection import random_scores
 
 
 class RandomSettings(AlwaysBudgeted):
@@ -50,4 +50,4 @@ def drawn_by(head_seed: int, calibration_seed: int) -> Callable[..., Tensor]:
     return lambda index, _linear, _weight, free: random_scores(free, seed, index)
 
 
-RANDOM = RandomWeights()
+PLUGIN = RandomWeights()

@@ -1,4 +1,4 @@
-"""Hierarchical Safety Realignment (Li et al. 2025, arXiv 2505.16104, section 3), and HSR-a.
+"""Hierarchical Safety Realignment (Li et al. 2025, arXiv 2505.16104, section 3).
 
     heads <- the h heads without which answers to harmful prompts change most (Ships)
     for each of their query, key, value and output weights W:
@@ -21,7 +21,11 @@ from torch import Tensor
 
 from regraft.errors import RegraftError
 from regraft.heads.score import Criterion, HeadScores
-from regraft.methods.base import (
+from regraft.models.anatomy import Block, LinearAnatomy
+from regraft.models.load import Source
+from regraft.pruning.base import PRUNERS, ScoreName
+from regraft.pruning.statistics import ImportanceStatistics
+from regraft.restoration.base import (
     Between,
     Budgeted,
     Context,
@@ -31,24 +35,19 @@ from regraft.methods.base import (
     Needs,
     Space,
 )
-from regraft.methods.ranking import Ranking, WeightScore
-from regraft.methods.selection import (
+from regraft.restoration.ranking import Ranking, WeightScore
+from regraft.restoration.selection import (
     Band,
     Head,
     RankingScope,
     Scorer,
     all_heads,
     blocks_of,
-    everything,
     hsr_scores,
     kept_share,
     random_heads,
     ties_drawn,
 )
-from regraft.models.anatomy import Block, LinearAnatomy
-from regraft.models.load import Source
-from regraft.pruning.base import PRUNERS, ScoreName
-from regraft.pruning.statistics import ImportanceStatistics
 
 MARGIN = 0.2  # p_max - p in the paper
 Regions = Callable[[LinearAnatomy], Sequence[Block]]
@@ -168,12 +167,6 @@ class HSRSettings(ByImportance):
         return Band(self.open_q, p, p_max, self.scope) if p < p_max else None
 
 
-class HSRASettings(InHeads):
-    """HSR-a: whole heads."""
-
-    method: Literal["hsr-a"] = "hsr-a"
-
-
 class HSRMethod(Method[HSRSettings]):
     """HSR as the paper defines it."""
 
@@ -206,36 +199,6 @@ class HSRMethod(Method[HSRSettings]):
             "scope": ("row", "matrix", "head"),
         }
         return found | heads_space(settings, dense)
-
-
-class HSRAMethod(Method[HSRASettings]):
-    """HSR-a, the paper's ablation: everything that pruning took from the heads."""
-
-    name: ClassVar[str] = "hsr-a"
-    Settings: ClassVar[type[MethodSettings]] = HSRASettings
-    reads_heads: ClassVar[bool] = True
-
-    def needs(self, settings: HSRASettings) -> Needs:
-        """Scored heads."""
-        return settings.of_heads
-
-    def rank(self, settings: HSRASettings, context: Context) -> Ranking:
-        """All weights of the heads, in the order of the network."""
-        heads = chosen_heads(context.dense, settings, context.heads)
-        regions = regions_of(context.dense, heads)
-
-        def score(_index: int, linear: LinearAnatomy, _weight: Tensor, free: Tensor) -> Tensor:
-            return everything(free, regions(linear))
-
-        return context.rank_by(score, heads)
-
-    def label(self, settings: HSRASettings) -> str:
-        """What tables call it."""
-        return f"HSR-A, {settings.heads_label}"
-
-    def space(self, settings: HSRASettings, dense: Source, kept: float) -> Space:
-        """How many heads, and by what they are chosen."""
-        return heads_space(settings, dense)
 
 
 def heads_space(settings: InHeads, dense: Source) -> Space:
@@ -312,5 +275,4 @@ def by_importance(
     return score
 
 
-HSR = HSRMethod()
-HSR_A = HSRAMethod()
+PLUGIN = HSRMethod()

@@ -17,14 +17,13 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from pydantic import Field, model_validator
 
 from regraft.data.example import Reading
-from regraft.errors import RegraftError
 from regraft.heads.score import Criterion, HeadScores
-from regraft.methods.ranking import Ranking, WeightScore, rank
 from regraft.models.load import Source, pick_device
 from regraft.patch.pair import Survey
-from regraft.plugins import Registry
 from regraft.pruning.base import PRUNERS, GradientPruner
 from regraft.pruning.statistics import SavedStatistics
+from regraft.registry import Registry
+from regraft.restoration.ranking import Ranking, WeightScore, rank
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 from regraft.watch import Watch
@@ -281,37 +280,18 @@ class Method(ABC, Generic[S]):
         return {}
 
 
-METHODS = Registry(
+METHODS: Registry[Method[Any]] = Registry(
     "restoration method",
+    "regraft.restoration.methods",
     "regraft.methods",
-    {
-        "gain": "regraft.methods.gain.method:GAIN",
-        "hsr": "regraft.methods.hsr:HSR",
-        "hsr-a": "regraft.methods.hsr:HSR_A",
-        "hsr-released": "regraft.methods.hsr_released:HSR_RELEASED",
-        "set-difference": "regraft.methods.set_difference:SET_DIFFERENCE",
-        "random": "regraft.methods.random_weights:RANDOM",
-        "fine-tune": "regraft.methods.fine_tune.method:FINE_TUNE",
-    },
+    Method,  # type: ignore[type-abstract]
 )
 DEFAULT = "gain"
 
 
 def method_of(settings: MethodSettings) -> Method[Any]:
     """The method that these are settings of."""
-    return method_named(settings.method)
-
-
-def method_named(name: str) -> Method[Any]:
-    """The method of this name.
-
-    Raises:
-        RegraftError: there is none.
-    """
-    found = METHODS.load(name)
-    if not isinstance(found, Method):
-        raise RegraftError(f"The restoration method {name!r} is {found!r}, not a Method object.")
-    return found
+    return METHODS.get(settings.method)
 
 
 def needs_of(settings: MethodSettings) -> Needs:
@@ -331,5 +311,5 @@ def settings_in(content: Mapping[str, Any]) -> MethodSettings:
     Raises:
         RegraftError: there is no such method.
     """
-    own = method_named(content.get("method", DEFAULT)).Settings
+    own = METHODS.get(content.get("method", DEFAULT)).Settings
     return own(**{name: content[name] for name in own.model_fields if name in content})

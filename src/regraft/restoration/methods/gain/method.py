@@ -22,7 +22,11 @@ from regraft.loading import (
     load_for_walk,
     write_teacher,
 )
-from regraft.methods.base import (
+from regraft.models.load import Source
+from regraft.models.placement import PlacedModel
+from regraft.models.walk import Walk
+from regraft.pruning.gradients import require_gradients
+from regraft.restoration.base import (
     DEFAULT_BUDGET,
     AlwaysBudgeted,
     Context,
@@ -30,9 +34,16 @@ from regraft.methods.base import (
     MethodSettings,
     Needs,
 )
-from regraft.methods.gain.objective import MOST_TRIES
-from regraft.methods.gain.path import REASONS, End, GainPath, Passed, path_to_json, read_path
-from regraft.methods.gain.step import (
+from regraft.restoration.methods.gain.objective import MOST_TRIES
+from regraft.restoration.methods.gain.path import (
+    REASONS,
+    End,
+    GainPath,
+    Passed,
+    path_to_json,
+    read_path,
+)
+from regraft.restoration.methods.gain.step import (
     Losses,
     Problem,
     Prompts,
@@ -41,12 +52,8 @@ from regraft.methods.gain.step import (
     step,
     weights_of,
 )
-from regraft.methods.ranking import Ranking, empty, load_ranking, put, save_ranking
-from regraft.methods.teacher import DecisionLoss
-from regraft.models.load import Source
-from regraft.models.placement import PlacedModel
-from regraft.models.walk import Walk
-from regraft.pruning.gradients import require_gradients
+from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
+from regraft.restoration.teacher import DecisionLoss
 from regraft.settings.compute import ComputeSettings
 from regraft.watch import Watch
 
@@ -135,7 +142,7 @@ class Gain(Method[GainSettings]):
         return "gain, swapped" if settings.swap else "gain"
 
 
-GAIN = Gain()
+PLUGIN = Gain()
 
 
 def _restore(context: Context, swap: bool, most: int) -> Ranking:
