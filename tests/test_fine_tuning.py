@@ -19,7 +19,7 @@ from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.models.load import open_source
 from regraft.recipe import Recipe
-from regraft.report.compare import is_drawn
+from regraft.report.pooling import is_drawn
 from regraft.restoration.fine_tune import is_trained
 from regraft.restoration.patch import Patch, load_patch
 from regraft.restoration.ranking import Ranking, load_ranking, save_ranking
@@ -249,7 +249,7 @@ def run(root: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_run_says_that_values_are_trained(run: Path) -> None:
-    read = pipeline.report(run)
+    read = pipeline.report(run).runs[0]
     labels = {one.name: one for one in read.variants}
     assert labels["there"].label == "there (fine-tuned, positions of drawn: trained values)"
     assert labels["anywhere"].label == "anywhere (fine-tuned, random positions: trained values)"

@@ -18,9 +18,9 @@ from regraft.report.published import (
     attack_rates,
     mean_attack_rate,
     published_rsr_interval,
+    read_published,
     rsr_interval,
 )
-from regraft.settings.published import read_published
 
 LI = Path(__file__).parents[1] / "recipes" / "published" / "li-2025.yaml"
 

@@ -24,7 +24,7 @@ from regraft.evaluation.summary import (
     unframed,
     write_answers,
 )
-from regraft.report.words import degenerate, marked
+from regraft.report.formatting import degenerate, marked
 
 JUDGE = REGRAFT_1
 HARMFUL = Example(

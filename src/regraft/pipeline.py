@@ -24,7 +24,7 @@ from regraft.recipe import (
     read_recipe,
     write_recipe,
 )
-from regraft.report.model import Report
+from regraft.report.study import Study
 from regraft.reporting import report
 from regraft.settings.realigning import RANDOM
 from regraft.settings.scoring import StatisticsSettings
@@ -39,7 +39,7 @@ def run(
     folder: Path,
     watch: Watch | None = None,
     session: stages.Session | None = None,
-) -> Report:
+) -> Study:
     """Prune, score heads, realign, evaluate and report; finished stages are not repeated.
 
     Args:

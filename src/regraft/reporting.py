@@ -22,7 +22,9 @@ from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
 from regraft.passes import passes_of_defence, passes_of_variant
 from regraft.recipe import PruningSettings, Recipe, VariantSettings, read_recipe
-from regraft.report.model import DataAccount, HeadMap, Report, SharedPath, Variant
+from regraft.report.pooling import study_of
+from regraft.report.run import DataAccount, HeadMap, Run, SharedPath, Variant
+from regraft.report.study import Study
 from regraft.report.write import write_report
 from regraft.restoration.fine_tune import TRAINED_VALUES, is_trained
 from regraft.restoration.patch import load_patch
@@ -42,20 +44,20 @@ METHOD_LABELS = {
 }
 
 
-def report(folder: Path) -> Report:
+def report(folder: Path) -> Study:
     """Write the report of a finished run from its artifacts alone.
 
     Raises:
         RegraftError: the folder holds no run, or one that is not finished.
     """
-    made = read_report(folder)
+    made = study_of([read_run(folder)])
     if ranks.first():
         write_report(made, RunFolder(folder).report)
     return made
 
 
-def read_report(folder: Path) -> Report:
-    """The report of a finished run, from its artifacts alone; writes nothing.
+def read_run(folder: Path, name: str = "") -> Run:
+    """A finished run from its artifacts alone; `name` tells it apart from those of other models.
 
     Raises:
         RegraftError: the folder holds no run, or one that is not finished.
@@ -101,7 +103,7 @@ def read_report(folder: Path) -> Report:
         abouts.append(load_statistics(gathered[0]).about)
     else:
         abouts += [read_json(path) for path in written if path.exists()]
-    return Report(
+    return Run(
         title=recipe.title,
         model=recipe.model,
         variants=tuple(variants),
@@ -115,6 +117,8 @@ def read_report(folder: Path) -> Report:
         versions=abouts[0]["versions"] | {"device": abouts[0]["compute"]["device"]},
         notes=tuple(f"{one.label}: {TRAINED_VALUES}" for one in variants if one.trained),
         caveat=CAVEAT if is_demo(recipe.model) else "",
+        seed=recipe.calibration.seed,
+        name=name,
     )
 
 

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from regraft.cli.options import OutFolder, watching
-from regraft.cli.reporting import show_comparison, show_table
-from regraft.console import show_report
+from regraft.cli.reporting import show_page
 from regraft.recipe import read_recipe
 
 
@@ -44,12 +43,5 @@ def _run(recipe_file: Path, out: Path) -> None:
 
     recipe = read_recipe(recipe_file)
     with watching() as watch:
-        if recipe.seeds:
-            show_comparison(watch, study.run(recipe, out, watch), out / "report")
-            return
-        if recipe.models:
-            show_table(watch, several.run(recipe, out, watch), out / "report")
-            return
-        made = pipeline.run(recipe, out, watch)
-        show_report(watch.console, made)
-        watch.note(f"Report: {(pipeline.RunFolder(out).report / 'report.html').absolute()}")
+        run = study.run if recipe.seeds else several.run if recipe.models else pipeline.run
+        show_page(watch, run(recipe, out, watch), out / "report")

@@ -10,7 +10,7 @@ from regraft.evaluation.metrics import RESAMPLES
 
 
 def bootstrap_macro_rsr(
-    strata: Sequence[Sequence[tuple[bool, bool, bool]]], seed: int = 0
+    strata: Sequence[Sequence[Sequence[int]]], seed: int = 0, answers: int = 1
 ) -> tuple[float, float] | None:
     """The paired bootstrap interval of RSR of mean ASRs, stratified by data set.
 
@@ -21,9 +21,10 @@ def bootstrap_macro_rsr(
     5 %.
 
     Args:
-        strata: Of each data set, for each prompt whether the attack on the dense, the pruned and
-            the restored model succeeded.
+        strata: Of each data set, for each prompt in how many of `answers` the attack on the dense,
+            the pruned and the restored model succeeded.
         seed: Of the draws.
+        answers: How many each prompt has; several where runs by several seeds are pooled.
 
     Raises:
         ValueError: there is no data set, or one without prompts.
@@ -35,10 +36,10 @@ def bootstrap_macro_rsr(
     for rows in strata:
         outcomes = np.array(rows, dtype=np.int64)
         patterns, counts = np.unique(outcomes, axis=0, return_counts=True)
-        patterns = np.concatenate([patterns, [[0, 1, 0], [0, 1, 1]]])
+        patterns = np.concatenate([patterns, [[0, answers, 0], [0, answers, answers]]])
         weights = np.concatenate([counts, [0.5, 0.5]])
         draws = generator.multinomial(len(rows), weights / weights.sum(), RESAMPLES)
-        means += (draws @ patterns).T / len(rows) / len(strata)
+        means += (draws @ patterns).T / len(rows) / len(strata) / answers
     dense, pruned, restored = means
     lost = pruned - dense
     defined = lost > 1e-12
