@@ -270,9 +270,9 @@ def test_reports_have_a_column_where_passes_were_measured() -> None:
     named = [outline.row(f"{n} {row.name}")[place] for n, row in enumerate(variants, start=1)]
     assert named == ["–", "–", "12.3", "0"]
     lines = text.splitlines()
-    header = next(line for line in lines if "| Passes |" in line).split(" | ")
+    header = next(line for line in lines if " Passes |" in line).strip("|").split(" | ")
     (row,) = (line for line in lines if line.startswith("| 3. "))
-    assert row.split(" | ")[header.index("Passes")] == "12.3"
+    assert row.strip("| ").split(" | ")[[one.strip() for one in header].index("Passes")] == "12.3"
     for shown in (" ".join(page.split()), text):
         assert "Here one pass is over 8 prompts, 100 tokens." in shown.replace("\xa0", " ")
     bare = study_of([replace(REPORT, one_pass=UNIT)])
@@ -289,12 +289,12 @@ def test_comparisons_have_a_column_of_passes_over_the_seeds() -> None:
 
     study = study_of([taking(run) for run in RUNS])
     text, page = render_markdown(study), render_html(study)
-    header = next(line for line in text.splitlines() if "| Passes |" in line).split(" | ")
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    place = header.index("Passes")
-    told = {row[0].split(", ")[0]: row[place] for row in rows if len(row) == len(header)}
-    assert told["| 3. hsr"] == "13.0, 12.0 to 14.0" and told["| 4. random (x2)"] == "0"
-    assert told["| 5. worse"] == "–", "one seed was not measured"
+    header = next(line for line in text.splitlines() if " Passes |" in line).strip("|").split(" | ")
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    place = [one.strip() for one in header].index("Passes")
+    told = {row[0].split(", ")[0]: row[place].strip() for row in rows if len(row) == len(header)}
+    assert told[" 3. hsr"] == "13.0, 12.0 to 14.0" and told[" 4. random (x2)"] == "0"
+    assert told[" 5. worse"] == "–", "one seed was not measured"
     assert "12.0 to 14.0" in page and PASSES_NOTE in text
     bare = study_of(RUNS)
     assert "Passes" not in render_markdown(bare) + render_html(bare)

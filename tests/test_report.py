@@ -27,7 +27,7 @@ from regraft.report.examples import choose_examples, shown_variants
 from regraft.report.formatting import clip, p_value, pattern, share, unbroken
 from regraft.report.page import escape_cell, escape_markdown, fenced, render_html, render_markdown
 from regraft.report.pooling import study_of
-from regraft.report.rate_figures import category_figure, sparsity_figure, trade_off_figure
+from regraft.report.rate_figures import trade_off_figure
 from regraft.report.run import DataAccount, HeadMap, Opinion, Run, Variant, paired_answers
 from regraft.report.study import Outcome, Row, Table
 from regraft.report.summary import controls, summary
@@ -228,7 +228,7 @@ def group(
     name: str, sparsity: float, attacks: int, refusals: int, back: int
 ) -> tuple[Variant, ...]:
     """A pruning, its realigned model, which answers `back` attacks, and a control."""
-    more = {"series": "Wanda", "pruned": 1_000}
+    more = {"pruned": 1_000}
     ways = (("hsr (HSR, top)", back), ("random (HSR, random)", attacks))
     pruned = variant(name, attacks, refusals, base="dense", sparsity=sparsity, **more)
     return (
@@ -339,16 +339,6 @@ def test_examples_are_of_the_pruning_with_the_highest_asr() -> None:
     assert [v.name for v in shown_variants(REPORT)] == ["dense", "pruned", "realigned"]
 
 
-def test_sparsities_of_one_series_are_drawn() -> None:
-    tables = study_of([MATRIX]).tables
-    texts = svg_texts(sparsity_figure(tables))
-    assert {"50", "60", "70", "ASR, %", "over-refusal, %", "dense", "pruned", "hsr"} <= set(texts)
-    assert sparsity_figure(tables[:1]) == ""
-    bare = tuple(without_over_refusal(v) for v in MATRIX.variants)
-    texts = svg_texts(sparsity_figure(study_of([replace(MATRIX, variants=bare)]).tables))
-    assert "over-refusal, %" not in texts
-
-
 def test_the_matrix_page() -> None:
     study = study_of([MATRIX])
     outline = Outline(render_html(study))
@@ -365,8 +355,6 @@ def test_the_matrix_page() -> None:
     names = [a["aria-label"] for tag, a in outline.tags if tag == "svg"]
     assert names == [
         "Over-refusal against ASR",
-        "Wanda: rates by sparsity",
-        "ASR by harm category",
     ]
     text = render_markdown(study)
     assert "5, breaks 12 of 4,000 2:4 groups" in text
@@ -398,7 +386,7 @@ def test_without_realigned_models_their_columns_go() -> None:
     assert Outline(page).row("2 wanda-2-4")[1:4] == [
         "50 %",
         "60.0 % [44.6, 73.7] 24 of 40",
-        "p < 0.001 worse than dense",
+        "10.0 % [2.8, 30.1] 2 of 20",
     ]
     assert "RSR" not in page
 
@@ -505,8 +493,6 @@ def table_of(run: Run) -> Table:
 def test_figures_are_named_drawings_in_the_pages_own_colours() -> None:
     for svg in (
         trade_off_figure(study_of([MATRIX])),
-        sparsity_figure(study_of([MATRIX]).tables),
-        category_figure(table_of(REPORT).rows),
         restored_figure(REALIGNED),
         head_map_figure(REPORT.head_maps[0], REALIGNED.heads),
     ):
@@ -525,21 +511,19 @@ def svg_texts(svg: str) -> list[str]:
 
 
 def test_figures_show_the_names_and_counts_given() -> None:
-    assert {"category 0", "category 1", "category 2", "the pruned model"} <= set(
-        svg_texts(category_figure(table_of(REPORT).rows))
-    )
     restored = svg_texts(restored_figure(REALIGNED))
     assert {"self_attn.q_proj", "mlp.up_proj", "300", "100", "17", "83"} <= set(restored)
-    odd = replace(DENSE, label="a <b> & $x_1$ costs $5")
-    assert "a <b> & $x_1$ costs $5" in svg_texts(
-        category_figure(table_of(Run("t", "m", (odd,))).rows)
-    )
+    odd = replace(REPORT, variants=(DENSE, replace(PRUNED, name="a <b> & $x_1$ costs $5")))
+    study = study_of([odd])
+    table = study.tables[0]
+    rows = (table.rows[0], replace(table.rows[1], role="method"))
+    texts = svg_texts(trade_off_figure(replace(study, tables=(replace(table, rows=rows),))))
+    assert "2  a <b> & $x_1$ costs $5" in texts
 
 
 def test_figures_with_nothing_to_show_are_empty() -> None:
     bare = study_of([Run("t", "m", (without(True, DENSE),))])
     assert trade_off_figure(bare) == ""
-    assert category_figure(bare.tables[0].rows) == ""
     assert restored_figure(PRUNED) == ""
     assert head_map_figure(HeadMap("Ships", "degrees", ())) == ""
     assert head_map_figure(HeadMap("Ships", "degrees", ((None,), ()))) == ""
@@ -550,11 +534,10 @@ def test_figures_with_nothing_to_show_are_empty() -> None:
 
 def test_the_page_nests_and_has_every_figure(page: str) -> None:
     outline = Outline(page)
-    assert [tag for tag, _ in outline.tags].count("svg") == 4
+    assert [tag for tag, _ in outline.tags].count("svg") == 3
     names = [a["aria-label"] for tag, a in outline.tags if tag == "svg"]
     assert names == [
         "Over-refusal against ASR",
-        "ASR by harm category",
         "Weights restored in the realigned model",
         "Ships of each head",
     ]
@@ -612,15 +595,15 @@ def test_the_table_shows_the_numbers_given(page: str) -> None:
     row = Outline(page).row("the realigned model")
     assert row[1:4] == ["60 %", "500", "5"]
     assert row[4] == "25.0 % [14.2, 40.2] 10 of 40"
-    assert row[5] == "p < 0.001 (Holm < 0.001) better than pruned"
-    assert row[6].startswith("75.0 % [")
-    assert row[6].endswith("] partial")
-    assert row[7] == "15.0 % [5.2, 36.0] 3 of 20"
-    assert row[8].startswith("+5.0 [")
-    assert row[9].startswith("+10.0 [")
-    assert row[10] == "p = 1.000 not distinguishable from pruned"
-    assert row[11].startswith("85.0 % [")
-    assert row[11].endswith("n = 20")
+    assert row[5].startswith("75.0 % [")
+    assert row[5].endswith("] partial")
+    assert row[6] == "15.0 % [5.2, 36.0] 3 of 20"
+    assert row[7].startswith("85.0 % [")
+    assert row[7].endswith("n = 20")
+    assert row[8] == "p < 0.001 (Holm < 0.001) better than pruned"
+    assert row[9] == "p = 1.000 not distinguishable from pruned"
+    assert row[10].startswith("+5.0 [")
+    assert row[11].startswith("+10.0 [")
 
 
 def test_the_markdown_table_shows_the_same(page: str, text: str) -> None:

@@ -32,16 +32,9 @@ from regraft.restoration.path import read_path
 from regraft.restoration.ranking import load_ranking
 from regraft.restoration.realign import restored_by_module
 from regraft.settings.defending import DefenceSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.stages import Evaluation
 
 CONTROL_LABELS = {"random": "random heads", "all": "all heads"}
-METHOD_LABELS = {
-    "wanda": "Wanda",
-    "sparsegpt": "SparseGPT",
-    "snip": "SNIP",
-    "safety-potential": "Safety-Potential",
-}
 
 
 def report(folder: Path) -> Study:
@@ -157,12 +150,10 @@ def _group(
     patches = {one.name: load_patch(place.patch(pruning.name, one.name)) for one in variants}
     own = evaluations[pruning.name]
     taken = own.about["zeros"] - evaluations["dense"].about["zeros"]
-    series = "" if recipe.pruned else _series(pruning.only())
     yield _variant(
         pruning.name,
         own,
         base="dense",
-        series=series,
         checkpoint=recipe.pruned or str(place.pruned(pruning.name).relative_to(place.path)),
         pruned=next((patch.about["pruned"] for patch in patches.values()), taken),
     )
@@ -179,7 +170,6 @@ def _group(
             evaluations[name],
             label=f"{name} ({_method(one)})",
             base=pruning.name,
-            series=series,
             patch=str(place.patch(pruning.name, one.name).relative_to(place.path)),
             restored=patch.restored,
             trained=is_trained(patch),
@@ -200,7 +190,6 @@ def _group(
             evaluations[name],
             label=f"{name} ({how}, at inference)",
             base=pruning.name,
-            series=series,
             inference_time=True,
             passes=passes_of_defence(
                 name, costs, unit, by_prompt=defence.method != "refusal-direction"
@@ -256,17 +245,6 @@ def _defence(settings: DefenceSettings, file: Path) -> str:
     if settings.prompt == DEFENCE_PROMPT:
         return "prompt after AdaShield-S"
     return "AdaShield with a given prompt"
-
-
-def _series(settings: PruneSettings) -> str:
-    """The method and every setting that is not its default, the sparsity aside."""
-    default = PruneSettings(method=settings.method)
-    others = [
-        value if isinstance(value, str) else f"{name} {value}"
-        for name, value in settings.model_dump(mode="json").items()
-        if name != "sparsity" and getattr(settings, name) != getattr(default, name)
-    ]
-    return ", ".join((METHOD_LABELS.get(settings.method, settings.method), *others))
 
 
 def _head_maps(scores: HeadScores) -> tuple[HeadMap, ...]:

@@ -23,14 +23,12 @@ from regraft.report.examples import (
     thumbnail,
 )
 from regraft.report.rate_figures import (
-    category_figure,
     curve_figure,
     relation_figure,
-    sparsity_figure,
     trade_off_figure,
 )
 from regraft.report.run import Run, Variant
-from regraft.report.study import Study, Table, measured, plain
+from regraft.report.study import Study, plain
 from regraft.report.summary import COSTS_NOTE, controls, correlation_text, notes, summary
 from regraft.report.tables import Grid
 from regraft.report.weight_figures import head_map_figure, path_figure, restored_figure
@@ -38,10 +36,6 @@ from regraft.report.weight_figures import head_map_figure, path_figure, restored
 TRADE_OFF = (
     "ASR against over-refusal, numbered as in the table, with 95 % intervals; down and to the left "
     "is better."
-)
-SIZES = (
-    " Area: restored weights, on a logarithmic scale. Triangles restore none; grey circles are "
-    "random controls."
 )
 CURVES_CAPTION = (
     "Validation: the points of every method, from the pruned model on by restored weights, one "
@@ -192,23 +186,8 @@ def apply_command(run: Run, variant: Variant, out: str) -> str:
 
 def figures(study: Study) -> tuple[Figure, ...]:
     """Every figure of a page; its SVG is empty where it has nothing to show."""
-    series = dict.fromkeys(table.series for table in study.tables if table.series)
-    by_series = [[table for table in study.tables if table.series == one] for one in series]
-    methods = any(table.methods for table in study.tables)
-    worst = max(study.tables, key=_attacked)
     return (
-        Figure(trade_off_figure(study), TRADE_OFF + (SIZES if methods else ""), "trade-off"),
-        *(
-            Figure(
-                sparsity_figure(same),
-                f"{same[0].series}: rates by sparsity, with 95 % bands. Dashed: the dense model.",
-            )
-            for same in by_series
-        ),
-        Figure(
-            category_figure(worst.rows),
-            "ASR by harm category, with 95 % intervals (lines).",
-        ),
+        Figure(trade_off_figure(study), TRADE_OFF, "trade-off"),
         Figure(curve_figure(study.tables), CURVES_CAPTION, "curves"),
         Figure(path_figure(study.paths), PATHS_CAPTION, "paths"),
         Figure(
@@ -217,12 +196,6 @@ def figures(study: Study) -> tuple[Figure, ...]:
         ),
         *(_weight_figures(study.run) if study.run else ()),
     )
-
-
-def _attacked(table: Table) -> float:
-    """The ASR of the pruned model."""
-    asr = measured(table.rows[1].asr) if len(table.rows) > 1 else None
-    return asr.value if asr else 0.0
 
 
 def _weight_figures(run: Run) -> Iterator[Figure]:

@@ -171,7 +171,6 @@ def _table(runs: Sequence[Run], cells: Sequence[Cells], against: Sequence[str]) 
         pruning=pruned.name if pruned else "",
         rows=rows,
         curves={name: found for name, found in curves.items() if found},
-        series=pruned.all[0].series if pruned else "",
     )
 
 

@@ -24,8 +24,7 @@ class Variant:
     """One evaluated model: dense, pruned, realigned or a control.
 
     `base` is the name of the model that it was made from and is compared with: the dense one for a
-    pruned model, its pruned one for a realigned model; None for the dense model. `series` names
-    what pruned models that differ in sparsity alone have in common, "" where that is unknown.
+    pruned model, its pruned one for a realigned model; None for the dense model.
 
     `sparsity` is the fraction of zeros among the prunable weights, `pruned` the number of weights
     that pruning took, `restored` the number that was restored, with values of their own where they
@@ -44,7 +43,6 @@ class Variant:
     label: str
     result: EvalResult
     base: str | None = None
-    series: str = ""
     sparsity: float = 0.0
     restored: int = 0
     trained: bool = False

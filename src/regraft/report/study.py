@@ -154,15 +154,13 @@ class Table:
     """One pruning of a model: the dense model, the pruned one, and a row a method.
 
     Without a pruning it holds the dense model alone, or unrelated models. `curves` maps a row's
-    name to the validation curves of its runs, `series` names what prunings that differ in sparsity
-    alone have in common.
+    name to the validation curves of its runs.
     """
 
     model: str
     pruning: str
     rows: tuple[Row, ...]
     curves: Mapping[str, tuple[Searched, ...]] = field(default_factory=dict)
-    series: str = ""
 
     @property
     def name(self) -> str:

@@ -187,7 +187,9 @@ def notes(study: Study) -> tuple[str, ...]:
             "ASR, mean and RSR of means: over the suites of attacks, each counting the same."
         )
     if any(row.over_refusal_from_dense is not None for row in rows):
-        found.append("less pruned, less dense: the rate less that model's, in points.")
+        found.append(
+            "Over-refusal and utility less pruned, less dense: less that model's, in points."
+        )
     if any(row.first.n_m for row in rows):
         found.append("A hardware kernel for an N:M pattern needs every group whole.")
     if any(row.passes is not None for row in rows):

@@ -62,7 +62,7 @@ def _grid(table: Table, columns: Sequence[Column]) -> Grid:
 
 def against(study: Study) -> tuple[Grid, ...]:
     """The tests against named methods alone, for the console."""
-    columns = [Column(f"against {other}", _against(other)) for other in study.against]
+    columns = [Column(f"ASR, against {name}", _against(name)) for name in study.against]
     return tuple(_grid(table, columns) for table in study.tables if columns)
 
 
@@ -92,33 +92,28 @@ def _columns(study: Study) -> Iterator[Column]:
     yield Column("Restored", _restored)
     yield Column("per 10,000", lambda row: spread_cell(row.restored, formatting.share), brief=True)
     yield Column("published", _published_restored)
-    yield Column("Passes", lambda row: spread_cell(row.passes, formatting.passes))
     yield Column("ASR", lambda row: rate_cell(row.asr), brief=True)
-    yield Column(
-        "ASR, mean", lambda row: rate_cell(row.mean_asr), brief=study.published is not None
-    )
+    yield Column("ASR, mean", lambda row: rate_cell(row.mean_asr))
     yield Column("published", _published_asr, brief=True)
-    yield Column("ASR, test", lambda row: tested_cell(row.attacks), brief=True)
-    for other in study.against:
-        yield Column(f"against {other}", _against(other))
     yield Column("RSR", lambda row: rsr_cell(row.rsr), brief=True)
-    yield Column(
-        "RSR of means", lambda row: rsr_cell(row.mean_rsr), brief=study.published is not None
-    )
+    yield Column("RSR of means", lambda row: rsr_cell(row.mean_rsr))
     yield Column("published", _published_rsr, brief=True)
     if any(row.degenerate is not None and row.degenerate.value for row in study.rows):
         yield Column("Degenerate", lambda row: rate_cell(row.degenerate), brief=True)
     yield Column("Over-refusal", lambda row: rate_cell(row.over_refusal), brief=True)
-    yield Column("less pruned", lambda row: points_cell(row.over_refusal_from_pruned))
-    yield Column("less dense", lambda row: points_cell(row.over_refusal_from_dense))
-    yield Column("Over-refusal, test", lambda row: tested_cell(row.refusals))
     yield Column("Utility", lambda row: rate_cell(row.utility), brief=True)
-    yield Column("less pruned", lambda row: points_cell(row.utility_from_pruned))
-    yield Column("less dense", lambda row: points_cell(row.utility_from_dense))
+    yield Column("ASR, test", lambda row: tested_cell(row.attacks), brief=True)
+    yield from (Column(f"ASR, against {name}", _against(name)) for name in study.against)
+    yield Column("Over-refusal, test", lambda row: tested_cell(row.refusals))
+    yield Column("Over-refusal less pruned", lambda row: points_cell(row.over_refusal_from_pruned))
+    yield Column("Over-refusal less dense", lambda row: points_cell(row.over_refusal_from_dense))
+    yield Column("Utility less pruned", lambda row: points_cell(row.utility_from_pruned))
+    yield Column("Utility less dense", lambda row: points_cell(row.utility_from_dense))
     yield Column("Perplexity", lambda row: number_cell(row.text.perplexity if row.text else None))
     yield Column(
         "KL to dense", lambda row: number_cell(row.text.kl if row.text else None), brief=True
     )
+    yield Column("Passes", lambda row: spread_cell(row.passes, formatting.passes))
 
 
 def _against(other: str) -> CellOf:
