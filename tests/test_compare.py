@@ -35,8 +35,9 @@ from regraft.evaluation.text import result_of
 from regraft.evaluation.tradeoff import Bounds, Point, Searched
 from regraft.files import file_digest, write_json
 from regraft.recipe import Recipe, read_recipe, write_recipe
+from regraft.report.answers import is_drawn
 from regraft.report.page import CURVES_CAPTION, render_html, render_markdown
-from regraft.report.pooling import is_drawn, study_of
+from regraft.report.pooling import study_of
 from regraft.report.rate_figures import curve_figure, trade_off_figure
 from regraft.report.run import Run, Variant
 from regraft.report.study import Outcome, Row, Study, Table

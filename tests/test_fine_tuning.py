@@ -19,7 +19,7 @@ from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.models.load import open_source
 from regraft.recipe import Recipe
-from regraft.report.pooling import is_drawn
+from regraft.report.answers import is_drawn
 from regraft.restoration.fine_tune import is_trained
 from regraft.restoration.patch import Patch, load_patch
 from regraft.restoration.ranking import Ranking, load_ranking, save_ranking

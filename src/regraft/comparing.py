@@ -11,7 +11,8 @@ from regraft import ranks
 from regraft.errors import RegraftError
 from regraft.folder import study_runs
 from regraft.keys import but_for_rounding, difference
-from regraft.report.pooling import is_drawn, study_of
+from regraft.report.answers import is_drawn
+from regraft.report.pooling import study_of
 from regraft.report.run import Run
 from regraft.report.study import Study
 from regraft.report.write import write_report

@@ -71,36 +71,13 @@ def read_run(folder: Path, name: str = "") -> Run:
     variants = [_variant("dense", evaluations["dense"])]
     for pruning in recipe.prune:
         variants += _group(place, recipe, pruning, evaluations)
-    abouts = [evaluations["dense"].about]
-    abouts += [
-        load_defence(place.defence(pruning.name, one.name)).about
-        for pruning in recipe.prune
-        for one in recipe.defences_of(pruning)
-    ]
-    for pruning in recipe.prune:
-        for one in recipe.variants_of(pruning):
-            curve = place.curve(pruning.name, one.name)
-            abouts += [read_json(curve).get("about", {})] if curve.exists() else []
-            ranking = place.ranking(pruning.name, recipe.ranking_name(one))
-            abouts += [load_ranking(ranking).about] if ranking.exists() else []
-            if one.method == "fine-tune":
-                abouts.append(load_patch(place.patch(pruning.name, one.name)).about)
-    maps: tuple[HeadMap, ...] = ()
-    if place.heads.exists():
-        scores = load_heads(place.heads, dense.anatomy)
-        maps = _head_maps(scores)
-        abouts.append(scores.about)
-    gathered = [path for one in recipe.realign if (path := place.statistics(one.score)).exists()]
-    written = [place.pruned(one.name) / stages.ABOUT_FILE for one in recipe.prune]
-    if gathered:
-        abouts.append(load_statistics(gathered[0]).about)
-    else:
-        abouts += [read_json(path) for path in written if path.exists()]
+    heads = load_heads(place.heads, dense.anatomy) if place.heads.exists() else None
+    abouts = list(_abouts(place, recipe, evaluations["dense"], heads))
     return Run(
         title=recipe.title,
         model=recipe.model,
         variants=tuple(variants),
-        head_maps=maps,
+        head_maps=() if heads is None else _head_maps(heads),
         data=tuple(_accounts(abouts)),
         recipe=recipe.model_dump(mode="json"),
         costs=tuple(read_costs(place.costs)),
@@ -113,6 +90,34 @@ def read_run(folder: Path, name: str = "") -> Run:
         seed=recipe.calibration.seed,
         name=name,
     )
+
+
+def _abouts(
+    place: RunFolder, recipe: Recipe, dense: Evaluation, heads: HeadScores | None
+) -> Iterator[Mapping[str, Any]]:
+    """What the artifacts that used data say of it; that of the dense model's evaluation first."""
+    yield dense.about
+    for pruning in recipe.prune:
+        for defence in recipe.defences_of(pruning):
+            yield load_defence(place.defence(pruning.name, defence.name)).about
+    for pruning in recipe.prune:
+        for one in recipe.variants_of(pruning):
+            curve = place.curve(pruning.name, one.name)
+            if curve.exists():
+                yield read_json(curve).get("about", {})
+            ranking = place.ranking(pruning.name, recipe.ranking_name(one))
+            if ranking.exists():
+                yield load_ranking(ranking).about
+            if one.method == "fine-tune":
+                yield load_patch(place.patch(pruning.name, one.name)).about
+    if heads is not None:
+        yield heads.about
+    gathered = [path for one in recipe.realign if (path := place.statistics(one.score)).exists()]
+    written = [place.pruned(one.name) / stages.ABOUT_FILE for one in recipe.prune]
+    if gathered:
+        yield load_statistics(gathered[0]).about
+    else:
+        yield from (read_json(path) for path in written if path.exists())
 
 
 def model_folder(model: str) -> str | Path:

@@ -1,10 +1,12 @@
-"""The answers of a table's rows as arrays, and the rates that are counted from them."""
+"""The models of a table's rows, their answers as arrays, and the rates counted from them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +49,60 @@ class Cells:
     def draws(self) -> tuple[str, ...]:
         """Their names, as the recipe has them."""
         return tuple(one.name_in_group for one in self.variants[0])
+
+
+def rows_of_methods(
+    groups: Sequence[Sequence[Variant]], recipe: Mapping[str, Any]
+) -> tuple[Cells, ...]:
+    """One a way of restoring; repeats of a random control are together."""
+    settings = {one["name"]: one for one in recipe.get("realign", ())}
+    together: dict[Any, list[str]] = {}
+    for variant in groups[0][1:]:
+        own = variant.name_in_group
+        together.setdefault(_apart_from_the_draw(settings.get(own), own), []).append(own)
+    taken = {*settings, *(variant.name_in_group for variant in groups[0]), "dense"}
+    found: list[Cells] = []
+    for names in together.values():
+        drawn = names[0] in settings and is_drawn(settings[names[0]])
+        found.append(_method(groups, names, taken, drawn))
+        taken.add(found[-1].name)
+    return tuple(found)
+
+
+def is_drawn(settings: Mapping[str, Any]) -> bool:
+    """Whether `head_seed` decides a variant, given as a recipe writes it.
+
+    As `RealignSettings.random`, which a report need not know.
+    """
+    method = settings.get("method", "hsr")
+    if method == "fine-tune":
+        return bool(settings.get("positions", "random") == "random")
+    of_heads = method in ("hsr", "hsr-released", "hsr-a")
+    return method == "random" or (of_heads and settings.get("heads") == "random")
+
+
+def _apart_from_the_draw(settings: Mapping[str, Any] | None, name: str) -> Any:
+    """What repeats of a random control have in common; a method of its own is called by name."""
+    if settings is None or not is_drawn(settings):
+        return name
+    apart = ("name", "head_seed", "checkpoint", "repeats")
+    return tuple(sorted((key, str(value)) for key, value in settings.items() if key not in apart))
+
+
+def _method(
+    groups: Sequence[Sequence[Variant]], names: Sequence[str], taken: Collection[str], drawn: bool
+) -> Cells:
+    """A row of several draws has the name that they share, unless another is called so."""
+    by_name = [{v.name_in_group: v for v in group[1:]} for group in groups]
+    found = tuple(tuple(of_seed[name] for name in names) for of_seed in by_name)
+    name = names[0]
+    if len(names) > 1:
+        stems = {re.sub(r"-\d+$", "", one) for one in names}
+        name = stem if len(stems) == 1 and (stem := stems.pop()) not in taken else name
+    labels = {of_seed[0].label_in_group for of_seed in found}
+    # what seeds have chosen differently, as the layer of a direction, is not the row's
+    label = labels.pop().replace(names[0], name, 1) if len(labels) == 1 else name
+    return Cells(name, label, "method", found, drawn)
 
 
 @dataclass(frozen=True)

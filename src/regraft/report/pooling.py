@@ -6,12 +6,10 @@ prompt stay together in tests and intervals, however many seeds and draws there 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -20,21 +18,14 @@ from regraft.evaluation.metrics import clustered_difference, holm, macro_average
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.text import pooled
 from regraft.report.addresses import short_names
-from regraft.report.answers import Cells, Events, RowAnswers, read_answers
+from regraft.report.answers import Cells, Events, RowAnswers, read_answers, rows_of_methods
 from regraft.report.published import Published, beside
-from regraft.report.run import Run, Variant
+from regraft.report.run import Run
 from regraft.report.study import SIGNIFICANCE, Measured, Outcome, Row, Spread, Study, Table, Tested
 from regraft.restoration.path import GainPath
 
 Tests = Mapping[str, Mapping[str, Tested]]  # base -> method
-
-
-@dataclass(frozen=True)
-class _TableTests:
-    """Of attack success (or refusal): each row against its base, and against named methods."""
-
-    attacks: Tests
-    refusals: Tests
+TableTests = tuple[Tests, Tests]  # of attack success, of refusal
 
 
 def study_of(
@@ -130,7 +121,7 @@ def _rows_of(models: Sequence[Sequence[Run]], against: Sequence[str]) -> tuple[s
     row_of: dict[str, str] = {}
     for runs in models:
         for groups in zip(*(run.groups for run in runs), strict=True):
-            for one in _methods(groups, runs[0].recipe):
+            for one in rows_of_methods(groups, runs[0].recipe):
                 row_of |= dict.fromkeys((*one.draws, one.name), one.name)
     if unknown := [name for name in against if name not in row_of]:
         known = ", ".join(dict.fromkeys(row_of.values()))
@@ -153,7 +144,7 @@ def _tables(runs: Sequence[Run], against: Sequence[str]) -> Iterable[Table]:
         pruned = Cells(
             groups[0][0].name, groups[0][0].label, "pruned", tuple((g[0],) for g in groups)
         )
-        yield _table(runs, [dense, pruned, *_methods(groups, first.recipe)], against)
+        yield _table(runs, [dense, pruned, *rows_of_methods(groups, first.recipe)], against)
 
 
 def _table(runs: Sequence[Run], cells: Sequence[Cells], against: Sequence[str]) -> Table:
@@ -174,61 +165,9 @@ def _table(runs: Sequence[Run], cells: Sequence[Cells], against: Sequence[str]) 
     )
 
 
-def _methods(groups: Sequence[Sequence[Variant]], recipe: Mapping[str, Any]) -> tuple[Cells, ...]:
-    """One a way of restoring; repeats of a random control are together."""
-    settings = {one["name"]: one for one in recipe.get("realign", ())}
-    together: dict[Any, list[str]] = {}
-    for variant in groups[0][1:]:
-        own = variant.name_in_group
-        together.setdefault(_apart_from_the_draw(settings.get(own), own), []).append(own)
-    taken = {*settings, *(variant.name_in_group for variant in groups[0]), "dense"}
-    found: list[Cells] = []
-    for names in together.values():
-        drawn = names[0] in settings and is_drawn(settings[names[0]])
-        found.append(_method(groups, names, taken, drawn))
-        taken.add(found[-1].name)
-    return tuple(found)
-
-
-def is_drawn(settings: Mapping[str, Any]) -> bool:
-    """Whether `head_seed` decides a variant, given as a recipe writes it.
-
-    As `RealignSettings.random`, which a report need not know.
-    """
-    method = settings.get("method", "hsr")
-    if method == "fine-tune":
-        return bool(settings.get("positions", "random") == "random")
-    of_heads = method in ("hsr", "hsr-released", "hsr-a")
-    return method == "random" or (of_heads and settings.get("heads") == "random")
-
-
-def _apart_from_the_draw(settings: Mapping[str, Any] | None, name: str) -> Any:
-    """What repeats of a random control have in common; a method of its own is called by name."""
-    if settings is None or not is_drawn(settings):
-        return name
-    apart = ("name", "head_seed", "checkpoint", "repeats")
-    return tuple(sorted((key, str(value)) for key, value in settings.items() if key not in apart))
-
-
-def _method(
-    groups: Sequence[Sequence[Variant]], names: Sequence[str], taken: Collection[str], drawn: bool
-) -> Cells:
-    """A row of several draws has the name that they share, unless another is called so."""
-    by_name = [{v.name_in_group: v for v in group[1:]} for group in groups]
-    found = tuple(tuple(of_seed[name] for name in names) for of_seed in by_name)
-    name = names[0]
-    if len(names) > 1:
-        stems = {re.sub(r"-\d+$", "", one) for one in names}
-        name = stem if len(stems) == 1 and (stem := stems.pop()) not in taken else name
-    labels = {of_seed[0].label_in_group for of_seed in found}
-    # what seeds have chosen differently, as the layer of a direction, is not the row's
-    label = labels.pop().replace(names[0], name, 1) if len(labels) == 1 else name
-    return Cells(name, label, "method", found, drawn)
-
-
 def _table_tests(
     cells: Sequence[Cells], answers: Mapping[str, RowAnswers], against: Sequence[str]
-) -> _TableTests:
+) -> TableTests:
     """Of attacks and of refusals apart; the damage by pruning is one test of its own."""
     first, *others = (one.name for one in cells)
     methods = [one.name for one in cells if one.role == "method"]
@@ -236,14 +175,13 @@ def _table_tests(
     refusals = {name: one.refusals for name, one in answers.items()}
     if not any(one.role == "pruned" for one in cells):
         called = {first: cells[0].label}
-        return _TableTests(*(_tests(others, [first], e, called) for e in (attacks, refusals)))
+        return _tests(others, [first], attacks, called), _tests(others, [first], refusals, called)
     pruning = cells[1].name
     called = {pruning: "pruned", first: "dense"}
     bases = [pruning, *(name for name in against if name in methods)]
-    damage = [_tests([pruning], [first], events, called) for events in (attacks, refusals)]
-    return _TableTests(
-        damage[0] | _tests(methods, bases, attacks, called),
-        damage[1] | _tests(methods, [pruning], refusals, called),
+    return (
+        _tests([pruning], [first], attacks, called) | _tests(methods, bases, attacks, called),
+        _tests([pruning], [first], refusals, called) | _tests(methods, [pruning], refusals, called),
     )
 
 
@@ -291,9 +229,10 @@ def _row(
     cells: Cells,
     table: Sequence[Cells],
     answers: Mapping[str, RowAnswers],
-    tests: _TableTests,
+    tests: TableTests,
     unrelated: bool,
 ) -> Row:
+    attacks, refusals = tests
     own, dense = answers[cells.name], answers[table[0].name]
     pruning = next((one.name for one in table if one.role == "pruned"), "")
     method = cells.role == "method"
@@ -303,7 +242,6 @@ def _row(
     of = (dense, answers[pruning]) if method else None
     suites, categories = own.prompts.suites, own.prompts.categories
     by_suite = {name: own.on(where, of, every=True) for name, where in suites.items()}
-    whole = own.on(own.prompts.everywhere, of)
     return Row(
         name=cells.name,
         label=cells.label,
@@ -313,22 +251,20 @@ def _row(
         sparsity=float(np.mean([variant.sparsity for variant in cells.all])),
         weights=_spread([variant.restored or None for variant in cells.all]),
         restored=_spread([variant.per_ten_thousand for variant in cells.all]),
-        violated=_spread(
-            [v.violated_groups if v.n_m else None for v in cells.all], none_is_zero=False
-        ),
+        violated=_spread([v.violated_groups for v in cells.all if v.n_m]),
         passes=_spread([variant.passes for variant in cells.all], none_is_zero=False),
-        **vars(whole),
+        **vars(own.on(own.prompts.everywhere, of)),
         mean_asr=_mean_asr(by_suite),
         mean_rsr=own.mean_recovered(*of) if of else None,
         by_suite=by_suite,
         by_category={
             name: asr for name, where in categories.items() if (asr := own.asr(where)) is not None
         },
-        attacks=tests.attacks.get(base, {}).get(cells.name),
-        refusals=tests.refusals.get(base, {}).get(cells.name),
+        attacks=attacks.get(base, {}).get(cells.name),
+        refusals=refusals.get(base, {}).get(cells.name),
         against={
             name: found[cells.name]
-            for name, found in tests.attacks.items()
+            for name, found in attacks.items()
             if method and name != pruning and cells.name in found
         },
         over_refusal_from_pruned=own.refusals_less(from_pruned),

@@ -12,6 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from regraft.evaluation.metrics import Recovery
 from regraft.evaluation.results import Estimate, TextResult
 from regraft.evaluation.tradeoff import Searched
@@ -243,6 +245,8 @@ def plain(value: Any) -> Any:
         return {**_fields(value, ("path",)), **path_to_json(value.path)}
     if isinstance(value, GainPath):
         return path_to_json(value)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
     if is_dataclass(value) and not isinstance(value, type):
         return _fields(value, _LEFT_OUT)
     if isinstance(value, Mapping):

@@ -130,24 +130,22 @@ def _restored(row: Row) -> Cell:
 
 
 def _published_restored(row: Row) -> Cell:
-    found = row.published
-    if found is None or found.row.per_ten_thousand is None:
+    found = row.published.row if row.published else None
+    if found is None or found.per_ten_thousand is None:
         return Cell()
-    mark = "" if found.row.checked else f" {formatting.UNCHECKED}"
-    return Cell(f"{found.row.per_ten_thousand:.3f}{mark}", kind="soft")
+    mark = "" if found.checked else f" {formatting.UNCHECKED}"
+    return Cell(f"{found.per_ten_thousand:.3f}{mark}", kind="soft")
 
 
 def _published_asr(row: Row) -> Cell:
-    found = row.published
-    if found is None:
+    if (found := row.published) is None:
         return Cell()
     around = None if found.asr is None else (found.asr.low, found.asr.high)
     return published_cell(found.row.mean_asr, around, found.row.checked)
 
 
 def _published_rsr(row: Row) -> Cell:
-    found = row.published
-    if found is None:
+    if (found := row.published) is None:
         return Cell()
     return published_cell(found.row.rsr, found.rsr_interval, found.row.checked)
 
@@ -222,9 +220,8 @@ def categories(study: Study) -> tuple[Grid, ...]:
 
 def paths(study: Study) -> tuple[Grid, ...]:
     """One table a path of gain: the pruned model, then a row a step."""
-    several = len(study.seeds) > 1
     return tuple(
-        path_grid(f"{title}, seed {seed}" if several else title, path)
+        path_grid(f"{title}, seed {seed}" if len(study.seeds) > 1 else title, path)
         for title, of_seed in study.paths
         for seed, path in zip(study.seeds, of_seed, strict=False)
     )
