@@ -311,7 +311,7 @@ def test_a_run_writes_them_once(
             "compute": {"device": "cpu", "batch_size": 4},
         }
     )
-    report = pipeline.run(recipe, tmp_path / "run")
+    report = pipeline.run(recipe, tmp_path / "run").runs[0]
     assert len(asked) == len(set(asked)) == 14
     accounts = {account.role: account for account in report.data}
     assert accounts["calibration D^s"].used == accounts["calibration D^u"].used == 5

@@ -84,7 +84,7 @@ def test_a_run_of_every_family(tmp_path: Path, paper_family: str, prune: dict[st
     pico.save(paper_family, tmp_path / "dense", torch.bfloat16, "100KB")
     write_data(tmp_path / "data", 6)
     run = tmp_path / "run"
-    made = pipeline.run(_recipe(tmp_path, prune=prune), run)
+    made = pipeline.run(_recipe(tmp_path, prune=prune), run).runs[0]
     dense, pruned = open_source(tmp_path / "dense"), open_source(run / "pruned")
     names = {linear.tensor for linear in dense.anatomy.linears}
     assert differing(dense.checkpoint, pruned.checkpoint) == names, "other tensors changed"
@@ -112,7 +112,9 @@ def test_a_run_of_every_family(tmp_path: Path, paper_family: str, prune: dict[st
     assert shards(tmp_path / "off") == shards(run / "pruned")
     assert [one.name for one in made.variants] == ["dense", "pruned", "hsr", "hsr-a", "random"]
     report = json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))
-    assert {one["name"] for one in report["variants"]} == {one.name for one in made.variants}
+    assert {one["name"] for one in report["runs"][0]["variants"]} == {
+        one.name for one in made.variants
+    }
     page = (run / "report" / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page
     assert "http" not in page.replace("http://www.w3.org", ""), "the page is not self-contained"
@@ -264,10 +266,10 @@ def test_report_of_several_prunings(several: Path) -> None:
         "dense",
         *(f"{n}{v}" for n in ("wanda-50", "mine") for v in ("", "/hsr", "/hsr-a")),
     ]
-    assert [one["name"] for one in report["variants"]] == names
-    assert report["caveat"] == ""
-    assert [one["series"] for one in report["variants"]][1::3] == ["Wanda", "Wanda, 2:4, one-shot"]
-    assert {one["name"]: one["base"] for one in report["comparisons"]} == {
+    (run,) = report["runs"]
+    assert [one["name"] for one in run["variants"]] == names
+    assert run["caveat"] == ""
+    assert {one["name"]: one["base"] for one in run["variants"][1:]} == {
         name: name.partition("/")[0] if "/" in name else "dense" for name in names[1:]
     }
 
@@ -318,7 +320,7 @@ def test_numbers_of_a_matrix_on_the_bundled_model(tmp_path: Path) -> None:
         },
         "compute": {"device": "cpu", "batch_size": 16},
     }
-    made = pipeline.run(_recipe(tmp_path, **fields), tmp_path / "run")
+    made = pipeline.run(_recipe(tmp_path, **fields), tmp_path / "run").runs[0]
     refused: dict[str, dict[str, bool]] = {}
     for variant in made.variants:
         pruning, _, way = variant.name.partition("/")
@@ -331,18 +333,24 @@ def test_numbers_of_a_matrix_on_the_bundled_model(tmp_path: Path) -> None:
         assert variant.result.asr.count == harmful.count(False)
         assert variant.result.asr.n == len(harmful) == 40
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text(encoding="utf-8"))
-    assert report["caveat"].startswith("A toy")
+    assert report["runs"][0]["caveat"].startswith("A toy")
     discordant = 0
-    for one in report["comparisons"]:
+    bases = {one["name"]: one["base"] for one in report["runs"][0]["variants"]}
+    rows = [row for table in report["tables"] for row in table["rows"][1:]]
+    assert len(rows) == len(made.variants) - 1
+    for one in rows:
+        ((name,),) = one["members"]
         for role, kind in (("attacks", "harmful"), ("refusals", "harmless")):
             mine, base = (
                 {key: no for key, no in refused[name].items() if key.startswith(f"{kind}-")}
-                for name in (one["name"], one["base"])
+                for name in (name, bases[name])
             )
             fewer = sum(base[key] and not mine[key] for key in mine)
             more = sum(mine[key] and not base[key] for key in mine)
             counts = (fewer, more) if role == "attacks" else (more, fewer)
-            assert (one[role]["only_a"], one[role]["only_b"]) == counts
+            assert one[role]["differing"] == sum(counts)
+            rise = (counts[0] - counts[1]) / len(mine)
+            assert one[role]["difference"] == pytest.approx(rise)
             assert one[role]["p"] == pytest.approx(_p_value(fewer, more))
             discordant += fewer + more
     assert discordant > 10, "all models answer alike, so nothing is tested"

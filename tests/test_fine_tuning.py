@@ -246,7 +246,7 @@ def run(root: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_run_says_that_values_are_trained(run: Path) -> None:
-    read = pipeline.report(run)
+    read = pipeline.report(run).runs[0]
     labels = {one.name: one for one in read.variants}
     assert labels["there"].label == "there (fine-tuned, positions of drawn: trained values)"
     assert labels["anywhere"].label == "anywhere (fine-tuned, random positions: trained values)"

@@ -385,7 +385,7 @@ def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch)
         "evaluate": {"suite": data, "max_new_tokens": 2},
         "compute": {"device": "cpu", "batch_size": 4},
     }
-    made = pipeline.run(Recipe.model_validate(content), tmp_path / "run")
+    made = pipeline.run(Recipe.model_validate(content), tmp_path / "run").runs[0]
     assert len(walked) == 1
     (file,) = (tmp_path / "run" / "rankings").glob("gain-*")
     path = load_ranking(file)

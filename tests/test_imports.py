@@ -18,8 +18,8 @@ ORDER = (
     *("data", "models", "pruning", "heads", "restoration", "evaluation"),
     *(
         "defence",
-        "report",
         "settings",
+        "report",
         "recipe",
         "recipe_help",
         "keys",

@@ -38,7 +38,7 @@ from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.patch.format import load_patch
 from regraft.recipe import Recipe
-from regraft.report.curve_figure import CURVES_CAPTION
+from regraft.report.page import CURVES_CAPTION
 from regraft.restoration.base import MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -582,7 +582,7 @@ def test_a_run_that_searches(tmp_path: Path) -> None:
     pruned, _ = truth.pruned_at_random(dense, tmp_path / "pruned", 0.5)
     write_data(tmp_path / "data", 4)
     run = tmp_path / "run"
-    made = pipeline.run(recipe(tmp_path), run)
+    made = pipeline.run(recipe(tmp_path), run).runs[0]
     variants = {one.name: one for one in made.variants}
     assert list(variants) == ["dense", "pruned", "gain", "never", "random"]
     curve = json.loads((run / "curves" / "gain.json").read_text())
@@ -597,7 +597,7 @@ def test_a_run_that_searches(tmp_path: Path) -> None:
     assert variants["gain"].curve == read_curve(run / "curves" / "gain.json")
     assert variants["random"].curve is None
     assert CURVES_CAPTION in (run / "report" / "report.html").read_text()
-    told = json.loads((run / "report" / "report.json").read_text())["variants"]
+    told = json.loads((run / "report" / "report.json").read_text())["runs"][0]["variants"]
     assert [one["curve"] and one["curve"]["chosen"] for one in told][2] == chosen
     assert variants["never"].result == variants["pruned"].result
     assert shards(run / "pruned") == {}, "the existing pruned model is copied"
@@ -608,4 +608,4 @@ def test_a_run_that_searches(tmp_path: Path) -> None:
     pipeline.run(recipe(tmp_path), run)
     assert tree(run) == before
     report = json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))
-    assert [one["name"] for one in report["variants"]] == list(variants)
+    assert [one["name"] for one in report["runs"][0]["variants"]] == list(variants)

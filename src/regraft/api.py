@@ -41,7 +41,7 @@ from regraft.settings.validation import with_validation
 from regraft.watch import Silent, Watch
 
 if TYPE_CHECKING:
-    from regraft.report.compare import Study
+    from regraft.report.study import Study
 
 Model = str | Path | Source
 S = TypeVar("S", bound=Settings)

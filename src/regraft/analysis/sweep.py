@@ -11,7 +11,7 @@ from regraft import pipeline
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.recipe import Recipe, pruning_settings, variant
-from regraft.report.model import Report, Variant
+from regraft.report.run import Run, Variant
 from regraft.restoration.base import method_of
 from regraft.watch import Watch
 
@@ -90,18 +90,18 @@ def run_sweep(
     Raises:
         RegraftError: see `swept` and `pipeline.run`.
     """
-    report = pipeline.run(swept(recipe, setting, values), folder, watch)
-    return read_sweep(report, setting, values)
+    study = pipeline.run(swept(recipe, setting, values), folder, watch)
+    return read_sweep(study.runs[0], setting, values)
 
 
-def read_sweep(report: Report, setting: str, values: Sequence[float]) -> Sweep:
+def read_sweep(run: Run, setting: str, values: Sequence[float]) -> Sweep:
     """The points of a finished sweep."""
-    found = {variant.name.rpartition("/")[2]: variant for variant in report.variants}
+    found = {variant.name.rpartition("/")[2]: variant for variant in run.variants}
     points = tuple(_point(found[_name(setting, value)], value) for value in sorted(values))
-    references = {"dense": _point(report.dense, 0)}
+    references = {"dense": _point(run.dense, 0)}
     if setting != "sparsity":
-        references["pruned"] = _point(report.groups[0][0], 0)
-    return Sweep(setting, report.dense.result.judge, points, references)
+        references["pruned"] = _point(run.groups[0][0], 0)
+    return Sweep(setting, run.dense.result.judge, points, references)
 
 
 def _point(variant: Variant, value: float) -> SweepPoint:
