@@ -20,7 +20,7 @@ from regraft.report.published import (
     published_rsr_interval,
     rsr_interval,
 )
-from regraft.settings.published import read_published
+from regraft.report.published_file import read_published
 
 LI = Path(__file__).parents[1] / "recipes" / "published" / "li-2025.yaml"
 

@@ -14,9 +14,9 @@ from regraft.errors import RegraftError
 from regraft.folder import RunFolder, folder_of_model
 from regraft.recipe import Recipe, read_recipe
 from regraft.report.models import Correlation, ModelTable, model_table
+from regraft.report.published_file import read_published
 from regraft.report.write_models import write_models
 from regraft.reporting import read_report
-from regraft.settings.published import read_published
 from regraft.study import check_runs
 from regraft.watch import Silent, Watch
 

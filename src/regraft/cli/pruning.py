@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from regraft.cli.flags import check_data, refuse_unread
 from regraft.cli.options import Calibration, Compute, Flat, Model, OutFolder, open_model, watching
 from regraft.pruning.pruner import zeros
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.flags import check_data, refuse_unread
 from regraft.settings.pruning import PruneSettings
 
 
