@@ -15,11 +15,13 @@ import regraft
 ROOT = Path(regraft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
-    *("data", "models", "importance", "pruning", "heads", "restoration", "evaluation"),
+    *("data", "models", "importance", "pruning", "heads", "patch", "evaluation"),
     *(
         "defence",
-        "report",
         "settings",
+        "loading",
+        "methods",
+        "report",
         "recipe",
         "recipe_help",
         "keys",
@@ -43,7 +45,7 @@ ORDER = (
         "cli",
     ),
 )
-FREE = {"regraft", "errors", "files", "artifact", "watch", "ranks", "costs", "data.example"}
+FREE = {"regraft", "errors", "files", "artifact", "watch", "ranks", "costs", "plugins", "data.example"}
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 
