@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from cyclopts import Parameter
 from pydantic.fields import FieldInfo
 
+from regraft.methods.base import METHODS, MethodSettings, method_named
 from regraft.recipe import NamedDefenceSettings, Recipe
 from regraft.settings.base import Settings
 from regraft.settings.models import ModelSettings
@@ -29,7 +30,8 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
         if name not in content:  # of a backend that is not the default
             continue
         value, written = getattr(settings, name), content[name]
-        yield from _comment(_meaning(field, value), pad)
+        is_method = name == "method" and isinstance(settings, MethodSettings)
+        yield from _comment(_first_line(method_named(value).Settings) if is_method else _meaning(field, value), pad)
         if isinstance(value, Settings):
             yield f"{pad}{name}:"
             yield from _block(value, f"{pad}  ")
@@ -43,10 +45,19 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
             yield from _entry(name, written, pad)
         if name == "search" and value is None:
             yield from _example(["search:", *_block(SearchSettings(), "  ")], pad)
+        if name == "realign" and isinstance(settings, Recipe):
+            yield from _example(["realign:", *_items(_other_methods(value), "")], pad)
         if name == "models" and not value:
             yield from _example(["models:", *_items([ModelSettings(model="ORG/NAME")], "")], pad)
         if name == "defend" and not value:
             yield from _example(["defend:", *_items([NamedDefenceSettings()], "")], pad)
+
+
+def _other_methods(ways: Sequence[MethodSettings]) -> list[MethodSettings]:
+    """The settings of all methods that a recipe does not have, without names."""
+    shown = {one.method for one in ways}
+    names = [name for name in METHODS.names() if name not in shown]
+    return [method_named(name).Settings(method=name) for name in names]
 
 
 def _items(settings: Any, pad: str) -> Iterator[str]:
@@ -76,11 +87,15 @@ def _meaning(field: FieldInfo, value: Any) -> str:
     helps = [one.help for one in field.metadata if isinstance(one, Parameter) and one.help]
     text = field.description or " ".join(helps)
     if not text and isinstance(value, Settings):
-        text = (type(value).__doc__ or "").splitlines()[0]
+        text = _first_line(type(value))
     choices = _choices(field.annotation)
     if choices and not all(choice in text for choice in choices):
         text += f" One of {', '.join(choices)}."
     return text
+
+
+def _first_line(settings: type[Settings]) -> str:
+    return (settings.__doc__ or "").strip().partition("\n")[0]
 
 
 def _choices(annotation: Any) -> list[str]:
