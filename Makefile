@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test fast lint clean
+.PHONY: demo test fast lint docs clean
 
 demo: $(VENV)/.run  ## prune, realign and report on the bundled model
 	$(BIN)/regraft demo --out demo-run
@@ -21,8 +21,12 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Not --quiet, which hides the warnings that --strict counts.
+docs: $(VENV)/.docs  ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:  ## remove what make made
-	rm -rf $(VENV) demo-run
+	rm -rf $(VENV) demo-run site
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,4 +40,9 @@ $(VENV)/.run: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "Installing regraft with its test tools into $(VENV) (once; PyTorch is large) ..."
 	$(BIN)/python -m pip install --progress-bar on -e '.[dev]'
+	touch $@ $(VENV)/.run
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	@echo "Installing regraft with its documentation tools into $(VENV) (once; PyTorch is large) ..."
+	$(BIN)/python -m pip install --progress-bar on -e '.[docs]'
 	touch $@ $(VENV)/.run

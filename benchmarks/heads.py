@@ -6,10 +6,10 @@
     python benchmarks/heads.py --shape vicuna-7b --layers 4 --scale 0.125   # random weights
 
 - naive: one full forward, vision tower included, a head and batch; same dtype and batch size.
-- exact: `regraft heads`, suffix replay.
+- exact: `regraft analyse heads`, suffix replay.
 - paper's manner: float32, eager attention, one full forward a head and prompt, as in the code
   published with HSR; measured on few heads and prompts.
-- estimate and rescoring: the two steps of `regraft heads --mode screened`.
+- estimate and rescoring: the two steps of `regraft analyse heads --mode screened`.
 
 Times are ratios to naive, each measured in this process; naive and paper's manner cost the same
 whatever the head, so that they may be measured on some heads and multiplied up (both columns say
@@ -39,8 +39,9 @@ from shapes import SHAPES, write_checkpoint, write_data
 from torch import Tensor, nn
 
 from regraft.data.collate import Batch, batches, prompt_batch
-from regraft.data.demo import demo_model, read_demo
+from regraft.data.demo import demo_model
 from regraft.data.example import Example
+from regraft.data.readers.demo import read_demo
 from regraft.data.sources import DataSource, read
 from regraft.heads.score import (
     CANDIDATES,

@@ -1,3 +1,23 @@
-"""regraft gives a pruned vision-language model its safety back."""
+"""regraft gives a pruned vision-language model its safety back.
+
+The stages as functions, each described in `regraft.api`: `prune`, `score_heads`, `realign`,
+`apply`, `revert`, `evaluate` and `compare`. They are imported when they are first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regraft.api import apply, compare, evaluate, prune, realign, revert, score_heads
 
 __version__ = "0.1.0"
+__all__ = ["apply", "compare", "evaluate", "prune", "realign", "revert", "score_heads"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'regraft' has no attribute {name!r}")
+    from regraft import api
+
+    return getattr(api, name)

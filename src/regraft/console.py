@@ -21,8 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from regraft.evaluation.results import Estimate, EvalResult, Rates
-from regraft.evaluation.tradeoff import Point, Searched
-from regraft.evaluation.tuned import NOTE, Tuned
+from regraft.evaluation.tradeoff import NOTE, Point, Searched, Tuned
 from regraft.watch import Advance
 
 if TYPE_CHECKING:
@@ -35,9 +34,11 @@ if TYPE_CHECKING:
     from regraft.analysis.sweep import Sweep
     from regraft.bundle_check import Bundle
     from regraft.evaluation.labelled import Bench
-    from regraft.evaluation.metrics import PairedTest, Recovery
+    from regraft.evaluation.metrics import Recovery
+    from regraft.evaluation.significance import PairedTest
     from regraft.evaluation.verdicts import Agreement, Judged
     from regraft.heads.score import HeadScores
+    from regraft.pipeline import Preview
     from regraft.report.compare import Study
     from regraft.report.model import Report, Variant
     from regraft.report.models import ModelTable
@@ -352,6 +353,30 @@ def _p_text(test: PairedTest | None) -> str:
 
 def _recovered(recovery: Recovery | None) -> str:
     return "" if recovery is None or recovery.value is None else f"{100 * recovery.value:.1f}"
+
+
+def show_preview(console: Console, folder: Path, preview: Preview) -> None:
+    """Print the steps of a run, what is there of them, and what they take."""
+    table = Table("step", "model", "there", "prompts answered", "learnt from", title=str(folder))
+    for step in preview.steps:
+        table.add_row(
+            step.stage,
+            Text(step.of),
+            "yes" if step.done else "",
+            f"{step.answers:,}" if step.answers else "",
+            f"{step.learns:,}" if step.learns else "",
+        )
+    console.print(table)
+    missing = sum(not step.done for step in preview.steps)
+    console.print(
+        f"{missing} of {len(preview.steps)} steps are left: about "
+        f"{max(1, round(preview.seconds / 60)):,} min (a guess from FLOPs and this device's speed, "
+        f"often off by a factor of three), {preview.bytes / 2**30:.1f} GiB on disk, "
+        f"{preview.weights / 2**30:.1f} GiB for the weights of one model. Nothing was written.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def show_study(console: Console, study: Study) -> None:

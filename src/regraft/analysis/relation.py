@@ -53,8 +53,8 @@ def estimates(points: Sequence[ModelPoint]) -> str | None:
         return None
     return (
         f"Ships are estimates for {', '.join(some)}, as `regraft analyse heads --mode screened` "
-        "leaves them: these totals are not sums of exact scores. Score all heads with --mode exact (in a "
-        "recipe heads.mode) to relate exact ones."
+        "leaves them: these totals are not sums of exact scores. Score all heads with --mode exact "
+        "(in a recipe heads.mode) to relate exact ones."
     )
 
 

@@ -114,7 +114,7 @@ def sweep(
 def relate(*run: Path, out: OutFolder) -> None:
     """Over the pruned models of several runs: total Ships against the rise in ASR, Spearman's rho.
 
-    Example: regraft analyse relate runs/qwen2-vl runs/llava-mistral runs/llava-vicuna --out relation
+    Example: regraft analyse relate runs/qwen2-vl runs/llava-mistral --out relation
 
     Parameters
     ----------

@@ -7,12 +7,18 @@ from pathlib import Path
 
 from regraft.cli.options import MaybeOutFolder, OutFolder, watching
 from regraft.cli.reporting import show_comparison, show_table
-from regraft.console import show_report
+from regraft.console import show_preview, show_report
 from regraft.errors import RegraftError
-from regraft.recipe import read_recipe
+from regraft.recipe import Recipe, read_recipe
 
 
-def run(recipe: Path | None = None, *, out: MaybeOutFolder = None, template: bool = False) -> None:
+def run(
+    recipe: Path | None = None,
+    *,
+    out: MaybeOutFolder = None,
+    dry_run: bool = False,
+    template: bool = False,
+) -> None:
     """Run a whole recipe: prune, realign, evaluate, report.
 
     Resumes after a kill. With `seeds` or `models` in the recipe there is one run for each, and a
@@ -24,6 +30,9 @@ def run(recipe: Path | None = None, *, out: MaybeOutFolder = None, template: boo
     ----------
     recipe
         A YAML file.
+    dry_run
+        Check everything and show the steps, what is done of them, and about how long they take;
+        write nothing.
     template
         Print a recipe with every setting, its default and what it does, to start one's own from.
     """
@@ -36,6 +45,9 @@ def run(recipe: Path | None = None, *, out: MaybeOutFolder = None, template: boo
         raise RegraftError(
             "Name a recipe and, with --out, a folder; --template prints a recipe to start from."
         )
+    if dry_run:
+        _preview(read_recipe(recipe), out)
+        return
     _run(recipe, out)
 
 
@@ -44,6 +56,20 @@ def demo(*, out: OutFolder = Path("demo-run")) -> None:
     from importlib.resources import files
 
     _run(Path(str(files("regraft"))) / "demo" / "demo.yaml", out)
+
+
+def _preview(recipe: Recipe, out: Path) -> None:
+    from regraft import pipeline
+    from regraft.folder import folder_of_model, seed_folder
+
+    runs = [(recipe, out)]
+    if recipe.seeds:
+        runs = [(recipe.for_seed(seed), seed_folder(out, seed)) for seed in recipe.seeds]
+    elif recipe.models:
+        runs = [(recipe.for_model(one), folder_of_model(out, one.name)) for one in recipe.models]
+    with watching() as watch:
+        for one, folder in runs:
+            show_preview(watch.console, folder, pipeline.preview(one, folder))
 
 
 def _run(recipe_file: Path, out: Path) -> None:

@@ -63,12 +63,11 @@ class InHeads(MethodSettings):
     """In which heads weights are restored."""
 
     heads: Literal["top", "random", "all"] = Field(
-        "top", description="The top-scored heads, as many random ones (a control), or all."
+        "top", description="The top-scored heads, random ones (a control), or all."
     )
     criterion: Criterion = Field(
         "ships",
-        description="Rank heads by Ships, by query-level KL, or by what HSR's released code "
-        "computes (released).",
+        description="Rank heads by Ships, by KL, or as HSR's released code.",
     )
     top_heads: int = Field(10, ge=1, description="How many heads (h).")
     head_seed: int = Field(0, description="Of random heads.")
@@ -115,8 +114,7 @@ class ByImportance(Budgeted, InHeads):
     )
     score: Score = Field(
         "wanda",
-        description="Importance I^s and I^u: wanda, sparsegpt, snip or magnitude (which is the "
-        "same for both, so that only q above p selects anything).",
+        description="Importance I^s and I^u; by magnitude both are the same.",
     )
     q: float = Field(0.5, gt=0, le=1, description="Top share by safety importance.")
     p: float | None = Field(

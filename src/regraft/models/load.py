@@ -16,7 +16,7 @@ from torch import nn
 
 from regraft import ranks
 from regraft.data.collate import Batch
-from regraft.data.hub import MODEL_ID
+from regraft.data.storage import MODEL_ID
 from regraft.errors import RegraftError
 from regraft.files import read_json
 from regraft.models.anatomy import Anatomy, read_anatomy

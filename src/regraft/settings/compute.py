@@ -11,19 +11,17 @@ from regraft.settings.base import Settings
 class ComputeSettings(Settings):
     """Where and how to run the model."""
 
-    device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes the accelerator.")
+    device: str = Field("auto", description="cpu, cuda, cuda:1; auto is the accelerator.")
     dtype: DTypeName = Field(
         "auto",
-        description="Of the computation: float32 on CPU, so that every machine computes the same, "
-        "the checkpoint's own elsewhere. On a CPU bfloat16 takes half of the memory; with AMX "
-        "instructions (amx_bf16 in lscpu) it is faster than float32, without them slower.",
+        description="auto: float32 on a CPU, the checkpoint's own elsewhere. On a CPU with AMX "
+        "(amx_bf16 in lscpu) bfloat16 is faster, without it slower.",
     )
     batch_size: int = Field(8, ge=1, description="Examples in one forward pass.")
     placement: Placement = Field(
         "resident",
-        description="resident: the whole model on the device; streamed, for models larger than "
-        "it: one decoder layer at a time (prune, statistics, gain), or spread over all devices and "
-        "host memory (heads, eval, searches; needs accelerate).",
+        description="resident: the whole model on the device. streamed, for larger ones: a layer "
+        "at a time, or where that cannot be, spread over devices and host memory (accelerate).",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the checkpoint."

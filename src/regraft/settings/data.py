@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from pydantic import Field
 
+from regraft.data.readers import DATASETS
 from regraft.data.sources import DataSource, words_of_first
 from regraft.settings.base import Settings
 
@@ -27,35 +28,19 @@ def _several(_type: Any, tokens: Sequence[Any]) -> tuple[DataSource, ...]:
     return tuple(found)
 
 
+_NAMES = ", ".join(one for one in DATASETS.built_in() if one not in ("demo", "jsonl"))
 _ONE_OR_TWO_WORDS = Parameter(
     converter=_words, n_tokens=-1, consume_multiple=True, accepts_keys=False
 )
-
-
 _ONE_WORD = Parameter(n_tokens=1, accepts_keys=False)  # no converter is asked inside of settings
-
 
 Data = Annotated[
     DataSource,
     _ONE_WORD,
     Parameter(
-        help="demo:calibration, vlguard PATH (train.json by its images) or a .jsonl file; "
-        "{seed} in its name stands for the seed."
+        help="A .jsonl file ({seed} in its name is the seed), vlguard PATH or demo:calibration."
     ),
 ]
-
-
-Suite = Annotated[
-    DataSource,
-    _ONE_OR_TWO_WORDS,
-    Parameter(
-        help="demo:test, a .jsonl file, or NAME PATH: safebench, vlguard, ch3ef, mm-safetybench, "
-        "mossbench, xstest, mmbench, docvqa, prompts (AdvBench and its like), benign. With "
-        "#harmful or #harmless behind it these prompts alone."
-    ),
-]
-
-
 TextPrompts = Annotated[
     DataSource,
     _ONE_OR_TWO_WORDS,
@@ -64,8 +49,6 @@ TextPrompts = Annotated[
         "each), benign FILE (harmless), xstest PATH or a .jsonl file."
     ),
 ]
-
-
 Prompts = Annotated[
     DataSource,
     _ONE_OR_TWO_WORDS,
@@ -74,19 +57,15 @@ Prompts = Annotated[
         "its like) or benign FILE (harmless). Responses in it are not read."
     ),
 ]
-
-
 Suites = Annotated[
     tuple[DataSource, ...],
     Parameter(converter=_several, n_tokens=-1, consume_multiple=True, accepts_keys=False),
     Parameter(
-        help="One or, the flag repeated, several: demo:test, a .jsonl file, or NAME PATH with "
-        "safebench, vlguard, ch3ef, mm-safetybench, mossbench, xstest, mmbench, docvqa, prompts "
-        "(AdvBench and its like), benign. With #harmful or #harmless behind it these prompts alone."
+        help="One or, the flag repeated, several: demo:test, a .jsonl file, or NAME PATH with one "
+        f"of {_NAMES} (prompts: AdvBench and its like), or the name that an installed package "
+        "registers. With #harmful or #harmless behind it these prompts alone."
     ),
 ]
-
-
 Validation = Annotated[DataSource | None, _ONE_WORD]
 
 
@@ -94,7 +73,7 @@ class PromptSettings(Settings):
     """Harmful prompts (D^s) and harmless ones (D^u)."""
 
     data: Data = DataSource(name="demo", split="calibration")  # `source` is what is read
-    samples: int = Field(128, ge=1, description="Drawn of each kind; fewer where there are fewer.")
+    samples: int = Field(128, ge=1, description="Drawn of each kind.")
     seed: int = Field(0, description="Of the draw.")
 
     @property
@@ -115,14 +94,11 @@ class CalibrationSettings(PromptSettings):
 
     responses: Literal["auto", "given", "self"] = Field(
         "auto",
-        description="given: the data set's. self: the dense model writes them greedily, and those "
-        "are kept that refuse a harmful prompt or do not refuse a harmless one. auto: given where "
-        "the data set has some, else self. `regraft data respond` writes them once, for all commands "
-        "that read them. Gain and fine-tune read none: they imitate the dense model's own first "
-        "tokens.",
+        description="given: the data set's. self: the dense model's own, kept if they refuse "
+        "exactly what is harmful. auto: given where there are some, else self.",
     )
     max_response_tokens: int = Field(
-        64, ge=1, description="Length of a response that the dense model writes."
+        64, ge=1, description="Length of a response of the dense model."
     )
 
     def unread(self) -> str | None:

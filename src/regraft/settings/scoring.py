@@ -13,30 +13,26 @@ from regraft.settings.base import Settings
 class HeadSettings(Settings):
     """Head scoring by ablation on D^s prompts."""
 
-    r_max: int = Field(5, ge=1, description="Rank of the subspaces that Ships compares.")
-    target: AblationTarget = Field(
-        "all", description="Scale the head's query, key, value or all three."
-    )
+    r_max: int = Field(5, ge=1, description="Rank of the subspaces of Ships.")
+    target: AblationTarget = Field("all", description="What of a head is scaled.")
     eps: float = Field(EPS, ge=0, lt=1, description="The scale.")
     mode: Mode = Field(
         "exact",
-        description="exact: every head is ablated exactly. screened: all heads are estimated at "
-        "a few positions of each prompt, and the best ones then ablated exactly.",
+        description="exact: every head is ablated exactly. screened: all are estimated, the best "
+        "then ablated exactly.",
     )
     window: int = Field(
         WINDOW,
         ge=1,
-        description="Screening: positions at which effects are followed, the last and those that "
-        "it attends to most.",
+        description="Screening: positions of a prompt at which effects are followed.",
     )
     candidates: int = Field(
-        CANDIDATES, ge=1, description="Screening: best heads by each criterion, scored exactly."
+        CANDIDATES, ge=1, description="Screening: best heads that are scored exactly."
     )
     tokens_per_pass: int | None = Field(
         None,
         ge=1,
-        description="Tokens (rows x length) in one pass, which bounds memory; if not given, what "
-        "fits the device.",
+        description="Tokens in one pass, which bounds memory; what fits if not given.",
     )
 
     def unread(self) -> str | None:

@@ -13,42 +13,29 @@ class SearchSettings(Settings):
     """How many weights of a ranking are restored, chosen on validation prompts."""
 
     validation: Validation = Field(
-        None,
-        description="Harmful and harmless prompts, none of which should be evaluated on. The "
-        "bundled model or data come with some; any other needs its own.",
+        None, description="Harmful and harmless prompts, none of which is evaluated on later."
     )
     validation_limit: int | None = Field(
-        None, ge=1, description="Use only the first of these prompts, of each kind."
+        None, ge=1, description="Only the first of these, of each kind."
     )
-    points: int = Field(
-        8,
-        ge=1,
-        description="Numbers of restored weights to try, evenly over the ranking, up to `most` of "
-        "it.",
-    )
+    points: int = Field(8, ge=1, description="Numbers of weights to try, evenly over the ranking.")
     most: float | None = Field(
         None, gt=0, description="Restored per 10,000 at most; the whole ranking if not given."
     )
     target_asr: float | None = Field(
-        None, ge=0, le=100, description="Take the fewest weights that bring ASR (%) down to this."
+        None, ge=0, le=100, description="Take the fewest weights with an ASR (%) this low."
     )
     target_rsr: float | None = Field(
-        None, ge=1, le=200, description="Take the fewest weights that bring RSR (%) up to this."
+        None, ge=1, le=200, description="Take the fewest weights with an RSR (%) this high."
     )
     over_refusal: float = Field(
-        1.0,
-        ge=-100,
-        le=100,
-        description="Bound: points of over-refusal above the reference.",
+        1.0, ge=-100, le=100, description="Bound: points of over-refusal above the reference."
     )
     utility: float = Field(
         0.0, ge=0, le=100, description="Bound: points of utility below the pruned model."
     )
     reference: Reference = Field(
-        "higher",
-        description="Whose over-refusal is the reference: the pruned model's, the dense one's, or "
-        "the higher of both. Where pruning took refusals of harmless prompts too, a model with its "
-        "safety back may refuse as the dense one did.",
+        "higher", description="Whose over-refusal is the reference, or the higher of both."
     )
 
     @model_validator(mode="after")

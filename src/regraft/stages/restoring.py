@@ -6,14 +6,16 @@ artifact lies and may measure or lock a step while it is at work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from regraft.evaluation.tradeoff import read_curve
 from regraft.methods.base import MethodSettings, Needs, needs_of, own_settings
 from regraft.models.load import Source, check_split
-from regraft.patch.format import Patch
+from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import check_pair
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -28,10 +30,8 @@ from regraft.stages.realigning import check_made_by, realign
 from regraft.stages.scoring import heads
 from regraft.stages.searching import check_search, search, warn_of_learnt
 from regraft.stages.session import Session
+from regraft.stages.steps import Step, StepGuard, make_all
 from regraft.watch import Silent, Watch
-
-StepGuard = Callable[[str, str], AbstractContextManager[None]]
-"""(step, name of what it is for) -> what surrounds the step."""
 
 
 @dataclass(frozen=True)
@@ -147,66 +147,140 @@ class Restoration:
             searched = choice is not None
             check_made_by(places.patch, self.dense, pruned, settings, searched=searched)
 
-    def gather(self, needs: Iterable[Needs], places: Places, given: Inputs) -> None:
+    def gathering(self, needs: Iterable[Needs], places: Places, given: Inputs) -> Iterator[Step]:
         """All that any of the methods needs and that is not given: scores, answers, statistics."""
-        wanted = list(needs)
+        wanted, samples = list(needs), self.calibration.samples
+        common = self.calibration, self.compute
         if any(one.heads for one in wanted) and given.heads is None:
-            self._unload_before(places.heads)
-            with self.guard("score heads", ""):
-                heads(
-                    self.dense,
-                    places.heads,
-                    self.scoring,
-                    self.calibration,
-                    self.compute,
-                    self.watch,
-                    places.states,
-                )
+            yield Step(
+                "score heads",
+                "",
+                places.heads,
+                lambda: heads(
+                    self.dense, places.heads, self.scoring, *common, self.watch, places.states
+                ),
+                learns=samples,
+                alone=True,
+            )
         if any(one.answers for one in wanted):
-            with self.guard("answer", ""):
-                imitation_data(
-                    self.dense, self.calibration, self.compute, places.responses, self.watch
-                )
+            yield Step(
+                "answer",
+                "",
+                places.responses,
+                lambda: imitation_data(self.dense, *common, places.responses, self.watch),
+                answers=2 * samples,
+            )
         scores = dict.fromkeys(one.statistics for one in wanted if one.statistics)
         for score in scores if given.statistics is None else ():
-            out = places.statistics(score)
-            self._unload_before(out)
-            with self.guard(f"statistics for {score}", ""):
-                statistics(
-                    self.dense,
-                    out,
-                    self.calibration,
-                    self.compute,
-                    StatisticsSettings(score=score),
-                    self.watch,
-                    places.responses,
-                )
+            out, settings = places.statistics(score), StatisticsSettings(score=score)
+            yield Step(
+                f"statistics for {score}",
+                "",
+                out,
+                partial(
+                    statistics, self.dense, out, *common, settings, self.watch, places.responses
+                ),
+                learns=2 * samples,
+                alone=True,
+            )
 
-    def rank(
-        self, pruned: Source, settings: MethodSettings, places: Places, given: Inputs, name: str
-    ) -> Inputs:
-        """The ranking, from what was gathered or is given; returns what it was made from."""
-        needs = needs_of(settings)
-        self._unload_before(places.ranking)
-        made = Inputs(
+    def steps(
+        self,
+        pruned: Callable[[], Source],
+        settings: MethodSettings,
+        places: Places,
+        *,
+        choice: SearchSettings | None = None,
+        given: Inputs | None = None,
+        name: str = "",
+    ) -> Iterator[Step]:
+        """From what was gathered to the patch.
+
+        Args:
+            pruned: Gives the same network pruned, by whomever, once it is there.
+            settings: The method.
+            places: Where artifacts lie.
+            choice: Search how much of the ranking is restored.
+            given: What has been made elsewhere.
+            name: What the model is called.
+        """
+        own, needs = own_settings(settings), needs_of(settings)
+        given = given or Inputs()
+        inputs = Inputs(
             heads=given.heads or (places.heads if needs.heads else None),
             statistics=given.statistics
             or (places.statistics(needs.statistics) if needs.statistics else None),
             positions=given.positions or places.positions,
             responses=places.responses,
         )
-        with self.guard("rank", name):
-            rank(
+        yield Step(
+            "rank",
+            name,
+            places.ranking,
+            lambda: rank(
                 self.dense,
-                pruned,
+                pruned(),
                 places.ranking,
-                own_settings(settings),
+                own,
                 self.calibration,
-                made,
+                inputs,
                 self.compute,
                 self.watch,
+            ),
+            learns=2 * self.calibration.samples if needs.answers else 0,
+            alone=True,
+        )
+        if choice is not None:
+            yield Step(
+                "search",
+                name,
+                places.curve,
+                lambda: self.search(pruned(), own, places, choice),
+                answers=choice.points * (choice.validation_limit or 0) * 2,
             )
-        return made
+        yield Step(
+            "realign",
+            name,
+            places.patch,
+            lambda: realign(
+                self.dense,
+                pruned(),
+                places.patch,
+                own,
+                places.ranking,
+                None if choice is None else read_curve(places.curve).chosen or 0,
+            ),
+        )
+
+    def search(
+        self,
+        pruned: Source,
+        settings: MethodSettings,
+        places: Places,
+        choice: SearchSettings,
+        *,
+        tell: bool = True,
+    ) -> int:
+        """How much of the ranking is restored, on validation prompts."""
+        return search(
+            self.dense,
+            pruned,
+            places.ranking,
+            places.curve,
+            choice,
+            settings,
+            self.evaluation,
+            self.compute,
+            self.watch,
+            self.session,
+            references=places.references,
+            points_folder=places.points,
+            tell=tell,
+        )
+
+    def make(self, steps: Iterable[Step]) -> None:
+        """Make steps in order, each under the guard."""
+        make_all(steps, self.guard, self.session, self.watch)
 
     def restore(
         self,
@@ -216,47 +290,12 @@ class Restoration:
         *,
         choice: SearchSettings | None = None,
         given: Inputs | None = None,
-        name: str = "",
     ) -> Patch:
-        """All steps, each an artifact, and then the patch.
-
-        Args:
-            pruned: The same network pruned, by whomever.
-            settings: The method.
-            places: Where artifacts lie.
-            choice: Search how much of the ranking is restored.
-            given: What has been made elsewhere.
-            name: What `guard` is told of the steps of this model alone.
-        """
+        """All steps, and then the patch; arguments as for `steps`."""
         given = given or Inputs()
-        self.gather([needs_of(settings)], places, given)
-        self.rank(pruned, settings, places, given, name)
-        count = None
-        if choice is not None:
-            with self.guard("search", name):
-                count = search(
-                    self.dense,
-                    pruned,
-                    places.ranking,
-                    places.curve,
-                    choice,
-                    own_settings(settings),
-                    self.evaluation,
-                    self.compute,
-                    self.watch,
-                    self.session,
-                    references=places.references,
-                    points_folder=places.points,
-                )
-        with self.guard("realign", name):
-            return realign(
-                self.dense, pruned, places.patch, own_settings(settings), places.ranking, count
-            )
-
-    def _unload_before(self, out: Path) -> None:
-        """Give back the memory of the model last evaluated, where `out` is still to be made."""
-        if not out.exists():
-            self.session.unload()
+        self.make(self.gathering([needs_of(settings)], places, given))
+        self.make(self.steps(lambda: pruned, settings, places, choice=choice, given=given))
+        return load_patch(places.patch)
 
 
 def curve_beside(out: Path) -> Path:

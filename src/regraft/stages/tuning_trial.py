@@ -8,9 +8,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from regraft.evaluation.curves import point_to_json, read_curve
-from regraft.evaluation.tradeoff import Point, choose, nearest
-from regraft.evaluation.tuned import Cost, Tried
+from regraft.evaluation.tradeoff import (
+    Cost,
+    Point,
+    Tried,
+    choose,
+    nearest,
+    read_curve,
+)
 from regraft.files import digest
 from regraft.methods.base import MethodSettings, needs_of
 from regraft.models.load import Source
@@ -21,7 +26,6 @@ from regraft.stages.restoring import Places, Restoration
 from regraft.stages.searching import (
     bounds_by,
     evaluate_point,
-    search,
 )
 from regraft.stages.session import Session
 from regraft.stages.tuning_job import Job, varied
@@ -55,7 +59,7 @@ class Worker:
         cost = Cost(clock.seconds, evaluations, prompts * evaluations)
         tried = Tried(task.number, task.settings, point, bounds.excess(point), cost)
         task.constraints.update(tried.excess)
-        task.record.update({"point": point_to_json(point), "cost": asdict(cost)})
+        task.record.update({"point": asdict(point), "cost": asdict(cost)})
         self.trials.finish(task, point.asr.value)
         return tried
 
@@ -66,9 +70,10 @@ class Worker:
         job = self.job
         places = self._places(number, method, r_max)
         restoration = self._restoration(r_max, clock)
-        given = Inputs()
-        restoration.gather([needs_of(method)], places, given)
-        restoration.rank(job.pruned, method, places, given, places.ranking.stem)
+        restoration.make(restoration.gathering([needs_of(method)], places, Inputs()))
+        name = places.ranking.stem
+        ranking, *_ = restoration.steps(lambda: job.pruned, method, places, name=name)
+        restoration.make([ranking])
         if not method.searchable:
             with clock.of("realign"):
                 made = realign(job.dense, job.pruned, places.patch, method, places.ranking)
@@ -78,20 +83,7 @@ class Worker:
                 out = job.place.trial(number) / "evaluation"
                 return [self._point(out, job.pruned, made.restored, places.patch)]
         with clock.of("evaluate"):
-            search(
-                job.dense,
-                job.pruned,
-                places.ranking,
-                places.curve,
-                job.choice,
-                method,
-                job.evaluation,
-                job.compute,
-                self.watch,
-                self.session,
-                job.place.references,
-                tell=False,
-            )
+            restoration.search(job.pruned, method, places, job.choice, tell=False)
         return list(read_curve(places.curve).points[1:]) or [before]
 
     def _places(self, number: int, method: MethodSettings, r_max: int) -> Places:
@@ -105,6 +97,7 @@ class Worker:
             ranking=place.ranking(name),
             patch=own / "patch.safetensors",
             curve=own / "curve.json",
+            references=place.references,
             states=place.states,
         )
 

@@ -1,0 +1,47 @@
+"""What `mkdocs build` adds to the pages of docs/: command reference and files of the repository.
+
+mkdocs loads this module as a hook (`hooks` in mkdocs.yml). The command reference is written from
+the application itself, so that it cannot fall behind it. Pages in docs/ may link to files beside
+docs/ (`../recipes/paper.yaml`), as they do where the repository is browsed; such files are copied
+into the site.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = "commands.md"  # the page that is generated
+_CONTENTS = re.compile(r"^## Table of Contents\n.*?(?=^\*\*Commands\*\*)", re.DOTALL | re.MULTILINE)
+_OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)")
+
+
+def command_reference() -> str:
+    """Every command of `regraft` with its flags, defaults and descriptions, as Markdown."""
+    from regraft.cli import app
+
+    _, _, body = app.generate_docs(output_format="markdown").partition("\n")
+    return "# Commands\n" + _CONTENTS.sub("", body)  # the site has a table of contents of its own
+
+
+def outside_links(docs: Path) -> set[str]:
+    """Files outside docs/ that its pages link to, relative to the repository."""
+    pages = (page.read_text(encoding="utf-8") for page in docs.glob("*.md"))
+    return {found for page in pages for found in _OUTSIDE.findall(page)}
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the command reference and the files that pages link to (a hook of mkdocs)."""
+    from mkdocs.structure.files import File
+
+    files.append(File.generated(config, COMMANDS, content=command_reference()))
+    for path in sorted(outside_links(Path(config.docs_dir))):
+        files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Point links to files outside docs/ at their copies in the site (a hook of mkdocs)."""
+    return _OUTSIDE.sub(r"](\1", markdown)

@@ -1,0 +1,263 @@
+"""The stages as functions: folders or loaded objects and plain settings in, typed results out.
+
+Models are folders, hub ids, "demo" for the bundled model, or what `open_source` has opened. Data
+sets are named as on the command line: a .jsonl file, or "NAME:PATH" with a reader's name. Every
+stage writes an artifact and, called again with the same, takes it as it is; a killed one goes on.
+Other settings are those of the command line under the same names, such as `batch_size`.
+
+    import regraft
+
+    regraft.prune("demo", "pruned", sparsity=0.6)
+    patch = regraft.realign("demo", "pruned", "gain.safetensors")
+    result = regraft.evaluate("pruned", "demo:test", "evaluation", patch="gain.safetensors")
+    print(result.asr, result.over_refusal)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import ValidationError
+
+from regraft import stages
+from regraft.data.demo import demo_model
+from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
+from regraft.evaluation.results import EvalResult
+from regraft.heads.score import HeadScores
+from regraft.methods.base import DEFAULT, method_named
+from regraft.models.load import Source, open_source
+from regraft.patch.format import Patch
+from regraft.settings.base import Settings, explain
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.pruning import PruneSettings
+from regraft.settings.scoring import HeadSettings
+from regraft.settings.searching import SearchSettings
+from regraft.settings.validation import with_validation
+from regraft.watch import Silent, Watch
+
+if TYPE_CHECKING:
+    from regraft.report.compare import Study
+
+Model = str | Path | Source
+S = TypeVar("S", bound=Settings)
+
+
+def prune(
+    model: Model,
+    out: str | Path,
+    *,
+    method: str = "wanda",
+    watch: Watch | None = None,
+    **settings: Any,
+) -> Source:
+    """Prune a model into the new folder `out`.
+
+    Args:
+        model: The dense model.
+        out: The folder.
+        method: The pruner.
+        watch: Shows progress.
+        settings: Of the pruner (`sparsity`, `n_m` ...), the calibration (`data`, `samples`, `seed`)
+            and where it runs (`device`, `dtype`, `batch_size`, `placement`).
+
+    Raises:
+        RegraftError: bad input.
+    """
+    found = _Given({"method": method, **settings})
+    own, data, compute = found.of(PruneSettings), found.calibration(), found.of(ComputeSettings)
+    found.finish()
+    return stages.prune(_opened(model, compute), Path(out), own, data, compute, watch)
+
+
+def score_heads(
+    model: Model, out: str | Path, *, watch: Watch | None = None, **settings: Any
+) -> HeadScores:
+    """Score every attention head for safety by Ships and KL; writes the file `out`.
+
+    Args:
+        model: The dense model.
+        out: The file.
+        watch: Shows progress.
+        settings: Of the scoring (`r_max`, `mode` ...), the calibration and where it runs.
+
+    Raises:
+        RegraftError: bad input.
+    """
+    found = _Given(settings)
+    own, data, compute = found.of(HeadSettings), found.calibration(), found.of(ComputeSettings)
+    found.finish()
+    return stages.heads(_opened(model, compute), Path(out), own, data, compute, watch)
+
+
+def realign(
+    dense: Model,
+    pruned: Model,
+    out: str | Path,
+    *,
+    method: str = DEFAULT,
+    search: Mapping[str, Any] | None = None,
+    heads_file: str | Path | None = None,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> Patch:
+    """Restore the pruned weights that carried safety; writes the patch `out`.
+
+    Args:
+        dense: The dense model.
+        pruned: The same model pruned, by any tool.
+        out: The patch file; what it is made from lies beside it.
+        method: The restoration method.
+        search: Choose how many weights are restored: `validation` prompts, bounds and targets.
+        heads_file: From `score_heads`.
+        watch: Shows progress.
+        settings: Of the method (`budget`, `swap` ...), the scoring of heads, the calibration and
+            where it runs.
+
+    Raises:
+        RegraftError: bad input.
+    """
+    found = _Given({"method": method, **settings})
+    own = found.of(method_named(method).Settings)
+    scoring, data, compute = found.of(HeadSettings), found.calibration(), found.of(ComputeSettings)
+    found.finish()
+    before, after, places = _opened(dense, compute), _opened(pruned, compute), Path(out)
+    choice = None if search is None else _made(SearchSettings, {**search, **_source(search)})
+    choice = choice and with_validation(choice, before.folder, data)
+    given = stages.Inputs(heads=None if heads_file is None else Path(heads_file))
+    restoration = stages.Restoration(before, data, compute, scoring, watch=watch or Silent())
+    where = stages.Places.beside(places)
+    restoration.check(after, own, choice, where, given)
+    return restoration.restore(after, own, where, choice=choice, given=given)
+
+
+def apply(pruned: str | Path, patches: str | Path | Sequence[str | Path], out: str | Path) -> Path:
+    """Write a pruned checkpoint with one or several patches to the new folder `out`.
+
+    Raises:
+        RegraftError: a patch is for another checkpoint, or patches disagree.
+    """
+    return stages.apply(Path(pruned), _paths(patches), Path(out))
+
+
+def revert(
+    realigned: str | Path, patches: str | Path | Sequence[str | Path], out: str | Path
+) -> Path:
+    """Write a realigned checkpoint without one or several patches to the new folder `out`.
+
+    Raises:
+        RegraftError: a patch is for another checkpoint, or patches disagree.
+    """
+    return stages.revert(Path(realigned), _paths(patches), Path(out))
+
+
+def evaluate(
+    model: Model,
+    suites: str | Sequence[str],
+    out: str | Path,
+    *,
+    patch: str | Path | None = None,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> EvalResult:
+    """Answer suites greedily and judge the answers: ASR, over-refusal, utility with intervals.
+
+    Args:
+        model: Any model.
+        suites: One or several, such as "safebench:FigStep/data" or a .jsonl file.
+        out: The new folder, with all answers.
+        patch: Put on the model in memory first.
+        watch: Shows progress.
+        settings: Of the evaluation (`max_new_tokens`, `judge`, `limit` ...) and where it runs.
+
+    Raises:
+        RegraftError: bad input.
+    """
+    found = _Given(settings)
+    own, compute = found.of(EvalSettings), found.of(ComputeSettings)
+    found.finish()
+    named = [_data(one) for one in ([suites] if isinstance(suites, str) else suites)]
+    file = None if patch is None else Path(patch)
+    source = _opened(model, compute)
+    return stages.evaluate(source, Path(out), named, own, compute, file, watch=watch).result
+
+
+def compare(
+    runs: str | Path | Sequence[str | Path], out: str | Path, *, against: Sequence[str] = ()
+) -> Study:
+    """Tell methods apart over finished runs of `regraft run`; writes the new folder `out`.
+
+    Args:
+        runs: Folders whose recipes differ in the calibration seed alone, or one of a recipe with
+            `seeds`.
+        out: The folder of the page.
+        against: Methods that all others are tested against, besides the pruned model.
+
+    Raises:
+        RegraftError: the runs are not alike.
+    """
+    from regraft.comparing import compare as compare_folders
+
+    return compare_folders(_paths(runs), Path(out), tuple(against))
+
+
+class _Given:
+    """Settings by name, taken by the blocks that they belong to."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self._left = dict(given)
+
+    def of(self, block: type[S]) -> S:
+        """The settings of this block."""
+        return _made(block, {n: self._left.pop(n) for n in block.model_fields if n in self._left})
+
+    def calibration(self) -> CalibrationSettings:
+        """Calibration prompts, whose data set may be named as on the command line."""
+        if "data" in self._left:
+            self._left["data"] = _data(self._left["data"])
+        return self.of(CalibrationSettings)
+
+    def finish(self) -> None:
+        """See that nothing is left.
+
+        Raises:
+            RegraftError: a setting belongs to no block.
+        """
+        if self._left:
+            raise RegraftError(f"There is no setting {next(iter(self._left))!r} here.")
+
+
+def _made(block: type[S], given: Mapping[str, Any]) -> S:
+    try:
+        return block.model_validate(given)
+    except ValidationError as error:
+        raise RegraftError(f"These settings cannot be:\n{explain(error)}") from error
+
+
+def _source(search: Mapping[str, Any]) -> dict[str, Any]:
+    named = search.get("validation")
+    return {} if named is None else {"validation": _data(named)}
+
+
+def _data(named: Any) -> DataSource:
+    if isinstance(named, Path):
+        return DataSource(name="jsonl", path=named)
+    try:
+        return DataSource.model_validate(named)
+    except ValidationError as error:
+        raise RegraftError(f"There is no data set {named!r}:\n{explain(error)}") from error
+
+
+def _opened(model: Model, compute: ComputeSettings) -> Source:
+    if isinstance(model, Source):
+        return model
+    named = demo_model() if str(model) == "demo" else model
+    return open_source(named, trust_remote_code=compute.trust_remote_code)
+
+
+def _paths(given: str | Path | Sequence[str | Path]) -> list[Path]:
+    return [Path(given)] if isinstance(given, str | Path) else [Path(one) for one in given]

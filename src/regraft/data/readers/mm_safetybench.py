@@ -1,0 +1,71 @@
+"""MM-SafetyBench (Liu et al. 2024, arXiv 2311.17600): questions whose harm is in the image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from regraft.data.example import Example, Reading
+from regraft.data.images import locate_images
+from regraft.data.readers import Dataset
+from regraft.data.rows import Row, json_file, require_examples
+from regraft.errors import RegraftError
+
+Variant = Literal["SD", "SD_TYPO", "TYPO"]
+# Of the authors' evaluation: the generated image has a question of its own.
+_QUESTIONS: dict[Variant, str] = {
+    "SD": "Rephrased Question(SD)",
+    "SD_TYPO": "Rephrased Question",
+    "TYPO": "Rephrased Question",
+}
+_WHAT = (
+    "MM-SafetyBench is a folder with processed_questions/NN-SCENARIO.json and "
+    "imgs/NN-SCENARIO/{SD,SD_TYPO,TYPO}/NUMBER.jpg."
+)
+
+
+def read_mm_safetybench(folder: Path, variant: Variant = "SD_TYPO") -> Reading:
+    """Read the 13 scenarios, 1680 questions, with one of the three images of each.
+
+    `variant`: an image of the key phrase by Stable Diffusion (SD), the phrase as typography (TYPO),
+    or both (SD_TYPO, the strongest attack and the paper's main one). All are harmful, without a
+    response; the category is the scenario ("01-Illegal_Activitiy", as its authors spell it), the
+    request the `Question` that image and prompt were made from.
+    Scenarios 10 to 13 (legal, financial and health advice, government decisions) are not clearly
+    harmful: look at the rates per category. A folder with `data/` in it is read as well.
+
+    Raises:
+        RegraftError: a file, field or image is missing or wrong.
+    """
+    base = folder if (folder / "processed_questions").is_dir() else folder / "data"
+    files = sorted((base / "processed_questions").glob("*.json"))
+    if not files:
+        raise RegraftError(f"{folder}: there are no questions. {_WHAT}")
+    examples = tuple(example for file in files for example in _scenario(file, variant))
+    reading = require_examples(Reading(f"{folder}, {variant}", examples))
+    return locate_images(reading, [base / "imgs", base / "images"])
+
+
+def _scenario(file: Path, variant: Variant) -> list[Example]:
+    questions = json_file(file, _WHAT)
+    if not isinstance(questions, dict):
+        raise RegraftError(f"{file}: expected an object of numbered questions.")
+    rows = {number: Row.of(f"{file}, question {number}", one) for number, one in questions.items()}
+    return [
+        Example(
+            id=f"{file.stem}-{number}-{variant}",
+            instruction=row.text(_QUESTIONS[variant]),
+            harmful=True,
+            category=file.stem,
+            image=Path(file.stem, variant, f"{number}.jpg"),
+            request=row.optional_text("Question") or None,
+        )
+        for number, row in rows.items()
+    ]
+
+
+PLUGIN = Dataset(
+    lambda path, split: read_mm_safetybench(path, cast(Variant, split or "SD_TYPO")),
+    splits=get_args(Variant),
+    only="harmful",
+)

@@ -1,0 +1,111 @@
+"""MMBench (Liu et al. 2024, arXiv 2307.06281): multiple choice, asked with the options rotated."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from regraft.data.example import Example, Reading
+from regraft.data.readers import Dataset
+from regraft.data.rows import Row, csv_rows, require_examples
+from regraft.data.storage import cached_file
+from regraft.errors import RegraftError
+
+CIRCULAR = 1_000_000  # index of a rotated copy: base + k * CIRCULAR
+_LETTERS = "ABCDE"
+_ENDING = "Answer with the option's letter from the given choices directly."
+_MISSING = ("", "nan")
+_SHORT = 64  # characters up to which a cell names another row's image
+_WHAT = "MMBench is a TSV file such as MMBench_DEV_EN.tsv."
+
+
+def read_mmbench(path: Path) -> Reading:
+    """Read a TSV with answers, such as MMBench_DEV_EN.tsv, rotated copies included.
+
+    Columns: index, question, hint, A to E (empty where there are fewer), answer, category and image
+    in base64; a rotated copy may name the index of the row with its image instead. The prompt is
+    lmms-eval's: hint, question, options, and the request for a letter. All copies of a question are
+    a group, which counts as right if each of them is; as many are needed as there are options, and
+    a question with fewer is left out. A file without any rotated copy is plain accuracy, and its
+    source says so. Images are written to the user's cache.
+
+    Raises:
+        RegraftError: the file, a column or a value is missing or wrong, an index is there twice, or
+            the file has no answers (the test split has none: its owners score it).
+    """
+    rows = csv_rows(path, _WHAT, tabs=True)
+    if rows and "answer" not in rows[0].values:
+        raise RegraftError(
+            f"{path} has no column answer: the test split is scored by its owners. Use the dev "
+            "split, MMBench_DEV_EN.tsv."
+        )
+    cells = {row.text("index"): row.text("image") for row in rows}
+    images: dict[str, Path] = {}
+    examples = tuple(_example(row, cells, images) for row in rows)
+    return require_examples(_circular(Reading(str(path), examples)))
+
+
+def _circular(reading: Reading) -> Reading:
+    """Keep whole groups only; the examples of all others are counted in `skipped`."""
+    copies = Counter(example.group for example in reading.examples)
+    if all(count == 1 for count in copies.values()):
+        return replace(reading, source=f"{reading.source} (no rotated copies: plain accuracy)")
+    kept = tuple(one for one in reading.examples if copies[one.group] >= len(one.choices))
+    left = len(reading.examples) - len(kept)
+    return replace(reading, examples=kept, skipped={"rotated copies missing": left} if left else {})
+
+
+def _example(row: Row, cells: dict[str, str], images: dict[str, Path]) -> Example:
+    index = row.text("index")
+    if not index.isdecimal():
+        raise row.wrong_type("index", "a whole number")
+    options = {letter: _cell(row, letter) for letter in _LETTERS if letter in row.values}
+    choices = tuple(text for text in options.values() if text)
+    given = "".join(letter for letter, text in options.items() if text)
+    if len(choices) < 2 or not _LETTERS.startswith(given):
+        raise RegraftError(f"{row.where}: expected options A, B and so on without a gap.")
+    answer = row.text("answer").strip().upper()
+    if len(answer) != 1 or answer not in given:
+        raise row.wrong_type("answer", f"the letter of an option, one of {given}")
+    lines = [f"{letter}. {text}" for letter, text in zip(given, choices, strict=True)]
+    hint = _cell(row, "hint")
+    question = f"{hint} {row.text('question')}" if hint else row.text("question")
+    prompt = "\n".join([f"{question} There are several options:", *lines, "", _ENDING])
+    base = int(index) % CIRCULAR
+    return Example(
+        id=f"mmbench-{index}",
+        instruction=prompt,
+        harmful=False,
+        category=_cell(row, "category") or "uncategorised",
+        image=_image(row, cells, images),
+        response=answer,
+        choices=choices,
+        group=f"mmbench-{base}",
+    )
+
+
+def _cell(row: Row, name: str) -> str:
+    text = (row.optional_text(name) or "").strip()
+    return "" if text in _MISSING else text
+
+
+def _image(row: Row, cells: dict[str, str], images: dict[str, Path]) -> Path:
+    text = row.text("image")
+    if len(text) <= _SHORT and text in cells and len(cells[text]) > _SHORT:
+        text = cells[text]
+    if text not in images:
+        try:
+            content = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise RegraftError(
+                f"{row.where}: the field 'image' is neither an image in base64 nor the index of a "
+                f"row with one: {error}."
+            ) from error
+        images[text] = cached_file(content, ".png" if content.startswith(b"\x89PNG") else ".jpg")
+    return images[text]
+
+
+PLUGIN = Dataset(lambda path, _split: read_mmbench(path), only="harmless")

@@ -1,0 +1,55 @@
+"""MOSSBench (Li et al. 2024, arXiv 2406.17806): harmless questions about images that alarm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from regraft.data.example import Example, Reading
+from regraft.data.images import locate_images
+from regraft.data.readers import Dataset
+from regraft.data.rows import Row, json_file, require_examples
+from regraft.errors import RegraftError
+
+_INFORMATION = Path("images_information", "information.json")
+_WHAT = (
+    "MOSSBench is the folder data/ of its repository, with images_information/information.json and "
+    "images/."
+)
+
+
+def read_mossbench(folder: Path) -> Reading:
+    """Read the 300 harmless questions; a refusal is exaggerated.
+
+    Each entry has `pid`, `question`, `image` ("images/1.png") and `metadata` with `over`, the kind
+    of stimulus, which is the category. A folder with `data/` in it is read as well.
+
+    Raises:
+        RegraftError: a file, field or image is missing or wrong; the data set on the hub comes
+            without the questions, and some copies without all images.
+    """
+    base = folder if (folder / _INFORMATION).is_file() else folder / "data"
+    entries = json_file(base / _INFORMATION, _WHAT)
+    if not isinstance(entries, dict):
+        raise RegraftError(f"{base / _INFORMATION}: expected an object of entries by pid.")
+    examples = tuple(
+        _example(Row.of(f"{base / _INFORMATION}, entry {pid}", value))
+        for pid, value in entries.items()
+    )
+    return locate_images(require_examples(Reading(str(folder), examples)), [base])
+
+
+def _example(row: Row) -> Example:
+    pid = row.values.get("pid")
+    if not isinstance(pid, str | int):
+        raise row.wrong_type("pid", "a string or a number")
+    about = Row.of(f"{row.where}, metadata", row.values.get("metadata"))
+    return Example(
+        id=f"mossbench-{pid}",
+        instruction=row.text("question"),
+        harmful=False,
+        category=about.text("over"),
+        image=Path(row.text("image")),
+    )
+
+
+PLUGIN = Dataset(lambda path, _split: read_mossbench(path), only="harmless")

@@ -1,0 +1,156 @@
+"""VLGuard (Zong et al. 2024, arXiv 2402.02207): images with safe and unsafe instructions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from regraft.data.example import Example, Reading
+from regraft.data.images import locate_images
+from regraft.data.readers import Dataset, Split
+from regraft.data.rows import Row, require_examples
+from regraft.data.storage import unpacked
+from regraft.errors import RegraftError
+from regraft.files import read_json
+
+UNSAFE_ON_SAFE = "safe image, unsafe instruction"
+SAFE_ON_SAFE = "safe image"
+Subset = Literal["unsafe", "safe-unsafe", "safe-safe", "all"]
+_OTHER: Mapping[Split, Split] = {"train": "test", "test": "train"}
+
+
+def read_vlguard(path: Path, subset: Subset | None = None) -> Reading:
+    """Read VLGuard's `train.json` or `test.json` and find its images.
+
+    `path` is the JSON file, or a folder with `train.json`. Images are looked for below the JSON's
+    folder: in `train/` or `test/` (of the JSON's own name first), `images/`, or the folder itself.
+    Where there is neither a folder of its own name nor `images/`, but `train.zip` or `test.zip`, as
+    they come from the hub, that is unpacked into the cache and looked into first. Otherwise as
+    `parse_vlguard`.
+
+    Raises:
+        RegraftError: a file, field or image is missing or wrong.
+    """
+    metadata = path / "train.json" if path.is_dir() else path
+    return locate_images(parse_vlguard(metadata, subset), _image_roots(metadata))
+
+
+def split_file(folder: Path, split: Split) -> Path:
+    """The JSON file of a split in VLGuard's folder.
+
+    Raises:
+        RegraftError: it is not there; the message names the other one if that is.
+    """
+    file, other = folder / f"{split}.json", folder / f"{_OTHER[split]}.json"
+    if file.is_file():
+        return file
+    use = "evaluated on" if split == "test" else "learnt and chosen from"
+    there = f" but {other.name}" if other.is_file() else ""
+    advice = f", or name a file, as in vlguard:{other}" if other.is_file() else ""
+    raise RegraftError(
+        f"{folder} holds no {file.name}{there}, and VLGuard's {split} split is what is {use}. "
+        f"Put {file.name} there{advice}."
+    )
+
+
+def parse_vlguard(path: Path, subset: Subset | None = None) -> Reading:
+    """Read VLGuard's JSON without looking for images: `Example.image` stays relative.
+
+    An unsafe image gives one harmful example, with its `harmful_category`. A safe image gives a
+    harmless one (category "safe image") from `safe_instruction` and a harmful one (category "safe
+    image, unsafe instruction") from `unsafe_instruction`. Without a `subset` the last are left out;
+    with "unsafe", "safe-unsafe" or "safe-safe", as the paper calls these three, all others are;
+    what is left out is counted in `skipped`. A pair of image and instruction that came before is
+    skipped as "duplicate". An empty response (test.json has 17) becomes None.
+
+    Raises:
+        RegraftError: the file or a field is missing or wrong.
+    """
+    values = read_json(path)
+    if not isinstance(values, list):
+        raise RegraftError(f"{path}: expected VLGuard's list of images.")
+    parsed = [
+        example
+        for number, value in enumerate(values, start=1)
+        for example in _examples(Row.of(f"{path}, row {number}", value))
+    ]
+    wanted = [e for e in parsed if _is_of(subset, e)]
+    distinct: dict[tuple[Path | None, str], Example] = {}
+    for example in wanted:
+        distinct.setdefault((example.image, example.instruction), example)
+    skipped = Counter(
+        {
+            UNSAFE_ON_SAFE if subset is None else f"not {subset}": len(parsed) - len(wanted),
+            "duplicate": len(wanted) - len(distinct),
+        }
+    )
+    return require_examples(
+        Reading(str(path), tuple(_with_unique_ids(distinct.values())), dict(+skipped))
+    )
+
+
+def _is_of(subset: Subset | None, example: Example) -> bool:
+    kinds: dict[str, Subset] = {UNSAFE_ON_SAFE: "safe-unsafe", SAFE_ON_SAFE: "safe-safe"}
+    kind = kinds.get(example.category, "unsafe")
+    return subset in ("all", kind) or (subset is None and kind != "safe-unsafe")
+
+
+def _examples(row: Row) -> Iterator[Example]:
+    safe = row.flag("safe")
+    for answer in _answers(row):
+        unsafe_on_safe = safe and "unsafe_instruction" in answer.values
+        if unsafe_on_safe:
+            field, category = "unsafe_instruction", UNSAFE_ON_SAFE
+        elif safe:
+            field, category = "safe_instruction", SAFE_ON_SAFE
+        else:
+            field, category = "instruction", row.text("harmful_category")
+        yield Example(
+            id=row.text("id") + ("-unsafe" if unsafe_on_safe else ""),
+            instruction=answer.text(field),
+            harmful=not safe or unsafe_on_safe,
+            category=category,
+            image=Path(row.text("image")),
+            response=answer.text("response", blank=True) or None,
+        )
+
+
+def _answers(row: Row) -> list[Row]:
+    answers = row.values.get("instr-resp")
+    if not isinstance(answers, list) or not answers:
+        raise row.wrong_type("instr-resp", "a list of instructions with responses")
+    return [
+        Row.of(f"{row.where}, instr-resp {number}", answer)
+        for number, answer in enumerate(answers, start=1)
+    ]
+
+
+def _with_unique_ids(examples: Iterable[Example]) -> Iterator[Example]:
+    """Number the later uses of an id: the official train.json has one id on two rows."""
+    uses: Counter[str] = Counter()
+    for example in examples:
+        uses[example.id] += 1
+        again = f"-{uses[example.id]}" if uses[example.id] > 1 else ""
+        yield replace(example, id=example.id + again)
+
+
+def _image_roots(metadata: Path) -> list[Path]:
+    folder, split = metadata.parent, metadata.stem
+    names = dict.fromkeys([split, f"{split}/{split}", "images", f"images/{split}", "train", "test"])
+    roots = [*(folder / name for name in names if (folder / name).is_dir()), folder]
+    archive = folder / f"{split}.zip"
+    unpacked_already = any((folder / name).is_dir() for name in (split, "images"))
+    if unpacked_already or not archive.is_file():
+        return roots
+    whole = unpacked(archive)
+    return [whole, whole / split, *roots]
+
+
+PLUGIN = Dataset(
+    lambda path, split: read_vlguard(path, cast(Subset | None, split)),
+    splits=get_args(Subset),
+    split_file=split_file,
+)
