@@ -266,7 +266,10 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("realign: {method: gain, search: {over_refusal: .nan}}", ["over_refusal", "finite"]),
         ("realign: {method: gain, search: {over_refusal: -500}}", ["over_refusal", "-100"]),
         ("realign: {method: gain, search: {target_rsr: 0.9}}", ["target_rsr", "equal to 1 "]),
-        ("realign: {method: set-difference, score: magnitude}", ["realign.0: set-difference has no setting 'score'"]),
+        (
+            "realign: {method: set-difference, score: magnitude}",
+            ["realign.0: set-difference has no"],
+        ),
         ("realign: {method: hsrr}", ["realign.0: There is no", "method 'hsrr'; is it hsr?"]),
         ("realign: {budget: 1, q: 1}", ["gain has no setting 'q' (no `method` is named, so it"]),
         ("realign: {method: 3}", ["realign.0: method must be a name, not 3"]),
@@ -296,7 +299,7 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("evaluate: {keywords: sorry}", ["evaluate.keywords", "'sorry'"]),
         ("calibration: {samples: 0}", ["calibration.samples", "got 0"]),
         ("prune: {sparsity: 60}", ["prune.sparsity", "less than 1; 60 % is 0.6"]),
-        ("realign: {method: hsr, top-heads: 3}", ["hsr has no setting 'top-heads'; is it top_heads?"]),
+        ("realign: {method: hsr, top-heads: 3}", ["no setting 'top-heads'; is it top_heads?"]),
         ("seeds: 3", ["seeds: a list is needed"]),
         ("realign: 3", ["realign.0: settings are needed"]),
         ("model: a\nmodel: b", ["'model' is there twice", "line 2"]),
@@ -380,7 +383,8 @@ def test_every_setting_is_explained() -> None:
 
 
 def test_methods_name_what_has_no_name(tmp_path: Path) -> None:
-    recipe = _read(tmp_path, "realign: [{}, {method: hsr}, {name: gain-2}]\ndefend: {method: adashield}")
+    realign = "realign: [{}, {method: hsr}, {name: gain-2}]"
+    recipe = _read(tmp_path, f"{realign}\ndefend: {{method: adashield}}")
     assert [one.name for one in recipe.realign] == ["gain", "hsr", "gain-2"]
     assert [one.name for one in recipe.defend] == ["adashield"]
     assert _read(tmp_path, "realign: {method: random}").realign[0].name == "random"
@@ -419,7 +423,7 @@ def test_a_folder_here_is_not_one_beside_the_recipe(
         ("evaluate: {keywords: [sorry], judge: gcg-1}", "take the place of the judge gcg-1"),
         ("prune: {method: snip, damp: 0.3}", "pruned: `damp` changes nothing with snip"),
         ("realign: {method: hsr, heads: random, repeats: 2}", None),
-        ("heads: {window: 3}\nrealign: {method: hsr}", "heads: `window` changes nothing where `mode` is exact"),
+        ("heads: {window: 3}\nrealign: {method: hsr}", "heads: `window` changes nothing where"),
         ("defend: {method: adashield}", None),
         ("defend: {method: refusal-direction, layer: 1, strength: 2}", None),
         ("defend: {method: adashield, strength: 2}", "`strength` changes nothing with adashield"),

@@ -30,8 +30,10 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
         if name not in content:  # of a backend that is not the default
             continue
         value, written = getattr(settings, name), content[name]
-        is_method = name == "method" and isinstance(settings, MethodSettings)
-        yield from _comment(_first_line(method_named(value).Settings) if is_method else _meaning(field, value), pad)
+        meaning = _meaning(field, value)
+        if name == "method" and isinstance(settings, MethodSettings):
+            meaning = _first_line(method_named(value).Settings)
+        yield from _comment(meaning, pad)
         if isinstance(value, Settings):
             yield f"{pad}{name}:"
             yield from _block(value, f"{pad}  ")
