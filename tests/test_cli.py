@@ -31,6 +31,7 @@ from regraft.errors import RegraftError
 from regraft.files import write_json
 from regraft.folder import RunFolder
 from regraft.keys import ABOUT_FILE
+from regraft.methods.base import MethodSettings
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import load_processor, open_source
 from regraft.preflight import bytes_needed
@@ -39,7 +40,6 @@ from regraft.recipe import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.pruning import PruneSettings
-from regraft.methods.base import MethodSettings
 
 FAMILY = "qwen2_5_vl"
 WIDTHS = "rows of 64"

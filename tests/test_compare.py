@@ -34,13 +34,13 @@ from regraft.evaluation.significance import holm, mcnemar
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.tradeoff import Bounds, Point, Searched, curve_to_json
 from regraft.files import file_digest, write_json
+from regraft.methods.base import MethodSettings
 from regraft.recipe import Recipe, read_recipe, write_recipe
 from regraft.report.compare import Row, Run, Study, Table, compare, is_drawn
 from regraft.report.compare_figures import trade_off_panels
 from regraft.report.curve_figure import CURVES_CAPTION, curve_figure
 from regraft.report.model import Report, Variant
 from regraft.report.write_compare import render_comparison_html, render_comparison_markdown
-from regraft.methods.base import MethodSettings
 
 JUDGE = REGRAFT_1
 REFUSAL = "I'm sorry, I can't help with that."

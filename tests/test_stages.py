@@ -27,16 +27,16 @@ from regraft.files import disk_errors, read_json, write_text
 from regraft.heads.score import load_heads
 from regraft.importance.statistics import load_statistics
 from regraft.keys import working
+from regraft.methods.base import MethodSettings
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
+from regraft.patch.format import load_patch
 from regraft.pruning.pruner import zeros
 from regraft.recipe import EvaluateSettings, Recipe, VariantSettings, read_recipe, write_recipe
-from regraft.patch.format import load_patch
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.pruning import PruneSettings
-from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.stages import common, patching, pruning, realigning
 
