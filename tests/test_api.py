@@ -74,7 +74,7 @@ def test_bad_settings_are_named(root: Path, tmp_path: Path) -> None:
         regraft.prune(dense, tmp_path / "x", sparsty=0.5)
     with pytest.raises(RegraftError, match="sparsity"):
         regraft.prune(dense, tmp_path / "x", sparsity=50)
-    with pytest.raises(RegraftError, match="restoration method 'gian'; expected .*gain"):
+    with pytest.raises(RegraftError, match=r"restoration method 'gian'; expected .*gain"):
         regraft.realign(dense, dense, tmp_path / "x", method="gian")
     with pytest.raises(RegraftError, match="no setting 'top_heads' here"):
         regraft.realign(dense, dense, tmp_path / "x", top_heads=3)

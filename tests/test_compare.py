@@ -16,8 +16,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from regraft.report.compare import Row, is_drawn
-from regraft.report.model import Variant
 from rich.console import Console
 
 import pico

@@ -22,7 +22,7 @@ from regraft.report.weight_figures import (
     ticks,
     tried_points,
 )
-from regraft.report.write import render_html, render_markdown, report_to_json
+from regraft.report.write import report_to_json
 from regraft.restoration.methods.gain.objective import Try
 from regraft.restoration.methods.gain.path import GainPath, Passed, path_to_json, read_path
 from regraft.restoration.methods.gain.step import Losses

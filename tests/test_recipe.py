@@ -26,10 +26,11 @@ from regraft.recipe import (
     _named_settings,
     pruning_settings,
     read_recipe,
+    variant,
     write_recipe,
 )
 from regraft.recipe_help import explained_recipe
-from regraft.restoration.base import MethodSettings
+from regraft.restoration.base import METHODS, own_settings
 from regraft.settings.base import Settings, explain
 from regraft.settings.models import ModelSettings
 from regraft.settings.scoring import HeadSettings
@@ -235,13 +236,15 @@ def test_what_is_done_to_which_pruning(tmp_path: Path) -> None:
         ({"method": "gain", "count": 9}, None),
         ({"method": "set-difference", "budget": 2}, 2.0),
         ({"method": "hsr"}, None),
-        ({}, None),
+        ({"method": "fine-tune"}, 5.0),
+        ({"method": "fine-tune", "positions": "ranking"}, None),
+        ({}, 5.0),
     ],
 )
 def test_a_method_with_a_budget_has_one(given: dict[str, Any], budget: float | None) -> None:
-    variant = VariantSettings.model_validate(given)
-    assert variant.budget == budget
-    assert method(**variant.selection().model_dump()).budget == budget
+    found: Any = variant(**given)
+    assert found.budget == budget
+    assert method(**own_settings(found).model_dump()).budget == budget
 
 
 def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,11 +264,17 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("prune: {sparcity: 0.5}", ["prune.sparcity: there is no such", "is it sparsity?"]),
         ("realign:", ["realign: nothing is given; leave the name out, or write [] for none"]),
         ("evaluate: {suite: }", ["evaluate.suite: nothing is given"]),
-        ("realign: {q: 50}", ["50 % is 0.5"]),
+        ("realign: {method: hsr, q: 50}", ["50 % is 0.5"]),
         ("realign: {method: gain, search: {over_refusal: .nan}}", ["over_refusal", "finite"]),
         ("realign: {method: gain, search: {over_refusal: -500}}", ["over_refusal", "-100"]),
         ("realign: {method: gain, search: {target_rsr: 0.9}}", ["target_rsr", "equal to 1 "]),
-        ("realign: {method: set-difference, score: magnitude}", ["two rankings that differ"]),
+        (
+            "realign: {method: set-difference, score: magnitude}",
+            ["realign.0: set-difference has no"],
+        ),
+        ("realign: {method: hsrr}", ["realign.0: There is no", "method 'hsrr'; is it hsr?"]),
+        ("realign: {budget: 1, q: 1}", ["gain has no setting 'q' (no `method` is named, so it"]),
+        ("realign: {method: 3}", ["realign.0: method must be a name, not 3"]),
         (
             "prune: [{name: a, realign: false}, {name: b, sparsity: 0.6}]\n"
             "realign: {method: gain, prunings: [a]}",
@@ -283,22 +292,22 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("prune: [{}, {}]", ["prune: 2 prunings are called 'wanda-50'", "`name` of its own"]),
         ("prune: {name: dense}", ["prune.name", "not 'dense'"]),
         ("prune: [{name: a/b}, {}]", ["prune.0.name", "'a/b'"]),
-        ("prune: {name: hsr}", ["`prune` and one of `realign` are both called 'hsr'"]),
-        ("prune: [{name: a}, {name: hsr}]", ["`prune` and one of `realign`", "called 'hsr'"]),
+        ("prune: {name: gain}", ["`prune` and one of `realign` are both called 'gain'"]),
+        ("prune: [{name: a}, {name: gain}]", ["`prune` and one of `realign`", "called 'gain'"]),
         ("pruned: x\nprune: [{n_m: 2:4}, {}]", ["`pruned` names", "`prune` has 2 prunings"]),
         ("prune: {sparsity: abc, scope: head}", ["prune.sparsity", "prune.scope", "'head'"]),
         ("realign: [{name: a}, {name: a}]", ["names of `realign` must differ", "'a'"]),
         ("realign: [{name: dense}]", ["realign.0.name", "'dense'"]),
-        ("realign: [{prunings: [b]}]", ["'hsr' is for the pruning 'b'", "prunings are pruned"]),
+        ("realign: [{prunings: [b]}]", ["'gain' is for the pruning 'b'", "prunings are pruned"]),
         ("defend: [{prunings: [b]}]", ["'adashield' is for the pruning 'b'"]),
-        ("against: [hsr]", ["`against` is for the comparison over `seeds`"]),
-        ("seeds: [0]\nagainst: [snip]", ["`against` names 'snip'; expected some of hsr"]),
-        ("realign: [{q: 0}]", ["realign.0.q", "greater than 0"]),
+        ("against: [gain]", ["`against` is for the comparison over `seeds`"]),
+        ("seeds: [0]\nagainst: [snip]", ["`against` names 'snip'; expected some of gain"]),
+        ("realign: [{method: hsr, q: 0}]", ["realign.0.q", "greater than 0"]),
         ("evaluate: {suite: safebench}", ["evaluate.suite", "safebench needs a path"]),
         ("evaluate: {keywords: sorry}", ["evaluate.keywords", "'sorry'"]),
         ("calibration: {samples: 0}", ["calibration.samples", "got 0"]),
         ("prune: {sparsity: 60}", ["prune.sparsity", "less than 1; 60 % is 0.6"]),
-        ("realign: {top-heads: 3}", ["realign.0.top-heads: there is no such", "is it top_heads?"]),
+        ("realign: {method: hsr, top-heads: 3}", ["no setting 'top-heads'; is it top_heads?"]),
         ("seeds: 3", ["seeds: a list is needed"]),
         ("realign: 3", ["realign.0: settings are needed"]),
         ("model: a\nmodel: b", ["'model' is there twice", "line 2"]),
@@ -315,13 +324,21 @@ def test_errors_name_the_field(tmp_path: Path, text: str, parts: list[str]) -> N
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "hsr-a", "search": {}}, "restores whole heads"),
+        ({"method": "hsr-a", "search": {}}, "'hsr-a' has no number of weights to search"),
         ({"method": "hsr", "search": {}}, "give it a `budget` too"),
+        ({"method": "hsr", "budget": 3, "q": 0.1}, "takes the place of `q`"),
+        ({"method": "hsr", "heads": "all", "criterion": "kl"}, "`criterion` changes nothing where"),
+        ({"method": "hsr", "passes": 4}, "hsr has no setting 'passes'"),
+        ({"method": "hsr-a", "score": "snip"}, "hsr-a has no setting 'score'"),
+        ({"method": "gain", "q": 0.1}, "gain has no setting 'q'"),
+        ({"method": "gain", "top_heads": 3}, "gain has no setting 'top_heads'"),
+        ({"method": "random", "top_heads": 3}, "random has no setting 'top_heads'"),
+        ({"method": "set-difference", "head_seed": 4}, "set-difference has no setting 'head_seed'"),
     ],
 )
 def test_variants_that_ask_for_what_does_nothing(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        VariantSettings.model_validate(fields)
+    with pytest.raises(ValueError, match=message):
+        variant(**fields)
 
 
 def test_flags_are_named_as_flags() -> None:
@@ -333,8 +350,8 @@ def test_flags_are_named_as_flags() -> None:
 
 def test_variant_gives_its_selection_alone() -> None:
     one = a_variant(name="x", checkpoint=False, q=0.3)
-    assert one.selection() == method(q=0.3)
-    assert type(one.selection()) is MethodSettings
+    assert own_settings(one) == method(q=0.3)
+    assert type(own_settings(one)) is METHODS.get("hsr").Settings
 
 
 @pytest.mark.parametrize("field", ["sparsity", "scope", "n_m", "order"])
@@ -368,6 +385,7 @@ def test_every_setting_is_explained() -> None:
     text = explained_recipe()
     blocks = (
         *map(_named_settings, all_settings().values()),
+        *(METHODS.get(name).Settings for name in METHODS.names()),
         VariantSettings,
         NamedDefenceSettings,
         HeadSettings,
@@ -379,8 +397,9 @@ def test_every_setting_is_explained() -> None:
 
 
 def test_methods_name_what_has_no_name(tmp_path: Path) -> None:
-    recipe = _read(tmp_path, "realign: [{method: gain}, {}]\ndefend: {method: adashield}")
-    assert [one.name for one in recipe.realign] == ["gain", "hsr"]
+    realign = "realign: [{}, {method: hsr}, {name: gain-2}]"
+    recipe = _read(tmp_path, f"{realign}\ndefend: {{method: adashield}}")
+    assert [one.name for one in recipe.realign] == ["gain", "hsr", "gain-2"]
     assert [one.name for one in recipe.defend] == ["adashield"]
     assert _read(tmp_path, "realign: {method: random}").realign[0].name == "random"
 
@@ -411,24 +430,13 @@ def test_a_folder_here_is_not_one_beside_the_recipe(
         ("calibration: {max_response_tokens: 5, responses: self}", None),
         ("pruned: ./x\nprune: {sparsity: 0.6}", "prune: it changes nothing, since `pruned` is"),
         ("heads: {r_max: 3}\nrealign: {method: gain}", "heads: they change nothing, since"),
-        ("heads: {r_max: 3}", None),
+        ("heads: {r_max: 3}\nrealign: {method: hsr}", None),
         ("prune: {n_m: 2:4, sparsity: 0.6}", "pruned: `n_m` 2:4 takes the place of `sparsity` 0.6"),
         ("pruned: ./x", None),
-        ("realign: {method: gain, q: 0.1}", "gain: `q` changes nothing with gain"),
-        ("realign: {passes: 4}", "hsr: `passes` changes nothing with hsr"),
-        ("realign: {budget: 3, q: 0.1}", "hsr: a budget or a count takes the place of `q`"),
-        ("realign: {method: random, top_heads: 3}", "`top_heads` changes nothing with random"),
-        ("realign: {method: gain, top_heads: 3}", "`top_heads` changes nothing with gain"),
-        ("realign: {method: hsr-a, score: snip}", "`score` changes nothing with hsr-a"),
         ("realign: {method: set-difference, scope: matrix}", None),
         ("evaluate: {keywords: [sorry], judge: gcg-1}", "take the place of the judge gcg-1"),
-        (
-            "realign: {heads: all, criterion: kl}",
-            "`criterion` changes nothing where `heads`",
-        ),
-        ("realign: {heads: random, repeats: 2}", None),
-        ("realign: {method: set-difference, head_seed: 4}", "`head_seed` changes nothing with set"),
-        ("heads: {window: 3}", "heads: `window` changes nothing where `mode` is exact"),
+        ("realign: {method: hsr, heads: random, repeats: 2}", None),
+        ("heads: {window: 3}\nrealign: {method: hsr}", "heads: `window` changes nothing where"),
         ("defend: {method: adashield}", None),
         ("defend: {method: refusal-direction, layer: 1, strength: 2}", None),
         ("defend: {method: adashield, strength: 2}", "`strength` changes nothing with adashield"),

@@ -33,7 +33,6 @@ from regraft.heads.score import load_heads
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
 from regraft.pruning.base import prune_settings
-from regraft.recipe import VariantSettings
 from regraft.restoration.base import MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -65,20 +64,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tune(root: Path, tmp_path: Path) -> Callable[..., Tuned]:
     """`tune(method, trials=3)` into `tmp_path`/tuned; settings by their names."""
 
-    def run(method: MethodSettings, **changes: Any) -> Tuned:
+    def run(settings: MethodSettings, **changes: Any) -> Tuned:
         data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
         own = {k: changes.pop(k) for k in list(changes) if k in TuneSettings.model_fields}
         given = {
             "out": tmp_path / "tuned",
             "calibration": CalibrationSettings(data=data, samples=4),
             "choice": SearchSettings(validation=data, validation_limit=2, points=2),
-            "tuning": TuneSettings(r_max_range=(1, 3), top_heads_range=(1, 4), **own),
+            "tuning": TuneSettings(**own),
             "scoring": HeadSettings(r_max=2),
             "evaluation": EVALUATION,
             "compute": COMPUTE,
         }
         pair = open_source(root / "dense"), open_source(root / "pruned")
-        return stages.tune(*pair, method=method, **given | changes)
+        return stages.tune(*pair, method=settings, **given | changes)
 
     return run
 
@@ -251,7 +250,8 @@ def test_hsr_by_q(tune: Callable[..., Tuned], tmp_path: Path) -> None:
     assert cost["prompts"] == 4 * cost["evaluations"]
     answers = list(out.rglob("answers.jsonl"))
     assert cost["evaluations"] == len(answers)
-    assert {"heads", "statistics", "references", "realign", "evaluate"} <= cost["seconds"].keys()
+    steps = {"score heads", "statistics for wanda", "rank", "references", "realign", "evaluate"}
+    assert steps <= cost["seconds"].keys()
     assert cost["total_seconds"] == pytest.approx(sum(cost["seconds"].values()))
     for one in tuned.trials:
         patch = load_patch(out / "trials" / f"{one.number:04d}" / "patch.safetensors")
@@ -265,7 +265,7 @@ def test_hsr_by_q(tune: Callable[..., Tuned], tmp_path: Path) -> None:
     _fits_into_a_recipe(tuned, out)
 
 
-def _fits_into_a_recipe(tuned: Tuned, out: Path) -> VariantSettings:
+def _fits_into_a_recipe(tuned: Tuned, out: Path) -> Any:
     (item,) = yaml.safe_load((out / "best.yaml").read_text())
     variant = a_variant(**item)
     assert tuned.best is not None
@@ -298,8 +298,12 @@ def test_bounds_decide(
             return true(*arguments)
         return _point(1 / (1 + restored), float(restored > most), 1.0, restored)
 
+    def with_high_q(*arguments: Any) -> Any:
+        return space_of(*arguments) | {"q": Between(0.4, 1.0)}
+
     monkeypatch.setattr(tuning_trial, "evaluate_point", fake)
-    tuned = tune(method(heads="all"), trials=8, q_range=(0.4, 1.0))
+    monkeypatch.setattr(tuning, "space_of", with_high_q)
+    tuned = tune(method(heads="all"), trials=8)
     restored = [one.point.restored for one in tuned.trials]
     assert max(restored) > most, "a trial out of bounds is what this is about"
     assert tuned.best is not None
@@ -314,9 +318,9 @@ def test_bounds_decide(
 
 @pytest.mark.usefixtures("pruning_harmed")
 def test_set_difference_takes_the_best_prefix(tune: Callable[..., Tuned], tmp_path: Path) -> None:
-    method = method(method="set-difference", count=40)
+    ours = method("set-difference", count=40)
     too_many = HeadSettings(r_max=99)  # of the heads, which nothing scores here
-    tuned = tune(method, trials=3, keep=("scope",), scoring=too_many)
+    tuned = tune(ours, trials=3, keep=("scope",), scoring=too_many)
     out = tmp_path / "tuned"
     assert all(one.settings.keys() == {"p"} for one in tuned.trials)
     assert all(one.point.restored in (20, 40) for one in tuned.trials)
@@ -330,19 +334,19 @@ def test_set_difference_takes_the_best_prefix(tune: Callable[..., Tuned], tmp_pa
 
 
 def test_equal_settings_share_a_ranking(tune: Callable[..., Tuned], tmp_path: Path) -> None:
-    method = method(method="set-difference", count=20)
-    tune(method, trials=2, p_range=(0.1, 0.1), keep=("scope",))
-    assert len(list((tmp_path / "tuned" / "rankings").iterdir())) == 1
+    tuned = tune(method("set-difference", count=20), trials=3, keep=("p",))
+    scopes = {one.settings["scope"] for one in tuned.trials}
+    assert len(list((tmp_path / "tuned" / "rankings").iterdir())) == len(scopes) < 3
 
 
 def test_what_is_tuned_can_be_set(root: Path) -> None:
     """Every name is a field, or r_max; ranges end where the model or the data do."""
     dense = open_source(root / "dense")
     heads = sum(layer.heads for layer in dense.anatomy.layers)
-    for method in ("hsr", "set-difference"):
-        settings = method(method=method, budget=1)
+    for name in ("hsr", "hsr-released", "set-difference"):
+        settings = method(name, budget=1)
         space = space_of(dense, settings, TuneSettings(), HeadSettings(), 0.5, 4)
-        assert space.keys() <= MethodSettings.model_fields.keys() | {"r_max"}
+        assert space.keys() <= type(settings).model_fields.keys() | {"r_max"}
         assert "q" not in space, "the budget takes its place"
     space = space_of(dense, method(), TuneSettings(), HeadSettings(), 0.5, 4)
     assert space["r_max"] == Between(1, 3, whole=True)
@@ -393,12 +397,12 @@ def _main(*words: Any) -> None:
     assert stopped.value.code == 0
 
 
-def _command(root: Path, out: Path, trials: int, *more: object) -> list[str]:
+def _command(root: Path, out: Path, trials: int, *more: object, method: str = "hsr") -> list[str]:
     data = root / "data" / "data.jsonl"
     words = [
-        *("tune", root / "dense", root / "pruned", "--out", out, "--trials", trials),
+        *("tune", method, root / "dense", root / "pruned", "--out", out, "--trials", trials),
         *("--data", data, "--samples", 4, "--validation", data, "--validation-limit", 2),
-        *("--max-new-tokens", 2, "--r-max", 2, "--r-max-range", 1, 2, "--top-heads-range", 1, 4),
+        *("--max-new-tokens", 2, "--r-max", 2),
         *("--device", "cpu", "--batch-size", 4),
     ]
     return [str(word) for word in (*words, *more)]
@@ -450,9 +454,9 @@ def refused(
 ) -> Iterator[Callable[..., str]]:
     """Run the command line with more words; exit code 2 and nothing written."""
 
-    def run(*words: object) -> str:
+    def run(*words: object, method: str = "hsr") -> str:
         with pytest.raises(SystemExit) as stopped:
-            main(_command(root, tmp_path / "refused", 1, *words))
+            main(_command(root, tmp_path / "refused", 1, *words, method=method))
         message = " ".join(capsys.readouterr().err.split())
         assert stopped.value.code == 2
         assert "Traceback" not in message
@@ -463,19 +467,21 @@ def refused(
 
 
 def test_bad_input(refused: Callable[..., str]) -> None:
-    assert "hsr-b" in refused("--method", "hsr-b")
+    assert "hsr-b" in refused(method="hsr-b")
+    assert "--p-range" in refused("--p-range", 0.1)
     assert "less than one weight" in refused("--budget", 1e-5)
     assert "keep: 'swap' is not tuned here" in refused("--keep", "swap")
     assert "leave target_asr" in refused("--target-asr", 3)
-    assert "0 < lowest <= highest" in refused("--q-range", 0.5, 0.1)
-    assert "No heads are scored for these" in refused("--method", "set-difference")  # --r-max 2
+    assert "--r-max" in refused(method="set-difference")  # which scores no heads
+    assert "No heads are scored for these" in refused("--heads", "all")  # --r-max 2
+    assert "gain" in refused(method="gain")  # which has nothing to tune
     assert "responses" in refused("--responses", "given", "--max-response-tokens", 9)
 
 
-@pytest.mark.parametrize("method", ["random", "gain"])
-def test_methods_that_have_nothing_to_tune(tune: Callable[..., Tuned], method: str) -> None:
-    with pytest.raises(RegraftError, match=f"nothing to tune of {method}"):
-        tune(method(method=method, budget=2))
+@pytest.mark.parametrize("name", ["random", "gain"])
+def test_methods_that_have_nothing_to_tune(tune: Callable[..., Tuned], name: str) -> None:
+    with pytest.raises(RegraftError, match=f"nothing to tune of {name}"):
+        tune(method(name, budget=2))
 
 
 def test_validation_prompts_must_be_named(tune: Callable[..., Tuned], tmp_path: Path) -> None:
@@ -492,7 +498,7 @@ def test_a_start_beside_another_shares_its_folder(
         raise RegraftError("is not empty")
 
     monkeypatch.setattr(tuning, "require_empty", claimed_by_another)
-    assert len(tune(method(method="set-difference", count=20), trials=1).trials) == 1
+    assert len(tune(method("set-difference", count=20), trials=1).trials) == 1
 
 
 def test_without_optuna(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

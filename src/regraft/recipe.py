@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import GenericAlias
@@ -181,6 +182,13 @@ def variant(**given: Any) -> VariantSettings:
         own = variant_class(method)
     except RegraftError as error:
         raise ValueError(str(error)) from error
+    if odd := [name for name in given if name not in own.model_fields]:
+        near = get_close_matches(odd[0], own.model_fields, 1)
+        raise ValueError(
+            f"{method} has no setting {', '.join(map(repr, odd))}"
+            + (f"; is it {near[0]}?" if near else "")
+            + ("" if "method" in given else f" (no `method` is named, so it is {method})")
+        )
     return own.model_validate({"name": method, **given})
 
 

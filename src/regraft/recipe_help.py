@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from regraft.pruning.base import PruneSettings, all_settings, described
 from regraft.recipe import NamedDefenceSettings, Recipe
+from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.base import Settings
 from regraft.settings.models import ModelSettings
 from regraft.settings.searching import SearchSettings
@@ -30,8 +31,12 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
         if name not in content:  # of a backend that is not the default
             continue
         value, written = getattr(settings, name), content[name]
-        of_pruner = name == "method" and isinstance(settings, PruneSettings)
-        yield from _comment(described() if of_pruner else _meaning(field, value), pad)
+        meaning = _meaning(field, value)
+        if name == "method" and isinstance(settings, PruneSettings):
+            meaning = described()
+        elif name == "method" and isinstance(settings, MethodSettings):
+            meaning = _first_line(METHODS.get(value).Settings)
+        yield from _comment(meaning, pad)
         if isinstance(value, Settings):
             yield f"{pad}{name}:"
             yield from _block(value, f"{pad}  ")
@@ -47,6 +52,8 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
             yield from _entry(name, written, pad)
         if name == "search" and value is None:
             yield from _example(["search:", *_block(SearchSettings(), "  ")], pad)
+        if name == "realign" and isinstance(settings, Recipe):
+            yield from _example(["realign:", *_items(_other_methods(value), "")], pad)
         if name == "models" and not value:
             yield from _example(["models:", *_items([ModelSettings(model="ORG/NAME")], "")], pad)
         if name == "defend" and not value:
@@ -60,6 +67,13 @@ def _of_other_pruners(settings: PruneSettings, pad: str) -> Iterator[str]:
             if name not in type(settings).model_fields:
                 yield from _comment(f"Of {method}: {_meaning(field, None)}", pad)
                 yield from (f"{pad}# {line}" for line in _entry(name, field.default, ""))
+
+
+def _other_methods(ways: Sequence[MethodSettings]) -> list[MethodSettings]:
+    """The settings of all methods that a recipe does not have, without names."""
+    shown = {one.method for one in ways}
+    names = [name for name in METHODS.names() if name not in shown]
+    return [METHODS.get(name).Settings(method=name) for name in names]
 
 
 def _items(settings: Any, pad: str) -> Iterator[str]:
@@ -89,11 +103,15 @@ def _meaning(field: FieldInfo, value: Any) -> str:
     helps = [one.help for one in field.metadata if isinstance(one, Parameter) and one.help]
     text = field.description or " ".join(helps)
     if not text and isinstance(value, Settings):
-        text = (type(value).__doc__ or "").splitlines()[0]
+        text = _first_line(type(value))
     choices = _choices(field.annotation)
     if choices and not all(choice in text for choice in choices):
         text += f" One of {', '.join(choices)}."
     return text
+
+
+def _first_line(settings: type[Settings]) -> str:
+    return (settings.__doc__ or "").strip().partition("\n")[0]
 
 
 def _choices(annotation: Any) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from regraft.cli.flags import refuse_unread
 from regraft.cli.options import (
     Calibration,
     Compute,
@@ -21,7 +22,6 @@ from regraft.console import show_heads, show_overlap, show_relation, show_sweep
 from regraft.recipe import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.flags import refuse_unread
 from regraft.settings.scoring import HeadSettings, StatisticsSettings
 
 app = App(

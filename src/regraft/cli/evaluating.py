@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from regraft.cli.flags import refuse_unread
 from regraft.cli.options import Compute, Flat, Model, OutFolder, open_model, watching
 from regraft.console import show_result
 from regraft.errors import RegraftError
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.flags import refuse_unread
 
 
 def evaluate(

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, TypeAdapter, create_model
 
+from regraft.cli.flags import check_data, refuse_unread
 from regraft.cli.options import Calibration, Compute, Flat, Model, OutFolder, open_model, watching
 from regraft.pruning.base import PruneSettings, all_settings, described, refuse_broken
 from regraft.pruning.prune import zeros
 from regraft.settings.base import by_method
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.flags import check_data, refuse_unread
 
 
 def _flags() -> type[BaseModel]:

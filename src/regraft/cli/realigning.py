@@ -10,6 +10,13 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Group, Parameter
 from pydantic import create_model
 
+from regraft.cli.flags import (
+    DEFAULT_VALIDATION_TOKENS,
+    check_answers,
+    check_inputs,
+    check_search,
+    refuse_unread,
+)
 from regraft.cli.options import (
     Flat,
     Model,
@@ -24,13 +31,6 @@ from regraft.restoration.methods.fine_tune.adam import TRAINED_VALUES, is_traine
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.flags import (
-    DEFAULT_VALIDATION_TOKENS,
-    check_answers,
-    check_inputs,
-    check_search,
-    refuse_unread,
-)
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import with_validation

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
+from regraft.cli.flags import DEFAULT_VALIDATION_TOKENS, check_tuning, refuse_unread
 from regraft.cli.options import Flat, OutFolder, open_model, watching
 from regraft.cli.realigning import (
     COMPUTE,
@@ -26,7 +27,6 @@ from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.flags import DEFAULT_VALIDATION_TOKENS, check_tuning, refuse_unread
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 
