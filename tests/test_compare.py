@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -10,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -40,7 +39,7 @@ from regraft.report.pooling import study_of
 from regraft.report.rate_figures import curve_figure, trade_off_figure
 from regraft.report.run import Run, Variant
 from regraft.report.study import Outcome, Row, Study, Table
-from regraft.restoration.base import MethodSettings
+from regraft.restoration.base import METHODS, settings_in
 
 JUDGE = REGRAFT_1
 REFUSAL = "I'm sorry, I can't help with that."
@@ -74,7 +73,7 @@ def variant(name: str, attacks: Sequence[bool], refusals: Sequence[bool], **fiel
 
 
 Shares = Mapping[str, tuple[float, float]]
-METHODS: Shares = {
+SHARES: Shares = {
     "dense": (0.15, 0.10),
     "pruned": (0.45, 0.08),
     "hsr": (0.30, 0.09),
@@ -83,11 +82,10 @@ METHODS: Shares = {
     "worse": (0.70, 0.02),
 }
 PROMPTS = 120
-DRAWN = ("method", "heads")
 RANDOM = {"heads": "random", "top_heads": 4}
 
 
-def run(seed: int, methods: Shares = METHODS, prompts: int = PROMPTS) -> Run:
+def run(seed: int, methods: Shares = SHARES, prompts: int = PROMPTS) -> Run:
     """Every model draws its outcomes; the dense one's are the same for every seed."""
     easy = np.random.default_rng(0).random((2, prompts))
 
@@ -268,7 +266,7 @@ def test_rows_of_one_stem_keep_their_own_answers() -> None:
 
 def test_a_verdict_says_where_seeds_disagree() -> None:
     """Better by far with one seed and a little worse with the other is not simply better."""
-    runs = [run(0, {**METHODS, "hsr": (0.2, 0.1)}), run(1, {**METHODS, "hsr": (0.47, 0.1)})]
+    runs = [run(0, {**SHARES, "hsr": (0.2, 0.1)}), run(1, {**SHARES, "hsr": (0.47, 0.1)})]
     test = rows_of(study_of(runs))["hsr"].attacks
     assert test is not None
     assert (test.outcome, test.seeds_agree) == (Outcome.BETTER, False)
@@ -319,13 +317,15 @@ def test_utility_of_right_and_wrong_answers_has_a_rates_interval() -> None:
     assert row.utility_from_dense.low < row.utility_from_dense.value < row.utility_from_dense.high
 
 
-def test_everything_drawn_is_told_from_what_is_not() -> None:
-    fields = [get_args(MethodSettings.model_fields[of].annotation) for of in DRAWN]
-    for values in itertools.product(*fields):
-        given = dict(zip(DRAWN, values, strict=True))
-        amount = {} if given["method"] == "hsr-a" else {"budget": 5}
-        settings = MethodSettings.model_validate(given | amount)
-        assert is_drawn(settings.model_dump(mode="json")) == settings.random
+@pytest.mark.parametrize("name", METHODS.names())
+def test_everything_drawn_is_told_from_what_is_not(name: str) -> None:
+    own = METHODS.get(name).Settings
+    choices = ("top", "random", "all") if "heads" in own.model_fields else (None,)
+    for heads in choices:
+        settings = own(method=name, **({} if heads is None else {"heads": heads}))
+        assert settings_in(settings.model_dump(mode="json")) == settings
+        assert settings.drawn == (settings.reseeded(1) != settings)
+        assert settings.drawn == (heads == "random" or name in ("random", "fine-tune"))
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
@@ -432,8 +432,8 @@ def test_a_pruning_that_is_only_evaluated_has_no_methods_to_test() -> None:
             ("hrs",),
             "against hrs: there is no such method; expected one of hsr, random, worse",
         ),
-        ([RUNS[0], run(1, {**METHODS, "new": (0.1, 0.1)})], (), "Only .* seed 1 has .* 'new'"),
-        ([run(0, {**METHODS, "new": (0.1, 0.1)}), RUNS[1]], (), "seed 1 has no model 'new'"),
+        ([RUNS[0], run(1, {**SHARES, "new": (0.1, 0.1)})], (), "Only .* seed 1 has .* 'new'"),
+        ([run(0, {**SHARES, "new": (0.1, 0.1)}), RUNS[1]], (), "seed 1 has no model 'new'"),
         ([RUNS[0], run(1, prompts=100)], (), "cannot be compared: prompt"),
     ],
 )

@@ -29,7 +29,7 @@ from regraft.evaluation.results import EvalResult
 from regraft.heads.score import HeadScores
 from regraft.models.load import Source, open_source
 from regraft.patch.format import Patch
-from regraft.pruning.base import PruneSettings
+from regraft.pruning.base import PRUNERS
 from regraft.restoration.base import DEFAULT, METHODS
 from regraft.settings.base import Settings, explain
 from regraft.settings.compute import ComputeSettings
@@ -69,7 +69,8 @@ def prune(
         RegraftError: bad input.
     """
     found = _Given({"method": method, **settings})
-    own, data, compute = found.of(PruneSettings), found.calibration(), found.of(ComputeSettings)
+    own = found.of(PRUNERS.get(method).Settings)
+    data, compute = found.calibration(), found.of(ComputeSettings)
     found.finish()
     return stages.prune(_opened(model, compute), Path(out), own, data, compute, watch)
 
