@@ -228,7 +228,7 @@ def test_a_run_says_that_test_prompts_were_used_before(several: Path) -> None:
 
     pipeline.run(_recipe(several, **SEVERAL), several / "run", Told())
     warnings = [line for line in notes if line.startswith("Warning")]
-    assert [line.split(" (first")[0] for line in warnings] == [
+    assert sorted(line.split(" (first")[0] for line in warnings) == [
         f"Warning: 4 of the 4 {kind} calibration prompts are among those evaluated"
         for kind in ("harmful", "harmless")
     ]
