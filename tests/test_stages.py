@@ -21,7 +21,7 @@ import killed
 import pico
 from disk import shards, tree, write_data
 from methods import a_variant, method
-from regraft import pipeline, stages
+from regraft import loading, pipeline, stages
 from regraft.data.sources import DataSource
 from regraft.errors import PassingError, RegraftError
 from regraft.files import disk_errors, read_json, write_text
@@ -34,18 +34,21 @@ from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
 from regraft.pruning.statistics import load_statistics
 from regraft.recipe import EvaluateSettings, Recipe, read_recipe, write_recipe
+from regraft.restoration import base
+from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.scoring import HeadSettings
-from regraft.stages import common, patching, pruning, realigning
+from regraft.stages import patching, pruning, realigning
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
-STAGES = ("prune", "heads", "statistics", "realign", "apply", "revert", "evaluate")
+STAGES = ("prune", "heads", "statistics", "rank", "realign", "apply", "revert", "evaluate")
 OUTPUTS = {
     "prune": "pruned",
     "heads": "heads",
     "statistics": "statistics",
+    "rank": "ranking",
     "realign": "patch",
     "apply": "realigned",
     "revert": "reverted",
@@ -80,17 +83,18 @@ class Bench:
             "prune": {"settings": prune_settings(), "calibration": calibration},
             "heads": {"settings": HeadSettings(r_max=2), "calibration": calibration},
             "statistics": {"calibration": calibration},
-            "realign": {
+            "rank": {
                 "settings": method(top_heads=3),
-                "heads_file": at["heads"],
-                "statistics_file": at["statistics"],
+                "calibration": calibration,
+                "inputs": stages.Inputs(at["heads"], at["statistics"]),
             },
+            "realign": {"settings": method(top_heads=3), "ranking_file": at["rank"]},
             "evaluate": {"suites": [self.data], "settings": EvalSettings(max_new_tokens=3)},
         }
         given = {"out": at[stage], **arguments.get(stage, {})}
-        if stage in ("prune", "heads", "statistics", "realign"):
+        if stage in ("prune", "heads", "statistics", "rank", "realign"):
             given["dense"] = self.dense
-        if stage == "realign":
+        if stage in ("rank", "realign"):
             given["pruned"] = self.pruned
         if stage == "evaluate":
             given["model"] = self.pruned
@@ -99,7 +103,7 @@ class Bench:
                 at["prune"] if stage == "apply" else at["apply"]
             )
             given["patch_file"] = at["realign"]
-        else:
+        elif stage != "realign":
             given["compute"] = COMPUTE
         return getattr(stages, stage)(**given | changes)
 
@@ -109,6 +113,8 @@ class Bench:
             return load_heads(out, self.dense.anatomy).about
         if stage == "statistics":
             return load_statistics(out).about
+        if stage == "rank":
+            return load_ranking(out).about
         if stage == "realign":
             return load_patch(out).about
         if stage == "evaluate":
@@ -149,8 +155,9 @@ def test_finished_stage_is_not_repeated(
         raise AssertionError("the work was done again")
 
     for module, names in {
-        common: ("load_model", "load_placed", "load_processor"),
-        realigning: ("select",),
+        loading: ("load_model", "load_placed", "load_processor"),
+        base: ("rank",),
+        realigning: ("patch_of",),
         patching: ("write_plan",),
         pruning: ("write_edited",),
     }.items():
@@ -185,11 +192,8 @@ DIFFERENCES: list[tuple[str, Callable[[Bench], dict[str, Any]], str]] = [
         lambda b: {"calibration": CalibrationSettings(data=b.data, samples=2)},
         "data.safety",
     ),
-    (
-        "realign",
-        lambda _: {"settings": method(top_heads=2)},
-        "settings.top_heads: 3 there, 2 now",
-    ),
+    ("rank", lambda _: {"settings": method(top_heads=2)}, "settings.top_heads: 3 there, 2 now"),
+    ("realign", lambda _: {"count": 5}, "count: null there, 5 now"),
     ("apply", lambda b: {"pruned": b.root / "realigned"}, "before.stage: .prune. there, .apply."),
     ("revert", lambda b: {"realigned": b.root / "pruned"}, "before.stage: .apply. there, .prune."),
     ("revert", lambda b: {"out": b.root / "realigned"}, "stage: .apply. there, .revert. now"),
@@ -208,6 +212,12 @@ def test_other_settings_or_inputs_are_refused(
     with pytest.raises(RegraftError, match=f"made with something else .{message}"):
         bench.run(stage, **change(bench))
     assert tree(bench.root) == before
+
+
+def test_a_patch_is_of_the_method_that_ranked(bench: Bench) -> None:
+    with pytest.raises(RegraftError, match=r"other settings \(top_heads: 3 there, 2 now\)"):
+        bench.run("realign", out=bench.root / "new", settings=method(top_heads=2))
+    assert not (bench.root / "new").exists()
 
 
 def test_changed_chat_template_is_another_model(bench: Bench) -> None:
@@ -503,19 +513,12 @@ def test_heads_with_estimated_scores_are_not_taken(bench: Bench) -> None:
     scores = bench.run("heads", out=out, settings=settings)
     exact = scores.certain("ships")
     assert 2 <= exact <= int(scores.exact.count_nonzero()) <= 4
-    few = bench.run(
-        "realign",
-        out=bench.root / "few",
-        heads_file=out,
-        settings=method(top_heads=exact),
-    )
+    inputs = stages.Inputs(out, bench.root / "statistics")
+    few = bench.run("rank", out=bench.root / "few", inputs=inputs, settings=method(top_heads=exact))
     assert len(few.about["heads"]) == exact
     with pytest.raises(RegraftError, match=f"the {exact} best by ships were all scored"):
         bench.run(
-            "realign",
-            out=bench.root / "many",
-            heads_file=out,
-            settings=method(top_heads=exact + 1),
+            "rank", out=bench.root / "many", inputs=inputs, settings=method(top_heads=exact + 1)
         )
 
 
