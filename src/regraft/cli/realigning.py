@@ -25,6 +25,7 @@ from regraft.cli.options import (
     watching,
 )
 from regraft.console import ConsoleWatch, show_search
+from regraft.data.sources import split_off
 from regraft.patch.format import Patch
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.restoration.methods.fine_tune.adam import TRAINED_VALUES, is_trained
@@ -158,6 +159,14 @@ def realign(
         source = open_model(dense, compute.trust_remote_code)
         other = open_model(pruned, compute.trust_remote_code)
         found = with_validation(choice, source.folder, calibration) if search else None
+        if found is not None and found.validation is None:
+            rest, held_out = split_off(calibration.data)
+            calibration = calibration.model_copy(update={"data": rest})
+            found = found.model_copy(update={"validation": held_out})
+            watch.note(
+                "No --validation is given: the search chooses on a quarter of the prompts, and "
+                "nothing is learnt from these."
+            )
         given = stages.Inputs(heads=heads_file, statistics=statistics_file)
         places = stages.Places.beside(out)
         restoration = stages.Restoration(
