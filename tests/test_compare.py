@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -20,6 +19,7 @@ from rich.console import Console
 
 import pico
 from disk import write_data
+from methods import a_variant
 from regraft import cli, comparing, stages, study
 from regraft.bundle import write_bundle
 from regraft.bundle_check import read_bundle
@@ -34,9 +34,10 @@ from regraft.evaluation.significance import holm, mcnemar
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.tradeoff import Bounds, Point, Searched, curve_to_json
 from regraft.files import file_digest, write_json
-from regraft.methods.base import MethodSettings
+from regraft.methods.base import METHODS as NAMED
+from regraft.methods.base import method_named, settings_in
 from regraft.recipe import Recipe, read_recipe, write_recipe
-from regraft.report.compare import Row, Run, Study, Table, compare, is_drawn
+from regraft.report.compare import Row, Run, Study, Table, compare
 from regraft.report.compare_figures import trade_off_panels
 from regraft.report.curve_figure import CURVES_CAPTION, curve_figure
 from regraft.report.model import Report, Variant
@@ -83,7 +84,13 @@ METHODS: Shares = {
     "worse": (0.70, 0.02),
 }
 PROMPTS = 120
-DRAWN = ("method", "heads")
+DRAWN = {
+    ("hsr", "random"),
+    ("hsr-a", "random"),
+    ("hsr-released", "random"),
+    ("random", None),
+    ("fine-tune", None),
+}
 RANDOM = {"heads": "random", "top_heads": 4}
 
 
@@ -104,8 +111,12 @@ def run(seed: int, methods: Shares = METHODS, prompts: int = PROMPTS) -> Run:
         fields = {"base": base, "pruned": 100_000, "restored": restored}
         made.append(variant(name, drawn(place, asr, 0), drawn(place, over, 1), **fields))
     realign = [
-        {"name": name, "head_seed": place + 100 * seed, "q": 0.5}
-        | (RANDOM if name.startswith("random") else {"heads": "top"})
+        {"name": name, "method": "hsr", "q": 0.5}
+        | (
+            RANDOM | {"head_seed": place + 100 * seed}
+            if name.startswith("random")
+            else {"heads": "top"}
+        )
         for place, name in enumerate(methods)
     ]
     recipe = {"calibration": {"seed": seed}, "realign": realign}
@@ -256,7 +267,7 @@ def test_rows_of_one_stem_keep_their_own_answers() -> None:
     for found in settings:
         found |= {"budget": 50 if found["name"] in ("random-3", "random-4") else 5}
         if found["name"] == "random":
-            found |= {"heads": "top"}
+            found |= {"heads": "top", "head_seed": 0}
     recipe = {**one.report.recipe, "realign": settings}
     rows = rows_of(compare([Run(0, replace(one.report, recipe=recipe))]))
     assert list(rows) == ["dense", "pruned", "random", "random-1", "random-3"]
@@ -319,16 +330,20 @@ def test_utility_of_right_and_wrong_answers_has_a_rates_interval() -> None:
 
 
 def test_everything_drawn_is_told_from_what_is_not() -> None:
-    fields = [get_args(MethodSettings.model_fields[of].annotation) for of in DRAWN]
-    for values in itertools.product(*fields):
-        given = dict(zip(DRAWN, values, strict=True))
-        amount = {} if given["method"] == "hsr-a" else {"budget": 5}
-        settings = MethodSettings.model_validate(given | amount)
-        assert is_drawn(settings.model_dump(mode="json")) == settings.random
+    drawn = set()
+    for name in NAMED.names():
+        field = method_named(name).Settings.model_fields.get("heads")
+        for heads in (None,) if field is None else get_args(field.annotation):
+            given = {} if heads is None else {"heads": heads}
+            found = settings_in(a_variant(name, **given).model_dump(mode="json"))
+            assert found.drawn == (found.reseeded(1) != found)
+            if found.drawn:
+                drawn.add((name, heads))
+    assert drawn == DRAWN
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
-@pytest.mark.parametrize("control", [{"method": "random", "budget": 5}, {"heads": "random"}])
+@pytest.mark.parametrize("control", [{"method": "random"}, {"method": "hsr", "heads": "random"}])
 def test_random_controls_leave_recipes_comparable(control: dict[str, Any], repeats: int) -> None:
     one = {"name": "control", "repeats": repeats} | control
     recipe = Recipe.model_validate({"seeds": [0, 3], "realign": [one]})
@@ -344,7 +359,7 @@ def test_repeats_of_random_weights_are_one_row() -> None:
     for one in RUNS[:2]:
         recipe = json.loads(json.dumps(one.report.recipe))
         for settings in recipe["realign"][3:5]:
-            settings |= {"method": "random", "heads": "top"}
+            settings |= {"method": "random"}
         runs.append(replace(one, report=replace(one.report, recipe=recipe)))
     assert rows_of(compare(runs))["random"].repeats == 2
 
@@ -538,7 +553,7 @@ def searched(restored: Sequence[int], chosen: int | None) -> Searched:
 # Folders
 
 VARIANTS = [
-    {"name": "hsr", "heads": "all", "q": 0.9, "checkpoint": False},
+    {"name": "hsr", "method": "hsr", "heads": "all", "q": 0.9, "checkpoint": False},
     {
         "name": "random",
         "method": "hsr-a",
@@ -588,7 +603,7 @@ def test_a_study_is_a_run_a_seed_and_their_comparison(world: Path) -> None:
     assert [row["name"] for row in content["tables"][0]["rows"] if row["against"]] == ["hsr"]
     recipes = [read_recipe(run / f"seed-{seed}" / "recipe.yaml") for seed in (0, 3)]
     assert [one.calibration.seed for one in recipes] == [0, 3]
-    draws = [[(v.name, v.head_seed) for v in one.realign if v.random] for one in recipes]
+    draws = [[(v.name, v.head_seed) for v in one.realign if v.drawn] for one in recipes]
     assert draws == [[("random-1", 0), ("random-2", 1)], [("random-1", 6), ("random-2", 7)]]
     assert (run / "seed-3" / "report" / "report.html").exists()
 
@@ -756,7 +771,12 @@ def test_bad_seeds_and_repeats() -> None:
         ({"seeds": [1], "calibration": {"seed": 2}}, "leave one of them out"),
         ({"realign": [{"repeats": 2}]}, "nothing random in it"),
         (
-            {"realign": [{"name": "r", "heads": "random", "repeats": 2}, {"name": "r-2"}]},
+            {
+                "realign": [
+                    {"name": "r", "method": "hsr", "heads": "random", "repeats": 2},
+                    {"name": "r-2"},
+                ]
+            },
             "must differ",
         ),
     ):
