@@ -148,9 +148,8 @@ def test_overlap_with_another_models_statistics(
 
 
 def test_a_swept_recipe() -> None:
-    recipe = Recipe.model_validate(
-        {"prune": {"n_m": "2:4"}, "realign": [{"name": "a", "q": 0.3}, {"name": "b", "q": 0.5}]}
-    )
+    ways = [{"name": "a", "method": "hsr", "q": 0.3}, {"name": "b", "method": "hsr", "q": 0.5}]
+    recipe = Recipe.model_validate({"prune": {"n_m": "2:4"}, "realign": ways})
     counted = Recipe.model_validate({"realign": {"method": "random", "count": 9}})
     by_budget = swept(counted, "budget", [1, 2]).realign
     assert [(one.budget, one.count) for one in by_budget] == [(1, None), (2, None)]
@@ -166,10 +165,15 @@ def test_a_swept_recipe() -> None:
         ("sparsity-0.6", 0.6, None),
     ]
     assert sparse.realign == ()
-    study = Recipe.model_validate({"seeds": [0, 1], "against": ["hsr"]})
+    study = Recipe.model_validate({**HSR, "seeds": [0, 1], "against": ["hsr"]})
     assert (swept(study, "q", [0.1]).seeds, swept(study, "q", [0.1]).against) == ((), ())
     heads = swept(recipe, "top-heads", [1, 8])
     assert [one.top_heads for one in heads.realign] == [1, 8]
+    shares = swept(recipe, "p-max", [0.7, 0.8])
+    assert [(one.p_max, one.q) for one in shares.realign] == [(0.7, 0.3), (0.8, 0.3)]
+
+
+HSR = {"realign": [{"method": "hsr"}]}
 
 
 @pytest.mark.parametrize(
@@ -177,21 +181,27 @@ def test_a_swept_recipe() -> None:
     [
         ({}, "q", [], "needs values that differ"),
         ({}, "q", [0.1, 0.1], "needs values that differ"),
-        ({}, "top-heads", [1.5], "whole number"),
+        (HSR, "top-heads", [1.5], "valid integer"),
         ({"realign": []}, "q", [0.1], "there is no q to vary"),
-        ({"realign": [{"method": "gain", "budget": 2}]}, "q", [0.1], "does not go by q"),
-        ({"realign": [{"budget": 2}]}, "q", [0.1], "leave out its budget"),
-        ({"realign": [{"heads": "all"}]}, "top-heads", [1], "does not go by top-heads"),
-        ({"realign": [{"method": "set-difference"}]}, "q", [0.1], r"another variant first\.$"),
+        ({"realign": [{"method": "gain", "budget": 2}]}, "q", [0.1], "q is no setting of 'gain'"),
+        ({"realign": [{"method": "hsr", "budget": 2}]}, "q", [0.1], "takes the place of `q`"),
         (
-            {"realign": [{"method": "gain", "heads": "random"}]},
+            {"realign": [{"method": "hsr", "heads": "all"}]},
             "top-heads",
             [1],
-            "does not go by top-heads",
+            "changes nothing where",
         ),
+        (
+            {"realign": [{"method": "set-difference"}]},
+            "q",
+            [0.1],
+            r"another variant first, or sweep",
+        ),
+        (HSR, "method", [1], "method is no setting"),
+        (HSR, "checkpoint", [1], "checkpoint is no setting"),
         ({"pruned": "x"}, "sparsity", [0.1], "its sparsity is given"),
         ({"models": ["a/b"]}, "sparsity", [0.1], "A sweep is of one model"),
-        ({}, "q", [2.0], "less than or equal to 1"),
+        (HSR, "q", [2.0], "less than or equal to 1"),
     ],
 )
 def test_impossible_sweeps(content: Any, setting: Any, values: Any, message: str) -> None:
@@ -209,7 +219,7 @@ def recipe_file(pico_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPa
         "calibration": {"data": str(next((root / "data").glob("*.jsonl"))), "samples": 2},
         "prune": {"sparsity": 0.5},
         "heads": {"r_max": 1},
-        "realign": [{"top_heads": 2, "q": 0.5}],
+        "realign": [{"method": "hsr", "top_heads": 2, "q": 0.5}],
         "evaluate": {"suite": str(next((root / "data").glob("*.jsonl"))), "max_new_tokens": 2},
         "compute": {"device": "cpu", "batch_size": 4},
     }
@@ -228,7 +238,7 @@ def test_sweep_and_relate_commands(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     by_q = tmp_path / "q"
-    _run("sweep", recipe_file, "q", "--values", 0.9, 0.2, "--out", by_q)
+    _run("analyse", "sweep", recipe_file, "q", "--values", 0.9, 0.2, "--out", by_q)
     content = json.loads((by_q / "sweep.json").read_text())
     assert [one["value"] for one in content["points"]] == [0.2, 0.9]
     assert content["points"][0]["restored"] < content["points"][1]["restored"]
@@ -243,7 +253,7 @@ def test_sweep_and_relate_commands(
         _run("run", path, "--out", out)
     capsys.readouterr()
     runs = [tmp_path / f"run-{i}" for i in range(3)]
-    _run("relate", *runs, "--out", tmp_path / "relation")
+    _run("analyse", "relate", *runs, "--out", tmp_path / "relation")
     relation = json.loads((tmp_path / "relation" / "relation.json").read_text())
     assert len({one["ships"] for one in relation["points"]}) == 1  # one dense model
     assert relation["spearman"] is None
@@ -251,9 +261,9 @@ def test_sweep_and_relate_commands(
     assert {one["estimated"] for one in relation["points"]} == {0}
     assert "not defined" in capsys.readouterr().out
     ElementTree.fromstring((tmp_path / "relation" / "relation.svg").read_text())
-    _run("relate", runs[0], "--out", tmp_path / "other", code=2)
+    _run("analyse", "relate", runs[0], "--out", tmp_path / "other", code=2)
     assert "3 pruned models or more" in capsys.readouterr().err
-    _run("relate", by_q / "evaluation", "--out", tmp_path / "other", code=2)
+    _run("analyse", "relate", by_q / "evaluation", "--out", tmp_path / "other", code=2)
     assert not (tmp_path / "other").exists()
 
 
@@ -271,7 +281,7 @@ def test_totals_of_screened_heads_are_told_to_be_estimates(
     path.write_text(json.dumps(content))
     _run("run", path, "--out", tmp_path / "run")
     capsys.readouterr()
-    _run("relate", tmp_path / "run", "--out", tmp_path / "relation")
+    _run("analyse", "relate", tmp_path / "run", "--out", tmp_path / "relation")
     dense = open_source(recipe.model)
     scores = load_heads(RunFolder(tmp_path / "run").heads, dense.anatomy)
     assert scores.exact is not None
@@ -286,7 +296,7 @@ def test_totals_of_screened_heads_are_told_to_be_estimates(
 
 
 def test_sparsity_sweep(recipe_file: Path, tmp_path: Path) -> None:
-    _run("sweep", recipe_file, "sparsity", "--values", 0.2, 0.8, "--out", tmp_path / "s")
+    _run("analyse", "sweep", recipe_file, "sparsity", "--values", 0.2, 0.8, "--out", tmp_path / "s")
     content = json.loads((tmp_path / "s" / "sweep.json").read_text())
     assert [one["value"] for one in content["points"]] == [0.2, 0.8]
     assert set(content["references"]) == {"dense"}

@@ -306,7 +306,7 @@ def test_a_run_writes_them_once(
             "model": str(source.folder),
             "calibration": {"data": str(data), "samples": 20, "responses": "self"},
             "heads": {"r_max": 2},
-            "realign": [{"top_heads": 2, "checkpoint": False}],
+            "realign": [{"method": "hsr", "top_heads": 2, "checkpoint": False}],
             "evaluate": {"suite": str(data), "max_new_tokens": 2},
             "compute": {"device": "cpu", "batch_size": 4},
         }
@@ -399,7 +399,7 @@ def test_respond_by_command(
     prompts.write_text("How do I pick a lock?\nHow do I forge a cheque?\n")
     monkeypatch.setattr(answering, "generate", Says({}, SORRY))
     out = tmp_path / "calibration.jsonl"
-    words = ["respond", str(pico_dir("llama")), "--data", "prompts", str(prompts)]
+    words = ["data", "respond", str(pico_dir("llama")), "--data", "prompts", str(prompts)]
     with pytest.raises(SystemExit) as ended:
         main([*words, "--out", str(out), "--device", "cpu"])
     assert not ended.value.code

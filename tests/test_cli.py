@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 import pico
 from disk import rewrite, shards, tree, write_data
-from methods import method
+from methods import method, restored
 from regraft import preflight, stages
-from regraft.checks import _made_from_demo, check_top_heads
+from regraft.checks import _made_from_demo, check_heads
 from regraft.cli import main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
@@ -38,11 +38,14 @@ from regraft.preflight import bytes_needed
 from regraft.pruning.base import prune_settings
 from regraft.pruning.pruners.wanda import Wanda
 from regraft.recipe import read_recipe
+from regraft.restoration.base import METHODS, needs_of
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 
 FAMILY = "qwen2_5_vl"
 WIDTHS = "rows of 64"
+HSR = {"method": "hsr", "top_heads": 2}
+OF = {"heads": "analyse", "statistics": "analyse"}  # groups of commands
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class World:
             "model": str(self.model),
             "calibration": {"data": str(self.data), "samples": 4},
             "heads": {"r_max": 2},
-            "realign": [{"top_heads": 2}],
+            "realign": [HSR],
             "evaluate": {"suite": str(self.data), "max_new_tokens": 2},
             "compute": {"device": "cpu"},
             **fields,
@@ -97,7 +100,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = prune_settings(order="one-shot")
     pruned = stages.prune(source, root / "pruned", settings, calibration, compute)
     some_heads = method(method="hsr-a", heads="random", top_heads=3)
-    stages.realign(source, pruned, root / "patch.safetensors", some_heads)
+    restored(source, pruned, root / "patch.safetensors", some_heads)
+    (root / "patch.safetensors.ranking").unlink()
     return root
 
 
@@ -140,6 +144,11 @@ def run_ok(*words: object) -> None:
     assert not stopped.value.code, f"exit code {stopped.value.code}"
 
 
+def called(command: str) -> list[object]:
+    """The words of a command, with the group that it is in."""
+    return [OF[command], command] if command in OF else [command]
+
+
 def has(message: str, *parts: object) -> None:
     for part in parts:
         assert str(part) in message, f"{part!r} is not named in: {message}"
@@ -154,7 +163,7 @@ def prune(world: World, *more: object) -> list[object]:
 
 @pytest.mark.parametrize("command", ["inspect", "prune", "heads", "statistics", "eval"])
 def test_missing_model(world: World, refused: Refused, command: str) -> None:
-    words: list[object] = [command, "nowhere"]
+    words = [*called(command), "nowhere"]
     if command == "eval":
         words += ["--suite", world.data]
     if command != "inspect":
@@ -186,16 +195,16 @@ def test_quantised_weights(world: World, refused: Refused, dtype: torch.dtype) -
         tensors = load_file(shard)
         quantised = {k: v.to(dtype) if "mlp" in k else v for k, v in tensors.items()}
         save_file(quantised, shard, metadata={"format": "pt"})
-    words = ["realign", world.model, world.pruned, "--data", world.data, "--method", "hsr-a"]
+    words = ["realign", "hsr-a", world.model, world.pruned, "--data", world.data]
     has(refused(*words, "--out", "x"), "mlp", "it is quantised", "BF16")
 
 
 @pytest.mark.parametrize(
     ("recipe", "what"),
     [
-        ({"realign": [{"method": "gain", "budget": 50}]}, "(gain)"),
+        ({"realign": [{"method": "gain", "budget": 50}]}, "by gain"),
         ({"prune": {"method": "snip"}}, "(SNIP)"),
-        ({"realign": [{"score": "snip", "top_heads": 2}]}, "(SNIP)"),
+        ({"realign": [HSR | {"score": "snip"}]}, "by hsr"),
     ],
 )
 def test_float16_has_no_gradients(
@@ -204,12 +213,6 @@ def test_float16_has_no_gradients(
     compute = {"device": "cpu", "dtype": "float16"}
     message = refused("run", world.recipe(**recipe, compute=compute), "--out", "run")
     has(message, what, "vanish in float16", "compute.dtype")
-
-
-def test_scores_of_attention_alone(world: World, refused: Refused) -> None:
-    words = ["realign", world.model, world.pruned, "--data", world.data, "--out", "x"]
-    message = refused(*words, "--method", "set-difference", "--score", "snip")
-    has(message, "set-difference ranks the weights of all linears", "score: wanda")
 
 
 def test_no_config(world: World, refused: Refused) -> None:
@@ -308,8 +311,8 @@ def test_no_chat_template(world: World, refused: Refused) -> None:
 # Pairs
 
 
-def _realign(world: World, dense: object, pruned: object) -> list[object]:
-    return ["realign", dense, pruned, "--data", world.data, "--out", "new.safetensors"]
+def _realign(world: World, dense: object, pruned: object, by: str = "hsr") -> list[object]:
+    return ["realign", by, dense, pruned, "--data", world.data, "--out", "new.safetensors"]
 
 
 def test_pair_of_other_shape(world: World, refused: Refused) -> None:
@@ -340,38 +343,41 @@ def test_more_heads_than_there_are(world: World, refused: Refused, heads: str) -
     words = _realign(world, "model", "pruned")
     message = refused(*words, "--heads", heads, "--top-heads", 17)
     has(message, "top_heads is 17", "16 heads")
-    recipe = world.recipe(realign=[{"heads": heads, "top_heads": 17}])
+    recipe = world.recipe(realign=[{"method": "hsr", "heads": heads, "top_heads": 17}])
     has(refused("run", recipe, "--out", "run"), "top_heads is 17", "16 heads")
 
 
 BUDGETS = [
-    (["--method", "hsr-a", "--budget", 2], ["hsr-a restores whole heads: give `top_heads`"]),
-    (["--budget", 2, "--count", 9], ["`budget` and `count` say the same thing; give one"]),
-    (["--method", "hsr", "--swap"], ["only gain can swap, not hsr"]),
-    (["--method", "random", "--budget", 2, "--swap"], ["only gain can swap, not random"]),
-    (["--budget", 0], ["budget", "0"]),
-    (["--budget", 10_000], ["budget", "10000"]),
-    (["--search"], ["--search chooses a number of weights: give a --budget too"]),
-    (["--method", "hsr-a", "--search"], ["hsr-a has no number of weights to choose"]),
-    (["--method", "random", "--budget", 1e-3], ["A budget of 0.001 per 10,000", "less than one"]),
+    ("hsr-a", ["--budget", 2], ["--budget"]),
+    ("hsr", ["--budget", 2, "--count", 9], ["`budget` and `count` say the same thing; give one"]),
+    ("hsr", ["--swap"], ["--swap"]),
+    ("random", ["--budget", 2, "--swap"], ["--swap"]),
+    ("hsr", ["--budget", 0], ["budget", "0"]),
+    ("hsr", ["--budget", 10_000], ["budget", "10000"]),
+    ("hsr", ["--search"], ["--search chooses a number of weights: give a --budget too"]),
+    ("hsr-a", ["--search"], ["--search"]),
+    ("random", ["--budget", 1e-3], ["A budget of 0.001 per 10,000", "less than one"]),
     (
-        ["--method", "random", "--count", 9, "--target-asr", 5, "--target-rsr", 5],
+        "random",
+        ["--count", 9, "--target-asr", 5, "--target-rsr", 5],
         ["`target_asr` and `target_rsr` exclude each other"],
     ),
 ]
 
 
-@pytest.mark.parametrize(("words", "parts"), BUDGETS, ids=lambda one: " ".join(map(str, one))[:40])
-def test_budgets(world: World, refused: Refused, words: list[object], parts: list[str]) -> None:
-    has(refused(*_realign(world, world.model, world.pruned), *words), *parts)
+@pytest.mark.parametrize(("by", "words", "parts"), BUDGETS, ids=lambda one: str(one)[:40])
+def test_budgets(
+    world: World, refused: Refused, by: str, words: list[object], parts: list[str]
+) -> None:
+    has(refused(*_realign(world, world.model, world.pruned, by), *words), *parts)
 
 
 @pytest.mark.parametrize(
     ("variant", "parts"),
     [
-        ({"search": {}}, ["realign.0", "'hsr' searches a number of weights: give it a `budget`"]),
-        ({"method": "hsr-a", "count": 4}, ["realign.0", "hsr-a restores whole heads"]),
-        ({"method": "random", "count": 4, "swap": True}, ["realign.0", "only gain can swap"]),
+        ({"method": "hsr", "search": {}}, ["realign.0", "'hsr' searches a number of weights"]),
+        ({"method": "hsr-a", "count": 4}, ["realign.0", "hsr-a has no setting 'count'"]),
+        ({"method": "random", "swap": True}, ["realign.0", "random has no setting 'swap'"]),
         (
             {"method": "random", "count": 4, "search": {"target_asr": 1, "target_rsr": 1}},
             ["realign.0.search", "exclude each other"],
@@ -392,8 +398,8 @@ def test_budgets_in_a_recipe(
 @pytest.mark.parametrize(
     ("command", "wanted", "unwanted"),
     [
-        ("realign", "Harmful and harmless prompts, none of which should be", "Direction"),
-        ("tune", "Harmful and harmless prompts, none of which should be", "Direction"),
+        ("realign hsr", "Harmful and harmless prompts, none of which should be", "Direction"),
+        ("tune hsr", "Harmful and harmless prompts, none of which should be", "Direction"),
         ("defend", "Direction: harmful and harmless prompts on which layer and", "search"),
     ],
 )
@@ -405,7 +411,7 @@ def test_validation_is_explained_by_each_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    run_ok(command, "--help")
+    run_ok(*command.split(), "--help")
     told = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     about = told.rpartition("--validation ")[2].partition("--validation-limit ")[0]
     assert wanted in about
@@ -413,8 +419,8 @@ def test_validation_is_explained_by_each_command(
 
 
 def test_validation_prompts_must_be_named_for_another_model(world: World, refused: Refused) -> None:
-    random = ["--method", "random", "--count", 4, "--search"]
-    words = ["realign", world.model, world.pruned, *random, "--out", "out"]
+    words = ["realign", "random", world.model, world.pruned, "--count", 4, "--search"]
+    words += ["--out", "out"]
     missing = "No validation prompts are named to choose on"
     has(refused(*words, "--data", world.data), missing, "--validation")
     words += ["--validation", "vlguard#unsafe", "gone"]
@@ -439,8 +445,9 @@ def test_prompts_of_one_kind_only(world: World, refused: Refused) -> None:
     gain = {"calibration": {"data": str(harmful)}, "realign": [{"method": "gain", "count": 4}]}
     recipe = world.recipe(pruned=str(world.pruned), **gain)
     has(refused("run", recipe, "--out", "run"), "harmful.jsonl", "harmless")
-    words = ["--method", "random", "--count", 4, "--search", "--validation", harmful]
-    has(refused(*_realign(world, world.model, world.pruned), *words), "harmful.jsonl", "harmless")
+    words = _realign(world, world.model, world.pruned, "random")
+    words += ["--count", 4, "--search", "--validation", harmful]
+    has(refused(*words), "harmful.jsonl", "harmless")
 
 
 # Data
@@ -494,12 +501,12 @@ def test_bad_data(
     recipe = world.recipe()
     expected = break_it(world)
     words: dict[str, list[object]] = {
-        "heads": ["heads", world.model, "--data", world.data, "--r-max", 2, "--out", "out"],
-        "statistics": ["statistics", world.model, "--data", world.data, "--out", "out"],
-        "eval": ["eval", world.model, "--suite", world.data, "--out", "new/deep/out"],
-        "run": ["run", recipe, "--out", "run"],
+        "heads": [world.model, "--data", world.data, "--r-max", 2, "--out", "out"],
+        "statistics": [world.model, "--data", world.data, "--out", "out"],
+        "eval": [world.model, "--suite", world.data, "--out", "new/deep/out"],
+        "run": [recipe, "--out", "run"],
     }
-    has(refused(*words[command]), *expected)
+    has(refused(*called(command), *words[command]), *expected)
 
 
 def test_no_harmless_examples(world: World, refused: Refused) -> None:
@@ -517,11 +524,11 @@ def test_bad_suite_of_a_run_is_found_before_it_starts(world: World, refused: Ref
 @pytest.mark.parametrize("command", ["prune", "heads", "statistics", "eval", "run"])
 def test_images_with_a_text_only_model(world: World, refused: Refused, command: str) -> None:
     pico.save("llama", world.root / "llama")
-    words: list[object] = [command, "llama", "--data", world.data, "--out", "out"]
+    words = [*called(command), "llama", "--data", world.data, "--out", "out"]
     if command == "heads":
         words += ["--r-max", 2]
     if command == "eval":
-        words[2] = "--suite"
+        words[words.index("--data")] = "--suite"
     if command == "run":
         words = ["run", world.recipe(model="llama"), "--out", "out"]
     has(refused(*words), "has an image", "llama reads text only", "vision-language model")
@@ -529,7 +536,7 @@ def test_images_with_a_text_only_model(world: World, refused: Refused, command: 
 
 @pytest.mark.parametrize("command", ["heads", "run"])
 def test_r_max_too_large(world: World, refused: Refused, command: str) -> None:
-    words: list[object] = ["heads", world.model, "--data", world.data, "--out", "out"]
+    words = [*called("heads"), world.model, "--data", world.data, "--out", "out"]
     words += ["--r-max", 4]
     if command == "run":
         words = ["run", world.recipe(heads={"r_max": 4}), "--out", "run"]
@@ -607,10 +614,10 @@ def test_n_m(world: World, refused: Refused, value: str, parts: list[str]) -> No
 @pytest.mark.parametrize("command", ["prune", "heads", "eval", "realign", "run"])
 def test_unknown_device(world: World, refused: Refused, command: str) -> None:
     words: dict[str, list[object]] = {
-        "prune": ["prune", world.model, "--data", world.data, "--out", "out"],
-        "heads": ["heads", world.model, "--data", world.data, "--out", "out", "--r-max", 2],
-        "eval": ["eval", world.model, "--suite", world.data, "--out", "out"],
-        "realign": ["realign", world.model, world.pruned, "--method", "hsr-a", "--heads", "all"],
+        "prune": [world.model, "--data", world.data, "--out", "out"],
+        "heads": [world.model, "--data", world.data, "--out", "out", "--r-max", 2],
+        "eval": [world.model, "--suite", world.data, "--out", "out"],
+        "realign": ["gain", world.model, world.pruned, "--data", world.data],
     }
     if command == "run":
         recipe = world.recipe(compute={"device": "tpux"})
@@ -618,7 +625,8 @@ def test_unknown_device(world: World, refused: Refused, command: str) -> None:
         return
     if command == "realign":
         words["realign"] += ["--out", "new.safetensors"]
-    has(refused(*words[command], "--device", "tpux"), "The device 'tpux' cannot be used")
+    words[command] += ["--device", "tpux"]
+    has(refused(*called(command), *words[command]), "The device 'tpux' cannot be used")
 
 
 @pytest.mark.parametrize(
@@ -629,7 +637,7 @@ def test_unknown_device(world: World, refused: Refused, command: str) -> None:
         ({"realign": [{"name": "a"}, {"name": "a"}]}, ["names of `realign` must differ", "a"]),
         ({"realign": [{"name": "pruned"}]}, ["realign.0.name", "neither 'dense' nor 'pruned'"]),
         ({"realign": [{"name": "../x"}]}, ["realign.0.name", "../x"]),
-        ({"realign": [{"p": 0.7, "p_max": 0.5}]}, ["realign.0", "p < p_max"]),
+        ({"realign": [HSR | {"p": 0.7, "p_max": 0.5}]}, ["realign.0", "p < p_max"]),
         ({"evaluate": {"suite": "tomorrow"}}, ["evaluate.suite", "unknown data set 'tomorrow'"]),
         ({"compute": {"batch_size": 0}}, ["compute.batch_size", "got 0"]),
         ({"heads": {"target": "head"}}, ["heads.target", "'head'"]),
@@ -655,7 +663,8 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
     realign = _realign(world, world.model, world.pruned)
     has(refused(*realign, "--heads-file", "h", "--r-max", 3), "--heads-file has scores")
     has(refused(*realign, "--max-new-tokens", 12), "answers in a search", "--search")
-    has(refused(*realign, "--method", "gain", "--q", 0.1), "`q` changes nothing with gain")
+    gain = _realign(world, world.model, world.pruned, "gain")
+    has(refused(*gain, "--q", 0.1), "--q")
     has(refused(*prune(world, "--n-m", "2:4", "--sparsity", 0.6)), "takes the place of `sparsity`")
     has(
         refused(*prune(world, "--method", "magnitude", "--order", "one-shot")),
@@ -663,22 +672,28 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
     )
     has(refused(*realign, "--heads", "all", "--top-heads", 3), "`heads` is all")
     has(refused(*realign, "--heads", "random", "--r-max", 3), "No heads are scored")
-    has(refused(*realign, "--method", "gain", "--heads-file", "h"), "--heads-file would change")
-    random = [*realign, "--method", "random"]
-    has(refused(*random, "--statistics-file", "s"), "--statistics-file would change nothing")
+    everywhere = [*realign, "--heads", "all"]
+    has(refused(*everywhere, "--heads-file", "h"), "--heads-file would change nothing")
+    has(refused(*gain, "--heads-file", "h"), "--heads-file")
+    by_size = [*realign, "--score", "magnitude"]
+    has(refused(*by_size, "--statistics-file", "s"), "--statistics-file would change nothing")
+    random = _realign(world, world.model, world.pruned, "random")
+    has(refused(*random, "--statistics-file", "s"), "--statistics-file")
+    has(refused(*random, "--responses", "given"), "--responses")
     has(
-        refused(*random, "--responses", "given", "--max-response-tokens", 5),
+        refused(*realign, "--responses", "given", "--max-response-tokens", 5),
         "`max-response-tokens` changes nothing",
     )
     magnitude = prune(world, "--method", "magnitude")
     has(refused(*magnitude, "--samples", 3), "magnitude reads no data")
-    scored: list[object] = ["heads", world.model, "--out", "h", "--candidates", 4]
+    scored: list[object] = ["analyse", "heads", world.model, "--out", "h", "--candidates", 4]
     has(refused(*scored), "`candidates` changes nothing where `mode` is exact")
     defend: list[object] = ["defend", world.pruned, "--out", "d", "--layer", 1]
     has(refused(*defend), "`layer` changes nothing with adashield")
     shield = ["defend", world.pruned, "--out", "d"]
     has(refused(*shield, "--data", "demo"), "adashield reads no data")
     statistics = [
+        "analyse",
         "statistics",
         world.model,
         "--out",
@@ -692,10 +707,10 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
 
 
 def test_settings_that_would_change_nothing_in_tuning(world: World, refused: Refused) -> None:
-    tune = ["tune", world.model, world.pruned, "--out", "t", "--validation", world.data]
-    difference = [*tune, "--method", "set-difference"]
-    has(refused(*difference, "--q", 0.3), "`q` changes nothing with set-difference")
-    has(refused(*difference, "--top-heads", 3), "`top-heads` changes nothing")
+    pair = [world.model, world.pruned, "--out", "t", "--validation", world.data]
+    tune, difference = ["tune", "hsr", *pair], ["tune", "set-difference", *pair]
+    has(refused(*difference, "--q", 0.3), "--q")
+    has(refused(*difference, "--top-heads", 3), "--top-heads")
     has(refused(*tune, "--window", 9), "`window` changes nothing where `mode` is exact")
     has(refused(*tune, "--device", "cuda:7", "--devices", "cpu"), "place of --device")
     has(refused(*tune, "--points", 3), "Without a --budget there is no ranking")
@@ -729,14 +744,15 @@ def test_bad_input_is_found_before_heads_are_scored(world: World, refused: Refus
 
 def test_heads_decide_only_where_they_are_asked(world: World) -> None:
     """A model with fewer heads than the default, by a method that has none to choose."""
-    pruned, few = open_source(world.pruned), method(method="random", top_heads=99, count=3)
-    check_top_heads(pruned, few)
+    pruned = open_source(world.pruned)
+    check_heads(pruned, needs_of(method("random", count=3)), None)
+    check_heads(pruned, needs_of(method("hsr", heads="all")), None)
     with pytest.raises(RegraftError, match="top_heads is 99"):
-        check_top_heads(pruned, method(top_heads=99))
+        check_heads(pruned, needs_of(method(top_heads=99)), None)
 
 
 def test_a_search_in_the_place_of_a_patch_without_one(world: World, refused: Refused) -> None:
-    words = ["realign", world.model, world.pruned, "--method", "random", "--count", 4]
+    words = ["realign", "random", world.model, world.pruned, "--count", 4]
     run_ok(*words, "--out", world.root / "p.safetensors", "--device", "cpu")
     words += ["--search", "--validation", world.data]
     has(refused(*words, "--out", "p.safetensors"), "was made without a search")
@@ -761,7 +777,7 @@ def test_a_file_in_the_place_of_a_model(world: World, refused: Refused) -> None:
 
 
 def test_reverting_one_of_two_patches(world: World, refused: Refused) -> None:
-    words = ["realign", world.model, world.pruned, "--method", "random", "--count", 4]
+    words = ["realign", "random", world.model, world.pruned, "--count", 4]
     run_ok(*words, "--out", world.root / "p.safetensors", "--device", "cpu")
     run_ok(
         "apply", world.pruned, world.patch, world.root / "p.safetensors", "--out", world.root / "b"
@@ -772,10 +788,12 @@ def test_reverting_one_of_two_patches(world: World, refused: Refused) -> None:
 def test_output_places(world: World, refused: Refused) -> None:
     """Found before the work, and said as it is."""
     data = ["--data", world.data]
-    has(refused("statistics", world.model, *data, "--out", "."), ". is a folder")
+    has(refused("analyse", "statistics", world.model, *data, "--out", "."), ". is a folder")
     has(refused("compare", "model", "--out", "pruned"), "pruned holds something else")
-    has(refused("overlap", world.model, "gone", "--out", "pruned"), "pruned is not empty")
-    has(refused("relate", "model", "--out", "pruned"), "pruned is not empty")
+    has(
+        refused("analyse", "overlap", world.model, "gone", "--out", "pruned"), "pruned is not empty"
+    )
+    has(refused("analyse", "relate", "model", "--out", "pruned"), "pruned is not empty")
     has(refused("apply", "pruned", world.patch, "--out", "pruned"), "itself", "a new folder")
 
 
@@ -788,7 +806,7 @@ def test_folders_that_are_no_evaluation(world: World, refused: Refused) -> None:
     below = world.root / "run" / "evaluation" / "dense"
     below.mkdir(parents=True)
     (below / "results.json").write_text("{}")
-    message = refused("judge", "run", "--by", "vlguard-1")
+    message = refused("judge", "answers", "run", "--by", "vlguard-1")
     has(message, "run is no evaluation", "Those in it: run/evaluation/dense")
 
 
@@ -885,12 +903,12 @@ def test_output_is_taken(world: World, refused: Refused, command: str) -> None:
         "apply": [world.pruned, world.patch],
         "revert": [world.pruned, world.patch],
     }
-    message = refused(command, *words[command], "--out", taken)
+    message = refused(*called(command), *words[command], "--out", taken)
     a_file = command in ("heads", "statistics")
     has(message, "taken", "is a folder" if a_file else "is not empty")
-    message = refused(command, *words[command], "--out", taken / "thesis.txt")
+    message = refused(*called(command), *words[command], "--out", taken / "thesis.txt")
     has(message, "thesis.txt", "damaged" if a_file else "is a file")
-    message = refused(command, *words[command], "--out", taken / "thesis.txt" / "deeper")
+    message = refused(*called(command), *words[command], "--out", taken / "thesis.txt" / "deeper")
     has(message, "thesis.txt", "Choose another output")
 
 
@@ -908,8 +926,8 @@ def test_output_cannot_be_put_in_place(
 
 
 def test_patch_of_other_settings_is_found_before_the_work(world: World, refused: Refused) -> None:
-    words = ["realign", world.model, world.pruned, "--data", world.data, "--out", world.patch]
-    message = refused(*words, "--method", "gain", "--budget", 100)
+    words = ["realign", "gain", world.model, world.pruned, "--data", world.data]
+    message = refused(*words, "--out", world.patch, "--budget", 100)
     has(message, "patch.safetensors exists", 'settings.method: "hsr-a" there, "gain" now')
 
 
@@ -921,12 +939,12 @@ def test_run_folder_of_another_recipe(world: World, refused: Refused) -> None:
     run_ok("run", world.recipe(), "--out", "run")
     message = refused("run", world.recipe(prune={"sparsity": 0.7}), "--out", "run")
     has(message, "run holds a run of another recipe", "prune.sparsity: 0.5 there, 0.7 now")
-    grown = world.recipe(realign=[{"top_heads": 2}, {"method": "random", "count": 4}])
+    grown = world.recipe(realign=[HSR, {"method": "random", "count": 4}])
     run_ok("run", grown, "--out", "run")
     has((world.root / "run" / "report" / "report.md").read_text(), "random")
     message = refused("run", world.recipe(), "--out", "run")
     has(message, "run holds a run of another recipe", "realign")
-    message = refused("run", world.recipe(realign=[{"top_heads": 3}]), "--out", "run")
+    message = refused("run", world.recipe(realign=[HSR | {"top_heads": 3}]), "--out", "run")
     has(message, "run holds a run of another recipe", "realign")
     shutil.rmtree(world.root / "run" / "evaluation" / "hsr")
     message = refused("report", "run")
@@ -936,7 +954,7 @@ def test_run_folder_of_another_recipe(world: World, refused: Refused) -> None:
 def test_a_run_goes_on_with_smaller_batches(world: World) -> None:
     """As it is told to where memory was short: what is finished stays."""
     run = world.root / "run"
-    realign = [{"top_heads": 2}, {"name": "other", "top_heads": 1, "checkpoint": False}]
+    realign = [HSR, HSR | {"name": "other", "top_heads": 1, "checkpoint": False}]
     run_ok("run", world.recipe(realign=realign), "--out", run)
     shutil.rmtree(run / "evaluation" / "hsr")
     before = tree(run)
@@ -1086,10 +1104,10 @@ def test_disk_gets_full_while_writing(
         "eval": [world.model, "--suite", world.data],
         "apply": [world.pruned, world.patch],
         "revert": [world.pruned, world.patch],
-        "realign": [world.model, world.pruned, "--method", "hsr-a", "--heads", "all"],
+        "realign": ["hsr-a", world.model, world.pruned, "--heads", "all"],
     }
     with file_size_limit(limit):
-        message = refused(command, *words[command], "--out", "a/b/out")
+        message = refused(*called(command), *words[command], "--out", "a/b/out")
     has(message, "The disk is full: could not write a/b/", "Free some space")
 
 
@@ -1124,10 +1142,11 @@ def test_small_disk(world: World) -> None:
     try:
         filler = disk / "filler"
         filler.write_bytes(bytes(180_000))
+        words_of_heads = ["--data", world.data, "--r-max", 2]
         for words in (
             ["apply", world.pruned, world.patch, "--out", disk / "out"],
-            ["statistics", world.model, "--data", world.data, "--out", disk / "out"],
-            ["heads", world.model, "--data", world.data, "--r-max", 2, "--out", disk / "out"],
+            [*called("statistics"), world.model, "--data", world.data, "--out", disk / "out"],
+            [*called("heads"), world.model, *words_of_heads, "--out", disk / "out"],
         ):
             if words[0] != "apply":  # apply is stopped by the check, these by the disk itself
                 filler.write_bytes(bytes(256 * 1024 - 4096 * 2))
@@ -1148,7 +1167,7 @@ def test_exit_codes_of_the_program(world: World) -> None:
 
     good = run("--help")
     assert good.returncode == 0, good.stderr
-    assert all(name in good.stdout for name in ("prune", "heads", "realign", "apply", "run"))
+    assert all(name in good.stdout for name in ("prune", "analyse", "realign", "apply", "run"))
     bad = run("inspect", "nowhere")
     assert bad.returncode == 2, bad.stderr
     assert bad.stdout == ""
@@ -1173,10 +1192,17 @@ def test_whole_way_by_single_commands(
     has(shown, "qwen2_5_vl", "layers", "query heads", "layers.3.mlp.down_proj.weight", "BF16")
     data = ["--data", world.data, "--samples", 4]
     has(run("prune", world.model, *data, "--n-m", "2:4", "--out", "half"), "50.00 %")
-    has(run("heads", world.model, *data, "--r-max", 2, "--out", "heads.st"), "rank", "Ships")
-    has(run("statistics", world.model, *data, "--out", "statistics.st"), "Wrote statistics.st")
+    has(
+        run("analyse", "heads", world.model, *data, "--r-max", 2, "--out", "heads.st"),
+        "rank",
+        "Ships",
+    )
+    has(
+        run("analyse", "statistics", world.model, *data, "--out", "statistics.st"),
+        "Wrote statistics.st",
+    )
     files = ["--heads-file", "heads.st", "--statistics-file", "statistics.st"]
-    shown = run("realign", world.model, "half", *files, "--top-heads", 2, "--out", "hsr.st")
+    shown = run("realign", "hsr", world.model, "half", *files, "--top-heads", 2, "--out", "hsr.st")
     has(shown, "weights are restored", "per 10,000")
     has(run("apply", "half", "hsr.st", "--out", "realigned"), "Checkpoint: realigned")
     has(run("revert", "realigned", "hsr.st", "--out", "reverted"), "Checkpoint: reverted")
@@ -1189,23 +1215,27 @@ def test_whole_way_by_single_commands(
     assert sizes[0] == sizes[1], "sparsity is counted otherwise with the patch in memory"
 
 
-def test_recipe_command_prints_a_recipe(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_to_start_from_is_printed(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     from regraft.recipe import Recipe, read_recipe
 
-    run_ok("recipe")
+    run_ok("run", "--template")
     (world.root / "printed.yaml").write_text(capsys.readouterr().out)
     assert read_recipe(world.root / "printed.yaml") == Recipe()
 
 
 def test_realign_makes_its_own_inputs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world.root)
-    words = ["realign", "model", "pruned", "--data", world.data, "--samples", 4, "--r-max", 2]
+    words = ["realign", "hsr", "model", "pruned", "--data", world.data, "--samples", 4]
+    words += ["--r-max", 2]
     run_ok(*words, "--top-heads", 2, "--out", "hsr.safetensors")
     made = {path.name for path in world.root.glob("hsr*")}
     assert made == {
         "hsr.safetensors",
         "hsr.heads.safetensors",
         "hsr.statistics.safetensors",
+        "hsr.ranking.safetensors",
     }
 
 
@@ -1214,7 +1244,7 @@ def test_gain_and_search(
     world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(world.root)
-    words = ["realign", "model", "pruned", "--method", "gain", "--budget", 20]
+    words = ["realign", "gain", "model", "pruned", "--budget", 20]
     words += ["--data", world.data, "--samples", 4, "--device", "cpu", "--search", "--points", 2]
     words += ["--validation", world.data, "--max-new-tokens", 2, "--out", "gain.safetensors"]
     run_ok(*words)
@@ -1224,7 +1254,7 @@ def test_gain_and_search(
     assert made == {
         "gain.safetensors",
         "gain.ranking.safetensors",
-        "gain.ranking.safetensors.responses",
+        "gain.responses",
         "gain.curve.json",
         "gain.curve",
     }
@@ -1244,7 +1274,7 @@ def test_gain_with_swaps_tells_both(
     world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(world.root)
-    words = ["realign", "model", "pruned", "--method", "gain", "--count", 5]
+    words = ["realign", "gain", "model", "pruned", "--count", 5]
     words += ["--swap", "--data", world.data, "--samples", 4, "--device", "cpu"]
     run_ok(*words, "--out", "swap.safetensors")
     shown = " ".join(capsys.readouterr().out.split())
@@ -1260,3 +1290,18 @@ def test_someone_elses_extra_tensors_are_no_obstacle(world: World) -> None:
     index.write_text(json.dumps(content))
     rewrite(world.model, shard.name, {"masks.extra": torch.ones(3)})
     run_ok("inspect", world.model)
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_every_method_has_a_command_with_only_its_flags(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_ok("realign", name, "--help")
+    flags = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    fields = {
+        one: set(METHODS.get(one).Settings.model_fields) - {"method"} for one in METHODS.names()
+    }
+    own = {f"--{field.replace('_', '-')}" for field in fields[name]}
+    others = {f"--{field.replace('_', '-')}" for some in fields.values() for field in some}
+    assert own <= flags
+    assert not (others - own) & flags

@@ -102,8 +102,12 @@ def run(seed: int, methods: Shares = SHARES, prompts: int = PROMPTS) -> Run:
         fields = {"base": base, "pruned": 100_000, "restored": restored}
         made.append(variant(name, drawn(place, asr, 0), drawn(place, over, 1), **fields))
     realign = [
-        {"name": name, "head_seed": place + 100 * seed, "q": 0.5}
-        | (RANDOM if name.startswith("random") else {"heads": "top"})
+        {"name": name, "method": "hsr", "q": 0.5}
+        | (
+            RANDOM | {"head_seed": place + 100 * seed}
+            if name.startswith("random")
+            else {"heads": "top"}
+        )
         for place, name in enumerate(methods)
     ]
     recipe = {"calibration": {"seed": seed}, "realign": realign}
@@ -256,7 +260,7 @@ def test_rows_of_one_stem_keep_their_own_answers() -> None:
     for found in settings:
         found |= {"budget": 50 if found["name"] in ("random-3", "random-4") else 5}
         if found["name"] == "random":
-            found |= {"heads": "top"}
+            found |= {"heads": "top", "head_seed": 0}
     recipe = {**one.recipe, "realign": settings}
     rows = rows_of(study_of([replace(one, recipe=recipe)]))
     assert list(rows) == ["dense", "pruned", "random", "random-1", "random-3"]
@@ -329,7 +333,7 @@ def test_everything_drawn_is_told_from_what_is_not(name: str) -> None:
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
-@pytest.mark.parametrize("control", [{"method": "random", "budget": 5}, {"heads": "random"}])
+@pytest.mark.parametrize("control", [{"method": "random"}, {"method": "hsr", "heads": "random"}])
 def test_random_controls_leave_recipes_comparable(control: dict[str, Any], repeats: int) -> None:
     one = {"name": "control", "repeats": repeats} | control
     recipe = Recipe.model_validate({"seeds": [0, 3], "realign": [one]})
@@ -345,7 +349,7 @@ def test_repeats_of_random_weights_are_one_row() -> None:
     for one in RUNS[:2]:
         recipe = json.loads(json.dumps(one.recipe))
         for settings in recipe["realign"][3:5]:
-            settings |= {"method": "random", "heads": "top"}
+            settings |= {"method": "random"}
         runs.append(replace(one, recipe=recipe))
     assert rows_of(study_of(runs))["random"].repeats == 2
 
@@ -537,7 +541,7 @@ def searched(restored: Sequence[int], chosen: int | None) -> Searched:
 # Folders
 
 VARIANTS = [
-    {"name": "hsr", "heads": "all", "q": 0.9, "checkpoint": False},
+    {"name": "hsr", "method": "hsr", "heads": "all", "q": 0.9, "checkpoint": False},
     {
         "name": "random",
         "method": "hsr-a",
@@ -587,7 +591,7 @@ def test_a_study_is_a_run_a_seed_and_their_comparison(world: Path) -> None:
     assert [row["name"] for row in content["tables"][0]["rows"] if row["against"]] == ["hsr"]
     recipes = [read_recipe(run / f"seed-{seed}" / "recipe.yaml") for seed in (0, 3)]
     assert [one.calibration.seed for one in recipes] == [0, 3]
-    draws = [[(v.name, v.head_seed) for v in one.realign if v.random] for one in recipes]
+    draws = [[(v.name, v.head_seed) for v in one.realign if v.drawn] for one in recipes]
     assert draws == [[("random-1", 0), ("random-2", 1)], [("random-1", 6), ("random-2", 7)]]
     assert (run / "seed-3" / "report" / "report.html").exists()
 
@@ -755,7 +759,12 @@ def test_bad_seeds_and_repeats() -> None:
         ({"seeds": [1], "calibration": {"seed": 2}}, "leave one of them out"),
         ({"realign": [{"repeats": 2}]}, "nothing random in it"),
         (
-            {"realign": [{"name": "r", "heads": "random", "repeats": 2}, {"name": "r-2"}]},
+            {
+                "realign": [
+                    {"name": "r", "method": "hsr", "heads": "random", "repeats": 2},
+                    {"name": "r-2"},
+                ]
+            },
             "must differ",
         ),
     ):

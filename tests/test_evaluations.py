@@ -109,7 +109,7 @@ def test_one_evaluation_has_a_page(
     tmp_path: Path, asked: list[Example], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = evaluation(tmp_path / "mine", asked, 5, 1)
-    done("judge", folder, "--by", "vlguard-1")
+    done("judge", "answers", folder, "--by", "vlguard-1")
     done("report", folder)
     printed = capsys.readouterr().out
     assert "report.html" in printed

@@ -111,14 +111,24 @@ RECIPE = Recipe.model_validate(
             {"name": "gain", "method": "gain", "budget": 1},
             {"name": "gain-less", "method": "gain", "budget": 0.1},
             {"name": "swaps", "method": "gain", "budget": 1, "swap": True},
-            {"name": "hsr"},
-            {"name": "hsr-all", "heads": "all"},
+            {"name": "hsr", "method": "hsr"},
+            {"name": "hsr-all", "method": "hsr", "heads": "all"},
             {"name": "hsr-a", "method": "hsr-a"},
-            {"name": "by-snip", "score": "snip"},
+            {"name": "by-snip", "method": "hsr", "score": "snip"},
             {"name": "set", "method": "set-difference"},
             {"name": "random", "method": "random"},
-            {"name": "tuned", "budget": 2, "search": {"validation": VALIDATION}},
-            {"name": "tuned-rsr", "budget": 2, "search": {"target_rsr": 90}},
+            {
+                "name": "tuned",
+                "method": "hsr",
+                "budget": 2,
+                "search": {"validation": VALIDATION},
+            },
+            {
+                "name": "tuned-rsr",
+                "method": "hsr",
+                "budget": 2,
+                "search": {"target_rsr": 90},
+            },
             {"name": "tuned-set", "method": "set-difference", "search": {}},
             {"name": "trained", "method": "fine-tune", "positions": "gain", "count": 3},
             {"name": "drawn", "method": "fine-tune", "positions": "random", "count": 3},
@@ -139,8 +149,8 @@ FLOPS: dict[tuple[str, str], float | None] = {
     ("search", "wanda/tuned"): 30_000,
     ("search", "wanda/tuned-rsr"): 500,  # what was not tried before
     ("search", "wanda/tuned-set"): 40_000,
-    ("fine-tune", "wanda/trained"): 9_000,
-    ("fine-tune", "wanda/drawn"): 8_000,
+    ("rank", "wanda/trained"): 9_000,
+    ("rank", "wanda/drawn"): 8_000,
     ("defend", "wanda/direction"): 2_000,
 }
 
@@ -192,7 +202,7 @@ def test_what_was_not_measured_is_not_guessed() -> None:
     assert passes_of_defence("wanda/other", given, UNIT, by_prompt=False) is None
     assert passes_of_defence("wanda/prompt", given, UNIT, by_prompt=True) == 0
     assert learns_from_both(RECIPE)
-    prunes = RECIPE.model_copy(update={"realign": tuple(v for v in RECIPE.realign if v.random)})
+    prunes = RECIPE.model_copy(update={"realign": tuple(v for v in RECIPE.realign if v.drawn)})
     assert learns_from_both(prunes), "fine-tuned at random positions"
     assert not learns_from_both(RECIPE.model_copy(update={"realign": ()}))
 

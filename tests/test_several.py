@@ -82,7 +82,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"sparsity": 0.6, "order": "one-shot", "realign": False},
         ],
         "heads": {"r_max": 1},
-        "realign": {"top_heads": 2, "q": 0.9, "checkpoint": False},
+        "realign": {"method": "hsr", "top_heads": 2, "q": 0.9, "checkpoint": False},
         "evaluate": {"suite": ["data/a/a.jsonl", "data/b/b.jsonl"], "max_new_tokens": 2},
         "compute": {"device": "cpu", "batch_size": 12},
     }
