@@ -462,7 +462,7 @@ def test_what_a_ranking_asks_for(bench: Bench, tmp_path: Path) -> None:
     hsr = method(budget=20, top_heads=2)
     with pytest.raises(RegraftError, match="run `regraft analyse heads` first"):
         bench.rank(out, hsr, heads=None)
-    with pytest.raises(RegraftError, match="by wanda needs statistics: run `regraft stat"):
+    with pytest.raises(RegraftError, match="by wanda needs statistics: run `regraft analyse stat"):
         bench.rank(out, hsr, statistics=None)
     with pytest.raises(RegraftError, match="Importance by wanda needs statistics"):
         bench.rank(out, method(method="set-difference", budget=9), statistics=None)
