@@ -47,7 +47,7 @@ from regraft.data.hold_out import hold_out
 from regraft.data.sources import DataSource, read
 from regraft.importance.losses import DecisionLoss
 from regraft.importance.teacher import final_states
-from regraft.models.checkpoint import write_edited
+from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import Source, load_placed, load_processor, open_source, pick_device
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk

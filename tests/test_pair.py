@@ -15,7 +15,8 @@ from disk import rewrite
 from regraft import stages
 from regraft.errors import RegraftError
 from regraft.importance.sparsegpt import inverse_factor, second_moments
-from regraft.models.checkpoint import SINGLE_FILE, Edit, write_edited
+from regraft.models.checkpoint import SINGLE_FILE
+from regraft.models.checkpoint_copy import Edit, write_edited
 from regraft.models.load import Source, load_model, open_source
 from regraft.pruning.masks import Pattern
 from regraft.pruning.sparsegpt import sparsegpt_prune

@@ -22,7 +22,7 @@ import pico
 from regraft.data.collate import Batch, prompt_batch, response_batch
 from regraft.importance.statistics import ImportanceStatistics
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
-from regraft.models.checkpoint import write_edited
+from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.models.placement import resident
 from regraft.models.walk import Walk

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 from typing import IO, Any, TypeVar
 
 from safetensors import SafetensorError
@@ -26,9 +26,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 WORKERS = min(4, os.cpu_count() or 1)
-_COPY_CHUNK = 16 * 2**20
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # Lustre and NFS, mounted without
-_READ_CHUNK = 2**20  # small enough for a processor's cache
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -209,30 +207,6 @@ def sync(path: Path) -> None:
         os.close(folder)
 
 
-def copy_file(source: Path, target: Path, progress: Callable[[int], None]) -> None:
-    """Copy a file's content inside the kernel where it can, sharing blocks where the disk can.
-
-    Args:
-        source: The file.
-        target: The new file.
-        progress: Called with the number of bytes just copied.
-    """
-    with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
-        while count := _copy_in_kernel(reader, writer):
-            progress(count)
-        buffer = memoryview(bytearray(_READ_CHUNK))
-        while count := reader.readinto(buffer):
-            write_all(writer, buffer[:count])
-            progress(count)
-
-
-def _copy_in_kernel(reader: io.FileIO, writer: io.FileIO) -> int:
-    try:
-        return os.copy_file_range(reader.fileno(), writer.fileno(), _COPY_CHUNK)
-    except (AttributeError, OSError):  # not here; a true error comes again without it
-        return 0
-
-
 def read_at(handle: io.FileIO, place: int, data: memoryview) -> None:
     """Fill `data` with what an unbuffered file holds from byte `place` on.
 
@@ -277,20 +251,6 @@ def in_threads(
                 stop.set()
             raise
         return [future.result() for future in futures]
-
-
-def one_at_a_time(progress: Callable[[int], None] | None, stop: Event) -> Callable[[int], None]:
-    """`progress` for several threads, one of them at a time; an error once `stop` is set."""
-    lock = Lock()
-
-    def advance(count: int) -> None:
-        with lock:
-            if stop.is_set():
-                raise InterruptedError
-            if progress is not None:
-                progress(count)
-
-    return advance
 
 
 @contextmanager

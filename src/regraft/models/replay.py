@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,15 @@ class LayerInputs:
     final: Tensor
 
 
-class _Stop(Exception):  # noqa: N818 - a signal, not an error
+class Replay(Protocol):
+    """Runs decoder layers `start` to `stop` on `[copies * B, T, d]`; see `replay`."""
+
+    def __call__(
+        self, *, start: int, hidden: Tensor, stop: int | None = None, copies: int = 1
+    ) -> Tensor: ...
+
+
+class Stop(Exception):  # noqa: N818 - a signal, not an error
     """Carries a value out of a forward pass that need not go on."""
 
     def __init__(self, value: Any) -> None:
@@ -43,23 +51,34 @@ class _Stop(Exception):  # noqa: N818 - a signal, not an error
         self.value = value
 
 
+def first_call(
+    module: nn.Module, run: Callable[[], object]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `run` first calls `module` with: (args, kwargs). It goes no further than that."""
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise Stop((args, dict(kwargs)))
+
+    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run()
+    except Stop as stopped:
+        args, kwargs = stopped.value
+        return args, kwargs
+    finally:
+        hook.remove()
+    raise AssertionError(f"{type(module).__name__} did not run")
+
+
 @torch.no_grad()
 def text_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> TextInputs:
     """Run embeddings and vision tower once and keep what the text decoder would get."""
-
-    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert not args, "decoders are called with keywords in every family"
-        raise _Stop(dict(kwargs))
-
     decoder = text_decoder(model)
-    hook = decoder.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        model(**inputs, use_cache=False)
-    except _Stop as stopped:
-        return TextInputs(stopped.value | {cache_argument(decoder): None}, len(inputs["input_ids"]))
-    finally:
-        hook.remove()
-    raise AssertionError("the text decoder did not run")
+    args, kwargs = first_call(decoder, lambda: model(**inputs, use_cache=False))
+    assert not args, "decoders are called with keywords in every family"
+    # `use_cache=False` is not enough: a cache left among the arguments would give every later run
+    # the keys and values of the run before, without an error where nothing is padded.
+    return TextInputs(kwargs | {cache_argument(decoder): None}, len(inputs["input_ids"]))
 
 
 @torch.no_grad()
@@ -112,34 +131,24 @@ def replay(
         cross-attention without images) passes its input on.
     """
     decoder = text_decoder(model)
-    kwargs = tile_kwargs(text.kwargs, copies, text.batch)
     layers: Any = decoder.layers
-    injected = hidden is None
-
-    def enter(index: int) -> Callable[..., Any]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            nonlocal injected
-            if not injected:
-                assert hidden is not None
-                args, injected = (hidden, *args[1:]), True
-            if stop is not None and index >= stop:
-                raise _Stop(args[0])
-            return args
-
-        return hook
-
+    entry = _Entry(hidden, stop)
     hooks = [
-        layer.register_forward_pre_hook(enter(i)) for i, layer in enumerate(layers) if i >= start
+        layer.register_forward_pre_hook(entry.hook(i))
+        for i, layer in enumerate(layers)
+        if i >= start
     ]
     try:
         with torch.set_grad_enabled(gradient), _identity(layers[:start]):
+            kwargs = tile_kwargs(text.kwargs, copies, text.batch)
             final: Tensor = decoder(**kwargs).last_hidden_state
-            if not injected and hidden is not None:  # every layer from `start` on was skipped
-                return hidden if stop is not None else _norm(decoder, hidden)
-            if stop is not None and stop < len(layers):
+            if entry.waiting is not None:  # every layer from `start` on was skipped
+                norm: Any = decoder.norm
+                final = entry.waiting if stop is not None else norm(entry.waiting)
+            elif stop is not None and stop < len(layers):
                 raise AssertionError(f"no layer from {stop} on was run")
             return final
-    except _Stop as stopped:
+    except Stop as stopped:
         result: Tensor = stopped.value
         return result
     finally:
@@ -147,10 +156,21 @@ def replay(
             hook.remove()
 
 
-def _norm(decoder: nn.Module, hidden: Tensor) -> Tensor:
-    norm: Any = decoder.norm
-    normed: Tensor = norm(hidden)
-    return normed
+class _Entry:
+    """Puts `hidden` into the first layer that runs, and ends the run before layer `stop`."""
+
+    def __init__(self, hidden: Tensor | None, stop: int | None) -> None:
+        self.waiting, self._stop = hidden, stop
+
+    def hook(self, index: int) -> Callable[..., Any]:
+        def enter(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if self.waiting is not None:
+                args, self.waiting = (self.waiting, *args[1:]), None
+            if self._stop is not None and index >= self._stop:
+                raise Stop(args[0])
+            return args
+
+        return enter
 
 
 def logits_of(model: nn.Module, states: Tensor, *, gradient: bool = False) -> Tensor:

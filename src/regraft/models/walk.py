@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from regraft.data.collate import Batch
-from regraft.models.anatomy import decoder_layers
+from regraft.models.anatomy import cross_attention_layers, decoder_layers
 from regraft.models.placement import PlacedModel, free_bytes, moved
 from regraft.models.replay import TextInputs, replay, text_inputs
-from regraft.models.window import cross_attention_layers
 
 _COPIES = 4  # of the states that a backward pass has at a time, the embeddings aside
 

@@ -18,7 +18,8 @@ from regraft.importance.snip import gradient_magnitudes
 from regraft.importance.sparsegpt import DAMP, factors, second_moments
 from regraft.importance.wanda import sum_of_squares
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
-from regraft.models.checkpoint import Checkpoint, Edit
+from regraft.models.checkpoint import Checkpoint
+from regraft.models.checkpoint_copy import Edit
 from regraft.models.walk import Walk
 from regraft.pruning.masks import Pattern
 from regraft.pruning.results import LayerResults, PrunedWeight

@@ -24,7 +24,8 @@ from regraft.data.example import Example, Reading
 from regraft.files import require_space
 from regraft.importance.safety_potential import potential_batch
 from regraft.keys import ABOUT_FILE, describe, is_done, to_json, unfinished_bytes, working
-from regraft.models.checkpoint import check_target, open_checkpoint, write_edited
+from regraft.models.checkpoint import open_checkpoint
+from regraft.models.checkpoint_copy import check_target, write_edited
 from regraft.models.load import Source
 from regraft.models.walk import Walk
 from regraft.pruning.pruner import magnitude_edits, passes, prune_layers
