@@ -84,7 +84,11 @@ class CalibrationPass:
 
 
 class Metered:
-    """A watch that counts the floating point operations of every model it is told of.
+    """A watch that counts the floating point operations of every model that is `loaded`.
+
+    By hooks, not by `torch.utils.flop_counter`, which sees every operator: in a run on a pico model
+    (prune, gain, evaluate) it took 5.4 s of CPU time where hooks took 2.2 s, and counted
+    0.4 % less. In generation with a 0.5 B model both counted the same and cost nothing measurable.
 
     Attributes:
         flops: So far.

@@ -153,18 +153,16 @@ def require_new(folder: Path) -> None:
         PassingError: it is not empty, a link, a mount point, or the current folder.
     """
     require_empty(folder)
-    what = None
-    if folder.is_symlink():
-        what = "is a link"
-    elif folder.exists() and os.path.ismount(folder):
-        what = "is a mount point"
-    elif folder.exists() and Path.cwd() == folder.resolve():
-        what = "is the current folder"
-    if what:
-        raise PassingError(
-            f"The output folder {folder} {what}, where no finished folder can be put in one step. "
-            f"Name a new one, such as {folder / 'out'}."
-        )
+    for what, applies in {
+        "a link": folder.is_symlink(),
+        "a mount point": folder.exists() and os.path.ismount(folder),
+        "the current folder": folder.exists() and Path.cwd() == folder.resolve(),
+    }.items():
+        if applies:
+            raise PassingError(
+                f"The output folder {folder} is {what}, where no finished folder can be put in one "
+                f"step. Name a new one, such as {folder / 'out'}."
+            )
 
 
 def size_of(path: Path) -> int:

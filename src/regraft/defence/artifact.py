@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from regraft.artifact import read_artifact, write_artifact
 from regraft.data.example import Example
-from regraft.defence.direction import Trial
+from regraft.defence.direction import Trial, moved_output
 from regraft.defence.prompt import shielded
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.importance.safety_potential import with_safety_prompt
 from regraft.models.anatomy import Anatomy
-from regraft.models.steering import moved_output
 
 FORMAT = "regraft-defence-1"
 

@@ -107,11 +107,8 @@ def replay_ablated(
 def _o_proj_input(model: nn.Module, run: Replay, layer: int, hidden: Tensor) -> Tensor:
     o_proj: Any = attention_of(decoder_layers(model)[layer])[1].o_proj
     seen: list[Tensor] = []
-    hook = o_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    try:
+    with o_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0])):
         run(start=layer, hidden=hidden, stop=layer + 1)
-    finally:
-        hook.remove()
     return seen[0]
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from regraft.errors import RegraftError
 from regraft.models.anatomy import attention_of, cache_argument, decoder_layers
-from regraft.models.replay import Replay, Stop, TextInputs, replaced_forwards, replay
+from regraft.models.replay import Replay, Stop, TextInputs, hooked, replaced_forwards, replay
 
 # Where a layer's arguments have the query positions
 QUERY_DIMS = {
@@ -80,12 +80,8 @@ def key_values(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, Ke
         return hook
 
     modules = decoder_layers(model)
-    hooks = [modules[i].register_forward_pre_hook(record(i), with_kwargs=True) for i in layers]
-    try:
+    with hooked(modules[i].register_forward_pre_hook(record(i), with_kwargs=True) for i in layers):
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # The last token in the last layer

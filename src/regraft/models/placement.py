@@ -39,8 +39,10 @@ class PlacedModel:
     @contextmanager
     def frame(self) -> Iterator[None]:
         """Hold everything but the decoder layers: vision tower, embeddings, norm and head."""
-        layers = {id(tensor) for layer in decoder_layers(self.network) for tensor in _own(layer)}
-        outside = [tensor for tensor in _own(self.network) if id(tensor) not in layers]
+        layers = {
+            id(tensor) for layer in decoder_layers(self.network) for tensor in tensors_of(layer)
+        }
+        outside = [tensor for tensor in tensors_of(self.network) if id(tensor) not in layers]
         with self._held(outside):
             yield
 
@@ -55,7 +57,7 @@ class PlacedModel:
             if child is not decoder.layers and child is not embedding
         )
         modules = (decoder_layers(self.network)[index], *around)
-        with self._held(chain.from_iterable(map(_own, modules))):
+        with self._held(chain.from_iterable(map(tensors_of, modules))):
             yield
 
     @contextmanager
@@ -117,6 +119,6 @@ def moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _own(module: nn.Module) -> Iterator[Tensor]:
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers, each once."""
     return chain(module.parameters(), module.buffers())

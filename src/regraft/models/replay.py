@@ -8,15 +8,16 @@ Gemma's alternating masks are the family's own code, so one function is right fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from regraft.models.anatomy import cache_argument, text_decoder
+from regraft.models.anatomy import cache_argument, decoder_layers, text_decoder
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,17 @@ class Replay(Protocol):
     ) -> Tensor: ...
 
 
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks when the block ends."""
+    registered = list(handles)
+    try:
+        yield
+    finally:
+        for handle in registered:
+            handle.remove()
+
+
 class Stop(Exception):  # noqa: N818 - a signal, not an error
     """Carries a value out of a forward pass that need not go on."""
 
@@ -59,14 +71,12 @@ def first_call(
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise Stop((args, dict(kwargs)))
 
-    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        run()
+        with module.register_forward_pre_hook(stop, with_kwargs=True):
+            run()
     except Stop as stopped:
         args, kwargs = stopped.value
         return args, kwargs
-    finally:
-        hook.remove()
     raise AssertionError(f"{type(module).__name__} did not run")
 
 
@@ -93,13 +103,9 @@ def layer_inputs(model: nn.Module, text: TextInputs) -> LayerInputs:
 
         return hook
 
-    layers: Any = decoder.layers
-    hooks = [layer.register_forward_pre_hook(keep(i)) for i, layer in enumerate(layers)]
-    try:
+    layers = decoder_layers(model)
+    with hooked(layer.register_forward_pre_hook(keep(i)) for i, layer in enumerate(layers)):
         final = decoder(**text.kwargs).last_hidden_state
-    finally:
-        for hook in hooks:
-            hook.remove()
     return LayerInputs(captured, final)
 
 
@@ -130,30 +136,26 @@ def replay(
         layers), or the normed final state. A layer that the family skips for this batch (Mllama's
         cross-attention without images) passes its input on.
     """
-    decoder = text_decoder(model)
-    layers: Any = decoder.layers
+    decoder, layers = text_decoder(model), decoder_layers(model)
     entry = _Entry(hidden, stop)
-    hooks = [
+    hooks = (
         layer.register_forward_pre_hook(entry.hook(i))
-        for i, layer in enumerate(layers)
-        if i >= start
-    ]
+        for i, layer in enumerate(layers[start:], start)
+    )
+    skipped = {layer: lambda hidden, *_, **__: hidden for layer in layers[:start]}
     try:
-        with torch.set_grad_enabled(gradient), _identity(layers[:start]):
-            kwargs = tile_kwargs(text.kwargs, copies, text.batch)
-            final: Tensor = decoder(**kwargs).last_hidden_state
-            if entry.waiting is not None:  # every layer from `start` on was skipped
+        with hooked(hooks), replaced_forwards(skipped), torch.set_grad_enabled(gradient):
+            final: Tensor = decoder(
+                **tile_kwargs(text.kwargs, copies, text.batch)
+            ).last_hidden_state
+            if entry.waiting is not None:  # the family skipped every layer from `start` on
                 norm: Any = decoder.norm
-                final = entry.waiting if stop is not None else norm(entry.waiting)
-            elif stop is not None and stop < len(layers):
-                raise AssertionError(f"no layer from {stop} on was run")
+                return entry.waiting if stop is not None else norm(entry.waiting)
+            assert stop is None or stop >= len(layers), f"no layer from {stop} on was run"
             return final
     except Stop as stopped:
-        result: Tensor = stopped.value
-        return result
-    finally:
-        for hook in hooks:
-            hook.remove()
+        reached: Tensor = stopped.value
+        return reached
 
 
 class _Entry:
@@ -247,16 +249,10 @@ def _tile(value: Any, copies: int, batch: int) -> Any:
 
 
 @contextmanager
-def _identity(layers: Any) -> Iterator[None]:
-    with replaced_forwards({layer: lambda hidden, *_, **__: hidden for layer in layers}):
-        yield
-
-
-@contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Give modules another forward for the length of the block.
 
-    A forward that an instance already has (accelerate's hooks put one there) comes back.
+    A forward that an instance already has (accelerate's hooks put one there) is restored.
     """
     before = {
         module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.models.anatomy import text_decoder
-from regraft.models.placement import moved
+from regraft.models.placement import moved, tensors_of
 from regraft.models.replay import replaced_forwards
 
 _UNUSED = ("last_hidden_state", "hidden_states", "attentions")  # beside pooler_output
@@ -68,13 +68,9 @@ def recorded(model: nn.Module) -> Iterator[list[VisionOutput]]:
         with _replaced(inner, lambda *args, **kwargs: keep(features(*args, **kwargs))):
             yield outputs
     elif _projected(inner):
-        hook = inner.multi_modal_projector.register_forward_hook(  # type: ignore[union-attr]
-            lambda _module, _args, result: keep(result)
-        )
-        try:
+        projector: Any = inner.multi_modal_projector
+        with projector.register_forward_hook(lambda _module, _args, result: keep(result)):
             yield outputs
-        finally:
-            hook.remove()
     else:
         yield outputs
 
@@ -115,8 +111,8 @@ def vision_state(model: nn.Module) -> tuple[Any, ...] | None:
     where some are not in memory (a model spread over devices by accelerate).
     """
     output = model.get_output_embeddings()  # type: ignore[operator]
-    decoder = {id(tensor) for part in (text_decoder(model), output) for tensor in _own(part)}
-    outside = [tensor for tensor in _own(model) if id(tensor) not in decoder]
+    decoder = {id(tensor) for part in (text_decoder(model), output) for tensor in tensors_of(part)}
+    outside = [tensor for tensor in tensors_of(model) if id(tensor) not in decoder]
     if any(tensor.is_meta for tensor in outside):
         return None
     about = [(str(one.dtype), str(one.device), tuple(one.shape)) for one in outside]
@@ -165,10 +161,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from chain.from_iterable(map(_tensors, value))
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
-
-
-def _own(module: nn.Module) -> Iterator[Tensor]:
-    return chain(module.parameters(), module.buffers())
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

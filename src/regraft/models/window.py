@@ -23,7 +23,7 @@ from regraft.models.anatomy import (
     text_decoder,
 )
 from regraft.models.key_values import QUERY_DIMS, KeyValues, fold, key_values, narrowed, unfold
-from regraft.models.replay import Replay, TextInputs, first_call
+from regraft.models.replay import Replay, TextInputs, first_call, hooked
 
 
 @dataclass(frozen=True)
@@ -89,20 +89,16 @@ def record(model: nn.Module, text: TextInputs) -> Recorded:
 
         return hook
 
-    hooks = [
+    hooks = (
         hook
         for i, layer in enumerate(layers)
         for hook in (
             layer.register_forward_pre_hook(enter(i), with_kwargs=True),
             layer.register_forward_hook(leave(i)),
         )
-    ]
-    try:
-        with key_values(model, range(len(layers))) as known:
-            final: Tensor = decoder(**text.kwargs).last_hidden_state
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )
+    with hooked(hooks), key_values(model, range(len(layers))) as known:
+        final: Tensor = decoder(**text.kwargs).last_hidden_state
     return Recorded(entering, arguments, known, added, final)
 
 
