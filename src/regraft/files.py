@@ -147,7 +147,7 @@ def require_empty(folder: Path) -> None:
 
 
 def require_new(folder: Path) -> None:
-    """Raise unless `folder` can be put in place by one rename: `require_empty`, and no other's.
+    """Raise unless `folder` is empty, see `require_empty`, and can be put in place by one rename.
 
     Raises:
         PassingError: it is not empty, a link, a mount point, or the current folder.
@@ -328,7 +328,7 @@ def read_json(path: Path) -> Any:
 
 
 def slug(text: str) -> str:
-    """`text` as a file name: letters, digits, dots, dashes; a digest tells apart what is lost."""
+    """`text` as a file name: letters, digits, dots, dashes; a digest where others were lost."""
     plain = re.sub(r"[^\w.-]+", "-", text).strip("-.")
     return plain if plain == text else f"{plain[-60:]}-{digest(text)[:8]}"
 

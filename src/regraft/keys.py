@@ -2,7 +2,7 @@
 
 An artifact carries a description of all that decides its content: settings, digests of its inputs,
 versions. The digest of that description is its key. The same key means done; another key means
-somebody else's artifact, which is never overwritten.
+another artifact, which is never overwritten.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ from regraft.settings.compute import ComputeSettings
 _ONLY_ROUNDING = ("batch_size", "tokens_per_pass")  # settings that change nothing more
 _PIECES = "by size of image"  # how work is cut; another cut begins unfinished work again
 ABOUT_FILE = "regraft.json"  # in a checkpoint: how it was made
-_OUTCOMES = {"violated_groups", "start", "steps", "end"}  # told of an artifact, but not deciding it
+_OUTCOMES = {
+    "violated_groups",
+    "start",
+    "steps",
+    "end",
+}  # described, but an outcome of the work
 
 
 def describe(

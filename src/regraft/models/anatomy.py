@@ -77,7 +77,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The text decoder of one checkpoint. `tied` says whether lm_head shares the embedding.
+    """The text decoder of one checkpoint. `tied`: lm_head shares the embedding.
 
     `prefix` is what its names on disk begin with; `others` are the names in memory and the shapes
     of all parameters that are never pruned, in the decoder and outside it.
@@ -131,7 +131,7 @@ def head_block(layer: LayerAnatomy, linear: LinearAnatomy, head: int) -> Block |
 def check_same_anatomy(dense: Anatomy, pruned: Anatomy, names: tuple[str, str]) -> None:
     """Check that two checkpoints are the same network; names on disk and dtypes may differ.
 
-    All of it counts: what is pruned, the vocabulary, and what there is besides the decoder.
+    Every parameter's shape must be the same, of the decoder, the vocabulary and the vision part.
 
     Args:
         dense: One anatomy.
@@ -196,7 +196,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def attention_of(layer: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of a decoder layer's attention."""
+    """Name and module of a decoder layer's attention; "cross_attn" only in Mllama's."""
     for name in ("self_attn", "cross_attn"):
         module = getattr(layer, name, None)
         if isinstance(module, nn.Module):

@@ -137,7 +137,7 @@ class Checkpoint:
             return digest(*names, *digests)
 
     def outline(self, without: Container[str] = ()) -> str:
-        """SHA-256 of what can be told without reading the weights, 64 hex digits.
+        """SHA-256 of what is known without reading all weights, 64 hex digits.
 
         It covers where each tensor lies, its dtype, shape and first 4 KiB, and the config,
         tokenizer, processor and template files. Two checkpoints of one layout that differ only

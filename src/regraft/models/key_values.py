@@ -1,14 +1,13 @@
 """Run decoder layers on keys and values that are known already.
 
-An attention hands its keys and values to its cache's `update` and goes on with what it gets back,
-after norms and rotary embeddings and before GQA's repetition, in every family. A stand-in for that
+In every family an attention calls its cache's `update` with its keys and values, after norms and
+rotary embeddings and before GQA's repetition, and attends to what that returns. A stand-in for that
 cache gives a layer the keys and values of the positions that are left out; masks and rotary
 embeddings are cut to the positions that stay. What runs is the family's own layer.
 
-`last_token_replay` is the exact use of it: of the last layer only the last position is wanted, so
-that its queries, output projection and MLP run for one token a row. Mllama's cross-attention reads
-keys and values that are computed once a batch, whatever the number of copies. `window` has the
-other use, an estimate.
+`last_token_replay` is exact: the last layer is needed at the last position alone, so that its
+queries, output projection and MLP run for one token a row. Mllama's cross-attention reads keys and
+values that are computed once a batch, whatever the number of copies. `window` makes estimates.
 """
 
 from __future__ import annotations
@@ -91,14 +90,16 @@ def last_token_replay(model: nn.Module, text: TextInputs, cross: Mapping[int, Ke
     """`replay` for the last position alone: what reaches the final norm is `[copies * B, 1, d]`.
 
     Exact for rows that end with a real token (left padding). A last layer whose arguments are not
-    understood runs in full, and all positions come back.
+    understood runs in full, and all positions are returned.
 
     Args:
         model: The model; left as it was by every run.
         text: The batch's decoder inputs, B rows.
         cross: Keys and values of the cross-attention layers (Mllama), B rows; shared by copies.
     """
-    if cross:  # only their presence is asked for, so that they need not be stacked
+    if cross:
+        # MllamaTextModel skips its cross-attention layers without any cross_attention_states. Their
+        # content is not read where keys and values are known: one row stands for all copies.
         states = text.kwargs["cross_attention_states"][:1]
         text = replace(text, kwargs={**text.kwargs, "cross_attention_states": states})
     layers = decoder_layers(model)
@@ -125,6 +126,8 @@ def _on_last(forward: Callable[..., Any], layer: nn.Module) -> Callable[..., Any
         if narrow is None:
             return forward(hidden, **kwargs)
         if attends_itself and hidden.shape[1] > 1:
+            # The positions before the last are needed as keys and values only. `update` puts the
+            # last one's own behind them.
             own = _own_key_values(forward, hidden, {**kwargs, cache: _Finder()})
             narrow[cache] = own.before(1)
         return forward(hidden[:, -1:], **narrow)

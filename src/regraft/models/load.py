@@ -49,7 +49,7 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source
         trust_remote_code: Run Python code that comes with the checkpoint.
 
     Raises:
-        RegraftError: whatever makes the checkpoint unusable, in the user's words.
+        RegraftError: what makes the checkpoint unusable.
     """
     checkpoint = open_checkpoint(resolve(model))
     with torch.device("meta"), quiet(), bad_config(checkpoint.folder):
@@ -208,7 +208,7 @@ def load_judge(
 
 
 def judge_fingerprint(model: str | Path) -> str:
-    """What tells a judge's weights from others; nothing is loaded."""
+    """The fingerprint of a judge's checkpoint; nothing is loaded."""
     return open_checkpoint(resolve(model)).fingerprint
 
 

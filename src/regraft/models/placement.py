@@ -65,6 +65,7 @@ class PlacedModel:
         if not self.streamed:
             yield
             return
+        # `.data` is exchanged, not the parameter, whose object tied modules share
         homes = [(tensor, tensor.data) for tensor in tensors]
         try:
             for tensor, home in homes:
@@ -84,8 +85,8 @@ def resident(network: nn.Module) -> PlacedModel:
 def weight_in_memory(module: nn.Module) -> Tensor | None:
     """A module's weight where it is, on a device or in host memory; None where it waits on disk.
 
-    Accelerate keeps the weights of layers for which the devices have no room in host memory, and
-    copies them to a device when the layer runs.
+    Accelerate keeps the weights of layers for which the devices have no room in host memory or on
+    disk; the parameter is on the meta device until its AlignDevicesHook loads it to run the layer.
     """
     weight = module.weight
     assert isinstance(weight, Tensor)

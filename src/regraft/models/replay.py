@@ -1,9 +1,10 @@
 """Run any part of a text decoder again, exactly, from captured hidden states.
 
-The vision tower and the embeddings run once a batch (`text_inputs`). From then on `replay` drives
-the decoder's own forward with the layers before `start` switched to the identity and the given
-hidden states put in: masks, rotary embeddings, Qwen3-VL's deepstack, Mllama's skipped layers and
-Gemma's alternating masks are the family's own code, so one function is right for all of them.
+The vision tower and the embeddings run once a batch (`text_inputs`). From then on `replay` runs the
+decoder's own forward, in which the layers before `start` are the identity and the first one after
+gets the given hidden states. A loop over the layers would be wrong in some families: between its
+layers Qwen3VLTextModel adds visual features (deepstack), MllamaTextModel skips cross-attention
+where there is no image, Gemma3TextModel gives its layers two kinds of mask and rotary embedding.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def text_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> TextInputs:
     decoder = text_decoder(model)
     args, kwargs = first_call(decoder, lambda: model(**inputs, use_cache=False))
     assert not args, "decoders are called with keywords in every family"
-    # `use_cache=False` is not enough: a cache left among the arguments would give every later run
-    # the keys and values of the run before, without an error where nothing is padded.
+    # A cache left among the arguments would give later runs the keys and values of earlier ones,
+    # without an error for a single row that is not padded.
     return TextInputs(kwargs | {cache_argument(decoder): None}, len(inputs["input_ids"]))
 
 
@@ -208,9 +209,10 @@ def last_positions(inputs: Mapping[str, Any], length: int) -> Tensor:
 def tile_kwargs(kwargs: Mapping[str, Any], copies: int, batch: int) -> dict[str, Any]:
     """Stack every decoder keyword `copies` times along its batch dimension, in tile order.
 
-    Multi-axis rotary `position_ids` are `[3 or 4, B, S]`; `deepstack_visual_embeds` are lists of
-    `[visual tokens, d]` in row order; Mllama's `cross_attention_states` have B * images * tiles
-    rows, for which only tiling (never interleaving) keeps rows and images together.
+    The batch is not always dimension 0: the `position_ids` of Qwen2-VL to Qwen3-VL are
+    `[3 or 4, B, S]` (multi-axis rotary), Qwen3-VL's `deepstack_visual_embeds` lists of
+    `[visual tokens, d]` in row order. MllamaTextModel's `cross_attention_states` have
+    B * images * tiles rows, so that only tiling, not interleaving, keeps rows and images together.
     """
     if copies == 1:
         return dict(kwargs)
@@ -235,7 +237,7 @@ def tile_rows(tensor: Tensor, copies: int) -> Tensor:
 def _tile(value: Any, copies: int, batch: int) -> Any:
     if isinstance(value, Tensor):
         if value.ndim == 0 or (len(value) == 1 and batch > 1):
-            return value
+            return value  # one row for all, such as rotary cos and sin: left to broadcasting
         if len(value) % batch:
             raise ValueError(f"cannot tile {tuple(value.shape)} for a batch of {batch}")
         return tile_rows(value, copies)

@@ -75,7 +75,7 @@ class Walk:
 
     def rewind(self) -> None:
         """Back to before the first layer, whatever became of the decoder's weights meanwhile."""
-        assert self._embedded is not None, "this walk goes one way"
+        assert self._embedded is not None, "made with again=False"
         self.states = list(self._embedded)
 
     def on(self, model: PlacedModel) -> Walk:
@@ -111,7 +111,7 @@ class Walk:
         text = self._texts[i]
         kwargs = dict(text.kwargs)
         if layer not in self._cross and kwargs.get("cross_attention_states") is not None:
-            # not read here, but without any the layers behind would be skipped
+            # not read by this layer, but without any MllamaTextModel skips its cross-attention
             kwargs["cross_attention_states"] = kwargs["cross_attention_states"][:1]
         kwargs = moved(kwargs, self.model.device)
         kwargs["inputs_embeds"] = hidden.new_zeros(1).expand(hidden.shape)

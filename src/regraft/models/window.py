@@ -31,7 +31,7 @@ class Recorded:
     """The unablated run of one batch: how each executed layer was called, and what came out.
 
     `entering` are the layers' inputs and `final` the normed final state, `[B, S, d]`; `added` is
-    what the decoder adds to a layer's output, where it does.
+    what the decoder adds to a layer's output (Qwen3VLTextModel's deepstack), where it does.
     """
 
     entering: Mapping[int, Tensor]
