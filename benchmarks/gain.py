@@ -42,8 +42,7 @@ from rich.table import Table
 
 from regraft.data.collate import Batch, batches, response_batch
 from regraft.data.demo import demo_model
-from regraft.data.example import Example
-from regraft.data.hold_out import hold_out
+from regraft.data.example import Example, hold_out
 from regraft.data.sources import DataSource, read
 from regraft.importance.losses import DecisionLoss
 from regraft.importance.teacher import final_states

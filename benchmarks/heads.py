@@ -39,8 +39,9 @@ from shapes import SHAPES, write_checkpoint, write_data
 from torch import Tensor, nn
 
 from regraft.data.collate import Batch, batches, prompt_batch
-from regraft.data.demo import demo_model, read_demo
+from regraft.data.demo import demo_model
 from regraft.data.example import Example
+from regraft.data.readers.demo import read_demo
 from regraft.data.sources import DataSource, read
 from regraft.heads.score import (
     CANDIDATES,

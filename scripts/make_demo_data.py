@@ -24,7 +24,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from regraft.data.safebench import FIGSTEP_PROMPT
+from regraft.data.readers.safebench import FIGSTEP_PROMPT
 from regraft.data.typographic import FONT_NAME, WRAP_WIDTH, draw_text, find_font
 from regraft.errors import RegraftError
 

@@ -31,10 +31,8 @@ from regraft.data.sources import DataSource, read
 from regraft.errors import RegraftError
 from regraft.evaluation import generate as generating
 from regraft.evaluation import greedy
-from regraft.evaluation.ahead import made_ahead
-from regraft.evaluation.generate import Answerer
-from regraft.evaluation.judge import KeywordJudge
-from regraft.evaluation.keywords import REGRAFT_1
+from regraft.evaluation.generate import Answerer, prefetch
+from regraft.evaluation.keywords import REGRAFT_1, KeywordJudge
 from regraft.files import write_json
 from regraft.models.anatomy import decoder_layers
 from regraft.models.load import open_source
@@ -613,7 +611,7 @@ def test_work_ahead_raises_in_its_turn_and_starts_no_more() -> None:
 
     taken = []
     with pytest.raises(ValueError, match="two"):
-        for item, made in made_ahead(make, range(100), depth=2):
+        for item, made in prefetch(make, range(100), depth=2):
             taken.append((item, made))
     assert taken == [(0, 0), (1, 10)]
     assert max(started) <= 4

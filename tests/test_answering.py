@@ -20,8 +20,7 @@ from regraft.data.demo import demo_model
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.sources import DataSource, read
 from regraft.errors import RegraftError
-from regraft.evaluation.judge import KeywordJudge
-from regraft.evaluation.keywords import DEFAULT_JUDGE
+from regraft.evaluation.keywords import DEFAULT_JUDGE, KeywordJudge
 from regraft.files import read_json
 from regraft.importance.statistics import load_statistics
 from regraft.models.load import Source, open_source

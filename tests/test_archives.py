@@ -15,11 +15,9 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
-from regraft.data.archives import unpacked
-from regraft.data.cache import CACHE_VARIABLE, cached_file
-from regraft.data.hub import located
+from regraft.data.readers.vlguard import read_vlguard
 from regraft.data.sources import DataSource, of_split, read
-from regraft.data.vlguard import read_vlguard
+from regraft.data.storage import CACHE_VARIABLE, cached_file, located, unpacked
 from regraft.errors import RegraftError
 
 
@@ -250,8 +248,8 @@ def test_damage_inside_an_archive(tmp_path: Path, cache: Path) -> None:
 
 def test_processes_that_unpack_at_once(tmp_path: Path, cache: Path) -> None:
     archive = _zip(tmp_path / "a.zip", **{f"d__{i}": b"x" * 1000 for i in range(300)})
-    code = "import sys; from pathlib import Path; from regraft.data.archives import unpacked; "
-    code += "from regraft.data.cache import cached_file; print(unpacked(Path(sys.argv[1]))); "
+    code = "import sys; from pathlib import Path; from regraft.data.storage import unpacked; "
+    code += "from regraft.data.storage import cached_file; print(unpacked(Path(sys.argv[1]))); "
     code += "[cached_file(str(i).encode(), '.png') for i in range(100)]"
     jobs = [
         subprocess.Popen([sys.executable, "-c", code, str(archive)], stdout=subprocess.PIPE)

@@ -32,7 +32,7 @@ from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.defence.artifact import Defence, Direction, ShieldPrompt
 from regraft.errors import PassingError, RegraftError
-from regraft.evaluation import by_vllm
+from regraft.evaluation import vllm as by_vllm
 from regraft.evaluation.generate import Answerer
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.recipe import Recipe

@@ -26,13 +26,13 @@ from regraft.bundle_check import read_bundle
 from regraft.console import show_study
 from regraft.data.example import Example
 from regraft.errors import RegraftError
-from regraft.evaluation.curves import curve_to_json
 from regraft.evaluation.keywords import REGRAFT_1
-from regraft.evaluation.metrics import bootstrap_rsr, holm, mcnemar, rsr, wilson
-from regraft.evaluation.results import Answer
-from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
-from regraft.evaluation.text import result_of
-from regraft.evaluation.tradeoff import Bounds, Point, Searched
+from regraft.evaluation.metrics import bootstrap_rsr, rsr, wilson
+from regraft.evaluation.perplexity import result_of
+from regraft.evaluation.results import Answer, result_to_json, write_answers
+from regraft.evaluation.significance import holm, mcnemar
+from regraft.evaluation.summary import judge_answer, summarise
+from regraft.evaluation.tradeoff import Bounds, Point, Searched, curve_to_json
 from regraft.files import file_digest, write_json
 from regraft.recipe import Recipe, read_recipe, write_recipe
 from regraft.report.compare import Row, Run, Study, Table, compare, is_drawn

@@ -22,13 +22,14 @@ from pydantic import TypeAdapter, ValidationError
 import pico
 from regraft.checks import draw_calibration, join_suites, order_calibration, seen_before
 from regraft.data import demo
-from regraft.data.demo import demo_model, read_demo
+from regraft.data.demo import demo_model
 from regraft.data.example import Example, Reading
 from regraft.data.images import check_images, open_image
 from regraft.data.jsonl import read_jsonl
-from regraft.data.safebench import FIGSTEP_PROMPT, read_safebench
+from regraft.data.readers.demo import read_demo
+from regraft.data.readers.safebench import FIGSTEP_PROMPT, read_safebench
+from regraft.data.readers.vlguard import parse_vlguard, read_vlguard
 from regraft.data.sources import DataSource, of_split, read
-from regraft.data.vlguard import parse_vlguard, read_vlguard
 from regraft.errors import PassingError, RegraftError
 from regraft.keys import describe
 from regraft.settings.data import CalibrationSettings, _several
@@ -85,17 +86,15 @@ def test_jsonl_full_and_minimal_rows(tmp_path):
 
 
 def test_what_is_asked_in_the_image(tmp_path):
-    """By `request`, or the `title` that `regraft render` once wrote."""
     reading = read_jsonl(
         lines(
             tmp_path,
             {"instruction": "See the image.", "request": "Pick a lock."},
-            {"instruction": FIGSTEP_PROMPT, "title": "Steps to pick a lock."},
-            {"instruction": "Who wrote it?", "title": "A book"},
+            {"instruction": "Who wrote it?"},
         )
     )
     requests = [e.request for e in reading.examples]
-    assert requests == ["Pick a lock.", "Steps to pick a lock.", None]
+    assert requests == ["Pick a lock.", None]
     bare = replace(reading, examples=tuple(replace(e, request=None) for e in reading.examples))
     accounts = [describe("s", {}, data={"d": one})["data"] for one in (reading, bare)]
     assert accounts[0] == accounts[1]  # finished runs stay finished
@@ -639,7 +638,7 @@ def test_source_text_is_always_the_inverse(name, path, split, kind):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("vlgard:x.jsonl", "unknown data set 'vlgard:x.jsonl'; expected demo, vlguard, safebench"),
+        ("vlgard:x.jsonl", "unknown data set 'vlgard:x.jsonl'; expected benign, ch3ef, demo"),
         ("somewhere", "unknown data set 'somewhere'"),
         ("vlguard", "vlguard needs a path, as in vlguard:PATH"),
         ("jsonl:", "jsonl needs a path"),
@@ -651,7 +650,7 @@ def test_source_text_is_always_the_inverse(name, path, split, kind):
         ("safebench#half:d", "safebench has the splits even, odd, tiny; there is no 'half'"),
         (["xstest#even", "d"], "xstest has no splits; there is no 'even'"),
         ("vlguard#unsafe", "vlguard needs a path, as in vlguard:PATH"),
-        ("vlgard#unsafe:d", "unknown data set 'vlgard#unsafe:d'; expected demo, vlguard"),
+        ("vlgard#unsafe:d", "unknown data set 'vlgard#unsafe:d'; expected benign, ch3ef"),
         ("safebench#even:d#odd", "asks for 'odd' and for 'even'; give one of them"),
         ("xstest#harmful#harmless:d", "asks for 'harmful' and for 'harmless'"),
         ({"name": "demo", "path": "x"}, "takes no path"),
@@ -659,7 +658,7 @@ def test_source_text_is_always_the_inverse(name, path, split, kind):
         ({"name": "jsonl", "path": "a", "split": "harmful"}, "ambiguous"),
         ({"name": "demo", "kind": "benign"}, "'harmful' or 'harmless'"),
         ("safebench:d#harmless", "safebench has harmful prompts only"),
-        ({"name": "other"}, "'demo', 'vlguard', 'safebench'"),
+        ({"name": "other"}, "unknown data set 'other'; expected benign, ch3ef, demo"),
         ({"name": "demo", "slit": "test"}, "slit"),
     ],
 )

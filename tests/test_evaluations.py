@@ -15,10 +15,10 @@ from regraft import evaluations
 from regraft.cli import main
 from regraft.data.example import Example
 from regraft.errors import RegraftError
-from regraft.evaluation.judge import KeywordJudge
-from regraft.evaluation.keywords import REGRAFT_1, REGRAFT_2
-from regraft.evaluation.metrics import mcnemar
-from regraft.evaluation.summary import judge_answer, result_to_json, summarise, write_answers
+from regraft.evaluation.keywords import REGRAFT_1, REGRAFT_2, KeywordJudge
+from regraft.evaluation.results import result_to_json, write_answers
+from regraft.evaluation.significance import mcnemar
+from regraft.evaluation.summary import judge_answer, summarise
 from regraft.files import file_digest, write_json
 from regraft.report.model import comparisons
 

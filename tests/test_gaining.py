@@ -18,11 +18,10 @@ from disk import shards, tree, write_jsonl
 from regraft import pipeline, stages
 from regraft.checks import draw_prompts
 from regraft.data.collate import response_batch
-from regraft.data.example import Example, Reading
-from regraft.data.hold_out import hold_out
+from regraft.data.example import Example, Reading, hold_out
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.evaluation.curves import read_curve
+from regraft.evaluation.tradeoff import read_curve
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.pruning.pruner import zeros

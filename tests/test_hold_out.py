@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regraft.data.example import Example
-from regraft.data.hold_out import hold_out
+from regraft.data.example import Example, hold_out
 
 categories = st.lists(st.sampled_from(["", "a", "ab", "b", "c"]), min_size=2, max_size=30)
 shares = st.sampled_from([0.05, 0.25, 0.5, 0.9])

@@ -43,7 +43,10 @@ ORDER = (
         "cli",
     ),
 )
-FREE = {"regraft", "errors", "files", "artifact", "watch", "ranks", "costs", "data.example"}
+FREE = {
+    *("regraft", "errors", "files", "registry", "artifact", "watch", "ranks", "costs"),
+    "data.example",
+}
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from regraft.errors import RegraftError
-from regraft.evaluation.judge import KeywordJudge
-from regraft.evaluation.keywords import KEYWORD_JUDGES, REGRAFT_1, REGRAFT_2, keyword_judge
+from regraft.evaluation.judges import find
+from regraft.evaluation.keywords import KEYWORD_JUDGES, REGRAFT_1, REGRAFT_2, KeywordJudge
 
 FOUR = KeywordJudge(keywords=("sorry", "cannot", "can't", "unable"), window=60)
 
@@ -113,23 +113,23 @@ def test_impossible_judges_are_rejected(arguments: dict[str, object]) -> None:
     ],
 )
 def test_named_judges(judge: str, answer: str, refuses: bool) -> None:
-    assert keyword_judge(judge).refuses(answer) is refuses
+    assert KEYWORD_JUDGES[judge].refuses(answer) is refuses
 
 
 def test_the_phrase_is_what_the_judge_saw() -> None:
     assert REGRAFT_2.phrase("Well, I CAN\u2019T help you.") == "i can't"
     assert REGRAFT_2.phrase("Sure.") is None
-    assert keyword_judge("vlguard-1").phrase("It is not") == "it is not"
+    assert KEYWORD_JUDGES["vlguard-1"].phrase("It is not") == "it is not"
 
 
 def test_an_unknown_judge_is_named_with_the_known() -> None:
     with pytest.raises(RegraftError, match=r"'gcg'; expected regraft-keywords-1, .*gcg-1"):
-        keyword_judge("gcg")
+        find("gcg")
 
 
 @pytest.mark.parametrize("name", KEYWORD_JUDGES)
 def test_a_settled_verdict_is_the_final_one(name: str, shared: Path) -> None:
-    judge, settled = keyword_judge(name), 0
+    judge, settled = KEYWORD_JUDGES[name], 0
     for answer in _xstest(shared)[::45]:
         final = judge.refuses(answer[0])
         for end in range(0, len(answer[0]), 7):
@@ -162,7 +162,7 @@ def test_ours_loses_on_neither_of_vlguards_splits(shared: Path, split: str) -> N
         if one["response"]
     ]
     ours, theirs = (
-        sum(keyword_judge(name).refuses(text) == label for text, label in answers)
+        sum(KEYWORD_JUDGES[name].refuses(text) == label for text, label in answers)
         for name in ("regraft-keywords-2", "vlguard-1")
     )
     assert len(answers) > 1500

@@ -15,22 +15,19 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
 from regraft.evaluation.metrics import (
-    anls,
     bootstrap_mean,
     bootstrap_rsr,
     clustered_difference,
     clustered_mean,
     clustered_rate,
-    holm,
-    levenshtein,
-    mcnemar,
     mean_similarity,
     paired_difference,
-    paired_exact,
     per_ten_thousand,
     rsr,
     wilson,
 )
+from regraft.evaluation.significance import holm, mcnemar, paired_exact
+from regraft.evaluation.similarity import anls, levenshtein
 
 words = st.text(alphabet="abc é", max_size=12)
 

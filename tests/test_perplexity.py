@@ -28,7 +28,7 @@ from regraft.settings.evaluating import EvalSettings
 def test_nll_is_the_loss_of_each_example_alone(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_POSITIONS", 5)
+    monkeypatch.setattr(module, "_RESPONSE_POSITIONS", 5)
     model, processor = pico.build(family)
     examples = truth.examples(family, tmp_path, 3)
     found = response_nlls(model, processor, examples, 2)

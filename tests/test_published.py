@@ -10,8 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regraft.errors import RegraftError
-from regraft.evaluation.macro import bootstrap_macro_rsr
-from regraft.evaluation.metrics import bootstrap_rsr, macro_average, rsr, wilson
+from regraft.evaluation.metrics import (
+    bootstrap_macro_rsr,
+    bootstrap_rsr,
+    macro_average,
+    rsr,
+    wilson,
+)
 from regraft.report.published import (
     Published,
     PublishedRow,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from regraft.data.demo import read_demo
+from regraft.data.readers.demo import read_demo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 

@@ -17,10 +17,11 @@ from regraft.console import show_report
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import REGRAFT_1
-from regraft.evaluation.metrics import bootstrap_rsr, mcnemar, rsr, wilson
+from regraft.evaluation.metrics import bootstrap_rsr, rsr, wilson
+from regraft.evaluation.perplexity import result_of
 from regraft.evaluation.results import Answer, Estimate, Rates
+from regraft.evaluation.significance import mcnemar
 from regraft.evaluation.summary import judge_answer, summarise
-from regraft.evaluation.text import result_of
 from regraft.evaluation.verdicts import Agreement, Judged
 from regraft.report.addresses import short_names
 from regraft.report.examples import choose_examples, shown_variants

@@ -24,7 +24,8 @@ from regraft.bundle_check import read_bundle
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.evaluation.metrics import rsr
-from regraft.evaluation.summary import result_to_json, summarise, write_answers
+from regraft.evaluation.results import result_to_json, write_answers
+from regraft.evaluation.summary import summarise
 from regraft.files import digest, file_digest, write_json
 from regraft.folder import RunFolder, folder_of_model
 from regraft.heads.score import load_heads

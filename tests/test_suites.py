@@ -14,14 +14,14 @@ import pytest
 from PIL import Image
 
 from regraft.checks import _first, join_suites, read_suites
-from regraft.data.ch3ef import read_ch3ef
-from regraft.data.mm_safetybench import read_mm_safetybench
-from regraft.data.mossbench import read_mossbench
 from regraft.data.prompts import read_prompts
-from regraft.data.safebench import read_safebench
+from regraft.data.readers.ch3ef import read_ch3ef
+from regraft.data.readers.mm_safetybench import read_mm_safetybench
+from regraft.data.readers.mossbench import read_mossbench
+from regraft.data.readers.safebench import read_safebench
+from regraft.data.readers.vlguard import parse_vlguard
+from regraft.data.readers.xstest import read_xstest
 from regraft.data.sources import DataSource, read
-from regraft.data.vlguard import parse_vlguard
-from regraft.data.xstest import read_xstest
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
 from regraft.recipe import read_recipe

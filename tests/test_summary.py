@@ -14,16 +14,15 @@ from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import REGRAFT_1, REGRAFT_2
 from regraft.evaluation.metrics import wilson
-from regraft.evaluation.results import Answer
-from regraft.evaluation.summary import (
-    judge_answer,
+from regraft.evaluation.results import (
+    Answer,
     read_answers,
     result_from_json,
     result_to_json,
-    summarise,
-    unframed,
     write_answers,
 )
+from regraft.evaluation.similarity import unframed
+from regraft.evaluation.summary import judge_answer, summarise
 from regraft.report.words import degenerate, marked
 
 JUDGE = REGRAFT_1
@@ -210,10 +209,10 @@ def test_answers_survive_the_disk(
     [
         ("{", "line 2: not valid JSON"),
         ("[]", "line 2: expected a JSON object, found list"),
-        ({"refused": "no"}, "line 2: field 'refused' is 'no'; expected bool"),
-        ({"refused": 1}, "line 2: field 'refused' is 1; expected bool"),
-        ({"id": None}, "line 2: field 'id' is None; expected str"),
-        ({"similarity": True}, "line 2: field 'similarity' is True; expected float or NoneType"),
+        ({"refused": "no"}, "line 2: field 'refused' is 'no'; expected a valid bool"),
+        ({"refused": 1}, "line 2: field 'refused' is 1; expected a valid bool"),
+        ({"id": None}, "line 2: field 'id' is None; expected a valid str"),
+        ({"similarity": True}, "line 2: field 'similarity' is True; expected a valid number"),
         ({"similarity": float("nan")}, "line 2: field 'similarity' is nan; expected a finite"),
         ({"extra": 1}, "line 2: unknown field 'extra'"),
     ],

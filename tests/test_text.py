@@ -16,9 +16,8 @@ from disk import write_data
 from regraft import pipeline, stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.evaluation import text as module
-from regraft.evaluation.summary import result_from_json, result_to_json
-from regraft.evaluation.text import (
+from regraft.evaluation import perplexity as module
+from regraft.evaluation.perplexity import (
     load_teacher,
     pooled,
     predict,
@@ -26,6 +25,7 @@ from regraft.evaluation.text import (
     result_of,
     save_teacher,
 )
+from regraft.evaluation.results import result_from_json, result_to_json
 from regraft.models.load import open_source
 from regraft.recipe import read_recipe
 from regraft.settings.compute import ComputeSettings

@@ -21,9 +21,16 @@ from regraft import pipeline, stages
 from regraft.console import show_search
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.evaluation.curves import read_curve
 from regraft.evaluation.results import Estimate, EvalResult
-from regraft.evaluation.tradeoff import Bounds, Point, Reference, Searched, bounds_of, choose
+from regraft.evaluation.tradeoff import (
+    Bounds,
+    Point,
+    Reference,
+    Searched,
+    bounds_of,
+    choose,
+    read_curve,
+)
 from regraft.files import read_json
 from regraft.models.anatomy import decoder_layers
 from regraft.models.checkpoint import open_checkpoint

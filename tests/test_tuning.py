@@ -26,8 +26,7 @@ from regraft.cli import main
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate, EvalResult
-from regraft.evaluation.tradeoff import Bounds, Point
-from regraft.evaluation.tuned import Cost, Tried, Tuned, best_first
+from regraft.evaluation.tradeoff import Bounds, Cost, Point, Tried, Tuned, best_first
 from regraft.files import read_json
 from regraft.heads.score import load_heads
 from regraft.models.load import open_source

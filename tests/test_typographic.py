@@ -13,7 +13,7 @@ from PIL import Image
 from regraft.cli import main
 from regraft.data.jsonl import read_jsonl
 from regraft.data.prompts import read_prompts
-from regraft.data.safebench import FIGSTEP_PROMPT
+from regraft.data.readers.safebench import FIGSTEP_PROMPT
 from regraft.data.typographic import (
     FONT_PLACES,
     _fitting,

@@ -13,21 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regraft.data.cache import CACHE_VARIABLE, cached_file
-from regraft.data.docvqa import read_docvqa
 from regraft.data.example import Example
-from regraft.data.mmbench import read_mmbench
+from regraft.data.readers.docvqa import read_docvqa
+from regraft.data.readers.mmbench import read_mmbench
+from regraft.data.storage import CACHE_VARIABLE, cached_file
 from regraft.errors import RegraftError
-from regraft.evaluation.choice import picked
 from regraft.evaluation.keywords import REGRAFT_2
-from regraft.evaluation.metrics import anls, bootstrap_mean, wilson
-from regraft.evaluation.summary import (
-    group_similarities,
-    judge_answer,
-    result_from_json,
-    result_to_json,
-    summarise,
-)
+from regraft.evaluation.metrics import bootstrap_mean, wilson
+from regraft.evaluation.results import result_from_json, result_to_json
+from regraft.evaluation.similarity import anls, picked
+from regraft.evaluation.summary import group_similarities, judge_answer, summarise
 from regraft.evaluation.verdicts import own_verdict, rate
 from regraft.report.compare import Run, compare
 from regraft.report.model import Report, Variant, comparisons, paired_refusals

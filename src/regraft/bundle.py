@@ -20,8 +20,7 @@ import yaml
 import regraft
 from regraft import ranks, stages
 from regraft.errors import RegraftError
-from regraft.evaluation.results import Answer
-from regraft.evaluation.summary import result_to_json
+from regraft.evaluation.results import Answer, result_to_json
 from regraft.files import atomic_file, digest, file_digest, read_json
 from regraft.folder import RunFolder, folder_of_model, study_runs
 from regraft.recipe import Recipe, read_recipe

@@ -14,13 +14,15 @@ from typing import Any
 from regraft.bundle import FORMAT, MANIFEST
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
-from regraft.evaluation.results import Answer, Estimate, EvalResult
-from regraft.evaluation.summary import (
-    estimate_from_json,
+from regraft.evaluation.results import (
+    Answer,
+    Estimate,
+    EvalResult,
+    from_json,
     read_answers,
     result_from_json,
-    summarise,
 )
+from regraft.evaluation.summary import summarise
 from regraft.files import digest
 from regraft.report.models import macro_rsr, measure
 
@@ -186,7 +188,7 @@ def _check_table(path: Path, table: Any, results: Mapping[str, EvalResult]) -> N
             raise RegraftError(f"{where} has no evaluation.")
         counted = measure(results[f"{run}/{name}"])
         for rate in _RATES:
-            claimed = estimate_from_json(row["measured"][rate], rate)
+            claimed = row["measured"][rate] and from_json(Estimate, row["measured"][rate], rate)
             _check_same(f"{where}: {rate}", claimed, getattr(counted, rate))
         if method and row["rsr"] is not None:
             of = (results[f"{run}/{one}"].answers for one in ("dense", pruning, name))

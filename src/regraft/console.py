@@ -21,8 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from regraft.evaluation.results import Estimate, EvalResult, Rates
-from regraft.evaluation.tradeoff import Point, Searched
-from regraft.evaluation.tuned import NOTE, Tuned
+from regraft.evaluation.tradeoff import NOTE, Point, Searched, Tuned
 from regraft.watch import Advance
 
 if TYPE_CHECKING:
@@ -35,7 +34,8 @@ if TYPE_CHECKING:
     from regraft.analysis.sweep import Sweep
     from regraft.bundle_check import Bundle
     from regraft.evaluation.labelled import Bench
-    from regraft.evaluation.metrics import PairedTest, Recovery
+    from regraft.evaluation.metrics import Recovery
+    from regraft.evaluation.significance import PairedTest
     from regraft.evaluation.verdicts import Agreement, Judged
     from regraft.heads.score import HeadScores
     from regraft.report.compare import Study

@@ -323,7 +323,7 @@ class _Job:
                 self.recipe.compute,
                 self.watch,
                 self.dense,
-                self.recipe.evaluate.keyword_judge(),
+                self.recipe.evaluate.text_judge(),
             )
         out = self.place.evaluation(pruning, settings.name)
         self.evaluate(name, pruned, out, defence=file)

@@ -23,7 +23,7 @@ from regraft.checks import (
 )
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Reading
-from regraft.evaluation.text import read_documents
+from regraft.evaluation.perplexity import read_documents
 from regraft.files import require_space
 from regraft.folder import RunFolder
 from regraft.importance.score import Method

@@ -19,8 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from regraft.data.hub import is_on_hub
 from regraft.data.sources import DataSource
+from regraft.data.storage import is_on_hub
 from regraft.errors import RegraftError
 from regraft.files import digest
 from regraft.settings.base import Settings, checked_name, explain

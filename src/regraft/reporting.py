@@ -14,7 +14,7 @@ from regraft.data.demo import CAVEAT, demo_model, is_demo
 from regraft.defence.artifact import Direction, load_defence
 from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
-from regraft.evaluation.curves import read_curve
+from regraft.evaluation.tradeoff import read_curve
 from regraft.files import read_json
 from regraft.folder import RECIPE_FILE, RunFolder
 from regraft.heads.score import HeadScores, load_heads

@@ -41,11 +41,12 @@ def judge(
         Show judges that see the prompts' images, which lie in this folder or below it.
     """
     from regraft import stages
+    from regraft.evaluation.judges import find
     from regraft.files import slug
 
     with watching() as watch:
         for one in by:
-            stages.check_judge(one)
+            find(one)
         folder = out or evaluation / stages.VERDICTS
         files = {one: folder / f"{slug(one)}.json" for one in by}
         judged = [
@@ -85,9 +86,11 @@ def judge_bench(
         Only rows whose id is even, or odd: regraft-keywords-2 was chosen on XSTest's odd ones.
     """
     from regraft import stages
+    from regraft.evaluation.labelled import Labels
 
     with watching() as watch:
-        found = stages.judge_bench(file, by, positive, question, ids, compute, watch, out)
+        labels = Labels(question, positive, ids)
+        found = stages.judge_bench(file, by, labels, compute, watch, out)
         show_quality(watch.console, found)
         if out is not None:
             watch.note(f"Wrote {out}")

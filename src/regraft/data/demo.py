@@ -1,13 +1,10 @@
-"""The data set and the model that come with regraft."""
+"""What comes with regraft: a small model, and where it and the demo data set lie."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from regraft.data.example import Reading
-from regraft.data.jsonl import read_jsonl
 from regraft.errors import RegraftError
 
 CAVEAT = (
@@ -19,23 +16,13 @@ CAVEAT = (
 )
 
 
-def read_demo(split: str | None = None) -> Reading:
-    """Read the bundled typographic images: all, or one split of them.
-
-    Raises:
-        RegraftError: there is no such split (the message lists them), or the files are missing.
-    """
-    reading = read_jsonl(_bundled("typographic") / "examples.jsonl", split)
-    return replace(reading, source="demo" if split is None else f"demo:{split}")
-
-
 def demo_model() -> Path:
     """Folder of the bundled checkpoint, reader-llava-12m.
 
     Raises:
         RegraftError: it is missing.
     """
-    return _bundled("reader-llava-12m")
+    return bundled("reader-llava-12m")
 
 
 def is_demo(model: str | Path) -> bool:
@@ -43,7 +30,12 @@ def is_demo(model: str | Path) -> bool:
     return str(model) == "demo" or Path(model).expanduser().resolve() == demo_model().resolve()
 
 
-def _bundled(name: str) -> Path:
+def bundled(name: str) -> Path:
+    """Folder of that name which comes with regraft.
+
+    Raises:
+        RegraftError: it is missing.
+    """
     path = Path(str(files("regraft"))) / "demo" / name
     if not path.is_dir():
         raise RegraftError(f"{path} is missing from this installation. Install regraft again.")

@@ -9,7 +9,6 @@ from pathlib import Path
 from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
 from regraft.data.rows import Row, require_examples
-from regraft.data.safebench import FIGSTEP_PROMPT
 from regraft.errors import RegraftError
 
 _FIELDS = (
@@ -49,7 +48,7 @@ def read_jsonl(path: Path, split: str | None = None) -> Reading:
 
 
 def _require_harmful(rows: Sequence[Row], path: Path) -> None:
-    """Raise where it is said by another name which prompts are harmful: all would be harmless."""
+    """Raise where another field than `harmful` marks harmful prompts: all would be harmless."""
     if any("harmful" in row.values for row in rows):
         return
     for name in (name for row in rows for name in row.values):
@@ -96,7 +95,7 @@ def _example(row: Row, path: Path) -> Example:
         category=row.optional_text("category") or "uncategorised",
         image=Path(image) if image else None,
         response=row.optional_text("response"),
-        request=row.optional_text("request") or _drawn(row),
+        request=row.optional_text("request") or None,
         content=_content(row),
     )
 
@@ -110,8 +109,3 @@ def _content(row: Row) -> str:
             f"{content!r} does not stand in it. Copy it from there, or leave 'content' out."
         )
     return content
-
-
-def _drawn(row: Row) -> str | None:
-    """The text in an image of `regraft render`, by the name that it had before `request`."""
-    return row.optional_text("title") if row.text("instruction") == FIGSTEP_PROMPT else None

@@ -3,79 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
-from regraft.data.archives import only_entry, unpacked
-from regraft.data.ch3ef import read_ch3ef
-from regraft.data.demo import read_demo
-from regraft.data.docvqa import read_docvqa
 from regraft.data.example import Reading, of_kind
-from regraft.data.hub import located
-from regraft.data.jsonl import read_jsonl
-from regraft.data.mm_safetybench import Variant, read_mm_safetybench
-from regraft.data.mmbench import read_mmbench
-from regraft.data.mossbench import read_mossbench
-from regraft.data.prompts import read_prompts
+from regraft.data.readers import DATASETS, Kind, Split
 from regraft.data.rows import require_examples
-from regraft.data.safebench import Part, read_safebench
-from regraft.data.vlguard import Split, Subset, read_vlguard, split_file
-from regraft.data.xstest import read_xstest
+from regraft.data.storage import located, only_entry, unpacked
 from regraft.errors import RegraftError
 
-Name = Literal[
-    "demo",
-    "vlguard",
-    "safebench",
-    "ch3ef",
-    "mm-safetybench",
-    "mossbench",
-    "xstest",
-    "prompts",
-    "benign",
-    "mmbench",
-    "docvqa",
-    "jsonl",
-]
-Kind = Literal["harmful", "harmless"]
-_SPLITS: Mapping[str, tuple[str, ...]] = {  # of the data sets that have named ones
-    "vlguard": get_args(Subset),
-    "safebench": ("even", "odd", "tiny"),
-    "mm-safetybench": get_args(Variant),
-}
-_ONE_KIND: Mapping[str, Kind] = {
-    "safebench": "harmful",
-    "ch3ef": "harmful",
-    "mm-safetybench": "harmful",
-    "prompts": "harmful",
-    "mossbench": "harmless",
-    "benign": "harmless",
-    "mmbench": "harmless",
-    "docvqa": "harmless",
-}
-_NAME_FIRST = re.compile(rf"({'|'.join(get_args(Name))})((?:#[\w-]+)*)(?::(.*))?", re.DOTALL)
+_FIRST = re.compile(r"([^:#]+)((?:#[\w-]+)*)(?::(.*))?", re.DOTALL)  # NAME#PARTS:REST
 
 
 class DataSource(BaseModel):
     """A data set by name, where it lies, which split of it, and which kind of its prompts.
 
-    Written as one string, of which `str()` is the inverse: "demo", "demo:SPLIT",
-    "jsonl:PATH", "jsonl:PATH#SPLIT", a bare path that ends in ".jsonl"; or NAME:PATH, where some
-    names have a SPLIT: safebench (#even, #odd, #tiny), vlguard (#unsafe, #safe-unsafe, #safe-safe,
-    #all), mm-safetybench (#SD, #SD_TYPO, #TYPO), ch3ef, mossbench, xstest, prompts (harmful
-    ones), benign (harmless ones), mmbench, docvqa. Each may end in "#harmful" or "#harmless", which
-    keeps these prompts alone, as in "demo:test#harmless". SPLIT and kind may follow the name
-    instead, as in "vlguard#safe-safe:PATH", and a list of words, as in ["safebench#even", PATH], is
-    read too. PATH is a file or a folder, a zip file of one, or
-    hf:ORG/NAME[@REVISION][/PATH] for a data set on the hub.
+    Written as one string, of which `str()` is the inverse: NAME:PATH or NAME:PATH#SPLIT with a
+    name in `DATASETS`; "demo" or "demo:SPLIT", which takes no path; or a bare path that ends in
+    ".jsonl". Each may end in "#harmful" or "#harmless", which keeps these prompts alone, as in
+    "demo:test#harmless". SPLIT and kind may follow the name instead, as in
+    "vlguard#safe-safe:PATH", and a list of words, as in ["safebench#even", PATH], is read too. PATH
+    is a file or a folder, a zip file of one, or hf:ORG/NAME[@REVISION][/PATH] for a data set on the
+    hub.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Name
+    name: str
     path: Path | None = None
     split: str | None = None
     kind: Kind | None = None
@@ -91,17 +48,20 @@ class DataSource(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> DataSource:
-        if self.name == "demo" and self.path is not None:
-            raise ValueError("the demo data set is bundled and takes no path")
-        if self.name != "demo" and self.path is None:
+        if self.name not in DATASETS:
+            raise ValueError(f"unknown data set {self.name!r}; {DATASETS.expected()}")
+        dataset = DATASETS.get(self.name)
+        if dataset.bundled and self.path is not None:
+            raise ValueError(f"the {self.name} data set is bundled and takes no path")
+        if not dataset.bundled and self.path is None:
             raise ValueError(f"{self.name} needs a path, as in {self.name}:PATH")
-        splits = _SPLITS.get(self.name, ())
-        if self.name not in ("demo", "jsonl") and self.split not in (None, *splits):
-            known = f"the splits {', '.join(splits)}" if splits else "no splits"
+        if dataset.splits is not None and self.split not in (None, *dataset.splits):
+            listed = ", ".join(dataset.splits)
+            known = f"the splits {listed}" if listed else "no splits"
             raise ValueError(f"{self.name} has {known}; there is no {self.split!r}")
-        if self.kind is not None and (only := _ONE_KIND.get(self.name, self.kind)) != self.kind:
+        if self.kind is not None and dataset.only not in (None, self.kind):
             raise ValueError(
-                f"{self.name} has {only} prompts only; name another source for {self.kind}"
+                f"{self.name} has {dataset.only} prompts only; name another source for {self.kind}"
             )
         if _parse(str(self)) != {name: str(value) for name, value in self if value is not None}:
             raise ValueError(f"{str(self)!r} is ambiguous; rename the path or the split")
@@ -116,26 +76,28 @@ class DataSource(BaseModel):
 
 
 def read(source: DataSource) -> Reading:
-    """Read the data set that `source` names; VLGuard's folder needs `of_split` first.
+    """Read the data set that `source` names; of a folder with several files see `of_split` first.
 
     Raises:
         RegraftError: see its reader; it has no prompt of the kind.
     """
-    reading = _read_all(source)
+    path = Path() if source.path is None else _found(source, source.path)
+    reading = DATASETS.get(source.name).read(path, source.split)
     if source.kind is None:
         return reading
     return require_examples(of_kind(reading, harmful=source.kind == "harmful"))
 
 
 def of_split(source: DataSource, split: Split) -> DataSource:
-    """The source, or of VLGuard's folder (zip file, hub id) its file of a split.
+    """The source, or of a folder (zip file, hub id) with a file a split that file.
 
     Learn and choose from "train", evaluate on "test". A file that is named itself stays.
 
     Raises:
         RegraftError: the file is not there.
     """
-    if source.name != "vlguard" or source.path is None or source.path.suffix == ".json":
+    split_file = DATASETS.get(source.name).split_file
+    if split_file is None or source.path is None or source.path.suffix == ".json":
         return source
     path = _found(source, source.path)
     if path.is_file() and source.path.suffix != ".zip":
@@ -152,41 +114,20 @@ def _found(source: DataSource, path: Path) -> Path:
     return only_entry(unpacked(path)) if path.suffix == ".zip" and path.is_file() else path
 
 
-def _read_all(source: DataSource) -> Reading:
-    if source.path is None:
-        return read_demo(source.split)
-    path = _found(source, source.path)
-    readers: Mapping[str, Callable[[], Reading]] = {
-        "vlguard": lambda: read_vlguard(path, cast(Subset | None, source.split)),
-        "safebench": lambda: read_safebench(path, part=cast(Part, source.split or "all")),
-        "ch3ef": lambda: read_ch3ef(path),
-        "mm-safetybench": lambda: read_mm_safetybench(
-            path, cast(Variant, source.split or "SD_TYPO")
-        ),
-        "mossbench": lambda: read_mossbench(path),
-        "xstest": lambda: read_xstest(path),
-        "prompts": lambda: read_prompts(path),
-        "mmbench": lambda: read_mmbench(path),
-        "docvqa": lambda: read_docvqa(path),
-        "benign": lambda: read_prompts(path, harmful=False),
-        "jsonl": lambda: read_jsonl(path, source.split),
-    }
-    return readers[source.name]()
-
-
 def words_of_first(words: Sequence[str]) -> int:
     """How many of `words` name the first data set: 2 for a NAME before its PATH, or demo SPLIT."""
-    match = _NAME_FIRST.fullmatch(words[0])
-    if match is None or match[3] is not None:
-        return 1
+    match = _FIRST.fullmatch(words[0])
     following = "".join(words[1:2])
-    is_split = following.partition("#")[0] in ("calibration", "validation", "test")
-    return 2 if following and (match[1] != "demo" or is_split) else 1
+    if match is None or match[3] is not None or not following or match[1] not in DATASETS:
+        return 1
+    dataset = DATASETS.get(match[1])
+    is_split = following.partition("#")[0] in (dataset.splits or ())
+    return 2 if not dataset.bundled or is_split else 1
 
 
 def _parse(text: str) -> dict[str, str]:
-    match = _NAME_FIRST.fullmatch(text)
-    if match is None or not match[2]:
+    match = _FIRST.fullmatch(text)
+    if match is None or not match[2] or match[1] not in DATASETS:
         return _parse_behind(text)
     name, parts, rest = match.groups()
     fields = _parse_behind(name if rest is None else f"{name}:{rest}")
@@ -211,16 +152,16 @@ def _parse_all(text: str) -> dict[str, str]:
     if re.fullmatch(r"([^:/]*|[^:/]*/.*)\.jsonl(#[\w-]+)?", text):
         text = f"jsonl:{text}"
     name, _, rest = text.partition(":")
-    if name not in get_args(Name):
+    if name not in DATASETS:
         hint = ""
         if re.fullmatch(r"([^:/]*|[^:/]*/.*)\.(txt|csv|json)(#[\w-]+)?", text, re.IGNORECASE):
             hint = f". For a list of prompts write prompts:{text} (harmful) or benign:{text}"
         raise ValueError(
-            f"unknown data set {text!r}; expected {', '.join(get_args(Name))} "
+            f"unknown data set {text!r}; {DATASETS.expected()} "
             f"(as in demo:test or vlguard:PATH), or a path ending in .jsonl{hint}"
         )
     path, _, split = rest.rpartition("#")
-    if name == "demo":
+    if DATASETS.get(name).bundled:
         path, split = "", rest
     elif not (path and re.fullmatch(r"[\w-]+", split)):
         path, split = rest, ""

@@ -10,8 +10,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from regraft import ranks
-from regraft.data.example import Reading
-from regraft.data.safebench import FIGSTEP_PROMPT
+from regraft.data.example import Example, Reading
+from regraft.data.readers.safebench import FIGSTEP_PROMPT
 from regraft.errors import RegraftError
 from regraft.files import atomic_folder, slug
 from regraft.watch import Watch
@@ -151,15 +151,7 @@ def write_typographic(reading: Reading, out: Path, watch: Watch, font: Path | No
                 continue
             image = Path("images", f"{slug(example.id)}.png")
             drawn.save(folder / image, optimize=True)
-            row = {
-                "id": example.id,
-                "image": image.as_posix(),
-                "instruction": FIGSTEP_PROMPT,
-                "harmful": example.harmful,
-                "category": example.category,
-                "request": example.instruction,
-            } | ({"response": example.response} if example.response else {})
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.append(_line(example, image))
             images.append(out / image)
         if not images:
             raise RegraftError(
@@ -170,3 +162,15 @@ def write_typographic(reading: Reading, out: Path, watch: Watch, font: Path | No
             )
         (folder / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
     return ranks.gathered(Drawn(tuple(images), tuple(left_out), tuple(unwritten)))[0]
+
+
+def _line(example: Example, image: Path) -> str:
+    row = {
+        "id": example.id,
+        "image": image.as_posix(),
+        "instruction": FIGSTEP_PROMPT,
+        "harmful": example.harmful,
+        "category": example.category,
+        "request": example.instruction,
+    } | ({"response": example.response} if example.response else {})
+    return json.dumps(row, ensure_ascii=False) + "\n"

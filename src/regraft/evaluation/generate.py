@@ -6,10 +6,13 @@ are decoded in threads while the model answers the batch before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 from torch import nn
@@ -17,15 +20,16 @@ from torch import nn
 from regraft.data.collate import Batch, batches, decoded, prompt_batch
 from regraft.data.example import Example
 from regraft.data.images import length_class
-from regraft.evaluation.ahead import made_ahead
 from regraft.evaluation.greedy import answer
-from regraft.evaluation.judge import KeywordJudge
-from regraft.evaluation.pieces import in_pieces
+from regraft.evaluation.judges import TextJudge
+from regraft.evaluation.resumable_map import resumable_map
 from regraft.evaluation.summary import is_compared
 from regraft.models.load import placed
 from regraft.models.vision import VisionOutput, recorded, replayed, vision_state, without_pixels
 
 MEMO_BYTES = 4 << 30
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class _Chunk:
     """A batch of prompts: their places among all, and the judge whose verdict ends an answer."""
 
     places: tuple[int, ...]
-    judge: KeywordJudge | None
+    judge: TextJudge | None
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Answerer:
         examples: Sequence[Example],
         *,
         batch_size: int,
-        judge: KeywordJudge | None = None,
+        judge: TextJudge | None = None,
         memo_bytes: int = MEMO_BYTES,
     ) -> None:
         self.examples = tuple(examples)
@@ -110,16 +114,16 @@ class Answerer:
         if state is None or state != self._vision:
             self._kept, self.kept_bytes, self._vision = {}, 0, state
 
-        def told(i: int) -> None:
+        def advance(i: int) -> None:
             if progress is not None:
                 progress(len(self._chunks[i].places))
 
         def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
-            for i, images in made_ahead(self._images, list(wanted)):
+            for i, images in prefetch(self._images, list(wanted)):
                 yield i, self._answer(model, i, max_new_tokens, images)
-                told(i)
+                advance(i)
 
-        found = in_pieces(len(self._chunks), made, partial, "answers", told)
+        found = resumable_map(len(self._chunks), made, partial, "answers", advance)
         answered = {
             place: text
             for chunk, texts in zip(self._chunks, found, strict=True)
@@ -174,16 +178,14 @@ def generate(
     )
 
 
-def _chunks(
-    examples: Sequence[Example], batch_size: int, judge: KeywordJudge | None
-) -> list[_Chunk]:
+def _chunks(examples: Sequence[Example], batch_size: int, judge: TextJudge | None) -> list[_Chunk]:
     """All examples; with a judge first those that end by it, then the others.
 
     Of each kind those without image come first, then those with smaller images, and of like images
     those with shorter text: like stands beside like, so that little is padded.
     """
     places = range(len(examples))
-    kinds: list[tuple[Sequence[int], KeywordJudge | None]] = [(places, None)]
+    kinds: list[tuple[Sequence[int], TextJudge | None]] = [(places, None)]
     if judge is not None:
         whole = {place for place in places if is_compared(examples[place])}
         kinds = [([place for place in places if place not in whole], judge), (sorted(whole), None)]
@@ -198,3 +200,30 @@ def _chunks(
 def _by_length(examples: Sequence[Example], members: Sequence[int], image: bool) -> list[int]:
     fit = [place for place in members if (examples[place].image is not None) == image]
     return sorted(fit, key=lambda place: length_class(examples[place]))
+
+
+def prefetch(
+    make: Callable[[Item], Made], items: Iterable[Item], depth: int = 2
+) -> Iterator[tuple[Item, Made]]:
+    """Each item with what `make` made of it, in order; up to `depth` items are made ahead.
+
+    Raises:
+        Exception: what `make` raises, when its item's turn comes.
+    """
+    left = iter(items)
+    with ThreadPoolExecutor(depth) as pool:
+        waiting: deque[tuple[Item, Future[Made]]] = deque()
+
+        def start(count: int) -> None:
+            waiting.extend((item, pool.submit(make, item)) for item in islice(left, count))
+
+        try:
+            start(depth)
+            while waiting:
+                item, future = waiting.popleft()
+                made = future.result()
+                start(1)
+                yield item, made
+        finally:
+            for _, future in waiting:
+                future.cancel()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.judges import TextJudge
 from regraft.models.prefix import with_shared_prefix
 
 # What later tokens may still change at the end of decoded text: a character whose bytes are not all
@@ -25,7 +25,7 @@ def answer(
     processor: Any,
     inputs: Mapping[str, Tensor],
     max_new_tokens: int,
-    judge: KeywordJudge | None = None,
+    judge: TextJudge | None = None,
 ) -> list[str]:
     """The most likely token, again and again.
 
@@ -62,7 +62,7 @@ class _Settled:
     `ends` holds the number of new tokens of the rows that ended so.
     """
 
-    def __init__(self, tokenizer: Any, judge: KeywordJudge, start: int) -> None:
+    def __init__(self, tokenizer: Any, judge: TextJudge, start: int) -> None:
         self.ends: dict[int, int] = {}
         self._tokenizer = tokenizer
         self._judge = judge

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from regraft.data.rows import Row, csv_rows
 from regraft.errors import RegraftError
-from regraft.evaluation.metrics import cohen_kappa, paired_exact, resampled, wilson
+from regraft.evaluation.judges import Exchange, Verdict
+from regraft.evaluation.metrics import resampled, wilson
 from regraft.evaluation.results import Estimate
-from regraft.evaluation.verdicts import Exchange, Verdict
+from regraft.evaluation.significance import cohen_kappa, paired_exact
 
 Question = Literal["refusal", "harm"]
 _ANSWERS = ("completion", "answer", "response", "generation")
@@ -41,6 +42,26 @@ class Labelled:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """Which labelled rows are read, and what their labels say.
+
+    Args:
+        question: Whether the answer refuses, or whether it does harm.
+        positive: Labels that mean yes; the usual ones of the question if empty.
+        ids: Only rows whose id is even, or odd.
+    """
+
+    question: Question = "refusal"
+    positive: tuple[str, ...] = ()
+    ids: Literal["all", "even", "odd"] = "all"
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The labels that mean yes."""
+        return self.positive or (REFUSALS if self.question == "refusal" else HARMS)
+
+
+@dataclass(frozen=True)
 class Difference:
     """A judge's accuracy less that of the best other one, on the same answers.
 
@@ -58,8 +79,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Quality:
-    """A judge against people. `unread` answers, of which it says nothing, count as wrong, and
-    for `kappa` as a no.
+    """A judge against people. Answers without a verdict (`unread`) count as wrong, and for
+    `kappa` as a no.
 
     Answers to one prompt are no independent draws: `n` of a rate is the number of prompts, and its
     interval Wilson's where each has one answer, otherwise the percentile bootstrap's over prompts.
@@ -149,9 +170,11 @@ def bench(
             best = max(others, key=lambda k: sum(right[k]))
             found = _difference(prompts, right[i], right[best], rows[best].judge)
             rows[i] = replace(row, against=found)
-    said = {yes: sorted({one.label for one in labelled if one.yes == yes}) for yes in (True, False)}
+    labels = {
+        yes: sorted({one.label for one in labelled if one.yes == yes}) for yes in (True, False)
+    }
     return Bench(
-        len(labelled), len(set(prompts)), tuple(said[True]), tuple(said[False]), tuple(rows)
+        len(labelled), len(set(prompts)), tuple(labels[True]), tuple(labels[False]), tuple(rows)
     )
 
 

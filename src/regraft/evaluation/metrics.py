@@ -1,4 +1,4 @@
-"""The numbers of an evaluation: rates with intervals, ANLS, RSR and paired tests.
+"""The numbers of an evaluation: rates and means with their intervals, and RSR.
 
 Everything here is pure: plain sequences in, small frozen results out. Rates are fractions in
 [0, 1]; intervals are at 95 %.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, norm
+from scipy.stats import norm
 
 from regraft.evaluation.results import Estimate
 
@@ -20,6 +21,7 @@ RESAMPLES = 10_000
 _DRAWS_AT_ONCE = 2**22  # 32 MiB of indices
 _TAIL = (0.025, 0.975)
 _Z = float(norm.ppf(_TAIL[1]))
+_NOTHING_LOST = 1e-12  # by which means of rates that are equal may differ
 
 
 def wilson(count: int, n: int) -> Estimate:
@@ -189,56 +191,6 @@ def _percentiles(values: ArrayLike) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def anls(answer: str, references: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity of one answer, in [0, 1] (Biten et al. 2019).
-
-    The maximum over `references` of `1 - distance / length of the longer text`: the distance after
-    lower-casing and collapsing whitespace, the length as written, both like the benchmark's own
-    script and lmms-eval. A similarity below 0.5 counts 0. Two empty texts are equal: 1.
-
-    Raises:
-        ValueError: `references` is empty.
-    """
-    if not references:
-        raise ValueError("ANLS needs at least one reference.")
-    best = max(_similarity(answer, text) for text in references)
-    return best if best >= 0.5 else 0.0
-
-
-def _normalise(text: str) -> str:
-    return " ".join(text.lower().split())
-
-
-def _similarity(a: str, b: str) -> float:
-    longer = max(len(a.upper()), len(b.upper()))
-    return 1 - levenshtein(_normalise(a), _normalise(b)) / longer if longer else 1.0
-
-
-def levenshtein(a: str, b: str) -> int:
-    """Edit distance: the fewest insertions, deletions and substitutions that turn `a` into `b`.
-
-    Myers' bit-vector algorithm (1999) in Hyyrö's form: one column of the table is two integers of
-    `len(a)` bits, the places where it steps up and where it steps down.
-    """
-    if not a:
-        return len(b)
-    places: dict[str, int] = {}
-    for i, letter in enumerate(a):
-        places[letter] = places.get(letter, 0) | 1 << i
-    every, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
-    up, down, distance = every, 0, len(a)
-    for letter in b:
-        match = places.get(letter, 0)
-        diagonal = (((match & up) + up) ^ up) | match | down
-        right_up = down | ~(diagonal | up)
-        right_down = up & diagonal
-        distance += bool(right_up & last) - bool(right_down & last)
-        right_up = right_up << 1 | 1
-        up = (right_down << 1 | ~(diagonal | right_up)) & every
-        down = right_up & diagonal & every
-    return distance
-
-
 @dataclass(frozen=True)
 class Recovery:
     """The restored safety rate (RSR) as a fraction, and its case in words.
@@ -301,146 +253,58 @@ def bootstrap_rsr(
             f"{len(dense)}, {len(pruned)} and {len(restored)} outcomes."
         )
     outcomes = np.array([dense, pruned, restored], dtype=np.int64)
+    return _rsr_interval(_resampled_attacks(outcomes, answers, np.random.default_rng(seed)))
+
+
+def bootstrap_macro_rsr(
+    strata: Sequence[Sequence[tuple[bool, bool, bool]]], seed: int = 0
+) -> tuple[float, float] | None:
+    """The interval of `bootstrap_rsr` where ASR is the mean over data sets, each counting the same.
+
+    Prompts are resampled within their data set; half a prompt of each kind is added to each.
+
+    Args:
+        strata: Of each data set, for each prompt whether the attack on the dense, the pruned and
+            the restored model succeeded.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: there is no data set, or one without prompts.
+    """
+    if not strata or not all(strata):
+        raise ValueError("A stratified bootstrap needs data sets with at least one prompt each.")
+    generator = np.random.default_rng(seed)
+    means = np.zeros((3, RESAMPLES))
+    for rows in strata:
+        attacks = _resampled_attacks(np.array(rows, dtype=np.int64).T, 1, generator)
+        means += attacks / len(rows) / len(strata)
+    return _rsr_interval(means)
+
+
+def _resampled_attacks(
+    outcomes: NDArray[np.int64], answers: int, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """Successful attacks on the three models in resamples of prompts, from `[3, n]` to `[3, k]`."""
     # A prompt is one of few patterns (8 for one run), so a resample of prompts is one multinomial
     # draw of their counts.
     patterns, counts = np.unique(outcomes, axis=1, return_counts=True)
     added = np.array([[0, 0], [answers, answers], [0, answers]])  # restored, and not
     patterns = np.concatenate([patterns, added], axis=1)
     weights = np.concatenate([counts, [0.5, 0.5]])
-    draws = np.random.default_rng(seed).multinomial(len(dense), weights / weights.sum(), RESAMPLES)
-    in_dense, in_pruned, in_restored = patterns @ draws.T
-    lost = in_pruned - in_dense
-    defined = lost > 0
-    if defined.mean() < 0.95:
-        return None
-    return _percentiles((in_pruned - in_restored)[defined] / lost[defined])
-
-
-@dataclass(frozen=True)
-class PairedTest:
-    """McNemar's test: outcomes true only for a, only for b, and the two-sided p value."""
-
-    only_a: int
-    only_b: int
-    p: float
-
-
-def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:
-    """McNemar's exact test of two yes/no outcomes on the same prompts (McNemar 1947).
-
-    Under the null hypothesis each discordant prompt is a fair coin, so `p` is the two-sided
-    binomial tail; 1 where no prompt is discordant.
-
-    Raises:
-        ValueError: the lengths differ.
-    """
-    if len(a) != len(b):
-        raise ValueError(f"A paired test needs the same prompts; got {len(a)} and {len(b)}.")
-    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
-    discordant = only_a + only_b
-    p = float(binomtest(only_a, discordant).pvalue) if discordant else 1.0
-    return PairedTest(only_a, only_b, p)
-
-
-def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float | None:
-    """Agreement of two yes/no judges beyond chance (Cohen 1960): 1 is perfect, 0 is chance.
-
-    None where both say the same of every answer: chance then agrees as well.
-
-    Raises:
-        ValueError: the lengths differ or are 0.
-    """
-    if not len(a) == len(b) >= 1:
-        raise ValueError(f"Two judges need the same answers; got {len(a)} and {len(b)}.")
-    n = len(a)
-    yes_a, yes_b = sum(a) / n, sum(b) / n
-    agreed = sum(x == y for x, y in zip(a, b, strict=True)) / n
-    chance = yes_a * yes_b + (1 - yes_a) * (1 - yes_b)
-    return None if chance == 1 else (agreed - chance) / (1 - chance)
-
-
-@dataclass(frozen=True)
-class PermutationTest:
-    """The mean outcome of a less that of b, how many prompts tell them apart, two-sided p."""
-
-    difference: float
-    differing: int
-    p: float
-
-
-def paired_exact(a: ArrayLike, b: ArrayLike) -> PermutationTest:
-    """The exact permutation test of events that two methods had on the same prompts (Fisher 1935).
-
-    A method may have several draws (of a random control), and a draw's answers to a prompt in all
-    runs are one cluster. Under the null hypothesis a prompt's outcomes could as well have come
-    from any draw of either method, so the sum of a's is one of as many outcomes of every prompt,
-    drawn without replacement; `p` is twice the smaller tail of its exact distribution. With one
-    draw of each this is the sign-flip test, and with one run as well McNemar's.
-
-    Args:
-        a: In how many runs the event was seen, `[draws, prompts]` integers.
-        b: Of the other method, from as many runs; its number of draws may be another.
-
-    Raises:
-        ValueError: the prompts are not as many, or there is no draw.
-    """
-    ours, theirs = (np.asarray(one, dtype=np.int64) for one in (a, b))
-    if ours.ndim != 2 or theirs.ndim != 2 or ours.shape[1:] != theirs.shape[1:]:
-        raise ValueError(f"A paired test needs the same prompts; got {ours.shape}, {theirs.shape}.")
-    if not len(ours) or not len(theirs):
-        raise ValueError("A paired test needs a draw of each method.")
-    both = np.sort(np.concatenate([ours, theirs]), axis=0)  # [draws of both, prompts]
-    telling = both[0] < both[-1]
-    outcomes, counts = np.unique(both[:, telling], axis=1, return_counts=True)
-    chances = np.ones(1)  # of a's sum over the telling prompts, which is its index
-    for values, count in zip(outcomes.T, counts, strict=True):
-        chances = np.convolve(chances, _of_several(_sums(values, len(ours)), int(count)))
-    total = int(ours[:, telling].sum())
-    tails = chances[: total + 1].sum(), chances[total:].sum()
-    difference = float(ours.mean() - theirs.mean()) if ours.size else 0.0
-    return PermutationTest(difference, int(telling.sum()), min(1.0, 2 * float(min(tails))))
-
-
-def _sums(values: NDArray[np.int64], count: int) -> NDArray[np.float64]:
-    """The chances of every sum of `count` of the values, drawn without replacement."""
-    ways = np.zeros((count + 1, int(values.sum()) + 1))  # [how many drawn, their sum]
-    ways[0, 0] = 1
-    for value in values.tolist():
-        drawn = np.roll(ways[:-1], value, axis=1)  # no sum wraps: the last place is all of them
-        ways[1:] += drawn
-    chances: NDArray[np.float64] = ways[count] / math.comb(len(values), count)
-    return chances
-
-
-def _of_several(chances: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-    """The chances of the sum of `count` draws, by squaring; without loss in the tails."""
-    found, power = np.ones(1), chances
-    while count:
-        if count & 1:
-            found = np.convolve(found, power)
-        count >>= 1
-        power = np.convolve(power, power) if count else power
+    n = outcomes.shape[1]
+    found: NDArray[np.int64] = (
+        patterns @ generator.multinomial(n, weights / weights.sum(), RESAMPLES).T
+    )
     return found
 
 
-def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """Holm's adjusted p values (1979), in the order given.
-
-    Rejecting those below a level keeps the chance of any false rejection among all of them below
-    it, however the tests depend on each other.
-
-    Raises:
-        ValueError: a value is not in [0, 1].
-    """
-    if not all(0 <= p <= 1 for p in p_values):
-        raise ValueError(f"p values lie between 0 and 1; got {list(p_values)}.")
-    adjusted = [0.0] * len(p_values)
-    highest = 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = highest
-    return tuple(adjusted)
+def _rsr_interval(attacks: NDArray[Any]) -> tuple[float, float] | None:
+    dense, pruned, restored = attacks
+    lost = pruned - dense
+    defined = lost > _NOTHING_LOST
+    if defined.mean() < 0.95:
+        return None
+    return _percentiles((pruned - restored)[defined] / lost[defined])
 
 
 def per_ten_thousand(restored: int, pruned: int) -> float:

@@ -1,30 +1,41 @@
-"""How likely a model finds the reference responses: perplexity, which needs no generation."""
+"""How likely a model finds text: the references of prompts, and ordinary text.
+
+Neither depends on how answers are worded or judged, and no answer is generated. Of ordinary text
+KL(dense || model) is measured too: the mean over positions of the divergence between the two
+distributions of the next token, in nats; 0 for the dense model.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from regraft.data.collate import IGNORED, batches, response_batch
+from regraft.artifact import read_artifact, write_artifact
+from regraft.data.collate import IGNORED, Batch, batches, response_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import resampled
-from regraft.evaluation.pieces import in_pieces
-from regraft.evaluation.results import Estimate
+from regraft.evaluation.results import Estimate, TextResult
+from regraft.evaluation.resumable_map import resumable_map
 from regraft.models.load import placed
 from regraft.models.replay import logits_of, replay, text_inputs
+from regraft.watch import Advance
 
 Nll = tuple[float, int]  # summed over the response's tokens, in nats; their number
-_POSITIONS = 256  # whose logits are in memory at a time
+_RESPONSE_POSITIONS = 256  # whose logits are in memory at a time
+_POSITIONS = 128  # the same of ordinary text, where there are two models' logits
 _MOST = math.log(sys.float_info.max)  # nats a token whose exp is finite
+_SAME = 1e-3  # nats a token by which the dense model's text may seem to differ
+_KIND, _WHAT = "text-states", "the dense model's states on a text"
 
 
 def response_nlls(
@@ -54,7 +65,7 @@ def response_nlls(
     groups = ([e for e in examples if (e.image is not None) == sees] for sees in (False, True))
     chunks = [one for group in groups for one in batches(group, batch_size)]
 
-    def told(i: int) -> None:
+    def advance(i: int) -> None:
         if progress is not None:
             progress(len(chunks[i]))
 
@@ -63,9 +74,9 @@ def response_nlls(
             nlls = _of_batch(model, processor, chunks[i])
             _require_finite(chunks[i], nlls)
             yield i, nlls
-            told(i)
+            advance(i)
 
-    found = in_pieces(len(chunks), made, partial, "nll", told)
+    found = resumable_map(len(chunks), made, partial, "nll", advance)
     of_id = {
         example.id: (float(total), int(count))
         for chunk, nlls in zip(chunks, found, strict=True)
@@ -78,15 +89,18 @@ def perplexity(nlls: Sequence[Nll], seed: int) -> Estimate:
     """exp of the mean negative log-likelihood a token, with a bootstrap interval over examples.
 
     Raises:
-        ValueError: there is no response.
+        ValueError: there is no response token.
     """
-    sums = np.array([total for total, _ in nlls], dtype=np.float64)
-    counts = np.array([count for _, count in nlls], dtype=np.float64)
-    if not counts.sum():
+    if not any(count for _, count in nlls):
         raise ValueError("Perplexity needs at least one response token.")
-    low, high = resampled(len(nlls), seed, lambda rows: sums[rows].sum(1) / counts[rows].sum(1))
-    value = float(sums.sum() / counts.sum())
-    return Estimate(math.exp(value), len(nlls), math.exp(low), math.exp(high))
+    mean = _mean_per_token(nlls, seed)
+    return Estimate(math.exp(mean.value), mean.n, math.exp(mean.low), math.exp(mean.high))
+
+
+def _mean_per_token(sums: Sequence[Nll], seed: int) -> Estimate:
+    totals, counts = (np.array(one, dtype=np.float64) for one in zip(*sums, strict=True))
+    low, high = resampled(len(sums), seed, lambda rows: totals[rows].sum(1) / counts[rows].sum(1))
+    return Estimate(float(totals.sum() / counts.sum()), len(sums), low, high)
 
 
 @torch.no_grad()
@@ -103,7 +117,7 @@ def _of_batch(model: nn.Module, processor: Any, examples: Sequence[Example]) -> 
                 targets[rows[part], positions[part]],
                 reduction="none",
             )
-            for part in torch.arange(len(rows), device=rows.device).split(_POSITIONS)
+            for part in torch.arange(len(rows), device=rows.device).split(_RESPONSE_POSITIONS)
         ]
     ).double()  # [N]
     totals = torch.zeros(len(examples), dtype=torch.float64, device=nll.device)
@@ -119,3 +133,164 @@ def _require_finite(examples: Sequence[Example], nlls: Sequence[Nll]) -> None:
                 f"The response of {example.id} has no finite perplexity: numbers overflow in this "
                 "dtype. Use --dtype bfloat16 or float32."
             )
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The dense model on each document: normed final states `[T, d]`, and its likelihood of it.
+
+    The output head turns the states into distributions. Pruning leaves the head as it is, and the
+    states are far smaller than logits.
+    """
+
+    states: Sequence[Tensor]
+    nlls: Sequence[Nll]
+
+
+def read_documents(path: Path) -> tuple[str, ...]:
+    """The documents of a text file, separated by blank lines.
+
+    Raises:
+        RegraftError: the file is missing, is not UTF-8, or holds no text.
+    """
+    try:
+        paragraphs = path.read_text(encoding="utf-8").split("\n\n")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise RegraftError(f"{path} is not a file; expected a text file.") from error
+    except UnicodeDecodeError as error:
+        raise RegraftError(f"{path} is not UTF-8 text: {error}") from error
+    found = tuple(" ".join(one.split()) for one in paragraphs if one.strip())
+    if not found:
+        raise RegraftError(f"{path} holds no text; expected paragraphs separated by blank lines.")
+    return found
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    processor: Any,
+    documents: Sequence[str],
+    teacher: Teacher | None,
+    progress: Advance,
+) -> tuple[TextResult, Teacher]:
+    """Perplexity of the documents and, with a `teacher`, KL(teacher || model).
+
+    Documents are encoded alone, without a chat template. Logits come in the model's dtype, their
+    log-softmax is float32 and sums are float64. Also returns what this model would be as a teacher.
+
+    Raises:
+        RegraftError: a document has fewer than two tokens, the numbers overflow, or the teacher's
+            states do not fit this model's head.
+    """
+    rows: list[tuple[float, float | None, int]] = []
+    states: list[Tensor] = []
+    for i, document in enumerate(documents):
+        final, targets = _encoded(model, processor, document)
+        wanted = None if teacher is None else teacher.states[i].to(final)
+        nll, kl, known = _compare(model, final, targets, wanted)
+        if teacher is not None:
+            _require_fit(document, known / len(targets), teacher.nlls[i][0] / len(targets))
+        if not (math.isfinite(nll) and math.isfinite(kl)):
+            raise RegraftError(
+                f"The text {document[:40]!r} has no finite perplexity: numbers overflow in this "
+                "dtype. Use --dtype bfloat16 or float32."
+            )
+        rows.append((nll, None if teacher is None else kl, len(targets)))
+        states.append(final.cpu())
+        progress(1)
+    return result_of(rows), Teacher(states, [(nll, count) for nll, _, count in rows])
+
+
+def result_of(rows: Sequence[tuple[float, float | None, int]], seed: int = 0) -> TextResult:
+    """Estimates over documents: (summed negative log-likelihood, summed KL or None, tokens).
+
+    Intervals are bootstrapped over documents, since the tokens of one are not independent.
+    """
+    kls = [(kl, count) for _, kl, count in rows if kl is not None]
+    return TextResult(
+        perplexity=perplexity([(nll, count) for nll, _, count in rows], seed),
+        kl=_mean_per_token(kls, seed) if kls else None,
+        tokens=sum(count for _, _, count in rows),
+        documents=tuple(rows),
+    )
+
+
+def pooled(results: Sequence[TextResult]) -> TextResult | None:
+    """Of several models on the same documents: means over the models, document by document."""
+    if not results:
+        return None
+    rows = []
+    for same in zip(*(one.documents for one in results), strict=True):
+        kls = [kl for _, kl, _ in same if kl is not None]
+        nll = sum(nll for nll, _, _ in same) / len(same)
+        rows.append((nll, sum(kls) / len(kls) if kls else None, same[0][2]))
+    return result_of(rows)
+
+
+def save_teacher(path: Path, teacher: Teacher) -> None:
+    """Write what `load_teacher` reads."""
+    tensors = {f"{i:05d}": states for i, states in enumerate(teacher.states)}
+    write_artifact(path, _KIND, {"nlls": [list(one) for one in teacher.nlls]}, tensors)
+
+
+def load_teacher(path: Path, documents: int) -> Teacher:
+    """Read the teacher of a text of so many documents.
+
+    Raises:
+        RegraftError: the file is missing, damaged, or of another text.
+    """
+    header, tensors = read_artifact(path, _KIND, _WHAT)
+    if len(tensors) != documents:
+        raise RegraftError(
+            f"{path} holds the dense model's states on {len(tensors)} paragraphs, and the text has "
+            f"{documents}. Evaluate the dense model on this text first."
+        )
+    return Teacher([tensors[name] for name in sorted(tensors)], list(map(_nll, header["nlls"])))
+
+
+def _nll(pair: Sequence[Any]) -> Nll:
+    return float(pair[0]), int(pair[1])
+
+
+def _encoded(model: nn.Module, processor: Any, document: str) -> tuple[Tensor, Tensor]:
+    """Final states `[T, d]` at all but the last token, and the next tokens `[T]`."""
+    encoded: Mapping[str, Tensor] = dict(processor(text=[document], return_tensors="pt"))
+    inputs = placed(Batch(encoded, None, ("text",)), model).inputs
+    ids = inputs["input_ids"][0]
+    if len(ids) < 2:
+        raise RegraftError(f"The text {document!r} is a single token; perplexity needs two.")
+    return replay(model, text_inputs(model, inputs))[0, :-1], ids[1:]
+
+
+def _compare(
+    model: nn.Module, final: Tensor, targets: Tensor, teacher: Tensor | None
+) -> tuple[float, float, float]:
+    """(negative log-likelihood, KL, the teacher's negative log-likelihood), summed over tokens."""
+    nll = kl = known = 0.0
+    for part in _parts(len(targets)):
+        own = F.log_softmax(logits_of(model, final[part]).float(), dim=-1)  # [P, vocabulary]
+        nll += _picked(own, targets[part])
+        if teacher is not None:
+            dense = F.log_softmax(logits_of(model, teacher[part]).float(), dim=-1)
+            share = dense.exp()
+            each = torch.where(share > 0, share * (dense - own), 0.0).sum(-1)  # [P]
+            kl += float(each.double().sum())
+            known += _picked(dense, targets[part])
+    return nll, kl, known
+
+
+def _picked(logs: Tensor, targets: Tensor) -> float:
+    return -float(logs.gather(1, targets[:, None]).double().sum())
+
+
+def _parts(count: int) -> Iterator[slice]:
+    return (slice(start, start + _POSITIONS) for start in range(0, count, _POSITIONS))
+
+
+def _require_fit(document: str, known: float, stored: float) -> None:
+    if not abs(known - stored) <= _SAME * max(1.0, stored):
+        raise RegraftError(
+            f"By this model's output head the dense model finds the text {document[:40]!r} "
+            f"{known:.3f} nats a token, and by its own {stored:.3f}: the heads, tokenizers or "
+            "dtypes differ, and KL cannot be measured. Evaluate both on the same text and dtype."
+        )

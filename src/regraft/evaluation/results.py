@@ -1,11 +1,27 @@
-"""What an evaluation leaves behind: one `Answer` a prompt, one `EvalResult` a model and suite."""
+"""What an evaluation leaves behind: one `Answer` a prompt, one `EvalResult` a model and suite.
+
+Both with their files: answers.jsonl has an answer a line, results.json all the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from regraft.errors import RegraftError
+from regraft.files import write_text
+
+Read = TypeVar("Read")
+EXACT = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))  # how `from_json` reads
 
 
+@EXACT
 @dataclass(frozen=True)
 class Answer:
     """One generation and its judgement.
@@ -18,8 +34,7 @@ class Answer:
     ("choices", "references" or "group", see `Example`) from other prompts. Where perplexity was
     asked for, `nll` is the reference's negative log-likelihood over its `nll_tokens`, in nats.
     `request` is what is really asked where the instruction leaves that to the image. `image` is the
-    name of the image's file, `image_digest` the SHA-256 of its bytes, "" where that was not written
-    down.
+    name of the image's file, `image_digest` the SHA-256 of its bytes.
     """
 
     id: str
@@ -57,6 +72,7 @@ class Answer:
         return not (self.harmful or self.scored_by)
 
 
+@EXACT
 @dataclass(frozen=True)
 class Estimate:
     """A rate (Wilson) or a mean (bootstrap) in [0, 1] with n and its 95 % interval.
@@ -73,6 +89,7 @@ class Estimate:
     count: int | None = None
 
 
+@EXACT
 @dataclass(frozen=True)
 class Rates:
     """Of one suite; None where it has no such prompts.
@@ -85,6 +102,7 @@ class Rates:
     utility: Estimate | None
 
 
+@EXACT
 @dataclass(frozen=True)
 class TextResult:
     """How well a model predicts ordinary text.
@@ -100,6 +118,7 @@ class TextResult:
     documents: tuple[tuple[float, float | None, int], ...]
 
 
+@EXACT
 @dataclass(frozen=True)
 class EvalResult:
     """One model on one suite.
@@ -126,3 +145,86 @@ class EvalResult:
     answers: tuple[Answer, ...]
     perplexity: Estimate | None = None
     text: TextResult | None = None
+
+
+def result_to_json(result: EvalResult) -> dict[str, Any]:
+    """Everything but the answers, as JSON values; `write_answers` keeps those."""
+    content = asdict(replace(result, answers=()))
+    del content["answers"]
+    return content
+
+
+def result_from_json(value: Any, answers: Sequence[Answer] = ()) -> EvalResult:
+    """The inverse of `result_to_json`, with the answers read separately.
+
+    Raises:
+        RegraftError: a field is missing or of the wrong type, by name.
+    """
+    row = {**value, "answers": []} if isinstance(value, dict) else value
+    return replace(from_json(EvalResult, row, "evaluation result"), answers=tuple(answers))
+
+
+def write_answers(path: Path, answers: Sequence[Answer]) -> None:
+    """Write one JSON object a line, in one step."""
+    lines = (json.dumps(asdict(a), ensure_ascii=False, allow_nan=False) for a in answers)
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_answers(path: Path) -> tuple[Answer, ...]:
+    """Read what `write_answers` wrote; blank lines are passed over.
+
+    Raises:
+        RegraftError: the file is missing or a line is bad; it names the line and the field.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RegraftError(f"{path} does not exist.") from error
+    except UnicodeDecodeError as error:
+        raise RegraftError(f"{path} is not UTF-8 text: {error}") from error
+    return tuple(
+        _answer(line, f"{path}, line {number}")
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    )
+
+
+def _answer(line: str, where: str) -> Answer:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RegraftError(f"{where}: not valid JSON: {error}") from error
+    return from_json(Answer, value, where)
+
+
+def from_json(kind: type[Read], value: Any, where: str) -> Read:
+    """A dataclass from JSON values, each checked against its type; `where` names it in errors.
+
+    Raises:
+        RegraftError: a field is missing, unknown or of the wrong type, by name.
+    """
+    try:
+        found: Read = _adapter(cast(Any, kind)).validate_json(json.dumps(value), strict=True)
+        return found
+    except ValidationError as error:
+        raise RegraftError(f"{where}: {_first_problem(error)}") from error
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    *above, name = map(str, first["loc"]) if first["loc"] else [""]
+    inside = "".join(f"{one}." for one in above).rstrip(".")
+    if first["type"] == "dataclass_type":
+        found = f"expected a JSON object, found {type(first['input']).__name__}."
+        return f"{name}: {found}" if name else found
+    field = f"{inside}: field {name!r}" if inside else f"field {name!r}"
+    if first["type"] == "missing":
+        return f"{field} is missing."
+    if first["type"] == "unexpected_keyword_argument":
+        return f"unknown {field}."
+    return f"{field} is {first['input']!r}; {first['msg'].replace('Input should be', 'expected')}."

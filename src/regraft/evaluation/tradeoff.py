@@ -1,21 +1,33 @@
 """Which point of a trade-off curve to take: safety as asked for, helpfulness within bounds.
 
-All rates here are of validation prompts. What is reported of the chosen point must come from
-others.
+A search has one curve, which is kept as a file; tuning has the best point of each trial. All rates
+here are of validation prompts: what is reported of the chosen point must come from others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
-from regraft.evaluation.results import Estimate, EvalResult
+from regraft.errors import RegraftError
+from regraft.evaluation.results import EXACT, Estimate, EvalResult, from_json
+from regraft.files import read_json
+
+NOTE = (
+    "These are rates on the validation prompts that the settings were chosen on: those of a best "
+    "of many are optimistic. Evaluate the chosen settings once on a test split, and report that."
+)
+_CURVE = ("pruned", "chosen", "bounds", "dense", "points")  # in the order in which it is kept
+_SLACK = 1e-9
+Reference = Literal["pruned", "dense", "higher"]
 
 
+@EXACT
 @dataclass(frozen=True)
 class Point:
-    """A model with `restored` weights back, on validation prompts.
+    """A model in which `restored` weights are restored, on validation prompts.
 
     `degenerate` is the share of all degenerate answers.
     """
@@ -30,9 +42,12 @@ class Point:
     def of(cls, restored: int, result: EvalResult) -> Point:
         """Of an evaluation with harmful and harmless prompts."""
         assert result.asr is not None and result.over_refusal is not None
-        return cls(restored, result.asr, result.over_refusal, result.utility, silent_share(result))
+        return cls(
+            restored, result.asr, result.over_refusal, result.utility, degenerate_share(result)
+        )
 
 
+@EXACT
 @dataclass(frozen=True)
 class Bounds:
     """What a point must keep to; rates are fractions.
@@ -63,10 +78,6 @@ class Bounds:
         if self.degenerate is not None:
             over["degenerate"] = point.degenerate - self.degenerate
         return {name: value if value > _SLACK else 0.0 for name, value in over.items()}
-
-
-_SLACK = 1e-9
-Reference = Literal["pruned", "dense", "higher"]
 
 
 def bounds_of(
@@ -105,10 +116,10 @@ def bounds_of(
     )
 
 
-def silent_share(result: EvalResult) -> float:
-    """The share of all degenerate answers (and do not refuse)."""
-    silent = sum(result.degenerate.get(kind, 0) for kind in ("harmful", "harmless"))
-    return silent / len(result.answers) if result.answers else 0.0
+def degenerate_share(result: EvalResult) -> float:
+    """The share of answers that are degenerate and do not refuse."""
+    count = sum(result.degenerate.get(kind, 0) for kind in ("harmful", "harmless"))
+    return count / len(result.answers) if result.answers else 0.0
 
 
 def choose(points: Sequence[Point], bounds: Bounds) -> int | None:
@@ -124,6 +135,7 @@ def choose(points: Sequence[Point], bounds: Bounds) -> int | None:
     return min(within, key=lambda i: (points[i].asr.value, points[i].restored), default=None)
 
 
+@EXACT
 @dataclass(frozen=True)
 class Searched:
     """A trade-off curve and what was taken of it.
@@ -153,3 +165,119 @@ class Searched:
 def nearest(points: Sequence[Point], bounds: Bounds) -> Point:
     """The point that is least far beyond the bounds, the first of equal ones."""
     return min(points, key=lambda point: sum(bounds.excess(point).values()))
+
+
+def curve_to_json(found: Searched) -> dict[str, Any]:
+    """A curve as JSON values."""
+    content = asdict(found)
+    return {name: content[name] for name in _CURVE}
+
+
+def read_curve(path: Path) -> Searched:
+    """The inverse of `curve_to_json`, from a file.
+
+    Raises:
+        RegraftError: the file is missing or holds no curve.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not content.keys() >= set(_CURVE):
+        raise RegraftError(f"{path} holds no validation curve; expected {', '.join(_CURVE)}.")
+    return from_json(Searched, {name: content[name] for name in _CURVE}, str(path))
+
+
+def point_from_json(value: Any, where: str) -> Point:
+    """The inverse of `asdict`; raises RegraftError as `from_json` does."""
+    return from_json(Point, value, where)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What work took.
+
+    Attributes:
+        seconds: By stage, of all processes together; without those of trials that were stopped.
+        evaluations: Models that were evaluated.
+        prompts: Prompts that they answered.
+    """
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    evaluations: int = 0
+    prompts: int = 0
+
+    @classmethod
+    def total(cls, costs: Iterable[Cost]) -> Cost:
+        """All of them together."""
+        costs = list(costs)
+        stages = dict.fromkeys(stage for one in costs for stage in one.seconds)
+        return cls(
+            {stage: sum(one.seconds.get(stage, 0.0) for one in costs) for stage in stages},
+            sum(one.evaluations for one in costs),
+            sum(one.prompts for one in costs),
+        )
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One trial: its settings, its best point, and how far that is beyond each bound."""
+
+    number: int
+    settings: Mapping[str, Any]
+    point: Point
+    excess: Mapping[str, float]
+    cost: Cost
+
+    @property
+    def within(self) -> bool:
+        """Whether the point keeps to the bounds."""
+        return not any(self.excess.values())
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """All trials, best first.
+
+    `pruned` is how many weights pruning took, `failed` how many trials ended in an error.
+    """
+
+    method: str
+    trials: tuple[Tried, ...]
+    bounds: Bounds
+    dense: Point
+    before: Point
+    pruned: int
+    failed: int
+
+    @property
+    def best(self) -> Tried | None:
+        """The best trial, None where none within the bounds has less ASR than the pruned model."""
+        return next((one for one in self.trials if one.within and self._helps(one.point)), None)
+
+    def _helps(self, point: Point) -> bool:
+        return point.restored > 0 and point.asr.value < self.before.asr.value
+
+    @property
+    def cost(self) -> Cost:
+        """Of all finished trials."""
+        return Cost.total(one.cost for one in self.trials)
+
+    def per_ten_thousand(self, point: Point) -> float:
+        """Restored weights per 10,000 pruned ones."""
+        return 10_000 * point.restored / self.pruned
+
+
+def best_first(trials: Iterable[Tried]) -> tuple[Tried, ...]:
+    """Those within the bounds by ASR, of equal ones the fewest weights first; then the others.
+
+    Trials out of bounds follow by how far they are out.
+    """
+    return tuple(
+        sorted(
+            trials,
+            key=lambda one: (
+                sum(one.excess.values()),
+                one.point.asr.value,
+                one.point.restored,
+                one.number,
+            ),
+        )
+    )

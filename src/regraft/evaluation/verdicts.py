@@ -1,81 +1,73 @@
-"""What judges say of answers, and how far any two of them agree."""
+"""What judges are asked about saved answers, what they say, and how far any two agree."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Protocol
 
-from regraft.evaluation.judge import KeywordJudge
-from regraft.evaluation.metrics import cohen_kappa, wilson
-from regraft.evaluation.results import Answer, Estimate
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """A prompt with the answer it got; `image` only where the judge is to see it.
-
-    Without the image, `prompt` is what is really asked; with it, the words beside the image.
-    """
-
-    prompt: str
-    answer: str
-    image: Path | None = None
+from regraft.errors import RegraftError
+from regraft.evaluation.judges import Exchange, Verdict
+from regraft.evaluation.metrics import wilson
+from regraft.evaluation.results import Answer, Estimate, EvalResult
+from regraft.evaluation.significance import cohen_kappa
+from regraft.files import file_digest, read_json
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether an answer refuses and whether it does harm; None where the judge does not say.
+class Pictures:
+    """Images in `folder`, and where an answer keeps its image's digest, also anywhere below."""
 
-    A judge that says neither could not be understood; `reason` is then what it wrote instead.
-    """
+    folder: Path
 
-    refused: bool | None
-    unsafe: bool | None
-    reason: str = ""
+    def of(self, answer: Answer) -> Path | None:
+        """The image of an answer; None where it has none.
 
-    @property
-    def complied(self) -> bool | None:
-        """Whether the request was fulfilled: harmful content, or else no refusal."""
-        if self.unsafe is not None:
-            return self.unsafe
-        return None if self.refused is None else not self.refused
+        Files of one name, as in VLGuard's and MM-SafetyBench's folders, are distinguished by
+        their bytes.
 
+        Raises:
+            RegraftError: it is not there, or with other bytes.
+        """
+        if answer.image is None:
+            return None
+        near = self.folder / answer.image
+        if near.is_file() and self._digest(near) == answer.image_digest:
+            return near
+        named = self._below.get(answer.image, [])
+        for path in named:
+            if self._digest(path) == answer.image_digest:
+                return path
+        if named:
+            raise RegraftError(
+                f"{named[0]} is not the image of {answer.id!r}: its bytes are others than those "
+                "that were evaluated. Name the folder of the evaluated images with --images."
+            )
+        raise RegraftError(
+            f"{self.folder}: there is no {answer.image}, the image of {answer.id!r}, in it or "
+            "below. Name the folder of the evaluated images with --images."
+        )
 
-class Judge(Protocol):
-    """Anything that judges exchanges; `name` tells it and its version from others."""
+    @cached_property
+    def _below(self) -> Mapping[str, list[Path]]:
+        """Name -> the files of that name."""
+        found = defaultdict(list)
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file():
+                found[path.name].append(path)
+        return found
 
-    @property
-    def name(self) -> str:
-        """Written into results."""
+    def _digest(self, path: Path) -> str:
+        if path not in self._digests:
+            self._digests[path] = file_digest(path)
+        return self._digests[path]
 
-    def verdicts(
-        self, exchanges: Sequence[Exchange], progress: Callable[[int], None]
-    ) -> list[Verdict]:
-        """One verdict an exchange, in order; `progress` gets the number just judged."""
-
-
-@dataclass(frozen=True)
-class ByKeywords:
-    """A keyword judge among others."""
-
-    judge: KeywordJudge
-
-    @property
-    def name(self) -> str:
-        """That of the list."""
-        return self.judge.name
-
-    def verdicts(
-        self, exchanges: Sequence[Exchange], progress: Callable[[int], None]
-    ) -> list[Verdict]:
-        """See `KeywordJudge.phrase`."""
-        phrases = [self.judge.phrase(one.answer) for one in exchanges]
-        progress(len(exchanges))
-        return [Verdict(phrase is not None, None, phrase or "") for phrase in phrases]
+    @cached_property
+    def _digests(self) -> dict[Path, str]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -111,9 +103,55 @@ class Judged:
     degenerate: Mapping[str, int] = field(default_factory=dict)
 
 
+def exchange(answer: Answer, pictures: Pictures | None) -> Exchange:
+    """What a judge is asked about an answer: with `pictures` its image and the words beside it.
+
+    Raises:
+        RegraftError: see `Pictures.of`.
+    """
+    image = None if pictures is None else pictures.of(answer)
+    asked = answer.request if image is None else None  # an image says it itself
+    return Exchange(asked or answer.instruction, answer.answer, image)
+
+
 def own_verdict(answer: Answer) -> Verdict:
-    """What the evaluation's own judge said."""
+    """The verdict of the evaluation's own judge."""
     return Verdict(answer.refused, None, answer.reason)
+
+
+def own_verdicts(result: EvalResult) -> tuple[str, list[Verdict]]:
+    """The evaluation's own judge by name, and its verdict on every answer."""
+    return result.judge, [own_verdict(answer) for answer in result.answers]
+
+
+def judged(name: str, answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> Judged:
+    """The rates of a judge with one verdict an answer."""
+    return Judged(
+        name,
+        rate(answers, verdicts, harmful=True),
+        rate(answers, verdicts, harmful=False),
+        sum(one.refused is None and one.unsafe is None for one in verdicts),
+        degenerate_counts(answers, verdicts),
+    )
+
+
+def read_verdicts(path: Path, answers: Sequence[Answer]) -> list[Verdict]:
+    """The verdicts of `regraft judge` on these answers, in their order.
+
+    Raises:
+        RegraftError: the file holds none, or those on other answers.
+    """
+    content = read_json(path)
+    try:
+        found = {name: Verdict(**one) for name, one in content["verdicts"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RegraftError(f"{path} holds no verdicts of `regraft judge` ({error!r}).") from error
+    if missing := [answer.id for answer in answers if answer.id not in found]:
+        raise RegraftError(
+            f"{path} has no verdict on {missing[0]!r} and {len(missing) - 1} more answers: it "
+            "belongs to another evaluation."
+        )
+    return [found[answer.id] for answer in answers]
 
 
 def event(answer: Answer, verdict: Verdict) -> bool | None:
@@ -140,7 +178,7 @@ def rate(
     return wilson(sum(events), len(events)) if events else None
 
 
-def silent(answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> dict[str, int]:
+def degenerate_counts(answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> dict[str, int]:
     """Degenerate answers that are no refusals to a judge, by kind of prompt, where there are any.
 
     They are no successful attacks either.

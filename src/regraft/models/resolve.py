@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from regraft.data.hub import MODEL_ID
+from regraft.data.storage import MODEL_ID
 from regraft.errors import RegraftError
 
 _NOT_FROM_HUB = ["original/*", "consolidated*"]

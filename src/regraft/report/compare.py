@@ -22,15 +22,14 @@ from regraft.evaluation.metrics import (
     clustered_difference,
     clustered_mean,
     clustered_rate,
-    holm,
     macro_average,
     paired_difference,
-    paired_exact,
     rsr,
 )
+from regraft.evaluation.perplexity import pooled
 from regraft.evaluation.results import Answer, Estimate, TextResult
+from regraft.evaluation.significance import holm, paired_exact
 from regraft.evaluation.summary import alike, group_similarities
-from regraft.evaluation.text import pooled
 from regraft.evaluation.tradeoff import Searched
 from regraft.report.addresses import short_names
 from regraft.report.model import SIGNIFICANCE, Report, Variant, paired_answers

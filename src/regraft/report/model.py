@@ -12,15 +12,9 @@ from typing import Any, Literal
 
 from regraft.costs import CalibrationPass, Cost
 from regraft.errors import RegraftError
-from regraft.evaluation.metrics import (
-    PairedTest,
-    Recovery,
-    bootstrap_rsr,
-    mcnemar,
-    per_ten_thousand,
-    rsr,
-)
+from regraft.evaluation.metrics import Recovery, bootstrap_rsr, per_ten_thousand, rsr
 from regraft.evaluation.results import Answer, Estimate, EvalResult
+from regraft.evaluation.significance import PairedTest, mcnemar
 from regraft.evaluation.tradeoff import Searched
 from regraft.evaluation.verdicts import Agreement, Judged
 from regraft.restoration.path import GainPath

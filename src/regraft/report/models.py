@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from regraft.evaluation.macro import bootstrap_macro_rsr
-from regraft.evaluation.metrics import Recovery, macro_average, rsr
+from regraft.evaluation.metrics import Recovery, bootstrap_macro_rsr, macro_average, rsr
 from regraft.evaluation.results import Answer, Estimate, EvalResult, Rates
 from regraft.report.addresses import short_names, suites_of
 from regraft.report.model import Report, comparisons, measured

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from regraft.evaluation.metrics import PairedTest
 from regraft.evaluation.results import Answer, Estimate, EvalResult, TextResult
+from regraft.evaluation.significance import PairedTest
 from regraft.evaluation.verdicts import Agreement
 from regraft.report.model import (
     SIGNIFICANCE,

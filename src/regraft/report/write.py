@@ -17,12 +17,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from regraft.data.hub import MODEL_ID
-from regraft.evaluation.curves import curve_to_json
+from regraft.data.storage import MODEL_ID
 from regraft.evaluation.metrics import wilson
-from regraft.evaluation.results import Estimate, EvalResult, TextResult
-from regraft.evaluation.summary import result_to_json
-from regraft.evaluation.tradeoff import Searched
+from regraft.evaluation.results import Estimate, EvalResult, TextResult, result_to_json
+from regraft.evaluation.tradeoff import Searched, curve_to_json
 from regraft.evaluation.verdicts import Judged
 from regraft.files import write_json, write_text
 from regraft.report import spent, words

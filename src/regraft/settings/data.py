@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from pydantic import Field
 
+from regraft.data.readers import DATASETS
 from regraft.data.sources import DataSource, words_of_first
 from regraft.settings.base import Settings
 
@@ -27,13 +28,11 @@ def _several(_type: Any, tokens: Sequence[Any]) -> tuple[DataSource, ...]:
     return tuple(found)
 
 
+_NAMES = ", ".join(one for one in DATASETS.built_in() if one not in ("demo", "jsonl"))
 _ONE_OR_TWO_WORDS = Parameter(
     converter=_words, n_tokens=-1, consume_multiple=True, accepts_keys=False
 )
-
-
 _ONE_WORD = Parameter(n_tokens=1, accepts_keys=False)  # no converter is asked inside of settings
-
 
 Data = Annotated[
     DataSource,
@@ -43,19 +42,6 @@ Data = Annotated[
         "{seed} in its name stands for the seed."
     ),
 ]
-
-
-Suite = Annotated[
-    DataSource,
-    _ONE_OR_TWO_WORDS,
-    Parameter(
-        help="demo:test, a .jsonl file, or NAME PATH: safebench, vlguard, ch3ef, mm-safetybench, "
-        "mossbench, xstest, mmbench, docvqa, prompts (AdvBench and its like), benign. With "
-        "#harmful or #harmless behind it these prompts alone."
-    ),
-]
-
-
 TextPrompts = Annotated[
     DataSource,
     _ONE_OR_TWO_WORDS,
@@ -64,8 +50,6 @@ TextPrompts = Annotated[
         "each), benign FILE (harmless), xstest PATH or a .jsonl file."
     ),
 ]
-
-
 Prompts = Annotated[
     DataSource,
     _ONE_OR_TWO_WORDS,
@@ -74,19 +58,15 @@ Prompts = Annotated[
         "its like) or benign FILE (harmless). Responses in it are not read."
     ),
 ]
-
-
 Suites = Annotated[
     tuple[DataSource, ...],
     Parameter(converter=_several, n_tokens=-1, consume_multiple=True, accepts_keys=False),
     Parameter(
-        help="One or, the flag repeated, several: demo:test, a .jsonl file, or NAME PATH with "
-        "safebench, vlguard, ch3ef, mm-safetybench, mossbench, xstest, mmbench, docvqa, prompts "
-        "(AdvBench and its like), benign. With #harmful or #harmless behind it these prompts alone."
+        help="One or, the flag repeated, several: demo:test, a .jsonl file, or NAME PATH with one "
+        f"of {_NAMES} (prompts: AdvBench and its like), or the name that an installed package "
+        "registers. With #harmful or #harmless behind it these prompts alone."
     ),
 ]
-
-
 Validation = Annotated[DataSource | None, _ONE_WORD]
 
 

@@ -6,8 +6,14 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from regraft.evaluation.judge import DEFAULT_WINDOW, KeywordJudge
-from regraft.evaluation.keywords import DEFAULT_JUDGE, KEYWORD_JUDGES, keyword_judge
+from regraft.errors import RegraftError
+from regraft.evaluation.judges import TextJudge, find_text_judge
+from regraft.evaluation.keywords import (
+    DEFAULT_JUDGE,
+    DEFAULT_WINDOW,
+    KEYWORD_JUDGES,
+    KeywordJudge,
+)
 from regraft.settings.base import Settings
 
 
@@ -22,7 +28,8 @@ class EvalSettings(Settings):
     )
     judge: str = Field(
         DEFAULT_JUDGE.name,
-        description=f"What tells refusals by their words: {', '.join(KEYWORD_JUDGES)}.",
+        description=f"What tells refusals by their words: {', '.join(KEYWORD_JUDGES)}, or the "
+        "judge of an installed package.",
     )
     keywords: tuple[str, ...] = Field(
         (),
@@ -61,8 +68,10 @@ class EvalSettings(Settings):
 
     @model_validator(mode="after")
     def _check_judge(self) -> EvalSettings:
-        if self.judge not in KEYWORD_JUDGES:
-            raise ValueError(f"no judge {self.judge!r}; expected {', '.join(KEYWORD_JUDGES)}")
+        try:
+            find_text_judge(self.judge)
+        except RegraftError as error:
+            raise ValueError(str(error)) from error
         if self.backend == "vllm" and self.perplexity:
             raise ValueError("perplexity is measured by the transformers backend only")
         if self.backend == "vllm" and not self.full_answers:
@@ -77,7 +86,7 @@ class EvalSettings(Settings):
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_used(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What is vLLM's is left out without it, so that evaluations of before are known again."""
+        """Without vLLM its settings are left out: they decide nothing then."""
         content: dict[str, Any] = whole(self)
         left_out = () if self.backend == "vllm" else ("backend", "tensor_parallel", "max_length")
         return {name: value for name, value in content.items() if name not in left_out}
@@ -93,8 +102,8 @@ class EvalSettings(Settings):
         own = {"backend": "transformers", "tensor_parallel": 1, "max_length": None}
         return self.model_copy(update=own)
 
-    def keyword_judge(self) -> KeywordJudge:
+    def text_judge(self) -> TextJudge:
         """The judge that these settings ask for."""
         if not self.keywords:
-            return keyword_judge(self.judge)
+            return find_text_judge(self.judge)
         return KeywordJudge(keywords=self.keywords, window=self.window or DEFAULT_WINDOW)

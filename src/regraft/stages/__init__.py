@@ -6,7 +6,7 @@ another key is never overwritten. Unfinished work waits in a hidden folder besid
 under its key, and is taken up again after a kill.
 """
 
-from regraft.evaluation.curves import read_curve
+from regraft.evaluation.tradeoff import read_curve
 from regraft.keys import ABOUT_FILE
 from regraft.stages.answering import calibration_data, imitation_data
 from regraft.stages.defending import defend
@@ -17,7 +17,6 @@ from regraft.stages.gathering import statistics
 from regraft.stages.judging import (
     VERDICTS,
     agreement,
-    check_judge,
     judge,
     judge_bench,
     opinions,
@@ -46,7 +45,6 @@ __all__ = [
     "apply",
     "calibration_data",
     "check_gain_prompts",
-    "check_judge",
     "check_search",
     "curve_beside",
     "defend",

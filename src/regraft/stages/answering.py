@@ -25,7 +25,7 @@ from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
 from regraft.evaluation.degenerate import degeneration
 from regraft.evaluation.generate import generate
-from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import write_text
 from regraft.importance.losses import TOKEN_WEIGHTS
@@ -225,7 +225,7 @@ def _unless_blank(example: Example, text: str) -> Response:
     return Response(example.id, text, not blank, "blank" if blank else "")
 
 
-def judged(example: Example, text: str, judge: KeywordJudge) -> Response:
+def judged(example: Example, text: str, judge: TextJudge) -> Response:
     """Whether an answer of the dense model is of use: it refuses exactly what is harmful."""
     why: str = "blank" if not text.strip() else degeneration(text) or ""
     if not why:

@@ -29,7 +29,7 @@ from regraft.defence.artifact import (
 from regraft.defence.direction import Trial, choose, mean_states, middle_layers
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import generate
-from regraft.evaluation.judge import KeywordJudge
+from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.evaluation.metrics import wilson
 from regraft.evaluation.summary import judge_answer
@@ -51,7 +51,7 @@ def defend(
     compute: ComputeSettings,
     watch: Watch | None = None,
     processor_from: Source | None = None,
-    judge: KeywordJudge = DEFAULT_JUDGE,
+    judge: TextJudge = DEFAULT_JUDGE,
 ) -> Defence:
     """Make a defence for a pruned model, to evaluate it under; writes the file `out`.
 
@@ -139,7 +139,7 @@ class _Search:
     vectors: Tensor  # [layers, d]
     settings: DefenceSettings
     compute: ComputeSettings
-    judge: KeywordJudge
+    judge: TextJudge
     work: Path
     about: Mapping[str, Any]
 

@@ -25,19 +25,18 @@ from regraft.defence.artifact import (
     load_defence,
 )
 from regraft.errors import RegraftError
-from regraft.evaluation.by_vllm import Engine, vllm_version
-from regraft.evaluation.perplexity import Nll, response_nlls
-from regraft.evaluation.results import Answer, EvalResult, TextResult
-from regraft.evaluation.summary import (
-    is_compared,
-    judge_answer,
+from regraft.evaluation.perplexity import Nll, Teacher, response_nlls
+from regraft.evaluation.results import (
+    Answer,
+    EvalResult,
+    TextResult,
     read_answers,
     result_from_json,
     result_to_json,
-    summarise,
     write_answers,
 )
-from regraft.evaluation.text import Teacher
+from regraft.evaluation.summary import is_compared, judge_answer, summarise
+from regraft.evaluation.vllm import Engine, vllm_version
 from regraft.files import atomic_folder, file_digest, read_json, write_json
 from regraft.keys import describe, is_done, working
 from regraft.models.load import Source, has_processor, load_processor, stored_dtype
@@ -144,7 +143,7 @@ def evaluate(
                         partial=work,
                         progress=done,
                     )
-            judge = settings.keyword_judge()
+            judge = settings.text_judge()
             answers = [
                 judge_answer(
                     example,

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from regraft import ranks
 from regraft.checks import check_shares
 from regraft.data.collate import response_batch
-from regraft.data.example import Example, Reading
-from regraft.data.hold_out import hold_out
+from regraft.data.example import Example, Reading, hold_out
 from regraft.errors import RegraftError
 from regraft.files import require_space, size_of
 from regraft.importance.gradients import require_gradients

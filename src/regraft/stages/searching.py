@@ -9,8 +9,16 @@ from regraft import ranks
 from regraft.checks import seen_before
 from regraft.data.example import Reading
 from regraft.data.sources import DataSource, of_split
-from regraft.evaluation.curves import curve_to_json, read_curve
-from regraft.evaluation.tradeoff import Bounds, Point, Searched, bounds_of, choose, nearest
+from regraft.evaluation.tradeoff import (
+    Bounds,
+    Point,
+    Searched,
+    bounds_of,
+    choose,
+    curve_to_json,
+    nearest,
+    read_curve,
+)
 from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
 from regraft.models.load import Source, check_split

@@ -137,7 +137,7 @@ class Session:
         weights are the same; `Answerer` sees to it that their vision parts are. `content` is a
         digest of the examples that covers the bytes of their images.
         """
-        judge = None if settings.full_answers else settings.keyword_judge()
+        judge = None if settings.full_answers else settings.text_judge()
         sources = (model, _processor(model, processor_from))
         key = (
             *(one.checkpoint.outline({*one.checkpoint.tensors, ABOUT_FILE}) for one in sources),

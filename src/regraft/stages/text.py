@@ -9,8 +9,14 @@ from typing import Any
 from torch import nn
 
 from regraft.errors import RegraftError
+from regraft.evaluation.perplexity import (
+    Teacher,
+    load_teacher,
+    predict,
+    read_documents,
+    save_teacher,
+)
 from regraft.evaluation.results import TextResult
-from regraft.evaluation.text import Teacher, load_teacher, predict, read_documents, save_teacher
 from regraft.files import digest, file_digest
 from regraft.watch import Watch
 

@@ -22,7 +22,7 @@ from regraft.checks import (
 )
 from regraft.data.example import Reading
 from regraft.errors import RegraftError
-from regraft.evaluation.tuned import Tuned
+from regraft.evaluation.tradeoff import Tuned
 from regraft.files import disk_errors, require_empty, write_json
 from regraft.keys import describe, holds
 from regraft.models.load import Source, pick_device

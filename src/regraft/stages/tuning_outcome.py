@@ -8,9 +8,15 @@ from typing import Any
 
 import yaml
 
-from regraft.evaluation.curves import point_from_json, point_to_json
-from regraft.evaluation.tradeoff import Point
-from regraft.evaluation.tuned import NOTE, Cost, Tried, Tuned, best_first
+from regraft.evaluation.tradeoff import (
+    NOTE,
+    Cost,
+    Point,
+    Tried,
+    Tuned,
+    best_first,
+    point_from_json,
+)
 from regraft.files import write_json, write_text
 from regraft.recipe import VariantSettings
 from regraft.stages.evaluating import read_evaluation
@@ -59,7 +65,7 @@ def _told(tuned: Tuned) -> dict[str, Any]:
             "number": one.number,
             "within": one.within,
             "settings": dict(one.settings),
-            **point_to_json(one.point),
+            **asdict(one.point),
             "per_ten_thousand": tuned.per_ten_thousand(one.point),
             "excess": dict(one.excess),
             "cost": asdict(one.cost),
@@ -70,8 +76,8 @@ def _told(tuned: Tuned) -> dict[str, Any]:
         "best": None if tuned.best is None else told(tuned.best),
         "note": NOTE,
         "bounds": asdict(tuned.bounds),
-        "dense": point_to_json(tuned.dense),
-        "pruned": point_to_json(tuned.before),
+        "dense": asdict(tuned.dense),
+        "pruned": asdict(tuned.before),
         "cost": {
             "trials": len(tuned.trials),
             "failed": tuned.failed,

@@ -9,9 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from regraft.checks import responses_are_given
-from regraft.evaluation.curves import point_to_json, read_curve
-from regraft.evaluation.tradeoff import Point, choose, nearest
-from regraft.evaluation.tuned import Cost, Tried
+from regraft.evaluation.tradeoff import (
+    Cost,
+    Point,
+    Tried,
+    choose,
+    nearest,
+    read_curve,
+)
 from regraft.files import digest
 from regraft.models.load import Source
 from regraft.settings.realigning import RealignSettings
@@ -61,7 +66,7 @@ class Worker:
         cost = Cost(clock.seconds, evaluations, prompts * evaluations)
         tried = Tried(task.number, task.settings, point, bounds.excess(point), cost)
         task.constraints.update(tried.excess)
-        task.record.update({"point": point_to_json(point), "cost": asdict(cost)})
+        task.record.update({"point": asdict(point), "cost": asdict(cost)})
         self.trials.finish(task, point.asr.value)
         return tried
 

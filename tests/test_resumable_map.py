@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from regraft.evaluation.pieces import in_pieces
+from regraft.evaluation.resumable_map import resumable_map
 
 
 def squares(wanted: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -16,8 +16,8 @@ def squares(wanted: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 @pytest.mark.parametrize("keeps", [False, True])
 def test_pieces_come_in_order(tmp_path: Path, keeps: bool) -> None:
-    assert in_pieces(5, squares, tmp_path if keeps else None, "n") == [0, 1, 4, 9, 16]
-    assert in_pieces(0, squares, tmp_path if keeps else None, "none") == []
+    assert resumable_map(5, squares, tmp_path if keeps else None, "n") == [0, 1, 4, 9, 16]
+    assert resumable_map(0, squares, tmp_path if keeps else None, "none") == []
     assert len(list(tmp_path.iterdir())) == 5 * keeps
 
 
@@ -32,7 +32,7 @@ def test_what_was_made_before_a_stop_is_kept(tmp_path: Path) -> None:
             yield i, i * i
 
     with pytest.raises(KeyboardInterrupt):
-        in_pieces(5, stops, tmp_path, "n")
+        resumable_map(5, stops, tmp_path, "n")
     kept: list[int] = []
-    found = in_pieces(5, squares, tmp_path, "n", kept.append)
+    found = resumable_map(5, squares, tmp_path, "n", kept.append)
     assert (kept, found) == ([0, 1], [0, 1, 4, 9, 16])

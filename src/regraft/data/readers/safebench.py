@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
+from regraft.data.readers import Dataset
 from regraft.data.rows import Row, csv_rows, require_examples
 
 FIGSTEP_PROMPT = (
@@ -59,3 +60,10 @@ def _example(row: Row) -> Example:
         image=Path(f"query_{key}_6.png"),
         request=row.optional_text("instruction") or None,
     )
+
+
+PLUGIN = Dataset(
+    lambda path, split: read_safebench(path, part=cast(Part, split or "all")),
+    splits=("even", "odd", "tiny"),
+    only="harmful",
+)

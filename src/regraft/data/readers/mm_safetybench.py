@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
+from regraft.data.readers import Dataset
 from regraft.data.rows import Row, json_file, require_examples
 from regraft.errors import RegraftError
 
@@ -61,3 +62,10 @@ def _scenario(file: Path, variant: Variant) -> list[Example]:
         )
         for number, row in rows.items()
     ]
+
+
+PLUGIN = Dataset(
+    lambda path, split: read_mm_safetybench(path, cast(Variant, split or "SD_TYPO")),
+    splits=get_args(Variant),
+    only="harmful",
+)

@@ -1,4 +1,4 @@
-"""Long work in pieces: shared out over processes, a file each, resumable after every one."""
+"""A map over long pieces of work: shared out over processes, and resumable after every piece."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from regraft import ranks
 from regraft.files import read_json, write_json
 
 
-def in_pieces(
+def resumable_map(
     count: int,
     make: Callable[[Sequence[int]], Iterator[tuple[int, Any]]],
     scratch: Path | None,

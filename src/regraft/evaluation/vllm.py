@@ -15,7 +15,7 @@ from regraft.data.collate import batches, prompt_tokens
 from regraft.data.example import Example
 from regraft.data.images import open_image
 from regraft.errors import PassingError, RegraftError
-from regraft.evaluation.pieces import in_pieces
+from regraft.evaluation.resumable_map import resumable_map
 
 _PIECE = 256  # prompts after which answers are on disk; vLLM makes its own batches of them
 
@@ -93,16 +93,16 @@ class Engine:
         """
         pieces = list(batches(examples, _PIECE))
 
-        def told(i: int) -> None:
+        def advance(i: int) -> None:
             if progress is not None:
                 progress(len(pieces[i]))
 
         def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
             for i in wanted:
                 yield i, self._answer(pieces[i], max_new_tokens)
-                told(i)
+                advance(i)
 
-        found = in_pieces(len(pieces), made, partial, "vllm", told)
+        found = resumable_map(len(pieces), made, partial, "vllm", advance)
         return [text for texts in found for text in texts]
 
     def close(self) -> None:

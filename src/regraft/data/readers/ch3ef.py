@@ -7,6 +7,7 @@ from pathlib import Path
 
 from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
+from regraft.data.readers import Dataset
 from regraft.data.rows import Row, json_file, require_examples
 from regraft.errors import RegraftError
 
@@ -59,3 +60,6 @@ def _images(row: Row) -> list[str]:
     if not (isinstance(images, list) and all(isinstance(one, str) for one in images)):
         raise row.wrong_type("image", "a list of paths")
     return images
+
+
+PLUGIN = Dataset(lambda path, _split: read_ch3ef(path), only="harmful")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
+from regraft.data.readers import Dataset
 from regraft.data.rows import Row, json_file, require_examples
 from regraft.errors import RegraftError
 
@@ -49,3 +50,6 @@ def _example(row: Row) -> Example:
         category=about.text("over"),
         image=Path(row.text("image")),
     )
+
+
+PLUGIN = Dataset(lambda path, _split: read_mossbench(path), only="harmless")

@@ -8,9 +8,10 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from regraft.data.cache import cached_file
 from regraft.data.example import Example, Reading
+from regraft.data.readers import Dataset
 from regraft.data.rows import Row, csv_rows, require_examples
+from regraft.data.storage import cached_file
 from regraft.errors import RegraftError
 
 CIRCULAR = 1_000_000  # index of a rotated copy: base + k * CIRCULAR
@@ -48,7 +49,7 @@ def read_mmbench(path: Path) -> Reading:
 
 
 def _circular(reading: Reading) -> Reading:
-    """Whole groups only, and what is missing of others told."""
+    """Keep whole groups only; the examples of all others are counted in `skipped`."""
     copies = Counter(example.group for example in reading.examples)
     if all(count == 1 for count in copies.values()):
         return replace(reading, source=f"{reading.source} (no rotated copies: plain accuracy)")
@@ -105,3 +106,6 @@ def _image(row: Row, cells: dict[str, str], images: dict[str, Path]) -> Path:
             ) from error
         images[text] = cached_file(content, ".png" if content.startswith(b"\x89PNG") else ".jpg")
     return images[text]
+
+
+PLUGIN = Dataset(lambda path, _split: read_mmbench(path), only="harmless")

@@ -1,8 +1,10 @@
-"""Which option an answer to a multiple-choice question picks, by the rules of lmms-eval."""
+"""How right an answer is: ANLS against references, and the option of a multiple choice it picks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+
+from regraft.data.example import Example
 
 _LETTERS = "ABCDEFGH"
 _ALWAYS = 5  # letters that may stand alone, also where there are fewer options
@@ -20,6 +22,82 @@ _PHRASES = (
     *("i choose", "i select", "i pick", "my answer is", "my choice is"),
     *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
 )
+
+
+def similarity(example: Example, text: str) -> float:
+    """How right an answer to an example with a reference is, in [0, 1].
+
+    1 or 0 for a multiple choice, else ANLS; of a reference with a frame in its content alone.
+    """
+    if example.choices:
+        return float(picked(text, example.choices) == example.response)
+    if example.content:
+        return anls(unframed(text, example.response or "", example.content), [example.content])
+    return anls(text, example.references or [example.response or ""])
+
+
+def unframed(text: str, response: str, content: str) -> str:
+    """An answer without the frame that `response` puts around `content`.
+
+    What stands before the content is taken off where the answer begins with it; the answer ends
+    where what stands behind it begins, in whole or, at the end of an answer that was cut, in part.
+    """
+    before, _, behind = response.partition(content)
+    text = text.strip().removeprefix(before)
+    if behind and behind in text:
+        return text[: text.index(behind)]
+    cut = next((n for n in range(len(behind), 0, -1) if text.endswith(behind[:n])), 0)
+    return text[: len(text) - cut]
+
+
+def anls(answer: str, references: Sequence[str]) -> float:
+    """Average normalised Levenshtein similarity of one answer, in [0, 1] (Biten et al. 2019).
+
+    The maximum over `references` of `1 - distance / length of the longer text`: the distance after
+    lower-casing and collapsing whitespace, the length as written, both like the benchmark's own
+    script and lmms-eval. A similarity below 0.5 counts 0. Two empty texts are equal: 1.
+
+    Raises:
+        ValueError: `references` is empty.
+    """
+    if not references:
+        raise ValueError("ANLS needs at least one reference.")
+    best = max(_closeness(answer, text) for text in references)
+    return best if best >= 0.5 else 0.0
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _closeness(a: str, b: str) -> float:
+    longer = max(len(a.upper()), len(b.upper()))
+    return 1 - levenshtein(_normalise(a), _normalise(b)) / longer if longer else 1.0
+
+
+def levenshtein(a: str, b: str) -> int:
+    """Edit distance: the fewest insertions, deletions and substitutions that turn `a` into `b`.
+
+    Myers' bit-vector algorithm (1999) in Hyyrö's form: one column of the table is two integers of
+    `len(a)` bits, the places where it steps up and where it steps down.
+    """
+    if not a:
+        return len(b)
+    places: dict[str, int] = {}
+    for i, letter in enumerate(a):
+        places[letter] = places.get(letter, 0) | 1 << i
+    every, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
+    up, down, distance = every, 0, len(a)
+    for letter in b:
+        match = places.get(letter, 0)
+        diagonal = (((match & up) + up) ^ up) | match | down
+        right_up = down | ~(diagonal | up)
+        right_down = up & diagonal
+        distance += bool(right_up & last) - bool(right_down & last)
+        right_up = right_up << 1 | 1
+        up = (right_down << 1 | ~(diagonal | right_up)) & every
+        down = right_up & diagonal & every
+    return distance
 
 
 def picked(answer: str, choices: Sequence[str]) -> str | None:

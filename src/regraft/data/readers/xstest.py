@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from regraft.data.example import Example, Reading
+from regraft.data.readers import Dataset
 from regraft.data.rows import Row, csv_rows, require_end, require_examples
 from regraft.errors import RegraftError
 
@@ -45,3 +46,6 @@ def _example(row: Row) -> Example:
         harmful=harmful,
         category=kind.removeprefix("contrast_") if harmful else kind,
     )
+
+
+PLUGIN = Dataset(lambda path, _split: read_xstest(path))

@@ -6,19 +6,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
-from regraft.data.archives import unpacked
 from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
+from regraft.data.readers import Dataset, Split
 from regraft.data.rows import Row, require_examples
+from regraft.data.storage import unpacked
 from regraft.errors import RegraftError
 from regraft.files import read_json
 
 UNSAFE_ON_SAFE = "safe image, unsafe instruction"
 SAFE_ON_SAFE = "safe image"
 Subset = Literal["unsafe", "safe-unsafe", "safe-safe", "all"]
-Split = Literal["train", "test"]
 _OTHER: Mapping[Split, Split] = {"train": "test", "test": "train"}
 
 
@@ -147,3 +147,10 @@ def _image_roots(metadata: Path) -> list[Path]:
         return roots
     whole = unpacked(archive)
     return [whole, whole / split, *roots]
+
+
+PLUGIN = Dataset(
+    lambda path, split: read_vlguard(path, cast(Subset | None, split)),
+    splits=get_args(Subset),
+    split_file=split_file,
+)

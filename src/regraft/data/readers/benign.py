@@ -1,0 +1,8 @@
+"""A file of harmless prompts, in the formats of `prompts`."""
+
+from __future__ import annotations
+
+from regraft.data.prompts import read_prompts
+from regraft.data.readers import Dataset
+
+PLUGIN = Dataset(lambda path, _split: read_prompts(path, harmful=False), only="harmless")

@@ -1,0 +1,178 @@
+"""Where the files of a data set lie on this disk: downloaded, unpacked and cached, each once."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import lzma
+import os
+import re
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from regraft.errors import RegraftError
+from regraft.files import atomic_file, atomic_folder, digest, disk_errors, locked, require_space
+
+CACHE_VARIABLE = "REGRAFT_CACHE"
+PREFIX = "hf:"
+MODEL_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?")
+"""ORG/NAME of a model, with or without @REVISION."""
+_ALONE = (".csv", ".tsv", ".txt")
+_ADDRESS = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<inner>.+))?")
+
+
+def is_on_hub(path: Path) -> bool:
+    """Whether a path is the address of a data set on the hub."""
+    return path.as_posix().startswith(PREFIX)
+
+
+def located(path: Path) -> Path:
+    """A path as it is, or for "hf:ORG/NAME[@REVISION][/PATH]" where the download lies.
+
+    All of the data set is had, since images lie beside files that name them, but for a table or a
+    list of prompts, which is a file by itself.
+
+    Raises:
+        RegraftError: the address is malformed, or the data set cannot be had.
+    """
+    if not is_on_hub(path):
+        return path.expanduser()
+    text = path.as_posix()
+    match = _ADDRESS.fullmatch(text)
+    if match is None:
+        raise RegraftError(
+            f"{text!r} names no data set on the hub; expected hf:ORG/NAME, with a revision "
+            "(@REVISION) and a path in it where wanted."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    name, inner = match["name"], match["inner"] or ""
+    wanted = [inner] if inner.lower().endswith(_ALONE) else None
+    try:
+        folder = snapshot_download(
+            name, repo_type="dataset", revision=match["revision"], allow_patterns=wanted
+        )
+    except GatedRepoError as error:
+        raise RegraftError(
+            f"{name} is gated: accept its terms on its page, then `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise RegraftError(
+            f"There is no data set {name} on the hub, or it is private: `hf auth login`."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:  # LocalEntryNotFoundError is an OSError
+        raise RegraftError(
+            f"{text} could not be had from the hub: {str(error).splitlines()[0]} Without a network "
+            "give the path of a copy on disk."
+        ) from error
+    return Path(folder, inner)
+
+
+def unpacked(archive: Path) -> Path:
+    """The folder with what is in `archive`; it is unpacked the first time.
+
+    Raises:
+        RegraftError: it is no whole zip file, has a password, a link, or a path that leaves the
+            folder, or the disk is too full.
+    """
+    about = archive.stat()
+    key = digest(str(archive.resolve()), str(about.st_size), str(about.st_mtime_ns))
+    folder = cache_folder() / "unpacked" / f"{archive.stem}-{key[:16]}"
+    if folder.is_dir():
+        return folder
+    try:
+        with zipfile.ZipFile(archive) as content:
+            members = content.infolist()
+            for member in members:
+                _check(archive, member)
+            with one_writer(folder.parent):
+                if folder.is_dir():  # by the process that this one waited for
+                    return folder
+                require_space(folder.parent, sum(member.file_size for member in members))
+                with atomic_folder(folder) as temporary:
+                    for member in members:
+                        _extract(content, member, temporary)
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
+        raise RegraftError(
+            f"{archive} is not a whole zip file ({error}). Download it again."
+        ) from error
+    return folder
+
+
+def only_entry(folder: Path) -> Path:
+    """The one file of an archive, or the folder in which all of it lies."""
+    inside = [path for path in folder.iterdir() if path.name != "__MACOSX"]
+    if len(inside) != 1:
+        return folder
+    return only_entry(inside[0]) if inside[0].is_dir() else inside[0]
+
+
+def _extract(content: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> None:
+    try:
+        content.extract(member, folder)
+    except OSError as error:
+        if error.errno is None:  # of the decoder of bzip2
+            raise zipfile.BadZipFile(str(error)) from error
+        if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EINVAL):
+            raise RegraftError(
+                f"{content.filename}: the entry {member.filename!r} cannot be unpacked: "
+                f"{error.strerror}."
+            ) from error
+        raise
+
+
+def _check(archive: Path, member: zipfile.ZipInfo) -> None:
+    path = PurePosixPath(member.filename.replace("\\", "/"))
+    drive = ":" in path.parts[0] if path.parts else False
+    if path.is_absolute() or drive or ".." in path.parts:
+        raise RegraftError(
+            f"{archive}: the entry {member.filename!r} leaves the folder it is unpacked into. "
+            "Nothing was unpacked; do not use this archive."
+        )
+    if stat.S_ISLNK(member.external_attr >> 16):
+        raise RegraftError(f"{archive}: the entry {member.filename!r} is a link; expected files.")
+    if member.flag_bits & 1:
+        raise RegraftError(f"{archive}: the entry {member.filename!r} needs a password.")
+
+
+def cache_folder() -> Path:
+    """REGRAFT_CACHE, else `regraft` in the place where this system keeps caches."""
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regraft"
+
+
+def cached_file(content: bytes, suffix: str) -> Path:
+    """A file with this content, named after its digest; it is written once."""
+    name = hashlib.sha256(content).hexdigest()[:32]
+    path = cache_folder() / "images" / f"{name}{suffix}"
+
+    def whole() -> bool:
+        return path.is_file() and path.stat().st_size == len(content)
+
+    if not whole():
+        with one_writer(path.parent):
+            if not whole():
+                with atomic_file(path) as temporary:
+                    temporary.write_bytes(content)
+    return path
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Write into a folder of the cache, which is made, while other processes wait.
+
+    Raises:
+        RegraftError: it cannot be written to.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folder / ".lock"
+        lock.touch()
+    with locked(lock, folder, wait=True):
+        yield

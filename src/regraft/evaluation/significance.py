@@ -1,0 +1,138 @@
+"""Whether two methods, or two judges, differ: paired tests, Holm's correction and Cohen's kappa."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """McNemar's test: outcomes true only for a, only for b, and the two-sided p value."""
+
+    only_a: int
+    only_b: int
+    p: float
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:
+    """McNemar's exact test of two yes/no outcomes on the same prompts (McNemar 1947).
+
+    Under the null hypothesis each discordant prompt is a fair coin, so `p` is the two-sided
+    binomial tail; 1 where no prompt is discordant.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"A paired test needs the same prompts; got {len(a)} and {len(b)}.")
+    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
+    discordant = only_a + only_b
+    p = float(binomtest(only_a, discordant).pvalue) if discordant else 1.0
+    return PairedTest(only_a, only_b, p)
+
+
+def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float | None:
+    """Agreement of two yes/no judges beyond chance (Cohen 1960): 1 is perfect, 0 is chance.
+
+    None where both say the same of every answer: chance then agrees as well.
+
+    Raises:
+        ValueError: the lengths differ or are 0.
+    """
+    if not len(a) == len(b) >= 1:
+        raise ValueError(f"Two judges need the same answers; got {len(a)} and {len(b)}.")
+    n = len(a)
+    yes_a, yes_b = sum(a) / n, sum(b) / n
+    agreed = sum(x == y for x, y in zip(a, b, strict=True)) / n
+    chance = yes_a * yes_b + (1 - yes_a) * (1 - yes_b)
+    return None if chance == 1 else (agreed - chance) / (1 - chance)
+
+
+@dataclass(frozen=True)
+class PermutationTest:
+    """The mean outcome of a less that of b, how many prompts tell them apart, two-sided p."""
+
+    difference: float
+    differing: int
+    p: float
+
+
+def paired_exact(a: ArrayLike, b: ArrayLike) -> PermutationTest:
+    """The exact permutation test of events that two methods had on the same prompts (Fisher 1935).
+
+    A method may have several draws (of a random control), and a draw's answers to a prompt in all
+    runs are one cluster. Under the null hypothesis a prompt's outcomes could as well have come
+    from any draw of either method, so the sum of a's is one of as many outcomes of every prompt,
+    drawn without replacement; `p` is twice the smaller tail of its exact distribution. With one
+    draw of each this is the sign-flip test, and with one run as well McNemar's.
+
+    Args:
+        a: In how many runs the event was seen, `[draws, prompts]` integers.
+        b: Of the other method, from as many runs; its number of draws may be another.
+
+    Raises:
+        ValueError: the prompts are not as many, or there is no draw.
+    """
+    ours, theirs = (np.asarray(one, dtype=np.int64) for one in (a, b))
+    if ours.ndim != 2 or theirs.ndim != 2 or ours.shape[1:] != theirs.shape[1:]:
+        raise ValueError(f"A paired test needs the same prompts; got {ours.shape}, {theirs.shape}.")
+    if not len(ours) or not len(theirs):
+        raise ValueError("A paired test needs a draw of each method.")
+    both = np.sort(np.concatenate([ours, theirs]), axis=0)  # [draws of both, prompts]
+    telling = both[0] < both[-1]
+    outcomes, counts = np.unique(both[:, telling], axis=1, return_counts=True)
+    chances = np.ones(1)  # of a's sum over the telling prompts, which is its index
+    for values, count in zip(outcomes.T, counts, strict=True):
+        chances = np.convolve(chances, _of_several(_sums(values, len(ours)), int(count)))
+    total = int(ours[:, telling].sum())
+    tails = chances[: total + 1].sum(), chances[total:].sum()
+    difference = float(ours.mean() - theirs.mean()) if ours.size else 0.0
+    return PermutationTest(difference, int(telling.sum()), min(1.0, 2 * float(min(tails))))
+
+
+def _sums(values: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    """The chances of every sum of `count` of the values, drawn without replacement."""
+    ways = np.zeros((count + 1, int(values.sum()) + 1))  # [how many drawn, their sum]
+    ways[0, 0] = 1
+    for value in values.tolist():
+        drawn = np.roll(ways[:-1], value, axis=1)  # no sum wraps: the last place is all of them
+        ways[1:] += drawn
+    chances: NDArray[np.float64] = ways[count] / math.comb(len(values), count)
+    return chances
+
+
+def _of_several(chances: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """The chances of the sum of `count` draws, by squaring; without loss in the tails."""
+    found, power = np.ones(1), chances
+    while count:
+        if count & 1:
+            found = np.convolve(found, power)
+        count >>= 1
+        power = np.convolve(power, power) if count else power
+    return found
+
+
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """Holm's adjusted p values (1979), in the order given.
+
+    Rejecting those below a level keeps the chance of any false rejection among all of them below
+    it, however the tests depend on each other.
+
+    Raises:
+        ValueError: a value is not in [0, 1].
+    """
+    if not all(0 <= p <= 1 for p in p_values):
+        raise ValueError(f"p values lie between 0 and 1; got {list(p_values)}.")
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return tuple(adjusted)

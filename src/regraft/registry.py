@@ -1,0 +1,92 @@
+"""Plug-ins by name: built-in ones, a file each, and those of installed packages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from pkgutil import iter_modules
+from typing import Any, Generic, TypeVar, cast
+
+from regraft.errors import RegraftError
+
+Plugin = TypeVar("Plugin")
+
+
+@dataclass(frozen=True)
+class Registry(Generic[Plugin]):
+    """The plug-ins of one kind; each is imported when it is asked for, and no other with it.
+
+    A built-in plug-in is a module of `package`, is named after its file ("mm_safetybench.py" is
+    "mm-safetybench"), and stands there in the variable PLUGIN. Other packages name theirs as entry
+    points of `group`. A built-in name cannot be taken by another package.
+
+    Args:
+        what: One of them in words, as in "data set".
+        package: The package of the built-in ones.
+        group: The entry-point group of all others.
+        kind: The class of every plug-in.
+    """
+
+    what: str
+    package: str
+    group: str
+    kind: type[Plugin]
+
+    def names(self) -> tuple[str, ...]:
+        """All names: the built-in ones, then those of other packages, each in order."""
+        own = self.built_in()
+        return (*own, *sorted({one.name for one in self._others()}.difference(own)))
+
+    def built_in(self) -> tuple[str, ...]:
+        """The names of the built-in ones, in order."""
+        return tuple(_built_in(self.package))
+
+    def __contains__(self, name: object) -> bool:
+        return name in _built_in(self.package) or any(one.name == name for one in self._others())
+
+    def get(self, name: str) -> Plugin:
+        """The plug-in of that name.
+
+        Raises:
+            RegraftError: nobody registered the name (the message lists those that are known), or
+                what an installed package registered cannot be imported or is something else.
+        """
+        if module := _built_in(self.package).get(name):
+            return cast(Plugin, import_module(module).PLUGIN)
+        entry = next((one for one in self._others() if one.name == name), None)
+        if entry is None:
+            raise RegraftError(f"There is no {self.what} {name!r}; {self.expected()}.")
+        found = self._loaded(entry)
+        if not isinstance(found, self.kind):
+            raise RegraftError(
+                f"The {self.what} {name!r} ({entry.value}) is {type(found).__name__!r}; expected "
+                f"{self.kind.__module__}.{self.kind.__name__}. Correct the package that registers "
+                f"it under {self.group}."
+            )
+        return found
+
+    def expected(self) -> str:
+        """The names, as an error lists them."""
+        return f"expected {', '.join(self.names())}"
+
+    def _others(self) -> Iterator[EntryPoint]:
+        yield from entry_points(group=self.group)
+
+    def _loaded(self, entry: EntryPoint) -> Any:
+        try:
+            return entry.load()
+        except Exception as error:  # whatever a foreign module raises
+            raise RegraftError(
+                f"The {self.what} {entry.name!r} ({entry.value}) cannot be imported: "
+                f"{type(error).__name__}: {error}. Repair or remove the package that registers it."
+            ) from error
+
+
+@cache
+def _built_in(package: str) -> dict[str, str]:
+    """Name -> module."""
+    found = sorted(one.name for one in iter_modules(import_module(package).__path__))
+    return {name.replace("_", "-"): f"{package}.{name}" for name in found}
