@@ -24,7 +24,7 @@ from regraft.importance.statistics import ImportanceStatistics
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
 from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import Source, load_model, load_processor, open_source
-from regraft.models.placement import resident
+from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.pruning.masks import Pattern
 from regraft.pruning.patterns import assign_patterns
@@ -244,6 +244,12 @@ def random_statistics(anatomy: Anatomy, generator: torch.Generator) -> Importanc
     """Squared input sums of every prunable weight, drawn at random."""
     squares = {li.key: torch.rand(li.shape[1], generator=generator) for li in anatomy.linears}
     return ImportanceStatistics("wanda", squares, 1)
+
+
+def resident(network: nn.Module) -> PlacedModel:
+    """A model that is all on the device of its first parameter."""
+    parameter = next(network.parameters())
+    return PlacedModel(network, parameter.device, parameter.dtype)
 
 
 def walk(model: nn.Module, batches: Sequence[Batch], *, streamed: bool = False) -> Walk:

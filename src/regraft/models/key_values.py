@@ -25,7 +25,7 @@ from regraft.models.anatomy import attention_of, cache_argument, decoder_layers
 from regraft.models.replay import Replay, Stop, TextInputs, hooked, replaced_forwards, replay
 
 # Where a layer's arguments have the query positions
-QUERY_DIMS = {
+_QUERY_DIMS = {
     "attention_mask": -2,
     "cross_attention_mask": -2,
     "full_text_row_masked_out_mask": -2,
@@ -187,20 +187,34 @@ def narrowed(kwargs: Mapping[str, Any], size: int) -> dict[str, Any] | None:
     Returns:
         The arguments, views where possible; None if one of them is not understood.
     """
-    cut: dict[str, Any] = {}
-    for name, value in kwargs.items():
-        if name == "position_embeddings" and isinstance(value, tuple):
-            cut[name] = tuple(part[..., -size:, :] for part in value)
-        elif not isinstance(value, Tensor) or name == "cross_attention_states":
-            if not isinstance(value, Tensor | bool | int | float | str | None):
-                return None
-            cut[name] = value
-        elif name not in QUERY_DIMS or (name.endswith("mask") and value.ndim != 4):
-            return None
-        else:
-            dim = QUERY_DIMS[name]
-            cut[name] = value.narrow(dim, value.shape[dim] - size, size)
-    return cut
+    if not all(_understood(name, value) for name, value in kwargs.items()):
+        return None
+    return along_queries(
+        kwargs, lambda _, tensor, dim: tensor.narrow(dim, tensor.shape[dim] - size, size)
+    )
+
+
+def _understood(name: str, value: Any) -> bool:
+    if isinstance(value, tuple):
+        return name == "position_embeddings"
+    if isinstance(value, Tensor) and name != "cross_attention_states":
+        return name in _QUERY_DIMS and (value.ndim == 4 or not name.endswith("mask"))
+    return isinstance(value, Tensor | bool | int | float | str | None)
+
+
+def along_queries(
+    kwargs: Mapping[str, Any], change: Callable[[str, Tensor, int], Tensor]
+) -> dict[str, Any]:
+    """A layer's arguments; `change(name, tensor, dim)` of those with query positions along `dim`."""
+
+    def changed(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):  # the rotary cos and sin
+            return tuple(change(name, part, _QUERY_DIMS[name]) for part in value)
+        if name in _QUERY_DIMS and isinstance(value, Tensor):
+            return change(name, value, _QUERY_DIMS[name])
+        return value
+
+    return {name: changed(name, value) for name, value in kwargs.items()}
 
 
 def fold(tensor: Tensor, copies: int, dim: int = -2) -> Tensor:

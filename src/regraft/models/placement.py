@@ -76,12 +76,6 @@ class PlacedModel:
                 tensor.data = home
 
 
-def resident(network: nn.Module) -> PlacedModel:
-    """A model that is all on the device of its first parameter."""
-    parameter = next(network.parameters())
-    return PlacedModel(network, parameter.device, parameter.dtype)
-
-
 def weight_in_memory(module: nn.Module) -> Tensor | None:
     """A module's weight where it is, on a device or in host memory; None where it waits on disk.
 

@@ -22,7 +22,7 @@ from regraft.models.anatomy import (
     decoder_layers,
     text_decoder,
 )
-from regraft.models.key_values import QUERY_DIMS, KeyValues, fold, key_values, narrowed, unfold
+from regraft.models.key_values import KeyValues, along_queries, fold, key_values, narrowed, unfold
 from regraft.models.replay import Replay, TextInputs, first_call, hooked
 
 
@@ -117,7 +117,7 @@ def window_at(model: nn.Module, recorded: Recorded, positions: Tensor) -> Window
                 "Screening heads needs the attention backend sdpa or eager; score all heads "
                 "exactly instead (mode exact)."
             )
-        kwargs = {name: _cut(name, value, positions) for name, value in arguments.items()}
+        kwargs = along_queries(arguments, partial(_pick_axes, positions=positions))
         within = None
         if index not in cross:
             mask = arguments["attention_mask"]
@@ -172,22 +172,12 @@ class _Fixed(NamedTuple):
         return self.keys, self.values
 
 
-def _cut(name: str, value: Any, positions: Tensor) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_pick_axes(part, positions, -2, 4) for part in value)
-    if name == "position_ids" and isinstance(value, Tensor):
-        return _pick_axes(value, positions, -1, 3)
-    if name in QUERY_DIMS and isinstance(value, Tensor):
-        return _pick(value, positions, QUERY_DIMS[name])
-    return value
+def _pick_axes(name: str, tensor: Tensor, dim: int, positions: Tensor) -> Tensor:
+    """`_pick` of a layer's argument, of each axis where those of multi-axis rotary come first.
 
-
-def _pick_axes(tensor: Tensor, positions: Tensor, dim: int, with_axes: int) -> Tensor:
-    """`_pick`, but of each axis where multi-axis rotary embeddings come first: `[3, B, S, D]`.
-
-    Qwen2-VL's layers get them so in transformers below 5.20.
+    In transformers below 5.20 Qwen2-VL's layers get cos and sin as `[3, B, S, D]`.
     """
-    if tensor.ndim < with_axes:
+    if tensor.ndim != {"position_embeddings": 4, "position_ids": 3}.get(name):
         return _pick(tensor, positions, dim)
     return torch.stack([_pick(axis, positions, dim) for axis in tensor])
 
@@ -239,14 +229,7 @@ def window_replay(model: nn.Module, window: Window) -> Replay:
 
 def _side_by_side(call: _Call, copies: int, cross: bool) -> dict[str, Any]:
     """A layer's arguments for `copies` windows laid out along the positions."""
-    kwargs: dict[str, Any] = {}
-    for name, value in call.kwargs.items():
-        if isinstance(value, tuple):
-            kwargs[name] = tuple(_repeated(part, copies, -2) for part in value)
-        elif name in QUERY_DIMS and isinstance(value, Tensor):
-            kwargs[name] = _repeated(value, copies, QUERY_DIMS[name])
-        else:
-            kwargs[name] = value
+    kwargs = along_queries(call.kwargs, lambda _, tensor, dim: _repeated(tensor, copies, dim))
     if cross:
         kwargs["cross_attention_states"] = None
     else:
