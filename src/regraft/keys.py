@@ -38,12 +38,7 @@ from regraft.settings.compute import ComputeSettings
 _ONLY_ROUNDING = ("batch_size", "tokens_per_pass")  # settings that change nothing more
 _PIECES = "by size of image"  # how work is cut; another cut begins unfinished work again
 ABOUT_FILE = "regraft.json"  # in a checkpoint: how it was made
-_OUTCOMES = {
-    "violated_groups",
-    "start",
-    "steps",
-    "end",
-}  # described, but an outcome of the work
+_OUTCOMES = {"violated_groups", "start", "steps", "end"}  # in descriptions, but decide nothing
 
 
 def describe(

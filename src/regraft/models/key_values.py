@@ -205,7 +205,7 @@ def _understood(name: str, value: Any) -> bool:
 def along_queries(
     kwargs: Mapping[str, Any], change: Callable[[str, Tensor, int], Tensor]
 ) -> dict[str, Any]:
-    """A layer's arguments; `change(name, tensor, dim)` of those with query positions along `dim`."""
+    """A layer's arguments, with `change(name, tensor, dim)` for those of query positions."""
 
     def changed(name: str, value: Any) -> Any:
         if isinstance(value, tuple):  # the rotary cos and sin
