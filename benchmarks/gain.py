@@ -44,7 +44,7 @@ from regraft.data.collate import Batch, batches, response_batch
 from regraft.data.demo import demo_model
 from regraft.data.example import Example, hold_out
 from regraft.data.sources import DataSource, read
-from regraft.models.checkpoint import write_edited
+from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import Source, load_placed, load_processor, open_source, pick_device
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk

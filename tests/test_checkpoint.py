@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -21,13 +23,8 @@ import pico
 from disk import differing, equal_bytes, rewrite, tree
 from regraft.data.collate import prompt_batch
 from regraft.errors import RegraftError
-from regraft.models.checkpoint import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Edit,
-    open_checkpoint,
-    write_edited,
-)
+from regraft.models.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from regraft.models.checkpoint_copy import Edit, copy_file, write_edited
 from regraft.models.load import open_source
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -368,3 +365,30 @@ def test_no_weights(small: Path) -> None:
     (small / "weights.gguf").write_text("")
     with pytest.raises(RegraftError, match=r"only as weights\.gguf.*never unpickles"):
         open_checkpoint(small)
+
+
+@pytest.mark.parametrize("kernel", ["as it is", "none", "gives up", "missing"])
+def test_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    """Where the kernel does not copy, or stops halfway, we do, from there on."""
+    content = os.urandom(3 * 2**20 + 5)
+    (tmp_path / "a").write_bytes(content)
+    real = getattr(os, "copy_file_range", None)
+    calls = []
+
+    def gives_up(source: int, target: int, count: int) -> int:
+        calls.append(count)
+        if kernel == "none" or len(calls) > 1:
+            raise OSError(errno.EXDEV, "x")
+        if real is None:
+            pytest.skip("only Linux copies in the kernel")
+        copied: int = real(source, target, 2**20 + 1)
+        return copied
+
+    if kernel == "missing":
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    elif kernel != "as it is":
+        monkeypatch.setattr(os, "copy_file_range", gives_up, raising=False)
+    counted: list[int] = []
+    copy_file(tmp_path / "a", tmp_path / "b", counted.append)
+    assert (tmp_path / "b").read_bytes() == content
+    assert sum(counted) == len(content)

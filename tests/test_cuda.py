@@ -23,7 +23,6 @@ from regraft.models.load import (
     load_processor,
     open_source,
 )
-from regraft.models.placement import resident
 from regraft.models.walk import Walk
 from regraft.pruning.base import PRUNERS, prune_settings
 from regraft.pruning.masks import Pattern, assign_patterns
@@ -60,7 +59,7 @@ def test_heads_and_statistics(
             Scoring(r_max=2, tokens_per_pass=512),
         )
         ships[device] = torch.stack([scores.ships, scores.kl])
-        walk = Walk(resident(model), [response_batch(processor, examples)])
+        walk = Walk(truth.resident(model), [response_batch(processor, examples)])
         work = tmp_path / f"statistics-{device}"
         sums[device] = gather(walk, source.anatomy, PRUNERS.get("wanda"), work, lambda _: None)
     assert ships["cpu"].isfinite().any()

@@ -21,14 +21,20 @@ from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource
 from regraft.defence.artifact import Direction, ShieldPrompt, load_defence, save_defence
-from regraft.defence.direction import Trial, choose, mean_states, middle_layers
+from regraft.defence.direction import (
+    Trial,
+    choose,
+    last_token_outputs,
+    mean_states,
+    middle_layers,
+    moved_output,
+)
 from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import wilson
 from regraft.files import file_digest
 from regraft.folder import RunFolder
 from regraft.models.load import Source, open_source
-from regraft.models.steering import last_token_outputs, moved_output
 from regraft.recipe import Recipe, read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings

@@ -19,7 +19,6 @@ from regraft.files import (
     WORKERS,
     atomic_file,
     atomic_folder,
-    copy_file,
     digest,
     disk_errors,
     in_threads,
@@ -187,33 +186,6 @@ def test_space(tmp_path: Path) -> None:
     with pytest.raises(RegraftError, match=r"out needs 1048576.00 GiB and .* free") as caught:
         require_space(tmp_path / "out", 2**50)
     assert "choose another folder" in str(caught.value)
-
-
-@pytest.mark.parametrize("kernel", ["as it is", "none", "gives up", "missing"])
-def test_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
-    """Where the kernel does not copy, or stops halfway, we do, from there on."""
-    content = os.urandom(3 * 2**20 + 5)
-    (tmp_path / "a").write_bytes(content)
-    real = getattr(os, "copy_file_range", None)
-    calls = []
-
-    def gives_up(source: int, target: int, count: int) -> int:
-        calls.append(count)
-        if kernel == "none" or len(calls) > 1:
-            raise OSError(errno.EXDEV, "x")
-        if real is None:
-            pytest.skip("only Linux copies in the kernel")
-        copied: int = real(source, target, 2**20 + 1)
-        return copied
-
-    if kernel == "missing":
-        monkeypatch.delattr(os, "copy_file_range", raising=False)
-    elif kernel != "as it is":
-        monkeypatch.setattr(os, "copy_file_range", gives_up, raising=False)
-    counted: list[int] = []
-    copy_file(tmp_path / "a", tmp_path / "b", counted.append)
-    assert (tmp_path / "b").read_bytes() == content
-    assert sum(counted) == len(content)
 
 
 def test_threads_give_results_in_order_and_stop_at_an_error() -> None:

@@ -14,7 +14,6 @@ from torch.nn import functional as F  # noqa: N812
 
 import truth
 from regraft.data.collate import IGNORED, response_batch
-from regraft.models.placement import resident
 from regraft.pruning.gradients import layer_gradients
 from regraft.restoration.methods.gain.objective import (
     MOST_TRIES,
@@ -272,7 +271,7 @@ def test_the_loss_is_the_divergence_of_the_first_tokens(tokens, pico_dir):
         q = (head @ final[start - 1 + t].double()).softmax(0)
         wanted += weight * float((p * (p.log() - q.log())).sum())
     states = final.clone().requires_grad_()
-    found = DecisionLoss({"one": teacher})(resident(model), states, labels, "one")
+    found = DecisionLoss({"one": teacher})(truth.resident(model), states, labels, "one")
     assert found.dtype == torch.float32 and found.shape == ()
     assert float(found.detach()) == pytest.approx(wanted, rel=1e-4)
     (slope,) = torch.autograd.grad(found, states)

@@ -78,7 +78,7 @@ def test_the_pattern_of_most_weights_counts() -> None:
 
 def test_violated_groups_equal_loops(pico_dir, tmp_path: Path) -> None:
     """Restore at random in a 2:4 checkpoint and count again on the patched weights."""
-    from regraft.models.checkpoint import write_edited
+    from regraft.models.checkpoint_copy import write_edited
 
     source = truth.opened(pico_dir("qwen2_vl")).source
     edits = {
@@ -103,7 +103,7 @@ def test_violated_groups_equal_loops(pico_dir, tmp_path: Path) -> None:
 
 
 def test_realign_tells_of_violated_groups(pico_dir, tmp_path: Path) -> None:
-    from regraft.models.checkpoint import write_edited
+    from regraft.models.checkpoint_copy import write_edited
     from regraft.models.load import open_source
     from regraft.patch.format import load_patch
 

@@ -15,7 +15,8 @@ from disk import rewrite
 from methods import method, restored
 from regraft import stages
 from regraft.errors import RegraftError
-from regraft.models.checkpoint import SINGLE_FILE, Edit, write_edited
+from regraft.models.checkpoint import SINGLE_FILE
+from regraft.models.checkpoint_copy import Edit, write_edited
 from regraft.models.load import Source, load_model, open_source
 from regraft.patch.pair import check_pair, survey
 from regraft.pruning.masks import Pattern

@@ -19,7 +19,8 @@ from methods import method, restored
 from regraft.artifact import read_artifact, write_artifact
 from regraft.data.collate import prompt_batch
 from regraft.errors import RegraftError
-from regraft.models.checkpoint import Checkpoint, Edit, open_checkpoint, write_edited
+from regraft.models.checkpoint import Checkpoint, open_checkpoint
+from regraft.models.checkpoint_copy import Edit, write_edited
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.patch import apply as apply_module
 from regraft.patch import format as patch_module

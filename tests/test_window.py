@@ -15,20 +15,10 @@ import pico
 import truth
 from regraft.errors import RegraftError
 from regraft.models.ablation import head_outputs, replay_ablated
-from regraft.models.anatomy import attention_of, decoder_layers
+from regraft.models.anatomy import attention_of, cross_attention_layers, decoder_layers
+from regraft.models.key_values import fold, key_values, last_token_replay, narrowed, unfold
 from regraft.models.replay import layer_inputs, replay, text_inputs
-from regraft.models.window import (
-    cross_attention_layers,
-    fold,
-    key_values,
-    last_token_replay,
-    most_attended,
-    narrowed,
-    record,
-    unfold,
-    window_at,
-    window_replay,
-)
+from regraft.models.window import most_attended, record, window_at, window_replay
 
 CASES = [
     (family, kind)

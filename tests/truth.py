@@ -21,9 +21,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 import pico
 from regraft.data.collate import Batch, prompt_batch, response_batch
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
-from regraft.models.checkpoint import write_edited
+from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import Source, load_model, load_processor, open_source
-from regraft.models.placement import resident
+from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.pruning.base import PruneSettings, prune_settings
 from regraft.pruning.masks import Pattern, assign_patterns
@@ -244,6 +244,12 @@ def random_statistics(anatomy: Anatomy, generator: torch.Generator) -> Importanc
     """Squared input sums of every prunable weight, drawn at random."""
     squares = {li.key: torch.rand(li.shape[1], generator=generator) for li in anatomy.linears}
     return ImportanceStatistics("wanda", squares, 1)
+
+
+def resident(network: nn.Module) -> PlacedModel:
+    """A model that is all on the device of its first parameter."""
+    parameter = next(network.parameters())
+    return PlacedModel(network, parameter.device, parameter.dtype)
 
 
 def walk(model: nn.Module, batches: Sequence[Batch], *, streamed: bool = False) -> Walk:

@@ -84,12 +84,16 @@ class CalibrationPass:
 
 
 class Metered:
-    """A watch that counts the floating point operations of every model it is told of.
+    """A watch that counts the floating point operations of every model that is `loaded`.
+
+    By hooks, not by `torch.utils.flop_counter`, which sees every operator: in a run on a pico model
+    (prune, gain, evaluate) it took 5.4 s of CPU time where hooks took 2.2 s, and counted
+    0.4 % less. In generation with a 0.5 B model both counted the same and cost nothing measurable.
 
     Attributes:
         flops: So far.
         elsewhere: Whether another program was at work, of which nothing is counted.
-        advanced: Called whenever a task gets on.
+        advanced: Called whenever a task advances.
     """
 
     def __init__(self, watch: Watch) -> None:
@@ -100,17 +104,17 @@ class Metered:
 
     @contextmanager
     def task(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:
-        """Tell the watch inside, and whoever wants to know that work gets on."""
+        """A task of the watch inside, that calls `advanced` as well."""
         with self._watch.task(what, total, unit) as advance:
 
-            def told(done: int) -> None:
+            def advance_both(done: int) -> None:
                 advance(done)
                 self.advanced()
 
-            yield told
+            yield advance_both
 
     def note(self, text: str) -> None:
-        """Tell the watch inside."""
+        """See `Watch`."""
         self._watch.note(text)
 
     def loaded(self, network: nn.Module) -> None:
@@ -131,10 +135,10 @@ class Metered:
 
 
 class Ledger:
-    """The costs of a run, in a file that every finished or broken off stage is added to.
+    """The costs of a run, in a file to which every finished or interrupted stage is added.
 
-    A stage at work is in it as well, as of a minute ago at most where its tasks get on so often:
-    what a killed start had spent since then is lost.
+    A stage at work is in it as well, as of the last minute in which a task advanced: what a killed
+    start had spent since then is lost.
     """
 
     def __init__(self, path: Path, metered: Metered, device: torch.device) -> None:
@@ -193,7 +197,7 @@ class Ledger:
 
 
 def elsewhere(watch: Watch) -> None:
-    """Tell that another program works from here on, so that this stage is not all counted."""
+    """Note that another program works from here on, so that this stage is not all counted."""
     if isinstance(watch, Metered):
         watch.elsewhere = True
 

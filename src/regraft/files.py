@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 from typing import IO, Any, TypeVar
 
 from safetensors import SafetensorError
@@ -26,9 +26,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 WORKERS = min(4, os.cpu_count() or 1)
-_COPY_CHUNK = 16 * 2**20
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # Lustre and NFS, mounted without
-_READ_CHUNK = 2**20  # small enough for a processor's cache
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -149,24 +147,22 @@ def require_empty(folder: Path) -> None:
 
 
 def require_new(folder: Path) -> None:
-    """Raise unless `folder` can be put in place by one rename: `require_empty`, and no other's.
+    """Raise unless `folder` is empty, see `require_empty`, and can be put in place by one rename.
 
     Raises:
         PassingError: it is not empty, a link, a mount point, or the current folder.
     """
     require_empty(folder)
-    what = None
-    if folder.is_symlink():
-        what = "is a link"
-    elif folder.exists() and os.path.ismount(folder):
-        what = "is a mount point"
-    elif folder.exists() and Path.cwd() == folder.resolve():
-        what = "is the current folder"
-    if what:
-        raise PassingError(
-            f"The output folder {folder} {what}, where no finished folder can be put in one step. "
-            f"Name a new one, such as {folder / 'out'}."
-        )
+    for what, applies in {
+        "a link": folder.is_symlink(),
+        "a mount point": folder.exists() and os.path.ismount(folder),
+        "the current folder": folder.exists() and Path.cwd() == folder.resolve(),
+    }.items():
+        if applies:
+            raise PassingError(
+                f"The output folder {folder} is {what}, where no finished folder can be put in one "
+                f"step. Name a new one, such as {folder / 'out'}."
+            )
 
 
 def size_of(path: Path) -> int:
@@ -207,30 +203,6 @@ def sync(path: Path) -> None:
         with suppress(OSError):  # not every file system can
             os.fsync(folder)
         os.close(folder)
-
-
-def copy_file(source: Path, target: Path, progress: Callable[[int], None]) -> None:
-    """Copy a file's content inside the kernel where it can, sharing blocks where the disk can.
-
-    Args:
-        source: The file.
-        target: The new file.
-        progress: Called with the number of bytes just copied.
-    """
-    with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
-        while count := _copy_in_kernel(reader, writer):
-            progress(count)
-        buffer = memoryview(bytearray(_READ_CHUNK))
-        while count := reader.readinto(buffer):
-            write_all(writer, buffer[:count])
-            progress(count)
-
-
-def _copy_in_kernel(reader: io.FileIO, writer: io.FileIO) -> int:
-    try:
-        return os.copy_file_range(reader.fileno(), writer.fileno(), _COPY_CHUNK)
-    except (AttributeError, OSError):  # not here; a true error comes again without it
-        return 0
 
 
 def read_at(handle: io.FileIO, place: int, data: memoryview) -> None:
@@ -277,20 +249,6 @@ def in_threads(
                 stop.set()
             raise
         return [future.result() for future in futures]
-
-
-def one_at_a_time(progress: Callable[[int], None] | None, stop: Event) -> Callable[[int], None]:
-    """`progress` for several threads, one of them at a time; an error once `stop` is set."""
-    lock = Lock()
-
-    def advance(count: int) -> None:
-        with lock:
-            if stop.is_set():
-                raise InterruptedError
-            if progress is not None:
-                progress(count)
-
-    return advance
 
 
 @contextmanager
@@ -370,7 +328,7 @@ def read_json(path: Path) -> Any:
 
 
 def slug(text: str) -> str:
-    """`text` as a file name: letters, digits, dots, dashes; a digest tells apart what is lost."""
+    """`text` as a file name: letters, digits, dots, dashes; a digest where others were lost."""
     plain = re.sub(r"[^\w.-]+", "-", text).strip("-.")
     return plain if plain == text else f"{plain[-60:]}-{digest(text)[:8]}"
 

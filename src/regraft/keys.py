@@ -2,7 +2,7 @@
 
 An artifact carries a description of all that decides its content: settings, digests of its inputs,
 versions. The digest of that description is its key. The same key means done; another key means
-somebody else's artifact, which is never overwritten.
+another artifact, which is never overwritten.
 """
 
 from __future__ import annotations
@@ -38,15 +38,8 @@ from regraft.settings.compute import ComputeSettings
 _ONLY_ROUNDING = ("batch_size", "tokens_per_pass")  # settings that change nothing more
 _PIECES = "by size of image"  # how work is cut; another cut begins unfinished work again
 ABOUT_FILE = "regraft.json"  # in a checkpoint: how it was made
-_OUTCOMES = {
-    "violated_groups",
-    "heads",
-    "start",
-    "steps",
-    "end",
-    "values",
-    "passes",
-}  # told of an artifact, but not deciding it
+# told in descriptions, but deciding nothing
+_OUTCOMES = {"violated_groups", "heads", "start", "steps", "end", "values", "passes"}
 
 
 def describe(

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from regraft.artifact import read_artifact, write_artifact
 from regraft.data.example import Example
-from regraft.defence.direction import Trial
+from regraft.defence.direction import Trial, moved_output
 from regraft.defence.prompt import shielded
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.models.anatomy import Anatomy
-from regraft.models.steering import moved_output
 from regraft.pruning.pruners.safety_potential import with_safety_prompt
 
 FORMAT = "regraft-defence-1"
@@ -108,7 +107,7 @@ def load_defence(path: Path) -> Defence:
     """
     header, tensors = read_artifact(path, FORMAT, "a defence")
     if "prompt" in header:
-        return ShieldPrompt(header["prompt"], header["about"], header.get("before", False))
+        return ShieldPrompt(header["prompt"], header["about"], header["before"])
     trials = tuple(_trial(one) for one in header["trials"])
     return Direction(
         tensors["direction"], header["layer"], header["strength"], header["about"], trials
@@ -116,6 +115,5 @@ def load_defence(path: Path) -> Defence:
 
 
 def _trial(value: Mapping[str, Any]) -> Trial:
-    asr, over_refusal = (Estimate(**value[name]) for name in ("asr", "over_refusal"))
-    silent = value.get("degenerate", 0.0)
-    return Trial(value["layer"], value["strength"], asr, over_refusal, silent)
+    rates = {name: Estimate(**value[name]) for name in ("asr", "over_refusal")}
+    return Trial(**{**value, **rates})

@@ -4,12 +4,18 @@ The direction of a layer is the mean of the residual stream behind it at the las
 harmful prompts minus that of harmless ones (arXiv 2406.11717, section 2.3). Added at inference to
 the same layer's output at all positions it induces refusal. It is kept raw: strength 1 adds one
 difference of means.
+
+States are read and moved by hooks on a layer's output, so that every family's own code runs in
+between. A layer that a family skips for a batch (Mllama's cross-attention without images) is
+neither read nor moved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +24,9 @@ from regraft import ranks
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
+from regraft.models.anatomy import decoder_layers, text_decoder
 from regraft.models.load import placed
-from regraft.models.steering import last_token_outputs
+from regraft.models.replay import hooked, last_positions, text_inputs
 
 MIDDLE = (0.25, 0.8)  # of the depth: where layers are searched
 
@@ -59,6 +66,65 @@ def mean_states(
         raise RegraftError("Hidden states overflow in this dtype. Use --dtype bfloat16 or float32.")
     prompts = sum(len(batch.ids) for batch in batches)
     return torch.where(counts == prompts, sums / counts, torch.nan)
+
+
+@torch.no_grad()
+def last_token_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, Tensor]:
+    """Run the model once and keep what each executed layer gives at each row's last token.
+
+    Args:
+        model: In eval mode; left as it was.
+        inputs: Of a batch of B prompts, padded on either side.
+
+    Returns:
+        Layer -> `[B, d]` float64 on CPU.
+    """
+    text = text_inputs(model, inputs)
+    ids = inputs["input_ids"]
+    at = last_positions(inputs, ids.shape[1])
+    found: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            states = _states(output)  # [B, S, d]
+            where = at.to(states.device)
+            rows = states[torch.arange(len(where), device=states.device), where]
+            found[index] = rows.double().cpu()
+
+        return hook
+
+    layers = decoder_layers(model)
+    with hooked(layer.register_forward_hook(keep(index)) for index, layer in enumerate(layers)):
+        text_decoder(model)(**text.kwargs)
+    return found
+
+
+@contextmanager
+def moved_output(model: nn.Module, layer: int, vector: Tensor) -> Iterator[None]:
+    """Add a vector to the output of one decoder layer, at all positions, while the block runs.
+
+    It acts in every forward pass, so in `generate` on the prompt and on each new token, with a
+    key/value cache or without. The sum is rounded once, to the model's dtype.
+
+    Args:
+        model: Left as it was.
+        layer: Index of the decoder layer.
+        vector: `[d]` float32.
+    """
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        states = _states(output)
+        moved = (states + vector.to(states.device)).to(states.dtype)
+        return moved if isinstance(output, Tensor) else (moved, *output[1:])
+
+    with decoder_layers(model)[layer].register_forward_hook(hook):
+        yield
+
+
+def _states(output: Any) -> Tensor:
+    """Hidden states of a layer's output, which some families return in a tuple."""
+    states: Tensor = output if isinstance(output, Tensor) else output[0]
+    return states
 
 
 def middle_layers(layers: int) -> range:

@@ -62,12 +62,17 @@ class Scoring:
 class HeadScores:
     """Scores of all heads, `[layers, heads]` float64; NaN where a layer did not run.
 
-    `ships` in radians (data-set level), `kl` in nats (query level, mean over samples). `about`
-    says how they were made. `exact` marks the heads that were ablated exactly, `[layers, heads]`
-    bool; the other scores are estimates. `estimate` has Ships and KL as estimated, `[2, layers,
-    heads]`, None where nothing was. `noise` has the Ships and KL that one more rounding of a
-    layer's input makes, `[2, layers]`: scores below it say nothing; None in float32. `released` has
-    the scores of HSR's released code (`first_feature_angles`), where all heads are exact.
+    Attributes:
+        ships: Data-set level, in radians.
+        kl: Query level, mean over samples, in nats.
+        about: How they were made.
+        exact: Which heads were ablated exactly, `[layers, heads]` bool; other scores are estimates.
+            None where all were.
+        estimate: Ships and KL as estimated, `[2, layers, heads]`; None where nothing was.
+        noise: Ships and KL that one more rounding of a layer's input makes, `[2, layers]`: scores
+            below it mean nothing. None in float32.
+        released: Scores of HSR's released code (`first_feature_angles`); None where not all heads
+            are exact.
     """
 
     ships: Tensor
@@ -162,19 +167,18 @@ def score_heads(
     scoring: Scoring | None = None,
     *,
     about: Mapping[str, Any] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> HeadScores:
     """Ships and KL of every head of the text decoder on D^s prompts.
 
-    Keeps one batch's layer inputs in memory at a time. Each finished layer of a batch is written
-    to `partial` and not run again after a kill.
+    Keeps one batch's layer inputs in memory at a time.
 
     Args:
         model: The dense model, left as it was.
         anatomy: Its anatomy.
         batches: Prompts that end where the answer starts.
-        partial: Folder for finished layers. They serve for another `r_max` and other `candidates`
-            too, if nothing else differs.
+        partial: Folder for finished layers, which are not run again after a kill. They serve for
+            another `r_max` and other `candidates` too, if nothing else differs.
         scoring: How; the defaults are exact.
         about: Recorded with the scores.
         progress: See `ablate_heads`; twice over all batches where screened.
@@ -187,11 +191,10 @@ def score_heads(
     """
     scoring = scoring or Scoring()
     _check_rank(scoring.r_max, sum(len(batch.ids) for batch in batches), anatomy.hidden_size)
-    tick = progress or _ignore
 
     def measured(name: str, heads: Heads, *, estimate: bool) -> _Measured:
         how = scoring.ablation(estimate=estimate)
-        states = ablate_heads(model, anatomy, batches, partial / name, how, heads, tick)
+        states = ablate_heads(model, anatomy, batches, partial / name, how, heads, progress)
         return _measure(states, anatomy, heads, scoring.r_max)
 
     every: Heads = {layer.index: range(layer.heads) for layer in anatomy.layers}
@@ -203,9 +206,7 @@ def score_heads(
     estimate = measured("estimate", every, estimate=True).scores[:2]
     best = candidates(estimate, scoring.candidates)
     exact = measured(f"candidates-{digest(repr(best))[:16]}", best, estimate=False)
-    is_exact = torch.zeros(estimate.shape[1:], dtype=torch.bool)
-    for layer, heads in best.items():
-        is_exact[layer, list(heads)] = True
+    is_exact = ~exact.scores[0].isnan()
     scores = torch.where(is_exact, exact.scores[:2], estimate)
     return HeadScores(scores[0], scores[1], about, is_exact, estimate, exact.noise)
 
@@ -285,7 +286,3 @@ def _check_rank(r_max: int, samples: int, hidden_size: int) -> None:
             f"r_max is {r_max}, but {samples} samples of {hidden_size} features allow "
             f"1 to {limit}. Lower r_max or use more samples."
         )
-
-
-def _ignore(_: int) -> None:
-    return None

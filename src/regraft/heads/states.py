@@ -22,25 +22,19 @@ from regraft.errors import RegraftError
 from regraft.files import atomic_file
 from regraft.heads.ships import kl_divergence
 from regraft.models.ablation import EPS, AblationTarget, head_outputs, replay_ablated
-from regraft.models.anatomy import Anatomy, LayerAnatomy
+from regraft.models.anatomy import Anatomy, LayerAnatomy, cross_attention_layers
+from regraft.models.key_values import key_values, last_token_replay
 from regraft.models.load import placed
+from regraft.models.placement import free_bytes
 from regraft.models.replay import (
+    Replay,
     last_positions,
     layer_inputs,
     logits_of,
     replay,
     text_inputs,
 )
-from regraft.models.window import (
-    Replay,
-    cross_attention_layers,
-    key_values,
-    last_token_replay,
-    most_attended,
-    record,
-    window_at,
-    window_replay,
-)
+from regraft.models.window import most_attended, record, window_at, window_replay
 
 CPU_TOKENS = 16384  # in one pass where no device memory sets the bound
 MOST_TOKENS = 262144  # more in one pass makes no pass faster
@@ -250,13 +244,11 @@ def tokens_that_fit(anatomy: Anatomy, hidden: Tensor) -> int:
     device = hidden.device
     if device.type != "cuda":
         return CPU_TOKENS
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     widths = [sum(li.shape[0] for li in layer.linears) for layer in anatomy.layers]
     widest = max(li.shape[0] for li in anatomy.linears)
     repeated = max(2 * layer.heads * layer.head_dim for layer in anatomy.layers)
     numbers = max(widths) + widest + repeated + 6 * anatomy.hidden_size + 2 * hidden.shape[1]
-    return max(1, min(MOST_TOKENS, int(free / 2 / (numbers * hidden.element_size()))))
+    return max(1, min(MOST_TOKENS, int(free_bytes(device) / 2 / (numbers * hidden.element_size()))))
 
 
 def even_chunks(heads: Sequence[int], size: int) -> list[Sequence[int]]:

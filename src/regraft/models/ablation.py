@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from regraft.models.anatomy import attention_of, decoder_layers
-from regraft.models.replay import replaced_forwards, tile_rows
-from regraft.models.window import Replay, fold
+from regraft.models.key_values import fold
+from regraft.models.replay import Replay, replaced_forwards, tile_rows
 
 AblationTarget = Literal["q", "k", "v", "all"]
 EPS = 1e-5
@@ -73,7 +73,7 @@ def replay_ablated(
 
     Args:
         model: The model; left as it was.
-        run: Which way to run it: `replay` of the whole batch, or one of `regraft.models.window`.
+        run: Which way to run it: `replay` of the whole batch, or one of `key_values` or `window`.
         layer: The layer whose heads are ablated.
         hidden: Input of that layer, `[B, S, d]`.
         outputs: From `head_outputs` on the same input.
@@ -105,15 +105,10 @@ def replay_ablated(
 
 @torch.no_grad()
 def _o_proj_input(model: nn.Module, run: Replay, layer: int, hidden: Tensor) -> Tensor:
-    _, attention = attention_of(decoder_layers(model)[layer])
+    o_proj: Any = attention_of(decoder_layers(model)[layer])[1].o_proj
     seen: list[Tensor] = []
-    o_proj = attention.o_proj
-    assert isinstance(o_proj, nn.Module)
-    hook = o_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    try:
+    with o_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0])):
         run(start=layer, hidden=hidden, stop=layer + 1)
-    finally:
-        hook.remove()
     return seen[0]
 
 

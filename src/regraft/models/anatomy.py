@@ -8,15 +8,12 @@ text decoder alone counts; vision tower, projector, embeddings and head are neve
 from __future__ import annotations
 
 import inspect
-import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from regraft.errors import RegraftError
-from regraft.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The text decoder of one checkpoint. `tied` says whether lm_head shares the embedding.
+    """The text decoder of one checkpoint. `tied`: lm_head shares the embedding.
 
     `prefix` is what its names on disk begin with; `others` are the names in memory and the shapes
     of all parameters that are never pruned, in the decoder and outside it.
@@ -107,6 +104,7 @@ class Anatomy:
         return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
 
 
+FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights that can be pruned, for safetensors
 HEAD_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -133,7 +131,7 @@ def head_block(layer: LayerAnatomy, linear: LinearAnatomy, head: int) -> Block |
 def check_same_anatomy(dense: Anatomy, pruned: Anatomy, names: tuple[str, str]) -> None:
     """Check that two checkpoints are the same network; names on disk and dtypes may differ.
 
-    All of it counts: what is pruned, the vocabulary, and what there is besides the decoder.
+    Every parameter's shape must be the same, of the decoder, the vocabulary and the vision part.
 
     Args:
         dense: One anatomy.
@@ -198,12 +196,18 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def attention_of(layer: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of a decoder layer's attention."""
+    """Name and module of a decoder layer's attention; "cross_attn" only in Mllama's."""
     for name in ("self_attn", "cross_attn"):
         module = getattr(layer, name, None)
         if isinstance(module, nn.Module):
             return name, module
     raise RegraftError(f"{type(layer).__name__} has neither self_attn nor cross_attn.")
+
+
+def cross_attention_layers(model: nn.Module) -> list[int]:
+    """Layers whose keys and values come from vision states (Mllama)."""
+    layers = enumerate(decoder_layers(model))
+    return [i for i, layer in layers if attention_of(layer)[0] == "cross_attn"]
 
 
 def cache_argument(module: nn.Module) -> str:
@@ -213,175 +217,3 @@ def cache_argument(module: nn.Module) -> str:
     """
     forward = type(module).forward  # an instance's own may be a stand-in
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
-
-
-def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
-    """Describe a model (weights may be on the meta device) and find its weights on disk.
-
-    Raises:
-        RegraftError: an attention without separate q, k, v and o projections, experts, quantised
-            weights, or a checkpoint whose decoder or head does not match the model.
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    config = text_decoder(model).config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    layers = decoder_layers(model)
-    shapes = [
-        (index, name, (module.out_features, module.in_features))
-        for index, layer in enumerate(layers)
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    prefix = disk_prefix(checkpoint, shapes)
-    for index, name, _ in shapes:
-        _require_float(checkpoint, f"{prefix}layers.{index}.{name}.weight")
-    described = []
-    for index, layer in enumerate(layers):
-        _require_plain_weights(index, layer)
-        attention_name, attention = attention_of(layer)
-        head_dim = (
-            getattr(attention, "head_dim", None)
-            or getattr(config, "head_dim", None)
-            or config.hidden_size // config.num_attention_heads
-        )
-        for role in HEAD_ROLES:
-            if not isinstance(getattr(attention, role, None), nn.Linear):
-                raise RegraftError(
-                    f"Layer {index} of {type(model).__name__} has no {role}; regraft needs "
-                    "separate q_proj, k_proj, v_proj and o_proj linears."
-                )
-        heads = _require_heads(index, attention, head_dim)
-        linears = tuple(
-            LinearAnatomy(
-                layer=index,
-                name=name,
-                module=f"{names[id(layer)]}.{name}",
-                tensor=f"{prefix}layers.{index}.{name}.weight",
-                shape=shape,
-            )
-            for layer_index, name, shape in shapes
-            if layer_index == index
-        )
-        described.append(
-            LayerAnatomy(
-                index=index,
-                attention=attention_name,
-                heads=heads[0],
-                kv_heads=heads[1],
-                head_dim=head_dim,
-                linears=linears,
-            )
-        )
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    output = model.get_output_embeddings()  # type: ignore[operator]
-    _check_stored(checkpoint, prefix, text_decoder(model), output)
-    pruned = {f"{linear.module}.weight" for layer in described for linear in layer.linears}
-    return Anatomy(
-        family=model.config.model_type,  # type: ignore[union-attr, arg-type]
-        layers=tuple(described),
-        hidden_size=config.hidden_size,
-        vocabulary=output.weight.shape[0],
-        tied=output.weight is embedding.weight,
-        has_vision=hasattr(model.config, "vision_config"),
-        parameters=sum(p.numel() for p in model.parameters()),
-        prefix=prefix,
-        others=tuple(
-            (name, tuple(parameter.shape))
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if name not in pruned
-        ),
-    )
-
-
-def disk_prefix(checkpoint: Checkpoint, shapes: list[tuple[int, str, tuple[int, int]]]) -> str:
-    """What the file puts before "layers.0.self_attn.q_proj.weight" of the text decoder.
-
-    Key layouts differ between exports ("language_model.model.", "model.language_model.",
-    "model."), and transformers renames them on load; what follows the prefix never changes. The
-    prefix is the only one under which every linear lies with its shape.
-
-    Args:
-        checkpoint: The opened checkpoint.
-        shapes: (layer index, name in the layer, [out, in]) of every prunable linear.
-
-    Raises:
-        RegraftError: no prefix or more than one fits.
-    """
-    found: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    pattern = re.compile(r"^(.*?)(layers\.\d+\..+)\.weight$")
-    for name, record in checkpoint.tensors.items():
-        if match := pattern.match(name):
-            found[match[1]][match[2]] = record.shape
-    wanted = {f"layers.{index}.{name}": shape for index, name, shape in shapes}
-    fitting = [
-        prefix
-        for prefix, tensors in found.items()
-        if all(tensors.get(name) == shape for name, shape in wanted.items())
-    ]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise RegraftError(
-            f"{checkpoint.folder}: the decoder's weights could be under any of {sorted(fitting)}."
-        )
-    closest = max(found, key=lambda p: len(found[p].keys() & wanted.keys()), default="")
-    name = next(n for n, shape in wanted.items() if found[closest].get(n) != shape)
-    stored = found[closest].get(name)
-    raise RegraftError(
-        f"{checkpoint.folder}: config.json describes a weight {closest}{name} of shape "
-        f"{list(wanted[name])}, the file has {list(stored) if stored else 'none'}. "
-        "Weights and config belong to different models, or the weights are quantised or fused."
-    )
-
-
-def _check_stored(
-    checkpoint: Checkpoint, prefix: str, decoder: nn.Module, output: nn.Module
-) -> None:
-    """Compare shapes on disk with the model's: of the decoder's embedding and norms, the head."""
-    wanted = {f"{prefix}{name}": one.shape for name, one in decoder.named_parameters()}
-    head = f"{prefix.removesuffix('model.')}lm_head.weight"
-    for name in {"lm_head.weight", head} - wanted.keys():
-        wanted[name] = output.weight.shape  # type: ignore[assignment]
-    for name, shape in wanted.items():
-        record = checkpoint.tensors.get(name)
-        if record is not None and record.shape != tuple(shape):
-            raise RegraftError(
-                f"{checkpoint.folder}: config.json describes {name} of shape {list(shape)}, the "
-                f"file has {list(record.shape)}. Weights and config belong to different models, "
-                "or the vocabulary was changed in one of them alone."
-            )
-
-
-FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors names them
-
-
-def _require_float(checkpoint: Checkpoint, tensor: str) -> None:
-    dtype = checkpoint.record(tensor).dtype
-    if dtype not in FLOATS:
-        raise RegraftError(
-            f"{checkpoint.folder}: {tensor} is stored as {dtype}: it is quantised. Give a "
-            f"checkpoint whose weights are {', '.join(FLOATS)}."
-        )
-
-
-def _require_heads(index: int, attention: nn.Module, head_dim: int) -> tuple[int, int]:
-    """Numbers of query and key/value heads, checked against all four projections."""
-    shapes = {role: list(getattr(attention, role).weight.shape) for role in HEAD_ROLES}
-    heads, kv_heads = shapes["q_proj"][0] // head_dim, shapes["k_proj"][0] // head_dim
-    outputs = shapes["q_proj"][0], shapes["k_proj"][0], shapes["v_proj"][0], shapes["o_proj"][1]
-    expected = tuple(n * head_dim for n in (heads, kv_heads, kv_heads, heads))
-    if outputs != expected or not kv_heads or heads % kv_heads:
-        raise RegraftError(
-            f"Layer {index}: {type(attention).__name__} has projections of shape {shapes}, which "
-            f"are not heads of {head_dim} features (gated queries or values of another size); "
-            "this attention is not supported."
-        )
-    return heads, kv_heads
-
-
-def _require_plain_weights(index: int, layer: nn.Module) -> None:
-    for name, parameter in layer.named_parameters():
-        if parameter.ndim > 2:
-            raise RegraftError(
-                f"Layer {index} holds {name} of shape {list(parameter.shape)}: mixtures of experts "
-                "are not supported yet."
-            )

@@ -1,44 +1,31 @@
 """A checkpoint on disk: names, shards and bytes. Knows safetensors and nothing of models.
 
-A checkpoint is edited by copying its shards and overwriting the bytes of single tensors, so that
-everything else (other tensors, their order, dtypes, shard sizes, metadata) is kept to the byte.
+Headers are parsed here because `safetensors.safe_open` does not give the byte range of a tensor,
+without which a tensor could not be overwritten where it lies.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from regraft.errors import PassingError, RegraftError
-from regraft.files import (
-    atomic_folder,
-    copy_file,
-    digest,
-    file_digest,
-    in_threads,
-    leftover_bytes,
-    one_at_a_time,
-    read_json,
-    require_new,
-    require_space,
-)
+from regraft.errors import RegraftError
+from regraft.files import digest, file_digest, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _SAMPLE = 4096
 _SAMPLED = 1024
-_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
+OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
 _SETTINGS = {".json", ".jinja", ".txt", ".model", ".py"}
 _LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {
@@ -55,9 +42,6 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-Progress = Callable[[int], None]
-Edit = Callable[[Tensor], Tensor]
-EditShard = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -106,7 +90,7 @@ class Checkpoint:
         with (self.folder / record.shard).open("rb") as handle:
             handle.seek(record.start)
             data = handle.read(record.bytes)
-        return _as_tensor(data, record)
+        return as_tensor(data, record)
 
     def sample(self, name: str) -> Tensor:
         """Read at most 1024 elements from the middle of one tensor, flat, in its own dtype.
@@ -121,7 +105,7 @@ class Checkpoint:
         with (self.folder / record.shard).open("rb") as handle:
             handle.seek(record.start + (elements - count) // 2 * size)
             data = handle.read(count * size)
-        return _as_tensor(data, replace(record, shape=(count,)))
+        return as_tensor(data, replace(record, shape=(count,)))
 
     def record(self, name: str) -> TensorRecord:
         """Look up a tensor by its name on disk."""
@@ -153,7 +137,7 @@ class Checkpoint:
             return digest(*names, *digests)
 
     def outline(self, without: Container[str] = ()) -> str:
-        """SHA-256 of what can be told without reading the weights, 64 hex digits.
+        """SHA-256 of what is known without reading all weights, 64 hex digits.
 
         It covers where each tensor lies, its dtype, shape and first 4 KiB, and the config,
         tokenizer, processor and template files. Two checkpoints of one layout that differ only
@@ -215,112 +199,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, shards, tensors)
 
 
-def write_edited(
-    source: Checkpoint,
-    target: Path,
-    edits: Mapping[str, Edit],
-    *,
-    files: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
-) -> Checkpoint:
-    """Copy a checkpoint folder to `target`, replacing single tensors, in one atomic step.
-
-    Args:
-        source: The checkpoint to copy.
-        target: The new folder; must be absent or empty.
-        edits: Tensor name on disk -> function from the tensor (its own dtype, CPU) to its
-            replacement, of the same shape and dtype. One tensor is in memory at a time.
-        files: Extra text files to write into the folder, name -> content.
-        progress: Called with the number of bytes just copied.
-
-    Config, processor, tokenizer and chat template files are copied as they are; a
-    `sparsity_config` in config.json is dropped (zeros are saved densely and serving engines
-    reject it); weights in other formats are left out.
-
-    Raises:
-        RegraftError: `target` is not empty, the disk is full, or an edit names no tensor.
-    """
-    for name in edits:
-        source.record(name)
-
-    def edit_shard(path: Path) -> None:
-        touched = [source.tensors[n] for n in edits if source.tensors[n].shard == path.name]
-        with path.open("r+b") as handle:
-            for record in sorted(touched, key=lambda r: r.start):
-                handle.seek(record.start)
-                before = _as_tensor(handle.read(record.bytes), record)
-                after = edits[record.name](before)
-                if after.shape != before.shape or after.dtype != before.dtype:
-                    raise ValueError(f"{record.name}: an edit changed shape or dtype")
-                handle.seek(record.start)
-                handle.write(_as_bytes(after))
-
-    return write_copy(source, target, edit_shard, files=files, progress=progress, one_by_one=True)
-
-
-def write_copy(
-    source: Checkpoint,
-    target: Path,
-    edit_shard: EditShard,
-    *,
-    files: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
-    one_by_one: bool = False,
-) -> Checkpoint:
-    """Copy a checkpoint folder to `target` as `write_edited` does, with any edit of its shards.
-
-    Args:
-        source: The checkpoint to copy.
-        target: The new folder; must be absent or empty.
-        edit_shard: Called with the path of each shard's copy, in several threads.
-        files: Extra text files to write into the folder, name -> content.
-        progress: Called with the number of bytes just copied.
-        one_by_one: Copy and edit one shard after the other.
-
-    Raises:
-        RegraftError: `target` is not empty, the disk is full, or the source changed meanwhile.
-    """
-    check_target(source, target)
-    stamps = source.stamps()
-    with atomic_folder(target) as temporary:
-        _copy_side_files(source.folder, temporary, set(source.shards))
-        for name, content in (files or {}).items():
-            (temporary / name).write_text(content, encoding="utf-8")
-        stop = Event()
-        advance = one_at_a_time(progress, stop)
-
-        def copy(shard: str) -> None:
-            copy_file(source.folder / shard, temporary / shard, advance)
-            edit_shard(temporary / shard)
-
-        if one_by_one:
-            for shard in source.shards:
-                copy(shard)
-        else:
-            in_threads(copy, source.shards, stop)
-        if source.stamps() != stamps:
-            raise PassingError(
-                f"{source.folder} was changed while it was copied. Run the same command again when "
-                "nothing else writes there."
-            )
-    return open_checkpoint(target)
-
-
-def check_target(source: Checkpoint, target: Path) -> None:
-    """Check that a copy of `source` can be written to `target`; writes and removes nothing.
-
-    Raises:
-        RegraftError: `target` is no new folder, lies inside `source`, or the disk is too full.
-    """
-    require_new(target)
-    if target.resolve().is_relative_to(source.folder.resolve()):
-        raise RegraftError(
-            f"The output folder {target} is inside the checkpoint {source.folder}. "
-            "Choose a folder outside it."
-        )
-    require_space(target, source.bytes - leftover_bytes(target))
-
-
 def _shard_names(folder: Path) -> tuple[str, ...]:
     if (folder / SINGLE_FILE).is_file():
         return (SINGLE_FILE,)
@@ -339,7 +217,7 @@ def _shard_names(folder: Path) -> tuple[str, ...]:
             if not (folder / shard).is_file():
                 raise RegraftError(f"{folder}: shard {shard}, listed in {INDEX_FILE}, is missing.")
         return shards
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in _OTHER_WEIGHTS)
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in OTHER_WEIGHTS)
     if others:
         raise RegraftError(
             f"{folder} holds weights only as {others[0]}. regraft reads safetensors and never "
@@ -403,44 +281,9 @@ def _require_size(path: Path, record: TensorRecord, again: str) -> None:
         )
 
 
-def _as_tensor(data: bytes, record: TensorRecord) -> Tensor:
+def as_tensor(data: bytes, record: TensorRecord) -> Tensor:
+    """A tensor of its own memory from the bytes that its record describes."""
     dtype = record.torch_dtype
     if not data:
         return torch.empty(record.shape, dtype=dtype)
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(record.shape)
-
-
-def _as_bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _copy_side_files(source: Path, target: Path, shards: set[str]) -> None:
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        weight_name = Path(path.name.removesuffix(".index.json"))
-        in_other_format = relative.parts[0] == "original" or weight_name.suffix in _OTHER_WEIGHTS
-        is_weight = path.suffix == ".safetensors" or relative.name in shards
-        if not path.is_file() or hidden or in_other_format or is_weight:
-            continue
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        if str(relative) == "config.json":
-            _copy_config(path, target / relative)
-        else:
-            shutil.copyfile(path, target / relative)
-
-
-def _copy_config(source: Path, target: Path) -> None:
-    config = read_json(source)
-    dense = {key: value for key, value in config.items() if key != "sparsity_config"}
-    quantization = dense.get("quantization_config")
-    if isinstance(quantization, dict) and "sparsity_config" in quantization:
-        left = {k: v for k, v in quantization.items() if k != "sparsity_config"}
-        if left.get("config_groups"):
-            dense["quantization_config"] = left
-        else:
-            del dense["quantization_config"]
-    if dense == config:
-        shutil.copyfile(source, target)
-    else:
-        target.write_text(json.dumps(dense, indent=2) + "\n", encoding="utf-8")

@@ -1,10 +1,8 @@
-"""From a folder or hub id to a model, a processor and its anatomy."""
+"""From a folder or hub id to a model with its weights, its processor and its anatomy."""
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,17 +14,16 @@ from torch import nn
 
 from regraft import ranks
 from regraft.data.collate import Batch
-from regraft.data.storage import MODEL_ID
 from regraft.errors import RegraftError
 from regraft.files import read_json
-from regraft.models.anatomy import Anatomy, read_anatomy
+from regraft.models.anatomy import Anatomy
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
+from regraft.models.describe import read_anatomy
 from regraft.models.placement import PlacedModel
+from regraft.models.resolve import auto_class, bad_config, quiet, read_config, resolve
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Placement = Literal["resident", "streamed"]
-_NOT_FROM_HUB = ["original/*", "consolidated*"]
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 
 
 @dataclass(frozen=True)
@@ -52,12 +49,12 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source
         trust_remote_code: Run Python code that comes with the checkpoint.
 
     Raises:
-        RegraftError: whatever makes the checkpoint unusable, in the user's words.
+        RegraftError: what makes the checkpoint unusable.
     """
-    checkpoint = open_checkpoint(_resolve(model))
-    with torch.device("meta"), _quiet(), _bad_config(checkpoint.folder):
-        config = _config(checkpoint.folder, trust_remote_code)
-        network = _auto_class(config, checkpoint.folder).from_config(
+    checkpoint = open_checkpoint(resolve(model))
+    with torch.device("meta"), quiet(), bad_config(checkpoint.folder):
+        config = read_config(checkpoint.folder, trust_remote_code)
+        network = auto_class(config, checkpoint.folder).from_config(
             config, trust_remote_code=trust_remote_code
         )
     if getattr(config, "tie_word_embeddings", False):
@@ -118,40 +115,48 @@ def load_placed(
 
 def _load_weights(source: Source, dtype: DTypeName, target: torch.device, split: bool) -> nn.Module:
     """The model on CPU, or spread."""
-    if dtype == "auto":
-        torch_dtype: Any = torch.float32 if target.type == "cpu" else "auto"
-    else:
-        torch_dtype = getattr(torch, dtype)
-    with _quiet():
-        config = _config(source.folder, source.trust_remote_code)
-        model, loading = _auto_class(config, source.folder).from_pretrained(
+    with quiet():
+        config = read_config(source.folder, source.trust_remote_code)
+        model, loading = auto_class(config, source.folder).from_pretrained(
             source.folder,
             config=config,
-            dtype=torch_dtype,
+            dtype=_torch_dtype(dtype, target),
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, in words
+            ignore_mismatched_sizes=True,  # `_check_loading` names the tensor
             device_map="auto" if split else None,
             max_memory=_memory_of(target) if split else None,
         )
+    _check_loading(source.folder, loading)
+    model.requires_grad_(False).eval()
+    _check_weights(model, source)
+    network: nn.Module = model
+    return network
+
+
+def _torch_dtype(dtype: DTypeName, target: torch.device) -> torch.dtype | str:
+    if dtype == "auto":
+        return torch.float32 if target.type == "cpu" else "auto"
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+def _check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
+    """Raise where transformers would go on with random values in place of those of the file."""
     if mismatched := sorted(loading["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         raise RegraftError(
-            f"{source.folder}: {name} is {list(stored)} in the file, config.json describes "
+            f"{folder}: {name} is {list(stored)} in the file, config.json describes "
             f"{list(wanted)}"
             + (f" ({len(mismatched) - 1} more differ)" if mismatched[1:] else "")
             + ". Weights and config belong to different models: export the whole model again."
         )
     if missing := sorted(loading["missing_keys"]):
         raise RegraftError(
-            f"{source.folder} holds no weights for {missing[0]}"
+            f"{folder} holds no weights for {missing[0]}"
             + (f" and {len(missing) - 1} more" if missing[1:] else "")
             + ", which config.json asks for. Export the whole model again."
         )
-    model.requires_grad_(False).eval()
-    _check_weights(model, source)
-    network: nn.Module = model
-    return network
 
 
 def load_processor(source: Source) -> Any:
@@ -164,7 +169,7 @@ def load_processor(source: Source) -> Any:
 
 def _processor_of(folder: Path, auto: Any, *, trust_remote_code: bool) -> Any:
     try:
-        with _quiet():
+        with quiet():
             return auto.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise RegraftError(
@@ -186,16 +191,15 @@ def load_judge(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-    checkpoint = open_checkpoint(_resolve(model))
+    checkpoint = open_checkpoint(resolve(model))
     target = pick_device(device)
-    own = "auto" if target.type != "cpu" else torch.float32
-    with _quiet(), _bad_config(checkpoint.folder):
-        config = _config(checkpoint.folder, trust_remote_code=False)
-        auto = _auto_class(config, checkpoint.folder)
+    with quiet(), bad_config(checkpoint.folder):
+        config = read_config(checkpoint.folder, trust_remote_code=False)
+        auto = auto_class(config, checkpoint.folder)
         network = auto.from_pretrained(
             checkpoint.folder,
             config=config,
-            dtype=own if dtype == "auto" else getattr(torch, dtype),
+            dtype=_torch_dtype(dtype, target),
             use_safetensors=True,
         )
     reader = AutoProcessor if auto is AutoModelForImageTextToText else AutoTokenizer
@@ -204,8 +208,8 @@ def load_judge(
 
 
 def judge_fingerprint(model: str | Path) -> str:
-    """What tells a judge's weights from others; nothing is loaded."""
-    return open_checkpoint(_resolve(model)).fingerprint
+    """The fingerprint of a judge's checkpoint; nothing is loaded."""
+    return open_checkpoint(resolve(model)).fingerprint
 
 
 def placed(batch: Batch, model: nn.Module) -> Batch:
@@ -248,89 +252,6 @@ def pick_device(device: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise RegraftError(f"The device {device!r} cannot be used here: {reason}") from error
     return picked
-
-
-def _resolve(model: str | Path) -> Path:
-    folder = Path(model)
-    if folder.exists():
-        return folder
-    if isinstance(model, Path) or not MODEL_ID.fullmatch(str(model)):
-        raise RegraftError(
-            f"The model folder {model} does not exist. Give a folder that holds config.json and "
-            "safetensors, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct."
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    name, _, revision = str(model).partition("@")
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=_HUB_FILES,
-                ignore_patterns=_NOT_FROM_HUB,
-            )
-        )
-    except GatedRepoError as error:
-        raise RegraftError(
-            f"{name} is gated: accept its licence on its model page, then `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise RegraftError(
-            f"There is neither a folder nor a hub repository {name}. A private one needs "
-            "`hf auth login`."
-        ) from error
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0].removeprefix("Got: ")
-        raise RegraftError(
-            f"{model} is not a folder here and could not be had from the hub: {reason} Without a "
-            "network give the folder of a copy on disk."
-        ) from error
-
-
-def _config(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").is_file():
-        raise RegraftError(f"{folder} holds no config.json: it is not a model folder.")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        if "trust_remote_code" in str(error):
-            raise RegraftError(
-                f"{folder} comes with Python code of its own. Read it and, if you trust it, run it "
-                "with --trust-remote-code."
-            ) from error
-        reason = str(error).splitlines()[0]
-        raise RegraftError(f"{folder / 'config.json'} cannot be used: {reason}") from error
-
-
-def _auto_class(config: Any, folder: Path) -> Any:
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
-
-    remote = getattr(config, "auto_map", None) or {}
-    for auto, mapping in (
-        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
-        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
-    ):
-        if type(config) in mapping or auto.__name__ in remote:
-            return auto
-    raise RegraftError(
-        f"{folder} is a {config.model_type} model: neither a vision-language model nor a causal "
-        "language model, so there are no refusals to restore."
-    )
 
 
 def _check_weights(model: nn.Module, source: Source) -> None:
@@ -387,35 +308,3 @@ def require_split() -> None:
             "spread the model over devices and host memory with accelerate: pip install "
             "'regraft[streamed]'."
         )
-
-
-@contextlib.contextmanager
-def _bad_config(folder: Path) -> Iterator[None]:
-    """Whatever transformers makes of a config it cannot build a model from."""
-    try:
-        yield
-    except RegraftError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise RegraftError(
-            f"{folder / 'config.json'} describes no model that transformers can build: {reason}"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", category=UserWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -39,8 +39,10 @@ class PlacedModel:
     @contextmanager
     def frame(self) -> Iterator[None]:
         """Hold everything but the decoder layers: vision tower, embeddings, norm and head."""
-        layers = {id(tensor) for layer in decoder_layers(self.network) for tensor in _own(layer)}
-        outside = [tensor for tensor in _own(self.network) if id(tensor) not in layers]
+        layers = {
+            id(tensor) for layer in decoder_layers(self.network) for tensor in tensors_of(layer)
+        }
+        outside = [tensor for tensor in tensors_of(self.network) if id(tensor) not in layers]
         with self._held(outside):
             yield
 
@@ -55,7 +57,7 @@ class PlacedModel:
             if child is not decoder.layers and child is not embedding
         )
         modules = (decoder_layers(self.network)[index], *around)
-        with self._held(chain.from_iterable(map(_own, modules))):
+        with self._held(chain.from_iterable(map(tensors_of, modules))):
             yield
 
     @contextmanager
@@ -63,6 +65,7 @@ class PlacedModel:
         if not self.streamed:
             yield
             return
+        # `.data` is exchanged, not the parameter, whose object tied modules share
         homes = [(tensor, tensor.data) for tensor in tensors]
         try:
             for tensor, home in homes:
@@ -73,17 +76,11 @@ class PlacedModel:
                 tensor.data = home
 
 
-def resident(network: nn.Module) -> PlacedModel:
-    """A model that is all on the device of its first parameter."""
-    parameter = next(network.parameters())
-    return PlacedModel(network, parameter.device, parameter.dtype)
-
-
 def weight_in_memory(module: nn.Module) -> Tensor | None:
     """A module's weight where it is, on a device or in host memory; None where it waits on disk.
 
-    Accelerate keeps the weights of layers for which the devices have no room in host memory, and
-    copies them to a device when the layer runs.
+    Accelerate keeps the weights of layers for which the devices have no room in host memory or on
+    disk; the parameter is on the meta device until its AlignDevicesHook loads it to run the layer.
     """
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -117,6 +114,6 @@ def moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _own(module: nn.Module) -> Iterator[Tensor]:
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers, each once."""
     return chain(module.parameters(), module.buffers())

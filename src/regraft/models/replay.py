@@ -1,22 +1,24 @@
 """Run any part of a text decoder again, exactly, from captured hidden states.
 
-The vision tower and the embeddings run once a batch (`text_inputs`). From then on `replay` drives
-the decoder's own forward with the layers before `start` switched to the identity and the given
-hidden states put in: masks, rotary embeddings, Qwen3-VL's deepstack, Mllama's skipped layers and
-Gemma's alternating masks are the family's own code, so one function is right for all of them.
+The vision tower and the embeddings run once a batch (`text_inputs`). From then on `replay` runs the
+decoder's own forward, in which the layers before `start` are the identity and the first one after
+gets the given hidden states. A loop over the layers would be wrong in some families: between its
+layers Qwen3VLTextModel adds visual features (deepstack), MllamaTextModel skips cross-attention
+where there is no image, Gemma3TextModel gives its layers two kinds of mask and rotary embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from regraft.models.anatomy import cache_argument, text_decoder
+from regraft.models.anatomy import cache_argument, decoder_layers, text_decoder
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,26 @@ class LayerInputs:
     final: Tensor
 
 
-class _Stop(Exception):  # noqa: N818 - a signal, not an error
+class Replay(Protocol):
+    """Runs decoder layers `start` to `stop` on `[copies * B, T, d]`; see `replay`."""
+
+    def __call__(
+        self, *, start: int, hidden: Tensor, stop: int | None = None, copies: int = 1
+    ) -> Tensor: ...
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks when the block ends."""
+    registered = list(handles)
+    try:
+        yield
+    finally:
+        for handle in registered:
+            handle.remove()
+
+
+class Stop(Exception):  # noqa: N818 - a signal, not an error
     """Carries a value out of a forward pass that need not go on."""
 
     def __init__(self, value: Any) -> None:
@@ -43,23 +64,32 @@ class _Stop(Exception):  # noqa: N818 - a signal, not an error
         self.value = value
 
 
+def first_call(
+    module: nn.Module, run: Callable[[], object]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `run` first calls `module` with: (args, kwargs). It goes no further than that."""
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise Stop((args, dict(kwargs)))
+
+    try:
+        with module.register_forward_pre_hook(stop, with_kwargs=True):
+            run()
+    except Stop as stopped:
+        args, kwargs = stopped.value
+        return args, kwargs
+    raise AssertionError(f"{type(module).__name__} did not run")
+
+
 @torch.no_grad()
 def text_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> TextInputs:
     """Run embeddings and vision tower once and keep what the text decoder would get."""
-
-    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert not args, "decoders are called with keywords in every family"
-        raise _Stop(dict(kwargs))
-
     decoder = text_decoder(model)
-    hook = decoder.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        model(**inputs, use_cache=False)
-    except _Stop as stopped:
-        return TextInputs(stopped.value | {cache_argument(decoder): None}, len(inputs["input_ids"]))
-    finally:
-        hook.remove()
-    raise AssertionError("the text decoder did not run")
+    args, kwargs = first_call(decoder, lambda: model(**inputs, use_cache=False))
+    assert not args, "decoders are called with keywords in every family"
+    # A cache left among the arguments would give later runs the keys and values of earlier ones,
+    # without an error for a single row that is not padded.
+    return TextInputs(kwargs | {cache_argument(decoder): None}, len(inputs["input_ids"]))
 
 
 @torch.no_grad()
@@ -74,13 +104,9 @@ def layer_inputs(model: nn.Module, text: TextInputs) -> LayerInputs:
 
         return hook
 
-    layers: Any = decoder.layers
-    hooks = [layer.register_forward_pre_hook(keep(i)) for i, layer in enumerate(layers)]
-    try:
+    layers = decoder_layers(model)
+    with hooked(layer.register_forward_pre_hook(keep(i)) for i, layer in enumerate(layers)):
         final = decoder(**text.kwargs).last_hidden_state
-    finally:
-        for hook in hooks:
-            hook.remove()
     return LayerInputs(captured, final)
 
 
@@ -111,46 +137,43 @@ def replay(
         layers), or the normed final state. A layer that the family skips for this batch (Mllama's
         cross-attention without images) passes its input on.
     """
-    decoder = text_decoder(model)
-    kwargs = tile_kwargs(text.kwargs, copies, text.batch)
-    layers: Any = decoder.layers
-    injected = hidden is None
+    decoder, layers = text_decoder(model), decoder_layers(model)
+    entry = _Entry(hidden, stop)
+    hooks = (
+        layer.register_forward_pre_hook(entry.hook(i))
+        for i, layer in enumerate(layers[start:], start)
+    )
+    skipped = {layer: lambda hidden, *_, **__: hidden for layer in layers[:start]}
+    try:
+        with hooked(hooks), replaced_forwards(skipped), torch.set_grad_enabled(gradient):
+            final: Tensor = decoder(
+                **tile_kwargs(text.kwargs, copies, text.batch)
+            ).last_hidden_state
+            if entry.waiting is not None:  # the family skipped every layer from `start` on
+                norm: Any = decoder.norm
+                return entry.waiting if stop is not None else norm(entry.waiting)
+            assert stop is None or stop >= len(layers), f"no layer from {stop} on was run"
+            return final
+    except Stop as stopped:
+        reached: Tensor = stopped.value
+        return reached
 
-    def enter(index: int) -> Callable[..., Any]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            nonlocal injected
-            if not injected:
-                assert hidden is not None
-                args, injected = (hidden, *args[1:]), True
-            if stop is not None and index >= stop:
-                raise _Stop(args[0])
+
+class _Entry:
+    """Puts `hidden` into the first layer that runs, and ends the run before layer `stop`."""
+
+    def __init__(self, hidden: Tensor | None, stop: int | None) -> None:
+        self.waiting, self._stop = hidden, stop
+
+    def hook(self, index: int) -> Callable[..., Any]:
+        def enter(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if self.waiting is not None:
+                args, self.waiting = (self.waiting, *args[1:]), None
+            if self._stop is not None and index >= self._stop:
+                raise Stop(args[0])
             return args
 
-        return hook
-
-    hooks = [
-        layer.register_forward_pre_hook(enter(i)) for i, layer in enumerate(layers) if i >= start
-    ]
-    try:
-        with torch.set_grad_enabled(gradient), _identity(layers[:start]):
-            final: Tensor = decoder(**kwargs).last_hidden_state
-            if not injected and hidden is not None:  # every layer from `start` on was skipped
-                return hidden if stop is not None else _norm(decoder, hidden)
-            if stop is not None and stop < len(layers):
-                raise AssertionError(f"no layer from {stop} on was run")
-            return final
-    except _Stop as stopped:
-        result: Tensor = stopped.value
-        return result
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _norm(decoder: nn.Module, hidden: Tensor) -> Tensor:
-    norm: Any = decoder.norm
-    normed: Tensor = norm(hidden)
-    return normed
+        return enter
 
 
 def logits_of(model: nn.Module, states: Tensor, *, gradient: bool = False) -> Tensor:
@@ -186,9 +209,10 @@ def last_positions(inputs: Mapping[str, Any], length: int) -> Tensor:
 def tile_kwargs(kwargs: Mapping[str, Any], copies: int, batch: int) -> dict[str, Any]:
     """Stack every decoder keyword `copies` times along its batch dimension, in tile order.
 
-    Multi-axis rotary `position_ids` are `[3 or 4, B, S]`; `deepstack_visual_embeds` are lists of
-    `[visual tokens, d]` in row order; Mllama's `cross_attention_states` have B * images * tiles
-    rows, for which only tiling (never interleaving) keeps rows and images together.
+    The batch is not always dimension 0: the `position_ids` of Qwen2-VL to Qwen3-VL are
+    `[3 or 4, B, S]` (multi-axis rotary), Qwen3-VL's `deepstack_visual_embeds` lists of
+    `[visual tokens, d]` in row order. MllamaTextModel's `cross_attention_states` have
+    B * images * tiles rows, so that only tiling, not interleaving, keeps rows and images together.
     """
     if copies == 1:
         return dict(kwargs)
@@ -213,7 +237,7 @@ def tile_rows(tensor: Tensor, copies: int) -> Tensor:
 def _tile(value: Any, copies: int, batch: int) -> Any:
     if isinstance(value, Tensor):
         if value.ndim == 0 or (len(value) == 1 and batch > 1):
-            return value
+            return value  # one row for all, such as rotary cos and sin: left to broadcasting
         if len(value) % batch:
             raise ValueError(f"cannot tile {tuple(value.shape)} for a batch of {batch}")
         return tile_rows(value, copies)
@@ -227,16 +251,10 @@ def _tile(value: Any, copies: int, batch: int) -> Any:
 
 
 @contextmanager
-def _identity(layers: Any) -> Iterator[None]:
-    with replaced_forwards({layer: lambda hidden, *_, **__: hidden for layer in layers}):
-        yield
-
-
-@contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Give modules another forward for the length of the block.
 
-    A forward that an instance already has (accelerate's hooks put one there) comes back.
+    A forward that an instance already has (accelerate's hooks put one there) is restored.
     """
     before = {
         module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__

@@ -1,8 +1,8 @@
-"""What a model's vision part hands to its text decoder, kept and handed over again.
+"""Record what a model's vision part returns to its text decoder, and return it again.
 
 Only the text decoder is pruned or patched, so what comes from the images stays the same. Families
-of transformers get it from `get_image_features`; Mllama from its projector. Where code is not
-transformers' own nothing is kept, and the vision part runs each time.
+of transformers get it from `get_image_features`; Mllama, which has none, from its projector. Where
+code is not transformers' own nothing is recorded, and the vision part runs each time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.models.anatomy import text_decoder
-from regraft.models.placement import moved
+from regraft.models.placement import moved, tensors_of
 from regraft.models.replay import replaced_forwards
 
 _UNUSED = ("last_hidden_state", "hidden_states", "attentions")  # beside pooler_output
@@ -26,7 +26,7 @@ _UNUSED = ("last_hidden_state", "hidden_states", "attentions")  # beside pooler_
 
 @dataclass(frozen=True)
 class VisionOutput:
-    """What one batch of images became: tensors in host memory, and how they were handed over.
+    """What one batch of images became: tensors in host memory, and how they were returned.
 
     `kind` is the class of transformers' output that holds them; None where it is `content` itself.
     """
@@ -54,7 +54,7 @@ class VisionOutput:
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[list[VisionOutput]]:
-    """Keep what the vision part hands over, call by call, while the model runs in the block."""
+    """Record what the vision part returns, call by call, while the model runs in the block."""
     outputs: list[VisionOutput] = []
     inner = _inner(model)
 
@@ -68,20 +68,16 @@ def recorded(model: nn.Module) -> Iterator[list[VisionOutput]]:
         with _replaced(inner, lambda *args, **kwargs: keep(features(*args, **kwargs))):
             yield outputs
     elif _projected(inner):
-        hook = inner.multi_modal_projector.register_forward_hook(  # type: ignore[union-attr]
-            lambda _module, _args, result: keep(result)
-        )
-        try:
+        projector: Any = inner.multi_modal_projector
+        with projector.register_forward_hook(lambda _module, _args, result: keep(result)):
             yield outputs
-        finally:
-            hook.remove()
     else:
         yield outputs
 
 
 @contextmanager
 def replayed(model: nn.Module, output: VisionOutput | None) -> Iterator[None]:
-    """Hand `output` over in the block, whatever the images; None changes nothing."""
+    """Return `output` in the block, whatever the images; None changes nothing."""
     inner = _inner(model)
     if output is None or inner is None:
         yield
@@ -109,14 +105,14 @@ def without_pixels(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vision_state(model: nn.Module) -> tuple[Any, ...] | None:
-    """Tells apart vision parts that make other outputs: another sum of bits, dtype or device.
+    """Equal for vision parts that return the same: sum of bits, dtype, device and shape.
 
     Covers every parameter and buffer outside of the text decoder and the output embedding. None
     where some are not in memory (a model spread over devices by accelerate).
     """
     output = model.get_output_embeddings()  # type: ignore[operator]
-    decoder = {id(tensor) for part in (text_decoder(model), output) for tensor in _own(part)}
-    outside = [tensor for tensor in _own(model) if id(tensor) not in decoder]
+    decoder = {id(tensor) for part in (text_decoder(model), output) for tensor in tensors_of(part)}
+    outside = [tensor for tensor in tensors_of(model) if id(tensor) not in decoder]
     if any(tensor.is_meta for tensor in outside):
         return None
     about = [(str(one.dtype), str(one.device), tuple(one.shape)) for one in outside]
@@ -165,10 +161,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from chain.from_iterable(map(_tensors, value))
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
-
-
-def _own(module: nn.Module) -> Iterator[Tensor]:
-    return chain(module.parameters(), module.buffers())
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from regraft.data.collate import Batch
-from regraft.models.anatomy import decoder_layers
+from regraft.models.anatomy import cross_attention_layers, decoder_layers
 from regraft.models.placement import PlacedModel, free_bytes, moved
 from regraft.models.replay import TextInputs, replay, text_inputs
-from regraft.models.window import cross_attention_layers
 
 _COPIES = 4  # of the states that a backward pass has at a time, the embeddings aside
 
@@ -76,7 +75,7 @@ class Walk:
 
     def rewind(self) -> None:
         """Back to before the first layer, whatever became of the decoder's weights meanwhile."""
-        assert self._embedded is not None, "this walk goes one way"
+        assert self._embedded is not None, "made with again=False"
         self.states = list(self._embedded)
 
     def on(self, model: PlacedModel) -> Walk:
@@ -112,7 +111,7 @@ class Walk:
         text = self._texts[i]
         kwargs = dict(text.kwargs)
         if layer not in self._cross and kwargs.get("cross_attention_states") is not None:
-            # not read here, but without any the layers behind would be skipped
+            # not read by this layer, but without any MllamaTextModel skips its cross-attention
             kwargs["cross_attention_states"] = kwargs["cross_attention_states"][:1]
         kwargs = moved(kwargs, self.model.device)
         kwargs["inputs_embeds"] = hidden.new_zeros(1).expand(hidden.shape)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from regraft.errors import RegraftError
 from regraft.files import in_threads, read_at, write_at
 from regraft.models.anatomy import Anatomy
-from regraft.models.checkpoint import Checkpoint, Progress, TensorRecord, write_copy
+from regraft.models.checkpoint import Checkpoint, TensorRecord
+from regraft.models.checkpoint_copy import Progress, write_copy
 from regraft.models.placement import weight_in_memory
 from regraft.patch.format import CHUNK, Patch, Target, bits, chunks, merge
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from regraft import ranks
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
-from regraft.models.checkpoint import Checkpoint, Edit
+from regraft.models.checkpoint import Checkpoint
+from regraft.models.checkpoint_copy import Edit
 from regraft.models.load import Source
 from regraft.models.walk import Walk
 from regraft.pruning.base import (

@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from regraft.files import atomic_file
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
-from regraft.models.checkpoint import Edit
+from regraft.models.checkpoint_copy import Edit
 
 
 @dataclass(frozen=True)

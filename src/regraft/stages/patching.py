@@ -11,7 +11,8 @@ from regraft import ranks
 from regraft.errors import RegraftError
 from regraft.files import file_digest, read_json
 from regraft.keys import ABOUT_FILE, describe, holds, is_done, to_json, working
-from regraft.models.checkpoint import Checkpoint, check_target, open_checkpoint
+from regraft.models.checkpoint import Checkpoint, open_checkpoint
+from regraft.models.checkpoint_copy import check_target
 from regraft.patch.apply import Operation, Plan, make_plan, write_plan
 from regraft.patch.format import Patch, load_patch
 from regraft.watch import Silent, Watch

@@ -27,7 +27,8 @@ from regraft.loading import (
     hidden_state_bytes,
     load_for_walk,
 )
-from regraft.models.checkpoint import check_target, open_checkpoint, write_edited
+from regraft.models.checkpoint import open_checkpoint
+from regraft.models.checkpoint_copy import check_target, write_edited
 from regraft.models.load import Source
 from regraft.models.walk import Walk
 from regraft.pruning.base import PRUNERS, GradientPruner, PruneSettings

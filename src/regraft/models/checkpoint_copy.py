@@ -1,0 +1,216 @@
+"""A copy of a checkpoint in which some tensors differ.
+
+Shards are copied and the bytes of single tensors overwritten, so that everything else (other
+tensors, their order, dtypes, shard sizes, metadata) is kept to the byte.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from threading import Event, Lock
+
+import torch
+from torch import Tensor
+
+from regraft.errors import PassingError, RegraftError
+from regraft.files import (
+    atomic_folder,
+    in_threads,
+    leftover_bytes,
+    read_json,
+    require_new,
+    require_space,
+    write_all,
+)
+from regraft.models.checkpoint import OTHER_WEIGHTS, Checkpoint, as_tensor, open_checkpoint
+
+Progress = Callable[[int], None]
+Edit = Callable[[Tensor], Tensor]
+EditShard = Callable[[Path], None]
+_COPY_CHUNK = 16 * 2**20
+_READ_CHUNK = 2**20  # small enough for a processor's cache
+
+
+def write_edited(
+    source: Checkpoint,
+    target: Path,
+    edits: Mapping[str, Edit],
+    *,
+    files: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Copy a checkpoint folder to `target`, replacing single tensors, in one atomic step.
+
+    Args:
+        source: The checkpoint to copy.
+        target: The new folder; must be absent or empty.
+        edits: Tensor name on disk -> function from the tensor (its own dtype, CPU) to its
+            replacement, of the same shape and dtype. One tensor is in memory at a time.
+        files: Extra text files to write into the folder, name -> content.
+        progress: Called with the number of bytes just copied.
+
+    Config, processor, tokenizer and chat template files are copied as they are; a
+    `sparsity_config` in config.json is dropped (zeros are saved densely and serving engines
+    reject it); weights in other formats are left out.
+
+    Raises:
+        RegraftError: `target` is not empty, the disk is full, or an edit names no tensor.
+    """
+    for name in edits:
+        source.record(name)
+
+    def edit_shard(path: Path) -> None:
+        touched = [source.tensors[n] for n in edits if source.tensors[n].shard == path.name]
+        with path.open("r+b") as handle:
+            for record in sorted(touched, key=lambda r: r.start):
+                handle.seek(record.start)
+                before = as_tensor(handle.read(record.bytes), record)
+                after = edits[record.name](before)
+                if after.shape != before.shape or after.dtype != before.dtype:
+                    raise ValueError(f"{record.name}: an edit changed shape or dtype")
+                handle.seek(record.start)
+                handle.write(_as_bytes(after))
+
+    return write_copy(source, target, edit_shard, files=files, progress=progress, one_by_one=True)
+
+
+def write_copy(
+    source: Checkpoint,
+    target: Path,
+    edit_shard: EditShard,
+    *,
+    files: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    one_by_one: bool = False,
+) -> Checkpoint:
+    """Copy a checkpoint folder to `target` as `write_edited` does, with any edit of its shards.
+
+    Args:
+        source: The checkpoint to copy.
+        target: The new folder; must be absent or empty.
+        edit_shard: Called with the path of each shard's copy, in several threads.
+        files: Extra text files to write into the folder, name -> content.
+        progress: Called with the number of bytes just copied.
+        one_by_one: Copy and edit one shard after the other.
+
+    Raises:
+        RegraftError: `target` is not empty, the disk is full, or the source changed meanwhile.
+    """
+    check_target(source, target)
+    stamps = source.stamps()
+    with atomic_folder(target) as temporary:
+        _copy_side_files(source.folder, temporary, set(source.shards))
+        for name, content in (files or {}).items():
+            (temporary / name).write_text(content, encoding="utf-8")
+        stop = Event()
+        advance = _one_at_a_time(progress, stop)
+
+        def copy(shard: str) -> None:
+            copy_file(source.folder / shard, temporary / shard, advance)
+            edit_shard(temporary / shard)
+
+        if one_by_one:
+            for shard in source.shards:
+                copy(shard)
+        else:
+            in_threads(copy, source.shards, stop)
+        if source.stamps() != stamps:
+            raise PassingError(
+                f"{source.folder} was changed while it was copied. Run the same command again when "
+                "nothing else writes there."
+            )
+    return open_checkpoint(target)
+
+
+def check_target(source: Checkpoint, target: Path) -> None:
+    """Check that a copy of `source` can be written to `target`; writes and removes nothing.
+
+    Raises:
+        RegraftError: `target` is no new folder, lies inside `source`, or the disk is too full.
+    """
+    require_new(target)
+    if target.resolve().is_relative_to(source.folder.resolve()):
+        raise RegraftError(
+            f"The output folder {target} is inside the checkpoint {source.folder}. "
+            "Choose a folder outside it."
+        )
+    require_space(target, source.bytes - leftover_bytes(target))
+
+
+def copy_file(source: Path, target: Path, progress: Callable[[int], None]) -> None:
+    """Copy a file's content inside the kernel where it can, sharing blocks where the disk can.
+
+    Args:
+        source: The file.
+        target: The new file.
+        progress: Called with the number of bytes just copied.
+    """
+    with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
+        while count := _copy_in_kernel(reader, writer):
+            progress(count)
+        buffer = memoryview(bytearray(_READ_CHUNK))
+        while count := reader.readinto(buffer):
+            write_all(writer, buffer[:count])
+            progress(count)
+
+
+def _copy_in_kernel(reader: io.FileIO, writer: io.FileIO) -> int:
+    try:
+        return os.copy_file_range(reader.fileno(), writer.fileno(), _COPY_CHUNK)
+    except (AttributeError, OSError):  # not here; a true error comes again without it
+        return 0
+
+
+def _one_at_a_time(progress: Callable[[int], None] | None, stop: Event) -> Callable[[int], None]:
+    """`progress` for several threads, one of them at a time; an error once `stop` is set."""
+    lock = Lock()
+
+    def advance(count: int) -> None:
+        with lock:
+            if stop.is_set():
+                raise InterruptedError
+            if progress is not None:
+                progress(count)
+
+    return advance
+
+
+def _as_bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _copy_side_files(source: Path, target: Path, shards: set[str]) -> None:
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        weight_name = Path(path.name.removesuffix(".index.json"))
+        in_other_format = relative.parts[0] == "original" or weight_name.suffix in OTHER_WEIGHTS
+        is_weight = path.suffix == ".safetensors" or relative.name in shards
+        if not path.is_file() or hidden or in_other_format or is_weight:
+            continue
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        if str(relative) == "config.json":
+            _copy_config(path, target / relative)
+        else:
+            shutil.copyfile(path, target / relative)
+
+
+def _copy_config(source: Path, target: Path) -> None:
+    config = read_json(source)
+    dense = {key: value for key, value in config.items() if key != "sparsity_config"}
+    quantization = dense.get("quantization_config")
+    if isinstance(quantization, dict) and "sparsity_config" in quantization:
+        left = {k: v for k, v in quantization.items() if k != "sparsity_config"}
+        if left.get("config_groups"):
+            dense["quantization_config"] = left
+        else:
+            del dense["quantization_config"]
+    if dense == config:
+        shutil.copyfile(source, target)
+    else:
+        target.write_text(json.dumps(dense, indent=2) + "\n", encoding="utf-8")

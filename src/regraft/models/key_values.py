@@ -1,0 +1,233 @@
+"""Run decoder layers on keys and values that are known already.
+
+In every family an attention calls its cache's `update` with its keys and values, after norms and
+rotary embeddings and before GQA's repetition, and attends to what that returns. A stand-in for that
+cache gives a layer the keys and values of the positions that are left out; masks and rotary
+embeddings are cut to the positions that stay. What runs is the family's own layer.
+
+`last_token_replay` is exact: the last layer is needed at the last position alone, so that its
+queries, output projection and MLP run for one token a row. Mllama's cross-attention reads keys and
+values that are computed once a batch, whatever the number of copies. `window` makes estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regraft.errors import RegraftError
+from regraft.models.anatomy import attention_of, cache_argument, decoder_layers
+from regraft.models.replay import Replay, Stop, TextInputs, hooked, replaced_forwards, replay
+
+# Where a layer's arguments have the query positions
+_QUERY_DIMS = {
+    "attention_mask": -2,
+    "cross_attention_mask": -2,
+    "full_text_row_masked_out_mask": -2,
+    "position_embeddings": -2,
+    "position_ids": -1,
+}
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """Keys and values `[B, KV, T, D]` of one layer; stands in for a cache that holds them."""
+
+    layer: int
+    keys: Tensor
+    values: Tensor
+
+    def update(
+        self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Put those of further positions behind these, as attention asks of a cache."""
+        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+
+    @property
+    def layers(self) -> Mapping[int, KeyValues]:
+        """Mllama's cross-attention reads `layers[index].keys` where there are no vision states."""
+        return {self.layer: self}
+
+    def get_seq_length(self, *_args: Any) -> int:
+        """How many positions are known; asked by Mllama in transformers below 5.20."""
+        return self.keys.shape[2]
+
+    def before(self, positions: int) -> KeyValues:
+        """Without the last `positions`."""
+        return KeyValues(self.layer, self.keys[:, :, :-positions], self.values[:, :, :-positions])
+
+
+@contextmanager
+def key_values(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, KeyValues]]:
+    """Keep the keys and values that these layers compute while the block runs."""
+    found: dict[int, KeyValues] = {}
+
+    def record(index: int) -> Callable[..., Any]:
+        class Recorder:
+            def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
+                found[index] = KeyValues(index, keys, values)
+                return keys, values
+
+        def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, kwargs | {cache_argument(layer): Recorder()}
+
+        return hook
+
+    modules = decoder_layers(model)
+    with hooked(modules[i].register_forward_pre_hook(record(i), with_kwargs=True) for i in layers):
+        yield found
+
+
+# The last token in the last layer
+
+
+def last_token_replay(model: nn.Module, text: TextInputs, cross: Mapping[int, KeyValues]) -> Replay:
+    """`replay` for the last position alone: what reaches the final norm is `[copies * B, 1, d]`.
+
+    Exact for rows that end with a real token (left padding). A last layer whose arguments are not
+    understood runs in full, and all positions are returned.
+
+    Args:
+        model: The model; left as it was by every run.
+        text: The batch's decoder inputs, B rows.
+        cross: Keys and values of the cross-attention layers (Mllama), B rows; shared by copies.
+    """
+    if cross:
+        # MllamaTextModel skips its cross-attention layers without any cross_attention_states. Their
+        # content is not read where keys and values are known: one row stands for all copies.
+        states = text.kwargs["cross_attention_states"][:1]
+        text = replace(text, kwargs={**text.kwargs, "cross_attention_states": states})
+    layers = decoder_layers(model)
+
+    def run(*, start: int, hidden: Tensor, stop: int | None = None, copies: int = 1) -> Tensor:
+        forwards: dict[nn.Module, Callable[..., Any]] = {
+            layers[i]: _on_known(layers[i], known, text.batch) for i, known in cross.items()
+        }
+        last = layers[-1]
+        forwards[last] = _on_last(forwards.get(last, last.forward), last)
+        with replaced_forwards(forwards):
+            return replay(model, text, start=start, hidden=hidden, stop=stop, copies=copies)
+
+    return run
+
+
+def _on_last(forward: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
+    """`forward` of a layer that returns the last position alone, `[N, 1, d]`."""
+    attends_itself = attention_of(layer)[0] == "self_attn"
+    cache = cache_argument(layer)
+
+    def last(hidden: Tensor, **kwargs: Any) -> Any:
+        narrow = narrowed(kwargs, 1)
+        if narrow is None:
+            return forward(hidden, **kwargs)
+        if attends_itself and hidden.shape[1] > 1:
+            # The positions before the last are needed as keys and values only. `update` puts the
+            # last one's own behind them.
+            own = _own_key_values(forward, hidden, {**kwargs, cache: _Finder()})
+            narrow[cache] = own.before(1)
+        return forward(hidden[:, -1:], **narrow)
+
+    return last
+
+
+class _Finder:
+    """Stands in for a cache and ends the forward pass as soon as it is given keys and values."""
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> None:
+        raise Stop(KeyValues(layer, keys, values))
+
+
+def _own_key_values(
+    forward: Callable[..., Any], hidden: Tensor, kwargs: Mapping[str, Any]
+) -> KeyValues:
+    """Those of `hidden`, from a forward whose cache is a `_Finder`."""
+    try:
+        forward(hidden, **kwargs)
+    except Stop as stopped:
+        known: KeyValues = stopped.value
+        return known
+    raise RegraftError(
+        "An attention of this model does not hand its keys to a cache; its heads cannot be "
+        "scored with this version of transformers."
+    )
+
+
+def _on_known(layer: nn.Module, known: KeyValues, batch: int) -> Callable[..., Any]:
+    """A cross-attention layer's forward on known keys and values of B rows, shared by all copies.
+
+    Copies are laid out along the positions, `[copies * B, T, d]` -> `[B, copies * T, d]`, which
+    cross-attention treats one by one; so nothing of the keys and values is repeated.
+    """
+    forward, cache = layer.forward, cache_argument(layer)
+
+    def shared(hidden: Tensor, **kwargs: Any) -> Tensor:
+        copies = len(hidden) // batch
+        for name in ("cross_attention_mask", "full_text_row_masked_out_mask"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = fold(kwargs[name], copies)
+        kwargs |= {"cross_attention_states": None, cache: known}
+        return unfold(forward(fold(hidden, copies), **kwargs), copies)
+
+    return shared
+
+
+# Cutting and laying out a layer's arguments
+
+
+def narrowed(kwargs: Mapping[str, Any], size: int) -> dict[str, Any] | None:
+    """A layer's keyword arguments for the last `size` query positions.
+
+    Masks keep all their keys. No mask stands for a causal one, for one query for none at all.
+
+    Returns:
+        The arguments, views where possible; None if one of them is not understood.
+    """
+    if not all(_understood(name, value) for name, value in kwargs.items()):
+        return None
+    return along_queries(
+        kwargs, lambda _, tensor, dim: tensor.narrow(dim, tensor.shape[dim] - size, size)
+    )
+
+
+def _understood(name: str, value: Any) -> bool:
+    if isinstance(value, tuple):
+        return name == "position_embeddings"
+    if isinstance(value, Tensor) and name != "cross_attention_states":
+        return name in _QUERY_DIMS and (value.ndim == 4 or not name.endswith("mask"))
+    return isinstance(value, Tensor | bool | int | float | str | None)
+
+
+def along_queries(
+    kwargs: Mapping[str, Any], change: Callable[[str, Tensor, int], Tensor]
+) -> dict[str, Any]:
+    """A layer's arguments, with `change(name, tensor, dim)` for those of query positions."""
+
+    def changed(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):  # the rotary cos and sin
+            return tuple(change(name, part, _QUERY_DIMS[name]) for part in value)
+        if name in _QUERY_DIMS and isinstance(value, Tensor):
+            return change(name, value, _QUERY_DIMS[name])
+        return value
+
+    return {name: changed(name, value) for name, value in kwargs.items()}
+
+
+def fold(tensor: Tensor, copies: int, dim: int = -2) -> Tensor:
+    """Lay copies out along `dim`: `[copies * B, .., T, ..]` -> `[B, .., copies * T, ..]`."""
+    if copies == 1:
+        return tensor
+    rows: Tensor = tensor.unflatten(0, (copies, -1))
+    return rows.movedim(0, dim - 1).flatten(dim - 1, dim)
+
+
+def unfold(tensor: Tensor, copies: int, dim: int = -2) -> Tensor:
+    """Undo `fold`: `[B, .., copies * T, ..]` -> `[copies * B, .., T, ..]`."""
+    if copies == 1:
+        return tensor
+    rows: Tensor = tensor.unflatten(dim, (copies, -1))
+    return rows.movedim(dim - 1, 0).flatten(0, 1)

@@ -1,0 +1,133 @@
+"""From the name of a model to its folder, and to the config and class that transformers has for it.
+
+Whatever transformers and the hub raise is turned into a `RegraftError` here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from regraft.data.storage import MODEL_ID
+from regraft.errors import RegraftError
+
+_NOT_FROM_HUB = ["original/*", "consolidated*"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+
+
+def resolve(model: str | Path) -> Path:
+    folder = Path(model)
+    if folder.exists():
+        return folder
+    if isinstance(model, Path) or not MODEL_ID.fullmatch(str(model)):
+        raise RegraftError(
+            f"The model folder {model} does not exist. Give a folder that holds config.json and "
+            "safetensors, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    name, _, revision = str(model).partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=_HUB_FILES,
+                ignore_patterns=_NOT_FROM_HUB,
+            )
+        )
+    except GatedRepoError as error:
+        raise RegraftError(
+            f"{name} is gated: accept its licence on its model page, then `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise RegraftError(
+            f"There is neither a folder nor a hub repository {name}. A private one needs "
+            "`hf auth login`."
+        ) from error
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0].removeprefix("Got: ")
+        raise RegraftError(
+            f"{model} is not a folder here and could not be had from the hub: {reason} Without a "
+            "network give the folder of a copy on disk."
+        ) from error
+
+
+def read_config(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise RegraftError(f"{folder} holds no config.json: it is not a model folder.")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise RegraftError(
+                f"{folder} comes with Python code of its own. Read it and, if you trust it, run it "
+                "with --trust-remote-code."
+            ) from error
+        reason = str(error).splitlines()[0]
+        raise RegraftError(f"{folder / 'config.json'} cannot be used: {reason}") from error
+
+
+def auto_class(config: Any, folder: Path) -> Any:
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    remote = getattr(config, "auto_map", None) or {}
+    for auto, mapping in (
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    ):
+        if type(config) in mapping or auto.__name__ in remote:
+            return auto
+    raise RegraftError(
+        f"{folder} is a {config.model_type} model: neither a vision-language model nor a causal "
+        "language model, so there are no refusals to restore."
+    )
+
+
+@contextmanager
+def bad_config(folder: Path) -> Iterator[None]:
+    """Whatever transformers makes of a config it cannot build a model from."""
+    try:
+        yield
+    except RegraftError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise RegraftError(
+            f"{folder / 'config.json'} describes no model that transformers can build: {reason}"
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", category=UserWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
