@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 import re
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from cyclopts import App
 from safetensors.torch import load_file, save_file
 
 import pico
@@ -24,7 +27,7 @@ from disk import rewrite, shards, tree, write_data
 from methods import method, restored
 from regraft import preflight, stages
 from regraft.checks import _made_from_demo, check_heads
-from regraft.cli import main
+from regraft.cli import COMMANDS, main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource
@@ -790,7 +793,7 @@ def test_output_places(world: World, refused: Refused) -> None:
     """Found before the work, and said as it is."""
     data = ["--data", world.data]
     has(refused("analyse", "statistics", world.model, *data, "--out", "."), ". is a folder")
-    has(refused("compare", "model", "--out", "pruned"), "pruned holds something else")
+    has(refused("analyse", "compare", "model", "--out", "pruned"), "pruned holds something else")
     has(
         refused("analyse", "overlap", world.model, "gone", "--out", "pruned"), "pruned is not empty"
     )
@@ -1306,3 +1309,41 @@ def test_every_method_has_a_command_with_only_its_flags(
     others = {f"--{field.replace('_', '-')}" for some in fields.values() for field in some}
     assert own <= flags
     assert not (others - own) & flags
+
+
+# --- the list of commands ---
+
+
+def test_what_is_listed_is_what_each_command_says_of_itself() -> None:
+    """The list is made without importing the commands, so it repeats the first line of each."""
+    assert len(COMMANDS) <= 14
+    for where, listed in COMMANDS.values():
+        module, _, name = where.partition(":")
+        found = getattr(importlib.import_module(f"regraft.cli.{module}"), name)
+        text = found.help if isinstance(found, App) else inspect.getdoc(found)
+        assert " ".join(text.split("\n\n")[0].split()) == listed
+
+
+def test_help_is_there_without_the_heavy_packages() -> None:
+    code = (
+        "import sys; from regraft.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'matplotlib'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_the_help_of_a_method_shows_its_own_flags(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    run_ok("realign", name, "--help")
+    shown = capsys.readouterr().out
+    own = METHODS.get(name).Settings.model_fields
+    others = {field for one in METHODS.names() for field in METHODS.get(one).Settings.model_fields}
+    for field in own.keys() - {"method"}:
+        assert f"--{field.replace('_', '-')}" in shown
+    for field in others - own.keys():
+        assert f"--{field.replace('_', '-')} " not in shown

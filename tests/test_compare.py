@@ -701,7 +701,7 @@ def test_compare_reads_what_the_runs_wrote(world: Path, tmp_path: Path) -> None:
 def test_compare_on_the_command_line(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["compare", world / "run", "--out", tmp_path / "out"]
+    words = ["analyse", "compare", world / "run", "--out", tmp_path / "out"]
     shown = ended([*words, "--against", "hsr", "random"], 0, capsys)
     assert "random (x2)" in shown
     assert "against random" in shown
@@ -725,21 +725,21 @@ def test_bad_input_of_compare(
 ) -> None:
     out = tmp_path / "out"
     seeds = [world / "run" / f"seed-{seed}" for seed in (0, 3)]
-    assert "no run to compare" in refused(["compare", "--out", out], capsys)
-    message = refused(["compare", world / "data", "--out", out], capsys)
+    assert "no run to compare" in refused(["analyse", "compare", "--out", out], capsys)
+    message = refused(["analyse", "compare", world / "data", "--out", out], capsys)
     assert "holds no run" in message
-    message = refused(["compare", *seeds, "--out", out, "--against", "dense"], capsys)
+    message = refused(["analyse", "compare", *seeds, "--out", out, "--against", "dense"], capsys)
     assert "against dense: there is no such method" in message
     other = tmp_path / "other"
     shutil.copytree(seeds[1], other)
     recipe = (other / "recipe.yaml").read_text()
     (other / "recipe.yaml").write_text(recipe.replace("samples: 4", "samples: 3"))
-    message = refused(["compare", seeds[0], other, "--out", out], capsys)
+    message = refused(["analyse", "compare", seeds[0], other, "--out", out], capsys)
     assert "calibration.samples" in message
     curve = tmp_path / "study" / "seed-0" / "curves" / "wanda-60" / "hsr.json"
     synthetic(world, tmp_path / "study")
     curve.write_text('{"points": [{}]}')
-    message = refused(["compare", tmp_path / "study", "--out", out], capsys)
+    message = refused(["analyse", "compare", tmp_path / "study", "--out", out], capsys)
     assert "hsr.json holds no validation curve" in message
     assert not out.exists()
 

@@ -30,7 +30,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Show layers, heads, prunable weights and names on disk; loads no weights.",
     ),
     "data": ("making_data:app", "Make data: answers to calibration prompts, prompts as images."),
-    "prune": ("pruning:prune", "Prune the decoder by Wanda, SparseGPT, SNIP or another pruner."),
+    "prune": (
+        "pruning:prune",
+        "Set the least important weights to 0, by Wanda or another pruner (--method).",
+    ),
     "realign": (
         "realigning:app",
         "Restore the pruned weights that carried safety: write their dense values as a patch.",
@@ -59,13 +62,9 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Write a report: JSON, Markdown and one HTML page, of a finished run again or of "
         "evaluations.",
     ),
-    "compare": (
-        "reporting:compare",
-        "Tell methods apart over finished runs: tests, intervals, verdicts and the trade-off plot.",
-    ),
     "analyse": (
         "analysing:app",
-        "Look into a model or a run: heads, importance, one setting at several values.",
+        "Look into models and runs: heads, importance, comparisons, a setting at many values.",
     ),
 }
 

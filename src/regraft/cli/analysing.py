@@ -18,6 +18,7 @@ from regraft.cli.options import (
     open_model,
     watching,
 )
+from regraft.cli.reporting import compare
 from regraft.console import show_heads, show_overlap, show_relation, show_sweep
 from regraft.recipe import read_recipe
 from regraft.settings.compute import ComputeSettings
@@ -26,8 +27,9 @@ from regraft.settings.scoring import HeadSettings, StatisticsSettings
 
 app = App(
     name="analyse",
-    help="Look into a model or a run: heads, importance, one setting at several values.",
+    help="Look into models and runs: heads, importance, comparisons, a setting at many values.",
 )
+app.command(compare, name="compare")
 
 
 @app.command(name="heads")

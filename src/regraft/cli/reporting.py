@@ -1,4 +1,4 @@
-"""What came out of runs and evaluations: `regraft report` and `regraft compare`."""
+"""What came out of runs and evaluations: `regraft report` and `regraft analyse compare`."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def report(
         if len(folder) > 1:
             raise RegraftError(
                 "Several folders are for evaluations, which hold a results.json; runs are compared "
-                "by `regraft compare`."
+                "by `regraft analyse compare`."
             )
         if out is not None:
             raise RegraftError("The report of a run lies in its own folder: leave out --out.")
@@ -126,7 +126,7 @@ def _pair(dense: Path | None, pruned: Path | None) -> Pair | None:
 def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:
     """Tell methods apart over finished runs: tests, intervals, verdicts and the trade-off plot.
 
-    Example: regraft compare runs/study --out runs/study/comparison --against hsr
+    Example: regraft analyse compare runs/study --out runs/study/comparison --against hsr
 
     Parameters
     ----------
