@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from disk import rewrite, shards, tree, write_data
 from methods import method, restored
 from regraft import preflight, stages
 from regraft.checks import _made_from_demo, check_heads
-from regraft.cli import main
+from regraft.cli import COMMANDS, main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource
@@ -398,8 +400,8 @@ def test_budgets_in_a_recipe(
 @pytest.mark.parametrize(
     ("command", "wanted", "unwanted"),
     [
-        ("realign hsr", "Harmful and harmless prompts, none of which should be", "Direction"),
-        ("tune hsr", "Harmful and harmless prompts, none of which should be", "Direction"),
+        ("realign hsr", "Harmful and harmless prompts, none of which is", "Direction"),
+        ("tune hsr", "Harmful and harmless prompts, none of which is", "Direction"),
         ("defend", "Direction: harmful and harmless prompts on which layer and", "search"),
     ],
 )
@@ -1302,3 +1304,14 @@ def test_every_method_has_a_command_with_only_its_flags(
     others = {f"--{field.replace('_', '-')}" for some in fields.values() for field in some}
     assert own <= flags
     assert not (others - own) & flags
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_says_of_itself_what_the_list_says(name: str) -> None:
+    """The list is there before a command is imported."""
+    where, listed = COMMANDS[name]
+    module, _, attribute = where.partition(":")
+    found = getattr(import_module(f"regraft.cli.{module}"), attribute)
+    own = inspect.getdoc(found) if inspect.isfunction(found) else found.help
+    first = " ".join((own or "").split("\n\n")[0].split())
+    assert first == listed
