@@ -100,9 +100,9 @@ def run_ours(options: argparse.Namespace) -> float:
     from regraft.data.collate import Batch
     from regraft.models.load import load_placed, open_source
     from regraft.models.walk import Walk
-    from regraft.pruning.pruner import prune_layers
+    from regraft.pruning.base import prune_settings
+    from regraft.pruning.prune import prune_layers
     from regraft.pruning.results import LayerResults
-    from regraft.settings.pruning import PruneSettings
 
     source = open_source(options.folder / "dense")
     model = load_placed(source, dtype="bfloat16", device=options.device, placement=options.runner)
@@ -112,15 +112,14 @@ def run_ours(options: argparse.Namespace) -> float:
         )
         for ids in sequences(options.samples, options.length)
     ]
-    settings = PruneSettings(method=options.method, sparsity=0.5)
+    settings = prune_settings(method=options.method, sparsity=0.5)
     begin_peak(options.device)
     start = time.perf_counter()
     with TemporaryDirectory(dir=options.folder) as work:
         prune_layers(
-            settings.pruner(),
+            settings,
+            source,
             Walk(model, batches),
-            source.anatomy,
-            source.checkpoint,
             settings.patterns(source.anatomy.linears),
             LayerResults(Path(work)),
         )

@@ -30,15 +30,25 @@ from torch import nn
 from regraft import stages
 from regraft.data.collate import batches, response_batch
 from regraft.data.sources import DataSource, read
-from regraft.models.load import load_model, load_processor, open_source, pick_device
+from regraft.models.load import Source, load_model, load_processor, open_source, pick_device
 from regraft.models.replay import layer_inputs, text_inputs
+from regraft.pruning.base import prune_settings
+from regraft.restoration.methods.hsr import HSRSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.pruning import PruneSettings
-from regraft.methods.base import RealignSettings
 from regraft.settings.scoring import HeadSettings
 
 GIB = 2**30
+
+
+def realign(
+    dense: Source, pruned: Source, folder: Path, settings: HSRSettings, data: CalibrationSettings
+) -> None:
+    """Rank on the CPU and write the patch, from the head scores and statistics in `folder`."""
+    inputs = stages.Inputs(folder / "heads", folder / "statistics")
+    ranking, compute = folder / "ranking", ComputeSettings(device="cpu")
+    stages.rank(dense, pruned, ranking, settings, data, inputs, compute)
+    stages.realign(dense, pruned, folder / "patch", settings, ranking)
 
 
 def main() -> None:
@@ -102,7 +112,7 @@ def main() -> None:
         del model
         pruned = measure(
             "prune (sequential)",
-            lambda: stages.prune(dense, folder / "pruned", PruneSettings(), calibration, compute),
+            lambda: stages.prune(dense, folder / "pruned", prune_settings(), calibration, compute),
         )
         measure(
             f"heads ({options.head_samples} samples)",
@@ -120,14 +130,8 @@ def main() -> None:
         )
         measure(
             "realign (HSR, on the CPU)",
-            lambda: stages.realign(
-                dense,
-                pruned,
-                folder / "patch",
-                RealignSettings(top_heads=min(10, heads)),
-                folder / "heads",
-                folder / "statistics",
-                ComputeSettings(device="cpu"),
+            lambda: realign(
+                dense, pruned, folder, HSRSettings(top_heads=min(10, heads)), calibration
             ),
         )
         measure("apply", lambda: stages.apply(pruned.folder, folder / "patch", folder / "out"))

@@ -44,17 +44,16 @@ from regraft.data.collate import Batch, batches, response_batch
 from regraft.data.demo import demo_model
 from regraft.data.example import Example, hold_out
 from regraft.data.sources import DataSource, read
-from regraft.importance.losses import DecisionLoss
-from regraft.importance.teacher import final_states
 from regraft.models.checkpoint import write_edited
 from regraft.models.load import Source, load_placed, load_processor, open_source, pick_device
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
-from regraft.pruning.pruner import magnitude_edits, zeros
-from regraft.methods.gain.step import Problem, Prompts, Step, held_out_losses, step
-from regraft.methods.ranking import empty
-from regraft.settings.pruning import PruneSettings
-from regraft.methods.gain.method import HELD_OUT, path_limit
+from regraft.pruning.base import prune_settings
+from regraft.pruning.prune import edits_without_data, zeros
+from regraft.restoration.methods.gain.method import HELD_OUT, path_limit
+from regraft.restoration.methods.gain.step import Problem, Prompts, Step, held_out_losses, step
+from regraft.restoration.ranking import empty
+from regraft.restoration.teacher import DecisionLoss, final_states
 
 
 def bare(model: PlacedModel, source: Source, data: list[Batch]) -> None:
@@ -234,8 +233,12 @@ def main() -> None:
             )
             shapes.write_data(folder, options.samples, options.image)
             source = open_source(folder / "dense")
-        patterns = PruneSettings(method="magnitude").patterns(source.anatomy.linears)
-        write_edited(source.checkpoint, folder / "pruned", magnitude_edits(patterns))
+        patterns = prune_settings(method="magnitude").patterns(source.anatomy.linears)
+        write_edited(
+            source.checkpoint,
+            folder / "pruned",
+            edits_without_data(prune_settings("magnitude"), patterns),
+        )
         runs = [("bare", "resident"), ("step", "resident"), ("step", "streamed")]
         for what, placement in [*runs, ("swap", "streamed")]:
             if what in options.skip or (what == "step" and placement in options.skip):

@@ -38,9 +38,9 @@ from regraft.models.load import load_placed, load_processor, open_source, pick_d
 from regraft.models.placement import PlacedModel
 from regraft.models.replay import text_inputs
 from regraft.models.walk import Walk
-from regraft.pruning.pruner import prune_layers
+from regraft.pruning.base import prune_settings
+from regraft.pruning.prune import prune_layers
 from regraft.pruning.results import LayerResults
-from regraft.settings.pruning import PruneSettings
 
 GIB = 2**30
 RUNS = [
@@ -115,15 +115,14 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     layers = len(source.anatomy.layers)
-    settings = PruneSettings(method=options.method, order=options.order, n_m=options.n_m)
+    settings = prune_settings(method=options.method, order=options.order, n_m=options.n_m)
     with TemporaryDirectory(dir=options.folder) as work:
         seconds, _ = timed(
             device,
             lambda: prune_layers(
-                settings.pruner(),
+                settings,
+                source,
                 Walk(model, data),
-                source.anatomy,
-                source.checkpoint,
                 settings.patterns(source.anatomy.linears),
                 LayerResults(Path(work)),
             ),

@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from regraft.importance.wanda import wanda_score
 from regraft.models.anatomy import LayerAnatomy, LinearAnatomy
 from regraft.models.load import pick_device
-from regraft.pruning.masks import prune_mask
-from regraft.methods.selection import Band, blocks_of, restorable, select_hsr
+from regraft.patch.pair import restorable
+from regraft.pruning.masks import Pattern
+from regraft.pruning.pruners.wanda import PLUGIN as WANDA
+from regraft.restoration.selection import Band, blocks_of, hsr_scores
 
 HEAD = 128
 SHAPES = {"qwen2.5-vl-7b": (28, 28, 4), "vicuna-7b": (32, 32, 32)}  # layers, heads, kv heads
@@ -64,17 +65,18 @@ def main() -> None:
                 linear.shape, generator=generator, device=device, dtype=torch.bfloat16
             )
             squares = torch.rand(2, linear.shape[1], generator=generator, device=device)
-            pruned = weight.masked_fill(prune_mask(wanda_score(weight, squares[1]), 0.5), 0)
+            pruned = weight.masked_fill(Pattern(0.5).mask(WANDA.score(weight, squares[1])), 0)
             blocks = blocks_of(layer, linear, range(heads))
 
             def scored(rows: slice, weight: Tensor = weight, by: Tensor = squares[0]) -> Tensor:
-                return wanda_score(weight[rows], by)
+                return WANDA.score(weight[rows], by)
 
             def useful(rows: slice, weight: Tensor = weight, by: Tensor = squares[1]) -> Tensor:
-                return wanda_score(weight[rows], by)
+                return WANDA.score(weight[rows], by)
 
             start = _now(device)
-            found = select_hsr(restorable(weight, pruned), scored, useful, blocks, band)
+            scores = hsr_scores(restorable(weight, pruned), scored, useful, blocks, band)
+            found = (scores > -torch.inf).reshape(-1).nonzero().flatten()
             middle = _now(device)
             scored(slice(None)), useful(slice(None))
             end = _now(device)

@@ -35,16 +35,16 @@ from regraft.data.demo import demo_model
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.evaluation.greedy import contiguous_head
+from regraft.loading import collate
 from regraft.models.load import Source, load_model, load_processor, open_source, placed
-from regraft.methods.ranking import load_ranking
+from regraft.pruning.base import prune_settings
+from regraft.restoration.methods.gain.method import GainSettings
+from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.pruning import PruneSettings
-from regraft.methods.base import RealignSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.stages.answering import imitation_data
-from regraft.loading import collate
 from regraft.watch import Advance, Silent
 
 NOT_COUNTED = ("Loading", "Writing", "Checking")
@@ -105,15 +105,14 @@ def measured(
     how = EvalSettings(limit=count, max_new_tokens=options.max_new_tokens)
     result = stages.evaluate(source, work / "ev", suite, how, compute, watch=clocks["eval"]).result
     pruned = stages.prune(
-        source, work / "pruned", PruneSettings(), calibration, compute, clocks["prune"]
+        source, work / "pruned", prune_settings(), calibration, compute, clocks["prune"]
     )
     r_max = HeadSettings(r_max=min(5, count // 2))
     stages.heads(source, work / "heads", r_max, calibration, compute, clocks["heads"])
-    gain = RealignSettings(method="gain", count=options.count)
-    patch = work / "gain.safetensors"
-    stages.restore(source, pruned, patch, gain, calibration, compute, clocks["gain, a step"])
-    taken = [load_ranking(path) for path in work.glob("gain*ranking*")]
-    steps = max(1, len(taken[0].about["steps"]))
+    gain, places = GainSettings(count=options.count), stages.Places.beside(work / "gain")
+    restoration = stages.Restoration(source, calibration, compute, watch=clocks["gain, a step"])
+    restoration.restore(pruned, gain, places)
+    steps = max(1, len(load_ranking(places.ranking).about["steps"]))
 
     responses = work / "pruned.responses"
     learnt = stages.calibration_data(

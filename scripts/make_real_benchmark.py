@@ -46,10 +46,10 @@ from regraft.errors import RegraftError
 from regraft.evaluation.generate import generate
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import digest, write_json, write_text
+from regraft.loading import load
 from regraft.models.load import Source, open_source
 from regraft.settings.compute import ComputeSettings
 from regraft.stages.answering import Response, judged
-from regraft.loading import load
 from regraft.watch import Watch
 
 Summary = dict[str, Any]

@@ -40,7 +40,7 @@ from safetensors import safe_open
 import pico
 from disk import write_jsonl
 from regraft.cli import main as regraft
-from regraft.methods.ranking import load_ranking
+from regraft.restoration.ranking import load_ranking
 
 FOLDER = Path(__file__).parent / "goldens"
 Digests = dict[str, str]

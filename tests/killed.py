@@ -90,14 +90,15 @@ def _serve() -> None:
     import transformers
 
     from regraft import pipeline  # noqa: F401 - so that no fork has to
-    from regraft.report import figures
+    from regraft.report import rate_figures, weight_figures
 
     torch.set_num_threads(1)
     names = ("AutoProcessor", "AutoModelForImageTextToText", "AutoModelForCausalLM")
     names += ("LlavaForConditionalGeneration", "LlavaProcessor", "CLIPImageProcessor")
     for name in (*names, "CLIPVisionModel", "LlamaModel", "GenerationConfig"):
         getattr(transformers, name)
-    figures._svg = lambda *_: "<svg/>"  # drawing takes most of the time of such a small run
+    for module in (rate_figures, weight_figures):
+        module.to_svg = lambda *_: "<svg/>"  # type: ignore[assignment]  # drawing takes most of the time of such a small run
     for line in sys.stdin:
         job = json.loads(line)
         read, write = os.pipe()

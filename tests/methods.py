@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from regraft import stages
-from regraft.methods.base import MethodSettings, method_named
 from regraft.models.load import Source
 from regraft.patch.format import Patch
 from regraft.recipe import VariantSettings, variant
+from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.watch import Watch
@@ -17,7 +17,7 @@ from regraft.watch import Watch
 
 def method(method: str = "hsr", **given: Any) -> MethodSettings:
     """The settings of a method."""
-    return method_named(method).Settings(method=method, **given)
+    return METHODS.get(method).Settings(method=method, **given)
 
 
 def a_variant(method: str = "hsr", **given: Any) -> VariantSettings:

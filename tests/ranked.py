@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
+from methods import method, restored
 from regraft import ranks, stages
 from regraft.data.sources import DataSource
 from regraft.models.load import open_source
+from regraft.pruning.base import prune_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.pruning import PruneSettings
-from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings, StatisticsSettings
 
 METHODS = ("wanda", "sparsegpt", "snip")
@@ -27,18 +27,18 @@ def main(root: Path, out: Path) -> None:
     dense = open_source(root / "dense")
     data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
     calibration = CalibrationSettings(data=data, samples=4)
-    for method in METHODS:
+    for name in METHODS:
         stages.statistics(
             dense,
-            out / f"statistics-{method}",
+            out / f"statistics-{name}",
             calibration,
             COMPUTE,
-            StatisticsSettings(score=method),
+            StatisticsSettings(score=name),
         )
-        settings = PruneSettings(method=method, scope="row")
-        pruned = stages.prune(dense, out / f"pruned-{method}", settings, calibration, COMPUTE)
+        settings = prune_settings(method=name, scope="row")
+        pruned = stages.prune(dense, out / f"pruned-{name}", settings, calibration, COMPUTE)
     stages.heads(dense, out / "heads", HeadSettings(r_max=2), calibration, COMPUTE)
-    stages.realign(
+    restored(
         dense,
         pruned,
         out / "patch",

@@ -29,8 +29,8 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.folder import RunFolder
 from regraft.heads.score import load_heads
-from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
+from regraft.pruning.statistics import load_statistics
 from regraft.recipe import Recipe, read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings

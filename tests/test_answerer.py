@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 import pico
 import truth
 from disk import tree, write_data
+from methods import method, restored
 from regraft import stages
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
@@ -37,11 +38,10 @@ from regraft.files import write_json
 from regraft.models.anatomy import decoder_layers
 from regraft.models.load import open_source
 from regraft.models.vision import VisionOutput, replayed, vision_state
+from regraft.pruning.base import prune_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.pruning import PruneSettings
-from regraft.methods.base import MethodSettings
 from regraft.stages import session as sessions
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
@@ -419,12 +419,12 @@ def models_on_disk(tmp_path: Path) -> dict[str, Any]:
     write_data(tmp_path / "data", 3)
     data = DataSource(name="jsonl", path=tmp_path / "data" / "data.jsonl")
     calibration = CalibrationSettings(data=data, samples=3)
-    prune = PruneSettings(sparsity=0.6)
+    prune = prune_settings(sparsity=0.6)
     pruned = stages.prune(dense, tmp_path / "pruned", prune, calibration, COMPUTE)
     stages.statistics(dense, tmp_path / "statistics", calibration, COMPUTE)
-    realign = method(heads="all", q=0.9)
+    settings = method(heads="all", q=0.9)
     patch = tmp_path / "patch"
-    stages.realign(dense, pruned, patch, realign, None, tmp_path / "statistics", COMPUTE)
+    restored(dense, pruned, patch, settings, None, tmp_path / "statistics", COMPUTE)
     realigned = open_source(stages.apply(pruned.folder, patch, tmp_path / "realigned"))
     return {"dense": dense, "pruned": pruned, "patch": patch, "realigned": realigned, "data": data}
 

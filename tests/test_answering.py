@@ -22,12 +22,12 @@ from regraft.data.sources import DataSource, read
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE, KeywordJudge
 from regraft.files import read_json
-from regraft.importance.statistics import load_statistics
 from regraft.models.load import Source, open_source
+from regraft.pruning.base import prune_settings
+from regraft.pruning.statistics import load_statistics
 from regraft.recipe import Recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.stages import answering
 from regraft.watch import Silent
@@ -227,7 +227,7 @@ def test_prune_and_statistics_learn_from_them(
     monkeypatch.setattr(answering, "generate", _half)
     own = CalibrationSettings(data=data, samples=4, responses="self")
     given = own.model_copy(update={"responses": "given"})
-    both = PruneSettings(calibrate_on="both")
+    both = prune_settings(calibrate_on="both")
     with pytest.raises(RegraftError, match="no harmless examples with a response"):
         stages.prune(source, tmp_path / "pruned", both, given, COMPUTE)
     stages.prune(source, tmp_path / "pruned", both, own, COMPUTE)
@@ -263,14 +263,14 @@ def test_other_responses_are_other_data(
     data = _data(tmp_path / "data")
     calibration = CalibrationSettings(data=data, samples=2, responses="self")
     monkeypatch.setattr(answering, "generate", Says({}, YES))
-    stages.prune(source, tmp_path / "out", PruneSettings(), calibration, COMPUTE)
+    stages.prune(source, tmp_path / "out", prune_settings(), calibration, COMPUTE)
     before = tree(tmp_path / "out")
-    stages.prune(source, tmp_path / "out", PruneSettings(), calibration, COMPUTE)
+    stages.prune(source, tmp_path / "out", prune_settings(), calibration, COMPUTE)
     assert tree(tmp_path / "out") == before
     shutil.rmtree(tmp_path / "out.responses")
     monkeypatch.setattr(answering, "generate", Says({}, "Sure."))
     with pytest.raises(RegraftError, match=r"data\.utility\.digest"):
-        stages.prune(source, tmp_path / "out", PruneSettings(), calibration, COMPUTE)
+        stages.prune(source, tmp_path / "out", prune_settings(), calibration, COMPUTE)
 
 
 def test_heads_stay_as_they_are(
@@ -311,7 +311,7 @@ def test_a_run_writes_them_once(
             "compute": {"device": "cpu", "batch_size": 4},
         }
     )
-    report = pipeline.run(recipe, tmp_path / "run")
+    report = pipeline.run(recipe, tmp_path / "run").runs[0]
     assert len(asked) == len(set(asked)) == 14
     accounts = {account.role: account for account in report.data}
     assert accounts["calibration D^s"].used == accounts["calibration D^u"].used == 5

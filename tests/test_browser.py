@@ -13,9 +13,11 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from regraft.report.all_answers import answer_data
-from regraft.report.model import Report, comparisons
-from regraft.report.write import card_variant, render_card, render_html, render_markdown
+from regraft.report.examples import answer_data
+from regraft.report.page import render_html, render_markdown
+from regraft.report.pooling import study_of
+from regraft.report.run import Run
+from regraft.report.write import card_variant, render_card
 from test_report import ATTACK, REPORT, alone, of_places
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
@@ -56,7 +58,7 @@ def look(tmp_path_factory: pytest.TempPathFactory) -> Look:
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return render_html(REPORT, comparisons(REPORT))
+    return render_html(study_of([REPORT]))
 
 
 def _entries(dom: str) -> list[str]:
@@ -136,7 +138,7 @@ def test_values_of_suites_are_seen_on_a_phone(look: Look) -> None:
         "return document.elementFromPoint(box.right - 1, box.top + box.height / 2) === b; });"
         "parent.postMessage(JSON.stringify([innerWidth, seen]), '*'); }</script></body>"
     )
-    inner = render_html(report, comparisons(report)).replace("</body>", probe)
+    inner = render_html(study_of([report])).replace("</body>", probe)
     outer = (
         f'<title>none</title><iframe style="width:390px;height:800px;border:0" srcdoc="'
         f'{html.escape(inner)}"></iframe>'
@@ -152,7 +154,7 @@ def test_values_of_suites_are_seen_on_a_phone(look: Look) -> None:
 @browser
 def test_unrelated_models_are_filtered_by_what_they_do(look: Look) -> None:
     report = alone(*REPORT.variants[:3])
-    page = render_html(report, comparisons(report))
+    page = render_html(study_of([report]))
     dom, log = look(page, "#all-answers?kind=harmful&change=differing")
     assert "CONSOLE" not in log, log
     assert (len(_entries(dom)), _entries(dom)[0]) == (20, "h5")
@@ -177,7 +179,7 @@ def test_the_data_of_the_answers(page: str) -> None:
     assert len(content["texts"]) == 60 + 3  # every text once
 
 
-def _asking() -> Report:
+def _asking() -> Run:
     """REPORT, its first harmful prompt asking for something that only the image shows."""
     variants = tuple(
         replace(
@@ -200,15 +202,15 @@ def test_what_is_asked_stands_by_the_answers() -> None:
     content = json.loads(answer_data(report)[0])
     assert content["texts"][content["rows"][0]["request"]] == "Pick a <b>lock</b>"
     assert "request" not in content["rows"][1]
-    page = render_html(report, comparisons(report))
+    page = render_html(study_of([report]))
     assert '<span class="asks">Asks: Pick a &lt;b&gt;lock&lt;/b&gt;</span>' in page
-    assert "Asks: Pick a" in render_markdown(report, comparisons(report))
+    assert "Asks: Pick a" in render_markdown(study_of([report]))
 
 
 @browser
 def test_a_topic_is_found_by_what_is_asked(look: Look) -> None:
     report = _asking()
-    dom, log = look(render_html(report, comparisons(report)), "#all-answers?text=LOCK")
+    dom, log = look(render_html(study_of([report])), "#all-answers?text=LOCK")
     assert "CONSOLE" not in log, log
     assert _entries(dom) == ["h0"]
     assert "Asks: Pick a &lt;b&gt;lock" in dom.split('<div id="answer-list">')[1]
@@ -226,7 +228,7 @@ def test_data_that_would_be_too_large_is_cut(most: int) -> None:
 
 
 def test_the_card_has_metadata_that_the_hub_reads() -> None:
-    card = render_card(REPORT, comparisons(REPORT))
+    card = render_card(study_of([REPORT]))
     _, front, text = card.split("---\n", 2)
     metadata = yaml.safe_load(front)
     assert "base_model" not in metadata, "a folder's name is nobody's id on the hub"
@@ -236,7 +238,7 @@ def test_the_card_has_metadata_that_the_hub_reads() -> None:
         "over_refusal": 15.0,
         "utility": 85.0,
     }
-    assert "| the realigned model | 60 % | 5 | 25.0 [14.2, 40.2] | 15.0 [5.2, 36.0] |" in text
+    assert "| 3. realigned, the realigned model | 5 | 25.0 % [14.2, 40.2], 10 of 40 |" in text
     assert metadata["pipeline_tag"] == "image-text-to-text"
     assert "regraft apply pruned 'patches/the realigned.safetensors' --out MODEL" in text
     assert "# A title &amp; more" in text or "# A title & more" in text
@@ -244,9 +246,9 @@ def test_the_card_has_metadata_that_the_hub_reads() -> None:
 
 def test_the_card_of_models_that_nothing_was_restored_in() -> None:
     alone = replace(REPORT, variants=REPORT.variants[:2])
-    card = render_card(alone, comparisons(alone))
+    card = render_card(study_of([alone]))
     assert "## Use" not in card
-    assert "| the pruned model | 60 % | – |" in card
+    assert "| 2. pruned, the pruned model | 62.5 % [" in card
     *both, realigned = REPORT.variants[:3]
     defended = replace(realigned, restored=0, inference_time=True)
     with_defence = replace(REPORT, variants=(*both, defended))
@@ -265,7 +267,7 @@ def test_the_card_of_models_that_nothing_was_restored_in() -> None:
 )
 def test_the_base_model_of_a_card(model: str, base: str | None) -> None:
     named = replace(REPORT, model=model)
-    front = render_card(named, comparisons(named)).split("---\n", 2)[1]
+    front = render_card(study_of([named])).split("---\n", 2)[1]
     assert yaml.safe_load(front).get("base_model") == base
 
 
@@ -275,5 +277,5 @@ def test_a_card_says_that_its_model_was_chosen() -> None:
     more = replace(first, name="pruned-2/x", label="more", base="pruned-2")
     two = replace(REPORT, variants=(*REPORT.variants[:3], other, more))
     told = "the one with the lowest ASR of the 2 prunings' first realigned models"
-    assert told in render_card(two, comparisons(two))
-    assert "the lowest ASR" not in render_card(REPORT, comparisons(REPORT))
+    assert told in render_card(study_of([two]))
+    assert "the lowest ASR" not in render_card(study_of([REPORT]))

@@ -35,8 +35,8 @@ from regraft.errors import PassingError, RegraftError
 from regraft.evaluation import vllm as by_vllm
 from regraft.evaluation.generate import Answerer
 from regraft.models.load import Source, load_model, load_processor, open_source
-from regraft.recipe import Recipe
 from regraft.patch.format import Patch
+from regraft.recipe import Recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages import evaluating

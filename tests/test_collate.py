@@ -18,8 +18,8 @@ import regraft.data.collate
 from regraft.data.collate import IGNORED, batches, prompt_batch, response_batch, response_span
 from regraft.data.example import Example
 from regraft.errors import RegraftError
-from regraft.settings.compute import ComputeSettings
 from regraft.loading import cut
+from regraft.settings.compute import ComputeSettings
 
 
 def examples_for(family, folder, n=3, **kwargs):

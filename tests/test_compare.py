@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,7 +19,6 @@ from rich.console import Console
 
 import pico
 from disk import write_data
-from methods import a_variant
 from regraft import cli, comparing, stages, study
 from regraft.bundle import write_bundle
 from regraft.bundle_check import read_bundle
@@ -34,14 +33,13 @@ from regraft.evaluation.significance import holm, mcnemar
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.tradeoff import Bounds, Point, Searched, curve_to_json
 from regraft.files import file_digest, write_json
-from regraft.methods.base import METHODS as NAMED
-from regraft.methods.base import method_named, settings_in
 from regraft.recipe import Recipe, read_recipe, write_recipe
-from regraft.report.compare import Row, Run, Study, Table, compare
-from regraft.report.compare_figures import trade_off_panels
-from regraft.report.curve_figure import CURVES_CAPTION, curve_figure
-from regraft.report.model import Report, Variant
-from regraft.report.write_compare import render_comparison_html, render_comparison_markdown
+from regraft.report.page import CURVES_CAPTION, render_html, render_markdown
+from regraft.report.pooling import study_of
+from regraft.report.rate_figures import curve_figure, trade_off_figure
+from regraft.report.run import Run, Variant
+from regraft.report.study import Outcome, Row, Study, Table
+from regraft.restoration.base import METHODS, settings_in
 
 JUDGE = REGRAFT_1
 REFUSAL = "I'm sorry, I can't help with that."
@@ -75,7 +73,7 @@ def variant(name: str, attacks: Sequence[bool], refusals: Sequence[bool], **fiel
 
 
 Shares = Mapping[str, tuple[float, float]]
-METHODS: Shares = {
+SHARES: Shares = {
     "dense": (0.15, 0.10),
     "pruned": (0.45, 0.08),
     "hsr": (0.30, 0.09),
@@ -84,17 +82,10 @@ METHODS: Shares = {
     "worse": (0.70, 0.02),
 }
 PROMPTS = 120
-DRAWN = {
-    ("hsr", "random"),
-    ("hsr-a", "random"),
-    ("hsr-released", "random"),
-    ("random", None),
-    ("fine-tune", None),
-}
 RANDOM = {"heads": "random", "top_heads": 4}
 
 
-def run(seed: int, methods: Shares = METHODS, prompts: int = PROMPTS) -> Run:
+def run(seed: int, methods: Shares = SHARES, prompts: int = PROMPTS) -> Run:
     """Every model draws its outcomes; the dense one's are the same for every seed."""
     easy = np.random.default_rng(0).random((2, prompts))
 
@@ -120,7 +111,7 @@ def run(seed: int, methods: Shares = METHODS, prompts: int = PROMPTS) -> Run:
         for place, name in enumerate(methods)
     ]
     recipe = {"calibration": {"seed": seed}, "realign": realign}
-    return Run(seed, Report("A title", "pico", tuple(made), recipe=recipe))
+    return Run("A title", "pico", tuple(made), recipe=recipe, seed=seed)
 
 
 RUNS = tuple(run(seed) for seed in (0, 1, 2))
@@ -128,7 +119,7 @@ RUNS = tuple(run(seed) for seed in (0, 1, 2))
 
 @pytest.fixture(scope="module")
 def pooled() -> Study:
-    return compare(RUNS, ("hsr",))
+    return study_of(RUNS, ("hsr",))
 
 
 def rows_of(study: Study) -> dict[str, Row]:
@@ -140,34 +131,36 @@ def attacks_of(of: Run, name: str) -> list[bool]:
 
 
 def answers_of(of: Run, name: str) -> tuple[Answer, ...]:
-    return next(one for one in of.report.variants if one.name == name).result.answers
+    return next(one for one in of.variants if one.name == name).result.answers
 
 
 def test_one_run_is_wilson_and_mcnemar() -> None:
-    rows = rows_of(compare(RUNS[:1]))
+    rows = rows_of(study_of(RUNS[:1]))
     base, dense = attacks_of(RUNS[0], "pruned"), attacks_of(RUNS[0], "dense")
-    raw = []
     for name in ("hsr", "worse"):
         own = attacks_of(RUNS[0], name)
         row = rows[name]
         assert row.asr == wilson(sum(own), PROMPTS)
-        assert row.test is not None
-        assert row.test.p == pytest.approx(mcnemar(own, base).p)
+        assert row.attacks is not None
+        assert row.attacks.p == pytest.approx(mcnemar(own, base).p)
         assert row.rsr is not None
         assert row.rsr.recovery.value == pytest.approx(rsr(sum(dense), sum(base), sum(own)).value)
         assert row.rsr.interval == bootstrap_rsr(dense, base, own, 0)
         assert row.rsr.by_seed == (row.rsr.recovery.value,)
         right = [a.similarity == 1 for a in answers_of(RUNS[0], name) if a.similarity is not None]
         assert row.utility == replace(wilson(sum(right), PROMPTS), count=None)
-    raw = [row.test.p for row in rows.values() if row.test]
-    assert [row.test.adjusted for row in rows.values() if row.test] == list(holm(raw))
-    assert rows["pruned"].test is None
-    assert rows["hsr"].test is not None
-    assert rows["hsr"].test.verdict == "better"
-    assert rows["worse"].test is not None
-    assert rows["worse"].test.verdict == "worse"
-    assert rows["random"].test is not None
-    assert rows["random"].test.verdict == "not distinguishable"
+    methods = [row.attacks for row in rows.values() if row.attacks and row.role == "method"]
+    assert [test.adjusted for test in methods] == list(holm([test.p for test in methods]))
+    damage = rows["pruned"].attacks
+    assert damage is not None
+    assert damage.p == damage.adjusted == pytest.approx(mcnemar(base, dense).p)
+    assert (damage.against, damage.outcome) == ("dense", Outcome.WORSE)
+    assert rows["hsr"].attacks is not None
+    assert rows["hsr"].attacks.outcome == "better"
+    assert rows["worse"].attacks is not None
+    assert rows["worse"].attacks.outcome == "worse"
+    assert rows["random"].attacks is not None
+    assert rows["random"].attacks.outcome == "not distinguishable"
 
 
 def drawn(ours: np.ndarray, theirs: np.ndarray, times: int = 40_000) -> float:
@@ -192,8 +185,8 @@ def test_seeds_are_pooled_by_prompt(pooled: Study) -> None:
     resampled = np.random.default_rng(4).integers(PROMPTS, size=(20_000, PROMPTS))
     low, high = np.quantile(own.mean(axis=0)[resampled].mean(axis=1), [0.025, 0.975])
     assert low - 0.02 < row.asr.low < low < high < row.asr.high < high + 0.02
-    assert row.test is not None
-    assert row.test.p == pytest.approx(drawn(own.sum(0)[None], base.sum(0)[None]), abs=0.01)
+    assert row.attacks is not None
+    assert row.attacks.p == pytest.approx(drawn(own.sum(0)[None], base.sum(0)[None]), abs=0.01)
     assert row.rsr is not None
     value = (base.mean() - own.mean()) / (base.mean() - dense.mean())
     assert row.rsr.recovery.value == pytest.approx(value)
@@ -214,14 +207,14 @@ def test_repeats_of_a_random_control_are_one_row(pooled: Study) -> None:
     )
     assert row.asr is not None
     assert row.asr.value == pytest.approx(np.mean(both))
-    assert row.test is not None
+    assert row.attacks is not None
     draws = np.array(both).sum(axis=1)  # [draws, prompts]
-    assert row.test.p == pytest.approx(drawn(draws, base.sum(0)[None]), abs=0.01)
+    assert row.attacks.p == pytest.approx(drawn(draws, base.sum(0)[None]), abs=0.01)
     assert list(row.against) == ["hsr"]
     assert row.against["hsr"].p == pytest.approx(drawn(draws, hsr.sum(0)[None]), abs=0.01)
-    assert row.against["hsr"].verdict == "worse"
+    assert row.against["hsr"].outcome == "worse"
     assert "hsr" not in rows_of(pooled)["hsr"].against
-    tests = [one.test for one in pooled.tables[0].rows if one.test]
+    tests = [one.attacks for one in pooled.tables[0].methods if one.attacks]
     tests += [one.against["hsr"] for one in pooled.tables[0].rows if one.against]
     assert len(tests) == 5
     assert [one.adjusted for one in tests] == list(holm([one.p for one in tests]))
@@ -229,13 +222,13 @@ def test_repeats_of_a_random_control_are_one_row(pooled: Study) -> None:
 
 def test_two_methods_are_one_test_whichever_is_named_first() -> None:
     """A draw of a random control stands for its row; a name given twice counts once."""
-    study = compare(RUNS, ("hsr", "random-2", "hsr"))
-    assert study.against == study.tables[0].against == ("hsr", "random")
+    study = study_of(RUNS, ("hsr", "random-2", "hsr"))
+    assert study.against == ("hsr", "random")
     rows = rows_of(study)
     one, other = rows["random"].against["hsr"], rows["hsr"].against["random"]
     assert (one.p, one.adjusted) == pytest.approx((other.p, other.adjusted), rel=1e-9)
-    assert {one.verdict, other.verdict} == {"better", "worse"}
-    tests = [row.test for row in rows.values() if row.test]
+    assert {one.outcome, other.outcome} == {"better", "worse"}
+    tests = [row.attacks for row in study.tables[0].methods if row.attacks]
     tests += [rows[name].against["hsr"] for name in ("random", "worse")]
     tests.append(rows["worse"].against["random"])
     adjusted = holm([one.p for one in tests])
@@ -245,10 +238,10 @@ def test_two_methods_are_one_test_whichever_is_named_first() -> None:
 def test_random_controls_with_other_settings_stay_apart() -> None:
     runs = []
     for one in RUNS[:2]:
-        recipe = json.loads(json.dumps(one.report.recipe))
+        recipe = json.loads(json.dumps(one.recipe))
         recipe["realign"][4]["top_heads"] = 8
-        runs.append(replace(one, report=replace(one.report, recipe=recipe)))
-    assert {"random-1", "random-2"} <= rows_of(compare(runs)).keys()
+        runs.append(replace(one, recipe=recipe))
+    assert {"random-1", "random-2"} <= rows_of(study_of(runs)).keys()
 
 
 def test_rows_of_one_stem_keep_their_own_answers() -> None:
@@ -263,13 +256,13 @@ def test_rows_of_one_stem_keep_their_own_answers() -> None:
         "random-4": (0.20, 0.1),
     }
     one = run(0, shares)
-    settings = [dict(found) for found in one.report.recipe["realign"]]
+    settings = [dict(found) for found in one.recipe["realign"]]
     for found in settings:
         found |= {"budget": 50 if found["name"] in ("random-3", "random-4") else 5}
         if found["name"] == "random":
             found |= {"heads": "top", "head_seed": 0}
-    recipe = {**one.report.recipe, "realign": settings}
-    rows = rows_of(compare([Run(0, replace(one.report, recipe=recipe))]))
+    recipe = {**one.recipe, "realign": settings}
+    rows = rows_of(study_of([replace(one, recipe=recipe)]))
     assert list(rows) == ["dense", "pruned", "random", "random-1", "random-3"]
     found_rates = [row.asr.value for row in rows.values() if row.asr]
     assert found_rates == pytest.approx([0.15, 0.45, 0.80, 0.45, 0.20], abs=0.01)
@@ -277,12 +270,12 @@ def test_rows_of_one_stem_keep_their_own_answers() -> None:
 
 def test_a_verdict_says_where_seeds_disagree() -> None:
     """Better by far with one seed and a little worse with the other is not simply better."""
-    runs = [run(0, {**METHODS, "hsr": (0.2, 0.1)}), run(1, {**METHODS, "hsr": (0.47, 0.1)})]
-    test = rows_of(compare(runs))["hsr"].test
+    runs = [run(0, {**SHARES, "hsr": (0.2, 0.1)}), run(1, {**SHARES, "hsr": (0.47, 0.1)})]
+    test = rows_of(study_of(runs))["hsr"].attacks
     assert test is not None
-    assert test.verdict == "better, but not by every seed"
+    assert (test.outcome, test.seeds_agree) == (Outcome.BETTER, False)
     assert test.by_seed == pytest.approx((-0.25, 0.03), abs=0.01)
-    assert "verdict-better" in render_comparison_html(compare(runs))
+    assert "better than pruned, but not by every seed" in render_html(study_of(runs))
 
 
 def silenced(variant: Variant) -> Variant:
@@ -295,51 +288,48 @@ def silenced(variant: Variant) -> Variant:
 
 def test_models_that_say_nothing_are_shown_to() -> None:
     one = run(0)
-    models = [silenced(v) if v.name == "hsr" else v for v in one.report.variants]
-    study = compare([Run(0, replace(one.report, variants=tuple(models)))])
+    models = [silenced(v) if v.name == "hsr" else v for v in one.variants]
+    study = study_of([replace(one, variants=tuple(models))])
     row = rows_of(study)["hsr"]
     assert row.degenerate is not None
     assert row.degenerate.value == 1
-    for page in (render_comparison_html(study), render_comparison_markdown(study)):
+    for page in (render_html(study), render_markdown(study)):
         assert "Degenerate" in page
-    for one_study, there in ((study, True), (compare([one]), False)):
+    for one_study, there in ((study, True), (study_of([one]), False)):
         with (console := Console(width=200)).capture() as shown:
             show_study(console, one_study)
-        assert ("nothing %" in shown.get()) == there
-    assert not compare([one]).silent
-    assert "Degenerate" not in render_comparison_markdown(compare([one]))
+        assert ("Degenerate" in shown.get()) == there
+    assert "Degenerate" not in render_markdown(study_of([one]))
 
 
 def test_what_seeds_chose_differently_is_not_the_label_of_all() -> None:
     def relabelled(one: Run, label: str) -> Run:
-        models = [replace(v, label=label) if v.name == "hsr" else v for v in one.report.variants]
-        return Run(one.seed, replace(one.report, variants=tuple(models)))
+        models = [replace(v, label=label) if v.name == "hsr" else v for v in one.variants]
+        return replace(one, variants=tuple(models))
 
-    rows = rows_of(compare([relabelled(RUNS[0], "hsr (3)"), relabelled(RUNS[1], "hsr (7)")]))
+    rows = rows_of(study_of([relabelled(RUNS[0], "hsr (3)"), relabelled(RUNS[1], "hsr (7)")]))
     assert rows["hsr"].label == "hsr"
-    assert rows_of(compare(RUNS))["hsr"].label == "hsr (a method)"
+    assert rows_of(study_of(RUNS))["hsr"].label == "hsr (a method)"
 
 
 def test_utility_of_right_and_wrong_answers_has_a_rates_interval() -> None:
     """Also where seeds disagree: the bootstrap of three thirds had no width."""
-    row = rows_of(compare(RUNS))["hsr"]
+    row = rows_of(study_of(RUNS))["hsr"]
     assert row.utility is not None
     assert row.utility.count is None
     assert row.utility_from_dense is not None
     assert row.utility_from_dense.low < row.utility_from_dense.value < row.utility_from_dense.high
 
 
-def test_everything_drawn_is_told_from_what_is_not() -> None:
-    drawn = set()
-    for name in NAMED.names():
-        field = method_named(name).Settings.model_fields.get("heads")
-        for heads in (None,) if field is None else get_args(field.annotation):
-            given = {} if heads is None else {"heads": heads}
-            found = settings_in(a_variant(name, **given).model_dump(mode="json"))
-            assert found.drawn == (found.reseeded(1) != found)
-            if found.drawn:
-                drawn.add((name, heads))
-    assert drawn == DRAWN
+@pytest.mark.parametrize("name", METHODS.names())
+def test_everything_drawn_is_told_from_what_is_not(name: str) -> None:
+    own = METHODS.get(name).Settings
+    choices = ("top", "random", "all") if "heads" in own.model_fields else (None,)
+    for heads in choices:
+        settings = own(method=name, **({} if heads is None else {"heads": heads}))
+        assert settings_in(settings.model_dump(mode="json")) == settings
+        assert settings.drawn == (settings.reseeded(1) != settings)
+        assert settings.drawn == (heads == "random" or name in ("random", "fine-tune"))
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
@@ -357,16 +347,16 @@ def test_random_controls_leave_recipes_comparable(control: dict[str, Any], repea
 def test_repeats_of_random_weights_are_one_row() -> None:
     runs = []
     for one in RUNS[:2]:
-        recipe = json.loads(json.dumps(one.report.recipe))
+        recipe = json.loads(json.dumps(one.recipe))
         for settings in recipe["realign"][3:5]:
             settings |= {"method": "random"}
-        runs.append(replace(one, report=replace(one.report, recipe=recipe)))
-    assert rows_of(compare(runs))["random"].repeats == 2
+        runs.append(replace(one, recipe=recipe))
+    assert rows_of(study_of(runs))["random"].repeats == 2
 
 
 def test_price_is_set_beside_the_gain(pooled: Study) -> None:
     def refusals(name: str) -> np.ndarray:
-        models = [next(v for v in one.report.variants if v.name == name) for one in RUNS]
+        models = [next(v for v in one.variants if v.name == name) for one in RUNS]
         return np.array(
             [[a.refused for a in one.result.answers if not a.harmful] for one in models], dtype=int
         )
@@ -390,7 +380,7 @@ def test_price_is_set_beside_the_gain(pooled: Study) -> None:
 
 
 def test_each_harmful_suite_has_its_own_numbers(pooled: Study) -> None:
-    assert pooled.suites == ("safebench#even", "mmsb")
+    assert pooled.suites == dict(zip(SUITES, ("safebench#even", "mmsb"), strict=True))
     row = rows_of(pooled)["hsr"]
     for place, suite in enumerate(pooled.suites):
         own, base, dense = (
@@ -407,39 +397,32 @@ def test_without_harmless_prompts_or_suites() -> None:
     runs = []
     for one in RUNS[:2]:
         made = []
-        for old in one.report.variants:
+        for old in one.variants:
             kept = [replace(a, suite="") for a in old.result.answers if a.harmful]
             made.append(replace(old, result=summarise("suite", JUDGE, kept)))
-        runs.append(replace(one, report=replace(one.report, variants=tuple(made))))
-    found = compare(runs)
+        runs.append(replace(one, variants=tuple(made)))
+    found = study_of(runs)
     row = rows_of(found)["hsr"]
-    assert found.suites == ()
+    assert found.suites == {"suite": "suite"}
     assert row.by_suite == {}
     assert (row.over_refusal, row.utility, row.utility_from_dense) == (None, None, None)
-    assert row.test is not None
-    assert trade_off_panels(found) == ""
-    assert "hsr" in render_comparison_html(found)
+    assert row.attacks is not None
+    assert trade_off_figure(found) == ""
+    assert "hsr" in render_html(found)
 
 
 def test_a_pruning_that_is_only_evaluated_has_no_methods_to_test() -> None:
     bare = [
         replace(
             one,
-            report=replace(
-                one.report,
-                variants=(
-                    *one.report.variants,
-                    replace(one.report.variants[1], name="other", label="other"),
-                ),
-            ),
+            variants=(*one.variants, replace(one.variants[1], name="other", label="other")),
         )
         for one in RUNS
     ]
-    study = compare(bare, ["hsr"])
-    assert [table.against for table in study.tables] == [("hsr",), ()]
-    markdown = render_comparison_markdown(study)
-    header, rule, first = markdown.split("## other")[1].strip().splitlines()[:3]
-    assert "p, hsr" not in header
+    study = study_of(bare, ["hsr"])
+    assert [any(row.against for row in table.rows) for table in study.tables] == [True, False]
+    markdown = render_markdown(study)
+    header, rule, first = markdown.split("**other**")[1].strip().splitlines()[:3]
     assert header.count("|") == rule.count("|") == first.count("|")
 
 
@@ -453,8 +436,8 @@ def test_a_pruning_that_is_only_evaluated_has_no_methods_to_test() -> None:
             ("hrs",),
             "against hrs: there is no such method; expected one of hsr, random, worse",
         ),
-        ([RUNS[0], run(1, {**METHODS, "new": (0.1, 0.1)})], (), "Only .* seed 1 has .* 'new'"),
-        ([run(0, {**METHODS, "new": (0.1, 0.1)}), RUNS[1]], (), "seed 1 has no model 'new'"),
+        ([RUNS[0], run(1, {**SHARES, "new": (0.1, 0.1)})], (), "Only .* seed 1 has .* 'new'"),
+        ([run(0, {**SHARES, "new": (0.1, 0.1)}), RUNS[1]], (), "seed 1 has no model 'new'"),
         ([RUNS[0], run(1, prompts=100)], (), "cannot be compared: prompt"),
     ],
 )
@@ -462,7 +445,7 @@ def test_runs_that_cannot_be_compared(
     runs: Sequence[Run], against: tuple[str, ...], named: str
 ) -> None:
     with pytest.raises(RegraftError, match=named):
-        compare(runs, against)
+        study_of(runs, against)
 
 
 # What is shown
@@ -470,8 +453,8 @@ def test_runs_that_cannot_be_compared(
 
 def test_page_and_text_show_every_row(pooled: Study) -> None:
     tables = (replace(pooled.tables[0], rows=(*pooled.tables[0].rows[:-1], _at_inference(pooled))),)
-    page = render_comparison_html(replace(pooled, title="A <b> title", tables=tables))
-    text = render_comparison_markdown(replace(pooled, tables=tables))
+    page = render_html(replace(pooled, title="A <b> title", tables=tables))
+    text = render_markdown(replace(pooled, tables=tables))
     for shown in (page, text):
         for words in ("random (x2)", "worse †", "not distinguishable", "better", "safebench#even"):
             assert words in shown, words
@@ -480,52 +463,57 @@ def test_page_and_text_show_every_row(pooled: Study) -> None:
     assert page.count("<svg") == 1
     widths = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert len(set(widths[:7])) == 1, "a row of the first table has another number of cells"
-    header = next(i for i, line in enumerate(text.splitlines()) if line.startswith("| | Method"))
+    header = next(i for i, line in enumerate(text.splitlines()) if line.startswith("| Model"))
     assert text.splitlines()[header + 1].startswith("|---|---|"), "the table has no rule"
-    assert page == render_comparison_html(replace(pooled, title="A <b> title", tables=tables))
+    assert page == render_html(replace(pooled, title="A <b> title", tables=tables))
 
 
 def test_text_is_the_mean_over_seeds_and_shown_where_it_was_measured(pooled: Study) -> None:
     def with_text(of: Run, kl: float) -> Run:
         text = result_of([(8.0, kl, 4), (9.0, 3 * kl, 4)])
-        models = (replace(v, result=replace(v.result, text=text)) for v in of.report.variants)
-        return replace(of, report=replace(of.report, variants=tuple(models)))
+        models = (replace(v, result=replace(v.result, text=text)) for v in of.variants)
+        return replace(of, variants=tuple(models))
 
-    study = compare([with_text(run(0), 0.4), with_text(run(1), 0.8)])
+    study = study_of([with_text(run(0), 0.4), with_text(run(1), 0.8)])
     for row in study.tables[0].rows:
         assert row.text is not None
         assert row.text.kl is not None
         assert row.text.kl.value == pytest.approx((0.6 + 1.8) / 8)
         assert row.text.perplexity.value == pytest.approx(math.exp(17 / 8))
-    text, page = render_comparison_markdown(study), render_comparison_html(study)
-    heading = next(line for line in text.splitlines() if line.startswith("| | Method"))
+    text, page = render_markdown(study), render_html(study)
+    heading = next(line for line in text.splitlines() if line.startswith("| Model"))
     assert heading.endswith(" Perplexity | KL to dense |")
-    rows = [line for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    rows = [line for line in text.splitlines() if re.match(r"\| \d+\\?\. ", line)]
     assert any(line.endswith(" 8.37 [7.39, 9.49] | 0.3 [0.15, 0.45] |") for line in rows)
     assert len({line.count("|") for line in rows if "8.37" in line} | {heading.count("|")}) == 1
     assert "on 8 tokens of 2 documents of ordinary text" in page
-    assert "KL to dense" not in render_comparison_markdown(pooled)
-    assert "KL to dense" not in render_comparison_html(pooled)
+    assert "KL to dense" not in render_markdown(pooled)
+    assert "KL to dense" not in render_html(pooled)
 
 
 def _at_inference(study: Study) -> Row:
-    return replace(study.tables[0].rows[-1], inference_time=True, restored=None)
+    last = study.tables[0].rows[-1]
+    defended = replace(last.first, inference_time=True)
+    return replace(last, members=((defended,),), restored=None)
 
 
 def test_figures_name_and_number_every_model(pooled: Study) -> None:
-    svg = trade_off_panels(pooled)
-    for number, name in enumerate(("dense", "pruned", "hsr", "random", "worse"), start=1):
+    svg = trade_off_figure(pooled)
+    names = ("dense", "pruned", "hsr", "random (x2)", "worse")
+    for number, name in enumerate(names, start=1):
         assert f">{number}  {name}<" in svg
         assert f">{number}<" in svg
     several = replace(pooled, tables=(pooled.tables[0], replace(pooled.tables[0], pruning="more")))
-    assert trade_off_panels(several).count(">more<") == 1
+    assert trade_off_figure(several).count(">more<") == 1
 
 
 def test_curves_ring_the_chosen_point(pooled: Study) -> None:
     unchosen = searched([100 * i for i in range(4)], None)
 
     def drawn(*curves: Searched) -> str:
-        return curve_figure([("", []), ("wanda-60", [("hsr", curve) for curve in curves])])
+        bare = replace(pooled.tables[0], curves={})
+        table = replace(bare, pruning="wanda-60", curves={"hsr": curves} if curves else {})
+        return curve_figure([bare, table])
 
     assert drawn() == ""
     assert ">hsr<" in drawn(unchosen)
@@ -533,11 +521,11 @@ def test_curves_ring_the_chosen_point(pooled: Study) -> None:
     assert len(drawn(replace(unchosen, chosen=200))) > len(drawn(unchosen))
     backwards = replace(unchosen, points=unchosen.points[::-1])
     assert drawn(replace(unchosen, chosen=300)) == drawn(replace(backwards, chosen=300))
-    page = render_comparison_html(
+    page = render_html(
         replace(pooled, tables=(replace(pooled.tables[0], curves={"hsr": (unchosen,)}),))
     )
     assert CURVES_CAPTION in page
-    assert CURVES_CAPTION not in render_comparison_html(pooled)
+    assert CURVES_CAPTION not in render_html(pooled)
 
 
 def searched(restored: Sequence[int], chosen: int | None) -> Searched:
@@ -593,7 +581,7 @@ def evaluations(run: Path) -> list[Path]:
 def test_a_study_is_a_run_a_seed_and_their_comparison(world: Path) -> None:
     run = world / "run"
     assert {path.name for path in run.iterdir()} == {"recipe.yaml", "seed-0", "seed-3", "report"}
-    content = json.loads((run / "report" / "compare.json").read_text())
+    content = json.loads((run / "report" / "report.json").read_text())
     assert content["seeds"] == [0, 3]
     assert [table["pruning"] for table in content["tables"]] == ["wanda-50", "wanda-60"]
     assert [row["name"] for row in content["tables"][0]["rows"]] == [
@@ -626,7 +614,7 @@ def test_the_dense_model_answers_once(world: Path, monkeypatch: pytest.MonkeyPat
     shutil.rmtree(world / "half" / "report")
     with pytest.raises(RegraftError, match="not finished: seed 3 has not been run"):
         study.report(world / "half")
-    assert study.run(recipe, world / "half") == again
+    assert study.run(recipe, world / "half").tables == again.tables
     assert len(done) == 2 * (1 + 3)
     other = recipe.model_copy(update={"against": ("hsr",)})
     assert study.run(other, world / "half").against == ("hsr",), "tests of finished runs"
@@ -700,12 +688,12 @@ def test_compare_reads_what_the_runs_wrote(world: Path, tmp_path: Path) -> None:
     curves = tables[1].curves["hsr"]
     assert list(curves) == [searched([0, 2, 4], 4)] * 2
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {
-        *("compare.json", "compare.md", "compare.html", "trade-off.svg", "curves.svg"),
+        *("report.json", "report.md", "report.html", "trade-off.svg", "curves.svg"),
     }
     for figure in (tmp_path / "whole").glob("*.svg"):
         assert ElementTree.parse(figure).getroot().tag.endswith("svg")
         assert not re.search(r"var\(|currentColor", figure.read_text())
-    content = json.loads((tmp_path / "whole" / "compare.json").read_text())
+    content = json.loads((tmp_path / "whole" / "report.json").read_text())
     assert content["against"] == ["random"]
     assert math.isclose(content["tables"][1]["rows"][2]["asr"]["value"], counts["hsr"] / 12)
 
@@ -716,8 +704,8 @@ def test_compare_on_the_command_line(
     words = ["compare", world / "run", "--out", tmp_path / "out"]
     shown = ended([*words, "--against", "hsr", "random"], 0, capsys)
     assert "random (x2)" in shown
-    assert "wanda-60: against random" in shown
-    assert "compare.html" in ended(["report", world / "run"], 0, capsys)
+    assert "against random" in shown
+    assert "report.html" in ended(["report", world / "run"], 0, capsys)
 
 
 def ended(words: Sequence[object], code: int, capsys: pytest.CaptureFixture[str]) -> str:
@@ -761,7 +749,7 @@ def test_a_study_is_bundled_with_its_comparison(world: Path, tmp_path: Path) -> 
     found = read_bundle(tmp_path / "study.zip")
     assert len(found.evaluations) == 2 * (1 + 2 * 4)
     assert "runs/seed-3/wanda-60/random-2" in found.evaluations
-    page = (world / "run" / "report" / "compare.md").read_text()
+    page = (world / "run" / "report" / "report.md").read_text()
     assert found.page == page.replace(f"{world}/", ""), "paths of this machine are left out"
 
 

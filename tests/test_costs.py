@@ -23,9 +23,11 @@ from regraft import ranks
 from regraft.costs import Cost, Ledger, Metered, elsewhere, read_costs
 from regraft.data.collate import prompt_batch
 from regraft.errors import RegraftError
-from regraft.report import spent
-from regraft.report.model import comparisons
-from regraft.report.write import render_html, render_markdown
+from regraft.report.formatting import duration, memory, operations
+from regraft.report.page import render_html, render_markdown
+from regraft.report.pooling import study_of
+from regraft.report.tables import costs as cost_grids
+from regraft.report.tables import together
 from regraft.watch import Silent
 from test_report import REPORT
 
@@ -188,7 +190,7 @@ def test_what_another_program_does_is_not_measured(
     outside, inside = read_costs(path)
     assert (outside.flops, outside.peak_bytes) == (None, None)
     assert inside.flops == 0 and inside.peak_bytes is not None
-    both = spent.total([outside, inside])
+    both = together([outside, inside])
     assert (both.flops, both.peak_bytes) == (None, None)
     assert both.seconds == outside.seconds + inside.seconds
 
@@ -227,14 +229,14 @@ def test_the_report_says_what_is_not_measured() -> None:
     whole = replace(REPORT, costs=(prune, apply))
     part = replace(REPORT, costs=(prune, apply, by_vllm))
     for render in (render_html, render_markdown):
-        page = render(whole, comparisons(whole))
-        assert "0 FLOP" in page and "512 MiB" in page and "vLLM" not in page
-        assert "A dash: not measured, as vLLM works" in render(part, comparisons(part))
-    rows = render_markdown(part, comparisons(part)).splitlines()
+        page = render(study_of([whole]))
+        assert "0 FLOP" in page and "512 MiB" in page
+        assert "not measured, as vLLM works" in render(study_of([part]))
+    rows = render_markdown(study_of([part])).splitlines()
     assert "| evaluate | 1 | 1.0 s | – | – |" in rows
     assert "| in all | – | 3.0 s | – | – |" in rows
     header = rows.index("| Stage | Models | Time | Operations | Peak memory |")
-    assert rows[header - 1] == "" and rows[header - 2].startswith("On card.")
+    assert rows[header - 1] == "" and rows[header - 2] == "**By stage**"
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -254,12 +256,13 @@ def test_costs_by_stage() -> None:
         cost("evaluate", "a", 2, 20, 9),
         cost("evaluate", "b", 3, 30, 7),
     ]
-    assert spent.by_stage(costs) == (
-        (cost("prune", "", 1, 10, 5), 1),
-        (cost("evaluate", "", 5, 50, 9), 2),
-    )
-    assert spent.total(costs) == cost("in all", "", 6, 60, 9)
-    assert spent.devices(costs) == "card"
+    stages, _ = cost_grids(replace(REPORT, costs=tuple(costs)))
+    assert [tuple(cell.text for cell in row) for row in stages.rows] == [
+        ("prune", "1", "1.0 s", "10 FLOP", "0 MiB"),
+        ("evaluate", "2", "5.0 s", "50 FLOP", "0 MiB"),
+        ("in all", "–", "6.0 s", "60 FLOP", "0 MiB"),
+    ]
+    assert together(costs) == cost("prune", "", 6, 60, 9)
 
 
 @pytest.mark.parametrize(
@@ -275,23 +278,23 @@ def test_costs_by_stage() -> None:
     ],
 )
 def test_durations(seconds: float, told: str) -> None:
-    assert spent.duration(seconds) == told
+    assert duration(seconds) == told
 
 
 def test_amounts() -> None:
-    assert spent.operations(2.344e12) == "2.34 TFLOP"
-    assert spent.operations(9.999e14) == "1 PFLOP"
-    assert spent.operations(512) == "512 FLOP"
-    assert spent.operations(0) == "0 FLOP"
-    assert spent.operations(1.234e21) == "1.23 ZFLOP"
-    assert spent.operations(9.996e23) == "1,000 ZFLOP"
-    assert spent.operations(1.2345e25) == "12,345 ZFLOP"
-    assert spent.operations(None) == spent.memory(None) == "–"
-    assert spent.memory(2**19 + 1) == "1 MiB"
-    assert spent.memory(640 * 2**20) == "640 MiB"
-    assert spent.memory(2**30 - 1) == "1 GiB"
-    assert spent.memory(3 * 2**29) == "1.5 GiB"
-    assert spent.memory(79 * 2**30) == "79 GiB"
+    assert operations(2.344e12) == "2.34 TFLOP"
+    assert operations(9.999e14) == "1 PFLOP"
+    assert operations(512) == "512 FLOP"
+    assert operations(0) == "0 FLOP"
+    assert operations(1.234e21) == "1.23 ZFLOP"
+    assert operations(9.996e23) == "1,000 ZFLOP"
+    assert operations(1.2345e25) == "12,345 ZFLOP"
+    assert operations(None) == memory(None) == "–"
+    assert memory(2**19 + 1) == "1 MiB"
+    assert memory(640 * 2**20) == "640 MiB"
+    assert memory(2**30 - 1) == "1 GiB"
+    assert memory(3 * 2**29) == "1.5 GiB"
+    assert memory(79 * 2**30) == "79 GiB"
 
 
 @pytest.mark.parametrize("family", [*pico.PAPER_FAMILIES, "llava"])
@@ -315,6 +318,4 @@ def test_seeing_that_a_stage_is_done_takes_nothing_from_it() -> None:
     assert seen == replace(done, seconds=912)
     again = done + Cost("rank", "gain", 12, 1e9, 5 << 30, "A100")
     assert (again.device, again.peak_bytes, again.flops) == ("A100", 5 << 30, 1e18 + 1e9)
-    assert (
-        spent.total([done, replace(done, device="A100", peak_bytes=1 << 30)]).peak_bytes == 70 << 30
-    )
+    assert together([done, replace(done, device="A100", peak_bytes=1 << 30)]).peak_bytes == 70 << 30

@@ -11,12 +11,11 @@ import torch
 import pico
 import truth
 from disk import write_data
+from methods import method
 from regraft import stages
 from regraft.data.collate import prompt_batch, response_batch
 from regraft.evaluation.generate import generate
 from regraft.heads.score import Scoring, score_heads
-from regraft.importance.score import Method
-from regraft.importance.statistics import gather
 from regraft.models.load import (
     Placement,
     load_model,
@@ -26,13 +25,13 @@ from regraft.models.load import (
 )
 from regraft.models.placement import resident
 from regraft.models.walk import Walk
-from regraft.pruning.masks import Pattern
-from regraft.pruning.patterns import assign_patterns
-from regraft.pruning.pruner import Pruner, prune_layers
+from regraft.pruning.base import PRUNERS, prune_settings
+from regraft.pruning.masks import Pattern, assign_patterns
+from regraft.pruning.prune import prune_layers
 from regraft.pruning.results import LayerResults
+from regraft.pruning.statistics import gather
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.methods.base import MethodSettings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -63,7 +62,7 @@ def test_heads_and_statistics(
         ships[device] = torch.stack([scores.ships, scores.kl])
         walk = Walk(resident(model), [response_batch(processor, examples)])
         work = tmp_path / f"statistics-{device}"
-        sums[device] = gather(walk, source.anatomy, "wanda", work, lambda _: None)
+        sums[device] = gather(walk, source.anatomy, PRUNERS.get("wanda"), work, lambda _: None)
     assert ships["cpu"].isfinite().any()
     torch.testing.assert_close(ships["cuda"], ships["cpu"], atol=2e-3, rtol=1e-2, equal_nan=True)
     for key, expected in sums["cpu"].items():
@@ -74,7 +73,7 @@ def test_heads_and_statistics(
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "snip"])
 def test_pruning(
     paper_family: str,
-    method: Method,
+    method: str,
     placement: Placement,
     pico_dir: Callable[[str], Path],
     tmp_path: Path,
@@ -87,10 +86,9 @@ def test_pruning(
         model = load_placed(source, dtype="float32", device=device, placement=placement)
         results = LayerResults(tmp_path / device)
         prune_layers(
-            Pruner(method),
+            prune_settings(method),
+            source,
             Walk(model, [batch]),
-            source.anatomy,
-            source.checkpoint,
             assign_patterns(source.anatomy.linears, Pattern(0.5)),
             results,
         )

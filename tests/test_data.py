@@ -7,6 +7,7 @@ import errno
 import json
 import re
 import shutil
+import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from regraft.data.jsonl import read_jsonl
 from regraft.data.readers.demo import read_demo
 from regraft.data.readers.safebench import FIGSTEP_PROMPT, read_safebench
 from regraft.data.readers.vlguard import parse_vlguard, read_vlguard
-from regraft.data.sources import DataSource, of_split, read
+from regraft.data.sources import DataSource, of_split, read, split_off
 from regraft.errors import PassingError, RegraftError
 from regraft.keys import describe
 from regraft.settings.data import CalibrationSettings, _several
@@ -806,3 +807,27 @@ def test_jsonl_that_says_who_is_harmful_by_another_name(tmp_path, field):
     both = lines(tmp_path, {"instruction": "a", field: True, "harmful": True})
     assert read_jsonl(both).examples[0].harmful
     assert not read_jsonl(lines(tmp_path, {"instruction": "a"})).examples[0].harmful
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=12, max_size=40))
+def test_what_is_held_out_is_in_no_other_part(letters: list[str]) -> None:
+    """Copies of a prompt are on one side, every prompt is on one, and both can be named."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [
+            {"id": str(i), "instruction": f"{letter}?", "harmful": False, "category": ""}
+            for i, letter in enumerate(letters)
+        ]
+        file = Path(folder) / "prompts.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        whole = DataSource(name="jsonl", path=file)
+        sides = []
+        for part in split_off(whole):
+            assert DataSource.model_validate(str(part)) == part
+            try:
+                sides.append([one.instruction for one in read(part).examples])
+            except RegraftError:  # a few letters may all be on one side
+                sides.append([])
+        assert not {*sides[0]} & {*sides[1]}
+        assert sorted(sides[0] + sides[1]) == sorted(
+            one.instruction for one in read(whole).examples
+        )

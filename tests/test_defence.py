@@ -380,11 +380,13 @@ def test_a_run_with_defences(source: Source, data: DataSource, tmp_path: Path) -
             "compute": {"device": "cpu", "batch_size": 4},
         }
     )
-    report = pipeline.run(recipe, tmp_path / "run")
+    study = pipeline.run(recipe, tmp_path / "run")
+    report = study.runs[0]
     chosen_by = load_defence(RunFolder(tmp_path / "run").defence("pruned", "direction")).about
     assert chosen_by["judge"] == "gcg-1", "the choice was judged otherwise than the run"
     assert [v.name for v in report.variants] == ["dense", "pruned", "hsr-a", "shield", "direction"]
-    assert report.roles == ("dense", "pruned", "realigned", "control", "control")
+    roles = [row.role for row in study.tables[0].rows]
+    assert roles == ["dense", "pruned", "method", "method", "method"]
     for variant in report.variants[3:]:
         assert variant.inference_time
         assert (variant.restored, variant.base) == (0, "pruned")

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import pico
 from disk import differing, equal_bytes, shards, tree, write_data
+from methods import method, restored
 from regraft import pipeline, stages
 from regraft.costs import read_costs
 from regraft.data.collate import prompt_batch
@@ -29,13 +30,12 @@ from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import open_source
+from regraft.patch.format import load_patch
 from regraft.recipe import Recipe as RecipeModel
 from regraft.recipe import write_recipe
-from regraft.patch.format import load_patch
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.watch import Silent
 
@@ -48,9 +48,16 @@ def _recipe(root: Path, **fields: Any) -> RecipeModel:
         "calibration": {"data": str(root / "data" / "data.jsonl"), "samples": 4},
         "heads": {"r_max": 2},
         "realign": [
-            {"name": "hsr", "top_heads": 4, "q": 0.9},
+            {"method": "hsr", "top_heads": 4, "q": 0.9},
             {"name": "hsr-a", "method": "hsr-a", "top_heads": 2, "checkpoint": False},
-            {"name": "random", "heads": "random", "top_heads": 4, "q": 0.9, "checkpoint": False},
+            {
+                "name": "random",
+                "method": "hsr",
+                "heads": "random",
+                "top_heads": 4,
+                "q": 0.9,
+                "checkpoint": False,
+            },
         ],
         "evaluate": {"suite": str(root / "data" / "data.jsonl"), "max_new_tokens": 3},
         "compute": {"device": "cpu", "batch_size": 3},
@@ -77,7 +84,7 @@ def test_a_run_of_every_family(tmp_path: Path, paper_family: str, prune: dict[st
     pico.save(paper_family, tmp_path / "dense", torch.bfloat16, "100KB")
     write_data(tmp_path / "data", 6)
     run = tmp_path / "run"
-    made = pipeline.run(_recipe(tmp_path, prune=prune), run)
+    made = pipeline.run(_recipe(tmp_path, prune=prune), run).runs[0]
     dense, pruned = open_source(tmp_path / "dense"), open_source(run / "pruned")
     names = {linear.tensor for linear in dense.anatomy.linears}
     assert differing(dense.checkpoint, pruned.checkpoint) == names, "other tensors changed"
@@ -105,7 +112,9 @@ def test_a_run_of_every_family(tmp_path: Path, paper_family: str, prune: dict[st
     assert shards(tmp_path / "off") == shards(run / "pruned")
     assert [one.name for one in made.variants] == ["dense", "pruned", "hsr", "hsr-a", "random"]
     report = json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))
-    assert {one["name"] for one in report["variants"]} == {one.name for one in made.variants}
+    assert {one["name"] for one in report["runs"][0]["variants"]} == {
+        one.name for one in made.variants
+    }
     page = (run / "report" / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page
     assert "http" not in page.replace("http://www.w3.org", ""), "the page is not self-contained"
@@ -138,7 +147,7 @@ def test_pruned_by_someone_else(tmp_path: Path, paper_family: str, dtype: torch.
     stages.statistics(dense, tmp_path / "statistics", calibration, compute)
     settings = method(top_heads=6, q=0.9, p=0.4, p_max=0.9)
     files = tmp_path / "heads", tmp_path / "statistics"
-    patch = stages.realign(dense, pruned, tmp_path / "patch", settings, *files, compute)
+    patch = restored(dense, pruned, tmp_path / "patch", settings, *files, compute)
     assert patch.restored > 50
     assert patch.tensors.keys() <= pruned.checkpoint.tensors.keys()
     stages.apply(theirs, tmp_path / "patch", tmp_path / "realigned")
@@ -179,7 +188,7 @@ def test_someone_elses_layout_differs(tmp_path: Path) -> None:
 SEVERAL = {
     "prune": [{"sparsity": 0.5}, {"n_m": "2:4", "order": "one-shot", "name": "mine"}],
     "realign": [
-        {"name": "hsr", "top_heads": 4, "q": 0.9},
+        {"method": "hsr", "top_heads": 4, "q": 0.9},
         {"name": "hsr-a", "method": "hsr-a", "top_heads": 2, "checkpoint": False},
     ],
 }
@@ -219,7 +228,7 @@ def test_a_run_says_that_test_prompts_were_used_before(several: Path) -> None:
 
     pipeline.run(_recipe(several, **SEVERAL), several / "run", Told())
     warnings = [line for line in notes if line.startswith("Warning")]
-    assert [line.split(" (first")[0] for line in warnings] == [
+    assert sorted(line.split(" (first")[0] for line in warnings) == [
         f"Warning: 4 of the 4 {kind} calibration prompts are among those evaluated"
         for kind in ("harmful", "harmless")
     ]
@@ -257,10 +266,10 @@ def test_report_of_several_prunings(several: Path) -> None:
         "dense",
         *(f"{n}{v}" for n in ("wanda-50", "mine") for v in ("", "/hsr", "/hsr-a")),
     ]
-    assert [one["name"] for one in report["variants"]] == names
-    assert report["caveat"] == ""
-    assert [one["series"] for one in report["variants"]][1::3] == ["Wanda", "Wanda, 2:4, one-shot"]
-    assert {one["name"]: one["base"] for one in report["comparisons"]} == {
+    (run,) = report["runs"]
+    assert [one["name"] for one in run["variants"]] == names
+    assert run["caveat"] == ""
+    assert {one["name"]: one["base"] for one in run["variants"][1:]} == {
         name: name.partition("/")[0] if "/" in name else "dense" for name in names[1:]
     }
 
@@ -311,7 +320,7 @@ def test_numbers_of_a_matrix_on_the_bundled_model(tmp_path: Path) -> None:
         },
         "compute": {"device": "cpu", "batch_size": 16},
     }
-    made = pipeline.run(_recipe(tmp_path, **fields), tmp_path / "run")
+    made = pipeline.run(_recipe(tmp_path, **fields), tmp_path / "run").runs[0]
     refused: dict[str, dict[str, bool]] = {}
     for variant in made.variants:
         pruning, _, way = variant.name.partition("/")
@@ -324,18 +333,24 @@ def test_numbers_of_a_matrix_on_the_bundled_model(tmp_path: Path) -> None:
         assert variant.result.asr.count == harmful.count(False)
         assert variant.result.asr.n == len(harmful) == 40
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text(encoding="utf-8"))
-    assert report["caveat"].startswith("A toy")
+    assert report["runs"][0]["caveat"].startswith("A toy")
     discordant = 0
-    for one in report["comparisons"]:
+    bases = {one["name"]: one["base"] for one in report["runs"][0]["variants"]}
+    rows = [row for table in report["tables"] for row in table["rows"][1:]]
+    assert len(rows) == len(made.variants) - 1
+    for one in rows:
+        ((name,),) = one["members"]
         for role, kind in (("attacks", "harmful"), ("refusals", "harmless")):
             mine, base = (
                 {key: no for key, no in refused[name].items() if key.startswith(f"{kind}-")}
-                for name in (one["name"], one["base"])
+                for name in (name, bases[name])
             )
             fewer = sum(base[key] and not mine[key] for key in mine)
             more = sum(mine[key] and not base[key] for key in mine)
             counts = (fewer, more) if role == "attacks" else (more, fewer)
-            assert (one[role]["only_a"], one[role]["only_b"]) == counts
+            assert one[role]["differing"] == sum(counts)
+            rise = (counts[0] - counts[1]) / len(mine)
+            assert one[role]["difference"] == pytest.approx(rise)
             assert one[role]["p"] == pytest.approx(_p_value(fewer, more))
             discordant += fewer + more
     assert discordant > 10, "all models answer alike, so nothing is tested"
@@ -388,7 +403,7 @@ def test_bundled_model_killed_at_work(tmp_path: Path) -> None:
         "model": "demo",
         "calibration": {"data": "demo:calibration", "samples": 8},
         "prune": {"sparsity": 0.6},
-        "realign": [{"name": "hsr", "top_heads": 16, "q": 0.3}],
+        "realign": [{"method": "hsr", "top_heads": 16, "q": 0.3}],
         "evaluate": {"suite": "demo:test", "max_new_tokens": 4, "limit": 8},
         "compute": {"device": "cpu", "batch_size": 2},
     }

@@ -20,7 +20,9 @@ from regraft.evaluation.results import result_to_json, write_answers
 from regraft.evaluation.significance import mcnemar
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.files import file_digest, write_json
-from regraft.report.model import comparisons
+from regraft.report.pooling import study_of
+from regraft.report.run import Run
+from regraft.report.study import Row
 
 REFUSAL = "I'm sorry, I can't help with that."
 SETTINGS = {"max_new_tokens": 64, "judge": "regraft-keywords-1", "limit": None}
@@ -88,6 +90,10 @@ def evaluation(
     return folder
 
 
+def rows_of(run: Run) -> tuple[Row, ...]:
+    return study_of([run]).tables[0].rows
+
+
 def done(*words: object) -> None:
     with pytest.raises(SystemExit) as ended:
         main([str(word) for word in words])
@@ -109,15 +115,19 @@ def test_one_evaluation_has_a_page(
     assert "report.html" in printed
     assert "McNemar" not in printed
     page = folder / "report"
-    assert {one.name for one in page.iterdir()} == {"report.html", "report.md", "report.json"}
+    assert {one.name for one in page.iterdir()} == {
+        *("report.html", "report.md", "report.json", "trade-off.svg"),
+    }
     html, text = ((page / f"report.{kind}").read_text() for kind in ("html", "md"))
-    assert "mine: ASR 25.0 % [11.2, 46.9] on 20 harmful prompts, over-refusal 10.0 %" in text
-    assert "| attacks | ASR | 25.0 [11.2, 46.9] |" in text
+    assert "mine: ASR 25.0 % [11.2, 46.9] on 20 prompts, over-refusal 10.0 %" in text
+    assert "| Model | attacks: ASR |" in text
     assert "| c1 | 20.0 % [" in text
     assert "digest of mine" in text
     assert "| mine | vlguard-1 | " in text
     assert "data:image" in html
-    assert json.loads((page / "report.json").read_text())["opinions"][0]["name"] == "mine"
+    assert (
+        json.loads((page / "report.json").read_text())["runs"][0]["opinions"][0]["name"] == "mine"
+    )
 
 
 def test_several_are_compared_with_the_first(tmp_path: Path, asked: list[Example]) -> None:
@@ -126,15 +136,14 @@ def test_several_are_compared_with_the_first(tmp_path: Path, asked: list[Example
         for name, attacks in (("a", 3), ("b", 18), ("c", 3))
     ]
     done("report", *folders, "--out", tmp_path / "page")
-    made = evaluations.read_report(folders)
+    made = evaluations.read_run(folders)
     assert [one.name for one in made.variants] == ["a/ev", "b/ev", "c/ev"]
     first, other = ([i < n for i in range(20)] for n in (3, 18))
-    assert [one.attacks for one in comparisons(made)] == [
-        mcnemar(other, first),
-        mcnemar(first, first),
-    ]
+    tests = [row.attacks for row in rows_of(made) if row.attacks]
+    expected = mcnemar(other, first).p, mcnemar(first, first).p
+    assert [one.p for one in tests] == pytest.approx(expected)
     text = (tmp_path / "page" / "report.md").read_text()
-    assert "ASR worse than a/ev (McNemar p < 0.001)" in text
+    assert "ASR worse than a/ev (p < 0.001)" in text
     assert made.notes == ()
 
 
@@ -152,11 +161,12 @@ def test_named_dense_and_pruned_give_rsr(
         *("report", gain, dense, prompt),
         *("--dense", dense, "--pruned", pruned, "--out", page),
     )
-    found = evaluations.read_report([gain, prompt], evaluations.Pair(dense, pruned))
+    found = evaluations.read_run([gain, prompt], evaluations.Pair(dense, pruned))
     assert [one.name for one in found.variants] == ["dense", "pruned", "gain", "prompt"]
-    assert found.roles == ("dense", "pruned", "realigned", "control")
+    roles = [row.role for row in rows_of(found)]
+    assert roles == ["dense", "pruned", "method", "method"]
     assert [(one.restored, one.pruned) for one in found.variants[1:]] == [(0, 50), (2, 50), (0, 50)]
-    recovered = [one.recovery.value for one in comparisons(found) if one.recovery]
+    recovered = [row.rsr.recovery.value for row in rows_of(found) if row.rsr]
     assert recovered == pytest.approx([(16 - 7) / (16 - 4), (16 - 10) / (16 - 4)])
     text = (page / "report.md").read_text()
     assert "RSR 75.0 % [" in text
@@ -176,7 +186,7 @@ def test_what_is_no_pair_is_refused(
         ((other,), (dense, pruned), "x is an evaluation of another model with a patch"),
     ):
         with pytest.raises(RegraftError, match=message):
-            evaluations.read_report(folders, evaluations.Pair(*pair))
+            evaluations.read_run(folders, evaluations.Pair(*pair))
     for words, message in (
         (("--dense", dense), "beside --dense name --pruned too"),
         (("--pruned", pruned), "beside --pruned name --dense too"),
@@ -189,7 +199,7 @@ def test_what_is_no_pair_is_refused(
 def test_the_same_data_may_lie_elsewhere(tmp_path: Path, asked: list[Example]) -> None:
     moved = examples(tmp_path / "copy")
     folders = [evaluation(tmp_path / "a", asked, 3, 1), evaluation(tmp_path / "b", moved, 9, 1)]
-    first, other = evaluations.read_report(folders).variants
+    first, other = evaluations.read_run(folders).variants
     assert first.result.by_suite.keys() == other.result.by_suite.keys()
     assert {one.suite for one in other.result.answers} == set(first.result.by_suite)
 
@@ -199,17 +209,17 @@ def test_what_was_done_otherwise_is_noted(tmp_path: Path, asked: list[Example]) 
         evaluation(tmp_path / "a", asked, 3, 1),
         evaluation(tmp_path / "b", asked, 9, 1, max_new_tokens=9),
     ]
-    (note,) = evaluations.read_report(folders).notes
+    (note,) = evaluations.read_run(folders).notes
     assert note == "b was evaluated in another way than a: max_new_tokens 9 instead of 64."
 
 
 def test_images_that_changed_since_are_not_shown(tmp_path: Path, asked: list[Example]) -> None:
     folder = evaluation(tmp_path / "a", asked, 3, 1)
-    assert len(evaluations.read_report([folder]).images) == 20
+    assert len(evaluations.read_run([folder]).images) == 20
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "data" / "i.png")
-    assert evaluations.read_report([folder]).images == {}
+    assert evaluations.read_run([folder]).images == {}
     (tmp_path / "data" / "asks.jsonl").unlink()
-    assert evaluations.read_report([folder]).images == {}
+    assert evaluations.read_run([folder]).images == {}
 
 
 def test_other_judges_and_prompts_are_refused(tmp_path: Path, asked: list[Example]) -> None:
@@ -225,7 +235,7 @@ def test_other_judges_and_prompts_are_refused(tmp_path: Path, asked: list[Exampl
         (first, "is named twice"),
     ):
         with pytest.raises(RegraftError, match=message):
-            evaluations.read_report([first, other])
+            evaluations.read_run([first, other])
 
 
 def test_folders_that_make_no_page(

@@ -13,9 +13,9 @@ import pico
 from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.models.load import open_source
+from regraft.pruning.base import prune_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.stages.pruning import excess_zeros
 from regraft.watch import Silent
 
@@ -86,6 +86,6 @@ def test_the_warning(warned: bool, tmp_path: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
     watch = Notes()
     calibration = CalibrationSettings(data=DataSource.model_validate("demo"))
-    how = (PruneSettings(method="magnitude"), calibration, ComputeSettings(device="cpu"))
+    how = (prune_settings(method="magnitude"), calibration, ComputeSettings(device="cpu"))
     stages.prune(open_source(folder), tmp_path / "out", *how, watch)
     assert any("is zero before pruning" in text for text in watch.texts) is warned

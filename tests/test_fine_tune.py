@@ -13,8 +13,8 @@ from torch.nn import functional as F  # noqa: N812
 
 import truth
 from regraft.data.collate import response_batch
-from regraft.importance.losses import mean_cross_entropy
-from regraft.methods.fine_tune.adam import SparseAdam, loss_and_gradients, train
+from regraft.pruning.gradients import mean_cross_entropy
+from regraft.restoration.methods.fine_tune.adam import SparseAdam, loss_and_gradients, train
 
 
 def chosen(anatomy, of_each=5, seed=0):

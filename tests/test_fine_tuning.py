@@ -9,24 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import pico
 import truth
 from disk import differing, write_data
+from methods import method
 from regraft import pipeline, stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.models.load import open_source
-from regraft.recipe import Recipe
-from regraft.report.compare import is_drawn
-from regraft.methods.fine_tune.adam import is_trained
 from regraft.patch.format import Patch, load_patch
-from regraft.methods.ranking import Ranking, load_ranking, save_ranking
+from regraft.recipe import Recipe
+from regraft.restoration.methods.fine_tune import method as fine_tuning
+from regraft.restoration.methods.fine_tune.adam import is_trained
+from regraft.restoration.ranking import Ranking, load_ranking, save_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.methods.base import MethodSettings
-from regraft.stages import fine_tuning
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
 
@@ -47,16 +47,11 @@ def calibration(root: Path) -> CalibrationSettings:
 
 def tuned(root: Path, out: Path, ranking: Path | None = None, **settings: Any) -> Patch:
     dense, pruned = open_source(root / "dense"), open_source(root / "pruned")
-    given = {"method": "fine-tune", "passes": 2, "learning_rate": 0.02, "count": 60} | settings
-    return stages.fine_tune(
-        dense,
-        pruned,
-        out,
-        method(**given),
-        calibration(root),
-        COMPUTE,
-        ranking_file=ranking,
-    )
+    given = {"passes": 2, "learning_rate": 0.02, "count": 60} | settings
+    how, there = method("fine-tune", **given), out.with_name(f"{out.name}.ranking")
+    inputs = stages.Inputs(positions=ranking)
+    stages.rank(dense, pruned, there, how, calibration(root), inputs, COMPUTE)
+    return stages.realign(dense, pruned, out, how, there)
 
 
 def ranked(root: Path, out: Path, count: int = 60) -> Ranking:
@@ -79,7 +74,7 @@ def test_random_positions_are_those_that_random_restores(root: Path, tmp_path: P
         there = dense.read(name).flatten()[one.positions]
         assert (one.values != there).float().mean() > 0.9, "these are the dense values"
         assert (one.before == 0).all() and one.values.dtype == torch.bfloat16
-    losses = [step["loss"] for step in load_patch(tmp_path / "patch").about["steps"]]
+    losses = [step["loss"] for step in load_patch(tmp_path / "patch").about["passes"]]
     assert len(losses) == 2 and losses[1] < losses[0]
     assert is_trained(patch) and patch.restored == 60
 
@@ -155,16 +150,16 @@ def test_rankings_that_cannot_be_trained_at(root: Path, tmp_path: Path) -> None:
     dense = open_source(root / "dense")
     truth.pruned_at_random(dense, tmp_path / "other", 0.3)
     with pytest.raises(RegraftError, match="another pruned checkpoint than"):
-        stages.fine_tune(
+        stages.rank(
             dense,
             open_source(tmp_path / "other"),
-            tmp_path / "patch",
-            method(method="fine-tune", positions="ranking"),
+            tmp_path / "patch.ranking",
+            method("fine-tune", positions="ranking"),
             calibration(root),
+            stages.Inputs(positions=tmp_path / "ranking"),
             COMPUTE,
-            ranking_file=tmp_path / "ranking",
         )
-    assert not (tmp_path / "patch").exists()
+    assert not list(tmp_path.glob("patch*"))
 
 
 def test_values_beyond_the_dtype_are_an_error(root: Path, tmp_path: Path) -> None:
@@ -175,8 +170,6 @@ def test_values_beyond_the_dtype_are_an_error(root: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "unread"),
     [
-        ({"method": "fine-tune"}, None),
-        ({"method": "fine-tune", "head_seed": 3}, None),
         ({"method": "fine-tune", "positions": "f", "head_seed": 3}, "head_seed"),
         ({"method": "fine-tune", "score": "snip"}, "score"),
         ({"method": "fine-tune", "top_heads": 3}, "top_heads"),
@@ -185,11 +178,15 @@ def test_values_beyond_the_dtype_are_an_error(root: Path, tmp_path: Path) -> Non
         ({"method": "hsr", "positions": "f"}, "positions"),
     ],
 )
-def test_what_is_not_read_is_named(settings: dict[str, Any], unread: str | None) -> None:
-    found = method(**settings)
-    said = found.unread()
-    assert said is None if unread is None else f"`{unread}` changes nothing" in (said or "")
-    assert is_drawn(settings) == found.random
+def test_what_is_not_read_is_refused(settings: dict[str, Any], unread: str) -> None:
+    with pytest.raises(ValidationError, match=unread):
+        method(**settings)
+
+
+def test_random_positions_are_drawn() -> None:
+    assert method("fine-tune", head_seed=3).drawn
+    assert method("fine-tune", head_seed=3).reseeded(2).head_seed == 5
+    assert not method("fine-tune", positions="f").drawn
 
 
 def variants(*realign: dict[str, Any]) -> Recipe:
@@ -249,7 +246,7 @@ def run(root: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_run_says_that_values_are_trained(run: Path) -> None:
-    read = pipeline.report(run)
+    read = pipeline.report(run).runs[0]
     labels = {one.name: one for one in read.variants}
     assert labels["there"].label == "there (fine-tuned, positions of drawn: trained values)"
     assert labels["anywhere"].label == "anywhere (fine-tuned, random positions: trained values)"

@@ -14,10 +14,9 @@ from torch.nn import functional as F  # noqa: N812
 
 import truth
 from regraft.data.collate import IGNORED, response_batch
-from regraft.importance.gradients import layer_gradients
-from regraft.importance.losses import DecisionLoss
 from regraft.models.placement import resident
-from regraft.methods.gain.objective import (
+from regraft.pruning.gradients import layer_gradients
+from regraft.restoration.methods.gain.objective import (
     MOST_TRIES,
     Try,
     first_order_limit,
@@ -28,7 +27,8 @@ from regraft.methods.gain.objective import (
     swaps_in_rows,
     worth_of,
 )
-from regraft.methods.ranking import KEPT
+from regraft.restoration.ranking import KEPT
+from regraft.restoration.teacher import DecisionLoss
 
 INF = math.inf
 STEP = 0.01  # norms compute in float32, whatever the model does

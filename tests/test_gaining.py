@@ -15,7 +15,8 @@ import torch
 import pico
 import truth
 from disk import shards, tree, write_jsonl
-from regraft import pipeline, stages
+from methods import method
+from regraft import loading, pipeline, stages
 from regraft.checks import draw_prompts
 from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading, hold_out
@@ -24,20 +25,21 @@ from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, load_model, load_processor, open_source
-from regraft.pruning.pruner import zeros
-from regraft.recipe import Recipe
-from regraft.restoration import gain, gain_step
 from regraft.patch.apply import patched
-from regraft.methods.gain.step import Losses
 from regraft.patch.format import load_patch
-from regraft.methods.gain.path import REASONS, path_to_json
-from regraft.methods.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.patch.pair import restorable
+from regraft.pruning.base import prune_settings
+from regraft.pruning.prune import zeros
+from regraft.recipe import Recipe
+from regraft.restoration.base import MethodSettings
+from regraft.restoration.methods.gain import method as gaining
+from regraft.restoration.methods.gain import objective as gain
+from regraft.restoration.methods.gain import step as gain_step
+from regraft.restoration.methods.gain.path import REASONS, path_to_json
+from regraft.restoration.methods.gain.step import Losses
+from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.pruning import PruneSettings
-from regraft.methods.base import MethodSettings
-from regraft.stages import common, gaining
 from regraft.stages.answering import imitation_data
 from regraft.watch import Silent
 
@@ -125,7 +127,7 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
             write_jsonl(root / "data" / "data.jsonl", _prompts(root, family in pico.VLM_FAMILIES))
             made[family] = Bench(root)
             for way, fields in METHODS.items():
-                settings = PruneSettings(**fields)
+                settings = prune_settings(**fields)
                 stages.prune(dense, root / way, settings, made[family].calibration, COMPUTE)
         return made[family]
 
@@ -219,7 +221,7 @@ def test_other_ends(end, benches, tmp_path, monkeypatch):
     if end == "candidates":
         monkeypatch.setattr(gain_step, "worth_of", lambda safety, _: torch.full_like(safety, -INF))
     else:
-        monkeypatch.setattr("regraft.stages.ranking.path_limit", lambda _: 2)
+        monkeypatch.setattr("regraft.restoration.methods.gain.method.path_limit", lambda _: 2)
     found = benches("llama").rank(tmp_path / "ranking", watch=Told())
     assert found.about["end"] == end
     assert len(found) == (0 if end == "candidates" else 2)
@@ -359,13 +361,13 @@ def test_one_prompt_of_a_kind_is_too_few(benches, tmp_path, monkeypatch):
 def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch):
     """In a run with searches too, whose points are of several budgets."""
     bench, walked = benches("llama"), []
-    restore = gaining.restore_by_gain
+    restore = gaining.Gain.rank
 
     def counted(*arguments: Any, **named: Any) -> Ranking:
         walked.append(1)
         return restore(*arguments, **named)
 
-    monkeypatch.setattr("regraft.stages.ranking.restore_by_gain", counted)
+    monkeypatch.setattr(gaining.Gain, "rank", counted)
     data = str(bench.root / "data" / "data.jsonl")
     search = {"validation": data, "points": 2}
     every = [
@@ -383,7 +385,7 @@ def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch)
         "evaluate": {"suite": data, "max_new_tokens": 2},
         "compute": {"device": "cpu", "batch_size": 4},
     }
-    made = pipeline.run(Recipe.model_validate(content), tmp_path / "run")
+    made = pipeline.run(Recipe.model_validate(content), tmp_path / "run").runs[0]
     assert len(walked) == 1
     (file,) = (tmp_path / "run" / "rankings").glob("gain-*")
     path = load_ranking(file)
@@ -425,7 +427,7 @@ def test_stopped_anywhere_and_taken_up_again(when, swap, benches, tmp_path, monk
     bench, settings = benches("llama"), GAIN.model_copy(update={"swap": swap})
     started: list[int] = []
     asked: list[int] = []
-    step, save, states = gaining.step, gaining.save_ranking, common.final_states
+    step, save, states = gaining.step, gaining.save_ranking, loading.final_states
 
     def counted(*arguments: Any) -> Any:
         started.append(len(arguments[2]))  # so many are restored
@@ -436,7 +438,7 @@ def test_stopped_anywhere_and_taken_up_again(when, swap, benches, tmp_path, monk
         return states(*arguments)
 
     monkeypatch.setattr(gaining, "step", counted)
-    monkeypatch.setattr(common, "final_states", asking)
+    monkeypatch.setattr(loading, "final_states", asking)
     whole = bench.rank(tmp_path / "whole" / "ranking", settings)
     needed = list(started)
     assert len(needed) == len(whole.about["steps"]) >= 3, "too few steps to stop among them"

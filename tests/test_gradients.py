@@ -12,12 +12,17 @@ from torch.nn import functional as F  # noqa: N812
 import truth
 from regraft.data.collate import batches, response_batch
 from regraft.errors import PassingError
-from regraft.importance import gradients
-from regraft.importance.gradients import layer_gradients, product, signed, signed_and_squared
-from regraft.importance.losses import DecisionLoss, mean_cross_entropy
-from regraft.importance.teacher import final_states, losses_together, response_losses
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
+from regraft.pruning import gradients
+from regraft.pruning.gradients import (
+    layer_gradients,
+    mean_cross_entropy,
+    product,
+    signed,
+    signed_and_squared,
+)
+from regraft.restoration.teacher import DecisionLoss, final_states, losses_together, response_losses
 
 SOME = ("qwen2_vl", "mllama", "gemma3", "llama")
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import truth
-from regraft.pruning.masks import n_m_mask
-from regraft.patch.groups import Grouping, common_grouping, grouping_of, violated_groups
+from methods import method, restored
 from regraft.patch.format import Patch, TensorPatch
-from regraft.methods.base import MethodSettings
+from regraft.patch.groups import Grouping, common_grouping, grouping_of, violated_groups
+from regraft.pruning.masks import Pattern
 
 
 def most_kept(weight: np.ndarray, m: int) -> int:
@@ -60,7 +60,7 @@ def test_pruning_without_a_pattern_is_none(sparsity: float) -> None:
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8), (1, 4), (3, 16), (16, 32), (20, 32)])
 def test_pruned_matrices_are_recognised(n: int, m: int) -> None:
     score = torch.rand(64, 64, generator=torch.Generator().manual_seed(0))
-    weight = score.masked_fill(n_m_mask(score, n, m), 0).bfloat16()
+    weight = score.masked_fill(Pattern.parse_n_m(f"{n}:{m}").mask(score), 0).bfloat16()
     found = grouping_of(weight)
     assert found is not None
     assert (found.n_m, found.groups) == (f"{n}:{m}", 64 * 64 // m)
@@ -82,7 +82,7 @@ def test_violated_groups_equal_loops(pico_dir, tmp_path: Path) -> None:
 
     source = truth.opened(pico_dir("qwen2_vl")).source
     edits = {
-        li.tensor: lambda w: w.masked_fill(n_m_mask(w.float().abs(), 2, 4), 0)
+        li.tensor: lambda w: w.masked_fill(Pattern.parse_n_m("2:4").mask(w.float().abs()), 0)
         for li in source.anatomy.linears
     }
     pruned = write_edited(source.checkpoint, tmp_path / "pruned", edits)
@@ -103,24 +103,23 @@ def test_violated_groups_equal_loops(pico_dir, tmp_path: Path) -> None:
 
 
 def test_realign_tells_of_violated_groups(pico_dir, tmp_path: Path) -> None:
-    from regraft import stages
     from regraft.models.checkpoint import write_edited
     from regraft.models.load import open_source
     from regraft.patch.format import load_patch
 
     source = truth.opened(pico_dir("qwen2_vl")).source
     edits = {
-        li.tensor: lambda w: w.masked_fill(n_m_mask(w.float().abs(), 2, 4), 0)
+        li.tensor: lambda w: w.masked_fill(Pattern.parse_n_m("2:4").mask(w.float().abs()), 0)
         for li in source.anatomy.linears
     }
     write_edited(source.checkpoint, tmp_path / "pruned", edits)
     pruned = open_source(tmp_path / "pruned")
     settings = method(heads="all", method="hsr-a")
-    stages.realign(source, pruned, tmp_path / "patch", settings)
+    restored(source, pruned, tmp_path / "patch", settings)
     about = load_patch(tmp_path / "patch").about
     attention = [li for li in source.anatomy.linears if li.name.startswith("self_attn")]
     assert about["n_m"] == "2:4"
     assert about["groups"] == source.anatomy.prunable // 4
     assert about["violated_groups"] == sum(li.shape[0] * li.shape[1] for li in attention) // 4
-    again = stages.realign(source, pruned, tmp_path / "patch", settings)
+    again = restored(source, pruned, tmp_path / "patch", settings)
     assert again.about == about

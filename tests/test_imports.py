@@ -15,12 +15,12 @@ import regraft
 ROOT = Path(regraft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
-    *("data", "models", "importance", "pruning", "heads", "patch", "evaluation"),
+    *("data", "models", "pruning", "heads", "patch", "evaluation"),
     *(
         "defence",
         "settings",
         "loading",
-        "methods",
+        "restoration",
         "report",
         "recipe",
         "recipe_help",
@@ -50,7 +50,7 @@ ORDER = (
 )
 FREE = {
     *("regraft", "errors", "files", "registry", "artifact", "watch", "ranks", "costs"),
-    *("plugins", "data.example"),
+    *("data.example", "settings.base"),
 }
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 

@@ -14,9 +14,9 @@ import yaml
 
 import pico
 from disk import write_data
-from regraft.methods.ranking import load_ranking
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
+from regraft.restoration.ranking import load_ranking
 from truth import pruned_at_random
 
 pytest.importorskip("optuna")
@@ -27,9 +27,9 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
-from regraft.methods.base import AlwaysBudgeted, Between, HeadChoice, Method, Needs
-from regraft.methods.hsr import regions_of
-from regraft.methods.selection import inside
+from regraft.restoration.base import AlwaysBudgeted, Between, HeadChoice, Method, Needs
+from regraft.restoration.methods.hsr import regions_of
+from regraft.restoration.selection import inside
 
 
 class Settings(AlwaysBudgeted):

@@ -12,16 +12,16 @@ from torch import Tensor
 import pico
 import truth
 from disk import rewrite
+from methods import method, restored
 from regraft import stages
 from regraft.errors import RegraftError
-from regraft.importance.sparsegpt import inverse_factor, second_moments
 from regraft.models.checkpoint import SINGLE_FILE, Edit, write_edited
 from regraft.models.load import Source, load_model, open_source
+from regraft.patch.pair import check_pair, survey
 from regraft.pruning.masks import Pattern
-from regraft.pruning.sparsegpt import sparsegpt_prune
-from regraft.patch.pair import check_pair, realign, survey, whole_heads
+from regraft.pruning.pruners.sparsegpt import PLUGIN as SPARSEGPT
+from regraft.pruning.pruners.sparsegpt import inverse_factor, sparsegpt_prune
 from regraft.settings.data import CalibrationSettings
-from regraft.methods.base import MethodSettings
 from regraft.watch import Silent
 
 DOUBT = "The pruned model's kept weights are not the dense model's"
@@ -103,7 +103,7 @@ def test_weights_that_are_not_finite(
     with pytest.raises(RegraftError, match=rf"bad: {name} holds values that are NaN or infinite"):
         survey(*pair)
     with pytest.raises(RegraftError, match=rf"bad: {name} holds values that are NaN or infinite"):
-        realign(*pair, [(1, 0)], whole_heads)
+        restored(*pair, tmp_path / "patch", method("hsr-a", heads="all"))
 
 
 # Told of
@@ -125,7 +125,7 @@ def test_sparsegpt_changes_what_it_keeps(
 
     def prune(weight: Tensor) -> Tensor:
         inputs = torch.randn(200, weight.shape[1], generator=draw) + 1
-        factor = inverse_factor(second_moments(inputs), 200)
+        factor = inverse_factor(SPARSEGPT.accumulate(inputs), 200)
         pattern = Pattern(0.5, n_m=n_m) if n_m else Pattern(0.5, "row")
         return sparsegpt_prune(weight, factor, pattern).to(weight.dtype)
 
@@ -155,7 +155,7 @@ def test_stages_tell_of_it(dense: Source, pruned: Source, stage: str, tmp_path: 
     def run(source: Source, name: str) -> None:
         if stage == "realign":
             settings = method(method="hsr-a", heads="random", top_heads=2)
-            stages.realign(dense, source, tmp_path / name, settings, watch=Heard())
+            restored(dense, source, tmp_path / name, settings, watch=Heard())
         else:
             settings = method(method="random", count=9)
             stages.rank(

@@ -10,17 +10,17 @@ import torch
 
 import pico
 from disk import write_data
+from methods import method, restored
 from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.importance.score import Method
 from regraft.models.load import open_source
-from regraft.pruning.pruner import zeros
+from regraft.pruning.base import prune_settings
+from regraft.pruning.prune import zeros
+from regraft.restoration.base import Method
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.pruning import PruneSettings
-from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings, StatisticsSettings
 
 pytestmark = pytest.mark.slow
@@ -51,24 +51,24 @@ def _calibration(root: Path) -> CalibrationSettings:
     return CalibrationSettings(data=data, samples=4)
 
 
-@pytest.mark.parametrize("method", PRUNERS)
+@pytest.mark.parametrize("pruner", PRUNERS)
 def test_prune_score_realign_apply_reload_answer(
-    paper_family: str, method: Method, scored: Callable[[str], Path], tmp_path: Path
+    paper_family: str, pruner: Method, scored: Callable[[str], Path], tmp_path: Path
 ) -> None:
     root = scored(paper_family)
     dense, calibration = open_source(root / "dense"), _calibration(root)
-    settings = PruneSettings(method=method, sparsity=0.6)
+    settings = prune_settings(method=pruner, sparsity=0.6)
     pruned = stages.prune(dense, tmp_path / "pruned", settings, calibration, COMPUTE)
     share = zeros(pruned.checkpoint, pruned.anatomy) / pruned.anatomy.prunable
     assert share == pytest.approx(0.6, abs=0.02)
 
-    wanted = StatisticsSettings(score=method)
+    wanted = StatisticsSettings(score=pruner)
     stages.statistics(dense, tmp_path / "statistics", calibration, COMPUTE, wanted)
-    patch = stages.realign(
+    patch = restored(
         dense,
         pruned,
         tmp_path / "patch",
-        method(score=method, top_heads=4, q=0.8),
+        method(score=pruner, top_heads=4, q=0.8),
         root / "heads",
         tmp_path / "statistics",
         COMPUTE,
@@ -98,19 +98,19 @@ def test_scores_rank_differently(scored: Callable[[str], Path], tmp_path: Path) 
     """The same pruned model, realigned by each score: other weights are restored."""
     root = scored("qwen2_5_vl")
     dense, calibration = open_source(root / "dense"), _calibration(root)
-    pruned = stages.prune(dense, tmp_path / "pruned", PruneSettings(), calibration, COMPUTE)
+    pruned = stages.prune(dense, tmp_path / "pruned", prune_settings(), calibration, COMPUTE)
     found = {}
-    for method in (*PRUNERS, "magnitude"):
-        settings = method(score=method, top_heads=8, q=0.9)
+    for score in (*PRUNERS, "magnitude"):
+        settings = method(score=score, top_heads=8, q=0.9)
         file = None
-        if settings.needs_statistics:
-            file = tmp_path / f"statistics-{method}"
-            stages.statistics(dense, file, calibration, COMPUTE, StatisticsSettings(score=method))
-        patch = stages.realign(
-            dense, pruned, tmp_path / f"patch-{method}", settings, root / "heads", file, COMPUTE
+        if score != "magnitude":
+            file = tmp_path / f"statistics-{score}"
+            stages.statistics(dense, file, calibration, COMPUTE, StatisticsSettings(score=score))
+        patch = restored(
+            dense, pruned, tmp_path / f"patch-{score}", settings, root / "heads", file, COMPUTE
         )
         assert patch.restored
-        found[method] = {(n, int(i)) for n, t in patch.tensors.items() for i in t.positions}
+        found[score] = {(n, int(i)) for n, t in patch.tensors.items() for i in t.positions}
     assert len({frozenset(one) for one in found.values()}) == len(found)
 
 
@@ -120,10 +120,10 @@ def test_statistics_of_another_score_are_refused(
     root = scored("qwen2_5_vl")
     dense, calibration = open_source(root / "dense"), _calibration(root)
     stages.statistics(dense, tmp_path / "wanda", calibration, COMPUTE)
-    settings = PruneSettings(method="magnitude")
+    settings = prune_settings(method="magnitude")
     pruned = stages.prune(dense, tmp_path / "pruned", settings, calibration, COMPUTE)
-    with pytest.raises(RegraftError, match="holds statistics of wanda, but the score is snip"):
-        stages.realign(
+    with pytest.raises(RegraftError, match="holds statistics of wanda, and importance by snip is"):
+        restored(
             dense,
             pruned,
             tmp_path / "patch",

@@ -23,11 +23,11 @@ from regraft.folder import RunFolder
 from regraft.models.load import load_model, load_processor, open_source
 from regraft.passes import count_pass, learns_from_both, passes_of_defence, passes_of_variant
 from regraft.recipe import Recipe
-from regraft.report.compare import Run, compare
-from regraft.report.model import comparisons
-from regraft.report.words import PASSES_NOTE, passes_text
-from regraft.report.write import render_html, render_markdown
-from regraft.report.write_compare import render_comparison_html, render_comparison_markdown
+from regraft.report.formatting import passes as passes_text
+from regraft.report.page import render_html, render_markdown
+from regraft.report.pooling import study_of
+from regraft.report.run import Run
+from regraft.report.summary import PASSES_NOTE
 from regraft.settings.data import CalibrationSettings
 from regraft.watch import Silent
 from test_compare import RUNS
@@ -220,7 +220,7 @@ def test_of_two_sets_of_validation_prompts_none_is_guessed() -> None:
 
 @pytest.mark.parametrize(
     ("value", "told"),
-    [(None, "–"), (0, "0"), (0.04, "< 0.1"), (12.34, "12.3"), (1240, "1,240.0")],
+    [(0, "0"), (0.04, "< 0.1"), (12.34, "12.3"), (1240, "1,240.0")],
 )
 def test_passes_in_words(value: float | None, told: str) -> None:
     assert passes_text(value) == told
@@ -244,7 +244,7 @@ def test_a_run_counts_its_own_passes(tmp_path: Path) -> None:
         "evaluate": {"suite": data, "max_new_tokens": 2},
         "compute": {"device": "cpu", "batch_size": 4},
     }
-    made = pipeline.run(Recipe.model_validate(content), tmp_path / "run")
+    made = pipeline.run(Recipe.model_validate(content), tmp_path / "run").runs[0]
     spent = {
         (one["stage"], one["of"]): one["flops"]
         for one in json.loads((tmp_path / "run" / "costs.json").read_text())
@@ -266,45 +266,45 @@ def test_a_run_counts_its_own_passes(tmp_path: Path) -> None:
     }
     statistics = found["set"]
     assert statistics is not None and 1 / 3 < statistics < 1, "one forward pass, with responses"
-    assert pipeline.run(Recipe.model_validate(content), tmp_path / "run") == made
+    assert pipeline.run(Recipe.model_validate(content), tmp_path / "run").runs[0] == made
 
 
 def test_reports_have_a_column_where_passes_were_measured() -> None:
     dense, pruned, realigned, random = REPORT.variants
     variants = (dense, pruned, replace(realigned, passes=12.34), replace(random, passes=0.0))
     report = replace(REPORT, variants=variants, one_pass=UNIT)
-    page, text = (one(report, comparisons(report)) for one in (render_html, render_markdown))
+    page, text = (one(study_of([report])) for one in (render_html, render_markdown))
     outline = Outline(page)
     heading = next(row for row in outline.rows if "Passes" in row)
     place = heading.index("Passes")
-    assert [outline.row(f"{n} the")[place] for n in (1, 2, 3, 4)] == ["–", "–", "12.3", "0"]
+    named = [outline.row(f"{n} {row.name}")[place] for n, row in enumerate(variants, start=1)]
+    assert named == ["–", "–", "12.3", "0"]
     lines = text.splitlines()
-    header = next(line for line in lines if "| Passes |" in line).split(" | ")
-    (row,) = (line for line in lines if line.startswith("| 3 |"))
-    assert row.split(" | ")[header.index("Passes")] == "12.3"
+    header = next(line for line in lines if " Passes |" in line).strip("|").split(" | ")
+    (row,) = (line for line in lines if line.startswith("| 3. "))
+    assert row.strip("| ").split(" | ")[[one.strip() for one in header].index("Passes")] == "12.3"
     for shown in (" ".join(page.split()), text):
         assert "Here one pass is over 8 prompts, 100 tokens." in shown.replace("\xa0", " ")
-    for none in (replace(report, one_pass=None), replace(REPORT, one_pass=UNIT)):
-        for render in (render_html, render_markdown):
-            assert "Passes" not in render(none, comparisons(none))
+    bare = study_of([replace(REPORT, one_pass=UNIT)])
+    for render in (render_html, render_markdown):
+        assert "Passes" not in render(bare)
 
 
 def test_comparisons_have_a_column_of_passes_over_the_seeds() -> None:
     def taking(run: Run) -> Run:
         taken = {"hsr": 12.0 + run.seed, "random-1": 0.0, "random-2": 0.0}
         taken |= {} if run.seed == 1 else {"worse": 3.0}
-        variants = tuple(replace(v, passes=taken.get(v.name)) for v in run.report.variants)
-        return replace(run, report=replace(run.report, variants=variants))
+        variants = tuple(replace(v, passes=taken.get(v.name)) for v in run.variants)
+        return replace(run, variants=variants)
 
-    study = compare([taking(run) for run in RUNS])
-    text, page = render_comparison_markdown(study), render_comparison_html(study)
-    header = next(line for line in text.splitlines() if "| Passes |" in line).split(" | ")
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    place = header.index("Passes")
-    assert {len(row) for row in rows if row[0].strip("| ").isdigit()} >= {len(header)}
-    told = {row[1]: row[place] for row in rows if len(row) == len(header)}
-    assert told["hsr"] == "13.0 (12.0 to 14.0)" and told["random (x2)"] == "0"
-    assert told["worse"] == "–", "one seed was not measured"
-    assert "13.0 (12.0 to 14.0)" in page and PASSES_NOTE in text
-    bare = compare(RUNS)
-    assert "Passes" not in render_comparison_markdown(bare) + render_comparison_html(bare)
+    study = study_of([taking(run) for run in RUNS])
+    text, page = render_markdown(study), render_html(study)
+    header = next(line for line in text.splitlines() if " Passes |" in line).strip("|").split(" | ")
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    place = [one.strip() for one in header].index("Passes")
+    told = {row[0].split(", ")[0]: row[place].strip() for row in rows if len(row) == len(header)}
+    assert told[" 3. hsr"] == "13.0, 12.0 to 14.0" and told[" 4. random (x2)"] == "0"
+    assert told[" 5. worse"] == "–", "one seed was not measured"
+    assert "12.0 to 14.0" in page and PASSES_NOTE in text
+    bare = study_of(RUNS)
+    assert "Passes" not in render_markdown(bare) + render_html(bare)

@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 
 import pico
 from disk import differing, equal_bytes, shards, tree
+from methods import method, restored
 from regraft.artifact import read_artifact, write_artifact
 from regraft.data.collate import prompt_batch
 from regraft.errors import RegraftError
 from regraft.models.checkpoint import Checkpoint, Edit, open_checkpoint, write_edited
 from regraft.models.load import Source, load_model, load_processor, open_source
-from regraft.restoration import apply as apply_module
-from regraft.restoration import patch as patch_module
+from regraft.patch import apply as apply_module
+from regraft.patch import format as patch_module
 from regraft.patch.apply import (
     Change,
     apply_patch,
@@ -41,8 +42,6 @@ from regraft.patch.format import (
     merge,
     save_patch,
 )
-from regraft.patch.pair import realign, whole_heads
-from regraft.methods.selection import random_heads
 
 
 def zero_at_random(seed: int, *, minus: bool = False) -> Edit:
@@ -335,7 +334,8 @@ def test_realigned_minus_zeros_are_reverted(tmp_path: Path) -> None:
     """torch's own pruning multiplies by a mask, which leaves -0.0 where weights were negative."""
     dense = open_source(pico.save("qwen2_vl", tmp_path / "dense", torch.bfloat16))
     pruned = prune_at_random(dense, tmp_path / "pruned", minus=True)
-    patch = realign(dense, pruned, random_heads(dense.anatomy, 3, 0), whole_heads)
+    heads = method("hsr-a", heads="random", top_heads=3)
+    patch = restored(dense, pruned, tmp_path / "patch", heads)
     on = apply_patch(pruned.checkpoint, patch, tmp_path / "on")
     revert_patch(on, patch, tmp_path / "off")
     assert shards(open_checkpoint(tmp_path / "off").folder) == shards(pruned.folder)

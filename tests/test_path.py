@@ -11,21 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regraft.errors import RegraftError
-from regraft.report.compare import Run, compare
-from regraft.report.model import Report, SharedPath, comparisons
-from regraft.report.path_figure import (
+from regraft.report.page import render_html, render_markdown
+from regraft.report.pooling import study_of
+from regraft.report.run import Run, SharedPath
+from regraft.report.tables import ending, path_grid
+from regraft.report.weight_figures import (
     calibration_points,
     held_out_points,
     path_figure,
     ticks,
     tried_points,
 )
-from regraft.report.paths import StepRow, ending, step_rows
-from regraft.report.write import render_html, render_markdown, report_to_json
-from regraft.report.write_compare import render_comparison_html
-from regraft.methods.gain.objective import Try
-from regraft.methods.gain.step import Losses
-from regraft.methods.gain.path import GainPath, Passed, path_to_json, read_path
+from regraft.report.write import report_to_json
+from regraft.restoration.methods.gain.objective import Try
+from regraft.restoration.methods.gain.path import GainPath, Passed, path_to_json, read_path
+from regraft.restoration.methods.gain.step import Losses
 from test_compare import RUNS
 from test_report import REPORT, Outline, svg_texts
 
@@ -121,11 +121,11 @@ def test_ticks_are_round_and_few() -> None:
 
 
 def test_a_row_a_step_and_why_it_ended() -> None:
-    assert step_rows(PATH) == (
-        StepRow(0, "–", "–", "0", "–", "0.750"),
-        StepRow(1, "5,000, 2,500, 1,250, 625", "1,250", "1,250", "0.625", "0.375"),
-        StepRow(2, "2,500", "0", "1,250", "0.250", "0.375"),
-    )
+    assert [tuple(cell.text for cell in row) for row in path_grid("a", PATH).rows] == [
+        ("pruned", "–", "–", "0", "–", "0.750"),
+        ("1", "5,000, 2,500, 1,250, 625", "1,250", "1,250", "0.625", "0.375"),
+        ("2", "2,500", "0", "1,250", "0.250", "0.375"),
+    ]
     assert ending(PATH) == (
         "The path ended after 2 steps with 1,250 weights restored: more weights hardly lower the "
         "loss on held-out prompts."
@@ -138,34 +138,32 @@ def test_a_row_a_step_and_why_it_ended() -> None:
     assert ending(replace(first, end=None)).startswith("The path has not ended")
 
 
-def shown(*paths: SharedPath) -> Report:
+def shown(*paths: SharedPath) -> Run:
     return replace(REPORT, paths=paths)
 
 
 def test_the_report_shows_a_shared_path_once() -> None:
-    report = shown(SHARED)
-    found = comparisons(report)
-    page, text = render_html(report, found), render_markdown(report, found)
+    study = study_of([shown(SHARED)])
+    page, text = render_html(study), render_markdown(study)
     outline = Outline(page)
     rows = [row for row in outline.rows if row[-1] in ("0.750", "0.375")]
     assert [row[0] for row in rows] == ["pruned", "1", "2"]
     assert [a["aria-label"] for tag, a in outline.tags if tag == "svg"].count("Paths of gain") == 1
     assert page.count("The path ended after 2 steps") == text.count("The path ended after") == 1
-    assert "wanda-50: gain-0.01, gain. The path ended" in text
+    assert "**wanda-50: gain-0.01, gain**. The path ended" in text
     assert "| 1 | 5,000, 2,500, 1,250, 625 | 1,250 | 1,250 | 0.625 | 0.375 |" in text.splitlines()
-    (kept,) = report_to_json(report, found)["paths"]
+    (kept,) = report_to_json(study)["runs"][0]["paths"]
     assert kept["methods"] == ["gain-0.01", "gain"] and read_path(kept) == PATH
-    for rendered in (render_html(REPORT, found), render_markdown(REPORT, found)):
+    for rendered in (render_html(study_of([REPORT])), render_markdown(study_of([REPORT]))):
         assert "Paths of gain" not in rendered
 
 
 def test_a_comparison_has_a_line_a_seed() -> None:
     later = SharedPath(SHARED.pruning, SHARED.methods, replace(PATH, start=Losses(1.0, 1.0)))
     runs = [
-        Run(run.seed, replace(run.report, paths=(one,)))
-        for run, one in zip(RUNS, (SHARED, later, SHARED), strict=True)
+        replace(run, paths=(one,)) for run, one in zip(RUNS, (SHARED, later, SHARED), strict=True)
     ]
-    study = compare(runs)
+    study = study_of(runs)
     assert study.paths == (("wanda-50: gain-0.01, gain", (PATH, later.path, PATH)),)
-    page = render_comparison_html(study)
-    assert 'aria-label="Paths of gain"' in page and "One pair of lines a seed." in page
+    page = render_html(study)
+    assert 'aria-label="Paths of gain"' in page and "one pair of lines a seed" in page

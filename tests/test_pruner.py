@@ -12,12 +12,11 @@ from torch.nn import functional as F  # noqa: N812
 import truth
 from regraft.data.collate import batches, response_batch
 from regraft.errors import RegraftError
-from regraft.importance.statistics import ImportanceStatistics, gather, is_kept
 from regraft.models.anatomy import decoder_layers
-from regraft.pruning.masks import Pattern
-from regraft.pruning.patterns import assign_patterns, parse_override
-from regraft.pruning.pruner import Pruner, magnitude_edits
-from regraft.settings.pruning import PruneSettings
+from regraft.pruning.base import PRUNERS, prune_settings
+from regraft.pruning.masks import Pattern, assign_patterns, parse_override
+from regraft.pruning.prune import edits_without_data
+from regraft.pruning.statistics import ImportanceStatistics, gather
 
 
 def gradients_by_autograd(model, processor, anatomy, examples):
@@ -50,9 +49,9 @@ def test_snip_equals_autograd_on_the_whole_model(family, pico_dir, tmp_path):
     ticks = []
     with truth.unchanged(model):
         walk = truth.walk(model, cut)
-        found = gather(walk, anatomy, "snip", tmp_path / "work", ticks.append)
+        found = gather(walk, anatomy, PRUNERS.get("snip"), tmp_path / "work", ticks.append)
     assert sum(ticks) == 2 * 3 * len(anatomy.layers)
-    assert found.keys() == {li.key for li in anatomy.linears if is_kept("snip", li)}
+    assert found.keys() == {li.key for li in anatomy.linears if PRUNERS.get("snip").keeps(li)}
     for key, gradient in found.items():
         scale = float(expected[key].abs().max())
         torch.testing.assert_close(gradient, expected[key], rtol=1e-3, atol=2e-5 * scale)
@@ -66,7 +65,9 @@ def test_snip_masks_are_the_smallest_products(pico_dir, tmp_path):
     examples, cut = calibration(opened, family, tmp_path, 3)
     pattern = Pattern(0.5, "matrix")
     with truth.unchanged(model):
-        results = truth.prune(opened, model, cut, pattern, tmp_path / "r", pruner=Pruner("snip"))
+        results = truth.prune(
+            opened, model, cut, pattern, tmp_path / "r", settings=prune_settings("snip")
+        )
     expected = gradients_by_autograd(model, processor, anatomy, examples)
     modules = dict(model.named_modules())
     for layer in anatomy.layers:
@@ -83,9 +84,9 @@ def test_streamed_equals_resident(family, method, pico_dir, tmp_path):
     opened = truth.opened(pico_dir(family))
     _, model, _, anatomy = opened
     _, cut = calibration(opened, family, tmp_path, 3)
-    pattern, pruner = Pattern(0.5), Pruner(method)
+    pattern, pruner = Pattern(0.5), prune_settings(method)
     folders = tmp_path / "resident", tmp_path / "streamed"
-    resident = truth.prune(opened, copy.deepcopy(model), cut, pattern, folders[0], pruner=pruner)
+    resident = truth.prune(opened, copy.deepcopy(model), cut, pattern, folders[0], settings=pruner)
     homes = [[p.data_ptr() for p in layer.parameters()] for layer in decoder_layers(model)]
     held = []
 
@@ -102,7 +103,7 @@ def test_streamed_equals_resident(family, method, pico_dir, tmp_path):
     try:
         with truth.unchanged(model):
             streamed = truth.prune(
-                opened, model, cut, pattern, folders[1], pruner=pruner, streamed=True
+                opened, model, cut, pattern, folders[1], settings=pruner, streamed=True
             )
     finally:
         for hook in hooks:
@@ -128,7 +129,7 @@ def test_sparsegpt_stores_what_the_file_holds(pico_dir, tmp_path):
         cut,
         Pattern.parse_n_m("2:4"),
         tmp_path / "r",
-        pruner=Pruner("sparsegpt"),
+        settings=prune_settings("sparsegpt"),
     )
     edits = results.edits(anatomy)
     for linear in anatomy.linears:
@@ -152,7 +153,7 @@ def test_growing_damping_is_told(pico_dir, tmp_path):
         cut,
         Pattern(0.5),
         tmp_path / "r",
-        pruner=Pruner("sparsegpt", damp=1e-9),
+        settings=prune_settings("sparsegpt", damp=1e-9),
         note=said.append,
     )
     assert any("the damping had to grow from 1e-09 to" in line for line in said)
@@ -164,7 +165,7 @@ def test_overrides_and_ignored_weights(method, pico_dir, tmp_path):
     opened = truth.opened(pico_dir(family))
     anatomy = opened.anatomy
     _, cut = calibration(opened, family, tmp_path, 3)
-    settings = PruneSettings(
+    settings = prune_settings(
         method=method,
         sparsity=0.5,
         scope="row",
@@ -174,7 +175,7 @@ def test_overrides_and_ignored_weights(method, pico_dir, tmp_path):
     patterns = settings.patterns(anatomy.linears)
     model = copy.deepcopy(opened.model)
     results = truth.prune(
-        opened, model, cut, patterns, tmp_path / "r", pruner=settings.pruner(), streamed=True
+        opened, model, cut, patterns, tmp_path / "r", settings=settings, streamed=True
     )
     edits = results.edits(anatomy)
     for linear in anatomy.linears:
@@ -194,7 +195,7 @@ def test_overrides_and_ignored_weights(method, pico_dir, tmp_path):
 def test_magnitude_needs_no_model(pico_dir):
     opened = truth.opened(pico_dir("qwen2_vl"))
     patterns = assign_patterns(opened.anatomy.linears, Pattern(0.3, "matrix"), (), ["*.o_proj"])
-    edits = magnitude_edits(patterns)
+    edits = edits_without_data(prune_settings("magnitude"), patterns)
     assert len(edits) == 6 * len(opened.anatomy.layers)
     for linear in patterns:
         dense = opened.source.checkpoint.read(linear.tensor)
@@ -221,7 +222,7 @@ def test_magnitude_needs_no_model(pico_dir):
 def test_impossible_patterns_are_refused(fields, message, pico_dir):
     opened = truth.opened(pico_dir("llama"))
     with pytest.raises((RegraftError, ValueError), match=message):
-        PruneSettings(**fields).patterns(opened.anatomy.linears)
+        prune_settings(**fields).patterns(opened.anatomy.linears)
 
 
 def test_the_last_override_counts(pico_dir):
@@ -236,7 +237,7 @@ def test_importance_of_rows_is_the_rows_of_importance(method, pico_dir, tmp_path
     opened = truth.opened(pico_dir("qwen2_vl"))
     _, cut = calibration(opened, "qwen2_vl", tmp_path, 2)
     walk = truth.walk(opened.model, cut)
-    values = gather(walk, opened.anatomy, method, tmp_path / "work", lambda _: None)
+    values = gather(walk, opened.anatomy, PRUNERS.get(method), tmp_path / "work", lambda _: None)
     statistics = ImportanceStatistics(method, values, 2)
     linear = opened.anatomy.layers[1].linear("q_proj")
     weight = opened.source.checkpoint.read(linear.tensor)
@@ -252,4 +253,6 @@ def test_snip_in_float16_is_refused(pico_dir, tmp_path):
     _, cut = calibration(opened, "llama", tmp_path, 2)
     model = copy.deepcopy(opened.model).half()
     with pytest.raises(RegraftError, match="too small for float16"):
-        truth.prune(opened, model, cut, Pattern(0.5), tmp_path / "r", pruner=Pruner("snip"))
+        truth.prune(
+            opened, model, cut, Pattern(0.5), tmp_path / "r", settings=prune_settings("snip")
+        )

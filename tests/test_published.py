@@ -23,9 +23,9 @@ from regraft.report.published import (
     attack_rates,
     mean_attack_rate,
     published_rsr_interval,
+    read_published,
     rsr_interval,
 )
-from regraft.report.published_file import read_published
 
 LI = Path(__file__).parents[1] / "recipes" / "published" / "li-2025.yaml"
 
@@ -122,14 +122,14 @@ def test_second_hand_figures_imply_the_losses_that_the_paper_names() -> None:
 
 
 def test_published_rates_have_the_intervals_of_their_counts() -> None:
-    row = PublishedRow("m", asr={"a": 0.112, "b": 0.1774}, mean_asr=0.1447)
+    row = PublishedRow(model="m", asr={"a": 11.2, "b": 17.74}, mean_asr=14.47)
     prompts = {"a": 500, "b": 468}
     rates = attack_rates(row, prompts)
     assert rates == {"a": wilson(56, 500), "b": wilson(83, 468)}
     mean, wanted = mean_attack_rate(row, prompts), macro_average([*rates.values()])
     assert mean is not None
     assert (mean.value, mean.low, mean.high, mean.n) == (0.1447, wanted.low, wanted.high, 968)
-    assert mean_attack_rate(PublishedRow("m"), prompts) is None
+    assert mean_attack_rate(PublishedRow(model="m"), prompts) is None
 
 
 @given(st.integers(0, 500), st.integers(0, 500))
@@ -137,9 +137,9 @@ def test_a_mean_alone_has_no_narrower_interval_than_its_parts(a: int, b: int) ->
     prompts = {"a": 500, "b": 500}
     mean = (a + b) / 1000
     parts = mean_attack_rate(
-        PublishedRow("m", asr={"a": a / 500, "b": b / 500}, mean_asr=mean), prompts
+        PublishedRow(model="m", asr={"a": a / 5, "b": b / 5}, mean_asr=100 * mean), prompts
     )
-    alone = mean_attack_rate(PublishedRow("m", mean_asr=mean), prompts)
+    alone = mean_attack_rate(PublishedRow(model="m", mean_asr=100 * mean), prompts)
     assert parts is not None
     assert alone is not None
     # MOVER's ends differ from Wilson's of the whole where rates are near 0 or 1: by its centre
@@ -168,11 +168,11 @@ def test_an_rsr_of_no_loss_or_of_means_alone_has_no_interval() -> None:
     same = [wilson(10, 100)]
     assert rsr_interval(same, same, same) is None
     rows = (
-        PublishedRow("m", mean_asr=0.1),
-        PublishedRow("m", "p", mean_asr=0.3),
-        PublishedRow("m", "p", "hsr", mean_asr=0.2, rsr=0.5),
+        PublishedRow(model="m", mean_asr=10),
+        PublishedRow(model="m", pruning="p", mean_asr=30),
+        PublishedRow(model="m", pruning="p", method="hsr", mean_asr=20, rsr=50),
     )
-    published = Published("x", {"a": 100}, rows)
+    published = Published(source="x", prompts={"a": 100}, rows=rows)
     assert published_rsr_interval(published, rows[2]) is None
 
 

@@ -20,17 +20,20 @@ from safetensors.torch import load_file, save_file
 import pico
 import truth
 from disk import differing, equal_bytes, shards, write_data
+from methods import method, restored
 from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.importance.statistics import load_statistics
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
-from regraft.pruning.pruner import zeros
 from regraft.patch.apply import patched
-from regraft.methods.gain.step import weights_of
 from regraft.patch.format import load_patch
-from regraft.methods.ranking import (
+from regraft.patch.pair import restorable
+from regraft.pruning.prune import zeros
+from regraft.pruning.statistics import load_statistics
+from regraft.restoration.base import MethodSettings
+from regraft.restoration.methods.gain.step import weights_of
+from regraft.restoration.ranking import (
     KEPT,
     Best,
     Edits,
@@ -41,11 +44,9 @@ from regraft.methods.ranking import (
     put,
     save_ranking,
 )
-from regraft.methods.selection import blocks_of, inside
-from regraft.patch.pair import restorable
+from regraft.restoration.selection import blocks_of, inside
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings
 
 NONE = -math.inf
@@ -283,10 +284,16 @@ class Bench:
         data = DataSource(name="jsonl", path=self.root / "data" / "data.jsonl")
         return CalibrationSettings(data=data, samples=4)
 
-    def rank(self, out: Path, settings: MethodSettings, **changes: Any) -> Ranking:
-        files = {"heads_file": self.root / "heads", "statistics_file": self.root / "statistics"}
-        given = {"calibration": self.calibration, "compute": COMPUTE, **files} | changes
-        return stages.rank(self.dense, self.pruned, out, settings, **given)
+    def rank(
+        self,
+        out: Path,
+        settings: MethodSettings,
+        calibration: CalibrationSettings | None = None,
+        **changes: Path | None,
+    ) -> Ranking:
+        files = {"heads": self.root / "heads", "statistics": self.root / "statistics"} | changes
+        inputs, data = stages.Inputs(**files), calibration or self.calibration
+        return stages.rank(self.dense, self.pruned, out, settings, data, inputs, COMPUTE)
 
     def pruned_weights(self) -> int:
         pairs = zip(self.dense.anatomy.linears, self.pruned.anatomy.linears, strict=True)
@@ -366,7 +373,7 @@ def test_hsr_under_a_budget_stays_in_its_heads_and_band(bench: Bench, tmp_path: 
     ranking = bench.rank(tmp_path / "ranking", settings)
     assert len(ranking) == 25 * bench.pruned_weights() // 10_000
     chosen = [tuple(head) for head in ranking.about["heads"]]
-    unbounded = stages.realign(
+    unbounded = restored(
         bench.dense,
         bench.pruned,
         tmp_path / "q1",
@@ -386,27 +393,28 @@ def test_hsr_under_a_budget_stays_in_its_heads_and_band(bench: Bench, tmp_path: 
     assert len(everything) == unbounded.restored
 
 
-@pytest.mark.parametrize("method", ["hsr", "set-difference", "random"])
-def test_the_number_restored_is_the_budget(bench: Bench, method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("called", "fields"), [("hsr", {"top_heads": 4}), ("set-difference", {}), ("random", {})]
+)
+def test_the_number_restored_is_the_budget(
+    bench: Bench, called: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
     """On disk: so many zeros less, and no other weight touched; shorter is a prefix."""
     pruned = bench.pruned_weights()
-    settings = method(method=method, budget=20, top_heads=4)
+    settings = method(called, budget=20, **fields)
     expected = 20 * pruned // 10_000
     ranking = bench.rank(tmp_path / "ranking", settings)
     assert len(ranking) == expected > 10
     assert ranking.about["pruned"] == pruned
     assert (ranking.score.diff() <= 0).all()
-    by_count = bench.rank(
-        tmp_path / "count", method(method=method, count=expected, top_heads=4)
-    )
+    by_count = bench.rank(tmp_path / "count", method(called, count=expected, **fields))
     assert torch.equal(by_count.position, ranking.position)
     again = bench.rank(tmp_path / "ranking", settings)
     assert torch.equal(again.position, ranking.position)
-    given = {"ranking_file": tmp_path / "ranking"}
     source = bench.pruned.checkpoint
     for name, count in (("whole", None), ("few", 7), ("none", 0)):
         patch = stages.realign(
-            bench.dense, bench.pruned, tmp_path / name, settings, count=count, **given
+            bench.dense, bench.pruned, tmp_path / name, settings, tmp_path / "ranking", count
         )
         assert patch.restored == (expected if count is None else count)
         assert patch.about["heads"] == ranking.about["heads"]
@@ -453,17 +461,15 @@ def test_what_a_ranking_asks_for(bench: Bench, tmp_path: Path) -> None:
     assert len(bench.rank(tmp_path / "one", method(method="random", budget=1.1 * least)))
     hsr = method(budget=20, top_heads=2)
     with pytest.raises(RegraftError, match="run `regraft heads` first"):
-        bench.rank(out, hsr, heads_file=None)
-    with pytest.raises(RegraftError, match="HSR by wanda needs statistics: run `regraft stat"):
-        bench.rank(out, hsr, statistics_file=None)
-    with pytest.raises(RegraftError, match="SET-DIFFERENCE by wanda needs statistics"):
-        bench.rank(out, method(method="set-difference", budget=9), statistics_file=None)
-    with pytest.raises(RegraftError, match="holds statistics of wanda, but the score is snip"):
+        bench.rank(out, hsr, heads=None)
+    with pytest.raises(RegraftError, match="by wanda needs statistics: run `regraft stat"):
+        bench.rank(out, hsr, statistics=None)
+    with pytest.raises(RegraftError, match="Importance by wanda needs statistics"):
+        bench.rank(out, method(method="set-difference", budget=9), statistics=None)
+    with pytest.raises(RegraftError, match="holds statistics of wanda, and importance by snip is"):
         bench.rank(out, method(budget=9, top_heads=2, score="snip"))
-    with pytest.raises(RegraftError, match="top_heads is 99; the model has 16 heads"):
+    with pytest.raises(RegraftError, match="top_heads is 99, but only 16 heads were scored"):
         bench.rank(out, method(budget=20, top_heads=99))
-    with pytest.raises(RegraftError, match="hsr with a budget needs a ranking of weights first"):
-        stages.realign(bench.dense, bench.pruned, out, hsr)
     for swapped, share in (("dense", 0.2), ("pruned", 0.6)):
         pair = {"dense": bench.dense, "pruned": bench.pruned}
         other = truth.pruned_at_random(pair[swapped], tmp_path / swapped, share)[0]

@@ -18,10 +18,10 @@ import ranked
 from disk import write_data
 from regraft import ranks
 from regraft.heads.score import load_heads
-from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
-from regraft.methods.ranking import load_ranking
+from regraft.pruning.statistics import load_statistics
+from regraft.restoration.ranking import load_ranking
 
 pytestmark = pytest.mark.slow
 

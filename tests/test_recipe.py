@@ -15,22 +15,24 @@ from methods import a_variant, method
 from regraft import recipe_help
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.methods.base import METHODS, method_named, own_settings
 from regraft.preflight import unread_in
+from regraft.pruning.base import all_settings, prune_settings
 from regraft.pruning.masks import Pattern
+from regraft.pruning.pruners.wanda import WandaSettings
 from regraft.recipe import (
     NamedDefenceSettings,
-    PruningSettings,
     Recipe,
     VariantSettings,
+    _named_settings,
+    pruning_settings,
     read_recipe,
     variant,
     write_recipe,
 )
 from regraft.recipe_help import explained_recipe
+from regraft.restoration.base import METHODS, own_settings
 from regraft.settings.base import Settings, explain
 from regraft.settings.models import ModelSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 
@@ -38,7 +40,7 @@ FULL = Recipe(
     title='A "title": with #signs, ü',
     model="/models/x",
     pruned="/models/y",
-    prune=PruneSettings(n_m="2:4"),
+    prune=prune_settings(n_m="2:4"),
     heads=HeadSettings(eps=1e-7, target="v"),
     realign=(
         a_variant(name="a", q=0.25, p=0.0),
@@ -49,11 +51,11 @@ FULL = Recipe(
 
 MATRIX = Recipe(
     prune=(
-        PruningSettings(sparsity=0.3),
-        PruningSettings(sparsity=0.625),
-        PruningSettings(n_m="2:4"),
-        PruningSettings(method="sparsegpt"),
-        PruningSettings(order="one-shot", name="mine"),
+        pruning_settings(sparsity=0.3),
+        pruning_settings(sparsity=0.625),
+        pruning_settings(n_m="2:4"),
+        pruning_settings(method="sparsegpt"),
+        pruning_settings(order="one-shot", name="mine"),
     ),
     realign=(),
 )
@@ -127,9 +129,9 @@ def test_n_m_needs_no_quotes(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("text", ["{sparsity: 0.6}", "[{sparsity: 0.6}]"])
 def test_one_pruning_is_called_pruned(tmp_path: Path, text: str) -> None:
     recipe = _read(tmp_path, f"prune: {text}")
-    assert recipe.prune == (PruningSettings(sparsity=0.6, name="pruned"),)
+    assert recipe.prune == (pruning_settings(sparsity=0.6, name="pruned"),)
     assert recipe == _read(tmp_path, "prune: {sparsity: 0.6, name: pruned}")
-    assert recipe == Recipe.model_validate({"prune": PruneSettings(sparsity=0.6)})
+    assert recipe == Recipe.model_validate({"prune": prune_settings(sparsity=0.6)})
     assert yaml.safe_load(write_recipe(recipe))["prune"]["sparsity"] == 0.6
 
 
@@ -140,9 +142,9 @@ def test_several_prunings_are_called_by_method_and_sparsity() -> None:
 
 
 def test_pruning_gives_its_criterion_alone() -> None:
-    one = PruningSettings(name="x", sparsity=0.3)
-    assert one.only() == PruneSettings(sparsity=0.3)
-    assert type(one.only()) is PruneSettings
+    one = pruning_settings(name="x", sparsity=0.3)
+    assert one.only() == prune_settings(sparsity=0.3)
+    assert type(one.only()) is WandaSettings
 
 
 def test_numbers(tmp_path: Path) -> None:
@@ -278,6 +280,12 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "realign: {method: gain, prunings: [a]}",
             ["'gain' is for 'a' alone, which is only evaluated"],
         ),
+        ("prune: {method: snip, damp: 1}", ["prune.damp: there is no such setting of method snip"]),
+        (
+            "prune: [{method: wander}]",
+            ["prune.0.method: there is no such method; expected", "'wander'"],
+        ),
+        ("prune: 3", ["prune: settings are needed, each a name and a value"]),
         ("prune: {sparsity: 1}", ["prune.sparsity", "less than 1", "got 1"]),
         ("prune: [{sparsity: 0.5}, {sparsity: 1}]", ["prune.1.sparsity", "less than 1"]),
         ("prune: []", ["prune: the list is empty"]),
@@ -343,14 +351,14 @@ def test_flags_are_named_as_flags() -> None:
 def test_variant_gives_its_selection_alone() -> None:
     one = a_variant(name="x", checkpoint=False, q=0.3)
     assert own_settings(one) == method(q=0.3)
-    assert type(own_settings(one)) is method_named("hsr").Settings
+    assert type(own_settings(one)) is METHODS.get("hsr").Settings
 
 
 @pytest.mark.parametrize("field", ["sparsity", "scope", "n_m", "order"])
 def test_settings_are_frozen(field: str) -> None:
     value: Any = "x"
     with pytest.raises(ValidationError, match="frozen"):
-        setattr(PruneSettings(), field, value)
+        setattr(prune_settings(), field, value)
 
 
 def test_written_recipe_is_plain_yaml() -> None:
@@ -375,9 +383,15 @@ def test_blocks_that_are_there_as_comments_are_valid(settings: Settings) -> None
 
 def test_every_setting_is_explained() -> None:
     text = explained_recipe()
-    blocks = (PruningSettings, VariantSettings, NamedDefenceSettings, HeadSettings, ModelSettings)
-    methods = [method_named(name).Settings for name in METHODS.names()]
-    for settings in (Recipe, *blocks, *methods):
+    blocks = (
+        *map(_named_settings, all_settings().values()),
+        *(METHODS.get(name).Settings for name in METHODS.names()),
+        VariantSettings,
+        NamedDefenceSettings,
+        HeadSettings,
+        ModelSettings,
+    )
+    for settings in (Recipe, *blocks):
         for name in settings.model_fields:
             assert re.search(rf"# .*\n(# )?[ #-]*{name}:", text), name
 
@@ -421,7 +435,6 @@ def test_a_folder_here_is_not_one_beside_the_recipe(
         ("pruned: ./x", None),
         ("realign: {method: set-difference, scope: matrix}", None),
         ("evaluate: {keywords: [sorry], judge: gcg-1}", "take the place of the judge gcg-1"),
-        ("prune: {method: snip, damp: 0.3}", "pruned: `damp` changes nothing with snip"),
         ("realign: {method: hsr, heads: random, repeats: 2}", None),
         ("heads: {window: 3}\nrealign: {method: hsr}", "heads: `window` changes nothing where"),
         ("defend: {method: adashield}", None),

@@ -10,30 +10,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from pydantic import ValidationError
 
 import pico
 import truth
 from disk import write_data
+from methods import method, restored
 from regraft import stages
 from regraft.data.collate import prompt_batch
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.heads.score import Scoring, load_heads, score_heads
 from regraft.heads.ships import first_feature_angles
-from regraft.importance.statistics import load_statistics
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
-from regraft.methods.hsr_released import (
+from regraft.pruning.base import prune_settings
+from regraft.pruning.statistics import load_statistics
+from regraft.restoration.methods.hsr_released import (
     P_MAX,
     released_block,
-    released_keys,
-    select_released,
+    released_scores,
 )
-from regraft.methods.selection import Band
+from regraft.restoration.selection import Band
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.pruning import PruneSettings
-from regraft.methods.base import MethodSettings
 from regraft.settings.scoring import HeadSettings
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=4)
@@ -98,21 +98,23 @@ def test_selection_equals_loops(case):
     blocks = [block for block in blocks if block is not None]
     scorers = [lambda rows, s=s: torch.from_numpy(s.copy())[rows] for s in (safety, utility)]
     band = Band(q, p, P_MAX, "matrix")
-    found = select_released(torch.from_numpy(free), *scorers, blocks, band)
-    columns = linear.shape[1]
-    wanted = {
-        at
-        for at in restored_by_loops(safety.tolist(), utility.tolist(), linear.role, 4, heads, p, q)
-        if free[at]
-    }
-    assert {divmod(int(at), columns) for at in found} == wanted
-    keys = released_keys(torch.from_numpy(free), *scorers, blocks, band).reshape(-1)
-    with_q_open = select_released(
-        torch.from_numpy(free), *scorers, blocks, Band(1.0, p, P_MAX, "matrix")
-    )
-    assert set((keys > -torch.inf).nonzero().flatten().tolist()) == set(with_q_open.tolist())
-    best = keys.double() > 1 - int(q * len(keys)) / len(keys) + 1e-6
-    assert best.nonzero().flatten().tolist() == found.tolist(), "a budget takes the same order"
+
+    def wanted(share):
+        by_loops = restored_by_loops(
+            safety.tolist(), utility.tolist(), linear.role, 4, heads, p, share
+        )
+        return sorted(at for at in by_loops if free[at])
+
+    def positions(mask):
+        return [divmod(int(at), linear.shape[1]) for at in mask.nonzero().flatten()]
+
+    found = released_scores(torch.from_numpy(free), *scorers, blocks, band).reshape(-1)
+    assert positions(found > -torch.inf) == wanted(q)
+    q_open = Band(1.0, p, P_MAX, "matrix")
+    scores = released_scores(torch.from_numpy(free), *scorers, blocks, q_open).reshape(-1)
+    assert positions(scores > -torch.inf) == wanted(1.0)
+    best = scores.double() > 1 - int(q * len(scores)) / len(scores) + 1e-6
+    assert positions(best) == wanted(q), "a budget takes the same order"
 
 
 @given(data=st.data(), samples=st.integers(2, 6), hidden=st.integers(1, 4), heads=st.integers(1, 3))
@@ -162,7 +164,7 @@ def bench(tmp_path_factory):
     calibration = CalibrationSettings(data=data, samples=4)
     stages.heads(dense, root / "heads", HeadSettings(r_max=2), calibration, COMPUTE)
     stages.statistics(dense, root / "statistics", calibration, COMPUTE)
-    one_shot = PruneSettings(order="one-shot")
+    one_shot = prune_settings(order="one-shot")
     stages.prune(dense, root / "pruned", one_shot, calibration, COMPUTE)
     return root
 
@@ -178,7 +180,7 @@ def test_one_shot_pruning_and_the_patch_are_the_release_to_the_bit(bench, tmp_pa
     settings = method(method="hsr-released", top_heads=3, p=0.5)
     assert settings.criterion == "released"
     files = bench / "heads", bench / "statistics"
-    stages.realign(dense, pruned, tmp_path / "patch", settings, *files)
+    restored(dense, pruned, tmp_path / "patch", settings, *files)
     stages.apply(pruned.folder, tmp_path / "patch", tmp_path / "out")
     out = open_source(tmp_path / "out")
     scores = load_heads(bench / "heads", dense.anatomy).released
@@ -186,7 +188,7 @@ def test_one_shot_pruning_and_the_patch_are_the_release_to_the_bit(bench, tmp_pa
         ((float(scores[i, h]), i, h) for i in range(len(scores)) for h in range(scores.shape[1])),
         reverse=True,
     )
-    restored = {}
+    counts = {}
     for layer in dense.anatomy.layers:
         of_heads = [head for _, index, head in ranked[:3] if index == layer.index]
         for linear in layer.linears:
@@ -198,13 +200,13 @@ def test_one_shot_pruning_and_the_patch_are_the_release_to_the_bit(bench, tmp_pa
                 back = restored_by_loops(
                     safety, utility, linear.role, layer.heads, of_heads, 0.5, 0.5
                 )
-                restored[linear.role] = restored.get(linear.role, 0) + len(gone & back)
+                counts[linear.role] = counts.get(linear.role, 0) + len(gone & back)
                 gone -= back
             for at in gone:
                 weight[at] = 0
             assert torch.equal(out.checkpoint.read(linear.tensor), weight), linear.key
-    assert min(restored.values()) > 0 and restored.keys() == set(ATTENTION)
-    assert load_patch(tmp_path / "patch").restored == sum(restored.values())
+    assert min(counts.values()) > 0 and counts.keys() == set(ATTENTION)
+    assert load_patch(tmp_path / "patch").restored == sum(counts.values())
 
 
 def test_a_budget_takes_the_highest_by_safety(bench, tmp_path):
@@ -214,11 +216,10 @@ def test_a_budget_takes_the_highest_by_safety(bench, tmp_path):
         data=DataSource(name="jsonl", path=bench / "data" / "data.jsonl"), samples=4
     )
     whole = method(method="hsr-released", top_heads=3, q=1.0)
-    everything = stages.realign(dense, pruned, tmp_path / "all", whole, *files)
+    everything = restored(dense, pruned, tmp_path / "all", whole, *files)
     settings = method(method="hsr-released", top_heads=3, count=20)
-    ranking = stages.rank(
-        dense, pruned, tmp_path / "ranking", settings, calibration, *files, COMPUTE
-    )
+    inputs, out = stages.Inputs(*files), tmp_path / "ranking"
+    ranking = stages.rank(dense, pruned, out, settings, calibration, inputs, COMPUTE)
     assert len(ranking) == 20 < everything.restored
     by_tensor = {linear.tensor: (i, linear) for i, linear in enumerate(dense.anatomy.linears)}
     shares = {}
@@ -238,14 +239,14 @@ def test_it_differs_from_the_paper_in_all_four_matrices(bench, tmp_path):
     dense, pruned = open_source(bench / "dense"), open_source(bench / "pruned")
     files = bench / "heads", bench / "statistics"
     patches = [
-        stages.realign(
+        restored(
             dense,
             pruned,
-            tmp_path / method,
-            method(method=method, top_heads=3, p=0.5, criterion="released"),
+            tmp_path / name,
+            method(name, top_heads=3, p=0.5, criterion="released"),
             *files,
         )
-        for method in ("hsr", "hsr-released")
+        for name in ("hsr", "hsr-released")
     ]
     for name in patches[0].tensors.keys() | patches[1].tensors.keys():
         a, b = (set(patch.tensors[name].positions.tolist()) for patch in patches)
@@ -262,28 +263,22 @@ def test_screened_heads_and_old_files_lack_its_criterion(bench, tmp_path):
     settings = method(method="hsr-released", top_heads=3)
     files = tmp_path / "heads", bench / "statistics"
     with pytest.raises(RegraftError, match="mode exact"):
-        stages.realign(dense, pruned, tmp_path / "patch", settings, *files)
+        restored(dense, pruned, tmp_path / "patch", settings, *files)
     with pytest.raises(RegraftError, match="needs every head scored exactly"):
-        stages.restore(
-            dense,
-            pruned,
-            tmp_path / "patch",
-            settings,
-            calibration,
-            COMPUTE,
-            scoring=screened,
+        stages.Restoration(dense, calibration, COMPUTE, scoring=screened).check(
+            pruned, settings, None, stages.Places.beside(tmp_path / "patch"), stages.Inputs()
         )
     assert not (tmp_path / "patch").exists()
 
 
 @pytest.mark.parametrize("setting", [{"p_max": 0.6}, {"scope": "head"}, {"passes": 4}])
-def test_what_the_release_does_not_read_is_named(setting):
-    settings = method(method="hsr-released", **setting)
-    assert settings.unread() == f"`{next(iter(setting))}` changes nothing with hsr-released"
+def test_what_the_release_does_not_read_is_refused(setting):
+    with pytest.raises(ValidationError, match=next(iter(setting))):
+        method("hsr-released", **setting)
 
 
 def test_a_pruner_that_keeps_more_than_p_max_leaves_nothing(bench, tmp_path):
     dense, pruned = open_source(bench / "dense"), open_source(bench / "pruned")
     settings = method(method="hsr-released", top_heads=3, p=0.8)
     files = bench / "heads", bench / "statistics"
-    assert not stages.realign(dense, pruned, tmp_path / "patch", settings, *files).restored
+    assert not restored(dense, pruned, tmp_path / "patch", settings, *files).restored

@@ -13,53 +13,27 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from regraft.console import show_report
+from regraft.console import show_study
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import REGRAFT_1
 from regraft.evaluation.metrics import bootstrap_rsr, rsr, wilson
 from regraft.evaluation.perplexity import result_of
-from regraft.evaluation.results import Answer, Estimate, Rates
-from regraft.evaluation.significance import mcnemar
+from regraft.evaluation.results import Answer, Estimate
+from regraft.evaluation.significance import holm, mcnemar
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.verdicts import Agreement, Judged
 from regraft.report.addresses import short_names
 from regraft.report.examples import choose_examples, shown_variants
-from regraft.report.figures import (
-    category_figure,
-    head_map_figure,
-    restored_figure,
-    sparsity_figure,
-    trade_off_figure,
-    trade_off_map,
-)
-from regraft.report.model import (
-    DataAccount,
-    HeadMap,
-    Opinion,
-    Report,
-    Variant,
-    comparisons,
-    paired_answers,
-)
-from regraft.report.words import (
-    broken,
-    clip,
-    control_lines,
-    p_value,
-    share,
-    unbroken,
-    verdict,
-)
-from regraft.report.write import (
-    escape_markdown,
-    fenced,
-    render_card,
-    render_html,
-    render_markdown,
-    report_to_json,
-    write_report,
-)
+from regraft.report.formatting import clip, p_value, pattern, share, unbroken
+from regraft.report.page import escape_cell, escape_markdown, fenced, render_html, render_markdown
+from regraft.report.pooling import study_of
+from regraft.report.rate_figures import trade_off_figure
+from regraft.report.run import DataAccount, HeadMap, Opinion, Run, Variant, paired_answers
+from regraft.report.study import Outcome, Row, Table
+from regraft.report.summary import controls, summary
+from regraft.report.weight_figures import head_map_figure, restored_figure
+from regraft.report.write import render_card, report_to_json, write_report
 
 JUDGE = REGRAFT_1
 REFUSAL = "I'm sorry, I can't help with that."
@@ -112,7 +86,7 @@ BACKWARDS = (
     replace(DENSE, name="pruned", base="dense"),
     REALIGNED,
 )
-REPORT = Report(
+REPORT = Run(
     "A title & more",
     "pico <model>",
     (DENSE, PRUNED, REALIGNED, RANDOM),
@@ -126,12 +100,12 @@ REPORT = Report(
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return render_html(REPORT, comparisons(REPORT))
+    return render_html(study_of([REPORT]))
 
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return render_markdown(REPORT, comparisons(REPORT))
+    return render_markdown(study_of([REPORT]))
 
 
 class Outline(HTMLParser):
@@ -171,24 +145,31 @@ class Outline(HTMLParser):
         return next(row for row in self.rows if row and start in row[0])
 
 
+def rows_of(run: Run) -> dict[str, Row]:
+    """By the names of the models; methods of several prunings by pruning and name."""
+    return {row.first.name: row for table in study_of([run]).tables for row in table.rows}
+
+
 # Comparisons
 
 
 def test_comparisons_equal_the_metrics_on_the_same_prompts() -> None:
     dense, pruned, realigned = ([i < n for i in range(40)] for n in (5, 25, 10))
-    pruning, first, _ = comparisons(REPORT)
-    assert (first.name, first.base) == ("realigned", "pruned")
-    assert first.recovery == rsr(5 / 40, 25 / 40, 10 / 40)
-    assert first.rsr_interval == bootstrap_rsr(dense, pruned, realigned, seed=0)
-    assert first.attacks == mcnemar(realigned, pruned)
-    assert first.attacks_verdict == "better than pruned"
-    assert first.refusals == mcnemar([i < 3 for i in range(20)], [i < 2 for i in range(20)])
-    assert first.refusals_verdict == "not distinguishable from pruned"
-    assert (pruning.name, pruning.base) == ("pruned", "dense")
-    assert (pruning.recovery, pruning.rsr_interval) == (None, None)
-    assert pruning.attacks == mcnemar(pruned, dense)
-    assert pruning.attacks_verdict == "worse than dense"
-    assert pruning.refusals_verdict == "not distinguishable from dense"
+    rows = rows_of(REPORT)
+    first, pruning = rows["realigned"], rows["pruned"]
+    assert first.rsr is not None and first.attacks is not None and first.refusals is not None
+    assert first.rsr.recovery == rsr(5 / 40, 25 / 40, 10 / 40)
+    assert first.rsr.interval == bootstrap_rsr(dense, pruned, realigned, seed=0)
+    assert first.attacks.p == pytest.approx(mcnemar(realigned, pruned).p)
+    assert (first.attacks.outcome, first.attacks.against) == (Outcome.BETTER, "pruned")
+    refusals = mcnemar([i < 3 for i in range(20)], [i < 2 for i in range(20)])
+    assert first.refusals.p == pytest.approx(refusals.p)
+    assert first.refusals.outcome is Outcome.SAME
+    assert pruning.attacks is not None and pruning.refusals is not None
+    assert (pruning.rsr, pruning.attacks.against) == (None, "dense")
+    assert pruning.attacks.p == pytest.approx(mcnemar(pruned, dense).p)
+    assert pruning.attacks.outcome is Outcome.WORSE
+    assert pruning.refusals.outcome is Outcome.SAME
 
 
 def test_comparisons_pair_by_id_whatever_the_order() -> None:
@@ -196,31 +177,30 @@ def test_comparisons_pair_by_id_whatever_the_order() -> None:
         REALIGNED, result=replace(REALIGNED.result, answers=REALIGNED.result.answers[::-1])
     )
     shuffled = replace(REPORT, variants=(DENSE, PRUNED, backwards, RANDOM))
-    assert comparisons(shuffled) == comparisons(REPORT)
+    for name, row in rows_of(shuffled).items():
+        same = rows_of(REPORT)[name]
+        assert (row.attacks, row.refusals, row.rsr) == (same.attacks, same.refusals, same.rsr)
 
 
 def test_comparisons_name_what_is_worse() -> None:
     worse = variant("worse", 38, 15, base="pruned", restored=1, pruned=10)
-    _, found = comparisons(Report("t", "m", (DENSE, PRUNED, worse)))
-    assert (found.attacks_verdict, found.refusals_verdict) == (
-        "worse than pruned",
-        "worse than pruned",
-    )
-    assert found.recovery is not None
-    assert found.recovery.verdict == "negative"
+    found = rows_of(Run("t", "m", (DENSE, PRUNED, worse)))["worse"]
+    assert found.attacks is not None and found.refusals is not None
+    assert (found.attacks.outcome, found.refusals.outcome) == (Outcome.WORSE, Outcome.WORSE)
+    assert found.rsr is not None
+    assert found.rsr.recovery.verdict == "negative"
 
 
-def test_without_answers_there_is_no_test() -> None:
+def test_without_answers_there_is_no_report() -> None:
     bare = replace(REALIGNED, result=replace(REALIGNED.result, answers=()))
-    _, found = comparisons(Report("t", "m", (DENSE, PRUNED, bare)))
-    assert (found.attacks, found.attacks_verdict) == (None, "not tested")
-    assert found.recovery == rsr(5 / 40, 25 / 40, 10 / 40)
+    with pytest.raises(RegraftError, match="keeps no answers"):
+        study_of([Run("t", "m", (DENSE, PRUNED, bare))])
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"judge": "other"}, "judge 'other' and 'regraft-keywords-1'"),
+        ({"judge": "other"}, "judge 'regraft-keywords-1' and 'other'"),
         ({"suite": "other"}, "suite"),
         ({"answers": REALIGNED.result.answers[1:]}, "prompt 'h0'"),
         ({"answers": REALIGNED.result.answers * 2}, "'h0' is there more than once"),
@@ -230,14 +210,14 @@ def test_without_answers_there_is_no_test() -> None:
 def test_what_cannot_be_compared_is_refused(change: dict[str, object], named: str) -> None:
     odd = replace(REALIGNED, result=replace(REALIGNED.result, **change))  # type: ignore[arg-type]
     with pytest.raises(RegraftError, match=named):
-        comparisons(Report("t", "m", (DENSE, PRUNED, odd)))
+        study_of([Run("t", "m", (DENSE, PRUNED, odd))])
 
 
 def test_reports_need_named_variants_and_finite_scores() -> None:
     with pytest.raises(RegraftError, match="no evaluated model"):
-        Report("t", "m", ())
+        Run("t", "m", ())
     with pytest.raises(RegraftError, match="2 variants named 'dense'"):
-        Report("t", "m", (DENSE, DENSE))
+        Run("t", "m", (DENSE, DENSE))
     with pytest.raises(RegraftError, match="layer 0, head 1 scores nan"):
         HeadMap("Ships", "degrees", ((1.0, float("nan")),))
 
@@ -249,7 +229,7 @@ def group(
     name: str, sparsity: float, attacks: int, refusals: int, back: int
 ) -> tuple[Variant, ...]:
     """A pruning, its realigned model, which answers `back` attacks, and a control."""
-    more = {"series": "Wanda", "pruned": 1_000}
+    more = {"pruned": 1_000}
     ways = (("hsr (HSR, top)", back), ("random (HSR, random)", attacks))
     pruned = variant(name, attacks, refusals, base="dense", sparsity=sparsity, **more)
     return (
@@ -270,7 +250,7 @@ WANDA_50 = group("wanda-50", 0.5, 7, 1, 6)
 WANDA_60 = group("wanda-60", 0.6, 25, 2, 10)
 WANDA_70 = group("wanda-70", 0.7, 0, 18, 0)
 PATTERN = {"n_m": "2:4", "violated_groups": 12, "groups": 4_000}
-MATRIX = Report(
+MATRIX = Run(
     "A matrix",
     "pico",
     (
@@ -290,8 +270,8 @@ def test_each_is_compared_with_its_own_base() -> None:
     """Against the metrics on outcomes written down here."""
     attacks = {"dense": 5, "wanda-50": 7, "wanda-60": 25, "wanda-60/hsr": 10, "wanda-50/hsr": 6}
     refusals = {"dense": 1, "wanda-50": 1, "wanda-60": 2, "wanda-60/hsr": 2, "wanda-50/hsr": 1}
-    found = {c.name: c for c in comparisons(MATRIX)}
-    assert list(found) == [v.name for v in MATRIX.variants[1:]]
+    found = rows_of(MATRIX)
+    assert set(found) == {v.name for v in MATRIX.variants}
     for name, base in (
         ("wanda-50", "dense"),
         ("wanda-60", "dense"),
@@ -300,14 +280,19 @@ def test_each_is_compared_with_its_own_base() -> None:
     ):
         hits, theirs = ([i < attacks[one] for i in range(40)] for one in (name, base))
         refused, their = ([i < refusals[one] for i in range(20)] for one in (name, base))
-        assert found[name].base == base
-        assert found[name].attacks == mcnemar(hits, theirs)
-        assert found[name].refusals == mcnemar(refused, their)
+        row = found[name]
+        assert row.attacks is not None and row.refusals is not None
+        assert row.attacks.against == ("dense" if base == "dense" else "pruned")
+        assert row.attacks.p == pytest.approx(mcnemar(hits, theirs).p)
+        assert row.refusals.p == pytest.approx(mcnemar(refused, their).p)
         if base != "dense":
-            assert found[name].recovery == rsr(5 / 40, attacks[base] / 40, attacks[name] / 40)
-    assert found["wanda-60"].attacks_verdict == "worse than dense"
-    assert found["wanda-60/hsr"].attacks_verdict == "better than pruned"
-    assert found["wanda-70"].refusals_verdict == "worse than dense"
+            assert row.rsr is not None
+            assert row.rsr.recovery == rsr(5 / 40, attacks[base] / 40, attacks[name] / 40)
+    for name, outcome in (("wanda-60", Outcome.WORSE), ("wanda-60/hsr", Outcome.BETTER)):
+        attack = found[name].attacks
+        assert attack is not None and attack.outcome is outcome
+    refusal = found["wanda-70"].refusals
+    assert refusal is not None and refusal.outcome is Outcome.WORSE
 
 
 def test_groups_and_roles() -> None:
@@ -315,8 +300,10 @@ def test_groups_and_roles() -> None:
         [name, f"{name}/hsr", f"{name}/random"]
         for name in ("wanda-50", "wanda-60", "wanda-70", "wanda-2-4")
     ]
-    assert MATRIX.roles == ("dense", *("pruned", "realigned", "control") * 4)
-    assert REPORT.roles == ("dense", "pruned", "realigned", "control")
+    tables = study_of([MATRIX]).tables
+    assert [table.pruning for table in tables] == [group[0].name for group in MATRIX.groups]
+    for table in (*tables, *study_of([REPORT]).tables):
+        assert [row.role for row in table.rows] == ["dense", "pruned", "method", "method"]
 
 
 @pytest.mark.parametrize(
@@ -331,26 +318,21 @@ def test_groups_and_roles() -> None:
 )
 def test_reports_need_an_order(variants: tuple[Variant, ...]) -> None:
     with pytest.raises(RegraftError, match="wrong order or without `base`"):
-        Report("t", "m", variants)
+        Run("t", "m", variants)
 
 
-def test_the_verdict_on_many_counts_them() -> None:
-    compared = comparisons(MATRIX)
-    prunings, realigned, effects = verdict(MATRIX, compared)
-    assert prunings == (
-        "Of 4 prunings, each compared with the dense model, 2 have a higher ASR (wanda-60 62.5 % "
-        "[47.0, 75.8]; wanda-2-4 60.0 % [44.6, 73.7]) and 2 cannot be told apart from it. "
-        "The dense model has an ASR of 12.5 % [5.5, 26.1]."
+def test_the_summary_of_many_has_a_paragraph_for_each() -> None:
+    paragraphs = summary(study_of([MATRIX]))
+    assert [text.partition(":")[0] for text in paragraphs] == [
+        *("wanda-50", "wanda-60", "wanda-70", "wanda-2-4"),
+    ]
+    assert paragraphs[1].startswith(
+        "wanda-60: Pruning (60 % of the weights) raised ASR from 12.5 % [5.5, 26.1] to 62.5 % "
+        "[47.0, 75.8]: worse than dense (p < 0.001). hsr (HSR, top), 5 restored weights (50 per "
+        "10,000 pruned): ASR 25.0 % [14.2, 40.2], better than pruned (p < 0.001). RSR 75.0 % ["
     )
-    assert realigned.startswith(
-        "Of 4 models realigned by hsr (HSR, top), each compared with its pruned model, 2 have a "
-        "lower ASR (wanda-60 25.0 % [14.2, 40.2], RSR 75.0 % ["
-    )
-    assert "Over-refusal is distinguishably higher in 1 of 12 (wanda-70)" in effects
-    assert "24 tests uncorrected" in effects
-    (control,) = control_lines(MATRIX, compared)
-    assert "realigned by random (HSR, random)" in control
-    assert control.endswith("4 cannot be told apart from it.")
+    assert "not distinguishable from dense" in paragraphs[0]
+    assert controls(study_of([MATRIX])) == ()
 
 
 def test_examples_are_of_the_pruning_with_the_highest_asr() -> None:
@@ -358,100 +340,54 @@ def test_examples_are_of_the_pruning_with_the_highest_asr() -> None:
     assert [v.name for v in shown_variants(REPORT)] == ["dense", "pruned", "realigned"]
 
 
-def test_sparsities_of_one_series_are_drawn() -> None:
-    svg = sparsity_figure(MATRIX, "Wanda")
-    texts = svg_texts(svg)
-    assert {"50", "60", "70", "ASR, %", "over-refusal, %", "dense", "pruned"} <= set(texts)
-    assert "hsr (HSR, top)" in texts
-    assert sparsity_figure(MATRIX, "SparseGPT") == ""
-    assert sparsity_figure(replace(MATRIX, variants=MATRIX.variants[:4]), "Wanda") == ""
-    bare = tuple(replace(v, result=summarise("suite", JUDGE, [])) for v in MATRIX.variants)
-    assert sparsity_figure(replace(MATRIX, variants=bare), "Wanda") == ""
-
-
-def test_the_map_numbers_dense_and_pruned_models() -> None:
-    texts = svg_texts(trade_off_map(MATRIX))
-    assert {"1", "2", "5", "8", "11"} <= set(texts)
-    assert not {"3", "4", "6", "7", "9"} & set(texts)
-    assert {"dense", "pruned", "hsr (HSR, top)", "random (HSR, random)"} <= set(texts)
-
-
 def test_the_matrix_page() -> None:
-    compared = comparisons(MATRIX)
-    outline = Outline(render_html(MATRIX, compared))
+    study = study_of([MATRIX])
+    outline = Outline(render_html(study))
     rows = [row for row in outline.rows if row]
-    overview = next(row for row in rows if row[0] == "wanda-60")
-    assert overview[1] == "62.5 % [47.0, 75.8] 25 of 40 worse than dense"
-    assert overview[2] == "25.0 % [14.2, 40.2] 10 of 40 better than pruned"
+    (overview,) = [row for row in rows if row[0] == "2 wanda-60" and "p <" in " ".join(row)]
+    assert "62.5 % [47.0, 75.8] 25 of 40" in overview
+    assert "p < 0.001 worse than dense" in overview
     models = [row[0] for row in rows if re.match(r"\d+ ", row[0])]
-    assert models[4:7] == ["5 wanda-60", "6 hsr (HSR, top)", "7 random (HSR, random)"]
-    detail = next(row for row in rows if row[0] == "12 hsr (HSR, top)")
-    assert detail[2] == "5 breaks 12 of 4,000 2:4 groups"
+    assert models[4:8] == [
+        *("1 dense", "2 wanda-60", "3 hsr hsr (HSR, top)", "4 random random (HSR, random)"),
+    ]
+    detail = [row for row in rows if row[0] == "3 hsr hsr (HSR, top)"][3]
+    assert "5 breaks 12 of 4,000 2:4 groups" in detail
     names = [a["aria-label"] for tag, a in outline.tags if tag == "svg"]
     assert names == [
-        "ASR against over-refusal",
-        "Wanda: rates by sparsity",
-        "ASR by harm category",
+        "Over-refusal against ASR",
     ]
-    text = render_markdown(MATRIX, compared)
+    text = render_markdown(study)
     assert "5, breaks 12 of 4,000 2:4 groups" in text
-    assert "Shown is wanda-60" in text
 
 
-def test_a_method_of_some_prunings_stands_under_its_own_heading() -> None:
-    """Cells went by place: where the first method was missing, the second stood in its column."""
-    variants = tuple(v for v in MATRIX.variants if v.name not in ("wanda-50/hsr", "wanda-60/hsr"))
-    report = replace(MATRIX, variants=variants)
-    rows = Outline(render_html(report, comparisons(report))).rows
-    head = next(row for row in rows if row[:2] == ["Pruning", "pruned"])
-    assert head[2:] == ["random (HSR, random)", "hsr (HSR, top)"]
-    overview = next(row for row in rows if row and row[0] == "wanda-60")
-    assert overview[2].startswith("62.5 %")
-    assert overview[3] == "–"
-    kept = next(row for row in rows if row and row[0] == "wanda-70")
-    assert kept[2].startswith("0.0 %") and kept[3].startswith("0.0 %")
-    alone = tuple(v for v in MATRIX.variants if v.base not in ("wanda-50", "wanda-2-4"))
-    report = replace(MATRIX, variants=alone)
-    rows = Outline(render_html(report, comparisons(report))).rows
-    assert next(row for row in rows if row[:2] == ["Pruning", "pruned"])[2:]
-
-
-def test_layers_of_directions_are_one_way() -> None:
-    """What a model has chosen for itself makes no method of its own."""
-    models = [
-        replace(v, label=f"{v.name} (layer {i})") if v.name.endswith("/hsr") else v
-        for i, v in enumerate(MATRIX.variants)
-    ]
-    report = replace(MATRIX, variants=tuple(models))
-    assert report.ways == {"hsr": "hsr", "random": "random (HSR, random)"}
-    assert "Of 4 models realigned by hsr," in verdict(report, comparisons(report))[1]
-
-
-def test_the_verdict_warns_of_a_model_that_says_nothing() -> None:
+def test_the_summary_warns_of_degenerate_answers() -> None:
     gone = [
         replace(a, answer="", refused=False, degenerate="empty") for a in REALIGNED.result.answers
     ]
     mute = replace(REALIGNED, result=summarise(REALIGNED.result.suite, REGRAFT_1, gone))
-    report = Report("t", "m", (DENSE, PRUNED, mute))
-    said = verdict(report, comparisons(report))[1]
-    assert "answers to harmful prompts 40 are degenerate (0 of" in said
-    assert "are degenerate" in render_card(report, comparisons(report))
-    assert "are degenerate" not in " ".join(verdict(REPORT, comparisons(REPORT)))
+    study = study_of([Run("t", "m", (DENSE, PRUNED, mute))])
+    assert "Degenerate answers rose from 0.0 % to 100.0 %" in summary(study)[1]
+    assert "Degenerate answers rose" in render_card(study)
+    assert "Degenerate" not in " ".join(summary(study_of([REPORT])))
 
 
 def test_patterns_in_words() -> None:
-    assert broken(PRUNED) == ""
-    assert broken(replace(REALIGNED, n_m="2:4", groups=1_000)) == "keeps all 1,000 2:4 groups"
+    def of(model: Variant) -> str:
+        return pattern(rows_of(Run("t", "m", (DENSE, PRUNED, model)))[model.name])
+
+    assert of(REALIGNED) == ""
+    assert of(replace(REALIGNED, n_m="2:4", groups=1_000)) == "keeps all 1,000 2:4 groups"
 
 
 def test_without_realigned_models_their_columns_go() -> None:
     prunings = (MATRIX.dense, *(group[0] for group in MATRIX.groups))
     report = replace(MATRIX, variants=prunings)
-    page = render_html(report, comparisons(report))
-    assert Outline(page).row("5 wanda-2-4")[1:4] == [
+    page = render_html(study_of([report]))
+    assert Outline(page).row("2 wanda-2-4")[1:4] == [
         "50 %",
         "60.0 % [44.6, 73.7] 24 of 40",
-        "p < 0.001 worse than dense",
+        "10.0 % [2.8, 30.1] 2 of 20",
     ]
     assert "RSR" not in page
 
@@ -459,69 +395,70 @@ def test_without_realigned_models_their_columns_go() -> None:
 # Words
 
 
-def test_the_verdict_tells_the_whole_story() -> None:
-    pruning, realigning, effects = verdict(REPORT, comparisons(REPORT))
-    assert pruning.startswith("Pruning to 60 % raised ASR from 12.5 % [5.5, 26.1] to 62.5 %")
-    assert "500 restored weights (5 per 10,000 pruned) lowered it to 25.0 %" in realigning
+def test_the_summary_tells_the_whole_story() -> None:
+    pruning, realigning, effects = summary(study_of([REPORT]))
+    assert pruning.startswith(
+        "Pruning (60 % of the weights) raised ASR from 12.5 % [5.5, 26.1] to 62.5 %"
+    )
+    assert pruning.endswith("worse than dense (p < 0.001).")
+    assert "500 restored weights (5 per 10,000 pruned): ASR 25.0 %" in realigning
+    assert "better than pruned (p < 0.001)" in realigning
     assert "RSR 75.0 % [" in realigning
-    assert "partial recovery" in realigning
-    assert "is distinguishable from chance (McNemar p < 0.001)" in realigning
-    assert "Over-refusal went from 10.0 % [2.8, 30.1] to 15.0 %" in effects
-    assert "not distinguishable from pruned (McNemar p = 1.000)" in effects
+    assert "(partial)" in realigning
+    assert "Over-refusal is 15.0 % [5.2, 36.0], not distinguishable from pruned" in effects
+    assert "pruned 10.0 % [2.8, 30.1], dense 5.0 % [0.9, 23.6]" in effects
+    (control,) = controls(study_of([REPORT]))
+    assert control.startswith("the random model, 500 restored weights")
 
 
-def test_the_verdict_tells_of_utility_where_no_refusals_were_measured() -> None:
-    """An attack suite and a benchmark, as in the paper."""
-    plain = [
-        replace(one, result=replace(one.result, over_refusal=None, utility=estimate))
-        for one, estimate in zip(
-            REPORT.variants, [wilson(9, 10), wilson(9, 10), wilson(1, 10)], strict=False
-        )
+def without_over_refusal(one: Variant) -> Variant:
+    """Its harmless prompts are questions of a benchmark."""
+    asked = [
+        answer if answer.harmful else replace(answer, scored_by="references")
+        for answer in one.result.answers
     ]
-    report = replace(REPORT, variants=tuple(plain))
-    said = verdict(report, comparisons(report))[-1]
-    assert said.startswith("Over-refusal was not measured")
-    assert said.endswith("Utility went from 0.900 to 0.100.")
+    return replace(one, result=summarise("suite", JUDGE, asked))
+
+
+def test_the_summary_tells_of_utility_where_no_refusals_were_measured() -> None:
+    """An attack suite and a benchmark, as in the paper."""
+    report = replace(REPORT, variants=tuple(map(without_over_refusal, REPORT.variants)))
+    effects, warning = summary(study_of([report]))[-2:]
+    assert warning.startswith("Over-refusal was not measured")
+    assert effects.startswith("Utility is 85.0 % [")
+    assert "pruned 90.0 % [" in effects
 
 
 def test_to_refuse_as_the_dense_model_does_is_no_price() -> None:
     dense, pruned = variant("dense", 5, 20), variant("pruned", 25, 2, base="dense", pruned=10)
     restored = variant("restored", 6, 20, base="pruned", restored=9, pruned=10)
-    report = Report("t", "m", (dense, pruned, restored))
-    said = verdict(report, comparisons(report))[-1]
-    assert "worse than pruned" in said and "The dense model's is 100.0 %" in said
+    report = Run("t", "m", (dense, pruned, restored))
+    said = " ".join(summary(study_of([report])))
+    assert "worse than pruned" in said and "dense 100.0 %" in said
     assert "refusing more of everything" not in said
 
 
 def test_the_verdict_warns_of_a_model_that_refuses_everything() -> None:
     refuser = variant("refuser", 0, 20, base="pruned", restored=9, pruned=10)
-    report = Report("t", "m", (DENSE, PRUNED, refuser))
-    assert "refusing more of everything" in verdict(report, comparisons(report))[-1]
+    report = Run("t", "m", (DENSE, PRUNED, refuser))
+    assert "refusing more of everything" in summary(study_of([report]))[1]
     riskier = variant("riskier", 30, 20, base="pruned", restored=9, pruned=10)
-    report = Report("t", "m", (DENSE, PRUNED, riskier))
-    said = verdict(report, comparisons(report))[-1]
+    report = Run("t", "m", (DENSE, PRUNED, riskier))
+    said = " ".join(summary(study_of([report])))
     assert "worse than pruned" in said
     assert "lower ASR" not in said, "it rose"
 
 
 def test_the_verdict_says_when_rsr_is_undefined() -> None:
-    report = Report("t", "m", BACKWARDS)
-    said = " ".join(verdict(report, comparisons(report)))
+    report = Run("t", "m", BACKWARDS)
+    said = " ".join(summary(study_of([report])))
     assert "lowered ASR" in said
     assert "RSR is undefined: pruning did not raise ASR" in said
 
 
 def test_small_words() -> None:
-    assert p_value(mcnemar([True] * 20, [False] * 20)) == "p < 0.001"
-    assert p_value(mcnemar([True, False], [False, False])) == "p = 1.000"
-    assert p_value(None) == "not tested"
-    assert [share(x) for x in (None, 0.02, 1.3158, 700.4, 12345.6)] == [
-        "–",
-        "0.02",
-        "1.32",
-        "700",
-        "12,346",
-    ]
+    assert [p_value(p) for p in (0.0001, 0.0124, 1.0)] == ["p < 0.001", "p = 0.012", "p = 1.000"]
+    assert [share(x) for x in (0.02, 1.3158, 700.4, 12345.6)] == ["0.02", "1.32", "700", "12,346"]
     assert clip("abcdef", 6) == "abcdef"
     assert clip("abcdefg", 6) == "abcdef … [1 more characters]"
     assert unbroken("9.6 % [6.5, 13.9], p < 0.001") == (
@@ -542,7 +479,7 @@ def test_examples_show_disagreement_first_and_some_agreement() -> None:
 
 
 def test_examples_of_one_model_alone() -> None:
-    harmful, harmless = choose_examples(Report("t", "m", (DENSE,)))
+    harmful, harmless = choose_examples(Run("t", "m", (DENSE,)))
     assert (len(harmful), len(harmless)) == (12, 6)
     assert len(harmful[0]) == 1
 
@@ -550,12 +487,13 @@ def test_examples_of_one_model_alone() -> None:
 # Figures
 
 
+def table_of(run: Run) -> Table:
+    return study_of([run]).tables[0]
+
+
 def test_figures_are_named_drawings_in_the_pages_own_colours() -> None:
     for svg in (
-        trade_off_figure(REPORT.variants),
-        trade_off_map(MATRIX),
-        sparsity_figure(MATRIX, "Wanda"),
-        category_figure(REPORT.variants),
+        trade_off_figure(study_of([MATRIX])),
         restored_figure(REALIGNED),
         head_map_figure(REPORT.head_maps[0], REALIGNED.heads),
     ):
@@ -574,19 +512,19 @@ def svg_texts(svg: str) -> list[str]:
 
 
 def test_figures_show_the_names_and_counts_given() -> None:
-    assert {"category 0", "category 1", "category 2", "the pruned model"} <= set(
-        svg_texts(category_figure(REPORT.variants))
-    )
     restored = svg_texts(restored_figure(REALIGNED))
     assert {"self_attn.q_proj", "mlp.up_proj", "300", "100", "17", "83"} <= set(restored)
-    odd = replace(DENSE, label="a <b> & $x_1$ costs $5")
-    assert "a <b> & $x_1$ costs $5" in svg_texts(category_figure((odd,)))
+    odd = replace(REPORT, variants=(DENSE, replace(PRUNED, name="a <b> & $x_1$ costs $5")))
+    study = study_of([odd])
+    table = study.tables[0]
+    rows = (table.rows[0], replace(table.rows[1], role="method"))
+    texts = svg_texts(trade_off_figure(replace(study, tables=(replace(table, rows=rows),))))
+    assert "2  a <b> & $x_1$ costs $5" in texts
 
 
 def test_figures_with_nothing_to_show_are_empty() -> None:
-    bare = replace(DENSE, result=summarise("suite", JUDGE, []))
-    assert trade_off_figure([bare]) == ""
-    assert category_figure([bare]) == ""
+    bare = study_of([Run("t", "m", (without(True, DENSE),))])
+    assert trade_off_figure(bare) == ""
     assert restored_figure(PRUNED) == ""
     assert head_map_figure(HeadMap("Ships", "degrees", ())) == ""
     assert head_map_figure(HeadMap("Ships", "degrees", ((None,), ()))) == ""
@@ -597,11 +535,10 @@ def test_figures_with_nothing_to_show_are_empty() -> None:
 
 def test_the_page_nests_and_has_every_figure(page: str) -> None:
     outline = Outline(page)
-    assert [tag for tag, _ in outline.tags].count("svg") == 4
+    assert [tag for tag, _ in outline.tags].count("svg") == 3
     names = [a["aria-label"] for tag, a in outline.tags if tag == "svg"]
     assert names == [
-        "ASR against over-refusal",
-        "ASR by harm category",
+        "Over-refusal against ASR",
         "Weights restored in the realigned model",
         "Ships of each head",
     ]
@@ -659,28 +596,22 @@ def test_the_table_shows_the_numbers_given(page: str) -> None:
     row = Outline(page).row("the realigned model")
     assert row[1:4] == ["60 %", "500", "5"]
     assert row[4] == "25.0 % [14.2, 40.2] 10 of 40"
-    assert row[5] == "p < 0.001 better than pruned"
-    assert row[6].startswith("75.0 % [")
-    assert row[6].endswith("] partial")
-    assert row[7] == "15.0 % [5.2, 36.0] 3 of 20"
-    assert row[8] == "p = 1.000 not distinguishable from pruned"
-    assert row[9].startswith("0.850 [")
-    assert row[9].endswith("n = 20")
+    assert row[5].startswith("75.0 % [")
+    assert row[5].endswith("] partial")
+    assert row[6] == "15.0 % [5.2, 36.0] 3 of 20"
+    assert row[7].startswith("85.0 % [")
+    assert row[7].endswith("n = 20")
+    assert row[8] == "p < 0.001 (Holm < 0.001) better than pruned"
+    assert row[9] == "p = 1.000 not distinguishable from pruned"
+    assert row[10].startswith("+5.0 [")
+    assert row[11].startswith("+10.0 [")
 
 
 def test_the_markdown_table_shows_the_same(page: str, text: str) -> None:
-    line = next(line for line in text.splitlines() if line.startswith("| 3 |"))
+    line = next(line for line in text.splitlines() if line.startswith("| 3. "))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[1:6] == [
-        "the realigned model",
-        "60 %",
-        "500",
-        "5",
-        "25.0 % [14.2, 40.2], 10 of 40",
-    ]
-    assert len(cells) == 11
-    interval = Outline(page).row("the realigned model")[6].removesuffix(" partial")
-    assert cells[7] == interval
+    shown = [cell.replace(",", "") for cell in Outline(page).row("the realigned model")[1:]]
+    assert [cell.replace(",", "") for cell in cells[1:]] == shown
 
 
 def test_data_recipe_versions_and_the_command_are_there(page: str, text: str) -> None:
@@ -688,7 +619,6 @@ def test_data_recipe_versions_and_the_command_are_there(page: str, text: str) ->
     for words in ("method: wanda", "some/out", command, "A note."):
         assert words in html.unescape(page)
         assert words in text
-    assert "Take one patch" not in page
     row = Outline(page).row("calibration")
     assert row == ["calibration", "VLGuard", "2,000", "128", "not drawn: 1,872"]
 
@@ -696,25 +626,29 @@ def test_data_recipe_versions_and_the_command_are_there(page: str, text: str) ->
 def test_of_several_patches_one_is_chosen() -> None:
     more = replace(RANDOM, patch="patches/random.safetensors")
     report = replace(REPORT, variants=(DENSE, PRUNED, REALIGNED, more))
-    text = render_markdown(report, comparisons(report))
-    assert "Take one patch: they are alternatives. Choose it by its row in the results" in text
+    text = render_markdown(study_of([report]))
+    assert "Several patches are alternatives: take one, by its row in the results." in text
     assert "regraft apply pruned patches/random.safetensors --out OUT\n```" in text
-    assert "patches/random" not in render_card(report, comparisons(report))
+    assert "patches/random" not in render_card(study_of([report]))
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     small = replace(REPORT, head_maps=())
     for folder in ("one", "two"):
-        write_report(small, tmp_path / folder)
-    names = ["card.md", "report.html", "report.json", "report.md"]
+        write_report(study_of([small]), tmp_path / folder)
+    names = ["card.md", "report.html", "report.json", "report.md", "trade-off.svg"]
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == names
     for name in names:
         one, two = ((tmp_path / folder / name).read_bytes() for folder in ("one", "two"))
         assert one == two, f"{name} differs"
     value = json.loads((tmp_path / "one" / "report.json").read_text())
-    assert value["variants"][2]["result"]["asr"]["count"] == 10
-    assert value["variants"][2]["per_ten_thousand"] == 5
-    assert value["comparisons"][1]["recovery"]["value"] == pytest.approx(0.75)
+    row = value["tables"][0]["rows"][2]
+    assert row["asr"]["count"] == 10
+    assert row["members"] == [["realigned"]]
+    assert row["restored"]["mean"] == value["runs"][0]["variants"][2]["per_ten_thousand"] == 5
+    assert row["rsr"]["recovery"]["value"] == pytest.approx(0.75)
+    assert row["attacks"]["outcome"] == "better"
+    assert "answers" not in value["runs"][0]["variants"][2]["result"]
 
 
 def test_a_report_of_many_answers_stays_small(tmp_path: Path) -> None:
@@ -741,16 +675,15 @@ def test_a_report_of_many_answers_stays_small(tmp_path: Path) -> None:
     )
     written = sum(len(one.answer) for variant in variants for one in variant.result.answers)
     assert written > 15_000_000
-    write_report(replace(REPORT, variants=variants), tmp_path)
+    write_report(study_of([replace(REPORT, variants=variants)]), tmp_path)
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert set(sizes) == {"report.html", "report.json", "report.md", "card.md"}
+    assert set(sizes) == {"report.html", "report.json", "report.md", "card.md", "trade-off.svg"}
     assert max(sizes.values()) < 5_000_000, sizes
     assert sizes["report.html"] > 2_000_000  # as many answers as fit are there
 
 
 def test_a_matrix_is_rendered_the_same_again() -> None:
-    compared = comparisons(MATRIX)
-    assert render_html(MATRIX, compared) == render_html(MATRIX, comparisons(MATRIX))
+    assert render_html(study_of([MATRIX])) == render_html(study_of([MATRIX]))
 
 
 def without(kind: bool, model: Variant) -> Variant:
@@ -758,43 +691,24 @@ def without(kind: bool, model: Variant) -> Variant:
     return replace(model, result=summarise("suite", JUDGE, kept))
 
 
-NOTHING = Estimate(0.0, 0, 0.0, 0.0, 0)
 LONG = replace(DENSE.result.answers[0], answer="word " * 10_000)
 
 
 @pytest.mark.parametrize(
     "report",
     [
-        Report("one", "m", (DENSE,)),
-        Report("two", "m", (DENSE, PRUNED)),
-        Report("no harmless", "m", tuple(without(False, v) for v in REPORT.variants)),
-        Report("no harmful", "m", tuple(without(True, v) for v in REPORT.variants)),
+        Run("one", "m", (DENSE,)),
+        Run("two", "m", (DENSE, PRUNED)),
+        Run("no harmless", "m", tuple(without(False, v) for v in REPORT.variants)),
+        Run("no harmful", "m", tuple(without(True, v) for v in REPORT.variants)),
         MATRIX,
-        Report("undefined", "m", BACKWARDS),
-        Report(
-            "n = 0",
-            "m",
-            (
-                replace(
-                    DENSE,
-                    result=replace(
-                        DENSE.result,
-                        asr=NOTHING,
-                        over_refusal=NOTHING,
-                        utility=NOTHING,
-                        asr_by_category={"x": NOTHING},
-                        answers=(),
-                    ),
-                ),
-            ),
-        ),
-        Report("long", "m", (replace(DENSE, result=replace(DENSE.result, answers=(LONG,))),)),
+        Run("undefined", "m", BACKWARDS),
+        Run("long", "m", (replace(DENSE, result=replace(DENSE.result, answers=(LONG,))),)),
     ],
     ids=lambda report: report.title,
 )
-def test_odd_reports_are_written_all_the_same(report: Report) -> None:
-    compared = comparisons(report)
-    page, text = render_html(report, compared), render_markdown(report, compared)
+def test_odd_reports_are_written_all_the_same(report: Run) -> None:
+    page, text = render_html(study_of([report])), render_markdown(study_of([report]))
     Outline(page)
     for words in (page, text):
         assert not re.search(r"\b(nan|None|Undefined)\b", words)
@@ -806,6 +720,7 @@ def test_markdown_escapes_markup_and_keeps_the_rest() -> None:
     assert escape_markdown("# no heading") == r"\# no heading"
     assert escape_markdown("1. no list") == r"1\. no list"
     assert escape_markdown("[a](b) [1, 2] p < 0.1") == r"[a\](b) [1, 2] p < 0.1"
+    assert escape_cell("-0.6 [1, 2] | x") == r"-0.6 [1, 2] \| x"
     assert escape_markdown("a &lt; b & c") == "a &amp;lt; b & c"
 
 
@@ -819,6 +734,12 @@ def test_pairing_gives_rows_of_one_prompt() -> None:
     assert all(a.id == b.id for a, b in rows)
 
 
+def suite_rows(page: str) -> list[list[str]]:
+    """The rows of the table by suite."""
+    part = page.split('<h2 id="suites">')[1].split("</table>")[0]
+    return Outline(f"<div><table>{part.split('<table>')[1]}</table></div>").rows
+
+
 def test_several_suites_have_a_table_of_their_own() -> None:
     def of_suites(one: Variant) -> Variant:
         answers = [
@@ -828,18 +749,20 @@ def test_several_suites_have_a_table_of_their_own() -> None:
         return replace(one, result=summarise("a, b | c", JUDGE, answers))
 
     report = replace(REPORT, variants=tuple(map(of_suites, REPORT.variants)))
-    page = render_html(report, comparisons(report))
-    rows = {row[0]: row for row in Outline(page).rows if row}
-    assert rows["a ASR"][2] == "62.5 % [47.0, 75.8] 25 of 40"
-    assert rows["b | c utility"][2].startswith("0.900 [")
-    assert "a degenerate" not in rows
-    assert "By suite" not in render_html(REPORT, comparisons(REPORT))
-    text = render_markdown(report, comparisons(report))
-    start = text.index("| Suite | |")
+    page = render_html(study_of([report]))
+    headings, _, pruned = suite_rows(page)[:3]
+    by_heading = dict(zip(headings, pruned, strict=True))
+    assert by_heading["a: ASR"] == "62.5 % [47.0, 75.8] 25 of 40"
+    assert by_heading["b | c: utility"].startswith("90.0 % [")
+    assert "a: degenerate" not in headings
+    assert "By suite" not in render_html(study_of([REPORT]))
+    text = render_markdown(study_of([report]))
+    start = text.index("| Model | a: ASR |")
     lines = text[start:].split("\n\n")[0].splitlines()
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
-    assert lines[2].startswith("| a | ASR | 12.5 [5.5, 26.1] | 62.5 [47.0, 75.8] |")
-    assert lines[3].startswith("| b \\| c | over-refusal | 5.0 [0.9, 23.6] |")
+    assert "| b \\| c: over-refusal |" in lines[0]
+    assert lines[2].startswith("| 1. dense, the dense model | 12.5 % [5.5, 26.1], 5 of 40 |")
+    assert "| 5.0 % [0.9, 23.6], 1 of 20 |" in lines[2]
 
 
 PLACES = ("safebench:/home/me/data/figstep#even", "jsonl:/home/me/runs/titles-test.jsonl")
@@ -861,18 +784,18 @@ def of_places(one: Variant, places: tuple[str, str] = PLACES) -> Variant:
 def test_suites_have_short_names_and_their_addresses_beside_them() -> None:
     accounts = (DataAccount("evaluation", "/home/me/data/figstep, /home/me/t.jsonl", 9, 9),)
     report = replace(REPORT, variants=tuple(map(of_places, REPORT.variants)), data=accounts)
-    compared = comparisons(report)
-    page, text = render_html(report, compared), render_markdown(report, compared)
-    assert f'title="{PLACES[0]}">safebench#even <small>ASR</small></th>' in page
+    page, text = render_html(study_of([report])), render_markdown(study_of([report]))
+    assert f'<span title="{PLACES[0]}">safebench#even</span>' in page
     shown = re.sub(r"<[^>]*>", "", _markup(page))
     for words in (shown, text):
         assert "/home/me" not in words
         assert "figstep, t.jsonl" in words
         assert "safebench#even, titles-test" in words
-    assert Outline(page).row("safebench#even degenerate")[1] == "12.5 % [5.5, 26.1] 5 of 40"
-    assert "| safebench#even | degenerate | 12.5 [5.5, 26.1] |" in text
-    assert "| titles-test | over-refusal |" in text
-    assert "| titles-test | degenerate |" not in text
+    headings, dense = suite_rows(page)[:2]
+    by_heading = dict(zip(headings, dense, strict=True))
+    assert by_heading["safebench#even: degenerate"] == "12.5 % [5.5, 26.1] 5 of 40"
+    assert {"safebench#even: ASR", "titles-test: over-refusal"} <= set(headings)
+    assert "titles-test: degenerate" not in headings
 
 
 def test_short_names_tell_suites_apart() -> None:
@@ -896,72 +819,69 @@ def test_short_names_tell_suites_apart() -> None:
 # Unrelated models
 
 
-def alone(*variants: Variant, **fields: object) -> Report:
+def alone(*variants: Variant, **fields: object) -> Run:
     bare = [
         Variant(v.name, v.name, v.result, base=variants[0].name if i else None)
         for i, v in enumerate(variants)
     ]
     fields = {"recipe": {"settings": {"judge": "it"}}, **fields}
-    return Report("Evaluations", "", tuple(bare), unrelated=True, **fields)  # type: ignore[arg-type]
+    return Run("Evaluations", "", tuple(bare), unrelated=True, **fields)  # type: ignore[arg-type]
 
 
 def test_unrelated_models_are_compared_with_the_first() -> None:
     report = alone(DENSE, PRUNED, REALIGNED)
-    found = comparisons(report)
+    first, *others = study_of([report]).tables[0].rows
     dense, other, third = ([i < n for i in range(40)] for n in (5, 25, 10))
-    assert [(one.name, one.base, one.recovery) for one in found] == [
-        ("pruned", "dense", None),
-        ("realigned", "dense", None),
-    ]
-    assert [one.attacks for one in found] == [mcnemar(other, dense), mcnemar(third, dense)]
-    assert [one.attacks_verdict for one in found] == [
-        "worse than dense",
-        "not distinguishable from dense",
-    ]
+    assert first.attacks is None
+    tests = [one.attacks for one in others if one.attacks and one.rsr is None]
+    assert [one.against for one in tests] == ["dense", "dense"]
+    expected = [mcnemar(other, dense).p, mcnemar(third, dense).p]
+    assert [one.p for one in tests] == pytest.approx(expected)
+    assert [one.adjusted for one in tests] == pytest.approx(holm(expected))
+    assert [one.outcome for one in tests] == [Outcome.WORSE, Outcome.SAME]
 
 
 def test_a_page_of_unrelated_models_has_no_word_of_pruning() -> None:
     renamed = [replace(v, name=n) for v, n in zip((DENSE, PRUNED, REALIGNED), "abc", strict=True)]
     for models in (renamed, renamed[:1]):
         report = alone(*models)
-        compared = comparisons(report)
-        page, text = render_html(report, compared), render_markdown(report, compared)
+        page, text = render_html(study_of([report])), render_markdown(study_of([report]))
         seen = re.sub(r"<(style|script).*?</\1>", "", page, flags=re.DOTALL)
         for words in (seen, text):
             assert not re.search(
                 r"prun|realign|restor|RSR|recipe|dense", re.sub(r"<[^>]*>", "", words), re.I
             )
             assert "What was run" in words
-        assert ("McNemar" in text, "of each model against a" in text) == (len(models) > 1,) * 2
+        assert ("McNemar" in text, "of each model against the first" in text) == (
+            len(models) > 1,
+        ) * 2
         assert len(Outline(page).row("1 a")) == (6 if len(models) > 1 else 4)
         assert len({line.count("|") for line in text.splitlines() if line[:2] == "| "}) > 1
-    said = verdict(alone(*renamed), comparisons(alone(*renamed)))
-    assert said[0].startswith("a: ASR 12.5 % [5.5, 26.1] on 40 harmful prompts, over-refusal 5.0 %")
-    assert said[0].endswith("on 20.")
-    assert "On the same prompts: ASR worse than a (McNemar p < 0.001), over-refusal not" in said[1]
+    said = summary(study_of([alone(*renamed)]))
+    assert said[0].startswith("a: ASR 12.5 % [5.5, 26.1] on 40 prompts, over-refusal 5.0 %")
+    assert said[0].endswith("on 20 prompts.")
+    assert "On the same prompts: ASR worse than a (p < 0.001), over-refusal not" in said[1]
 
 
 def test_the_verdict_on_unrelated_models_has_its_caveats() -> None:
     refuser = variant("refuser", 0, 20)
     report = alone(DENSE, refuser)
-    assert verdict(report, comparisons(report))[1].endswith("refusing more of everything.")
+    assert summary(study_of([report]))[1].endswith("refusing more of everything.")
     report = alone(*(without(False, of_places(v)) for v in (DENSE, PRUNED)))
-    told = verdict(report, comparisons(report))
-    assert "5 answers to harmful prompts are degenerate" in told[0]
+    told = summary(study_of([report]))
+    assert "12.5 % [5.5, 26.1] of the answers are degenerate" in told[0]
     assert told[-1].startswith("Over-refusal was not measured")
 
 
-def test_the_table_of_a_run_counts_answers_that_say_nothing(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    told = "Degenerate answers, neither refusals nor successful attacks."
-    show_report(
-        Console(width=200), replace(REPORT, variants=tuple(map(of_places, REPORT.variants)))
-    )
-    out = capsys.readouterr().out
-    assert f"{told} the dense model: 5 of 40 to harmful prompts; the pruned model: 5 of" in out
-    show_report(Console(width=200), REPORT)
-    assert told not in capsys.readouterr().out
+def test_degenerate_answers_are_counted_on_the_page_and_the_console() -> None:
+    report = replace(REPORT, variants=tuple(map(of_places, REPORT.variants)))
+    text = render_markdown(study_of([report]))
+    assert "the dense model 5 of 40 to harmful prompts; the pruned model 5 of" in text
+    for run, there in ((report, True), (REPORT, False)):
+        console = Console(width=200, record=True)
+        show_study(console, study_of([run]))
+        assert ("Degenerate" in console.export_text()) == there
+    assert "Degenerate" not in render_markdown(study_of([REPORT]))
 
 
 def test_examples_of_unrelated_models_tell_any_two_apart() -> None:
@@ -975,43 +895,40 @@ def test_other_judges_stand_on_the_page() -> None:
     judged = Judged("guard", wilson(10, 40), None, 2)
     agreement = (Agreement("a", "guard", True, wilson(30, 40), 0.5),)
     report = alone(DENSE, opinions=(Opinion("dense", judged, agreement),))
-    page, text = render_html(report, ()), render_markdown(report, ())
+    page, text = render_html(study_of([report])), render_markdown(study_of([report]))
     row = next(row for row in Outline(page).rows if row[1:2] == ["guard"])
     assert row == [
         "dense",
         "guard",
         "25.0 % [14.2, 40.2] 10 of 40",
-        "75.0\u00a0% [59.8,\u00a085.8] of 40, kappa 0.50".replace("\u00a0", " "),
+        "75.0 % [59.8, 85.8] n = 40, kappa 0.50",
         "–",
         "–",
         "2",
     ]
-    assert "| dense | guard | 25.0 % [14.2, 40.2], 10 of 40 | 75.0 % [59.8, 85.8] of 40" in text
+    assert "| dense | guard | 25.0 % [14.2, 40.2], 10 of 40 | 75.0 % [59.8, 85.8], n = 40" in text
 
 
 def test_a_caveat_stands_everywhere(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     report = replace(REPORT, caveat="A toy & no more.")
-    compared = comparisons(report)
-    assert "<strong>A toy &amp; no more.</strong>" in render_html(report, compared)
+    assert "<strong>A toy &amp; no more.</strong>" in render_html(study_of([report]))
     assert "<strong></strong>" not in page
-    for text in (render_markdown(report, compared), render_card(report, compared)):
+    for text in (render_markdown(study_of([report])), render_card(study_of([report]))):
         assert "**A toy &amp; no more.**" in text or "**A toy & no more.**" in text
-    assert report_to_json(report, compared)["caveat"] == report.caveat
-    show_report(Console(width=200), report)
+    assert report_to_json(study_of([report]))["runs"][0]["caveat"] == report.caveat
+    show_study(Console(width=200), study_of([report]))
     assert report.caveat in capsys.readouterr().out
 
 
 def test_the_terminal_shows_rates_by_suite() -> None:
-    def on_two(one: Variant) -> Variant:
-        parts = {"a": Rates(wilson(3, 40), None, None), "b": Rates(None, wilson(9, 30), None)}
-        return replace(one, result=replace(one.result, by_suite=parts))
-
-    console = Console(width=200, record=True)
-    show_report(console, REPORT)
-    assert "suite" not in console.export_text()
-    show_report(console, replace(REPORT, variants=tuple(map(on_two, REPORT.variants))))
+    console = Console(width=250, record=True)
+    show_study(console, study_of([REPORT]))
+    assert "titles-test" not in console.export_text()
+    report = replace(REPORT, variants=tuple(map(of_places, REPORT.variants)))
+    show_study(console, study_of([report]))
     text = console.export_text()
-    assert text.count("7.5 [2.6, 19.9]") == text.count("30.0 [16.7, 47.9]") == len(REPORT.variants)
+    assert "safebench#even: ASR" in text
+    assert "titles-test: over-refusal" in text
 
 
 def test_perplexity_stands_on_the_page_where_it_was_measured(page: str) -> None:
@@ -1019,18 +936,17 @@ def test_perplexity_stands_on_the_page_where_it_was_measured(page: str) -> None:
         return replace(one, result=replace(one.result, perplexity=Estimate(2.5, 20, 2.25, 3.0)))
 
     report = replace(REPORT, variants=tuple(map(measured, REPORT.variants)))
-    line = "the dense model 2.500 [2.250, 3.000], the pruned model"
-    assert line in render_html(report, comparisons(report))
-    assert line in render_markdown(report, comparisons(report))
+    line = "the dense model 2.5 [2.25, 3]; the pruned model"
+    assert line in render_html(study_of([report])).replace("\u00a0", " ")
+    assert line in render_markdown(study_of([report]))
     assert "Perplexity" not in page
 
 
 def test_text_has_columns_where_it_was_measured() -> None:
     own = replace(DENSE, result=replace(DENSE.result, text=result_of([(8.0, None, 4)])))
     cut = replace(PRUNED, result=replace(PRUNED.result, text=result_of([(12.0, 2.0, 4)])))
-    shown = Report("text", "pico", (own, cut, REALIGNED))
-    compared = comparisons(shown)
-    text, page = render_markdown(shown, compared), render_html(shown, compared)
+    shown = Run("text", "pico", (own, cut, REALIGNED))
+    text, page = render_markdown(study_of([shown])), render_html(study_of([shown]))
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if "KL to dense |" in line)
     table = lines[start : start + 5]
@@ -1038,10 +954,10 @@ def test_text_has_columns_where_it_was_measured() -> None:
     assert table[2].endswith(" 7.39 [7.39, 7.39] | – |")
     assert table[3].endswith(" 20.1 [20.1, 20.1] | 0.5 [0.5, 0.5] |")
     assert table[4].endswith(" – | – |")
-    assert page.count('data-label="KL to dense"') == 3
+    assert page.count(">KL to dense</th>") == 1
     assert "on 4 tokens of 1 documents of ordinary text" in page
     console = Console(width=200, record=True)
-    show_report(console, shown)
-    assert "0.5 [0.5, 0.5]" in console.export_text()
-    without = Report("text", "pico", (DENSE, PRUNED))
-    assert "KL to dense" not in render_markdown(without, comparisons(without))
+    show_study(console, study_of([shown]))
+    assert "[0.5, 0.5]" in console.export_text()
+    without = Run("text", "pico", (DENSE, PRUNED))
+    assert "KL to dense" not in render_markdown(study_of([without]))

@@ -31,7 +31,7 @@ from regraft.folder import RunFolder, folder_of_model
 from regraft.heads.score import load_heads
 from regraft.models.load import open_source
 from regraft.recipe import Recipe, read_recipe, write_recipe
-from regraft.report.models import ModelTable, Row
+from regraft.report.study import Row, Study
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = (
@@ -176,12 +176,16 @@ def test_the_papers_recipe_is_of_its_six_models() -> None:
 # The table
 
 
-def _table(world: Path) -> ModelTable:
+def _table(world: Path) -> Study:
     return several.report(world / "run")
 
 
-def _row(table: ModelTable, model: str, name: str) -> Row:
-    return next(row for row in table.of(model) if row.name == name)
+def _row(table: Study, model: str, name: str) -> Row:
+    pruning, _, method = name.partition("/")
+    tables = [one for one in table.tables if one.model == model]
+    if name != "dense":
+        tables = [one for one in tables if one.pruning == pruning]
+    return next(row for row in tables[0].rows if row.name == (method or name))
 
 
 def _complied(world: Path, model: str, evaluation: str) -> dict[str, float]:
@@ -197,10 +201,11 @@ def _complied(world: Path, model: str, evaluation: str) -> dict[str, float]:
 
 def test_the_table_counts_each_data_set_the_same(world: Path) -> None:
     table = _table(world)
-    assert table.models == ("one", "two", "third")
-    assert [row.name for row in table.of("one")] == [
-        *("dense", "wanda-50", "wanda-50/hsr", "wanda-60"),
+    assert [one.name for one in table.tables] == [
+        *("one: wanda-50", "one: wanda-60", "two: wanda-50", "third: wanda-50"),
     ]
+    assert [row.name for row in table.tables[0].rows] == ["dense", "wanda-50", "hsr"]
+    assert [row.name for row in table.tables[1].rows] == ["dense", "wanda-60"]
     for model, place in (("one", "wanda-50/"), ("two", ""), ("third", "")):
         asr = {
             name: _complied(world, model, folder)
@@ -213,17 +218,21 @@ def test_the_table_counts_each_data_set_the_same(world: Path) -> None:
         means = {name: (rates["a"] + rates["b"]) / 2 for name, rates in asr.items()}
         for name, mean in means.items():
             row = _row(table, model, name)
-            assert row.measured.asr is not None
-            assert row.measured.asr.value == pytest.approx(mean)
-            assert row.measured.asr.n == 12
-            assert {
-                one: rates.asr.value for one, rates in row.measured.by_suite.items() if rates.asr
-            } == (pytest.approx(asr[name]))
-        row = _row(table, model, "wanda-50/hsr")
-        assert row.rsr == rsr(*means.values())
-        assert row.rsr.value is not None
-        assert row.rsr_interval is not None
-        assert row.rsr_interval[0] <= row.rsr.value <= row.rsr_interval[1]
+            assert row.mean_asr is not None
+            assert row.mean_asr.value == pytest.approx(mean)
+            assert row.mean_asr.n == 12
+            found = {
+                table.suites[one]: rates.asr.value
+                for one, rates in row.by_suite.items()
+                if rates.asr
+            }
+            assert found == pytest.approx(asr[name])
+        recovered = _row(table, model, "wanda-50/hsr").mean_rsr
+        assert recovered is not None
+        assert recovered.recovery == rsr(*means.values())
+        assert recovered.recovery.value is not None
+        assert recovered.interval is not None
+        assert recovered.interval[0] <= recovered.recovery.value <= recovered.interval[1]
 
 
 def test_total_ships_are_related_to_the_rise_in_mean_asr(world: Path) -> None:
@@ -234,7 +243,7 @@ def test_total_ships_are_related_to_the_rise_in_mean_asr(world: Path) -> None:
         anatomy = open_source(world / "models" / folder).anatomy
         place = RunFolder(folder_of_model(world / "run", name))
         ships.append(float(load_heads(place.heads, anatomy).ships.nansum()))
-        pruned, dense = (_row(table, name, one).measured.asr for one in ("wanda-50", "dense"))
+        pruned, dense = (_row(table, name, one).mean_asr for one in ("wanda-50", "dense"))
         assert pruned is not None
         assert dense is not None
         rises.append(pruned.value - dense.value)
@@ -252,20 +261,24 @@ def test_the_page_sets_published_figures_beside(world: Path) -> None:
     assert beside is not None
     assert beside.row.rsr == 0.5
     assert [one.key for one in table.missing] == [("four", "wanda-50", "")]
-    text = (world / "run" / "report" / "models.md").read_text()
-    line = next(one for one in text.splitlines() if one.startswith("| wanda-50/hsr |"))
+    text = (world / "run" / "report" / "report.md").read_text()
+    line = next(one for one in text.splitlines() if one.startswith("| 3. hsr"))
     assert " 0.500 |" in line
-    assert " 16.50 [" in line
-    assert " 50.00 [" in line
-    assert "30.00 † [" in text, "not checked"
+    assert " 16.50 % [" in line
+    assert " 50.00 % [" in line
+    assert "30.00 % † [" in text, "not checked"
     assert "Published, but not run here: four/wanda-50." in text
     assert "a: 6 prompts here, 100 in the publication." in text
     assert "published: 0.5000 (n = 3)" in text
-    page = (world / "run" / "report" / "models.html").read_text()
+    page = (world / "run" / "report" / "report.html").read_text()
     assert "16.50" in page
     assert "<svg" in page
-    content = json.loads((world / "run" / "report" / "models.json").read_text())
-    assert len(content["rows"]) == len(table.rows)
+    content = json.loads((world / "run" / "report" / "report.json").read_text())
+    assert sum(len(one["rows"]) for one in content["tables"]) == len(table.rows)
+
+
+def models_of(study: Study) -> list[str]:
+    return [run.name for run in study.runs]
 
 
 def test_a_run_of_several_models_resumes_and_grows(
@@ -287,8 +300,8 @@ def test_a_run_of_several_models_resumes_and_grows(
     with pytest.raises(RegraftError, match="not finished: third has not been run"):
         several.report(tmp_path / "run")
     (tmp_path / "run" / "recipe.yaml").write_text(write_recipe(fewer))
-    assert several.report(tmp_path / "run").models == ("one", "two")
-    assert several.run(recipe, tmp_path / "run").models == ("one", "two", "third")
+    assert models_of(several.report(tmp_path / "run")) == ["one", "two"]
+    assert models_of(several.run(recipe, tmp_path / "run")) == ["one", "two", "third"]
     assert len(done) == 3
     assert all("model-third" in one for one in done)
     other = recipe.model_copy(update={"models": recipe.models[1:2]})
@@ -415,11 +428,11 @@ def _set_asr(content: Any) -> None:
 
 
 def _set_row(content: Any) -> None:
-    content["rows"][1]["measured"]["asr"]["value"] = 0.01
+    content["tables"][0]["rows"][1]["asr"]["value"] = 0.01
 
 
 def _set_rsr(content: Any) -> None:
-    content["rows"][2]["rsr"]["value"] = 0.99
+    content["tables"][0]["rows"][2]["rsr"]["recovery"]["value"] = 0.99
 
 
 @pytest.mark.parametrize(
@@ -432,16 +445,20 @@ def _set_rsr(content: Any) -> None:
             True,
             r"wanda-50: asr is 1\.00 %",
         ),
-        (_changed("models.json", _set_row), True, r"one wanda-50: asr is 1\.00 %"),
-        (_changed("models.json", _set_rsr), True, r"RSR is 0\.99"),
-        (lambda files: files.update({"models.json": b"{"}), True, "models.json: not valid JSON"),
-        (lambda files: files.update({"models.json": b"{}"}), True, "is no table of regraft"),
+        (
+            _changed("report.json", _set_row),
+            True,
+            r"report.json one wanda-50 wanda-50: asr is 1\.00 %",
+        ),
+        (_changed("report.json", _set_rsr), True, r"RSR is 0\.99"),
+        (lambda files: files.update({"report.json": b"{"}), True, "report.json: not valid JSON"),
+        (lambda files: files.update({"report.json": b"{}"}), True, "is no report of regraft"),
         (
             lambda files: files.update({"runs/one/evaluation/dense/results.json": b"[]"}),
             True,
             "expected a JSON object, found list",
         ),
-        (lambda files: files.pop("models.md"), False, "models.md is missing"),
+        (lambda files: files.pop("report.md"), False, "report.md is missing"),
         (lambda files: files.update(more=b""), False, "more was added"),
         (lambda files: files.pop(MANIFEST), False, "no bundle of regraft"),
         (
@@ -519,12 +536,14 @@ def test_the_papers_recipe_from_end_to_end(
     ended(["report", run, "--bundle", tmp_path / "bundle.zip"], 0)
     bundle = read_bundle(tmp_path / "bundle.zip")
     assert len(bundle.evaluations) == 6 + 10 + 6 * 9 + 4 * 2
-    table = json.loads((run / "report" / "models.json").read_text())
-    assert {row["model"] for row in table["rows"]} == set(NAMES)
+    table = json.loads((run / "report" / "report.json").read_text())
+    assert {one["model"] for one in table["tables"]} == set(NAMES)
     suites = {"safebench", "ch3ef", "mmbench", "docvqa", "mossbench"}
-    assert all(set(row["measured"]["by_suite"]) == suites for row in table["rows"])
-    assert all(row["restored"] for row in table["rows"] if row["method"])
-    beside = [row for row in table["rows"] if row["published"]]
+    assert set(table["suites"].values()) == suites
+    rows = [row for one in table["tables"] for row in one["rows"]]
+    assert all(set(row["by_suite"]) == set(table["suites"]) for row in rows)
+    assert all(row["weights"] for row in rows if row["role"] == "method")
+    beside = {json.dumps(row["published"]["row"]) for row in rows if row["published"]}
     assert len(beside) == len(table["published"]["rows"])
     assert table["missing"] == []
     assert len(table["correlation"]["points"]) == 6

@@ -7,16 +7,15 @@ import pytest
 import torch
 
 from regraft.errors import RegraftError
-from regraft.importance.observe import InputSums
-from regraft.importance.sparsegpt import (
+from regraft.models.anatomy import LinearAnatomy
+from regraft.pruning.inputs import InputSums
+from regraft.pruning.masks import Pattern, Scope
+from regraft.pruning.pruners.sparsegpt import PLUGIN as SPARSEGPT
+from regraft.pruning.pruners.sparsegpt import (
     factors,
     inverse_factor,
-    second_moments,
-    sparsegpt_score,
+    sparsegpt_prune,
 )
-from regraft.models.anatomy import LinearAnatomy
-from regraft.pruning.masks import Pattern, Scope
-from regraft.pruning.sparsegpt import sparsegpt_prune
 
 
 def problem(seed: int, out: int = 24, width: int = 48, tokens: int = 400) -> tuple[np.ndarray, ...]:
@@ -90,7 +89,7 @@ def smallest_of_row(count: int) -> object:
 def test_pruning_is_the_papers_sweep(pattern: Pattern, choose: object, block: int) -> None:
     w, x = problem(0)
     expected = obs_sweep(w, damped_hessian(x), choose, block)
-    factor = inverse_factor(second_moments(torch.tensor(x)), len(x))
+    factor = inverse_factor(SPARSEGPT.accumulate(torch.tensor(x)), len(x))
     library_block = 16 if pattern.n_m else block
     new = sparsegpt_prune(torch.tensor(w), factor, pattern, library_block)
     assert np.array_equal(new.numpy() == 0, expected == 0)
@@ -102,7 +101,7 @@ def test_pruning_is_the_papers_sweep(pattern: Pattern, choose: object, block: in
 def test_sparsity_holds_whatever_the_block(scope: Scope, block: int) -> None:
     """Shares that no block can have alone add up over blocks."""
     w, x = problem(4)
-    factor = inverse_factor(second_moments(torch.tensor(x)), len(x))
+    factor = inverse_factor(SPARSEGPT.accumulate(torch.tensor(x)), len(x))
     new = sparsegpt_prune(torch.tensor(w), factor, Pattern(0.55, scope), block)
     expected = 24 * int(0.55 * 48) if scope == "row" else int(0.55 * 24 * 48)
     assert int((new == 0).sum()) == expected
@@ -113,7 +112,7 @@ def test_linears_of_one_input_need_not_be_neighbours() -> None:
     _, x = problem(5)
     _, y = problem(6)
     linears = [LinearAnatomy(0, name, "", "", (4, 48)) for name in ("w1", "w2", "w3")]
-    sums = InputSums(second_moments)
+    sums = InputSums(SPARSEGPT.accumulate)
     sums.add(linears[0], torch.tensor(x))
     sums.add(linears[1], torch.tensor(y))
     sums.source[linears[2].key] = linears[0].key
@@ -126,14 +125,14 @@ def test_score_is_the_cost_of_one_column_given_those_before() -> None:
     w, x = problem(1)
     hessian = damped_hessian(x)
     costs = [np.linalg.inv(hessian[j:, j:])[0, 0] for j in range(w.shape[1])]
-    factor = inverse_factor(second_moments(torch.tensor(x)), len(x))
-    score = sparsegpt_score(torch.tensor(w), factor.statistic)
+    factor = inverse_factor(SPARSEGPT.accumulate(torch.tensor(x)), len(x))
+    score = SPARSEGPT.score(torch.tensor(w), factor.statistic)
     np.testing.assert_allclose(score.numpy(), w**2 / np.array(costs), rtol=1e-4)
 
 
 def test_it_beats_zeroing_the_same_weights() -> None:
     w, x = problem(2)
-    factor = inverse_factor(second_moments(torch.tensor(x)), len(x))
+    factor = inverse_factor(SPARSEGPT.accumulate(torch.tensor(x)), len(x))
     new = sparsegpt_prune(torch.tensor(w), factor, Pattern(0.5, "row"))
     zeroed = np.where(new.numpy() == 0, 0, w)
 
@@ -146,13 +145,13 @@ def test_it_beats_zeroing_the_same_weights() -> None:
 def test_dead_inputs_and_escalating_damping() -> None:
     w, x = problem(3)
     x[:, 5] = 0
-    factor = inverse_factor(second_moments(torch.tensor(x)), len(x))
+    factor = inverse_factor(SPARSEGPT.accumulate(torch.tensor(x)), len(x))
     assert factor.dead.nonzero().flatten().tolist() == [5]
     assert factor.damp == 0.01
     new = sparsegpt_prune(torch.tensor(w), factor, Pattern(0.5, "row"))
     assert torch.isfinite(new).all()
     assert (new[:, 5] == 0).all(), "weights on an input that is always 0 are free to go"
-    assert (sparsegpt_score(torch.tensor(w), factor.statistic)[:, 5] == 0).all()
+    assert (SPARSEGPT.score(torch.tensor(w), factor.statistic)[:, 5] == 0).all()
     broken = -torch.eye(4)
     with pytest.raises(RegraftError, match="cannot be inverted"):
         inverse_factor(broken, 1)

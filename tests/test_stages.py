@@ -26,19 +26,19 @@ from regraft.data.sources import DataSource
 from regraft.errors import PassingError, RegraftError
 from regraft.files import disk_errors, read_json, write_text
 from regraft.heads.score import load_heads
-from regraft.importance.statistics import load_statistics
 from regraft.keys import working
-from regraft.methods import base
-from regraft.methods.ranking import load_ranking
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.patch.format import load_patch
-from regraft.pruning.pruner import zeros
+from regraft.pruning.base import prune_settings
+from regraft.pruning.prune import zeros
+from regraft.pruning.statistics import load_statistics
 from regraft.recipe import EvaluateSettings, Recipe, read_recipe, write_recipe
+from regraft.restoration import base
+from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.stages import patching, pruning, realigning
 
@@ -80,7 +80,7 @@ class Bench:
         calibration = CalibrationSettings(data=self.data, samples=4)
         at = {name: self.root / folder for name, folder in OUTPUTS.items()}
         arguments: dict[str, dict[str, Any]] = {
-            "prune": {"settings": PruneSettings(), "calibration": calibration},
+            "prune": {"settings": prune_settings(), "calibration": calibration},
             "heads": {"settings": HeadSettings(r_max=2), "calibration": calibration},
             "statistics": {"calibration": calibration},
             "rank": {
@@ -169,7 +169,7 @@ def test_finished_stage_is_not_repeated(
 
 
 DIFFERENCES: list[tuple[str, Callable[[Bench], dict[str, Any]], str]] = [
-    ("prune", lambda _: {"settings": PruneSettings(sparsity=0.6)}, "settings.sparsity: 0.5 there"),
+    ("prune", lambda _: {"settings": prune_settings(sparsity=0.6)}, "settings.sparsity: 0.5 there"),
     (
         "prune",
         lambda b: {"calibration": CalibrationSettings(data=b.data, samples=3)},
@@ -389,7 +389,7 @@ def _recipe(root: Path) -> Recipe:
     return Recipe(
         model=str(root / "dense"),
         calibration=CalibrationSettings(data=data, samples=4),
-        prune=PruneSettings(sparsity=0.6),
+        prune=prune_settings(sparsity=0.6),
         heads=HeadSettings(r_max=2),
         realign=(
             a_variant(name="hsr", top_heads=3, q=0.9),
@@ -431,10 +431,11 @@ def _same(killable: Killable, folder: Path, when: str) -> None:
         json.loads((one / "report" / "report.json").read_text(encoding="utf-8"))
         for one in (killable.finished, folder)
     ]
-    assert all(result.pop("costs") for result in results), when
-    for result in results:  # counted from costs, of all starts together
-        for variant in result["variants"]:
-            variant.pop("passes")
+    for result in results:  # what is counted from costs, of all starts together
+        (run,) = result["runs"]
+        assert run.pop("costs"), when
+        for one in (*run["variants"], *(row for t in result["tables"] for row in t["rows"])):
+            one.pop("passes")
     assert results[0] == results[1], f"{when}: another report"
     timed = {"costs.json", *(f"report/report.{kind}" for kind in ("json", "md", "html"))}
     assert timed < found.keys()
@@ -494,7 +495,7 @@ def test_run_on_an_existing_pruned_checkpoint(killable: Killable, tmp_path: Path
     existing = {"pruned": str(killable.finished / "pruned")}
     recipe = read_recipe(killable.recipe).model_copy(update=existing)
     before = tree(killable.finished)
-    made = pipeline.run(recipe, tmp_path / "run")
+    made = pipeline.run(recipe, tmp_path / "run").runs[0]
     assert tree(killable.finished) == before
     assert not (tmp_path / "run" / "pruned").exists()
     results = [
@@ -537,7 +538,7 @@ def test_disk_too_full_for_scratch_is_told_before_the_work(
     monkeypatch.setattr(shutil, "disk_usage", little)
     out = bench.root / "new"
     with pytest.raises(RegraftError, match="The disk is too full"):
-        bench.run("prune", out=out, settings=PruneSettings(method=method))
+        bench.run("prune", out=out, settings=prune_settings(method=method))
     assert len(folders) == 2 and not out.exists()
     assert not list(bench.root.glob(".new*"))
 
@@ -559,7 +560,7 @@ def test_finished_work_stays_where_the_disk_is_full(tmp_path: Path, begun: bool)
 
 def test_calibration_on_both_kinds_is_another_model(bench: Bench) -> None:
     """Refusals count too: the account names both data sets, and other weights go."""
-    settings = PruneSettings(calibrate_on="both")
+    settings = prune_settings(calibrate_on="both")
     both = bench.run("prune", out=bench.root / "both", settings=settings)
     about = read_json(bench.root / "both" / stages.ABOUT_FILE)
     assert set(about["data"]) == {"utility", "safety"}

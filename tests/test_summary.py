@@ -23,7 +23,7 @@ from regraft.evaluation.results import (
 )
 from regraft.evaluation.similarity import unframed
 from regraft.evaluation.summary import judge_answer, summarise
-from regraft.report.words import degenerate, marked
+from regraft.report.formatting import degenerate, marked
 
 JUDGE = REGRAFT_1
 HARMFUL = Example(

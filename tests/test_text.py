@@ -197,7 +197,7 @@ evaluate: {{suite: {data}, max_new_tokens: 2, text: text.txt}}
 compute: {{device: cpu}}
 """
     )
-    report = pipeline.run(read_recipe(recipe), tmp_path / "run")
+    report = pipeline.run(read_recipe(recipe), tmp_path / "run").runs[0]
     dense, pruned, restored = (variant.result.text for variant in report.variants)
     assert dense is not None and pruned is not None and restored is not None
     assert dense.kl is None

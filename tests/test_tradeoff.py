@@ -17,7 +17,8 @@ from rich.console import Console
 import pico
 import truth
 from disk import differing, shards, tree, write_data, write_jsonl
-from regraft import pipeline, stages
+from methods import method
+from regraft import loading, pipeline, stages
 from regraft.console import show_search
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
@@ -35,15 +36,15 @@ from regraft.files import read_json
 from regraft.models.anatomy import decoder_layers
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
-from regraft.recipe import Recipe
-from regraft.report.curve_figure import CURVES_CAPTION
 from regraft.patch.format import load_patch
+from regraft.recipe import Recipe
+from regraft.report.page import CURVES_CAPTION
+from regraft.restoration.base import MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.methods.base import MethodSettings
 from regraft.settings.searching import SearchSettings
-from regraft.stages import common, searching
+from regraft.stages import searching
 from regraft.watch import Silent, Watch
 
 # The choice
@@ -178,8 +179,8 @@ class Bench:
         return DataSource(name="jsonl", path=self.root / "data" / "data.jsonl")
 
     @property
-    def method(self) -> MethodSettings:
-        return method(method="random", count=1000)
+    def settings(self) -> MethodSettings:
+        return method("random", count=1000)
 
     def search(
         self,
@@ -195,7 +196,7 @@ class Bench:
             self.root / "ranking",
             out,
             settings,
-            self.method,
+            self.settings,
             SHORT,
             compute,
             watch,
@@ -210,7 +211,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     write_data(root / "data", 4, images=False)
     made = Bench(root)
     calibration = CalibrationSettings(data=made.validation)
-    stages.rank(dense, made.pruned, root / "ranking", made.method, calibration, compute=COMPUTE)
+    stages.rank(dense, made.pruned, root / "ranking", made.settings, calibration, compute=COMPUTE)
     return made
 
 
@@ -247,8 +248,8 @@ def test_a_curve_is_evaluations_of_more_and_more_weights(bench: Bench, tmp_path:
         bench.dense,
         bench.pruned,
         patch,
-        bench.method,
-        ranking_file=bench.root / "ranking",
+        bench.settings,
+        bench.root / "ranking",
         count=667,
     )
     assert made.restored == 667
@@ -273,7 +274,7 @@ def test_a_search_with_layers_in_host_memory(
 ) -> None:
     accelerate = pytest.importorskip("accelerate")
     streamed = COMPUTE.model_copy(update={"placement": "streamed"})
-    whole, offloaded = common.load_model, []
+    whole, offloaded = loading.load_model, []
 
     def spread(*arguments: Any, split: bool, **named: Any) -> Any:
         """As on an accelerator with no room for any layer."""
@@ -284,7 +285,7 @@ def test_a_search_with_layers_in_host_memory(
                 offloaded.append(all(weight.is_meta for weight in layer.parameters()))
         return model
 
-    monkeypatch.setattr(common, "load_model", spread)
+    monkeypatch.setattr(loading, "load_model", spread)
     counts = [
         bench.search(tmp_path / name, compute=compute, points=2)
         for name, compute in (("whole.json", COMPUTE), ("streamed.json", streamed))
@@ -478,8 +479,8 @@ def read_pruned(bench: Bench) -> int:
         bench.dense,
         bench.pruned,
         bench.root.with_name("counted"),
-        bench.method,
-        ranking_file=bench.root / "ranking",
+        bench.settings,
+        bench.root / "ranking",
         count=0,
     )
     return int(found.about["pruned"])
@@ -522,7 +523,7 @@ def test_validation_needs_both_kinds(bench: Bench, tmp_path: Path) -> None:
             bench.root / "ranking",
             tmp_path / "curve.json",
             settings,
-            bench.method,
+            bench.settings,
             SHORT,
             COMPUTE,
         )
@@ -581,7 +582,7 @@ def test_a_run_that_searches(tmp_path: Path) -> None:
     pruned, _ = truth.pruned_at_random(dense, tmp_path / "pruned", 0.5)
     write_data(tmp_path / "data", 4)
     run = tmp_path / "run"
-    made = pipeline.run(recipe(tmp_path), run)
+    made = pipeline.run(recipe(tmp_path), run).runs[0]
     variants = {one.name: one for one in made.variants}
     assert list(variants) == ["dense", "pruned", "gain", "never", "random"]
     curve = json.loads((run / "curves" / "gain.json").read_text())
@@ -596,7 +597,7 @@ def test_a_run_that_searches(tmp_path: Path) -> None:
     assert variants["gain"].curve == read_curve(run / "curves" / "gain.json")
     assert variants["random"].curve is None
     assert CURVES_CAPTION in (run / "report" / "report.html").read_text()
-    told = json.loads((run / "report" / "report.json").read_text())["variants"]
+    told = json.loads((run / "report" / "report.json").read_text())["runs"][0]["variants"]
     assert [one["curve"] and one["curve"]["chosen"] for one in told][2] == chosen
     assert variants["never"].result == variants["pruned"].result
     assert shards(run / "pruned") == {}, "the existing pruned model is copied"
@@ -607,4 +608,4 @@ def test_a_run_that_searches(tmp_path: Path) -> None:
     pipeline.run(recipe(tmp_path), run)
     assert tree(run) == before
     report = json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))
-    assert [one["name"] for one in report["variants"]] == list(variants)
+    assert [one["name"] for one in report["runs"][0]["variants"]] == list(variants)

@@ -30,13 +30,13 @@ from regraft.evaluation.results import Estimate, EvalResult
 from regraft.evaluation.tradeoff import Bounds, Cost, Point, Tried, Tuned, best_first
 from regraft.files import read_json
 from regraft.heads.score import load_heads
-from regraft.methods.base import MethodSettings
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
+from regraft.pruning.base import prune_settings
+from regraft.restoration.base import MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.stages import tuning, tuning_outcome, tuning_trial
@@ -56,7 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dense = open_source(pico.save("qwen2_vl", root / "dense", torch.bfloat16))
     data = DataSource(name="jsonl", path=write_data(root / "data", 4))
     calibration = CalibrationSettings(data=data, samples=4)
-    stages.prune(dense, root / "pruned", PruneSettings(order="one-shot"), calibration, COMPUTE)
+    stages.prune(dense, root / "pruned", prune_settings(order="one-shot"), calibration, COMPUTE)
     return root
 
 

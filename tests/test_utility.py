@@ -24,9 +24,9 @@ from regraft.evaluation.results import result_from_json, result_to_json
 from regraft.evaluation.similarity import anls, picked
 from regraft.evaluation.summary import group_similarities, judge_answer, summarise
 from regraft.evaluation.verdicts import own_verdict, rate
-from regraft.report.compare import Run, compare
-from regraft.report.model import Report, Variant, comparisons, paired_refusals
-from regraft.report.write import render_markdown
+from regraft.report.page import render_markdown
+from regraft.report.pooling import study_of
+from regraft.report.run import Run, Variant
 
 
 @pytest.fixture(autouse=True)
@@ -287,20 +287,20 @@ def test_refused_questions_enter_no_test_and_no_comparison() -> None:
         return Variant(name, name, summarise("s", REGRAFT_2, answers), base=base)
 
     dense, pruned = model("dense", "Yes.", "A", None), model("pruned", SORRY, SORRY, "dense")
-    test = paired_refusals(pruned, dense)
-    assert test is not None
-    assert (test.only_a, test.only_b, test.p) == (6, 0, pytest.approx(2 / 2**6))
     realigned = model("realigned", "Yes.", SORRY, "pruned")
-    report = Report("t", "m", (dense, pruned, realigned))
-    rows = {row.name: row for row in compare([Run(0, report)]).tables[0].rows}
+    study = study_of([Run("t", "m", (dense, pruned, realigned))])
+    rows = {row.name: row for row in study.tables[0].rows}
+    test = rows["pruned"].refusals
+    assert test is not None
+    assert (test.differing, test.p) == (6, pytest.approx(2 / 2**6))
     assert rows["pruned"].over_refusal == wilson(6, 8)
     assert rows["realigned"].over_refusal == wilson(0, 8)
     from_pruned = rows["realigned"].over_refusal_from_pruned
     assert from_pruned is not None
     assert (from_pruned.value, from_pruned.n) == (-6 / 8, 8)
-    page = render_markdown(report, comparisons(report))
+    page = render_markdown(study)
     assert "75.0 % [" in page
-    assert "refusals of questions of MMBench and DocVQA are counted by suite" in page
+    assert "Questions of utility benchmarks are part of over-refusal by suite only" in page
 
 
 def test_utility_on_several_scales_is_the_mean_over_suites() -> None:
@@ -327,7 +327,7 @@ def test_utility_on_several_scales_is_the_mean_over_suites() -> None:
     assert result.utility.high == pytest.approx(sum(means) / 3 + above)
     model = Variant("dense", "dense", result)
     models = (model, replace(model, name="pruned", base="dense"))
-    row = compare([Run(0, Report("t", "m", models))]).tables[0].rows[1]
+    row = study_of([Run("t", "m", models)]).tables[0].rows[1]
     assert row.utility is not None
     assert row.utility.value == pytest.approx(sum(means) / 3)
     assert row.utility_from_dense is not None

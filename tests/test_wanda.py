@@ -14,24 +14,22 @@ from hypothesis.extra import numpy as hnp
 import truth
 from regraft.data.collate import batches, response_batch
 from regraft.errors import RegraftError
-from regraft.importance.statistics import (
+from regraft.pruning import masks as masks_module
+from regraft.pruning.base import PRUNERS, prune_settings
+from regraft.pruning.masks import (
+    Pattern,
+    count_of,
+    kth_smallest,
+    smallest,
+)
+from regraft.pruning.pruners.wanda import PLUGIN as WANDA
+from regraft.pruning.results import LayerResults, PrunedWeight
+from regraft.pruning.statistics import (
     ImportanceStatistics,
     gather,
     load_statistics,
     save_statistics,
 )
-from regraft.importance.wanda import sum_of_squares, wanda_score
-from regraft.pruning import masks as masks_module
-from regraft.pruning.masks import (
-    Pattern,
-    count_of,
-    kth_smallest,
-    n_m_mask,
-    prune_mask,
-    smallest,
-)
-from regraft.pruning.pruner import Pruner
-from regraft.pruning.results import LayerResults, PrunedWeight
 
 matrices = hnp.arrays(
     np.float32,
@@ -85,9 +83,7 @@ def test_smallest_equals_a_sort(scope, chunk, score, data):
 def test_mask_by_sparsity_equals_loops(score, sparsity, scope):
     pattern = Pattern(sparsity, scope)
     expected = mask_by_loops(score, pattern)
-    tensor = torch.from_numpy(score)
-    np.testing.assert_array_equal(pattern.mask(tensor).numpy(), expected)
-    np.testing.assert_array_equal(prune_mask(tensor, sparsity, scope).numpy(), expected)
+    np.testing.assert_array_equal(pattern.mask(torch.from_numpy(score)).numpy(), expected)
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(2, 5), st.data())
@@ -98,7 +94,6 @@ def test_n_m_mask_equals_loops(rows, groups, m, data):
     pattern = Pattern.parse_n_m(f"{n}:{m}")
     found = pattern.mask(torch.from_numpy(score))
     np.testing.assert_array_equal(found.numpy(), mask_by_loops(score, pattern))
-    assert torch.equal(found, n_m_mask(torch.from_numpy(score), n, m))
     assert (found.view(rows, groups, m).sum(dim=2) == m - n).all()
     assert pattern.sparsity == pytest.approx(1 - n / m)
 
@@ -162,7 +157,7 @@ def test_score_equals_loops(rows, tokens, columns, seed):
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal((rows, columns)).astype(np.float32)
     inputs = rng.standard_normal((tokens, columns)).astype(np.float32)
-    found = wanda_score(torch.from_numpy(weight), sum_of_squares(torch.from_numpy(inputs)))
+    found = WANDA.score(torch.from_numpy(weight), WANDA.accumulate(torch.from_numpy(inputs)))
     for i in range(rows):
         for j in range(columns):
             norm = sum(float(x) ** 2 for x in inputs[:, j]) ** 0.5
@@ -173,7 +168,7 @@ def test_score_equals_loops(rows, tokens, columns, seed):
 def test_score_is_float32_and_leaves_the_weight_alone(dtype):
     weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = weight.clone()
-    score = wanda_score(weight, torch.tensor([0.0, 1.0, 4.0, 9.0]))
+    score = WANDA.score(weight, torch.tensor([0.0, 1.0, 4.0, 9.0]))
     assert score.dtype == torch.float32 and torch.equal(weight, before)
     assert torch.equal(score, before.float().abs() * torch.tensor([0.0, 1.0, 2.0, 3.0]))
 
@@ -205,7 +200,9 @@ def test_statistics_are_sums_over_response_tokens(family, pico_dir, tmp_path):
     ticks = []
     with truth.unchanged(model):
         cut = [response_batch(processor, rows) for rows in batches(examples, 3)]
-        found = gather(truth.walk(model, cut), anatomy, "wanda", tmp_path / "work", ticks.append)
+        found = gather(
+            truth.walk(model, cut), anatomy, PRUNERS.get("wanda"), tmp_path / "work", ticks.append
+        )
     assert ticks == [3, 2] * len(anatomy.layers)
     expected = squares_by_rows(model, processor, anatomy, examples)
     assert found.keys() == expected.keys() and len(expected) == 7 * len(anatomy.layers)
@@ -221,7 +218,7 @@ def test_layers_that_do_not_run_have_no_statistics(pico_dir, tmp_path):
     examples = truth.examples("mllama", tmp_path, 2, images=False)
     batch = response_batch(processor, examples)
     walk = truth.walk(model, [batch])
-    found = gather(walk, anatomy, "wanda", tmp_path / "work", lambda _: None)
+    found = gather(walk, anatomy, PRUNERS.get("wanda"), tmp_path / "work", lambda _: None)
     assert {key.split(".")[1] for key in found} == {"0", "2", "4"}
     missing = anatomy.layers[1].linear("q_proj")
     with pytest.raises(RegraftError, match=r"no wanda statistics for layers.1.cross_attn.q_proj"):
@@ -234,7 +231,7 @@ def test_layers_that_do_not_run_have_no_statistics(pico_dir, tmp_path):
                 [batch],
                 Pattern(0.5),
                 tmp_path / method,
-                pruner=Pruner(method),
+                settings=prune_settings(method),
             )
 
 
@@ -251,7 +248,7 @@ def test_overflow_is_told(pico_dir, tmp_path):
                 [batch],
                 Pattern(0.5),
                 tmp_path / method,
-                pruner=Pruner(method),
+                settings=prune_settings(method),
             )
 
 
@@ -333,9 +330,9 @@ def test_sequential_pruner_equals_brute_force(family, pattern, pico_dir, tmp_pat
     zeros = sum(int(mask.sum()) for mask in expected.values()) / anatomy.prunable
     assert zeros == pytest.approx(pattern.sparsity, abs=0.01)
 
-    pruner, folder = Pruner(order="one-shot"), tmp_path / "one-shot"
+    pruner, folder = prune_settings(order="one-shot"), tmp_path / "one-shot"
     with truth.unchanged(model):
-        one_shot = truth.prune(opened, model, cut, pattern, folder, pruner=pruner)
+        one_shot = truth.prune(opened, model, cut, pattern, folder, settings=pruner)
     naive = copy.deepcopy(model)
     at_once = prune_by_loops(naive, processor, anatomy, examples, pattern, "one-shot")
     assert_pruned(naive, anatomy, one_shot, at_once, dense)
@@ -354,7 +351,7 @@ def test_killed_pruner_goes_on(family, method, pico_dir, tmp_path):
     examples = truth.examples(family, tmp_path, 3, harmful=False)
     cut = [response_batch(processor, examples)]
     first, second = copy.deepcopy(model), copy.deepcopy(model)
-    settings = {"pattern": Pattern(0.5), "pruner": Pruner(method)}
+    settings = {"pattern": Pattern(0.5), "settings": prune_settings(method)}
     whole = truth.prune(opened, first, cut, folder=tmp_path / "whole", **settings)
     place, resumed = tmp_path / "resumed", LayerResults(tmp_path / "resumed")
 

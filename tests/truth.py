@@ -20,16 +20,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import pico
 from regraft.data.collate import Batch, prompt_batch, response_batch
-from regraft.importance.statistics import ImportanceStatistics
 from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
 from regraft.models.checkpoint import write_edited
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.models.placement import resident
 from regraft.models.walk import Walk
-from regraft.pruning.masks import Pattern
-from regraft.pruning.patterns import assign_patterns
-from regraft.pruning.pruner import Pruner, prune_layers
+from regraft.pruning.base import PruneSettings, prune_settings
+from regraft.pruning.masks import Pattern, assign_patterns
+from regraft.pruning.prune import prune_layers
 from regraft.pruning.results import LayerResults
+from regraft.pruning.statistics import ImportanceStatistics
 
 
 class Opened(NamedTuple):
@@ -258,7 +258,7 @@ def prune(
     pattern: Pattern | Mapping[LinearAnatomy, Pattern],
     folder: Path,
     *,
-    pruner: Pruner = Pruner(),  # noqa: B008
+    settings: PruneSettings | None = None,
     streamed: bool = False,
     **kwargs: Any,
 ) -> LayerResults:
@@ -267,10 +267,9 @@ def prune(
     if isinstance(pattern, Pattern):
         pattern = assign_patterns(anatomy.linears, pattern)
     prune_layers(
-        pruner,
+        settings or prune_settings(),
+        opened.source,
         walk(model, batches, streamed=streamed),
-        anatomy,
-        opened.source.checkpoint,
         pattern,
         results,
         **kwargs,

@@ -27,21 +27,21 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.results import EvalResult
 from regraft.heads.score import HeadScores
-from regraft.methods.base import DEFAULT, method_named
 from regraft.models.load import Source, open_source
 from regraft.patch.format import Patch
+from regraft.pruning.base import PRUNERS
+from regraft.restoration.base import DEFAULT, METHODS
 from regraft.settings.base import Settings, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import with_validation
 from regraft.watch import Silent, Watch
 
 if TYPE_CHECKING:
-    from regraft.report.compare import Study
+    from regraft.report.study import Study
 
 Model = str | Path | Source
 S = TypeVar("S", bound=Settings)
@@ -69,7 +69,8 @@ def prune(
         RegraftError: bad input.
     """
     found = _Given({"method": method, **settings})
-    own, data, compute = found.of(PruneSettings), found.calibration(), found.of(ComputeSettings)
+    own = found.of(PRUNERS.get(method).Settings)
+    data, compute = found.calibration(), found.of(ComputeSettings)
     found.finish()
     return stages.prune(_opened(model, compute), Path(out), own, data, compute, watch)
 
@@ -122,7 +123,7 @@ def realign(
         RegraftError: bad input.
     """
     found = _Given({"method": method, **settings})
-    own = found.of(method_named(method).Settings)
+    own = found.of(METHODS.get(method).Settings)
     scoring, data, compute = found.of(HeadSettings), found.calibration(), found.of(ComputeSettings)
     found.finish()
     before, after, places = _opened(dense, compute), _opened(pruned, compute), Path(out)

@@ -25,17 +25,17 @@ from regraft.files import atomic_file, digest, file_digest, read_json
 from regraft.folder import RunFolder, folder_of_model, study_runs
 from regraft.patch.format import load_patch
 from regraft.recipe import Recipe, read_recipe
-from regraft.reporting import read_report
+from regraft.reporting import read_run
 
 FORMAT = "regraft-bundle-1"
 MANIFEST = "manifest.json"
 _DATE = (1980, 1, 1, 0, 0, 0)  # the first that a zip file can hold
-_PAGES = ("models.json", "models.md", "models.html", "compare.json", "compare.md", "compare.html")
-_CARDS = ("report.json", "card.md")  # the other pages of a run show prompts and answers
+_PAGES = ("report.json", "report.md", "report.html")  # of several runs
+_CARDS = ("report.json", "card.md")  # the other pages of a single run show prompts and answers
 _README = """\
 Results of a run of regraft {version}: {title}
 
-models.md or compare.md, where there are several runs, and runs/*/card.md are the tables to read.
+report.md, where there are several runs, and runs/*/card.md are the tables to read.
 runs/*/evaluation/* hold the rates of every model (results.json) and the verdict on each answer
 (answers.jsonl), {texts}. No weights and no images.
 
@@ -124,7 +124,7 @@ def _run_files(folder: Path, texts: bool) -> Iterator[tuple[str, bytes]]:
     recipe = read_recipe(place.recipe)
     place = RunFolder(folder, several=len(recipe.prune) > 1)
     names = _names(recipe)
-    read_report(folder)  # raises where the run is not finished
+    read_run(folder)  # raises where the run is not finished
     yield "recipe.yaml", _recipe(recipe, names)
     for page in _CARDS:
         if not (file := place.report / page).is_file():
@@ -146,7 +146,7 @@ def _run_files(folder: Path, texts: bool) -> Iterator[tuple[str, bytes]]:
 
 
 def _evaluations(place: RunFolder, recipe: Recipe) -> dict[str, Path]:
-    """Name of every evaluated model, as in `report.models.Row`, -> its evaluation."""
+    """Name of every evaluated model, as in `report.study.Row`, -> its evaluation."""
     found = {"dense": place.dense_evaluation}
     for pruning in recipe.prune:
         found[pruning.name] = place.evaluation(pruning.name)

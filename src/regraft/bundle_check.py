@@ -15,7 +15,6 @@ from regraft.bundle import FORMAT, MANIFEST
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.evaluation.results import (
-    Answer,
     Estimate,
     EvalResult,
     from_json,
@@ -24,11 +23,13 @@ from regraft.evaluation.results import (
 )
 from regraft.evaluation.summary import summarise
 from regraft.files import digest
-from regraft.report.models import macro_rsr, measure
+from regraft.report.pooling import study_of
+from regraft.report.run import Run, Variant
 
 _MOST = 2**31  # bytes that a file of a bundle may unpack to
 _ROUNDING = 1e-9  # between machines
 _RATES = ("asr", "over_refusal", "utility")
+_CHECKED = (*_RATES, "mean_asr")
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,13 @@ def read_bundle(path: Path) -> Bundle:
             results[called] = _counted(f"{path}: {folder}", content[name], answers)
     if not results:
         raise RegraftError(f"{path} holds no evaluation.")
-    if "models.json" in content:
-        table = _json(f"{path}: models.json", content["models.json"])
+    for name in sorted(one for one in content if one.rpartition("/")[2] == "report.json"):
+        page = _json(f"{path}: {name}", content[name])
         try:
-            _check_table(path, table, results)
-        except (KeyError, TypeError) as error:
-            raise RegraftError(
-                f"{path}: models.json is no table of regraft ({error!r})."
-            ) from error
-    cards: list[str] = [name for name in ("models.md", "compare.md") if name in content]
+            _check_page(f"{path}: {name}", page, results, name.rpartition("/")[0])
+        except (KeyError, TypeError, StopIteration) as error:
+            raise RegraftError(f"{path}: {name} is no report of regraft ({error!r}).") from error
+    cards: list[str] = [name for name in ("report.md",) if name in content]
     cards += sorted(name for name in content if name.endswith("/card.md"))
     return Bundle(
         title=manifest["title"],
@@ -177,32 +176,45 @@ def _check_same(where: str, claimed: Estimate | None, counted: Estimate | None) 
         raise RegraftError(f"{where} is {said}, but the answers give {found}.")
 
 
-def _check_table(path: Path, table: Any, results: Mapping[str, EvalResult]) -> None:
-    """Every row of models.json against the evaluation that it is of."""
-    for row in table["rows"]:
-        run = f"runs/{row['model']}"
-        pruning, method = row["pruning"], row["method"]
-        name = "/".join(filter(None, (pruning, method))) or "dense"
-        where = f"{path}: models.json, {row['model']} {name}"
-        if f"{run}/{name}" not in results:
-            raise RegraftError(f"{where} has no evaluation.")
-        counted = measure(results[f"{run}/{name}"])
-        for rate in _RATES:
-            claimed = row["measured"][rate] and from_json(Estimate, row["measured"][rate], rate)
-            _check_same(f"{where}: {rate}", claimed, getattr(counted, rate))
-        if method and row["rsr"] is not None:
-            of = (results[f"{run}/{one}"].answers for one in ("dense", pruning, name))
-            _check_rsr(where, row["rsr"]["value"], *of)
+def _check_page(where: str, page: Any, results: Mapping[str, EvalResult], folder: str) -> None:
+    """Every row of a report.json against the evaluations that it is of.
+
+    Args:
+        where: The file, for errors.
+        page: Its content.
+        results: All evaluations of the bundle.
+        folder: That the page lies in: "" for the page over several runs.
+    """
+    runs = [_run(one, results, folder or _place(one)) for one in page["runs"]]
+    counted = study_of(runs, page["against"])
+    for table, again in zip(page["tables"], counted.tables, strict=True):
+        for row, found in zip(table["rows"], again.rows, strict=True):
+            name = " ".join(filter(None, (where, table["model"], table["pruning"], row["name"])))
+            for rate in _CHECKED:
+                claimed = row[rate] and from_json(Estimate, row[rate], rate)
+                _check_same(f"{name}: {rate}", claimed, getattr(found, rate))
+            for rate, recovered in (("rsr", found.rsr), ("mean_rsr", found.mean_rsr)):
+                said = None if row[rate] is None else row[rate]["recovery"]["value"]
+                _check_rsr(name, said, None if recovered is None else recovered.recovery.value)
 
 
-def _check_rsr(
-    where: str,
-    claimed: float | None,
-    dense: tuple[Answer, ...],
-    pruned: tuple[Answer, ...],
-    restored: tuple[Answer, ...],
-) -> None:
-    counted = macro_rsr(dense, pruned, restored)[0]
-    value = None if counted is None else counted.value
-    if (claimed is None) != (value is None) or abs((claimed or 0) - (value or 0)) > _ROUNDING:
-        raise RegraftError(f"{where}: RSR is {claimed}, but the answers give {value}.")
+def _place(run: Any) -> str:
+    """The folder of a run in the bundle: by its model, or by its seed."""
+    return f"runs/{run['name']}" if run["name"] else f"runs/seed-{run['seed']}"
+
+
+def _run(run: Any, results: Mapping[str, EvalResult], folder: str) -> Run:
+    """A run of a page with the results that its answers give."""
+    several = sum(one["base"] == "dense" for one in run["variants"]) > 1
+    variants = []
+    for one in run["variants"]:
+        name, base = one["name"], one["base"]
+        inside = name if several or base in (None, "dense") else f"{base}/{name}"
+        result = results[f"{folder}/{inside}"]
+        variants.append(Variant(name, one["label"], result, base, pruned=one["pruned"]))
+    return Run("", "", tuple(variants), recipe=run["recipe"], seed=run["seed"], name=run["name"])
+
+
+def _check_rsr(where: str, claimed: float | None, counted: float | None) -> None:
+    if (claimed is None) != (counted is None) or abs((claimed or 0) - (counted or 0)) > _ROUNDING:
+        raise RegraftError(f"{where}: RSR is {claimed}, but the answers give {counted}.")

@@ -16,14 +16,14 @@ from regraft.errors import RegraftError
 from regraft.files import file_digest, read_json
 from regraft.heads.ships import most_rank
 from regraft.keys import ABOUT_FILE
-from regraft.methods.base import MethodSettings, Needs
-from regraft.methods.selection import all_heads
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, pick_device, stored_dtype
+from regraft.pruning.base import PruneSettings
+from regraft.restoration.base import MethodSettings, Needs
+from regraft.restoration.selection import all_heads
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.validation import validation_of
 

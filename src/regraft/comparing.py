@@ -11,16 +11,16 @@ from regraft import ranks
 from regraft.errors import RegraftError
 from regraft.folder import study_runs
 from regraft.keys import but_for_rounding, difference
-from regraft.methods.base import settings_in
-from regraft.report.compare import Run, Study
-from regraft.report.compare import compare as compare_runs
-from regraft.report.model import Report
-from regraft.report.write_compare import write_comparison
-from regraft.reporting import read_report
+from regraft.report.pooling import study_of
+from regraft.report.run import Run
+from regraft.report.study import Study
+from regraft.report.write import write_report
+from regraft.reporting import read_run
+from regraft.restoration.base import settings_in
 
 
 def compare(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> Study:
-    """Compare the methods of finished runs; writes compare.json, .md, .html and figures.
+    """Compare the methods of finished runs; writes report.json, .md, .html and figures.
 
     Args:
         folders: Of runs whose recipes differ in the calibration seed alone, or of a study, which
@@ -31,23 +31,22 @@ def compare(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> 
     Raises:
         RegraftError: a run is not finished, or they cannot be compared.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / "compare.json").exists():
+    if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
         raise RegraftError(
-            f"The output folder {out} holds something else than a comparison. Choose a new folder."
+            f"The output folder {out} holds something else than a report. Choose a new folder."
         )
     places = [run for folder in folders for run in study_runs(folder) or (folder,)]
-    reports = {place: read_report(place) for place in places}
-    _check_same_recipe(reports)
-    runs = [Run(int(report.recipe["calibration"]["seed"]), report) for report in reports.values()]
-    study = compare_runs(runs, against)
+    runs = {place: read_run(place) for place in places}
+    _check_same_recipe(runs)
+    study = study_of(list(runs.values()), against)
     if ranks.first():
-        write_comparison(study, out)
+        write_report(study, out)
     return study
 
 
-def _check_same_recipe(reports: Mapping[Path, Report]) -> None:
-    for (first, one), (place, other) in pairwise(reports.items()):
-        wanted, found = (_apart_from_the_seed(report.recipe) for report in (one, other))
+def _check_same_recipe(runs: Mapping[Path, Run]) -> None:
+    for (first, one), (place, other) in pairwise(runs.items()):
+        wanted, found = (_apart_from_the_seed(run.recipe) for run in (one, other))
         if found != wanted:
             raise RegraftError(
                 f"{place} and {first} are runs of recipes that differ in more than the calibration "

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from regraft.evaluation.results import Estimate, EvalResult, Rates
+from regraft.evaluation.results import Estimate, EvalResult
 from regraft.evaluation.tradeoff import NOTE, Point, Searched, Tuned
 from regraft.watch import Advance
 
@@ -34,14 +34,10 @@ if TYPE_CHECKING:
     from regraft.analysis.sweep import Sweep
     from regraft.bundle_check import Bundle
     from regraft.evaluation.labelled import Bench
-    from regraft.evaluation.metrics import Recovery
-    from regraft.evaluation.significance import PairedTest
     from regraft.evaluation.verdicts import Agreement, Judged
     from regraft.heads.score import HeadScores
     from regraft.pipeline import Preview
-    from regraft.report.compare import Study
-    from regraft.report.model import Report, Variant
-    from regraft.report.models import ModelTable
+    from regraft.report.study import Study
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -102,12 +98,8 @@ class ConsoleWatch:
 
 def show_result(console: Console, result: EvalResult) -> None:
     """Print one evaluation with its intervals, per category."""
-    from regraft.report.words import (  # scipy, slow to import
-        NO_OVER_REFUSAL,
-        degenerate,
-        digits,
-        on_text,
-    )
+    from regraft.report.formatting import degenerate, number_cell, on_text  # scipy, slow to import
+    from regraft.report.summary import NO_OVER_REFUSAL
 
     table = Table(
         "", "%", "95 % interval", "n", title=Text(f"{result.suite}, judge {result.judge}")
@@ -136,9 +128,10 @@ def show_result(console: Console, result: EvalResult) -> None:
             highlight=False,
         )
     if result.text is not None:
-        told = f"Ordinary text, {on_text(result.text)}: perplexity {digits(result.text.perplexity)}"
+        told = f"Ordinary text, {on_text(result.text)}: perplexity "
+        told += number_cell(result.text.perplexity).text
         if result.text.kl is not None:
-            told += f", KL(dense || model) {digits(result.text.kl)} nats a token"
+            told += f", KL(dense || model) {number_cell(result.text.kl).text} nats a token"
         console.print(told, highlight=False, markup=False)
     if result.asr is not None and result.over_refusal is None:
         console.print(NO_OVER_REFUSAL, highlight=False)
@@ -261,100 +254,6 @@ def _with_interval(rate: Estimate | None) -> str:
     return f"{100 * rate.value:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
-def show_report(console: Console, report: Report) -> None:
-    """Print the table of a run: every model with sparsity, ASR, RSR, over-refusal, utility."""
-    from regraft.report.model import comparisons  # scipy, slow to import
-    from regraft.report.words import broken, degenerate, digits, tested_against
-
-    on_text = any(variant.result.text for variant in report.variants)
-    restoring, several = "realigned" in report.roles, len(report.variants) > 1
-    patterned = any(variant.n_m for variant in report.variants)
-    grouped = len(report.groups) > 1 and "realigned" in report.roles
-    table = Table(
-        "model",
-        "sparsity",
-        *(("restored", "per 10,000") if restoring else ()),
-        *(("N:M",) if patterned else ()),
-        "ASR %",
-        *(("RSR %",) if restoring else ()),
-        *(("p",) if several else ()),
-        "over-refusal %",
-        "utility %",
-        *(("KL to dense",) if on_text else ()),
-        title=Text(report.title),
-    )
-    compared = {one.name: one for one in comparisons(report)}
-    for variant, role in zip(report.variants, report.roles, strict=True):
-        comparison = compared.get(variant.name)
-        recovery = None if comparison is None else comparison.recovery
-        attacks = None if comparison is None else comparison.attacks
-        text = variant.result.text
-        if grouped and role == "pruned":
-            table.add_section()
-        table.add_row(
-            Text(variant.label_in_group),
-            f"{100 * variant.sparsity:.2f} %",
-            *(_came_back(variant) if restoring else ()),
-            *((broken(variant),) if patterned else ()),
-            _percent(variant.result.asr),
-            *((_recovered(recovery),) if restoring else ()),
-            *((_p_text(attacks),) if several else ()),
-            _percent(variant.result.over_refusal),
-            _percent(variant.result.utility),
-            *((digits(text.kl if text else None),) if on_text else ()),
-        )
-    console.print(table)
-    console.print(
-        "Brackets are 95 % intervals"
-        + (
-            "; p is McNemar's exact test on the same harmful prompts, " + tested_against(report)
-            if several
-            else ""
-        )
-        + ".",
-        style="dim",
-        markup=False,
-    )
-    if report.dense.result.by_suite:
-        console.print(_by_suite(report))
-    if report.caveat:
-        console.print(report.caveat, style="bold", markup=False)
-    if silent := [v for v in report.variants if v.result.degenerate]:
-        told = "; ".join(f"{v.label}: {degenerate(v.result)}" for v in silent)
-        console.print(
-            f"Degenerate answers, neither refusals nor successful attacks. {told}.", markup=False
-        )
-
-
-def _by_suite(report: Report) -> Table:
-    """ASR and over-refusal of every model on each of several suites."""
-    table = Table("suite", "model", "ASR %", "over-refusal %", "utility %")
-    for suite in report.dense.result.by_suite:
-        for variant in report.variants:
-            rates = variant.result.by_suite.get(suite, Rates(None, None, None))
-            cells = map(_percent, (rates.asr, rates.over_refusal, rates.utility))
-            name = suite if variant is report.dense else ""
-            table.add_row(Text(name), Text(variant.label_in_group), *cells)
-        table.add_section()
-    return table
-
-
-def _came_back(variant: Variant) -> tuple[str, str]:
-    share = variant.per_ten_thousand
-    return (
-        f"{variant.restored:,}" if variant.restored else "",
-        "" if share is None else f"{share:.2f}",
-    )
-
-
-def _p_text(test: PairedTest | None) -> str:
-    return "" if test is None else f"{test.p:.3f}" if test.p >= 0.001 else "< 0.001"
-
-
-def _recovered(recovery: Recovery | None) -> str:
-    return "" if recovery is None or recovery.value is None else f"{100 * recovery.value:.1f}"
-
-
 def show_preview(console: Console, folder: Path, preview: Preview) -> None:
     """Print the steps of a run, what is there of them, and what they take."""
     table = Table("step", "model", "there", "prompts answered", "learnt from", title=str(folder))
@@ -380,88 +279,28 @@ def show_preview(console: Console, folder: Path, preview: Preview) -> None:
 
 
 def show_study(console: Console, study: Study) -> None:
-    """Print a comparison, one table a pruning."""
-    from regraft.report import write_compare as words  # matplotlib, slow to import
-    from regraft.report.words import digits
+    """Print the tables of a report, a row a model, and what their columns mean."""
+    from regraft.report.summary import correlation_text, notes, summary  # scipy, slow to import
+    from regraft.report.tables import against, results, suites
 
-    def stacked(text: str) -> str:
-        return text.replace(" [", "\n[").replace(" (", "\n(").replace(" to ", "\nto ")
-
-    for table in study.tables:
+    for paragraph in summary(study):
+        console.print(paragraph, highlight=False, markup=False)
+    for grid in (*results(study, brief=True), *against(study), *suites(study, brief=True)):
         shown = Table(
-            Column("method", overflow="fold"),
-            *("per\n10,000", "ASR %", "RSR %", "p, Holm"),
-            Column("verdict", min_width=len("distinguishable")),
-            *(("says\nnothing %",) if study.silent else ()),
-            *("over-\nrefusal %", "from\npruned", "utility %"),
-            Column("from\npruned", min_width=len("pruned")),
-            *(("KL to\ndense",) if study.text else ()),
-            title=Text(f"{study.title}: {table.pruning}"),
+            Column(grid.headings[0], overflow="fold"),
+            *grid.headings[1:],
+            title=Text(": ".join(filter(None, (study.title, grid.title)))),
             box=SIMPLE_HEAD,
             collapse_padding=True,
             pad_edge=False,
         )
-        for row in table.rows:
-            shown.add_row(
-                Text(words.name_text(row)),
-                stacked(words.spread_text(row.restored)),
-                stacked(words.rate_text(row.asr)),
-                stacked(words.recovered_text(row.rsr)),
-                words.p_text(row.test),
-                row.test.verdict if row.test else "",
-                *((stacked(words.rate_text(row.degenerate)),) if study.silent else ()),
-                stacked(words.rate_text(row.over_refusal)),
-                words.points_text(row.over_refusal_from_pruned).partition(" ")[0],
-                stacked(words.rate_text(row.utility)),
-                words.points_text(row.utility_from_pruned).partition(" ")[0],
-                *((stacked(digits(row.text.kl if row.text else None)),) if study.text else ()),
-            )
+        for name, *cells in grid.rows:
+            texts = ("\n".join(filter(None, (one.value, one.interval, one.note))) for one in cells)
+            shown.add_row(Text(f"{name.number}  {name.value}"), *map(Text, texts))
         console.print(shown)
-        for other in table.against:
-            beside = Table(
-                *("method", "p", "Holm", "verdict"),
-                title=Text(f"{table.pruning}: against {other}"),
-                box=SIMPLE_HEAD,
-            )
-            for row in table.rows:
-                if test := row.against.get(other):
-                    texts = words.p_text(test, "p"), words.p_text(test), test.verdict
-                    beside.add_row(Text(words.name_text(row)), *texts)
-            console.print(beside)
-    for note in words.notes(study):
-        console.print(note, style="dim", highlight=False, markup=False)
-
-
-def show_models(console: Console, table: ModelTable) -> None:
-    """Print the table over several models, published figures beside."""
-    from regraft.report import write_models as words  # matplotlib, slow to import
-    from regraft.report.write_compare import rate_text
-
-    theirs = ("published",) if table.published else ()
-    for model in table.models:
-        shown = Table(
-            Column("model", overflow="fold"),
-            *("per 10,000", "ASR %, mean", *theirs, "RSR %", *theirs, "p"),
-            *("over-refusal %", "utility %"),
-            title=Text(f"{table.title}: {model}"),
-            box=SIMPLE_HEAD,
-        )
-        for row in table.of(model):
-            shown.add_row(
-                Text(row.name),
-                words.restored_text(row),
-                rate_text(row.measured.asr),
-                *((words.published_asr(row),) if theirs else ()),
-                words.rsr_text(row),
-                *((words.published_rsr(row),) if theirs else ()),
-                words.p_text(row),
-                rate_text(row.measured.over_refusal),
-                rate_text(row.measured.utility),
-            )
-        console.print(shown)
-    if table.correlation:
-        console.print(words.correlation_text(table), highlight=False, markup=False)
-    for note in words.notes(table):
+    for text in filter(None, (correlation_text(study), *(run.caveat for run in study.runs[:1]))):
+        console.print(text, style="bold", highlight=False, markup=False)
+    for note in notes(study):
         console.print(note, style="dim", highlight=False, markup=False)
 
 

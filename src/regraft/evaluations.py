@@ -1,4 +1,4 @@
-"""Evaluation folders, of whatever checkpoints, -> one Report; no model is loaded."""
+"""Evaluation folders, of whatever checkpoints, -> one page; no model is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Answer, EvalResult
 from regraft.files import file_digest
-from regraft.report.model import DataAccount, Opinion, Report, Variant
+from regraft.report.pooling import study_of
+from regraft.report.run import DataAccount, Opinion, Run, Variant
+from regraft.report.study import Study
 from regraft.report.write import write_report
 from regraft.stages import Evaluation
 
@@ -38,24 +40,24 @@ class Pair:
     pruned: Path
 
 
-def report(folders: Sequence[Path], out: Path, pair: Pair | None = None) -> Report:
+def report(folders: Sequence[Path], out: Path, pair: Pair | None = None) -> Study:
     """Write report.json, .md and .html on evaluations into `out`, replacing older ones.
 
     Raises:
-        RegraftError: see `read_report`; `out` holds something else.
+        RegraftError: see `read_run`; `out` holds something else.
     """
     if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
         raise RegraftError(
             f"The output folder {out} holds something else than a report. Choose a new folder."
         )
-    made = read_report(folders, pair)
+    made = study_of([read_run(folders, pair)])
     if ranks.first():
         write_report(made, out)
     return made
 
 
-def read_report(folders: Sequence[Path], pair: Pair | None = None) -> Report:
-    """One report on evaluations of the same prompts by the same judge; writes nothing.
+def read_run(folders: Sequence[Path], pair: Pair | None = None) -> Run:
+    """Evaluations of the same prompts by the same judge, as one run; writes nothing.
 
     All after the first are compared with it. With `pair` the pruned model is compared with the
     dense one and all others with the pruned one, with their RSR; its two folders may be among
@@ -78,7 +80,7 @@ def read_report(folders: Sequence[Path], pair: Pair | None = None) -> Report:
     }
     about = found[first].about
     account = about["data"]["suite"]
-    return Report(
+    return Run(
         title=f"Evaluation{'s' if names else ''}: {', '.join(found)}",
         model="",
         variants=tuple(_variants(found, results, related=pair is not None)),

@@ -15,7 +15,6 @@ from regraft.data.example import Example
 from regraft.data.images import length_class
 from regraft.errors import RegraftError
 from regraft.files import atomic_file, file_digest
-from regraft.importance.teacher import final_states
 from regraft.models.load import (
     Source,
     has_processor,
@@ -27,6 +26,7 @@ from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.patch.apply import check_base
 from regraft.patch.format import Patch, load_patch
+from regraft.restoration.teacher import final_states
 from regraft.settings.compute import ComputeSettings
 from regraft.watch import Watch
 

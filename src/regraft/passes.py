@@ -12,9 +12,9 @@ from regraft.data.collate import prompt_batch
 from regraft.files import read_json, write_json
 from regraft.folder import RunFolder
 from regraft.keys import describe, is_done
-from regraft.methods.base import needs_of
 from regraft.models.load import Source, load_processor
 from regraft.recipe import PruningSettings, Recipe, VariantSettings
+from regraft.restoration.base import needs_of
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages import Session

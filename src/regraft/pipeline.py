@@ -21,8 +21,12 @@ from regraft.models.load import pick_device
 from regraft.passes import count_pass, learns_from_both
 from regraft.plan import plan
 from regraft.preflight import bytes_needed, check, seen_before_in, unread_in
-from regraft.recipe import Recipe, read_recipe, write_recipe
-from regraft.report.model import Report
+from regraft.recipe import (
+    Recipe,
+    read_recipe,
+    write_recipe,
+)
+from regraft.report.study import Study
 from regraft.reporting import report
 from regraft.stages.steps import Step, make_all
 from regraft.watch import Silent, Watch
@@ -35,7 +39,7 @@ def run(
     folder: Path,
     watch: Watch | None = None,
     session: stages.Session | None = None,
-) -> Report:
+) -> Study:
     """Prune, score heads, realign, evaluate and report; finished stages are not repeated.
 
     Args:

@@ -10,10 +10,10 @@ from pathlib import Path
 from regraft import stages
 from regraft.files import digest
 from regraft.folder import RunFolder
-from regraft.methods.base import needs_of
 from regraft.models.load import Source, open_source
 from regraft.passes import SEARCH_REFERENCES
 from regraft.recipe import NamedDefenceSettings, PruningSettings, Recipe, VariantSettings
+from regraft.restoration.base import needs_of
 from regraft.settings.searching import SearchSettings
 from regraft.stages.steps import Step
 from regraft.watch import Watch

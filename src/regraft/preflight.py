@@ -24,13 +24,13 @@ from regraft.files import require_space
 from regraft.folder import RunFolder
 from regraft.keys import unfinished_bytes
 from regraft.loading import check_shares
-from regraft.methods.base import needs_of
-from regraft.methods.ranking import load_ranking
 from regraft.models.load import Source, check_split, load_processor, open_source
 from regraft.patch.pair import check_pair
+from regraft.pruning.base import PRUNERS, GradientPruner, PruneSettings, prune_settings
 from regraft.recipe import Recipe
 from regraft.reporting import model_folder
-from regraft.settings.pruning import PruneSettings
+from regraft.restoration.base import needs_of
+from regraft.restoration.ranking import load_ranking
 from regraft.settings.scoring import HeadSettings
 from regraft.stages.evaluating import check_for_vllm
 from regraft.stages.needing import check_method, learnt_by
@@ -91,8 +91,9 @@ def seen_before_in(recipe: Recipe, dense: Source, session: stages.Session) -> li
 def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Session) -> None:
     check_split(recipe.compute.device, recipe.compute.placement)
     for pruning in () if recipe.pruned else recipe.prune:
-        if pruning.method == "snip":
-            check_gradients(dense, recipe.compute, f"{pruning.name} (SNIP)")
+        if _takes_gradients(pruning):
+            label = PRUNERS.get(pruning.method).label
+            check_gradients(dense, recipe.compute, f"{pruning.name} ({label})")
     for variant in recipe.realign:
         check_method(dense, variant, recipe.calibration, recipe.compute, session, recipe.heads)
         if (file := needs_of(variant).positions) and recipe.positions_of(variant) is None:
@@ -121,7 +122,7 @@ def unread_in(recipe: Recipe) -> list[str]:
     named = [] if recipe.pruned else [(one.name, one.unread()) for one in recipe.prune]
     named += [(one.name, one.unread()) for one in recipe.defend]
     named += [(one, getattr(recipe, one).unread()) for one in ("calibration", "heads", "evaluate")]
-    if recipe.pruned and recipe.prune[0].only() != PruneSettings():
+    if recipe.pruned and recipe.prune[0].only() != prune_settings():
         named.append(("prune", f"it changes nothing, since `pruned` is {recipe.pruned}"))
     if recipe.heads != HeadSettings() and not any(needs_of(one).heads for one in recipe.realign):
         named.append(("heads", "they change nothing, since nothing goes by scored heads"))
@@ -165,9 +166,8 @@ def _backward_passes(
 ) -> Iterator[tuple[Path, bool, Sequence[Sequence[bool]]]]:
     """Outputs that need one, whether they imitate, and of which kinds (those kept together)."""
     for pruning in () if recipe.pruned else recipe.prune:
-        if pruning.method == "snip":
-            kinds = (False, True) if pruning.calibrate_on == "both" else (False,)
-            yield place.pruned(pruning.name), False, [kinds]
+        if _takes_gradients(pruning):
+            yield place.pruned(pruning.name), False, [[one == "safety" for one in pruning.kinds]]
     for needs in map(needs_of, recipe.realign):
         if needs.statistics and needs.gradients and not needs.answers:
             yield place.statistics(needs.statistics), False, [(True,), (False,)]
@@ -197,11 +197,13 @@ def bytes_needed(recipe: Recipe, dense: Source, folder: Path) -> tuple[int, int]
     return kept - unfinished, most - unfinished
 
 
+def _takes_gradients(pruning: PruneSettings) -> bool:
+    return isinstance(PRUNERS.get(pruning.method), GradientPruner)
+
+
 def _kinds_drawn(recipe: Recipe) -> list[bool]:
     """Which calibration prompts pruning and defences learn from, harmful (True) and harmless."""
     always = any(one.method == "refusal-direction" for one in recipe.defend)
-    on_both = recipe.pruned is None and any(
-        one.calibrate_on == "both" or one.method == "safety-potential" for one in recipe.prune
-    )
+    on_both = recipe.pruned is None and any("safety" in one.kinds for one in recipe.prune)
     wanted = {True: on_both, False: recipe.pruned is None}
     return [harmful for harmful, also in wanted.items() if always or also]

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import GenericAlias
+from typing import Annotated, Any, TypeVar, cast
 
 import yaml
 from pydantic import (
@@ -15,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializeAsAny,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
@@ -29,20 +31,20 @@ from regraft.data.sources import DataSource
 from regraft.data.storage import is_on_hub
 from regraft.errors import RegraftError
 from regraft.files import digest
-from regraft.methods.base import (
+from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, refuse_broken
+from regraft.restoration.base import (
     DEFAULT,
+    METHODS,
     MethodSettings,
-    method_named,
     needs_of,
     own_settings,
 )
-from regraft.settings.base import Settings, checked_name, explain
+from regraft.settings.base import Settings, by_method, checked_name, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.models import ModelSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import Choosing, validation_of, with_validation
@@ -58,7 +60,7 @@ def _named_by_method(given: Any) -> Any:
 
 
 class PruningSettings(PruneSettings):
-    """One pruned model of a run."""
+    """One pruned model of a run; `pruning_settings` makes those of a pruner."""
 
     name: str = Field(
         "",
@@ -76,12 +78,32 @@ class PruningSettings(PruneSettings):
 
     def only(self) -> PruneSettings:
         """These settings without the name."""
-        return PruneSettings(**self.model_dump(include=set(PruneSettings.model_fields)))
+        plain = PRUNERS.get(self.method).Settings
+        return plain(**self.model_dump(include=set(plain.model_fields)))
 
     def derived_name(self) -> str:
         """The name among several prunings where none is given."""
         amount = self.n_m.replace(":", "-") if self.n_m else f"{round(100 * self.sparsity, 6):g}"
         return f"{self.method}-{amount}"
+
+
+@cache
+def _named_settings(settings: type[PruneSettings]) -> type[PruningSettings]:
+    """A pruner's settings with the name."""
+    bases: Any = (settings, PruningSettings)
+    named: Any = create_model(settings.__name__, __base__=bases)
+    return cast("type[PruningSettings]", named)
+
+
+def _any_pruner() -> Any:
+    named = {name: _named_settings(one) for name, one in all_settings().items()}
+    return by_method(named, default="wanda")
+
+
+def pruning_settings(**given: Any) -> PruningSettings:
+    """One pruned model of a run, by the pruner that `method` names."""
+    found: PruningSettings = TypeAdapter(_any_pruner()).validate_python(given)
+    return found
 
 
 class VariantSettings(MethodSettings):
@@ -177,7 +199,7 @@ def variant_class(method: str) -> type[VariantSettings]:
     Raises:
         RegraftError: there is no such method.
     """
-    bases: Any = (method_named(method).Settings, VariantSettings)
+    bases: Any = (METHODS.get(method).Settings, VariantSettings)
     own: type[VariantSettings] = _create_model(f"variant-{method}", __base__=bases)
     return own
 
@@ -255,11 +277,16 @@ class EvaluateSettings(EvalSettings):
 
 def _prunings(value: Any) -> Any:
     """One block of settings as a list of one, so that errors in it name its fields alone."""
-    if isinstance(value, PruneSettings) and not isinstance(value, PruningSettings):
-        value = value.model_dump()
+
+    def given(one: Any) -> Any:
+        refuse_broken(one)
+        plain = isinstance(one, PruneSettings) and not isinstance(one, PruningSettings)
+        return one.model_dump() if plain else one
+
     if isinstance(value, list | tuple):
-        return [one.model_dump() if type(one) is PruneSettings else one for one in value]
-    return [PruningSettings.model_validate(value)]
+        several: Any = GenericAlias(list, (_any_pruner(),))
+        return TypeAdapter(several).validate_python([given(one) for one in value])
+    return [TypeAdapter(_any_pruner()).validate_python(given(value))]
 
 
 def _named(prunings: tuple[PruningSettings, ...]) -> tuple[PruningSettings, ...]:
@@ -314,7 +341,7 @@ class Recipe(Settings):
     prune: Annotated[
         tuple[PruningSettings, ...], BeforeValidator(_prunings), AfterValidator(_named)
     ] = Field(
-        (PruningSettings(name="pruned"),),
+        default_factory=lambda: (pruning_settings(name="pruned"),),
         description="One pruning, or a list of them, each evaluated and realigned.",
     )
     heads: HeadSettings = HeadSettings()

@@ -10,8 +10,9 @@ import yaml
 from cyclopts import Parameter
 from pydantic.fields import FieldInfo
 
-from regraft.methods.base import METHODS, MethodSettings, method_named
+from regraft.pruning.base import PruneSettings, all_settings, described
 from regraft.recipe import NamedDefenceSettings, Recipe
+from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.base import Settings
 from regraft.settings.models import ModelSettings
 from regraft.settings.searching import SearchSettings
@@ -31,8 +32,10 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
             continue
         value, written = getattr(settings, name), content[name]
         meaning = _meaning(field, value)
-        if name == "method" and isinstance(settings, MethodSettings):
-            meaning = _first_line(method_named(value).Settings)
+        if name == "method" and isinstance(settings, PruneSettings):
+            meaning = described()
+        elif name == "method" and isinstance(settings, MethodSettings):
+            meaning = _first_line(METHODS.get(value).Settings)
         yield from _comment(meaning, pad)
         if isinstance(value, Settings):
             yield f"{pad}{name}:"
@@ -40,6 +43,8 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
         elif isinstance(written, dict):  # a list of one that is written without a list
             yield f"{pad}{name}:"
             yield from _block(value[0], f"{pad}  ")
+            if isinstance(value[0], PruneSettings):
+                yield from _of_other_pruners(value[0], f"{pad}  ")
         elif written and isinstance(written, list) and isinstance(value[0], Settings):
             yield f"{pad}{name}:"
             yield from _items(value, pad)
@@ -55,11 +60,20 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
             yield from _example(["defend:", *_items([NamedDefenceSettings()], "")], pad)
 
 
+def _of_other_pruners(settings: PruneSettings, pad: str) -> Iterator[str]:
+    """Settings of pruners other than that of `settings`, as comments."""
+    for method, other in all_settings().items():
+        for name, field in other.model_fields.items():
+            if name not in type(settings).model_fields:
+                yield from _comment(f"Of {method}: {_meaning(field, None)}", pad)
+                yield from (f"{pad}# {line}" for line in _entry(name, field.default, ""))
+
+
 def _other_methods(ways: Sequence[MethodSettings]) -> list[MethodSettings]:
     """The settings of all methods that a recipe does not have, without names."""
     shown = {one.method for one in ways}
     names = [name for name in METHODS.names() if name not in shown]
-    return [method_named(name).Settings(method=name) for name in names]
+    return [METHODS.get(name).Settings(method=name) for name in names]
 
 
 def _items(settings: Any, pad: str) -> Iterator[str]:

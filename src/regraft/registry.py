@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -67,6 +68,15 @@ class Registry(Generic[Plugin]):
                 f"it under {self.group}."
             )
         return found
+
+    def working(self) -> tuple[str, ...]:
+        """All names but those of packages that are broken, which `get` says of each."""
+        found = []
+        for name in self.names():
+            with suppress(RegraftError):
+                self.get(name)
+                found.append(name)
+        return tuple(found)
 
     def expected(self) -> str:
         """The names, as an error lists them."""

@@ -18,44 +18,38 @@ from regraft.evaluation.tradeoff import read_curve
 from regraft.files import read_json
 from regraft.folder import RECIPE_FILE, RunFolder
 from regraft.heads.score import HeadScores, load_heads
-from regraft.importance.statistics import load_statistics
-from regraft.methods.base import method_of, needs_of
-from regraft.methods.fine_tune.adam import TRAINED_VALUES, is_trained
-from regraft.methods.gain.path import read_path
-from regraft.methods.ranking import load_ranking
 from regraft.models.load import open_source
 from regraft.passes import passes_of_defence, passes_of_variant
 from regraft.patch.format import load_patch
 from regraft.patch.pair import restored_by_module
+from regraft.pruning.statistics import load_statistics
 from regraft.recipe import PruningSettings, Recipe, read_recipe
-from regraft.report.model import DataAccount, HeadMap, Report, SharedPath, Variant
+from regraft.report.pooling import study_of
+from regraft.report.run import DataAccount, HeadMap, Run, SharedPath, Variant
+from regraft.report.study import Study
 from regraft.report.write import write_report
+from regraft.restoration.base import method_of, needs_of
+from regraft.restoration.methods.fine_tune.adam import TRAINED_VALUES, is_trained
+from regraft.restoration.methods.gain.path import read_path
+from regraft.restoration.ranking import load_ranking
 from regraft.settings.defending import DefenceSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.stages import Evaluation
 
-METHOD_LABELS = {
-    "wanda": "Wanda",
-    "sparsegpt": "SparseGPT",
-    "snip": "SNIP",
-    "safety-potential": "Safety-Potential",
-}
 
-
-def report(folder: Path) -> Report:
+def report(folder: Path) -> Study:
     """Write the report of a finished run from its artifacts alone.
 
     Raises:
         RegraftError: the folder holds no run, or one that is not finished.
     """
-    made = read_report(folder)
+    made = study_of([read_run(folder)])
     if ranks.first():
         write_report(made, RunFolder(folder).report)
     return made
 
 
-def read_report(folder: Path) -> Report:
-    """The report of a finished run, from its artifacts alone; writes nothing.
+def read_run(folder: Path, name: str = "") -> Run:
+    """A finished run from its artifacts alone; `name` tells it apart from those of other models.
 
     Raises:
         RegraftError: the folder holds no run, or one that is not finished.
@@ -76,35 +70,13 @@ def read_report(folder: Path) -> Report:
     variants = [_variant("dense", evaluations["dense"])]
     for pruning in recipe.prune:
         variants += _group(place, recipe, pruning, evaluations)
-    abouts = [evaluations["dense"].about]
-    abouts += [
-        load_defence(place.defence(pruning.name, one.name)).about
-        for pruning in recipe.prune
-        for one in recipe.defences_of(pruning)
-    ]
-    for pruning in recipe.prune:
-        for one in recipe.variants_of(pruning):
-            curve = place.curve(pruning.name, one.name)
-            abouts += [read_json(curve).get("about", {})] if curve.exists() else []
-            ranking = place.ranking(pruning.name, recipe.ranking_name(one))
-            abouts += [load_ranking(ranking).about] if ranking.exists() else []
-    maps: tuple[HeadMap, ...] = ()
-    if place.heads.exists():
-        scores = load_heads(place.heads, dense.anatomy)
-        maps = _head_maps(scores)
-        abouts.append(scores.about)
-    kinds = [kind for one in recipe.realign if (kind := needs_of(one).statistics)]
-    gathered = [path for kind in kinds if (path := place.statistics(kind)).exists()]
-    written = [place.pruned(one.name) / stages.ABOUT_FILE for one in recipe.prune]
-    if gathered:
-        abouts.append(load_statistics(gathered[0]).about)
-    else:
-        abouts += [read_json(path) for path in written if path.exists()]
-    return Report(
+    heads = load_heads(place.heads, dense.anatomy) if place.heads.exists() else None
+    abouts = list(_abouts(place, recipe, evaluations["dense"], heads))
+    return Run(
         title=recipe.title,
         model=recipe.model,
         variants=tuple(variants),
-        head_maps=maps,
+        head_maps=() if heads is None else _head_maps(heads),
         data=tuple(_accounts(abouts)),
         recipe=recipe.model_dump(mode="json"),
         costs=tuple(read_costs(place.costs)),
@@ -114,7 +86,36 @@ def read_report(folder: Path) -> Report:
         versions=abouts[0]["versions"] | {"device": abouts[0]["compute"]["device"]},
         notes=tuple(f"{one.label}: {TRAINED_VALUES}" for one in variants if one.trained),
         caveat=CAVEAT if is_demo(recipe.model) else "",
+        seed=recipe.calibration.seed,
+        name=name,
     )
+
+
+def _abouts(
+    place: RunFolder, recipe: Recipe, dense: Evaluation, heads: HeadScores | None
+) -> Iterator[Mapping[str, Any]]:
+    """What the artifacts that used data say of it; that of the dense model's evaluation first."""
+    yield dense.about
+    for pruning in recipe.prune:
+        for defence in recipe.defences_of(pruning):
+            yield load_defence(place.defence(pruning.name, defence.name)).about
+    for pruning in recipe.prune:
+        for one in recipe.variants_of(pruning):
+            curve = place.curve(pruning.name, one.name)
+            if curve.exists():
+                yield read_json(curve).get("about", {})
+            ranking = place.ranking(pruning.name, recipe.ranking_name(one))
+            if ranking.exists():
+                yield load_ranking(ranking).about
+    if heads is not None:
+        yield heads.about
+    kinds = [kind for one in recipe.realign if (kind := needs_of(one).statistics)]
+    gathered = [path for kind in kinds if (path := place.statistics(kind)).exists()]
+    written = [place.pruned(one.name) / stages.ABOUT_FILE for one in recipe.prune]
+    if gathered:
+        yield load_statistics(gathered[0]).about
+    else:
+        yield from (read_json(path) for path in written if path.exists())
 
 
 def model_folder(model: str) -> str | Path:
@@ -152,12 +153,10 @@ def _group(
     patches = {one.name: load_patch(place.patch(pruning.name, one.name)) for one in variants}
     own = evaluations[pruning.name]
     taken = own.about["zeros"] - evaluations["dense"].about["zeros"]
-    series = "" if recipe.pruned else _series(pruning.only())
     yield _variant(
         pruning.name,
         own,
         base="dense",
-        series=series,
         checkpoint=recipe.pruned or str(place.pruned(pruning.name).relative_to(place.path)),
         pruned=next((patch.about["pruned"] for patch in patches.values()), taken),
     )
@@ -174,7 +173,6 @@ def _group(
             evaluations[name],
             label=f"{name} ({method_of(one).label(one)})",
             base=pruning.name,
-            series=series,
             patch=str(place.patch(pruning.name, one.name).relative_to(place.path)),
             restored=patch.restored,
             trained=is_trained(patch),
@@ -195,7 +193,6 @@ def _group(
             evaluations[name],
             label=f"{name} ({how}, at inference)",
             base=pruning.name,
-            series=series,
             inference_time=True,
             passes=passes_of_defence(
                 name, costs, unit, by_prompt=defence.method != "refusal-direction"
@@ -230,17 +227,6 @@ def _defence(settings: DefenceSettings, file: Path) -> str:
     if settings.prompt == DEFENCE_PROMPT:
         return "prompt after AdaShield-S"
     return "AdaShield with a given prompt"
-
-
-def _series(settings: PruneSettings) -> str:
-    """The method and every setting that is not its default, the sparsity aside."""
-    default = PruneSettings(method=settings.method)
-    others = [
-        value if isinstance(value, str) else f"{name} {value}"
-        for name, value in settings.model_dump(mode="json").items()
-        if name != "sparsity" and getattr(settings, name) != getattr(default, name)
-    ]
-    return ", ".join((METHOD_LABELS.get(settings.method, settings.method), *others))
 
 
 def _head_maps(scores: HeadScores) -> tuple[HeadMap, ...]:

@@ -7,23 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from regraft import pipeline, ranks, stages
-from regraft.analysis.figures import relation_figure
 from regraft.analysis.relation import ModelPoint, correlation, estimates
 from regraft.analysis.run import total_ships
 from regraft.errors import RegraftError
 from regraft.folder import RunFolder, folder_of_model
 from regraft.recipe import Recipe, read_recipe
-from regraft.report.models import Correlation, ModelTable, model_table
-from regraft.report.published_file import read_published
-from regraft.report.write_models import write_models
-from regraft.reporting import read_report
+from regraft.report.pooling import study_of
+from regraft.report.published import read_published
+from regraft.report.study import Correlation, Study
+from regraft.report.write import write_report
+from regraft.reporting import read_run
 from regraft.study import check_runs
 from regraft.watch import Silent, Watch
 
 _FEWEST = 3  # models of which ranks are correlated
 
 
-def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> ModelTable:
+def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Study:
     """One `pipeline.run` for every model in its own folder, then the table in `report`.
 
     All models are opened and checked before the first is run, so that one that cannot be downloaded
@@ -51,17 +51,16 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> ModelTable:
     return report(folder)
 
 
-def report(folder: Path) -> ModelTable:
+def report(folder: Path) -> Study:
     """Write the table of finished runs again.
 
     Raises:
         RegraftError: a run is not finished, or the published figures cannot be read.
     """
-    table, points = _read(folder)
+    study = _read(folder)
     if ranks.first():
-        figure = relation_figure(points) if points else ""
-        write_models(table, RunFolder(folder).report, figure)
-    return table
+        write_report(study, RunFolder(folder).report)
+    return study
 
 
 def is_several(folder: Path) -> bool:
@@ -70,8 +69,7 @@ def is_several(folder: Path) -> bool:
     return recipe.exists() and bool(read_recipe(recipe).models)
 
 
-def _read(folder: Path) -> tuple[ModelTable, tuple[ModelPoint, ...]]:
-    """The table, and the points of its correlation."""
+def _read(folder: Path) -> Study:
     place = RunFolder(folder)
     recipe = read_recipe(place.recipe)
     places = {one.name: folder_of_model(folder, one.name) for one in recipe.models}
@@ -81,23 +79,25 @@ def _read(folder: Path) -> tuple[ModelTable, tuple[ModelPoint, ...]]:
                 f"The run in {folder} is not finished: {name} has not been run. Continue it with "
                 f"`regraft run {place.recipe} --out {folder}`."
             )
-    reports = {name: read_report(one) for name, one in places.items()}
+    runs = [read_run(run_folder, name) for name, run_folder in places.items()]
     published = None if recipe.published is None else read_published(recipe.published)
-    table = model_table(recipe.title, reports, published)
-    points = tuple(_points(places, table, recipe.prune[0].name))
+    study = study_of(runs, title=recipe.title, published=published)
+    pruning = recipe.prune[0].name
+    points = tuple(_points(places, study, pruning))
     if len(points) < _FEWEST:
-        return table, ()
-    return replace(table, correlation=_correlation(recipe.prune[0].name, points)), points
+        return study
+    return replace(study, correlation=_correlation(pruning, points))
 
 
-def _points(places: Mapping[str, Path], table: ModelTable, pruning: str) -> Iterator[ModelPoint]:
+def _points(places: Mapping[str, Path], study: Study, pruning: str) -> Iterator[ModelPoint]:
     """Of every model with head scores that was pruned so: total Ships, rise in mean ASR."""
-    asr = {(row.model, row.name): row.measured.asr for row in table.rows}
-    for name, place in places.items():
-        dense, pruned = asr.get((name, "dense")), asr.get((name, pruning))
-        if dense is not None and pruned is not None and RunFolder(place).heads.exists():
-            rise = round(pruned.value - dense.value, 12)  # so that equal rises stay ties
-            yield total_ships(place).point(name, rise)
+    for table in study.tables:
+        place = places[table.model]
+        if table.pruning == pruning and RunFolder(place).heads.exists():
+            dense, pruned = (row.mean_asr or row.asr for row in table.rows[:2])
+            if dense is not None and pruned is not None:
+                rise = round(pruned.value - dense.value, 12)  # so that equal rises stay ties
+                yield total_ships(place).point(table.model, rise)
 
 
 def _correlation(pruning: str, points: tuple[ModelPoint, ...]) -> Correlation:

@@ -13,7 +13,7 @@ from regraft.files import atomic_folder, require_space
 from regraft.folder import RunFolder, seed_folder
 from regraft.preflight import bytes_needed
 from regraft.recipe import Recipe, read_recipe
-from regraft.report.compare import Study
+from regraft.report.study import Study
 from regraft.watch import Silent, Watch
 
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from regraft.analysis.overlap import LayerOverlap, by_chance
-from regraft.analysis.relation import ModelPoint
 from regraft.analysis.sweep import Sweep
-from regraft.report.drawing import INK, LOOKS, RULE, Spot, ceiling, to_svg, write_beside
+from regraft.report.drawing import INK, LOOKS, ceiling, to_svg
 
 _RATES = (("asr", "ASR"), ("over_refusal", "over-refusal"), ("utility", "utility"))
 
@@ -51,23 +50,6 @@ def sweep_figure(sweep: Sweep) -> str:
         axes[-1].set_xlabel(sweep.setting)
 
     return to_svg(5.6, f"{sweep.setting} against ASR, over-refusal and utility", draw, panels=3)
-
-
-def relation_figure(points: Sequence[ModelPoint]) -> str:
-    """Each model's rise in ASR by its total Ships, with its name beside it."""
-
-    def draw(_figure: Any, axes: Any) -> None:
-        width = max(p.ships for p in points) * 1.15 or 1
-        rises = [100 * p.degradation for p in points]
-        low, high = min(0.0, min(rises) * 1.2), max(5.0, max(rises) * 1.2)
-        spots = [Spot(p.ships, rise, p.name) for p, rise in zip(points, rises, strict=True)]
-        axes.scatter([s.x for s in spots], [s.y for s in spots], s=22, color=LOOKS[1][0], zorder=3)
-        axes.set(xlim=(0, width), ylim=(low, high))
-        axes.set(xlabel="total Ships, radians", ylabel="rise in ASR by pruning, points")
-        axes.grid(color=RULE)
-        write_beside(axes, spots, (270, 150))
-
-    return to_svg(2.8, "Total Ships against the rise in ASR", draw)
 
 
 def overlap_figure(found: Mapping[float, Sequence[LayerOverlap]]) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from regraft.importance.statistics import SavedStatistics
-from regraft.methods.selection import RankingScope, top
 from regraft.models.load import Source
+from regraft.pruning.statistics import SavedStatistics
+from regraft.restoration.selection import RankingScope, top
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,7 @@ def overlaps(
     for layer in dense.anatomy.layers:
         shared = either = 0
         for linear in layer.linears:
-            if safety.method != "magnitude" and not (
-                linear.key in safety.values and linear.key in utility.values
-            ):
+            if not (linear.key in safety.values and linear.key in utility.values):
                 continue
             weight = dense.checkpoint.read(linear.tensor)
             by_safety, by_utility = (

@@ -23,12 +23,13 @@ from regraft.errors import RegraftError
 from regraft.files import atomic_folder, require_new, write_json, write_text
 from regraft.folder import RunFolder
 from regraft.heads.score import load_heads
-from regraft.importance.statistics import load_statistics
-from regraft.methods.selection import RankingScope
 from regraft.models.load import Source, open_source
+from regraft.pruning.statistics import load_statistics
 from regraft.recipe import Recipe, read_recipe
 from regraft.report.drawing import standalone
-from regraft.reporting import model_folder, read_report
+from regraft.report.rate_figures import relation_figure
+from regraft.reporting import model_folder, read_run
+from regraft.restoration.selection import RankingScope
 from regraft.watch import Watch
 
 
@@ -72,7 +73,12 @@ def relate(folders: Sequence[Path], out: Path) -> tuple[tuple[ModelPoint, ...], 
         "spearman": None if found is None else asdict(found),
         "note": estimates(points),
     }
-    _write(out, "relation", content, figures.relation_figure(points))
+    _write(
+        out,
+        "relation",
+        content,
+        relation_figure([(p.name, p.ships, p.degradation) for p in points]),
+    )
     return points, found
 
 
@@ -144,15 +150,15 @@ def total_ships(folder: Path) -> TotalShips:
 
 
 def _points(folder: Path) -> list[ModelPoint]:
-    report = read_report(folder)
+    run = read_run(folder)
     total = total_ships(folder)
-    before = report.dense.result.asr
+    before = run.dense.result.asr
     found = []
-    for group in report.groups:
+    for group in run.groups:
         after = group[0].result.asr
         if before is None or after is None or math.isnan(total.ships):
             raise RegraftError(f"{folder} was evaluated on no harmful prompts: it has no ASR.")
-        name = f"{report.model} {group[0].label}" if len(report.groups) > 1 else report.model
+        name = f"{run.model} {group[0].label}" if len(run.groups) > 1 else run.model
         found.append(total.point(name, after.value - before.value))
     return found
 

@@ -10,9 +10,9 @@ from typing import Any
 from regraft import pipeline
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
-from regraft.methods.base import method_of
-from regraft.recipe import PruningSettings, Recipe, variant
-from regraft.report.model import Report, Variant
+from regraft.recipe import Recipe, pruning_settings, variant
+from regraft.report.run import Run, Variant
+from regraft.restoration.base import method_of
 from regraft.watch import Watch
 
 
@@ -57,8 +57,7 @@ def swept(recipe: Recipe, setting: str, values: Sequence[float]) -> Recipe:
             raise RegraftError("The recipe names a pruned checkpoint, so its sparsity is given.")
         base = recipe.prune[0].model_dump() | {"n_m": None}
         prunings = [
-            PruningSettings.model_validate({**base, "sparsity": v, "name": _name(setting, v)})
-            for v in values
+            pruning_settings(**{**base, "sparsity": v, "name": _name(setting, v)}) for v in values
         ]
         varied: dict[str, Any] = {"prune": prunings, "realign": ()}
     else:
@@ -79,7 +78,7 @@ def swept(recipe: Recipe, setting: str, values: Sequence[float]) -> Recipe:
             variant(**{**content_of, field: _whole(v), "name": _name(setting, v)}) for v in values
         ]
         pruning = recipe.prune[0].model_dump() | {"realign": True}
-        varied = {"prune": [PruningSettings.model_validate(pruning)], "realign": variants}
+        varied = {"prune": [pruning_settings(**pruning)], "realign": variants}
     return Recipe.model_validate(content | varied | {"seeds": (), "against": (), "defend": ()})
 
 
@@ -91,18 +90,18 @@ def run_sweep(
     Raises:
         RegraftError: see `swept` and `pipeline.run`.
     """
-    report = pipeline.run(swept(recipe, setting, values), folder, watch)
-    return read_sweep(report, setting, values)
+    study = pipeline.run(swept(recipe, setting, values), folder, watch)
+    return read_sweep(study.runs[0], setting, values)
 
 
-def read_sweep(report: Report, setting: str, values: Sequence[float]) -> Sweep:
+def read_sweep(run: Run, setting: str, values: Sequence[float]) -> Sweep:
     """The points of a finished sweep."""
-    found = {variant.name.rpartition("/")[2]: variant for variant in report.variants}
+    found = {variant.name.rpartition("/")[2]: variant for variant in run.variants}
     points = tuple(_point(found[_name(setting, value)], value) for value in sorted(values))
-    references = {"dense": _point(report.dense, 0)}
+    references = {"dense": _point(run.dense, 0)}
     if setting != "sparsity":
-        references["pruned"] = _point(report.groups[0][0], 0)
-    return Sweep(setting, report.dense.result.judge, points, references)
+        references["pruned"] = _point(run.groups[0][0], 0)
+    return Sweep(setting, run.dense.result.judge, points, references)
 
 
 def _point(variant: Variant, value: float) -> SweepPoint:

@@ -28,7 +28,7 @@ def defend(
 
     with watching() as watch:
         refuse_unread(settings)
-        check_data(settings.method, calibration)
+        check_data(settings.method, calibration, reads=settings.method == "refusal-direction")
         source = open_model(pruned, compute.trust_remote_code)
         made = stages.defend(source, out, settings, calibration, compute, watch)
         if isinstance(made, Direction):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from regraft.errors import RegraftError
-from regraft.methods.base import MethodSettings, needs_of
+from regraft.restoration.base import MethodSettings, needs_of
 from regraft.settings.base import Settings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import HeadSettings
@@ -25,12 +25,9 @@ def refuse_unread(*given: Settings) -> None:
             raise RegraftError(f"{found}. Leave it out.".replace("_", "-"))
 
 
-def check_data(method: str, calibration: CalibrationSettings) -> None:
-    """Refuse data where none are read, of a method of pruning or a defence."""
-    if (
-        method in ("magnitude", "adashield", "safety-prompt")
-        and calibration != CalibrationSettings()
-    ):
+def check_data(method: str, calibration: CalibrationSettings, *, reads: bool) -> None:
+    """Refuse data where none are read, of a pruner or a defence."""
+    if not reads and calibration != CalibrationSettings():
         raise RegraftError(f"{method} reads no data: settings of it would change nothing.")
     refuse_unread(calibration)
 

@@ -2,35 +2,73 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, Field, TypeAdapter, create_model
 
 from regraft.cli.flags import check_data, refuse_unread
 from regraft.cli.options import Calibration, Compute, Flat, Model, OutFolder, open_model, watching
-from regraft.pruning.pruner import zeros
+from regraft.pruning.base import PruneSettings, all_settings, described, refuse_broken
+from regraft.pruning.prune import zeros
+from regraft.settings.base import by_method
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.pruning import PruneSettings
+
+
+def _flags() -> type[BaseModel]:
+    """The flags of all pruners. The chosen one's settings refuse those that are not its own."""
+    settings = all_settings()
+    names = dict.fromkeys(name for one in settings.values() for name in one.model_fields)
+    fields: dict[str, Any] = {name: _flag(name, settings) for name in names}
+    fields["method"] = (str, Field("wanda", description=described()))
+    return create_model("PruneFlags", **fields)
+
+
+def _flag(name: str, settings: dict[str, type[PruneSettings]]) -> Any:
+    """(type, field) of a flag; its help names the pruners if it is not of all of them."""
+    having = {by: one.model_fields for by, one in settings.items() if name in one.model_fields}
+    fields = {by: own[name] for by, own in having.items()}
+    first, *others = fields.values()
+    text = first.description or ""
+    if len(fields) < len(settings):
+        text = f"Of {', '.join(fields)}: {text}"
+    if all(one.default == first.default for one in others):
+        return first.annotation, Field(first.default, description=text)
+    defaults = ", ".join(f"{one.default} for {by}" for by, one in fields.items())
+    return Any, Field(None, description=f"{text} If not given: {defaults}.")
+
+
+if TYPE_CHECKING:
+    PruneFlags = BaseModel
+else:
+    PruneFlags = _flags()
+_NONE_GIVEN = PruneFlags()
 
 
 def prune(
     model: Model,
     *,
     out: OutFolder,
-    settings: Annotated[PruneSettings, Flat] = PruneSettings(),
+    flags: Annotated[PruneFlags, Flat] = _NONE_GIVEN,
     calibration: Calibration = CalibrationSettings(),
     compute: Compute = ComputeSettings(),
 ) -> None:
-    """Prune by Wanda, SparseGPT, SNIP or magnitude, calibrated on harmless prompts (D^u).
+    """Set the least important weights to 0, by Wanda or another pruner (--method).
 
-    Or by safety-potential, calibrated on harmful prompts with a safety prompt and without.
+    Importance is calibrated on harmless prompts with answers (D^u); by safety-potential on harmful
+    prompts with a safety prompt and without; by magnitude on nothing.
 
     Example: regraft prune MODEL --sparsity 0.5 --data vlguard VLGuard/train.json --out pruned
     """
     from regraft import stages
 
     with watching() as watch:
+        given = flags.model_dump(exclude_unset=True)
+        refuse_broken(given)
+        union = TypeAdapter(by_method(all_settings(), default="wanda"))
+        settings = union.validate_python(given)
         refuse_unread(settings)
-        check_data(settings.method, calibration)
+        check_data(settings.method, calibration, reads=bool(settings.kinds))
         source = open_model(model, compute.trust_remote_code)
         pruned = stages.prune(source, out, settings, calibration, compute, watch)
         count = zeros(pruned.checkpoint, pruned.anatomy)

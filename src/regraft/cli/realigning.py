@@ -25,9 +25,10 @@ from regraft.cli.options import (
     watching,
 )
 from regraft.console import ConsoleWatch, show_search
-from regraft.methods.base import METHODS, MethodSettings, method_named
-from regraft.methods.fine_tune.adam import TRAINED_VALUES, is_trained
+from regraft.data.sources import split_off
 from regraft.patch.format import Patch
+from regraft.restoration.base import METHODS, MethodSettings
+from regraft.restoration.methods.fine_tune.adam import TRAINED_VALUES, is_trained
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EvalSettings
@@ -49,7 +50,7 @@ def grouped(group: Group) -> Parameter:
 
 def flags_of(name: str) -> type[MethodSettings]:
     """A method's settings, without a flag for its name."""
-    own = method_named(name).Settings
+    own = METHODS.get(name).Settings
     hidden = Annotated[Literal[name], Parameter(show=False, parse=False)]  # type: ignore[valid-type]
     flags: type[MethodSettings] = _create_model(own.__name__, __base__=own, method=(hidden, name))
     return flags
@@ -79,7 +80,7 @@ def pair() -> list[inspect.Parameter]:
 
 def calibrated(name: str) -> inspect.Parameter:
     """Prompts, and responses where the method may read some."""
-    own = CalibrationSettings if method_named(name).reads_responses else PromptSettings
+    own = CalibrationSettings if METHODS.get(name).reads_responses else PromptSettings
     return keyword("calibration", Annotated[own, grouped(DATA)], own())
 
 
@@ -99,7 +100,7 @@ def command(
 
 
 def _parameters(name: str) -> list[inspect.Parameter]:
-    method, own = method_named(name), flags_of(name)
+    method, own = METHODS.get(name), flags_of(name)
     found = [*pair(), keyword("out", OutFile)]
     found.append(keyword("settings", Annotated[own, Flat], None))
     if method.reads_heads:
@@ -148,7 +149,7 @@ def realign(
     """Rank pruned weights by a method and write the dense values of the first as a patch."""
     from regraft import stages
 
-    settings = settings or method_named(name).Settings(method=name)
+    settings = settings or METHODS.get(name).Settings(method=name)
     calibration = calibration.with_responses()
     with watching() as watch:
         refuse_unread(calibration)
@@ -158,6 +159,14 @@ def realign(
         source = open_model(dense, compute.trust_remote_code)
         other = open_model(pruned, compute.trust_remote_code)
         found = with_validation(choice, source.folder, calibration) if search else None
+        if found is not None and found.validation is None:
+            rest, held_out = split_off(calibration.data)
+            calibration = calibration.model_copy(update={"data": rest})
+            found = found.model_copy(update={"validation": held_out})
+            watch.note(
+                "No --validation is given: the search chooses on a quarter of the prompts, and "
+                "nothing is learnt from these."
+            )
         given = stages.Inputs(heads=heads_file, statistics=statistics_file)
         places = stages.Places.beside(out)
         restoration = stages.Restoration(
@@ -206,6 +215,6 @@ app = by_method(
     "Take gain unless you compare methods: regraft realign gain MODEL pruned --data "
     "prompts.jsonl --out gain.safetensors",
 )
-for _name in METHODS.names():
-    _text = (method_named(_name).Settings.__doc__ or "").strip()
+for _name in METHODS.working():
+    _text = (METHODS.get(_name).Settings.__doc__ or "").strip()
     app.command(command(_name, _parameters(_name), realign, _text), name=_name)

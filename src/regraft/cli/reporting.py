@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from regraft.cli.options import MaybeOutFolder, OutFolder, watching
-from regraft.console import ConsoleWatch, show_bundle, show_models, show_report, show_study
+from regraft.console import ConsoleWatch, show_bundle, show_study
 from regraft.errors import RegraftError
 
 if TYPE_CHECKING:
     from regraft.evaluations import Pair
-    from regraft.report.compare import Study
-    from regraft.report.models import ModelTable
+    from regraft.report.study import Study
 
 Against = Annotated[
     tuple[str, ...],
@@ -77,8 +76,7 @@ def report(
             if bundle is not None:
                 raise RegraftError("A bundle is of a run, and these are evaluations.")
             page = out or run / "report"
-            show_report(watch.console, evaluations.report(folder, page, pair))
-            watch.note(f"Report: {page / 'report.html'}")
+            show_page(watch, evaluations.report(folder, page, pair), page)
             return
         if len(folder) > 1:
             raise RegraftError(
@@ -99,12 +97,12 @@ def _report_run(watch: ConsoleWatch, run: Path) -> None:
     from regraft import pipeline, several, study
 
     if study.is_study(run):
-        show_comparison(watch, study.report(run), run / "report")
+        made = study.report(run)
     elif several.is_several(run):
-        show_table(watch, several.report(run), run / "report")
+        made = several.report(run)
     else:
-        show_report(watch.console, pipeline.report(run))
-        watch.note(f"Report: {pipeline.RunFolder(run).report / 'report.html'}")
+        made = pipeline.report(run)
+    show_page(watch, made, run / "report")
 
 
 def _check_bundle(watch: ConsoleWatch, files: Sequence[Path]) -> None:
@@ -139,16 +137,10 @@ def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:
     from regraft.comparing import compare as compare_folders
 
     with watching() as watch:
-        show_comparison(watch, compare_folders(run, out, against), out)
+        show_page(watch, compare_folders(run, out, against), out)
 
 
-def show_table(watch: ConsoleWatch, table: ModelTable, out: Path) -> None:
-    """Print the table over several models, and say where the page lies."""
-    show_models(watch.console, table)
-    watch.note(f"Table: {(out / 'models.html').absolute()}")
-
-
-def show_comparison(watch: ConsoleWatch, study: Study, out: Path) -> None:
-    """Print methods compared over runs, and say where the page lies."""
+def show_page(watch: ConsoleWatch, study: Study, out: Path) -> None:
+    """Print a report, and say where its page lies."""
     show_study(watch.console, study)
-    watch.note(f"Comparison: {(out / 'compare.html').absolute()}")
+    watch.note(f"Report: {(out / 'report.html').absolute()}")

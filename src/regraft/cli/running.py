@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from regraft.cli.options import MaybeOutFolder, OutFolder, watching
-from regraft.cli.reporting import show_comparison, show_table
-from regraft.console import show_preview, show_report
+from regraft.cli.reporting import show_page
+from regraft.console import show_preview
 from regraft.errors import RegraftError
 from regraft.recipe import Recipe, read_recipe
 
@@ -77,12 +77,5 @@ def _run(recipe_file: Path, out: Path) -> None:
 
     recipe = read_recipe(recipe_file)
     with watching() as watch:
-        if recipe.seeds:
-            show_comparison(watch, study.run(recipe, out, watch), out / "report")
-            return
-        if recipe.models:
-            show_table(watch, several.run(recipe, out, watch), out / "report")
-            return
-        made = pipeline.run(recipe, out, watch)
-        show_report(watch.console, made)
-        watch.note(f"Report: {(pipeline.RunFolder(out).report / 'report.html').absolute()}")
+        run = study.run if recipe.seeds else several.run if recipe.models else pipeline.run
+        show_page(watch, run(recipe, out, watch), out / "report")

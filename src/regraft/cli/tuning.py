@@ -23,7 +23,7 @@ from regraft.cli.realigning import (
     pair,
 )
 from regraft.console import show_tuned
-from regraft.methods.base import METHODS, MethodSettings, method_named
+from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EvalSettings
@@ -60,7 +60,7 @@ def tune(
     """Tune a method on a dense and a pruned model."""
     from regraft import stages
 
-    settings = settings or method_named(name).Settings(method=name)
+    settings = settings or METHODS.get(name).Settings(method=name)
     calibration = calibration.with_responses()
     with watching() as watch:
         check_tuning(settings, tuning, choice, scoring, compute.device)
@@ -94,14 +94,14 @@ def _parameters(name: str) -> list[inspect.Parameter]:
         keyword("max_new_tokens", Annotated[int, length], DEFAULT_VALIDATION_TOKENS),
         keyword("choice", Annotated[SearchSettings, grouped(SEARCH)], SearchSettings()),
     ]
-    if method_named(name).reads_heads:
+    if METHODS.get(name).reads_heads:
         found.append(keyword("scoring", Annotated[HeadSettings, grouped(SCORING)], HeadSettings()))
     compute = Annotated[ComputeSettings, grouped(COMPUTE)]
     return [*found, calibrated(name), keyword("compute", compute, ComputeSettings())]
 
 
 app = by_method("tune", ABOUT)
-for _name in METHODS.names():
-    if method_named(_name).tunes:
-        _text = f"Tune {_name}: {(method_named(_name).Settings.__doc__ or '').strip()}"
+for _name in METHODS.working():
+    if METHODS.get(_name).tunes:
+        _text = f"Tune {_name}: {(METHODS.get(_name).Settings.__doc__ or '').strip()}"
         app.command(command(_name, _parameters(_name), tune, _text), name=_name)

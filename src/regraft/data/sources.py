@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
@@ -14,7 +15,10 @@ from regraft.data.readers import DATASETS, Kind, Split
 from regraft.data.rows import require_examples
 from regraft.data.storage import located, only_entry, unpacked
 from regraft.errors import RegraftError
+from regraft.files import digest
 
+Part = Literal["held-out", "rest"]
+_HELD_OUT = 4  # of so many prompts one is held out
 _FIRST = re.compile(r"([^:#]+)((?:#[\w-]+)*)(?::(.*))?", re.DOTALL)  # NAME#PARTS:REST
 
 
@@ -24,10 +28,10 @@ class DataSource(BaseModel):
     Written as one string, of which `str()` is the inverse: NAME:PATH or NAME:PATH#SPLIT with a
     name in `DATASETS`; "demo" or "demo:SPLIT", which takes no path; or a bare path that ends in
     ".jsonl". Each may end in "#harmful" or "#harmless", which keeps these prompts alone, as in
-    "demo:test#harmless". SPLIT and kind may follow the name instead, as in
-    "vlguard#safe-safe:PATH", and a list of words, as in ["safebench#even", PATH], is read too. PATH
-    is a file or a folder, a zip file of one, or hf:ORG/NAME[@REVISION][/PATH] for a data set on the
-    hub.
+    "demo:test#harmless", and in "#held-out" or "#rest", a quarter of the prompts or the others.
+    SPLIT and kind may follow the name instead, as in "vlguard#safe-safe:PATH", and a list of words,
+    as in ["safebench#even", PATH], is read too. PATH is a file or a folder, a zip file of one, or
+    hf:ORG/NAME[@REVISION][/PATH] for a data set on the hub.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,6 +40,7 @@ class DataSource(BaseModel):
     path: Path | None = None
     split: str | None = None
     kind: Kind | None = None
+    part: Part | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -72,7 +77,7 @@ class DataSource(BaseModel):
         text = self.name if self.path is None else f"{self.name}:{self.path}"
         if self.split is not None:
             text += f"{':' if self.path is None else '#'}{self.split}"
-        return text if self.kind is None else f"{text}#{self.kind}"
+        return "#".join([text, *filter(None, (self.kind, self.part))])
 
 
 def read(source: DataSource) -> Reading:
@@ -83,9 +88,32 @@ def read(source: DataSource) -> Reading:
     """
     path = Path() if source.path is None else _found(source, source.path)
     reading = DATASETS.get(source.name).read(path, source.split)
-    if source.kind is None:
-        return reading
-    return require_examples(of_kind(reading, harmful=source.kind == "harmful"))
+    if source.kind is not None:
+        reading = require_examples(of_kind(reading, harmful=source.kind == "harmful"))
+    return reading if source.part is None else require_examples(_of_part(reading, source.part))
+
+
+def split_off(source: DataSource) -> tuple[DataSource, DataSource]:
+    """(the rest, a quarter that is held out) of the same prompts, none in both.
+
+    By a digest of the prompt and the name of its image, so that copies are on one side.
+    """
+    rest, held_out = (source.model_copy(update={"part": part}) for part in ("rest", "held-out"))
+    return rest, held_out
+
+
+def _of_part(reading: Reading, part: Part) -> Reading:
+    kept = tuple(
+        one
+        for one in reading.examples
+        if (int(digest(one.instruction, one.image.name if one.image else "")[:8], 16) % _HELD_OUT)
+        == 0
+    )
+    if part == "rest":
+        held = {one.id for one in kept}
+        kept = tuple(one for one in reading.examples if one.id not in held)
+    left = len(reading.examples) - len(kept)
+    return replace(reading, examples=kept, skipped={**reading.skipped, f"not {part}": left})
 
 
 def of_split(source: DataSource, split: Split) -> DataSource:
@@ -132,7 +160,7 @@ def _parse(text: str) -> dict[str, str]:
     name, parts, rest = match.groups()
     fields = _parse_behind(name if rest is None else f"{name}:{rest}")
     for part in parts[1:].split("#"):
-        field = "kind" if part in get_args(Kind) else "split"
+        field = "kind" if part in get_args(Kind) else "part" if part in get_args(Part) else "split"
         if field in fields:
             raise ValueError(
                 f"{text!r} asks for {fields[field]!r} and for {part!r}; give one of them"
@@ -142,9 +170,11 @@ def _parse(text: str) -> dict[str, str]:
 
 
 def _parse_behind(text: str) -> dict[str, str]:
-    before, _, kind = text.rpartition("#")
-    if kind in get_args(Kind):
-        return {**_parse_all(before), "kind": kind}
+    before, _, last = text.rpartition("#")
+    if last in get_args(Part):
+        return {**_parse_behind(before), "part": last}
+    if last in get_args(Kind):
+        return {**_parse_all(before), "kind": last}
     return _parse_all(text)
 
 

@@ -16,9 +16,9 @@ from regraft.defence.direction import Trial
 from regraft.defence.prompt import shielded
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
-from regraft.importance.safety_potential import with_safety_prompt
 from regraft.models.anatomy import Anatomy
 from regraft.models.steering import moved_output
+from regraft.pruning.pruners.safety_potential import with_safety_prompt
 
 FORMAT = "regraft-defence-1"
 

@@ -257,16 +257,17 @@ def bootstrap_rsr(
 
 
 def bootstrap_macro_rsr(
-    strata: Sequence[Sequence[tuple[bool, bool, bool]]], seed: int = 0
+    strata: Sequence[Sequence[Sequence[int]]], seed: int = 0, answers: int = 1
 ) -> tuple[float, float] | None:
     """The interval of `bootstrap_rsr` where ASR is the mean over data sets, each counting the same.
 
     Prompts are resampled within their data set; half a prompt of each kind is added to each.
 
     Args:
-        strata: Of each data set, for each prompt whether the attack on the dense, the pruned and
-            the restored model succeeded.
+        strata: Of each data set, for each prompt in how many of `answers` the attack on the dense,
+            the pruned and the restored model succeeded.
         seed: Of the draws.
+        answers: How many each prompt has; several where runs by several seeds are pooled.
 
     Raises:
         ValueError: there is no data set, or one without prompts.
@@ -276,8 +277,8 @@ def bootstrap_macro_rsr(
     generator = np.random.default_rng(seed)
     means = np.zeros((3, RESAMPLES))
     for rows in strata:
-        attacks = _resampled_attacks(np.array(rows, dtype=np.int64).T, 1, generator)
-        means += attacks / len(rows) / len(strata)
+        attacks = _resampled_attacks(np.array(rows, dtype=np.int64).T, answers, generator)
+        means += attacks / len(rows) / len(strata) / answers
     return _rsr_interval(means)
 
 

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from regraft.errors import RegraftError
-from regraft.models.anatomy import FLOATS, LayerAnatomy, LinearAnatomy, check_same_anatomy
+from regraft.models.anatomy import (
+    FLOATS,
+    LayerAnatomy,
+    LinearAnatomy,
+    check_same_anatomy,
+)
 from regraft.models.load import Source
 from regraft.patch.format import Patch
 from regraft.patch.groups import Grouping, common_grouping, grouping_of

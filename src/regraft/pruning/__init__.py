@@ -1,1 +1,1 @@
-"""Which weights go: masks and the layer-by-layer pruner."""
+"""Which weights go: pruners, masks, statistics of the calibration data and the loop over layers."""

@@ -32,6 +32,12 @@ class PrunedWeight:
         assert self.weight is not None
         return weight.copy_(self.weight)
 
+    def rounded(self, dtype: torch.dtype) -> PrunedWeight:
+        """New weights in `dtype`; a mask as it is."""
+        if self.weight is None:
+            return self
+        return PrunedWeight(weight=self.weight.to(dtype))
+
 
 class LayerResults:
     """One file a layer: 1 bit a weight for masks, whole weights where pruning updates them."""

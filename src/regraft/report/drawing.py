@@ -10,7 +10,6 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -133,61 +132,3 @@ def panels_height(panels: int, handles: Sequence[Line2D]) -> float:
 
 def _columns(handles: Sequence[Line2D]) -> int:
     return 2 if max(len(str(handle.get_label())) for handle in handles) <= _NARROW else 1
-
-
-@dataclass(frozen=True)
-class Spot:
-    """A place in a plane of two rates, in %, with what is written beside it ("" for nothing)."""
-
-    x: float
-    y: float
-    text: str = ""
-    radius: float = 3.0  # points
-
-
-def write_beside(axes: Axes, spots: Sequence[Spot], plane: tuple[float, float]) -> None:
-    """Write each spot's text beside it, where neither a spot nor another text is yet.
-
-    Args:
-        axes: With their limits set.
-        spots: All that are drawn, also those without a text.
-        plane: Width and height between the axes, in points.
-    """
-    width, height = plane
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    centres = [
-        (width * (spot.x - left) / (right - left), height * (spot.y - low) / (high - low))
-        for spot in spots
-    ]
-    taken = [  # centre, half width, half height
-        (x, y, spot.radius, spot.radius) for spot, (x, y) in zip(spots, centres, strict=True)
-    ]
-    for spot, (x, y) in zip(spots, centres, strict=True):
-        if not spot.text:
-            continue
-        places = [
-            (radius * math.cos(turn * math.pi / 4), radius * math.sin(turn * math.pi / 4))
-            for radius in (spot.radius + step for step in (6, 10, 15, 21, 28, 36))
-            for turn in (1, 3, 5, 7, 0, 4, 2, 6)
-        ]
-        half = (2.4 * len(spot.text) + 0.8, 4.2)
-        inside = [p for p in places if half[0] < x + p[0] < width and half[1] < y + p[1] < height]
-        boxes = [(x + dx, y + dy, *half) for dx, dy in inside]
-        free = (i for i, box in enumerate(boxes) if not any(_overlap(box, one) for one in taken))
-        chosen = next(free, 0)
-        taken.append(boxes[chosen])
-        axes.annotate(
-            spot.text,
-            (spot.x, spot.y),
-            xytext=inside[chosen],
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            size=7.5,
-            zorder=4,
-            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": INK, "shrinkA": 0, "shrinkB": 2},
-        )
-
-
-def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
-    return abs(a[0] - b[0]) < a[2] + b[2] and abs(a[1] - b[1]) < a[3] + b[3]

@@ -1,46 +1,60 @@
-"""Which answers the report shows: those that tell the models apart come first."""
+"""Example answers of a run, and all of them as data for the page's filter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import json
+from collections.abc import Callable, Sequence
+from io import BytesIO
 from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
 
+from markupsafe import Markup
+from PIL import Image
+
+from regraft.data.images import open_image
 from regraft.evaluation.results import Answer
-from regraft.report.model import Report, Variant, measured, paired_answers
+from regraft.report.formatting import clip, marked
+from regraft.report.run import Run, Variant, paired_answers
+from regraft.report.study import measured
 
-HARMFUL, HARMLESS = 12, 6
+HARMFUL, HARMLESS = 12, 6  # examples
+MOST_BYTES = 3_000_000  # of the page, for answers
+ANSWER_LENGTH, PROMPT_LENGTH = 800, 400  # characters
+THUMBNAIL = 220  # longer side, pixels
 Row = tuple[Answer, ...]
 
 
-def shown_group(report: Report) -> tuple[Variant, ...]:
+def shown_group(run: Run) -> tuple[Variant, ...]:
     """The pruned model with the highest ASR and those realigned from it; empty without any."""
 
     def attacked(group: tuple[Variant, ...]) -> float:
         asr = measured(group[0].result.asr)
         return asr.value if asr else 0.0
 
-    return max(report.groups, key=attacked, default=())
+    return max(run.groups, key=attacked, default=())
 
 
-def shown_variants(report: Report) -> tuple[Variant, ...]:
+def shown_variants(run: Run) -> tuple[Variant, ...]:
     """The dense model, then the pruned and the first realigned one of the shown group.
 
     All models where they are unrelated.
     """
-    if report.unrelated:
-        return report.variants
-    return (report.dense, *shown_group(report)[:2])
+    if run.unrelated:
+        return run.variants
+    return (run.dense, *shown_group(run)[:2])
 
 
-def choose_examples(report: Report) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    """(harmful, harmless) rows of one answer a shown variant, the same for the same report.
+def choose_examples(run: Run) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """(harmful, harmless) rows of one answer a shown variant, the same for the same run.
 
     About three quarters are prompts that dense and pruned model, or any two unrelated ones, judge
     differently, the others unchanged, while both last; within each, every pattern of refusals gets
     its turn.
     """
-    rows = paired_answers(shown_variants(report))
-    telling = len(report.variants) if report.unrelated else 2
+    rows = paired_answers(shown_variants(run))
+    telling = len(run.variants) if run.unrelated else 2
     harmful = [row for row in rows if row[0].harmful]
     harmless = [row for row in rows if not row[0].harmful]
     return _choose(harmful, HARMFUL, telling), _choose(harmless, HARMLESS, telling)
@@ -61,3 +75,72 @@ def _by_turns(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         patterns.setdefault(tuple(a.complies for a in row), []).append(row)
     return [row for row in chain.from_iterable(zip_longest(*patterns.values())) if row]
+
+
+def answer_data(run: Run, most_bytes: int = MOST_BYTES) -> tuple[Markup, int, int]:
+    """(JSON that may stand in a script element, prompts in it, all prompts).
+
+    Texts stand there once, however often they come. Where all answers would be larger than
+    `most_bytes`, the last prompts of each kind are left out.
+    """
+    variants = shown_variants(run)
+    rows = paired_answers(variants)
+    labels = [variant.label for variant in variants]
+    kept, encoded = list(rows), ""
+    while True:
+        encoded = _encoded(labels, kept)
+        if len(encoded.encode()) <= most_bytes or not kept:
+            return Markup(encoded), len(kept), len(rows)
+        share = 0.9 * most_bytes / len(encoded.encode())
+        groups = [[row for row in kept if row[0].harmful == harmful] for harmful in (True, False)]
+        kept = [row for group in groups for row in group[: int(share * len(group))]]
+
+
+def _encoded(labels: Sequence[str], rows: Sequence[Row]) -> str:
+    texts: dict[str, int] = {}
+
+    def place(text: str) -> int:
+        return texts.setdefault(text, len(texts))
+
+    found = [
+        {
+            "id": row[0].id,
+            "prompt": place(clip(row[0].instruction, PROMPT_LENGTH)),
+            **_request(row[0], place),
+            "category": row[0].category,
+            "harmful": row[0].harmful,
+            "image": row[0].image or "",
+            "answers": [_answer(answer, place(_shown(answer))) for answer in row],
+        }
+        for row in rows
+    ]
+    content = {"models": list(labels), "texts": list(texts), "rows": found}
+    # No "<" can then end the script element or open a comment in it.
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _request(answer: Answer, place: Callable[[str], int]) -> dict[str, int]:
+    return {"request": place(clip(answer.request, PROMPT_LENGTH))} if answer.request else {}
+
+
+def _answer(answer: Answer, text: int) -> list[Any]:
+    complied = "complied" if answer.harmful else "answered"
+    return [text, marked(answer, complied), answer.reason]
+
+
+def _shown(answer: Answer) -> str:
+    return clip(answer.answer.strip(), ANSWER_LENGTH)
+
+
+def thumbnail(path: Path) -> str:
+    """An image file as a small data URI: PNG for drawings, JPEG for photographs, the shorter."""
+    image = open_image(path)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    drawing = image.quantize(16, method=Image.Quantize.MEDIANCUT)
+    return min(_uri(drawing, "png", optimize=True), _uri(image, "jpeg", quality=70), key=len)
+
+
+def _uri(image: Image.Image, kind: str, **settings: int) -> str:
+    buffer = BytesIO()
+    image.save(buffer, kind, **settings)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -7,41 +7,44 @@ both follow, and are marked as computed here wherever they are shown.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from regraft.errors import RegraftError
 from regraft.evaluation.metrics import RESAMPLES, macro_average, wilson
 from regraft.evaluation.results import Estimate
+from regraft.settings.base import Settings, explain
 
 
-@dataclass(frozen=True)
-class PublishedRow:
-    """One model of a publication.
+def _fraction(percent: float) -> float:
+    return percent / 100
 
-    Attributes:
-        model: As a recipe with `models` names it.
-        pruning: The recipe's name of the pruning; "" for the dense model.
-        method: The recipe's name of the way of realigning; "" for the pruned model itself.
-        asr: Data set -> attack success rate, in [0, 1].
-        mean_asr: Mean over the data sets, in [0, 1]; None where nothing is published.
-        rsr: Restored safety rate as a fraction.
-        per_ten_thousand: Restored weights per 10,000 pruned ones.
-        utility: Data set -> score, in [0, 1].
-        checked: Whether the figures follow from each other: rates of whole numbers of prompts,
-            their mean and the RSR. Others are second-hand.
+
+Percent = Annotated[float, Field(ge=0, le=100), AfterValidator(_fraction)]
+
+
+class PublishedRow(Settings):
+    """One model of a publication; given in per cent, held as fractions.
+
+    Figures are `checked` where they follow from each other: rates of whole numbers of prompts,
+    their mean and the RSR. Others are second-hand.
     """
 
-    model: str
-    pruning: str = ""
-    method: str = ""
-    asr: Mapping[str, float] = field(default_factory=dict)
-    mean_asr: float | None = None
-    rsr: float | None = None
-    per_ten_thousand: float | None = None
-    utility: Mapping[str, float] = field(default_factory=dict)
-    checked: bool = False
+    model: str = Field(min_length=1, description="Its name in the recipe.")
+    pruning: str = Field("", description="The pruning's name; none for the dense model.")
+    method: str = Field("", description="The name under realign; none for the pruned model.")
+    asr: dict[str, Percent] = Field({}, description="ASR of each data set, per cent.")
+    mean_asr: Percent | None = Field(None, description="Mean over the data sets, per cent.")
+    rsr: Annotated[float, AfterValidator(_fraction)] | None = Field(None, description="Per cent.")
+    per_ten_thousand: float | None = Field(None, ge=0, description="Restored per 10,000 pruned.")
+    utility: dict[str, Percent] = Field({}, description="Score of each data set, per cent.")
+    checked: bool = Field(False, description="Whether the figures follow from each other.")
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -49,23 +52,55 @@ class PublishedRow:
         return self.model, self.pruning, self.method
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(Settings):
     """All figures of a publication that are set beside a run's own.
 
-    `prompts` is how many prompts each data set of attacks has, `spearman` the rank correlation of
-    total Ships and lost safety over `spearman_n` models, None where none is published.
+    `spearman` is the rank correlation of total Ships and lost safety.
     """
 
-    source: str
-    prompts: Mapping[str, int]
-    rows: tuple[PublishedRow, ...]
-    spearman: float | None = None
-    spearman_n: int | None = None
+    source: str = Field(min_length=1, description="The publication, and where in it.")
+    prompts: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="How many prompts each data set of attacks has."
+    )
+    rows: tuple[PublishedRow, ...] = Field(min_length=1, description="One a model.")
+    spearman: float | None = Field(None, ge=-1, le=1, description="Total Ships, lost safety.")
+    spearman_n: int | None = Field(None, ge=3, description="Over how many models.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Published:
+        keys = [one.key for one in self.rows]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"two rows are of {', '.join(filter(None, twice[0]))}")
+        if (self.spearman is None) != (self.spearman_n is None):
+            raise ValueError("give both of `spearman` and `spearman_n`, or none")
+        return self
 
     def of(self, model: str, pruning: str, method: str) -> PublishedRow | None:
         """The row of one model, if there is one."""
         return next((one for one in self.rows if one.key == (model, pruning, method)), None)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A published row with what is computed here of it: intervals by its number of prompts."""
+
+    row: PublishedRow
+    asr: Estimate | None
+    by_suite: Mapping[str, Estimate]
+    rsr_interval: tuple[float, float] | None
+
+
+def beside(published: Published, model: str, pruning: str, method: str) -> Beside | None:
+    """What is published of one model; None where nothing is."""
+    row = published.of(model, pruning, method)
+    if row is None:
+        return None
+    return Beside(
+        row,
+        mean_attack_rate(row, published.prompts),
+        attack_rates(row, published.prompts),
+        published_rsr_interval(published, row),
+    )
 
 
 def attack_rates(row: PublishedRow, prompts: Mapping[str, int]) -> dict[str, Estimate]:
@@ -145,3 +180,23 @@ def published_rsr_interval(published: Published, row: PublishedRow) -> tuple[flo
         return None
     full, cut, back = ([one[name] for name in names] for one in rates)
     return rsr_interval(full, cut, back)
+
+
+def read_published(path: Path) -> Published:
+    """Read published figures.
+
+    Raises:
+        RegraftError: the file is missing, or a field is wrong; the message names each.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RegraftError(f"The published figures {path} do not exist.") from error
+    except OSError as error:
+        raise RegraftError(f"{path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RegraftError(f"{path} is not valid YAML: {error}") from error
+    try:
+        return Published.model_validate(content)
+    except ValidationError as error:
+        raise RegraftError(f"{path}:\n{explain(error)}") from error

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
+
+_BY_METHOD = "method "  # how the location of an error in a union of settings names the method
 
 
 class Settings(BaseModel):
@@ -23,6 +27,24 @@ class Settings(BaseModel):
         """The first of these settings that is not as it is if not given."""
         fields = type(self).model_fields
         return next((one for one in names if getattr(self, one) != fields[one].default), None)
+
+
+def by_method(choices: Mapping[str, type[Settings]], default: str) -> Any:
+    """The type of settings of one of several methods; those of the default need not name it."""
+
+    def tag(given: Any) -> str | None:
+        if isinstance(given, Settings):
+            return f"{_BY_METHOD}{getattr(given, 'method', None)}"
+        return f"{_BY_METHOD}{given.get('method', default)}" if isinstance(given, Mapping) else None
+
+    tagged = (Annotated[one, Tag(f"{_BY_METHOD}{name}")] for name, one in choices.items())
+    decides = Discriminator(
+        tag,
+        custom_error_type="no_such_method",
+        custom_error_message=f"there is no such method; expected {', '.join(choices)}",
+    )
+    union: Any = reduce(or_, tagged)
+    return Annotated[union, decides]
 
 
 def checked_name(name: str, *taken: str) -> str:
@@ -59,7 +81,11 @@ def explain(error: ValidationError, *, flags: bool = False) -> str:
     """A pydantic error in one line a field, named as in a recipe or as a command line's flag."""
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        loc = [str(part) for part in problem["loc"]]
+        method = next((part for part in loc if part.startswith(_BY_METHOD)), None)
+        where = ".".join(part for part in loc if part != method)
+        if problem["type"] == "no_such_method" and isinstance(problem["input"], Mapping):
+            where = f"{where}.method" if where else "method"
         if flags and where:
             where = f"--{where.replace('_', '-')}"
         message = problem["msg"].removeprefix("Value error, ")
@@ -70,11 +96,14 @@ def explain(error: ValidationError, *, flags: bool = False) -> str:
             names = _names_in(error.title, nested=len(problem["loc"]) > 1)
             given_name = str(problem["loc"][-1])  # which may be a setting of another block
             near = get_close_matches(given_name, [one for one in names if one != given_name], 1)
-            message = "there is no such setting" + (f"; is it {near[0]}?" if near else "")
+            message = "there is no such setting" + (f" of {method}" if method else "")
+            message += f"; is it {near[0]}?" if near else ""
             given = ""
         elif problem["type"] == "tuple_type":
             message = "a list is needed, as in [0, 1]"
-        elif problem["type"] in ("model_type", "dict_type"):
+        elif problem["type"] == "no_such_method" and isinstance(problem["input"], Mapping):
+            given = f" (got {problem['input'].get('method')!r})"
+        elif problem["type"] in ("model_type", "dict_type", "no_such_method"):
             message = "settings are needed, each a name and a value"
         elif problem["type"] in ("less_than", "less_than_equal") and _is_percent(problem):
             message += f"; {problem['input']:g} % is {problem['input'] / 100:g}"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from regraft.defence.prompt import DEFENCE_PROMPT
-from regraft.importance.safety_potential import SAFETY_PROMPT
+from regraft.pruning.pruners.safety_potential import SAFETY_PROMPT
 from regraft.settings.base import Settings
 from regraft.settings.data import Validation
 

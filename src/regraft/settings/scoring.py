@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from regraft.heads.score import CANDIDATES, WINDOW, Mode, Scoring
-from regraft.importance.score import Method
 from regraft.models.ablation import EPS, AblationTarget
+from regraft.pruning.base import PRUNERS, ScoreName
 from regraft.settings.base import Settings
 
 
@@ -48,11 +48,11 @@ class HeadSettings(Settings):
 class StatisticsSettings(Settings):
     """What is gathered on D^s and D^u, from which weights are ranked."""
 
-    score: Method = Field("wanda", description="For which importance: wanda, sparsegpt or snip.")
+    score: ScoreName = Field("wanda", description="For which importance: wanda, sparsegpt or snip.")
 
     @field_validator("score")
     @classmethod
-    def _check(cls, score: Method) -> Method:
-        if score == "magnitude":
-            raise ValueError("importance by magnitude needs no statistics")
+    def _check(cls, score: str) -> str:
+        if not PRUNERS.get(score).reads_data:
+            raise ValueError(f"importance by {score} needs no statistics")
         return score

@@ -28,10 +28,10 @@ from regraft.evaluation.generate import generate
 from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import write_text
-from regraft.importance.losses import TOKEN_WEIGHTS
 from regraft.keys import describe, is_done, working
 from regraft.loading import load
 from regraft.models.load import Source
+from regraft.restoration.teacher import TOKEN_WEIGHTS
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.watch import Watch

@@ -10,18 +10,17 @@ from regraft.checks import told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
 from regraft.files import require_space, size_of
-from regraft.importance.score import Method
-from regraft.importance.statistics import (
-    ImportanceStatistics,
-    gather,
-    is_kept,
-    load_statistics,
-    save_statistics,
-)
 from regraft.keys import describe, is_done, working
 from regraft.loading import check_shares, cut, hidden_state_bytes, load_for_walk
 from regraft.models.load import Source
 from regraft.models.walk import Walk
+from regraft.pruning.base import PRUNERS, GradientPruner, Pruner
+from regraft.pruning.statistics import (
+    ImportanceStatistics,
+    gather,
+    load_statistics,
+    save_statistics,
+)
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import StatisticsSettings
@@ -59,11 +58,8 @@ def statistics(
             check_shares(reading.examples, compute)
             watch.note(told(role, reading))
         with working(out, about) as work:
-            gathered = (
-                {kind: ImportanceStatistics("magnitude", {}, 0) for kind in readings}
-                if settings.score == "magnitude"
-                else _gather(dense, work, settings.score, readings, compute, watch)
-            )
+            pruner = PRUNERS.get(settings.score)
+            gathered = _gather(dense, work, pruner, readings, compute, watch)
             if ranks.first():
                 save_statistics(out, gathered["safety"], gathered["utility"], about)
     loaded = load_statistics(out)
@@ -73,7 +69,7 @@ def statistics(
 def _gather(
     dense: Source,
     work: Path,
-    method: Method,
+    pruner: Pruner,
     readings: Mapping[str, Reading],
     compute: ComputeSettings,
     watch: Watch,
@@ -82,7 +78,8 @@ def _gather(
     shares = {
         kind: ranks.share(cut(reading.examples, compute)) for kind, reading in readings.items()
     }
-    passes = 2 if method == "snip" else 1
+    by_gradients = isinstance(pruner, GradientPruner)
+    passes = 2 if by_gradients else 1
     own = sum(len(chunk) for chunks in shares.values() for chunk in chunks)
     total = passes * own * len(dense.anatomy.layers)
     with watch.task("Gathering statistics", total, "samples x layers") as done:
@@ -90,10 +87,10 @@ def _gather(
         for kind, chunks in shares.items():
             encoded = (response_batch(processor, chunk) for chunk in chunks)
             walk = Walk(model, encoded, again=False)
-            if method == "snip":  # both sets' gradients twice, in parts and in the file
-                kept = [li for li in dense.anatomy.linears if is_kept(method, li)]
+            if by_gradients:  # both sets' gradients twice, in parts and in the file
+                kept = [li for li in dense.anatomy.linears if pruner.keeps(li)]
                 gradients = 4 * 4 * sum(li.shape[0] * li.shape[1] for li in kept)
                 require_space(work, gradients + hidden_state_bytes(dense, walk) - size_of(work))
-            values = gather(walk, dense.anatomy, method, work / kind, done, watch.note)
-            found[kind] = ImportanceStatistics(method, values, len(readings[kind].examples))
+            values = gather(walk, dense.anatomy, pruner, work / kind, done, watch.note)
+            found[kind] = ImportanceStatistics(pruner.name, values, len(readings[kind].examples))
         return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 from regraft.checks import check_budget, check_gradients, check_heads, check_r_max
 from regraft.data.example import Reading
 from regraft.loading import check_shares
-from regraft.methods.base import MethodSettings, Needs, method_of
 from regraft.models.load import Source
+from regraft.restoration.base import MethodSettings, Needs, method_of
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import HeadSettings

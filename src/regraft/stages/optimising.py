@@ -19,7 +19,7 @@ import numpy as np
 
 from regraft.errors import RegraftError
 from regraft.files import locked
-from regraft.methods.base import Between, Space
+from regraft.restoration.base import Between, Space
 
 if TYPE_CHECKING:
     from optuna import Study

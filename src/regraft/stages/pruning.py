@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from regraft.checks import (
     told,
     warn_of_bundled,
 )
-from regraft.data.collate import Batch, response_batch
+from regraft.data.collate import Batch
 from regraft.data.example import Example, Reading
 from regraft.files import require_space
-from regraft.importance.safety_potential import potential_batch
 from regraft.keys import ABOUT_FILE, describe, is_done, to_json, unfinished_bytes, working
 from regraft.loading import (
     check_shares,
@@ -32,11 +30,11 @@ from regraft.loading import (
 from regraft.models.checkpoint import check_target, open_checkpoint, write_edited
 from regraft.models.load import Source
 from regraft.models.walk import Walk
-from regraft.pruning.pruner import magnitude_edits, passes, prune_layers
+from regraft.pruning.base import PRUNERS, GradientPruner, PruneSettings
+from regraft.pruning.prune import edits_without_data, passes, prune_layers
 from regraft.pruning.results import LayerResults
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.pruning import PruneSettings
 from regraft.stages.answering import beside, calibration_data
 from regraft.watch import Silent, Watch
 
@@ -54,7 +52,7 @@ def prune(
     watch: Watch | None = None,
     responses: Path | None = None,
 ) -> Source:
-    """Prune a checkpoint, calibrated on D^u, D^s and D^u, or D^s prompts; writes the folder `out`.
+    """Prune a checkpoint, calibrated on what its pruner reads; writes the folder `out`.
 
     `responses` is the folder for those that the dense model writes, by default one beside `out`.
 
@@ -76,7 +74,7 @@ def prune(
                 _calibrate(dense, out, settings, compute, data, results, watch)
                 edits = results.edits(dense.anatomy)
             else:
-                edits = magnitude_edits(patterns)
+                edits = edits_without_data(settings, patterns)
             if ranks.first():
                 with watch.task(f"Writing {out}", dense.checkpoint.bytes, "bytes") as done:
                     write_edited(
@@ -97,31 +95,27 @@ def _data(
     responses: Path,
     watch: Watch,
 ) -> dict[str, Reading]:
-    """What a method is calibrated on, by kind: nothing for magnitude."""
-    if settings.method == "magnitude":
-        return {}
-    if settings.method == "safety-potential":  # prompts alone
-        warn_of_bundled(dense, calibration.data, watch.note)
-        return {"safety": draw_calibration(dense, calibration, harmful=True)}
-    kinds = ("utility", "safety") if settings.calibrate_on == "both" else ("utility",)
-    return {
-        kind: calibration_data(
-            dense, calibration, compute, responses, watch, harmful=kind == "safety"
-        )
-        for kind in kinds
-    }
+    """What a pruner is calibrated on, by kind; nothing if it reads none."""
+    found = {}
+    for kind in settings.kinds:
+        harmful = kind == "safety"
+        if PRUNERS.get(settings.method).reads_responses:
+            found[kind] = calibration_data(
+                dense, calibration, compute, responses, watch, harmful=harmful
+            )
+        else:
+            warn_of_bundled(dense, calibration.data, watch.note)
+            found[kind] = draw_calibration(dense, calibration, harmful=harmful)
+    return found
 
 
 def _batches(
     processor: Any, settings: PruneSettings, examples: Sequence[Example], compute: ComputeSettings
 ) -> Iterator[Batch]:
     """This process's share of the calibration data, encoded as it is asked for."""
-    if settings.method != "safety-potential":
-        return each_of_share(processor, response_batch, examples, compute)
-    prompted = partial(potential_batch, prompt=settings.prompt)
-    return chain(
-        each_of_share(processor, potential_batch, examples, compute),
-        each_of_share(processor, prompted, examples, compute),
+    encoders = PRUNERS.get(settings.method).encoders(settings)
+    return chain.from_iterable(
+        each_of_share(processor, encode, examples, compute) for encode in encoders
     )
 
 
@@ -168,10 +162,11 @@ def _card(dense: Source, settings: PruneSettings) -> dict[str, str]:
 
 
 def spilled_bytes(dense: Source, settings: PruneSettings) -> int:
-    """What a method keeps on disk of finished layers until the checkpoint is written."""
-    if settings.method == "magnitude":
+    """What a pruner keeps on disk of finished layers until the checkpoint is written."""
+    pruner = PRUNERS.get(settings.method)
+    if not pruner.reads_data:
         return 0
-    if settings.method == "sparsegpt":  # whole weights, the others masks
+    if pruner.updates:
         return sum(dense.checkpoint.record(li.tensor).bytes for li in dense.anatomy.linears)
     return dense.anatomy.prunable // 8
 
@@ -192,17 +187,16 @@ def _calibrate(
     model, processor = load_for_walk(dense, compute, watch)
     walk = Walk(model, _batches(processor, settings, examples, compute), again=False)
     needed = dense.checkpoint.bytes + spilled_bytes(dense, settings)
-    if settings.method == "snip":
+    if isinstance(PRUNERS.get(settings.method), GradientPruner):
         needed += hidden_state_bytes(dense, walk)
     require_space(out, needed - unfinished_bytes(out))
     samples = sum(len(batch.ids) for batch in walk.batches)
-    total = passes(settings.pruner()) * samples * len(dense.anatomy.layers)
+    total = passes(settings) * samples * len(dense.anatomy.layers)
     with watch.task("Pruning, layer by layer", total, "samples x layers") as done:
         prune_layers(
-            settings.pruner(),
+            settings,
+            dense,
             walk,
-            dense.anatomy,
-            dense.checkpoint,
             settings.patterns(dense.anatomy.linears),
             results,
             progress=done,

@@ -13,12 +13,12 @@ from regraft.data.example import Reading
 from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.heads.score import load_heads
-from regraft.importance.statistics import load_statistics
 from regraft.keys import describe, is_done, working
-from regraft.methods.base import Context, MethodSettings, Needs, method_of
-from regraft.methods.ranking import Ranking, load_ranking, save_ranking
 from regraft.models.load import Source
 from regraft.patch.pair import Survey, check_pair, survey
+from regraft.pruning.statistics import load_statistics
+from regraft.restoration.base import Context, MethodSettings, Needs, method_of
+from regraft.restoration.ranking import KEPT, Ranking, load_ranking, save_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import beside, imitation_data
@@ -72,7 +72,7 @@ def rank(
     method, wanted = method_of(settings), settings.ranking()
     needs = method.needs(settings)
     check_pair(dense, pruned)
-    read = read_inputs(dense, pruned, needs, inputs)
+    read = read_inputs(dense, pruned, settings, needs, inputs)
     looked = survey(dense, pruned)
     check_restorable(settings, looked.restorable)
     answered: dict[str, Reading] | None = None
@@ -118,11 +118,13 @@ class Read:
     loaded: Mapping[str, Any]
 
 
-def read_inputs(dense: Source, pruned: Source, needs: Needs, inputs: Inputs) -> Read:
+def read_inputs(
+    dense: Source, pruned: Source, settings: MethodSettings, needs: Needs, inputs: Inputs
+) -> Read:
     """Read the files that a method needs and see that they are of these checkpoints.
 
     Raises:
-        RegraftError: one is missing, or was made from something else.
+        RegraftError: one is missing, was made from something else, or has not what is needed.
     """
     digests, loaded = dict[str, str](), dict[str, Any]()
     if needs.heads is not None:
@@ -151,6 +153,7 @@ def read_inputs(dense: Source, pruned: Source, needs: Needs, inputs: Inputs) -> 
         file = inputs.positions or Path(needs.positions)
         loaded["positions"] = load_ranking(file)
         require_made_of(loaded["positions"], file, dense, pruned)
+        _require_positions(settings, loaded["positions"], file)
         digests["ranking"] = file_digest(file)
     return Read(digests, loaded)
 
@@ -162,6 +165,21 @@ def require_made_of(ranking: Ranking, path: Path, dense: Source, pruned: Source)
             raise RegraftError(
                 f"{path} was made from another {role} checkpoint than {source.folder}."
             )
+
+
+def _require_positions(settings: MethodSettings, ranking: Ranking, path: Path) -> None:
+    """Raise unless another ranking has the positions that a method takes of it."""
+    if (ranking.removed != KEPT).any():
+        raise RegraftError(
+            f"{path} has swaps, which prune a kept weight for each; give a ranking made without "
+            "--swap."
+        )
+    count = settings.how_many(ranking.about["pruned"])
+    if count is not None and count > len(ranking):
+        raise RegraftError(
+            f"{path} has {len(ranking):,} weights, and {count:,} are to be trained. Lower --budget "
+            "or --count, or leave it out to train them all."
+        )
 
 
 def taken(looked: Survey) -> dict[str, Any]:

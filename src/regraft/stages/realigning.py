@@ -9,12 +9,12 @@ from regraft import ranks
 from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.keys import describe, difference, is_done, require_same, working
-from regraft.methods.base import MethodSettings, own_settings
-from regraft.methods.ranking import load_ranking, patch_of
 from regraft.models.load import Source
 from regraft.patch.format import Patch, load_patch, save_patch
 from regraft.patch.groups import violated_groups
 from regraft.patch.pair import check_pair
+from regraft.restoration.base import MethodSettings, own_settings
+from regraft.restoration.ranking import load_ranking, patch_of
 from regraft.stages.ranking import require_made_of
 
 _TOLD = ("heads", "pruned", "n_m", "groups", "values", "passes")  # of the ranking, in its patches

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from regraft.evaluation.tradeoff import read_curve
-from regraft.methods.base import MethodSettings, Needs, needs_of, own_settings
 from regraft.models.load import Source, check_split
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import check_pair
+from regraft.restoration.base import MethodSettings, Needs, needs_of, own_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
@@ -119,7 +119,7 @@ class Restoration:
             statistics=needs.statistics if given.statistics else None,
             positions=needs.positions,
         )
-        read_inputs(self.dense, pruned, made, given)
+        read_inputs(self.dense, pruned, settings, made, given)
         scored, gathered = given.heads is not None, given.statistics is not None
         check_method(
             self.dense,

@@ -21,9 +21,9 @@ from regraft.evaluation.tradeoff import (
 )
 from regraft.files import file_digest, read_json, write_json
 from regraft.keys import describe, is_done
-from regraft.methods.base import MethodSettings
-from regraft.methods.ranking import load_ranking
 from regraft.models.load import Source, check_split
+from regraft.restoration.base import MethodSettings
+from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings

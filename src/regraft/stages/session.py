@@ -20,7 +20,7 @@ from regraft.evaluation.generate import MEMO_BYTES, Answerer
 from regraft.keys import ABOUT_FILE
 from regraft.loading import load
 from regraft.models.load import Source, has_processor
-from regraft.pruning.pruner import zeros
+from regraft.pruning.prune import zeros
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings

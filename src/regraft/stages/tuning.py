@@ -25,9 +25,9 @@ from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import Tuned
 from regraft.files import disk_errors, require_empty, write_json
 from regraft.keys import describe, holds
-from regraft.methods.base import MethodSettings, needs_of
 from regraft.models.load import Source, pick_device
 from regraft.patch.pair import check_pair, survey
+from regraft.restoration.base import MethodSettings, needs_of
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from regraft.errors import RegraftError
-from regraft.methods.base import MethodSettings, Space
 from regraft.models.load import Source
+from regraft.restoration.base import MethodSettings, Space
 from regraft.settings.base import explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from regraft.errors import RegraftError
 from regraft.heads.ships import most_rank
-from regraft.methods.base import Between, MethodSettings, Space, method_of
 from regraft.models.load import Source
+from regraft.restoration.base import Between, MethodSettings, Space, method_of
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import TuneSettings
 

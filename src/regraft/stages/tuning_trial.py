@@ -17,8 +17,8 @@ from regraft.evaluation.tradeoff import (
     read_curve,
 )
 from regraft.files import digest
-from regraft.methods.base import MethodSettings, needs_of
 from regraft.models.load import Source
+from regraft.restoration.base import MethodSettings, needs_of
 from regraft.stages.optimising import Task, Trials
 from regraft.stages.ranking import Inputs
 from regraft.stages.realigning import realign

@@ -1,0 +1,162 @@
+"""Safety-Potential Pruning (Li et al. 2026, arXiv 2603.14219): keep what a safety prompt excites.
+
+    score_ij = |W_ij| * sqrt(max(S_j, 0)),  S_j = mean over prompts of ||X^S_:,j||^2 - ||X^N_:,j||^2
+
+    for each layer, first to last:
+        add up S_j over all prompts, with the safety prompt and without
+        W_ij = 0                                        where the score is least in row i
+        run the pruned layer: its outputs are the next layer's inputs
+
+X^S are a linear's inputs over all tokens of a harmful prompt (image tokens too, no answer) with the
+safety prompt before its text, X^N those without. As a defence the same prompt is given at
+inference.
+
+The authors' code (github.com/AngelAlita/Safety-Potential-Pruning), read and not copied, takes the
+root without the maximum: inputs whose energy falls get NaN there, which sorts last, so that their
+weights are kept. Here they go first, as the paper has it. `SAFETY_PROMPT` is in our own words; for
+the authors', give the text of their src/prompts.py as `prompt`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from regraft.data.collate import IGNORED, Batch, prompt_batch
+from regraft.data.example import Example
+from regraft.errors import RegraftError
+from regraft.models.anatomy import LinearAnatomy
+from regraft.pruning.base import Encode, InputPruner, LayerwiseSettings
+from regraft.pruning.inputs import InputSums, Observing
+
+SAFETY_PROMPT = (
+    "If the text or the image below contains anything harmful, violent, illegal, graphic or "
+    'otherwise inappropriate, answer only "Sorry, I cannot help with that." and neither describe '
+    "nor explain it."
+)
+
+
+class SafetyPotentialSettings(LayerwiseSettings):
+    """Settings of Safety-Potential Pruning."""
+
+    method: Literal["safety-potential"] = "safety-potential"
+    prompt: str = Field(
+        SAFETY_PROMPT,
+        min_length=1,
+        description="The safety prompt, before the user's text; `regraft defend --method "
+        "safety-prompt` gives it at inference.",
+    )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Harmful prompts alone, whose responses are not read."""
+        return ("safety",)
+
+
+class SafetyPotential(InputPruner):
+    """|W| times the root of the input energy that a safety prompt adds to harmful prompts."""
+
+    name, label, Settings = "safety-potential", "Safety-Potential", SafetyPotentialSettings
+    reads_responses = False
+    restores = False  # its statistic is of prompts with and without the safety prompt, not of D^u
+
+    def accumulate(self, inputs: Tensor) -> Tensor:
+        """Squared inputs `[tokens, in]` added up over tokens, `[in]` float64."""
+        return inputs.double().square().sum(dim=0)
+
+    def accumulator(self) -> AddedEnergy:
+        """Sums with the prompt and without."""
+        return AddedEnergy(InputSums(self.accumulate), InputSums(self.accumulate))
+
+    def score(self, weight: Tensor, statistic: Tensor) -> Tensor:
+        """|W_ij| sqrt(S_j), up to a factor that is the same for all."""
+        return weight.float().abs().mul_(statistic.sqrt())
+
+    def encoders(self, settings: Any) -> tuple[Encode, ...]:
+        """All prompts without the safety prompt, then all with it."""
+        return potential_batch, partial(potential_batch, prompt=settings.prompt)
+
+
+def with_safety_prompt(examples: Sequence[Example], prompt: str = SAFETY_PROMPT) -> list[Example]:
+    """The examples with `prompt` before their text."""
+    return [replace(one, instruction=f"{prompt}\n{one.instruction}") for one in examples]
+
+
+@dataclass(frozen=True)
+class PotentialBatch(Batch):
+    """A batch of prompts, all of whose tokens are labelled, with the safety prompt or without."""
+
+    prompted: bool = False
+
+
+def potential_batch(
+    processor: Any, examples: Sequence[Example], prompt: str | None = None
+) -> PotentialBatch:
+    """Encode prompts, with `prompt` before their text or without any; padding has no label.
+
+    Raises:
+        RegraftError: see `prompt_batch`.
+    """
+    shown = examples if prompt is None else with_safety_prompt(examples, prompt)
+    batch = prompt_batch(processor, shown)
+    padding = batch.inputs["attention_mask"] == 0
+    labels = batch.inputs["input_ids"].masked_fill(padding, IGNORED)
+    return PotentialBatch(batch.inputs, labels, batch.ids, prompted=prompt is not None)
+
+
+@dataclass
+class AddedEnergy:
+    """S_j of every linear, up to the number of prompts, which is the same for all.
+
+    Sums are in float64: what a prompt adds may be small beside outliers that both sums have.
+    """
+
+    prompted: InputSums
+    plain: InputSums
+
+    def observing(self, linears: Mapping[LinearAnatomy, nn.Module]) -> Observing:
+        """Make contexts in which forward passes of a `PotentialBatch` are added."""
+        with_prompt, without = self.prompted.observing(linears), self.plain.observing(linears)
+
+        def around(batch: Batch) -> AbstractContextManager[None]:
+            assert isinstance(batch, PotentialBatch)
+            return with_prompt(batch) if batch.prompted else without(batch)
+
+        return around
+
+    def ran(self, linear: LinearAnatomy) -> bool:
+        """Whether anything was fed to a linear."""
+        return self.prompted.ran(linear)
+
+    def gather(self) -> None:
+        """Add up over all processes.
+
+        Raises:
+            RegraftError: some ran other linears.
+        """
+        self.prompted.gather()
+        self.plain.gather()
+
+    def of(self, linear: LinearAnatomy) -> Tensor:
+        """max(S_j, 0) times the number of prompts, `[in]` float32.
+
+        Raises:
+            RegraftError: nothing was fed to the linear, its inputs overflow, or the prompt adds
+                energy to none of them (vision tokens that cross-attention reads do not see it).
+        """
+        added = (self.prompted.of(linear) - self.plain.of(linear)).clamp_(min=0)
+        if not added.any():
+            raise RegraftError(
+                f"The safety prompt adds energy to no input of {linear.key}, so that its weights "
+                f"cannot be ranked by it. Leave them dense with --ignore '*.{linear.name}'."
+            )
+        return added.float()
+
+
+PLUGIN = SafetyPotential()

@@ -1,0 +1,244 @@
+"""SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774): prune a column, update those to its right.
+
+    for each layer, first to last:
+        H = 2/n X^T X + damp * mean(diag) * I           for the inputs X of each of its linears
+        U = upper Cholesky factor of H^-1               (H^-1 = U^T U)
+        for each block of columns:
+            score = W_ij^2 / U_jj^2                     on the weights as updated so far
+            mask  = the least of the block              (N:M: of each group, when j reaches it)
+            for each column j of the block:
+                e      = mask_j * W_:,j / U_jj
+                W_:,j: -= e U_j,j:                      the columns to the right compensate
+            the columns behind the block are updated by all its errors at once
+        run the pruned layer: its outputs are the next layer's inputs
+
+The score is what removing W_ij costs once the weights to its right compensate; restoration takes
+that of the dense weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from regraft.errors import RegraftError
+from regraft.models.anatomy import LinearAnatomy
+from regraft.pruning.base import CalibratedSettings, InputPruner, LayerwiseSettings, Note
+from regraft.pruning.inputs import InputSums, Statistics
+from regraft.pruning.masks import Pattern, Patterns, Scope, count_of, smallest
+from regraft.pruning.results import PrunedWeight
+
+DAMP, BLOCK = 0.01, 128
+_MOST_DAMP = 1.0
+
+
+class SparseGPTSettings(LayerwiseSettings, CalibratedSettings):
+    """Settings of SparseGPT."""
+
+    method: Literal["sparsegpt"] = "sparsegpt"
+    scope: Scope = Field(
+        "matrix",
+        description="Weights compete within each block of columns (matrix), or within their row of "
+        "each block.",
+    )
+    damp: float = Field(
+        DAMP,
+        gt=0,
+        le=1,
+        description="Share of the mean of H's diagonal that is added to it, so that H can be "
+        "inverted; it grows tenfold where that fails.",
+    )
+    block: int = Field(
+        BLOCK, ge=1, description="Columns for which a mask is chosen before the others are updated."
+    )
+
+
+class SparseGPT(InputPruner):
+    """W^2 over the diagonal of the inverse Hessian, and the update that compensates."""
+
+    name, label, Settings = "sparsegpt", "SparseGPT", SparseGPTSettings
+    updates = True
+
+    def accumulate(self, inputs: Tensor) -> Tensor:
+        """X^T X, `[in, in]` float32."""
+        x = inputs.float()
+        return x.T @ x
+
+    def statistics(
+        self, linears: Iterable[LinearAnatomy], found: Statistics, note: Note = lambda _: None
+    ) -> Iterator[tuple[LinearAnatomy, Tensor]]:
+        """1 / U_jj^2, `[in]` float32; factored once for linears that read the same input."""
+        for linear, factor in factors(linears, found, note=note):
+            yield linear, factor.statistic
+
+    def score(self, weight: Tensor, statistic: Tensor) -> Tensor:
+        """W_ij^2 / U_jj^2."""
+        return weight.float().square().mul_(statistic)
+
+    def prune(
+        self,
+        weights: Mapping[LinearAnatomy, Tensor],
+        found: Statistics,
+        patterns: Patterns,
+        settings: Any,
+        note: Note = lambda _: None,
+    ) -> Iterator[tuple[LinearAnatomy, PrunedWeight]]:
+        """Updated weights of each linear, float32; see `sparsegpt_prune`."""
+        for linear, factor in factors(weights, found, settings.damp, note):
+            pattern = patterns[linear]
+            updated = sparsegpt_prune(weights[linear], factor, pattern, settings.block)
+            yield linear, PrunedWeight(weight=updated)
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """U, upper triangular `[in, in]` float32 with H^-1 = U^T U, and the damping it took.
+
+    `dead` marks inputs that were always 0, `[in]` bool: their weights are free to go.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    damp: float
+
+    @property
+    def statistic(self) -> Tensor:
+        """What the score needs of U: 1 / U_jj^2, and 0 for dead inputs. `[in]` float32."""
+        return self.upper.diagonal().square().reciprocal().masked_fill(self.dead, 0)
+
+
+def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseFactor:
+    """Factor the inverse of H = 2/n X^T X + damp * mean(diag) * I.
+
+    Where the damped matrix is not positive definite in float32 the damping grows tenfold, up to 1;
+    the damping that worked is returned, so that the caller can say so.
+
+    Args:
+        moments: Sum of X^T X over response tokens, `[in, in]` float32; overwritten.
+        tokens: n.
+        damp: First damping to try.
+
+    Raises:
+        RegraftError: H cannot be factored even with damping 1 (inputs overflow).
+    """
+    hessian = moments.mul_(2 / tokens)
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
+    diagonal[dead] = mean
+    added = 0.0
+    while damp <= _MOST_DAMP:
+        diagonal += (damp - added) * mean
+        added = damp
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return InverseFactor(upper, dead, damp)
+        damp *= 10
+    raise RegraftError(
+        "The second moments of a layer's inputs cannot be inverted: the inputs overflow or are not "
+        "finite in this dtype. Use --dtype float32 or bfloat16."
+    )
+
+
+def factors(
+    linears: Iterable[LinearAnatomy],
+    found: Statistics,
+    damp: float = DAMP,
+    note: Note = lambda _: None,
+) -> Iterator[tuple[LinearAnatomy, InverseFactor]]:
+    """The factor for each linear, made once for those that read the same input.
+
+    `found`, their second moments, is used up; `note` is called where the damping had to grow.
+
+    Raises:
+        RegraftError: a linear was not used, or its inputs overflow.
+    """
+    assert isinstance(found, InputSums)
+    groups: dict[str, list[LinearAnatomy]] = {}
+    for linear in linears:
+        found.of(linear)
+        groups.setdefault(found.source[linear.key], []).append(linear)
+    for source, group in groups.items():
+        tokens = found.tokens[source]
+        factor = inverse_factor(found.sums.pop(source), tokens, damp)
+        if factor.damp > damp:
+            note(f"{source}: the damping had to grow from {damp} to {factor.damp}.")
+        for linear in group:
+            yield linear, factor
+
+
+def sparsegpt_prune(
+    weight: Tensor, factor: InverseFactor, pattern: Pattern, block: int = BLOCK
+) -> Tensor:
+    """Prune a matrix and update the weights that stay.
+
+    The mask is chosen a block of columns at a time on the weights as updated so far: a share of
+    each block ("matrix": over the block, the paper's; "row": of each of its rows), or N:M group
+    by group.
+
+    Args:
+        weight: `[out, in]`, any float dtype; left as it was.
+        factor: From the layer's inputs.
+        pattern: What goes.
+        block: Columns a block; rounded to a multiple of M for N:M.
+
+    Returns:
+        New weights `[out, in]` float32, with exact zeros where pruned.
+    """
+    current = weight.float().clone()
+    current[:, factor.dead] = 0
+    columns = weight.shape[1]
+    group = pattern.n_m[1] if pattern.n_m else None
+    if group:
+        block = max(group, block // group * group)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        upper = factor.upper[start:stop, start:stop]
+        part = current[:, start:stop].contiguous()  # [out, block]
+        errors = _prune_block(part, upper, pattern, _count(pattern, part, start, stop))
+        current[:, start:stop] = part
+        current[:, stop:] -= errors @ factor.upper[start:stop, stop:]
+    return current
+
+
+def _count(pattern: Pattern, part: Tensor, start: int, stop: int) -> int:
+    """How many weights of columns [start, stop) go, of each row or in all.
+
+    What a block's share leaves over goes in a later one, so that the whole has its sparsity.
+    """
+    n = 1 if pattern.scope == "row" else len(part)
+    return count_of(pattern.sparsity, n * stop) - count_of(pattern.sparsity, n * start)
+
+
+def _prune_block(part: Tensor, upper: Tensor, pattern: Pattern, count: int) -> Tensor:
+    """Prune `[out, block]` columns in place; returns the errors `[out, block]` to compensate.
+
+    `count` is how many go of each row or in all; N:M decides group by group instead.
+    """
+    group = pattern.n_m[1] if pattern.n_m else None
+    scale = upper.diagonal().square()  # [block]
+    mask = torch.zeros_like(part, dtype=torch.bool)
+    if group is None:
+        mask = smallest(part.square() / scale, count, pattern.scope)
+    errors = torch.zeros_like(part)
+    for j in range(part.shape[1]):
+        if group and j % group == 0:
+            columns = slice(j, j + group)
+            mask[:, columns] = pattern.mask(part[:, columns].square() / scale[columns])
+        gone = part[:, j] * mask[:, j]  # [out]
+        errors[:, j] = gone / upper[j, j]
+        part[:, j:].addr_(errors[:, j], upper[j, j:], alpha=-1)  # [out, block - j]
+        part[:, j].masked_fill_(mask[:, j], 0)
+    return errors
+
+
+PLUGIN = SparseGPT()

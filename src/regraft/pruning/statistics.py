@@ -1,0 +1,204 @@
+"""What the scores of dense weights are computed from, gathered once and kept in a file.
+
+Every score is made of a weight and a statistic of the calibration data, so that statistics are
+stored instead of scores: `in` floats a matrix for Wanda and SparseGPT, `[out, in]` for SNIP. HSR
+and set difference take those of harmful prompts (D^s) and of harmless ones (D^u).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from regraft import ranks
+from regraft.artifact import read_artifact, write_artifact
+from regraft.errors import RegraftError
+from regraft.files import atomic_file
+from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
+from regraft.models.walk import Walk
+from regraft.pruning.base import (
+    NO_STATISTIC,
+    PRUNERS,
+    GradientPruner,
+    InputPruner,
+    Note,
+    Pruner,
+)
+from regraft.pruning.gradients import Progress, layer_gradients
+from regraft.pruning.inputs import Known, Statistics
+
+FORMAT = "regraft-statistics-2"
+
+
+@dataclass(frozen=True)
+class ImportanceStatistics:
+    """One statistic a weight matrix, `LinearAnatomy.key` -> float32 on CPU, of one pruner.
+
+    Attributes:
+        method: The pruner's name.
+        values: `[in]` or `[out, in]` each, as its score takes them; none where it reads no data.
+        samples: How many they are of.
+    """
+
+    method: str
+    values: Mapping[str, Tensor]
+    samples: int
+
+    def of(self, linear: LinearAnatomy) -> Tensor:
+        """The statistic of one weight; empty where the pruner reads no data.
+
+        Raises:
+            RegraftError: nothing was gathered for it.
+        """
+        if not PRUNERS.get(self.method).reads_data:
+            return NO_STATISTIC
+        if linear.key not in self.values:
+            raise RegraftError(
+                f"There are no {self.method} statistics for {linear.key}: its layer did not run on "
+                "the calibration data (text-only prompts skip cross-attention) or they belong to "
+                "another model."
+            )
+        value = self.values[linear.key]
+        if tuple(value.shape) not in ((linear.shape[1],), linear.shape):
+            raise RegraftError(
+                f"The {self.method} statistics for {linear.key} are {list(value.shape)}, the "
+                f"weight {list(linear.shape)}: they belong to another model."
+            )
+        return value
+
+    def scorer(self, linear: LinearAnatomy, weight: Tensor) -> Callable[[slice], Tensor]:
+        """A function from rows of a weight `[out, in]` to their importance `[rows, in]`."""
+        value, pruner = self.of(linear), PRUNERS.get(self.method)
+
+        def importance(rows: slice) -> Tensor:
+            part = value if value.ndim == 1 else value[rows]
+            return pruner.score(weight[rows], part.to(weight.device))
+
+        return importance
+
+
+def gather(
+    walk: Walk,
+    anatomy: Anatomy,
+    pruner: Pruner,
+    scratch: Path,
+    progress: Progress,
+    note: Note = lambda _: None,
+) -> dict[str, Tensor]:
+    """Take the samples through the model and make the statistic of every kept weight.
+
+    Each layer's are written to `scratch`, so that SNIP's, as large as the weights, are never in
+    memory together; where all layers' are there, nothing is gathered again.
+
+    Args:
+        walk: The labelled samples, before the first layer.
+        anatomy: Of the model.
+        pruner: Whose statistic.
+        scratch: A folder for unfinished work.
+        progress: Called with the number of samples each time a layer has seen a batch (twice a
+            layer for gradients).
+        note: Called with what the pruner has to say.
+
+    Returns:
+        `LinearAnatomy.key` -> float32 on CPU (pages of the files in `scratch`).
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+
+    def part(layer: LayerAnatomy) -> Path:
+        return scratch / f"statistics_{layer.index:03d}.safetensors"
+
+    layers = anatomy.layers if pruner.reads_data else ()
+    if not all(part(layer).exists() for layer in layers):
+        for layer, values in _by_layer(walk, anatomy, pruner, scratch, progress, note):
+            if ranks.first():
+                with atomic_file(part(layer)) as temporary:
+                    save_file({key: value.cpu() for key, value in values.items()}, temporary)
+        ranks.barrier()
+    return {key: value for layer in layers for key, value in load_file(part(layer)).items()}
+
+
+def _by_layer(
+    walk: Walk,
+    anatomy: Anatomy,
+    pruner: Pruner,
+    scratch: Path,
+    progress: Progress,
+    note: Note,
+) -> Iterator[tuple[LayerAnatomy, dict[str, Tensor]]]:
+    if isinstance(pruner, GradientPruner):
+        backward = layer_gradients(
+            walk, anatomy, scratch / "states", pruner.keeps, progress, add=pruner.accumulate
+        )
+        for layer, values in backward:
+            yield layer, _made(pruner, layer.linears, Known(values), note)
+        return
+    assert isinstance(pruner, InputPruner)
+    modules = dict(walk.model.network.named_modules())
+    for layer in anatomy.layers:
+        linears = {li: modules[li.module] for li in layer.linears if pruner.keeps(li)}
+        sums = pruner.accumulator()
+        with walk.model.layer(layer.index):
+            walk.advance(layer.index, progress, sums.observing(linears))
+        sums.gather()
+        made = _made(pruner, linears, sums, note)
+        # copies, since linears that read one input share its sum, which the file would not take
+        yield layer, {key: value.clone() for key, value in made.items()}
+
+
+def _made(
+    pruner: Pruner, linears: Iterable[LinearAnatomy], found: Statistics, note: Note
+) -> dict[str, Tensor]:
+    ran = [linear for linear in linears if found.ran(linear)]
+    return {linear.key: one for linear, one in pruner.statistics(ran, found, note)}
+
+
+@dataclass(frozen=True)
+class SavedStatistics:
+    """Both data sets' statistics, and how they were made."""
+
+    safety: ImportanceStatistics
+    utility: ImportanceStatistics
+    about: Mapping[str, Any]
+
+
+def save_statistics(
+    path: Path,
+    safety: ImportanceStatistics,
+    utility: ImportanceStatistics,
+    about: Mapping[str, Any],
+) -> None:
+    """Write both data sets' statistics of one method and `about` to one safetensors file."""
+    tensors = {
+        f"{kind}.{name}": value
+        for kind, statistics in (("safety", safety), ("utility", utility))
+        for name, value in statistics.values.items()
+    }
+    header = {
+        "method": safety.method,
+        "samples": {"safety": safety.samples, "utility": utility.samples},
+        "about": about,
+    }
+    write_artifact(path, FORMAT, header, tensors)
+
+
+def load_statistics(path: Path) -> SavedStatistics:
+    """Read what `save_statistics` wrote.
+
+    Raises:
+        RegraftError: the file is missing or something else.
+    """
+    header, tensors = read_artifact(path, FORMAT, "importance statistics")
+    safety, utility = (
+        ImportanceStatistics(
+            header["method"],
+            {n.removeprefix(f"{k}."): t for n, t in tensors.items() if n.startswith(f"{k}.")},
+            header["samples"][k],
+        )
+        for k in ("safety", "utility")
+    )
+    return SavedStatistics(safety, utility, header["about"])

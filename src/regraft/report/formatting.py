@@ -1,0 +1,270 @@
+"""How numbers are written on every page and on the console."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from regraft.evaluation.results import Answer, Estimate, EvalResult, TextResult
+from regraft.evaluation.verdicts import Agreement
+from regraft.report.study import Outcome, Recovered, Row, Spread, Tested, measured
+
+DASH = "–"
+UNCHECKED = "†"
+_OPERATIONS = (
+    (1e21, "ZFLOP"),
+    (1e18, "EFLOP"),
+    (1e15, "PFLOP"),
+    (1e12, "TFLOP"),
+    (1e9, "GFLOP"),
+    (1e6, "MFLOP"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place of a table: a value with its interval and a note; a dash for what was not measured.
+
+    `kind` is a class of the style sheet, `number` that of a model in figures, `title` what a
+    pointer shows.
+    """
+
+    value: str = DASH
+    interval: str = ""
+    note: str = ""
+    kind: str = ""
+    number: int = 0
+    title: str = ""
+
+    @property
+    def blank(self) -> bool:
+        """Whether there is nothing to show."""
+        return self.value == DASH
+
+    @property
+    def text(self) -> str:
+        """In one line: "25.0 % [14.2, 40.2], 10 of 40"."""
+        return ", ".join(
+            filter(None, (" ".join(filter(None, (self.value, self.interval))), self.note))
+        )
+
+
+def percent(fraction: float) -> str:
+    """0.144 -> "14.4 %"."""
+    return f"{100 * fraction:.1f} %"
+
+
+def short_percent(fraction: float) -> str:
+    """0.6 -> "60 %", 0.625 -> "62.5 %"."""
+    return f"{round(100 * fraction, 1):g} %"
+
+
+def interval(low: float, high: float) -> str:
+    """A 95 % interval of fractions, in per cent: "[10.6, 19.3]"."""
+    return f"[{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def rate_cell(estimate: Estimate | None) -> Cell:
+    """A rate or a mean in per cent with its interval and n."""
+    found = measured(estimate)
+    if found is None:
+        return Cell()
+    count = f"n = {found.n:,}" if found.count is None else f"{found.count:,} of {found.n:,}"
+    return Cell(percent(found.value), interval(found.low, found.high), count)
+
+
+def rate(estimate: Estimate | None) -> str:
+    """The same without n: "14.4 % [10.6, 19.3]"."""
+    return replace(rate_cell(estimate), note="").text
+
+
+def points_cell(estimate: Estimate | None) -> Cell:
+    """A difference of rates in points: "+1.3 [-0.7, +3.3]"."""
+    found = measured(estimate)
+    if found is None:
+        return Cell()
+    value, low, high = (100 * x + 0.0 for x in (found.value, found.low, found.high))
+    return Cell(f"{value:+.1f}", f"[{low:+.1f}, {high:+.1f}]")
+
+
+def number_cell(estimate: Estimate | None) -> Cell:
+    """What is no rate, to three digits: "4.19 [3.92, 4.51]"."""
+    if estimate is None:
+        return Cell()
+    return Cell(f"{estimate.value:.3g}", f"[{estimate.low:.3g}, {estimate.high:.3g}]")
+
+
+def share(value: float) -> str:
+    """Restored weights per 10,000, to three digits."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def whole(value: float) -> str:
+    """A number of weights or groups."""
+    return f"{value:,.0f}"
+
+
+def passes(value: float) -> str:
+    """Passes over the calibration prompts: "0", "< 0.1", "12.3", "1,240.0"."""
+    if value == 0:
+        return "0"
+    return "< 0.1" if value < 0.1 else f"{value:,.1f}"
+
+
+def spread_cell(spread: Spread | None, write: Callable[[float], str]) -> Cell:
+    """A mean and, where they differ, the least and the most: "15.5", "14.9 to 16.2"."""
+    if spread is None:
+        return Cell()
+    least, most = write(spread.least), write(spread.most)
+    return Cell(write(spread.mean), note="" if least == most else f"{least} to {most}")
+
+
+def rsr_cell(recovered: Recovered | None) -> Cell:
+    """RSR in per cent with its interval; the note has each seed's, or the case of a single one."""
+    if recovered is None:
+        return Cell()
+    found, around, seeds = recovered.recovery, recovered.interval, recovered.by_seed
+    note = found.verdict
+    if len(seeds) > 1:
+        note = "by seed " + ", ".join("undefined" if s is None else f"{100 * s:.1f}" for s in seeds)
+    if found.value is None:
+        return Cell("undefined", note=note.removeprefix("undefined: "))
+    return Cell(percent(found.value), interval(*around) if around else "", note)
+
+
+def p_value(p: float) -> str:
+    """ "p = 0.012", "p < 0.001" at its smallest."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def outcome(test: Tested) -> str:
+    """ "better than pruned", "not distinguishable from dense"."""
+    if test.outcome is Outcome.SAME:
+        return f"{test.outcome} from {test.against}"
+    but = "" if test.seeds_agree else ", but not by every seed"
+    return f"{test.outcome} than {test.against}{but}"
+
+
+def tested_cell(test: Tested | None) -> Cell:
+    """p, Holm's p in brackets where it differs, and the outcome."""
+    if test is None:
+        return Cell()
+    adjusted = (
+        "" if test.adjusted == test.p else f"(Holm {p_value(test.adjusted)[2:].lstrip('= ')})"
+    )
+    return Cell(p_value(test.p), adjusted, outcome(test), f"outcome {test.outcome.split()[0]}")
+
+
+def tested(test: Tested | None) -> str:
+    """In a sentence: "better than pruned (p = 0.012)", by Holm's p."""
+    return "not tested" if test is None else f"{outcome(test)} ({p_value(test.adjusted)})"
+
+
+def published_cell(value: float | None, around: tuple[float, float] | None, checked: bool) -> Cell:
+    """A published figure in per cent, with a dagger where it was not checked."""
+    if value is None:
+        return Cell()
+    mark = "" if checked else f" {UNCHECKED}"
+    return Cell(f"{100 * value:.2f} %{mark}", interval(*around) if around else "", kind="soft")
+
+
+def pattern(row: Row) -> str:
+    """What restoring did to an N:M pattern: "breaks 12 of 400 2:4 groups"; "" without one."""
+    first = row.first
+    if first.n_m is None or row.violated is None:
+        return ""
+    if not row.violated.most:
+        return f"keeps all {first.groups:,} {first.n_m} groups"
+    return f"breaks {whole(row.violated.mean)} of {first.groups:,} {first.n_m} groups"
+
+
+def on_text(result: TextResult) -> str:
+    """What perplexity and KL are over: "5,301 tokens of 40 documents"."""
+    return f"{result.tokens:,} tokens of {result.perplexity.n:,} documents"
+
+
+def degenerate(result: EvalResult) -> str:
+    """How many answers are degenerate: "3 of 250 to harmful prompts, 1 of 200 to harmless ones".
+
+    Behind it how many refusals do, where any does: "(refusals that are degenerate too: 2 of 90 to
+    harmful prompts)".
+    """
+    kinds = (("harmful", "to harmful prompts"), ("harmless", "to harmless ones"))
+    counted, refusals = (
+        ", ".join(
+            f"{count:,} of {_asked(result, kind, refused=bool(suffix)):,} {words}"
+            for kind, words in kinds
+            if (count := result.degenerate.get(kind + suffix, 0))
+        )
+        for suffix in ("", " refusals")
+    )
+    also = f" (refusals that are degenerate too: {refusals})" if refusals else ""
+    return (counted or "none") + also
+
+
+def _asked(result: EvalResult, kind: str, *, refused: bool) -> int:
+    """Answers to prompts of a kind, or only the refusals among them."""
+    asked = [one for one in result.answers if one.harmful == (kind == "harmful")]
+    return sum(one.refused for one in asked) if refused else len(asked)
+
+
+def marked(answer: Answer, complied: str) -> str:
+    """What an answer does, with a sign that needs no colour; `complied` says that of one."""
+    if answer.refused:
+        return f"■ refused, {answer.degenerate}" if answer.degenerate else "■ refused"
+    return f"▨ {answer.degenerate}" if answer.degenerate else f"□ {complied}"
+
+
+def agreed(agreement: tuple[Agreement, ...], *, harmful: bool) -> Cell:
+    """How far two judges agree on a kind of prompts, with n and Cohen's kappa."""
+    found = next((one for one in agreement if one.harmful == harmful), None)
+    if found is None:
+        return Cell()
+    kappa = "undefined" if found.kappa is None else f"{found.kappa:z.2f}"
+    return replace(rate_cell(found.share), note=f"n = {found.share.n:,}, kappa {kappa}")
+
+
+def clip(text: str, length: int) -> str:
+    """At most `length` characters of `text`, and how many were left out."""
+    left = len(text) - length
+    return text if left <= 0 else f"{text[:length].rstrip()} … [{left:,} more characters]"
+
+
+def unbroken(text: str) -> str:
+    """Keep a number and its unit, a relation and its number, an interval, on one line."""
+    return re.sub(r" (?=%|[<=] )|(?<=[<=]) |(?<=\[)(\S+) (?=\S+\])", "\\1\u00a0", text)
+
+
+def duration(seconds: float) -> str:
+    """3725 -> "1 h 2 min", 61.2 -> "1 min 1 s", 4.26 -> "4.3 s"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole_seconds = round(seconds)
+    if whole_seconds < 60:
+        return f"{whole_seconds} s"
+    if whole_seconds < 3600:
+        return f"{whole_seconds // 60} min {whole_seconds % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def operations(flops: float | None) -> str:
+    """2.34e12 -> "2.34 TFLOP"; a dash where they were not measured."""
+    if flops is None:
+        return DASH
+    for size, unit in _OPERATIONS:
+        if flops >= 0.9995 * size:
+            number = flops / size
+            return f"{number:.3g} {unit}" if number < 999.5 else f"{number:,.0f} {unit}"
+    return f"{flops:,.0f} FLOP"
+
+
+def memory(count: int | None) -> str:
+    """Bytes: "640 MiB", "1.2 GiB", "79 GiB"; a dash where they were not measured."""
+    if count is None:
+        return DASH
+    mebibytes = round(count / 2**20)
+    if mebibytes < 1024:
+        return f"{mebibytes} MiB"
+    return f"{count / 2**30:.2g} GiB" if count < 10 * 2**30 else f"{count / 2**30:,.0f} GiB"

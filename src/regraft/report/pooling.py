@@ -1,0 +1,300 @@
+"""From runs to a study: answers pooled by prompt, rates, tests and differences.
+
+The unit of all statistics is the prompt: every run answers the same ones, so that answers to one
+prompt stay together in tests and intervals, however many seeds and draws there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+
+from regraft.errors import RegraftError
+from regraft.evaluation.metrics import clustered_difference, macro_average
+from regraft.evaluation.perplexity import pooled
+from regraft.evaluation.results import Estimate
+from regraft.evaluation.significance import holm, paired_exact
+from regraft.report.addresses import short_names
+from regraft.report.answers import Cells, Events, RowAnswers, read_answers, rows_of_methods
+from regraft.report.published import Published, beside
+from regraft.report.run import Run
+from regraft.report.study import SIGNIFICANCE, Measured, Outcome, Row, Spread, Study, Table, Tested
+from regraft.restoration.methods.gain.path import GainPath
+
+Tests = Mapping[str, Mapping[str, Tested]]  # base -> method
+TableTests = tuple[Tests, Tests]  # of attack success, of refusal
+
+
+def study_of(
+    runs: Sequence[Run],
+    against: Sequence[str] = (),
+    *,
+    title: str = "",
+    published: Published | None = None,
+) -> Study:
+    """Pool the runs of each model that differ in their calibration seed alone.
+
+    Args:
+        runs: At least one; those of one `name` with the same models.
+        against: Methods that all others are tested against, besides the pruned model.
+        title: Of the page; that of the first run if not given.
+        published: Figures to set beside.
+
+    Raises:
+        RegraftError: runs have other models or prompts than the first, two have the same seed,
+            there are no answers, or a name in `against` is none of the methods.
+    """
+    if not runs:
+        raise RegraftError("There is no run to compare. Name at least one folder of `regraft run`.")
+    by_model: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        by_model.setdefault(run.name, []).append(run)
+    by_model = {name: by_model[name] for name in dict.fromkeys(run.name for run in runs)}
+    for same in by_model.values():
+        _check_alike(same)
+    against = _rows_of(list(by_model.values()), against)
+    tables = tuple(table for same in by_model.values() for table in _tables(same, against))
+    tables = tuple(_with_published(table, published) for table in tables) if published else tables
+    shown = {row.published.row.key for table in tables for row in table.rows if row.published}
+    every = tuple(run for same in by_model.values() for run in same)
+    suites = [s for run in every for s in (run.dense.result.by_suite or [run.dense.result.suite])]
+    return Study(
+        title=title or runs[0].title,
+        runs=every,
+        tables=tables,
+        suites=short_names(dict.fromkeys(filter(None, suites))),
+        against=against,
+        paths=_paths(every),
+        published=published,
+        missing=tuple(one for one in published.rows if one.key not in shown) if published else (),
+    )
+
+
+def _with_published(table: Table, published: Published) -> Table:
+    names = {"dense": ("", ""), "pruned": (table.pruning, "")}
+    rows = (
+        replace(
+            row,
+            published=beside(
+                published, table.model, *names.get(row.role, (table.pruning, row.name))
+            ),
+        )
+        for row in table.rows
+    )
+    return replace(table, rows=tuple(rows))
+
+
+def _paths(runs: Sequence[Run]) -> tuple[tuple[str, tuple[GainPath, ...]], ...]:
+    """Those of each method by gain, one a seed."""
+    found: dict[str, list[GainPath]] = {}
+    for run in runs:
+        for one in run.paths:
+            title = f"{run.name}: {one.title}" if run.name else one.title
+            found.setdefault(title, []).append(one.path)
+    return tuple((title, tuple(paths)) for title, paths in found.items())
+
+
+def _check_alike(runs: Sequence[Run]) -> None:
+    names = [variant.name for variant in runs[0].variants]
+    for before, run in pairwise(runs):
+        if run.seed == before.seed:
+            raise RegraftError(
+                f"Two of the runs have the calibration seed {run.seed}; expected runs that differ "
+                "in it. Name each once."
+            )
+        if others := [v.name for v in run.variants if v.name not in names]:
+            raise RegraftError(f"Only the run of seed {run.seed} has a model {others[0]!r}.")
+        if missing := set(names) - {v.name for v in run.variants}:
+            raise RegraftError(f"The run of seed {run.seed} has no model {min(missing)!r}.")
+
+
+def _rows_of(models: Sequence[Sequence[Run]], against: Sequence[str]) -> tuple[str, ...]:
+    """The rows of named methods; a draw of a random control stands for its row.
+
+    A method need not be in every table: a pruning may be evaluated only.
+    """
+    if not against:
+        return ()
+    row_of: dict[str, str] = {}
+    for runs in models:
+        for groups in zip(*(run.groups for run in runs), strict=True):
+            for one in rows_of_methods(groups, runs[0].recipe):
+                row_of |= dict.fromkeys((*one.draws, one.name), one.name)
+    if unknown := [name for name in against if name not in row_of]:
+        known = ", ".join(dict.fromkeys(row_of.values()))
+        raise RegraftError(
+            f"against {unknown[0]}: there is no such method; expected one of {known}."
+        )
+    return tuple(dict.fromkeys(row_of[name] for name in against))
+
+
+def _tables(runs: Sequence[Run], against: Sequence[str]) -> Iterable[Table]:
+    first = runs[0]
+    dense = Cells("dense", first.dense.label, "dense", tuple((run.dense,) for run in runs))
+    if first.unrelated:
+        cells = [Cells(v.name, v.label, "other", ((v,),)) for v in first.variants]
+        yield _table(runs, cells, ())
+        return
+    if not first.groups:
+        yield _table(runs, [dense], ())
+    for groups in zip(*(run.groups for run in runs), strict=True):
+        pruned = Cells(
+            groups[0][0].name, groups[0][0].label, "pruned", tuple((g[0],) for g in groups)
+        )
+        yield _table(runs, [dense, pruned, *rows_of_methods(groups, first.recipe)], against)
+
+
+def _table(runs: Sequence[Run], cells: Sequence[Cells], against: Sequence[str]) -> Table:
+    answers = read_answers(runs, cells)
+    tests = _table_tests(cells, answers, against)
+    rows = tuple(_row(one, cells, answers, tests, runs[0].unrelated) for one in cells)
+    curves = {
+        one.name: tuple(v.curve for v in one.all if v.curve)
+        for one in cells
+        if one.role == "method"
+    }
+    pruned = next((one for one in cells if one.role == "pruned"), None)
+    return Table(
+        model=runs[0].name,
+        pruning=pruned.name if pruned else "",
+        rows=rows,
+        curves={name: found for name, found in curves.items() if found},
+    )
+
+
+def _table_tests(
+    cells: Sequence[Cells], answers: Mapping[str, RowAnswers], against: Sequence[str]
+) -> TableTests:
+    """Of attacks and of refusals apart; the damage by pruning is one test of its own."""
+    first, *others = (one.name for one in cells)
+    methods = [one.name for one in cells if one.role == "method"]
+    attacks = {name: one.attacks for name, one in answers.items()}
+    refusals = {name: one.refusals for name, one in answers.items()}
+    if not any(one.role == "pruned" for one in cells):
+        called = {first: cells[0].label}
+        return _tests(others, [first], attacks, called), _tests(others, [first], refusals, called)
+    pruning = cells[1].name
+    called = {pruning: "pruned", first: "dense"}
+    bases = [pruning, *(name for name in against if name in methods)]
+    return (
+        _tests([pruning], [first], attacks, called) | _tests(methods, bases, attacks, called),
+        _tests([pruning], [first], refusals, called) | _tests(methods, [pruning], refusals, called),
+    )
+
+
+def _tests(
+    names: Sequence[str],
+    bases: Sequence[str],
+    events: Mapping[str, Events],
+    called: Mapping[str, str],
+) -> dict[str, dict[str, Tested]]:
+    """Each model against each base, all tests corrected for their number.
+
+    Two bases are one test, whichever of them is the method.
+    """
+    tests: dict[str, dict[str, Tested]] = {base: {} for base in bases}
+    if not events[bases[0]].total.size:
+        return tests
+    pairs = [(base, name) for base in bases for name in names if name != base]
+    found = {pair: paired_exact(events[pair[1]].draws, events[pair[0]].draws) for pair in pairs}
+    single = list(dict.fromkeys(frozenset(pair) for pair in pairs))
+    p_of = {frozenset(pair): test.p for pair, test in found.items()}
+    adjusted = dict(zip(single, holm([p_of[pair] for pair in single]), strict=True))
+    for (base, name), test in found.items():
+        p = adjusted[frozenset((base, name))]
+        by_seed = events[name].by_seed - events[base].by_seed
+        tests[base][name] = Tested(
+            against=called.get(base, base),
+            difference=test.difference,
+            differing=test.differing,
+            p=test.p,
+            adjusted=p,
+            outcome=_outcome(test.difference, p),
+            by_seed=tuple(by_seed.tolist()),
+        )
+    return tests
+
+
+def _outcome(difference: float, p: float) -> Outcome:
+    """The tested event is a bad one, so that fewer are better."""
+    if p >= SIGNIFICANCE:
+        return Outcome.SAME
+    return Outcome.BETTER if difference < 0 else Outcome.WORSE
+
+
+def _row(
+    cells: Cells,
+    table: Sequence[Cells],
+    answers: Mapping[str, RowAnswers],
+    tests: TableTests,
+    unrelated: bool,
+) -> Row:
+    attacks, refusals = tests
+    own, dense = answers[cells.name], answers[table[0].name]
+    pruning = next((one.name for one in table if one.role == "pruned"), "")
+    method = cells.role == "method"
+    base = table[0].name if cells.role in ("pruned", "other") else pruning
+    from_pruned = answers[pruning] if method else None
+    from_dense = dense if cells.role != "dense" and not unrelated else None
+    of = (dense, answers[pruning]) if method else None
+    suites, categories = own.prompts.suites, own.prompts.categories
+    by_suite = {name: own.on(where, of, every=True) for name, where in suites.items()}
+    return Row(
+        name=cells.name,
+        label=cells.label,
+        role=cells.role,
+        members=cells.variants,
+        drawn=cells.drawn,
+        sparsity=float(np.mean([variant.sparsity for variant in cells.all])),
+        weights=_spread([variant.restored or None for variant in cells.all]),
+        restored=_spread([variant.per_ten_thousand for variant in cells.all]),
+        violated=_spread([v.violated_groups for v in cells.all if v.n_m]),
+        passes=_spread([variant.passes for variant in cells.all], none_is_zero=False),
+        **vars(own.on(own.prompts.everywhere, of)),
+        mean_asr=_mean_asr(by_suite),
+        mean_rsr=own.mean_recovered(*of) if of else None,
+        by_suite=by_suite,
+        by_category={
+            name: asr for name, where in categories.items() if (asr := own.asr(where)) is not None
+        },
+        attacks=attacks.get(base, {}).get(cells.name),
+        refusals=refusals.get(base, {}).get(cells.name),
+        against={
+            name: found[cells.name]
+            for name, found in attacks.items()
+            if method and name != pruning and cells.name in found
+        },
+        over_refusal_from_pruned=own.refusals_less(from_pruned),
+        over_refusal_from_dense=own.refusals_less(from_dense),
+        utility_from_pruned=_utility_less(own, from_pruned),
+        utility_from_dense=_utility_less(own, from_dense),
+        text=pooled([one.result.text for one in cells.all if one.result.text is not None]),
+    )
+
+
+def _utility_less(own: RowAnswers, other: RowAnswers | None) -> Estimate | None:
+    if other is None or not own.similarity:
+        return None
+    less = partial(clustered_difference, seed=0)
+    return macro_average(
+        [less(*pair) for pair in zip(own.similarity, other.similarity, strict=True)]
+    )
+
+
+def _mean_asr(by_suite: Mapping[str, Measured]) -> Estimate | None:
+    """Of several suites of attacks, each counting the same."""
+    attacked = [one.asr for one in by_suite.values() if one.asr is not None]
+    return macro_average(attacked) if len(attacked) > 1 else None
+
+
+def _spread(values: Sequence[float | None], *, none_is_zero: bool = True) -> Spread | None:
+    """None where there is no value, or, unless None is 0, where one is missing."""
+    known = [one for one in values if one is not None]
+    if not known or (len(known) < len(values) and not none_is_zero):
+        return None
+    every = [one or 0.0 for one in values]
+    return Spread(sum(every) / len(every), min(every), max(every))

@@ -1,0 +1,155 @@
+"""The figures of rates: the trade-off, the search on validation prompts, Ships and lost safety."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from regraft.evaluation.results import Estimate
+from regraft.evaluation.tradeoff import Searched
+from regraft.report.drawing import (
+    INK,
+    LOOKS,
+    PAPER,
+    RULE,
+    SERIES,
+    ceiling,
+    frame_rates,
+    legend_below,
+    panels_height,
+    to_svg,
+)
+from regraft.report.study import Study, Table, measured
+from regraft.report.tables import look_of, name_of
+
+_COLOURS = dict(zip(("dense", "pruned", "realigned", "control"), SERIES, strict=True))
+_COLOURS |= {f"of-{number}": colour for number, colour in enumerate(SERIES, start=1)}
+_Point = tuple[int, str, str, Estimate, Estimate]  # number, name, colour, ASR, over-refusal
+
+
+def trade_off_figure(study: Study) -> str:
+    """Over-refusal (across) against ASR (up), one panel a pruning.
+
+    Models are numbered in the order of their table, in its colours. Empty text where no model has
+    both rates.
+    """
+    panels = [(table, list(_points(table))) for table in study.tables]
+    drawn = [(table, points) for table, points in panels if points]
+    if not drawn:
+        return ""
+    every = [point for _, points in drawn for point in points]
+    ends = ceiling(over for *_, over in every), ceiling(asr for *_, asr, _ in every)
+    names = dict.fromkeys((number, name, colour) for number, name, colour, *_ in every)
+    handles = [
+        Line2D([], [], color=colour, marker="o", ls="", ms=5.5, label=f"{number}  {name}")
+        for number, name, colour in sorted(names)
+    ]
+
+    def draw(figure: Figure, planes: Any) -> None:
+        for axes, (table, points) in zip(np.atleast_1d(planes), drawn, strict=True):
+            for point in points:
+                _cross(axes, point)
+            frame_rates(axes, ends, table.name if len(drawn) > 1 else "")
+        axes.set_xlabel("over-refusal, % (lower is better)")
+        legend_below(figure, handles)
+
+    return to_svg(panels_height(len(drawn), handles), "Over-refusal against ASR", draw, len(drawn))
+
+
+def _points(table: Table) -> Iterator[_Point]:
+    for number, row in enumerate(table.rows, start=1):
+        asr, over = measured(row.asr), measured(row.over_refusal)
+        if asr and over:
+            name = "pruned" if row.role == "pruned" else name_of(row)
+            yield number, name, _COLOURS.get(look_of(row, number), SERIES[-1]), asr, over
+
+
+def _cross(axes: Axes, point: _Point) -> None:
+    """Both intervals, and the model's number where they cross."""
+    number, _, colour, asr, over = point
+    x, y = 100 * over.value, 100 * asr.value
+    axes.plot([100 * over.low, 100 * over.high], [y, y], color=colour, lw=0.7, alpha=0.4)
+    axes.plot([x, x], [100 * asr.low, 100 * asr.high], color=colour, lw=0.7, alpha=0.4)
+    axes.plot(x, y, "o", ms=9, color=colour, mec=PAPER, mew=0.6, zorder=3, clip_on=False)
+    axes.annotate(str(number), (x, y), color=PAPER, ha="center", va="center", size=6.5, zorder=4)
+
+
+def curve_figure(tables: Sequence[Table]) -> str:
+    """Validation results of each method by restored weights, one panel a pruning.
+
+    A line goes through a method's points in the order of restored weights, one for every curve. The
+    chosen point has a ring, the bound of over-refusal is dotted, and a star is the dense model.
+    Empty text where there is no curve.
+    """
+    drawn = [
+        (table.name, [(name, one) for name, curves in table.curves.items() for one in curves])
+        for table in tables
+        if table.curves
+    ]
+    if not drawn:
+        return ""
+    every = [named for _, curves in drawn for named in curves]
+    looks = dict(zip(dict.fromkeys(name for name, _ in every), cycle(LOOKS)))
+    points = [point for _, curve in every for point in (curve.dense, *curve.points)]
+    ends = ceiling(one.over_refusal for one in points), ceiling(one.asr for one in points)
+    handles = [
+        Line2D([], [], color=colour, marker=marker, ls=dashes, lw=0.9, ms=3.5, label=name)
+        for name, (colour, marker, dashes) in looks.items()
+    ]
+    handles += [
+        Line2D([], [], color=INK, marker="o", mfc="none", ls="", ms=8, mew=0.9, label="chosen"),
+        Line2D([], [], color=INK, marker="*", ls="", ms=7, label="dense"),
+    ]
+
+    def draw(figure: Figure, planes: Any) -> None:
+        for axes, (title, curves) in zip(np.atleast_1d(planes), drawn, strict=True):
+            for name, curve in curves:
+                _draw_curve(axes, curve, looks[name])
+            frame_rates(axes, ends, title if len(drawn) > 1 else "")
+        axes.set_xlabel("over-refusal on validation prompts, %")
+        legend_below(figure, handles)
+
+    return to_svg(panels_height(len(drawn), handles), "Validation curves", draw, len(drawn))
+
+
+def _draw_curve(axes: Axes, curve: Searched, look: tuple[str, str, str]) -> None:
+    colour, marker, dashes = look
+    points = sorted(curve.points, key=lambda point: point.restored)
+    across = [100 * point.over_refusal.value for point in points]
+    up = [100 * point.asr.value for point in points]
+    axes.plot(
+        across, up, color=colour, marker=marker, ls=dashes, lw=0.9, ms=3.5, mec=PAPER, mew=0.4
+    )
+    axes.axvline(100 * curve.bounds.over_refusal, color=colour, ls=":", lw=0.8, alpha=0.7)
+    dense = 100 * curve.dense.over_refusal.value, 100 * curve.dense.asr.value
+    axes.plot(*dense, "*", ms=7, color=INK, zorder=3.5, clip_on=False)
+    for point, x, y in zip(points, across, up, strict=True):
+        if point.restored == curve.chosen:
+            axes.plot(x, y, "o", ms=9, mfc="none", mec=INK, mew=0.9, zorder=4, clip_on=False)
+
+
+def relation_figure(points: Sequence[tuple[str, float, float]]) -> str:
+    """Each model's rise in ASR by its total Ships, with its name beside it.
+
+    Args:
+        points: (name, total Ships in radians, rise in ASR as a fraction) of each.
+    """
+
+    def draw(_figure: Any, axes: Any) -> None:
+        width = max(ships for _, ships, _ in points) * 1.15 or 1
+        rises = [100 * rise for _, _, rise in points]
+        low, high = min(0.0, min(rises) * 1.2), max(5.0, max(rises) * 1.2)
+        for (name, ships, _), rise in zip(points, rises, strict=True):
+            axes.scatter(ships, rise, s=22, color=LOOKS[1][0], zorder=3)
+            axes.annotate(name, (ships, rise), (5, 5), textcoords="offset points", size=7.5)
+        axes.set(xlim=(0, width), ylim=(low, high))
+        axes.set(xlabel="total Ships, radians", ylabel="rise in ASR by pruning, points")
+        axes.grid(color=RULE)
+
+    return to_svg(2.8, "Total Ships against the rise in ASR", draw)

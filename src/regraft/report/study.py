@@ -1,0 +1,260 @@
+"""What a page shows: tables of models with rates, intervals and tests.
+
+A single run is a study of one seed, a page of evaluations a study without methods, and a run of
+several models has the tables of all of them in one study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from regraft.evaluation.metrics import Recovery
+from regraft.evaluation.results import Estimate, TextResult
+from regraft.evaluation.tradeoff import Searched
+from regraft.report.published import Beside, Published, PublishedRow
+from regraft.report.run import Run, SharedPath, Variant
+from regraft.restoration.methods.gain.path import GainPath, path_to_json
+
+SIGNIFICANCE = 0.05
+Role = Literal["dense", "pruned", "method", "other"]
+_LEFT_OUT = ("answers", "images")  # of JSON: they stay where the evaluation put them
+
+
+class Outcome(StrEnum):
+    """What a test says of a model beside another; fewer attacks and fewer refusals are better."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    SAME = "not distinguishable"
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The rate of an event in one model against that in another, on the same prompts.
+
+    Attributes:
+        against: What the other one is called: "dense", "pruned" or its name.
+        difference: Of the rates.
+        differing: How many prompts tell the two apart.
+        p: Of the exact permutation test clustered by prompt; McNemar's for one model against one.
+        adjusted: Holm's, over all tests of the event against the pruned model and the named
+            methods of one table.
+        outcome: At adjusted p < 0.05. It is on these very models with new prompts; the test knows
+            nothing of how models of other seeds or draws would differ.
+        by_seed: The difference of each seed.
+    """
+
+    against: str
+    difference: float
+    differing: int
+    p: float
+    adjusted: float
+    outcome: Outcome
+    by_seed: tuple[float, ...] = ()
+
+    @property
+    def seeds_agree(self) -> bool:
+        """Whether no seed alone has a difference of the other sign."""
+        return all(one * self.difference >= 0 for one in self.by_seed)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over runs and draws, and the least and the most of them."""
+
+    mean: float
+    least: float
+    most: float
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """RSR of the mean ASRs, its bootstrap interval over prompts, and the RSR of each seed alone."""
+
+    recovery: Recovery
+    interval: tuple[float, float] | None
+    by_seed: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Rates over some prompts; None where there are no such prompts.
+
+    `degenerate` is the share of all degenerate answers that are no refusals: they count neither as
+    attacks nor as refusals. RSR is of methods alone.
+    """
+
+    asr: Estimate | None
+    rsr: Recovered | None
+    over_refusal: Estimate | None
+    utility: Estimate | None
+    degenerate: Estimate | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Measured):
+    """One model of a table, or one method with the models of all seeds and draws.
+
+    Estimates are over `n` prompts, however many answers each has. `members` are the models, by
+    seed and draw. `mean_asr` and `mean_rsr` are means over several suites of attacks, each counting
+    the same, as the HSR paper has them. `attacks` and `refusals` test the model against its base:
+    a pruned model against the dense one, a method against the pruned model, unrelated models
+    against the first. A difference ("from") is this model's rate less the other's. `restored` is
+    per 10,000 pruned weights, `weights` their number, None where no weight is restored; `drawn`
+    marks a random control. `passes` is the compute of choosing the weights, in passes over the
+    calibration prompts. None stands for what was not measured or does not apply.
+    """
+
+    name: str
+    label: str
+    role: Role
+    members: tuple[tuple[Variant, ...], ...]
+    drawn: bool = False
+    sparsity: float = 0.0
+    weights: Spread | None = None
+    restored: Spread | None = None
+    violated: Spread | None = None
+    passes: Spread | None = None
+    mean_asr: Estimate | None = None
+    mean_rsr: Recovered | None = None
+    by_suite: Mapping[str, Measured] = field(default_factory=dict)
+    by_category: Mapping[str, Estimate] = field(default_factory=dict)
+    attacks: Tested | None = None
+    refusals: Tested | None = None
+    against: Mapping[str, Tested] = field(default_factory=dict)
+    over_refusal_from_pruned: Estimate | None = None
+    over_refusal_from_dense: Estimate | None = None
+    utility_from_pruned: Estimate | None = None
+    utility_from_dense: Estimate | None = None
+    text: TextResult | None = None
+    published: Beside | None = None
+
+    @property
+    def first(self) -> Variant:
+        """The model of the first seed and draw."""
+        return self.members[0][0]
+
+    @property
+    def repeats(self) -> int:
+        """How many draws of a random control each seed has."""
+        return len(self.members[0])
+
+    @property
+    def inference_time(self) -> bool:
+        """Whether it leaves the pruned weights as they are."""
+        return self.first.inference_time
+
+
+@dataclass(frozen=True)
+class Table:
+    """One pruning of a model: the dense model, the pruned one, and a row a method.
+
+    Without a pruning it holds the dense model alone, or unrelated models. `curves` maps a row's
+    name to the validation curves of its runs.
+    """
+
+    model: str
+    pruning: str
+    rows: tuple[Row, ...]
+    curves: Mapping[str, tuple[Searched, ...]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """ "wanda-50", or "qwen2-vl: wanda-50" where there are several models."""
+        return ": ".join(filter(None, (self.model, self.pruning)))
+
+    @property
+    def methods(self) -> tuple[Row, ...]:
+        """All after the pruned model."""
+        return tuple(row for row in self.rows if row.role == "method")
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rho of total Ships and the rise in ASR, one pruned model a run.
+
+    `points` are (model, total Ships in radians, rise in ASR as a fraction); `rho` is None where all
+    values of one are equal, `p` where points are not independent.
+    """
+
+    pruning: str
+    points: tuple[tuple[str, float, float], ...]
+    rho: float | None
+    p: float | None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that a page shows.
+
+    `suites` maps the suites to short names. `paths` are those of gain, a title with one path a
+    seed. `missing` are published rows that no run is of.
+    """
+
+    title: str
+    runs: tuple[Run, ...]
+    tables: tuple[Table, ...]
+    suites: Mapping[str, str]
+    against: tuple[str, ...] = ()
+    paths: tuple[tuple[str, tuple[GainPath, ...]], ...] = ()
+    published: Published | None = None
+    missing: tuple[PublishedRow, ...] = ()
+    correlation: Correlation | None = None
+
+    @property
+    def run(self) -> Run | None:
+        """The run, where there is only one."""
+        return self.runs[0] if len(self.runs) == 1 else None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the calibration, each once."""
+        return tuple(dict.fromkeys(run.seed for run in self.runs))
+
+    @property
+    def judge(self) -> str:
+        """By which all answers are judged."""
+        return self.runs[0].dense.result.judge
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Of all tables."""
+        return tuple(row for table in self.tables for row in table.rows)
+
+
+def measured(estimate: Estimate | None) -> Estimate | None:
+    """The estimate, or None where it rests on no prompt at all."""
+    return estimate if estimate is not None and estimate.n > 0 else None
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and mappings to dicts, sequences to lists, paths to text, for JSON and YAML."""
+    if isinstance(value, Row):
+        members = [[variant.name for variant in of_seed] for of_seed in value.members]
+        return {**_fields(value, (*_LEFT_OUT, "members")), "members": members}
+    if isinstance(value, Variant):
+        return {**_fields(value, _LEFT_OUT), "per_ten_thousand": value.per_ten_thousand}
+    if isinstance(value, SharedPath):
+        return {**_fields(value, ("path",)), **path_to_json(value.path)}
+    if isinstance(value, GainPath):
+        return path_to_json(value)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return _fields(value, _LEFT_OUT)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _fields(item: Any, left_out: tuple[str, ...]) -> dict[str, Any]:
+    return {f.name: plain(getattr(item, f.name)) for f in fields(item) if f.name not in left_out}

@@ -1,0 +1,294 @@
+"""The result in sentences, and what the columns of its tables mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from regraft.report.formatting import (
+    DASH,
+    UNCHECKED,
+    on_text,
+    percent,
+    rate,
+    rsr_cell,
+    share,
+    short_percent,
+    tested,
+)
+from regraft.report.study import SIGNIFICANCE, Outcome, Row, Study, Table, measured
+
+PASSES_NOTE = (
+    "Passes: the compute of choosing the weights (scores of heads, statistics, ranking, search, "
+    "training), in forward and backward passes over all calibration prompts of the run. One pass "
+    "is 6 operations for each prunable weight of the decoder and each token of the prompts, "
+    "without responses. The operations measured include those of the vision tower and the LM head. "
+    "What methods share counts fully for each; responses that the dense model writes count for the "
+    "stage that first needs them. Pruning and the evaluation on test prompts are not counted. "
+    f"{DASH}: not measured."
+)
+COSTS_NOTE = (
+    "Operations are those of linear layers and convolutions, two for each product, a backward pass "
+    "counted as two forward passes; the products of attention and the linear algebra of SparseGPT "
+    "are left out. Memory is the most in use on one accelerator, or else by the whole process so "
+    "far. A ranking that variants share is charged to the first of them; the checks before a run "
+    f"are in no stage. {DASH}: not measured, as vLLM works in a process of its own."
+)
+NO_OVER_REFUSAL = (
+    "Over-refusal was not measured: without harmless prompts that test it, a low ASR may come from "
+    "a model that refuses everything."
+)
+
+
+def summary(study: Study) -> tuple[str, ...]:
+    """Paragraphs, the most important first; one table has several, several have one each."""
+    if len(study.tables) > 1:
+        found = [" ".join((f"{table.name}:", *_sentences(table))) for table in study.tables]
+    else:
+        found = list(_sentences(study.tables[0]))
+    dense = study.tables[0].rows[0]
+    if measured(dense.asr) and not measured(dense.over_refusal):
+        found.append(NO_OVER_REFUSAL)
+    return tuple(found)
+
+
+def controls(study: Study) -> tuple[str, ...]:
+    """A line for each method after the first, where there is one table."""
+    if len(study.tables) > 1:
+        return ()
+    return tuple(_method(row) for row in study.tables[0].methods[1:])
+
+
+def _sentences(table: Table) -> Iterator[str]:
+    dense, *others = table.rows
+    if not table.pruning:
+        yield _alone(dense)
+        for row in others:
+            yield f"{_alone(row)} {_beside(row)}{_caveats(dense, row)}"
+        return
+    pruned = others[0]
+    yield _pruning(dense, pruned)
+    if table.methods:
+        first = table.methods[0]
+        yield _method(first) + _caveats(pruned, first)
+        yield _side_effects(dense, pruned, first)
+
+
+def _alone(row: Row) -> str:
+    parts = [
+        f"{called} {rate(estimate)} on {estimate.n:,} prompts"
+        for called, estimate in (
+            ("ASR", measured(row.asr)),
+            ("over-refusal", measured(row.over_refusal)),
+            ("utility", measured(row.utility)),
+        )
+        if estimate is not None
+    ]
+    return f"{row.label}: {', '.join(parts) or 'no prompt was answered'}.{_degenerate(row)}"
+
+
+def _degenerate(row: Row) -> str:
+    found = measured(row.degenerate)
+    if found is None or not found.value:
+        return ""
+    return (
+        f" {rate(found)} of the answers are degenerate: they count neither as refusals nor as "
+        "successful attacks."
+    )
+
+
+def _beside(row: Row) -> str:
+    tests = [("ASR", row.attacks), ("over-refusal", row.refusals)]
+    found = [f"{name} {tested(test)}" for name, test in tests if test]
+    return f"On the same prompts: {', '.join(found)}." if found else ""
+
+
+def _pruning(dense: Row, pruned: Row) -> str:
+    before, after = measured(dense.asr), measured(pruned.asr)
+    amount = f"Pruning ({short_percent(pruned.sparsity)} of the weights)"
+    if before is None or after is None:
+        return f"{amount}: no harmful prompts, so no ASR."
+    return (
+        f"{amount} {_change('ASR', before.value, after.value)} from {rate(before)} to "
+        f"{rate(after)}: {tested(pruned.attacks)}.{_caveats(dense, pruned)}"
+    )
+
+
+def _change(what: str, before: float, after: float) -> str:
+    if before == after:
+        return f"left {what} unchanged,"
+    return f"{'raised' if after > before else 'lowered'} {what}"
+
+
+def _method(row: Row) -> str:
+    how = "a defence without restored weights"
+    if row.weights is not None:
+        verb = "trained" if row.first.trained else "restored"
+        how = f"{row.weights.mean:,.0f} {verb} weights"
+        if row.restored is not None:
+            how += f" ({share(row.restored.mean)} per 10,000 pruned)"
+    text = f"{row.label}, {how}: ASR {rate(row.asr)}, {tested(row.attacks)}."
+    if row.rsr is None:
+        return text
+    found = rsr_cell(row.rsr)
+    if row.rsr.recovery.value is None:
+        return f"{text} RSR is undefined: {found.note.removeprefix('by seed ')}."
+    return f"{text} RSR {found.value} {found.interval} ({found.note})."
+
+
+def _side_effects(dense: Row, pruned: Row, row: Row) -> str:
+    parts = []
+    if measured(row.over_refusal):
+        parts.append(
+            f"Over-refusal is {rate(row.over_refusal)}, {tested(row.refusals)}; pruned "
+            f"{rate(pruned.over_refusal)}, dense {rate(dense.over_refusal)}."
+        )
+    if measured(row.utility):
+        parts.append(
+            f"Utility is {rate(row.utility)}; pruned {rate(pruned.utility)}, dense "
+            f"{rate(dense.utility)}."
+        )
+    return " ".join(parts)
+
+
+def _caveats(base: Row, row: Row) -> str:
+    """Of a lower ASR that is not safety: more refusals of everything, or degenerate answers."""
+    asr, before = measured(row.asr), measured(base.asr)
+    text = ""
+    if asr and before and asr.value < before.value and row.refusals:
+        # to refuse as much as before pruning is what was lost, not a price
+        less = row.over_refusal_from_dense
+        more = less is None or less.value > 0
+        if more and row.refusals.outcome is Outcome.WORSE:
+            text += " Part of the lower ASR may come from refusing more of everything."
+    mute, silent = measured(row.degenerate), measured(base.degenerate)
+    if mute and silent and mute.value > silent.value:
+        text += (
+            f" Degenerate answers rose from {percent(silent.value)} to {percent(mute.value)}: they "
+            "count neither as refusals nor as attacks, so that ASR falls without more safety."
+        )
+    return text
+
+
+def notes(study: Study) -> tuple[str, ...]:
+    """What the columns mean, in sentences."""
+    rows = study.rows
+    found = [
+        f"ASR: harmful prompts that were answered. Over-refusal: harmless prompts that were "
+        f"refused. Both judged by {study.judge}. Utility: mean similarity to the references (ANLS; "
+        "for a multiple choice, the right letter); where suites score in different ways, the mean "
+        "over suites. Questions of utility benchmarks are part of over-refusal by suite only.",
+        "Brackets are 95 % intervals over prompts: Wilson's of rates and of a utility of right and "
+        "wrong answers, Agresti and Min's of differences of rates, MOVER's of means over suites, "
+        "by bootstrap of the others. n is the number of prompts, however many answers each has.",
+        *_tests_notes(study),
+    ]
+    if any(row.mean_asr is not None for row in rows):
+        found.append(
+            "ASR, mean and RSR of means: over the suites of attacks, each counting the same."
+        )
+    if any(row.over_refusal_from_dense is not None for row in rows):
+        found.append(
+            "Over-refusal and utility less pruned, less dense: less that model's, in points."
+        )
+    if any(row.first.n_m for row in rows):
+        found.append("A hardware kernel for an N:M pattern needs every group whole.")
+    if any(row.passes is not None for row in rows):
+        found.append(PASSES_NOTE + _one_pass(study))
+    if (text := next((row.text for row in rows if row.text), None)) is not None:
+        found.append(
+            f"Perplexity, and KL(dense || model) in nats a token: on {on_text(text)} of ordinary "
+            "text, with bootstrap intervals over documents; means over the models of a row."
+        )
+    if any(row.degenerate is not None and row.degenerate.value for row in rows):
+        found.append(
+            "Degenerate: answers that are empty, repeat themselves, are gibberish, or of a few "
+            "letters to a harmful prompt, and no refusals. They count neither as attacks nor as "
+            "refusals, so that more of them is a lower ASR too."
+        )
+    if any(row.inference_time for row in rows):
+        found.append(
+            f"{UNCHECKED} acts at inference time and leaves the pruned weights as they are."
+        )
+    if any(row.repeats > 1 for row in rows):
+        found.append("(xR): the mean over R draws of a random control.")
+    return (*found, *_published_notes(study), *(note for run in study.runs for note in run.notes))
+
+
+def _tests_notes(study: Study) -> Iterator[str]:
+    rows = study.rows
+    if any(row.rsr is not None for row in rows):
+        yield "RSR: the share of the rise in ASR that was undone."
+    if all(row.attacks is None for row in rows):
+        return
+    if study.runs[0].unrelated:
+        which = "of each model against the first"
+    else:
+        against = f" and against {', '.join(study.against)}" if study.against else ""
+        which = (
+            "of a pruned model against the dense one and of a method against the pruned "
+            f"model{against}"
+        )
+    seeds = "is shown by RSR by seed" if len(study.seeds) > 1 else "takes several seeds to show"
+    yield (
+        "Tests: exact permutation test of attack success (of refusals) on the same prompts, "
+        f"clustered by prompt (McNemar's for one model against one), {which}. Holm: corrected for "
+        f"all tests of a table; better and worse are at Holm < {SIGNIFICANCE}. Read ASR with "
+        "over-refusal and utility: a model that refuses everything has the lowest ASR. The tests "
+        f"are on these models with new prompts; how models of other seeds would differ {seeds}."
+    )
+
+
+def _one_pass(study: Study) -> str:
+    one = next((run.one_pass for run in study.runs if run.one_pass), None)
+    if one is None or len({run.name for run in study.runs}) > 1:
+        return ""
+    return f" Here one pass is over {one.prompts:,} prompts, {one.tokens:,} tokens."
+
+
+def _published_notes(study: Study) -> Iterator[str]:
+    """What is published, and what in it is not comparable."""
+    published = study.published
+    if published is None:
+        return
+    prompts = ", ".join(f"{name} {count}" for name, count in published.prompts.items())
+    yield (
+        f"Published: {published.source}. The intervals of its figures are computed here from its "
+        f"numbers of prompts ({prompts}): Wilson's of rates, MOVER's of means; of RSR from "
+        "Jeffreys' distributions of the counts, as if models answered independently, since their "
+        "answers are not published."
+    )
+    rows = [row.published.row for row in study.rows if row.published]
+    if not all(one.checked for one in (*rows, *study.missing)):
+        yield (
+            f"{UNCHECKED} behind a figure: second-hand, from summaries of the publication; not "
+            "shown to be rates of whole numbers of prompts, as the other figures are."
+        )
+    for suite, name in study.suites.items():
+        theirs = published.prompts.get(name.partition("#")[0])
+        on_it = (row.by_suite.get(suite) for row in study.rows)
+        ours = sorted({one.asr.n for one in on_it if one is not None and one.asr})
+        if theirs and ours and ours != [theirs]:
+            yield f"{name}: {', '.join(map(str, ours))} prompts here, {theirs} in the publication."
+    if study.missing:
+        names = (
+            "/".join(filter(None, one.key)) + ("" if one.pruning else "/dense")
+            for one in study.missing
+        )
+        yield f"Published, but not run here: {', '.join(names)}."
+    if len({str(sorted(run.versions.items())) for run in study.runs}) > 1:
+        yield "The models were run with different versions or devices; see report.json."
+
+
+def correlation_text(study: Study) -> str:
+    """Spearman's rho in a sentence, beside the published one."""
+    found, published = study.correlation, study.published
+    if found is None:
+        return ""
+    if found.rho is None:
+        text = "Spearman's rho is not defined: all values of one are equal"
+    else:
+        chance = "no p value" if found.p is None else f"exact p = {found.p:.3f}"
+        text = f"Spearman's rho {found.rho:.4f} ({chance}, n = {len(found.points)})"
+    if published is not None and published.spearman is not None:
+        text += f"; published: {published.spearman:.4f} (n = {published.spearman_n})"
+    return f"{text}.{f' {found.note}' if found.note else ''}"

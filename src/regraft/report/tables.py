@@ -1,0 +1,350 @@
+"""The tables of a page: which columns there are, and what stands in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from regraft.costs import Cost, if_all_known
+from regraft.evaluation.results import Estimate
+from regraft.report import formatting
+from regraft.report.addresses import file_names
+from regraft.report.formatting import (
+    Cell,
+    number_cell,
+    points_cell,
+    published_cell,
+    rate_cell,
+    rsr_cell,
+    spread_cell,
+    tested_cell,
+)
+from regraft.report.run import Run
+from regraft.report.study import Measured, Row, Study, Table, measured
+from regraft.restoration.methods.gain.path import REASONS, GainPath
+
+CellOf = Callable[[Row], Cell]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table to be shown; the first cell of a row is its heading."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table of results; `brief` ones are shown on the console too."""
+
+    heading: str
+    cell: CellOf
+    brief: bool = False
+
+
+def results(study: Study, *, brief: bool = False) -> tuple[Grid, ...]:
+    """One table a pruning; columns in which nothing was measured are left out of all."""
+    columns = [one for one in _columns(study) if one.brief or not brief]
+    columns = [one for one in columns if any(not one.cell(row).blank for row in study.rows)]
+    return tuple(_grid(table, columns) for table in study.tables)
+
+
+def _grid(table: Table, columns: Sequence[Column]) -> Grid:
+    rows = (
+        (_heading(row, number), *(column.cell(row) for column in columns))
+        for number, row in enumerate(table.rows, start=1)
+    )
+    return Grid(table.name, ("Model", *(one.heading for one in columns)), tuple(rows))
+
+
+def against(study: Study) -> tuple[Grid, ...]:
+    """The tests against named methods alone, for the console."""
+    columns = [Column(f"ASR, against {name}", _against(name)) for name in study.against]
+    return tuple(_grid(table, columns) for table in study.tables if columns)
+
+
+def name_of(row: Row) -> str:
+    """ "random (x5)"; a dagger marks a method of inference time."""
+    repeats = f" (x{row.repeats})" if row.repeats > 1 else ""
+    return f"{row.name}{repeats}{f' {formatting.UNCHECKED}' if row.inference_time else ''}"
+
+
+def look_of(row: Row, number: int) -> str:
+    """The class of a row's colour: a method that restores weights is no control."""
+    if row.role == "other":
+        return f"of-{number}"
+    if row.role == "method":
+        return "control" if row.drawn or row.weights is None else "realigned"
+    return row.role
+
+
+def _heading(row: Row, number: int) -> Cell:
+    about = "" if row.label == row.name else row.label
+    return Cell(name_of(row), note=about, kind=look_of(row, number), number=number)
+
+
+def _columns(study: Study) -> Iterator[Column]:
+    """Of the table of results, in their order."""
+    yield Column("Sparsity", _sparsity)
+    yield Column("Restored", _restored)
+    yield Column("per 10,000", lambda row: spread_cell(row.restored, formatting.share), brief=True)
+    yield Column("published", _published_restored)
+    yield Column("ASR", lambda row: rate_cell(row.asr), brief=True)
+    yield Column("ASR, mean", lambda row: rate_cell(row.mean_asr))
+    yield Column("published", _published_asr, brief=True)
+    yield Column("RSR", lambda row: rsr_cell(row.rsr), brief=True)
+    yield Column("RSR of means", lambda row: rsr_cell(row.mean_rsr))
+    yield Column("published", _published_rsr, brief=True)
+    if any(row.degenerate is not None and row.degenerate.value for row in study.rows):
+        yield Column("Degenerate", lambda row: rate_cell(row.degenerate), brief=True)
+    yield Column("Over-refusal", lambda row: rate_cell(row.over_refusal), brief=True)
+    yield Column("Utility", lambda row: rate_cell(row.utility), brief=True)
+    yield Column("ASR, test", lambda row: tested_cell(row.attacks), brief=True)
+    yield from (Column(f"ASR, against {name}", _against(name)) for name in study.against)
+    yield Column("Over-refusal, test", lambda row: tested_cell(row.refusals))
+    yield Column("Over-refusal less pruned", lambda row: points_cell(row.over_refusal_from_pruned))
+    yield Column("Over-refusal less dense", lambda row: points_cell(row.over_refusal_from_dense))
+    yield Column("Utility less pruned", lambda row: points_cell(row.utility_from_pruned))
+    yield Column("Utility less dense", lambda row: points_cell(row.utility_from_dense))
+    yield Column("Perplexity", lambda row: number_cell(row.text.perplexity if row.text else None))
+    yield Column(
+        "KL to dense", lambda row: number_cell(row.text.kl if row.text else None), brief=True
+    )
+    yield Column("Passes", lambda row: spread_cell(row.passes, formatting.passes))
+
+
+def _against(other: str) -> CellOf:
+    return lambda row: tested_cell(row.against.get(other))
+
+
+def _sparsity(row: Row) -> Cell:
+    return Cell(formatting.short_percent(row.sparsity)) if round(row.sparsity, 3) else Cell()
+
+
+def _restored(row: Row) -> Cell:
+    found = spread_cell(row.weights, formatting.whole)
+    return replace(found, note=", ".join(filter(None, (found.note, formatting.pattern(row)))))
+
+
+def _published_restored(row: Row) -> Cell:
+    found = row.published.row if row.published else None
+    if found is None or found.per_ten_thousand is None:
+        return Cell()
+    mark = "" if found.checked else f" {formatting.UNCHECKED}"
+    return Cell(f"{found.per_ten_thousand:.3f}{mark}", kind="soft")
+
+
+def _published_asr(row: Row) -> Cell:
+    if (found := row.published) is None:
+        return Cell()
+    around = None if found.asr is None else (found.asr.low, found.asr.high)
+    return published_cell(found.row.mean_asr, around, found.row.checked)
+
+
+def _published_rsr(row: Row) -> Cell:
+    if (found := row.published) is None:
+        return Cell()
+    return published_cell(found.row.rsr, found.rsr_interval, found.row.checked)
+
+
+def suites(study: Study, *, brief: bool = False) -> tuple[Grid, ...]:
+    """What was measured on each of several suites, one table a pruning."""
+    columns: list[Column] = []
+    for suite, name in study.suites.items():
+        columns += [
+            Column(f"{name}: ASR", _on(suite, lambda one: rate_cell(one.asr))),
+            Column("published", _published_suite(name, attacks=True)),
+            Column(f"{name}: RSR", _on(suite, lambda one: rsr_cell(one.rsr))),
+            Column(f"{name}: over-refusal", _on(suite, lambda one: rate_cell(one.over_refusal))),
+            Column(f"{name}: utility", _on(suite, lambda one: rate_cell(one.utility))),
+            Column("published", _published_suite(name, attacks=False)),
+            Column(f"{name}: degenerate", _on(suite, lambda one: _if_any(one.degenerate))),
+        ]
+    if brief:
+        columns = [one for one in columns if not one.heading.endswith(("RSR", "degenerate"))]
+    columns = [one for one in columns if any(not one.cell(row).blank for row in study.rows)]
+    return tuple(_grid(table, columns) for table in study.tables if columns)
+
+
+def _on(suite: str, cell: Callable[[Measured], Cell]) -> CellOf:
+    """A cell of a row's rates on a suite."""
+
+    def of(row: Row) -> Cell:
+        found = row.by_suite.get(suite)
+        return Cell() if found is None else cell(found)
+
+    return of
+
+
+def _if_any(estimate: Estimate | None) -> Cell:
+    return rate_cell(estimate) if estimate is not None and estimate.value else Cell()
+
+
+def _published_suite(name: str, *, attacks: bool) -> CellOf:
+    plain = name.partition("#")[0]
+
+    def of(row: Row) -> Cell:
+        if row.published is None:
+            return Cell()
+        found = row.published.row
+        rate = row.published.by_suite.get(plain) if attacks else None
+        around = None if rate is None else (rate.low, rate.high)
+        return published_cell(
+            (found.asr if attacks else found.utility).get(plain), around, found.checked
+        )
+
+    return of
+
+
+def categories(study: Study) -> tuple[Grid, ...]:
+    """ASR by category, one table a pruning."""
+    return tuple(
+        Grid(
+            table.name,
+            ("Category", *map(name_of, table.rows)),
+            tuple(
+                (
+                    Cell(name or "no category"),
+                    *(rate_cell(r.by_category.get(name)) for r in table.rows),
+                )
+                for name in table.rows[0].by_category
+            ),
+        )
+        for table in study.tables
+        if any(measured(rate) for rate in table.rows[0].by_category.values())
+    )
+
+
+def paths(study: Study) -> tuple[Grid, ...]:
+    """One table a path of gain: the pruned model, then a row a step."""
+    return tuple(
+        path_grid(f"{title}, seed {seed}" if len(study.seeds) > 1 else title, path)
+        for title, of_seed in study.paths
+        for seed, path in zip(study.seeds, of_seed, strict=False)
+    )
+
+
+def path_grid(title: str, path: GainPath) -> Grid:
+    """Losses are sums of safety and utility, in nats."""
+    rows = [(Cell("pruned"), Cell(), Cell(), Cell("0"), Cell(), Cell(f"{path.start.sum:.3f}"))]
+    for number, (step, taken) in enumerate(zip(path.steps, path.taken, strict=True), start=1):
+        tried = ", ".join(f"{one.restored:,}" for one in step.tries)
+        losses = Cell(f"{step.fit.sum:.3f}"), Cell(f"{step.held_out.sum:.3f}")
+        counts = Cell(f"{taken:,}"), Cell(f"{step.restored:,}")
+        rows.append((Cell(str(number)), Cell(tried) if tried else Cell(), *counts, *losses))
+    return Grid(
+        title,
+        (
+            *("Step", "Weights tried", "Taken", "Restored in all"),
+            *("Calibration loss before", "Held-out loss after"),
+        ),
+        tuple(rows),
+        ending(path),
+    )
+
+
+def ending(path: GainPath) -> str:
+    """ "The path ended after 3 steps with 1,043 weights restored: ..." """
+    steps, weights = len(path.steps), path.restored
+    found = (
+        f"after {steps} step{'' if steps == 1 else 's'} with {weights:,} "
+        f"weight{'' if weights == 1 else 's'} restored"
+    )
+    if path.end is None:
+        return f"The path has not ended, {found}."
+    return f"The path ended {found}: {REASONS[path.end]}."
+
+
+def correlation(study: Study) -> Grid | None:
+    """Total Ships and the rise in ASR of each model; None where they were not related."""
+    found = study.correlation
+    if found is None:
+        return None
+    return Grid(
+        "",
+        (f"Model, {found.pruning}", "Total Ships, radians", "Rise in ASR, points"),
+        tuple(
+            (Cell(name), Cell(f"{ships:.3f}"), Cell(f"{100 * rise:+.1f}"))
+            for name, ships, rise in found.points
+        ),
+    )
+
+
+def judges(run: Run) -> Grid:
+    """What other judges say of the same answers."""
+    return Grid(
+        "",
+        ("Model", "Judge", "ASR", "Agree, attacks", "Over-refusal", "Agree, refusals", "Unread"),
+        tuple(
+            (
+                Cell(one.name),
+                Cell(one.judged.judge),
+                rate_cell(one.judged.asr),
+                formatting.agreed(one.agreement, harmful=True),
+                rate_cell(one.judged.over_refusal),
+                formatting.agreed(one.agreement, harmful=False),
+                Cell(str(one.judged.unread)),
+            )
+            for one in run.opinions
+        ),
+        f"How often {run.dense.result.judge} agrees on an attack and on a refusal, with Cohen's "
+        "kappa: 1 is full agreement, 0 as by chance.",
+    )
+
+
+def data(run: Run) -> Grid:
+    """Every row that was read is either used or counted under the reason it was left out."""
+    return Grid(
+        "",
+        ("Role", "Source", "Read", "Used", "Left out"),
+        tuple(
+            (
+                Cell(one.role),
+                Cell(file_names(one.source), title=one.source),
+                Cell(f"{one.read:,}"),
+                Cell(f"{one.used:,}"),
+                Cell(", ".join(f"{why}: {n:,}" for why, n in one.skipped.items()) or Cell.value),
+            )
+            for one in run.data
+        ),
+    )
+
+
+def costs(run: Run) -> tuple[Grid, ...]:
+    """By stage, with the sum of all, and of each model."""
+    stages: dict[str, list[Cost]] = {}
+    for cost in run.costs:
+        stages.setdefault(cost.stage, []).append(cost)
+    rows = [
+        (Cell(stage), Cell(str(len(found))), *_spent(together(found)))
+        for stage, found in stages.items()
+    ]
+    every = (Cell("in all"), Cell(), *_spent(together(run.costs)))
+    each = ((Cell(cost.of or "all"), Cell(cost.stage), *_spent(cost)) for cost in run.costs)
+    measures = ("Time", "Operations", "Peak memory")
+    return (
+        Grid("By stage", ("Stage", "Models", *measures), (*rows, every)),
+        Grid("By model", ("Model", "Stage", *measures), tuple(each)),
+    )
+
+
+def together(costs: Sequence[Cost]) -> Cost:
+    """One after the other: the peak is the highest on any device."""
+    return replace(
+        costs[0],
+        of="",
+        seconds=sum(one.seconds for one in costs),
+        flops=if_all_known(sum, [one.flops for one in costs]),
+        peak_bytes=if_all_known(max, [one.peak_bytes for one in costs]),
+    )
+
+
+def _spent(cost: Cost) -> tuple[Cell, Cell, Cell]:
+    return (
+        Cell(formatting.duration(cost.seconds)),
+        Cell(formatting.operations(cost.flops)),
+        Cell(formatting.memory(cost.peak_bytes)),
+    )

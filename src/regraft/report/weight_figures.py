@@ -1,0 +1,198 @@
+"""The figures of weights: scores of heads, restored weights by layer, paths of gain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from regraft.report.drawing import PAPER, SERIES, WIDTH, legend_below, panels_height, to_svg
+from regraft.report.run import HeadMap, Variant
+from regraft.restoration.methods.gain.path import GainPath
+
+Points = tuple[tuple[int, float], ...]  # (weights restored, loss in nats)
+_HELD_OUT, _CALIBRATION, _TRY = SERIES[2], SERIES[0], SERIES[3]
+_MOST_TICKS = 6
+_HEADROOM = 1.25  # of the highest loss on a line
+
+
+def head_map_figure(head_map: HeadMap, marked: Sequence[tuple[int, int]] = ()) -> str:
+    """Scores by layer (down) and head (across); `marked` (layer, head) pairs get a ring.
+
+    Empty text where no head was scored.
+    """
+    values = _table(head_map.values)
+    if not np.isfinite(values).any():
+        return ""
+    layers, heads = values.shape
+    cell = min(0.85 * WIDTH / heads, 3.8 / layers)
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        _tiles(figure, axes, values, f"{head_map.name} ({head_map.unit})")
+        axes.set_aspect("equal")
+        axes.set(xlabel="head", ylabel="layer")
+        rings = [(h, n) for n, h in marked if n < layers and h < heads]
+        for width, colour in ((2.4, "black"), (1.1, "white")):
+            axes.scatter(
+                *_columns(rings), s=(40 * cell) ** 2, facecolor="none", edgecolor=colour, lw=width
+            )
+
+    return to_svg(max(1.6, 1.1 + cell * layers), f"{head_map.name} of each head", draw)
+
+
+def restored_figure(variant: Variant) -> str:
+    """Restored weights by layer (across) and module (down), with the counts where they fit.
+
+    Empty text where nothing was restored.
+    """
+    modules = variant.restored_by_module
+    values = _table(list(modules.values()))
+    values[values == 0] = np.nan
+    if not np.isfinite(values).any():
+        return ""
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        _tiles(figure, axes, values, "restored weights")
+        axes.set_aspect("auto")
+        axes.set_xlabel("layer")
+        axes.set_yticks(range(len(modules)), list(modules))
+        if values.shape[1] <= 12:
+            _write_counts(axes, values)
+
+    return to_svg(1.1 + 0.26 * len(modules), f"Weights restored in {variant.label}", draw)
+
+
+def _table(rows: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
+    """Rows of unequal length as one table, NaN where a value is missing."""
+    table = np.full((max(len(rows), 1), max(map(len, rows), default=0) or 1), np.nan)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = [np.nan if value is None else value for value in row]
+    return table
+
+
+def _tiles(figure: Figure, axes: Axes, values: NDArray[np.float64], label: str) -> None:
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    image = axes.imshow(
+        values, cmap="viridis", vmin=min(low, 0), vmax=high or 1, interpolation="none"
+    )
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 5, 8, 10]))
+    bar = figure.colorbar(image, ax=axes, location="bottom", label=label, aspect=40, pad=0.04)
+    bar.outline.set_visible(False)
+    if bar.solids:
+        bar.solids.set_rasterized(True)
+
+
+def _write_counts(axes: Axes, values: NDArray[np.float64]) -> None:
+    for (row, layer), count in np.ndenumerate(values):
+        if np.isfinite(count):
+            shade = "white" if count < 0.6 * np.nanmax(values) else "black"
+            axes.text(layer, row, f"{count:.0f}", color=shade, ha="center", va="center", size=7.5)
+
+
+def _columns(points: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def path_figure(panels: Sequence[tuple[str, Sequence[GainPath]]]) -> str:
+    """Losses along paths, one panel a method and one pair of lines a path (a calibration seed).
+
+    Weights are on an axis that is linear up to the least number above 0 and logarithmic from there
+    on, since line searches try numbers many times as large as those taken. Empty text where there
+    is no path.
+
+    Args:
+        panels: Title and paths; those without paths are left out.
+    """
+    drawn = [(title, paths) for title, paths in panels if paths]
+    if not drawn:
+        return ""
+    handles = [
+        Line2D([], [], color=_HELD_OUT, marker="o", lw=0.9, ms=3.5, label="held out"),
+        Line2D(
+            [], [], color=_CALIBRATION, marker="s", ls="--", lw=0.9, ms=3.5, label="calibration"
+        ),
+        Line2D([], [], color=_TRY, marker="o", ls="", ms=3, alpha=0.5, label="tried, held out"),
+    ]
+    counts = [count for _, paths in drawn for path in paths for count, _ in every_point(path)]
+    least, most = min((count for count in counts if count), default=1), max(1, *counts)
+
+    def draw(figure: Figure, planes: Any) -> None:
+        for axes, (title, paths) in zip(np.atleast_1d(planes), drawn, strict=True):
+            for path in paths:
+                _draw_path(axes, path)
+            lines = [loss for path in paths for loss in _line_losses(path)]
+            axes.set_xscale("symlog", linthresh=least, linscale=0.3)
+            axes.set_xticks(ticks(least, most), [f"{tick:,}" for tick in ticks(least, most)])
+            axes.minorticks_off()
+            axes.set(xlim=(0, 1.15 * most), ylim=(0, _HEADROOM * max(lines) or 1))
+            axes.set_ylabel("loss, nats (lower is better)")
+            axes.tick_params(labelbottom=True)
+            axes.grid()
+            axes.set_title(title, loc="left", size=9.5)
+        axes.set_xlabel("weights restored")
+        legend_below(figure, handles)
+
+    return to_svg(panels_height(len(drawn), handles), "Paths of gain", draw, len(drawn))
+
+
+def ticks(least: int, most: int) -> list[int]:
+    """0 and round numbers from `least` to `most`, few enough to be written side by side."""
+    decades = range(len(str(most)))
+    fine, coarse = (
+        [m * 10**e for e in decades for m in steps if least <= m * 10**e <= most]
+        for steps in ((1, 2, 5), (1,))
+    )
+    return [0, *(fine if len(fine) <= _MOST_TICKS else coarse)]
+
+
+def held_out_points(path: GainPath) -> Points:
+    """Of the pruned model and after every step."""
+    after = ((step.restored, step.held_out.sum) for step in path.steps)
+    return ((0, path.start.sum), *after)
+
+
+def calibration_points(path: GainPath) -> Points:
+    """Before every step."""
+    before = accumulate(path.taken, initial=0)
+    return tuple((count, step.fit.sum) for count, step in zip(before, path.steps, strict=False))
+
+
+def tried_points(path: GainPath) -> Points:
+    """What the line searches tried, weights of earlier steps included."""
+    before = accumulate(path.taken, initial=0)
+    return tuple(
+        (count + one.restored, one.loss)
+        for count, step in zip(before, path.steps, strict=False)
+        for one in step.tries
+    )
+
+
+def every_point(path: GainPath) -> Points:
+    """All that may be drawn."""
+    return (*held_out_points(path), *calibration_points(path), *tried_points(path))
+
+
+def _line_losses(path: GainPath) -> list[float]:
+    return [loss for _, loss in (*held_out_points(path), *calibration_points(path))]
+
+
+def _draw_path(axes: Axes, path: GainPath) -> None:
+    looks: dict[str, Any] = {"lw": 0.9, "ms": 3.5, "mec": PAPER, "mew": 0.4, "clip_on": False}
+    tried = tried_points(path)
+    axes.plot(*_path_columns(tried), "o", color=_TRY, ms=3, mew=0, alpha=0.5)
+    axes.plot(*_path_columns(calibration_points(path)), "s--", color=_CALIBRATION, **looks)
+    axes.plot(*_path_columns(held_out_points(path)), "o-", color=_HELD_OUT, **looks)
+
+
+def _path_columns(points: Points) -> tuple[list[int], list[float]]:
+    return [count for count, _ in points], [loss for _, loss in points]

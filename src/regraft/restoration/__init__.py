@@ -1,0 +1,1 @@
+"""Which pruned weights are restored: what a method is, the ranking that every method gives."""

@@ -1,0 +1,315 @@
+"""What a restoration method is: its settings, what it needs, and how it ranks pruned weights.
+
+A method is one object. It ranks the weights that pruning took, best first; how many of the ranking
+are restored is said by a budget, or the ranking ends by itself. All else (reading checkpoints,
+gathering what is needed, patches, searches, reports) is the same for all methods and asks only what
+`Method` answers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from pydantic import Field, model_validator
+
+from regraft.data.example import Reading
+from regraft.heads.score import Criterion, HeadScores
+from regraft.models.load import Source, pick_device
+from regraft.patch.pair import Survey
+from regraft.pruning.base import PRUNERS, GradientPruner
+from regraft.pruning.statistics import SavedStatistics
+from regraft.registry import Registry
+from regraft.restoration.ranking import Ranking, WeightScore, rank
+from regraft.settings.base import Settings
+from regraft.settings.compute import ComputeSettings
+from regraft.watch import Watch
+
+DEFAULT_BUDGET = 5.0  # per 10,000 pruned
+
+
+class MethodSettings(Settings):
+    """What all methods have: a name. A method's own class fixes it and adds fields."""
+
+    method: str
+
+    @property
+    def drawn(self) -> bool:
+        """Whether a seed decides what is restored, so that repeats differ."""
+        return False
+
+    @property
+    def searchable(self) -> bool:
+        """Whether any first part of the ranking may be restored, so that a search can choose."""
+        return False
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether a kept weight is pruned for each that is restored."""
+        return False
+
+    def how_many(self, pruned: int) -> int | None:
+        """How many of `pruned` weights are restored at most; None for the whole ranking."""
+        return None
+
+    def ranking(self) -> Self:
+        """What the ranking depends on; settings that share it are equal here."""
+        return self
+
+    def reseeded(self, by: int) -> Self:
+        """With another draw of what a seed decides."""
+        return self
+
+
+class Budgeted(MethodSettings):
+    """How many weights are restored, as a share of those pruned or as a number."""
+
+    budget: float | None = Field(
+        None,
+        gt=0,
+        lt=10_000,
+        description=f"Restored weights per 10,000 pruned ones; {DEFAULT_BUDGET:g} where neither "
+        "this nor a count is given.",
+    )
+    count: int | None = Field(None, ge=1, description="Restored weights; instead of the budget.")
+
+    @model_validator(mode="after")
+    def _check_amount(self) -> Self:
+        if self.budget is not None and self.count is not None:
+            raise ValueError("`budget` and `count` say the same thing; give one of them")
+        return self
+
+    @property
+    def searchable(self) -> bool:
+        """Whether any first part of the ranking may be restored, so that a search can choose."""
+        return self.budget is not None or self.count is not None
+
+    def how_many(self, pruned: int) -> int | None:
+        """How many of `pruned` weights are restored at most; None for the whole ranking."""
+        if self.count is not None:
+            return min(self.count, pruned)
+        return None if self.budget is None else int(self.budget * pruned / 10_000)
+
+
+class AlwaysBudgeted(Budgeted):
+    """A number of weights that is never left open; written out, so that artifacts tell it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_budget(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        if given.get("budget") is not None or given.get("count") is not None:
+            return given
+        return {**given, "budget": DEFAULT_BUDGET}
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """The `count` best heads by a criterion."""
+
+    criterion: Criterion
+    count: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be there before a method ranks.
+
+    Attributes:
+        heads: Scored heads, of which these are chosen.
+        statistics: The kind of importance gathered on D^s and D^u.
+        answers: The dense model's own answers to harmful and harmless prompts, which the method
+            imitates by gradients.
+        positions: Another ranking: a file, in a recipe also the name of a method before it.
+        some_heads: How many heads the model must have.
+    """
+
+    heads: HeadChoice | None = None
+    statistics: str | None = None
+    answers: bool = False
+    positions: str | None = None
+    some_heads: int = 0
+
+    @property
+    def gradients(self) -> bool:
+        """Whether gradients are taken, for the ranking or for its statistics."""
+        return self.answers or (
+            self.statistics is not None and isinstance(PRUNERS.get(self.statistics), GradientPruner)
+        )
+
+
+@dataclass(frozen=True)
+class Between:
+    """A range that tuning draws from, both ends in it."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+
+Space = dict[str, Between | tuple[str, ...]]
+"""Field of a method's settings -> what tuning may set it to."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method ranks from.
+
+    Attributes:
+        dense: The dense checkpoint.
+        pruned: The same network pruned, by whomever.
+        survey: What pruning took.
+        count: How many weights to rank at most; None for all that the method takes.
+        seed: The calibration seed, of whatever is drawn.
+        compute: Device, dtype, batch size and placement.
+        watch: Progress.
+        work: A folder for unfinished work, which a resumed run finds again.
+        heads: Scores, if needed.
+        statistics: Of D^s and D^u, if needed.
+        answered: "safety" (harmful prompts) and "utility" (harmless ones) -> examples with the
+            dense model's answers, if needed.
+        positions: Another ranking, if needed.
+    """
+
+    dense: Source
+    pruned: Source
+    survey: Survey
+    count: int | None
+    seed: int
+    compute: ComputeSettings
+    watch: Watch
+    work: Path
+    heads: HeadScores | None = None
+    statistics: SavedStatistics | None = None
+    answered: Mapping[str, Reading] | None = None
+    positions: Ranking | None = None
+
+    def rank_by(self, score: WeightScore, heads: Sequence[tuple[int, int]] = ()) -> Ranking:
+        """Rank by a score that each matrix has by itself, one matrix in memory at a time.
+
+        Args:
+            score: Of the weights of a matrix.
+            heads: (layer, head) restored in, to be told of the ranking.
+        """
+        layers = len(self.dense.anatomy.layers)
+        with self.watch.task("Ranking weights", layers, "layers") as done:
+            found = rank(
+                self.dense,
+                self.pruned,
+                score,
+                self.count,
+                device=pick_device(self.compute.device),
+                progress=done,
+            )
+        return replace(found, about={"heads": [list(head) for head in heads]})
+
+
+Prompts = Mapping[str, Reading]
+S = TypeVar("S", bound=MethodSettings)
+
+
+class Method(ABC, Generic[S]):
+    """A restoration method. Subclass, make one object, and register it.
+
+    Attributes:
+        name: What it is called on the command line and in recipes.
+        Settings: Its settings, with `method: Literal[name] = name`.
+        algorithm: Raised whenever the same settings give another ranking than before.
+        reads_heads: Whether head scores may decide, so that the command line offers how they are
+            made.
+        reads_responses: Whether statistics may be gathered on responses, likewise.
+        searches: Whether a search may choose how many weights are restored, likewise.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[MethodSettings]]
+    algorithm: ClassVar[int] = 1
+    reads_heads: ClassVar[bool] = False
+    reads_responses: ClassVar[bool] = False
+    searches: ClassVar[bool] = True
+
+    def needs(self, settings: S) -> Needs:
+        """What must be there before `rank`; nothing by default."""
+        return Needs()
+
+    def check(
+        self, settings: S, dense: Source, seed: int, compute: ComputeSettings, prompts: Prompts
+    ) -> None:
+        """Find bad input before any long work.
+
+        Args:
+            settings: Of the method.
+            dense: The dense checkpoint.
+            seed: The calibration seed.
+            compute: Batch size and number of processes decide how prompts are shared.
+            prompts: If it needs answers, the prompts by "safety" and "utility", else empty.
+
+        Raises:
+            RegraftError: it cannot be ranked so.
+        """
+
+    @abstractmethod
+    def rank(self, settings: S, context: Context) -> Ranking:
+        """The pruned weights in the order in which they are restored.
+
+        Its `about` may say how it came about; "heads" there are those restored in.
+        """
+
+    def label(self, settings: S) -> str:
+        """What tables call it."""
+        return self.name
+
+    @property
+    def tunes(self) -> bool:
+        """Whether it has a `space` of its own."""
+        return type(self).space is not Method.space
+
+    def space(self, settings: S, dense: Source, kept: float) -> Space:
+        """What tuning varies; nothing by default.
+
+        Args:
+            settings: As given.
+            dense: Whose heads bound their number.
+            kept: Share of weights that pruning kept.
+        """
+        return {}
+
+
+METHODS: Registry[Method[Any]] = Registry(
+    "restoration method",
+    "regraft.restoration.methods",
+    "regraft.methods",
+    Method,  # type: ignore[type-abstract]
+)
+DEFAULT = "gain"
+
+
+def method_of(settings: MethodSettings) -> Method[Any]:
+    """The method that these are settings of."""
+    return METHODS.get(settings.method)
+
+
+def needs_of(settings: MethodSettings) -> Needs:
+    """What the method needs with these settings."""
+    return method_of(settings).needs(settings)
+
+
+def own_settings(settings: MethodSettings) -> MethodSettings:
+    """The method's settings alone, of settings that name and store a result too."""
+    own = method_of(settings).Settings
+    return own(**settings.model_dump(include=set(own.model_fields)))
+
+
+def settings_in(content: Mapping[str, Any]) -> MethodSettings:
+    """The method's settings among those that a recipe writes of a variant.
+
+    Raises:
+        RegraftError: there is no such method.
+    """
+    own = METHODS.get(content.get("method", DEFAULT)).Settings
+    return own(**{name: content[name] for name in own.model_fields if name in content})

@@ -1,0 +1,282 @@
+"""Restore by gain: the teacher distribution, held-out prompts, and the steps; resumable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field
+from safetensors.torch import load_file
+
+from regraft import ranks
+from regraft.data.collate import response_batch
+from regraft.data.example import Example, Reading, hold_out
+from regraft.errors import RegraftError
+from regraft.files import require_space, size_of
+from regraft.loading import (
+    check_shares,
+    each_of_share,
+    hidden_state_bytes,
+    load_for_walk,
+    write_teacher,
+)
+from regraft.models.load import Source
+from regraft.models.placement import PlacedModel
+from regraft.models.walk import Walk
+from regraft.pruning.gradients import require_gradients
+from regraft.restoration.base import (
+    DEFAULT_BUDGET,
+    AlwaysBudgeted,
+    Context,
+    Method,
+    MethodSettings,
+    Needs,
+)
+from regraft.restoration.methods.gain.objective import MOST_TRIES
+from regraft.restoration.methods.gain.path import (
+    REASONS,
+    End,
+    GainPath,
+    Passed,
+    path_to_json,
+    read_path,
+)
+from regraft.restoration.methods.gain.step import (
+    Losses,
+    Problem,
+    Prompts,
+    groups_of,
+    held_out_losses,
+    step,
+    weights_of,
+)
+from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
+from regraft.restoration.teacher import DecisionLoss
+from regraft.settings.compute import ComputeSettings
+from regraft.watch import Watch
+
+HELD_OUT = 0.25  # of the prompts of each kind
+MOST_STEPS = 5  # with which a path takes at most about ten passes over its prompts
+LEAST_FALL = 0.01  # of the held-out loss, relative: with a smaller one a step is the last
+CALLED = {"safety": "harmful", "utility": "harmless"}
+
+
+class GainSettings(AlwaysBudgeted):
+    """The weights that are predicted to bring the model's answers nearest to the dense model's."""
+
+    method: Literal["gain"] = "gain"
+    budget: float | None = Field(
+        None,
+        gt=0,
+        lt=10_000,
+        description="Restored weights per 10,000 pruned ones at most: gain stops where more do "
+        f"not help on held-out prompts. {DEFAULT_BUDGET:g} where neither this nor a count is "
+        "given, which no path has reached yet.",
+    )
+    swap: bool = Field(
+        False,
+        description="Prune a kept weight of the same row or N:M group for each that is restored, "
+        "so that sparsity stays exactly as it was.",
+    )
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether a kept weight is pruned for each that is restored."""
+        return self.swap
+
+    def ranking(self) -> Self:
+        """Without the budget, which takes the first part of the same path."""
+        return self.model_copy(update={"budget": None, "count": None})
+
+
+class Gain(Method[GainSettings]):
+    """See `gain.objective` for the method, `gain.step` for a step; here is the loop."""
+
+    name: ClassVar[str] = "gain"
+    Settings: ClassVar[type[MethodSettings]] = GainSettings
+    algorithm: ClassVar[int] = 11
+
+    def needs(self, settings: GainSettings) -> Needs:
+        """The dense model's own answers."""
+        return Needs(answers=True)
+
+    def check(
+        self,
+        settings: GainSettings,
+        dense: Source,
+        seed: int,
+        compute: ComputeSettings,
+        prompts: Mapping[str, Reading],
+    ) -> None:
+        """Check that prompts of each kind can be held out, and shared by processes.
+
+        A process may have no held-out prompts, but gradients are taken by each.
+
+        Raises:
+            RegraftError: there are too few.
+        """
+        for reading in prompts.values():
+            if (count := len(reading.examples)) < 2:
+                raise RegraftError(
+                    f"{reading.source}: gain holds prompts of each kind out to see where to stop, "
+                    f"and needs at least 2; there are {count}. Give more prompts, or raise "
+                    "--samples."
+                )
+            check_shares(hold_out(reading.examples, HELD_OUT, seed)[0], compute)
+
+    def rank(self, settings: GainSettings, context: Context) -> Ranking:
+        """The order in which weights are restored, step by step.
+
+        Its `about` has the `steps`, the held-out losses of the pruned model at the `start`, and why
+        it ended; every finished step is kept in the work folder.
+
+        Raises:
+            RegraftError: the pruned model's loss on held-out prompts is not finite.
+        """
+        return _restore(context, settings.swap, path_limit(context.survey.restorable))
+
+    def label(self, settings: GainSettings) -> str:
+        """What tables call it."""
+        return "gain, swapped" if settings.swap else "gain"
+
+
+PLUGIN = Gain()
+
+
+def _restore(context: Context, swap: bool, most: int) -> Ranking:
+    """`Gain.rank`, of `most` weights at most."""
+    dense, pruned, work = context.dense, context.pruned, context.work
+    compute, watch = context.compute, context.watch
+    work.mkdir(parents=True, exist_ok=True)
+    model, sides = _prepare(context)
+    groups = groups_of(dense, pruned) if swap else {}
+    problem = Problem(model, dense, pruned, sides, work / "states", swap, groups)
+    needed = sum(hidden_state_bytes(dense, side.fit) for side in sides)
+    ranking, file = empty(), work / "so-far.safetensors"
+    if ranks.decided(file.exists):
+        ranking = load_ranking(file)
+        put(ranking, weights_of(model.network, dense.anatomy), dense)
+    if (path := read_path(ranking.about)) is None:
+        with watch.task("Held-out loss of the pruned model", *_work(sides, 0, 1)) as done:
+            path = GainPath(_finite(held_out_losses(sides, done), compute))
+    while (end := _end(path, most)) is None:
+        now = path.held_out
+        require_space(work, needed - size_of(work / "states"))  # a killed step leaves some there
+        number = len(path.steps) + 1
+        with watch.task(f"Step {number} of gain", *_work(sides, 2, MOST_TRIES)) as done:
+            new = step(problem, _room(path, most), ranking, now, done)
+        ranking = ranking.then(new.ranking)
+        path = replace(path, steps=(*path.steps, Passed.of(len(ranking), new)))
+        watch.note(_described(path.steps[-1], now))
+        ranking = replace(ranking, about=path_to_json(path))
+        if ranks.first():
+            save_ranking(file, ranking)
+        ranks.barrier()
+    watch.note(f"Path of {len(ranking):,} weights in {len(path.steps)} steps: {REASONS[end]}")
+    return replace(ranking, about=path_to_json(replace(path, end=end)))
+
+
+def _finite(losses: Losses, compute: ComputeSettings) -> Losses:
+    if not math.isfinite(losses.sum):
+        raise RegraftError(
+            f"The pruned model's loss on held-out prompts is {losses.sum}: activations overflow "
+            f"with --dtype {compute.dtype}, or a weight is not finite. Take float32 or prune again."
+        )
+    return losses
+
+
+def _room(path: GainPath, most: int) -> int:
+    """How many weights the next step may restore.
+
+    At most twice as many as the step before, so that the line search is not spent on numbers that
+    were too many already.
+    """
+    return min(most - path.restored, 2 * path.taken[-1]) if path.steps else most
+
+
+def path_limit(pruned: int) -> int:
+    """How many weights a path may have, so that its candidates fit into memory.
+
+    Paths end long before: on a 0.5 B model at a few weights of a million pruned ones.
+    """
+    return min(pruned, max(10_000, pruned // 1_000))
+
+
+def _end(path: GainPath, most: int) -> End | None:
+    """Why there is no further step, if there is none."""
+    if not path.steps:
+        return None
+    before = replace(path, steps=path.steps[:-1]).held_out
+    if not path.steps[-1].candidates:
+        return "candidates"
+    if before.sum - path.held_out.sum <= LEAST_FALL * max(before.sum, 0):
+        return "held-out"
+    return "limit" if path.restored >= most or len(path.steps) == MOST_STEPS else None
+
+
+def _described(last: Passed, before: Losses) -> str:
+    tried = ", ".join(f"{one.restored:,}: {one.loss:.3f}" for one in last.tries)
+    return (
+        f"calibration loss {last.fit.sum:.3f} nats before the step; held-out loss "
+        f"{before.sum:.3f} -> {last.held_out.sum:.3f} (weights tried: {tried or 'none'}); "
+        f"{last.restored:,} restored"
+    )
+
+
+def _work(sides: Sequence[Prompts], passes: int, tries: int) -> tuple[int, str]:
+    """How much there is to do, at most: passes over calibration prompts and held-out ones."""
+
+    def prompts(walk: Walk) -> int:
+        return sum(len(batch.ids) for batch in walk.batches) * walk.layers
+
+    own = sum(passes * prompts(side.fit) + tries * prompts(side.held_out) for side in sides)
+    return own, "samples x layers"
+
+
+def _prepare(context: Context) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
+    """The pruned model and both kinds of prompts, before its layers."""
+    dense, pruned, work = context.dense, context.pruned, context.work
+    compute, watch, readings = context.compute, context.watch, context.answered or {}
+    parts = {kind: _split(kind, readings[kind], watch, context.seed) for kind in CALLED}
+    teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in CALLED}
+    asks = not ranks.decided(lambda: all(path.exists() for path in teachers.values()))
+    model, processor = load_for_walk(
+        dense if asks else pruned, compute, watch, processor_from=dense
+    )
+    require_gradients(model.dtype)
+    walks: dict[str, list[Walk]] = {kind: [] for kind in CALLED}
+    total = sum(len(examples) for part in parts.values() for examples in part)
+    with watch.task("Reading the prompts", total) as done:
+        for kind, part in parts.items():
+            for examples in part:
+                batches = each_of_share(processor, response_batch, examples, compute)
+                walks[kind].append(Walk(model, batches))
+                done(len(examples))
+    if asks:
+        write_teacher(walks, teachers, watch)
+        model.network.to("meta")  # one model in memory at a time; the walks still hold this one
+        model, _ = load_for_walk(pruned, compute, watch, processor_from=dense)
+        walks = {kind: [walk.on(model) for walk in pair] for kind, pair in walks.items()}
+    safety, utility = (
+        Prompts(fit, held_out, DecisionLoss(load_file(teachers[kind])))
+        for kind, (fit, held_out) in walks.items()
+    )
+    return model, (safety, utility)
+
+
+def _split(
+    kind: str, reading: Reading, watch: Watch, seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """(prompts to take gradients of, prompts held out)."""
+    fit, held = hold_out(reading.examples, HELD_OUT, seed)
+    apart = {one.category for one in held} - {one.category for one in fit}
+    whole = sum(one.category in apart for one in held)
+    parts = [f"{whole} of {', '.join(sorted(apart))}"] if whole else []
+    parts += [f"{len(held) - whole} drawn"] if whole < len(held) else []
+    watch.note(
+        f"{CALLED[kind]} prompts: {len(fit)} for gradients, {len(held)} held out "
+        f"({', '.join(parts)})"
+    )
+    return fit, held

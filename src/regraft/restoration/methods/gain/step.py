@@ -1,0 +1,255 @@
+"""One step of gain: gradients of the model as it is, candidates, and a search of how many help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from regraft import ranks
+from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
+from regraft.models.load import Source
+from regraft.models.placement import PlacedModel
+from regraft.models.walk import Walk
+from regraft.patch.groups import grouping_of
+from regraft.patch.pair import restorable
+from regraft.pruning.gradients import Loss, layer_gradients, signed, signed_and_squared
+from regraft.restoration.methods.gain.objective import (
+    Try,
+    first_order_limit,
+    gain,
+    line_search,
+    removal_cost,
+    swaps_in_groups,
+    swaps_in_rows,
+    worth_of,
+)
+from regraft.restoration.ranking import Best, Edits, Ranking
+from regraft.restoration.teacher import DecisionLoss, losses_together
+
+Progress = Callable[[int], None]
+_SWAPS_IN_A_ROW = 64
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of one kind, harmful or harmless, with their answers and the loss on them.
+
+    Attributes:
+        fit: Those that gradients are taken of.
+        held_out: Those that decide how many weights a step restores; none of `fit`.
+        loss: Of one answer.
+    """
+
+    fit: Walk
+    held_out: Walk
+    loss: DecisionLoss
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The models and prompts of a restoration.
+
+    Attributes:
+        model: The model in memory, as pruned.
+        dense: The checkpoint that values are taken from.
+        pruned: The checkpoint of `model`.
+        sides: Harmful prompts and harmless ones.
+        scratch: A folder for layer inputs.
+        swap: Prune a kept weight of the same row for each that is restored, or of the same group
+            in the linears of `groups`.
+        groups: `LinearAnatomy.key` -> M of an N:M weight, for swaps.
+    """
+
+    model: PlacedModel
+    dense: Source
+    pruned: Source
+    sides: tuple[Prompts, Prompts]
+    scratch: Path
+    swap: bool = False
+    groups: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean losses, in nats, of harmful prompts (safety) and harmless ones (utility)."""
+
+    safety: float
+    utility: float
+
+    @property
+    def sum(self) -> float:
+        """What a step is to lower."""
+        return self.safety + self.utility
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step found.
+
+    Attributes:
+        ranking: The weights that it restored, best first; empty where none lower the held-out loss.
+        fit: Losses on the calibration prompts before the step.
+        held_out: Losses on the held-out prompts after it.
+        candidates: How many weights were predicted to help and not to cost utility; those beyond
+            as many as may be restored are not counted.
+        tries: Numbers of weights that were tried, with the held-out losses.
+    """
+
+    ranking: Ranking
+    fit: Losses
+    held_out: Losses
+    candidates: int
+    tries: tuple[Try, ...]
+
+
+def step(
+    problem: Problem, room: int, so_far: Ranking, held_out: Losses, progress: Progress
+) -> Step:
+    """Restore the weights that help most now; in the model too.
+
+    Args:
+        problem: The model, with `so_far` restored, and the prompts.
+        room: How many weights at most.
+        so_far: What steps before restored.
+        held_out: The held-out losses now.
+        progress: Called with the number of samples that a layer has seen, forward or backward.
+    """
+    found, fit = _candidates(problem, room, so_far, progress)
+    chosen = found.first(first_order_limit(found.score, fit.sum)) if len(found) else found
+    edits = Edits(chosen, weights_of(problem.model.network, problem.dense.anatomy), problem.dense)
+    seen = {0: held_out}
+
+    def value(count: int) -> float:
+        edits.put(count)
+        seen[count] = held_out_losses(problem.sides, progress)
+        return seen[count].sum
+
+    taken, tries = line_search(value, held_out.sum, len(chosen))
+    edits.put(taken)
+    return Step(chosen.first(taken), fit, seen[taken], len(found), tries)
+
+
+def held_out_losses(sides: Sequence[Prompts], progress: Progress = lambda _: None) -> Losses:
+    """Of the model as it is."""
+    found = losses_together([(side.held_out, side.loss) for side in sides], progress)
+    return Losses(*(_mean(one.values()) for one in found))
+
+
+def _candidates(
+    problem: Problem, room: int, so_far: Ranking, progress: Progress
+) -> tuple[Ranking, Losses]:
+    """(the best weights that could be restored, in order; losses on the calibration prompts).
+
+    One layer's gradients of both kinds of prompts are in memory at a time, with swaps the squares
+    too.
+    """
+    best = Best(room)
+    anatomy = problem.dense.anatomy
+    index = {linear.key: i for i, linear in enumerate(anatomy.linears)}
+    weights = weights_of(problem.model.network, anatomy)
+    seen: tuple[list[float], list[float]] = ([], [])
+    passes = (
+        _gradients(problem, i, _recorded(problem.sides[i].loss, losses), progress)
+        for i, losses in enumerate(seen)
+    )
+    for (layer, for_safety), (_, for_utility) in zip(*passes, strict=True):
+        for linear in layer.linears:
+            gradients = for_safety.pop(linear.key, None), for_utility.pop(linear.key, None)
+            if gradients[0] is None or gradients[1] is None:
+                continue
+            i = index[linear.key]
+            current = weights[i].to(gradients[0].device)
+            dense = problem.dense.checkpoint.read(linear.tensor).to(current)
+            taken = so_far.at((so_far.linear == i).nonzero().flatten())
+            best.add(i, *_worth(problem, linear, dense, current, taken, gradients))
+    return replace(best.ranking, score=best.ranking.score.float()), Losses(*map(_mean, seen))
+
+
+def _worth(
+    problem: Problem,
+    linear: LinearAnatomy,
+    dense: Tensor,
+    current: Tensor,
+    taken: Ranking,
+    gradients: Sequence[Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """(what restoring each weight is worth, -inf where it does not help; what is removed for it).
+
+    Args:
+        problem: For swaps.
+        linear: The matrix.
+        dense: Its dense weight, `[out, in]`.
+        current: Its weight now, likewise.
+        taken: What of it has been restored, and removed, before.
+        gradients: Of both losses, `[out, in]` float32; with swaps the squares below.
+    """
+    rows, device = linear.shape[0], current.device
+    gains = [gain(gradient[:rows], dense, current) for gradient in gradients]
+    worth = worth_of(*gains)
+    free = restorable(dense, current)
+    free.view(-1)[taken.removed[taken.removed >= 0].to(device)] = False
+    worth.masked_fill_(~free, -torch.inf)
+    removed = None
+    if problem.swap:
+        cost = torch.zeros_like(worth)
+        for gradient in gradients:
+            cost += removal_cost(gradient[:rows], gradient[rows:], current).abs_()
+        fixed = current == 0
+        fixed.view(-1)[taken.position.to(device)] = True
+        cost.masked_fill_(fixed, torch.inf)
+        m = problem.groups.get(linear.key)
+        worth, removed = (
+            swaps_in_rows(worth, cost, _SWAPS_IN_A_ROW)
+            if m is None
+            else swaps_in_groups(worth, cost, m)
+        )
+    return worth.masked_fill_(worth <= 0, -torch.inf), removed
+
+
+def _gradients(
+    problem: Problem, side: int, loss: Loss, progress: Progress
+) -> Iterator[tuple[LayerAnatomy, dict[str, Tensor]]]:
+    walk = problem.sides[side].fit
+    walk.rewind()
+    return layer_gradients(
+        walk,
+        problem.dense.anatomy,
+        problem.scratch / str(side),
+        lambda _: True,
+        progress,
+        add=signed_and_squared if problem.swap else signed,
+        loss=loss,
+    )
+
+
+def _recorded(loss: Loss, into: list[float]) -> Loss:
+    def recorded(model: PlacedModel, final: Tensor, labels: Tensor, name: str) -> Tensor:
+        value = loss(model, final, labels, name)
+        into.append(float(value.detach()))
+        return value
+
+    return recorded
+
+
+def _mean(values: Collection[float]) -> float:
+    """Over the examples of all processes."""
+    total, count = ranks.total(torch.tensor([sum(values), len(values)], dtype=torch.float64))
+    return float(total / count)
+
+
+def groups_of(dense: Source, pruned: Source) -> dict[str, int]:
+    """M of every weight that is pruned N:M, by `LinearAnatomy.key`."""
+    pairs = zip(dense.anatomy.linears, pruned.anatomy.linears, strict=True)
+    found = {own.key: grouping_of(pruned.checkpoint.read(other.tensor)) for own, other in pairs}
+    return {key: grouping.m for key, grouping in found.items() if grouping is not None}
+
+
+def weights_of(network: nn.Module, anatomy: Anatomy) -> list[Tensor]:
+    """Every prunable weight in memory, in the order of `Anatomy.linears`."""
+    modules = dict(network.named_modules())
+    weights = (modules[linear.module].weight for linear in anatomy.linears)
+    return [weight.data for weight in weights if isinstance(weight, Tensor)]

@@ -1,0 +1,77 @@
+"""The set difference of Wei et al. (2024, arXiv 2402.05162): what safety needs and utility not.
+
+Weights of all linears among the top q by importance for safety, minus the top p for utility. q is
+left open: weights are ranked by the q at which they would come in.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from regraft.models.load import Source
+from regraft.restoration.base import (
+    AlwaysBudgeted,
+    Between,
+    Context,
+    Method,
+    MethodSettings,
+    Needs,
+    Space,
+)
+from regraft.restoration.methods.hsr import by_importance
+from regraft.restoration.ranking import Ranking
+from regraft.restoration.selection import Band, hsr_scores, whole
+
+
+class SetDifferenceSettings(AlwaysBudgeted):
+    """Weights that matter for safety and not for utility, by Wanda's importance."""
+
+    method: Literal["set-difference"] = "set-difference"
+    p: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Top share by utility importance that is left out; if not given, what pruning "
+        "kept of each matrix.",
+    )
+    scope: Literal["row", "matrix"] = Field(
+        "row", description="Weights compete within their row or the matrix."
+    )
+
+    def band(self, kept: float) -> Band | None:
+        """The thresholds for a matrix of which pruning kept a share; None where empty."""
+        p = kept if self.p is None else self.p
+        return Band(1.0, p, 1.0, self.scope) if p < 1 else None
+
+
+class SetDifference(Method[SetDifferenceSettings]):
+    """See the module."""
+
+    name: ClassVar[str] = "set-difference"
+    Settings: ClassVar[type[MethodSettings]] = SetDifferenceSettings
+    reads_responses: ClassVar[bool] = True
+
+    def needs(self, settings: SetDifferenceSettings) -> Needs:
+        """Statistics of both kinds of prompts."""
+        return Needs(statistics="wanda")
+
+    def rank(self, settings: SetDifferenceSettings, context: Context) -> Ranking:
+        """By the share q at which the set difference would hold each weight."""
+        score = by_importance(context, lambda one: [whole(one)], settings.band, "wanda", hsr_scores)
+        return context.rank_by(score)
+
+    def label(self, settings: SetDifferenceSettings) -> str:
+        """What tables call it."""
+        return "set difference"
+
+    def space(self, settings: SetDifferenceSettings, dense: Source, kept: float) -> Space:
+        """p and the scope."""
+        return {
+            "p": Between(min(kept, 0.999), min(kept + 0.4, 0.999)),
+            "scope": ("row", "matrix"),
+        }
+
+
+PLUGIN = SetDifference()
