@@ -30,7 +30,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Show layers, heads, prunable weights and names on disk; loads no weights.",
     ),
     "data": ("making_data:app", "Make data: answers to calibration prompts, prompts as images."),
-    "prune": ("pruning:prune", "Prune the decoder by Wanda, SparseGPT, SNIP or another pruner."),
+    "prune": (
+        "pruning:prune",
+        "Set the least important weights to 0, by Wanda or another pruner (--method).",
+    ),
     "realign": (
         "realigning:app",
         "Restore the pruned weights that carried safety: write their dense values as a patch.",
