@@ -400,8 +400,8 @@ def test_budgets_in_a_recipe(
 @pytest.mark.parametrize(
     ("command", "wanted", "unwanted"),
     [
-        ("realign hsr", "Harmful and harmless prompts, none of which is", "Direction"),
-        ("tune hsr", "Harmful and harmless prompts, none of which is", "Direction"),
+        ("realign hsr", "Harmful and harmless prompts, none of which is evaluated", "Direction"),
+        ("tune hsr", "Harmful and harmless prompts, none of which is evaluated", "Direction"),
         ("defend", "Direction: harmful and harmless prompts on which layer and", "search"),
     ],
 )
@@ -424,7 +424,8 @@ def test_validation_prompts_must_be_named_for_another_model(world: World, refuse
     words = ["realign", "random", world.model, world.pruned, "--count", 4, "--search"]
     words += ["--out", "out"]
     missing = "No validation prompts are named to choose on"
-    has(refused(*words, "--data", world.data), missing, "--validation")
+    too_few = "none of its 4 prompts are in this part"  # of so few, that are then held out
+    has(refused(*words, "--data", world.data), too_few, "--validation")
     words += ["--validation", "vlguard#unsafe", "gone"]
     has(refused(*words, "--data", world.data), "vlguard:gone#unsafe: gone does not exist")
     defend = ["defend", world.pruned, "--method", "refusal-direction", "--out", "out"]
@@ -579,11 +580,11 @@ def test_parts_behind_the_name(world: World, refused: Refused, words: list[str],
 @pytest.mark.parametrize(
     ("value", "parts"),
     [
-        ("0", ["--sparsity", "greater than 0", "got '0'"]),
-        ("1", ["--sparsity", "less than 1", "got '1'"]),
-        ("1.5", ["--sparsity", "less than 1", "got '1.5'"]),
-        ("-1", ["--sparsity", "greater than 0", "got '-1'"]),
-        ("nan", ["--sparsity", "got 'nan'"]),
+        ("0", ["--sparsity", "greater than 0", "got 0.0"]),
+        ("1", ["--sparsity", "less than 1", "got 1.0"]),
+        ("1.5", ["--sparsity", "less than 1", "got 1.5"]),
+        ("-1", ["--sparsity", "greater than 0", "got -1.0"]),
+        ("nan", ["--sparsity", "got nan"]),
         ("abc", ["--sparsity", "valid number", "abc"]),
     ],
 )

@@ -402,7 +402,7 @@ def test_a_run_with_defences(source: Source, data: DataSource, tmp_path: Path) -
 
 def test_names_of_defences_differ_from_those_realigned() -> None:
     with pytest.raises(ValueError, match="names of `realign` and `defend` must differ"):
-        Recipe.model_validate({"defend": [{"name": "hsr"}]})
+        Recipe.model_validate({"defend": [{"name": "gain"}]})
 
 
 @pytest.mark.parametrize("method", ["adashield", "refusal-direction"])

@@ -105,7 +105,7 @@ def test_answers_that_say_nothing_are_counted_of_every_judge(
     folder = _evaluation(tmp_path / "evaluation", texts=texts)
     assert stages.own(folder).degenerate == {"harmful": 1, "harmless": 1}
     with pytest.raises(SystemExit, match="0"):
-        main(["judge", str(folder), "--by", "gcg-1"])
+        main(["judge", "answers", str(folder), "--by", "gcg-1"])
     rows = capsys.readouterr().out.splitlines()
     assert "1 harmful, 1 harmless" in next(row for row in rows if REGRAFT_2.name in row)
     assert "2 harmful, 1 harmless" in next(row for row in rows if "│ gcg-1" in row)
@@ -118,7 +118,7 @@ def test_opinions_are_the_verdicts_beside_an_evaluation(tmp_path: Path) -> None:
     folder = _evaluation(tmp_path / "evaluation")
     assert stages.opinions(folder) == ()
     with pytest.raises(SystemExit, match="0"):
-        main(["judge", str(folder), "--by", "vlguard-1", "--by", "gcg-1"])
+        main(["judge", "answers", str(folder), "--by", "vlguard-1", "--by", "gcg-1"])
     gcg, vlguard = stages.opinions(folder)
     assert (gcg[0].judge, vlguard[0].judge) == ("gcg-1", "vlguard-1")
     assert vlguard[0].asr == wilson(0, 3)
@@ -614,16 +614,16 @@ def test_a_bench_that_fails_goes_on(
         return own(self, exchanges, progress)
 
     monkeypatch.setattr(Endpoint, "verdicts", fails_later)
-    _run("judge-bench", table, *by, "--out", out, code=2)
+    _run("judge", "bench", table, *by, "--out", out, code=2)
     assert "goes on from here" in " ".join(capsys.readouterr().err.split())
     assert (len(_Server.got), out.exists()) == (6, False)
     monkeypatch.setattr(Endpoint, "verdicts", own)
-    _run("judge-bench", table, *by, "--out", out)
+    _run("judge", "bench", table, *by, "--out", out)
     assert len(_Server.got) == 7  # the answer that was missing, and no other
     assert [one["model"] for one in _Server.got] == ["one"] * 3 + ["two"] * 4
     rows = json.loads(out.read_text())["quality"][str(table)]
     assert [round(3 * one["accuracy"]["value"]) for one in rows] == [2, 2]
-    _run("judge-bench", table, *by, code=2)
+    _run("judge", "bench", table, *by, code=2)
     assert "with --out" in capsys.readouterr().err
 
 
@@ -633,8 +633,8 @@ def test_a_bench_with_a_judge_that_is_not_there_keeps_the_others(
     table, out = tmp_path / "a.csv", tmp_path / "q.json"
     table.write_text(CSV, encoding="utf-8")
     by = ("--by", f"endpoint:{server}#one", "--by")
-    _run("judge-bench", table, *by, f"qwen3guard:{tmp_path}", "--out", out, code=2)
-    _run("judge-bench", table, *by, "gcg-1", "--out", out)
+    _run("judge", "bench", table, *by, f"qwen3guard:{tmp_path}", "--out", out, code=2)
+    _run("judge", "bench", table, *by, "gcg-1", "--out", out)
     assert len(_Server.got) == 3
 
 
@@ -985,7 +985,7 @@ def test_a_label_that_no_answer_has(tmp_path: Path) -> None:
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, table = _evaluation(tmp_path / "evaluation"), tmp_path / "a.csv"
     table.write_text(CSV, encoding="utf-8")
-    _run("judge", folder, "--by", "vlguard-1", "--by", "gcg-1")
+    _run("judge", "answers", folder, "--by", "vlguard-1", "--by", "gcg-1")
     shown = capsys.readouterr().out
     assert "regraft-keywords-2" in shown
     assert "66.7 [20.8, 93.9]" in shown
@@ -996,7 +996,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     other = tmp_path / "b.csv"
     other.write_text(CSV, encoding="utf-8")
-    _run("judge-bench", table, other, "--out", tmp_path / "q.json")
+    _run("judge", "bench", table, other, "--out", tmp_path / "q.json")
     written = json.loads((tmp_path / "q.json").read_text())
     assert list(written["quality"]) == [str(table), str(other), "all"]
     assert written["labels"]["all"] == {
@@ -1007,7 +1007,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert "yes: 2_full_refusal, 3_partial_refusal; as no: 1_full" in capsys.readouterr().out
     assert [one["judge"] for one in written["quality"]["all"]][-1] == "gcg-1"
-    _run("judge-bench", table, "--out", tmp_path / "q.json", code=2)
+    _run("judge", "bench", table, "--out", tmp_path / "q.json", code=2)
     assert "exists" in capsys.readouterr().err
 
 

@@ -105,7 +105,7 @@ def test_both_work_in_an_evaluation(installed: Path, prompts: Path, tmp_path: Pa
     words = ("--suite", "toy", prompts, "--judge", "even-1", "--max-new-tokens", 3)
     _run("eval", model, *words, "--device", "cpu", "--no-full-answers", "--out", out)
     _judged_by_length(out)
-    _run("judge", out, "--by", "even-1", "--device", "cpu")
+    _run("judge", "answers", out, "--by", "even-1", "--device", "cpu")
     verdicts = json.loads((out / "judges" / "even-1.json").read_text())
     assert verdicts["result"]["judge"] == "even-1"
 
@@ -116,7 +116,9 @@ def test_both_work_in_a_recipe(installed: Path, prompts: Path, tmp_path: Path) -
         "model": str(model),
         "calibration": {"data": f"toy:{prompts}", "samples": 2, "responses": "given"},
         "prune": {"method": "wanda", "sparsity": 0.5},
-        "realign": [{"name": "random", "heads": "random", "top_heads": 2, "q": 0.9}],
+        "realign": [
+            {"name": "random", "method": "hsr", "heads": "random", "top_heads": 2, "q": 0.9}
+        ],
         "evaluate": {"suite": [f"toy:{prompts}"], "judge": "even-1", "max_new_tokens": 3},
         "compute": {"device": "cpu"},
     }

@@ -460,7 +460,7 @@ def test_what_a_ranking_asks_for(bench: Bench, tmp_path: Path) -> None:
         bench.rank(out, method(method="random", budget=0.9 * least))
     assert len(bench.rank(tmp_path / "one", method(method="random", budget=1.1 * least)))
     hsr = method(budget=20, top_heads=2)
-    with pytest.raises(RegraftError, match="run `regraft heads` first"):
+    with pytest.raises(RegraftError, match="run `regraft analyse heads` first"):
         bench.rank(out, hsr, heads=None)
     with pytest.raises(RegraftError, match="by wanda needs statistics: run `regraft stat"):
         bench.rank(out, hsr, statistics=None)

@@ -272,7 +272,7 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "realign: {method: set-difference, score: magnitude}",
             ["realign.0: set-difference has no"],
         ),
-        ("realign: {method: hsrr}", ["realign.0: There is no", "method 'hsrr'; is it hsr?"]),
+        ("realign: {method: hsrr}", ["realign.0: There is no", "method 'hsrr'; expected"]),
         ("realign: {budget: 1, q: 1}", ["gain has no setting 'q' (no `method` is named, so it"]),
         ("realign: {method: 3}", ["realign.0: method must be a name, not 3"]),
         (

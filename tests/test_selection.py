@@ -386,7 +386,7 @@ def test_rankings_find_the_mask_regions_and_thresholds(family, pico_dir, tmp_pat
         statistics=saved,
     )
     regions = regions_of(dense, heads)
-    ranking = context.rank_by(by_importance(context, regions, band, hsr_scores), heads)
+    ranking = context.rank_by(by_importance(context, regions, band, "wanda", hsr_scores), heads)
     assert ranking.about["heads"] == [list(head) for head in heads]
     patch = patch_of(ranking, dense, pruned)
     all_of_them = context.rank_by(lambda _i, linear, _w, free: everything(free, regions(linear)))

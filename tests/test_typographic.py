@@ -74,7 +74,17 @@ def test_a_data_set_of_images(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("goal,category\nDo a/b,c1\nDo c,c2\n")
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as stopped:
-        main(["render", f"prompts:{tmp_path / 'p.csv'}", "--out", str(out), "--font", str(FONT)])
+        main(
+            [
+                "data",
+                "render",
+                f"prompts:{tmp_path / 'p.csv'}",
+                "--out",
+                str(out),
+                "--font",
+                str(FONT),
+            ]
+        )
     assert stopped.value.code == 0
     first, second = read_jsonl(out / "examples.jsonl").examples
     assert (first.id, first.category, first.harmful) == ("p-1", "c1", True)
@@ -97,7 +107,17 @@ def test_prompts_that_do_not_fit_are_left_out_and_named(
         table.writerow(["Do c", "c1", "word", "c_short"])
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as stopped:
-        main(["render", f"prompts:{tmp_path / 'h.csv'}", "--out", str(out), "--font", str(FONT)])
+        main(
+            [
+                "data",
+                "render",
+                f"prompts:{tmp_path / 'h.csv'}",
+                "--out",
+                str(out),
+                "--font",
+                str(FONT),
+            ]
+        )
     assert stopped.value.code == 0
     told = capsys.readouterr().out
     assert "1 of 3 left out, as they do not fit into an image: b_long" in told

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from regraft import ranks
 from regraft.data.collate import Batch, batches
 from regraft.data.example import Example
 from regraft.data.images import length_class
 from regraft.errors import RegraftError
-from regraft.files import atomic_file, file_digest
+from regraft.files import file_digest
 from regraft.models.load import (
     Source,
     has_processor,
@@ -26,7 +25,6 @@ from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
 from regraft.patch.apply import check_base
 from regraft.patch.format import Patch, load_patch
-from regraft.restoration.teacher import final_states
 from regraft.settings.compute import ComputeSettings
 from regraft.watch import Watch
 
@@ -78,32 +76,6 @@ def hidden_state_bytes(source: Source, walk: Walk) -> int:
     anatomy = source.anatomy
     size = len(anatomy.layers) * anatomy.hidden_size * walk.model.dtype.itemsize
     return walk.tokens * size
-
-
-def write_teacher(
-    walks: Mapping[str, Sequence[Walk]], paths: Mapping[str, Path], watch: Watch
-) -> None:
-    """Write the teacher distribution of the dense model; see `final_states`.
-
-    Args:
-        walks: Kind of prompts -> walks through the dense model; rewound when it ends.
-        paths: Kind of prompts -> the file for all its walks.
-        watch: Progress.
-    """
-    own = sum(
-        len(b.ids) * walk.layers for part in walks.values() for walk in part for b in walk.batches
-    )
-    with watch.task("Asking the dense model", own, "samples x layers") as done:
-        for kind, path in paths.items():
-            states: dict[str, Tensor] = {}
-            for walk in walks[kind]:
-                states |= final_states(walk, done)
-                walk.rewind()
-            states = ranks.merged(states)
-            if ranks.first():
-                with atomic_file(path) as temporary:
-                    save_file(states, temporary)
-    ranks.barrier()
 
 
 def collate(

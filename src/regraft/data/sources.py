@@ -90,7 +90,7 @@ def read(source: DataSource) -> Reading:
     reading = DATASETS.get(source.name).read(path, source.split)
     if source.kind is not None:
         reading = require_examples(of_kind(reading, harmful=source.kind == "harmful"))
-    return reading if source.part is None else require_examples(_of_part(reading, source.part))
+    return reading if source.part is None else _of_part(source, reading, source.part)
 
 
 def split_off(source: DataSource) -> tuple[DataSource, DataSource]:
@@ -102,7 +102,7 @@ def split_off(source: DataSource) -> tuple[DataSource, DataSource]:
     return rest, held_out
 
 
-def _of_part(reading: Reading, part: Part) -> Reading:
+def _of_part(source: DataSource, reading: Reading, part: Part) -> Reading:
     kept = tuple(
         one
         for one in reading.examples
@@ -112,6 +112,11 @@ def _of_part(reading: Reading, part: Part) -> Reading:
     if part == "rest":
         held = {one.id for one in kept}
         kept = tuple(one for one in reading.examples if one.id not in held)
+    if not kept:
+        raise RegraftError(
+            f"{source}: none of its {len(reading.examples)} prompts are in this part. Give more "
+            "prompts, or name others to choose on with --validation."
+        )
     left = len(reading.examples) - len(kept)
     return replace(reading, examples=kept, skipped={**reading.skipped, f"not {part}": left})
 

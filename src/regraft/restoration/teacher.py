@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from regraft import ranks
+from regraft.files import atomic_file
 from regraft.models.placement import PlacedModel
 from regraft.models.replay import logits_of
 from regraft.models.walk import Walk
 from regraft.pruning.gradients import Loss, Progress, predicting
+from regraft.watch import Watch
 
 TOKEN_WEIGHTS = (1.0, 1.0, 0.3, 0.3, 0.3, 0.3)  # of the first response tokens
 
@@ -91,3 +96,29 @@ def _to_the_end(walks: Sequence[Walk], progress: Progress) -> None:
         with walks[0].model.layer(index):
             for walk in walks:
                 walk.advance(index, progress)
+
+
+def write_teacher(
+    walks: Mapping[str, Sequence[Walk]], paths: Mapping[str, Path], watch: Watch
+) -> None:
+    """Write the teacher distribution of the dense model; see `final_states`.
+
+    Args:
+        walks: Kind of prompts -> walks through the dense model; rewound when it ends.
+        paths: Kind of prompts -> the file for all its walks.
+        watch: Progress.
+    """
+    own = sum(
+        len(b.ids) * walk.layers for part in walks.values() for walk in part for b in walk.batches
+    )
+    with watch.task("Asking the dense model", own, "samples x layers") as done:
+        for kind, path in paths.items():
+            states: dict[str, Tensor] = {}
+            for walk in walks[kind]:
+                states |= final_states(walk, done)
+                walk.rewind()
+            states = ranks.merged(states)
+            if ranks.first():
+                with atomic_file(path) as temporary:
+                    save_file(states, temporary)
+    ranks.barrier()

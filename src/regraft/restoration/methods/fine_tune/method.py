@@ -17,7 +17,7 @@ from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
-from regraft.loading import check_shares, each_of_share, load_for_walk, write_teacher
+from regraft.loading import check_shares, each_of_share, load_for_walk
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.models.walk import Walk
@@ -33,7 +33,7 @@ from regraft.restoration.base import (
 from regraft.restoration.methods.fine_tune.adam import TRAINED, Side, SparseAdam, train
 from regraft.restoration.methods.random import drawn_by
 from regraft.restoration.ranking import Ranking, by_linear
-from regraft.restoration.teacher import DecisionLoss
+from regraft.restoration.teacher import DecisionLoss, write_teacher
 from regraft.settings.compute import ComputeSettings
 
 RANDOM = "random"  # positions that are drawn

@@ -20,7 +20,6 @@ from regraft.loading import (
     each_of_share,
     hidden_state_bytes,
     load_for_walk,
-    write_teacher,
 )
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
@@ -53,7 +52,7 @@ from regraft.restoration.methods.gain.step import (
     weights_of,
 )
 from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
-from regraft.restoration.teacher import DecisionLoss
+from regraft.restoration.teacher import DecisionLoss, write_teacher
 from regraft.settings.compute import ComputeSettings
 from regraft.watch import Watch
 
