@@ -98,8 +98,8 @@ def run_theirs(options: argparse.Namespace) -> float:
 def run_ours(options: argparse.Namespace) -> float:
     """Seconds of regraft's sequential pruning."""
     from regraft.data.collate import Batch
+    from regraft.models.layerwise import LayerwisePass
     from regraft.models.load import load_placed, open_source
-    from regraft.models.walk import Walk
     from regraft.pruning.base import prune_settings
     from regraft.pruning.prune import prune_layers
     from regraft.pruning.results import LayerResults
@@ -119,8 +119,8 @@ def run_ours(options: argparse.Namespace) -> float:
         prune_layers(
             settings,
             source,
-            Walk(model, batches),
-            settings.patterns(source.anatomy.linears),
+            LayerwisePass(model, batches),
+            settings.patterns(source.architecture.linears),
             LayerResults(Path(work)),
         )
     return time.perf_counter() - start

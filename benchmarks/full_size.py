@@ -94,7 +94,7 @@ def main() -> None:
         )
         few = calibration.model_copy(update={"samples": options.head_samples})
         dense = open_source(folder / "dense")
-        heads = sum(layer.heads for layer in dense.anatomy.layers)
+        heads = sum(layer.heads for layer in dense.architecture.layers)
         model = load_model(dense, dtype="bfloat16", device=options.device)
         harmless = [e for e in read(calibration.data).examples if not e.harmful]
         prompts = [

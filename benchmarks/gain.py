@@ -45,9 +45,9 @@ from regraft.data.demo import demo_model
 from regraft.data.example import Example, hold_out
 from regraft.data.sources import DataSource, read
 from regraft.models.checkpoint_copy import write_edited
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source, load_placed, load_processor, open_source, pick_device
 from regraft.models.placement import PlacedModel
-from regraft.models.walk import Walk
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import edits_without_data, zeros
 from regraft.restoration.methods.gain.method import HELD_OUT, path_limit
@@ -59,7 +59,7 @@ from regraft.restoration.teacher import DecisionLoss, final_states
 def bare(model: PlacedModel, source: Source, data: list[Batch]) -> None:
     """Forward and backward over all data by autograd, with weight gradients."""
     modules = dict(model.network.named_modules())
-    weights = [modules[linear.module].weight for linear in source.anatomy.linears]
+    weights = [modules[linear.module].weight for linear in source.architecture.linears]
     hooks = []
     for weight in weights:
         weight.requires_grad_(True)
@@ -95,7 +95,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
         seconds, _ = timed(device, lambda: bare(model, source, data))
         return _row(options, seconds, device)
     model, sides = taught(options, source, pruned, parts)
-    room = path_limit(zeros(pruned.checkpoint, pruned.anatomy))
+    room = path_limit(zeros(pruned.checkpoint, pruned.architecture))
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -147,7 +147,7 @@ def taught(
     dense = load_placed(source, **given)
     processor = load_processor(source)
     walks = [
-        [Walk(dense, collated(processor, part, options.batch_size)) for part in pair]
+        [LayerwisePass(dense, collated(processor, part, options.batch_size)) for part in pair]
         for pair in parts
     ]
     losses = [
@@ -233,7 +233,7 @@ def main() -> None:
             )
             shapes.write_data(folder, options.samples, options.image)
             source = open_source(folder / "dense")
-        patterns = prune_settings(method="magnitude").patterns(source.anatomy.linears)
+        patterns = prune_settings(method="magnitude").patterns(source.architecture.linears)
         write_edited(
             source.checkpoint,
             folder / "pruned",

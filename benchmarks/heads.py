@@ -53,9 +53,9 @@ from regraft.heads.score import (
     score_heads,
 )
 from regraft.heads.states import States, ablate_heads
-from regraft.models.anatomy import (
-    Anatomy,
-    LayerAnatomy,
+from regraft.models.architecture import (
+    Architecture,
+    LayerArchitecture,
     attention_of,
     decoder_layers,
     text_decoder,
@@ -100,7 +100,11 @@ def scaled_head(model: nn.Module, layer: int, head: int, size: int, eps: float) 
 
 @torch.no_grad()
 def naive(
-    model: nn.Module, anatomy: Anatomy, prompts: Sequence[Batch], heads: Sequence[Head], eps: float
+    model: nn.Module,
+    architecture: Architecture,
+    prompts: Sequence[Batch],
+    heads: Sequence[Head],
+    eps: float,
 ) -> dict[Head, Tensor]:
     """Final states of the last token, head -> `[samples, d]`, one full forward a head and batch."""
     seen: list[Tensor] = []
@@ -112,7 +116,7 @@ def naive(
         for layer, head in heads:
             rows = []
             for batch in prompts:
-                with scaled_head(model, layer, head, anatomy.layers[layer].head_dim, eps):
+                with scaled_head(model, layer, head, architecture.layers[layer].head_dim, eps):
                     model(**batch.inputs, use_cache=False, logits_to_keep=1)
                 final = seen.pop()
                 last = last_positions(batch.inputs, final.shape[1])
@@ -166,7 +170,7 @@ class Clock:
 # Counting multiplications
 
 
-def multiplications(anatomy: Anatomy, length: int, window: int) -> dict[str, float]:
+def multiplications(architecture: Architecture, length: int, window: int) -> dict[str, float]:
     """Multiplications of replay and of the estimate as shares of naive full forwards.
 
     Of one prompt of `length` tokens, decoder layers only: projections, scores and their use, MLP.
@@ -175,14 +179,14 @@ def multiplications(anatomy: Anatomy, length: int, window: int) -> dict[str, flo
     positions, which see all keys.
     """
 
-    def size(layer: LayerAnatomy, *roles: str) -> int:
+    def size(layer: LayerArchitecture, *roles: str) -> int:
         return sum(li.shape[0] * li.shape[1] for li in layer.linears if li.role in roles)
 
-    def scores(layer: LayerAnatomy, keys: float) -> float:
+    def scores(layer: LayerArchitecture, keys: float) -> float:
         return 2 * keys * layer.heads * layer.head_dim
 
     attention = ("q_proj", "k_proj", "v_proj", "o_proj")
-    layers, last = anatomy.layers, anatomy.layers[-1]
+    layers, last = architecture.layers, architecture.layers[-1]
     whole = [sum(li.shape[0] * li.shape[1] for li in layer.linears) for layer in layers]
     full = [length * (w + scores(la, length / 2)) for w, la in zip(whole, layers, strict=True)]
     rest = [w - size(la, *attention[:3]) for w, la in zip(whole, layers, strict=True)]
@@ -283,11 +287,13 @@ class Bench:
         self.name = source.folder.name
         if chosen.shape:
             self.name = f"{chosen.shape} with random weights, widths x {chosen.scale:g}"
-        self.anatomy = source.anatomy
+        self.architecture = source.architecture
         self.model = load_model(source, dtype=chosen.dtype, device=chosen.device)
         self.processor = load_processor(source)
         self.dtype = next(self.model.parameters()).dtype
-        self.heads = [(la.index, head) for la in self.anatomy.layers for head in range(la.heads)]
+        self.heads = [
+            (la.index, head) for la in self.architecture.layers for head in range(la.heads)
+        ]
         self.scoring = Scoring(
             r_max=chosen.r_max,
             target="v",
@@ -304,13 +310,15 @@ class Bench:
     def score(self, prompts: Sequence[Batch], mode: Mode, folder: Path) -> HeadScores:
         """Scores of all heads, in an empty folder or one with finished layers."""
         scoring = replace(self.scoring, mode=mode)
-        return score_heads(self.model, self.anatomy, prompts, folder, scoring)
+        return score_heads(self.model, self.architecture, prompts, folder, scoring)
 
     def estimate(self, prompts: Sequence[Batch], folder: Path) -> None:
         """The first step of screening, where the second one looks for it."""
-        every = {layer.index: range(layer.heads) for layer in self.anatomy.layers}
+        every = {layer.index: range(layer.heads) for layer in self.architecture.layers}
         how = self.scoring.ablation(estimate=True)
-        ablate_heads(self.model, self.anatomy, prompts, folder / "estimate", how, every, _silent)
+        ablate_heads(
+            self.model, self.architecture, prompts, folder / "estimate", how, every, _silent
+        )
 
     def agreement(self, prompts: Sequence[Batch]) -> dict[str, float]:
         """Of the estimate with the exact scores, on other prompts."""
@@ -323,18 +331,23 @@ class Bench:
 def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """All figures as JSON values."""
     bench = Bench(chosen, scratch)
-    model, anatomy, heads, eps = bench.model, bench.anatomy, bench.heads, bench.scoring.eps
+    model, architecture, heads, eps = (
+        bench.model,
+        bench.architecture,
+        bench.heads,
+        bench.scoring.eps,
+    )
     clock = Clock(bench.device, chosen.repeats)
     prompts = bench.prompts(0, chosen.batch_size, chosen.samples, bench.dtype)
     samples = sum(len(batch.ids) for batch in prompts)
     few = evenly(heads, chosen.naive_heads)
     truly = clock.run(
         "naive full forwards",
-        lambda _: naive(model, anatomy, prompts, few, eps),
+        lambda _: naive(model, architecture, prompts, few, eps),
         heads=len(few),
         prompts=samples,
         times=len(heads) / len(few),
-        warm=lambda _: naive(model, anatomy, prompts[:1], few[:1], eps),
+        warm=lambda _: naive(model, architecture, prompts[:1], few[:1], eps),
     )
     done = scratch / "exact"
 
@@ -379,11 +392,11 @@ def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         some = evenly(heads, chosen.paper_heads)
         clock.run(
             "paper's manner",
-            lambda _: naive(model, anatomy, singly, some, eps),
+            lambda _: naive(model, architecture, singly, some, eps),
             heads=len(some),
             prompts=len(singly),
             times=len(heads) / len(some) * samples / len(singly),
-            warm=lambda _: naive(model, anatomy, singly[:1], some[:1], eps),
+            warm=lambda _: naive(model, architecture, singly[:1], some[:1], eps),
         )
     length = prompts[0].inputs["input_ids"].shape[1]
     cuda = bench.device.type == "cuda"
@@ -392,14 +405,14 @@ def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(bench.device) if cuda else "cpu",
         "threads": torch.get_num_threads(),
         "dtype": str(bench.dtype).removeprefix("torch."),
-        "layers": len(anatomy.layers),
+        "layers": len(architecture.layers),
         "heads": len(heads),
         "samples": samples,
         "batch_size": chosen.batch_size,
         "tokens": length,
         "window": chosen.window,
         "timings": [asdict(timing) for timing in clock.timings],
-        "multiplications": multiplications(anatomy, length, chosen.window),
+        "multiplications": multiplications(architecture, length, chosen.window),
         "largest_difference": max(differences),
         "largest_state": max(float(state.abs().max()) for state in truly.values()),
         "top": chosen.top,

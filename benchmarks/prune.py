@@ -33,11 +33,11 @@ from rich.table import Table
 from regraft.data.collate import Batch, batches, response_batch
 from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource, read
-from regraft.models.anatomy import text_decoder
+from regraft.models.architecture import text_decoder
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import load_placed, load_processor, open_source, pick_device
 from regraft.models.placement import PlacedModel
 from regraft.models.replay import text_inputs
-from regraft.models.walk import Walk
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import prune_layers
 from regraft.pruning.results import LayerResults
@@ -84,7 +84,7 @@ def bare_passes(model: PlacedModel, data: list[Batch]) -> tuple[float, float]:
         run = text_decoder(network)
         with torch.no_grad():
             return vision, timed(model.device, lambda: [run(**text.kwargs) for text in texts])[0]
-    vision, walk = timed(model.device, lambda: Walk(model, data))
+    vision, walk = timed(model.device, lambda: LayerwisePass(model, data))
 
     def decoder() -> None:
         for layer in range(walk.layers):
@@ -114,7 +114,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
     vision, decoder = bare_passes(model, data)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    layers = len(source.anatomy.layers)
+    layers = len(source.architecture.layers)
     settings = prune_settings(method=options.method, order=options.order, n_m=options.n_m)
     with TemporaryDirectory(dir=options.folder) as work:
         seconds, _ = timed(
@@ -122,8 +122,8 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
             lambda: prune_layers(
                 settings,
                 source,
-                Walk(model, data),
-                settings.patterns(source.anatomy.linears),
+                LayerwisePass(model, data),
+                settings.patterns(source.architecture.linears),
                 LayerResults(Path(work)),
             ),
         )

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from regraft.models.anatomy import LayerAnatomy, LinearAnatomy
+from regraft.models.architecture import LayerArchitecture, LinearArchitecture
 from regraft.models.load import pick_device
 from regraft.patch.pair import restorable
 from regraft.pruning.masks import Pattern
@@ -33,13 +33,13 @@ HEAD = 128
 SHAPES = {"qwen2.5-vl-7b": (28, 28, 4), "vicuna-7b": (32, 32, 32)}  # layers, heads, kv heads
 
 
-def layer_of(heads: int, kv_heads: int) -> LayerAnatomy:
+def layer_of(heads: int, kv_heads: int) -> LayerArchitecture:
     """The attention of one layer; the hidden size is heads * 128."""
     width, narrow = heads * HEAD, kv_heads * HEAD
     shapes = {"q_proj": (width, width), "k_proj": (narrow, width), "v_proj": (narrow, width)}
     shapes["o_proj"] = (width, width)
-    linears = tuple(LinearAnatomy(0, f"self_attn.{r}", "", "", s) for r, s in shapes.items())
-    return LayerAnatomy(0, "self_attn", heads, kv_heads, HEAD, linears)
+    linears = tuple(LinearArchitecture(0, f"self_attn.{r}", "", "", s) for r, s in shapes.items())
+    return LayerArchitecture(0, "self_attn", heads, kv_heads, HEAD, linears)
 
 
 def main() -> None:

@@ -103,8 +103,8 @@ def test_overlap_by_brute_force(gathered: Any, share: float) -> None:
     dense, file = gathered
     statistics = load_statistics(file)
     found = list(overlaps(dense, statistics, share))
-    assert [one.layer for one in found] == [layer.index for layer in dense.anatomy.layers]
-    for one, layer in zip(found, dense.anatomy.layers, strict=True):
+    assert [one.layer for one in found] == [layer.index for layer in dense.architecture.layers]
+    for one, layer in zip(found, dense.architecture.layers, strict=True):
         shared = either = 0
         for linear in layer.linears:
             weight = dense.checkpoint.read(linear.tensor).float().abs()
@@ -283,7 +283,7 @@ def test_totals_of_screened_heads_are_told_to_be_estimates(
     capsys.readouterr()
     _run("analyse", "relate", tmp_path / "run", "--out", tmp_path / "relation")
     dense = open_source(recipe.model)
-    scores = load_heads(RunFolder(tmp_path / "run").heads, dense.anatomy)
+    scores = load_heads(RunFolder(tmp_path / "run").heads, dense.architecture)
     assert scores.exact is not None
     exact, every = int(scores.exact.sum()), scores.exact.numel()
     assert 0 < exact < every

@@ -35,7 +35,7 @@ from regraft.evaluation import greedy
 from regraft.evaluation.generate import Answerer, prefetch
 from regraft.evaluation.keywords import REGRAFT_1, KeywordJudge
 from regraft.files import write_json
-from regraft.models.anatomy import decoder_layers
+from regraft.models.architecture import decoder_layers
 from regraft.models.load import open_source
 from regraft.models.vision import VisionOutput, replayed, vision_state
 from regraft.pruning.base import prune_settings

@@ -35,7 +35,7 @@ def test_it_is_what_the_command_line_makes(root: Path, tmp_path: Path) -> None:
     flags = ["--data", data, "--samples", "4", "--device", "cpu"]
     with pytest.raises(SystemExit, match="0"):
         main(["prune", str(root / "dense"), "--sparsity", "0.5", *flags, "-o", str(tmp_path / "b")])
-    linears = list(pruned.anatomy.linears)
+    linears = list(pruned.architecture.linears)
     other = open_source(tmp_path / "b")
     for linear in linears:
         assert pruned.checkpoint.read(linear.tensor).equal(other.checkpoint.read(linear.tensor))

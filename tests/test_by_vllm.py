@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import pico
 import truth
 from disk import rewrite, write_data
-from regraft import pipeline, ranks, stages
+from regraft import distributed, pipeline, stages
 from regraft.checks import read_suites
 from regraft.data.collate import prompt_batch, prompt_tokens
 from regraft.data.example import Example
@@ -232,7 +232,7 @@ def test_what_keeps_vllm_from_a_model(
     wrong: dict[str, Any],
     message: str | None,
 ) -> None:
-    monkeypatch.setattr(ranks, "world", lambda: 2 if several else 1)
+    monkeypatch.setattr(distributed, "world", lambda: 2 if several else 1)
     message = "start it without torchrun, with --tensor-parallel" if several else message
     if message is None:
         evaluating.check_for_vllm(llava, ComputeSettings(**wrong))
@@ -278,7 +278,7 @@ def test_a_run_finds_a_missing_processor_before_anything_else(
     for name in ("dense", "pruned"):
         folder = pico.save("llava", tmp_path / name)
     pruned = open_source(folder)
-    weight = next(pruned.anatomy.linears).tensor
+    weight = next(pruned.architecture.linears).tensor
     zeros = torch.zeros_like(pruned.checkpoint.read(weight))
     rewrite(folder, "model.safetensors", {weight: zeros})
     recipe = Recipe.model_validate(

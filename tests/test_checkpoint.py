@@ -35,7 +35,7 @@ def halve(tensor: Tensor) -> Tensor:
 
 
 def _edits(folder: Path) -> dict[str, Edit]:
-    linears = [linear.tensor for linear in open_source(folder).anatomy.linears]
+    linears = [linear.tensor for linear in open_source(folder).architecture.linears]
     return dict.fromkeys(linears[::5], halve)
 
 

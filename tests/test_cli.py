@@ -33,10 +33,10 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.files import write_json
 from regraft.folder import RunFolder
-from regraft.keys import ABOUT_FILE
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import load_processor, open_source
 from regraft.preflight import bytes_needed
+from regraft.provenance import ABOUT_FILE
 from regraft.pruning.base import prune_settings
 from regraft.pruning.pruners.wanda import Wanda
 from regraft.recipe import read_recipe
@@ -1004,7 +1004,7 @@ def test_space_of_a_run_is_what_is_there_at_once(
     """What pruning keeps goes before realigning; work of a killed run counts; seeds add up."""
     dense = open_source(world.model)
     size = dense.checkpoint.bytes
-    spilled = sum(dense.checkpoint.record(one.tensor).bytes for one in dense.anatomy.linears)
+    spilled = sum(dense.checkpoint.record(one.tensor).bytes for one in dense.architecture.linears)
     sparse = {"method": "sparsegpt"}
     out = world.root / "run"
 
@@ -1041,7 +1041,7 @@ def test_what_a_backward_pass_keeps_needs_space_too(
         for harmful in (True, False)
         for one in session.drawn(dense, made.calibration, harmful=harmful).examples
     ]
-    states = 4 * sum(tokens) * len(dense.anatomy.layers) * dense.anatomy.hidden_size
+    states = 4 * sum(tokens) * len(dense.architecture.layers) * dense.architecture.hidden_size
     assert kept + states > most + 10_000
     usage = shutil.disk_usage(world.root)
     for free in (most, kept + states - 10_000):

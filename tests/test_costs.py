@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pico
 import truth
 from regraft import costs as module
-from regraft import ranks
+from regraft import distributed
 from regraft.costs import Cost, Ledger, Metered, elsewhere, read_costs
 from regraft.data.collate import prompt_batch
 from regraft.errors import RegraftError
@@ -129,12 +129,12 @@ def test_a_stage_at_work_is_not_written_at_every_step(tmp_path: Path) -> None:
 def test_operations_are_those_of_all_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks, "world", lambda: 3)
+    monkeypatch.setattr(distributed, "world", lambda: 3)
 
     def gathered(own: Cost) -> list[Cost]:
         return [own, replace(own, flops=100.0, peak_bytes=2**50), replace(own, flops=20.0)]
 
-    monkeypatch.setattr(ranks, "gathered", gathered)
+    monkeypatch.setattr(distributed, "gathered", gathered)
     with _at_work(tmp_path) as (net, _, path):
         net(torch.ones(1, 2))
     (cost,) = read_costs(path)
@@ -144,7 +144,7 @@ def test_operations_are_those_of_all_processes(
     def hangs(_: Cost) -> list[Cost]:
         raise AssertionError("the others are not here")
 
-    monkeypatch.setattr(ranks, "gathered", hangs)
+    monkeypatch.setattr(distributed, "gathered", hangs)
     with pytest.raises(KeyboardInterrupt), _at_work(tmp_path, "apply") as (net, _, path):
         net(torch.ones(1, 2))
         raise KeyboardInterrupt
@@ -153,7 +153,7 @@ def test_operations_are_those_of_all_processes(
 
 def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BETWEEN_WRITES", 0)
-    monkeypatch.setattr(ranks, "first", lambda: False)
+    monkeypatch.setattr(distributed, "first", lambda: False)
     with _at_work(tmp_path) as (net, done, path):
         net(torch.ones(1, 2))
         done(1)

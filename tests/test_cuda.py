@@ -16,6 +16,7 @@ from regraft import stages
 from regraft.data.collate import prompt_batch, response_batch
 from regraft.evaluation.generate import generate
 from regraft.heads.score import Scoring, score_heads
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import (
     Placement,
     load_model,
@@ -23,7 +24,6 @@ from regraft.models.load import (
     load_processor,
     open_source,
 )
-from regraft.models.walk import Walk
 from regraft.pruning.base import PRUNERS, prune_settings
 from regraft.pruning.masks import Pattern, assign_patterns
 from regraft.pruning.prune import prune_layers
@@ -53,15 +53,15 @@ def test_heads_and_statistics(
         prompts = [prompt_batch(processor, examples).to(device)]
         scores = score_heads(
             model,
-            source.anatomy,
+            source.architecture,
             prompts,
             tmp_path / device,
             Scoring(r_max=2, tokens_per_pass=512),
         )
         ships[device] = torch.stack([scores.ships, scores.kl])
-        walk = Walk(truth.resident(model), [response_batch(processor, examples)])
+        walk = LayerwisePass(truth.resident(model), [response_batch(processor, examples)])
         work = tmp_path / f"statistics-{device}"
-        sums[device] = gather(walk, source.anatomy, PRUNERS.get("wanda"), work, lambda _: None)
+        sums[device] = gather(walk, source.architecture, PRUNERS.get("wanda"), work, lambda _: None)
     assert ships["cpu"].isfinite().any()
     torch.testing.assert_close(ships["cuda"], ships["cpu"], atol=2e-3, rtol=1e-2, equal_nan=True)
     for key, expected in sums["cpu"].items():
@@ -87,15 +87,15 @@ def test_pruning(
         prune_layers(
             prune_settings(method),
             source,
-            Walk(model, [batch]),
-            assign_patterns(source.anatomy.linears, Pattern(0.5)),
+            LayerwisePass(model, [batch]),
+            assign_patterns(source.architecture.linears, Pattern(0.5)),
             results,
         )
-        edits = results.edits(source.anatomy)
+        edits = results.edits(source.architecture)
         zeros[device] = torch.cat(
             [
                 edits[li.tensor](source.checkpoint.read(li.tensor)).flatten() == 0
-                for li in source.anatomy.linears
+                for li in source.architecture.linears
             ]
         )
     same = (zeros["cpu"] == zeros["cuda"]).float().mean()
@@ -112,7 +112,7 @@ def test_half_precision_runs_and_answers(
     model = load_model(source, device="cuda", dtype=dtype)  # type: ignore[arg-type]
     weight_type = next(model.parameters()).dtype
     prompts = [prompt_batch(processor, examples).to("cuda", weight_type)]
-    scores = score_heads(model, source.anatomy, prompts, tmp_path / "work", Scoring(r_max=2))
+    scores = score_heads(model, source.architecture, prompts, tmp_path / "work", Scoring(r_max=2))
     assert scores.ships.isfinite().any()
     assert scores.noise is not None and (scores.noise > 0).any()
     answers = generate(

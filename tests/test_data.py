@@ -32,7 +32,7 @@ from regraft.data.readers.safebench import FIGSTEP_PROMPT, read_safebench
 from regraft.data.readers.vlguard import parse_vlguard, read_vlguard
 from regraft.data.sources import DataSource, of_split, read, split_off
 from regraft.errors import PassingError, RegraftError
-from regraft.keys import describe
+from regraft.provenance import describe
 from regraft.settings.data import CalibrationSettings, _several
 from regraft.settings.searching import SearchSettings
 from regraft.stages.searching import suites_of
@@ -254,7 +254,7 @@ def both_splits(folder: Path, *splits: str) -> Path:
 
 def test_vlguards_folder_is_learnt_from_and_evaluated_on_by_split(tmp_path):
     folder = DataSource(name="vlguard", path=both_splits(tmp_path))
-    sees = SimpleNamespace(anatomy=SimpleNamespace(has_vision=True))
+    sees = SimpleNamespace(architecture=SimpleNamespace(has_vision=True))
     calibration = CalibrationSettings(data=folder, samples=1)
     for of in (draw_calibration, order_calibration):
         assert [e.instruction for e in of(sees, calibration, harmful=True).examples] == ["train"]

@@ -92,10 +92,10 @@ def test_added_at_all_positions_and_steps(
     """With a cache and the hook, as without a cache and a forward of the layer that adds."""
     if kind == "text" and family not in pico.VLM_FAMILIES:
         pytest.skip("the same as left")
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     inputs = truth.make_batch(kind, family, processor, tmp_path).inputs
     layer = 2  # attends to text in every family
-    vector = 3 * torch.randn(anatomy.hidden_size, generator=torch.Generator().manual_seed(0))
+    vector = 3 * torch.randn(architecture.hidden_size, generator=torch.Generator().manual_seed(0))
     plain, _ = _generate(model, processor, inputs, use_cache=True)
     with truth.unchanged(model), moved_output(model, layer, vector):
         found, tokens = _generate(model, processor, inputs, use_cache=True)
@@ -157,28 +157,28 @@ def test_means_against_numpy(
     paper_family: str, pico_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Prompts one by one, without padding, against batches with it."""
-    _, model, processor, anatomy = truth.opened(pico_dir(paper_family))
+    _, model, processor, architecture = truth.opened(pico_dir(paper_family))
     examples = truth.examples(paper_family, tmp_path, 5)
-    states = {layer.index: [] for layer in anatomy.layers}
+    states = {layer.index: [] for layer in architecture.layers}
     for example in examples:
         inputs = prompt_batch(processor, [example]).inputs
         for layer, rows in _layer_outputs(model, inputs).items():
             states[layer].append(rows[0, -1].numpy().astype(np.float64))
-    expected = np.stack([np.mean(states[layer.index], axis=0) for layer in anatomy.layers])
+    expected = np.stack([np.mean(states[layer.index], axis=0) for layer in architecture.layers])
     batches = [prompt_batch(processor, examples[start : start + 2]) for start in (0, 2, 4)]
-    found = mean_states(model, batches, len(anatomy.layers), anatomy.hidden_size)
+    found = mean_states(model, batches, len(architecture.layers), architecture.hidden_size)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_layers_that_do_not_run_have_no_mean(
     pico_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    _, model, processor, anatomy = truth.opened(pico_dir("mllama"))
+    _, model, processor, architecture = truth.opened(pico_dir("mllama"))
     examples = truth.examples("mllama", tmp_path, 2)
     text = truth.examples("mllama", tmp_path, 2, images=False)
     batches = [prompt_batch(processor, some) for some in (examples, text)]
-    found = mean_states(model, batches, len(anatomy.layers), anatomy.hidden_size)
-    missing = {layer.index for layer in anatomy.layers if found[layer.index].isnan().all()}
+    found = mean_states(model, batches, len(architecture.layers), architecture.hidden_size)
+    missing = {layer.index for layer in architecture.layers if found[layer.index].isnan().all()}
     assert missing == {1, 3}
     assert not found[[0, 2, 4]].isnan().any()
 
@@ -316,7 +316,7 @@ def _evaluate(source: Source, data: DataSource, out: Path, defence: Path | None 
 
 
 def test_answers_under_a_direction(source: Source, data: DataSource, tmp_path: Path) -> None:
-    vector = 50 * torch.randn(source.anatomy.hidden_size)
+    vector = 50 * torch.randn(source.architecture.hidden_size)
     for name, strength in (("none", 0.0), ("much", 1.0)):
         save_defence(tmp_path / name, Direction(vector, 1, strength, {"stage": name}))
     plain, none, much = (

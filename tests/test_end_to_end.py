@@ -86,7 +86,7 @@ def test_a_run_of_every_family(tmp_path: Path, paper_family: str, prune: dict[st
     run = tmp_path / "run"
     made = pipeline.run(_recipe(tmp_path, prune=prune), run).runs[0]
     dense, pruned = open_source(tmp_path / "dense"), open_source(run / "pruned")
-    names = {linear.tensor for linear in dense.anatomy.linears}
+    names = {linear.tensor for linear in dense.architecture.linears}
     assert differing(dense.checkpoint, pruned.checkpoint) == names, "other tensors changed"
     for name in names:
         before, after = dense.checkpoint.read(name), pruned.checkpoint.read(name)
@@ -154,7 +154,7 @@ def test_pruned_by_someone_else(tmp_path: Path, paper_family: str, dtype: torch.
     realigned = open_checkpoint(tmp_path / "realigned")
     pairs = {
         b.tensor: a.tensor
-        for a, b in zip(dense.anatomy.linears, pruned.anatomy.linears, strict=True)
+        for a, b in zip(dense.architecture.linears, pruned.architecture.linears, strict=True)
     }
     for name, tensor in patch.tensors.items():
         assert tensor.values.dtype == dtype
@@ -236,7 +236,7 @@ def test_a_run_says_that_test_prompts_were_used_before(several: Path) -> None:
 
 def test_every_pruning_has_its_own_artifacts(several: Path) -> None:
     run, dense = several / "run", open_source(several / "dense")
-    linears = {linear.tensor for linear in dense.anatomy.linears}
+    linears = {linear.tensor for linear in dense.architecture.linears}
     for name in ("wanda-50", "mine"):
         pruned = open_checkpoint(run / "pruned" / name)
         assert differing(dense.checkpoint, pruned) == linears

@@ -32,7 +32,7 @@ from regraft.files import (
     write_json,
     write_text,
 )
-from regraft.keys import working
+from regraft.provenance import working
 
 
 def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -17,19 +17,19 @@ from regraft.pruning.gradients import mean_cross_entropy
 from regraft.restoration.methods.fine_tune.adam import SparseAdam, loss_and_gradients, train
 
 
-def chosen(anatomy, of_each=5, seed=0):
+def chosen(architecture, of_each=5, seed=0):
     """A few positions of two linears in every layer, key -> `[k]`, unsorted."""
     generator = torch.Generator().manual_seed(seed)
     return {
         linear.key: torch.randperm(linear.shape[0] * linear.shape[1], generator=generator)[:of_each]
-        for linear in anatomy.linears
+        for linear in architecture.linears
         if linear.role in ("v_proj", "down_proj")
     }
 
 
-def in_memory(model, anatomy):
+def in_memory(model, architecture):
     modules = dict(model.named_modules())
-    return {linear.key: modules[linear.module].weight.data for linear in anatomy.linears}
+    return {linear.key: modules[linear.module].weight.data for linear in architecture.linears}
 
 
 def batches_of(processor, family, folder, harmful, sizes=(2, 1)):
@@ -37,11 +37,11 @@ def batches_of(processor, family, folder, harmful, sizes=(2, 1)):
     return [[next(rows) for _ in range(size)] for size in sizes]
 
 
-def by_torch(model, processor, anatomy, positions, sequence, rate):
+def by_torch(model, processor, architecture, positions, sequence, rate):
     """Adam on every weight of the model whole, gradients zeroed but at the positions; one row at a
     time, pixels to logits. Returns the losses."""
     modules = dict(model.named_modules())
-    of = {linear.key: modules[linear.module].weight for linear in anatomy.linears}
+    of = {linear.key: modules[linear.module].weight for linear in architecture.linears}
     weights = {key: of[key].requires_grad_() for key in positions}
     masks = {key: torch.zeros(weight.numel()) for key, weight in weights.items()}
     for key, at in positions.items():
@@ -69,9 +69,9 @@ def by_torch(model, processor, anatomy, positions, sequence, rate):
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llama"])
 def test_training_equals_masked_adam_on_the_whole_model(family, pico_dir, tmp_path):
     opened = truth.opened(pico_dir(family))
-    _, _, processor, anatomy = opened
+    _, _, processor, architecture = opened
     model, whole = copy.deepcopy(opened.model), copy.deepcopy(opened.model)
-    positions = chosen(anatomy)
+    positions = chosen(architecture)
     harmful, harmless = (batches_of(processor, family, tmp_path, kind) for kind in (True, False))
     sequence = list(zip(harmful, harmless, strict=True))
     sides = [
@@ -81,41 +81,41 @@ def test_training_equals_masked_adam_on_the_whole_model(family, pico_dir, tmp_pa
         ]
         for kinds in sequence
     ]
-    optimizer = SparseAdam(in_memory(model, anatomy), positions, 0.05)
+    optimizer = SparseAdam(in_memory(model, architecture), positions, 0.05)
     ticks = []
     found = [
         loss
         for _ in range(3)
-        for loss in train(optimizer, sides, anatomy, tmp_path / "s", ticks.append)
+        for loss in train(optimizer, sides, architecture, tmp_path / "s", ticks.append)
     ]
-    expected = by_torch(whole, processor, anatomy, positions, 3 * sequence, 0.05)
+    expected = by_torch(whole, processor, architecture, positions, 3 * sequence, 0.05)
     assert found == pytest.approx(expected, rel=1e-4)
-    assert sum(ticks) == 3 * 2 * 6 * len(anatomy.layers), "one forward and one backward a pass"
-    wanted, before = in_memory(whole, anatomy), in_memory(opened.model, anatomy)
-    for key, weight in in_memory(model, anatomy).items():
+    assert sum(ticks) == 3 * 2 * 6 * len(architecture.layers), "one forward and one backward a pass"
+    wanted, before = in_memory(whole, architecture), in_memory(opened.model, architecture)
+    for key, weight in in_memory(model, architecture).items():
         moved = (weight != before[key]).flatten().nonzero().flatten()
         assert set(moved.tolist()) <= set(positions.get(key, torch.empty(0)).tolist()), key
         torch.testing.assert_close(weight, wanted[key], rtol=1e-3, atol=2e-4)
     values = optimizer.values
     assert values.keys() == positions.keys()
     assert all(
-        torch.equal(one, in_memory(model, anatomy)[key].view(-1)[positions[key]])
+        torch.equal(one, in_memory(model, architecture)[key].view(-1)[positions[key]])
         for key, one in values.items()
     )
 
 
 def test_the_loss_falls_and_nothing_else_moves(pico_dir, tmp_path):
     opened = truth.opened(pico_dir("qwen2_5_vl"))
-    model, anatomy = copy.deepcopy(opened.model), opened.anatomy
+    model, architecture = copy.deepcopy(opened.model), opened.architecture
     examples = truth.examples("qwen2_5_vl", tmp_path, 3)
     walk = truth.walk(model, [response_batch(opened.processor, examples)])
     sides = [[(walk, mean_cross_entropy)]]
-    positions = chosen(anatomy, of_each=40)
-    optimizer = SparseAdam(in_memory(model, anatomy), positions, 0.02)
-    losses = [train(optimizer, sides, anatomy, tmp_path / "s")[0] for _ in range(12)]
+    positions = chosen(architecture, of_each=40)
+    optimizer = SparseAdam(in_memory(model, architecture), positions, 0.02)
+    losses = [train(optimizer, sides, architecture, tmp_path / "s")[0] for _ in range(12)]
     assert losses[-1] < 0.9 * losses[0]
     state, untouched = model.state_dict(), opened.model.state_dict()
-    trained = {li.module + ".weight" for li in anatomy.linears if li.key in positions}
+    trained = {li.module + ".weight" for li in architecture.linears if li.key in positions}
     assert all(
         torch.equal(state[name], one) for name, one in untouched.items() if name not in trained
     )
@@ -123,8 +123,8 @@ def test_the_loss_falls_and_nothing_else_moves(pico_dir, tmp_path):
 
 def test_gradients_of_kinds_add_up(pico_dir, tmp_path):
     opened = truth.opened(pico_dir("llama"))
-    model, anatomy = opened.model, opened.anatomy
-    positions = chosen(anatomy)
+    model, architecture = opened.model, opened.architecture
+    positions = chosen(architecture)
     sides = [
         (
             truth.walk(
@@ -142,7 +142,7 @@ def test_gradients_of_kinds_add_up(pico_dir, tmp_path):
     numbers = count()
 
     def at(some):
-        return loss_and_gradients(some, anatomy, positions, tmp_path / str(next(numbers)))
+        return loss_and_gradients(some, architecture, positions, tmp_path / str(next(numbers)))
 
     with truth.unchanged(model):
         (both, together), *alone = at(sides), at(sides[:1]), at(sides[1:])

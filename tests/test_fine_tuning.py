@@ -66,7 +66,7 @@ def places(patch: Patch) -> set[tuple[str, int]]:
 
 def test_random_positions_are_those_that_random_restores(root: Path, tmp_path: Path) -> None:
     patch, ranking = tuned(root, tmp_path / "patch"), ranked(root, tmp_path / "ranking")
-    linears = list(open_source(root / "dense").anatomy.linears)
+    linears = list(open_source(root / "dense").architecture.linears)
     at = zip(ranking.linear.tolist(), ranking.position.tolist(), strict=True)
     assert places(patch) == {(linears[i].tensor, position) for i, position in at}
     dense = open_source(root / "dense").checkpoint
@@ -93,7 +93,7 @@ def test_it_is_put_on_and_taken_off_to_the_byte(root: Path, tmp_path: Path) -> N
 
 def test_the_first_of_a_ranking(root: Path, tmp_path: Path) -> None:
     ranking = ranked(root, tmp_path / "ranking", 80)
-    linears = list(open_source(root / "dense").anatomy.linears)
+    linears = list(open_source(root / "dense").architecture.linears)
     for count in (30, None):
         name, first = f"patch-{count}", ranking.first(count or 80)
         patch = tuned(root, tmp_path / name, tmp_path / "ranking", count=count, positions="ranking")

@@ -42,7 +42,7 @@ def test_gain_is_the_slope_of_the_loss(pico_dir, tmp_path):
     modules = dict(model.named_modules())
     generator = torch.Generator().manual_seed(1)
     dense = {}
-    for li in opened.anatomy.linears:
+    for li in opened.architecture.linears:
         weight = modules[li.module].weight
         dense[li.key] = weight.detach().clone()
         weight.data[torch.rand(weight.shape, generator=generator) < 0.5] = 0
@@ -50,7 +50,7 @@ def test_gain_is_the_slope_of_the_loss(pico_dir, tmp_path):
     rows = [response_batch(opened.processor, [example]) for example in examples]
     walk = truth.walk(model, rows)
     layers = layer_gradients(
-        walk, opened.anatomy, tmp_path / "states", lambda _: True, lambda _: None
+        walk, opened.architecture, tmp_path / "states", lambda _: True, lambda _: None
     )
     predicted = {
         key: gain(gradient, dense[key], modules[f"{li.module}"].weight.detach())
@@ -79,7 +79,7 @@ def test_gain_is_the_slope_of_the_loss(pico_dir, tmp_path):
         return (above - below) / (2 * STEP)
 
     for layer, role in ((0, "q_proj"), (1, "down_proj"), (3, "k_proj")):
-        li = opened.anatomy.layers[layer].linear(role)
+        li = opened.architecture.layers[layer].linear(role)
         weight, worth = modules[li.module].weight, predicted[li.key]
         back = torch.where(weight == 0, dense[li.key].double() - weight.detach(), 0)
         best = int(worth.masked_fill(weight.detach() != 0, -INF).argmax())

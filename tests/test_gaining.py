@@ -89,7 +89,7 @@ class Bench:
         answered = imitation_data(self.dense, self.calibration, COMPUTE, answers, Silent())
         for reading in answered.values():
             own = hold_out(reading.examples, gaining.HELD_OUT, self.calibration.seed)[held_out]
-            with patched(model, pruned.anatomy, patch) if patch else nullcontext():
+            with patched(model, pruned.architecture, patch) if patch else nullcontext():
                 means.append(
                     sum(_divergence(dense, model, processor, one) for one in own) / len(own)
                 )
@@ -174,7 +174,7 @@ def test_restoring_lowers_the_losses(family, benches, tmp_path):
     assert tree(bench.root) == before, "a weight was written into the checkpoint's file"
     pairs = zip(ranking.linear.tolist(), ranking.position.tolist(), strict=True)
     assert len(set(pairs)) == len(ranking), "a weight is restored twice"
-    for index, linear in enumerate(bench.dense.anatomy.linears):
+    for index, linear in enumerate(bench.dense.architecture.linears):
         free = restorable(
             bench.dense.checkpoint.read(linear.tensor),
             bench.pruned().checkpoint.read(linear.tensor),
@@ -266,7 +266,7 @@ def test_what_does_not_help_on_held_out_prompts_is_not_restored(benches, tmp_pat
     searched = []
 
     def from_nothing(value: Callable[[int], float], now: float, most: int) -> Any:
-        weights = gain_step.weights_of(network[0], bench.dense.anatomy)
+        weights = gain_step.weights_of(network[0], bench.dense.architecture)
         before = [weight.clone() for weight in weights]
         found = true(lambda n: now + value(n), now, most)
         searched.append((before, found))
@@ -279,7 +279,7 @@ def test_what_does_not_help_on_held_out_prompts_is_not_restored(benches, tmp_pat
         network.append(problem.model.network)
         found = step(problem, *rest)
         for weight, old in zip(
-            gain_step.weights_of(network[0], bench.dense.anatomy), searched[0][0], strict=True
+            gain_step.weights_of(network[0], bench.dense.architecture), searched[0][0], strict=True
         ):
             assert torch.equal(weight, old), "a try is left in the model"
         return found
@@ -401,7 +401,7 @@ def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch)
         name: load_patch(tmp_path / "run" / "patches" / f"{name}.safetensors")
         for name in ("few", "some", "most")
     }
-    linears = list(bench.dense.anatomy.linears)
+    linears = list(bench.dense.architecture.linears)
     for name, patch in patches.items():
         found = {(t, at) for t, one in patch.tensors.items() for at in one.positions.tolist()}
         first = path.first(restored[name])
@@ -487,7 +487,7 @@ def drawn_gradients(rows: int, columns: int) -> list[torch.Tensor]:
 def test_candidates_are_pruned_weights_that_help_and_cost_no_utility(swap, benches):
     """Each weight by itself; none that was removed before, nor, in a swap, one restored before."""
     bench, index = benches("llama"), 3
-    linear = list(bench.dense.anatomy.linears)[index]
+    linear = list(bench.dense.architecture.linears)[index]
     dense = bench.dense.checkpoint.read(linear.tensor).float()
     current = bench.pruned().checkpoint.read(linear.tensor).float()
     free = restorable(dense, current).flatten().nonzero().flatten()
@@ -527,7 +527,7 @@ def test_candidates_are_pruned_weights_that_help_and_cost_no_utility(swap, bench
 def test_a_swap_removes_what_neither_loss_needs(benches):
     """Also where a removal is predicted to help."""
     bench, index = benches("llama"), 3
-    linear = list(bench.dense.anatomy.linears)[index]
+    linear = list(bench.dense.architecture.linears)[index]
     weight = bench.pruned().checkpoint.read(linear.tensor).float()
     rows, columns = linear.shape
     gradients = drawn_gradients(rows, columns)
@@ -571,9 +571,9 @@ def test_swaps_keep_the_sparsity(family, way, benches, tmp_path):
     assert ("n_m" in made.about) == (way != "half")
     stages.apply(pruned.folder, patch, tmp_path / "applied")
     applied = open_checkpoint(tmp_path / "applied")
-    assert zeros(applied, pruned.anatomy) == zeros(pruned.checkpoint, pruned.anatomy)
+    assert zeros(applied, pruned.architecture) == zeros(pruned.checkpoint, pruned.architecture)
     changed = 0
-    for linear in pruned.anatomy.linears:
+    for linear in pruned.architecture.linears:
         before, after = pruned.checkpoint.read(linear.tensor), applied.read(linear.tensor)
         assert torch.equal((before == 0).sum(dim=1), (after == 0).sum(dim=1)), "a row"
         new = (before == 0) & (after != 0)

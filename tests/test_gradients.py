@@ -12,8 +12,8 @@ from torch.nn import functional as F  # noqa: N812
 import truth
 from regraft.data.collate import batches, response_batch
 from regraft.errors import PassingError
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
-from regraft.models.walk import Walk
 from regraft.pruning import gradients
 from regraft.pruning.gradients import (
     layer_gradients,
@@ -64,10 +64,10 @@ def written_out(logits, labels, teacher):
     return sum(w * cost for w, cost in zip((1, 1, 0.3, 0.3, 0.3, 0.3), costs, strict=False))
 
 
-def by_autograd(model, dense, processor, anatomy, examples):
+def by_autograd(model, dense, processor, architecture, examples):
     """Mean over single rows of the loss's dL/dW, and the losses by id."""
     modules = dict(model.named_modules())
-    matrices = {li.key: modules[li.module].weight.requires_grad_() for li in anatomy.linears}
+    matrices = {li.key: modules[li.module].weight.requires_grad_() for li in architecture.linears}
     losses, total = {}, 0
     for example in examples:
         batch = response_batch(processor, [example])
@@ -88,11 +88,13 @@ def by_autograd(model, dense, processor, anatomy, examples):
 def test_gradients_equal_autograd_on_the_whole_model(family, teacher, pico_dir, tmp_path):
     """With a teacher, and squares below; without, the plain sum."""
     opened = truth.opened(pico_dir(family))
-    dense, processor, anatomy = opened.model, opened.processor, opened.anatomy
+    dense, processor, architecture = opened.model, opened.processor, opened.architecture
     model = changed(dense)
     examples, cut = collated(opened, family, tmp_path)
     loss = DecisionLoss(final_states(truth.walk(dense, cut))) if teacher else mean_cross_entropy
-    expected, losses = by_autograd(model, dense if teacher else None, processor, anatomy, examples)
+    expected, losses = by_autograd(
+        model, dense if teacher else None, processor, architecture, examples
+    )
     walk = truth.walk(model, cut)
     found = response_losses(walk, loss)
     assert found == {name: pytest.approx(value, rel=1e-3) for name, value in losses.items()}
@@ -102,7 +104,7 @@ def test_gradients_equal_autograd_on_the_whole_model(family, teacher, pico_dir, 
             item
             for _, layer in layer_gradients(
                 walk,
-                anatomy,
+                architecture,
                 tmp_path / "states",
                 lambda _: True,
                 lambda _: None,
@@ -127,7 +129,7 @@ def test_only_wanted_linears_are_taken(pico_dir, tmp_path):
     _, cut = collated(opened, "llama", tmp_path)
     layers = layer_gradients(
         truth.walk(opened.model, cut),
-        opened.anatomy,
+        opened.architecture,
         tmp_path / "states",
         lambda linear: linear.role == "v_proj",
         lambda _: None,
@@ -149,7 +151,7 @@ def test_layer_inputs_go_where_the_disk_is_full(pico_dir, tmp_path, monkeypatch)
 
     monkeypatch.setattr(gradients, "save_file", fills_up)
     layers = layer_gradients(
-        truth.walk(opened.model, cut), opened.anatomy, scratch, lambda _: True, lambda _: None
+        truth.walk(opened.model, cut), opened.architecture, scratch, lambda _: True, lambda _: None
     )
     with pytest.raises(PassingError, match="disk is full"):
         next(layers)
@@ -193,7 +195,7 @@ def test_streamed_equals_resident(family, pico_dir, tmp_path):
         walk.rewind()
         layers = layer_gradients(
             walk,
-            opened.anatomy,
+            opened.architecture,
             tmp_path / f"{streamed}",
             lambda _: True,
             lambda _: None,
@@ -237,7 +239,7 @@ def test_final_states_and_losses_are_those_of_a_full_forward(family, pico_dir, t
     walk = truth.walk(opened.model, cut)
     states = final_states(walk, ticks.append)
     losses = response_losses(walk, mean_cross_entropy)
-    assert sum(ticks) == 5 * len(opened.anatomy.layers)
+    assert sum(ticks) == 5 * len(opened.architecture.layers)
     assert list(states) == list(losses) == [example.id for example in examples]
     for batch in cut:
         forward = truth.full_forward(opened.model, batch.inputs)
@@ -293,7 +295,7 @@ def test_a_walk_on_another_model(family, streamed, pico_dir, tmp_path):
     fresh = to_the_end(truth.walk(pruned, cut, streamed=streamed))
     ran, on_pruned = watched(dense), watched(pruned)
     walk = truth.walk(dense, cut, streamed=streamed)
-    assert bool(ran) == opened.anatomy.has_vision, "the vision part is not seen"
+    assert bool(ran) == opened.architecture.has_vision, "the vision part is not seen"
     seen = len(ran)
     embedded = [state.clone() for state in walk.states]
     own = [state.clone() for state in to_the_end(walk)]
@@ -306,5 +308,5 @@ def test_a_walk_on_another_model(family, streamed, pico_dir, tmp_path):
     walk.rewind()
     assert all(map(torch.equal, walk.states, embedded))
     assert all(map(torch.equal, to_the_end(walk), own))
-    assert isinstance(other, Walk)
+    assert isinstance(other, LayerwisePass)
     assert len(ran) == seen and not on_pruned

@@ -83,12 +83,12 @@ def test_violated_groups_equal_loops(pico_dir, tmp_path: Path) -> None:
     source = truth.opened(pico_dir("qwen2_vl")).source
     edits = {
         li.tensor: lambda w: w.masked_fill(Pattern.parse_n_m("2:4").mask(w.float().abs()), 0)
-        for li in source.anatomy.linears
+        for li in source.architecture.linears
     }
     pruned = write_edited(source.checkpoint, tmp_path / "pruned", edits)
     generator = torch.Generator().manual_seed(1)
     tensors, expected = {}, 0
-    for linear in list(source.anatomy.linears)[:5]:
+    for linear in list(source.architecture.linears)[:5]:
         after, before = pruned.read(linear.tensor), source.checkpoint.read(linear.tensor)
         chosen = (after == 0) & (torch.rand(after.shape, generator=generator) < 0.05)
         positions = chosen.flatten().nonzero().flatten()
@@ -110,16 +110,16 @@ def test_realign_tells_of_violated_groups(pico_dir, tmp_path: Path) -> None:
     source = truth.opened(pico_dir("qwen2_vl")).source
     edits = {
         li.tensor: lambda w: w.masked_fill(Pattern.parse_n_m("2:4").mask(w.float().abs()), 0)
-        for li in source.anatomy.linears
+        for li in source.architecture.linears
     }
     write_edited(source.checkpoint, tmp_path / "pruned", edits)
     pruned = open_source(tmp_path / "pruned")
     settings = method(heads="all", method="hsr-a")
     restored(source, pruned, tmp_path / "patch", settings)
     about = load_patch(tmp_path / "patch").about
-    attention = [li for li in source.anatomy.linears if li.name.startswith("self_attn")]
+    attention = [li for li in source.architecture.linears if li.name.startswith("self_attn")]
     assert about["n_m"] == "2:4"
-    assert about["groups"] == source.anatomy.prunable // 4
+    assert about["groups"] == source.architecture.prunable // 4
     assert about["violated_groups"] == sum(li.shape[0] * li.shape[1] for li in attention) // 4
     again = restored(source, pruned, tmp_path / "patch", settings)
     assert again.about == about

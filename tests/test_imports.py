@@ -24,7 +24,7 @@ ORDER = (
         "report",
         "recipe",
         "recipe_help",
-        "keys",
+        "provenance",
         "checks",
         "stages",
         "folder",
@@ -49,7 +49,7 @@ ORDER = (
     ),
 )
 FREE = {
-    *("regraft", "errors", "files", "registry", "artifact", "watch", "ranks", "costs"),
+    *("regraft", "errors", "files", "registry", "artifact", "watch", "distributed", "costs"),
     *("data.example", "settings.base"),
 }
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]

@@ -145,7 +145,7 @@ def test_it_realigns_runs_is_compared_and_tuned(world: Path) -> None:
     patch = load_patch(world / "patch")
     assert (patch.restored, len(patch.about["heads"])) == (8, 3)
     dense, ranking = open_source(world / "dense"), load_ranking(world / "patch.ranking.safetensors")
-    linears = list(dense.anatomy.linears)
+    linears = list(dense.architecture.linears)
     sizes = [
         float(dense.checkpoint.read(linears[i].tensor).flatten()[at].abs())
         for i, at in zip(ranking.linear.tolist(), ranking.position.tolist(), strict=True)

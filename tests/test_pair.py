@@ -45,7 +45,7 @@ def edited(source: Source, target: Path, edits: dict[str, Edit]) -> Source:
 
 def tuned(source: Source, target: Path, *, decoder: bool) -> Source:
     """As after a fine-tune of the prunable weights, or of all others; zeros stay."""
-    prunable = {linear.tensor for linear in source.anatomy.linears}
+    prunable = {linear.tensor for linear in source.architecture.linears}
     draw = torch.Generator().manual_seed(1)
 
     def tune(weight: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def test_other_vision_tower(pico_dir: Callable[[str], Path], tmp_path: Path) -> 
 def test_weights_that_are_not_finite(
     dense: Source, pruned: Source, which: str, value: float, tmp_path: Path
 ) -> None:
-    name = list(dense.anatomy.linears)[9].tensor
+    name = list(dense.architecture.linears)[9].tensor
 
     def spoil(weight: Tensor) -> Tensor:
         weight[3, 5] = value
@@ -131,9 +131,9 @@ def test_sparsegpt_changes_what_it_keeps(
         return sparsegpt_prune(weight, factor, pattern).to(weight.dtype)
 
     pruned = edited(
-        dense, tmp_path / "pruned", {linear.tensor: prune for linear in dense.anatomy.linears}
+        dense, tmp_path / "pruned", {linear.tensor: prune for linear in dense.architecture.linears}
     )
-    linear = next(pruned.anatomy.linears)
+    linear = next(pruned.architecture.linears)
     before, after = (one.checkpoint.read(linear.tensor) for one in (dense, pruned))
     assert (before == after)[after != 0].float().mean() < 0.2
     assert survey(dense, pruned).doubt is None

@@ -59,7 +59,7 @@ def test_prune_score_realign_apply_reload_answer(
     dense, calibration = open_source(root / "dense"), _calibration(root)
     settings = prune_settings(method=pruner, sparsity=0.6)
     pruned = stages.prune(dense, tmp_path / "pruned", settings, calibration, COMPUTE)
-    share = zeros(pruned.checkpoint, pruned.anatomy) / pruned.anatomy.prunable
+    share = zeros(pruned.checkpoint, pruned.architecture) / pruned.architecture.prunable
     assert share == pytest.approx(0.6, abs=0.02)
 
     wanted = StatisticsSettings(score=pruner)
@@ -79,7 +79,9 @@ def test_prune_score_realign_apply_reload_answer(
         assert torch.equal(tensor.values, dense.checkpoint.read(name).flatten()[at])
 
     realigned = open_source(stages.apply(pruned.folder, tmp_path / "patch", tmp_path / "out"))
-    filled = zeros(pruned.checkpoint, pruned.anatomy) - zeros(realigned.checkpoint, dense.anatomy)
+    filled = zeros(pruned.checkpoint, pruned.architecture) - zeros(
+        realigned.checkpoint, dense.architecture
+    )
     assert filled == patch.restored
     suites, short = [calibration.data], EvalSettings(max_new_tokens=3)
     answered = {

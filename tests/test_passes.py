@@ -90,7 +90,7 @@ def test_a_pass_is_what_torch_counts_in_the_decoder(family: str, tmp_path: Path)
         head = 6 * tokens * model.lm_head.weight.numel()
         assert found.flops == products - head
     else:
-        assert found.flops == 6 * tokens * dense.anatomy.prunable
+        assert found.flops == 6 * tokens * dense.architecture.prunable
     with pytest.raises(RegraftError, match="made with something else"):
         other = calibration.model_copy(update={"samples": 2})
         count_pass(dense, other, out, stages.Session(), Silent())
@@ -250,7 +250,7 @@ def test_a_run_counts_its_own_passes(tmp_path: Path) -> None:
         for one in json.loads((tmp_path / "run" / "costs.json").read_text())
     }
     tokens = json.loads((tmp_path / "run" / "calibration-pass.json").read_text())["tokens"]
-    one = 6 * tokens * open_source(tmp_path / "dense").anatomy.prunable
+    one = 6 * tokens * open_source(tmp_path / "dense").architecture.prunable
     ranked, searched = spent["rank", "gain"], spent["search", "gain-search"]
     references, answers = spent["evaluate for search", "pruned"], spent["answer", ""]
     found = {variant.name: variant.passes for variant in made.variants}

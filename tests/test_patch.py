@@ -59,7 +59,7 @@ def zero_at_random(seed: int, *, minus: bool = False) -> Edit:
 def prune_at_random(source: Source, out: Path, seed: int = 0, *, minus: bool = False) -> Source:
     edits = {
         linear.tensor: zero_at_random(seed + i, minus=minus)
-        for i, linear in enumerate(source.anatomy.linears)
+        for i, linear in enumerate(source.architecture.linears)
     }
     write_edited(source.checkpoint, out, edits)
     return open_source(out)
@@ -69,7 +69,7 @@ def graft(dense: Source, pruned: Source, *, share: float = 0.3, seed: int = 1000
     """Restore a random share of what was pruned in every other weight."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for linear in list(dense.anatomy.linears)[::2]:
+    for linear in list(dense.architecture.linears)[::2]:
         before, after = (one.checkpoint.read(linear.tensor) for one in (dense, pruned))
         chosen = (after == 0) & (torch.rand(after.shape, generator=generator) < share)
         positions = chosen.reshape(-1).nonzero().flatten()
@@ -235,7 +235,7 @@ def test_swaps_go_on_and_off_and_keep_the_number_of_zeros(
     tmp_path: Path, pair: tuple[Source, Source]
 ) -> None:
     dense, pruned = pair
-    linear = next(iter(dense.anatomy.linears))
+    linear = next(iter(dense.architecture.linears))
     after = pruned.checkpoint.read(linear.tensor).reshape(-1)
     back = (after == 0).nonzero().flatten()[:5]
     gone = (after != 0).nonzero().flatten()[:5]
@@ -303,14 +303,14 @@ def test_patched_model_is_the_applied_checkpoint(
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with torch.no_grad():
         plain = model(**batch.inputs).logits
-        with patched(model, pruned.anatomy, patch):
+        with patched(model, pruned.architecture, patch):
             for name, weight in other.state_dict().items():
                 assert torch.equal(model.state_dict()[name], weight), f"{name} differs"
             logits = model(**batch.inputs).logits
         assert torch.equal(logits, other(**batch.inputs).logits)
         assert not torch.equal(logits, plain), "the patch made no difference"
         assert torch.equal(model(**batch.inputs).logits, plain)
-    with pytest.raises(ZeroDivisionError), patched(model, pruned.anatomy, patch):
+    with pytest.raises(ZeroDivisionError), patched(model, pruned.architecture, patch):
         raise ZeroDivisionError
     for name, weight in model.state_dict().items():
         assert equal_bytes(weight, before[name]), f"{name} was not put back"
@@ -326,7 +326,7 @@ def test_patch_of_another_model_in_memory(pair: tuple[Source, Source], tmp_path:
         (Patch({**patch.tensors, "nothing.weight": tensor}, {}), "it has no weight nothing"),
         (Patch({name: replace(tensor, shape=(1, 8192))}, {}), "the patch is for"),
     ):
-        with pytest.raises(RegraftError, match=message), patched(model, pruned.anatomy, other):
+        with pytest.raises(RegraftError, match=message), patched(model, pruned.architecture, other):
             pass
     assert all(equal_bytes(weight, before[key]) for key, weight in model.state_dict().items())
 

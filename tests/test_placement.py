@@ -16,9 +16,9 @@ from regraft.data.collate import prompt_batch, response_batch
 from regraft.evaluation.generate import generate
 from regraft.heads.score import Scoring, score_heads
 from regraft.models import load
-from regraft.models.anatomy import decoder_layers
+from regraft.models.architecture import decoder_layers
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import load_model, load_placed
-from regraft.models.walk import Walk
 from regraft.patch.apply import patched
 from regraft.patch.format import Patch, TensorPatch
 
@@ -46,7 +46,7 @@ def test_heads_and_answers_of_a_spread_model(paper_family, pico_dir, tmp_path):
     examples = truth.examples(paper_family, tmp_path, 3)
     prompts = [prompt_batch(opened.processor, examples)]
     one, other = (
-        score_heads(each, opened.anatomy, prompts, tmp_path / name, Scoring(r_max=2))
+        score_heads(each, opened.architecture, prompts, tmp_path / name, Scoring(r_max=2))
         for each, name in ((opened.model, "whole"), (model, "spread"))
     )
     torch.testing.assert_close(other.ships, one.ships, equal_nan=True)
@@ -94,7 +94,7 @@ def test_layers_need_no_embedding(family, pico_dir, tmp_path):
     opened = truth.opened(pico_dir(family))
     model = load_placed(opened.source, dtype="float32", device="cpu", placement="streamed")
     batch = response_batch(opened.processor, truth.examples(family, tmp_path, 2))
-    walk = Walk(model, [batch])
+    walk = LayerwisePass(model, [batch])
     wanted = opened.model(**batch.inputs, output_hidden_states=True).hidden_states[-1]
 
     def unwanted(*_):
@@ -126,13 +126,13 @@ def test_a_model_for_the_cpu_is_not_spread(pico_dir, monkeypatch):
 def test_a_patch_is_never_lost_on_a_spread_model(pico_dir, tmp_path):
     """Weights outside of memory cannot take it; pretending would pass for the realigned model."""
     opened = truth.opened(pico_dir("llava_next-mistral"))
-    linear = opened.anatomy.layers[1].linear("q_proj")  # waits on disk
+    linear = opened.architecture.layers[1].linear("q_proj")  # waits on disk
     weight = opened.source.checkpoint.read(linear.tensor)
     tensor = TensorPatch.of(weight, torch.tensor([3]), torch.tensor([1.0], dtype=weight.dtype))
     model = spread(opened.model, tmp_path / "offloaded")
     with (
         pytest.raises(load.RegraftError, match="no patch can be put on it"),
-        patched(model, opened.anatomy, Patch({linear.tensor: tensor}, {})),
+        patched(model, opened.architecture, Patch({linear.tensor: tensor}, {})),
     ):
         pass
 
@@ -141,7 +141,7 @@ def test_a_patch_reaches_weights_that_wait_in_host_memory(pico_dir, tmp_path):
     """It is on while the block runs, whatever accelerate copies where, and off again after it."""
     accelerate = pytest.importorskip("accelerate")
     opened = truth.opened(pico_dir("llava_next-mistral"))
-    linears = [opened.anatomy.layers[i].linear("q_proj") for i in (0, 1)]
+    linears = [opened.architecture.layers[i].linear("q_proj") for i in (0, 1)]
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for linear in linears:
@@ -154,16 +154,16 @@ def test_a_patch_reaches_weights_that_wait_in_host_memory(pico_dir, tmp_path):
     batch = prompt_batch(opened.processor, truth.examples("llava_next-mistral", tmp_path, 2))
     before = opened.model(**batch.inputs).logits
     whole = copy.deepcopy(opened.model)
-    with patched(whole, opened.anatomy, patch), patched(model, opened.anatomy, patch):
+    with patched(whole, opened.architecture, patch), patched(model, opened.architecture, patch):
         expected = whole(**batch.inputs).logits
         assert not torch.allclose(expected, before)
         torch.testing.assert_close(model(**batch.inputs).logits, expected)
     torch.testing.assert_close(model(**batch.inputs).logits, before)
 
 
-def resident_walk(opened: truth.Opened, batches) -> Walk:
+def resident_walk(opened: truth.Opened, batches) -> LayerwisePass:
     model = load_placed(opened.source, dtype="float32", device="cpu", placement="resident")
-    return Walk(model, batches)
+    return LayerwisePass(model, batches)
 
 
 @pytest.mark.parametrize(("copies", "home"), [(6, "cuda"), (4, "cpu")])
@@ -176,7 +176,7 @@ def test_states_wait_in_host_memory_where_the_device_is_full(
     walk = resident_walk(opened, [batch])
     size = sum(state.nbytes for state in walk.states)
     walk._home = torch.device("cuda")
-    monkeypatch.setattr("regraft.models.walk.free_bytes", lambda _: copies * size)
+    monkeypatch.setattr("regraft.models.layerwise.free_bytes", lambda _: copies * size)
     walk._make_room()
     assert walk._home.type == home
 

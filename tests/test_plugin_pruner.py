@@ -102,7 +102,7 @@ def _cli(site: Path, *words: object) -> subprocess.CompletedProcess[str]:
 def _zeros(folder: Path) -> list[tuple[int, int, int]]:
     """(zeros in the first two rows, zeros, weights) of every prunable matrix."""
     source = open_source(folder)
-    weights = [source.checkpoint.read(one.tensor) == 0 for one in source.anatomy.linears]
+    weights = [source.checkpoint.read(one.tensor) == 0 for one in source.architecture.linears]
     return [(int(one[:2].sum()), int(one.sum()), one.numel()) for one in weights]
 
 
@@ -114,7 +114,7 @@ def test_it_prunes_by_its_own_formula(installed: Path, pico_dir: Any, tmp_path: 
     pattern = Pattern(0.5)
     found = truth.prune(opened, opened.model, cut, pattern, tmp_path / "r", settings=settings)
     modules = dict(opened.model.named_modules())
-    for layer in opened.anatomy.layers:
+    for layer in opened.architecture.layers:
         masks = found.load(layer)
         assert masks is not None
         for linear in layer.linears:

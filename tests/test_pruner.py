@@ -12,18 +12,18 @@ from torch.nn import functional as F  # noqa: N812
 import truth
 from regraft.data.collate import batches, response_batch
 from regraft.errors import RegraftError
-from regraft.models.anatomy import decoder_layers
+from regraft.models.architecture import decoder_layers
 from regraft.pruning.base import PRUNERS, prune_settings
 from regraft.pruning.masks import Pattern, assign_patterns, parse_override
 from regraft.pruning.prune import edits_without_data
 from regraft.pruning.statistics import ImportanceStatistics, gather
 
 
-def gradients_by_autograd(model, processor, anatomy, examples):
+def gradients_by_autograd(model, processor, architecture, examples):
     """Mean over samples of |dL/dW|, whole forward and backward passes of single rows."""
     model = copy.deepcopy(model)
     modules = dict(model.named_modules())
-    weights = {li.key: modules[li.module].weight.requires_grad_() for li in anatomy.linears}
+    weights = {li.key: modules[li.module].weight.requires_grad_() for li in architecture.linears}
     sums = {key: torch.zeros_like(weight) for key, weight in weights.items()}
     for example in examples:
         batch = response_batch(processor, [example])
@@ -43,15 +43,15 @@ def calibration(opened, family, folder, n=5, size=2):
 
 def test_snip_equals_autograd_on_the_whole_model(family, pico_dir, tmp_path):
     opened = truth.opened(pico_dir(family))
-    _, model, processor, anatomy = opened
+    _, model, processor, architecture = opened
     examples, cut = calibration(opened, family, tmp_path, 3)
-    expected = gradients_by_autograd(model, processor, anatomy, examples)
+    expected = gradients_by_autograd(model, processor, architecture, examples)
     ticks = []
     with truth.unchanged(model):
         walk = truth.walk(model, cut)
-        found = gather(walk, anatomy, PRUNERS.get("snip"), tmp_path / "work", ticks.append)
-    assert sum(ticks) == 2 * 3 * len(anatomy.layers)
-    assert found.keys() == {li.key for li in anatomy.linears if PRUNERS.get("snip").keeps(li)}
+        found = gather(walk, architecture, PRUNERS.get("snip"), tmp_path / "work", ticks.append)
+    assert sum(ticks) == 2 * 3 * len(architecture.layers)
+    assert found.keys() == {li.key for li in architecture.linears if PRUNERS.get("snip").keeps(li)}
     for key, gradient in found.items():
         scale = float(expected[key].abs().max())
         torch.testing.assert_close(gradient, expected[key], rtol=1e-3, atol=2e-5 * scale)
@@ -61,16 +61,16 @@ def test_snip_equals_autograd_on_the_whole_model(family, pico_dir, tmp_path):
 def test_snip_masks_are_the_smallest_products(pico_dir, tmp_path):
     family = "qwen2_5_vl"
     opened = truth.opened(pico_dir(family))
-    _, model, processor, anatomy = opened
+    _, model, processor, architecture = opened
     examples, cut = calibration(opened, family, tmp_path, 3)
     pattern = Pattern(0.5, "matrix")
     with truth.unchanged(model):
         results = truth.prune(
             opened, model, cut, pattern, tmp_path / "r", settings=prune_settings("snip")
         )
-    expected = gradients_by_autograd(model, processor, anatomy, examples)
+    expected = gradients_by_autograd(model, processor, architecture, examples)
     modules = dict(model.named_modules())
-    for layer in anatomy.layers:
+    for layer in architecture.layers:
         for key, result in results.load(layer).items():
             linear = next(li for li in layer.linears if li.key == key)
             score = modules[linear.module].weight.abs() * expected[key]
@@ -82,7 +82,7 @@ def test_snip_masks_are_the_smallest_products(pico_dir, tmp_path):
 def test_streamed_equals_resident(family, method, pico_dir, tmp_path):
     """One layer at a time gives the same bits, and leaves the model alone."""
     opened = truth.opened(pico_dir(family))
-    _, model, _, anatomy = opened
+    _, model, _, architecture = opened
     _, cut = calibration(opened, family, tmp_path, 3)
     pattern, pruner = Pattern(0.5), prune_settings(method)
     folders = tmp_path / "resident", tmp_path / "streamed"
@@ -109,8 +109,8 @@ def test_streamed_equals_resident(family, method, pico_dir, tmp_path):
         for hook in hooks:
             hook.remove()
     assert held and all(len(layers) <= 1 for layers in held)
-    assert {i for layers in held for i in layers} == {layer.index for layer in anatomy.layers}
-    for layer in anatomy.layers:
+    assert {i for layers in held for i in layers} == {layer.index for layer in architecture.layers}
+    for layer in architecture.layers:
         one, other = resident.load(layer), streamed.load(layer)
         assert one.keys() == other.keys() == {li.key for li in layer.linears}
         for key in one:
@@ -121,7 +121,7 @@ def test_streamed_equals_resident(family, method, pico_dir, tmp_path):
 def test_sparsegpt_stores_what_the_file_holds(pico_dir, tmp_path):
     """Exact zeros at the sparsity, survivors updated, in the checkpoint's dtype."""
     opened = truth.opened(pico_dir("llava_next-mistral"))
-    _, model, _, anatomy = opened
+    _, model, _, architecture = opened
     _, cut = calibration(opened, "llava_next-mistral", tmp_path, 4)
     results = truth.prune(
         opened,
@@ -131,8 +131,8 @@ def test_sparsegpt_stores_what_the_file_holds(pico_dir, tmp_path):
         tmp_path / "r",
         settings=prune_settings("sparsegpt"),
     )
-    edits = results.edits(anatomy)
-    for linear in anatomy.linears:
+    edits = results.edits(architecture)
+    for linear in architecture.linears:
         dense = opened.source.checkpoint.read(linear.tensor)
         new = edits[linear.tensor](dense.clone())
         assert new.dtype == dense.dtype
@@ -163,7 +163,7 @@ def test_growing_damping_is_told(pico_dir, tmp_path):
 def test_overrides_and_ignored_weights(method, pico_dir, tmp_path):
     family = "qwen2_vl"
     opened = truth.opened(pico_dir(family))
-    anatomy = opened.anatomy
+    architecture = opened.architecture
     _, cut = calibration(opened, family, tmp_path, 3)
     settings = prune_settings(
         method=method,
@@ -172,13 +172,13 @@ def test_overrides_and_ignored_weights(method, pico_dir, tmp_path):
         ignore=("layers.1.*", "*.down_proj"),
         overrides=("*.q_proj=0.25", "layers.0.*=2:4", "layers.0.*.v_proj=0.75"),
     )
-    patterns = settings.patterns(anatomy.linears)
+    patterns = settings.patterns(architecture.linears)
     model = copy.deepcopy(opened.model)
     results = truth.prune(
         opened, model, cut, patterns, tmp_path / "r", settings=settings, streamed=True
     )
-    edits = results.edits(anatomy)
-    for linear in anatomy.linears:
+    edits = results.edits(architecture)
+    for linear in architecture.linears:
         dense = opened.source.checkpoint.read(linear.tensor)
         new = edits[linear.tensor](dense.clone())
         zeros = (new == 0).float().mean(dim=1)  # [out]
@@ -194,9 +194,11 @@ def test_overrides_and_ignored_weights(method, pico_dir, tmp_path):
 
 def test_magnitude_needs_no_model(pico_dir):
     opened = truth.opened(pico_dir("qwen2_vl"))
-    patterns = assign_patterns(opened.anatomy.linears, Pattern(0.3, "matrix"), (), ["*.o_proj"])
+    patterns = assign_patterns(
+        opened.architecture.linears, Pattern(0.3, "matrix"), (), ["*.o_proj"]
+    )
     edits = edits_without_data(prune_settings("magnitude"), patterns)
-    assert len(edits) == 6 * len(opened.anatomy.layers)
+    assert len(edits) == 6 * len(opened.architecture.layers)
     for linear in patterns:
         dense = opened.source.checkpoint.read(linear.tensor)
         new = edits[linear.tensor](dense.clone())
@@ -222,13 +224,13 @@ def test_magnitude_needs_no_model(pico_dir):
 def test_impossible_patterns_are_refused(fields, message, pico_dir):
     opened = truth.opened(pico_dir("llama"))
     with pytest.raises((RegraftError, ValueError), match=message):
-        prune_settings(**fields).patterns(opened.anatomy.linears)
+        prune_settings(**fields).patterns(opened.architecture.linears)
 
 
 def test_the_last_override_counts(pico_dir):
-    anatomy = truth.opened(pico_dir("llama")).anatomy
+    architecture = truth.opened(pico_dir("llama")).architecture
     overrides = [parse_override(text, "row") for text in ("*=0.1", "layers.0.*=0.2")]
-    patterns = assign_patterns(anatomy.linears, Pattern(0.5), overrides)
+    patterns = assign_patterns(architecture.linears, Pattern(0.5), overrides)
     assert {li.layer: p.sparsity for li, p in patterns.items()} == {0: 0.2, 1: 0.1, 2: 0.1, 3: 0.1}
 
 
@@ -237,9 +239,11 @@ def test_importance_of_rows_is_the_rows_of_importance(method, pico_dir, tmp_path
     opened = truth.opened(pico_dir("qwen2_vl"))
     _, cut = calibration(opened, "qwen2_vl", tmp_path, 2)
     walk = truth.walk(opened.model, cut)
-    values = gather(walk, opened.anatomy, PRUNERS.get(method), tmp_path / "work", lambda _: None)
+    values = gather(
+        walk, opened.architecture, PRUNERS.get(method), tmp_path / "work", lambda _: None
+    )
     statistics = ImportanceStatistics(method, values, 2)
-    linear = opened.anatomy.layers[1].linear("q_proj")
+    linear = opened.architecture.layers[1].linear("q_proj")
     weight = opened.source.checkpoint.read(linear.tensor)
     importance = statistics.scorer(linear, weight)
     whole = importance(slice(0, len(weight)))

@@ -107,7 +107,7 @@ def drawn(pair: Pair, count: int, *, swaps: bool) -> Ranking:
     """Random pruned weights of some matrices, every other one for a kept weight if `swaps`."""
     draw = torch.Generator().manual_seed(count)
     parts = []
-    for index, linear in list(enumerate(pair.pruned.anatomy.linears))[::3]:
+    for index, linear in list(enumerate(pair.pruned.architecture.linears))[::3]:
         after = pair.pruned.checkpoint.read(linear.tensor)
         before = pair.dense.checkpoint.read(linear.tensor)
         back, kept = (
@@ -128,7 +128,7 @@ def drawn(pair: Pair, count: int, *, swaps: bool) -> Ranking:
 
 def by_hand(pair: Pair, ranking: Ranking) -> dict[str, torch.Tensor]:
     """Every matrix that changes, weight by weight."""
-    names = [linear.tensor for linear in pair.pruned.anatomy.linears]
+    names = [linear.tensor for linear in pair.pruned.architecture.linears]
     changed: dict[str, torch.Tensor] = {}
     for index, back, gone in zip(
         *(x.tolist() for x in (ranking.linear, ranking.position, ranking.removed)), strict=True
@@ -156,12 +156,12 @@ def test_patch_and_put_are_the_ranking_by_hand(pair: Pair, swaps: bool, tmp_path
         whole.view(-1)[tensor.positions] = tensor.values
         assert equal_bytes(whole, expected[name])
     opened = truth.opened(pair.pruned.folder)
-    with truth.unchanged(opened.model), patched(opened.model, pair.pruned.anatomy, patch):
+    with truth.unchanged(opened.model), patched(opened.model, pair.pruned.architecture, patch):
         by_patch = {n: t.clone() for n, t in opened.model.state_dict().items()}
     model = copy.deepcopy(opened.model)
-    put(ranking, weights_of(model, pair.dense.anatomy), pair.dense)
+    put(ranking, weights_of(model, pair.dense.architecture), pair.dense)
     assert all(torch.equal(t, by_patch[name]) for name, t in model.state_dict().items())
-    for linear in pair.pruned.anatomy.linears:
+    for linear in pair.pruned.architecture.linears:
         weight = dict(model.named_modules())[linear.module].weight
         wanted = expected.get(linear.tensor, pair.pruned.checkpoint.read(linear.tensor))
         assert torch.equal(weight, wanted.float())
@@ -172,12 +172,12 @@ def test_any_first_part_is_put_in_and_taken_out(pair: Pair, swaps: bool) -> None
     """In any order, as if each were put into the pruned weights alone."""
     ranking = drawn(pair, 9, swaps=swaps)
     model = copy.deepcopy(truth.opened(pair.pruned.folder).model)
-    weights = weights_of(model, pair.dense.anatomy)
+    weights = weights_of(model, pair.dense.architecture)
     edits = Edits(ranking, weights, pair.dense)
     for count in (len(ranking), 7, 0, 20, 1, len(ranking), 0):
         edits.put(count)
         expected = by_hand(pair, ranking.first(count))
-        for linear, weight in zip(pair.pruned.anatomy.linears, weights, strict=True):
+        for linear, weight in zip(pair.pruned.architecture.linears, weights, strict=True):
             wanted = expected.get(linear.tensor, pair.pruned.checkpoint.read(linear.tensor))
             assert torch.equal(weight, wanted.float()), (count, linear.tensor)
 
@@ -199,7 +199,7 @@ def test_values_that_the_pruned_dtype_cannot_hold(
     value: float, pico_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Too small ones stay pruned and make no room; too large ones are an error."""
-    linear, other = list(open_source(pico_dir("llama")).anatomy.linears)[:2]
+    linear, other = list(open_source(pico_dir("llama")).architecture.linears)[:2]
     dense, half = tmp_path / "dense", tmp_path / "half"
     pico.save("llama", dense)
     pico.save("llama", half, torch.float16)
@@ -296,7 +296,7 @@ class Bench:
         return stages.rank(self.dense, self.pruned, out, settings, data, inputs, COMPUTE)
 
     def pruned_weights(self) -> int:
-        pairs = zip(self.dense.anatomy.linears, self.pruned.anatomy.linears, strict=True)
+        pairs = zip(self.dense.architecture.linears, self.pruned.architecture.linears, strict=True)
         return sum(
             int(
                 restorable(
@@ -335,7 +335,7 @@ def test_set_difference_is_set_algebra(bench: Bench, tmp_path: Path) -> None:
     settings = method(method="set-difference", budget=budget)
     ranking = bench.rank(tmp_path / "ranking", settings)
     wanted = []
-    for index, linear in enumerate(bench.dense.anatomy.linears):
+    for index, linear in enumerate(bench.dense.architecture.linears):
         before = bench.dense.checkpoint.read(linear.tensor)
         after = bench.pruned.checkpoint.read(linear.tensor)
         free = ((after == 0) & (before != 0)).numpy()
@@ -381,8 +381,8 @@ def test_hsr_under_a_budget_stays_in_its_heads_and_band(bench: Bench, tmp_path: 
         heads,
         bench.root / "statistics",
     )
-    linears = dict(enumerate(bench.dense.anatomy.linears))
-    layers = {li.key: layer for layer in bench.dense.anatomy.layers for li in layer.linears}
+    linears = dict(enumerate(bench.dense.architecture.linears))
+    layers = {li.key: layer for layer in bench.dense.architecture.layers for li in layer.linears}
     for index in ranking.linear.unique().tolist():
         linear, own = linears[index], ranking.position[ranking.linear == index]
         layer = layers[linear.key]
@@ -424,8 +424,8 @@ def test_the_number_restored_is_the_budget(
         assert differing(source, realigned) == expected_bytes.keys()
         for tensor, wanted in expected_bytes.items():
             assert equal_bytes(realigned.read(tensor), wanted)
-        anatomy = bench.pruned.anatomy
-        assert zeros(source, anatomy) - zeros(realigned, anatomy) == patch.restored
+        architecture = bench.pruned.architecture
+        assert zeros(source, architecture) - zeros(realigned, architecture) == patch.restored
     stages.revert(tmp_path / "whole-applied", tmp_path / "whole", tmp_path / "off")
     assert shards(tmp_path / "off") == shards(bench.pruned.folder)
 
@@ -442,7 +442,7 @@ def test_random_draws_differ_by_both_seeds(bench: Bench, tmp_path: Path) -> None
     ]
     sets = [set(zip(r.linear.tolist(), r.position.tolist(), strict=True)) for r in drawn]
     assert all(len(one & other) < 20 for one, other in zip(sets, sets[1:] + sets[:1], strict=True))
-    sizes = torch.tensor([math.prod(li.shape) for li in bench.dense.anatomy.linears])
+    sizes = torch.tensor([math.prod(li.shape) for li in bench.dense.architecture.linears])
     shares = drawn[0].linear.bincount(minlength=len(sizes)) / 200 - sizes / sizes.sum()
     assert shares.abs().max() < 0.06, "some matrices are preferred"
     with pytest.raises(RegraftError, match=r"made with something else \(seed: 0 there, 5 now\)"):

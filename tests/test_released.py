@@ -38,7 +38,7 @@ from regraft.settings.scoring import HeadSettings
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=4)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-LAYER = truth.layer_anatomy(heads=4, kv_heads=2, head_dim=2, hidden=9)
+LAYER = truth.layer_architecture(heads=4, kv_heads=2, head_dim=2, hidden=9)
 
 
 def restored_by_loops(safety, utility, role, heads, of_heads, p, q):
@@ -133,17 +133,17 @@ def test_angle_is_that_of_feature_0_alone(data, samples, hidden, heads):
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next-vicuna"])
 def test_head_scores_equal_one_forward_per_head(family, pico_dir, tmp_path):
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     examples = truth.examples(family, tmp_path, 3)
     cut = [prompt_batch(processor, examples)]
-    found = score_heads(model, anatomy, cut, tmp_path / "partial", Scoring(r_max=2))
+    found = score_heads(model, architecture, cut, tmp_path / "partial", Scoring(r_max=2))
     rows = [prompt_batch(processor, [example]).inputs for example in examples]
 
     def feature_0():
         return np.array([float(truth.full_forward(model, row).final[0, -1, 0]) for row in rows])
 
     base = feature_0()
-    for layer in anatomy.layers:
+    for layer in architecture.layers:
         for head in range(layer.heads):
             with truth.ablated(model, layer.index, head, "all", 1e-5):
                 after = feature_0()
@@ -183,13 +183,13 @@ def test_one_shot_pruning_and_the_patch_are_the_release_to_the_bit(bench, tmp_pa
     restored(dense, pruned, tmp_path / "patch", settings, *files)
     stages.apply(pruned.folder, tmp_path / "patch", tmp_path / "out")
     out = open_source(tmp_path / "out")
-    scores = load_heads(bench / "heads", dense.anatomy).released
+    scores = load_heads(bench / "heads", dense.architecture).released
     ranked = sorted(
         ((float(scores[i, h]), i, h) for i in range(len(scores)) for h in range(scores.shape[1])),
         reverse=True,
     )
     counts = {}
-    for layer in dense.anatomy.layers:
+    for layer in dense.architecture.layers:
         of_heads = [head for _, index, head in ranked[:3] if index == layer.index]
         for linear in layer.linears:
             weight = dense.checkpoint.read(linear.tensor)
@@ -221,7 +221,7 @@ def test_a_budget_takes_the_highest_by_safety(bench, tmp_path):
     inputs, out = stages.Inputs(*files), tmp_path / "ranking"
     ranking = stages.rank(dense, pruned, out, settings, calibration, inputs, COMPUTE)
     assert len(ranking) == 20 < everything.restored
-    by_tensor = {linear.tensor: (i, linear) for i, linear in enumerate(dense.anatomy.linears)}
+    by_tensor = {linear.tensor: (i, linear) for i, linear in enumerate(dense.architecture.linears)}
     shares = {}
     for name, one in everything.tensors.items():
         index, linear = by_tensor[name]

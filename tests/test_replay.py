@@ -12,7 +12,7 @@ import pico
 import truth
 from regraft.data.collate import prompt_batch
 from regraft.models.ablation import head_outputs, replay_ablated
-from regraft.models.anatomy import attention_of, decoder_layers
+from regraft.models.architecture import attention_of, decoder_layers
 from regraft.models.replay import (
     last_positions,
     layer_inputs,
@@ -41,13 +41,15 @@ def assert_same(found, expected, real, what):
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_replay_equals_the_full_forward(family, kind, pico_dir, tmp_path):
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch(kind, family, processor, tmp_path)
     real = batch.inputs["attention_mask"].bool()
     assert real.all() == (kind == "single"), "rows of different length are wanted"
     expected = truth.full_forward(model, batch.inputs)
-    skipped = [li.index for li in anatomy.layers if li.attention == "cross_attn"]
-    executed = [li.index for li in anatomy.layers if kind != "text" or li.attention != "cross_attn"]
+    skipped = [li.index for li in architecture.layers if li.attention == "cross_attn"]
+    executed = [
+        li.index for li in architecture.layers if kind != "text" or li.attention != "cross_attn"
+    ]
     with truth.unchanged(model):
         text = text_inputs(model, batch.inputs)
         assert text.batch == len(real)
@@ -57,7 +59,7 @@ def test_replay_equals_the_full_forward(family, kind, pico_dir, tmp_path):
         )
         assert_same(inputs.final, expected.final, real, "final state of layer_inputs")
         assert_same(replay(model, text), expected.final, real, "replay from the embeddings")
-        ends = [*range(1, len(anatomy.layers)), None]
+        ends = [*range(1, len(architecture.layers)), None]
         for start in executed:
             hidden = expected.entering[start]
             assert_same(inputs.by_layer[start], hidden, real, f"input of layer {start}")
@@ -75,12 +77,12 @@ def test_replay_equals_the_full_forward(family, kind, pico_dir, tmp_path):
 
 def test_layer_by_layer_with_what_replay_itself_returned(family, pico_dir, tmp_path):
     """As the pruner walks: also over layers that the family skips for this batch."""
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     for kind in ("left", "text"):
         batch = truth.make_batch(kind, family, processor, tmp_path / kind)
         text, state = text_inputs(model, batch.inputs), None
-        for layer in anatomy.layers:
-            last = layer is anatomy.layers[-1]
+        for layer in architecture.layers:
+            last = layer is architecture.layers[-1]
             state = replay(
                 model,
                 text,
@@ -95,12 +97,12 @@ def test_layer_by_layer_with_what_replay_itself_returned(family, pico_dir, tmp_p
 @pytest.mark.parametrize("kind", ["left", "single"])
 def test_copies_do_not_mix(family, kind, pico_dir, tmp_path):
     """Three copies of the batch with other hidden states give what they give alone."""
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch(kind, family, processor, tmp_path)
     real = batch.inputs["attention_mask"].bool()
     text = text_inputs(model, batch.inputs)
     inputs = layer_inputs(model, text)
-    for layer in anatomy.layers:
+    for layer in architecture.layers:
         start, hidden = layer.index, inputs.by_layer[layer.index]
         variants = [hidden * scale for scale in (1.0, 0.5, -1.0)]
         together = replay(model, text, start=start, hidden=torch.cat(variants), copies=3)
@@ -110,10 +112,10 @@ def test_copies_do_not_mix(family, kind, pico_dir, tmp_path):
 
 
 def test_model_is_clean_after_an_error(family, pico_dir, tmp_path):
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch("left", family, processor, tmp_path)
     text = text_inputs(model, batch.inputs)
-    wrong = torch.zeros(3, 2, anatomy.hidden_size + 1)
+    wrong = torch.zeros(3, 2, architecture.hidden_size + 1)
     with truth.unchanged(model):
         with pytest.raises(RuntimeError):
             replay(model, text, start=1, hidden=wrong)
@@ -178,12 +180,12 @@ def manually_ablated(model, inputs, layer, head, head_dim, target, eps):
     [("v", 0.3), ("all", 0.3), ("q", 1e-5), ("k", 0.3)],  # ("all", 1e-5): test_ships.py
 )
 def test_ablation_equals_a_manual_edit_of_each_head(family, target, eps, pico_dir, tmp_path):
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch("left", family, processor, tmp_path)
     real = batch.inputs["attention_mask"].bool()
     base = truth.full_forward(model, batch.inputs)
     run = partial(replay, model, text_inputs(model, batch.inputs))
-    for layer in anatomy.layers:
+    for layer in architecture.layers:
         hidden, size = base.entering[layer.index], layer.head_dim
         with truth.unchanged(model):
             outputs = head_outputs(model, run, layer.index, hidden, size, target=target, eps=eps)
@@ -206,11 +208,11 @@ def test_ablation_equals_a_manual_edit_of_each_head(family, target, eps, pico_di
 
 def test_value_ablation_at_zero_is_a_zero_head(family, pico_dir, tmp_path):
     """eps 0 on the value is the head's columns of o_proj set to zero, layer by layer."""
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch("single", family, processor, tmp_path)
     base = truth.full_forward(model, batch.inputs)
     run = partial(replay, model, text_inputs(model, batch.inputs))
-    for layer in anatomy.layers:
+    for layer in architecture.layers:
         hidden = base.entering[layer.index]
         outputs = head_outputs(model, run, layer.index, hidden, layer.head_dim, target="v", eps=0.0)
         assert not outputs.ablated.any()

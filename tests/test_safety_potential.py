@@ -69,7 +69,7 @@ def test_masks_equal_single_prompts_layer_by_layer(family, pattern, pico_dir, tm
     )
     model = copy.deepcopy(opened.model)  # pruned below, a layer behind what is checked
     modules = dict(model.named_modules())
-    for layer in opened.anatomy.layers:
+    for layer in opened.architecture.layers:
         energy = added_by_single_prompts(model, opened.processor, examples, layer.linears)
         found = results.load(layer)
         for linear in layer.linears:
@@ -92,7 +92,7 @@ def test_it_prunes_other_weights_than_wanda(pico_dir, tmp_path):
             Pattern(0.5),
             tmp_path / name,
             settings=prune_settings(name),
-        ).load(opened.anatomy.layers[1])
+        ).load(opened.architecture.layers[1])
         for name in ("safety-potential", "wanda")
     ]
     for key, one in masks[0].items():
@@ -108,7 +108,7 @@ def fed(linear, prompted, plain):
 
 
 def test_energy_that_falls_counts_as_none():
-    linear = truth.layer_anatomy(heads=1, kv_heads=1, head_dim=2, hidden=3).linears[0]
+    linear = truth.layer_architecture(heads=1, kv_heads=1, head_dim=2, hidden=3).linears[0]
     energy = fed(linear, [[2.0, 1.0, 1.0], [1.0, 0.0, 1.0]], [[1.0, 3.0, 1.0]])
     squares, tokens = energy.of(linear), energy.prompted.tokens[linear.key]
     assert squares.tolist() == [4.0, 0.0, 1.0] and tokens == 2
@@ -117,7 +117,7 @@ def test_energy_that_falls_counts_as_none():
 
 def test_what_is_added_survives_beside_an_outlier():
     """In float32 sums 3e4^2 + 1 - 3e4^2 would be 0."""
-    linear = truth.layer_anatomy(heads=1, kv_heads=1, head_dim=2, hidden=1).linears[0]
+    linear = truth.layer_architecture(heads=1, kv_heads=1, head_dim=2, hidden=1).linears[0]
     energy = fed(linear, [[3e4], [1.0]], [[3e4]])
     assert energy.of(linear).tolist() == [1.0]
 
@@ -173,10 +173,12 @@ def test_the_stage_prunes_by_harmful_prompts_and_its_prompt(bench, tmp_path):
         for i, prompt in enumerate((SAFETY_PROMPT, PROMPT))
     ]
     for one in pruned:
-        share = zeros(one.checkpoint, one.anatomy) / one.anatomy.prunable
+        share = zeros(one.checkpoint, one.architecture) / one.architecture.prunable
         assert share == pytest.approx(0.5, abs=0.01)
     first, second = (
-        torch.cat([one.checkpoint.read(li.tensor).flatten() == 0 for li in one.anatomy.linears])
+        torch.cat(
+            [one.checkpoint.read(li.tensor).flatten() == 0 for li in one.architecture.linears]
+        )
         for one in pruned
     )
     assert 0 < int((first ^ second).sum()) < 0.2 * len(first), "the prompt decides, a little"

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 import truth
 from regraft.errors import RegraftError
-from regraft.models.anatomy import Block
+from regraft.models.architecture import Block
 from regraft.patch.pair import check_pair, restorable, restored_by_module, survey
 from regraft.pruning.pruners.wanda import PLUGIN as WANDA
 from regraft.pruning.statistics import SavedStatistics
@@ -42,7 +42,7 @@ from regraft.watch import Silent
 
 SCOPES = ("row", "matrix", "head")
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
-LAYER = truth.layer_anatomy(heads=4, kv_heads=2, head_dim=2, hidden=5)
+LAYER = truth.layer_architecture(heads=4, kv_heads=2, head_dim=2, hidden=5)
 
 
 # Set algebra
@@ -343,17 +343,17 @@ def test_heads_of_one_group_share_a_block():
 
 
 def test_random_heads_are_seeded_distinct_and_of_the_model(pico_dir):
-    anatomy = truth.opened(pico_dir("mllama")).anatomy
-    heads = all_heads(anatomy)
+    architecture = truth.opened(pico_dir("mllama")).architecture
+    heads = all_heads(architecture)
     assert heads == [(layer, head) for layer in range(5) for head in range(4)]
-    draws = [random_heads(anatomy, 6, seed) for seed in range(40)]
-    assert draws == [random_heads(anatomy, 6, seed) for seed in range(40)]
+    draws = [random_heads(architecture, 6, seed) for seed in range(40)]
+    assert draws == [random_heads(architecture, 6, seed) for seed in range(40)]
     assert all(len(set(draw)) == 6 and draw == sorted(draw) for draw in draws)
     assert set().union(*draws) == set(heads), "every head can be drawn"
-    assert random_heads(anatomy, 20, 0) == heads
+    assert random_heads(architecture, 20, 0) == heads
     for count in (0, 21):
         with pytest.raises(RegraftError, match=f"top_heads is {count}; the model has 1 to 20"):
-            random_heads(anatomy, count, 0)
+            random_heads(architecture, count, 0)
 
 
 # From checkpoints to positions
@@ -365,7 +365,7 @@ def test_rankings_find_the_mask_regions_and_thresholds(family, pico_dir, tmp_pat
     dense = truth.opened(pico_dir(family)).source
     pruned, masks = truth.pruned_at_random(dense, tmp_path / "pruned", share=0.4)
     generator = torch.Generator().manual_seed(1)
-    safety, utility = (truth.random_statistics(dense.anatomy, generator) for _ in range(2))
+    safety, utility = (truth.random_statistics(dense.architecture, generator) for _ in range(2))
     heads = [(0, 1), (1, 0), (1, 1), (3, 2)]
     kept = {}
 
@@ -391,7 +391,9 @@ def test_rankings_find_the_mask_regions_and_thresholds(family, pico_dir, tmp_pat
     patch = patch_of(ranking, dense, pruned)
     all_of_them = context.rank_by(lambda _i, linear, _w, free: everything(free, regions(linear)))
     whole = patch_of(all_of_them, dense, pruned)
-    by_key = {li.tensor: (layer, li) for layer in pruned.anatomy.layers for li in layer.linears}
+    by_key = {
+        li.tensor: (layer, li) for layer in pruned.architecture.layers for li in layer.linears
+    }
     assert {by_key[name][0].index for name in whole.tensors} == {0, 1, 3}
     assert {by_key[name][1].role for name in whole.tensors} == {
         "q_proj",
@@ -420,7 +422,7 @@ def test_rankings_find_the_mask_regions_and_thresholds(family, pico_dir, tmp_pat
         assert len(expected), f"{name}: nothing to compare"
         assert torch.equal(patch.tensors[name].positions, expected)
         assert torch.equal(patch.tensors[name].values, weight.flatten()[expected])
-    counts = restored_by_module(whole, pruned.anatomy.layers)
+    counts = restored_by_module(whole, pruned.architecture.layers)
     assert sum(sum(row) for row in counts.values()) == sum(
         len(one.positions) for one in whole.tensors.values()
     )
@@ -439,7 +441,7 @@ _PEAK = '''
 import resource, sys
 import torch
 from regraft.pruning.pruners.wanda import PLUGIN as WANDA
-from regraft.models.anatomy import Block
+from regraft.models.architecture import Block
 from regraft.restoration.selection import Band, hsr_scores
 
 def peak():

@@ -240,9 +240,9 @@ def test_total_ships_are_related_to_the_rise_in_mean_asr(world: Path) -> None:
     assert table.correlation is not None
     ships, rises = [], []
     for name, folder in (("one", "one"), ("two", "two"), ("third", "three")):
-        anatomy = open_source(world / "models" / folder).anatomy
+        architecture = open_source(world / "models" / folder).architecture
         place = RunFolder(folder_of_model(world / "run", name))
-        ships.append(float(load_heads(place.heads, anatomy).ships.nansum()))
+        ships.append(float(load_heads(place.heads, architecture).ships.nansum()))
         pruned, dense = (_row(table, name, one).mean_asr for one in ("wanda-50", "dense"))
         assert pruned is not None
         assert dense is not None

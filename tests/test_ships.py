@@ -139,7 +139,7 @@ def naive_kl(base, ablated):
 # All heads of a model
 
 
-def naive_scores(model, processor, anatomy, examples, r_max, target, eps):
+def naive_scores(model, processor, architecture, examples, r_max, target, eps):
     """One unbatched forward, pixels to logits, a head and sample: two arrays [layers, heads]."""
     rows = [prompt_batch(processor, [example]).inputs for example in examples]
 
@@ -147,9 +147,9 @@ def naive_scores(model, processor, anatomy, examples, r_max, target, eps):
         return states.final[0, -1].numpy(), states.logits[0, -1].numpy()
 
     base, base_logits = zip(*(last(truth.full_forward(model, row)) for row in rows), strict=True)
-    shape = len(anatomy.layers), max(layer.heads for layer in anatomy.layers)
+    shape = len(architecture.layers), max(layer.heads for layer in architecture.layers)
     angle, kl = np.full(shape, np.nan), np.full(shape, np.nan)
-    for layer in anatomy.layers:
+    for layer in architecture.layers:
         for head in range(layer.heads):
             with truth.ablated(model, layer.index, head, target, eps):
                 pairs = [last(truth.full_forward(model, row)) for row in rows]
@@ -169,17 +169,17 @@ def assert_scores(found, expected, atol, what):
 
 def test_scores_equal_one_forward_per_head(family, pico_dir, tmp_path):
     """Batches of two and one, padded on the left, against single rows; vision included."""
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     examples = truth.examples(family, tmp_path, 3)
     cut = [prompt_batch(processor, rows) for rows in batches(examples, 2)]
     ticks = []
     with truth.unchanged(model):
         found = score_heads(
-            model, anatomy, cut, tmp_path / "partial", Scoring(r_max=2), progress=ticks.append
+            model, architecture, cut, tmp_path / "partial", Scoring(r_max=2), progress=ticks.append
         )
-    expected = naive_scores(model, processor, anatomy, examples, 2, "all", 1e-5)
+    expected = naive_scores(model, processor, architecture, examples, 2, "all", 1e-5)
     assert_scores(found, expected, 2e-5, family)
-    layers = len(anatomy.layers)
+    layers = len(architecture.layers)
     assert ticks == [0, *range(layers, 0, -1)] * len(cut)
     assert found.ships.dtype == found.kl.dtype == torch.float64
     assert found.ships.std() > 1e-2 and found.kl.std() > 1e-2, "heads must differ"
@@ -187,12 +187,12 @@ def test_scores_equal_one_forward_per_head(family, pico_dir, tmp_path):
 
 @pytest.mark.parametrize(("target", "eps"), [("q", 1e-5), ("k", 0.2), ("v", 1e-5), ("all", 0.2)])
 def test_scores_of_each_target(target, eps, pico_dir, tmp_path):
-    _, model, processor, anatomy = truth.opened(pico_dir("qwen2_5_vl"))
+    _, model, processor, architecture = truth.opened(pico_dir("qwen2_5_vl"))
     examples = truth.examples("qwen2_5_vl", tmp_path, 3)
     cut = [prompt_batch(processor, examples)]
     scoring = Scoring(r_max=2, target=target, eps=eps)
-    found = score_heads(model, anatomy, cut, tmp_path / "p", scoring)
-    expected = naive_scores(model, processor, anatomy, examples, 2, target, eps)
+    found = score_heads(model, architecture, cut, tmp_path / "p", scoring)
+    expected = naive_scores(model, processor, architecture, examples, 2, target, eps)
     assert_scores(found, expected, 2e-5, target)
     assert found.ships.nan_to_num().max() > 1e-3
 
@@ -207,11 +207,13 @@ def test_as_many_vectors_as_samples_cannot_turn():
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "mllama", "llava_next-vicuna"])
 def test_size_of_a_pass_does_not_matter(family, pico_dir, tmp_path):
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = prompt_batch(processor, truth.examples(family, tmp_path, 3))
     tokens = batch.inputs["input_ids"].numel()
     scores = [
-        score_heads(model, anatomy, [batch], tmp_path / str(t), Scoring(r_max=2, tokens_per_pass=t))
+        score_heads(
+            model, architecture, [batch], tmp_path / str(t), Scoring(r_max=2, tokens_per_pass=t)
+        )
         for t in (1, 2 * tokens, 3 * tokens, 100 * tokens)  # 1, 2, 2 + 2 and all 4 heads a pass
     ]
     for other in scores[1:]:
@@ -224,11 +226,11 @@ def contents(folder):
 
 def test_finished_layers_are_not_run_again(pico_dir, tmp_path):
     """A killed run loses the layer that it was at; resumed, it writes the same bytes."""
-    _, model, processor, anatomy = truth.opened(pico_dir("llava"))
+    _, model, processor, architecture = truth.opened(pico_dir("llava"))
     examples = truth.examples("llava", tmp_path, 5)
     cut = [prompt_batch(processor, rows) for rows in batches(examples, 2)]
-    layers, partial, how = len(anatomy.layers), tmp_path / "partial", Scoring(r_max=2)
-    first = score_heads(model, anatomy, cut, partial, how)
+    layers, partial, how = len(architecture.layers), tmp_path / "partial", Scoring(r_max=2)
+    first = score_heads(model, architecture, cut, partial, how)
     content = contents(partial)
     assert len(content) == 3 * (layers + 1)
 
@@ -241,16 +243,16 @@ def test_finished_layers_are_not_run_again(pico_dir, tmp_path):
 
     killed = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
-        score_heads(model, anatomy, cut, killed, how, progress=kill)
+        score_heads(model, architecture, cut, killed, how, progress=kill)
     left = contents(killed)
     assert len(left) == (layers + 1) + (1 + 2), "all finished layers must be there"
     assert left.items() <= content.items()
     written = {name: (killed / name).stat().st_mtime_ns for name in left}
-    resumed = score_heads(model, anatomy, cut, killed, how)
+    resumed = score_heads(model, architecture, cut, killed, how)
     assert contents(killed) == content
     assert {name: (killed / name).stat().st_mtime_ns for name in left} == written
     no_model = torch.nn.Module()  # cannot run at all
-    again = score_heads(no_model, anatomy, cut, partial, how, progress=ticks.append)
+    again = score_heads(no_model, architecture, cut, partial, how, progress=ticks.append)
     for other in (again, resumed):
         assert torch.equal(other.ships, first.ships) and torch.equal(other.kl, first.kl)
     assert ticks[-3:] == [layers * (layers + 1) // 2] * 3
@@ -259,15 +261,15 @@ def test_finished_layers_are_not_run_again(pico_dir, tmp_path):
 
 def test_layers_that_do_not_run_have_no_score(pico_dir, tmp_path):
     """Mllama without images skips its cross-attention."""
-    _, model, processor, anatomy = truth.opened(pico_dir("mllama"))
+    _, model, processor, architecture = truth.opened(pico_dir("mllama"))
     examples = truth.examples("mllama", tmp_path, 3, images=False)
     found = score_heads(
-        model, anatomy, [prompt_batch(processor, examples)], tmp_path / "p", Scoring(r_max=2)
+        model, architecture, [prompt_batch(processor, examples)], tmp_path / "p", Scoring(r_max=2)
     )
-    cross = [layer.attention == "cross_attn" for layer in anatomy.layers]
+    cross = [layer.attention == "cross_attn" for layer in architecture.layers]
     assert found.ships.isnan().all(dim=1).tolist() == cross
     assert found.kl.isnan().all(dim=1).tolist() == cross
-    expected = naive_scores(model, processor, anatomy, examples, 2, "all", 1e-5)
+    expected = naive_scores(model, processor, architecture, examples, 2, "all", 1e-5)
     expected = [np.where(np.array(cross)[:, None], np.nan, scores) for scores in expected]
     assert_scores(found, expected, 2e-5, "text only")
     ranked = found.ranked("ships")
@@ -276,10 +278,10 @@ def test_layers_that_do_not_run_have_no_score(pico_dir, tmp_path):
 
 @pytest.mark.parametrize("r_max", [0, 3])
 def test_rank_beyond_the_samples_is_refused(r_max, pico_dir, tmp_path):
-    _, model, processor, anatomy = truth.opened(pico_dir("llama"))
+    _, model, processor, architecture = truth.opened(pico_dir("llama"))
     cut = [prompt_batch(processor, truth.examples("llama", tmp_path, 3))]
     with pytest.raises(RegraftError, match=f"r_max is {r_max}, but 3 samples .* allow 1 to 2"):
-        score_heads(model, anatomy, cut, tmp_path / "partial", Scoring(r_max=r_max))
+        score_heads(model, architecture, cut, tmp_path / "partial", Scoring(r_max=r_max))
     assert not (tmp_path / "partial").exists()
 
 
@@ -312,10 +314,10 @@ def test_capped_logits_are_the_models_own(tmp_path):
 
 def test_rows_padded_on_the_right(family, pico_dir, tmp_path):
     """The last token is then elsewhere in every row, so that all positions must run."""
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     left = prompt_batch(processor, truth.examples(family, tmp_path, 3))
     scores = [
-        score_heads(model, anatomy, [batch], tmp_path / side, Scoring(r_max=2))
+        score_heads(model, architecture, [batch], tmp_path / side, Scoring(r_max=2))
         for side, batch in (("left", left), ("right", truth.pad_right(left)))
     ]
     expected = scores[0].ships.numpy(), scores[0].kl.numpy()
@@ -341,14 +343,14 @@ def test_rounding_again_moves_by_one_unit_at_most(dtype):
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "mllama", "gemma3"])
 def test_noise_floor_of_half_precision(family, pico_dir, tmp_path):
     """There below float32 only, and near the true error of the scores in bfloat16."""
-    anatomy = truth.opened(pico_dir(family)).anatomy
+    architecture = truth.opened(pico_dir(family)).architecture
     model, processor = pico.build(family)
     batch = prompt_batch(processor, truth.examples(family, tmp_path, 3))
-    exact = score_heads(model, anatomy, [batch], tmp_path / "float32", Scoring(r_max=2))
+    exact = score_heads(model, architecture, [batch], tmp_path / "float32", Scoring(r_max=2))
     assert exact.noise is None and exact.below_noise("ships") is None
     model.to(torch.bfloat16)
-    found = score_heads(model, anatomy, [batch], tmp_path / "bfloat16", Scoring(r_max=2))
-    assert found.noise.shape == (2, len(anatomy.layers)) and found.noise.dtype == torch.float64
+    found = score_heads(model, architecture, [batch], tmp_path / "bfloat16", Scoring(r_max=2))
+    assert found.noise.shape == (2, len(architecture.layers)) and found.noise.dtype == torch.float64
     floor, largest = found.noise.max(dim=1).values, torch.stack([exact.ships, exact.kl])
     assert (found.noise > 0).all(), "rounding must leave a trace"
     assert (floor < largest.amax(dim=(1, 2)) / 4).all(), "and be far below the best heads"
@@ -368,14 +370,16 @@ def test_heads_below_the_noise_are_counted():
 
 
 def test_screening_scores_the_best_exactly(family, pico_dir, tmp_path):
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     cut = [prompt_batch(processor, truth.examples(family, tmp_path, 3))]
-    exact = score_heads(model, anatomy, cut, tmp_path / "exact", Scoring(r_max=2))
+    exact = score_heads(model, architecture, cut, tmp_path / "exact", Scoring(r_max=2))
     how = Scoring(r_max=2, mode="screened", window=3, candidates=4)
     ticks = []
     with truth.unchanged(model):
-        found = score_heads(model, anatomy, cut, tmp_path / "screened", how, progress=ticks.append)
-    assert sum(ticks) == len(anatomy.layers) * (len(anatomy.layers) + 1)
+        found = score_heads(
+            model, architecture, cut, tmp_path / "screened", how, progress=ticks.append
+        )
+    assert sum(ticks) == len(architecture.layers) * (len(architecture.layers) + 1)
     best = {head for one in found.estimate for head in ordered(one)[:4]}
     assert set(map(tuple, found.exact.nonzero().tolist())) == best and 4 <= len(best) <= 8
     for scores, estimate, truly in zip(
@@ -390,11 +394,11 @@ def test_screening_scores_the_best_exactly(family, pico_dir, tmp_path):
 
 
 def test_a_window_of_the_whole_prompt_is_exact(family, pico_dir, tmp_path):
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     cut = [prompt_batch(processor, truth.examples(family, tmp_path, 3))]
     how = Scoring(r_max=2, mode="screened", window=10_000, candidates=1)
-    found = score_heads(model, anatomy, cut, tmp_path / "screened", how)
-    exact = score_heads(model, anatomy, cut, tmp_path / "exact", Scoring(r_max=2))
+    found = score_heads(model, architecture, cut, tmp_path / "screened", how)
+    exact = score_heads(model, architecture, cut, tmp_path / "exact", Scoring(r_max=2))
     expected = exact.ships.numpy(), exact.kl.numpy()
     assert_scores(HeadScores(*found.estimate, {}), expected, 2e-5, family)
 
@@ -442,19 +446,19 @@ def test_ranking_is_a_stable_sort_without_the_unscored(rows):
 
 
 def test_scores_survive_the_disk(pico_dir, tmp_path):
-    anatomy = truth.opened(pico_dir("llama")).anatomy
+    architecture = truth.opened(pico_dir("llama")).architecture
     scores = HeadScores(torch.rand(4, 4).double(), torch.rand(4, 4).double(), {"eps": 1e-5})
     scores.ships[1, 2] = math.nan
     parts = torch.rand(4, 4) > 0.5, torch.rand(2, 4, 4).double(), torch.rand(2, 4).double()
     save_heads(tmp_path / "all", HeadScores(scores.ships, scores.kl, {}, *parts))
-    again = load_heads(tmp_path / "all", anatomy)
+    again = load_heads(tmp_path / "all", architecture)
     found = again.exact, again.estimate, again.noise
     assert all(torch.equal(a, b) for a, b in zip(found, parts, strict=True))
     save_heads(tmp_path / "heads.safetensors", scores)
-    loaded = load_heads(tmp_path / "heads.safetensors", anatomy)
+    loaded = load_heads(tmp_path / "heads.safetensors", architecture)
     assert loaded.exact is loaded.estimate is loaded.noise is None
     torch.testing.assert_close(loaded.ships, scores.ships, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(loaded.kl, scores.kl) and loaded.about == {"eps": 1e-5}
-    other = truth.opened(pico_dir("mllama")).anatomy
+    other = truth.opened(pico_dir("mllama")).architecture
     with pytest.raises(RegraftError, match=r"scores \[4, 4\] layers x heads; the model has \[5, 4"):
         load_heads(tmp_path / "heads.safetensors", other)

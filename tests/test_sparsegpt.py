@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from regraft.errors import RegraftError
-from regraft.models.anatomy import LinearAnatomy
+from regraft.models.architecture import LinearArchitecture
 from regraft.pruning.inputs import InputSums
 from regraft.pruning.masks import Pattern, Scope
 from regraft.pruning.pruners.sparsegpt import PLUGIN as SPARSEGPT
@@ -111,7 +111,7 @@ def test_linears_of_one_input_need_not_be_neighbours() -> None:
     """Each gets the factor of its own input, although a factorisation uses up the moments."""
     _, x = problem(5)
     _, y = problem(6)
-    linears = [LinearAnatomy(0, name, "", "", (4, 48)) for name in ("w1", "w2", "w3")]
+    linears = [LinearArchitecture(0, name, "", "", (4, 48)) for name in ("w1", "w2", "w3")]
     sums = InputSums(SPARSEGPT.accumulate)
     sums.add(linears[0], torch.tensor(x))
     sums.add(linears[1], torch.tensor(y))

@@ -26,10 +26,10 @@ from regraft.data.sources import DataSource
 from regraft.errors import PassingError, RegraftError
 from regraft.files import disk_errors, read_json, write_text
 from regraft.heads.score import load_heads
-from regraft.keys import working
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.patch.format import load_patch
+from regraft.provenance import working
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
 from regraft.pruning.statistics import load_statistics
@@ -110,7 +110,7 @@ class Bench:
     def about(self, stage: str) -> Mapping[str, Any]:
         out = self.root / OUTPUTS[stage]
         if stage == "heads":
-            return load_heads(out, self.dense.anatomy).about
+            return load_heads(out, self.dense.architecture).about
         if stage == "statistics":
             return load_statistics(out).about
         if stage == "rank":
@@ -324,7 +324,7 @@ def test_evaluation_with_a_patch_in_memory(bench: Bench, tmp_path: Path) -> None
     twice = bench.run("evaluate", model=realigned, patch_file=patch, out=tmp_path / "c")
     assert written.result == in_memory.result == twice.result
     counted = {one.about["zeros"] for one in (written, in_memory, twice)}
-    assert counted == {zeros(realigned.checkpoint, realigned.anatomy)}
+    assert counted == {zeros(realigned.checkpoint, realigned.architecture)}
     with pytest.raises(RegraftError, match="dense is not the base of this patch"):
         bench.run("evaluate", model=bench.dense, patch_file=patch, out=tmp_path / "d")
     assert not (tmp_path / "d").exists()
@@ -564,7 +564,7 @@ def test_calibration_on_both_kinds_is_another_model(bench: Bench) -> None:
     both = bench.run("prune", out=bench.root / "both", settings=settings)
     about = read_json(bench.root / "both" / stages.ABOUT_FILE)
     assert set(about["data"]) == {"utility", "safety"}
-    linears = list(bench.dense.anatomy.linears)
+    linears = list(bench.dense.architecture.linears)
     assert any(
         not torch.equal(both.checkpoint.read(li.tensor), bench.pruned.checkpoint.read(li.tensor))
         for li in linears

@@ -33,7 +33,7 @@ from regraft.evaluation.tradeoff import (
     read_curve,
 )
 from regraft.files import read_json
-from regraft.models.anatomy import decoder_layers
+from regraft.models.architecture import decoder_layers
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.patch.format import load_patch

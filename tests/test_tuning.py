@@ -342,7 +342,7 @@ def test_equal_settings_share_a_ranking(tune: Callable[..., Tuned], tmp_path: Pa
 def test_what_is_tuned_can_be_set(root: Path) -> None:
     """Every name is a field, or r_max; ranges end where the model or the data do."""
     dense = open_source(root / "dense")
-    heads = sum(layer.heads for layer in dense.anatomy.layers)
+    heads = sum(layer.heads for layer in dense.architecture.layers)
     for name in ("hsr", "hsr-released", "set-difference"):
         settings = method(name, budget=1)
         space = space_of(dense, settings, TuneSettings(), HeadSettings(), 0.5, 4)
@@ -378,7 +378,7 @@ def test_kept_states_serve_another_rank(
     assert now.items() >= kept.items()
     if mode == "exact":
         assert now == kept
-        assert load_heads(tmp_path / "a", dense.anatomy).about["settings"]["r_max"] == 1
+        assert load_heads(tmp_path / "a", dense.architecture).about["settings"]["r_max"] == 1
 
 
 # --- workers ---

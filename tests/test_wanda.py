@@ -176,12 +176,12 @@ def test_score_is_float32_and_leaves_the_weight_alone(dtype):
 # Statistics
 
 
-def squares_by_rows(model, processor, anatomy, examples):
+def squares_by_rows(model, processor, architecture, examples):
     """Sums over response tokens, one example at a time, no padding, whole forwards: key -> [in]."""
     sums = {}
     for example in examples:
         batch = response_batch(processor, [example])
-        names = {linear.module: linear for linear in anatomy.linears}
+        names = {linear.module: linear for linear in architecture.linears}
         for name, inputs in truth.linear_inputs(model, batch, list(names)).items():
             linear = names[name]
             if linear.reads_vision:  # [tiles, patches, in]; the image's tiles, not the padding
@@ -195,17 +195,21 @@ def squares_by_rows(model, processor, anatomy, examples):
 
 def test_statistics_are_sums_over_response_tokens(family, pico_dir, tmp_path):
     """Batched and padded against single rows: no padding, prompt or image token counts."""
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     examples = truth.examples(family, tmp_path, 5)
     ticks = []
     with truth.unchanged(model):
         cut = [response_batch(processor, rows) for rows in batches(examples, 3)]
         found = gather(
-            truth.walk(model, cut), anatomy, PRUNERS.get("wanda"), tmp_path / "work", ticks.append
+            truth.walk(model, cut),
+            architecture,
+            PRUNERS.get("wanda"),
+            tmp_path / "work",
+            ticks.append,
         )
-    assert ticks == [3, 2] * len(anatomy.layers)
-    expected = squares_by_rows(model, processor, anatomy, examples)
-    assert found.keys() == expected.keys() and len(expected) == 7 * len(anatomy.layers)
+    assert ticks == [3, 2] * len(architecture.layers)
+    expected = squares_by_rows(model, processor, architecture, examples)
+    assert found.keys() == expected.keys() and len(expected) == 7 * len(architecture.layers)
     for key, total in expected.items():
         torch.testing.assert_close(
             found[key].double(), total, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: k + m
@@ -214,13 +218,13 @@ def test_statistics_are_sums_over_response_tokens(family, pico_dir, tmp_path):
 
 def test_layers_that_do_not_run_have_no_statistics(pico_dir, tmp_path):
     opened = truth.opened(pico_dir("mllama"))
-    _, model, processor, anatomy = opened
+    _, model, processor, architecture = opened
     examples = truth.examples("mllama", tmp_path, 2, images=False)
     batch = response_batch(processor, examples)
     walk = truth.walk(model, [batch])
-    found = gather(walk, anatomy, PRUNERS.get("wanda"), tmp_path / "work", lambda _: None)
+    found = gather(walk, architecture, PRUNERS.get("wanda"), tmp_path / "work", lambda _: None)
     assert {key.split(".")[1] for key in found} == {"0", "2", "4"}
-    missing = anatomy.layers[1].linear("q_proj")
+    missing = architecture.layers[1].linear("q_proj")
     with pytest.raises(RegraftError, match=r"no wanda statistics for layers.1.cross_attn.q_proj"):
         ImportanceStatistics("wanda", found, 2).of(missing)
     for method in ("wanda", "sparsegpt", "snip"):
@@ -267,17 +271,17 @@ def test_statistics_survive_the_disk(tmp_path):
 # The pruner
 
 
-def prune_by_loops(model, processor, anatomy, examples, pattern, order):
+def prune_by_loops(model, processor, architecture, examples, pattern, order):
     """Masks key -> [out, in]: whole forwards, single rows, sums in float64, loops over weights.
 
     "sequential": the statistics of a layer come from the model with all layers before it pruned.
     """
     found = {}
-    dense = squares_by_rows(model, processor, anatomy, examples)
-    for layer in anatomy.layers:
+    dense = squares_by_rows(model, processor, architecture, examples)
+    for layer in architecture.layers:
         sums = dense
         if order == "sequential":
-            sums = squares_by_rows(model, processor, anatomy, examples)
+            sums = squares_by_rows(model, processor, architecture, examples)
         for linear in layer.linears:
             weight = dict(model.named_modules())[linear.module].weight
             score = weight.abs().numpy() * np.sqrt(sums[linear.key].numpy())
@@ -287,15 +291,15 @@ def prune_by_loops(model, processor, anatomy, examples, pattern, order):
     return found
 
 
-def assert_pruned(model, anatomy, masks, expected, dense):
+def assert_pruned(model, architecture, masks, expected, dense):
     """Masks on disk, zeros in memory, all other weights untouched."""
-    for layer in anatomy.layers:
+    for layer in architecture.layers:
         loaded = masks.load(layer)
         for linear in layer.linears:
             wrong = int((loaded[linear.key].mask ^ expected[linear.key]).sum())
             assert wrong == 0, f"{linear.key}: {wrong} weights differ from brute force"
     for name, weight in model.state_dict().items():
-        linear = next((li for li in anatomy.linears if f"{li.module}.weight" == name), None)
+        linear = next((li for li in architecture.linears if f"{li.module}.weight" == name), None)
         kept = dense[name] if linear is None else dense[name].masked_fill(expected[linear.key], 0)
         assert torch.equal(weight, kept), name
 
@@ -317,26 +321,26 @@ def state(model):
 )
 def test_sequential_pruner_equals_brute_force(family, pattern, pico_dir, tmp_path):
     opened = truth.opened(pico_dir(family))
-    _, model, processor, anatomy = opened
+    _, model, processor, architecture = opened
     examples = truth.examples(family, tmp_path, 5, harmful=False)
     cut = [response_batch(processor, rows) for rows in batches(examples, 2)]
     dense, pruned = state(model), copy.deepcopy(model)
     ticks = []
     masks = truth.prune(opened, pruned, cut, pattern, tmp_path / "masks", progress=ticks.append)
-    assert sum(ticks) == 2 * 5 * len(anatomy.layers)
+    assert sum(ticks) == 2 * 5 * len(architecture.layers)
     naive = copy.deepcopy(model)
-    expected = prune_by_loops(naive, processor, anatomy, examples, pattern, "sequential")
-    assert_pruned(pruned, anatomy, masks, expected, dense)
-    zeros = sum(int(mask.sum()) for mask in expected.values()) / anatomy.prunable
+    expected = prune_by_loops(naive, processor, architecture, examples, pattern, "sequential")
+    assert_pruned(pruned, architecture, masks, expected, dense)
+    zeros = sum(int(mask.sum()) for mask in expected.values()) / architecture.prunable
     assert zeros == pytest.approx(pattern.sparsity, abs=0.01)
 
     pruner, folder = prune_settings(order="one-shot"), tmp_path / "one-shot"
     with truth.unchanged(model):
         one_shot = truth.prune(opened, model, cut, pattern, folder, settings=pruner)
     naive = copy.deepcopy(model)
-    at_once = prune_by_loops(naive, processor, anatomy, examples, pattern, "one-shot")
-    assert_pruned(naive, anatomy, one_shot, at_once, dense)
-    for linear in anatomy.linears:
+    at_once = prune_by_loops(naive, processor, architecture, examples, pattern, "one-shot")
+    assert_pruned(naive, architecture, one_shot, at_once, dense)
+    for linear in architecture.linears:
         same = torch.equal(at_once[linear.key], expected[linear.key])
         independent = linear.layer == 0 or linear.reads_vision
         assert same == independent, f"{linear.key}: pruned layers before it must change its inputs"
@@ -347,7 +351,7 @@ def test_sequential_pruner_equals_brute_force(family, pattern, pico_dir, tmp_pat
 def test_killed_pruner_goes_on(family, method, pico_dir, tmp_path):
     """Layers with masks are applied, not calibrated; the rest come out as without a kill."""
     opened = truth.opened(pico_dir(family))
-    _, model, processor, anatomy = opened
+    _, model, processor, architecture = opened
     examples = truth.examples(family, tmp_path, 3, harmful=False)
     cut = [response_batch(processor, examples)]
     first, second = copy.deepcopy(model), copy.deepcopy(model)
@@ -367,13 +371,17 @@ def test_killed_pruner_goes_on(family, method, pico_dir, tmp_path):
 
     with pytest.raises(Killed):
         truth.prune(opened, copy.deepcopy(model), cut, folder=place, **settings, progress=kill)
-    assert [resumed.load(layer) is None for layer in anatomy.layers][:3] == [False, False, True]
+    assert [resumed.load(layer) is None for layer in architecture.layers][:3] == [
+        False,
+        False,
+        True,
+    ]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "resumed").iterdir()}
     assert len(times) == 2
     truth.prune(opened, second, cut, folder=place, **settings)
     for path, time in times.items():
         assert path.stat().st_mtime_ns == time, f"{path.name} was written again"
-    for layer in anatomy.layers:
+    for layer in architecture.layers:
         one, other = whole.load(layer), resumed.load(layer)
         for linear in layer.linears:
             for kind in ("mask", "weight"):
@@ -384,7 +392,7 @@ def test_killed_pruner_goes_on(family, method, pico_dir, tmp_path):
 
 def test_mask_of_any_size_survives_the_disk(tmp_path):
     """One bit a weight: sizes that fill no byte."""
-    layer = truth.layer_anatomy(heads=2, kv_heads=1, head_dim=3, hidden=5)
+    layer = truth.layer_architecture(heads=2, kv_heads=1, head_dim=3, hidden=5)
     generator = torch.Generator().manual_seed(0)
     masks = {li.key: torch.rand(li.shape, generator=generator) < 0.5 for li in layer.linears}
     disk = LayerResults(tmp_path)

@@ -15,7 +15,7 @@ import pico
 import truth
 from regraft.errors import RegraftError
 from regraft.models.ablation import head_outputs, replay_ablated
-from regraft.models.anatomy import attention_of, cross_attention_layers, decoder_layers
+from regraft.models.architecture import attention_of, cross_attention_layers, decoder_layers
 from regraft.models.key_values import fold, key_values, last_token_replay, narrowed, unfold
 from regraft.models.replay import layer_inputs, replay, text_inputs
 from regraft.models.window import most_attended, record, window_at, window_replay
@@ -60,7 +60,7 @@ def close(found, expected, what, atol=1e-5):
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_last_token_equals_the_full_forward(family, kind, pico_dir, tmp_path):
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch(kind, family, processor, tmp_path)
     expected = truth.full_forward(model, batch.inputs)
     last = expected.final[:, -1:]
@@ -68,7 +68,7 @@ def test_last_token_equals_the_full_forward(family, kind, pico_dir, tmp_path):
         text = text_inputs(model, batch.inputs)
         run, whole = last_token(model, text), partial(replay, model, text)
         for start, hidden in expected.entering.items():
-            layer = anatomy.layers[start]
+            layer = architecture.layers[start]
             found = run(start=start, hidden=hidden)
             assert found.shape == last.shape
             close(found, last, f"from layer {start}")
@@ -84,11 +84,11 @@ def test_last_token_equals_the_full_forward(family, kind, pico_dir, tmp_path):
 
 
 def test_last_layer_computes_one_position_a_row(family, pico_dir, tmp_path):
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch("left", family, processor, tmp_path)
     text = text_inputs(model, batch.inputs)
     inputs, run = layer_inputs(model, text), last_token(model, text)
-    last, before = anatomy.layers[-1], anatomy.layers[-2]
+    last, before = architecture.layers[-1], architecture.layers[-2]
     down, o_proj = (
         dict(model.named_modules())[last.linear(role).module] for role in ("down_proj", "o_proj")
     )
@@ -132,7 +132,7 @@ def test_narrowing_refuses_what_it_does_not_know():
 
 def test_vision_keys_are_computed_once_a_batch(pico_dir, tmp_path):
     """Whatever the number of copies: k_proj sees the vision tokens of B rows once."""
-    _, model, processor, anatomy = truth.opened(pico_dir("mllama"))
+    _, model, processor, architecture = truth.opened(pico_dir("mllama"))
     batch = truth.make_batch("left", "mllama", processor, tmp_path)
     text = text_inputs(model, batch.inputs)
     tokens = text.kwargs["cross_attention_states"][..., 0].numel()
@@ -143,7 +143,7 @@ def test_vision_keys_are_computed_once_a_batch(pico_dir, tmp_path):
         with key_values(model, layers) as cross:
             inputs = layer_inputs(model, text)
         run = last_token_replay(model, text, cross)
-        for layer in anatomy.layers:
+        for layer in architecture.layers:
             all_heads(model, run, layer, inputs.by_layer[layer.index])
     assert keys == values == [tokens]
 
@@ -216,12 +216,12 @@ def some_positions(rows, length, size):
 @pytest.mark.parametrize("size", [1, 5, 1000])
 def test_window_follows_an_ablation_through_its_positions(family, kind, size, pico_dir, tmp_path):
     """All heads of a layer side by side; 1000 is more than there is: the whole prompt."""
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch(kind, family, processor, tmp_path)
     mask = batch.inputs["attention_mask"].bool()
     positions = some_positions(*mask.shape, size)
     real = mask.gather(1, positions)
-    index = positions[..., None].expand(-1, -1, anatomy.hidden_size)
+    index = positions[..., None].expand(-1, -1, architecture.hidden_size)
     base = truth.full_forward(model, batch.inputs)
     outputs = layer_outputs(model, batch.inputs)
     with truth.unchanged(model):
@@ -229,7 +229,7 @@ def test_window_follows_an_ablation_through_its_positions(family, kind, size, pi
         run = window_replay(model, window)
         assert list(window.entering) == list(base.entering)
         close(window.final[real], base.final.gather(1, index)[real], "final state")
-        for layer in anatomy.layers:
+        for layer in architecture.layers:
             if layer.index not in base.entering:
                 continue
             hidden = window.entering[layer.index]
@@ -278,7 +278,7 @@ def test_most_attended_positions(family, pico_dir, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "qwen3_vl", "gemma3", "mistral_sw", "mllama"])
 def test_eager_attention(family, pico_dir, tmp_path):
     """Its masks are added, not looked up."""
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch("left", family, processor, tmp_path)
     real = batch.inputs["attention_mask"].bool()
     decoder = model.get_decoder()
@@ -291,7 +291,7 @@ def test_eager_attention(family, pico_dir, tmp_path):
         inside = window_at(model, record(model, text), everywhere)
         last, window = last_token(model, text), window_replay(model, inside)
         whole = partial(replay, model, text)
-        for layer in anatomy.layers:
+        for layer in architecture.layers:
             hidden = inputs.by_layer[layer.index]
             expected = all_heads(model, whole, layer, hidden)
             close(all_heads(model, last, layer, hidden)[:, :, -1], expected[:, :, -1], "last token")

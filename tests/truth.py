@@ -20,11 +20,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import pico
 from regraft.data.collate import Batch, prompt_batch, response_batch
-from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
+from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.checkpoint_copy import write_edited
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.models.placement import PlacedModel
-from regraft.models.walk import Walk
 from regraft.pruning.base import PruneSettings, prune_settings
 from regraft.pruning.masks import Pattern, assign_patterns
 from regraft.pruning.prune import prune_layers
@@ -36,14 +36,14 @@ class Opened(NamedTuple):
     source: Source
     model: nn.Module
     processor: Any
-    anatomy: Anatomy
+    architecture: Architecture
 
 
 @cache
 def opened(folder: Path) -> Opened:
     """A checkpoint as the package opens it; shared by tests, leave it unchanged."""
     source = open_source(folder)
-    return Opened(source, load_model(source), load_processor(source), source.anatomy)
+    return Opened(source, load_model(source), load_processor(source), source.architecture)
 
 
 def examples(family: str, folder: Path, n: int = 3, *, images: bool = True, **kwargs: Any) -> list:
@@ -208,7 +208,9 @@ def _traits(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def layer_anatomy(*, heads: int, kv_heads: int, head_dim: int, hidden: int) -> LayerAnatomy:
+def layer_architecture(
+    *, heads: int, kv_heads: int, head_dim: int, hidden: int
+) -> LayerArchitecture:
     """A layer of these sizes without a model, with a down_proj that has no heads."""
     shapes = {
         "self_attn.q_proj": (heads * head_dim, hidden),
@@ -218,10 +220,12 @@ def layer_anatomy(*, heads: int, kv_heads: int, head_dim: int, hidden: int) -> L
         "mlp.down_proj": (hidden, 3 * hidden),
     }
     linears = tuple(
-        LinearAnatomy(0, name, f"model.layers.0.{name}", f"model.layers.0.{name}.weight", shape)
+        LinearArchitecture(
+            0, name, f"model.layers.0.{name}", f"model.layers.0.{name}.weight", shape
+        )
         for name, shape in shapes.items()
     )
-    return LayerAnatomy(0, "self_attn", heads, kv_heads, head_dim, linears)
+    return LayerArchitecture(0, "self_attn", heads, kv_heads, head_dim, linears)
 
 
 def pruned_at_random(
@@ -230,19 +234,22 @@ def pruned_at_random(
     """A copy of a checkpoint with random weights set to zero, and where: key -> [out, in]."""
     generator = torch.Generator().manual_seed(0)
     masks = {
-        li.key: torch.rand(li.shape, generator=generator) < share for li in source.anatomy.linears
+        li.key: torch.rand(li.shape, generator=generator) < share
+        for li in source.architecture.linears
     }
     edits = {
         li.tensor: lambda weight, mask=masks[li.key]: weight.masked_fill(mask, 0)
-        for li in source.anatomy.linears
+        for li in source.architecture.linears
     }
     write_edited(source.checkpoint, target, edits)
     return open_source(target), masks
 
 
-def random_statistics(anatomy: Anatomy, generator: torch.Generator) -> ImportanceStatistics:
+def random_statistics(
+    architecture: Architecture, generator: torch.Generator
+) -> ImportanceStatistics:
     """Squared input sums of every prunable weight, drawn at random."""
-    squares = {li.key: torch.rand(li.shape[1], generator=generator) for li in anatomy.linears}
+    squares = {li.key: torch.rand(li.shape[1], generator=generator) for li in architecture.linears}
     return ImportanceStatistics("wanda", squares, 1)
 
 
@@ -252,16 +259,16 @@ def resident(network: nn.Module) -> PlacedModel:
     return PlacedModel(network, parameter.device, parameter.dtype)
 
 
-def walk(model: nn.Module, batches: Sequence[Batch], *, streamed: bool = False) -> Walk:
+def walk(model: nn.Module, batches: Sequence[Batch], *, streamed: bool = False) -> LayerwisePass:
     """The batches before the first layer of a model on the CPU."""
-    return Walk(replace(resident(model), streamed=streamed), batches)
+    return LayerwisePass(replace(resident(model), streamed=streamed), batches)
 
 
 def prune(
     opened: Opened,
     model: nn.Module,
     batches: Sequence[Batch],
-    pattern: Pattern | Mapping[LinearAnatomy, Pattern],
+    pattern: Pattern | Mapping[LinearArchitecture, Pattern],
     folder: Path,
     *,
     settings: PruneSettings | None = None,
@@ -269,9 +276,9 @@ def prune(
     **kwargs: Any,
 ) -> LayerResults:
     """Prune `model` layer by layer, every linear with one pattern or those that are given."""
-    anatomy, results = opened.source.anatomy, LayerResults(folder)
+    architecture, results = opened.source.architecture, LayerResults(folder)
     if isinstance(pattern, Pattern):
-        pattern = assign_patterns(anatomy.linears, pattern)
+        pattern = assign_patterns(architecture.linears, pattern)
     prune_layers(
         settings or prune_settings(),
         opened.source,

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 import regraft
-from regraft import ranks, stages
+from regraft import distributed, stages
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Answer, result_to_json
 from regraft.files import atomic_file, digest, file_digest, read_json
@@ -91,7 +91,7 @@ def write_bundle(folder: Path, out: Path, *, texts: bool = False) -> None:
         "texts": texts,
         "files": {name: digest(content) for name, content in sorted(files.items())},
     }
-    if ranks.first():
+    if distributed.first():
         with atomic_file(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             for name, content in [(MANIFEST, _json(manifest)), *sorted(files.items())]:
                 archive.writestr(_entry(name), content, zipfile.ZIP_DEFLATED, 9)

@@ -15,9 +15,9 @@ from regraft.data.sources import DataSource, of_split, read
 from regraft.errors import RegraftError
 from regraft.files import file_digest, read_json
 from regraft.heads.ships import most_rank
-from regraft.keys import ABOUT_FILE
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, pick_device, stored_dtype
+from regraft.provenance import ABOUT_FILE
 from regraft.pruning.base import PruneSettings
 from regraft.restoration.base import MethodSettings, Needs
 from regraft.restoration.selection import all_heads
@@ -277,7 +277,7 @@ def check_gradients(source: Source, compute: ComputeSettings, what: str) -> None
 
 def check_pattern(dense: Source, settings: PruneSettings) -> None:
     """Raise unless every weight to be pruned can have its pattern."""
-    settings.patterns(dense.anatomy.linears)
+    settings.patterns(dense.architecture.linears)
 
 
 def distinct(reading: Reading) -> int:
@@ -288,12 +288,12 @@ def distinct(reading: Reading) -> int:
 def check_r_max(dense: Source, settings: HeadSettings, prompts: Reading) -> None:
     """Raise unless subspaces of rank `r_max` of these prompts' states can differ."""
     count = distinct(prompts)
-    limit = most_rank(count, dense.anatomy.hidden_size)
+    limit = most_rank(count, dense.architecture.hidden_size)
     if settings.r_max > limit:
         raise RegraftError(
             f"r_max is {settings.r_max}, but {count} different prompts and states of "
-            f"{dense.anatomy.hidden_size} features allow at most {limit}. Lower r_max or use more "
-            "prompts."
+            f"{dense.architecture.hidden_size} features allow at most {limit}. Lower r_max or use "
+            "more prompts."
         )
 
 
@@ -302,7 +302,7 @@ def check_heads(dense: Source, needs: Needs, scoring: HeadSettings | None) -> No
 
     `scoring` is None where scores are given.
     """
-    count = len(all_heads(dense.anatomy))
+    count = len(all_heads(dense.architecture))
     if needs.some_heads > count:
         raise RegraftError(f"top_heads is {needs.some_heads}; the model has {count} heads.")
     if scoring is None or needs.heads is None:
@@ -322,8 +322,8 @@ def check_heads(dense: Source, needs: Needs, scoring: HeadSettings | None) -> No
 
 def check_budget(dense: Source, settings: MethodSettings) -> None:
     """Raise where a budget is less than one weight even if all had been pruned."""
-    if settings.how_many(dense.anatomy.prunable) == 0:
-        raise _less_than_one(settings, f"{dense.anatomy.prunable:,} prunable")
+    if settings.how_many(dense.architecture.prunable) == 0:
+        raise _less_than_one(settings, f"{dense.architecture.prunable:,} prunable")
 
 
 def check_restorable(settings: MethodSettings, restorable: int) -> None:
@@ -348,14 +348,14 @@ def _less_than_one(settings: MethodSettings, weights: str) -> RegraftError:
 
 def check_direction_layer(source: Source, settings: DefenceSettings) -> None:
     """Raise unless the model has the layer that a refusal direction is to be added at."""
-    count = len(source.anatomy.layers)
+    count = len(source.architecture.layers)
     if settings.layer is not None and settings.layer >= count:
         raise RegraftError(f"layer is {settings.layer}; the model has layers 0 to {count - 1}.")
 
 
 def _check_readable(source: Source, reading: Reading) -> None:
     check_images(reading)
-    if source.anatomy.has_vision:
+    if source.architecture.has_vision:
         return
     for example in reading.examples:
         if example.image is not None:

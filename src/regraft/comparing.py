@@ -7,10 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from regraft import ranks
+from regraft import distributed
 from regraft.errors import RegraftError
 from regraft.folder import study_runs
-from regraft.keys import but_for_rounding, difference
+from regraft.provenance import but_for_rounding, difference
 from regraft.report.pooling import study_of
 from regraft.report.run import Run
 from regraft.report.study import Study
@@ -39,7 +39,7 @@ def compare(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> 
     runs = {place: read_run(place) for place in places}
     _check_same_recipe(runs)
     study = study_of(list(runs.values()), against)
-    if ranks.first():
+    if distributed.first():
         write_report(study, out)
     return study
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from regraft import ranks
+from regraft import distributed
 from regraft.errors import RegraftError
 from regraft.files import discard_leftover, read_json, write_json
 from regraft.watch import Advance, Watch
@@ -148,7 +148,7 @@ class Ledger:
     def of(self, stage: str, model: str = "") -> Iterator[None]:
         """What happens inside is a cost of this stage. All processes enter and leave together."""
         earlier = None
-        if ranks.first():
+        if distributed.first():
             discard_leftover(self._path)
             earlier = self._read().get((stage, model))
         spent = self._meter(stage, model)
@@ -165,7 +165,7 @@ class Ledger:
             raise
         finally:
             self._metered.advanced = _nothing
-        self._keep(earlier, _of_all(ranks.gathered(spent())))
+        self._keep(earlier, _of_all(distributed.gathered(spent())))
 
     def _meter(self, stage: str, model: str) -> Callable[[], Cost]:
         """Of this process, from now until it is called."""
@@ -190,7 +190,7 @@ class Ledger:
         return {(one.stage, one.of): one for one in read_costs(self._path)}
 
     def _keep(self, earlier: Cost | None, cost: Cost) -> None:
-        if ranks.first() and (cost.flops or cost.seconds >= _WORTH_TELLING):
+        if distributed.first() and (cost.flops or cost.seconds >= _WORTH_TELLING):
             whole = cost if earlier is None else earlier + cost
             costs = self._read() | {(cost.stage, cost.of): whole}
             write_json(self._path, [asdict(one) for one in costs.values()])
@@ -243,7 +243,7 @@ def named(device: torch.device) -> str:
     else:
         threads = torch.get_num_threads()
         name = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
-    return name if ranks.world() == 1 else f"{ranks.world()} x {name}"
+    return name if distributed.world() == 1 else f"{distributed.world()} x {name}"
 
 
 def _processor() -> str:
@@ -263,7 +263,7 @@ def _resident() -> int:
 
 def _estimated(cost: Cost) -> Cost:
     """Of all processes by one: each has its share of the prompts."""
-    return replace(cost, flops=None if cost.flops is None else cost.flops * ranks.world())
+    return replace(cost, flops=None if cost.flops is None else cost.flops * distributed.world())
 
 
 def _of_all(costs: Sequence[Cost]) -> Cost:

@@ -44,7 +44,7 @@ def seconds(
     passed = sum(
         step.answers * (tokens + new_tokens) + step.learns * _BOTH_WAYS * tokens for step in left
     )
-    return 2 * dense.anatomy.parameters * passed / (_SHARE * _speed(dense, compute))
+    return 2 * dense.architecture.parameters * passed / (_SHARE * _speed(dense, compute))
 
 
 def _speed(dense: Source, compute: ComputeSettings) -> float:

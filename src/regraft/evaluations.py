@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from regraft import ranks, stages
+from regraft import distributed, stages
 from regraft.checks import join_suites
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
@@ -51,7 +51,7 @@ def report(folders: Sequence[Path], out: Path, pair: Pair | None = None) -> Stud
             f"The output folder {out} holds something else than a report. Choose a new folder."
         )
     made = study_of([read_run(folders, pair)])
-    if ranks.first():
+    if distributed.first():
         write_report(made, out)
     return made
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from regraft import ranks
+from regraft import distributed
 from regraft.data.collate import Batch, batches
 from regraft.data.example import Example
 from regraft.data.images import length_class
 from regraft.errors import RegraftError
 from regraft.files import file_digest
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import (
     Source,
     has_processor,
@@ -22,7 +23,6 @@ from regraft.models.load import (
     load_processor,
 )
 from regraft.models.placement import PlacedModel
-from regraft.models.walk import Walk
 from regraft.patch.apply import check_base
 from regraft.patch.format import Patch, load_patch
 from regraft.settings.compute import ComputeSettings
@@ -71,10 +71,10 @@ def patch_in_memory(model: Source, patch_file: Path | None) -> tuple[Patch | Non
     return patch, inputs | {"patch": file_digest(patch_file)}
 
 
-def hidden_state_bytes(source: Source, walk: Walk) -> int:
+def hidden_state_bytes(source: Source, walk: LayerwisePass) -> int:
     """What the inputs of all layers take on disk, of this process's batches: SNIP keeps them."""
-    anatomy = source.anatomy
-    size = len(anatomy.layers) * anatomy.hidden_size * walk.model.dtype.itemsize
+    architecture = source.architecture
+    size = len(architecture.layers) * architecture.hidden_size * walk.model.dtype.itemsize
     return walk.tokens * size
 
 
@@ -95,7 +95,7 @@ def each_of_share(
     compute: ComputeSettings,
 ) -> Iterator[Batch]:
     """This process's share of the batches (see `check_shares`), encoded as they are asked for."""
-    for chunk in ranks.share(cut(examples, compute)):
+    for chunk in distributed.share(cut(examples, compute)):
         yield encode(processor, chunk)
 
 
@@ -107,8 +107,8 @@ def cut(examples: Sequence[Example], compute: ComputeSettings) -> list[tuple[Exa
 def check_shares(examples: Sequence[Example], compute: ComputeSettings) -> None:
     """Raise unless there is a batch for each of the processes."""
     count = -(-len(examples) // compute.batch_size)
-    if count < ranks.world():
+    if count < distributed.world():
         raise RegraftError(
             f"{len(examples)} examples make {count} batches of {compute.batch_size}, too few for "
-            f"{ranks.world()} processes. Lower --batch-size or start fewer processes."
+            f"{distributed.world()} processes. Lower --batch-size or start fewer processes."
         )

@@ -6,13 +6,13 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from regraft import ranks
+from regraft import distributed
 from regraft.costs import CalibrationPass, Cost, if_all_known
 from regraft.data.collate import prompt_batch
 from regraft.files import read_json, write_json
 from regraft.folder import RunFolder
-from regraft.keys import describe, is_done
 from regraft.models.load import Source, load_processor
+from regraft.provenance import describe, is_done
 from regraft.recipe import PruningSettings, Recipe, VariantSettings
 from regraft.restoration.base import needs_of
 from regraft.settings.data import CalibrationSettings
@@ -46,7 +46,7 @@ def count_pass(
         for kind in ("safety", "utility")
     }
     about = describe("calibration pass", {"dense": dense.checkpoint.fingerprint}, data=readings)
-    if not is_done(out, out, about, lambda: read_json(out)["about"]) and ranks.first():
+    if not is_done(out, out, about, lambda: read_json(out)["about"]) and distributed.first():
         processor = load_processor(dense)
         examples = [one for reading in readings.values() for one in reading.examples]
         tokens = 0
@@ -55,9 +55,9 @@ def count_pass(
                 mask = prompt_batch(processor, [example]).inputs["attention_mask"]
                 tokens += int(mask.sum())
                 done(1)
-        found = CalibrationPass(len(examples), tokens, 6 * dense.anatomy.prunable * tokens)
+        found = CalibrationPass(len(examples), tokens, 6 * dense.architecture.prunable * tokens)
         write_json(out, {"about": about, **asdict(found)})
-    ranks.barrier()
+    distributed.barrier()
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from regraft import ranks, stages
+from regraft import distributed, stages
 from regraft.checks import loaded_dtype, warn_of_bundled
 from regraft.costs import Ledger, Metered
 from regraft.errors import RegraftError
 from regraft.estimate import seconds
 from regraft.files import discard_leftover, require_empty, write_text
 from regraft.folder import RunFolder
-from regraft.keys import but_for_rounding, difference
 from regraft.models.load import pick_device
 from regraft.passes import count_pass, learns_from_both
 from regraft.plan import plan
 from regraft.preflight import bytes_needed, check, seen_before_in, unread_in
+from regraft.provenance import but_for_rounding, difference
 from regraft.recipe import (
     Recipe,
     read_recipe,
@@ -85,7 +85,7 @@ def preview(recipe: Recipe, folder: Path) -> Preview:
     return Preview(
         tuple(steps),
         bytes=bytes_needed(recipe, dense, folder)[1],
-        weights=dense.anatomy.parameters * dtype.itemsize,
+        weights=dense.architecture.parameters * dtype.itemsize,
         seconds=time,
     )
 
@@ -113,9 +113,9 @@ def claim(folder: Path, recipe: Recipe) -> None:
     Raises:
         RegraftError: the folder holds something else.
     """
-    if ranks.first():
+    if distributed.first():
         _claim(RunFolder(folder), recipe)
-    ranks.barrier()
+    distributed.barrier()
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:

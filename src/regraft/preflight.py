@@ -22,10 +22,10 @@ from regraft.data.example import Reading
 from regraft.evaluation.perplexity import read_documents
 from regraft.files import require_space
 from regraft.folder import RunFolder
-from regraft.keys import unfinished_bytes
 from regraft.loading import check_shares
 from regraft.models.load import Source, check_split, load_processor, open_source
 from regraft.patch.pair import check_pair
+from regraft.provenance import unfinished_bytes
 from regraft.pruning.base import PRUNERS, GradientPruner, PruneSettings, prune_settings
 from regraft.recipe import Recipe
 from regraft.reporting import model_folder
@@ -140,7 +140,7 @@ def _state_bytes(recipe: Recipe, dense: Source, place: RunFolder, session: stage
         return 0
     processor = load_processor(dense)
     itemsize = getattr(torch, loaded_dtype(dense, recipe.compute)).itemsize
-    of_token = len(dense.anatomy.layers) * dense.anatomy.hidden_size * itemsize
+    of_token = len(dense.architecture.layers) * dense.architecture.hidden_size * itemsize
 
     @functools.cache
     def tokens(imitates: bool, harmful: bool) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft import ranks, stages
+from regraft import distributed, stages
 from regraft.checks import join_suites
 from regraft.costs import read_costs, read_pass
 from regraft.data.demo import CAVEAT, demo_model, is_demo
@@ -43,7 +43,7 @@ def report(folder: Path) -> Study:
         RegraftError: the folder holds no run, or one that is not finished.
     """
     made = study_of([read_run(folder)])
-    if ranks.first():
+    if distributed.first():
         write_report(made, RunFolder(folder).report)
     return made
 
@@ -70,7 +70,7 @@ def read_run(folder: Path, name: str = "") -> Run:
     variants = [_variant("dense", evaluations["dense"])]
     for pruning in recipe.prune:
         variants += _group(place, recipe, pruning, evaluations)
-    heads = load_heads(place.heads, dense.anatomy) if place.heads.exists() else None
+    heads = load_heads(place.heads, dense.architecture) if place.heads.exists() else None
     abouts = list(_abouts(place, recipe, evaluations["dense"], heads))
     return Run(
         title=recipe.title,
@@ -163,7 +163,7 @@ def _group(
     layers = open_source(
         recipe.pruned or place.pruned(pruning.name),
         trust_remote_code=recipe.compute.trust_remote_code,
-    ).anatomy.layers
+    ).architecture.layers
     for one in variants:
         patch, name = patches[one.name], place.name(pruning.name, one.name)
         heads = tuple((layer, head) for layer, head in patch.about["heads"])

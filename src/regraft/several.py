@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from regraft import pipeline, ranks, stages
+from regraft import distributed, pipeline, stages
 from regraft.analysis.relation import ModelPoint, correlation, estimates
 from regraft.analysis.run import total_ships
 from regraft.errors import RegraftError
@@ -58,7 +58,7 @@ def report(folder: Path) -> Study:
         RegraftError: a run is not finished, or the published figures cannot be read.
     """
     study = _read(folder)
-    if ranks.first():
+    if distributed.first():
         write_report(study, RunFolder(folder).report)
     return study
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from regraft import pipeline, ranks, stages
+from regraft import distributed, pipeline, stages
 from regraft.comparing import compare
 from regraft.errors import RegraftError
 from regraft.files import atomic_folder, require_space
@@ -39,9 +39,9 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Study:
     for place, one in runs.items():
         watch.note(f"Calibration seed {one.calibration.seed}")
         pipeline.claim(place, one)
-        if ranks.first():
+        if distributed.first():
             _share_dense(next(iter(runs)), place)
-        ranks.barrier()
+        distributed.barrier()
         pipeline.run(one, place, watch, session)
     return report(folder)
 

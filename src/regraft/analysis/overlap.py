@@ -39,7 +39,7 @@ def overlaps(
         scope: Weights compete within their row or their matrix.
     """
     safety, utility = statistics.safety, statistics.utility
-    for layer in dense.anatomy.layers:
+    for layer in dense.architecture.layers:
         shared = either = 0
         for linear in layer.linears:
             if not (linear.key in safety.values and linear.key in utility.values):

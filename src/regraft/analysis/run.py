@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from regraft import ranks
+from regraft import distributed
 from regraft.analysis import figures
 from regraft.analysis.overlap import LayerOverlap, by_chance, overlaps
 from regraft.analysis.relation import (
@@ -42,7 +42,7 @@ def sweep(
         RegraftError: see `run_sweep`.
     """
     found = run_sweep(recipe, setting, values, folder, watch)
-    if ranks.first():
+    if distributed.first():
         write_json(folder / "sweep.json", asdict(found))
         write_text(folder / "sweep.svg", standalone(figures.sweep_figure(found)))
     return found
@@ -104,7 +104,7 @@ def overlap(
     if statistics.about["inputs"]["dense"] != dense.checkpoint.fingerprint:
         raise RegraftError(f"{statistics_file} was made from another model than {dense.folder}.")
     found: dict[float, tuple[LayerOverlap, ...]] = {}
-    layers = len(dense.anatomy.layers)
+    layers = len(dense.architecture.layers)
     with watch.task("Comparing importance", layers * len(shares), "layers x shares") as done:
         for share in sorted(set(shares)):
             of_share = []
@@ -142,7 +142,7 @@ def total_ships(folder: Path) -> TotalShips:
     recipe = read_recipe(place.recipe)
     trust = recipe.compute.trust_remote_code
     dense = open_source(model_folder(recipe.model), trust_remote_code=trust)
-    scores = load_heads(place.heads, dense.anatomy)
+    scores = load_heads(place.heads, dense.architecture)
     scored = ~scores.ships.isnan()
     estimated = 0 if scores.exact is None else int((scored & ~scores.exact).sum())
     ships = float(scores.ships[scored].sum())
@@ -164,7 +164,7 @@ def _points(folder: Path) -> list[ModelPoint]:
 
 
 def _write(out: Path, name: str, content: Any, figure: str) -> None:
-    if ranks.first():
+    if distributed.first():
         with atomic_folder(out) as folder:
             write_json(folder / f"{name}.json", content)
             write_text(folder / f"{name}.svg", standalone(figure))

@@ -14,9 +14,9 @@ def joined() -> AbstractContextManager[None]:
     """Join the other processes, if a launcher started this one as one of several."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return nullcontext()  # without importing torch, so that help is there at once
-    from regraft import ranks
+    from regraft import distributed
 
-    return ranks.joined()
+    return distributed.joined()
 
 
 def fail(console: Console, message: str) -> NoReturn:
@@ -40,6 +40,6 @@ def leave(code: int) -> NoReturn:
     sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise SystemExit(code)
-    from regraft import ranks
+    from regraft import distributed
 
-    ranks.leave(code)
+    distributed.leave(code)

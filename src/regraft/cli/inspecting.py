@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regraft.cli.options import Model, open_model
-from regraft.models.anatomy import LayerAnatomy
+from regraft.models.architecture import LayerArchitecture
 
 
 def inspect(model: Model, *, trust_remote_code: bool = False, names: bool = False) -> None:
@@ -23,25 +23,26 @@ def inspect(model: Model, *, trust_remote_code: bool = False, names: bool = Fals
         Also list every prunable weight by its name on disk.
     """
     source = open_model(model, trust_remote_code)
-    anatomy, console = source.anatomy, Console(emoji=False)
+    architecture, console = source.architecture, Console(emoji=False)
     about = Table.grid(padding=(0, 2))
     about.add_column()
     about.add_column(overflow="fold")
     for key, value in {
         "folder": str(source.folder),
-        "family": anatomy.family,
-        "vision": "yes" if anatomy.has_vision else "no",
-        "parameters": f"{anatomy.parameters:,}",
-        "prunable": f"{anatomy.prunable:,} in {sum(1 for _ in anatomy.linears)} linears",
-        "hidden size": str(anatomy.hidden_size),
-        "vocabulary": f"{anatomy.vocabulary:,}" + (" (tied head)" if anatomy.tied else ""),
+        "family": architecture.family,
+        "vision": "yes" if architecture.has_vision else "no",
+        "parameters": f"{architecture.parameters:,}",
+        "prunable": f"{architecture.prunable:,} in {sum(1 for _ in architecture.linears)} linears",
+        "hidden size": str(architecture.hidden_size),
+        "vocabulary": f"{architecture.vocabulary:,}"
+        + (" (tied head)" if architecture.tied else ""),
         "on disk": f"{source.checkpoint.bytes / 2**30:.2f} GiB in "
         f"{len(source.checkpoint.shards)} file(s)",
     }.items():
         about.add_row(key, value)
     console.print(about)
     layers = Table("layers", "attention", "query heads", "kv heads", "head size", "linears")
-    for first, last, layer in _runs(anatomy.layers):
+    for first, last, layer in _runs(architecture.layers):
         layers.add_row(
             f"{first}" if first == last else f"{first}-{last}",
             layer.attention,
@@ -51,17 +52,17 @@ def inspect(model: Model, *, trust_remote_code: bool = False, names: bool = Fals
             ", ".join(f"{li.role} {li.shape[0]}x{li.shape[1]}" for li in layer.linears),
         )
     console.print(layers)
-    linears = list(anatomy.linears)
+    linears = list(architecture.linears)
     console.print("names on disk" if names else "names on disk, first and last:")
     for linear in linears if names else (linears[0], linears[-1]):
         record = source.checkpoint.record(linear.tensor)
         console.print(f"  {linear.tensor}  {record.dtype}  {record.shard}", highlight=False)
 
 
-def _runs(layers: Sequence[LayerAnatomy]) -> Iterator[tuple[int, int, LayerAnatomy]]:
+def _runs(layers: Sequence[LayerArchitecture]) -> Iterator[tuple[int, int, LayerArchitecture]]:
     """Group neighbouring layers of equal shape: (first index, last index, one of them)."""
 
-    def look(layer: LayerAnatomy) -> Any:
+    def look(layer: LayerArchitecture) -> Any:
         shapes = tuple((linear.name, linear.shape) for linear in layer.linears)
         return layer.attention, layer.heads, layer.kv_heads, layer.head_dim, shapes
 

@@ -11,7 +11,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-from regraft import ranks
+from regraft import distributed
 from regraft.console import ConsoleWatch
 from regraft.data.demo import demo_model
 from regraft.models.load import Source, open_source
@@ -41,4 +41,4 @@ def open_model(model: str, trust_remote_code: bool) -> Source:
 def watching() -> Iterator[ConsoleWatch]:
     """Progress and notes on standard output, from one process of several."""
     width = None if sys.stdout.isatty() else 120
-    yield ConsoleWatch(Console(width=width, quiet=not ranks.first(), emoji=False))
+    yield ConsoleWatch(Console(width=width, quiet=not distributed.first(), emoji=False))

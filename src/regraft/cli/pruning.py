@@ -71,8 +71,8 @@ def prune(
         check_data(settings.method, calibration, reads=bool(settings.kinds))
         source = open_model(model, compute.trust_remote_code)
         pruned = stages.prune(source, out, settings, calibration, compute, watch)
-        count = zeros(pruned.checkpoint, pruned.anatomy)
+        count = zeros(pruned.checkpoint, pruned.architecture)
         watch.note(
-            f"{out}: {count:,} of {pruned.anatomy.prunable:,} prunable weights are zero "
-            f"({100 * count / pruned.anatomy.prunable:.2f} %)."
+            f"{out}: {count:,} of {pruned.architecture.prunable:,} prunable weights are zero "
+            f"({100 * count / pruned.architecture.prunable:.2f} %)."
         )

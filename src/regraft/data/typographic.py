@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from regraft import ranks
+from regraft import distributed
 from regraft.data.example import Example, Reading
 from regraft.data.readers.safebench import FIGSTEP_PROMPT
 from regraft.errors import RegraftError
@@ -132,8 +132,8 @@ def write_typographic(reading: Reading, out: Path, watch: Watch, font: Path | No
                 f"{reading.source}: example {example.id!r} has an image already; only prompts that "
                 "are text can be drawn."
             )
-    if not ranks.first():
-        return ranks.gathered(Drawn((), ()))[0]
+    if not distributed.first():
+        return distributed.gathered(Drawn((), ()))[0]
     with (
         atomic_folder(out) as folder,
         watch.task("Drawing prompts", len(reading.examples), "images") as done,
@@ -161,7 +161,7 @@ def write_typographic(reading: Reading, out: Path, watch: Watch, font: Path | No
                 "another font with --font."
             )
         (folder / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
-    return ranks.gathered(Drawn(tuple(images), tuple(left_out), tuple(unwritten)))[0]
+    return distributed.gathered(Drawn(tuple(images), tuple(left_out), tuple(unwritten)))[0]
 
 
 def _line(example: Example, image: Path) -> str:

@@ -16,7 +16,7 @@ from regraft.defence.direction import Trial, moved_output
 from regraft.defence.prompt import shielded
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
-from regraft.models.anatomy import Anatomy
+from regraft.models.architecture import Architecture
 from regraft.pruning.pruners.safety_potential import with_safety_prompt
 
 FORMAT = "regraft-defence-1"
@@ -67,7 +67,7 @@ def acting(defence: Defence | None, model: nn.Module) -> Iterator[None]:
         yield
 
 
-def check_fits(defence: Defence, anatomy: Anatomy, path: Path) -> None:
+def check_fits(defence: Defence, architecture: Architecture, path: Path) -> None:
     """Check that a direction can be added to a model.
 
     Raises:
@@ -75,7 +75,7 @@ def check_fits(defence: Defence, anatomy: Anatomy, path: Path) -> None:
     """
     if not isinstance(defence, Direction):
         return
-    width, layers = anatomy.hidden_size, len(anatomy.layers)
+    width, layers = architecture.hidden_size, len(architecture.layers)
     if len(defence.vector) != width or defence.layer >= layers:
         raise RegraftError(
             f"{path} adds {len(defence.vector)} features behind layer {defence.layer}; the model "

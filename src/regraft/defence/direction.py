@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft import ranks
+from regraft import distributed
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
-from regraft.models.anatomy import decoder_layers, text_decoder
+from regraft.models.architecture import decoder_layers, text_decoder
 from regraft.models.load import placed
 from regraft.models.replay import hooked, last_positions, text_inputs
 
@@ -55,13 +55,13 @@ def mean_states(
     """
     sums = torch.zeros(layers, width, dtype=torch.float64)
     counts = torch.zeros(layers, 1, dtype=torch.float64)
-    for batch in ranks.share(batches):
+    for batch in distributed.share(batches):
         for layer, rows in last_token_outputs(model, placed(batch, model).inputs).items():
             sums[layer] += rows.sum(dim=0)
             counts[layer] += len(rows)
         if progress is not None:
             progress(len(batch.ids))
-    sums, counts = ranks.total(sums), ranks.total(counts)
+    sums, counts = distributed.total(sums), distributed.total(counts)
     if not torch.isfinite(sums).all():
         raise RegraftError("Hidden states overflow in this dtype. Use --dtype bfloat16 or float32.")
     prompts = sum(len(batch.ids) for batch in batches)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from regraft import ranks
+from regraft import distributed
 from regraft.files import read_json, write_json
 
 
@@ -28,9 +28,9 @@ def resumable_map(
         name: Of the files in it.
         kept: Called with every piece of this process that was found there.
     """
-    own = ranks.share(range(count))
+    own = distributed.share(range(count))
     if scratch is None:
-        found = ranks.merged(dict(make(own)))
+        found = distributed.merged(dict(make(own)))
         return [found[i] for i in range(count)]
     files = [scratch / f"{name}_{i:06d}.json" for i in range(count)]
     done = [i for i in own if files[i].exists()]
@@ -38,5 +38,5 @@ def resumable_map(
         kept(i)
     for i, result in make([i for i in own if i not in set(done)]):
         write_json(files[i], result)
-    ranks.barrier()
+    distributed.barrier()
     return [read_json(path) for path in files]

@@ -18,7 +18,7 @@ from regraft.files import digest
 from regraft.heads.ships import first_feature_angles, most_rank, ships
 from regraft.heads.states import Ablation, States, ablate_heads
 from regraft.models.ablation import EPS, AblationTarget
-from regraft.models.anatomy import Anatomy
+from regraft.models.architecture import Architecture
 
 FORMAT = "regraft-heads-2"
 Criterion = Literal["ships", "kl", "released"]
@@ -161,7 +161,7 @@ def recall(estimate: Tensor, exact: Tensor, k: int) -> float:
 
 def score_heads(
     model: nn.Module,
-    anatomy: Anatomy,
+    architecture: Architecture,
     batches: Sequence[Batch],
     partial: Path,
     scoring: Scoring | None = None,
@@ -175,7 +175,7 @@ def score_heads(
 
     Args:
         model: The dense model, left as it was.
-        anatomy: Its anatomy.
+        architecture: Its architecture.
         batches: Prompts that end where the answer starts.
         partial: Folder for finished layers, which are not run again after a kill. They serve for
             another `r_max` and other `candidates` too, if nothing else differs.
@@ -190,14 +190,14 @@ def score_heads(
         RegraftError: r_max exceeds the number of samples or features, or states overflow.
     """
     scoring = scoring or Scoring()
-    _check_rank(scoring.r_max, sum(len(batch.ids) for batch in batches), anatomy.hidden_size)
+    _check_rank(scoring.r_max, sum(len(batch.ids) for batch in batches), architecture.hidden_size)
 
     def measured(name: str, heads: Heads, *, estimate: bool) -> _Measured:
         how = scoring.ablation(estimate=estimate)
-        states = ablate_heads(model, anatomy, batches, partial / name, how, heads, progress)
-        return _measure(states, anatomy, heads, scoring.r_max)
+        states = ablate_heads(model, architecture, batches, partial / name, how, heads, progress)
+        return _measure(states, architecture, heads, scoring.r_max)
 
-    every: Heads = {layer.index: range(layer.heads) for layer in anatomy.layers}
+    every: Heads = {layer.index: range(layer.heads) for layer in architecture.layers}
     about = dict(about or {})
     if scoring.mode == "exact":
         exact = measured("exact", every, estimate=False)
@@ -231,7 +231,7 @@ def save_heads(path: Path, scores: HeadScores) -> None:
     write_artifact(path, FORMAT, {"about": scores.about}, tensors)
 
 
-def load_heads(path: Path, anatomy: Anatomy) -> HeadScores:
+def load_heads(path: Path, architecture: Architecture) -> HeadScores:
     """Read scores and check that they fit the model.
 
     Raises:
@@ -239,7 +239,7 @@ def load_heads(path: Path, anatomy: Anatomy) -> HeadScores:
     """
     header, tensors = read_artifact(path, FORMAT, "head scores")
     scores = HeadScores(about=header["about"], **tensors)
-    expected = [len(anatomy.layers), max(layer.heads for layer in anatomy.layers)]
+    expected = [len(architecture.layers), max(layer.heads for layer in architecture.layers)]
     if list(scores.ships.shape) != expected:
         raise RegraftError(
             f"{path} scores {list(scores.ships.shape)} layers x heads; the model has {expected}. "
@@ -253,8 +253,8 @@ class _Measured(NamedTuple):
     noise: Tensor | None  # [2, layers]
 
 
-def _measure(states: States, anatomy: Anatomy, heads: Heads, r_max: int) -> _Measured:
-    layers, most = len(anatomy.layers), max(layer.heads for layer in anatomy.layers)
+def _measure(states: States, architecture: Architecture, heads: Heads, r_max: int) -> _Measured:
+    layers, most = len(architecture.layers), max(layer.heads for layer in architecture.layers)
     scores = torch.full((3, layers, most), math.nan, dtype=torch.float64)
     noise = torch.full((2, layers), math.nan, dtype=torch.float64)
     base = states.base()  # [N, d]

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from regraft import ranks
+from regraft import distributed
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
 from regraft.heads.ships import kl_divergence
 from regraft.models.ablation import EPS, AblationTarget, head_outputs, replay_ablated
-from regraft.models.anatomy import Anatomy, LayerAnatomy, cross_attention_layers
+from regraft.models.architecture import Architecture, LayerArchitecture, cross_attention_layers
 from regraft.models.key_values import key_values, last_token_replay
 from regraft.models.load import placed
 from regraft.models.placement import free_bytes
@@ -99,7 +99,7 @@ class States:
 
 def ablate_heads(
     model: nn.Module,
-    anatomy: Anatomy,
+    architecture: Architecture,
     batches: Sequence[Batch],
     folder: Path,
     how: Ablation,
@@ -110,7 +110,7 @@ def ablate_heads(
 
     Args:
         model: The dense model, left as it was.
-        anatomy: Its anatomy.
+        architecture: Its architecture.
         batches: Prompts that end where the answer starts.
         folder: For the states.
         how: What is done to a head.
@@ -122,24 +122,24 @@ def ablate_heads(
         RegraftError: states overflow in the model's dtype.
     """
     folders = tuple(folder / f"batch_{i:05d}" for i in range(len(batches)))
-    for batch, place in ranks.share(tuple(zip(batches, folders, strict=True))):
+    for batch, place in distributed.share(tuple(zip(batches, folders, strict=True))):
         missing = {
             layer.index: heads[layer.index]
-            for layer in anatomy.layers
+            for layer in architecture.layers
             if heads.get(layer.index) and not _layer_file(place, layer.index).exists()
         }
-        last = len(anatomy.layers)
-        progress(steps(anatomy) - sum(last - index for index in missing))
+        last = len(architecture.layers)
+        progress(steps(architecture) - sum(last - index for index in missing))
         if missing or not _base_file(place).exists():
-            _run_batch(model, anatomy, placed(batch, model), place, how, missing, progress)
-    ranks.barrier()
+            _run_batch(model, architecture, placed(batch, model), place, how, missing, progress)
+    distributed.barrier()
     return States(folders)
 
 
 @torch.no_grad()
 def _run_batch(
     model: nn.Module,
-    anatomy: Anatomy,
+    architecture: Architecture,
     batch: Batch,
     folder: Path,
     how: Ablation,
@@ -153,19 +153,19 @@ def _run_batch(
         hidden = run.entering.get(index)
         states = {}
         if hidden is not None:  # Mllama skips its cross-attention where there is no image
-            tokens = how.tokens_per_pass or tokens_that_fit(anatomy, hidden)
-            states = run.ablated(anatomy.layers[index], hidden, some, tokens)
+            tokens = how.tokens_per_pass or tokens_that_fit(architecture, hidden)
+            states = run.ablated(architecture.layers[index], hidden, some, tokens)
             if hidden.dtype in (torch.bfloat16, torch.float16):
                 seed = crc32(f"{folder.name} {index}".encode())
                 states |= run.jittered(index, hidden, seed)
         _require_finite(states, index)
         _save(_layer_file(folder, index), states)
-        progress(len(anatomy.layers) - index)
+        progress(len(architecture.layers) - index)
 
 
-def steps(anatomy: Anatomy) -> int:
+def steps(architecture: Architecture) -> int:
     """Layers run in ablating one head of each layer: the sum of 1 to the number of layers."""
-    return sum(range(len(anatomy.layers) + 1))
+    return sum(range(len(architecture.layers) + 1))
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class _Run:
         return cls(model, how, run, entering, base, logits_of(model, base), at)
 
     def ablated(
-        self, layer: LayerAnatomy, hidden: Tensor, heads: Sequence[int], tokens: int
+        self, layer: LayerArchitecture, hidden: Tensor, heads: Sequence[int], tokens: int
     ) -> dict[str, Tensor]:
         """Last-token states `[h, B, d]` and KL `[h, B]` with each head ablated."""
         model, index, how = self.model, layer.index, self.how
@@ -235,7 +235,7 @@ def rounded_again(hidden: Tensor, seed: int) -> Tensor:
     return (hidden.float() * (1 + eps * uniform)).to(hidden.dtype)
 
 
-def tokens_that_fit(anatomy: Anatomy, hidden: Tensor) -> int:
+def tokens_that_fit(architecture: Architecture, hidden: Tensor) -> int:
     """How many tokens one pass may hold beside a batch `[B, S, d]`: half of the free memory.
 
     Counts what a decoder layer keeps of a token: the outputs of its linears, the MLP's product,
@@ -244,10 +244,10 @@ def tokens_that_fit(anatomy: Anatomy, hidden: Tensor) -> int:
     device = hidden.device
     if device.type != "cuda":
         return CPU_TOKENS
-    widths = [sum(li.shape[0] for li in layer.linears) for layer in anatomy.layers]
-    widest = max(li.shape[0] for li in anatomy.linears)
-    repeated = max(2 * layer.heads * layer.head_dim for layer in anatomy.layers)
-    numbers = max(widths) + widest + repeated + 6 * anatomy.hidden_size + 2 * hidden.shape[1]
+    widths = [sum(li.shape[0] for li in layer.linears) for layer in architecture.layers]
+    widest = max(li.shape[0] for li in architecture.linears)
+    repeated = max(2 * layer.heads * layer.head_dim for layer in architecture.layers)
+    numbers = max(widths) + widest + repeated + 6 * architecture.hidden_size + 2 * hidden.shape[1]
     return max(1, min(MOST_TOKENS, int(free_bytes(device) / 2 / (numbers * hidden.element_size()))))
 
 

@@ -1,1 +1,1 @@
-"""All that knows transformers: checkpoints on disk, loading, anatomy, replay of decoder layers."""
+"""All that knows transformers: checkpoints on disk, loading, architecture, replay of layers."""

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from regraft.models.anatomy import attention_of, decoder_layers
+from regraft.models.architecture import attention_of, decoder_layers
 from regraft.models.key_values import fold
 from regraft.models.replay import Replay, replaced_forwards, tile_rows
 

@@ -1,4 +1,4 @@
-"""Read the anatomy of a model off its modules, and find its weights in a checkpoint.
+"""Read the architecture of a model off its modules, and find its weights in a checkpoint.
 
 What cannot be pruned and patched is refused here: quantised weights, fused projections, experts,
 and files that belong to another model than config.json describes.
@@ -14,12 +14,12 @@ from typing import Any
 from torch import nn
 
 from regraft.errors import RegraftError
-from regraft.models.anatomy import (
+from regraft.models.architecture import (
     FLOATS,
     HEAD_ROLES,
-    Anatomy,
-    LayerAnatomy,
-    LinearAnatomy,
+    Architecture,
+    LayerArchitecture,
+    LinearArchitecture,
     attention_of,
     decoder_layers,
     text_decoder,
@@ -29,7 +29,7 @@ from regraft.models.checkpoint import Checkpoint
 Shape = tuple[int, str, tuple[int, int]]  # layer, name in it, [out, in]
 
 
-def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
+def read_architecture(model: nn.Module, checkpoint: Checkpoint) -> Architecture:
     """Describe a model (weights may be on the meta device) and find its weights on disk.
 
     Raises:
@@ -49,7 +49,7 @@ def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
     layers = _describe_layers(model, prefix, shapes)
     _check_stored(checkpoint, prefix, decoder, output)
     pruned = {f"{linear.module}.weight" for layer in layers for linear in layer.linears}
-    return Anatomy(
+    return Architecture(
         family=model.config.model_type,  # type: ignore[union-attr, arg-type]
         layers=layers,
         hidden_size=_text_config(model).hidden_size,
@@ -69,7 +69,7 @@ def read_anatomy(model: nn.Module, checkpoint: Checkpoint) -> Anatomy:
 
 def _describe_layers(
     model: nn.Module, prefix: str, shapes: Sequence[Shape]
-) -> tuple[LayerAnatomy, ...]:
+) -> tuple[LayerArchitecture, ...]:
     """All decoder layers, whose linears are described by `shapes`."""
     names = {id(module): name for name, module in model.named_modules()}
     described = []
@@ -80,7 +80,7 @@ def _describe_layers(
         head_dim = _head_dim(attention, _text_config(model))
         heads, kv_heads = _require_heads(index, attention, head_dim)
         linears = tuple(
-            LinearAnatomy(
+            LinearArchitecture(
                 layer=index,
                 name=name,
                 module=f"{names[id(layer)]}.{name}",
@@ -90,7 +90,9 @@ def _describe_layers(
             for layer_index, name, shape in shapes
             if layer_index == index
         )
-        described.append(LayerAnatomy(index, attention_name, heads, kv_heads, head_dim, linears))
+        described.append(
+            LayerArchitecture(index, attention_name, heads, kv_heads, head_dim, linears)
+        )
     return tuple(described)
 
 

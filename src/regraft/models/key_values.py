@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import RegraftError
-from regraft.models.anatomy import attention_of, cache_argument, decoder_layers
+from regraft.models.architecture import attention_of, cache_argument, decoder_layers
 from regraft.models.replay import Replay, Stop, TextInputs, hooked, replaced_forwards, replay
 
 # Where a layer's arguments have the query positions

@@ -1,4 +1,4 @@
-"""From a folder or hub id to a model with its weights, its processor and its anatomy."""
+"""From a folder or hub id to a model with its weights, its processor and its architecture."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from regraft import ranks
+from regraft import distributed
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.files import read_json
-from regraft.models.anatomy import Anatomy
+from regraft.models.architecture import Architecture
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
-from regraft.models.describe import read_anatomy
+from regraft.models.describe import read_architecture
 from regraft.models.placement import PlacedModel
 from regraft.models.resolve import auto_class, bad_config, quiet, read_config, resolve
 
@@ -31,7 +31,7 @@ class Source:
     """A checkpoint that was found and checked, with no weight in memory."""
 
     checkpoint: Checkpoint
-    anatomy: Anatomy
+    architecture: Architecture
     trust_remote_code: bool = False
 
     @property
@@ -41,7 +41,7 @@ class Source:
 
 
 def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source:
-    """Find a checkpoint, check its files and read its anatomy without loading weights.
+    """Find a checkpoint, check its files and read its architecture without loading weights.
 
     Args:
         model: A folder, or a hub id such as "Qwen/Qwen2.5-VL-7B-Instruct" (downloaded once), with
@@ -60,17 +60,17 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source
     if getattr(config, "tie_word_embeddings", False):
         network.tie_weights()
     try:
-        anatomy = read_anatomy(network, checkpoint)
+        architecture = read_architecture(network, checkpoint)
     except RegraftError as error:
         where = "" if str(checkpoint.folder) in str(error) else f"{checkpoint.folder}: "
         raise RegraftError(f"{where}{error}") from error
-    return Source(checkpoint, anatomy, trust_remote_code)
+    return Source(checkpoint, architecture, trust_remote_code)
 
 
 def stored_dtype(source: Source) -> str:
     """The checkpoint's own, by its config as for transformers, or else its weights: "bfloat16"."""
     config = read_json(source.folder / "config.json")
-    weight = source.checkpoint.record(next(source.anatomy.linears).tensor)
+    weight = source.checkpoint.record(next(source.architecture.linears).tensor)
     named = config.get("dtype") or config.get("torch_dtype") or str(weight.torch_dtype)
     return str(named).removeprefix("torch.")
 
@@ -163,7 +163,7 @@ def load_processor(source: Source) -> Any:
     """Load the processor (the tokenizer of a text-only model)."""
     from transformers import AutoProcessor, AutoTokenizer
 
-    auto = AutoProcessor if source.anatomy.has_vision else AutoTokenizer
+    auto = AutoProcessor if source.architecture.has_vision else AutoTokenizer
     return _processor_of(source.folder, auto, trust_remote_code=source.trust_remote_code)
 
 
@@ -228,7 +228,7 @@ def has_processor(source: Source) -> bool:
     names = {path.name for path in source.folder.iterdir()}
     images = {"processor_config.json", "preprocessor_config.json"}
     return "tokenizer_config.json" in names and bool(
-        names & images or not source.anatomy.has_vision
+        names & images or not source.architecture.has_vision
     )
 
 
@@ -256,12 +256,12 @@ def pick_device(device: str) -> torch.device:
 
 def _check_weights(model: nn.Module, source: Source) -> None:
     modules = dict(model.named_modules())
-    for linear in source.anatomy.linears:
+    for linear in source.architecture.linears:
         weight = modules[linear.module].weight
         assert isinstance(weight, torch.Tensor)
         if not weight.is_floating_point():
             raise RegraftError(f"{source.folder}: {linear.tensor} is quantised; give a dense one.")
-    first = next(source.anatomy.linears)
+    first = next(source.architecture.linears)
     weight = modules[first.module].weight
     assert isinstance(weight, torch.Tensor)
     if weight.is_meta:  # a split model's layer that waits on disk
@@ -296,7 +296,7 @@ def require_split() -> None:
     Raises:
         RegraftError: there are several processes, or accelerate is not installed.
     """
-    if ranks.world() > 1:
+    if distributed.world() > 1:
         raise RegraftError(
             "With --placement streamed, heads, evaluation and the dense answers that gain imitates "
             "spread the model over all devices, so there is room for one process only. Use one, or "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.data.collate import Batch
-from regraft.models.anatomy import decoder_layers, text_decoder
+from regraft.models.architecture import decoder_layers, text_decoder
 
 
 @dataclass(frozen=True)

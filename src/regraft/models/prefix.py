@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.models.anatomy import cache_argument, text_decoder
+from regraft.models.architecture import cache_argument, text_decoder
 
 _LEAST = 64  # tokens saved for which the pass over the prefix, in a batch of its own, pays off
 

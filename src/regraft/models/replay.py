@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from regraft.models.anatomy import cache_argument, decoder_layers, text_decoder
+from regraft.models.architecture import cache_argument, decoder_layers, text_decoder
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.models.anatomy import text_decoder
+from regraft.models.architecture import text_decoder
 from regraft.models.placement import moved, tensors_of
 from regraft.models.replay import replaced_forwards
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import RegraftError
-from regraft.models.anatomy import (
+from regraft.models.architecture import (
     attention_of,
     cache_argument,
     cross_attention_layers,

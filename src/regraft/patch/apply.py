@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from regraft.errors import RegraftError
 from regraft.files import in_threads, read_at, write_at
-from regraft.models.anatomy import Anatomy
+from regraft.models.architecture import Architecture
 from regraft.models.checkpoint import Checkpoint, TensorRecord
 from regraft.models.checkpoint_copy import Progress, write_copy
 from regraft.models.placement import weight_in_memory
@@ -211,7 +211,7 @@ def revert_patch(
 
 
 @contextmanager
-def patched(model: nn.Module, anatomy: Anatomy, patch: Patch) -> Iterator[None]:
+def patched(model: nn.Module, architecture: Architecture, patch: Patch) -> Iterator[None]:
     """Put a patch on a pruned model in memory for the length of the block.
 
     Raises:
@@ -219,7 +219,7 @@ def patched(model: nn.Module, anatomy: Anatomy, patch: Patch) -> Iterator[None]:
             that waits on disk (of a model spread over devices that host memory does not hold).
     """
     modules = dict(model.named_modules())
-    readers = {linear.tensor: modules[linear.module] for linear in anatomy.linears}
+    readers = {linear.tensor: modules[linear.module] for linear in architecture.linears}
     for name, tensor in patch.tensors.items():
         if name not in readers:
             raise RegraftError(f"The patch is for another model: it has no weight {name}.")

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from regraft.errors import RegraftError
-from regraft.models.anatomy import (
+from regraft.models.architecture import (
     FLOATS,
-    LayerAnatomy,
-    LinearAnatomy,
-    check_same_anatomy,
+    LayerArchitecture,
+    LinearArchitecture,
+    check_same_architecture,
 )
 from regraft.models.load import Source
 from regraft.patch.format import Patch
@@ -34,8 +34,10 @@ def check_pair(dense: Source, pruned: Source) -> None:
         RegraftError: they are different models, a weight that is read is not finite, or nothing
             was pruned.
     """
-    check_same_anatomy(dense.anatomy, pruned.anatomy, (str(dense.folder), str(pruned.folder)))
-    if not any((_read(pruned, linear) == 0).any() for linear in pruned.anatomy.linears):
+    check_same_architecture(
+        dense.architecture, pruned.architecture, (str(dense.folder), str(pruned.folder))
+    )
+    if not any((_read(pruned, linear) == 0).any() for linear in pruned.architecture.linears):
         raise RegraftError(
             f"{pruned.folder} has no zeros in its prunable weights: nothing was pruned, so there "
             "is nothing to restore. Give the dense checkpoint first and the pruned one second."
@@ -74,7 +76,7 @@ def survey(dense: Source, pruned: Source) -> Survey:
     """
     count, kept, groupings = 0, 0, []
     equal, compared = 0, 0
-    for a, b in zip(dense.anatomy.linears, pruned.anatomy.linears, strict=True):
+    for a, b in zip(dense.architecture.linears, pruned.architecture.linears, strict=True):
         before, after = _read(dense, a), _read(pruned, b)
         taken = int(restorable(before, after).count_nonzero())
         count += taken
@@ -100,9 +102,9 @@ def _same_besides(dense: Source, pruned: Source) -> bool:
 
 def _never_pruned(source: Source) -> dict[str, str]:
     """Name without the decoder's prefix -> name on disk; no biases, which some pruners correct."""
-    prunable = {linear.tensor.removesuffix("weight") for linear in source.anatomy.linears}
+    prunable = {linear.tensor.removesuffix("weight") for linear in source.architecture.linears}
     return {
-        name.removeprefix(source.anatomy.prefix): name
+        name.removeprefix(source.architecture.prefix): name
         for name, record in source.checkpoint.tensors.items()
         if record.dtype in FLOATS and f"{name.rpartition('.')[0]}." not in prunable
     }
@@ -114,7 +116,7 @@ def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
-def _read(source: Source, linear: LinearAnatomy) -> Tensor:
+def _read(source: Source, linear: LinearArchitecture) -> Tensor:
     """One prunable weight, which must be finite."""
     weight = source.checkpoint.read(linear.tensor)
     if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
@@ -125,7 +127,9 @@ def _read(source: Source, linear: LinearAnatomy) -> Tensor:
     return weight
 
 
-def restored_by_module(patch: Patch, layers: Sequence[LayerAnatomy]) -> dict[str, tuple[int, ...]]:
+def restored_by_module(
+    patch: Patch, layers: Sequence[LayerArchitecture]
+) -> dict[str, tuple[int, ...]]:
     """Restored weights per module and layer: "self_attn.q_proj" -> count in each layer."""
     names = dict.fromkeys(linear.name for layer in layers for linear in layer.linears)
     counts = {

@@ -32,7 +32,7 @@ from torch import Tensor
 from regraft.data.collate import Batch, response_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
-from regraft.models.anatomy import HEAD_ROLES, LinearAnatomy
+from regraft.models.architecture import HEAD_ROLES, LinearArchitecture
 from regraft.pruning.inputs import Accumulator, InputSums, Statistics
 from regraft.pruning.masks import Pattern, Patterns, Scope, assign_patterns, parse_override
 from regraft.pruning.results import PrunedWeight
@@ -97,7 +97,7 @@ class PruneSettings(Settings):
             return Pattern.parse_n_m(self.n_m)
         return Pattern(self.sparsity, self.scope)
 
-    def patterns(self, linears: Iterable[LinearAnatomy]) -> Patterns:
+    def patterns(self, linears: Iterable[LinearArchitecture]) -> Patterns:
         """The pattern of each weight that is to be pruned.
 
         Raises:
@@ -179,8 +179,8 @@ class Pruner(ABC):
         """
 
     def statistics(
-        self, linears: Iterable[LinearAnatomy], found: Statistics, note: Note = lambda _: None
-    ) -> Iterator[tuple[LinearAnatomy, Tensor]]:
+        self, linears: Iterable[LinearArchitecture], found: Statistics, note: Note = lambda _: None
+    ) -> Iterator[tuple[LinearArchitecture, Tensor]]:
         """What `score` takes of each linear, from what was accumulated.
 
         Args:
@@ -196,12 +196,12 @@ class Pruner(ABC):
 
     def prune(
         self,
-        weights: Mapping[LinearAnatomy, Tensor],
+        weights: Mapping[LinearArchitecture, Tensor],
         found: Statistics,
         patterns: Patterns,
         settings: Any,
         note: Note = lambda _: None,
-    ) -> Iterator[tuple[LinearAnatomy, PrunedWeight]]:
+    ) -> Iterator[tuple[LinearArchitecture, PrunedWeight]]:
         """Prune the linears of one layer: by default, mask the smallest scores.
 
         Args:
@@ -222,7 +222,7 @@ class Pruner(ABC):
         """Each encodes all calibration examples once; `settings` is an instance of `Settings`."""
         return (response_batch,)
 
-    def keeps(self, linear: LinearAnatomy) -> bool:
+    def keeps(self, linear: LinearArchitecture) -> bool:
         """Whether a statistics file holds this linear."""
         return self.every_linear or linear.role in HEAD_ROLES
 

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from regraft import ranks
+from regraft import distributed
 from regraft.data.collate import IGNORED
 from regraft.errors import RegraftError
 from regraft.files import disk_errors
-from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
+from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
 from regraft.models.replay import logits_of
-from regraft.models.walk import Walk
 from regraft.pruning.inputs import different_layers, overflow
 
 Progress = Callable[[int], None]
@@ -32,7 +32,7 @@ Loss = Callable[[PlacedModel, Tensor, Tensor, str], Tensor]
 """(model, normed final states `[S, d]`, labels `[S]`, id of the example) -> a scalar, float32."""
 Product = Callable[[Tensor, Tensor], Tensor]
 """(dL/dY `[B, T, out]`, X `[B, T, in]`) of B samples -> what is added up, `[k * out, in]`."""
-_Take = Callable[[LinearAnatomy, Tensor, Tensor], None]
+_Take = Callable[[LinearArchitecture, Tensor, Tensor], None]
 """(linear, dL/dY, X), of one batch."""
 
 
@@ -78,20 +78,20 @@ def require_gradients(dtype: torch.dtype) -> None:
 
 
 def layer_gradients(
-    walk: Walk,
-    anatomy: Anatomy,
+    walk: LayerwisePass,
+    architecture: Architecture,
     scratch: Path,
-    wanted: Callable[[LinearAnatomy], bool],
+    wanted: Callable[[LinearArchitecture], bool],
     progress: Progress,
     *,
     add: Product = signed,
     loss: Loss = mean_cross_entropy,
-) -> Iterator[tuple[LayerAnatomy, dict[str, Tensor]]]:
+) -> Iterator[tuple[LayerArchitecture, dict[str, Tensor]]]:
     """Mean over samples of `add`, from the last layer to the first.
 
     Args:
         walk: The labelled samples, before the first layer.
-        anatomy: Of the model.
+        architecture: Of the model.
         scratch: A folder for layer inputs (samples x tokens x layers x hidden size); emptied as
             the backward pass goes.
         wanted: Which linears to take the gradient of.
@@ -101,51 +101,51 @@ def layer_gradients(
         loss: Of one sample.
 
     Yields:
-        The layer, and `LinearAnatomy.key` -> what `add` makes, float32 on the device. A linear that
-        no sample used is missing.
+        The layer, and `LinearArchitecture.key` -> what `add` makes, float32 on the device. A linear
+        that no sample used is missing.
 
     Raises:
         RegraftError: the dtype is float16, or gradients overflow.
     """
-    total = int(ranks.total(torch.tensor(sum(len(batch.ids) for batch in walk.batches))))
+    total = int(distributed.total(torch.tensor(sum(len(batch.ids) for batch in walk.batches))))
     sums: dict[str, Tensor] = {}
 
-    def take(linear: LinearAnatomy, dy: Tensor, x: Tensor) -> None:
+    def take(linear: LinearArchitecture, dy: Tensor, x: Tensor) -> None:
         part = add(dy, x)
         sums[linear.key] = sums[linear.key].add_(part) if linear.key in sums else part
 
-    for layer in _backward(walk, anatomy, scratch, wanted, take, progress, loss):
+    for layer in _backward(walk, architecture, scratch, wanted, take, progress, loss):
         found = dict(sums)
         sums.clear()
-        if not ranks.same(sorted(found)):
+        if not distributed.same(sorted(found)):
             raise different_layers()
         for linear in (linear for linear in layer.linears if linear.key in found):
-            ranks.total(found[linear.key]).div_(total)
+            distributed.total(found[linear.key]).div_(total)
             if not torch.isfinite(found[linear.key]).all():
                 raise overflow(linear)
         yield layer, found
 
 
 def _backward(
-    walk: Walk,
-    anatomy: Anatomy,
+    walk: LayerwisePass,
+    architecture: Architecture,
     scratch: Path,
-    wanted: Callable[[LinearAnatomy], bool],
+    wanted: Callable[[LinearArchitecture], bool],
     take: _Take,
     progress: Progress,
     loss: Loss,
-) -> Iterator[LayerAnatomy]:
+) -> Iterator[LayerArchitecture]:
     """All batches backward through one layer after the other, the last first; yields each."""
     require_gradients(walk.model.dtype)
     try:
         with disk_errors(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
-            _forward(walk, anatomy, scratch, progress)
+            _forward(walk, architecture, scratch, progress)
     except RegraftError:  # of no use to the next try, which may need the room
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     gradients = _loss_gradients(walk, loss)
-    for layer in reversed(anatomy.layers):
+    for layer in reversed(architecture.layers):
         modules = dict(walk.model.network.named_modules())
         linears = {li: modules[li.module] for li in layer.linears if wanted(li)}
         with walk.model.layer(layer.index):
@@ -162,16 +162,18 @@ def _backward(
         yield layer
 
 
-def _forward(walk: Walk, anatomy: Anatomy, scratch: Path, progress: Progress) -> None:
+def _forward(
+    walk: LayerwisePass, architecture: Architecture, scratch: Path, progress: Progress
+) -> None:
     """Take the batches to the end and leave every layer's inputs in `scratch`."""
-    for layer in anatomy.layers:
+    for layer in architecture.layers:
         for i, state in enumerate(walk.states):
             save_file({"hidden": state.contiguous()}, _path(scratch, layer.index, i))
         with walk.model.layer(layer.index):
             walk.advance(layer.index, progress)
 
 
-def _loss_gradients(walk: Walk, loss: Loss) -> list[Tensor]:
+def _loss_gradients(walk: LayerwisePass, loss: Loss) -> list[Tensor]:
     """dL/d(normed final state) `[B, S, d]` of each batch, L the sum of its samples' losses.
 
     The walk's states go on the way: they are as large as the gradients.
@@ -193,10 +195,14 @@ def _loss_gradients(walk: Walk, loss: Loss) -> list[Tensor]:
 
 
 @contextmanager
-def _capture(linears: Mapping[LinearAnatomy, nn.Module], rows: int, take: _Take) -> Iterator[None]:
+def _capture(
+    linears: Mapping[LinearArchitecture, nn.Module], rows: int, take: _Take
+) -> Iterator[None]:
     """Have `take` see what each linear read and its output's gradient, when that comes by."""
 
-    def watch(linear: LinearAnatomy) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def watch(
+        linear: LinearArchitecture,
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             inputs = args[0].detach().reshape(rows, -1, args[0].shape[-1])  # [B, T, in]
             if not output.requires_grad:  # Mllama's vision keys and values: no hidden state enters
@@ -231,4 +237,4 @@ def product(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _path(scratch: Path, layer: int, batch: int) -> Path:
-    return scratch / f"layer_{layer:03d}_batch_{batch:05d}_rank_{ranks.rank()}.safetensors"
+    return scratch / f"layer_{layer:03d}_batch_{batch:05d}_rank_{distributed.rank()}.safetensors"

@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from regraft import ranks
+from regraft import distributed
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
-from regraft.models.anatomy import LinearAnatomy
+from regraft.models.architecture import LinearArchitecture
 
 Reduce = Callable[[Tensor], Tensor]
 """`[tokens, in]` -> a float32 sum over tokens, such as `sum_of_squares` or `second_moments`."""
@@ -24,10 +24,10 @@ Observing = Callable[[Batch], AbstractContextManager[None]]
 class Statistics(Protocol):
     """What was accumulated for some linears."""
 
-    def ran(self, linear: LinearAnatomy) -> bool:
+    def ran(self, linear: LinearArchitecture) -> bool:
         """Whether anything was fed to a linear."""
 
-    def of(self, linear: LinearAnatomy) -> Tensor:
+    def of(self, linear: LinearArchitecture) -> Tensor:
         """The statistic of a linear.
 
         Raises:
@@ -37,15 +37,15 @@ class Statistics(Protocol):
 
 @dataclass(frozen=True)
 class Known:
-    """Statistics that are there already, by `LinearAnatomy.key`."""
+    """Statistics that are there already, by `LinearArchitecture.key`."""
 
     values: Mapping[str, Tensor]
 
-    def ran(self, linear: LinearAnatomy) -> bool:
+    def ran(self, linear: LinearArchitecture) -> bool:
         """Whether a linear has a statistic."""
         return linear.key in self.values
 
-    def of(self, linear: LinearAnatomy) -> Tensor:
+    def of(self, linear: LinearArchitecture) -> Tensor:
         """The statistic of a linear.
 
         Raises:
@@ -59,7 +59,7 @@ class Known:
 class Accumulator(Statistics, Protocol):
     """Statistics while they are accumulated, for the linears of one layer."""
 
-    def observing(self, linears: Mapping[LinearAnatomy, nn.Module]) -> Observing:
+    def observing(self, linears: Mapping[LinearArchitecture, nn.Module]) -> Observing:
         """Contexts in which forward passes of a batch are added, of these linears."""
 
     def gather(self) -> None:
@@ -70,8 +70,8 @@ class Accumulator(Statistics, Protocol):
 class InputSums:
     """Sums over batches, one for each distinct input: q, k and v read the same one.
 
-    `sums` and `tokens` are under the `LinearAnatomy.key` of the first linear that reads an input;
-    `source` names that key for every linear that ran.
+    `sums` and `tokens` are under the `LinearArchitecture.key` of the first linear that reads an
+    input; `source` names that key for every linear that ran.
     """
 
     reduce: Reduce
@@ -79,7 +79,7 @@ class InputSums:
     tokens: dict[str, int] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
 
-    def add(self, linear: LinearAnatomy, inputs: Tensor) -> None:
+    def add(self, linear: LinearArchitecture, inputs: Tensor) -> None:
         """Add the inputs `[tokens, in]` of one batch."""
         key = linear.key
         self.source[key] = key
@@ -87,11 +87,11 @@ class InputSums:
         self.sums[key] = self.sums[key].add_(total) if key in self.sums else total
         self.tokens[key] = self.tokens.get(key, 0) + len(inputs)
 
-    def ran(self, linear: LinearAnatomy) -> bool:
+    def ran(self, linear: LinearArchitecture) -> bool:
         """Whether anything was fed to a linear."""
         return linear.key in self.source
 
-    def of(self, linear: LinearAnatomy) -> Tensor:
+    def of(self, linear: LinearArchitecture) -> Tensor:
         """The sum for a linear.
 
         Raises:
@@ -111,13 +111,15 @@ class InputSums:
         Raises:
             RegraftError: some ran other linears (Mllama's prompts with and without image).
         """
-        if not ranks.same(sorted(self.source.items())):
+        if not distributed.same(sorted(self.source.items())):
             raise different_layers()
         for key, total in sorted(self.sums.items()):
-            ranks.total(total)
-            self.tokens[key] = int(ranks.total(torch.tensor(self.tokens[key], device=total.device)))
+            distributed.total(total)
+            self.tokens[key] = int(
+                distributed.total(torch.tensor(self.tokens[key], device=total.device))
+            )
 
-    def observing(self, linears: Mapping[LinearAnatomy, nn.Module]) -> Observing:
+    def observing(self, linears: Mapping[LinearArchitecture, nn.Module]) -> Observing:
         """Make contexts in which forward passes of a batch are added.
 
         Inputs `[B, S, in]` count at response tokens only. The vision tokens that Mllama's
@@ -132,7 +134,9 @@ class InputSums:
             response, tiles = batch.response, _attended_tiles(batch)
             last: tuple[Tensor, str] | None = None
 
-            def watch(linear: LinearAnatomy) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def watch(
+                linear: LinearArchitecture,
+            ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
                 def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
                     nonlocal last
                     if last is not None and args[0] is last[0]:
@@ -154,7 +158,7 @@ class InputSums:
         return around
 
 
-def unused(linear: LinearAnatomy) -> RegraftError:
+def unused(linear: LinearArchitecture) -> RegraftError:
     """The error for a linear that no sample came through."""
     return RegraftError(
         f"{linear.key} was never used by the calibration data (text-only prompts skip "
@@ -170,7 +174,7 @@ def different_layers() -> RegraftError:
     )
 
 
-def overflow(linear: LinearAnatomy) -> RegraftError:
+def overflow(linear: LinearArchitecture) -> RegraftError:
     """The error for inputs or gradients that are not finite."""
     return RegraftError(
         f"The inputs or gradients of {linear.key} overflow in this dtype. "

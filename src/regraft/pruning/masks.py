@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import RegraftError
-from regraft.models.anatomy import LinearAnatomy
+from regraft.models.architecture import LinearArchitecture
 
 Scope = Literal["row", "matrix"]
 _CHUNK = 2**22
@@ -69,7 +69,7 @@ class Pattern:
         return smallest(score, count_of(self.sparsity, n), self.scope)
 
 
-Patterns = Mapping[LinearAnatomy, Pattern]
+Patterns = Mapping[LinearArchitecture, Pattern]
 
 
 def parse_override(text: str, scope: Scope) -> tuple[str, Pattern]:
@@ -90,7 +90,7 @@ def parse_override(text: str, scope: Scope) -> tuple[str, Pattern]:
 
 
 def assign_patterns(
-    linears: Iterable[LinearAnatomy],
+    linears: Iterable[LinearArchitecture],
     default: Pattern,
     overrides: Sequence[tuple[str, Pattern]] = (),
     ignored: Sequence[str] = (),
@@ -100,7 +100,7 @@ def assign_patterns(
     Args:
         linears: All prunable weights.
         default: For those that no override names.
-        overrides: (glob over `LinearAnatomy.key`, pattern); the last that fits counts.
+        overrides: (glob over `LinearArchitecture.key`, pattern); the last that fits counts.
         ignored: Globs of weights that stay dense.
 
     Raises:

@@ -15,12 +15,12 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from regraft import ranks
-from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
+from regraft import distributed
+from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.checkpoint import Checkpoint
 from regraft.models.checkpoint_copy import Edit
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
-from regraft.models.walk import Walk
 from regraft.pruning.base import (
     NO_STATISTIC,
     PRUNERS,
@@ -34,13 +34,13 @@ from regraft.pruning.inputs import Known
 from regraft.pruning.masks import Patterns
 from regraft.pruning.results import LayerResults, PrunedWeight
 
-Pruned = Iterable[tuple[LinearAnatomy, PrunedWeight]]
+Pruned = Iterable[tuple[LinearArchitecture, PrunedWeight]]
 
 
 def prune_layers(
     settings: PruneSettings,
     dense: Source,
-    walk: Walk,
+    walk: LayerwisePass,
     patterns: Patterns,
     results: LayerResults,
     *,
@@ -68,12 +68,12 @@ def prune_layers(
     """
     pruner = PRUNERS.get(settings.method)
     if isinstance(pruner, GradientPruner):
-        if any(results.load(layer) is None for layer in dense.anatomy.layers):
+        if any(results.load(layer) is None for layer in dense.architecture.layers):
             _prune_by_gradients(pruner, settings, dense, walk, patterns, results, progress)
         return
     assert isinstance(pruner, InputPruner), f"{pruner.name} reads no data"
     modules = dict(walk.model.network.named_modules())
-    for layer in dense.anatomy.layers:
+    for layer in dense.architecture.layers:
         linears = {li: modules[li.module] for li in layer.linears if li in patterns}
         with walk.model.layer(layer.index):
             pruned = results.load(layer)
@@ -101,7 +101,7 @@ def _prune_by_gradients(
     pruner: GradientPruner,
     settings: PruneSettings,
     dense: Source,
-    walk: Walk,
+    walk: LayerwisePass,
     patterns: Patterns,
     results: LayerResults,
     progress: Progress,
@@ -109,7 +109,7 @@ def _prune_by_gradients(
     modules = dict(walk.model.network.named_modules())
     backward = layer_gradients(
         walk,
-        dense.anatomy,
+        dense.architecture,
         results.folder / "states",
         patterns.__contains__,
         progress,
@@ -133,7 +133,7 @@ def edits_without_data(settings: PruneSettings, patterns: Patterns) -> dict[str,
     """For `write_edited`, of a pruner that reads no data: prune tensor by tensor, with no model."""
     pruner = PRUNERS.get(settings.method)
 
-    def prune(linear: LinearAnatomy) -> Edit:
+    def prune(linear: LinearArchitecture) -> Edit:
         def edit(weight: Tensor) -> Tensor:
             found = pruner.prune(
                 {linear: weight}, Known({linear.key: NO_STATISTIC}), patterns, settings
@@ -146,13 +146,13 @@ def edits_without_data(settings: PruneSettings, patterns: Patterns) -> dict[str,
     return {linear.tensor: prune(linear) for linear in patterns}
 
 
-def zeros(checkpoint: Checkpoint, anatomy: Anatomy) -> int:
+def zeros(checkpoint: Checkpoint, architecture: Architecture) -> int:
     """Number of prunable weights that are zero on disk; one tensor in memory at a time."""
-    weights = (checkpoint.read(linear.tensor) for linear in anatomy.linears)
+    weights = (checkpoint.read(linear.tensor) for linear in architecture.linears)
     return sum(int((weight == 0).count_nonzero()) for weight in weights)
 
 
-def _advance(walk: Walk, layer: LayerAnatomy, progress: Progress) -> None:
+def _advance(walk: LayerwisePass, layer: LayerArchitecture, progress: Progress) -> None:
     if layer.index + 1 == walk.layers:  # nobody reads the last layer's outputs
         progress(_samples(walk))
         return
@@ -160,20 +160,20 @@ def _advance(walk: Walk, layer: LayerAnatomy, progress: Progress) -> None:
 
 
 def _save(
-    results: LayerResults, layer: LayerAnatomy, found: Pruned, checkpoint: Checkpoint
+    results: LayerResults, layer: LayerArchitecture, found: Pruned, checkpoint: Checkpoint
 ) -> dict[str, PrunedWeight]:
     """Write a layer's results, updated weights in the dtype that they have on disk."""
     pruned = {
         linear.key: one.rounded(checkpoint.record(linear.tensor).torch_dtype)
         for linear, one in found
     }
-    if ranks.first():
+    if distributed.first():
         results.save(layer, pruned)
-    ranks.barrier()
+    distributed.barrier()
     return pruned
 
 
-def _samples(walk: Walk) -> int:
+def _samples(walk: LayerwisePass) -> int:
     return sum(len(batch.ids) for batch in walk.batches)
 
 

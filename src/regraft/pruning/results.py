@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from regraft.files import atomic_file
-from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
+from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.checkpoint_copy import Edit
 
 
@@ -45,12 +45,12 @@ class LayerResults:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(self, layer: LayerAnatomy, results: Mapping[str, PrunedWeight]) -> None:
-        """Write a layer's results, by `LinearAnatomy.key`."""
+    def save(self, layer: LayerArchitecture, results: Mapping[str, PrunedWeight]) -> None:
+        """Write a layer's results, by `LinearArchitecture.key`."""
         with atomic_file(self._path(layer)) as temporary:
             save_file({key: _packed(result) for key, result in results.items()}, temporary)
 
-    def load(self, layer: LayerAnatomy) -> dict[str, PrunedWeight] | None:
+    def load(self, layer: LayerArchitecture) -> dict[str, PrunedWeight] | None:
         """Read a layer's results, None where they were not written yet."""
         if not self._path(layer).exists():
             return None
@@ -58,10 +58,10 @@ class LayerResults:
         linears = {linear.key: linear for linear in layer.linears}
         return {key: _unpacked(value, linears[key]) for key, value in stored.items()}
 
-    def edits(self, anatomy: Anatomy) -> dict[str, Edit]:
+    def edits(self, architecture: Architecture) -> dict[str, Edit]:
         """For `write_edited`: put the results into every weight, layer files read late."""
 
-        def put(layer: LayerAnatomy, linear: LinearAnatomy) -> Edit:
+        def put(layer: LayerArchitecture, linear: LinearArchitecture) -> Edit:
             def edit(weight: Tensor) -> Tensor:
                 with safe_open(self._path(layer), "pt") as stored:
                     if linear.key not in stored.keys():  # noqa: SIM118 - no mapping
@@ -70,9 +70,9 @@ class LayerResults:
 
             return edit
 
-        return {li.tensor: put(layer, li) for layer in anatomy.layers for li in layer.linears}
+        return {li.tensor: put(layer, li) for layer in architecture.layers for li in layer.linears}
 
-    def _path(self, layer: LayerAnatomy) -> Path:
+    def _path(self, layer: LayerArchitecture) -> Path:
         return self.folder / f"layer_{layer.index:03d}.safetensors"
 
 
@@ -92,7 +92,7 @@ def _pack(mask: Tensor) -> Tensor:
     return (bits * places).sum(dim=1, dtype=torch.uint8)
 
 
-def _unpacked(stored: Tensor, linear: LinearAnatomy) -> PrunedWeight:
+def _unpacked(stored: Tensor, linear: LinearArchitecture) -> PrunedWeight:
     if stored.dtype != torch.uint8:
         return PrunedWeight(weight=stored)
     rows, columns = linear.shape

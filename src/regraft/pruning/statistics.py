@@ -15,12 +15,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from regraft import ranks
+from regraft import distributed
 from regraft.artifact import read_artifact, write_artifact
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
-from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
-from regraft.models.walk import Walk
+from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
+from regraft.models.layerwise import LayerwisePass
 from regraft.pruning.base import (
     NO_STATISTIC,
     PRUNERS,
@@ -37,7 +37,7 @@ FORMAT = "regraft-statistics-2"
 
 @dataclass(frozen=True)
 class ImportanceStatistics:
-    """One statistic a weight matrix, `LinearAnatomy.key` -> float32 on CPU, of one pruner.
+    """One statistic a weight matrix, `LinearArchitecture.key` -> float32 on CPU, of one pruner.
 
     Attributes:
         method: The pruner's name.
@@ -49,7 +49,7 @@ class ImportanceStatistics:
     values: Mapping[str, Tensor]
     samples: int
 
-    def of(self, linear: LinearAnatomy) -> Tensor:
+    def of(self, linear: LinearArchitecture) -> Tensor:
         """The statistic of one weight; empty where the pruner reads no data.
 
         Raises:
@@ -71,7 +71,7 @@ class ImportanceStatistics:
             )
         return value
 
-    def scorer(self, linear: LinearAnatomy, weight: Tensor) -> Callable[[slice], Tensor]:
+    def scorer(self, linear: LinearArchitecture, weight: Tensor) -> Callable[[slice], Tensor]:
         """A function from rows of a weight `[out, in]` to their importance `[rows, in]`."""
         value, pruner = self.of(linear), PRUNERS.get(self.method)
 
@@ -83,8 +83,8 @@ class ImportanceStatistics:
 
 
 def gather(
-    walk: Walk,
-    anatomy: Anatomy,
+    walk: LayerwisePass,
+    architecture: Architecture,
     pruner: Pruner,
     scratch: Path,
     progress: Progress,
@@ -97,7 +97,7 @@ def gather(
 
     Args:
         walk: The labelled samples, before the first layer.
-        anatomy: Of the model.
+        architecture: Of the model.
         pruner: Whose statistic.
         scratch: A folder for unfinished work.
         progress: Called with the number of samples each time a layer has seen a batch (twice a
@@ -105,41 +105,41 @@ def gather(
         note: Called with what the pruner has to say.
 
     Returns:
-        `LinearAnatomy.key` -> float32 on CPU (pages of the files in `scratch`).
+        `LinearArchitecture.key` -> float32 on CPU (pages of the files in `scratch`).
     """
     scratch.mkdir(parents=True, exist_ok=True)
 
-    def part(layer: LayerAnatomy) -> Path:
+    def part(layer: LayerArchitecture) -> Path:
         return scratch / f"statistics_{layer.index:03d}.safetensors"
 
-    layers = anatomy.layers if pruner.reads_data else ()
+    layers = architecture.layers if pruner.reads_data else ()
     if not all(part(layer).exists() for layer in layers):
-        for layer, values in _by_layer(walk, anatomy, pruner, scratch, progress, note):
-            if ranks.first():
+        for layer, values in _by_layer(walk, architecture, pruner, scratch, progress, note):
+            if distributed.first():
                 with atomic_file(part(layer)) as temporary:
                     save_file({key: value.cpu() for key, value in values.items()}, temporary)
-        ranks.barrier()
+        distributed.barrier()
     return {key: value for layer in layers for key, value in load_file(part(layer)).items()}
 
 
 def _by_layer(
-    walk: Walk,
-    anatomy: Anatomy,
+    walk: LayerwisePass,
+    architecture: Architecture,
     pruner: Pruner,
     scratch: Path,
     progress: Progress,
     note: Note,
-) -> Iterator[tuple[LayerAnatomy, dict[str, Tensor]]]:
+) -> Iterator[tuple[LayerArchitecture, dict[str, Tensor]]]:
     if isinstance(pruner, GradientPruner):
         backward = layer_gradients(
-            walk, anatomy, scratch / "states", pruner.keeps, progress, add=pruner.accumulate
+            walk, architecture, scratch / "states", pruner.keeps, progress, add=pruner.accumulate
         )
         for layer, values in backward:
             yield layer, _made(pruner, layer.linears, Known(values), note)
         return
     assert isinstance(pruner, InputPruner)
     modules = dict(walk.model.network.named_modules())
-    for layer in anatomy.layers:
+    for layer in architecture.layers:
         linears = {li: modules[li.module] for li in layer.linears if pruner.keeps(li)}
         sums = pruner.accumulator()
         with walk.model.layer(layer.index):
@@ -151,7 +151,7 @@ def _by_layer(
 
 
 def _made(
-    pruner: Pruner, linears: Iterable[LinearAnatomy], found: Statistics, note: Note
+    pruner: Pruner, linears: Iterable[LinearArchitecture], found: Statistics, note: Note
 ) -> dict[str, Tensor]:
     ran = [linear for linear in linears if found.ran(linear)]
     return {linear.key: one for linear, one in pruner.statistics(ran, found, note)}

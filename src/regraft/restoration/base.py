@@ -196,7 +196,7 @@ class Context:
             score: Of the weights of a matrix.
             heads: (layer, head) restored in, to be told of the ranking.
         """
-        layers = len(self.dense.anatomy.layers)
+        layers = len(self.dense.architecture.layers)
         with self.watch.task("Ranking weights", layers, "layers") as done:
             found = rank(
                 self.dense,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regraft.artifact import read_artifact, write_artifact
 from regraft.errors import RegraftError
-from regraft.models.anatomy import LinearAnatomy
+from regraft.models.architecture import LinearArchitecture
 from regraft.models.load import Source
 from regraft.patch.format import Patch, TensorPatch
 from regraft.patch.pair import restorable
@@ -31,7 +31,7 @@ class Ranking:
     """Weights in the order in which they are restored, k of them.
 
     Attributes:
-        linear: Which of `Anatomy.linears`, `[k]` int64.
+        linear: Which of `Architecture.linears`, `[k]` int64.
         position: Flat position in that weight, `[k]` int64.
         removed: Flat position of the kept weight of the same matrix that is pruned in exchange,
             `[k]` int64; -1 where none is.
@@ -149,7 +149,7 @@ class Best:
         self._kept, self._new = found.at(by_place[by_score[: self.count]]), []
 
 
-WeightScore = Callable[[int, LinearAnatomy, Tensor, Tensor], Tensor | None]
+WeightScore = Callable[[int, LinearArchitecture, Tensor, Tensor], Tensor | None]
 """(index, linear, dense weight, where a value can be restored) -> `[out, in]` floats, or None."""
 
 
@@ -174,7 +174,9 @@ def rank(
     """
     best = Best(count)
     index = 0
-    for layer, pruned_layer in zip(dense.anatomy.layers, pruned.anatomy.layers, strict=True):
+    for layer, pruned_layer in zip(
+        dense.architecture.layers, pruned.architecture.layers, strict=True
+    ):
         for linear, other in zip(layer.linears, pruned_layer.linears, strict=True):
             weight = dense.checkpoint.read(linear.tensor).to(device or "cpu")
             after = pruned.checkpoint.read(other.tensor).to(weight.device)
@@ -196,7 +198,7 @@ def patch_of(
     Raises:
         RegraftError: a new value does not fit into the pruned checkpoint's dtype.
     """
-    pairs = list(zip(dense.anatomy.linears, pruned.anatomy.linears, strict=True))
+    pairs = list(zip(dense.architecture.linears, pruned.architecture.linears, strict=True))
     tensors = {}
     for index, rows in by_linear(ranking):
         linear, other = pairs[index]
@@ -227,7 +229,7 @@ def by_linear(ranking: Ranking) -> Iterator[tuple[int, Tensor]]:
 
 
 def put(ranking: Ranking, weights: Sequence[Tensor], dense: Source) -> None:
-    """Put a ranking into weights in memory, in the order of `Anatomy.linears`; in place."""
+    """Put a ranking into weights in memory, in the order of `Architecture.linears`; in place."""
     Edits(ranking, weights, dense).put(len(ranking))
 
 
@@ -239,10 +241,10 @@ class Edits:
 
         Args:
             ranking: What may be restored.
-            weights: In the order of `Anatomy.linears`, as they are without it.
+            weights: In the order of `Architecture.linears`, as they are without it.
             dense: The dense checkpoint, of which each matrix is read once.
         """
-        linears = list(dense.anatomy.linears)
+        linears = list(dense.architecture.linears)
         self._edits = [
             _Edit.of(ranking, rows, weights[index], dense.checkpoint.read(linears[index].tensor))
             for index, rows in by_linear(ranking)

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from regraft.errors import RegraftError
-from regraft.models.anatomy import Anatomy, Block, LayerAnatomy, LinearAnatomy, head_block
+from regraft.models.architecture import (
+    Architecture,
+    Block,
+    LayerArchitecture,
+    LinearArchitecture,
+    head_block,
+)
 from regraft.pruning.masks import count_of, smallest
 
 RankingScope = Literal["row", "matrix", "head"]
@@ -205,30 +211,32 @@ def everything(free: Tensor, blocks: Sequence[Block]) -> Tensor:
     return torch.full(free.shape, -torch.inf, device=free.device).masked_fill_(chosen, 1.0)
 
 
-def blocks_of(layer: LayerAnatomy, linear: LinearAnatomy, heads: Sequence[int]) -> list[Block]:
+def blocks_of(
+    layer: LayerArchitecture, linear: LinearArchitecture, heads: Sequence[int]
+) -> list[Block]:
     """Regions of `heads` in one weight; query heads that share a key/value head give it once."""
     found = (head_block(layer, linear, head) for head in sorted(heads))
     return list(dict.fromkeys(block for block in found if block is not None))
 
 
-def whole(linear: LinearAnatomy) -> Block:
+def whole(linear: LinearArchitecture) -> Block:
     """The region that is all of a weight."""
     rows, columns = linear.shape
     return Block(0, rows, 0, columns)
 
 
-def all_heads(anatomy: Anatomy) -> list[Head]:
+def all_heads(architecture: Architecture) -> list[Head]:
     """Every (layer, head)."""
-    return [(layer.index, head) for layer in anatomy.layers for head in range(layer.heads)]
+    return [(layer.index, head) for layer in architecture.layers for head in range(layer.heads)]
 
 
-def random_heads(anatomy: Anatomy, count: int, seed: int) -> list[Head]:
+def random_heads(architecture: Architecture, count: int, seed: int) -> list[Head]:
     """A control: `count` heads drawn without replacement.
 
     Raises:
         RegraftError: the model has fewer heads.
     """
-    heads = all_heads(anatomy)
+    heads = all_heads(architecture)
     if not 0 < count <= len(heads):
         raise RegraftError(f"top_heads is {count}; the model has 1 to {len(heads)} heads.")
     return sorted(random.Random(seed).sample(heads, count))

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from regraft import ranks
+from regraft import distributed
 from regraft.files import atomic_file
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
 from regraft.models.replay import logits_of
-from regraft.models.walk import Walk
 from regraft.pruning.gradients import Loss, Progress, predicting
 from regraft.watch import Watch
 
@@ -47,7 +47,7 @@ class DecisionLoss:
         return (cost.new_tensor(TOKEN_WEIGHTS[: len(positions)]) * cost).sum()
 
 
-def final_states(walk: Walk, progress: Progress = lambda _: None) -> dict[str, Tensor]:
+def final_states(walk: LayerwisePass, progress: Progress = lambda _: None) -> dict[str, Tensor]:
     """Normed final states that predict response tokens, by example id, `[N, d]` on CPU.
 
     They hold the whole teacher distribution (see `DecisionLoss`): the head that turns them into
@@ -63,14 +63,14 @@ def final_states(walk: Walk, progress: Progress = lambda _: None) -> dict[str, T
 
 
 def response_losses(
-    walk: Walk, loss: Loss, progress: Progress = lambda _: None
+    walk: LayerwisePass, loss: Loss, progress: Progress = lambda _: None
 ) -> dict[str, float]:
     """The loss of every example's response, by example id."""
     return losses_together([(walk, loss)], progress)[0]
 
 
 def losses_together(
-    sides: Sequence[tuple[Walk, Loss]], progress: Progress = lambda _: None
+    sides: Sequence[tuple[LayerwisePass, Loss]], progress: Progress = lambda _: None
 ) -> list[dict[str, float]]:
     """`response_losses` of several walks through one model, which is streamed once for all."""
     walks = [walk for walk, _ in sides]
@@ -79,7 +79,7 @@ def losses_together(
         return [_losses_at_the_end(walk, loss) for walk, loss in sides]
 
 
-def _losses_at_the_end(walk: Walk, loss: Loss) -> dict[str, float]:
+def _losses_at_the_end(walk: LayerwisePass, loss: Loss) -> dict[str, float]:
     losses = {}
     for batch, state in zip(walk.batches, walk.states, strict=True):
         assert batch.labels is not None, "a batch of prompts has no responses"
@@ -89,7 +89,7 @@ def _losses_at_the_end(walk: Walk, loss: Loss) -> dict[str, float]:
     return losses
 
 
-def _to_the_end(walks: Sequence[Walk], progress: Progress) -> None:
+def _to_the_end(walks: Sequence[LayerwisePass], progress: Progress) -> None:
     for walk in walks:
         walk.rewind()
     for index in range(walks[0].layers):
@@ -99,7 +99,7 @@ def _to_the_end(walks: Sequence[Walk], progress: Progress) -> None:
 
 
 def write_teacher(
-    walks: Mapping[str, Sequence[Walk]], paths: Mapping[str, Path], watch: Watch
+    walks: Mapping[str, Sequence[LayerwisePass]], paths: Mapping[str, Path], watch: Watch
 ) -> None:
     """Write the teacher distribution of the dense model; see `final_states`.
 
@@ -117,8 +117,8 @@ def write_teacher(
             for walk in walks[kind]:
                 states |= final_states(walk, done)
                 walk.rewind()
-            states = ranks.merged(states)
-            if ranks.first():
+            states = distributed.merged(states)
+            if distributed.first():
                 with atomic_file(path) as temporary:
                     save_file(states, temporary)
-    ranks.barrier()
+    distributed.barrier()

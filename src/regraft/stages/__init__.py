@@ -7,7 +7,7 @@ under its key, and is taken up again after a kill.
 """
 
 from regraft.evaluation.tradeoff import read_curve
-from regraft.keys import ABOUT_FILE
+from regraft.provenance import ABOUT_FILE
 from regraft.stages.answering import calibration_data, imitation_data
 from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from regraft import ranks
+from regraft import distributed
 from regraft.checks import (
     draw_calibration,
     draw_prompts,
@@ -28,9 +28,9 @@ from regraft.evaluation.generate import generate
 from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import write_text
-from regraft.keys import describe, is_done, working
 from regraft.loading import load
 from regraft.models.load import Source
+from regraft.provenance import describe, is_done, working
 from regraft.restoration.teacher import TOKEN_WEIGHTS
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -189,7 +189,7 @@ def _written(dense: _Loaded, prompts: Reading, out: Path, wanted: _Wanted) -> tu
             answers = _answer(dense, wanted, prompts, work)
             if not any(one.kept for one in answers):
                 raise wanted.nothing
-            if ranks.first():
+            if distributed.first():
                 _write(out, about, answers)
     return _read(out)[1]
 
@@ -199,7 +199,7 @@ def _answer(dense: _Loaded, wanted: _Wanted, prompts: Reading, work: Path) -> li
     (model, processor), compute = dense.parts, dense.compute
     kept = 0
     answers: list[Response] = []
-    size = compute.batch_size * ranks.world()
+    size = compute.batch_size * distributed.world()
     most = min(wanted.kept, len(prompts.examples))
     with dense.watch.task("Writing responses", most, "answers") as done:
         for i, chunk in enumerate(batches(prompts.examples, size)):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regraft import ranks
+from regraft import distributed
 from regraft.checks import (
     check_direction_layer,
     draw_calibration,
@@ -33,9 +33,9 @@ from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.evaluation.metrics import wilson
 from regraft.evaluation.summary import judge_answer
-from regraft.keys import describe, is_done, working
 from regraft.loading import collate, load
 from regraft.models.load import Source
+from regraft.provenance import describe, is_done, working
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
@@ -75,10 +75,10 @@ def defend(
     inputs = {"model": pruned.checkpoint.fingerprint}
     if settings.method != "refusal-direction":
         about = describe("defend", inputs, settings)
-        if not is_done(out, out, about, lambda: load_defence(out).about) and ranks.first():
+        if not is_done(out, out, about, lambda: load_defence(out).about) and distributed.first():
             before = settings.method == "safety-prompt"
             save_defence(out, ShieldPrompt(settings.prompt, about, before))
-        ranks.barrier()
+        distributed.barrier()
         return load_defence(out)
     check_direction_layer(pruned, settings)
     data = {
@@ -102,7 +102,7 @@ def defend(
                     f"{out.name}: no layer and strength lowers ASR at so little over-refusal; "
                     "nothing is added."
                 )
-            if ranks.first():
+            if distributed.first():
                 save_defence(out, made)
     return load_defence(out)
 
@@ -116,15 +116,15 @@ def _differences(
     watch: Watch,
 ) -> Tensor:
     """Of every layer, `[layers, d]` float32; NaN for one that did not run on every prompt."""
-    anatomy = source.anatomy
+    architecture = source.architecture
     sets = [
         collate(processor, prompt_batch, data[role].examples, compute)
         for role in ("safety", "utility")
     ]
-    own = sum(len(batch.ids) for batches in sets for batch in ranks.share(batches))
+    own = sum(len(batch.ids) for batches in sets for batch in distributed.share(batches))
     with watch.task("Taking means of hidden states", own, "prompts") as done:
         harmful, harmless = (
-            mean_states(model, batches, len(anatomy.layers), anatomy.hidden_size, done)
+            mean_states(model, batches, len(architecture.layers), architecture.hidden_size, done)
             for batches in sets
         )
     return (harmful - harmless).float()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft import costs, ranks
+from regraft import costs, distributed
 from regraft.checks import told, warn_of_bundled
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
@@ -38,7 +38,6 @@ from regraft.evaluation.results import (
 from regraft.evaluation.summary import is_compared, judge_answer, summarise
 from regraft.evaluation.vllm import Engine, vllm_version
 from regraft.files import atomic_folder, file_digest, read_json, write_json
-from regraft.keys import describe, is_done, working
 from regraft.loading import patch_in_memory
 from regraft.models.load import Source, has_processor, load_processor, stored_dtype
 from regraft.patch.apply import (
@@ -46,6 +45,7 @@ from regraft.patch.apply import (
     zeros_filled,
 )
 from regraft.patch.format import Patch
+from regraft.provenance import describe, is_done, working
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages.session import Session
@@ -106,7 +106,7 @@ def evaluate(
         if text is not None:
             raise RegraftError("Text is measured by the transformers backend only, not by vLLM.")
     if defence is not None and defence_file is not None:
-        check_fits(defence, model.anatomy, defence_file)
+        check_fits(defence, model.architecture, defence_file)
         inputs["defence"] = file_digest(defence_file)
     about = describe("evaluate", inputs, settings, compute, {"suite": reading})
     if text is not None:
@@ -131,7 +131,7 @@ def evaluate(
                 answerer = session.answerer(
                     model, processor, prompts, content, settings, compute, processor_from
                 )
-                context = patched(network, model.anatomy, patch) if patch else nullcontext()
+                context = patched(network, model.architecture, patch) if patch else nullcontext()
                 answering = watch.task(f"Answering {name}", len(examples), "prompts")
                 with context, acting(defence, network), answering as done:
                     nlls = _nlls(network, processor, prompts, settings, compute, work, watch)
@@ -162,9 +162,9 @@ def evaluate(
             sizes = {
                 "zeros": session.zeros(model)
                 - (zeros_filled(model.checkpoint, patch) if patch else 0),
-                "prunable": model.anatomy.prunable,
+                "prunable": model.architecture.prunable,
             }
-            if ranks.first():
+            if distributed.first():
                 with atomic_folder(out) as folder:
                     write_answers(folder / "answers.jsonl", answers)
                     if text is not None and on_text is not None:
@@ -187,7 +187,7 @@ def check_for_vllm(model: Source, compute: ComputeSettings) -> None:
             device, or the folder lacks the processor.
     """
     vllm_version()
-    if ranks.world() > 1:
+    if distributed.world() > 1:
         raise RegraftError(
             "vLLM shares accelerators by itself: start it without torchrun, with --tensor-parallel."
         )
@@ -239,7 +239,7 @@ def _by_vllm(
             dtype=stored_dtype(model) if compute.dtype == "auto" else compute.dtype,
             tensor_parallel=settings.tensor_parallel,
             max_length=settings.max_length,
-            sees=model.anatomy.has_vision,
+            sees=model.architecture.has_vision,
             trust_remote_code=compute.trust_remote_code,
         )
         done(1)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from regraft import ranks
+from regraft import distributed
 from regraft.checks import told
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
 from regraft.files import require_space, size_of
-from regraft.keys import describe, is_done, working
 from regraft.loading import check_shares, cut, hidden_state_bytes, load_for_walk
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
-from regraft.models.walk import Walk
+from regraft.provenance import describe, is_done, working
 from regraft.pruning.base import PRUNERS, GradientPruner, Pruner
 from regraft.pruning.statistics import (
     ImportanceStatistics,
@@ -60,7 +60,7 @@ def statistics(
         with working(out, about) as work:
             pruner = PRUNERS.get(settings.score)
             gathered = _gather(dense, work, pruner, readings, compute, watch)
-            if ranks.first():
+            if distributed.first():
                 save_statistics(out, gathered["safety"], gathered["utility"], about)
     loaded = load_statistics(out)
     return loaded.safety, loaded.utility
@@ -76,21 +76,22 @@ def _gather(
 ) -> dict[str, ImportanceStatistics]:
     model, processor = load_for_walk(dense, compute, watch)
     shares = {
-        kind: ranks.share(cut(reading.examples, compute)) for kind, reading in readings.items()
+        kind: distributed.share(cut(reading.examples, compute))
+        for kind, reading in readings.items()
     }
     by_gradients = isinstance(pruner, GradientPruner)
     passes = 2 if by_gradients else 1
     own = sum(len(chunk) for chunks in shares.values() for chunk in chunks)
-    total = passes * own * len(dense.anatomy.layers)
+    total = passes * own * len(dense.architecture.layers)
     with watch.task("Gathering statistics", total, "samples x layers") as done:
         found = {}
         for kind, chunks in shares.items():
             encoded = (response_batch(processor, chunk) for chunk in chunks)
-            walk = Walk(model, encoded, again=False)
+            walk = LayerwisePass(model, encoded, again=False)
             if by_gradients:  # both sets' gradients twice, in parts and in the file
-                kept = [li for li in dense.anatomy.linears if pruner.keeps(li)]
+                kept = [li for li in dense.architecture.linears if pruner.keeps(li)]
                 gradients = 4 * 4 * sum(li.shape[0] * li.shape[1] for li in kept)
                 require_space(work, gradients + hidden_state_bytes(dense, walk) - size_of(work))
-            values = gather(walk, dense.anatomy, pruner, work / kind, done, watch.note)
+            values = gather(walk, dense.architecture, pruner, work / kind, done, watch.note)
             found[kind] = ImportanceStatistics(pruner.name, values, len(readings[kind].examples))
         return found

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from regraft import ranks
+from regraft import distributed
 from regraft.data.collate import batches
 from regraft.errors import RegraftError
 from regraft.evaluation.guard import Guard
@@ -27,7 +27,7 @@ from regraft.evaluation.verdicts import (
     read_verdicts,
 )
 from regraft.files import digest, file_digest, read_json, slug, write_json
-from regraft.keys import describe, is_done, working
+from regraft.provenance import describe, is_done, working
 from regraft.settings.compute import ComputeSettings
 from regraft.stages.evaluating import read_evaluation
 from regraft.watch import Advance, Watch
@@ -139,7 +139,7 @@ def _judge_into(
     task = watch.task(f"Judging by {judge.name}", len(exchanges), "answers")
     with working(out, about) as work, task as done:
         verdicts = _verdicts(judge, exchanges, work, done)
-        if ranks.first():
+        if distributed.first():
             write_json(out, {"about": about, **content(judge.name, verdicts)})
 
 
@@ -204,7 +204,7 @@ def agreement(folder: Path, files: Sequence[Path], out: Path) -> tuple[Agreement
     said = [own_verdicts(result)]
     said += [(read_json(one)["result"]["judge"], read_verdicts(one, answers)) for one in files]
     found = agreements(answers, said)
-    if ranks.first():
+    if distributed.first():
         write_json(out, {"agreement": [asdict(one) for one in found]})
     return found
 
@@ -261,7 +261,7 @@ def judge_bench(
     Raises:
         RegraftError: bad input; a judge is a model and `out` is missing.
     """
-    if ranks.decided(lambda: out is not None and out.exists()):
+    if distributed.decided(lambda: out is not None and out.exists()):
         raise RegraftError(f"{out} exists. Choose another output or remove it.")
     read = _read_labelled(files, labels)
     models = [text for text in judges if not isinstance(find(text)[0], TextJudge)]
@@ -282,7 +282,7 @@ def judge_bench(
         places = [place[one.exchange] for one in rows]
         by_judge = [(name, [verdicts[i] for i in places]) for name, verdicts in said]
         found[file] = bench(rows, by_judge, labels.question)
-    if out is not None and ranks.first():
+    if out is not None and distributed.first():
         _write_bench(out, labels, found)
     return found
 

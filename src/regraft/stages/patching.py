@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regraft import ranks
+from regraft import distributed
 from regraft.errors import RegraftError
 from regraft.files import file_digest, read_json
-from regraft.keys import ABOUT_FILE, describe, holds, is_done, to_json, working
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.checkpoint_copy import check_target
 from regraft.patch.apply import Operation, Plan, make_plan, write_plan
 from regraft.patch.format import Patch, load_patch
+from regraft.provenance import ABOUT_FILE, describe, holds, is_done, to_json, working
 from regraft.watch import Silent, Watch
 
 _ROLE = {"apply": "pruned", "revert": "realigned"}
@@ -133,7 +133,7 @@ def _write_new(
     job = _Job.read(operation, open_checkpoint(folder), patch_files)
     about = job.about()
     done = is_done(out, out / ABOUT_FILE, about)
-    if not done and ranks.first():
+    if not done and distributed.first():
         check_target(job.checkpoint, out)
     plan = job.plan(watch)
     if done:
@@ -142,7 +142,7 @@ def _write_new(
     as_it_was = "nothing: the patches are already " + ("on" if operation == "apply" else "off")
     watch.note(f"Changes {f'{plan.weights:,} weights' if plan.weights else as_it_was}.")
     with working(out, about):
-        if ranks.first():
+        if distributed.first():
             with watch.task(f"Writing {out}", job.checkpoint.bytes, "bytes") as advance:
                 write_plan(plan, out, files={ABOUT_FILE: to_json(about)}, progress=advance)
     return out

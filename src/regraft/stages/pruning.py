@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from regraft import ranks
+from regraft import distributed
 from regraft.checks import (
     check_pattern,
     draw_calibration,
@@ -20,7 +20,6 @@ from regraft.checks import (
 from regraft.data.collate import Batch
 from regraft.data.example import Example, Reading
 from regraft.files import require_space
-from regraft.keys import ABOUT_FILE, describe, is_done, to_json, unfinished_bytes, working
 from regraft.loading import (
     check_shares,
     each_of_share,
@@ -29,8 +28,9 @@ from regraft.loading import (
 )
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.checkpoint_copy import check_target, write_edited
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
-from regraft.models.walk import Walk
+from regraft.provenance import ABOUT_FILE, describe, is_done, to_json, unfinished_bytes, working
 from regraft.pruning.base import PRUNERS, GradientPruner, PruneSettings
 from regraft.pruning.prune import edits_without_data, passes, prune_layers
 from regraft.pruning.results import LayerResults
@@ -62,21 +62,21 @@ def prune(
     """
     watch = watch or Silent()
     check_pattern(dense, settings)
-    if ranks.first() and not (out / ABOUT_FILE).exists():
+    if distributed.first() and not (out / ABOUT_FILE).exists():
         check_target(dense.checkpoint, out)
     data = _data(dense, settings, calibration, compute, responses or beside(out), watch)
     about = describe("prune", {"dense": dense.checkpoint.fingerprint}, settings, compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
-        patterns = settings.patterns(dense.anatomy.linears)
+        patterns = settings.patterns(dense.architecture.linears)
         _warn_of_pruned(dense, watch)
         with working(out, about) as work:
             if data:
                 results = LayerResults(work)
                 _calibrate(dense, out, settings, compute, data, results, watch)
-                edits = results.edits(dense.anatomy)
+                edits = results.edits(dense.architecture)
             else:
                 edits = edits_without_data(settings, patterns)
-            if ranks.first():
+            if distributed.first():
                 with watch.task(f"Writing {out}", dense.checkpoint.bytes, "bytes") as done:
                     write_edited(
                         dense.checkpoint,
@@ -85,7 +85,7 @@ def prune(
                         files={ABOUT_FILE: to_json(about), **_card(dense, settings)},
                         progress=done,
                     )
-    return Source(open_checkpoint(out), dense.anatomy, dense.trust_remote_code)
+    return Source(open_checkpoint(out), dense.architecture, dense.trust_remote_code)
 
 
 def _data(
@@ -122,7 +122,9 @@ def _batches(
 
 def _warn_of_pruned(dense: Source, watch: Watch) -> None:
     """Say where a model is pruned already, going by its first layer."""
-    weights = [dense.checkpoint.read(linear.tensor) for linear in dense.anatomy.layers[0].linears]
+    weights = [
+        dense.checkpoint.read(linear.tensor) for linear in dense.architecture.layers[0].linears
+    ]
     if sum(map(excess_zeros, weights)) / len(weights) > _PRUNED:
         share = sum(int((one == 0).sum()) for one in weights) / sum(one.numel() for one in weights)
         watch.note(
@@ -168,8 +170,8 @@ def spilled_bytes(dense: Source, settings: PruneSettings) -> int:
     if not pruner.reads_data:
         return 0
     if pruner.updates:
-        return sum(dense.checkpoint.record(li.tensor).bytes for li in dense.anatomy.linears)
-    return dense.anatomy.prunable // 8
+        return sum(dense.checkpoint.record(li.tensor).bytes for li in dense.architecture.linears)
+    return dense.architecture.prunable // 8
 
 
 def _calibrate(
@@ -186,19 +188,19 @@ def _calibrate(
     for role, reading in data.items():
         watch.note(told({"utility": "D^u", "safety": "D^s"}[role], reading))
     model, processor = load_for_walk(dense, compute, watch)
-    walk = Walk(model, _batches(processor, settings, examples, compute), again=False)
+    walk = LayerwisePass(model, _batches(processor, settings, examples, compute), again=False)
     needed = dense.checkpoint.bytes + spilled_bytes(dense, settings)
     if isinstance(PRUNERS.get(settings.method), GradientPruner):
         needed += hidden_state_bytes(dense, walk)
     require_space(out, needed - unfinished_bytes(out))
     samples = sum(len(batch.ids) for batch in walk.batches)
-    total = passes(settings) * samples * len(dense.anatomy.layers)
+    total = passes(settings) * samples * len(dense.architecture.layers)
     with watch.task("Pruning, layer by layer", total, "samples x layers") as done:
         prune_layers(
             settings,
             dense,
             walk,
-            settings.patterns(dense.anatomy.linears),
+            settings.patterns(dense.architecture.linears),
             results,
             progress=done,
             note=watch.note,

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from regraft import ranks
+from regraft import distributed
 from regraft.checks import check_restorable, told
 from regraft.data.example import Reading
 from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.heads.score import load_heads
-from regraft.keys import describe, is_done, working
 from regraft.models.load import Source
 from regraft.patch.pair import Survey, check_pair, survey
+from regraft.provenance import describe, is_done, working
 from regraft.pruning.statistics import load_statistics
 from regraft.restoration.base import Context, MethodSettings, Needs, method_of
 from regraft.restoration.ranking import KEPT, Ranking, load_ranking, save_ranking
@@ -104,7 +104,7 @@ def rank(
                 ),
             )
             _remark(watch, out, found, wanted.how_many(looked.restorable))
-            if ranks.first():
+            if distributed.first():
                 outcome = {"heads": [], **found.about}
                 save_ranking(out, replace(found, about={**outcome, **about}))
     return load_ranking(out)
@@ -132,7 +132,7 @@ def read_inputs(
             raise RegraftError(
                 "Ranking heads needs their scores: run `regraft analyse heads` first."
             )
-        loaded["heads"] = load_heads(inputs.heads, dense.anatomy)
+        loaded["heads"] = load_heads(inputs.heads, dense.architecture)
         _require_made_from(dense, inputs.heads, loaded["heads"].about)
         loaded["heads"].best(needs.heads.criterion, needs.heads.count)
         digests["heads"] = file_digest(inputs.heads)

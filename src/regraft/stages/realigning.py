@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from regraft import ranks
+from regraft import distributed
 from regraft.errors import RegraftError
 from regraft.files import file_digest
-from regraft.keys import describe, difference, is_done, require_same, working
 from regraft.models.load import Source
 from regraft.patch.format import Patch, load_patch, save_patch
 from regraft.patch.groups import violated_groups
 from regraft.patch.pair import check_pair
+from regraft.provenance import describe, difference, is_done, require_same, working
 from regraft.restoration.base import MethodSettings, own_settings
 from regraft.restoration.ranking import load_ranking, patch_of
 from regraft.stages.ranking import require_made_of
@@ -59,7 +59,7 @@ def realign(
     about |= {name: ranking.about[name] for name in _TOLD if name in ranking.about}
     if not is_done(out, out, about, lambda: load_patch(out).about):
         with working(out, about):
-            if ranks.first():
+            if distributed.first():
                 most = settings.how_many(ranking.about["pruned"]) if count is None else count
                 first = ranking if most is None else ranking.first(most)
                 patch = patch_of(first, dense, pruned, about)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from regraft import ranks
+from regraft import distributed
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource, of_split, read
 from regraft.errors import RegraftError
@@ -69,7 +69,7 @@ def respond(
             if reason.startswith("answered and not kept"):
                 skipped[reason] = skipped.get(reason, 0) + left
     kept = tuple(found[one.id] for one in prompts.examples if one.id in found)
-    if ranks.first():
+    if distributed.first():
         _write(out, "".join(_line(example, out) for example in kept))
     return Reading(f"{prompts.source}, answered by {dense.folder}", kept, skipped)
 

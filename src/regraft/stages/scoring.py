@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft import ranks
+from regraft import distributed
 from regraft.checks import (
     check_r_max,
     draw_calibration,
@@ -18,9 +18,9 @@ from regraft.data.collate import prompt_batch
 from regraft.files import digest
 from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
 from regraft.heads.states import steps
-from regraft.keys import describe, is_done, working
 from regraft.loading import collate, load
 from regraft.models.load import Source
+from regraft.provenance import describe, is_done, working
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import HeadSettings
@@ -49,7 +49,7 @@ def heads(
     about = describe(
         "heads", {"dense": dense.checkpoint.fingerprint}, settings, compute, {"safety": data}
     )
-    if not is_done(out, out, about, lambda: load_heads(out, dense.anatomy).about):
+    if not is_done(out, out, about, lambda: load_heads(out, dense.architecture).about):
         check_r_max(dense, settings, data)
         warn_of_bundled(dense, calibration.source, watch.note)
         watch.note(told("D^s", data))
@@ -57,20 +57,20 @@ def heads(
             model, processor = load(dense, compute, watch)
             prompts = collate(processor, prompt_batch, data.examples, compute)
             passes = 2 if settings.mode == "screened" else 1
-            total = passes * len(prompts) * steps(dense.anatomy)
+            total = passes * len(prompts) * steps(dense.architecture)
             with watch.task("Scoring heads", total, "batches x layers to run again") as done:
                 scores = score_heads(
                     model,
-                    dense.anatomy,
+                    dense.architecture,
                     prompts,
                     work if states is None else states / _ablated(about),
                     settings.scoring(),
                     about=about,
                     progress=done,
                 )
-            if ranks.first():
+            if distributed.first():
                 save_heads(out, scores)
-    return load_heads(out, dense.anatomy)
+    return load_heads(out, dense.architecture)
 
 
 def _ablated(about: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from regraft import ranks
+from regraft import distributed
 from regraft.checks import seen_before
 from regraft.data.example import Reading
 from regraft.data.sources import DataSource, of_split
@@ -20,8 +20,8 @@ from regraft.evaluation.tradeoff import (
     read_curve,
 )
 from regraft.files import file_digest, read_json, write_json
-from regraft.keys import describe, is_done
 from regraft.models.load import Source, check_split
+from regraft.provenance import describe, is_done
 from regraft.restoration.base import MethodSettings
 from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
@@ -113,12 +113,12 @@ def search(
             points.append(point(folder / f"{count:08d}", count, pruned, patch))
         bounds = bounds_by(settings, full, points[0])
         chosen = choose(points, bounds)
-        if ranks.first():
+        if distributed.first():
             taken = None if chosen is None else points[chosen].restored
             found = Searched(full, tuple(points), bounds, taken, ranking.about["pruned"])
             out.parent.mkdir(parents=True, exist_ok=True)
             write_json(out, {"about": about, **curve_to_json(found)})
-        ranks.barrier()
+        distributed.barrier()
     found = read_curve(out)
     if tell:
         for line in remarks(found):

@@ -17,9 +17,9 @@ from regraft.checks import (
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.evaluation.generate import MEMO_BYTES, Answerer
-from regraft.keys import ABOUT_FILE
 from regraft.loading import load
 from regraft.models.load import Source, has_processor
+from regraft.provenance import ABOUT_FILE
 from regraft.pruning.prune import zeros
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -46,21 +46,21 @@ class Session:
 
     def reading(self, model: Source, suites: Sequence[DataSource], limit: int | None) -> Reading:
         """`read_suites`, and every image of them is decoded once only."""
-        key = (tuple(suites), limit, model.anatomy.has_vision)
+        key = (tuple(suites), limit, model.architecture.has_vision)
         if key not in self._readings:
             self._readings[key] = read_suites(model, suites, limit)
         return self._readings[key]
 
     def drawn(self, model: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
         """`draw_calibration`, and every image is decoded once only."""
-        key = ("drawn", calibration, harmful, model.anatomy.has_vision)
+        key = ("drawn", calibration, harmful, model.architecture.has_vision)
         if key not in self._readings:
             self._readings[key] = draw_calibration(model, calibration, harmful=harmful)
         return self._readings[key]
 
     def prompts(self, model: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
         """`draw_prompts`, and every image is decoded once only."""
-        key = ("prompts", calibration, harmful, model.anatomy.has_vision)
+        key = ("prompts", calibration, harmful, model.architecture.has_vision)
         if key not in self._readings:
             self._readings[key] = draw_prompts(model, calibration, harmful=harmful)
         return self._readings[key]
@@ -88,7 +88,7 @@ class Session:
         """Number of prunable weights that are zero on disk."""
         key = model.checkpoint.fingerprint
         if key not in self._zeros:
-            self._zeros[key] = zeros(model.checkpoint, model.anatomy)
+            self._zeros[key] = zeros(model.checkpoint, model.architecture)
         return self._zeros[key]
 
     def load(

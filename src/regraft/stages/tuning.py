@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from regraft import ranks
+from regraft import distributed
 from regraft.checks import (
     check_r_max,
     check_restorable,
@@ -24,9 +24,9 @@ from regraft.data.example import Reading
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import Tuned
 from regraft.files import disk_errors, require_empty, write_json
-from regraft.keys import describe, holds
 from regraft.models.load import Source, pick_device
 from regraft.patch.pair import check_pair, survey
+from regraft.provenance import describe, holds
 from regraft.restoration.base import MethodSettings, needs_of
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -104,7 +104,7 @@ def tune(
         learnt |= session.learnt_from(dense, calibration, harmful=harmful)
     warn_of_learnt(data["validation"], learnt, watch)
     samples = distinct(data["safety"])
-    kept = looked.kept / dense.anatomy.prunable
+    kept = looked.kept / dense.architecture.prunable
     space = space_of(dense, method, tuning, scoring, kept, samples)
     if needs_of(method).heads and "r_max" not in space:
         check_r_max(dense, scoring, data["safety"])
@@ -135,7 +135,7 @@ def tune(
 
 def _check(tuning: TuneSettings, choice: SearchSettings) -> None:
     require_optuna()
-    if ranks.world() > 1:
+    if distributed.world() > 1:
         raise RegraftError(
             "Tuning shares its trials between workers, not between the processes of torchrun: "
             "start it without, and give --workers or start it several times."

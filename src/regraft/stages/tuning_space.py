@@ -41,7 +41,7 @@ def space_of(
         heads = space.get("top_heads")
         if scoring.mode == "screened" and isinstance(heads, Between):
             space["top_heads"] = Between(1, min(heads.high, scoring.candidates), whole=True)
-        most = min(_MOST_RANK, most_rank(samples, dense.anatomy.hidden_size))
+        most = min(_MOST_RANK, most_rank(samples, dense.architecture.hidden_size))
         space["r_max"] = Between(1, most, whole=True)
     if unknown := sorted(set(tuning.keep) - space.keys()):
         raise RegraftError(

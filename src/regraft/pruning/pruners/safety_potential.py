@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from regraft.data.collate import IGNORED, Batch, prompt_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
-from regraft.models.anatomy import LinearAnatomy
+from regraft.models.architecture import LinearArchitecture
 from regraft.pruning.base import Encode, InputPruner, LayerwiseSettings
 from regraft.pruning.inputs import InputSums, Observing
 
@@ -120,7 +120,7 @@ class AddedEnergy:
     prompted: InputSums
     plain: InputSums
 
-    def observing(self, linears: Mapping[LinearAnatomy, nn.Module]) -> Observing:
+    def observing(self, linears: Mapping[LinearArchitecture, nn.Module]) -> Observing:
         """Make contexts in which forward passes of a `PotentialBatch` are added."""
         with_prompt, without = self.prompted.observing(linears), self.plain.observing(linears)
 
@@ -130,7 +130,7 @@ class AddedEnergy:
 
         return around
 
-    def ran(self, linear: LinearAnatomy) -> bool:
+    def ran(self, linear: LinearArchitecture) -> bool:
         """Whether anything was fed to a linear."""
         return self.prompted.ran(linear)
 
@@ -143,7 +143,7 @@ class AddedEnergy:
         self.prompted.gather()
         self.plain.gather()
 
-    def of(self, linear: LinearAnatomy) -> Tensor:
+    def of(self, linear: LinearArchitecture) -> Tensor:
         """max(S_j, 0) times the number of prompts, `[in]` float32.
 
         Raises:

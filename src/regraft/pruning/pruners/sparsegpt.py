@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from regraft.errors import RegraftError
-from regraft.models.anatomy import LinearAnatomy
+from regraft.models.architecture import LinearArchitecture
 from regraft.pruning.base import CalibratedSettings, InputPruner, LayerwiseSettings, Note
 from regraft.pruning.inputs import InputSums, Statistics
 from regraft.pruning.masks import Pattern, Patterns, Scope, count_of, smallest
@@ -70,8 +70,8 @@ class SparseGPT(InputPruner):
         return x.T @ x
 
     def statistics(
-        self, linears: Iterable[LinearAnatomy], found: Statistics, note: Note = lambda _: None
-    ) -> Iterator[tuple[LinearAnatomy, Tensor]]:
+        self, linears: Iterable[LinearArchitecture], found: Statistics, note: Note = lambda _: None
+    ) -> Iterator[tuple[LinearArchitecture, Tensor]]:
         """1 / U_jj^2, `[in]` float32; factored once for linears that read the same input."""
         for linear, factor in factors(linears, found, note=note):
             yield linear, factor.statistic
@@ -82,12 +82,12 @@ class SparseGPT(InputPruner):
 
     def prune(
         self,
-        weights: Mapping[LinearAnatomy, Tensor],
+        weights: Mapping[LinearArchitecture, Tensor],
         found: Statistics,
         patterns: Patterns,
         settings: Any,
         note: Note = lambda _: None,
-    ) -> Iterator[tuple[LinearAnatomy, PrunedWeight]]:
+    ) -> Iterator[tuple[LinearArchitecture, PrunedWeight]]:
         """Updated weights of each linear, float32; see `sparsegpt_prune`."""
         for linear, factor in factors(weights, found, settings.damp, note):
             pattern = patterns[linear]
@@ -150,11 +150,11 @@ def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseF
 
 
 def factors(
-    linears: Iterable[LinearAnatomy],
+    linears: Iterable[LinearArchitecture],
     found: Statistics,
     damp: float = DAMP,
     note: Note = lambda _: None,
-) -> Iterator[tuple[LinearAnatomy, InverseFactor]]:
+) -> Iterator[tuple[LinearArchitecture, InverseFactor]]:
     """The factor for each linear, made once for those that read the same input.
 
     `found`, their second moments, is used up; `note` is called where the damping had to grow.
@@ -163,7 +163,7 @@ def factors(
         RegraftError: a linear was not used, or its inputs overflow.
     """
     assert isinstance(found, InputSums)
-    groups: dict[str, list[LinearAnatomy]] = {}
+    groups: dict[str, list[LinearArchitecture]] = {}
     for linear in linears:
         found.of(linear)
         groups.setdefault(found.source[linear.key], []).append(linear)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from regraft.errors import RegraftError
 from regraft.heads.score import Criterion, HeadScores
-from regraft.models.anatomy import Block, LinearAnatomy
+from regraft.models.architecture import Block, LinearArchitecture
 from regraft.models.load import Source
 from regraft.pruning.base import PRUNERS, ScoreName
 from regraft.pruning.statistics import ImportanceStatistics
@@ -50,7 +50,7 @@ from regraft.restoration.selection import (
 )
 
 MARGIN = 0.2  # p_max - p in the paper
-Regions = Callable[[LinearAnatomy], Sequence[Block]]
+Regions = Callable[[LinearArchitecture], Sequence[Block]]
 _OF_HEADS = {
     "top": ("head_seed",),
     "random": ("criterion",),
@@ -205,7 +205,7 @@ def heads_space(settings: InHeads, dense: Source) -> Space:
     """What tuning varies of the choice of heads."""
     if settings.heads == "all":
         return {}
-    most = min(32, len(all_heads(dense.anatomy)))
+    most = min(32, len(all_heads(dense.architecture)))
     found: Space = {"top_heads": Between(1, most, whole=True)}
     return found | ({"criterion": ("ships", "kl")} if settings.heads == "top" else {})
 
@@ -222,9 +222,9 @@ def chosen_heads(dense: Source, settings: InHeads, scores: HeadScores | None) ->
         RegraftError: more heads are asked for than there are, or than were scored exactly.
     """
     if settings.heads == "all":
-        return all_heads(dense.anatomy)
+        return all_heads(dense.architecture)
     if settings.heads == "random":
-        return random_heads(dense.anatomy, settings.top_heads, settings.head_seed)
+        return random_heads(dense.architecture, settings.top_heads, settings.head_seed)
     if scores is None:
         raise RegraftError("Ranking heads needs their scores: run `regraft analyse heads` first.")
     return scores.best(settings.criterion, settings.top_heads)
@@ -232,12 +232,14 @@ def chosen_heads(dense: Source, settings: InHeads, scores: HeadScores | None) ->
 
 def regions_of(dense: Source, heads: Sequence[Head]) -> Regions:
     """Where in each weight of attention the heads are."""
-    layer_of = {linear.key: layer for layer in dense.anatomy.layers for linear in layer.linears}
+    layer_of = {
+        linear.key: layer for layer in dense.architecture.layers for linear in layer.linears
+    }
     by_layer: dict[int, list[int]] = {}
     for layer_index, head in heads:
         by_layer.setdefault(layer_index, []).append(head)
 
-    def regions(linear: LinearAnatomy) -> Sequence[Block]:
+    def regions(linear: LinearArchitecture) -> Sequence[Block]:
         layer = layer_of[linear.key]
         return blocks_of(layer, linear, by_layer.get(layer.index, []))
 
@@ -264,7 +266,9 @@ def by_importance(
     found = context.statistics
     safety, utility = (none, none) if found is None else (found.safety, found.utility)
 
-    def score(index: int, linear: LinearAnatomy, weight: Tensor, free: Tensor) -> Tensor | None:
+    def score(
+        index: int, linear: LinearArchitecture, weight: Tensor, free: Tensor
+    ) -> Tensor | None:
         blocks = regions(linear)
         thresholds = band(kept_share(weight, free)) if blocks else None
         if thresholds is None:

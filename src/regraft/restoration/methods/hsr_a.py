@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from regraft.models.anatomy import LinearAnatomy
+from regraft.models.architecture import LinearArchitecture
 from regraft.models.load import Source
 from regraft.restoration.base import Context, Method, MethodSettings, Needs, Space
 from regraft.restoration.methods.hsr import InHeads, chosen_heads, heads_space, regions_of
@@ -36,7 +36,7 @@ class HSRAMethod(Method[HSRASettings]):
         heads = chosen_heads(context.dense, settings, context.heads)
         regions = regions_of(context.dense, heads)
 
-        def score(_index: int, linear: LinearAnatomy, _weight: Tensor, free: Tensor) -> Tensor:
+        def score(_index: int, linear: LinearArchitecture, _weight: Tensor, free: Tensor) -> Tensor:
             return everything(free, regions(linear))
 
         return context.rank_by(score, heads)

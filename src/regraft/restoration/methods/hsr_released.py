@@ -17,7 +17,13 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from regraft.models.anatomy import HEAD_ROLES, Anatomy, Block, LayerAnatomy, LinearAnatomy
+from regraft.models.architecture import (
+    HEAD_ROLES,
+    Architecture,
+    Block,
+    LayerArchitecture,
+    LinearArchitecture,
+)
 from regraft.models.load import Source
 from regraft.pruning.masks import count_of, smallest
 from regraft.restoration.base import Between, Context, Method, MethodSettings, Needs, Space
@@ -34,7 +40,7 @@ from regraft.restoration.selection import Band, Head, Scorer, inside, rank_share
 P_MAX = 0.7  # the default of the released function, to which `--max_p` is never passed
 
 
-def released_block(layer: LayerAnatomy, linear: LinearAnatomy, head: int) -> Block | None:
+def released_block(layer: LayerArchitecture, linear: LinearArchitecture, head: int) -> Block | None:
     """What the release restores in one weight for `head`; None for a linear outside attention.
 
     Input columns h*D:(h+1)*D of q_proj, k_proj and v_proj, D = inputs / query heads, in all rows;
@@ -49,11 +55,11 @@ def released_block(layer: LayerAnatomy, linear: LinearAnatomy, head: int) -> Blo
     return None
 
 
-def released_regions(anatomy: Anatomy, heads: Iterable[Head]) -> dict[str, list[Block]]:
-    """`LinearAnatomy.key` -> the regions of the chosen (layer, head), of attention alone."""
+def released_regions(architecture: Architecture, heads: Iterable[Head]) -> dict[str, list[Block]]:
+    """`LinearArchitecture.key` -> the regions of the chosen (layer, head), of attention alone."""
     found: dict[str, list[Block]] = {}
     for index, head in sorted(heads):
-        layer = anatomy.layers[index]
+        layer = architecture.layers[index]
         for linear in layer.linears:
             block = released_block(layer, linear, head)
             if block is not None and block not in found.setdefault(linear.key, []):
@@ -131,9 +137,9 @@ class HSRReleased(Method[HSRReleasedSettings]):
     def rank(self, settings: HSRReleasedSettings, context: Context) -> Ranking:
         """By the share q at which the release would restore each weight."""
         heads = chosen_heads(context.dense, settings, context.heads)
-        found = released_regions(context.dense.anatomy, heads)
+        found = released_regions(context.dense.architecture, heads)
 
-        def regions(linear: LinearAnatomy) -> Sequence[Block]:
+        def regions(linear: LinearArchitecture) -> Sequence[Block]:
             return found.get(linear.key, [])
 
         return context.rank_by(

@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from regraft import ranks
-from regraft.models.anatomy import Anatomy
+from regraft import distributed
+from regraft.models.architecture import Architecture
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
-from regraft.models.walk import Walk
 from regraft.patch.format import Patch
 from regraft.pruning.gradients import Loss, Progress, layer_gradients
 
-Side = tuple[Walk, Loss]
+Side = tuple[LayerwisePass, Loss]
 """Prompts of one kind before the first layer, and what a response to them costs."""
 TRAINED = "trained"  # what the `about` of a patch calls its values
 TRAINED_VALUES = (
@@ -62,8 +62,8 @@ class SparseAdam:
         """Start from the values that the weights have.
 
         Args:
-            weights: `LinearAnatomy.key` -> the weight in memory, contiguous, `[out, in]`; changed
-                in place.
+            weights: `LinearArchitecture.key` -> the weight in memory, contiguous, `[out, in]`;
+                changed in place.
             positions: The same keys -> flat positions to train, `[k]` int64, without repetition.
             rate: The learning rate.
         """
@@ -125,7 +125,7 @@ class SparseAdam:
 
 def loss_and_gradients(
     sides: Sequence[Side],
-    anatomy: Anatomy,
+    architecture: Architecture,
     positions: Mapping[str, Tensor],
     scratch: Path,
     progress: Progress = lambda _: None,
@@ -136,8 +136,8 @@ def loss_and_gradients(
 
     Args:
         sides: The kinds of prompts, through one model.
-        anatomy: Of the model.
-        positions: `LinearAnatomy.key` -> flat positions, `[k]` int64.
+        architecture: Of the model.
+        positions: `LinearArchitecture.key` -> flat positions, `[k]` int64.
         scratch: A folder for layer inputs.
         progress: Called with the number of samples a layer has seen, forward and backward.
 
@@ -153,7 +153,7 @@ def loss_and_gradients(
         walk.rewind()
         layers = layer_gradients(
             walk,
-            anatomy,
+            architecture,
             scratch / str(number),
             lambda linear: linear.key in positions,
             progress,
@@ -163,7 +163,7 @@ def loss_and_gradients(
             for key, gradient in gradients.items():
                 part = gradient.reshape(-1)[positions[key].to(gradient.device)]
                 found[key] = found[key] + part if key in found else part
-        lost, count = ranks.total(torch.tensor([sum(seen), len(seen)], dtype=torch.float64))
+        lost, count = distributed.total(torch.tensor([sum(seen), len(seen)], dtype=torch.float64))
         total += float(lost / count)
     return total, found
 
@@ -171,7 +171,7 @@ def loss_and_gradients(
 def train(
     optimizer: SparseAdam,
     batches: Sequence[Sequence[Side]],
-    anatomy: Anatomy,
+    architecture: Architecture,
     scratch: Path,
     progress: Progress = lambda _: None,
 ) -> list[float]:
@@ -180,7 +180,7 @@ def train(
     Args:
         optimizer: Of weights of the model that the batches go through.
         batches: Each of all kinds of prompts.
-        anatomy: Of the model.
+        architecture: Of the model.
         scratch: A folder for layer inputs.
         progress: As in `loss_and_gradients`.
 
@@ -189,7 +189,9 @@ def train(
     """
     losses = []
     for sides in batches:
-        loss, gradients = loss_and_gradients(sides, anatomy, optimizer.positions, scratch, progress)
+        loss, gradients = loss_and_gradients(
+            sides, architecture, optimizer.positions, scratch, progress
+        )
         optimizer.update(gradients)
         losses.append(loss)
     return losses

@@ -12,15 +12,15 @@ from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from regraft import ranks
+from regraft import distributed
 from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
 from regraft.loading import check_shares, each_of_share, load_for_walk
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
-from regraft.models.walk import Walk
 from regraft.pruning.gradients import require_gradients
 from regraft.restoration.base import (
     DEFAULT_BUDGET,
@@ -123,7 +123,7 @@ class FineTune(Method[FineTuneSettings]):
         chosen = _chosen(settings, context)
         context.work.mkdir(parents=True, exist_ok=True)
         values, losses = _Job(settings, context).run(chosen)
-        linears = list(context.pruned.anatomy.linears)
+        linears = list(context.pruned.architecture.linears)
         trained = torch.zeros(len(chosen))
         for index, rows in by_linear(chosen):
             new = values[linears[index].key].float()
@@ -162,36 +162,36 @@ class _Job:
     context: Context
 
     def run(self, chosen: Ranking) -> tuple[dict[str, Tensor], list[float]]:
-        """(`LinearAnatomy.key` -> trained values in the order of `chosen`, mean loss by pass)."""
+        """(`LinearArchitecture.key` -> trained values by place in `chosen`, mean loss by pass)."""
         model, batches = self._taught()
         work, seed = self.context.work, self.context.seed
-        anatomy, path = self.context.dense.anatomy, work / "so-far.safetensors"
-        modules, linears = dict(model.network.named_modules()), list(anatomy.linears)
+        architecture, path = self.context.dense.architecture, work / "so-far.safetensors"
+        modules, linears = dict(model.network.named_modules()), list(architecture.linears)
         positions = {linears[i].key: chosen.position[rows] for i, rows in by_linear(chosen)}
         weights = {li.key: modules[li.module].weight.data for li in linears if li.key in positions}
         optimizer = SparseAdam(weights, positions, self.settings.learning_rate)
         losses: list[float] = []
-        if ranks.decided(path.exists):
+        if distributed.decided(path.exists):
             state = load_file(path)
             optimizer.load(state)
             losses = state["losses"].tolist()
         left = self.settings.passes - len(losses)
         own = sum(len(one.ids) for sides in batches for walk, _ in sides for one in walk.batches)
-        total = 2 * own * len(anatomy.layers) * left
+        total = 2 * own * len(architecture.layers) * left
         with self.context.watch.task("Fine-tuning", total, "samples x layers") as done:
             while len(losses) < self.settings.passes:
                 order = list(range(len(batches)))
                 random.Random(f"{seed} {len(losses)}").shuffle(order)
                 shuffled = [batches[i] for i in order]
-                found = train(optimizer, shuffled, anatomy, work / "states", done)
+                found = train(optimizer, shuffled, architecture, work / "states", done)
                 losses.append(sum(found) / len(found))
-                if ranks.first():
+                if distributed.first():
                     state = optimizer.state() | {
                         "losses": torch.tensor(losses, dtype=torch.float64)
                     }
                     with atomic_file(path) as temporary:
                         save_file(state, temporary)
-                ranks.barrier()
+                distributed.barrier()
         return optimizer.values, losses
 
     def _taught(self) -> tuple[PlacedModel, list[list[Side]]]:
@@ -199,13 +199,13 @@ class _Job:
         one = self.context
         readings, compute, watch = one.answered or {}, one.compute, one.watch
         teachers = {kind: one.work / f"teacher-{kind}.safetensors" for kind in KINDS}
-        asks = not ranks.decided(lambda: all(path.exists() for path in teachers.values()))
+        asks = not distributed.decided(lambda: all(path.exists() for path in teachers.values()))
         source = one.dense if asks else one.pruned
         model, processor = load_for_walk(source, compute, watch, one.dense)
         require_gradients(model.dtype)
         walks = [
             {
-                kind: Walk(model, each_of_share(processor, response_batch, chunk, compute))
+                kind: LayerwisePass(model, each_of_share(processor, response_batch, chunk, compute))
                 for kind, chunk in zip(KINDS, chunks, strict=True)
             }
             for chunks in minibatches([readings[kind].examples for kind in KINDS], compute)

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field
 from safetensors.torch import load_file
 
-from regraft import ranks
+from regraft import distributed
 from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading, hold_out
 from regraft.errors import RegraftError
@@ -21,9 +21,9 @@ from regraft.loading import (
     hidden_state_bytes,
     load_for_walk,
 )
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
-from regraft.models.walk import Walk
 from regraft.pruning.gradients import require_gradients
 from regraft.restoration.base import (
     DEFAULT_BUDGET,
@@ -154,9 +154,9 @@ def _restore(context: Context, swap: bool, most: int) -> Ranking:
     problem = Problem(model, dense, pruned, sides, work / "states", swap, groups)
     needed = sum(hidden_state_bytes(dense, side.fit) for side in sides)
     ranking, file = empty(), work / "so-far.safetensors"
-    if ranks.decided(file.exists):
+    if distributed.decided(file.exists):
         ranking = load_ranking(file)
-        put(ranking, weights_of(model.network, dense.anatomy), dense)
+        put(ranking, weights_of(model.network, dense.architecture), dense)
     if (path := read_path(ranking.about)) is None:
         with watch.task("Held-out loss of the pruned model", *_work(sides, 0, 1)) as done:
             path = GainPath(_finite(held_out_losses(sides, done), compute))
@@ -170,9 +170,9 @@ def _restore(context: Context, swap: bool, most: int) -> Ranking:
         path = replace(path, steps=(*path.steps, Passed.of(len(ranking), new)))
         watch.note(_described(path.steps[-1], now))
         ranking = replace(ranking, about=path_to_json(path))
-        if ranks.first():
+        if distributed.first():
             save_ranking(file, ranking)
-        ranks.barrier()
+        distributed.barrier()
     watch.note(f"Path of {len(ranking):,} weights in {len(path.steps)} steps: {REASONS[end]}")
     return replace(ranking, about=path_to_json(replace(path, end=end)))
 
@@ -227,7 +227,7 @@ def _described(last: Passed, before: Losses) -> str:
 def _work(sides: Sequence[Prompts], passes: int, tries: int) -> tuple[int, str]:
     """How much there is to do, at most: passes over calibration prompts and held-out ones."""
 
-    def prompts(walk: Walk) -> int:
+    def prompts(walk: LayerwisePass) -> int:
         return sum(len(batch.ids) for batch in walk.batches) * walk.layers
 
     own = sum(passes * prompts(side.fit) + tries * prompts(side.held_out) for side in sides)
@@ -240,18 +240,18 @@ def _prepare(context: Context) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
     compute, watch, readings = context.compute, context.watch, context.answered or {}
     parts = {kind: _split(kind, readings[kind], watch, context.seed) for kind in CALLED}
     teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in CALLED}
-    asks = not ranks.decided(lambda: all(path.exists() for path in teachers.values()))
+    asks = not distributed.decided(lambda: all(path.exists() for path in teachers.values()))
     model, processor = load_for_walk(
         dense if asks else pruned, compute, watch, processor_from=dense
     )
     require_gradients(model.dtype)
-    walks: dict[str, list[Walk]] = {kind: [] for kind in CALLED}
+    walks: dict[str, list[LayerwisePass]] = {kind: [] for kind in CALLED}
     total = sum(len(examples) for part in parts.values() for examples in part)
     with watch.task("Reading the prompts", total) as done:
         for kind, part in parts.items():
             for examples in part:
                 batches = each_of_share(processor, response_batch, examples, compute)
-                walks[kind].append(Walk(model, batches))
+                walks[kind].append(LayerwisePass(model, batches))
                 done(len(examples))
     if asks:
         write_teacher(walks, teachers, watch)

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from regraft import ranks
-from regraft.models.anatomy import Anatomy, LayerAnatomy, LinearAnatomy
+from regraft import distributed
+from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
+from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
-from regraft.models.walk import Walk
 from regraft.patch.groups import grouping_of
 from regraft.patch.pair import restorable
 from regraft.pruning.gradients import Loss, layer_gradients, signed, signed_and_squared
@@ -44,8 +44,8 @@ class Prompts:
         loss: Of one answer.
     """
 
-    fit: Walk
-    held_out: Walk
+    fit: LayerwisePass
+    held_out: LayerwisePass
     loss: DecisionLoss
 
 
@@ -61,7 +61,7 @@ class Problem:
         scratch: A folder for layer inputs.
         swap: Prune a kept weight of the same row for each that is restored, or of the same group
             in the linears of `groups`.
-        groups: `LinearAnatomy.key` -> M of an N:M weight, for swaps.
+        groups: `LinearArchitecture.key` -> M of an N:M weight, for swaps.
     """
 
     model: PlacedModel
@@ -120,7 +120,9 @@ def step(
     """
     found, fit = _candidates(problem, room, so_far, progress)
     chosen = found.first(first_order_limit(found.score, fit.sum)) if len(found) else found
-    edits = Edits(chosen, weights_of(problem.model.network, problem.dense.anatomy), problem.dense)
+    edits = Edits(
+        chosen, weights_of(problem.model.network, problem.dense.architecture), problem.dense
+    )
     seen = {0: held_out}
 
     def value(count: int) -> float:
@@ -148,9 +150,9 @@ def _candidates(
     too.
     """
     best = Best(room)
-    anatomy = problem.dense.anatomy
-    index = {linear.key: i for i, linear in enumerate(anatomy.linears)}
-    weights = weights_of(problem.model.network, anatomy)
+    architecture = problem.dense.architecture
+    index = {linear.key: i for i, linear in enumerate(architecture.linears)}
+    weights = weights_of(problem.model.network, architecture)
     seen: tuple[list[float], list[float]] = ([], [])
     passes = (
         _gradients(problem, i, _recorded(problem.sides[i].loss, losses), progress)
@@ -171,7 +173,7 @@ def _candidates(
 
 def _worth(
     problem: Problem,
-    linear: LinearAnatomy,
+    linear: LinearArchitecture,
     dense: Tensor,
     current: Tensor,
     taken: Ranking,
@@ -212,12 +214,12 @@ def _worth(
 
 def _gradients(
     problem: Problem, side: int, loss: Loss, progress: Progress
-) -> Iterator[tuple[LayerAnatomy, dict[str, Tensor]]]:
+) -> Iterator[tuple[LayerArchitecture, dict[str, Tensor]]]:
     walk = problem.sides[side].fit
     walk.rewind()
     return layer_gradients(
         walk,
-        problem.dense.anatomy,
+        problem.dense.architecture,
         problem.scratch / str(side),
         lambda _: True,
         progress,
@@ -237,19 +239,19 @@ def _recorded(loss: Loss, into: list[float]) -> Loss:
 
 def _mean(values: Collection[float]) -> float:
     """Over the examples of all processes."""
-    total, count = ranks.total(torch.tensor([sum(values), len(values)], dtype=torch.float64))
+    total, count = distributed.total(torch.tensor([sum(values), len(values)], dtype=torch.float64))
     return float(total / count)
 
 
 def groups_of(dense: Source, pruned: Source) -> dict[str, int]:
-    """M of every weight that is pruned N:M, by `LinearAnatomy.key`."""
-    pairs = zip(dense.anatomy.linears, pruned.anatomy.linears, strict=True)
+    """M of every weight that is pruned N:M, by `LinearArchitecture.key`."""
+    pairs = zip(dense.architecture.linears, pruned.architecture.linears, strict=True)
     found = {own.key: grouping_of(pruned.checkpoint.read(other.tensor)) for own, other in pairs}
     return {key: grouping.m for key, grouping in found.items() if grouping is not None}
 
 
-def weights_of(network: nn.Module, anatomy: Anatomy) -> list[Tensor]:
-    """Every prunable weight in memory, in the order of `Anatomy.linears`."""
+def weights_of(network: nn.Module, architecture: Architecture) -> list[Tensor]:
+    """Every prunable weight in memory, in the order of `Architecture.linears`."""
     modules = dict(network.named_modules())
-    weights = (modules[linear.module].weight for linear in anatomy.linears)
+    weights = (modules[linear.module].weight for linear in architecture.linears)
     return [weight.data for weight in weights if isinstance(weight, Tensor)]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import distributed_job
 import pico
-import ranked
 from disk import write_data
-from regraft import ranks
+from regraft import distributed
 from regraft.heads.score import load_heads
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
@@ -35,20 +35,20 @@ def launch(processes: int, *arguments: str | Path) -> subprocess.CompletedProces
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of one process and of two."""
-    root = tmp_path_factory.mktemp("ranks")
+    root = tmp_path_factory.mktemp("distributed")
     pico.save("qwen2_vl", root / "dense", torch.bfloat16, "100KB")
     write_data(root / "data", 4)
     (root / "one").mkdir()
     (root / "two").mkdir()
-    ranked.main(root, root / "one")
-    done = launch(2, ranked.__file__, root, root / "two")
+    distributed_job.main(root, root / "one")
+    done = launch(2, distributed_job.__file__, root, root / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(p.name for p in (root / "two").glob("world-*")) == ["world-0", "world-1"]
     assert (root / "two" / "world-1").read_text() == "2"
     return root / "one", root / "two"
 
 
-@pytest.mark.parametrize("method", ranked.METHODS)
+@pytest.mark.parametrize("method", distributed_job.METHODS)
 def test_statistics_are_sums_over_processes(both: tuple[Path, Path], method: str) -> None:
     one, two = (load_statistics(folder / f"statistics-{method}") for folder in both)
     for kind in ("safety", "utility"):
@@ -58,21 +58,21 @@ def test_statistics_are_sums_over_processes(both: tuple[Path, Path], method: str
             torch.testing.assert_close(b.values[key], value, rtol=1e-3, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize("method", ranked.METHODS)
+@pytest.mark.parametrize("method", distributed_job.METHODS)
 def test_masks(both: tuple[Path, Path], method: str) -> None:
     one, two = (open_source(folder / f"pruned-{method}") for folder in both)
     differing = 0
-    for linear in one.anatomy.linears:
+    for linear in one.architecture.linears:
         a, b = (source.checkpoint.read(linear.tensor) for source in (one, two))
         differing += int((((a == 0) != (b == 0)) | ((a - b).abs() > 0.05)).sum())
     # few tokens make H nearly singular, and SparseGPT carries a flipped choice on to its right
     bound = 0.02 if method == "sparsegpt" else 1e-3
-    assert differing <= bound * one.anatomy.prunable, f"{differing} weights differ"
+    assert differing <= bound * one.architecture.prunable, f"{differing} weights differ"
 
 
 def test_head_scores(both: tuple[Path, Path]) -> None:
-    anatomy = open_source(both[0].parent / "dense").anatomy
-    one, two = (load_heads(folder / "heads", anatomy) for folder in both)
+    architecture = open_source(both[0].parent / "dense").architecture
+    one, two = (load_heads(folder / "heads", architecture) for folder in both)
     torch.testing.assert_close(two.ships, one.ships)
     torch.testing.assert_close(two.kl, one.kl)
 
@@ -133,9 +133,9 @@ def test_others_are_left_by_commands_that_went_well(
     """Commands end with SystemExit; after an error the others may be waiting in a sum."""
     calls: list[str] = []
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(ranks.dist, "init_process_group", lambda *_, **__: calls.append("in"))
-    monkeypatch.setattr(ranks.dist, "destroy_process_group", lambda: calls.append("out"))
-    with suppress(SystemExit), ranks.joined():
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, **__: calls.append("in"))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: calls.append("out"))
+    with suppress(SystemExit), distributed.joined():
         raise SystemExit(code)
     assert calls == ["in", "out"] if left else ["in"]
 
@@ -143,10 +143,10 @@ def test_others_are_left_by_commands_that_went_well(
 def test_one_of_several_is_gone_at_once_after_an_error() -> None:
     """Two processes: one fails while the other waits for it, and their launcher ends both."""
     program = (
-        "import sys, regraft.cli as cli, regraft.ranks as ranks\n"
+        "import sys, regraft.cli as cli, regraft.distributed as ranks\n"
         "def work(*_, **__):\n"
-        "    if ranks.first():\n"
-        "        ranks.barrier()\n"
+        "    if distributed.first():\n"
+        "        distributed.barrier()\n"
         "    raise cli.RegraftError('the second one failed')\n"
         "cli.app = work\n"
         "cli.main(['x'])\n"

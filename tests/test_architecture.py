@@ -1,4 +1,4 @@
-"""Heads are where the anatomy says, and weights are found on disk under every key layout."""
+"""Heads are where the architecture says, and weights are found on disk under every key layout."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 import pico
 import truth
 from regraft.errors import RegraftError
-from regraft.models.anatomy import (
+from regraft.models.architecture import (
     Block,
     attention_of,
     cache_argument,
-    check_same_anatomy,
+    check_same_architecture,
     decoder_layers,
     head_block,
     text_decoder,
@@ -42,20 +42,22 @@ _TINY = {
 
 
 def test_numbers_of_every_family(family, pico_dir):
-    source, model, _, anatomy = truth.opened(pico_dir(family))
+    source, model, _, architecture = truth.opened(pico_dir(family))
     built, _ = pico.build(family)
-    assert anatomy.family == model.config.model_type
-    assert anatomy.has_vision == (family in pico.VLM_FAMILIES)
-    assert anatomy.hidden_size == 64
-    assert anatomy.tied == (family in TIED)
-    assert anatomy.vocabulary == built.get_output_embeddings().weight.shape[0]
-    assert anatomy.parameters == sum(p.numel() for p in built.parameters())
-    assert [layer.index for layer in anatomy.layers] == [*range(5 if family == "mllama" else 4)]
+    assert architecture.family == model.config.model_type
+    assert architecture.has_vision == (family in pico.VLM_FAMILIES)
+    assert architecture.hidden_size == 64
+    assert architecture.tied == (family in TIED)
+    assert architecture.vocabulary == built.get_output_embeddings().weight.shape[0]
+    assert architecture.parameters == sum(p.numel() for p in built.parameters())
+    assert [layer.index for layer in architecture.layers] == [
+        *range(5 if family == "mllama" else 4)
+    ]
     kv = 4 if family in MHA else 2
-    assert {(li.heads, li.kv_heads, li.head_dim) for li in anatomy.layers} == {(4, kv, 16)}
-    cross = {li.index for li in anatomy.layers if li.attention == "cross_attn"}
+    assert {(li.heads, li.kv_heads, li.head_dim) for li in architecture.layers} == {(4, kv, 16)}
+    cross = {li.index for li in architecture.layers if li.attention == "cross_attn"}
     assert cross == ({1, 3} if family == "mllama" else set())
-    for layer in anatomy.layers:
+    for layer in architecture.layers:
         assert [linear.role for linear in layer.linears] == [
             *("q_proj", "k_proj", "v_proj", "o_proj"),
             *("gate_proj", "up_proj", "down_proj"),
@@ -67,11 +69,11 @@ def test_numbers_of_every_family(family, pico_dir):
         for name, module in model.get_decoder().layers.named_modules()
         if isinstance(module, torch.nn.Linear)
     ]
-    assert len({linear.key for linear in anatomy.linears}) == len(in_decoder)
-    assert anatomy.prunable == sum(
+    assert len({linear.key for linear in architecture.linears}) == len(in_decoder)
+    assert architecture.prunable == sum(
         source.checkpoint.record(linear.tensor).shape[0]
         * source.checkpoint.record(linear.tensor).shape[1]
-        for linear in anatomy.linears
+        for linear in architecture.linears
     )
 
 
@@ -119,10 +121,10 @@ def perturb(weight, block, *, outside=False):
 @pytest.mark.parametrize("role", ["q_proj", "k_proj", "v_proj"])
 def test_rows_of_a_head_feed_that_head_alone(family, role, pico_dir, tmp_path):
     """q: one query head; k and v: the query heads of one group. One layer of each kind."""
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch("single", family, processor, tmp_path)
     modules = dict(model.named_modules())
-    for layer in {li.attention: li for li in anatomy.layers}.values():
+    for layer in {li.attention: li for li in architecture.layers}.values():
         linear = layer.linear(role)
         weight = modules[linear.module].weight
         before = o_proj_input(model, batch, layer)
@@ -145,9 +147,9 @@ def test_rows_of_a_head_feed_that_head_alone(family, role, pico_dir, tmp_path):
 
 def test_columns_of_a_head_read_that_head_alone(family, pico_dir, tmp_path):
     """Zeros in the block equal ablation: no influence of this head's slice, all of the others'."""
-    _, model, processor, anatomy = truth.opened(pico_dir(family))
+    _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch("single", family, processor, tmp_path)
-    for layer in {li.attention: li for li in anatomy.layers}.values():
+    for layer in {li.attention: li for li in architecture.layers}.values():
         _, attention = attention_of(decoder_layers(model)[layer.index])
         linear = layer.linear("o_proj")
         for head in range(layer.heads):
@@ -163,17 +165,17 @@ def test_columns_of_a_head_read_that_head_alone(family, pico_dir, tmp_path):
 
 
 def test_blocks_are_the_papers():
-    anatomy = truth.layer_anatomy(heads=8, kv_heads=2, head_dim=3, hidden=10)
-    blocks = [head_block(anatomy, linear, 5) for linear in anatomy.linears]
+    architecture = truth.layer_architecture(heads=8, kv_heads=2, head_dim=3, hidden=10)
+    blocks = [head_block(architecture, linear, 5) for linear in architecture.linears]
     assert blocks == [Block(15, 18, 0, 10), *[Block(3, 6, 0, 10)] * 2, Block(0, 10, 15, 18), None]
     for head in (-1, 8):
         with pytest.raises(IndexError, match=f"heads 0 to 7, not {head}"):
-            head_block(anatomy, anatomy.linears[0], head)
+            head_block(architecture, architecture.linears[0], head)
 
 
 def test_blocks_of_all_heads_tile_the_weight(family, pico_dir):
-    anatomy = truth.opened(pico_dir(family)).anatomy
-    for layer in anatomy.layers:
+    architecture = truth.opened(pico_dir(family)).architecture
+    for layer in architecture.layers:
         for linear in layer.linears:
             blocks = {head_block(layer, linear, head) for head in range(layer.heads)}
             if linear.role not in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -192,7 +194,7 @@ def in_memory_layout(source, model, target):
     """Write the checkpoint under the names that transformers uses in memory."""
     shutil.copytree(source.folder, target)
     tensors = {name: t.clone() for name, t in model.state_dict().items()}
-    if source.anatomy.tied:
+    if source.architecture.tied:
         del tensors["lm_head.weight"]
     save_file(tensors, target / SINGLE_FILE, metadata={"format": "pt"})
     return target
@@ -219,13 +221,15 @@ def test_names_on_disk_hold_the_weights_in_memory(family, layout, pico_dir, tmp_
     opened = open_source(folder)
     loaded = load_model(opened)
     modules, built = dict(loaded.named_modules()), dict(pico.build(family)[0].named_modules())
-    assert [linear.key for linear in opened.anatomy.linears] == [li.key for li in expected.linears]
-    for linear in opened.anatomy.linears:
+    assert [linear.key for linear in opened.architecture.linears] == [
+        li.key for li in expected.linears
+    ]
+    for linear in opened.architecture.linears:
         on_disk = opened.checkpoint.read(linear.tensor)
         assert tuple(on_disk.shape) == linear.shape
         assert torch.equal(on_disk, modules[linear.module].weight), linear
         assert torch.equal(on_disk, built[linear.module].weight), linear
-    check_same_anatomy(expected, opened.anatomy, ("one", "other"))
+    check_same_architecture(expected, opened.architecture, ("one", "other"))
 
 
 @pytest.mark.parametrize(
@@ -239,9 +243,9 @@ def test_names_on_disk_hold_the_weights_in_memory(family, layout, pico_dir, tmp_
 )
 def test_both_published_layouts_are_known(family, old, new, pico_dir, tmp_path):
     """The saved file has the older names, the one under in-memory names the newer."""
-    source, model, _, anatomy = truth.opened(pico_dir(family))
-    newer = open_source(in_memory_layout(source, model, tmp_path / "model")).anatomy
-    for one, other in zip(anatomy.linears, newer.linears, strict=True):
+    source, model, _, architecture = truth.opened(pico_dir(family))
+    newer = open_source(in_memory_layout(source, model, tmp_path / "model")).architecture
+    for one, other in zip(architecture.linears, newer.linears, strict=True):
         assert one.tensor.startswith(old) and other.tensor.startswith(new)
         assert one.tensor.removeprefix(old) == other.tensor.removeprefix(new)
 
@@ -258,8 +262,8 @@ def test_two_decoders_in_one_file_are_refused(pico_dir, tmp_path):
 
 def test_vision_tower_is_no_second_decoder(pico_dir):
     """A tower has layers with q_proj, too, but of other shapes."""
-    anatomy = truth.opened(pico_dir("idefics3")).anatomy
-    assert all(li.tensor.startswith("model.text_model.layers.") for li in anatomy.linears)
+    architecture = truth.opened(pico_dir("idefics3")).architecture
+    assert all(li.tensor.startswith("model.text_model.layers.") for li in architecture.linears)
 
 
 def test_config_of_another_size_is_told_with_both_shapes(pico_dir, tmp_path):
@@ -366,16 +370,16 @@ def test_unsuitable_model_is_refused_in_words(build, message, tmp_path):
 
 
 def test_other_network_is_refused(pico_dir):
-    one, other = (truth.opened(pico_dir(f)).anatomy for f in ("llava", "llava_next-vicuna"))
+    one, other = (truth.opened(pico_dir(f)).architecture for f in ("llava", "llava_next-vicuna"))
     with pytest.raises(
         RegraftError,
         match=r"dense and pruned are different models: layers.0.self_attn.k_proj.weight is "
         r"\[32, 64\] in the first and \[64, 64\] in the second",
     ):
-        check_same_anatomy(one, other, ("dense", "pruned"))
-    mllama = truth.opened(pico_dir("mllama")).anatomy
+        check_same_architecture(one, other, ("dense", "pruned"))
+    mllama = truth.opened(pico_dir("mllama")).architecture
     with pytest.raises(RegraftError, match=r"weight is \[64, 64\] in the first and missing in"):
-        check_same_anatomy(mllama, one, ("dense", "pruned"))
+        check_same_architecture(mllama, one, ("dense", "pruned"))
 
 
 def test_other_number_of_heads_is_refused(pico_dir, tmp_path):
@@ -385,13 +389,13 @@ def test_other_number_of_heads_is_refused(pico_dir, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     (folder / "config.json").write_text(json.dumps(config))
-    one, other = (open_source(f).anatomy for f in (pico_dir("qwen2"), folder))
+    one, other = (open_source(f).architecture for f in (pico_dir("qwen2"), folder))
     with pytest.raises(RegraftError, match="layer 0 has 4 and 2 heads"):
-        check_same_anatomy(one, other, ("dense", "pruned"))
+        check_same_architecture(one, other, ("dense", "pruned"))
 
 
 def test_same_decoder_in_another_model_is_refused(pico_dir):
     """Llama inside LLaVA and on its own; see test_pair.py, too."""
-    one, other = (truth.opened(pico_dir(f)).anatomy for f in ("llava", "llama"))
+    one, other = (truth.opened(pico_dir(f)).architecture for f in ("llava", "llama"))
     with pytest.raises(RegraftError, match=r"the first \(llava\) takes images, the second \(llama"):
-        check_same_anatomy(one, other, ("dense", "pruned"))
+        check_same_architecture(one, other, ("dense", "pruned"))

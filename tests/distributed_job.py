@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from methods import method, restored
-from regraft import ranks, stages
+from regraft import distributed, stages
 from regraft.data.sources import DataSource
 from regraft.models.load import open_source
 from regraft.pruning.base import prune_settings
@@ -51,11 +51,11 @@ def main(root: Path, out: Path) -> None:
     stages.rank(dense, pruned, out / "ranking", gain, calibration, compute=COMPUTE)
     stages.apply(pruned.folder, out / "patch", out / "realigned")
     stages.evaluate(dense, out / "answers", [data], EvalSettings(max_new_tokens=4), COMPUTE)
-    (out / f"world-{ranks.rank()}").write_text(str(ranks.world()))
+    (out / f"world-{distributed.rank()}").write_text(str(distributed.world()))
 
 
 if __name__ == "__main__":
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     torch.set_num_threads(1)
-    with ranks.joined():
+    with distributed.joined():
         main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import regraft
-from regraft import ranks
+from regraft import distributed
 from regraft.data.example import Reading
 from regraft.errors import PassingError, RegraftError
 from regraft.files import (
@@ -111,7 +111,7 @@ def is_done(
         shutil.rmtree(_work_folder(out), ignore_errors=True)  # of a run killed right at its end
         return True
 
-    return ranks.decided(done)
+    return distributed.decided(done)
 
 
 def holds(
@@ -165,22 +165,22 @@ def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     """
     folder = _work_folder(out)
     work = folder / _key(about)[:16]
-    if not ranks.first():
-        ranks.barrier()
+    if not distributed.first():
+        distributed.barrier()
         if not (folder / "lock").exists():
             raise RegraftError(
-                f"Process {ranks.rank()} does not see {folder}, which process 0 has made. All "
-                "processes need the same output folder, on a disk that every machine mounts."
+                f"Process {distributed.rank()} does not see {folder}, which process 0 has made. "
+                "All processes need the same output folder, on a disk that every machine mounts."
             )
         yield work
-        ranks.barrier()
+        distributed.barrier()
         return
     with new_folders(folder / "lock"), locked(folder / "lock", out):
         try:
             _require_unfinished(out)
-            ranks.barrier()
+            distributed.barrier()
             yield work
-            ranks.barrier()
+            distributed.barrier()
         except RegraftError as error:
             if isinstance(error, PassingError) and size_of(work):
                 raise

@@ -17,7 +17,7 @@ from regraft.errors import RegraftError
 
 
 @dataclass(frozen=True)
-class LinearAnatomy:
+class LinearArchitecture:
     """One prunable weight, `[out, in]`.
 
     `name` is its place in the layer ("self_attn.q_proj"), `module` its dotted name in the model,
@@ -47,7 +47,7 @@ class LinearAnatomy:
 
 
 @dataclass(frozen=True)
-class LayerAnatomy:
+class LayerArchitecture:
     """One decoder layer: H query heads, KV key/value heads, head size D, its linears.
 
     `attention` is "self_attn" or "cross_attn" (Mllama).
@@ -58,9 +58,9 @@ class LayerAnatomy:
     heads: int
     kv_heads: int
     head_dim: int
-    linears: tuple[LinearAnatomy, ...]
+    linears: tuple[LinearArchitecture, ...]
 
-    def linear(self, role: str) -> LinearAnatomy:
+    def linear(self, role: str) -> LinearArchitecture:
         """The linear with this role, for instance "o_proj"."""
         return next(linear for linear in self.linears if linear.role == role)
 
@@ -76,7 +76,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Architecture:
     """The text decoder of one checkpoint. `tied`: lm_head shares the embedding.
 
     `prefix` is what its names on disk begin with; `others` are the names in memory and the shapes
@@ -84,7 +84,7 @@ class Anatomy:
     """
 
     family: str
-    layers: tuple[LayerAnatomy, ...]
+    layers: tuple[LayerArchitecture, ...]
     hidden_size: int
     vocabulary: int
     tied: bool
@@ -94,7 +94,7 @@ class Anatomy:
     others: tuple[tuple[str, tuple[int, ...]], ...] = field(repr=False)
 
     @property
-    def linears(self) -> Iterator[LinearAnatomy]:
+    def linears(self) -> Iterator[LinearArchitecture]:
         """All prunable linears, layer by layer."""
         return (linear for layer in self.layers for linear in layer.linears)
 
@@ -108,7 +108,7 @@ FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights that can be pruned, 
 HEAD_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def head_block(layer: LayerAnatomy, linear: LinearAnatomy, head: int) -> Block | None:
+def head_block(layer: LayerArchitecture, linear: LinearArchitecture, head: int) -> Block | None:
     """The region of `head` in a weight (HSR, section 3.2), None for a linear without heads.
 
     Rows h*D:(h+1)*D of q_proj; the rows of key/value head h // (H/KV) of k_proj and v_proj, which
@@ -128,13 +128,15 @@ def head_block(layer: LayerAnatomy, linear: LinearAnatomy, head: int) -> Block |
     return None
 
 
-def check_same_anatomy(dense: Anatomy, pruned: Anatomy, names: tuple[str, str]) -> None:
+def check_same_architecture(
+    dense: Architecture, pruned: Architecture, names: tuple[str, str]
+) -> None:
     """Check that two checkpoints are the same network; names on disk and dtypes may differ.
 
     Every parameter's shape must be the same, of the decoder, the vocabulary and the vision part.
 
     Args:
-        dense: One anatomy.
+        dense: One architecture.
         pruned: The other.
         names: What to call them in the message.
 
@@ -148,7 +150,7 @@ def check_same_anatomy(dense: Anatomy, pruned: Anatomy, names: tuple[str, str]) 
         )
 
 
-def _difference(dense: Anatomy, pruned: Anatomy) -> str | None:
+def _difference(dense: Architecture, pruned: Architecture) -> str | None:
     if dense.has_vision != pruned.has_vision:
         kinds = ("takes images", "is text-only")
         first, second = kinds if dense.has_vision else reversed(kinds)

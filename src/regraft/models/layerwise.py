@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from regraft.data.collate import Batch
-from regraft.models.anatomy import cross_attention_layers, decoder_layers
+from regraft.models.architecture import cross_attention_layers, decoder_layers
 from regraft.models.placement import PlacedModel, free_bytes, moved
 from regraft.models.replay import TextInputs, replay, text_inputs
 
 _COPIES = 4  # of the states that a backward pass has at a time, the embeddings aside
 
 
-class Walk:
+class LayerwisePass:
     """Batches on their way: `states[i]` `[B, S, d]` is what enters the layer reached by batch i.
 
     Attributes:
@@ -78,7 +78,7 @@ class Walk:
         assert self._embedded is not None, "made with again=False"
         self.states = list(self._embedded)
 
-    def on(self, model: PlacedModel) -> Walk:
+    def on(self, model: PlacedModel) -> LayerwisePass:
         """The same batches before the first layer of another model.
 
         Only the weights of its decoder layers may differ: vision tower and embeddings do not run
