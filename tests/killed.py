@@ -61,7 +61,7 @@ def _changes_files(event: str, arguments: tuple[Any, ...]) -> bool:
 
 def _child(recipe: str, folder: str, kill_at: int | None, answer: int) -> None:
     from regraft import pipeline
-    from regraft.recipe import read_recipe
+    from regraft.recipe_file import read_recipe
 
     changes = 0
 

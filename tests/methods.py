@@ -8,7 +8,7 @@ from typing import Any
 from regraft import stages
 from regraft.models.load import Source
 from regraft.patch.format import Patch
-from regraft.recipe import VariantSettings, variant
+from regraft.recipe_parts import VariantSettings, variant
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings

@@ -31,7 +31,8 @@ from regraft.folder import RunFolder
 from regraft.heads.score import load_heads
 from regraft.models.load import open_source
 from regraft.pruning.statistics import load_statistics
-from regraft.recipe import Recipe, read_recipe
+from regraft.recipe import Recipe
+from regraft.recipe_file import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.watch import Silent

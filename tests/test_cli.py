@@ -39,7 +39,7 @@ from regraft.preflight import bytes_needed
 from regraft.provenance import ABOUT_FILE
 from regraft.pruning.base import prune_settings
 from regraft.pruning.pruners.wanda import Wanda
-from regraft.recipe import read_recipe
+from regraft.recipe_file import read_recipe
 from regraft.restoration.base import METHODS, needs_of
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -1221,7 +1221,8 @@ def test_whole_way_by_single_commands(
 def test_a_recipe_to_start_from_is_printed(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from regraft.recipe import Recipe, read_recipe
+    from regraft.recipe import Recipe
+    from regraft.recipe_file import read_recipe
 
     run_ok("run", "--template")
     (world.root / "printed.yaml").write_text(capsys.readouterr().out)

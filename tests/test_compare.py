@@ -33,7 +33,8 @@ from regraft.evaluation.significance import holm, mcnemar
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.tradeoff import Bounds, Point, Searched, curve_to_json
 from regraft.files import file_digest, write_json
-from regraft.recipe import Recipe, read_recipe, write_recipe
+from regraft.recipe import Recipe
+from regraft.recipe_file import read_recipe, write_recipe
 from regraft.report.page import CURVES_CAPTION, render_html, render_markdown
 from regraft.report.pooling import study_of
 from regraft.report.rate_figures import curve_figure, trade_off_figure

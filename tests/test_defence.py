@@ -35,7 +35,8 @@ from regraft.evaluation.metrics import wilson
 from regraft.files import file_digest
 from regraft.folder import RunFolder
 from regraft.models.load import Source, open_source
-from regraft.recipe import Recipe, read_recipe
+from regraft.recipe import Recipe
+from regraft.recipe_file import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings

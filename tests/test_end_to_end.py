@@ -32,7 +32,7 @@ from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
 from regraft.recipe import Recipe as RecipeModel
-from regraft.recipe import write_recipe
+from regraft.recipe_file import write_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings

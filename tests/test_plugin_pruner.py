@@ -26,7 +26,7 @@ from regraft.models.load import open_source
 from regraft.patch.format import load_patch
 from regraft.pruning.base import PRUNERS, prune_settings
 from regraft.pruning.masks import Pattern
-from regraft.recipe import read_recipe
+from regraft.recipe_file import read_recipe
 
 TOY = '''
 """|W_ij| times the sum of |x_j|; the first rows of every matrix stay dense."""

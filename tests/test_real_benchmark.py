@@ -20,7 +20,7 @@ from regraft.data.jsonl import read_jsonl
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.models.load import Source, open_source
-from regraft.recipe import read_recipe
+from regraft.recipe_file import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.watch import Silent

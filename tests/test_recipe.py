@@ -19,17 +19,16 @@ from regraft.preflight import unread_in
 from regraft.pruning.base import all_settings, prune_settings
 from regraft.pruning.masks import Pattern
 from regraft.pruning.pruners.wanda import WandaSettings
-from regraft.recipe import (
-    NamedDefenceSettings,
-    Recipe,
-    VariantSettings,
-    _named_settings,
-    pruning_settings,
-    read_recipe,
-    variant,
-    write_recipe,
-)
+from regraft.recipe import Recipe
+from regraft.recipe_file import read_recipe, write_recipe
 from regraft.recipe_help import explained_recipe
+from regraft.recipe_parts import (
+    NamedDefenceSettings,
+    VariantSettings,
+    named_settings,
+    pruning_settings,
+    variant,
+)
 from regraft.restoration.base import METHODS, own_settings
 from regraft.settings.base import Settings, explain
 from regraft.settings.models import ModelSettings
@@ -384,7 +383,7 @@ def test_blocks_that_are_there_as_comments_are_valid(settings: Settings) -> None
 def test_every_setting_is_explained() -> None:
     text = explained_recipe()
     blocks = (
-        *map(_named_settings, all_settings().values()),
+        *map(named_settings, all_settings().values()),
         *(METHODS.get(name).Settings for name in METHODS.names()),
         VariantSettings,
         NamedDefenceSettings,

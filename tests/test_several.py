@@ -30,7 +30,8 @@ from regraft.files import digest, file_digest, write_json
 from regraft.folder import RunFolder, folder_of_model
 from regraft.heads.score import load_heads
 from regraft.models.load import open_source
-from regraft.recipe import Recipe, read_recipe, write_recipe
+from regraft.recipe import Recipe
+from regraft.recipe_file import read_recipe, write_recipe
 from regraft.report.study import Row, Study
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -33,7 +33,9 @@ from regraft.provenance import working
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
 from regraft.pruning.statistics import load_statistics
-from regraft.recipe import EvaluateSettings, Recipe, read_recipe, write_recipe
+from regraft.recipe import Recipe
+from regraft.recipe_file import read_recipe, write_recipe
+from regraft.recipe_parts import EvaluateSettings
 from regraft.restoration import base
 from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings

@@ -24,7 +24,7 @@ from regraft.data.readers.xstest import read_xstest
 from regraft.data.sources import DataSource, read
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
-from regraft.recipe import read_recipe
+from regraft.recipe_file import read_recipe
 
 
 def _image(path: Path) -> None:

@@ -27,7 +27,7 @@ from regraft.evaluation.perplexity import (
 )
 from regraft.evaluation.results import result_from_json, result_to_json
 from regraft.models.load import open_source
-from regraft.recipe import read_recipe
+from regraft.recipe_file import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 

@@ -24,7 +24,8 @@ from regraft.evaluation.results import Answer, result_to_json
 from regraft.files import atomic_file, digest, file_digest, read_json
 from regraft.folder import RunFolder, folder_of_model, study_runs
 from regraft.patch.format import load_patch
-from regraft.recipe import Recipe, read_recipe
+from regraft.recipe import Recipe
+from regraft.recipe_file import read_recipe
 from regraft.reporting import read_run
 
 FORMAT = "regraft-bundle-1"

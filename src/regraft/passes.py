@@ -13,7 +13,8 @@ from regraft.files import read_json, write_json
 from regraft.folder import RunFolder
 from regraft.models.load import Source, load_processor
 from regraft.provenance import describe, is_done
-from regraft.recipe import PruningSettings, Recipe, VariantSettings
+from regraft.recipe import Recipe
+from regraft.recipe_parts import PruningSettings, VariantSettings
 from regraft.restoration.base import needs_of
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.searching import SearchSettings

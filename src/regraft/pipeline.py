@@ -21,11 +21,8 @@ from regraft.passes import count_pass, learns_from_both
 from regraft.plan import plan
 from regraft.preflight import bytes_needed, check, seen_before_in, unread_in
 from regraft.provenance import but_for_rounding, difference
-from regraft.recipe import (
-    Recipe,
-    read_recipe,
-    write_recipe,
-)
+from regraft.recipe import Recipe
+from regraft.recipe_file import read_recipe, write_recipe
 from regraft.report.study import Study
 from regraft.reporting import report
 from regraft.stages.steps import Step, make_all

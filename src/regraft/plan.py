@@ -12,7 +12,8 @@ from regraft.files import digest
 from regraft.folder import RunFolder
 from regraft.models.load import Source, open_source
 from regraft.passes import SEARCH_REFERENCES
-from regraft.recipe import NamedDefenceSettings, PruningSettings, Recipe, VariantSettings
+from regraft.recipe import Recipe
+from regraft.recipe_parts import NamedDefenceSettings, PruningSettings, VariantSettings
 from regraft.restoration.base import needs_of
 from regraft.settings.searching import SearchSettings
 from regraft.stages.steps import Step

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from types import GenericAlias
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any
 
-import yaml
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
     SerializeAsAny,
     TypeAdapter,
-    ValidationError,
     ValidationInfo,
-    ValidatorFunctionWrapHandler,
     WrapValidator,
     create_model,
     field_serializer,
@@ -27,252 +21,33 @@ from pydantic import (
     model_validator,
 )
 
-from regraft.data.sources import DataSource
-from regraft.data.storage import is_on_hub
 from regraft.errors import RegraftError
 from regraft.files import digest
-from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, refuse_broken
+from regraft.pruning.base import PruneSettings, refuse_broken
+from regraft.recipe_parts import (
+    EvaluateSettings,
+    NamedDefenceSettings,
+    PruningSettings,
+    VariantSettings,
+    Way,
+    any_pruner,
+    as_variant,
+    one_or_more,
+    pruning_settings,
+    variant,
+)
 from regraft.restoration.base import (
-    DEFAULT,
-    METHODS,
-    MethodSettings,
     needs_of,
     own_settings,
 )
-from regraft.settings.base import Settings, by_method, checked_name, explain
+from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.defending import DefenceSettings
-from regraft.settings.evaluating import EvalSettings
 from regraft.settings.models import ModelSettings
 from regraft.settings.scoring import HeadSettings
-from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import Choosing, validation_of, with_validation
 
 _create_model: Any = create_model  # its types do not know bases of two kinds
-
-
-def _named_by_method(given: Any) -> Any:
-    """The settings as they are written, with the method's name where they have none."""
-    if isinstance(given, Mapping) and isinstance(given.get("method"), str):
-        return {"name": given["method"], **given}
-    return given
-
-
-class PruningSettings(PruneSettings):
-    """One pruned model of a run; `pruning_settings` makes those of a pruner."""
-
-    name: str = Field(
-        "",
-        description="What to call it in tables and folders; if not given: pruned, or of several "
-        "prunings method and sparsity, such as wanda-60 or wanda-2-4.",
-    )
-    realign: bool = Field(
-        True, description="Realign and defend it too; if not, it is only evaluated."
-    )
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        return checked_name(name, "dense")
-
-    def only(self) -> PruneSettings:
-        """These settings without the name."""
-        plain = PRUNERS.get(self.method).Settings
-        return plain(**self.model_dump(include=set(plain.model_fields)))
-
-    def derived_name(self) -> str:
-        """The name among several prunings where none is given."""
-        amount = self.n_m.replace(":", "-") if self.n_m else f"{round(100 * self.sparsity, 6):g}"
-        return f"{self.method}-{amount}"
-
-
-@cache
-def _named_settings(settings: type[PruneSettings]) -> type[PruningSettings]:
-    """A pruner's settings with the name."""
-    bases: Any = (settings, PruningSettings)
-    named: Any = create_model(settings.__name__, __base__=bases)
-    return cast("type[PruningSettings]", named)
-
-
-def _any_pruner() -> Any:
-    named = {name: _named_settings(one) for name, one in all_settings().items()}
-    return by_method(named, default="wanda")
-
-
-def pruning_settings(**given: Any) -> PruningSettings:
-    """One pruned model of a run, by the pruner that `method` names."""
-    found: PruningSettings = TypeAdapter(_any_pruner()).validate_python(given)
-    return found
-
-
-class VariantSettings(MethodSettings):
-    """One realigned model of a run: what to call and keep of it, beside the method's settings.
-
-    Every method has a class of its own, with these fields and the method's; see `variant`.
-    """
-
-    name: str = Field(
-        "",
-        description="What to call it in tables and folders; if not given, as the method is called.",
-    )
-    prunings: tuple[str, ...] = Field(
-        (), description="Names of the prunings that are realigned so; all if not given."
-    )
-    search: SearchSettings | None = Field(
-        None, description="Choose how many weights are restored on validation prompts."
-    )
-    checkpoint: bool = Field(True, description="Write the checkpoint too, not only the patch.")
-    repeats: int = Field(
-        1,
-        ge=1,
-        description="Of a random control: R draws NAME-1 to NAME-R, with seeds that no two "
-        "calibration seeds share.",
-    )
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        return checked_name(name, "dense", "pruned")
-
-    @model_validator(mode="after")
-    def _check_search(self) -> VariantSettings:
-        if self.search is not None and not self.searchable:
-            if "budget" in type(self).model_fields and self.method != "fine-tune":
-                raise ValueError(
-                    f"{self.name!r} searches a number of weights: give it a `budget` too"
-                )
-            raise ValueError(
-                f"{self.name!r} has no number of weights to search; leave `search` out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_repeats(self) -> VariantSettings:
-        if self.repeats > 1 and not self.drawn:
-            raise ValueError(
-                f"{self.name!r} has {self.repeats} repeats and nothing random in it, so that they "
-                "would all be the same; only random controls can be repeated"
-            )
-        return self
-
-    def draws(self, seed: int) -> tuple[VariantSettings, ...]:
-        """The repeats as variants of their own, for runs calibrated by `seed`; one is itself."""
-        if self.repeats == 1:
-            return (self,)
-        return tuple(
-            self.reseeded(self.repeats * seed + i).model_copy(
-                update={"name": f"{self.name}-{i + 1}", "repeats": 1}
-            )
-            for i in range(self.repeats)
-        )
-
-
-def variant(**given: Any) -> VariantSettings:
-    """The settings of one realigned model, by whichever method they name.
-
-    Raises:
-        ValidationError: they are not this method's.
-        ValueError: there is no such method.
-    """
-    method = given.get("method", DEFAULT)
-    if not isinstance(method, str):
-        raise ValueError(f"method must be a name, not {method!r}")
-    try:
-        own = variant_class(method)
-    except RegraftError as error:
-        raise ValueError(str(error)) from error
-    if odd := [name for name in given if name not in own.model_fields]:
-        near = get_close_matches(odd[0], own.model_fields, 1)
-        raise ValueError(
-            f"{method} has no setting {', '.join(map(repr, odd))}"
-            + (f"; is it {near[0]}?" if near else "")
-            + ("" if "method" in given else f" (no `method` is named, so it is {method})")
-        )
-    return own.model_validate({"name": method, **given})
-
-
-@cache
-def variant_class(method: str) -> type[VariantSettings]:
-    """The fields of `VariantSettings` and those of a method.
-
-    Raises:
-        RegraftError: there is no such method.
-    """
-    bases: Any = (METHODS.get(method).Settings, VariantSettings)
-    own: type[VariantSettings] = _create_model(f"variant-{method}", __base__=bases)
-    return own
-
-
-def _as_variant(given: Any, otherwise: ValidatorFunctionWrapHandler) -> VariantSettings:
-    if isinstance(given, VariantSettings):
-        return given
-    if isinstance(given, Mapping):
-        return variant(**given)
-    found: VariantSettings = otherwise(given)  # which says what is wrong with it
-    return found
-
-
-class NamedDefenceSettings(DefenceSettings):
-    """One defended model of a run."""
-
-    name: str = Field(
-        "adashield",
-        description="What to call it in tables and folders; if not given, as the method is called.",
-    )
-    prunings: tuple[str, ...] = Field(
-        (), description="Names of the prunings that are defended so; all if not given."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _derived_name(cls, given: Any) -> Any:
-        return _named_by_method(given)
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        return checked_name(name, "dense", "pruned")
-
-    def only(self) -> DefenceSettings:
-        """These settings without the name."""
-        return DefenceSettings(**self.model_dump(include=set(DefenceSettings.model_fields)))
-
-
-Way = TypeVar("Way", VariantSettings, NamedDefenceSettings)
-
-
-def _one_or_more(value: Any) -> Any:
-    if value is None:
-        raise ValueError("nothing is given; leave the name out, or write [] for none")
-    return value if isinstance(value, list | tuple) else [value]
-
-
-class EvaluateSettings(EvalSettings):
-    """What a run evaluates every model on: one suite, or a list of suites taken together."""
-
-    suite: Annotated[tuple[DataSource, ...], BeforeValidator(_one_or_more)] = Field(
-        (DataSource(name="demo", split="test"),),
-        min_length=1,
-        description="What the models are asked: demo:test, a .jsonl file, or NAME:PATH as for "
-        "`regraft eval`; one, or a list of them.",
-    )
-
-    text: Path | None = Field(
-        None,
-        description="A text file, documents with blank lines between them: measure perplexity on "
-        "it, and KL to the dense model.",
-    )
-
-    @model_validator(mode="after")
-    def _check_text(self) -> EvaluateSettings:
-        if self.text is not None and self.backend == "vllm":
-            raise ValueError("text is measured by the transformers backend only")
-        return self
-
-    def only(self) -> EvalSettings:
-        """These settings without the suites and the text."""
-        return EvalSettings(**self.model_dump(include=set(EvalSettings.model_fields)))
 
 
 def _prunings(value: Any) -> Any:
@@ -284,9 +59,9 @@ def _prunings(value: Any) -> Any:
         return one.model_dump() if plain else one
 
     if isinstance(value, list | tuple):
-        several: Any = GenericAlias(list, (_any_pruner(),))
+        several: Any = GenericAlias(list, (any_pruner(),))
         return TypeAdapter(several).validate_python([given(one) for one in value])
-    return [TypeAdapter(_any_pruner()).validate_python(given(value))]
+    return [TypeAdapter(any_pruner()).validate_python(given(value))]
 
 
 def _named(prunings: tuple[PruningSettings, ...]) -> tuple[PruningSettings, ...]:
@@ -333,7 +108,7 @@ class Recipe(Settings):
         description="Calibration seeds, in place of calibration.seed: one run each, in the folders "
         "seed-N, and a comparison over them.",
     )
-    against: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
+    against: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
         (),
         description="With seeds: names of `realign` or `defend` that the comparison tests every "
         "method against, besides the pruned model.",
@@ -346,13 +121,13 @@ class Recipe(Settings):
     )
     heads: HeadSettings = HeadSettings()
     realign: Annotated[
-        tuple[Annotated[SerializeAsAny[VariantSettings], WrapValidator(_as_variant)], ...],
-        BeforeValidator(_one_or_more),
+        tuple[Annotated[SerializeAsAny[VariantSettings], WrapValidator(as_variant)], ...],
+        BeforeValidator(one_or_more),
     ] = Field(
         (variant(),),
         description="One way of realigning, or a list of them; gain if no `method` is named.",
     )
-    defend: Annotated[tuple[NamedDefenceSettings, ...], BeforeValidator(_one_or_more)] = Field(
+    defend: Annotated[tuple[NamedDefenceSettings, ...], BeforeValidator(one_or_more)] = Field(
         (), description="Defences at inference, evaluated on the pruned models."
     )
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -574,117 +349,3 @@ def _for_prunings(ways: Sequence[Way], known: Sequence[str]) -> list[Way]:
 
 def _is_for(pruning: PruningSettings, names: tuple[str, ...]) -> bool:
     return pruning.realign and (not names or pruning.name in names)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without base-60 numbers, so that `n_m: 2:4` is the text that it looks like.
-
-    A key that is there twice is an error; YAML takes the last.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is there twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, re.compile(r"[-+]?(0|[1-9][0-9_]*)$") if tag.endswith(":int") else pattern)
-        for tag, pattern in resolvers
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe from YAML; relative paths in it are relative to the file.
-
-    Raises:
-        RegraftError: the file is missing or a field is wrong; the message names each.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, _Loader)
-    except FileNotFoundError as error:
-        raise RegraftError(f"The recipe {path} does not exist.") from error
-    except OSError as error:
-        raise RegraftError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RegraftError(f"{path} is not valid YAML: {error}") from error
-    if not text.strip():
-        raise RegraftError(f"{path} is empty; expected settings, each a name and a value.")
-    try:
-        recipe = Recipe.model_validate({} if content is None else content)
-    except ValidationError as error:
-        raise RegraftError(f"{path}:\n{explain(error)}") from error
-    return _anchored(recipe, path.absolute().parent)
-
-
-def write_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, defaults included."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _anchored(recipe: Recipe, folder: Path) -> Recipe:
-    def path(value: Path) -> Path:
-        return folder / value.expanduser()
-
-    def source(value: DataSource) -> DataSource:
-        if value.path is None or is_on_hub(value.path):
-            return value
-        return value.model_copy(update={"path": path(value.path)})
-
-    calibration = recipe.calibration.model_copy(update={"data": source(recipe.calibration.data)})
-    suites = tuple(source(one) for one in recipe.evaluate.suite)
-    text = recipe.evaluate.text and path(recipe.evaluate.text)
-    evaluate = recipe.evaluate.model_copy(update={"suite": suites, "text": text})
-    defend = tuple(
-        one.model_copy(update={"validation": source(validation_of(one))}) for one in recipe.defend
-    )
-    realign = tuple(
-        one
-        if one.search is None
-        else one.model_copy(
-            update={
-                "search": one.search.model_copy(
-                    update={"validation": source(validation_of(one.search))}
-                )
-            }
-        )
-        for one in recipe.realign
-    )
-
-    def model(name: str) -> str:
-        on_hub = name[0] not in "./~" and name.partition("@")[0].count("/") == 1
-        beside = path(Path(name))
-        if name == "demo" or (on_hub and not beside.is_dir()):
-            if on_hub and Path(name).is_dir() and Path(name).resolve() != beside.resolve():
-                raise RegraftError(
-                    f"{name} is a folder of the current one, but paths of a recipe are relative to "
-                    f"its file: there is no {beside}. Write {Path(name).absolute()}."
-                )
-            return name
-        return str(beside)
-
-    return recipe.model_copy(
-        update={
-            "calibration": calibration,
-            "defend": defend,
-            "evaluate": evaluate,
-            "model": model(recipe.model),
-            "models": tuple(
-                one.model_copy(update={"model": model(one.model)}) for one in recipe.models
-            ),
-            "published": None if recipe.published is None else path(recipe.published),
-            "pruned": None if recipe.pruned is None else model(recipe.pruned),
-            "realign": realign,
-        }
-    )

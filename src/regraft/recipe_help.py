@@ -11,7 +11,8 @@ from cyclopts import Parameter
 from pydantic.fields import FieldInfo
 
 from regraft.pruning.base import PruneSettings, all_settings, described
-from regraft.recipe import NamedDefenceSettings, Recipe
+from regraft.recipe import Recipe
+from regraft.recipe_parts import NamedDefenceSettings
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.base import Settings
 from regraft.settings.models import ModelSettings

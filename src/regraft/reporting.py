@@ -23,7 +23,9 @@ from regraft.passes import passes_of_defence, passes_of_variant
 from regraft.patch.format import load_patch
 from regraft.patch.pair import restored_by_module
 from regraft.pruning.statistics import load_statistics
-from regraft.recipe import PruningSettings, Recipe, read_recipe
+from regraft.recipe import Recipe
+from regraft.recipe_file import read_recipe
+from regraft.recipe_parts import PruningSettings
 from regraft.report.pooling import study_of
 from regraft.report.run import DataAccount, HeadMap, Run, SharedPath, Variant
 from regraft.report.study import Study

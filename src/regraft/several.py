@@ -11,7 +11,8 @@ from regraft.analysis.relation import ModelPoint, correlation, estimates
 from regraft.analysis.run import total_ships
 from regraft.errors import RegraftError
 from regraft.folder import RunFolder, folder_of_model
-from regraft.recipe import Recipe, read_recipe
+from regraft.recipe import Recipe
+from regraft.recipe_file import read_recipe
 from regraft.report.pooling import study_of
 from regraft.report.published import read_published
 from regraft.report.study import Correlation, Study

@@ -12,7 +12,8 @@ from regraft.errors import RegraftError
 from regraft.files import atomic_folder, require_space
 from regraft.folder import RunFolder, seed_folder
 from regraft.preflight import bytes_needed
-from regraft.recipe import Recipe, read_recipe
+from regraft.recipe import Recipe
+from regraft.recipe_file import read_recipe
 from regraft.report.study import Study
 from regraft.watch import Silent, Watch
 

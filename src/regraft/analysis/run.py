@@ -25,7 +25,8 @@ from regraft.folder import RunFolder
 from regraft.heads.score import load_heads
 from regraft.models.load import Source, open_source
 from regraft.pruning.statistics import load_statistics
-from regraft.recipe import Recipe, read_recipe
+from regraft.recipe import Recipe
+from regraft.recipe_file import read_recipe
 from regraft.report.drawing import standalone
 from regraft.report.rate_figures import relation_figure
 from regraft.reporting import model_folder, read_run

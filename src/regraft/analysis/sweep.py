@@ -10,7 +10,8 @@ from typing import Any
 from regraft import pipeline
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
-from regraft.recipe import Recipe, pruning_settings, variant
+from regraft.recipe import Recipe
+from regraft.recipe_parts import pruning_settings, variant
 from regraft.report.run import Run, Variant
 from regraft.restoration.base import method_of
 from regraft.watch import Watch

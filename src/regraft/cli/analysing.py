@@ -20,7 +20,7 @@ from regraft.cli.options import (
 )
 from regraft.cli.reporting import compare
 from regraft.console import show_heads, show_overlap, show_relation, show_sweep
-from regraft.recipe import read_recipe
+from regraft.recipe_file import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import HeadSettings, StatisticsSettings

@@ -9,7 +9,8 @@ from regraft.cli.options import MaybeOutFolder, OutFolder, watching
 from regraft.cli.reporting import show_page
 from regraft.console import show_preview
 from regraft.errors import RegraftError
-from regraft.recipe import Recipe, read_recipe
+from regraft.recipe import Recipe
+from regraft.recipe_file import read_recipe
 
 
 def run(

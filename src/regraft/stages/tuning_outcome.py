@@ -18,7 +18,7 @@ from regraft.evaluation.tradeoff import (
     point_from_json,
 )
 from regraft.files import write_json, write_text
-from regraft.recipe import variant
+from regraft.recipe_parts import variant
 from regraft.stages.evaluating import read_evaluation
 from regraft.stages.searching import bounds_by
 from regraft.stages.tuning_job import Job, varied
