@@ -103,7 +103,15 @@ def test_answers_and_what_one_process_writes(both: tuple[Path, Path]) -> None:
 def test_too_few_batches_for_the_processes(both: tuple[Path, Path], tmp_path: Path) -> None:
     root = both[0].parent
     command = [
-        *("-m", "regraft.cli", "statistics", root / "dense", "--data", root / "data/data.jsonl"),
+        *(
+            "-m",
+            "regraft.cli",
+            "analyse",
+            "statistics",
+            root / "dense",
+            "--data",
+            root / "data/data.jsonl",
+        ),
         *("--batch-size", "8", "--device", "cpu", "--out", tmp_path / "s.safetensors"),
     ]
     done = launch(2, *command)
@@ -117,7 +125,15 @@ def test_the_command_line_speaks_once(
 ) -> None:
     root = both[0].parent
     command = [
-        *("-m", "regraft.cli", "statistics", root / "dense", "--data", root / "data/data.jsonl"),
+        *(
+            "-m",
+            "regraft.cli",
+            "analyse",
+            "statistics",
+            root / "dense",
+            "--data",
+            root / "data/data.jsonl",
+        ),
         *("--batch-size", "2", "--device", "cpu", "--out", tmp_path / "s.safetensors"),
     ]
     done = launch(2, *command)

@@ -16,7 +16,7 @@ import pico
 import truth
 from disk import shards, tree, write_jsonl
 from methods import method
-from regraft import loading, pipeline, stages
+from regraft import pipeline, stages
 from regraft.checks import draw_prompts
 from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading, hold_out
@@ -31,6 +31,7 @@ from regraft.patch.pair import restorable
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
 from regraft.recipe import Recipe
+from regraft.restoration import teacher
 from regraft.restoration.base import MethodSettings
 from regraft.restoration.methods.gain import method as gaining
 from regraft.restoration.methods.gain import objective as gain
@@ -427,7 +428,7 @@ def test_stopped_anywhere_and_taken_up_again(when, swap, benches, tmp_path, monk
     bench, settings = benches("llama"), GAIN.model_copy(update={"swap": swap})
     started: list[int] = []
     asked: list[int] = []
-    step, save, states = gaining.step, gaining.save_ranking, loading.final_states
+    step, save, states = gaining.step, gaining.save_ranking, teacher.final_states
 
     def counted(*arguments: Any) -> Any:
         started.append(len(arguments[2]))  # so many are restored
@@ -438,7 +439,7 @@ def test_stopped_anywhere_and_taken_up_again(when, swap, benches, tmp_path, monk
         return states(*arguments)
 
     monkeypatch.setattr(gaining, "step", counted)
-    monkeypatch.setattr(loading, "final_states", asking)
+    monkeypatch.setattr(teacher, "final_states", asking)
     whole = bench.rank(tmp_path / "whole" / "ranking", settings)
     needed = list(started)
     assert len(needed) == len(whole.about["steps"]) >= 3, "too few steps to stop among them"

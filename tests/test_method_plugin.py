@@ -153,7 +153,7 @@ def test_it_realigns_runs_is_compared_and_tuned(world: Path) -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert sizes == pytest.approx(ranking.score.tolist())
 
-    compared = (world / "run" / "report" / "compare.json").read_text()
+    compared = (world / "run" / "report" / "report.json").read_text()
     rows = json.loads(compared)["tables"][0]["rows"]
     assert {"largest", "searched"} <= {one["name"] for one in rows}
     page = (world / "run" / "seed-0" / "report" / "report.md").read_text()
