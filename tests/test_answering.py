@@ -184,8 +184,8 @@ def test_more_processes_go_on_after_a_kill(
     with pytest.raises(KeyboardInterrupt):
         _ask(source, data, tmp_path / "out", max_response_tokens=6)
     monkeypatch.setattr(answering, "generate", own)
-    monkeypatch.setattr(answering.ranks, "world", lambda: 2)
-    monkeypatch.setattr(answering.ranks, "share", lambda items: items)  # it does all of the work
+    monkeypatch.setattr(answering.distributed, "world", lambda: 2)
+    monkeypatch.setattr(answering.distributed, "share", lambda items: items)  # it does all of the work
     assert _ask(source, data, tmp_path / "out", max_response_tokens=6) == whole
 
 

@@ -247,7 +247,7 @@ def test_folders_that_make_no_page(
         ((one, other), "Say where the report of several evaluations goes"),
         ((one, "--out", tmp_path / "data"), "holds something else than a report"),
         ((one, runs[0], "--out", tmp_path / "x"), "r/results.json"),
-        (runs, "runs are compared by `regraft compare`"),
+        (runs, "runs are compared by `regraft analyse compare`"),
         ((runs[0], "--out", tmp_path / "x"), "leave out --out"),
         ((tmp_path,), f"no recipe.yaml in it. `regraft report` takes the evaluations in it: {one}"),
         ((), "Name the folder of a run"),
