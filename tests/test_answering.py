@@ -185,7 +185,9 @@ def test_more_processes_go_on_after_a_kill(
         _ask(source, data, tmp_path / "out", max_response_tokens=6)
     monkeypatch.setattr(answering, "generate", own)
     monkeypatch.setattr(answering.distributed, "world", lambda: 2)
-    monkeypatch.setattr(answering.distributed, "share", lambda items: items)  # it does all of the work
+    monkeypatch.setattr(
+        answering.distributed, "share", lambda items: items
+    )  # it does all of the work
     assert _ask(source, data, tmp_path / "out", max_response_tokens=6) == whole
 
 
