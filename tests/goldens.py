@@ -70,7 +70,7 @@ def machine() -> dict[str, str]:
 def machine_of_demo(run: Path) -> dict[str, str]:
     """This machine, with the versions and threads of a finished run on it."""
     report = json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))
-    versions = {name: report["versions"][name] for name in ("torch", "transformers")}
+    versions = {name: report["runs"][0]["versions"][name] for name in ("torch", "transformers")}
     device = json.loads((run / "costs.json").read_text(encoding="utf-8"))[0]["device"]
     return machine() | versions | {"threads": re.findall(r"(\d+) thread", device)[0]}
 
@@ -178,17 +178,19 @@ def _is_whole(settings: Mapping[str, Any]) -> bool:
 def demo_table(run: Path) -> dict[str, dict[str, Any]]:
     """The figures of the table of a finished `regraft demo`, unrounded, a row a model."""
     report = json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))
-    comparisons = {one["name"]: one for one in report["comparisons"]}
+    tested = {one["name"]: one for one in report["tables"][0]["rows"]}
     rows = {}
-    for one in report["variants"]:
+    for one in report["runs"][0]["variants"]:
         row: dict[str, Any] = {name: one[name] for name in ("sparsity", "restored")}
         for metric in ("asr", "over_refusal", "utility"):
             row[metric] = _estimate(one["result"][metric])
             for suite, result in one["result"]["by_suite"].items():
                 row[f"{metric} on {suite}"] = _estimate(result[metric])
-        if (compared := comparisons.get(one["name"])) is not None:
+        compared = tested[one["name"]]
+        if compared["attacks"] is not None:
             row["p"] = compared["attacks"]["p"]
-            row["rsr"] = compared["recovery"] and compared["recovery"]["value"]
+            recovery = compared["rsr"] and compared["rsr"]["recovery"]["value"]
+            row["rsr"] = recovery and round(recovery, 12)  # beyond, it depends on the order of sums
         rows[one["name"]] = row
     return rows
 

@@ -159,7 +159,7 @@ def test_others_are_left_by_commands_that_went_well(
 def test_one_of_several_is_gone_at_once_after_an_error() -> None:
     """Two processes: one fails while the other waits for it, and their launcher ends both."""
     program = (
-        "import sys, regraft.cli as cli, regraft.distributed as ranks\n"
+        "import sys, regraft.cli as cli, regraft.distributed as distributed\n"
         "def work(*_, **__):\n"
         "    if distributed.first():\n"
         "        distributed.barrier()\n"
