@@ -23,7 +23,7 @@ from regraft.patch.pair import Survey
 from regraft.pruning.base import PRUNERS, GradientPruner
 from regraft.pruning.statistics import SavedStatistics
 from regraft.registry import Registry
-from regraft.restoration.ranking import Ranking, WeightScore, rank
+from regraft.restoration.ranking import Ranking, WeightScore, best_weights
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 from regraft.watch import Watch
@@ -198,7 +198,7 @@ class Context:
         """
         layers = len(self.dense.architecture.layers)
         with self.watch.task("Ranking weights", layers, "layers") as done:
-            found = rank(
+            found = best_weights(
                 self.dense,
                 self.pruned,
                 score,

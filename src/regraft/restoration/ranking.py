@@ -153,7 +153,7 @@ WeightScore = Callable[[int, LinearArchitecture, Tensor, Tensor], Tensor | None]
 """(index, linear, dense weight, where a value can be restored) -> `[out, in]` floats, or None."""
 
 
-def rank(
+def best_weights(
     dense: Source,
     pruned: Source,
     score: WeightScore,
