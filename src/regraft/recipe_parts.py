@@ -26,12 +26,12 @@ from regraft.restoration.base import (
     METHODS,
     MethodSettings,
 )
-from regraft.settings.base import by_method, checked_name
+from regraft.settings.base import Settings, by_method, checked_name
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings
 
-_create_model: Any = create_model  # its types do not know bases of two kinds
+Named = TypeVar("Named", bound=Settings)
 
 
 def _named_by_method(given: Any) -> Any:
@@ -69,12 +69,17 @@ class PruningSettings(PruneSettings):
         return f"{self.method}-{amount}"
 
 
+def _both(settings: type[Settings], named: type[Named]) -> type[Named]:
+    """A class with the fields of a plug-in's settings, whose rules come first, and of `named`."""
+    bases: Any = (settings, named)
+    made: Any = create_model(settings.__name__, __base__=bases)
+    return cast("type[Named]", made)
+
+
 @cache
 def named_settings(settings: type[PruneSettings]) -> type[PruningSettings]:
     """A pruner's settings with the name."""
-    bases: Any = (settings, PruningSettings)
-    named: Any = create_model(settings.__name__, __base__=bases)
-    return cast("type[PruningSettings]", named)
+    return _both(settings, PruningSettings)
 
 
 def any_pruner() -> Any:
@@ -120,7 +125,7 @@ class VariantSettings(MethodSettings):
     @model_validator(mode="after")
     def _check_search(self) -> VariantSettings:
         if self.search is not None and not self.searchable:
-            if "budget" in type(self).model_fields and self.method != "fine-tune":
+            if "budget" in type(self).model_fields and METHODS.get(self.method).searches:
                 raise ValueError(
                     f"{self.name!r} searches a number of weights: give it a `budget` too"
                 )
@@ -181,9 +186,7 @@ def variant_class(method: str) -> type[VariantSettings]:
     Raises:
         RegraftError: there is no such method.
     """
-    bases: Any = (METHODS.get(method).Settings, VariantSettings)
-    own: type[VariantSettings] = _create_model(f"variant-{method}", __base__=bases)
-    return own
+    return _both(METHODS.get(method).Settings, VariantSettings)
 
 
 def as_variant(given: Any, otherwise: ValidatorFunctionWrapHandler) -> VariantSettings:

@@ -24,6 +24,11 @@ from regraft.watch import Silent, Watch
 _FEWEST = 3  # models of which ranks are correlated
 
 
+def runs_of(recipe: Recipe, folder: Path) -> dict[Path, Recipe]:
+    """The run of each model of a recipe, by its folder."""
+    return {folder_of_model(folder, one.name): recipe.for_model(one) for one in recipe.models}
+
+
 def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Study:
     """One `pipeline.run` for every model in its own folder, then the table in `report`.
 
@@ -41,7 +46,7 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Study:
     watch = watch or Silent()
     if recipe.published is not None:
         read_published(recipe.published)
-    runs = {folder_of_model(folder, one.name): recipe.for_model(one) for one in recipe.models}
+    runs = runs_of(recipe, folder)
     session = stages.Session()
     check_runs(folder, runs, session)
     pipeline.claim(folder, recipe)

@@ -18,6 +18,11 @@ from regraft.report.study import Study
 from regraft.watch import Silent, Watch
 
 
+def runs_of(recipe: Recipe, folder: Path) -> dict[Path, Recipe]:
+    """The run of each seed of a recipe, by its folder."""
+    return {seed_folder(folder, seed): recipe.for_seed(seed) for seed in recipe.seeds}
+
+
 def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Study:
     """One `pipeline.run` for every seed in its own folder, then the comparison in `report`.
 
@@ -33,7 +38,7 @@ def run(recipe: Recipe, folder: Path, watch: Watch | None = None) -> Study:
         RegraftError: bad input, or the folder holds something else.
     """
     watch = watch or Silent()
-    runs = {seed_folder(folder, seed): recipe.for_seed(seed) for seed in recipe.seeds}
+    runs = runs_of(recipe, folder)
     session = stages.Session()
     check_runs(folder, runs, session)
     pipeline.claim(folder, recipe)

@@ -84,6 +84,25 @@ def calibrated(name: str) -> inspect.Parameter:
     return keyword("calibration", Annotated[own, grouped(DATA)], own())
 
 
+def scored() -> inspect.Parameter:
+    """How heads are scored."""
+    return keyword("scoring", Annotated[HeadSettings, grouped(SCORING)], HeadSettings())
+
+
+def searched() -> list[inspect.Parameter]:
+    """How points are answered on validation prompts, and which is taken."""
+    length = Parameter(help="Length of an answer to a validation prompt.", group=SEARCH)
+    return [
+        keyword("max_new_tokens", Annotated[int, length], DEFAULT_VALIDATION_TOKENS),
+        keyword("choice", Annotated[SearchSettings, grouped(SEARCH)], SearchSettings()),
+    ]
+
+
+def computed() -> inspect.Parameter:
+    """Where it runs."""
+    return keyword("compute", Annotated[ComputeSettings, grouped(COMPUTE)], ComputeSettings())
+
+
 def command(
     name: str, parameters: list[inspect.Parameter], run: Callable[..., None], text: str
 ) -> Callable[..., None]:
@@ -108,7 +127,7 @@ def _parameters(name: str) -> list[inspect.Parameter]:
             help="From `regraft analyse heads`, instead of scoring them here.", group=SCORING
         )
         found.append(keyword("heads_file", Annotated[Path | None, said], None))
-        found.append(keyword("scoring", Annotated[HeadSettings, grouped(SCORING)], HeadSettings()))
+        found.append(scored())
     if method.reads_responses:
         said = Parameter(help="From `regraft analyse statistics`, instead of gathering them here.")
         found.append(keyword("statistics_file", Annotated[Path | None, said], None))
@@ -118,16 +137,8 @@ def _parameters(name: str) -> list[inspect.Parameter]:
             group=SEARCH,
         )
         found.append(keyword("search", Annotated[bool, said], False))
-        length = Parameter(help="Length of an answer to a validation prompt.", group=SEARCH)
-        found.append(keyword("max_new_tokens", Annotated[int, length], DEFAULT_VALIDATION_TOKENS))
-        found.append(
-            keyword("choice", Annotated[SearchSettings, grouped(SEARCH)], SearchSettings())
-        )
-    found.append(calibrated(name))
-    found.append(
-        keyword("compute", Annotated[ComputeSettings, grouped(COMPUTE)], ComputeSettings())
-    )
-    return found
+        found += searched()
+    return [*found, calibrated(name), computed()]
 
 
 def realign(

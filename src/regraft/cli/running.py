@@ -60,16 +60,13 @@ def demo(*, out: OutFolder = Path("demo-run")) -> None:
 
 
 def _preview(recipe: Recipe, out: Path) -> None:
-    from regraft import pipeline
-    from regraft.folder import folder_of_model, seed_folder
+    from regraft import pipeline, several, study
 
-    runs = [(recipe, out)]
-    if recipe.seeds:
-        runs = [(recipe.for_seed(seed), seed_folder(out, seed)) for seed in recipe.seeds]
-    elif recipe.models:
-        runs = [(recipe.for_model(one), folder_of_model(out, one.name)) for one in recipe.models]
+    runs = {out: recipe}
+    if recipe.seeds or recipe.models:
+        runs = (study if recipe.seeds else several).runs_of(recipe, out)
     with watching() as watch:
-        for one, folder in runs:
+        for folder, one in runs.items():
             show_preview(watch.console, folder, pipeline.preview(one, folder))
 
 

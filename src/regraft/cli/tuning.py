@@ -6,21 +6,21 @@ import inspect
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Group, Parameter
+from cyclopts import Group
 
 from regraft.cli.flags import DEFAULT_VALIDATION_TOKENS, check_tuning, refuse_unread
 from regraft.cli.options import Flat, OutFolder, open_model, watching
 from regraft.cli.realigning import (
-    COMPUTE,
-    SCORING,
-    SEARCH,
     by_method,
     calibrated,
     command,
+    computed,
     flags_of,
     grouped,
     keyword,
     pair,
+    scored,
+    searched,
 )
 from regraft.console import show_tuned
 from regraft.restoration.base import METHODS, MethodSettings
@@ -85,19 +85,16 @@ def tune(
 
 
 def _parameters(name: str) -> list[inspect.Parameter]:
-    length = Parameter(help="Length of an answer to a validation prompt.", group=SEARCH)
     found = [
         *pair(),
         keyword("out", OutFolder),
         keyword("settings", Annotated[flags_of(name), Flat], None),
         keyword("tuning", Annotated[TuneSettings, grouped(TRIALS)], TuneSettings()),
-        keyword("max_new_tokens", Annotated[int, length], DEFAULT_VALIDATION_TOKENS),
-        keyword("choice", Annotated[SearchSettings, grouped(SEARCH)], SearchSettings()),
+        *searched(),
     ]
     if METHODS.get(name).reads_heads:
-        found.append(keyword("scoring", Annotated[HeadSettings, grouped(SCORING)], HeadSettings()))
-    compute = Annotated[ComputeSettings, grouped(COMPUTE)]
-    return [*found, calibrated(name), keyword("compute", compute, ComputeSettings())]
+        found.append(scored())
+    return [*found, calibrated(name), computed()]
 
 
 app = by_method("tune", ABOUT)

@@ -60,8 +60,10 @@ class MethodSettings(Settings):
         return self
 
     def reseeded(self, by: int) -> Self:
-        """With another draw of what a seed decides."""
-        return self
+        """With another draw of what a seed decides, `head_seed`; itself where none does."""
+        if not self.drawn:
+            return self
+        return self.model_copy(update={"head_seed": getattr(self, "head_seed") + by})  # noqa: B009
 
 
 class Budgeted(MethodSettings):
@@ -100,11 +102,16 @@ class AlwaysBudgeted(Budgeted):
     @model_validator(mode="before")
     @classmethod
     def _default_budget(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        if given.get("budget") is not None or given.get("count") is not None:
-            return given
-        return {**given, "budget": DEFAULT_BUDGET}
+        return with_default_budget(given)
+
+
+def with_default_budget(given: Any) -> Any:
+    """The fields of settings, with the default budget where they have neither it nor a count."""
+    if not isinstance(given, Mapping):
+        return given
+    if given.get("budget") is not None or given.get("count") is not None:
+        return given
+    return {**given, "budget": DEFAULT_BUDGET}
 
 
 @dataclass(frozen=True)

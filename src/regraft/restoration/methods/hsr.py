@@ -82,10 +82,6 @@ class InHeads(MethodSettings):
         """Whether a seed decides what is restored, so that repeats differ."""
         return self.heads == "random"
 
-    def reseeded(self, by: int) -> Self:
-        """With another draw of what a seed decides."""
-        return self.model_copy(update={"head_seed": self.head_seed + by}) if self.drawn else self
-
     @property
     def of_heads(self) -> Needs:
         """What choosing the heads needs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -23,10 +23,6 @@ class RandomSettings(AlwaysBudgeted):
     def drawn(self) -> bool:
         """Whether a seed decides what is restored, so that repeats differ."""
         return True
-
-    def reseeded(self, by: int) -> Self:
-        """With another draw of what a seed decides."""
-        return self.model_copy(update={"head_seed": self.head_seed + by})
 
 
 class RandomWeights(Method[RandomSettings]):

@@ -23,12 +23,12 @@ from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.pruning.gradients import require_gradients
 from regraft.restoration.base import (
-    DEFAULT_BUDGET,
     Budgeted,
     Context,
     Method,
     MethodSettings,
     Needs,
+    with_default_budget,
 )
 from regraft.restoration.methods.fine_tune.adam import TRAINED, Side, SparseAdam, train
 from regraft.restoration.methods.random import drawn_by
@@ -57,11 +57,9 @@ class FineTuneSettings(Budgeted):
     @model_validator(mode="before")
     @classmethod
     def _default_budget(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping) or given.get("positions", RANDOM) != RANDOM:
+        if isinstance(given, Mapping) and given.get("positions", RANDOM) != RANDOM:
             return given  # all of the ranking
-        if given.get("budget") is not None or given.get("count") is not None:
-            return given
-        return {**given, "budget": DEFAULT_BUDGET}
+        return with_default_budget(given)
 
     @model_validator(mode="after")
     def _check_seed(self) -> Self:
@@ -78,10 +76,6 @@ class FineTuneSettings(Budgeted):
     def searchable(self) -> bool:
         """No: its weights are trained together."""
         return False
-
-    def reseeded(self, by: int) -> Self:
-        """With another draw of what a seed decides."""
-        return self.model_copy(update={"head_seed": self.head_seed + by}) if self.drawn else self
 
 
 class FineTune(Method[FineTuneSettings]):
