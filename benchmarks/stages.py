@@ -37,6 +37,7 @@ from regraft.data.sources import DataSource
 from regraft.evaluation.greedy import contiguous_head
 from regraft.loading import collate
 from regraft.models.load import Source, load_model, load_processor, open_source, placed
+from regraft.progress import Advance, Silent
 from regraft.pruning.base import prune_settings
 from regraft.restoration.methods.gain.method import GainSettings
 from regraft.restoration.ranking import load_ranking
@@ -45,7 +46,6 @@ from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.stages.answering import imitation_data
-from regraft.watch import Advance, Silent
 
 NOT_COUNTED = ("Loading", "Writing", "Checking")
 
@@ -103,14 +103,16 @@ def measured(
     clocks = {name: Clock() for name in ("eval", "prune", "heads", "gain, a step")}
     asked = read_suites(source, suite, count).examples
     how = EvalSettings(limit=count, max_new_tokens=options.max_new_tokens)
-    result = stages.evaluate(source, work / "ev", suite, how, compute, watch=clocks["eval"]).result
+    result = stages.evaluate(
+        source, work / "ev", suite, how, compute, progress=clocks["eval"]
+    ).result
     pruned = stages.prune(
         source, work / "pruned", prune_settings(), calibration, compute, clocks["prune"]
     )
     r_max = HeadSettings(r_max=min(5, count // 2))
     stages.heads(source, work / "heads", r_max, calibration, compute, clocks["heads"])
-    gain, places = GainSettings(count=options.count), stages.Places.beside(work / "gain")
-    restoration = stages.Restoration(source, calibration, compute, watch=clocks["gain, a step"])
+    gain, places = GainSettings(count=options.count), stages.ArtifactPaths.beside(work / "gain")
+    restoration = stages.Restoration(source, calibration, compute, progress=clocks["gain, a step"])
     restoration.restore(pruned, gain, places)
     steps = max(1, len(load_ranking(places.ranking).about["steps"]))
 

@@ -48,9 +48,9 @@ from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import digest, write_json, write_text
 from regraft.loading import load
 from regraft.models.load import Source, open_source
+from regraft.progress import Progress
 from regraft.settings.compute import ComputeSettings
 from regraft.stages.answering import Response, judged
-from regraft.watch import Watch
 
 Summary = dict[str, Any]
 
@@ -63,7 +63,7 @@ class Maker:
         dense: The model whose answers they hold.
         out: The folder.
         compute: Device, dtype, batch size.
-        watch: Progress.
+        progress: Progress.
         samples: Calibration prompts with a response of each kind and seed, at least.
         new_tokens: Length of an answer.
     """
@@ -71,7 +71,7 @@ class Maker:
     dense: Source
     out: Path
     compute: ComputeSettings
-    watch: Watch
+    progress: Progress
     samples: int = 64
     new_tokens: int = 24
 
@@ -135,8 +135,8 @@ class Maker:
         )
         partial = self.out / "answers" / content[:16]
         partial.mkdir(parents=True, exist_ok=True)
-        model, processor = load(self.dense, self.compute, self.watch)
-        with self.watch.task("Writing references", len(prompts), "answers") as done:
+        model, processor = load(self.dense, self.compute, self.progress)
+        with self.progress.task("Writing references", len(prompts), "answers") as done:
             texts = generate(
                 model,
                 processor,
@@ -144,7 +144,7 @@ class Maker:
                 partial,
                 max_new_tokens=self.new_tokens,
                 batch_size=self.compute.batch_size,
-                progress=done,
+                advance=done,
             )
         return [judged(one, text, DEFAULT_JUDGE) for one, text in zip(prompts, texts, strict=True)]
 
@@ -167,7 +167,7 @@ class Maker:
         table = folder / "examples.jsonl"
         if not table.exists():
             bare = tuple(replace(one, response=None) for one in prompts)
-            write_typographic(Reading("test", bare), folder, self.watch, font)
+            write_typographic(Reading("test", bare), folder, self.progress, font)
         drawn = read_jsonl(table).examples
         reading = self._answered(drawn, references_only=True)
         if left := len(prompts) - len(drawn):

@@ -65,7 +65,7 @@ def _child(recipe: str, folder: str, kill_at: int | None, answer: int) -> None:
 
     changes = 0
 
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    def progress(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal changes
         if _changes_files(event, arguments) and folder in str(arguments[0]):
             changes += 1
@@ -75,7 +75,7 @@ def _child(recipe: str, folder: str, kill_at: int | None, answer: int) -> None:
     status = 1
     try:
         signal.alarm(120)
-        sys.addaudithook(watch)
+        sys.addaudithook(progress)
         pipeline.run(read_recipe(Path(recipe)), Path(folder))
         os.write(answer, str(changes).encode())
         status = 0

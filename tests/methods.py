@@ -8,11 +8,11 @@ from typing import Any
 from regraft import stages
 from regraft.models.load import Source
 from regraft.patch.format import Patch
+from regraft.progress import Progress
 from regraft.recipe_parts import VariantSettings, variant
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.watch import Watch
 
 
 def method(method: str = "hsr", **given: Any) -> MethodSettings:
@@ -33,10 +33,10 @@ def restored(
     heads: Path | None = None,
     statistics: Path | None = None,
     compute: ComputeSettings | None = None,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
 ) -> Patch:
     """The patch `out` of a method that reads no prompts; its ranking lies beside it."""
     ranking, inputs = out.with_name(f"{out.name}.ranking"), stages.Inputs(heads, statistics)
     data = CalibrationSettings()
-    stages.rank(dense, pruned, ranking, settings, data, inputs, compute, watch)
+    stages.rank(dense, pruned, ranking, settings, data, inputs, compute, progress)
     return stages.realign(dense, pruned, out, settings, ranking)

@@ -27,15 +27,15 @@ from regraft.analysis.sweep import swept
 from regraft.cli import main
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.folder import RunFolder
 from regraft.heads.score import load_heads
 from regraft.models.load import open_source
+from regraft.progress import Silent
 from regraft.pruning.statistics import load_statistics
 from regraft.recipe import Recipe
 from regraft.recipe_file import read_recipe
+from regraft.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.watch import Silent
 
 
 def test_rho_of_the_six_models_whose_squared_differences_sum_to_4() -> None:
@@ -284,7 +284,7 @@ def test_totals_of_screened_heads_are_told_to_be_estimates(
     capsys.readouterr()
     _run("analyse", "relate", tmp_path / "run", "--out", tmp_path / "relation")
     dense = open_source(recipe.model)
-    scores = load_heads(RunFolder(tmp_path / "run").heads, dense.architecture)
+    scores = load_heads(RunDir(tmp_path / "run").heads, dense.architecture)
     assert scores.exact is not None
     exact, every = int(scores.exact.sum()), scores.exact.numel()
     assert 0 < exact < every

@@ -42,7 +42,7 @@ from regraft.pruning.base import prune_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.stages import session as sessions
+from regraft.stages import evaluation_cache
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
 TOKENS = 6
@@ -233,7 +233,7 @@ def test_finished_batches_are_kept(tmp_path: Path) -> None:
     seen: list[int] = []
     write_json(tmp_path / "work" / "answers_000000.json", ["was", "there"])
     texts = answerer.answers(
-        model, max_new_tokens=TOKENS, partial=tmp_path / "work", progress=seen.append
+        model, max_new_tokens=TOKENS, partial=tmp_path / "work", advance=seen.append
     )
     first, second = (chunk.places for chunk in answerer._chunks)
     assert [texts[place] for place in first] == ["was", "there"]
@@ -430,7 +430,7 @@ def models_on_disk(tmp_path: Path) -> dict[str, Any]:
 
 
 def _evaluations(
-    made: dict[str, Any], out: Path, session: stages.Session | None, **changes: Any
+    made: dict[str, Any], out: Path, cache: stages.EvaluationCache | None, **changes: Any
 ) -> None:
     settings = EvalSettings(max_new_tokens=TOKENS, **changes)
     for name, model, patch in (
@@ -448,7 +448,7 @@ def _evaluations(
             COMPUTE,
             made[patch] if patch else None,
             processor_from=made["dense"],
-            session=session,
+            cache=cache,
         )
 
 
@@ -464,17 +464,19 @@ def test_a_session_changes_no_file(
     done: dict[str, int] = {}
 
     def counted(name: str) -> None:
-        own = getattr(sessions, name)
+        own = getattr(evaluation_cache, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             done[name] = done.get(name, 0) + 1
             return own(*args, **kwargs)
 
-        monkeypatch.setattr(sessions, name, call)
+        monkeypatch.setattr(evaluation_cache, name, call)
 
     for name in ("read_suites", "zeros", "load", "Answerer"):
         counted(name)
-    _evaluations(models_on_disk, tmp_path / "shared", stages.Session(), full_answers=full, **JUDGED)
+    _evaluations(
+        models_on_disk, tmp_path / "shared", stages.EvaluationCache(), full_answers=full, **JUDGED
+    )
     assert tree(tmp_path / "shared") == tree(tmp_path / "alone")
     assert done == {"read_suites": 1, "zeros": 3, "load": 3, "Answerer": 1}
     answers = {
@@ -505,7 +507,7 @@ def test_a_late_loop_is_seen_where_answers_are_full(
 ) -> None:
     loop = "Sure. " + "Step one: mix the two things together in a bowl. " * 12
     monkeypatch.setattr(
-        sessions.Answerer, "answers", lambda self, *_, **__: [loop] * len(self.examples)
+        evaluation_cache.Answerer, "answers", lambda self, *_, **__: [loop] * len(self.examples)
     )
     data, settings = models_on_disk["data"], EvalSettings(full_answers=full)
     done = stages.evaluate(models_on_disk["dense"], tmp_path / "out", [data], settings, COMPUTE)
@@ -540,18 +542,18 @@ def test_answers_of_another_evaluation_are_noticed(
 
 def test_a_session_sees_changed_images(models_on_disk: dict[str, Any], tmp_path: Path) -> None:
     """The same path with another image in it, between two evaluations."""
-    session = stages.Session()
+    cache = stages.EvaluationCache()
     model, data = models_on_disk["dense"], models_on_disk["data"]
     short = EvalSettings(max_new_tokens=TOKENS)
 
-    def evaluate(name: str, session: stages.Session | None) -> Any:
-        stages.evaluate(model, tmp_path / name, [data], short, COMPUTE, session=session)
+    def evaluate(name: str, cache: stages.EvaluationCache | None) -> Any:
+        stages.evaluate(model, tmp_path / name, [data], short, COMPUTE, cache=cache)
         return tree(tmp_path / name)
 
-    evaluate("before", session)
+    evaluate("before", cache)
     for i, path in enumerate(sorted((tmp_path / "data").rglob("*.png"))):
         pico.image(500 + i, (64, 48)).save(path)
-    after = evaluate("after", session)
+    after = evaluate("after", cache)
     assert after == evaluate("alone", None)
     texts = [
         [one.answer for one in stages.read_evaluation(tmp_path / name).result.answers]

@@ -23,6 +23,7 @@ from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE, KeywordJudge
 from regraft.files import read_json
 from regraft.models.load import Source, open_source
+from regraft.progress import Silent
 from regraft.pruning.base import prune_settings
 from regraft.pruning.statistics import load_statistics
 from regraft.recipe import Recipe
@@ -30,7 +31,6 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.stages import answering
-from regraft.watch import Silent
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
 SORRY, YES = "I'm sorry, I cannot do that.", "Yes, gladly."

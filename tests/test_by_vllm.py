@@ -36,11 +36,11 @@ from regraft.evaluation import vllm as by_vllm
 from regraft.evaluation.generate import Answerer
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.patch.format import Patch
+from regraft.progress import Silent
 from regraft.recipe import Recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages import evaluating
-from regraft.watch import Silent
 
 TOKENS = 6
 BY_VLLM = EvalSettings(max_new_tokens=TOKENS, backend="vllm")
@@ -136,14 +136,14 @@ def test_an_evaluation_by_vllm(
     suites = [DataSource(name="jsonl", path=write_data(tmp_path / "data", 8))]
     source = open_source(tmp_path / "model")
     settings = EvalSettings(max_new_tokens=TOKENS, backend="vllm", max_length=512)
-    session = stages.Session()
+    cache = stages.EvaluationCache()
     compute = ComputeSettings(dtype="float32")
 
     def evaluated(name: str, one: EvalSettings) -> stages.Evaluation:
-        return stages.evaluate(source, tmp_path / name, suites, one, compute, session=session)
+        return stages.evaluate(source, tmp_path / name, suites, one, compute, cache=cache)
 
     ours = evaluated("ours", settings.in_memory())
-    network = weakref.ref(session.load(source, compute, Silent())[0])
+    network = weakref.ref(cache.load(source, compute, Silent())[0])
 
     def built(**given: Any) -> StandIn:
         assert network() is None, "our own model is still in memory"
@@ -179,13 +179,13 @@ def test_pieces_of_a_stopped_evaluation_are_kept(
     def answers(stop_after: int) -> list[str]:
         seen: list[int] = []
 
-        def progress(count: int) -> None:
+        def advance(count: int) -> None:
             seen.append(count)
             if len(seen) == stop_after:
                 raise KeyboardInterrupt
 
         engine = by_vllm.Engine(folder, processor, dtype="float32")
-        return engine.answers(examples, TOKENS, tmp_path / "work", progress)
+        return engine.answers(examples, TOKENS, tmp_path / "work", advance)
 
     with pytest.raises(KeyboardInterrupt):
         answers(2)
@@ -291,7 +291,7 @@ def test_a_run_finds_a_missing_processor_before_anything_else(
     )
     (tmp_path / bare / "tokenizer_config.json").unlink()
     with pytest.raises(RegraftError, match=f"{bare} comes without .* copy tokenizer and processor"):
-        pipeline.check(recipe, tmp_path / "run", stages.Session())
+        pipeline.check(recipe, tmp_path / "run", stages.EvaluationCache())
 
 
 def test_an_evaluation_finds_a_missing_processor_though_there_is_another(

@@ -32,7 +32,6 @@ from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.files import write_json
-from regraft.folder import RunFolder
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import load_processor, open_source
 from regraft.preflight import bytes_needed
@@ -41,6 +40,7 @@ from regraft.pruning.base import prune_settings
 from regraft.pruning.pruners.wanda import Wanda
 from regraft.recipe_file import read_recipe
 from regraft.restoration.base import METHODS, needs_of
+from regraft.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 
@@ -1035,11 +1035,11 @@ def test_what_a_backward_pass_keeps_needs_space_too(
     fields = gain | {"calibration": {"data": str(world.data), "samples": 2}}
     made = read_recipe(world.recipe(**fields))
     kept, most = bytes_needed(made, dense, world.root / "run")
-    processor, session = load_processor(dense), stages.Session()
+    processor, cache = load_processor(dense), stages.EvaluationCache()
     tokens = [
         prompt_batch(processor, [one]).inputs["input_ids"].numel()
         for harmful in (True, False)
-        for one in session.drawn(dense, made.calibration, harmful=harmful).examples
+        for one in cache.drawn(dense, made.calibration, harmful=harmful).examples
     ]
     states = 4 * sum(tokens) * len(dense.architecture.layers) * dense.architecture.hidden_size
     assert kept + states > most + 10_000
@@ -1052,11 +1052,11 @@ def test_what_a_backward_pass_keeps_needs_space_too(
 
 def test_what_needs_no_backward_pass_needs_no_space_for_one(world: World) -> None:
     """Nor what is done, and of a data set only the kinds that are learnt from."""
-    dense, session = open_source(world.model), stages.Session()
-    place = RunFolder(world.root / "run")
+    dense, cache = open_source(world.model), stages.EvaluationCache()
+    place = RunDir(world.root / "run")
 
     def needed(**fields: Any) -> int:
-        return preflight._state_bytes(read_recipe(world.recipe(**fields)), dense, place, session)
+        return preflight._state_bytes(read_recipe(world.recipe(**fields)), dense, place, cache)
 
     lines = world.data.read_text().splitlines(keepends=True)
     harmless = world.data.with_name("harmless.jsonl")

@@ -23,12 +23,12 @@ from regraft import distributed
 from regraft.costs import Cost, Ledger, Metered, elsewhere, read_costs
 from regraft.data.collate import prompt_batch
 from regraft.errors import RegraftError
+from regraft.progress import Silent
 from regraft.report.formatting import duration, memory, operations
 from regraft.report.page import render_html, render_markdown
 from regraft.report.pooling import study_of
 from regraft.report.tables import costs as cost_grids
 from regraft.report.tables import together
-from regraft.watch import Silent
 from test_report import REPORT
 
 CPU = torch.device("cpu")

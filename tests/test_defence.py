@@ -33,10 +33,10 @@ from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import wilson
 from regraft.files import file_digest
-from regraft.folder import RunFolder
 from regraft.models.load import Source, open_source
 from regraft.recipe import Recipe
 from regraft.recipe_file import read_recipe
+from regraft.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
@@ -389,7 +389,7 @@ def test_a_run_with_defences(source: Source, data: DataSource, tmp_path: Path) -
     )
     study = pipeline.run(recipe, tmp_path / "run")
     report = study.runs[0]
-    chosen_by = load_defence(RunFolder(tmp_path / "run").defence("pruned", "direction")).about
+    chosen_by = load_defence(RunDir(tmp_path / "run").defence("pruned", "direction")).about
     assert chosen_by["judge"] == "gcg-1", "the choice was judged otherwise than the run"
     assert [v.name for v in report.variants] == ["dense", "pruned", "hsr-a", "shield", "direction"]
     roles = [row.role for row in study.tables[0].rows]

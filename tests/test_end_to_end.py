@@ -31,13 +31,13 @@ from regraft.evaluation.results import Estimate
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
+from regraft.progress import Silent
 from regraft.recipe import Recipe as RecipeModel
 from regraft.recipe_file import write_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.scoring import HeadSettings
-from regraft.watch import Silent
 
 pytestmark = pytest.mark.slow
 

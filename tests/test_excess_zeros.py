@@ -13,11 +13,11 @@ import pico
 from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.models.load import open_source
+from regraft.progress import Silent
 from regraft.pruning.base import prune_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.pruning import excess_zeros
-from regraft.watch import Silent
 
 
 def dense() -> Tensor:
@@ -84,8 +84,8 @@ def test_the_warning(warned: bool, tmp_path: Path) -> None:
             made = pruned(one, 0.5) if warned else dequantised(4, one.shape[1], one)
             weights[name] = made.to(one.dtype)
     save_file(weights, file, metadata={"format": "pt"})
-    watch = Notes()
+    progress = Notes()
     calibration = CalibrationSettings(data=DataSource.model_validate("demo"))
     how = (prune_settings(method="magnitude"), calibration, ComputeSettings(device="cpu"))
-    stages.prune(open_source(folder), tmp_path / "out", *how, watch)
-    assert any("is zero before pruning" in text for text in watch.texts) is warned
+    stages.prune(open_source(folder), tmp_path / "out", *how, progress)
+    assert any("is zero before pruning" in text for text in progress.texts) is warned

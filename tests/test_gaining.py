@@ -28,6 +28,7 @@ from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.patch.apply import patched
 from regraft.patch.format import load_patch
 from regraft.patch.pair import restorable
+from regraft.progress import Silent
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
 from regraft.recipe import Recipe
@@ -42,7 +43,6 @@ from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patc
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import imitation_data
-from regraft.watch import Silent
 
 INF = math.inf
 METHODS: dict[str, dict[str, Any]] = {
@@ -223,7 +223,7 @@ def test_other_ends(end, benches, tmp_path, monkeypatch):
         monkeypatch.setattr(gain_step, "worth_of", lambda safety, _: torch.full_like(safety, -INF))
     else:
         monkeypatch.setattr("regraft.restoration.methods.gain.method.path_limit", lambda _: 2)
-    found = benches("llama").rank(tmp_path / "ranking", watch=Told())
+    found = benches("llama").rank(tmp_path / "ranking", progress=Told())
     assert found.about["end"] == end
     assert len(found) == (0 if end == "candidates" else 2)
     if end == "candidates":
@@ -244,9 +244,9 @@ def test_gradients_are_of_the_prompts_that_are_not_held_out(benches, tmp_path, m
         fitted.update(name for batch in walk.batches for name in batch.ids)
         return layer_gradients(walk, *arguments, **named)
 
-    def losses(sides: Any, progress: Any) -> Any:
+    def losses(sides: Any, advance: Any) -> Any:
         held.update(name for walk, _ in sides for batch in walk.batches for name in batch.ids)
-        return together(sides, progress)
+        return together(sides, advance)
 
     monkeypatch.setattr(gain_step, "layer_gradients", gradients)
     monkeypatch.setattr(gain_step, "losses_together", losses)

@@ -29,7 +29,7 @@ ORDER = (
         "provenance",
         "checks",
         "stages",
-        "folder",
+        "run_dir",
         "passes",
     ),
     *(
@@ -51,7 +51,7 @@ ORDER = (
     ),
 )
 FREE = {
-    *("regraft", "errors", "files", "registry", "artifact", "watch", "distributed", "costs"),
+    *("regraft", "errors", "files", "registry", "artifact", "progress", "distributed", "costs"),
     *("data.example", "settings.base"),
 }
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]

@@ -48,10 +48,10 @@ from regraft.evaluation.verdicts import (
 )
 from regraft.files import file_digest, write_json
 from regraft.models.load import open_source
+from regraft.progress import Silent
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages import judging
-from regraft.watch import Silent
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=3)
 TEXTS = (
@@ -170,12 +170,12 @@ class _Stops:
         self.chunks, self.seen = chunks, 0
 
     def verdicts(
-        self, exchanges: Sequence[Exchange], progress: Callable[[int], None]
+        self, exchanges: Sequence[Exchange], advance: Callable[[int], None]
     ) -> list[Verdict]:
         if self.seen == self.chunks:
             raise KeyboardInterrupt
         self.seen += 1
-        progress(len(exchanges))
+        advance(len(exchanges))
         return [Verdict("2" in one.prompt, None, "") for one in exchanges]
 
 
@@ -416,9 +416,9 @@ def test_judges_without_the_image_are_told_what_it_asks(
     asked: list[list[Exchange]] = []
 
     class Notes(_Stops):
-        def verdicts(self, exchanges: Sequence[Exchange], progress: Any) -> list[Verdict]:
+        def verdicts(self, exchanges: Sequence[Exchange], advance: Any) -> list[Verdict]:
             asked.append(list(exchanges))
-            return super().verdicts(exchanges, progress)
+            return super().verdicts(exchanges, advance)
 
     _judge(folder, "gcg-1", loaded=Notes(1))
     _judge(folder, "vlguard-1", loaded=Notes(1), images=tmp_path)
@@ -469,9 +469,9 @@ def test_an_evaluation_is_judged_by_what_its_images_ask(
     asked: list[Exchange] = []
 
     class Notes(_Stops):
-        def verdicts(self, exchanges: Sequence[Exchange], progress: Any) -> list[Verdict]:
+        def verdicts(self, exchanges: Sequence[Exchange], advance: Any) -> list[Verdict]:
             asked.extend(exchanges)
-            return super().verdicts(exchanges, progress)
+            return super().verdicts(exchanges, advance)
 
     moved = shutil.copytree(tmp_path / "data", tmp_path / "elsewhere" / "below")
     _judge(out, "gcg-1", loaded=Notes(1))
@@ -585,10 +585,10 @@ def test_what_an_endpoint_said_before_it_failed_stays(
     judge = Endpoint(server, "m", pause=0.0)
     own = Endpoint.verdicts
 
-    def fails_later(self: Endpoint, exchanges: Sequence[Exchange], progress: Any) -> list[Verdict]:
+    def fails_later(self: Endpoint, exchanges: Sequence[Exchange], advance: Any) -> list[Verdict]:
         if len(_Server.got) == 4:
             _Server.failures = [401]
-        return own(self, exchanges, progress)
+        return own(self, exchanges, advance)
 
     monkeypatch.setattr(Endpoint, "verdicts", fails_later)
     with pytest.raises(PassingError):
@@ -608,10 +608,10 @@ def test_a_bench_that_fails_goes_on(
     by = ("--by", f"endpoint:{server}#one", "--by", f"endpoint:{server}#two")
     own = Endpoint.verdicts
 
-    def fails_later(self: Endpoint, exchanges: Sequence[Exchange], progress: Any) -> list[Verdict]:
+    def fails_later(self: Endpoint, exchanges: Sequence[Exchange], advance: Any) -> list[Verdict]:
         if len(_Server.got) == 5:  # the first judge's three answers, two of the second's
             _Server.failures = [401]
-        return own(self, exchanges, progress)
+        return own(self, exchanges, advance)
 
     monkeypatch.setattr(Endpoint, "verdicts", fails_later)
     _run("judge", "bench", table, *by, "--out", out, code=2)
@@ -739,11 +739,11 @@ def test_unread_answers_behind_others_stop_nothing(
     judge = Endpoint(server, "m")
     own = Endpoint.verdicts
 
-    def empty_later(self: Endpoint, exchanges: Sequence[Exchange], progress: Any) -> list[Verdict]:
+    def empty_later(self: Endpoint, exchanges: Sequence[Exchange], advance: Any) -> list[Verdict]:
         if len(_Server.got) == 2:
             nothing = {"choices": [{"message": {"content": ""}}]}
             _Server.replies = [(200, json.dumps(nothing))] * 2
-        return own(self, exchanges, progress)
+        return own(self, exchanges, advance)
 
     monkeypatch.setattr(Endpoint, "verdicts", empty_later)
     judged = stages.judge(folder, by, tmp_path / "out.json", COMPUTE, Silent(), loaded=judge)

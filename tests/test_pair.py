@@ -19,11 +19,11 @@ from regraft.models.checkpoint import SINGLE_FILE
 from regraft.models.checkpoint_copy import Edit, write_edited
 from regraft.models.load import Source, load_model, open_source
 from regraft.patch.pair import check_pair, survey
+from regraft.progress import Silent
 from regraft.pruning.masks import Pattern
 from regraft.pruning.pruners.sparsegpt import PLUGIN as SPARSEGPT
 from regraft.pruning.pruners.sparsegpt import inverse_factor, sparsegpt_prune
 from regraft.settings.data import CalibrationSettings
-from regraft.watch import Silent
 
 DOUBT = "The pruned model's kept weights are not the dense model's"
 
@@ -156,11 +156,11 @@ def test_stages_tell_of_it(dense: Source, pruned: Source, stage: str, tmp_path: 
     def run(source: Source, name: str) -> None:
         if stage == "realign":
             settings = method(method="hsr-a", heads="random", top_heads=2)
-            restored(dense, source, tmp_path / name, settings, watch=Heard())
+            restored(dense, source, tmp_path / name, settings, progress=Heard())
         else:
             settings = method(method="random", count=9)
             stages.rank(
-                dense, source, tmp_path / name, settings, CalibrationSettings(), watch=Heard()
+                dense, source, tmp_path / name, settings, CalibrationSettings(), progress=Heard()
             )
 
     notes: list[str] = []

@@ -19,17 +19,17 @@ from regraft.costs import CalibrationPass, Cost, read_pass
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.folder import RunFolder
 from regraft.models.load import load_model, load_processor, open_source
 from regraft.passes import count_pass, learns_from_both, passes_of_defence, passes_of_variant
+from regraft.progress import Silent
 from regraft.recipe import Recipe
 from regraft.report.formatting import passes as passes_text
 from regraft.report.page import render_html, render_markdown
 from regraft.report.pooling import study_of
 from regraft.report.run import Run
 from regraft.report.summary import PASSES_NOTE
+from regraft.run_dir import RunDir
 from regraft.settings.data import CalibrationSettings
-from regraft.watch import Silent
 from test_compare import RUNS
 from test_report import REPORT, Outline
 
@@ -66,15 +66,15 @@ def test_a_pass_is_what_torch_counts_in_the_decoder(family: str, tmp_path: Path)
     write_data(tmp_path / "data", 4, images=family == "llava")
     dense, out = open_source(tmp_path / "dense"), tmp_path / "pass.json"
     data = DataSource(name="jsonl", path=tmp_path / "data" / "data.jsonl")
-    calibration, session = CalibrationSettings(data=data, samples=3), stages.Session()
+    calibration, cache = CalibrationSettings(data=data, samples=3), stages.EvaluationCache()
     for _ in range(2):  # the second time it is there
-        count_pass(dense, calibration, out, session, Silent())
+        count_pass(dense, calibration, out, cache, Silent())
     found = read_pass(out)
     assert found is not None and found.prompts == 6
     examples = [
         one
         for harmful in (True, False)
-        for one in session.drawn(dense, calibration, harmful=harmful).examples
+        for one in cache.drawn(dense, calibration, harmful=harmful).examples
     ]
     tokens, inputs = by_hand(family, tmp_path, examples)
     assert found.tokens == tokens
@@ -93,7 +93,7 @@ def test_a_pass_is_what_torch_counts_in_the_decoder(family: str, tmp_path: Path)
         assert found.flops == 6 * tokens * dense.architecture.prunable
     with pytest.raises(RegraftError, match="made with something else"):
         other = calibration.model_copy(update={"samples": 2})
-        count_pass(dense, other, out, stages.Session(), Silent())
+        count_pass(dense, other, out, stages.EvaluationCache(), Silent())
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def costs(flops: dict[tuple[str, str], float | None]) -> list[Cost]:
 
 def passes(name: str, flops: Any = FLOPS, pruning: int = 0, unit: Any = UNIT) -> float | None:
     variant = next(one for one in RECIPE.realign if one.name == name)
-    place = RunFolder(Path("run"), several=True)
+    place = RunDir(Path("run"), several=True)
     return passes_of_variant(RECIPE, place, RECIPE.prune[pruning], variant, costs(flops), unit)
 
 
@@ -213,7 +213,7 @@ def test_of_two_sets_of_validation_prompts_none_is_guessed() -> None:
     fewer = tuned[2].search.model_copy(update={"validation_limit": 3})
     realign = (*tuned[:2], tuned[2].model_copy(update={"search": fewer}))
     recipe = RECIPE.model_copy(update={"realign": realign})
-    place = RunFolder(Path("run"), several=True)
+    place = RunDir(Path("run"), several=True)
     given = recipe, place, recipe.prune[0]
     assert [passes_of_variant(*given, one, costs(FLOPS), UNIT) for one in realign] == [None] * 3
 

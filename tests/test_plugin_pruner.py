@@ -21,12 +21,12 @@ from regraft.cli import main
 from regraft.data.collate import batches, response_batch
 from regraft.errors import RegraftError
 from regraft.files import read_json
-from regraft.folder import RunFolder
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
 from regraft.pruning.base import PRUNERS, prune_settings
 from regraft.pruning.masks import Pattern
 from regraft.recipe_file import read_recipe
+from regraft.run_dir import RunDir
 
 TOY = '''
 """|W_ij| times the sum of |x_j|; the first rows of every matrix stay dense."""
@@ -175,7 +175,7 @@ def test_a_run_prunes_by_it_and_restores_by_its_score(
     written = read_recipe(out / "recipe.yaml")
     assert written.prune[0].only() == prune_settings("toy", dense_rows=2, sparsity=0.6)
     assert all(first == 0 < zeros for first, zeros, _ in _zeros(out / "pruned"))
-    patch = load_patch(RunFolder(out).patch("pruned", "by-toy"))
+    patch = load_patch(RunDir(out).patch("pruned", "by-toy"))
     assert patch.about["settings"]["score"] == "toy" and patch.restored > 0
 
 

@@ -20,10 +20,10 @@ from regraft.data.jsonl import read_jsonl
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.models.load import Source, open_source
+from regraft.progress import Silent
 from regraft.recipe_file import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.watch import Silent
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 

@@ -266,7 +266,7 @@ def test_screened_heads_and_old_files_lack_its_criterion(bench, tmp_path):
         restored(dense, pruned, tmp_path / "patch", settings, *files)
     with pytest.raises(RegraftError, match="needs every head scored exactly"):
         stages.Restoration(dense, calibration, COMPUTE, scoring=screened).check(
-            pruned, settings, None, stages.Places.beside(tmp_path / "patch"), stages.Inputs()
+            pruned, settings, None, stages.ArtifactPaths.beside(tmp_path / "patch"), stages.Inputs()
         )
     assert not (tmp_path / "patch").exists()
 

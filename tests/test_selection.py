@@ -18,6 +18,7 @@ import truth
 from regraft.errors import RegraftError
 from regraft.models.architecture import Block
 from regraft.patch.pair import check_pair, restorable, restored_by_module, survey
+from regraft.progress import Silent
 from regraft.pruning.pruners.wanda import PLUGIN as WANDA
 from regraft.pruning.statistics import SavedStatistics
 from regraft.restoration import selection
@@ -38,7 +39,6 @@ from regraft.restoration.selection import (
     top,
 )
 from regraft.settings.compute import ComputeSettings
-from regraft.watch import Silent
 
 SCOPES = ("row", "matrix", "head")
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
@@ -381,7 +381,7 @@ def test_rankings_find_the_mask_regions_and_thresholds(family, pico_dir, tmp_pat
         count=None,
         seed=0,
         compute=ComputeSettings(device="cpu"),
-        watch=Silent(),
+        progress=Silent(),
         work=tmp_path,
         statistics=saved,
     )

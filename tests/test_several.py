@@ -27,12 +27,12 @@ from regraft.evaluation.metrics import rsr
 from regraft.evaluation.results import result_to_json, write_answers
 from regraft.evaluation.summary import summarise
 from regraft.files import digest, file_digest, write_json
-from regraft.folder import RunFolder, folder_of_model
 from regraft.heads.score import load_heads
 from regraft.models.load import open_source
 from regraft.recipe import Recipe
 from regraft.recipe_file import read_recipe, write_recipe
 from regraft.report.study import Row, Study
+from regraft.run_dir import RunDir, folder_of_model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = (
@@ -242,7 +242,7 @@ def test_total_ships_are_related_to_the_rise_in_mean_asr(world: Path) -> None:
     ships, rises = [], []
     for name, folder in (("one", "one"), ("two", "two"), ("third", "three")):
         architecture = open_source(world / "models" / folder).architecture
-        place = RunFolder(folder_of_model(world / "run", name))
+        place = RunDir(folder_of_model(world / "run", name))
         ships.append(float(load_heads(place.heads, architecture).ships.nansum()))
         pruned, dense = (_row(table, name, one).mean_asr for one in ("wanda-50", "dense"))
         assert pruned is not None

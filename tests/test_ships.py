@@ -175,7 +175,7 @@ def test_scores_equal_one_forward_per_head(family, pico_dir, tmp_path):
     ticks = []
     with truth.unchanged(model):
         found = score_heads(
-            model, architecture, cut, tmp_path / "partial", Scoring(r_max=2), progress=ticks.append
+            model, architecture, cut, tmp_path / "partial", Scoring(r_max=2), advance=ticks.append
         )
     expected = naive_scores(model, processor, architecture, examples, 2, "all", 1e-5)
     assert_scores(found, expected, 2e-5, family)
@@ -243,7 +243,7 @@ def test_finished_layers_are_not_run_again(pico_dir, tmp_path):
 
     killed = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
-        score_heads(model, architecture, cut, killed, how, progress=kill)
+        score_heads(model, architecture, cut, killed, how, advance=kill)
     left = contents(killed)
     assert len(left) == (layers + 1) + (1 + 2), "all finished layers must be there"
     assert left.items() <= content.items()
@@ -252,7 +252,7 @@ def test_finished_layers_are_not_run_again(pico_dir, tmp_path):
     assert contents(killed) == content
     assert {name: (killed / name).stat().st_mtime_ns for name in left} == written
     no_model = torch.nn.Module()  # cannot run at all
-    again = score_heads(no_model, architecture, cut, partial, how, progress=ticks.append)
+    again = score_heads(no_model, architecture, cut, partial, how, advance=ticks.append)
     for other in (again, resumed):
         assert torch.equal(other.ships, first.ships) and torch.equal(other.kl, first.kl)
     assert ticks[-3:] == [layers * (layers + 1) // 2] * 3
@@ -377,7 +377,7 @@ def test_screening_scores_the_best_exactly(family, pico_dir, tmp_path):
     ticks = []
     with truth.unchanged(model):
         found = score_heads(
-            model, architecture, cut, tmp_path / "screened", how, progress=ticks.append
+            model, architecture, cut, tmp_path / "screened", how, advance=ticks.append
         )
     assert sum(ticks) == len(architecture.layers) * (len(architecture.layers) + 1)
     best = {head for one in found.estimate for head in ordered(one)[:4]}

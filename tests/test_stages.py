@@ -308,7 +308,7 @@ def test_stopping_keeps_the_work(bench: Bench, tmp_path: Path) -> None:
 
     out = tmp_path / "out" / "pruned"
     with pytest.raises(KeyboardInterrupt):
-        bench.run("prune", out=out, watch=Stops())
+        bench.run("prune", out=out, progress=Stops())
     kept = [name for name in tree(tmp_path / "out") if "layer_" in name]
     assert kept, "the masks of finished layers were thrown away"
     bench.run("prune", out=out)

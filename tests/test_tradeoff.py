@@ -37,6 +37,7 @@ from regraft.models.architecture import decoder_layers
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.patch.format import load_patch
+from regraft.progress import Progress, Silent
 from regraft.recipe import Recipe
 from regraft.report.page import CURVES_CAPTION
 from regraft.restoration.base import MethodSettings
@@ -45,7 +46,6 @@ from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages import searching
-from regraft.watch import Silent, Watch
 
 # The choice
 
@@ -185,7 +185,7 @@ class Bench:
     def search(
         self,
         out: Path,
-        watch: Watch | None = None,
+        progress: Progress | None = None,
         compute: ComputeSettings = COMPUTE,
         **fields: Any,
     ) -> int:
@@ -199,7 +199,7 @@ class Bench:
             self.settings,
             SHORT,
             compute,
-            watch,
+            progress,
         )
 
 
@@ -342,10 +342,10 @@ def test_the_search_keeps_to_its_bounds(
     rates_of |= {250: (0.7, 0.11, 0.6), 500: (0.6, 0.2, 0.6), 750: (0.25, 0.3, 0.61)}
     rates_of |= {1000: (0.2, 0.3, 0.6)}
     out = tmp_path / "curve.json"
-    watch = Notes()
-    assert bench.search(out, watch, points=4, **fields) == expected
-    assert [note for note in watch.notes if "nothing is restored" in note] == (
-        [] if expected else watch.notes[-1:]
+    progress = Notes()
+    assert bench.search(out, progress, points=4, **fields) == expected
+    assert [note for note in progress.notes if "nothing is restored" in note] == (
+        [] if expected else progress.notes[-1:]
     )
     curve = read_json(out)
     assert [one["restored"] for one in curve["points"]] == [0, 250, 500, 750, 1000]

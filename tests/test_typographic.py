@@ -23,7 +23,7 @@ from regraft.data.typographic import (
     write_typographic,
 )
 from regraft.errors import RegraftError
-from regraft.watch import Silent
+from regraft.progress import Silent
 
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono-Bold.ttf"
 

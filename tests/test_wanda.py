@@ -326,7 +326,7 @@ def test_sequential_pruner_equals_brute_force(family, pattern, pico_dir, tmp_pat
     cut = [response_batch(processor, rows) for rows in batches(examples, 2)]
     dense, pruned = state(model), copy.deepcopy(model)
     ticks = []
-    masks = truth.prune(opened, pruned, cut, pattern, tmp_path / "masks", progress=ticks.append)
+    masks = truth.prune(opened, pruned, cut, pattern, tmp_path / "masks", advance=ticks.append)
     assert sum(ticks) == 2 * 5 * len(architecture.layers)
     naive = copy.deepcopy(model)
     expected = prune_by_loops(naive, processor, architecture, examples, pattern, "sequential")
@@ -370,7 +370,7 @@ def test_killed_pruner_goes_on(family, method, pico_dir, tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        truth.prune(opened, copy.deepcopy(model), cut, folder=place, **settings, progress=kill)
+        truth.prune(opened, copy.deepcopy(model), cut, folder=place, **settings, advance=kill)
     assert [resumed.load(layer) is None for layer in architecture.layers][:3] == [
         False,
         False,

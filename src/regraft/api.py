@@ -29,6 +29,7 @@ from regraft.evaluation.results import EvalResult
 from regraft.heads.score import HeadScores
 from regraft.models.load import Source, open_source
 from regraft.patch.format import Patch
+from regraft.progress import Progress, Silent
 from regraft.pruning.base import PRUNERS
 from regraft.restoration.base import DEFAULT, METHODS
 from regraft.settings.base import Settings, explain
@@ -38,7 +39,6 @@ from regraft.settings.evaluating import EvalSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import with_validation
-from regraft.watch import Silent, Watch
 
 if TYPE_CHECKING:
     from regraft.report.study import Study
@@ -52,7 +52,7 @@ def prune(
     out: str | Path,
     *,
     method: str = "wanda",
-    watch: Watch | None = None,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> Source:
     """Prune a model into the new folder `out`.
@@ -61,7 +61,7 @@ def prune(
         model: The dense model.
         out: The folder.
         method: The pruner.
-        watch: Shows progress.
+        progress: Shows progress.
         settings: Of the pruner (`sparsity`, `n_m` ...), the calibration (`data`, `samples`, `seed`)
             and where it runs (`device`, `dtype`, `batch_size`, `placement`).
 
@@ -72,18 +72,18 @@ def prune(
     own = found.of(PRUNERS.get(method).Settings)
     data, compute = found.calibration(), found.of(ComputeSettings)
     found.finish()
-    return stages.prune(_opened(model, compute), Path(out), own, data, compute, watch)
+    return stages.prune(_opened(model, compute), Path(out), own, data, compute, progress)
 
 
 def score_heads(
-    model: Model, out: str | Path, *, watch: Watch | None = None, **settings: Any
+    model: Model, out: str | Path, *, progress: Progress | None = None, **settings: Any
 ) -> HeadScores:
     """Score every attention head for safety by Ships and KL; writes the file `out`.
 
     Args:
         model: The dense model.
         out: The file.
-        watch: Shows progress.
+        progress: Shows progress.
         settings: Of the scoring (`r_max`, `mode` ...), the calibration and where it runs.
 
     Raises:
@@ -92,7 +92,7 @@ def score_heads(
     found = _Given(settings)
     own, data, compute = found.of(HeadSettings), found.calibration(), found.of(ComputeSettings)
     found.finish()
-    return stages.heads(_opened(model, compute), Path(out), own, data, compute, watch)
+    return stages.heads(_opened(model, compute), Path(out), own, data, compute, progress)
 
 
 def realign(
@@ -103,7 +103,7 @@ def realign(
     method: str = DEFAULT,
     search: Mapping[str, Any] | None = None,
     heads_file: str | Path | None = None,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> Patch:
     """Restore the pruned weights that carried safety; writes the patch `out`.
@@ -115,7 +115,7 @@ def realign(
         method: The restoration method.
         search: Choose how many weights are restored: `validation` prompts, bounds and targets.
         heads_file: From `score_heads`.
-        watch: Shows progress.
+        progress: Shows progress.
         settings: Of the method (`budget`, `swap` ...), the scoring of heads, the calibration and
             where it runs.
 
@@ -126,12 +126,12 @@ def realign(
     own = found.of(METHODS.get(method).Settings)
     scoring, data, compute = found.of(HeadSettings), found.calibration(), found.of(ComputeSettings)
     found.finish()
-    before, after, places = _opened(dense, compute), _opened(pruned, compute), Path(out)
+    before, after, paths = _opened(dense, compute), _opened(pruned, compute), Path(out)
     choice = None if search is None else _made(SearchSettings, {**search, **_source(search)})
     choice = choice and with_validation(choice, before.folder, data)
     given = stages.Inputs(heads=None if heads_file is None else Path(heads_file))
-    restoration = stages.Restoration(before, data, compute, scoring, watch=watch or Silent())
-    where = stages.Places.beside(places)
+    restoration = stages.Restoration(before, data, compute, scoring, progress=progress or Silent())
+    where = stages.ArtifactPaths.beside(paths)
     restoration.check(after, own, choice, where, given)
     return restoration.restore(after, own, where, choice=choice, given=given)
 
@@ -162,7 +162,7 @@ def evaluate(
     out: str | Path,
     *,
     patch: str | Path | None = None,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> EvalResult:
     """Answer suites greedily and judge the answers: ASR, over-refusal, utility with intervals.
@@ -172,7 +172,7 @@ def evaluate(
         suites: One or several, such as "safebench:FigStep/data" or a .jsonl file.
         out: The new folder, with all answers.
         patch: Put on the model in memory first.
-        watch: Shows progress.
+        progress: Shows progress.
         settings: Of the evaluation (`max_new_tokens`, `judge`, `limit` ...) and where it runs.
 
     Raises:
@@ -184,7 +184,7 @@ def evaluate(
     named = [_data(one) for one in ([suites] if isinstance(suites, str) else suites)]
     file = None if patch is None else Path(patch)
     source = _opened(model, compute)
-    return stages.evaluate(source, Path(out), named, own, compute, file, watch=watch).result
+    return stages.evaluate(source, Path(out), named, own, compute, file, progress=progress).result
 
 
 def compare(

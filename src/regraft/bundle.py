@@ -22,11 +22,11 @@ from regraft import distributed, stages
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Answer, result_to_json
 from regraft.files import atomic_file, digest, file_digest, read_json
-from regraft.folder import RunFolder, folder_of_model, study_runs
 from regraft.patch.format import load_patch
 from regraft.recipe import Recipe
 from regraft.recipe_file import read_recipe
 from regraft.reporting import read_run
+from regraft.run_dir import RunDir, folder_of_model, study_runs
 
 FORMAT = "regraft-bundle-1"
 MANIFEST = "manifest.json"
@@ -80,7 +80,7 @@ def write_bundle(folder: Path, out: Path, *, texts: bool = False) -> None:
         raise RegraftError(f"A bundle is a .zip file; {out} is none. Name it {out.stem}.zip.")
     if out.exists():
         raise RegraftError(f"{out} exists already; a bundle is a new file.")
-    recipe = read_recipe(RunFolder(folder).recipe)
+    recipe = read_recipe(RunDir(folder).recipe)
     files = dict(_files(folder, recipe, texts))
     held = "with prompts and answers" if texts else "without the texts of prompts and answers"
     readme = _README.format(version=regraft.__version__, title=recipe.title, texts=held)
@@ -111,7 +111,7 @@ def _files(folder: Path, recipe: Recipe, texts: bool) -> Iterator[tuple[str, byt
     runs |= {one.name: one for one in study_runs(folder)}
     names = _names(recipe)
     for page in _PAGES:
-        if runs and (file := RunFolder(folder).report / page).is_file():
+        if runs and (file := RunDir(folder).report / page).is_file():
             yield page, _text(file, names)
     if runs:
         yield "recipe.yaml", _recipe(recipe, names)
@@ -121,39 +121,39 @@ def _files(folder: Path, recipe: Recipe, texts: bool) -> Iterator[tuple[str, byt
 
 
 def _run_files(folder: Path, texts: bool) -> Iterator[tuple[str, bytes]]:
-    place = RunFolder(folder)
-    recipe = read_recipe(place.recipe)
-    place = RunFolder(folder, several=len(recipe.prune) > 1)
+    run_dir = RunDir(folder)
+    recipe = read_recipe(run_dir.recipe)
+    run_dir = RunDir(folder, several=len(recipe.prune) > 1)
     names = _names(recipe)
     read_run(folder)  # raises where the run is not finished
     yield "recipe.yaml", _recipe(recipe, names)
     for page in _CARDS:
-        if not (file := place.report / page).is_file():
+        if not (file := run_dir.report / page).is_file():
             raise RegraftError(f"{file} is missing; write it again: `regraft report {folder}`.")
         yield page, _text(file, names)
-    if place.costs.exists():
-        yield "costs.json", _json(names.public(read_json(place.costs)))
+    if run_dir.costs.exists():
+        yield "costs.json", _json(names.public(read_json(run_dir.costs)))
     patches = {}
     for pruning in recipe.prune:
         for one in recipe.variants_of(pruning):
-            file = place.patch(pruning.name, one.name)
+            file = run_dir.patch(pruning.name, one.name)
             about = names.public(dict(load_patch(file).about))
             patches[f"{pruning.name}/{one.name}"] = {"sha256": file_digest(file), "about": about}
     if patches:
         yield "patches.json", _json(patches)
-    for name, evaluation in _evaluations(place, recipe).items():
+    for name, evaluation in _evaluations(run_dir, recipe).items():
         for file_name, content in _evaluation(evaluation, names, texts):
             yield f"evaluation/{name}/{file_name}", content
 
 
-def _evaluations(place: RunFolder, recipe: Recipe) -> dict[str, Path]:
+def _evaluations(run_dir: RunDir, recipe: Recipe) -> dict[str, Path]:
     """Name of every evaluated model, as in `report.study.Row`, -> its evaluation."""
-    found = {"dense": place.dense_evaluation}
+    found = {"dense": run_dir.dense_evaluation}
     for pruning in recipe.prune:
-        found[pruning.name] = place.evaluation(pruning.name)
+        found[pruning.name] = run_dir.evaluation(pruning.name)
         ways = [one.name for one in recipe.variants_of(pruning)]
         for way in ways + [one.name for one in recipe.defences_of(pruning)]:
-            found[f"{pruning.name}/{way}"] = place.evaluation(pruning.name, way)
+            found[f"{pruning.name}/{way}"] = run_dir.evaluation(pruning.name, way)
     return found
 
 

@@ -252,7 +252,7 @@ def _made_from_demo(folder: Path) -> bool:
     return bool(about.get("inputs", {}).get("dense") == demo)
 
 
-def told(role: str, reading: Reading) -> str:
+def describe_data(role: str, reading: Reading) -> str:
     """One line on what became of every row that was read."""
     left_out = ", ".join(f"{count} {reason}" for reason, count in reading.skipped.items())
     used = f"{len(reading.examples)} used of {reading.read} read"

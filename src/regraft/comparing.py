@@ -9,7 +9,6 @@ from typing import Any
 
 from regraft import distributed
 from regraft.errors import RegraftError
-from regraft.folder import study_runs
 from regraft.provenance import but_for_rounding, difference
 from regraft.report.pooling import study_of
 from regraft.report.run import Run
@@ -17,6 +16,7 @@ from regraft.report.study import Study
 from regraft.report.write import write_report
 from regraft.reporting import read_run
 from regraft.restoration.base import settings_in
+from regraft.run_dir import study_runs
 
 
 def compare(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> Study:
@@ -35,8 +35,8 @@ def compare(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> 
         raise RegraftError(
             f"The output folder {out} holds something else than a report. Choose a new folder."
         )
-    places = [run for folder in folders for run in study_runs(folder) or (folder,)]
-    runs = {place: read_run(place) for place in places}
+    run_dirs = [run for folder in folders for run in study_runs(folder) or (folder,)]
+    runs = {run_dir: read_run(run_dir) for run_dir in run_dirs}
     _check_same_recipe(runs)
     study = study_of(list(runs.values()), against)
     if distributed.first():
@@ -45,12 +45,12 @@ def compare(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> 
 
 
 def _check_same_recipe(runs: Mapping[Path, Run]) -> None:
-    for (first, one), (place, other) in pairwise(runs.items()):
+    for (first, one), (run_dir, other) in pairwise(runs.items()):
         wanted, found = (_apart_from_the_seed(run.recipe) for run in (one, other))
         if found != wanted:
             raise RegraftError(
-                f"{place} and {first} are runs of recipes that differ in more than the calibration "
-                f"seed ({difference(found, wanted)}). Compare runs of one recipe."
+                f"{run_dir} and {first} are runs of recipes that differ in more than the "
+                f"calibration seed ({difference(found, wanted)}). Compare runs of one recipe."
             )
 
 

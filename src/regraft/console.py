@@ -22,7 +22,7 @@ from rich.text import Text
 
 from regraft.evaluation.results import Estimate, EvalResult
 from regraft.evaluation.tradeoff import NOTE, Point, Searched, Tuned
-from regraft.watch import Advance
+from regraft.progress import Advance
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,11 +128,11 @@ def show_result(console: Console, result: EvalResult) -> None:
             highlight=False,
         )
     if result.text is not None:
-        told = f"Ordinary text, {on_text(result.text)}: perplexity "
-        told += number_cell(result.text.perplexity).text
+        text = f"Ordinary text, {on_text(result.text)}: perplexity "
+        text += number_cell(result.text.perplexity).text
         if result.text.kl is not None:
-            told += f", KL(dense || model) {number_cell(result.text.kl).text} nats a token"
-        console.print(told, highlight=False, markup=False)
+            text += f", KL(dense || model) {number_cell(result.text.kl).text} nats a token"
+        console.print(text, highlight=False, markup=False)
     if result.asr is not None and result.over_refusal is None:
         console.print(NO_OVER_REFUSAL, highlight=False)
     if result.degenerate:
@@ -416,7 +416,7 @@ def show_tuned(console: Console, tuned: Tuned) -> None:
     console.print(table)
     cost, failed = tuned.cost, f", {tuned.failed} failed" if tuned.failed else ""
     stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in cost.seconds.items())
-    told = (
+    text = (
         f"The search took {len(tuned.trials)} trials{failed}, {sum(cost.seconds.values()):.0f} s "
         f"({stages}), {cost.evaluations:,} evaluations with {cost.prompts:,} answers."
     )
@@ -426,7 +426,7 @@ def show_tuned(console: Console, tuned: Tuned) -> None:
         else "No trial lowers ASR below the pruned model's within the bounds; nothing is "
         "recommended. "
     )
-    console.print(nothing + told, highlight=False, markup=False)
+    console.print(nothing + text, highlight=False, markup=False)
     console.print(NOTE, style="dim", highlight=False, markup=False)
 
 

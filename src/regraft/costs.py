@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from regraft import distributed
 from regraft.errors import RegraftError
 from regraft.files import discard_leftover, read_json, write_json
-from regraft.watch import Advance, Watch
+from regraft.progress import Advance, Progress
 
 T = TypeVar("T")
 _WORTH_TELLING = 1.0  # seconds; what takes less and runs no model was there already
@@ -96,10 +96,10 @@ class Metered:
         advanced: Called whenever a task advances.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, progress: Progress) -> None:
         self.flops, self.elsewhere = 0.0, False
         self.advanced: Callable[[], None] = _nothing
-        self._watch = watch
+        self._watch = progress
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @contextmanager
@@ -114,7 +114,7 @@ class Metered:
             yield advance_both
 
     def note(self, text: str) -> None:
-        """See `Watch`."""
+        """See `Progress`."""
         self._watch.note(text)
 
     def loaded(self, network: nn.Module) -> None:
@@ -196,10 +196,10 @@ class Ledger:
             write_json(self._path, [asdict(one) for one in costs.values()])
 
 
-def elsewhere(watch: Watch) -> None:
+def elsewhere(progress: Progress) -> None:
     """Note that another program works from here on, so that this stage is not all counted."""
-    if isinstance(watch, Metered):
-        watch.elsewhere = True
+    if isinstance(progress, Metered):
+        progress.elsewhere = True
 
 
 def read_costs(path: Path) -> list[Cost]:

@@ -25,35 +25,41 @@ from regraft.models.load import (
 from regraft.models.placement import PlacedModel
 from regraft.patch.apply import check_base
 from regraft.patch.format import Patch, load_patch
+from regraft.progress import Progress
 from regraft.settings.compute import ComputeSettings
-from regraft.watch import Watch
 
 
 def load(
-    source: Source, compute: ComputeSettings, watch: Watch, processor_from: Source | None = None
+    source: Source,
+    compute: ComputeSettings,
+    progress: Progress,
+    processor_from: Source | None = None,
 ) -> tuple[nn.Module, Any]:
     """The whole model, on one device or split over several, and its processor."""
     own = processor_from is None or has_processor(source)
     split = compute.placement != "resident"
-    with watch.task(f"Loading {source.folder}", 1) as done:
+    with progress.task(f"Loading {source.folder}", 1) as done:
         processor = load_processor(source if own else processor_from or source)
         model = load_model(source, dtype=compute.dtype, device=compute.device, split=split)
         done(1)
-    watch.loaded(model)
+    progress.loaded(model)
     return model, processor
 
 
 def load_for_walk(
-    source: Source, compute: ComputeSettings, watch: Watch, processor_from: Source | None = None
+    source: Source,
+    compute: ComputeSettings,
+    progress: Progress,
+    processor_from: Source | None = None,
 ) -> tuple[PlacedModel, Any]:
     """The model, to be run layer by layer, and its processor."""
-    with watch.task(f"Loading {source.folder}", 1) as done:
+    with progress.task(f"Loading {source.folder}", 1) as done:
         processor = load_processor(processor_from or source)
         model = load_placed(
             source, dtype=compute.dtype, device=compute.device, placement=compute.placement
         )
         done(1)
-    watch.loaded(model.network)
+    progress.loaded(model.network)
     return model, processor
 
 

@@ -10,16 +10,16 @@ from regraft import distributed
 from regraft.costs import CalibrationPass, Cost, if_all_known
 from regraft.data.collate import prompt_batch
 from regraft.files import read_json, write_json
-from regraft.folder import RunFolder
 from regraft.models.load import Source, load_processor
+from regraft.progress import Progress
 from regraft.provenance import describe, is_done
 from regraft.recipe import Recipe
 from regraft.recipe_parts import PruningSettings, VariantSettings
 from regraft.restoration.base import needs_of
+from regraft.run_dir import RunDir
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.searching import SearchSettings
-from regraft.stages import Session
-from regraft.watch import Watch
+from regraft.stages import EvaluationCache
 
 SEARCH_REFERENCES = "evaluate for search"  # the dense and the pruned model, on validation prompts
 
@@ -32,7 +32,11 @@ def learns_from_both(recipe: Recipe) -> bool:
 
 
 def count_pass(
-    dense: Source, calibration: CalibrationSettings, out: Path, session: Session, watch: Watch
+    dense: Source,
+    calibration: CalibrationSettings,
+    out: Path,
+    cache: EvaluationCache,
+    progress: Progress,
 ) -> None:
     """Count the tokens of all calibration prompts; writes a `CalibrationPass` to the file `out`.
 
@@ -43,7 +47,7 @@ def count_pass(
         RegraftError: see `draw_prompts`; `out` is of other prompts or another model.
     """
     readings = {
-        kind: session.prompts(dense, calibration, harmful=kind == "safety")
+        kind: cache.prompts(dense, calibration, harmful=kind == "safety")
         for kind in ("safety", "utility")
     }
     about = describe("calibration pass", {"dense": dense.checkpoint.fingerprint}, data=readings)
@@ -51,7 +55,7 @@ def count_pass(
         processor = load_processor(dense)
         examples = [one for reading in readings.values() for one in reading.examples]
         tokens = 0
-        with watch.task("Counting the tokens of the calibration prompts", len(examples)) as done:
+        with progress.task("Counting the tokens of the calibration prompts", len(examples)) as done:
             for example in examples:
                 mask = prompt_batch(processor, [example]).inputs["attention_mask"]
                 tokens += int(mask.sum())
@@ -75,7 +79,7 @@ class _Need:
 
 def passes_of_variant(
     recipe: Recipe,
-    place: RunFolder,
+    run_dir: RunDir,
     pruning: PruningSettings,
     variant: VariantSettings,
     costs: Sequence[Cost],
@@ -87,7 +91,7 @@ def passes_of_variant(
     """
     if needs_of(variant).positions and recipe.positions_of(variant) is None:
         return None  # positions that were found elsewhere
-    return _passes(_needs(recipe, place, pruning, variant), costs, unit)
+    return _passes(_needs(recipe, run_dir, pruning, variant), costs, unit)
 
 
 def passes_of_defence(
@@ -98,7 +102,7 @@ def passes_of_defence(
 
 
 def _needs(
-    recipe: Recipe, place: RunFolder, pruning: PruningSettings, variant: VariantSettings
+    recipe: Recipe, run_dir: RunDir, pruning: PruningSettings, variant: VariantSettings
 ) -> Iterator[_Need]:
     needs = needs_of(variant)
     if needs.heads:
@@ -108,19 +112,19 @@ def _needs(
     if needs.statistics:
         yield _Need(f"statistics for {needs.statistics}", ("",))
     if (source := recipe.positions_of(variant)) is not None:
-        yield from _needs(recipe, place, pruning, source.model_copy(update={"search": None}))
+        yield from _needs(recipe, run_dir, pruning, source.model_copy(update={"search": None}))
     along = [
         one
         for one in recipe.variants_of(pruning)
         if recipe.ranking_name(one) == recipe.ranking_name(variant)
     ]
-    yield _Need("rank", _names(place, pruning, along), needs.answers)
+    yield _Need("rank", _names(run_dir, pruning, along), needs.answers)
     if (search := variant.search) is not None:
         searches = [one.search for one in recipe.variants_of(pruning) if one.search]
         one_set = len({_prompts(one) for one in searches}) == 1  # or it was of which?
         yield _Need(SEARCH_REFERENCES, (pruning.name,) if one_set else ())
         alike = [one for one in along if one.search and _prompts(one.search) == _prompts(search)]
-        yield _Need("search", _names(place, pruning, alike))
+        yield _Need("search", _names(run_dir, pruning, alike))
 
 
 def _prompts(search: SearchSettings) -> Hashable:
@@ -129,9 +133,9 @@ def _prompts(search: SearchSettings) -> Hashable:
 
 
 def _names(
-    place: RunFolder, pruning: PruningSettings, variants: Sequence[VariantSettings]
+    run_dir: RunDir, pruning: PruningSettings, variants: Sequence[VariantSettings]
 ) -> tuple[str, ...]:
-    return tuple(place.name(pruning.name, one.name) for one in variants)
+    return tuple(run_dir.name(pruning.name, one.name) for one in variants)
 
 
 def _passes(

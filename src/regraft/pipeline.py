@@ -15,55 +15,55 @@ from regraft.costs import Ledger, Metered
 from regraft.errors import RegraftError
 from regraft.estimate import seconds
 from regraft.files import discard_leftover, require_empty, write_text
-from regraft.folder import RunFolder
 from regraft.models.load import pick_device
 from regraft.passes import count_pass, learns_from_both
 from regraft.plan import plan
 from regraft.preflight import bytes_needed, check, seen_before_in, unread_in
+from regraft.progress import Progress, Silent
 from regraft.provenance import but_for_rounding, difference
 from regraft.recipe import Recipe
 from regraft.recipe_file import read_recipe, write_recipe
 from regraft.report.study import Study
 from regraft.reporting import report
+from regraft.run_dir import RunDir
 from regraft.stages.steps import Step, make_all
-from regraft.watch import Silent, Watch
 
-__all__ = ["Preview", "RunFolder", "check", "preview", "report", "run"]
+__all__ = ["Preview", "RunDir", "check", "preview", "report", "run"]
 
 
 def run(
     recipe: Recipe,
     folder: Path,
-    watch: Watch | None = None,
-    session: stages.Session | None = None,
+    progress: Progress | None = None,
+    cache: stages.EvaluationCache | None = None,
 ) -> Study:
     """Prune, score heads, realign, evaluate and report; finished stages are not repeated.
 
     Args:
         recipe: All settings.
         folder: A new folder, or that of an earlier run of the same recipe or a part of it.
-        watch: Progress.
-        session: What evaluations share, if other runs share it too.
+        progress: Progress.
+        cache: What evaluations share, if other runs share it too.
 
     Raises:
         RegraftError: bad input, or the folder holds something else.
     """
-    watch = watch or Silent()
-    place = RunFolder(folder, several=len(recipe.prune) > 1)
-    session = session or stages.Session()
-    dense, existing = check(recipe, folder, session)
+    progress = progress or Silent()
+    run_dir = RunDir(folder, several=len(recipe.prune) > 1)
+    cache = cache or stages.EvaluationCache()
+    dense, existing = check(recipe, folder, cache)
     claim(folder, recipe)
-    for line in (*unread_in(recipe), *seen_before_in(recipe, dense, session)):
-        watch.note(f"Warning: {line}.")
+    for line in (*unread_in(recipe), *seen_before_in(recipe, dense, cache)):
+        progress.note(f"Warning: {line}.")
     for suite in recipe.evaluate.suite:
-        warn_of_bundled(dense, suite, watch.note)
-    metered = Metered(watch)
-    costs = Ledger(place.costs, metered, pick_device(recipe.compute.device))
-    steps = plan(recipe, place, dense, existing, metered, session)
-    make_all(steps, costs.of, session, watch)
-    session.unload()
+        warn_of_bundled(dense, suite, progress.note)
+    metered = Metered(progress)
+    costs = Ledger(run_dir.costs, metered, pick_device(recipe.compute.device))
+    steps = plan(recipe, run_dir, dense, existing, metered, cache)
+    make_all(steps, costs.of, cache, progress)
+    cache.unload()
     if learns_from_both(recipe):
-        count_pass(dense, recipe.calibration, place.calibration_pass, session, watch)
+        count_pass(dense, recipe.calibration, run_dir.calibration_pass, cache, progress)
     return report(folder)
 
 
@@ -73,10 +73,10 @@ def preview(recipe: Recipe, folder: Path) -> Preview:
     Raises:
         RegraftError: as `run`.
     """
-    place, session = RunFolder(folder, several=len(recipe.prune) > 1), stages.Session()
-    dense, existing = check(recipe, folder, session)
-    steps = plan(recipe, place, dense, existing, Silent(), session)
-    tests = session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit).examples
+    run_dir, cache = RunDir(folder, several=len(recipe.prune) > 1), stages.EvaluationCache()
+    dense, existing = check(recipe, folder, cache)
+    steps = plan(recipe, run_dir, dense, existing, Silent(), cache)
+    tests = cache.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit).examples
     time = seconds(steps, dense, tests, recipe.evaluate.max_new_tokens, recipe.compute)
     dtype = getattr(torch, loaded_dtype(dense, recipe.compute))
     return Preview(
@@ -111,7 +111,7 @@ def claim(folder: Path, recipe: Recipe) -> None:
         RegraftError: the folder holds something else.
     """
     if distributed.first():
-        _claim(RunFolder(folder), recipe)
+        _claim(RunDir(folder), recipe)
     distributed.barrier()
 
 
@@ -146,18 +146,18 @@ def _known(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any
     return known
 
 
-def _claim(place: RunFolder, recipe: Recipe) -> None:
-    if place.recipe.exists():
-        before = read_recipe(place.recipe)
+def _claim(run_dir: RunDir, recipe: Recipe) -> None:
+    if run_dir.recipe.exists():
+        before = read_recipe(run_dir.recipe)
         found, wanted = _fixed(before), _fixed(recipe)
         if found != (wanted := _known(wanted, found)):
             raise RegraftError(
-                f"{place.path} holds a run of another recipe "
+                f"{run_dir.path} holds a run of another recipe "
                 f"({difference(found, wanted)}). Choose another output folder."
             )
         if before != recipe:
-            write_text(place.recipe, write_recipe(recipe))
+            write_text(run_dir.recipe, write_recipe(recipe))
         return
-    discard_leftover(place.recipe)
-    require_empty(place.path)
-    write_text(place.recipe, write_recipe(recipe))
+    discard_leftover(run_dir.recipe)
+    require_empty(run_dir.path)
+    write_text(run_dir.recipe, write_recipe(recipe))

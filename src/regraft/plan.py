@@ -9,62 +9,62 @@ from pathlib import Path
 
 from regraft import stages
 from regraft.files import digest
-from regraft.folder import RunFolder
 from regraft.models.load import Source, open_source
 from regraft.passes import SEARCH_REFERENCES
+from regraft.progress import Progress
 from regraft.recipe import Recipe
 from regraft.recipe_parts import NamedDefenceSettings, PruningSettings, VariantSettings
 from regraft.restoration.base import needs_of
+from regraft.run_dir import RunDir
 from regraft.settings.searching import SearchSettings
 from regraft.stages.steps import Step
-from regraft.watch import Watch
 
 
 def plan(
     recipe: Recipe,
-    place: RunFolder,
+    run_dir: RunDir,
     dense: Source,
     existing: Source | None,
-    watch: Watch,
-    session: stages.Session,
+    progress: Progress,
+    cache: stages.EvaluationCache,
 ) -> list[Step]:
     """All steps but the report.
 
     Args:
         recipe: All settings.
-        place: The folder of the run.
+        run_dir: The folder of the run.
         dense: The dense model.
         existing: The pruned one, where the recipe names it.
-        watch: Progress.
-        session: Has read the test prompts already.
+        progress: Progress.
+        cache: Has read the test prompts already.
     """
-    count = len(session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit).examples)
-    return list(_Planner(recipe, place, dense, existing, watch, session, count).steps())
+    count = len(cache.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit).examples)
+    return list(_Planner(recipe, run_dir, dense, existing, progress, cache, count).steps())
 
 
 @dataclass(frozen=True)
 class _Planner:
     recipe: Recipe
-    place: RunFolder
+    run_dir: RunDir
     dense: Source
     existing: Source | None
-    watch: Watch
-    session: stages.Session
+    progress: Progress
+    cache: stages.EvaluationCache
     prompts: int
 
     def steps(self) -> Iterator[Step]:
         """In the order in which they are made: models that cost little to know come first."""
-        recipe, place = self.recipe, self.place
+        recipe, run_dir = self.recipe, self.run_dir
         if self.existing is None:
             yield from (self._prune(one) for one in recipe.prune)
-        dense = place.dense_evaluation
+        dense = run_dir.dense_evaluation
         yield self._evaluate("dense", lambda: self.dense, dense, title="Evaluating the dense model")
         for one in recipe.prune:
             title = f"Evaluating the {one.name} model"
-            source, out = partial(self.pruned, one.name), place.evaluation(one.name)
+            source, out = partial(self.pruned, one.name), run_dir.evaluation(one.name)
             yield self._evaluate(one.name, source, out, title=title)
         needs = [needs_of(one) for one in recipe.realign]
-        shared = place.of(recipe.prune[0].name, "", "")
+        shared = run_dir.of(recipe.prune[0].name, "", "")
         yield from self.restoration.gathering(needs, shared, stages.Inputs())
         for pruning in recipe.prune:
             for variant in recipe.variants_of(pruning):
@@ -74,7 +74,7 @@ class _Planner:
 
     def pruned(self, name: str) -> Source:
         """A pruned checkpoint, which must be there."""
-        return self.existing or self._open(self.place.pruned(name))
+        return self.existing or self._open(self.run_dir.pruned(name))
 
     def _open(self, folder: Path) -> Source:
         return open_source(folder, trust_remote_code=self.recipe.compute.trust_remote_code)
@@ -89,12 +89,12 @@ class _Planner:
             recipe.compute,
             recipe.heads,
             recipe.evaluate.only().in_memory(),
-            self.watch,
-            self.session,
+            self.progress,
+            self.cache,
         )
 
     def _prune(self, pruning: PruningSettings) -> Step:
-        recipe, out = self.recipe, self.place.pruned(pruning.name)
+        recipe, out = self.recipe, self.run_dir.pruned(pruning.name)
         make = partial(
             stages.prune,
             self.dense,
@@ -102,8 +102,8 @@ class _Planner:
             pruning.only(),
             recipe.calibration,
             recipe.compute,
-            self.watch,
-            self.place.responses,
+            self.progress,
+            self.run_dir.responses,
         )
         return Step("prune", pruning.name, out, make, learns=recipe.calibration.samples)
 
@@ -119,7 +119,7 @@ class _Planner:
         """Answers to the test prompts, and how likely ordinary text is where that is named."""
         recipe, text = self.recipe, None
         if (file := recipe.evaluate.text) is not None:
-            dense = self.place.dense_evaluation
+            dense = self.run_dir.dense_evaluation
             text = stages.OnText(file, None if out == dense else dense)
 
         def make() -> object:
@@ -131,8 +131,8 @@ class _Planner:
                 recipe.compute,
                 patch,
                 processor_from=self.dense,
-                watch=self.watch,
-                session=self.session,
+                progress=self.progress,
+                cache=self.cache,
                 defence_file=defence,
                 text=text,
             )
@@ -141,39 +141,41 @@ class _Planner:
 
     def _realign(self, pruning: str, settings: VariantSettings) -> Iterator[Step]:
         """A patch, a checkpoint with it if one is wanted, and its answers."""
-        place, recipe, name = self.place, self.recipe, self.place.name(pruning, settings.name)
-        places = place.of(pruning, settings.name, recipe.ranking_name(settings))
+        run_dir, recipe, name = self.run_dir, self.recipe, self.run_dir.name(pruning, settings.name)
+        paths = run_dir.of(pruning, settings.name, recipe.ranking_name(settings))
         pruned = partial(self.pruned, pruning)
         if (source := recipe.positions_of(settings)) is not None:
-            positions = place.ranking(pruning, recipe.ranking_name(source))
-            places = replace(places, positions=positions)
+            positions = run_dir.ranking(pruning, recipe.ranking_name(source))
+            paths = replace(paths, positions=positions)
         if (search := settings.search) is not None:
             prompts = _prompts_name(search)
-            places = replace(
-                places,
-                references=place.points(pruning, prompts),
-                points=place.points(pruning, f"{places.ranking.stem}-{prompts}"),
+            paths = replace(
+                paths,
+                references=run_dir.points(pruning, prompts),
+                points=run_dir.points(pruning, f"{paths.ranking.stem}-{prompts}"),
             )
-            yield self._references(pruning, search, places)
-        yield from self.restoration.steps(pruned, settings, places, choice=search, name=name)
-        out = place.evaluation(pruning, settings.name)
+            yield self._references(pruning, search, paths)
+        yield from self.restoration.steps(pruned, settings, paths, choice=search, name=name)
+        out = run_dir.evaluation(pruning, settings.name)
         if not recipe.on_disk(settings):
-            yield self._evaluate(name, pruned, out, places.patch)
+            yield self._evaluate(name, pruned, out, paths.patch)
             return
-        written = place.realigned(pruning, settings.name)
+        written = run_dir.realigned(pruning, settings.name)
 
         def apply() -> object:
-            return stages.apply(pruned().folder, places.patch, written, self.watch)
+            return stages.apply(pruned().folder, paths.patch, written, self.progress)
 
         yield Step("apply", name, written, apply)
         yield self._evaluate(name, lambda: self._open(written), out)
 
-    def _references(self, pruning: str, search: SearchSettings, places: stages.Places) -> Step:
+    def _references(
+        self, pruning: str, search: SearchSettings, paths: stages.ArtifactPaths
+    ) -> Step:
         """Evaluate what all searches on these prompts share."""
-        references = places.references or places.curve.with_suffix("")
+        references = paths.references or paths.curve.with_suffix("")
 
         def make() -> object:
-            if places.curve.exists():
+            if paths.curve.exists():
                 return None
             return stages.evaluate_references(
                 self.dense,
@@ -182,16 +184,16 @@ class _Planner:
                 search,
                 self.recipe.evaluate.only().in_memory(),
                 self.recipe.compute,
-                self.watch,
-                self.session,
+                self.progress,
+                self.cache,
             )
 
         return Step(SEARCH_REFERENCES, pruning, references / "pruned", make)
 
     def _defend(self, pruning: str, settings: NamedDefenceSettings) -> Iterator[Step]:
         """A defence at inference, and the answers under it."""
-        name, recipe = self.place.name(pruning, settings.name), self.recipe
-        file = self.place.defence(pruning, settings.name)
+        name, recipe = self.run_dir.name(pruning, settings.name), self.recipe
+        file = self.run_dir.defence(pruning, settings.name)
         pruned = partial(self.pruned, pruning)
 
         def make() -> object:
@@ -201,13 +203,13 @@ class _Planner:
                 settings.only(),
                 recipe.calibration,
                 recipe.compute,
-                self.watch,
+                self.progress,
                 self.dense,
                 recipe.evaluate.text_judge(),
             )
 
         yield Step("defend", name, file, make, alone=settings.method == "refusal-direction")
-        out = self.place.evaluation(pruning, settings.name)
+        out = self.run_dir.evaluation(pruning, settings.name)
         yield self._evaluate(name, pruned, out, defence=file)
 
 

@@ -21,7 +21,6 @@ from regraft.data.collate import prompt_batch
 from regraft.data.example import Reading
 from regraft.evaluation.perplexity import read_documents
 from regraft.files import require_space
-from regraft.folder import RunFolder
 from regraft.loading import check_shares
 from regraft.models.load import Source, check_split, load_processor, open_source
 from regraft.patch.pair import check_pair
@@ -31,6 +30,7 @@ from regraft.recipe import Recipe
 from regraft.reporting import model_folder
 from regraft.restoration.base import needs_of
 from regraft.restoration.ranking import load_ranking
+from regraft.run_dir import RunDir
 from regraft.settings.scoring import HeadSettings
 from regraft.stages.evaluating import check_for_vllm
 from regraft.stages.needing import check_method, learnt_by
@@ -38,7 +38,9 @@ from regraft.stages.needing import check_method, learnt_by
 _LOOKED_AT = 4  # prompts whose length tells that of all
 
 
-def check(recipe: Recipe, folder: Path, session: stages.Session) -> tuple[Source, Source | None]:
+def check(
+    recipe: Recipe, folder: Path, cache: stages.EvaluationCache
+) -> tuple[Source, Source | None]:
     """Find now, before anything is written, what would stop the run hours later.
 
     Returns:
@@ -47,7 +49,7 @@ def check(recipe: Recipe, folder: Path, session: stages.Session) -> tuple[Source
     Raises:
         RegraftError: bad input.
     """
-    place = RunFolder(folder, several=len(recipe.prune) > 1)
+    run_dir = RunDir(folder, several=len(recipe.prune) > 1)
     trust = recipe.compute.trust_remote_code
     dense = open_source(model_folder(recipe.model), trust_remote_code=trust)
     existing = None
@@ -57,27 +59,27 @@ def check(recipe: Recipe, folder: Path, session: stages.Session) -> tuple[Source
     if recipe.evaluate.backend == "vllm":
         for model in filter(None, (dense, existing)):
             check_for_vllm(model, recipe.compute)
-    _check(recipe, dense, place, session)
+    _check(recipe, dense, run_dir, cache)
     return dense, existing
 
 
-def seen_before_in(recipe: Recipe, dense: Source, session: stages.Session) -> list[str]:
+def seen_before_in(recipe: Recipe, dense: Source, cache: stages.EvaluationCache) -> list[str]:
     """What of the test prompts anything is learnt or chosen from, and of those chosen on learnt."""
     learnt: dict[str, Reading] = {}
     for harmful in _kinds_drawn(recipe):
-        learnt |= session.learnt_from(dense, recipe.calibration, harmful=harmful)
+        learnt |= cache.learnt_from(dense, recipe.calibration, harmful=harmful)
     for variant in recipe.realign:
-        learnt |= learnt_by(dense, needs_of(variant), recipe.calibration, session)
+        learnt |= learnt_by(dense, needs_of(variant), recipe.calibration, cache)
     chosen_on: dict[str, Reading] = {}
     for variant in recipe.realign:
         if (search := variant.search) is not None:
             role = f"validation ({search.validation}, {search.validation_limit or 'all'})"
             suites = stages.suites_of(search)
-            chosen_on[role] = session.reading(dense, suites, search.validation_limit)
+            chosen_on[role] = cache.reading(dense, suites, search.validation_limit)
     for defence in recipe.defend:
         if defence.searches:
             chosen_on[f"{defence.name}'s validation"] = read_validation(dense, defence)
-    evaluated = session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
+    evaluated = cache.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
     return [
         *seen_before(evaluated, learnt | chosen_on),
         *(
@@ -88,22 +90,22 @@ def seen_before_in(recipe: Recipe, dense: Source, session: stages.Session) -> li
     ]
 
 
-def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Session) -> None:
+def _check(recipe: Recipe, dense: Source, run_dir: RunDir, cache: stages.EvaluationCache) -> None:
     check_split(recipe.compute.device, recipe.compute.placement)
     for pruning in () if recipe.pruned else recipe.prune:
         if _takes_gradients(pruning):
             label = PRUNERS.get(pruning.method).label
             check_gradients(dense, recipe.compute, f"{pruning.name} ({label})")
     for variant in recipe.realign:
-        check_method(dense, variant, recipe.calibration, recipe.compute, session, recipe.heads)
+        check_method(dense, variant, recipe.calibration, recipe.compute, cache, recipe.heads)
         if (file := needs_of(variant).positions) and recipe.positions_of(variant) is None:
             load_ranking(Path(file))
         if variant.search is not None:
-            stages.check_search(dense, variant.search, recipe.compute, session)
+            stages.check_search(dense, variant.search, recipe.compute, cache)
     for harmful in _kinds_drawn(recipe):
-        drawn = session.drawn(dense, recipe.calibration, harmful=harmful)
+        drawn = cache.drawn(dense, recipe.calibration, harmful=harmful)
         check_shares(drawn.examples, recipe.compute)
-    session.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
+    cache.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit)
     if recipe.evaluate.text is not None:
         read_documents(recipe.evaluate.text)
     for defence in recipe.defend:
@@ -113,8 +115,8 @@ def _check(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Sess
     if recipe.pruned is None:
         for pruning in recipe.prune:
             check_pattern(dense, pruning)
-    kept, most = bytes_needed(recipe, dense, place.path)
-    require_space(place.path, max(most, kept + _state_bytes(recipe, dense, place, session)))
+    kept, most = bytes_needed(recipe, dense, run_dir.path)
+    require_space(run_dir.path, max(most, kept + _state_bytes(recipe, dense, run_dir, cache)))
 
 
 def unread_in(recipe: Recipe) -> list[str]:
@@ -129,13 +131,15 @@ def unread_in(recipe: Recipe) -> list[str]:
     return [f"{name}: {found}" for name, found in named if found is not None]
 
 
-def _state_bytes(recipe: Recipe, dense: Source, place: RunFolder, session: stages.Session) -> int:
+def _state_bytes(
+    recipe: Recipe, dense: Source, run_dir: RunDir, cache: stages.EvaluationCache
+) -> int:
     """About what a backward pass keeps of all layers' inputs, going by a few prompts of each kind.
 
     The states of a 7B model and 128 prompts of each kind are as large as its checkpoint or larger.
     What is done needs none, and what a killed pass has left counts.
     """
-    passes = [one for one in _backward_passes(recipe, place) if not one[0].exists()]
+    passes = [one for one in _backward_passes(recipe, run_dir) if not one[0].exists()]
     if not passes:
         return 0
     processor = load_processor(dense)
@@ -145,7 +149,7 @@ def _state_bytes(recipe: Recipe, dense: Source, place: RunFolder, session: stage
     @functools.cache
     def tokens(imitates: bool, harmful: bool) -> float:
         """Of all prompts of one kind, as long as the first are on average."""
-        draw = session.prompts if imitates else session.drawn
+        draw = cache.prompts if imitates else cache.drawn
         examples = draw(dense, recipe.calibration, harmful=harmful).examples
         some = [
             prompt_batch(processor, [one]).inputs["input_ids"].numel()
@@ -162,34 +166,34 @@ def _state_bytes(recipe: Recipe, dense: Source, place: RunFolder, session: stage
 
 
 def _backward_passes(
-    recipe: Recipe, place: RunFolder
+    recipe: Recipe, run_dir: RunDir
 ) -> Iterator[tuple[Path, bool, Sequence[Sequence[bool]]]]:
     """Outputs that need one, whether they imitate, and of which kinds (those kept together)."""
     for pruning in () if recipe.pruned else recipe.prune:
         if _takes_gradients(pruning):
-            yield place.pruned(pruning.name), False, [[one == "safety" for one in pruning.kinds]]
+            yield run_dir.pruned(pruning.name), False, [[one == "safety" for one in pruning.kinds]]
     for needs in map(needs_of, recipe.realign):
         if needs.statistics and needs.gradients and not needs.answers:
-            yield place.statistics(needs.statistics), False, [(True,), (False,)]
+            yield run_dir.statistics(needs.statistics), False, [(True,), (False,)]
     for pruning in recipe.prune:
         for one in recipe.variants_of(pruning):
             if needs_of(one).answers:
-                ranking = place.ranking(pruning.name, recipe.ranking_name(one))
+                ranking = run_dir.ranking(pruning.name, recipe.ranking_name(one))
                 yield ranking, True, [(True, False)]
 
 
 def bytes_needed(recipe: Recipe, dense: Source, folder: Path) -> tuple[int, int]:
     """Of checkpoints not yet written, and with what pruning keeps meanwhile the most at once."""
-    place = RunFolder(folder, several=len(recipe.prune) > 1)
+    run_dir = RunDir(folder, several=len(recipe.prune) > 1)
     most = kept = unfinished = 0
     for pruning in recipe.prune:
-        pruned = place.pruned(pruning.name)
+        pruned = run_dir.pruned(pruning.name)
         if recipe.pruned is None and not pruned.exists():
             kept += dense.checkpoint.bytes
             most = max(most, kept + stages.spilled_bytes(dense, pruning))
             unfinished += unfinished_bytes(pruned)
         for variant in recipe.variants_of(pruning):
-            realigned = place.realigned(pruning.name, variant.name)
+            realigned = run_dir.realigned(pruning.name, variant.name)
             if recipe.on_disk(variant) and not realigned.exists():
                 kept += dense.checkpoint.bytes
                 unfinished += unfinished_bytes(realigned)

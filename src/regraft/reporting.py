@@ -16,7 +16,6 @@ from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
 from regraft.files import read_json
-from regraft.folder import RECIPE_FILE, RunFolder
 from regraft.heads.score import HeadScores, load_heads
 from regraft.models.load import open_source
 from regraft.passes import passes_of_defence, passes_of_variant
@@ -34,6 +33,7 @@ from regraft.restoration.base import method_of, needs_of
 from regraft.restoration.methods.fine_tune.adam import TRAINED_VALUES, is_trained
 from regraft.restoration.methods.gain.path import read_path
 from regraft.restoration.ranking import load_ranking
+from regraft.run_dir import RECIPE_FILE, RunDir
 from regraft.settings.defending import DefenceSettings
 from regraft.stages import Evaluation
 
@@ -46,7 +46,7 @@ def report(folder: Path) -> Study:
     """
     made = study_of([read_run(folder)])
     if distributed.first():
-        write_report(made, RunFolder(folder).report)
+        write_report(made, RunDir(folder).report)
     return made
 
 
@@ -56,24 +56,24 @@ def read_run(folder: Path, name: str = "") -> Run:
     Raises:
         RegraftError: the folder holds no run, or one that is not finished.
     """
-    place = RunFolder(folder)
-    if not place.recipe.exists():
+    run_dir = RunDir(folder)
+    if not run_dir.recipe.exists():
         below = sorted(str(one.parent) for one in folder.glob("**/results.json"))[:5]
         there = f" `regraft report` takes the evaluations in it: {', '.join(below)}."
         raise RegraftError(
             f"{folder} holds no run: there is no {RECIPE_FILE} in it.{there if below else ''}"
         )
-    recipe = read_recipe(place.recipe)
-    place = RunFolder(folder, several=len(recipe.prune) > 1)
-    evaluations = dict(_evaluations(place, recipe))
+    recipe = read_recipe(run_dir.recipe)
+    run_dir = RunDir(folder, several=len(recipe.prune) > 1)
+    evaluations = dict(_evaluations(run_dir, recipe))
     dense = open_source(
         model_folder(recipe.model), trust_remote_code=recipe.compute.trust_remote_code
     )
     variants = [_variant("dense", evaluations["dense"])]
     for pruning in recipe.prune:
-        variants += _group(place, recipe, pruning, evaluations)
-    heads = load_heads(place.heads, dense.architecture) if place.heads.exists() else None
-    abouts = list(_abouts(place, recipe, evaluations["dense"], heads))
+        variants += _group(run_dir, recipe, pruning, evaluations)
+    heads = load_heads(run_dir.heads, dense.architecture) if run_dir.heads.exists() else None
+    abouts = list(_abouts(run_dir, recipe, evaluations["dense"], heads))
     return Run(
         title=recipe.title,
         model=recipe.model,
@@ -81,10 +81,10 @@ def read_run(folder: Path, name: str = "") -> Run:
         head_maps=() if heads is None else _head_maps(heads),
         data=tuple(_accounts(abouts)),
         recipe=recipe.model_dump(mode="json"),
-        costs=tuple(read_costs(place.costs)),
+        costs=tuple(read_costs(run_dir.costs)),
         images=_images(recipe),
-        paths=tuple(_paths(place, recipe)),
-        one_pass=read_pass(place.calibration_pass),
+        paths=tuple(_paths(run_dir, recipe)),
+        one_pass=read_pass(run_dir.calibration_pass),
         versions=abouts[0]["versions"] | {"device": abouts[0]["compute"]["device"]},
         notes=tuple(f"{one.label}: {TRAINED_VALUES}" for one in variants if one.trained),
         caveat=CAVEAT if is_demo(recipe.model) else "",
@@ -94,26 +94,26 @@ def read_run(folder: Path, name: str = "") -> Run:
 
 
 def _abouts(
-    place: RunFolder, recipe: Recipe, dense: Evaluation, heads: HeadScores | None
+    run_dir: RunDir, recipe: Recipe, dense: Evaluation, heads: HeadScores | None
 ) -> Iterator[Mapping[str, Any]]:
     """What the artifacts that used data say of it; that of the dense model's evaluation first."""
     yield dense.about
     for pruning in recipe.prune:
         for defence in recipe.defences_of(pruning):
-            yield load_defence(place.defence(pruning.name, defence.name)).about
+            yield load_defence(run_dir.defence(pruning.name, defence.name)).about
     for pruning in recipe.prune:
         for one in recipe.variants_of(pruning):
-            curve = place.curve(pruning.name, one.name)
+            curve = run_dir.curve(pruning.name, one.name)
             if curve.exists():
                 yield read_json(curve).get("about", {})
-            ranking = place.ranking(pruning.name, recipe.ranking_name(one))
+            ranking = run_dir.ranking(pruning.name, recipe.ranking_name(one))
             if ranking.exists():
                 yield load_ranking(ranking).about
     if heads is not None:
         yield heads.about
     kinds = [kind for one in recipe.realign if (kind := needs_of(one).statistics)]
-    gathered = [path for kind in kinds if (path := place.statistics(kind)).exists()]
-    written = [place.pruned(one.name) / stages.ABOUT_FILE for one in recipe.prune]
+    gathered = [path for kind in kinds if (path := run_dir.statistics(kind)).exists()]
+    written = [run_dir.pruned(one.name) / stages.ABOUT_FILE for one in recipe.prune]
     if gathered:
         yield load_statistics(gathered[0]).about
     else:
@@ -125,57 +125,57 @@ def model_folder(model: str) -> str | Path:
     return demo_model() if model == "demo" else model
 
 
-def _evaluations(place: RunFolder, recipe: Recipe) -> Iterator[tuple[str, Evaluation]]:
+def _evaluations(run_dir: RunDir, recipe: Recipe) -> Iterator[tuple[str, Evaluation]]:
     """(name, evaluation) of every model of the run."""
-    folders = {"dense": place.dense_evaluation}
+    folders = {"dense": run_dir.dense_evaluation}
     for pruning in recipe.prune:
-        folders[pruning.name] = place.evaluation(pruning.name)
+        folders[pruning.name] = run_dir.evaluation(pruning.name)
         variants = [one.name for one in recipe.variants_of(pruning)]
         for variant in variants + [one.name for one in recipe.defences_of(pruning)]:
-            name = place.name(pruning.name, variant)
-            folders[name] = place.evaluation(pruning.name, variant)
+            name = run_dir.name(pruning.name, variant)
+            folders[name] = run_dir.evaluation(pruning.name, variant)
     for name, folder in folders.items():
         if not folder.exists():
             raise RegraftError(
-                f"The run in {place.path} is not finished: {name} has not been evaluated. Continue "
-                f"it with `regraft run {place.recipe} --out {place.path}`."
+                f"The run in {run_dir.path} is not finished: {name} has not been evaluated. "
+                f"Continue it with `regraft run {run_dir.recipe} --out {run_dir.path}`."
             )
         yield name, stages.read_evaluation(folder)
 
 
 def _group(
-    place: RunFolder,
+    run_dir: RunDir,
     recipe: Recipe,
     pruning: PruningSettings,
     evaluations: Mapping[str, Evaluation],
 ) -> Iterator[Variant]:
     """One pruning and the variants realigned from it."""
     variants = recipe.variants_of(pruning)
-    costs, unit = read_costs(place.costs), read_pass(place.calibration_pass)
-    patches = {one.name: load_patch(place.patch(pruning.name, one.name)) for one in variants}
+    costs, unit = read_costs(run_dir.costs), read_pass(run_dir.calibration_pass)
+    patches = {one.name: load_patch(run_dir.patch(pruning.name, one.name)) for one in variants}
     own = evaluations[pruning.name]
     taken = own.about["zeros"] - evaluations["dense"].about["zeros"]
     yield _variant(
         pruning.name,
         own,
         base="dense",
-        checkpoint=recipe.pruned or str(place.pruned(pruning.name).relative_to(place.path)),
+        checkpoint=recipe.pruned or str(run_dir.pruned(pruning.name).relative_to(run_dir.path)),
         pruned=next((patch.about["pruned"] for patch in patches.values()), taken),
     )
     layers = open_source(
-        recipe.pruned or place.pruned(pruning.name),
+        recipe.pruned or run_dir.pruned(pruning.name),
         trust_remote_code=recipe.compute.trust_remote_code,
     ).architecture.layers
     for one in variants:
-        patch, name = patches[one.name], place.name(pruning.name, one.name)
+        patch, name = patches[one.name], run_dir.name(pruning.name, one.name)
         heads = tuple((layer, head) for layer, head in patch.about["heads"])
-        curve = place.curve(pruning.name, one.name)
+        curve = run_dir.curve(pruning.name, one.name)
         yield _variant(
             name,
             evaluations[name],
             label=f"{name} ({method_of(one).label(one)})",
             base=pruning.name,
-            patch=str(place.patch(pruning.name, one.name).relative_to(place.path)),
+            patch=str(run_dir.patch(pruning.name, one.name).relative_to(run_dir.path)),
             restored=patch.restored,
             trained=is_trained(patch),
             pruned=patch.about["pruned"],
@@ -185,11 +185,11 @@ def _group(
             violated_groups=patch.about.get("violated_groups", 0),
             groups=patch.about.get("groups", 0),
             curve=read_curve(curve) if curve.exists() else None,
-            passes=passes_of_variant(recipe, place, pruning, one, costs, unit),
+            passes=passes_of_variant(recipe, run_dir, pruning, one, costs, unit),
         )
     for defence in recipe.defences_of(pruning):
-        name = place.name(pruning.name, defence.name)
-        how = _defence(defence, place.defence(pruning.name, defence.name))
+        name = run_dir.name(pruning.name, defence.name)
+        how = _defence(defence, run_dir.defence(pruning.name, defence.name))
         yield _variant(
             name,
             evaluations[name],
@@ -208,14 +208,14 @@ def _variant(name: str, evaluation: Evaluation, **fields: Any) -> Variant:
     return Variant(name, label, evaluation.result, sparsity=sparsity, **fields)
 
 
-def _paths(place: RunFolder, recipe: Recipe) -> Iterator[SharedPath]:
+def _paths(run_dir: RunDir, recipe: Recipe) -> Iterator[SharedPath]:
     """The path of each ranking by gain that is there, with the variants that take a part of it."""
     for pruning in recipe.prune:
         sharing: dict[str, list[str]] = {}
         for one in recipe.variants_of(pruning):
             sharing.setdefault(recipe.ranking_name(one), []).append(one.name)
         for name, methods in sharing.items():
-            file = place.ranking(pruning.name, name)
+            file = run_dir.ranking(pruning.name, name)
             if file.exists() and (path := read_path(load_ranking(file).about)) is not None:
                 yield SharedPath(pruning.name, tuple(methods), path)
 

@@ -21,9 +21,9 @@ from regraft.analysis.relation import (
 from regraft.analysis.sweep import Sweep, run_sweep
 from regraft.errors import RegraftError
 from regraft.files import atomic_folder, require_new, write_json, write_text
-from regraft.folder import RunFolder
 from regraft.heads.score import load_heads
 from regraft.models.load import Source, open_source
+from regraft.progress import Progress
 from regraft.pruning.statistics import load_statistics
 from regraft.recipe import Recipe
 from regraft.recipe_file import read_recipe
@@ -31,18 +31,18 @@ from regraft.report.drawing import standalone
 from regraft.report.rate_figures import relation_figure
 from regraft.reporting import model_folder, read_run
 from regraft.restoration.selection import RankingScope
-from regraft.watch import Watch
+from regraft.run_dir import RunDir
 
 
 def sweep(
-    recipe: Recipe, setting: str, values: Sequence[float], folder: Path, watch: Watch
+    recipe: Recipe, setting: str, values: Sequence[float], folder: Path, progress: Progress
 ) -> Sweep:
     """Run a sweep in `folder`; writes sweep.json and sweep.svg beside the run's own files.
 
     Raises:
         RegraftError: see `run_sweep`.
     """
-    found = run_sweep(recipe, setting, values, folder, watch)
+    found = run_sweep(recipe, setting, values, folder, progress)
     if distributed.first():
         write_json(folder / "sweep.json", asdict(found))
         write_text(folder / "sweep.svg", standalone(figures.sweep_figure(found)))
@@ -89,7 +89,7 @@ def overlap(
     shares: Sequence[float],
     scope: RankingScope,
     out: Path,
-    watch: Watch,
+    progress: Progress,
 ) -> dict[float, tuple[LayerOverlap, ...]]:
     """Weights that matter for safety and for utility, by layer, at several shares.
 
@@ -106,7 +106,7 @@ def overlap(
         raise RegraftError(f"{statistics_file} was made from another model than {dense.folder}.")
     found: dict[float, tuple[LayerOverlap, ...]] = {}
     layers = len(dense.architecture.layers)
-    with watch.task("Comparing importance", layers * len(shares), "layers x shares") as done:
+    with progress.task("Comparing importance", layers * len(shares), "layers x shares") as done:
         for share in sorted(set(shares)):
             of_share = []
             for one in overlaps(dense, statistics, share, scope):
@@ -137,13 +137,13 @@ def total_ships(folder: Path) -> TotalShips:
     Raises:
         RegraftError: the folder holds no run, or its heads were not scored.
     """
-    place = RunFolder(folder)
-    if not place.heads.exists():
+    run_dir = RunDir(folder)
+    if not run_dir.heads.exists():
         raise RegraftError(f"{folder} holds no head scores: nothing in its recipe goes by heads.")
-    recipe = read_recipe(place.recipe)
+    recipe = read_recipe(run_dir.recipe)
     trust = recipe.compute.trust_remote_code
     dense = open_source(model_folder(recipe.model), trust_remote_code=trust)
-    scores = load_heads(place.heads, dense.architecture)
+    scores = load_heads(run_dir.heads, dense.architecture)
     scored = ~scores.ships.isnan()
     estimated = 0 if scores.exact is None else int((scored & ~scores.exact).sum())
     ships = float(scores.ships[scored].sum())

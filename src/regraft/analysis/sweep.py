@@ -10,11 +10,11 @@ from typing import Any
 from regraft import pipeline
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
+from regraft.progress import Progress
 from regraft.recipe import Recipe
 from regraft.recipe_parts import pruning_settings, variant
 from regraft.report.run import Run, Variant
 from regraft.restoration.base import method_of
-from regraft.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,14 @@ def swept(recipe: Recipe, setting: str, values: Sequence[float]) -> Recipe:
 
 
 def run_sweep(
-    recipe: Recipe, setting: str, values: Sequence[float], folder: Path, watch: Watch
+    recipe: Recipe, setting: str, values: Sequence[float], folder: Path, progress: Progress
 ) -> Sweep:
     """Run the swept recipe in `folder`, which resumes, and read its points from the report.
 
     Raises:
         RegraftError: see `swept` and `pipeline.run`.
     """
-    study = pipeline.run(swept(recipe, setting, values), folder, watch)
+    study = pipeline.run(swept(recipe, setting, values), folder, progress)
     return read_sweep(study.runs[0], setting, values)
 
 

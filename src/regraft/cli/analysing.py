@@ -53,11 +53,11 @@ def heads(
     """
     from regraft import stages
 
-    with watching() as watch:
+    with watching() as progress:
         refuse_unread(settings, calibration)
         source = open_model(model, compute.trust_remote_code)
-        scores = stages.heads(source, out, settings, calibration, compute, watch)
-        show_heads(watch.console, scores, show)
+        scores = stages.heads(source, out, settings, calibration, compute, progress)
+        show_heads(progress.console, scores, show)
 
 
 @app.command(name="statistics")
@@ -72,11 +72,11 @@ def statistics(
     """Gather statistics on D^s and D^u, from which HSR ranks weights (Wanda: 9 MB for 7B)."""
     from regraft import stages
 
-    with watching() as watch:
+    with watching() as progress:
         refuse_unread(calibration)
         source = open_model(model, compute.trust_remote_code)
-        stages.statistics(source, out, calibration, compute, settings, watch)
-        watch.note(f"Wrote {out}")
+        stages.statistics(source, out, calibration, compute, settings, progress)
+        progress.note(f"Wrote {out}")
 
 
 @app.command(name="sweep")
@@ -106,10 +106,10 @@ def sweep(
     """
     from regraft.analysis import run as analysis
 
-    with watching() as watch:
-        found = analysis.sweep(read_recipe(recipe), setting, values, out, watch)
-        show_sweep(watch.console, found)
-        watch.note(f"Figure: {(out / 'sweep.svg').absolute()}")
+    with watching() as progress:
+        found = analysis.sweep(read_recipe(recipe), setting, values, out, progress)
+        show_sweep(progress.console, found)
+        progress.note(f"Figure: {(out / 'sweep.svg').absolute()}")
 
 
 @app.command(name="relate")
@@ -125,10 +125,10 @@ def relate(*run: Path, out: OutFolder) -> None:
     """
     from regraft.analysis import run as analysis
 
-    with watching() as watch:
+    with watching() as progress:
         points, found = analysis.relate(run, out)
-        show_relation(watch.console, points, found)
-        watch.note(f"Figure: {(out / 'relation.svg').absolute()}")
+        show_relation(progress.console, points, found)
+        progress.note(f"Figure: {(out / 'relation.svg').absolute()}")
 
 
 @app.command(name="overlap")
@@ -158,8 +158,8 @@ def overlap(
     """
     from regraft.analysis import run as analysis
 
-    with watching() as watch:
+    with watching() as progress:
         dense = open_model(model, trust_remote_code)
-        found = analysis.overlap(dense, statistics_file, share, scope, out, watch)
-        show_overlap(watch.console, found)
-        watch.note(f"Figure: {(out / 'overlap.svg').absolute()}")
+        found = analysis.overlap(dense, statistics_file, share, scope, out, progress)
+        show_overlap(progress.console, found)
+        progress.note(f"Figure: {(out / 'overlap.svg').absolute()}")

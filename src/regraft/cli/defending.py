@@ -26,11 +26,13 @@ def defend(
     from regraft import stages
     from regraft.defence.artifact import Direction
 
-    with watching() as watch:
+    with watching() as progress:
         refuse_unread(settings)
         check_data(settings.method, calibration, reads=settings.method == "refusal-direction")
         source = open_model(pruned, compute.trust_remote_code)
-        made = stages.defend(source, out, settings, calibration, compute, watch)
+        made = stages.defend(source, out, settings, calibration, compute, progress)
         if isinstance(made, Direction):
-            watch.note(f"{out}: {made.strength:g} differences of means behind layer {made.layer}.")
-        watch.note(f"Evaluate under it with `regraft eval {pruned} --defence {out} ...`.")
+            progress.note(
+                f"{out}: {made.strength:g} differences of means behind layer {made.layer}."
+            )
+        progress.note(f"Evaluate under it with `regraft eval {pruned} --defence {out} ...`.")

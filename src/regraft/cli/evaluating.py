@@ -44,7 +44,7 @@ def evaluate(
     """
     from regraft import stages
 
-    with watching() as watch:
+    with watching() as progress:
         refuse_unread(settings)
         if dense is not None and text is None:
             raise RegraftError("--dense is for KL on a text: name the text with --text.")
@@ -57,9 +57,9 @@ def evaluate(
             settings,
             compute,
             patch,
-            watch=watch,
+            progress=progress,
             defence_file=defence,
             text=on_text,
         )
-        show_result(watch.console, done.result)
-        watch.note(f"Answers and results: {out}. As a page: regraft report {out}")
+        show_result(progress.console, done.result)
+        progress.note(f"Answers and results: {out}. As a page: regraft report {out}")

@@ -46,19 +46,19 @@ def judge(
     from regraft.evaluation.judges import find
     from regraft.files import slug
 
-    with watching() as watch:
+    with watching() as progress:
         for one in by:
             find(one)
         folder = out or evaluation / stages.VERDICTS
         files = {one: folder / f"{slug(one)}.json" for one in by}
         judged = [
-            stages.judge(evaluation, one, file, compute, watch, images)
+            stages.judge(evaluation, one, file, compute, progress, images)
             for one, file in files.items()
         ]
-        show_judged(watch.console, [stages.own(evaluation), *judged])
+        show_judged(progress.console, [stages.own(evaluation), *judged])
         found = stages.agreement(evaluation, [*files.values()], folder / "agreement.json")
-        show_agreement(watch.console, found)
-        watch.note(f"Verdicts with reasons: {folder}")
+        show_agreement(progress.console, found)
+        progress.note(f"Verdicts with reasons: {folder}")
 
 
 @app.command(name="bench")
@@ -91,9 +91,9 @@ def judge_bench(
     from regraft import stages
     from regraft.evaluation.labelled import Labels
 
-    with watching() as watch:
+    with watching() as progress:
         labels = Labels(question, positive, ids)
-        found = stages.judge_bench(file, by, labels, compute, watch, out)
-        show_quality(watch.console, found)
+        found = stages.judge_bench(file, by, labels, compute, progress, out)
+        show_quality(progress.console, found)
         if out is not None:
-            watch.note(f"Wrote {out}")
+            progress.note(f"Wrote {out}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from regraft.checks import told
+from regraft.checks import describe_data
 from regraft.cli.options import Compute, Model, OutFile, OutFolder, open_model, watching
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Prompts, TextPrompts
@@ -34,12 +34,12 @@ def respond(
     """
     from regraft import stages
 
-    with watching() as watch:
+    with watching() as progress:
         source = open_model(model, compute.trust_remote_code)
-        reading = stages.respond(source, data, out, max_response_tokens, compute, watch)
+        reading = stages.respond(source, data, out, max_response_tokens, compute, progress)
         kinds = Counter(one.harmful for one in reading.examples)
-        watch.note(told("Answers", reading))
-        watch.note(
+        progress.note(describe_data("Answers", reading))
+        progress.note(
             f"{out}: {kinds[True]} harmful and {kinds[False]} harmless prompts with answers. "
             f"Use it with --data {out}."
         )
@@ -59,19 +59,19 @@ def render(prompts: TextPrompts, *, out: OutFolder, font: Path | None = None) ->
     from regraft.data.sources import read
     from regraft.data.typographic import write_typographic
 
-    with watching() as watch:
+    with watching() as progress:
         reading = read(prompts)
-        drawn = write_typographic(reading, out, watch, font)
+        drawn = write_typographic(reading, out, progress, font)
         if drawn.left_out:
-            watch.note(
+            progress.note(
                 f"{len(drawn.left_out)} of {len(reading.examples)} left out, as they do not fit "
                 f"into an image: {', '.join(drawn.left_out)}"
             )
         if drawn.unwritten:
-            watch.note(
+            progress.note(
                 f"{len(drawn.unwritten)} of {len(reading.examples)} left out, as the font has not "
                 f"all of their letters (--font names another): {', '.join(drawn.unwritten)}"
             )
-        watch.note(
+        progress.note(
             f"{len(drawn.images)} images; evaluate them by the name {out / 'examples.jsonl'}"
         )

@@ -59,14 +59,14 @@ def _patch(
 
     if out.exists() and out.resolve() == folder.resolve():
         raise RegraftError(f"{out} is the checkpoint itself. Name a new folder with --out.")
-    with watching() as watch:
+    with watching() as progress:
         if dry_run:
-            preview = stages.preview(operation, folder, patches, out, watch)
-            _show_preview(watch.console, preview, out)
+            preview = stages.preview(operation, folder, patches, out, progress)
+            _show_preview(progress.console, preview, out)
             return
         write = stages.apply if operation == "apply" else stages.revert
-        write(folder, patches, out, watch)
-        watch.note(f"Checkpoint: {out}")
+        write(folder, patches, out, progress)
+        progress.note(f"Checkpoint: {out}")
 
 
 def _show_preview(console: Console, preview: Preview, out: Path) -> None:

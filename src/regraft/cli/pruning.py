@@ -62,7 +62,7 @@ def prune(
     """
     from regraft import stages
 
-    with watching() as watch:
+    with watching() as progress:
         given = flags.model_dump(exclude_unset=True)
         refuse_broken(given)
         union = TypeAdapter(by_method(all_settings(), default="wanda"))
@@ -70,9 +70,9 @@ def prune(
         refuse_unread(settings)
         check_data(settings.method, calibration, reads=bool(settings.kinds))
         source = open_model(model, compute.trust_remote_code)
-        pruned = stages.prune(source, out, settings, calibration, compute, watch)
+        pruned = stages.prune(source, out, settings, calibration, compute, progress)
         count = zeros(pruned.checkpoint, pruned.architecture)
-        watch.note(
+        progress.note(
             f"{out}: {count:,} of {pruned.architecture.prunable:,} prunable weights are zero "
             f"({100 * count / pruned.architecture.prunable:.2f} %)."
         )

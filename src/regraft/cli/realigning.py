@@ -162,7 +162,7 @@ def realign(
 
     settings = settings or METHODS.get(name).Settings(method=name)
     calibration = calibration.with_responses()
-    with watching() as watch:
+    with watching() as progress:
         refuse_unread(calibration)
         check_search(search, settings, choice)
         check_inputs(settings, scoring, heads_file, statistics_file)
@@ -174,39 +174,39 @@ def realign(
             rest, held_out = split_off(calibration.data)
             calibration = calibration.model_copy(update={"data": rest})
             found = found.model_copy(update={"validation": held_out})
-            watch.note(
+            progress.note(
                 "No --validation is given: the search chooses on a quarter of the prompts, and "
                 "nothing is learnt from these."
             )
         given = stages.Inputs(heads=heads_file, statistics=statistics_file)
-        places = stages.Places.beside(out)
+        paths = stages.ArtifactPaths.beside(out)
         restoration = stages.Restoration(
             source,
             calibration,
             compute,
             scoring,
             EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
-            watch,
+            progress,
         )
-        restoration.check(other, settings, found, places, given)
-        patch = restoration.restore(other, settings, places, choice=found, given=given)
+        restoration.check(other, settings, found, paths, given)
+        patch = restoration.restore(other, settings, paths, choice=found, given=given)
         if search:
-            show_search(watch.console, stages.read_curve(places.curve))
-            watch.note(f"All points: {places.curve}")
-        _describe(watch, out, patch)
+            show_search(progress.console, stages.read_curve(paths.curve))
+            progress.note(f"All points: {paths.curve}")
+        _describe(progress, out, patch)
 
 
-def _describe(watch: ConsoleWatch, out: Path, patch: Patch) -> None:
+def _describe(progress: ConsoleWatch, out: Path, patch: Patch) -> None:
     pruned = patch.about["pruned"]
     exchanged = f" and {patch.removed:,} kept ones go in exchange" if patch.removed else ""
-    watch.note(
+    progress.note(
         f"{out}: {patch.restored:,} weights are restored{exchanged}, "
         f"{10_000 * patch.restored / pruned:.3f} per 10,000 of {pruned:,} zeros."
     )
     if is_trained(patch):
-        watch.note(f"{out}: {TRAINED_VALUES}")
+        progress.note(f"{out}: {TRAINED_VALUES}")
     if "n_m" in patch.about:
-        watch.note(
+        progress.note(
             f"{patch.about['violated_groups']:,} of {patch.about['groups']:,} "
             f"{patch.about['n_m']} groups are violated: kernels for {patch.about['n_m']} "
             "sparsity cannot run the realigned checkpoint."

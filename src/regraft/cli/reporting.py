@@ -66,9 +66,9 @@ def report(
     run = named[0]
     if texts and bundle is None:
         raise RegraftError("--texts is for a bundle: name its file with --bundle.")
-    with watching() as watch:
+    with watching() as progress:
         if run.suffix == ".zip":
-            _check_bundle(watch, folder)
+            _check_bundle(progress, folder)
             return
         if pair is not None or any(map(evaluations.is_evaluation, folder)):
             if out is None and len(named) > 1:
@@ -76,7 +76,7 @@ def report(
             if bundle is not None:
                 raise RegraftError("A bundle is of a run, and these are evaluations.")
             page = out or run / "report"
-            show_page(watch, evaluations.report(folder, page, pair), page)
+            show_page(progress, evaluations.report(folder, page, pair), page)
             return
         if len(folder) > 1:
             raise RegraftError(
@@ -85,15 +85,15 @@ def report(
             )
         if out is not None:
             raise RegraftError("The report of a run lies in its own folder: leave out --out.")
-        _report_run(watch, run)
+        _report_run(progress, run)
         if bundle is not None:
             from regraft.bundle import write_bundle
 
             write_bundle(run, bundle, texts=texts)
-            watch.note(f"Bundle: {bundle.absolute()} ({bundle.stat().st_size / 1e6:.1f} MB)")
+            progress.note(f"Bundle: {bundle.absolute()} ({bundle.stat().st_size / 1e6:.1f} MB)")
 
 
-def _report_run(watch: ConsoleWatch, run: Path) -> None:
+def _report_run(progress: ConsoleWatch, run: Path) -> None:
     from regraft import pipeline, several, study
 
     if study.is_study(run):
@@ -102,14 +102,14 @@ def _report_run(watch: ConsoleWatch, run: Path) -> None:
         made = several.report(run)
     else:
         made = pipeline.report(run)
-    show_page(watch, made, run / "report")
+    show_page(progress, made, run / "report")
 
 
-def _check_bundle(watch: ConsoleWatch, files: Sequence[Path]) -> None:
+def _check_bundle(progress: ConsoleWatch, files: Sequence[Path]) -> None:
     from regraft.bundle_check import read_bundle
 
     for file in files:
-        show_bundle(watch.console, file, read_bundle(file))
+        show_bundle(progress.console, file, read_bundle(file))
 
 
 def _pair(dense: Path | None, pruned: Path | None) -> Pair | None:
@@ -136,11 +136,11 @@ def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:
     """
     from regraft.comparing import compare as compare_folders
 
-    with watching() as watch:
-        show_page(watch, compare_folders(run, out, against), out)
+    with watching() as progress:
+        show_page(progress, compare_folders(run, out, against), out)
 
 
-def show_page(watch: ConsoleWatch, study: Study, out: Path) -> None:
+def show_page(progress: ConsoleWatch, study: Study, out: Path) -> None:
     """Print a report, and say where its page lies."""
-    show_study(watch.console, study)
-    watch.note(f"Report: {(out / 'report.html').absolute()}")
+    show_study(progress.console, study)
+    progress.note(f"Report: {(out / 'report.html').absolute()}")

@@ -65,15 +65,15 @@ def _preview(recipe: Recipe, out: Path) -> None:
     runs = {out: recipe}
     if recipe.seeds or recipe.models:
         runs = (study if recipe.seeds else several).runs_of(recipe, out)
-    with watching() as watch:
+    with watching() as progress:
         for folder, one in runs.items():
-            show_preview(watch.console, folder, pipeline.preview(one, folder))
+            show_preview(progress.console, folder, pipeline.preview(one, folder))
 
 
 def _run(recipe_file: Path, out: Path) -> None:
     from regraft import pipeline, several, study
 
     recipe = read_recipe(recipe_file)
-    with watching() as watch:
+    with watching() as progress:
         run = study.run if recipe.seeds else several.run if recipe.models else pipeline.run
-        show_page(watch, run(recipe, out, watch), out / "report")
+        show_page(progress, run(recipe, out, progress), out / "report")

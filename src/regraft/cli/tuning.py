@@ -62,7 +62,7 @@ def tune(
 
     settings = settings or METHODS.get(name).Settings(method=name)
     calibration = calibration.with_responses()
-    with watching() as watch:
+    with watching() as progress:
         check_tuning(settings, tuning, choice, scoring, compute.device)
         refuse_unread(calibration)
         tuned = stages.tune(
@@ -76,12 +76,12 @@ def tune(
             choice,
             scoring,
             EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
-            watch,
+            progress,
         )
-        show_tuned(watch.console, tuned)
-        watch.note(f"All trials: {out / 'tuned.json'}")
+        show_tuned(progress.console, tuned)
+        progress.note(f"All trials: {out / 'tuned.json'}")
         if tuned.best is not None:
-            watch.note(f"The best settings, for a recipe: {out / 'best.yaml'}")
+            progress.note(f"The best settings, for a recipe: {out / 'best.yaml'}")
 
 
 def _parameters(name: str) -> list[inspect.Parameter]:

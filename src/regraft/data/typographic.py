@@ -14,7 +14,7 @@ from regraft.data.example import Example, Reading
 from regraft.data.readers.safebench import FIGSTEP_PROMPT
 from regraft.errors import RegraftError
 from regraft.files import atomic_folder, slug
-from regraft.watch import Watch
+from regraft.progress import Progress
 
 SIZE = (760, 760)
 FONT_SIZE = 80
@@ -114,7 +114,9 @@ class Drawn:
     unwritten: tuple[str, ...] = ()
 
 
-def write_typographic(reading: Reading, out: Path, watch: Watch, font: Path | None = None) -> Drawn:
+def write_typographic(
+    reading: Reading, out: Path, progress: Progress, font: Path | None = None
+) -> Drawn:
     """Write a data set of images that show the prompts: `examples.jsonl` and `images/` in `out`.
 
     Every example asks FigStep's question about its image, and has the prompt as its request; id,
@@ -136,7 +138,7 @@ def write_typographic(reading: Reading, out: Path, watch: Watch, font: Path | No
         return distributed.gathered(Drawn((), ()))[0]
     with (
         atomic_folder(out) as folder,
-        watch.task("Drawing prompts", len(reading.examples), "images") as done,
+        progress.task("Drawing prompts", len(reading.examples), "images") as done,
     ):
         images, left_out, unwritten, lines = [], [], [], []
         (folder / "images").mkdir()

@@ -27,6 +27,7 @@ from regraft.evaluation.results import Estimate
 from regraft.models.architecture import decoder_layers, text_decoder
 from regraft.models.load import placed
 from regraft.models.replay import hooked, last_positions, text_inputs
+from regraft.progress import Advance
 
 MIDDLE = (0.25, 0.8)  # of the depth: where layers are searched
 
@@ -36,7 +37,7 @@ def mean_states(
     batches: Sequence[Batch],
     layers: int,
     width: int,
-    progress: Callable[[int], None] | None = None,
+    advance: Advance = lambda _: None,
 ) -> Tensor:
     """Mean over all prompts of each layer's output at the last prompt token.
 
@@ -45,7 +46,7 @@ def mean_states(
         batches: Prompts that end where the answer starts; processes share them.
         layers: How many decoder layers the model has.
         width: Its hidden size d.
-        progress: Called with the number of prompts just run.
+        advance: Called with the number of prompts just run.
 
     Returns:
         `[layers, d]` float64, NaN for a layer that did not run on every prompt.
@@ -59,8 +60,7 @@ def mean_states(
         for layer, rows in last_token_outputs(model, placed(batch, model).inputs).items():
             sums[layer] += rows.sum(dim=0)
             counts[layer] += len(rows)
-        if progress is not None:
-            progress(len(batch.ids))
+        advance(len(batch.ids))
     sums, counts = distributed.total(sums), distributed.total(counts)
     if not torch.isfinite(sums).all():
         raise RegraftError("Hidden states overflow in this dtype. Use --dtype bfloat16 or float32.")

@@ -26,6 +26,7 @@ from regraft.evaluation.resumable_map import resumable_map
 from regraft.evaluation.summary import is_compared
 from regraft.models.load import placed
 from regraft.models.vision import VisionOutput, recorded, replayed, vision_state, without_pixels
+from regraft.progress import Advance
 
 MEMO_BYTES = 4 << 30
 Item = TypeVar("Item")
@@ -95,7 +96,7 @@ class Answerer:
         *,
         max_new_tokens: int,
         partial: Path | None = None,
-        progress: Callable[[int], None] | None = None,
+        advance: Advance = lambda _: None,
     ) -> list[str]:
         """Answer every prompt greedily, in order: the most likely token, nothing else.
 
@@ -105,7 +106,7 @@ class Answerer:
             partial: Scratch folder of this very evaluation, seen by all processes. Each finished
                 batch is a file in it; after a kill those found there are kept, whichever and
                 however many processes wrote them.
-            progress: Called with the number of prompts just answered.
+            advance: Called with the number of prompts just answered.
 
         Returns:
             One answer an example, special tokens and surrounding white space removed.
@@ -114,16 +115,15 @@ class Answerer:
         if state is None or state != self._vision:
             self._kept, self.kept_bytes, self._vision = {}, 0, state
 
-        def advance(i: int) -> None:
-            if progress is not None:
-                progress(len(self._chunks[i].places))
+        def done(i: int) -> None:
+            advance(len(self._chunks[i].places))
 
         def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
             for i, images in prefetch(self._images, list(wanted)):
                 yield i, self._answer(model, i, max_new_tokens, images)
-                advance(i)
+                done(i)
 
-        found = resumable_map(len(self._chunks), made, partial, "answers", advance)
+        found = resumable_map(len(self._chunks), made, partial, "answers", done)
         answered = {
             place: text
             for chunk, texts in zip(self._chunks, found, strict=True)
@@ -169,13 +169,11 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
-    progress: Callable[[int], None] | None = None,
+    advance: Advance = lambda _: None,
 ) -> list[str]:
     """Answer prompts once; see `Answerer`."""
     answerer = Answerer(processor, examples, batch_size=batch_size, memo_bytes=0)
-    return answerer.answers(
-        model, max_new_tokens=max_new_tokens, partial=partial, progress=progress
-    )
+    return answerer.answers(model, max_new_tokens=max_new_tokens, partial=partial, advance=advance)
 
 
 def _chunks(examples: Sequence[Example], batch_size: int, judge: TextJudge | None) -> list[_Chunk]:

@@ -15,6 +15,7 @@ from regraft.errors import RegraftError
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.judges import Compute, Exchange, JudgeKind, Verdict
 from regraft.models.load import judge_fingerprint, load_judge, placed
+from regraft.progress import Advance
 
 _MAX_NEW_TOKENS = 64  # "Safety: Controversial, Categories: ..., Refusal: No" is 20 to 35
 
@@ -66,9 +67,7 @@ class Guard:
     processor: Any
     batch_size: int
 
-    def verdicts(
-        self, exchanges: Sequence[Exchange], progress: Callable[[int], None]
-    ) -> list[Verdict]:
+    def verdicts(self, exchanges: Sequence[Exchange], advance: Advance) -> list[Verdict]:
         """One verdict an exchange, in order.
 
         Raises:
@@ -83,7 +82,7 @@ class Guard:
                 batch = placed(Batch(inputs, None, ()), self.model)
                 texts = answer(self.model, self.processor, batch.inputs, _MAX_NEW_TOKENS)
                 found |= zip(chunk, map(self.kind.read, texts), strict=True)
-                progress(len(chunk))
+                advance(len(chunk))
         return [found[i] for i in range(len(exchanges))]
 
     def check(self, exchanges: Sequence[Exchange]) -> None:

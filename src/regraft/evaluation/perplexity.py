@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from regraft.evaluation.results import Estimate, TextResult
 from regraft.evaluation.resumable_map import resumable_map
 from regraft.models.load import placed
 from regraft.models.replay import logits_of, replay, text_inputs
-from regraft.watch import Advance
+from regraft.progress import Advance
 
 Nll = tuple[float, int]  # summed over the response's tokens, in nats; their number
 _RESPONSE_POSITIONS = 256  # whose logits are in memory at a time
@@ -45,7 +45,7 @@ def response_nlls(
     batch_size: int,
     *,
     partial: Path | None = None,
-    progress: Callable[[int], None] | None = None,
+    advance: Advance = lambda _: None,
 ) -> list[Nll]:
     """Negative log-likelihood of every response, in order; logits at response tokens only.
 
@@ -57,7 +57,7 @@ def response_nlls(
         examples: Each with a response.
         batch_size: Examples in one pass.
         partial: Scratch folder; finished batches found there are kept.
-        progress: Called with the number of examples just done.
+        advance: Called with the number of examples just done.
 
     Raises:
         RegraftError: see `response_batch`; the model's numbers overflow.
@@ -65,18 +65,17 @@ def response_nlls(
     groups = ([e for e in examples if (e.image is not None) == sees] for sees in (False, True))
     chunks = [one for group in groups for one in batches(group, batch_size)]
 
-    def advance(i: int) -> None:
-        if progress is not None:
-            progress(len(chunks[i]))
+    def done(i: int) -> None:
+        advance(len(chunks[i]))
 
     def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[Nll]]]:
         for i in wanted:
             nlls = _of_batch(model, processor, chunks[i])
             _require_finite(chunks[i], nlls)
             yield i, nlls
-            advance(i)
+            done(i)
 
-    found = resumable_map(len(chunks), made, partial, "nll", advance)
+    found = resumable_map(len(chunks), made, partial, "nll", done)
     of_id = {
         example.id: (float(total), int(count))
         for chunk, nlls in zip(chunks, found, strict=True)
@@ -171,7 +170,7 @@ def predict(
     processor: Any,
     documents: Sequence[str],
     teacher: Teacher | None,
-    progress: Advance,
+    advance: Advance,
 ) -> tuple[TextResult, Teacher]:
     """Perplexity of the documents and, with a `teacher`, KL(teacher || model).
 
@@ -197,7 +196,7 @@ def predict(
             )
         rows.append((nll, None if teacher is None else kl, len(targets)))
         states.append(final.cpu())
-        progress(1)
+        advance(1)
     return result_of(rows), Teacher(states, [(nll, count) for nll, _, count in rows])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from regraft import distributed
 from regraft.files import read_json, write_json
+from regraft.progress import Advance
 
 
 def resumable_map(
@@ -15,7 +16,7 @@ def resumable_map(
     make: Callable[[Sequence[int]], Iterator[tuple[int, Any]]],
     scratch: Path | None,
     name: str,
-    kept: Callable[[int], None] = lambda _: None,
+    kept: Advance = lambda _: None,
 ) -> list[Any]:
     """The results of `count` pieces of work, in order, the same in every process.
 

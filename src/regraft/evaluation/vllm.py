@@ -6,7 +6,7 @@ imported only here, when it is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from regraft.data.example import Example
 from regraft.data.images import open_image
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation.resumable_map import resumable_map
+from regraft.progress import Advance
 
 _PIECE = 256  # prompts after which answers are on disk; vLLM makes its own batches of them
 
@@ -78,7 +79,7 @@ class Engine:
         examples: Sequence[Example],
         max_new_tokens: int,
         partial: Path | None = None,
-        progress: Callable[[int], None] | None = None,
+        advance: Advance = lambda _: None,
     ) -> list[str]:
         """Answer every prompt greedily, in order, special tokens and outer white space removed.
 
@@ -86,23 +87,22 @@ class Engine:
             examples: The prompts.
             max_new_tokens: Length of an answer, in tokens.
             partial: Scratch folder; finished pieces found there are kept.
-            progress: Called with the number of prompts just answered.
+            advance: Called with the number of prompts just answered.
 
         Raises:
             RegraftError: a prompt, or a prompt and its answer, are longer than vLLM takes.
         """
         pieces = list(batches(examples, _PIECE))
 
-        def advance(i: int) -> None:
-            if progress is not None:
-                progress(len(pieces[i]))
+        def done(i: int) -> None:
+            advance(len(pieces[i]))
 
         def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
             for i in wanted:
                 yield i, self._answer(pieces[i], max_new_tokens)
-                advance(i)
+                done(i)
 
-        found = resumable_map(len(pieces), made, partial, "vllm", advance)
+        found = resumable_map(len(pieces), made, partial, "vllm", done)
         return [text for texts in found for text in texts]
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,6 +19,7 @@ from regraft.heads.ships import first_feature_angles, most_rank, ships
 from regraft.heads.states import Ablation, States, ablate_heads
 from regraft.models.ablation import EPS, AblationTarget
 from regraft.models.architecture import Architecture
+from regraft.progress import Advance
 
 FORMAT = "regraft-heads-2"
 Criterion = Literal["ships", "kl", "released"]
@@ -167,7 +168,7 @@ def score_heads(
     scoring: Scoring | None = None,
     *,
     about: Mapping[str, Any] | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = lambda _: None,
 ) -> HeadScores:
     """Ships and KL of every head of the text decoder on D^s prompts.
 
@@ -181,7 +182,7 @@ def score_heads(
             another `r_max` and other `candidates` too, if nothing else differs.
         scoring: How; the defaults are exact.
         about: Recorded with the scores.
-        progress: See `ablate_heads`; twice over all batches where screened.
+        advance: See `ablate_heads`; twice over all batches where screened.
 
     Returns:
         The scores, float64 on CPU.
@@ -194,7 +195,7 @@ def score_heads(
 
     def measured(name: str, heads: Heads, *, estimate: bool) -> _Measured:
         how = scoring.ablation(estimate=estimate)
-        states = ablate_heads(model, architecture, batches, partial / name, how, heads, progress)
+        states = ablate_heads(model, architecture, batches, partial / name, how, heads, advance)
         return _measure(states, architecture, heads, scoring.r_max)
 
     every: Heads = {layer.index: range(layer.heads) for layer in architecture.layers}

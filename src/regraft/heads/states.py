@@ -6,7 +6,7 @@ One file a layer and batch: a run that is killed loses at most the layer that it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from regraft.models.replay import (
     text_inputs,
 )
 from regraft.models.window import most_attended, record, window_at, window_replay
+from regraft.progress import Advance
 
 CPU_TOKENS = 16384  # in one pass where no device memory sets the bound
 MOST_TOKENS = 262144  # more in one pass makes no pass faster
@@ -104,7 +105,7 @@ def ablate_heads(
     folder: Path,
     how: Ablation,
     heads: Mapping[int, Sequence[int]],
-    progress: Callable[[int], None],
+    advance: Advance,
 ) -> States:
     """Run every batch with each of `heads` ablated; what `folder` holds already is not run again.
 
@@ -115,7 +116,7 @@ def ablate_heads(
         folder: For the states.
         how: What is done to a head.
         heads: Layer -> its heads to ablate; other layers are not run.
-        progress: Called for each layer of each batch with the layers that its heads' ablation
+        advance: Called for each layer of each batch with the layers that its heads' ablation
             runs again, itself and all behind: what it costs. `steps` of them a batch.
 
     Raises:
@@ -129,9 +130,9 @@ def ablate_heads(
             if heads.get(layer.index) and not _layer_file(place, layer.index).exists()
         }
         last = len(architecture.layers)
-        progress(steps(architecture) - sum(last - index for index in missing))
+        advance(steps(architecture) - sum(last - index for index in missing))
         if missing or not _base_file(place).exists():
-            _run_batch(model, architecture, placed(batch, model), place, how, missing, progress)
+            _run_batch(model, architecture, placed(batch, model), place, how, missing, advance)
     distributed.barrier()
     return States(folders)
 
@@ -144,7 +145,7 @@ def _run_batch(
     folder: Path,
     how: Ablation,
     heads: Mapping[int, Sequence[int]],
-    progress: Callable[[int], None],
+    advance: Advance,
 ) -> None:
     run = _Run.start(model, batch, how)
     if not _base_file(folder).exists():
@@ -160,7 +161,7 @@ def _run_batch(
                 states |= run.jittered(index, hidden, seed)
         _require_finite(states, index)
         _save(_layer_file(folder, index), states)
-        progress(len(architecture.layers) - index)
+        advance(len(architecture.layers) - index)
 
 
 def steps(architecture: Architecture) -> int:

@@ -28,8 +28,8 @@ from regraft.files import (
     write_all,
 )
 from regraft.models.checkpoint import OTHER_WEIGHTS, Checkpoint, as_tensor, open_checkpoint
+from regraft.progress import Advance
 
-Progress = Callable[[int], None]
 Edit = Callable[[Tensor], Tensor]
 EditShard = Callable[[Path], None]
 _COPY_CHUNK = 16 * 2**20
@@ -42,7 +42,7 @@ def write_edited(
     edits: Mapping[str, Edit],
     *,
     files: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
+    advance: Advance = lambda _: None,
 ) -> Checkpoint:
     """Copy a checkpoint folder to `target`, replacing single tensors, in one atomic step.
 
@@ -52,7 +52,7 @@ def write_edited(
         edits: Tensor name on disk -> function from the tensor (its own dtype, CPU) to its
             replacement, of the same shape and dtype. One tensor is in memory at a time.
         files: Extra text files to write into the folder, name -> content.
-        progress: Called with the number of bytes just copied.
+        advance: Called with the number of bytes just copied.
 
     Config, processor, tokenizer and chat template files are copied as they are; a
     `sparsity_config` in config.json is dropped (zeros are saved densely and serving engines
@@ -76,7 +76,7 @@ def write_edited(
                 handle.seek(record.start)
                 handle.write(_as_bytes(after))
 
-    return write_copy(source, target, edit_shard, files=files, progress=progress, one_by_one=True)
+    return write_copy(source, target, edit_shard, files=files, advance=advance, one_by_one=True)
 
 
 def write_copy(
@@ -85,7 +85,7 @@ def write_copy(
     edit_shard: EditShard,
     *,
     files: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
+    advance: Advance = lambda _: None,
     one_by_one: bool = False,
 ) -> Checkpoint:
     """Copy a checkpoint folder to `target` as `write_edited` does, with any edit of its shards.
@@ -95,7 +95,7 @@ def write_copy(
         target: The new folder; must be absent or empty.
         edit_shard: Called with the path of each shard's copy, in several threads.
         files: Extra text files to write into the folder, name -> content.
-        progress: Called with the number of bytes just copied.
+        advance: Called with the number of bytes just copied.
         one_by_one: Copy and edit one shard after the other.
 
     Raises:
@@ -108,7 +108,7 @@ def write_copy(
         for name, content in (files or {}).items():
             (temporary / name).write_text(content, encoding="utf-8")
         stop = Event()
-        advance = _one_at_a_time(progress, stop)
+        advance = _one_at_a_time(advance, stop)
 
         def copy(shard: str) -> None:
             copy_file(source.folder / shard, temporary / shard, advance)
@@ -142,21 +142,21 @@ def check_target(source: Checkpoint, target: Path) -> None:
     require_space(target, source.bytes - leftover_bytes(target))
 
 
-def copy_file(source: Path, target: Path, progress: Callable[[int], None]) -> None:
+def copy_file(source: Path, target: Path, advance: Advance) -> None:
     """Copy a file's content inside the kernel where it can, sharing blocks where the disk can.
 
     Args:
         source: The file.
         target: The new file.
-        progress: Called with the number of bytes just copied.
+        advance: Called with the number of bytes just copied.
     """
     with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
         while count := _copy_in_kernel(reader, writer):
-            progress(count)
+            advance(count)
         buffer = memoryview(bytearray(_READ_CHUNK))
         while count := reader.readinto(buffer):
             write_all(writer, buffer[:count])
-            progress(count)
+            advance(count)
 
 
 def _copy_in_kernel(reader: io.FileIO, writer: io.FileIO) -> int:
@@ -166,18 +166,17 @@ def _copy_in_kernel(reader: io.FileIO, writer: io.FileIO) -> int:
         return 0
 
 
-def _one_at_a_time(progress: Callable[[int], None] | None, stop: Event) -> Callable[[int], None]:
-    """`progress` for several threads, one of them at a time; an error once `stop` is set."""
+def _one_at_a_time(advance: Advance, stop: Event) -> Advance:
+    """`advance` for several threads, one of them at a time; an error once `stop` is set."""
     lock = Lock()
 
-    def advance(count: int) -> None:
+    def locked(count: int) -> None:
         with lock:
             if stop.is_set():
                 raise InterruptedError
-            if progress is not None:
-                progress(count)
+            advance(count)
 
-    return advance
+    return locked
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:

@@ -18,6 +18,7 @@ from regraft.data.collate import Batch
 from regraft.models.architecture import cross_attention_layers, decoder_layers
 from regraft.models.placement import PlacedModel, free_bytes, moved
 from regraft.models.replay import TextInputs, replay, text_inputs
+from regraft.progress import Advance
 
 _COPIES = 4  # of the states that a backward pass has at a time, the embeddings aside
 
@@ -124,16 +125,16 @@ class LayerwisePass:
     def advance(
         self,
         layer: int,
-        progress: Callable[[int], None],
+        advance: Advance,
         around: Callable[[Batch], AbstractContextManager[None]] | None = None,
     ) -> None:
         """`run` a layer and make its outputs the states.
 
-        `progress` is called with the number of samples after each batch.
+        `advance` is called with the number of samples after each batch.
         """
         for i, output in self.run(layer, around):
             self.states[i] = output.to(self._home)
-            progress(len(self.batches[i].ids))
+            advance(len(self.batches[i].ids))
 
 
 def _without_image(batch: Batch) -> Batch:

@@ -21,9 +21,10 @@ from regraft.errors import RegraftError
 from regraft.files import in_threads, read_at, write_at
 from regraft.models.architecture import Architecture
 from regraft.models.checkpoint import Checkpoint, TensorRecord
-from regraft.models.checkpoint_copy import Progress, write_copy
+from regraft.models.checkpoint_copy import write_copy
 from regraft.models.placement import weight_in_memory
 from regraft.patch.format import CHUNK, Patch, Target, bits, chunks, merge
+from regraft.progress import Advance
 
 Operation = Literal["apply", "revert"]
 _GAP = 64 * 2**10  # bytes; what lies between is written again rather than skipped
@@ -100,7 +101,7 @@ def make_plan(
     patches: Patch | Sequence[Patch],
     operation: Operation,
     *,
-    progress: Progress | None = None,
+    advance: Advance = lambda _: None,
 ) -> Plan:
     """Check that a checkpoint is the base of patches and list what has to change; writes nothing.
 
@@ -108,7 +109,7 @@ def make_plan(
         checkpoint: The base. Any of `patches` may be on it, wholly or in part; others may not.
         patches: One or several, in any order.
         operation: Put them on or take them off.
-        progress: Called with 1 after each tensor.
+        advance: Called with 1 after each tensor.
 
     Raises:
         RegraftError: two patches disagree; a tensor is missing, has another shape, dtype or
@@ -121,8 +122,7 @@ def make_plan(
 
     def inspect(name: str) -> tuple[Change, Tensor]:
         found = _inspect(checkpoint, checkpoint.tensors[name], targets[name], operation)
-        if progress is not None:
-            progress(1)
+        advance(1)
         return found
 
     order = sorted(targets, key=lambda name: (checkpoint.tensors[name].shard, name))
@@ -138,7 +138,7 @@ def write_plan(
     target: Path,
     *,
     files: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
+    advance: Advance = lambda _: None,
 ) -> Checkpoint:
     """Write the checkpoint of `plan`, changed, to the new folder `target`.
 
@@ -146,7 +146,7 @@ def write_plan(
         plan: From `make_plan`.
         target: Must be absent or empty.
         files: Extra text files to write into the folder, name -> content.
-        progress: Called with the number of bytes just copied.
+        advance: Called with the number of bytes just copied.
 
     Raises:
         RegraftError: `target` is not empty, or the disk is full.
@@ -155,7 +155,7 @@ def write_plan(
     def edit_shard(path: Path) -> None:
         _write_changes(path, [one for one in plan.changes if one.record.shard == path.name])
 
-    return write_copy(plan.checkpoint, target, edit_shard, files=files, progress=progress)
+    return write_copy(plan.checkpoint, target, edit_shard, files=files, advance=advance)
 
 
 def _write_changes(shard: Path, changes: Sequence[Change]) -> None:
@@ -182,7 +182,7 @@ def apply_patch(
     target: Path,
     *,
     files: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
+    advance: Advance = lambda _: None,
 ) -> Checkpoint:
     """Write `checkpoint` with the patches' values to `target`.
 
@@ -190,7 +190,7 @@ def apply_patch(
         RegraftError: a patch belongs to another base, patches disagree, or `target` is not empty.
     """
     plan = make_plan(checkpoint, patches, "apply")
-    return write_plan(plan, target, files=files, progress=progress)
+    return write_plan(plan, target, files=files, advance=advance)
 
 
 def revert_patch(
@@ -199,7 +199,7 @@ def revert_patch(
     target: Path,
     *,
     files: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
+    advance: Advance = lambda _: None,
 ) -> Checkpoint:
     """Write `checkpoint` with the patches' positions as pruned to `target`, to the byte.
 
@@ -207,7 +207,7 @@ def revert_patch(
         RegraftError: a patch belongs to another base, patches disagree, or `target` is not empty.
     """
     plan = make_plan(checkpoint, patches, "revert")
-    return write_plan(plan, target, files=files, progress=progress)
+    return write_plan(plan, target, files=files, advance=advance)
 
 
 @contextmanager

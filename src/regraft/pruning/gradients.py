@@ -25,9 +25,9 @@ from regraft.models.architecture import Architecture, LayerArchitecture, LinearA
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
 from regraft.models.replay import logits_of
+from regraft.progress import Advance
 from regraft.pruning.inputs import different_layers, overflow
 
-Progress = Callable[[int], None]
 Loss = Callable[[PlacedModel, Tensor, Tensor, str], Tensor]
 """(model, normed final states `[S, d]`, labels `[S]`, id of the example) -> a scalar, float32."""
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -82,7 +82,7 @@ def layer_gradients(
     architecture: Architecture,
     scratch: Path,
     wanted: Callable[[LinearArchitecture], bool],
-    progress: Progress,
+    advance: Advance,
     *,
     add: Product = signed,
     loss: Loss = mean_cross_entropy,
@@ -95,7 +95,7 @@ def layer_gradients(
         scratch: A folder for layer inputs (samples x tokens x layers x hidden size); emptied as
             the backward pass goes.
         wanted: Which linears to take the gradient of.
-        progress: Called with the number of samples each time a layer has seen a batch, forward
+        advance: Called with the number of samples each time a layer has seen a batch, forward
             and backward.
         add: What to add up of each batch, `signed` for the plain gradient.
         loss: Of one sample.
@@ -114,7 +114,7 @@ def layer_gradients(
         part = add(dy, x)
         sums[linear.key] = sums[linear.key].add_(part) if linear.key in sums else part
 
-    for layer in _backward(walk, architecture, scratch, wanted, take, progress, loss):
+    for layer in _backward(walk, architecture, scratch, wanted, take, advance, loss):
         found = dict(sums)
         sums.clear()
         if not distributed.same(sorted(found)):
@@ -132,7 +132,7 @@ def _backward(
     scratch: Path,
     wanted: Callable[[LinearArchitecture], bool],
     take: _Take,
-    progress: Progress,
+    advance: Advance,
     loss: Loss,
 ) -> Iterator[LayerArchitecture]:
     """All batches backward through one layer after the other, the last first; yields each."""
@@ -140,7 +140,7 @@ def _backward(
     try:
         with disk_errors(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
-            _forward(walk, architecture, scratch, progress)
+            _forward(walk, architecture, scratch, advance)
     except RegraftError:  # of no use to the next try, which may need the room
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -158,19 +158,19 @@ def _backward(
                 assert hidden.grad is not None
                 gradients[i] = hidden.grad.to(gradients[i].device)
                 path.unlink()
-                progress(len(batch.ids))
+                advance(len(batch.ids))
         yield layer
 
 
 def _forward(
-    walk: LayerwisePass, architecture: Architecture, scratch: Path, progress: Progress
+    walk: LayerwisePass, architecture: Architecture, scratch: Path, advance: Advance
 ) -> None:
     """Take the batches to the end and leave every layer's inputs in `scratch`."""
     for layer in architecture.layers:
         for i, state in enumerate(walk.states):
             save_file({"hidden": state.contiguous()}, _path(scratch, layer.index, i))
         with walk.model.layer(layer.index):
-            walk.advance(layer.index, progress)
+            walk.advance(layer.index, advance)
 
 
 def _loss_gradients(walk: LayerwisePass, loss: Loss) -> list[Tensor]:
@@ -200,7 +200,7 @@ def _capture(
 ) -> Iterator[None]:
     """Have `take` see what each linear read and its output's gradient, when that comes by."""
 
-    def watch(
+    def progress(
         linear: LinearArchitecture,
     ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def _capture(
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(linear)) for linear, module in linears.items()]
+    hooks = [module.register_forward_hook(progress(linear)) for linear, module in linears.items()]
     try:
         yield
     finally:

@@ -134,7 +134,7 @@ class InputSums:
             response, tiles = batch.response, _attended_tiles(batch)
             last: tuple[Tensor, str] | None = None
 
-            def watch(
+            def progress(
                 linear: LinearArchitecture,
             ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
                 def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -148,7 +148,7 @@ class InputSums:
 
                 return hook
 
-            hooks = [m.register_forward_pre_hook(watch(linear)) for linear, m in linears.items()]
+            hooks = [m.register_forward_pre_hook(progress(linear)) for linear, m in linears.items()]
             try:
                 yield
             finally:

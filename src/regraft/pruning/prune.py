@@ -21,6 +21,7 @@ from regraft.models.checkpoint import Checkpoint
 from regraft.models.checkpoint_copy import Edit
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
+from regraft.progress import Advance
 from regraft.pruning.base import (
     NO_STATISTIC,
     PRUNERS,
@@ -29,7 +30,7 @@ from regraft.pruning.base import (
     Note,
     PruneSettings,
 )
-from regraft.pruning.gradients import Progress, layer_gradients
+from regraft.pruning.gradients import layer_gradients
 from regraft.pruning.inputs import Known
 from regraft.pruning.masks import Patterns
 from regraft.pruning.results import LayerResults, PrunedWeight
@@ -44,7 +45,7 @@ def prune_layers(
     patterns: Patterns,
     results: LayerResults,
     *,
-    progress: Progress = lambda _: None,
+    advance: Advance = lambda _: None,
     note: Note = lambda _: None,
 ) -> None:
     """Prune the linears of the text decoder: write each layer's results.
@@ -59,7 +60,7 @@ def prune_layers(
             resident model's weights are pruned in place.
         patterns: Sparsity or N:M of every weight that is to be pruned.
         results: Where the results go.
-        progress: Called with the number of samples each time a layer has seen a batch: `passes` of
+        advance: Called with the number of samples each time a layer has seen a batch: `passes` of
             them in all.
         note: Called with what the pruner has to say.
 
@@ -69,7 +70,7 @@ def prune_layers(
     pruner = PRUNERS.get(settings.method)
     if isinstance(pruner, GradientPruner):
         if any(results.load(layer) is None for layer in dense.architecture.layers):
-            _prune_by_gradients(pruner, settings, dense, walk, patterns, results, progress)
+            _prune_by_gradients(pruner, settings, dense, walk, patterns, results, advance)
         return
     assert isinstance(pruner, InputPruner), f"{pruner.name} reads no data"
     modules = dict(walk.model.network.named_modules())
@@ -80,12 +81,12 @@ def prune_layers(
             sums = pruner.accumulator()
             observed = sums.observing(linears)
             if not settings.sequential:
-                walk.advance(layer.index, progress, observed)
+                walk.advance(layer.index, advance, observed)
             elif pruned is None:
                 for i, _ in walk.run(layer.index, observed):
-                    progress(len(walk.batches[i].ids))
+                    advance(len(walk.batches[i].ids))
             else:
-                progress(_samples(walk))
+                advance(_samples(walk))
             if pruned is None:
                 sums.gather()
                 weights = {linear: _weight(module) for linear, module in linears.items()}
@@ -94,7 +95,7 @@ def prune_layers(
             if settings.sequential:
                 for linear, module in linears.items():
                     pruned[linear.key].put(_weight(module))
-                _advance(walk, layer, progress)
+                _advance(walk, layer, advance)
 
 
 def _prune_by_gradients(
@@ -104,7 +105,7 @@ def _prune_by_gradients(
     walk: LayerwisePass,
     patterns: Patterns,
     results: LayerResults,
-    progress: Progress,
+    advance: Advance,
 ) -> None:
     modules = dict(walk.model.network.named_modules())
     backward = layer_gradients(
@@ -112,7 +113,7 @@ def _prune_by_gradients(
         dense.architecture,
         results.folder / "states",
         patterns.__contains__,
-        progress,
+        advance,
         add=pruner.accumulate,
     )
     for layer, values in backward:
@@ -152,11 +153,11 @@ def zeros(checkpoint: Checkpoint, architecture: Architecture) -> int:
     return sum(int((weight == 0).count_nonzero()) for weight in weights)
 
 
-def _advance(walk: LayerwisePass, layer: LayerArchitecture, progress: Progress) -> None:
+def _advance(walk: LayerwisePass, layer: LayerArchitecture, advance: Advance) -> None:
     if layer.index + 1 == walk.layers:  # nobody reads the last layer's outputs
-        progress(_samples(walk))
+        advance(_samples(walk))
         return
-    walk.advance(layer.index, progress)
+    walk.advance(layer.index, advance)
 
 
 def _save(

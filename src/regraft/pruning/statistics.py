@@ -21,6 +21,7 @@ from regraft.errors import RegraftError
 from regraft.files import atomic_file
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.layerwise import LayerwisePass
+from regraft.progress import Advance
 from regraft.pruning.base import (
     NO_STATISTIC,
     PRUNERS,
@@ -29,7 +30,7 @@ from regraft.pruning.base import (
     Note,
     Pruner,
 )
-from regraft.pruning.gradients import Progress, layer_gradients
+from regraft.pruning.gradients import layer_gradients
 from regraft.pruning.inputs import Known, Statistics
 
 FORMAT = "regraft-statistics-2"
@@ -87,7 +88,7 @@ def gather(
     architecture: Architecture,
     pruner: Pruner,
     scratch: Path,
-    progress: Progress,
+    advance: Advance,
     note: Note = lambda _: None,
 ) -> dict[str, Tensor]:
     """Take the samples through the model and make the statistic of every kept weight.
@@ -100,7 +101,7 @@ def gather(
         architecture: Of the model.
         pruner: Whose statistic.
         scratch: A folder for unfinished work.
-        progress: Called with the number of samples each time a layer has seen a batch (twice a
+        advance: Called with the number of samples each time a layer has seen a batch (twice a
             layer for gradients).
         note: Called with what the pruner has to say.
 
@@ -114,7 +115,7 @@ def gather(
 
     layers = architecture.layers if pruner.reads_data else ()
     if not all(part(layer).exists() for layer in layers):
-        for layer, values in _by_layer(walk, architecture, pruner, scratch, progress, note):
+        for layer, values in _by_layer(walk, architecture, pruner, scratch, advance, note):
             if distributed.first():
                 with atomic_file(part(layer)) as temporary:
                     save_file({key: value.cpu() for key, value in values.items()}, temporary)
@@ -127,12 +128,12 @@ def _by_layer(
     architecture: Architecture,
     pruner: Pruner,
     scratch: Path,
-    progress: Progress,
+    advance: Advance,
     note: Note,
 ) -> Iterator[tuple[LayerArchitecture, dict[str, Tensor]]]:
     if isinstance(pruner, GradientPruner):
         backward = layer_gradients(
-            walk, architecture, scratch / "states", pruner.keeps, progress, add=pruner.accumulate
+            walk, architecture, scratch / "states", pruner.keeps, advance, add=pruner.accumulate
         )
         for layer, values in backward:
             yield layer, _made(pruner, layer.linears, Known(values), note)
@@ -143,7 +144,7 @@ def _by_layer(
         linears = {li: modules[li.module] for li in layer.linears if pruner.keeps(li)}
         sums = pruner.accumulator()
         with walk.model.layer(layer.index):
-            walk.advance(layer.index, progress, sums.observing(linears))
+            walk.advance(layer.index, advance, sums.observing(linears))
         sums.gather()
         made = _made(pruner, linears, sums, note)
         # copies, since linears that read one input share its sum, which the file would not take

@@ -20,13 +20,13 @@ from regraft.data.example import Reading
 from regraft.heads.score import Criterion, HeadScores
 from regraft.models.load import Source, pick_device
 from regraft.patch.pair import Survey
+from regraft.progress import Progress
 from regraft.pruning.base import PRUNERS, GradientPruner
 from regraft.pruning.statistics import SavedStatistics
 from regraft.registry import Registry
 from regraft.restoration.ranking import Ranking, WeightScore, best_weights
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
-from regraft.watch import Watch
 
 DEFAULT_BUDGET = 5.0  # per 10,000 pruned
 
@@ -174,7 +174,7 @@ class Context:
         count: How many weights to rank at most; None for all that the method takes.
         seed: The calibration seed, of whatever is drawn.
         compute: Device, dtype, batch size and placement.
-        watch: Progress.
+        progress: Progress.
         work: A folder for unfinished work, which a resumed run finds again.
         heads: Scores, if needed.
         statistics: Of D^s and D^u, if needed.
@@ -189,7 +189,7 @@ class Context:
     count: int | None
     seed: int
     compute: ComputeSettings
-    watch: Watch
+    progress: Progress
     work: Path
     heads: HeadScores | None = None
     statistics: SavedStatistics | None = None
@@ -204,14 +204,14 @@ class Context:
             heads: (layer, head) restored in, to be told of the ranking.
         """
         layers = len(self.dense.architecture.layers)
-        with self.watch.task("Ranking weights", layers, "layers") as done:
+        with self.progress.task("Ranking weights", layers, "layers") as done:
             found = best_weights(
                 self.dense,
                 self.pruned,
                 score,
                 self.count,
                 device=pick_device(self.compute.device),
-                progress=done,
+                advance=done,
             )
         return replace(found, about={"heads": [list(head) for head in heads]})
 

@@ -21,6 +21,7 @@ from regraft.models.architecture import LinearArchitecture
 from regraft.models.load import Source
 from regraft.patch.format import Patch, TensorPatch
 from regraft.patch.pair import restorable
+from regraft.progress import Advance
 
 FORMAT = "regraft-ranking-1"
 KEPT = -1  # no kept weight makes room
@@ -160,7 +161,7 @@ def best_weights(
     count: int | None,
     *,
     device: torch.device | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = lambda _: None,
 ) -> Ranking:
     """Rank by a score that each matrix has by itself, one matrix in memory at a time.
 
@@ -170,7 +171,7 @@ def best_weights(
         score: The method's.
         count: How many weights at most; None for all that have a score.
         device: Where to compute scores; CPU by default.
-        progress: Called with 1 after each layer.
+        advance: Called with 1 after each layer.
     """
     best = Best(count)
     index = 0
@@ -184,7 +185,7 @@ def best_weights(
             if found is not None:
                 best.add(index, found)
             index += 1
-        progress(1)
+        advance(1)
     return replace(best.ranking, score=best.ranking.score.float())
 
 

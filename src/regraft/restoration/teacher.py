@@ -16,8 +16,8 @@ from regraft.files import atomic_file
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
 from regraft.models.replay import logits_of
-from regraft.pruning.gradients import Loss, Progress, predicting
-from regraft.watch import Watch
+from regraft.progress import Advance, Progress
+from regraft.pruning.gradients import Loss, predicting
 
 TOKEN_WEIGHTS = (1.0, 1.0, 0.3, 0.3, 0.3, 0.3)  # of the first response tokens
 
@@ -47,13 +47,13 @@ class DecisionLoss:
         return (cost.new_tensor(TOKEN_WEIGHTS[: len(positions)]) * cost).sum()
 
 
-def final_states(walk: LayerwisePass, progress: Progress = lambda _: None) -> dict[str, Tensor]:
+def final_states(walk: LayerwisePass, advance: Advance = lambda _: None) -> dict[str, Tensor]:
     """Normed final states that predict response tokens, by example id, `[N, d]` on CPU.
 
     They hold the whole teacher distribution (see `DecisionLoss`): the head that turns them into
     logits is never pruned, and N x d floats are far fewer than N x vocabulary.
     """
-    _to_the_end([walk], progress)
+    _to_the_end([walk], advance)
     return {
         name: state[row, predicting(labels[row])].cpu().clone()
         for batch, state in zip(walk.batches, walk.states, strict=True)
@@ -63,18 +63,18 @@ def final_states(walk: LayerwisePass, progress: Progress = lambda _: None) -> di
 
 
 def response_losses(
-    walk: LayerwisePass, loss: Loss, progress: Progress = lambda _: None
+    walk: LayerwisePass, loss: Loss, advance: Advance = lambda _: None
 ) -> dict[str, float]:
     """The loss of every example's response, by example id."""
-    return losses_together([(walk, loss)], progress)[0]
+    return losses_together([(walk, loss)], advance)[0]
 
 
 def losses_together(
-    sides: Sequence[tuple[LayerwisePass, Loss]], progress: Progress = lambda _: None
+    sides: Sequence[tuple[LayerwisePass, Loss]], advance: Advance = lambda _: None
 ) -> list[dict[str, float]]:
     """`response_losses` of several walks through one model, which is streamed once for all."""
     walks = [walk for walk, _ in sides]
-    _to_the_end(walks, progress)
+    _to_the_end(walks, advance)
     with walks[0].model.frame(), torch.no_grad():
         return [_losses_at_the_end(walk, loss) for walk, loss in sides]
 
@@ -89,29 +89,29 @@ def _losses_at_the_end(walk: LayerwisePass, loss: Loss) -> dict[str, float]:
     return losses
 
 
-def _to_the_end(walks: Sequence[LayerwisePass], progress: Progress) -> None:
+def _to_the_end(walks: Sequence[LayerwisePass], advance: Advance) -> None:
     for walk in walks:
         walk.rewind()
     for index in range(walks[0].layers):
         with walks[0].model.layer(index):
             for walk in walks:
-                walk.advance(index, progress)
+                walk.advance(index, advance)
 
 
 def write_teacher(
-    walks: Mapping[str, Sequence[LayerwisePass]], paths: Mapping[str, Path], watch: Watch
+    walks: Mapping[str, Sequence[LayerwisePass]], paths: Mapping[str, Path], progress: Progress
 ) -> None:
     """Write the teacher distribution of the dense model; see `final_states`.
 
     Args:
         walks: Kind of prompts -> walks through the dense model; rewound when it ends.
         paths: Kind of prompts -> the file for all its walks.
-        watch: Progress.
+        progress: Progress.
     """
     own = sum(
         len(b.ids) * walk.layers for part in walks.values() for walk in part for b in walk.batches
     )
-    with watch.task("Asking the dense model", own, "samples x layers") as done:
+    with progress.task("Asking the dense model", own, "samples x layers") as done:
         for kind, path in paths.items():
             states: dict[str, Tensor] = {}
             for walk in walks[kind]:

@@ -11,6 +11,7 @@ from regraft.provenance import ABOUT_FILE
 from regraft.stages.answering import calibration_data, imitation_data
 from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
+from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.gathering import statistics
 from regraft.stages.judging import (
     VERDICTS,
@@ -25,23 +26,22 @@ from regraft.stages.pruning import prune, spilled_bytes
 from regraft.stages.ranking import Inputs, rank
 from regraft.stages.realigning import realign
 from regraft.stages.responding import respond
-from regraft.stages.restoring import Places, Restoration, curve_beside
+from regraft.stages.restoring import ArtifactPaths, Restoration, curve_beside
 from regraft.stages.scoring import heads
 from regraft.stages.searching import check_search, evaluate_references, search, suites_of
-from regraft.stages.session import Session
 from regraft.stages.text import OnText
 from regraft.stages.tuning import tune
 
 __all__ = [
     "ABOUT_FILE",
     "VERDICTS",
+    "ArtifactPaths",
     "Evaluation",
+    "EvaluationCache",
     "Inputs",
     "OnText",
-    "Places",
     "Preview",
     "Restoration",
-    "Session",
     "agreement",
     "apply",
     "calibration_data",

@@ -30,11 +30,11 @@ from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import write_text
 from regraft.loading import load
 from regraft.models.load import Source
+from regraft.progress import Progress
 from regraft.provenance import describe, is_done, working
 from regraft.restoration.teacher import TOKEN_WEIGHTS
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def calibration_data(
     calibration: CalibrationSettings,
     compute: ComputeSettings,
     folder: Path,
-    watch: Watch,
+    progress: Progress,
     *,
     harmful: bool,
 ) -> Reading:
@@ -75,14 +75,14 @@ def calibration_data(
         calibration: Which prompts, how many, whose responses.
         compute: Device, dtype, batch size.
         folder: For the answers; stages with the same settings share it.
-        watch: Progress.
+        progress: Progress.
         harmful: D^s or D^u.
 
     Raises:
         RegraftError: see the data readers; no answer can be kept.
     """
     if not harmful:  # once for both kinds
-        warn_of_bundled(dense, calibration.source, watch.note)
+        warn_of_bundled(dense, calibration.source, progress.note)
     if responses_are_given(calibration, harmful=harmful):
         return draw_calibration(dense, calibration, harmful=harmful)
     prompts = order_calibration(dense, calibration, harmful=harmful)
@@ -94,7 +94,7 @@ def calibration_data(
         _nothing_kept(prompts, harmful=harmful),
     )
     out = folder / f"{_kind(harmful)}.jsonl"
-    return _kept(prompts, _written(_Loaded(dense, compute, watch), prompts, out, wanted))
+    return _kept(prompts, _written(_Loaded(dense, compute, progress), prompts, out, wanted))
 
 
 def imitation_data(
@@ -102,7 +102,7 @@ def imitation_data(
     calibration: CalibrationSettings,
     compute: ComputeSettings,
     folder: Path,
-    watch: Watch,
+    progress: Progress,
 ) -> dict[str, Reading]:
     """The prompts drawn, each with the start of what the dense model answers.
 
@@ -118,9 +118,9 @@ def imitation_data(
     Raises:
         RegraftError: see the data readers; the dense model answers nothing at all.
     """
-    warn_of_bundled(dense, calibration.source, watch.note)
+    warn_of_bundled(dense, calibration.source, progress.note)
     readings = {}
-    model = _Loaded(dense, compute, watch)
+    model = _Loaded(dense, compute, progress)
     for kind, harmful in (("safety", True), ("utility", False)):
         prompts = draw_prompts(dense, calibration, harmful=harmful)
         count = len(prompts.examples)
@@ -140,16 +140,16 @@ class _Loaded:
     Args:
         source: The dense checkpoint.
         compute: Device, dtype, batch size.
-        watch: Progress.
+        progress: Progress.
     """
 
-    def __init__(self, source: Source, compute: ComputeSettings, watch: Watch) -> None:
-        self.source, self.compute, self.watch = source, compute, watch
+    def __init__(self, source: Source, compute: ComputeSettings, progress: Progress) -> None:
+        self.source, self.compute, self.progress = source, compute, progress
 
     @cached_property
     def parts(self) -> tuple[nn.Module, Any]:
         """The model and its processor."""
-        return load(self.source, self.compute, self.watch)
+        return load(self.source, self.compute, self.progress)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _answer(dense: _Loaded, wanted: _Wanted, prompts: Reading, work: Path) -> li
     answers: list[Response] = []
     size = compute.batch_size * distributed.world()
     most = min(wanted.kept, len(prompts.examples))
-    with dense.watch.task("Writing responses", most, "answers") as done:
+    with dense.progress.task("Writing responses", most, "answers") as done:
         for i, chunk in enumerate(batches(prompts.examples, size)):
             texts = generate(
                 model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from regraft import distributed
 from regraft.checks import (
     check_direction_layer,
+    describe_data,
     draw_calibration,
     read_validation,
-    told,
 )
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Example, Reading
@@ -35,12 +35,12 @@ from regraft.evaluation.metrics import wilson
 from regraft.evaluation.summary import judge_answer
 from regraft.loading import collate, load
 from regraft.models.load import Source
+from regraft.progress import Advance, Progress, Silent
 from regraft.provenance import describe, is_done, working
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.validation import with_validation
-from regraft.watch import Silent, Watch
 
 
 def defend(
@@ -49,7 +49,7 @@ def defend(
     settings: DefenceSettings,
     calibration: CalibrationSettings,
     compute: ComputeSettings,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
     processor_from: Source | None = None,
     judge: TextJudge = DEFAULT_JUDGE,
 ) -> Defence:
@@ -63,14 +63,14 @@ def defend(
         settings: The method.
         calibration: Prompts for the direction; their responses are not used.
         compute: Device, dtype, batch size.
-        watch: Progress.
+        progress: Progress.
         processor_from: Take the processor from there if the checkpoint comes without one.
         judge: Of answers to validation prompts.
 
     Raises:
         RegraftError: see the data readers; the layer is not one that every prompt runs through.
     """
-    watch = watch or Silent()
+    progress = progress or Silent()
     settings = with_validation(settings, pruned.folder, calibration, needed=settings.searches)
     inputs = {"model": pruned.checkpoint.fingerprint}
     if settings.method != "refusal-direction":
@@ -91,14 +91,14 @@ def defend(
     about["judge"] = judge.name
     if not is_done(out, out, about, lambda: load_defence(out).about):
         for role, reading in zip(("D^s", "D^u", "Validation"), data.values(), strict=False):
-            watch.note(told(role, reading))
+            progress.note(describe_data(role, reading))
         with working(out, about) as work:
-            model, processor = load(pruned, compute, watch, processor_from)
-            vectors = _differences(pruned, model, processor, data, compute, watch)
+            model, processor = load(pruned, compute, progress, processor_from)
+            vectors = _differences(pruned, model, processor, data, compute, progress)
             search = _Search(model, processor, vectors, settings, compute, judge, work, about)
-            made = search.run(data.get("validation"), watch)
+            made = search.run(data.get("validation"), progress)
             if not made.strength:
-                watch.note(
+                progress.note(
                     f"{out.name}: no layer and strength lowers ASR at so little over-refusal; "
                     "nothing is added."
                 )
@@ -113,7 +113,7 @@ def _differences(
     processor: Any,
     data: Mapping[str, Reading],
     compute: ComputeSettings,
-    watch: Watch,
+    progress: Progress,
 ) -> Tensor:
     """Of every layer, `[layers, d]` float32; NaN for one that did not run on every prompt."""
     architecture = source.architecture
@@ -122,7 +122,7 @@ def _differences(
         for role in ("safety", "utility")
     ]
     own = sum(len(batch.ids) for batches in sets for batch in distributed.share(batches))
-    with watch.task("Taking means of hidden states", own, "prompts") as done:
+    with progress.task("Taking means of hidden states", own, "prompts") as done:
         harmful, harmless = (
             mean_states(model, batches, len(architecture.layers), architecture.hidden_size, done)
             for batches in sets
@@ -143,14 +143,14 @@ class _Search:
     work: Path
     about: Mapping[str, Any]
 
-    def run(self, validation: Reading | None, watch: Watch) -> Direction:
+    def run(self, validation: Reading | None, progress: Progress) -> Direction:
         """The direction as it is given or as it does best."""
         layers, strengths = self._layers(), self._strengths()
         if validation is None:
             return self._direction(layers[0], strengths[0])
         grid = [(layer, strength) for layer in layers for strength in strengths]
         prompts = (1 + len(grid)) * len(validation.examples)
-        with watch.task("Choosing layer and strength", prompts, "prompts") as done:
+        with progress.task("Choosing layer and strength", prompts, "prompts") as done:
             plain, *trials = (
                 self._try(layer, strength, validation.examples, done)
                 for layer, strength in [(layers[0], 0.0), *grid]
@@ -182,7 +182,7 @@ class _Search:
         layer: int,
         strength: float,
         examples: Sequence[Example],
-        progress: Callable[[int], None],
+        advance: Advance,
     ) -> Trial:
         with acting(self._direction(layer, strength), self.model):
             answers = generate(
@@ -192,7 +192,7 @@ class _Search:
                 self.work / f"layer_{layer:03d}_strength_{strength!r}",
                 max_new_tokens=self.settings.max_new_tokens,
                 batch_size=self.compute.batch_size,
-                progress=progress,
+                advance=advance,
             )
         judged = [
             judge_answer(example, answer, self.judge, max_new_tokens=self.settings.max_new_tokens)

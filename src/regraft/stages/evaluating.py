@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from regraft import costs, distributed
-from regraft.checks import told, warn_of_bundled
+from regraft.checks import describe_data, warn_of_bundled
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.defence.artifact import (
@@ -45,12 +45,12 @@ from regraft.patch.apply import (
     zeros_filled,
 )
 from regraft.patch.format import Patch
+from regraft.progress import Progress, Silent
 from regraft.provenance import describe, is_done, working
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.stages.session import Session
+from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.text import OnText
-from regraft.watch import Silent, Watch
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def evaluate(
     compute: ComputeSettings,
     patch_file: Path | None = None,
     processor_from: Source | None = None,
-    watch: Watch | None = None,
-    session: Session | None = None,
+    progress: Progress | None = None,
+    cache: EvaluationCache | None = None,
     defence_file: Path | None = None,
     text: OnText | None = None,
 ) -> Evaluation:
@@ -84,8 +84,8 @@ def evaluate(
         compute: Device, dtype, batch size.
         patch_file: Put this patch on the model in memory first.
         processor_from: Take the processor from there if the checkpoint comes without one.
-        watch: Progress.
-        session: Shared with the other evaluations of a run, which saves work and changes nothing.
+        progress: Progress.
+        cache: Shared with the other evaluations of a run, which saves work and changes nothing.
         defence_file: Answer under this defence at inference, from `defend`.
         text: Measure perplexity on ordinary text too, and KL to the dense model.
 
@@ -94,9 +94,9 @@ def evaluate(
     """
     if settings.backend == "vllm":
         check_for_vllm(model, compute)
-    watch = watch or Silent()
-    session = session or Session(memo_bytes=0)
-    reading = session.reading(model, suites, settings.limit)
+    progress = progress or Silent()
+    cache = cache or EvaluationCache(memo_bytes=0)
+    reading = cache.reading(model, suites, settings.limit)
     name = ", ".join(str(suite) for suite in suites)
     examples = reading.examples
     patch, inputs = patch_in_memory(model, patch_file)
@@ -118,30 +118,30 @@ def evaluate(
     if not is_done(out, out / "results.json", about, lambda: _read_results(out)["about"]):
         with working(out, about) as work:
             for suite in suites if processor_from is None else ():  # a run says it once
-                warn_of_bundled(model, suite, watch.note)
-            watch.note(told("Prompts", reading))
+                warn_of_bundled(model, suite, progress.note)
+            progress.note(describe_data("Prompts", reading))
             prompts = asked(defence, examples)
             nlls: Mapping[str, Nll] = {}
             on_text: tuple[TextResult, Teacher] | None = None
             if settings.backend == "vllm":
-                texts = _by_vllm(model, prompts, settings, compute, work, watch, session)
+                texts = _by_vllm(model, prompts, settings, compute, work, progress, cache)
             else:
-                network, processor = session.load(model, compute, watch, processor_from)
+                network, processor = cache.load(model, compute, progress, processor_from)
                 content = about["data"]["suite"]["digest"]
-                answerer = session.answerer(
+                answerer = cache.answerer(
                     model, processor, prompts, content, settings, compute, processor_from
                 )
                 context = patched(network, model.architecture, patch) if patch else nullcontext()
-                answering = watch.task(f"Answering {name}", len(examples), "prompts")
+                answering = progress.task(f"Answering {name}", len(examples), "prompts")
                 with context, acting(defence, network), answering as done:
-                    nlls = _nlls(network, processor, prompts, settings, compute, work, watch)
+                    nlls = _nlls(network, processor, prompts, settings, compute, work, progress)
                     if text is not None:
-                        on_text = text.predicted(network, processor, watch)
+                        on_text = text.predicted(network, processor, progress)
                     texts = answerer.answers(
                         network,
                         max_new_tokens=settings.max_new_tokens,
                         partial=work,
-                        progress=done,
+                        advance=done,
                     )
             judge = settings.text_judge()
             answers = [
@@ -160,7 +160,7 @@ def evaluate(
             if on_text is not None:
                 result = replace(result, text=on_text[0])
             sizes = {
-                "zeros": session.zeros(model)
+                "zeros": cache.zeros(model)
                 - (zeros_filled(model.checkpoint, patch) if patch else 0),
                 "prunable": model.architecture.prunable,
             }
@@ -223,16 +223,16 @@ def _by_vllm(
     settings: EvalSettings,
     compute: ComputeSettings,
     work: Path,
-    watch: Watch,
-    session: Session,
+    progress: Progress,
+    cache: EvaluationCache,
 ) -> list[str]:
-    session.unload()
+    cache.unload()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    costs.elsewhere(watch)
+    costs.elsewhere(progress)
     processor = load_processor(model)
-    with watch.task(f"Loading {model.folder} into vLLM", 1) as done:
+    with progress.task(f"Loading {model.folder} into vLLM", 1) as done:
         engine = Engine(
             model.folder,
             processor,
@@ -244,7 +244,7 @@ def _by_vllm(
         )
         done(1)
     try:
-        with watch.task("Answering by vLLM", len(prompts), "prompts") as done:
+        with progress.task("Answering by vLLM", len(prompts), "prompts") as done:
             return engine.answers(prompts, settings.max_new_tokens, work, done)
     finally:
         engine.close()
@@ -257,7 +257,7 @@ def _nlls(
     settings: EvalSettings,
     compute: ComputeSettings,
     work: Path,
-    watch: Watch,
+    progress: Progress,
 ) -> dict[str, Nll]:
     """Of the references that answers are compared with, by id, if they are asked for."""
     wanted = [
@@ -267,9 +267,9 @@ def _nlls(
     ]
     if not (settings.perplexity and wanted):
         return {}
-    with watch.task("Reading the references", len(wanted), "responses") as done:
+    with progress.task("Reading the references", len(wanted), "responses") as done:
         size = compute.batch_size
-        found = response_nlls(network, processor, wanted, size, partial=work, progress=done)
+        found = response_nlls(network, processor, wanted, size, partial=work, advance=done)
     return {example.id: nll for example, nll in zip(wanted, found, strict=True)}
 
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from regraft import distributed
-from regraft.checks import told
+from regraft.checks import describe_data
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
 from regraft.files import require_space, size_of
 from regraft.loading import check_shares, cut, hidden_state_bytes, load_for_walk
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
+from regraft.progress import Progress, Silent
 from regraft.provenance import describe, is_done, working
 from regraft.pruning.base import PRUNERS, GradientPruner, Pruner
 from regraft.pruning.statistics import (
@@ -25,7 +26,6 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import StatisticsSettings
 from regraft.stages.answering import beside, calibration_data
-from regraft.watch import Silent, Watch
 
 
 def statistics(
@@ -34,7 +34,7 @@ def statistics(
     calibration: CalibrationSettings,
     compute: ComputeSettings,
     settings: StatisticsSettings | None = None,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
     responses: Path | None = None,
 ) -> tuple[ImportanceStatistics, ImportanceStatistics]:
     """Gather statistics of the dense model on D^s and D^u; writes the file `out`.
@@ -44,10 +44,12 @@ def statistics(
     Returns:
         (safety, utility).
     """
-    watch, settings = watch or Silent(), settings or StatisticsSettings()
+    progress, settings = progress or Silent(), settings or StatisticsSettings()
     folder = responses or beside(out)
     readings = {
-        kind: calibration_data(dense, calibration, compute, folder, watch, harmful=kind == "safety")
+        kind: calibration_data(
+            dense, calibration, compute, folder, progress, harmful=kind == "safety"
+        )
         for kind in ("safety", "utility")
     }
     about = describe(
@@ -56,10 +58,10 @@ def statistics(
     if not is_done(out, out, about, lambda: load_statistics(out).about):
         for role, reading in zip(("D^s", "D^u"), readings.values(), strict=True):
             check_shares(reading.examples, compute)
-            watch.note(told(role, reading))
+            progress.note(describe_data(role, reading))
         with working(out, about) as work:
             pruner = PRUNERS.get(settings.score)
-            gathered = _gather(dense, work, pruner, readings, compute, watch)
+            gathered = _gather(dense, work, pruner, readings, compute, progress)
             if distributed.first():
                 save_statistics(out, gathered["safety"], gathered["utility"], about)
     loaded = load_statistics(out)
@@ -72,9 +74,9 @@ def _gather(
     pruner: Pruner,
     readings: Mapping[str, Reading],
     compute: ComputeSettings,
-    watch: Watch,
+    progress: Progress,
 ) -> dict[str, ImportanceStatistics]:
-    model, processor = load_for_walk(dense, compute, watch)
+    model, processor = load_for_walk(dense, compute, progress)
     shares = {
         kind: distributed.share(cut(reading.examples, compute))
         for kind, reading in readings.items()
@@ -83,7 +85,7 @@ def _gather(
     passes = 2 if by_gradients else 1
     own = sum(len(chunk) for chunks in shares.values() for chunk in chunks)
     total = passes * own * len(dense.architecture.layers)
-    with watch.task("Gathering statistics", total, "samples x layers") as done:
+    with progress.task("Gathering statistics", total, "samples x layers") as done:
         found = {}
         for kind, chunks in shares.items():
             encoded = (response_batch(processor, chunk) for chunk in chunks)
@@ -92,6 +94,6 @@ def _gather(
                 kept = [li for li in dense.architecture.linears if pruner.keeps(li)]
                 gradients = 4 * 4 * sum(li.shape[0] * li.shape[1] for li in kept)
                 require_space(work, gradients + hidden_state_bytes(dense, walk) - size_of(work))
-            values = gather(walk, dense.architecture, pruner, work / kind, done, watch.note)
+            values = gather(walk, dense.architecture, pruner, work / kind, done, progress.note)
             found[kind] = ImportanceStatistics(pruner.name, values, len(readings[kind].examples))
         return found

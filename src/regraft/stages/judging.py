@@ -27,10 +27,10 @@ from regraft.evaluation.verdicts import (
     read_verdicts,
 )
 from regraft.files import digest, file_digest, read_json, slug, write_json
+from regraft.progress import Advance, Progress
 from regraft.provenance import describe, is_done, working
 from regraft.settings.compute import ComputeSettings
 from regraft.stages.evaluating import read_evaluation
-from regraft.watch import Advance, Watch
 
 VERDICTS = "judges"  # the folder of other judges' verdicts in that of an evaluation
 _CHUNK = 64  # exchanges after which verdicts are on disk
@@ -57,7 +57,7 @@ def judge(
     text: str,
     out: Path,
     compute: ComputeSettings,
-    watch: Watch,
+    progress: Progress,
     images: Path | None = None,
     loaded: Judge | None = None,
 ) -> Judged:
@@ -68,7 +68,7 @@ def judge(
         text: See `judges.find`.
         out: One JSON file with the rates, and a verdict by id.
         compute: Where a model runs.
-        watch: Progress.
+        progress: Progress.
         images: Show the judge the prompts' images, which lie in this folder (see `Pictures`).
         loaded: The judge, if it is in memory.
 
@@ -85,7 +85,7 @@ def judge(
             "another judge. Evaluate with --full-answers."
         )
     _note_gaps(
-        text, answers, settings.get("max_new_tokens", _ENOUGH), watch, seen=images is not None
+        text, answers, settings.get("max_new_tokens", _ENOUGH), progress, seen=images is not None
     )
     pictures = None if images is None else Pictures(images)
     exchanges = [exchange(answer, pictures) for answer in answers]
@@ -100,24 +100,24 @@ def judge(
             "verdicts": {a.id: asdict(one) for a, one in zip(answers, verdicts, strict=True)},
         }
 
-    _judge_into(out, about, loaded or text, exchanges, compute, watch, content)
+    _judge_into(out, about, loaded or text, exchanges, compute, progress, content)
     return judged(read_json(out)["result"]["judge"], answers, read_verdicts(out, answers))
 
 
 def _note_gaps(
-    text: str, answers: Sequence[Answer], length: int, watch: Watch, *, seen: bool
+    text: str, answers: Sequence[Answer], length: int, progress: Progress, *, seen: bool
 ) -> None:
     """Note where a judge would read the end of answers or an image, and gets neither."""
     kind, _ = find(text)
     words = kind if isinstance(kind, TextJudge) else None
     if length < _ENOUGH and not (words and words.window):
-        watch.note(
+        progress.note(
             f"Answers end after {length} tokens at most, and {text} reads the whole of them: what "
             f"comes later is not judged. Evaluate with --max-new-tokens {_ENOUGH} for it."
         )
     unasked = sum(bool(a.image) and not a.request for a in answers)
     if unasked and not (seen or words):
-        watch.note(
+        progress.note(
             f"{unasked} answers do not say what their image asks: the judge gets only the "
             "words beside it. Give --images to judges that see, or evaluate anew."
         )
@@ -129,14 +129,14 @@ def _judge_into(
     by: Judge | str,
     exchanges: Sequence[Exchange],
     compute: ComputeSettings,
-    watch: Watch,
+    progress: Progress,
     content: Callable[[str, Sequence[Verdict]], dict[str, Any]],
 ) -> None:
     """Write what `content` makes of the judge's name and verdicts, unless it is there."""
     if is_done(out, out, about, lambda: read_json(out)["about"]):
         return
     judge = load_judge(by, compute) if isinstance(by, str) else by
-    task = watch.task(f"Judging by {judge.name}", len(exchanges), "answers")
+    task = progress.task(f"Judging by {judge.name}", len(exchanges), "answers")
     with working(out, about) as work, task as done:
         verdicts = _verdicts(judge, exchanges, work, done)
         if distributed.first():
@@ -240,7 +240,7 @@ def judge_bench(
     judges: Sequence[str],
     labels: Labels,
     compute: ComputeSettings,
-    watch: Watch,
+    progress: Progress,
     out: Path | None = None,
 ) -> dict[str, Bench]:
     """Every judge against the labels of every file, and of all together if there are several.
@@ -252,7 +252,7 @@ def judge_bench(
         judges: By name, see `judges.find`.
         labels: Which rows, and what their labels say.
         compute: Where models run.
-        watch: Progress.
+        progress: Progress.
         out: The figures as JSON; judges of words, which are quick, need none.
 
     Returns:
@@ -273,7 +273,7 @@ def judge_bench(
     exchanges = list(dict.fromkeys(one.exchange for rows in read.values() for one in rows))
     asked = {"answers": digest(*map(file_digest, files)), "ids": labels.ids}
     said = [
-        _bench_verdicts(text, exchanges, asked, out, compute, watch)
+        _bench_verdicts(text, exchanges, asked, out, compute, progress)
         for text in dict.fromkeys(judges)
     ]
     place = {exchange: i for i, exchange in enumerate(exchanges)}
@@ -316,12 +316,12 @@ def _bench_verdicts(
     asked: Mapping[str, str],
     out: Path | None,
     compute: ComputeSettings,
-    watch: Watch,
+    progress: Progress,
 ) -> tuple[str, list[Verdict]]:
     """(the judge's name, a verdict an exchange)."""
     if out is None:
         judge = load_judge(text, compute)
-        with watch.task(f"Judging by {judge.name}", len(exchanges), "answers") as done:
+        with progress.task(f"Judging by {judge.name}", len(exchanges), "answers") as done:
             return judge.name, _verdicts(judge, exchanges, None, done)
     kept = out.with_name(f"{out.name}.verdicts") / f"{slug(text)}.json"
     about = describe("judge-bench", {**asked, **_of_judge(text)}, compute=_runs_on(text, compute))
@@ -329,6 +329,6 @@ def _bench_verdicts(
     def content(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         return {"judge": name, "verdicts": [asdict(one) for one in verdicts]}
 
-    _judge_into(kept, about, text, exchanges, compute, watch, content)
+    _judge_into(kept, about, text, exchanges, compute, progress, content)
     written = read_json(kept)
     return written["judge"], [Verdict(**one) for one in written["verdicts"]]

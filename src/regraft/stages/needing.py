@@ -10,7 +10,7 @@ from regraft.restoration.base import MethodSettings, Needs, method_of
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import HeadSettings
-from regraft.stages.session import Session
+from regraft.stages.evaluation_cache import EvaluationCache
 
 
 def check_method(
@@ -18,7 +18,7 @@ def check_method(
     settings: MethodSettings,
     calibration: CalibrationSettings,
     compute: ComputeSettings,
-    session: Session,
+    cache: EvaluationCache,
     scoring: HeadSettings | None,
     *,
     gathers: bool = True,
@@ -30,7 +30,7 @@ def check_method(
         settings: The method.
         calibration: Prompts of both kinds.
         compute: Device, dtype, batch size.
-        session: Has read the data already, or keeps them for what comes.
+        cache: Has read the data already, or keeps them for what comes.
         scoring: How heads will be scored; None where scores are given.
         gathers: Whether statistics are still to be gathered.
 
@@ -44,13 +44,13 @@ def check_method(
     if needs.answers or (needs.gradients and gathers):
         check_gradients(dense, compute, f"Realigning by {settings.method}")
     for harmful in kinds_drawn(needs, scored=scoring is None, gathered=not gathers):
-        drawn = session.drawn(dense, calibration, harmful=harmful)
+        drawn = cache.drawn(dense, calibration, harmful=harmful)
         check_shares(drawn.examples, compute)
         if harmful and needs.heads is not None and scoring is not None:
             check_r_max(dense, scoring, drawn)
     prompts = {}
     if needs.answers:
-        imitated = session.imitated(dense, calibration).values()
+        imitated = cache.imitated(dense, calibration).values()
         prompts = dict(zip(("safety", "utility"), imitated, strict=True))
     method.check(settings, dense, calibration.seed, compute, prompts)
 
@@ -59,7 +59,7 @@ def learnt_by(
     dense: Source,
     needs: Needs,
     calibration: CalibrationSettings,
-    session: Session,
+    cache: EvaluationCache,
     *,
     scored: bool = False,
     gathered: bool = False,
@@ -67,9 +67,9 @@ def learnt_by(
     """The calibration prompts that a method learns from, by their role."""
     learnt: dict[str, Reading] = {}
     for harmful in kinds_drawn(needs, scored=scored, gathered=gathered):
-        learnt |= session.learnt_from(dense, calibration, harmful=harmful)
+        learnt |= cache.learnt_from(dense, calibration, harmful=harmful)
     if needs.answers:
-        learnt |= session.imitated(dense, calibration)
+        learnt |= cache.imitated(dense, calibration)
     return learnt
 
 

@@ -14,8 +14,8 @@ from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.checkpoint_copy import check_target
 from regraft.patch.apply import Operation, Plan, make_plan, write_plan
 from regraft.patch.format import Patch, load_patch
+from regraft.progress import Progress, Silent
 from regraft.provenance import ABOUT_FILE, describe, holds, is_done, to_json, working
-from regraft.watch import Silent, Watch
 
 _ROLE = {"apply": "pruned", "revert": "realigned"}
 Description = Mapping[str, Any]
@@ -34,7 +34,7 @@ class Preview:
 
 
 def apply(
-    pruned: Path, patch_file: Path | Sequence[Path], out: Path, watch: Watch | None = None
+    pruned: Path, patch_file: Path | Sequence[Path], out: Path, progress: Progress | None = None
 ) -> Path:
     """Write the checkpoint `pruned` with one or several patches to the folder `out`.
 
@@ -46,18 +46,18 @@ def apply(
     Raises:
         RegraftError: a patch is for another base, patches disagree, or `out` is not empty.
     """
-    return _write_new("apply", pruned, patch_file, out, watch)
+    return _write_new("apply", pruned, patch_file, out, progress)
 
 
 def revert(
-    realigned: Path, patch_file: Path | Sequence[Path], out: Path, watch: Watch | None = None
+    realigned: Path, patch_file: Path | Sequence[Path], out: Path, progress: Progress | None = None
 ) -> Path:
     """Write the checkpoint `realigned` without one or several patches to the folder `out`.
 
     Raises:
         RegraftError: a patch is for another base, patches disagree, or `out` is not empty.
     """
-    return _write_new("revert", realigned, patch_file, out, watch)
+    return _write_new("revert", realigned, patch_file, out, progress)
 
 
 def preview(
@@ -65,7 +65,7 @@ def preview(
     folder: Path,
     patch_files: Sequence[Path],
     out: Path,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
 ) -> Preview:
     """Check all that a command checks and tell what it would do; writes nothing.
 
@@ -74,7 +74,7 @@ def preview(
         folder: The checkpoint.
         patch_files: The patches.
         out: The new folder.
-        watch: Shows progress.
+        progress: Shows progress.
 
     Raises:
         RegraftError: as the command itself.
@@ -83,7 +83,7 @@ def preview(
     done = holds(out, out / ABOUT_FILE, job.about())
     if not done:
         check_target(job.checkpoint, out)
-    return Preview(job.plan(watch or Silent()), 0 if done else job.checkpoint.bytes, done)
+    return Preview(job.plan(progress or Silent()), 0 if done else job.checkpoint.bytes, done)
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class _Job:
         digests = tuple(file_digest(path) for path in files)
         return cls(operation, checkpoint, digests, patches)
 
-    def plan(self, watch: Watch) -> Plan:
+    def plan(self, progress: Progress) -> Plan:
         """Check the weights and list what has to change."""
         tensors = {name for patch in self.patches for name in patch.tensors}
-        with watch.task("Checking the patched weights", len(tensors), "tensors") as done:
-            return make_plan(self.checkpoint, self.patches, self.operation, progress=done)
+        with progress.task("Checking the patched weights", len(tensors), "tensors") as done:
+            return make_plan(self.checkpoint, self.patches, self.operation, advance=done)
 
     def about(self) -> Description:
         """The description of the output; `before` in it is that of the checkpoint itself."""
@@ -127,24 +127,24 @@ def _write_new(
     folder: Path,
     patch_files: Path | Sequence[Path],
     out: Path,
-    watch: Watch | None,
+    progress: Progress | None,
 ) -> Path:
-    watch = watch or Silent()
+    progress = progress or Silent()
     job = _Job.read(operation, open_checkpoint(folder), patch_files)
     about = job.about()
     done = is_done(out, out / ABOUT_FILE, about)
     if not done and distributed.first():
         check_target(job.checkpoint, out)
-    plan = job.plan(watch)
+    plan = job.plan(progress)
     if done:
         open_checkpoint(out)
         return out
     as_it_was = "nothing: the patches are already " + ("on" if operation == "apply" else "off")
-    watch.note(f"Changes {f'{plan.weights:,} weights' if plan.weights else as_it_was}.")
+    progress.note(f"Changes {f'{plan.weights:,} weights' if plan.weights else as_it_was}.")
     with working(out, about):
         if distributed.first():
-            with watch.task(f"Writing {out}", job.checkpoint.bytes, "bytes") as advance:
-                write_plan(plan, out, files={ABOUT_FILE: to_json(about)}, progress=advance)
+            with progress.task(f"Writing {out}", job.checkpoint.bytes, "bytes") as advance:
+                write_plan(plan, out, files={ABOUT_FILE: to_json(about)}, advance=advance)
     return out
 
 

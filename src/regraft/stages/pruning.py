@@ -13,8 +13,8 @@ from torch import Tensor
 from regraft import distributed
 from regraft.checks import (
     check_pattern,
+    describe_data,
     draw_calibration,
-    told,
     warn_of_bundled,
 )
 from regraft.data.collate import Batch
@@ -30,6 +30,7 @@ from regraft.models.checkpoint import open_checkpoint
 from regraft.models.checkpoint_copy import check_target, write_edited
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
+from regraft.progress import Progress, Silent
 from regraft.provenance import ABOUT_FILE, describe, is_done, to_json, unfinished_bytes, working
 from regraft.pruning.base import PRUNERS, GradientPruner, PruneSettings
 from regraft.pruning.prune import edits_without_data, passes, prune_layers
@@ -37,7 +38,6 @@ from regraft.pruning.results import LayerResults
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import beside, calibration_data
-from regraft.watch import Silent, Watch
 
 CARD = "README.md"
 _PRUNED = 0.01  # share of zeros that nothing but pruning explains
@@ -50,7 +50,7 @@ def prune(
     settings: PruneSettings,
     calibration: CalibrationSettings,
     compute: ComputeSettings,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
     responses: Path | None = None,
 ) -> Source:
     """Prune a checkpoint, calibrated on what its pruner reads; writes the folder `out`.
@@ -60,30 +60,30 @@ def prune(
     Raises:
         RegraftError: see `prune_layers`, `assign_patterns`, the data readers and `write_edited`.
     """
-    watch = watch or Silent()
+    progress = progress or Silent()
     check_pattern(dense, settings)
     if distributed.first() and not (out / ABOUT_FILE).exists():
         check_target(dense.checkpoint, out)
-    data = _data(dense, settings, calibration, compute, responses or beside(out), watch)
+    data = _data(dense, settings, calibration, compute, responses or beside(out), progress)
     about = describe("prune", {"dense": dense.checkpoint.fingerprint}, settings, compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
         patterns = settings.patterns(dense.architecture.linears)
-        _warn_of_pruned(dense, watch)
+        _warn_of_pruned(dense, progress)
         with working(out, about) as work:
             if data:
                 results = LayerResults(work)
-                _calibrate(dense, out, settings, compute, data, results, watch)
+                _calibrate(dense, out, settings, compute, data, results, progress)
                 edits = results.edits(dense.architecture)
             else:
                 edits = edits_without_data(settings, patterns)
             if distributed.first():
-                with watch.task(f"Writing {out}", dense.checkpoint.bytes, "bytes") as done:
+                with progress.task(f"Writing {out}", dense.checkpoint.bytes, "bytes") as done:
                     write_edited(
                         dense.checkpoint,
                         out,
                         edits,
                         files={ABOUT_FILE: to_json(about), **_card(dense, settings)},
-                        progress=done,
+                        advance=done,
                     )
     return Source(open_checkpoint(out), dense.architecture, dense.trust_remote_code)
 
@@ -94,7 +94,7 @@ def _data(
     calibration: CalibrationSettings,
     compute: ComputeSettings,
     responses: Path,
-    watch: Watch,
+    progress: Progress,
 ) -> dict[str, Reading]:
     """What a pruner is calibrated on, by kind; nothing if it reads none."""
     found = {}
@@ -102,10 +102,10 @@ def _data(
         harmful = kind == "safety"
         if PRUNERS.get(settings.method).reads_responses:
             found[kind] = calibration_data(
-                dense, calibration, compute, responses, watch, harmful=harmful
+                dense, calibration, compute, responses, progress, harmful=harmful
             )
         else:
-            warn_of_bundled(dense, calibration.data, watch.note)
+            warn_of_bundled(dense, calibration.data, progress.note)
             found[kind] = draw_calibration(dense, calibration, harmful=harmful)
     return found
 
@@ -120,14 +120,14 @@ def _batches(
     )
 
 
-def _warn_of_pruned(dense: Source, watch: Watch) -> None:
+def _warn_of_pruned(dense: Source, progress: Progress) -> None:
     """Say where a model is pruned already, going by its first layer."""
     weights = [
         dense.checkpoint.read(linear.tensor) for linear in dense.architecture.layers[0].linears
     ]
     if sum(map(excess_zeros, weights)) / len(weights) > _PRUNED:
         share = sum(int((one == 0).sum()) for one in weights) / sum(one.numel() for one in weights)
-        watch.note(
+        progress.note(
             f"Warning: {100 * share:.0f} % of the first layer of {dense.folder} is zero before "
             "pruning. Is it the dense model?"
         )
@@ -181,13 +181,13 @@ def _calibrate(
     compute: ComputeSettings,
     data: Mapping[str, Reading],
     results: LayerResults,
-    watch: Watch,
+    progress: Progress,
 ) -> None:
     examples = [example for reading in data.values() for example in reading.examples]
     check_shares(examples, compute)
     for role, reading in data.items():
-        watch.note(told({"utility": "D^u", "safety": "D^s"}[role], reading))
-    model, processor = load_for_walk(dense, compute, watch)
+        progress.note(describe_data({"utility": "D^u", "safety": "D^s"}[role], reading))
+    model, processor = load_for_walk(dense, compute, progress)
     walk = LayerwisePass(model, _batches(processor, settings, examples, compute), again=False)
     needed = dense.checkpoint.bytes + spilled_bytes(dense, settings)
     if isinstance(PRUNERS.get(settings.method), GradientPruner):
@@ -195,13 +195,13 @@ def _calibrate(
     require_space(out, needed - unfinished_bytes(out))
     samples = sum(len(batch.ids) for batch in walk.batches)
     total = passes(settings) * samples * len(dense.architecture.layers)
-    with watch.task("Pruning, layer by layer", total, "samples x layers") as done:
+    with progress.task("Pruning, layer by layer", total, "samples x layers") as done:
         prune_layers(
             settings,
             dense,
             walk,
             settings.patterns(dense.architecture.linears),
             results,
-            progress=done,
-            note=watch.note,
+            advance=done,
+            note=progress.note,
         )

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from regraft import distributed
-from regraft.checks import check_restorable, told
+from regraft.checks import check_restorable, describe_data
 from regraft.data.example import Reading
 from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.heads.score import load_heads
 from regraft.models.load import Source
 from regraft.patch.pair import Survey, check_pair, survey
+from regraft.progress import Progress, Silent
 from regraft.provenance import describe, is_done, working
 from regraft.pruning.statistics import load_statistics
 from regraft.restoration.base import Context, MethodSettings, Needs, method_of
@@ -22,7 +23,6 @@ from regraft.restoration.ranking import KEPT, Ranking, load_ranking, save_rankin
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import beside, imitation_data
-from regraft.watch import Silent, Watch
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def rank(
     calibration: CalibrationSettings,
     inputs: Inputs | None = None,
     compute: ComputeSettings | None = None,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
 ) -> Ranking:
     """Rank the weights that could be restored; writes the file `out`.
 
@@ -63,12 +63,16 @@ def rank(
             of whatever is drawn.
         inputs: What else the method needs.
         compute: Device, dtype, batch size and placement.
-        watch: Progress.
+        progress: Progress.
 
     Raises:
         RegraftError: an input is missing or does not fit, or the budget is less than one weight.
     """
-    watch, compute, inputs = watch or Silent(), compute or ComputeSettings(), inputs or Inputs()
+    progress, compute, inputs = (
+        progress or Silent(),
+        compute or ComputeSettings(),
+        inputs or Inputs(),
+    )
     method, wanted = method_of(settings), settings.ranking()
     needs = method.needs(settings)
     check_pair(dense, pruned)
@@ -78,7 +82,7 @@ def rank(
     answered: dict[str, Reading] | None = None
     if needs.answers:
         folder = inputs.responses or beside(out)
-        answered = imitation_data(dense, calibration, compute, folder, watch)
+        answered = imitation_data(dense, calibration, compute, folder, progress)
         method.check(settings, dense, calibration.seed, compute, answered)
     digests = {"dense": dense.checkpoint.fingerprint, "pruned": pruned.checkpoint.fingerprint}
     about = describe(
@@ -86,7 +90,7 @@ def rank(
     )
     about |= {"algorithm": method.algorithm, "seed": calibration.seed, **taken(looked)}
     if not is_done(out, out, about, lambda: load_ranking(out).about):
-        _announce(watch, looked, answered)
+        _announce(progress, looked, answered)
         with working(out, about) as work:
             found = method.rank(
                 wanted,
@@ -97,13 +101,13 @@ def rank(
                     wanted.how_many(looked.restorable),
                     calibration.seed,
                     compute,
-                    watch,
+                    progress,
                     work,
                     answered=answered,
                     **read.loaded,
                 ),
             )
-            _remark(watch, out, found, wanted.how_many(looked.restorable))
+            _remark(progress, out, found, wanted.how_many(looked.restorable))
             if distributed.first():
                 outcome = {"heads": [], **found.about}
                 save_ranking(out, replace(found, about={**outcome, **about}))
@@ -184,10 +188,10 @@ def _require_positions(settings: MethodSettings, ranking: Ranking, path: Path) -
 
 def taken(looked: Survey) -> dict[str, Any]:
     """What pruning took, as artifacts tell it; `n_m` and `groups` of N:M patterns alone."""
-    told: dict[str, Any] = {"pruned": looked.restorable}
+    described: dict[str, Any] = {"pruned": looked.restorable}
     if looked.grouping is not None:
-        told |= {"n_m": looked.grouping.n_m, "groups": looked.grouping.groups}
-    return told
+        described |= {"n_m": looked.grouping.n_m, "groups": looked.grouping.groups}
+    return described
 
 
 def _require_made_from(dense: Source, path: Path, about: Mapping[str, Any]) -> None:
@@ -198,19 +202,19 @@ def _require_made_from(dense: Source, path: Path, about: Mapping[str, Any]) -> N
         )
 
 
-def _announce(watch: Watch, looked: Survey, answered: Mapping[str, Reading] | None) -> None:
+def _announce(progress: Progress, looked: Survey, answered: Mapping[str, Reading] | None) -> None:
     if looked.doubt:
-        watch.note(looked.doubt)
+        progress.note(looked.doubt)
     roles = ("Harmful prompts", "Harmless prompts")
     for role, reading in zip(roles, (answered or {}).values(), strict=False):
-        watch.note(told(role, reading))
+        progress.note(describe_data(role, reading))
 
 
-def _remark(watch: Watch, out: Path, found: Ranking, count: int | None) -> None:
+def _remark(progress: Progress, out: Path, found: Ranking, count: int | None) -> None:
     if not len(found):
-        watch.note(f"{out.name}: no pruned weight fits; nothing will be restored.")
+        progress.note(f"{out.name}: no pruned weight fits; nothing will be restored.")
     elif count is not None and len(found) < count:
-        watch.note(
+        progress.note(
             f"{out.name}: {len(found):,} weights are all that fit, fewer than the {count:,} of the "
             "budget."
         )

@@ -11,10 +11,10 @@ from regraft.data.sources import DataSource, of_split, read
 from regraft.errors import RegraftError
 from regraft.files import write_text
 from regraft.models.load import Source
+from regraft.progress import Progress, Silent
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import beside, calibration_data
-from regraft.watch import Silent, Watch
 
 
 def respond(
@@ -23,7 +23,7 @@ def respond(
     out: Path,
     max_response_tokens: int,
     compute: ComputeSettings,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
 ) -> Reading:
     """Answer every prompt greedily; writes the answers that are kept to the JSONL file `out`.
 
@@ -38,7 +38,7 @@ def respond(
             one, `image`, relative to the file; in the order of the data.
         max_response_tokens: Length of an answer.
         compute: Device, dtype, batch size.
-        watch: Progress.
+        progress: Progress.
 
     Returns:
         The prompts with their answers, and an account of all others.
@@ -62,7 +62,7 @@ def respond(
             data=data, samples=count, responses="self", max_response_tokens=max_response_tokens
         )
         answered = calibration_data(
-            dense, settings, compute, beside(out), watch or Silent(), harmful=harmful
+            dense, settings, compute, beside(out), progress or Silent(), harmful=harmful
         )
         found |= {example.id: example for example in answered.examples}
         for reason, left in answered.skipped.items():

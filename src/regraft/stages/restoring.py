@@ -16,6 +16,7 @@ from regraft.evaluation.tradeoff import read_curve
 from regraft.models.load import Source, check_split
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import check_pair
+from regraft.progress import Progress, Silent
 from regraft.restoration.base import MethodSettings, Needs, needs_of, own_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -23,19 +24,18 @@ from regraft.settings.evaluating import EvalSettings
 from regraft.settings.scoring import HeadSettings, StatisticsSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages.answering import imitation_data
+from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.gathering import statistics
 from regraft.stages.needing import check_method, learnt_by
 from regraft.stages.ranking import Inputs, rank, read_inputs
 from regraft.stages.realigning import check_made_by, realign
 from regraft.stages.scoring import heads
 from regraft.stages.searching import check_search, search, warn_of_learnt
-from regraft.stages.session import Session
 from regraft.stages.steps import Step, StepGuard, make_all
-from regraft.watch import Silent, Watch
 
 
 @dataclass(frozen=True)
-class Places:
+class ArtifactPaths:
     """Where the artifacts of a restoration lie.
 
     Attributes:
@@ -63,7 +63,7 @@ class Places:
     states: Path | None = None
 
     @classmethod
-    def beside(cls, out: Path) -> Places:
+    def beside(cls, out: Path) -> ArtifactPaths:
         """All beside the patch `out`, named after it."""
         return cls(
             heads=_beside(out, "heads.safetensors"),
@@ -85,8 +85,8 @@ class Restoration:
         compute: Device, dtype, batch size, placement.
         scoring: Of heads.
         evaluation: How validation prompts are answered and judged.
-        watch: Progress.
-        session: What evaluations share.
+        progress: Progress.
+        cache: What evaluations share.
         guard: Surrounds every step.
     """
 
@@ -95,8 +95,8 @@ class Restoration:
     compute: ComputeSettings = ComputeSettings()
     scoring: HeadSettings = HeadSettings()
     evaluation: EvalSettings = EvalSettings(full_answers=False)
-    watch: Watch = field(default_factory=Silent)
-    session: Session = field(default_factory=Session)
+    progress: Progress = field(default_factory=Silent)
+    cache: EvaluationCache = field(default_factory=EvaluationCache)
     guard: StepGuard = lambda _step, _of: nullcontext()
 
     def check(
@@ -104,7 +104,7 @@ class Restoration:
         pruned: Source,
         settings: MethodSettings,
         choice: SearchSettings | None,
-        places: Places,
+        paths: ArtifactPaths,
         given: Inputs,
     ) -> None:
         """Find bad input before any long work.
@@ -126,28 +126,30 @@ class Restoration:
             settings,
             self.calibration,
             self.compute,
-            self.session,
+            self.cache,
             None if scored else self.scoring,
             gathers=not gathered,
         )
         if choice is not None:
-            validation = check_search(self.dense, choice, self.compute, self.session)
+            validation = check_search(self.dense, choice, self.compute, self.cache)
             learnt = learnt_by(
                 self.dense,
                 needs,
                 self.calibration,
-                self.session,
+                self.cache,
                 scored=scored,
                 gathered=gathered,
             )
-            warn_of_learnt(validation, learnt, self.watch)
+            warn_of_learnt(validation, learnt, self.progress)
         if needs.answers:
             check_split(self.compute.device, self.compute.placement)
-        if places.patch.exists():
+        if paths.patch.exists():
             searched = choice is not None
-            check_made_by(places.patch, self.dense, pruned, settings, searched=searched)
+            check_made_by(paths.patch, self.dense, pruned, settings, searched=searched)
 
-    def gathering(self, needs: Iterable[Needs], places: Places, given: Inputs) -> Iterator[Step]:
+    def gathering(
+        self, needs: Iterable[Needs], paths: ArtifactPaths, given: Inputs
+    ) -> Iterator[Step]:
         """All that any of the methods needs and that is not given: scores, answers, statistics."""
         wanted, samples = list(needs), self.calibration.samples
         common = self.calibration, self.compute
@@ -155,9 +157,9 @@ class Restoration:
             yield Step(
                 "score heads",
                 "",
-                places.heads,
+                paths.heads,
                 lambda: heads(
-                    self.dense, places.heads, self.scoring, *common, self.watch, places.states
+                    self.dense, paths.heads, self.scoring, *common, self.progress, paths.states
                 ),
                 learns=samples,
                 alone=True,
@@ -166,19 +168,19 @@ class Restoration:
             yield Step(
                 "answer",
                 "",
-                places.responses,
-                lambda: imitation_data(self.dense, *common, places.responses, self.watch),
+                paths.responses,
+                lambda: imitation_data(self.dense, *common, paths.responses, self.progress),
                 answers=2 * samples,
             )
         scores = dict.fromkeys(one.statistics for one in wanted if one.statistics)
         for score in scores if given.statistics is None else ():
-            out, settings = places.statistics(score), StatisticsSettings(score=score)
+            out, settings = paths.statistics(score), StatisticsSettings(score=score)
             yield Step(
                 f"statistics for {score}",
                 "",
                 out,
                 partial(
-                    statistics, self.dense, out, *common, settings, self.watch, places.responses
+                    statistics, self.dense, out, *common, settings, self.progress, paths.responses
                 ),
                 learns=2 * samples,
                 alone=True,
@@ -188,7 +190,7 @@ class Restoration:
         self,
         pruned: Callable[[], Source],
         settings: MethodSettings,
-        places: Places,
+        paths: ArtifactPaths,
         *,
         choice: SearchSettings | None = None,
         given: Inputs | None = None,
@@ -199,7 +201,7 @@ class Restoration:
         Args:
             pruned: Gives the same network pruned, by whomever, once it is there.
             settings: The method.
-            places: Where artifacts lie.
+            paths: Where artifacts lie.
             choice: Search how much of the ranking is restored.
             given: What has been made elsewhere.
             name: What the model is called.
@@ -207,25 +209,25 @@ class Restoration:
         own, needs = own_settings(settings), needs_of(settings)
         given = given or Inputs()
         inputs = Inputs(
-            heads=given.heads or (places.heads if needs.heads else None),
+            heads=given.heads or (paths.heads if needs.heads else None),
             statistics=given.statistics
-            or (places.statistics(needs.statistics) if needs.statistics else None),
-            positions=given.positions or places.positions,
-            responses=places.responses,
+            or (paths.statistics(needs.statistics) if needs.statistics else None),
+            positions=given.positions or paths.positions,
+            responses=paths.responses,
         )
         yield Step(
             "rank",
             name,
-            places.ranking,
+            paths.ranking,
             lambda: rank(
                 self.dense,
                 pruned(),
-                places.ranking,
+                paths.ranking,
                 own,
                 self.calibration,
                 inputs,
                 self.compute,
-                self.watch,
+                self.progress,
             ),
             learns=2 * self.calibration.samples if needs.answers else 0,
             alone=True,
@@ -234,21 +236,21 @@ class Restoration:
             yield Step(
                 "search",
                 name,
-                places.curve,
-                lambda: self.search(pruned(), own, places, choice),
+                paths.curve,
+                lambda: self.search(pruned(), own, paths, choice),
                 answers=choice.points * (choice.validation_limit or 0) * 2,
             )
         yield Step(
             "realign",
             name,
-            places.patch,
+            paths.patch,
             lambda: realign(
                 self.dense,
                 pruned(),
-                places.patch,
+                paths.patch,
                 own,
-                places.ranking,
-                None if choice is None else read_curve(places.curve).chosen or 0,
+                paths.ranking,
+                None if choice is None else read_curve(paths.curve).chosen or 0,
             ),
         )
 
@@ -256,7 +258,7 @@ class Restoration:
         self,
         pruned: Source,
         settings: MethodSettings,
-        places: Places,
+        paths: ArtifactPaths,
         choice: SearchSettings,
         *,
         tell: bool = True,
@@ -265,37 +267,37 @@ class Restoration:
         return search(
             self.dense,
             pruned,
-            places.ranking,
-            places.curve,
+            paths.ranking,
+            paths.curve,
             choice,
             settings,
             self.evaluation,
             self.compute,
-            self.watch,
-            self.session,
-            references=places.references,
-            points_folder=places.points,
+            self.progress,
+            self.cache,
+            references=paths.references,
+            points_folder=paths.points,
             tell=tell,
         )
 
     def make(self, steps: Iterable[Step]) -> None:
         """Make steps in order, each under the guard."""
-        make_all(steps, self.guard, self.session, self.watch)
+        make_all(steps, self.guard, self.cache, self.progress)
 
     def restore(
         self,
         pruned: Source,
         settings: MethodSettings,
-        places: Places,
+        paths: ArtifactPaths,
         *,
         choice: SearchSettings | None = None,
         given: Inputs | None = None,
     ) -> Patch:
         """All steps, and then the patch; arguments as for `steps`."""
         given = given or Inputs()
-        self.make(self.gathering([needs_of(settings)], places, given))
-        self.make(self.steps(lambda: pruned, settings, places, choice=choice, given=given))
-        return load_patch(places.patch)
+        self.make(self.gathering([needs_of(settings)], paths, given))
+        self.make(self.steps(lambda: pruned, settings, paths, choice=choice, given=given))
+        return load_patch(paths.patch)
 
 
 def curve_beside(out: Path) -> Path:

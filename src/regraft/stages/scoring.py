@@ -10,8 +10,8 @@ from typing import Any
 from regraft import distributed
 from regraft.checks import (
     check_r_max,
+    describe_data,
     draw_calibration,
-    told,
     warn_of_bundled,
 )
 from regraft.data.collate import prompt_batch
@@ -20,11 +20,11 @@ from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
 from regraft.heads.states import steps
 from regraft.loading import collate, load
 from regraft.models.load import Source
+from regraft.progress import Progress, Silent
 from regraft.provenance import describe, is_done, working
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import HeadSettings
-from regraft.watch import Silent, Watch
 
 
 def heads(
@@ -33,7 +33,7 @@ def heads(
     settings: HeadSettings,
     calibration: CalibrationSettings,
     compute: ComputeSettings,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
     states: Path | None = None,
 ) -> HeadScores:
     """Score every attention head by Ships and KL on D^s prompts; writes the file `out`.
@@ -44,21 +44,21 @@ def heads(
     Raises:
         RegraftError: see `score_heads` and the data readers.
     """
-    watch = watch or Silent()
+    progress = progress or Silent()
     data = draw_calibration(dense, calibration, harmful=True)
     about = describe(
         "heads", {"dense": dense.checkpoint.fingerprint}, settings, compute, {"safety": data}
     )
     if not is_done(out, out, about, lambda: load_heads(out, dense.architecture).about):
         check_r_max(dense, settings, data)
-        warn_of_bundled(dense, calibration.source, watch.note)
-        watch.note(told("D^s", data))
+        warn_of_bundled(dense, calibration.source, progress.note)
+        progress.note(describe_data("D^s", data))
         with working(out, about) as work:
-            model, processor = load(dense, compute, watch)
+            model, processor = load(dense, compute, progress)
             prompts = collate(processor, prompt_batch, data.examples, compute)
             passes = 2 if settings.mode == "screened" else 1
             total = passes * len(prompts) * steps(dense.architecture)
-            with watch.task("Scoring heads", total, "batches x layers to run again") as done:
+            with progress.task("Scoring heads", total, "batches x layers to run again") as done:
                 scores = score_heads(
                     model,
                     dense.architecture,
@@ -66,7 +66,7 @@ def heads(
                     work if states is None else states / _ablated(about),
                     settings.scoring(),
                     about=about,
-                    progress=done,
+                    advance=done,
                 )
             if distributed.first():
                 save_heads(out, scores)

@@ -21,6 +21,7 @@ from regraft.evaluation.tradeoff import (
 )
 from regraft.files import file_digest, read_json, write_json
 from regraft.models.load import Source, check_split
+from regraft.progress import Progress, Silent
 from regraft.provenance import describe, is_done
 from regraft.restoration.base import MethodSettings
 from regraft.restoration.ranking import load_ranking
@@ -29,9 +30,8 @@ from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import validation_of
 from regraft.stages.evaluating import evaluate
+from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.realigning import realign
-from regraft.stages.session import Session
-from regraft.watch import Silent, Watch
 
 
 def search(
@@ -43,8 +43,8 @@ def search(
     method: MethodSettings,
     evaluation: EvalSettings,
     compute: ComputeSettings,
-    watch: Watch | None = None,
-    session: Session | None = None,
+    progress: Progress | None = None,
+    cache: EvaluationCache | None = None,
     references: Path | None = None,
     points_folder: Path | None = None,
     *,
@@ -63,8 +63,8 @@ def search(
         method: That made the ranking.
         evaluation: How to answer and judge.
         compute: Device, dtype, batch size.
-        watch: Progress.
-        session: Shared with other evaluations.
+        progress: Progress.
+        cache: Shared with other evaluations.
         references: Folder for the evaluations of the dense and the pruned model, where other
             searches on the same prompts share them.
         points_folder: Folder for the points, where other searches along the same ranking and on
@@ -78,13 +78,13 @@ def search(
         RegraftError: see the data readers; the ranking is of other checkpoints; a model that is
             spread over devices and host memory has weights on disk too.
     """
-    watch, session = watch or Silent(), session or Session()
+    progress, cache = progress or Silent(), cache or EvaluationCache()
     ranking = load_ranking(ranking_file)
     wanted = method.how_many(ranking.about["pruned"])
     most = len(ranking) if wanted is None else min(len(ranking), wanted)
     if settings.most is not None:
         most = min(most, int(settings.most * ranking.about["pruned"] / 10_000))
-    reading = check_search(dense, settings, compute, session)
+    reading = check_search(dense, settings, compute, cache)
     inputs = {
         "dense": dense.checkpoint.fingerprint,
         "pruned": pruned.checkpoint.fingerprint,
@@ -98,11 +98,11 @@ def search(
 
         def point(path: Path, count: int, model: Source, patch: Path | None = None) -> Point:
             return evaluate_point(
-                dense, model, path, count, settings, evaluation, compute, watch, session, patch
+                dense, model, path, count, settings, evaluation, compute, progress, cache, patch
             )
 
         full, start = evaluate_references(
-            dense, pruned, references, settings, evaluation, compute, watch, session
+            dense, pruned, references, settings, evaluation, compute, progress, cache
         )
         points = [start]
         grid = {round(most * (i + 1) / settings.points) for i in range(settings.points)}
@@ -122,7 +122,7 @@ def search(
     found = read_curve(out)
     if tell:
         for line in remarks(found):
-            watch.note(f"{out.stem}: {line}")
+            progress.note(f"{out.stem}: {line}")
     return found.chosen or 0
 
 
@@ -162,7 +162,7 @@ def why_nothing(points: Sequence[Point], bounds: Bounds) -> str:
     point = nearest(safer, bounds)
     beyond = {name: by for name, by in bounds.excess(point).items() if by}
     called = {"degenerate": "the share of degenerate answers"}
-    told = " and ".join(
+    excess = " and ".join(
         f"{called.get(name, name.replace('_', '-'))} {100 * by:.2g} points beyond its bound"
         for name, by in beyond.items()
     )
@@ -173,12 +173,12 @@ def why_nothing(points: Sequence[Point], bounds: Bounds) -> str:
     advice = ", or ".join(ways).capitalize()
     return (
         f"The nearest to the bounds of those with less ASR, {point.restored:,} weights, has ASR "
-        f"{100 * point.asr.value:.1f} % and {told}. {advice}."
+        f"{100 * point.asr.value:.1f} % and {excess}. {advice}."
     )
 
 
 def check_search(
-    dense: Source, settings: SearchSettings, compute: ComputeSettings, session: Session
+    dense: Source, settings: SearchSettings, compute: ComputeSettings, cache: EvaluationCache
 ) -> Reading:
     """Read the validation prompts, and see that points can be evaluated on them.
 
@@ -186,16 +186,16 @@ def check_search(
         RegraftError: see the data readers and, `check_split`.
     """
     check_split(compute.device, compute.placement)
-    return session.reading(dense, suites_of(settings), settings.validation_limit)
+    return cache.reading(dense, suites_of(settings), settings.validation_limit)
 
 
-def warn_of_learnt(validation: Reading, learnt: Mapping[str, Reading], watch: Watch) -> None:
+def warn_of_learnt(validation: Reading, learnt: Mapping[str, Reading], progress: Progress) -> None:
     """Say which validation prompts are calibrated on too: the choice would be too hopeful.
 
     `learnt` are the calibration prompts that something is learnt from, by their role.
     """
     for line in seen_before(validation, learnt, "chosen on"):
-        watch.note(f"Warning: {line}.")
+        progress.note(f"Warning: {line}.")
 
 
 def suites_of(settings: SearchSettings) -> list[DataSource]:
@@ -213,8 +213,8 @@ def evaluate_point(
     settings: SearchSettings,
     evaluation: EvalSettings,
     compute: ComputeSettings,
-    watch: Watch,
-    session: Session,
+    progress: Progress,
+    cache: EvaluationCache,
     patch: Path | None = None,
 ) -> Point:
     """`evaluate` on the validation prompts; writes the folder `out`."""
@@ -226,8 +226,8 @@ def evaluate_point(
         compute,
         patch,
         processor_from=dense,
-        watch=watch,
-        session=session,
+        progress=progress,
+        cache=cache,
     )
     return Point.of(restored, done.result)
 
@@ -239,11 +239,11 @@ def evaluate_references(
     settings: SearchSettings,
     evaluation: EvalSettings,
     compute: ComputeSettings,
-    watch: Watch,
-    session: Session,
+    progress: Progress,
+    cache: EvaluationCache,
 ) -> tuple[Point, Point]:
     """The dense and the pruned model on the validation prompts; writes two folders in `folder`."""
-    given = settings, evaluation, compute, watch, session
+    given = settings, evaluation, compute, progress, cache
     return (
         evaluate_point(dense, dense, folder / "dense", 0, *given),
         evaluate_point(dense, pruned, folder / "pruned", 0, *given),

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.stages.session import Session
-from regraft.watch import Watch
+from regraft.progress import Progress
+from regraft.stages.evaluation_cache import EvaluationCache
 
 StepGuard = Callable[[str, str], AbstractContextManager[None]]
 """(stage, name of what it is for) -> what surrounds a step while it is made."""
@@ -44,12 +44,14 @@ class Step:
         return self.out.exists()
 
 
-def make_all(steps: Iterable[Step], guard: StepGuard, session: Session, watch: Watch) -> None:
+def make_all(
+    steps: Iterable[Step], guard: StepGuard, cache: EvaluationCache, progress: Progress
+) -> None:
     """Make the steps in order."""
     for step in steps:
         if step.title:
-            watch.note(step.title)
+            progress.note(step.title)
         if step.alone and not step.done:
-            session.unload()
+            cache.unload()
         with guard(step.stage, step.of):
             step.make()

@@ -18,7 +18,7 @@ from regraft.evaluation.perplexity import (
 )
 from regraft.evaluation.results import TextResult
 from regraft.files import digest, file_digest
-from regraft.watch import Watch
+from regraft.progress import Progress
 
 STATES = "text-states.safetensors"  # in the folder of a dense model's evaluation
 
@@ -52,12 +52,12 @@ class OnText:
         return found | {"dense on text": file_digest(states)}
 
     def predicted(
-        self, network: nn.Module, processor: Any, watch: Watch
+        self, network: nn.Module, processor: Any, progress: Progress
     ) -> tuple[TextResult, Teacher]:
         """See `predict`."""
         documents = read_documents(self.file)
         teacher = None if self.dense is None else load_teacher(self.dense / STATES, len(documents))
-        with watch.task("Reading ordinary text", len(documents), "documents") as done:
+        with progress.task("Reading ordinary text", len(documents), "documents") as done:
             return predict(network, processor, documents, teacher, done)
 
     def keep(self, teacher: Teacher, folder: Path) -> None:

@@ -26,6 +26,7 @@ from regraft.evaluation.tradeoff import Tuned
 from regraft.files import disk_errors, require_empty, write_json
 from regraft.models.load import Source, pick_device
 from regraft.patch.pair import check_pair, survey
+from regraft.progress import Progress, Silent
 from regraft.provenance import describe, holds
 from regraft.restoration.base import MethodSettings, needs_of
 from regraft.settings.compute import ComputeSettings
@@ -34,14 +35,13 @@ from regraft.settings.evaluating import EvalSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.settings.validation import with_validation
+from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.optimising import Trials, require_optuna
 from regraft.stages.searching import check_search, warn_of_learnt
-from regraft.stages.session import Session
-from regraft.stages.tuning_job import Job, TuneFolder
+from regraft.stages.tuning_job import Job, TuneDir
 from regraft.stages.tuning_outcome import conclude
 from regraft.stages.tuning_space import space_of
 from regraft.stages.tuning_trial import Worker
-from regraft.watch import Silent, Watch
 
 _PAUSE = 0.5  # seconds between looks at what others do
 
@@ -57,7 +57,7 @@ def tune(
     choice: SearchSettings | None = None,
     scoring: HeadSettings | None = None,
     evaluation: EvalSettings | None = None,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
 ) -> Tuned:
     """Search for a method's settings that give the lowest ASR within bounds on validation prompts.
 
@@ -77,12 +77,12 @@ def tune(
         choice: Validation prompts, bounds and points of a ranking.
         scoring: How heads are scored.
         evaluation: How to answer and judge.
-        watch: Progress.
+        progress: Progress.
 
     Raises:
         RegraftError: bad input, the folder is of another tuning, or Optuna is missing.
     """
-    watch = watch or Silent()
+    progress = progress or Silent()
     tuning = tuning or TuneSettings()
     choice = with_validation(choice or SearchSettings(), dense.folder, calibration)
     scoring = scoring or HeadSettings()
@@ -93,26 +93,26 @@ def tune(
     looked = survey(dense, pruned)
     if method.searchable:
         check_restorable(method, looked.restorable)
-    session = Session(0)
+    cache = EvaluationCache(0)
     data = {
         "safety": draw_calibration(dense, calibration, harmful=True),
         "utility": draw_calibration(dense, calibration, harmful=False),
-        "validation": check_search(dense, choice, compute, session),
+        "validation": check_search(dense, choice, compute, cache),
     }
     learnt: dict[str, Reading] = {}
     for harmful in (True, False):
-        learnt |= session.learnt_from(dense, calibration, harmful=harmful)
-    warn_of_learnt(data["validation"], learnt, watch)
+        learnt |= cache.learnt_from(dense, calibration, harmful=harmful)
+    warn_of_learnt(data["validation"], learnt, progress)
     samples = distinct(data["safety"])
     kept = looked.kept / dense.architecture.prunable
     space = space_of(dense, method, tuning, scoring, kept, samples)
     if needs_of(method).heads and "r_max" not in space:
         check_r_max(dense, scoring, data["safety"])
-    place = TuneFolder(out)
+    tune_dir = TuneDir(out)
     job = Job(
         dense,
         pruned,
-        place,
+        tune_dir,
         method,
         tuning,
         choice,
@@ -125,11 +125,11 @@ def tune(
     )
     inputs = {"dense": dense.checkpoint.fingerprint, "pruned": pruned.checkpoint.fingerprint}
     about = describe("tune", inputs, None, compute, data) | {"settings": _settings(job)}
-    _claim(place, about)
+    _claim(tune_dir, about)
     if tuning.workers == 1:
-        _work(job, watch)
+        _work(job, progress)
     else:
-        _share(job, watch)
+        _share(job, progress)
     return conclude(job, about)
 
 
@@ -162,21 +162,21 @@ def _settings(job: Job) -> dict[str, Any]:
     }
 
 
-def _claim(place: TuneFolder, about: Mapping[str, Any]) -> None:
+def _claim(tune_dir: TuneDir, about: Mapping[str, Any]) -> None:
     try:
-        require_empty(place.path)
+        require_empty(tune_dir.path)
     except RegraftError:
-        if not place.locks.exists():  # else another worker is here, perhaps at this moment
+        if not tune_dir.locks.exists():  # else another worker is here, perhaps at this moment
             raise
-    with disk_errors(place.locks):
-        place.locks.mkdir(parents=True, exist_ok=True)
-    with Trials.alone(place.locks, "claim"):
-        if not place.about.exists():
-            write_json(place.about, about)
-        holds(place.path, place.about, about)
+    with disk_errors(tune_dir.locks):
+        tune_dir.locks.mkdir(parents=True, exist_ok=True)
+    with Trials.alone(tune_dir.locks, "claim"):
+        if not tune_dir.about.exists():
+            write_json(tune_dir.about, about)
+        holds(tune_dir.path, tune_dir.about, about)
 
 
-def _share(job: Job, watch: Watch) -> None:
+def _share(job: Job, progress: Progress) -> None:
     """Start the workers, wait for them and tell of finished trials."""
     devices = job.tuning.devices or (job.compute.device,)
     context = multiprocessing.get_context("spawn")
@@ -184,7 +184,7 @@ def _share(job: Job, watch: Watch) -> None:
     workers: list[BaseProcess] = []
     trials = job.trials()
     done = len(trials.finished())
-    with watch.task("Tuning", job.tuning.trials - done, "trials") as advance:
+    with progress.task("Tuning", job.tuning.trials - done, "trials") as advance:
         try:
             for index in range(job.tuning.workers):
                 device = devices[index % len(devices)]
@@ -219,22 +219,22 @@ def _work_alone(job: Job, errors: Any) -> None:
         errors.put(str(error))
 
 
-def _work(job: Job, watch: Watch) -> None:
+def _work(job: Job, progress: Progress) -> None:
     """Do trials until there are enough."""
-    worker = Worker(job, job.trials(), Session(), watch)
+    worker = Worker(job, job.trials(), EvaluationCache(), progress)
     parent = multiprocessing.parent_process()
     while parent is None or parent.is_alive():
         with worker.trials.take(job.tuning.trials) as task:
             if task is None and len(worker.trials.finished()) >= job.tuning.trials:
                 return
             if task is None:  # should another worker die, its trial is left for this one
-                worker.session.unload()
+                worker.cache.unload()
                 time.sleep(_PAUSE)
                 continue
-            told = ", ".join(f"{name} {_short(value)}" for name, value in task.settings.items())
-            watch.note(f"Trial {task.number}: {told}")
+            text = ", ".join(f"{name} {_short(value)}" for name, value in task.settings.items())
+            progress.note(f"Trial {task.number}: {text}")
             tried = worker.attempt(task)
-            watch.note(
+            progress.note(
                 f"Trial {task.number}: ASR {100 * tried.point.asr.value:.1f} % with "
                 f"{tried.point.restored:,} weights back"
                 + ("" if tried.within else ", out of bounds")

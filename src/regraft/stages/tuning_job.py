@@ -22,7 +22,7 @@ from regraft.stages.optimising import Trials
 
 
 @dataclass(frozen=True)
-class TuneFolder:
+class TuneDir:
     """Where tuning keeps what."""
 
     path: Path
@@ -91,7 +91,7 @@ class Job:
 
     dense: Source
     pruned: Source
-    place: TuneFolder
+    tune_dir: TuneDir
     method: MethodSettings
     tuning: TuneSettings
     choice: SearchSettings
@@ -105,8 +105,8 @@ class Job:
     def trials(self) -> Trials:
         """The trials that all workers share."""
         return Trials(
-            self.place.study,
-            self.place.locks,
+            self.tune_dir.study,
+            self.tune_dir.locks,
             self.space,
             self.tuning.sampler_seed,
             self.tuning.random_trials,

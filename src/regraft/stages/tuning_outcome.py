@@ -39,7 +39,7 @@ def conclude(job: Job, about: Mapping[str, Any]) -> Tuned:
             for one in trials.finished()
         ]
         full, before = (
-            Point.of(0, read_evaluation(job.place.references / name).result)
+            Point.of(0, read_evaluation(job.tune_dir.references / name).result)
             for name in ("dense", "pruned")
         )
         tuned = Tuned(
@@ -51,16 +51,16 @@ def conclude(job: Job, about: Mapping[str, Any]) -> Tuned:
             job.weights,
             trials.failed(),
         )
-        write_json(job.place.tuned, {"about": about, **_told(tuned)})
+        write_json(job.tune_dir.tuned, {"about": about, **_told(tuned)})
         if tuned.best is None:
-            job.place.best.unlink(missing_ok=True)
+            job.tune_dir.best.unlink(missing_ok=True)
         else:
-            write_text(job.place.best, snippet(job, tuned.best, len(tried)))
+            write_text(job.tune_dir.best, snippet(job, tuned.best, len(tried)))
     return tuned
 
 
 def _told(tuned: Tuned) -> dict[str, Any]:
-    def told(one: Tried) -> dict[str, Any]:
+    def described(one: Tried) -> dict[str, Any]:
         return {
             "number": one.number,
             "within": one.within,
@@ -73,7 +73,7 @@ def _told(tuned: Tuned) -> dict[str, Any]:
 
     cost = tuned.cost
     return {
-        "best": None if tuned.best is None else told(tuned.best),
+        "best": None if tuned.best is None else described(tuned.best),
         "note": NOTE,
         "bounds": asdict(tuned.bounds),
         "dense": asdict(tuned.dense),
@@ -84,7 +84,7 @@ def _told(tuned: Tuned) -> dict[str, Any]:
             "total_seconds": sum(cost.seconds.values()),
             **asdict(cost),
         },
-        "trials": [told(one) for one in tuned.trials],
+        "trials": [described(one) for one in tuned.trials],
     }
 
 

@@ -18,18 +18,18 @@ from regraft.evaluation.tradeoff import (
 )
 from regraft.files import digest
 from regraft.models.load import Source
+from regraft.progress import Progress
 from regraft.restoration.base import MethodSettings, needs_of
+from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.optimising import Task, Trials
 from regraft.stages.ranking import Inputs
 from regraft.stages.realigning import realign
-from regraft.stages.restoring import Places, Restoration
+from regraft.stages.restoring import ArtifactPaths, Restoration
 from regraft.stages.searching import (
     bounds_by,
     evaluate_point,
 )
-from regraft.stages.session import Session
 from regraft.stages.tuning_job import Job, varied
-from regraft.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Worker:
 
     job: Job
     trials: Trials
-    session: Session
-    watch: Watch
+    cache: EvaluationCache
+    progress: Progress
 
     def attempt(self, task: Task) -> Tried:
         """Do a trial and record it."""
@@ -47,9 +47,9 @@ class Worker:
         method = varied(job.method, task.settings)
         r_max = int(task.settings.get("r_max", job.scoring.r_max))
         with self.trials.exclusive("references"), clock.of("references"):
-            references = 0 if (job.place.references / "pruned").exists() else 2
-            full = self._point(job.place.references / "dense", job.dense)
-            before = self._point(job.place.references / "pruned", job.pruned)
+            references = 0 if (job.tune_dir.references / "pruned").exists() else 2
+            full = self._point(job.tune_dir.references / "dense", job.dense)
+            before = self._point(job.tune_dir.references / "pruned", job.pruned)
         points = self._points(task.number, method, r_max, before, clock)
         bounds = bounds_by(job.choice, full, before)
         chosen = choose(points, bounds)
@@ -68,37 +68,37 @@ class Worker:
     ) -> list[Point]:
         """With weights back; the pruned model, `before`, where none can be restored."""
         job = self.job
-        places = self._places(number, method, r_max)
+        paths = self._places(number, method, r_max)
         restoration = self._restoration(r_max, clock)
-        restoration.make(restoration.gathering([needs_of(method)], places, Inputs()))
-        name = places.ranking.stem
-        ranking, *_ = restoration.steps(lambda: job.pruned, method, places, name=name)
+        restoration.make(restoration.gathering([needs_of(method)], paths, Inputs()))
+        name = paths.ranking.stem
+        ranking, *_ = restoration.steps(lambda: job.pruned, method, paths, name=name)
         restoration.make([ranking])
         if not method.searchable:
             with clock.of("realign"):
-                made = realign(job.dense, job.pruned, places.patch, method, places.ranking)
+                made = realign(job.dense, job.pruned, paths.patch, method, paths.ranking)
             if not made.restored:
                 return [before]
             with clock.of("evaluate"):
-                out = job.place.trial(number) / "evaluation"
-                return [self._point(out, job.pruned, made.restored, places.patch)]
+                out = job.tune_dir.trial(number) / "evaluation"
+                return [self._point(out, job.pruned, made.restored, paths.patch)]
         with clock.of("evaluate"):
-            restoration.search(job.pruned, method, places, job.choice, tell=False)
-        return list(read_curve(places.curve).points[1:]) or [before]
+            restoration.search(job.pruned, method, paths, job.choice, tell=False)
+        return list(read_curve(paths.curve).points[1:]) or [before]
 
-    def _places(self, number: int, method: MethodSettings, r_max: int) -> Places:
-        place, own = self.job.place, self.job.place.trial(number)
+    def _places(self, number: int, method: MethodSettings, r_max: int) -> ArtifactPaths:
+        tune_dir, own = self.job.tune_dir, self.job.tune_dir.trial(number)
         of_heads = f"r_max-{r_max}" if needs_of(method).heads else ""
         name = f"{method.method}-{digest(method.model_dump_json(), of_heads)[:8]}"
-        return Places(
-            heads=place.heads(r_max),
-            statistics=lambda _: place.statistics,
-            responses=place.responses,
-            ranking=place.ranking(name),
+        return ArtifactPaths(
+            heads=tune_dir.heads(r_max),
+            statistics=lambda _: tune_dir.statistics,
+            responses=tune_dir.responses,
+            ranking=tune_dir.ranking(name),
             patch=own / "patch.safetensors",
             curve=own / "curve.json",
-            references=place.references,
-            states=place.states,
+            references=tune_dir.references,
+            states=tune_dir.states,
         )
 
     def _restoration(self, r_max: int, clock: _Clock) -> Restoration:
@@ -117,8 +117,8 @@ class Worker:
             job.compute,
             scoring,
             job.evaluation,
-            self.watch,
-            self.session,
+            self.progress,
+            self.cache,
             guard,
         )
 
@@ -134,8 +134,8 @@ class Worker:
             job.choice,
             job.evaluation,
             job.compute,
-            self.watch,
-            self.session,
+            self.progress,
+            self.cache,
             patch,
         )
 

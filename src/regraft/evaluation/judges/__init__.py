@@ -16,12 +16,13 @@ A name stands for figures that were published by it: a judge that judges differe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from regraft.errors import RegraftError
+from regraft.progress import Advance
 from regraft.registry import Registry
 
 if TYPE_CHECKING:
@@ -66,10 +67,8 @@ class Judge(Protocol):
     def name(self) -> str:
         """Written into results."""
 
-    def verdicts(
-        self, exchanges: Sequence[Exchange], progress: Callable[[int], None]
-    ) -> list[Verdict]:
-        """One verdict an exchange, in order; `progress` gets the number just judged."""
+    def verdicts(self, exchanges: Sequence[Exchange], advance: Advance) -> list[Verdict]:
+        """One verdict an exchange, in order; `advance` gets the number just judged."""
 
 
 class Compute(Protocol):
@@ -142,12 +141,10 @@ class TextJudge(JudgeKind):
         """Whether `answer` refuses."""
         return self.phrase(answer) is not None
 
-    def verdicts(
-        self, exchanges: Sequence[Exchange], progress: Callable[[int], None]
-    ) -> list[Verdict]:
+    def verdicts(self, exchanges: Sequence[Exchange], advance: Advance) -> list[Verdict]:
         """Of each answer by `phrase`, in order."""
         phrases = [self.phrase(one.answer) for one in exchanges]
-        progress(len(exchanges))
+        advance(len(exchanges))
         return [Verdict(phrase is not None, None, phrase or "") for phrase in phrases]
 
     def load(self, argument: str, compute: Compute | None = None) -> TextJudge:

@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -20,6 +20,7 @@ from typing import Any
 
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation.judges import Compute, Exchange, JudgeKind, Verdict, unread
+from regraft.progress import Advance
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _INSTRUCTION = """You judge what an AI model answered to a user. You are given the user's request \
@@ -73,9 +74,7 @@ class Endpoint:
         """Where requests go."""
         return f"{self.url.rstrip('/')}/chat/completions"
 
-    def verdicts(
-        self, exchanges: Sequence[Exchange], progress: Callable[[int], None]
-    ) -> list[Verdict]:
+    def verdicts(self, exchanges: Sequence[Exchange], advance: Advance) -> list[Verdict]:
         """One verdict an exchange, in order, several asked for at a time.
 
         Raises:
@@ -87,7 +86,7 @@ class Endpoint:
         with ThreadPoolExecutor(_WORKERS) as pool:
             for verdict in pool.map(self._ask, exchanges):
                 found.append(verdict)
-                progress(1)
+                advance(1)
         return found
 
     def _ask(self, exchange: Exchange) -> Verdict:

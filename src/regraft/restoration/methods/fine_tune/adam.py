@@ -23,7 +23,8 @@ from regraft.models.architecture import Architecture
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
 from regraft.patch.format import Patch
-from regraft.pruning.gradients import Loss, Progress, layer_gradients
+from regraft.progress import Advance
+from regraft.pruning.gradients import Loss, layer_gradients
 
 Side = tuple[LayerwisePass, Loss]
 """Prompts of one kind before the first layer, and what a response to them costs."""
@@ -128,7 +129,7 @@ def loss_and_gradients(
     architecture: Architecture,
     positions: Mapping[str, Tensor],
     scratch: Path,
-    progress: Progress = lambda _: None,
+    advance: Advance = lambda _: None,
 ) -> tuple[float, dict[str, Tensor]]:
     """The sum over kinds of the mean loss, and its gradient at a few weights of each matrix.
 
@@ -139,7 +140,7 @@ def loss_and_gradients(
         architecture: Of the model.
         positions: `LinearArchitecture.key` -> flat positions, `[k]` int64.
         scratch: A folder for layer inputs.
-        progress: Called with the number of samples a layer has seen, forward and backward.
+        advance: Called with the number of samples a layer has seen, forward and backward.
 
     Returns:
         The loss, and key -> `[k]` float32; a linear that no prompt used is missing.
@@ -156,7 +157,7 @@ def loss_and_gradients(
             architecture,
             scratch / str(number),
             lambda linear: linear.key in positions,
-            progress,
+            advance,
             loss=_recorded(loss, seen),
         )
         for _, gradients in layers:
@@ -173,7 +174,7 @@ def train(
     batches: Sequence[Sequence[Side]],
     architecture: Architecture,
     scratch: Path,
-    progress: Progress = lambda _: None,
+    advance: Advance = lambda _: None,
 ) -> list[float]:
     """One pass: an update after each batch.
 
@@ -182,7 +183,7 @@ def train(
         batches: Each of all kinds of prompts.
         architecture: Of the model.
         scratch: A folder for layer inputs.
-        progress: As in `loss_and_gradients`.
+        advance: As in `loss_and_gradients`.
 
     Returns:
         The loss of each batch before its update.
@@ -190,7 +191,7 @@ def train(
     losses = []
     for sides in batches:
         loss, gradients = loss_and_gradients(
-            sides, architecture, optimizer.positions, scratch, progress
+            sides, architecture, optimizer.positions, scratch, advance
         )
         optimizer.update(gradients)
         losses.append(loss)

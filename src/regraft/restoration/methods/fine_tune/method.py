@@ -172,7 +172,7 @@ class _Job:
         left = self.settings.passes - len(losses)
         own = sum(len(one.ids) for sides in batches for walk, _ in sides for one in walk.batches)
         total = 2 * own * len(architecture.layers) * left
-        with self.context.watch.task("Fine-tuning", total, "samples x layers") as done:
+        with self.context.progress.task("Fine-tuning", total, "samples x layers") as done:
             while len(losses) < self.settings.passes:
                 order = list(range(len(batches)))
                 random.Random(f"{seed} {len(losses)}").shuffle(order)
@@ -191,11 +191,11 @@ class _Job:
     def _taught(self) -> tuple[PlacedModel, list[list[Side]]]:
         """The pruned model, and minibatches before its first layer with what they cost."""
         one = self.context
-        readings, compute, watch = one.answered or {}, one.compute, one.watch
+        readings, compute, progress = one.answered or {}, one.compute, one.progress
         teachers = {kind: one.work / f"teacher-{kind}.safetensors" for kind in KINDS}
         asks = not distributed.decided(lambda: all(path.exists() for path in teachers.values()))
         source = one.dense if asks else one.pruned
-        model, processor = load_for_walk(source, compute, watch, one.dense)
+        model, processor = load_for_walk(source, compute, progress, one.dense)
         require_gradients(model.dtype)
         walks = [
             {
@@ -206,9 +206,9 @@ class _Job:
         ]
         if asks:
             by_kind = {kind: [some[kind] for some in walks] for kind in KINDS}
-            write_teacher(by_kind, teachers, watch)
+            write_teacher(by_kind, teachers, progress)
             model.network.to("meta")  # one model in memory at a time
-            model, _ = load_for_walk(one.pruned, compute, watch, one.dense)
+            model, _ = load_for_walk(one.pruned, compute, progress, one.dense)
             walks = [{kind: some[kind].on(model) for kind in KINDS} for some in walks]
         losses = {kind: DecisionLoss(load_file(path)) for kind, path in teachers.items()}
         return model, [[(some[kind], losses[kind]) for kind in KINDS] for some in walks]

@@ -24,6 +24,7 @@ from regraft.loading import (
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
+from regraft.progress import Progress
 from regraft.pruning.gradients import require_gradients
 from regraft.restoration.base import (
     DEFAULT_BUDGET,
@@ -54,7 +55,6 @@ from regraft.restoration.methods.gain.step import (
 from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
 from regraft.restoration.teacher import DecisionLoss, write_teacher
 from regraft.settings.compute import ComputeSettings
-from regraft.watch import Watch
 
 HELD_OUT = 0.25  # of the prompts of each kind
 MOST_STEPS = 5  # with which a path takes at most about ten passes over its prompts
@@ -147,7 +147,7 @@ PLUGIN = Gain()
 def _restore(context: Context, swap: bool, most: int) -> Ranking:
     """`Gain.rank`, of `most` weights at most."""
     dense, pruned, work = context.dense, context.pruned, context.work
-    compute, watch = context.compute, context.watch
+    compute, progress = context.compute, context.progress
     work.mkdir(parents=True, exist_ok=True)
     model, sides = _prepare(context)
     groups = groups_of(dense, pruned) if swap else {}
@@ -158,22 +158,22 @@ def _restore(context: Context, swap: bool, most: int) -> Ranking:
         ranking = load_ranking(file)
         put(ranking, weights_of(model.network, dense.architecture), dense)
     if (path := read_path(ranking.about)) is None:
-        with watch.task("Held-out loss of the pruned model", *_work(sides, 0, 1)) as done:
+        with progress.task("Held-out loss of the pruned model", *_work(sides, 0, 1)) as done:
             path = GainPath(_finite(held_out_losses(sides, done), compute))
     while (end := _end(path, most)) is None:
         now = path.held_out
         require_space(work, needed - size_of(work / "states"))  # a killed step leaves some there
         number = len(path.steps) + 1
-        with watch.task(f"Step {number} of gain", *_work(sides, 2, MOST_TRIES)) as done:
+        with progress.task(f"Step {number} of gain", *_work(sides, 2, MOST_TRIES)) as done:
             new = step(problem, _room(path, most), ranking, now, done)
         ranking = ranking.then(new.ranking)
         path = replace(path, steps=(*path.steps, Passed.of(len(ranking), new)))
-        watch.note(_described(path.steps[-1], now))
+        progress.note(_described(path.steps[-1], now))
         ranking = replace(ranking, about=path_to_json(path))
         if distributed.first():
             save_ranking(file, ranking)
         distributed.barrier()
-    watch.note(f"Path of {len(ranking):,} weights in {len(path.steps)} steps: {REASONS[end]}")
+    progress.note(f"Path of {len(ranking):,} weights in {len(path.steps)} steps: {REASONS[end]}")
     return replace(ranking, about=path_to_json(replace(path, end=end)))
 
 
@@ -237,26 +237,26 @@ def _work(sides: Sequence[Prompts], passes: int, tries: int) -> tuple[int, str]:
 def _prepare(context: Context) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
     """The pruned model and both kinds of prompts, before its layers."""
     dense, pruned, work = context.dense, context.pruned, context.work
-    compute, watch, readings = context.compute, context.watch, context.answered or {}
-    parts = {kind: _split(kind, readings[kind], watch, context.seed) for kind in CALLED}
+    compute, progress, readings = context.compute, context.progress, context.answered or {}
+    parts = {kind: _split(kind, readings[kind], progress, context.seed) for kind in CALLED}
     teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in CALLED}
     asks = not distributed.decided(lambda: all(path.exists() for path in teachers.values()))
     model, processor = load_for_walk(
-        dense if asks else pruned, compute, watch, processor_from=dense
+        dense if asks else pruned, compute, progress, processor_from=dense
     )
     require_gradients(model.dtype)
     walks: dict[str, list[LayerwisePass]] = {kind: [] for kind in CALLED}
     total = sum(len(examples) for part in parts.values() for examples in part)
-    with watch.task("Reading the prompts", total) as done:
+    with progress.task("Reading the prompts", total) as done:
         for kind, part in parts.items():
             for examples in part:
                 batches = each_of_share(processor, response_batch, examples, compute)
                 walks[kind].append(LayerwisePass(model, batches))
                 done(len(examples))
     if asks:
-        write_teacher(walks, teachers, watch)
+        write_teacher(walks, teachers, progress)
         model.network.to("meta")  # one model in memory at a time; the walks still hold this one
-        model, _ = load_for_walk(pruned, compute, watch, processor_from=dense)
+        model, _ = load_for_walk(pruned, compute, progress, processor_from=dense)
         walks = {kind: [walk.on(model) for walk in pair] for kind, pair in walks.items()}
     safety, utility = (
         Prompts(fit, held_out, DecisionLoss(load_file(teachers[kind])))
@@ -266,7 +266,7 @@ def _prepare(context: Context) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
 
 
 def _split(
-    kind: str, reading: Reading, watch: Watch, seed: int
+    kind: str, reading: Reading, progress: Progress, seed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """(prompts to take gradients of, prompts held out)."""
     fit, held = hold_out(reading.examples, HELD_OUT, seed)
@@ -274,7 +274,7 @@ def _split(
     whole = sum(one.category in apart for one in held)
     parts = [f"{whole} of {', '.join(sorted(apart))}"] if whole else []
     parts += [f"{len(held) - whole} drawn"] if whole < len(held) else []
-    watch.note(
+    progress.note(
         f"{CALLED[kind]} prompts: {len(fit)} for gradients, {len(held)} held out "
         f"({', '.join(parts)})"
     )

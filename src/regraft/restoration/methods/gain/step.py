@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.patch.groups import grouping_of
 from regraft.patch.pair import restorable
+from regraft.progress import Advance
 from regraft.pruning.gradients import Loss, layer_gradients, signed, signed_and_squared
 from regraft.restoration.methods.gain.objective import (
     Try,
@@ -30,7 +31,6 @@ from regraft.restoration.methods.gain.objective import (
 from regraft.restoration.ranking import Best, Edits, Ranking
 from regraft.restoration.teacher import DecisionLoss, losses_together
 
-Progress = Callable[[int], None]
 _SWAPS_IN_A_ROW = 64
 
 
@@ -106,9 +106,7 @@ class Step:
     tries: tuple[Try, ...]
 
 
-def step(
-    problem: Problem, room: int, so_far: Ranking, held_out: Losses, progress: Progress
-) -> Step:
+def step(problem: Problem, room: int, so_far: Ranking, held_out: Losses, advance: Advance) -> Step:
     """Restore the weights that help most now; in the model too.
 
     Args:
@@ -116,9 +114,9 @@ def step(
         room: How many weights at most.
         so_far: What steps before restored.
         held_out: The held-out losses now.
-        progress: Called with the number of samples that a layer has seen, forward or backward.
+        advance: Called with the number of samples that a layer has seen, forward or backward.
     """
-    found, fit = _candidates(problem, room, so_far, progress)
+    found, fit = _candidates(problem, room, so_far, advance)
     chosen = found.first(first_order_limit(found.score, fit.sum)) if len(found) else found
     edits = Edits(
         chosen, weights_of(problem.model.network, problem.dense.architecture), problem.dense
@@ -127,7 +125,7 @@ def step(
 
     def value(count: int) -> float:
         edits.put(count)
-        seen[count] = held_out_losses(problem.sides, progress)
+        seen[count] = held_out_losses(problem.sides, advance)
         return seen[count].sum
 
     taken, tries = line_search(value, held_out.sum, len(chosen))
@@ -135,14 +133,14 @@ def step(
     return Step(chosen.first(taken), fit, seen[taken], len(found), tries)
 
 
-def held_out_losses(sides: Sequence[Prompts], progress: Progress = lambda _: None) -> Losses:
+def held_out_losses(sides: Sequence[Prompts], advance: Advance = lambda _: None) -> Losses:
     """Of the model as it is."""
-    found = losses_together([(side.held_out, side.loss) for side in sides], progress)
+    found = losses_together([(side.held_out, side.loss) for side in sides], advance)
     return Losses(*(_mean(one.values()) for one in found))
 
 
 def _candidates(
-    problem: Problem, room: int, so_far: Ranking, progress: Progress
+    problem: Problem, room: int, so_far: Ranking, advance: Advance
 ) -> tuple[Ranking, Losses]:
     """(the best weights that could be restored, in order; losses on the calibration prompts).
 
@@ -155,7 +153,7 @@ def _candidates(
     weights = weights_of(problem.model.network, architecture)
     seen: tuple[list[float], list[float]] = ([], [])
     passes = (
-        _gradients(problem, i, _recorded(problem.sides[i].loss, losses), progress)
+        _gradients(problem, i, _recorded(problem.sides[i].loss, losses), advance)
         for i, losses in enumerate(seen)
     )
     for (layer, for_safety), (_, for_utility) in zip(*passes, strict=True):
@@ -213,7 +211,7 @@ def _worth(
 
 
 def _gradients(
-    problem: Problem, side: int, loss: Loss, progress: Progress
+    problem: Problem, side: int, loss: Loss, advance: Advance
 ) -> Iterator[tuple[LayerArchitecture, dict[str, Tensor]]]:
     walk = problem.sides[side].fit
     walk.rewind()
@@ -222,7 +220,7 @@ def _gradients(
         problem.dense.architecture,
         problem.scratch / str(side),
         lambda _: True,
-        progress,
+        advance,
         add=signed_and_squared if problem.swap else signed,
         loss=loss,
     )

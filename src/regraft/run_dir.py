@@ -6,13 +6,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.stages.restoring import Places
+from regraft.stages.restoring import ArtifactPaths
 
 RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunDir:
     """The paths of a run. One of several prunings has its own folder in each folder of a kind."""
 
     path: Path
@@ -90,9 +90,9 @@ class RunFolder:
         """Patches and answers behind validation curves; variants may share them."""
         return self._of("curves", pruning) / f"points-{name}"
 
-    def of(self, pruning: str, variant: str, ranking: str) -> Places:
+    def of(self, pruning: str, variant: str, ranking: str) -> ArtifactPaths:
         """Where the artifacts of one realigned variant lie."""
-        return Places(
+        return ArtifactPaths(
             heads=self.heads,
             statistics=self.statistics,
             responses=self.responses,

@@ -11,7 +11,7 @@ from torch import nn
 Advance = Callable[[int], None]
 
 
-class Watch(Protocol):
+class Progress(Protocol):
     """Something that shows progress."""
 
     def task(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Advance]:

@@ -19,15 +19,15 @@ from regraft.data.sources import DataSource
 from regraft.evaluation.generate import MEMO_BYTES, Answerer
 from regraft.loading import load
 from regraft.models.load import Source, has_processor
+from regraft.progress import Progress
 from regraft.provenance import ABOUT_FILE
 from regraft.pruning.prune import zeros
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.watch import Watch
 
 
-class Session:
+class EvaluationCache:
     """Data sets, encoded prompts, what images became, and the model that was loaded last.
 
     Nothing in it decides a result: an evaluation without a session, or with that of other
@@ -95,7 +95,7 @@ class Session:
         self,
         model: Source,
         compute: ComputeSettings,
-        watch: Watch,
+        progress: Progress,
         processor_from: Source | None = None,
     ) -> tuple[nn.Module, Any]:
         """The model, which must be left as it is, and its processor."""
@@ -108,8 +108,8 @@ class Session:
         )
         if self._loaded is None or self._loaded[0] != key:
             self.unload()
-            self._loaded = key, load(model, compute, watch, processor_from)
-        watch.loaded(self._loaded[1][0])
+            self._loaded = key, load(model, compute, progress, processor_from)
+        progress.loaded(self._loaded[1][0])
         return self._loaded[1]
 
     def unload(self) -> None:
