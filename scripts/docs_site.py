@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = "commands.md"  # the page that is generated
 _CONTENTS = re.compile(r"^## Table of Contents\n.*?(?=^\*\*Commands\*\*)", re.DOTALL | re.MULTILINE)
+_PAGE_LINK = re.compile(r'href="([\w-]+)\.md')
 _OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)")
 
 
@@ -40,6 +41,12 @@ def on_files(files: Any, config: Any) -> Any:
     for path in sorted(outside_links(Path(config.docs_dir))):
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Point a notebook's links at pages, which mkdocs does in Markdown alone (a hook of mkdocs)."""
+    is_notebook = page.file.src_uri.endswith(".ipynb")
+    return _PAGE_LINK.sub(r'href="../\1/', html) if is_notebook else html
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import docs_site
 
 ROOT = docs_site.ROOT
+_CALL = re.compile(r"regraft |(torchrun|accelerate launch) .*regraft ")
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
@@ -52,7 +54,8 @@ def test_the_command_reference_has_every_command_with_its_flags() -> None:
 def test_every_page_is_in_the_navigation_and_exists() -> None:
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     nav = list(_nav(settings["nav"]))
-    assert sorted(nav) == sorted({docs_site.COMMANDS, *(page.name for page in PAGES)})
+    notebooks = (ROOT / "docs").glob("*.ipynb")
+    assert sorted(nav) == sorted([docs_site.COMMANDS, *(one.name for one in (*PAGES, *notebooks))])
     assert all((ROOT / hook).is_file() for hook in settings["hooks"])
 
 
@@ -67,7 +70,8 @@ def _shown(page: Path) -> Iterator[str]:
     """The lines of a page's shell blocks that call regraft, continued lines joined."""
     for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         lines = block.replace("\\\n", " ").splitlines()
-        yield from (line for line in lines if line.startswith("regraft "))
+        called = (line.replace("-m regraft.cli ", "regraft ") for line in lines)
+        yield from (line[line.index("regraft ") :] for line in called if _CALL.match(line))
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
@@ -79,6 +83,15 @@ def test_commands_that_pages_show_are_commands(page: Path) -> None:
 
 def test_some_commands_are_shown() -> None:
     assert len([line for page in (ROOT / "README.md", *PAGES) for line in _shown(page)]) > 20
+
+
+def test_links_of_a_notebook_are_pointed_at_pages() -> None:
+    def moved(name: str) -> str:
+        page = SimpleNamespace(file=SimpleNamespace(src_uri=name))
+        return docs_site.on_page_content('<a href="api.md#x">', page)
+
+    assert moved("walkthrough.ipynb") == '<a href="../api/#x">'
+    assert moved("toy.md") == '<a href="api.md#x">'
 
 
 def test_links_out_of_docs_are_pointed_at_copies_in_the_site() -> None:
