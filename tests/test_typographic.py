@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from regraft.cli import main
-from regraft.data.jsonl import read_jsonl
-from regraft.data.prompts import read_prompts
+from regraft.data.readers.jsonl import read_jsonl
+from regraft.data.readers.prompts import read_prompts
 from regraft.data.readers.safebench import FIGSTEP_PROMPT
 from regraft.data.typographic import (
     FONT_PLACES,
-    _fitting,
+    TooLongError,
     draw_text,
     find_font,
     missing_letters,
@@ -132,8 +132,9 @@ def test_some_of_harmbench_does_not_fit(shared: Path) -> None:
         pytest.skip("needs FreeMono Bold: Debian's package fonts-freefont-ttf")
     examples = read_prompts(shared / "data" / "prompts" / "harmbench_test.csv").examples
     longest, shortest = (pick(examples, key=lambda e: len(e.instruction)) for pick in (max, min))
-    assert _fitting(longest.instruction, find_font()) is None
-    assert _fitting(shortest.instruction, find_font()) is not None
+    with pytest.raises(TooLongError, match="does not fit into an image of 760 x 760"):
+        draw_text(longest.instruction, find_font())
+    draw_text(shortest.instruction, find_font())
 
 
 def test_drawing_leaves_nothing_half_done(tmp_path: Path) -> None:
