@@ -40,7 +40,7 @@ import real_prompts
 
 from regraft.console import ConsoleWatch
 from regraft.data.example import Example, Reading
-from regraft.data.readers.jsonl import read_jsonl
+from regraft.data.jsonl import read_jsonl
 from regraft.data.typographic import find_font, write_typographic
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import generate

@@ -25,8 +25,8 @@ from regraft.data import demo
 from regraft.data.demo import demo_model
 from regraft.data.example import Example, Reading
 from regraft.data.images import check_images, open_image
+from regraft.data.jsonl import read_jsonl
 from regraft.data.readers.demo import read_demo
-from regraft.data.readers.jsonl import read_jsonl
 from regraft.data.readers.safebench import FIGSTEP_PROMPT, read_safebench
 from regraft.data.readers.vlguard import parse_vlguard, read_vlguard
 from regraft.data.sources import DataSource, of_split, read, split_off
@@ -291,7 +291,7 @@ def test_vlguard_missing_images_are_never_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (3, r"train\.json: expected a list of rows, or an object of them by name"),
+        (3, r"train\.json: expected a list with an object for each row, or an object of"),
         ({"a": 1}, r"train\.json, row a: expected an object with fields, found 1"),
         ([], "no examples"),
         ([7], r"train\.json, row 1: expected an object"),

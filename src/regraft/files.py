@@ -175,10 +175,8 @@ def leftover_bytes(target: Path) -> int:
 
 def require_space(folder: Path, needed_bytes: int) -> None:
     """Raise a `PassingError` if the disk that will hold `folder` has less than `needed_bytes`."""
-    existing = next(
-        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
-    )
-    free = shutil.disk_usage(existing).free
+    above = (folder.absolute(), *folder.absolute().parents)
+    free = shutil.disk_usage(next(path for path in above if path.exists())).free
     if free < needed_bytes:
         raise PassingError(
             f"The disk is too full: {folder} needs {_size(needed_bytes)} and {_size(free)} are "

@@ -176,7 +176,8 @@ class Recipe(Settings):
         if clash := [one.name for one in self.prune if one.name in names]:
             raise ValueError(f"`prune` and one of {both} are both called {clash[0]!r}")
         known = sorted(one.name for one in self.prune)
-        for one in (*self.models, *ways):
+        referring: list[ModelSettings | Way] = [*self.models, *ways]
+        for one in referring:
             if odd := sorted({*one.prunings}.difference(known)):
                 raise ValueError(
                     f"{one.name!r} is for the pruning {odd[0]!r}, but the prunings are "

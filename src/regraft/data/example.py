@@ -105,20 +105,20 @@ def in_drawn_order(
         RegraftError: no row fits.
     """
     kind = "harmful" if harmful else "harmless"
-    of_kind = [e for e in reading.examples if e.harmful == harmful]
-    fit = [e for e in of_kind if not answered or (e.response and e.response.strip())]
+    whole = reading.of_kind(harmful=harmful)
+    fit = [e for e in whole.examples if not answered or (e.response and e.response.strip())]
     if not fit:
         raise RegraftError(
             f"{reading.source}: no {kind} examples{' with a response' if answered else ''}; "
-            f"calibration needs some. {reading.read} rows were read, {len(of_kind)} of them {kind}."
+            f"calibration needs some. {reading.read} rows were read, {len(whole.examples)} of them "
+            f"{kind}."
         )
     generator = random.Random(seed)
     chosen = generator.sample(fit, min(samples, len(fit)))
     taken = {e.id for e in chosen}
     others = [e for e in fit if e.id not in taken]
     generator.shuffle(others)
-    found = reading.keep(of_kind, f"not {kind}").keep((*chosen, *others), "no response")
-    return replace(found, source=f"{reading.source}, {kind}")
+    return whole.keep((*chosen, *others), "no response")
 
 
 def hold_out(

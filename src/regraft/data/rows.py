@@ -179,7 +179,9 @@ def json_rows(path: Path, what: str, unit: str, *, inside: str = "") -> list[Row
         if not isinstance(content, list):
             raise RegraftError(f"{path}: expected an object with a list `{inside}`.")
     if not isinstance(content, list | dict):
-        raise RegraftError(f"{path}: expected a list of {unit}s, or an object of them by name.")
+        raise RegraftError(
+            f"{path}: expected a list with an object for each {unit}, or an object of them by name."
+        )
     named = content.items() if isinstance(content, dict) else enumerate(content, start=1)
     return [Row.of(f"{path}, {unit} {key}", value, key) for key, value in named]
 

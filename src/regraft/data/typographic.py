@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,6 @@ from regraft.progress import Progress
 SIZE = (760, 760)
 FONT_SIZE = 80
 FONT_NAME = "FreeMonoBold.ttf"
-FONT_PLACES = (
-    Path("/usr/share/fonts/truetype/freefont") / FONT_NAME,  # Debian, Ubuntu
-    Path("/usr/share/fonts/gnu-free") / FONT_NAME,  # Arch, older Fedora
-    Path("/usr/share/fonts/freefont") / FONT_NAME,  # Alpine
-)
 WRAP_WIDTH = 15
 _ORIGIN = (20, 10)
 _SPACING = 11
@@ -37,19 +33,20 @@ class TooLongError(RegraftError):
 
 
 def find_font(path: Path | None = None) -> Path:
-    """The file of FreeMono Bold: `path` if given, else the first of the usual places.
+    """The file of FreeMono Bold: `path` if given, else where this system keeps its fonts.
 
     Raises:
-        RegraftError: it is in none of them.
+        RegraftError: it is not there.
     """
-    places = (path,) if path is not None else FONT_PLACES
-    for place in places:
-        if place.is_file():
-            return place
+    if path is None:
+        with suppress(OSError):
+            return Path(str(ImageFont.truetype(FONT_NAME, FONT_SIZE).path))
+    elif path.is_file():
+        return path
     raise RegraftError(
-        f"FreeMono Bold, FigStep's font, was not found (looked at "
-        f"{', '.join(map(str, places))}). Install Debian's package fonts-freefont-ttf, or name a "
-        "font file with --font."
+        f"FreeMono Bold, FigStep's font, was not found "
+        f"({path or f'{FONT_NAME} is not among the fonts of this system'}). Install Debian's "
+        "package fonts-freefont-ttf, or name a font file with --font."
     )
 
 

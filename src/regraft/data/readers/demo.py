@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from regraft.data.demo import bundled
 from regraft.data.example import Reading
+from regraft.data.jsonl import read_jsonl
 from regraft.data.readers import Dataset
-from regraft.data.readers.jsonl import read_jsonl
 
 
 def read_demo(split: str | None = None) -> Reading:

@@ -1,0 +1,137 @@
+"""Files of prompts: AdvBench, HarmBench, JailbreakBench, StrongREJECT, or one's own lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from regraft.data.example import Example, Reading
+from regraft.data.rows import Row, checked, csv_rows, json_file, require_end, text_lines
+from regraft.errors import RegraftError
+
+# The first column found counts: JailbreakBench's Behavior is a title, its Goal the request.
+_PROMPTS = ("goal", "forbidden_prompt", "behavior", "prompt", "instruction", "question")
+_CATEGORIES = ("category", "semanticcategory", "type")
+_IDS = ("behaviorid", "id")
+_CONTEXT = "contextstring"
+_TAGS, _COMPARED = "tags", "hash_check"
+_IMAGES = ("imagefilename", "image")
+_LABELS = ("label", "final_label", "harmful", "is_harmful", "safe", "is_safe", "unsafe")
+# The published files, by their columns; each ends in a line break, and without it is cut off.
+_PUBLISHED = {
+    ("goal", "target"): "AdvBench",
+    ("category", "source", "forbidden_prompt"): "StrongREJECT",
+    ("", "goal", "target", "behavior", "category", "source"): "JailbreakBench",
+    (
+        "behavior",
+        "functionalcategory",
+        "semanticcategory",
+        "tags",
+        "contextstring",
+        "behaviorid",
+    ): "HarmBench",
+}
+_WHAT = (
+    "A file of prompts is CSV with a column goal, Behavior or forbidden_prompt, a list in JSON, or "
+    "plain text with one a line."
+)
+
+
+def read_prompts(path: Path, *, harmful: bool = True) -> Reading:
+    """Read prompts, all harmful or all harmless, from CSV, JSON, or a text file with one a line.
+
+    Columns, in any capitals: goal, forbidden_prompt, behavior, prompt, instruction or question, the
+    first of these that is there; category, SemanticCategory or type; BehaviorID or id. The context
+    of a HarmBench behaviour stands before it, as in HarmBench, and the behaviour alone is its
+    request. Behaviours that HarmBench scores by comparing with a copyrighted text (Tags:
+    hash_check) are left out: not refusing is no success there, and no judge here has the text. JSON
+    is a list of strings, or an object with one such list. None has a response.
+
+    Raises:
+        RegraftError: the file or the column is missing, a prompt is empty, ids repeat, the rows
+            have labels that differ, or a published file is cut off.
+    """
+    readers = {".csv": _of_csv, ".json": _of_json, ".txt": _of_lines}
+    if path.suffix.lower() not in readers:
+        raise RegraftError(
+            f"{path} ends in none of {', '.join(readers)}. {_WHAT} JSON lines are read without a "
+            "name before them."
+        )
+    return checked(readers[path.suffix.lower()](path, harmful))
+
+
+def _of_csv(path: Path, harmful: bool) -> Reading:
+    rows = csv_rows(path, _WHAT)
+    if not rows:
+        return Reading(str(path), ())
+    names = {name.strip().lower(): name for name in rows[0].values}
+    if published := _PUBLISHED.get(tuple(names)):
+        require_end(path, published)
+    _refuse_labels(path, rows, names)
+    prompt = _first(names, _PROMPTS)
+    if prompt is None:
+        raise RegraftError(
+            f"{path} has no column of prompts: none of {', '.join(_PROMPTS)}. Columns found: "
+            f"{', '.join(filter(None, rows[0].values))}."
+        )
+    if image := _first(names, _IMAGES):
+        raise RegraftError(
+            f"{path} has a column of images, {image!r}, and is read as prompts of text alone. "
+            "Write it as JSON lines with the fields instruction, image and harmful."
+        )
+    category, name, context = (_first(names, ones) for ones in (_CATEGORIES, _IDS, (_CONTEXT,)))
+
+    def example(row: Row) -> Example:
+        asked, before = row.text(prompt), row.optional_text(context) if context else None
+        return Example(
+            id=(name and row.optional_text(name)) or f"{path.stem}-{row.key}",
+            instruction=f"{before}\n\n---\n\n{asked}" if before else asked,
+            harmful=harmful,
+            category=(category and row.optional_text(category)) or "uncategorised",
+            request=asked if before else None,
+        )
+
+    tags = names.get(_TAGS)
+    kept = [row for row in rows if not (tags and _COMPARED in (row.optional_text(tags) or ""))]
+    left = len(rows) - len(kept)
+    skipped = {"judged by comparing with a copyrighted text": left} if left else {}
+    return Reading(str(path), tuple(map(example, kept)), skipped)
+
+
+def _refuse_labels(path: Path, rows: Sequence[Row], names: dict[str, str]) -> None:
+    """All rows are taken for prompts of one kind."""
+    label = _first(names, _LABELS)
+    said = sorted({row.optional_text(label) or "" for row in rows}) if label else []
+    if len(said) > 1:
+        shown = ", ".join(map(repr, said[:4])) + (" ..." if len(said) > 4 else "")
+        raise RegraftError(
+            f"{path} has a column {label!r} whose values differ ({shown}), and all its prompts "
+            "would be read as of one kind. XSTest is read by its name, as xstest:PATH. Otherwise "
+            "split the file by the column, or write JSON lines with a field harmful."
+        )
+
+
+def _of_lines(path: Path, harmful: bool) -> Reading:
+    return _numbered(path, text_lines(path, _WHAT), harmful)
+
+
+def _of_json(path: Path, harmful: bool) -> Reading:
+    value = json_file(path, _WHAT)
+    if isinstance(value, dict) and len(value) == 1:
+        value = next(iter(value.values()))
+    if not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+        raise RegraftError(f"{path}: expected a list of strings, or an object with one such list.")
+    return _numbered(path, value, harmful)
+
+
+def _numbered(path: Path, prompts: Sequence[str], harmful: bool) -> Reading:
+    examples = tuple(
+        Example(f"{path.stem}-{number}", prompt.strip(), harmful, "uncategorised")
+        for number, prompt in enumerate(prompts, start=1)
+        if prompt.strip()
+    )
+    return Reading(str(path), examples)
+
+
+def _first(names: dict[str, str], wanted: Sequence[str]) -> str | None:
+    return next((names[one] for one in wanted if one in names), None)
