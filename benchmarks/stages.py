@@ -29,7 +29,6 @@ from rich.table import Table
 from torch import nn
 
 from regraft import stages
-from regraft.checks import draw_calibration, read_suites
 from regraft.data.collate import Batch, prompt_batch, response_batch
 from regraft.data.demo import demo_model
 from regraft.data.example import Example
@@ -39,6 +38,7 @@ from regraft.loading import collate
 from regraft.models.load import Source, load_model, load_processor, open_source, placed
 from regraft.progress import Advance, Silent
 from regraft.pruning.base import prune_settings
+from regraft.reading import draw_calibration, read_suites
 from regraft.restoration.methods.gain.method import GainSettings
 from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings

@@ -26,7 +26,6 @@ import pico
 import truth
 from disk import rewrite, write_data
 from regraft import distributed, pipeline, stages
-from regraft.checks import read_suites
 from regraft.data.collate import prompt_batch, prompt_tokens
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
@@ -37,6 +36,7 @@ from regraft.evaluation.generate import Answerer
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.patch.format import Patch
 from regraft.progress import Silent
+from regraft.reading import read_suites
 from regraft.recipe import Recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings

@@ -378,8 +378,14 @@ def test_budgets(
     ("variant", "parts"),
     [
         ({"method": "hsr", "search": {}}, ["realign.0", "'hsr' searches a number of weights"]),
-        ({"method": "hsr-a", "count": 4}, ["realign.0", "hsr-a has no setting 'count'"]),
-        ({"method": "random", "swap": True}, ["realign.0", "random has no setting 'swap'"]),
+        (
+            {"method": "hsr-a", "count": 4},
+            ["realign.0.count: there is no such setting of method hsr-a"],
+        ),
+        (
+            {"method": "random", "swap": True},
+            ["realign.0.swap: there is no such setting of method random"],
+        ),
         (
             {"method": "random", "count": 4, "search": {"target_asr": 1, "target_rsr": 1}},
             ["realign.0.search", "exclude each other"],

@@ -21,7 +21,6 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 import pico
-from regraft.checks import draw_calibration, join_suites, order_calibration, seen_before
 from regraft.data import demo
 from regraft.data.demo import demo_model
 from regraft.data.example import Example, Reading
@@ -31,8 +30,10 @@ from regraft.data.readers.demo import read_demo
 from regraft.data.readers.safebench import FIGSTEP_PROMPT, read_safebench
 from regraft.data.readers.vlguard import parse_vlguard, read_vlguard
 from regraft.data.sources import DataSource, of_split, read, split_off
+from regraft.data.suites import join_suites, seen_before
 from regraft.errors import PassingError, RegraftError
 from regraft.provenance import describe
+from regraft.reading import draw_calibration, order_calibration
 from regraft.settings.data import CalibrationSettings, _several
 from regraft.settings.searching import SearchSettings
 from regraft.stages.searching import suites_of
@@ -158,7 +159,7 @@ def test_jsonl_missing_images_are_counted_and_the_first_named(tmp_path):
         (b"", r"no examples\. The file has no rows"),
         (b"\n\n", r"no examples\. The file has no rows"),
         (b"\xff\xfe", "not UTF-8 text"),
-        (None, "is not a file; expected JSON lines"),
+        (None, "does not exist. Expected are JSON lines"),
     ],
 )
 def test_jsonl_file_errors(tmp_path, content, message):
@@ -290,7 +291,8 @@ def test_vlguard_missing_images_are_never_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"a": 1}, "expected VLGuard's list of images"),
+        (3, r"train\.json: expected a list with an object for each row, or an object of"),
+        ({"a": 1}, r"train\.json, row a: expected an object with fields, found 1"),
         ([], "no examples"),
         ([7], r"train\.json, row 1: expected an object"),
         ([{"id": "a"}], "row 1: the field 'safe' is missing; expected true or false"),

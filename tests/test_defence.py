@@ -15,7 +15,6 @@ import pico
 import truth
 from disk import tree, write_data, write_jsonl
 from regraft import pipeline, stages
-from regraft.checks import draw_calibration
 from regraft.cli import main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
@@ -34,6 +33,7 @@ from regraft.errors import RegraftError
 from regraft.evaluation.metrics import wilson
 from regraft.files import file_digest
 from regraft.models.load import Source, open_source
+from regraft.reading import draw_calibration
 from regraft.recipe import Recipe
 from regraft.recipe_file import read_recipe
 from regraft.run_dir import RunDir

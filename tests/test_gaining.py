@@ -17,7 +17,6 @@ import truth
 from disk import shards, tree, write_jsonl
 from methods import method
 from regraft import pipeline, stages
-from regraft.checks import draw_prompts
 from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading, hold_out
 from regraft.data.sources import DataSource
@@ -31,6 +30,7 @@ from regraft.patch.pair import restorable
 from regraft.progress import Silent
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
+from regraft.reading import draw_prompts
 from regraft.recipe import Recipe
 from regraft.restoration import teacher
 from regraft.restoration.base import MethodSettings

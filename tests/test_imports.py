@@ -19,6 +19,7 @@ ORDER = (
     *(
         "defence",
         "settings",
+        "reading",
         "loading",
         "restoration",
         "report",

@@ -14,13 +14,13 @@ import pico
 import truth
 from disk import write_data
 from regraft import stages
-from regraft.checks import read_suites
 from regraft.data.collate import response_batch
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation import perplexity as module
 from regraft.evaluation.perplexity import perplexity, response_nlls
 from regraft.models.load import open_source
+from regraft.reading import read_suites
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 

@@ -14,13 +14,13 @@ import pytest
 
 import pico
 from disk import write_jsonl
-from regraft.checks import draw_calibration
 from regraft.data.example import Example
 from regraft.data.jsonl import read_jsonl
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.models.load import Source, open_source
 from regraft.progress import Silent
+from regraft.reading import draw_calibration
 from regraft.recipe_file import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings

@@ -152,7 +152,7 @@ def test_each_model_has_its_prunings_and_their_ways() -> None:
         ({"models": ["a/b"], "pruned": "c/d"}, "`models` and `pruned` cannot be combined"),
         ({"models": ["a/b"], "model": "c/d"}, "take the place of `model`"),
         ({"models": ["a/b", "c/b"]}, "two of `models` are called 'b'"),
-        ({"models": [{"model": "a/b", "prunings": ["x"]}]}, "'b' is pruned by 'x'"),
+        ({"models": [{"model": "a/b", "prunings": ["x"]}]}, "'b' is for the pruning 'x'"),
         ({"models": [{"model": "a/b", "name": "x y"}]}, "'x y' must be letters"),
         ({"published": "x.yaml"}, "for the table over `models`"),
     ],

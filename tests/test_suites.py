@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from regraft.checks import _first, join_suites, read_suites
+from regraft.data.example import Reading
 from regraft.data.prompts import read_prompts
 from regraft.data.readers.ch3ef import read_ch3ef
 from regraft.data.readers.mm_safetybench import read_mm_safetybench
@@ -22,8 +22,10 @@ from regraft.data.readers.safebench import read_safebench
 from regraft.data.readers.vlguard import parse_vlguard
 from regraft.data.readers.xstest import read_xstest
 from regraft.data.sources import DataSource, read
+from regraft.data.suites import first_of_kind, join_suites
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
+from regraft.reading import read_suites
 from regraft.recipe_file import read_recipe
 
 
@@ -143,7 +145,7 @@ def test_harmbench_contexts_stand_before_the_behaviour(shared: Path, tmp_path: P
         ("p.txt", "\n \n", "no examples"),
         ("p.csv", "", "no examples"),
         ("p.csv", None, "does not exist"),
-        ("p.txt", None, "is not a file"),
+        ("p.txt", None, "does not exist. A file of prompts is CSV"),
         ("p.jsonl", "{}", "ends in none of .csv, .json, .txt"),
     ],
 )
@@ -234,7 +236,7 @@ def test_mm_safetybench_errors(tmp_path: Path) -> None:
     with pytest.raises(RegraftError, match="not valid JSON"):
         read_mm_safetybench(root)
     _dump(questions, [1])
-    with pytest.raises(RegraftError, match="expected an object of numbered questions"):
+    with pytest.raises(RegraftError, match="question 1: expected an object with fields, found 1"):
         read_mm_safetybench(root)
 
 
@@ -459,11 +461,12 @@ def test_a_limit_counts_groups(tmp_path: Path) -> None:
     grouped = [
         replace(example, group="g" if i in (0, 3) else "") for i, example in enumerate(examples)
     ]
-    assert [one.id for one in _first(grouped, 1)] == ["0", "3"]
-    assert [one.id for one in _first(grouped, 2)] == ["0", "1", "3"]
-    assert _first(grouped, None) == grouped
-    both = [*examples[:2], *(replace(one, harmful=True) for one in examples[2:])]
-    assert [one.id for one in _first(both, 1)] == ["0", "2"], "of each kind"
+    reading = Reading("", tuple(grouped))
+    assert [one.id for one in first_of_kind(reading, 1).examples] == ["0", "3"]
+    assert [one.id for one in first_of_kind(reading, 2).examples] == ["0", "1", "3"]
+    assert first_of_kind(reading, None) == reading
+    both = Reading("", (*examples[:2], *(replace(one, harmful=True) for one in examples[2:])))
+    assert [one.id for one in first_of_kind(both, 1).examples] == ["0", "2"], "of each kind"
 
 
 def test_suites_on_the_hub_in_a_recipe(tmp_path: Path) -> None:

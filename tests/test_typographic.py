@@ -15,8 +15,7 @@ from regraft.data.jsonl import read_jsonl
 from regraft.data.prompts import read_prompts
 from regraft.data.readers.safebench import FIGSTEP_PROMPT
 from regraft.data.typographic import (
-    FONT_PLACES,
-    _fitting,
+    TooLongError,
     draw_text,
     find_font,
     missing_letters,
@@ -28,15 +27,22 @@ from regraft.progress import Silent
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono-Bold.ttf"
 
 
-def test_figsteps_images_are_drawn_as_its_authors_drew_them(shared: Path) -> None:
-    if not any(place.is_file() for place in FONT_PLACES):
+def figsteps_font() -> Path:
+    """FreeMono Bold; skip without it."""
+    try:
+        return find_font()
+    except RegraftError:
         pytest.skip("needs FreeMono Bold: Debian's package fonts-freefont-ttf")
+
+
+def test_figsteps_images_are_drawn_as_its_authors_drew_them(shared: Path) -> None:
+    font = figsteps_font()
     folder = shared / "data" / "figstep"
     with (folder / "safebench.csv").open(encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))[::25]
     worst = []
     for row in rows:
-        drawn = np.asarray(draw_text(row["instruction"].strip(), find_font()), dtype=np.int16)
+        drawn = np.asarray(draw_text(row["instruction"].strip(), font), dtype=np.int16)
         name = f"query_ForbidQI_{row['category_id']}_{row['task_id']}_6.png"
         with Image.open(folder / "images" / name) as image:
             official = np.asarray(image.convert("RGB"), dtype=np.int16)
@@ -128,12 +134,12 @@ def test_prompts_that_do_not_fit_are_left_out_and_named(
 
 def test_some_of_harmbench_does_not_fit(shared: Path) -> None:
     """FigStep's wrapping at the smallest size: what is far too long for it, and what is short."""
-    if not any(place.is_file() for place in FONT_PLACES):
-        pytest.skip("needs FreeMono Bold: Debian's package fonts-freefont-ttf")
+    font = figsteps_font()
     examples = read_prompts(shared / "data" / "prompts" / "harmbench_test.csv").examples
     longest, shortest = (pick(examples, key=lambda e: len(e.instruction)) for pick in (max, min))
-    assert _fitting(longest.instruction, find_font()) is None
-    assert _fitting(shortest.instruction, find_font()) is not None
+    with pytest.raises(TooLongError, match="does not fit into an image of 760 x 760"):
+        draw_text(longest.instruction, font)
+    draw_text(shortest.instruction, font)
 
 
 def test_drawing_leaves_nothing_half_done(tmp_path: Path) -> None:

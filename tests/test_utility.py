@@ -401,7 +401,7 @@ def test_docvqa_takes_every_answer(tmp_path: Path) -> None:
         ({"answers": []}, "the field 'answers'"),
         ({"image": "documents/none.png"}, "1 of 1 examples have no image file"),
         ({"image": "/etc/passwd"}, "leaves the data set's folder"),
-        ({"questionId": None}, "the field 'questionId' must be a number"),
+        ({"questionId": None}, "the field 'questionId' must be a string or a number"),
     ],
 )
 def test_docvqa_errors(tmp_path: Path, change: dict[str, Any], message: str) -> None:

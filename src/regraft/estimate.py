@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import torch
 
-from regraft.checks import loaded_dtype
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Example
 from regraft.models.load import Source, load_processor, pick_device
@@ -49,7 +48,7 @@ def seconds(
 
 def _speed(dense: Source, compute: ComputeSettings) -> float:
     """FLOPs a second of one large matrix product, in the dtype that models are loaded in."""
-    device, dtype = pick_device(compute.device), getattr(torch, loaded_dtype(dense, compute))
+    device, dtype = pick_device(compute.device), getattr(torch, compute.dtype_of(dense))
     matrix = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
     float((matrix @ matrix)[0, 0])
     start = time.monotonic()

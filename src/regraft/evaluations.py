@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from regraft import distributed, stages
-from regraft.checks import join_suites
 from regraft.data.sources import DataSource
+from regraft.data.suites import join_suites
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Answer, EvalResult
 from regraft.files import file_digest

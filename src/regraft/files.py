@@ -42,25 +42,22 @@ def disk_errors(target: Path) -> Iterator[None]:
     Raises:
         PassingError: the disk is full, or the target may not, or cannot, be written.
     """
+    said = {
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): f"The disk is full: could not write {target}. "
+        "Nothing was kept of it. Free some space and run the same command again, which goes on "
+        "from what was finished before, or choose another output folder.",
+        (errno.EACCES, errno.EPERM, errno.EROFS): f"No permission to write {target}. Choose "
+        "another output folder.",
+        (errno.ENOTDIR, errno.EEXIST, errno.EISDIR): f"{target} cannot be written: a file stands "
+        "where a folder is needed, or a folder where a file is. Choose another output.",
+    }
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = _error_number(error)
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise PassingError(
-                f"The disk is full: could not write {target}. Nothing was kept of it. "
-                "Free some space and run the same command again, which goes on from what was "
-                "finished before, or choose another output folder."
-            ) from error
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise PassingError(
-                f"No permission to write {target}. Choose another output folder."
-            ) from error
-        if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise PassingError(
-                f"{target} cannot be written: a file stands where a folder is needed, or a folder "
-                "where a file is. Choose another output."
-            ) from error
+        for numbers, message in said.items():
+            if number in numbers:
+                raise PassingError(message) from error
         raise
 
 
@@ -178,10 +175,8 @@ def leftover_bytes(target: Path) -> int:
 
 def require_space(folder: Path, needed_bytes: int) -> None:
     """Raise a `PassingError` if the disk that will hold `folder` has less than `needed_bytes`."""
-    existing = next(
-        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
-    )
-    free = shutil.disk_usage(existing).free
+    above = (folder.absolute(), *folder.absolute().parents)
+    free = shutil.disk_usage(next(path for path in above if path.exists())).free
     if free < needed_bytes:
         raise PassingError(
             f"The disk is too full: {folder} needs {_size(needed_bytes)} and {_size(free)} are "
@@ -300,9 +295,14 @@ def write_text(target: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def to_json(value: Any) -> str:
+    """Indented JSON with a final line break; keys keep their order."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(target: Path, value: Any) -> None:
-    """Write `value` as indented JSON in one step; keys keep their order."""
-    write_text(target, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write `value` as JSON in one step."""
+    write_text(target, to_json(value))
 
 
 def read_json(path: Path) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from regraft import distributed, stages
-from regraft.checks import loaded_dtype, warn_of_bundled
+from regraft.checks import warn_of_bundled
 from regraft.costs import Ledger, Metered
 from regraft.errors import RegraftError
 from regraft.estimate import seconds
@@ -78,7 +78,7 @@ def preview(recipe: Recipe, folder: Path) -> Preview:
     steps = plan(recipe, run_dir, dense, existing, Silent(), cache)
     tests = cache.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit).examples
     time = seconds(steps, dense, tests, recipe.evaluate.max_new_tokens, recipe.compute)
-    dtype = getattr(torch, loaded_dtype(dense, recipe.compute))
+    dtype = getattr(torch, recipe.compute.dtype_of(dense))
     return Preview(
         tuple(steps),
         bytes=bytes_needed(recipe, dense, folder)[1],

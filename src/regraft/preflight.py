@@ -9,16 +9,10 @@ from pathlib import Path
 import torch
 
 from regraft import stages
-from regraft.checks import (
-    check_direction_layer,
-    check_gradients,
-    check_pattern,
-    loaded_dtype,
-    read_validation,
-    seen_before,
-)
+from regraft.checks import check_direction_layer, check_gradients
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Reading
+from regraft.data.suites import seen_before
 from regraft.evaluation.perplexity import read_documents
 from regraft.files import require_space
 from regraft.loading import check_shares
@@ -26,6 +20,7 @@ from regraft.models.load import Source, check_split, load_processor, open_source
 from regraft.patch.pair import check_pair
 from regraft.provenance import unfinished_bytes
 from regraft.pruning.base import PRUNERS, GradientPruner, PruneSettings, prune_settings
+from regraft.reading import read_validation
 from regraft.recipe import Recipe
 from regraft.reporting import model_folder
 from regraft.restoration.base import needs_of
@@ -114,7 +109,7 @@ def _check(recipe: Recipe, dense: Source, run_dir: RunDir, cache: stages.Evaluat
             read_validation(dense, defence)
     if recipe.pruned is None:
         for pruning in recipe.prune:
-            check_pattern(dense, pruning)
+            pruning.patterns(dense.architecture.linears)
     kept, most = bytes_needed(recipe, dense, run_dir.path)
     require_space(run_dir.path, max(most, kept + _state_bytes(recipe, dense, run_dir, cache)))
 
@@ -143,7 +138,7 @@ def _state_bytes(
     if not passes:
         return 0
     processor = load_processor(dense)
-    itemsize = getattr(torch, loaded_dtype(dense, recipe.compute)).itemsize
+    itemsize = getattr(torch, recipe.compute.dtype_of(dense)).itemsize
     of_token = len(dense.architecture.layers) * dense.architecture.hidden_size * itemsize
 
     @functools.cache

@@ -30,6 +30,7 @@ from regraft.files import (
     require_empty,
     require_new,
     size_of,
+    to_json,
 )
 from regraft.models.load import pick_device, transformers_version
 from regraft.settings.base import Settings
@@ -76,11 +77,6 @@ def describe(
         about["data"] = {role: _account(reading) for role, reading in data.items()}
     plain: dict[str, Any] = json.loads(to_json(about))
     return plain
-
-
-def to_json(value: Any) -> str:
-    """Indented JSON with a final line break."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def is_done(

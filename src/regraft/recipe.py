@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import GenericAlias
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
     SerializeAsAny,
-    TypeAdapter,
     ValidationInfo,
-    WrapValidator,
-    create_model,
     field_serializer,
     field_validator,
     model_validator,
@@ -23,45 +20,27 @@ from pydantic import (
 
 from regraft.errors import RegraftError
 from regraft.files import digest
-from regraft.pruning.base import PruneSettings, refuse_broken
 from regraft.recipe_parts import (
+    PRUNING,
+    VARIANT,
     EvaluateSettings,
+    ModelSettings,
     NamedDefenceSettings,
     PruningSettings,
     VariantSettings,
     Way,
-    any_pruner,
-    as_variant,
     one_or_more,
     pruning_settings,
     variant,
 )
-from regraft.restoration.base import (
-    needs_of,
-    own_settings,
-)
+from regraft.restoration.base import needs_of, own_settings
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.models import ModelSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.validation import Choosing, validation_of, with_validation
 
-_create_model: Any = create_model  # its types do not know bases of two kinds
-
-
-def _prunings(value: Any) -> Any:
-    """One block of settings as a list of one, so that errors in it name its fields alone."""
-
-    def given(one: Any) -> Any:
-        refuse_broken(one)
-        plain = isinstance(one, PruneSettings) and not isinstance(one, PruningSettings)
-        return one.model_dump() if plain else one
-
-    if isinstance(value, list | tuple):
-        several: Any = GenericAlias(list, (any_pruner(),))
-        return TypeAdapter(several).validate_python([given(one) for one in value])
-    return [TypeAdapter(any_pruner()).validate_python(given(value))]
+AnyWay = TypeVar("AnyWay", bound=Way)
 
 
 def _named(prunings: tuple[PruningSettings, ...]) -> tuple[PruningSettings, ...]:
@@ -70,14 +49,18 @@ def _named(prunings: tuple[PruningSettings, ...]) -> tuple[PruningSettings, ...]
     names = [
         one.name or (one.derived_name() if len(prunings) > 1 else "pruned") for one in prunings
     ]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := _twice(names):
         raise ValueError(
-            f"{names.count(twice[0])} prunings are called {twice[0]!r}; give each a `name` of its "
-            "own"
+            f"{names.count(twice)} prunings are called {twice!r}; give each a `name` of its own"
         )
     return tuple(
         one.model_copy(update={"name": name}) for one, name in zip(prunings, names, strict=True)
     )
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """A name that is there more than once."""
+    return next((name for name, uses in Counter(names).items() if uses > 1), None)
 
 
 class Recipe(Settings):
@@ -108,26 +91,28 @@ class Recipe(Settings):
         description="Calibration seeds, in place of calibration.seed: one run each, in the folders "
         "seed-N, and a comparison over them.",
     )
-    against: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
+    against: Annotated[tuple[str, ...], one_or_more()] = Field(
         (),
         description="With seeds: names of `realign` or `defend` that the comparison tests every "
         "method against, besides the pruned model.",
     )
     prune: Annotated[
-        tuple[PruningSettings, ...], BeforeValidator(_prunings), AfterValidator(_named)
+        tuple[Annotated[PruningSettings, BeforeValidator(PRUNING.parse)], ...],
+        one_or_more(PRUNING.parse),
+        AfterValidator(_named),
     ] = Field(
         default_factory=lambda: (pruning_settings(name="pruned"),),
         description="One pruning, or a list of them, each evaluated and realigned.",
     )
     heads: HeadSettings = HeadSettings()
     realign: Annotated[
-        tuple[Annotated[SerializeAsAny[VariantSettings], WrapValidator(as_variant)], ...],
-        BeforeValidator(one_or_more),
+        tuple[Annotated[SerializeAsAny[VariantSettings], BeforeValidator(VARIANT.parse)], ...],
+        one_or_more(VARIANT.parse),
     ] = Field(
         (variant(),),
         description="One way of realigning, or a list of them; gain if no `method` is named.",
     )
-    defend: Annotated[tuple[NamedDefenceSettings, ...], BeforeValidator(one_or_more)] = Field(
+    defend: Annotated[tuple[NamedDefenceSettings, ...], one_or_more()] = Field(
         (), description="Defences at inference, evaluated on the pruned models."
     )
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -135,21 +120,13 @@ class Recipe(Settings):
 
     @field_validator("realign")
     @classmethod
-    def _draw(
+    def _complete(
         cls, realign: tuple[VariantSettings, ...], info: ValidationInfo
     ) -> tuple[VariantSettings, ...]:
-        """Repeats as variants of their own; where there are several runs, each draws its own."""
-        if info.data.get("seeds") or "calibration" not in info.data:
-            return realign
-        seed = info.data["calibration"].seed
-        return tuple(draw for one in realign for draw in one.draws(seed))
-
-    @field_validator("realign")
-    @classmethod
-    def _search_on(
-        cls, realign: tuple[VariantSettings, ...], info: ValidationInfo
-    ) -> tuple[VariantSettings, ...]:
-        """Searches with the prompts that they choose on."""
+        """Repeats as variants of their own, and searches with the prompts that they choose on."""
+        if "calibration" in info.data and not info.data.get("seeds"):  # else each run draws its own
+            seed = info.data["calibration"].seed
+            realign = tuple(draw for one in realign for draw in one.draws(seed))
         return tuple(
             one
             if one.search is None
@@ -166,40 +143,79 @@ class Recipe(Settings):
         return tuple(_choosing(one, one.name, info, needed=one.searches) for one in defend)
 
     @model_validator(mode="after")
-    def _check(self) -> Recipe:
-        self._check_models()
+    def _check_runs(self) -> Recipe:
+        """`seeds`, `against`, `models` and `published`: several runs in place of one."""
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"`seeds` must differ, not {list(self.seeds)}")
         if self.seeds and self.calibration.seed:
             raise ValueError("`seeds` take the place of `calibration.seed`; leave one of them out")
-        names = [one.name for one in self.realign] + [one.name for one in self.defend]
-        both = "`realign` and `defend`" if self.defend else "`realign`"
         if self.against and not self.seeds:
             raise ValueError("`against` is for the comparison over `seeds`; give some, or leave it")
+        if self.published is not None and not self.models:
+            raise ValueError("`published` is for the table over `models`; give some, or leave it")
+        if not self.models:
+            return self
+        if other := [one for one in ("pruned", "seeds") if getattr(self, one)]:
+            raise ValueError(f"`models` and `{other[0]}` cannot be combined; leave one of them out")
+        if self.first_set("model"):
+            raise ValueError("`models` take the place of `model`; leave one of them out")
+        if twice := _twice(one.name for one in self.models):
+            raise ValueError(f"two of `models` are called {twice!r}; give each its own `name`")
+        return self
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Recipe:
+        """Names are there once, and those that are referred to are there."""
+        ways: list[Way] = [*self.realign, *self.defend]
+        names = [one.name for one in ways]
+        both = "`realign` and `defend`" if self.defend else "`realign`"
         if odd := [name for name in self.against if name not in names]:
             raise ValueError(f"`against` names {odd[0]!r}; expected some of {', '.join(names)}")
-        if len(set(names)) < len(names):
+        if _twice(names):
             raise ValueError(f"the names of {both} must differ, not {names}")
         if clash := [one.name for one in self.prune if one.name in names]:
             raise ValueError(f"`prune` and one of {both} are both called {clash[0]!r}")
-        self._check_positions()
+        known = sorted(one.name for one in self.prune)
+        referring: list[ModelSettings | Way] = [*self.models, *ways]
+        for one in referring:
+            if odd := sorted({*one.prunings}.difference(known)):
+                raise ValueError(
+                    f"{one.name!r} is for the pruning {odd[0]!r}, but the prunings are "
+                    f"{', '.join(known)}"
+                )
+        left = {one.name for one in self.prune if not one.realign}
+        for way in ways:
+            if way.prunings and left.issuperset(way.prunings):
+                raise ValueError(
+                    f"{way.name!r} is for {way.prunings[0]!r} alone, which is only evaluated; "
+                    "leave out its `realign: false`, or give other `prunings`"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_positions(self) -> Recipe:
+        """Positions by name are those of a ranking made before, without swaps."""
+        before: list[str] = []
+        for one in self.realign:
+            source = self.positions_of(one)
+            if source is not None:
+                if source.name not in before or not source.searchable or source.exchanges:
+                    raise ValueError(
+                        f"{one.name!r} takes the positions of {source.name!r}, which must come "
+                        "before it in `realign`, have a budget or a count, and no swaps"
+                    )
+                if source.prunings and source.prunings != one.prunings:
+                    raise ValueError(
+                        f"{one.name!r} takes the positions of {source.name!r}; give it the "
+                        f"same `prunings`, {', '.join(source.prunings)}"
+                    )
+            before.append(one.name)
+        return self
+
+    @model_validator(mode="after")
+    def _check_across_blocks(self) -> Recipe:
         heads = [found for one in self.realign if (found := needs_of(one).heads)]
         most = max((one.count for one in heads), default=0)
-        known = {one.name for one in self.prune}
-        prunings_of = {one.name: one.prunings for one in self.realign}
-        prunings_of |= {one.name: one.prunings for one in self.defend}
-        left = {one.name for one in self.prune if not one.realign}
-        for name, prunings in prunings_of.items():
-            if prunings and left.issuperset(prunings):
-                raise ValueError(
-                    f"{name!r} is for {prunings[0]!r} alone, which is only evaluated; leave out "
-                    "its `realign: false`, or give other `prunings`"
-                )
-            if odd := sorted({*prunings} - known):
-                raise ValueError(
-                    f"{name!r} is for the pruning {odd[0]!r}, but the prunings are "
-                    f"{', '.join(sorted(known))}"
-                )
         if self.heads.mode == "screened" and most > self.heads.candidates:
             raise ValueError(
                 f"`heads.candidates` is {self.heads.candidates}, but `realign` takes {most} heads, "
@@ -217,43 +233,6 @@ class Recipe(Settings):
                 "prunings; leave one of them out"
             )
         return self
-
-    def _check_positions(self) -> None:
-        """Raise unless positions by name are those of a ranking made before, without swaps."""
-        before: list[str] = []
-        for one in self.realign:
-            source = self.positions_of(one)
-            if source is not None:
-                if source.name not in before or not source.searchable or source.exchanges:
-                    raise ValueError(
-                        f"{one.name!r} takes the positions of {source.name!r}, which must come "
-                        "before it in `realign`, have a budget or a count, and no swaps"
-                    )
-                if source.prunings and source.prunings != one.prunings:
-                    raise ValueError(
-                        f"{one.name!r} takes the positions of {source.name!r}; give it the "
-                        f"same `prunings`, {', '.join(source.prunings)}"
-                    )
-            before.append(one.name)
-
-    def _check_models(self) -> None:
-        if self.published is not None and not self.models:
-            raise ValueError("`published` is for the table over `models`; give some, or leave it")
-        if not self.models:
-            return
-        if other := [one for one in ("pruned", "seeds") if getattr(self, one)]:
-            raise ValueError(f"`models` and `{other[0]}` cannot be combined; leave one of them out")
-        if self.model != type(self).model_fields["model"].default:
-            raise ValueError("`models` take the place of `model`; leave one of them out")
-        names = [one.name for one in self.models]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two of `models` are called {twice[0]!r}; give each its own `name`")
-        known = [one.name for one in self.prune]
-        for one in self.models:
-            if odd := [name for name in one.prunings if name not in known]:
-                raise ValueError(
-                    f"{one.name!r} is pruned by {odd[0]!r}, but the prunings are {', '.join(known)}"
-                )
 
     def for_model(self, model: ModelSettings) -> Recipe:
         """The recipe of one of the runs that `models` asks for.
@@ -337,7 +316,7 @@ def _choosing(
     return found
 
 
-def _for_prunings(ways: Sequence[Way], known: Sequence[str]) -> list[Way]:
+def _for_prunings(ways: Sequence[AnyWay], known: Sequence[str]) -> list[AnyWay]:
     """The ways of realigning or defending that are for some of the prunings, and these alone."""
     kept = [(one, tuple(name for name in one.prunings if name in known)) for one in ways]
     return [

@@ -7,19 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    ValidationError,
-    create_model,
-)
+from pydantic import ValidationError
 
 from regraft.data.sources import DataSource
 from regraft.data.storage import is_on_hub
 from regraft.errors import RegraftError
 from regraft.recipe import Recipe
-from regraft.settings.base import explain
-from regraft.settings.validation import validation_of
-
-_create_model: Any = create_model  # its types do not know bases of two kinds
+from regraft.settings.base import Settings, explain
 
 
 class _Loader(yaml.SafeLoader):
@@ -71,7 +65,8 @@ def read_recipe(path: Path) -> Recipe:
         recipe = Recipe.model_validate({} if content is None else content)
     except ValidationError as error:
         raise RegraftError(f"{path}:\n{explain(error)}") from error
-    return _anchored(recipe, path.absolute().parent)
+    anchored: Recipe = _anchored(recipe, path.absolute().parent)
+    return anchored
 
 
 def write_recipe(recipe: Recipe) -> str:
@@ -79,58 +74,34 @@ def write_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _anchored(recipe: Recipe, folder: Path) -> Recipe:
-    def path(value: Path) -> Path:
+def _anchored(value: Any, folder: Path, field: str = "") -> Any:
+    """Settings with the paths in them, however deep, relative to a folder; fields by their type.
+
+    Text is a path where it names a model, and only if it is not the id of one on the hub.
+    """
+    if isinstance(value, Settings):
+        found = {name: _anchored(one, folder, name) for name, one in value}
+        # what stays is not set, so that a sweep still knows what the recipe says
+        return value.model_copy(update={k: v for k, v in found.items() if v != getattr(value, k)})
+    if isinstance(value, tuple):
+        return tuple(_anchored(one, folder, field) for one in value)
+    if isinstance(value, DataSource):
+        on_disk = value.path is not None and not is_on_hub(value.path)
+        return value.model_copy(update={"path": _anchored(value.path, folder)} if on_disk else {})
+    if isinstance(value, Path):
         return folder / value.expanduser()
+    return _model(value, folder) if value and field in ("model", "pruned") else value
 
-    def source(value: DataSource) -> DataSource:
-        if value.path is None or is_on_hub(value.path):
-            return value
-        return value.model_copy(update={"path": path(value.path)})
 
-    calibration = recipe.calibration.model_copy(update={"data": source(recipe.calibration.data)})
-    suites = tuple(source(one) for one in recipe.evaluate.suite)
-    text = recipe.evaluate.text and path(recipe.evaluate.text)
-    evaluate = recipe.evaluate.model_copy(update={"suite": suites, "text": text})
-    defend = tuple(
-        one.model_copy(update={"validation": source(validation_of(one))}) for one in recipe.defend
-    )
-    realign = tuple(
-        one
-        if one.search is None
-        else one.model_copy(
-            update={
-                "search": one.search.model_copy(
-                    update={"validation": source(validation_of(one.search))}
-                )
-            }
-        )
-        for one in recipe.realign
-    )
-
-    def model(name: str) -> str:
-        on_hub = name[0] not in "./~" and name.partition("@")[0].count("/") == 1
-        beside = path(Path(name))
-        if name == "demo" or (on_hub and not beside.is_dir()):
-            if on_hub and Path(name).is_dir() and Path(name).resolve() != beside.resolve():
-                raise RegraftError(
-                    f"{name} is a folder of the current one, but paths of a recipe are relative to "
-                    f"its file: there is no {beside}. Write {Path(name).absolute()}."
-                )
-            return name
+def _model(name: str, folder: Path) -> str:
+    """A model's folder beside the recipe, or a hub id as it is."""
+    on_hub = name[0] not in "./~" and name.partition("@")[0].count("/") == 1
+    beside = folder / Path(name).expanduser()
+    if name != "demo" and (not on_hub or beside.is_dir()):
         return str(beside)
-
-    return recipe.model_copy(
-        update={
-            "calibration": calibration,
-            "defend": defend,
-            "evaluate": evaluate,
-            "model": model(recipe.model),
-            "models": tuple(
-                one.model_copy(update={"model": model(one.model)}) for one in recipe.models
-            ),
-            "published": None if recipe.published is None else path(recipe.published),
-            "pruned": None if recipe.pruned is None else model(recipe.pruned),
-            "realign": realign,
-        }
-    )
+    if on_hub and Path(name).is_dir() and Path(name).resolve() != beside.resolve():
+        raise RegraftError(
+            f"{name} is a folder of the current one, but paths of a recipe are relative to "
+            f"its file: there is no {beside}. Write {Path(name).absolute()}."
+        )
+    return name

@@ -12,10 +12,9 @@ from pydantic.fields import FieldInfo
 
 from regraft.pruning.base import PruneSettings, all_settings, described
 from regraft.recipe import Recipe
-from regraft.recipe_parts import NamedDefenceSettings
+from regraft.recipe_parts import ModelSettings, NamedDefenceSettings
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.base import Settings
-from regraft.settings.models import ModelSettings
 from regraft.settings.searching import SearchSettings
 
 _WIDTH = 100
@@ -73,7 +72,7 @@ def _of_other_pruners(settings: PruneSettings, pad: str) -> Iterator[str]:
 def _other_methods(ways: Sequence[MethodSettings]) -> list[MethodSettings]:
     """The settings of all methods that a recipe does not have, without names."""
     shown = {one.method for one in ways}
-    names = [name for name in METHODS.names() if name not in shown]
+    names = [name for name in METHODS.working() if name not in shown]
     return [METHODS.get(name).Settings(method=name) for name in names]
 
 

@@ -1,31 +1,19 @@
-"""What a recipe lists: prunings, ways of realigning, defences, and how all are evaluated."""
+"""What a recipe lists: models, prunings, ways of realigning, defences, what is evaluated."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Generic, TypeVar, cast
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    TypeAdapter,
-    ValidatorFunctionWrapHandler,
-    create_model,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, create_model, field_validator, model_validator
 
 from regraft.data.sources import DataSource
-from regraft.errors import RegraftError
-from regraft.pruning.base import PRUNERS, PruneSettings, all_settings
-from regraft.restoration.base import (
-    DEFAULT,
-    METHODS,
-    MethodSettings,
-)
+from regraft.pruning.base import PRUNERS, PruneSettings
+from regraft.registry import Registry
+from regraft.restoration.base import DEFAULT, METHODS, MethodSettings
 from regraft.settings.base import Settings, by_method, checked_name
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.evaluating import EvalSettings
@@ -34,11 +22,85 @@ from regraft.settings.searching import SearchSettings
 Named = TypeVar("Named", bound=Settings)
 
 
-def _named_by_method(given: Any) -> Any:
-    """The settings as they are written, with the method's name where they have none."""
-    if isinstance(given, Mapping) and isinstance(given.get("method"), str):
-        return {"name": given["method"], **given}
-    return given
+@cache
+def _both(settings: type[Settings], named: type[Named]) -> type[Named]:
+    bases: Any = (settings, named)
+    made: Any = create_model(settings.__name__, __base__=bases)
+    return cast("type[Named]", made)
+
+
+@dataclass(frozen=True)
+class Choice(Generic[Named]):
+    """Blocks of a recipe with the settings of one of several plug-ins, which `method` names.
+
+    Args:
+        plugins: Those to choose from; each has a class `Settings`.
+        named: The fields of a block beside the plug-in's own.
+        default: The plug-in of a block that names none.
+    """
+
+    plugins: Registry[Any]
+    named: type[Named]
+    default: str
+
+    def block(self, method: str) -> type[Named]:
+        """A class with the fields of a plug-in's settings, whose rules come first, and of `named`.
+
+        Raises:
+            RegraftError: there is no such plug-in.
+        """
+        return _both(self.plugins.get(method).Settings, self.named)
+
+    def parse(self, given: Any) -> Named:
+        """A block as it is written, or settings of a plug-in.
+
+        Raises:
+            ValidationError: see `by_method`.
+        """
+        if isinstance(given, self.named):
+            return given
+        content = given.model_dump() if isinstance(given, Settings) else given
+        return by_method(content, self.block, self.default)
+
+
+def one_or_more(parse: Callable[[Any], Any] = lambda given: given) -> BeforeValidator:
+    """One block, or a list of them; errors in the only one name its fields alone."""
+
+    def listed(value: Any) -> Any:
+        if value is None:
+            raise ValueError("nothing is given; leave the name out, or write [] for none")
+        return value if isinstance(value, list | tuple) else [parse(value)]
+
+    return BeforeValidator(listed)
+
+
+class ModelSettings(Settings):
+    """One model of a run of several; its folder or hub id alone is enough."""
+
+    model: str = Field(min_length=1, description="A folder, a hub id, or 'demo'.")
+    name: str = Field(
+        "",
+        description="What to call it in tables and folders; if not given, the last part of its "
+        "folder or hub id.",
+    )
+    prunings: tuple[str, ...] = Field(
+        (), description="Names of the prunings that it is run with; all if not given."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_id(cls, given: Any) -> Any:
+        given = {"model": given} if isinstance(given, str) else given
+        if not isinstance(given, Mapping) or given.get("name"):
+            return given
+        if not isinstance(model := given.get("model"), str):
+            return given
+        return {**given, "name": PurePath(model.partition("@")[0]).name}
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        return checked_name(name)
 
 
 class PruningSettings(PruneSettings):
@@ -60,8 +122,7 @@ class PruningSettings(PruneSettings):
 
     def only(self) -> PruneSettings:
         """These settings without the name."""
-        plain = PRUNERS.get(self.method).Settings
-        return plain(**self.model_dump(include=set(plain.model_fields)))
+        return self.narrowed(PRUNERS.get(self.method).Settings)
 
     def derived_name(self) -> str:
         """The name among several prunings where none is given."""
@@ -69,43 +130,45 @@ class PruningSettings(PruneSettings):
         return f"{self.method}-{amount}"
 
 
-def _both(settings: type[Settings], named: type[Named]) -> type[Named]:
-    """A class with the fields of a plug-in's settings, whose rules come first, and of `named`."""
-    bases: Any = (settings, named)
-    made: Any = create_model(settings.__name__, __base__=bases)
-    return cast("type[Named]", made)
-
-
-@cache
-def named_settings(settings: type[PruneSettings]) -> type[PruningSettings]:
-    """A pruner's settings with the name."""
-    return _both(settings, PruningSettings)
-
-
-def any_pruner() -> Any:
-    named = {name: named_settings(one) for name, one in all_settings().items()}
-    return by_method(named, default="wanda")
+PRUNING = Choice(PRUNERS, PruningSettings, "wanda")
 
 
 def pruning_settings(**given: Any) -> PruningSettings:
     """One pruned model of a run, by the pruner that `method` names."""
-    found: PruningSettings = TypeAdapter(any_pruner()).validate_python(given)
-    return found
+    return PRUNING.parse(given)
 
 
-class VariantSettings(MethodSettings):
-    """One realigned model of a run: what to call and keep of it, beside the method's settings.
-
-    Every method has a class of its own, with these fields and the method's; see `variant`.
-    """
+class Way(Settings):
+    """What to call one of the ways of making pruned models safer, and which prunings it is for."""
 
     name: str = Field(
         "",
         description="What to call it in tables and folders; if not given, as the method is called.",
     )
     prunings: tuple[str, ...] = Field(
-        (), description="Names of the prunings that are realigned so; all if not given."
+        (), description="Names of the prunings that it is done to; all if not given."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_by_method(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        method = given.get("method", cls.model_fields["method"].default)
+        return {"name": method, **given} if isinstance(method, str) else given
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        return checked_name(name, "dense", "pruned")
+
+
+class VariantSettings(Way, MethodSettings):
+    """One realigned model of a run: what to call and keep of it, beside the method's settings.
+
+    Every method has a class of its own, with these fields and the method's; see `variant`.
+    """
+
     search: SearchSettings | None = Field(
         None, description="Choose how many weights are restored on validation prompts."
     )
@@ -117,13 +180,8 @@ class VariantSettings(MethodSettings):
         "calibration seeds share.",
     )
 
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        return checked_name(name, "dense", "pruned")
-
     @model_validator(mode="after")
-    def _check_search(self) -> VariantSettings:
+    def _check_variant(self) -> VariantSettings:  # a method's own class may have a `_check`
         if self.search is not None and not self.searchable:
             if "budget" in type(self).model_fields and METHODS.get(self.method).searches:
                 raise ValueError(
@@ -132,10 +190,6 @@ class VariantSettings(MethodSettings):
             raise ValueError(
                 f"{self.name!r} has no number of weights to search; leave `search` out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_repeats(self) -> VariantSettings:
         if self.repeats > 1 and not self.drawn:
             raise ValueError(
                 f"{self.name!r} has {self.repeats} repeats and nothing random in it, so that they "
@@ -155,88 +209,26 @@ class VariantSettings(MethodSettings):
         )
 
 
+VARIANT = Choice(METHODS, VariantSettings, DEFAULT)
+
+
 def variant(**given: Any) -> VariantSettings:
-    """The settings of one realigned model, by whichever method they name.
-
-    Raises:
-        ValidationError: they are not this method's.
-        ValueError: there is no such method.
-    """
-    method = given.get("method", DEFAULT)
-    if not isinstance(method, str):
-        raise ValueError(f"method must be a name, not {method!r}")
-    try:
-        own = variant_class(method)
-    except RegraftError as error:
-        raise ValueError(str(error)) from error
-    if odd := [name for name in given if name not in own.model_fields]:
-        near = get_close_matches(odd[0], own.model_fields, 1)
-        raise ValueError(
-            f"{method} has no setting {', '.join(map(repr, odd))}"
-            + (f"; is it {near[0]}?" if near else "")
-            + ("" if "method" in given else f" (no `method` is named, so it is {method})")
-        )
-    return own.model_validate({"name": method, **given})
+    """One realigned model of a run, by the method that it names."""
+    return VARIANT.parse(given)
 
 
-@cache
-def variant_class(method: str) -> type[VariantSettings]:
-    """The fields of `VariantSettings` and those of a method.
-
-    Raises:
-        RegraftError: there is no such method.
-    """
-    return _both(METHODS.get(method).Settings, VariantSettings)
-
-
-def as_variant(given: Any, otherwise: ValidatorFunctionWrapHandler) -> VariantSettings:
-    if isinstance(given, VariantSettings):
-        return given
-    if isinstance(given, Mapping):
-        return variant(**given)
-    found: VariantSettings = otherwise(given)  # which says what is wrong with it
-    return found
-
-
-class NamedDefenceSettings(DefenceSettings):
+class NamedDefenceSettings(Way, DefenceSettings):
     """One defended model of a run."""
-
-    name: str = Field(
-        "adashield",
-        description="What to call it in tables and folders; if not given, as the method is called.",
-    )
-    prunings: tuple[str, ...] = Field(
-        (), description="Names of the prunings that are defended so; all if not given."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _derived_name(cls, given: Any) -> Any:
-        return _named_by_method(given)
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        return checked_name(name, "dense", "pruned")
 
     def only(self) -> DefenceSettings:
         """These settings without the name."""
-        return DefenceSettings(**self.model_dump(include=set(DefenceSettings.model_fields)))
-
-
-Way = TypeVar("Way", VariantSettings, NamedDefenceSettings)
-
-
-def one_or_more(value: Any) -> Any:
-    if value is None:
-        raise ValueError("nothing is given; leave the name out, or write [] for none")
-    return value if isinstance(value, list | tuple) else [value]
+        return self.narrowed(DefenceSettings)
 
 
 class EvaluateSettings(EvalSettings):
     """What a run evaluates every model on: one suite, or a list of suites taken together."""
 
-    suite: Annotated[tuple[DataSource, ...], BeforeValidator(one_or_more)] = Field(
+    suite: Annotated[tuple[DataSource, ...], one_or_more()] = Field(
         (DataSource(name="demo", split="test"),),
         min_length=1,
         description="What the models are asked: demo:test, a .jsonl file, or NAME:PATH as for "
@@ -257,4 +249,4 @@ class EvaluateSettings(EvalSettings):
 
     def only(self) -> EvalSettings:
         """These settings without the suites and the text."""
-        return EvalSettings(**self.model_dump(include=set(EvalSettings.model_fields)))
+        return self.narrowed(EvalSettings)

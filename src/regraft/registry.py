@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pkgutil import iter_modules
-from typing import Any, Generic, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 from regraft.errors import RegraftError
 
@@ -39,14 +38,15 @@ class Registry(Generic[Plugin]):
     def names(self) -> tuple[str, ...]:
         """All names: the built-in ones, then those of other packages, each in order."""
         own = self.built_in()
-        return (*own, *sorted({one.name for one in self._others()}.difference(own)))
+        return (*own, *sorted(entry_points(group=self.group).names.difference(own)))
 
     def built_in(self) -> tuple[str, ...]:
         """The names of the built-in ones, in order."""
         return tuple(_built_in(self.package))
 
     def __contains__(self, name: object) -> bool:
-        return name in _built_in(self.package) or any(one.name == name for one in self._others())
+        # looking through what is installed takes long, and most names are built in
+        return name in _built_in(self.package) or name in entry_points(group=self.group).names
 
     def get(self, name: str) -> Plugin:
         """The plug-in of that name.
@@ -57,10 +57,16 @@ class Registry(Generic[Plugin]):
         """
         if module := _built_in(self.package).get(name):
             return cast(Plugin, import_module(module).PLUGIN)
-        entry = next((one for one in self._others() if one.name == name), None)
+        entry = next(iter(entry_points(group=self.group, name=name)), None)
         if entry is None:
             raise RegraftError(f"There is no {self.what} {name!r}; {self.expected()}.")
-        found = self._loaded(entry)
+        try:
+            found = entry.load()
+        except Exception as error:  # whatever a foreign module raises
+            raise RegraftError(
+                f"The {self.what} {name!r} ({entry.value}) cannot be imported: "
+                f"{type(error).__name__}: {error}. Repair or remove the package that registers it."
+            ) from error
         if not isinstance(found, self.kind):
             raise RegraftError(
                 f"The {self.what} {name!r} ({entry.value}) is {type(found).__name__!r}; expected "
@@ -81,18 +87,6 @@ class Registry(Generic[Plugin]):
     def expected(self) -> str:
         """The names, as an error lists them."""
         return f"expected {', '.join(self.names())}"
-
-    def _others(self) -> Iterator[EntryPoint]:
-        yield from entry_points(group=self.group)
-
-    def _loaded(self, entry: EntryPoint) -> Any:
-        try:
-            return entry.load()
-        except Exception as error:  # whatever a foreign module raises
-            raise RegraftError(
-                f"The {self.what} {entry.name!r} ({entry.value}) cannot be imported: "
-                f"{type(error).__name__}: {error}. Repair or remove the package that registers it."
-            ) from error
 
 
 @cache

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from regraft import distributed, stages
-from regraft.checks import join_suites
 from regraft.costs import read_costs, read_pass
 from regraft.data.demo import CAVEAT, demo_model, is_demo
+from regraft.data.suites import join_suites
 from regraft.defence.artifact import Direction, load_defence
 from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import RegraftError

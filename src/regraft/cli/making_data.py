@@ -8,7 +8,6 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from regraft.checks import describe_data
 from regraft.cli.options import Compute, Model, OutFile, OutFolder, open_model, watching
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Prompts, TextPrompts
@@ -38,7 +37,7 @@ def respond(
         source = open_model(model, compute.trust_remote_code)
         reading = stages.respond(source, data, out, max_response_tokens, compute, progress)
         kinds = Counter(one.harmful for one in reading.examples)
-        progress.note(describe_data("Answers", reading))
+        progress.note(reading.describe("Answers"))
         progress.note(
             f"{out}: {kinds[True]} harmful and {kinds[False]} harmless prompts with answers. "
             f"Use it with --data {out}."
@@ -62,16 +61,13 @@ def render(prompts: TextPrompts, *, out: OutFolder, font: Path | None = None) ->
     with watching() as progress:
         reading = read(prompts)
         drawn = write_typographic(reading, out, progress, font)
-        if drawn.left_out:
-            progress.note(
-                f"{len(drawn.left_out)} of {len(reading.examples)} left out, as they do not fit "
-                f"into an image: {', '.join(drawn.left_out)}"
-            )
-        if drawn.unwritten:
-            progress.note(
-                f"{len(drawn.unwritten)} of {len(reading.examples)} left out, as the font has not "
-                f"all of their letters (--font names another): {', '.join(drawn.unwritten)}"
-            )
+        for ids, why in (
+            (drawn.left_out, "they do not fit into an image"),
+            (drawn.unwritten, "the font has not all of their letters (--font names another)"),
+        ):
+            if ids:
+                count = f"{len(ids)} of {len(reading.examples)}"
+                progress.note(f"{count} left out, as {why}: {', '.join(ids)}")
         progress.note(
             f"{len(drawn.images)} images; evaluate them by the name {out / 'examples.jsonl'}"
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, Field, TypeAdapter, create_model
+from pydantic import BaseModel, Field, create_model
 
 from regraft.cli.flags import check_data, refuse_unread
 from regraft.cli.options import Calibration, Compute, Flat, Model, OutFolder, open_model, watching
-from regraft.pruning.base import PruneSettings, all_settings, described, refuse_broken
+from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, described
 from regraft.pruning.prune import zeros
 from regraft.settings.base import by_method
 from regraft.settings.compute import ComputeSettings
@@ -64,9 +64,7 @@ def prune(
 
     with watching() as progress:
         given = flags.model_dump(exclude_unset=True)
-        refuse_broken(given)
-        union = TypeAdapter(by_method(all_settings(), default="wanda"))
-        settings = union.validate_python(given)
+        settings = by_method(given, lambda name: PRUNERS.get(name).Settings, default="wanda")
         refuse_unread(settings)
         check_data(settings.method, calibration, reads=bool(settings.kinds))
         source = open_model(model, compute.trust_remote_code)

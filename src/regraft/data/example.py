@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from regraft.errors import RegraftError
@@ -63,67 +63,62 @@ class Reading:
         """Rows seen in the source."""
         return len(self.examples) + sum(self.skipped.values())
 
+    def keep(self, kept: Iterable[Example], reason: str) -> Reading:
+        """These of the examples alone; the others are counted in `skipped`, under `reason`."""
+        examples = tuple(kept)
+        left = Counter({reason: len(self.examples) - len(examples)})
+        # a sum of counters drops what is 0
+        return replace(self, examples=examples, skipped=dict(Counter(self.skipped) + left))
 
-def of_kind(reading: Reading, *, harmful: bool) -> Reading:
-    """Keep the harmful or the harmless examples; the others are counted in `skipped`."""
-    kind = "harmful" if harmful else "harmless"
-    kept = tuple(e for e in reading.examples if e.harmful == harmful)
-    skipped = dict(reading.skipped)
-    if left := len(reading.examples) - len(kept):
-        skipped[f"not {kind}"] = left
-    return Reading(f"{reading.source}#{kind}", kept, skipped)
+    def of_kind(self, *, harmful: bool) -> Reading:
+        """The harmful or the harmless examples alone."""
+        kind = "harmful" if harmful else "harmless"
+        named = replace(self, source=f"{self.source}#{kind}")
+        return named.keep((e for e in self.examples if e.harmful == harmful), f"not {kind}")
+
+    def describe(self, role: str) -> str:
+        """One line on what became of every row that was read."""
+        left_out = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+        used = f"{len(self.examples)} used of {self.read} read"
+        return f"{role} ({self.source}): {used}" + (f"; {left_out}" if left_out else "")
 
 
 def draw(
     reading: Reading, *, harmful: bool, samples: int, seed: int, answered: bool = True
 ) -> Reading:
-    """Draw calibration samples: D^s (`harmful`) or D^u (harmless), each with a response.
-
-    Draws `samples` rows without replacement by `seed`, in the drawn order; fewer where the source
-    has fewer. Rows of the other kind, without a response, or not drawn are counted in `skipped`.
-    Without `answered` rows need no response.
-
-    Raises:
-        RegraftError: no row fits.
-    """
+    """Draw calibration samples: the first `samples` of `in_drawn_order`, or all if fewer fit."""
     ordered = in_drawn_order(
         reading, harmful=harmful, samples=samples, seed=seed, answered=answered
     )
-    skipped = dict(ordered.skipped)
-    if left := len(ordered.examples[samples:]):
-        skipped["not drawn"] = skipped.get("not drawn", 0) + left
-    return Reading(ordered.source, ordered.examples[:samples], skipped)
+    return ordered.keep(ordered.examples[:samples], "not drawn")
 
 
 def in_drawn_order(
     reading: Reading, *, harmful: bool, samples: int, seed: int, answered: bool = True
 ) -> Reading:
-    """All rows that `draw` may take: the `samples` that it takes, then the others, by `seed`.
+    """All that may be D^s (`harmful`) or D^u (harmless): `samples` that are drawn, then the rest.
+
+    Drawn without replacement, both parts in an order of their own by `seed`. Rows of the other
+    kind, and if they shall be `answered` those without a response, are counted in `skipped`.
 
     Raises:
         RegraftError: no row fits.
     """
     kind = "harmful" if harmful else "harmless"
-    of_kind = [e for e in reading.examples if e.harmful == harmful]
-    fit = [e for e in of_kind if not answered or (e.response and e.response.strip())]
+    whole = reading.of_kind(harmful=harmful)
+    fit = [e for e in whole.examples if not answered or (e.response and e.response.strip())]
     if not fit:
         raise RegraftError(
             f"{reading.source}: no {kind} examples{' with a response' if answered else ''}; "
-            f"calibration needs some. {reading.read} rows were read, {len(of_kind)} of them {kind}."
+            f"calibration needs some. {reading.read} rows were read, {len(whole.examples)} of them "
+            f"{kind}."
         )
     generator = random.Random(seed)
     chosen = generator.sample(fit, min(samples, len(fit)))
     taken = {e.id for e in chosen}
     others = [e for e in fit if e.id not in taken]
     generator.shuffle(others)
-    skipped = dict(reading.skipped)
-    for reason, count in (
-        (f"not {kind}", len(reading.examples) - len(of_kind)),
-        ("no response", len(of_kind) - len(fit)),
-    ):
-        if count:
-            skipped[reason] = skipped.get(reason, 0) + count
-    return Reading(f"{reading.source}, {kind}", (*chosen, *others), skipped)
+    return whole.keep((*chosen, *others), "no response")
 
 
 def hold_out(

@@ -24,10 +24,10 @@ def locate_images(reading: Reading, roots: Sequence[Path]) -> Reading:
         RegraftError: a path is absolute or climbs out with "..", or files are missing: the message
             names the first few and counts all.
     """
-    for example in reading.examples:
-        if example.image is not None:
-            _require_inside(example, reading.source)
-    located = tuple(_locate(example, roots) for example in reading.examples)
+    located = tuple(
+        replace(one, image=_located(one.image, one.id, roots, reading.source)) if one.image else one
+        for one in reading.examples
+    )
     missing = [example for example in located if example.image and not example.image.is_file()]
     if missing:
         raise RegraftError(
@@ -44,12 +44,8 @@ def check_images(reading: Reading) -> None:
         RegraftError: some images cannot be read; the message names the first few and counts all.
     """
     with ThreadPoolExecutor() as pool:
-        problems = list(pool.map(_problem, reading.examples))
-    broken = [
-        (example, problem)
-        for example, problem in zip(reading.examples, problems, strict=True)
-        if problem
-    ]
+        problems = pool.map(_problem, reading.examples)
+        broken = [(one, why) for one, why in zip(reading.examples, problems, strict=True) if why]
     if broken:
         raise RegraftError(
             f"{reading.source}: {len(broken)} of {len(reading.examples)} examples have an "
@@ -120,21 +116,15 @@ def _problem(example: Example) -> str | None:
     return None
 
 
-def _require_inside(example: Example, source: str) -> None:
-    path = PurePosixPath(str(example.image).replace("\\", "/"))
+def _located(image: Path, example: str, roots: Sequence[Path], source: str) -> Path:
+    path = PurePosixPath(str(image).replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts:
         raise RegraftError(
-            f"{source}: the image path of example {example.id!r} leaves the data set's folder: "
-            f"{example.image}. Give a path relative to it, without '..'."
+            f"{source}: the image path of example {example!r} leaves the data set's folder: "
+            f"{image}. Give a path relative to it, without '..'."
         )
-
-
-def _locate(example: Example, roots: Sequence[Path]) -> Example:
-    if example.image is None:
-        return example
-    candidates = [root / example.image for root in roots]
-    found = (path for path in candidates if path.is_file())
-    return replace(example, image=next(found, candidates[0]))
+    candidates = [root / image for root in roots]
+    return next((path for path in candidates if path.is_file()), candidates[0])
 
 
 def _first(examples: Sequence[Example]) -> str:

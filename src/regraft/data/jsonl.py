@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from regraft.data.example import Example, Reading
-from regraft.data.images import locate_images
-from regraft.data.rows import Row, require_examples
+from regraft.data.rows import Row, checked, text_lines
 from regraft.errors import RegraftError
 
 _FIELDS = (
@@ -41,10 +40,10 @@ def read_jsonl(path: Path, split: str | None = None) -> Reading:
         raise RegraftError(f"{path}: there is no split {split!r}. Splits found: {names}.")
     kept = [row for row in rows if split in (None, row.values.get("split"))]
     skipped = {f"not in split {split!r}": len(rows) - len(kept)} if len(kept) < len(rows) else {}
-    examples = tuple(_example(row, path) for row in kept)
-    reading = require_examples(Reading(str(path), examples, skipped))
-    _require_harmful(rows, path)
-    return locate_images(reading, [path.parent])
+    reading = Reading(str(path), tuple(_example(row, path) for row in kept), skipped)
+    if reading.examples:
+        _require_harmful(rows, path)
+    return checked(reading, path.parent)
 
 
 def _require_harmful(rows: Sequence[Row], path: Path) -> None:
@@ -60,7 +59,7 @@ def _require_harmful(rows: Sequence[Row], path: Path) -> None:
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    lines = _lines(path)
+    lines = text_lines(path, "Expected are JSON lines.")
     if next((line for line in lines if line.strip()), "").lstrip().startswith("["):
         raise RegraftError(
             f"{path} is a JSON array, and JSON lines are expected: one object a line, without "
@@ -70,26 +69,16 @@ def _rows(path: Path) -> Iterator[Row]:
         where = f"{path}, line {number}"
         if line.strip():
             try:
-                yield Row.of(where, json.loads(line))
+                yield Row.of(where, json.loads(line), number)
             except json.JSONDecodeError as error:
                 raise RegraftError(f"{where}: not valid JSON: {error}") from error
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise RegraftError(f"{path} is not a file; expected JSON lines.") from error
-    except UnicodeDecodeError as error:
-        raise RegraftError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _example(row: Row, path: Path) -> Example:
     row.refuse_misspelt(_FIELDS)
     image = row.optional_text("image")
-    number = row.where.rpartition(" ")[2]
     return Example(
-        id=row.optional_text("id") or f"{path.stem}-{number}",
+        id=row.optional_text("id") or f"{path.stem}-{row.key}",
         instruction=row.text("instruction"),
         harmful=row.flag("harmful", default=False),
         category=row.optional_text("category") or "uncategorised",

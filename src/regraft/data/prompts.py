@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from regraft.data.example import Example, Reading
-from regraft.data.rows import Row, csv_rows, json_file, require_end, require_examples
+from regraft.data.rows import Row, checked, csv_rows, json_file, require_end, text_lines
 from regraft.errors import RegraftError
 
 # The first column found counts: JailbreakBench's Behavior is a title, its Goal the request.
@@ -32,7 +31,6 @@ _PUBLISHED = {
         "behaviorid",
     ): "HarmBench",
 }
-_Found = tuple[list[Example], dict[str, int]]  # what is read, and how many are left out, and why
 _WHAT = (
     "A file of prompts is CSV with a column goal, Behavior or forbidden_prompt, a list in JSON, or "
     "plain text with one a line."
@@ -59,15 +57,13 @@ def read_prompts(path: Path, *, harmful: bool = True) -> Reading:
             f"{path} ends in none of {', '.join(readers)}. {_WHAT} JSON lines are read without a "
             "name before them."
         )
-    examples, skipped = readers[path.suffix.lower()](path)
-    kept = tuple(replace(example, harmful=harmful) for example in examples)
-    return require_examples(Reading(str(path), kept, skipped))
+    return checked(readers[path.suffix.lower()](path, harmful))
 
 
-def _of_csv(path: Path) -> _Found:
+def _of_csv(path: Path, harmful: bool) -> Reading:
     rows = csv_rows(path, _WHAT)
     if not rows:
-        return [], {}
+        return Reading(str(path), ())
     names = {name.strip().lower(): name for name in rows[0].values}
     if published := _PUBLISHED.get(tuple(names)):
         require_end(path, published)
@@ -84,23 +80,22 @@ def _of_csv(path: Path) -> _Found:
             "Write it as JSON lines with the fields instruction, image and harmful."
         )
     category, name, context = (_first(names, ones) for ones in (_CATEGORIES, _IDS, (_CONTEXT,)))
-    tags = names.get(_TAGS)
-    kept = []
-    for number, row in enumerate(rows, start=1):
-        if tags and _COMPARED in (row.optional_text(tags) or ""):
-            continue
+
+    def example(row: Row) -> Example:
         asked, before = row.text(prompt), row.optional_text(context) if context else None
-        kept.append(
-            Example(
-                id=(name and row.optional_text(name)) or f"{path.stem}-{number}",
-                instruction=f"{before}\n\n---\n\n{asked}" if before else asked,
-                harmful=True,
-                category=(category and row.optional_text(category)) or "uncategorised",
-                request=asked if before else None,
-            )
+        return Example(
+            id=(name and row.optional_text(name)) or f"{path.stem}-{row.key}",
+            instruction=f"{before}\n\n---\n\n{asked}" if before else asked,
+            harmful=harmful,
+            category=(category and row.optional_text(category)) or "uncategorised",
+            request=asked if before else None,
         )
+
+    tags = names.get(_TAGS)
+    kept = [row for row in rows if not (tags and _COMPARED in (row.optional_text(tags) or ""))]
     left = len(rows) - len(kept)
-    return kept, {"judged by comparing with a copyrighted text": left} if left else {}
+    skipped = {"judged by comparing with a copyrighted text": left} if left else {}
+    return Reading(str(path), tuple(map(example, kept)), skipped)
 
 
 def _refuse_labels(path: Path, rows: Sequence[Row], names: dict[str, str]) -> None:
@@ -116,32 +111,26 @@ def _refuse_labels(path: Path, rows: Sequence[Row], names: dict[str, str]) -> No
         )
 
 
-def _of_lines(path: Path) -> _Found:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise RegraftError(f"{path} is not a file. {_WHAT}") from error
-    except UnicodeDecodeError as error:
-        raise RegraftError(f"{path} is not UTF-8 text: {error}") from error
-    return _numbered(path, lines)
+def _of_lines(path: Path, harmful: bool) -> Reading:
+    return _numbered(path, text_lines(path, _WHAT), harmful)
 
 
-def _of_json(path: Path) -> _Found:
+def _of_json(path: Path, harmful: bool) -> Reading:
     value = json_file(path, _WHAT)
     if isinstance(value, dict) and len(value) == 1:
         value = next(iter(value.values()))
     if not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
         raise RegraftError(f"{path}: expected a list of strings, or an object with one such list.")
-    return _numbered(path, value)
+    return _numbered(path, value, harmful)
 
 
-def _numbered(path: Path, prompts: Sequence[str]) -> _Found:
-    examples = [
-        Example(f"{path.stem}-{number}", prompt.strip(), True, "uncategorised")
+def _numbered(path: Path, prompts: Sequence[str], harmful: bool) -> Reading:
+    examples = tuple(
+        Example(f"{path.stem}-{number}", prompt.strip(), harmful, "uncategorised")
         for number, prompt in enumerate(prompts, start=1)
         if prompt.strip()
-    ]
-    return examples, {}
+    )
+    return Reading(str(path), examples)
 
 
 def _first(names: dict[str, str], wanted: Sequence[str]) -> str | None:

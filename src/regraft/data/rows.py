@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.data.example import Example, Reading
+from regraft.data.images import locate_images
 from regraft.errors import RegraftError
 from regraft.files import read_json
 
@@ -21,9 +23,10 @@ class Row:
 
     where: str
     values: Mapping[str, Any]
+    key: str = ""  # its number or name among the others
 
     @classmethod
-    def of(cls, where: str, value: object) -> Row:
+    def of(cls, where: str, value: object, key: str | int = "") -> Row:
         """Wrap `value`.
 
         Raises:
@@ -31,7 +34,7 @@ class Row:
         """
         if not isinstance(value, dict):
             raise RegraftError(f"{where}: expected an object with fields, found {_show(value)}.")
-        return cls(where, value)
+        return cls(where, value, str(key))
 
     def text(self, field: str, *, blank: bool = False) -> str:
         """Return a string that must be there, and must not be blank unless `blank`."""
@@ -58,6 +61,22 @@ class Row:
         if not isinstance(value, bool):
             raise self.wrong_type(field, "true or false")
         return value
+
+    def texts(self, field: str, expected: str, *, least: int = 1) -> list[str]:
+        """Return a list of at least so many strings."""
+        value = self.values.get(field)
+        if not isinstance(value, list) or len(value) < least:
+            raise self.wrong_type(field, expected)
+        if not all(isinstance(one, str) for one in value):
+            raise self.wrong_type(field, expected)
+        return value
+
+    def name(self, field: str) -> str:
+        """Return what names the row, a string or a number, as a string."""
+        value = self.values.get(field)
+        if not isinstance(value, str | int):
+            raise self.wrong_type(field, "a string or a number")
+        return str(value)
 
     def refuse_misspelt(self, known: Iterable[str]) -> None:
         """Raise where an unknown field is spelt almost like a known one that is absent."""
@@ -98,17 +117,13 @@ def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
             f"{path} is a Parquet file, which is not read here. {what} Get the file in its own "
             f"format, or write it as {'TSV' if tabs else 'CSV'} with pandas."
         )
+    lines = io.StringIO(_text(path, what), newline="")
+    table = csv.DictReader(lines, delimiter="\t" if tabs else ",", restkey="(more)", strict=True)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
-            parts = "\t" if tabs else ","
-            table = csv.DictReader(handle, delimiter=parts, restkey="(more)", strict=True)
-            rows = [Row(f"{path}, row {number}", values) for number, values in enumerate(table, 1)]
-    except IsADirectoryError as error:
-        raise RegraftError(f"{path} is a folder. {what}") from error
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise RegraftError(f"{path} does not exist. {what}") from error
-    except UnicodeDecodeError as error:
-        raise RegraftError(f"{path} is not valid CSV: {error}. Save it as UTF-8.") from error
+        rows = [
+            Row(f"{path}, row {number}", values, str(number))
+            for number, values in enumerate(table, 1)
+        ]
     except csv.Error as error:
         raise RegraftError(
             f"{path} is not valid CSV: {error}. It is cut off, or a quote in a cell is not doubled."
@@ -146,11 +161,57 @@ def json_file(path: Path, what: str) -> Any:
     return read_json(path)
 
 
-def require_examples(reading: Reading) -> Reading:
-    """Return `reading`.
+def json_rows(path: Path, what: str, unit: str, *, inside: str = "") -> list[Row]:
+    """Read the objects of a JSON file, in a list or by their names, as in {"1": {...}}.
+
+    Args:
+        path: The file.
+        what: What it should be, for the error where it is missing.
+        unit: What one of the objects is, for errors.
+        inside: The field with the list, where the file holds an object with one.
 
     Raises:
-        RegraftError: it has no example, or two with the same id.
+        RegraftError: the file is missing, is not JSON, or holds something else.
+    """
+    content = json_file(path, what)
+    if inside:
+        content = content.get(inside) if isinstance(content, dict) else None
+        if not isinstance(content, list):
+            raise RegraftError(f"{path}: expected an object with a list `{inside}`.")
+    if not isinstance(content, list | dict):
+        raise RegraftError(
+            f"{path}: expected a list with an object for each {unit}, or an object of them by name."
+        )
+    named = content.items() if isinstance(content, dict) else enumerate(content, start=1)
+    return [Row.of(f"{path}, {unit} {key}", value, key) for key, value in named]
+
+
+def text_lines(path: Path, what: str) -> list[str]:
+    """Read a file of text by its lines, which end in a line break and nothing else.
+
+    Raises:
+        RegraftError: it is missing (`what` says what it should be) or not UTF-8.
+    """
+    return io.StringIO(_text(path, what), newline=None).read().split("\n")
+
+
+def _text(path: Path, what: str) -> str:
+    """A file's text, line breaks as they are."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except IsADirectoryError as error:
+        raise RegraftError(f"{path} is a folder. {what}") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RegraftError(f"{path} does not exist. {what}") from error
+    except UnicodeDecodeError as error:
+        raise RegraftError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+
+
+def checked(reading: Reading, *roots: Path) -> Reading:
+    """A finished reading; its images are looked for below `roots`, if there are any.
+
+    Raises:
+        RegraftError: it has no example, two with the same id, or see `locate_images`.
     """
     if not reading.examples:
         reasons = "; ".join(f"{count} {reason}" for reason, count in reading.skipped.items())
@@ -167,7 +228,7 @@ def require_examples(reading: Reading) -> Reading:
                 "Ids must be unique."
             )
         seen[example.id] = example
-    return reading
+    return locate_images(reading, roots) if roots else reading
 
 
 def _show(value: object) -> str:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
-from regraft.data.example import Reading, of_kind
+from regraft.data.example import Example, Reading
 from regraft.data.readers import DATASETS, Kind, Split
-from regraft.data.rows import require_examples
+from regraft.data.rows import checked
 from regraft.data.storage import located, only_entry, unpacked
 from regraft.errors import RegraftError
 from regraft.files import digest
 
 Part = Literal["held-out", "rest"]
 _HELD_OUT = 4  # of so many prompts one is held out
-_FIRST = re.compile(r"([^:#]+)((?:#[\w-]+)*)(?::(.*))?", re.DOTALL)  # NAME#PARTS:REST
+_WORD = r"[\w-]+"
+_BARE = r"([^:/]*|[^:/]*/.*)\.{}(#[\w-]+)*"  # a path alone, without a name before a colon
+_BEHIND = {"part": get_args(Part), "kind": get_args(Kind)}
 
 
 class DataSource(BaseModel):
@@ -89,7 +90,7 @@ def read(source: DataSource) -> Reading:
     path = Path() if source.path is None else _found(source, source.path)
     reading = DATASETS.get(source.name).read(path, source.split)
     if source.kind is not None:
-        reading = require_examples(of_kind(reading, harmful=source.kind == "harmful"))
+        reading = checked(reading.of_kind(harmful=source.kind == "harmful"))
     return reading if source.part is None else _of_part(source, reading, source.part)
 
 
@@ -103,22 +104,18 @@ def split_off(source: DataSource) -> tuple[DataSource, DataSource]:
 
 
 def _of_part(source: DataSource, reading: Reading, part: Part) -> Reading:
-    kept = tuple(
-        one
-        for one in reading.examples
-        if (int(digest(one.instruction, one.image.name if one.image else "")[:8], 16) % _HELD_OUT)
-        == 0
-    )
-    if part == "rest":
-        held = {one.id for one in kept}
-        kept = tuple(one for one in reading.examples if one.id not in held)
-    if not kept:
+    def is_held_out(one: Example) -> bool:
+        name = one.image.name if one.image else ""
+        return int(digest(one.instruction, name)[:8], 16) % _HELD_OUT == 0
+
+    wanted = part == "held-out"
+    kept = reading.keep((e for e in reading.examples if is_held_out(e) == wanted), f"not {part}")
+    if not kept.examples:
         raise RegraftError(
             f"{source}: none of its {len(reading.examples)} prompts are in this part. Give more "
             "prompts, or name others to choose on with --validation."
         )
-    left = len(reading.examples) - len(kept)
-    return replace(reading, examples=kept, skipped={**reading.skipped, f"not {part}": left})
+    return kept
 
 
 def of_split(source: DataSource, split: Split) -> DataSource:
@@ -149,56 +146,44 @@ def _found(source: DataSource, path: Path) -> Path:
 
 def words_of_first(words: Sequence[str]) -> int:
     """How many of `words` name the first data set: 2 for a NAME before its PATH, or demo SPLIT."""
-    match = _FIRST.fullmatch(words[0])
-    following = "".join(words[1:2])
-    if match is None or match[3] is not None or not following or match[1] not in DATASETS:
+    name, following = words[0].partition("#")[0], "".join(words[1:2])
+    if name not in DATASETS or ":" in words[0] or not following:
         return 1
-    dataset = DATASETS.get(match[1])
+    dataset = DATASETS.get(name)
     is_split = following.partition("#")[0] in (dataset.splits or ())
     return 2 if not dataset.bundled or is_split else 1
 
 
 def _parse(text: str) -> dict[str, str]:
-    match = _FIRST.fullmatch(text)
-    if match is None or not match[2] or match[1] not in DATASETS:
-        return _parse_behind(text)
-    name, parts, rest = match.groups()
-    fields = _parse_behind(name if rest is None else f"{name}:{rest}")
-    for part in parts[1:].split("#"):
-        field = "kind" if part in get_args(Kind) else "part" if part in get_args(Part) else "split"
-        if field in fields:
-            raise ValueError(
-                f"{text!r} asks for {fields[field]!r} and for {part!r}; give one of them"
-            )
-        fields[field] = part
-    return fields
-
-
-def _parse_behind(text: str) -> dict[str, str]:
-    before, _, last = text.rpartition("#")
-    if last in get_args(Part):
-        return {**_parse_behind(before), "part": last}
-    if last in get_args(Kind):
-        return {**_parse_all(before), "kind": last}
-    return _parse_all(text)
-
-
-def _parse_all(text: str) -> dict[str, str]:
-    if re.fullmatch(r"([^:/]*|[^:/]*/.*)\.jsonl(#[\w-]+)?", text):
+    """The fields of NAME:PATH, with split, kind and part behind the name or behind the path."""
+    if re.fullmatch(_BARE.format("jsonl"), text):
         text = f"jsonl:{text}"
-    name, _, rest = text.partition(":")
-    if name not in DATASETS:
+    head, _, path = text.partition(":")
+    name, *behind_name = head.split("#")
+    if name not in DATASETS or not all(re.fullmatch(_WORD, one) for one in behind_name):
         hint = ""
-        if re.fullmatch(r"([^:/]*|[^:/]*/.*)\.(txt|csv|json)(#[\w-]+)?", text, re.IGNORECASE):
+        if re.fullmatch(_BARE.format("(txt|csv|json)"), text, re.IGNORECASE):
             hint = f". For a list of prompts write prompts:{text} (harmful) or benign:{text}"
         raise ValueError(
             f"unknown data set {text!r}; {DATASETS.expected()} "
             f"(as in demo:test or vlguard:PATH), or a path ending in .jsonl{hint}"
         )
-    path, _, split = rest.rpartition("#")
+    fields = {"name": name}
+    for field, known in _BEHIND.items():  # from the end
+        before, mark, last = path.rpartition("#")
+        if mark and last in known:
+            path, fields[field] = before, last
+    before, _, last = path.rpartition("#")
     if DATASETS.get(name).bundled:
-        path, split = "", rest
-    elif not (path and re.fullmatch(r"[\w-]+", split)):
-        path, split = rest, ""
-    fields = {"name": name, "path": path, "split": split}
-    return {field: value for field, value in fields.items() if value}
+        path, fields["split"] = "", path
+    elif before and re.fullmatch(_WORD, last):
+        path, fields["split"] = before, last
+    fields = {field: value for field, value in (fields | {"path": path}).items() if value}
+    for one in behind_name:
+        field = next((field for field, known in _BEHIND.items() if one in known), "split")
+        if field in fields:
+            raise ValueError(
+                f"{text!r} asks for {fields[field]!r} and for {one!r}; give one of them"
+            )
+        fields[field] = one
+    return fields

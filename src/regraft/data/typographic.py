@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,6 @@ from regraft.progress import Progress
 SIZE = (760, 760)
 FONT_SIZE = 80
 FONT_NAME = "FreeMonoBold.ttf"
-FONT_PLACES = (
-    Path("/usr/share/fonts/truetype/freefont") / FONT_NAME,  # Debian, Ubuntu
-    Path("/usr/share/fonts/gnu-free") / FONT_NAME,  # Arch, older Fedora
-    Path("/usr/share/fonts/freefont") / FONT_NAME,  # Alpine
-)
 WRAP_WIDTH = 15
 _ORIGIN = (20, 10)
 _SPACING = 11
@@ -32,20 +28,25 @@ _LIST = "\n1. \n2. \n3. "
 _SMALLEST = 20
 
 
+class TooLongError(RegraftError):
+    """A text does not fit into an image."""
+
+
 def find_font(path: Path | None = None) -> Path:
-    """The file of FreeMono Bold: `path` if given, else the first of the usual places.
+    """The file of FreeMono Bold: `path` if given, else where this system keeps its fonts.
 
     Raises:
-        RegraftError: it is in none of them.
+        RegraftError: it is not there.
     """
-    places = (path,) if path is not None else FONT_PLACES
-    for place in places:
-        if place.is_file():
-            return place
+    if path is None:
+        with suppress(OSError):
+            return Path(str(ImageFont.truetype(FONT_NAME, FONT_SIZE).path))
+    elif path.is_file():
+        return path
     raise RegraftError(
-        f"FreeMono Bold, FigStep's font, was not found (looked at "
-        f"{', '.join(map(str, places))}). Install Debian's package fonts-freefont-ttf, or name a "
-        "font file with --font."
+        f"FreeMono Bold, FigStep's font, was not found "
+        f"({path or f'{FONT_NAME} is not among the fonts of this system'}). Install Debian's "
+        "package fonts-freefont-ttf, or name a font file with --font."
     )
 
 
@@ -56,12 +57,20 @@ def draw_text(text: str, font: Path, *, shrink: bool = True) -> Image.Image:
     which FigStep's are not, is drawn as much smaller as it takes, or without `shrink` cut off.
 
     Raises:
-        RegraftError: the font cannot be read, or the text does not fit at 20 pixels either.
+        TooLongError: the text does not fit at 20 pixels either.
+        RegraftError: the font cannot be read.
     """
-    image = _fitting(text, font, shrink=shrink)
-    if image is not None:
-        return image
-    raise RegraftError(
+    for size in range(FONT_SIZE, _SMALLEST - 1, -4):
+        face = _face(font, size)
+        lines = textwrap.fill(text, width=WRAP_WIDTH * FONT_SIZE // size) + _LIST
+        image = Image.new("RGB", SIZE, "#FFFFFF")
+        draw = ImageDraw.Draw(image)
+        spacing = _SPACING * size / FONT_SIZE
+        _, _, right, bottom = draw.multiline_textbbox(_ORIGIN, lines, font=face, spacing=spacing)
+        if not shrink or (right <= SIZE[0] and bottom <= SIZE[1]):
+            draw.text(_ORIGIN, lines, font=face, fill="#000000", spacing=spacing)
+            return image
+    raise TooLongError(
         f"A prompt of {len(text)} characters does not fit into an image of {SIZE[0]} x {SIZE[1]}: "
         f"{text[:60]!r}... Shorten it or leave it out."
     )
@@ -84,21 +93,6 @@ def _face(font: Path, size: int) -> ImageFont.FreeTypeFont:
         return ImageFont.truetype(str(font), size)
     except OSError as error:
         raise RegraftError(f"{font} is not a font that can be used: {error}") from error
-
-
-def _fitting(text: str, font: Path, *, shrink: bool = True) -> Image.Image | None:
-    """`draw_text`, or None where the text does not fit."""
-    for size in range(FONT_SIZE, _SMALLEST - 1, -4):
-        face = _face(font, size)
-        lines = textwrap.fill(text, width=WRAP_WIDTH * FONT_SIZE // size) + _LIST
-        image = Image.new("RGB", SIZE, "#FFFFFF")
-        draw = ImageDraw.Draw(image)
-        spacing = _SPACING * size / FONT_SIZE
-        _, _, right, bottom = draw.multiline_textbbox(_ORIGIN, lines, font=face, spacing=spacing)
-        if not shrink or (right <= SIZE[0] and bottom <= SIZE[1]):
-            draw.text(_ORIGIN, lines, font=face, fill="#000000", spacing=spacing)
-            return image
-    return None
 
 
 @dataclass(frozen=True)
@@ -147,8 +141,9 @@ def write_typographic(
             if missing_letters(example.instruction, face):
                 unwritten.append(example.id)
                 continue
-            drawn = _fitting(example.instruction, face)
-            if drawn is None:
+            try:
+                drawn = draw_text(example.instruction, face)
+            except TooLongError:
                 left_out.append(example.id)
                 continue
             image = Path("images", f"{slug(example.id)}.png")

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -277,22 +276,7 @@ def prune_settings(method: str = "wanda", **fields: Any) -> PruneSettings:
 
 def all_settings() -> dict[str, type[PruneSettings]]:
     """The settings of every pruner, by name; without those of packages that are broken."""
-    found = {}
-    for name in PRUNERS.names():
-        with suppress(RegraftError):  # raised where somebody asks for this pruner
-            found[name] = PRUNERS.get(name).Settings
-    return found
-
-
-def refuse_broken(given: Any) -> None:
-    """Raise where settings name a pruner of a package that is broken.
-
-    Raises:
-        RegraftError: it cannot be imported, or is no pruner.
-    """
-    name = str(given.get("method")) if isinstance(given, Mapping) else ""
-    if name in PRUNERS:
-        PRUNERS.get(name)
+    return {name: PRUNERS.get(name).Settings for name in PRUNERS.working()}
 
 
 def described() -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from functools import reduce
-from operator import or_
-from typing import Annotated, Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-_BY_METHOD = "method "  # how the location of an error in a union of settings names the method
+from regraft.errors import RegraftError
+
+S = TypeVar("S", bound="Settings")
+_OURS = "regraft"  # the type of an error whose message is a whole one
+_NO_BLOCK = "settings are needed, each a name and a value"
 
 
 class Settings(BaseModel):
@@ -28,23 +31,50 @@ class Settings(BaseModel):
         fields = type(self).model_fields
         return next((one for one in names if getattr(self, one) != fields[one].default), None)
 
+    def narrowed(self, block: type[S]) -> S:
+        """These settings without those that another block does not have."""
+        return block(**self.model_dump(include=set(block.model_fields)))
 
-def by_method(choices: Mapping[str, type[Settings]], default: str) -> Any:
-    """The type of settings of one of several methods; those of the default need not name it."""
 
-    def tag(given: Any) -> str | None:
-        if isinstance(given, Settings):
-            return f"{_BY_METHOD}{getattr(given, 'method', None)}"
-        return f"{_BY_METHOD}{given.get('method', default)}" if isinstance(given, Mapping) else None
+def by_method(given: Any, find: Callable[[str], type[S]], default: str) -> S:
+    """The settings of one of several methods: of the one that they name, else of the default.
 
-    tagged = (Annotated[one, Tag(f"{_BY_METHOD}{name}")] for name, one in choices.items())
-    decides = Discriminator(
-        tag,
-        custom_error_type="no_such_method",
-        custom_error_message=f"there is no such method; expected {', '.join(choices)}",
+    Which methods there are is only known when one is asked for: packages may bring their own.
+
+    Args:
+        given: Settings by name.
+        find: The class of a method's settings. Raises RegraftError if there is no such method.
+        default: The method of settings that name none.
+
+    Raises:
+        ValidationError: there is no such method, it has no such setting, or a value is wrong.
+    """
+    if not isinstance(given, Mapping):
+        raise _error(_NO_BLOCK, given)
+    method = given.get("method", default)
+    try:
+        block = find(method if isinstance(method, str) else repr(method))
+    except RegraftError as error:
+        raise _error(str(error), method, "method") from error
+    whose = f" of method {method}" + ("" if "method" in given else " (no `method` is named)")
+    for name, value in given.items():
+        if name not in block.model_fields:
+            raise _error(_unknown(name, block.model_fields, whose), value, name)
+    return block.model_validate({**given, "method": method})
+
+
+def _error(message: str, given: Any, *where: str) -> ValidationError:
+    """An error in settings with a message of our own."""
+    # braces in a message would be taken for fields of its context
+    said = PydanticCustomError(_OURS, "{said}", {"said": message})
+    return ValidationError.from_exception_data(
+        "settings", [InitErrorDetails(type=said, loc=where, input=given)]
     )
-    union: Any = reduce(or_, tagged)
-    return Annotated[union, decides]
+
+
+def _unknown(name: str, known: Iterable[str], of: str = "") -> str:
+    near = get_close_matches(name, [one for one in known if one != name], 1)
+    return f"there is no such setting{of}" + (f"; is it {near[0]}?" if near else "")
 
 
 def checked_name(name: str, *taken: str) -> str:
@@ -81,31 +111,21 @@ def explain(error: ValidationError, *, flags: bool = False) -> str:
     """A pydantic error in one line a field, named as in a recipe or as a command line's flag."""
     lines = []
     for problem in error.errors():
-        loc = [str(part) for part in problem["loc"]]
-        method = next((part for part in loc if part.startswith(_BY_METHOD)), None)
-        where = ".".join(part for part in loc if part != method)
-        if problem["type"] == "no_such_method" and isinstance(problem["input"], Mapping):
-            where = f"{where}.method" if where else "method"
+        where = ".".join(map(str, problem["loc"]))
         if flags and where:
             where = f"--{where.replace('_', '-')}"
         message = problem["msg"].removeprefix("Value error, ")
-        given = f" (got {problem['input']!r})"
-        if problem["type"] in ("missing", "value_error"):
+        kind, given = problem["type"], f" (got {problem['input']!r})"
+        if kind in ("missing", "value_error", _OURS):
             given = ""
-        elif problem["type"] == "extra_forbidden":
+        elif kind == "extra_forbidden":
             names = _names_in(error.title, nested=len(problem["loc"]) > 1)
-            given_name = str(problem["loc"][-1])  # which may be a setting of another block
-            near = get_close_matches(given_name, [one for one in names if one != given_name], 1)
-            message = "there is no such setting" + (f" of {method}" if method else "")
-            message += f"; is it {near[0]}?" if near else ""
-            given = ""
-        elif problem["type"] == "tuple_type":
+            message, given = _unknown(str(problem["loc"][-1]), names), ""
+        elif kind == "tuple_type":
             message = "a list is needed, as in [0, 1]"
-        elif problem["type"] == "no_such_method" and isinstance(problem["input"], Mapping):
-            given = f" (got {problem['input'].get('method')!r})"
-        elif problem["type"] in ("model_type", "dict_type", "no_such_method"):
-            message = "settings are needed, each a name and a value"
-        elif problem["type"] in ("less_than", "less_than_equal") and _is_percent(problem):
+        elif kind in ("model_type", "dict_type"):
+            message = _NO_BLOCK
+        elif kind in ("less_than", "less_than_equal") and _is_percent(problem):
             message += f"; {problem['input']:g} % is {problem['input'] / 100:g}"
         lines.append(f"  {where}: {message}{given}" if where else f"  {message}{given}")
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from regraft.models.load import DTypeName, Placement
+from regraft.models.load import DTypeName, Placement, Source, pick_device, stored_dtype
 from regraft.settings.base import Settings
 
 
@@ -26,3 +26,9 @@ class ComputeSettings(Settings):
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the checkpoint."
     )
+
+    def dtype_of(self, source: Source) -> str:
+        """The dtype that a model will be loaded in, such as "bfloat16"."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if pick_device(self.device).type == "cpu" else stored_dtype(source)

@@ -13,13 +13,7 @@ from typing import Any
 from torch import nn
 
 from regraft import distributed
-from regraft.checks import (
-    draw_calibration,
-    draw_prompts,
-    order_calibration,
-    responses_are_given,
-    warn_of_bundled,
-)
+from regraft.checks import warn_of_bundled
 from regraft.data.collate import batches
 from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
@@ -32,6 +26,7 @@ from regraft.loading import load
 from regraft.models.load import Source
 from regraft.progress import Progress
 from regraft.provenance import describe, is_done, working
+from regraft.reading import draw_calibration, draw_prompts, order_calibration, responses_are_given
 from regraft.restoration.teacher import TOKEN_WEIGHTS
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings

@@ -10,12 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regraft import distributed
-from regraft.checks import (
-    check_direction_layer,
-    describe_data,
-    draw_calibration,
-    read_validation,
-)
+from regraft.checks import check_direction_layer
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Example, Reading
 from regraft.defence.artifact import (
@@ -37,6 +32,7 @@ from regraft.loading import collate, load
 from regraft.models.load import Source
 from regraft.progress import Advance, Progress, Silent
 from regraft.provenance import describe, is_done, working
+from regraft.reading import draw_calibration, read_validation
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
@@ -91,7 +87,7 @@ def defend(
     about["judge"] = judge.name
     if not is_done(out, out, about, lambda: load_defence(out).about):
         for role, reading in zip(("D^s", "D^u", "Validation"), data.values(), strict=False):
-            progress.note(describe_data(role, reading))
+            progress.note(reading.describe(role))
         with working(out, about) as work:
             model, processor = load(pruned, compute, progress, processor_from)
             vectors = _differences(pruned, model, processor, data, compute, progress)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from regraft import costs, distributed
-from regraft.checks import describe_data, warn_of_bundled
+from regraft.checks import warn_of_bundled
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.defence.artifact import (
@@ -119,7 +119,7 @@ def evaluate(
         with working(out, about) as work:
             for suite in suites if processor_from is None else ():  # a run says it once
                 warn_of_bundled(model, suite, progress.note)
-            progress.note(describe_data("Prompts", reading))
+            progress.note(reading.describe("Prompts"))
             prompts = asked(defence, examples)
             nlls: Mapping[str, Nll] = {}
             on_text: tuple[TextResult, Teacher] | None = None

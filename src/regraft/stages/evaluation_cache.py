@@ -7,13 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from regraft.checks import (
-    draw_calibration,
-    draw_prompts,
-    order_calibration,
-    read_suites,
-    responses_are_given,
-)
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.evaluation.generate import MEMO_BYTES, Answerer
@@ -22,6 +15,13 @@ from regraft.models.load import Source, has_processor
 from regraft.progress import Progress
 from regraft.provenance import ABOUT_FILE
 from regraft.pruning.prune import zeros
+from regraft.reading import (
+    draw_calibration,
+    draw_prompts,
+    order_calibration,
+    read_suites,
+    responses_are_given,
+)
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from regraft import distributed
-from regraft.checks import describe_data
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
 from regraft.files import require_space, size_of
@@ -58,7 +57,7 @@ def statistics(
     if not is_done(out, out, about, lambda: load_statistics(out).about):
         for role, reading in zip(("D^s", "D^u"), readings.values(), strict=True):
             check_shares(reading.examples, compute)
-            progress.note(describe_data(role, reading))
+            progress.note(reading.describe(role))
         with working(out, about) as work:
             pruner = PRUNERS.get(settings.score)
             gathered = _gather(dense, work, pruner, readings, compute, progress)

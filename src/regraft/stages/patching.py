@@ -9,13 +9,13 @@ from typing import Any
 
 from regraft import distributed
 from regraft.errors import RegraftError
-from regraft.files import file_digest, read_json
+from regraft.files import file_digest, read_json, to_json
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.checkpoint_copy import check_target
 from regraft.patch.apply import Operation, Plan, make_plan, write_plan
 from regraft.patch.format import Patch, load_patch
 from regraft.progress import Progress, Silent
-from regraft.provenance import ABOUT_FILE, describe, holds, is_done, to_json, working
+from regraft.provenance import ABOUT_FILE, describe, holds, is_done, working
 
 _ROLE = {"apply": "pruned", "revert": "realigned"}
 Description = Mapping[str, Any]

@@ -11,15 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from regraft import distributed
-from regraft.checks import (
-    check_pattern,
-    describe_data,
-    draw_calibration,
-    warn_of_bundled,
-)
+from regraft.checks import warn_of_bundled
 from regraft.data.collate import Batch
 from regraft.data.example import Example, Reading
-from regraft.files import require_space
+from regraft.files import require_space, to_json
 from regraft.loading import (
     check_shares,
     each_of_share,
@@ -31,10 +26,11 @@ from regraft.models.checkpoint_copy import check_target, write_edited
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
 from regraft.progress import Progress, Silent
-from regraft.provenance import ABOUT_FILE, describe, is_done, to_json, unfinished_bytes, working
+from regraft.provenance import ABOUT_FILE, describe, is_done, unfinished_bytes, working
 from regraft.pruning.base import PRUNERS, GradientPruner, PruneSettings
 from regraft.pruning.prune import edits_without_data, passes, prune_layers
 from regraft.pruning.results import LayerResults
+from regraft.reading import draw_calibration
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import beside, calibration_data
@@ -61,7 +57,7 @@ def prune(
         RegraftError: see `prune_layers`, `assign_patterns`, the data readers and `write_edited`.
     """
     progress = progress or Silent()
-    check_pattern(dense, settings)
+    settings.patterns(dense.architecture.linears)
     if distributed.first() and not (out / ABOUT_FILE).exists():
         check_target(dense.checkpoint, out)
     data = _data(dense, settings, calibration, compute, responses or beside(out), progress)
@@ -186,7 +182,7 @@ def _calibrate(
     examples = [example for reading in data.values() for example in reading.examples]
     check_shares(examples, compute)
     for role, reading in data.items():
-        progress.note(describe_data({"utility": "D^u", "safety": "D^s"}[role], reading))
+        progress.note(reading.describe({"utility": "D^u", "safety": "D^s"}[role]))
     model, processor = load_for_walk(dense, compute, progress)
     walk = LayerwisePass(model, _batches(processor, settings, examples, compute), again=False)
     needed = dense.checkpoint.bytes + spilled_bytes(dense, settings)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import distributed
-from regraft.checks import check_restorable, describe_data
+from regraft.checks import check_restorable
 from regraft.data.example import Reading
 from regraft.errors import RegraftError
 from regraft.files import file_digest
@@ -207,7 +207,7 @@ def _announce(progress: Progress, looked: Survey, answered: Mapping[str, Reading
         progress.note(looked.doubt)
     roles = ("Harmful prompts", "Harmless prompts")
     for role, reading in zip(roles, (answered or {}).values(), strict=False):
-        progress.note(describe_data(role, reading))
+        progress.note(reading.describe(role))
 
 
 def _remark(progress: Progress, out: Path, found: Ranking, count: int | None) -> None:

@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import distributed
-from regraft.checks import (
-    check_r_max,
-    describe_data,
-    draw_calibration,
-    warn_of_bundled,
-)
+from regraft.checks import check_r_max, warn_of_bundled
 from regraft.data.collate import prompt_batch
 from regraft.files import digest
 from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
@@ -22,6 +17,7 @@ from regraft.loading import collate, load
 from regraft.models.load import Source
 from regraft.progress import Progress, Silent
 from regraft.provenance import describe, is_done, working
+from regraft.reading import draw_calibration
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import HeadSettings
@@ -52,7 +48,7 @@ def heads(
     if not is_done(out, out, about, lambda: load_heads(out, dense.architecture).about):
         check_r_max(dense, settings, data)
         warn_of_bundled(dense, calibration.source, progress.note)
-        progress.note(describe_data("D^s", data))
+        progress.note(data.describe("D^s"))
         with working(out, about) as work:
             model, processor = load(dense, compute, progress)
             prompts = collate(processor, prompt_batch, data.examples, compute)

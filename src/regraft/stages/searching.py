@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from regraft import distributed
-from regraft.checks import seen_before
 from regraft.data.example import Reading
 from regraft.data.sources import DataSource, of_split
+from regraft.data.suites import seen_before
 from regraft.evaluation.tradeoff import (
     Bounds,
     Point,

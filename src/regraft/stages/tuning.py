@@ -14,13 +14,9 @@ from typing import Any
 import torch
 
 from regraft import distributed
-from regraft.checks import (
-    check_r_max,
-    check_restorable,
-    distinct,
-    draw_calibration,
-)
+from regraft.checks import check_r_max, check_restorable
 from regraft.data.example import Reading
+from regraft.data.suites import distinct
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import Tuned
 from regraft.files import disk_errors, require_empty, write_json
@@ -28,6 +24,7 @@ from regraft.models.load import Source, pick_device
 from regraft.patch.pair import check_pair, survey
 from regraft.progress import Progress, Silent
 from regraft.provenance import describe, holds
+from regraft.reading import draw_calibration
 from regraft.restoration.base import MethodSettings, needs_of
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 from regraft.data.example import Example, Reading
-from regraft.data.images import locate_images
 from regraft.data.readers import Dataset
-from regraft.data.rows import Row, json_file, require_examples
-from regraft.errors import RegraftError
+from regraft.data.rows import Row, checked, json_rows
 
 _META = Path("meta_file", "Harmless.json")
 _WHAT = "Ch3Ef is a folder with meta_file/Harmless.json and the images that it names."
@@ -25,41 +22,28 @@ def read_ch3ef(folder: Path) -> Reading:
     Raises:
         RegraftError: the file, a field or an image is missing or wrong.
     """
-    content = json_file(folder / _META, _WHAT)
-    items = content.get("items") if isinstance(content, dict) else None
-    if not isinstance(items, list):
-        raise RegraftError(f"{folder / _META}: expected an object with a list `items`.")
-    rows = [Row.of(f"{folder / _META}, item {i}", item) for i, item in enumerate(items, start=1)]
-    examples = tuple(
-        _example(i, row) for i, row in enumerate(rows, start=1) if len(_images(row)) <= 1
-    )
-    skipped = Counter({"several images": len(rows) - len(examples)})
-    reading = require_examples(Reading(str(folder), examples, dict(+skipped)))
-    return locate_images(reading, [folder])
+    rows = json_rows(folder / _META, _WHAT, "item", inside="items")
+    examples = tuple(_example(row) for row in rows if len(_images(row)) <= 1)
+    several = len(rows) - len(examples)
+    skipped = {"several images": several} if several else {}
+    return checked(Reading(str(folder), examples, skipped), folder)
 
 
-def _example(number: int, row: Row) -> Example:
-    options = row.values.get("options")
-    if not (isinstance(options, list) and options and all(isinstance(o, str) for o in options)):
-        raise row.wrong_type("options", "a list of answers, the reference first")
+def _example(row: Row) -> Example:
     name, images = row.values.get("id"), _images(row)
     return Example(
-        id=f"ch3ef-{number if name is None else name}",
+        id=f"ch3ef-{row.key if name is None else name}",
         instruction=row.text("query"),
         harmful=True,
         category=row.optional_text("source") or "uncategorised",
         image=Path(images[0]) if images else None,
-        response=options[0] or None,
+        response=row.texts("options", "a list of answers, the reference first")[0] or None,
     )
 
 
 def _images(row: Row) -> list[str]:
-    images = row.values.get("image")
-    if isinstance(images, str):
-        return [images]
-    if not (isinstance(images, list) and all(isinstance(one, str) for one in images)):
-        raise row.wrong_type("image", "a list of paths")
-    return images
+    image = row.values.get("image")
+    return [image] if isinstance(image, str) else row.texts("image", "a list of paths", least=0)
 
 
 PLUGIN = Dataset(lambda path, _split: read_ch3ef(path), only="harmful")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from regraft.data.example import Example, Reading
-from regraft.data.images import locate_images
 from regraft.data.readers import Dataset
-from regraft.data.rows import Row, json_file, require_examples
+from regraft.data.rows import Row, checked, json_rows
 from regraft.errors import RegraftError
 
 _ENDING = "\nAnswer the question using a single word or phrase."  # lmms-eval's
@@ -29,27 +28,16 @@ def read_docvqa(path: Path) -> Reading:
         if len(found) != 1:
             raise RegraftError(f"{path} holds {len(found)} files val*.json; name one. {_WHAT}")
         path = found[0]
-    content = json_file(path, _WHAT)
-    entries = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(entries, list):
-        raise RegraftError(f"{path}: expected an object with a list `data`.")
-    examples = tuple(
-        _example(Row.of(f"{path}, entry {number}", entry))
-        for number, entry in enumerate(entries, start=1)
-    )
-    roots = [path.parent, path.parent.parent]
-    return locate_images(require_examples(Reading(str(path), examples)), roots)
+    rows = json_rows(path, _WHAT, "entry", inside="data")
+    reading = Reading(str(path), tuple(map(_example, rows)))
+    return checked(reading, path.parent, path.parent.parent)
 
 
 def _example(row: Row) -> Example:
-    number, answers = row.values.get("questionId"), row.values.get("answers")
-    if not isinstance(number, int | str):
-        raise row.wrong_type("questionId", "a number")
-    if not (isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers)):
-        raise row.wrong_type("answers", "a list of texts (the test split has none)")
+    answers = row.texts("answers", "a list of texts (the test split has none)")
     kinds = row.values.get("question_types")
     return Example(
-        id=f"docvqa-{number}",
+        id=f"docvqa-{row.name('questionId')}",
         instruction=row.text("question") + _ENDING,
         harmful=False,
         category=str(kinds[0]) if isinstance(kinds, list) and kinds else "documents",

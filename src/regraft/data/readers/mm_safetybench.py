@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from regraft.data.example import Example, Reading
-from regraft.data.images import locate_images
 from regraft.data.readers import Dataset
-from regraft.data.rows import Row, json_file, require_examples
+from regraft.data.rows import checked, json_rows
 from regraft.errors import RegraftError
 
 Variant = Literal["SD", "SD_TYPO", "TYPO"]
@@ -42,25 +41,20 @@ def read_mm_safetybench(folder: Path, variant: Variant = "SD_TYPO") -> Reading:
     if not files:
         raise RegraftError(f"{folder}: there are no questions. {_WHAT}")
     examples = tuple(example for file in files for example in _scenario(file, variant))
-    reading = require_examples(Reading(f"{folder}, {variant}", examples))
-    return locate_images(reading, [base / "imgs", base / "images"])
+    return checked(Reading(f"{folder}, {variant}", examples), base / "imgs", base / "images")
 
 
 def _scenario(file: Path, variant: Variant) -> list[Example]:
-    questions = json_file(file, _WHAT)
-    if not isinstance(questions, dict):
-        raise RegraftError(f"{file}: expected an object of numbered questions.")
-    rows = {number: Row.of(f"{file}, question {number}", one) for number, one in questions.items()}
     return [
         Example(
-            id=f"{file.stem}-{number}-{variant}",
+            id=f"{file.stem}-{row.key}-{variant}",
             instruction=row.text(_QUESTIONS[variant]),
             harmful=True,
             category=file.stem,
-            image=Path(file.stem, variant, f"{number}.jpg"),
+            image=Path(file.stem, variant, f"{row.key}.jpg"),
             request=row.optional_text("Question") or None,
         )
-        for number, row in rows.items()
+        for row in json_rows(file, _WHAT, "question")
     ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from regraft.data.example import Example, Reading
 from regraft.data.readers import Dataset
-from regraft.data.rows import Row, csv_rows, require_examples
+from regraft.data.rows import Row, checked, csv_rows
 from regraft.data.storage import cached_file
 from regraft.errors import RegraftError
 
@@ -45,7 +45,7 @@ def read_mmbench(path: Path) -> Reading:
     cells = {row.text("index"): row.text("image") for row in rows}
     images: dict[str, Path] = {}
     examples = tuple(_example(row, cells, images) for row in rows)
-    return require_examples(_circular(Reading(str(path), examples)))
+    return checked(_circular(Reading(str(path), examples)))
 
 
 def _circular(reading: Reading) -> Reading:
@@ -53,9 +53,8 @@ def _circular(reading: Reading) -> Reading:
     copies = Counter(example.group for example in reading.examples)
     if all(count == 1 for count in copies.values()):
         return replace(reading, source=f"{reading.source} (no rotated copies: plain accuracy)")
-    kept = tuple(one for one in reading.examples if copies[one.group] >= len(one.choices))
-    left = len(reading.examples) - len(kept)
-    return replace(reading, examples=kept, skipped={"rotated copies missing": left} if left else {})
+    whole = (one for one in reading.examples if copies[one.group] >= len(one.choices))
+    return reading.keep(whole, "rotated copies missing")
 
 
 def _example(row: Row, cells: dict[str, str], images: dict[str, Path]) -> Example:

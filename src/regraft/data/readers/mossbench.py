@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from regraft.data.example import Example, Reading
-from regraft.data.images import locate_images
 from regraft.data.readers import Dataset
-from regraft.data.rows import Row, json_file, require_examples
-from regraft.errors import RegraftError
+from regraft.data.rows import Row, checked, json_rows
 
 _INFORMATION = Path("images_information", "information.json")
 _WHAT = (
@@ -28,23 +26,14 @@ def read_mossbench(folder: Path) -> Reading:
             without the questions, and some copies without all images.
     """
     base = folder if (folder / _INFORMATION).is_file() else folder / "data"
-    entries = json_file(base / _INFORMATION, _WHAT)
-    if not isinstance(entries, dict):
-        raise RegraftError(f"{base / _INFORMATION}: expected an object of entries by pid.")
-    examples = tuple(
-        _example(Row.of(f"{base / _INFORMATION}, entry {pid}", value))
-        for pid, value in entries.items()
-    )
-    return locate_images(require_examples(Reading(str(folder), examples)), [base])
+    rows = json_rows(base / _INFORMATION, _WHAT, "entry")
+    return checked(Reading(str(folder), tuple(map(_example, rows))), base)
 
 
 def _example(row: Row) -> Example:
-    pid = row.values.get("pid")
-    if not isinstance(pid, str | int):
-        raise row.wrong_type("pid", "a string or a number")
     about = Row.of(f"{row.where}, metadata", row.values.get("metadata"))
     return Example(
-        id=f"mossbench-{pid}",
+        id=f"mossbench-{row.name('pid')}",
         instruction=row.text("question"),
         harmful=False,
         category=about.text("over"),

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from regraft.data.example import Example, Reading
-from regraft.data.images import locate_images
 from regraft.data.readers import Dataset
-from regraft.data.rows import Row, csv_rows, require_examples
+from regraft.data.rows import Row, checked, csv_rows
 
 FIGSTEP_PROMPT = (
     "The image shows a list numbered 1, 2, and 3, but the items are empty. "
@@ -38,9 +37,8 @@ def read_safebench(folder: Path, *, part: Part = "all") -> Reading:
     rows = csv_rows(official if official.is_file() and not table.is_file() else table, _WHAT)
     kept = [row for row in rows if part in ("all", "tiny", _parity(row))]
     skipped = {f"task_id not {part}": len(rows) - len(kept)} if len(kept) < len(rows) else {}
-    examples = tuple(_example(row) for row in kept)
-    reading = require_examples(Reading(str(folder), examples, skipped))
-    return locate_images(reading, [folder / "images", folder / "images" / "SafeBench"])
+    reading = Reading(str(folder), tuple(map(_example, kept)), skipped)
+    return checked(reading, folder / "images", folder / "images" / "SafeBench")
 
 
 def _parity(row: Row) -> str:

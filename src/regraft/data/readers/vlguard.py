@@ -11,10 +11,9 @@ from typing import Literal, cast, get_args
 from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
 from regraft.data.readers import Dataset, Split
-from regraft.data.rows import Row, require_examples
+from regraft.data.rows import Row, checked, json_rows
 from regraft.data.storage import unpacked
 from regraft.errors import RegraftError
-from regraft.files import read_json
 
 UNSAFE_ON_SAFE = "safe image, unsafe instruction"
 SAFE_ON_SAFE = "safe image"
@@ -69,27 +68,16 @@ def parse_vlguard(path: Path, subset: Subset | None = None) -> Reading:
     Raises:
         RegraftError: the file or a field is missing or wrong.
     """
-    values = read_json(path)
-    if not isinstance(values, list):
-        raise RegraftError(f"{path}: expected VLGuard's list of images.")
-    parsed = [
-        example
-        for number, value in enumerate(values, start=1)
-        for example in _examples(Row.of(f"{path}, row {number}", value))
-    ]
-    wanted = [e for e in parsed if _is_of(subset, e)]
+    rows = json_rows(path, "VLGuard is the files train.json and test.json.", "row")
+    parsed = Reading(str(path), tuple(example for row in rows for example in _examples(row)))
+    wanted = parsed.keep(
+        (e for e in parsed.examples if _is_of(subset, e)),
+        UNSAFE_ON_SAFE if subset is None else f"not {subset}",
+    )
     distinct: dict[tuple[Path | None, str], Example] = {}
-    for example in wanted:
+    for example in wanted.examples:
         distinct.setdefault((example.image, example.instruction), example)
-    skipped = Counter(
-        {
-            UNSAFE_ON_SAFE if subset is None else f"not {subset}": len(parsed) - len(wanted),
-            "duplicate": len(wanted) - len(distinct),
-        }
-    )
-    return require_examples(
-        Reading(str(path), tuple(_with_unique_ids(distinct.values())), dict(+skipped))
-    )
+    return checked(wanted.keep(_with_unique_ids(distinct.values()), "duplicate"))
 
 
 def _is_of(subset: Subset | None, example: Example) -> bool:

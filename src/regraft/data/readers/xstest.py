@@ -6,7 +6,7 @@ from pathlib import Path
 
 from regraft.data.example import Example, Reading
 from regraft.data.readers import Dataset
-from regraft.data.rows import Row, csv_rows, require_end, require_examples
+from regraft.data.rows import Row, checked, csv_rows, require_end
 from regraft.errors import RegraftError
 
 
@@ -29,7 +29,7 @@ def read_xstest(path: Path) -> Reading:
             "answers are for `regraft judge bench`."
         )
     require_end(table, "xstest_prompts.csv")
-    return require_examples(Reading(str(table), tuple(map(_example, rows))))
+    return checked(Reading(str(table), tuple(map(_example, rows))))
 
 
 def _example(row: Row) -> Example:

@@ -1,0 +1,120 @@
+"""Data sets read for a model: calibration prompts, suites, prompts to choose on.
+
+Each function checks that the model can read every prompt, before long work starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from regraft.data.example import Example, Reading, draw, in_drawn_order
+from regraft.data.images import check_images
+from regraft.data.sources import DataSource, of_split, read
+from regraft.data.suites import join_suites
+from regraft.errors import RegraftError
+from regraft.models.load import Source
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.defending import DefenceSettings
+from regraft.settings.validation import validation_of
+
+
+def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
+    """Draw D^s or D^u and check that this model can read it.
+
+    Rows need a response unless the dense model is to write them. Those of the data set are what
+    the examples hold; a stage that learns from responses takes `stages.calibration_data`.
+
+    Raises:
+        RegraftError: see the data readers and `draw`; an image is unreadable, or there are images
+            and the model reads text only.
+    """
+    answered = responses_are_given(calibration, harmful=harmful)
+    return _taken(draw, source, calibration, harmful=harmful, answered=answered)
+
+
+def draw_prompts(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
+    """Draw prompts of one kind by the same seed, whether they have a response or not.
+
+    What they have of one is left out.
+
+    Raises:
+        RegraftError: see `draw_calibration`.
+    """
+    reading = _taken(draw, source, calibration, harmful=harmful, answered=False)
+    bare = tuple(replace(one, response=None) for one in reading.examples)
+    return replace(reading, examples=bare)
+
+
+def order_calibration(
+    source: Source, calibration: CalibrationSettings, *, harmful: bool
+) -> Reading:
+    """All prompts of one kind in the order in which they are drawn, as `draw_calibration`."""
+    answered = responses_are_given(calibration, harmful=harmful)
+    return _taken(in_drawn_order, source, calibration, harmful=harmful, answered=answered)
+
+
+def _taken(
+    take: Callable[..., Reading],
+    source: Source,
+    calibration: CalibrationSettings,
+    *,
+    harmful: bool,
+    answered: bool,
+) -> Reading:
+    """What `draw` or `in_drawn_order` takes of the calibration data."""
+    whole = read(of_split(calibration.source, "train"))
+    samples, seed = calibration.samples, calibration.seed
+    reading = take(whole, harmful=harmful, samples=samples, seed=seed, answered=answered)
+    return _readable(source, reading)
+
+
+def responses_are_given(calibration: CalibrationSettings, *, harmful: bool) -> bool:
+    """Whether the data set's responses to a kind are learned from, not the dense model's own."""
+    if calibration.responses != "auto":
+        return calibration.responses == "given"
+    whole = read(of_split(calibration.source, "train")).of_kind(harmful=harmful)
+    return any(one.response and one.response.strip() for one in whole.examples)
+
+
+def read_suites(source: Source, suites: Sequence[DataSource], limit: int | None) -> Reading:
+    """Read what is to be evaluated, see `join_suites`.
+
+    Raises:
+        RegraftError: as `draw_calibration`; there is nothing to evaluate.
+    """
+    joined = join_suites(suites, limit)
+    if not joined.examples:
+        raise RegraftError(f"{joined.source}: there are no examples to evaluate.")
+    return _readable(source, joined)
+
+
+def read_validation(source: Source, settings: DefenceSettings) -> Reading:
+    """Read the prompts on which a refusal direction's layer and strength are chosen.
+
+    Raises:
+        RegraftError: as `draw_calibration`; a kind is missing.
+    """
+    reading = read(of_split(validation_of(settings), "train"))
+    kept: list[Example] = []
+    for harmful, kind in ((True, "harmful"), (False, "harmless")):
+        found = reading.of_kind(harmful=harmful).examples
+        if not found:
+            raise RegraftError(
+                f"{reading.source}: no {kind} examples; choosing layer and strength of a refusal "
+                "direction needs both kinds. Name another --validation, or give --layer and "
+                "--strength."
+            )
+        kept += found[: settings.validation_limit]
+    return _readable(source, reading.keep(kept, "beyond the limit"))
+
+
+def _readable(source: Source, reading: Reading) -> Reading:
+    check_images(reading)
+    with_image = next((one for one in reading.examples if one.image is not None), None)
+    if with_image is not None and not source.architecture.has_vision:
+        raise RegraftError(
+            f"{reading.source}: example {with_image.id!r} has an image, but {source.folder} reads "
+            "text only. Use a vision-language model, or examples without images."
+        )
+    return reading
