@@ -250,8 +250,6 @@ class Restoration(Setup):
         out = paths.statistics(score)
 
         def check() -> PromptUse:
-            if by_gradients:
-                check_gradients(self.dense, self.compute, f"Importance by {score}")
             return PromptUse(learnt=self.learnt_from([True, False]))
 
         def states() -> int:  # of one kind after the other
@@ -283,8 +281,9 @@ class Restoration(Setup):
             check_budget(self.dense, settings)
             if needs.positions is not None and paths.given.positions is None:
                 load_ranking(Path(needs.positions))
-            if needs.answers:
+            if needs.answers or (needs.gradients and paths.given.statistics is None):
                 check_gradients(self.dense, self.compute, f"Realigning by {settings.method}")
+            if needs.answers:
                 check_split(self.compute.device, self.compute.placement)
             prompts = self.imitated() if needs.answers else {}
             method.check(settings, self.dense, self.calibration.seed, self.compute, prompts)
