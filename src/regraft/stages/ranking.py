@@ -60,8 +60,8 @@ def write_ranking(
     Raises:
         RegraftError: an input is missing or does not fit, or the budget is less than one weight.
     """
-    dense, inputs, method = setup.dense, inputs or Inputs(), method_of(settings)
-    wanted, needs = settings.ranking(), needs_of(settings)
+    dense, inputs, seed = setup.dense, inputs or Inputs(), setup.calibration.seed
+    method, wanted, needs = method_of(settings), settings.ranking(), needs_of(settings)
     check_pair(dense, pruned)
     digests, loaded = read_inputs(dense, pruned, settings, needs, inputs)
     looked = setup.cache.survey(dense, pruned)
@@ -69,27 +69,17 @@ def write_ranking(
     answered: dict[str, Reading] | None = None
     if needs.answers:
         answered = imitation_data(setup, inputs.responses or beside(out))
-        method.check(settings, dense, setup.calibration.seed, setup.compute, answered)
+        method.check(settings, dense, seed, setup.compute, answered)
     pair = {"dense": dense.checkpoint.fingerprint, "pruned": pruned.checkpoint.fingerprint}
     compute = setup.compute if answered else None
     about = describe("rank", {**pair, **digests}, wanted, compute, answered)
-    about |= {"algorithm": method.algorithm, "seed": setup.calibration.seed, **taken(looked)}
+    about |= {"algorithm": method.algorithm, "seed": seed, **taken(looked)}
     if not is_done(out, out, about, lambda: load_ranking(out).about):
         _announce(setup.progress, looked, answered)
         count = wanted.how_many(looked.restorable)
         with working(out, about) as work:
-            context = Context(
-                dense,
-                pruned,
-                looked,
-                count,
-                setup.calibration.seed,
-                setup.compute,
-                setup.progress,
-                work,
-                answered=answered,
-                **loaded,
-            )
+            common = seed, setup.compute, setup.progress, work
+            context = Context(dense, pruned, looked, count, *common, answered=answered, **loaded)
             found = method.rank(wanted, context)
             _remark(setup.progress, out, found, count)
             if distributed.first():

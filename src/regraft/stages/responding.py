@@ -31,10 +31,9 @@ def respond(
 
     Which answers are kept is that of `calibration_data` with the dense model's responses: refusals
     of harmful prompts, and what refuses nothing of harmless ones. All answers are in the folder
-    `OUT.responses`, where finished ones survive a kill.
-
-    A line has `id`, `instruction`, `response`, `harmful`, `category` and, where there is one,
-    `image`, relative to the file; they are in the order of the data.
+    `OUT.responses`, where finished ones survive a kill. A line has `id`, `instruction`, `response`,
+    `harmful`, `category` and, where there is one, `image`, relative to the file; lines are in the
+    order of the data.
 
     Args:
         dense: The dense checkpoint.
@@ -52,18 +51,15 @@ def respond(
             `calibration_data`.
     """
     prompts = read(of_split(data, "train"))
-    for example in prompts.examples:
-        _image(example, out)
-    if out.exists() and not beside(out).exists():
-        raise _other(out)
+    _check_output(out, prompts)
     answered: dict[str, Example] = {}
     skipped = Counter(prompts.skipped)
-    for harmful in (True, False):
-        if not (count := sum(one.harmful == harmful for one in prompts.examples)):
-            continue
-        settings = CalibrationSettings(
-            data=data, samples=count, responses="self", max_response_tokens=max_response_tokens
-        )
+    wanted = CalibrationSettings(
+        data=data, responses="self", max_response_tokens=max_response_tokens
+    )
+    counts = Counter(one.harmful for one in prompts.examples)
+    for harmful, count in sorted(counts.items(), reverse=True):  # harmful ones first
+        settings = wanted.model_copy(update={"samples": count})
         setup = Setup(dense, settings, compute, progress or Silent())
         reading = calibration_data(setup, beside(out), harmful=harmful)
         answered |= {one.id: one for one in reading.examples}
@@ -73,6 +69,14 @@ def respond(
     if distributed.first():
         _write(out, "".join(_line(example, out) for example in kept))
     return Reading(f"{prompts.source}, answered by {dense.folder}", kept, dict(skipped))
+
+
+def _check_output(out: Path, prompts: Reading) -> None:
+    """Find before long work that the file could not be written."""
+    for example in prompts.examples:
+        _image(example, out)
+    if out.exists() and not beside(out).exists():
+        raise _other(out)
 
 
 def _line(example: Example, out: Path) -> str:
