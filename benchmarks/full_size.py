@@ -47,7 +47,7 @@ def realign(
     """Rank on the CPU and write the patch, from the head scores and statistics in `folder`."""
     inputs = stages.Inputs(folder / "heads", folder / "statistics")
     ranking, compute = folder / "ranking", ComputeSettings(device="cpu")
-    stages.rank(dense, pruned, ranking, settings, data, inputs, compute)
+    stages.write_ranking(stages.Setup(dense, data, compute), pruned, ranking, settings, inputs)
     stages.realign(dense, pruned, folder / "patch", settings, ranking)
 
 
@@ -126,7 +126,9 @@ def main() -> None:
         )
         measure(
             "statistics",
-            lambda: stages.statistics(dense, folder / "statistics", calibration, compute),
+            lambda: stages.statistics(
+                stages.Setup(dense, calibration, compute), folder / "statistics"
+            ),
         )
         measure(
             "realign (HSR, on the CPU)",

@@ -118,9 +118,9 @@ def measured(
 
     responses = work / "pruned.responses"
     learnt = stages.calibration_data(
-        source, calibration, compute, responses, Silent(), harmful=False
+        stages.Setup(source, calibration, compute), responses, harmful=False
     ).examples
-    found = imitation_data(source, calibration, compute, responses, Silent())
+    found = imitation_data(stages.Setup(source, calibration, compute), responses)
     imitated: list[Sequence[Example]] = [one.examples for one in found.values()]
     prompts = draw_calibration(source, calibration, harmful=True).examples
     said = {answer.id: answer.answer or "." for answer in result.answers}

@@ -29,10 +29,8 @@ def main(root: Path, out: Path) -> None:
     calibration = CalibrationSettings(data=data, samples=4)
     for name in METHODS:
         stages.statistics(
-            dense,
+            stages.Setup(dense, calibration, COMPUTE),
             out / f"statistics-{name}",
-            calibration,
-            COMPUTE,
             StatisticsSettings(score=name),
         )
         settings = prune_settings(method=name, scope="row")
@@ -48,7 +46,7 @@ def main(root: Path, out: Path) -> None:
         COMPUTE,
     )
     gain = method(method="gain", count=40)
-    stages.rank(dense, pruned, out / "ranking", gain, calibration, compute=COMPUTE)
+    stages.write_ranking(stages.Setup(dense, calibration, COMPUTE), pruned, out / "ranking", gain)
     stages.apply(pruned.folder, out / "patch", out / "realigned")
     stages.evaluate(dense, out / "answers", [data], EvalSettings(max_new_tokens=4), COMPUTE)
     (out / f"world-{distributed.rank()}").write_text(str(distributed.world()))

@@ -7,6 +7,7 @@ server itself computes nothing: a process that has used torch's threads must not
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -89,8 +90,11 @@ def _serve() -> None:
     import torch
     import transformers
 
-    from regraft import pipeline  # noqa: F401 - so that no fork has to
+    from regraft import costs, pipeline  # noqa: F401 - so that no fork has to
     from regraft.report import rate_figures, weight_figures
+
+    # else a busy machine writes the costs of more stages, and no two runs change as many files
+    costs._WORTH_TELLING = costs._BETWEEN_WRITES = math.inf
 
     torch.set_num_threads(1)
     names = ("AutoProcessor", "AutoModelForImageTextToText", "AutoModelForCausalLM")

@@ -8,11 +8,10 @@ from typing import Any
 from regraft import stages
 from regraft.models.load import Source
 from regraft.patch.format import Patch
-from regraft.progress import Progress
+from regraft.progress import Progress, Silent
 from regraft.recipe_parts import VariantSettings, variant
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
 
 
 def method(method: str = "hsr", **given: Any) -> MethodSettings:
@@ -37,6 +36,6 @@ def restored(
 ) -> Patch:
     """The patch `out` of a method that reads no prompts; its ranking lies beside it."""
     ranking, inputs = out.with_name(f"{out.name}.ranking"), stages.Inputs(heads, statistics)
-    data = CalibrationSettings()
-    stages.rank(dense, pruned, ranking, settings, data, inputs, compute, progress)
+    setup = stages.Setup(dense, compute=compute or ComputeSettings(), progress=progress or Silent())
+    stages.write_ranking(setup, pruned, ranking, settings, inputs)
     return stages.realign(dense, pruned, out, settings, ranking)

@@ -95,7 +95,7 @@ def gathered(pico_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     dense, data = open_source(pico_dir("llava")), write_data(root / "data", 4)
     calibration = CalibrationSettings(data=DataSource.model_validate(str(data)), samples=2)
     compute = ComputeSettings(device="cpu", batch_size=2)
-    stages.statistics(dense, root / "statistics.safetensors", calibration, compute)
+    stages.statistics(stages.Setup(dense, calibration, compute), root / "statistics.safetensors")
     return dense, root / "statistics.safetensors"
 
 

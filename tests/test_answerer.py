@@ -421,7 +421,7 @@ def models_on_disk(tmp_path: Path) -> dict[str, Any]:
     calibration = CalibrationSettings(data=data, samples=3)
     prune = prune_settings(sparsity=0.6)
     pruned = stages.prune(dense, tmp_path / "pruned", prune, calibration, COMPUTE)
-    stages.statistics(dense, tmp_path / "statistics", calibration, COMPUTE)
+    stages.statistics(stages.Setup(dense, calibration, COMPUTE), tmp_path / "statistics")
     settings = method(heads="all", q=0.9)
     patch = tmp_path / "patch"
     restored(dense, pruned, patch, settings, None, tmp_path / "statistics", COMPUTE)

@@ -23,7 +23,6 @@ from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE, KeywordJudge
 from regraft.files import read_json
 from regraft.models.load import Source, open_source
-from regraft.progress import Silent
 from regraft.pruning.base import prune_settings
 from regraft.pruning.statistics import load_statistics
 from regraft.recipe import Recipe
@@ -68,7 +67,9 @@ class Says:
 def _ask(source: Source, data: DataSource, folder: Path, **fields: Any) -> Reading:
     harmful = fields.pop("harmful", True)
     calibration = CalibrationSettings(data=data, responses="self", **fields)
-    return stages.calibration_data(source, calibration, COMPUTE, folder, Silent(), harmful=harmful)
+    return stages.calibration_data(
+        stages.Setup(source, calibration, COMPUTE), folder, harmful=harmful
+    )
 
 
 @pytest.mark.parametrize("harmful", [True, False])
@@ -233,7 +234,7 @@ def test_prune_and_statistics_learn_from_them(
     with pytest.raises(RegraftError, match="no harmless examples with a response"):
         stages.prune(source, tmp_path / "pruned", both, given, COMPUTE)
     stages.prune(source, tmp_path / "pruned", both, own, COMPUTE)
-    stages.statistics(source, tmp_path / "statistics", own, COMPUTE)
+    stages.statistics(stages.Setup(source, own, COMPUTE), tmp_path / "statistics")
     made = ("pruned", "statistics")
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"data", *made, *(f"{name}.responses" for name in made)}
@@ -247,7 +248,7 @@ def test_prune_and_statistics_learn_from_them(
     assert {one.response for one in kept if not one.harmful} == {YES}
     path = write_jsonl(tmp_path / "data" / "written.jsonl", kept)
     written = given.model_copy(update={"data": DataSource(name="jsonl", path=path)})
-    stages.statistics(source, tmp_path / "expected", written, COMPUTE)
+    stages.statistics(stages.Setup(source, written, COMPUTE), tmp_path / "expected")
     found, expected = (load_statistics(tmp_path / name) for name in ("statistics", "expected"))
     for role in ("safety", "utility"):
         a, b = getattr(found, role), getattr(expected, role)
@@ -332,13 +333,15 @@ def test_the_bundled_model_really_refuses(tmp_path: Path) -> None:
     )
     for harmful in (True, False):
         found = stages.calibration_data(
-            source, calibration, compute, tmp_path, Silent(), harmful=harmful
+            stages.Setup(source, calibration, compute), tmp_path, harmful=harmful
         )
         assert len(found.examples) == 6
         for one in found.examples:
             assert one.response
             assert judge.refuses(one.response) == one.harmful == harmful
-    stages.statistics(source, tmp_path / "statistics", calibration, compute, responses=tmp_path)
+    stages.statistics(
+        stages.Setup(source, calibration, compute), tmp_path / "statistics", responses=tmp_path
+    )
     assert load_statistics(tmp_path / "statistics").about["data"]["safety"]["used"] == 6
 
 
@@ -370,7 +373,7 @@ def test_respond_writes_a_data_set(
         replace(one, image=None) for one in expected
     ]
     given = CalibrationSettings(data=DataSource(name="jsonl", path=out))
-    drawn = stages.calibration_data(source, given, COMPUTE, tmp_path, Silent(), harmful=True)
+    drawn = stages.calibration_data(stages.Setup(source, given, COMPUTE), tmp_path, harmful=True)
     itself = _ask(source, data, answering.beside(out), samples=7, max_response_tokens=16)
     assert {one.id for one in drawn.examples} == {one.id for one in itself.examples}
 
@@ -418,7 +421,7 @@ def test_respond_by_command(
 
 def _imitated(source: Source, data: DataSource, folder: Path) -> dict[str, Reading]:
     calibration = CalibrationSettings(data=data, samples=5)
-    return stages.imitation_data(source, calibration, COMPUTE, folder, Silent())
+    return stages.imitation_data(stages.Setup(source, calibration, COMPUTE), folder)
 
 
 def test_all_answers_but_empty_ones_are_imitated(

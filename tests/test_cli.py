@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import pico
 from disk import rewrite, shards, tree, write_data
 from methods import method, restored
-from regraft import preflight, stages
+from regraft import pipeline, stages
 from regraft.checks import _made_from_demo, check_heads
 from regraft.cli import COMMANDS, main
 from regraft.data.collate import prompt_batch
@@ -34,11 +34,11 @@ from regraft.errors import RegraftError
 from regraft.files import write_json
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import load_processor, open_source
-from regraft.preflight import bytes_needed
 from regraft.provenance import ABOUT_FILE
 from regraft.pruning.base import prune_settings
 from regraft.pruning.pruners.wanda import Wanda
 from regraft.recipe_file import read_recipe
+from regraft.recipe_parts import pruning_settings
 from regraft.restoration.base import METHODS, needs_of
 from regraft.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
@@ -1015,13 +1015,14 @@ def test_space_of_a_run_is_what_is_there_at_once(
     out = world.root / "run"
 
     def needed(**fields: Any) -> tuple[int, int]:
-        return bytes_needed(read_recipe(world.recipe(**fields)), dense, out)
+        planned = pipeline.check(read_recipe(world.recipe(**fields)), out)
+        return planned.kept, planned.most
 
     alone = {"prune": sparse, "realign": []}
     assert needed(**alone) == (size, size + spilled)
     assert needed(prune=sparse) == (2 * size, 2 * size)
     two = [{**sparse, "name": "a"}, {**sparse, "name": "b", "realign": False}]
-    assert needed(prune=two) == (3 * size, 3 * size + spilled)
+    assert needed(prune=two) == (3 * size, 3 * size), "both are pruned before one is realigned"
     work = out / ".pruned.regraft-work" / "key"
     work.mkdir(parents=True)
     (work / "layer").write_bytes(bytes(1000))
@@ -1040,7 +1041,6 @@ def test_what_a_backward_pass_keeps_needs_space_too(
     gain = {"realign": [{"method": "gain", "budget": 50, "checkpoint": False}]}
     fields = gain | {"calibration": {"data": str(world.data), "samples": 2}}
     made = read_recipe(world.recipe(**fields))
-    kept, most = bytes_needed(made, dense, world.root / "run")
     processor, cache = load_processor(dense), stages.EvaluationCache()
     tokens = [
         prompt_batch(processor, [one]).inputs["input_ids"].numel()
@@ -1048,9 +1048,12 @@ def test_what_a_backward_pass_keeps_needs_space_too(
         for one in cache.drawn(dense, made.calibration, harmful=harmful).examples
     ]
     states = 4 * sum(tokens) * len(dense.architecture.layers) * dense.architecture.hidden_size
-    assert kept + states > most + 10_000
+    planned = pipeline.check(made, world.root / "run")
+    size = dense.checkpoint.bytes
+    assert planned.kept == size
+    assert abs(planned.most - size - states) < 10_000 < states
     usage = shutil.disk_usage(world.root)
-    for free in (most, kept + states - 10_000):
+    for free in (size, size + states - 10_000):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, n=free: usage._replace(free=n))
         has(refused("run", world.recipe(**fields), "--out", "run"), "disk is too full")
         assert not (world.root / "run").exists()
@@ -1058,11 +1061,18 @@ def test_what_a_backward_pass_keeps_needs_space_too(
 
 def test_what_needs_no_backward_pass_needs_no_space_for_one(world: World) -> None:
     """Nor what is done, and of a data set only the kinds that are learnt from."""
-    dense, cache = open_source(world.model), stages.EvaluationCache()
     place = RunDir(world.root / "run")
 
     def needed(**fields: Any) -> int:
-        return preflight._state_bytes(read_recipe(world.recipe(**fields)), dense, place, cache)
+        """Beside the checkpoints, and what pruning keeps of finished layers."""
+        steps = pipeline.check(read_recipe(world.recipe(**fields)), place.path).steps
+        pruner = pruning_settings(**fields.get("prune", {}))
+        spilled = stages.spilled_bytes(open_source(world.model), pruner)
+        return max(
+            step.bytes_beside() - spilled * (step.stage == "prune")
+            for step in steps
+            if not step.done
+        )
 
     lines = world.data.read_text().splitlines(keepends=True)
     harmless = world.data.with_name("harmless.jsonl")

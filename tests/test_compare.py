@@ -19,7 +19,7 @@ from rich.console import Console
 
 import pico
 from disk import write_data
-from regraft import cli, comparing, stages, study
+from regraft import cli, comparing, runs, stages
 from regraft.bundle import write_bundle
 from regraft.bundle_check import read_bundle
 from regraft.console import show_study
@@ -571,7 +571,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "compute": {"device": "cpu", "batch_size": 6},
     }
     (root / "recipe.yaml").write_text(write_recipe(Recipe.model_validate(content)))
-    study.run(read_recipe(root / "recipe.yaml"), root / "run")
+    runs.run(read_recipe(root / "recipe.yaml"), root / "run")
     return root
 
 
@@ -608,18 +608,18 @@ def test_the_dense_model_answers_once(world: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(stages, "evaluate", watched)
     recipe = read_recipe(world / "recipe.yaml")
-    again = study.run(recipe, world / "run")
+    again = runs.run(recipe, world / "run")
     assert done == [], "a finished stage was repeated"
     shutil.copytree(world / "run", world / "half")
     shutil.rmtree(world / "half" / "seed-3")
     shutil.rmtree(world / "half" / "report")
-    with pytest.raises(RegraftError, match="not finished: seed 3 has not been run"):
-        study.report(world / "half")
-    assert study.run(recipe, world / "half").tables == again.tables
+    with pytest.raises(RegraftError, match="not finished: seed-3 has not been run"):
+        runs.report(world / "half")
+    assert runs.run(recipe, world / "half").tables == again.tables
     assert len(done) == 2 * (1 + 3)
     other = recipe.model_copy(update={"against": ("hsr",)})
-    assert study.run(other, world / "half").against == ("hsr",), "tests of finished runs"
-    assert study.report(world / "half").against == ("hsr",)
+    assert runs.run(other, world / "half").against == ("hsr",), "tests of finished runs"
+    assert runs.report(world / "half").against == ("hsr",)
     assert len(done) == 2 * (1 + 3)
     assert not [path for path in done if path.name == "dense"]
     dense = [world / "half" / f"seed-{seed}" / "evaluation" / "dense" for seed in (0, 3)]
@@ -777,7 +777,7 @@ def test_a_study_with_bad_input_writes_nothing(world: Path, tmp_path: Path) -> N
     recipe = read_recipe(world / "recipe.yaml")
     settings = recipe.compute.model_copy(update={"device": "nonsense"})
     with pytest.raises(RegraftError):
-        study.run(recipe.model_copy(update={"compute": settings}), tmp_path / "run")
+        runs.run(recipe.model_copy(update={"compute": settings}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(RegraftError, match="another recipe"):
-        study.run(recipe.model_copy(update={"title": "another"}), world / "run")
+        runs.run(recipe.model_copy(update={"title": "another"}), world / "run")

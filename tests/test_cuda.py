@@ -133,18 +133,20 @@ def test_gain(
     settings = method(method="gain")
     chosen = {}
     for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
-        found = stages.rank(
-            dense,
+        found = stages.write_ranking(
+            stages.Setup(
+                dense,
+                calibration,
+                ComputeSettings(
+                    device=device,
+                    dtype=dtype,  # type: ignore[arg-type]
+                    batch_size=2,
+                    placement=placement,
+                ),
+            ),
             pruned,
             tmp_path / f"{device}-{dtype}.safetensors",
             settings,
-            calibration,
-            compute=ComputeSettings(
-                device=device,
-                dtype=dtype,  # type: ignore[arg-type]
-                batch_size=2,
-                placement=placement,
-            ),
         )
         chosen[device, dtype] = found
     exact, again = chosen["cpu", "float32"], chosen["cuda", "float32"]

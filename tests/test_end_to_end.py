@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import pico
 from disk import differing, equal_bytes, shards, tree, write_data
 from methods import method, restored
-from regraft import pipeline, stages
+from regraft import pipeline, runs, stages
 from regraft.costs import read_costs
 from regraft.data.collate import prompt_batch
 from regraft.data.sources import DataSource
@@ -144,7 +144,7 @@ def test_pruned_by_someone_else(tmp_path: Path, paper_family: str, dtype: torch.
     calibration = CalibrationSettings(data=data, samples=4)
     compute = ComputeSettings(device="cpu", batch_size=2)
     stages.heads(dense, tmp_path / "heads", HeadSettings(r_max=2), calibration, compute)
-    stages.statistics(dense, tmp_path / "statistics", calibration, compute)
+    stages.statistics(stages.Setup(dense, calibration, compute), tmp_path / "statistics")
     settings = method(top_heads=6, q=0.9, p=0.4, p_max=0.9)
     files = tmp_path / "heads", tmp_path / "statistics"
     patch = restored(dense, pruned, tmp_path / "patch", settings, *files, compute)
@@ -281,7 +281,7 @@ def test_several_prunings_go_on_where_they_stopped(several: Path, tmp_path: Path
         with pytest.raises(StoppedError):
             pipeline.run(recipe, tmp_path / "run", Stopping(text))
         with pytest.raises(RegraftError, match=f"is not finished: {missing} has not"):
-            pipeline.report(tmp_path / "run")
+            runs.report(tmp_path / "run")
     done = tmp_path / "run" / "pruned" / "wanda-50" / "regraft.json"
     before = done.stat().st_mtime_ns
     pipeline.run(recipe, tmp_path / "run")
@@ -295,7 +295,7 @@ def _tree_but_costs(run: Path) -> dict[str, str]:
         copy = shutil.copytree(run, Path(folder) / "run")
         assert read_costs(copy / "costs.json")
         (copy / "costs.json").unlink()
-        pipeline.report(copy)
+        runs.report(copy)
         return tree(copy)
 
 

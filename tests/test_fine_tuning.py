@@ -15,7 +15,7 @@ import pico
 import truth
 from disk import differing, write_data
 from methods import method
-from regraft import pipeline, stages
+from regraft import pipeline, runs, stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.files import file_digest
@@ -50,14 +50,18 @@ def tuned(root: Path, out: Path, ranking: Path | None = None, **settings: Any) -
     given = {"passes": 2, "learning_rate": 0.02, "count": 60} | settings
     how, there = method("fine-tune", **given), out.with_name(f"{out.name}.ranking")
     inputs = stages.Inputs(positions=ranking)
-    stages.rank(dense, pruned, there, how, calibration(root), inputs, COMPUTE)
+    stages.write_ranking(
+        stages.Setup(dense, calibration(root), COMPUTE), pruned, there, how, inputs
+    )
     return stages.realign(dense, pruned, out, how, there)
 
 
 def ranked(root: Path, out: Path, count: int = 60) -> Ranking:
     dense, pruned = open_source(root / "dense"), open_source(root / "pruned")
     settings = method(method="random", count=count)
-    return stages.rank(dense, pruned, out, settings, calibration(root), compute=COMPUTE)
+    return stages.write_ranking(
+        stages.Setup(dense, calibration(root), COMPUTE), pruned, out, settings
+    )
 
 
 def places(patch: Patch) -> set[tuple[str, int]]:
@@ -150,14 +154,12 @@ def test_rankings_that_cannot_be_trained_at(root: Path, tmp_path: Path) -> None:
     dense = open_source(root / "dense")
     truth.pruned_at_random(dense, tmp_path / "other", 0.3)
     with pytest.raises(RegraftError, match="another pruned checkpoint than"):
-        stages.rank(
-            dense,
+        stages.write_ranking(
+            stages.Setup(dense, calibration(root), COMPUTE),
             open_source(tmp_path / "other"),
             tmp_path / "patch.ranking",
             method("fine-tune", positions="ranking"),
-            calibration(root),
             stages.Inputs(positions=tmp_path / "ranking"),
-            COMPUTE,
         )
     assert not list(tmp_path.glob("patch*"))
 
@@ -246,7 +248,7 @@ def run(root: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_run_says_that_values_are_trained(run: Path) -> None:
-    read = pipeline.report(run).runs[0]
+    read = runs.report(run).runs[0]
     labels = {one.name: one for one in read.variants}
     assert labels["there"].label == "there (fine-tuned, positions of drawn: trained values)"
     assert labels["anywhere"].label == "anywhere (fine-tuned, random positions: trained values)"

@@ -78,7 +78,9 @@ class Bench:
         self, out: Path, settings: MethodSettings = GAIN, way: str = "half", **changes: Any
     ) -> Ranking:
         given = {"calibration": self.calibration, "compute": COMPUTE} | changes
-        return stages.rank(self.dense, self.pruned(way), out, settings, **given)
+        return stages.write_ranking(
+            stages.Setup(self.dense, **given), self.pruned(way), out, settings
+        )
 
     def losses(self, ranking: Ranking, *, held_out: bool, way: str = "half") -> Losses:
         """Mean divergence from the dense model at the start of answers, by whole forwards."""
@@ -87,7 +89,7 @@ class Bench:
         patch = patch_of(ranking, self.dense, pruned) if len(ranking) else None
         means = []
         answers = self.root.with_name(f"{self.root.name}-answers")
-        answered = imitation_data(self.dense, self.calibration, COMPUTE, answers, Silent())
+        answered = imitation_data(stages.Setup(self.dense, self.calibration, COMPUTE), answers)
         for reading in answered.values():
             own = hold_out(reading.examples, gaining.HELD_OUT, self.calibration.seed)[held_out]
             with patched(model, pruned.architecture, patch) if patch else nullcontext():

@@ -23,7 +23,6 @@ from regraft.progress import Silent
 from regraft.pruning.masks import Pattern
 from regraft.pruning.pruners.sparsegpt import PLUGIN as SPARSEGPT
 from regraft.pruning.pruners.sparsegpt import inverse_factor, sparsegpt_prune
-from regraft.settings.data import CalibrationSettings
 
 DOUBT = "The pruned model's kept weights are not the dense model's"
 
@@ -159,8 +158,8 @@ def test_stages_tell_of_it(dense: Source, pruned: Source, stage: str, tmp_path: 
             restored(dense, source, tmp_path / name, settings, progress=Heard())
         else:
             settings = method(method="random", count=9)
-            stages.rank(
-                dense, source, tmp_path / name, settings, CalibrationSettings(), progress=Heard()
+            stages.write_ranking(
+                stages.Setup(dense, progress=Heard()), source, tmp_path / name, settings
             )
 
     notes: list[str] = []

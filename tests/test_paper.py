@@ -63,7 +63,7 @@ def test_prune_score_realign_apply_reload_answer(
     assert share == pytest.approx(0.6, abs=0.02)
 
     wanted = StatisticsSettings(score=pruner)
-    stages.statistics(dense, tmp_path / "statistics", calibration, COMPUTE, wanted)
+    stages.statistics(stages.Setup(dense, calibration, COMPUTE), tmp_path / "statistics", wanted)
     patch = restored(
         dense,
         pruned,
@@ -107,7 +107,9 @@ def test_scores_rank_differently(scored: Callable[[str], Path], tmp_path: Path) 
         file = None
         if score != "magnitude":
             file = tmp_path / f"statistics-{score}"
-            stages.statistics(dense, file, calibration, COMPUTE, StatisticsSettings(score=score))
+            stages.statistics(
+                stages.Setup(dense, calibration, COMPUTE), file, StatisticsSettings(score=score)
+            )
         patch = restored(
             dense, pruned, tmp_path / f"patch-{score}", settings, root / "heads", file, COMPUTE
         )
@@ -121,7 +123,7 @@ def test_statistics_of_another_score_are_refused(
 ) -> None:
     root = scored("qwen2_5_vl")
     dense, calibration = open_source(root / "dense"), _calibration(root)
-    stages.statistics(dense, tmp_path / "wanda", calibration, COMPUTE)
+    stages.statistics(stages.Setup(dense, calibration, COMPUTE), tmp_path / "wanda")
     settings = prune_settings(method="magnitude")
     pruned = stages.prune(dense, tmp_path / "pruned", settings, calibration, COMPUTE)
     with pytest.raises(RegraftError, match="holds statistics of wanda, and importance by snip is"):

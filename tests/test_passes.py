@@ -20,8 +20,7 @@ from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.models.load import load_model, load_processor, open_source
-from regraft.passes import count_pass, learns_from_both, passes_of_defence, passes_of_variant
-from regraft.progress import Silent
+from regraft.passes import MethodPasses, count_pass, learns_from_both
 from regraft.recipe import Recipe
 from regraft.report.formatting import passes as passes_text
 from regraft.report.page import render_html, render_markdown
@@ -68,7 +67,7 @@ def test_a_pass_is_what_torch_counts_in_the_decoder(family: str, tmp_path: Path)
     data = DataSource(name="jsonl", path=tmp_path / "data" / "data.jsonl")
     calibration, cache = CalibrationSettings(data=data, samples=3), stages.EvaluationCache()
     for _ in range(2):  # the second time it is there
-        count_pass(dense, calibration, out, cache, Silent())
+        count_pass(stages.Setup(dense, calibration, cache=cache), out)
     found = read_pass(out)
     assert found is not None and found.prompts == 6
     examples = [
@@ -93,13 +92,13 @@ def test_a_pass_is_what_torch_counts_in_the_decoder(family: str, tmp_path: Path)
         assert found.flops == 6 * tokens * dense.architecture.prunable
     with pytest.raises(RegraftError, match="made with something else"):
         other = calibration.model_copy(update={"samples": 2})
-        count_pass(dense, other, out, stages.EvaluationCache(), Silent())
+        count_pass(stages.Setup(dense, other), out)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     assert read_pass(tmp_path / "pass.json") is None
     (tmp_path / "pass.json").write_text(json.dumps({"prompts": 3}))
-    with pytest.raises(RegraftError, match="does not say what a pass"):
+    with pytest.raises(RegraftError, match=r"pass\.json holds no calibration pass"):
         read_pass(tmp_path / "pass.json")
 
 
@@ -162,7 +161,8 @@ def costs(flops: dict[tuple[str, str], float | None]) -> list[Cost]:
 def passes(name: str, flops: Any = FLOPS, pruning: int = 0, unit: Any = UNIT) -> float | None:
     variant = next(one for one in RECIPE.realign if one.name == name)
     place = RunDir(Path("run"), several=True)
-    return passes_of_variant(RECIPE, place, RECIPE.prune[pruning], variant, costs(flops), unit)
+    found = MethodPasses(RECIPE, place, costs(flops), unit)
+    return found.of_variant(RECIPE.prune[pruning], variant)
 
 
 @pytest.mark.parametrize(
@@ -197,10 +197,10 @@ def test_what_was_not_measured_is_not_guessed() -> None:
     assert passes("gain", FLOPS | {("rank", "wanda/gain"): 0}) is None, "only seen to be done"
     without = {key: value for key, value in FLOPS.items() if key[0] != "statistics for wanda"}
     assert passes("hsr", without) is None
-    given = costs(FLOPS)
-    assert passes_of_defence("wanda/direction", given, UNIT, by_prompt=False) == 2
-    assert passes_of_defence("wanda/other", given, UNIT, by_prompt=False) is None
-    assert passes_of_defence("wanda/prompt", given, UNIT, by_prompt=True) == 0
+    found = MethodPasses(RECIPE, RunDir(Path("run"), several=True), costs(FLOPS), UNIT)
+    assert found.of_defence("wanda/direction", by_prompt=False) == 2
+    assert found.of_defence("wanda/other", by_prompt=False) is None
+    assert found.of_defence("wanda/prompt", by_prompt=True) == 0
     assert learns_from_both(RECIPE)
     prunes = RECIPE.model_copy(update={"realign": tuple(v for v in RECIPE.realign if v.drawn)})
     assert learns_from_both(prunes), "fine-tuned at random positions"
@@ -214,8 +214,8 @@ def test_of_two_sets_of_validation_prompts_none_is_guessed() -> None:
     realign = (*tuned[:2], tuned[2].model_copy(update={"search": fewer}))
     recipe = RECIPE.model_copy(update={"realign": realign})
     place = RunDir(Path("run"), several=True)
-    given = recipe, place, recipe.prune[0]
-    assert [passes_of_variant(*given, one, costs(FLOPS), UNIT) for one in realign] == [None] * 3
+    found = MethodPasses(recipe, place, costs(FLOPS), UNIT)
+    assert [found.of_variant(recipe.prune[0], one) for one in realign] == [None] * 3
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ from regraft.restoration.selection import blocks_of, inside
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import HeadSettings
+from regraft.stages import evaluation_cache
 
 NONE = -math.inf
 matrices = st.lists(
@@ -293,7 +294,9 @@ class Bench:
     ) -> Ranking:
         files = {"heads": self.root / "heads", "statistics": self.root / "statistics"} | changes
         inputs, data = stages.Inputs(**files), calibration or self.calibration
-        return stages.rank(self.dense, self.pruned, out, settings, data, inputs, COMPUTE)
+        return stages.write_ranking(
+            stages.Setup(self.dense, data, COMPUTE), self.pruned, out, settings, inputs
+        )
 
     def pruned_weights(self) -> int:
         pairs = zip(self.dense.architecture.linears, self.pruned.architecture.linears, strict=True)
@@ -315,7 +318,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     write_data(root / "data", 4)
     made = Bench(root)
     stages.heads(dense, root / "heads", HeadSettings(r_max=2), made.calibration, COMPUTE)
-    stages.statistics(dense, root / "statistics", made.calibration, COMPUTE)
+    stages.statistics(stages.Setup(dense, made.calibration, COMPUTE), root / "statistics")
     return made
 
 
@@ -323,6 +326,21 @@ def importance(bench: Bench, kind: str, linear: Any) -> Any:
     squares = getattr(load_statistics(bench.root / "statistics"), kind).of(linear)
     weight = bench.dense.checkpoint.read(linear.tensor).float()
     return (weight.abs() * squares.sqrt()).numpy()
+
+
+def test_both_checkpoints_are_surveyed_once_for_all_methods(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    own = evaluation_cache.survey
+    monkeypatch.setattr(
+        evaluation_cache, "survey", lambda *pair: (calls.append(pair), own(*pair))[1]
+    )
+    setup = stages.Setup(bench.dense, bench.calibration, COMPUTE)
+    for count in (5, 9):
+        settings = method(method="random", count=count)
+        stages.write_ranking(setup, bench.pruned, tmp_path / f"ranking-{count}", settings)
+    assert len(calls) == 1
 
 
 def test_set_difference_is_set_algebra(bench: Bench, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from methods import a_variant, method
 from regraft import recipe_help
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.preflight import unread_in
+from regraft.pipeline import unread_in
 from regraft.pruning.base import all_settings, prune_settings
 from regraft.pruning.masks import Pattern
 from regraft.pruning.pruners.wanda import WandaSettings

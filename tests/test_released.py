@@ -163,7 +163,7 @@ def bench(tmp_path_factory):
     data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
     calibration = CalibrationSettings(data=data, samples=4)
     stages.heads(dense, root / "heads", HeadSettings(r_max=2), calibration, COMPUTE)
-    stages.statistics(dense, root / "statistics", calibration, COMPUTE)
+    stages.statistics(stages.Setup(dense, calibration, COMPUTE), root / "statistics")
     one_shot = prune_settings(order="one-shot")
     stages.prune(dense, root / "pruned", one_shot, calibration, COMPUTE)
     return root
@@ -219,7 +219,9 @@ def test_a_budget_takes_the_highest_by_safety(bench, tmp_path):
     everything = restored(dense, pruned, tmp_path / "all", whole, *files)
     settings = method(method="hsr-released", top_heads=3, count=20)
     inputs, out = stages.Inputs(*files), tmp_path / "ranking"
-    ranking = stages.rank(dense, pruned, out, settings, calibration, inputs, COMPUTE)
+    ranking = stages.write_ranking(
+        stages.Setup(dense, calibration, COMPUTE), pruned, out, settings, inputs
+    )
     assert len(ranking) == 20 < everything.restored
     by_tensor = {linear.tensor: (i, linear) for i, linear in enumerate(dense.architecture.linears)}
     shares = {}
@@ -265,8 +267,8 @@ def test_screened_heads_and_old_files_lack_its_criterion(bench, tmp_path):
     with pytest.raises(RegraftError, match="mode exact"):
         restored(dense, pruned, tmp_path / "patch", settings, *files)
     with pytest.raises(RegraftError, match="needs every head scored exactly"):
-        stages.Restoration(dense, calibration, COMPUTE, scoring=screened).check(
-            pruned, settings, None, stages.ArtifactPaths.beside(tmp_path / "patch"), stages.Inputs()
+        stages.Restoration(dense, calibration, COMPUTE, scoring=screened).restore(
+            pruned, settings, stages.ArtifactPaths.beside(tmp_path / "patch")
         )
     assert not (tmp_path / "patch").exists()
 

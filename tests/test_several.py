@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 import pico
 from disk import write_data
 from paper_data import write_paper_data
-from regraft import cli, pipeline, several, stages
+from regraft import cli, pipeline, runs, stages
 from regraft.bundle import MANIFEST, write_bundle
 from regraft.bundle_check import read_bundle
 from regraft.errors import RegraftError
@@ -88,9 +88,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "compute": {"device": "cpu", "batch_size": 12},
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(content))
-    several.run(read_recipe(root / "recipe.yaml"), root / "run")
+    runs.run(read_recipe(root / "recipe.yaml"), root / "run")
     _answer_otherwise(root / "run")
-    several.report(root / "run")
+    runs.report(root / "run")
     for name in ("one", "two", "third"):
         ended(["report", folder_of_model(root / "run", name)], 0)
     return root
@@ -178,7 +178,7 @@ def test_the_papers_recipe_is_of_its_six_models() -> None:
 
 
 def _table(world: Path) -> Study:
-    return several.report(world / "run")
+    return runs.report(world / "run")
 
 
 def _row(table: Study, model: str, name: str) -> Row:
@@ -298,11 +298,11 @@ def test_a_run_of_several_models_resumes_and_grows(
     fewer = recipe.model_copy(update={"models": recipe.models[:2], "published": None})
     shutil.copytree(world / "run", tmp_path / "run")
     shutil.rmtree(folder_of_model(tmp_path / "run", "third"))
-    with pytest.raises(RegraftError, match="not finished: third has not been run"):
-        several.report(tmp_path / "run")
+    with pytest.raises(RegraftError, match="not finished: model-third has not been run"):
+        runs.report(tmp_path / "run")
     (tmp_path / "run" / "recipe.yaml").write_text(write_recipe(fewer))
-    assert models_of(several.report(tmp_path / "run")) == ["one", "two"]
-    assert models_of(several.run(recipe, tmp_path / "run")) == ["one", "two", "third"]
+    assert models_of(runs.report(tmp_path / "run")) == ["one", "two"]
+    assert models_of(runs.run(recipe, tmp_path / "run")) == ["one", "two", "third"]
     assert len(done) == 3
     assert all("model-third" in one for one in done)
     other = recipe.model_copy(update={"models": recipe.models[1:2]})
@@ -310,7 +310,7 @@ def test_a_run_of_several_models_resumes_and_grows(
         update={"models": (other.models[0].model_copy(update={"name": "one"}),)}
     )
     with pytest.raises(RegraftError, match="another recipe"):
-        several.run(other, tmp_path / "run")
+        runs.run(other, tmp_path / "run")
 
 
 def test_a_run_of_one_model_is_no_run_of_several(tmp_path: Path) -> None:
@@ -330,12 +330,10 @@ def test_bad_input_of_several_models_writes_nothing(world: Path, tmp_path: Path)
     recipe = read_recipe(world / "recipe.yaml")
     gone = recipe.models[2].model_copy(update={"model": str(tmp_path / "gone")})
     with pytest.raises(RegraftError, match="gone"):
-        several.run(
-            recipe.model_copy(update={"models": (*recipe.models[:2], gone)}), tmp_path / "run"
-        )
+        runs.run(recipe.model_copy(update={"models": (*recipe.models[:2], gone)}), tmp_path / "run")
     (tmp_path / "published.yaml").write_text("rows: [{model: x, asr: {a: 101}}]")
     with pytest.raises(RegraftError, match=r"rows\.0\.asr\.a"):
-        several.run(
+        runs.run(
             recipe.model_copy(update={"published": tmp_path / "published.yaml"}), tmp_path / "run"
         )
     assert not (tmp_path / "run").exists()

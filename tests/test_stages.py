@@ -107,7 +107,11 @@ class Bench:
             given["patch_file"] = at["realign"]
         elif stage != "realign":
             given["compute"] = COMPUTE
-        return getattr(stages, stage)(**given | changes)
+        given |= changes
+        if stage in ("statistics", "rank"):
+            shared = ("dense", "calibration", "compute")
+            given["setup"] = stages.Setup(**{name: given.pop(name) for name in shared})
+        return getattr(stages, "write_ranking" if stage == "rank" else stage)(**given)
 
     def about(self, stage: str) -> Mapping[str, Any]:
         out = self.root / OUTPUTS[stage]

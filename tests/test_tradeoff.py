@@ -211,7 +211,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     write_data(root / "data", 4, images=False)
     made = Bench(root)
     calibration = CalibrationSettings(data=made.validation)
-    stages.rank(dense, made.pruned, root / "ranking", made.settings, calibration, compute=COMPUTE)
+    stages.write_ranking(
+        stages.Setup(dense, calibration, COMPUTE), made.pruned, root / "ranking", made.settings
+    )
     return made
 
 

@@ -33,14 +33,14 @@ from regraft.heads.score import load_heads
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
 from regraft.pruning.base import prune_settings
-from regraft.restoration.base import MethodSettings
+from regraft.restoration.base import Between, MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.stages import tuning, tuning_outcome, tuning_trial
-from regraft.stages.optimising import Between, Finished, Trials
+from regraft.stages.optimising import Finished, Trials
 from regraft.stages.tuning_space import space_of
 
 pytest.importorskip("optuna")

@@ -68,10 +68,8 @@ def prune(
     Raises:
         RegraftError: bad input.
     """
-    found = _Given({"method": method, **settings})
-    own = found.of(PRUNERS.get(method).Settings)
-    data, compute = found.calibration(), found.of(ComputeSettings)
-    found.finish()
+    blocks = PRUNERS.get(method).Settings, CalibrationSettings, ComputeSettings
+    own, data, compute = _settings({"method": method, **settings}, *blocks)
     return stages.prune(_opened(model, compute), Path(out), own, data, compute, progress)
 
 
@@ -89,9 +87,7 @@ def score_heads(
     Raises:
         RegraftError: bad input.
     """
-    found = _Given(settings)
-    own, data, compute = found.of(HeadSettings), found.calibration(), found.of(ComputeSettings)
-    found.finish()
+    own, data, compute = _settings(settings, HeadSettings, CalibrationSettings, ComputeSettings)
     return stages.heads(_opened(model, compute), Path(out), own, data, compute, progress)
 
 
@@ -122,18 +118,14 @@ def realign(
     Raises:
         RegraftError: bad input.
     """
-    found = _Given({"method": method, **settings})
-    own = found.of(METHODS.get(method).Settings)
-    scoring, data, compute = found.of(HeadSettings), found.calibration(), found.of(ComputeSettings)
-    found.finish()
-    before, after, paths = _opened(dense, compute), _opened(pruned, compute), Path(out)
-    choice = None if search is None else _made(SearchSettings, {**search, **_source(search)})
-    choice = choice and with_validation(choice, before.folder, data)
+    blocks = METHODS.get(method).Settings, HeadSettings, CalibrationSettings, ComputeSettings
+    own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
+    before, after = _opened(dense, compute), _opened(pruned, compute)
+    choice = None if search is None else _search(search, before, data)
     given = stages.Inputs(heads=None if heads_file is None else Path(heads_file))
-    restoration = stages.Restoration(before, data, compute, scoring, progress=progress or Silent())
-    where = stages.ArtifactPaths.beside(paths)
-    restoration.check(after, own, choice, where, given)
-    return restoration.restore(after, own, where, choice=choice, given=given)
+    where = stages.ArtifactPaths.beside(Path(out), given)
+    restoration = stages.Restoration(before, data, compute, progress or Silent(), scoring=scoring)
+    return restoration.restore(after, own, where, choice)
 
 
 def apply(pruned: str | Path, patches: str | Path | Sequence[str | Path], out: str | Path) -> Path:
@@ -178,9 +170,7 @@ def evaluate(
     Raises:
         RegraftError: bad input.
     """
-    found = _Given(settings)
-    own, compute = found.of(EvalSettings), found.of(ComputeSettings)
-    found.finish()
+    own, compute = _settings(settings, EvalSettings, ComputeSettings)
     named = [_data(one) for one in ([suites] if isinstance(suites, str) else suites)]
     file = None if patch is None else Path(patch)
     source = _opened(model, compute)
@@ -206,30 +196,22 @@ def compare(
     return compare_folders(_paths(runs), Path(out), tuple(against))
 
 
-class _Given:
-    """Settings by name, taken by the blocks that they belong to."""
+def _settings(given: Mapping[str, Any], *blocks: type[Settings]) -> list[Any]:
+    """Settings by name as the blocks that they belong to.
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        self._left = dict(given)
-
-    def of(self, block: type[S]) -> S:
-        """The settings of this block."""
-        return _made(block, {n: self._left.pop(n) for n in block.model_fields if n in self._left})
-
-    def calibration(self) -> CalibrationSettings:
-        """Calibration prompts, whose data set may be named as on the command line."""
-        if "data" in self._left:
-            self._left["data"] = _data(self._left["data"])
-        return self.of(CalibrationSettings)
-
-    def finish(self) -> None:
-        """See that nothing is left.
-
-        Raises:
-            RegraftError: a setting belongs to no block.
-        """
-        if self._left:
-            raise RegraftError(f"There is no setting {next(iter(self._left))!r} here.")
+    Raises:
+        RegraftError: a setting is wrong, or belongs to no block.
+    """
+    left = dict(given)
+    if "data" in left:
+        left["data"] = _data(left["data"])
+    found = [
+        _made(block, {name: left.pop(name) for name in block.model_fields if name in left})
+        for block in blocks
+    ]
+    if left:
+        raise RegraftError(f"There is no setting {next(iter(left))!r} here.")
+    return found
 
 
 def _made(block: type[S], given: Mapping[str, Any]) -> S:
@@ -239,9 +221,12 @@ def _made(block: type[S], given: Mapping[str, Any]) -> S:
         raise RegraftError(f"These settings cannot be:\n{explain(error)}") from error
 
 
-def _source(search: Mapping[str, Any]) -> dict[str, Any]:
-    named = search.get("validation")
-    return {} if named is None else {"validation": _data(named)}
+def _search(
+    given: Mapping[str, Any], dense: Source, calibration: CalibrationSettings
+) -> SearchSettings:
+    named = given.get("validation")
+    source = {} if named is None else {"validation": _data(named)}
+    return with_validation(_made(SearchSettings, {**given, **source}), dense.folder, calibration)
 
 
 def _data(named: Any) -> DataSource:

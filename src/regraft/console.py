@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from regraft.evaluation.labelled import Bench
     from regraft.evaluation.verdicts import Agreement, Judged
     from regraft.heads.score import HeadScores
-    from regraft.pipeline import Preview
+    from regraft.pipeline import PlannedRun
     from regraft.report.study import Study
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -254,10 +254,10 @@ def _with_interval(rate: Estimate | None) -> str:
     return f"{100 * rate.value:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
-def show_preview(console: Console, folder: Path, preview: Preview) -> None:
+def show_preview(console: Console, folder: Path, run: PlannedRun) -> None:
     """Print the steps of a run, what is there of them, and what they take."""
     table = Table("step", "model", "there", "prompts answered", "learnt from", title=str(folder))
-    for step in preview.steps:
+    for step in run.steps:
         table.add_row(
             step.stage,
             Text(step.of),
@@ -266,12 +266,12 @@ def show_preview(console: Console, folder: Path, preview: Preview) -> None:
             f"{step.learns:,}" if step.learns else "",
         )
     console.print(table)
-    missing = sum(not step.done for step in preview.steps)
+    missing = sum(not step.done for step in run.steps)
     console.print(
-        f"{missing} of {len(preview.steps)} steps are left: about "
-        f"{max(1, round(preview.seconds / 60)):,} min (a guess from FLOPs and this device's speed, "
-        f"often off by a factor of three), {preview.bytes / 2**30:.1f} GiB on disk, "
-        f"{preview.weights / 2**30:.1f} GiB for the weights of one model. Nothing was written.",
+        f"{missing} of {len(run.steps)} steps are left: about "
+        f"{max(1, round(run.seconds() / 60)):,} min (a guess from FLOPs and this device's speed, "
+        f"often off by a factor of three), {run.most / 2**30:.1f} GiB on disk, "
+        f"{run.weights / 2**30:.1f} GiB for the weights of one model. Nothing was written.",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -1,9 +1,10 @@
-"""The order of the stages: one recipe, one folder, one report. Resumes where it was stopped."""
+"""One recipe, one folder, one report: its steps are checked, made in order, and resumed."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,107 @@ from regraft import distributed, stages
 from regraft.checks import warn_of_bundled
 from regraft.costs import Ledger, Metered
 from regraft.errors import RegraftError
-from regraft.estimate import seconds
-from regraft.files import discard_leftover, require_empty, write_text
-from regraft.models.load import pick_device
+from regraft.files import discard_leftover, require_empty, require_space, write_text
+from regraft.models.load import Source, open_source, pick_device
 from regraft.passes import count_pass, learns_from_both
-from regraft.plan import plan
-from regraft.preflight import bytes_needed, check, seen_before_in, unread_in
+from regraft.patch.pair import check_pair
+from regraft.plan import Planner
 from regraft.progress import Progress, Silent
 from regraft.provenance import but_for_rounding, difference
+from regraft.pruning.base import prune_settings
 from regraft.recipe import Recipe
 from regraft.recipe_file import read_recipe, write_recipe
 from regraft.report.study import Study
-from regraft.reporting import report
+from regraft.reporting import model_folder, report
+from regraft.restoration.base import needs_of
 from regraft.run_dir import RunDir
-from regraft.stages.steps import Step, make_all
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.scoring import HeadSettings
+from regraft.stages.steps import PromptUse, Step, check_all, disk_bytes, left_of
 
-__all__ = ["Preview", "RunDir", "check", "preview", "report", "run"]
+_SIDE = 2048
+_SHARE = 0.3  # of the speed of one large product that whole models reach
+_BOTH_WAYS = 3  # a forward and a backward pass take three times a forward pass
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of which no bad input is known, and what it takes.
+
+    Attributes:
+        recipe: All settings.
+        run_dir: Its folder.
+        setup: The dense model, and what all steps share.
+        steps: In order.
+        prompts: What the steps use them for.
+        kept: Bytes of checkpoints that are still to be written.
+        most: Bytes on disk at a time on the way there.
+    """
+
+    recipe: Recipe
+    run_dir: RunDir
+    setup: stages.Restoration
+    steps: tuple[Step, ...]
+    prompts: PromptUse
+    kept: int
+    most: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes of one model in memory."""
+        dtype: torch.dtype = getattr(torch, self.setup.compute.dtype_of(self.setup.dense))
+        return self.setup.dense.architecture.parameters * dtype.itemsize
+
+    def seconds(self) -> float:
+        """What is not done takes, within a factor of about three: FLOPs by this device's speed."""
+        dense, tests = self.setup.dense, self.prompts.evaluated
+        prompt = self.setup.cache.prompt_tokens(dense, tests.examples if tests else ())
+        answered = prompt + self.recipe.evaluate.max_new_tokens
+        tokens = sum(
+            step.answers * answered + step.learns * _BOTH_WAYS * prompt
+            for step in left_of(self.steps)
+        )
+        speed = _SHARE * _speed(dense, self.setup.compute)
+        return 2 * dense.architecture.parameters * tokens / speed
+
+
+def check(
+    recipe: Recipe,
+    folder: Path,
+    cache: stages.EvaluationCache | None = None,
+    progress: Progress | None = None,
+) -> PlannedRun:
+    """Plan a run, and find now, before anything is written, what would stop it hours later.
+
+    Args:
+        recipe: All settings, of one run.
+        folder: Of the run.
+        cache: What evaluations share, if other runs share it too.
+        progress: Of the steps.
+
+    Raises:
+        RegraftError: bad input.
+    """
+    run_dir, trust = RunDir(folder, several=len(recipe.prune) > 1), recipe.compute.trust_remote_code
+    dense = open_source(model_folder(recipe.model), trust_remote_code=trust)
+    existing = None
+    if recipe.pruned is not None:
+        existing = open_source(recipe.pruned, trust_remote_code=trust)
+        check_pair(dense, existing)
+    setup = stages.Restoration(
+        dense,
+        recipe.calibration,
+        recipe.compute,
+        progress or Silent(),
+        cache or stages.EvaluationCache(),
+        scoring=recipe.heads,
+        evaluation=recipe.evaluate.only().in_memory(),
+    )
+    steps = tuple(Planner(recipe, run_dir, setup, existing).steps())
+    prompts = check_all(steps)
+    kept, most = disk_bytes(steps)
+    require_space(folder, most)
+    return PlannedRun(recipe, run_dir, setup, steps, prompts, kept, most)
 
 
 def run(
@@ -40,7 +126,7 @@ def run(
     """Prune, score heads, realign, evaluate and report; finished stages are not repeated.
 
     Args:
-        recipe: All settings.
+        recipe: All settings, of one run.
         folder: A new folder, or that of an earlier run of the same recipe or a part of it.
         progress: Progress.
         cache: What evaluations share, if other runs share it too.
@@ -49,59 +135,42 @@ def run(
         RegraftError: bad input, or the folder holds something else.
     """
     progress = progress or Silent()
-    run_dir = RunDir(folder, several=len(recipe.prune) > 1)
-    cache = cache or stages.EvaluationCache()
-    dense, existing = check(recipe, folder, cache)
+    metered = Metered(progress)
+    planned = check(recipe, folder, cache, metered)
+    setup = planned.setup
     claim(folder, recipe)
-    for line in (*unread_in(recipe), *seen_before_in(recipe, dense, cache)):
+    for line in (*unread_in(recipe), *planned.prompts.warnings()):
         progress.note(f"Warning: {line}.")
     for suite in recipe.evaluate.suite:
-        warn_of_bundled(dense, suite, progress.note)
-    metered = Metered(progress)
-    costs = Ledger(run_dir.costs, metered, pick_device(recipe.compute.device))
-    steps = plan(recipe, run_dir, dense, existing, metered, cache)
-    make_all(steps, costs.of, cache, progress)
-    cache.unload()
+        warn_of_bundled(setup.dense, suite, progress.note)
+    costs = Ledger(planned.run_dir.costs, metered, pick_device(recipe.compute.device))
+    replace(setup, guard=costs.of).make(planned.steps)
+    setup.cache.unload()
     if learns_from_both(recipe):
-        count_pass(dense, recipe.calibration, run_dir.calibration_pass, cache, progress)
+        count_pass(setup, planned.run_dir.calibration_pass)
     return report(folder)
 
 
-def preview(recipe: Recipe, folder: Path) -> Preview:
-    """What a run would do, having looked for bad input as it would; writes nothing.
-
-    Raises:
-        RegraftError: as `run`.
-    """
-    run_dir, cache = RunDir(folder, several=len(recipe.prune) > 1), stages.EvaluationCache()
-    dense, existing = check(recipe, folder, cache)
-    steps = plan(recipe, run_dir, dense, existing, Silent(), cache)
-    tests = cache.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit).examples
-    time = seconds(steps, dense, tests, recipe.evaluate.max_new_tokens, recipe.compute)
-    dtype = getattr(torch, recipe.compute.dtype_of(dense))
-    return Preview(
-        tuple(steps),
-        bytes=bytes_needed(recipe, dense, folder)[1],
-        weights=dense.architecture.parameters * dtype.itemsize,
-        seconds=time,
-    )
+def unread_in(recipe: Recipe) -> list[str]:
+    """What of the recipe changes nothing."""
+    named = [] if recipe.pruned else [(one.name, one.unread()) for one in recipe.prune]
+    named += [(one.name, one.unread()) for one in recipe.defend]
+    named += [(one, getattr(recipe, one).unread()) for one in ("calibration", "heads", "evaluate")]
+    if recipe.pruned and recipe.prune[0].only() != prune_settings():
+        named.append(("prune", f"it changes nothing, since `pruned` is {recipe.pruned}"))
+    if recipe.heads != HeadSettings() and not any(needs_of(one).heads for one in recipe.realign):
+        named.append(("heads", "they change nothing, since nothing goes by scored heads"))
+    return [f"{name}: {found}" for name, found in named if found is not None]
 
 
-@dataclass(frozen=True)
-class Preview:
-    """The steps of a run, and what they take.
-
-    Attributes:
-        steps: In order.
-        bytes: On disk, at most.
-        weights: Bytes of one model in memory.
-        seconds: For what is not done, a rough guess.
-    """
-
-    steps: tuple[Step, ...]
-    bytes: int
-    weights: int
-    seconds: float
+def _speed(dense: Source, compute: ComputeSettings) -> float:
+    """FLOPs a second of one large matrix product, in the dtype that models are loaded in."""
+    device, dtype = pick_device(compute.device), getattr(torch, compute.dtype_of(dense))
+    matrix = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
+    float((matrix @ matrix)[0, 0])
+    start = time.monotonic()
+    float((matrix @ matrix)[0, 0])  # which waits for the device
+    return 2 * _SIDE**3 / max(time.monotonic() - start, 1e-6)
 
 
 def claim(folder: Path, recipe: Recipe) -> None:

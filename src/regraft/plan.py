@@ -8,64 +8,52 @@ from functools import partial
 from pathlib import Path
 
 from regraft import stages
+from regraft.checks import check_direction_layer, check_gradients
+from regraft.data.example import Reading
+from regraft.evaluation.perplexity import read_documents
 from regraft.files import digest
-from regraft.models.load import Source, open_source
+from regraft.models.load import Source, check_split, open_source
 from regraft.passes import SEARCH_REFERENCES
-from regraft.progress import Progress
+from regraft.pruning.base import PRUNERS, GradientPruner
+from regraft.reading import read_validation
 from regraft.recipe import Recipe
 from regraft.recipe_parts import NamedDefenceSettings, PruningSettings, VariantSettings
 from regraft.restoration.base import needs_of
 from regraft.run_dir import RunDir
 from regraft.settings.searching import SearchSettings
-from regraft.stages.steps import Step
-
-
-def plan(
-    recipe: Recipe,
-    run_dir: RunDir,
-    dense: Source,
-    existing: Source | None,
-    progress: Progress,
-    cache: stages.EvaluationCache,
-) -> list[Step]:
-    """All steps but the report.
-
-    Args:
-        recipe: All settings.
-        run_dir: The folder of the run.
-        dense: The dense model.
-        existing: The pruned one, where the recipe names it.
-        progress: Progress.
-        cache: Has read the test prompts already.
-    """
-    count = len(cache.reading(dense, recipe.evaluate.suite, recipe.evaluate.limit).examples)
-    return list(_Planner(recipe, run_dir, dense, existing, progress, cache, count).steps())
+from regraft.stages.evaluating import check_for_vllm
+from regraft.stages.steps import PromptUse, Step
 
 
 @dataclass(frozen=True)
-class _Planner:
+class Planner:
+    """Lays out the steps of a run.
+
+    Attributes:
+        recipe: All settings.
+        run_dir: The folder of the run.
+        setup: The dense model, and what all steps share.
+        existing: The pruned model, where the recipe names it.
+    """
+
     recipe: Recipe
     run_dir: RunDir
-    dense: Source
+    setup: stages.Restoration
     existing: Source | None
-    progress: Progress
-    cache: stages.EvaluationCache
-    prompts: int
 
     def steps(self) -> Iterator[Step]:
-        """In the order in which they are made: models that cost little to know come first."""
-        recipe, run_dir = self.recipe, self.run_dir
+        """All but the report; what costs little to know comes first."""
+        recipe, run_dir, dense = self.recipe, self.run_dir, self.setup.dense
         if self.existing is None:
-            yield from (self._prune(one) for one in recipe.prune)
-        dense = run_dir.dense_evaluation
-        yield self._evaluate("dense", lambda: self.dense, dense, title="Evaluating the dense model")
+            yield from map(self._prune, recipe.prune)
+        step = self._evaluate("dense", lambda: dense, run_dir.dense_evaluation, given=dense)
+        yield replace(step, title="Evaluating the dense model")
         for one in recipe.prune:
-            title = f"Evaluating the {one.name} model"
             source, out = partial(self.pruned, one.name), run_dir.evaluation(one.name)
-            yield self._evaluate(one.name, source, out, title=title)
+            step = self._evaluate(one.name, source, out, given=self.existing)
+            yield replace(step, title=f"Evaluating the {one.name} model")
         needs = [needs_of(one) for one in recipe.realign]
-        shared = run_dir.of(recipe.prune[0].name, "", "")
-        yield from self.restoration.gathering(needs, shared, stages.Inputs())
+        yield from self.setup.gathering(needs, run_dir.of(recipe.prune[0].name, "", ""))
         for pruning in recipe.prune:
             for variant in recipe.variants_of(pruning):
                 yield from _titled("Realigning", self._realign(pruning.name, variant))
@@ -79,65 +67,85 @@ class _Planner:
     def _open(self, folder: Path) -> Source:
         return open_source(folder, trust_remote_code=self.recipe.compute.trust_remote_code)
 
-    @property
-    def restoration(self) -> stages.Restoration:
-        """What restorations of this run share."""
-        recipe = self.recipe
-        return stages.Restoration(
-            self.dense,
-            recipe.calibration,
-            recipe.compute,
-            recipe.heads,
-            recipe.evaluate.only().in_memory(),
-            self.progress,
-            self.cache,
-        )
-
     def _prune(self, pruning: PruningSettings) -> Step:
-        recipe, out = self.recipe, self.run_dir.pruned(pruning.name)
-        make = partial(
-            stages.prune,
-            self.dense,
+        setup, out, pruner = self.setup, self.run_dir.pruned(pruning.name), pruning.method
+        kinds = [kind == "safety" for kind in pruning.kinds]
+        by_gradients = isinstance(PRUNERS.get(pruner), GradientPruner)
+        spilled = stages.spilled_bytes(setup.dense, pruning)
+
+        def check() -> PromptUse:
+            pruning.patterns(setup.dense.architecture.linears)
+            if by_gradients:
+                what = f"{pruning.name} ({PRUNERS.get(pruner).label})"
+                check_gradients(setup.dense, setup.compute, what)
+            return PromptUse(learnt=setup.learnt_from(kinds))
+
+        def bytes_beside() -> int:
+            drawn = [setup.drawn(harmful=harmful) for harmful in kinds if by_gradients]
+            return spilled + setup.state_bytes(drawn)
+
+        def make() -> object:
+            common = setup.calibration, setup.compute, setup.progress
+            return stages.prune(setup.dense, out, pruning.only(), *common, self.run_dir.responses)
+
+        return Step(
+            "prune",
+            pruning.name,
             out,
-            pruning.only(),
-            recipe.calibration,
-            recipe.compute,
-            self.progress,
-            self.run_dir.responses,
+            make,
+            check,
+            learns=setup.calibration.samples,
+            bytes=setup.dense.checkpoint.bytes,
+            bytes_beside=bytes_beside,
         )
-        return Step("prune", pruning.name, out, make, learns=recipe.calibration.samples)
 
     def _evaluate(
         self,
         name: str,
         model: Callable[[], Source],
         out: Path,
+        *,
         patch: Path | None = None,
         defence: Path | None = None,
-        title: str = "",
+        given: Source | None = None,
     ) -> Step:
-        """Answers to the test prompts, and how likely ordinary text is where that is named."""
-        recipe, text = self.recipe, None
-        if (file := recipe.evaluate.text) is not None:
+        """Answers to the test prompts, and how likely ordinary text is where that is named.
+
+        `given` is the model where it is there before the run.
+        """
+        setup, settings, text = self.setup, self.recipe.evaluate, None
+        if settings.text is not None:
             dense = self.run_dir.dense_evaluation
-            text = stages.OnText(file, None if out == dense else dense)
+            text = stages.OnText(settings.text, None if out == dense else dense)
+
+        def check() -> PromptUse:
+            check_split(setup.compute.device, setup.compute.placement)
+            if given is not None and settings.backend == "vllm":
+                check_for_vllm(given, setup.compute)
+            if given is setup.dense and settings.text is not None:  # once is enough
+                read_documents(settings.text)
+            return PromptUse(evaluated=self._tests())
 
         def make() -> object:
             return stages.evaluate(
                 model(),
                 out,
-                recipe.evaluate.suite,
-                recipe.evaluate.only(),
-                recipe.compute,
+                settings.suite,
+                settings.only(),
+                setup.compute,
                 patch,
-                processor_from=self.dense,
-                progress=self.progress,
-                cache=self.cache,
+                processor_from=setup.dense,
+                progress=setup.progress,
+                cache=setup.cache,
                 defence_file=defence,
                 text=text,
             )
 
-        return Step("evaluate", name, out, make, title, answers=self.prompts)
+        return Step("evaluate", name, out, make, check, answers=len(self._tests().examples))
+
+    def _tests(self) -> Reading:
+        setup, settings = self.setup, self.recipe.evaluate
+        return setup.cache.reading(setup.dense, settings.suite, settings.limit)
 
     def _realign(self, pruning: str, settings: VariantSettings) -> Iterator[Step]:
         """A patch, a checkpoint with it if one is wanted, and its answers."""
@@ -146,69 +154,75 @@ class _Planner:
         pruned = partial(self.pruned, pruning)
         if (source := recipe.positions_of(settings)) is not None:
             positions = run_dir.ranking(pruning, recipe.ranking_name(source))
-            paths = replace(paths, positions=positions)
+            paths = replace(paths, given=stages.Inputs(positions=positions))
         if (search := settings.search) is not None:
             prompts = _prompts_name(search)
-            paths = replace(
-                paths,
-                references=run_dir.points(pruning, prompts),
-                points=run_dir.points(pruning, f"{paths.ranking.stem}-{prompts}"),
-            )
-            yield self._references(pruning, search, paths)
-        yield from self.restoration.steps(pruned, settings, paths, choice=search, name=name)
+            references = run_dir.points(pruning, prompts)
+            points = run_dir.points(pruning, f"{paths.ranking.stem}-{prompts}")
+            paths = replace(paths, references=references, points=points)
+            yield self._references(pruning, search, references, paths.curve)
+        yield from self.setup.steps(pruned, settings, paths, search, name)
         out = run_dir.evaluation(pruning, settings.name)
         if not recipe.on_disk(settings):
-            yield self._evaluate(name, pruned, out, paths.patch)
+            yield self._evaluate(name, pruned, out, patch=paths.patch)
             return
         written = run_dir.realigned(pruning, settings.name)
 
         def apply() -> object:
-            return stages.apply(pruned().folder, paths.patch, written, self.progress)
+            return stages.apply(pruned().folder, paths.patch, written, self.setup.progress)
 
-        yield Step("apply", name, written, apply)
-        yield self._evaluate(name, lambda: self._open(written), out)
+        yield Step("apply", name, written, apply, bytes=self.setup.dense.checkpoint.bytes)
+        yield self._evaluate(name, partial(self._open, written), out)
 
     def _references(
-        self, pruning: str, search: SearchSettings, paths: stages.ArtifactPaths
+        self, pruning: str, search: SearchSettings, references: Path, curve: Path
     ) -> Step:
         """Evaluate what all searches on these prompts share."""
-        references = paths.references or paths.curve.with_suffix("")
+        setup = self.setup
 
         def make() -> object:
-            if paths.curve.exists():
+            if curve.exists():
                 return None
             return stages.evaluate_references(
-                self.dense,
+                setup.dense,
                 self.pruned(pruning),
                 references,
                 search,
-                self.recipe.evaluate.only().in_memory(),
-                self.recipe.compute,
-                self.progress,
-                self.cache,
+                setup.evaluation,
+                setup.compute,
+                setup.progress,
+                setup.cache,
             )
 
         return Step(SEARCH_REFERENCES, pruning, references / "pruned", make)
 
     def _defend(self, pruning: str, settings: NamedDefenceSettings) -> Iterator[Step]:
         """A defence at inference, and the answers under it."""
-        name, recipe = self.run_dir.name(pruning, settings.name), self.recipe
+        name, setup = self.run_dir.name(pruning, settings.name), self.setup
         file = self.run_dir.defence(pruning, settings.name)
         pruned = partial(self.pruned, pruning)
+        by_direction = settings.method == "refusal-direction"
+
+        def check() -> PromptUse:
+            check_direction_layer(setup.dense, settings)
+            learnt = setup.learnt_from([True, False] if by_direction else [])
+            role = f"{settings.name}'s validation"
+            searched = {role: read_validation(setup.dense, settings)} if settings.searches else {}
+            return PromptUse(learnt, searched)
 
         def make() -> object:
             return stages.defend(
                 pruned(),
                 file,
                 settings.only(),
-                recipe.calibration,
-                recipe.compute,
-                self.progress,
-                self.dense,
-                recipe.evaluate.text_judge(),
+                setup.calibration,
+                setup.compute,
+                setup.progress,
+                setup.dense,
+                self.recipe.evaluate.text_judge(),
             )
 
-        yield Step("defend", name, file, make, alone=settings.method == "refusal-direction")
+        yield Step("defend", name, file, make, check, alone=by_direction)
         out = self.run_dir.evaluation(pruning, settings.name)
         yield self._evaluate(name, pruned, out, defence=file)
 

@@ -18,7 +18,7 @@ from regraft.evaluation.tradeoff import read_curve
 from regraft.files import read_json
 from regraft.heads.score import HeadScores, load_heads
 from regraft.models.load import open_source
-from regraft.passes import passes_of_defence, passes_of_variant
+from regraft.passes import MethodPasses
 from regraft.patch.format import load_patch
 from regraft.patch.pair import restored_by_module
 from regraft.pruning.statistics import load_statistics
@@ -152,6 +152,7 @@ def _group(
     """One pruning and the variants realigned from it."""
     variants = recipe.variants_of(pruning)
     costs, unit = read_costs(run_dir.costs), read_pass(run_dir.calibration_pass)
+    passes = MethodPasses(recipe, run_dir, costs, unit)
     patches = {one.name: load_patch(run_dir.patch(pruning.name, one.name)) for one in variants}
     own = evaluations[pruning.name]
     taken = own.about["zeros"] - evaluations["dense"].about["zeros"]
@@ -185,7 +186,7 @@ def _group(
             violated_groups=patch.about.get("violated_groups", 0),
             groups=patch.about.get("groups", 0),
             curve=read_curve(curve) if curve.exists() else None,
-            passes=passes_of_variant(recipe, run_dir, pruning, one, costs, unit),
+            passes=passes.of_variant(pruning, one),
         )
     for defence in recipe.defences_of(pruning):
         name = run_dir.name(pruning.name, defence.name)
@@ -196,9 +197,7 @@ def _group(
             label=f"{name} ({how}, at inference)",
             base=pruning.name,
             inference_time=True,
-            passes=passes_of_defence(
-                name, costs, unit, by_prompt=defence.method != "refusal-direction"
-            ),
+            passes=passes.of_defence(name, by_prompt=defence.method != "refusal-direction"),
         )
 
 

@@ -75,7 +75,7 @@ def statistics(
     with watching() as progress:
         refuse_unread(calibration)
         source = open_model(model, compute.trust_remote_code)
-        stages.statistics(source, out, calibration, compute, settings, progress)
+        stages.statistics(stages.Setup(source, calibration, compute, progress), out, settings)
         progress.note(f"Wrote {out}")
 
 

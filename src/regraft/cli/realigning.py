@@ -179,17 +179,16 @@ def realign(
                 "nothing is learnt from these."
             )
         given = stages.Inputs(heads=heads_file, statistics=statistics_file)
-        paths = stages.ArtifactPaths.beside(out)
+        paths = stages.ArtifactPaths.beside(out, given)
         restoration = stages.Restoration(
             source,
             calibration,
             compute,
-            scoring,
-            EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
             progress,
+            scoring=scoring,
+            evaluation=EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
         )
-        restoration.check(other, settings, found, paths, given)
-        patch = restoration.restore(other, settings, paths, choice=found, given=given)
+        patch = restoration.restore(other, settings, paths, found)
         if search:
             show_search(progress.console, stages.read_curve(paths.curve))
             progress.note(f"All points: {paths.curve}")

@@ -94,15 +94,9 @@ def report(
 
 
 def _report_run(progress: ConsoleWatch, run: Path) -> None:
-    from regraft import pipeline, several, study
+    from regraft import runs
 
-    if study.is_study(run):
-        made = study.report(run)
-    elif several.is_several(run):
-        made = several.report(run)
-    else:
-        made = pipeline.report(run)
-    show_page(progress, made, run / "report")
+    show_page(progress, runs.report(run), run / "report")
 
 
 def _check_bundle(progress: ConsoleWatch, files: Sequence[Path]) -> None:

@@ -60,20 +60,16 @@ def demo(*, out: OutFolder = Path("demo-run")) -> None:
 
 
 def _preview(recipe: Recipe, out: Path) -> None:
-    from regraft import pipeline, several, study
+    from regraft import pipeline, runs
 
-    runs = {out: recipe}
-    if recipe.seeds or recipe.models:
-        runs = (study if recipe.seeds else several).runs_of(recipe, out)
     with watching() as progress:
-        for folder, one in runs.items():
-            show_preview(progress.console, folder, pipeline.preview(one, folder))
+        for folder, one in runs.runs_of(recipe, out).items():
+            show_preview(progress.console, folder, pipeline.check(one, folder))
 
 
 def _run(recipe_file: Path, out: Path) -> None:
-    from regraft import pipeline, several, study
+    from regraft import runs
 
     recipe = read_recipe(recipe_file)
     with watching() as progress:
-        run = study.run if recipe.seeds else several.run if recipe.models else pipeline.run
-        show_page(progress, run(recipe, out, progress), out / "report")
+        show_page(progress, runs.run(recipe, out, progress), out / "report")

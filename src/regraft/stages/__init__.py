@@ -23,12 +23,13 @@ from regraft.stages.judging import (
 )
 from regraft.stages.patching import Preview, apply, preview, revert
 from regraft.stages.pruning import prune, spilled_bytes
-from regraft.stages.ranking import Inputs, rank
+from regraft.stages.ranking import Inputs, write_ranking
 from regraft.stages.realigning import realign
 from regraft.stages.responding import respond
 from regraft.stages.restoring import ArtifactPaths, Restoration, curve_beside
 from regraft.stages.scoring import heads
-from regraft.stages.searching import check_search, evaluate_references, search, suites_of
+from regraft.stages.searching import evaluate_references
+from regraft.stages.setup import Setup
 from regraft.stages.text import OnText
 from regraft.stages.tuning import tune
 
@@ -42,10 +43,10 @@ __all__ = [
     "OnText",
     "Preview",
     "Restoration",
+    "Setup",
     "agreement",
     "apply",
     "calibration_data",
-    "check_search",
     "curve_beside",
     "defend",
     "evaluate",
@@ -58,15 +59,13 @@ __all__ = [
     "own",
     "preview",
     "prune",
-    "rank",
     "read_curve",
     "read_evaluation",
     "realign",
     "respond",
     "revert",
-    "search",
     "spilled_bytes",
     "statistics",
-    "suites_of",
     "tune",
+    "write_ranking",
 ]

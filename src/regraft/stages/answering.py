@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,10 @@ from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import write_text
 from regraft.loading import load
-from regraft.models.load import Source
-from regraft.progress import Progress
 from regraft.provenance import describe, is_done, working
 from regraft.reading import draw_calibration, draw_prompts, order_calibration, responses_are_given
 from regraft.restoration.teacher import TOKEN_WEIGHTS
-from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
+from regraft.stages.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -48,64 +45,44 @@ def beside(out: Path) -> Path:
     return out.with_name(f"{out.name}.responses")
 
 
-def calibration_data(
-    dense: Source,
-    calibration: CalibrationSettings,
-    compute: ComputeSettings,
-    folder: Path,
-    progress: Progress,
-    *,
-    harmful: bool,
-) -> Reading:
+def calibration_data(setup: Setup, folder: Path, *, harmful: bool) -> Reading:
     """D^s or D^u, each example with a response.
 
     Where `responses_are_given` these are the data set's. Otherwise the dense model answers
     the prompts greedily, batch by batch in the drawn order, until as many answers are kept as
     samples are wanted: refusals of harmful prompts, and what refuses nothing of harmless ones. The
     first prompts are those that would be drawn anyhow. Answers are the file `harmful.jsonl` or
-    `harmless.jsonl` in `folder`; finished batches survive a kill.
-
-    Args:
-        dense: The dense checkpoint.
-        calibration: Which prompts, how many, whose responses.
-        compute: Device, dtype, batch size.
-        folder: For the answers; stages with the same settings share it.
-        progress: Progress.
-        harmful: D^s or D^u.
+    `harmless.jsonl` in `folder`, which stages with the same settings share; finished batches
+    survive a kill.
 
     Raises:
         RegraftError: see the data readers; no answer can be kept.
     """
+    dense, calibration = setup.dense, setup.calibration
     if not harmful:  # once for both kinds
-        warn_of_bundled(dense, calibration.source, progress.note)
+        warn_of_bundled(dense, calibration.source, setup.progress.note)
     if responses_are_given(calibration, harmful=harmful):
         return draw_calibration(dense, calibration, harmful=harmful)
     prompts = order_calibration(dense, calibration, harmful=harmful)
     wanted = _Wanted(
+        prompts,
         calibration.samples,
         calibration.max_response_tokens,
         partial(judged, judge=DEFAULT_JUDGE),
         {"judge": DEFAULT_JUDGE.name},
-        _nothing_kept(prompts, harmful=harmful),
+        _none_of_use(len(prompts.examples), harmful=harmful),
     )
-    out = folder / f"{_kind(harmful)}.jsonl"
-    return _kept(prompts, _written(_Loaded(dense, compute, progress), prompts, out, wanted))
+    return _answered(setup, _loader(setup), wanted, folder / f"{_kind(harmful)}.jsonl")
 
 
-def imitation_data(
-    dense: Source,
-    calibration: CalibrationSettings,
-    compute: ComputeSettings,
-    folder: Path,
-    progress: Progress,
-) -> dict[str, Reading]:
+def imitation_data(setup: Setup, folder: Path) -> dict[str, Reading]:
     """The prompts drawn, each with the start of what the dense model answers.
 
     Whether it refuses or not: a model that is to refuse as often as the dense one must learn from
     the harmful prompts that the dense model answers, and the harmless ones that it refuses, too.
     The data set's responses are not read. An answer is cut after one token more than `DecisionLoss`
-    reads, since text is not always cut into tokens again as it was written. Files and arguments as
-    for `calibration_data`.
+    reads, since text is not always cut into tokens again as it was written. Files as for
+    `calibration_data`.
 
     Returns:
         "safety" -> harmful prompts, "utility" -> harmless ones.
@@ -113,38 +90,19 @@ def imitation_data(
     Raises:
         RegraftError: see the data readers; the dense model answers nothing at all.
     """
-    warn_of_bundled(dense, calibration.source, progress.note)
-    readings = {}
-    model = _Loaded(dense, compute, progress)
+    warn_of_bundled(setup.dense, setup.calibration.source, setup.progress.note)
+    readings, loader = {}, _loader(setup)
     for kind, harmful in (("safety", True), ("utility", False)):
-        prompts = draw_prompts(dense, calibration, harmful=harmful)
+        prompts = draw_prompts(setup.dense, setup.calibration, harmful=harmful)
         count = len(prompts.examples)
-        nothing = RegraftError(
-            f"{prompts.source}: the dense model's answer to each of the {count} {_kind(harmful)} "
-            "prompts is empty, so there is nothing to imitate. Give other prompts."
+        nothing = (
+            f"the dense model's answer to each of the {count} {_kind(harmful)} prompts is empty, "
+            "so there is nothing to imitate. Give other prompts."
         )
-        wanted = _Wanted(count, len(TOKEN_WEIGHTS) + 1, _unless_blank, {}, nothing)
+        wanted = _Wanted(prompts, count, len(TOKEN_WEIGHTS) + 1, _unless_blank, {}, nothing)
         out = folder / f"{_kind(harmful)}-starts.jsonl"
-        readings[kind] = _kept(prompts, _written(model, prompts, out, wanted))
+        readings[kind] = _answered(setup, loader, wanted, out)
     return readings
-
-
-class _Loaded:
-    """The dense model, loaded when the first answer is asked of it.
-
-    Args:
-        source: The dense checkpoint.
-        compute: Device, dtype, batch size.
-        progress: Progress.
-    """
-
-    def __init__(self, source: Source, compute: ComputeSettings, progress: Progress) -> None:
-        self.source, self.compute, self.progress = source, compute, progress
-
-    @cached_property
-    def parts(self) -> tuple[nn.Module, Any]:
-        """The model and its processor."""
-        return load(self.source, self.compute, self.progress)
 
 
 @dataclass(frozen=True)
@@ -152,28 +110,38 @@ class _Wanted:
     """Which answers are to be written.
 
     Attributes:
+        prompts: In the order in which they are asked.
         kept: How many are to be kept.
         tokens: Most tokens of an answer.
         judge: Says of an answer whether it is kept.
         about: Settings of `judge`, for the provenance.
-        nothing: Raised where none is kept.
+        nothing: What is wrong where none is kept.
     """
 
+    prompts: Reading
     kept: int
     tokens: int
     judge: Callable[[Example, str], Response]
     about: Mapping[str, Any]
-    nothing: RegraftError
+    nothing: str
+
+
+Loader = Callable[[], tuple[nn.Module, Any]]
+
+
+def _loader(setup: Setup) -> Loader:
+    """Loads the dense model and its processor when the first answer is asked of them, once."""
+    return cache(lambda: load(setup.dense, setup.compute, setup.progress))
 
 
 def _kind(harmful: bool) -> str:
     return "harmful" if harmful else "harmless"
 
 
-def _written(dense: _Loaded, prompts: Reading, out: Path, wanted: _Wanted) -> tuple[Response, ...]:
-    """The dense model's answers, from the file `out` if it has them."""
-    inputs = {"dense": dense.source.checkpoint.fingerprint}
-    about = describe("responses", inputs, None, dense.compute, {"prompts": prompts})
+def _answered(setup: Setup, loader: Loader, wanted: _Wanted, out: Path) -> Reading:
+    """The prompts whose answer is kept, with it; answers are in the file `out`."""
+    inputs = {"dense": setup.dense.checkpoint.fingerprint}
+    about = describe("responses", inputs, None, setup.compute, {"prompts": wanted.prompts})
     about["settings"] = {
         "samples": wanted.kept,
         "max_response_tokens": wanted.tokens,
@@ -181,30 +149,30 @@ def _written(dense: _Loaded, prompts: Reading, out: Path, wanted: _Wanted) -> tu
     }
     if not is_done(out, out, about, lambda: _read(out)[0]):
         with working(out, about) as work:
-            answers = _answer(dense, wanted, prompts, work)
+            answers = _answer(setup, loader, wanted, work)
             if not any(one.kept for one in answers):
-                raise wanted.nothing
+                raise RegraftError(f"{wanted.prompts.source}: {wanted.nothing}")
             if distributed.first():
                 _write(out, about, answers)
-    return _read(out)[1]
+    return _kept(wanted.prompts, _read(out)[1])
 
 
-def _answer(dense: _Loaded, wanted: _Wanted, prompts: Reading, work: Path) -> list[Response]:
+def _answer(setup: Setup, loader: Loader, wanted: _Wanted, work: Path) -> list[Response]:
     """The answers up to the one with which there are enough."""
-    (model, processor), compute = dense.parts, dense.compute
-    kept = 0
-    answers: list[Response] = []
-    size = compute.batch_size * distributed.world()
-    most = min(wanted.kept, len(prompts.examples))
-    with dense.progress.task("Writing responses", most, "answers") as done:
-        for i, chunk in enumerate(batches(prompts.examples, size)):
+    model, processor = loader()
+    kept, answers = 0, list[Response]()
+    examples, batch_size = wanted.prompts.examples, setup.compute.batch_size
+    size = batch_size * distributed.world()
+    most = min(wanted.kept, len(examples))
+    with setup.progress.task("Writing responses", most, "answers") as done:
+        for i, chunk in enumerate(batches(examples, size)):
             texts = generate(
                 model,
                 processor,
                 chunk,
                 work / f"part_{i:05d}_of_{size}",  # another number of processes cuts other parts
                 max_new_tokens=wanted.tokens,
-                batch_size=compute.batch_size,
+                batch_size=batch_size,
             )
             for example, text in zip(chunk, texts, strict=True):
                 answers.append(wanted.judge(example, text))
@@ -240,16 +208,15 @@ def _kept(prompts: Reading, answers: tuple[Response, ...]) -> Reading:
     return Reading(f"{prompts.source}, answered by the dense model", examples, dict(skipped))
 
 
-def _nothing_kept(prompts: Reading, *, harmful: bool) -> RegraftError:
-    count = len(prompts.examples)
+def _none_of_use(count: int, *, harmful: bool) -> str:
     found = (
-        f"the dense model refuses none of the {count} harmful prompts"
+        f"refuses none of the {count} harmful prompts"
         if harmful
-        else f"the dense model refuses all of the {count} harmless prompts or answers degenerately"
+        else f"refuses all of the {count} harmless prompts or answers degenerately"
     )
-    return RegraftError(
-        f"{prompts.source}: {found} (judge {DEFAULT_JUDGE.name}), so none of its own responses "
-        "can be calibrated on. Use --responses given with a data set that has responses, or other "
+    return (
+        f"the dense model {found} (judge {DEFAULT_JUDGE.name}), so none of its own responses can "
+        "be calibrated on. Use --responses given with a data set that has responses, or other "
         "prompts."
     )
 

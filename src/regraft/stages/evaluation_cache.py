@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
+from regraft.data.collate import prompt_batch
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.evaluation.generate import MEMO_BYTES, Answerer
 from regraft.loading import load
-from regraft.models.load import Source, has_processor
+from regraft.models.load import Source, has_processor, load_processor
+from regraft.patch.pair import Survey, survey
 from regraft.progress import Progress
 from regraft.provenance import ABOUT_FILE
 from regraft.pruning.prune import zeros
@@ -26,6 +28,9 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 
+T = TypeVar("T")
+_LOOKED_AT = 4  # prompts whose length tells that of all
+
 
 class EvaluationCache:
     """Data sets, encoded prompts, what images became, and the model that was loaded last.
@@ -39,31 +44,31 @@ class EvaluationCache:
 
     def __init__(self, memo_bytes: int = MEMO_BYTES) -> None:
         self._memo_bytes = memo_bytes
-        self._readings: dict[Hashable, Reading] = {}
-        self._zeros: dict[str, int] = {}
+        self._known: dict[Hashable, Any] = {}
         self._answerers: dict[Hashable, Answerer] = {}
         self._loaded: tuple[Hashable, tuple[nn.Module, Any]] | None = None
 
+    def _once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made the first time that it is asked for under this key."""
+        if key not in self._known:
+            self._known[key] = make()
+        found: T = self._known[key]
+        return found
+
     def reading(self, model: Source, suites: Sequence[DataSource], limit: int | None) -> Reading:
         """`read_suites`, and every image of them is decoded once only."""
-        key = (tuple(suites), limit, model.architecture.has_vision)
-        if key not in self._readings:
-            self._readings[key] = read_suites(model, suites, limit)
-        return self._readings[key]
+        key = "suites", tuple(suites), limit, model.architecture.has_vision
+        return self._once(key, lambda: read_suites(model, suites, limit))
 
     def drawn(self, model: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
         """`draw_calibration`, and every image is decoded once only."""
-        key = ("drawn", calibration, harmful, model.architecture.has_vision)
-        if key not in self._readings:
-            self._readings[key] = draw_calibration(model, calibration, harmful=harmful)
-        return self._readings[key]
+        key = "drawn", calibration, harmful, model.architecture.has_vision
+        return self._once(key, lambda: draw_calibration(model, calibration, harmful=harmful))
 
     def prompts(self, model: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
         """`draw_prompts`, and every image is decoded once only."""
-        key = ("prompts", calibration, harmful, model.architecture.has_vision)
-        if key not in self._readings:
-            self._readings[key] = draw_prompts(model, calibration, harmful=harmful)
-        return self._readings[key]
+        key = "prompts", calibration, harmful, model.architecture.has_vision
+        return self._once(key, lambda: draw_prompts(model, calibration, harmful=harmful))
 
     def learnt_from(
         self, model: Source, calibration: CalibrationSettings, *, harmful: bool
@@ -77,19 +82,26 @@ class EvaluationCache:
             return {role: self.drawn(model, calibration, harmful=harmful)}
         return {f"{role} (self)": order_calibration(model, calibration, harmful=harmful)}
 
-    def imitated(self, model: Source, calibration: CalibrationSettings) -> dict[str, Reading]:
-        """The prompts on which gain and fine-tuning imitate the dense model, by their role."""
-        return {
-            f"{role} calibration (imitated)": self.prompts(model, calibration, harmful=harmful)
-            for role, harmful in (("harmful", True), ("harmless", False))
-        }
-
     def zeros(self, model: Source) -> int:
         """Number of prunable weights that are zero on disk."""
-        key = model.checkpoint.fingerprint
-        if key not in self._zeros:
-            self._zeros[key] = zeros(model.checkpoint, model.architecture)
-        return self._zeros[key]
+        key = "zeros", model.checkpoint.fingerprint
+        return self._once(key, lambda: zeros(model.checkpoint, model.architecture))
+
+    def survey(self, dense: Source, pruned: Source) -> Survey:
+        """`survey`, for which all weights are read, once for all methods that rank them."""
+        key = "survey", dense.checkpoint.fingerprint, pruned.checkpoint.fingerprint
+        return self._once(key, lambda: survey(dense, pruned))
+
+    def prompt_tokens(self, model: Source, examples: Sequence[Example]) -> float:
+        """How long prompts are on average, going by the first few."""
+        some = tuple(examples[:_LOOKED_AT])
+
+        def mean() -> float:
+            processor = load_processor(model)
+            ids = [prompt_batch(processor, [one]).inputs["input_ids"] for one in some]
+            return sum(one.numel() for one in ids) / max(1, len(ids))
+
+        return self._once(("tokens", model.checkpoint.fingerprint, some), mean)
 
     def load(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,8 +12,6 @@ from regraft.data.example import Reading
 from regraft.files import require_space, size_of
 from regraft.loading import check_shares, cut, hidden_state_bytes, load_for_walk
 from regraft.models.layerwise import LayerwisePass
-from regraft.models.load import Source
-from regraft.progress import Progress, Silent
 from regraft.provenance import describe, is_done, working
 from regraft.pruning.base import PRUNERS, GradientPruner, Pruner
 from regraft.pruning.statistics import (
@@ -21,19 +20,15 @@ from regraft.pruning.statistics import (
     load_statistics,
     save_statistics,
 )
-from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import StatisticsSettings
 from regraft.stages.answering import beside, calibration_data
+from regraft.stages.setup import Setup
 
 
 def statistics(
-    dense: Source,
+    setup: Setup,
     out: Path,
-    calibration: CalibrationSettings,
-    compute: ComputeSettings,
     settings: StatisticsSettings | None = None,
-    progress: Progress | None = None,
     responses: Path | None = None,
 ) -> tuple[ImportanceStatistics, ImportanceStatistics]:
     """Gather statistics of the dense model on D^s and D^u; writes the file `out`.
@@ -43,24 +38,19 @@ def statistics(
     Returns:
         (safety, utility).
     """
-    progress, settings = progress or Silent(), settings or StatisticsSettings()
-    folder = responses or beside(out)
+    settings = settings or StatisticsSettings()
     readings = {
-        kind: calibration_data(
-            dense, calibration, compute, folder, progress, harmful=kind == "safety"
-        )
+        kind: calibration_data(setup, responses or beside(out), harmful=kind == "safety")
         for kind in ("safety", "utility")
     }
-    about = describe(
-        "statistics", {"dense": dense.checkpoint.fingerprint}, settings, compute, readings
-    )
+    inputs = {"dense": setup.dense.checkpoint.fingerprint}
+    about = describe("statistics", inputs, settings, setup.compute, readings)
     if not is_done(out, out, about, lambda: load_statistics(out).about):
         for role, reading in zip(("D^s", "D^u"), readings.values(), strict=True):
-            check_shares(reading.examples, compute)
-            progress.note(reading.describe(role))
+            check_shares(reading.examples, setup.compute)
+            setup.progress.note(reading.describe(role))
         with working(out, about) as work:
-            pruner = PRUNERS.get(settings.score)
-            gathered = _gather(dense, work, pruner, readings, compute, progress)
+            gathered = _gather(setup, work, PRUNERS.get(settings.score), readings)
             if distributed.first():
                 save_statistics(out, gathered["safety"], gathered["utility"], about)
     loaded = load_statistics(out)
@@ -68,31 +58,28 @@ def statistics(
 
 
 def _gather(
-    dense: Source,
-    work: Path,
-    pruner: Pruner,
-    readings: Mapping[str, Reading],
-    compute: ComputeSettings,
-    progress: Progress,
+    setup: Setup, work: Path, pruner: Pruner, readings: Mapping[str, Reading]
 ) -> dict[str, ImportanceStatistics]:
-    model, processor = load_for_walk(dense, compute, progress)
+    dense, progress = setup.dense, setup.progress
+    architecture = dense.architecture
+    model, processor = load_for_walk(dense, setup.compute, progress)
     shares = {
-        kind: distributed.share(cut(reading.examples, compute))
+        kind: distributed.share(cut(reading.examples, setup.compute))
         for kind, reading in readings.items()
     }
     by_gradients = isinstance(pruner, GradientPruner)
     passes = 2 if by_gradients else 1
     own = sum(len(chunk) for chunks in shares.values() for chunk in chunks)
-    total = passes * own * len(dense.architecture.layers)
+    total = passes * own * len(architecture.layers)
     with progress.task("Gathering statistics", total, "samples x layers") as done:
         found = {}
         for kind, chunks in shares.items():
             encoded = (response_batch(processor, chunk) for chunk in chunks)
             walk = LayerwisePass(model, encoded, again=False)
             if by_gradients:  # both sets' gradients twice, in parts and in the file
-                kept = [li for li in dense.architecture.linears if pruner.keeps(li)]
-                gradients = 4 * 4 * sum(li.shape[0] * li.shape[1] for li in kept)
+                kept = [linear for linear in architecture.linears if pruner.keeps(linear)]
+                gradients = 4 * 4 * sum(math.prod(linear.shape) for linear in kept)
                 require_space(work, gradients + hidden_state_bytes(dense, walk) - size_of(work))
-            values = gather(walk, dense.architecture, pruner, work / kind, done, progress.note)
+            values = gather(walk, architecture, pruner, work / kind, done, progress.note)
             found[kind] = ImportanceStatistics(pruner.name, values, len(readings[kind].examples))
         return found

@@ -34,6 +34,7 @@ from regraft.reading import draw_calibration
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import beside, calibration_data
+from regraft.stages.setup import Setup
 
 CARD = "README.md"
 _PRUNED = 0.01  # share of zeros that nothing but pruning explains
@@ -97,9 +98,8 @@ def _data(
     for kind in settings.kinds:
         harmful = kind == "safety"
         if PRUNERS.get(settings.method).reads_responses:
-            found[kind] = calibration_data(
-                dense, calibration, compute, responses, progress, harmful=harmful
-            )
+            setup = Setup(dense, calibration, compute, progress)
+            found[kind] = calibration_data(setup, responses, harmful=harmful)
         else:
             warn_of_bundled(dense, calibration.data, progress.note)
             found[kind] = draw_calibration(dense, calibration, harmful=harmful)

@@ -14,15 +14,14 @@ from regraft.errors import RegraftError
 from regraft.files import file_digest
 from regraft.heads.score import load_heads
 from regraft.models.load import Source
-from regraft.patch.pair import Survey, check_pair, survey
-from regraft.progress import Progress, Silent
+from regraft.patch.pair import Survey, check_pair
+from regraft.progress import Progress
 from regraft.provenance import describe, is_done, working
 from regraft.pruning.statistics import load_statistics
-from regraft.restoration.base import Context, MethodSettings, Needs, method_of
+from regraft.restoration.base import Context, MethodSettings, Needs, method_of, needs_of
 from regraft.restoration.ranking import KEPT, Ranking, load_ranking, save_ranking
-from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import beside, imitation_data
+from regraft.stages.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -42,90 +41,59 @@ class Inputs:
     responses: Path | None = None
 
 
-def rank(
-    dense: Source,
+def write_ranking(
+    setup: Setup,
     pruned: Source,
     out: Path,
     settings: MethodSettings,
-    calibration: CalibrationSettings,
     inputs: Inputs | None = None,
-    compute: ComputeSettings | None = None,
-    progress: Progress | None = None,
 ) -> Ranking:
     """Rank the weights that could be restored; writes the file `out`.
 
     Args:
-        dense: The dense checkpoint.
+        setup: The dense checkpoint, and prompts for methods that need answers to them.
         pruned: The same network pruned, by whomever.
         out: The file.
         settings: The method and, by its budget, how many weights to rank.
-        calibration: Prompts of both kinds, for methods that need answers to them; its seed is that
-            of whatever is drawn.
         inputs: What else the method needs.
-        compute: Device, dtype, batch size and placement.
-        progress: Progress.
 
     Raises:
         RegraftError: an input is missing or does not fit, or the budget is less than one weight.
     """
-    progress, compute, inputs = (
-        progress or Silent(),
-        compute or ComputeSettings(),
-        inputs or Inputs(),
-    )
-    method, wanted = method_of(settings), settings.ranking()
-    needs = method.needs(settings)
+    dense, inputs, seed = setup.dense, inputs or Inputs(), setup.calibration.seed
+    method, wanted, needs = method_of(settings), settings.ranking(), needs_of(settings)
     check_pair(dense, pruned)
-    read = read_inputs(dense, pruned, settings, needs, inputs)
-    looked = survey(dense, pruned)
+    digests, loaded = read_inputs(dense, pruned, settings, needs, inputs)
+    looked = setup.cache.survey(dense, pruned)
     check_restorable(settings, looked.restorable)
     answered: dict[str, Reading] | None = None
     if needs.answers:
-        folder = inputs.responses or beside(out)
-        answered = imitation_data(dense, calibration, compute, folder, progress)
-        method.check(settings, dense, calibration.seed, compute, answered)
-    digests = {"dense": dense.checkpoint.fingerprint, "pruned": pruned.checkpoint.fingerprint}
-    about = describe(
-        "rank", {**digests, **read.digests}, wanted, compute if answered else None, answered
-    )
-    about |= {"algorithm": method.algorithm, "seed": calibration.seed, **taken(looked)}
+        answered = imitation_data(setup, inputs.responses or beside(out))
+        method.check(settings, dense, seed, setup.compute, answered)
+    pair = {"dense": dense.checkpoint.fingerprint, "pruned": pruned.checkpoint.fingerprint}
+    compute = setup.compute if answered else None
+    about = describe("rank", {**pair, **digests}, wanted, compute, answered)
+    about |= {"algorithm": method.algorithm, "seed": seed, **taken(looked)}
     if not is_done(out, out, about, lambda: load_ranking(out).about):
-        _announce(progress, looked, answered)
+        _announce(setup.progress, looked, answered)
+        count = wanted.how_many(looked.restorable)
         with working(out, about) as work:
-            found = method.rank(
-                wanted,
-                Context(
-                    dense,
-                    pruned,
-                    looked,
-                    wanted.how_many(looked.restorable),
-                    calibration.seed,
-                    compute,
-                    progress,
-                    work,
-                    answered=answered,
-                    **read.loaded,
-                ),
-            )
-            _remark(progress, out, found, wanted.how_many(looked.restorable))
+            common = seed, setup.compute, setup.progress, work
+            context = Context(dense, pruned, looked, count, *common, answered=answered, **loaded)
+            found = method.rank(wanted, context)
+            _remark(setup.progress, out, found, count)
             if distributed.first():
-                outcome = {"heads": [], **found.about}
-                save_ranking(out, replace(found, about={**outcome, **about}))
+                save_ranking(out, replace(found, about={"heads": [], **found.about, **about}))
     return load_ranking(out)
-
-
-@dataclass(frozen=True)
-class Read:
-    """What `Inputs` hold: digests of the files, and fields of `Context`."""
-
-    digests: Mapping[str, str]
-    loaded: Mapping[str, Any]
 
 
 def read_inputs(
     dense: Source, pruned: Source, settings: MethodSettings, needs: Needs, inputs: Inputs
-) -> Read:
+) -> tuple[dict[str, str], dict[str, Any]]:
     """Read the files that a method needs and see that they are of these checkpoints.
+
+    Returns:
+        Digests of the files, and fields of `Context`.
 
     Raises:
         RegraftError: one is missing, was made from something else, or has not what is needed.
@@ -159,7 +127,7 @@ def read_inputs(
         require_made_of(loaded["positions"], file, dense, pruned)
         _require_positions(settings, loaded["positions"], file)
         digests["ranking"] = file_digest(file)
-    return Read(digests, loaded)
+    return digests, loaded
 
 
 def require_made_of(ranking: Ranking, path: Path, dense: Source, pruned: Source) -> None:

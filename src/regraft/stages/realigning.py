@@ -35,7 +35,7 @@ def realign(
         pruned: The same network pruned, by whomever.
         out: The patch file.
         settings: The method that made the ranking; its budget says how many.
-        ranking_file: From `rank`.
+        ranking_file: From `write_ranking`.
         count: So many instead.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from regraft import distributed
@@ -15,6 +16,7 @@ from regraft.progress import Progress, Silent
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import beside, calibration_data
+from regraft.stages.setup import Setup
 
 
 def respond(
@@ -29,13 +31,14 @@ def respond(
 
     Which answers are kept is that of `calibration_data` with the dense model's responses: refusals
     of harmful prompts, and what refuses nothing of harmless ones. All answers are in the folder
-    `OUT.responses`, where finished ones survive a kill.
+    `OUT.responses`, where finished ones survive a kill. A line has `id`, `instruction`, `response`,
+    `harmful`, `category` and, where there is one, `image`, relative to the file; lines are in the
+    order of the data.
 
     Args:
         dense: The dense checkpoint.
         data: Prompts, of one kind or both; responses that they have are not read.
-        out: Lines of `id`, `instruction`, `response`, `harmful`, `category` and, where there is
-            one, `image`, relative to the file; in the order of the data.
+        out: The file.
         max_response_tokens: Length of an answer.
         compute: Device, dtype, batch size.
         progress: Progress.
@@ -48,30 +51,32 @@ def respond(
             `calibration_data`.
     """
     prompts = read(of_split(data, "train"))
+    _check_output(out, prompts)
+    answered: dict[str, Example] = {}
+    skipped = Counter(prompts.skipped)
+    wanted = CalibrationSettings(
+        data=data, responses="self", max_response_tokens=max_response_tokens
+    )
+    counts = Counter(one.harmful for one in prompts.examples)
+    for harmful, count in sorted(counts.items(), reverse=True):  # harmful ones first
+        settings = wanted.model_copy(update={"samples": count})
+        setup = Setup(dense, settings, compute, progress or Silent())
+        reading = calibration_data(setup, beside(out), harmful=harmful)
+        answered |= {one.id: one for one in reading.examples}
+        left = reading.skipped.items()
+        skipped.update({why: n for why, n in left if why.startswith("answered and not kept")})
+    kept = tuple(answered[one.id] for one in prompts.examples if one.id in answered)
+    if distributed.first():
+        _write(out, "".join(_line(example, out) for example in kept))
+    return Reading(f"{prompts.source}, answered by {dense.folder}", kept, dict(skipped))
+
+
+def _check_output(out: Path, prompts: Reading) -> None:
+    """Find before long work that the file could not be written."""
     for example in prompts.examples:
         _image(example, out)
     if out.exists() and not beside(out).exists():
         raise _other(out)
-    found: dict[str, Example] = {}
-    skipped = dict(prompts.skipped)
-    for harmful in (True, False):
-        count = sum(example.harmful == harmful for example in prompts.examples)
-        if not count:
-            continue
-        settings = CalibrationSettings(
-            data=data, samples=count, responses="self", max_response_tokens=max_response_tokens
-        )
-        answered = calibration_data(
-            dense, settings, compute, beside(out), progress or Silent(), harmful=harmful
-        )
-        found |= {example.id: example for example in answered.examples}
-        for reason, left in answered.skipped.items():
-            if reason.startswith("answered and not kept"):
-                skipped[reason] = skipped.get(reason, 0) + left
-    kept = tuple(found[one.id] for one in prompts.examples if one.id in found)
-    if distributed.first():
-        _write(out, "".join(_line(example, out) for example in kept))
-    return Reading(f"{prompts.source}, answered by {dense.folder}", kept, skipped)
 
 
 def _line(example: Example, out: Path) -> str:

@@ -6,32 +6,31 @@ artifact lies and may measure or lock a step while it is at work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from regraft.checks import check_budget, check_gradients, check_heads, check_r_max
 from regraft.evaluation.tradeoff import read_curve
 from regraft.models.load import Source, check_split
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import check_pair
-from regraft.progress import Progress, Silent
-from regraft.restoration.base import MethodSettings, Needs, needs_of, own_settings
-from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
+from regraft.pruning.base import PRUNERS, GradientPruner
+from regraft.restoration.base import MethodSettings, Needs, method_of, needs_of, own_settings
+from regraft.restoration.ranking import load_ranking
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.scoring import HeadSettings, StatisticsSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages.answering import imitation_data
-from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.gathering import statistics
-from regraft.stages.needing import check_method, learnt_by
-from regraft.stages.ranking import Inputs, rank, read_inputs
+from regraft.stages.ranking import Inputs, read_inputs, write_ranking
 from regraft.stages.realigning import check_made_by, realign
 from regraft.stages.scoring import heads
-from regraft.stages.searching import check_search, search, warn_of_learnt
-from regraft.stages.steps import Step, StepGuard, make_all
+from regraft.stages.searching import check_search, search
+from regraft.stages.setup import Setup
+from regraft.stages.steps import PromptUse, Step, StepGuard, check_all
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class ArtifactPaths:
         curve: Results of a search.
         references: Evaluations of the dense and the pruned model, which searches share.
         points: Patches and answers of a search.
-        positions: Another ranking, where the method needs one that a run has made.
         states: Of ablated models, from which heads are scored for any r_max.
+        given: What was made elsewhere and is taken instead.
     """
 
     heads: Path
@@ -59,11 +58,11 @@ class ArtifactPaths:
     curve: Path
     references: Path | None = None
     points: Path | None = None
-    positions: Path | None = None
     states: Path | None = None
+    given: Inputs = field(default_factory=Inputs)
 
     @classmethod
-    def beside(cls, out: Path) -> ArtifactPaths:
+    def beside(cls, out: Path, given: Inputs | None = None) -> ArtifactPaths:
         """All beside the patch `out`, named after it."""
         return cls(
             heads=_beside(out, "heads.safetensors"),
@@ -72,128 +71,95 @@ class ArtifactPaths:
             ranking=_beside(out, "ranking.safetensors"),
             patch=out,
             curve=curve_beside(out),
+            given=given or Inputs(),
+        )
+
+    def inputs(self, needs: Needs) -> Inputs:
+        """What a ranking is made from."""
+        heads = self.heads if needs.heads else None
+        statistics = self.statistics(needs.statistics) if needs.statistics else None
+        return Inputs(
+            heads=self.given.heads or heads,
+            statistics=self.given.statistics or statistics,
+            positions=self.given.positions,
+            responses=self.responses,
         )
 
 
 @dataclass(frozen=True)
-class Restoration:
-    """What every step needs.
+class Restoration(Setup):
+    """What every step needs, and the steps.
 
     Attributes:
-        dense: The dense checkpoint.
-        calibration: Prompts of both kinds, with responses where a method learns from them.
-        compute: Device, dtype, batch size, placement.
         scoring: Of heads.
         evaluation: How validation prompts are answered and judged.
-        progress: Progress.
-        cache: What evaluations share.
         guard: Surrounds every step.
     """
 
-    dense: Source
-    calibration: CalibrationSettings
-    compute: ComputeSettings = ComputeSettings()
     scoring: HeadSettings = HeadSettings()
     evaluation: EvalSettings = EvalSettings(full_answers=False)
-    progress: Progress = field(default_factory=Silent)
-    cache: EvaluationCache = field(default_factory=EvaluationCache)
     guard: StepGuard = lambda _step, _of: nullcontext()
 
-    def check(
+    def restore(
         self,
         pruned: Source,
         settings: MethodSettings,
-        choice: SearchSettings | None,
         paths: ArtifactPaths,
-        given: Inputs,
-    ) -> None:
-        """Find bad input before any long work.
+        choice: SearchSettings | None = None,
+    ) -> Patch:
+        """Make all that a method needs, its ranking and the patch.
+
+        Args:
+            pruned: The same network pruned, by whomever.
+            settings: The method.
+            paths: Where artifacts lie.
+            choice: Search how much of the ranking is restored.
 
         Raises:
-            RegraftError: see the steps.
+            RegraftError: bad input of any step, found before any long work.
         """
-        needs = needs_of(settings)
+        steps = [
+            *self.gathering([needs_of(settings)], paths),
+            *self.steps(lambda: pruned, settings, paths, choice),
+        ]
         check_pair(self.dense, pruned)
-        made = Needs(
-            heads=needs.heads if given.heads else None,
-            statistics=needs.statistics if given.statistics else None,
-            positions=needs.positions,
-        )
-        read_inputs(self.dense, pruned, settings, made, given)
-        scored, gathered = given.heads is not None, given.statistics is not None
-        check_method(
-            self.dense,
-            settings,
-            self.calibration,
-            self.compute,
-            self.cache,
-            None if scored else self.scoring,
-            gathers=not gathered,
-        )
-        if choice is not None:
-            validation = check_search(self.dense, choice, self.compute, self.cache)
-            learnt = learnt_by(
-                self.dense,
-                needs,
-                self.calibration,
-                self.cache,
-                scored=scored,
-                gathered=gathered,
-            )
-            warn_of_learnt(validation, learnt, self.progress)
-        if needs.answers:
-            check_split(self.compute.device, self.compute.placement)
+        _check_given(self.dense, pruned, settings, paths.given)
+        for line in check_all(steps).warnings():
+            self.progress.note(f"Warning: {line}.")
         if paths.patch.exists():
             searched = choice is not None
             check_made_by(paths.patch, self.dense, pruned, settings, searched=searched)
+        self.make(steps)
+        return load_patch(paths.patch)
 
-    def gathering(
-        self, needs: Iterable[Needs], paths: ArtifactPaths, given: Inputs
-    ) -> Iterator[Step]:
+    def make(self, steps: Iterable[Step]) -> None:
+        """Make steps in order, each under the guard."""
+        for step in steps:
+            if step.title:
+                self.progress.note(step.title)
+            if step.alone and not step.done:
+                self.cache.unload()
+            with self.guard(step.stage, step.of):
+                step.make()
+
+    def gathering(self, needs: Iterable[Needs], paths: ArtifactPaths) -> Iterator[Step]:
         """All that any of the methods needs and that is not given: scores, answers, statistics."""
-        wanted, samples = list(needs), self.calibration.samples
-        common = self.calibration, self.compute
-        if any(one.heads for one in wanted) and given.heads is None:
-            yield Step(
-                "score heads",
-                "",
-                paths.heads,
-                lambda: heads(
-                    self.dense, paths.heads, self.scoring, *common, self.progress, paths.states
-                ),
-                learns=samples,
-                alone=True,
-            )
+        wanted = list(needs)
+        by_heads = [one for one in wanted if one.heads]
+        if by_heads and paths.given.heads is None:
+            yield self._heads(by_heads, paths)
         if any(one.answers for one in wanted):
-            yield Step(
-                "answer",
-                "",
-                paths.responses,
-                lambda: imitation_data(self.dense, *common, paths.responses, self.progress),
-                answers=2 * samples,
-            )
-        scores = dict.fromkeys(one.statistics for one in wanted if one.statistics)
-        for score in scores if given.statistics is None else ():
-            out, settings = paths.statistics(score), StatisticsSettings(score=score)
-            yield Step(
-                f"statistics for {score}",
-                "",
-                out,
-                partial(
-                    statistics, self.dense, out, *common, settings, self.progress, paths.responses
-                ),
-                learns=2 * samples,
-                alone=True,
-            )
+            yield self._answer(paths.responses)
+        if paths.given.statistics is None:
+            for score in dict.fromkeys(one.statistics for one in wanted if one.statistics):
+                yield self._statistics(score, paths)
 
     def steps(
         self,
         pruned: Callable[[], Source],
         settings: MethodSettings,
         paths: ArtifactPaths,
-        *,
         choice: SearchSettings | None = None,
-        given: Inputs | None = None,
         name: str = "",
     ) -> Iterator[Step]:
         """From what was gathered to the patch.
@@ -203,41 +169,17 @@ class Restoration:
             settings: The method.
             paths: Where artifacts lie.
             choice: Search how much of the ranking is restored.
-            given: What has been made elsewhere.
             name: What the model is called.
         """
-        own, needs = own_settings(settings), needs_of(settings)
-        given = given or Inputs()
-        inputs = Inputs(
-            heads=given.heads or (paths.heads if needs.heads else None),
-            statistics=given.statistics
-            or (paths.statistics(needs.statistics) if needs.statistics else None),
-            positions=given.positions or paths.positions,
-            responses=paths.responses,
-        )
-        yield Step(
-            "rank",
-            name,
-            paths.ranking,
-            lambda: rank(
-                self.dense,
-                pruned(),
-                paths.ranking,
-                own,
-                self.calibration,
-                inputs,
-                self.compute,
-                self.progress,
-            ),
-            learns=2 * self.calibration.samples if needs.answers else 0,
-            alone=True,
-        )
+        own = own_settings(settings)
+        yield self._rank(pruned, own, paths, name)
         if choice is not None:
             yield Step(
                 "search",
                 name,
                 paths.curve,
                 lambda: self.search(pruned(), own, paths, choice),
+                lambda: self.check_search(choice),
                 answers=choice.points * (choice.validation_limit or 0) * 2,
             )
         yield Step(
@@ -280,24 +222,104 @@ class Restoration:
             tell=tell,
         )
 
-    def make(self, steps: Iterable[Step]) -> None:
-        """Make steps in order, each under the guard."""
-        make_all(steps, self.guard, self.cache, self.progress)
+    def _heads(self, wanted: Sequence[Needs], paths: ArtifactPaths) -> Step:
+        def check() -> PromptUse:
+            for needs in wanted:
+                check_heads(self.dense, needs, self.scoring)
+            check_r_max(self.dense, self.scoring, self.drawn(harmful=True))
+            return PromptUse(learnt=self.learnt_from([True]))
 
-    def restore(
+        def make() -> object:
+            common = self.scoring, self.calibration, self.compute, self.progress
+            return heads(self.dense, paths.heads, *common, paths.states)
+
+        samples = self.calibration.samples
+        return Step("score heads", "", paths.heads, make, check, learns=samples, alone=True)
+
+    def _answer(self, folder: Path) -> Step:
+        def check() -> PromptUse:
+            roles = ("harmful calibration (imitated)", "harmless calibration (imitated)")
+            return PromptUse(learnt=dict(zip(roles, self.imitated().values(), strict=True)))
+
+        answers = 2 * self.calibration.samples
+        make = partial(imitation_data, self, folder)
+        return Step("answer", "", folder, make, check, answers=answers, alone=True)
+
+    def _statistics(self, score: str, paths: ArtifactPaths) -> Step:
+        by_gradients = isinstance(PRUNERS.get(score), GradientPruner)
+        out = paths.statistics(score)
+
+        def check() -> PromptUse:
+            return PromptUse(learnt=self.learnt_from([True, False]))
+
+        def states() -> int:  # of one kind after the other
+            kinds = [self.drawn(harmful=harmful) for harmful in (True, False)]
+            return max(self.state_bytes([one]) for one in kinds) if by_gradients else 0
+
+        return Step(
+            f"statistics for {score}",
+            "",
+            out,
+            lambda: statistics(self, out, StatisticsSettings(score=score), paths.responses),
+            check,
+            learns=2 * self.calibration.samples,
+            alone=True,
+            bytes_beside=states,
+        )
+
+    def _rank(
         self,
-        pruned: Source,
+        pruned: Callable[[], Source],
         settings: MethodSettings,
         paths: ArtifactPaths,
-        *,
-        choice: SearchSettings | None = None,
-        given: Inputs | None = None,
-    ) -> Patch:
-        """All steps, and then the patch; arguments as for `steps`."""
-        given = given or Inputs()
-        self.make(self.gathering([needs_of(settings)], paths, given))
-        self.make(self.steps(lambda: pruned, settings, paths, choice=choice, given=given))
-        return load_patch(paths.patch)
+        name: str,
+    ) -> Step:
+        method, needs = method_of(settings), needs_of(settings)
+
+        def check() -> PromptUse:
+            check_heads(self.dense, needs, None)
+            check_budget(self.dense, settings)
+            if needs.positions is not None and paths.given.positions is None:
+                load_ranking(Path(needs.positions))
+            if needs.answers or (needs.gradients and paths.given.statistics is None):
+                check_gradients(self.dense, self.compute, f"Realigning by {settings.method}")
+            if needs.answers:
+                check_split(self.compute.device, self.compute.placement)
+            prompts = self.imitated() if needs.answers else {}
+            method.check(settings, self.dense, self.calibration.seed, self.compute, prompts)
+            return PromptUse()
+
+        def states() -> int:  # of both kinds together
+            return self.state_bytes(self.imitated().values()) if needs.answers else 0
+
+        return Step(
+            "rank",
+            name,
+            paths.ranking,
+            lambda: write_ranking(self, pruned(), paths.ranking, settings, paths.inputs(needs)),
+            check,
+            learns=2 * self.calibration.samples if needs.answers else 0,
+            alone=True,
+            bytes_beside=states,
+        )
+
+    def check_search(self, choice: SearchSettings) -> PromptUse:
+        """Read the validation prompts, and see that models can be evaluated on them."""
+        role = f"validation ({choice.validation}, {choice.validation_limit or 'all'})"
+        return PromptUse(
+            chosen_on={role: check_search(self.dense, choice, self.compute, self.cache)}
+        )
+
+
+def _check_given(dense: Source, pruned: Source, settings: MethodSettings, given: Inputs) -> None:
+    """See that files made elsewhere are of these checkpoints and have what the method needs."""
+    needs = needs_of(settings)
+    there = replace(
+        needs,
+        heads=needs.heads if given.heads else None,
+        statistics=needs.statistics if given.statistics else None,
+    )
+    read_inputs(dense, pruned, settings, there, given)
 
 
 def curve_beside(out: Path) -> Path:

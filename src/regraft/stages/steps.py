@@ -1,17 +1,55 @@
-"""A run is a list of steps, each with its artifact: made in order, skipped where it is there."""
+"""A run is a list of steps, each with its artifact: all are checked, then made in order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from regraft.progress import Progress
-from regraft.stages.evaluation_cache import EvaluationCache
+from regraft.data.example import Reading
+from regraft.data.suites import seen_before
+from regraft.provenance import unfinished_bytes
 
 StepGuard = Callable[[str, str], AbstractContextManager[None]]
 """(stage, name of what it is for) -> what surrounds a step while it is made."""
+
+
+@dataclass(frozen=True)
+class PromptUse:
+    """What steps use prompts for; these by their role.
+
+    Attributes:
+        learnt: Those learnt from.
+        chosen_on: Those on which something is chosen.
+        evaluated: Those that the reported rates are of.
+    """
+
+    learnt: Mapping[str, Reading] = field(default_factory=dict)
+    chosen_on: Mapping[str, Reading] = field(default_factory=dict)
+    evaluated: Reading | None = None
+
+    def __or__(self, other: PromptUse) -> PromptUse:
+        """Those of both."""
+        return PromptUse(
+            {**self.learnt, **other.learnt},
+            {**self.chosen_on, **other.chosen_on},
+            self.evaluated or other.evaluated,
+        )
+
+    def warnings(self) -> list[str]:
+        """Which prompts are read for two purposes, so that rates on them are too hopeful."""
+        found = []
+        if self.evaluated is not None:
+            found += seen_before(self.evaluated, {**self.learnt, **self.chosen_on})
+        for role, reading in self.chosen_on.items():
+            lines = seen_before(reading, self.learnt, "chosen on")
+            found += [f"{role}: {line}" for line in lines]
+        return found
+
+
+def _nothing_beside() -> int:
+    return 0
 
 
 @dataclass(frozen=True)
@@ -23,20 +61,26 @@ class Step:
         of: For which model; "" for all of the run.
         out: The artifact.
         make: Makes it, goes on with it, or finds that it is there and as wanted.
+        check: Finds bad input before any step is made; returns its use of prompts.
         title: What is told when the step begins, if anything.
         answers: How many prompts a model answers.
         learns: How many prompts go through a model forward, or forward and backward.
         alone: Loads a model itself, so that the one evaluated last must go from memory.
+        bytes: What the artifact takes on disk, of those that are large.
+        bytes_beside: Gives what work on it keeps on disk meanwhile.
     """
 
     stage: str
     of: str
     out: Path
     make: Callable[[], object]
+    check: Callable[[], PromptUse] = PromptUse
     title: str = ""
     answers: int = 0
     learns: int = 0
     alone: bool = False
+    bytes: int = 0
+    bytes_beside: Callable[[], int] = _nothing_beside
 
     @property
     def done(self) -> bool:
@@ -44,14 +88,26 @@ class Step:
         return self.out.exists()
 
 
-def make_all(
-    steps: Iterable[Step], guard: StepGuard, cache: EvaluationCache, progress: Progress
-) -> None:
-    """Make the steps in order."""
+def check_all(steps: Iterable[Step]) -> PromptUse:
+    """Find bad input of any step, before the first is made; returns the use of prompts."""
+    found = PromptUse()
     for step in steps:
-        if step.title:
-            progress.note(step.title)
-        if step.alone and not step.done:
-            cache.unload()
-        with guard(step.stage, step.of):
-            step.make()
+        found |= step.check()
+    return found
+
+
+def left_of(steps: Iterable[Step]) -> Sequence[Step]:
+    """The steps that are not done, one for each artifact, which some share."""
+    return tuple({step.out: step for step in steps if not step.done}.values())
+
+
+def disk_bytes(steps: Iterable[Step]) -> tuple[int, int]:
+    """What all artifacts to be made take on disk, and the most at a time on the way there.
+
+    Unfinished work of a killed run is there already, and goes when its step is done.
+    """
+    kept = most = 0
+    for step in left_of(steps):
+        kept += step.bytes - unfinished_bytes(step.out)
+        most = max(most, kept + step.bytes_beside())
+    return kept, most

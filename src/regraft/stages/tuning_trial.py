@@ -22,7 +22,6 @@ from regraft.progress import Progress
 from regraft.restoration.base import MethodSettings, needs_of
 from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.optimising import Task, Trials
-from regraft.stages.ranking import Inputs
 from regraft.stages.realigning import realign
 from regraft.stages.restoring import ArtifactPaths, Restoration
 from regraft.stages.searching import (
@@ -70,7 +69,7 @@ class Worker:
         job = self.job
         paths = self._places(number, method, r_max)
         restoration = self._restoration(r_max, clock)
-        restoration.make(restoration.gathering([needs_of(method)], paths, Inputs()))
+        restoration.make(restoration.gathering([needs_of(method)], paths))
         name = paths.ranking.stem
         ranking, *_ = restoration.steps(lambda: job.pruned, method, paths, name=name)
         restoration.make([ranking])
@@ -115,10 +114,10 @@ class Worker:
             job.dense,
             job.calibration,
             job.compute,
-            scoring,
-            job.evaluation,
             self.progress,
             self.cache,
+            scoring,
+            job.evaluation,
             guard,
         )
 

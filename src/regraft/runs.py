@@ -1,0 +1,137 @@
+"""All runs of a recipe: one, or one a calibration seed or a model, and the report over them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from regraft import distributed, pipeline, reporting
+from regraft.analysis.relation import ModelPoint, correlation, estimates
+from regraft.analysis.run import total_ships
+from regraft.comparing import compare
+from regraft.errors import RegraftError
+from regraft.files import atomic_folder, require_space
+from regraft.progress import Progress, Silent
+from regraft.recipe import Recipe
+from regraft.recipe_file import read_recipe
+from regraft.report.pooling import study_of
+from regraft.report.published import read_published
+from regraft.report.study import Correlation, Study
+from regraft.report.write import write_report
+from regraft.run_dir import RunDir, folder_of_model, seed_folder
+from regraft.stages import EvaluationCache
+
+_FEWEST = 3  # models of which ranks are correlated
+
+
+def runs_of(recipe: Recipe, folder: Path) -> dict[Path, Recipe]:
+    """The runs that a recipe asks for, each by its folder: `folder` itself where it is one."""
+    if recipe.seeds:
+        return {seed_folder(folder, seed): recipe.for_seed(seed) for seed in recipe.seeds}
+    if recipe.models:
+        return {folder_of_model(folder, one.name): recipe.for_model(one) for one in recipe.models}
+    return {folder: recipe}
+
+
+def run(recipe: Recipe, folder: Path, progress: Progress | None = None) -> Study:
+    """One `pipeline.run` for every seed or model in its own folder, then the report over all.
+
+    All are checked before the first is run, so that a model which cannot be downloaded stops
+    nothing after hours. The dense model answers once for all seeds, since none changes it: later
+    runs start with a copy of its evaluation. Finished stages are not repeated.
+
+    Args:
+        recipe: All settings.
+        folder: A new folder, or that of an earlier run of the same recipe or a part of it.
+        progress: Progress.
+
+    Raises:
+        RegraftError: bad input, or the folder holds something else.
+    """
+    progress, runs = progress or Silent(), runs_of(recipe, folder)
+    if folder in runs:
+        return pipeline.run(recipe, folder, progress)
+    if recipe.published is not None:
+        read_published(recipe.published)
+    cache = EvaluationCache()
+    planned = [pipeline.check(one, run_folder, cache) for run_folder, one in runs.items()]
+    kept = sum(one.kept for one in planned)
+    require_space(folder, kept + max(one.most - one.kept for one in planned))
+    pipeline.claim(folder, recipe)
+    first = next(iter(runs))
+    for run_folder, one in runs.items():
+        progress.note(f"{run_folder.name}: {one.model}, calibration seed {one.calibration.seed}")
+        pipeline.claim(run_folder, one)
+        if recipe.seeds:
+            _share_dense(first, run_folder)
+        pipeline.run(one, run_folder, progress, cache)
+        if recipe.models:
+            cache.forget_prompts()
+    return report(folder)
+
+
+def report(folder: Path) -> Study:
+    """Write the report of finished runs again: of one, or over all of several.
+
+    Raises:
+        RegraftError: the folder holds no run, one is not finished, or the published figures cannot
+            be read.
+    """
+    run_dir = RunDir(folder)
+    recipe = read_recipe(run_dir.recipe) if run_dir.recipe.exists() else Recipe()
+    runs = runs_of(recipe, folder)
+    if folder in runs:
+        return reporting.report(folder)
+    for run_folder in runs:
+        if not RunDir(run_folder).recipe.exists():
+            raise RegraftError(
+                f"The run in {folder} is not finished: {run_folder.name} has not been run. "
+                f"Continue it with `regraft run {run_dir.recipe} --out {folder}`."
+            )
+    if recipe.seeds:
+        return compare(list(runs), run_dir.report, recipe.against)
+    study = _over_models(recipe, folder)
+    if distributed.first():
+        write_report(study, run_dir.report)
+    return study
+
+
+def _share_dense(first: Path, run_folder: Path) -> None:
+    done, wanted = (RunDir(one).dense_evaluation for one in (first, run_folder))
+    if distributed.first() and done.exists() and not wanted.exists():
+        with atomic_folder(wanted) as copy:
+            shutil.copytree(done, copy, dirs_exist_ok=True)
+    distributed.barrier()
+
+
+def _over_models(recipe: Recipe, folder: Path) -> Study:
+    folders = {one.name: folder_of_model(folder, one.name) for one in recipe.models}
+    runs = [reporting.read_run(run_folder, name) for name, run_folder in folders.items()]
+    published = None if recipe.published is None else read_published(recipe.published)
+    study = study_of(runs, title=recipe.title, published=published)
+    pruning = recipe.prune[0].name
+    points = tuple(_points(folders, study, pruning))
+    if len(points) < _FEWEST:
+        return study
+    found = correlation(points)
+    drawn = Correlation(
+        pruning,
+        tuple((one.name, one.ships, one.degradation) for one in points),
+        None if found is None else found.rho,
+        None if found is None else found.p,
+        estimates(points),
+    )
+    return replace(study, correlation=drawn)
+
+
+def _points(folders: Mapping[str, Path], study: Study, pruning: str) -> Iterator[ModelPoint]:
+    """Of every model with head scores that was pruned so: total Ships, rise in mean ASR."""
+    for table in study.tables:
+        folder = folders[table.model]
+        if table.pruning == pruning and RunDir(folder).heads.exists():
+            dense, pruned = (row.mean_asr or row.asr for row in table.rows[:2])
+            if dense is not None and pruned is not None:
+                rise = round(pruned.value - dense.value, 12)  # so that equal rises stay ties
+                yield total_ships(folder).point(table.model, rise)
