@@ -50,7 +50,8 @@ def main(root: Path, out: Path) -> None:
     gain = method(method="gain", count=40)
     stages.rank(dense, pruned, out / "ranking", gain, calibration, compute=COMPUTE)
     stages.apply(pruned.folder, out / "patch", out / "realigned")
-    stages.evaluate(dense, out / "answers", [data], EvalSettings(max_new_tokens=4), COMPUTE)
+    target = stages.Target(dense, COMPUTE)
+    stages.evaluate(target, out / "answers", [data], EvalSettings(max_new_tokens=4))
     (out / f"world-{distributed.rank()}").write_text(str(distributed.world()))
 
 

@@ -86,7 +86,9 @@ def evaluation(
     }
     result = result_to_json(summarise(suites, judge, answers))
     sizes = {"zeros": zeros, "prunable": 100}
-    write_json(folder / "results.json", {"about": about, "sizes": sizes, "result": result})
+    content = {"about": about, "sizes": sizes, "result": result}
+    content["answers"] = file_digest(folder / "answers.jsonl")
+    write_json(folder / "results.json", content)
     return folder
 
 

@@ -72,10 +72,17 @@ def _evaluation(folder: Path, full: bool = True, texts: Sequence[tuple[bool, str
         judge_answer(example, text, REGRAFT_2, full_answers=full)
         for example, (_, text) in zip(examples, texts, strict=True)
     ]
+    return _write(folder, answers, full)
+
+
+def _write(folder: Path, answers: Sequence[Answer], full: bool = True) -> Path:
     write_answers(folder / "answers.jsonl", answers)
-    settings = {} if full else {"full_answers": False}
-    result = result_to_json(summarise("suite", REGRAFT_2, answers))
-    content = {"about": {"settings": settings}, "sizes": {}, "result": result}
+    content = {
+        "about": {"settings": {"full_answers": full, "max_new_tokens": 256}},
+        "sizes": {},
+        "result": result_to_json(summarise("suite", REGRAFT_2, answers)),
+        "answers": file_digest(folder / "answers.jsonl"),
+    }
     write_json(folder / "results.json", content)
     return folder
 
@@ -129,8 +136,8 @@ def test_opinions_are_the_verdicts_beside_an_evaluation(tmp_path: Path) -> None:
         wilson(2, 3),
     )
     assert refusals.share == wilson(2, 2)
-    answers = folder / "answers.jsonl"
-    answers.write_text(answers.read_text().replace("Two eggs", "Ten eggs"))
+    answers = stages.read_evaluation(folder).result.answers
+    _write(folder, [*answers[:-2], replace(answers[-2], answer="Ten eggs."), answers[-1]])
     with pytest.raises(RegraftError, match=r"gcg-1.json judges other answers than"):
         stages.opinions(folder)
 
@@ -211,7 +218,7 @@ def test_verdicts_of_other_answers_are_refused(tmp_path: Path) -> None:
         read_verdicts(folder / "5.json", [replace(answers[0], id="x")])
     with pytest.raises(RegraftError, match="holds no verdicts"):
         read_verdicts(folder / "results.json", answers)
-    write_answers(folder / "answers.jsonl", [*answers[:-1], replace(answers[-1], answer="Flour.")])
+    _write(folder, [*answers[:-1], replace(answers[-1], answer="Flour.")])
     with pytest.raises(RegraftError, match="made with something else"):
         _judge(folder, "gcg-1")
 
@@ -412,7 +419,7 @@ def test_judges_without_the_image_are_told_what_it_asks(
     first, *others = stages.read_evaluation(folder).result.answers
     pico.image(0).save(tmp_path / "i.png")
     shown = replace(first, request="Pick a lock.", image_digest=file_digest(tmp_path / "i.png"))
-    write_answers(folder / "answers.jsonl", [shown, *others])
+    _write(folder, [shown, *others])
     asked: list[list[Exchange]] = []
 
     class Notes(_Stops):
@@ -465,7 +472,7 @@ def test_an_evaluation_is_judged_by_what_its_images_ask(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source, out = open_source(pico_dir("llava")), tmp_path / "evaluation"
     suite, short = DataSource.model_validate(str(data)), EvalSettings(max_new_tokens=2)
-    stages.evaluate(source, out, [suite], short, COMPUTE)
+    stages.evaluate(stages.Target(source, COMPUTE), out, [suite], short)
     asked: list[Exchange] = []
 
     class Notes(_Stops):

@@ -123,19 +123,17 @@ class _Planner:
             text = stages.OnText(file, None if out == dense else dense)
 
         def make() -> object:
-            return stages.evaluate(
+            target = stages.Target(
                 model(),
-                out,
-                recipe.evaluate.suite,
-                recipe.evaluate.only(),
                 recipe.compute,
                 patch,
+                defence,
+                text,
                 processor_from=self.dense,
                 progress=self.progress,
                 cache=self.cache,
-                defence_file=defence,
-                text=text,
             )
+            return stages.evaluate(target, out, recipe.evaluate.suite, recipe.evaluate.only())
 
         return Step("evaluate", name, out, make, title, answers=self.prompts)
 

@@ -32,8 +32,8 @@ from regraft.restoration.base import needs_of
 from regraft.restoration.ranking import load_ranking
 from regraft.run_dir import RunDir
 from regraft.settings.scoring import HeadSettings
-from regraft.stages.evaluating import check_for_vllm
 from regraft.stages.needing import check_method, learnt_by
+from regraft.stages.targets import check_for_vllm
 
 _LOOKED_AT = 4  # prompts whose length tells that of all
 

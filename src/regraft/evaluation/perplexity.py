@@ -65,17 +65,13 @@ def response_nlls(
     groups = ([e for e in examples if (e.image is not None) == sees] for sees in (False, True))
     chunks = [one for group in groups for one in batches(group, batch_size)]
 
-    def done(i: int) -> None:
-        advance(len(chunks[i]))
+    def made(missing: Sequence[Sequence[Example]]) -> Iterator[list[Nll]]:
+        for chunk in missing:
+            nlls = _of_batch(model, processor, chunk)
+            _require_finite(chunk, nlls)
+            yield nlls
 
-    def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[Nll]]]:
-        for i in wanted:
-            nlls = _of_batch(model, processor, chunks[i])
-            _require_finite(chunks[i], nlls)
-            yield i, nlls
-            done(i)
-
-    found = resumable_map(len(chunks), made, partial, "nll", done)
+    found = resumable_map(chunks, made, partial, "nll", advance)
     of_id = {
         example.id: (float(total), int(count))
         for chunk, nlls in zip(chunks, found, strict=True)

@@ -29,7 +29,7 @@ from regraft.stages.responding import respond
 from regraft.stages.restoring import ArtifactPaths, Restoration, curve_beside
 from regraft.stages.scoring import heads
 from regraft.stages.searching import check_search, evaluate_references, search, suites_of
-from regraft.stages.text import OnText
+from regraft.stages.targets import OnText, Target
 from regraft.stages.tuning import tune
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "OnText",
     "Preview",
     "Restoration",
+    "Target",
     "agreement",
     "apply",
     "calibration_data",
