@@ -35,7 +35,7 @@ from regraft.evaluation.keywords import REGRAFT_2
 from regraft.evaluation.labelled import Labelled, Labels, bench, quality, read_labelled
 from regraft.evaluation.metrics import wilson
 from regraft.evaluation.results import Answer, result_to_json, write_answers
-from regraft.evaluation.significance import cohen_kappa, mcnemar
+from regraft.evaluation.significance import cohen_kappa
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.verdicts import (
     Judged,
@@ -52,6 +52,7 @@ from regraft.progress import Silent
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages import judging
+from truth import mcnemar
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=3)
 TEXTS = (
@@ -215,9 +216,9 @@ def test_verdicts_of_other_answers_are_refused(tmp_path: Path) -> None:
     _judge(folder, "gcg-1")
     answers = stages.read_evaluation(folder).result.answers
     with pytest.raises(RegraftError, match=r"no verdict on 'x' and 0 more.*another"):
-        read_verdicts(folder / "5.json", [replace(answers[0], id="x")])
+        read_verdicts(folder / "5.json", ["x"])
     with pytest.raises(RegraftError, match="holds no verdicts"):
-        read_verdicts(folder / "results.json", answers)
+        read_verdicts(folder / "results.json", [one.id for one in answers])
     _write(folder, [*answers[:-1], replace(answers[-1], answer="Flour.")])
     with pytest.raises(RegraftError, match="made with something else"):
         _judge(folder, "gcg-1")

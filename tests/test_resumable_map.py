@@ -38,4 +38,4 @@ def test_what_was_made_before_a_stop_is_kept(tmp_path: Path) -> None:
     assert (asked, len(list(tmp_path.iterdir()))) == ([0, 1, 2], 2)
     told: list[int] = []
     found = resumable_map(PIECES, squares, tmp_path, "n", told.append)
-    assert (told, found) == ([1, 2, 3, 4, 5], [0, 1, 4, 9, 16])
+    assert (told, found) == ([1, 2], [0, 1, 4, 9, 16])

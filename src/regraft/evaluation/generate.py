@@ -121,6 +121,7 @@ class Answerer:
         def made(chunks: Sequence[_Chunk]) -> Iterator[list[str]]:
             for chunk, images in prefetch(self._images, chunks):
                 yield self._answer(model, chunk, max_new_tokens, images)
+                advance(len(chunk))
 
         found = resumable_map(self._chunks, made, partial, "answers", advance)
         answered = {

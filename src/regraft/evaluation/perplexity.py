@@ -70,6 +70,7 @@ def response_nlls(
             nlls = _of_batch(model, processor, chunk)
             _require_finite(chunk, nlls)
             yield nlls
+            advance(len(chunk))
 
     found = resumable_map(chunks, made, partial, "nll", advance)
     of_id = {

@@ -18,7 +18,7 @@ def resumable_map(
     make: Callable[[Sequence[Piece]], Iterable[Any]],
     scratch: Path | None,
     name: str,
-    advance: Advance = lambda _: None,
+    kept: Advance = lambda _: None,
 ) -> list[Any]:
     """The result of every piece of work, in order, the same in every process.
 
@@ -29,13 +29,13 @@ def resumable_map(
         scratch: A folder of this very work, seen by all processes; results found there are kept,
             whichever and however many processes made them. None keeps nothing.
         name: Of the files in it.
-        advance: Called with the length of every piece of this process, made or found.
+        kept: Called with the length of every piece of this process that was found there.
     """
     files = [scratch / f"{name}_{i:06d}.json" if scratch else None for i in range(len(pieces))]
     missing = []
     for i in distributed.share(range(len(pieces))):
         if (file := files[i]) is not None and file.exists():
-            advance(len(pieces[i]))
+            kept(len(pieces[i]))
         else:
             missing.append(i)
     made: dict[int, Any] = {}
@@ -44,7 +44,6 @@ def resumable_map(
             made[i] = result
         else:
             write_json(file, result)
-        advance(len(pieces[i]))
     if scratch is None:
         made = distributed.merged(made)
         return [made[i] for i in range(len(pieces))]

@@ -95,7 +95,9 @@ class Engine:
         """
 
         def made(pieces: Sequence[Sequence[Example]]) -> Iterator[list[str]]:
-            return (self._answer(piece, max_new_tokens) for piece in pieces)
+            for piece in pieces:
+                yield self._answer(piece, max_new_tokens)
+                advance(len(piece))
 
         pieces = list(batches(examples, _PIECE))
         return list(chain(*resumable_map(pieces, made, partial, "vllm", advance)))
