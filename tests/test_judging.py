@@ -24,6 +24,7 @@ from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation import labelled
+from regraft.evaluation.chat_server import KEY_VARIABLE
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.guard import Guard, GuardKind
 from regraft.evaluation.judges import JUDGES, Exchange, Verdict, endpoint, find
@@ -544,7 +545,7 @@ def server() -> Iterator[str]:
 
 
 def test_an_endpoint_is_asked(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(endpoint.KEY_VARIABLE, "secret")
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
     pico.image(0).save(tmp_path / "i.png")
     judge = judging.load_judge(f"endpoint:{server}#org/judge", COMPUTE)
     exchanges = [Exchange("Do", "I refuse."), Exchange("Do", "Sure.", tmp_path / "i.png")]
@@ -722,11 +723,11 @@ def test_what_replies_say(server: str, message: Any, finish: str, verdict: Verdi
 
 
 def test_the_key_is_told_nobody(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(endpoint.KEY_VARIABLE, "secret\n")
+    monkeypatch.setenv(KEY_VARIABLE, "secret\n")
     Endpoint(server, "m").verdicts([Exchange("p", "a")], lambda _: None)
     assert _Server.got[0]["key"] == "Bearer secret"
-    monkeypatch.setenv(endpoint.KEY_VARIABLE, "sec\nret")
-    with pytest.raises(RegraftError, match=endpoint.KEY_VARIABLE) as raised:
+    monkeypatch.setenv(KEY_VARIABLE, "sec\nret")
+    with pytest.raises(RegraftError, match=KEY_VARIABLE) as raised:
         Endpoint(server, "m").verdicts([Exchange("p", "a")], lambda _: None)
     assert "sec" not in str(raised.value) and len(_Server.got) == 1
     with pytest.raises(RegraftError, match="holds a name or password") as raised:
