@@ -839,12 +839,9 @@ def test_kappa_is_by_kind_and_of_every_pair() -> None:
     assert found["b", "c", False].share == wilson(9, 10)
 
 
-def test_verdict_files_of_before_are_compared(tmp_path: Path) -> None:
+def test_agreement_is_written(tmp_path: Path) -> None:
     folder = _evaluation(tmp_path / "evaluation")
     _judge(folder, "vlguard-1")
-    content = json.loads((folder / "9.json").read_text())
-    content["result"]["agrees"] = {"share": None, "kappa": 0.5}
-    write_json(folder / "9.json", content)
     found = stages.agreement(folder, [folder / "9.json"], folder / "agreement.json")
     assert [one.other for one in found] == ["vlguard-1"] * 2
     written = json.loads((folder / "agreement.json").read_text())["agreement"]

@@ -1,7 +1,7 @@
 """What can be evaluated: a checkpoint, which answers in memory or by vLLM.
 
-`evaluate` asks a target for a backend, and the backend for answers. A backend need not know layers
-or weights, so that whatever answers prompts can be one.
+`evaluate` asks a target what it is made of and for a backend, and the backend for answers. Only a
+model in memory says how likely it finds a text; of the others nothing is asked but answers.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from regraft.files import digest, file_digest
 from regraft.loading import patch_in_memory
 from regraft.models.load import Source, has_processor, load_processor, stored_dtype
 from regraft.patch.apply import patched, zeros_filled
+from regraft.patch.format import Patch
 from regraft.progress import Progress, Silent
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
@@ -100,7 +101,7 @@ class Likelihoods:
 
 
 class Backend(ABC):
-    """What answers the prompts of an evaluation: all that `evaluate` knows of a model."""
+    """What answers the prompts of an evaluation, by whatever means."""
 
     @abstractmethod
     def answers(self, prompts: Prompts, work: Path) -> list[str]:
@@ -174,15 +175,15 @@ class Target:
         Raises:
             RegraftError: a file is missing or is for another model.
         """
-        found = dict(self._patch[1])
-        if self.defence is not None and self._defence is not None:
+        _, found = self._patch
+        if self.defence and self._defence:
             check_fits(self._defence, self.model.architecture, self.defence)
-            found["defence"] = file_digest(self.defence)
+            found = found | {"defence": file_digest(self.defence)}
         return found | (self.text.digests() if self.text else {})
 
     def sizes(self) -> dict[str, int]:
         """How many prunable weights there are, and how many of them are zero."""
-        patch = self._patch[0]
+        patch, _ = self._patch
         filled = zeros_filled(self.model.checkpoint, patch) if patch else 0
         zeros = self.cache.zeros(self.model) - filled
         return {"zeros": zeros, "prunable": self.model.architecture.prunable}
@@ -199,13 +200,13 @@ class Target:
         network, processor = self.cache.load(
             self.model, self.compute, self.progress, self.processor_from
         )
-        patch = self._patch[0]
+        patch, _ = self._patch
         restored = patched(network, self.model.architecture, patch) if patch else nullcontext()
         with restored, acting(self._defence, network):
             yield network, processor
 
     @cached_property
-    def _patch(self) -> Any:
+    def _patch(self) -> tuple[Patch | None, dict[str, str]]:
         return patch_in_memory(self.model, self.patch)
 
     @cached_property
