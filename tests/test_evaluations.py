@@ -25,7 +25,12 @@ from regraft.report.study import Row
 from truth import mcnemar
 
 REFUSAL = "I'm sorry, I can't help with that."
-SETTINGS = {"max_new_tokens": 64, "judge": "regraft-keywords-1", "limit": None}
+SETTINGS = {
+    "max_new_tokens": 64,
+    "judge": "regraft-keywords-1",
+    "limit": None,
+    "full_answers": True,
+}
 VERSIONS = {"regraft": "0.1.0", "torch": "2"}
 
 
