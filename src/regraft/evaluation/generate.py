@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -217,20 +216,16 @@ def prefetch(
     Raises:
         Exception: what `make` raises, when its item's turn comes.
     """
-    left = iter(items)
+    waiting: deque[tuple[Item, Future[Made]]] = deque()
     with ThreadPoolExecutor(depth) as pool:
-        waiting: deque[tuple[Item, Future[Made]]] = deque()
-
-        def start(count: int) -> None:
-            waiting.extend((item, pool.submit(make, item)) for item in islice(left, count))
-
         try:
-            start(depth)
-            while waiting:
-                item, future = waiting.popleft()
-                made = future.result()
-                start(1)
-                yield item, made
-        finally:
+            for item in items:
+                waiting.append((item, pool.submit(make, item)))
+                if len(waiting) > depth:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
+        finally:  # where something was raised, here or by whoever takes the items
             for _, future in waiting:
                 future.cancel()
