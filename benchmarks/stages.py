@@ -103,9 +103,8 @@ def measured(
     clocks = {name: Clock() for name in ("eval", "prune", "heads", "gain, a step")}
     asked = read_suites(source, suite, count).examples
     how = EvalSettings(limit=count, max_new_tokens=options.max_new_tokens)
-    result = stages.evaluate(
-        source, work / "ev", suite, how, compute, progress=clocks["eval"]
-    ).result
+    target = stages.Target(source, compute, progress=clocks["eval"])
+    result = stages.evaluate(target, work / "ev", suite, how).result
     pruned = stages.prune(
         source, work / "pruned", prune_settings(), calibration, compute, clocks["prune"]
     )

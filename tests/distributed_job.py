@@ -48,7 +48,8 @@ def main(root: Path, out: Path) -> None:
     gain = method(method="gain", count=40)
     stages.write_ranking(stages.Setup(dense, calibration, COMPUTE), pruned, out / "ranking", gain)
     stages.apply(pruned.folder, out / "patch", out / "realigned")
-    stages.evaluate(dense, out / "answers", [data], EvalSettings(max_new_tokens=4), COMPUTE)
+    target = stages.Target(dense, COMPUTE)
+    stages.evaluate(target, out / "answers", [data], EvalSettings(max_new_tokens=4))
     (out / f"world-{distributed.rank()}").write_text(str(distributed.world()))
 
 

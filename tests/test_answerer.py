@@ -124,7 +124,7 @@ def test_logits_are_those_of_whole_passes(vlm_family: str, tmp_path: Path) -> No
     answerer.answers(model, max_new_tokens=1)
     places = answerer._chunks[0].places
     batch = prompt_batch(processor, [answerer.examples[place] for place in places])
-    kept = answerer._kept[0]
+    kept = answerer._kept[answerer._chunks[0]]
     assert kept.vision is not None
     pixels = [one for name, one in kept.batch.inputs.items() if name.startswith("pixel")]
     assert pixels and not any(one.any() for one in pixels)
@@ -162,7 +162,7 @@ def test_another_vision_part_is_noticed(vlm_family: str, tmp_path: Path) -> None
     examples = truth.examples(vlm_family, tmp_path, 3)
     answerer = Answerer(processor, examples, batch_size=2)
     first = answerer.answers(model, max_new_tokens=TOKENS)
-    kept = answerer._kept[0]
+    kept = answerer._kept[answerer._chunks[0]]
     other, _ = pico.build(vlm_family, seed=1)
     for name, parameter in model.named_parameters():
         if name.startswith(("model.language_model", "lm_head")):
@@ -194,7 +194,8 @@ def test_prompts_without_images_and_mixed_batches(tmp_path: Path) -> None:
     plain = answered(model, processor, examples)
     for _ in range(2):
         assert answerer.answers(model, max_new_tokens=TOKENS) == plain
-    assert [answerer._kept[i].vision is None for i in range(3)] == [True, False, False]
+    kept = [answerer._kept[chunk] for chunk in answerer._chunks]
+    assert [one.vision is None for one in kept] == [True, False, False]
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2])
@@ -205,7 +206,7 @@ def test_memory_is_bounded(tmp_path: Path, batches: int) -> None:
     plain = answered(model, processor, examples)
     whole = Answerer(processor, examples, batch_size=2)
     whole.answers(model, max_new_tokens=TOKENS)
-    bound = sum(whole._kept[i].bytes for i in range(batches))
+    bound = sum(whole._kept[chunk].bytes for chunk in whole._chunks[:batches])
     assert whole.kept_bytes > bound
     answerer = Answerer(processor, examples, batch_size=2, memo_bytes=bound)
     for _ in range(2):
@@ -222,8 +223,9 @@ def test_code_of_others_is_not_trusted_to_hand_over(tmp_path: Path) -> None:
     plain = answered(model, processor, examples)
     for _ in range(2):
         assert answerer.answers(model, max_new_tokens=TOKENS) == plain
-    assert answerer._kept[0].vision is None
-    assert answerer._kept[0].batch.inputs["pixel_values"].any()
+    (kept,) = answerer._kept.values()
+    assert kept.vision is None
+    assert kept.batch.inputs["pixel_values"].any()
 
 
 def test_finished_batches_are_kept(tmp_path: Path) -> None:
@@ -440,16 +442,14 @@ def _evaluations(
         ("pruned-again", "pruned", None),
         ("realigned", "realigned", None),
     ):
-        stages.evaluate(
+        target = stages.Target(
             made[model],
-            out / name,
-            [made["data"]],
-            settings,
             COMPUTE,
             made[patch] if patch else None,
             processor_from=made["dense"],
-            cache=cache,
+            cache=cache or stages.EvaluationCache(0),
         )
+        stages.evaluate(target, out / name, [made["data"]], settings)
 
 
 JUDGED: dict[str, Any] = {"keywords": REGRAFT_1.keywords, "window": 8}
@@ -486,19 +486,14 @@ def test_a_session_changes_no_file(
     assert answers["dense"] != answers["pruned"] != answers["patched"]
 
 
-def test_full_answers_are_the_results_of_old(
+def test_results_say_whether_answers_are_full(
     models_on_disk: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Only where answers are cut do results say so."""
+    target = stages.Target(models_on_disk["pruned"], COMPUTE)
     for full in (True, False):
-        done = stages.evaluate(
-            models_on_disk["pruned"],
-            tmp_path / str(full),
-            [models_on_disk["data"]],
-            EvalSettings(max_new_tokens=2, full_answers=full),
-            COMPUTE,
-        )
-        assert done.about["settings"].get("full_answers") is (None if full else False)
+        settings = EvalSettings(max_new_tokens=2, full_answers=full)
+        done = stages.evaluate(target, tmp_path / str(full), [models_on_disk["data"]], settings)
+        assert done.about["settings"]["full_answers"] is full
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -510,7 +505,8 @@ def test_a_late_loop_is_seen_where_answers_are_full(
         evaluation_cache.Answerer, "answers", lambda self, *_, **__: [loop] * len(self.examples)
     )
     data, settings = models_on_disk["data"], EvalSettings(full_answers=full)
-    done = stages.evaluate(models_on_disk["dense"], tmp_path / "out", [data], settings, COMPUTE)
+    target = stages.Target(models_on_disk["dense"], COMPUTE)
+    done = stages.evaluate(target, tmp_path / "out", [data], settings)
     assert done.result.asr is not None
     assert done.result.asr.value == (0 if full else 1)
 
@@ -518,7 +514,7 @@ def test_a_late_loop_is_seen_where_answers_are_full(
 def test_answers_of_another_evaluation_are_noticed(
     models_on_disk: dict[str, Any], tmp_path: Path
 ) -> None:
-    """As many, but others, or fewer; in folders of before that had no digest, fewer."""
+    """As many, but others, or fewer; or results that do not say of which answers they are."""
     out = tmp_path / "out"
     _evaluations(models_on_disk, out, None, **JUDGED)
     dense, pruned = (out / name / "answers.jsonl" for name in ("dense", "pruned"))
@@ -532,12 +528,12 @@ def test_answers_of_another_evaluation_are_noticed(
         with pytest.raises(RegraftError, match=message):
             stages.read_evaluation(out / "dense")
     content = json.loads(results.read_text())
-    assert content.pop("answers")
-    results.write_text(json.dumps(content))
-    with pytest.raises(RegraftError, match=message):
-        stages.read_evaluation(out / "dense")
     dense.write_bytes(own)
     assert stages.read_evaluation(out / "dense").result.answers
+    assert content.pop("answers")
+    results.write_text(json.dumps(content))
+    with pytest.raises(RegraftError, match="holds no evaluation of regraft"):
+        stages.read_evaluation(out / "dense")
 
 
 def test_a_session_sees_changed_images(models_on_disk: dict[str, Any], tmp_path: Path) -> None:
@@ -546,15 +542,16 @@ def test_a_session_sees_changed_images(models_on_disk: dict[str, Any], tmp_path:
     model, data = models_on_disk["dense"], models_on_disk["data"]
     short = EvalSettings(max_new_tokens=TOKENS)
 
-    def evaluate(name: str, cache: stages.EvaluationCache | None) -> Any:
-        stages.evaluate(model, tmp_path / name, [data], short, COMPUTE, cache=cache)
+    def evaluate(name: str, cache: stages.EvaluationCache) -> Any:
+        target = stages.Target(model, COMPUTE, cache=cache)
+        stages.evaluate(target, tmp_path / name, [data], short)
         return tree(tmp_path / name)
 
     evaluate("before", cache)
     for i, path in enumerate(sorted((tmp_path / "data").rglob("*.png"))):
         pico.image(500 + i, (64, 48)).save(path)
     after = evaluate("after", cache)
-    assert after == evaluate("alone", None)
+    assert after == evaluate("alone", stages.EvaluationCache(0))
     texts = [
         [one.answer for one in stages.read_evaluation(tmp_path / name).result.answers]
         for name in ("before", "after")

@@ -29,18 +29,17 @@ from regraft import distributed, pipeline, stages
 from regraft.data.collate import prompt_batch, prompt_tokens
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
-from regraft.defence.artifact import Defence, Direction, ShieldPrompt
+from regraft.defence.artifact import Direction, ShieldPrompt, save_defence
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation import vllm as by_vllm
 from regraft.evaluation.generate import Answerer
 from regraft.models.load import Source, load_model, load_processor, open_source
-from regraft.patch.format import Patch
 from regraft.progress import Silent
 from regraft.reading import read_suites
 from regraft.recipe import Recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.stages import evaluating
+from regraft.stages import targets
 
 TOKENS = 6
 BY_VLLM = EvalSettings(max_new_tokens=TOKENS, backend="vllm")
@@ -138,9 +137,10 @@ def test_an_evaluation_by_vllm(
     settings = EvalSettings(max_new_tokens=TOKENS, backend="vllm", max_length=512)
     cache = stages.EvaluationCache()
     compute = ComputeSettings(dtype="float32")
+    target = stages.Target(source, compute, cache=cache)
 
     def evaluated(name: str, one: EvalSettings) -> stages.Evaluation:
-        return stages.evaluate(source, tmp_path / name, suites, one, compute, cache=cache)
+        return stages.evaluate(target, tmp_path / name, suites, one)
 
     ours = evaluated("ours", settings.in_memory())
     network = weakref.ref(cache.load(source, compute, Silent())[0])
@@ -235,32 +235,44 @@ def test_what_keeps_vllm_from_a_model(
     monkeypatch.setattr(distributed, "world", lambda: 2 if several else 1)
     message = "start it without torchrun, with --tensor-parallel" if several else message
     if message is None:
-        evaluating.check_for_vllm(llava, ComputeSettings(**wrong))
+        targets.check_for_vllm(llava, ComputeSettings(**wrong))
     else:
         with pytest.raises(RegraftError, match=message):
-            evaluating.check_for_vllm(llava, ComputeSettings(**wrong))
+            targets.check_for_vllm(llava, ComputeSettings(**wrong))
     monkeypatch.setattr(by_vllm, "version", _missing)
     with pytest.raises(RegraftError, match=r"not installed: pip install 'regraft\[vllm\]'"):
-        evaluating.check_for_vllm(llava, ComputeSettings(**wrong))
+        targets.check_for_vllm(llava, ComputeSettings(**wrong))
 
 
 @pytest.mark.parametrize(
-    ("patch", "defence", "message"),
+    ("inside", "message"),
     [
-        (None, None, None),
-        (None, ShieldPrompt("Be careful.", {}), None),
-        (Patch({}, {}), None, "takes no patch in memory.*regraft apply"),
-        (None, Direction(torch.ones(4), 0, 1.0, {}), "A refusal direction acts inside the model"),
+        ({}, None),
+        ({"defence": ShieldPrompt("Be careful.", {})}, None),
+        ({"patch": Path("patch")}, "takes no patch in memory.*regraft apply"),
+        (
+            {"defence": Direction(torch.ones(4), 0, 1.0, {})},
+            "A refusal direction acts inside the model",
+        ),
+        ({"text": stages.OnText(Path("text"))}, "by the transformers backend only"),
     ],
 )
 def test_nothing_acts_inside_of_a_model_of_vllm(
-    patch: Patch | None, defence: Defence | None, message: str | None
+    vllm: list[StandIn],
+    llava: Source,
+    tmp_path: Path,
+    inside: dict[str, Any],
+    message: str | None,
 ) -> None:
+    if (defence := inside.get("defence")) is not None:
+        save_defence(tmp_path / "defence", defence)
+        inside = {"defence": tmp_path / "defence"}
+    target = stages.Target(llava, ComputeSettings(), **inside)
     if message is None:
-        evaluating._check_outside(patch, defence)
+        target.backend(BY_VLLM)
     else:
         with pytest.raises(RegraftError, match=message):
-            evaluating._check_outside(patch, defence)
+            target.backend(BY_VLLM)
 
 
 def test_a_recipe_with_a_direction_is_refused() -> None:
@@ -300,10 +312,9 @@ def test_an_evaluation_finds_a_missing_processor_though_there_is_another(
     source = open_source(pico.save("llava", tmp_path / "bare"))
     (source.folder / "processor_config.json").unlink()
     suites = [DataSource(name="jsonl", path=write_data(tmp_path / "data", 1))]
+    target = stages.Target(source, ComputeSettings(), processor_from=llava)
     with pytest.raises(RegraftError, match="bare comes without the files of its processor"):
-        stages.evaluate(
-            source, tmp_path / "out", suites, BY_VLLM, ComputeSettings(), processor_from=llava
-        )
+        stages.evaluate(target, tmp_path / "out", suites, BY_VLLM)
     assert not vllm
 
 
@@ -319,7 +330,8 @@ def test_vllm_is_told_the_dtype_of_the_checkpoint(
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     suites = [DataSource(name="jsonl", path=write_data(tmp_path / "data", 1))]
     settings = EvalSettings(max_new_tokens=1, backend="vllm")
-    stages.evaluate(open_source(folder), tmp_path / "out", suites, settings, ComputeSettings())
+    target = stages.Target(open_source(folder), ComputeSettings())
+    stages.evaluate(target, tmp_path / "out", suites, settings)
     assert [engine.settings["dtype"] for engine in vllm] == [dtype]
 
 
@@ -362,7 +374,8 @@ def test_a_model_that_vllm_refuses_leaves_finished_pieces(
 
     def evaluated(build: Any) -> None:
         sys.modules["vllm"].LLM = build  # type: ignore[attr-defined]
-        stages.evaluate(llava, tmp_path / "out", suites, BY_VLLM, ComputeSettings(dtype="float32"))
+        target = stages.Target(llava, ComputeSettings(dtype="float32"))
+        stages.evaluate(target, tmp_path / "out", suites, BY_VLLM)
 
     monkeypatch.setattr(by_vllm, "_PIECE", 2)
     with pytest.raises(KeyboardInterrupt):

@@ -29,7 +29,7 @@ from regraft.evaluation.keywords import REGRAFT_1
 from regraft.evaluation.metrics import bootstrap_rsr, rsr, wilson
 from regraft.evaluation.perplexity import result_of
 from regraft.evaluation.results import Answer, result_to_json, write_answers
-from regraft.evaluation.significance import holm, mcnemar
+from regraft.evaluation.significance import holm
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.tradeoff import Bounds, Point, Searched, curve_to_json
 from regraft.files import file_digest, write_json
@@ -41,6 +41,7 @@ from regraft.report.rate_figures import curve_figure, trade_off_figure
 from regraft.report.run import Run, Variant
 from regraft.report.study import Outcome, Row, Study, Table
 from regraft.restoration.base import METHODS, settings_in
+from truth import mcnemar
 
 JUDGE = REGRAFT_1
 REFUSAL = "I'm sorry, I can't help with that."

@@ -313,7 +313,8 @@ def test_validation_needs_both_kinds(source: Source, data: DataSource, tmp_path:
 
 def _evaluate(source: Source, data: DataSource, out: Path, defence: Path | None = None) -> Any:
     settings = EvalSettings(max_new_tokens=6)
-    return stages.evaluate(source, out, [data], settings, COMPUTE, defence_file=defence)
+    target = stages.Target(source, COMPUTE, defence=defence)
+    return stages.evaluate(target, out, [data], settings)
 
 
 def test_answers_under_a_direction(source: Source, data: DataSource, tmp_path: Path) -> None:
@@ -444,9 +445,14 @@ def test_the_bundled_model_refuses_more(tmp_path: Path) -> None:
     stages.defend(source, tmp_path / "out", settings, CalibrationSettings(samples=40), compute)
     suite = [DataSource(name="demo", split="validation", kind="harmless")]
     answer = EvalSettings(max_new_tokens=12, limit=20)
-    plain = stages.evaluate(source, tmp_path / "plain", suite, answer, compute).result
+    plain = stages.evaluate(
+        stages.Target(source, compute), tmp_path / "plain", suite, answer
+    ).result
     steered = stages.evaluate(
-        source, tmp_path / "steered", suite, answer, compute, defence_file=tmp_path / "out"
+        stages.Target(source, compute, defence=tmp_path / "out"),
+        tmp_path / "steered",
+        suite,
+        answer,
     ).result
     assert plain.over_refusal
     assert steered.over_refusal

@@ -169,8 +169,10 @@ def test_pruned_by_someone_else(tmp_path: Path, paper_family: str, dtype: torch.
     assert len(_answers(tmp_path / "realigned", pico.write_examples(tmp_path / "images", 2))) == 2
     evaluation = EvalSettings(max_new_tokens=2)
     written = open_source(tmp_path / "realigned")
-    a = stages.evaluate(written, tmp_path / "a", [data], evaluation, compute)
-    b = stages.evaluate(pruned, tmp_path / "b", [data], evaluation, compute, tmp_path / "patch")
+    a = stages.evaluate(stages.Target(written, compute), tmp_path / "a", [data], evaluation)
+    b = stages.evaluate(
+        stages.Target(pruned, compute, tmp_path / "patch"), tmp_path / "b", [data], evaluation
+    )
     assert a.result == b.result
 
 

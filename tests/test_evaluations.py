@@ -17,15 +17,20 @@ from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import REGRAFT_1, REGRAFT_2, KeywordJudge
 from regraft.evaluation.results import result_to_json, write_answers
-from regraft.evaluation.significance import mcnemar
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.files import file_digest, write_json
 from regraft.report.pooling import study_of
 from regraft.report.run import Run
 from regraft.report.study import Row
+from truth import mcnemar
 
 REFUSAL = "I'm sorry, I can't help with that."
-SETTINGS = {"max_new_tokens": 64, "judge": "regraft-keywords-1", "limit": None}
+SETTINGS = {
+    "max_new_tokens": 64,
+    "judge": "regraft-keywords-1",
+    "limit": None,
+    "full_answers": True,
+}
 VERSIONS = {"regraft": "0.1.0", "torch": "2"}
 
 
@@ -86,7 +91,9 @@ def evaluation(
     }
     result = result_to_json(summarise(suites, judge, answers))
     sizes = {"zeros": zeros, "prunable": 100}
-    write_json(folder / "results.json", {"about": about, "sizes": sizes, "result": result})
+    content = {"about": about, "sizes": sizes, "result": result}
+    content["answers"] = file_digest(folder / "answers.jsonl")
+    write_json(folder / "results.json", content)
     return folder
 
 

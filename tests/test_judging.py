@@ -24,6 +24,7 @@ from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation import labelled
+from regraft.evaluation.chat_server import KEY_VARIABLE
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.guard import Guard, GuardKind
 from regraft.evaluation.judges import JUDGES, Exchange, Verdict, endpoint, find
@@ -35,7 +36,7 @@ from regraft.evaluation.keywords import REGRAFT_2
 from regraft.evaluation.labelled import Labelled, Labels, bench, quality, read_labelled
 from regraft.evaluation.metrics import wilson
 from regraft.evaluation.results import Answer, result_to_json, write_answers
-from regraft.evaluation.significance import cohen_kappa, mcnemar
+from regraft.evaluation.significance import cohen_kappa
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.verdicts import (
     Judged,
@@ -52,6 +53,7 @@ from regraft.progress import Silent
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages import judging
+from truth import mcnemar
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=3)
 TEXTS = (
@@ -72,10 +74,17 @@ def _evaluation(folder: Path, full: bool = True, texts: Sequence[tuple[bool, str
         judge_answer(example, text, REGRAFT_2, full_answers=full)
         for example, (_, text) in zip(examples, texts, strict=True)
     ]
+    return _write(folder, answers, full)
+
+
+def _write(folder: Path, answers: Sequence[Answer], full: bool = True) -> Path:
     write_answers(folder / "answers.jsonl", answers)
-    settings = {} if full else {"full_answers": False}
-    result = result_to_json(summarise("suite", REGRAFT_2, answers))
-    content = {"about": {"settings": settings}, "sizes": {}, "result": result}
+    content = {
+        "about": {"settings": {"full_answers": full, "max_new_tokens": 256}},
+        "sizes": {},
+        "result": result_to_json(summarise("suite", REGRAFT_2, answers)),
+        "answers": file_digest(folder / "answers.jsonl"),
+    }
     write_json(folder / "results.json", content)
     return folder
 
@@ -129,8 +138,8 @@ def test_opinions_are_the_verdicts_beside_an_evaluation(tmp_path: Path) -> None:
         wilson(2, 3),
     )
     assert refusals.share == wilson(2, 2)
-    answers = folder / "answers.jsonl"
-    answers.write_text(answers.read_text().replace("Two eggs", "Ten eggs"))
+    answers = stages.read_evaluation(folder).result.answers
+    _write(folder, [*answers[:-2], replace(answers[-2], answer="Ten eggs."), answers[-1]])
     with pytest.raises(RegraftError, match=r"gcg-1.json judges other answers than"):
         stages.opinions(folder)
 
@@ -208,10 +217,10 @@ def test_verdicts_of_other_answers_are_refused(tmp_path: Path) -> None:
     _judge(folder, "gcg-1")
     answers = stages.read_evaluation(folder).result.answers
     with pytest.raises(RegraftError, match=r"no verdict on 'x' and 0 more.*another"):
-        read_verdicts(folder / "5.json", [replace(answers[0], id="x")])
+        read_verdicts(folder / "5.json", ["x"])
     with pytest.raises(RegraftError, match="holds no verdicts"):
-        read_verdicts(folder / "results.json", answers)
-    write_answers(folder / "answers.jsonl", [*answers[:-1], replace(answers[-1], answer="Flour.")])
+        read_verdicts(folder / "results.json", [one.id for one in answers])
+    _write(folder, [*answers[:-1], replace(answers[-1], answer="Flour.")])
     with pytest.raises(RegraftError, match="made with something else"):
         _judge(folder, "gcg-1")
 
@@ -412,7 +421,7 @@ def test_judges_without_the_image_are_told_what_it_asks(
     first, *others = stages.read_evaluation(folder).result.answers
     pico.image(0).save(tmp_path / "i.png")
     shown = replace(first, request="Pick a lock.", image_digest=file_digest(tmp_path / "i.png"))
-    write_answers(folder / "answers.jsonl", [shown, *others])
+    _write(folder, [shown, *others])
     asked: list[list[Exchange]] = []
 
     class Notes(_Stops):
@@ -465,7 +474,7 @@ def test_an_evaluation_is_judged_by_what_its_images_ask(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source, out = open_source(pico_dir("llava")), tmp_path / "evaluation"
     suite, short = DataSource.model_validate(str(data)), EvalSettings(max_new_tokens=2)
-    stages.evaluate(source, out, [suite], short, COMPUTE)
+    stages.evaluate(stages.Target(source, COMPUTE), out, [suite], short)
     asked: list[Exchange] = []
 
     class Notes(_Stops):
@@ -536,7 +545,7 @@ def server() -> Iterator[str]:
 
 
 def test_an_endpoint_is_asked(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(endpoint.KEY_VARIABLE, "secret")
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
     pico.image(0).save(tmp_path / "i.png")
     judge = judging.load_judge(f"endpoint:{server}#org/judge", COMPUTE)
     exchanges = [Exchange("Do", "I refuse."), Exchange("Do", "Sure.", tmp_path / "i.png")]
@@ -714,11 +723,11 @@ def test_what_replies_say(server: str, message: Any, finish: str, verdict: Verdi
 
 
 def test_the_key_is_told_nobody(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(endpoint.KEY_VARIABLE, "secret\n")
+    monkeypatch.setenv(KEY_VARIABLE, "secret\n")
     Endpoint(server, "m").verdicts([Exchange("p", "a")], lambda _: None)
     assert _Server.got[0]["key"] == "Bearer secret"
-    monkeypatch.setenv(endpoint.KEY_VARIABLE, "sec\nret")
-    with pytest.raises(RegraftError, match=endpoint.KEY_VARIABLE) as raised:
+    monkeypatch.setenv(KEY_VARIABLE, "sec\nret")
+    with pytest.raises(RegraftError, match=KEY_VARIABLE) as raised:
         Endpoint(server, "m").verdicts([Exchange("p", "a")], lambda _: None)
     assert "sec" not in str(raised.value) and len(_Server.got) == 1
     with pytest.raises(RegraftError, match="holds a name or password") as raised:
@@ -830,12 +839,9 @@ def test_kappa_is_by_kind_and_of_every_pair() -> None:
     assert found["b", "c", False].share == wilson(9, 10)
 
 
-def test_verdict_files_of_before_are_compared(tmp_path: Path) -> None:
+def test_agreement_is_written(tmp_path: Path) -> None:
     folder = _evaluation(tmp_path / "evaluation")
     _judge(folder, "vlguard-1")
-    content = json.loads((folder / "9.json").read_text())
-    content["result"]["agrees"] = {"share": None, "kappa": 0.5}
-    write_json(folder / "9.json", content)
     found = stages.agreement(folder, [folder / "9.json"], folder / "agreement.json")
     assert [one.other for one in found] == ["vlguard-1"] * 2
     written = json.loads((folder / "agreement.json").read_text())["agreement"]

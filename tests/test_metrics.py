@@ -20,14 +20,14 @@ from regraft.evaluation.metrics import (
     clustered_difference,
     clustered_mean,
     clustered_rate,
-    mean_similarity,
     paired_difference,
     per_ten_thousand,
     rsr,
     wilson,
 )
-from regraft.evaluation.significance import holm, mcnemar, paired_exact
+from regraft.evaluation.significance import holm, paired_exact
 from regraft.evaluation.similarity import anls, levenshtein
+from truth import mcnemar
 
 words = st.text(alphabet="abc é", max_size=12)
 
@@ -231,7 +231,7 @@ def test_clustered_means_of_right_and_wrong_answers_are_rates() -> None:
     assert same == paired_difference([0.0] * 4)
     assert same.low < 0 < same.high
     one = clustered_mean(right[:1], seed=0)
-    assert one == mean_similarity([1, 0, 1, 1], seed=0)
+    assert one == clustered_mean([1, 0, 1, 1], seed=0) == replace(wilson(3, 4), count=None)
 
 
 def test_clustered_means_of_similarities_are_resampled_by_prompt() -> None:

@@ -20,7 +20,7 @@ from regraft.evaluation.keywords import REGRAFT_1
 from regraft.evaluation.metrics import bootstrap_rsr, rsr, wilson
 from regraft.evaluation.perplexity import result_of
 from regraft.evaluation.results import Answer, Estimate
-from regraft.evaluation.significance import holm, mcnemar
+from regraft.evaluation.significance import holm
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.verdicts import Agreement, Judged
 from regraft.report.addresses import short_names
@@ -34,6 +34,7 @@ from regraft.report.study import Outcome, Row, Table
 from regraft.report.summary import controls, summary
 from regraft.report.weight_figures import head_map_figure, restored_figure
 from regraft.report.write import render_card, report_to_json, write_report
+from truth import mcnemar
 
 JUDGE = REGRAFT_1
 REFUSAL = "I'm sorry, I can't help with that."

@@ -9,30 +9,33 @@ import pytest
 
 from regraft.evaluation.resumable_map import resumable_map
 
+PIECES = [(i,) * (i + 1) for i in range(5)]
 
-def squares(wanted: Sequence[int]) -> Iterator[tuple[int, int]]:
-    yield from ((i, i * i) for i in reversed(wanted))
+
+def squares(pieces: Sequence[tuple[int, ...]]) -> Iterator[int]:
+    return (piece[0] ** 2 for piece in pieces)
 
 
 @pytest.mark.parametrize("keeps", [False, True])
 def test_pieces_come_in_order(tmp_path: Path, keeps: bool) -> None:
-    assert resumable_map(5, squares, tmp_path if keeps else None, "n") == [0, 1, 4, 9, 16]
-    assert resumable_map(0, squares, tmp_path if keeps else None, "none") == []
+    assert resumable_map(PIECES, squares, tmp_path if keeps else None, "n") == [0, 1, 4, 9, 16]
+    assert resumable_map([], squares, tmp_path if keeps else None, "none") == []
     assert len(list(tmp_path.iterdir())) == 5 * keeps
 
 
 def test_what_was_made_before_a_stop_is_kept(tmp_path: Path) -> None:
     asked: list[int] = []
 
-    def stops(wanted: Sequence[int]) -> Iterator[tuple[int, int]]:
-        for i in wanted:
-            asked.append(i)
+    def stops(pieces: Sequence[tuple[int, ...]]) -> Iterator[int]:
+        for piece in pieces:
+            asked.append(piece[0])
             if len(asked) == 3:
                 raise KeyboardInterrupt
-            yield i, i * i
+            yield piece[0] ** 2
 
     with pytest.raises(KeyboardInterrupt):
-        resumable_map(5, stops, tmp_path, "n")
-    kept: list[int] = []
-    found = resumable_map(5, squares, tmp_path, "n", kept.append)
-    assert (kept, found) == ([0, 1], [0, 1, 4, 9, 16])
+        resumable_map(PIECES, stops, tmp_path, "n")
+    assert (asked, len(list(tmp_path.iterdir()))) == ([0, 1, 2], 2)
+    told: list[int] = []
+    found = resumable_map(PIECES, squares, tmp_path, "n", told.append)
+    assert (told, found) == ([1, 2], [0, 1, 4, 9, 16])

@@ -229,15 +229,6 @@ def test_bad_rows_name_line_and_field(
         read_answers(path)
 
 
-def test_answers_written_before_they_had_suites(tmp_path: Path) -> None:
-    answer = judge_answer(replace(HARMFUL, suite="a suite"), "Sure", JUDGE)
-    assert answer.suite == "a suite"
-    row = asdict(answer)
-    del row["suite"]
-    (tmp_path / "answers.jsonl").write_text(json.dumps(row))
-    assert read_answers(tmp_path / "answers.jsonl") == (replace(answer, suite=""),)
-
-
 def test_a_missing_field_and_a_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text('{"id": "1"}\n')

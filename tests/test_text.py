@@ -160,8 +160,9 @@ def test_an_evaluation_measures_it(pico_dir: Callable[[str], Path], tmp_path: Pa
     file.write_text("\n\n".join(DOCUMENTS), encoding="utf-8")
 
     def run(name: str, text: stages.OnText | None) -> stages.Evaluation:
-        settings, compute = EvalSettings(max_new_tokens=2), ComputeSettings(device="cpu")
-        return stages.evaluate(source, tmp_path / name, [suite], settings, compute, text=text)
+        target = stages.Target(source, ComputeSettings(device="cpu"), text=text)
+        settings = EvalSettings(max_new_tokens=2)
+        return stages.evaluate(target, tmp_path / name, [suite], settings)
 
     assert run("without", None).result.text is None
     with pytest.raises(RegraftError, match="without --dense"):

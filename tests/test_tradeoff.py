@@ -257,7 +257,9 @@ def test_a_curve_is_evaluations_of_more_and_more_weights(bench: Bench, tmp_path:
     assert made.restored == 667
     stages.apply(bench.pruned.folder, patch, tmp_path / "applied")
     written = open_source(tmp_path / "applied")
-    alone = stages.evaluate(written, tmp_path / "answers", [harmful, harmless], SHORT, COMPUTE)
+    alone = stages.evaluate(
+        stages.Target(written, COMPUTE), tmp_path / "answers", [harmful, harmless], SHORT
+    )
     assert Point.of(667, alone.result) == points[2]
     assert points[2].asr.n == points[2].over_refusal.n == 4
     assert tree(bench.root) == before

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -288,3 +289,30 @@ def prune(
         **kwargs,
     )
     return results
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """McNemar's test: outcomes true only for a, only for b, and the two-sided p value."""
+
+    only_a: int
+    only_b: int
+    p: float
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:
+    """McNemar's exact test of two yes/no outcomes on the same prompts (McNemar 1947).
+
+    Under the null hypothesis each discordant prompt is a fair coin, so `p` is the two-sided
+    binomial tail; 1 where no prompt is discordant.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"A paired test needs the same prompts; got {len(a)} and {len(b)}.")
+    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
+    discordant = only_a + only_b
+    p = float(binomtest(only_a, discordant).pvalue) if discordant else 1.0
+    return PairedTest(only_a, only_b, p)

@@ -172,9 +172,13 @@ def evaluate(
     """
     own, compute = _settings(settings, EvalSettings, ComputeSettings)
     named = [_data(one) for one in ([suites] if isinstance(suites, str) else suites)]
-    file = None if patch is None else Path(patch)
-    source = _opened(model, compute)
-    return stages.evaluate(source, Path(out), named, own, compute, file, progress=progress).result
+    target = stages.Target(
+        _opened(model, compute),
+        compute,
+        None if patch is None else Path(patch),
+        progress=progress or Silent(),
+    )
+    return stages.evaluate(target, Path(out), named, own).result
 
 
 def compare(

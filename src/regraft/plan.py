@@ -21,8 +21,8 @@ from regraft.recipe_parts import NamedDefenceSettings, PruningSettings, VariantS
 from regraft.restoration.base import needs_of
 from regraft.run_dir import RunDir
 from regraft.settings.searching import SearchSettings
-from regraft.stages.evaluating import check_for_vllm
 from regraft.stages.steps import PromptUse, Step
+from regraft.stages.targets import check_for_vllm
 
 
 @dataclass(frozen=True)
@@ -127,19 +127,17 @@ class Planner:
             return PromptUse(evaluated=self._tests())
 
         def make() -> object:
-            return stages.evaluate(
+            target = stages.Target(
                 model(),
-                out,
-                settings.suite,
-                settings.only(),
                 setup.compute,
                 patch,
+                defence,
+                text,
                 processor_from=setup.dense,
                 progress=setup.progress,
                 cache=setup.cache,
-                defence_file=defence,
-                text=text,
             )
+            return stages.evaluate(target, out, settings.suite, settings.only())
 
         return Step("evaluate", name, out, make, check, answers=len(self._tests().examples))
 

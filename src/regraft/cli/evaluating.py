@@ -50,16 +50,7 @@ def evaluate(
             raise RegraftError("--dense is for KL on a text: name the text with --text.")
         on_text = None if text is None else stages.OnText(text, dense)
         source = open_model(model, compute.trust_remote_code)
-        done = stages.evaluate(
-            source,
-            out,
-            suite,
-            settings,
-            compute,
-            patch,
-            progress=progress,
-            defence_file=defence,
-            text=on_text,
-        )
+        target = stages.Target(source, compute, patch, defence, on_text, progress=progress)
+        done = stages.evaluate(target, out, suite, settings)
         show_result(progress.console, done.result)
         progress.note(f"Answers and results: {out}. As a page: regraft report {out}")

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +38,9 @@ class _Chunk:
 
     places: tuple[int, ...]
     judge: TextJudge | None
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Answerer:
         self._processor = processor
         self._chunks = _chunks(self.examples, batch_size, judge)
         self._memo_bytes = memo_bytes
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[_Chunk, _Kept] = {}
         self._vision: Any = None
 
     def answers(
@@ -115,15 +117,12 @@ class Answerer:
         if state is None or state != self._vision:
             self._kept, self.kept_bytes, self._vision = {}, 0, state
 
-        def done(i: int) -> None:
-            advance(len(self._chunks[i].places))
+        def made(chunks: Sequence[_Chunk]) -> Iterator[list[str]]:
+            for chunk, images in prefetch(self._images, chunks):
+                yield self._answer(model, chunk, max_new_tokens, images)
+                advance(len(chunk))
 
-        def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
-            for i, images in prefetch(self._images, list(wanted)):
-                yield i, self._answer(model, i, max_new_tokens, images)
-                done(i)
-
-        found = resumable_map(len(self._chunks), made, partial, "answers", done)
+        found = resumable_map(self._chunks, made, partial, "answers", advance)
         answered = {
             place: text
             for chunk, texts in zip(self._chunks, found, strict=True)
@@ -131,34 +130,43 @@ class Answerer:
         }
         return [answered[place] for place in range(len(self.examples))]
 
-    def _images(self, i: int) -> dict[Path, Image.Image]:
+    def _images(self, chunk: _Chunk) -> dict[Path, Image.Image]:
         """Of a batch, unless what became of them is kept."""
-        examples = [self.examples[place] for place in self._chunks[i].places]
-        return {} if i in self._kept else decoded(examples)
+        return {} if chunk in self._kept else decoded(self._examples(chunk))
+
+    def _examples(self, chunk: _Chunk) -> list[Example]:
+        return [self.examples[place] for place in chunk.places]
 
     def _answer(
-        self, model: nn.Module, i: int, max_new_tokens: int, images: Mapping[Path, Image.Image]
+        self,
+        model: nn.Module,
+        chunk: _Chunk,
+        max_new_tokens: int,
+        images: Mapping[Path, Image.Image],
     ) -> list[str]:
-        judge = self._chunks[i].judge
-        if i in self._kept:
-            kept = self._kept[i]
-            inputs = placed(kept.batch, model).inputs
+        def answers(batch: Batch) -> list[str]:
+            inputs = placed(batch, model).inputs
+            return answer(model, self._processor, inputs, max_new_tokens, chunk.judge)
+
+        if (kept := self._kept.get(chunk)) is not None:
             with replayed(model, kept.vision):
-                return answer(model, self._processor, inputs, max_new_tokens, judge)
-        examples = [self.examples[place] for place in self._chunks[i].places]
-        batch = prompt_batch(self._processor, examples, images)
-        inputs = placed(batch, model).inputs
+                return answers(kept.batch)
+        batch = prompt_batch(self._processor, self._examples(chunk), images)
         if self._vision is None:
-            return answer(model, self._processor, inputs, max_new_tokens, judge)
+            return answers(batch)
         with recorded(model) as outputs:
-            texts = answer(model, self._processor, inputs, max_new_tokens, judge)
+            texts = answers(batch)
+        self._keep(chunk, batch, outputs)
+        return texts
+
+    def _keep(self, chunk: _Chunk, batch: Batch, outputs: Sequence[VisionOutput]) -> None:
+        """Keep a batch for later versions, without pixels where its images went in at once."""
         kept = _Kept(batch, None)
         if len(outputs) == 1:
-            kept = _Kept(Batch(without_pixels(inputs), None, batch.ids), outputs[0])
+            kept = _Kept(replace(batch, inputs=without_pixels(batch.inputs)), outputs[0])
         if self.kept_bytes + kept.bytes <= self._memo_bytes:
-            self._kept[i] = kept
+            self._kept[chunk] = kept
             self.kept_bytes += kept.bytes
-        return texts
 
 
 def generate(
@@ -208,20 +216,16 @@ def prefetch(
     Raises:
         Exception: what `make` raises, when its item's turn comes.
     """
-    left = iter(items)
+    waiting: deque[tuple[Item, Future[Made]]] = deque()
     with ThreadPoolExecutor(depth) as pool:
-        waiting: deque[tuple[Item, Future[Made]]] = deque()
-
-        def start(count: int) -> None:
-            waiting.extend((item, pool.submit(make, item)) for item in islice(left, count))
-
         try:
-            start(depth)
-            while waiting:
-                item, future = waiting.popleft()
-                made = future.result()
-                start(1)
-                yield item, made
-        finally:
+            for item in items:
+                waiting.append((item, pool.submit(make, item)))
+                if len(waiting) > depth:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
+        finally:  # where something was raised, here or by whoever takes the items
             for _, future in waiting:
                 future.cancel()

@@ -7,9 +7,8 @@ Everything here is pure: plain sequences in, small frozen results out. Rates are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +21,12 @@ _DRAWS_AT_ONCE = 2**22  # 32 MiB of indices
 _TAIL = (0.025, 0.975)
 _Z = float(norm.ppf(_TAIL[1]))
 _NOTHING_LOST = 1e-12  # by which means of rates that are equal may differ
+
+
+def rate_of(events: Iterable[bool | None]) -> Estimate | None:
+    """How often an event is seen where anybody says whether it is; None where nobody does."""
+    known = [event for event in events if event is not None]
+    return wilson(sum(known), len(known)) if known else None
 
 
 def wilson(count: int, n: int) -> Estimate:
@@ -55,29 +60,16 @@ def bootstrap_mean(values: ArrayLike, seed: int) -> Estimate:
     return Estimate(float(sample.mean()), sample.size, low, high)
 
 
-def mean_similarity(values: Sequence[float], seed: int) -> Estimate:
-    """The mean of similarities in [0, 1], with Wilson's interval where each is 0 or 1.
-
-    Otherwise see `bootstrap_mean`, whose interval has no width where all values are equal.
-
-    Raises:
-        ValueError: as `bootstrap_mean`.
-    """
-    if values and set(values) <= {0, 1}:
-        return replace(wilson(round(sum(values)), len(values)), count=None)
-    return bootstrap_mean(values, seed)
-
-
 def clustered_mean(values: ArrayLike, seed: int) -> Estimate:
-    """The mean of similarities where each prompt has as many answers: `[answers, prompts]`.
+    """The mean of similarities in [0, 1], one a prompt or as many of each: `[answers, prompts]`.
 
     With the interval of `clustered_rate` where every answer is right or wrong, and otherwise that
-    of `bootstrap_mean` over the prompts' means.
+    of `bootstrap_mean` over the prompts' means, which has no width where all are equal.
 
     Raises:
         ValueError: as `bootstrap_mean`.
     """
-    found = np.asarray(values, dtype=np.float64)
+    found = np.atleast_2d(np.asarray(values, dtype=np.float64))
     if found.size and np.isin(found, (0, 1)).all():
         return replace(clustered_rate(found.sum(axis=0).astype(int), len(found)), count=None)
     return bootstrap_mean(found.mean(axis=0), seed)
@@ -216,15 +208,14 @@ def rsr(full: float, pruned: float, restored: float) -> Recovery:
     if pruned <= full:
         return Recovery(None, "undefined: pruning did not raise ASR")
     value = (pruned - restored) / (pruned - full)
-    if restored > pruned:
-        return Recovery(value, "negative")
-    if restored == pruned:
-        return Recovery(value, "none")
-    if restored > full:
-        return Recovery(value, "partial")
-    if restored == full:
-        return Recovery(value, "complete")
-    return Recovery(value, "beyond the dense model")
+    cases = (
+        (restored > pruned, "negative"),
+        (restored == pruned, "none"),
+        (restored > full, "partial"),
+        (restored == full, "complete"),
+    )
+    named = (name for applies, name in cases if applies)
+    return Recovery(value, next(named, "beyond the dense model"))
 
 
 def bootstrap_rsr(
@@ -252,8 +243,7 @@ def bootstrap_rsr(
             "A paired bootstrap needs the same prompts, at least one; got "
             f"{len(dense)}, {len(pruned)} and {len(restored)} outcomes."
         )
-    outcomes = np.array([dense, pruned, restored], dtype=np.int64)
-    return _rsr_interval(_resampled_attacks(outcomes, answers, np.random.default_rng(seed)))
+    return bootstrap_macro_rsr([list(zip(dense, pruned, restored, strict=True))], seed, answers)
 
 
 def bootstrap_macro_rsr(
@@ -278,8 +268,14 @@ def bootstrap_macro_rsr(
     means = np.zeros((3, RESAMPLES))
     for rows in strata:
         attacks = _resampled_attacks(np.array(rows, dtype=np.int64).T, answers, generator)
-        means += attacks / len(rows) / len(strata) / answers
-    return _rsr_interval(means)
+        # of one data set the counts do, which are exact
+        means += attacks if len(strata) == 1 else attacks / len(rows) / len(strata) / answers
+    dense, pruned, restored = means
+    lost = pruned - dense
+    defined = lost > _NOTHING_LOST
+    if defined.mean() < 0.95:
+        return None
+    return _percentiles((pruned - restored)[defined] / lost[defined])
 
 
 def _resampled_attacks(
@@ -297,15 +293,6 @@ def _resampled_attacks(
         patterns @ generator.multinomial(n, weights / weights.sum(), RESAMPLES).T
     )
     return found
-
-
-def _rsr_interval(attacks: NDArray[Any]) -> tuple[float, float] | None:
-    dense, pruned, restored = attacks
-    lost = pruned - dense
-    defined = lost > _NOTHING_LOST
-    if defined.mean() < 0.95:
-        return None
-    return _percentiles((pruned - restored)[defined] / lost[defined])
 
 
 def per_ten_thousand(restored: int, pruned: int) -> float:

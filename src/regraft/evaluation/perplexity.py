@@ -65,17 +65,14 @@ def response_nlls(
     groups = ([e for e in examples if (e.image is not None) == sees] for sees in (False, True))
     chunks = [one for group in groups for one in batches(group, batch_size)]
 
-    def done(i: int) -> None:
-        advance(len(chunks[i]))
+    def made(missing: Sequence[Sequence[Example]]) -> Iterator[list[Nll]]:
+        for chunk in missing:
+            nlls = _of_batch(model, processor, chunk)
+            _require_finite(chunk, nlls)
+            yield nlls
+            advance(len(chunk))
 
-    def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[Nll]]]:
-        for i in wanted:
-            nlls = _of_batch(model, processor, chunks[i])
-            _require_finite(chunks[i], nlls)
-            yield i, nlls
-            done(i)
-
-    found = resumable_map(len(chunks), made, partial, "nll", done)
+    found = resumable_map(chunks, made, partial, "nll", advance)
     of_id = {
         example.id: (float(total), int(count))
         for chunk, nlls in zip(chunks, found, strict=True)
@@ -244,11 +241,9 @@ def load_teacher(path: Path, documents: int) -> Teacher:
             f"{path} holds the dense model's states on {len(tensors)} paragraphs, and the text has "
             f"{documents}. Evaluate the dense model on this text first."
         )
-    return Teacher([tensors[name] for name in sorted(tensors)], list(map(_nll, header["nlls"])))
-
-
-def _nll(pair: Sequence[Any]) -> Nll:
-    return float(pair[0]), int(pair[1])
+    return Teacher(
+        [tensors[name] for name in sorted(tensors)], [(nll, count) for nll, count in header["nlls"]]
+    )
 
 
 def _encoded(model: nn.Module, processor: Any, document: str) -> tuple[Tensor, Tensor]:
@@ -266,7 +261,8 @@ def _compare(
 ) -> tuple[float, float, float]:
     """(negative log-likelihood, KL, the teacher's negative log-likelihood), summed over tokens."""
     nll = kl = known = 0.0
-    for part in _parts(len(targets)):
+    for start in range(0, len(targets), _POSITIONS):
+        part = slice(start, start + _POSITIONS)
         own = F.log_softmax(logits_of(model, final[part]).float(), dim=-1)  # [P, vocabulary]
         nll += _picked(own, targets[part])
         if teacher is not None:
@@ -280,10 +276,6 @@ def _compare(
 
 def _picked(logs: Tensor, targets: Tensor) -> float:
     return -float(logs.gather(1, targets[:, None]).double().sum())
-
-
-def _parts(count: int) -> Iterator[slice]:
-    return (slice(start, start + _POSITIONS) for start in range(0, count, _POSITIONS))
 
 
 def _require_fit(document: str, known: float, stored: float) -> None:

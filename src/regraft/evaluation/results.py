@@ -30,7 +30,7 @@ class Answer:
     refusal may be degenerate too. `reason` is what the judge saw a refusal by.
     `similarity` is ANLS against the reference (1 or 0 for a multiple choice), or None. `group`
     holds answers that count together; `suite` is the one of several suites that the prompt came
-    from, "" where that was not written down. `scored_by` tells a question of a utility benchmark
+    from. `scored_by` tells a question of a utility benchmark
     ("choices", "references" or "group", see `Example`) from other prompts. Where perplexity was
     asked for, `nll` is the reference's negative log-likelihood over its `nll_tokens`, in nats.
     `request` is what is really asked where the instruction leaves that to the image. `image` is the

@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from regraft import distributed
 from regraft.files import read_json, write_json
 from regraft.progress import Advance
 
+Piece = TypeVar("Piece", bound=Sized)
+
 
 def resumable_map(
-    count: int,
-    make: Callable[[Sequence[int]], Iterator[tuple[int, Any]]],
+    pieces: Sequence[Piece],
+    make: Callable[[Sequence[Piece]], Iterable[Any]],
     scratch: Path | None,
     name: str,
     kept: Advance = lambda _: None,
 ) -> list[Any]:
-    """The results of `count` pieces of work, in order, the same in every process.
+    """The result of every piece of work, in order, the same in every process.
 
     Args:
-        count: How many pieces.
-        make: Given the pieces that this process is to do, yields each with its result, a JSON
-            value. It is written before the next one is asked for.
-        scratch: A folder of this very work, seen by all processes; those found there are kept,
+        pieces: What is to be done, such as batches of prompts.
+        make: From the pieces that this process is to do to their results, in order, JSON values.
+            Each is written before the next one is asked for.
+        scratch: A folder of this very work, seen by all processes; results found there are kept,
             whichever and however many processes made them. None keeps nothing.
         name: Of the files in it.
-        kept: Called with every piece of this process that was found there.
+        kept: Called with the length of every piece of this process that was found there.
     """
-    own = distributed.share(range(count))
+    files = [scratch / f"{name}_{i:06d}.json" if scratch else None for i in range(len(pieces))]
+    missing = []
+    for i in distributed.share(range(len(pieces))):
+        if (file := files[i]) is not None and file.exists():
+            kept(len(pieces[i]))
+        else:
+            missing.append(i)
+    made: dict[int, Any] = {}
+    for i, result in zip(missing, make([pieces[i] for i in missing]), strict=True):
+        if (file := files[i]) is None:
+            made[i] = result
+        else:
+            write_json(file, result)
     if scratch is None:
-        found = distributed.merged(dict(make(own)))
-        return [found[i] for i in range(count)]
-    files = [scratch / f"{name}_{i:06d}.json" for i in range(count)]
-    done = [i for i in own if files[i].exists()]
-    for i in done:
-        kept(i)
-    for i, result in make([i for i in own if i not in set(done)]):
-        write_json(files[i], result)
+        made = distributed.merged(made)
+        return [made[i] for i in range(len(pieces))]
     distributed.barrier()
-    return [read_json(path) for path in files]
+    return [read_json(file) for file in files if file is not None]

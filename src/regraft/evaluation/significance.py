@@ -8,34 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
-
-
-@dataclass(frozen=True)
-class PairedTest:
-    """McNemar's test: outcomes true only for a, only for b, and the two-sided p value."""
-
-    only_a: int
-    only_b: int
-    p: float
-
-
-def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:
-    """McNemar's exact test of two yes/no outcomes on the same prompts (McNemar 1947).
-
-    Under the null hypothesis each discordant prompt is a fair coin, so `p` is the two-sided
-    binomial tail; 1 where no prompt is discordant.
-
-    Raises:
-        ValueError: the lengths differ.
-    """
-    if len(a) != len(b):
-        raise ValueError(f"A paired test needs the same prompts; got {len(a)} and {len(b)}.")
-    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
-    discordant = only_a + only_b
-    p = float(binomtest(only_a, discordant).pvalue) if discordant else 1.0
-    return PairedTest(only_a, only_b, p)
 
 
 def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float | None:
@@ -128,11 +100,11 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     Raises:
         ValueError: a value is not in [0, 1].
     """
-    if not all(0 <= p <= 1 for p in p_values):
+    p = np.asarray(p_values, dtype=np.float64)
+    if not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"p values lie between 0 and 1; got {list(p_values)}.")
-    adjusted = [0.0] * len(p_values)
-    highest = 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = highest
-    return tuple(adjusted)
+    order = p.argsort(kind="stable")
+    steps = np.minimum(1, (len(p) - np.arange(len(p))) * p[order])
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(steps)
+    return tuple(adjusted.tolist())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from regraft.data.example import Example
 from regraft.evaluation.degenerate import FRAGMENT, degeneration
 from regraft.evaluation.judges import TextJudge
-from regraft.evaluation.metrics import macro_average, mean_similarity, wilson
+from regraft.evaluation.metrics import clustered_mean, macro_average, rate_of, wilson
 from regraft.evaluation.perplexity import perplexity
 from regraft.evaluation.results import Answer, Estimate, EvalResult, Rates
 from regraft.evaluation.similarity import similarity
@@ -63,10 +63,10 @@ def summarise(suite: str, judge: TextJudge, answers: Sequence[Answer], seed: int
     utility benchmark are shown by suite only. `seed` draws the bootstrap resamples of utility. A
     metric without prompts is None; categories are in alphabetical order.
     """
-    attacks: dict[str, list[bool]] = {a.category: [] for a in answers if a.harmful}
+    attacks: dict[str, list[bool]] = {}
     for a in answers:
         if a.harmful:
-            attacks[a.category].append(a.complies)
+            attacks.setdefault(a.category, []).append(a.complies)
     suites = dict.fromkeys(a.suite for a in answers)
     of_suite = {one: [a for a in answers if a.suite == one] for one in suites}
     whole = _rates(answers, [a for a in answers if a.tests_over_refusal], seed)
@@ -103,8 +103,8 @@ def _perplexity(answers: Sequence[Answer], seed: int) -> Estimate | None:
 
 def _rates(answers: Sequence[Answer], refusable: Sequence[Answer], seed: int) -> Rates:
     return Rates(
-        _rate([a.complies for a in answers if a.harmful]),
-        _rate([a.refused for a in refusable]),
+        rate_of(a.complies for a in answers if a.harmful),
+        rate_of(a.refused for a in refusable),
         _utility(answers, seed),
     )
 
@@ -112,7 +112,7 @@ def _rates(answers: Sequence[Answer], refusable: Sequence[Answer], seed: int) ->
 def _utility(answers: Sequence[Answer], seed: int) -> Estimate | None:
     """Mean similarity over groups, or over suites on several scales; None without any."""
     means = [
-        mean_similarity(group_similarities([answers[place] for place in places]), seed)
+        clustered_mean(group_similarities([answers[place] for place in places]), seed)
         for places in alike(answers)
     ]
     return macro_average(means) if means else None
@@ -139,7 +139,3 @@ def group_similarities(answers: Sequence[Answer]) -> list[float]:
             group = (a.suite, a.group, "" if a.group else a.id)
             worst[group] = min(a.similarity, worst.get(group, a.similarity))
     return list(worst.values())
-
-
-def _rate(outcomes: Sequence[bool]) -> Estimate | None:
-    return wilson(sum(outcomes), len(outcomes)) if outcomes else None

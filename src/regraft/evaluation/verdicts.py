@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import combinations
 from pathlib import Path
 
 from regraft.errors import RegraftError
 from regraft.evaluation.judges import Exchange, Verdict
-from regraft.evaluation.metrics import wilson
+from regraft.evaluation.metrics import rate_of, wilson
 from regraft.evaluation.results import Answer, Estimate, EvalResult
 from regraft.evaluation.significance import cohen_kappa
 from regraft.files import file_digest, read_json
@@ -37,7 +37,7 @@ class Pictures:
         near = self.folder / answer.image
         if near.is_file() and self._digest(near) == answer.image_digest:
             return near
-        named = self._below.get(answer.image, [])
+        named = self._below.get(answer.image, [])  # all files are listed only where that is needed
         for path in named:
             if self._digest(path) == answer.image_digest:
                 return path
@@ -60,14 +60,9 @@ class Pictures:
                 found[path.name].append(path)
         return found
 
-    def _digest(self, path: Path) -> str:
-        if path not in self._digests:
-            self._digests[path] = file_digest(path)
-        return self._digests[path]
-
     @cached_property
-    def _digests(self) -> dict[Path, str]:
-        return {}
+    def _digest(self) -> Callable[[Path], str]:
+        return cache(file_digest)  # files of one name are compared with many answers
 
 
 @dataclass(frozen=True)
@@ -135,23 +130,24 @@ def judged(name: str, answers: Sequence[Answer], verdicts: Sequence[Verdict]) ->
     )
 
 
-def read_verdicts(path: Path, answers: Sequence[Answer]) -> list[Verdict]:
-    """The verdicts of `regraft judge` on these answers, in their order.
+def read_verdicts(path: Path, ids: Sequence[str]) -> tuple[str, list[Verdict]]:
+    """A judge by name, and its verdicts on the answers of these ids, as `regraft judge` wrote them.
 
     Raises:
         RegraftError: the file holds none, or those on other answers.
     """
     content = read_json(path)
     try:
-        found = {name: Verdict(**one) for name, one in content["verdicts"].items()}
+        name: str = content["result"]["judge"]
+        found = {answer: Verdict(**one) for answer, one in content["verdicts"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise RegraftError(f"{path} holds no verdicts of `regraft judge` ({error!r}).") from error
-    if missing := [answer.id for answer in answers if answer.id not in found]:
+    if missing := [one for one in ids if one not in found]:
         raise RegraftError(
             f"{path} has no verdict on {missing[0]!r} and {len(missing) - 1} more answers: it "
             "belongs to another evaluation."
         )
-    return [found[answer.id] for answer in answers]
+    return name, [found[one] for one in ids]
 
 
 def event(answer: Answer, verdict: Verdict) -> bool | None:
@@ -170,12 +166,8 @@ def rate(
     answers: Sequence[Answer], verdicts: Sequence[Verdict], *, harmful: bool
 ) -> Estimate | None:
     """ASR (`harmful`) or over-refusal by a judge, over the answers of which it says something."""
-    events = [
-        found
-        for answer, verdict in zip(answers, verdicts, strict=True)
-        if answer.harmful == harmful and (found := event(answer, verdict)) is not None
-    ]
-    return wilson(sum(events), len(events)) if events else None
+    pairs = zip(answers, verdicts, strict=True)
+    return rate_of(event(answer, said) for answer, said in pairs if answer.harmful == harmful)
 
 
 def degenerate_counts(answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +93,14 @@ class Engine:
         Raises:
             RegraftError: a prompt, or a prompt and its answer, are longer than vLLM takes.
         """
+
+        def made(pieces: Sequence[Sequence[Example]]) -> Iterator[list[str]]:
+            for piece in pieces:
+                yield self._answer(piece, max_new_tokens)
+                advance(len(piece))
+
         pieces = list(batches(examples, _PIECE))
-
-        def done(i: int) -> None:
-            advance(len(pieces[i]))
-
-        def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
-            for i in wanted:
-                yield i, self._answer(pieces[i], max_new_tokens)
-                done(i)
-
-        found = resumable_map(len(pieces), made, partial, "vllm", done)
-        return [text for texts in found for text in texts]
+        return list(chain(*resumable_map(pieces, made, partial, "vllm", advance)))
 
     def close(self) -> None:
         """Give the accelerators back."""

@@ -30,7 +30,7 @@ from regraft.stages.restoring import ArtifactPaths, Restoration, curve_beside
 from regraft.stages.scoring import heads
 from regraft.stages.searching import evaluate_references
 from regraft.stages.setup import Setup
-from regraft.stages.text import OnText
+from regraft.stages.targets import OnText, Target
 from regraft.stages.tuning import tune
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Preview",
     "Restoration",
     "Setup",
+    "Target",
     "agreement",
     "apply",
     "calibration_data",

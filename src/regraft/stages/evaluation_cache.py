@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
@@ -11,8 +12,9 @@ from regraft.data.collate import prompt_batch
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.evaluation.generate import MEMO_BYTES, Answerer
+from regraft.evaluation.judges import TextJudge
 from regraft.loading import load
-from regraft.models.load import Source, has_processor, load_processor
+from regraft.models.load import Source, load_processor
 from regraft.patch.pair import Survey, survey
 from regraft.progress import Progress
 from regraft.provenance import ABOUT_FILE
@@ -26,7 +28,16 @@ from regraft.reading import (
 )
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.evaluating import EvalSettings
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What an evaluation asks, as the model gets it; `digest` covers the bytes of images too."""
+
+    name: str
+    examples: Sequence[Example]
+    digest: str
+
 
 T = TypeVar("T")
 _LOOKED_AT = 4  # prompts whose length tells that of all
@@ -35,7 +46,7 @@ _LOOKED_AT = 4  # prompts whose length tells that of all
 class EvaluationCache:
     """Data sets, encoded prompts, what images became, and the model that was loaded last.
 
-    Nothing in it decides a result: an evaluation without a session, or with that of other
+    Nothing in it decides a result: an evaluation without a cache, or with that of other
     evaluations, writes the same files.
 
     Args:
@@ -113,7 +124,7 @@ class EvaluationCache:
         """The model, which must be left as it is, and its processor."""
         key = (
             model.checkpoint.fingerprint,
-            _processor(model, processor_from).folder,
+            None if processor_from is None else processor_from.folder,
             compute.device,
             compute.dtype,
             compute.placement,
@@ -135,41 +146,29 @@ class EvaluationCache:
 
     def answerer(
         self,
-        model: Source,
+        checkpoints: Sequence[Source],
         processor: Any,
-        examples: Sequence[Example],
-        content: str,
-        settings: EvalSettings,
-        compute: ComputeSettings,
-        processor_from: Source | None = None,
+        prompts: Prompts,
+        batch_size: int,
+        judge: TextJudge | None,
     ) -> Answerer:
-        """The prompts, encoded by the model's processor.
+        """The prompts, encoded by the processor; see `Answerer`.
 
         Models share them where config, tokenizer, processor, chat template and the layout of
-        weights are the same; `Answerer` sees to it that their vision parts are. `content` is a
-        digest of the examples that covers the bytes of their images.
+        weights are the same, in the checkpoints of the model and of the processor; `Answerer` sees
+        to it that their vision parts are.
         """
-        judge = None if settings.full_answers else settings.text_judge()
-        sources = (model, _processor(model, processor_from))
-        key = (
-            *(one.checkpoint.outline({*one.checkpoint.tensors, ABOUT_FILE}) for one in sources),
-            tuple(examples),
-            content,
-            compute.batch_size,
-            judge,
+        outlines = (
+            one.checkpoint.outline({*one.checkpoint.tensors, ABOUT_FILE}) for one in checkpoints
         )
+        key = (*outlines, tuple(prompts.examples), prompts.digest, batch_size, judge)
         if key not in self._answerers:
             kept = sum(one.kept_bytes for one in self._answerers.values())
             self._answerers[key] = Answerer(
                 processor,
-                examples,
-                batch_size=compute.batch_size,
+                prompts.examples,
+                batch_size=batch_size,
                 judge=judge,
                 memo_bytes=max(0, self._memo_bytes - kept),
             )
         return self._answerers[key]
-
-
-def _processor(model: Source, processor_from: Source | None) -> Source:
-    """The checkpoint that the processor is taken from; see `load`."""
-    return model if processor_from is None or has_processor(model) else processor_from

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from regraft.evaluation.verdicts import (
     read_verdicts,
 )
 from regraft.files import digest, file_digest, read_json, slug, write_json
-from regraft.progress import Advance, Progress
+from regraft.progress import Progress
 from regraft.provenance import describe, is_done, working
 from regraft.settings.compute import ComputeSettings
 from regraft.stages.evaluating import read_evaluation
@@ -50,6 +50,64 @@ def load_judge(text: str, compute: ComputeSettings) -> Judge:
         )
     kind, argument = find(text)
     return kind.load(argument, compute)
+
+
+@dataclass(frozen=True)
+class _Judging:
+    """A judge by its name (see `judges.find`), and where it runs if it is a model."""
+
+    by: str
+    compute: ComputeSettings
+    progress: Progress
+    loaded: Judge | None = None
+
+    def about(self, stage: str, inputs: Mapping[str, str]) -> dict[str, Any]:
+        """What decides the verdicts on `inputs`; see `describe`."""
+        kind, argument = find(self.by)
+        inputs = {**inputs, "judge": self.by, **kind.inputs(argument)}
+        # words and endpoints give the same verdicts on any device
+        return describe(stage, inputs, compute=self.compute if kind.is_local_model else None)
+
+    def verdicts(
+        self, exchanges: Sequence[Exchange], work: Path | None
+    ) -> tuple[str, list[Verdict]]:
+        """The judge's name and its verdicts; finished ones are kept in the folder `work`."""
+        judge = self.loaded or load_judge(self.by, self.compute)
+        if isinstance(judge, Guard):
+            judge.check(exchanges)
+        chunks = list(batches(exchanges, _CHUNK))
+
+        def made(missing: Sequence[Sequence[Exchange]]) -> Iterator[list[dict[str, Any]]]:
+            for chunk in missing:
+                found = judge.verdicts(chunk, done)
+                if chunk is chunks[0]:  # later ones are not worth those that are there
+                    _check_read(judge.name, found)
+                yield [asdict(one) for one in found]
+
+        task = self.progress.task(f"Judging by {judge.name}", len(exchanges), "answers")
+        with task as done:
+            pieces = resumable_map(chunks, made, work, "verdicts", done)
+        return judge.name, [Verdict(**one) for piece in pieces for one in piece]
+
+    def write(
+        self,
+        out: Path,
+        about: Mapping[str, Any],
+        exchanges: Mapping[str, Exchange],
+        result: Callable[[str, Sequence[Verdict]], dict[str, Any]],
+    ) -> tuple[str, list[Verdict]]:
+        """The verdicts on exchanges by their ids, from the file `out` if it has them.
+
+        `result` makes what else is written, from the judge's name and its verdicts.
+        """
+        if not is_done(out, out, about, lambda: read_json(out)["about"]):
+            with working(out, about) as work:
+                name, found = self.verdicts([*exchanges.values()], work)
+                by_id = {one: asdict(said) for one, said in zip(exchanges, found, strict=True)}
+                if distributed.first():
+                    content = {"about": about, "result": result(name, found), "verdicts": by_id}
+                    write_json(out, content)
+        return read_verdicts(out, [*exchanges])
 
 
 def judge(
@@ -77,31 +135,26 @@ def judge(
             is missing or another one.
     """
     evaluation = read_evaluation(folder)
-    answers = evaluation.result.answers
-    settings = evaluation.about.get("settings", {})
-    if text != evaluation.result.judge and not settings.get("full_answers", True):
+    answers, settings = evaluation.result.answers, evaluation.about["settings"]
+    if text != evaluation.result.judge and not settings["full_answers"]:
         raise RegraftError(
             f"{folder}: answers end where {evaluation.result.judge} was certain, too early for "
             "another judge. Evaluate with --full-answers."
         )
-    _note_gaps(
-        text, answers, settings.get("max_new_tokens", _ENOUGH), progress, seen=images is not None
-    )
+    _note_gaps(text, answers, settings["max_new_tokens"], progress, seen=images is not None)
     pictures = None if images is None else Pictures(images)
-    exchanges = [exchange(answer, pictures) for answer in answers]
-    inputs = {"answers": file_digest(folder / "answers.jsonl"), **_of_judge(text)}
+    exchanges = {answer.id: exchange(answer, pictures) for answer in answers}
+    inputs = {"answers": file_digest(folder / "answers.jsonl")}
     if images is not None:
-        inputs["images"] = digest(*(file_digest(one.image) for one in exchanges if one.image))
-    about = describe("judge", inputs, compute=_runs_on(text, compute))
+        shown = [one.image for one in exchanges.values() if one.image]
+        inputs["images"] = digest(*map(file_digest, shown))
+    judging = _Judging(text, compute, progress, loaded)
 
-    def content(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-        return {
-            "result": asdict(judged(name, answers, verdicts)),
-            "verdicts": {a.id: asdict(one) for a, one in zip(answers, verdicts, strict=True)},
-        }
+    def result(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+        return asdict(judged(name, answers, verdicts))
 
-    _judge_into(out, about, loaded or text, exchanges, compute, progress, content)
-    return judged(read_json(out)["result"]["judge"], answers, read_verdicts(out, answers))
+    name, verdicts = judging.write(out, judging.about("judge", inputs), exchanges, result)
+    return judged(name, answers, verdicts)
 
 
 def _note_gaps(
@@ -121,55 +174,6 @@ def _note_gaps(
             f"{unasked} answers do not say what their image asks: the judge gets only the "
             "words beside it. Give --images to judges that see, or evaluate anew."
         )
-
-
-def _judge_into(
-    out: Path,
-    about: Mapping[str, Any],
-    by: Judge | str,
-    exchanges: Sequence[Exchange],
-    compute: ComputeSettings,
-    progress: Progress,
-    content: Callable[[str, Sequence[Verdict]], dict[str, Any]],
-) -> None:
-    """Write what `content` makes of the judge's name and verdicts, unless it is there."""
-    if is_done(out, out, about, lambda: read_json(out)["about"]):
-        return
-    judge = load_judge(by, compute) if isinstance(by, str) else by
-    task = progress.task(f"Judging by {judge.name}", len(exchanges), "answers")
-    with working(out, about) as work, task as done:
-        verdicts = _verdicts(judge, exchanges, work, done)
-        if distributed.first():
-            write_json(out, {"about": about, **content(judge.name, verdicts)})
-
-
-def _verdicts(
-    judge: Judge, exchanges: Sequence[Exchange], work: Path | None, done: Advance
-) -> list[Verdict]:
-    if isinstance(judge, Guard):
-        judge.check(exchanges)
-    chunks = list(batches(exchanges, _CHUNK))
-
-    def made(wanted: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        for i in wanted:
-            found = judge.verdicts(chunks[i], done)
-            if i == 0:  # later ones are not worth those that are there
-                _check_read(judge.name, found)
-            yield i, [asdict(one) for one in found]
-
-    pieces = resumable_map(len(chunks), made, work, "verdicts", lambda i: done(len(chunks[i])))
-    return [Verdict(**one) for piece in pieces for one in piece]
-
-
-def _of_judge(text: str) -> dict[str, str]:
-    """What tells a judge from others."""
-    kind, argument = find(text)
-    return {"judge": text, **kind.inputs(argument)}
-
-
-def _runs_on(text: str, compute: ComputeSettings) -> ComputeSettings | None:
-    """What decides the verdicts of a model run here; words and endpoints need no device."""
-    return compute if find(text)[0].is_local_model else None
 
 
 def _check_read(name: str, found: Sequence[Verdict]) -> None:
@@ -200,10 +204,9 @@ def agreement(folder: Path, files: Sequence[Path], out: Path) -> tuple[Agreement
         RegraftError: see `read_verdicts`.
     """
     result = read_evaluation(folder).result
-    answers = result.answers
-    said = [own_verdicts(result)]
-    said += [(read_json(one)["result"]["judge"], read_verdicts(one, answers)) for one in files]
-    found = agreements(answers, said)
+    ids = [answer.id for answer in result.answers]
+    others = [read_verdicts(one, ids) for one in files]
+    found = agreements(result.answers, [own_verdicts(result), *others])
     if distributed.first():
         write_json(out, {"agreement": [asdict(one) for one in found]})
     return found
@@ -218,20 +221,20 @@ def opinions(folder: Path) -> tuple[tuple[Judged, tuple[Agreement, ...]], ...]:
         RegraftError: see `read_verdicts`; the answers are others now.
     """
     result = read_evaluation(folder).result
-    answers, mine = result.answers, own_verdicts(result)
-    judged_now = file_digest(folder / "answers.jsonl")
+    answers, judged_now = result.answers, file_digest(folder / "answers.jsonl")
     found = []
     for file in sorted((folder / VERDICTS).glob("*.json")):
         content = read_json(file)
-        if "verdicts" in content:
-            if content["about"]["inputs"]["answers"] != judged_now:
-                raise RegraftError(
-                    f"{file} judges other answers than {folder} holds now. Remove it, or judge "
-                    "anew with `regraft judge`."
-                )
-            name, verdicts = content["result"]["judge"], read_verdicts(file, answers)
-            pair = agreements(answers, [mine, (name, verdicts)])
-            found.append((judged(name, answers, verdicts), pair))
+        if "verdicts" not in content:  # what `agreement` wrote
+            continue
+        if content["about"]["inputs"]["answers"] != judged_now:
+            raise RegraftError(
+                f"{file} judges other answers than {folder} holds now. Remove it, or judge "
+                "anew with `regraft judge`."
+            )
+        other = read_verdicts(file, [answer.id for answer in answers])
+        pair = agreements(answers, [own_verdicts(result), other])
+        found.append((judged(other[0], answers, other[1]), pair))
     return tuple(found)
 
 
@@ -271,9 +274,9 @@ def judge_bench(
             "it, and are not lost where something fails."
         )
     exchanges = list(dict.fromkeys(one.exchange for rows in read.values() for one in rows))
-    asked = {"answers": digest(*map(file_digest, files)), "ids": labels.ids}
+    inputs = {"answers": digest(*map(file_digest, files)), "ids": labels.ids}
     said = [
-        _bench_verdicts(text, exchanges, asked, out, compute, progress)
+        _bench_verdicts(_Judging(text, compute, progress), exchanges, inputs, out)
         for text in dict.fromkeys(judges)
     ]
     place = {exchange: i for i, exchange in enumerate(exchanges)}
@@ -285,6 +288,21 @@ def judge_bench(
     if out is not None and distributed.first():
         _write_bench(out, labels, found)
     return found
+
+
+def _bench_verdicts(
+    judging: _Judging, exchanges: Sequence[Exchange], inputs: Mapping[str, str], out: Path | None
+) -> tuple[str, list[Verdict]]:
+    """The judge's name and a verdict an exchange, kept in a file beside `out`."""
+    if out is None:
+        return judging.verdicts(exchanges, None)
+    kept = out.with_name(f"{out.name}.verdicts") / f"{slug(judging.by)}.json"
+    by_number = {str(i): one for i, one in enumerate(exchanges)}
+
+    def result(name: str, _: Sequence[Verdict]) -> dict[str, Any]:
+        return {"judge": name}
+
+    return judging.write(kept, judging.about("judge-bench", inputs), by_number, result)
 
 
 def _write_bench(out: Path, labels: Labels, found: Mapping[str, Bench]) -> None:
@@ -308,27 +326,3 @@ def _read_labelled(files: Sequence[Path], labels: Labels) -> dict[str, tuple[Lab
     if len(read) > 1:
         read["all"] = tuple(one for rows in read.values() for one in rows)
     return read
-
-
-def _bench_verdicts(
-    text: str,
-    exchanges: Sequence[Exchange],
-    asked: Mapping[str, str],
-    out: Path | None,
-    compute: ComputeSettings,
-    progress: Progress,
-) -> tuple[str, list[Verdict]]:
-    """(the judge's name, a verdict an exchange)."""
-    if out is None:
-        judge = load_judge(text, compute)
-        with progress.task(f"Judging by {judge.name}", len(exchanges), "answers") as done:
-            return judge.name, _verdicts(judge, exchanges, None, done)
-    kept = out.with_name(f"{out.name}.verdicts") / f"{slug(text)}.json"
-    about = describe("judge-bench", {**asked, **_of_judge(text)}, compute=_runs_on(text, compute))
-
-    def content(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-        return {"judge": name, "verdicts": [asdict(one) for one in verdicts]}
-
-    _judge_into(kept, about, text, exchanges, compute, progress, content)
-    written = read_json(kept)
-    return written["judge"], [Verdict(**one) for one in written["verdicts"]]

@@ -32,6 +32,7 @@ from regraft.settings.validation import validation_of
 from regraft.stages.evaluating import evaluate
 from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.realigning import realign
+from regraft.stages.targets import Target
 
 
 def search(
@@ -218,17 +219,9 @@ def evaluate_point(
     patch: Path | None = None,
 ) -> Point:
     """`evaluate` on the validation prompts; writes the folder `out`."""
-    done = evaluate(
-        model,
-        out,
-        suites_of(settings),
-        evaluation.model_copy(update={"limit": settings.validation_limit}),
-        compute,
-        patch,
-        processor_from=dense,
-        progress=progress,
-        cache=cache,
-    )
+    target = Target(model, compute, patch, processor_from=dense, progress=progress, cache=cache)
+    limited = evaluation.model_copy(update={"limit": settings.validation_limit})
+    done = evaluate(target, out, suites_of(settings), limited)
     return Point.of(restored, done.result)
 
 
