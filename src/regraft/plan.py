@@ -177,16 +177,7 @@ class _Planner:
         def make() -> object:
             if paths.curve.exists():
                 return None
-            return stages.evaluate_references(
-                self.dense,
-                self.pruned(pruning),
-                references,
-                search,
-                self.recipe.evaluate.only().in_memory(),
-                self.recipe.compute,
-                self.progress,
-                self.cache,
-            )
+            return self.restoration.searching(search).references(self.pruned(pruning), references)
 
         return Step(SEARCH_REFERENCES, pruning, references / "pruned", make)
 

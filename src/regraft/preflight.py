@@ -101,7 +101,8 @@ def _check(recipe: Recipe, dense: Source, run_dir: RunDir, cache: stages.Evaluat
         if (file := needs_of(variant).positions) and recipe.positions_of(variant) is None:
             load_ranking(Path(file))
         if variant.search is not None:
-            stages.check_search(dense, variant.search, recipe.compute, cache)
+            evaluation = recipe.evaluate.only().in_memory()
+            stages.Search(dense, variant.search, evaluation, recipe.compute, cache=cache).check()
     for harmful in _kinds_drawn(recipe):
         drawn = cache.drawn(dense, recipe.calibration, harmful=harmful)
         check_shares(drawn.examples, recipe.compute)

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from regraft import distributed, pipeline, stages
-from regraft.analysis.relation import ModelPoint, correlation, estimates
-from regraft.analysis.run import total_ships
+from regraft.analysis.relation import ModelPoint, correlation, estimates, model_points
 from regraft.errors import RegraftError
 from regraft.progress import Progress, Silent
 from regraft.recipe import Recipe
@@ -103,7 +102,7 @@ def _points(run_dirs: Mapping[str, Path], study: Study, pruning: str) -> Iterato
             dense, pruned = (row.mean_asr or row.asr for row in table.rows[:2])
             if dense is not None and pruned is not None:
                 rise = round(pruned.value - dense.value, 12)  # so that equal rises stay ties
-                yield total_ships(run_dir).point(table.model, rise)
+                yield from model_points(run_dir, {table.model: rise})
 
 
 def _correlation(pruning: str, points: tuple[ModelPoint, ...]) -> Correlation:

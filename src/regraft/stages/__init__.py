@@ -28,7 +28,7 @@ from regraft.stages.realigning import realign
 from regraft.stages.responding import respond
 from regraft.stages.restoring import ArtifactPaths, Restoration, curve_beside
 from regraft.stages.scoring import heads
-from regraft.stages.searching import check_search, evaluate_references, search, suites_of
+from regraft.stages.searching import Search, suites_of
 from regraft.stages.text import OnText
 from regraft.stages.tuning import tune
 
@@ -42,14 +42,13 @@ __all__ = [
     "OnText",
     "Preview",
     "Restoration",
+    "Search",
     "agreement",
     "apply",
     "calibration_data",
-    "check_search",
     "curve_beside",
     "defend",
     "evaluate",
-    "evaluate_references",
     "heads",
     "imitation_data",
     "judge",
@@ -64,7 +63,6 @@ __all__ = [
     "realign",
     "respond",
     "revert",
-    "search",
     "spilled_bytes",
     "statistics",
     "suites_of",

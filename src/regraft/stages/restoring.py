@@ -7,7 +7,6 @@ artifact lies and may measure or lock a step while it is at work.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,8 +29,8 @@ from regraft.stages.needing import check_method, learnt_by
 from regraft.stages.ranking import Inputs, rank, read_inputs
 from regraft.stages.realigning import check_made_by, realign
 from regraft.stages.scoring import heads
-from regraft.stages.searching import check_search, search, warn_of_learnt
-from regraft.stages.steps import Step, StepGuard, make_all
+from regraft.stages.searching import Search, remarks
+from regraft.stages.steps import Step, StepGuard, make_all, unguarded
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Restoration:
     evaluation: EvalSettings = EvalSettings(full_answers=False)
     progress: Progress = field(default_factory=Silent)
     cache: EvaluationCache = field(default_factory=EvaluationCache)
-    guard: StepGuard = lambda _step, _of: nullcontext()
+    guard: StepGuard = unguarded
 
     def check(
         self,
@@ -131,7 +130,6 @@ class Restoration:
             gathers=not gathered,
         )
         if choice is not None:
-            validation = check_search(self.dense, choice, self.compute, self.cache)
             learnt = learnt_by(
                 self.dense,
                 needs,
@@ -140,7 +138,7 @@ class Restoration:
                 scored=scored,
                 gathered=gathered,
             )
-            warn_of_learnt(validation, learnt, self.progress)
+            self.searching(choice).check(learnt)
         if needs.answers:
             check_split(self.compute.device, self.compute.placement)
         if paths.patch.exists():
@@ -254,31 +252,19 @@ class Restoration:
             ),
         )
 
+    def searching(self, choice: SearchSettings) -> Search:
+        """Models on validation prompts."""
+        return Search(self.dense, choice, self.evaluation, self.compute, self.progress, self.cache)
+
     def search(
-        self,
-        pruned: Source,
-        settings: MethodSettings,
-        paths: ArtifactPaths,
-        choice: SearchSettings,
-        *,
-        tell: bool = True,
-    ) -> int:
-        """How much of the ranking is restored, on validation prompts."""
-        return search(
-            self.dense,
-            pruned,
-            paths.ranking,
-            paths.curve,
-            choice,
-            settings,
-            self.evaluation,
-            self.compute,
-            self.progress,
-            self.cache,
-            references=paths.references,
-            points_folder=paths.points,
-            tell=tell,
+        self, pruned: Source, settings: MethodSettings, paths: ArtifactPaths, choice: SearchSettings
+    ) -> None:
+        """Choose how much of the ranking is restored, and note what could not be had."""
+        found = self.searching(choice).curve(
+            pruned, settings, paths.ranking, paths.curve, paths.references, paths.points
         )
+        for line in remarks(found):
+            self.progress.note(f"{paths.curve.stem}: {line}")
 
     def make(self, steps: Iterable[Step]) -> None:
         """Make steps in order, each under the guard."""
