@@ -125,17 +125,20 @@ class Trials:
         if len(self._in_state("COMPLETE", "RUNNING")) >= most:
             return None
         drawn = self._in_state()
-        # In one transaction, so that no kill leaves a trial that is half drawn.
         self._hold(len(drawn), held)
         self._study.add_trial(self._draw(drawn))
         return self._in_state()[-1]
 
     def _draw(self, drawn: list[FrozenTrial]) -> FrozenTrial:
-        """A running trial with settings that the sampler takes, given those drawn before."""
+        """A running trial with settings that the sampler takes, given those drawn before.
+
+        It is drawn in a copy of the study, and then added to the study in one transaction: `ask`
+        writes one setting after the other, and a kill would leave a trial that has some of them.
+        """
         optuna, own = self._optuna, self._settings
         seed = int(np.random.SeedSequence([own.sampler_seed, len(drawn)]).generate_state(1)[0])
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=own.random_trials)
-        copy = optuna.create_study(sampler=sampler)  # in memory
+        copy = optuna.create_study(sampler=sampler)
         copy.add_trials(drawn)
         asked = copy.ask(self._distributions())
         running: FrozenTrial = optuna.trial.create_trial(
