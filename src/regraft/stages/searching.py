@@ -202,7 +202,7 @@ def remarks(found: Searched) -> Iterator[str]:
             f"the target, ASR {100 * found.bounds.asr:.1f} %, is not met within the bounds. The "
             f"lowest there is {100 * found.taken.asr.value:.1f} % "
             f"({'RSR is undefined' if rsr is None else f'RSR {100 * rsr:.0f} %'}), with "
-            f"{found.taken.restored:,} weights back."
+            f"{found.taken.restored:,} weights restored."
         )
 
 

@@ -246,7 +246,7 @@ class _Tuning:
                 trials.finish(trial, tried.point.asr.value, tried.excess, asdict(tried))
                 progress.note(
                     f"Trial {trial.number}: ASR {100 * tried.point.asr.value:.1f} % with "
-                    f"{tried.point.restored:,} weights back"
+                    f"{tried.point.restored:,} weights restored"
                     + ("" if tried.within else ", out of bounds")
                 )
 
