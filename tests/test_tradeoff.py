@@ -28,7 +28,6 @@ from regraft.evaluation.tradeoff import (
     Point,
     Reference,
     Searched,
-    bounds_of,
     choose,
     read_curve,
 )
@@ -58,6 +57,10 @@ def point(restored: int, asr: int, over: int, utility: int | None) -> Point:
     return Point(
         restored, estimate(asr), estimate(over), None if utility is None else estimate(utility)
     )
+
+
+def bounds_of(dense: Point, pruned: Point, **settings: Any) -> Bounds:
+    return searching.bounds_of(SearchSettings(**settings), dense, pruned)
 
 
 rates = st.integers(0, 10).map(lambda tenth: 10 * tenth)
@@ -105,15 +108,13 @@ def test_the_choice_equals_brute_force(
 )
 def test_bounds_by_hand(reference: Reference, bound: float) -> None:
     dense, pruned = point(0, 10, 5, 80), point(0, 60, 20, 70)
-    bounds = bounds_of(
-        dense, pruned, target_asr=0.3, over_refusal=0.02, utility=0.04, reference=reference
-    )
+    bounds = bounds_of(dense, pruned, target_asr=30, over_refusal=2, utility=4, reference=reference)
     assert bounds.asr == 0.3
     assert bounds.over_refusal == pytest.approx(bound)
     assert bounds.utility == pytest.approx(0.66)
-    swapped = bounds_of(pruned, dense, over_refusal=0.02)
+    swapped = bounds_of(pruned, dense, over_refusal=2)
     assert swapped.over_refusal == pytest.approx(0.22)  # the dense model refuses more
-    recovered = bounds_of(dense, pruned, target_rsr=0.8)
+    recovered = bounds_of(dense, pruned, target_rsr=80)
     assert recovered.asr == pytest.approx(0.2)
     assert bounds_of(dense, pruned).asr is None
     assert bounds_of(dense, point(0, 60, 20, None)).utility is None
@@ -122,7 +123,7 @@ def test_bounds_by_hand(reference: Reference, bound: float) -> None:
 def test_rates_that_equal_a_bound_are_within() -> None:
     """0.1 + 0.2 is more than 0.3 in floating point."""
     pruned = Point(0, estimate(50), Estimate(0.1, 10, 0, 1, 1), None)
-    bounds = bounds_of(pruned, pruned, over_refusal=0.2, target_asr=0.1 + 0.2)
+    bounds = bounds_of(pruned, pruned, over_refusal=20, target_asr=100 * (0.1 + 0.2))
     at_bound = Point(5, Estimate(0.3, 10, 0, 1, 3), Estimate(0.3, 10, 0, 1, 3), None)
     assert choose([pruned, at_bound], bounds) == 1
 
@@ -131,18 +132,18 @@ def test_a_model_that_says_nothing_is_not_the_safest() -> None:
     """Gibberish is neither an attack nor a refusal: no bound but its own keeps it out."""
     dense, pruned = point(0, 10, 5, None), point(0, 60, 5, None)
     mute, good = replace(point(9, 0, 0, None), degenerate=0.9), point(5, 20, 5, None)
-    bounds = bounds_of(dense, pruned, over_refusal=0.02)
+    bounds = bounds_of(dense, pruned, over_refusal=2)
     assert bounds.degenerate == 0.02
     assert choose([pruned, good, mute], bounds) == 1
     assert bounds.excess(mute)["degenerate"] == pytest.approx(0.88)
-    already = bounds_of(dense, replace(pruned, degenerate=0.5), over_refusal=0.02)
+    already = bounds_of(dense, replace(pruned, degenerate=0.5), over_refusal=2)
     assert already.degenerate == 0.52
 
 
 def test_no_recovery_can_be_aimed_at_where_nothing_was_lost() -> None:
     """A share of a loss that is a gain was a target above the pruned model's ASR."""
     dense, pruned = point(0, 30, 5, None), point(0, 10, 20, None)
-    bounds = bounds_of(dense, pruned, target_rsr=0.8, over_refusal=0.02, reference="dense")
+    bounds = bounds_of(dense, pruned, target_rsr=80, over_refusal=2, reference="dense")
     assert bounds.asr == pytest.approx(0.1)
     worse, better = point(3, 25, 5, None), point(7, 5, 5, None)
     assert choose([pruned, worse, better], bounds) == 2
@@ -189,18 +190,15 @@ class Bench:
         compute: ComputeSettings = COMPUTE,
         **fields: Any,
     ) -> int:
-        settings = SearchSettings(validation=self.validation, **fields)
-        return stages.search(
-            self.dense,
-            self.pruned,
-            self.root / "ranking",
-            out,
-            settings,
-            self.settings,
-            SHORT,
-            compute,
-            progress,
+        """Curve in `out`; how many weights to restore."""
+        choice = SearchSettings(validation=self.validation, **fields)
+        paths = replace(stages.ArtifactPaths.beside(out), ranking=self.root / "ranking", curve=out)
+        calibration = CalibrationSettings(data=self.validation)
+        restoration = stages.Restoration(
+            self.dense, calibration, compute, evaluation=SHORT, progress=progress or Silent()
         )
+        restoration.search(self.pruned, self.settings, paths, choice)
+        return read_curve(out).chosen or 0
 
 
 @pytest.fixture(scope="module")
@@ -521,15 +519,8 @@ def test_validation_needs_both_kinds(bench: Bench, tmp_path: Path) -> None:
     )
     settings = SearchSettings(validation=DataSource(name="jsonl", path=only))
     with pytest.raises(RegraftError, match=r"harmful\.jsonl.* harmless"):
-        stages.search(
-            bench.dense,
-            bench.pruned,
-            bench.root / "ranking",
-            tmp_path / "curve.json",
-            settings,
-            bench.settings,
-            SHORT,
-            COMPUTE,
+        stages.Search(bench.dense, settings, SHORT, COMPUTE).curve(
+            bench.pruned, bench.settings, bench.root / "ranking", tmp_path / "curve.json"
         )
     assert not (tmp_path / "curve.json").exists()
 

@@ -8,11 +8,11 @@ import shutil
 import signal
 import sqlite3
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +26,7 @@ from regraft import stages
 from regraft.cli import main
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.evaluation.results import Estimate, EvalResult
+from regraft.evaluation.results import Estimate
 from regraft.evaluation.tradeoff import Bounds, Cost, Point, Tried, Tuned, best_first
 from regraft.files import read_json
 from regraft.heads.score import load_heads
@@ -39,9 +39,10 @@ from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
-from regraft.stages import tuning, tuning_outcome, tuning_trial
-from regraft.stages.optimising import Finished, Trials
-from regraft.stages.tuning_space import space_of
+from regraft.stages import trials as trials_module
+from regraft.stages import tuning
+from regraft.stages.searching import Search
+from regraft.stages.trials import Trials, space_of
 
 pytest.importorskip("optuna")
 COMPUTE = ComputeSettings(device="cpu", batch_size=4)
@@ -69,15 +70,17 @@ def tune(root: Path, tmp_path: Path) -> Callable[..., Tuned]:
         own = {k: changes.pop(k) for k in list(changes) if k in TuneSettings.model_fields}
         given = {
             "out": tmp_path / "tuned",
-            "calibration": CalibrationSettings(data=data, samples=4),
             "choice": SearchSettings(validation=data, validation_limit=2, points=2),
-            "tuning": TuneSettings(**own),
-            "scoring": HeadSettings(r_max=2),
-            "evaluation": EVALUATION,
-            "compute": COMPUTE,
         }
-        pair = open_source(root / "dense"), open_source(root / "pruned")
-        return stages.tune(*pair, method=settings, **given | changes)
+        restoration = stages.Restoration(
+            open_source(root / "dense"),
+            CalibrationSettings(data=data, samples=4),
+            COMPUTE,
+            changes.pop("scoring", HeadSettings(r_max=2)),
+            EVALUATION,
+        )
+        pruned, tuning = open_source(root / "pruned"), TuneSettings(**own)
+        return stages.tune(restoration, pruned, method=settings, tuning=tuning, **given | changes)
 
     return run
 
@@ -86,29 +89,31 @@ def tune(root: Path, tmp_path: Path) -> Callable[..., Tuned]:
 
 
 def _trials(folder: Path, seed: int = 0, random: int = 3) -> Trials:
-    return Trials(folder / "study.db", folder / "locks", SPACE, seed, random)
+    return Trials(folder, SPACE, TuneSettings(sampler_seed=seed, random_trials=random))
 
 
 def _goal(settings: Any) -> float:
     return float(settings["x"] ** 2 + settings["k"] + (settings["w"] == "b"))
 
 
-def _run(trials: Trials, most: int) -> list[Finished]:
+def _run(trials: Trials, most: int) -> dict[int, Any]:
+    """Settings and value of every finished trial, by number."""
     while True:
-        with trials.take(most) as task:
-            if task is None:
+        with trials.take(most) as trial:
+            if trial is None:
                 return trials.finished()
-            trials.finish(task, _goal(task.settings))
+            goal = _goal(trial.params)
+            trials.finish(trial, goal, {}, {"settings": trial.params, "value": goal})
 
 
 def test_trials_of_one_worker_are_the_same_with_and_without_a_stop(tmp_path: Path) -> None:
     at_once = _run(_trials(tmp_path / "a"), 8)
     _run(_trials(tmp_path / "b"), 3)
-    with pytest.raises(KeyboardInterrupt), _trials(tmp_path / "b").take(8) as task:
-        assert task is not None
+    with pytest.raises(KeyboardInterrupt), _trials(tmp_path / "b").take(8) as trial:
+        assert trial is not None
         raise KeyboardInterrupt
     assert _run(_trials(tmp_path / "b"), 8) == at_once
-    assert [one.number for one in at_once] == list(range(8))
+    assert list(at_once) == list(range(8))
     assert _run(_trials(tmp_path / "c", seed=1), 8) != at_once
 
 
@@ -119,10 +124,10 @@ def test_no_two_workers_have_one_trial_and_no_more_than_asked_for(tmp_path: Path
         assert second is not None
         assert {first.number, second.number} == {0, 1}
         assert third is None
-        b.finish(second, 1.0)
+        b.finish(second, 1.0, {})
     with b.take(2) as left:
         assert left is not None
-        assert (left.number, left.settings) == (first.number, first.settings)
+        assert (left.number, left.params) == (first.number, first.params)
 
 
 def test_a_trial_finished_while_another_worker_reaches_for_it_is_left(
@@ -135,7 +140,7 @@ def test_a_trial_finished_while_another_worker_reaches_for_it_is_left(
 
     def finished_before(*words: Any) -> None:
         if not a.finished():
-            a.finish(first, 1.0)
+            a.finish(first, 1.0, {}, 1.0)
             held.close()
         hold(*words)
 
@@ -143,8 +148,8 @@ def test_a_trial_finished_while_another_worker_reaches_for_it_is_left(
     with b.take(2) as second:
         assert second is not None
         assert second.number == 1
-        b.finish(second, 2.0)
-    assert [one.value for one in b.finished()] == [1.0, 2.0]
+        b.finish(second, 2.0, {}, 2.0)
+    assert b.finished() == {0: 1.0, 1: 2.0}
 
 
 def test_a_failed_trial_does_not_count(tmp_path: Path) -> None:
@@ -152,20 +157,25 @@ def test_a_failed_trial_does_not_count(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bad luck"), trials.take(1):
         raise ValueError("bad luck")
     assert trials.failed() == 1
-    assert [one.number for one in _run(trials, 1)] == [1]
+    assert list(_run(trials, 1)) == [1]
 
 
-def test_a_trial_killed_while_it_was_drawn_is_drawn_anew(tmp_path: Path) -> None:
+def test_a_trial_killed_while_it_was_drawn_is_drawn_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written in one step, with all its settings, or not at all."""
     at_once = _run(_trials(tmp_path / "a"), 5)
     trials = _trials(tmp_path / "b")
     _run(trials, 2)
-    with pytest.raises(KeyboardInterrupt), trials.take(5):
+
+    def killed(*_: Any) -> None:
         raise KeyboardInterrupt
-    with sqlite3.connect(tmp_path / "b" / "study.db") as database:
-        database.execute("delete from trial_params where param_name = 'w' and trial_id = 3")
-    anew = _run(_trials(tmp_path / "b"), 5)
-    assert [one.number for one in anew] == [0, 1, 3, 4, 5]
-    assert [one.settings for one in anew] == [one.settings for one in at_once]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trials._study, "add_trial", killed)
+        with pytest.raises(KeyboardInterrupt), trials.take(5):
+            pass
+    assert _run(_trials(tmp_path / "b"), 5) == at_once
     assert trials.failed() == 0
 
 
@@ -173,14 +183,13 @@ def test_a_trial_killed_while_it_was_drawn_is_drawn_anew(tmp_path: Path) -> None
 def test_the_sampler_heeds_constraints(tmp_path: Path, constrained: bool) -> None:
     """The lower x the better: TPE goes to -1, but to 0 where x >= 0 is asked for."""
     space = {"x": Between(-1.0, 1.0)}
-    trials = Trials(tmp_path / "study.db", tmp_path / "locks", space, seed=0, random=8)
+    trials = Trials(tmp_path, space, TuneSettings(random_trials=8))
     for _ in range(30):
-        with trials.take(30) as task:
-            assert task is not None
-            if constrained:
-                task.constraints["low"] = max(0.0, -task.settings["x"])
-            trials.finish(task, task.settings["x"])
-    late = torch.tensor([one.value for one in trials.finished()[20:]])
+        with trials.take(30) as trial:
+            assert trial is not None
+            x = trial.params["x"]
+            trials.finish(trial, x, {"low": max(0.0, -x)} if constrained else {}, x)
+    late = torch.tensor([trials.finished()[number] for number in range(20, 30)])
     assert late.median() == pytest.approx(0.0 if constrained else -1.0, abs=0.2)
 
 
@@ -230,10 +239,13 @@ def test_costs_add_up() -> None:
 def pruning_harmed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the pruned model's ASR higher than that of any trial: no pico model refuses."""
 
-    def of(restored: int, result: EvalResult) -> Point:
-        return replace(Point.of(restored, result), asr=_rate(1.1))
+    true = Search.references
 
-    monkeypatch.setattr(tuning_outcome, "Point", SimpleNamespace(of=of))
+    def references(self: Search, *arguments: Any) -> tuple[Point, Point]:
+        dense, pruned = true(self, *arguments)
+        return dense, replace(pruned, asr=_rate(1.1))
+
+    monkeypatch.setattr(Search, "references", references)
 
 
 @pytest.mark.usefixtures("pruning_harmed")
@@ -290,18 +302,17 @@ def test_bounds_decide(
     tune: Callable[..., Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every weight back lowers ASR, and of too many over-refusal is out of bounds."""
-    true, most = tuning_trial.evaluate_point, 5000
+    true, most = Search.point, 5000
 
-    def fake(*arguments: Any) -> Point:
-        restored, patch = arguments[3], arguments[-1]
+    def fake(self: Search, model: Any, out: Path, restored: int = 0, patch: Any = None) -> Point:
         if patch is None:
-            return true(*arguments)
+            return true(self, model, out)
         return _point(1 / (1 + restored), float(restored > most), 1.0, restored)
 
     def with_high_q(*arguments: Any) -> Any:
         return space_of(*arguments) | {"q": Between(0.4, 1.0)}
 
-    monkeypatch.setattr(tuning_trial, "evaluate_point", fake)
+    monkeypatch.setattr(Search, "point", fake)
     monkeypatch.setattr(tuning, "space_of", with_high_q)
     tuned = tune(method(heads="all"), trials=8)
     restored = [one.point.restored for one in tuned.trials]
@@ -384,11 +395,11 @@ def test_kept_states_serve_another_rank(
 # --- workers ---
 
 
-def _start(root: str, out: str, trials: int) -> None:
+def _start(root: str, out: str, trials: int, *more: object) -> None:
     """The same command in a process of its own; prints nothing."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)
-    _main(Path(root), Path(out), trials)
+    _main(Path(root), Path(out), trials, *more)
 
 
 def _main(*words: Any) -> None:
@@ -445,6 +456,47 @@ def test_workers(root: Path, tmp_path: Path) -> None:
     assert content["cost"]["failed"] == 0
 
 
+def _alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_start_leaves_no_workers_behind(root: Path, tmp_path: Path) -> None:
+    """They end at once, in the midst of a trial, and another start goes on."""
+    out, context = tmp_path / "tuned", multiprocessing.get_context("spawn")
+    words = (str(root), str(out), 50, "--workers", 2)
+    start = context.Process(target=_start, args=words)
+    start.start()
+    while not (out / "trials" / "0001").exists():  # both are at work
+        assert start.is_alive()
+        start.join(0.05)
+    pid = start.pid
+    assert pid
+    workers = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    assert len(workers) >= 2
+    os.kill(pid, signal.SIGKILL)
+    start.join()
+    end = time.monotonic() + 30
+    while any(map(_alive, workers)):
+        assert time.monotonic() < end, "a worker goes on by itself"
+        time.sleep(0.05)
+    done = _trials_done(out)
+    _main(root, out, done + 1)
+    assert _trials_done(out) == done + 1
+    assert read_json(out / "tuned.json")["cost"]["failed"] == 0
+
+
+def _trials_done(out: Path) -> int:
+    with sqlite3.connect(out / "study.db") as database:
+        query = "select count(*) from trials where state = 'COMPLETE'"
+        return int(database.execute(query).fetchone()[0])
+
+
 # --- errors ---
 
 
@@ -497,7 +549,7 @@ def test_a_start_beside_another_shares_its_folder(
         (folder / "locks").mkdir(parents=True)
         raise RegraftError("is not empty")
 
-    monkeypatch.setattr(tuning, "require_empty", claimed_by_another)
+    monkeypatch.setattr(trials_module, "require_empty", claimed_by_another)
     assert len(tune(method("set-difference", count=20), trials=1).trials) == 1
 
 

@@ -181,16 +181,7 @@ class Planner:
         def make() -> object:
             if curve.exists():
                 return None
-            return stages.evaluate_references(
-                setup.dense,
-                self.pruned(pruning),
-                references,
-                search,
-                setup.evaluation,
-                setup.compute,
-                setup.progress,
-                setup.cache,
-            )
+            return setup.searching(search).references(self.pruned(pruning), references)
 
         return Step(SEARCH_REFERENCES, pruning, references / "pruned", make)
 

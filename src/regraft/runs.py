@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from regraft import distributed, pipeline, reporting
-from regraft.analysis.relation import ModelPoint, correlation, estimates
-from regraft.analysis.run import total_ships
+from regraft.analysis.relation import ModelPoint, correlation, estimates, model_points
 from regraft.comparing import compare
 from regraft.errors import RegraftError
 from regraft.files import atomic_folder, require_space
@@ -134,4 +133,4 @@ def _points(folders: Mapping[str, Path], study: Study, pruning: str) -> Iterator
             dense, pruned = (row.mean_asr or row.asr for row in table.rows[:2])
             if dense is not None and pruned is not None:
                 rise = round(pruned.value - dense.value, 12)  # so that equal rises stay ties
-                yield total_ships(folder).point(table.model, rise)
+                yield from model_points(folder, {table.model: rise})

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from regraft.analysis.writing import write_new
+from regraft.errors import RegraftError
+from regraft.files import require_new
 from regraft.models.load import Source
-from regraft.pruning.statistics import SavedStatistics
+from regraft.progress import Progress
+from regraft.pruning.statistics import SavedStatistics, load_statistics
+from regraft.report.drawing import LOOKS, to_svg
 from regraft.restoration.selection import RankingScope, top
 
 
@@ -22,6 +29,52 @@ class LayerOverlap:
     def jaccard(self) -> float:
         """In [0, 1]; 1 if both take the same weights."""
         return self.shared / self.either
+
+
+def overlap(
+    dense: Source,
+    statistics_file: Path,
+    shares: Sequence[float],
+    scope: RankingScope,
+    out: Path,
+    progress: Progress,
+) -> dict[float, tuple[LayerOverlap, ...]]:
+    """Weights that matter for safety and for utility, by layer, at several shares.
+
+    Writes overlap.json and overlap.svg into the new folder `out`.
+
+    Raises:
+        RegraftError: the statistics are of another model, or a share is not in (0, 1].
+    """
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise RegraftError(f"Shares lie above 0 and up to 1; got {list(shares)}.")
+    require_new(out)
+    statistics = load_statistics(statistics_file)
+    if statistics.about["inputs"]["dense"] != dense.checkpoint.fingerprint:
+        raise RegraftError(f"{statistics_file} was made from another model than {dense.folder}.")
+    found: dict[float, list[LayerOverlap]] = {share: [] for share in sorted(set(shares))}
+    layers = len(dense.architecture.layers)
+    with progress.task("Comparing importance", layers * len(found), "layers x shares") as done:
+        for share, of_share in found.items():
+            for one in overlaps(dense, statistics, share, scope):
+                of_share.append(one)
+                done(1)
+    if not all(found.values()):
+        raise RegraftError(f"{statistics_file} holds no statistics of this model's layers.")
+    content = {
+        "score": statistics.safety.method,
+        "scope": scope,
+        "shares": [
+            {
+                "share": share,
+                "by_chance": by_chance(share),
+                "layers": [{**asdict(one), "jaccard": one.jaccard} for one in of_share],
+            }
+            for share, of_share in found.items()
+        ],
+    }
+    write_new(out, "overlap", content, _figure(found))
+    return {share: tuple(of_share) for share, of_share in found.items()}
 
 
 def overlaps(
@@ -58,3 +111,26 @@ def overlaps(
 def by_chance(share: float) -> float:
     """Jaccard's index of two independent choices of a `share` of many weights."""
     return share / (2 - share)
+
+
+def _figure(found: Mapping[float, Sequence[LayerOverlap]]) -> str:
+    """Jaccard's index by layer, one line a share; chance as a dotted line of the same colour."""
+
+    def draw(_: Any, axes: Any) -> None:
+        for (share, layers), (colour, marker, line) in zip(found.items(), LOOKS, strict=False):
+            axes.plot(
+                [one.layer for one in layers],
+                [one.jaccard for one in layers],
+                color=colour,
+                marker=marker,
+                ls=line,
+                ms=3.5,
+                lw=1.2,
+                label=f"top {100 * share:g} %",
+            )
+            axes.axhline(by_chance(share), color=colour, lw=0.8, ls=":")
+        axes.set(ylim=(0, 1), xlabel="layer", ylabel="Jaccard's index")
+        axes.grid(axis="y")
+        axes.legend(loc="best")
+
+    return to_svg(2.8, "Weights that matter for safety and utility alike, by layer", draw)

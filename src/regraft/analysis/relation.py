@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import rankdata, t
+from scipy.stats import rankdata, spearmanr
+
+from regraft.analysis.writing import write_new
+from regraft.errors import RegraftError
+from regraft.files import require_new
+from regraft.heads.score import load_heads
+from regraft.models.load import open_source
+from regraft.recipe_file import read_recipe
+from regraft.report.rate_figures import relation_figure
+from regraft.reporting import model_folder, read_run
+from regraft.run_dir import RunDir
 
 _EXACT = 8  # models up to which p is exact: 40,320 orders
 
@@ -31,17 +41,79 @@ class ModelPoint:
 
 
 @dataclass(frozen=True)
-class TotalShips:
-    """Of a dense model; see `ModelPoint`."""
+class Spearman:
+    """The rank correlation, and its two-sided p value where all points are independent."""
 
-    model: str
-    ships: float
-    heads: int
-    estimated: int
+    rho: float
+    p: float | None
+    n: int
 
-    def point(self, name: str, degradation: float) -> ModelPoint:
-        """With what one pruning did to the model's safety."""
-        return ModelPoint(name, self.model, self.ships, degradation, self.heads, self.estimated)
+
+def relate(folders: Sequence[Path], out: Path) -> tuple[tuple[ModelPoint, ...], Spearman | None]:
+    """Total Ships against the rise in ASR over the pruned models of several runs.
+
+    Writes relation.json and relation.svg into the new folder `out`.
+
+    Args:
+        folders: Of runs with head scores, of one model each.
+        out: A new folder.
+
+    Raises:
+        RegraftError: a run is not finished or has no head scores, its suite has no harmful
+            prompts, or there are fewer than 3 models.
+    """
+    require_new(out)
+    points = tuple(point for folder in folders for point in model_points(folder, _rises(folder)))
+    if len(points) < 3:
+        raise RegraftError(
+            f"A rank correlation needs 3 pruned models or more; the runs have {len(points)}."
+        )
+    found = correlation(points)
+    content = {
+        "points": [asdict(point) for point in points],
+        "spearman": None if found is None else asdict(found),
+        "note": estimates(points),
+    }
+    figure = relation_figure([(one.name, one.ships, one.degradation) for one in points])
+    write_new(out, "relation", content, figure)
+    return points, found
+
+
+def _rises(folder: Path) -> dict[str, float]:
+    """What a run's prunings did to ASR, by what the pruned models are called."""
+    run = read_run(folder)
+    before, found = run.dense.result.asr, {}
+    for group in run.groups:
+        after = group[0].result.asr
+        if before is None or after is None:
+            raise RegraftError(f"{folder} was evaluated on no harmful prompts: it has no ASR.")
+        name = f"{run.model} {group[0].label}" if len(run.groups) > 1 else run.model
+        found[name] = after.value - before.value
+    return found
+
+
+def model_points(folder: Path, rises: Mapping[str, float]) -> list[ModelPoint]:
+    """The Ships of all scored heads of a run's dense model together, with each pruned model's rise.
+
+    Args:
+        folder: Of the run.
+        rises: In ASR, by what the pruned models are called.
+
+    Raises:
+        RegraftError: the folder holds no run, or its heads were not scored.
+    """
+    run_dir = RunDir(folder)
+    if not run_dir.heads.exists():
+        raise RegraftError(f"{folder} holds no head scores: nothing in its recipe goes by heads.")
+    recipe = read_recipe(run_dir.recipe)
+    trust = recipe.compute.trust_remote_code
+    dense = open_source(model_folder(recipe.model), trust_remote_code=trust)
+    scores = load_heads(run_dir.heads, dense.architecture)
+    scored = ~scores.ships.isnan()
+    ships, heads = float(scores.ships[scored].sum()), int(scored.sum())
+    estimated = 0 if scores.exact is None else int((scored & ~scores.exact).sum())
+    model = dense.checkpoint.fingerprint
+    return [ModelPoint(name, model, ships, rise, heads, estimated) for name, rise in rises.items()]
 
 
 def estimates(points: Sequence[ModelPoint]) -> str | None:
@@ -56,15 +128,6 @@ def estimates(points: Sequence[ModelPoint]) -> str | None:
         "leaves them: these totals are not sums of exact scores. Score all heads with --mode exact "
         "(in a recipe heads.mode) to relate exact ones."
     )
-
-
-@dataclass(frozen=True)
-class Spearman:
-    """The rank correlation, and its two-sided p value where all points are independent."""
-
-    rho: float
-    p: float | None
-    n: int
 
 
 def correlation(points: Sequence[ModelPoint]) -> Spearman | None:
@@ -91,22 +154,12 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Spearman | None:
     """
     if len(x) != len(y) or len(x) < 3:
         raise ValueError(f"A rank correlation needs 3 pairs or more; got {len(x)} and {len(y)}.")
-    first, second = rankdata(x), rankdata(y)
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
+    if len(set(x)) == 1 or len(set(y)) == 1:
         return None
-    rho, n = _pearson(first, second), len(x)
-    if n <= _EXACT:
-        orders = np.array(list(permutations(second)))
-        reached = np.abs(_pearson(first, orders)) >= abs(rho) - 1e-12
-        return Spearman(float(rho), float(reached.mean()), n)
-    if abs(rho) > 1 - 1e-12:
-        return Spearman(float(rho), 0.0, n)
-    statistic = abs(rho) * np.sqrt((n - 2) / (1 - rho**2))
-    return Spearman(float(rho), float(2 * t.sf(statistic, n - 2)), n)
-
-
-def _pearson(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of `[n]` with each row of `[..., n]`."""
-    a, b = a - a.mean(), b - b.mean(axis=-1, keepdims=True)
-    found: NDArray[np.float64] = (a * b).sum(axis=-1) / np.sqrt((a**2).sum() * (b**2).sum(axis=-1))
-    return found
+    rho, p = map(float, spearmanr(x, y))
+    if len(x) <= _EXACT:
+        # All orders have ranks of the same variance: theirs compare as their covariances do.
+        first, second = (rankdata(values) - (len(x) + 1) / 2 for values in (x, y))
+        reached = np.abs(np.array(list(permutations(second))) @ first)
+        p = float((reached >= abs(first @ second) - 1e-9).mean())
+    return Spearman(rho, p, len(x))

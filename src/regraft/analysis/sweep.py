@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from regraft import pipeline
+from regraft.analysis.writing import write_analysis
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.progress import Progress
 from regraft.recipe import Recipe
 from regraft.recipe_parts import pruning_settings, variant
+from regraft.report.drawing import INK, LOOKS, ceiling, to_svg
 from regraft.report.run import Run, Variant
 from regraft.restoration.base import method_of
+
+_RATES = (("asr", "ASR"), ("over_refusal", "over-refusal"), ("utility", "utility"))
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,22 @@ class Sweep:
     references: dict[str, SweepPoint]
 
 
+def sweep(
+    recipe: Recipe, setting: str, values: Sequence[float], folder: Path, progress: Progress
+) -> Sweep:
+    """Run the swept recipe in `folder`, which resumes, and read its points from the report.
+
+    Writes sweep.json and sweep.svg beside the run's own files.
+
+    Raises:
+        RegraftError: see `swept` and `pipeline.run`.
+    """
+    study = pipeline.run(swept(recipe, setting, values), folder, progress)
+    found = _read(study.runs[0], setting, values)
+    write_analysis(folder, "sweep", asdict(found), _figure(found))
+    return found
+
+
 def swept(recipe: Recipe, setting: str, values: Sequence[float]) -> Recipe:
     """The recipe with one pruning, or one realigned variant, for each value.
 
@@ -48,54 +68,49 @@ def swept(recipe: Recipe, setting: str, values: Sequence[float]) -> Recipe:
         RegraftError: no value or two equal ones, a value that the setting cannot have, or the
             recipe has nothing to vary.
     """
-    if not values or len(set(values)) < len(values):
+    by_name = {_name(setting, value): value for value in values}
+    if not values or len(by_name) < len(values):
         raise RegraftError(f"A sweep needs values that differ, not {list(values)}.")
     if recipe.models:
         raise RegraftError("A sweep is of one model: give the recipe `model` in place of `models`.")
-    content = recipe.model_dump()
-    if setting == "sparsity":
-        if recipe.pruned is not None:
-            raise RegraftError("The recipe names a pruned checkpoint, so its sparsity is given.")
-        base = recipe.prune[0].model_dump() | {"n_m": None}
-        prunings = [
-            pruning_settings(**{**base, "sparsity": v, "name": _name(setting, v)}) for v in values
-        ]
-        varied: dict[str, Any] = {"prune": prunings, "realign": ()}
-    else:
-        if not recipe.realign:
-            raise RegraftError(f"The recipe realigns nothing, so there is no {setting} to vary.")
-        first = recipe.realign[0]
-        field = setting.replace("-", "_")
-        if field not in method_of(first).Settings.model_fields or field == "method":
-            raise RegraftError(
-                f"{setting} is no setting of {first.name!r}, the recipe's first variant, by "
-                f"{first.method}. Put another variant first, or sweep another setting."
-            )
-        content_of = first.model_dump(exclude_unset=True)
-        content_of |= {"checkpoint": False, "prunings": (), "repeats": 1, "method": first.method}
-        for other in ("budget", "count") if field in ("budget", "count") else ():
-            content_of.pop(other, None)
-        variants = [
-            variant(**{**content_of, field: _whole(v), "name": _name(setting, v)}) for v in values
-        ]
-        pruning = recipe.prune[0].model_dump() | {"realign": True}
-        varied = {"prune": [pruning_settings(**pruning)], "realign": variants}
-    return Recipe.model_validate(content | varied | {"seeds": (), "against": (), "defend": ()})
+    vary = _sparsities if setting == "sparsity" else _variants
+    alone = {"seeds": (), "against": (), "defend": ()}
+    return Recipe.model_validate(recipe.model_dump() | vary(recipe, setting, by_name) | alone)
 
 
-def run_sweep(
-    recipe: Recipe, setting: str, values: Sequence[float], folder: Path, progress: Progress
-) -> Sweep:
-    """Run the swept recipe in `folder`, which resumes, and read its points from the report.
+def _sparsities(recipe: Recipe, _: str, values: dict[str, float]) -> dict[str, Any]:
+    if recipe.pruned is not None:
+        raise RegraftError("The recipe names a pruned checkpoint, so its sparsity is given.")
+    base = recipe.prune[0].model_dump() | {"n_m": None}
+    prunings = [
+        pruning_settings(**base | {"sparsity": value, "name": name})
+        for name, value in values.items()
+    ]
+    return {"prune": prunings, "realign": ()}
 
-    Raises:
-        RegraftError: see `swept` and `pipeline.run`.
-    """
-    study = pipeline.run(swept(recipe, setting, values), folder, progress)
-    return read_sweep(study.runs[0], setting, values)
+
+def _variants(recipe: Recipe, setting: str, values: dict[str, float]) -> dict[str, Any]:
+    if not recipe.realign:
+        raise RegraftError(f"The recipe realigns nothing, so there is no {setting} to vary.")
+    first, field = recipe.realign[0], setting.replace("-", "_")
+    if field not in method_of(first).Settings.model_fields or field == "method":
+        raise RegraftError(
+            f"{setting} is no setting of {first.name!r}, the recipe's first variant, by "
+            f"{first.method}. Put another variant first, or sweep another setting."
+        )
+    base = first.model_dump(exclude_unset=True)
+    base |= {"checkpoint": False, "prunings": (), "repeats": 1, "method": first.method}
+    if field in ("budget", "count"):  # which exclude each other
+        base = {name: value for name, value in base.items() if name not in ("budget", "count")}
+    variants = []
+    for name, value in values.items():
+        whole = int(value) if value == int(value) else value  # for settings that count something
+        variants.append(variant(**base | {field: whole, "name": name}))
+    pruning = recipe.prune[0].model_dump() | {"realign": True}
+    return {"prune": [pruning_settings(**pruning)], "realign": variants}
 
 
-def read_sweep(run: Run, setting: str, values: Sequence[float]) -> Sweep:
+def _read(run: Run, setting: str, values: Sequence[float]) -> Sweep:
     """The points of a finished sweep."""
     found = {variant.name.rpartition("/")[2]: variant for variant in run.variants}
     points = tuple(_point(found[_name(setting, value)], value) for value in sorted(values))
@@ -110,10 +125,52 @@ def _point(variant: Variant, value: float) -> SweepPoint:
     return SweepPoint(value, variant.restored, result.asr, result.over_refusal, result.utility)
 
 
-def _whole(value: float) -> float:
-    """A whole number as one, for settings that count something."""
-    return int(value) if value == int(value) else value
-
-
 def _name(setting: str, value: float) -> str:
     return f"{setting}-{value:g}"
+
+
+def _figure(sweep: Sweep) -> str:
+    """ASR, over-refusal and utility by the value, with their intervals; references as lines."""
+
+    def draw(_: Any, axes: Any) -> None:
+        for panel, (field, label), look in zip(axes, _RATES, LOOKS, strict=False):
+            panel.set_ylabel(f"{label}, %")
+            panel.grid(axis="y")
+            _draw_rate(panel, sweep, field, look)
+        axes[0].legend(loc="best")
+        axes[-1].set_xlabel(sweep.setting)
+
+    title = f"{sweep.setting} against ASR, over-refusal and utility"
+    return to_svg(5.6, title, draw, panels=len(_RATES))
+
+
+def _draw_rate(panel: Any, sweep: Sweep, field: str, look: tuple[str, str, str]) -> None:
+    rates: dict[float, Estimate] = {
+        one.value: rate for one in sweep.points if (rate := getattr(one, field)) is not None
+    }
+    if not rates:
+        return
+    colour, marker, line = look
+    panel.errorbar(
+        list(rates),
+        [100 * one.value for one in rates.values()],
+        yerr=[
+            [100 * (one.value - one.low) for one in rates.values()],
+            [100 * (one.high - one.value) for one in rates.values()],
+        ],
+        color=colour,
+        marker=marker,
+        ls=line,
+        ms=4,
+        lw=1.2,
+        elinewidth=0.8,
+    )
+    marks: dict[str, Estimate] = {
+        name: rate
+        for name, one in sweep.references.items()
+        if (rate := getattr(one, field)) is not None
+    }
+    for name, rate in marks.items():
+        style = ":" if name == "dense" else "--"
+        panel.axhline(100 * rate.value, color=INK, lw=0.8, ls=style, label=name)
+    panel.set_ylim(0, ceiling([*rates.values(), *marks.values()]))

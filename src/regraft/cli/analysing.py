@@ -104,10 +104,10 @@ def sweep(
     values
         The values.
     """
-    from regraft.analysis import run as analysis
+    from regraft.analysis.sweep import sweep
 
     with watching() as progress:
-        found = analysis.sweep(read_recipe(recipe), setting, values, out, progress)
+        found = sweep(read_recipe(recipe), setting, values, out, progress)
         show_sweep(progress.console, found)
         progress.note(f"Figure: {(out / 'sweep.svg').absolute()}")
 
@@ -123,10 +123,10 @@ def relate(*run: Path, out: OutFolder) -> None:
     run
         Folders of `regraft run` with head scores.
     """
-    from regraft.analysis import run as analysis
+    from regraft.analysis.relation import relate
 
     with watching() as progress:
-        points, found = analysis.relate(run, out)
+        points, found = relate(run, out)
         show_relation(progress.console, points, found)
         progress.note(f"Figure: {(out / 'relation.svg').absolute()}")
 
@@ -156,10 +156,10 @@ def overlap(
     trust_remote_code
         Run Python code that comes with the checkpoint.
     """
-    from regraft.analysis import run as analysis
+    from regraft.analysis.overlap import overlap
 
     with watching() as progress:
         dense = open_model(model, trust_remote_code)
-        found = analysis.overlap(dense, statistics_file, share, scope, out, progress)
+        found = overlap(dense, statistics_file, share, scope, out, progress)
         show_overlap(progress.console, found)
         progress.note(f"Figure: {(out / 'overlap.svg').absolute()}")

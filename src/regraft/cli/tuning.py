@@ -65,19 +65,16 @@ def tune(
     with watching() as progress:
         check_tuning(settings, tuning, choice, scoring, compute.device)
         refuse_unread(calibration)
-        tuned = stages.tune(
+        restoration = stages.Restoration(
             open_model(dense, compute.trust_remote_code),
-            open_model(pruned, compute.trust_remote_code),
-            out,
-            settings,
             calibration,
             compute,
-            tuning,
-            choice,
-            scoring,
-            EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
             progress,
+            scoring=scoring,
+            evaluation=EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
         )
+        other = open_model(pruned, compute.trust_remote_code)
+        tuned = stages.tune(restoration, other, out, settings, tuning, choice)
         show_tuned(progress.console, tuned)
         progress.note(f"All trials: {out / 'tuned.json'}")
         if tuned.best is not None:

@@ -42,9 +42,10 @@ class Point:
     def of(cls, restored: int, result: EvalResult) -> Point:
         """Of an evaluation with harmful and harmless prompts."""
         assert result.asr is not None and result.over_refusal is not None
-        return cls(
-            restored, result.asr, result.over_refusal, result.utility, degenerate_share(result)
-        )
+        # Those that refuse are counted as refusals: they are of kinds of their own.
+        count = sum(result.degenerate.get(kind, 0) for kind in ("harmful", "harmless"))
+        share = count / len(result.answers) if result.answers else 0.0
+        return cls(restored, result.asr, result.over_refusal, result.utility, share)
 
 
 @EXACT
@@ -78,48 +79,6 @@ class Bounds:
         if self.degenerate is not None:
             over["degenerate"] = point.degenerate - self.degenerate
         return {name: value if value > _SLACK else 0.0 for name, value in over.items()}
-
-
-def bounds_of(
-    dense: Point,
-    pruned: Point,
-    *,
-    target_asr: float | None = None,
-    target_rsr: float | None = None,
-    over_refusal: float = 0.01,
-    utility: float = 0.0,
-    reference: Reference = "higher",
-) -> Bounds:
-    """Bounds relative to the dense and the pruned model.
-
-    Args:
-        dense: The dense model on the same prompts.
-        pruned: The pruned one.
-        target_asr: The ASR aimed at.
-        target_rsr: Or the RSR, as a fraction. Where pruning did not raise ASR there is none, and
-            the aim is an ASR no higher than the pruned model's.
-        over_refusal: How far above the reference over-refusal may be, and how far the share of
-            degenerate answers above the larger of both models'.
-        utility: How far below the pruned model's utility may be.
-        reference: Whose over-refusal that is: the dense model's, the pruned one's, or the higher.
-    """
-    if target_rsr is not None:
-        lost = max(0.0, pruned.asr.value - dense.asr.value)
-        target_asr = pruned.asr.value - target_rsr * lost
-    rates = {"dense": dense.over_refusal.value, "pruned": pruned.over_refusal.value}
-    rates["higher"] = max(rates.values())
-    return Bounds(
-        target_asr,
-        rates[reference] + over_refusal,
-        None if pruned.utility is None else pruned.utility.value - utility,
-        max(dense.degenerate, pruned.degenerate) + over_refusal,
-    )
-
-
-def degenerate_share(result: EvalResult) -> float:
-    """The share of answers that are degenerate and do not refuse."""
-    count = sum(result.degenerate.get(kind, 0) for kind in ("harmful", "harmless"))
-    return count / len(result.answers) if result.answers else 0.0
 
 
 def choose(points: Sequence[Point], bounds: Bounds) -> int | None:
@@ -185,11 +144,7 @@ def read_curve(path: Path) -> Searched:
     return from_json(Searched, {name: content[name] for name in _CURVE}, str(path))
 
 
-def point_from_json(value: Any, where: str) -> Point:
-    """The inverse of `asdict`; raises RegraftError as `from_json` does."""
-    return from_json(Point, value, where)
-
-
+@EXACT
 @dataclass(frozen=True)
 class Cost:
     """What work took.
@@ -207,15 +162,17 @@ class Cost:
     @classmethod
     def total(cls, costs: Iterable[Cost]) -> Cost:
         """All of them together."""
-        costs = list(costs)
-        stages = dict.fromkeys(stage for one in costs for stage in one.seconds)
-        return cls(
-            {stage: sum(one.seconds.get(stage, 0.0) for one in costs) for stage in stages},
-            sum(one.evaluations for one in costs),
-            sum(one.prompts for one in costs),
-        )
+        seconds: dict[str, float] = {}
+        evaluations = prompts = 0
+        for one in costs:
+            for stage, spent in one.seconds.items():
+                seconds[stage] = seconds.get(stage, 0.0) + spent
+            evaluations += one.evaluations
+            prompts += one.prompts
+        return cls(seconds, evaluations, prompts)
 
 
+@EXACT
 @dataclass(frozen=True)
 class Tried:
     """One trial: its settings, its best point, and how far that is beyond each bound."""
@@ -236,7 +193,8 @@ class Tried:
 class Tuned:
     """All trials, best first.
 
-    `pruned` is how many weights pruning took, `failed` how many trials ended in an error.
+    `before` is the pruned model, `pruned` how many weights pruning took, `failed` how many trials
+    ended in an error.
     """
 
     method: str
@@ -250,10 +208,14 @@ class Tuned:
     @property
     def best(self) -> Tried | None:
         """The best trial, None where none within the bounds has less ASR than the pruned model."""
-        return next((one for one in self.trials if one.within and self._helps(one.point)), None)
-
-    def _helps(self, point: Point) -> bool:
-        return point.restored > 0 and point.asr.value < self.before.asr.value
+        return next(
+            (
+                one
+                for one in self.trials
+                if one.within and one.point.restored and one.point.asr.value < self.before.asr.value
+            ),
+            None,
+        )
 
     @property
     def cost(self) -> Cost:
@@ -264,20 +226,43 @@ class Tuned:
         """Restored weights per 10,000 pruned ones."""
         return 10_000 * point.restored / self.pruned
 
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+
+        def described(one: Tried) -> dict[str, Any]:
+            return {
+                "number": one.number,
+                "within": one.within,
+                "settings": one.settings,
+                **asdict(one.point),
+                "per_ten_thousand": self.per_ten_thousand(one.point),
+                "excess": one.excess,
+                "cost": asdict(one.cost),
+            }
+
+        return {
+            "best": None if self.best is None else described(self.best),
+            "note": NOTE,
+            "bounds": asdict(self.bounds),
+            "dense": asdict(self.dense),
+            "pruned": asdict(self.before),
+            "cost": {
+                "trials": len(self.trials),
+                "failed": self.failed,
+                "total_seconds": sum(self.cost.seconds.values()),
+                **asdict(self.cost),
+            },
+            "trials": [described(one) for one in self.trials],
+        }
+
 
 def best_first(trials: Iterable[Tried]) -> tuple[Tried, ...]:
     """Those within the bounds by ASR, of equal ones the fewest weights first; then the others.
 
     Trials out of bounds follow by how far they are out.
     """
-    return tuple(
-        sorted(
-            trials,
-            key=lambda one: (
-                sum(one.excess.values()),
-                one.point.asr.value,
-                one.point.restored,
-                one.number,
-            ),
-        )
-    )
+
+    def order(one: Tried) -> tuple[float, float, int, int]:
+        return sum(one.excess.values()), one.point.asr.value, one.point.restored, one.number
+
+    return tuple(sorted(trials, key=order))

@@ -28,7 +28,7 @@ from regraft.stages.realigning import realign
 from regraft.stages.responding import respond
 from regraft.stages.restoring import ArtifactPaths, Restoration, curve_beside
 from regraft.stages.scoring import heads
-from regraft.stages.searching import evaluate_references
+from regraft.stages.searching import Search
 from regraft.stages.setup import Setup
 from regraft.stages.targets import OnText, Target
 from regraft.stages.tuning import tune
@@ -43,6 +43,7 @@ __all__ = [
     "OnText",
     "Preview",
     "Restoration",
+    "Search",
     "Setup",
     "Target",
     "agreement",

@@ -7,7 +7,6 @@ artifact lies and may measure or lock a step while it is at work.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,9 +27,9 @@ from regraft.stages.gathering import statistics
 from regraft.stages.ranking import Inputs, read_inputs, write_ranking
 from regraft.stages.realigning import check_made_by, realign
 from regraft.stages.scoring import heads
-from regraft.stages.searching import check_search, search
+from regraft.stages.searching import Search, remarks
 from regraft.stages.setup import Setup
-from regraft.stages.steps import PromptUse, Step, StepGuard, check_all
+from regraft.stages.steps import PromptUse, Step, StepGuard, check_all, unguarded
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Restoration(Setup):
 
     scoring: HeadSettings = HeadSettings()
     evaluation: EvalSettings = EvalSettings(full_answers=False)
-    guard: StepGuard = lambda _step, _of: nullcontext()
+    guard: StepGuard = unguarded
 
     def restore(
         self,
@@ -196,31 +195,19 @@ class Restoration(Setup):
             ),
         )
 
+    def searching(self, choice: SearchSettings) -> Search:
+        """Models on validation prompts."""
+        return Search(self.dense, choice, self.evaluation, self.compute, self.progress, self.cache)
+
     def search(
-        self,
-        pruned: Source,
-        settings: MethodSettings,
-        paths: ArtifactPaths,
-        choice: SearchSettings,
-        *,
-        tell: bool = True,
-    ) -> int:
-        """How much of the ranking is restored, on validation prompts."""
-        return search(
-            self.dense,
-            pruned,
-            paths.ranking,
-            paths.curve,
-            choice,
-            settings,
-            self.evaluation,
-            self.compute,
-            self.progress,
-            self.cache,
-            references=paths.references,
-            points_folder=paths.points,
-            tell=tell,
+        self, pruned: Source, settings: MethodSettings, paths: ArtifactPaths, choice: SearchSettings
+    ) -> None:
+        """Choose how much of the ranking is restored, and note what could not be had."""
+        found = self.searching(choice).curve(
+            pruned, settings, paths.ranking, paths.curve, paths.references, paths.points
         )
+        for line in remarks(found):
+            self.progress.note(f"{paths.curve.stem}: {line}")
 
     def _heads(self, wanted: Sequence[Needs], paths: ArtifactPaths) -> Step:
         def check() -> PromptUse:
@@ -306,9 +293,7 @@ class Restoration(Setup):
     def check_search(self, choice: SearchSettings) -> PromptUse:
         """Read the validation prompts, and see that models can be evaluated on them."""
         role = f"validation ({choice.validation}, {choice.validation_limit or 'all'})"
-        return PromptUse(
-            chosen_on={role: check_search(self.dense, choice, self.compute, self.cache)}
-        )
+        return PromptUse(chosen_on={role: self.searching(choice).check()})
 
 
 def _check_given(dense: Source, pruned: Source, settings: MethodSettings, given: Inputs) -> None:

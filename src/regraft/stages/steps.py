@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,11 @@ from regraft.provenance import unfinished_bytes
 
 StepGuard = Callable[[str, str], AbstractContextManager[None]]
 """(stage, name of what it is for) -> what surrounds a step while it is made."""
+
+
+def unguarded(_step: str, _of: str) -> AbstractContextManager[None]:
+    """Nothing surrounds the step; a function with a name, which workers can be sent."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)

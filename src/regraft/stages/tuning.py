@@ -1,133 +1,110 @@
-"""Tune a method: its settings searched on validation prompts, by trials that workers share."""
+"""Tune a method: its settings searched on validation prompts, by trials that workers share.
+
+A trial is one choice of settings by TPE. Of a ranking with `points` prefixes the best one within
+the bounds counts. In the folder lie
+
+    tune.json         what is tuned, on which data
+    study.db, locks/  all trials (Optuna), and who is at what
+    references/       evaluations of the dense and the pruned model
+    heads/, states/, statistics.safetensors, responses/, rankings/    what trials share
+    trials/           patches and answers of each
+    tuned.json        all trials, best first, and what they cost
+    best.yaml         the best settings, an item of a recipe's `realign`
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Mapping
-from dataclasses import replace
-from multiprocessing.process import BaseProcess
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 
 from regraft import distributed
 from regraft.checks import check_r_max, check_restorable
 from regraft.data.example import Reading
 from regraft.data.suites import distinct
 from regraft.errors import RegraftError
-from regraft.evaluation.tradeoff import Tuned
-from regraft.files import disk_errors, require_empty, write_json
+from regraft.evaluation.results import from_json
+from regraft.evaluation.tradeoff import Cost, Point, Tried, Tuned, best_first, choose, nearest
+from regraft.files import digest, write_json, write_text
 from regraft.models.load import Source, pick_device
+from regraft.patch.format import load_patch
 from regraft.patch.pair import check_pair, survey
-from regraft.progress import Progress, Silent
-from regraft.provenance import describe, holds
-from regraft.reading import draw_calibration
-from regraft.restoration.base import MethodSettings, needs_of
-from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
-from regraft.settings.evaluating import EvalSettings
-from regraft.settings.scoring import HeadSettings
+from regraft.progress import Silent
+from regraft.provenance import describe
+from regraft.restoration.base import MethodSettings, Space, needs_of
+from regraft.settings.base import explain
 from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.settings.validation import with_validation
 from regraft.stages.evaluation_cache import EvaluationCache
-from regraft.stages.optimising import Trials, require_optuna
-from regraft.stages.searching import check_search, warn_of_learnt
-from regraft.stages.tuning_job import Job, TuneDir
-from regraft.stages.tuning_outcome import conclude
-from regraft.stages.tuning_space import space_of
-from regraft.stages.tuning_trial import Worker
+from regraft.stages.restoring import ArtifactPaths, Restoration
+from regraft.stages.searching import Search, bounds_of
+from regraft.stages.steps import PromptUse
+from regraft.stages.trials import Trials, alone, claim, exclusive, require_optuna, space_of
+from regraft.stages.tuned import recipe_item
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
 
 _PAUSE = 0.5  # seconds between looks at what others do
 
 
 def tune(
-    dense: Source,
+    restoration: Restoration,
     pruned: Source,
     out: Path,
     method: MethodSettings,
-    calibration: CalibrationSettings,
-    compute: ComputeSettings,
     tuning: TuneSettings | None = None,
     choice: SearchSettings | None = None,
-    scoring: HeadSettings | None = None,
-    evaluation: EvalSettings | None = None,
-    progress: Progress | None = None,
 ) -> Tuned:
     """Search for a method's settings that give the lowest ASR within bounds on validation prompts.
 
-    A trial is one choice of settings by TPE. Of a ranking with `choice.points` prefixes the best
-    one within the bounds counts. Trials are shared by all processes that tune into the same folder;
-    a second start finishes what is missing of `tuning.trials`. Writes `tuned.json`, and `best.yaml`
-    where a trial keeps to the bounds.
+    All processes that tune into the same folder share the trials; a second start finishes what is
+    missing of `tuning.trials`. Writes `tuned.json`, and `best.yaml` where a trial keeps to the
+    bounds and helps.
 
     Args:
-        dense: The dense checkpoint.
-        pruned: The pruned one.
+        restoration: The dense model, D^s and D^u, how heads are scored, how models are evaluated
+            and where all of it runs.
+        pruned: The pruned checkpoint.
         out: A new folder, or that of the same tuning.
         method: The method; what is not tuned stays as it is here, the budget above all.
-        calibration: D^s and D^u.
-        compute: Device, dtype, batch size.
-        tuning: How many trials, the space, workers.
+        tuning: How many trials, what stays as given, workers.
         choice: Validation prompts, bounds and points of a ranking.
-        scoring: How heads are scored.
-        evaluation: How to answer and judge.
-        progress: Progress.
 
     Raises:
         RegraftError: bad input, the folder is of another tuning, or Optuna is missing.
     """
-    progress = progress or Silent()
+    dense, calibration = restoration.dense, restoration.calibration
     tuning = tuning or TuneSettings()
     choice = with_validation(choice or SearchSettings(), dense.folder, calibration)
-    scoring = scoring or HeadSettings()
-    evaluation = evaluation or EvalSettings(full_answers=False)
-    compute = compute.model_copy(update={"device": (*tuning.devices, compute.device)[0]})
     _check(tuning, choice)
+    restoration = _on(restoration, (*tuning.devices, restoration.compute.device)[0])
     check_pair(dense, pruned)
     looked = survey(dense, pruned)
     if method.searchable:
         check_restorable(method, looked.restorable)
-    cache = EvaluationCache(0)
-    data = {
-        "safety": draw_calibration(dense, calibration, harmful=True),
-        "utility": draw_calibration(dense, calibration, harmful=False),
-        "validation": check_search(dense, choice, compute, cache),
-    }
-    learnt: dict[str, Reading] = {}
-    for harmful in (True, False):
-        learnt |= cache.learnt_from(dense, calibration, harmful=harmful)
-    warn_of_learnt(data["validation"], learnt, progress)
-    samples = distinct(data["safety"])
-    kept = looked.kept / dense.architecture.prunable
-    space = space_of(dense, method, tuning, scoring, kept, samples)
+    data = _read(restoration, choice)
+    kept, samples = looked.kept / dense.architecture.prunable, distinct(data["safety"])
+    space = space_of(dense, method, tuning, restoration.scoring, kept, samples)
     if needs_of(method).heads and "r_max" not in space:
-        check_r_max(dense, scoring, data["safety"])
-    tune_dir = TuneDir(out)
-    job = Job(
-        dense,
-        pruned,
-        tune_dir,
-        method,
-        tuning,
-        choice,
-        scoring,
-        calibration,
-        evaluation,
-        compute,
-        space,
-        looked.restorable,
-    )
-    inputs = {"dense": dense.checkpoint.fingerprint, "pruned": pruned.checkpoint.fingerprint}
-    about = describe("tune", inputs, None, compute, data) | {"settings": _settings(job)}
-    _claim(tune_dir, about)
+        check_r_max(dense, restoration.scoring, data["safety"])
+    work = _Tuning(restoration, pruned, out, method, tuning, choice, space)
+    about = work.describe(data)
+    claim(out, about)
     if tuning.workers == 1:
-        _work(job, progress)
+        work.try_all()
     else:
-        _share(job, progress)
-    return conclude(job, about)
+        _share(work)
+    return work.conclude(about, looked.restorable)
 
 
 def _check(tuning: TuneSettings, choice: SearchSettings) -> None:
@@ -146,48 +123,44 @@ def _check(tuning: TuneSettings, choice: SearchSettings) -> None:
         raise RegraftError(f"devices must be of one kind, not {', '.join(sorted(kinds))}.")
 
 
-def _settings(job: Job) -> dict[str, Any]:
-    """What decides the trials; data are described by their contents."""
-    tuning = job.tuning.model_dump(mode="json", exclude={"trials", "workers", "devices"})
+def _on(restoration: Restoration, device: str) -> Restoration:
+    compute = restoration.compute.model_copy(update={"device": device})
+    return replace(restoration, compute=compute)
+
+
+def _read(restoration: Restoration, choice: SearchSettings) -> dict[str, Reading]:
+    """Calibration and validation prompts, by their role; notes those that are both."""
+    use = restoration.check_search(choice)
+    for line in (use | PromptUse(learnt=restoration.learnt_from([True, False]))).warnings():
+        restoration.progress.note(f"Warning: {line}.")
     return {
-        "method": job.method.model_dump(mode="json"),
-        "tuning": tuning,
-        "search": job.choice.model_dump(mode="json", exclude={"validation"}),
-        "heads": job.scoring.model_dump(mode="json"),
-        "calibration": job.calibration.model_dump(mode="json", exclude={"data"}),
-        "evaluation": job.evaluation.model_dump(mode="json"),
+        "safety": restoration.drawn(harmful=True),
+        "utility": restoration.drawn(harmful=False),
+        "validation": next(iter(use.chosen_on.values())),
     }
 
 
-def _claim(tune_dir: TuneDir, about: Mapping[str, Any]) -> None:
-    try:
-        require_empty(tune_dir.path)
-    except RegraftError:
-        if not tune_dir.locks.exists():  # else another worker is here, perhaps at this moment
-            raise
-    with disk_errors(tune_dir.locks):
-        tune_dir.locks.mkdir(parents=True, exist_ok=True)
-    with Trials.alone(tune_dir.locks, "claim"):
-        if not tune_dir.about.exists():
-            write_json(tune_dir.about, about)
-        holds(tune_dir.path, tune_dir.about, about)
-
-
-def _share(job: Job, progress: Progress) -> None:
-    """Start the workers, wait for them and tell of finished trials."""
-    devices = job.tuning.devices or (job.compute.device,)
+def _share(work: _Tuning) -> None:
+    """Start the workers, wait for them and show how many trials are finished."""
+    restoration, wanted = work.restoration, work.tuning
+    devices = wanted.devices or (restoration.compute.device,)
+    own = replace(restoration, progress=Silent(), cache=EvaluationCache())
     context = multiprocessing.get_context("spawn")
     errors = context.SimpleQueue()
-    workers: list[BaseProcess] = []
-    trials = job.trials()
+    workers = [
+        context.Process(
+            target=_work,
+            args=(replace(work, restoration=_on(own, devices[i % len(devices)])), errors),
+            daemon=True,
+        )
+        for i in range(wanted.workers)
+    ]
+    trials = work.trials()
     done = len(trials.finished())
-    with progress.task("Tuning", job.tuning.trials - done, "trials") as advance:
+    with restoration.progress.task("Tuning", max(0, wanted.trials - done), "trials") as advance:
         try:
-            for index in range(job.tuning.workers):
-                device = devices[index % len(devices)]
-                own = replace(job, compute=job.compute.model_copy(update={"device": device}))
-                workers.append(context.Process(target=_work_alone, args=(own, errors), daemon=True))
-                workers[-1].start()
+            for worker in workers:
+                worker.start()
             while any(worker.is_alive() for worker in workers):
                 time.sleep(_PAUSE)
                 now = len(trials.finished())
@@ -195,8 +168,9 @@ def _share(job: Job, progress: Progress) -> None:
                 done = now
         finally:
             for worker in workers:
-                worker.terminate()
-                worker.join()
+                if worker.pid is not None:
+                    worker.terminate()
+                    worker.join()
     if not errors.empty():
         raise RegraftError(errors.get())
     if codes := [worker.exitcode for worker in workers if worker.exitcode]:
@@ -206,37 +180,171 @@ def _share(job: Job, progress: Progress) -> None:
         )
 
 
-def _work_alone(job: Job, errors: Any) -> None:
-    """A worker in a process of its own."""
-    if pick_device(job.compute.device).type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.tuning.workers))
+def _work(work: _Tuning, errors: Any) -> None:
+    """A worker in a process of its own, which ends with the one that started it."""
+
+    def follow(parent: Any) -> None:
+        parent.join()  # returns however it ends, by `kill -9` too
+        os._exit(1)
+
+    threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
+    if pick_device(work.restoration.compute.device).type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // work.tuning.workers))
     try:
-        _work(job, Silent())
+        work.try_all()
     except RegraftError as error:
         errors.put(str(error))
 
 
-def _work(job: Job, progress: Progress) -> None:
-    """Do trials until there are enough."""
-    worker = Worker(job, job.trials(), EvaluationCache(), progress)
-    parent = multiprocessing.parent_process()
-    while parent is None or parent.is_alive():
-        with worker.trials.take(job.tuning.trials) as task:
-            if task is None and len(worker.trials.finished()) >= job.tuning.trials:
-                return
-            if task is None:  # should another worker die, its trial is left for this one
-                worker.cache.unload()
-                time.sleep(_PAUSE)
-                continue
-            text = ", ".join(f"{name} {_short(value)}" for name, value in task.settings.items())
-            progress.note(f"Trial {task.number}: {text}")
-            tried = worker.attempt(task)
-            progress.note(
-                f"Trial {task.number}: ASR {100 * tried.point.asr.value:.1f} % with "
-                f"{tried.point.restored:,} weights back"
-                + ("" if tried.within else ", out of bounds")
+@dataclass(frozen=True)
+class _Tuning:
+    """What a worker needs to know; fields as the arguments of `tune`, and what is varied."""
+
+    restoration: Restoration
+    pruned: Source
+    out: Path
+    method: MethodSettings
+    tuning: TuneSettings
+    choice: SearchSettings
+    space: Space
+
+    def trials(self) -> Trials:
+        """The trials that all workers share."""
+        return Trials(self.out, self.space, self.tuning)
+
+    def describe(self, data: Mapping[str, Reading]) -> dict[str, Any]:
+        """All that decides the trials; data are described by their contents."""
+        own = self.restoration
+        dense, pruned = own.dense.checkpoint.fingerprint, self.pruned.checkpoint.fingerprint
+        about = describe("tune", {"dense": dense, "pruned": pruned}, None, own.compute, data)
+        unread = {"trials", "workers", "devices"}
+        about["settings"] = {
+            "method": self.method.model_dump(mode="json"),
+            "tuning": self.tuning.model_dump(mode="json", exclude=unread),
+            "search": self.choice.model_dump(mode="json", exclude={"validation"}),
+            "heads": own.scoring.model_dump(mode="json"),
+            "calibration": own.calibration.model_dump(mode="json", exclude={"data"}),
+            "evaluation": own.evaluation.model_dump(mode="json"),
+        }
+        return about
+
+    def try_all(self) -> None:
+        """Do trials until there are enough."""
+        trials, progress = self.trials(), self.restoration.progress
+        while len(trials.finished()) < self.tuning.trials:
+            with trials.take(self.tuning.trials) as trial:
+                if trial is None:  # should another worker die, its trial is left for this one
+                    self.restoration.cache.unload()
+                    time.sleep(_PAUSE)
+                    continue
+                settings = ", ".join(
+                    f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                    for name, value in trial.params.items()
+                )
+                progress.note(f"Trial {trial.number}: {settings}")
+                tried = self._try(trial)
+                trials.finish(trial, tried.point.asr.value, tried.excess, asdict(tried))
+                progress.note(
+                    f"Trial {trial.number}: ASR {100 * tried.point.asr.value:.1f} % with "
+                    f"{tried.point.restored:,} weights restored"
+                    + ("" if tried.within else ", out of bounds")
+                )
+
+    def _try(self, trial: Trial) -> Tried:
+        """Restore with a trial's settings, evaluate, and take the best point."""
+        settings, seconds = dict(trial.params), dict[str, float]()
+        own = self.restoration
+        r_max = int(settings.get("r_max", own.scoring.r_max))
+        restoration = replace(
+            own,
+            scoring=own.scoring.model_copy(update={"r_max": r_max}),
+            guard=partial(alone, self.out, seconds),
+        )
+        search, references = restoration.searching(self.choice), self.out / "references"
+        with restoration.guard("references", ""):
+            evaluations = 0 if (references / "pruned").exists() else 2
+            full, before = search.references(self.pruned, references)
+        tried = self._points(restoration, search, self._varied(settings), trial.number)
+        points = tried or [before]
+        bounds = bounds_of(self.choice, full, before)
+        best = choose(points, bounds)
+        point = nearest(points, bounds) if best is None else points[best]
+        evaluations += len(tried)
+        cost = Cost(seconds, evaluations, evaluations * (full.asr.n + full.over_refusal.n))
+        return Tried(trial.number, settings, point, bounds.excess(point), cost)
+
+    def _varied(self, settings: Mapping[str, Any]) -> MethodSettings:
+        """The method with a trial's settings.
+
+        Raises:
+            RegraftError: they do not go together.
+        """
+        given = self.method.model_dump(exclude_unset=True) | dict(settings)
+        given.pop("r_max", None)
+        try:
+            return type(self.method)(**given)
+        except ValidationError as error:
+            raise RegraftError(f"These settings do not go together:\n{explain(error)}") from error
+
+    def _points(
+        self, restoration: Restoration, search: Search, method: MethodSettings, number: int
+    ) -> list[Point]:
+        """With weights restored; none where there are none to restore."""
+        paths = self._paths(method, restoration.scoring.r_max, number)
+        restoration.make(restoration.gathering([needs_of(method)], paths))
+        name = paths.ranking.stem
+        rank, realign = restoration.steps(lambda: self.pruned, method, paths, name=name)
+        restoration.make([rank] if method.searchable else [rank, realign])
+        with restoration.guard("evaluate", str(number)):
+            if method.searchable:
+                found = search.curve(
+                    self.pruned, method, paths.ranking, paths.curve, paths.references
+                )
+                return list(found.points[1:])
+            if not (restored := load_patch(paths.patch).restored):
+                return []
+            out = paths.patch.with_name("evaluation")
+            return [search.point(self.pruned, out, restored, paths.patch)]
+
+    def _paths(self, method: MethodSettings, r_max: int, number: int) -> ArtifactPaths:
+        """Where artifacts lie; trials whose settings decide no more than a part share that part."""
+        of_heads = f"r_max-{r_max}" if needs_of(method).heads else ""
+        ranking = f"{method.method}-{digest(method.model_dump_json(), of_heads)[:8]}"
+        own = self.out / "trials" / f"{number:04d}"
+        return ArtifactPaths(
+            heads=self.out / "heads" / f"r_max-{r_max}.safetensors",
+            statistics=lambda _: self.out / "statistics.safetensors",
+            responses=self.out / "responses",
+            ranking=self.out / "rankings" / f"{ranking}.safetensors",
+            patch=own / "patch.safetensors",
+            curve=own / "curve.json",
+            references=self.out / "references",
+            states=self.out / "states",
+        )
+
+    def conclude(self, about: Mapping[str, Any], weights: int) -> Tuned:
+        """Read all trials and write the outcome; pruning took so many `weights`."""
+        trials = self.trials()
+        search = self.restoration.searching(self.choice)
+        with exclusive(self.out, "outcome"):
+            full, before = search.references(self.pruned, self.out / "references")
+            tuned = Tuned(
+                self.method.method,
+                best_first(
+                    from_json(Tried, tried, f"trial {number}")
+                    for number, tried in trials.finished().items()
+                ),
+                bounds_of(self.choice, full, before),
+                full,
+                before,
+                weights,
+                trials.failed(),
             )
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+            write_json(self.out / "tuned.json", {"about": about, **tuned.to_json()})
+            if tuned.best is None:
+                (self.out / "best.yaml").unlink(missing_ok=True)
+            else:
+                method = self._varied(tuned.best.settings)
+                item = recipe_item(tuned, tuned.best, method, self.restoration)
+                write_text(self.out / "best.yaml", item)
+        return tuned
