@@ -28,7 +28,7 @@ from regraft.stages.realigning import realign
 from regraft.stages.responding import respond
 from regraft.stages.restoring import ArtifactPaths, Restoration, curve_beside
 from regraft.stages.scoring import heads
-from regraft.stages.searching import evaluate_references
+from regraft.stages.searching import evaluate_references, search
 from regraft.stages.setup import Setup
 from regraft.stages.text import OnText
 from regraft.stages.tuning import tune
@@ -64,6 +64,7 @@ __all__ = [
     "realign",
     "respond",
     "revert",
+    "search",
     "spilled_bytes",
     "statistics",
     "tune",
