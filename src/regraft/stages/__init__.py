@@ -66,6 +66,7 @@ __all__ = [
     "realign",
     "respond",
     "revert",
+    "search",
     "spilled_bytes",
     "statistics",
     "tune",
