@@ -20,7 +20,7 @@ from regraft import stages
 from regraft.data.collate import prompt_batch
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.heads.score import Scoring, load_heads, score_heads
+from regraft.heads.score import load_heads, score_heads
 from regraft.heads.ships import first_feature_angles
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
@@ -136,7 +136,7 @@ def test_head_scores_equal_one_forward_per_head(family, pico_dir, tmp_path):
     _, model, processor, architecture = truth.opened(pico_dir(family))
     examples = truth.examples(family, tmp_path, 3)
     cut = [prompt_batch(processor, examples)]
-    found = score_heads(model, architecture, cut, tmp_path / "partial", Scoring(r_max=2))
+    found = score_heads(model, architecture, cut, tmp_path / "partial", HeadSettings(r_max=2))
     rows = [prompt_batch(processor, [example]).inputs for example in examples]
 
     def feature_0():

@@ -20,8 +20,8 @@ from regraft import distributed
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
-from regraft.heads.ships import kl_divergence
-from regraft.models.ablation import EPS, AblationTarget, head_outputs, replay_ablated
+from regraft.heads.ships import HeadSettings, kl_divergence
+from regraft.models.ablation import head_outputs, replay_ablated
 from regraft.models.architecture import Architecture, LayerArchitecture, cross_attention_layers
 from regraft.models.key_values import key_values, last_token_replay
 from regraft.models.load import placed
@@ -39,21 +39,6 @@ from regraft.progress import Advance
 
 CPU_TOKENS = 16384  # in one pass where no device memory sets the bound
 MOST_TOKENS = 262144  # more in one pass makes no pass faster
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """What is done to a head, and how far the consequences are followed.
-
-    `window` None is exact; a number follows them through so many positions of a prompt only, the
-    last and those that it attends to most, with the keys and values of all others as they were.
-    `tokens_per_pass` None takes what fits.
-    """
-
-    target: AblationTarget = "all"
-    eps: float = EPS
-    window: int | None = None
-    tokens_per_pass: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +88,7 @@ def ablate_heads(
     architecture: Architecture,
     batches: Sequence[Batch],
     folder: Path,
-    how: Ablation,
+    how: HeadSettings,
     heads: Mapping[int, Sequence[int]],
     advance: Advance,
 ) -> States:
@@ -114,7 +99,8 @@ def ablate_heads(
         architecture: Its architecture.
         batches: Prompts that end where the answer starts.
         folder: For the states.
-        how: What is done to a head.
+        how: What is done to a head. "screened" follows the consequences through `window` positions
+            of a prompt only, with the keys and values of all others as they were.
         heads: Layer -> its heads to ablate; other layers are not run.
         advance: Called for each layer of each batch with the layers that its heads' ablation
             runs again, itself and all behind: what it costs. `steps` of them a batch.
@@ -143,7 +129,7 @@ def _run_batch(
     architecture: Architecture,
     batch: Batch,
     folder: Path,
-    how: Ablation,
+    how: HeadSettings,
     heads: Mapping[int, Sequence[int]],
     advance: Advance,
 ) -> None:
@@ -174,7 +160,7 @@ class _Run:
     """One batch of the unablated model, and the way to run parts of it again."""
 
     model: nn.Module
-    how: Ablation
+    how: HeadSettings
     replay: Replay
     entering: Mapping[int, Tensor]  # [B, T, d]
     base: Tensor  # [B, d]
@@ -182,11 +168,11 @@ class _Run:
     at: Tensor  # [B] on CPU, the last real token, counted from the end: -1 and less
 
     @classmethod
-    def start(cls, model: nn.Module, batch: Batch, how: Ablation) -> _Run:
+    def start(cls, model: nn.Module, batch: Batch, how: HeadSettings) -> _Run:
         text = text_inputs(model, batch.inputs)
         length = batch.inputs["input_ids"].shape[1]
         at = (last_positions(batch.inputs, length) - length).cpu()  # -1: padding on the left
-        if how.window is not None:
+        if how.mode == "screened":
             recorded = record(model, text)
             window = window_at(model, recorded, most_attended(model, recorded, how.window))
             run, entering, final = window_replay(model, window), window.entering, window.final

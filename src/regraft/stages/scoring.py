@@ -64,7 +64,7 @@ def heads(
                     dense.architecture,
                     prompts,
                     work if states is None else states / _ablated(about),
-                    settings.scoring(),
+                    settings,
                     about=about,
                     advance=done,
                 )
