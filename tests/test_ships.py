@@ -298,7 +298,7 @@ def test_layers_that_do_not_run_have_no_score(pico_dir, tmp_path):
 def test_rank_beyond_the_samples_is_refused(pico_dir, tmp_path):
     _, model, processor, architecture = truth.opened(pico_dir("llama"))
     cut = [prompt_batch(processor, truth.examples("llama", tmp_path, 3))]
-    with pytest.raises(RegraftError, match="r_max is 3, but 3 samples .* allow 1 to 2"):
+    with pytest.raises(RegraftError, match=r"r_max is 3, but 3 samples .* allow 1 to 2"):
         score_heads(model, architecture, cut, tmp_path / "partial", HeadSettings(r_max=3))
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         HeadSettings(r_max=0)

@@ -50,9 +50,13 @@ class LayerResults:
         with atomic_file(self._path(layer)) as temporary:
             save_file({key: _packed(result) for key, result in results.items()}, temporary)
 
+    def has(self, layer: LayerArchitecture) -> bool:
+        """Whether a layer's results were written."""
+        return self._path(layer).exists()
+
     def load(self, layer: LayerArchitecture) -> dict[str, PrunedWeight] | None:
         """Read a layer's results, None where they were not written yet."""
-        if not self._path(layer).exists():
+        if not self.has(layer):
             return None
         stored = load_file(self._path(layer))
         linears = {linear.key: linear for linear in layer.linears}

@@ -29,7 +29,7 @@ from torch import Tensor
 from regraft.errors import RegraftError
 from regraft.models.architecture import LinearArchitecture
 from regraft.pruning.base import CalibratedSettings, InputPruner, LayerwiseSettings, Note
-from regraft.pruning.inputs import InputSums, Statistics
+from regraft.pruning.inputs import Statistics
 from regraft.pruning.masks import Pattern, Patterns, Scope, count_of, smallest
 from regraft.pruning.results import PrunedWeight
 
@@ -162,7 +162,6 @@ def factors(
     Raises:
         RegraftError: a linear was not used, or its inputs overflow.
     """
-    assert isinstance(found, InputSums)
     groups: dict[str, list[LinearArchitecture]] = {}
     for linear in linears:
         found.of(linear)
