@@ -23,18 +23,17 @@ from regraft.files import atomic_file
 from regraft.heads.ships import HeadSettings, kl_divergence
 from regraft.models.ablation import head_outputs, replay_ablated
 from regraft.models.architecture import Architecture, LayerArchitecture, cross_attention_layers
-from regraft.models.key_values import key_values, last_token_replay
+from regraft.models.key_values import last_token_replay, record
 from regraft.models.load import placed
 from regraft.models.placement import free_bytes
 from regraft.models.replay import (
     Replay,
     last_positions,
-    layer_inputs,
     logits_of,
     replay,
     text_inputs,
 )
-from regraft.models.window import most_attended, record, window_at, window_replay
+from regraft.models.window import most_attended, window_at, window_replay
 from regraft.progress import Advance
 
 CPU_TOKENS = 16384  # in one pass where no device memory sets the bound
@@ -177,11 +176,12 @@ class _Run:
             window = window_at(model, recorded, most_attended(model, recorded, how.window))
             run, entering, final = window_replay(model, window), window.entering, window.final
         else:
-            with key_values(model, cross_attention_layers(model)) as cross:
-                inputs = layer_inputs(model, text)
-            ends = bool((at == -1).all())
-            run = last_token_replay(model, text, cross) if ends else partial(replay, model, text)
-            entering, final = inputs.by_layer, inputs.final
+            recorded = record(model, text, cross_attention_layers(model))
+            if (at == -1).all():
+                run = last_token_replay(model, text, recorded.known)
+            else:
+                run = partial(replay, model, text)
+            entering, final = recorded.entering, recorded.final
         base = final[torch.arange(len(at)), at]
         return cls(model, how, run, entering, base, logits_of(model, base), at)
 
