@@ -51,8 +51,8 @@ class LayerStates:
 
     ablated: Tensor
     kl: Tensor
-    jittered: Tensor | None
-    jittered_kl: Tensor | None
+    jittered: Tensor | None = None
+    jittered_kl: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,9 @@ class States:
         parts = [load_file(file) for file in files]
         if any("ablated" not in part for part in parts):
             return None
-        jitter = "jittered" in parts[0]
+        samples = {"ablated": 1, "kl": 1, "jittered": 0, "jittered_kl": 0}  # where N is
         return LayerStates(
-            torch.cat([part["ablated"] for part in parts], dim=1),
-            torch.cat([part["kl"] for part in parts], dim=1),
-            torch.cat([part["jittered"] for part in parts]) if jitter else None,
-            torch.cat([part["jittered_kl"] for part in parts]) if jitter else None,
+            **{name: torch.cat([part[name] for part in parts], samples[name]) for name in parts[0]}
         )
 
 
