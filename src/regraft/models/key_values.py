@@ -271,17 +271,17 @@ def along_queries(
     return {name: changed(name, value) for name, value in kwargs.items()}
 
 
-def fold(tensor: Tensor, copies: int, dim: int = -2) -> Tensor:
-    """Lay copies out along `dim`: `[copies * B, .., T, ..]` -> `[B, .., copies * T, ..]`."""
+def fold(tensor: Tensor, copies: int) -> Tensor:
+    """Lay copies out along positions: `[copies * B, .., T, d]` -> `[B, .., copies * T, d]`."""
     if copies == 1:
         return tensor
     rows: Tensor = tensor.unflatten(0, (copies, -1))
-    return rows.movedim(0, dim - 1).flatten(dim - 1, dim)
+    return rows.movedim(0, -3).flatten(-3, -2)
 
 
-def unfold(tensor: Tensor, copies: int, dim: int = -2) -> Tensor:
-    """Undo `fold`: `[B, .., copies * T, ..]` -> `[copies * B, .., T, ..]`."""
+def unfold(tensor: Tensor, copies: int) -> Tensor:
+    """Undo `fold`: `[B, .., copies * T, d]` -> `[copies * B, .., T, d]`."""
     if copies == 1:
         return tensor
-    rows: Tensor = tensor.unflatten(dim, (copies, -1))
-    return rows.movedim(dim - 1, 0).flatten(0, 1)
+    rows: Tensor = tensor.unflatten(-2, (copies, -1))
+    return rows.movedim(-3, 0).flatten(0, 1)
