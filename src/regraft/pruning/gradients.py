@@ -108,13 +108,7 @@ def layer_gradients(
     """
     require_gradients(walk.model.dtype)
     total = int(distributed.total(torch.tensor(sum(len(batch.ids) for batch in walk.batches))))
-    try:
-        with disk_errors(scratch):
-            scratch.mkdir(parents=True, exist_ok=True)
-            _forward(walk, architecture, scratch, advance)
-    except RegraftError:  # of no use to the next try, which may need the room
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    _forward(walk, architecture, scratch, advance)
     gradients = _loss_gradients(walk, loss)
     modules = dict(walk.model.network.named_modules())
     for layer in reversed(architecture.layers):
@@ -138,11 +132,17 @@ def _forward(
     walk: LayerwisePass, architecture: Architecture, scratch: Path, advance: Advance
 ) -> None:
     """Take the batches to the end and leave every layer's inputs in `scratch`."""
-    for layer in architecture.layers:
-        for i, state in enumerate(walk.states):
-            save_file({"hidden": state.contiguous()}, _path(scratch, layer.index, i))
-        with walk.model.layer(layer.index):
-            walk.advance(layer.index, advance)
+    try:
+        with disk_errors(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
+            for layer in architecture.layers:
+                for i, state in enumerate(walk.states):
+                    save_file({"hidden": state.contiguous()}, _path(scratch, layer.index, i))
+                with walk.model.layer(layer.index):
+                    walk.advance(layer.index, advance)
+    except RegraftError:  # of no use to the next try, which may need the room
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 def _loss_gradients(walk: LayerwisePass, loss: Loss) -> list[Tensor]:
