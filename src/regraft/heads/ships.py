@@ -20,7 +20,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from regraft.errors import RegraftError
 from regraft.models.ablation import EPS, AblationTarget
 from regraft.settings.base import Settings
 
@@ -73,16 +72,7 @@ def left_subspace(states: Tensor, r_max: int) -> Tensor:
 
     Returns:
         `[..., samples, r_max]`, float64.
-
-    Raises:
-        RegraftError: `r_max` is larger than the matrix allows.
     """
-    samples, hidden = states.shape[-2:]
-    if not 1 <= r_max <= min(samples, hidden):
-        raise RegraftError(
-            f"r_max is {r_max}, but {samples} samples of {hidden} features have at most "
-            f"{min(samples, hidden)} singular vectors. Lower r_max or use more samples."
-        )
     u: Tensor = torch.linalg.svd(states.double(), full_matrices=False).U
     return u[..., :r_max]
 
