@@ -30,13 +30,14 @@ from torch import nn
 from regraft import stages
 from regraft.data.collate import batches, response_batch
 from regraft.data.sources import DataSource, read
+from regraft.heads.ships import HeadSettings
+from regraft.models.key_values import record
 from regraft.models.load import Source, load_model, load_processor, open_source, pick_device
-from regraft.models.replay import layer_inputs, text_inputs
+from regraft.models.replay import text_inputs
 from regraft.pruning.base import prune_settings
 from regraft.restoration.methods.hsr import HSRSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.scoring import HeadSettings
 
 GIB = 2**30
 
@@ -104,7 +105,7 @@ def main() -> None:
 
         def bare(network: nn.Module) -> None:
             for batch in prompts:
-                layer_inputs(network, text_inputs(network, batch.inputs))
+                record(network, text_inputs(network, batch.inputs), ())
 
         bare(model)
         measure("bare forward", partial(bare, model))

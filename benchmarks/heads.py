@@ -43,15 +43,8 @@ from regraft.data.demo import demo_model
 from regraft.data.example import Example
 from regraft.data.readers.demo import read_demo
 from regraft.data.sources import DataSource, read
-from regraft.heads.score import (
-    CANDIDATES,
-    WINDOW,
-    HeadScores,
-    Mode,
-    Scoring,
-    recall,
-    score_heads,
-)
+from regraft.heads.score import HeadScores, recall, score_heads
+from regraft.heads.ships import HeadSettings, Mode
 from regraft.heads.states import States, ablate_heads
 from regraft.models.architecture import (
     Architecture,
@@ -247,8 +240,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--naive-heads", type=int, default=64, help="measured, spread evenly")
     parser.add_argument("--paper-prompts", type=int, default=1, help="0 leaves it out")
     parser.add_argument("--paper-heads", type=int, default=8)
-    parser.add_argument("--window", type=int, default=WINDOW)
-    parser.add_argument("--candidates", type=int, default=CANDIDATES)
+    parser.add_argument("--window", type=int, default=HeadSettings().window)
+    parser.add_argument("--candidates", type=int, default=HeadSettings().candidates)
     parser.add_argument("--top", type=int, default=10, help="heads, for the recall")
     parser.add_argument("--r-max", type=int, default=5)
     parser.add_argument("--tokens-per-pass", type=int, default=None, help="default: what fits")
@@ -294,7 +287,7 @@ class Bench:
         self.heads = [
             (la.index, head) for la in self.architecture.layers for head in range(la.heads)
         ]
-        self.scoring = Scoring(
+        self.settings = HeadSettings(
             r_max=chosen.r_max,
             target="v",
             window=chosen.window,
@@ -309,13 +302,13 @@ class Bench:
 
     def score(self, prompts: Sequence[Batch], mode: Mode, folder: Path) -> HeadScores:
         """Scores of all heads, in an empty folder or one with finished layers."""
-        scoring = replace(self.scoring, mode=mode)
-        return score_heads(self.model, self.architecture, prompts, folder, scoring)
+        how = self.settings.model_copy(update={"mode": mode})
+        return score_heads(self.model, self.architecture, prompts, folder, how)
 
     def estimate(self, prompts: Sequence[Batch], folder: Path) -> None:
         """The first step of screening, where the second one looks for it."""
         every = {layer.index: range(layer.heads) for layer in self.architecture.layers}
-        how = self.scoring.ablation(estimate=True)
+        how = self.settings.model_copy(update={"mode": "screened"})
         ablate_heads(
             self.model, self.architecture, prompts, folder / "estimate", how, every, _silent
         )
@@ -335,7 +328,7 @@ def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         bench.model,
         bench.architecture,
         bench.heads,
-        bench.scoring.eps,
+        bench.settings.eps,
     )
     clock = Clock(bench.device, chosen.repeats)
     prompts = bench.prompts(0, chosen.batch_size, chosen.samples, bench.dtype)

@@ -34,6 +34,7 @@ from regraft.data.demo import demo_model
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.evaluation.greedy import contiguous_head
+from regraft.heads.ships import HeadSettings
 from regraft.loading import collate
 from regraft.models.load import Source, load_model, load_processor, open_source, placed
 from regraft.progress import Advance, Silent
@@ -44,7 +45,6 @@ from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.scoring import HeadSettings
 from regraft.stages.answering import imitation_data
 
 NOT_COUNTED = ("Loading", "Writing", "Checking")

@@ -22,13 +22,13 @@ from regraft.data.sources import DataSource, read
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE, KeywordJudge
 from regraft.files import read_json
+from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, open_source
 from regraft.pruning.base import prune_settings
 from regraft.pruning.statistics import load_statistics
 from regraft.recipe import Recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.scoring import HeadSettings
 from regraft.stages import answering
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)

@@ -15,7 +15,8 @@ from methods import method
 from regraft import stages
 from regraft.data.collate import prompt_batch, response_batch
 from regraft.evaluation.generate import generate
-from regraft.heads.score import Scoring, score_heads
+from regraft.heads.score import score_heads
+from regraft.heads.ships import HeadSettings
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import (
     Placement,
@@ -56,7 +57,7 @@ def test_heads_and_statistics(
             source.architecture,
             prompts,
             tmp_path / device,
-            Scoring(r_max=2, tokens_per_pass=512),
+            HeadSettings(r_max=2, tokens_per_pass=512),
         )
         ships[device] = torch.stack([scores.ships, scores.kl])
         walk = LayerwisePass(truth.resident(model), [response_batch(processor, examples)])
@@ -112,7 +113,9 @@ def test_half_precision_runs_and_answers(
     model = load_model(source, device="cuda", dtype=dtype)  # type: ignore[arg-type]
     weight_type = next(model.parameters()).dtype
     prompts = [prompt_batch(processor, examples).to("cuda", weight_type)]
-    scores = score_heads(model, source.architecture, prompts, tmp_path / "work", Scoring(r_max=2))
+    scores = score_heads(
+        model, source.architecture, prompts, tmp_path / "work", HeadSettings(r_max=2)
+    )
     assert scores.ships.isfinite().any()
     assert scores.noise is not None and (scores.noise > 0).any()
     answers = generate(

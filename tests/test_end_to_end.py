@@ -28,6 +28,7 @@ from regraft.data.collate import prompt_batch
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
+from regraft.heads.ships import HeadSettings
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
@@ -37,7 +38,6 @@ from regraft.recipe_file import write_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.scoring import HeadSettings
 
 pytestmark = pytest.mark.slow
 

@@ -14,6 +14,7 @@ from methods import method, restored
 from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
+from regraft.heads.ships import HeadSettings
 from regraft.models.load import open_source
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
@@ -21,7 +22,7 @@ from regraft.restoration.base import Method
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.scoring import HeadSettings, StatisticsSettings
+from regraft.settings.scoring import StatisticsSettings
 
 pytestmark = pytest.mark.slow
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)

@@ -14,7 +14,8 @@ import pico
 import truth
 from regraft.data.collate import prompt_batch, response_batch
 from regraft.evaluation.generate import generate
-from regraft.heads.score import Scoring, score_heads
+from regraft.heads.score import score_heads
+from regraft.heads.ships import HeadSettings
 from regraft.models import load
 from regraft.models.architecture import decoder_layers
 from regraft.models.layerwise import LayerwisePass
@@ -46,7 +47,7 @@ def test_heads_and_answers_of_a_spread_model(paper_family, pico_dir, tmp_path):
     examples = truth.examples(paper_family, tmp_path, 3)
     prompts = [prompt_batch(opened.processor, examples)]
     one, other = (
-        score_heads(each, opened.architecture, prompts, tmp_path / name, Scoring(r_max=2))
+        score_heads(each, opened.architecture, prompts, tmp_path / name, HeadSettings(r_max=2))
         for each, name in ((opened.model, "whole"), (model, "spread"))
     )
     torch.testing.assert_close(other.ships, one.ships, equal_nan=True)

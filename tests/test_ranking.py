@@ -24,6 +24,7 @@ from methods import method, restored
 from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
+from regraft.heads.ships import HeadSettings
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.patch.apply import patched
@@ -47,7 +48,6 @@ from regraft.restoration.ranking import (
 from regraft.restoration.selection import blocks_of, inside
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.scoring import HeadSettings
 from regraft.stages import evaluation_cache
 
 NONE = -math.inf

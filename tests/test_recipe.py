@@ -15,6 +15,7 @@ from methods import a_variant, method
 from regraft import recipe_help
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
+from regraft.heads.ships import HeadSettings
 from regraft.pipeline import unread_in
 from regraft.pruning.base import all_settings, prune_settings
 from regraft.pruning.masks import Pattern
@@ -32,7 +33,6 @@ from regraft.recipe_parts import (
 )
 from regraft.restoration.base import METHODS, own_settings
 from regraft.settings.base import Settings, explain
-from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 
 FULL = Recipe(

@@ -20,8 +20,8 @@ from regraft import stages
 from regraft.data.collate import prompt_batch
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.heads.score import Scoring, load_heads, score_heads
-from regraft.heads.ships import first_feature_angles
+from regraft.heads.score import load_heads, score_heads
+from regraft.heads.ships import HeadSettings, first_feature_angles
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
 from regraft.pruning.base import prune_settings
@@ -34,7 +34,6 @@ from regraft.restoration.methods.hsr_released import (
 from regraft.restoration.selection import Band
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.scoring import HeadSettings
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=4)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -136,7 +135,7 @@ def test_head_scores_equal_one_forward_per_head(family, pico_dir, tmp_path):
     _, model, processor, architecture = truth.opened(pico_dir(family))
     examples = truth.examples(family, tmp_path, 3)
     cut = [prompt_batch(processor, examples)]
-    found = score_heads(model, architecture, cut, tmp_path / "partial", Scoring(r_max=2))
+    found = score_heads(model, architecture, cut, tmp_path / "partial", HeadSettings(r_max=2))
     rows = [prompt_batch(processor, [example]).inputs for example in examples]
 
     def feature_0():

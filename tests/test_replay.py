@@ -13,9 +13,9 @@ import truth
 from regraft.data.collate import prompt_batch
 from regraft.models.ablation import head_outputs, replay_ablated
 from regraft.models.architecture import attention_of, decoder_layers
+from regraft.models.key_values import record
 from regraft.models.replay import (
     last_positions,
-    layer_inputs,
     replaced_forwards,
     replay,
     text_inputs,
@@ -53,16 +53,16 @@ def test_replay_equals_the_full_forward(family, kind, pico_dir, tmp_path):
     with truth.unchanged(model):
         text = text_inputs(model, batch.inputs)
         assert text.batch == len(real)
-        inputs = layer_inputs(model, text)
-        assert list(inputs.by_layer) == executed == list(expected.entering), (
+        inputs = record(model, text)
+        assert list(inputs.entering) == executed == list(expected.entering), (
             f"layers that ran; {skipped} attend to images"
         )
-        assert_same(inputs.final, expected.final, real, "final state of layer_inputs")
+        assert_same(inputs.final, expected.final, real, "final state of record")
         assert_same(replay(model, text), expected.final, real, "replay from the embeddings")
         ends = [*range(1, len(architecture.layers)), None]
         for start in executed:
             hidden = expected.entering[start]
-            assert_same(inputs.by_layer[start], hidden, real, f"input of layer {start}")
+            assert_same(inputs.entering[start], hidden, real, f"input of layer {start}")
             for stop in ends:
                 if stop is not None and stop <= start:
                     continue
@@ -101,9 +101,9 @@ def test_copies_do_not_mix(family, kind, pico_dir, tmp_path):
     batch = truth.make_batch(kind, family, processor, tmp_path)
     real = batch.inputs["attention_mask"].bool()
     text = text_inputs(model, batch.inputs)
-    inputs = layer_inputs(model, text)
+    inputs = record(model, text)
     for layer in architecture.layers:
-        start, hidden = layer.index, inputs.by_layer[layer.index]
+        start, hidden = layer.index, inputs.entering[layer.index]
         variants = [hidden * scale for scale in (1.0, 0.5, -1.0)]
         together = replay(model, text, start=start, hidden=torch.cat(variants), copies=3)
         for found, variant in zip(together.chunk(3), variants, strict=True):
@@ -228,8 +228,8 @@ def test_hidden_states_pass_by_a_skipped_last_layer(tmp_path: Path) -> None:
     model = parts.model_class(parts.config).eval()
     examples = pico.write_examples(tmp_path, 2, images=False)
     text = text_inputs(model, prompt_batch(parts.processor, examples).inputs)
-    whole = layer_inputs(model, text)
-    assert 4 not in whole.by_layer, "the last layer ran, so this test is about nothing"
+    whole = record(model, text)
+    assert 4 not in whole.entering, "the last layer ran, so this test is about nothing"
     hidden = torch.randn_like(whole.final)
     normed = model.get_decoder().norm(hidden)
     assert torch.equal(replay(model, text, start=4, hidden=hidden), normed)

@@ -19,11 +19,13 @@ from regraft.errors import RegraftError
 from regraft.files import read_json
 from regraft.models.load import open_source
 from regraft.pruning.base import prune_settings
+from regraft.pruning.inputs import Statistics
 from regraft.pruning.masks import Pattern
 from regraft.pruning.prune import zeros
 from regraft.pruning.pruners.safety_potential import (
     PLUGIN,
     SAFETY_PROMPT,
+    PotentialBatch,
     potential_batch,
     with_safety_prompt,
 )
@@ -101,25 +103,24 @@ def test_it_prunes_other_weights_than_wanda(pico_dir, tmp_path):
 
 def fed(linear, prompted, plain):
     """What is added by the prompt, from inputs `[tokens, in]` with and without it."""
-    energy = PLUGIN.accumulator()
-    energy.prompted.add(linear, torch.tensor(prompted))
-    energy.plain.add(linear, torch.tensor(plain))
-    return energy
+    found = Statistics()
+    for inputs, with_prompt in ((plain, False), (prompted, True)):
+        batch = PotentialBatch({}, None, (), prompted=with_prompt)
+        found.add(linear, PLUGIN.add(torch.tensor(inputs), batch), len(inputs))
+    ((_, statistic),) = PLUGIN.statistics([linear], found)
+    return statistic
 
 
 def test_energy_that_falls_counts_as_none():
     linear = truth.layer_architecture(heads=1, kv_heads=1, head_dim=2, hidden=3).linears[0]
-    energy = fed(linear, [[2.0, 1.0, 1.0], [1.0, 0.0, 1.0]], [[1.0, 3.0, 1.0]])
-    squares, tokens = energy.of(linear), energy.prompted.tokens[linear.key]
-    assert squares.tolist() == [4.0, 0.0, 1.0] and tokens == 2
-    assert squares.dtype == torch.float32
+    squares = fed(linear, [[2.0, 1.0, 1.0], [1.0, 0.0, 1.0]], [[1.0, 3.0, 1.0]])
+    assert squares.tolist() == [4.0, 0.0, 1.0] and squares.dtype == torch.float32
 
 
 def test_what_is_added_survives_beside_an_outlier():
     """In float32 sums 3e4^2 + 1 - 3e4^2 would be 0."""
     linear = truth.layer_architecture(heads=1, kv_heads=1, head_dim=2, hidden=1).linears[0]
-    energy = fed(linear, [[3e4], [1.0]], [[3e4]])
-    assert energy.of(linear).tolist() == [1.0]
+    assert fed(linear, [[3e4], [1.0]], [[3e4]]).tolist() == [1.0]
 
 
 def test_inputs_that_the_prompt_does_not_reach_are_refused(pico_dir, tmp_path):

@@ -19,13 +19,18 @@ from regraft.data.collate import batches, prompt_batch
 from regraft.errors import RegraftError
 from regraft.heads.score import (
     HeadScores,
-    Scoring,
     load_heads,
     recall,
     save_heads,
     score_heads,
 )
-from regraft.heads.ships import kl_divergence, left_subspace, most_rank, principal_angles, ships
+from regraft.heads.ships import (
+    HeadSettings,
+    kl_divergence,
+    most_rank,
+    principal_angles,
+    ships,
+)
 from regraft.heads.states import rounded_again
 from regraft.models.replay import logits_of
 
@@ -109,12 +114,6 @@ def test_ships_stays_in_range_without_change_in_float32():
     assert 0 <= float(ships(base, base[None], 6)) < 1e-12
 
 
-@pytest.mark.parametrize("r_max", [0, 5, 9])
-def test_rank_beyond_the_matrix_is_refused(r_max):
-    with pytest.raises(RegraftError, match=f"r_max is {r_max}, but 4 samples of 8 features have"):
-        left_subspace(torch.randn(4, 8), r_max)
-
-
 # KL
 
 
@@ -175,7 +174,12 @@ def test_scores_equal_one_forward_per_head(family, pico_dir, tmp_path):
     ticks = []
     with truth.unchanged(model):
         found = score_heads(
-            model, architecture, cut, tmp_path / "partial", Scoring(r_max=2), advance=ticks.append
+            model,
+            architecture,
+            cut,
+            tmp_path / "partial",
+            HeadSettings(r_max=2),
+            advance=ticks.append,
         )
     expected = naive_scores(model, processor, architecture, examples, 2, "all", 1e-5)
     assert_scores(found, expected, 2e-5, family)
@@ -190,7 +194,7 @@ def test_scores_of_each_target(target, eps, pico_dir, tmp_path):
     _, model, processor, architecture = truth.opened(pico_dir("qwen2_5_vl"))
     examples = truth.examples("qwen2_5_vl", tmp_path, 3)
     cut = [prompt_batch(processor, examples)]
-    scoring = Scoring(r_max=2, target=target, eps=eps)
+    scoring = HeadSettings(r_max=2, target=target, eps=eps)
     found = score_heads(model, architecture, cut, tmp_path / "p", scoring)
     expected = naive_scores(model, processor, architecture, examples, 2, target, eps)
     assert_scores(found, expected, 2e-5, target)
@@ -212,7 +216,11 @@ def test_size_of_a_pass_does_not_matter(family, pico_dir, tmp_path):
     tokens = batch.inputs["input_ids"].numel()
     scores = [
         score_heads(
-            model, architecture, [batch], tmp_path / str(t), Scoring(r_max=2, tokens_per_pass=t)
+            model,
+            architecture,
+            [batch],
+            tmp_path / str(t),
+            HeadSettings(r_max=2, tokens_per_pass=t),
         )
         for t in (1, 2 * tokens, 3 * tokens, 100 * tokens)  # 1, 2, 2 + 2 and all 4 heads a pass
     ]
@@ -229,7 +237,7 @@ def test_finished_layers_are_not_run_again(pico_dir, tmp_path):
     _, model, processor, architecture = truth.opened(pico_dir("llava"))
     examples = truth.examples("llava", tmp_path, 5)
     cut = [prompt_batch(processor, rows) for rows in batches(examples, 2)]
-    layers, partial, how = len(architecture.layers), tmp_path / "partial", Scoring(r_max=2)
+    layers, partial, how = len(architecture.layers), tmp_path / "partial", HeadSettings(r_max=2)
     first = score_heads(model, architecture, cut, partial, how)
     content = contents(partial)
     assert len(content) == 3 * (layers + 1)
@@ -264,7 +272,11 @@ def test_layers_that_do_not_run_have_no_score(pico_dir, tmp_path):
     _, model, processor, architecture = truth.opened(pico_dir("mllama"))
     examples = truth.examples("mllama", tmp_path, 3, images=False)
     found = score_heads(
-        model, architecture, [prompt_batch(processor, examples)], tmp_path / "p", Scoring(r_max=2)
+        model,
+        architecture,
+        [prompt_batch(processor, examples)],
+        tmp_path / "p",
+        HeadSettings(r_max=2),
     )
     cross = [layer.attention == "cross_attn" for layer in architecture.layers]
     assert found.ships.isnan().all(dim=1).tolist() == cross
@@ -276,12 +288,13 @@ def test_layers_that_do_not_run_have_no_score(pico_dir, tmp_path):
     assert len(ranked) == 12 and not any(cross[layer] for layer, _ in ranked)
 
 
-@pytest.mark.parametrize("r_max", [0, 3])
-def test_rank_beyond_the_samples_is_refused(r_max, pico_dir, tmp_path):
+def test_rank_beyond_the_samples_is_refused(pico_dir, tmp_path):
     _, model, processor, architecture = truth.opened(pico_dir("llama"))
     cut = [prompt_batch(processor, truth.examples("llama", tmp_path, 3))]
-    with pytest.raises(RegraftError, match=f"r_max is {r_max}, but 3 samples .* allow 1 to 2"):
-        score_heads(model, architecture, cut, tmp_path / "partial", Scoring(r_max=r_max))
+    with pytest.raises(RegraftError, match=r"r_max is 3, but 3 samples .* allow 1 to 2"):
+        score_heads(model, architecture, cut, tmp_path / "partial", HeadSettings(r_max=3))
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        HeadSettings(r_max=0)
     assert not (tmp_path / "partial").exists()
 
 
@@ -317,7 +330,7 @@ def test_rows_padded_on_the_right(family, pico_dir, tmp_path):
     _, model, processor, architecture = truth.opened(pico_dir(family))
     left = prompt_batch(processor, truth.examples(family, tmp_path, 3))
     scores = [
-        score_heads(model, architecture, [batch], tmp_path / side, Scoring(r_max=2))
+        score_heads(model, architecture, [batch], tmp_path / side, HeadSettings(r_max=2))
         for side, batch in (("left", left), ("right", truth.pad_right(left)))
     ]
     expected = scores[0].ships.numpy(), scores[0].kl.numpy()
@@ -346,10 +359,10 @@ def test_noise_floor_of_half_precision(family, pico_dir, tmp_path):
     architecture = truth.opened(pico_dir(family)).architecture
     model, processor = pico.build(family)
     batch = prompt_batch(processor, truth.examples(family, tmp_path, 3))
-    exact = score_heads(model, architecture, [batch], tmp_path / "float32", Scoring(r_max=2))
+    exact = score_heads(model, architecture, [batch], tmp_path / "float32", HeadSettings(r_max=2))
     assert exact.noise is None and exact.below_noise("ships") is None
     model.to(torch.bfloat16)
-    found = score_heads(model, architecture, [batch], tmp_path / "bfloat16", Scoring(r_max=2))
+    found = score_heads(model, architecture, [batch], tmp_path / "bfloat16", HeadSettings(r_max=2))
     assert found.noise.shape == (2, len(architecture.layers)) and found.noise.dtype == torch.float64
     floor, largest = found.noise.max(dim=1).values, torch.stack([exact.ships, exact.kl])
     assert (found.noise > 0).all(), "rounding must leave a trace"
@@ -372,8 +385,8 @@ def test_heads_below_the_noise_are_counted():
 def test_screening_scores_the_best_exactly(family, pico_dir, tmp_path):
     _, model, processor, architecture = truth.opened(pico_dir(family))
     cut = [prompt_batch(processor, truth.examples(family, tmp_path, 3))]
-    exact = score_heads(model, architecture, cut, tmp_path / "exact", Scoring(r_max=2))
-    how = Scoring(r_max=2, mode="screened", window=3, candidates=4)
+    exact = score_heads(model, architecture, cut, tmp_path / "exact", HeadSettings(r_max=2))
+    how = HeadSettings(r_max=2, mode="screened", window=3, candidates=4)
     ticks = []
     with truth.unchanged(model):
         found = score_heads(
@@ -396,9 +409,9 @@ def test_screening_scores_the_best_exactly(family, pico_dir, tmp_path):
 def test_a_window_of_the_whole_prompt_is_exact(family, pico_dir, tmp_path):
     _, model, processor, architecture = truth.opened(pico_dir(family))
     cut = [prompt_batch(processor, truth.examples(family, tmp_path, 3))]
-    how = Scoring(r_max=2, mode="screened", window=10_000, candidates=1)
+    how = HeadSettings(r_max=2, mode="screened", window=10_000, candidates=1)
     found = score_heads(model, architecture, cut, tmp_path / "screened", how)
-    exact = score_heads(model, architecture, cut, tmp_path / "exact", Scoring(r_max=2))
+    exact = score_heads(model, architecture, cut, tmp_path / "exact", HeadSettings(r_max=2))
     expected = exact.ships.numpy(), exact.kl.numpy()
     assert_scores(HeadScores(*found.estimate, {}), expected, 2e-5, family)
 

@@ -26,6 +26,7 @@ from regraft.data.sources import DataSource
 from regraft.errors import PassingError, RegraftError
 from regraft.files import disk_errors, read_json, write_text
 from regraft.heads.score import load_heads
+from regraft.heads.ships import HeadSettings
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.patch.format import load_patch
@@ -41,7 +42,6 @@ from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.scoring import HeadSettings
 from regraft.stages import patching, pruning, realigning
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)

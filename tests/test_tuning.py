@@ -30,6 +30,7 @@ from regraft.evaluation.results import Estimate
 from regraft.evaluation.tradeoff import Bounds, Cost, Point, Tried, Tuned, best_first
 from regraft.files import read_json
 from regraft.heads.score import load_heads
+from regraft.heads.ships import HeadSettings
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
 from regraft.pruning.base import prune_settings
@@ -37,7 +38,6 @@ from regraft.restoration.base import Between, MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.stages import trials as trials_module
 from regraft.stages import tuning

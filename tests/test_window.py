@@ -16,9 +16,9 @@ import truth
 from regraft.errors import RegraftError
 from regraft.models.ablation import head_outputs, replay_ablated
 from regraft.models.architecture import attention_of, cross_attention_layers, decoder_layers
-from regraft.models.key_values import fold, key_values, last_token_replay, narrowed, unfold
-from regraft.models.replay import layer_inputs, replay, text_inputs
-from regraft.models.window import most_attended, record, window_at, window_replay
+from regraft.models.key_values import fold, last_token_replay, narrowed, record, unfold
+from regraft.models.replay import replay, text_inputs
+from regraft.models.window import most_attended, window_at, window_replay
 
 CASES = [
     (family, kind)
@@ -30,9 +30,8 @@ CASES = [
 
 def last_token(model, text):
     """A last-token replay as the scoring of heads makes it."""
-    with key_values(model, cross_attention_layers(model)) as cross:
-        layer_inputs(model, text)
-    return last_token_replay(model, text, cross)
+    recorded = record(model, text, cross_attention_layers(model))
+    return last_token_replay(model, text, recorded.known)
 
 
 def all_heads(model, run, layer, hidden, **how):
@@ -87,14 +86,14 @@ def test_last_layer_computes_one_position_a_row(family, pico_dir, tmp_path):
     _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch("left", family, processor, tmp_path)
     text = text_inputs(model, batch.inputs)
-    inputs, run = layer_inputs(model, text), last_token(model, text)
+    inputs, run = record(model, text), last_token(model, text)
     last, before = architecture.layers[-1], architecture.layers[-2]
     down, o_proj = (
         dict(model.named_modules())[last.linear(role).module] for role in ("down_proj", "o_proj")
     )
     with rows_through(down) as mlp, rows_through(o_proj) as attention:
-        all_heads(model, run, before, inputs.by_layer[before.index])
-        all_heads(model, run, last, inputs.by_layer[last.index])
+        all_heads(model, run, before, inputs.entering[before.index])
+        all_heads(model, run, last, inputs.entering[last.index])
     copies = last.heads * text.batch
     # the layer before: its heads; the last one: twice its attention, then its heads
     assert mlp == attention == [copies, text.batch, text.batch, copies]
@@ -140,11 +139,10 @@ def test_vision_keys_are_computed_once_a_batch(pico_dir, tmp_path):
     assert layers == [1, 3]
     _, attention = attention_of(decoder_layers(model)[3])
     with rows_through(attention.k_proj) as keys, rows_through(attention.v_proj) as values:
-        with key_values(model, layers) as cross:
-            inputs = layer_inputs(model, text)
-        run = last_token_replay(model, text, cross)
+        inputs = record(model, text, layers)
+        run = last_token_replay(model, text, inputs.known)
         for layer in architecture.layers:
-            all_heads(model, run, layer, inputs.by_layer[layer.index])
+            all_heads(model, run, layer, inputs.entering[layer.index])
     assert keys == values == [tokens]
 
 
@@ -285,14 +283,14 @@ def test_eager_attention(family, pico_dir, tmp_path):
     decoder.set_attn_implementation("eager")
     try:
         text = text_inputs(model, batch.inputs)
-        inputs = layer_inputs(model, text)
+        inputs = record(model, text)
         length = real.shape[1]
         everywhere = torch.arange(length).expand(text.batch, -1)
         inside = window_at(model, record(model, text), everywhere)
         last, window = last_token(model, text), window_replay(model, inside)
         whole = partial(replay, model, text)
         for layer in architecture.layers:
-            hidden = inputs.by_layer[layer.index]
+            hidden = inputs.entering[layer.index]
             expected = all_heads(model, whole, layer, hidden)
             close(all_heads(model, last, layer, hidden)[:, :, -1], expected[:, :, -1], "last token")
             found = all_heads(model, window, layer, hidden)
@@ -312,13 +310,13 @@ def test_window_without_a_square_mask_is_refused(pico_dir, tmp_path):
         window_at(model, recorded, torch.zeros(3, 1, dtype=torch.long))
 
 
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.sampled_from([-2, -1]))
-def test_folding_keeps_rows_together(copies, rows, length, dim):
-    shape = (copies * rows, 2, length, 5) if dim == -2 else (copies * rows, 2, length)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
+def test_folding_keeps_rows_together(copies, rows, length):
+    shape = (copies * rows, 2, length, 5)
     tensor = torch.arange(torch.Size(shape).numel()).view(shape)
-    laid = fold(tensor, copies, dim)
-    assert laid.shape[0] == rows and laid.shape[dim] == copies * length
+    laid = fold(tensor, copies)
+    assert laid.shape[0] == rows and laid.shape[-2] == copies * length
     for copy in range(copies):
-        own = laid.narrow(dim, copy * length, length)
+        own = laid.narrow(-2, copy * length, length)
         assert torch.equal(own, tensor[copy * rows : (copy + 1) * rows])
-    assert torch.equal(unfold(laid, copies, dim), tensor)
+    assert torch.equal(unfold(laid, copies), tensor)

@@ -27,6 +27,7 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.results import EvalResult
 from regraft.heads.score import HeadScores
+from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, open_source
 from regraft.patch.format import Patch
 from regraft.progress import Progress, Silent
@@ -36,7 +37,6 @@ from regraft.settings.base import Settings, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import with_validation
 

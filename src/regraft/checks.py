@@ -11,7 +11,7 @@ from regraft.data.sources import DataSource
 from regraft.data.suites import distinct
 from regraft.errors import RegraftError
 from regraft.files import read_json
-from regraft.heads.ships import most_rank
+from regraft.heads.ships import HeadSettings, most_rank
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source
 from regraft.provenance import ABOUT_FILE
@@ -19,7 +19,6 @@ from regraft.restoration.base import MethodSettings, Needs
 from regraft.restoration.selection import all_heads
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.defending import DefenceSettings
-from regraft.settings.scoring import HeadSettings
 
 
 def warn_of_bundled(source: Source, data: DataSource, note: Callable[[str], None]) -> None:

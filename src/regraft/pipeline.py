@@ -15,6 +15,7 @@ from regraft.checks import warn_of_bundled
 from regraft.costs import Ledger, Metered
 from regraft.errors import RegraftError
 from regraft.files import discard_leftover, require_empty, require_space, write_text
+from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, open_source, pick_device
 from regraft.passes import count_pass, learns_from_both
 from regraft.patch.pair import check_pair
@@ -29,7 +30,6 @@ from regraft.reporting import model_folder, report
 from regraft.restoration.base import needs_of
 from regraft.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.scoring import HeadSettings
 from regraft.stages.steps import PromptUse, Step, check_all, disk_bytes, left_of
 
 _SIDE = 2048

@@ -20,6 +20,7 @@ from pydantic import (
 
 from regraft.errors import RegraftError
 from regraft.files import digest
+from regraft.heads.ships import HeadSettings
 from regraft.recipe_parts import (
     PRUNING,
     VARIANT,
@@ -37,7 +38,6 @@ from regraft.restoration.base import needs_of, own_settings
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.scoring import HeadSettings
 from regraft.settings.validation import Choosing, validation_of, with_validation
 
 AnyWay = TypeVar("AnyWay", bound=Way)

@@ -20,10 +20,11 @@ from regraft.cli.options import (
 )
 from regraft.cli.reporting import compare
 from regraft.console import show_heads, show_overlap, show_relation, show_sweep
+from regraft.heads.ships import HeadSettings
 from regraft.recipe_file import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.scoring import HeadSettings, StatisticsSettings
+from regraft.settings.scoring import StatisticsSettings
 
 app = App(
     name="analyse",

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from regraft.errors import RegraftError
+from regraft.heads.ships import HeadSettings
 from regraft.restoration.base import MethodSettings, needs_of
 from regraft.settings.base import Settings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 
 DEFAULT_VALIDATION_TOKENS = 64

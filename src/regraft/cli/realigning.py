@@ -26,13 +26,13 @@ from regraft.cli.options import (
 )
 from regraft.console import ConsoleWatch, show_search
 from regraft.data.sources import split_off
+from regraft.heads.ships import HeadSettings
 from regraft.patch.format import Patch
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.restoration.methods.fine_tune.adam import TRAINED_VALUES, is_trained
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import with_validation
 

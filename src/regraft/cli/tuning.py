@@ -23,11 +23,11 @@ from regraft.cli.realigning import (
     searched,
 )
 from regraft.console import show_tuned
+from regraft.heads.ships import HeadSettings
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 
 TRIALS = Group("Trials", sort_key=0)

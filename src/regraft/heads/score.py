@@ -15,48 +15,14 @@ from regraft.artifact import read_artifact, write_artifact
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.files import digest
-from regraft.heads.ships import first_feature_angles, most_rank, ships
-from regraft.heads.states import Ablation, States, ablate_heads
-from regraft.models.ablation import EPS, AblationTarget
+from regraft.heads.ships import HeadSettings, first_feature_angles, most_rank, ships
+from regraft.heads.states import States, ablate_heads
 from regraft.models.architecture import Architecture
 from regraft.progress import Advance
 
 FORMAT = "regraft-heads-2"
 Criterion = Literal["ships", "kl", "released"]
-Mode = Literal["exact", "screened"]
 Heads = Mapping[int, Sequence[int]]  # layer -> heads in it
-WINDOW = 8
-CANDIDATES = 16
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How heads are scored.
-
-    Args:
-        r_max: Rank of the subspaces that Ships compares.
-        target: What is scaled by eps: the head's query, key, value or all three.
-        eps: The scale.
-        mode: "exact" follows an ablation through all positions. "screened" first follows it
-            through a few positions of each prompt, then scores the best heads exactly.
-        window: So many positions, for screening: the last and those that it attends to most.
-        candidates: How many of the best heads by each criterion are then scored exactly.
-        tokens_per_pass: How many tokens (rows times length) one pass may hold; bounds memory.
-            None takes what fits the device.
-    """
-
-    r_max: int = 5
-    target: AblationTarget = "all"
-    eps: float = EPS
-    mode: Mode = "exact"
-    window: int = WINDOW
-    candidates: int = CANDIDATES
-    tokens_per_pass: int | None = None
-
-    def ablation(self, *, estimate: bool = False) -> Ablation:
-        """What is done to each head, exactly or for the estimate."""
-        window = self.window if estimate else None
-        return Ablation(self.target, self.eps, window, self.tokens_per_pass)
 
 
 @dataclass(frozen=True)
@@ -165,7 +131,7 @@ def score_heads(
     architecture: Architecture,
     batches: Sequence[Batch],
     partial: Path,
-    scoring: Scoring | None = None,
+    settings: HeadSettings | None = None,
     *,
     about: Mapping[str, Any] | None = None,
     advance: Advance = lambda _: None,
@@ -180,7 +146,7 @@ def score_heads(
         batches: Prompts that end where the answer starts.
         partial: Folder for finished layers, which are not run again after a kill. They serve for
             another `r_max` and other `candidates` too, if nothing else differs.
-        scoring: How; the defaults are exact.
+        settings: How; the defaults are exact.
         about: Recorded with the scores.
         advance: See `ablate_heads`; twice over all batches where screened.
 
@@ -190,23 +156,23 @@ def score_heads(
     Raises:
         RegraftError: r_max exceeds the number of samples or features, or states overflow.
     """
-    scoring = scoring or Scoring()
-    _check_rank(scoring.r_max, sum(len(batch.ids) for batch in batches), architecture.hidden_size)
+    settings = settings or HeadSettings()
+    _check_rank(settings.r_max, sum(len(batch.ids) for batch in batches), architecture.hidden_size)
 
-    def measured(name: str, heads: Heads, *, estimate: bool) -> _Measured:
-        how = scoring.ablation(estimate=estimate)
+    def measured(name: str, heads: Heads, how: HeadSettings) -> _Measured:
         states = ablate_heads(model, architecture, batches, partial / name, how, heads, advance)
-        return _measure(states, architecture, heads, scoring.r_max)
+        return _measure(states, architecture, heads, settings.r_max)
 
     every: Heads = {layer.index: range(layer.heads) for layer in architecture.layers}
     about = dict(about or {})
-    if scoring.mode == "exact":
-        exact = measured("exact", every, estimate=False)
+    if settings.mode == "exact":
+        exact = measured("exact", every, settings)
         ships_, kl, released = exact.scores
         return HeadScores(ships_, kl, about, noise=exact.noise, released=released)
-    estimate = measured("estimate", every, estimate=True).scores[:2]
-    best = candidates(estimate, scoring.candidates)
-    exact = measured(f"candidates-{digest(repr(best))[:16]}", best, estimate=False)
+    estimate = measured("estimate", every, settings).scores[:2]
+    best = candidates(estimate, settings.candidates)
+    exactly = settings.model_copy(update={"mode": "exact"})
+    exact = measured(f"candidates-{digest(repr(best))[:16]}", best, exactly)
     is_exact = ~exact.scores[0].isnan()
     scores = torch.where(is_exact, exact.scores[:2], estimate)
     return HeadScores(scores[0], scores[1], about, is_exact, estimate, exact.noise)
@@ -282,7 +248,7 @@ def _ranked(scores: Tensor) -> list[tuple[int, int]]:
 
 def _check_rank(r_max: int, samples: int, hidden_size: int) -> None:
     limit = most_rank(samples, hidden_size)
-    if not 1 <= r_max <= limit:
+    if r_max > limit:
         raise RegraftError(
             f"r_max is {r_max}, but {samples} samples of {hidden_size} features allow "
             f"1 to {limit}. Lower r_max or use more samples."

@@ -1,11 +1,58 @@
-"""Ships and KL as pure tensor functions (Zhou et al. 2025, arXiv 2410.13708)."""
+"""Ships and KL (Zhou et al. 2025, arXiv 2410.13708): how far a model turns without one head.
+
+    M  = states of the last token of N harmful prompts, after the final norm     [N, d]
+    U  = the first r_max left singular vectors of M                              [N, r_max]
+    for each layer, for each of its heads h:
+        M_h, U_h, p_h = the same, and the next token's distribution, where h's query, key and value
+                        are scaled by eps
+        Ships_h = sum of the principal angles between U and U_h
+        KL_h    = mean over prompts of KL(p || p_h)
+
+`models/ablation.py` scales heads, `states.py` runs the model with each of them, and `score.py` puts
+the scores of a model together.
+"""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from regraft.errors import RegraftError
+from regraft.models.ablation import EPS, AblationTarget
+from regraft.settings.base import Settings
+
+Mode = Literal["exact", "screened"]
+
+
+class HeadSettings(Settings):
+    """Head scoring by ablation on D^s prompts."""
+
+    r_max: int = Field(5, ge=1, description="Rank of the subspaces of Ships.")
+    target: AblationTarget = Field("all", description="What of a head is scaled.")
+    eps: float = Field(EPS, ge=0, lt=1, description="The scale.")
+    mode: Mode = Field(
+        "exact",
+        description="exact: every head is ablated exactly. screened: all are estimated, the best "
+        "then ablated exactly.",
+    )
+    window: int = Field(
+        8,
+        ge=1,
+        description="Screening: positions of a prompt at which effects are followed.",
+    )
+    candidates: int = Field(16, ge=1, description="Screening: best heads that are scored exactly.")
+    tokens_per_pass: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens in one pass, which bounds memory; what fits if not given.",
+    )
+
+    def unread(self) -> str | None:
+        """What was set and changes nothing: the first of it, in words."""
+        name = None if self.mode == "screened" else self.first_set("window", "candidates")
+        return None if name is None else f"`{name}` changes nothing where `mode` is {self.mode}"
 
 
 def most_rank(samples: int, hidden: int) -> int:
@@ -25,16 +72,7 @@ def left_subspace(states: Tensor, r_max: int) -> Tensor:
 
     Returns:
         `[..., samples, r_max]`, float64.
-
-    Raises:
-        RegraftError: `r_max` is larger than the matrix allows.
     """
-    samples, hidden = states.shape[-2:]
-    if not 1 <= r_max <= min(samples, hidden):
-        raise RegraftError(
-            f"r_max is {r_max}, but {samples} samples of {hidden} features have at most "
-            f"{min(samples, hidden)} singular vectors. Lower r_max or use more samples."
-        )
     u: Tensor = torch.linalg.svd(states.double(), full_matrices=False).U
     return u[..., :r_max]
 

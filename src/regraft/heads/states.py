@@ -20,40 +20,24 @@ from regraft import distributed
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
-from regraft.heads.ships import kl_divergence
-from regraft.models.ablation import EPS, AblationTarget, head_outputs, replay_ablated
+from regraft.heads.ships import HeadSettings, kl_divergence
+from regraft.models.ablation import head_outputs, replay_ablated
 from regraft.models.architecture import Architecture, LayerArchitecture, cross_attention_layers
-from regraft.models.key_values import key_values, last_token_replay
+from regraft.models.key_values import last_token_replay, record
 from regraft.models.load import placed
 from regraft.models.placement import free_bytes
 from regraft.models.replay import (
     Replay,
     last_positions,
-    layer_inputs,
     logits_of,
     replay,
     text_inputs,
 )
-from regraft.models.window import most_attended, record, window_at, window_replay
+from regraft.models.window import most_attended, window_at, window_replay
 from regraft.progress import Advance
 
 CPU_TOKENS = 16384  # in one pass where no device memory sets the bound
 MOST_TOKENS = 262144  # more in one pass makes no pass faster
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """What is done to a head, and how far the consequences are followed.
-
-    `window` None is exact; a number follows them through so many positions of a prompt only, the
-    last and those that it attends to most, with the keys and values of all others as they were.
-    `tokens_per_pass` None takes what fits.
-    """
-
-    target: AblationTarget = "all"
-    eps: float = EPS
-    window: int | None = None
-    tokens_per_pass: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +51,8 @@ class LayerStates:
 
     ablated: Tensor
     kl: Tensor
-    jittered: Tensor | None
-    jittered_kl: Tensor | None
+    jittered: Tensor | None = None
+    jittered_kl: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +73,9 @@ class States:
         parts = [load_file(file) for file in files]
         if any("ablated" not in part for part in parts):
             return None
-        jitter = "jittered" in parts[0]
+        samples = {"ablated": 1, "kl": 1, "jittered": 0, "jittered_kl": 0}  # where N is
         return LayerStates(
-            torch.cat([part["ablated"] for part in parts], dim=1),
-            torch.cat([part["kl"] for part in parts], dim=1),
-            torch.cat([part["jittered"] for part in parts]) if jitter else None,
-            torch.cat([part["jittered_kl"] for part in parts]) if jitter else None,
+            **{name: torch.cat([part[name] for part in parts], samples[name]) for name in parts[0]}
         )
 
 
@@ -103,7 +84,7 @@ def ablate_heads(
     architecture: Architecture,
     batches: Sequence[Batch],
     folder: Path,
-    how: Ablation,
+    how: HeadSettings,
     heads: Mapping[int, Sequence[int]],
     advance: Advance,
 ) -> States:
@@ -114,7 +95,8 @@ def ablate_heads(
         architecture: Its architecture.
         batches: Prompts that end where the answer starts.
         folder: For the states.
-        how: What is done to a head.
+        how: What is done to a head. "screened" follows the consequences through `window` positions
+            of a prompt only, with the keys and values of all others as they were.
         heads: Layer -> its heads to ablate; other layers are not run.
         advance: Called for each layer of each batch with the layers that its heads' ablation
             runs again, itself and all behind: what it costs. `steps` of them a batch.
@@ -143,7 +125,7 @@ def _run_batch(
     architecture: Architecture,
     batch: Batch,
     folder: Path,
-    how: Ablation,
+    how: HeadSettings,
     heads: Mapping[int, Sequence[int]],
     advance: Advance,
 ) -> None:
@@ -174,7 +156,7 @@ class _Run:
     """One batch of the unablated model, and the way to run parts of it again."""
 
     model: nn.Module
-    how: Ablation
+    how: HeadSettings
     replay: Replay
     entering: Mapping[int, Tensor]  # [B, T, d]
     base: Tensor  # [B, d]
@@ -182,20 +164,21 @@ class _Run:
     at: Tensor  # [B] on CPU, the last real token, counted from the end: -1 and less
 
     @classmethod
-    def start(cls, model: nn.Module, batch: Batch, how: Ablation) -> _Run:
+    def start(cls, model: nn.Module, batch: Batch, how: HeadSettings) -> _Run:
         text = text_inputs(model, batch.inputs)
         length = batch.inputs["input_ids"].shape[1]
         at = (last_positions(batch.inputs, length) - length).cpu()  # -1: padding on the left
-        if how.window is not None:
+        if how.mode == "screened":
             recorded = record(model, text)
             window = window_at(model, recorded, most_attended(model, recorded, how.window))
             run, entering, final = window_replay(model, window), window.entering, window.final
         else:
-            with key_values(model, cross_attention_layers(model)) as cross:
-                inputs = layer_inputs(model, text)
-            ends = bool((at == -1).all())
-            run = last_token_replay(model, text, cross) if ends else partial(replay, model, text)
-            entering, final = inputs.by_layer, inputs.final
+            recorded = record(model, text, cross_attention_layers(model))
+            if (at == -1).all():
+                run = last_token_replay(model, text, recorded.known)
+            else:
+                run = partial(replay, model, text)
+            entering, final = recorded.entering, recorded.final
         base = final[torch.arange(len(at)), at]
         return cls(model, how, run, entering, base, logits_of(model, base), at)
 

@@ -114,14 +114,9 @@ def _o_proj_input(model: nn.Module, run: Replay, layer: int, hidden: Tensor) -> 
 
 @contextmanager
 def _scaled_logits(attention: nn.Module, factor: float) -> Any:
-    before = getattr(attention, "scaling", None)
-    if not isinstance(before, float):
-        raise TypeError(
-            f"{type(attention).__name__} has no softmax scale `scaling`; "
-            'only target="v" can be ablated in this family'
-        )
-    attention.scaling = before * factor  # type: ignore[assignment]
+    before: Any = attention.scaling
+    attention.scaling = before * factor
     try:
         yield
     finally:
-        attention.scaling = before  # type: ignore[assignment]
+        attention.scaling = before

@@ -180,52 +180,51 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             "config.json and safetensors: the word demo or a hub id will not do. `hf download ID` "
             "prints the folder of a model from the hub."
         )
-    shards = _shard_names(folder)
+    index = folder / INDEX_FILE
+    listed = _listed(folder)
+    shards = tuple(sorted(set(listed.values()))) or (SINGLE_FILE,)
     tensors: dict[str, TensorRecord] = {}
     for shard in shards:
         for record in _read_header(folder / shard):
             if record.name in tensors:
                 raise RegraftError(f"{folder}: tensor {record.name} is in two shards.")
             tensors[record.name] = record
-    index = folder / INDEX_FILE
-    if shards != (SINGLE_FILE,):
-        listed = read_json(index)["weight_map"]
-        for name, shard in listed.items():
-            if name not in tensors or tensors[name].shard != shard:
-                raise RegraftError(
-                    f"{index} lists tensor {name} in {shard}, but it is not in that file. "
-                    "Download or export the checkpoint again."
-                )
+    for name, shard in listed.items():
+        if name not in tensors or tensors[name].shard != shard:
+            raise RegraftError(
+                f"{index} lists tensor {name} in {shard}, but it is not in that file. "
+                "Download or export the checkpoint again."
+            )
     return Checkpoint(folder, shards, tensors)
 
 
-def _shard_names(folder: Path) -> tuple[str, ...]:
-    if (folder / SINGLE_FILE).is_file():
-        return (SINGLE_FILE,)
+def _listed(folder: Path) -> dict[str, str]:
+    """Tensor -> shard by the index, whose shards are there; empty where there is a single file."""
     index = folder / INDEX_FILE
-    if index.is_file():
-        content = read_json(index)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise RegraftError(f"{index}: field weight_map is missing or empty.")
-        if not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise RegraftError(f"{index}: weight_map must map tensor names to file names.")
-        shards = tuple(sorted(set(weight_map.values())))
-        for shard in shards:
-            if Path(shard).name != shard:
-                raise RegraftError(f"{index}: shard name {shard!r} leaves the folder.")
-            if not (folder / shard).is_file():
-                raise RegraftError(f"{folder}: shard {shard}, listed in {INDEX_FILE}, is missing.")
-        return shards
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in OTHER_WEIGHTS)
-    if others:
+    if (folder / SINGLE_FILE).is_file():
+        return {}
+    if not index.is_file():
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in OTHER_WEIGHTS)
+        if others:
+            raise RegraftError(
+                f"{folder} holds weights only as {others[0]}. regraft reads safetensors and never "
+                "unpickles: load the model once with transformers and save_pretrained() it."
+            )
         raise RegraftError(
-            f"{folder} holds weights only as {others[0]}. regraft reads safetensors and never "
-            "unpickles: load the model once with transformers and save_pretrained() it."
+            f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: it is not a model folder."
         )
-    raise RegraftError(
-        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: it is not a model folder."
-    )
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise RegraftError(f"{index}: field weight_map is missing or empty.")
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise RegraftError(f"{index}: weight_map must map tensor names to file names.")
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise RegraftError(f"{index}: shard name {shard!r} leaves the folder.")
+        if not (folder / shard).is_file():
+            raise RegraftError(f"{folder}: shard {shard}, listed in {INDEX_FILE}, is missing.")
+    return weight_map
 
 
 def _read_header(path: Path) -> Iterator[TensorRecord]:

@@ -5,15 +5,15 @@ rotary embeddings and before GQA's repetition, and attends to what that returns.
 cache gives a layer the keys and values of the positions that are left out; masks and rotary
 embeddings are cut to the positions that stay. What runs is the family's own layer.
 
-`last_token_replay` is exact: the last layer is needed at the last position alone, so that its
-queries, output projection and MLP run for one token a row. Mllama's cross-attention reads keys and
-values that are computed once a batch, whatever the number of copies. `window` makes estimates.
+`record` keeps what a run computes. `last_token_replay` is exact: the last layer is needed at the
+last position alone, so that its queries, output projection and MLP run for one token a row.
+Mllama's cross-attention reads keys and values that are computed once a batch, for all copies.
+`window` makes estimates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import RegraftError
-from regraft.models.architecture import attention_of, cache_argument, decoder_layers
+from regraft.models.architecture import (
+    attention_of,
+    cache_argument,
+    decoder_layers,
+    text_decoder,
+)
 from regraft.models.replay import Replay, Stop, TextInputs, hooked, replaced_forwards, replay
 
 # Where a layer's arguments have the query positions
@@ -62,25 +67,74 @@ class KeyValues:
         return KeyValues(self.layer, self.keys[:, :, :-positions], self.values[:, :, :-positions])
 
 
-@contextmanager
-def key_values(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, KeyValues]]:
-    """Keep the keys and values that these layers compute while the block runs."""
-    found: dict[int, KeyValues] = {}
+@dataclass(frozen=True)
+class Recorded:
+    """The unablated run of one batch: how each executed layer was called, and what came out.
 
-    def record(index: int) -> Callable[..., Any]:
-        class Recorder:
-            def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
-                found[index] = KeyValues(index, keys, values)
-                return keys, values
+    Attributes:
+        entering: The layers' inputs, `[B, S, d]`.
+        arguments: Their other arguments, without a cache.
+        known: Keys and values, of the layers for which they were to be kept.
+        added: What the decoder adds to a layer's output, where it does (Qwen3VLTextModel's
+            deepstack).
+        final: The normed final state, `[B, S, d]`.
+    """
 
-        def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            return args, kwargs | {cache_argument(layer): Recorder()}
+    entering: Mapping[int, Tensor]
+    arguments: Mapping[int, Mapping[str, Any]]
+    known: Mapping[int, KeyValues]
+    added: Mapping[int, Tensor]
+    final: Tensor
+
+
+@torch.no_grad()
+def record(model: nn.Module, text: TextInputs, keep: Container[int] | None = None) -> Recorded:
+    """Run the whole decoder once; `keep` are the layers whose keys and values are kept, or all."""
+    decoder, layers = text_decoder(model), decoder_layers(model)
+    entering: dict[int, Tensor] = {}
+    arguments: dict[int, Mapping[str, Any]] = {}
+    known: dict[int, KeyValues] = {}
+    added: dict[int, Tensor] = {}
+    left: tuple[int, Tensor] | None = None  # the layer that ran last, and its output
+
+    class Recorder:
+        """Stands in for a cache that is empty."""
+
+        def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Any:
+            known[layer] = KeyValues(layer, keys, values)
+            return keys, values
+
+    def enter(index: int) -> Callable[..., Any]:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
+            if left is not None and left[1] is not args[0]:
+                added[left[0]] = args[0] - left[1]
+            cache = cache_argument(layer)
+            entering[index] = args[0]
+            arguments[index] = {name: one for name, one in kwargs.items() if name != cache}
+            if keep is None or index in keep:
+                kwargs = kwargs | {cache: Recorder()}
+            return args, kwargs
 
         return hook
 
-    modules = decoder_layers(model)
-    with hooked(modules[i].register_forward_pre_hook(record(i), with_kwargs=True) for i in layers):
-        yield found
+    def leave(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            nonlocal left
+            left = index, output
+
+        return hook
+
+    hooks = (
+        hook
+        for i, layer in enumerate(layers)
+        for hook in (
+            layer.register_forward_pre_hook(enter(i), with_kwargs=True),
+            layer.register_forward_hook(leave(i)),
+        )
+    )
+    with hooked(hooks):
+        final: Tensor = decoder(**text.kwargs).last_hidden_state
+    return Recorded(entering, arguments, known, added, final)
 
 
 # The last token in the last layer
@@ -217,17 +271,17 @@ def along_queries(
     return {name: changed(name, value) for name, value in kwargs.items()}
 
 
-def fold(tensor: Tensor, copies: int, dim: int = -2) -> Tensor:
-    """Lay copies out along `dim`: `[copies * B, .., T, ..]` -> `[B, .., copies * T, ..]`."""
+def fold(tensor: Tensor, copies: int) -> Tensor:
+    """Lay copies out along positions: `[copies * B, .., T, d]` -> `[B, .., copies * T, d]`."""
     if copies == 1:
         return tensor
     rows: Tensor = tensor.unflatten(0, (copies, -1))
-    return rows.movedim(0, dim - 1).flatten(dim - 1, dim)
+    return rows.movedim(0, -3).flatten(-3, -2)
 
 
-def unfold(tensor: Tensor, copies: int, dim: int = -2) -> Tensor:
-    """Undo `fold`: `[B, .., copies * T, ..]` -> `[copies * B, .., T, ..]`."""
+def unfold(tensor: Tensor, copies: int) -> Tensor:
+    """Undo `fold`: `[B, .., copies * T, d]` -> `[copies * B, .., T, d]`."""
     if copies == 1:
         return tensor
-    rows: Tensor = tensor.unflatten(dim, (copies, -1))
-    return rows.movedim(dim - 1, 0).flatten(0, 1)
+    rows: Tensor = tensor.unflatten(-2, (copies, -1))
+    return rows.movedim(-3, 0).flatten(0, 1)

@@ -29,14 +29,6 @@ class TextInputs:
     batch: int
 
 
-@dataclass(frozen=True)
-class LayerInputs:
-    """Hidden states `[B, S, d]` entering each executed layer, and after the final norm."""
-
-    by_layer: Mapping[int, Tensor]
-    final: Tensor
-
-
 class Replay(Protocol):
     """Runs decoder layers `start` to `stop` on `[copies * B, T, d]`; see `replay`."""
 
@@ -90,24 +82,6 @@ def text_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> TextInputs:
     # A cache left among the arguments would give later runs the keys and values of earlier ones,
     # without an error for a single row that is not padded.
     return TextInputs(kwargs | {cache_argument(decoder): None}, len(inputs["input_ids"]))
-
-
-@torch.no_grad()
-def layer_inputs(model: nn.Module, text: TextInputs) -> LayerInputs:
-    """Run the whole decoder once and keep every executed layer's input and the final state."""
-    decoder = text_decoder(model)
-    captured: dict[int, Tensor] = {}
-
-    def keep(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            captured[index] = args[0]
-
-        return hook
-
-    layers = decoder_layers(model)
-    with hooked(layer.register_forward_pre_hook(keep(i)) for i, layer in enumerate(layers)):
-        final = decoder(**text.kwargs).last_hidden_state
-    return LayerInputs(captured, final)
 
 
 def replay(

@@ -6,7 +6,7 @@ effect of an ablation is followed through the window alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,23 +22,8 @@ from regraft.models.architecture import (
     decoder_layers,
     text_decoder,
 )
-from regraft.models.key_values import KeyValues, along_queries, fold, key_values, narrowed, unfold
-from regraft.models.replay import Replay, TextInputs, first_call, hooked
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """The unablated run of one batch: how each executed layer was called, and what came out.
-
-    `entering` are the layers' inputs and `final` the normed final state, `[B, S, d]`; `added` is
-    what the decoder adds to a layer's output (Qwen3VLTextModel's deepstack), where it does.
-    """
-
-    entering: Mapping[int, Tensor]
-    arguments: Mapping[int, Mapping[str, Any]]
-    known: Mapping[int, KeyValues]
-    added: Mapping[int, Tensor]
-    final: Tensor
+from regraft.models.key_values import KeyValues, Recorded, along_queries, fold, narrowed, unfold
+from regraft.models.replay import Replay, first_call
 
 
 @dataclass(frozen=True)
@@ -62,44 +47,6 @@ class Window:
     entering: Mapping[int, Tensor]
     final: Tensor
     calls: tuple[_Call, ...]
-
-
-@torch.no_grad()
-def record(model: nn.Module, text: TextInputs) -> Recorded:
-    """Run the whole decoder once and keep what a window of any positions needs."""
-    decoder, layers = text_decoder(model), decoder_layers(model)
-    entering: dict[int, Tensor] = {}
-    arguments: dict[int, Mapping[str, Any]] = {}
-    added: dict[int, Tensor] = {}
-    left: list[tuple[int, Tensor]] = []  # the layer that ran last, and its output
-
-    def enter(index: int) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            if left and left[0][1] is not args[0]:
-                added[left[0][0]] = args[0] - left[0][1]
-            entering[index] = args[0]
-            cache = cache_argument(layer)
-            arguments[index] = {n: v for n, v in kwargs.items() if n != cache}
-
-        return hook
-
-    def leave(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            left[:] = [(index, output)]
-
-        return hook
-
-    hooks = (
-        hook
-        for i, layer in enumerate(layers)
-        for hook in (
-            layer.register_forward_pre_hook(enter(i), with_kwargs=True),
-            layer.register_forward_hook(leave(i)),
-        )
-    )
-    with hooked(hooks), key_values(model, range(len(layers))) as known:
-        final: Tensor = decoder(**text.kwargs).last_hidden_state
-    return Recorded(entering, arguments, known, added, final)
 
 
 def window_at(model: nn.Module, recorded: Recorded, positions: Tensor) -> Window:

@@ -32,7 +32,7 @@ from regraft.data.collate import Batch, response_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.models.architecture import HEAD_ROLES, LinearArchitecture
-from regraft.pruning.inputs import Accumulator, InputSums, Statistics
+from regraft.pruning.inputs import Statistics
 from regraft.pruning.masks import Pattern, Patterns, Scope, assign_patterns, parse_override
 from regraft.pruning.results import PrunedWeight
 from regraft.registry import Registry
@@ -235,9 +235,9 @@ class InputPruner(Pruner):
     def accumulate(self, inputs: Tensor) -> Tensor:
         """A sum over tokens of inputs `[tokens, in]`, which is added up over batches."""
 
-    def accumulator(self) -> Accumulator:
-        """A new one, for the linears of one layer."""
-        return InputSums(self.accumulate)
+    def add(self, inputs: Tensor, batch: Batch) -> Tensor:
+        """What the inputs of a batch add: `accumulate` of them, whatever the batch."""
+        return self.accumulate(inputs)
 
 
 class GradientPruner(Pruner):

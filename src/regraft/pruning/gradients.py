@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,16 +25,14 @@ from regraft.files import disk_errors
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
-from regraft.models.replay import logits_of
+from regraft.models.replay import hooked, logits_of
 from regraft.progress import Advance
-from regraft.pruning.inputs import different_layers, overflow
+from regraft.pruning.inputs import overflow, require_same_layers
 
 Loss = Callable[[PlacedModel, Tensor, Tensor, str], Tensor]
 """(model, normed final states `[S, d]`, labels `[S]`, id of the example) -> a scalar, float32."""
 Product = Callable[[Tensor, Tensor], Tensor]
 """(dL/dY `[B, T, out]`, X `[B, T, in]`) of B samples -> what is added up, `[k * out, in]`."""
-_Take = Callable[[LinearArchitecture, Tensor, Tensor], None]
-"""(linear, dL/dY, X), of one batch."""
 
 
 def predicting(labels: Tensor) -> Tensor:
@@ -107,70 +106,43 @@ def layer_gradients(
     Raises:
         RegraftError: the dtype is float16, or gradients overflow.
     """
-    total = int(distributed.total(torch.tensor(sum(len(batch.ids) for batch in walk.batches))))
-    sums: dict[str, Tensor] = {}
-
-    def take(linear: LinearArchitecture, dy: Tensor, x: Tensor) -> None:
-        part = add(dy, x)
-        sums[linear.key] = sums[linear.key].add_(part) if linear.key in sums else part
-
-    for layer in _backward(walk, architecture, scratch, wanted, take, advance, loss):
-        found = dict(sums)
-        sums.clear()
-        if not distributed.same(sorted(found)):
-            raise different_layers()
-        for linear in (linear for linear in layer.linears if linear.key in found):
-            distributed.total(found[linear.key]).div_(total)
-            if not torch.isfinite(found[linear.key]).all():
-                raise overflow(linear)
-        yield layer, found
-
-
-def _backward(
-    walk: LayerwisePass,
-    architecture: Architecture,
-    scratch: Path,
-    wanted: Callable[[LinearArchitecture], bool],
-    take: _Take,
-    advance: Advance,
-    loss: Loss,
-) -> Iterator[LayerArchitecture]:
-    """All batches backward through one layer after the other, the last first; yields each."""
     require_gradients(walk.model.dtype)
-    try:
-        with disk_errors(scratch):
-            scratch.mkdir(parents=True, exist_ok=True)
-            _forward(walk, architecture, scratch, advance)
-    except RegraftError:  # of no use to the next try, which may need the room
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    total = int(distributed.total(torch.tensor(sum(len(batch.ids) for batch in walk.batches))))
+    _forward(walk, architecture, scratch, advance)
     gradients = _loss_gradients(walk, loss)
+    modules = dict(walk.model.network.named_modules())
     for layer in reversed(architecture.layers):
-        modules = dict(walk.model.network.named_modules())
         linears = {li: modules[li.module] for li in layer.linears if wanted(li)}
+        sums: dict[str, Tensor] = {}
         with walk.model.layer(layer.index):
             for i, batch in enumerate(walk.batches):
                 path = _path(scratch, layer.index, i)
                 hidden = load_file(path)["hidden"].to(walk.model.device).requires_grad_()
-                with _capture(linears, len(batch.ids), take):
+                with _added(linears, len(batch.ids), add, sums):
                     output = walk.replay(i, layer.index, hidden, gradient=True)
                     output.backward(gradients[i].to(output.device))
                 assert hidden.grad is not None
                 gradients[i] = hidden.grad.to(gradients[i].device)
                 path.unlink()
                 advance(len(batch.ids))
-        yield layer
+        yield layer, _means(sums, layer, total)
 
 
 def _forward(
     walk: LayerwisePass, architecture: Architecture, scratch: Path, advance: Advance
 ) -> None:
     """Take the batches to the end and leave every layer's inputs in `scratch`."""
-    for layer in architecture.layers:
-        for i, state in enumerate(walk.states):
-            save_file({"hidden": state.contiguous()}, _path(scratch, layer.index, i))
-        with walk.model.layer(layer.index):
-            walk.advance(layer.index, advance)
+    try:
+        with disk_errors(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
+            for layer in architecture.layers:
+                for i, state in enumerate(walk.states):
+                    save_file({"hidden": state.contiguous()}, _path(scratch, layer.index, i))
+                with walk.model.layer(layer.index):
+                    walk.advance(layer.index, advance)
+    except RegraftError:  # of no use to the next try, which may need the room
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 def _loss_gradients(walk: LayerwisePass, loss: Loss) -> list[Tensor]:
@@ -195,33 +167,43 @@ def _loss_gradients(walk: LayerwisePass, loss: Loss) -> list[Tensor]:
 
 
 @contextmanager
-def _capture(
-    linears: Mapping[LinearArchitecture, nn.Module], rows: int, take: _Take
+def _added(
+    linears: Mapping[LinearArchitecture, nn.Module],
+    rows: int,
+    add: Product,
+    sums: dict[str, Tensor],
 ) -> Iterator[None]:
-    """Have `take` see what each linear read and its output's gradient, when that comes by."""
+    """Add to `sums` what `add` makes of each linear, as a backward pass of B `rows` comes by."""
 
-    def progress(
-        linear: LinearArchitecture,
-    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def observe(linear: LinearArchitecture) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             inputs = args[0].detach().reshape(rows, -1, args[0].shape[-1])  # [B, T, in]
             if not output.requires_grad:  # Mllama's vision keys and values: no hidden state enters
                 output = output.detach().requires_grad_()
 
-            def taken(gradient: Tensor) -> None:
-                take(linear, gradient.reshape(rows, -1, gradient.shape[-1]), inputs)
+            def came(gradient: Tensor) -> None:
+                part = add(gradient.reshape(rows, -1, gradient.shape[-1]), inputs)
+                key = linear.key
+                sums[key] = sums[key].add_(part) if key in sums else part
 
-            output.register_hook(taken)
+            output.register_hook(came)
             return output
 
         return hook
 
-    hooks = [module.register_forward_hook(progress(linear)) for linear, module in linears.items()]
-    try:
+    with hooked(module.register_forward_hook(observe(li)) for li, module in linears.items()):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+
+def _means(sums: dict[str, Tensor], layer: LayerArchitecture, total: int) -> dict[str, Tensor]:
+    """Sums of all processes over `total` samples, in place."""
+    require_same_layers(sorted(sums))
+    for linear in layer.linears:
+        if linear.key in sums:
+            distributed.total(sums[linear.key]).div_(total)
+            if not torch.isfinite(sums[linear.key]).all():
+                raise overflow(linear)
+    return sums
 
 
 def product(dy: Tensor, x: Tensor) -> Tensor:

@@ -11,7 +11,10 @@ reads no data needs no model: `edits_without_data`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -28,14 +31,13 @@ from regraft.pruning.base import (
     GradientPruner,
     InputPruner,
     Note,
+    Pruner,
     PruneSettings,
 )
 from regraft.pruning.gradients import layer_gradients
-from regraft.pruning.inputs import Known
+from regraft.pruning.inputs import Statistics
 from regraft.pruning.masks import Patterns
 from regraft.pruning.results import LayerResults, PrunedWeight
-
-Pruned = Iterable[tuple[LinearArchitecture, PrunedWeight]]
 
 
 def prune_layers(
@@ -67,61 +69,124 @@ def prune_layers(
     Raises:
         RegraftError: inputs overflow, or a layer sees no data.
     """
-    pruner = PRUNERS.get(settings.method)
+    run = _Pruning(settings, dense, walk, patterns, results, advance, note)
+    if settings.sequential:
+        run.sequential()
+    else:
+        run.one_shot()
+
+
+@dataclass(frozen=True)
+class _Pruning:
+    settings: PruneSettings
+    dense: Source
+    walk: LayerwisePass
+    patterns: Patterns
+    results: LayerResults
+    advance: Advance
+    note: Note
+
+    @cached_property
+    def pruner(self) -> Pruner:
+        return PRUNERS.get(self.settings.method)
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        return dict(self.walk.model.network.named_modules())
+
+    def sequential(self) -> None:
+        """Each layer on what the pruned layers before it put out."""
+        pruner, walk = self.pruner, self.walk
+        assert isinstance(pruner, InputPruner)
+        samples = sum(len(batch.ids) for batch in walk.batches)
+        for layer in self.dense.architecture.layers:
+            linears = {li: self.modules[li.module] for li in layer.linears if li in self.patterns}
+            with walk.model.layer(layer.index):
+                pruned = self.results.load(layer)
+                if pruned is None:
+                    found = Statistics()
+                    for i, _ in walk.run(layer.index, found.observing(linears, pruner.add)):
+                        self.advance(len(walk.batches[i].ids))
+                    found.gather()
+                    pruned = self.prune(layer, found)
+                else:
+                    self.advance(samples)
+                for linear, module in linears.items():
+                    pruned[linear.key].put(_weight(module))
+                if layer.index + 1 < walk.layers:
+                    walk.advance(layer.index, self.advance)
+                else:  # nobody reads the last layer's outputs
+                    self.advance(samples)
+
+    def one_shot(self) -> None:
+        """All layers on the dense model; where all are done already, nothing runs."""
+        layers, walk = self.dense.architecture.layers, self.walk
+        if all(map(self.results.has, layers)):
+            return
+        gathered = each_layer(
+            walk,
+            self.dense.architecture,
+            self.pruner,
+            self.patterns.__contains__,
+            self.results.folder / "states",
+            self.advance,
+        )
+        for layer, found in gathered:
+            if not self.results.has(layer):
+                with walk.model.layer(layer.index):
+                    self.prune(layer, found)
+
+    def prune(self, layer: LayerArchitecture, found: Statistics) -> dict[str, PrunedWeight]:
+        """Prune a layer and write the results, updated weights in the dtype they have on disk."""
+        weights = {
+            li: _weight(self.modules[li.module]) for li in layer.linears if li in self.patterns
+        }
+        made = self.pruner.prune(weights, found, self.patterns, self.settings, self.note)
+        record = self.dense.checkpoint.record
+        pruned = {li.key: one.rounded(record(li.tensor).torch_dtype) for li, one in made}
+        if distributed.first():
+            self.results.save(layer, pruned)
+        distributed.barrier()
+        return pruned
+
+
+def each_layer(
+    walk: LayerwisePass,
+    architecture: Architecture,
+    pruner: Pruner,
+    wanted: Callable[[LinearArchitecture], bool],
+    scratch: Path,
+    advance: Advance,
+) -> Iterator[tuple[LayerArchitecture, Statistics]]:
+    """What a pruner accumulates of each layer, of the model as it is.
+
+    Args:
+        walk: The labelled samples, before the first layer.
+        architecture: Of the model.
+        pruner: One that reads data.
+        wanted: Which linears are observed.
+        scratch: A folder for layer inputs, where gradients are taken.
+        advance: Called with the number of samples each time a layer has seen a batch (twice a
+            layer for gradients).
+
+    Yields:
+        From the first layer to the last; for gradients from the last to the first.
+    """
     if isinstance(pruner, GradientPruner):
-        if any(results.load(layer) is None for layer in dense.architecture.layers):
-            _prune_by_gradients(pruner, settings, dense, walk, patterns, results, advance)
+        for layer, values in layer_gradients(
+            walk, architecture, scratch, wanted, advance, add=pruner.accumulate
+        ):
+            yield layer, Statistics.known(values)
         return
     assert isinstance(pruner, InputPruner), f"{pruner.name} reads no data"
     modules = dict(walk.model.network.named_modules())
-    for layer in dense.architecture.layers:
-        linears = {li: modules[li.module] for li in layer.linears if li in patterns}
+    for layer in architecture.layers:
+        linears = {li: modules[li.module] for li in layer.linears if wanted(li)}
+        found = Statistics()
         with walk.model.layer(layer.index):
-            pruned = results.load(layer)
-            sums = pruner.accumulator()
-            observed = sums.observing(linears)
-            if not settings.sequential:
-                walk.advance(layer.index, advance, observed)
-            elif pruned is None:
-                for i, _ in walk.run(layer.index, observed):
-                    advance(len(walk.batches[i].ids))
-            else:
-                advance(_samples(walk))
-            if pruned is None:
-                sums.gather()
-                weights = {linear: _weight(module) for linear, module in linears.items()}
-                found = pruner.prune(weights, sums, patterns, settings, note)
-                pruned = _save(results, layer, found, dense.checkpoint)
-            if settings.sequential:
-                for linear, module in linears.items():
-                    pruned[linear.key].put(_weight(module))
-                _advance(walk, layer, advance)
-
-
-def _prune_by_gradients(
-    pruner: GradientPruner,
-    settings: PruneSettings,
-    dense: Source,
-    walk: LayerwisePass,
-    patterns: Patterns,
-    results: LayerResults,
-    advance: Advance,
-) -> None:
-    modules = dict(walk.model.network.named_modules())
-    backward = layer_gradients(
-        walk,
-        dense.architecture,
-        results.folder / "states",
-        patterns.__contains__,
-        advance,
-        add=pruner.accumulate,
-    )
-    for layer, values in backward:
-        with walk.model.layer(layer.index):
-            wanted = [linear for linear in layer.linears if linear in patterns]
-            weights = {linear: _weight(modules[linear.module]) for linear in wanted}
-            found = pruner.prune(weights, Known(values), patterns, settings)
-            _save(results, layer, found, dense.checkpoint)
+            walk.advance(layer.index, advance, found.observing(linears, pruner.add))
+        found.gather()
+        yield layer, found
 
 
 def passes(settings: PruneSettings) -> int:
@@ -136,10 +201,8 @@ def edits_without_data(settings: PruneSettings, patterns: Patterns) -> dict[str,
 
     def prune(linear: LinearArchitecture) -> Edit:
         def edit(weight: Tensor) -> Tensor:
-            found = pruner.prune(
-                {linear: weight}, Known({linear.key: NO_STATISTIC}), patterns, settings
-            )
-            (_, pruned), *_ = found
+            nothing = Statistics.known({linear.key: NO_STATISTIC})
+            ((_, pruned),) = pruner.prune({linear: weight}, nothing, patterns, settings)
             return pruned.put(weight)
 
         return edit
@@ -151,31 +214,6 @@ def zeros(checkpoint: Checkpoint, architecture: Architecture) -> int:
     """Number of prunable weights that are zero on disk; one tensor in memory at a time."""
     weights = (checkpoint.read(linear.tensor) for linear in architecture.linears)
     return sum(int((weight == 0).count_nonzero()) for weight in weights)
-
-
-def _advance(walk: LayerwisePass, layer: LayerArchitecture, advance: Advance) -> None:
-    if layer.index + 1 == walk.layers:  # nobody reads the last layer's outputs
-        advance(_samples(walk))
-        return
-    walk.advance(layer.index, advance)
-
-
-def _save(
-    results: LayerResults, layer: LayerArchitecture, found: Pruned, checkpoint: Checkpoint
-) -> dict[str, PrunedWeight]:
-    """Write a layer's results, updated weights in the dtype that they have on disk."""
-    pruned = {
-        linear.key: one.rounded(checkpoint.record(linear.tensor).torch_dtype)
-        for linear, one in found
-    }
-    if distributed.first():
-        results.save(layer, pruned)
-    distributed.barrier()
-    return pruned
-
-
-def _samples(walk: LayerwisePass) -> int:
-    return sum(len(batch.ids) for batch in walk.batches)
 
 
 def _weight(module: nn.Module) -> Tensor:

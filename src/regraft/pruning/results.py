@@ -11,7 +11,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from regraft.files import atomic_file
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
@@ -50,9 +49,13 @@ class LayerResults:
         with atomic_file(self._path(layer)) as temporary:
             save_file({key: _packed(result) for key, result in results.items()}, temporary)
 
+    def has(self, layer: LayerArchitecture) -> bool:
+        """Whether a layer's results were written."""
+        return self._path(layer).exists()
+
     def load(self, layer: LayerArchitecture) -> dict[str, PrunedWeight] | None:
         """Read a layer's results, None where they were not written yet."""
-        if not self._path(layer).exists():
+        if not self.has(layer):
             return None
         stored = load_file(self._path(layer))
         linears = {linear.key: linear for linear in layer.linears}
@@ -78,18 +81,9 @@ class LayerResults:
 
 def _packed(result: PrunedWeight) -> Tensor:
     if result.mask is not None:
-        return _pack(result.mask.reshape(-1)).cpu()
+        return torch.from_numpy(np.packbits(result.mask.cpu().numpy()))
     assert result.weight is not None
     return result.weight.cpu().contiguous()
-
-
-def _pack(mask: Tensor) -> Tensor:
-    """Eight weights a byte, the first in the highest bit: `[n]` bool -> `[ceil(n / 8)]` uint8."""
-    if not mask.is_cuda:
-        return torch.from_numpy(np.packbits(mask.numpy()))
-    bits = F.pad(mask.to(torch.uint8), (0, -len(mask) % 8)).view(-1, 8)
-    places = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=mask.device)
-    return (bits * places).sum(dim=1, dtype=torch.uint8)
 
 
 def _unpacked(stored: Tensor, linear: LinearArchitecture) -> PrunedWeight:

@@ -7,7 +7,7 @@ and set difference take those of harmful prompts (D^s) and of harmless ones (D^u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,8 @@ from regraft.files import atomic_file
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.layerwise import LayerwisePass
 from regraft.progress import Advance
-from regraft.pruning.base import (
-    NO_STATISTIC,
-    PRUNERS,
-    GradientPruner,
-    InputPruner,
-    Note,
-    Pruner,
-)
-from regraft.pruning.gradients import layer_gradients
-from regraft.pruning.inputs import Known, Statistics
+from regraft.pruning.base import NO_STATISTIC, PRUNERS, Note, Pruner
+from regraft.pruning.prune import each_layer
 
 FORMAT = "regraft-statistics-2"
 
@@ -115,47 +107,18 @@ def gather(
 
     layers = architecture.layers if pruner.reads_data else ()
     if not all(part(layer).exists() for layer in layers):
-        for layer, values in _by_layer(walk, architecture, pruner, scratch, advance, note):
+        gathered = each_layer(walk, architecture, pruner, pruner.keeps, scratch / "states", advance)
+        for layer, found in gathered:
+            ran = [linear for linear in layer.linears if pruner.keeps(linear) and found.ran(linear)]
+            # copies, since linears that read one input share its sum, which the file would not take
+            made = {
+                linear.key: one.cpu().clone() for linear, one in pruner.statistics(ran, found, note)
+            }
             if distributed.first():
                 with atomic_file(part(layer)) as temporary:
-                    save_file({key: value.cpu() for key, value in values.items()}, temporary)
+                    save_file(made, temporary)
         distributed.barrier()
     return {key: value for layer in layers for key, value in load_file(part(layer)).items()}
-
-
-def _by_layer(
-    walk: LayerwisePass,
-    architecture: Architecture,
-    pruner: Pruner,
-    scratch: Path,
-    advance: Advance,
-    note: Note,
-) -> Iterator[tuple[LayerArchitecture, dict[str, Tensor]]]:
-    if isinstance(pruner, GradientPruner):
-        backward = layer_gradients(
-            walk, architecture, scratch / "states", pruner.keeps, advance, add=pruner.accumulate
-        )
-        for layer, values in backward:
-            yield layer, _made(pruner, layer.linears, Known(values), note)
-        return
-    assert isinstance(pruner, InputPruner)
-    modules = dict(walk.model.network.named_modules())
-    for layer in architecture.layers:
-        linears = {li: modules[li.module] for li in layer.linears if pruner.keeps(li)}
-        sums = pruner.accumulator()
-        with walk.model.layer(layer.index):
-            walk.advance(layer.index, advance, sums.observing(linears))
-        sums.gather()
-        made = _made(pruner, linears, sums, note)
-        # copies, since linears that read one input share its sum, which the file would not take
-        yield layer, {key: value.clone() for key, value in made.items()}
-
-
-def _made(
-    pruner: Pruner, linears: Iterable[LinearArchitecture], found: Statistics, note: Note
-) -> dict[str, Tensor]:
-    ran = [linear for linear in linears if found.ran(linear)]
-    return {linear.key: one for linear, one in pruner.statistics(ran, found, note)}
 
 
 @dataclass(frozen=True)

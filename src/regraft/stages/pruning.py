@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from regraft import distributed
 from regraft.checks import warn_of_bundled
-from regraft.data.collate import Batch
-from regraft.data.example import Example, Reading
+from regraft.data.example import Reading
 from regraft.files import require_space, to_json
 from regraft.loading import (
     check_shares,
@@ -22,7 +20,7 @@ from regraft.loading import (
     load_for_walk,
 )
 from regraft.models.checkpoint import open_checkpoint
-from regraft.models.checkpoint_copy import check_target, write_edited
+from regraft.models.checkpoint_copy import Edit, check_target, write_edited
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
 from regraft.progress import Progress, Silent
@@ -64,15 +62,14 @@ def prune(
     data = _data(dense, settings, calibration, compute, responses or beside(out), progress)
     about = describe("prune", {"dense": dense.checkpoint.fingerprint}, settings, compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
-        patterns = settings.patterns(dense.architecture.linears)
         _warn_of_pruned(dense, progress)
         with working(out, about) as work:
             if data:
-                results = LayerResults(work)
-                _calibrate(dense, out, settings, compute, data, results, progress)
-                edits = results.edits(dense.architecture)
+                edits = _calibrated(
+                    dense, out, settings, compute, data, LayerResults(work), progress
+                )
             else:
-                edits = edits_without_data(settings, patterns)
+                edits = edits_without_data(settings, settings.patterns(dense.architecture.linears))
             if distributed.first():
                 with progress.task(f"Writing {out}", dense.checkpoint.bytes, "bytes") as done:
                     write_edited(
@@ -106,14 +103,36 @@ def _data(
     return found
 
 
-def _batches(
-    processor: Any, settings: PruneSettings, examples: Sequence[Example], compute: ComputeSettings
-) -> Iterator[Batch]:
-    """This process's share of the calibration data, encoded as it is asked for."""
-    encoders = PRUNERS.get(settings.method).encoders(settings)
-    return chain.from_iterable(
-        each_of_share(processor, encode, examples, compute) for encode in encoders
+def _calibrated(
+    dense: Source,
+    out: Path,
+    settings: PruneSettings,
+    compute: ComputeSettings,
+    data: Mapping[str, Reading],
+    results: LayerResults,
+    progress: Progress,
+) -> dict[str, Edit]:
+    """Prune layer by layer; returns what is to be written."""
+    examples = [example for reading in data.values() for example in reading.examples]
+    check_shares(examples, compute)
+    for role, reading in data.items():
+        progress.note(reading.describe({"utility": "D^u", "safety": "D^s"}[role]))
+    model, processor = load_for_walk(dense, compute, progress)
+    pruner = PRUNERS.get(settings.method)
+    encoded = (
+        each_of_share(processor, encode, examples, compute) for encode in pruner.encoders(settings)
     )
+    walk = LayerwisePass(model, chain.from_iterable(encoded), again=False)
+    needed = dense.checkpoint.bytes + spilled_bytes(dense, settings)
+    if isinstance(pruner, GradientPruner):
+        needed += hidden_state_bytes(dense, walk)
+    require_space(out, needed - unfinished_bytes(out))
+    samples = sum(len(batch.ids) for batch in walk.batches)
+    total = passes(settings) * samples * len(dense.architecture.layers)
+    patterns = settings.patterns(dense.architecture.linears)
+    with progress.task("Pruning, layer by layer", total, "samples x layers") as done:
+        prune_layers(settings, dense, walk, patterns, results, advance=done, note=progress.note)
+    return results.edits(dense.architecture)
 
 
 def _warn_of_pruned(dense: Source, progress: Progress) -> None:
@@ -168,36 +187,3 @@ def spilled_bytes(dense: Source, settings: PruneSettings) -> int:
     if pruner.updates:
         return sum(dense.checkpoint.record(li.tensor).bytes for li in dense.architecture.linears)
     return dense.architecture.prunable // 8
-
-
-def _calibrate(
-    dense: Source,
-    out: Path,
-    settings: PruneSettings,
-    compute: ComputeSettings,
-    data: Mapping[str, Reading],
-    results: LayerResults,
-    progress: Progress,
-) -> None:
-    examples = [example for reading in data.values() for example in reading.examples]
-    check_shares(examples, compute)
-    for role, reading in data.items():
-        progress.note(reading.describe({"utility": "D^u", "safety": "D^s"}[role]))
-    model, processor = load_for_walk(dense, compute, progress)
-    walk = LayerwisePass(model, _batches(processor, settings, examples, compute), again=False)
-    needed = dense.checkpoint.bytes + spilled_bytes(dense, settings)
-    if isinstance(PRUNERS.get(settings.method), GradientPruner):
-        needed += hidden_state_bytes(dense, walk)
-    require_space(out, needed - unfinished_bytes(out))
-    samples = sum(len(batch.ids) for batch in walk.batches)
-    total = passes(settings) * samples * len(dense.architecture.layers)
-    with progress.task("Pruning, layer by layer", total, "samples x layers") as done:
-        prune_layers(
-            settings,
-            dense,
-            walk,
-            settings.patterns(dense.architecture.linears),
-            results,
-            advance=done,
-            note=progress.note,
-        )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from regraft.checks import check_budget, check_gradients, check_heads, check_r_max
 from regraft.evaluation.tradeoff import read_curve
+from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, check_split
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import check_pair
@@ -20,7 +21,7 @@ from regraft.pruning.base import PRUNERS, GradientPruner
 from regraft.restoration.base import MethodSettings, Needs, method_of, needs_of, own_settings
 from regraft.restoration.ranking import load_ranking
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.scoring import HeadSettings, StatisticsSettings
+from regraft.settings.scoring import StatisticsSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages.answering import imitation_data
 from regraft.stages.gathering import statistics

@@ -12,6 +12,7 @@ from regraft.checks import check_r_max, warn_of_bundled
 from regraft.data.collate import prompt_batch
 from regraft.files import digest
 from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
+from regraft.heads.ships import HeadSettings
 from regraft.heads.states import steps
 from regraft.loading import collate, load
 from regraft.models.load import Source
@@ -20,7 +21,6 @@ from regraft.provenance import describe, is_done, working
 from regraft.reading import draw_calibration
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.scoring import HeadSettings
 
 
 def heads(
@@ -60,7 +60,7 @@ def heads(
                     dense.architecture,
                     prompts,
                     work if states is None else states / _ablated(about),
-                    settings.scoring(),
+                    settings,
                     about=about,
                     advance=done,
                 )

@@ -18,11 +18,10 @@ import numpy as np
 
 from regraft.errors import RegraftError
 from regraft.files import disk_errors, locked, require_empty, write_json
-from regraft.heads.ships import most_rank
+from regraft.heads.ships import HeadSettings, most_rank
 from regraft.models.load import Source
 from regraft.provenance import holds
 from regraft.restoration.base import Between, MethodSettings, Space, method_of, needs_of
-from regraft.settings.scoring import HeadSettings
 from regraft.settings.searching import TuneSettings
 
 if TYPE_CHECKING:

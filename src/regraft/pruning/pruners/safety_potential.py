@@ -19,21 +19,21 @@ the authors', give the text of their src/prompts.py as `prompt`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from regraft.data.collate import IGNORED, Batch, prompt_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.models.architecture import LinearArchitecture
-from regraft.pruning.base import Encode, InputPruner, LayerwiseSettings
-from regraft.pruning.inputs import InputSums, Observing
+from regraft.pruning.base import Encode, InputPruner, LayerwiseSettings, Note
+from regraft.pruning.inputs import Statistics
 
 SAFETY_PROMPT = (
     "If the text or the image below contains anything harmful, violent, illegal, graphic or "
@@ -67,12 +67,42 @@ class SafetyPotential(InputPruner):
     restores = False  # its statistic is of prompts with and without the safety prompt, not of D^u
 
     def accumulate(self, inputs: Tensor) -> Tensor:
-        """Squared inputs `[tokens, in]` added up over tokens, `[in]` float64."""
+        """Squared inputs `[tokens, in]` added up over tokens, `[in]` float64.
+
+        What a prompt adds may be small beside outliers that both sums have.
+        """
         return inputs.double().square().sum(dim=0)
 
-    def accumulator(self) -> AddedEnergy:
-        """Sums with the prompt and without."""
-        return AddedEnergy(InputSums(self.accumulate), InputSums(self.accumulate))
+    def add(self, inputs: Tensor, batch: Batch) -> Tensor:
+        """Two sums `[2, in]`: with the safety prompt, and below it without.
+
+        One sum of differences would not do: where the prompt changes nothing, such as the vision
+        tokens that cross-attention reads, rounding would leave something to rank by.
+        """
+        assert isinstance(batch, PotentialBatch)
+        energy = self.accumulate(inputs)
+        rows = (energy, energy.new_zeros(()).expand_as(energy))
+        return torch.stack(rows if batch.prompted else rows[::-1])
+
+    def statistics(
+        self, linears: Iterable[LinearArchitecture], found: Statistics, note: Note = lambda _: None
+    ) -> Iterator[tuple[LinearArchitecture, Tensor]]:
+        """max(S_j, 0) times the number of prompts, which is the same for all, `[in]` float32.
+
+        Raises:
+            RegraftError: a linear never ran, its inputs overflow, or the prompt adds energy to none
+                of them.
+        """
+        for linear in linears:
+            prompted, plain = found.of(linear)
+            added = (prompted - plain).clamp_(min=0)
+            if not added.any():
+                raise RegraftError(
+                    f"The safety prompt adds energy to no input of {linear.key}, so that its "
+                    f"weights cannot be ranked by it. Leave them dense with --ignore "
+                    f"'*.{linear.name}'."
+                )
+            yield linear, added.float()
 
     def score(self, weight: Tensor, statistic: Tensor) -> Tensor:
         """|W_ij| sqrt(S_j), up to a factor that is the same for all."""
@@ -108,55 +138,6 @@ def potential_batch(
     padding = batch.inputs["attention_mask"] == 0
     labels = batch.inputs["input_ids"].masked_fill(padding, IGNORED)
     return PotentialBatch(batch.inputs, labels, batch.ids, prompted=prompt is not None)
-
-
-@dataclass
-class AddedEnergy:
-    """S_j of every linear, up to the number of prompts, which is the same for all.
-
-    Sums are in float64: what a prompt adds may be small beside outliers that both sums have.
-    """
-
-    prompted: InputSums
-    plain: InputSums
-
-    def observing(self, linears: Mapping[LinearArchitecture, nn.Module]) -> Observing:
-        """Make contexts in which forward passes of a `PotentialBatch` are added."""
-        with_prompt, without = self.prompted.observing(linears), self.plain.observing(linears)
-
-        def around(batch: Batch) -> AbstractContextManager[None]:
-            assert isinstance(batch, PotentialBatch)
-            return with_prompt(batch) if batch.prompted else without(batch)
-
-        return around
-
-    def ran(self, linear: LinearArchitecture) -> bool:
-        """Whether anything was fed to a linear."""
-        return self.prompted.ran(linear)
-
-    def gather(self) -> None:
-        """Add up over all processes.
-
-        Raises:
-            RegraftError: some ran other linears.
-        """
-        self.prompted.gather()
-        self.plain.gather()
-
-    def of(self, linear: LinearArchitecture) -> Tensor:
-        """max(S_j, 0) times the number of prompts, `[in]` float32.
-
-        Raises:
-            RegraftError: nothing was fed to the linear, its inputs overflow, or the prompt adds
-                energy to none of them (vision tokens that cross-attention reads do not see it).
-        """
-        added = (self.prompted.of(linear) - self.plain.of(linear)).clamp_(min=0)
-        if not added.any():
-            raise RegraftError(
-                f"The safety prompt adds energy to no input of {linear.key}, so that its weights "
-                f"cannot be ranked by it. Leave them dense with --ignore '*.{linear.name}'."
-            )
-        return added.float()
 
 
 PLUGIN = SafetyPotential()

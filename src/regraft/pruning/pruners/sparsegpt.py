@@ -29,7 +29,7 @@ from torch import Tensor
 from regraft.errors import RegraftError
 from regraft.models.architecture import LinearArchitecture
 from regraft.pruning.base import CalibratedSettings, InputPruner, LayerwiseSettings, Note
-from regraft.pruning.inputs import InputSums, Statistics
+from regraft.pruning.inputs import Statistics
 from regraft.pruning.masks import Pattern, Patterns, Scope, count_of, smallest
 from regraft.pruning.results import PrunedWeight
 
@@ -130,7 +130,7 @@ def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseF
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
-    diagonal[dead] = mean
+    diagonal[dead] = mean  # nothing else is in its row and column: any positive number will do
     added = 0.0
     while damp <= _MOST_DAMP:
         diagonal += (damp - added) * mean
@@ -139,6 +139,9 @@ def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseF
         if not failed:
             inverse = torch.cholesky_inverse(lower)
             del lower
+            # U_j,j: times U_jj is the first row of the inverse of H over column j and those to its
+            # right, which is what counts once those to its left are final. So one factorisation
+            # serves all columns.
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return InverseFactor(upper, dead, damp)
@@ -162,7 +165,6 @@ def factors(
     Raises:
         RegraftError: a linear was not used, or its inputs overflow.
     """
-    assert isinstance(found, InputSums)
     groups: dict[str, list[LinearArchitecture]] = {}
     for linear in linears:
         found.of(linear)
@@ -206,6 +208,7 @@ def sparsegpt_prune(
         part = current[:, start:stop].contiguous()  # [out, block]
         errors = _prune_block(part, upper, pattern, _count(pattern, part, start, stop))
         current[:, start:stop] = part
+        # one product a block instead of an update a column: the columns behind are not read before
         current[:, stop:] -= errors @ factor.upper[start:stop, stop:]
     return current
 
@@ -231,13 +234,13 @@ def _prune_block(part: Tensor, upper: Tensor, pattern: Pattern, count: int) -> T
         mask = smallest(part.square() / scale, count, pattern.scope)
     errors = torch.zeros_like(part)
     for j in range(part.shape[1]):
-        if group and j % group == 0:
+        if group and j % group == 0:  # chosen as late as it can be: on updated weights
             columns = slice(j, j + group)
             mask[:, columns] = pattern.mask(part[:, columns].square() / scale[columns])
         gone = part[:, j] * mask[:, j]  # [out]
         errors[:, j] = gone / upper[j, j]
         part[:, j:].addr_(errors[:, j], upper[j, j:], alpha=-1)  # [out, block - j]
-        part[:, j].masked_fill_(mask[:, j], 0)
+        part[:, j].masked_fill_(mask[:, j], 0)  # rounding left almost 0
     return errors
 
 

@@ -6,6 +6,7 @@
         W_ij  = 0                                       where the score is least in row i
         run the pruned layer: its outputs are the next layer's inputs
 
+Weights compete within a row: the paper found that better for language models than a whole matrix.
 The score is rank one, so that only s is kept: `in` floats a weight matrix (9 MB for D^s and D^u
 together on a 7B model).
 """
