@@ -1311,6 +1311,23 @@ def test_every_method_has_a_command_with_only_its_flags(
     assert not (others - own) & flags
 
 
+@pytest.mark.parametrize("columns", [80, 100])
+@pytest.mark.parametrize("name", METHODS.names())
+def test_the_help_of_a_method_fits_two_screens(
+    name: str,
+    columns: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    run_ok("realign", name, "--help")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 80
+    assert max(map(len, lines)) == columns
+    headings = [line.strip("╭─╮ ") for line in lines if line.startswith("╭")]
+    assert headings[-1] == "Expert settings"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_says_of_itself_what_the_list_says(name: str) -> None:
     """The list is there before a command is imported."""

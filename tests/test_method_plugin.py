@@ -42,7 +42,6 @@ class Settings(AlwaysBudgeted):
 class TopMagnitude(Method[Settings]):
     name: ClassVar[str] = "top-magnitude"
     Settings = Settings
-    reads_heads = True
 
     def needs(self, settings):
         return Needs(heads=HeadChoice("ships", settings.top_heads))

@@ -24,6 +24,7 @@ from regraft.pruning.base import PRUNERS, PruneSettings, all_settings
 from regraft.restoration.base import (
     DEFAULT,
     METHODS,
+    Budgeted,
     MethodSettings,
 )
 from regraft.settings.base import Settings, by_method, checked_name
@@ -125,7 +126,7 @@ class VariantSettings(MethodSettings):
     @model_validator(mode="after")
     def _check_search(self) -> VariantSettings:
         if self.search is not None and not self.searchable:
-            if "budget" in type(self).model_fields and METHODS.get(self.method).searches:
+            if issubclass(METHODS.get(self.method).Settings, Budgeted):
                 raise ValueError(
                     f"{self.name!r} searches a number of weights: give it a `budget` too"
                 )

@@ -66,8 +66,8 @@ class MethodSettings(Settings):
         return self.model_copy(update={"head_seed": getattr(self, "head_seed") + by})  # noqa: B009
 
 
-class Budgeted(MethodSettings):
-    """How many weights are restored, as a share of those pruned or as a number."""
+class Counted(MethodSettings):
+    """How many weights are changed, as a share of those pruned or as a number."""
 
     budget: float | None = Field(
         None,
@@ -84,16 +84,20 @@ class Budgeted(MethodSettings):
             raise ValueError("`budget` and `count` say the same thing; give one of them")
         return self
 
-    @property
-    def searchable(self) -> bool:
-        """Whether any first part of the ranking may be restored, so that a search can choose."""
-        return self.budget is not None or self.count is not None
-
     def how_many(self, pruned: int) -> int | None:
         """How many of `pruned` weights are restored at most; None for the whole ranking."""
         if self.count is not None:
             return min(self.count, pruned)
         return None if self.budget is None else int(self.budget * pruned / 10_000)
+
+
+class Budgeted(Counted):
+    """Weights that are restored one by one, so that a search may choose how many."""
+
+    @property
+    def searchable(self) -> bool:
+        """Whether a number of weights is given, up to which a search can choose."""
+        return self.budget is not None or self.count is not None
 
 
 class AlwaysBudgeted(Budgeted):
@@ -227,21 +231,17 @@ class Method(ABC, Generic[S]):
         name: What it is called on the command line and in recipes.
         Settings: Its settings, with `method: Literal[name] = name`.
         algorithm: Raised whenever the same settings give another ranking than before.
-        reads_heads: Whether head scores may decide, so that the command line offers how they are
-            made.
-        reads_responses: Whether statistics may be gathered on responses, likewise.
-        searches: Whether a search may choose how many weights are restored, likewise.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type[MethodSettings]]
     algorithm: ClassVar[int] = 1
-    reads_heads: ClassVar[bool] = False
-    reads_responses: ClassVar[bool] = False
-    searches: ClassVar[bool] = True
 
     def needs(self, settings: S) -> Needs:
-        """What must be there before `rank`; nothing by default."""
+        """What must be there before `rank`; nothing by default.
+
+        No settings may need more than the default ones, for which the command line has flags.
+        """
         return Needs()
 
     def check(

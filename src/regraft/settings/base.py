@@ -9,8 +9,11 @@ from functools import reduce
 from operator import or_
 from typing import Annotated, Any
 
+from cyclopts import Group, Parameter
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
 
+EXPERT = Parameter(group=Group("Expert settings", sort_key=9))  # the last heading of a help
+NAMED = Parameter(show_choices=False)  # the description names every choice
 _BY_METHOD = "method "  # how the location of an error in a union of settings names the method
 
 

@@ -62,14 +62,14 @@ class InHeads(MethodSettings):
     """In which heads weights are restored."""
 
     heads: Literal["top", "random", "all"] = Field(
-        "top", description="The top-scored heads, random ones (a control), or all."
+        "top", description="The best by their scores, random ones (a control) or all."
     )
     criterion: Criterion = Field(
         "ships",
-        description="Rank heads by Ships, by KL, or as HSR's released code.",
+        description="What scores a head; released: as in HSR's code.",
     )
     top_heads: int = Field(10, ge=1, description="How many heads (h).")
-    head_seed: int = Field(0, description="Of random heads.")
+    head_seed: int = Field(0, description="Another seed draws other random heads.")
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -105,18 +105,18 @@ class ByImportance(Budgeted, InHeads):
         None,
         gt=0,
         lt=10_000,
-        description="Restored weights per 10,000 pruned ones; takes the place of q.",
+        description="Restored weights per 10,000 pruned; replaces q.",
     )
     score: ScoreName = Field(
         "wanda",
-        description="Importance I^s and I^u; by magnitude both are the same.",
+        description="What I^s and I^u are: importance by this pruner.",
     )
     q: float = Field(0.5, gt=0, le=1, description="Top share by safety importance.")
     p: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="Share kept by the pruner; if not given, what each matrix has kept.",
+        description="Share that pruning kept; of each matrix if not given.",
     )
 
     @model_validator(mode="after")
@@ -144,11 +144,9 @@ class HSRSettings(ByImportance):
         None,
         gt=0,
         le=1,
-        description="Outer bound by utility importance; p + 0.2 if not given.",
+        description="Outer bound by utility; p + 0.2 if not given.",
     )
-    scope: RankingScope = Field(
-        "row", description="Weights compete within their row, the matrix or the head."
-    )
+    scope: RankingScope = Field("row", description="Within what weights compete.")
 
     @model_validator(mode="after")
     def _check_p(self) -> Self:
@@ -168,8 +166,6 @@ class HSRMethod(Method[HSRSettings]):
 
     name: ClassVar[str] = "hsr"
     Settings: ClassVar[type[MethodSettings]] = HSRSettings
-    reads_heads: ClassVar[bool] = True
-    reads_responses: ClassVar[bool] = True
 
     def needs(self, settings: HSRSettings) -> Needs:
         """Scored heads, and statistics of both kinds of prompts."""

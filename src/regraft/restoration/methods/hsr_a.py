@@ -25,7 +25,6 @@ class HSRAMethod(Method[HSRASettings]):
 
     name: ClassVar[str] = "hsr-a"
     Settings: ClassVar[type[MethodSettings]] = HSRASettings
-    reads_heads: ClassVar[bool] = True
 
     def needs(self, settings: HSRASettings) -> Needs:
         """Scored heads."""

@@ -127,8 +127,6 @@ class HSRReleased(Method[HSRReleasedSettings]):
 
     name: ClassVar[str] = "hsr-released"
     Settings: ClassVar[type[MethodSettings]] = HSRReleasedSettings
-    reads_heads: ClassVar[bool] = True
-    reads_responses: ClassVar[bool] = True
 
     def needs(self, settings: HSRReleasedSettings) -> Needs:
         """Scored heads, and statistics of both kinds of prompts."""

@@ -17,7 +17,7 @@ class RandomSettings(AlwaysBudgeted):
     """Random pruned weights, a control."""
 
     method: Literal["random"] = "random"
-    head_seed: int = Field(0, description="Of the draw.")
+    head_seed: int = Field(0, description="Another seed draws other weights.")
 
     @property
     def drawn(self) -> bool:

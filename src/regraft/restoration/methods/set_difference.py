@@ -51,7 +51,6 @@ class SetDifference(Method[SetDifferenceSettings]):
 
     name: ClassVar[str] = "set-difference"
     Settings: ClassVar[type[MethodSettings]] = SetDifferenceSettings
-    reads_responses: ClassVar[bool] = True
 
     def needs(self, settings: SetDifferenceSettings) -> Needs:
         """Statistics of both kinds of prompts."""

@@ -23,8 +23,8 @@ from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.pruning.gradients import require_gradients
 from regraft.restoration.base import (
-    Budgeted,
     Context,
+    Counted,
     Method,
     MethodSettings,
     Needs,
@@ -41,7 +41,7 @@ MINIBATCH = 8  # prompts of each kind in an update
 KINDS = ("safety", "utility")
 
 
-class FineTuneSettings(Budgeted):
+class FineTuneSettings(Counted):
     """A baseline that trains values by Adam instead of restoring dense ones."""
 
     method: Literal["fine-tune"] = "fine-tune"
@@ -72,11 +72,6 @@ class FineTuneSettings(Budgeted):
         """Whether a seed decides what is restored, so that repeats differ."""
         return self.positions == RANDOM
 
-    @property
-    def searchable(self) -> bool:
-        """No: its weights are trained together."""
-        return False
-
 
 class FineTune(Method[FineTuneSettings]):
     """Trains the values of a few weights: the positions of another ranking, or random ones.
@@ -87,7 +82,6 @@ class FineTune(Method[FineTuneSettings]):
 
     name: ClassVar[str] = "fine-tune"
     Settings: ClassVar[type[MethodSettings]] = FineTuneSettings
-    searches: ClassVar[bool] = False
 
     def needs(self, settings: FineTuneSettings) -> Needs:
         """The dense model's own answers, and the ranking whose positions are trained."""
