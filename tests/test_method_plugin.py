@@ -28,8 +28,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 from regraft.restoration.base import AlwaysBudgeted, Between, HeadChoice, Method, Needs
-from regraft.restoration.methods.hsr import regions_of
-from regraft.restoration.selection import inside
+from regraft.restoration.selection import inside, regions_of
 
 
 class Settings(AlwaysBudgeted):
@@ -54,7 +53,7 @@ class TopMagnitude(Method[Settings]):
             chosen = free & inside(tuple(weight.shape), regions(linear), weight.device)
             return weight.float().abs().masked_fill(~chosen, float("-inf"))
 
-        return context.rank_by(score, heads)
+        return context.best(score, heads)
 
     def label(self, settings):
         return f"largest weights of {settings.top_heads} heads"

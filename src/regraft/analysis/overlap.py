@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from regraft.models.load import Source
 from regraft.pruning.statistics import SavedStatistics
-from regraft.restoration.selection import RankingScope, top
+from regraft.restoration.methods.hsr import RankingScope, top
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from regraft.recipe_file import read_recipe
 from regraft.report.drawing import standalone
 from regraft.report.rate_figures import relation_figure
 from regraft.reporting import model_folder, read_run
-from regraft.restoration.selection import RankingScope
+from regraft.restoration.methods.hsr import RankingScope
 from regraft.run_dir import RunDir
 
 

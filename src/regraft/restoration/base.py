@@ -9,22 +9,24 @@ gathering what is needed, patches, searches, reports) is the same for all method
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from regraft.data.example import Reading
 from regraft.heads.score import Criterion, HeadScores
+from regraft.models.architecture import LinearArchitecture
 from regraft.models.load import Source, pick_device
-from regraft.patch.pair import Survey
+from regraft.patch.pair import Survey, restorable
 from regraft.progress import Progress
 from regraft.pruning.base import PRUNERS, GradientPruner
 from regraft.pruning.statistics import SavedStatistics
 from regraft.registry import Registry
-from regraft.restoration.ranking import Ranking, WeightScore, best_weights
+from regraft.restoration.ranking import Best, Ranking
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 
@@ -167,6 +169,10 @@ Space = dict[str, Between | tuple[str, ...]]
 """Field of a method's settings -> what tuning may set it to."""
 
 
+WeightScore = Callable[[int, LinearArchitecture, Tensor, Tensor], Tensor | None]
+"""(index, linear, dense weight, where a value can be restored) -> `[out, in]` floats, or None."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What a method ranks from.
@@ -200,24 +206,30 @@ class Context:
     answered: Mapping[str, Reading] | None = None
     positions: Ranking | None = None
 
-    def rank_by(self, score: WeightScore, heads: Sequence[tuple[int, int]] = ()) -> Ranking:
-        """Rank by a score that each matrix has by itself, one matrix in memory at a time.
+    def best(self, score: WeightScore, heads: Sequence[tuple[int, int]] = ()) -> Ranking:
+        """The best weights by a score that each matrix has by itself, one in memory at a time.
 
         Args:
             score: Of the weights of a matrix.
             heads: (layer, head) restored in, to be told of the ranking.
         """
-        layers = len(self.dense.architecture.layers)
-        with self.progress.task("Ranking weights", layers, "layers") as done:
-            found = best_weights(
-                self.dense,
-                self.pruned,
-                score,
-                self.count,
-                device=pick_device(self.compute.device),
-                advance=done,
-            )
-        return replace(found, about={"heads": [list(head) for head in heads]})
+        found, device = Best(self.count), pick_device(self.compute.device)
+        layers = self.dense.architecture.layers
+        pruned = iter(self.pruned.architecture.linears)  # which have names of their own on disk
+        index = 0
+        with self.progress.task("Ranking weights", len(layers), "layers") as done:
+            for layer in layers:
+                for linear in layer.linears:
+                    weight = self.dense.checkpoint.read(linear.tensor).to(device)
+                    after = self.pruned.checkpoint.read(next(pruned).tensor).to(device)
+                    scores = score(index, linear, weight, restorable(weight, after))
+                    if scores is not None:
+                        found.add(index, scores)
+                    index += 1
+                done(1)
+        ranking = found.ranking
+        about = {"heads": [list(head) for head in heads]}
+        return replace(ranking, score=ranking.score.float(), about=about)
 
 
 Prompts = Mapping[str, Reading]

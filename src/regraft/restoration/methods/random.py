@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from regraft.restoration.base import AlwaysBudgeted, Context, Method, MethodSettings
+from regraft.models.architecture import LinearArchitecture
+from regraft.restoration.base import AlwaysBudgeted, Context, Method, MethodSettings, WeightScore
 from regraft.restoration.ranking import Ranking
-from regraft.restoration.selection import random_scores
 
 
 class RandomSettings(AlwaysBudgeted):
@@ -33,17 +33,32 @@ class RandomWeights(Method[RandomSettings]):
 
     def rank(self, settings: RandomSettings, context: Context) -> Ranking:
         """A random order, another one for each calibration seed."""
-        return context.rank_by(drawn_by(settings.head_seed, context.seed))
+        return context.best(drawn_by(settings.head_seed, context.seed))
 
     def label(self, settings: RandomSettings) -> str:
         """What tables call it."""
         return "random weights"
 
 
-def drawn_by(head_seed: int, calibration_seed: int) -> Callable[..., Tensor]:
+def drawn_by(head_seed: int, calibration_seed: int) -> WeightScore:
     """A random score of every pruned weight."""
     seed = head_seed + 1000 * calibration_seed
-    return lambda index, _linear, _weight, free: random_scores(free, seed, index)
+
+    def score(index: int, _linear: LinearArchitecture, _weight: Tensor, free: Tensor) -> Tensor:
+        return random_scores(free, seed, index)
+
+    return score
+
+
+def random_scores(free: Tensor, seed: int, index: int) -> Tensor:
+    """A random order of all pruned weights of matrix `index`, `[out, in]` float32."""
+    scores = torch.rand(free.shape, generator=generator_of(seed, index)).to(free.device)
+    return scores.masked_fill_(~free, -torch.inf)
+
+
+def generator_of(seed: int, index: int) -> torch.Generator:
+    """On the CPU, so that a draw depends on seed and matrix alone and not on the device."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
 
 
 PLUGIN = RandomWeights()

@@ -13,15 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from regraft import distributed
-from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
-from regraft.loading import check_shares, each_of_share, load_for_walk
-from regraft.models.layerwise import LayerwisePass
+from regraft.loading import check_shares
 from regraft.models.load import Source
-from regraft.models.placement import PlacedModel
-from regraft.pruning.gradients import require_gradients
 from regraft.restoration.base import (
     Context,
     Counted,
@@ -30,10 +26,10 @@ from regraft.restoration.base import (
     Needs,
     with_default_budget,
 )
-from regraft.restoration.methods.fine_tune.adam import TRAINED, Side, SparseAdam, train
+from regraft.restoration.methods.fine_tune.adam import TRAINED, SparseAdam, train
 from regraft.restoration.methods.random import drawn_by
 from regraft.restoration.ranking import Ranking, by_linear
-from regraft.restoration.teacher import DecisionLoss, write_teacher
+from regraft.restoration.teacher import samples_of, taught
 from regraft.settings.compute import ComputeSettings
 
 RANDOM = "random"  # positions that are drawn
@@ -136,7 +132,7 @@ PLUGIN = FineTune()
 def _chosen(settings: FineTuneSettings, context: Context) -> Ranking:
     """Where values are trained: among weights that are 0 now, and were not in the dense model."""
     if settings.drawn:
-        return context.rank_by(drawn_by(settings.head_seed, context.seed))
+        return context.best(drawn_by(settings.head_seed, context.seed))
     if (ranking := context.positions) is None:
         raise RegraftError(f"There is no ranking {settings.positions} to train the weights of.")
     return ranking if context.count is None else ranking.first(context.count)
@@ -151,7 +147,12 @@ class _Job:
 
     def run(self, chosen: Ranking) -> tuple[dict[str, Tensor], list[float]]:
         """(`LinearArchitecture.key` -> trained values by place in `chosen`, mean loss by pass)."""
-        model, batches = self._taught()
+        answered = self.context.answered or {}
+        cut = minibatches([answered[kind].examples for kind in KINDS], self.context.compute)
+        parts = dict(zip(KINDS, zip(*cut, strict=True), strict=True))
+        model, walks, costs = taught(self.context, parts)
+        sides = [[(walk, costs[kind]) for walk in walks[kind]] for kind in KINDS]
+        batches = list(zip(*sides, strict=True))  # each of both kinds
         work, seed = self.context.work, self.context.seed
         architecture, path = self.context.dense.architecture, work / "so-far.safetensors"
         modules, linears = dict(model.network.named_modules()), list(architecture.linears)
@@ -164,8 +165,7 @@ class _Job:
             optimizer.load(state)
             losses = state["losses"].tolist()
         left = self.settings.passes - len(losses)
-        own = sum(len(one.ids) for sides in batches for walk, _ in sides for one in walk.batches)
-        total = 2 * own * len(architecture.layers) * left
+        total = 2 * left * sum(samples_of(walk) for several in walks.values() for walk in several)
         with self.context.progress.task("Fine-tuning", total, "samples x layers") as done:
             while len(losses) < self.settings.passes:
                 order = list(range(len(batches)))
@@ -181,31 +181,6 @@ class _Job:
                         save_file(state, temporary)
                 distributed.barrier()
         return optimizer.values, losses
-
-    def _taught(self) -> tuple[PlacedModel, list[list[Side]]]:
-        """The pruned model, and minibatches before its first layer with what they cost."""
-        one = self.context
-        readings, compute, progress = one.answered or {}, one.compute, one.progress
-        teachers = {kind: one.work / f"teacher-{kind}.safetensors" for kind in KINDS}
-        asks = not distributed.decided(lambda: all(path.exists() for path in teachers.values()))
-        source = one.dense if asks else one.pruned
-        model, processor = load_for_walk(source, compute, progress, one.dense)
-        require_gradients(model.dtype)
-        walks = [
-            {
-                kind: LayerwisePass(model, each_of_share(processor, response_batch, chunk, compute))
-                for kind, chunk in zip(KINDS, chunks, strict=True)
-            }
-            for chunks in minibatches([readings[kind].examples for kind in KINDS], compute)
-        ]
-        if asks:
-            by_kind = {kind: [some[kind] for some in walks] for kind in KINDS}
-            write_teacher(by_kind, teachers, progress)
-            model.network.to("meta")  # one model in memory at a time
-            model, _ = load_for_walk(one.pruned, compute, progress, one.dense)
-            walks = [{kind: some[kind].on(model) for kind in KINDS} for some in walks]
-        losses = {kind: DecisionLoss(load_file(path)) for kind, path in teachers.items()}
-        return model, [[(some[kind], losses[kind]) for kind in KINDS] for some in walks]
 
 
 def minibatches(
