@@ -98,7 +98,7 @@ class CalibrationSettings(PromptSettings):
         "exactly what is harmful. auto: given if there are any, else self.",
     )
     max_response_tokens: Annotated[int, EXPERT] = Field(
-        64, ge=1, description="Length of its own responses."
+        64, ge=1, description="Length of the model's responses."
     )
 
     def unread(self) -> str | None:

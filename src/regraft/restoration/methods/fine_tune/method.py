@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -106,7 +106,7 @@ class FineTune(Method[FineTuneSettings]):
         """
         chosen = _chosen(settings, context)
         context.work.mkdir(parents=True, exist_ok=True)
-        values, losses = _Job(settings, context).run(chosen)
+        values, losses = _trained(settings, context, chosen)
         linears = list(context.pruned.architecture.linears)
         trained = torch.zeros(len(chosen))
         for index, rows in by_linear(chosen):
@@ -138,49 +138,41 @@ def _chosen(settings: FineTuneSettings, context: Context) -> Ranking:
     return ranking if context.count is None else ranking.first(context.count)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Teacher, minibatches and passes; goes on after the last finished pass in `work`."""
+def _trained(
+    settings: FineTuneSettings, context: Context, chosen: Ranking
+) -> tuple[dict[str, Tensor], list[float]]:
+    """(`LinearArchitecture.key` -> trained values by place in `chosen`, mean loss by pass).
 
-    settings: FineTuneSettings
-    context: Context
-
-    def run(self, chosen: Ranking) -> tuple[dict[str, Tensor], list[float]]:
-        """(`LinearArchitecture.key` -> trained values by place in `chosen`, mean loss by pass)."""
-        answered = self.context.answered or {}
-        cut = minibatches([answered[kind].examples for kind in KINDS], self.context.compute)
-        parts = dict(zip(KINDS, zip(*cut, strict=True), strict=True))
-        model, walks, costs = taught(self.context, parts)
-        sides = [[(walk, costs[kind]) for walk in walks[kind]] for kind in KINDS]
-        batches = list(zip(*sides, strict=True))  # each of both kinds
-        work, seed = self.context.work, self.context.seed
-        architecture, path = self.context.dense.architecture, work / "so-far.safetensors"
-        modules, linears = dict(model.network.named_modules()), list(architecture.linears)
-        positions = {linears[i].key: chosen.position[rows] for i, rows in by_linear(chosen)}
-        weights = {li.key: modules[li.module].weight.data for li in linears if li.key in positions}
-        optimizer = SparseAdam(weights, positions, self.settings.learning_rate)
-        losses: list[float] = []
-        if distributed.decided(path.exists):
-            state = load_file(path)
-            optimizer.load(state)
-            losses = state["losses"].tolist()
-        left = self.settings.passes - len(losses)
-        total = 2 * left * sum(samples_of(walk) for several in walks.values() for walk in several)
-        with self.context.progress.task("Fine-tuning", total, "samples x layers") as done:
-            while len(losses) < self.settings.passes:
-                order = list(range(len(batches)))
-                random.Random(f"{seed} {len(losses)}").shuffle(order)
-                shuffled = [batches[i] for i in order]
-                found = train(optimizer, shuffled, architecture, work / "states", done)
-                losses.append(sum(found) / len(found))
-                if distributed.first():
-                    state = optimizer.state() | {
-                        "losses": torch.tensor(losses, dtype=torch.float64)
-                    }
-                    with atomic_file(path) as temporary:
-                        save_file(state, temporary)
-                distributed.barrier()
-        return optimizer.values, losses
+    Goes on after the last pass that a killed run has finished.
+    """
+    answered, architecture = context.answered or {}, context.dense.architecture
+    cut = minibatches([answered[kind].examples for kind in KINDS], context.compute)
+    model, walks, costs = taught(context, dict(zip(KINDS, zip(*cut, strict=True), strict=True)))
+    sides = [[(walk, costs[kind]) for walk in walks[kind]] for kind in KINDS]
+    batches = list(zip(*sides, strict=True))  # each of both kinds
+    modules, linears = dict(model.network.named_modules()), list(architecture.linears)
+    positions = {linears[i].key: chosen.position[rows] for i, rows in by_linear(chosen)}
+    weights = {li.key: modules[li.module].weight.data for li in linears if li.key in positions}
+    optimizer = SparseAdam(weights, positions, settings.learning_rate)
+    losses, path = list[float](), context.work / "so-far.safetensors"
+    if distributed.decided(path.exists):
+        state = load_file(path)
+        optimizer.load(state)
+        losses = state["losses"].tolist()
+    own = sum(samples_of(walk) for several in walks.values() for walk in several)
+    total = 2 * own * (settings.passes - len(losses))
+    with context.progress.task("Fine-tuning", total, "samples x layers") as done:
+        while len(losses) < settings.passes:
+            shuffled = list(batches)
+            random.Random(f"{context.seed} {len(losses)}").shuffle(shuffled)
+            found = train(optimizer, shuffled, architecture, context.work / "states", done)
+            losses.append(sum(found) / len(found))
+            if distributed.first():
+                so_far = {"losses": torch.tensor(losses, dtype=torch.float64)}
+                with atomic_file(path) as temporary:
+                    save_file(optimizer.state() | so_far, temporary)
+            distributed.barrier()
+    return optimizer.values, losses
 
 
 def minibatches(
