@@ -28,6 +28,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 from regraft.restoration.base import AlwaysBudgeted, Between, HeadChoice, Method, Needs
+from regraft.restoration.ranking import Best
 from regraft.restoration.selection import inside, regions_of
 
 
@@ -48,12 +49,11 @@ class TopMagnitude(Method[Settings]):
     def rank(self, settings, context):
         heads = context.heads.best("ships", settings.top_heads)
         regions = regions_of(context.dense, heads)
-
-        def score(index, linear, weight, free):
-            chosen = free & inside(tuple(weight.shape), regions(linear), weight.device)
-            return weight.float().abs().masked_fill(~chosen, float("-inf"))
-
-        return context.best(score, heads)
+        best = Best(context.count)
+        for one in context.matrices():
+            chosen = one.free & inside(one.weight.shape, regions(one.linear), one.weight.device)
+            best.add(one.index, one.weight.float().abs().masked_fill(~chosen, float("-inf")))
+        return best.ranked(heads)
 
     def label(self, settings):
         return f"largest weights of {settings.top_heads} heads"

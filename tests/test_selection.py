@@ -34,7 +34,7 @@ from regraft.restoration.methods.hsr import (
 )
 from regraft.restoration.methods.hsr_a import everything
 from regraft.restoration.methods.random import random_scores
-from regraft.restoration.ranking import patch_of
+from regraft.restoration.ranking import Best, patch_of
 from regraft.restoration.selection import all_heads, blocks_of, inside, random_heads, regions_of
 from regraft.settings.compute import ComputeSettings
 
@@ -384,11 +384,13 @@ def test_rankings_find_the_mask_regions_and_thresholds(family, pico_dir, tmp_pat
         statistics=saved,
     )
     regions = regions_of(dense, heads)
-    ranking = context.best(by_importance(context, regions, band, "wanda", hsr_scores), heads)
+    ranking = by_importance(context, regions, band, "wanda", hsr_scores).ranked(heads)
     assert ranking.about["heads"] == [list(head) for head in heads]
     patch = patch_of(ranking, dense, pruned)
-    all_of_them = context.best(lambda _i, linear, _w, free: everything(free, regions(linear)))
-    whole = patch_of(all_of_them, dense, pruned)
+    all_of_them = Best(None)
+    for one in context.matrices():
+        all_of_them.add(one.index, everything(one.free, regions(one.linear)))
+    whole = patch_of(all_of_them.ranked(), dense, pruned)
     by_key = {
         li.tensor: (layer, li) for layer in pruned.architecture.layers for li in layer.linears
     }

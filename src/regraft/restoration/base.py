@@ -9,8 +9,9 @@ gathering what is needed, patches, searches, reports) is the same for all method
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -26,7 +27,7 @@ from regraft.progress import Progress
 from regraft.pruning.base import PRUNERS, GradientPruner
 from regraft.pruning.statistics import SavedStatistics
 from regraft.registry import Registry
-from regraft.restoration.ranking import Best, Ranking
+from regraft.restoration.ranking import Ranking
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 
@@ -169,8 +170,18 @@ Space = dict[str, Between | tuple[str, ...]]
 """Field of a method's settings -> what tuning may set it to."""
 
 
-WeightScore = Callable[[int, LinearArchitecture, Tensor, Tensor], Tensor | None]
-"""(index, linear, dense weight, where a value can be restored) -> `[out, in]` floats, or None."""
+@dataclass(frozen=True)
+class Matrix:
+    """One prunable weight: the `index`-th of `Architecture.linears`.
+
+    `weight` `[out, in]` is the dense model's; `free` `[out, in]` bool says where a value of it can
+    be restored.
+    """
+
+    index: int
+    linear: LinearArchitecture
+    weight: Tensor
+    free: Tensor
 
 
 @dataclass(frozen=True)
@@ -206,30 +217,18 @@ class Context:
     answered: Mapping[str, Reading] | None = None
     positions: Ranking | None = None
 
-    def best(self, score: WeightScore, heads: Sequence[tuple[int, int]] = ()) -> Ranking:
-        """The best weights by a score that each matrix has by itself, one in memory at a time.
-
-        Args:
-            score: Of the weights of a matrix.
-            heads: (layer, head) restored in, to be told of the ranking.
-        """
-        found, device = Best(self.count), pick_device(self.compute.device)
+    def matrices(self) -> Iterator[Matrix]:
+        """Every prunable weight in the order of the network, one in memory at a time."""
+        device, index = pick_device(self.compute.device), count()
         layers = self.dense.architecture.layers
         pruned = iter(self.pruned.architecture.linears)  # which have names of their own on disk
-        index = 0
         with self.progress.task("Ranking weights", len(layers), "layers") as done:
             for layer in layers:
                 for linear in layer.linears:
                     weight = self.dense.checkpoint.read(linear.tensor).to(device)
                     after = self.pruned.checkpoint.read(next(pruned).tensor).to(device)
-                    scores = score(index, linear, weight, restorable(weight, after))
-                    if scores is not None:
-                        found.add(index, scores)
-                    index += 1
+                    yield Matrix(next(index), linear, weight, restorable(weight, after))
                 done(1)
-        ranking = found.ranking
-        about = {"heads": [list(head) for head in heads]}
-        return replace(ranking, score=ranking.score.float(), about=about)
 
 
 Prompts = Mapping[str, Reading]

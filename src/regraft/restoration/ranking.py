@@ -8,7 +8,7 @@ several lengths of one ranking.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,12 @@ class Best:
         """The best of all that were added."""
         self._merge()
         return self._kept
+
+    def ranked(self, heads: Sequence[tuple[int, int]] = ()) -> Ranking:
+        """The same as methods give it: scores in float32, and the (layer, head) restored in."""
+        found = self.ranking
+        about = {"heads": [list(head) for head in heads]}
+        return replace(found, score=found.score.float(), about=about)
 
     def add(self, index: int, scores: Tensor, removed: Tensor | None = None) -> None:
         """Add the candidates of one matrix.

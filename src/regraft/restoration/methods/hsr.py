@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from regraft.errors import RegraftError
-from regraft.models.architecture import Block, LinearArchitecture, head_block
+from regraft.models.architecture import Block, head_block
 from regraft.models.load import Source
 from regraft.pruning.base import PRUNERS, ScoreName
 from regraft.pruning.masks import count_of, smallest
@@ -34,10 +34,9 @@ from regraft.restoration.base import (
     MethodSettings,
     Needs,
     Space,
-    WeightScore,
 )
 from regraft.restoration.methods.random import generator_of
-from regraft.restoration.ranking import Ranking
+from regraft.restoration.ranking import Best, Ranking
 from regraft.restoration.selection import (
     InHeads,
     Regions,
@@ -185,8 +184,8 @@ def by_importance(
     band: Callable[[float], Band | None],
     name: str,
     formula: Callable[[Tensor, Scorer, Scorer, Sequence[Block], Band], Tensor],
-) -> WeightScore:
-    """A score of weights from their importance on D^s and D^u, within a band of some regions.
+) -> Best:
+    """The best weights of some regions by their importance on D^s and D^u.
 
     Args:
         context: Its statistics; its seed orders equal scores.
@@ -197,19 +196,18 @@ def by_importance(
     """
     none = ImportanceStatistics(name, {}, 0)
     found = context.statistics
-    safety, utility = (none, none) if found is None else (found.safety, found.utility)
-
-    def score(
-        index: int, linear: LinearArchitecture, weight: Tensor, free: Tensor
-    ) -> Tensor | None:
-        blocks = regions(linear)
-        thresholds = band(kept_share(weight, free)) if blocks else None
+    on_safety, on_utility = (none, none) if found is None else (found.safety, found.utility)
+    best = Best(context.count)
+    for one in context.matrices():
+        blocks = regions(one.linear)
+        thresholds = band(kept_share(one.weight, one.free)) if blocks else None
         if thresholds is None:
-            return None
-        scorers = safety.scorer(linear, weight), utility.scorer(linear, weight)
-        return ties_drawn(formula(free, *scorers, blocks, thresholds), context.seed, index)
-
-    return score
+            continue
+        safety = on_safety.scorer(one.linear, one.weight)
+        utility = on_utility.scorer(one.linear, one.weight)
+        scores = formula(one.free, safety, utility, blocks, thresholds)
+        best.add(one.index, ties_drawn(scores, context.seed, one.index))
+    return best
 
 
 class ByImportance(Budgeted, InHeads):
@@ -285,8 +283,8 @@ class HSRMethod(Method[ByImportance]):
         """By the share q at which each weight of the heads would be restored."""
         heads = settings.chosen(context.dense.architecture, context.heads)
         regions = regions_of(context.dense, heads, self.block)
-        score = by_importance(context, regions, settings.band, settings.score, self.formula)
-        return context.best(score, heads)
+        best = by_importance(context, regions, settings.band, settings.score, self.formula)
+        return best.ranked(heads)
 
     def label(self, settings: ByImportance) -> str:
         """What tables call it."""

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from regraft.models.architecture import Block, LinearArchitecture
+from regraft.models.architecture import Block
 from regraft.models.load import Source
 from regraft.restoration.base import Context, Method, MethodSettings, Needs, Space
-from regraft.restoration.ranking import Ranking
+from regraft.restoration.ranking import Best, Ranking
 from regraft.restoration.selection import InHeads, inside, regions_of
 
 
@@ -35,11 +35,10 @@ class HSRAMethod(Method[HSRASettings]):
         """All weights of the heads, in the order of the network."""
         heads = settings.chosen(context.dense.architecture, context.heads)
         regions = regions_of(context.dense, heads)
-
-        def score(_index: int, linear: LinearArchitecture, _weight: Tensor, free: Tensor) -> Tensor:
-            return everything(free, regions(linear))
-
-        return context.best(score, heads)
+        best = Best(context.count)
+        for one in context.matrices():
+            best.add(one.index, everything(one.free, regions(one.linear)))
+        return best.ranked(heads)
 
     def label(self, settings: HSRASettings) -> str:
         """What tables call it."""

@@ -8,9 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from regraft.models.architecture import LinearArchitecture
-from regraft.restoration.base import AlwaysBudgeted, Context, Method, MethodSettings, WeightScore
-from regraft.restoration.ranking import Ranking
+from regraft.restoration.base import AlwaysBudgeted, Context, Method, MethodSettings
+from regraft.restoration.ranking import Best, Ranking
 
 
 class RandomSettings(AlwaysBudgeted):
@@ -33,21 +32,19 @@ class RandomWeights(Method[RandomSettings]):
 
     def rank(self, settings: RandomSettings, context: Context) -> Ranking:
         """A random order, another one for each calibration seed."""
-        return context.best(drawn_by(settings.head_seed, context.seed))
+        return drawn(context, settings.head_seed)
 
     def label(self, settings: RandomSettings) -> str:
         """What tables call it."""
         return "random weights"
 
 
-def drawn_by(head_seed: int, calibration_seed: int) -> WeightScore:
-    """A random score of every pruned weight."""
-    seed = head_seed + 1000 * calibration_seed
-
-    def score(index: int, _linear: LinearArchitecture, _weight: Tensor, free: Tensor) -> Tensor:
-        return random_scores(free, seed, index)
-
-    return score
+def drawn(context: Context, head_seed: int) -> Ranking:
+    """Random pruned weights."""
+    best, seed = Best(context.count), head_seed + 1000 * context.seed
+    for one in context.matrices():
+        best.add(one.index, random_scores(one.free, seed, one.index))
+    return best.ranked()
 
 
 def random_scores(free: Tensor, seed: int, index: int) -> Tensor:

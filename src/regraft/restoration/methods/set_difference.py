@@ -58,7 +58,7 @@ class SetDifference(Method[SetDifferenceSettings]):
 
     def rank(self, settings: SetDifferenceSettings, context: Context) -> Ranking:
         """By the share q at which the set difference would hold each weight."""
-        return context.best(by_importance(context, whole, settings.band, "wanda", hsr_scores))
+        return by_importance(context, whole, settings.band, "wanda", hsr_scores).ranked()
 
     def label(self, settings: SetDifferenceSettings) -> str:
         """What tables call it."""

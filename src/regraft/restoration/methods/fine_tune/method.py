@@ -27,7 +27,7 @@ from regraft.restoration.base import (
     with_default_budget,
 )
 from regraft.restoration.methods.fine_tune.adam import TRAINED, SparseAdam, train
-from regraft.restoration.methods.random import drawn_by
+from regraft.restoration.methods.random import drawn
 from regraft.restoration.ranking import Ranking, by_linear
 from regraft.restoration.teacher import samples_of, taught
 from regraft.settings.compute import ComputeSettings
@@ -132,7 +132,7 @@ PLUGIN = FineTune()
 def _chosen(settings: FineTuneSettings, context: Context) -> Ranking:
     """Where values are trained: among weights that are 0 now, and were not in the dense model."""
     if settings.drawn:
-        return context.best(drawn_by(settings.head_seed, context.seed))
+        return drawn(context, settings.head_seed)
     if (ranking := context.positions) is None:
         raise RegraftError(f"There is no ranking {settings.positions} to train the weights of.")
     return ranking if context.count is None else ranking.first(context.count)
