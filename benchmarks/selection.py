@@ -27,7 +27,8 @@ from regraft.models.load import pick_device
 from regraft.patch.pair import restorable
 from regraft.pruning.masks import Pattern
 from regraft.pruning.pruners.wanda import PLUGIN as WANDA
-from regraft.restoration.selection import Band, blocks_of, hsr_scores
+from regraft.restoration.methods.hsr import Band, hsr_scores
+from regraft.restoration.selection import blocks_of
 
 HEAD = 128
 SHAPES = {"qwen2.5-vl-7b": (28, 28, 4), "vicuna-7b": (32, 32, 32)}  # layers, heads, kv heads

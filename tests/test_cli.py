@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import pico
@@ -26,7 +28,7 @@ from disk import rewrite, shards, tree, write_data
 from methods import method, restored
 from regraft import pipeline, stages
 from regraft.checks import _made_from_demo, check_heads
-from regraft.cli import COMMANDS, main
+from regraft.cli import COMMANDS, app, main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource
@@ -1325,6 +1327,19 @@ def test_every_method_has_a_command_with_only_its_flags(
     others = {f"--{field.replace('_', '-')}" for some in fields.values() for field in some}
     assert own <= flags
     assert not (others - own) & flags
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+@pytest.mark.parametrize("name", METHODS.names())
+def test_the_help_of_a_method_fits_two_screens(name: str, columns: int) -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, width=columns)
+    app(["realign", name, "--help"], console=console, result_action="return_value")
+    lines = shown.getvalue().splitlines()
+    assert len(lines) <= 80
+    assert max(map(len, lines)) == columns
+    headings = [line.strip("╭─╮ ") for line in lines if line.startswith("╭")]
+    assert headings[-1] == "Expert settings"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -37,8 +37,7 @@ from regraft.restoration.base import MethodSettings
 from regraft.restoration.methods.gain import method as gaining
 from regraft.restoration.methods.gain import objective as gain
 from regraft.restoration.methods.gain import step as gain_step
-from regraft.restoration.methods.gain.path import REASONS, path_to_json
-from regraft.restoration.methods.gain.step import Losses
+from regraft.restoration.methods.gain.path import REASONS, Losses, path_to_json
 from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -351,7 +350,7 @@ def test_one_prompt_of_a_kind_is_too_few(benches, tmp_path, monkeypatch):
         *pico.write_examples(tmp_path, 1, harmful=False, images=False),
     ]
     data = DataSource(name="jsonl", path=write_jsonl(tmp_path / "data.jsonl", one))
-    monkeypatch.setattr(gaining, "load_for_walk", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(teacher, "load_for_walk", lambda *_, **__: pytest.fail("a model is loaded"))
     with pytest.raises(RegraftError, match=r"harmless.*: .* at least 2; there are 1\. .*samples"):
         bench.rank(tmp_path / "ranking", calibration=CalibrationSettings(data=data, samples=4))
     assert not (tmp_path / "ranking").exists() and not list(tmp_path.glob(".*"))

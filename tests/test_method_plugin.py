@@ -28,8 +28,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 from regraft.restoration.base import AlwaysBudgeted, Between, HeadChoice, Method, Needs
-from regraft.restoration.methods.hsr import regions_of
-from regraft.restoration.selection import inside
+from regraft.restoration.ranking import Best
+from regraft.restoration.selection import inside, regions_of
 
 
 class Settings(AlwaysBudgeted):
@@ -42,7 +42,6 @@ class Settings(AlwaysBudgeted):
 class TopMagnitude(Method[Settings]):
     name: ClassVar[str] = "top-magnitude"
     Settings = Settings
-    reads_heads = True
 
     def needs(self, settings):
         return Needs(heads=HeadChoice("ships", settings.top_heads))
@@ -50,12 +49,11 @@ class TopMagnitude(Method[Settings]):
     def rank(self, settings, context):
         heads = context.heads.best("ships", settings.top_heads)
         regions = regions_of(context.dense, heads)
-
-        def score(index, linear, weight, free):
-            chosen = free & inside(tuple(weight.shape), regions(linear), weight.device)
-            return weight.float().abs().masked_fill(~chosen, float("-inf"))
-
-        return context.rank_by(score, heads)
+        best = Best(context.count)
+        for one in context.matrices():
+            chosen = one.free & inside(one.weight.shape, regions(one.linear), one.weight.device)
+            best.add(one.index, one.weight.float().abs().masked_fill(~chosen, float("-inf")))
+        return best.ranked(heads)
 
     def label(self, settings):
         return f"largest weights of {settings.top_heads} heads"

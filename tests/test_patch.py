@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import chain, pairwise, permutations
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
@@ -26,11 +27,9 @@ from regraft.patch import apply as apply_module
 from regraft.patch import format as patch_module
 from regraft.patch.apply import (
     Change,
-    apply_patch,
-    check_base,
     make_plan,
     patched,
-    revert_patch,
+    write_plan,
     zeros_filled,
 )
 from regraft.patch.format import (
@@ -43,6 +42,14 @@ from regraft.patch.format import (
     merge,
     save_patch,
 )
+
+
+def apply_patch(checkpoint: Checkpoint, patches: Any, target: Path) -> Checkpoint:
+    return write_plan(make_plan(checkpoint, patches, "apply"), target)
+
+
+def revert_patch(checkpoint: Checkpoint, patches: Any, target: Path) -> Checkpoint:
+    return write_plan(make_plan(checkpoint, patches, "revert"), target)
 
 
 def zero_at_random(seed: int, *, minus: bool = False) -> Edit:
@@ -165,7 +172,7 @@ def _refused(checkpoint: Checkpoint, patch: Patch, out: Path, message: str) -> N
         assert str(checkpoint.folder) in str(caught.value)
         assert tree(out.parent) == before, "something was written"
     with pytest.raises(RegraftError, match=message):
-        check_base(checkpoint, patch)
+        make_plan(checkpoint, patch, "apply")
 
 
 def test_other_bases_are_refused(tmp_path: Path, pair: tuple[Source, Source]) -> None:
@@ -477,7 +484,7 @@ def test_the_wrong_one_of_several_is_named(tmp_path: Path, pair: tuple[Source, S
     name, tensor = _single(good)
     bad = Patch({name: replace(tensor, base="0" * 64)}, {}, "bad.st")
     with pytest.raises(RegraftError, match=r"not the base of this patch \(bad.st\).* differ"):
-        check_base(pruned.checkpoint, [good, bad])
+        make_plan(pruned.checkpoint, [good, bad], "apply")
 
 
 def test_another_patch_underneath_is_no_base(tmp_path: Path, pair: tuple[Source, Source]) -> None:

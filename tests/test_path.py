@@ -24,8 +24,13 @@ from regraft.report.weight_figures import (
 )
 from regraft.report.write import report_to_json
 from regraft.restoration.methods.gain.objective import Try
-from regraft.restoration.methods.gain.path import GainPath, Passed, path_to_json, read_path
-from regraft.restoration.methods.gain.step import Losses
+from regraft.restoration.methods.gain.path import (
+    GainPath,
+    Losses,
+    Passed,
+    path_to_json,
+    read_path,
+)
 from test_compare import RUNS
 from test_report import REPORT, Outline, svg_texts
 

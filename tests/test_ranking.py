@@ -40,9 +40,9 @@ from regraft.restoration.ranking import (
     Edits,
     Ranking,
     empty,
+    joined,
     load_ranking,
     patch_of,
-    put,
     save_ranking,
 )
 from regraft.restoration.selection import blocks_of, inside
@@ -160,7 +160,7 @@ def test_patch_and_put_are_the_ranking_by_hand(pair: Pair, swaps: bool, tmp_path
     with truth.unchanged(opened.model), patched(opened.model, pair.pruned.architecture, patch):
         by_patch = {n: t.clone() for n, t in opened.model.state_dict().items()}
     model = copy.deepcopy(opened.model)
-    put(ranking, weights_of(model, pair.dense.architecture), pair.dense)
+    Edits(ranking, weights_of(model, pair.dense.architecture), pair.dense).put(len(ranking))
     assert all(torch.equal(t, by_patch[name]) for name, t in model.state_dict().items())
     for linear in pair.pruned.architecture.linears:
         weight = dict(model.named_modules())[linear.module].weight
@@ -183,15 +183,15 @@ def test_any_first_part_is_put_in_and_taken_out(pair: Pair, swaps: bool) -> None
             assert torch.equal(weight, wanted.float()), (count, linear.tensor)
 
 
-def test_first_and_then(pair: Pair) -> None:
+def test_first_and_joined(pair: Pair) -> None:
     ranking = drawn(pair, 5, swaps=True)
     assert len(ranking.first(0)) == 0
     assert len(ranking.first(10**6)) == len(ranking)
     rest = Ranking(*(getattr(ranking, n)[7:] for n in ("linear", "position", "removed", "score")))
-    joined = replace(ranking, about={"a": 1}).first(7).then(rest)
-    assert joined.about == {"a": 1}
+    both = joined([replace(ranking, about={"a": 1}).first(7), rest])
+    assert both.about == {"a": 1}
     for name in ("linear", "position", "removed", "score"):
-        assert torch.equal(getattr(joined, name), getattr(ranking, name))
+        assert torch.equal(getattr(both, name), getattr(ranking, name))
     assert not patch_of(empty(), pair.dense, pair.pruned).tensors
 
 

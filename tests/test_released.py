@@ -26,12 +26,12 @@ from regraft.models.load import open_source
 from regraft.patch.format import load_patch
 from regraft.pruning.base import prune_settings
 from regraft.pruning.statistics import load_statistics
+from regraft.restoration.methods.hsr import Band
 from regraft.restoration.methods.hsr_released import (
     P_MAX,
     released_block,
     released_scores,
 )
-from regraft.restoration.selection import Band
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 

@@ -21,23 +21,21 @@ from regraft.patch.pair import check_pair, restorable, restored_by_module, surve
 from regraft.progress import Silent
 from regraft.pruning.pruners.wanda import PLUGIN as WANDA
 from regraft.pruning.statistics import SavedStatistics
-from regraft.restoration import selection
 from regraft.restoration.base import Context
-from regraft.restoration.methods.hsr import by_importance, regions_of
-from regraft.restoration.ranking import patch_of
-from regraft.restoration.selection import (
+from regraft.restoration.methods import hsr
+from regraft.restoration.methods.hsr import (
     Band,
-    all_heads,
-    blocks_of,
-    everything,
+    by_importance,
     hsr_scores,
-    inside,
-    random_heads,
-    random_scores,
+    kept_share,
     rank_share,
     ties_drawn,
     top,
 )
+from regraft.restoration.methods.hsr_a import everything
+from regraft.restoration.methods.random import random_scores
+from regraft.restoration.ranking import Best, patch_of
+from regraft.restoration.selection import all_heads, blocks_of, inside, random_heads, regions_of
 from regraft.settings.compute import ComputeSettings
 
 SCOPES = ("row", "matrix", "head")
@@ -142,7 +140,7 @@ def test_selection_equals_set_algebra(chunk, case):
     blocks = blocks_of(LAYER, linear, case["heads"])
     band = Band(float(case["q"]), float(case["p"]), float(case["p_max"]), case["scope"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_CHUNK", chunk)
+        patch.setattr(hsr, "_CHUNK", chunk)
         free = restorable(dense, pruned)
         scorers = by_wanda(dense, safety), by_wanda(dense, utility)
         found = as_pairs(select_hsr(free, *scorers, blocks, band), shape)
@@ -199,7 +197,7 @@ def test_scores_are_selections_for_every_q(chunk, case):
     if scope == "head" and blocks:
         size = inside(linear.shape, blocks[:1], dense.device).count_nonzero()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_CHUNK", chunk)
+        patch.setattr(hsr, "_CHUNK", chunk)
         scores = hsr_scores(*given, Band(1, *edge))
         assert scores.shape == dense.shape and scores.dtype == torch.float32
         order = scores.flatten().argsort(descending=True, stable=True)
@@ -285,7 +283,7 @@ def test_what_was_zero_before_was_not_kept():
     pruned = dense.masked_fill(dense < dense.median(), 0)
     free = restorable(dense, pruned)
     kept = int((pruned != 0).sum()) / dense.numel()
-    assert selection.kept_share(dense, free) == kept < 1 - int(free.sum()) / dense.numel()
+    assert kept_share(dense, free) == kept < 1 - int(free.sum()) / dense.numel()
 
 
 def test_seeds_of_any_size_draw():
@@ -386,11 +384,13 @@ def test_rankings_find_the_mask_regions_and_thresholds(family, pico_dir, tmp_pat
         statistics=saved,
     )
     regions = regions_of(dense, heads)
-    ranking = context.rank_by(by_importance(context, regions, band, "wanda", hsr_scores), heads)
+    ranking = by_importance(context, regions, band, "wanda", hsr_scores).ranked(heads)
     assert ranking.about["heads"] == [list(head) for head in heads]
     patch = patch_of(ranking, dense, pruned)
-    all_of_them = context.rank_by(lambda _i, linear, _w, free: everything(free, regions(linear)))
-    whole = patch_of(all_of_them, dense, pruned)
+    all_of_them = Best(None)
+    for one in context.matrices():
+        all_of_them.add(one.index, everything(one.free, regions(one.linear)))
+    whole = patch_of(all_of_them.ranked(), dense, pruned)
     by_key = {
         li.tensor: (layer, li) for layer in pruned.architecture.layers for li in layer.linears
     }
@@ -442,7 +442,7 @@ import resource, sys
 import torch
 from regraft.pruning.pruners.wanda import PLUGIN as WANDA
 from regraft.models.architecture import Block
-from regraft.restoration.selection import Band, hsr_scores
+from regraft.restoration.methods.hsr import Band, hsr_scores
 
 def peak():
     """Bytes. Linux hands ru_maxrss of a large parent down to its child; VmHWM starts anew."""

@@ -162,7 +162,7 @@ def test_finished_stage_is_not_repeated(
 
     for module, names in {
         loading: ("load_model", "load_placed", "load_processor"),
-        base: ("best_weights",),
+        base.Context: ("matrices",),
         realigning: ("patch_of",),
         patching: ("write_plan",),
         pruning: ("write_edited",),

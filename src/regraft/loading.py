@@ -23,7 +23,7 @@ from regraft.models.load import (
     load_processor,
 )
 from regraft.models.placement import PlacedModel
-from regraft.patch.apply import check_base
+from regraft.patch.apply import make_plan
 from regraft.patch.format import Patch, load_patch
 from regraft.progress import Progress
 from regraft.settings.compute import ComputeSettings
@@ -73,7 +73,7 @@ def patch_in_memory(model: Source, patch_file: Path | None) -> tuple[Patch | Non
     if patch_file is None:
         return None, inputs
     patch = load_patch(patch_file)
-    check_base(model.checkpoint, patch)
+    make_plan(model.checkpoint, patch, "apply")  # which refuses a patch of another base
     return patch, inputs | {"patch": file_digest(patch_file)}
 
 

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, create_model, field_validator, mode
 from regraft.data.sources import DataSource
 from regraft.pruning.base import PRUNERS, PruneSettings
 from regraft.registry import Registry
-from regraft.restoration.base import DEFAULT, METHODS, MethodSettings
+from regraft.restoration.base import DEFAULT, METHODS, Budgeted, MethodSettings
 from regraft.settings.base import Settings, by_method, checked_name
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.evaluating import EvalSettings
@@ -183,7 +183,7 @@ class VariantSettings(Way, MethodSettings):
     @model_validator(mode="after")
     def _check_variant(self) -> VariantSettings:  # a method's own class may have a `_check`
         if self.search is not None and not self.searchable:
-            if "budget" in type(self).model_fields and METHODS.get(self.method).searches:
+            if issubclass(METHODS.get(self.method).Settings, Budgeted):
                 raise ValueError(
                     f"{self.name!r} searches a number of weights: give it a `budget` too"
                 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings
-from regraft.restoration.base import MethodSettings, needs_of
+from regraft.restoration.base import Budgeted, MethodSettings, needs_of
 from regraft.settings.base import Settings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
@@ -37,7 +37,7 @@ def check_search(search: bool, settings: MethodSettings, choice: SearchSettings)
     if search and not settings.searchable:
         raise RegraftError(
             "--search chooses a number of weights: give a --budget too."
-            if "budget" in type(settings).model_fields
+            if isinstance(settings, Budgeted)
             else f"{settings.method} has no number of weights to choose: leave --search out."
         )
     if not search and choice != SearchSettings():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,19 +17,14 @@ from regraft.cli.flags import (
     check_search,
     refuse_unread,
 )
-from regraft.cli.options import (
-    Flat,
-    Model,
-    OutFile,
-    open_model,
-    watching,
-)
+from regraft.cli.options import Flat, OutFile, open_model, watching
 from regraft.console import ConsoleWatch, show_search
 from regraft.data.sources import split_off
 from regraft.heads.ships import HeadSettings
 from regraft.patch.format import Patch
-from regraft.restoration.base import METHODS, MethodSettings
+from regraft.restoration.base import METHODS, Budgeted, MethodSettings
 from regraft.restoration.methods.fine_tune.adam import TRAINED_VALUES, is_trained
+from regraft.settings.base import EXPERT
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EvalSettings
@@ -37,125 +32,88 @@ from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import with_validation
 
 _create_model: Any = create_model
-SEARCH = Group("Search for a number of weights", sort_key=2)
-SCORING = Group("Scoring of heads", sort_key=3)
-DATA = Group("Calibration prompts", sort_key=1)
-COMPUTE = Group("Where it runs", sort_key=4)
+_SEARCH = Group("Search for a number of weights", sort_key=2)
+_DATA = Parameter(name="*", group=Group("Calibration prompts", sort_key=1))
+Dense = Annotated[str, Parameter(help="Dense checkpoint: a folder or hub id.")]
+Pruned = Annotated[str, Parameter(help="The same model, pruned by any tool.")]
+Prompts = Annotated[PromptSettings, _DATA]
+Choice = Annotated[SearchSettings, Parameter(name="*", group=_SEARCH)]
+AnswerLength = Annotated[int, Parameter(help="Length of a validation answer.", group=_SEARCH)]
+Scoring = Annotated[HeadSettings, Parameter(name="*", group=Group("Scoring of heads", sort_key=3))]
+Where = Annotated[ComputeSettings, Parameter(name="*", group=Group("Where it runs", sort_key=4))]
 
 
-def grouped(group: Group) -> Parameter:
-    """Flags of their own for the fields of settings, under a heading of the help."""
-    return Parameter(name="*", group=group)
-
-
-def flags_of(name: str) -> type[MethodSettings]:
-    """A method's settings, without a flag for its name."""
-    own = METHODS.get(name).Settings
-    hidden = Annotated[Literal[name], Parameter(show=False, parse=False)]  # type: ignore[valid-type]
-    flags: type[MethodSettings] = _create_model(own.__name__, __base__=own, method=(hidden, name))
-    return flags
-
-
-def keyword(
-    name: str, annotation: Any, default: Any = inspect.Parameter.empty
-) -> inspect.Parameter:
-    """A parameter of a command."""
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
-
-
-def pair() -> list[inspect.Parameter]:
-    """The two models that a restoration is of."""
-    said = {"dense": "The dense checkpoint", "pruned": "The same model pruned, by any tool"}
-    return [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            annotation=Annotated[Model, Parameter(help=f"{text}: folder or hub id.")],
-        )
-        for name, text in said.items()
-    ]
-
-
-def calibrated(name: str) -> inspect.Parameter:
-    """Prompts, and responses where the method may read some."""
-    own = CalibrationSettings if METHODS.get(name).reads_responses else PromptSettings
-    return keyword("calibration", Annotated[own, grouped(DATA)], own())
-
-
-def scored() -> inspect.Parameter:
-    """How heads are scored."""
-    return keyword("scoring", Annotated[HeadSettings, grouped(SCORING)], HeadSettings())
-
-
-def searched() -> list[inspect.Parameter]:
-    """How points are answered on validation prompts, and which is taken."""
-    length = Parameter(help="Length of an answer to a validation prompt.", group=SEARCH)
-    return [
-        keyword("max_new_tokens", Annotated[int, length], DEFAULT_VALIDATION_TOKENS),
-        keyword("choice", Annotated[SearchSettings, grouped(SEARCH)], SearchSettings()),
-    ]
-
-
-def computed() -> inspect.Parameter:
-    """Where it runs."""
-    return keyword("compute", Annotated[ComputeSettings, grouped(COMPUTE)], ComputeSettings())
-
-
-def command(
-    name: str, parameters: list[inspect.Parameter], run: Callable[..., None], text: str
+def for_method(
+    run: Callable[..., None], name: str, text: str, without: Collection[str] = ()
 ) -> Callable[..., None]:
-    """A function whose parameters are put together, as `cyclopts` reads them."""
+    """`run` as the command of one method: with its settings, and no flag that it does not read.
 
-    def made(*args: Any, **given: Any) -> None:
+    What the method needs by default decides whether there are flags for heads and statistics.
+
+    Args:
+        run: Its first argument is the method's name, and `settings` are those of any method.
+        name: The method.
+        text: The help.
+        without: Other parameters of `run` that mean nothing here.
+    """
+    method = METHODS.get(name)
+    needs = method.needs(method.Settings(method=name))
+    unread = {"name", *without}
+    unread |= set() if needs.heads else {"scoring", "heads_file"}
+    unread |= set() if needs.statistics else {"statistics_file"}
+    hidden = Annotated[Literal[name], Parameter(show=False, parse=False)]  # type: ignore[valid-type]
+    own = _create_model(method.Settings.__name__, __base__=method.Settings, method=(hidden, name))
+    # Responses are read by statistics alone: other methods have the dense model answer.
+    prompts = CalibrationSettings if needs.statistics else PromptSettings
+    special: dict[str, dict[str, Any]] = {
+        "settings": {"annotation": Annotated[own, Flat]},
+        "calibration": {"annotation": Annotated[prompts, _DATA], "default": prompts()},
+    }
+    parameters = [
+        one.replace(**special.get(one.name, {}))
+        for one in inspect.signature(run, eval_str=True).parameters.values()
+        if one.name not in unread
+    ]
+
+    def command(*args: Any, **given: Any) -> None:
         run(name, *args, **given)
 
-    made.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    made.__annotations__ = {one.name: one.annotation for one in parameters}
-    made.__doc__ = text
-    made.__name__ = name
-    return made
-
-
-def _parameters(name: str) -> list[inspect.Parameter]:
-    method, own = METHODS.get(name), flags_of(name)
-    found = [*pair(), keyword("out", OutFile)]
-    found.append(keyword("settings", Annotated[own, Flat], None))
-    if method.reads_heads:
-        said = Parameter(
-            help="From `regraft analyse heads`, instead of scoring them here.", group=SCORING
-        )
-        found.append(keyword("heads_file", Annotated[Path | None, said], None))
-        found.append(scored())
-    if method.reads_responses:
-        said = Parameter(help="From `regraft analyse statistics`, instead of gathering them here.")
-        found.append(keyword("statistics_file", Annotated[Path | None, said], None))
-    if "budget" in own.model_fields and method.searches:
-        said = Parameter(
-            help="Choose how many weights of the budget are restored, on validation prompts.",
-            group=SEARCH,
-        )
-        found.append(keyword("search", Annotated[bool, said], False))
-        found += searched()
-    return [*found, calibrated(name), computed()]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    command.__doc__, command.__name__ = text, name
+    return command
 
 
 def realign(
     name: str,
-    dense: str,
-    pruned: str,
+    dense: Dense,
+    pruned: Pruned,
     *,
-    out: Path,
+    out: OutFile,
     settings: MethodSettings | None = None,
-    heads_file: Path | None = None,
-    statistics_file: Path | None = None,
-    search: bool = False,
-    max_new_tokens: int = DEFAULT_VALIDATION_TOKENS,
-    choice: SearchSettings = SearchSettings(),
-    scoring: HeadSettings = HeadSettings(),
-    calibration: PromptSettings = CalibrationSettings(),
-    compute: ComputeSettings = ComputeSettings(),
+    calibration: Prompts = CalibrationSettings(),
+    search: Annotated[
+        bool,
+        Parameter(
+            help="Choose how many, on validation prompts.",
+            group=_SEARCH,
+            show_default=False,
+        ),
+    ] = False,
+    choice: Choice = SearchSettings(),
+    max_new_tokens: AnswerLength = DEFAULT_VALIDATION_TOKENS,
+    scoring: Scoring = HeadSettings(),
+    compute: Where = ComputeSettings(),
+    heads_file: Annotated[
+        Path | None,
+        Parameter(help="Take scores of regraft analyse heads."),
+        EXPERT,
+    ] = None,
+    statistics_file: Annotated[
+        Path | None,
+        Parameter(help="Take those of regraft analyse statistics."),
+        EXPERT,
+    ] = None,
 ) -> None:
     """Rank pruned weights by a method and write the dense values of the first as a patch."""
     from regraft import stages
@@ -214,17 +172,15 @@ def _describe(progress: ConsoleWatch, out: Path, patch: Patch) -> None:
         )
 
 
-def by_method(name: str, text: str) -> App:
-    """A command with one below it for each method."""
-    return App(name=name, help=text)
-
-
-app = by_method(
-    "realign",
-    "Restore the pruned weights that carried safety: write their dense values as a patch.\n\n"
+app = App(
+    name="realign",
+    help="Restore the pruned weights that carried safety: write their dense values as a patch.\n\n"
     "Take gain unless you compare methods: regraft realign gain MODEL pruned --data "
     "prompts.jsonl --out gain.safetensors",
+    default_parameter=Parameter(negative=()),
 )
 for _name in METHODS.working():
-    _text = (METHODS.get(_name).Settings.__doc__ or "").strip()
-    app.command(command(_name, _parameters(_name), realign, _text), name=_name)
+    _settings = METHODS.get(_name).Settings
+    _unread = () if issubclass(_settings, Budgeted) else ("search", "choice", "max_new_tokens")
+    _text = (_settings.__doc__ or "").strip()
+    app.command(for_method(realign, _name, _text, _unread), name=_name)

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
-from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Group
+from cyclopts import App, Group, Parameter
 
 from regraft.cli.flags import DEFAULT_VALIDATION_TOKENS, check_tuning, refuse_unread
-from regraft.cli.options import Flat, OutFolder, open_model, watching
+from regraft.cli.options import OutFolder, open_model, watching
 from regraft.cli.realigning import (
-    by_method,
-    calibrated,
-    command,
-    computed,
-    flags_of,
-    grouped,
-    keyword,
-    pair,
-    scored,
-    searched,
+    AnswerLength,
+    Choice,
+    Dense,
+    Prompts,
+    Pruned,
+    Scoring,
+    Where,
+    for_method,
 )
 from regraft.console import show_tuned
 from regraft.heads.ships import HeadSettings
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings, PromptSettings
+from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 
-TRIALS = Group("Trials", sort_key=0)
+Trials = Annotated[TuneSettings, Parameter(name="*", group=Group("Trials", sort_key=0))]
 ABOUT = (
     "Search for a method's settings that give the lowest ASR within bounds, on validation "
     "prompts.\n\n"
@@ -45,17 +41,17 @@ ABOUT = (
 
 def tune(
     name: str,
-    dense: str,
-    pruned: str,
+    dense: Dense,
+    pruned: Pruned,
     *,
-    out: Path,
+    out: OutFolder,
     settings: MethodSettings | None = None,
-    tuning: TuneSettings = TuneSettings(),
-    max_new_tokens: int = DEFAULT_VALIDATION_TOKENS,
-    choice: SearchSettings = SearchSettings(),
-    scoring: HeadSettings = HeadSettings(),
-    calibration: PromptSettings = CalibrationSettings(),
-    compute: ComputeSettings = ComputeSettings(),
+    tuning: Trials = TuneSettings(),
+    calibration: Prompts = CalibrationSettings(),
+    choice: Choice = SearchSettings(),
+    max_new_tokens: AnswerLength = DEFAULT_VALIDATION_TOKENS,
+    scoring: Scoring = HeadSettings(),
+    compute: Where = ComputeSettings(),
 ) -> None:
     """Tune a method on a dense and a pruned model."""
     from regraft import stages
@@ -81,21 +77,8 @@ def tune(
             progress.note(f"The best settings, for a recipe: {out / 'best.yaml'}")
 
 
-def _parameters(name: str) -> list[inspect.Parameter]:
-    found = [
-        *pair(),
-        keyword("out", OutFolder),
-        keyword("settings", Annotated[flags_of(name), Flat], None),
-        keyword("tuning", Annotated[TuneSettings, grouped(TRIALS)], TuneSettings()),
-        *searched(),
-    ]
-    if METHODS.get(name).reads_heads:
-        found.append(scored())
-    return [*found, calibrated(name), computed()]
-
-
-app = by_method("tune", ABOUT)
+app = App(name="tune", help=ABOUT, default_parameter=Parameter(negative=()))
 for _name in METHODS.working():
     if METHODS.get(_name).tunes:
         _text = f"Tune {_name}: {(METHODS.get(_name).Settings.__doc__ or '').strip()}"
-        app.command(command(_name, _parameters(_name), tune, _text), name=_name)
+        app.command(for_method(tune, _name, _text), name=_name)

@@ -14,14 +14,14 @@ the scores of a model together.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from regraft.models.ablation import EPS, AblationTarget
-from regraft.settings.base import Settings
+from regraft.settings.base import EXPERT, NAMED, Settings
 
 Mode = Literal["exact", "screened"]
 
@@ -30,23 +30,25 @@ class HeadSettings(Settings):
     """Head scoring by ablation on D^s prompts."""
 
     r_max: int = Field(5, ge=1, description="Rank of the subspaces of Ships.")
-    target: AblationTarget = Field("all", description="What of a head is scaled.")
-    eps: float = Field(EPS, ge=0, lt=1, description="The scale.")
-    mode: Mode = Field(
+    target: Annotated[AblationTarget, EXPERT] = Field(
+        "all", description="What of a head is scaled."
+    )
+    eps: Annotated[float, EXPERT] = Field(
+        EPS, ge=0, lt=1, description="The factor; with 0 a head is switched off."
+    )
+    mode: Annotated[Mode, NAMED] = Field(
         "exact",
-        description="exact: every head is ablated exactly. screened: all are estimated, the best "
-        "then ablated exactly.",
+        description="exact: ablate every head. screened, faster: estimate all, then ablate the "
+        "best.",
     )
-    window: int = Field(
-        8,
-        ge=1,
-        description="Screening: positions of a prompt at which effects are followed.",
+    window: Annotated[int, EXPERT] = Field(
+        8, ge=1, description="Screening: prompt positions followed."
     )
-    candidates: int = Field(16, ge=1, description="Screening: best heads that are scored exactly.")
-    tokens_per_pass: int | None = Field(
-        None,
-        ge=1,
-        description="Tokens in one pass, which bounds memory; what fits if not given.",
+    candidates: Annotated[int, EXPERT] = Field(
+        16, ge=1, description="Screening: best heads to ablate."
+    )
+    tokens_per_pass: Annotated[int | None, EXPERT] = Field(
+        None, ge=1, description="Tokens in one pass; fewer need less memory."
     )
 
     def unread(self) -> str | None:

@@ -176,40 +176,6 @@ def _write_changes(shard: Path, changes: Sequence[Change]) -> None:
                 write_at(handle, place, data)
 
 
-def apply_patch(
-    checkpoint: Checkpoint,
-    patches: Patch | Sequence[Patch],
-    target: Path,
-    *,
-    files: Mapping[str, str] | None = None,
-    advance: Advance = lambda _: None,
-) -> Checkpoint:
-    """Write `checkpoint` with the patches' values to `target`.
-
-    Raises:
-        RegraftError: a patch belongs to another base, patches disagree, or `target` is not empty.
-    """
-    plan = make_plan(checkpoint, patches, "apply")
-    return write_plan(plan, target, files=files, advance=advance)
-
-
-def revert_patch(
-    checkpoint: Checkpoint,
-    patches: Patch | Sequence[Patch],
-    target: Path,
-    *,
-    files: Mapping[str, str] | None = None,
-    advance: Advance = lambda _: None,
-) -> Checkpoint:
-    """Write `checkpoint` with the patches' positions as pruned to `target`, to the byte.
-
-    Raises:
-        RegraftError: a patch belongs to another base, patches disagree, or `target` is not empty.
-    """
-    plan = make_plan(checkpoint, patches, "revert")
-    return write_plan(plan, target, files=files, advance=advance)
-
-
 @contextmanager
 def patched(model: nn.Module, architecture: Architecture, patch: Patch) -> Iterator[None]:
     """Put a patch on a pruned model in memory for the length of the block.
@@ -253,16 +219,6 @@ def _get(weight: Any, positions: Tensor) -> Tensor:
 
 def _put(weight: Any, positions: Tensor, values: Tensor) -> None:
     weight.data.view(-1)[positions.to(weight.device)] = values.to(weight.device, weight.dtype)
-
-
-def check_base(checkpoint: Checkpoint, patches: Patch | Sequence[Patch]) -> None:
-    """Check that a checkpoint is the patches' base, with or without them; writes nothing.
-
-    Raises:
-        RegraftError: a tensor is missing, has another shape, dtype or content, or a target holds
-            neither what pruning left there nor the patch's own value.
-    """
-    make_plan(checkpoint, patches, "apply")
 
 
 def zeros_filled(checkpoint: Checkpoint, patch: Patch) -> int:

@@ -9,22 +9,25 @@ gathering what is needed, patches, searches, reports) is the same for all method
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from regraft.data.example import Reading
 from regraft.heads.score import Criterion, HeadScores
+from regraft.models.architecture import LinearArchitecture
 from regraft.models.load import Source, pick_device
-from regraft.patch.pair import Survey
+from regraft.patch.pair import Survey, restorable
 from regraft.progress import Progress
 from regraft.pruning.base import PRUNERS, GradientPruner
 from regraft.pruning.statistics import SavedStatistics
 from regraft.registry import Registry
-from regraft.restoration.ranking import Ranking, WeightScore, best_weights
+from regraft.restoration.ranking import Ranking
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 
@@ -66,8 +69,8 @@ class MethodSettings(Settings):
         return self.model_copy(update={"head_seed": getattr(self, "head_seed") + by})  # noqa: B009
 
 
-class Budgeted(MethodSettings):
-    """How many weights are restored, as a share of those pruned or as a number."""
+class Counted(MethodSettings):
+    """How many weights are changed, as a share of those pruned or as a number."""
 
     budget: float | None = Field(
         None,
@@ -84,16 +87,20 @@ class Budgeted(MethodSettings):
             raise ValueError("`budget` and `count` say the same thing; give one of them")
         return self
 
-    @property
-    def searchable(self) -> bool:
-        """Whether any first part of the ranking may be restored, so that a search can choose."""
-        return self.budget is not None or self.count is not None
-
     def how_many(self, pruned: int) -> int | None:
         """How many of `pruned` weights are restored at most; None for the whole ranking."""
         if self.count is not None:
             return min(self.count, pruned)
         return None if self.budget is None else int(self.budget * pruned / 10_000)
+
+
+class Budgeted(Counted):
+    """Weights that are restored one by one, so that a search may choose how many."""
+
+    @property
+    def searchable(self) -> bool:
+        """Whether a number of weights is given, up to which a search can choose."""
+        return self.budget is not None or self.count is not None
 
 
 class AlwaysBudgeted(Budgeted):
@@ -164,6 +171,20 @@ Space = dict[str, Between | tuple[str, ...]]
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """One prunable weight: the `index`-th of `Architecture.linears`.
+
+    `weight` `[out, in]` is the dense model's; `free` `[out, in]` bool says where a value of it can
+    be restored.
+    """
+
+    index: int
+    linear: LinearArchitecture
+    weight: Tensor
+    free: Tensor
+
+
+@dataclass(frozen=True)
 class Context:
     """What a method ranks from.
 
@@ -196,24 +217,18 @@ class Context:
     answered: Mapping[str, Reading] | None = None
     positions: Ranking | None = None
 
-    def rank_by(self, score: WeightScore, heads: Sequence[tuple[int, int]] = ()) -> Ranking:
-        """Rank by a score that each matrix has by itself, one matrix in memory at a time.
-
-        Args:
-            score: Of the weights of a matrix.
-            heads: (layer, head) restored in, to be told of the ranking.
-        """
-        layers = len(self.dense.architecture.layers)
-        with self.progress.task("Ranking weights", layers, "layers") as done:
-            found = best_weights(
-                self.dense,
-                self.pruned,
-                score,
-                self.count,
-                device=pick_device(self.compute.device),
-                advance=done,
-            )
-        return replace(found, about={"heads": [list(head) for head in heads]})
+    def matrices(self) -> Iterator[Matrix]:
+        """Every prunable weight in the order of the network, one in memory at a time."""
+        device, index = pick_device(self.compute.device), count()
+        layers = self.dense.architecture.layers
+        pruned = iter(self.pruned.architecture.linears)  # which have names of their own on disk
+        with self.progress.task("Ranking weights", len(layers), "layers") as done:
+            for layer in layers:
+                for linear in layer.linears:
+                    weight = self.dense.checkpoint.read(linear.tensor).to(device)
+                    after = self.pruned.checkpoint.read(next(pruned).tensor).to(device)
+                    yield Matrix(next(index), linear, weight, restorable(weight, after))
+                done(1)
 
 
 Prompts = Mapping[str, Reading]
@@ -227,21 +242,17 @@ class Method(ABC, Generic[S]):
         name: What it is called on the command line and in recipes.
         Settings: Its settings, with `method: Literal[name] = name`.
         algorithm: Raised whenever the same settings give another ranking than before.
-        reads_heads: Whether head scores may decide, so that the command line offers how they are
-            made.
-        reads_responses: Whether statistics may be gathered on responses, likewise.
-        searches: Whether a search may choose how many weights are restored, likewise.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type[MethodSettings]]
     algorithm: ClassVar[int] = 1
-    reads_heads: ClassVar[bool] = False
-    reads_responses: ClassVar[bool] = False
-    searches: ClassVar[bool] = True
 
     def needs(self, settings: S) -> Needs:
-        """What must be there before `rank`; nothing by default."""
+        """What must be there before `rank`; nothing by default.
+
+        No settings may need more than the default ones, for which the command line has flags.
+        """
         return Needs()
 
     def check(

@@ -7,7 +7,7 @@ several lengths of one ranking.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,8 @@ from torch import Tensor
 
 from regraft.artifact import read_artifact, write_artifact
 from regraft.errors import RegraftError
-from regraft.models.architecture import LinearArchitecture
 from regraft.models.load import Source
 from regraft.patch.format import Patch, TensorPatch
-from regraft.patch.pair import restorable
-from regraft.progress import Advance
 
 FORMAT = "regraft-ranking-1"
 KEPT = -1  # no kept weight makes room
@@ -66,10 +63,6 @@ class Ranking:
         """The first `count` weights."""
         return self.at(torch.arange(min(count, len(self))))
 
-    def then(self, other: Ranking) -> Ranking:
-        """This ranking, and `other` behind it."""
-        return joined([self, other])
-
 
 def joined(parts: Sequence[Ranking]) -> Ranking:
     """One behind the other, told about as the first."""
@@ -103,6 +96,12 @@ class Best:
         """The best of all that were added."""
         self._merge()
         return self._kept
+
+    def ranked(self, heads: Sequence[tuple[int, int]] = ()) -> Ranking:
+        """The same as methods give it: scores in float32, and the (layer, head) restored in."""
+        found = self.ranking
+        about = {"heads": [list(head) for head in heads]}
+        return replace(found, score=found.score.float(), about=about)
 
     def add(self, index: int, scores: Tensor, removed: Tensor | None = None) -> None:
         """Add the candidates of one matrix.
@@ -150,45 +149,6 @@ class Best:
         self._kept, self._new = found.at(by_place[by_score[: self.count]]), []
 
 
-WeightScore = Callable[[int, LinearArchitecture, Tensor, Tensor], Tensor | None]
-"""(index, linear, dense weight, where a value can be restored) -> `[out, in]` floats, or None."""
-
-
-def best_weights(
-    dense: Source,
-    pruned: Source,
-    score: WeightScore,
-    count: int | None,
-    *,
-    device: torch.device | None = None,
-    advance: Advance = lambda _: None,
-) -> Ranking:
-    """Rank by a score that each matrix has by itself, one matrix in memory at a time.
-
-    Args:
-        dense: The dense checkpoint.
-        pruned: The same network pruned.
-        score: The method's.
-        count: How many weights at most; None for all that have a score.
-        device: Where to compute scores; CPU by default.
-        advance: Called with 1 after each layer.
-    """
-    best = Best(count)
-    index = 0
-    for layer, pruned_layer in zip(
-        dense.architecture.layers, pruned.architecture.layers, strict=True
-    ):
-        for linear, other in zip(layer.linears, pruned_layer.linears, strict=True):
-            weight = dense.checkpoint.read(linear.tensor).to(device or "cpu")
-            after = pruned.checkpoint.read(other.tensor).to(weight.device)
-            found = score(index, linear, weight, restorable(weight, after))
-            if found is not None:
-                best.add(index, found)
-            index += 1
-        advance(1)
-    return replace(best.ranking, score=best.ranking.score.float())
-
-
 def patch_of(
     ranking: Ranking, dense: Source, pruned: Source, about: Mapping[str, Any] | None = None
 ) -> Patch:
@@ -227,11 +187,6 @@ def by_linear(ranking: Ranking) -> Iterator[tuple[int, Tensor]]:
     """(index of a linear, places of its weights in the ranking)."""
     for index in ranking.linear.unique().tolist():
         yield index, (ranking.linear == index).nonzero().flatten()
-
-
-def put(ranking: Ranking, weights: Sequence[Tensor], dense: Source) -> None:
-    """Put a ranking into weights in memory, in the order of `Architecture.linears`; in place."""
-    Edits(ranking, weights, dense).put(len(ranking))
 
 
 class Edits:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from regraft import distributed
+from regraft.data.collate import response_batch
+from regraft.data.example import Example
 from regraft.files import atomic_file
+from regraft.loading import each_of_share, load_for_walk
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
 from regraft.models.replay import logits_of
 from regraft.progress import Advance, Progress
-from regraft.pruning.gradients import Loss, predicting
+from regraft.pruning.gradients import Loss, predicting, require_gradients
+from regraft.restoration.base import Context
 
 TOKEN_WEIGHTS = (1.0, 1.0, 0.3, 0.3, 0.3, 0.3)  # of the first response tokens
 
@@ -98,19 +102,74 @@ def _to_the_end(walks: Sequence[LayerwisePass], advance: Advance) -> None:
                 walk.advance(index, advance)
 
 
-def write_teacher(
-    walks: Mapping[str, Sequence[LayerwisePass]], paths: Mapping[str, Path], progress: Progress
-) -> None:
-    """Write the teacher distribution of the dense model; see `final_states`.
+@dataclass
+class Recorded:
+    """A loss that remembers what it was of every response of this process."""
+
+    loss: Loss
+    seen: list[float] = field(default_factory=list)
+
+    def __call__(self, model: PlacedModel, final: Tensor, labels: Tensor, name: str) -> Tensor:
+        """The loss of one response."""
+        value = self.loss(model, final, labels, name)
+        self.seen.append(float(value.detach()))
+        return value
+
+
+def mean_of(values: Collection[float]) -> float:
+    """Over the examples of all processes."""
+    total, count = distributed.total(torch.tensor([sum(values), len(values)], dtype=torch.float64))
+    return float(total / count)
+
+
+def samples_of(walk: LayerwisePass) -> int:
+    """How much one pass is, as progress counts it: samples times layers."""
+    return sum(len(batch.ids) for batch in walk.batches) * walk.layers
+
+
+Walks = dict[str, list[LayerwisePass]]
+"""Kind of prompts -> its parts on their way through a model."""
+
+
+def taught(
+    context: Context, parts: Mapping[str, Sequence[Sequence[Example]]]
+) -> tuple[PlacedModel, Walks, dict[str, DecisionLoss]]:
+    """Ask the dense model, and load the pruned one, with all prompts before its first layer.
+
+    What the dense model says lies in the work folder, where a resumed run finds it.
 
     Args:
-        walks: Kind of prompts -> walks through the dense model; rewound when it ends.
-        paths: Kind of prompts -> the file for all its walks.
-        progress: Progress.
+        context: Its models, answers, work folder and compute.
+        parts: Kind of prompts -> examples with answers, in parts that are walked apart.
+
+    Returns:
+        (the pruned model, the walks through it, kind of prompts -> what an answer to one costs)
     """
-    own = sum(
-        len(b.ids) * walk.layers for part in walks.values() for walk in part for b in walk.batches
-    )
+    compute, progress = context.compute, context.progress
+    paths = {kind: context.work / f"teacher-{kind}.safetensors" for kind in parts}
+    asks = not distributed.decided(lambda: all(path.exists() for path in paths.values()))
+    first = context.dense if asks else context.pruned
+    model, processor = load_for_walk(first, compute, progress, processor_from=context.dense)
+    require_gradients(model.dtype)
+    walks: Walks = {kind: [] for kind in parts}
+    total = sum(len(examples) for several in parts.values() for examples in several)
+    with progress.task("Reading the prompts", total) as done:
+        for kind, several in parts.items():
+            for examples in several:
+                batches = each_of_share(processor, response_batch, examples, compute)
+                walks[kind].append(LayerwisePass(model, batches))
+                done(len(examples))
+    if asks:
+        _write_teacher(walks, paths, progress)
+        model.network.to("meta")  # one model in memory at a time; the walks still hold this one
+        model, _ = load_for_walk(context.pruned, compute, progress, processor_from=context.dense)
+        walks = {kind: [walk.on(model) for walk in several] for kind, several in walks.items()}
+    return model, walks, {kind: DecisionLoss(load_file(path)) for kind, path in paths.items()}
+
+
+def _write_teacher(walks: Walks, paths: Mapping[str, Path], progress: Progress) -> None:
+    """Write what the dense model predicts, a file for each kind; see `final_states`."""
+    own = sum(samples_of(walk) for several in walks.values() for walk in several)
     with progress.task("Asking the dense model", own, "samples x layers") as done:
         for kind, path in paths.items():
             states: dict[str, Tensor] = {}

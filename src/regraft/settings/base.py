@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
+from cyclopts import Group, Parameter
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from regraft.errors import RegraftError
+
+EXPERT = Parameter(group=Group("Expert settings", sort_key=9))  # the last heading of a help
+NAMED = Parameter(show_choices=False)  # the description names every choice
 
 S = TypeVar("S", bound="Settings")
 _OURS = "regraft"  # the type of an error whose message is a whole one

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from cyclopts import Parameter
 from pydantic import Field
 
 from regraft.models.load import DTypeName, Placement, Source, pick_device, stored_dtype
-from regraft.settings.base import Settings
+from regraft.settings.base import EXPERT, NAMED, Settings
 
 
 class ComputeSettings(Settings):
     """Where and how to run the model."""
 
-    device: str = Field("auto", description="cpu, cuda, cuda:1; auto is the accelerator.")
+    device: str = Field("auto", description="cpu, cuda or cuda:1; auto finds one.")
     dtype: DTypeName = Field(
         "auto",
-        description="auto: float32 on a CPU, the checkpoint's own elsewhere. On a CPU with AMX "
-        "(amx_bf16 in lscpu) bfloat16 is faster, without it slower.",
+        description="auto: float32 on a CPU, else the checkpoint's own. bfloat16 is faster on a "
+        "CPU with AMX (amx_bf16 in lscpu).",
     )
     batch_size: int = Field(8, ge=1, description="Examples in one forward pass.")
-    placement: Placement = Field(
+    placement: Annotated[Placement, NAMED] = Field(
         "resident",
-        description="resident: the whole model on the device. streamed, for larger ones: a layer "
-        "at a time, or where that cannot be, spread over devices and host memory (accelerate).",
+        description="resident: the whole model on the device. streamed, for one that does not fit: "
+        "a layer at a time, or spread over host memory.",
     )
-    trust_remote_code: bool = Field(
-        False, description="Run Python code that comes with the checkpoint."
+    trust_remote_code: Annotated[bool, EXPERT, Parameter(show_default=False)] = Field(
+        False, description="Run the checkpoint's own Python code."
     )
 
     def dtype_of(self, source: Source) -> str:

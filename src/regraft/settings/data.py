@@ -11,7 +11,7 @@ from pydantic import Field
 
 from regraft.data.readers import DATASETS
 from regraft.data.sources import DataSource, words_of_first
-from regraft.settings.base import Settings
+from regraft.settings.base import EXPERT, NAMED, Settings
 
 
 def _words(_type: Any, tokens: Sequence[Any]) -> DataSource:
@@ -73,8 +73,8 @@ class PromptSettings(Settings):
     """Harmful prompts (D^s) and harmless ones (D^u)."""
 
     data: Data = DataSource(name="demo", split="calibration")  # `source` is what is read
-    samples: int = Field(128, ge=1, description="Drawn of each kind.")
-    seed: int = Field(0, description="Of the draw.")
+    samples: int = Field(128, ge=1, description="How many are drawn of each kind.")
+    seed: int = Field(0, description="Another seed draws other prompts.")
 
     @property
     def source(self) -> DataSource:
@@ -92,13 +92,13 @@ class PromptSettings(Settings):
 class CalibrationSettings(PromptSettings):
     """Harmful prompts (D^s) and harmless ones (D^u), with responses for methods that read them."""
 
-    responses: Literal["auto", "given", "self"] = Field(
+    responses: Annotated[Literal["auto", "given", "self"], NAMED] = Field(
         "auto",
         description="given: the data set's. self: the dense model's own, kept if they refuse "
-        "exactly what is harmful. auto: given where there are some, else self.",
+        "exactly what is harmful. auto: given if there are any, else self.",
     )
-    max_response_tokens: int = Field(
-        64, ge=1, description="Length of a response of the dense model."
+    max_response_tokens: Annotated[int, EXPERT] = Field(
+        64, ge=1, description="Length of the model's responses."
     )
 
     def unread(self) -> str | None:

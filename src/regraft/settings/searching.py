@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, model_validator
 
 from regraft.evaluation.tradeoff import Reference
-from regraft.settings.base import Settings
+from regraft.settings.base import EXPERT, NAMED, Settings
 from regraft.settings.data import Validation
 
 
@@ -15,12 +17,12 @@ class SearchSettings(Settings):
     validation: Validation = Field(
         None, description="Harmful and harmless prompts, none of which is evaluated on later."
     )
-    validation_limit: int | None = Field(
-        None, ge=1, description="Only the first of these, of each kind."
+    validation_limit: Annotated[int | None, EXPERT] = Field(
+        None, ge=1, description="Validate on the first of each kind only."
     )
-    points: int = Field(8, ge=1, description="Numbers of weights to try, evenly over the ranking.")
+    points: int = Field(8, ge=1, description="Numbers of weights to try.")
     most: float | None = Field(
-        None, gt=0, description="Restored per 10,000 at most; the whole ranking if not given."
+        None, gt=0, description="Restored per 10,000 at most; all if not given."
     )
     target_asr: float | None = Field(
         None, ge=0, le=100, description="Take the fewest weights with an ASR (%) this low."
@@ -34,8 +36,8 @@ class SearchSettings(Settings):
     utility: float = Field(
         0.0, ge=0, le=100, description="Bound: points of utility below the pruned model."
     )
-    reference: Reference = Field(
-        "higher", description="Whose over-refusal is the reference, or the higher of both."
+    reference: Annotated[Reference, EXPERT, NAMED] = Field(
+        "higher", description="Whose over-refusal is the reference: pruned, dense or the higher."
     )
 
     @model_validator(mode="after")

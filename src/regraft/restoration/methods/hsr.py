@@ -13,89 +13,201 @@ they would come in, and the first of them restored. HSR-a restores all of the he
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from regraft.errors import RegraftError
-from regraft.heads.score import Criterion, HeadScores
-from regraft.models.architecture import Block, LinearArchitecture
+from regraft.models.architecture import Block, head_block
 from regraft.models.load import Source
 from regraft.pruning.base import PRUNERS, ScoreName
+from regraft.pruning.masks import count_of, smallest
 from regraft.pruning.statistics import ImportanceStatistics
 from regraft.restoration.base import (
     Between,
     Budgeted,
     Context,
-    HeadChoice,
     Method,
     MethodSettings,
     Needs,
     Space,
 )
-from regraft.restoration.ranking import Ranking, WeightScore
+from regraft.restoration.methods.random import generator_of
+from regraft.restoration.ranking import Best, Ranking
 from regraft.restoration.selection import (
-    Band,
-    Head,
-    RankingScope,
-    Scorer,
-    all_heads,
-    blocks_of,
-    hsr_scores,
-    kept_share,
-    random_heads,
-    ties_drawn,
+    InHeads,
+    Regions,
+    inside,
+    part_of,
+    regions_of,
 )
 
+RankingScope = Literal["row", "matrix", "head"]
+Scorer = Callable[[slice], Tensor]
+"""Some rows -> the importance of their weights, `[rows, in]` float32."""
 MARGIN = 0.2  # p_max - p in the paper
-Regions = Callable[[LinearArchitecture], Sequence[Block]]
-_OF_HEADS = {
-    "top": ("head_seed",),
-    "random": ("criterion",),
-    "all": ("criterion", "top_heads", "head_seed"),
-}
+_CHUNK = 2**22  # weights ranked at once, where rows are ranked
+_TIE = 2.0**-30  # less than lies between two shares of rows of up to 2^15 inputs
 
 
-class InHeads(MethodSettings):
-    """In which heads weights are restored."""
+@dataclass(frozen=True)
+class Band:
+    """HSR's thresholds as shares of the weights in each ranking scope.
 
-    heads: Literal["top", "random", "all"] = Field(
-        "top", description="The top-scored heads, random ones (a control), or all."
-    )
-    criterion: Criterion = Field(
-        "ships",
-        description="Rank heads by Ships, by KL, or as HSR's released code.",
-    )
-    top_heads: int = Field(10, ge=1, description="How many heads (h).")
-    head_seed: int = Field(0, description="Of random heads.")
+    q: top share by safety importance; p: share kept by the pruner (1 - sparsity); p_max: outer
+    bound by utility importance.
+    """
 
-    @model_validator(mode="after")
-    def _check_heads(self) -> Self:
-        if name := self.first_set(*_OF_HEADS[self.heads]):
-            raise ValueError(f"`{name}` changes nothing where `heads` is {self.heads}")
-        return self
+    q: float
+    p: float
+    p_max: float
+    scope: RankingScope = "row"
 
-    @property
-    def drawn(self) -> bool:
-        """Whether a seed decides what is restored, so that repeats differ."""
-        return self.heads == "random"
+    def __post_init__(self) -> None:
+        if not 0 < self.q <= 1:
+            raise RegraftError(f"q is {self.q}; it must be above 0 and at most 1.")
+        if not 0 <= self.p < self.p_max <= 1:
+            raise RegraftError(
+                f"p is {self.p} and p_max {self.p_max}; 0 <= p < p_max <= 1 is needed."
+            )
 
-    @property
-    def of_heads(self) -> Needs:
-        """What choosing the heads needs."""
-        if self.heads == "all":
-            return Needs()
-        top = HeadChoice(self.criterion, self.top_heads) if self.heads == "top" else None
-        return Needs(heads=top, some_heads=self.top_heads)
 
-    @property
-    def heads_label(self) -> str:
-        """What tables call the choice."""
-        if self.heads == "top":
-            return f"top {self.top_heads} by {self.criterion}"
-        return f"{self.heads} heads"
+def hsr_scores(
+    free: Tensor, safety: Scorer, utility: Scorer, blocks: Sequence[Block], band: Band
+) -> Tensor:
+    """What HSR restores, by the share q at which each weight would come in, turned round.
+
+    With q below 1 the weights with a score are HSR's set. With q left open, 1, the first k by
+    score are its set with the q that selects k, up to weights that come in at the same q. Peak
+    allocation is below three times the float32 matrix where rows are ranked, below five times for
+    heads and nine for the matrix, which is sorted at once.
+
+    Args:
+        free: Where a value can be restored, `[out, in]` bool.
+        safety: Importance I^s.
+        utility: Importance I^u.
+        blocks: Regions of the chosen heads in this matrix.
+        band: Thresholds and the ranking scope; q bounds the score.
+
+    Returns:
+        `[out, in]` float32 in (0, 1], the share of weights in the scope that matter less or as
+        much for safety; -inf where HSR restores nothing.
+    """
+    scores = torch.full(free.shape, -torch.inf, device=free.device)
+    if not blocks:
+        return scores
+    rows, step = range(free.shape[0]), free.shape[0]
+    if band.scope == "row":  # rows are independent: only those of the heads, part by part
+        rows = range(min(b.row_start for b in blocks), max(b.row_stop for b in blocks))
+        step = max(1, _CHUNK // free.shape[1])
+    in_heads = inside(free.shape, blocks, free.device)
+    for start in rows[::step]:
+        part = slice(start, min(start + step, rows.stop))
+        importance = utility(part)
+        chosen = free[part] & in_heads[part]
+        chosen &= top(importance, band.p_max, band.scope, blocks)
+        chosen &= top(importance, band.p, band.scope, blocks).logical_not_()
+        del importance  # before the other one is there, which halves the peak
+        importance = safety(part)
+        chosen &= top(importance, band.q, band.scope, blocks)
+        share = rank_share(importance, band.scope, blocks)
+        scores[part] = torch.where(chosen, share, -torch.inf)
+    return scores
+
+
+def top(score: Tensor, share: float, scope: RankingScope, blocks: Sequence[Block]) -> Tensor:
+    """Mark the top `share` of scores: all but the floor((1 - share) * n) smallest of each scope.
+
+    Args:
+        score: `[out, in]`, float32, not negative.
+        share: In [0, 1].
+        scope: Scores compete within their row, within the matrix, or within each of `blocks`.
+        blocks: The heads' regions; for "head" the mask is False outside them.
+    """
+    if scope != "head":
+        n = score.shape[1] if scope == "row" else score.numel()
+        return smallest(score, count_of(1 - share, n), scope).logical_not_()
+    mask = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    for block in blocks:
+        part = part_of(score, block).contiguous()
+        kept = ~smallest(part, count_of(1 - share, part.numel()), "matrix")
+        part_of(mask, block).copy_(kept)
+    return mask
+
+
+def rank_share(score: Tensor, scope: RankingScope, blocks: Sequence[Block]) -> Tensor:
+    """The rank of each score in its scope as a share: 1 for the highest, 1/n for the lowest.
+
+    Equal scores rank by position; for "head" the share is 0 outside of `blocks`. `[out, in]`.
+    """
+    if scope == "row":
+        return (_ranks(score) / score.shape[1]).float()
+    if scope == "matrix":
+        return (_ranks(score.reshape(1, -1)).view_as(score) / score.numel()).float()
+    share = torch.zeros_like(score)
+    for block in blocks:
+        part = part_of(score, block)
+        ranks = _ranks(part.reshape(1, -1)).view_as(part)
+        part_of(share, block).copy_(ranks / part.numel())
+    return share
+
+
+def _ranks(rows: Tensor) -> Tensor:
+    """1 for the smallest of each row to n for the largest, `[rows, n]` float64."""
+    order = rows.argsort(dim=1, stable=True)
+    count = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64)
+    return torch.empty_like(rows, dtype=torch.float64).scatter_(1, order, count.expand_as(order))
+
+
+def ties_drawn(scores: Tensor, seed: int, index: int) -> Tensor:
+    """Scores among which equal ones have a random order, of matrix `index`. `[out, in]` float64.
+
+    Shares of a row are few, and as many weights have one as there are rows: without a draw a budget
+    that ends among them would go to the first layers and rows alone.
+    """
+    draw = torch.rand(scores.shape, generator=generator_of(seed, index), dtype=torch.float64)
+    return scores.double() - _TIE * draw.to(scores.device)
+
+
+def kept_share(dense: Tensor, free: Tensor) -> float:
+    """The share of a matrix that pruning kept, p of HSR; what was 0 before was not kept."""
+    there = int((dense != 0).count_nonzero())
+    return (there - int(free.count_nonzero())) / dense.numel()
+
+
+def by_importance(
+    context: Context,
+    regions: Regions,
+    band: Callable[[float], Band | None],
+    name: str,
+    formula: Callable[[Tensor, Scorer, Scorer, Sequence[Block], Band], Tensor],
+) -> Best:
+    """The best weights of some regions by their importance on D^s and D^u.
+
+    Args:
+        context: Its statistics; its seed orders equal scores.
+        regions: Where in each weight a value may be restored.
+        band: The thresholds for a matrix, from the share of its weights that pruning kept.
+        name: Of the importance; of one that reads no data there are no statistics.
+        formula: Such as `hsr_scores`.
+    """
+    none = ImportanceStatistics(name, {}, 0)
+    found = context.statistics
+    on_safety, on_utility = (none, none) if found is None else (found.safety, found.utility)
+    best = Best(context.count)
+    for one in context.matrices():
+        blocks = regions(one.linear)
+        thresholds = band(kept_share(one.weight, one.free)) if blocks else None
+        if thresholds is None:
+            continue
+        safety = on_safety.scorer(one.linear, one.weight)
+        utility = on_utility.scorer(one.linear, one.weight)
+        scores = formula(one.free, safety, utility, blocks, thresholds)
+        best.add(one.index, ties_drawn(scores, context.seed, one.index))
+    return best
 
 
 class ByImportance(Budgeted, InHeads):
@@ -105,18 +217,14 @@ class ByImportance(Budgeted, InHeads):
         None,
         gt=0,
         lt=10_000,
-        description="Restored weights per 10,000 pruned ones; takes the place of q.",
+        description="Restored weights per 10,000 pruned; replaces q.",
     )
     score: ScoreName = Field(
-        "wanda",
-        description="Importance I^s and I^u; by magnitude both are the same.",
+        "wanda", description="What I^s and I^u are: importance by this pruner."
     )
     q: float = Field(0.5, gt=0, le=1, description="Top share by safety importance.")
     p: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="Share kept by the pruner; if not given, what each matrix has kept.",
+        None, ge=0, lt=1, description="Share that pruning kept; of each matrix if not given."
     )
 
     @model_validator(mode="after")
@@ -125,15 +233,15 @@ class ByImportance(Budgeted, InHeads):
             raise ValueError("a budget or a count takes the place of `q`; leave one of them out")
         return self
 
-    @property
-    def open_q(self) -> float:
-        """The share q, which a budget leaves open."""
-        return 1.0 if self.searchable else self.q
+    def band(self, kept: float) -> Band | None:
+        """The thresholds for a matrix of which pruning kept a share; None where empty."""
+        p, (p_max, scope) = kept if self.p is None else self.p, self.bounds(kept)
+        open_q = 1.0 if self.searchable else self.q
+        return Band(open_q, p, p_max, scope) if p < p_max else None
 
-    @property
-    def statistics(self) -> str | None:
-        """The kind of importance that must be gathered first."""
-        return self.score if PRUNERS.get(self.score).reads_data else None
+    def bounds(self, kept: float) -> tuple[float, RankingScope]:
+        """(p_max, the ranking scope)."""
+        raise NotImplementedError
 
 
 class HSRSettings(ByImportance):
@@ -141,14 +249,9 @@ class HSRSettings(ByImportance):
 
     method: Literal["hsr"] = "hsr"
     p_max: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Outer bound by utility importance; p + 0.2 if not given.",
+        None, gt=0, le=1, description="Outer bound by utility; p + 0.2 if not given."
     )
-    scope: RankingScope = Field(
-        "row", description="Weights compete within their row, the matrix or the head."
-    )
+    scope: RankingScope = Field("row", description="Within what weights compete.")
 
     @model_validator(mode="after")
     def _check_p(self) -> Self:
@@ -156,37 +259,39 @@ class HSRSettings(ByImportance):
             raise ValueError(f"p is {self.p} and p_max {self.p_max}; p < p_max is needed")
         return self
 
-    def band(self, kept: float) -> Band | None:
-        """The thresholds for a matrix of which pruning kept a share; None where empty."""
+    def bounds(self, kept: float) -> tuple[float, RankingScope]:
+        """(p_max, the ranking scope)."""
         p = kept if self.p is None else self.p
-        p_max = min(1.0, p + MARGIN) if self.p_max is None else self.p_max
-        return Band(self.open_q, p, p_max, self.scope) if p < p_max else None
+        return min(1.0, p + MARGIN) if self.p_max is None else self.p_max, self.scope
 
 
-class HSRMethod(Method[HSRSettings]):
-    """HSR as the paper defines it."""
+class HSRMethod(Method[ByImportance]):
+    """HSR as the paper defines it; what was released differs in `formula` and `block`."""
 
     name: ClassVar[str] = "hsr"
+    title: ClassVar[str] = "HSR"
     Settings: ClassVar[type[MethodSettings]] = HSRSettings
-    reads_heads: ClassVar[bool] = True
-    reads_responses: ClassVar[bool] = True
+    formula = staticmethod(hsr_scores)
+    block = staticmethod(head_block)
 
-    def needs(self, settings: HSRSettings) -> Needs:
+    def needs(self, settings: ByImportance) -> Needs:
         """Scored heads, and statistics of both kinds of prompts."""
-        return replace(settings.of_heads, statistics=settings.statistics)
+        reads = PRUNERS.get(settings.score).reads_data
+        return replace(settings.of_heads, statistics=settings.score if reads else None)
 
-    def rank(self, settings: HSRSettings, context: Context) -> Ranking:
-        """By the share q at which HSR would restore each weight of the heads."""
-        heads = chosen_heads(context.dense, settings, context.heads)
-        regions = regions_of(context.dense, heads)
-        score = by_importance(context, regions, settings.band, settings.score, hsr_scores)
-        return context.rank_by(score, heads)
+    def rank(self, settings: ByImportance, context: Context) -> Ranking:
+        """By the share q at which each weight of the heads would be restored."""
+        heads = settings.chosen(context.dense.architecture, context.heads)
+        regions = regions_of(context.dense, heads, self.block)
+        best = by_importance(context, regions, settings.band, settings.score, self.formula)
+        return best.ranked(heads)
 
-    def label(self, settings: HSRSettings) -> str:
+    def label(self, settings: ByImportance) -> str:
         """What tables call it."""
-        return f"HSR{score_label(settings.score)}, {settings.heads_label}"
+        by = "" if settings.score == "wanda" else f" by {settings.score}"
+        return f"{self.title}{by}, {settings.heads_label}"
 
-    def space(self, settings: HSRSettings, dense: Source, kept: float) -> Space:
+    def space(self, settings: ByImportance, dense: Source, kept: float) -> Space:
         """q or p_max, the scope, how many heads, and by what they are chosen."""
         p = kept if settings.p is None else settings.p
         found: Space = {} if settings.searchable else {"q": Between(0.01, 1.0, log=True)}
@@ -194,85 +299,7 @@ class HSRMethod(Method[HSRSettings]):
             "p_max": Between(min(p + 0.05, 1.0), min(p + 0.5, 1.0)),
             "scope": ("row", "matrix", "head"),
         }
-        return found | heads_space(settings, dense)
-
-
-def heads_space(settings: InHeads, dense: Source) -> Space:
-    """What tuning varies of the choice of heads."""
-    if settings.heads == "all":
-        return {}
-    most = min(32, len(all_heads(dense.architecture)))
-    found: Space = {"top_heads": Between(1, most, whole=True)}
-    return found | ({"criterion": ("ships", "kl")} if settings.heads == "top" else {})
-
-
-def score_label(score: str) -> str:
-    """What tables add for an importance other than the paper's."""
-    return "" if score == "wanda" else f" by {score}"
-
-
-def chosen_heads(dense: Source, settings: InHeads, scores: HeadScores | None) -> list[Head]:
-    """The heads in which weights are restored.
-
-    Raises:
-        RegraftError: more heads are asked for than there are, or than were scored exactly.
-    """
-    if settings.heads == "all":
-        return all_heads(dense.architecture)
-    if settings.heads == "random":
-        return random_heads(dense.architecture, settings.top_heads, settings.head_seed)
-    if scores is None:
-        raise RegraftError("Ranking heads needs their scores: run `regraft analyse heads` first.")
-    return scores.best(settings.criterion, settings.top_heads)
-
-
-def regions_of(dense: Source, heads: Sequence[Head]) -> Regions:
-    """Where in each weight of attention the heads are."""
-    layer_of = {
-        linear.key: layer for layer in dense.architecture.layers for linear in layer.linears
-    }
-    by_layer: dict[int, list[int]] = {}
-    for layer_index, head in heads:
-        by_layer.setdefault(layer_index, []).append(head)
-
-    def regions(linear: LinearArchitecture) -> Sequence[Block]:
-        layer = layer_of[linear.key]
-        return blocks_of(layer, linear, by_layer.get(layer.index, []))
-
-    return regions
-
-
-def by_importance(
-    context: Context,
-    regions: Regions,
-    band: Callable[[float], Band | None],
-    name: str,
-    scores: Callable[[Tensor, Scorer, Scorer, Sequence[Block], Band], Tensor],
-) -> WeightScore:
-    """A score of weights from their importance on D^s and D^u, within a band of some regions.
-
-    Args:
-        context: Its statistics; its seed orders equal scores.
-        regions: Where in each weight a value may be restored.
-        band: The thresholds for a matrix, from the share of its weights that pruning kept.
-        name: Of the importance; of one that reads no data there are no statistics.
-        scores: Such as `hsr_scores`.
-    """
-    none = ImportanceStatistics(name, {}, 0)
-    found = context.statistics
-    safety, utility = (none, none) if found is None else (found.safety, found.utility)
-
-    def score(
-        index: int, linear: LinearArchitecture, weight: Tensor, free: Tensor
-    ) -> Tensor | None:
-        blocks = regions(linear)
-        thresholds = band(kept_share(weight, free)) if blocks else None
-        if thresholds is None:
-            return None
-        scorers = safety.scorer(linear, weight), utility.scorer(linear, weight)
-        return ties_drawn(scores(free, *scorers, blocks, thresholds), context.seed, index)
-
-    return score
+        return found | settings.heads_space(dense.architecture)
 
 
 PLUGIN = HSRMethod()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from regraft.models.architecture import LinearArchitecture
+from regraft.models.architecture import Block
 from regraft.models.load import Source
 from regraft.restoration.base import Context, Method, MethodSettings, Needs, Space
-from regraft.restoration.methods.hsr import InHeads, chosen_heads, heads_space, regions_of
-from regraft.restoration.ranking import Ranking
-from regraft.restoration.selection import everything
+from regraft.restoration.ranking import Best, Ranking
+from regraft.restoration.selection import InHeads, inside, regions_of
 
 
 class HSRASettings(InHeads):
@@ -21,11 +22,10 @@ class HSRASettings(InHeads):
 
 
 class HSRAMethod(Method[HSRASettings]):
-    """HSR-a, the paper's ablation: everything that pruning took from the heads."""
+    """See the module."""
 
     name: ClassVar[str] = "hsr-a"
     Settings: ClassVar[type[MethodSettings]] = HSRASettings
-    reads_heads: ClassVar[bool] = True
 
     def needs(self, settings: HSRASettings) -> Needs:
         """Scored heads."""
@@ -33,13 +33,12 @@ class HSRAMethod(Method[HSRASettings]):
 
     def rank(self, settings: HSRASettings, context: Context) -> Ranking:
         """All weights of the heads, in the order of the network."""
-        heads = chosen_heads(context.dense, settings, context.heads)
+        heads = settings.chosen(context.dense.architecture, context.heads)
         regions = regions_of(context.dense, heads)
-
-        def score(_index: int, linear: LinearArchitecture, _weight: Tensor, free: Tensor) -> Tensor:
-            return everything(free, regions(linear))
-
-        return context.rank_by(score, heads)
+        best = Best(context.count)
+        for one in context.matrices():
+            best.add(one.index, everything(one.free, regions(one.linear)))
+        return best.ranked(heads)
 
     def label(self, settings: HSRASettings) -> str:
         """What tables call it."""
@@ -47,7 +46,13 @@ class HSRAMethod(Method[HSRASettings]):
 
     def space(self, settings: HSRASettings, dense: Source, kept: float) -> Space:
         """How many heads, and by what they are chosen."""
-        return heads_space(settings, dense)
+        return settings.heads_space(dense.architecture)
+
+
+def everything(free: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """The same score, 1, for every pruned weight of the regions; -inf elsewhere. `[out, in]`."""
+    chosen = free & inside(free.shape, blocks, free.device)
+    return torch.full(free.shape, -torch.inf, device=free.device).masked_fill_(chosen, 1.0)
 
 
 PLUGIN = HSRAMethod()

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from regraft.restoration.base import AlwaysBudgeted, Context, Method, MethodSettings
-from regraft.restoration.ranking import Ranking
-from regraft.restoration.selection import random_scores
+from regraft.restoration.ranking import Best, Ranking
 
 
 class RandomSettings(AlwaysBudgeted):
     """Random pruned weights, a control."""
 
     method: Literal["random"] = "random"
-    head_seed: int = Field(0, description="Of the draw.")
+    head_seed: int = Field(0, description="Another seed draws other weights.")
 
     @property
     def drawn(self) -> bool:
@@ -33,17 +32,30 @@ class RandomWeights(Method[RandomSettings]):
 
     def rank(self, settings: RandomSettings, context: Context) -> Ranking:
         """A random order, another one for each calibration seed."""
-        return context.rank_by(drawn_by(settings.head_seed, context.seed))
+        return drawn(context, settings.head_seed)
 
     def label(self, settings: RandomSettings) -> str:
         """What tables call it."""
         return "random weights"
 
 
-def drawn_by(head_seed: int, calibration_seed: int) -> Callable[..., Tensor]:
-    """A random score of every pruned weight."""
-    seed = head_seed + 1000 * calibration_seed
-    return lambda index, _linear, _weight, free: random_scores(free, seed, index)
+def drawn(context: Context, head_seed: int) -> Ranking:
+    """Random pruned weights."""
+    best, seed = Best(context.count), head_seed + 1000 * context.seed
+    for one in context.matrices():
+        best.add(one.index, random_scores(one.free, seed, one.index))
+    return best.ranked()
+
+
+def random_scores(free: Tensor, seed: int, index: int) -> Tensor:
+    """A random order of all pruned weights of matrix `index`, `[out, in]` float32."""
+    scores = torch.rand(free.shape, generator=generator_of(seed, index)).to(free.device)
+    return scores.masked_fill_(~free, -torch.inf)
+
+
+def generator_of(seed: int, index: int) -> torch.Generator:
+    """On the CPU, so that a draw depends on seed and matrix alone and not on the device."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
 
 
 PLUGIN = RandomWeights()

@@ -20,9 +20,9 @@ from regraft.restoration.base import (
     Needs,
     Space,
 )
-from regraft.restoration.methods.hsr import by_importance
+from regraft.restoration.methods.hsr import Band, by_importance, hsr_scores
 from regraft.restoration.ranking import Ranking
-from regraft.restoration.selection import Band, hsr_scores, whole
+from regraft.restoration.selection import whole
 
 
 class SetDifferenceSettings(AlwaysBudgeted):
@@ -51,7 +51,6 @@ class SetDifference(Method[SetDifferenceSettings]):
 
     name: ClassVar[str] = "set-difference"
     Settings: ClassVar[type[MethodSettings]] = SetDifferenceSettings
-    reads_responses: ClassVar[bool] = True
 
     def needs(self, settings: SetDifferenceSettings) -> Needs:
         """Statistics of both kinds of prompts."""
@@ -59,8 +58,7 @@ class SetDifference(Method[SetDifferenceSettings]):
 
     def rank(self, settings: SetDifferenceSettings, context: Context) -> Ranking:
         """By the share q at which the set difference would hold each weight."""
-        score = by_importance(context, lambda one: [whole(one)], settings.band, "wanda", hsr_scores)
-        return context.rank_by(score)
+        return by_importance(context, whole, settings.band, "wanda", hsr_scores).ranked()
 
     def label(self, settings: SetDifferenceSettings) -> str:
         """What tables call it."""

@@ -11,20 +11,19 @@ kept for the chosen positions alone, three numbers a weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from regraft import distributed
 from regraft.models.architecture import Architecture
 from regraft.models.layerwise import LayerwisePass
-from regraft.models.placement import PlacedModel
 from regraft.patch.format import Patch
 from regraft.progress import Advance
 from regraft.pruning.gradients import Loss, layer_gradients
+from regraft.restoration.teacher import Recorded, mean_of
 
 Side = tuple[LayerwisePass, Loss]
 """Prompts of one kind before the first layer, and what a response to them costs."""
@@ -150,7 +149,7 @@ def loss_and_gradients(
     """
     total, found = 0.0, dict[str, Tensor]()
     for number, (walk, loss) in enumerate(sides):
-        seen: list[float] = []
+        recorded = Recorded(loss)
         walk.rewind()
         layers = layer_gradients(
             walk,
@@ -158,14 +157,13 @@ def loss_and_gradients(
             scratch / str(number),
             lambda linear: linear.key in positions,
             advance,
-            loss=_recorded(loss, seen),
+            loss=recorded,
         )
         for _, gradients in layers:
             for key, gradient in gradients.items():
                 part = gradient.reshape(-1)[positions[key].to(gradient.device)]
                 found[key] = found[key] + part if key in found else part
-        lost, count = distributed.total(torch.tensor([sum(seen), len(seen)], dtype=torch.float64))
-        total += float(lost / count)
+        total += mean_of(recorded.seen)
     return total, found
 
 
@@ -196,12 +194,3 @@ def train(
         optimizer.update(gradients)
         losses.append(loss)
     return losses
-
-
-def _recorded(loss: Loss, into: list[float]) -> Callable[..., Tensor]:
-    def recorded(model: PlacedModel, final: Tensor, labels: Tensor, name: str) -> Tensor:
-        value = loss(model, final, labels, name)
-        into.append(float(value.detach()))
-        return value
-
-    return recorded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -13,27 +13,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from regraft import distributed
-from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
-from regraft.loading import check_shares, each_of_share, load_for_walk
-from regraft.models.layerwise import LayerwisePass
+from regraft.loading import check_shares
 from regraft.models.load import Source
-from regraft.models.placement import PlacedModel
-from regraft.pruning.gradients import require_gradients
 from regraft.restoration.base import (
-    Budgeted,
     Context,
+    Counted,
     Method,
     MethodSettings,
     Needs,
     with_default_budget,
 )
-from regraft.restoration.methods.fine_tune.adam import TRAINED, Side, SparseAdam, train
-from regraft.restoration.methods.random import drawn_by
+from regraft.restoration.methods.fine_tune.adam import TRAINED, SparseAdam, train
+from regraft.restoration.methods.random import drawn
 from regraft.restoration.ranking import Ranking, by_linear
-from regraft.restoration.teacher import DecisionLoss, write_teacher
+from regraft.restoration.teacher import samples_of, taught
 from regraft.settings.compute import ComputeSettings
 
 RANDOM = "random"  # positions that are drawn
@@ -41,7 +37,7 @@ MINIBATCH = 8  # prompts of each kind in an update
 KINDS = ("safety", "utility")
 
 
-class FineTuneSettings(Budgeted):
+class FineTuneSettings(Counted):
     """A baseline that trains values by Adam instead of restoring dense ones."""
 
     method: Literal["fine-tune"] = "fine-tune"
@@ -72,11 +68,6 @@ class FineTuneSettings(Budgeted):
         """Whether a seed decides what is restored, so that repeats differ."""
         return self.positions == RANDOM
 
-    @property
-    def searchable(self) -> bool:
-        """No: its weights are trained together."""
-        return False
-
 
 class FineTune(Method[FineTuneSettings]):
     """Trains the values of a few weights: the positions of another ranking, or random ones.
@@ -87,7 +78,6 @@ class FineTune(Method[FineTuneSettings]):
 
     name: ClassVar[str] = "fine-tune"
     Settings: ClassVar[type[MethodSettings]] = FineTuneSettings
-    searches: ClassVar[bool] = False
 
     def needs(self, settings: FineTuneSettings) -> Needs:
         """The dense model's own answers, and the ranking whose positions are trained."""
@@ -116,7 +106,7 @@ class FineTune(Method[FineTuneSettings]):
         """
         chosen = _chosen(settings, context)
         context.work.mkdir(parents=True, exist_ok=True)
-        values, losses = _Job(settings, context).run(chosen)
+        values, losses = _trained(settings, context, chosen)
         linears = list(context.pruned.architecture.linears)
         trained = torch.zeros(len(chosen))
         for index, rows in by_linear(chosen):
@@ -142,76 +132,47 @@ PLUGIN = FineTune()
 def _chosen(settings: FineTuneSettings, context: Context) -> Ranking:
     """Where values are trained: among weights that are 0 now, and were not in the dense model."""
     if settings.drawn:
-        return context.rank_by(drawn_by(settings.head_seed, context.seed))
+        return drawn(context, settings.head_seed)
     if (ranking := context.positions) is None:
         raise RegraftError(f"There is no ranking {settings.positions} to train the weights of.")
     return ranking if context.count is None else ranking.first(context.count)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Teacher, minibatches and passes; goes on after the last finished pass in `work`."""
+def _trained(
+    settings: FineTuneSettings, context: Context, chosen: Ranking
+) -> tuple[dict[str, Tensor], list[float]]:
+    """(`LinearArchitecture.key` -> trained values by place in `chosen`, mean loss by pass).
 
-    settings: FineTuneSettings
-    context: Context
-
-    def run(self, chosen: Ranking) -> tuple[dict[str, Tensor], list[float]]:
-        """(`LinearArchitecture.key` -> trained values by place in `chosen`, mean loss by pass)."""
-        model, batches = self._taught()
-        work, seed = self.context.work, self.context.seed
-        architecture, path = self.context.dense.architecture, work / "so-far.safetensors"
-        modules, linears = dict(model.network.named_modules()), list(architecture.linears)
-        positions = {linears[i].key: chosen.position[rows] for i, rows in by_linear(chosen)}
-        weights = {li.key: modules[li.module].weight.data for li in linears if li.key in positions}
-        optimizer = SparseAdam(weights, positions, self.settings.learning_rate)
-        losses: list[float] = []
-        if distributed.decided(path.exists):
-            state = load_file(path)
-            optimizer.load(state)
-            losses = state["losses"].tolist()
-        left = self.settings.passes - len(losses)
-        own = sum(len(one.ids) for sides in batches for walk, _ in sides for one in walk.batches)
-        total = 2 * own * len(architecture.layers) * left
-        with self.context.progress.task("Fine-tuning", total, "samples x layers") as done:
-            while len(losses) < self.settings.passes:
-                order = list(range(len(batches)))
-                random.Random(f"{seed} {len(losses)}").shuffle(order)
-                shuffled = [batches[i] for i in order]
-                found = train(optimizer, shuffled, architecture, work / "states", done)
-                losses.append(sum(found) / len(found))
-                if distributed.first():
-                    state = optimizer.state() | {
-                        "losses": torch.tensor(losses, dtype=torch.float64)
-                    }
-                    with atomic_file(path) as temporary:
-                        save_file(state, temporary)
-                distributed.barrier()
-        return optimizer.values, losses
-
-    def _taught(self) -> tuple[PlacedModel, list[list[Side]]]:
-        """The pruned model, and minibatches before its first layer with what they cost."""
-        one = self.context
-        readings, compute, progress = one.answered or {}, one.compute, one.progress
-        teachers = {kind: one.work / f"teacher-{kind}.safetensors" for kind in KINDS}
-        asks = not distributed.decided(lambda: all(path.exists() for path in teachers.values()))
-        source = one.dense if asks else one.pruned
-        model, processor = load_for_walk(source, compute, progress, one.dense)
-        require_gradients(model.dtype)
-        walks = [
-            {
-                kind: LayerwisePass(model, each_of_share(processor, response_batch, chunk, compute))
-                for kind, chunk in zip(KINDS, chunks, strict=True)
-            }
-            for chunks in minibatches([readings[kind].examples for kind in KINDS], compute)
-        ]
-        if asks:
-            by_kind = {kind: [some[kind] for some in walks] for kind in KINDS}
-            write_teacher(by_kind, teachers, progress)
-            model.network.to("meta")  # one model in memory at a time
-            model, _ = load_for_walk(one.pruned, compute, progress, one.dense)
-            walks = [{kind: some[kind].on(model) for kind in KINDS} for some in walks]
-        losses = {kind: DecisionLoss(load_file(path)) for kind, path in teachers.items()}
-        return model, [[(some[kind], losses[kind]) for kind in KINDS] for some in walks]
+    Goes on after the last pass that a killed run has finished.
+    """
+    answered, architecture = context.answered or {}, context.dense.architecture
+    cut = minibatches([answered[kind].examples for kind in KINDS], context.compute)
+    model, walks, costs = taught(context, dict(zip(KINDS, zip(*cut, strict=True), strict=True)))
+    sides = [[(walk, costs[kind]) for walk in walks[kind]] for kind in KINDS]
+    batches = list(zip(*sides, strict=True))  # each of both kinds
+    modules, linears = dict(model.network.named_modules()), list(architecture.linears)
+    positions = {linears[i].key: chosen.position[rows] for i, rows in by_linear(chosen)}
+    weights = {li.key: modules[li.module].weight.data for li in linears if li.key in positions}
+    optimizer = SparseAdam(weights, positions, settings.learning_rate)
+    losses, path = list[float](), context.work / "so-far.safetensors"
+    if distributed.decided(path.exists):
+        state = load_file(path)
+        optimizer.load(state)
+        losses = state["losses"].tolist()
+    own = sum(samples_of(walk) for several in walks.values() for walk in several)
+    total = 2 * own * (settings.passes - len(losses))
+    with context.progress.task("Fine-tuning", total, "samples x layers") as done:
+        while len(losses) < settings.passes:
+            shuffled = list(batches)
+            random.Random(f"{context.seed} {len(losses)}").shuffle(shuffled)
+            found = train(optimizer, shuffled, architecture, context.work / "states", done)
+            losses.append(sum(found) / len(found))
+            if distributed.first():
+                so_far = {"losses": torch.tensor(losses, dtype=torch.float64)}
+                with atomic_file(path) as temporary:
+                    save_file(optimizer.state() | so_far, temporary)
+            distributed.barrier()
+    return optimizer.values, losses
 
 
 def minibatches(

@@ -1,31 +1,30 @@
-"""Restore by gain: the teacher distribution, held-out prompts, and the steps; resumable."""
+"""Restore by gain: what the dense model predicts, held-out prompts, and the steps.
+
+    ask the dense model about the answers; hold a quarter of the prompts out
+    repeat
+        restore in a step (step.py) at most twice as many weights as in the step before
+        write what is restored so far, from which a killed run goes on
+    until the held-out loss falls by less than 1 %, nothing helps, or 5 steps are done
+
+objective.py has the formulas.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field
-from safetensors.torch import load_file
 
 from regraft import distributed
-from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading, hold_out
 from regraft.errors import RegraftError
 from regraft.files import require_space, size_of
-from regraft.loading import (
-    check_shares,
-    each_of_share,
-    hidden_state_bytes,
-    load_for_walk,
-)
-from regraft.models.layerwise import LayerwisePass
+from regraft.loading import check_shares, hidden_state_bytes
 from regraft.models.load import Source
-from regraft.models.placement import PlacedModel
 from regraft.progress import Progress
-from regraft.pruning.gradients import require_gradients
 from regraft.restoration.base import (
     DEFAULT_BUDGET,
     AlwaysBudgeted,
@@ -39,21 +38,27 @@ from regraft.restoration.methods.gain.path import (
     REASONS,
     End,
     GainPath,
+    Losses,
     Passed,
     path_to_json,
     read_path,
 )
 from regraft.restoration.methods.gain.step import (
-    Losses,
     Problem,
     Prompts,
-    groups_of,
     held_out_losses,
     step,
     weights_of,
 )
-from regraft.restoration.ranking import Ranking, empty, load_ranking, put, save_ranking
-from regraft.restoration.teacher import DecisionLoss, write_teacher
+from regraft.restoration.ranking import (
+    Edits,
+    Ranking,
+    empty,
+    joined,
+    load_ranking,
+    save_ranking,
+)
+from regraft.restoration.teacher import samples_of, taught
 from regraft.settings.compute import ComputeSettings
 
 HELD_OUT = 0.25  # of the prompts of each kind
@@ -91,7 +96,7 @@ class GainSettings(AlwaysBudgeted):
 
 
 class Gain(Method[GainSettings]):
-    """See `gain.objective` for the method, `gain.step` for a step; here is the loop."""
+    """See the module."""
 
     name: ClassVar[str] = "gain"
     Settings: ClassVar[type[MethodSettings]] = GainSettings
@@ -134,56 +139,56 @@ class Gain(Method[GainSettings]):
         Raises:
             RegraftError: the pruned model's loss on held-out prompts is not finite.
         """
-        return _restore(context, settings.swap, path_limit(context.survey.restorable))
+        context.work.mkdir(parents=True, exist_ok=True)
+        progress, most = context.progress, path_limit(context.survey.restorable)
+        problem = _prepare(context, settings.swap)
+        ranking, file = empty(), context.work / "so-far.safetensors"
+        if distributed.decided(file.exists):
+            ranking = load_ranking(file)
+            weights = weights_of(problem.model.network, context.dense.architecture)
+            Edits(ranking, weights, context.dense).put(len(ranking))
+        if (path := read_path(ranking.about)) is None:
+            path = GainPath(_start(problem, context))
+        while (end := _end(path, most)) is None:
+            _require_space(problem)
+            now, number = path.held_out, len(path.steps) + 1
+            with progress.task(f"Step {number} of gain", *_work(problem, 2, MOST_TRIES)) as done:
+                found, figures = step(problem, _room(path, most), ranking, now, done)
+            path = replace(path, steps=(*path.steps, figures))
+            ranking = replace(joined([ranking, found]), about=path_to_json(path))
+            progress.note(_described(figures, now))
+            if distributed.first():
+                save_ranking(file, ranking)
+            distributed.barrier()
+        progress.note(
+            f"Path of {len(ranking):,} weights in {len(path.steps)} steps: {REASONS[end]}"
+        )
+        return replace(ranking, about=path_to_json(replace(path, end=end)))
 
     def label(self, settings: GainSettings) -> str:
         """What tables call it."""
         return "gain, swapped" if settings.swap else "gain"
 
 
-PLUGIN = Gain()
-
-
-def _restore(context: Context, swap: bool, most: int) -> Ranking:
-    """`Gain.rank`, of `most` weights at most."""
-    dense, pruned, work = context.dense, context.pruned, context.work
-    compute, progress = context.compute, context.progress
-    work.mkdir(parents=True, exist_ok=True)
-    model, sides = _prepare(context)
-    groups = groups_of(dense, pruned) if swap else {}
-    problem = Problem(model, dense, pruned, sides, work / "states", swap, groups)
-    needed = sum(hidden_state_bytes(dense, side.fit) for side in sides)
-    ranking, file = empty(), work / "so-far.safetensors"
-    if distributed.decided(file.exists):
-        ranking = load_ranking(file)
-        put(ranking, weights_of(model.network, dense.architecture), dense)
-    if (path := read_path(ranking.about)) is None:
-        with progress.task("Held-out loss of the pruned model", *_work(sides, 0, 1)) as done:
-            path = GainPath(_finite(held_out_losses(sides, done), compute))
-    while (end := _end(path, most)) is None:
-        now = path.held_out
-        require_space(work, needed - size_of(work / "states"))  # a killed step leaves some there
-        number = len(path.steps) + 1
-        with progress.task(f"Step {number} of gain", *_work(sides, 2, MOST_TRIES)) as done:
-            new = step(problem, _room(path, most), ranking, now, done)
-        ranking = ranking.then(new.ranking)
-        path = replace(path, steps=(*path.steps, Passed.of(len(ranking), new)))
-        progress.note(_described(path.steps[-1], now))
-        ranking = replace(ranking, about=path_to_json(path))
-        if distributed.first():
-            save_ranking(file, ranking)
-        distributed.barrier()
-    progress.note(f"Path of {len(ranking):,} weights in {len(path.steps)} steps: {REASONS[end]}")
-    return replace(ranking, about=path_to_json(replace(path, end=end)))
-
-
-def _finite(losses: Losses, compute: ComputeSettings) -> Losses:
+def _start(problem: Problem, context: Context) -> Losses:
+    """The losses of the pruned model on held-out prompts."""
+    label = "Held-out loss of the pruned model"
+    with context.progress.task(label, *_work(problem, 0, 1)) as done:
+        losses = held_out_losses(problem.sides, done)
     if not math.isfinite(losses.sum):
         raise RegraftError(
             f"The pruned model's loss on held-out prompts is {losses.sum}: activations overflow "
-            f"with --dtype {compute.dtype}, or a weight is not finite. Take float32 or prune again."
+            f"with --dtype {context.compute.dtype}, or a weight is not finite. Take float32 or "
+            "prune again."
         )
     return losses
+
+
+def _require_space(problem: Problem) -> None:
+    """Raise unless the layer inputs of a step fit on the disk."""
+    needed = sum(hidden_state_bytes(problem.dense, side.fit) for side in problem.sides)
+    there = size_of(problem.scratch)  # what a killed step has left, and this one overwrites
+    require_space(problem.scratch.parent, needed - there)
 
 
 def _room(path: GainPath, most: int) -> int:
@@ -224,45 +229,24 @@ def _described(last: Passed, before: Losses) -> str:
     )
 
 
-def _work(sides: Sequence[Prompts], passes: int, tries: int) -> tuple[int, str]:
+def _work(problem: Problem, passes: int, tries: int) -> tuple[int, str]:
     """How much there is to do, at most: passes over calibration prompts and held-out ones."""
-
-    def prompts(walk: LayerwisePass) -> int:
-        return sum(len(batch.ids) for batch in walk.batches) * walk.layers
-
-    own = sum(passes * prompts(side.fit) + tries * prompts(side.held_out) for side in sides)
+    own = sum(
+        passes * samples_of(side.fit) + tries * samples_of(side.held_out) for side in problem.sides
+    )
     return own, "samples x layers"
 
 
-def _prepare(context: Context) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
+def _prepare(context: Context, swap: bool) -> Problem:
     """The pruned model and both kinds of prompts, before its layers."""
-    dense, pruned, work = context.dense, context.pruned, context.work
-    compute, progress, readings = context.compute, context.progress, context.answered or {}
-    parts = {kind: _split(kind, readings[kind], progress, context.seed) for kind in CALLED}
-    teachers = {kind: work / f"teacher-{kind}.safetensors" for kind in CALLED}
-    asks = not distributed.decided(lambda: all(path.exists() for path in teachers.values()))
-    model, processor = load_for_walk(
-        dense if asks else pruned, compute, progress, processor_from=dense
-    )
-    require_gradients(model.dtype)
-    walks: dict[str, list[LayerwisePass]] = {kind: [] for kind in CALLED}
-    total = sum(len(examples) for part in parts.values() for examples in part)
-    with progress.task("Reading the prompts", total) as done:
-        for kind, part in parts.items():
-            for examples in part:
-                batches = each_of_share(processor, response_batch, examples, compute)
-                walks[kind].append(LayerwisePass(model, batches))
-                done(len(examples))
-    if asks:
-        write_teacher(walks, teachers, progress)
-        model.network.to("meta")  # one model in memory at a time; the walks still hold this one
-        model, _ = load_for_walk(pruned, compute, progress, processor_from=dense)
-        walks = {kind: [walk.on(model) for walk in pair] for kind, pair in walks.items()}
+    answered = context.answered or {}
+    parts = {kind: _split(kind, answered[kind], context.progress, context.seed) for kind in CALLED}
+    model, walks, losses = taught(context, parts)
     safety, utility = (
-        Prompts(fit, held_out, DecisionLoss(load_file(teachers[kind])))
-        for kind, (fit, held_out) in walks.items()
+        Prompts(fit, held_out, losses[kind]) for kind, (fit, held_out) in walks.items()
     )
-    return model, (safety, utility)
+    scratch = context.work / "states"
+    return Problem(model, context.dense, context.pruned, (safety, utility), scratch, swap)
 
 
 def _split(
@@ -279,3 +263,6 @@ def _split(
         f"({', '.join(parts)})"
     )
     return fit, held
+
+
+PLUGIN = Gain()

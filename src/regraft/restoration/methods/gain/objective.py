@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,8 +58,7 @@ def first_order_limit(worth: Tensor, loss: float) -> int:
     return max(1, int((worth.double().cumsum(0) <= loss / 2).sum()))
 
 
-@dataclass(frozen=True)
-class Try:
+class Try(NamedTuple):
     """The held-out loss with `restored` of a step's weights restored."""
 
     restored: int

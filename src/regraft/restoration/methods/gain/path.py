@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from regraft.errors import RegraftError
 from regraft.restoration.methods.gain.objective import Try
-from regraft.restoration.methods.gain.step import Losses, Step
 
 End = Literal["limit", "held-out", "candidates"]
 REASONS: Mapping[End, str] = {
@@ -19,14 +20,28 @@ REASONS: Mapping[End, str] = {
 
 
 @dataclass(frozen=True)
+class Losses:
+    """Mean losses, in nats, of harmful prompts (safety) and harmless ones (utility)."""
+
+    safety: float
+    utility: float
+
+    @property
+    def sum(self) -> float:
+        """What a step is to lower."""
+        return self.safety + self.utility
+
+
+@dataclass(frozen=True)
 class Passed:
     """One step.
 
     Attributes:
         restored: How many weights are restored after it, in all.
-        fit: Losses on the calibration prompts before it, in nats.
-        held_out: Losses on the held-out prompts after it, in nats.
-        candidates: As `Step.candidates`.
+        fit: Losses on the calibration prompts before it.
+        held_out: Losses on the held-out prompts after it.
+        candidates: How many weights were predicted to help and not to cost utility; those beyond
+            as many as may be restored are not counted.
         tries: Numbers of weights that were tried, besides those restored before, with the sum of
             the held-out losses.
     """
@@ -37,18 +52,13 @@ class Passed:
     candidates: int
     tries: tuple[Try, ...]
 
-    @classmethod
-    def of(cls, restored: int, new: Step) -> Passed:
-        """A step with which `restored` weights are restored in all."""
-        return cls(restored, new.fit, new.held_out, new.candidates, new.tries)
-
 
 @dataclass(frozen=True)
 class GainPath:
     """All steps so far.
 
     Attributes:
-        start: Losses of the pruned model on the held-out prompts, in nats.
+        start: Losses of the pruned model on the held-out prompts.
         steps: In order.
         end: Why there is no further step; None while there may be one.
     """
@@ -74,14 +84,13 @@ class GainPath:
         return tuple(now - before for before, now in zip([0, *after], after, strict=False))
 
 
+_JSON = TypeAdapter(GainPath)
+
+
 def path_to_json(path: GainPath) -> dict[str, Any]:
     """As a ranking's `about` keeps it: `start`, `steps` and, where it has ended, `end`."""
-    steps = [
-        {**asdict(step), "tries": [[one.restored, one.loss] for one in step.tries]}
-        for step in path.steps
-    ]
-    kept = {"start": asdict(path.start), "steps": steps}
-    return kept if path.end is None else {**kept, "end": path.end}
+    kept: dict[str, Any] = _JSON.dump_python(path, mode="json", exclude_none=True)
+    return kept
 
 
 def read_path(about: Mapping[str, Any]) -> GainPath | None:
@@ -93,23 +102,9 @@ def read_path(about: Mapping[str, Any]) -> GainPath | None:
     if "steps" not in about:
         return None
     try:
-        end = about.get("end")
-        if end is not None and end not in get_args(End):
-            raise ValueError(f"end {end!r}")
-        steps = tuple(_step(kept) for kept in about["steps"])
-        return GainPath(Losses(**about["start"]), steps, end)
-    except (KeyError, TypeError, ValueError) as error:
+        return _JSON.validate_python(about)
+    except ValidationError as error:
         raise RegraftError(
-            f"A ranking by gain does not hold the path that it was found along ({error!r}). Remove "
+            f"A ranking by gain does not hold the path that it was found along ({error}). Remove "
             "the ranking to have it made again."
         ) from error
-
-
-def _step(kept: Mapping[str, Any]) -> Passed:
-    return Passed(
-        restored=int(kept["restored"]),
-        fit=Losses(**kept["fit"]),
-        held_out=Losses(**kept["held_out"]),
-        candidates=int(kept["candidates"]),
-        tries=tuple(Try(int(count), float(loss)) for count, loss in kept["tries"]),
-    )

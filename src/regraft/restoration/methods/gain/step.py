@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from regraft import distributed
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
@@ -19,7 +19,6 @@ from regraft.patch.pair import restorable
 from regraft.progress import Advance
 from regraft.pruning.gradients import Loss, layer_gradients, signed, signed_and_squared
 from regraft.restoration.methods.gain.objective import (
-    Try,
     first_order_limit,
     gain,
     line_search,
@@ -28,8 +27,9 @@ from regraft.restoration.methods.gain.objective import (
     swaps_in_rows,
     worth_of,
 )
+from regraft.restoration.methods.gain.path import Losses, Passed
 from regraft.restoration.ranking import Best, Edits, Ranking
-from regraft.restoration.teacher import DecisionLoss, losses_together
+from regraft.restoration.teacher import DecisionLoss, Recorded, losses_together, mean_of
 
 _SWAPS_IN_A_ROW = 64
 
@@ -59,9 +59,8 @@ class Problem:
         pruned: The checkpoint of `model`.
         sides: Harmful prompts and harmless ones.
         scratch: A folder for layer inputs.
-        swap: Prune a kept weight of the same row for each that is restored, or of the same group
-            in the linears of `groups`.
-        groups: `LinearArchitecture.key` -> M of an N:M weight, for swaps.
+        swap: Prune a kept weight of the same row, or of the same N:M group where the matrix has
+            them, for each that is restored.
     """
 
     model: PlacedModel
@@ -70,43 +69,18 @@ class Problem:
     sides: tuple[Prompts, Prompts]
     scratch: Path
     swap: bool = False
-    groups: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def groups(self) -> dict[str, int]:
+        """M of every weight that is pruned N:M, by `LinearArchitecture.key`."""
+        pairs = zip(self.dense.architecture.linears, self.pruned.architecture.linears, strict=True)
+        found = {a.key: grouping_of(self.pruned.checkpoint.read(b.tensor)) for a, b in pairs}
+        return {key: grouping.m for key, grouping in found.items() if grouping is not None}
 
 
-@dataclass(frozen=True)
-class Losses:
-    """Mean losses, in nats, of harmful prompts (safety) and harmless ones (utility)."""
-
-    safety: float
-    utility: float
-
-    @property
-    def sum(self) -> float:
-        """What a step is to lower."""
-        return self.safety + self.utility
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step found.
-
-    Attributes:
-        ranking: The weights that it restored, best first; empty where none lower the held-out loss.
-        fit: Losses on the calibration prompts before the step.
-        held_out: Losses on the held-out prompts after it.
-        candidates: How many weights were predicted to help and not to cost utility; those beyond
-            as many as may be restored are not counted.
-        tries: Numbers of weights that were tried, with the held-out losses.
-    """
-
-    ranking: Ranking
-    fit: Losses
-    held_out: Losses
-    candidates: int
-    tries: tuple[Try, ...]
-
-
-def step(problem: Problem, room: int, so_far: Ranking, held_out: Losses, advance: Advance) -> Step:
+def step(
+    problem: Problem, room: int, so_far: Ranking, held_out: Losses, advance: Advance
+) -> tuple[Ranking, Passed]:
     """Restore the weights that help most now; in the model too.
 
     Args:
@@ -115,12 +89,14 @@ def step(problem: Problem, room: int, so_far: Ranking, held_out: Losses, advance
         so_far: What steps before restored.
         held_out: The held-out losses now.
         advance: Called with the number of samples that a layer has seen, forward or backward.
+
+    Returns:
+        (what it restored, best first, empty where nothing lowers the held-out loss; the figures)
     """
     found, fit = _candidates(problem, room, so_far, advance)
     chosen = found.first(first_order_limit(found.score, fit.sum)) if len(found) else found
-    edits = Edits(
-        chosen, weights_of(problem.model.network, problem.dense.architecture), problem.dense
-    )
+    weights = weights_of(problem.model.network, problem.dense.architecture)
+    edits = Edits(chosen, weights, problem.dense)
     seen = {0: held_out}
 
     def value(count: int) -> float:
@@ -130,43 +106,40 @@ def step(problem: Problem, room: int, so_far: Ranking, held_out: Losses, advance
 
     taken, tries = line_search(value, held_out.sum, len(chosen))
     edits.put(taken)
-    return Step(chosen.first(taken), fit, seen[taken], len(found), tries)
+    figures = Passed(len(so_far) + taken, fit, seen[taken], len(found), tries)
+    return chosen.first(taken), figures
 
 
 def held_out_losses(sides: Sequence[Prompts], advance: Advance = lambda _: None) -> Losses:
     """Of the model as it is."""
     found = losses_together([(side.held_out, side.loss) for side in sides], advance)
-    return Losses(*(_mean(one.values()) for one in found))
+    return Losses(*(mean_of(one.values()) for one in found))
 
 
 def _candidates(
     problem: Problem, room: int, so_far: Ranking, advance: Advance
 ) -> tuple[Ranking, Losses]:
-    """(the best weights that could be restored, in order; losses on the calibration prompts).
-
-    One layer's gradients of both kinds of prompts are in memory at a time, with swaps the squares
-    too.
-    """
+    """(the best weights that could be restored, in order; losses on the calibration prompts)."""
     best = Best(room)
     architecture = problem.dense.architecture
     index = {linear.key: i for i, linear in enumerate(architecture.linears)}
     weights = weights_of(problem.model.network, architecture)
-    seen: tuple[list[float], list[float]] = ([], [])
-    passes = (
-        _gradients(problem, i, _recorded(problem.sides[i].loss, losses), advance)
-        for i, losses in enumerate(seen)
-    )
+    losses = [Recorded(side.loss) for side in problem.sides]
+    # Both kinds go back through the layers side by side, so that the gradients of one layer are
+    # in memory at a time.
+    passes = (_gradients(problem, i, loss, advance) for i, loss in enumerate(losses))
     for (layer, for_safety), (_, for_utility) in zip(*passes, strict=True):
         for linear in layer.linears:
             gradients = for_safety.pop(linear.key, None), for_utility.pop(linear.key, None)
             if gradients[0] is None or gradients[1] is None:
-                continue
+                continue  # no prompt of one kind ran through it
             i = index[linear.key]
             current = weights[i].to(gradients[0].device)
             dense = problem.dense.checkpoint.read(linear.tensor).to(current)
             taken = so_far.at((so_far.linear == i).nonzero().flatten())
             best.add(i, *_worth(problem, linear, dense, current, taken, gradients))
-    return replace(best.ranking, score=best.ranking.score.float()), Losses(*map(_mean, seen))
+    fit = Losses(*(mean_of(loss.seen) for loss in losses))
+    return replace(best.ranking, score=best.ranking.score.float()), fit
 
 
 def _worth(
@@ -188,9 +161,9 @@ def _worth(
         gradients: Of both losses, `[out, in]` float32; with swaps the squares below.
     """
     rows, device = linear.shape[0], current.device
-    gains = [gain(gradient[:rows], dense, current) for gradient in gradients]
-    worth = worth_of(*gains)
+    worth = worth_of(*(gain(gradient[:rows], dense, current) for gradient in gradients))
     free = restorable(dense, current)
+    # What a step removed does not come back, or steps could undo each other for ever.
     free.view(-1)[taken.removed[taken.removed >= 0].to(device)] = False
     worth.masked_fill_(~free, -torch.inf)
     removed = None
@@ -202,11 +175,10 @@ def _worth(
         fixed.view(-1)[taken.position.to(device)] = True
         cost.masked_fill_(fixed, torch.inf)
         m = problem.groups.get(linear.key)
-        worth, removed = (
-            swaps_in_rows(worth, cost, _SWAPS_IN_A_ROW)
-            if m is None
-            else swaps_in_groups(worth, cost, m)
-        )
+        if m is None:
+            worth, removed = swaps_in_rows(worth, cost, _SWAPS_IN_A_ROW)
+        else:
+            worth, removed = swaps_in_groups(worth, cost, m)
     return worth.masked_fill_(worth <= 0, -torch.inf), removed
 
 
@@ -226,30 +198,8 @@ def _gradients(
     )
 
 
-def _recorded(loss: Loss, into: list[float]) -> Loss:
-    def recorded(model: PlacedModel, final: Tensor, labels: Tensor, name: str) -> Tensor:
-        value = loss(model, final, labels, name)
-        into.append(float(value.detach()))
-        return value
-
-    return recorded
-
-
-def _mean(values: Collection[float]) -> float:
-    """Over the examples of all processes."""
-    total, count = distributed.total(torch.tensor([sum(values), len(values)], dtype=torch.float64))
-    return float(total / count)
-
-
-def groups_of(dense: Source, pruned: Source) -> dict[str, int]:
-    """M of every weight that is pruned N:M, by `LinearArchitecture.key`."""
-    pairs = zip(dense.architecture.linears, pruned.architecture.linears, strict=True)
-    found = {own.key: grouping_of(pruned.checkpoint.read(other.tensor)) for own, other in pairs}
-    return {key: grouping.m for key, grouping in found.items() if grouping is not None}
-
-
 def weights_of(network: nn.Module, architecture: Architecture) -> list[Tensor]:
     """Every prunable weight in memory, in the order of `Architecture.linears`."""
-    modules = dict(network.named_modules())
+    modules: Mapping[str, nn.Module] = dict(network.named_modules())
     weights = (modules[linear.module].weight for linear in architecture.linears)
     return [weight.data for weight in weights if isinstance(weight, Tensor)]
