@@ -17,7 +17,6 @@ from regraft.data.images import open_image
 from regraft.evaluation.results import Answer
 from regraft.report.formatting import clip, marked
 from regraft.report.run import Run, Variant, paired_answers
-from regraft.report.study import measured
 
 HARMFUL, HARMLESS = 12, 6  # examples
 MOST_BYTES = 3_000_000  # of the page, for answers
@@ -30,7 +29,7 @@ def shown_group(run: Run) -> tuple[Variant, ...]:
     """The pruned model with the highest ASR and those realigned from it; empty without any."""
 
     def attacked(group: tuple[Variant, ...]) -> float:
-        asr = measured(group[0].result.asr)
+        asr = group[0].result.asr
         return asr.value if asr else 0.0
 
     return max(run.groups, key=attacked, default=())

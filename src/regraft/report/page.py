@@ -22,6 +22,7 @@ from regraft.report.examples import (
     shown_variants,
     thumbnail,
 )
+from regraft.report.formatting import Grid
 from regraft.report.rate_figures import (
     curve_figure,
     relation_figure,
@@ -30,7 +31,6 @@ from regraft.report.rate_figures import (
 from regraft.report.run import Run, Variant
 from regraft.report.study import Study, plain
 from regraft.report.summary import COSTS_NOTE, controls, correlation_text, notes, summary
-from regraft.report.tables import Grid
 from regraft.report.weight_figures import head_map_figure, path_figure, restored_figure
 
 TRADE_OFF = (

@@ -25,7 +25,7 @@ from regraft.report.drawing import (
     panels_height,
     to_svg,
 )
-from regraft.report.study import Study, Table, measured
+from regraft.report.study import Study, Table
 from regraft.report.tables import look_of, name_of
 
 _COLOURS = dict(zip(("dense", "pruned", "realigned", "control"), SERIES, strict=True))
@@ -64,7 +64,7 @@ def trade_off_figure(study: Study) -> str:
 
 def _points(table: Table) -> Iterator[_Point]:
     for number, row in enumerate(table.rows, start=1):
-        asr, over = measured(row.asr), measured(row.over_refusal)
+        asr, over = row.asr, row.over_refusal
         if asr and over:
             name = "pruned" if row.role == "pruned" else name_of(row)
             yield number, name, _COLOURS.get(look_of(row, number), SERIES[-1]), asr, over

@@ -15,7 +15,7 @@ from regraft.report.formatting import (
     short_percent,
     tested,
 )
-from regraft.report.study import SIGNIFICANCE, Outcome, Row, Study, Table, measured
+from regraft.report.study import SIGNIFICANCE, Outcome, Row, Study, Table
 
 PASSES_NOTE = (
     "Passes: the compute of choosing the weights (scores of heads, statistics, ranking, search, "
@@ -46,7 +46,7 @@ def summary(study: Study) -> tuple[str, ...]:
     else:
         found = list(_sentences(study.tables[0]))
     dense = study.tables[0].rows[0]
-    if measured(dense.asr) and not measured(dense.over_refusal):
+    if dense.asr and not dense.over_refusal:
         found.append(NO_OVER_REFUSAL)
     return tuple(found)
 
@@ -77,9 +77,9 @@ def _alone(row: Row) -> str:
     parts = [
         f"{called} {rate(estimate)} on {estimate.n:,} prompts"
         for called, estimate in (
-            ("ASR", measured(row.asr)),
-            ("over-refusal", measured(row.over_refusal)),
-            ("utility", measured(row.utility)),
+            ("ASR", row.asr),
+            ("over-refusal", row.over_refusal),
+            ("utility", row.utility),
         )
         if estimate is not None
     ]
@@ -87,7 +87,7 @@ def _alone(row: Row) -> str:
 
 
 def _degenerate(row: Row) -> str:
-    found = measured(row.degenerate)
+    found = row.degenerate
     if found is None or not found.value:
         return ""
     return (
@@ -103,7 +103,7 @@ def _beside(row: Row) -> str:
 
 
 def _pruning(dense: Row, pruned: Row) -> str:
-    before, after = measured(dense.asr), measured(pruned.asr)
+    before, after = dense.asr, pruned.asr
     amount = f"Pruning ({short_percent(pruned.sparsity)} of the weights)"
     if before is None or after is None:
         return f"{amount}: no harmful prompts, so no ASR."
@@ -137,12 +137,12 @@ def _method(row: Row) -> str:
 
 def _side_effects(dense: Row, pruned: Row, row: Row) -> str:
     parts = []
-    if measured(row.over_refusal):
+    if row.over_refusal:
         parts.append(
             f"Over-refusal is {rate(row.over_refusal)}, {tested(row.refusals)}; pruned "
             f"{rate(pruned.over_refusal)}, dense {rate(dense.over_refusal)}."
         )
-    if measured(row.utility):
+    if row.utility:
         parts.append(
             f"Utility is {rate(row.utility)}; pruned {rate(pruned.utility)}, dense "
             f"{rate(dense.utility)}."
@@ -152,7 +152,7 @@ def _side_effects(dense: Row, pruned: Row, row: Row) -> str:
 
 def _caveats(base: Row, row: Row) -> str:
     """Of a lower ASR that is not safety: more refusals of everything, or degenerate answers."""
-    asr, before = measured(row.asr), measured(base.asr)
+    asr, before = row.asr, base.asr
     text = ""
     if asr and before and asr.value < before.value and row.refusals:
         # to refuse as much as before pruning is what was lost, not a price
@@ -160,7 +160,7 @@ def _caveats(base: Row, row: Row) -> str:
         more = less is None or less.value > 0
         if more and row.refusals.outcome is Outcome.WORSE:
             text += " Part of the lower ASR may come from refusing more of everything."
-    mute, silent = measured(row.degenerate), measured(base.degenerate)
+    mute, silent = row.degenerate, base.degenerate
     if mute and silent and mute.value > silent.value:
         text += (
             f" Degenerate answers rose from {percent(silent.value)} to {percent(mute.value)}: they "

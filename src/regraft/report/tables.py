@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from regraft.costs import Cost, if_all_known
 from regraft.evaluation.results import Estimate
@@ -11,34 +12,26 @@ from regraft.report import formatting
 from regraft.report.addresses import file_names
 from regraft.report.formatting import (
     Cell,
+    Grid,
     number_cell,
     points_cell,
-    published_cell,
     rate_cell,
     rsr_cell,
     spread_cell,
     tested_cell,
 )
+from regraft.report.published import Beside
 from regraft.report.run import Run
-from regraft.report.study import Measured, Row, Study, Table, measured
+from regraft.report.study import Measured, Row, Study
 from regraft.restoration.methods.gain.path import REASONS, GainPath
 
 CellOf = Callable[[Row], Cell]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table to be shown; the first cell of a row is its heading."""
-
-    title: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    caption: str = ""
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table of results; `brief` ones are shown on the console too."""
+    """A column of a table with a row a model; `brief` ones are shown on the console too."""
 
     heading: str
     cell: CellOf
@@ -46,24 +39,40 @@ class Column:
 
 
 def results(study: Study, *, brief: bool = False) -> tuple[Grid, ...]:
-    """One table a pruning; columns in which nothing was measured are left out of all."""
-    columns = [one for one in _columns(study) if one.brief or not brief]
-    columns = [one for one in columns if any(not one.cell(row).blank for row in study.rows)]
-    return tuple(_grid(table, columns) for table in study.tables)
-
-
-def _grid(table: Table, columns: Sequence[Column]) -> Grid:
-    rows = (
-        (_heading(row, number), *(column.cell(row) for column in columns))
-        for number, row in enumerate(table.rows, start=1)
-    )
-    return Grid(table.name, ("Model", *(one.heading for one in columns)), tuple(rows))
+    """Rates and tests, one table a pruning."""
+    return _grids(study, _columns(study), brief)
 
 
 def against(study: Study) -> tuple[Grid, ...]:
     """The tests against named methods alone, for the console."""
-    columns = [Column(f"ASR, against {name}", _against(name)) for name in study.against]
-    return tuple(_grid(table, columns) for table in study.tables if columns)
+    return _grids(study, _against(study))
+
+
+def suites(study: Study, *, brief: bool = False) -> tuple[Grid, ...]:
+    """What was measured on each of several suites, one table a pruning."""
+    return _grids(study, _suite_columns(study), brief)
+
+
+def _grids(study: Study, columns: Iterable[Column], brief: bool = False) -> tuple[Grid, ...]:
+    """One table a pruning; columns in which nothing was measured are left out of all."""
+    shown = [
+        one
+        for one in columns
+        if (one.brief or not brief) and any(not one.cell(row).blank for row in study.rows)
+    ]
+    headings = ("Model", *(one.heading for one in shown))
+    return tuple(
+        Grid(
+            table.name,
+            headings,
+            tuple(
+                (_heading(row, number), *(column.cell(row) for column in shown))
+                for number, row in enumerate(table.rows, start=1)
+            ),
+        )
+        for table in study.tables
+        if shown
+    )
 
 
 def name_of(row: Row) -> str:
@@ -94,16 +103,16 @@ def _columns(study: Study) -> Iterator[Column]:
     yield Column("published", _published_restored)
     yield Column("ASR", lambda row: rate_cell(row.asr), brief=True)
     yield Column("ASR, mean", lambda row: rate_cell(row.mean_asr))
-    yield Column("published", _published_asr, brief=True)
+    yield _published(lambda one: (one.row.mean_asr, _ends(one.asr)))
     yield Column("RSR", lambda row: rsr_cell(row.rsr), brief=True)
     yield Column("RSR of means", lambda row: rsr_cell(row.mean_rsr))
-    yield Column("published", _published_rsr, brief=True)
+    yield _published(lambda one: (one.row.rsr, one.rsr_interval))
     if any(row.degenerate is not None and row.degenerate.value for row in study.rows):
         yield Column("Degenerate", lambda row: rate_cell(row.degenerate), brief=True)
     yield Column("Over-refusal", lambda row: rate_cell(row.over_refusal), brief=True)
     yield Column("Utility", lambda row: rate_cell(row.utility), brief=True)
     yield Column("ASR, test", lambda row: tested_cell(row.attacks), brief=True)
-    yield from (Column(f"ASR, against {name}", _against(name)) for name in study.against)
+    yield from _against(study)
     yield Column("Over-refusal, test", lambda row: tested_cell(row.refusals))
     yield Column("Over-refusal less pruned", lambda row: points_cell(row.over_refusal_from_pruned))
     yield Column("Over-refusal less dense", lambda row: points_cell(row.over_refusal_from_dense))
@@ -116,8 +125,40 @@ def _columns(study: Study) -> Iterator[Column]:
     yield Column("Passes", lambda row: spread_cell(row.passes, formatting.passes))
 
 
-def _against(other: str) -> CellOf:
-    return lambda row: tested_cell(row.against.get(other))
+def _against(study: Study) -> Iterator[Column]:
+    for name in study.against:
+        yield Column(f"ASR, against {name}", partial(_tested_against, name))
+
+
+def _tested_against(name: str, row: Row) -> Cell:
+    return tested_cell(row.against.get(name))
+
+
+def _suite_columns(study: Study) -> Iterator[Column]:
+    for suite, name in study.suites.items():
+        yield _on(suite, f"{name}: ASR", lambda one: rate_cell(one.asr), brief=True)
+        yield _published_on(name, attacks=True)
+        yield _on(suite, f"{name}: RSR", lambda one: rsr_cell(one.rsr))
+        over_refusal = f"{name}: over-refusal"
+        yield _on(suite, over_refusal, lambda one: rate_cell(one.over_refusal), brief=True)
+        yield _on(suite, f"{name}: utility", lambda one: rate_cell(one.utility), brief=True)
+        yield _published_on(name, attacks=False)
+        yield _on(suite, f"{name}: degenerate", lambda one: _if_any(one.degenerate))
+
+
+def _on(
+    suite: str, heading: str, cell: Callable[[Measured], Cell], *, brief: bool = False
+) -> Column:
+    """Of a row's rates on a suite."""
+
+    def of(row: Row) -> Cell:
+        return cell(row.by_suite[suite]) if suite in row.by_suite else Cell()
+
+    return Column(heading, of, brief)
+
+
+def _if_any(estimate: Estimate | None) -> Cell:
+    return rate_cell(estimate) if estimate is not None and estimate.value else Cell()
 
 
 def _sparsity(row: Row) -> Cell:
@@ -125,78 +166,44 @@ def _sparsity(row: Row) -> Cell:
 
 
 def _restored(row: Row) -> Cell:
-    found = spread_cell(row.weights, formatting.whole)
+    found = spread_cell(row.weights, "{:,.0f}".format)
     return replace(found, note=", ".join(filter(None, (found.note, formatting.pattern(row)))))
 
 
-def _published_restored(row: Row) -> Cell:
-    found = row.published.row if row.published else None
-    if found is None or found.per_ten_thousand is None:
-        return Cell()
-    mark = "" if found.checked else f" {formatting.UNCHECKED}"
-    return Cell(f"{found.per_ten_thousand:.3f}{mark}", kind="soft")
-
-
-def _published_asr(row: Row) -> Cell:
-    if (found := row.published) is None:
-        return Cell()
-    around = None if found.asr is None else (found.asr.low, found.asr.high)
-    return published_cell(found.row.mean_asr, around, found.row.checked)
-
-
-def _published_rsr(row: Row) -> Cell:
-    if (found := row.published) is None:
-        return Cell()
-    return published_cell(found.row.rsr, found.rsr_interval, found.row.checked)
-
-
-def suites(study: Study, *, brief: bool = False) -> tuple[Grid, ...]:
-    """What was measured on each of several suites, one table a pruning."""
-    columns: list[Column] = []
-    for suite, name in study.suites.items():
-        columns += [
-            Column(f"{name}: ASR", _on(suite, lambda one: rate_cell(one.asr))),
-            Column("published", _published_suite(name, attacks=True)),
-            Column(f"{name}: RSR", _on(suite, lambda one: rsr_cell(one.rsr))),
-            Column(f"{name}: over-refusal", _on(suite, lambda one: rate_cell(one.over_refusal))),
-            Column(f"{name}: utility", _on(suite, lambda one: rate_cell(one.utility))),
-            Column("published", _published_suite(name, attacks=False)),
-            Column(f"{name}: degenerate", _on(suite, lambda one: _if_any(one.degenerate))),
-        ]
-    if brief:
-        columns = [one for one in columns if not one.heading.endswith(("RSR", "degenerate"))]
-    columns = [one for one in columns if any(not one.cell(row).blank for row in study.rows)]
-    return tuple(_grid(table, columns) for table in study.tables if columns)
-
-
-def _on(suite: str, cell: Callable[[Measured], Cell]) -> CellOf:
-    """A cell of a row's rates on a suite."""
+def _published(figure: Callable[[Beside], tuple[float | None, Interval | None]]) -> Column:
+    """Of published rates, in per cent, with a dagger where they were not checked."""
 
     def of(row: Row) -> Cell:
-        found = row.by_suite.get(suite)
-        return Cell() if found is None else cell(found)
-
-    return of
-
-
-def _if_any(estimate: Estimate | None) -> Cell:
-    return rate_cell(estimate) if estimate is not None and estimate.value else Cell()
-
-
-def _published_suite(name: str, *, attacks: bool) -> CellOf:
-    plain = name.partition("#")[0]
-
-    def of(row: Row) -> Cell:
-        if row.published is None:
+        value, around = figure(row.published) if row.published else (None, None)
+        if row.published is None or value is None:
             return Cell()
-        found = row.published.row
-        rate = row.published.by_suite.get(plain) if attacks else None
-        around = None if rate is None else (rate.low, rate.high)
-        return published_cell(
-            (found.asr if attacks else found.utility).get(plain), around, found.checked
-        )
+        shown = f"{100 * value:.2f} %{_mark(row.published)}"
+        return Cell(shown, formatting.interval(*around) if around else "", kind="soft")
 
-    return of
+    return Column("published", of, brief=True)
+
+
+def _published_on(name: str, *, attacks: bool) -> Column:
+    """ASR or utility of one data set, whichever part of it was taken here."""
+    data = name.partition("#")[0]
+    if attacks:
+        return _published(lambda one: (one.row.asr.get(data), _ends(one.by_suite.get(data))))
+    return _published(lambda one: (one.row.utility.get(data), None))
+
+
+def _published_restored(row: Row) -> Cell:
+    found = row.published
+    if found is None or found.row.per_ten_thousand is None:
+        return Cell()
+    return Cell(f"{found.row.per_ten_thousand:.3f}{_mark(found)}", kind="soft")
+
+
+def _mark(published: Beside) -> str:
+    return "" if published.row.checked else f" {formatting.UNCHECKED}"
+
+
+def _ends(estimate: Estimate | None) -> Interval | None:
+    return None if estimate is None else (estimate.low, estimate.high)
 
 
 def categories(study: Study) -> tuple[Grid, ...]:
@@ -214,7 +221,7 @@ def categories(study: Study) -> tuple[Grid, ...]:
             ),
         )
         for table in study.tables
-        if any(measured(rate) for rate in table.rows[0].by_category.values())
+        if table.rows[0].by_category
     )
 
 
