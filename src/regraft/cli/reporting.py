@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from regraft.cli.options import MaybeOutFolder, OutFolder, watching
-from regraft.console import ConsoleWatch, show_bundle, show_study
+from regraft.console import ConsoleWatch, show_study
 from regraft.errors import RegraftError
 
 if TYPE_CHECKING:
@@ -109,7 +109,14 @@ def _check_bundle(progress: ConsoleWatch, files: Sequence[Path]) -> None:
     from regraft.bundle_check import read_bundle
 
     for file in files:
-        show_bundle(progress.console, file, read_bundle(file))
+        bundle = read_bundle(file)
+        answers = sum(len(one.answers) for one in bundle.evaluations.values())
+        progress.note(bundle.page)
+        progress.note(
+            f"{file}: {bundle.title}, regraft {bundle.version}. {bundle.files} files are as their "
+            f"digests say, and the verdicts on {answers:,} answers of {len(bundle.evaluations)} "
+            f"evaluations give the rates in it. Digest of all: {bundle.digest}"
+        )
 
 
 def _pair(dense: Path | None, pruned: Path | None) -> Pair | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the console formats too, and these import scipy, which takes its time
+    from regraft.evaluation.labelled import Difference
     from regraft.evaluation.results import Answer, Estimate, EvalResult, TextResult
     from regraft.evaluation.verdicts import Agreement
     from regraft.report.study import Recovered, Row, Spread, Tested
@@ -83,7 +84,7 @@ def rate(estimate: Estimate | None) -> str:
     return replace(rate_cell(estimate), note="").text
 
 
-def points_cell(estimate: Estimate | None) -> Cell:
+def points_cell(estimate: Estimate | Difference | None) -> Cell:
     """A difference of rates in points: "+1.3 [-0.7, +3.3]"."""
     if estimate is None:
         return Cell()
@@ -204,8 +205,13 @@ def agreed(agreement: tuple[Agreement, ...], *, harmful: bool) -> Cell:
     found = next((one for one in agreement if one.harmful == harmful), None)
     if found is None:
         return Cell()
-    kappa = "undefined" if found.kappa is None else f"{found.kappa:z.2f}"
-    return replace(rate_cell(found.share), note=f"n = {found.share.n:,}, kappa {kappa}")
+    note = f"n = {found.share.n:,}, kappa {kappa(found.kappa)}"
+    return replace(rate_cell(found.share), note=note)
+
+
+def kappa(value: float | None) -> str:
+    """Cohen's; undefined where chance agrees as well."""
+    return "undefined" if value is None else f"{value:z.2f}"
 
 
 def clip(text: str, length: int) -> str:

@@ -133,13 +133,10 @@ def _results(study: Study) -> Iterator[Section]:
     yield Section("suites", "By suite", grids=tables.suites(study))
     yield Section("paths", "Paths of gain", grids=tables.paths(study))
     yield Section("categories", "ASR by category", grids=tables.categories(study))
-    related = tables.correlation(study)
-    yield Section(
-        "ships",
-        "Total Ships and lost safety",
-        correlation_text(study),
-        (related,) if related else (),
-    )
+    if study.correlation:
+        text = correlation_text(study.correlation, study.published)
+        title = "Total Ships and lost safety"
+        yield Section("ships", title, text, (tables.ships(study.correlation),))
 
 
 def _about(study: Study) -> Iterator[Section]:

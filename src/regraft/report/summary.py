@@ -15,7 +15,8 @@ from regraft.report.formatting import (
     short_percent,
     tested,
 )
-from regraft.report.study import SIGNIFICANCE, Outcome, Row, Study, Table
+from regraft.report.published import Published
+from regraft.report.study import SIGNIFICANCE, Correlation, Outcome, Row, Study, Table
 
 PASSES_NOTE = (
     "Passes: the compute of choosing the weights (scores of heads, statistics, ranking, search, "
@@ -33,6 +34,7 @@ COSTS_NOTE = (
     "far. A ranking that variants share is charged to the first of them; the checks before a run "
     f"are in no stage. {DASH}: not measured, as vLLM works in a process of its own."
 )
+NOT_INDEPENDENT = "no p value, since several prunings of one model are not independent"
 NO_OVER_REFUSAL = (
     "Over-refusal was not measured: without harmless prompts that test it, a low ASR may come from "
     "a model that refuses everything."
@@ -279,15 +281,12 @@ def _published_notes(study: Study) -> Iterator[str]:
         yield "The models were run with different versions or devices; see report.json."
 
 
-def correlation_text(study: Study) -> str:
+def correlation_text(found: Correlation, published: Published | None = None) -> str:
     """Spearman's rho in a sentence, beside the published one."""
-    found, published = study.correlation, study.published
-    if found is None:
-        return ""
     if found.rho is None:
         text = "Spearman's rho is not defined: all values of one are equal"
     else:
-        chance = "no p value" if found.p is None else f"exact p = {found.p:.3f}"
+        chance = NOT_INDEPENDENT if found.p is None else f"exact p = {found.p:.3f}"
         text = f"Spearman's rho {found.rho:.4f} ({chance}, n = {len(found.points)})"
     if published is not None and published.spearman is not None:
         text += f"; published: {published.spearman:.4f} (n = {published.spearman_n})"

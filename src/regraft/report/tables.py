@@ -22,7 +22,7 @@ from regraft.report.formatting import (
 )
 from regraft.report.published import Beside
 from regraft.report.run import Run
-from regraft.report.study import Measured, Row, Study
+from regraft.report.study import Correlation, Measured, Row, Study
 from regraft.restoration.methods.gain.path import REASONS, GainPath
 
 CellOf = Callable[[Row], Cell]
@@ -265,17 +265,18 @@ def ending(path: GainPath) -> str:
     return f"The path ended {found}: {REASONS[path.end]}."
 
 
-def correlation(study: Study) -> Grid | None:
-    """Total Ships and the rise in ASR of each model; None where they were not related."""
-    found = study.correlation
-    if found is None:
-        return None
+def ships(found: Correlation) -> Grid:
+    """Total Ships and the rise in ASR of each model."""
     return Grid(
         "",
-        (f"Model, {found.pruning}", "Total Ships, radians", "Rise in ASR, points"),
+        (
+            ", ".join(filter(None, ("Model", found.pruning))),
+            "Total Ships, radians",
+            "Rise in ASR, points",
+        ),
         tuple(
-            (Cell(name), Cell(f"{ships:.3f}"), Cell(f"{100 * rise:+.1f}"))
-            for name, ships, rise in found.points
+            (Cell(name), Cell(f"{total:.3f}"), Cell(f"{100 * rise:+.1f}"))
+            for name, total, rise in found.points
         ),
     )
 
