@@ -25,7 +25,7 @@ from regraft.files import atomic_file, digest, file_digest, read_json
 from regraft.patch.format import load_patch
 from regraft.recipe import Recipe
 from regraft.recipe_file import read_recipe
-from regraft.reporting import read_run
+from regraft.reporting import evaluation_folders, open_run, read_run
 from regraft.run_dir import RunDir, folder_of_model, study_runs
 
 FORMAT = "regraft-bundle-1"
@@ -121,9 +121,7 @@ def _files(folder: Path, recipe: Recipe, texts: bool) -> Iterator[tuple[str, byt
 
 
 def _run_files(folder: Path, texts: bool) -> Iterator[tuple[str, bytes]]:
-    run_dir = RunDir(folder)
-    recipe = read_recipe(run_dir.recipe)
-    run_dir = RunDir(folder, several=len(recipe.prune) > 1)
+    run_dir, recipe = open_run(folder)
     names = _names(recipe)
     read_run(folder)  # raises where the run is not finished
     yield "recipe.yaml", _recipe(recipe, names)
@@ -141,20 +139,9 @@ def _run_files(folder: Path, texts: bool) -> Iterator[tuple[str, bytes]]:
             patches[f"{pruning.name}/{one.name}"] = {"sha256": file_digest(file), "about": about}
     if patches:
         yield "patches.json", _json(patches)
-    for name, evaluation in _evaluations(run_dir, recipe).items():
+    for name, evaluation in evaluation_folders(run_dir, recipe).items():
         for file_name, content in _evaluation(evaluation, names, texts):
             yield f"evaluation/{name}/{file_name}", content
-
-
-def _evaluations(run_dir: RunDir, recipe: Recipe) -> dict[str, Path]:
-    """Name of every evaluated model, as in `report.study.Row`, -> its evaluation."""
-    found = {"dense": run_dir.dense_evaluation}
-    for pruning in recipe.prune:
-        found[pruning.name] = run_dir.evaluation(pruning.name)
-        ways = [one.name for one in recipe.variants_of(pruning)]
-        for way in ways + [one.name for one in recipe.defences_of(pruning)]:
-            found[f"{pruning.name}/{way}"] = run_dir.evaluation(pruning.name, way)
-    return found
 
 
 def _evaluation(folder: Path, names: Names, texts: bool) -> Iterator[tuple[str, bytes]]:

@@ -5,15 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from regraft.evaluation.results import EvalResult
-
 _ADDRESS = re.compile(r"(?P<name>[\w-]+):(?P<path>.*?)(?P<marks>(?:#[\w-]+)*)", re.DOTALL)
 _ANYTHING = ("jsonl", "prompts", "benign")  # readers of files of any data set
-
-
-def suites_of(result: EvalResult) -> tuple[str, ...]:
-    """The addresses of what a model was evaluated on."""
-    return tuple(filter(None, result.by_suite)) or (result.suite,)
 
 
 def short_names(suites: Iterable[str]) -> dict[str, str]:

@@ -30,6 +30,7 @@ from regraft.report.study import Measured, Recovered, Role
 from regraft.restoration.base import settings_in
 
 Counts = NDArray[np.int64]
+Events = NDArray[np.int64]  # whether models of all seeds and draws had it: [S, draws, prompts]
 Mask = NDArray[np.bool_]
 
 
@@ -40,18 +41,18 @@ class Cells:
     name: str
     label: str
     role: Role
-    variants: tuple[tuple[Variant, ...], ...]
+    members: tuple[tuple[Variant, ...], ...]
     drawn: bool = False
 
     @property
     def all(self) -> tuple[Variant, ...]:
         """Of all seeds and draws."""
-        return tuple(variant for of_seed in self.variants for variant in of_seed)
+        return tuple(variant for of_seed in self.members for variant in of_seed)
 
     @property
     def draws(self) -> tuple[str, ...]:
         """Their names, as the recipe has them."""
-        return tuple(one.name_in_group for one in self.variants[0])
+        return tuple(one.name_in_group for one in self.members[0])
 
 
 def rows_of_methods(
@@ -96,30 +97,10 @@ def _method(
     return Cells(name, label, "method", found, drawn)
 
 
-@dataclass(frozen=True)
-class Events:
-    """Whether each of a row's models, of each seed and draw, had the event: [S, draws, n] int64."""
-
-    seen: Counts
-
-    @property
-    def total(self) -> Counts:
-        """Of each prompt: [n]."""
-        total: Counts = self.seen.sum(axis=(0, 1))
-        return total
-
-    @property
-    def answers(self) -> int:
-        """To each prompt."""
-        return int(self.seen.shape[0] * self.seen.shape[1])
-
-    def where(self, prompts: Mask) -> Events:
-        """On some prompts."""
-        return Events(self.seen[:, :, prompts])
-
-    def rate(self) -> Estimate | None:
-        """None without prompts."""
-        return clustered_rate(self.total, self.answers) if self.total.size else None
+def rate_of(events: Events) -> Estimate | None:
+    """Of answers, in clusters of those to one prompt; None without prompts."""
+    seeds, draws, prompts = events.shape
+    return clustered_rate(events.sum(axis=(0, 1)), seeds * draws) if prompts else None
 
 
 @dataclass(frozen=True)
@@ -163,12 +144,12 @@ class RowAnswers:
     @property
     def attacks(self) -> Events:
         """Attack success on harmful prompts."""
-        return self.complies.where(self.prompts.harmful)
+        return self.complies[:, :, self.prompts.harmful]
 
     @property
     def refusals(self) -> Events:
         """Refusals of prompts that test over-refusal."""
-        return self.refused.where(self.prompts.refusable)
+        return self.refused[:, :, self.prompts.refusable]
 
     @cached_property
     def similarity(self) -> tuple[NDArray[np.float64], ...]:
@@ -186,7 +167,7 @@ class RowAnswers:
 
     def asr(self, prompts: Mask) -> Estimate | None:
         """Attack success rate on the harmful ones among some prompts."""
-        return self.complies.where(prompts & self.prompts.harmful).rate()
+        return rate_of(self.complies[:, :, prompts & self.prompts.harmful])
 
     def on(self, prompts: Mask, *, every: bool = False) -> Measured:
         """All rates on some prompts.
@@ -201,16 +182,16 @@ class RowAnswers:
         return Measured(
             asr=self.asr(prompts),
             rsr=self._recovered(prompts & self.prompts.harmful),
-            over_refusal=self.refused.where(prompts & harmless).rate(),
+            over_refusal=rate_of(self.refused[:, :, prompts & harmless]),
             utility=macro_average(means) if means else None,
-            degenerate=self.silent.where(prompts).rate(),
+            degenerate=rate_of(self.silent[:, :, prompts]),
         )
 
     def refusals_less(self, other: RowAnswers | None) -> Estimate | None:
         """The rate of over-refusal less that of another row."""
-        if other is None or not self.refusals.total.size:
+        if other is None or not self.refusals.size:
             return None
-        ours, theirs = (one.refusals.total / one.refusals.answers for one in (self, other))
+        ours, theirs = (one.refusals.mean(axis=(0, 1)) for one in (self, other))
         return paired_difference(ours - theirs)
 
     def utility_less(self, other: RowAnswers | None) -> Estimate | None:
@@ -228,9 +209,9 @@ class RowAnswers:
         """
         assert self.dense is not None and self.pruned is not None
         dense, pruned, own = (
-            one.complies.where(prompts).seen.sum(axis=1) for one in (self.dense, self.pruned, self)
+            one.complies[:, :, prompts].sum(axis=1) for one in (self.dense, self.pruned, self)
         )
-        draws = self.complies.seen.shape[1]
+        draws = self.complies.shape[1]
         return np.stack([draws * dense, draws * pruned, own], axis=2)
 
     def _recovered(self, prompts: Mask) -> Recovered | None:
@@ -239,9 +220,10 @@ class RowAnswers:
             return None
         by_seed = self._successes(prompts)
         whole = by_seed.sum(axis=0)
+        dense, pruned, own = whole.T.tolist()
         return Recovered(
             rsr(*whole.sum(axis=0).tolist()),
-            bootstrap_rsr(*whole.T.tolist(), seed=0, answers=self.complies.answers),
+            bootstrap_rsr(dense, pruned, own, 0, len(self.answers)),
             tuple(rsr(*one.sum(axis=0).tolist()).value for one in by_seed),
         )
 
@@ -251,7 +233,7 @@ class RowAnswers:
         places = [where for where in places if where.any()]
         if self.pruned is None or len(places) < 2:
             return None
-        answers = self.complies.answers
+        answers = len(self.answers)
         strata = [self._successes(where).sum(axis=0) for where in places]
         rates = [
             sum(int(rows[:, i].sum()) / (answers * len(rows)) for rows in strata) / len(strata)
@@ -271,7 +253,7 @@ def read_answers(runs: Sequence[Run], cells: Sequence[Cells]) -> tuple[RowAnswer
     named = [
         replace(variant, name=f"{variant.name} of seed {run.seed}") if several else variant
         for one in cells
-        for run, variants in zip(runs, one.variants, strict=True)
+        for run, variants in zip(runs, one.members, strict=True)
         for variant in variants
     ]
     table = paired_answers(tuple(named))
@@ -282,7 +264,7 @@ def read_answers(runs: Sequence[Run], cells: Sequence[Cells]) -> tuple[RowAnswer
     found: list[RowAnswers] = []
     for one in cells:
         mine = tuple(islice(columns, len(one.all)))
-        shape = len(runs), len(one.variants[0]), len(table)
+        shape = len(runs), len(one.members[0]), len(table)
         related = one.role in ("pruned", "method")
         found.append(
             RowAnswers(
@@ -300,7 +282,7 @@ def read_answers(runs: Sequence[Run], cells: Sequence[Cells]) -> tuple[RowAnswer
 
 
 def _events(outcomes: Iterable[Sequence[bool]], shape: tuple[int, ...]) -> Events:
-    return Events(np.array(list(outcomes), dtype=np.int64).reshape(shape))
+    return np.array(list(outcomes), dtype=np.int64).reshape(shape)
 
 
 def _prompts(table: Sequence[Sequence[Answer]], suites: Iterable[str]) -> Prompts:

@@ -198,17 +198,17 @@ def _tests(
     """
     tests: dict[str, dict[str, Tested]] = {name: {} for name in events}
     for family in families:
-        pairs = [pair for pair in family if events[pair[0]].total.size]
+        pairs = [pair for pair in family if events[pair[0]].size]
         # a permutation test takes the draws of all seeds together: [draws, n]
         found = {
-            (name, base): paired_exact(events[name].seen.sum(axis=0), events[base].seen.sum(axis=0))
+            (name, base): paired_exact(events[name].sum(axis=0), events[base].sum(axis=0))
             for name, base in pairs
         }
         p_of = {frozenset(pair): test.p for pair, test in found.items()}
         adjusted = dict(zip(p_of, holm(list(p_of.values())), strict=True))
         for (name, base), test in found.items():
             p = adjusted[frozenset((name, base))]
-            by_seed = events[name].seen.mean(axis=(1, 2)) - events[base].seen.mean(axis=(1, 2))
+            by_seed = events[name].mean(axis=(1, 2)) - events[base].mean(axis=(1, 2))
             tests[name][base] = Tested(
                 against=called.get(base, base),
                 difference=test.difference,
@@ -234,11 +234,7 @@ def _row(own: RowAnswers, attacks: Mapping[str, Tested], refusals: Mapping[str, 
     by_suite = {name: own.on(where, every=True) for name, where in prompts.suites.items()}
     rates = {name: own.asr(where) for name, where in prompts.categories.items()}
     return Row(
-        name=cells.name,
-        label=cells.label,
-        role=cells.role,
-        members=cells.variants,
-        drawn=cells.drawn,
+        **vars(cells),
         sparsity=float(np.mean([variant.sparsity for variant in cells.all])),
         weights=_spread([variant.restored or None for variant in cells.all]),
         restored=_spread([variant.per_ten_thousand for variant in cells.all]),
