@@ -71,15 +71,8 @@ def report(
             if bundle is not None:
                 raise RegraftError("A bundle is of a run, and these are evaluations.")
             _report_evaluations(progress, folder, pair, out)
-        elif len(folder) > 1:
-            raise RegraftError(
-                "Several folders are for evaluations, which hold a results.json; runs are compared "
-                "by `regraft analyse compare`."
-            )
-        elif out is not None:
-            raise RegraftError("The report of a run lies in its own folder: leave out --out.")
         else:
-            _report_run(progress, folder[0])
+            _report_run(progress, folder, out)
             if bundle is not None:
                 _write_bundle(progress, folder[0], bundle, texts)
 
@@ -95,9 +88,17 @@ def _report_evaluations(
     show_page(progress, evaluations.report(folders, page, pair), page)
 
 
-def _report_run(progress: ConsoleWatch, run: Path) -> None:
+def _report_run(progress: ConsoleWatch, folders: Sequence[Path], out: Path | None) -> None:
     from regraft import pipeline, several, study
 
+    if len(folders) > 1:
+        raise RegraftError(
+            "Several folders are for evaluations, which hold a results.json; runs are compared "
+            "by `regraft analyse compare`."
+        )
+    if out is not None:
+        raise RegraftError("The report of a run lies in its own folder: leave out --out.")
+    run = folders[0]
     if study.is_study(run):
         made = study.report(run)
     elif several.is_several(run):

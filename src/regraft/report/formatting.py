@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,20 @@ class Grid:
     headings: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     caption: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        headings: Iterable[str],
+        rows: Iterable[Iterable[Cell | str]],
+        caption: str = "",
+    ) -> Grid:
+        """A table of cells and of text; what is empty gets a dash."""
+        cells = (
+            tuple(Cell(one or DASH) if isinstance(one, str) else one for one in row) for row in rows
+        )
+        return cls(title, tuple(headings), tuple(cells), caption)
 
 
 def percent(fraction: float) -> str:

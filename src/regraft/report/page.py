@@ -151,7 +151,9 @@ def _about(study: Study) -> Iterator[Section]:
     if run.costs:
         devices = "; ".join(dict.fromkeys(cost.device for cost in run.costs))
         yield Section("costs", "Costs", f"On {devices}. {COSTS_NOTE}", tables.costs(run))
-    broken = [f"{v.label} {formatting.degenerate(v.result)}" for v in _degenerate(run)]
+    broken = [
+        f"{v.label} {formatting.degenerate(v.result)}" for v in run.variants if v.result.degenerate
+    ]
     yield Section("degenerate", "Degenerate answers", "; ".join(broken))
     read = [
         f"{v.label} {formatting.number_cell(v.result.perplexity).text}"
@@ -167,10 +169,6 @@ def _about(study: Study) -> Iterator[Section]:
         yield Section("apply", "Apply the patch", APPLYING, code="\n".join(commands))
     versions = "\n".join(f"{name} {version}" for name, version in run.versions.items())
     yield Section("versions", "Versions", code=versions)
-
-
-def _degenerate(run: Run) -> list[Variant]:
-    return [variant for variant in run.variants if variant.result.degenerate]
 
 
 def apply_command(run: Run, variant: Variant, out: str) -> str:

@@ -60,12 +60,11 @@ def _grids(study: Study, columns: Iterable[Column], brief: bool = False) -> tupl
         for one in columns
         if (one.brief or not brief) and any(not one.cell(row).blank for row in study.rows)
     ]
-    headings = ("Model", *(one.heading for one in shown))
     return tuple(
-        Grid(
+        Grid.of(
             table.name,
-            headings,
-            tuple(
+            ("Model", *(one.heading for one in shown)),
+            (
                 (_heading(row, number), *(column.cell(row) for column in shown))
                 for number, row in enumerate(table.rows, start=1)
             ),
@@ -209,13 +208,13 @@ def _ends(estimate: Estimate | None) -> Interval | None:
 def categories(study: Study) -> tuple[Grid, ...]:
     """ASR by category, one table a pruning."""
     return tuple(
-        Grid(
+        Grid.of(
             table.name,
             ("Category", *map(name_of, table.rows)),
-            tuple(
+            (
                 (
-                    Cell(name or "no category"),
-                    *(rate_cell(r.by_category.get(name)) for r in table.rows),
+                    name or "no category",
+                    *(rate_cell(row.by_category.get(name)) for row in table.rows),
                 )
                 for name in table.rows[0].by_category
             ),
@@ -236,21 +235,14 @@ def paths(study: Study) -> tuple[Grid, ...]:
 
 def path_grid(title: str, path: GainPath) -> Grid:
     """Losses are sums of safety and utility, in nats."""
-    rows = [(Cell("pruned"), Cell(), Cell(), Cell("0"), Cell(), Cell(f"{path.start.sum:.3f}"))]
+    rows = [("pruned", "", "", "0", "", f"{path.start.sum:.3f}")]
     for number, (step, taken) in enumerate(zip(path.steps, path.taken, strict=True), start=1):
         tried = ", ".join(f"{one.restored:,}" for one in step.tries)
-        losses = Cell(f"{step.fit.sum:.3f}"), Cell(f"{step.held_out.sum:.3f}")
-        counts = Cell(f"{taken:,}"), Cell(f"{step.restored:,}")
-        rows.append((Cell(str(number)), Cell(tried) if tried else Cell(), *counts, *losses))
-    return Grid(
-        title,
-        (
-            *("Step", "Weights tried", "Taken", "Restored in all"),
-            *("Calibration loss before", "Held-out loss after"),
-        ),
-        tuple(rows),
-        ending(path),
-    )
+        losses = f"{step.fit.sum:.3f}", f"{step.held_out.sum:.3f}"
+        rows.append((str(number), tried, f"{taken:,}", f"{step.restored:,}", *losses))
+    counted = ("Step", "Weights tried", "Taken", "Restored in all")
+    headings = (*counted, "Calibration loss before", "Held-out loss after")
+    return Grid.of(title, headings, rows, ending(path))
 
 
 def ending(path: GainPath) -> str:
@@ -267,34 +259,25 @@ def ending(path: GainPath) -> str:
 
 def ships(found: Correlation) -> Grid:
     """Total Ships and the rise in ASR of each model."""
-    return Grid(
-        "",
-        (
-            ", ".join(filter(None, ("Model", found.pruning))),
-            "Total Ships, radians",
-            "Rise in ASR, points",
-        ),
-        tuple(
-            (Cell(name), Cell(f"{total:.3f}"), Cell(f"{100 * rise:+.1f}"))
-            for name, total, rise in found.points
-        ),
-    )
+    models = ", ".join(filter(None, ("Model", found.pruning)))
+    rows = ((name, f"{total:.3f}", f"{100 * rise:+.1f}") for name, total, rise in found.points)
+    return Grid.of("", (models, "Total Ships, radians", "Rise in ASR, points"), rows)
 
 
 def judges(run: Run) -> Grid:
     """What other judges say of the same answers."""
-    return Grid(
+    return Grid.of(
         "",
         ("Model", "Judge", "ASR", "Agree, attacks", "Over-refusal", "Agree, refusals", "Unread"),
-        tuple(
+        (
             (
-                Cell(one.name),
-                Cell(one.judged.judge),
+                one.name,
+                one.judged.judge,
                 rate_cell(one.judged.asr),
                 formatting.agreed(one.agreement, harmful=True),
                 rate_cell(one.judged.over_refusal),
                 formatting.agreed(one.agreement, harmful=False),
-                Cell(str(one.judged.unread)),
+                str(one.judged.unread),
             )
             for one in run.opinions
         ),
@@ -305,16 +288,16 @@ def judges(run: Run) -> Grid:
 
 def data(run: Run) -> Grid:
     """Every row that was read is either used or counted under the reason it was left out."""
-    return Grid(
+    return Grid.of(
         "",
         ("Role", "Source", "Read", "Used", "Left out"),
-        tuple(
+        (
             (
-                Cell(one.role),
+                one.role,
                 Cell(file_names(one.source), title=one.source),
-                Cell(f"{one.read:,}"),
-                Cell(f"{one.used:,}"),
-                Cell(", ".join(f"{why}: {n:,}" for why, n in one.skipped.items()) or Cell.value),
+                f"{one.read:,}",
+                f"{one.used:,}",
+                ", ".join(f"{why}: {n:,}" for why, n in one.skipped.items()),
             )
             for one in run.data
         ),
@@ -326,16 +309,13 @@ def costs(run: Run) -> tuple[Grid, ...]:
     stages: dict[str, list[Cost]] = {}
     for cost in run.costs:
         stages.setdefault(cost.stage, []).append(cost)
-    rows = [
-        (Cell(stage), Cell(str(len(found))), *_spent(together(found)))
-        for stage, found in stages.items()
-    ]
-    every = (Cell("in all"), Cell(), *_spent(together(run.costs)))
-    each = ((Cell(cost.of or "all"), Cell(cost.stage), *_spent(cost)) for cost in run.costs)
+    rows = [(stage, str(len(found)), *_spent(together(found))) for stage, found in stages.items()]
+    rows.append(("in all", "", *_spent(together(run.costs))))
+    each = ((cost.of or "all", cost.stage, *_spent(cost)) for cost in run.costs)
     measures = ("Time", "Operations", "Peak memory")
     return (
-        Grid("By stage", ("Stage", "Models", *measures), (*rows, every)),
-        Grid("By model", ("Model", "Stage", *measures), tuple(each)),
+        Grid.of("By stage", ("Stage", "Models", *measures), rows),
+        Grid.of("By model", ("Model", "Stage", *measures), each),
     )
 
 
@@ -350,9 +330,9 @@ def together(costs: Sequence[Cost]) -> Cost:
     )
 
 
-def _spent(cost: Cost) -> tuple[Cell, Cell, Cell]:
+def _spent(cost: Cost) -> tuple[str, str, str]:
     return (
-        Cell(formatting.duration(cost.seconds)),
-        Cell(formatting.operations(cost.flops)),
-        Cell(formatting.memory(cost.peak_bytes)),
+        formatting.duration(cost.seconds),
+        formatting.operations(cost.flops),
+        formatting.memory(cost.peak_bytes),
     )
