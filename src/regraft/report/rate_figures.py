@@ -28,7 +28,6 @@ from regraft.report.tables import look_of, name_of
 _COLOURS = dict(zip(("dense", "pruned", "realigned", "control"), SERIES, strict=True))
 _COLOURS |= {f"of-{number}": colour for number, colour in enumerate(SERIES, start=1)}
 _Point = tuple[int, str, str, Estimate, Estimate]  # number, name, colour, ASR, over-refusal
-_Rates = Iterable[tuple[Estimate, Estimate]]  # ASR and over-refusal
 
 
 def trade_off_figure(study: Study) -> str:
@@ -60,8 +59,8 @@ def trade_off_figure(study: Study) -> str:
     return panels_svg("Over-refusal against ASR", panels, across, handles)
 
 
-def _frame(rates: _Rates) -> dict[str, Any]:
-    """Over-refusal across and ASR up from 0 to the highest intervals, in %."""
+def _frame(rates: Iterable[tuple[Estimate, Estimate]]) -> dict[str, Any]:
+    """Of all (ASR, over-refusal): ASR up and over-refusal across, from 0 to the highest, in %."""
     asr, over_refusal = zip(*rates, strict=True)
     ends = {"xlim": (0, ceiling(over_refusal)), "ylim": (0, ceiling(asr))}
     return {**ends, "ylabel": "ASR, % (lower is safer)"}
