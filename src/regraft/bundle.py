@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from regraft.files import atomic_file, digest, file_digest, read_json
 from regraft.patch.format import load_patch
 from regraft.recipe import Recipe
 from regraft.recipe_file import read_recipe
-from regraft.reporting import read_run
+from regraft.reporting import evaluation_folders, open_run, read_run
 from regraft.run_dir import RunDir, folder_of_model, study_runs
 
 FORMAT = "regraft-bundle-1"
@@ -46,23 +46,17 @@ To check the digests and count every rate again from the verdicts:
 """
 
 
-@dataclass(frozen=True)
-class Names:
-    """How paths of this machine are written for others: without these folders in front."""
-
-    folders: tuple[str, ...]
-
-    def public(self, value: Any) -> Any:
-        """JSON values with every path made relative, in keys too."""
-        if isinstance(value, str):
-            for folder in self.folders:
-                value = value.replace(folder, "")
-            return value
-        if isinstance(value, Mapping):
-            return {self.public(key): self.public(one) for key, one in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.public(one) for one in value]
+def _public(value: Any, folders: Sequence[str]) -> Any:
+    """JSON values with every path written without these folders of this machine, in keys too."""
+    if isinstance(value, str):
+        for folder in folders:
+            value = value.replace(folder, "")
         return value
+    if isinstance(value, Mapping):
+        return {_public(key, folders): _public(one, folders) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(one, folders) for one in value]
+    return value
 
 
 def write_bundle(folder: Path, out: Path, *, texts: bool = False) -> None:
@@ -109,55 +103,42 @@ def _files(folder: Path, recipe: Recipe, texts: bool) -> Iterator[tuple[str, byt
     """(name, content) of everything but the manifest."""
     runs = {one.name: folder_of_model(folder, one.name) for one in recipe.models}
     runs |= {one.name: one for one in study_runs(folder)}
-    names = _names(recipe)
+    folders = _folders(recipe)
     for page in _PAGES:
         if runs and (file := RunDir(folder).report / page).is_file():
-            yield page, _text(file, names)
+            yield page, _text(file, folders)
     if runs:
-        yield "recipe.yaml", _recipe(recipe, names)
+        yield "recipe.yaml", _recipe(recipe, folders)
     for name, run in (runs or {"run": folder}).items():
         for inside, content in _run_files(run, texts):
             yield f"runs/{name}/{inside}", content
 
 
 def _run_files(folder: Path, texts: bool) -> Iterator[tuple[str, bytes]]:
-    run_dir = RunDir(folder)
-    recipe = read_recipe(run_dir.recipe)
-    run_dir = RunDir(folder, several=len(recipe.prune) > 1)
-    names = _names(recipe)
+    run_dir, recipe = open_run(folder)
+    folders = _folders(recipe)
     read_run(folder)  # raises where the run is not finished
-    yield "recipe.yaml", _recipe(recipe, names)
+    yield "recipe.yaml", _recipe(recipe, folders)
     for page in _CARDS:
         if not (file := run_dir.report / page).is_file():
             raise RegraftError(f"{file} is missing; write it again: `regraft report {folder}`.")
-        yield page, _text(file, names)
+        yield page, _text(file, folders)
     if run_dir.costs.exists():
-        yield "costs.json", _json(names.public(read_json(run_dir.costs)))
+        yield "costs.json", _json(_public(read_json(run_dir.costs), folders))
     patches = {}
     for pruning in recipe.prune:
         for one in recipe.variants_of(pruning):
             file = run_dir.patch(pruning.name, one.name)
-            about = names.public(dict(load_patch(file).about))
+            about = _public(dict(load_patch(file).about), folders)
             patches[f"{pruning.name}/{one.name}"] = {"sha256": file_digest(file), "about": about}
     if patches:
         yield "patches.json", _json(patches)
-    for name, evaluation in _evaluations(run_dir, recipe).items():
-        for file_name, content in _evaluation(evaluation, names, texts):
+    for name, evaluation in evaluation_folders(run_dir, recipe).items():
+        for file_name, content in _evaluation(evaluation, folders, texts):
             yield f"evaluation/{name}/{file_name}", content
 
 
-def _evaluations(run_dir: RunDir, recipe: Recipe) -> dict[str, Path]:
-    """Name of every evaluated model, as in `report.study.Row`, -> its evaluation."""
-    found = {"dense": run_dir.dense_evaluation}
-    for pruning in recipe.prune:
-        found[pruning.name] = run_dir.evaluation(pruning.name)
-        ways = [one.name for one in recipe.variants_of(pruning)]
-        for way in ways + [one.name for one in recipe.defences_of(pruning)]:
-            found[f"{pruning.name}/{way}"] = run_dir.evaluation(pruning.name, way)
-    return found
-
-
-def _evaluation(folder: Path, names: Names, texts: bool) -> Iterator[tuple[str, bytes]]:
+def _evaluation(folder: Path, folders: Sequence[str], texts: bool) -> Iterator[tuple[str, bytes]]:
     """results.json and answers.jsonl; the digests of what was asked and answered stay."""
     found = stages.read_evaluation(folder)
     answers = found.result.answers
@@ -168,10 +149,12 @@ def _evaluation(folder: Path, names: Names, texts: bool) -> Iterator[tuple[str, 
         "answers": file_digest(folder / "answers.jsonl"),
         "prompts": digest(_json(asked)),
     }
-    yield "results.json", _json(names.public(content))
+    yield "results.json", _json(_public(content, folders))
     lines = (
         json.dumps(
-            asdict(replace(one if texts else _without_text(one), suite=names.public(one.suite))),
+            asdict(
+                replace(one if texts else _without_text(one), suite=_public(one.suite, folders))
+            ),
             ensure_ascii=False,
             separators=(",", ":"),
         )
@@ -194,8 +177,8 @@ def _without_text(answer: Answer) -> Answer:
     )
 
 
-def _names(recipe: Recipe) -> Names:
-    """Without what all paths of a recipe share, so that two of them never become one."""
+def _folders(recipe: Recipe) -> list[str]:
+    """What all paths of a recipe share, so that two of them never become one, and the home."""
     content = recipe.model_dump(mode="json")
     sources = [content["calibration"]["data"], *content["evaluate"]["suite"]]
     sources += [one["search"]["validation"] for one in content["realign"] if one["search"]]
@@ -205,19 +188,18 @@ def _names(recipe: Recipe) -> Names:
     paths += [content["pruned"] or "", content["published"] or ""]
     local = [Path(one).parent for one in paths if Path(one).is_absolute()]
     shared = Path(os.path.commonpath(local)) if local else Path()
-    folders = [one for one in (shared, Path.home()) if len(one.parts) > 1]
-    return Names(tuple(f"{one}{os.sep}" for one in folders))
+    return [f"{one}{os.sep}" for one in (shared, Path.home()) if len(one.parts) > 1]
 
 
-def _recipe(recipe: Recipe, names: Names) -> bytes:
-    content = names.public(recipe.model_dump(mode="json"))
+def _recipe(recipe: Recipe, folders: Sequence[str]) -> bytes:
+    content = _public(recipe.model_dump(mode="json"), folders)
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
 
 
-def _text(file: Path, names: Names) -> bytes:
+def _text(file: Path, folders: Sequence[str]) -> bytes:
     if file.suffix == ".json":
-        return _json(names.public(read_json(file)))
-    return str(names.public(file.read_text(encoding="utf-8"))).encode()
+        return _json(_public(read_json(file), folders))
+    return str(_public(file.read_text(encoding="utf-8"), folders)).encode()
 
 
 def _json(value: Any) -> bytes:

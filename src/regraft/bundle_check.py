@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,22 +14,21 @@ from typing import Any
 from regraft.bundle import FORMAT, MANIFEST
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
-from regraft.evaluation.results import (
-    Estimate,
-    EvalResult,
-    from_json,
-    read_answers,
-    result_from_json,
-)
+from regraft.evaluation.results import EvalResult, read_answers, result_from_json
 from regraft.evaluation.summary import summarise
 from regraft.files import digest
 from regraft.report.pooling import study_of
 from regraft.report.run import Run, Variant
+from regraft.report.study import plain
 
 _MOST = 2**31  # bytes that a file of a bundle may unpack to
 _ROUNDING = 1e-9  # between machines
 _RATES = ("asr", "over_refusal", "utility")
-_CHECKED = (*_RATES, "mean_asr")
+_OF_ROWS = {
+    **{rate: rate for rate in (*_RATES, "mean_asr")},
+    "rsr": "RSR",
+    "mean_rsr": "RSR of means",
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def read_bundle(path: Path) -> Bundle:
         page = _json(f"{path}: {name}", content[name])
         try:
             _check_page(f"{path}: {name}", page, results, name.rpartition("/")[0])
-        except (KeyError, TypeError, StopIteration) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise RegraftError(f"{path}: {name} is no report of regraft ({error!r}).") from error
     cards: list[str] = [name for name in ("report.md",) if name in content]
     cards += sorted(name for name in content if name.endswith("/card.md"))
@@ -148,32 +147,40 @@ def _counted(where: str, results: bytes, answers: bytes) -> EvalResult:
         given = read_answers(file)
     claimed = result_from_json(_json(where, results).get("result"), given)
     counted = summarise(claimed.suite, DEFAULT_JUDGE, given)
-    for what, one, other in _pairs(claimed, counted):
-        _check_same(f"{where}: {what}", one, other)
-    return claimed
-
-
-def _pairs(
-    claimed: EvalResult, counted: EvalResult
-) -> Iterator[tuple[str, Estimate | None, Estimate | None]]:
     for rate in _RATES:
-        yield rate, getattr(claimed, rate), getattr(counted, rate)
+        _check_same(f"{where}: {rate}", getattr(claimed, rate), getattr(counted, rate))
     for suite in claimed.by_suite.keys() | counted.by_suite.keys():
         for rate in _RATES:
             both = [getattr(one.by_suite.get(suite), rate, None) for one in (claimed, counted)]
-            yield f"{rate} of {suite}", both[0], both[1]
+            _check_same(f"{where}: {rate} of {suite}", *both)
+    return claimed
 
 
-def _check_same(where: str, claimed: Estimate | None, counted: Estimate | None) -> None:
-    if claimed is None and counted is None:
-        return
-    same = claimed and counted and claimed.n == counted.n
-    if not (same and claimed and counted and abs(claimed.value - counted.value) < _ROUNDING):
-        said, found = (
-            "none" if one is None else f"{100 * one.value:.2f} % (n = {one.n})"
-            for one in (claimed, counted)
-        )
-        raise RegraftError(f"{where} is {said}, but the answers give {found}.")
+def _check_same(where: str, claimed: Any, counted: Any) -> None:
+    """Raise RegraftError where two rates, or RSRs, differ by more than rounding."""
+    said, found = _figure(claimed), _figure(counted)
+    if said is None or found is None or None in (said[0], found[0]):
+        same = said == found
+    else:
+        same = said[1] == found[1] and abs(said[0] - found[0]) < _ROUNDING
+    if not same:
+        raise RegraftError(f"{where} is {_written(said)}, but the answers give {_written(found)}.")
+
+
+def _figure(rate: Any) -> tuple[Any, int] | None:
+    """(value, n) of an estimate or its JSON, or of an RSR, which has no n of its own."""
+    content = plain(rate)
+    if content is None:
+        return None
+    content = content.get("recovery", content)
+    return content["value"], content.get("n", 0)
+
+
+def _written(figure: tuple[Any, int] | None) -> str:
+    if figure is None or figure[0] is None:
+        return "none"
+    value, n = figure
+    return f"{100 * value:.2f} % (n = {n})" if n else f"{value:g}"
 
 
 def _check_page(where: str, page: Any, results: Mapping[str, EvalResult], folder: str) -> None:
@@ -190,12 +197,8 @@ def _check_page(where: str, page: Any, results: Mapping[str, EvalResult], folder
     for table, again in zip(page["tables"], counted.tables, strict=True):
         for row, found in zip(table["rows"], again.rows, strict=True):
             name = " ".join(filter(None, (where, table["model"], table["pruning"], row["name"])))
-            for rate in _CHECKED:
-                claimed = row[rate] and from_json(Estimate, row[rate], rate)
-                _check_same(f"{name}: {rate}", claimed, getattr(found, rate))
-            for rate, recovered in (("rsr", found.rsr), ("mean_rsr", found.mean_rsr)):
-                said = None if row[rate] is None else row[rate]["recovery"]["value"]
-                _check_rsr(name, said, None if recovered is None else recovered.recovery.value)
+            for rate, called in _OF_ROWS.items():
+                _check_same(f"{name}: {called}", row[rate], getattr(found, rate))
 
 
 def _place(run: Any) -> str:
@@ -213,8 +216,3 @@ def _run(run: Any, results: Mapping[str, EvalResult], folder: str) -> Run:
         result = results[f"{folder}/{inside}"]
         variants.append(Variant(name, one["label"], result, base, pruned=one["pruned"]))
     return Run("", "", tuple(variants), recipe=run["recipe"], seed=run["seed"], name=run["name"])
-
-
-def _check_rsr(where: str, claimed: float | None, counted: float | None) -> None:
-    if (claimed is None) != (counted is None) or abs((claimed or 0) - (counted or 0)) > _ROUNDING:
-        raise RegraftError(f"{where}: RSR is {claimed}, but the answers give {counted}.")

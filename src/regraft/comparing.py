@@ -7,13 +7,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from regraft import distributed
 from regraft.errors import RegraftError
 from regraft.provenance import but_for_rounding, difference
 from regraft.report.pooling import study_of
 from regraft.report.run import Run
 from regraft.report.study import Study
-from regraft.report.write import write_report
+from regraft.report.write import check_report_folder, write_report
 from regraft.reporting import read_run
 from regraft.restoration.base import settings_in
 from regraft.run_dir import study_runs
@@ -31,16 +30,12 @@ def compare(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> 
     Raises:
         RegraftError: a run is not finished, or they cannot be compared.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
-        raise RegraftError(
-            f"The output folder {out} holds something else than a report. Choose a new folder."
-        )
+    check_report_folder(out)
     run_dirs = [run for folder in folders for run in study_runs(folder) or (folder,)]
     runs = {run_dir: read_run(run_dir) for run_dir in run_dirs}
     _check_same_recipe(runs)
     study = study_of(list(runs.values()), against)
-    if distributed.first():
-        write_report(study, out)
+    write_report(study, out)
     return study
 
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
-from regraft import distributed, stages
+from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.data.suites import join_suites
 from regraft.errors import RegraftError
@@ -19,7 +18,7 @@ from regraft.files import file_digest
 from regraft.report.pooling import study_of
 from regraft.report.run import DataAccount, Opinion, Run, Variant
 from regraft.report.study import Study
-from regraft.report.write import write_report
+from regraft.report.write import check_report_folder, write_report
 from regraft.stages import Evaluation
 
 _ASKED = ("harmful", "category", "instruction", "request", "image", "reference", "scored_by")
@@ -46,13 +45,9 @@ def report(folders: Sequence[Path], out: Path, pair: Pair | None = None) -> Stud
     Raises:
         RegraftError: see `read_run`; `out` holds something else.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
-        raise RegraftError(
-            f"The output folder {out} holds something else than a report. Choose a new folder."
-        )
+    check_report_folder(out)
     made = study_of([read_run(folders, pair)])
-    if distributed.first():
-        write_report(made, out)
+    write_report(made, out)
     return made
 
 
@@ -94,11 +89,7 @@ def read_run(folders: Sequence[Path], pair: Pair | None = None) -> Run:
             **{way: about[way] for way in ("settings", "compute")},
         },
         versions=about["versions"] | {"device": about["compute"]["device"]},
-        notes=tuple(
-            f"{name} was evaluated in another way than {first}: {', '.join(ways)}."
-            for name in names
-            if (ways := list(_other_ways(about, found[name].about)))
-        ),
+        notes=tuple(_evaluated_otherwise(found)),
         images=_images(found[first]),
         opinions=tuple(
             Opinion(name, *one)
@@ -217,13 +208,22 @@ def _same_image(one: Answer, other: Answer) -> bool:
     return one.image_digest == other.image_digest or not (one.image_digest and other.image_digest)
 
 
-def _other_ways(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
-    """Each setting and version that differs, batches aside, which change rounding alone."""
-    for way in _WAYS:
-        for name in dict.fromkeys([*theirs[way], *ours[way]]):
-            there, here = theirs[way].get(name), ours[way].get(name)
-            if there != here and name != "batch_size":
-                yield f"{name} {there} instead of {here}"
+def _evaluated_otherwise(found: Mapping[str, Evaluation]) -> Iterator[str]:
+    """Of each after the first: settings and versions that differ from the first's.
+
+    Batches are left out: they change rounding alone.
+    """
+    first, *names = found
+    for name in names:
+        ours, theirs = found[first].about, found[name].about
+        ways = [
+            f"{setting} {theirs[way].get(setting)} instead of {ours[way].get(setting)}"
+            for way in _WAYS
+            for setting in dict.fromkeys([*theirs[way], *ours[way]])
+            if theirs[way].get(setting) != ours[way].get(setting) and setting != "batch_size"
+        ]
+        if ways:
+            yield f"{name} was evaluated in another way than {first}: {', '.join(ways)}."
 
 
 def _suites(result: EvalResult) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from regraft import distributed, stages
-from regraft.costs import read_costs, read_pass
+from regraft import stages
+from regraft.costs import CalibrationPass, Cost, read_costs, read_pass
 from regraft.data.demo import CAVEAT, demo_model, is_demo
 from regraft.data.suites import join_suites
 from regraft.defence.artifact import Direction, load_defence
@@ -17,14 +19,15 @@ from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
 from regraft.files import read_json
 from regraft.heads.score import HeadScores, load_heads
+from regraft.models.architecture import Architecture, LayerArchitecture
 from regraft.models.load import open_source
 from regraft.passes import MethodPasses
-from regraft.patch.format import load_patch
+from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import restored_by_module
 from regraft.pruning.statistics import load_statistics
 from regraft.recipe import Recipe
 from regraft.recipe_file import read_recipe
-from regraft.recipe_parts import PruningSettings
+from regraft.recipe_parts import PruningSettings, VariantSettings
 from regraft.report.pooling import study_of
 from regraft.report.run import DataAccount, HeadMap, Run, SharedPath, Variant
 from regraft.report.study import Study
@@ -45,9 +48,36 @@ def report(folder: Path) -> Study:
         RegraftError: the folder holds no run, or one that is not finished.
     """
     made = study_of([read_run(folder)])
-    if distributed.first():
-        write_report(made, RunDir(folder).report)
+    write_report(made, RunDir(folder).report)
     return made
+
+
+def open_run(folder: Path) -> tuple[RunDir, Recipe]:
+    """Where a run keeps what, and its recipe.
+
+    Raises:
+        RegraftError: the folder holds no run.
+    """
+    file = RunDir(folder).recipe
+    if not file.exists():
+        below = sorted(str(one.parent) for one in folder.glob("**/results.json"))[:5]
+        there = f" `regraft report` takes the evaluations in it: {', '.join(below)}."
+        raise RegraftError(
+            f"{folder} holds no run: there is no {RECIPE_FILE} in it.{there if below else ''}"
+        )
+    recipe = read_recipe(file)
+    return RunDir(folder, several=len(recipe.prune) > 1), recipe
+
+
+def evaluation_folders(run_dir: RunDir, recipe: Recipe) -> dict[str, Path]:
+    """Of every evaluated model: of "dense", "wanda-50", "wanda-50/hsr" ..."""
+    found = {"dense": run_dir.dense_evaluation}
+    for pruning in recipe.prune:
+        found[pruning.name] = run_dir.evaluation(pruning.name)
+        names = [one.name for one in recipe.variants_of(pruning)]
+        for name in (*names, *(one.name for one in recipe.defences_of(pruning))):
+            found[f"{pruning.name}/{name}"] = run_dir.evaluation(pruning.name, name)
+    return found
 
 
 def read_run(folder: Path, name: str = "") -> Run:
@@ -56,68 +86,9 @@ def read_run(folder: Path, name: str = "") -> Run:
     Raises:
         RegraftError: the folder holds no run, or one that is not finished.
     """
-    run_dir = RunDir(folder)
-    if not run_dir.recipe.exists():
-        below = sorted(str(one.parent) for one in folder.glob("**/results.json"))[:5]
-        there = f" `regraft report` takes the evaluations in it: {', '.join(below)}."
-        raise RegraftError(
-            f"{folder} holds no run: there is no {RECIPE_FILE} in it.{there if below else ''}"
-        )
-    recipe = read_recipe(run_dir.recipe)
-    run_dir = RunDir(folder, several=len(recipe.prune) > 1)
-    evaluations = dict(_evaluations(run_dir, recipe))
-    dense = open_source(
-        model_folder(recipe.model), trust_remote_code=recipe.compute.trust_remote_code
-    )
-    variants = [_variant("dense", evaluations["dense"])]
-    for pruning in recipe.prune:
-        variants += _group(run_dir, recipe, pruning, evaluations)
-    heads = load_heads(run_dir.heads, dense.architecture) if run_dir.heads.exists() else None
-    abouts = list(_abouts(run_dir, recipe, evaluations["dense"], heads))
-    return Run(
-        title=recipe.title,
-        model=recipe.model,
-        variants=tuple(variants),
-        head_maps=() if heads is None else _head_maps(heads),
-        data=tuple(_accounts(abouts)),
-        recipe=recipe.model_dump(mode="json"),
-        costs=tuple(read_costs(run_dir.costs)),
-        images=_images(recipe),
-        paths=tuple(_paths(run_dir, recipe)),
-        one_pass=read_pass(run_dir.calibration_pass),
-        versions=abouts[0]["versions"] | {"device": abouts[0]["compute"]["device"]},
-        notes=tuple(f"{one.label}: {TRAINED_VALUES}" for one in variants if one.trained),
-        caveat=CAVEAT if is_demo(recipe.model) else "",
-        seed=recipe.calibration.seed,
-        name=name,
-    )
-
-
-def _abouts(
-    run_dir: RunDir, recipe: Recipe, dense: Evaluation, heads: HeadScores | None
-) -> Iterator[Mapping[str, Any]]:
-    """What the artifacts that used data say of it; that of the dense model's evaluation first."""
-    yield dense.about
-    for pruning in recipe.prune:
-        for defence in recipe.defences_of(pruning):
-            yield load_defence(run_dir.defence(pruning.name, defence.name)).about
-    for pruning in recipe.prune:
-        for one in recipe.variants_of(pruning):
-            curve = run_dir.curve(pruning.name, one.name)
-            if curve.exists():
-                yield read_json(curve).get("about", {})
-            ranking = run_dir.ranking(pruning.name, recipe.ranking_name(one))
-            if ranking.exists():
-                yield load_ranking(ranking).about
-    if heads is not None:
-        yield heads.about
-    kinds = [kind for one in recipe.realign if (kind := needs_of(one).statistics)]
-    gathered = [path for kind in kinds if (path := run_dir.statistics(kind)).exists()]
-    written = [run_dir.pruned(one.name) / stages.ABOUT_FILE for one in recipe.prune]
-    if gathered:
-        yield load_statistics(gathered[0]).about
-    else:
-        yield from (read_json(path) for path in written if path.exists())
+    run_dir, recipe = open_run(folder)
+    costs, one_pass = tuple(read_costs(run_dir.costs)), read_pass(run_dir.calibration_pass)
+    return _Artifacts(run_dir, recipe, costs, one_pass).run(name)
 
 
 def model_folder(model: str) -> str | Path:
@@ -125,55 +96,139 @@ def model_folder(model: str) -> str | Path:
     return demo_model() if model == "demo" else model
 
 
-def _evaluations(run_dir: RunDir, recipe: Recipe) -> Iterator[tuple[str, Evaluation]]:
-    """(name, evaluation) of every model of the run."""
-    folders = {"dense": run_dir.dense_evaluation}
-    for pruning in recipe.prune:
-        folders[pruning.name] = run_dir.evaluation(pruning.name)
-        variants = [one.name for one in recipe.variants_of(pruning)]
-        for variant in variants + [one.name for one in recipe.defences_of(pruning)]:
-            name = run_dir.name(pruning.name, variant)
-            folders[name] = run_dir.evaluation(pruning.name, variant)
-    for name, folder in folders.items():
-        if not folder.exists():
-            raise RegraftError(
-                f"The run in {run_dir.path} is not finished: {name} has not been evaluated. "
-                f"Continue it with `regraft run {run_dir.recipe} --out {run_dir.path}`."
-            )
-        yield name, stages.read_evaluation(folder)
+@dataclass(frozen=True)
+class _Artifacts:
+    """What a run has left behind."""
 
+    run_dir: RunDir
+    recipe: Recipe
+    costs: tuple[Cost, ...]
+    one_pass: CalibrationPass | None
 
-def _group(
-    run_dir: RunDir,
-    recipe: Recipe,
-    pruning: PruningSettings,
-    evaluations: Mapping[str, Evaluation],
-) -> Iterator[Variant]:
-    """One pruning and the variants realigned from it."""
-    variants = recipe.variants_of(pruning)
-    costs, unit = read_costs(run_dir.costs), read_pass(run_dir.calibration_pass)
-    passes = MethodPasses(recipe, run_dir, costs, unit)
-    patches = {one.name: load_patch(run_dir.patch(pruning.name, one.name)) for one in variants}
-    own = evaluations[pruning.name]
-    taken = own.about["zeros"] - evaluations["dense"].about["zeros"]
-    yield _variant(
-        pruning.name,
-        own,
-        base="dense",
-        checkpoint=recipe.pruned or str(run_dir.pruned(pruning.name).relative_to(run_dir.path)),
-        pruned=next((patch.about["pruned"] for patch in patches.values()), taken),
-    )
-    layers = open_source(
-        recipe.pruned or run_dir.pruned(pruning.name),
-        trust_remote_code=recipe.compute.trust_remote_code,
-    ).architecture.layers
-    for one in variants:
-        patch, name = patches[one.name], run_dir.name(pruning.name, one.name)
-        heads = tuple((layer, head) for layer, head in patch.about["heads"])
-        curve = run_dir.curve(pruning.name, one.name)
+    def run(self, name: str) -> Run:
+        """All of it."""
+        recipe, heads = self.recipe, self.heads
+        variants = [_variant("dense", self.evaluations["dense"])]
+        for pruning in recipe.prune:
+            variants += self.group(pruning)
+        abouts = list(self.abouts())
+        return Run(
+            title=recipe.title,
+            model=recipe.model,
+            variants=tuple(variants),
+            head_maps=() if heads is None else _head_maps(heads),
+            data=tuple(_accounts(abouts)),
+            recipe=recipe.model_dump(mode="json"),
+            costs=self.costs,
+            images=_images(recipe),
+            paths=tuple(self.paths()),
+            one_pass=self.one_pass,
+            versions=abouts[0]["versions"] | {"device": abouts[0]["compute"]["device"]},
+            notes=tuple(f"{one.label}: {TRAINED_VALUES}" for one in variants if one.trained),
+            caveat=CAVEAT if is_demo(recipe.model) else "",
+            seed=recipe.calibration.seed,
+            name=name,
+        )
+
+    @property
+    def passes(self) -> MethodPasses:
+        """What choosing the weights of methods took."""
+        return MethodPasses(self.recipe, self.run_dir, self.costs, self.one_pass)
+
+    @cached_property
+    def evaluations(self) -> dict[str, Evaluation]:
+        """Of every model of the run."""
+        folders = evaluation_folders(self.run_dir, self.recipe)
+        for name, folder in folders.items():
+            if not folder.exists():
+                raise RegraftError(
+                    f"The run in {self.run_dir.path} is not finished: {name} has not been "
+                    f"evaluated. Continue it with `regraft run {self.run_dir.recipe} --out "
+                    f"{self.run_dir.path}`."
+                )
+        return {name: stages.read_evaluation(folder) for name, folder in folders.items()}
+
+    @cached_property
+    def heads(self) -> HeadScores | None:
+        """Their scores, where the run has any."""
+        if not self.run_dir.heads.exists():
+            return None
+        return load_heads(self.run_dir.heads, self.opened(model_folder(self.recipe.model)))
+
+    def opened(self, model: str | Path) -> Architecture:
+        """Of a model, without its weights."""
+        trust = self.recipe.compute.trust_remote_code
+        return open_source(model, trust_remote_code=trust).architecture
+
+    def abouts(self) -> Iterator[Mapping[str, Any]]:
+        """What the artifacts that used data say of it; that of the dense evaluation first."""
+        run_dir, recipe = self.run_dir, self.recipe
+        yield self.evaluations["dense"].about
+        for pruning in recipe.prune:
+            for defence in recipe.defences_of(pruning):
+                yield load_defence(run_dir.defence(pruning.name, defence.name)).about
+        for pruning in recipe.prune:
+            for one in recipe.variants_of(pruning):
+                curve = run_dir.curve(pruning.name, one.name)
+                if curve.exists():
+                    yield read_json(curve).get("about", {})
+                ranking = run_dir.ranking(pruning.name, recipe.ranking_name(one))
+                if ranking.exists():
+                    yield load_ranking(ranking).about
+        if self.heads is not None:
+            yield self.heads.about
+        kinds = [kind for one in recipe.realign if (kind := needs_of(one).statistics)]
+        gathered = [path for kind in kinds if (path := run_dir.statistics(kind)).exists()]
+        if gathered:
+            yield load_statistics(gathered[0]).about
+            return
+        written = (run_dir.pruned(one.name) / stages.ABOUT_FILE for one in recipe.prune)
+        yield from (read_json(path) for path in written if path.exists())
+
+    def group(self, pruning: PruningSettings) -> Iterator[Variant]:
+        """One pruning, then the variants realigned from it and the defences of it."""
+        recipe, run_dir = self.recipe, self.run_dir
+        variants = recipe.variants_of(pruning)
+        patches = {one.name: load_patch(run_dir.patch(pruning.name, one.name)) for one in variants}
+        own, dense = self.evaluations[pruning.name], self.evaluations["dense"]
+        taken = own.about["zeros"] - dense.about["zeros"]
         yield _variant(
+            pruning.name,
+            own,
+            base="dense",
+            checkpoint=recipe.pruned or str(run_dir.pruned(pruning.name).relative_to(run_dir.path)),
+            pruned=next((patch.about["pruned"] for patch in patches.values()), taken),
+        )
+        layers = self.opened(recipe.pruned or run_dir.pruned(pruning.name)).layers
+        for one in variants:
+            yield self.realigned(pruning, one, patches[one.name], layers)
+        for defence in recipe.defences_of(pruning):
+            name = run_dir.name(pruning.name, defence.name)
+            how = _defence(defence, run_dir.defence(pruning.name, defence.name))
+            by_prompt = defence.method != "refusal-direction"
+            yield _variant(
+                name,
+                self.evaluations[f"{pruning.name}/{defence.name}"],
+                label=f"{name} ({how}, at inference)",
+                base=pruning.name,
+                inference_time=True,
+                passes=self.passes.of_defence(name, by_prompt=by_prompt),
+            )
+
+    def realigned(
+        self,
+        pruning: PruningSettings,
+        one: VariantSettings,
+        patch: Patch,
+        layers: Sequence[LayerArchitecture],
+    ) -> Variant:
+        """A variant with what its patch restored."""
+        run_dir = self.run_dir
+        name, curve = run_dir.name(pruning.name, one.name), run_dir.curve(pruning.name, one.name)
+        heads = tuple((layer, head) for layer, head in patch.about["heads"])
+        return _variant(
             name,
-            evaluations[name],
+            self.evaluations[f"{pruning.name}/{one.name}"],
             label=f"{name} ({method_of(one).label(one)})",
             base=pruning.name,
             patch=str(run_dir.patch(pruning.name, one.name).relative_to(run_dir.path)),
@@ -186,37 +241,25 @@ def _group(
             violated_groups=patch.about.get("violated_groups", 0),
             groups=patch.about.get("groups", 0),
             curve=read_curve(curve) if curve.exists() else None,
-            passes=passes.of_variant(pruning, one),
+            passes=self.passes.of_variant(pruning, one),
         )
-    for defence in recipe.defences_of(pruning):
-        name = run_dir.name(pruning.name, defence.name)
-        how = _defence(defence, run_dir.defence(pruning.name, defence.name))
-        yield _variant(
-            name,
-            evaluations[name],
-            label=f"{name} ({how}, at inference)",
-            base=pruning.name,
-            inference_time=True,
-            passes=passes.of_defence(name, by_prompt=defence.method != "refusal-direction"),
-        )
+
+    def paths(self) -> Iterator[SharedPath]:
+        """Of each ranking by gain that is there, with the variants that take a part of it."""
+        for pruning in self.recipe.prune:
+            sharing: dict[str, list[str]] = {}
+            for one in self.recipe.variants_of(pruning):
+                sharing.setdefault(self.recipe.ranking_name(one), []).append(one.name)
+            for name, methods in sharing.items():
+                file = self.run_dir.ranking(pruning.name, name)
+                if file.exists() and (path := read_path(load_ranking(file).about)) is not None:
+                    yield SharedPath(pruning.name, tuple(methods), path)
 
 
 def _variant(name: str, evaluation: Evaluation, **fields: Any) -> Variant:
     sparsity = float(evaluation.about["zeros"] / evaluation.about["prunable"])
     label = fields.pop("label", name)
     return Variant(name, label, evaluation.result, sparsity=sparsity, **fields)
-
-
-def _paths(run_dir: RunDir, recipe: Recipe) -> Iterator[SharedPath]:
-    """The path of each ranking by gain that is there, with the variants that take a part of it."""
-    for pruning in recipe.prune:
-        sharing: dict[str, list[str]] = {}
-        for one in recipe.variants_of(pruning):
-            sharing.setdefault(recipe.ranking_name(one), []).append(one.name)
-        for name, methods in sharing.items():
-            file = run_dir.ranking(pruning.name, name)
-            if file.exists() and (path := read_path(load_ranking(file).about)) is not None:
-                yield SharedPath(pruning.name, tuple(methods), path)
 
 
 def _defence(settings: DefenceSettings, file: Path) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
+from rich.console import Console
 
 from regraft.cli.flags import refuse_unread
 from regraft.cli.options import (
@@ -19,12 +21,18 @@ from regraft.cli.options import (
     watching,
 )
 from regraft.cli.reporting import compare
-from regraft.console import show_heads, show_overlap, show_relation, show_sweep
+from regraft.console import say, show_grid, show_table
 from regraft.heads.ships import HeadSettings
 from regraft.recipe_file import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import StatisticsSettings
+
+if TYPE_CHECKING:
+    from regraft.analysis.overlap import LayerOverlap
+    from regraft.analysis.relation import ModelPoint, Spearman
+    from regraft.analysis.sweep import Sweep
+    from regraft.heads.score import HeadScores
 
 app = App(
     name="analyse",
@@ -58,7 +66,7 @@ def heads(
         refuse_unread(settings, calibration)
         source = open_model(model, compute.trust_remote_code)
         scores = stages.heads(source, out, settings, calibration, compute, progress)
-        show_heads(progress.console, scores, show)
+        _show_heads(progress.console, scores, show)
 
 
 @app.command(name="statistics")
@@ -109,7 +117,7 @@ def sweep(
 
     with watching() as progress:
         found = sweep(read_recipe(recipe), setting, values, out, progress)
-        show_sweep(progress.console, found)
+        _show_sweep(progress.console, found)
         progress.note(f"Figure: {(out / 'sweep.svg').absolute()}")
 
 
@@ -128,7 +136,7 @@ def relate(*run: Path, out: OutFolder) -> None:
 
     with watching() as progress:
         points, found = relate(run, out)
-        show_relation(progress.console, points, found)
+        _show_relation(progress.console, points, found)
         progress.note(f"Figure: {(out / 'relation.svg').absolute()}")
 
 
@@ -162,5 +170,78 @@ def overlap(
     with watching() as progress:
         dense = open_model(model, trust_remote_code)
         found = overlap(dense, statistics_file, share, scope, out, progress)
-        show_overlap(progress.console, found)
+        _show_overlap(progress.console, found)
         progress.note(f"Figure: {(out / 'overlap.svg').absolute()}")
+
+
+def _show_heads(console: Console, scores: HeadScores, show: int) -> None:
+    """The best heads by Ships and by KL, and how far the scores can be trusted."""
+
+    def name(head: tuple[int, int]) -> str:
+        estimated = scores.exact is not None and not scores.exact[head]
+        return f"{head[0]}.{head[1]}" + (" (estimate)" if estimated else "")
+
+    pairs = list(zip(scores.ranked("ships"), scores.ranked("kl"), strict=True))
+    show_table(
+        console,
+        ("rank", "Ships: layer.head", "radians", "KL: layer.head", "nats"),
+        (
+            (rank, name(a), f"{scores.ships[a]:.4f}", name(b), f"{scores.kl[b]:.4f}")
+            for rank, (a, b) in enumerate(pairs[:show], start=1)
+        ),
+    )
+    if scores.exact is not None:
+        exact = int(scores.exact.sum())
+        scored = f"{exact} of {len(pairs)} heads were scored exactly, the others are estimates."
+        say(console, scored, "dim")
+    below = scores.below_noise("ships"), scores.below_noise("kl")
+    if below != (None, None):
+        noise = "Heads whose exact score is below the noise floor of this dtype"
+        say(console, f"{noise}: {below[0]} by Ships, {below[1]} by KL.", "dim")
+
+
+def _show_sweep(console: Console, sweep: Sweep) -> None:
+    """The rates by the value of one setting."""
+    named = [*sweep.references.items(), *((f"{one.value:g}", one) for one in sweep.points)]
+    show_table(
+        console,
+        (sweep.setting, "restored", "ASR", "over-refusal", "utility"),
+        ((name, one.restored, one.asr, one.over_refusal, one.utility) for name, one in named),
+        title=f"judge {sweep.judge}",
+    )
+
+
+def _show_relation(console: Console, points: Sequence[ModelPoint], found: Spearman | None) -> None:
+    """Total Ships and the rise in ASR of each model, and their rank correlation."""
+    from regraft.analysis.relation import estimates
+    from regraft.report.study import Correlation
+    from regraft.report.summary import correlation_text
+    from regraft.report.tables import ships
+
+    rho, p = (found.rho, found.p) if found else (None, None)
+    known = tuple((one.name, one.ships, one.degradation) for one in points)
+    correlation = Correlation("", known, rho, p, estimates(points))
+    show_grid(console, ships(correlation))
+    say(console, correlation_text(correlation))
+
+
+def _show_overlap(console: Console, found: Mapping[float, Sequence[LayerOverlap]]) -> None:
+    """Jaccard's index over all layers and by layer, one column a share."""
+    from regraft.analysis.overlap import by_chance
+
+    whole = (
+        sum(one.shared for one in layers) / sum(one.either for one in layers)
+        for layers in found.values()
+    )
+    show_table(
+        console,
+        ("layer", *(f"top {100 * share:g} %" for share in found)),
+        (
+            (of_layer[0].layer, *(f"{one.jaccard:.3f}" for one in of_layer))
+            for of_layer in zip(*found.values(), strict=True)
+        ),
+        [
+            ("all", *(f"{one:.3f}" for one in whole)),
+            ("by chance", *(f"{by_chance(share):.3f}" for share in found)),
+        ],
+    )

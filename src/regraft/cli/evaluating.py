@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+from rich.console import Console
+
 from regraft.cli.flags import refuse_unread
 from regraft.cli.options import Compute, Flat, Model, OutFolder, open_model, watching
-from regraft.console import show_result
+from regraft.console import say, show_table
 from regraft.errors import RegraftError
+from regraft.evaluation.results import Estimate, EvalResult, Rates
+from regraft.report.formatting import degenerate, number_cell, on_text, rate_cell
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites
 from regraft.settings.evaluating import EvalSettings
@@ -52,5 +57,44 @@ def evaluate(
         source = open_model(model, compute.trust_remote_code)
         target = stages.Target(source, compute, patch, defence, on_text, progress=progress)
         done = stages.evaluate(target, out, suite, settings)
-        show_result(progress.console, done.result)
+        _show_result(progress.console, done.result)
         progress.note(f"Answers and results: {out}. As a page: regraft report {out}")
+
+
+def _show_result(console: Console, result: EvalResult) -> None:
+    """One evaluation with its intervals, per category and suite."""
+    from regraft.report.summary import NO_OVER_REFUSAL  # scipy, slow to import
+
+    whole = [*_rate_rows(result)]
+    show_table(
+        console,
+        ("", "rate", "95 % interval", "of"),
+        whole,
+        (_rate_row(f"ASR, {category}", one) for category, one in result.asr_by_category.items()),
+        *(_rate_rows(rates, suite) for suite, rates in result.by_suite.items()),
+        title=f"{result.suite}, judge {result.judge}",
+        bold=range(len(whole)),
+    )
+    if (found := result.perplexity) is not None:
+        say(console, f"Perplexity of {found.n:,} references: {number_cell(found).text}")
+    if (text := result.text) is not None:
+        kl = f", KL(dense || model) {number_cell(text.kl).text} nats a token" if text.kl else ""
+        perplexity = number_cell(text.perplexity).text
+        say(console, f"Ordinary text, {on_text(text)}: perplexity {perplexity}{kl}")
+    if result.asr is not None and result.over_refusal is None:
+        say(console, NO_OVER_REFUSAL)
+    if result.degenerate:
+        kinds = degenerate(result)
+        say(console, f"Degenerate answers, neither refusals nor successful attacks: {kinds}.")
+
+
+def _rate_rows(rates: EvalResult | Rates, suite: str = "") -> Iterator[tuple[str, ...]]:
+    kinds = {"ASR": rates.asr, "over-refusal": rates.over_refusal, "utility": rates.utility}
+    for kind, estimate in kinds.items():
+        if estimate is not None:
+            yield _rate_row(f"{kind}, {suite}" if suite else kind, estimate)
+
+
+def _rate_row(name: str, estimate: Estimate) -> tuple[str, ...]:
+    cell = rate_cell(estimate)
+    return name, cell.value, cell.interval, cell.note

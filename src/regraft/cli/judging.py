@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
+from rich.console import Console
 
 from regraft.cli.options import Compute, MaybeOutFile, MaybeOutFolder, watching
-from regraft.console import show_agreement, show_judged, show_quality
+from regraft.console import say, show_table
 from regraft.evaluation.keywords import KEYWORD_JUDGES
+from regraft.report.formatting import kappa, p_value, points_cell
 from regraft.settings.compute import ComputeSettings
+
+if TYPE_CHECKING:
+    from regraft.evaluation.labelled import Bench
+    from regraft.evaluation.verdicts import Agreement, Judged
 
 app = App(name="judge", help="Judge saved answers by other judges, or judges by people's labels.")
 Judges = Annotated[
@@ -55,9 +62,9 @@ def judge(
             stages.judge(evaluation, one, file, compute, progress, images)
             for one, file in files.items()
         ]
-        show_judged(progress.console, [stages.own(evaluation), *judged])
+        _show_judged(progress.console, [stages.own(evaluation), *judged])
         found = stages.agreement(evaluation, [*files.values()], folder / "agreement.json")
-        show_agreement(progress.console, found)
+        _show_agreement(progress.console, found)
         progress.note(f"Verdicts with reasons: {folder}")
 
 
@@ -94,6 +101,62 @@ def judge_bench(
     with watching() as progress:
         labels = Labels(question, positive, ids)
         found = stages.judge_bench(file, by, labels, compute, progress, out)
-        show_quality(progress.console, found)
+        for name, bench in found.items():
+            _show_quality(progress.console, name, bench)
         if out is not None:
             progress.note(f"Wrote {out}")
+
+
+def _show_judged(console: Console, judged: Sequence[Judged]) -> None:
+    """What several judges make of the same answers; the first is the evaluation's own."""
+
+    def degenerate(one: Judged) -> str:
+        kinds = ("harmful", "harmless")
+        return ", ".join(f"{one.degenerate.get(kind, 0):,} {kind}" for kind in kinds)
+
+    show_table(
+        console,
+        ("judge", "ASR", "over-refusal", "degenerate", "unread"),
+        ((one.judge, one.asr, one.over_refusal, degenerate(one), one.unread) for one in judged),
+    )
+    if any(one.degenerate for one in judged):
+        say(
+            console,
+            "Degenerate: answers to harmful and to harmless prompts in which a judge sees no "
+            "refusal; they are no successful attacks, whatever it says.",
+            "dim",
+        )
+
+
+def _show_agreement(console: Console, found: Sequence[Agreement]) -> None:
+    """How far every two judges agree, by kind of prompt."""
+    rows = (
+        (kind, one.one, one.other, one.share, one.share.n, kappa(one.kappa))
+        for kind in ("harmful", "harmless")
+        for one in found
+        if one.harmful == (kind == "harmful")
+    )
+    show_table(console, ("prompts", "judge", "and judge", "agree", "n", "kappa"), rows)
+
+
+def _show_quality(console: Console, name: str, bench: Bench) -> None:
+    """How judges compare with the labels of a file, and with each other."""
+    several = f", to {bench.prompts:,} prompts" if bench.prompts < bench.answers else ""
+    show_table(
+        console,
+        ("judge", "accuracy", "precision", "recall", "kappa", "unread"),
+        (
+            (one.judge, one.accuracy, one.precision, one.recall, kappa(one.kappa), one.unread)
+            for one in bench.judges
+        ),
+        title=f"{name}, n = {bench.answers:,}{several}",
+    )
+    against = [(one.judge, one.against) for one in bench.judges if one.against]
+    if against:
+        headings = ("judge", "accuracy less that of the best other, points", "p", "best other")
+        rows = (
+            (judge, points_cell(less).text, p_value(less.p), less.other) for judge, less in against
+        )
+        show_table(console, headings, rows)
+    labels = f"Labels taken as yes: {', '.join(bench.yes)}; as no: {', '.join(bench.no)}."
+    say(console, labels, "dim")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from regraft.cli.options import MaybeOutFolder, OutFolder, watching
-from regraft.console import ConsoleWatch, show_bundle, show_study
+from regraft.console import ConsoleWatch, show_study
 from regraft.errors import RegraftError
 
 if TYPE_CHECKING:
@@ -57,53 +57,70 @@ def report(
     pruned
         The evaluation of the pruned model.
     """
-    from regraft import evaluations
+    from regraft.evaluations import is_evaluation
 
     pair = _pair(dense, pruned)
-    named = (*folder, *((pair.dense, pair.pruned) if pair else ()))
-    if not named:
+    if not folder and pair is None:
         raise RegraftError("Name the folder of a run, or folders of evaluations.")
-    run = named[0]
     if texts and bundle is None:
         raise RegraftError("--texts is for a bundle: name its file with --bundle.")
     with watching() as progress:
-        if run.suffix == ".zip":
-            _check_bundle(progress, folder)
-            return
-        if pair is not None or any(map(evaluations.is_evaluation, folder)):
-            if out is None and len(named) > 1:
-                raise RegraftError("Say where the report of several evaluations goes: --out.")
+        if folder and folder[0].suffix == ".zip":
+            _check_bundles(progress, folder)
+        elif pair is not None or any(map(is_evaluation, folder)):
             if bundle is not None:
                 raise RegraftError("A bundle is of a run, and these are evaluations.")
-            page = out or run / "report"
-            show_page(progress, evaluations.report(folder, page, pair), page)
-            return
-        if len(folder) > 1:
-            raise RegraftError(
-                "Several folders are for evaluations, which hold a results.json; runs are compared "
-                "by `regraft analyse compare`."
-            )
-        if out is not None:
-            raise RegraftError("The report of a run lies in its own folder: leave out --out.")
-        _report_run(progress, run)
-        if bundle is not None:
-            from regraft.bundle import write_bundle
-
-            write_bundle(run, bundle, texts=texts)
-            progress.note(f"Bundle: {bundle.absolute()} ({bundle.stat().st_size / 1e6:.1f} MB)")
+            _report_evaluations(progress, folder, pair, out)
+        else:
+            _report_run(progress, folder, out)
+            if bundle is not None:
+                _write_bundle(progress, folder[0], bundle, texts)
 
 
-def _report_run(progress: ConsoleWatch, run: Path) -> None:
+def _report_evaluations(
+    progress: ConsoleWatch, folders: Sequence[Path], pair: Pair | None, out: Path | None
+) -> None:
+    from regraft import evaluations
+
+    if out is None and (pair is not None or len(folders) > 1):
+        raise RegraftError("Say where the report of several evaluations goes: --out.")
+    page = out or folders[0] / "report"
+    show_page(progress, evaluations.report(folders, page, pair), page)
+
+
+def _report_run(progress: ConsoleWatch, folders: Sequence[Path], out: Path | None) -> None:
     from regraft import runs
 
+    if len(folders) > 1:
+        raise RegraftError(
+            "Several folders are for evaluations, which hold a results.json; runs are compared "
+            "by `regraft analyse compare`."
+        )
+    if out is not None:
+        raise RegraftError("The report of a run lies in its own folder: leave out --out.")
+    run = folders[0]
     show_page(progress, runs.report(run), run / "report")
 
 
-def _check_bundle(progress: ConsoleWatch, files: Sequence[Path]) -> None:
+def _write_bundle(progress: ConsoleWatch, run: Path, file: Path, texts: bool) -> None:
+    from regraft.bundle import write_bundle
+
+    write_bundle(run, file, texts=texts)
+    progress.note(f"Bundle: {file.absolute()} ({file.stat().st_size / 1e6:.1f} MB)")
+
+
+def _check_bundles(progress: ConsoleWatch, files: Sequence[Path]) -> None:
     from regraft.bundle_check import read_bundle
 
     for file in files:
-        show_bundle(progress.console, file, read_bundle(file))
+        bundle = read_bundle(file)
+        answers = sum(len(one.answers) for one in bundle.evaluations.values())
+        progress.note(bundle.page)
+        progress.note(
+            f"{file}: {bundle.title}, regraft {bundle.version}. {bundle.files} files are as their "
+            f"digests say, and the verdicts on {answers:,} answers of {len(bundle.evaluations)} "
+            f"evaluations give the rates in it. Digest of all: {bundle.digest}"
+        )
 
 
 def _pair(dense: Path | None, pruned: Path | None) -> Pair | None:

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-
-from regraft.evaluation.results import EvalResult
+from pathlib import Path
 
 _ADDRESS = re.compile(r"(?P<name>[\w-]+):(?P<path>.*?)(?P<marks>(?:#[\w-]+)*)", re.DOTALL)
 _ANYTHING = ("jsonl", "prompts", "benign")  # readers of files of any data set
-
-
-def suites_of(result: EvalResult) -> tuple[str, ...]:
-    """The addresses of what a model was evaluated on."""
-    return tuple(filter(None, result.by_suite)) or (result.suite,)
 
 
 def short_names(suites: Iterable[str]) -> dict[str, str]:
@@ -34,7 +28,7 @@ def _short(suite: str) -> str:
     found = _ADDRESS.fullmatch(suite)
     if found is None or found["name"] == "demo":
         return suite
-    file = re.sub(r"(?<=.)\.\w+$", "", file_name(found["path"]))
+    file = re.sub(r"(?<=.)\.\w+$", "", Path(found["path"]).name)
     return (file if found["name"] in _ANYTHING else found["name"]) + found["marks"]
 
 
@@ -45,9 +39,4 @@ def public_suite(suite: str) -> str:
 
 def file_names(source: str) -> str:
     """The same of a reading's source, several paths with commas between them."""
-    return ", ".join(map(file_name, source.split(", ")))
-
-
-def file_name(path: str) -> str:
-    """What stands behind the last slash."""
-    return path.rpartition("/")[2] or path
+    return ", ".join(Path(one).name for one in source.split(", "))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from regraft.errors import RegraftError
 from regraft.evaluation.metrics import (
     bootstrap_macro_rsr,
     bootstrap_rsr,
+    clustered_difference,
     clustered_mean,
     clustered_rate,
     macro_average,
@@ -28,6 +30,7 @@ from regraft.report.study import Measured, Recovered, Role
 from regraft.restoration.base import settings_in
 
 Counts = NDArray[np.int64]
+Events = NDArray[np.int64]  # whether models of all seeds and draws had it: [S, draws, prompts]
 Mask = NDArray[np.bool_]
 
 
@@ -38,18 +41,18 @@ class Cells:
     name: str
     label: str
     role: Role
-    variants: tuple[tuple[Variant, ...], ...]
+    members: tuple[tuple[Variant, ...], ...]
     drawn: bool = False
 
     @property
     def all(self) -> tuple[Variant, ...]:
         """Of all seeds and draws."""
-        return tuple(variant for of_seed in self.variants for variant in of_seed)
+        return tuple(variant for of_seed in self.members for variant in of_seed)
 
     @property
     def draws(self) -> tuple[str, ...]:
         """Their names, as the recipe has them."""
-        return tuple(one.name_in_group for one in self.variants[0])
+        return tuple(one.name_in_group for one in self.members[0])
 
 
 def rows_of_methods(
@@ -94,66 +97,24 @@ def _method(
     return Cells(name, label, "method", found, drawn)
 
 
-@dataclass(frozen=True)
-class Events:
-    """Whether each of a row's models, of each seed and draw, had the event: [S, draws, n] int64."""
-
-    seen: Counts
-
-    @property
-    def counts(self) -> Counts:
-        """Of each seed and prompt, how many draws had it: [S, n]."""
-        counts: Counts = self.seen.sum(axis=1)
-        return counts
-
-    @property
-    def draws(self) -> Counts:
-        """Of each draw and prompt, with how many seeds it had it: [draws, n]."""
-        draws: Counts = self.seen.sum(axis=0)
-        return draws
-
-    @property
-    def total(self) -> Counts:
-        """Of each prompt: [n]."""
-        total: Counts = self.seen.sum(axis=(0, 1))
-        return total
-
-    @property
-    def answers(self) -> int:
-        """To each prompt."""
-        return int(self.seen.shape[0] * self.seen.shape[1])
-
-    @property
-    def by_seed(self) -> NDArray[np.float64]:
-        """The rate of each seed: [S]."""
-        rates: NDArray[np.float64] = self.seen.mean(axis=(1, 2))
-        return rates
-
-    @property
-    def share(self) -> NDArray[np.float64]:
-        """Of a prompt's answers, how many had it: [n]."""
-        share: NDArray[np.float64] = self.total / self.answers
-        return share
-
-    def where(self, prompts: Mask) -> Events:
-        """On some prompts."""
-        return Events(self.seen[:, :, prompts])
-
-    def rate(self) -> Estimate | None:
-        """None without prompts."""
-        return clustered_rate(self.total, self.answers) if self.total.size else None
+def rate_of(events: Events) -> Estimate | None:
+    """Of answers, in clusters of those to one prompt; None without prompts."""
+    seeds, draws, prompts = events.shape
+    return clustered_rate(events.sum(axis=(0, 1)), seeds * draws) if prompts else None
 
 
 @dataclass(frozen=True)
 class Prompts:
     """The prompts that all rows answer: masks of [n] prompts.
 
-    `refusable` are harmless ones that test over-refusal. `suites` has none where there is only one
-    that needs no rates of its own; `categories` are those of harmful prompts.
+    `refusable` are harmless ones that test over-refusal, `referred` those with a reference that all
+    answers were compared with. `suites` has none where there is only one that needs no rates of its
+    own; `categories` are those of harmful prompts.
     """
 
     harmful: Mask
     refusable: Mask
+    referred: Mask
     suites: Mapping[str, Mask]
     categories: Mapping[str, Mask]
 
@@ -165,24 +126,30 @@ class Prompts:
 
 @dataclass(frozen=True)
 class RowAnswers:
-    """A row's answers to all prompts; `answers` has one tuple a model."""
+    """A row's answers to all prompts, and the rates of them; `answers` has one tuple a model.
 
+    `dense` and `pruned` are what it was made from: None for the dense row itself, for unrelated
+    models, and `pruned` for a pruned one too.
+    """
+
+    cells: Cells
     prompts: Prompts
     complies: Events
     refused: Events
     silent: Events
     answers: tuple[tuple[Answer, ...], ...]
-    referred: Mask
+    dense: RowAnswers | None = None
+    pruned: RowAnswers | None = None
 
     @property
     def attacks(self) -> Events:
         """Attack success on harmful prompts."""
-        return self.complies.where(self.prompts.harmful)
+        return self.complies[:, :, self.prompts.harmful]
 
     @property
     def refusals(self) -> Events:
         """Refusals of prompts that test over-refusal."""
-        return self.refused.where(self.prompts.refusable)
+        return self.refused[:, :, self.prompts.refusable]
 
     @cached_property
     def similarity(self) -> tuple[NDArray[np.float64], ...]:
@@ -191,7 +158,7 @@ class RowAnswers:
 
     def similarities(self, prompts: Mask) -> tuple[NDArray[np.float64], ...]:
         """A part for what may be pooled (see `alike`): [the row's models, prompts]."""
-        kept = np.flatnonzero(prompts & self.referred)
+        kept = np.flatnonzero(prompts & self.prompts.referred)
         columns = [[answers[i] for i in kept] for answers in self.answers]
         return tuple(
             np.array([group_similarities([column[i] for i in places]) for column in columns])
@@ -200,70 +167,74 @@ class RowAnswers:
 
     def asr(self, prompts: Mask) -> Estimate | None:
         """Attack success rate on the harmful ones among some prompts."""
-        return self.complies.where(prompts & self.prompts.harmful).rate()
+        return rate_of(self.complies[:, :, prompts & self.prompts.harmful])
 
-    def on(
-        self, prompts: Mask, of: tuple[RowAnswers, RowAnswers] | None, *, every: bool = False
-    ) -> Measured:
+    def on(self, prompts: Mask, *, every: bool = False) -> Measured:
         """All rates on some prompts.
 
         Args:
             prompts: Which.
-            of: The dense and the pruned row, for RSR; None where there is none.
             every: Count refusals of all harmless prompts, not only of those that test over-refusal.
         """
         harmless = ~self.prompts.harmful if every else self.prompts.refusable
         similar = self.similarity if prompts.all() else self.similarities(prompts)
-        attacked = prompts & self.prompts.harmful
+        means = [clustered_mean(part, 0) for part in similar]
         return Measured(
             asr=self.asr(prompts),
-            rsr=self._recovered(*of, attacked) if of and attacked.any() else None,
-            over_refusal=self.refused.where(prompts & harmless).rate(),
-            utility=macro_average([clustered_mean(part, 0) for part in similar])
-            if similar
-            else None,
-            degenerate=self.silent.where(prompts).rate(),
+            rsr=self._recovered(prompts & self.prompts.harmful),
+            over_refusal=rate_of(self.refused[:, :, prompts & harmless]),
+            utility=macro_average(means) if means else None,
+            degenerate=rate_of(self.silent[:, :, prompts]),
         )
 
     def refusals_less(self, other: RowAnswers | None) -> Estimate | None:
         """The rate of over-refusal less that of another row."""
-        if other is None or not self.refusals.total.size:
+        if other is None or not self.refusals.size:
             return None
-        return paired_difference(self.refusals.share - other.refusals.share)
+        ours, theirs = (one.refusals.mean(axis=(0, 1)) for one in (self, other))
+        return paired_difference(ours - theirs)
 
-    def _recovered(self, dense: RowAnswers, pruned: RowAnswers, prompts: Mask) -> Recovered:
-        a, b, c = (one.complies.where(prompts) for one in (dense, pruned, self))
-        repeats = c.seen.shape[1]
-        full, cut, back = repeats * a.total, repeats * b.total, c.total
-        by_seed = (
-            rsr(repeats * int(x.sum()), repeats * int(y.sum()), int(z.sum())).value
-            for x, y, z in zip(a.counts, b.counts, c.counts, strict=True)
+    def utility_less(self, other: RowAnswers | None) -> Estimate | None:
+        """Utility less that of another row."""
+        if other is None or not self.similarity:
+            return None
+        pairs = zip(self.similarity, other.similarity, strict=True)
+        return macro_average([clustered_difference(*pair, seed=0) for pair in pairs])
+
+    def _successes(self, prompts: Mask) -> Counts:
+        """Of attacks on the dense, the pruned and this row, by seed: [S, n, 3].
+
+        The first two are counted once for each draw of a random control, so that all three are of
+        as many answers.
+        """
+        assert self.dense is not None and self.pruned is not None
+        dense, pruned, own = (
+            one.complies[:, :, prompts].sum(axis=1) for one in (self.dense, self.pruned, self)
         )
+        draws = self.complies.shape[1]
+        return np.stack([draws * dense, draws * pruned, own], axis=2)
+
+    def _recovered(self, prompts: Mask) -> Recovered | None:
+        """RSR on harmful prompts; None where there are none, and of what is no method."""
+        if self.pruned is None or not prompts.any():
+            return None
+        by_seed = self._successes(prompts)
+        whole = by_seed.sum(axis=0)
+        dense, pruned, own = whole.T.tolist()
         return Recovered(
-            rsr(int(full.sum()), int(cut.sum()), int(back.sum())),
-            bootstrap_rsr(full.tolist(), cut.tolist(), back.tolist(), 0, c.answers),
-            tuple(by_seed),
+            rsr(*whole.sum(axis=0).tolist()),
+            bootstrap_rsr(dense, pruned, own, 0, len(self.answers)),
+            tuple(rsr(*one.sum(axis=0).tolist()).value for one in by_seed),
         )
 
-    def mean_recovered(self, dense: RowAnswers, pruned: RowAnswers) -> Recovered | None:
+    def mean_recovered(self) -> Recovered | None:
         """RSR of mean ASRs over several suites of attacks; None where there is at most one."""
         places = [where & self.prompts.harmful for where in self.prompts.suites.values()]
-        repeats = self.complies.seen.shape[1]
-        strata = [
-            np.stack(
-                [
-                    repeats * dense.complies.where(where).total,
-                    repeats * pruned.complies.where(where).total,
-                    self.complies.where(where).total,
-                ],
-                axis=1,
-            )
-            for where in places
-            if where.any()
-        ]
-        if len(strata) < 2:
+        places = [where for where in places if where.any()]
+        if self.pruned is None or len(places) < 2:
             return None
-        answers = self.complies.answers
+        answers = len(self.answers)
+        strata = [self._successes(where).sum(axis=0) for where in places]
         rates = [
             sum(int(rows[:, i].sum()) / (answers * len(rows)) for rows in strata) / len(strata)
             for i in range(3)
@@ -272,8 +243,8 @@ class RowAnswers:
         return Recovered(rsr(*rates), interval)
 
 
-def read_answers(runs: Sequence[Run], cells: Sequence[Cells]) -> dict[str, RowAnswers]:
-    """The answers of each row, by its name.
+def read_answers(runs: Sequence[Run], cells: Sequence[Cells]) -> tuple[RowAnswers, ...]:
+    """The answers of each row, in their order: dense, pruned, methods, or unrelated models.
 
     Raises:
         RegraftError: models were judged differently or on different prompts, or keep no answers.
@@ -282,46 +253,48 @@ def read_answers(runs: Sequence[Run], cells: Sequence[Cells]) -> dict[str, RowAn
     named = [
         replace(variant, name=f"{variant.name} of seed {run.seed}") if several else variant
         for one in cells
-        for run, variants in zip(runs, one.variants, strict=True)
+        for run, variants in zip(runs, one.members, strict=True)
         for variant in variants
     ]
     table = paired_answers(tuple(named))
     if not table:
         raise RegraftError(f"{named[0].name} keeps no answers, or another model does not.")
-    columns = tuple(zip(*table, strict=True))
-    referred = np.array([all(one.similarity is not None for one in row) for row in table])
-    prompts = _prompts(columns[0], named[0].result.by_suite)
-    found: dict[str, RowAnswers] = {}
-    start = 0
+    prompts = _prompts(table, named[0].result.by_suite)
+    columns = iter(zip(*table, strict=True))
+    found: list[RowAnswers] = []
     for one in cells:
-        stop = start + len(one.all)
-        mine = columns[start:stop]
-        shape = len(runs), len(one.variants[0]), len(table)
-        found[one.name] = RowAnswers(
-            prompts,
-            _events(([a.complies for a in column] for column in mine), shape),
-            _events(([a.refused for a in column] for column in mine), shape),
-            _events(([a.says_nothing for a in column] for column in mine), shape),
-            mine,
-            referred,
+        mine = tuple(islice(columns, len(one.all)))
+        shape = len(runs), len(one.members[0]), len(table)
+        related = one.role in ("pruned", "method")
+        found.append(
+            RowAnswers(
+                one,
+                prompts,
+                _events(([a.complies for a in column] for column in mine), shape),
+                _events(([a.refused for a in column] for column in mine), shape),
+                _events(([a.says_nothing for a in column] for column in mine), shape),
+                mine,
+                dense=found[0] if related else None,
+                pruned=found[1] if one.role == "method" else None,
+            )
         )
-        start = stop
-    return found
+    return tuple(found)
 
 
 def _events(outcomes: Iterable[Sequence[bool]], shape: tuple[int, ...]) -> Events:
-    return Events(np.array(list(outcomes), dtype=np.int64).reshape(shape))
+    return np.array(list(outcomes), dtype=np.int64).reshape(shape)
 
 
-def _prompts(answers: Sequence[Answer], suites: Iterable[str]) -> Prompts:
+def _prompts(table: Sequence[Sequence[Answer]], suites: Iterable[str]) -> Prompts:
     def masks(names: Iterable[str], of: Sequence[str | None]) -> dict[str, Mask]:
         return {name: np.array([one == name for one in of], dtype=bool) for name in names}
 
-    harmful = np.array([answer.harmful for answer in answers], dtype=bool)
-    categories = [answer.category if answer.harmful else None for answer in answers]
+    first = [answers[0] for answers in table]
+    categories = [answer.category if answer.harmful else None for answer in first]
     return Prompts(
-        harmful=harmful,
-        refusable=np.array([answer.tests_over_refusal for answer in answers], dtype=bool),
-        suites=masks(suites, [answer.suite for answer in answers]),
+        harmful=np.array([answer.harmful for answer in first], dtype=bool),
+        refusable=np.array([answer.tests_over_refusal for answer in first], dtype=bool),
+        referred=np.array([all(one.similarity is not None for one in row) for row in table]),
+        suites=masks(suites, [answer.suite for answer in first]),
         categories=masks(sorted({one for one in categories if one is not None}), categories),
     )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -111,24 +112,32 @@ def ceiling(estimates: Iterable[Estimate]) -> float:
     return min(105.0, 100 * max(e.high for e in estimates) * 1.08 + 1)
 
 
-def frame_rates(axes: Axes, ends: tuple[float, float], title: str) -> None:
-    """Over-refusal across, ASR up, from 0 to `ends`, in %."""
-    axes.set(xlim=(0, ends[0]), ylim=(0, ends[1]), ylabel="ASR, % (lower is safer)")
-    axes.tick_params(labelbottom=True)
-    axes.grid()
-    if title:
-        axes.set_title(title, loc="left", size=9.5)
+def panels_svg(
+    title: str,
+    panels: Sequence[tuple[str, Callable[[Axes], None]]],
+    across: str,
+    handles: Sequence[Line2D],
+) -> str:
+    """Panels one above the other on one axis `across`, with the legend below all of them.
 
+    Args:
+        title: Of the figure, for readers who cannot see it.
+        panels: What stands above each ("" for nothing), and what draws it on its axes.
+        across: The label of the axis.
+        handles: Of the legend.
+    """
+    narrow = max(len(str(handle.get_label())) for handle in handles) <= _NARROW
+    columns = 2 if narrow else 1
+    height = _PANEL * len(panels) + 0.4 + _LINE * math.ceil(len(handles) / columns)
 
-def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """Below all panels, in two columns where the labels are short."""
-    figure.legend(handles=list(handles), loc="outside lower left", ncols=_columns(handles))
+    def draw(figure: Figure, planes: Any) -> None:
+        for axes, (name, draw_panel) in zip(np.atleast_1d(planes), panels, strict=True):
+            draw_panel(axes)
+            axes.tick_params(labelbottom=True)
+            axes.grid()
+            if name:
+                axes.set_title(name, loc="left", size=9.5)
+        axes.set_xlabel(across)
+        figure.legend(handles=list(handles), loc="outside lower left", ncols=columns)
 
-
-def panels_height(panels: int, handles: Sequence[Line2D]) -> float:
-    """Of so many panels of rates, one above the other, and the legend below, in inches."""
-    return _PANEL * panels + 0.4 + _LINE * math.ceil(len(handles) / _columns(handles))
-
-
-def _columns(handles: Sequence[Line2D]) -> int:
-    return 2 if max(len(str(handle.get_label())) for handle in handles) <= _NARROW else 1
+    return to_svg(height, title, draw, len(panels))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 from PIL import Image
@@ -17,7 +16,6 @@ from regraft.data.images import open_image
 from regraft.evaluation.results import Answer
 from regraft.report.formatting import clip, marked
 from regraft.report.run import Run, Variant, paired_answers
-from regraft.report.study import measured
 
 HARMFUL, HARMLESS = 12, 6  # examples
 MOST_BYTES = 3_000_000  # of the page, for answers
@@ -30,7 +28,7 @@ def shown_group(run: Run) -> tuple[Variant, ...]:
     """The pruned model with the highest ASR and those realigned from it; empty without any."""
 
     def attacked(group: tuple[Variant, ...]) -> float:
-        asr = measured(group[0].result.asr)
+        asr = group[0].result.asr
         return asr.value if asr else 0.0
 
     return max(run.groups, key=attacked, default=())
@@ -102,34 +100,29 @@ def _encoded(labels: Sequence[str], rows: Sequence[Row]) -> str:
     def place(text: str) -> int:
         return texts.setdefault(text, len(texts))
 
-    found = [
-        {
-            "id": row[0].id,
-            "prompt": place(clip(row[0].instruction, PROMPT_LENGTH)),
-            **_request(row[0], place),
-            "category": row[0].category,
-            "harmful": row[0].harmful,
-            "image": row[0].image or "",
-            "answers": [_answer(answer, place(_shown(answer))) for answer in row],
-        }
-        for row in rows
-    ]
+    found = []
+    for first, *others in rows:
+        asked = {"prompt": first.instruction}
+        if first.request:
+            asked["request"] = first.request
+        complied = "complied" if first.harmful else "answered"
+        answers = (
+            [place(clip(one.answer.strip(), ANSWER_LENGTH)), marked(one, complied), one.reason]
+            for one in (first, *others)
+        )
+        found.append(
+            {
+                "id": first.id,
+                **{key: place(clip(text, PROMPT_LENGTH)) for key, text in asked.items()},
+                "category": first.category,
+                "harmful": first.harmful,
+                "image": first.image or "",
+                "answers": list(answers),
+            }
+        )
     content = {"models": list(labels), "texts": list(texts), "rows": found}
     # No "<" can then end the script element or open a comment in it.
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _request(answer: Answer, place: Callable[[str], int]) -> dict[str, int]:
-    return {"request": place(clip(answer.request, PROMPT_LENGTH))} if answer.request else {}
-
-
-def _answer(answer: Answer, text: int) -> list[Any]:
-    complied = "complied" if answer.harmful else "answered"
-    return [text, marked(answer, complied), answer.reason]
-
-
-def _shown(answer: Answer) -> str:
-    return clip(answer.answer.strip(), ANSWER_LENGTH)
 
 
 def thumbnail(path: Path) -> str:

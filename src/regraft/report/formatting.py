@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from regraft.evaluation.results import Answer, Estimate, EvalResult, TextResult
-from regraft.evaluation.verdicts import Agreement
-from regraft.report.study import Outcome, Recovered, Row, Spread, Tested, measured
+if TYPE_CHECKING:  # the console formats too, and these import scipy, which takes its time
+    from regraft.evaluation.labelled import Difference
+    from regraft.evaluation.results import Answer, Estimate, EvalResult, TextResult
+    from regraft.evaluation.verdicts import Agreement
+    from regraft.report.study import Recovered, Row, Spread, Tested
 
 DASH = "–"
 UNCHECKED = "†"
-_OPERATIONS = (
-    (1e21, "ZFLOP"),
-    (1e18, "EFLOP"),
-    (1e15, "PFLOP"),
-    (1e12, "TFLOP"),
-    (1e9, "GFLOP"),
-    (1e6, "MFLOP"),
-)
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,30 @@ class Cell:
         )
 
 
+@dataclass(frozen=True)
+class Grid:
+    """A table to be shown; the first cell of a row is its heading."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    caption: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        headings: Iterable[str],
+        rows: Iterable[Iterable[Cell | str]],
+        caption: str = "",
+    ) -> Grid:
+        """A table of cells and of text; what is empty gets a dash."""
+        cells = (
+            tuple(Cell(one or DASH) if isinstance(one, str) else one for one in row) for row in rows
+        )
+        return cls(title, tuple(headings), tuple(cells), caption)
+
+
 def percent(fraction: float) -> str:
     """0.144 -> "14.4 %"."""
     return f"{100 * fraction:.1f} %"
@@ -67,11 +86,11 @@ def interval(low: float, high: float) -> str:
 
 def rate_cell(estimate: Estimate | None) -> Cell:
     """A rate or a mean in per cent with its interval and n."""
-    found = measured(estimate)
-    if found is None:
+    if estimate is None:
         return Cell()
-    count = f"n = {found.n:,}" if found.count is None else f"{found.count:,} of {found.n:,}"
-    return Cell(percent(found.value), interval(found.low, found.high), count)
+    count, n = estimate.count, estimate.n
+    note = f"n = {n:,}" if count is None else f"{count:,} of {n:,}"
+    return Cell(percent(estimate.value), interval(estimate.low, estimate.high), note)
 
 
 def rate(estimate: Estimate | None) -> str:
@@ -79,12 +98,12 @@ def rate(estimate: Estimate | None) -> str:
     return replace(rate_cell(estimate), note="").text
 
 
-def points_cell(estimate: Estimate | None) -> Cell:
+def points_cell(estimate: Estimate | Difference | None) -> Cell:
     """A difference of rates in points: "+1.3 [-0.7, +3.3]"."""
-    found = measured(estimate)
-    if found is None:
+    if estimate is None:
         return Cell()
-    value, low, high = (100 * x + 0.0 for x in (found.value, found.low, found.high))
+    # adding 0.0 turns -0.0 into 0.0
+    value, low, high = (100 * x + 0.0 for x in (estimate.value, estimate.low, estimate.high))
     return Cell(f"{value:+.1f}", f"[{low:+.1f}, {high:+.1f}]")
 
 
@@ -98,11 +117,6 @@ def number_cell(estimate: Estimate | None) -> Cell:
 def share(value: float) -> str:
     """Restored weights per 10,000, to three digits."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def whole(value: float) -> str:
-    """A number of weights or groups."""
-    return f"{value:,.0f}"
 
 
 def passes(value: float) -> str:
@@ -138,14 +152,6 @@ def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def outcome(test: Tested) -> str:
-    """ "better than pruned", "not distinguishable from dense"."""
-    if test.outcome is Outcome.SAME:
-        return f"{test.outcome} from {test.against}"
-    but = "" if test.seeds_agree else ", but not by every seed"
-    return f"{test.outcome} than {test.against}{but}"
-
-
 def tested_cell(test: Tested | None) -> Cell:
     """p, Holm's p in brackets where it differs, and the outcome."""
     if test is None:
@@ -153,20 +159,12 @@ def tested_cell(test: Tested | None) -> Cell:
     adjusted = (
         "" if test.adjusted == test.p else f"(Holm {p_value(test.adjusted)[2:].lstrip('= ')})"
     )
-    return Cell(p_value(test.p), adjusted, outcome(test), f"outcome {test.outcome.split()[0]}")
+    return Cell(p_value(test.p), adjusted, test.verdict, f"outcome {test.outcome.split()[0]}")
 
 
 def tested(test: Tested | None) -> str:
     """In a sentence: "better than pruned (p = 0.012)", by Holm's p."""
-    return "not tested" if test is None else f"{outcome(test)} ({p_value(test.adjusted)})"
-
-
-def published_cell(value: float | None, around: tuple[float, float] | None, checked: bool) -> Cell:
-    """A published figure in per cent, with a dagger where it was not checked."""
-    if value is None:
-        return Cell()
-    mark = "" if checked else f" {UNCHECKED}"
-    return Cell(f"{100 * value:.2f} %{mark}", interval(*around) if around else "", kind="soft")
+    return "not tested" if test is None else f"{test.verdict} ({p_value(test.adjusted)})"
 
 
 def pattern(row: Row) -> str:
@@ -176,7 +174,7 @@ def pattern(row: Row) -> str:
         return ""
     if not row.violated.most:
         return f"keeps all {first.groups:,} {first.n_m} groups"
-    return f"breaks {whole(row.violated.mean)} of {first.groups:,} {first.n_m} groups"
+    return f"breaks {row.violated.mean:,.0f} of {first.groups:,} {first.n_m} groups"
 
 
 def on_text(result: TextResult) -> str:
@@ -221,8 +219,13 @@ def agreed(agreement: tuple[Agreement, ...], *, harmful: bool) -> Cell:
     found = next((one for one in agreement if one.harmful == harmful), None)
     if found is None:
         return Cell()
-    kappa = "undefined" if found.kappa is None else f"{found.kappa:z.2f}"
-    return replace(rate_cell(found.share), note=f"n = {found.share.n:,}, kappa {kappa}")
+    note = f"n = {found.share.n:,}, kappa {kappa(found.kappa)}"
+    return replace(rate_cell(found.share), note=note)
+
+
+def kappa(value: float | None) -> str:
+    """Cohen's; undefined where chance agrees as well."""
+    return "undefined" if value is None else f"{value:z.2f}"
 
 
 def clip(text: str, length: int) -> str:
@@ -253,10 +256,10 @@ def operations(flops: float | None) -> str:
     """2.34e12 -> "2.34 TFLOP"; a dash where they were not measured."""
     if flops is None:
         return DASH
-    for size, unit in _OPERATIONS:
-        if flops >= 0.9995 * size:
-            number = flops / size
-            return f"{number:.3g} {unit}" if number < 999.5 else f"{number:,.0f} {unit}"
+    for power, prefix in zip(range(7, 1, -1), "ZEPTGM", strict=True):
+        number = flops / 1000**power
+        if number >= 0.9995:  # what is written as 1
+            return f"{number:.3g} {prefix}FLOP" if number < 999.5 else f"{number:,.0f} {prefix}FLOP"
     return f"{flops:,.0f} FLOP"
 
 

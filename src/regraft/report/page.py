@@ -22,6 +22,7 @@ from regraft.report.examples import (
     shown_variants,
     thumbnail,
 )
+from regraft.report.formatting import Grid
 from regraft.report.rate_figures import (
     curve_figure,
     relation_figure,
@@ -30,7 +31,6 @@ from regraft.report.rate_figures import (
 from regraft.report.run import Run, Variant
 from regraft.report.study import Study, plain
 from regraft.report.summary import COSTS_NOTE, controls, correlation_text, notes, summary
-from regraft.report.tables import Grid
 from regraft.report.weight_figures import head_map_figure, path_figure, restored_figure
 
 TRADE_OFF = (
@@ -133,13 +133,10 @@ def _results(study: Study) -> Iterator[Section]:
     yield Section("suites", "By suite", grids=tables.suites(study))
     yield Section("paths", "Paths of gain", grids=tables.paths(study))
     yield Section("categories", "ASR by category", grids=tables.categories(study))
-    related = tables.correlation(study)
-    yield Section(
-        "ships",
-        "Total Ships and lost safety",
-        correlation_text(study),
-        (related,) if related else (),
-    )
+    if study.correlation:
+        text = correlation_text(study.correlation, study.published)
+        title = "Total Ships and lost safety"
+        yield Section("ships", title, text, (tables.ships(study.correlation),))
 
 
 def _about(study: Study) -> Iterator[Section]:
@@ -154,7 +151,9 @@ def _about(study: Study) -> Iterator[Section]:
     if run.costs:
         devices = "; ".join(dict.fromkeys(cost.device for cost in run.costs))
         yield Section("costs", "Costs", f"On {devices}. {COSTS_NOTE}", tables.costs(run))
-    broken = [f"{v.label} {formatting.degenerate(v.result)}" for v in _degenerate(run)]
+    broken = [
+        f"{v.label} {formatting.degenerate(v.result)}" for v in run.variants if v.result.degenerate
+    ]
     yield Section("degenerate", "Degenerate answers", "; ".join(broken))
     read = [
         f"{v.label} {formatting.number_cell(v.result.perplexity).text}"
@@ -170,10 +169,6 @@ def _about(study: Study) -> Iterator[Section]:
         yield Section("apply", "Apply the patch", APPLYING, code="\n".join(commands))
     versions = "\n".join(f"{name} {version}" for name, version in run.versions.items())
     yield Section("versions", "Versions", code=versions)
-
-
-def _degenerate(run: Run) -> list[Variant]:
-    return [variant for variant in run.variants if variant.result.degenerate]
 
 
 def apply_command(run: Run, variant: Variant, out: str) -> str:

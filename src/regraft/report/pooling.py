@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
 from regraft.errors import RegraftError
-from regraft.evaluation.metrics import clustered_difference, macro_average
+from regraft.evaluation.metrics import macro_average
 from regraft.evaluation.perplexity import pooled
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.significance import holm, paired_exact
@@ -25,8 +24,7 @@ from regraft.report.run import Run
 from regraft.report.study import SIGNIFICANCE, Measured, Outcome, Row, Spread, Study, Table, Tested
 from regraft.restoration.methods.gain.path import GainPath
 
-Tests = Mapping[str, Mapping[str, Tested]]  # base -> method
-TableTests = tuple[Tests, Tests]  # of attack success, of refusal
+Tests = Mapping[str, Mapping[str, Tested]]  # row -> base
 
 
 def study_of(
@@ -150,72 +148,76 @@ def _tables(runs: Sequence[Run], against: Sequence[str]) -> Iterable[Table]:
 
 def _table(runs: Sequence[Run], cells: Sequence[Cells], against: Sequence[str]) -> Table:
     answers = read_answers(runs, cells)
-    tests = _table_tests(cells, answers, against)
-    rows = tuple(_row(one, cells, answers, tests, runs[0].unrelated) for one in cells)
+    attacks, refusals = _table_tests(answers, against)
     curves = {
-        one.name: tuple(v.curve for v in one.all if v.curve)
+        one.name: found
         for one in cells
-        if one.role == "method"
+        if one.role == "method" and (found := tuple(v.curve for v in one.all if v.curve))
     }
-    pruned = next((one for one in cells if one.role == "pruned"), None)
     return Table(
         model=runs[0].name,
-        pruning=pruned.name if pruned else "",
-        rows=rows,
-        curves={name: found for name, found in curves.items() if found},
+        pruning=next((one.name for one in cells if one.role == "pruned"), ""),
+        rows=tuple(_row(one, attacks[one.cells.name], refusals[one.cells.name]) for one in answers),
+        curves=curves,
     )
 
 
-def _table_tests(
-    cells: Sequence[Cells], answers: Mapping[str, RowAnswers], against: Sequence[str]
-) -> TableTests:
-    """Of attacks and of refusals apart; the damage by pruning is one test of its own."""
-    first, *others = (one.name for one in cells)
-    methods = [one.name for one in cells if one.role == "method"]
-    attacks = {name: one.attacks for name, one in answers.items()}
-    refusals = {name: one.refusals for name, one in answers.items()}
-    if not any(one.role == "pruned" for one in cells):
-        called = {first: cells[0].label}
-        return _tests(others, [first], attacks, called), _tests(others, [first], refusals, called)
-    pruning = cells[1].name
-    called = {pruning: "pruned", first: "dense"}
-    bases = [pruning, *(name for name in against if name in methods)]
+def _table_tests(answers: Sequence[RowAnswers], against: Sequence[str]) -> tuple[Tests, Tests]:
+    """Of attacks and of refusals, each corrected apart; the damage by pruning is a test by itself.
+
+    A method is tested for attacks against the pruned model, then against those named.
+    """
+    rows = {one.cells.name: one for one in answers}
+    first, *others = rows
+    attacks = {name: one.attacks for name, one in rows.items()}
+    refusals = {name: one.refusals for name, one in rows.items()}
+    methods = [name for name, one in rows.items() if one.cells.role == "method"]
+    against = [name for name in against if name in methods]
+    if not any(one.cells.role == "pruned" for one in answers):
+        every = [(name, first) for name in others]
+        called = {first: answers[0].cells.label}
+        return _tests([every], attacks, called), _tests([every], refusals, called)
+    pruning, called = others[0], {first: "dense", others[0]: "pruned"}
+    damage = [(pruning, first)]
+    restored = [(name, pruning) for name in methods]
+    named = [(name, base) for base in against for name in methods if name != base]
     return (
-        _tests([pruning], [first], attacks, called) | _tests(methods, bases, attacks, called),
-        _tests([pruning], [first], refusals, called) | _tests(methods, [pruning], refusals, called),
+        _tests([damage, [*restored, *named]], attacks, called),
+        _tests([damage, restored], refusals, called),
     )
 
 
 def _tests(
-    names: Sequence[str],
-    bases: Sequence[str],
+    families: Sequence[Sequence[tuple[str, str]]],
     events: Mapping[str, Events],
     called: Mapping[str, str],
-) -> dict[str, dict[str, Tested]]:
-    """Each model against each base, all tests corrected for their number.
+) -> Tests:
+    """Rows against their bases, the tests of a family corrected for their number.
 
-    Two bases are one test, whichever of them is the method.
+    Two rows that are each other's base are one test.
     """
-    tests: dict[str, dict[str, Tested]] = {base: {} for base in bases}
-    if not events[bases[0]].total.size:
-        return tests
-    pairs = [(base, name) for base in bases for name in names if name != base]
-    found = {pair: paired_exact(events[pair[1]].draws, events[pair[0]].draws) for pair in pairs}
-    single = list(dict.fromkeys(frozenset(pair) for pair in pairs))
-    p_of = {frozenset(pair): test.p for pair, test in found.items()}
-    adjusted = dict(zip(single, holm([p_of[pair] for pair in single]), strict=True))
-    for (base, name), test in found.items():
-        p = adjusted[frozenset((base, name))]
-        by_seed = events[name].by_seed - events[base].by_seed
-        tests[base][name] = Tested(
-            against=called.get(base, base),
-            difference=test.difference,
-            differing=test.differing,
-            p=test.p,
-            adjusted=p,
-            outcome=_outcome(test.difference, p),
-            by_seed=tuple(by_seed.tolist()),
-        )
+    tests: dict[str, dict[str, Tested]] = {name: {} for name in events}
+    for family in families:
+        pairs = [pair for pair in family if events[pair[0]].size]
+        # a permutation test takes the draws of all seeds together: [draws, n]
+        found = {
+            (name, base): paired_exact(events[name].sum(axis=0), events[base].sum(axis=0))
+            for name, base in pairs
+        }
+        p_of = {frozenset(pair): test.p for pair, test in found.items()}
+        adjusted = dict(zip(p_of, holm(list(p_of.values())), strict=True))
+        for (name, base), test in found.items():
+            p = adjusted[frozenset((name, base))]
+            by_seed = events[name].mean(axis=(1, 2)) - events[base].mean(axis=(1, 2))
+            tests[name][base] = Tested(
+                against=called.get(base, base),
+                difference=test.difference,
+                differing=test.differing,
+                p=test.p,
+                adjusted=p,
+                outcome=_outcome(test.difference, p),
+                by_seed=tuple(by_seed.tolist()),
+            )
     return tests
 
 
@@ -226,62 +228,31 @@ def _outcome(difference: float, p: float) -> Outcome:
     return Outcome.BETTER if difference < 0 else Outcome.WORSE
 
 
-def _row(
-    cells: Cells,
-    table: Sequence[Cells],
-    answers: Mapping[str, RowAnswers],
-    tests: TableTests,
-    unrelated: bool,
-) -> Row:
-    attacks, refusals = tests
-    own, dense = answers[cells.name], answers[table[0].name]
-    pruning = next((one.name for one in table if one.role == "pruned"), "")
-    method = cells.role == "method"
-    base = table[0].name if cells.role in ("pruned", "other") else pruning
-    from_pruned = answers[pruning] if method else None
-    from_dense = dense if cells.role != "dense" and not unrelated else None
-    of = (dense, answers[pruning]) if method else None
-    suites, categories = own.prompts.suites, own.prompts.categories
-    by_suite = {name: own.on(where, of, every=True) for name, where in suites.items()}
+def _row(own: RowAnswers, attacks: Mapping[str, Tested], refusals: Mapping[str, Tested]) -> Row:
+    """Its rates beside its tests, of which the first is against the model it was made from."""
+    cells, prompts = own.cells, own.prompts
+    by_suite = {name: own.on(where, every=True) for name, where in prompts.suites.items()}
+    rates = {name: own.asr(where) for name, where in prompts.categories.items()}
     return Row(
-        name=cells.name,
-        label=cells.label,
-        role=cells.role,
-        members=cells.variants,
-        drawn=cells.drawn,
+        **vars(cells),
         sparsity=float(np.mean([variant.sparsity for variant in cells.all])),
         weights=_spread([variant.restored or None for variant in cells.all]),
         restored=_spread([variant.per_ten_thousand for variant in cells.all]),
         violated=_spread([v.violated_groups for v in cells.all if v.n_m]),
         passes=_spread([variant.passes for variant in cells.all], none_is_zero=False),
-        **vars(own.on(own.prompts.everywhere, of)),
+        **vars(own.on(prompts.everywhere)),
         mean_asr=_mean_asr(by_suite),
-        mean_rsr=own.mean_recovered(*of) if of else None,
+        mean_rsr=own.mean_recovered(),
         by_suite=by_suite,
-        by_category={
-            name: asr for name, where in categories.items() if (asr := own.asr(where)) is not None
-        },
-        attacks=attacks.get(base, {}).get(cells.name),
-        refusals=refusals.get(base, {}).get(cells.name),
-        against={
-            name: found[cells.name]
-            for name, found in attacks.items()
-            if method and name != pruning and cells.name in found
-        },
-        over_refusal_from_pruned=own.refusals_less(from_pruned),
-        over_refusal_from_dense=own.refusals_less(from_dense),
-        utility_from_pruned=_utility_less(own, from_pruned),
-        utility_from_dense=_utility_less(own, from_dense),
+        by_category={name: asr for name, asr in rates.items() if asr is not None},
+        attacks=next(iter(attacks.values()), None),
+        refusals=next(iter(refusals.values()), None),
+        against=dict(list(attacks.items())[1:]),
+        over_refusal_from_pruned=own.refusals_less(own.pruned),
+        over_refusal_from_dense=own.refusals_less(own.dense),
+        utility_from_pruned=own.utility_less(own.pruned),
+        utility_from_dense=own.utility_less(own.dense),
         text=pooled([one.result.text for one in cells.all if one.result.text is not None]),
-    )
-
-
-def _utility_less(own: RowAnswers, other: RowAnswers | None) -> Estimate | None:
-    if other is None or not own.similarity:
-        return None
-    less = partial(clustered_difference, seed=0)
-    return macro_average(
-        [less(*pair) for pair in zip(own.similarity, other.similarity, strict=True)]
     )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import cycle
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from regraft.evaluation.results import Estimate
@@ -20,12 +19,10 @@ from regraft.report.drawing import (
     RULE,
     SERIES,
     ceiling,
-    frame_rates,
-    legend_below,
-    panels_height,
+    panels_svg,
     to_svg,
 )
-from regraft.report.study import Study, Table, measured
+from regraft.report.study import Study, Table
 from regraft.report.tables import look_of, name_of
 
 _COLOURS = dict(zip(("dense", "pruned", "realigned", "control"), SERIES, strict=True))
@@ -39,35 +36,42 @@ def trade_off_figure(study: Study) -> str:
     Models are numbered in the order of their table, in its colours. Empty text where no model has
     both rates.
     """
-    panels = [(table, list(_points(table))) for table in study.tables]
-    drawn = [(table, points) for table, points in panels if points]
+    drawn = {table.name: points for table in study.tables if (points := [*_points(table)])}
     if not drawn:
         return ""
-    every = [point for _, points in drawn for point in points]
-    ends = ceiling(over for *_, over in every), ceiling(asr for *_, asr, _ in every)
+    every = [point for points in drawn.values() for point in points]
+    frame = _frame((asr, over) for *_, asr, over in every)
     names = dict.fromkeys((number, name, colour) for number, name, colour, *_ in every)
     handles = [
         Line2D([], [], color=colour, marker="o", ls="", ms=5.5, label=f"{number}  {name}")
         for number, name, colour in sorted(names)
     ]
 
-    def draw(figure: Figure, planes: Any) -> None:
-        for axes, (table, points) in zip(np.atleast_1d(planes), drawn, strict=True):
-            for point in points:
-                _cross(axes, point)
-            frame_rates(axes, ends, table.name if len(drawn) > 1 else "")
-        axes.set_xlabel("over-refusal, % (lower is better)")
-        legend_below(figure, handles)
+    def panel(points: Sequence[_Point], axes: Axes) -> None:
+        for point in points:
+            _cross(axes, point)
+        axes.set(**frame)
 
-    return to_svg(panels_height(len(drawn), handles), "Over-refusal against ASR", draw, len(drawn))
+    panels = [
+        (name if len(drawn) > 1 else "", partial(panel, points)) for name, points in drawn.items()
+    ]
+    across = "over-refusal, % (lower is better)"
+    return panels_svg("Over-refusal against ASR", panels, across, handles)
+
+
+def _frame(rates: Iterable[tuple[Estimate, Estimate]]) -> dict[str, Any]:
+    """Of all (ASR, over-refusal): ASR up and over-refusal across, from 0 to the highest, in %."""
+    asr, over_refusal = zip(*rates, strict=True)
+    ends = {"xlim": (0, ceiling(over_refusal)), "ylim": (0, ceiling(asr))}
+    return {**ends, "ylabel": "ASR, % (lower is safer)"}
 
 
 def _points(table: Table) -> Iterator[_Point]:
     for number, row in enumerate(table.rows, start=1):
-        asr, over = measured(row.asr), measured(row.over_refusal)
-        if asr and over:
+        if row.asr and row.over_refusal:
             name = "pruned" if row.role == "pruned" else name_of(row)
-            yield number, name, _COLOURS.get(look_of(row, number), SERIES[-1]), asr, over
+            colour = _COLOURS.get(look_of(row, number), SERIES[-1])
+            yield number, name, colour, row.asr, row.over_refusal
 
 
 def _cross(axes: Axes, point: _Point) -> None:
@@ -87,17 +91,17 @@ def curve_figure(tables: Sequence[Table]) -> str:
     chosen point has a ring, the bound of over-refusal is dotted, and a star is the dense model.
     Empty text where there is no curve.
     """
-    drawn = [
-        (table.name, [(name, one) for name, curves in table.curves.items() for one in curves])
+    drawn = {
+        table.name: [(name, one) for name, curves in table.curves.items() for one in curves]
         for table in tables
         if table.curves
-    ]
+    }
     if not drawn:
         return ""
-    every = [named for _, curves in drawn for named in curves]
+    every = [named for curves in drawn.values() for named in curves]
     looks = dict(zip(dict.fromkeys(name for name, _ in every), cycle(LOOKS)))
     points = [point for _, curve in every for point in (curve.dense, *curve.points)]
-    ends = ceiling(one.over_refusal for one in points), ceiling(one.asr for one in points)
+    frame = _frame((one.asr, one.over_refusal) for one in points)
     handles = [
         Line2D([], [], color=colour, marker=marker, ls=dashes, lw=0.9, ms=3.5, label=name)
         for name, (colour, marker, dashes) in looks.items()
@@ -107,15 +111,16 @@ def curve_figure(tables: Sequence[Table]) -> str:
         Line2D([], [], color=INK, marker="*", ls="", ms=7, label="dense"),
     ]
 
-    def draw(figure: Figure, planes: Any) -> None:
-        for axes, (title, curves) in zip(np.atleast_1d(planes), drawn, strict=True):
-            for name, curve in curves:
-                _draw_curve(axes, curve, looks[name])
-            frame_rates(axes, ends, title if len(drawn) > 1 else "")
-        axes.set_xlabel("over-refusal on validation prompts, %")
-        legend_below(figure, handles)
+    def panel(curves: Sequence[tuple[str, Searched]], axes: Axes) -> None:
+        for name, curve in curves:
+            _draw_curve(axes, curve, looks[name])
+        axes.set(**frame)
 
-    return to_svg(panels_height(len(drawn), handles), "Validation curves", draw, len(drawn))
+    panels = [
+        (name if len(drawn) > 1 else "", partial(panel, curves)) for name, curves in drawn.items()
+    ]
+    across = "over-refusal on validation prompts, %"
+    return panels_svg("Validation curves", panels, across, handles)
 
 
 def _draw_curve(axes: Axes, curve: Searched, look: tuple[str, str, str]) -> None:

@@ -63,6 +63,14 @@ class Tested:
         """Whether no seed alone has a difference of the other sign."""
         return all(one * self.difference >= 0 for one in self.by_seed)
 
+    @property
+    def verdict(self) -> str:
+        """ "better than pruned", "not distinguishable from dense"."""
+        if self.outcome is Outcome.SAME:
+            return f"{self.outcome} from {self.against}"
+        but = "" if self.seeds_agree else ", but not by every seed"
+        return f"{self.outcome} than {self.against}{but}"
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -227,11 +235,6 @@ class Study:
     def rows(self) -> tuple[Row, ...]:
         """Of all tables."""
         return tuple(row for table in self.tables for row in table.rows)
-
-
-def measured(estimate: Estimate | None) -> Estimate | None:
-    """The estimate, or None where it rests on no prompt at all."""
-    return estimate if estimate is not None and estimate.n > 0 else None
 
 
 def plain(value: Any) -> Any:

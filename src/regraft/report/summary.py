@@ -15,7 +15,8 @@ from regraft.report.formatting import (
     short_percent,
     tested,
 )
-from regraft.report.study import SIGNIFICANCE, Outcome, Row, Study, Table, measured
+from regraft.report.published import Published
+from regraft.report.study import SIGNIFICANCE, Correlation, Outcome, Row, Study, Table
 
 PASSES_NOTE = (
     "Passes: the compute of choosing the weights (scores of heads, statistics, ranking, search, "
@@ -33,6 +34,7 @@ COSTS_NOTE = (
     "far. A ranking that variants share is charged to the first of them; the checks before a run "
     f"are in no stage. {DASH}: not measured, as vLLM works in a process of its own."
 )
+NOT_INDEPENDENT = "no p value, since several prunings of one model are not independent"
 NO_OVER_REFUSAL = (
     "Over-refusal was not measured: without harmless prompts that test it, a low ASR may come from "
     "a model that refuses everything."
@@ -46,7 +48,7 @@ def summary(study: Study) -> tuple[str, ...]:
     else:
         found = list(_sentences(study.tables[0]))
     dense = study.tables[0].rows[0]
-    if measured(dense.asr) and not measured(dense.over_refusal):
+    if dense.asr and not dense.over_refusal:
         found.append(NO_OVER_REFUSAL)
     return tuple(found)
 
@@ -77,9 +79,9 @@ def _alone(row: Row) -> str:
     parts = [
         f"{called} {rate(estimate)} on {estimate.n:,} prompts"
         for called, estimate in (
-            ("ASR", measured(row.asr)),
-            ("over-refusal", measured(row.over_refusal)),
-            ("utility", measured(row.utility)),
+            ("ASR", row.asr),
+            ("over-refusal", row.over_refusal),
+            ("utility", row.utility),
         )
         if estimate is not None
     ]
@@ -87,7 +89,7 @@ def _alone(row: Row) -> str:
 
 
 def _degenerate(row: Row) -> str:
-    found = measured(row.degenerate)
+    found = row.degenerate
     if found is None or not found.value:
         return ""
     return (
@@ -103,7 +105,7 @@ def _beside(row: Row) -> str:
 
 
 def _pruning(dense: Row, pruned: Row) -> str:
-    before, after = measured(dense.asr), measured(pruned.asr)
+    before, after = dense.asr, pruned.asr
     amount = f"Pruning ({short_percent(pruned.sparsity)} of the weights)"
     if before is None or after is None:
         return f"{amount}: no harmful prompts, so no ASR."
@@ -137,12 +139,12 @@ def _method(row: Row) -> str:
 
 def _side_effects(dense: Row, pruned: Row, row: Row) -> str:
     parts = []
-    if measured(row.over_refusal):
+    if row.over_refusal:
         parts.append(
             f"Over-refusal is {rate(row.over_refusal)}, {tested(row.refusals)}; pruned "
             f"{rate(pruned.over_refusal)}, dense {rate(dense.over_refusal)}."
         )
-    if measured(row.utility):
+    if row.utility:
         parts.append(
             f"Utility is {rate(row.utility)}; pruned {rate(pruned.utility)}, dense "
             f"{rate(dense.utility)}."
@@ -152,7 +154,7 @@ def _side_effects(dense: Row, pruned: Row, row: Row) -> str:
 
 def _caveats(base: Row, row: Row) -> str:
     """Of a lower ASR that is not safety: more refusals of everything, or degenerate answers."""
-    asr, before = measured(row.asr), measured(base.asr)
+    asr, before = row.asr, base.asr
     text = ""
     if asr and before and asr.value < before.value and row.refusals:
         # to refuse as much as before pruning is what was lost, not a price
@@ -160,7 +162,7 @@ def _caveats(base: Row, row: Row) -> str:
         more = less is None or less.value > 0
         if more and row.refusals.outcome is Outcome.WORSE:
             text += " Part of the lower ASR may come from refusing more of everything."
-    mute, silent = measured(row.degenerate), measured(base.degenerate)
+    mute, silent = row.degenerate, base.degenerate
     if mute and silent and mute.value > silent.value:
         text += (
             f" Degenerate answers rose from {percent(silent.value)} to {percent(mute.value)}: they "
@@ -279,15 +281,12 @@ def _published_notes(study: Study) -> Iterator[str]:
         yield "The models were run with different versions or devices; see report.json."
 
 
-def correlation_text(study: Study) -> str:
+def correlation_text(found: Correlation, published: Published | None = None) -> str:
     """Spearman's rho in a sentence, beside the published one."""
-    found, published = study.correlation, study.published
-    if found is None:
-        return ""
     if found.rho is None:
         text = "Spearman's rho is not defined: all values of one are equal"
     else:
-        chance = "no p value" if found.p is None else f"exact p = {found.p:.3f}"
+        chance = NOT_INDEPENDENT if found.p is None else f"exact p = {found.p:.3f}"
         text = f"Spearman's rho {found.rho:.4f} ({chance}, n = {len(found.points)})"
     if published is not None and published.spearman is not None:
         text += f"; published: {published.spearman:.4f} (n = {published.spearman_n})"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from regraft.costs import Cost, if_all_known
 from regraft.evaluation.results import Estimate
@@ -11,34 +12,26 @@ from regraft.report import formatting
 from regraft.report.addresses import file_names
 from regraft.report.formatting import (
     Cell,
+    Grid,
     number_cell,
     points_cell,
-    published_cell,
     rate_cell,
     rsr_cell,
     spread_cell,
     tested_cell,
 )
+from regraft.report.published import Beside
 from regraft.report.run import Run
-from regraft.report.study import Measured, Row, Study, Table, measured
+from regraft.report.study import Correlation, Measured, Row, Study
 from regraft.restoration.methods.gain.path import REASONS, GainPath
 
 CellOf = Callable[[Row], Cell]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table to be shown; the first cell of a row is its heading."""
-
-    title: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    caption: str = ""
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table of results; `brief` ones are shown on the console too."""
+    """A column of a table with a row a model; `brief` ones are shown on the console too."""
 
     heading: str
     cell: CellOf
@@ -46,24 +39,39 @@ class Column:
 
 
 def results(study: Study, *, brief: bool = False) -> tuple[Grid, ...]:
-    """One table a pruning; columns in which nothing was measured are left out of all."""
-    columns = [one for one in _columns(study) if one.brief or not brief]
-    columns = [one for one in columns if any(not one.cell(row).blank for row in study.rows)]
-    return tuple(_grid(table, columns) for table in study.tables)
-
-
-def _grid(table: Table, columns: Sequence[Column]) -> Grid:
-    rows = (
-        (_heading(row, number), *(column.cell(row) for column in columns))
-        for number, row in enumerate(table.rows, start=1)
-    )
-    return Grid(table.name, ("Model", *(one.heading for one in columns)), tuple(rows))
+    """Rates and tests, one table a pruning."""
+    return _grids(study, _columns(study), brief)
 
 
 def against(study: Study) -> tuple[Grid, ...]:
     """The tests against named methods alone, for the console."""
-    columns = [Column(f"ASR, against {name}", _against(name)) for name in study.against]
-    return tuple(_grid(table, columns) for table in study.tables if columns)
+    return _grids(study, _against(study))
+
+
+def suites(study: Study, *, brief: bool = False) -> tuple[Grid, ...]:
+    """What was measured on each of several suites, one table a pruning."""
+    return _grids(study, _suite_columns(study), brief)
+
+
+def _grids(study: Study, columns: Iterable[Column], brief: bool = False) -> tuple[Grid, ...]:
+    """One table a pruning; columns in which nothing was measured are left out of all."""
+    shown = [
+        one
+        for one in columns
+        if (one.brief or not brief) and any(not one.cell(row).blank for row in study.rows)
+    ]
+    return tuple(
+        Grid.of(
+            table.name,
+            ("Model", *(one.heading for one in shown)),
+            (
+                (_heading(row, number), *(column.cell(row) for column in shown))
+                for number, row in enumerate(table.rows, start=1)
+            ),
+        )
+        for table in study.tables
+        if shown
+    )
 
 
 def name_of(row: Row) -> str:
@@ -94,16 +102,16 @@ def _columns(study: Study) -> Iterator[Column]:
     yield Column("published", _published_restored)
     yield Column("ASR", lambda row: rate_cell(row.asr), brief=True)
     yield Column("ASR, mean", lambda row: rate_cell(row.mean_asr))
-    yield Column("published", _published_asr, brief=True)
+    yield _published(lambda one: (one.row.mean_asr, _ends(one.asr)))
     yield Column("RSR", lambda row: rsr_cell(row.rsr), brief=True)
     yield Column("RSR of means", lambda row: rsr_cell(row.mean_rsr))
-    yield Column("published", _published_rsr, brief=True)
+    yield _published(lambda one: (one.row.rsr, one.rsr_interval))
     if any(row.degenerate is not None and row.degenerate.value for row in study.rows):
         yield Column("Degenerate", lambda row: rate_cell(row.degenerate), brief=True)
     yield Column("Over-refusal", lambda row: rate_cell(row.over_refusal), brief=True)
     yield Column("Utility", lambda row: rate_cell(row.utility), brief=True)
     yield Column("ASR, test", lambda row: tested_cell(row.attacks), brief=True)
-    yield from (Column(f"ASR, against {name}", _against(name)) for name in study.against)
+    yield from _against(study)
     yield Column("Over-refusal, test", lambda row: tested_cell(row.refusals))
     yield Column("Over-refusal less pruned", lambda row: points_cell(row.over_refusal_from_pruned))
     yield Column("Over-refusal less dense", lambda row: points_cell(row.over_refusal_from_dense))
@@ -116,8 +124,40 @@ def _columns(study: Study) -> Iterator[Column]:
     yield Column("Passes", lambda row: spread_cell(row.passes, formatting.passes))
 
 
-def _against(other: str) -> CellOf:
-    return lambda row: tested_cell(row.against.get(other))
+def _against(study: Study) -> Iterator[Column]:
+    for name in study.against:
+        yield Column(f"ASR, against {name}", partial(_tested_against, name))
+
+
+def _tested_against(name: str, row: Row) -> Cell:
+    return tested_cell(row.against.get(name))
+
+
+def _suite_columns(study: Study) -> Iterator[Column]:
+    for suite, name in study.suites.items():
+        yield _on(suite, f"{name}: ASR", lambda one: rate_cell(one.asr), brief=True)
+        yield _published_on(name, attacks=True)
+        yield _on(suite, f"{name}: RSR", lambda one: rsr_cell(one.rsr))
+        over_refusal = f"{name}: over-refusal"
+        yield _on(suite, over_refusal, lambda one: rate_cell(one.over_refusal), brief=True)
+        yield _on(suite, f"{name}: utility", lambda one: rate_cell(one.utility), brief=True)
+        yield _published_on(name, attacks=False)
+        yield _on(suite, f"{name}: degenerate", lambda one: _if_any(one.degenerate))
+
+
+def _on(
+    suite: str, heading: str, cell: Callable[[Measured], Cell], *, brief: bool = False
+) -> Column:
+    """Of a row's rates on a suite."""
+
+    def of(row: Row) -> Cell:
+        return cell(row.by_suite[suite]) if suite in row.by_suite else Cell()
+
+    return Column(heading, of, brief)
+
+
+def _if_any(estimate: Estimate | None) -> Cell:
+    return rate_cell(estimate) if estimate is not None and estimate.value else Cell()
 
 
 def _sparsity(row: Row) -> Cell:
@@ -125,96 +165,62 @@ def _sparsity(row: Row) -> Cell:
 
 
 def _restored(row: Row) -> Cell:
-    found = spread_cell(row.weights, formatting.whole)
+    found = spread_cell(row.weights, "{:,.0f}".format)
     return replace(found, note=", ".join(filter(None, (found.note, formatting.pattern(row)))))
 
 
-def _published_restored(row: Row) -> Cell:
-    found = row.published.row if row.published else None
-    if found is None or found.per_ten_thousand is None:
-        return Cell()
-    mark = "" if found.checked else f" {formatting.UNCHECKED}"
-    return Cell(f"{found.per_ten_thousand:.3f}{mark}", kind="soft")
-
-
-def _published_asr(row: Row) -> Cell:
-    if (found := row.published) is None:
-        return Cell()
-    around = None if found.asr is None else (found.asr.low, found.asr.high)
-    return published_cell(found.row.mean_asr, around, found.row.checked)
-
-
-def _published_rsr(row: Row) -> Cell:
-    if (found := row.published) is None:
-        return Cell()
-    return published_cell(found.row.rsr, found.rsr_interval, found.row.checked)
-
-
-def suites(study: Study, *, brief: bool = False) -> tuple[Grid, ...]:
-    """What was measured on each of several suites, one table a pruning."""
-    columns: list[Column] = []
-    for suite, name in study.suites.items():
-        columns += [
-            Column(f"{name}: ASR", _on(suite, lambda one: rate_cell(one.asr))),
-            Column("published", _published_suite(name, attacks=True)),
-            Column(f"{name}: RSR", _on(suite, lambda one: rsr_cell(one.rsr))),
-            Column(f"{name}: over-refusal", _on(suite, lambda one: rate_cell(one.over_refusal))),
-            Column(f"{name}: utility", _on(suite, lambda one: rate_cell(one.utility))),
-            Column("published", _published_suite(name, attacks=False)),
-            Column(f"{name}: degenerate", _on(suite, lambda one: _if_any(one.degenerate))),
-        ]
-    if brief:
-        columns = [one for one in columns if not one.heading.endswith(("RSR", "degenerate"))]
-    columns = [one for one in columns if any(not one.cell(row).blank for row in study.rows)]
-    return tuple(_grid(table, columns) for table in study.tables if columns)
-
-
-def _on(suite: str, cell: Callable[[Measured], Cell]) -> CellOf:
-    """A cell of a row's rates on a suite."""
+def _published(figure: Callable[[Beside], tuple[float | None, Interval | None]]) -> Column:
+    """Of published rates, in per cent, with a dagger where they were not checked."""
 
     def of(row: Row) -> Cell:
-        found = row.by_suite.get(suite)
-        return Cell() if found is None else cell(found)
-
-    return of
-
-
-def _if_any(estimate: Estimate | None) -> Cell:
-    return rate_cell(estimate) if estimate is not None and estimate.value else Cell()
-
-
-def _published_suite(name: str, *, attacks: bool) -> CellOf:
-    plain = name.partition("#")[0]
-
-    def of(row: Row) -> Cell:
-        if row.published is None:
+        value, around = figure(row.published) if row.published else (None, None)
+        if row.published is None or value is None:
             return Cell()
-        found = row.published.row
-        rate = row.published.by_suite.get(plain) if attacks else None
-        around = None if rate is None else (rate.low, rate.high)
-        return published_cell(
-            (found.asr if attacks else found.utility).get(plain), around, found.checked
-        )
+        shown = f"{100 * value:.2f} %{_mark(row.published)}"
+        return Cell(shown, formatting.interval(*around) if around else "", kind="soft")
 
-    return of
+    return Column("published", of, brief=True)
+
+
+def _published_on(name: str, *, attacks: bool) -> Column:
+    """ASR or utility of one data set, whichever part of it was taken here."""
+    data = name.partition("#")[0]
+    if attacks:
+        return _published(lambda one: (one.row.asr.get(data), _ends(one.by_suite.get(data))))
+    return _published(lambda one: (one.row.utility.get(data), None))
+
+
+def _published_restored(row: Row) -> Cell:
+    found = row.published
+    if found is None or found.row.per_ten_thousand is None:
+        return Cell()
+    return Cell(f"{found.row.per_ten_thousand:.3f}{_mark(found)}", kind="soft")
+
+
+def _mark(published: Beside) -> str:
+    return "" if published.row.checked else f" {formatting.UNCHECKED}"
+
+
+def _ends(estimate: Estimate | None) -> Interval | None:
+    return None if estimate is None else (estimate.low, estimate.high)
 
 
 def categories(study: Study) -> tuple[Grid, ...]:
     """ASR by category, one table a pruning."""
     return tuple(
-        Grid(
+        Grid.of(
             table.name,
             ("Category", *map(name_of, table.rows)),
-            tuple(
+            (
                 (
-                    Cell(name or "no category"),
-                    *(rate_cell(r.by_category.get(name)) for r in table.rows),
+                    name or "no category",
+                    *(rate_cell(row.by_category.get(name)) for row in table.rows),
                 )
                 for name in table.rows[0].by_category
             ),
         )
         for table in study.tables
-        if any(measured(rate) for rate in table.rows[0].by_category.values())
+        if table.rows[0].by_category
     )
 
 
@@ -229,21 +235,14 @@ def paths(study: Study) -> tuple[Grid, ...]:
 
 def path_grid(title: str, path: GainPath) -> Grid:
     """Losses are sums of safety and utility, in nats."""
-    rows = [(Cell("pruned"), Cell(), Cell(), Cell("0"), Cell(), Cell(f"{path.start.sum:.3f}"))]
+    rows = [("pruned", "", "", "0", "", f"{path.start.sum:.3f}")]
     for number, (step, taken) in enumerate(zip(path.steps, path.taken, strict=True), start=1):
         tried = ", ".join(f"{one.restored:,}" for one in step.tries)
-        losses = Cell(f"{step.fit.sum:.3f}"), Cell(f"{step.held_out.sum:.3f}")
-        counts = Cell(f"{taken:,}"), Cell(f"{step.restored:,}")
-        rows.append((Cell(str(number)), Cell(tried) if tried else Cell(), *counts, *losses))
-    return Grid(
-        title,
-        (
-            *("Step", "Weights tried", "Taken", "Restored in all"),
-            *("Calibration loss before", "Held-out loss after"),
-        ),
-        tuple(rows),
-        ending(path),
-    )
+        losses = f"{step.fit.sum:.3f}", f"{step.held_out.sum:.3f}"
+        rows.append((str(number), tried, f"{taken:,}", f"{step.restored:,}", *losses))
+    counted = ("Step", "Weights tried", "Taken", "Restored in all")
+    headings = (*counted, "Calibration loss before", "Held-out loss after")
+    return Grid.of(title, headings, rows, ending(path))
 
 
 def ending(path: GainPath) -> str:
@@ -258,35 +257,27 @@ def ending(path: GainPath) -> str:
     return f"The path ended {found}: {REASONS[path.end]}."
 
 
-def correlation(study: Study) -> Grid | None:
-    """Total Ships and the rise in ASR of each model; None where they were not related."""
-    found = study.correlation
-    if found is None:
-        return None
-    return Grid(
-        "",
-        (f"Model, {found.pruning}", "Total Ships, radians", "Rise in ASR, points"),
-        tuple(
-            (Cell(name), Cell(f"{ships:.3f}"), Cell(f"{100 * rise:+.1f}"))
-            for name, ships, rise in found.points
-        ),
-    )
+def ships(found: Correlation) -> Grid:
+    """Total Ships and the rise in ASR of each model."""
+    models = ", ".join(filter(None, ("Model", found.pruning)))
+    rows = ((name, f"{total:.3f}", f"{100 * rise:+.1f}") for name, total, rise in found.points)
+    return Grid.of("", (models, "Total Ships, radians", "Rise in ASR, points"), rows)
 
 
 def judges(run: Run) -> Grid:
     """What other judges say of the same answers."""
-    return Grid(
+    return Grid.of(
         "",
         ("Model", "Judge", "ASR", "Agree, attacks", "Over-refusal", "Agree, refusals", "Unread"),
-        tuple(
+        (
             (
-                Cell(one.name),
-                Cell(one.judged.judge),
+                one.name,
+                one.judged.judge,
                 rate_cell(one.judged.asr),
                 formatting.agreed(one.agreement, harmful=True),
                 rate_cell(one.judged.over_refusal),
                 formatting.agreed(one.agreement, harmful=False),
-                Cell(str(one.judged.unread)),
+                str(one.judged.unread),
             )
             for one in run.opinions
         ),
@@ -297,16 +288,16 @@ def judges(run: Run) -> Grid:
 
 def data(run: Run) -> Grid:
     """Every row that was read is either used or counted under the reason it was left out."""
-    return Grid(
+    return Grid.of(
         "",
         ("Role", "Source", "Read", "Used", "Left out"),
-        tuple(
+        (
             (
-                Cell(one.role),
+                one.role,
                 Cell(file_names(one.source), title=one.source),
-                Cell(f"{one.read:,}"),
-                Cell(f"{one.used:,}"),
-                Cell(", ".join(f"{why}: {n:,}" for why, n in one.skipped.items()) or Cell.value),
+                f"{one.read:,}",
+                f"{one.used:,}",
+                ", ".join(f"{why}: {n:,}" for why, n in one.skipped.items()),
             )
             for one in run.data
         ),
@@ -318,16 +309,13 @@ def costs(run: Run) -> tuple[Grid, ...]:
     stages: dict[str, list[Cost]] = {}
     for cost in run.costs:
         stages.setdefault(cost.stage, []).append(cost)
-    rows = [
-        (Cell(stage), Cell(str(len(found))), *_spent(together(found)))
-        for stage, found in stages.items()
-    ]
-    every = (Cell("in all"), Cell(), *_spent(together(run.costs)))
-    each = ((Cell(cost.of or "all"), Cell(cost.stage), *_spent(cost)) for cost in run.costs)
+    rows = [(stage, str(len(found)), *_spent(together(found))) for stage, found in stages.items()]
+    rows.append(("in all", "", *_spent(together(run.costs))))
+    each = ((cost.of or "all", cost.stage, *_spent(cost)) for cost in run.costs)
     measures = ("Time", "Operations", "Peak memory")
     return (
-        Grid("By stage", ("Stage", "Models", *measures), (*rows, every)),
-        Grid("By model", ("Model", "Stage", *measures), tuple(each)),
+        Grid.of("By stage", ("Stage", "Models", *measures), rows),
+        Grid.of("By model", ("Model", "Stage", *measures), each),
     )
 
 
@@ -342,9 +330,9 @@ def together(costs: Sequence[Cost]) -> Cost:
     )
 
 
-def _spent(cost: Cost) -> tuple[Cell, Cell, Cell]:
+def _spent(cost: Cost) -> tuple[str, str, str]:
     return (
-        Cell(formatting.duration(cost.seconds)),
-        Cell(formatting.operations(cost.flops)),
-        Cell(formatting.memory(cost.peak_bytes)),
+        formatting.duration(cost.seconds),
+        formatting.operations(cost.flops),
+        formatting.memory(cost.peak_bytes),
     )

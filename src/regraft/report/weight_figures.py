@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -13,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from regraft.report.drawing import PAPER, SERIES, WIDTH, legend_below, panels_height, to_svg
+from regraft.report.drawing import PAPER, SERIES, WIDTH, panels_svg, to_svg
 from regraft.report.run import HeadMap, Variant
 from regraft.restoration.methods.gain.path import GainPath
 
@@ -99,7 +100,7 @@ def _write_counts(axes: Axes, values: NDArray[np.float64]) -> None:
             axes.text(layer, row, f"{count:.0f}", color=shade, ha="center", va="center", size=7.5)
 
 
-def _columns(points: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
@@ -126,23 +127,22 @@ def path_figure(panels: Sequence[tuple[str, Sequence[GainPath]]]) -> str:
     counts = [count for _, paths in drawn for path in paths for count, _ in every_point(path)]
     least, most = min((count for count in counts if count), default=1), max(1, *counts)
 
-    def draw(figure: Figure, planes: Any) -> None:
-        for axes, (title, paths) in zip(np.atleast_1d(planes), drawn, strict=True):
-            for path in paths:
-                _draw_path(axes, path)
-            lines = [loss for path in paths for loss in _line_losses(path)]
-            axes.set_xscale("symlog", linthresh=least, linscale=0.3)
-            axes.set_xticks(ticks(least, most), [f"{tick:,}" for tick in ticks(least, most)])
-            axes.minorticks_off()
-            axes.set(xlim=(0, 1.15 * most), ylim=(0, _HEADROOM * max(lines) or 1))
-            axes.set_ylabel("loss, nats (lower is better)")
-            axes.tick_params(labelbottom=True)
-            axes.grid()
-            axes.set_title(title, loc="left", size=9.5)
-        axes.set_xlabel("weights restored")
-        legend_below(figure, handles)
+    def panel(paths: Sequence[GainPath], axes: Axes) -> None:
+        for path in paths:
+            _draw_path(axes, path)
+        lines = [
+            loss
+            for path in paths
+            for _, loss in (*held_out_points(path), *calibration_points(path))
+        ]
+        axes.set_xscale("symlog", linthresh=least, linscale=0.3)
+        axes.set_xticks(ticks(least, most), [f"{tick:,}" for tick in ticks(least, most)])
+        axes.minorticks_off()
+        axes.set(xlim=(0, 1.15 * most), ylim=(0, _HEADROOM * max(lines) or 1))
+        axes.set_ylabel("loss, nats (lower is better)")
 
-    return to_svg(panels_height(len(drawn), handles), "Paths of gain", draw, len(drawn))
+    figures = [(title, partial(panel, paths)) for title, paths in drawn]
+    return panels_svg("Paths of gain", figures, "weights restored", handles)
 
 
 def ticks(least: int, most: int) -> list[int]:
@@ -182,17 +182,8 @@ def every_point(path: GainPath) -> Points:
     return (*held_out_points(path), *calibration_points(path), *tried_points(path))
 
 
-def _line_losses(path: GainPath) -> list[float]:
-    return [loss for _, loss in (*held_out_points(path), *calibration_points(path))]
-
-
 def _draw_path(axes: Axes, path: GainPath) -> None:
     looks: dict[str, Any] = {"lw": 0.9, "ms": 3.5, "mec": PAPER, "mew": 0.4, "clip_on": False}
-    tried = tried_points(path)
-    axes.plot(*_path_columns(tried), "o", color=_TRY, ms=3, mew=0, alpha=0.5)
-    axes.plot(*_path_columns(calibration_points(path)), "s--", color=_CALIBRATION, **looks)
-    axes.plot(*_path_columns(held_out_points(path)), "o-", color=_HELD_OUT, **looks)
-
-
-def _path_columns(points: Points) -> tuple[list[int], list[float]]:
-    return [count for count, _ in points], [loss for _, loss in points]
+    axes.plot(*_columns(tried_points(path)), "o", color=_TRY, ms=3, mew=0, alpha=0.5)
+    axes.plot(*_columns(calibration_points(path)), "s--", color=_CALIBRATION, **looks)
+    axes.plot(*_columns(held_out_points(path)), "o-", color=_HELD_OUT, **looks)

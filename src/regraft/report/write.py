@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
+from regraft import distributed
 from regraft.data.storage import MODEL_ID
+from regraft.errors import RegraftError
 from regraft.files import write_json, write_text
 from regraft.report import tables
 from regraft.report.addresses import public_suite
@@ -29,15 +31,26 @@ from regraft.report.study import Study, plain
 from regraft.report.summary import controls, summary
 
 
+def check_report_folder(folder: Path) -> None:
+    """Raise RegraftError where a report would be put among other files."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").exists():
+        raise RegraftError(
+            f"The output folder {folder} holds something else than a report. Choose a new folder."
+        )
+
+
 def write_report(study: Study, folder: Path) -> None:
     """Write `report.json`, `.md` and `.html` and figures into `folder`, replacing older ones.
 
     A run of one seed and model has `card.md` too. The JSON holds every number of the page; of the
-    answers only the examples and those of the filter are on the page, of a single run.
+    answers only the examples and those of the filter are on the page, of a single run. Of several
+    processes the first one writes.
 
     Raises:
         RegraftError: a file cannot be written.
     """
+    if not distributed.first():
+        return
     drawn = figures(study)
     page, text = render_html(study, drawn), render_markdown(study)
     write_json(folder / "report.json", report_to_json(study))
