@@ -27,7 +27,7 @@ import pico
 from disk import rewrite, shards, tree, write_data
 from methods import method, restored
 from regraft import pipeline, stages
-from regraft.checks import _made_from_demo, check_heads
+from regraft.checks import check_heads
 from regraft.cli import COMMANDS, app, main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
@@ -39,6 +39,7 @@ from regraft.models.load import load_processor, open_source
 from regraft.provenance import ABOUT_FILE
 from regraft.pruning.base import prune_settings
 from regraft.pruning.pruners.wanda import Wanda
+from regraft.reading import _made_from_demo
 from regraft.recipe_file import read_recipe
 from regraft.recipe_parts import pruning_settings
 from regraft.restoration.base import METHODS, needs_of
@@ -836,10 +837,15 @@ def test_the_bundled_model_pruned_is_known(tmp_path: Path) -> None:
 
 
 def test_bundled_data_for_another_model_is_said(
-    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    world: World,
+    refused: Refused,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(world.root)
-    run_ok("prune", world.model, "--samples", 1, "--out", "mine", "--device", "cpu")
+    flags = ("--samples", 1, "--out", "mine", "--device", "cpu")
+    has(refused("prune", world.model, *flags), "No calibration prompts are named", "--data")
+    run_ok("prune", world.model, "--data", "demo:calibration", *flags)
     said = " ".join(capsys.readouterr().out.split())
     has(said, "Warning: demo:calibration are the bundled images")
     run_ok("prune", world.model, "--data", world.data, "--out", "own", "--device", "cpu")

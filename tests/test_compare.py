@@ -106,7 +106,7 @@ def run(seed: int, methods: Shares = SHARES, prompts: int = PROMPTS) -> Run:
     realign = [
         {"name": name, "method": "hsr", "q": 0.5}
         | (
-            RANDOM | {"head_seed": place + 100 * seed}
+            RANDOM | {"draw_seed": place + 100 * seed}
             if name.startswith("random")
             else {"heads": "top"}
         )
@@ -262,7 +262,7 @@ def test_rows_of_one_stem_keep_their_own_answers() -> None:
     for found in settings:
         found |= {"budget": 50 if found["name"] in ("random-3", "random-4") else 5}
         if found["name"] == "random":
-            found |= {"heads": "top", "head_seed": 0}
+            found |= {"heads": "top", "draw_seed": 0}
     recipe = {**one.recipe, "realign": settings}
     rows = rows_of(study_of([replace(one, recipe=recipe)]))
     assert list(rows) == ["dense", "pruned", "random", "random-1", "random-3"]
@@ -593,7 +593,7 @@ def test_a_study_is_a_run_a_seed_and_their_comparison(world: Path) -> None:
     assert [row["name"] for row in content["tables"][0]["rows"] if row["against"]] == ["hsr"]
     recipes = [read_recipe(run / f"seed-{seed}" / "recipe.yaml") for seed in (0, 3)]
     assert [one.calibration.seed for one in recipes] == [0, 3]
-    draws = [[(v.name, v.head_seed) for v in one.realign if v.drawn] for one in recipes]
+    draws = [[(v.name, v.draw_seed) for v in one.realign if v.drawn] for one in recipes]
     assert draws == [[("random-1", 0), ("random-2", 1)], [("random-1", 6), ("random-2", 7)]]
     assert (run / "seed-3" / "report" / "report.html").exists()
 

@@ -162,5 +162,5 @@ def test_gain(
     )
     assert len(one & other) > 0.8 * count
     assert again.about["start"] == pytest.approx(exact.about["start"], rel=0.01)
-    assert steps[1]["fit"] == pytest.approx(steps[0]["fit"], rel=0.01)
+    assert steps[1]["gradient"] == pytest.approx(steps[0]["gradient"], rel=0.01)
     assert len(chosen["cuda", "bfloat16"])

@@ -172,7 +172,7 @@ def test_values_beyond_the_dtype_are_an_error(root: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "unread"),
     [
-        ({"method": "fine-tune", "positions": "f", "head_seed": 3}, "head_seed"),
+        ({"method": "fine-tune", "positions": "f", "draw_seed": 3}, "draw_seed"),
         ({"method": "fine-tune", "score": "snip"}, "score"),
         ({"method": "fine-tune", "top_heads": 3}, "top_heads"),
         ({"method": "gain", "learning_rate": 0.1}, "learning_rate"),
@@ -186,8 +186,8 @@ def test_what_is_not_read_is_refused(settings: dict[str, Any], unread: str) -> N
 
 
 def test_random_positions_are_drawn() -> None:
-    assert method("fine-tune", head_seed=3).drawn
-    assert method("fine-tune", head_seed=3).reseeded(2).head_seed == 5
+    assert method("fine-tune", draw_seed=3).drawn
+    assert method("fine-tune", draw_seed=3).reseeded(2).draw_seed == 5
     assert not method("fine-tune", positions="f").drawn
 
 

@@ -167,7 +167,7 @@ def test_restoring_lowers_the_losses(family, benches, tmp_path):
     pruned, restored = (bench.losses(one, held_out=True) for one in (empty(), ranking))
     assert about["start"] == approx(pruned)
     assert about["steps"][-1]["held_out"] == approx(restored)
-    assert about["steps"][0]["fit"] == approx(bench.losses(empty(), held_out=False))
+    assert about["steps"][0]["gradient"] == approx(bench.losses(empty(), held_out=False))
     assert restored.sum < 0.95 * pruned.sum
     control = bench.rank(tmp_path / "control", method(method="random", count=len(ranking)))
     assert restored.sum < bench.losses(control, held_out=True).sum
@@ -203,7 +203,7 @@ def test_what_every_step_did(swap, benches, tmp_path):
         assert (score > 0).all() and (score.diff() <= 0).all()
         assert taken <= tries[0][0] <= step["candidates"]
         predicted = float(score.double().sum())
-        assert taken == 1 or predicted <= Losses(**step["fit"]).sum / 2, "beyond first order"
+        assert taken == 1 or predicted <= Losses(**step["gradient"]).sum / 2, "beyond first order"
         falls.append((loss - now) / loss)
         before, loss = step["restored"], now
     assert before == len(ranking)

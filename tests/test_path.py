@@ -27,7 +27,7 @@ from regraft.restoration.methods.gain.objective import Try
 from regraft.restoration.methods.gain.path import (
     GainPath,
     Losses,
-    Passed,
+    StepRecord,
     path_to_json,
     read_path,
 )
@@ -40,14 +40,14 @@ ABOUT: dict[str, Any] = {  # as a ranking has it, of a method with other entries
     "steps": [
         {
             "restored": 1250,
-            "fit": {"safety": 0.5, "utility": 0.125},
+            "gradient": {"safety": 0.5, "utility": 0.125},
             "held_out": {"safety": 0.25, "utility": 0.125},
             "candidates": 40_000,
             "tries": [[5000, 0.875], [2500, 0.5], [1250, 0.375], [625, 0.4375]],
         },
         {
             "restored": 1250,
-            "fit": {"safety": 0.125, "utility": 0.125},
+            "gradient": {"safety": 0.125, "utility": 0.125},
             "held_out": {"safety": 0.25, "utility": 0.125},
             "candidates": 30_000,
             "tries": [[2500, 0.625]],
@@ -61,7 +61,7 @@ SHARED = SharedPath("wanda-50", ("gain-0.01", "gain"), PATH)
 
 losses = st.builds(Losses, *[st.floats(0, 100)] * 2)
 tries = st.lists(st.builds(Try, st.integers(1, 10**9), st.floats(0, 100)), max_size=4).map(tuple)
-passed = st.builds(Passed, st.integers(0, 10**9), losses, losses, st.integers(0, 10**9), tries)
+passed = st.builds(StepRecord, st.integers(0, 10**9), losses, losses, st.integers(0, 10**9), tries)
 paths = st.builds(
     GainPath,
     losses,

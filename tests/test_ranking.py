@@ -452,11 +452,11 @@ def test_random_draws_differ_by_both_seeds(bench: Bench, tmp_path: Path) -> None
     settings = method(method="random", count=200)
     drawn = [
         bench.rank(
-            tmp_path / f"{head_seed}-{seed}",
-            settings.model_copy(update={"head_seed": head_seed}),
+            tmp_path / f"{draw_seed}-{seed}",
+            settings.model_copy(update={"draw_seed": draw_seed}),
             calibration=bench.calibration.model_copy(update={"seed": seed}),
         )
-        for head_seed, seed in ((0, 0), (1, 0), (0, 1))
+        for draw_seed, seed in ((0, 0), (1, 0), (0, 1))
     ]
     sets = [set(zip(r.linear.tolist(), r.position.tolist(), strict=True)) for r in drawn]
     assert all(len(one & other) < 20 for one, other in zip(sets, sets[1:] + sets[:1], strict=True))

@@ -338,7 +338,7 @@ def test_errors_name_the_field(tmp_path: Path, text: str, parts: list[str]) -> N
         ({"method": "gain", "q": 0.1}, r"q\s+there is no such setting of method gain"),
         ({"method": "gain", "top_heads": 3}, r"top_heads\s+there is no .* of method gain"),
         ({"method": "random", "top_heads": 3}, r"top_heads\s+there is no .* of method random"),
-        ({"method": "set-difference", "head_seed": 4}, r"head_seed\s+there .* of method set-diff"),
+        ({"method": "set-difference", "draw_seed": 4}, r"draw_seed\s+there .* of method set-diff"),
     ],
 )
 def test_variants_that_ask_for_what_does_nothing(fields: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""regraft gives a pruned vision-language model its safety back.
+"""regraft restores the refusals that pruning took from a vision-language model.
 
 The stages as functions, each described in `regraft.api`: `prune`, `score_heads`, `realign`,
 `apply`, `revert`, `evaluate` and `compare`. They are imported when they are first asked for.

@@ -102,7 +102,7 @@ def realign(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Patch:
-    """Restore the pruned weights that carried safety; writes the patch `out`.
+    """Restore pruned weights, so that the model refuses as before; writes the patch `out`.
 
     Args:
         dense: The dense model.

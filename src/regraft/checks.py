@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
-from regraft.data.demo import demo_model, is_demo
 from regraft.data.example import Reading
-from regraft.data.sources import DataSource
 from regraft.data.suites import distinct
 from regraft.errors import RegraftError
-from regraft.files import read_json
 from regraft.heads.ships import HeadSettings, most_rank
-from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source
-from regraft.provenance import ABOUT_FILE
 from regraft.restoration.base import MethodSettings, Needs
 from regraft.restoration.selection import all_heads
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.defending import DefenceSettings
-
-
-def warn_of_bundled(source: Source, data: DataSource, note: Callable[[str], None]) -> None:
-    """Say where a model of one's own goes by prompts made for the bundled one."""
-    if data.name == "demo" and not (is_demo(source.folder) or _made_from_demo(source.folder)):
-        note(
-            f"Warning: {data} are the bundled images, made for the bundled model; what is learnt "
-            "from them or measured on them says little about this one. Name data of your own."
-        )
-
-
-def _made_from_demo(folder: Path) -> bool:
-    """Whether a checkpoint is the bundled model pruned by regraft, patched since or not."""
-    path = folder / ABOUT_FILE
-    about = read_json(path) if path.is_file() else None
-    while isinstance(about, dict) and "before" in about:
-        about = about["before"]
-    if not isinstance(about, dict):
-        return False
-    demo = open_checkpoint(demo_model()).fingerprint
-    return bool(about.get("inputs", {}).get("dense") == demo)
 
 
 def check_gradients(source: Source, compute: ComputeSettings, what: str) -> None:

@@ -54,7 +54,7 @@ def _apart_from_the_seed(recipe: Mapping[str, Any]) -> dict[str, Any]:
     calibration = {name: value for name, value in recipe["calibration"].items() if name != "seed"}
     realign = {
         one["name"]: {
-            k: v for k, v in one.items() if k != "head_seed" or not settings_in(one).drawn
+            k: v for k, v in one.items() if k != "draw_seed" or not settings_in(one).drawn
         }
         for one in recipe["realign"]
     }

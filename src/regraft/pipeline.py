@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from regraft import distributed, stages
-from regraft.checks import warn_of_bundled
 from regraft.costs import Ledger, Metered
 from regraft.errors import RegraftError
 from regraft.files import discard_leftover, require_empty, require_space, write_text
@@ -23,6 +22,7 @@ from regraft.plan import Planner
 from regraft.progress import Progress, Silent
 from regraft.provenance import but_for_rounding, difference
 from regraft.pruning.base import prune_settings
+from regraft.reading import warn_of_bundled
 from regraft.recipe import Recipe
 from regraft.recipe_file import read_recipe, write_recipe
 from regraft.report.study import Study

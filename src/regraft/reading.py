@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from regraft.data.demo import demo_model, is_demo
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
 from regraft.data.sources import DataSource, of_split, read
 from regraft.data.suites import join_suites
 from regraft.errors import RegraftError
+from regraft.files import read_json
+from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source
+from regraft.provenance import ABOUT_FILE
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.validation import validation_of
@@ -63,10 +68,40 @@ def _taken(
     answered: bool,
 ) -> Reading:
     """What `draw` or `in_drawn_order` takes of the calibration data."""
+    if "data" not in calibration.model_fields_set and not _made_for_bundled(source):
+        raise RegraftError(
+            "No calibration prompts are named, and the bundled ones are for the bundled model: "
+            "give harmful and harmless ones with --data (in a recipe calibration.data)."
+        )
     whole = read(of_split(calibration.source, "train"))
     samples, seed = calibration.samples, calibration.seed
     reading = take(whole, harmful=harmful, samples=samples, seed=seed, answered=answered)
     return _readable(source, reading)
+
+
+def warn_of_bundled(source: Source, data: DataSource, note: Callable[[str], None]) -> None:
+    """Say where a model of one's own goes by prompts made for the bundled one."""
+    if data.name == "demo" and not _made_for_bundled(source):
+        note(
+            f"Warning: {data} are the bundled images, made for the bundled model; what is learnt "
+            "from them or measured on them says little about this one. Name data of your own."
+        )
+
+
+def _made_for_bundled(source: Source) -> bool:
+    return is_demo(source.folder) or _made_from_demo(source.folder)
+
+
+def _made_from_demo(folder: Path) -> bool:
+    """Whether a checkpoint is the bundled model pruned by regraft, patched since or not."""
+    path = folder / ABOUT_FILE
+    about = read_json(path) if path.is_file() else None
+    while isinstance(about, dict) and "before" in about:
+        about = about["before"]
+    if not isinstance(about, dict):
+        return False
+    demo = open_checkpoint(demo_model()).fingerprint
+    return bool(about.get("inputs", {}).get("dense") == demo)
 
 
 def responses_are_given(calibration: CalibrationSettings, *, harmful: bool) -> bool:

@@ -66,7 +66,7 @@ def _twice(names: Iterable[str]) -> str | None:
 class Recipe(Settings):
     """A whole run: prune, score heads, realign, evaluate, report."""
 
-    title: str = Field("regraft", description="Of the report.")
+    title: str = Field("regraft", description="Title of the report.")
     model: str = Field(
         "demo", min_length=1, description="A folder, a hub id, or 'demo' for the bundled model."
     )
@@ -256,7 +256,7 @@ class Recipe(Settings):
         """The recipe of one of the runs that `seeds` asks for.
 
         Random controls draw other heads in every run: of R repeats as their `repeats` says, of one
-        by its `head_seed` + `seed`.
+        by its `draw_seed` + `seed`.
         """
         realign = [
             one.reseeded(seed) if one.drawn and one.repeats == 1 else one for one in self.realign

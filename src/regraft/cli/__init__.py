@@ -1,7 +1,8 @@
 """The command line: one thin command a stage, and `run` for all of them.
 
-A command is imported when it is called or asked for help, so that `regraft --help` is there at
-once. What it says of itself here is the first line of its own help; a test keeps them equal.
+A command is imported when it is called or asked for help. To list the commands none is imported, so
+that `regraft --help` is there at once: the first line of each one's own help stands here too, and a
+test keeps them equal.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["app", "main"]
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": (
         "running:demo",
-        "Run the main job on the bundled model: about six minutes on two CPU cores, no network.",
+        "Run the main job on the bundled model: about ten minutes of one CPU core, no network.",
     ),
     "run": ("running:run", "Run a whole recipe: prune, realign, evaluate, report."),
     "inspect": (
@@ -36,7 +37,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
     "realign": (
         "realigning:app",
-        "Restore the pruned weights that carried safety: write their dense values as a patch.",
+        "Restore pruned weights, so that the model refuses as before: write a patch.",
     ),
     "tune": (
         "tuning:app",
@@ -68,19 +69,26 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
 }
 
-app = App(
-    name="regraft",
-    version=regraft.__version__,
-    help=(
-        "Give a pruned vision-language model its safety back.\n\n"
-        "Start with `regraft demo`, which prunes, realigns and reports on a bundled model. "
-        "MODEL is always a folder with safetensors, a hub id, or the word demo for that model."
-    ),
-)
-for _name, (_where, _text) in COMMANDS.items():
-    app.command(
-        f"regraft.cli.{_where}", name=_name, help=_text, sort_key=list(COMMANDS).index(_name)
+
+def application(*, listed: bool) -> App:
+    """All commands; `listed` with the descriptions that stand here instead of their own helps."""
+    found = App(
+        name="regraft",
+        version=regraft.__version__,
+        help=(
+            "Restore the refusals that pruning took from a vision-language model.\n\n"
+            "Start with `regraft demo`, which prunes, realigns and reports on a bundled model. "
+            "MODEL, DENSE and PRUNED are folders with safetensors, hub ids, or the word demo for "
+            "that model."
+        ),
     )
+    for index, (name, (where, text)) in enumerate(COMMANDS.items()):
+        own = text if listed else None
+        found.command(f"regraft.cli.{where}", name=name, help=own, sort_key=index)
+    return found
+
+
+app = application(listed=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with joined():
             words = _joined(sys.argv[1:] if arguments is None else arguments)
-            app(words, exit_on_error=False, print_error=False)
+            listed = not words or words[0].startswith("-")
+            application(listed=listed)(words, exit_on_error=False, print_error=False)
     except RegraftError as error:
         fail(console, str(error))
     except ValidationError as error:

@@ -174,9 +174,9 @@ def _describe(progress: ConsoleWatch, out: Path, patch: Patch) -> None:
 
 app = App(
     name="realign",
-    help="Restore the pruned weights that carried safety: write their dense values as a patch.\n\n"
-    "Take gain unless you compare methods: regraft realign gain MODEL pruned --data "
-    "prompts.jsonl --out gain.safetensors",
+    help="Restore pruned weights, so that the model refuses as before: write a patch.\n\n"
+    "Take gain unless you compare methods:\n\n"
+    "regraft realign gain DENSE PRUNED --data prompts.jsonl --out gain.safetensors",
     default_parameter=Parameter(negative=()),
 )
 for _name in METHODS.working():

@@ -53,7 +53,7 @@ def run(
 
 
 def demo(*, out: OutFolder = Path("demo-run")) -> None:
-    """Run the main job on the bundled model: about six minutes on two CPU cores, no network."""
+    """Run the main job on the bundled model: about ten minutes of one CPU core, no network."""
     from importlib.resources import files
 
     _run(Path(str(files("regraft"))) / "demo" / "demo.yaml", out)

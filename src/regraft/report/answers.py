@@ -77,7 +77,7 @@ def _apart_from_the_draw(settings: Mapping[str, Any] | None, name: str) -> Any:
     """What repeats of a random control have in common; a method of its own is called by name."""
     if settings is None or not settings_in(settings).drawn:
         return name
-    apart = ("name", "head_seed", "checkpoint", "repeats")
+    apart = ("name", "draw_seed", "checkpoint", "repeats")
     return tuple(sorted((key, str(value)) for key, value in settings.items() if key not in apart))
 
 

@@ -237,8 +237,8 @@ def path_grid(title: str, path: GainPath) -> Grid:
     """Losses are sums of safety and utility, in nats."""
     rows = [("pruned", "", "", "0", "", f"{path.start.sum:.3f}")]
     for number, (step, taken) in enumerate(zip(path.steps, path.taken, strict=True), start=1):
-        tried = ", ".join(f"{one.restored:,}" for one in step.tries)
-        losses = f"{step.fit.sum:.3f}", f"{step.held_out.sum:.3f}"
+        tried = ", ".join(f"{one.number:,}" for one in step.tries)
+        losses = f"{step.gradient.sum:.3f}", f"{step.held_out.sum:.3f}"
         rows.append((str(number), tried, f"{taken:,}", f"{step.restored:,}", *losses))
     counted = ("Step", "Weights tried", "Taken", "Restored in all")
     headings = (*counted, "Calibration loss before", "Held-out loss after")

@@ -164,14 +164,16 @@ def held_out_points(path: GainPath) -> Points:
 def calibration_points(path: GainPath) -> Points:
     """Before every step."""
     before = accumulate(path.taken, initial=0)
-    return tuple((count, step.fit.sum) for count, step in zip(before, path.steps, strict=False))
+    return tuple(
+        (count, step.gradient.sum) for count, step in zip(before, path.steps, strict=False)
+    )
 
 
 def tried_points(path: GainPath) -> Points:
     """What the line searches tried, weights of earlier steps included."""
     before = accumulate(path.taken, initial=0)
     return tuple(
-        (count + one.restored, one.loss)
+        (count + one.number, one.loss)
         for count, step in zip(before, path.steps, strict=False)
         for one in step.tries
     )

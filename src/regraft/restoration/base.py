@@ -63,10 +63,10 @@ class MethodSettings(Settings):
         return self
 
     def reseeded(self, by: int) -> Self:
-        """With another draw of what a seed decides, `head_seed`; itself where none does."""
+        """With another draw of what a seed decides, `draw_seed`; itself where none does."""
         if not self.drawn:
             return self
-        return self.model_copy(update={"head_seed": getattr(self, "head_seed") + by})  # noqa: B009
+        return self.model_copy(update={"draw_seed": getattr(self, "draw_seed") + by})  # noqa: B009
 
 
 class Counted(MethodSettings):
@@ -79,7 +79,9 @@ class Counted(MethodSettings):
         description=f"Restored weights per 10,000 pruned ones; {DEFAULT_BUDGET:g} where neither "
         "this nor a count is given.",
     )
-    count: int | None = Field(None, ge=1, description="Restored weights; instead of the budget.")
+    count: int | None = Field(
+        None, ge=1, description="Restored weights at most, as a number; instead of a budget."
+    )
 
     @model_validator(mode="after")
     def _check_amount(self) -> Self:

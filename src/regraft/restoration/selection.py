@@ -26,9 +26,9 @@ Head = tuple[int, int]
 Regions = Callable[[LinearArchitecture], Sequence[Block]]
 BlockOfHead = Callable[[LayerArchitecture, LinearArchitecture, int], Block | None]
 _UNREAD = {
-    "top": ("head_seed",),
+    "top": ("draw_seed",),
     "random": ("criterion",),
-    "all": ("criterion", "top_heads", "head_seed"),
+    "all": ("criterion", "top_heads", "draw_seed"),
 }
 
 
@@ -42,7 +42,7 @@ class InHeads(MethodSettings):
         "ships", description="What scores a head; released: as in HSR's code."
     )
     top_heads: int = Field(10, ge=1, description="How many heads (h).")
-    head_seed: int = Field(0, description="Another seed draws other random heads.")
+    draw_seed: int = Field(0, description="Another seed draws other random heads.")
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -79,7 +79,7 @@ class InHeads(MethodSettings):
         if self.heads == "all":
             return all_heads(architecture)
         if self.heads == "random":
-            return random_heads(architecture, self.top_heads, self.head_seed)
+            return random_heads(architecture, self.top_heads, self.draw_seed)
         if scores is None:
             raise RegraftError(
                 "Ranking heads needs their scores: run `regraft analyse heads` first."

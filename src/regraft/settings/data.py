@@ -38,7 +38,8 @@ Data = Annotated[
     DataSource,
     _ONE_WORD,
     Parameter(
-        help="A .jsonl file ({seed} in its name is the seed), vlguard PATH or demo:calibration."
+        help="A .jsonl file ({seed} in its name stands for --seed) or vlguard PATH. Only for the "
+        "bundled model and what was made of it: demo:calibration, the default."
     ),
 ]
 TextPrompts = Annotated[
@@ -73,8 +74,8 @@ class PromptSettings(Settings):
     """Harmful prompts (D^s) and harmless ones (D^u)."""
 
     data: Data = DataSource(name="demo", split="calibration")  # `source` is what is read
-    samples: int = Field(128, ge=1, description="How many are drawn of each kind.")
-    seed: int = Field(0, description="Another seed draws other prompts.")
+    samples: int = Field(128, ge=1, description="Prompts drawn of each kind; all where fewer.")
+    seed: int = Field(0, description="Seed of this draw; another one draws other prompts.")
 
     @property
     def source(self) -> DataSource:
@@ -86,7 +87,7 @@ class PromptSettings(Settings):
 
     def with_responses(self) -> CalibrationSettings:
         """With the defaults of what is said of responses."""
-        return CalibrationSettings(**self.model_dump())
+        return CalibrationSettings(**self.model_dump(exclude_unset=True))
 
 
 class CalibrationSettings(PromptSettings):
@@ -94,8 +95,8 @@ class CalibrationSettings(PromptSettings):
 
     responses: Annotated[Literal["auto", "given", "self"], NAMED] = Field(
         "auto",
-        description="given: the data set's. self: the dense model's own, kept if they refuse "
-        "exactly what is harmful. auto: given if there are any, else self.",
+        description="given: the data set's. self: the dense model's own, of which those are kept "
+        "that refuse a harmful prompt or answer a harmless one. auto: given if any, else self.",
     )
     max_response_tokens: Annotated[int, EXPERT] = Field(
         64, ge=1, description="Length of the model's responses."

@@ -15,14 +15,16 @@ class SearchSettings(Settings):
     """How many weights of a ranking are restored, chosen on validation prompts."""
 
     validation: Validation = Field(
-        None, description="Harmful and harmless prompts, none of which is evaluated on later."
+        None,
+        description="Prompts of both kinds to choose on; report no rates on them. If not given, a "
+        "quarter of --data, which is then not learnt from.",
     )
     validation_limit: Annotated[int | None, EXPERT] = Field(
         None, ge=1, description="Validate on the first of each kind only."
     )
     points: int = Field(8, ge=1, description="Numbers of weights to try.")
     most: float | None = Field(
-        None, gt=0, description="Restored per 10,000 at most; all if not given."
+        None, gt=0, description="Try at most so many per 10,000, if less than the budget."
     )
     target_asr: float | None = Field(
         None, ge=0, le=100, description="Take the fewest weights with an ASR (%) this low."
@@ -31,7 +33,10 @@ class SearchSettings(Settings):
         None, ge=1, le=200, description="Take the fewest weights with an RSR (%) this high."
     )
     over_refusal: float = Field(
-        1.0, ge=-100, le=100, description="Bound: points of over-refusal above the reference."
+        1.0,
+        ge=-100,
+        le=100,
+        description="Bound: points of over-refusal above the reference.",
     )
     utility: float = Field(
         0.0, ge=0, le=100, description="Bound: points of utility below the pruned model."
@@ -64,8 +69,6 @@ class TuneSettings(Settings):
     )
     workers: int = Field(1, ge=1, description="Processes that share the trials.")
     devices: tuple[str, ...] = Field(
-        (), description="Those of the workers, in turn; if not given, --device. Repeat the flag."
+        (), description="Those of the workers, in turn; if not given, the one device."
     )
-    keep: tuple[str, ...] = Field(
-        (), description="A setting that stays as given, such as scope; repeat the flag for more."
-    )
+    keep: tuple[str, ...] = Field((), description="Settings that stay as given, such as scope.")

@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from regraft import distributed
-from regraft.checks import warn_of_bundled
 from regraft.data.collate import batches
 from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
@@ -24,7 +23,13 @@ from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import write_text
 from regraft.loading import load
 from regraft.provenance import describe, is_done, working
-from regraft.reading import draw_calibration, draw_prompts, order_calibration, responses_are_given
+from regraft.reading import (
+    draw_calibration,
+    draw_prompts,
+    order_calibration,
+    responses_are_given,
+    warn_of_bundled,
+)
 from regraft.restoration.teacher import TOKEN_WEIGHTS
 from regraft.stages.setup import Setup
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import Tensor
 
 from regraft import distributed
-from regraft.checks import warn_of_bundled
 from regraft.data.example import Reading
 from regraft.files import require_space, to_json
 from regraft.loading import (
@@ -28,7 +27,7 @@ from regraft.provenance import ABOUT_FILE, describe, is_done, unfinished_bytes, 
 from regraft.pruning.base import PRUNERS, GradientPruner, PruneSettings
 from regraft.pruning.prune import edits_without_data, passes, prune_layers
 from regraft.pruning.results import LayerResults
-from regraft.reading import draw_calibration
+from regraft.reading import draw_calibration, warn_of_bundled
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import beside, calibration_data

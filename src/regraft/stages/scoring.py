@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import distributed
-from regraft.checks import check_r_max, warn_of_bundled
+from regraft.checks import check_r_max
 from regraft.data.collate import prompt_batch
 from regraft.files import digest
 from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
@@ -18,7 +18,7 @@ from regraft.loading import collate, load
 from regraft.models.load import Source
 from regraft.progress import Progress, Silent
 from regraft.provenance import describe, is_done, working
-from regraft.reading import draw_calibration
+from regraft.reading import draw_calibration, warn_of_bundled
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from regraft import costs, distributed
-from regraft.checks import warn_of_bundled
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.defence.artifact import Defence, Direction, acting, asked, check_fits, load_defence
@@ -41,6 +40,7 @@ from regraft.models.load import Source, has_processor, load_processor, stored_dt
 from regraft.patch.apply import patched, zeros_filled
 from regraft.patch.format import Patch
 from regraft.progress import Progress, Silent
+from regraft.reading import warn_of_bundled
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages.evaluation_cache import EvaluationCache, Prompts

@@ -16,7 +16,7 @@ class RandomSettings(AlwaysBudgeted):
     """Random pruned weights, a control."""
 
     method: Literal["random"] = "random"
-    head_seed: int = Field(0, description="Another seed draws other weights.")
+    draw_seed: int = Field(0, description="Seed of the choice; --seed is for prompts.")
 
     @property
     def drawn(self) -> bool:
@@ -32,16 +32,16 @@ class RandomWeights(Method[RandomSettings]):
 
     def rank(self, settings: RandomSettings, context: Context) -> Ranking:
         """A random order, another one for each calibration seed."""
-        return drawn(context, settings.head_seed)
+        return drawn(context, settings.draw_seed)
 
     def label(self, settings: RandomSettings) -> str:
         """What tables call it."""
         return "random weights"
 
 
-def drawn(context: Context, head_seed: int) -> Ranking:
+def drawn(context: Context, draw_seed: int) -> Ranking:
     """Random pruned weights."""
-    best, seed = Best(context.count), head_seed + 1000 * context.seed
+    best, seed = Best(context.count), draw_seed + 1000 * context.seed
     for one in context.matrices():
         best.add(one.index, random_scores(one.free, seed, one.index))
     return best.ranked()

@@ -48,7 +48,7 @@ class FineTuneSettings(Counted):
     )
     learning_rate: float = Field(0.003, gt=0, description="Of Adam.")
     passes: int = Field(3, ge=1, description="Forward and backward passes over all prompts.")
-    head_seed: int = Field(0, description="Of random positions.")
+    draw_seed: int = Field(0, description="Seed of random positions.")
 
     @model_validator(mode="before")
     @classmethod
@@ -59,8 +59,8 @@ class FineTuneSettings(Counted):
 
     @model_validator(mode="after")
     def _check_seed(self) -> Self:
-        if not self.drawn and self.first_set("head_seed"):
-            raise ValueError("`head_seed` changes nothing where `positions` are given")
+        if not self.drawn and self.first_set("draw_seed"):
+            raise ValueError("`draw_seed` changes nothing where `positions` are given")
         return self
 
     @property
@@ -132,7 +132,7 @@ PLUGIN = FineTune()
 def _chosen(settings: FineTuneSettings, context: Context) -> Ranking:
     """Where values are trained: among weights that are 0 now, and were not in the dense model."""
     if settings.drawn:
-        return drawn(context, settings.head_seed)
+        return drawn(context, settings.draw_seed)
     if (ranking := context.positions) is None:
         raise RegraftError(f"There is no ranking {settings.positions} to train the weights of.")
     return ranking if context.count is None else ranking.first(context.count)

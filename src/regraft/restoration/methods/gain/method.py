@@ -39,7 +39,7 @@ from regraft.restoration.methods.gain.path import (
     End,
     GainPath,
     Losses,
-    Passed,
+    StepRecord,
     path_to_json,
     read_path,
 )
@@ -62,22 +62,22 @@ from regraft.restoration.teacher import samples_of, taught
 from regraft.settings.compute import ComputeSettings
 
 HELD_OUT = 0.25  # of the prompts of each kind
-MOST_STEPS = 5  # with which a path takes at most about ten passes over its prompts
+MOST_STEPS = 5  # cost about ten forward and backward passes over all prompts, answers included
 LEAST_FALL = 0.01  # of the held-out loss, relative: with a smaller one a step is the last
 CALLED = {"safety": "harmful", "utility": "harmless"}
 
 
 class GainSettings(AlwaysBudgeted):
-    """The weights that are predicted to bring the model's answers nearest to the dense model's."""
+    """Restore what is predicted to bring answers nearest to the dense model's; stops by itself."""
 
     method: Literal["gain"] = "gain"
     budget: float | None = Field(
         None,
         gt=0,
         lt=10_000,
-        description="Restored weights per 10,000 pruned ones at most: gain stops where more do "
-        f"not help on held-out prompts. {DEFAULT_BUDGET:g} where neither this nor a count is "
-        "given, which no path has reached yet.",
+        description="At most so many restored weights per 10,000 pruned ones; "
+        f"{DEFAULT_BUDGET:g} if neither this nor a count is given. Gain usually stops far "
+        "earlier by itself, when more do not help on held-out prompts.",
     )
     swap: bool = Field(
         False,
@@ -186,7 +186,7 @@ def _start(problem: Problem, context: Context) -> Losses:
 
 def _require_space(problem: Problem) -> None:
     """Raise unless the layer inputs of a step fit on the disk."""
-    needed = sum(hidden_state_bytes(problem.dense, side.fit) for side in problem.sides)
+    needed = sum(hidden_state_bytes(problem.dense, side.gradient) for side in problem.sides)
     there = size_of(problem.scratch)  # what a killed step has left, and this one overwrites
     require_space(problem.scratch.parent, needed - there)
 
@@ -200,12 +200,12 @@ def _room(path: GainPath, most: int) -> int:
     return min(most - path.restored, 2 * path.taken[-1]) if path.steps else most
 
 
-def path_limit(pruned: int) -> int:
+def path_limit(restorable: int) -> int:
     """How many weights a path may have, so that its candidates fit into memory.
 
     Paths end long before: on a 0.5 B model at a few weights of a million pruned ones.
     """
-    return min(pruned, max(10_000, pruned // 1_000))
+    return min(restorable, max(10_000, restorable // 1_000))
 
 
 def _end(path: GainPath, most: int) -> End | None:
@@ -215,15 +215,17 @@ def _end(path: GainPath, most: int) -> End | None:
     before = replace(path, steps=path.steps[:-1]).held_out
     if not path.steps[-1].candidates:
         return "candidates"
-    if before.sum - path.held_out.sum <= LEAST_FALL * max(before.sum, 0):
+    if before.sum - path.held_out.sum <= LEAST_FALL * max(
+        before.sum, 0
+    ):  # rounding may take a sum of 0 below it
         return "held-out"
     return "limit" if path.restored >= most or len(path.steps) == MOST_STEPS else None
 
 
-def _described(last: Passed, before: Losses) -> str:
-    tried = ", ".join(f"{one.restored:,}: {one.loss:.3f}" for one in last.tries)
+def _described(last: StepRecord, before: Losses) -> str:
+    tried = ", ".join(f"{one.number:,}: {one.loss:.3f}" for one in last.tries)
     return (
-        f"calibration loss {last.fit.sum:.3f} nats before the step; held-out loss "
+        f"loss on gradient prompts {last.gradient.sum:.3f} nats before the step; held-out loss "
         f"{before.sum:.3f} -> {last.held_out.sum:.3f} (weights tried: {tried or 'none'}); "
         f"{last.restored:,} restored"
     )
@@ -232,18 +234,19 @@ def _described(last: Passed, before: Losses) -> str:
 def _work(problem: Problem, passes: int, tries: int) -> tuple[int, str]:
     """How much there is to do, at most: passes over calibration prompts and held-out ones."""
     own = sum(
-        passes * samples_of(side.fit) + tries * samples_of(side.held_out) for side in problem.sides
+        passes * samples_of(side.gradient) + tries * samples_of(side.held_out)
+        for side in problem.sides
     )
     return own, "samples x layers"
 
 
 def _prepare(context: Context, swap: bool) -> Problem:
-    """The pruned model and both kinds of prompts, before its layers."""
+    """The pruned model, and the prompts of both kinds embedded, ready to enter its first layer."""
     answered = context.answered or {}
     parts = {kind: _split(kind, answered[kind], context.progress, context.seed) for kind in CALLED}
     model, walks, losses = taught(context, parts)
     safety, utility = (
-        Prompts(fit, held_out, losses[kind]) for kind, (fit, held_out) in walks.items()
+        Prompts(gradient, held_out, losses[kind]) for kind, (gradient, held_out) in walks.items()
     )
     scratch = context.work / "states"
     return Problem(model, context.dense, context.pruned, (safety, utility), scratch, swap)
@@ -253,16 +256,16 @@ def _split(
     kind: str, reading: Reading, progress: Progress, seed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """(prompts to take gradients of, prompts held out)."""
-    fit, held = hold_out(reading.examples, HELD_OUT, seed)
-    apart = {one.category for one in held} - {one.category for one in fit}
+    gradient, held = hold_out(reading.examples, HELD_OUT, seed)
+    apart = {one.category for one in held} - {one.category for one in gradient}
     whole = sum(one.category in apart for one in held)
     parts = [f"{whole} of {', '.join(sorted(apart))}"] if whole else []
     parts += [f"{len(held) - whole} drawn"] if whole < len(held) else []
     progress.note(
-        f"{CALLED[kind]} prompts: {len(fit)} for gradients, {len(held)} held out "
+        f"{CALLED[kind]} prompts: {len(gradient)} for gradients, {len(held)} held out "
         f"({', '.join(parts)})"
     )
-    return fit, held
+    return gradient, held
 
 
 PLUGIN = Gain()

@@ -6,15 +6,16 @@ weight ij takes its dense value again, a loss is predicted to fall by its gain
 restoration). Weights are restored in steps:
 
     repeat
-        G^s, G^u <- mean gradients of the model as it is, over the calibration prompts
-        candidates <- pruned weights with gain^u >= 0, by gain^s + gain^u, best first
+        G^s, G^u <- mean gradients of the model as it is, over the prompts that are not held out
+        candidates <- pruned weights with gain^u >= 0 and gain^s + gain^u > 0, by that sum
         n <- as many as are predicted to halve the loss, at most twice the step before
         try the first n, n/2, n/4 ... n/64 and restore the number with the lowest held-out loss
     until a step lowers the held-out loss by less than 1 %, or 5 times
 
 In a swap a kept weight of the same row, or of the same N:M group, is pruned in exchange: the one
 without which both losses change least, by `|-G w + F w^2 / 2|` with F the diagonal of the empirical
-Fisher matrix. No removal is sought for being predicted to help.
+Fisher matrix. The cost is an absolute value, so that no removal is preferred for being predicted to
+help.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MOST_TRIES = 7  # numbers of weights that a line search evaluates: n, n/2 ... n/
 
 
 def worth_of(safety: Tensor, utility: Tensor) -> Tensor:
-    """`gain^s + gain^u` of each candidate, -inf where restoring it would cost utility.
+    """`gain^s + gain^u` of each candidate, -inf where it would raise the loss on harmless prompts.
 
     Args:
         safety: gain^s, any shape, float32.
@@ -41,7 +42,7 @@ def worth_of(safety: Tensor, utility: Tensor) -> Tensor:
 
 def gain(gradient: Tensor, dense: Tensor, current: Tensor) -> Tensor:
     """Predicted fall of the loss when each weight takes its dense value. `[out, in]` float32."""
-    return gradient.float() * (current.float() - dense.float())
+    return gradient.float() * (current.float() - dense.float())  # -G (W_dense - W)
 
 
 def first_order_limit(worth: Tensor, loss: float) -> int:
@@ -59,9 +60,9 @@ def first_order_limit(worth: Tensor, loss: float) -> int:
 
 
 class Try(NamedTuple):
-    """The held-out loss with `restored` of a step's weights restored."""
+    """The held-out loss with the first `number` of a step's candidates restored."""
 
-    restored: int
+    number: int
     loss: float
 
 

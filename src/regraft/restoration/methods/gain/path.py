@@ -33,21 +33,21 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Passed:
-    """One step.
+class StepRecord:
+    """What is kept of a finished step.
 
     Attributes:
         restored: How many weights are restored after it, in all.
-        fit: Losses on the calibration prompts before it.
+        gradient: Losses on the gradient prompts, those not held out, before it.
         held_out: Losses on the held-out prompts after it.
-        candidates: How many weights were predicted to help and not to cost utility; those beyond
-            as many as may be restored are not counted.
+        candidates: How many weights were predicted to help and not to raise the loss on harmless
+            prompts, counted up to as many as the step may restore.
         tries: Numbers of weights that were tried, besides those restored before, with the sum of
             the held-out losses.
     """
 
     restored: int
-    fit: Losses
+    gradient: Losses
     held_out: Losses
     candidates: int
     tries: tuple[Try, ...]
@@ -64,7 +64,7 @@ class GainPath:
     """
 
     start: Losses
-    steps: tuple[Passed, ...] = ()
+    steps: tuple[StepRecord, ...] = ()
     end: End | None = None
 
     @property

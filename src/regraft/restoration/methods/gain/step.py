@@ -27,11 +27,11 @@ from regraft.restoration.methods.gain.objective import (
     swaps_in_rows,
     worth_of,
 )
-from regraft.restoration.methods.gain.path import Losses, Passed
+from regraft.restoration.methods.gain.path import Losses, StepRecord
 from regraft.restoration.ranking import Best, Edits, Ranking
 from regraft.restoration.teacher import DecisionLoss, Recorded, losses_together, mean_of
 
-_SWAPS_IN_A_ROW = 64
+_SWAPS_IN_A_ROW = 64  # of a step, at most: bounds what is kept of every row
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Prompts:
     """Prompts of one kind, harmful or harmless, with their answers and the loss on them.
 
     Attributes:
-        fit: Those that gradients are taken of.
-        held_out: Those that decide how many weights a step restores; none of `fit`.
+        gradient: Those that gradients are taken of.
+        held_out: Those that decide how many weights a step restores; none of `gradient`.
         loss: Of one answer.
     """
 
-    fit: LayerwisePass
+    gradient: LayerwisePass
     held_out: LayerwisePass
     loss: DecisionLoss
 
@@ -80,7 +80,7 @@ class Problem:
 
 def step(
     problem: Problem, room: int, so_far: Ranking, held_out: Losses, advance: Advance
-) -> tuple[Ranking, Passed]:
+) -> tuple[Ranking, StepRecord]:
     """Restore the weights that help most now; in the model too.
 
     Args:
@@ -93,8 +93,8 @@ def step(
     Returns:
         (what it restored, best first, empty where nothing lowers the held-out loss; the figures)
     """
-    found, fit = _candidates(problem, room, so_far, advance)
-    chosen = found.first(first_order_limit(found.score, fit.sum)) if len(found) else found
+    found, losses = _candidates(problem, room, so_far, advance)
+    chosen = found.first(first_order_limit(found.score, losses.sum)) if len(found) else found
     weights = weights_of(problem.model.network, problem.dense.architecture)
     edits = Edits(chosen, weights, problem.dense)
     seen = {0: held_out}
@@ -106,7 +106,7 @@ def step(
 
     taken, tries = line_search(value, held_out.sum, len(chosen))
     edits.put(taken)
-    figures = Passed(len(so_far) + taken, fit, seen[taken], len(found), tries)
+    figures = StepRecord(len(so_far) + taken, losses, seen[taken], len(found), tries)
     return chosen.first(taken), figures
 
 
@@ -119,17 +119,18 @@ def held_out_losses(sides: Sequence[Prompts], advance: Advance = lambda _: None)
 def _candidates(
     problem: Problem, room: int, so_far: Ranking, advance: Advance
 ) -> tuple[Ranking, Losses]:
-    """(the best weights that could be restored, in order; losses on the calibration prompts)."""
+    """(the best weights that could be restored, in order; losses on the gradient prompts)."""
     best = Best(room)
     architecture = problem.dense.architecture
     index = {linear.key: i for i, linear in enumerate(architecture.linears)}
     weights = weights_of(problem.model.network, architecture)
     losses = [Recorded(side.loss) for side in problem.sides]
-    # Both kinds go back through the layers side by side, so that the gradients of one layer are
-    # in memory at a time.
+    # Both kinds go back through the layers side by side, so that the gradients of no more than one
+    # layer are in memory.
     passes = (_gradients(problem, i, loss, advance) for i, loss in enumerate(losses))
     for (layer, for_safety), (_, for_utility) in zip(*passes, strict=True):
         for linear in layer.linears:
+            # `pop`, so that the memory of a matrix is free once it is looked at.
             gradients = for_safety.pop(linear.key, None), for_utility.pop(linear.key, None)
             if gradients[0] is None or gradients[1] is None:
                 continue  # no prompt of one kind ran through it
@@ -138,8 +139,8 @@ def _candidates(
             dense = problem.dense.checkpoint.read(linear.tensor).to(current)
             taken = so_far.at((so_far.linear == i).nonzero().flatten())
             best.add(i, *_worth(problem, linear, dense, current, taken, gradients))
-    fit = Losses(*(mean_of(loss.seen) for loss in losses))
-    return replace(best.ranking, score=best.ranking.score.float()), fit
+    found = Losses(*(mean_of(loss.seen) for loss in losses))
+    return replace(best.ranking, score=best.ranking.score.float()), found
 
 
 def _worth(
@@ -158,12 +159,14 @@ def _worth(
         dense: Its dense weight, `[out, in]`.
         current: Its weight now, likewise.
         taken: What of it has been restored, and removed, before.
-        gradients: Of both losses, `[out, in]` float32; with swaps the squares below.
+        gradients: Of both losses, `[out, in]` float32; with swaps `[2 * out, in]`, their
+            squares stacked under them.
     """
     rows, device = linear.shape[0], current.device
     worth = worth_of(*(gain(gradient[:rows], dense, current) for gradient in gradients))
     free = restorable(dense, current)
-    # What a step removed does not come back, or steps could undo each other for ever.
+    # A weight that an earlier swap removed looks restorable. It stays removed, or steps could undo
+    # each other for ever.
     free.view(-1)[taken.removed[taken.removed >= 0].to(device)] = False
     worth.masked_fill_(~free, -torch.inf)
     removed = None
@@ -171,6 +174,7 @@ def _worth(
         cost = torch.zeros_like(worth)
         for gradient in gradients:
             cost += removal_cost(gradient[:rows], gradient[rows:], current).abs_()
+        # Nor is a weight removed that an earlier step restored.
         fixed = current == 0
         fixed.view(-1)[taken.position.to(device)] = True
         cost.masked_fill_(fixed, torch.inf)
@@ -185,7 +189,7 @@ def _worth(
 def _gradients(
     problem: Problem, side: int, loss: Loss, advance: Advance
 ) -> Iterator[tuple[LayerArchitecture, dict[str, Tensor]]]:
-    walk = problem.sides[side].fit
+    walk = problem.sides[side].gradient
     walk.rewind()
     return layer_gradients(
         walk,
