@@ -51,7 +51,7 @@ from regraft.models.placement import PlacedModel
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import edits_without_data, zeros
 from regraft.restoration.methods.gain.method import HELD_OUT, path_limit
-from regraft.restoration.methods.gain.path import Passed
+from regraft.restoration.methods.gain.path import StepRecord
 from regraft.restoration.methods.gain.step import Problem, Prompts, held_out_losses, step
 from regraft.restoration.ranking import empty
 from regraft.restoration.teacher import DecisionLoss, final_states
@@ -102,7 +102,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     start = held_out_losses(sides)  # what the path begins with, and a warm-up
 
-    def one_step() -> Passed:
+    def one_step() -> StepRecord:
         with TemporaryDirectory(dir=options.folder) as work:
             problem = Problem(model, source, pruned, sides, Path(work), options.what == "swap")
             return step(problem, room, empty(), start, lambda _: None)[1]

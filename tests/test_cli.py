@@ -27,6 +27,7 @@ import pico
 from disk import rewrite, shards, tree, write_data
 from methods import method, restored
 from regraft import pipeline, stages
+from regraft.artifact import ABOUT_FILE
 from regraft.checks import check_heads
 from regraft.cli import COMMANDS, app, main
 from regraft.data.collate import prompt_batch
@@ -36,7 +37,6 @@ from regraft.errors import RegraftError
 from regraft.files import write_json
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import load_processor, open_source
-from regraft.provenance import ABOUT_FILE
 from regraft.pruning.base import prune_settings
 from regraft.pruning.pruners.wanda import Wanda
 from regraft.reading import _made_from_demo
@@ -409,8 +409,8 @@ def test_budgets_in_a_recipe(
 @pytest.mark.parametrize(
     ("command", "wanted", "unwanted"),
     [
-        ("realign hsr", "Harmful and harmless prompts, none of which is evaluated", "Direction"),
-        ("tune hsr", "Harmful and harmless prompts, none of which is evaluated", "Direction"),
+        ("realign hsr", "Prompts to choose on; report no rates on them.", "Direction"),
+        ("tune hsr", "Prompts to choose on; report no rates on them.", "Direction"),
         ("defend", "Direction: harmful and harmless prompts on which layer and", "search"),
     ],
 )

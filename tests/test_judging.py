@@ -994,7 +994,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _run("judge", "answers", folder, "--by", "vlguard-1", "--by", "gcg-1")
     shown = capsys.readouterr().out
     assert "regraft-keywords-2" in shown
-    assert "66.7 [20.8, 93.9]" in shown
+    assert "66.7 % [20.8, 93.9]" in shown
     assert sorted(path.name for path in (folder / "judges").iterdir()) == [
         "agreement.json",
         "gcg-1.json",

@@ -86,12 +86,13 @@ def test_prune_score_realign_apply_reload_answer(
     assert filled == patch.restored
     suites, short = [calibration.data], EvalSettings(max_new_tokens=3)
     answered = {
-        name: stages.evaluate(source, tmp_path / f"{name}-answers", suites, short, COMPUTE).result
+        name: stages.evaluate(
+            stages.Target(source, COMPUTE), tmp_path / f"{name}-answers", suites, short
+        ).result
         for name, source in (("pruned", pruned), ("realigned", realigned))
     }
-    in_memory = stages.evaluate(
-        pruned, tmp_path / "patched-answers", suites, short, COMPUTE, tmp_path / "patch"
-    ).result
+    target = stages.Target(pruned, COMPUTE, tmp_path / "patch")
+    in_memory = stages.evaluate(target, tmp_path / "patched-answers", suites, short).result
     texts = {name: [a.answer for a in result.answers] for name, result in answered.items()}
     assert len(texts["pruned"]) == 8
     assert [a.answer for a in in_memory.answers] == texts["realigned"]

@@ -111,6 +111,9 @@ class Bench:
         if stage in ("statistics", "rank"):
             shared = ("dense", "calibration", "compute")
             given["setup"] = stages.Setup(**{name: given.pop(name) for name in shared})
+        if stage == "evaluate":
+            own = ("model", "compute", "patch", "progress", "cache")
+            given["target"] = stages.Target(**{n: given.pop(n) for n in own if n in given})
         return getattr(stages, "write_ranking" if stage == "rank" else stage)(**given)
 
     def about(self, stage: str) -> Mapping[str, Any]:
@@ -205,7 +208,7 @@ DIFFERENCES: list[tuple[str, Callable[[Bench], dict[str, Any]], str]] = [
     ("revert", lambda b: {"out": b.root / "realigned"}, "stage: .apply. there, .revert. now"),
     ("apply", lambda b: {"out": b.root / "reverted"}, "stage: .revert. there, .apply. now"),
     ("evaluate", lambda _: {"settings": EvalSettings()}, "settings.max_new_tokens: 3 there"),
-    ("evaluate", lambda b: {"patch_file": b.root / "patch"}, "inputs.patch: null there"),
+    ("evaluate", lambda b: {"patch": b.root / "patch"}, "inputs.patch: null there"),
     ("evaluate", lambda b: {"model": b.dense}, "inputs.model"),
 ]
 
@@ -326,13 +329,13 @@ def test_evaluation_with_a_patch_in_memory(bench: Bench, tmp_path: Path) -> None
     realigned = open_source(bench.root / "realigned")
     written = bench.run("evaluate", model=realigned, out=tmp_path / "a")
     patch = bench.root / "patch"
-    in_memory = bench.run("evaluate", patch_file=patch, out=tmp_path / "b")
-    twice = bench.run("evaluate", model=realigned, patch_file=patch, out=tmp_path / "c")
+    in_memory = bench.run("evaluate", patch=patch, out=tmp_path / "b")
+    twice = bench.run("evaluate", model=realigned, patch=patch, out=tmp_path / "c")
     assert written.result == in_memory.result == twice.result
     counted = {one.about["zeros"] for one in (written, in_memory, twice)}
     assert counted == {zeros(realigned.checkpoint, realigned.architecture)}
     with pytest.raises(RegraftError, match="dense is not the base of this patch"):
-        bench.run("evaluate", model=bench.dense, patch_file=patch, out=tmp_path / "d")
+        bench.run("evaluate", model=bench.dense, patch=patch, out=tmp_path / "d")
     assert not (tmp_path / "d").exists()
 
 

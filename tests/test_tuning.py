@@ -76,8 +76,8 @@ def tune(root: Path, tmp_path: Path) -> Callable[..., Tuned]:
             open_source(root / "dense"),
             CalibrationSettings(data=data, samples=4),
             COMPUTE,
-            changes.pop("scoring", HeadSettings(r_max=2)),
-            EVALUATION,
+            scoring=changes.pop("scoring", HeadSettings(r_max=2)),
+            evaluation=EVALUATION,
         )
         pruned, tuning = open_source(root / "pruned"), TuneSettings(**own)
         return stages.tune(restoration, pruned, method=settings, tuning=tuning, **given | changes)

@@ -15,6 +15,7 @@ from torch import Tensor
 from regraft.errors import RegraftError
 from regraft.files import atomic_file, digest
 
+ABOUT_FILE = "regraft.json"  # in a checkpoint that regraft wrote: how it was made
 _KEY = "regraft"  # one key: safetensors does not keep the order of several
 
 

@@ -38,7 +38,6 @@ from regraft.settings.compute import ComputeSettings
 
 _ONLY_ROUNDING = ("batch_size", "tokens_per_pass")  # settings that change nothing more
 _PIECES = "by size of image"  # how work is cut; another cut begins unfinished work again
-ABOUT_FILE = "regraft.json"  # in a checkpoint: how it was made
 # told in descriptions, but deciding nothing
 _OUTCOMES = {"violated_groups", "heads", "start", "steps", "end", "values", "passes"}
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from regraft.artifact import ABOUT_FILE
 from regraft.data.demo import demo_model, is_demo
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
@@ -18,7 +19,6 @@ from regraft.errors import RegraftError
 from regraft.files import read_json
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source
-from regraft.provenance import ABOUT_FILE
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.validation import validation_of

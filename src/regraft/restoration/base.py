@@ -79,9 +79,7 @@ class Counted(MethodSettings):
         description=f"Restored weights per 10,000 pruned ones; {DEFAULT_BUDGET:g} where neither "
         "this nor a count is given.",
     )
-    count: int | None = Field(
-        None, ge=1, description="Restored weights at most, as a number; instead of a budget."
-    )
+    count: int | None = Field(None, ge=1, description="At most so many restored weights.")
 
     @model_validator(mode="after")
     def _check_amount(self) -> Self:

@@ -17,8 +17,8 @@ class ComputeSettings(Settings):
     device: str = Field("auto", description="cpu, cuda or cuda:1; auto finds one.")
     dtype: DTypeName = Field(
         "auto",
-        description="auto: float32 on a CPU, else the checkpoint's own. bfloat16 is faster on "
-        "CPUs with AMX, and on AMD's with AVX-512 BF16 (see lscpu).",
+        description="auto: float32 on a CPU, else the checkpoint's own. CPUs with AMX or AMD's "
+        "with AVX-512 BF16 are faster in bfloat16.",
     )
     batch_size: int = Field(8, ge=1, description="Examples in one forward pass.")
     placement: Annotated[Placement, NAMED] = Field(

@@ -38,8 +38,9 @@ Data = Annotated[
     DataSource,
     _ONE_WORD,
     Parameter(
-        help="A .jsonl file ({seed} in its name stands for --seed) or vlguard PATH. Only for the "
-        "bundled model and what was made of it: demo:calibration, the default."
+        help="A .jsonl file ({seed} in its name is --seed) or vlguard PATH; needed unless the "
+        "model is demo.",
+        show_default=False,
     ),
 ]
 TextPrompts = Annotated[
@@ -74,8 +75,8 @@ class PromptSettings(Settings):
     """Harmful prompts (D^s) and harmless ones (D^u)."""
 
     data: Data = DataSource(name="demo", split="calibration")  # `source` is what is read
-    samples: int = Field(128, ge=1, description="Prompts drawn of each kind; all where fewer.")
-    seed: int = Field(0, description="Seed of this draw; another one draws other prompts.")
+    samples: int = Field(128, ge=1, description="Prompts of each kind at most.")
+    seed: int = Field(0, description="Seed of the draw of prompts.")
 
     @property
     def source(self) -> DataSource:
@@ -95,8 +96,8 @@ class CalibrationSettings(PromptSettings):
 
     responses: Annotated[Literal["auto", "given", "self"], NAMED] = Field(
         "auto",
-        description="given: the data set's. self: the dense model's own, of which those are kept "
-        "that refuse a harmful prompt or answer a harmless one. auto: given if any, else self.",
+        description="given: the data set's. self: the dense model's own, if they refuse what "
+        "is harmful and nothing else. auto: given if any, else self.",
     )
     max_response_tokens: Annotated[int, EXPERT] = Field(
         64, ge=1, description="Length of the model's responses."

@@ -16,16 +16,14 @@ class SearchSettings(Settings):
 
     validation: Validation = Field(
         None,
-        description="Prompts of both kinds to choose on; report no rates on them. If not given, a "
-        "quarter of --data, which is then not learnt from.",
+        description="Prompts to choose on; report no rates on them. If not given, a quarter of "
+        "--data is held out.",
     )
     validation_limit: Annotated[int | None, EXPERT] = Field(
         None, ge=1, description="Validate on the first of each kind only."
     )
     points: int = Field(8, ge=1, description="Numbers of weights to try.")
-    most: float | None = Field(
-        None, gt=0, description="Try at most so many per 10,000, if less than the budget."
-    )
+    most: float | None = Field(None, gt=0, description="Try at most so many per 10,000.")
     target_asr: float | None = Field(
         None, ge=0, le=100, description="Take the fewest weights with an ASR (%) this low."
     )

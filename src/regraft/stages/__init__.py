@@ -6,8 +6,8 @@ another key is never overwritten. Unfinished work waits in a hidden folder besid
 under its key, and is taken up again after a kill.
 """
 
+from regraft.artifact import ABOUT_FILE
 from regraft.evaluation.tradeoff import read_curve
-from regraft.provenance import ABOUT_FILE
 from regraft.stages.answering import calibration_data, imitation_data
 from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation

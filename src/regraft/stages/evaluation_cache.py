@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from regraft.artifact import ABOUT_FILE
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
@@ -17,7 +18,6 @@ from regraft.loading import load
 from regraft.models.load import Source, load_processor
 from regraft.patch.pair import Survey, survey
 from regraft.progress import Progress
-from regraft.provenance import ABOUT_FILE
 from regraft.pruning.prune import zeros
 from regraft.reading import (
     draw_calibration,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import distributed
+from regraft.artifact import ABOUT_FILE
 from regraft.errors import RegraftError
 from regraft.files import file_digest, read_json, to_json
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
@@ -15,7 +16,7 @@ from regraft.models.checkpoint_copy import check_target
 from regraft.patch.apply import Operation, Plan, make_plan, write_plan
 from regraft.patch.format import Patch, load_patch
 from regraft.progress import Progress, Silent
-from regraft.provenance import ABOUT_FILE, describe, holds, is_done, working
+from regraft.provenance import describe, holds, is_done, working
 
 _ROLE = {"apply": "pruned", "revert": "realigned"}
 Description = Mapping[str, Any]

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from regraft import distributed
+from regraft.artifact import ABOUT_FILE
 from regraft.data.example import Reading
 from regraft.files import require_space, to_json
 from regraft.loading import (
@@ -23,7 +24,7 @@ from regraft.models.checkpoint_copy import Edit, check_target, write_edited
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
 from regraft.progress import Progress, Silent
-from regraft.provenance import ABOUT_FILE, describe, is_done, unfinished_bytes, working
+from regraft.provenance import describe, is_done, unfinished_bytes, working
 from regraft.pruning.base import PRUNERS, GradientPruner, PruneSettings
 from regraft.pruning.prune import edits_without_data, passes, prune_layers
 from regraft.pruning.results import LayerResults
