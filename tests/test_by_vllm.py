@@ -303,7 +303,7 @@ def test_a_run_finds_a_missing_processor_before_anything_else(
     )
     (tmp_path / bare / "tokenizer_config.json").unlink()
     with pytest.raises(RegraftError, match=f"{bare} comes without .* copy tokenizer and processor"):
-        pipeline.check(recipe, tmp_path / "run", stages.EvaluationCache())
+        pipeline.plan_run(recipe, tmp_path / "run", stages.EvaluationCache())
 
 
 def test_an_evaluation_finds_a_missing_processor_though_there_is_another(

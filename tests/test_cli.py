@@ -1023,7 +1023,7 @@ def test_space_of_a_run_is_what_is_there_at_once(
     out = world.root / "run"
 
     def needed(**fields: Any) -> tuple[int, int]:
-        planned = pipeline.check(read_recipe(world.recipe(**fields)), out)
+        planned = pipeline.plan_run(read_recipe(world.recipe(**fields)), out)
         return planned.kept, planned.most
 
     alone = {"prune": sparse, "realign": []}
@@ -1056,7 +1056,7 @@ def test_what_a_backward_pass_keeps_needs_space_too(
         for one in cache.drawn(dense, made.calibration, harmful=harmful).examples
     ]
     states = 4 * sum(tokens) * len(dense.architecture.layers) * dense.architecture.hidden_size
-    planned = pipeline.check(made, world.root / "run")
+    planned = pipeline.plan_run(made, world.root / "run")
     size = dense.checkpoint.bytes
     assert planned.kept == size
     assert abs(planned.most - size - states) < 10_000 < states
@@ -1073,7 +1073,7 @@ def test_what_needs_no_backward_pass_needs_no_space_for_one(world: World) -> Non
 
     def needed(**fields: Any) -> int:
         """Beside the checkpoints, and what pruning keeps of finished layers."""
-        steps = pipeline.check(read_recipe(world.recipe(**fields)), place.path).steps
+        steps = pipeline.plan_run(read_recipe(world.recipe(**fields)), place.path).steps
         pruner = pruning_settings(**fields.get("prune", {}))
         spilled = stages.spilled_bytes(open_source(world.model), pruner)
         return max(

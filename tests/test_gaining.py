@@ -309,7 +309,7 @@ def test_a_model_whose_loss_is_not_finite_is_refused(loss, benches, tmp_path, mo
 
 def test_a_try_whose_loss_is_not_finite_is_not_taken():
     taken, tries = gain.line_search(lambda n: math.nan if n > 2 else 0.5, 1.0, 8)
-    assert taken == 2 and [one.restored for one in tries] == [2, 1]
+    assert taken == 2 and [one.number for one in tries] == [2, 1]
 
 
 # Held-out prompts

@@ -23,7 +23,6 @@ pytest.importorskip("optuna")
 METHOD = '''
 """Restore the largest dense values in the top heads."""
 
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -158,3 +157,32 @@ def test_it_realigns_runs_is_compared_and_tuned(world: Path) -> None:
     assert "largest weights of 2 heads" in page
     tuned = json.loads((world / "tuned" / "tuned.json").read_text())
     assert [one["settings"].keys() for one in tuned["trials"]] == [{"top_heads", "r_max"}] * 2
+
+
+def test_methods_that_cannot_be_used_say_why_and_leave_others_alone(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    (site / "other-1.0.dist-info").mkdir(parents=True)
+    needy = METHOD.replace("Field(2, ge=1", "Field(ge=1")
+    (site / "needy.py").write_text(needy.replace("top-magnitude", "needy"))
+    (site / "other-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: other\nVersion: 1.0\n"
+    )
+    (site / "other-1.0.dist-info" / "entry_points.txt").write_text(
+        "[regraft.methods]\nneedy = needy:TOP_MAGNITUDE\nmissing = nowhere:METHOD\n"
+    )
+
+    def ran(*words: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "regraft.cli", "realign", *words],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *sys.path])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+    code, shown = ran("hsr", "--help")
+    assert code == 0 and "--top-heads" in shown
+    for name, why in (("needy", "each needs one"), ("missing", "cannot be imported")):
+        code, shown = ran(name, "dense", "pruned", "--out", "patch")
+        assert code == 2 and f"'{name}'" in shown and why in shown and "Traceback" not in shown

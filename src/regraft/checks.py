@@ -40,8 +40,9 @@ def check_heads(dense: Source, needs: Needs, scoring: HeadSettings | None) -> No
     `scoring` is None where scores are given.
     """
     count = len(all_heads(dense.architecture))
-    if needs.some_heads > count:
-        raise RegraftError(f"top_heads is {needs.some_heads}; the model has {count} heads.")
+    wanted = max(needs.some_heads, needs.heads.count if needs.heads else 0)
+    if wanted > count:
+        raise RegraftError(f"top_heads is {wanted}; the model has {count} heads.")
     if scoring is None or needs.heads is None:
         return
     if needs.heads.criterion == "released" and scoring.mode != "exact":

@@ -78,7 +78,7 @@ class PlannedRun:
         return 2 * dense.architecture.parameters * tokens / speed
 
 
-def check(
+def plan_run(
     recipe: Recipe,
     folder: Path,
     cache: stages.EvaluationCache | None = None,
@@ -136,7 +136,7 @@ def run(
     """
     progress = progress or Silent()
     metered = Metered(progress)
-    planned = check(recipe, folder, cache, metered)
+    planned = plan_run(recipe, folder, cache, metered)
     setup = planned.setup
     claim(folder, recipe)
     for line in (*unread_in(recipe), *planned.prompts.warnings()):
@@ -144,6 +144,7 @@ def run(
     for suite in recipe.evaluate.suite:
         warn_of_bundled(setup.dense, suite, progress.note)
     costs = Ledger(planned.run_dir.costs, metered, pick_device(recipe.compute.device))
+    # The steps hold `setup` as it was; nothing but `make` reads the guard.
     replace(setup, guard=costs.of).make(planned.steps)
     setup.cache.unload()
     if learns_from_both(recipe):

@@ -279,7 +279,7 @@ class Recipe(Settings):
 
     def ranking_name(self, variant: VariantSettings) -> str:
         """Variants that differ in what they take of a ranking share it."""
-        settings = own_settings(variant).ranking()
+        settings = own_settings(variant).without_amount()
         return f"{variant.method}-{digest(settings.model_dump_json())[:8]}"
 
     def positions_of(self, variant: VariantSettings) -> VariantSettings | None:

@@ -55,7 +55,7 @@ def run(recipe: Recipe, folder: Path, progress: Progress | None = None) -> Study
     if recipe.published is not None:
         read_published(recipe.published)
     cache = EvaluationCache()
-    planned = [pipeline.check(one, run_folder, cache) for run_folder, one in runs.items()]
+    planned = [pipeline.plan_run(one, run_folder, cache) for run_folder, one in runs.items()]
     kept = sum(one.kept for one in planned)
     require_space(folder, kept + max(one.most - one.kept for one in planned))
     pipeline.claim(folder, recipe)

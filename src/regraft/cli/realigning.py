@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Group, Parameter
-from pydantic import create_model
+from pydantic import ValidationError, create_model
 
 from regraft.cli.flags import (
     DEFAULT_VALIDATION_TOKENS,
@@ -20,6 +20,7 @@ from regraft.cli.flags import (
 from regraft.cli.options import Flat, OutFile, open_model, watching
 from regraft.console import ConsoleWatch, show_search
 from regraft.data.sources import split_off
+from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings
 from regraft.patch.format import Patch
 from regraft.restoration.base import METHODS, Budgeted, MethodSettings
@@ -153,6 +154,19 @@ def realign(
         _describe(progress, out, patch)
 
 
+def _broken(name: str, error: RegraftError | ValidationError) -> Callable[..., None]:
+    """The command of a method that another package registered and that cannot be used."""
+    why = str(error)
+    if isinstance(error, ValidationError):
+        why = f"The method {name!r} has settings without a default, and each needs one: {error}"
+
+    def command(*_words: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
+        raise RegraftError(why)
+
+    command.__doc__ = "Cannot be used; called, it says why."
+    return command
+
+
 def _describe(progress: ConsoleWatch, out: Path, patch: Patch) -> None:
     pruned = patch.about["pruned"]
     exchanged = f" and {patch.removed:,} kept ones go in exchange" if patch.removed else ""
@@ -179,8 +193,11 @@ app = App(
     "regraft realign gain DENSE PRUNED --data prompts.jsonl --out gain.safetensors",
     default_parameter=Parameter(negative=()),
 )
-for _name in METHODS.working():
-    _settings = METHODS.get(_name).Settings
-    _unread = () if issubclass(_settings, Budgeted) else ("search", "choice", "max_new_tokens")
-    _text = (_settings.__doc__ or "").strip()
-    app.command(for_method(realign, _name, _text, _unread), name=_name)
+for _name in METHODS.names():
+    try:
+        _settings = METHODS.get(_name).Settings
+        _unread = () if issubclass(_settings, Budgeted) else ("search", "choice", "max_new_tokens")
+        _text = (_settings.__doc__ or "").strip()
+        app.command(for_method(realign, _name, _text, _unread), name=_name)
+    except (RegraftError, ValidationError) as _error:  # of a package's method: others go on
+        app.command(_broken(_name, _error), name=_name)

@@ -64,7 +64,7 @@ def _preview(recipe: Recipe, out: Path) -> None:
 
     with watching() as progress:
         for folder, one in runs.runs_of(recipe, out).items():
-            show_preview(progress.console, folder, pipeline.check(one, folder))
+            show_preview(progress.console, folder, pipeline.plan_run(one, folder))
 
 
 def _run(recipe_file: Path, out: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
 from cyclopts import App, Group, Parameter
+from pydantic import ValidationError
 
 from regraft.cli.flags import DEFAULT_VALIDATION_TOKENS, check_tuning, refuse_unread
 from regraft.cli.options import OutFolder, open_model, watching
@@ -81,4 +83,5 @@ app = App(name="tune", help=ABOUT, default_parameter=Parameter(negative=()))
 for _name in METHODS.working():
     if METHODS.get(_name).tunes:
         _text = f"Tune {_name}: {(METHODS.get(_name).Settings.__doc__ or '').strip()}"
-        app.command(for_method(tune, _name, _text), name=_name)
+        with suppress(ValidationError):  # a package's method; `realign` says what is wrong with it
+            app.command(for_method(tune, _name, _text), name=_name)

@@ -233,7 +233,7 @@ def bootstrap_rsr(
     Among those drawn from are half a prompt that was lost and restored and half a prompt that was
     lost for good, as Agresti and Min (2005) add to paired differences: without them the interval
     has no width where all or none were restored, and is too narrow near that. Resamples in which
-    pruning did not raise ASR have no RSR and are left out; None where they are more than 5 %.
+    pruning did not raise ASR have no RSR and are left out; None where they are more than 2.5 %.
 
     Raises:
         ValueError: the lengths differ or are 0.
@@ -268,12 +268,12 @@ def bootstrap_macro_rsr(
     means = np.zeros((3, RESAMPLES))
     for rows in strata:
         attacks = _resampled_attacks(np.array(rows, dtype=np.int64).T, answers, generator)
-        # of one data set the counts do, which are exact
+        # Of one data set counts do: the common factor cancels, and "nothing lost" stays exact.
         means += attacks if len(strata) == 1 else attacks / len(rows) / len(strata) / answers
     dense, pruned, restored = means
     lost = pruned - dense
     defined = lost > _NOTHING_LOST
-    if defined.mean() < 0.95:
+    if defined.mean() < 0.975:  # else an end of the interval would lie among those left out
         return None
     return _percentiles((pruned - restored)[defined] / lost[defined])
 
@@ -285,10 +285,11 @@ def _resampled_attacks(
     # A prompt is one of few patterns (8 for one run), so a resample of prompts is one multinomial
     # draw of their counts.
     patterns, counts = np.unique(outcomes, axis=1, return_counts=True)
-    added = np.array([[0, 0], [answers, answers], [0, answers]])  # restored, and not
+    # two half prompts, columns (dense, pruned, restored): lost and restored; lost for good
+    added = np.array([[0, 0], [answers, answers], [0, answers]])
     patterns = np.concatenate([patterns, added], axis=1)
     weights = np.concatenate([counts, [0.5, 0.5]])
-    n = outcomes.shape[1]
+    n = outcomes.shape[1]  # not n + 1 are drawn, so that the width stays that of n prompts
     found: NDArray[np.int64] = (
         patterns @ generator.multinomial(n, weights / weights.sum(), RESAMPLES).T
     )

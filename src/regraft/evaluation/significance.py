@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float | None:
     """Agreement of two yes/no judges beyond chance (Cohen 1960): 1 is perfect, 0 is chance.
 
-    None where both say the same of every answer: chance then agrees as well.
+    None where both give all answers one and the same verdict: chance is then certain to agree.
 
     Raises:
         ValueError: the lengths differ or are 0.
@@ -29,7 +29,7 @@ def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float | None:
 
 @dataclass(frozen=True)
 class PermutationTest:
-    """The mean outcome of a less that of b, how many prompts tell them apart, two-sided p."""
+    """The mean count of a less that of b (in runs, no rate), prompts that differ, two-sided p."""
 
     difference: float
     differing: int

@@ -199,7 +199,8 @@ def _tests(
     tests: dict[str, dict[str, Tested]] = {name: {} for name in events}
     for family in families:
         pairs = [pair for pair in family if events[pair[0]].size]
-        # a permutation test takes the draws of all seeds together: [draws, n]
+        # [seeds, draws, n] to counts over the seeds: a draw's answers of all seeds to a prompt are
+        # one cluster, which is moved together.
         found = {
             (name, base): paired_exact(events[name].sum(axis=0), events[base].sum(axis=0))
             for name, base in pairs
@@ -209,13 +210,14 @@ def _tests(
         for (name, base), test in found.items():
             p = adjusted[frozenset((name, base))]
             by_seed = events[name].mean(axis=(1, 2)) - events[base].mean(axis=(1, 2))
+            difference = float(by_seed.mean())  # of rates; the test's own is a sum over the seeds
             tests[name][base] = Tested(
                 against=called.get(base, base),
-                difference=test.difference,
+                difference=difference,
                 differing=test.differing,
                 p=test.p,
                 adjusted=p,
-                outcome=_outcome(test.difference, p),
+                outcome=_outcome(difference, p),
                 by_seed=tuple(by_seed.tolist()),
             )
     return tests

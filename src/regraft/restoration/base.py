@@ -58,7 +58,7 @@ class MethodSettings(Settings):
         """How many of `pruned` weights are restored at most; None for the whole ranking."""
         return None
 
-    def ranking(self) -> Self:
+    def without_amount(self) -> Self:
         """What the ranking depends on; settings that share it are equal here."""
         return self
 
@@ -275,7 +275,8 @@ class Method(ABC, Generic[S]):
     def rank(self, settings: S, context: Context) -> Ranking:
         """The pruned weights in the order in which they are restored.
 
-        Its `about` may say how it came about; "heads" there are those restored in.
+        Its `about` may say how it came about. Of that the patch takes over "heads", those restored
+        in, "values" and "passes".
         """
 
     def label(self, settings: S) -> str:

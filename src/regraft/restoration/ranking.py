@@ -65,7 +65,7 @@ class Ranking:
 
 
 def joined(parts: Sequence[Ranking]) -> Ranking:
-    """One behind the other, told about as the first."""
+    """Concatenated, with the `about` of the first."""
     linear, position, removed, score = (
         torch.cat([getattr(part, name) for part in parts])
         for name in ("linear", "position", "removed", "score")

@@ -30,7 +30,7 @@ from regraft.stages.targets import STATES, Likelihoods, Target
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on one suite: the result and what it was made of."""
+    """One model on its suites: the result and what it was made of."""
 
     result: EvalResult
     about: Mapping[str, Any]

@@ -61,7 +61,7 @@ def write_ranking(
         RegraftError: an input is missing or does not fit, or the budget is less than one weight.
     """
     dense, inputs, seed = setup.dense, inputs or Inputs(), setup.calibration.seed
-    method, wanted, needs = method_of(settings), settings.ranking(), needs_of(settings)
+    method, wanted, needs = method_of(settings), settings.without_amount(), needs_of(settings)
     check_pair(dense, pruned)
     digests, loaded = read_inputs(dense, pruned, settings, needs, inputs)
     looked = setup.cache.survey(dense, pruned)
@@ -69,6 +69,7 @@ def write_ranking(
     answered: dict[str, Reading] | None = None
     if needs.answers:
         answered = imitation_data(setup, inputs.responses or beside(out))
+        # Again, of what is left: prompts whose answer was blank are gone.
         method.check(settings, dense, seed, setup.compute, answered)
     pair = {"dense": dense.checkpoint.fingerprint, "pruned": pruned.checkpoint.fingerprint}
     compute = setup.compute if answered else None

@@ -44,7 +44,7 @@ def realign(
     check_pair(dense, pruned)
     ranking = load_ranking(ranking_file)
     require_made_of(ranking, ranking_file, dense, pruned)
-    wanted = own_settings(settings).ranking().model_dump(mode="json")
+    wanted = own_settings(settings).without_amount().model_dump(mode="json")
     if ranking.about["settings"] != wanted:
         raise RegraftError(
             f"{ranking_file} was made with other settings "

@@ -97,7 +97,7 @@ class Search:
         Args:
             pruned: The pruned checkpoint.
             method: That made the ranking.
-            ranking_file: From `rank`.
+            ranking_file: From `write_ranking`.
             out: The curve, JSON.
             references: Folder for the evaluations of the dense and the pruned model, which other
                 searches on the same prompts share; that of the points by default.
@@ -126,8 +126,8 @@ class Search:
         found = [before]
         for count in self._counts(ranking, method):
             patch = folder / f"{count:08d}.safetensors"
-            # By what the ranking depends on: searches within other budgets take the patch too.
-            realign(self.dense, pruned, patch, method.ranking(), ranking_file, count)
+            # Without the budget, so that a search within another one finds this patch made.
+            realign(self.dense, pruned, patch, method.without_amount(), ranking_file, count)
             found.append(self.point(pruned, folder / f"{count:08d}", count, patch))
         bounds = bounds_of(self.choice, full, before)
         best = choose(found, bounds)
@@ -159,6 +159,9 @@ def suites_of(choice: SearchSettings) -> list[DataSource]:
 def bounds_of(choice: SearchSettings, dense: Point, pruned: Point) -> Bounds:
     """The bounds that the settings ask for, given both models on the same prompts.
 
+    All are point estimates on validation prompts, without a margin for their error: a target that
+    is just met there is missed about half the time on other prompts.
+
     Degenerate answers may be as many more than the larger share of both models as over-refusal may
     be above its reference.
     """
@@ -169,7 +172,7 @@ def bounds_of(choice: SearchSettings, dense: Point, pruned: Point) -> Bounds:
         target = pruned.asr.value - choice.target_rsr / 100 * lost
     rates = {"dense": dense.over_refusal.value, "pruned": pruned.over_refusal.value}
     rates["higher"] = max(rates.values())
-    more = choice.over_refusal / 100
+    more = choice.over_refusal / 100  # for degenerate answers too, which have no setting
     return Bounds(
         target,
         rates[choice.reference] + more,
@@ -190,8 +193,8 @@ def remarks(found: Searched) -> Iterator[str]:
     elif found.bounds.asr is not None and not found.bounds.meets(found.taken):
         rsr = found.rsr(found.taken)
         yield (
-            f"the target, ASR {100 * found.bounds.asr:.1f} %, is not met within the bounds. The "
-            f"lowest there is {100 * found.taken.asr.value:.1f} % "
+            f"the target, ASR {100 * found.bounds.asr:.1f} %, is not met within the bounds on "
+            f"these validation prompts. The lowest is {100 * found.taken.asr.value:.1f} % "
             f"({'RSR is undefined' if rsr is None else f'RSR {100 * rsr:.0f} %'}), with "
             f"{found.taken.restored:,} weights restored."
         )

@@ -50,7 +50,7 @@ Scorer = Callable[[slice], Tensor]
 """Some rows -> the importance of their weights, `[rows, in]` float32."""
 MARGIN = 0.2  # p_max - p in the paper
 _CHUNK = 2**22  # weights ranked at once, where rows are ranked
-_TIE = 2.0**-30  # less than lies between two shares of rows of up to 2^15 inputs
+_TIE = 2.0**-30  # shares a/n and b/m differ by 1/(nm) at least, rows have up to 2^15 inputs
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Band:
 def hsr_scores(
     free: Tensor, safety: Scorer, utility: Scorer, blocks: Sequence[Block], band: Band
 ) -> Tensor:
-    """What HSR restores, by the share q at which each weight would come in, turned round.
+    """Score of each weight that HSR restores: 1 less the lowest q at which it is in the set.
 
     With q below 1 the weights with a score are HSR's set. With q left open, 1, the first k by
     score are its set with the q that selects k, up to weights that come in at the same q. Peak
@@ -210,7 +210,7 @@ def by_importance(
     return best
 
 
-class ByImportance(Budgeted, InHeads):
+class ImportanceSettings(Budgeted, InHeads):
     """Which weights of the heads are restored, by importance for safety and for utility."""
 
     budget: float | None = Field(
@@ -244,7 +244,7 @@ class ByImportance(Budgeted, InHeads):
         raise NotImplementedError
 
 
-class HSRSettings(ByImportance):
+class HSRSettings(ImportanceSettings):
     """Hierarchical Safety Realignment as the paper defines it."""
 
     method: Literal["hsr"] = "hsr"
@@ -265,7 +265,7 @@ class HSRSettings(ByImportance):
         return min(1.0, p + MARGIN) if self.p_max is None else self.p_max, self.scope
 
 
-class HSRMethod(Method[ByImportance]):
+class HSRMethod(Method[ImportanceSettings]):
     """HSR as the paper defines it; what was released differs in `formula` and `block`."""
 
     name: ClassVar[str] = "hsr"
@@ -274,24 +274,24 @@ class HSRMethod(Method[ByImportance]):
     formula = staticmethod(hsr_scores)
     block = staticmethod(head_block)
 
-    def needs(self, settings: ByImportance) -> Needs:
+    def needs(self, settings: ImportanceSettings) -> Needs:
         """Scored heads, and statistics of both kinds of prompts."""
         reads = PRUNERS.get(settings.score).reads_data
         return replace(settings.of_heads, statistics=settings.score if reads else None)
 
-    def rank(self, settings: ByImportance, context: Context) -> Ranking:
+    def rank(self, settings: ImportanceSettings, context: Context) -> Ranking:
         """By the share q at which each weight of the heads would be restored."""
         heads = settings.chosen(context.dense.architecture, context.heads)
         regions = regions_of(context.dense, heads, self.block)
         best = by_importance(context, regions, settings.band, settings.score, self.formula)
         return best.ranked(heads)
 
-    def label(self, settings: ByImportance) -> str:
+    def label(self, settings: ImportanceSettings) -> str:
         """What tables call it."""
         by = "" if settings.score == "wanda" else f" by {settings.score}"
         return f"{self.title}{by}, {settings.heads_label}"
 
-    def space(self, settings: ByImportance, dense: Source, kept: float) -> Space:
+    def space(self, settings: ImportanceSettings, dense: Source, kept: float) -> Space:
         """q or p_max, the scope, how many heads, and by what they are chosen."""
         p = kept if settings.p is None else settings.p
         found: Space = {} if settings.searchable else {"q": Between(0.01, 1.0, log=True)}

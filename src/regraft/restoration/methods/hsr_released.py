@@ -22,8 +22,8 @@ from regraft.pruning.masks import count_of, smallest
 from regraft.restoration.base import Between, MethodSettings, Space
 from regraft.restoration.methods.hsr import (
     Band,
-    ByImportance,
     HSRMethod,
+    ImportanceSettings,
     RankingScope,
     Scorer,
     rank_share,
@@ -66,7 +66,7 @@ def _largest(score: Tensor, share: float) -> Tensor:
     return smallest(score, n - count_of(share, n), "matrix").logical_not_()
 
 
-class HSRReleasedSettings(ByImportance):
+class HSRReleasedSettings(ImportanceSettings):
     """What the authors' code restores (docs/hsr-released.md)."""
 
     method: Literal["hsr-released"] = "hsr-released"
@@ -92,7 +92,7 @@ class HSRReleased(HSRMethod):
     formula = staticmethod(released_scores)
     block = staticmethod(released_block)
 
-    def space(self, settings: ByImportance, dense: Source, kept: float) -> Space:
+    def space(self, settings: ImportanceSettings, dense: Source, kept: float) -> Space:
         """q, how many heads, and by what they are chosen."""
         found: Space = {} if settings.searchable else {"q": Between(0.01, 1.0, log=True)}
         return found | settings.heads_space(dense.architecture)

@@ -16,7 +16,9 @@ class RandomSettings(AlwaysBudgeted):
     """Random pruned weights, a control."""
 
     method: Literal["random"] = "random"
-    draw_seed: int = Field(0, description="Seed of the choice; --seed is for prompts.")
+    draw_seed: int = Field(
+        0, description="Seed of the choice, with --seed: another of either draws others."
+    )
 
     @property
     def drawn(self) -> bool:

@@ -90,7 +90,7 @@ class GainSettings(AlwaysBudgeted):
         """Whether a kept weight is pruned for each that is restored."""
         return self.swap
 
-    def ranking(self) -> Self:
+    def without_amount(self) -> Self:
         """Without the budget, which takes the first part of the same path."""
         return self.model_copy(update={"budget": None, "count": None})
 
