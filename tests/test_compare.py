@@ -189,6 +189,7 @@ def test_seeds_are_pooled_by_prompt(pooled: Study) -> None:
     assert low - 0.02 < row.asr.low < low < high < row.asr.high < high + 0.02
     assert row.attacks is not None
     assert row.attacks.p == pytest.approx(drawn(own.sum(0)[None], base.sum(0)[None]), abs=0.01)
+    assert row.attacks.difference == pytest.approx(own.mean() - base.mean()), "not of the rates"
     assert row.rsr is not None
     value = (base.mean() - own.mean()) / (base.mean() - dense.mean())
     assert row.rsr.recovery.value == pytest.approx(value)

@@ -234,8 +234,9 @@ def _tests_notes(study: Study) -> Iterator[str]:
     yield (
         "Tests: exact permutation test of attack success (of refusals) on the same prompts, "
         f"clustered by prompt (McNemar's for one model against one), {which}. Holm: corrected for "
-        f"all tests of a table; better and worse are at Holm < {SIGNIFICANCE}. Read ASR with "
-        "over-refusal and utility: a model that refuses everything has the lowest ASR. The tests "
+        "all tests of methods on this event in a table; the damage by pruning is not corrected; "
+        f"better and worse are at Holm < {SIGNIFICANCE}. Read ASR with over-refusal and utility: a "
+        "model that refuses everything has the lowest ASR. The tests "
         f"are on these models with new prompts; how models of other seeds would differ {seeds}."
     )
 
