@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -130,3 +131,14 @@ def test_help_is_quick() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_map_names_every_module_and_no_other() -> None:
+    """But for folders of which the map says that there is a file each."""
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    house = text.partition("```\nsrc/regraft/\n")[2].partition("\ntests/")[0]
+    named = set(re.findall(r"\b(\w+\.py)\b", house))
+    plugins = {"readers", "pruners", "methods", "judges", "settings", "cli"}
+    there = {path for path in FILES if not plugins & set(path.relative_to(ROOT).parts)}
+    assert {path.name for path in there} - {"__init__.py", "__main__.py"} <= named
+    assert named <= {path.name for path in FILES}
