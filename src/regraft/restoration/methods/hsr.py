@@ -219,10 +219,8 @@ class ImportanceSettings(Budgeted, InHeads):
         lt=10_000,
         description="Restored weights per 10,000 pruned; replaces q.",
     )
-    score: ScoreName = Field(
-        "wanda", description="What I^s and I^u are: importance by this pruner."
-    )
-    q: float = Field(0.5, gt=0, le=1, description="Top share by safety importance.")
+    score: ScoreName = Field("wanda", description="Importance I^s, I^u: by this pruner.")
+    q: float = Field(0.5, gt=0, le=1, description="Top share by I^s, on harmful prompts.")
     p: float | None = Field(
         None, ge=0, lt=1, description="Share that pruning kept; of each matrix if not given."
     )
@@ -245,11 +243,11 @@ class ImportanceSettings(Budgeted, InHeads):
 
 
 class HSRSettings(ImportanceSettings):
-    """Hierarchical Safety Realignment as the paper defines it."""
+    """Hierarchical Safety Realignment: in the best heads, top q by I^s, p to p_max by I^u."""
 
     method: Literal["hsr"] = "hsr"
     p_max: float | None = Field(
-        None, gt=0, le=1, description="Outer bound by utility; p + 0.2 if not given."
+        None, gt=0, le=1, description="Outer bound by I^u, harmless; p + 0.2 if not given."
     )
     scope: RankingScope = Field("row", description="Within what weights compete.")
 
