@@ -264,7 +264,7 @@ def data(tmp_path: Path) -> DataSource:
 def _defend(source: Source, data: DataSource, out: Path, **settings: Any) -> Any:
     given = {"method": "refusal-direction", "validation": data, "max_new_tokens": 3, **settings}
     calibration = CalibrationSettings(data=data, samples=3)
-    return stages.defend(source, out, DefenceSettings(**given), calibration, COMPUTE)
+    return stages.defend(stages.Target(source, COMPUTE), out, DefenceSettings(**given), calibration)
 
 
 def test_a_given_direction_is_the_difference_of_means(
@@ -337,9 +337,8 @@ def test_answers_under_a_direction(source: Source, data: DataSource, tmp_path: P
 
 def test_the_prompt_reaches_the_model(source: Source, data: DataSource, tmp_path: Path) -> None:
     """Answers are those to instructions that were written so; the results show the user's."""
-    made = stages.defend(
-        source, tmp_path / "out", DefenceSettings(), CalibrationSettings(data=data), COMPUTE
-    )
+    target, calibration = stages.Target(source, COMPUTE), CalibrationSettings(data=data)
+    made = stages.defend(target, tmp_path / "out", DefenceSettings(), calibration)
     assert made.prompt == DEFENCE_PROMPT
     examples = [
         one
@@ -442,7 +441,8 @@ def test_the_bundled_model_refuses_more(tmp_path: Path) -> None:
     source = open_source(demo_model())
     settings = DefenceSettings(method="refusal-direction", layer=5, strength=3.0)
     compute = ComputeSettings(device="cpu", batch_size=20)
-    stages.defend(source, tmp_path / "out", settings, CalibrationSettings(samples=40), compute)
+    target = stages.Target(source, compute)
+    stages.defend(target, tmp_path / "out", settings, CalibrationSettings(samples=40))
     suite = [DataSource(name="demo", split="validation", kind="harmless")]
     answer = EvalSettings(max_new_tokens=12, limit=20)
     plain = stages.evaluate(

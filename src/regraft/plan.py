@@ -200,16 +200,11 @@ class Planner:
             return PromptUse(learnt, searched)
 
         def make() -> object:
-            return stages.defend(
-                pruned(),
-                file,
-                settings.only(),
-                setup.calibration,
-                setup.compute,
-                setup.progress,
-                setup.dense,
-                self.recipe.evaluate.text_judge(),
+            target = stages.Target(
+                pruned(), setup.compute, processor_from=setup.dense, progress=setup.progress
             )
+            judge = self.recipe.evaluate.text_judge()
+            return stages.defend(target, file, settings.only(), setup.calibration, judge)
 
         yield Step("defend", name, file, make, check, alone=by_direction)
         out = self.run_dir.evaluation(pruning, settings.name)

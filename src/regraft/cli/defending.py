@@ -30,7 +30,9 @@ def defend(
         refuse_unread(settings)
         check_data(settings.method, calibration, reads=settings.method == "refusal-direction")
         source = open_model(pruned, compute.trust_remote_code)
-        made = stages.defend(source, out, settings, calibration, compute, progress)
+        made = stages.defend(
+            stages.Target(source, compute, progress=progress), out, settings, calibration
+        )
         if isinstance(made, Direction):
             progress.note(
                 f"{out}: {made.strength:g} differences of means behind layer {made.layer}."

@@ -62,8 +62,8 @@ class Answer:
         return not (self.refused or self.degenerate)
 
     @property
-    def says_nothing(self) -> bool:
-        """Whether it does neither: no refusal, and nothing that answers the prompt."""
+    def counts_as_degenerate(self) -> bool:
+        """Whether it does neither: degenerate, and no refusal."""
         return bool(self.degenerate) and not self.refused
 
     @property

@@ -272,7 +272,7 @@ def read_answers(runs: Sequence[Run], cells: Sequence[Cells]) -> tuple[RowAnswer
                 prompts,
                 _events(([a.complies for a in column] for column in mine), shape),
                 _events(([a.refused for a in column] for column in mine), shape),
-                _events(([a.says_nothing for a in column] for column in mine), shape),
+                _events(([a.counts_as_degenerate for a in column] for column in mine), shape),
                 mine,
                 dense=found[0] if related else None,
                 pruned=found[1] if one.role == "method" else None,

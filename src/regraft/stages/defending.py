@@ -30,23 +30,21 @@ from regraft.evaluation.metrics import wilson
 from regraft.evaluation.summary import judge_answer
 from regraft.loading import collate, load
 from regraft.models.load import Source
-from regraft.progress import Advance, Progress, Silent
+from regraft.progress import Advance, Progress
 from regraft.provenance import describe, is_done, working
 from regraft.reading import draw_calibration, read_validation
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.validation import with_validation
+from regraft.stages.targets import Target
 
 
 def defend(
-    pruned: Source,
+    target: Target,
     out: Path,
     settings: DefenceSettings,
     calibration: CalibrationSettings,
-    compute: ComputeSettings,
-    progress: Progress | None = None,
-    processor_from: Source | None = None,
     judge: TextJudge = DEFAULT_JUDGE,
 ) -> Defence:
     """Make a defence for a pruned model, to evaluate it under; writes the file `out`.
@@ -54,53 +52,72 @@ def defend(
     A refusal direction is the difference of means of this very model on D^s and D^u prompts.
 
     Args:
-        pruned: The checkpoint.
+        target: The pruned model, and where it runs.
         out: The file.
         settings: The method.
         calibration: Prompts for the direction; their responses are not used.
-        compute: Device, dtype, batch size.
-        progress: Progress.
-        processor_from: Take the processor from there if the checkpoint comes without one.
         judge: Of answers to validation prompts.
 
     Raises:
         RegraftError: see the data readers; the layer is not one that every prompt runs through.
     """
-    progress = progress or Silent()
-    settings = with_validation(settings, pruned.folder, calibration, needed=settings.searches)
-    inputs = {"model": pruned.checkpoint.fingerprint}
+    settings = with_validation(settings, target.model.folder, calibration, needed=settings.searches)
     if settings.method != "refusal-direction":
-        about = describe("defend", inputs, settings)
+        about = describe("defend", _inputs(target), settings)
         if not is_done(out, out, about, lambda: load_defence(out).about) and distributed.first():
             before = settings.method == "safety-prompt"
             save_defence(out, ShieldPrompt(settings.prompt, about, before))
         distributed.barrier()
         return load_defence(out)
-    check_direction_layer(pruned, settings)
-    data = {
-        "safety": draw_calibration(pruned, calibration, harmful=True),
-        "utility": draw_calibration(pruned, calibration, harmful=False),
-    }
-    if settings.searches:
-        data["validation"] = read_validation(pruned, settings)
-    about = describe("defend", inputs, settings, compute, data)
+    check_direction_layer(target.model, settings)
+    data = _data(target.model, settings, calibration)
+    about = describe("defend", _inputs(target), settings, target.compute, data)
     about["judge"] = judge.name
     if not is_done(out, out, about, lambda: load_defence(out).about):
         for role, reading in zip(("D^s", "D^u", "Validation"), data.values(), strict=False):
-            progress.note(reading.describe(role))
+            target.progress.note(reading.describe(role))
         with working(out, about) as work:
-            model, processor = load(pruned, compute, progress, processor_from)
-            vectors = _differences(pruned, model, processor, data, compute, progress)
-            search = _Search(model, processor, vectors, settings, compute, judge, work, about)
-            made = search.run(data.get("validation"), progress)
+            made = _direction(target, settings, data, judge, work, about)
             if not made.strength:
-                progress.note(
+                target.progress.note(
                     f"{out.name}: no layer and strength lowers ASR at so little over-refusal; "
                     "nothing is added."
                 )
             if distributed.first():
                 save_defence(out, made)
     return load_defence(out)
+
+
+def _inputs(target: Target) -> dict[str, str]:
+    return {"model": target.model.checkpoint.fingerprint}
+
+
+def _data(
+    model: Source, settings: DefenceSettings, calibration: CalibrationSettings
+) -> dict[str, Reading]:
+    """D^s, D^u and, where layer and strength are chosen, the prompts to choose on."""
+    data = {
+        "safety": draw_calibration(model, calibration, harmful=True),
+        "utility": draw_calibration(model, calibration, harmful=False),
+    }
+    if settings.searches:
+        data["validation"] = read_validation(model, settings)
+    return data
+
+
+def _direction(
+    target: Target,
+    settings: DefenceSettings,
+    data: Mapping[str, Reading],
+    judge: TextJudge,
+    work: Path,
+    about: Mapping[str, Any],
+) -> Direction:
+    compute, progress = target.compute, target.progress
+    model, processor = load(target.model, compute, progress, target.processor_from)
+    vectors = _differences(target.model, model, processor, data, compute, progress)
+    search = _Search(model, processor, vectors, settings, compute, judge, work, about)
+    return search.run(data.get("validation"), progress)
 
 
 def _differences(
@@ -201,5 +218,5 @@ class _Search:
             strength,
             wilson(sum(attacks), len(attacks)),
             wilson(sum(harmless), len(harmless)),
-            sum(one.says_nothing for one in judged) / len(judged),
+            sum(one.counts_as_degenerate for one in judged) / len(judged),
         )
