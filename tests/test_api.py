@@ -14,8 +14,10 @@ import regraft
 from disk import write_data
 from regraft.cli import main
 from regraft.errors import RegraftError
+from regraft.files import read_json
 from regraft.models.load import open_source
 from regraft.restoration.ranking import load_ranking
+from truth import pruned_at_random
 
 QUICK = {"device": "cpu", "samples": 4}
 
@@ -66,6 +68,18 @@ def test_it_is_what_the_command_line_makes(root: Path, tmp_path: Path) -> None:
     on_disk = regraft.evaluate(tmp_path / "realigned", data, tmp_path / "f", **given)
     assert in_memory.asr == on_disk.asr
     assert in_memory.utility == on_disk.utility
+
+
+def test_a_search_without_prompts_holds_a_quarter_out(root: Path, tmp_path: Path) -> None:
+    pruned_at_random(open_source(root / "dense"), tmp_path / "pruned", 0.5)
+    write_data(tmp_path / "data", 16)
+    data = tmp_path / "data" / "data.jsonl"
+    given = {"data": str(data), "device": "cpu", "samples": 4, "budget": 20}
+    models = root / "dense", tmp_path / "pruned"
+    regraft.realign(*models, tmp_path / "a", method="random", search={"points": 2}, **given)
+    chosen_on = read_json(tmp_path / "a.curve.json")["about"]["data"]["validation"]
+    assert 0 < chosen_on["used"] <= 32 // 4
+    assert chosen_on["used"] + chosen_on["skipped"]["not held-out"] == 32
 
 
 def test_bad_settings_are_named(root: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings
-from regraft.settings.validation import with_validation
+from regraft.settings.validation import with_held_out
 
 if TYPE_CHECKING:
     from regraft.report.study import Study
@@ -110,6 +110,7 @@ def realign(
         out: The patch file; what it is made from lies beside it.
         method: The restoration method.
         search: Choose how many weights are restored: `validation` prompts, bounds and targets.
+            Without such prompts a quarter of the calibration data is held out for it.
         heads_file: From `score_heads`.
         progress: Shows progress.
         settings: Of the method (`budget`, `swap` ...), the scoring of heads, the calibration and
@@ -121,7 +122,9 @@ def realign(
     blocks = METHODS.get(method).Settings, HeadSettings, CalibrationSettings, ComputeSettings
     own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
     before, after = _opened(dense, compute), _opened(pruned, compute)
-    choice = None if search is None else _search(search, before, data)
+    choice = None
+    if search is not None:
+        choice, data = with_held_out(_search(search), before.folder, data)
     given = stages.Inputs(heads=None if heads_file is None else Path(heads_file))
     where = stages.ArtifactPaths.beside(Path(out), given)
     restoration = stages.Restoration(before, data, compute, progress or Silent(), scoring=scoring)
@@ -225,12 +228,10 @@ def _made(block: type[S], given: Mapping[str, Any]) -> S:
         raise RegraftError(f"These settings cannot be:\n{explain(error)}") from error
 
 
-def _search(
-    given: Mapping[str, Any], dense: Source, calibration: CalibrationSettings
-) -> SearchSettings:
+def _search(given: Mapping[str, Any]) -> SearchSettings:
     named = given.get("validation")
     source = {} if named is None else {"validation": _data(named)}
-    return with_validation(_made(SearchSettings, {**given, **source}), dense.folder, calibration)
+    return _made(SearchSettings, {**given, **source})
 
 
 def _data(named: Any) -> DataSource:

@@ -19,7 +19,6 @@ from regraft.cli.flags import (
 )
 from regraft.cli.options import Flat, OutFile, open_model, watching
 from regraft.console import ConsoleWatch, show_search
-from regraft.data.sources import split_off
 from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings
 from regraft.patch.format import Patch
@@ -30,7 +29,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings
-from regraft.settings.validation import with_validation
+from regraft.settings.validation import with_held_out
 
 _create_model: Any = create_model
 _SEARCH = Group("Search for a number of weights", sort_key=2)
@@ -128,11 +127,10 @@ def realign(
         check_answers(search, max_new_tokens)
         source = open_model(dense, compute.trust_remote_code)
         other = open_model(pruned, compute.trust_remote_code)
-        found = with_validation(choice, source.folder, calibration) if search else None
-        if found is not None and found.validation is None:
-            rest, held_out = split_off(calibration.data)
-            calibration = calibration.model_copy(update={"data": rest})
-            found = found.model_copy(update={"validation": held_out})
+        found, learnt = None, calibration
+        if search:
+            found, learnt = with_held_out(choice, source.folder, calibration)
+        if learnt != calibration:
             progress.note(
                 "No --validation is given: the search chooses on a quarter of the prompts, and "
                 "nothing is learnt from these."
@@ -141,7 +139,7 @@ def realign(
         paths = stages.ArtifactPaths.beside(out, given)
         restoration = stages.Restoration(
             source,
-            calibration,
+            learnt,
             compute,
             progress,
             scoring=scoring,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from regraft.data.demo import is_demo
-from regraft.data.sources import DataSource
+from regraft.data.sources import DataSource, split_off
 from regraft.errors import RegraftError
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
@@ -28,6 +28,24 @@ def with_validation(
         return settings
     bundled = {"validation": DataSource(name="demo", split="validation")}
     return cast(Choosing, settings.model_copy(update=bundled))
+
+
+def with_held_out(
+    choice: SearchSettings, model: str | Path, calibration: CalibrationSettings
+) -> tuple[SearchSettings, CalibrationSettings]:
+    """A search with prompts to choose on, and what is left to learn from.
+
+    Where no prompts are named and the bundled ones will not do (`with_validation`), it chooses on
+    a quarter of the calibration data, and nothing is learnt from these.
+    """
+    found = with_validation(choice, model, calibration)
+    if found.validation is not None:
+        return found, calibration
+    rest, held_out = split_off(calibration.data)
+    return (
+        found.model_copy(update={"validation": held_out}),
+        calibration.model_copy(update={"data": rest}),
+    )
 
 
 def validation_of(settings: SearchSettings | DefenceSettings) -> DataSource:
