@@ -164,7 +164,7 @@ def test_one_of_several_is_gone_at_once_after_an_error() -> None:
         "    if distributed.first():\n"
         "        distributed.barrier()\n"
         "    raise cli.RegraftError('the second one failed')\n"
-        "cli.app = work\n"
+        "cli.application = lambda listed: work\n"
         "cli.main(['x'])\n"
     )
     port = str(29600 + os.getpid() % 300)

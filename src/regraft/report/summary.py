@@ -223,20 +223,22 @@ def _tests_notes(study: Study) -> Iterator[str]:
     if all(row.attacks is None for row in rows):
         return
     if study.runs[0].unrelated:
-        which = "of each model against the first"
+        which, holm = "of each model against the first", "all tests of this event in a table"
     else:
         against = f" and against {', '.join(study.against)}" if study.against else ""
         which = (
             "of a pruned model against the dense one and of a method against the pruned "
             f"model{against}"
         )
+        holm = (
+            "all tests of methods on this event in a table; the damage by pruning is not corrected"
+        )
     seeds = "is shown by RSR by seed" if len(study.seeds) > 1 else "takes several seeds to show"
     yield (
         "Tests: exact permutation test of attack success (of refusals) on the same prompts, "
         f"clustered by prompt (McNemar's for one model against one), {which}. Holm: corrected for "
-        "all tests of methods on this event in a table; the damage by pruning is not corrected; "
-        f"better and worse are at Holm < {SIGNIFICANCE}. Read ASR with over-refusal and utility: a "
-        "model that refuses everything has the lowest ASR. The tests "
+        f"{holm}; better and worse are at Holm < {SIGNIFICANCE}. Read ASR with over-refusal and "
+        "utility: a model that refuses everything has the lowest ASR. The tests "
         f"are on these models with new prompts; how models of other seeds would differ {seeds}."
     )
 
