@@ -450,7 +450,7 @@ def test_two_starts_share_the_trials_and_a_killed_one_leaves_them(
 @pytest.mark.slow
 def test_workers(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
-    _main(root, out, 4, "--workers", 2, "--devices", "cpu")
+    _main(root, out, 4, "--workers", 2, "--devices", "cpu", "--budget", 20)
     content = read_json(out / "tuned.json")
     assert sorted(one["number"] for one in content["trials"]) == list(range(4))
     assert content["cost"]["failed"] == 0

@@ -107,6 +107,11 @@ def test_kth_smallest_equals_a_sort(values, data):
     assert float(found) == np.sort(array)[k - 1]
 
 
+def test_kth_smallest_takes_minus_zero_for_zero() -> None:
+    values = torch.tensor([2.0, -0.0, 1.0, 0.0])
+    assert [float(kth_smallest(values, k)) for k in (1, 2, 3, 4)] == [0, 0, 1, 2]
+
+
 @pytest.mark.parametrize("kind", ["random", "ties", "sorted", "misleading sample"])
 def test_kth_smallest_of_many(kind):
     """More values than one chunk or sample holds, and values that a strided sample misjudges."""

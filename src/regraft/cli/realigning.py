@@ -66,7 +66,7 @@ def for_method(
     # Responses are read by statistics alone: other methods have the dense model answer.
     prompts = CalibrationSettings if needs.statistics else PromptSettings
     special: dict[str, dict[str, Any]] = {
-        "settings": {"annotation": Annotated[own, Flat]},
+        "settings": {"annotation": Annotated[own, Flat], "default": None},
         "calibration": {"annotation": Annotated[prompts, _DATA], "default": prompts()},
     }
     parameters = [
@@ -76,7 +76,11 @@ def for_method(
     ]
 
     def command(*args: Any, **given: Any) -> None:
-        run(name, *args, **given)
+        # Of the method's own class again, which worker processes can import.
+        flags = given.get("settings")
+        chosen = {} if flags is None else flags.model_dump(exclude_unset=True)
+        settings = method.Settings(**{**chosen, "method": name})
+        run(name, *args, **{**given, "settings": settings})
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in parameters}
@@ -90,7 +94,7 @@ def realign(
     pruned: Pruned,
     *,
     out: OutFile,
-    settings: MethodSettings | None = None,
+    settings: MethodSettings,
     calibration: Prompts = CalibrationSettings(),
     search: Annotated[
         bool,
@@ -118,7 +122,6 @@ def realign(
     """Rank pruned weights by a method and write the dense values of the first as a patch."""
     from regraft import stages
 
-    settings = settings or METHODS.get(name).Settings(method=name)
     calibration = calibration.with_responses()
     with watching() as progress:
         refuse_unread(calibration)
@@ -152,10 +155,12 @@ def realign(
         _describe(progress, out, patch)
 
 
-def _broken(name: str, error: RegraftError | ValidationError) -> Callable[..., None]:
+def _broken(name: str, error: Exception) -> Callable[..., None]:
     """The command of a method that another package registered and that cannot be used."""
-    why = str(error)
-    if isinstance(error, ValidationError):
+    why = f"The method {name!r} cannot be used: {type(error).__name__}: {error}"
+    if isinstance(error, RegraftError):
+        why = str(error)
+    elif isinstance(error, ValidationError):
         why = f"The method {name!r} has settings without a default, and each needs one: {error}"
 
     def command(*_words: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
@@ -197,5 +202,5 @@ for _name in METHODS.names():
         _unread = () if issubclass(_settings, Budgeted) else ("search", "choice", "max_new_tokens")
         _text = (_settings.__doc__ or "").strip()
         app.command(for_method(realign, _name, _text, _unread), name=_name)
-    except (RegraftError, ValidationError) as _error:  # of a package's method: others go on
+    except Exception as _error:  # whatever a package's method raises: others go on
         app.command(_broken(_name, _error), name=_name)

@@ -6,7 +6,6 @@ from contextlib import suppress
 from typing import Annotated
 
 from cyclopts import App, Group, Parameter
-from pydantic import ValidationError
 
 from regraft.cli.flags import DEFAULT_VALIDATION_TOKENS, check_tuning, refuse_unread
 from regraft.cli.options import OutFolder, open_model, watching
@@ -47,7 +46,7 @@ def tune(
     pruned: Pruned,
     *,
     out: OutFolder,
-    settings: MethodSettings | None = None,
+    settings: MethodSettings,
     tuning: Trials = TuneSettings(),
     calibration: Prompts = CalibrationSettings(),
     choice: Choice = SearchSettings(),
@@ -58,7 +57,6 @@ def tune(
     """Tune a method on a dense and a pruned model."""
     from regraft import stages
 
-    settings = settings or METHODS.get(name).Settings(method=name)
     calibration = calibration.with_responses()
     with watching() as progress:
         check_tuning(settings, tuning, choice, scoring, compute.device)
@@ -83,5 +81,5 @@ app = App(name="tune", help=ABOUT, default_parameter=Parameter(negative=()))
 for _name in METHODS.working():
     if METHODS.get(_name).tunes:
         _text = f"Tune {_name}: {(METHODS.get(_name).Settings.__doc__ or '').strip()}"
-        with suppress(ValidationError):  # a package's method; `realign` says what is wrong with it
+        with suppress(Exception):  # a package's method; `realign` says what is wrong with it
             app.command(for_method(tune, _name, _text), name=_name)

@@ -194,6 +194,7 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
     for lower in (False, True):
         histogram = torch.zeros(2**16, dtype=torch.int64, device=values.device)
         for bits in values.view(torch.int32).split(_COUNTED):
+            bits = bits & 0x7FFFFFFF  # -0.0 is 0
             upper = bits >> 16
             digits = bits[upper == found] & 0xFFFF if lower else upper
             histogram += torch.bincount(digits, minlength=2**16)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -121,7 +121,10 @@ class _Pruning:
     def one_shot(self) -> None:
         """All layers on the dense model; where all are done already, nothing runs."""
         layers, walk = self.dense.architecture.layers, self.walk
-        if all(map(self.results.has, layers)):
+        # Asked before the first layer, by one process: later one could see what another has
+        # written meanwhile, and they would no longer do the same.
+        left = [one for one in layers if not distributed.decided(partial(self.results.has, one))]
+        if not left:
             return
         gathered = each_layer(
             walk,
@@ -132,9 +135,10 @@ class _Pruning:
             self.advance,
         )
         for layer, found in gathered:
-            if not self.results.has(layer):
+            if layer in left:
                 with walk.model.layer(layer.index):
                     self.prune(layer, found)
+            found.sums.clear()  # gone before the next layer's are added up
 
     def prune(self, layer: LayerArchitecture, found: Statistics) -> dict[str, PrunedWeight]:
         """Prune a layer and write the results, updated weights in the dtype they have on disk."""

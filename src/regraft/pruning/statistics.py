@@ -114,6 +114,7 @@ def gather(
             made = {
                 linear.key: one.cpu().clone() for linear, one in pruner.statistics(ran, found, note)
             }
+            found.sums.clear()  # gone before the next layer's are added up
             if distributed.first():
                 with atomic_file(part(layer)) as temporary:
                     save_file(made, temporary)

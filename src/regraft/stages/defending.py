@@ -61,6 +61,11 @@ def defend(
     Raises:
         RegraftError: see the data readers; the layer is not one that every prompt runs through.
     """
+    if target.patch is not None or target.defence is not None:
+        raise RegraftError(
+            "A defence is made for a checkpoint as it is: apply the patch first, and leave another "
+            "defence out."
+        )
     settings = with_validation(settings, target.model.folder, calibration, needed=settings.searches)
     if settings.method != "refusal-direction":
         about = describe("defend", _inputs(target), settings)
@@ -114,6 +119,7 @@ def _direction(
     about: Mapping[str, Any],
 ) -> Direction:
     compute, progress = target.compute, target.progress
+    target.cache.unload()
     model, processor = load(target.model, compute, progress, target.processor_from)
     vectors = _differences(target.model, model, processor, data, compute, progress)
     search = _Search(model, processor, vectors, settings, compute, judge, work, about)

@@ -66,6 +66,8 @@ def evaluate(
             made_of = {"about": about, "sizes": target.sizes()}
             if distributed.first():
                 _write(out, made_of, replace(result, text=likelihoods.text), likelihoods)
+    if not target.cache.keeps:  # nobody shares the model; a target outlives its evaluation
+        target.cache.unload()
     return read_evaluation(out)
 
 

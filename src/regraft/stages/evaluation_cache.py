@@ -89,9 +89,13 @@ class EvaluationCache:
         Where the dense model answers them itself any may be, until enough answers are kept.
         """
         role = f"{'harmful' if harmful else 'harmless'} calibration"
-        if responses_are_given(calibration, harmful=harmful):
-            return {role: self.drawn(model, calibration, harmful=harmful)}
-        return {f"{role} (self)": order_calibration(model, calibration, harmful=harmful)}
+
+        def read() -> dict[str, Reading]:
+            if responses_are_given(calibration, harmful=harmful):
+                return {role: self.drawn(model, calibration, harmful=harmful)}
+            return {f"{role} (self)": order_calibration(model, calibration, harmful=harmful)}
+
+        return self._once(("learnt", calibration, harmful, model.architecture.has_vision), read)
 
     def zeros(self, model: Source) -> int:
         """Number of prunable weights that are zero on disk."""
@@ -134,6 +138,11 @@ class EvaluationCache:
             self._loaded = key, load(model, compute, progress, processor_from)
         progress.loaded(self._loaded[1][0])
         return self._loaded[1]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is kept for further evaluations."""
+        return self._memo_bytes > 0
 
     def unload(self) -> None:
         """Give back the memory of the model, for work that loads one itself."""

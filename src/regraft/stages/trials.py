@@ -96,8 +96,17 @@ class Trials:
         self._study.tell(trial, value)
 
     def finished(self) -> dict[int, Any]:
-        """What was kept of every finished trial, by its number."""
-        return {one.number: one.user_attrs[_TRIED] for one in self._in_state("COMPLETE")}
+        """What was kept of every finished trial, by its number.
+
+        Raises:
+            RegraftError: another version of regraft wrote it otherwise.
+        """
+        trials = self._in_state("COMPLETE")
+        if any(_TRIED not in one.user_attrs for one in trials):
+            raise RegraftError(
+                f"{self._folder} was begun by another version of regraft: choose another folder."
+            )
+        return {one.number: one.user_attrs[_TRIED] for one in trials}
 
     def failed(self) -> int:
         """How many trials have ended in an error."""

@@ -37,7 +37,7 @@ from regraft.evaluation.tradeoff import Cost, Point, Tried, Tuned, best_first, c
 from regraft.files import digest, write_json, write_text
 from regraft.models.load import Source, pick_device
 from regraft.patch.format import load_patch
-from regraft.patch.pair import check_pair, survey
+from regraft.patch.pair import check_pair
 from regraft.progress import Silent
 from regraft.provenance import describe
 from regraft.restoration.base import MethodSettings, Space, needs_of
@@ -89,7 +89,7 @@ def tune(
     _check(tuning, choice)
     restoration = _on(restoration, (*tuning.devices, restoration.compute.device)[0])
     check_pair(dense, pruned)
-    looked = survey(dense, pruned)
+    looked = restoration.cache.survey(dense, pruned)
     if method.searchable:
         check_restorable(method, looked.restorable)
     data = _read(restoration, choice)

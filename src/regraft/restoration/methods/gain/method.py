@@ -100,7 +100,7 @@ class Gain(Method[GainSettings]):
 
     name: ClassVar[str] = "gain"
     Settings: ClassVar[type[MethodSettings]] = GainSettings
-    algorithm: ClassVar[int] = 11
+    algorithm: ClassVar[int] = 12
 
     def needs(self, settings: GainSettings) -> Needs:
         """The dense model's own answers."""
