@@ -201,7 +201,8 @@ def test_the_same_prompt_as_a_defence(bench, tmp_path):
     dense = open_source(bench / "dense")
     settings = DefenceSettings(method="safety-prompt")
     assert settings.prompt == SAFETY_PROMPT and settings.unread() is None
-    stages.defend(dense, tmp_path / "defence", settings, calibrated(bench), COMPUTE)
+    target = stages.Target(dense, COMPUTE)
+    stages.defend(target, tmp_path / "defence", settings, calibrated(bench))
     examples = pico.write_examples(tmp_path, 2, images=False)
     shown = asked(load_defence(tmp_path / "defence"), examples)
     assert [one.instruction for one in shown] == [
@@ -209,7 +210,7 @@ def test_the_same_prompt_as_a_defence(bench, tmp_path):
     ]
     assert shown[0].instruction == f"{SAFETY_PROMPT}\n{examples[0].instruction}"
     around = DefenceSettings(method="adashield", prompt=SAFETY_PROMPT)
-    stages.defend(dense, tmp_path / "around", around, calibrated(bench), COMPUTE)
+    stages.defend(target, tmp_path / "around", around, calibrated(bench))
     assert asked(load_defence(tmp_path / "around"), examples)[0].instruction.startswith(
         examples[0].instruction
     )
