@@ -96,7 +96,7 @@ def seen_before(
     }
     return [
         f"{len(same)} of the {len(used[role].examples)} {role} prompts are among those {purpose} "
-        f"(first {same[0].id!r}): rates on these say nothing about new ones"
+        f"(first {same[0].id!r}): rates on these do not carry over to new ones"
         for role, same in found.items()
         if same
     ]
