@@ -68,7 +68,7 @@ _CLIP = {
 _SIGLIP = {**_VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     model_class: Any
     config: Any
     processor: Any
@@ -93,7 +93,7 @@ def _bpe(specials: tuple[str, ...]) -> str:
     return tokenizer.to_str()
 
 
-def _tokenizer(bos: str, eos: str, *, last: str | None = None, **named: str) -> Any:
+def tokenizer_of(bos: str, eos: str, *, last: str | None = None, **named: str) -> Any:
     """Make a left-padding tokenizer; `named` special tokens become attributes of it.
 
     `last` gets the highest id (Mllama's image token must lie just past the model's vocabulary).
@@ -138,7 +138,7 @@ _BOS = "{{ bos_token }}"
 _NEWLINE = "{{ '\\n' }}"  # Jinja drops a bare line break after a block
 
 
-def _chatml(image: str) -> str:
+def chatml(image: str) -> str:
     user, assistant = (f"<|im_start|>{role}\n" for role in ("user", "assistant"))
     return _template(image, user, assistant, "<|im_end|>", end_user="<|im_end|>\n", after=_NEWLINE)
 
@@ -169,7 +169,7 @@ def _gemma(image: str) -> str:
     return _template(image, user, assistant, end, end_user=f"{end}\n", after=_NEWLINE, bos=_BOS)
 
 
-def _text_config(tokenizer: Any, **settings: Any) -> dict[str, Any]:
+def text_config(tokenizer: Any, **settings: Any) -> dict[str, Any]:
     return {
         **_TEXT,
         "vocab_size": len(tokenizer),
@@ -183,8 +183,8 @@ def _text_config(tokenizer: Any, **settings: Any) -> dict[str, Any]:
 # Families
 
 
-def _qwen_vl(kind: str) -> _Parts:
-    tokenizer = _tokenizer("<|im_start|>", "<|im_end|>")
+def _qwen_vl(kind: str) -> Parts:
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>")
     patch = 16 if kind == "qwen3_vl" else 14
     pixels = {"shortest_edge": (2 * patch) ** 2, "longest_edge": (6 * patch) ** 2}
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
@@ -213,10 +213,10 @@ def _qwen_vl(kind: str) -> _Parts:
             classes = T.Qwen3VLProcessor, T.Qwen3VLConfig, T.Qwen3VLForConditionalGeneration
     processor_class, config_class, model_class = classes
     video_class = T.Qwen3VLVideoProcessor if kind == "qwen3_vl" else T.Qwen2VLVideoProcessor
-    text = _text_config(tokenizer, rope_parameters=rope)
+    text = text_config(tokenizer, rope_parameters=rope)
     if kind == "qwen3_vl":
         text["head_dim"] = 16
-    return _Parts(
+    return Parts(
         model_class,
         config_class(
             text_config=text,
@@ -230,18 +230,18 @@ def _qwen_vl(kind: str) -> _Parts:
             image_processor=T.Qwen2VLImageProcessor(patch_size=patch, merge_size=2, size=pixels),
             tokenizer=tokenizer,
             video_processor=video_class(patch_size=patch, merge_size=2),
-            chat_template=_chatml("<|vision_start|><|image_pad|><|vision_end|>"),
+            chat_template=chatml("<|vision_start|><|image_pad|><|vision_end|>"),
         ),
     )
 
 
-def _llava() -> _Parts:
-    tokenizer = _tokenizer("<s>", "</s>")
+def _llava() -> Parts:
+    tokenizer = tokenizer_of("<s>", "</s>")
     square = {"height": 28, "width": 28}
-    return _Parts(
+    return Parts(
         T.LlavaForConditionalGeneration,
         T.LlavaConfig(
-            text_config=_text_config(tokenizer, model_type="llama"),
+            text_config=text_config(tokenizer, model_type="llama"),
             vision_config=_CLIP,
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
             image_seq_length=4,
@@ -259,10 +259,10 @@ def _llava() -> _Parts:
     )
 
 
-def _llava_next(backbone: str) -> _Parts:
+def _llava_next(backbone: str) -> Parts:
     llama3 = backbone == "llama3"
     tokenizer = (
-        _tokenizer("<|begin_of_text|>", "<|eot_id|>") if llama3 else _tokenizer("<s>", "</s>")
+        tokenizer_of("<|begin_of_text|>", "<|eot_id|>") if llama3 else tokenizer_of("<s>", "</s>")
     )
     template = {"llama3": _llama3, "mistral": _mistral, "vicuna": _vicuna}[backbone]
     settings: dict[str, Any] = {
@@ -271,10 +271,10 @@ def _llava_next(backbone: str) -> _Parts:
         "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
     }[backbone]
     pinpoints = [[28, 56], [56, 28], [56, 56]]
-    return _Parts(
+    return Parts(
         T.LlavaNextForConditionalGeneration,
         T.LlavaNextConfig(
-            text_config=_text_config(tokenizer, **settings),
+            text_config=text_config(tokenizer, **settings),
             vision_config=_CLIP,
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
             image_grid_pinpoints=pinpoints,
@@ -297,13 +297,13 @@ def _llava_next(backbone: str) -> _Parts:
     )
 
 
-def _mllama() -> _Parts:
-    tokenizer = _tokenizer("<|begin_of_text|>", "<|eot_id|>", last="<|image|>")
+def _mllama() -> Parts:
+    tokenizer = tokenizer_of("<|begin_of_text|>", "<|eot_id|>", last="<|image|>")
     image_id = tokenizer.convert_tokens_to_ids("<|image|>")  # logits [.., image_id], embedding + 8
-    return _Parts(
+    return Parts(
         T.MllamaForConditionalGeneration,
         T.MllamaConfig(
-            text_config=_text_config(
+            text_config=text_config(
                 tokenizer,
                 num_hidden_layers=5,
                 cross_attention_layers=[1, 3],
@@ -333,8 +333,8 @@ def _mllama() -> _Parts:
     )
 
 
-def _idefics(kind: str) -> _Parts:
-    tokenizer = _tokenizer(
+def _idefics(kind: str) -> Parts:
+    tokenizer = tokenizer_of(
         "<|im_start|>",
         "<end_of_utterance>",
         fake_image_token="<fake_token_around_image>",
@@ -348,7 +348,7 @@ def _idefics(kind: str) -> _Parts:
         "return_row_col_info": True,
     }
     config = {
-        "text_config": _text_config(tokenizer, model_type="llama"),
+        "text_config": text_config(tokenizer, model_type="llama"),
         "vision_config": {**_VISION, "image_size": 56},
         "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
         "scale_factor": 2,
@@ -359,12 +359,12 @@ def _idefics(kind: str) -> _Parts:
         "chat_template": _smol("<image>"),
     }
     if kind == "idefics3":
-        return _Parts(
+        return Parts(
             T.Idefics3ForConditionalGeneration,
             T.Idefics3Config(**config),
             T.Idefics3Processor(image_processor=T.Idefics3ImageProcessor(**pixels), **processor),
         )
-    return _Parts(
+    return Parts(
         T.SmolVLMForConditionalGeneration,
         T.SmolVLMConfig(**config),
         T.SmolVLMProcessor(
@@ -375,18 +375,18 @@ def _idefics(kind: str) -> _Parts:
     )
 
 
-def _gemma3() -> _Parts:
-    tokenizer = _tokenizer(
+def _gemma3() -> Parts:
+    tokenizer = tokenizer_of(
         "<s>",
         "<end_of_turn>",
         boi_token="<start_of_image>",
         eoi_token="<end_of_image>",
         image_token="<image_soft_token>",
     )
-    return _Parts(
+    return Parts(
         T.Gemma3ForConditionalGeneration,
         T.Gemma3Config(
-            text_config=_text_config(
+            text_config=text_config(
                 tokenizer,
                 head_dim=16,
                 query_pre_attn_scalar=16,
@@ -408,8 +408,8 @@ def _gemma3() -> _Parts:
     )
 
 
-def _internvl() -> _Parts:
-    tokenizer = _tokenizer(
+def _internvl() -> Parts:
+    tokenizer = tokenizer_of(
         "<|im_start|>",
         "<|im_end|>",
         start_image_token="<img>",
@@ -417,10 +417,10 @@ def _internvl() -> _Parts:
         context_image_token="<IMG_CONTEXT>",
         video_token="<video>",
     )
-    return _Parts(
+    return Parts(
         T.InternVLForConditionalGeneration,
         T.InternVLConfig(
-            text_config=_text_config(tokenizer, model_type="qwen2"),
+            text_config=text_config(tokenizer, model_type="qwen2"),
             vision_config={**_VISION, "image_size": [56, 56], "patch_size": [14, 14]},
             image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
             image_seq_length=4,
@@ -433,18 +433,18 @@ def _internvl() -> _Parts:
             tokenizer=tokenizer,
             video_processor=T.InternVLVideoProcessor(),
             image_seq_length=4,
-            chat_template=_chatml("<IMG_CONTEXT>\n"),
+            chat_template=chatml("<IMG_CONTEXT>\n"),
         ),
     )
 
 
-def _llava_onevision() -> _Parts:
-    tokenizer = _tokenizer("<|im_start|>", "<|im_end|>")
+def _llava_onevision() -> Parts:
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>")
     pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
-    return _Parts(
+    return Parts(
         T.LlavaOnevisionForConditionalGeneration,
         T.LlavaOnevisionConfig(
-            text_config=_text_config(tokenizer, model_type="qwen2"),
+            text_config=text_config(tokenizer, model_type="qwen2"),
             vision_config=_SIGLIP,
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
             video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
@@ -459,18 +459,18 @@ def _llava_onevision() -> _Parts:
             num_image_tokens=4,
             vision_feature_select_strategy="full",
             vision_aspect_ratio="anyres_max_9",
-            chat_template=_chatml("<image>"),
+            chat_template=chatml("<image>"),
         ),
     )
 
 
-def _text_only(model_class: Any, config_class: Any, **settings: Any) -> _Parts:
-    tokenizer = _tokenizer("<|im_start|>", "<|im_end|>")
-    tokenizer.chat_template = _chatml("")
-    return _Parts(model_class, config_class(**_text_config(tokenizer, **settings)), tokenizer)
+def _text_only(model_class: Any, config_class: Any, **settings: Any) -> Parts:
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>")
+    tokenizer.chat_template = chatml("")
+    return Parts(model_class, config_class(**text_config(tokenizer, **settings)), tokenizer)
 
 
-_VLM: dict[str, Callable[[], _Parts]] = {
+_VLM: dict[str, Callable[[], Parts]] = {
     "qwen2_vl": partial(_qwen_vl, "qwen2_vl"),
     "qwen2_5_vl": partial(_qwen_vl, "qwen2_5_vl"),
     "qwen3_vl": partial(_qwen_vl, "qwen3_vl"),
@@ -485,7 +485,7 @@ _VLM: dict[str, Callable[[], _Parts]] = {
     "internvl": _internvl,
     "llava_onevision": _llava_onevision,
 }
-_LLM: dict[str, Callable[[], _Parts]] = {
+_LLM: dict[str, Callable[[], Parts]] = {
     "llama": lambda: _text_only(T.LlamaForCausalLM, T.LlamaConfig),
     "qwen2": lambda: _text_only(T.Qwen2ForCausalLM, T.Qwen2Config),
     "qwen3": lambda: _text_only(T.Qwen3ForCausalLM, T.Qwen3Config, head_dim=16),
@@ -510,8 +510,17 @@ PAPER_FAMILIES = (
 # Models and data
 
 
-def _parts(name: str) -> _Parts:
-    return (_VLM | _LLM)[name]()
+def _parts(name: str) -> Parts:
+    import pico_today  # which builds upon this module
+
+    return (_VLM | _LLM | pico_today.VLM | pico_today.LLM)[name]()
+
+
+def sees(name: str) -> bool:
+    """Whether a family takes images."""
+    import pico_today
+
+    return name in _VLM or name in pico_today.VLM
 
 
 def processor(name: str) -> Any:

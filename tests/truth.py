@@ -49,7 +49,7 @@ def opened(folder: Path) -> Opened:
 
 def examples(family: str, folder: Path, n: int = 3, *, images: bool = True, **kwargs: Any) -> list:
     """Examples with images for vision-language families, without for language models."""
-    return pico.write_examples(folder, n, images=images and family in pico.VLM_FAMILIES, **kwargs)
+    return pico.write_examples(folder, n, images=images and pico.sees(family), **kwargs)
 
 
 def make_batch(kind: str, family: str, processor: Any, folder: Path) -> Batch:

@@ -41,10 +41,13 @@ def check_heads(dense: Source, needs: Needs, scoring: HeadSettings | None) -> No
     """
     count = len(all_heads(dense.architecture))
     wanted = max(needs.some_heads, needs.heads.count if needs.heads else 0)
+    if wanted and not count:
+        raise _no_heads(dense)
     if wanted > count:
         raise RegraftError(f"top_heads is {wanted}; the model has {count} heads.")
     if scoring is None or needs.heads is None:
         return
+    check_scoring(dense, scoring)
     if needs.heads.criterion == "released" and scoring.mode != "exact":
         raise RegraftError(
             f"The criterion `released` needs every head scored exactly, and `mode` is "
@@ -56,6 +59,27 @@ def check_heads(dense: Source, needs: Needs, scoring: HeadSettings | None) -> No
             f"{scoring.candidates} best will be scored exactly. Give --candidates "
             f"{needs.heads.count} or more."
         )
+
+
+def check_scoring(dense: Source, scoring: HeadSettings) -> None:
+    """Raise unless the model has heads that can be scored so.
+
+    Screening follows an ablation through every layer's keys and values.
+    """
+    if not all_heads(dense.architecture):
+        raise _no_heads(dense)
+    if scoring.mode == "screened" and dense.architecture.headless:
+        raise RegraftError(
+            f"{dense.folder}: heads cannot be screened where some layers have none that can be "
+            f"told apart ({dense.architecture.headless}). Score them exactly (--mode exact)."
+        )
+
+
+def _no_heads(dense: Source) -> RegraftError:
+    return RegraftError(
+        f"{dense.folder} has no attention heads that can be told apart "
+        f"({dense.architecture.headless}). Restore with a method that needs none, such as gain."
+    )
 
 
 def check_budget(dense: Source, settings: MethodSettings) -> None:

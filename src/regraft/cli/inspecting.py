@@ -46,12 +46,12 @@ def inspect(model: Model, *, trust_remote_code: bool = False, names: bool = Fals
         layers.add_row(
             f"{first}" if first == last else f"{first}-{last}",
             layer.attention,
-            str(layer.heads),
-            str(layer.kv_heads),
-            str(layer.head_dim),
+            *(str(one or "-") for one in (layer.heads, layer.kv_heads, layer.head_dim)),
             ", ".join(f"{li.role} {li.shape[0]}x{li.shape[1]}" for li in layer.linears),
         )
     console.print(layers)
+    if architecture.headless:
+        console.print(f"no heads to score: {architecture.headless}", highlight=False)
     linears = list(architecture.linears)
     console.print("names on disk" if names else "names on disk, first and last:")
     for linear in linears if names else (linears[0], linears[-1]):

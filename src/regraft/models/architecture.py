@@ -1,14 +1,15 @@
 """Where a model keeps its heads and prunable weights, in memory and on disk.
 
-One description serves every family: `model.get_decoder()` owns the decoder layers, every
-`nn.Linear` inside them is prunable, and heads follow from the sizes of q_proj and k_proj. The
-text decoder alone counts; vision tower, projector, embeddings and head are never pruned.
+One description serves every family: `model.get_decoder()` owns the decoder layers, and every
+`nn.Linear` inside them is prunable but for routers. Heads are a property of the layers that have
+them, and follow from the sizes of q_proj and k_proj. The text decoder alone counts; vision tower,
+projector, embeddings and head are never pruned.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -50,7 +51,8 @@ class LinearArchitecture:
 class LayerArchitecture:
     """One decoder layer: H query heads, KV key/value heads, head size D, its linears.
 
-    `attention` is "self_attn" or "cross_attn" (Mllama).
+    `attention` is "self_attn", "cross_attn" (Mllama) or what the layer has in their place. Where
+    heads cannot be told apart there are 0, and `headless` says why.
     """
 
     index: int
@@ -59,6 +61,7 @@ class LayerArchitecture:
     kv_heads: int
     head_dim: int
     linears: tuple[LinearArchitecture, ...]
+    headless: str = ""
 
     def linear(self, role: str) -> LinearArchitecture:
         """The linear with this role, for instance "o_proj"."""
@@ -103,23 +106,46 @@ class Architecture:
         """Number of prunable weights."""
         return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
 
+    @property
+    def headless(self) -> str:
+        """Which layers have no heads and why: "layers 0-2, 4: ..."; empty where all have some."""
+        reasons = dict.fromkeys(layer.headless for layer in self.layers if layer.headless)
+        return "; ".join(
+            f"layers {_ranges([one.index for one in self.layers if one.headless == why])}: {why}"
+            for why in reasons
+        )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as "0-2, 4"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
 
 FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights that can be pruned, for safetensors
 HEAD_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
+ROUTERS = ("router", "gate", "shared_expert_gate")  # choose experts or weigh them; never pruned
 
 
 def head_block(layer: LayerArchitecture, linear: LinearArchitecture, head: int) -> Block | None:
     """The region of `head` in a weight (HSR, section 3.2), None for a linear without heads.
 
-    Rows h*D:(h+1)*D of q_proj; the rows of key/value head h // (H/KV) of k_proj and v_proj, which
-    the query heads of a group share (GQA); columns h*D:(h+1)*D of o_proj.
+    Rows h*D:(h+1)*D of q_proj, or h*2D:(h+1)*2D where each head's query comes with its gate; the
+    rows of key/value head h // (H/KV) of k_proj and v_proj, which the query heads of a group share
+    (GQA); columns h*D:(h+1)*D of o_proj.
     """
     out_features, in_features = linear.shape
     size = layer.head_dim
     if not 0 <= head < layer.heads:
         raise IndexError(f"layer {layer.index} has heads 0 to {layer.heads - 1}, not {head}")
     if linear.role == "q_proj":
-        return Block(head * size, (head + 1) * size, 0, in_features)
+        rows = out_features // layer.heads
+        return Block(head * rows, (head + 1) * rows, 0, in_features)
     if linear.role in ("k_proj", "v_proj"):
         group = head // (layer.heads // layer.kv_heads)
         return Block(group * size, (group + 1) * size, 0, in_features)
@@ -178,16 +204,22 @@ def text_decoder(model: nn.Module) -> nn.Module:
     Raises:
         RegraftError: the model has none (an encoder, a classifier).
     """
-    find = getattr(model, "get_decoder", None)
-    decoder = find() if callable(find) else None
-    if not isinstance(decoder, nn.Module) or not isinstance(
-        getattr(decoder, "layers", None), nn.ModuleList
-    ):
-        raise RegraftError(
-            f"{type(model).__name__} has no text decoder with layers; "
-            "regraft works on vision-language and language models."
-        )
+    decoder: object = model
+    while not _has_layers(decoder):
+        find = getattr(decoder, "get_decoder", None)
+        found = find() if callable(find) else None
+        if found is None or found is decoder:
+            raise RegraftError(
+                f"{type(model).__name__} has no text decoder with layers; "
+                "regraft works on vision-language and language models."
+            )
+        decoder = found  # Llama 4's is a language model, whose own decoder has the layers
+    assert isinstance(decoder, nn.Module)
     return decoder
+
+
+def _has_layers(module: object) -> bool:
+    return isinstance(getattr(module, "layers", None), nn.ModuleList)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -209,7 +241,12 @@ def attention_of(layer: nn.Module) -> tuple[str, nn.Module]:
 def cross_attention_layers(model: nn.Module) -> list[int]:
     """Layers whose keys and values come from vision states (Mllama)."""
     layers = enumerate(decoder_layers(model))
-    return [i for i, layer in layers if attention_of(layer)[0] == "cross_attn"]
+    return [i for i, layer in layers if not hasattr(layer, "self_attn") and has_cross(layer)]
+
+
+def has_cross(layer: nn.Module) -> bool:
+    """Whether a decoder layer has cross-attention."""
+    return isinstance(getattr(layer, "cross_attn", None), nn.Module)
 
 
 def cache_argument(module: nn.Module) -> str:

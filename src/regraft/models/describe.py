@@ -1,7 +1,8 @@
 """Read the architecture of a model off its modules, and find its weights in a checkpoint.
 
-What cannot be pruned and patched is refused here: quantised weights, fused projections, experts,
-and files that belong to another model than config.json describes.
+Every layer's linears are prunable; heads are told apart where a layer has separate q, k, v and o
+projections. What cannot be pruned and patched is refused here: quantised weights, and files that
+belong to another model than config.json describes.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from regraft.errors import RegraftError
 from regraft.models.architecture import (
     FLOATS,
     HEAD_ROLES,
+    ROUTERS,
     Architecture,
     LayerArchitecture,
     LinearArchitecture,
-    attention_of,
     decoder_layers,
     text_decoder,
 )
@@ -33,16 +34,18 @@ def read_architecture(model: nn.Module, checkpoint: Checkpoint) -> Architecture:
     """Describe a model (weights may be on the meta device) and find its weights on disk.
 
     Raises:
-        RegraftError: an attention without separate q, k, v and o projections, experts, quantised
-            weights, or a checkpoint whose decoder or head does not match the model.
+        RegraftError: there are no linears, quantised weights, or a checkpoint whose decoder or head
+            does not match the model.
     """
     decoder, output = text_decoder(model), model.get_output_embeddings()  # type: ignore[operator]
     shapes = [
         (index, name, (module.out_features, module.in_features))
         for index, layer in enumerate(decoder_layers(model))
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS
     ]
+    if not shapes:
+        raise RegraftError(f"The decoder layers of {type(model).__name__} have no linears to prune.")
     prefix = disk_prefix(checkpoint, shapes)
     for index, name, _ in shapes:
         _require_float(checkpoint, f"{prefix}layers.{index}.{name}.weight")
@@ -74,11 +77,6 @@ def _describe_layers(
     names = {id(module): name for name, module in model.named_modules()}
     described = []
     for index, layer in enumerate(decoder_layers(model)):
-        _require_plain_weights(index, layer)
-        attention_name, attention = attention_of(layer)
-        _require_projections(index, attention, model)
-        head_dim = _head_dim(attention, _text_config(model))
-        heads, kv_heads = _require_heads(index, attention, head_dim)
         linears = tuple(
             LinearArchitecture(
                 layer=index,
@@ -90,14 +88,56 @@ def _describe_layers(
             for layer_index, name, shape in shapes
             if layer_index == index
         )
-        described.append(
-            LayerArchitecture(index, attention_name, heads, kv_heads, head_dim, linears)
-        )
+        attention, heads, why = _heads(layer, _text_config(model))
+        described.append(LayerArchitecture(index, attention, *heads, linears, headless=why))
     return tuple(described)
 
 
 def _text_config(model: nn.Module) -> Any:
     return text_decoder(model).config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+
+
+NO_HEADS = (0, 0, 0)
+
+
+def _heads(layer: nn.Module, config: Any) -> tuple[str, tuple[int, int, int], str]:
+    """(what a layer attends by; query heads, key/value heads and head size; why there are none)."""
+    for name in ("self_attn", "cross_attn"):
+        attention = getattr(layer, name, None)
+        if isinstance(attention, nn.Module):
+            return name, *_heads_of(attention, config)
+    others = [name for name, child in layer.named_children() if _mixes_tokens(name)]
+    name = others[0] if others else "none"
+    return name, NO_HEADS, f"{name} is no attention by heads"
+
+
+def _mixes_tokens(name: str) -> bool:
+    """Whether a child of a layer takes the place of attention: all but its MLP and norms do."""
+    return not any(part in name for part in ("norm", "mlp", "feed_forward", "moe", "act"))
+
+
+def _heads_of(attention: nn.Module, config: Any) -> tuple[tuple[int, int, int], str]:
+    """Query heads, key/value heads and head size, or why they cannot be told apart.
+
+    A q_proj with twice the rows makes each head's query and its gate (Qwen3-Next): the head's rows
+    are still one block.
+    """
+    kind = type(attention).__name__
+    for role in HEAD_ROLES:
+        if not isinstance(getattr(attention, role, None), nn.Linear):
+            return NO_HEADS, f"{kind} has no {role} of its own"
+    if not isinstance(getattr(attention, "scaling", None), int | float):
+        return NO_HEADS, f"{kind} does not say how it scales"
+    size = _head_dim(attention, config)
+    shapes = {role: list(getattr(attention, role).weight.shape) for role in HEAD_ROLES}
+    heads, kv_heads = shapes["o_proj"][1] // size, shapes["k_proj"][0] // size
+    outputs = shapes["q_proj"][0], shapes["k_proj"][0], shapes["v_proj"][0], shapes["o_proj"][1]
+    expected = [
+        (times * heads * size, kv_heads * size, kv_heads * size, heads * size) for times in (1, 2)
+    ]
+    if outputs not in expected or not kv_heads or heads % kv_heads:
+        return NO_HEADS, f"{kind} has projections of shape {shapes}, not heads of {size} features"
+    return (heads, kv_heads, size), ""
 
 
 def _head_dim(attention: nn.Module, config: Any) -> int:
@@ -180,36 +220,3 @@ def _require_float(checkpoint: Checkpoint, tensor: str) -> None:
             f"{checkpoint.folder}: {tensor} is stored as {dtype}: it is quantised. Give a "
             f"checkpoint whose weights are {', '.join(FLOATS)}."
         )
-
-
-def _require_projections(index: int, attention: nn.Module, model: nn.Module) -> None:
-    for role in HEAD_ROLES:
-        if not isinstance(getattr(attention, role, None), nn.Linear):
-            raise RegraftError(
-                f"Layer {index} of {type(model).__name__} has no {role}; regraft needs "
-                "separate q_proj, k_proj, v_proj and o_proj linears."
-            )
-
-
-def _require_heads(index: int, attention: nn.Module, head_dim: int) -> tuple[int, int]:
-    """Numbers of query and key/value heads, checked against all four projections."""
-    shapes = {role: list(getattr(attention, role).weight.shape) for role in HEAD_ROLES}
-    heads, kv_heads = shapes["q_proj"][0] // head_dim, shapes["k_proj"][0] // head_dim
-    outputs = shapes["q_proj"][0], shapes["k_proj"][0], shapes["v_proj"][0], shapes["o_proj"][1]
-    expected = tuple(n * head_dim for n in (heads, kv_heads, kv_heads, heads))
-    if outputs != expected or not kv_heads or heads % kv_heads:
-        raise RegraftError(
-            f"Layer {index}: {type(attention).__name__} has projections of shape {shapes}, which "
-            f"are not heads of {head_dim} features (gated queries or values of another size); "
-            "this attention is not supported."
-        )
-    return heads, kv_heads
-
-
-def _require_plain_weights(index: int, layer: nn.Module) -> None:
-    for name, parameter in layer.named_parameters():
-        if parameter.ndim > 2:
-            raise RegraftError(
-                f"Layer {index} holds {name} of shape {list(parameter.shape)}: mixtures of experts "
-                "are not supported yet."
-            )

@@ -25,6 +25,7 @@ from regraft.models.architecture import (
     attention_of,
     cache_argument,
     decoder_layers,
+    has_cross,
     text_decoder,
 )
 from regraft.models.replay import Replay, Stop, TextInputs, hooked, replaced_forwards, replay
@@ -172,6 +173,8 @@ def last_token_replay(model: nn.Module, text: TextInputs, cross: Mapping[int, Ke
 
 def _on_last(forward: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
     """`forward` of a layer that returns the last position alone, `[N, 1, d]`."""
+    if not hasattr(layer, "self_attn") and not has_cross(layer):
+        return forward  # a recurrence, which has no keys and values
     attends_itself = attention_of(layer)[0] == "self_attn"
     cache = cache_argument(layer)
 

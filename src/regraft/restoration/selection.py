@@ -59,7 +59,7 @@ class InHeads(MethodSettings):
     def of_heads(self) -> Needs:
         """What choosing the heads needs."""
         if self.heads == "all":
-            return Needs()
+            return Needs(some_heads=1)
         top = HeadChoice(self.criterion, self.top_heads) if self.heads == "top" else None
         return Needs(heads=top, some_heads=self.top_heads)
 

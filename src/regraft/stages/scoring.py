@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import distributed
-from regraft.checks import check_r_max
+from regraft.checks import check_r_max, check_scoring
 from regraft.data.collate import prompt_batch
 from regraft.files import digest
 from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
@@ -41,10 +41,14 @@ def heads(
         RegraftError: see `score_heads` and the data readers.
     """
     progress = progress or Silent()
+    check_scoring(dense, settings)
     data = draw_calibration(dense, calibration, harmful=True)
     about = describe(
         "heads", {"dense": dense.checkpoint.fingerprint}, settings, compute, {"safety": data}
     )
+    if headless := dense.architecture.headless:
+        about = {**about, "skipped": headless}
+        progress.note(f"Without scores, as they have no heads to tell apart: {headless}")
     if not is_done(out, out, about, lambda: load_heads(out, dense.architecture).about):
         check_r_max(dense, settings, data)
         warn_of_bundled(dense, calibration.source, progress.note)
