@@ -6,10 +6,12 @@ compared with whole forward passes, whole-model autograd and loops over weights.
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
 import torch
+from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 import pico
@@ -18,20 +20,23 @@ import regraft
 import truth
 from disk import write_jsonl
 from regraft.data.collate import batches, response_batch
-from regraft.errors import RegraftError
 from regraft.models.ablation import head_outputs, replay_ablated
 from regraft.models.architecture import head_block
 from regraft.models.load import load_model, open_source
+from regraft.models.places import of_tensor
 from regraft.models.replay import replay, text_inputs
 from regraft.patch.apply import patched
 from regraft.patch.format import load_patch
+from regraft.pruning.base import PRUNERS
+from regraft.pruning.gradients import layer_gradients, signed
+from regraft.pruning.statistics import gather
 from test_pico import logits
 from test_replay import assert_same, manually_ablated
 
 VLM = tuple(pico_today.VLM)
 TODAY = VLM + tuple(pico_today.LLM)
 WITH_HEADS = ("qwen3_5", "qwen3_vl_moe")
-PRUNERS = ("wanda", "sparsegpt", "snip")
+METHODS = ("wanda", "sparsegpt", "snip")
 
 
 @pytest.fixture(params=TODAY)
@@ -58,8 +63,11 @@ def test_reload_is_identical(today, pico_dir):
     reloaded = auto.from_pretrained(pico_dir(today)).eval()
     processor = AutoProcessor.from_pretrained(pico_dir(today))
     fresh = pico.build(today)
+    held, after = fresh[0].state_dict(), reloaded.state_dict()
+    assert held.keys() == after.keys()
+    assert all(torch.equal(held[name], after[name]) for name in held)
     one = logits(reloaded, processor, picture(today))
-    assert torch.equal(one, logits(*fresh, picture(today)))
+    torch.testing.assert_close(one, logits(*fresh, picture(today)), atol=1e-4, rtol=1e-4)
 
 
 # Layer by layer
@@ -77,6 +85,129 @@ def test_every_part_of_the_decoder_runs_again(today, pico_dir, tmp_path):
                 assert_same(walk.states[0], expected.entering[layer.index], real, f"{layer.index}")
                 walk.advance(layer.index, lambda _: None)
         assert_same(walk.states[0], expected.final, real, "final")
+
+
+# What linears and experts are fed
+
+
+def of_experts(experts, linear, args):
+    """(tokens, what they feed one expert's matrix) of a layer whose experts were called so."""
+    gate_up = experts.gate_up_proj.data
+    hidden, e = args[0], linear.expert
+    if (
+        len(args) == 1
+    ):  # Llama 4: all tokens for each expert, scaled by scores of 0 where not routed
+        rows = hidden.view(len(gate_up), -1, hidden.shape[-1])[e]
+        tokens = rows.abs().sum(-1).nonzero().flatten()
+        inputs = rows[tokens]
+    else:
+        tokens = (args[1] == e).any(-1).nonzero().flatten()
+        inputs = hidden[tokens]
+    if linear.parameter != "down_proj":
+        return tokens, inputs
+    wide = gate_up[e].T if gate_up.shape[1] == inputs.shape[1] else gate_up[e]  # [2 * inner, d]
+    gate, up = (inputs @ wide.T).chunk(2, dim=-1)
+    return tokens, experts.act_fn(gate) * up
+
+
+def read_by(model, processor, architecture, example):
+    """What each linear reads at response tokens, by a whole forward of one row: key -> [n, in]."""
+    batch = response_batch(processor, [example])
+    counted = batch.labels[0] != -100
+    plain = [li.module for li in architecture.linears if li.expert is None]
+    found, seen, modules = {}, {}, dict(model.named_modules())
+    holders = {li.module for li in architecture.linears if li.expert is not None}
+    hooks = [
+        modules[name].register_forward_pre_hook(
+            lambda _m, args, name=name: seen.__setitem__(name, args)
+        )
+        for name in holders
+    ]
+    inputs = truth.linear_inputs(model, batch, plain)
+    for hook in hooks:
+        hook.remove()
+    for linear in architecture.linears:
+        if linear.expert is None:
+            read = inputs[linear.module].reshape(len(counted), -1)
+            found[linear.key] = read[counted]
+        else:
+            tokens, read = of_experts(modules[linear.module], linear, seen[linear.module])
+            found[linear.key] = read[counted[tokens]]
+    return found
+
+
+def test_statistics_are_sums_over_the_tokens_of_each_expert(today, pico_dir, tmp_path):
+    _, model, processor, architecture = truth.opened(pico_dir(today))
+    examples = truth.examples(today, tmp_path, 5)
+    cut = [response_batch(processor, rows) for rows in batches(examples, 3)]
+    with truth.unchanged(model):
+        found = gather(
+            truth.walk(model, cut),
+            architecture,
+            PRUNERS.get("wanda"),
+            tmp_path / "w",
+            lambda _: None,
+        )
+    rows = [read_by(model, processor, architecture, one) for one in examples]
+    for linear in architecture.linears:
+        read = torch.cat([one[linear.key] for one in rows]).double()
+        if len(read):
+            wanted = read.square().sum(0)
+            torch.testing.assert_close(
+                found[linear.key].double(),
+                wanted,
+                rtol=1e-4,
+                atol=1e-6,
+                msg=lambda m, k=linear.key: k + m,
+            )
+        else:
+            assert linear.key not in found
+
+
+@pytest.mark.parametrize("pruner", ["signed", "snip"])
+def test_gradients_equal_autograd_on_the_whole_model(today, pruner, pico_dir, tmp_path):
+    """The sum, and the mean over samples of its size (SNIP)."""
+    _, model, processor, architecture = truth.opened(pico_dir(today))
+    model = copy.deepcopy(model)
+    model.set_experts_implementation("eager")
+    examples = truth.examples(today, tmp_path, 3)
+    modules = dict(model.named_modules())
+    held = {
+        f"{li.module}.{li.parameter}": getattr(modules[li.module], li.parameter)
+        for li in architecture.linears
+    }
+    for parameter in held.values():
+        parameter.requires_grad_()
+    wanted = dict.fromkeys(held, 0)
+    for example in examples:
+        batch = response_batch(processor, [example])
+        logits = model(**batch.inputs, use_cache=False).logits[0]
+        positions = (batch.labels[0, 1:] != -100).nonzero().flatten()
+        loss = F.cross_entropy(logits[positions].float(), batch.labels[0, positions + 1])
+        parts = torch.autograd.grad(loss, list(held.values()), allow_unused=True)
+        for name, part in zip(held, parts, strict=True):
+            part = torch.zeros_like(held[name]) if part is None else part
+            wanted[name] = wanted[name] + (part.abs() if pruner == "snip" else part) / 3
+    for parameter in held.values():
+        parameter.requires_grad_(False)
+    cut = [response_batch(processor, rows) for rows in batches(examples, 2)]
+    add = PRUNERS.get("snip").accumulate if pruner == "snip" else signed
+    found = {}
+    for _, layer in layer_gradients(
+        truth.walk(model, cut), architecture, tmp_path, lambda _: True, lambda _: None, add=add
+    ):
+        found |= layer
+    for linear in architecture.linears:
+        whole = wanted[f"{linear.module}.{linear.parameter}"]
+        expected = of_tensor(whole, linear.held, linear.shape)
+        scale = float(whole.abs().max())
+        torch.testing.assert_close(
+            found[linear.key],
+            expected,
+            rtol=1e-3,
+            atol=1e-5 * scale + 1e-9,
+            msg=lambda m, k=linear.key: k + m,
+        )
 
 
 # Heads
@@ -145,7 +276,7 @@ def prompts_of(family, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("pruner", METHODS)
 def test_pruned_restored_applied_and_reloaded(today, pruner, tmp_path):
     dense = pico.save(today, tmp_path / "dense", torch.bfloat16, max_shard_size="300KB")
     data = prompts_of(today, tmp_path)

@@ -97,7 +97,7 @@ def overlaps(
         for linear in layer.linears:
             if not (linear.key in safety.values and linear.key in utility.values):
                 continue
-            weight = dense.checkpoint.read(linear.tensor)
+            weight = dense.weight(linear)
             by_safety, by_utility = (
                 top(one.scorer(linear, weight)(slice(None)), share, scope, ())
                 for one in (safety, utility)

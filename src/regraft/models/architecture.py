@@ -12,17 +12,20 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from regraft.errors import RegraftError
+from regraft.models.places import Place, of_tensor
 
 
 @dataclass(frozen=True)
 class LinearArchitecture:
-    """One prunable weight, `[out, in]`.
+    """One prunable weight, `[out, in]`: of an `nn.Linear`, or of one expert.
 
-    `name` is its place in the layer ("self_attn.q_proj"), `module` its dotted name in the model,
-    `tensor` its name on disk (the same weight, whatever prefix the file uses).
+    `name` is its place in the layer ("self_attn.q_proj", "mlp.experts.3.down_proj"), `module` the
+    dotted name in the model of what owns it, `parameter` its name there. `tensor` is its name on
+    disk (the same weight, whatever prefix the file uses). Where the parameter in memory or the
+    tensor on disk hold more than this weight, `held` and `stored` say where in them it is.
     """
 
     layer: int
@@ -30,6 +33,10 @@ class LinearArchitecture:
     module: str
     tensor: str
     shape: tuple[int, int]
+    parameter: str = "weight"
+    expert: int | None = None
+    held: Place | None = None
+    stored: Place | None = None
 
     @property
     def key(self) -> str:
@@ -40,6 +47,12 @@ class LinearArchitecture:
     def role(self) -> str:
         """The last part of the name: "q_proj", "down_proj"."""
         return self.name.rpartition(".")[2]
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """The weight in the module that owns it, `[out, in]`, a view."""
+        parameter = getattr(module, self.parameter)
+        assert isinstance(parameter, Tensor)
+        return of_tensor(parameter.data, self.held, self.shape)
 
     @property
     def reads_vision(self) -> bool:

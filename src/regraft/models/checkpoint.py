@@ -20,6 +20,7 @@ from torch import Tensor
 
 from regraft.errors import RegraftError
 from regraft.files import digest, file_digest, read_json
+from regraft.models.places import Place
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -91,6 +92,22 @@ class Checkpoint:
             handle.seek(record.start)
             data = handle.read(record.bytes)
         return as_tensor(data, record)
+
+    def matrix(self, name: str, place: Place | None, shape: tuple[int, int]) -> Tensor:
+        """Read the matrix at a place of one tensor, or the tensor, contiguous, in its own dtype.
+
+        Raises:
+            RegraftError: there is no such tensor.
+        """
+        if place is None:
+            return self.read(name)
+        record = self.record(name)
+        size, stop = record.torch_dtype.itemsize, place.stop(shape)
+        with (self.folder / record.shard).open("rb") as handle:
+            handle.seek(record.start + place.first * size)
+            data = handle.read((stop - place.first) * size)
+        part = as_tensor(data, replace(record, shape=(stop - place.first,)))
+        return replace(place, first=0).view(part, shape).contiguous()
 
     def sample(self, name: str) -> Tensor:
         """Read at most 1024 elements from the middle of one tensor, flat, in its own dtype.

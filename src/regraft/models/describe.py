@@ -7,16 +7,13 @@ belong to another model than config.json describes.
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from regraft.errors import RegraftError
 from regraft.models.architecture import (
-    FLOATS,
     HEAD_ROLES,
     ROUTERS,
     Architecture,
@@ -26,32 +23,38 @@ from regraft.models.architecture import (
     text_decoder,
 )
 from regraft.models.checkpoint import Checkpoint
-
-Shape = tuple[int, str, tuple[int, int]]  # layer, name in it, [out, in]
+from regraft.models.experts import parameters_of, transposed
+from regraft.models.on_disk import OnDisk, Part, check_stored, require_float
+from regraft.models.places import Place
 
 
 def read_architecture(model: nn.Module, checkpoint: Checkpoint) -> Architecture:
     """Describe a model (weights may be on the meta device) and find its weights on disk.
 
     Raises:
-        RegraftError: there are no linears, quantised weights, or a checkpoint whose decoder or head
-            does not match the model.
+        RegraftError: there are no linears, no output head, quantised weights, or a checkpoint whose
+            decoder or head does not match the model.
     """
     decoder, output = text_decoder(model), model.get_output_embeddings()  # type: ignore[operator]
+    if output is None:
+        raise RegraftError(f"{type(model).__name__} has no output head: it writes no text.")
     shapes = [
         (index, name, (module.out_features, module.in_features))
         for index, layer in enumerate(decoder_layers(model))
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS
+        if _is_prunable(name, module)
     ]
     if not shapes:
-        raise RegraftError(f"The decoder layers of {type(model).__name__} have no linears to prune.")
-    prefix = disk_prefix(checkpoint, shapes)
-    for index, name, _ in shapes:
-        _require_float(checkpoint, f"{prefix}layers.{index}.{name}.weight")
-    layers = _describe_layers(model, prefix, shapes)
-    _check_stored(checkpoint, prefix, decoder, output)
-    pruned = {f"{linear.module}.weight" for layer in layers for linear in layer.linears}
+        raise RegraftError(
+            f"The decoder layers of {type(model).__name__} have no linears to prune."
+        )
+    on_disk = OnDisk.of(model, checkpoint, shapes)
+    layers = _describe_layers(model, on_disk)
+    for tensor in dict.fromkeys(linear.tensor for layer in layers for linear in layer.linears):
+        require_float(checkpoint, tensor)
+    if on_disk.prefix is not None:
+        check_stored(checkpoint, on_disk.prefix, decoder, output)
+    pruned = {f"{li.module}.{li.parameter}" for layer in layers for li in layer.linears}
     return Architecture(
         family=model.config.model_type,  # type: ignore[union-attr, arg-type]
         layers=layers,
@@ -61,7 +64,7 @@ def read_architecture(model: nn.Module, checkpoint: Checkpoint) -> Architecture:
         tied=output.weight is model.get_input_embeddings().weight,  # type: ignore[operator]
         has_vision=hasattr(model.config, "vision_config"),
         parameters=sum(p.numel() for p in model.parameters()),
-        prefix=prefix,
+        prefix=on_disk.prefix or "",
         others=tuple(
             (name, tuple(parameter.shape))
             for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -70,27 +73,83 @@ def read_architecture(model: nn.Module, checkpoint: Checkpoint) -> Architecture:
     )
 
 
-def _describe_layers(
-    model: nn.Module, prefix: str, shapes: Sequence[Shape]
-) -> tuple[LayerArchitecture, ...]:
-    """All decoder layers, whose linears are described by `shapes`."""
+def _is_prunable(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS
+
+
+def _describe_layers(model: nn.Module, on_disk: OnDisk) -> tuple[LayerArchitecture, ...]:
+    """All decoder layers."""
     names = {id(module): name for name, module in model.named_modules()}
     described = []
     for index, layer in enumerate(decoder_layers(model)):
-        linears = tuple(
-            LinearArchitecture(
-                layer=index,
-                name=name,
-                module=f"{names[id(layer)]}.{name}",
-                tensor=f"{prefix}layers.{index}.{name}.weight",
-                shape=shape,
-            )
-            for layer_index, name, shape in shapes
-            if layer_index == index
-        )
+        linears: list[LinearArchitecture] = []
+        for name, module in layer.named_modules():
+            where = _Where(index, name, f"{names[id(layer)]}.{name}")
+            if _is_prunable(name, module):
+                linears += _linear(where, module, on_disk)
+            else:
+                linears += _experts(where, module, on_disk)
         attention, heads, why = _heads(layer, _text_config(model))
-        described.append(LayerArchitecture(index, attention, *heads, linears, headless=why))
+        described.append(LayerArchitecture(index, attention, *heads, tuple(linears), headless=why))
     return tuple(described)
+
+
+class _Where(NamedTuple):
+    layer: int
+    name: str  # in the layer
+    module: str  # in the model
+
+
+def _linear(where: _Where, module: Any, on_disk: OnDisk) -> list[LinearArchitecture]:
+    """The weight of an `nn.Linear`."""
+    shape = (module.out_features, module.in_features)
+    parts = on_disk.linear(where.layer, where.name, where.module, shape)
+    if len(parts) > 1:
+        raise RegraftError(
+            f"{on_disk.checkpoint.folder}: {where.module} is stored as {len(parts)} tensors; this "
+            "key layout is not supported."
+        )
+    ((_, _, tensor, stored),) = parts
+    return [LinearArchitecture(*where, tensor, shape, stored=stored)]
+
+
+def _experts(where: _Where, module: nn.Module, on_disk: OnDisk) -> list[LinearArchitecture]:
+    """The matrices of each expert, of a module that holds those of all in 3-D parameters."""
+    found = []
+    flipped = bool(transposed(module))
+    parameters = {name: getattr(module, name) for name in parameters_of(module)}
+    for expert in range(len(next(iter(parameters.values()), ()))):
+        for parameter, tensor in parameters.items():
+            shape = tuple(tensor.shape)
+            dotted = f"{where.module}.{parameter}"
+            rows, columns = shape[:0:-1] if flipped else shape[1:]
+            parts = on_disk.expert(dotted, shape, expert, flipped)
+            for name, part in zip(_names(parameter, parts), parts, strict=True):
+                first = expert * rows * columns + part.first * (1 if flipped else columns)
+                found.append(
+                    LinearArchitecture(
+                        where.layer,
+                        f"{where.name}.{expert}.{name}",
+                        where.module,
+                        part.tensor,
+                        (part.rows, columns),
+                        parameter,
+                        expert,
+                        Place(first, 1, rows) if flipped else Place(first, columns, 1),
+                        part.place,
+                    )
+                )
+    return found
+
+
+def _names(parameter: str, parts: Sequence[Part]) -> list[str]:
+    """What the parts of an expert's matrix are called: as on disk, where gate and up are apart."""
+    if len(parts) == 1:
+        return [parameter]
+    names = [part.tensor.removesuffix(".weight").rpartition(".")[2] for part in parts]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{parameter}_{i}" for i in range(len(parts))]
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -152,71 +211,3 @@ def _head_dim(attention: nn.Module, config: Any) -> int:
         or config.hidden_size // config.num_attention_heads
     )
     return size
-
-
-def disk_prefix(checkpoint: Checkpoint, shapes: Sequence[Shape]) -> str:
-    """What the file puts before "layers.0.self_attn.q_proj.weight" of the text decoder.
-
-    Key layouts differ between exports ("language_model.model.", "model.language_model.",
-    "model."), and transformers renames them on load; what follows the prefix never changes. The
-    prefix is the only one under which every linear lies with its shape.
-
-    Args:
-        checkpoint: The opened checkpoint.
-        shapes: Of every prunable linear.
-
-    Raises:
-        RegraftError: no prefix or more than one fits.
-    """
-    found: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    pattern = re.compile(r"^(.*?)(layers\.\d+\..+)\.weight$")
-    for name, record in checkpoint.tensors.items():
-        if match := pattern.match(name):
-            found[match[1]][match[2]] = record.shape
-    wanted = {f"layers.{index}.{name}": shape for index, name, shape in shapes}
-    fitting = [
-        prefix
-        for prefix, tensors in found.items()
-        if all(tensors.get(name) == shape for name, shape in wanted.items())
-    ]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise RegraftError(
-            f"{checkpoint.folder}: the decoder's weights could be under any of {sorted(fitting)}."
-        )
-    closest = max(found, key=lambda p: len(found[p].keys() & wanted.keys()), default="")
-    name = next(n for n, shape in wanted.items() if found[closest].get(n) != shape)
-    stored = found[closest].get(name)
-    raise RegraftError(
-        f"{checkpoint.folder}: config.json describes a weight {closest}{name} of shape "
-        f"{list(wanted[name])}, the file has {list(stored) if stored else 'none'}. "
-        "Weights and config belong to different models, or the weights are quantised or fused."
-    )
-
-
-def _check_stored(
-    checkpoint: Checkpoint, prefix: str, decoder: nn.Module, output: nn.Module
-) -> None:
-    """Compare shapes on disk with the model's: of the decoder's embedding and norms, the head."""
-    wanted = {f"{prefix}{name}": one.shape for name, one in decoder.named_parameters()}
-    head = f"{prefix.removesuffix('model.')}lm_head.weight"
-    for name in {"lm_head.weight", head} - wanted.keys():
-        wanted[name] = output.weight.shape  # type: ignore[assignment]
-    for name, shape in wanted.items():
-        record = checkpoint.tensors.get(name)
-        if record is not None and record.shape != tuple(shape):
-            raise RegraftError(
-                f"{checkpoint.folder}: config.json describes {name} of shape {list(shape)}, the "
-                f"file has {list(record.shape)}. Weights and config belong to different models, "
-                "or the vocabulary was changed in one of them alone."
-            )
-
-
-def _require_float(checkpoint: Checkpoint, tensor: str) -> None:
-    dtype = checkpoint.record(tensor).dtype
-    if dtype not in FLOATS:
-        raise RegraftError(
-            f"{checkpoint.folder}: {tensor} is stored as {dtype}: it is quantised. Give a "
-            f"checkpoint whose weights are {', '.join(FLOATS)}."
-        )

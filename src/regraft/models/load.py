@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regraft import distributed
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.files import read_json
-from regraft.models.architecture import Architecture
+from regraft.models.architecture import Architecture, LinearArchitecture
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.describe import read_architecture
 from regraft.models.placement import PlacedModel
@@ -38,6 +38,10 @@ class Source:
     def folder(self) -> Path:
         """The folder on disk."""
         return self.checkpoint.folder
+
+    def weight(self, linear: LinearArchitecture) -> Tensor:
+        """Read one prunable weight `[out, in]`, in its own dtype, on CPU."""
+        return self.checkpoint.matrix(linear.tensor, linear.stored, linear.shape)
 
 
 def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source:
@@ -257,20 +261,24 @@ def pick_device(device: str) -> torch.device:
 def _check_weights(model: nn.Module, source: Source) -> None:
     modules = dict(model.named_modules())
     for linear in source.architecture.linears:
-        weight = modules[linear.module].weight
-        assert isinstance(weight, torch.Tensor)
-        if not weight.is_floating_point():
+        if not getattr(modules[linear.module], linear.parameter).is_floating_point():
             raise RegraftError(f"{source.folder}: {linear.tensor} is quantised; give a dense one.")
-    first = next(source.architecture.linears)
-    weight = modules[first.module].weight
-    assert isinstance(weight, torch.Tensor)
-    if weight.is_meta:  # a split model's layer that waits on disk
-        return
-    if not torch.equal(source.checkpoint.read(first.tensor).to(weight.dtype), weight.cpu()):
-        raise RegraftError(
-            f"{source.folder}: tensor {first.tensor} on disk is not the weight of {first.module} "
-            "in memory; this key layout is not supported."
-        )
+    for linear in _one_of_each(source.architecture):
+        parameter = getattr(modules[linear.module], linear.parameter)
+        if parameter.is_meta:  # a split model's layer that waits on disk
+            continue
+        weight = linear.weight(modules[linear.module])
+        if not torch.equal(source.weight(linear).to(weight.dtype), weight.cpu()):
+            raise RegraftError(
+                f"{source.folder}: tensor {linear.tensor} on disk is not {linear.parameter} of "
+                f"{linear.module} in memory; this key layout is not supported."
+            )
+
+
+def _one_of_each(architecture: Architecture) -> list[LinearArchitecture]:
+    """The first linear, and of those that lie in larger tensors the last of each kind."""
+    inside = [li for li in architecture.linears if li.held is not None or li.stored is not None]
+    return [next(architecture.linears), *{linear.role: linear for linear in inside}.values()]
 
 
 def _memory_of(target: torch.device) -> dict[int | str, int] | None:

@@ -76,13 +76,13 @@ class PlacedModel:
                 tensor.data = home
 
 
-def weight_in_memory(module: nn.Module) -> Tensor | None:
+def weight_in_memory(module: nn.Module, name: str = "weight") -> Tensor | None:
     """A module's weight where it is, on a device or in host memory; None where it waits on disk.
 
     Accelerate keeps the weights of layers for which the devices have no room in host memory or on
     disk; the parameter is on the meta device until its AlignDevicesHook loads it to run the layer.
     """
-    weight = module.weight
+    weight = getattr(module, name)
     assert isinstance(weight, Tensor)
     if not weight.is_meta:
         return weight.data
@@ -90,7 +90,7 @@ def weight_in_memory(module: nn.Module) -> Tensor | None:
     for one in getattr(hook, "hooks", (hook,)):
         waiting = getattr(one, "weights_map", None)
         if waiting is not None:
-            first, again = waiting["weight"], waiting["weight"]
+            first, again = waiting[name], waiting[name]
             if first.data_ptr() == again.data_ptr():  # otherwise read from disk each time
                 held: Tensor = first
                 return held

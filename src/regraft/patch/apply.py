@@ -12,18 +12,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from regraft.errors import RegraftError
 from regraft.files import in_threads, read_at, write_at
-from regraft.models.architecture import Architecture
+from regraft.models import places
+from regraft.models.architecture import Architecture, LinearArchitecture
 from regraft.models.checkpoint import Checkpoint, TensorRecord
 from regraft.models.checkpoint_copy import write_copy
 from regraft.models.placement import weight_in_memory
-from regraft.patch.format import CHUNK, Patch, Target, bits, chunks, merge
+from regraft.models.places import at
+from regraft.patch.format import CHUNK, Patch, Target, TensorPatch, bits, chunks, merge
 from regraft.progress import Advance
 
 Operation = Literal["apply", "revert"]
@@ -185,40 +187,58 @@ def patched(model: nn.Module, architecture: Architecture, patch: Patch) -> Itera
             that waits on disk (of a model spread over devices that host memory does not hold).
     """
     modules = dict(model.named_modules())
-    readers = {linear.tensor: modules[linear.module] for linear in architecture.linears}
-    for name, tensor in patch.tensors.items():
-        if name not in readers:
-            raise RegraftError(f"The patch is for another model: it has no weight {name}.")
-        shape = tuple(readers[name].weight.shape)
-        if shape != tensor.shape:
-            raise RegraftError(
-                f"The patch is for another model: {name} is {list(shape)}, the patch is for "
-                f"{list(tensor.shape)}."
-            )
-    held = {name: weight_in_memory(readers[name]) for name in patch.tensors}
-    if on_disk := [name for name, weight in held.items() if weight is None]:
-        raise RegraftError(
-            f"{on_disk[0]} waits on disk, where no patch can be put on it. Write the checkpoint "
-            "with `regraft apply` and evaluate that."
-        )
-    targets = [(held[name], tensor) for name, tensor in patch.tensors.items()]
-    before = [_get(weight, tensor.positions) for weight, tensor in targets]
+    inside: dict[str, list[LinearArchitecture]] = {}
+    for linear in architecture.linears:
+        inside.setdefault(linear.tensor, []).append(linear)
+    targets = [
+        (_weight(modules, linear), positions, values)
+        for name, tensor in patch.tensors.items()
+        for linear, positions, values in _by_linear(name, tensor, inside.get(name, []))
+    ]
+    before = [weight[at(positions, weight)] for weight, positions, _ in targets]
     try:
-        for weight, tensor in targets:
-            _put(weight, tensor.positions, tensor.values)
+        for weight, positions, values in targets:
+            _put(weight, positions, values)
         yield
     finally:
-        for (weight, tensor), values in zip(targets, before, strict=True):
-            _put(weight, tensor.positions, values)
+        for (weight, positions, _), values in zip(targets, before, strict=True):
+            _put(weight, positions, values)
 
 
-def _get(weight: Any, positions: Tensor) -> Tensor:
-    values: Tensor = weight.data.view(-1)[positions.to(weight.device)]
-    return values
+def _by_linear(
+    name: str, tensor: TensorPatch, linears: Sequence[LinearArchitecture]
+) -> list[tuple[LinearArchitecture, Tensor, Tensor]]:
+    """What a patch changes of each linear in one tensor: flat positions in it, and values. `[k]`"""
+    another = "The patch is for another model:"
+    if not linears:
+        raise RegraftError(f"{another} it has no weight {name}.")
+    shape, parts = linears[0].shape, []
+    if linears[0].stored is None and shape != tensor.shape:
+        raise RegraftError(
+            f"{another} {name} is {list(shape)}, the patch is for {list(tensor.shape)}."
+        )
+    for linear in linears:
+        here, positions = places.inside(tensor.positions, linear.stored, linear.shape)
+        if len(positions):
+            parts.append((linear, positions, tensor.values[here]))
+    if sum(len(positions) for _, positions, _ in parts) != len(tensor.positions):
+        raise RegraftError(f"{another} it changes {name} where no prunable weight is.")
+    return parts
 
 
-def _put(weight: Any, positions: Tensor, values: Tensor) -> None:
-    weight.data.view(-1)[positions.to(weight.device)] = values.to(weight.device, weight.dtype)
+def _weight(modules: Mapping[str, nn.Module], linear: LinearArchitecture) -> Tensor:
+    """A linear's weight in memory, `[out, in]`, a view."""
+    held = weight_in_memory(modules[linear.module], linear.parameter)
+    if held is None:
+        raise RegraftError(
+            f"{linear.tensor} waits on disk, where no patch can be put on it. Write the checkpoint "
+            "with `regraft apply` and evaluate that."
+        )
+    return places.of_tensor(held, linear.held, linear.shape)
+
+
+def _put(weight: Tensor, positions: Tensor, values: Tensor) -> None:
+    weight[at(positions, weight)] = values.to(weight.device, weight.dtype)
 
 
 def zeros_filled(checkpoint: Checkpoint, patch: Patch) -> int:

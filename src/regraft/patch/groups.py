@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regraft.models.checkpoint import Checkpoint
+from regraft.models.load import Source
+from regraft.models.places import inside
 from regraft.patch.format import Patch
 
 _LARGEST = 64  # weights in a group
@@ -68,19 +69,24 @@ def common_grouping(found: Iterable[Grouping | None]) -> Grouping | None:
     return None
 
 
-def violated_groups(pruned: Checkpoint, patch: Patch, n: int, m: int) -> int:
+def violated_groups(pruned: Source, patch: Patch, n: int, m: int) -> int:
     """Number of N:M groups of the pruned checkpoint that hold more than N weights once patched.
 
     Of weights that have this pattern; those that were pruned otherwise have no groups to break.
     """
     violated = 0
-    for name, tensor in patch.tensors.items():
-        before = pruned.read(name)
+    for linear in pruned.architecture.linears:
+        if (tensor := patch.tensors.get(linear.tensor)) is None:
+            continue
+        here, positions = inside(tensor.positions, linear.stored, linear.shape)
+        if not len(positions):
+            continue
+        before = pruned.weight(linear)
         grouping = grouping_of(before)
         if grouping is None or (grouping.n, grouping.m) != (n, m):
             continue
         kept = before != 0
-        kept.view(-1)[tensor.positions] = tensor.values != 0
+        kept.view(-1)[positions] = tensor.values[here] != 0
         violated += int((_kept_in_groups(kept, m) > n).count_nonzero())
     return violated
 

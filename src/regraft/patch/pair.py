@@ -16,7 +16,7 @@ from regraft.models.architecture import (
     check_same_architecture,
 )
 from regraft.models.load import Source
-from regraft.patch.format import Patch
+from regraft.patch.format import Patch, TensorPatch
 from regraft.patch.groups import Grouping, common_grouping, grouping_of
 
 _NEARLY_ALL = 0.9
@@ -118,7 +118,7 @@ def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _read(source: Source, linear: LinearArchitecture) -> Tensor:
     """One prunable weight, which must be finite."""
-    weight = source.checkpoint.read(linear.tensor)
+    weight = source.weight(linear)
     if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
         raise RegraftError(
             f"{source.folder}: {linear.tensor} holds values that are NaN or infinite. Make or "
@@ -127,13 +127,21 @@ def _read(source: Source, linear: LinearArchitecture) -> Tensor:
     return weight
 
 
+def _restored_in(tensor: TensorPatch, linear: LinearArchitecture) -> int:
+    """How many weights of one linear, of all in a tensor, a patch restores."""
+    if linear.stored is None:
+        return tensor.restored
+    here, _ = linear.stored.inside(tensor.positions, linear.shape)
+    return int((tensor.before[here] == 0).count_nonzero())
+
+
 def restored_by_module(
     patch: Patch, layers: Sequence[LayerArchitecture]
 ) -> dict[str, tuple[int, ...]]:
     """Restored weights per module and layer: "self_attn.q_proj" -> count in each layer."""
     names = dict.fromkeys(linear.name for layer in layers for linear in layer.linears)
     counts = {
-        (linear.name, layer.index): patch.tensors[linear.tensor].restored
+        (linear.name, layer.index): _restored_in(patch.tensors[linear.tensor], linear)
         for layer in layers
         for linear in layer.linears
         if linear.tensor in patch.tensors

@@ -23,6 +23,7 @@ from regraft.data.collate import IGNORED
 from regraft.errors import RegraftError
 from regraft.files import disk_errors
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
+from regraft.models.experts import ExpertLinear, opened
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
 from regraft.models.replay import hooked, logits_of
@@ -176,13 +177,13 @@ def _added(
     """Add to `sums` what `add` makes of each linear, as a backward pass of B `rows` comes by."""
 
     def observe(linear: LinearArchitecture) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            inputs = args[0].detach().reshape(rows, -1, args[0].shape[-1])  # [B, T, in]
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            inputs = args[0].detach()
             if not output.requires_grad:  # Mllama's vision keys and values: no hidden state enters
                 output = output.detach().requires_grad_()
 
             def came(gradient: Tensor) -> None:
-                part = add(gradient.reshape(rows, -1, gradient.shape[-1]), inputs)
+                part = add(by_sample(module, gradient, rows), by_sample(module, inputs, rows))
                 key = linear.key
                 sums[key] = sums[key].add_(part) if key in sums else part
 
@@ -191,8 +192,27 @@ def _added(
 
         return hook
 
-    with hooked(module.register_forward_hook(observe(li)) for li, module in linears.items()):
+    with (
+        opened(linears) as modules,
+        hooked(module.register_forward_hook(observe(li)) for li, module in modules.items()),
+    ):
         yield
+
+
+def by_sample(module: nn.Module, values: Tensor, samples: int) -> Tensor:
+    """What a linear reads or puts out as `[B, T, n]` of B samples.
+
+    Of an expert T is the largest number of tokens that it has of a sample, the others are filled up
+    with zeros.
+    """
+    if not isinstance(module, ExpertLinear):
+        return values.reshape(samples, -1, values.shape[-1])
+    sample = module.tokens // (module.of // samples)  # [n], ascending
+    count = torch.bincount(sample, minlength=samples)  # [B]
+    place = torch.arange(len(sample), device=sample.device) - (count.cumsum(0) - count)[sample]
+    filled = values.new_zeros(samples, int(count.max()), values.shape[-1])
+    filled[sample, place] = values
+    return filled
 
 
 def _means(sums: dict[str, Tensor], layer: LayerArchitecture, total: int) -> dict[str, Tensor]:

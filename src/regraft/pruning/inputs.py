@@ -14,6 +14,7 @@ from regraft import distributed
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.models.architecture import LinearArchitecture
+from regraft.models.experts import ExpertLinear, opened
 from regraft.models.replay import hooked
 
 Observing = Callable[[Batch], AbstractContextManager[None]]
@@ -47,6 +48,13 @@ class Statistics:
     def ran(self, linear: LinearArchitecture) -> bool:
         """Whether anything was accumulated for a linear."""
         return linear.key in self.source
+
+    def reached(self, linear: LinearArchitecture) -> bool:
+        """Whether any calibration token went through a linear; of experts some may see none."""
+        if not self.ran(linear):
+            return False
+        source = self.source[linear.key]
+        return self.tokens[source] > 0 if self.tokens else bool(self.sums[source].any())
 
     def of(self, linear: LinearArchitecture) -> Tensor:
         """The sum for a linear.
@@ -84,11 +92,12 @@ class Statistics:
     ) -> Observing:
         """Make contexts in which forward passes of a batch are added.
 
-        Inputs `[B, S, in]` count at response tokens only. The vision tokens that Mllama's
-        cross-attention reads have no such positions: those count that a response token attends to.
+        Inputs `[B, S, in]` count at response tokens only, of an expert at those that the router
+        sends to it. The vision tokens that Mllama's cross-attention reads have no such positions:
+        those count that a response token attends to.
 
         Args:
-            linears: The linears to observe and their modules.
+            linears: The linears to observe and the modules that own them.
             accumulate: From inputs `[tokens, in]` of a batch to what they add.
         """
 
@@ -98,21 +107,40 @@ class Statistics:
             last: tuple[Tensor, str] | None = None  # what was read last, and who read it first
 
             def observe(linear: LinearArchitecture) -> Callable[[nn.Module, Any], None]:
-                def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
                     nonlocal last
                     if last is not None and args[0] is last[0]:
                         self.source[linear.key] = last[1]
                         return
                     last = args[0], linear.key
-                    counted = args[0][tiles if linear.reads_vision else response].flatten(0, -2)
+                    which = tiles if linear.reads_vision else response
+                    counted = args[0][_rows(module, args[0], which)].flatten(0, -2)
                     self.add(linear, accumulate(counted, batch), len(counted))
 
                 return hook
 
-            with hooked(m.register_forward_pre_hook(observe(li)) for li, m in linears.items()):
+            with (
+                opened(linears) as modules,
+                hooked(m.register_forward_pre_hook(observe(li)) for li, m in modules.items()),
+            ):
                 yield
 
         return around
+
+
+def _rows(module: nn.Module, inputs: Tensor, which: Tensor | None) -> Tensor | None:
+    """Which of a linear's inputs count, a mask over all of their dimensions but the last.
+
+    Args:
+        module: The linear.
+        inputs: `[B, S, in]`, or laid out as `[B * S, in]`; an expert's `[n, in]`.
+        which: Of all tokens, `[B, S]` bool.
+    """
+    if which is None:
+        return None
+    if isinstance(module, ExpertLinear):
+        return which.flatten()[module.tokens]
+    return which.flatten() if inputs.ndim == 2 and which.ndim == 2 else which
 
 
 def require_same_layers(ran: object) -> None:

@@ -11,9 +11,10 @@ reads no data needs no model: `edits_without_data`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from regraft.pruning.base import (
 from regraft.pruning.gradients import layer_gradients
 from regraft.pruning.inputs import Statistics
 from regraft.pruning.masks import Patterns
-from regraft.pruning.results import LayerResults, PrunedWeight
+from regraft.pruning.results import LayerResults, PrunedWeight, edits_by_tensor
 
 
 def prune_layers(
@@ -112,7 +113,7 @@ class _Pruning:
                 else:
                     self.advance(samples)
                 for linear, module in linears.items():
-                    pruned[linear.key].put(_weight(module))
+                    pruned[linear.key].put(linear.weight(module))
                 if layer.index + 1 < walk.layers:
                     walk.advance(layer.index, self.advance)
                 else:  # nobody reads the last layer's outputs
@@ -143,15 +144,47 @@ class _Pruning:
     def prune(self, layer: LayerArchitecture, found: Statistics) -> dict[str, PrunedWeight]:
         """Prune a layer and write the results, updated weights in the dtype they have on disk."""
         weights = {
-            li: _weight(self.modules[li.module]) for li in layer.linears if li in self.patterns
+            li: li.weight(self.modules[li.module]) for li in layer.linears if li in self.patterns
         }
-        made = self.pruner.prune(weights, found, self.patterns, self.settings, self.note)
+        unseen = {li: weights.pop(li) for li in unreached(weights, found)}
+        if unseen:
+            self.note(_of_unseen(layer, unseen))
+        made = chain(
+            self.pruner.prune(weights, found, self.patterns, self.settings, self.note),
+            by_magnitude(unseen, self.patterns),
+        )
         record = self.dense.checkpoint.record
         pruned = {li.key: one.rounded(record(li.tensor).torch_dtype) for li, one in made}
         if distributed.first():
             self.results.save(layer, pruned)
         distributed.barrier()
         return pruned
+
+
+def unreached(linears: Iterable[LinearArchitecture], found: Statistics) -> list[LinearArchitecture]:
+    """Those of experts to which the router sent no calibration token."""
+    return [li for li in linears if li.expert is not None and not found.reached(li)]
+
+
+def by_magnitude(
+    weights: Mapping[LinearArchitecture, Tensor], patterns: Patterns
+) -> Iterator[tuple[LinearArchitecture, PrunedWeight]]:
+    """Prune experts that no calibration token reached: nothing is known of their inputs.
+
+    Were all inputs equally large and independent, Wanda's and SparseGPT's scores would order
+    weights by their size; so would SNIP's were all gradients.
+    """
+    for linear, weight in weights.items():
+        yield linear, PrunedWeight(mask=patterns[linear].mask(weight.float().abs().contiguous()))
+
+
+def _of_unseen(layer: LayerArchitecture, unseen: Iterable[LinearArchitecture]) -> str:
+    named = {(li.name.rpartition(".")[0]) for li in unseen}
+    every = {(li.name.rpartition(".")[0]) for li in layer.linears if li.expert is not None}
+    return (
+        f"Layer {layer.index}: {len(named)} of {len(every)} experts saw no calibration token; "
+        "their weights are pruned by magnitude."
+    )
 
 
 def each_layer(
@@ -211,16 +244,10 @@ def edits_without_data(settings: PruneSettings, patterns: Patterns) -> dict[str,
 
         return edit
 
-    return {linear.tensor: prune(linear) for linear in patterns}
+    return edits_by_tensor((linear, prune(linear)) for linear in patterns)
 
 
 def zeros(checkpoint: Checkpoint, architecture: Architecture) -> int:
-    """Number of prunable weights that are zero on disk; one tensor in memory at a time."""
-    weights = (checkpoint.read(linear.tensor) for linear in architecture.linears)
+    """Number of prunable weights that are zero on disk; one matrix in memory at a time."""
+    weights = (checkpoint.matrix(li.tensor, li.stored, li.shape) for li in architecture.linears)
     return sum(int((weight == 0).count_nonzero()) for weight in weights)
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from regraft.files import atomic_file
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.checkpoint_copy import Edit
+from regraft.models.places import of_tensor
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,31 @@ class LayerResults:
 
             return edit
 
-        return {li.tensor: put(layer, li) for layer in architecture.layers for li in layer.linears}
+        return edits_by_tensor(
+            (li, put(layer, li)) for layer in architecture.layers for li in layer.linears
+        )
 
     def _path(self, layer: LayerArchitecture) -> Path:
         return self.folder / f"layer_{layer.index:03d}.safetensors"
+
+
+def edits_by_tensor(edits: Iterable[tuple[LinearArchitecture, Edit]]) -> dict[str, Edit]:
+    """For `write_edited`: edits of matrices as edits of the tensors on disk that hold them."""
+    found: dict[str, list[tuple[LinearArchitecture, Edit]]] = {}
+    for linear, edit in edits:
+        found.setdefault(linear.tensor, []).append((linear, edit))
+
+    def all_of(parts: Sequence[tuple[LinearArchitecture, Edit]]) -> Edit:
+        def edit(tensor: Tensor) -> Tensor:
+            for linear, one in parts:
+                matrix = of_tensor(tensor, linear.stored, linear.shape)
+                if (changed := one(matrix)) is not matrix:
+                    matrix.copy_(changed)
+            return tensor
+
+        return edit
+
+    return {name: all_of(parts) for name, parts in found.items()}
 
 
 def _packed(result: PrunedWeight) -> Tensor:

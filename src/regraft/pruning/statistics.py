@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from regraft.models.architecture import Architecture, LayerArchitecture, LinearA
 from regraft.models.layerwise import LayerwisePass
 from regraft.progress import Advance
 from regraft.pruning.base import NO_STATISTIC, PRUNERS, Note, Pruner
-from regraft.pruning.prune import each_layer
+from regraft.pruning.prune import each_layer, unreached
 
 FORMAT = "regraft-statistics-2"
 
@@ -50,6 +51,8 @@ class ImportanceStatistics:
         """
         if not PRUNERS.get(self.method).reads_data:
             return NO_STATISTIC
+        if linear.key not in self.values and linear.expert is not None:
+            return torch.zeros(linear.shape[1])  # no token of these prompts went through it
         if linear.key not in self.values:
             raise RegraftError(
                 f"There are no {self.method} statistics for {linear.key}: its layer did not run on "
@@ -110,6 +113,8 @@ def gather(
         gathered = each_layer(walk, architecture, pruner, pruner.keeps, scratch / "states", advance)
         for layer, found in gathered:
             ran = [linear for linear in layer.linears if pruner.keeps(linear) and found.ran(linear)]
+            if unseen := unreached(ran, found):  # left out: their importance is 0
+                ran = [linear for linear in ran if linear not in unseen]
             # copies, since linears that read one input share its sum, which the file would not take
             made = {
                 linear.key: one.cpu().clone() for linear, one in pruner.statistics(ran, found, note)

@@ -225,8 +225,8 @@ class Context:
         with self.progress.task("Ranking weights", len(layers), "layers") as done:
             for layer in layers:
                 for linear in layer.linears:
-                    weight = self.dense.checkpoint.read(linear.tensor).to(device)
-                    after = self.pruned.checkpoint.read(next(pruned).tensor).to(device)
+                    weight = self.dense.weight(linear).to(device)
+                    after = self.pruned.weight(next(pruned)).to(device)
                     yield Matrix(next(index), linear, weight, restorable(weight, after))
                 done(1)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from regraft.artifact import read_artifact, write_artifact
 from regraft.errors import RegraftError
 from regraft.models.load import Source
+from regraft.models.places import at
 from regraft.patch.format import Patch, TensorPatch
 
 FORMAT = "regraft-ranking-1"
@@ -160,27 +161,38 @@ def patch_of(
         RegraftError: a new value does not fit into the pruned checkpoint's dtype.
     """
     pairs = list(zip(dense.architecture.linears, pruned.architecture.linears, strict=True))
-    tensors = {}
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for index, rows in by_linear(ranking):
         linear, other = pairs[index]
-        after = pruned.checkpoint.read(other.tensor)
+        dtype = pruned.checkpoint.record(other.tensor).torch_dtype
         back, gone = ranking.position[rows], ranking.removed[rows]
         if ranking.values is None:
-            values = dense.checkpoint.read(linear.tensor).reshape(-1)[back].to(after.dtype)
+            values = dense.weight(linear).reshape(-1)[back].to(dtype)
         else:
-            values = ranking.values[rows].to(after.dtype)
+            values = ranking.values[rows].to(dtype)
         if not torch.isfinite(values).all():
             raise RegraftError(
                 f"{linear.key}: some new values do not fit into the pruned checkpoint's dtype "
-                f"{after.dtype}. Give a dense checkpoint of that dtype."
+                f"{dtype}. Give a dense checkpoint of that dtype."
             )
         representable = values != 0
         back, gone, values = back[representable], gone[representable], values[representable]
         gone = gone[gone != KEPT]
-        positions, order = torch.cat([back, gone]).sort()
-        values = torch.cat([values, values.new_zeros(len(gone))])[order]
-        tensors[other.tensor] = TensorPatch.of(after, positions, values)
-    return Patch(tensors, dict(about or {}))
+        positions = torch.cat([back, gone])
+        if other.stored is not None:
+            positions = other.stored.flat(positions, other.shape)
+        new = torch.cat([values, values.new_zeros(len(gone))])
+        found.setdefault(other.tensor, []).append((positions, new))
+    return Patch(
+        {name: _tensor_patch(pruned.checkpoint.read(name), parts) for name, parts in found.items()},
+        dict(about or {}),
+    )
+
+
+def _tensor_patch(pruned: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> TensorPatch:
+    """For one tensor on disk, of the (positions, values) of all matrices in it."""
+    positions, order = torch.cat([part[0] for part in parts]).sort()
+    return TensorPatch.of(pruned, positions, torch.cat([part[1] for part in parts])[order])
 
 
 def by_linear(ranking: Ranking) -> Iterator[tuple[int, Tensor]]:
@@ -202,7 +214,7 @@ class Edits:
         """
         linears = list(dense.architecture.linears)
         self._edits = [
-            _Edit.of(ranking, rows, weights[index], dense.checkpoint.read(linears[index].tensor))
+            _Edit.of(ranking, rows, weights[index], dense.weight(linears[index]))
             for index, rows in by_linear(ranking)
         ]
 
@@ -214,35 +226,34 @@ class Edits:
 
 @dataclass(frozen=True)
 class _Edit:
-    """Of one matrix: its flat weight, and rows of the ranking in order.
+    """Of one matrix: its weight, and rows of the ranking in order.
 
-    `back` `[n]` and `gone` `[n]` are flat positions, `new` what is restored, `old` and `kept` what
+    `back` and `gone` are (rows, columns), `[n]` each, `new` what is restored, `old` and `kept` what
     was at both before; where nothing is removed, `gone` is that of `back`.
     """
 
     weight: Tensor
     rows: Tensor
-    back: Tensor
-    gone: Tensor
+    back: tuple[Tensor, Tensor]
+    gone: tuple[Tensor, Tensor]
     new: Tensor
     old: Tensor
     kept: Tensor
 
     @classmethod
     def of(cls, ranking: Ranking, rows: Tensor, weight: Tensor, dense: Tensor) -> _Edit:
-        flat = weight.view(-1)
         back, gone = ranking.position[rows], ranking.removed[rows]
         gone = torch.where(gone == KEPT, back, gone)
-        new = dense.reshape(-1)[back].to(flat.device, flat.dtype)
-        back, gone = back.to(flat.device), gone.to(flat.device)
-        return cls(flat, rows, back, gone, new, flat[back], flat[gone])
+        new = dense.reshape(-1)[back].to(weight.device, weight.dtype)
+        there, away = at(back, weight), at(gone, weight)
+        return cls(weight, rows, there, away, new, weight[there], weight[away])
 
     def put(self, count: int) -> None:
         self.weight[self.back] = self.old
         self.weight[self.gone] = self.kept
         n = int((self.rows < count).sum())
-        self.weight[self.gone[:n]] = 0
-        self.weight[self.back[:n]] = self.new[:n]
+        self.weight[self.gone[0][:n], self.gone[1][:n]] = 0
+        self.weight[self.back[0][:n], self.back[1][:n]] = self.new[:n]
 
 
 def save_ranking(path: Path, ranking: Ranking) -> None:

@@ -137,9 +137,7 @@ def _calibrated(
 
 def _warn_of_pruned(dense: Source, progress: Progress) -> None:
     """Say where a model is pruned already, going by its first layer."""
-    weights = [
-        dense.checkpoint.read(linear.tensor) for linear in dense.architecture.layers[0].linears
-    ]
+    weights = [dense.weight(linear) for linear in dense.architecture.layers[0].linears]
     if sum(map(excess_zeros, weights)) / len(weights) > _PRUNED:
         share = sum(int((one == 0).sum()) for one in weights) / sum(one.numel() for one in weights)
         progress.note(

@@ -95,5 +95,5 @@ def _with_violations(patch: Patch, pruned: Source) -> Patch:
     if "n_m" not in patch.about:
         return patch
     n, m = map(int, patch.about["n_m"].split(":"))
-    count = violated_groups(pruned.checkpoint, patch, n, m)
+    count = violated_groups(pruned, patch, n, m)
     return replace(patch, about={**patch.about, "violated_groups": count})

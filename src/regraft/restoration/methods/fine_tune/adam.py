@@ -20,6 +20,7 @@ from torch import Tensor
 
 from regraft.models.architecture import Architecture
 from regraft.models.layerwise import LayerwisePass
+from regraft.models.places import at
 from regraft.patch.format import Patch
 from regraft.progress import Advance
 from regraft.pruning.gradients import Loss, layer_gradients
@@ -62,7 +63,7 @@ class SparseAdam:
         """Start from the values that the weights have.
 
         Args:
-            weights: `LinearArchitecture.key` -> the weight in memory, contiguous, `[out, in]`;
+            weights: `LinearArchitecture.key` -> the weight in memory, `[out, in]`;
                 changed in place.
             positions: The same keys -> flat positions to train, `[k]` int64, without repetition.
             rate: The learning rate.
@@ -70,11 +71,11 @@ class SparseAdam:
         self.rate, self.updates = rate, 0
         self._trained = {}
         for key, position in positions.items():
-            flat = weights[key].view(-1)
-            at = position.to(flat.device)
-            value = flat[at].float()
+            weight = weights[key]
+            value = weight[at(position, weight)].float()
             nothing = torch.zeros_like(value)
-            self._trained[key] = _Trained(flat, at, value, nothing, nothing.clone())
+            here = position.to(weight.device)
+            self._trained[key] = _Trained(weight, here, value, nothing, nothing.clone())
 
     @property
     def positions(self) -> dict[str, Tensor]:
@@ -84,7 +85,7 @@ class SparseAdam:
     @property
     def values(self) -> dict[str, Tensor]:
         """Key -> the trained values as the model holds them, `[k]` in its dtype, on CPU."""
-        return {key: one.weight[one.at].cpu() for key, one in self._trained.items()}
+        return {key: one.weight[at(one.at, one.weight)].cpu() for key, one in self._trained.items()}
 
     def update(self, gradients: Mapping[str, Tensor]) -> None:
         """One step down these gradients, key -> `[k]` float32; a missing one counts as 0."""
@@ -120,7 +121,7 @@ class SparseAdam:
 
     @staticmethod
     def _write(one: _Trained) -> None:
-        one.weight[one.at] = one.value.to(one.weight.dtype)
+        one.weight[at(one.at, one.weight)] = one.value.to(one.weight.dtype)
 
 
 def loss_and_gradients(

@@ -152,7 +152,7 @@ def _trained(
     batches = list(zip(*sides, strict=True))  # each of both kinds
     modules, linears = dict(model.network.named_modules()), list(architecture.linears)
     positions = {linears[i].key: chosen.position[rows] for i, rows in by_linear(chosen)}
-    weights = {li.key: modules[li.module].weight.data for li in linears if li.key in positions}
+    weights = {li.key: li.weight(modules[li.module]) for li in linears if li.key in positions}
     optimizer = SparseAdam(weights, positions, settings.learning_rate)
     losses, path = list[float](), context.work / "so-far.safetensors"
     if distributed.decided(path.exists):

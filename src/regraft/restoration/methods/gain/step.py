@@ -74,7 +74,7 @@ class Problem:
     def groups(self) -> dict[str, int]:
         """M of every weight that is pruned N:M, by `LinearArchitecture.key`."""
         pairs = zip(self.dense.architecture.linears, self.pruned.architecture.linears, strict=True)
-        found = {a.key: grouping_of(self.pruned.checkpoint.read(b.tensor)) for a, b in pairs}
+        found = {a.key: grouping_of(self.pruned.weight(b)) for a, b in pairs}
         return {key: grouping.m for key, grouping in found.items() if grouping is not None}
 
 
@@ -135,8 +135,8 @@ def _candidates(
             if gradients[0] is None or gradients[1] is None:
                 continue  # no prompt of one kind ran through it
             i = index[linear.key]
-            current = weights[i].to(gradients[0].device)
-            dense = problem.dense.checkpoint.read(linear.tensor).to(current)
+            current = weights[i].to(gradients[0].device).contiguous()
+            dense = problem.dense.weight(linear).to(current)
             taken = so_far.at((so_far.linear == i).nonzero().flatten())
             best.add(i, *_worth(problem, linear, dense, current, taken, gradients))
     found = Losses(*(mean_of(loss.seen) for loss in losses))
@@ -205,5 +205,4 @@ def _gradients(
 def weights_of(network: nn.Module, architecture: Architecture) -> list[Tensor]:
     """Every prunable weight in memory, in the order of `Architecture.linears`."""
     modules: Mapping[str, nn.Module] = dict(network.named_modules())
-    weights = (modules[linear.module].weight for linear in architecture.linears)
-    return [weight.data for weight in weights if isinstance(weight, Tensor)]
+    return [linear.weight(modules[linear.module]) for linear in architecture.linears]

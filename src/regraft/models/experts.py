@@ -1,0 +1,152 @@
+"""Run experts one by one through a module a matrix, so that each can be observed and pruned.
+
+Families keep the weights of all experts of a layer in 3-D parameters, `[E, out, in]` or its
+transpose, and multiply them in one fused kernel. For the length of a block the same is computed
+expert by expert: every token takes the experts that the router chose, and each expert's matrices
+are modules that hooks can be put on. An expert to which no token goes runs on none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from regraft.models.architecture import LinearArchitecture
+from regraft.models.replay import replaced_forwards
+
+FIRST, LAST = ("gate_up_proj", "up_proj"), "down_proj"
+
+
+class ExpertLinear(nn.Module):
+    """One matrix `[out, in]` of one expert.
+
+    `tokens` are those that its rows of input belong to, `[n]` int64, ascending, of `of` in all.
+    """
+
+    tokens: Tensor
+    of: int
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """`[n, in]` -> `[n, out]`, without the bias."""
+        return F.linear(inputs, self.weight)
+
+
+def transposed(experts: nn.Module) -> bool | None:
+    """Whether weights of all experts are `[E, in, out]`; None for a module that is no such one."""
+    if not any(hasattr(experts, name) for name in FIRST) or not hasattr(experts, LAST):
+        return None
+    if type(experts).__name__ == "Llama4TextExperts":
+        return True
+    known = hasattr(experts, "_apply_gate") and hasattr(experts, "is_transposed")
+    return bool(experts.is_transposed) if known else None
+
+
+def parameters_of(experts: nn.Module) -> list[str]:
+    """Names of the 3-D parameters that hold experts' matrices; none of another module."""
+    if transposed(experts) is None:
+        return []
+    names = (*FIRST, LAST)
+    return [name for name, one in experts.named_parameters(recurse=False) if name in names]
+
+
+@contextmanager
+def opened(
+    linears: Mapping[LinearArchitecture, nn.Module],
+) -> Iterator[Mapping[LinearArchitecture, nn.Module]]:
+    """Run experts one by one in the block.
+
+    Args:
+        linears: Weights, and the modules that own them.
+
+    Yields:
+        The same weights, and for those of experts the module that multiplies by it alone.
+    """
+    found: dict[LinearArchitecture, nn.Module] = {
+        linear: module for linear, module in linears.items() if linear.expert is None
+    }
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    for experts in dict.fromkeys(m for li, m in linears.items() if li.expert is not None):
+        own = [li for li, module in linears.items() if module is experts]
+        alone = {li: ExpertLinear(li.weight(experts)) for li in own}
+        found |= alone
+        forwards[experts] = _one_by_one(experts, alone)
+    with replaced_forwards(forwards):
+        yield found
+
+
+def _one_by_one(
+    experts: nn.Module, alone: Mapping[LinearArchitecture, ExpertLinear]
+) -> Callable[..., Tensor]:
+    """The forward of experts whose matrices are these modules, for all that are among them."""
+    run = _Experts(experts, alone)
+    if type(experts).__name__ == "Llama4TextExperts":
+        return run.scaled_before
+    return run.routed
+
+
+class _Experts:
+    """The matrices of a layer's experts, those that are observed and those that are not."""
+
+    def __init__(self, module: nn.Module, alone: Mapping[LinearArchitecture, ExpertLinear]) -> None:
+        self.module: Any = module
+        self.first = next(name for name in FIRST if hasattr(module, name))
+        self.alone: dict[tuple[str, int], list[ExpertLinear]] = {}
+        for linear, one in alone.items():
+            assert linear.expert is not None
+            self.alone.setdefault((linear.parameter, linear.expert), []).append(one)
+        self.count = len(getattr(module, LAST))
+
+    def product(self, name: str, expert: int, inputs: Tensor, tokens: Tensor, of: int) -> Tensor:
+        """Inputs `[n, in]` of some tokens times one expert's matrix, with its bias."""
+        parts = self.alone.get((name, expert))
+        if parts is None:  # not observed
+            weight = getattr(self.module, name)[expert]
+            whole = inputs @ (weight if transposed(self.module) else weight.T)
+        else:
+            for part in parts:
+                part.tokens, part.of = tokens, of
+            whole = torch.cat([part(inputs) for part in parts], dim=-1)
+        bias = getattr(self.module, f"{name}_bias", None)
+        return whole if bias is None else whole.add(bias[expert])
+
+    def routed(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """As `transformers.integrations.moe` has it, for hidden states `[T, d]`.
+
+        `chosen` are the experts of each token and `weights` theirs, `[T, k]`.
+        """
+        total, module = torch.zeros_like(hidden), self.module
+        for expert in range(self.count):
+            tokens, place = torch.where(chosen == expert)
+            inner = self.product(self.first, expert, hidden[tokens], tokens, len(hidden))
+            inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+            out = self.product(LAST, expert, inner, tokens, len(hidden))
+            if getattr(module, "has_post_expert_norm", False):
+                out = module.post_expert_norm(out)
+            out = out * weights[tokens, place, None]
+            total = total.index_add(0, tokens, out.to(total.dtype))
+        return total
+
+    def scaled_before(self, hidden: Tensor) -> Tensor:
+        """As Llama4TextExperts has it: every token for every expert, `[E * T, d]`, times its score.
+
+        The score of an expert that was not chosen is 0, and so is what it puts out.
+        """
+        rows = hidden.view(self.count, -1, hidden.shape[-1])
+        outputs = []
+        for expert, row in enumerate(rows):
+            tokens = row.detach().ne(0).any(dim=-1).nonzero().flatten()
+            gate_up = self.product(self.first, expert, row[tokens], tokens, len(row))
+            gate, up = gate_up.chunk(2, dim=-1)
+            inner = up * self.module.act_fn(gate)
+            out = self.product(LAST, expert, inner, tokens, len(row))
+            outputs.append(torch.zeros_like(row).index_add(0, tokens, out))
+        return torch.cat(outputs)

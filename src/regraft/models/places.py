@@ -1,0 +1,70 @@
+"""Where a weight matrix lies inside a larger tensor, such as one expert's inside all experts'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """A matrix `[out, in]` inside a contiguous tensor, counted in elements.
+
+    Attributes:
+        first: Of its element [0, 0].
+        row: From one row to the next.
+        column: From one column to the next: 1, or `row` is 1 where the tensor holds its transpose.
+    """
+
+    first: int
+    row: int
+    column: int
+
+    def view(self, tensor: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The matrix, as a view of `tensor`."""
+        return tensor.as_strided(
+            shape, (self.row, self.column), tensor.storage_offset() + self.first
+        )
+
+    def stop(self, shape: tuple[int, int]) -> int:
+        """One past its last element."""
+        return self.first + (shape[0] - 1) * self.row + (shape[1] - 1) * self.column + 1
+
+    def flat(self, positions: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Flat positions in the matrix `[k]` int64 -> flat positions in the tensor."""
+        columns = shape[1]
+        return self.first + positions // columns * self.row + positions % columns * self.column
+
+    def inside(self, positions: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """(which flat positions of the tensor are inside, `[n]` bool; where in the matrix, `[k]`)."""
+        rest = positions - self.first
+        far, near = max(self.row, self.column), min(self.row, self.column)
+        major, minor = rest // far, rest % far // near
+        row, column = (major, minor) if self.row == far else (minor, major)
+        found = (rest >= 0) & (rest % far % near == 0) & (row < shape[0]) & (column < shape[1])
+        return found, (row * shape[1] + column)[found]
+
+
+def of_tensor(tensor: Tensor, place: Place | None, shape: tuple[int, int]) -> Tensor:
+    """The matrix at a place of a tensor, a view; the tensor itself where no place is given."""
+    return tensor if place is None else place.view(tensor, shape)
+
+
+def whole(shape: tuple[int, int]) -> Place:
+    """The place of a matrix that is all of a tensor."""
+    return Place(0, shape[1], 1)
+
+
+def inside(positions: Tensor, place: Place | None, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """`Place.inside`, where no place means that the matrix is the tensor."""
+    if place is None:
+        return torch.ones_like(positions, dtype=torch.bool), positions
+    return place.inside(positions, shape)
+
+
+def at(positions: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat positions `[k]` int64 as (rows, columns) of a matrix, which may be any view."""
+    here = positions.to(matrix.device)
+    return here // matrix.shape[1], here % matrix.shape[1]
