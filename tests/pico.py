@@ -51,7 +51,7 @@ _TEXT: dict[str, Any] = {
     "initializer_range": 0.15,
     "rms_norm_eps": 1e-6,
 }
-_VISION: dict[str, Any] = {
+VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -60,12 +60,12 @@ _VISION: dict[str, Any] = {
     "patch_size": 14,
 }
 _CLIP = {
-    **_VISION,
+    **VISION,
     "model_type": "clip_vision_model",
     "num_hidden_layers": 3,
     "projection_dim": 32,
 }
-_SIGLIP = {**_VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
+_SIGLIP = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
 
 
 class Parts(NamedTuple):
@@ -93,12 +93,15 @@ def _bpe(specials: tuple[str, ...]) -> str:
     return tokenizer.to_str()
 
 
-def tokenizer_of(bos: str, eos: str, *, last: str | None = None, **named: str) -> Any:
+def tokenizer_of(
+    bos: str, eos: str, *, last: str | None = None, more: tuple[str, ...] = (), **named: str
+) -> Any:
     """Make a left-padding tokenizer; `named` special tokens become attributes of it.
 
-    `last` gets the highest id (Mllama's image token must lie just past the model's vocabulary).
+    `last` gets the highest id (Mllama's image token must lie just past the model's vocabulary);
+    `more` are special tokens besides those that all have.
     """
-    backend = Tokenizer.from_str(_bpe(tuple(s for s in _SPECIALS if s != last)))
+    backend = Tokenizer.from_str(_bpe(tuple(s for s in (*_SPECIALS, *more) if s != last)))
     if last:
         backend.add_special_tokens([AddedToken(last, special=True, normalized=False)])
     return T.PreTrainedTokenizerFast(
@@ -349,7 +352,7 @@ def _idefics(kind: str) -> Parts:
     }
     config = {
         "text_config": text_config(tokenizer, model_type="llama"),
-        "vision_config": {**_VISION, "image_size": 56},
+        "vision_config": {**VISION, "image_size": 56},
         "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
         "scale_factor": 2,
     }
@@ -421,7 +424,7 @@ def _internvl() -> Parts:
         T.InternVLForConditionalGeneration,
         T.InternVLConfig(
             text_config=text_config(tokenizer, model_type="qwen2"),
-            vision_config={**_VISION, "image_size": [56, 56], "patch_size": [14, 14]},
+            vision_config={**VISION, "image_size": [56, 56], "patch_size": [14, 14]},
             image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
             image_seq_length=4,
             downsample_ratio=0.5,

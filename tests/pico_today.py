@@ -12,7 +12,7 @@ from typing import Any
 
 import transformers as T  # noqa: N812
 
-from pico import Parts, chatml, text_config, tokenizer_of
+from pico import VISION, Parts, chatml, text_config, tokenizer_of
 
 
 def _qwen_with_vision(kind: str) -> Parts:
@@ -72,8 +72,153 @@ def _qwen_with_vision(kind: str) -> Parts:
     )
 
 
+def _glm_moe() -> Parts:
+    """GLM-4.5V-MoE: a first layer without experts, a shared expert in the others."""
+    more = ("<|begin_of_video|>", "<|end_of_video|>", "<|begin_of_image|>", "<|end_of_image|>")
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", more=(*more, "<|video|>"))
+    ids = {
+        "image_token_id": "<|image|>",
+        "video_token_id": "<|video|>",
+        "image_start_token_id": "<|begin_of_image|>",
+        "image_end_token_id": "<|end_of_image|>",
+        "video_start_token_id": "<|begin_of_video|>",
+        "video_end_token_id": "<|end_of_video|>",
+    }
+    text = text_config(
+        tokenizer,
+        moe_intermediate_size=24,
+        num_experts_per_tok=2,
+        n_routed_experts=4,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 1.0,
+            "mrope_section": [2, 3, 3],
+        },
+    )
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "out_hidden_size": 64,
+        "intermediate_size": 48,
+    }
+    pixels = {"shortest_edge": 28**2, "longest_edge": 84**2 * 2}
+    return Parts(
+        T.Glm4vMoeForConditionalGeneration,
+        T.Glm4vMoeConfig(
+            text_config=text,
+            vision_config=vision,
+            **{name: tokenizer.convert_tokens_to_ids(token) for name, token in ids.items()},
+        ),
+        T.Glm4vProcessor(
+            image_processor=T.Glm4vImageProcessor(patch_size=14, merge_size=2, size=pixels),
+            tokenizer=tokenizer,
+            video_processor=T.Glm4vVideoProcessor(patch_size=14, merge_size=2),
+            chat_template=chatml("<|begin_of_image|><|image|><|end_of_image|>"),
+        ),
+    )
+
+
+def _llama4() -> Parts:
+    """Llama 4: every second layer of experts, chunked attention with one layer without rotation."""
+    more = ("<|image_start|>", "<|image_end|>", "<|patch|>")
+    separators = ("<|tile_x_separator|>", "<|tile_y_separator|>")
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", more=(*more, *separators))
+    text = text_config(
+        tokenizer,
+        head_dim=16,
+        intermediate_size=24,
+        intermediate_size_mlp=96,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=2,
+        attention_chunk_size=16,
+        no_rope_layers=[1, 1, 1, 0],
+    )
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+        "vision_output_dim": 48,
+        "image_size": 28,
+        "patch_size": 7,
+        "projector_input_dim": 48,
+        "projector_output_dim": 48,
+    }
+    return Parts(
+        T.Llama4ForConditionalGeneration,
+        T.Llama4Config(
+            text_config=text,
+            vision_config=vision,
+            boi_token_index=tokenizer.convert_tokens_to_ids("<|image_start|>"),
+            eoi_token_index=tokenizer.convert_tokens_to_ids("<|image_end|>"),
+            image_token_index=tokenizer.convert_tokens_to_ids("<|patch|>"),
+        ),
+        T.Llama4Processor(
+            image_processor=T.Llama4ImageProcessor(
+                size={"height": 28, "width": 28}, max_patches=2, resize_to_max_canvas=False
+            ),
+            tokenizer=tokenizer,
+            patch_size=7,
+            chat_template=chatml("<|image|>"),
+        ),
+    )
+
+
+def _lfm2() -> Parts:
+    """LFM2-VL: convolutions in place of attention in half of the layers, `out_proj`, w1 to w3."""
+    more = ("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>")
+    tokenizer = tokenizer_of(
+        "<|im_start|>",
+        "<|im_end|>",
+        more=more,
+        image_token="<image>",
+        image_start_token="<|image_start|>",
+        image_end_token="<|image_end|>",
+        image_thumbnail_token="<|img_thumbnail|>",
+    )
+    text = text_config(
+        tokenizer,
+        model_type="lfm2",
+        layer_types=["conv", "full_attention"] * 2,
+        block_auto_adjust_ff_dim=False,
+    )
+    vision = {key: one for key, one in VISION.items() if key != "image_size"}
+    return Parts(
+        T.Lfm2VlForConditionalGeneration,
+        T.Lfm2VlConfig(
+            text_config=text,
+            vision_config=vision
+            | {"model_type": "siglip2_vision_model", "num_patches": 16, "vision_use_head": False},
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+            projector_hidden_size=48,
+        ),
+        T.Lfm2VlProcessor(
+            image_processor=T.Lfm2VlImageProcessor(
+                encoder_patch_size=14,
+                tile_size=56,
+                min_tiles=1,
+                max_tiles=2,
+                do_image_splitting=False,
+                min_image_tokens=1,
+                max_image_tokens=4,
+                max_num_patches=16,
+            ),
+            tokenizer=tokenizer,
+            chat_template=chatml("<image>"),
+        ),
+    )
+
+
 VLM: dict[str, Callable[[], Parts]] = {
     "qwen3_5": partial(_qwen_with_vision, "qwen3_5"),
     "qwen3_vl_moe": partial(_qwen_with_vision, "qwen3_vl_moe"),
+    "lfm2_vl": _lfm2,
+    "glm4v_moe": _glm_moe,
+    "llama4": _llama4,
 }
 LLM: dict[str, Callable[[], Parts]] = {}

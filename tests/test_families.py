@@ -30,7 +30,7 @@ from regraft.patch.format import load_patch
 from regraft.pruning.base import PRUNERS
 from regraft.pruning.gradients import layer_gradients, signed
 from regraft.pruning.statistics import gather
-from test_pico import logits
+from test_pico import tokenized
 from test_replay import assert_same, manually_ablated
 
 VLM = tuple(pico_today.VLM)
@@ -46,6 +46,13 @@ def today(request):
 
 def picture(family):
     return pico.image(0) if family in VLM else None
+
+
+@torch.no_grad()
+def logits(model, processor, image):
+    inputs = tokenized(processor, image)
+    own = {n: t.float() if t.is_floating_point() else t for n, t in inputs.items()}
+    return model(**own, use_cache=False).logits  # [1, S, V]
 
 
 # The models

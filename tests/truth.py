@@ -21,7 +21,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import pico
 from regraft.data.collate import Batch, prompt_batch, response_batch
-from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
+from regraft.models.architecture import (
+    Architecture,
+    LayerArchitecture,
+    LinearArchitecture,
+    text_decoder,
+)
 from regraft.models.checkpoint_copy import write_edited
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source, load_model, load_processor, open_source
@@ -91,7 +96,7 @@ class States(NamedTuple):
 @torch.no_grad()
 def full_forward(model: nn.Module, inputs: Any) -> States:
     """Run the whole model, from pixels to logits, and watch its decoder."""
-    decoder, entering, final = model.get_decoder(), {}, []
+    decoder, entering, final = text_decoder(model), {}, []
     hooks = [
         layer.register_forward_pre_hook(lambda _m, args, i=i: entering.__setitem__(i, args[0]))
         for i, layer in enumerate(decoder.layers)

@@ -221,12 +221,14 @@ def text_decoder(model: nn.Module) -> nn.Module:
     while not _has_layers(decoder):
         find = getattr(decoder, "get_decoder", None)
         found = find() if callable(find) else None
+        if found is decoder:  # it knows of no other: Llama 4's language model
+            found = getattr(decoder, "model", None)
         if found is None or found is decoder:
             raise RegraftError(
                 f"{type(model).__name__} has no text decoder with layers; "
                 "regraft works on vision-language and language models."
             )
-        decoder = found  # Llama 4's is a language model, whose own decoder has the layers
+        decoder = found
     assert isinstance(decoder, nn.Module)
     return decoder
 

@@ -107,6 +107,7 @@ class _Experts:
 
     def product(self, name: str, expert: int, inputs: Tensor, tokens: Tensor, of: int) -> Tensor:
         """Inputs `[n, in]` of some tokens times one expert's matrix, with its bias."""
+        whole: Tensor
         parts = self.alone.get((name, expert))
         if parts is None:  # not observed
             weight = getattr(self.module, name)[expert]
@@ -116,7 +117,9 @@ class _Experts:
                 part.tokens, part.of = tokens, of
             whole = torch.cat([part(inputs) for part in parts], dim=-1)
         bias = getattr(self.module, f"{name}_bias", None)
-        return whole if bias is None else whole.add(bias[expert])
+        if bias is not None:
+            whole = whole + bias[expert]
+        return whole
 
     def routed(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """As `transformers.integrations.moe` has it, for hidden states `[T, d]`.
