@@ -21,6 +21,7 @@ from regraft.data.example import Example
 from regraft.data.images import length_class
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.judges import TextJudge
+from regraft.evaluation.lengths import check_batch
 from regraft.evaluation.resumable_map import resumable_map
 from regraft.evaluation.summary import is_compared
 from regraft.models.load import placed
@@ -145,6 +146,7 @@ class Answerer:
         images: Mapping[Path, Image.Image],
     ) -> list[str]:
         def answers(batch: Batch) -> list[str]:
+            check_batch(model.config, batch, max_new_tokens)
             inputs = placed(batch, model).inputs
             return answer(model, self._processor, inputs, max_new_tokens, chunk.judge)
 
