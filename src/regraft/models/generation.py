@@ -9,6 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Types that count positions from the padding on, or attend to it: found by trying all those of
+# transformers 5.24 (tests/types_table.py; of causal language models in the same way).
+_CHANGED_BY_PADDING = (
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "deepseek_v4", "florence2"),
+    *("git", "hy_v4", "kosmos-2", "kosmos-2.5", "marian", "mbart", "mvp", "paligemma", "pegasus"),
+    *("plbart", "prophetnet", "roformer", "trocr", "whisper"),
+)
+
 
 def is_plain(model: nn.Module) -> bool:
     """Whether it writes answers behind the prompt by transformers' own `generate`.
@@ -20,6 +28,11 @@ def is_plain(model: nn.Module) -> bool:
 
     generate = getattr(type(model), "generate", None)
     return generate is GenerationMixin.generate and not encodes(model)
+
+
+def takes_padding(model: nn.Module) -> bool:
+    """Whether prompts of different lengths in one batch get the answers that each gets alone."""
+    return model.config.model_type not in _CHANGED_BY_PADDING
 
 
 def encodes(model: nn.Module) -> bool:
@@ -34,13 +47,17 @@ def answer_start(model: nn.Module, prompt: Tensor, tokens: Tensor) -> int:
         model: What generated.
         prompt: `[B, S]`, its input.
         tokens: Prompt and answers; or start token and answers, where an encoder reads the prompt;
-            or, of a `generate` of the model's own, perhaps answers alone.
+            or, of a `generate` of the model's own, perhaps answers alone (a prompt is longer than
+            two tokens, and no answer repeats all of it).
     """
     length = prompt.shape[1]
     if encodes(model):
         return 1
-    if is_plain(model) or torch.equal(tokens[:, :length], prompt):
+    if is_plain(model):
         return length
+    for start in (length, length - 1):  # BLIP puts its own token first and drops the last one
+        if start and torch.equal(tokens[:, 1:start], prompt[:, 1:start]):
+            return start
     return 0
 
 
