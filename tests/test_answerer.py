@@ -572,7 +572,7 @@ def test_like_prompts_share_a_batch(tmp_path: Path) -> None:
 
 def test_images_are_decoded_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next batches' images are there before they are needed, and no batch's twice."""
-    processor, model = pico.processor("qwen2_vl"), object()
+    processor, model = pico.build("qwen2_vl")[::-1]
     examples = pico.write_examples(tmp_path, 6)
     events: list[str] = []
     own = generating.decoded

@@ -255,7 +255,7 @@ def both_splits(folder: Path, *splits: str) -> Path:
 
 def test_vlguards_folder_is_learnt_from_and_evaluated_on_by_split(tmp_path):
     folder = DataSource(name="vlguard", path=both_splits(tmp_path))
-    sees = SimpleNamespace(architecture=SimpleNamespace(has_vision=True))
+    sees = SimpleNamespace(has_vision=True)
     calibration = CalibrationSettings(data=folder, samples=1)
     for of in (draw_calibration, order_calibration):
         assert [e.instruction for e in of(sees, calibration, harmful=True).examples] == ["train"]

@@ -28,7 +28,7 @@ from regraft.errors import RegraftError
 from regraft.evaluation.results import EvalResult
 from regraft.heads.score import HeadScores
 from regraft.heads.ships import HeadSettings
-from regraft.models.load import Source, open_source
+from regraft.models.load import Source, open_answering, open_source
 from regraft.patch.format import Patch
 from regraft.progress import Progress, Silent
 from regraft.pruning.base import PRUNERS
@@ -176,7 +176,7 @@ def evaluate(
     own, compute = _settings(settings, EvalSettings, ComputeSettings)
     named = [_data(one) for one in ([suites] if isinstance(suites, str) else suites)]
     target = stages.Target(
-        _opened(model, compute),
+        _opened(model, compute, answers_only=True),
         compute,
         None if patch is None else Path(patch),
         progress=progress or Silent(),
@@ -243,11 +243,12 @@ def _data(named: Any) -> DataSource:
         raise RegraftError(f"There is no data set {named!r}:\n{explain(error)}") from error
 
 
-def _opened(model: Model, compute: ComputeSettings) -> Source:
+def _opened(model: Model, compute: ComputeSettings, *, answers_only: bool = False) -> Source:
     if isinstance(model, Source):
         return model
     named = demo_model() if str(model) == "demo" else model
-    return open_source(named, trust_remote_code=compute.trust_remote_code)
+    opened = open_answering if answers_only else open_source
+    return opened(named, trust_remote_code=compute.trust_remote_code)
 
 
 def _paths(given: str | Path | Sequence[str | Path]) -> list[Path]:

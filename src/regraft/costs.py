@@ -127,9 +127,10 @@ class Metered:
             if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
                 module.register_forward_hook(self._count)
 
-    def _count(self, module: nn.Module, _args: Any, output: Tensor) -> None:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+    def _count(self, module: nn.Module, _args: Any, output: Any) -> None:
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or not isinstance(output, Tensor):
+            return  # packed weights, several outputs: of kinds of linears that are not counted
         products = output.numel() * math.prod(weight.shape[1:])
         self.flops += 2 * products * (3 if output.requires_grad else 1)
 

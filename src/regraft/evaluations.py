@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -105,7 +106,8 @@ def _variants(
 ) -> Iterator[Variant]:
     """The models; with `related` the first is the dense one and the second the pruned one."""
     first, *names = found
-    zeros = {name: one.about["zeros"] for name, one in found.items()}
+    known = all(map(_has_sizes, found.values()))  # not of quantised weights
+    zeros = {name: one.about["zeros"] if known else 0 for name, one in found.items()}
     pruned = names[0] if related else first
     for name, one in found.items():
         yield Variant(
@@ -113,11 +115,15 @@ def _variants(
             name,
             results[name],
             base=None if name == first else first if name == pruned else pruned,
-            sparsity=zeros[name] / one.about["prunable"],
+            sparsity=one.about["zeros"] / one.about["prunable"] if _has_sizes(one) else 0.0,
             restored=0 if name == first else max(0, zeros[pruned] - zeros[name]) * related,
             pruned=0 if name == first else zeros[pruned] - zeros[first],
             inference_time=related and "defence" in one.about["inputs"],
         )
+
+
+def _has_sizes(one: Evaluation) -> bool:
+    return "prunable" in one.about
 
 
 def _check_pair(found: Mapping[str, Evaluation]) -> None:
@@ -132,17 +138,8 @@ def _check_pair(found: Mapping[str, Evaluation]) -> None:
             f"{dense} and {pruned} are evaluations of the same model (fingerprint "
             f"{about[dense]['inputs']['model'][:12]}). Name the pruned model's by --pruned."
         )
-    if (odd := about[pruned]["prunable"]) != about[dense]["prunable"]:
-        raise RegraftError(
-            f"{pruned} has {odd:,} prunable weights and {dense} {about[dense]['prunable']:,}: the "
-            "one was not made from the other."
-        )
-    if about[pruned]["zeros"] <= about[dense]["zeros"]:
-        raise RegraftError(
-            f"The model of {pruned} has {about[pruned]['zeros']:,} zero weights and that of "
-            f"{dense} {about[dense]['zeros']:,}: it was not pruned from it. Are --dense and "
-            "--pruned exchanged?"
-        )
+    if _has_sizes(found[dense]) and _has_sizes(found[pruned]):
+        _check_sizes((dense, about[dense]), (pruned, about[pruned]))
     for name in others:
         inputs = about[name]["inputs"]
         changed = inputs.keys() & {"patch", "defence"}
@@ -152,6 +149,23 @@ def _check_pair(found: Mapping[str, Evaluation]) -> None:
                 f"{inputs['model'][:12]}), not of {pruned}'s. Leave it out, or name its pruned "
                 "model's evaluation by --pruned."
             )
+
+
+def _check_sizes(
+    dense: tuple[str, Mapping[str, Any]], pruned: tuple[str, Mapping[str, Any]]
+) -> None:
+    """Raise unless the second can have been pruned from the first, by its zeros."""
+    (first, ours), (second, theirs) = dense, pruned
+    if (odd := theirs["prunable"]) != ours["prunable"]:
+        raise RegraftError(
+            f"{second} has {odd:,} prunable weights and {first} {ours['prunable']:,}: the one was "
+            "not made from the other."
+        )
+    if theirs["zeros"] <= ours["zeros"]:
+        raise RegraftError(
+            f"The model of {second} has {theirs['zeros']:,} zero weights and that of {first} "
+            f"{ours['zeros']:,}: it was not pruned from it. Are --dense and --pruned exchanged?"
+        )
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -40,7 +40,9 @@ def load(
     split = compute.placement != "resident"
     with progress.task(f"Loading {source.folder}", 1) as done:
         processor = load_processor(source if own else processor_from or source)
-        model = load_model(source, dtype=compute.dtype, device=compute.device, split=split)
+        model = load_model(
+            source, dtype=compute.dtype, device=compute.device, split=split, note=progress.note
+        )
         done(1)
     progress.loaded(model)
     return model, processor
@@ -73,6 +75,7 @@ def patch_in_memory(model: Source, patch_file: Path | None) -> tuple[Patch | Non
     if patch_file is None:
         return None, inputs
     patch = load_patch(patch_file)
+    _ = model.architecture  # what keeps a model from being patched is said before it is loaded
     make_plan(model.checkpoint, patch, "apply")  # which refuses a patch of another base
     return patch, inputs | {"patch": file_digest(patch_file)}
 

@@ -147,7 +147,7 @@ def read_validation(source: Source, settings: DefenceSettings) -> Reading:
 def _readable(source: Source, reading: Reading) -> Reading:
     check_images(reading)
     with_image = next((one for one in reading.examples if one.image is not None), None)
-    if with_image is not None and not source.architecture.has_vision:
+    if with_image is not None and not source.has_vision:
         raise RegraftError(
             f"{reading.source}: example {with_image.id!r} has an image, but {source.folder} reads "
             "text only. Use a vision-language model, or examples without images."

@@ -54,7 +54,7 @@ def evaluate(
         if dense is not None and text is None:
             raise RegraftError("--dense is for KL on a text: name the text with --text.")
         on_text = None if text is None else stages.OnText(text, dense)
-        source = open_model(model, compute.trust_remote_code)
+        source = open_model(model, compute.trust_remote_code, answers_only=True)
         target = stages.Target(source, compute, patch, defence, on_text, progress=progress)
         done = stages.evaluate(target, out, suite, settings)
         _show_result(progress.console, done.result)

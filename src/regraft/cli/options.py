@@ -14,7 +14,7 @@ from rich.console import Console
 from regraft import distributed
 from regraft.console import ConsoleWatch
 from regraft.data.demo import demo_model
-from regraft.models.load import Source, open_source
+from regraft.models.load import Source, open_answering, open_source
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 
@@ -30,11 +30,13 @@ Calibration = Annotated[CalibrationSettings, Flat]
 Compute = Annotated[ComputeSettings, Flat]
 
 
-def open_model(model: str, trust_remote_code: bool) -> Source:
-    """What lies in the folder, behind the hub id or in the bundled model; loads no weights."""
-    return open_source(
-        demo_model() if model == "demo" else model, trust_remote_code=trust_remote_code
-    )
+def open_model(model: str, trust_remote_code: bool, *, answers_only: bool = False) -> Source:
+    """What lies in the folder, behind the hub id or in the bundled model; loads no weights.
+
+    With `answers_only` of any type that transformers loads, otherwise of one that can be pruned.
+    """
+    opened = open_answering if answers_only else open_source
+    return opened(demo_model() if model == "demo" else model, trust_remote_code=trust_remote_code)
 
 
 @contextmanager

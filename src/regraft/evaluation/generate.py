@@ -21,8 +21,10 @@ from regraft.data.example import Example
 from regraft.data.images import length_class
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.judges import TextJudge
+from regraft.evaluation.lengths import check_batch
 from regraft.evaluation.resumable_map import resumable_map
 from regraft.evaluation.summary import is_compared
+from regraft.models.generation import takes_padding
 from regraft.models.load import placed
 from regraft.models.vision import VisionOutput, recorded, replayed, vision_state, without_pixels
 from regraft.progress import Advance
@@ -145,12 +147,16 @@ class Answerer:
         images: Mapping[Path, Image.Image],
     ) -> list[str]:
         def answers(batch: Batch) -> list[str]:
+            check_batch(model.config, batch, max_new_tokens)
             inputs = placed(batch, model).inputs
             return answer(model, self._processor, inputs, max_new_tokens, chunk.judge)
 
         if (kept := self._kept.get(chunk)) is not None:
             with replayed(model, kept.vision):
                 return answers(kept.batch)
+        if not takes_padding(model):
+            alone = (prompt_batch(self._processor, [e], images) for e in self._examples(chunk))
+            return [text for batch in alone for text in answers(batch)]
         batch = prompt_batch(self._processor, self._examples(chunk), images)
         if self._vision is None:
             return answers(batch)

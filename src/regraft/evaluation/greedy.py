@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.evaluation.judges import TextJudge
+from regraft.models.generation import answer_start, greedily, is_plain
 from regraft.models.prefix import with_shared_prefix
 
 # What later tokens may still change at the end of decoded text: a character whose bytes are not all
@@ -37,19 +38,24 @@ def answer(
         processor: Its processor.
         inputs: Of B prompts, padded on the left, on the model's device.
         max_new_tokens: Length of an answer, in tokens.
-        judge: End each answer once this judge's verdict on it cannot change any more.
+        judge: End each answer once this judge's verdict on it cannot change any more; only of
+            models that `is_plain`.
 
     Returns:
         B answers, special tokens and surrounding white space removed.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    start = inputs["input_ids"].shape[1]
-    settled = None if judge is None else _Settled(tokenizer, judge, start)
-    with _plain_greedy(model, tokenizer, max_new_tokens), contiguous_head(model):
+    plain = is_plain(model)
+    given = with_shared_prefix(model, inputs) if plain else dict(inputs)
+    settled = None
+    if judge is not None and plain:  # of others it is not known where in the tokens answers are
+        settled = _Settled(tokenizer, judge, inputs["input_ids"].shape[1])
+    ends, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+    with greedily(model, max_new_tokens, ends, padding), contiguous_head(model):
         tokens = model.generate(  # type: ignore[operator]
-            **with_shared_prefix(model, inputs),
-            stopping_criteria=None if settled is None else [settled],
+            **given, stopping_criteria=None if settled is None else [settled]
         )
+    start = answer_start(model, given["input_ids"], tokens)
     new = tokens[:, start:].tolist()  # [B, new tokens]
     if settled is not None:
         new = [row[: settled.ends.get(b)] for b, row in enumerate(new)]
@@ -83,29 +89,6 @@ class _Settled:
         return _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or "") is not None
 
 
-def _padding(ends: int | Sequence[int] | None, tokenizer: Any) -> int | None:
-    own: int | None = tokenizer.pad_token_id
-    if own is not None or ends is None:
-        return own
-    return ends if isinstance(ends, int) else ends[0]
-
-
-@contextmanager
-def _plain_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
-    own = model.generation_config
-    model.generation_config = type(own)(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        bos_token_id=own.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
-        pad_token_id=_padding(own.eos_token_id, tokenizer),
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 @contextmanager
 def contiguous_head(model: Any) -> Iterator[None]:
     """Hand the output embedding tensors whose strides are those of their shape.
@@ -121,6 +104,8 @@ def contiguous_head(model: Any) -> Iterator[None]:
         return
 
     def compact(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not args:
+            return args
         return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
 
     hook = head.register_forward_pre_hook(compact)

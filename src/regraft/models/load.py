@@ -1,9 +1,15 @@
-"""From a folder or hub id to a model with its weights, its processor and its architecture."""
+"""From a folder or hub id to a model with its weights, its processor and its architecture.
+
+To answer prompts a model must load and nothing more. Its architecture, which pruning, restoring and
+head scores go by, is read when it is asked for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +25,24 @@ from regraft.files import read_json
 from regraft.models.architecture import Architecture, LinearArchitecture
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.describe import read_architecture
+from regraft.models.loaded import (
+    check_loading,
+    check_weights,
+    describe_unused,
+    enough_memory,
+    unloadable,
+)
 from regraft.models.placement import PlacedModel
-from regraft.models.resolve import auto_class, bad_config, quiet, read_config, resolve
+from regraft.models.quantised import check_quantised, quantisation_of, require_unquantised
+from regraft.models.resolve import (
+    auto_class,
+    bad_config,
+    quiet,
+    read_config,
+    require_greedy,
+    resolve,
+    takes_images,
+)
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Placement = Literal["resident", "streamed"]
@@ -31,7 +53,6 @@ class Source:
     """A checkpoint that was found and checked, with no weight in memory."""
 
     checkpoint: Checkpoint
-    architecture: Architecture
     trust_remote_code: bool = False
 
     @property
@@ -43,6 +64,45 @@ class Source:
         """Read one prunable weight `[out, in]`, in its own dtype, on CPU."""
         return self.checkpoint.matrix(linear.tensor, linear.stored, linear.shape)
 
+    @cached_property
+    def config(self) -> Any:
+        """That of transformers, whatever the type."""
+        with quiet():
+            return read_config(self.folder, self.trust_remote_code)
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether it takes images."""
+        return takes_images(self.config, self.folder)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Of the text decoder, for all that prunes, restores or scores heads.
+
+        Raises:
+            RegraftError: why it cannot: quantised weights, or see `read_architecture`.
+        """
+        require_unquantised(self.config, self.folder)
+        with torch.device("meta"), quiet(), bad_config(self.folder):
+            network = auto_class(self.config, self.folder).from_config(
+                self.config, trust_remote_code=self.trust_remote_code
+            )
+        if getattr(self.config, "tie_word_embeddings", False):
+            network.tie_weights()
+        try:
+            return read_architecture(network, self.checkpoint)
+        except RegraftError as error:
+            where = "" if str(self.folder) in str(error) else f"{self.folder}: "
+            raise RegraftError(f"{where}{error}") from error
+
+    @cached_property
+    def readable_architecture(self) -> Architecture | None:
+        """The same, None where it cannot be read, for what can do without it."""
+        try:
+            return self.architecture
+        except RegraftError:
+            return None
+
 
 def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source:
     """Find a checkpoint, check its files and read its architecture without loading weights.
@@ -53,34 +113,42 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source
         trust_remote_code: Run Python code that comes with the checkpoint.
 
     Raises:
-        RegraftError: what makes the checkpoint unusable.
+        RegraftError: what makes the checkpoint unusable, or keeps it from being pruned.
     """
-    checkpoint = open_checkpoint(resolve(model))
-    with torch.device("meta"), quiet(), bad_config(checkpoint.folder):
-        config = read_config(checkpoint.folder, trust_remote_code)
-        network = auto_class(config, checkpoint.folder).from_config(
-            config, trust_remote_code=trust_remote_code
-        )
-    if getattr(config, "tie_word_embeddings", False):
-        network.tie_weights()
-    try:
-        architecture = read_architecture(network, checkpoint)
-    except RegraftError as error:
-        where = "" if str(checkpoint.folder) in str(error) else f"{checkpoint.folder}: "
-        raise RegraftError(f"{where}{error}") from error
-    return Source(checkpoint, architecture, trust_remote_code)
+    source = Source(open_checkpoint(resolve(model)), trust_remote_code)
+    _ = source.architecture
+    return source
+
+
+def open_answering(model: str | Path, *, trust_remote_code: bool = False) -> Source:
+    """Find a checkpoint that is to answer prompts: of any type that transformers loads.
+
+    Raises:
+        RegraftError: what makes the checkpoint unusable, such as a package that is not installed.
+    """
+    source = Source(open_checkpoint(resolve(model)), trust_remote_code)
+    require_greedy(source.config, source.folder)
+    check_quantised(source.config, source.folder)
+    return source
 
 
 def stored_dtype(source: Source) -> str:
     """The checkpoint's own, by its config as for transformers, or else its weights: "bfloat16"."""
     config = read_json(source.folder / "config.json")
-    weight = source.checkpoint.record(next(source.architecture.linears).tensor)
-    named = config.get("dtype") or config.get("torch_dtype") or str(weight.torch_dtype)
+    named = config.get("dtype") or config.get("torch_dtype")
+    if not named:
+        weight = source.checkpoint.record(next(source.architecture.linears).tensor)
+        named = str(weight.torch_dtype)
     return str(named).removeprefix("torch.")
 
 
 def load_model(
-    source: Source, *, dtype: DTypeName = "auto", device: str = "auto", split: bool = False
+    source: Source,
+    *,
+    dtype: DTypeName = "auto",
+    device: str = "auto",
+    split: bool = False,
+    note: Callable[[str], None] = lambda _: None,
 ) -> nn.Module:
     """Load the weights for inference, in eval mode, gradients off.
 
@@ -89,18 +157,19 @@ def load_model(
         dtype: "auto" is float32 on CPU and the checkpoint's own dtype on an accelerator.
         device: "auto" is the accelerator where there is one, else "cpu".
         split: Spread the layers over all accelerators, and host memory where they do not suffice.
+        note: Told of weights on disk that the model has no place for.
 
     Raises:
         RegraftError: a prunable weight in memory is not the one on disk, a tensor is missing or
-            has another shape than config.json gives it, or a model is to be split without
-            accelerate.
+            has another shape than config.json gives it, memory does not suffice, or a model is to
+            be split without accelerate.
     """
     target = pick_device(device)
     split = split and target.type != "cpu"
     if split:
         require_split()
-    model = _load_weights(source, dtype, target, split)
-    return model if split else model.to(target)
+    model = _load_weights(source, dtype, target, split, note)
+    return model if split or quantisation_of(source.config) else model.to(target)
 
 
 def load_placed(
@@ -117,23 +186,36 @@ def load_placed(
     return PlacedModel(model, target, next(model.parameters()).dtype, streamed)
 
 
-def _load_weights(source: Source, dtype: DTypeName, target: torch.device, split: bool) -> nn.Module:
-    """The model on CPU, or spread."""
-    with quiet():
-        config = read_config(source.folder, source.trust_remote_code)
-        model, loading = auto_class(config, source.folder).from_pretrained(
+def _load_weights(
+    source: Source,
+    dtype: DTypeName,
+    target: torch.device,
+    split: bool,
+    note: Callable[[str], None] = lambda _: None,
+) -> nn.Module:
+    """The model on CPU, or spread; where it is quantised, on its device."""
+    whole = None
+    if quantisation_of(source.config) and target.type != "cpu":
+        require_accelerate("Quantised weights go to an accelerator")
+        whole = {"": target}
+    with quiet(), enough_memory(source.folder), unloadable(source.folder):
+        model, loading = auto_class(source.config, source.folder).from_pretrained(
             source.folder,
-            config=config,
+            config=deepcopy(source.config),  # which loading changes
             dtype=_torch_dtype(dtype, target),
             trust_remote_code=source.trust_remote_code,
+            use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `_check_loading` names the tensor
-            device_map="auto" if split else None,
+            ignore_mismatched_sizes=True,  # `check_loading` names the tensor
+            device_map="auto" if split else whole,
             max_memory=_memory_of(target) if split else None,
         )
-    _check_loading(source.folder, loading)
+    check_loading(source.folder, loading)
+    if unused := describe_unused(source.folder, loading):
+        note(unused)
     model.requires_grad_(False).eval()
-    _check_weights(model, source)
+    if (architecture := source.readable_architecture) is not None:
+        check_weights(model, source.checkpoint, architecture)
     network: nn.Module = model
     return network
 
@@ -145,36 +227,15 @@ def _torch_dtype(dtype: DTypeName, target: torch.device) -> torch.dtype | str:
     return found
 
 
-def _check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
-    """Raise where transformers would go on with random values in place of those of the file."""
-    if mismatched := sorted(loading["mismatched_keys"]):
-        name, stored, wanted = mismatched[0]
-        raise RegraftError(
-            f"{folder}: {name} is {list(stored)} in the file, config.json describes "
-            f"{list(wanted)}"
-            + (f" ({len(mismatched) - 1} more differ)" if mismatched[1:] else "")
-            + ". Weights and config belong to different models: export the whole model again."
-        )
-    if missing := sorted(loading["missing_keys"]):
-        raise RegraftError(
-            f"{folder} holds no weights for {missing[0]}"
-            + (f" and {len(missing) - 1} more" if missing[1:] else "")
-            + ", which config.json asks for. Export the whole model again."
-        )
-
-
 def load_processor(source: Source) -> Any:
     """Load the processor (the tokenizer of a text-only model)."""
     from transformers import AutoProcessor, AutoTokenizer
 
-    auto = AutoProcessor if source.architecture.has_vision else AutoTokenizer
-    return _processor_of(source.folder, auto, trust_remote_code=source.trust_remote_code)
-
-
-def _processor_of(folder: Path, auto: Any, *, trust_remote_code: bool) -> Any:
+    auto = AutoProcessor if source.has_vision else AutoTokenizer
+    folder = source.folder
     try:
         with quiet():
-            return auto.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            return auto.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise RegraftError(
             f"{folder}: the processor could not be loaded ({str(error).splitlines()[0]}). "
@@ -185,30 +246,15 @@ def _processor_of(folder: Path, auto: Any, *, trust_remote_code: bool) -> Any:
 def load_judge(
     model: str | Path, *, dtype: DTypeName = "auto", device: str = "auto"
 ) -> tuple[nn.Module, Any]:
-    """A model of any architecture that transformers knows, for inference, and its processor.
+    """A model of any type that transformers knows, for inference, and its processor.
 
-    It is not to be pruned, so that nothing need be known of its layers. Safetensors only, and no
-    code that comes with it.
+    No code that comes with it is run.
 
     Raises:
-        RegraftError: see `open_source`; the processor cannot be loaded.
+        RegraftError: see `open_answering` and `load_model`; the processor cannot be loaded.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-
-    checkpoint = open_checkpoint(resolve(model))
-    target = pick_device(device)
-    with quiet(), bad_config(checkpoint.folder):
-        config = read_config(checkpoint.folder, trust_remote_code=False)
-        auto = auto_class(config, checkpoint.folder)
-        network = auto.from_pretrained(
-            checkpoint.folder,
-            config=config,
-            dtype=_torch_dtype(dtype, target),
-            use_safetensors=True,
-        )
-    reader = AutoProcessor if auto is AutoModelForImageTextToText else AutoTokenizer
-    processor = _processor_of(checkpoint.folder, reader, trust_remote_code=False)
-    return network.requires_grad_(False).eval().to(target), processor
+    source = open_answering(model)
+    return load_model(source, dtype=dtype, device=device), load_processor(source)
 
 
 def judge_fingerprint(model: str | Path) -> str:
@@ -231,9 +277,7 @@ def has_processor(source: Source) -> bool:
     """Whether the folder comes with a tokenizer and, for a vision model, an image processor."""
     names = {path.name for path in source.folder.iterdir()}
     images = {"processor_config.json", "preprocessor_config.json"}
-    return "tokenizer_config.json" in names and bool(
-        names & images or not source.architecture.has_vision
-    )
+    return "tokenizer_config.json" in names and bool(names & images or not source.has_vision)
 
 
 def transformers_version() -> str:
@@ -256,29 +300,6 @@ def pick_device(device: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise RegraftError(f"The device {device!r} cannot be used here: {reason}") from error
     return picked
-
-
-def _check_weights(model: nn.Module, source: Source) -> None:
-    modules = dict(model.named_modules())
-    for linear in source.architecture.linears:
-        if not getattr(modules[linear.module], linear.parameter).is_floating_point():
-            raise RegraftError(f"{source.folder}: {linear.tensor} is quantised; give a dense one.")
-    for linear in _one_of_each(source.architecture):
-        parameter = getattr(modules[linear.module], linear.parameter)
-        if parameter.is_meta:  # a split model's layer that waits on disk
-            continue
-        weight = linear.weight(modules[linear.module])
-        if not torch.equal(source.weight(linear).to(weight.dtype), weight.cpu()):
-            raise RegraftError(
-                f"{source.folder}: tensor {linear.tensor} on disk is not {linear.parameter} of "
-                f"{linear.module} in memory; this key layout is not supported."
-            )
-
-
-def _one_of_each(architecture: Architecture) -> list[LinearArchitecture]:
-    """The first linear, and of those that lie in larger tensors the last of each kind."""
-    inside = [li for li in architecture.linears if li.held is not None or li.stored is not None]
-    return [next(architecture.linears), *{linear.role: linear for linear in inside}.values()]
 
 
 def _memory_of(target: torch.device) -> dict[int | str, int] | None:
@@ -310,9 +331,13 @@ def require_split() -> None:
             "spread the model over all devices, so there is room for one process only. Use one, or "
             "--placement resident."
         )
+    require_accelerate(
+        "With --placement streamed, heads, evaluation and the dense answers that gain imitates "
+        "spread the model over devices and host memory"
+    )
+
+
+def require_accelerate(what: str) -> None:
+    """Raise where accelerate, by which `what` is done, is not installed."""
     if find_spec("accelerate") is None:
-        raise RegraftError(
-            "With --placement streamed, heads, evaluation and the dense answers that gain imitates "
-            "spread the model over devices and host memory with accelerate: pip install "
-            "'regraft[streamed]'."
-        )
+        raise RegraftError(f"{what} with accelerate: pip install 'regraft[streamed]'.")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.models.architecture import cache_argument, text_decoder
+from regraft.models.architecture import cache_argument
 
 _LEAST = 64  # tokens saved for which the pass over the prefix, in a batch of its own, pays off
 
@@ -45,7 +45,7 @@ def with_shared_prefix(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[s
     cache = _cache(model)
     if cache is None:
         return plain
-    name = cache_argument(text_decoder(model))
+    name = cache_argument(model)
     model(input_ids=ids[:1, :length], use_cache=True, logits_to_keep=1, **{name: cache})
     cache.batch_repeat_interleave(len(ids))
     return {"input_ids": ids, "attention_mask": mask, name: cache}

@@ -101,6 +101,45 @@ def auto_class(config: Any, folder: Path) -> Any:
     )
 
 
+def takes_images(config: Any, folder: Path) -> bool:
+    """Whether a model of this type takes images, as its class in transformers says."""
+    from transformers import AutoModelForImageTextToText
+
+    kind = _own_class(config, folder)
+    if kind is None:  # code of its own
+        return auto_class(config, folder) is AutoModelForImageTextToText
+    return "image" in kind.input_modalities
+
+
+def require_greedy(config: Any, folder: Path) -> None:
+    """Raise unless a model of this type writes one token after the other, as transformers does.
+
+    Raises:
+        RegraftError: it does not, such as a model of diffusion or of actions.
+    """
+    from transformers import GenerationMixin
+
+    kind = _own_class(config, folder)
+    if kind is not None and not issubclass(kind, GenerationMixin):
+        raise RegraftError(
+            f"{folder} is a {config.model_type} model, whose {kind.__name__} does not write one "
+            "token after the other: it gives no greedy answers to evaluate."
+        )
+
+
+def _own_class(config: Any, folder: Path) -> Any:
+    """The class in transformers, None for code that comes with the checkpoint."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForImageTextToText,
+    )
+
+    sees = auto_class(config, folder) is AutoModelForImageTextToText
+    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if sees else MODEL_FOR_CAUSAL_LM_MAPPING
+    return mapping[type(config)] if type(config) in mapping else None  # noqa: SIM401, lazy
+
+
 @contextmanager
 def bad_config(folder: Path) -> Iterator[None]:
     """Whatever transformers makes of a config it cannot build a model from."""

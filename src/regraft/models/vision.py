@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regraft.errors import RegraftError
 from regraft.models.architecture import text_decoder
 from regraft.models.placement import moved, tensors_of
 from regraft.models.replay import replaced_forwards
@@ -108,10 +109,15 @@ def vision_state(model: nn.Module) -> tuple[Any, ...] | None:
     """Equal for vision parts that return the same: sum of bits, dtype, device and shape.
 
     Covers every parameter and buffer outside of the text decoder and the output embedding. None
-    where some are not in memory (a model spread over devices by accelerate).
+    where some are not in memory (a model spread over devices by accelerate), and where it is not
+    known which module the text decoder is.
     """
+    try:
+        part = text_decoder(model)
+    except RegraftError:
+        return None
     output = model.get_output_embeddings()  # type: ignore[operator]
-    decoder = {id(tensor) for part in (text_decoder(model), output) for tensor in tensors_of(part)}
+    decoder = {id(tensor) for one in (part, output) for tensor in tensors_of(one)}
     outside = [tensor for tensor in tensors_of(model) if id(tensor) not in decoder]
     if any(tensor.is_meta for tensor in outside):
         return None

@@ -55,6 +55,7 @@ def evaluate(
     about = describe("evaluate", target.inputs(), settings, target.compute, {"suite": reading})
     about["versions"] |= backend.versions()
     if not is_done(out, out / "results.json", about, lambda: _read_results(out)["about"]):
+        backend.check(target.asked(reading.examples))
         with working(out, about) as work:
             target.announce(suites, reading)
             name, content = ", ".join(map(str, suites)), about["data"]["suite"]["digest"]

@@ -15,6 +15,7 @@ from regraft.data.sources import DataSource
 from regraft.evaluation.generate import MEMO_BYTES, Answerer
 from regraft.evaluation.judges import TextJudge
 from regraft.loading import load
+from regraft.models.architecture import Architecture
 from regraft.models.load import Source, load_processor
 from regraft.patch.pair import Survey, survey
 from regraft.progress import Progress
@@ -68,17 +69,17 @@ class EvaluationCache:
 
     def reading(self, model: Source, suites: Sequence[DataSource], limit: int | None) -> Reading:
         """`read_suites`, and every image of them is decoded once only."""
-        key = "suites", tuple(suites), limit, model.architecture.has_vision
+        key = "suites", tuple(suites), limit, model.has_vision
         return self._once(key, lambda: read_suites(model, suites, limit))
 
     def drawn(self, model: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
         """`draw_calibration`, and every image is decoded once only."""
-        key = "drawn", calibration, harmful, model.architecture.has_vision
+        key = "drawn", calibration, harmful, model.has_vision
         return self._once(key, lambda: draw_calibration(model, calibration, harmful=harmful))
 
     def prompts(self, model: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
         """`draw_prompts`, and every image is decoded once only."""
-        key = "prompts", calibration, harmful, model.architecture.has_vision
+        key = "prompts", calibration, harmful, model.has_vision
         return self._once(key, lambda: draw_prompts(model, calibration, harmful=harmful))
 
     def learnt_from(
@@ -95,12 +96,12 @@ class EvaluationCache:
                 return {role: self.drawn(model, calibration, harmful=harmful)}
             return {f"{role} (self)": order_calibration(model, calibration, harmful=harmful)}
 
-        return self._once(("learnt", calibration, harmful, model.architecture.has_vision), read)
+        return self._once(("learnt", calibration, harmful, model.has_vision), read)
 
-    def zeros(self, model: Source) -> int:
+    def zeros(self, model: Source, architecture: Architecture) -> int:
         """Number of prunable weights that are zero on disk."""
         key = "zeros", model.checkpoint.fingerprint
-        return self._once(key, lambda: zeros(model.checkpoint, model.architecture))
+        return self._once(key, lambda: zeros(model.checkpoint, architecture))
 
     def survey(self, dense: Source, pruned: Source) -> Survey:
         """`survey`, for which all weights are read, once for all methods that rank them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def prune(
                         files={ABOUT_FILE: to_json(about), **_card(dense, settings)},
                         advance=done,
                     )
-    return Source(open_checkpoint(out), dense.architecture, dense.trust_remote_code)
+    return replace(dense, checkpoint=open_checkpoint(out))
 
 
 def _data(

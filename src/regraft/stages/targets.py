@@ -23,6 +23,7 @@ from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.defence.artifact import Defence, Direction, acting, asked, check_fits, load_defence
 from regraft.errors import RegraftError
+from regraft.evaluation.lengths import check_lengths
 from regraft.evaluation.perplexity import (
     Nll,
     Teacher,
@@ -110,6 +111,13 @@ class Backend(ABC):
         Finished answers are kept in the folder `work`, and found there after a kill.
         """
 
+    def check(self, examples: Sequence[Example]) -> None:  # noqa: B027, most have nothing to check
+        """Find before long work which of the prompts cannot be answered.
+
+        Raises:
+            RegraftError: some cannot.
+        """
+
     def versions(self) -> dict[str, str]:
         """Of programs, beside regraft's own, that answers depend on."""
         return {}
@@ -182,11 +190,17 @@ class Target:
         return found | (self.text.digests() if self.text else {})
 
     def sizes(self) -> dict[str, int]:
-        """How many prunable weights there are, and how many of them are zero."""
+        """How many prunable weights there are, and how many of them are zero.
+
+        Empty where the architecture is not known, as of quantised weights.
+        """
+        architecture = self.model.readable_architecture
+        if architecture is None:
+            return {}
         patch, _ = self._patch
         filled = zeros_filled(self.model.checkpoint, patch) if patch else 0
-        zeros = self.cache.zeros(self.model) - filled
-        return {"zeros": zeros, "prunable": self.model.architecture.prunable}
+        zeros = self.cache.zeros(self.model, architecture) - filled
+        return {"zeros": zeros, "prunable": architecture.prunable}
 
     @property
     def checkpoints(self) -> tuple[Source, Source]:
@@ -235,6 +249,12 @@ class _InMemory(Backend):
 
     target: Target
     settings: EvalSettings
+
+    def check(self, examples: Sequence[Example]) -> None:
+        model, processor = self.target.checkpoints
+        check_lengths(
+            model.config, load_processor(processor), examples, self.settings.max_new_tokens
+        )
 
     def answers(self, prompts: Prompts, work: Path) -> list[str]:
         target, settings = self.target, self.settings
@@ -309,7 +329,7 @@ class _ByVllm(Backend):
                 dtype=stored_dtype(model) if compute.dtype == "auto" else compute.dtype,
                 tensor_parallel=self.settings.tensor_parallel,
                 max_length=self.settings.max_length,
-                sees=model.architecture.has_vision,
+                sees=model.has_vision,
                 trust_remote_code=compute.trust_remote_code,
             )
             done(1)

@@ -1,0 +1,111 @@
+"""Whether what transformers loaded is the checkpoint, and what it raises where it cannot load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.errors import RegraftError
+from regraft.models.architecture import Architecture, LinearArchitecture
+from regraft.models.checkpoint import Checkpoint
+
+_CPU_MEMORY = "DefaultCPUAllocator"  # torch has no class of its own for it
+
+
+def check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
+    """Raise where transformers would go on with random values in place of those of the file."""
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise RegraftError(
+            f"{folder}: {name} is {list(stored)} in the file, config.json describes "
+            f"{list(wanted)}"
+            + (f" ({len(mismatched) - 1} more differ)" if mismatched[1:] else "")
+            + ". Weights and config belong to different models: export the whole model again."
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise RegraftError(
+            f"{folder} holds no weights for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if missing[1:] else "")
+            + ", which config.json asks for. Export the whole model again."
+        )
+
+
+def describe_unused(folder: Path, loading: Mapping[str, Any]) -> str | None:
+    """What to say of weights on disk that the model has no place for, if there are any."""
+    unused = sorted(loading["unexpected_keys"])
+    if not unused:
+        return None
+    return (
+        f"Warning: {folder} holds {len(unused)} tensors that the model of its config.json has no "
+        f"place for, {unused[0]} the first: they are left out. If they belong to it, weights and "
+        "config are of different models, and what is measured is neither."
+    )
+
+
+def check_weights(model: nn.Module, checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Raise unless prunable weights are floats, and one of each kind in memory is that on disk.
+
+    Raises:
+        RegraftError: a weight is quantised, or this layout of names is not understood.
+    """
+    modules = dict(model.named_modules())
+    for linear in architecture.linears:
+        if not getattr(modules[linear.module], linear.parameter).is_floating_point():
+            raise RegraftError(
+                f"{checkpoint.folder}: {linear.tensor} is quantised; give a dense one."
+            )
+    for linear in _one_of_each(architecture):
+        if getattr(modules[linear.module], linear.parameter).is_meta:
+            continue  # a split model's layer that waits on disk
+        weight = linear.weight(modules[linear.module])
+        stored = checkpoint.matrix(linear.tensor, linear.stored, linear.shape)
+        if not torch.equal(stored.to(weight.dtype), weight.cpu()):
+            raise RegraftError(
+                f"{checkpoint.folder}: tensor {linear.tensor} on disk is not {linear.parameter} "
+                f"of {linear.module} in memory; this key layout is not supported."
+            )
+
+
+def _one_of_each(architecture: Architecture) -> list[LinearArchitecture]:
+    """The first linear, and of those that lie in larger tensors the last of each kind."""
+    inside = [li for li in architecture.linears if li.held is not None or li.stored is not None]
+    return [next(architecture.linears), *{linear.role: linear for linear in inside}.values()]
+
+
+@contextmanager
+def enough_memory(folder: Path) -> Iterator[None]:
+    """Say what to lower where host memory does not suffice for a model.
+
+    An accelerator's is said at the end of the program.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or _CPU_MEMORY in str(error)):
+            raise
+        raise RegraftError(
+            f"{folder}: there is not enough memory for its weights. Load them in fewer bytes with "
+            "--dtype bfloat16 (in a recipe compute.dtype), and lower --batch-size "
+            "(compute.batch_size), which takes memory too."
+        ) from error
+
+
+@contextmanager
+def unloadable(folder: Path) -> Iterator[None]:
+    """Whatever transformers raises of a checkpoint that it cannot load."""
+    try:
+        yield
+    except (RegraftError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or _CPU_MEMORY in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise RegraftError(
+            f"{folder} cannot be loaded: {type(error).__name__}: {reason}"
+        ) from error

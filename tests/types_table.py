@@ -1,0 +1,413 @@
+"""What regraft can do with every image-text-to-text type of the installed transformers, by trying.
+
+Of each type a tiny model with random weights is made from its default config, saved, opened, loaded
+and asked, through the code that evaluates, and its architecture is read. The table in
+docs/families.md is written by
+
+    python tests/types_table.py --write
+
+and says only what was found so. With names of types what became of them is printed alone.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from regraft.errors import RegraftError
+from regraft.evaluation.greedy import answer
+from regraft.models.generation import takes_padding
+from regraft.models.load import load_model, open_answering
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
+BEGIN, END = "<!-- types: begin -->", "<!-- types: end -->"
+TYPES = tuple(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
+VOCABULARY = 320
+TOKENS = 4
+_SECONDS = 90  # for one type
+_WITH_IMAGE = ("blip", "blip-2", "idefics", "instructblip")  # which take no prompt without one
+
+
+def _all(names: str, size: int) -> dict[str, int]:
+    return dict.fromkeys(names.split(), size)
+
+
+# What is made small, by the name of the setting. Where a default is smaller it stays.
+_SIZES: Mapping[str, int] = {
+    **_all(
+        "hidden_size d_model embed_dim projection_dim out_hidden_size text_hidden_size output_dim "
+        "word_embed_proj_dim encoder_hidden_size image_text_hidden_size projector_hidden_size "
+        "vision_hidden_size decoder_hidden_size patch_embed_hidden_size moe_hidden_size "
+        "projector_input_dim projector_output_dim adapter_input_size adapter_in_dim "
+        "adapter_out_dim codebook_dim",
+        64,
+    ),
+    **_all(
+        "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff mlp_dim "
+        "dense_intermediate_size intermediate_size_mlp decoder_intermediate_size "
+        "alignment_intermediate_size projection_intermediate_size",
+        96,
+    ),
+    **_all(
+        "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
+        "share_expert_dim moe_shared_expert_intermediate_size "
+        "shared_experts_intermediate_size",
+        32,
+    ),
+    **_all(
+        "num_attention_heads attention_heads encoder_attention_heads decoder_attention_heads "
+        "num_heads swa_num_attention_heads num_sliding_attention_heads resampler_n_heads "
+        "resampler_heads linear_num_heads index_n_heads linear_num_value_heads num_experts "
+        "num_local_experts n_routed_experts moe_num_experts",
+        4,
+    ),
+    **_all(
+        "num_key_value_heads swa_num_key_value_heads linear_num_key_heads num_experts_per_tok "
+        "moe_topk moe_k resampler_depth aligner_num_add_layers conf_num_hidden_layers "
+        "num_query_tokens resampler_n_latents latent_query_num",
+        2,
+    ),
+    **_all(
+        "n_group topk_group n_groups first_k_dense_replace",
+        1,
+    ),
+    **_all(
+        "head_dim swa_head_dim d_kv kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim "
+        "v_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim mamba_head_dim "
+        "ssm_state_size index_head_dim hidden_size_per_layer_input resampler_head_dim "
+        "query_pre_attn_scalar",
+        16,
+    ),
+    **_all(
+        "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
+        VOCABULARY,
+    ),
+    "qk_head_dim": 32,
+    "mamba_num_heads": 8,
+    "index_topk": 8,
+    "laurel_rank": 8,
+    "num_position_embeddings": 64,
+    "position_embedding_size": 64,
+    "max_position_embeddings": 512,
+    "ngram_vocab_size_base": 500,
+    "codebook_size": 64,
+    "num_embeddings": 64,
+    "base_channels": 32,
+    "mel_vocab_size": 32,
+}
+_LAYERS = (
+    *("num_hidden_layers", "num_layers", "n_layers", "depth", "layers", "decoder_num_layers"),
+    *("encoder_layers", "decoder_layers", "num_decoder_layers"),
+)
+_UNASKED = {  # in words, where a text prompt fails
+    "instructblipvideo": "takes videos, not images",
+    "pix2struct": "takes an image alone, no prompt",
+    "pp_formulanet": "takes an image alone, no prompt",
+    "udop": "takes the words of a page with their boxes",
+    "vision-encoder-decoder": "takes an image alone, no prompt",
+}
+_MAP = {"<image>": 9, "<|image|>": 9, "<|extra_200|>": 10, "IMGIMGAA": 11}
+_SECTIONS = {"mrope_section": [2, 3, 3]}  # of rotary embeddings, in a head of 16 features
+_ROPE = {"rope_type": "default", "rope_theta": 1e4, **_SECTIONS}
+# What default configs leave out or fix at full size, by type and dotted name.
+_EXTRA: Mapping[str, Mapping[str, Any]] = {
+    "chameleon": {"vocabulary_map": _MAP},
+    "emu3": {"vocabulary_map": _MAP},
+    "apertus1p5": {"image_token_offset": 100, "audio_token_offset": 164},
+    "cohere_compass": {"text_config.rope_parameters": {"full_attention": _ROPE}},
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "text_config.num_experts_per_tok": 2,
+    },
+    "blip-2": {"image_token_index": 9},
+    "instructblip": {"image_token_index": 9},
+    "glm5_next": {"text_config.index_topk": 16},
+    "ernie4_5_vl_moe": {
+        "text_config.rope_parameters.mrope_section": [3, 3, 2],
+        "text_config.moe_intermediate_size": [32, 16],
+    },
+    "glm4v_moe": {"text_config.rope_parameters.mrope_section": [1, 1, 2]},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [0, 1, 2, 3],
+        "downsample_rate": "4/8",
+    },
+    "hunyuan_vl": {"text_config.head_dim": 16},
+    "mistral4": {"head_dim": 32},
+    "molmo2": {"adapter_config.vision_feature_layer": [0, 1]},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 12},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 12},
+    "step3p7": {"text_config.sliding_window": 16},
+    "qwen4_exp": {
+        f"text_config.indexer_{name}": size
+        for name, size in {
+            "n_heads": 4,
+            "kv_heads": 1,
+            "head_dim": 16,
+            "budget": 16,
+            "compress_ratio": 4,
+        }.items()
+    },
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one type: empty where all went well, otherwise the reason."""
+
+    name: str
+    kind: str
+    evaluates: str
+    prunes: str
+    heads: str
+
+    def markdown(self) -> str:
+        """A line of the table."""
+        cells = (self.evaluates or "yes", self.prunes or "yes", self.heads or "yes")
+        return f"| `{self.name}` | {' | '.join(cells)} |"
+
+
+def tiny(kind: str, *, derive: bool) -> Any:
+    """The default config of a type, made small.
+
+    Args:
+        kind: The type.
+        derive: Leave out what is listed layer by layer, so that the class makes it for fewer
+            layers; otherwise keep the entries of the first layers that differ.
+    """
+    config = CONFIG_MAPPING[kind]
+    settings = _small(config().to_dict(), derive)
+    for name, value in _EXTRA.get(kind, {}).items():
+        *path, last = name.split(".")
+        block = settings
+        for part in path:
+            block = block.setdefault(part, {})
+        block[last] = value
+    settings.pop("transformers_version", None)
+    return config.from_dict(settings)
+
+
+def _small(settings: Mapping[str, Any], derive: bool) -> dict[str, Any]:
+    deep = next((settings[n] for n in _LAYERS if isinstance(settings.get(n), int)), 0)
+    kept = _kept_layers(settings, deep, derive)
+    small: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            small[name] = _small(value, derive)
+            if name == "rope_parameters" and "text" not in value:
+                small[name] |= _SECTIONS if value.get("rope_type") == "default" else {}
+        elif isinstance(value, list) and deep and len(value) == deep:
+            small |= {} if derive else {name: [value[i] for i in kept]}
+        elif type(value) is not int or not isinstance(name, str):  # Aria has a number as a name
+            small[name] = value
+        elif name in _LAYERS:
+            small[name] = len(kept) if value == deep else min(value, len(kept))
+        elif name in _SIZES:
+            small[name] = min(value, _SIZES[name])
+        elif name.endswith(("token_id", "token_index", "image_id")) and value >= VOCABULARY:
+            small[name] = 200 + value % 97
+        else:
+            small[name] = value
+    if settings.get("num_key_value_heads") == settings.get("num_attention_heads"):
+        small |= {"num_key_value_heads": 4} if "num_key_value_heads" in small else {}
+    small.pop("per_layer_config", None)
+    return small
+
+
+def _kept_layers(settings: Mapping[str, Any], deep: int, derive: bool) -> list[int]:
+    listed = [v for v in settings.values() if isinstance(v, list) and deep and len(v) == deep]
+    if derive or not listed:
+        return list(range(min(deep, 6 if listed else 4)))
+    kinds: dict[str, int] = {}
+    for layer in range(deep):
+        kinds.setdefault(repr([one[layer] for one in listed]), layer)
+    kept = sorted(kinds.values())[:6]
+    kept += [layer for layer in range(deep) if layer not in kept][: max(0, 4 - len(kept))]
+    return sorted(kept)
+
+
+class Ids:
+    """A tokenizer whose words are token ids."""
+
+    pad_token_id = 0
+    eos_token_id = None
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], **_: Any) -> list[str]:
+        """Ids in decimals, padding behind the answer removed."""
+        return [" ".join(map(str, row)).removesuffix(" 0" * row.count(0)) for row in rows]
+
+
+def saved(kind: str, folder: Path) -> None:
+    """Write a tiny checkpoint of a type, of weights under which answers differ."""
+    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]
+    errors: list[Exception] = []
+    for derive in (True, False):
+        try:
+            torch.manual_seed(0)
+            model = getattr(transformers, name)(tiny(kind, derive=derive)).eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim > 1:
+                        parameter.normal_(0, 0.12)
+            if isinstance(model, transformers.GenerationMixin):
+                given = prompts(kind, model.config)[0]
+                model.generate(**given, max_new_tokens=1, do_sample=False)
+            model.save_pretrained(folder)
+            return
+        except ImportError:
+            raise
+        except Exception as error:
+            errors.append(error)
+    raise errors[-1]
+
+
+def prompts(kind: str, config: Any) -> list[dict[str, torch.Tensor]]:
+    """Three prompts of different lengths as one batch, then each alone; with images if need be."""
+    if kind in _WITH_IMAGE:
+        seeing = _with_image(kind, config)
+        return [seeing, *({n: t[i : i + 1] for n, t in seeing.items()} for i in range(3))]
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(20, 60, (n,), generator=generator) for n in (7, 11, 4)]
+    width = max(map(len, rows))
+    ids = torch.stack([torch.cat([torch.zeros(width - len(r)).long(), r]) for r in rows])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    alone = [
+        {"input_ids": row[None], "attention_mask": torch.ones(1, len(row)).long()} for row in rows
+    ]
+    return [batch, *alone]
+
+
+def _with_image(kind: str, config: Any) -> dict[str, torch.Tensor]:
+    """Three prompts of one length with an image each, in the form that the processor gives."""
+    generator = torch.Generator().manual_seed(1)
+    size = config.vision_config.image_size
+    pixels = torch.rand(3, 3, size, size, generator=generator)
+    ids = torch.randint(20, 60, (3, 8), generator=generator)
+    if kind in ("blip-2", "instructblip"):
+        places = torch.full((3, config.num_query_tokens), config.image_token_index)
+        ids = torch.cat([places, ids], dim=1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    if kind == "instructblip":
+        inputs |= {f"qformer_{name}": inputs[name] for name in ("input_ids", "attention_mask")}
+    if kind == "idefics":
+        inputs["pixel_values"] = pixels[:, None]
+        inputs["image_attention_mask"] = torch.ones(3, ids.shape[1], 1)
+    return inputs
+
+
+def look(kind: str) -> Row:
+    """Make, load, ask and read one type."""
+    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        try:
+            with _in_time():
+                saved(kind, folder)
+        except Exception as error:
+            reason = f"no: {_UNASKED[kind]}" if kind in _UNASKED else _reason(error, folder)
+            return Row(kind, name, reason, reason, reason)
+        return Row(kind, name, _evaluates(kind, folder), *_prunes(folder))
+
+
+def _evaluates(kind: str, folder: Path) -> str:
+    try:
+        with _in_time():
+            source = open_answering(folder)
+            model = load_model(source, device="cpu")
+            batch, *alone = prompts(kind, source.config)
+            together = answer(model, Ids(), batch, TOKENS)
+            each = [answer(model, Ids(), one, TOKENS)[0] for one in alone]
+    except Exception as error:
+        return _reason(error, folder)
+    if not all(0 < len(one.split()) <= TOKENS for one in each):
+        return "no: answers of another length than asked for"
+    if takes_padding(model) and together != each:
+        return "no: padding changes its answers"
+    return "" if takes_padding(model) else "yes, prompt by prompt"
+
+
+def _prunes(folder: Path) -> tuple[str, str]:
+    try:
+        source = open_answering(folder)
+        architecture = source.architecture
+    except Exception as error:
+        reason = _reason(error, folder)
+        return reason, reason
+    layers = architecture.layers
+    count = sum(1 for layer in layers if getattr(layer, "heads", None))
+    if count == len(layers):
+        return "", ""
+    return "", f"{count} of {len(layers)} layers" if count else "no: no layer has heads"
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """The first line of an error as a cell of the table."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ImportError) and (package := re.search(r"pip install (\w+)", text)):
+        return f"not tried: needs {package[1]}"
+    text = text.replace(f"{folder}/", "").replace(f"{folder}: ", "").replace(str(folder), "it")
+    text = text if isinstance(error, RegraftError) else f"{type(error).__name__}: {text}"
+    text = text.split(": it gives")[0].split(". ")[0].replace("|", "\\|").rstrip(".")
+    return f"no: {text[:160]}"
+
+
+@contextmanager
+def _in_time() -> Iterator[None]:
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"more than {_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The table and what it adds up to, for the page."""
+    columns = zip(*((row.evaluates, row.prunes, row.heads) for row in rows), strict=True)
+    evaluate, prune, heads = (
+        sum(not cell.startswith("no") for cell in column) for column in columns
+    )
+    lines = [
+        f"Of the {len(rows)} types of transformers {transformers.__version__}, {evaluate} "
+        f"evaluate, {prune} prune and restore and {heads} have heads that are scored.",
+        "",
+        "| Type | Evaluates | Prunes, ranks, restores | Scores heads (HSR) |",
+        "|---|---|---|---|",
+        *(row.markdown() for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str]) -> None:
+    """Print what became of the types that are named, or of all and write the page."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    rows = []
+    for kind in [word for word in words if word != "--write"] or TYPES:
+        rows.append(look(kind))
+        print(rows[-1].markdown(), flush=True)
+    if "--write" in words:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
