@@ -66,9 +66,11 @@ class EvaluationCache:
         found: T = self._known[key]
         return found
 
-    def reading(self, model: Source, suites: Sequence[DataSource], limit: int | None) -> Reading:
+    def reading(
+        self, model: Source | None, suites: Sequence[DataSource], limit: int | None
+    ) -> Reading:
         """`read_suites`, and every image of them is decoded once only."""
-        key = "suites", tuple(suites), limit, model.architecture.has_vision
+        key = "suites", tuple(suites), limit, model is None or model.architecture.has_vision
         return self._once(key, lambda: read_suites(model, suites, limit))
 
     def drawn(self, model: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
