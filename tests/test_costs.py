@@ -20,7 +20,7 @@ import pico
 import truth
 from regraft import costs as module
 from regraft import distributed
-from regraft.costs import Cost, Ledger, Metered, elsewhere, read_costs
+from regraft.costs import Cost, Ledger, Metered, read_costs
 from regraft.data.collate import prompt_batch
 from regraft.errors import RegraftError
 from regraft.progress import Silent
@@ -176,25 +176,6 @@ def test_a_stage_fails_by_its_own_error_alone(
         net(torch.ones(1, 2))
 
 
-def test_what_another_program_does_is_not_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_WORTH_TELLING", 0)
-    metered, path = Metered(Silent()), tmp_path / "costs.json"
-    ledger = Ledger(path, metered, CPU)
-    with ledger.of("evaluate", "dense"):
-        elsewhere(metered)
-    elsewhere(Silent())  # nobody counts
-    with ledger.of("prune"):
-        pass
-    outside, inside = read_costs(path)
-    assert (outside.flops, outside.peak_bytes) == (None, None)
-    assert inside.flops == 0 and inside.peak_bytes is not None
-    both = together([outside, inside])
-    assert (both.flops, both.peak_bytes) == (None, None)
-    assert both.seconds == outside.seconds + inside.seconds
-
-
 def test_a_peak_is_of_the_device_that_is_named() -> None:
     old, new = (Cost("prune", "a", 1, 1, peak, name) for peak, name in ((9, "old"), (5, "new")))
     assert (old + new).peak_bytes == 5
@@ -222,19 +203,16 @@ def test_the_peak_of_the_fullest_accelerator(
     assert (cost.peak_bytes, cost.device) == (9, "card")
 
 
-def test_the_report_says_what_is_not_measured() -> None:
+def test_the_report_has_the_costs_by_stage() -> None:
     prune = Cost("prune", "a", 1, 2e12, 2**30, "card")
     apply = Cost("apply", "a", 1, 0, 2**29, "card")
-    by_vllm = Cost("evaluate", "a", 1, None, None, "card")
-    whole = replace(REPORT, costs=(prune, apply))
-    part = replace(REPORT, costs=(prune, apply, by_vllm))
+    study = study_of([replace(REPORT, costs=(prune, apply))])
     for render in (render_html, render_markdown):
-        page = render(study_of([whole]))
+        page = render(study)
         assert "0 FLOP" in page and "512 MiB" in page
-        assert "not measured, as vLLM works" in render(study_of([part]))
-    rows = render_markdown(study_of([part])).splitlines()
-    assert "| evaluate | 1 | 1.0 s | – | – |" in rows
-    assert "| in all | – | 3.0 s | – | – |" in rows
+    rows = render_markdown(study).splitlines()
+    assert "| apply | 1 | 1.0 s | 0 FLOP | 512 MiB |" in rows
+    assert "| in all | – | 2.0 s | 2 TFLOP | 1 GiB |" in rows
     header = rows.index("| Stage | Models | Time | Operations | Peak memory |")
     assert rows[header - 1] == "" and rows[header - 2] == "**By stage**"
 
@@ -289,7 +267,6 @@ def test_amounts() -> None:
     assert operations(1.234e21) == "1.23 ZFLOP"
     assert operations(9.996e23) == "1,000 ZFLOP"
     assert operations(1.2345e25) == "12,345 ZFLOP"
-    assert operations(None) == memory(None) == "–"
     assert memory(2**19 + 1) == "1 MiB"
     assert memory(640 * 2**20) == "640 MiB"
     assert memory(2**30 - 1) == "1 GiB"

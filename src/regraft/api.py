@@ -28,7 +28,7 @@ from regraft.errors import RegraftError
 from regraft.evaluation.results import EvalResult
 from regraft.heads.score import HeadScores
 from regraft.heads.ships import HeadSettings
-from regraft.models.load import Source, open_answering, open_source
+from regraft.models.load import Source, open_source
 from regraft.patch.format import Patch
 from regraft.progress import Progress, Silent
 from regraft.pruning.base import PRUNERS
@@ -36,7 +36,7 @@ from regraft.restoration.base import DEFAULT, METHODS
 from regraft.settings.base import Settings, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.evaluating import EvalSettings
+from regraft.settings.evaluating import EndpointSettings, EvalSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import with_held_out
 
@@ -163,24 +163,21 @@ def evaluate(
     """Answer suites greedily and judge the answers: ASR, over-refusal, utility with intervals.
 
     Args:
-        model: Any model.
+        model: Any model, or "endpoint:URL#MODEL", one behind an OpenAI-compatible server.
         suites: One or several, such as "safebench:FigStep/data" or a .jsonl file.
         out: The new folder, with all answers.
         patch: Put on the model in memory first.
         progress: Shows progress.
-        settings: Of the evaluation (`max_new_tokens`, `judge`, `limit` ...) and where it runs.
+        settings: Of the evaluation (`max_new_tokens`, `judge`, `limit` ...), where it runs, and how
+            an endpoint is asked (`concurrency`).
 
     Raises:
         RegraftError: bad input.
     """
-    own, compute = _settings(settings, EvalSettings, ComputeSettings)
+    own, compute, endpoint = _settings(settings, EvalSettings, ComputeSettings, EndpointSettings)
     named = [_data(one) for one in ([suites] if isinstance(suites, str) else suites)]
-    target = stages.Target(
-        _opened(model, compute, answers_only=True),
-        compute,
-        None if patch is None else Path(patch),
-        progress=progress or Silent(),
-    )
+    put_on = None if patch is None else Path(patch)
+    target = stages.open_target(model, compute, endpoint, progress, patch=put_on)
     return stages.evaluate(target, Path(out), named, own).result
 
 
@@ -243,12 +240,11 @@ def _data(named: Any) -> DataSource:
         raise RegraftError(f"There is no data set {named!r}:\n{explain(error)}") from error
 
 
-def _opened(model: Model, compute: ComputeSettings, *, answers_only: bool = False) -> Source:
+def _opened(model: Model, compute: ComputeSettings) -> Source:
     if isinstance(model, Source):
         return model
     named = demo_model() if str(model) == "demo" else model
-    opened = open_answering if answers_only else open_source
-    return opened(named, trust_remote_code=compute.trust_remote_code)
+    return open_source(named, trust_remote_code=compute.trust_remote_code)
 
 
 def _paths(given: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,17 +39,16 @@ class Cost:
         seconds: Wall clock.
         flops: Floating point operations of linear layers and convolutions, two for each product;
             a backward pass counts twice its forward pass. Attention's own products are left out,
-            and SparseGPT's own linear algebra. None: not measured, of another program.
+            and SparseGPT's own linear algebra.
         peak_bytes: The most memory in use at a time: of one accelerator, or else of one process.
-            None: not measured, of another program.
         device: Its name, and how many processes ran.
     """
 
     stage: str
     of: str
     seconds: float
-    flops: float | None
-    peak_bytes: int | None
+    flops: float
+    peak_bytes: int
     device: str
 
     def __add__(self, other: Cost) -> Cost:
@@ -62,8 +61,8 @@ class Cost:
         return replace(
             last,
             seconds=self.seconds + other.seconds,
-            flops=if_all_known(sum, (self.flops, other.flops)),
-            peak_bytes=if_all_known(max, peaks),
+            flops=self.flops + other.flops,
+            peak_bytes=max(peaks),
         )
 
 
@@ -92,12 +91,11 @@ class Metered:
 
     Attributes:
         flops: So far.
-        elsewhere: Whether another program was at work, of which nothing is counted.
         advanced: Called whenever a task advances.
     """
 
     def __init__(self, progress: Progress) -> None:
-        self.flops, self.elsewhere = 0.0, False
+        self.flops = 0.0
         self.advanced: Callable[[], None] = _nothing
         self._inner = progress
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -185,14 +183,12 @@ class Ledger:
             gpus = range(torch.cuda.device_count())
         for gpu in gpus:
             torch.cuda.reset_peak_memory_stats(gpu)
-        self._metered.elsewhere = False
         start, before = time.monotonic(), self._metered.flops
 
         def spent() -> Cost:
             seconds, flops = time.monotonic() - start, self._metered.flops - before
             peak = max(map(torch.cuda.max_memory_allocated, gpus)) if gpus else _resident()
-            cost = Cost(stage, model, seconds, flops, peak, named(self._device))
-            return replace(cost, flops=None, peak_bytes=None) if self._metered.elsewhere else cost
+            return Cost(stage, model, seconds, flops, peak, named(self._device))
 
         return spent
 
@@ -204,12 +200,6 @@ class Ledger:
             whole = cost if earlier is None else earlier + cost
             costs = self._read() | {(cost.stage, cost.of): whole}
             write_json(self._path, [asdict(one) for one in costs.values()])
-
-
-def elsewhere(progress: Progress) -> None:
-    """Note that another program works from here on, so that this stage is not all counted."""
-    if isinstance(progress, Metered):
-        progress.elsewhere = True
 
 
 def read_costs(path: Path) -> list[Cost]:
@@ -269,15 +259,9 @@ def _of_all(costs: Sequence[Cost]) -> Cost:
     """Of all processes together, in the time of the first."""
     return replace(
         costs[0],
-        flops=if_all_known(sum, [one.flops for one in costs]),
-        peak_bytes=if_all_known(max, [one.peak_bytes for one in costs]),
+        flops=sum(one.flops for one in costs),
+        peak_bytes=max(one.peak_bytes for one in costs),
     )
-
-
-def if_all_known(together: Callable[[Iterable[T]], T], values: Sequence[T | None]) -> T | None:
-    """None where one is."""
-    known = [value for value in values if value is not None]
-    return together(known) if len(known) == len(values) else None
 
 
 def _nothing() -> None:

@@ -15,6 +15,7 @@ from regraft.data.sources import DataSource
 from regraft.data.suites import join_suites
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Answer, EvalResult
+from regraft.evaluation.served import explained
 from regraft.files import file_digest
 from regraft.report.pooling import study_of
 from regraft.report.run import DataAccount, Opinion, Run, Variant
@@ -25,6 +26,7 @@ from regraft.stages import Evaluation
 _ASKED = ("harmful", "category", "instruction", "request", "image", "reference", "scored_by")
 _COUNTED = ("source", "read", "used", "skipped")
 _WAYS = ("settings", "compute", "versions")
+_ELSEWHERE = {"device": "a server's"}  # how an endpoint ran, as far as it is known
 
 
 def is_evaluation(folder: Path) -> bool:
@@ -87,10 +89,10 @@ def read_run(folders: Sequence[Path], pair: Pair | None = None) -> Run:
                 for folder, (name, one) in zip(folders, found.items(), strict=True)
             },
             "suites": _suites(found[first].result),
-            **{way: about[way] for way in ("settings", "compute")},
+            **{way: about[way] for way in ("settings", "compute") if way in about},
         },
-        versions=about["versions"] | {"device": about["compute"]["device"]},
-        notes=tuple(_evaluated_otherwise(found)),
+        versions=about["versions"] | {"device": about.get("compute", _ELSEWHERE)["device"]},
+        notes=(*_evaluated_otherwise(found), *_replies(found)),
         images=_images(found[first]),
         opinions=tuple(
             Opinion(name, *one)
@@ -106,18 +108,22 @@ def _variants(
 ) -> Iterator[Variant]:
     """The models; with `related` the first is the dense one and the second the pruned one."""
     first, *names = found
-    known = all(map(_has_sizes, found.values()))  # not of quantised weights
-    zeros = {name: one.about["zeros"] if known else 0 for name, one in found.items()}
+    zeros = {name: one.about.get("zeros") for name, one in found.items()}  # not of every kind
     pruned = names[0] if related else first
+
+    def more(one: str, other: str) -> int:
+        ours, theirs = zeros[one], zeros[other]
+        return 0 if ours is None or theirs is None else ours - theirs
+
     for name, one in found.items():
         yield Variant(
             name,
             name,
             results[name],
             base=None if name == first else first if name == pruned else pruned,
-            sparsity=one.about["zeros"] / one.about["prunable"] if _has_sizes(one) else 0.0,
-            restored=0 if name == first else max(0, zeros[pruned] - zeros[name]) * related,
-            pruned=0 if name == first else zeros[pruned] - zeros[first],
+            sparsity=(zeros[name] or 0) / one.about.get("prunable", 1),
+            restored=0 if name == first else max(0, more(pruned, name)) * related,
+            pruned=0 if name == first else more(pruned, first),
             inference_time=related and "defence" in one.about["inputs"],
         )
 
@@ -135,8 +141,8 @@ def _check_pair(found: Mapping[str, Evaluation]) -> None:
     about = {name: one.about for name, one in found.items()}
     if about[dense]["inputs"] == about[pruned]["inputs"]:
         raise RegraftError(
-            f"{dense} and {pruned} are evaluations of the same model (fingerprint "
-            f"{about[dense]['inputs']['model'][:12]}). Name the pruned model's by --pruned."
+            f"{dense} and {pruned} are evaluations of the same model "
+            f"({_told(about[dense]['inputs'])}). Name the pruned model's by --pruned."
         )
     if _has_sizes(found[dense]) and _has_sizes(found[pruned]):
         _check_sizes((dense, about[dense]), (pruned, about[pruned]))
@@ -145,8 +151,8 @@ def _check_pair(found: Mapping[str, Evaluation]) -> None:
         changed = inputs.keys() & {"patch", "defence"}
         if changed and inputs["model"] != about[pruned]["inputs"]["model"]:
             raise RegraftError(
-                f"{name} is an evaluation of another model with a {changed.pop()} (fingerprint "
-                f"{inputs['model'][:12]}), not of {pruned}'s. Leave it out, or name its pruned "
+                f"{name} is an evaluation of another model with a {changed.pop()} "
+                f"({_told(inputs)}), not of {pruned}'s. Leave it out, or name its pruned "
                 "model's evaluation by --pruned."
             )
 
@@ -166,6 +172,12 @@ def _check_sizes(
             f"The model of {second} has {theirs['zeros']:,} zero weights and that of {first} "
             f"{ours['zeros']:,}: it was not pruned from it. Are --dense and --pruned exchanged?"
         )
+
+
+def _told(inputs: Mapping[str, str]) -> str:
+    """Which model it is, in an error."""
+    model = inputs["model"]
+    return model if model.startswith("endpoint:") else f"fingerprint {model[:12]}"
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -233,11 +245,22 @@ def _evaluated_otherwise(found: Mapping[str, Evaluation]) -> Iterator[str]:
         ways = [
             f"{setting} {theirs[way].get(setting)} instead of {ours[way].get(setting)}"
             for way in _WAYS
+            if way in ours and way in theirs
             for setting in dict.fromkeys([*theirs[way], *ours[way]])
             if theirs[way].get(setting) != ours[way].get(setting) and setting != "batch_size"
         ]
+        if ("compute" in ours) != ("compute" in theirs):
+            one, other = (first, name) if "compute" in ours else (name, first)
+            yield f"{other} was answered by an endpoint, {one} in memory."
         if ways:
             yield f"{name} was evaluated in another way than {first}: {', '.join(ways)}."
+
+
+def _replies(found: Mapping[str, Evaluation]) -> Iterator[str]:
+    """What endpoints gave beside answers as asked for."""
+    for name, one in found.items():
+        for sentence in explained(one.about.get("replies", {})):
+            yield f"{name}: {sentence}"
 
 
 def _suites(result: EvalResult) -> list[str]:

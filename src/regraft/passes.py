@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from regraft import distributed
-from regraft.costs import CalibrationPass, Cost, if_all_known
+from regraft.costs import CalibrationPass, Cost
 from regraft.data.collate import prompt_batch
 from regraft.files import read_json, write_json
 from regraft.models.load import load_processor
@@ -124,12 +124,15 @@ class MethodPasses:
 
     def _sum(self, needs: Iterable[_Need]) -> float | None:
         # a stage that several others need was done once
-        total = if_all_known(sum, [self._flops(need) for need in dict.fromkeys(needs)])
-        return None if self.unit is None or total is None else total / self.unit.flops
+        spent = [self._flops(need) for need in dict.fromkeys(needs)]
+        known = [one for one in spent if one is not None]
+        return (
+            None if self.unit is None or len(known) < len(spent) else sum(known) / self.unit.flops
+        )
 
     def _flops(self, need: _Need) -> float | None:
         found = [one for one in self.costs if one.stage == need.stage and one.of in need.models]
-        total = if_all_known(sum, [one.flops for one in found])
+        total = sum(one.flops for one in found)
         return None if need.runs_network and not total else total
 
 

@@ -108,7 +108,7 @@ def plan_run(
         progress or Silent(),
         cache or stages.EvaluationCache(),
         scoring=recipe.heads,
-        evaluation=recipe.evaluate.only().in_memory(),
+        evaluation=recipe.evaluate.only(),
     )
     steps = tuple(Planner(recipe, run_dir, setup, existing).steps())
     prompts = check_all(steps)

@@ -22,7 +22,6 @@ from regraft.restoration.base import needs_of
 from regraft.run_dir import RunDir
 from regraft.settings.searching import SearchSettings
 from regraft.stages.steps import PromptUse, Step
-from regraft.stages.targets import check_for_vllm
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,11 @@ class Planner:
         recipe, run_dir, dense = self.recipe, self.run_dir, self.setup.dense
         if self.existing is None:
             yield from map(self._prune, recipe.prune)
-        step = self._evaluate("dense", lambda: dense, run_dir.dense_evaluation, given=dense)
+        step = self._evaluate("dense", lambda: dense, run_dir.dense_evaluation)
         yield replace(step, title="Evaluating the dense model")
         for one in recipe.prune:
             source, out = partial(self.pruned, one.name), run_dir.evaluation(one.name)
-            step = self._evaluate(one.name, source, out, given=self.existing)
+            step = self._evaluate(one.name, source, out)
             yield replace(step, title=f"Evaluating the {one.name} model")
         needs = [needs_of(one) for one in recipe.realign]
         yield from self.setup.gathering(needs, run_dir.of(recipe.prune[0].name, "", ""))
@@ -107,22 +106,16 @@ class Planner:
         *,
         patch: Path | None = None,
         defence: Path | None = None,
-        given: Source | None = None,
     ) -> Step:
-        """Answers to the test prompts, and how likely ordinary text is where that is named.
-
-        `given` is the model where it is there before the run.
-        """
+        """Answers to the test prompts, and how likely ordinary text is where that is named."""
         setup, settings, text = self.setup, self.recipe.evaluate, None
+        dense = self.run_dir.dense_evaluation
         if settings.text is not None:
-            dense = self.run_dir.dense_evaluation
             text = stages.OnText(settings.text, None if out == dense else dense)
 
         def check() -> PromptUse:
             check_split(setup.compute.device, setup.compute.placement)
-            if given is not None and settings.backend == "vllm":
-                check_for_vllm(given, setup.compute)
-            if given is setup.dense and settings.text is not None:  # once is enough
+            if out == dense and settings.text is not None:  # once is enough
                 read_documents(settings.text)
             return PromptUse(evaluated=self._tests())
 

@@ -39,7 +39,7 @@ from regraft.settings.compute import ComputeSettings
 _ONLY_ROUNDING = ("batch_size", "tokens_per_pass")  # settings that change nothing more
 _PIECES = "by size of image"  # how work is cut; another cut begins unfinished work again
 # told in descriptions, but deciding nothing
-_OUTCOMES = {"violated_groups", "heads", "start", "steps", "end", "values", "passes"}
+_OUTCOMES = {"violated_groups", "heads", "start", "steps", "end", "values", "passes", "replies"}
 
 
 def describe(

@@ -112,8 +112,8 @@ def responses_are_given(calibration: CalibrationSettings, *, harmful: bool) -> b
     return any(one.response and one.response.strip() for one in whole.examples)
 
 
-def read_suites(source: Source, suites: Sequence[DataSource], limit: int | None) -> Reading:
-    """Read what is to be evaluated, see `join_suites`.
+def read_suites(source: Source | None, suites: Sequence[DataSource], limit: int | None) -> Reading:
+    """Read what is to be evaluated, see `join_suites`; None is a model of which nothing is known.
 
     Raises:
         RegraftError: as `draw_calibration`; there is nothing to evaluate.
@@ -144,8 +144,10 @@ def read_validation(source: Source, settings: DefenceSettings) -> Reading:
     return _readable(source, reading.keep(kept, "beyond the limit"))
 
 
-def _readable(source: Source, reading: Reading) -> Reading:
+def _readable(source: Source | None, reading: Reading) -> Reading:
     check_images(reading)
+    if source is None:
+        return reading
     with_image = next((one for one in reading.examples if one.image is not None), None)
     if with_image is not None and not source.has_vision:
         raise RegraftError(

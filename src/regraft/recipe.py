@@ -221,12 +221,6 @@ class Recipe(Settings):
                 f"`heads.candidates` is {self.heads.candidates}, but `realign` takes {most} heads, "
                 "some of which would only have estimated scores; raise the candidates"
             )
-        directions = [one.name for one in self.defend if one.method == "refusal-direction"]
-        if self.evaluate.backend == "vllm" and directions:
-            raise ValueError(
-                f"the refusal direction of {directions[0]!r} acts inside the model, which vLLM "
-                "does not let it: set `evaluate.backend` to transformers or leave it out"
-            )
         if self.pruned is not None and len(self.prune) > 1:
             raise ValueError(
                 f"`pruned` names an existing checkpoint and `prune` has {len(self.prune)} "
@@ -290,10 +284,9 @@ class Recipe(Settings):
     def on_disk(self, variant: VariantSettings) -> bool:
         """Whether its checkpoint is written, wanted or not.
 
-        vLLM takes no patch in memory, nor do weights of streamed models that wait on disk.
+        Weights of streamed models that wait on disk take no patch in memory.
         """
-        in_memory = self.compute.placement != "streamed" and self.evaluate.backend != "vllm"
-        return variant.checkpoint or not in_memory
+        return variant.checkpoint or self.compute.placement == "streamed"
 
     @field_serializer("prune")
     def _one_or_many(self, prune: tuple[PruningSettings, ...]) -> Any:

@@ -241,12 +241,6 @@ class EvaluateSettings(EvalSettings):
         "it, and KL to the dense model.",
     )
 
-    @model_validator(mode="after")
-    def _check_text(self) -> EvaluateSettings:
-        if self.text is not None and self.backend == "vllm":
-            raise ValueError("text is measured by the transformers backend only")
-        return self
-
     def only(self) -> EvalSettings:
         """These settings without the suites and the text."""
         return self.narrowed(EvalSettings)

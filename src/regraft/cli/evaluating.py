@@ -8,19 +8,19 @@ from typing import Annotated
 
 from rich.console import Console
 
-from regraft.cli.flags import refuse_unread
-from regraft.cli.options import Compute, Flat, Model, OutFolder, open_model, watching
+from regraft.cli.flags import check_endpoint, refuse_unread
+from regraft.cli.options import Answering, Compute, Flat, OutFolder, watching
 from regraft.console import say, show_table
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate, EvalResult, Rates
 from regraft.report.formatting import degenerate, number_cell, on_text, rate_cell
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites
-from regraft.settings.evaluating import EvalSettings
+from regraft.settings.evaluating import EndpointSettings, EvalSettings
 
 
 def evaluate(
-    model: Model,
+    model: Answering,
     *,
     suite: Suites,
     out: OutFolder,
@@ -30,6 +30,7 @@ def evaluate(
     dense: Path | None = None,
     settings: Annotated[EvalSettings, Flat] = EvalSettings(),
     compute: Compute = ComputeSettings(),
+    endpoint: Annotated[EndpointSettings, Flat] = EndpointSettings(),
 ) -> None:
     """Answer suites greedily and report ASR, over-refusal and utility with 95 % intervals.
 
@@ -51,11 +52,13 @@ def evaluate(
 
     with watching() as progress:
         refuse_unread(settings)
+        check_endpoint(model, compute, endpoint)
         if dense is not None and text is None:
             raise RegraftError("--dense is for KL on a text: name the text with --text.")
         on_text = None if text is None else stages.OnText(text, dense)
-        source = open_model(model, compute.trust_remote_code, answers_only=True)
-        target = stages.Target(source, compute, patch, defence, on_text, progress=progress)
+        target = stages.open_target(
+            model, compute, endpoint, progress, patch=patch, defence=defence, text=on_text
+        )
         done = stages.evaluate(target, out, suite, settings)
         _show_result(progress.console, done.result)
         progress.note(f"Answers and results: {out}. As a page: regraft report {out}")

@@ -12,7 +12,9 @@ from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings
 from regraft.restoration.base import Budgeted, MethodSettings, needs_of
 from regraft.settings.base import Settings
+from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EndpointSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 
 DEFAULT_VALIDATION_TOKENS = 64
@@ -23,6 +25,16 @@ def refuse_unread(*given: Settings) -> None:
     for settings in given:
         if (found := settings.unread()) is not None:
             raise RegraftError(f"{found}. Leave it out.".replace("_", "-"))
+
+
+def check_endpoint(name: str, compute: ComputeSettings, endpoint: EndpointSettings) -> None:
+    """Refuse how a model is run here where it runs on a server, and how a server is asked."""
+    if name.startswith("endpoint:"):
+        if (found := compute.first_set(*ComputeSettings.model_fields)) is not None:
+            flag = f"--{found.replace('_', '-')}"
+            raise RegraftError(f"An endpoint runs as its server was started: leave out {flag}.")
+    elif endpoint != EndpointSettings():
+        raise RegraftError("--concurrency is of requests to an endpoint: leave it out.")
 
 
 def check_data(method: str, calibration: CalibrationSettings, *, reads: bool) -> None:

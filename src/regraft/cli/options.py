@@ -20,6 +20,13 @@ from regraft.settings.data import CalibrationSettings
 
 Flat = Parameter(name="*")
 Model = Annotated[str, Parameter(help="Checkpoint folder or hub id; 'demo' is the bundled model.")]
+Answering = Annotated[
+    str,
+    Parameter(
+        help="Checkpoint folder or hub id; 'demo' is the bundled model; or endpoint:URL#MODEL, a "
+        "model behind an OpenAI-compatible server, whose key is in OPENAI_API_KEY."
+    ),
+]
 OutFolder = Annotated[Path, Parameter(name=["--out", "-o"], help="New folder to write.")]
 OutFile = Annotated[Path, Parameter(name=["--out", "-o"], help="New file to write.")]
 MaybeOutFolder = Annotated[

@@ -17,7 +17,6 @@ from regraft.errors import RegraftError
 
 T = TypeVar("T")
 IGNORED = -100  # torch's cross-entropy skips labels of this value
-_UNSEEN = Image.new("RGB", (1, 1))  # where only its place in the prompt is asked for
 _UNMIX = "Keep examples with and without an image apart, or use batch size 1."
 
 
@@ -87,30 +86,6 @@ def prompt_batch(
     prompts = [_prompt(processor, example, images) for example in examples]
     inputs = _encode(processor, examples, prompts, prompt=True)
     return Batch(inputs, None, tuple(example.id for example in examples))
-
-
-def prompt_tokens(processor: Any, example: Example) -> list[int]:
-    """Token ids of a prompt, ready for generation, its image still one placeholder.
-
-    What engines want that put images into prompts themselves; else as in `prompt_batch`.
-
-    Raises:
-        RegraftError: see `response_batch`.
-    """
-    _require_ready(processor, 1)
-    tokenizer = _tokenizer(processor)
-    shown = {} if example.image is None else {example.image: _UNSEEN}
-    text: str = processor.apply_chat_template(
-        _prompt(processor, example, shown),
-        chat_template=_template(processor),
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    # tokenizers add none to what a template wrote, processors do where it does not begin so
-    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    special = not (_is_text_only(processor) or begun)
-    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-    return ids
 
 
 def response_batch(processor: Any, examples: Sequence[Example]) -> Batch:

@@ -10,20 +10,27 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from regraft.errors import PassingError, RegraftError
 
+T = TypeVar("T")
 KEY_VARIABLE = "OPENAI_API_KEY"
+FILTERED = "content_filter"  # how a reply ended that the server's filter cut or withheld
+_SHORTEST_KEY = 6  # shorter ones are words such as EMPTY, for servers that want any
 _RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
 _WRONG = frozenset({400, 422})
-_FILTERED = ("content_filter", "content_policy", "content management policy")
+_FILTERS = (FILTERED, "content_policy", "content management policy")
 _TRIES = 5
 _LONGEST_PAUSE = 60.0  # seconds, whatever a busy server asks for
+_MOST = 16 << 20  # bytes of a reply
+_SHOWN = 200  # characters of what a server said, in an error
+_LASTING = ("id", "root", "parent", "owned_by", "max_model_len", "meta")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -36,24 +43,38 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
+@dataclass(eq=False)
+class _Failed(Exception):  # noqa: N818 - one request did, which may be sent again
+    """A request without a reply: why, and where the server said it, its status and words."""
+
+    problem: str
+    code: int = 0
+    said: str = ""
+    wait: float = 0.0  # seconds that the server asks for
+
+
 @dataclass(frozen=True)
 class Reply:
     """What the model wrote, and why it ended: "stop", "length", "content_filter" or another word.
 
     A prompt that the server's filter refuses has an empty reply that ended by "content_filter".
+    `greedy` tells that the model took temperature 0, `tokens` how long the server says it is.
     """
 
     text: str
     ended: str
+    greedy: bool = True
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class ChatServer:
     """A chat model at `url` ("http://localhost:8000/v1").
 
-    The key, where one is needed, is read from the variable OPENAI_API_KEY. Replies are greedy
-    (temperature 0) where the model lets one say so; what the server makes of that is its own
-    affair, so results are repeatable only where the server's are.
+    The key, where one is needed, is read from the variable OPENAI_API_KEY, and blotted out wherever
+    the server says it again. Replies are greedy (temperature 0) where the model lets one say so;
+    what the server makes of that is its own affair, so results are repeatable only where the
+    server's are.
     """
 
     url: str
@@ -67,21 +88,29 @@ class ChatServer:
         """From "URL#MODEL".
 
         Raises:
-            RegraftError: it is written otherwise, or holds a password.
+            RegraftError: it is written otherwise, or holds a password, a query or the key.
         """
-        url, _, model = text.rpartition("#")
+        url, _, model = text.partition("#")
+        if len(key := _given_key()) >= _SHORTEST_KEY and key in text:
+            raise RegraftError(
+                f"The name of the endpoint holds the key of the variable {KEY_VARIABLE}, and would "
+                "be written into results. Leave it out: the variable is enough."
+            )
         try:
             parts = urllib.parse.urlsplit(url)
-        except ValueError:  # a bracket of an IPv6 address is missing
+            _ = parts.port
+        except ValueError:  # no such port, or a bracket of an IPv6 address is missing
             parts = urllib.parse.SplitResult("", "", "", "", "")
-        if parts.scheme not in ("http", "https") or not (parts.netloc and model and url.isascii()):
+        named = model and model.isprintable() and url.isascii()
+        if parts.scheme not in ("http", "https") or not (parts.netloc and named):
             raise RegraftError(
                 f"{f'endpoint:{text}'!r} names no endpoint; expected endpoint:URL#MODEL, as in "
                 "endpoint:http://localhost:8000/v1#Qwen/Qwen3-8B."
             )
-        if parts.username or parts.password:
+        if parts.username or parts.password or parts.query:
+            what = "a query" if parts.query else "a name or password"
             raise RegraftError(
-                f"The address of the endpoint at {parts.hostname} holds a name or password, and "
+                f"The address of the endpoint at {parts.hostname} holds {what}, and "
                 f"would be written into results. Give the key in the variable {KEY_VARIABLE}."
             )
         return cls(url, model)
@@ -99,35 +128,79 @@ class ChatServer:
                 answer like a chat server.
             RegraftError: the key cannot be sent.
         """
-        problem, failures, asked_for = "", 0, 0.0
+        return self._patiently(lambda: self._once(messages, max_tokens))
+
+    def described(self) -> dict[str, Any]:
+        """What the server's list of models says of this one, as far as it lasts; {} if nothing.
+
+        Raises:
+            PassingError: the server cannot be reached.
+            RegraftError: the key cannot be sent.
+        """
+        request = self._request(f"{self.url.rstrip('/')}/models")
+
+        def entry() -> dict[str, Any]:
+            try:
+                return self._sent(request, partial(_entry, model=self.model))
+            except _Failed as failed:
+                if failed.code and failed.code not in _RETRIED:  # it has no such list
+                    return {}
+                raise
+
+        return self._patiently(entry)
+
+    def _patiently(self, attempt: Callable[[], T]) -> T:
+        failed, failures = _Failed(""), 0
         while failures < _TRIES:
             if failures:
                 own = self.pause * 2 ** (failures - 1)
-                time.sleep(min(_LONGEST_PAUSE, max(own, asked_for)))
-            body, found = self._body(messages, max_tokens), b""
+                time.sleep(min(_LONGEST_PAUSE, max(own, failed.wait)))
             try:
-                with _OPENER.open(self._request(body), timeout=self.timeout) as response:
-                    found = response.read()
-                return _reply(json.loads(found))
-            except urllib.error.HTTPError as error:
-                said, asked_for = _said(error), _retry_after(error)
-                if error.code in _WRONG and self._learns(said, body):
-                    continue
-                if error.code in _WRONG and any(one in said.lower() for one in _FILTERED):
-                    return Reply("", "content_filter")
-                problem = f"{error.code} {error.reason} ({said[:200]})"
-                if error.code not in _RETRIED:
-                    break
-            except (ValueError, LookupError, TypeError, AttributeError):
-                shown = " ".join(found.decode(errors="replace").split())[:200]
-                problem = f"it does not answer like a chat endpoint: {shown}"
-            except (urllib.error.URLError, HTTPException, OSError) as error:
-                problem = str(getattr(error, "reason", error))
+                return attempt()
+            except _Failed as error:
+                failed = error
+            if failed.code >= 300 and failed.code not in _RETRIED:
+                break
             failures += 1
         raise PassingError(
-            f"The model at {self.address} failed: {problem}. Check the address, the model's name "
-            f"{self.model!r} and the variable {KEY_VARIABLE}; the same command goes on from here."
+            f"The model at {self.address} failed: {without_key(failed.problem)}. Check the "
+            f"address, the model's name {self.model!r} and the variable {KEY_VARIABLE}; the same "
+            "command goes on from here."
         )
+
+    def _once(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> Reply:
+        body = self._body(messages, max_tokens)
+        try:
+            request = self._request(self.address, body)
+            return self._sent(request, partial(_reply, greedy="temperature" in body))
+        except _Failed as failed:
+            if failed.code in _WRONG and self._learns(failed.said, body):
+                return self._once(messages, max_tokens)
+            if failed.code in _WRONG and any(one in failed.said.lower() for one in _FILTERS):
+                return Reply("", FILTERED)
+            raise
+
+    def _sent(self, request: urllib.request.Request, read: Callable[[Any], T]) -> T:
+        """What `read` makes of the JSON value that the server answers with.
+
+        Raises:
+            _Failed: it does not, or with something else.
+        """
+        found = b""
+        try:
+            with _OPENER.open(request, timeout=self.timeout) as response:
+                found = response.read(_MOST)
+            return read(json.loads(found))
+        except urllib.error.HTTPError as error:
+            said = _words(_body_of(error))
+            problem = f"{error.code} {error.reason} ({said[:_SHOWN]})"
+            raise _Failed(problem, error.code, said, _retry_after(error)) from None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            shown = _words(found)[:_SHOWN]
+            problem = f"it does not answer like a chat endpoint: {shown}"
+            raise _Failed(problem, 200) from None
+        except (urllib.error.URLError, HTTPException, OSError) as error:
+            raise _Failed(str(getattr(error, "reason", error))) from None
 
     def _body(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> dict[str, Any]:
         newer = "max_tokens" in self._unknown
@@ -137,11 +210,12 @@ class ChatServer:
             body["temperature"] = 0
         return body
 
-    def _request(self, body: dict[str, Any]) -> urllib.request.Request:
+    def _request(self, url: str, body: Mapping[str, Any] | None = None) -> urllib.request.Request:
         headers = {"Content-Type": "application/json"}
         if key := _key():
             headers["Authorization"] = f"Bearer {key}"
-        return urllib.request.Request(self.address, json.dumps(body).encode(), headers)
+        sent = None if body is None else json.dumps(body).encode()
+        return urllib.request.Request(url, sent, headers)
 
     def _learns(self, said: str, body: Mapping[str, Any]) -> bool:
         """Whether a refusal tells of a field of the request that this model does not take.
@@ -161,12 +235,24 @@ def user_message(text: str, image: Path | None = None) -> dict[str, Any]:
     if image is None:
         return {"role": "user", "content": text}
     kind = mimetypes.guess_type(image.name)[0] or "image/png"
-    url = f"data:{kind};base64,{base64.b64encode(image.read_bytes()).decode()}"
+    return image_message(text, kind, image.read_bytes())
+
+
+def image_message(text: str, kind: str, image: bytes) -> dict[str, Any]:
+    """What a user says behind an image of a kind such as "image/png"."""
+    url = f"data:{kind};base64,{base64.b64encode(image).decode()}"
     shown = {"type": "image_url", "image_url": {"url": url}}
     return {"role": "user", "content": [shown, {"type": "text", "text": text}]}
 
 
-def _reply(completion: Any) -> Reply:
+def without_key(text: str) -> str:
+    """A server's words without the key, if it says it, and without what no file takes."""
+    if len(key := _given_key()) >= _SHORTEST_KEY:
+        text = text.replace(key, f"[{KEY_VARIABLE}]")
+    return text.encode("utf-8", "replace").decode()  # JSON may spell halves of surrogate pairs
+
+
+def _reply(completion: Any, greedy: bool) -> Reply:
     """Of a chat completion.
 
     Raises:
@@ -176,14 +262,35 @@ def _reply(completion: Any) -> Reply:
     content = choice["message"]["content"] or ""
     if isinstance(content, list):  # parts
         content = "".join(part.get("text", "") for part in content)
-    if not isinstance(content, str):
+    ended, usage = choice.get("finish_reason") or "", completion.get("usage")
+    if not (isinstance(content, str) and isinstance(ended, str)):
         raise TypeError(type(content))
-    # without halves of surrogate pairs, which no file takes
-    return Reply(content.encode("utf-8", "replace").decode(), choice.get("finish_reason") or "")
+    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    known = tokens if type(tokens) is int else None
+    return Reply(without_key(content), without_key(ended), greedy, known)
+
+
+def _entry(listed: Any, model: str) -> dict[str, Any]:
+    """What stays the same of a model's entry, which may hold the time of the request."""
+    entries = listed.get("data")
+    found = next((one for one in entries if isinstance(one, dict) and one.get("id") == model), {})
+    return {name: _plain(found[name]) for name in _LASTING if found.get(name) is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {without_key(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return without_key(value) if isinstance(value, str) else value
+
+
+def _given_key() -> str:
+    return os.environ.get(KEY_VARIABLE, "").strip()
 
 
 def _key() -> str:
-    key = os.environ.get(KEY_VARIABLE, "").strip()
+    key = _given_key()
     if not (key.isascii() and key.isprintable()):
         raise RegraftError(
             f"The variable {KEY_VARIABLE} holds characters that no key has, such as a line's end "
@@ -192,11 +299,21 @@ def _key() -> str:
     return key
 
 
-def _said(error: urllib.error.HTTPError) -> str:
+def _words(said: bytes) -> str:
+    """In one line and without the key, which JSON may spell in escapes."""
+    text = said.decode(errors="replace")
     try:
-        return " ".join(error.read(4096).decode(errors="replace").split())
+        text = json.dumps(_plain(json.loads(text)), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        text = without_key(text)
+    return without_key(" ".join(text.split()))
+
+
+def _body_of(error: urllib.error.HTTPError) -> bytes:
+    try:
+        return error.read(1 << 16)
     except (HTTPException, OSError):
-        return ""
+        return b""
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:

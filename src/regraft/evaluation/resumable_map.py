@@ -26,6 +26,30 @@ def resumable_map(
         pieces: What is to be done, such as batches of prompts.
         make: From the pieces that this process is to do to their results, in order, JSON values.
             Each is written before the next one is asked for.
+        scratch: See `resumable_pool`, as for the others.
+        name: Of the files in it.
+        kept: Called with the length of every piece that was found there.
+    """
+
+    def numbered(missing: Sequence[Piece]) -> Iterable[tuple[int, Any]]:
+        return zip(range(len(missing)), make(missing), strict=True)
+
+    return resumable_pool(pieces, numbered, scratch, name, kept)
+
+
+def resumable_pool(
+    pieces: Sequence[Piece],
+    make: Callable[[Sequence[Piece]], Iterable[tuple[int, Any]]],
+    scratch: Path | None,
+    name: str,
+    kept: Advance = lambda _: None,
+) -> list[Any]:
+    """`resumable_map` of work that ends in any order.
+
+    Args:
+        pieces: What is to be done.
+        make: From the pieces that this process is to do to (place among them, result), as they are
+            done. Each is written before the next one is asked for.
         scratch: A folder of this very work, seen by all processes; results found there are kept,
             whichever and however many processes made them. None keeps nothing.
         name: Of the files in it.
@@ -39,7 +63,8 @@ def resumable_map(
         else:
             missing.append(i)
     made: dict[int, Any] = {}
-    for i, result in zip(missing, make([pieces[i] for i in missing]), strict=True):
+    for place, result in make([pieces[i] for i in missing]):
+        i = missing[place]
         if (file := files[i]) is None:
             made[i] = result
         else:

@@ -252,10 +252,8 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def operations(flops: float | None) -> str:
-    """2.34e12 -> "2.34 TFLOP"; a dash where they were not measured."""
-    if flops is None:
-        return DASH
+def operations(flops: float) -> str:
+    """2.34e12 -> "2.34 TFLOP"."""
     for power, prefix in zip(range(7, 1, -1), "ZEPTGM", strict=True):
         number = flops / 1000**power
         if number >= 0.9995:  # what is written as 1
@@ -263,10 +261,8 @@ def operations(flops: float | None) -> str:
     return f"{flops:,.0f} FLOP"
 
 
-def memory(count: int | None) -> str:
-    """Bytes: "640 MiB", "1.2 GiB", "79 GiB"; a dash where they were not measured."""
-    if count is None:
-        return DASH
+def memory(count: int) -> str:
+    """Bytes: "640 MiB", "1.2 GiB", "79 GiB"."""
     mebibytes = round(count / 2**20)
     if mebibytes < 1024:
         return f"{mebibytes} MiB"

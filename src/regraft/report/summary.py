@@ -32,7 +32,7 @@ COSTS_NOTE = (
     "counted as two forward passes; the products of attention and the linear algebra of SparseGPT "
     "are left out. Memory is the most in use on one accelerator, or else by the whole process so "
     "far. A ranking that variants share is charged to the first of them; the checks before a run "
-    f"are in no stage. {DASH}: not measured, as vLLM works in a process of its own."
+    "are in no stage."
 )
 NOT_INDEPENDENT = "no p value, since several prunings of one model are not independent"
 NO_OVER_REFUSAL = (

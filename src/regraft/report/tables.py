@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from regraft.costs import Cost, if_all_known
+from regraft.costs import Cost
 from regraft.evaluation.results import Estimate
 from regraft.report import formatting
 from regraft.report.addresses import file_names
@@ -325,8 +325,8 @@ def together(costs: Sequence[Cost]) -> Cost:
         costs[0],
         of="",
         seconds=sum(one.seconds for one in costs),
-        flops=if_all_known(sum, [one.flops for one in costs]),
-        peak_bytes=if_all_known(max, [one.peak_bytes for one in costs]),
+        flops=sum(one.flops for one in costs),
+        peak_bytes=max(one.peak_bytes for one in costs),
     )
 
 

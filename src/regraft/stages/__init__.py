@@ -10,6 +10,7 @@ from regraft.artifact import ABOUT_FILE
 from regraft.evaluation.tradeoff import read_curve
 from regraft.stages.answering import calibration_data, imitation_data
 from regraft.stages.defending import defend
+from regraft.stages.endpoint import EndpointTarget, open_target
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.gathering import statistics
@@ -30,13 +31,15 @@ from regraft.stages.restoring import ArtifactPaths, Restoration, curve_beside
 from regraft.stages.scoring import heads
 from regraft.stages.searching import Search
 from regraft.stages.setup import Setup
-from regraft.stages.targets import OnText, Target
+from regraft.stages.targets import Evaluable, OnText, Target
 from regraft.stages.tuning import tune
 
 __all__ = [
     "ABOUT_FILE",
     "VERDICTS",
     "ArtifactPaths",
+    "EndpointTarget",
+    "Evaluable",
     "Evaluation",
     "EvaluationCache",
     "Inputs",
@@ -56,6 +59,7 @@ __all__ = [
     "imitation_data",
     "judge",
     "judge_bench",
+    "open_target",
     "opinions",
     "own",
     "preview",

@@ -25,7 +25,7 @@ from regraft.files import atomic_folder, file_digest, read_json, write_json
 from regraft.provenance import describe, is_done, working
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages.evaluation_cache import Prompts
-from regraft.stages.targets import STATES, Likelihoods, Target
+from regraft.stages.targets import STATES, Evaluable, Likelihoods
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Evaluation:
 
 
 def evaluate(
-    target: Target, out: Path, suites: Sequence[DataSource], settings: EvalSettings
+    target: Evaluable, out: Path, suites: Sequence[DataSource], settings: EvalSettings
 ) -> Evaluation:
     """Answer and judge suites; writes `answers.jsonl` and `results.json` in the folder `out`.
 
@@ -48,12 +48,11 @@ def evaluate(
         settings: Length of answers and the judge.
 
     Raises:
-        RegraftError: see the data readers, `Target.backend`, `Target.inputs` and `predict`.
+        RegraftError: see the data readers, `predict`, and `backend` and `inputs` of the target.
     """
     backend = target.backend(settings)
     reading = target.reading(suites, settings.limit)
     about = describe("evaluate", target.inputs(), settings, target.compute, {"suite": reading})
-    about["versions"] |= backend.versions()
     if not is_done(out, out / "results.json", about, lambda: _read_results(out)["about"]):
         backend.check(target.asked(reading.examples))
         with working(out, about) as work:
@@ -64,7 +63,7 @@ def evaluate(
             texts = backend.answers(prompts, work)
             answers = _judged(reading.examples, texts, likelihoods.references, settings)
             result = summarise(name, settings.text_judge(), list(answers))
-            made_of = {"about": about, "sizes": target.sizes()}
+            made_of = {"about": about | backend.outcome(), "sizes": target.sizes()}
             if distributed.first():
                 _write(out, made_of, replace(result, text=likelihoods.text), likelihoods)
     if not target.cache.keeps:  # nobody shares the model; a target outlives its evaluation

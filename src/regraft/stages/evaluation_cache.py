@@ -67,9 +67,11 @@ class EvaluationCache:
         found: T = self._known[key]
         return found
 
-    def reading(self, model: Source, suites: Sequence[DataSource], limit: int | None) -> Reading:
+    def reading(
+        self, model: Source | None, suites: Sequence[DataSource], limit: int | None
+    ) -> Reading:
         """`read_suites`, and every image of them is decoded once only."""
-        key = "suites", tuple(suites), limit, model.has_vision
+        key = "suites", tuple(suites), limit, model is None or model.has_vision
         return self._once(key, lambda: read_suites(model, suites, limit))
 
     def drawn(self, model: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:

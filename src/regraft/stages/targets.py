@@ -1,27 +1,24 @@
-"""What can be evaluated: a checkpoint, which answers in memory or by vLLM.
+"""What can be evaluated: a checkpoint, which answers in memory; see endpoint.py for servers.
 
 `evaluate` asks a target what it is made of and for a backend, and the backend for answers. Only a
-model in memory says how likely it finds a text; of the others nothing is asked but answers.
+model in memory says how likely it finds a text; of a server nothing is asked but answers.
 """
 
 from __future__ import annotations
 
-import gc
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import nn
 
-from regraft import costs, distributed
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
-from regraft.defence.artifact import Defence, Direction, acting, asked, check_fits, load_defence
+from regraft.defence.artifact import Defence, acting, asked, check_fits, load_defence
 from regraft.errors import RegraftError
 from regraft.evaluation.lengths import check_lengths
 from regraft.evaluation.perplexity import (
@@ -34,10 +31,9 @@ from regraft.evaluation.perplexity import (
 )
 from regraft.evaluation.results import TextResult
 from regraft.evaluation.summary import is_compared
-from regraft.evaluation.vllm import Engine, vllm_version
 from regraft.files import digest, file_digest
 from regraft.loading import patch_in_memory
-from regraft.models.load import Source, has_processor, load_processor, stored_dtype
+from regraft.models.load import Source, has_processor, load_processor
 from regraft.patch.apply import patched, zeros_filled
 from regraft.patch.format import Patch
 from regraft.progress import Progress, Silent
@@ -118,13 +114,43 @@ class Backend(ABC):
             RegraftError: some cannot.
         """
 
-    def versions(self) -> dict[str, str]:
-        """Of programs, beside regraft's own, that answers depend on."""
-        return {}
-
     def likelihoods(self, prompts: Prompts, work: Path) -> Likelihoods:
         """Nothing, for what can only be asked for answers."""
         return Likelihoods()
+
+    def outcome(self) -> dict[str, Any]:
+        """What there is to tell of the answers beside their texts, once they are there."""
+        return {}
+
+
+class Evaluable(Protocol):
+    """What `evaluate` takes: a `Target`, or an `EndpointTarget`."""
+
+    @property
+    def compute(self) -> ComputeSettings | None:
+        """How it is run, None for what runs elsewhere."""
+
+    @property
+    def cache(self) -> EvaluationCache:
+        """Shared with other evaluations."""
+
+    def backend(self, settings: EvalSettings) -> Backend:
+        """What answers as the settings ask for."""
+
+    def reading(self, suites: Sequence[DataSource], limit: int | None) -> Reading:
+        """The examples of the suites."""
+
+    def asked(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """The examples as the model gets them."""
+
+    def announce(self, suites: Sequence[DataSource], reading: Reading) -> None:
+        """Say what is about to be answered."""
+
+    def inputs(self) -> dict[str, str]:
+        """What tells the model, and all that is put on or around it, from others: "model" ..."""
+
+    def sizes(self) -> dict[str, int]:
+        """How many prunable weights there are, and how many of them are zero, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -152,15 +178,7 @@ class Target:
     cache: EvaluationCache = field(default_factory=lambda: EvaluationCache(memo_bytes=0))
 
     def backend(self, settings: EvalSettings) -> Backend:
-        """What answers as the settings ask for.
-
-        Raises:
-            RegraftError: see `check_for_vllm`; vLLM cannot do what is asked for.
-        """
-        if settings.backend == "vllm":
-            check_for_vllm(self.model, self.compute)
-            self._check_outside()
-            return _ByVllm(self, settings)
+        """What answers as the settings ask for."""
         return _InMemory(self, settings)
 
     def reading(self, suites: Sequence[DataSource], limit: int | None) -> Reading:
@@ -227,21 +245,6 @@ class Target:
     def _defence(self) -> Defence | None:
         return None if self.defence is None else load_defence(self.defence)
 
-    def _check_outside(self) -> None:
-        """Nothing may act or be measured inside of a model that vLLM runs."""
-        if self.patch is not None:
-            raise RegraftError(
-                "vLLM reads checkpoints and takes no patch in memory. Write the checkpoint with "
-                "`regraft apply` and evaluate that, or use --backend transformers."
-            )
-        if isinstance(self._defence, Direction):
-            raise RegraftError(
-                "A refusal direction acts inside the model, which vLLM does not let it: use "
-                "--backend transformers. (A defence prompt works with both.)"
-            )
-        if self.text is not None:
-            raise RegraftError("Text is measured by the transformers backend only, not by vLLM.")
-
 
 @dataclass(frozen=True)
 class _InMemory(Backend):
@@ -293,68 +296,3 @@ class _InMemory(Backend):
         with task as done:
             found = response_nlls(network, processor, examples, size, partial=work, advance=done)
         return {example.id: nll for example, nll in zip(examples, found, strict=True)}
-
-
-@dataclass(frozen=True)
-class _ByVllm(Backend):
-    """vLLM on the checkpoint, once a model of ours has left the memory."""
-
-    target: Target
-    settings: EvalSettings
-
-    def versions(self) -> dict[str, str]:
-        return {"vllm": vllm_version()}
-
-    def answers(self, prompts: Prompts, work: Path) -> list[str]:
-        progress = self.target.progress
-        self.target.cache.unload()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        costs.elsewhere(progress)
-        engine = self._engine()
-        try:
-            with progress.task("Answering by vLLM", len(prompts.examples), "prompts") as done:
-                return engine.answers(prompts.examples, self.settings.max_new_tokens, work, done)
-        finally:
-            engine.close()
-
-    def _engine(self) -> Engine:
-        model, compute = self.target.model, self.target.compute
-        processor = load_processor(model)
-        with self.target.progress.task(f"Loading {model.folder} into vLLM", 1) as done:
-            engine = Engine(
-                model.folder,
-                processor,
-                dtype=stored_dtype(model) if compute.dtype == "auto" else compute.dtype,
-                tensor_parallel=self.settings.tensor_parallel,
-                max_length=self.settings.max_length,
-                sees=model.has_vision,
-                trust_remote_code=compute.trust_remote_code,
-            )
-            done(1)
-        return engine
-
-
-def check_for_vllm(model: Source, compute: ComputeSettings) -> None:
-    """Find before long work starts what would keep vLLM from a model.
-
-    Raises:
-        RegraftError: it is not installed, would be started by several processes, is asked for a
-            device, or the folder lacks the processor.
-    """
-    vllm_version()
-    if distributed.world() > 1:
-        raise RegraftError(
-            "vLLM shares accelerators by itself: start it without torchrun, with --tensor-parallel."
-        )
-    if compute.device not in ("auto", "cuda"):
-        raise RegraftError(
-            f"vLLM takes the first accelerators that it sees, not --device {compute.device}. Leave "
-            "it at auto and name them in CUDA_VISIBLE_DEVICES, or use --backend transformers."
-        )
-    if not has_processor(model):
-        raise RegraftError(
-            f"{model.folder} comes without the files of its processor, which vLLM reads from the "
-            "folder itself: copy tokenizer and processor files of the base model there."
-        )
