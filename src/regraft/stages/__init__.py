@@ -9,6 +9,7 @@ under its key, and is taken up again after a kill.
 from regraft.artifact import ABOUT_FILE
 from regraft.evaluation.tradeoff import read_curve
 from regraft.stages.answering import calibration_data, imitation_data
+from regraft.stages.checking import check, side
 from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.evaluation_cache import EvaluationCache
@@ -49,6 +50,7 @@ __all__ = [
     "agreement",
     "apply",
     "calibration_data",
+    "check",
     "curve_beside",
     "defend",
     "evaluate",
@@ -65,6 +67,7 @@ __all__ = [
     "realign",
     "respond",
     "revert",
+    "side",
     "spilled_bytes",
     "statistics",
     "tune",
