@@ -238,7 +238,7 @@ def _chance(
     mass, fewest = mass * (least <= n - rising), np.broadcast_to(least[None], mass.shape)
     rows, places = np.nonzero(mass > _NOTHING)
     share = np.clip(falls[rows] / np.maximum(1 - rise[rows, 0], _NOTHING), 0, 1)
-    tails = bdtrc(fewest[rows, places] - 1.0, (n - rising[places]).astype(float), share)
+    tails = bdtrc(fewest[rows, places] - 1.0, n - rising[places], share)
     parts = mass[rows, places] * tails
     return np.bincount(rows, parts, minlength=len(falls)).astype(np.float64)
 
