@@ -31,7 +31,8 @@ LEVEL = 0.05
 CHANCE = 0.8  # with which as many prompts as `prompts_needed` says decide
 MOST_PROMPTS = 1_000_000  # more is no answer
 _TIE = 1e-9  # by which equal numbers may differ
-_GRID = np.linspace(0, 1, 41) ** 2  # closer where few prompts differ, as chances change fast there
+_GRID = np.sin(np.linspace(0, np.pi / 2, 181)) ** 2  # closer at the ends: chances change fast there
+_PEAKS = 3  # of those on the grid that are looked at closer
 _NOTHING = 1e-12  # a chance that adds nothing
 _LOG_STEP = 0.05
 _LOG_TIMES = np.arange(-30, 14, _LOG_STEP)
@@ -188,12 +189,13 @@ def exact_p(more: int, less: int, n: int, margin: float) -> float:
     least = _least_falling(rising, n, margin, seen)
     low, high = max(0.0, -margin), (1 - margin) / 2
     grid = low + (high - low) * _GRID
-    for _ in range(3):
-        chances = _chance(rising, least, n, grid, margin)
-        best = int(chances.argmax())
-        around = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
-        grid = np.linspace(*around, 21)
-    return min(1.0, float(chances.max()))
+    chances = _chance(rising, least, n, grid, margin)
+    best = np.argsort(chances)[-_PEAKS:]
+    close = np.linspace(
+        grid[np.maximum(0, best - 1)], grid[np.minimum(len(grid) - 1, best + 1)], 21
+    )
+    closer = _chance(rising, least, n, close.ravel(), margin)
+    return min(1.0, max(float(chances.max()), float(closer.max())))
 
 
 def score(more: ArrayLike, less: ArrayLike, n: int, margin: float) -> Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.gate import Check, compared
 from regraft.evaluation.pairing import on_the_same
-from regraft.evaluation.results import Answer, EvalResult
+from regraft.evaluation.results import EvalResult
 from regraft.evaluation.summary import judge_answer
 from regraft.files import digest, file_digest, write_json, write_text
 from regraft.models.load import Source, open_source
@@ -94,7 +95,7 @@ def check(
     sides = {DENSE: dense, COMPRESSED: compressed}
     _check_folder(out)
     _check_asked(sides, suites, settings)
-    there = {name: read_evaluation(side) for name, side in sides.items() if isinstance(side, Path)}
+    there = {name: _read(side) for name, side in sides.items() if isinstance(side, Path)}
     names = {n: str(side) if isinstance(side, Path) else n for n, side in sides.items()}
     _check_before(sides, there, names, suites, settings)
     for name, side in sides.items():
@@ -139,6 +140,27 @@ def _check_asked(
         )
 
 
+def _read(folder: Path) -> Evaluation:
+    """An evaluation that tells what it was made of.
+
+    Raises:
+        RegraftError: see `read_evaluation`; it does not tell, or has two answers with one id.
+    """
+    found = read_evaluation(folder)
+    for name in ("inputs", "settings", "compute", "versions"):
+        if not isinstance(found.about.get(name), Mapping):
+            raise RegraftError(
+                f"{folder / 'results.json'}: field 'about.{name}' is no JSON object, so it is not "
+                "known how the model was evaluated. Evaluate it again."
+            )
+    ids = Counter(answer.id for answer in found.result.answers)
+    if twice := [one for one, count in ids.items() if count > 1]:
+        raise RegraftError(
+            f"{folder / 'answers.jsonl'}: the id {twice[0]!r} is there more than once."
+        )
+    return found
+
+
 def _check_before(
     sides: Mapping[str, Side],
     there: Mapping[str, Evaluation],
@@ -151,6 +173,7 @@ def _check_before(
     for name, side in sides.items():
         if isinstance(side, Target):
             side.backend(settings)
+            side.reading(suites, settings.limit)
             made_of[name] = side.inputs()
             for other, evaluation in there.items():
                 _check_same_way(
@@ -199,8 +222,6 @@ def _check_same_way(names: Mapping[str, str], settings: Mapping[str, Mapping[str
 def _decided(there: Mapping[str, Evaluation], names: Mapping[str, str], margins: Margins) -> Check:
     dense, compressed = there[DENSE], there[COMPRESSED]
     _check_same_way(names, {name: there[name].about["settings"] for name in (DENSE, COMPRESSED)})
-    for name, one in there.items():
-        _check_ids(names[name], one.result.answers)
     other = on_the_same(names[DENSE], dense.result, names[COMPRESSED], compressed.result)
     fractions = {name: points / 100 for name, points in margins.points().items()}
     return Check(
@@ -208,11 +229,6 @@ def _decided(there: Mapping[str, Evaluation], names: Mapping[str, str], margins:
         _made_of(dense, compressed),
         tuple(_notes(dense.about, compressed.about)),
     )
-
-
-def _check_ids(name: str, answers: Sequence[Answer]) -> None:
-    if len({answer.id for answer in answers}) < len(answers):
-        raise RegraftError(f"{name}: answers.jsonl has two answers with one id.")
 
 
 def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
@@ -223,8 +239,8 @@ def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
     return {
         "versions": {"regraft": regraft.__version__},
         "judge": dense.result.judge,
-        "max_new_tokens": settings["max_new_tokens"],
-        "full_answers": settings["full_answers"],
+        "max_new_tokens": settings.get("max_new_tokens"),
+        "full_answers": settings.get("full_answers"),
         "prompts": {"count": len(answers), "digest": digest(json.dumps(rows, sort_keys=True))},
         "models": {
             name: {
