@@ -35,7 +35,7 @@ _GRID = np.sin(np.linspace(0, np.pi / 2, 181)) ** 2  # closer at the ends: chanc
 _PEAKS = 3  # of those on the grid that are looked at closer
 _NOTHING = 1e-12  # a chance that adds nothing
 _LOG_STEP = 0.05
-_LOG_TIMES = np.arange(-30, 14, _LOG_STEP)
+_LOG_TIMES = np.arange(-20, 14, _LOG_STEP)
 
 Floats = NDArray[np.float64]
 
@@ -191,10 +191,9 @@ def exact_p(more: int, less: int, n: int, margin: float) -> float:
     grid = low + (high - low) * _GRID
     chances = _chance(rising, least, n, grid, margin)
     best = np.argsort(chances)[-_PEAKS:]
-    close = np.linspace(
-        grid[np.maximum(0, best - 1)], grid[np.minimum(len(grid) - 1, best + 1)], 21
-    )
-    closer = _chance(rising, least, n, close.ravel(), margin)
+    before, behind = (np.clip(best + step, 0, len(grid) - 1) for step in (-1, 1))
+    close = np.linspace(grid[before], grid[behind], 21).ravel()
+    closer = _chance(rising, least, n, close, margin)
     return min(1.0, max(float(chances.max()), float(closer.max())))
 
 
