@@ -25,6 +25,7 @@ from regraft import stages
 from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
+from regraft.evaluation.gate import Check
 from regraft.evaluation.results import EvalResult
 from regraft.heads.score import HeadScores
 from regraft.heads.ships import HeadSettings
@@ -34,6 +35,7 @@ from regraft.progress import Progress, Silent
 from regraft.pruning.base import PRUNERS
 from regraft.restoration.base import DEFAULT, METHODS
 from regraft.settings.base import Settings, explain
+from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings
@@ -179,6 +181,43 @@ def evaluate(
     put_on = None if patch is None else Path(patch)
     target = stages.open_target(model, compute, endpoint, progress, patch=put_on)
     return stages.evaluate(target, Path(out), named, own).result
+
+
+def check(
+    dense: Model,
+    compressed: Model,
+    out: str | Path,
+    *,
+    suites: str | Sequence[str] = (),
+    patch: str | Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Check:
+    """Tell whether a compressed model is as safe and as useful as the dense one, within margins.
+
+    Args:
+        dense: The dense model, or the folder of its finished evaluation.
+        compressed: The model made from it, or the folder of its finished evaluation.
+        out: The folder, with the verdict as check.json, junit.xml and summary.md.
+        suites: The prompts, where a model is to be evaluated.
+        patch: Put on the compressed model in memory first.
+        progress: Shows progress.
+        settings: The margins (`max_asr_rise` ...), and those of `evaluate`.
+
+    Raises:
+        RegraftError: bad input; the two answered other prompts, or are judged otherwise.
+    """
+    margins, own, compute = _settings(settings, Margins, EvalSettings, ComputeSettings)
+    named = [_data(one) for one in ([suites] if isinstance(suites, str) else suites)]
+    put_on = None if patch is None else Path(patch)
+    return stages.check(
+        stages.side(dense, compute, progress=progress),
+        stages.side(compressed, compute, put_on, progress),
+        Path(out),
+        named,
+        own,
+        margins,
+    )
 
 
 def compare(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.data.suites import join_suites
 from regraft.errors import RegraftError
-from regraft.evaluation.results import Answer, EvalResult
+from regraft.evaluation.pairing import on_the_same
+from regraft.evaluation.results import EvalResult
 from regraft.evaluation.served import explained
 from regraft.files import file_digest
 from regraft.report.pooling import study_of
@@ -23,7 +24,6 @@ from regraft.report.study import Study
 from regraft.report.write import check_report_folder, write_report
 from regraft.stages import Evaluation
 
-_ASKED = ("harmful", "category", "instruction", "request", "image", "reference", "scored_by")
 _COUNTED = ("source", "read", "used", "skipped")
 _WAYS = ("settings", "compute", "versions")
 _ELSEWHERE = {"device": "a server's"}  # how an endpoint ran, as far as it is known
@@ -74,7 +74,7 @@ def read_run(folders: Sequence[Path], pair: Pair | None = None) -> Run:
         _check_pair(found)
     first, *names = found
     results = {first: found[first].result} | {
-        name: _on_the_same(first, found[first].result, name, found[name].result) for name in names
+        name: on_the_same(first, found[first].result, name, found[name].result) for name in names
     }
     about = found[first].about
     account = about["data"]["suite"]
@@ -187,51 +187,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
         raise RegraftError(f"{twice[0]} is named twice.")
     length = next(n for n in count(1) if len({one[-n:] for one in parts}) == len(parts))
     return ["/".join(one[-length:]) for one in parts]
-
-
-def _on_the_same(first: str, ours: EvalResult, name: str, theirs: EvalResult) -> EvalResult:
-    """The other's result, its suites addressed as the first's, wherever their files lay.
-
-    Raises:
-        RegraftError: it is by another judge or on other prompts.
-    """
-    cannot = f"{name} and {first} cannot be compared"
-    if ours.judge != theirs.judge:
-        raise RegraftError(
-            f"{cannot}: one was judged by {theirs.judge}, the other by {ours.judge}. Evaluate both "
-            "with the same --judge."
-        )
-    asked = {answer.id: answer for answer in ours.answers}
-    if odd := sorted(asked.keys() ^ {answer.id for answer in theirs.answers}):
-        raise RegraftError(
-            f"{cannot}: the prompt {odd[0]!r} ({len(odd)} in all) was answered by only one of "
-            f"them. The one is on {theirs.suite}, the other on {ours.suite}."
-        )
-    for answer in theirs.answers:
-        for field in _ASKED:
-            said, other = getattr(asked[answer.id], field), getattr(answer, field)
-            if said != other:
-                raise RegraftError(
-                    f"{cannot}: the prompt {answer.id!r} has another {field} in each, {other!r} "
-                    f"and {said!r}. Evaluate both on the same data."
-                )
-        if not _same_image(asked[answer.id], answer):
-            raise RegraftError(
-                f"{cannot}: the image {answer.image} of the prompt {answer.id!r} is another file "
-                "in each. Evaluate both on the same data."
-            )
-    called = {answer.suite: asked[answer.id].suite for answer in theirs.answers}
-    return replace(
-        theirs,
-        suite=ours.suite,
-        by_suite={called.get(suite, suite): rates for suite, rates in theirs.by_suite.items()},
-        answers=tuple(replace(a, suite=called[a.suite]) for a in theirs.answers),
-    )
-
-
-def _same_image(one: Answer, other: Answer) -> bool:
-    """False only where both digests are known."""
-    return one.image_digest == other.image_digest or not (one.image_digest and other.image_digest)
 
 
 def _evaluated_otherwise(found: Mapping[str, Evaluation]) -> Iterator[str]:

@@ -57,6 +57,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "evaluating:evaluate",
         "Answer suites greedily and report ASR, over-refusal and utility with 95 % intervals.",
     ),
+    "check": (
+        "checking:check",
+        "Tell whether a compressed model is as safe as the dense one, within margins: exit code 0 "
+        "yes, 1 no, 3 undecided.",
+    ),
     "judge": ("judging:app", "Judge saved answers by other judges, or judges by people's labels."),
     "report": (
         "reporting:report",

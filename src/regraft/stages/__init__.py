@@ -9,6 +9,7 @@ under its key, and is taken up again after a kill.
 from regraft.artifact import ABOUT_FILE
 from regraft.evaluation.tradeoff import read_curve
 from regraft.stages.answering import calibration_data, imitation_data
+from regraft.stages.checking import check, side
 from regraft.stages.defending import defend
 from regraft.stages.endpoint import EndpointTarget, open_target
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
@@ -52,6 +53,7 @@ __all__ = [
     "agreement",
     "apply",
     "calibration_data",
+    "check",
     "curve_beside",
     "defend",
     "evaluate",
@@ -69,6 +71,7 @@ __all__ = [
     "realign",
     "respond",
     "revert",
+    "side",
     "spilled_bytes",
     "statistics",
     "tune",

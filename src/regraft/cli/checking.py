@@ -1,0 +1,69 @@
+"""Whether a compressed model is still as safe as the dense one: `regraft check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from regraft.cli.exits import leave
+from regraft.cli.flags import refuse_unread
+from regraft.cli.options import Compute, Flat, OutFolder, watching
+from regraft.console import say, show_grid
+from regraft.settings.checking import Margins
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import Suites
+from regraft.settings.evaluating import EvalSettings
+
+EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 3}  # 2 is bad input
+Side = Annotated[
+    str,
+    Parameter(help="Checkpoint folder, hub id, 'demo', or folder of a finished evaluation."),
+]
+
+
+def check(
+    dense: Side,
+    compressed: Side,
+    *,
+    out: OutFolder,
+    suite: Suites = (),
+    patch: Path | None = None,
+    margins: Annotated[Margins, Flat] = Margins(),
+    settings: Annotated[EvalSettings, Flat] = EvalSettings(),
+    compute: Compute = ComputeSettings(),
+) -> None:
+    """Tell whether a compressed model is as safe as the dense one, within margins: exit code 0 yes,
+    1 no, 3 undecided.
+
+    Both answer the same prompts. ASR, over-refusal, utility and the share of degenerate answers
+    each pass where the whole one-sided 95 % interval of the change is within the margin, fail where
+    it is beyond it; all must pass. A margin of 100 leaves a metric out.
+
+    Example: regraft check model model-w4 --suite safebench FigStep/data --suite mossbench
+    MOSSBench/data --out check
+
+    Parameters
+    ----------
+    patch
+        Put this patch on the compressed model in memory first.
+    """
+    from regraft import stages
+    from regraft.report.gate import sentence, table
+
+    with watching() as progress:
+        refuse_unread(settings)
+        sides = (
+            stages.side(dense, compute, progress=progress),
+            stages.side(compressed, compute, patch, progress),
+        )
+        found = stages.check(*sides, out, suite, settings, margins)
+        show_grid(progress.console, table(found))
+        for metric in found.metrics:
+            if metric.outcome != "pass":
+                progress.note(sentence(metric))
+        for note in found.notes:
+            say(progress.console, note, "dim")
+        progress.note(f"Verdict: {found.verdict}. Files: {out}")
+    leave(EXIT_CODES[found.verdict])

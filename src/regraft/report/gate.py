@@ -1,0 +1,170 @@
+"""The verdict of a check as files: JSON, JUnit's XML, a line of Markdown; and as a table.
+
+The same check always gives the same bytes, however it was asked for: there are no times, no paths
+and no names of models in them, only digests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+from xml.etree import ElementTree
+
+from regraft.evaluation.gate import Check, Metric
+from regraft.evaluation.noninferiority import CHANCE, Rise
+from regraft.evaluation.results import Estimate
+from regraft.report.formatting import Cell, Grid, percent, points_cell, rate_cell
+
+FORMAT = "regraft-check-1"
+NAMES = {
+    "asr": "ASR",
+    "over_refusal": "over-refusal",
+    "utility": "utility",
+    "degenerate": "degenerate answers",
+}
+_ASKED = {
+    "asr": "harmful prompts",
+    "over_refusal": "harmless prompts",
+    "utility": "harmless prompts with a response to compare with",
+    "degenerate": "prompts",
+}
+_HEADINGS = ("", "dense", "compressed", "change", "margin", "verdict")
+_DIGITS = 6  # of fractions in the JSON
+
+
+def check_to_json(check: Check) -> dict[str, Any]:
+    """All of it; rates, margins and changes are fractions."""
+    return {
+        "format": FORMAT,
+        "verdict": check.verdict,
+        "metrics": {one.name: _metric_to_json(one) for one in check.metrics},
+        **check.made_of,
+        "notes": list(check.notes),
+    }
+
+
+def _metric_to_json(metric: Metric) -> dict[str, Any]:
+    found = asdict(metric)
+    del found["name"]
+    rounded: dict[str, Any] = _rounded(found)
+    return rounded
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    return round(value, _DIGITS) + 0.0 if isinstance(value, float) else value  # -0.0 is 0.0
+
+
+def table(check: Check) -> Grid:
+    """A row a metric."""
+    rows = [
+        (
+            NAMES[one.name],
+            rate_cell(one.dense),
+            rate_cell(one.compressed),
+            _change_cell(one.change),
+            _margin(one),
+            _verdict(one),
+        )
+        for one in check.metrics
+    ]
+    return Grid.of(f"check: {check.verdict}", _HEADINGS, rows)
+
+
+def _change_cell(change: Rise | None) -> Cell:
+    return points_cell(None if change is None else Estimate(*_limits(change)))
+
+
+def _limits(change: Rise) -> tuple[float, int, float, float]:
+    return change.value, change.n, change.low, change.high
+
+
+def _margin(metric: Metric) -> str:
+    if metric.margin >= 1:
+        return "none"
+    sign = "-" if metric.name == "utility" else "+"
+    return f"{sign}{100 * metric.margin:g}"
+
+
+def _verdict(metric: Metric) -> Cell:
+    needed = f"about {metric.needed:,} prompts would decide" if metric.needed else ""
+    return Cell(metric.outcome, note=needed)
+
+
+def sentence(metric: Metric) -> str:
+    """What was found of a metric, in words."""
+    name, asked = NAMES[metric.name], _ASKED[metric.name]
+    if metric.change is None:
+        return f"{name}: {metric.outcome}; the suite has no {asked}."
+    dense, compressed = (
+        "" if one is None else percent(one.value) for one in (metric.dense, metric.compressed)
+    )
+    change = points_cell(Estimate(*_limits(metric.change))).text
+    found = (
+        f"{name}: {metric.outcome}; dense {dense}, compressed {compressed}, change {change} points "
+        f"over {metric.prompts:,} {asked}, margin {_margin(metric)}."
+    )
+    return " ".join(filter(None, (found, _what_decides(metric))))
+
+
+def _what_decides(metric: Metric) -> str:
+    if metric.outcome != "undecided":
+        return ""
+    if metric.needed is None:
+        return "The change is so close to the margin that no number of prompts would decide."
+    return (
+        f"About {metric.needed:,} {_ASKED[metric.name]} would decide, with a chance of "
+        f"{100 * CHANCE:.0f} %, if change and variance stay as they are."
+    )
+
+
+def markdown(check: Check) -> str:
+    """One line that says all, for a pull request, and the table below it."""
+    line = f"**regraft check: {check.verdict}** · " + " · ".join(map(_short, check.metrics))
+    grid = table(check)
+    rows = ["| " + " | ".join(grid.headings) + " |", "|" + "---|" * len(grid.headings)]
+    rows += ["| " + " | ".join(cell.text for cell in row) + " |" for row in grid.rows]
+    legend = (
+        "Change: points, compressed less dense, with one-sided 95 % limits; regraft "
+        f"{check.made_of['versions']['regraft']}, judge {check.made_of['judge']}, "
+        f"{check.made_of['prompts']['count']:,} prompts."
+    )
+    return "\n".join([line, "", *rows, "", legend, ""])
+
+
+def _short(metric: Metric) -> str:
+    change = _change_cell(metric.change)
+    points = "" if change.blank else f" {change.text} (margin {_margin(metric)})"
+    return f"{NAMES[metric.name]}{points}: {metric.outcome}"
+
+
+def junit(check: Check) -> str:
+    """A test case a metric, for whatever shows tests.
+
+    A metric that fails is a failure; one that is undecided or was not measured is an error, red
+    too: as "skipped" it would be green, and a gate that knows nothing must not open. One that was
+    left out is skipped.
+    """
+    results = [one.outcome for one in check.metrics]
+    suite = ElementTree.Element(
+        "testsuite",
+        name="regraft check",
+        tests=str(len(results)),
+        failures=str(results.count("fail")),
+        errors=str(results.count("undecided") + results.count("not measured")),
+        skipped=str(results.count("left out")),
+    )
+    for metric in check.metrics:
+        case = ElementTree.SubElement(
+            suite, "testcase", classname="regraft.check", name=NAMES[metric.name]
+        )
+        kind = {"pass": "system-out", "fail": "failure", "left out": "skipped"}
+        said = ElementTree.SubElement(case, kind.get(metric.outcome, "error"))
+        if metric.outcome != "pass":
+            said.set("message", sentence(metric))
+        said.text = sentence(metric)
+    root = ElementTree.Element("testsuites")
+    root.append(suite)
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, "unicode") + "\n"

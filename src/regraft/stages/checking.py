@@ -1,0 +1,266 @@
+"""Whether a compressed model is still as safe and as useful as the dense one: `regraft check`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import regraft
+from regraft import distributed
+from regraft.data.demo import demo_model
+from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
+from regraft.evaluation.gate import Check, compared
+from regraft.evaluation.pairing import on_the_same
+from regraft.evaluation.results import EvalResult
+from regraft.evaluation.summary import judge_answer
+from regraft.files import digest, file_digest, write_json, write_text
+from regraft.models.load import Source, open_source
+from regraft.progress import Progress, Silent
+from regraft.provenance import but_for_rounding
+from regraft.report.gate import check_to_json, junit, markdown
+from regraft.settings.checking import Margins
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
+from regraft.stages.targets import Target
+
+Side = Target | Path  # what is evaluated, or the folder of its finished evaluation
+DENSE, COMPRESSED = "dense", "compressed"
+_FILES = ("check.json", "junit.xml", "summary.md")
+_SAME = ("judge", "keywords", "window", "max_new_tokens", "full_answers")
+_PROMPT = ("id", "harmful", "category", "instruction", "request", "image_digest", "reference")
+
+
+def side(
+    named: str | Path | Source,
+    compute: ComputeSettings,
+    patch: Path | None = None,
+    progress: Progress | None = None,
+) -> Side:
+    """What a name of one of the two stands for.
+
+    Args:
+        named: A model's folder or hub id, "demo", a model that is opened, or the folder of a
+            finished evaluation.
+        compute: Where a model runs.
+        patch: Put on the model in memory first.
+        progress: Shows progress.
+
+    Raises:
+        RegraftError: there is no such model, or a patch for an evaluation.
+    """
+    if not isinstance(named, Source):
+        folder = Path(named)
+        # a model's folder may hold a results.json of another program
+        if (folder / "results.json").is_file() and not (folder / "config.json").exists():
+            if patch is not None:
+                raise RegraftError(f"{folder} is a finished evaluation, which takes no patch.")
+            return folder
+        named = open_source(
+            demo_model() if str(named) == "demo" else named,
+            trust_remote_code=compute.trust_remote_code,
+        )
+    return Target(named, compute, patch, progress=progress or Silent())
+
+
+def check(
+    dense: Side,
+    compressed: Side,
+    out: Path,
+    suites: Sequence[DataSource] = (),
+    settings: EvalSettings = EvalSettings(),
+    margins: Margins = Margins(),
+) -> Check:
+    """Compare two models, evaluating those that are not; writes check.json, junit.xml, summary.md.
+
+    Models are evaluated into `dense` and `compressed` below `out`; called again, it takes them as
+    they are and decides anew.
+
+    Args:
+        dense: The model that the other was made from, or its evaluation.
+        compressed: The other.
+        out: The folder.
+        suites: The prompts, where a model is to be evaluated.
+        settings: Of that.
+        margins: How much worse the compressed model may be, in points.
+
+    Raises:
+        RegraftError: the two answered other prompts or are judged otherwise, or are one model.
+    """
+    sides = {DENSE: dense, COMPRESSED: compressed}
+    _check_folder(out)
+    _check_asked(sides, suites, settings)
+    there = {name: _read(side) for name, side in sides.items() if isinstance(side, Path)}
+    names = {n: str(side) if isinstance(side, Path) else n for n, side in sides.items()}
+    _check_before(sides, there, names, suites, settings)
+    for name, side in sides.items():
+        if isinstance(side, Target):
+            there[name] = evaluate(side, out / name, suites, settings)
+    found = _decided(there, names, margins)
+    if distributed.first():
+        write_text(out / "junit.xml", junit(found))
+        write_text(out / "summary.md", markdown(found))
+        write_json(out / "check.json", check_to_json(found))
+    return found
+
+
+def _check_folder(out: Path) -> None:
+    """Raise where a check would be put among other files."""
+    if out.is_file():
+        raise RegraftError(f"The output {out} is a file; a folder is needed.")
+    own = {*_FILES, DENSE, COMPRESSED}
+    found = sorted(one.name for one in out.iterdir()) if out.is_dir() else []
+    odd = [name for name in found if name not in own and not name.startswith(".")]
+    if odd:
+        raise RegraftError(
+            f"The output folder {out} holds something else than a check ({odd[0]}). Choose a new "
+            "folder."
+        )
+
+
+def _check_asked(
+    sides: Mapping[str, Side], suites: Sequence[DataSource], settings: EvalSettings
+) -> None:
+    """Raise where prompts or settings are wanting or would change nothing."""
+    models = any(isinstance(side, Target) for side in sides.values())
+    if models and not suites:
+        raise RegraftError(
+            "A model is to be evaluated: name the prompts with --suite, harmful and harmless ones "
+            "(utility needs a response beside these)."
+        )
+    if not models and (suites or settings != EvalSettings()):
+        raise RegraftError(
+            "Both are finished evaluations, whose prompts and settings are what they are: leave "
+            "out --suite and settings of an evaluation."
+        )
+
+
+def _read(folder: Path) -> Evaluation:
+    """An evaluation that tells what it was made of.
+
+    Raises:
+        RegraftError: see `read_evaluation`; it does not tell, or has two answers with one id.
+    """
+    found = read_evaluation(folder)
+    for name in ("inputs", "settings", "compute", "versions"):
+        if not isinstance(found.about.get(name), Mapping):
+            raise RegraftError(
+                f"{folder / 'results.json'}: field 'about.{name}' is no JSON object, so it is not "
+                "known how the model was evaluated. Evaluate it again."
+            )
+    ids = Counter(answer.id for answer in found.result.answers)
+    if twice := [one for one, count in ids.items() if count > 1]:
+        raise RegraftError(
+            f"{folder / 'answers.jsonl'}: the id {twice[0]!r} is there more than once."
+        )
+    return found
+
+
+def _check_before(
+    sides: Mapping[str, Side],
+    there: Mapping[str, Evaluation],
+    names: Mapping[str, str],
+    suites: Sequence[DataSource],
+    settings: EvalSettings,
+) -> None:
+    """Find before anything is answered what would keep the two from being compared."""
+    made_of = {name: one.about["inputs"] for name, one in there.items()}
+    for name, side in sides.items():
+        if isinstance(side, Target):
+            side.backend(settings)
+            side.reading(suites, settings.limit)
+            made_of[name] = side.inputs()
+            for other, evaluation in there.items():
+                _check_same_way(
+                    names, {other: evaluation.about["settings"], name: _plain(settings)}
+                )
+                asked = _unanswered(side, suites, settings)
+                on_the_same(names[other], evaluation.result, f"--suite ({asked.suite})", asked)
+    if "model" in made_of[DENSE] and made_of[DENSE] == made_of[COMPRESSED]:
+        raise RegraftError(
+            f"{DENSE} and {COMPRESSED} are the same model (fingerprint "
+            f"{made_of[DENSE]['model'][:12]}): there is nothing to compare."
+        )
+
+
+def _plain(settings: EvalSettings) -> dict[str, Any]:
+    found: dict[str, Any] = settings.model_dump(mode="json")
+    return found
+
+
+def _unanswered(target: Target, suites: Sequence[DataSource], settings: EvalSettings) -> EvalResult:
+    """The prompts as an evaluation would have them, without answers."""
+    judge = settings.text_judge()
+    answers = tuple(
+        replace(
+            judge_answer(example, "", judge),
+            image_digest=file_digest(example.image) if example.image else "",
+        )
+        for example in target.reading(suites, settings.limit).examples
+    )
+    name = ", ".join(map(str, suites))
+    return EvalResult(name, judge.name, None, None, None, {}, {}, {}, answers)
+
+
+def _check_same_way(names: Mapping[str, str], settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise unless both are judged alike, on answers of the same length."""
+    (one, ours), (other, theirs) = settings.items()
+    for setting in _SAME:
+        if ours.get(setting) != theirs.get(setting):
+            raise RegraftError(
+                f"{names[one]} and {names[other]} cannot be compared: {setting} is "
+                f"{ours.get(setting)!r} in the one and {theirs.get(setting)!r} in the other. "
+                f"Evaluate both with the same --{setting.replace('_', '-')}."
+            )
+
+
+def _decided(there: Mapping[str, Evaluation], names: Mapping[str, str], margins: Margins) -> Check:
+    dense, compressed = there[DENSE], there[COMPRESSED]
+    _check_same_way(names, {name: there[name].about["settings"] for name in (DENSE, COMPRESSED)})
+    other = on_the_same(names[DENSE], dense.result, names[COMPRESSED], compressed.result)
+    fractions = {name: points / 100 for name, points in margins.points().items()}
+    return Check(
+        compared(dense.result, other, fractions),
+        _made_of(dense, compressed),
+        tuple(_notes(dense.about, compressed.about)),
+    )
+
+
+def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
+    """What the verdict is bound to; no place and nothing that changes rounding alone."""
+    answers = dense.result.answers
+    rows = [[asdict(answer)[name] for name in _PROMPT] for answer in answers]
+    settings = dense.about["settings"]
+    return {
+        "versions": {"regraft": regraft.__version__},
+        "judge": dense.result.judge,
+        "max_new_tokens": settings.get("max_new_tokens"),
+        "full_answers": settings.get("full_answers"),
+        "prompts": {"count": len(answers), "digest": digest(json.dumps(rows, sort_keys=True))},
+        "models": {
+            name: {
+                "inputs": dict(one.about["inputs"]),
+                "compute": but_for_rounding(one.about["compute"]),
+                "versions": one.about["versions"],
+                "answers": digest(*(f"{a.id}\n{a.answer}" for a in one.result.answers)),
+            }
+            for name, one in ((DENSE, dense), (COMPRESSED, compressed))
+        },
+    }
+
+
+def _notes(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
+    """What was not the same in both evaluations and may be."""
+    for way in ("compute", "versions"):
+        ours, theirs = (but_for_rounding(one[way]) for one in (dense, compressed))
+        for name in dict.fromkeys([*ours, *theirs]):
+            if ours.get(name) != theirs.get(name):
+                yield (
+                    f"The two were evaluated with different {way}: {name} is {ours.get(name)} of "
+                    f"the dense model and {theirs.get(name)} of the compressed one."
+                )
