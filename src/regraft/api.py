@@ -196,7 +196,7 @@ def check(
     """Tell whether a compressed model is as safe and as useful as the dense one, within margins.
 
     Args:
-        dense: The dense model, or the folder of its finished evaluation.
+        dense: The dense model as for `evaluate`, or the folder of its finished evaluation.
         compressed: The model made from it, or the folder of its finished evaluation.
         out: The folder, with the verdict as check.json, junit.xml and summary.md.
         suites: The prompts, where a model is to be evaluated.
@@ -207,12 +207,14 @@ def check(
     Raises:
         RegraftError: bad input; the two answered other prompts, or are judged otherwise.
     """
-    margins, own, compute = _settings(settings, Margins, EvalSettings, ComputeSettings)
+    margins, own, compute, endpoint = _settings(
+        settings, Margins, EvalSettings, ComputeSettings, EndpointSettings
+    )
     named = [_data(one) for one in ([suites] if isinstance(suites, str) else suites)]
     put_on = None if patch is None else Path(patch)
     return stages.check(
-        stages.side(dense, compute, progress=progress),
-        stages.side(compressed, compute, put_on, progress),
+        stages.side(dense, compute, endpoint, progress=progress),
+        stages.side(compressed, compute, endpoint, put_on, progress),
         Path(out),
         named,
         own,

@@ -8,18 +8,21 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from regraft.cli.exits import leave
-from regraft.cli.flags import refuse_unread
+from regraft.cli.flags import check_endpoint, refuse_unread
 from regraft.cli.options import Compute, Flat, OutFolder, watching
 from regraft.console import say, show_grid
 from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites
-from regraft.settings.evaluating import EvalSettings
+from regraft.settings.evaluating import EndpointSettings, EvalSettings
 
 EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 3}  # 2 is bad input
 Side = Annotated[
     str,
-    Parameter(help="Checkpoint folder, hub id, 'demo', or folder of a finished evaluation."),
+    Parameter(
+        help="Checkpoint folder, hub id, 'demo', endpoint:URL#MODEL (a model behind an "
+        "OpenAI-compatible server), or folder of a finished evaluation."
+    ),
 ]
 
 
@@ -33,6 +36,7 @@ def check(
     margins: Annotated[Margins, Flat] = Margins(),
     settings: Annotated[EvalSettings, Flat] = EvalSettings(),
     compute: Compute = ComputeSettings(),
+    endpoint: Annotated[EndpointSettings, Flat] = EndpointSettings(),
 ) -> None:
     """Tell whether a compressed model is as safe as the dense one, within margins: exit code 0 yes,
     1 no, 3 undecided.
@@ -54,9 +58,11 @@ def check(
 
     with watching() as progress:
         refuse_unread(settings)
+        if not any(one.startswith("endpoint:") for one in (dense, compressed)):
+            check_endpoint(dense, compute, endpoint)
         sides = (
-            stages.side(dense, compute, progress=progress),
-            stages.side(compressed, compute, patch, progress),
+            stages.side(dense, compute, endpoint, progress=progress),
+            stages.side(compressed, compute, endpoint, patch, progress),
         )
         found = stages.check(*sides, out, suite, settings, margins)
         show_grid(progress.console, table(found))

@@ -11,7 +11,6 @@ from typing import Any
 
 import regraft
 from regraft import distributed
-from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.gate import Check, compared
@@ -19,17 +18,18 @@ from regraft.evaluation.pairing import on_the_same
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.summary import judge_answer
 from regraft.files import digest, file_digest, write_json, write_text
-from regraft.models.load import Source, open_source
-from regraft.progress import Progress, Silent
+from regraft.models.load import Source
+from regraft.progress import Progress
 from regraft.provenance import but_for_rounding
 from regraft.report.gate import check_to_json, junit, markdown
 from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.evaluating import EvalSettings
+from regraft.settings.evaluating import EndpointSettings, EvalSettings
+from regraft.stages.endpoint import open_target
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
-from regraft.stages.targets import Target
+from regraft.stages.targets import Evaluable
 
-Side = Target | Path  # what is evaluated, or the folder of its finished evaluation
+Side = Evaluable | Path  # what is evaluated, or the folder of its finished evaluation
 DENSE, COMPRESSED = "dense", "compressed"
 _FILES = ("check.json", "junit.xml", "summary.md")
 _SAME = ("judge", "keywords", "window", "max_new_tokens", "full_answers")
@@ -39,20 +39,21 @@ _PROMPT = ("id", "harmful", "category", "instruction", "request", "image_digest"
 def side(
     named: str | Path | Source,
     compute: ComputeSettings,
+    endpoint: EndpointSettings = EndpointSettings(),
     patch: Path | None = None,
     progress: Progress | None = None,
 ) -> Side:
     """What a name of one of the two stands for.
 
     Args:
-        named: A model's folder or hub id, "demo", a model that is opened, or the folder of a
-            finished evaluation.
+        named: The folder of a finished evaluation, or what `open_target` takes.
         compute: Where a model runs.
+        endpoint: How a model behind a server is asked.
         patch: Put on the model in memory first.
         progress: Shows progress.
 
     Raises:
-        RegraftError: there is no such model, or a patch for an evaluation.
+        RegraftError: see `open_target`; there is a patch for an evaluation.
     """
     if not isinstance(named, Source):
         folder = Path(named)
@@ -61,11 +62,7 @@ def side(
             if patch is not None:
                 raise RegraftError(f"{folder} is a finished evaluation, which takes no patch.")
             return folder
-        named = open_source(
-            demo_model() if str(named) == "demo" else named,
-            trust_remote_code=compute.trust_remote_code,
-        )
-    return Target(named, compute, patch, progress=progress or Silent())
+    return open_target(named, compute, endpoint, progress, patch=patch)
 
 
 def check(
@@ -99,7 +96,7 @@ def check(
     names = {n: str(side) if isinstance(side, Path) else n for n, side in sides.items()}
     _check_before(sides, there, names, suites, settings)
     for name, side in sides.items():
-        if isinstance(side, Target):
+        if not isinstance(side, Path):
             there[name] = evaluate(side, out / name, suites, settings)
     found = _decided(there, names, margins)
     if distributed.first():
@@ -127,7 +124,7 @@ def _check_asked(
     sides: Mapping[str, Side], suites: Sequence[DataSource], settings: EvalSettings
 ) -> None:
     """Raise where prompts or settings are wanting or would change nothing."""
-    models = any(isinstance(side, Target) for side in sides.values())
+    models = any(not isinstance(side, Path) for side in sides.values())
     if models and not suites:
         raise RegraftError(
             "A model is to be evaluated: name the prompts with --suite, harmful and harmless ones "
@@ -147,8 +144,9 @@ def _read(folder: Path) -> Evaluation:
         RegraftError: see `read_evaluation`; it does not tell, or has two answers with one id.
     """
     found = read_evaluation(folder)
+    served = {} if "compute" in found.about else {"compute": {}}  # a server's is not known
     for name in ("inputs", "settings", "compute", "versions"):
-        if not isinstance(found.about.get(name), Mapping):
+        if not isinstance((served | found.about).get(name), Mapping):
             raise RegraftError(
                 f"{folder / 'results.json'}: field 'about.{name}' is no JSON object, so it is not "
                 "known how the model was evaluated. Evaluate it again."
@@ -171,7 +169,7 @@ def _check_before(
     """Find before anything is answered what would keep the two from being compared."""
     made_of = {name: one.about["inputs"] for name, one in there.items()}
     for name, side in sides.items():
-        if isinstance(side, Target):
+        if not isinstance(side, Path):
             side.backend(settings)
             side.reading(suites, settings.limit)
             made_of[name] = side.inputs()
@@ -193,7 +191,9 @@ def _plain(settings: EvalSettings) -> dict[str, Any]:
     return found
 
 
-def _unanswered(target: Target, suites: Sequence[DataSource], settings: EvalSettings) -> EvalResult:
+def _unanswered(
+    target: Evaluable, suites: Sequence[DataSource], settings: EvalSettings
+) -> EvalResult:
     """The prompts as an evaluation would have them, without answers."""
     judge = settings.text_judge()
     answers = tuple(
@@ -245,7 +245,7 @@ def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
         "models": {
             name: {
                 "inputs": dict(one.about["inputs"]),
-                "compute": but_for_rounding(one.about["compute"]),
+                "compute": but_for_rounding(one.about.get("compute", {})),
                 "versions": one.about["versions"],
                 "answers": digest(*(f"{a.id}\n{a.answer}" for a in one.result.answers)),
             }
@@ -256,7 +256,11 @@ def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
 
 def _notes(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
     """What was not the same in both evaluations and may be."""
+    if ("compute" in dense) != ("compute" in compressed):
+        yield "Only one of the two ran here: how a server runs a model is not known (dtype, kernels)."
     for way in ("compute", "versions"):
+        if way not in dense or way not in compressed:
+            continue
         ours, theirs = (but_for_rounding(one[way]) for one in (dense, compressed))
         for name in dict.fromkeys([*ours, *theirs]):
             if ours.get(name) != theirs.get(name):
