@@ -256,8 +256,8 @@ def _prepare(context: Context, swap: bool) -> Problem:
         Prompts(gradient, held_out, losses[kind]) for kind, (gradient, held_out) in walks.items()
     )
     scratch = context.work / "states"
-    pair = context.dense, context.pruned, context.survey.kind
-    return Problem(model, *pair, (safety, utility), scratch, swap)
+    pair, kind = (context.dense, context.pruned), context.survey.kind
+    return Problem(model, *pair, (safety, utility), scratch, swap, kind)
 
 
 def _split(

@@ -57,20 +57,20 @@ class Problem:
         model: The model in memory, as pruned.
         dense: The checkpoint that values are taken from.
         pruned: The checkpoint of `model`.
-        kind: Of the two: which weights can be restored.
         sides: Harmful prompts and harmless ones.
         scratch: A folder for layer inputs.
         swap: Prune a kept weight of the same row, or of the same N:M group where the matrix has
             them, for each that is restored.
+        kind: Of the two checkpoints: which weights can be restored.
     """
 
     model: PlacedModel
     dense: Source
     pruned: Source
-    kind: Kind
     sides: tuple[Prompts, Prompts]
     scratch: Path
     swap: bool = False
+    kind: Kind = "pruned"
 
     @cached_property
     def written(self) -> tuple[torch.dtype, ...]:
