@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
 from regraft.models.checkpoint import open_checkpoint
+from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.patch.apply import patched
 from regraft.patch.format import load_patch
@@ -43,6 +45,10 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import imitation_data
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+from quantise import quantised
+
 INF = math.inf
 METHODS: dict[str, dict[str, Any]] = {
     "half": {"method": "magnitude", "sparsity": 0.5},
@@ -57,7 +63,7 @@ TOKENS = (1, 1, 0.3, 0.3, 0.3, 0.3)
 
 @dataclass(frozen=True)
 class Bench:
-    """A pico model, pruned by magnitude in several ways, and data; float32 on disk."""
+    """A pico model, pruned by magnitude in several ways or quantised, and data; float32 on disk."""
 
     root: Path
 
@@ -131,6 +137,11 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
             for way, fields in METHODS.items():
                 settings = prune_settings(**fields)
                 stages.prune(dense, root / way, settings, made[family].calibration, COMPUTE)
+            edits = {
+                linear.tensor: lambda weight: quantised(weight, 2, 32)
+                for linear in dense.architecture.linears
+            }
+            write_edited(dense.checkpoint, root / "2 bits", edits)
         return made[family]
 
     return bench
@@ -156,22 +167,27 @@ def approx(losses: Losses | Mapping[str, float]) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mllama", "qwen2_vl", "llama"])
-def test_restoring_lowers_the_losses(family, benches, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [("mllama", "half"), ("qwen2_vl", "half"), ("llama", "half"), ("qwen2_vl", "2 bits")],
+)
+def test_restoring_lowers_the_losses(family, way, benches, tmp_path):
     """As told of the path, by whole forward passes; streamed the same, and no file changes."""
     bench = benches(family)
     before = tree(bench.root)
-    ranking = bench.rank(tmp_path / "resident")
+    ranking = bench.rank(tmp_path / "resident", way=way)
     assert len(ranking) > 10, "nothing helps"
     about = ranking.about
-    pruned, restored = (bench.losses(one, held_out=True) for one in (empty(), ranking))
+    kind = "changed" if way == "2 bits" else "pruned"
+    assert about.get("kind", "pruned") == kind
+    pruned, restored = (bench.losses(one, held_out=True, way=way) for one in (empty(), ranking))
     assert about["start"] == approx(pruned)
     assert about["steps"][-1]["held_out"] == approx(restored)
-    assert about["steps"][0]["gradient"] == approx(bench.losses(empty(), held_out=False))
+    assert about["steps"][0]["gradient"] == approx(bench.losses(empty(), held_out=False, way=way))
     assert restored.sum < 0.95 * pruned.sum
-    control = bench.rank(tmp_path / "control", method(method="random", count=len(ranking)))
-    assert restored.sum < bench.losses(control, held_out=True).sum
-    streamed = bench.rank(tmp_path / "streamed", compute=STREAMED)
+    control = bench.rank(tmp_path / "control", method(method="random", count=len(ranking)), way)
+    assert restored.sum < bench.losses(control, held_out=True, way=way).sum
+    streamed = bench.rank(tmp_path / "streamed", way=way, compute=STREAMED)
     assert same(streamed, ranking)
     assert tree(bench.root) == before, "a weight was written into the checkpoint's file"
     pairs = zip(ranking.linear.tolist(), ranking.position.tolist(), strict=True)
@@ -179,7 +195,8 @@ def test_restoring_lowers_the_losses(family, benches, tmp_path):
     for index, linear in enumerate(bench.dense.architecture.linears):
         free = restorable(
             bench.dense.checkpoint.read(linear.tensor),
-            bench.pruned().checkpoint.read(linear.tensor),
+            bench.pruned(way).checkpoint.read(linear.tensor),
+            kind,
         )
         assert free.flatten()[ranking.position[ranking.linear == index]].all()
     assert not list(tmp_path.glob(".*")), "unfinished work is left behind"

@@ -195,7 +195,7 @@ def test_other_bases_are_refused(tmp_path: Path, pair: tuple[Source, Source]) ->
         return weight
 
     spoilt = write_edited(pruned.checkpoint, tmp_path / "spoilt", {name: spoil})
-    _refused(spoilt, patch, out, "holds other values where the patch restores pruned ones")
+    _refused(spoilt, patch, out, "holds other values where the patch restores weights")
 
 
 def test_one_bad_tensor_stops_all(tmp_path: Path, pair: tuple[Source, Source]) -> None:

@@ -431,7 +431,7 @@ def test_rankings_find_the_mask_regions_and_thresholds(family, pico_dir, tmp_pat
 
 def test_nothing_pruned_is_told(pico_dir):
     dense = truth.opened(pico_dir("llama")).source
-    with pytest.raises(RegraftError, match="nothing was pruned, so there is nothing to restore"):
+    with pytest.raises(RegraftError, match="nothing was pruned or changed, so there is nothing"):
         check_pair(dense, dense)
 
 

@@ -7,6 +7,7 @@ from regraft.data.suites import distinct
 from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings, most_rank
 from regraft.models.load import Source
+from regraft.patch.pair import Survey
 from regraft.restoration.base import MethodSettings, Needs
 from regraft.restoration.selection import all_heads
 from regraft.settings.compute import ComputeSettings
@@ -88,15 +89,20 @@ def check_budget(dense: Source, settings: MethodSettings) -> None:
         raise _less_than_one(settings, f"{dense.architecture.prunable:,} prunable")
 
 
-def check_restorable(settings: MethodSettings, restorable: int) -> None:
-    """Raise where none of the weights that pruning took would be restored."""
-    if not restorable:
+def check_restorable(settings: MethodSettings, looked: Survey) -> None:
+    """Raise where none of the weights that compression took or changed would be restored."""
+    if not looked.restorable:
         raise RegraftError(
-            "No weight is zero now that was not before: there is nothing to restore. Give the "
-            "dense checkpoint first and the pruned one second."
+            "No weight is zero now that was not before, and none differs that could be restored. "
+            "Give the dense checkpoint first and the pruned one second."
         )
-    if settings.how_many(restorable) == 0:
-        raise _less_than_one(settings, f"{restorable:,} pruned")
+    if looked.kind == "changed" and (why := settings.only_pruned):
+        raise RegraftError(
+            f"{settings.method} needs a pruned model, and this one is {looked.described}: {why}, "
+            "or take gain, which restores any weight that differs."
+        )
+    if settings.how_many(looked.restorable) == 0:
+        raise _less_than_one(settings, f"{looked.restorable:,} {looked.kind}")
 
 
 def _less_than_one(settings: MethodSettings, weights: str) -> RegraftError:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from regraft import distributed, stages
+from regraft.checks import check_restorable
 from regraft.costs import Ledger, Metered
 from regraft.errors import RegraftError
 from regraft.files import discard_leftover, require_empty, require_space, write_text
@@ -110,6 +111,10 @@ def plan_run(
         scoring=recipe.heads,
         evaluation=recipe.evaluate.only(),
     )
+    if existing is not None and any(one.only_pruned for one in recipe.realign):
+        looked = setup.cache.survey(dense, existing)
+        for one in recipe.realign:
+            check_restorable(one, looked)
     steps = tuple(Planner(recipe, run_dir, setup, existing).steps())
     prompts = check_all(steps)
     kept, most = disk_bytes(steps)

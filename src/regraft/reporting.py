@@ -23,7 +23,7 @@ from regraft.models.architecture import Architecture, LayerArchitecture
 from regraft.models.load import open_source
 from regraft.passes import MethodPasses
 from regraft.patch.format import Patch, load_patch
-from regraft.patch.pair import restored_by_module
+from regraft.patch.pair import is_changed, restored_by_module
 from regraft.pruning.statistics import load_statistics
 from regraft.recipe import Recipe
 from regraft.recipe_file import read_recipe
@@ -198,6 +198,7 @@ class _Artifacts:
             base="dense",
             checkpoint=recipe.pruned or str(run_dir.pruned(pruning.name).relative_to(run_dir.path)),
             pruned=next((patch.about["pruned"] for patch in patches.values()), taken),
+            changed=any(map(is_changed, patches.values())),
         )
         layers = self.opened(recipe.pruned or run_dir.pruned(pruning.name)).layers
         for one in variants:
@@ -235,6 +236,7 @@ class _Artifacts:
             restored=patch.restored,
             trained=is_trained(patch),
             pruned=patch.about["pruned"],
+            changed=is_changed(patch),
             restored_by_module=restored_by_module(patch, layers),
             heads=() if len(heads) == sum(layer.heads for layer in layers) else heads,
             n_m=patch.about.get("n_m"),

@@ -10,13 +10,24 @@ from rich.table import Table
 
 from regraft.cli.options import Model, open_model
 from regraft.models.architecture import LayerArchitecture
+from regraft.models.load import Source
+from regraft.patch.pair import check_pair, survey
 
 
-def inspect(model: Model, *, trust_remote_code: bool = False, names: bool = False) -> None:
+def inspect(
+    model: Model,
+    *,
+    dense: str | None = None,
+    trust_remote_code: bool = False,
+    names: bool = False,
+) -> None:
     """Show layers, heads, prunable weights and names on disk; loads no weights.
 
     Parameters
     ----------
+    dense
+        Compare with the dense checkpoint that it was made from, a folder or hub id: what can be
+        restored. Reads all weights.
     trust_remote_code
         Run Python code that comes with the checkpoint.
     names
@@ -40,6 +51,8 @@ def inspect(model: Model, *, trust_remote_code: bool = False, names: bool = Fals
         f"{len(source.checkpoint.shards)} file(s)",
     }.items():
         about.add_row(key, value)
+    if dense is not None:
+        about.add_row("compared", _compared(open_model(dense, trust_remote_code), source))
     console.print(about)
     layers = Table("layers", "attention", "query heads", "kv heads", "head size", "linears")
     for first, last, layer in _runs(architecture.layers):
@@ -57,6 +70,16 @@ def inspect(model: Model, *, trust_remote_code: bool = False, names: bool = Fals
     for linear in linears if names else (linears[0], linears[-1]):
         record = source.checkpoint.record(linear.tensor)
         console.print(f"  {linear.tensor}  {record.dtype}  {record.shard}", highlight=False)
+
+
+def _compared(dense: Source, compressed: Source) -> str:
+    """What compression did, with the N:M pattern and what is doubtful."""
+    check_pair(dense, compressed)
+    looked = survey(dense, compressed)
+    found = looked.described
+    if looked.grouping is not None:
+        found += f"; {looked.grouping.n_m} in {looked.grouping.groups:,} groups"
+    return f"{found}. {looked.doubt}" if looked.doubt else found
 
 
 def _runs(layers: Sequence[LayerArchitecture]) -> Iterator[tuple[int, int, LayerArchitecture]]:

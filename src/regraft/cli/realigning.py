@@ -22,6 +22,7 @@ from regraft.console import ConsoleWatch, show_search
 from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings
 from regraft.patch.format import Patch
+from regraft.patch.pair import is_changed
 from regraft.restoration.base import METHODS, Budgeted, MethodSettings
 from regraft.restoration.methods.fine_tune.adam import TRAINED_VALUES, is_trained
 from regraft.settings.base import EXPERT
@@ -35,7 +36,7 @@ _create_model: Any = create_model
 _SEARCH = Group("Search for a number of weights", sort_key=2)
 _DATA = Parameter(name="*", group=Group("Calibration prompts", sort_key=1))
 Dense = Annotated[str, Parameter(help="Dense checkpoint: a folder or hub id.")]
-Pruned = Annotated[str, Parameter(help="The same model, pruned by any tool.")]
+Pruned = Annotated[str, Parameter(help="The same model, pruned or quantised.")]
 Prompts = Annotated[PromptSettings, _DATA]
 Choice = Annotated[SearchSettings, Parameter(name="*", group=_SEARCH)]
 AnswerLength = Annotated[int, Parameter(help="Length of a validation answer.", group=_SEARCH)]
@@ -119,7 +120,7 @@ def realign(
         EXPERT,
     ] = None,
 ) -> None:
-    """Rank pruned weights by a method and write the dense values of the first as a patch."""
+    """Rank weights by a method and write the dense values of the first as a patch."""
     from regraft import stages
 
     calibration = calibration.with_responses()
@@ -175,7 +176,8 @@ def _describe(progress: ConsoleWatch, out: Path, patch: Patch) -> None:
     exchanged = f" and {patch.removed:,} kept ones go in exchange" if patch.removed else ""
     progress.note(
         f"{out}: {patch.restored:,} weights are restored{exchanged}, "
-        f"{10_000 * patch.restored / pruned:.3f} per 10,000 of {pruned:,} zeros."
+        f"{10_000 * patch.restored / pruned:.3f} per 10,000 of {pruned:,} "
+        f"{'changed weights' if is_changed(patch) else 'zeros'}."
     )
     if is_trained(patch):
         progress.note(f"{out}: {TRAINED_VALUES}")

@@ -293,7 +293,7 @@ def _inspect(
         if not (on[inside] | (held == before[inside])).all():
             raise RegraftError(
                 f"{_not_the_base(checkpoint, *(name for name, _ in target.parts))}: {record.name} "
-                f"holds other values where the patch restores pruned ones. {_FIX}"
+                f"holds other values where the patch restores weights. {_FIX}"
             )
         changing[inside] = bits(held) != bits(wanted[inside])
         chunk[at] = before[inside]

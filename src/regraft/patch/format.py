@@ -1,7 +1,8 @@
-"""The product: a safetensors file of dense values and where they go in a pruned checkpoint.
+"""The product: a safetensors file of dense values and where they go in a compressed checkpoint.
 
 About 6 bytes a restored weight. Values are assigned, never added: applying twice is applying
-once, and reverting is writing what was there: zeros, and in a swap the kept weights that made room.
+once, and reverting is writing what was there: zeros, in a swap the kept weights that made room, and
+after quantisation the values of few bits, 6 bytes more a weight.
 For each tensor the file keeps a digest of the pruned tensor with the patched positions set to zero,
 which is the same before and after applying, so a patch knows its base, patched or not, and refuses
 any other.
@@ -31,9 +32,10 @@ class TensorPatch:
     """New values for one tensor of shape `shape`.
 
     `positions` are flat, ascending, int64 `[k]`; `values` have the checkpoint's dtype `[k]` and are
-    0 where a swap prunes a kept weight; `base` is the digest of the pruned tensor (see
-    `base_digest`). `before` is what the pruned tensor holds there, `[k]`: 0, -0.0 (a negative
-    weight times a mask), or the kept weight of a swap. Reverting writes it, sign included.
+    0 where a swap prunes a kept weight, and nowhere else; `base` is the digest of the compressed
+    tensor (see `base_digest`). `before` is what that holds there, `[k]`: 0, -0.0 (a negative weight
+    times a mask), or another value: of a swap's kept weight, or of one that compression changed.
+    Reverting writes it, sign included.
     """
 
     shape: tuple[int, ...]
@@ -51,7 +53,7 @@ class TensorPatch:
     @property
     def restored(self) -> int:
         """Number of weights that are restored."""
-        return int((self.before == 0).count_nonzero())
+        return int(self.values.count_nonzero())
 
     @property
     def marked(self) -> Tensor:

@@ -27,14 +27,15 @@ class Variant:
     pruned model, its pruned one for a realigned model; None for the dense model.
 
     `sparsity` is the fraction of zeros among the prunable weights, `pruned` the number of weights
-    that pruning took, `restored` the number that was restored, with values of their own where they
-    were `trained` and not restored. `restored_by_module` maps a module
-    kind such as "self_attn.q_proj" to its restored weights per layer. `heads` are the
-    (layer, head) pairs that were open to restoration. Where pruning kept an N:M pattern, `n_m` is
-    the pattern ("2:4") and `violated_groups` of `groups` no longer keep it. `inference_time` marks
-    a method that leaves the pruned weights alone and acts while the model answers. `curve` is the
-    search on validation prompts by which `restored` was chosen. `passes` is the compute of choosing
-    the weights, in passes over the calibration prompts; None where it was not measured.
+    that pruning took, or that compression changed where these are `changed`, `restored` the number
+    that was restored, with values of their own where they were `trained` and not restored.
+    `restored_by_module` maps a module kind such as "self_attn.q_proj" to its restored weights per
+    layer. `heads` are the (layer, head) pairs that were open to restoration. Where pruning kept an
+    N:M pattern, `n_m` is the pattern ("2:4") and `violated_groups` of `groups` no longer keep it.
+    `inference_time` marks a method that leaves the pruned weights alone and acts while the model
+    answers. `curve` is the search on validation prompts by which `restored` was chosen. `passes` is
+    the compute of choosing the weights, in passes over the calibration prompts; None where it was
+    not measured.
     `checkpoint` is where a pruned model lies and `patch` the file of what was restored, both as
     seen from the run's folder.
     """
@@ -47,6 +48,7 @@ class Variant:
     restored: int = 0
     trained: bool = False
     pruned: int = 0
+    changed: bool = False
     restored_by_module: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     heads: tuple[tuple[int, int], ...] = ()
     n_m: str | None = None
@@ -70,7 +72,7 @@ class Variant:
 
     @property
     def per_ten_thousand(self) -> float | None:
-        """Restored weights per 10,000 pruned ones, None where nothing was restored."""
+        """Restored weights per 10,000 pruned or changed ones, None where nothing was restored."""
         return per_ten_thousand(self.restored, self.pruned) if self.restored else None
 
 

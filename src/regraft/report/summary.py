@@ -107,6 +107,8 @@ def _beside(row: Row) -> str:
 def _pruning(dense: Row, pruned: Row) -> str:
     before, after = dense.asr, pruned.asr
     amount = f"Pruning ({short_percent(pruned.sparsity)} of the weights)"
+    if pruned.first.changed:
+        amount = f"Compression ({pruned.first.pruned:,} weights changed)"
     if before is None or after is None:
         return f"{amount}: no harmful prompts, so no ASR."
     return (
@@ -127,7 +129,8 @@ def _method(row: Row) -> str:
         verb = "trained" if row.first.trained else "restored"
         how = f"{row.weights.mean:,.0f} {verb} weights"
         if row.restored is not None:
-            how += f" ({share(row.restored.mean)} per 10,000 pruned)"
+            of = "changed" if row.first.changed else "pruned"
+            how += f" ({share(row.restored.mean)} per 10,000 {of})"
     text = f"{row.label}, {how}: ASR {rate(row.asr)}, {tested(row.attacks)}."
     if row.rsr is None:
         return text

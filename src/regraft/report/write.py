@@ -89,7 +89,7 @@ def render_card(study: Study) -> str:
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
         **({"base_model": base} if (base := _hub_id(run.model)) else {}),
-        "tags": ["regraft", "pruning", "safety", "sparse"],
+        "tags": ["regraft", "safety", *(() if chosen.changed else ("pruning", "sparse"))],
         "model-index": [{"name": run.title, "results": _card_results(chosen, suites)}],
     }
     text = (

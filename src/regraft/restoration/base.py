@@ -1,9 +1,9 @@
-"""What a restoration method is: its settings, what it needs, and how it ranks pruned weights.
+"""What a restoration method is: its settings, what it needs, and how it ranks weights.
 
-A method is one object. It ranks the weights that pruning took, best first; how many of the ranking
-are restored is said by a budget, or the ranking ends by itself. All else (reading checkpoints,
-gathering what is needed, patches, searches, reports) is the same for all methods and asks only what
-`Method` answers.
+A method is one object. It ranks the weights that can be restored, best first: those that pruning
+took, or all that compression changed (`regraft.patch.pair`). How many of the ranking are restored
+is said by a budget, or the ranking ends by itself. All else (reading checkpoints, gathering what is
+needed, patches, searches, reports) is the same for all methods and asks only what `Method` answers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from regraft.restoration.ranking import Ranking
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 
-DEFAULT_BUDGET = 5.0  # per 10,000 pruned
+DEFAULT_BUDGET = 5.0  # per 10,000 pruned, or changed
 
 
 class MethodSettings(Settings):
@@ -53,6 +53,11 @@ class MethodSettings(Settings):
     def exchanges(self) -> bool:
         """Whether a kept weight is pruned for each that is restored."""
         return False
+
+    @property
+    def only_pruned(self) -> str | None:
+        """Why a model of which every weight changed won't do, with the fix; None where it will."""
+        return None
 
     def how_many(self, pruned: int) -> int | None:
         """How many of `pruned` weights are restored at most; None for the whole ranking."""
@@ -190,8 +195,8 @@ class Context:
 
     Attributes:
         dense: The dense checkpoint.
-        pruned: The same network pruned, by whomever.
-        survey: What pruning took.
+        pruned: The same network pruned or otherwise compressed, by whomever.
+        survey: What that changed.
         count: How many weights to rank at most; None for all that the method takes.
         seed: The calibration seed, of whatever is drawn.
         compute: Device, dtype, batch size and placement.
@@ -227,7 +232,8 @@ class Context:
                 for linear in layer.linears:
                     weight = self.dense.weight(linear).to(device)
                     after = self.pruned.weight(next(pruned)).to(device)
-                    yield Matrix(next(index), linear, weight, restorable(weight, after))
+                    free = restorable(weight, after, self.survey.kind)
+                    yield Matrix(next(index), linear, weight, free)
                 done(1)
 
 
@@ -273,7 +279,7 @@ class Method(ABC, Generic[S]):
 
     @abstractmethod
     def rank(self, settings: S, context: Context) -> Ranking:
-        """The pruned weights in the order in which they are restored.
+        """The weights that can be restored, in the order in which they are.
 
         Its `about` may say how it came about. Of that the patch takes over "heads", those restored
         in, "values" and "passes".

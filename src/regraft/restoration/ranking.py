@@ -1,4 +1,4 @@
-"""Every restoration method under one budget: an order in which pruned weights are restored.
+"""Every restoration method under one budget: an order in which weights are restored.
 
 A method ranks the weights that could be restored, best first, and a budget takes the first k. So
 methods are compared at the same number of restored weights, and a trade-off curve is the model at
@@ -155,7 +155,7 @@ def patch_of(
 ) -> Patch:
     """The patch that takes the whole ranking to a pruned checkpoint.
 
-    A weight whose new value is 0 in that checkpoint's dtype stays pruned.
+    A weight whose new value is 0 in that checkpoint's dtype stays as it is.
 
     Raises:
         RegraftError: a new value does not fit into the pruned checkpoint's dtype.

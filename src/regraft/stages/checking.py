@@ -257,7 +257,7 @@ def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
 def _notes(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
     """What was not the same in both evaluations and may be."""
     if ("compute" in dense) != ("compute" in compressed):
-        yield "Only one of the two ran here: how a server runs a model is not known (dtype, kernels)."
+        yield "Only one of the two ran here: how a server runs a model is not known."
     for way in ("compute", "versions"):
         if way not in dense or way not in compressed:
             continue

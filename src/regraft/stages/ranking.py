@@ -52,7 +52,7 @@ def write_ranking(
 
     Args:
         setup: The dense checkpoint, and prompts for methods that need answers to them.
-        pruned: The same network pruned, by whomever.
+        pruned: The same network pruned or otherwise compressed, by whomever.
         out: The file.
         settings: The method and, by its budget, how many weights to rank.
         inputs: What else the method needs.
@@ -65,7 +65,7 @@ def write_ranking(
     check_pair(dense, pruned)
     digests, loaded = read_inputs(dense, pruned, settings, needs, inputs)
     looked = setup.cache.survey(dense, pruned)
-    check_restorable(settings, looked.restorable)
+    check_restorable(settings, looked)
     answered: dict[str, Reading] | None = None
     if needs.answers:
         answered = imitation_data(setup, inputs.responses or beside(out))
@@ -156,8 +156,13 @@ def _require_positions(settings: MethodSettings, ranking: Ranking, path: Path) -
 
 
 def taken(looked: Survey) -> dict[str, Any]:
-    """What pruning took, as artifacts tell it; `n_m` and `groups` of N:M patterns alone."""
+    """What compression did, as artifacts tell it.
+
+    `kind` is there where every weight changed, `n_m` and `groups` where there are N:M patterns.
+    """
     described: dict[str, Any] = {"pruned": looked.restorable}
+    if looked.kind == "changed":
+        described["kind"] = looked.kind
     if looked.grouping is not None:
         described |= {"n_m": looked.grouping.n_m, "groups": looked.grouping.groups}
     return described
@@ -172,6 +177,7 @@ def _require_made_from(dense: Source, path: Path, about: Mapping[str, Any]) -> N
 
 
 def _announce(progress: Progress, looked: Survey, answered: Mapping[str, Reading] | None) -> None:
+    progress.note(f"The model is {looked.described}.")
     if looked.doubt:
         progress.note(looked.doubt)
     roles = ("Harmful prompts", "Harmless prompts")
@@ -181,7 +187,7 @@ def _announce(progress: Progress, looked: Survey, answered: Mapping[str, Reading
 
 def _remark(progress: Progress, out: Path, found: Ranking, count: int | None) -> None:
     if not len(found):
-        progress.note(f"{out.name}: no pruned weight fits; nothing will be restored.")
+        progress.note(f"{out.name}: no weight fits; nothing will be restored.")
     elif count is not None and len(found) < count:
         progress.note(
             f"{out.name}: {len(found):,} weights are all that fit, fewer than the {count:,} of the "

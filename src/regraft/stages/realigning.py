@@ -17,7 +17,8 @@ from regraft.restoration.base import MethodSettings, own_settings
 from regraft.restoration.ranking import load_ranking, patch_of
 from regraft.stages.ranking import require_made_of
 
-_TOLD = ("heads", "pruned", "n_m", "groups", "values", "passes")  # of the ranking, in its patches
+# of the ranking, in its patches
+_TOLD = ("heads", "pruned", "kind", "n_m", "groups", "values", "passes")
 
 
 def realign(

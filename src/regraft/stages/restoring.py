@@ -11,7 +11,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from regraft.checks import check_budget, check_gradients, check_heads, check_r_max
+from regraft.checks import (
+    check_budget,
+    check_gradients,
+    check_heads,
+    check_r_max,
+    check_restorable,
+)
 from regraft.evaluation.tradeoff import read_curve
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, check_split
@@ -123,6 +129,7 @@ class Restoration(Setup):
             *self.steps(lambda: pruned, settings, paths, choice),
         ]
         check_pair(self.dense, pruned)
+        check_restorable(settings, self.cache.survey(self.dense, pruned))
         _check_given(self.dense, pruned, settings, paths.given)
         for line in check_all(steps).warnings():
             self.progress.note(f"Warning: {line}.")

@@ -90,8 +90,8 @@ def tune(
     restoration = _on(restoration, (*tuning.devices, restoration.compute.device)[0])
     check_pair(dense, pruned)
     looked = restoration.cache.survey(dense, pruned)
-    if method.searchable:
-        check_restorable(method, looked.restorable)
+    if method.searchable or looked.kind == "changed":
+        check_restorable(method, looked)
     data = _read(restoration, choice)
     kept, samples = looked.kept / dense.architecture.prunable, distinct(data["safety"])
     space = space_of(dense, method, tuning, restoration.scoring, kept, samples)

@@ -49,6 +49,10 @@ RankingScope = Literal["row", "matrix", "head"]
 Scorer = Callable[[slice], Tensor]
 """Some rows -> the importance of their weights, `[rows, in]` float32."""
 MARGIN = 0.2  # p_max - p in the paper
+P_IS_KEPT = (
+    "p, the share of weights that matter for utility and are left as they are, is what pruning "
+    "kept. Give --p (in a recipe p)"
+)
 _CHUNK = 2**22  # weights ranked at once, where rows are ranked
 _TIE = 2.0**-30  # shares a/n and b/m differ by 1/(nm) at least, rows have up to 2^15 inputs
 
@@ -230,6 +234,11 @@ class ImportanceSettings(Budgeted, InHeads):
         if self.searchable and self.first_set("q"):
             raise ValueError("a budget or a count takes the place of `q`; leave one of them out")
         return self
+
+    @property
+    def only_pruned(self) -> str | None:
+        """p, where it is not given, is what pruning kept."""
+        return P_IS_KEPT if self.p is None else None
 
     def band(self, kept: float) -> Band | None:
         """The thresholds for a matrix of which pruning kept a share; None where empty."""

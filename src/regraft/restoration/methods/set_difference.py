@@ -20,7 +20,7 @@ from regraft.restoration.base import (
     Needs,
     Space,
 )
-from regraft.restoration.methods.hsr import Band, by_importance, hsr_scores
+from regraft.restoration.methods.hsr import P_IS_KEPT, Band, by_importance, hsr_scores
 from regraft.restoration.ranking import Ranking
 from regraft.restoration.selection import whole
 
@@ -39,6 +39,11 @@ class SetDifferenceSettings(AlwaysBudgeted):
     scope: Literal["row", "matrix"] = Field(
         "row", description="Weights compete within their row or the matrix."
     )
+
+    @property
+    def only_pruned(self) -> str | None:
+        """p, where it is not given, is what pruning kept."""
+        return P_IS_KEPT if self.p is None else None
 
     def band(self, kept: float) -> Band | None:
         """The thresholds for a matrix of which pruning kept a share; None where empty."""

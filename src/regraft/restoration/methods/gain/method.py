@@ -90,6 +90,13 @@ class GainSettings(AlwaysBudgeted):
         """Whether a kept weight is pruned for each that is restored."""
         return self.swap
 
+    @property
+    def only_pruned(self) -> str | None:
+        """Swaps keep a sparsity, which there must be."""
+        if not self.swap:
+            return None
+        return "a swap prunes a weight that pruning kept. Leave out --swap"
+
     def without_amount(self) -> Self:
         """Without the budget, which takes the first part of the same path."""
         return self.model_copy(update={"budget": None, "count": None})
@@ -249,7 +256,8 @@ def _prepare(context: Context, swap: bool) -> Problem:
         Prompts(gradient, held_out, losses[kind]) for kind, (gradient, held_out) in walks.items()
     )
     scratch = context.work / "states"
-    return Problem(model, context.dense, context.pruned, (safety, utility), scratch, swap)
+    pair, kind = (context.dense, context.pruned), context.survey.kind
+    return Problem(model, *pair, (safety, utility), scratch, swap, kind)
 
 
 def _split(

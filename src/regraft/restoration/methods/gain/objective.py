@@ -1,13 +1,14 @@
-"""Restoration gain: how far each loss falls when a pruned weight is restored, to first order.
+"""Restoration gain: how far each loss falls when a weight is restored, to first order.
 
-At the pruned model let G^s and G^u be the mean gradients of the safety and the utility loss. When
-weight ij takes its dense value again, a loss is predicted to fall by its gain
+At the pruned (or otherwise changed) model let G^s and G^u be the mean gradients of the safety and
+the utility loss. When weight ij takes its dense value, a loss is predicted to fall by its gain
 `-G_ij (W_dense - W)_ij` (RigL's growth criterion, Evci et al. 2020, arXiv 1911.11134, applied to
 restoration). Weights are restored in steps:
 
     repeat
         G^s, G^u <- mean gradients of the model as it is, over the prompts that are not held out
-        candidates <- pruned weights with gain^u >= 0 and gain^s + gain^u > 0, by that sum
+        candidates <- weights with gain^u >= 0 and gain^s + gain^u > 0, by that sum, of those that
+                      pruning or quantising changed
         n <- as many as are predicted to halve the loss, at most twice the step before
         try the first n, n/2, n/4 ... n/64 and restore the number with the lowest held-out loss
     until a step lowers the held-out loss by less than 1 %, or 5 times

@@ -15,7 +15,7 @@ from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.patch.groups import grouping_of
-from regraft.patch.pair import restorable
+from regraft.patch.pair import Kind, restorable
 from regraft.progress import Advance
 from regraft.pruning.gradients import Loss, layer_gradients, signed, signed_and_squared
 from regraft.restoration.methods.gain.objective import (
@@ -61,6 +61,7 @@ class Problem:
         scratch: A folder for layer inputs.
         swap: Prune a kept weight of the same row, or of the same N:M group where the matrix has
             them, for each that is restored.
+        kind: Of the two checkpoints: which weights can be restored.
     """
 
     model: PlacedModel
@@ -69,6 +70,22 @@ class Problem:
     sides: tuple[Prompts, Prompts]
     scratch: Path
     swap: bool = False
+    kind: Kind = "pruned"
+
+    @cached_property
+    def written(self) -> tuple[torch.dtype, ...]:
+        """In the order of `Architecture.linears`, what the patch's values are rounded to."""
+        record = self.pruned.checkpoint.record
+        linears = self.pruned.architecture.linears
+        return tuple(record(linear.tensor).torch_dtype for linear in linears)
+
+    def value(self, index: int, linear: LinearArchitecture) -> Tensor:
+        """The dense weight of the `index`-th linear, `[out, in]`; for "changed" as a patch has it.
+
+        Where a dtype alone differs, nothing was changed that could be restored.
+        """
+        value = self.dense.weight(linear)
+        return value if self.kind == "pruned" else value.to(self.written[index])
 
     @cached_property
     def groups(self) -> dict[str, int]:
@@ -136,7 +153,7 @@ def _candidates(
                 continue  # no prompt of one kind ran through it
             i = index[linear.key]
             current = weights[i].to(gradients[0].device).contiguous()
-            dense = problem.dense.weight(linear).to(current)
+            dense = problem.value(i, linear).to(current)
             taken = so_far.at((so_far.linear == i).nonzero().flatten())
             best.add(i, *_worth(problem, linear, dense, current, taken, gradients))
     found = Losses(*(mean_of(loss.seen) for loss in losses))
@@ -164,7 +181,8 @@ def _worth(
     """
     rows, device = linear.shape[0], current.device
     worth = worth_of(*(gain(gradient[:rows], dense, current) for gradient in gradients))
-    free = restorable(dense, current)
+    free = restorable(dense, current, problem.kind)
+    free.view(-1)[taken.position.to(device)] = False  # where rounding to a dtype left a difference
     # A weight that an earlier swap removed looks restorable. It stays removed, or steps could undo
     # each other for ever.
     free.view(-1)[taken.removed[taken.removed >= 0].to(device)] = False
