@@ -144,9 +144,9 @@ def _read(folder: Path) -> Evaluation:
         RegraftError: see `read_evaluation`; it does not tell, or has two answers with one id.
     """
     found = read_evaluation(folder)
-    served = {} if "compute" in found.about else {"compute": {}}  # a server's is not known
     for name in ("inputs", "settings", "compute", "versions"):
-        if not isinstance((served | found.about).get(name), Mapping):
+        served = name == "compute" and name not in found.about  # where and how is not known
+        if not served and not isinstance(found.about.get(name), Mapping):
             raise RegraftError(
                 f"{folder / 'results.json'}: field 'about.{name}' is no JSON object, so it is not "
                 "known how the model was evaluated. Evaluate it again."
