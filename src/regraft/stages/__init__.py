@@ -12,6 +12,7 @@ from regraft.stages.answering import calibration_data, imitation_data
 from regraft.stages.defending import defend
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.evaluation_cache import EvaluationCache
+from regraft.stages.exporting import Tool, export
 from regraft.stages.gathering import statistics
 from regraft.stages.judging import (
     VERDICTS,
@@ -46,12 +47,14 @@ __all__ = [
     "Search",
     "Setup",
     "Target",
+    "Tool",
     "agreement",
     "apply",
     "calibration_data",
     "curve_beside",
     "defend",
     "evaluate",
+    "export",
     "heads",
     "imitation_data",
     "judge",
