@@ -30,7 +30,7 @@ def export(
     pruned
         Folder or hub id of the pruned checkpoint.
     patch
-        From `regraft realign`, one or several, in any order.
+        As for `regraft apply`, one or several, in any order.
     trust_remote_code
         Run Python code that comes with the checkpoint.
     """

@@ -20,6 +20,7 @@ from regraft.models.resolve import resolve
 from regraft.patch import peft, vllm
 from regraft.patch.apply import Plan, make_plan
 from regraft.patch.format import Patch, load_patch
+from regraft.patch.hub import patch_file
 from regraft.progress import Progress, Silent
 from regraft.provenance import describe, is_done
 
@@ -101,11 +102,12 @@ def export(
     checkpoint = open_checkpoint(resolve(pruned))
     if not patch_files:
         raise RegraftError("No patch is named. Name one or more files of `regraft realign`.")
-    patches = [load_patch(path) for path in patch_files]
+    files = [patch_file(path) for path in patch_files]
+    patches = [load_patch(path) for path in files]
     touched = {name for patch in patches for name in patch.tensors}
     inputs = {
         "pruned": checkpoint.outline(without={ABOUT_FILE, *touched}),
-        "patch": " ".join(sorted({file_digest(path) for path in patch_files})),
+        "patch": " ".join(sorted({file_digest(path) for path in files})),
     }
     about = describe("export", inputs) | {"to": to}
     done = is_done(out, out / ABOUT_FILE, about)
