@@ -264,8 +264,9 @@ def test_weight_patches_assign_what_apply_writes(
     name = "vllm.model_executor.model_loader.checkpoint_weight_patch"
     module = ModuleType(name)
     module.__dict__.update(CheckpointWeightPatch=WeightPatch, load_checkpoint_weight_patches=load)
-    for part in (name, *(name.rsplit(".", i)[0] for i in (1, 2, 3))):
-        monkeypatch.setitem(sys.modules, part, module)
+    for i in range(4):
+        monkeypatch.setitem(sys.modules, name.rsplit(".", i)[0], module)
+    module.__dict__["checkpoint_weight_patch"] = module  # of its own package too
     engine = ModuleType("llm")
     engine.__dict__["apply_model"] = lambda function: function(held)
     exec(_lines(folder / "README.md").replace("FOLDER", str(folder)), {"llm": engine})
@@ -328,3 +329,56 @@ def _folder(root: Path) -> Path:
     (root / "moe").mkdir()
     write_json(root / "moe" / "config.json", {"model_type": "none"})
     return root / "moe"
+
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "sharing.md"
+QWEN = {  # layers, hidden and intermediate size, that of keys and values
+    "0.5 B": (24, 896, 4864, 128),
+    "7 B": (28, 3584, 18944, 512),
+    "72 B": (80, 8192, 29568, 1024),
+}
+
+
+def _computed() -> list[tuple[str, float, int, int, float]]:
+    """Rows of the table: (model, per 10,000, weights, matrices, bytes)."""
+    row = r"\| ([\d.]+ B), computed \| ([\d.]+) \| ([\d,]+) in all (\d+) matrices \| ([\d.]+) (\w+)"
+    found = re.findall(row, DOCS.read_text())
+    units = {"kB": 1e3, "MB": 1e6}
+    return [
+        (name, float(rate), int(weights.replace(",", "")), int(matrices), float(size) * units[unit])
+        for name, rate, weights, matrices, size, unit in found
+    ]
+
+
+@pytest.mark.parametrize("row", _computed(), ids=lambda row: f"{row[0]} {row[1]}")
+def test_sizes_in_the_docs_are_those_of_the_format(
+    tmp_path: Path, row: tuple[str, float, int, int, float]
+) -> None:
+    name, rate, weights, matrices, size = row
+    layers, hidden, inner, keys = QWEN[name]
+    attention = {"q_proj": hidden, "k_proj": keys, "v_proj": keys, "o_proj": hidden}
+    shapes = {f"self_attn.{role}": (out, hidden) for role, out in attention.items()}
+    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
+    shapes["mlp.down_proj"] = (hidden, inner)
+    tensors = {}
+    for layer in range(layers):
+        for role, (out, columns) in shapes.items():
+            count = max(1, round(out * columns / 2 * rate / 10_000))
+            values = torch.ones(count, dtype=torch.bfloat16)
+            tensors[f"model.layers.{layer}.{role}.weight"] = TensorPatch(
+                (out, columns), torch.arange(count), values, "0" * 64, torch.zeros_like(values)
+            )
+    patch = Patch(tensors, {"settings": {"method": "gain"}, "inputs": {"dense": "0" * 64}})
+    save_patch(tmp_path / "patch", patch)
+    assert len(tensors) == matrices
+    assert patch.restored == pytest.approx(weights, rel=0.001)
+    assert (tmp_path / "patch").stat().st_size == pytest.approx(size, rel=0.02)
+
+
+def test_the_lines_in_the_docs_are_those_of_the_export(tmp_path: Path) -> None:
+    world = _world(tmp_path, pico.save("llava", tmp_path / "dense"))
+    page = DOCS.read_text()
+    assert len(_computed()) == 4
+    for to, folder in (("peft", "adapter"), ("vllm", "patches")):
+        lines = _lines(_export(world, to) / "README.md")
+        assert lines.replace("PRUNED", "pruned").replace("FOLDER", folder) in page

@@ -54,17 +54,27 @@ vLLM's `CheckpointWeightPatch` for each tensor. vLLM does not check that the mod
 checkpoint that the patch was made for.
 
 ```python
-import json, torch
+import json
+import torch
 from safetensors import safe_open
 
+
 def load(model):
-    from vllm.model_executor.model_loader.checkpoint_weight_patch import (
-        CheckpointWeightPatch, load_checkpoint_weight_patches)
+    from vllm.model_executor.model_loader import checkpoint_weight_patch as to
+
     with safe_open("FOLDER/{file}", "pt") as file:
-        load_checkpoint_weight_patches(model, [CheckpointWeightPatch(
-            one["name"], tuple(one["shape"]), getattr(torch, one["dtype"]),
-            file.get_tensor(one["name"] + ".values"), file.get_tensor(one["name"] + ".indices"),
-        ) for one in json.loads(file.metadata()["{metadata}"])])
+        patches = [
+            to.CheckpointWeightPatch(
+                name=one["name"],
+                shape=tuple(one["shape"]),
+                dtype=getattr(torch, one["dtype"]),
+                values=file.get_tensor(one["name"] + ".values"),
+                indices=file.get_tensor(one["name"] + ".indices"),
+            )
+            for one in json.loads(file.metadata()["{metadata}"])
+        ]
+    to.load_checkpoint_weight_patches(model, patches)
+
 
 llm.apply_model(load)
 ```
