@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import pico
+import regraft
 from disk import equal_bytes, tree
 from regraft import stages
 from regraft.cli import main
@@ -77,7 +78,7 @@ def _world(root: Path, dense: Path, *, swap: bool = False) -> World:
 
 
 def _export(world: World, to: Any) -> Path:
-    return stages.export(world.pruned, [world.patch], world.pruned.with_name(to), to)
+    return regraft.export(world.pruned, world.patch, world.pruned.with_name(to), to=to)
 
 
 def _lines(page: Path) -> str:
@@ -323,6 +324,17 @@ def test_experts_are_refused_before_the_model_is_read(tmp_path: Path) -> None:
         _export(world, "peft")
     held = load_file(_export(world, "vllm") / "weight_patches.safetensors")
     assert held["experts.indices"].tolist() == [3]
+
+
+def test_a_dtype_that_is_no_weight_of_a_model(tmp_path: Path) -> None:
+    weight = torch.ones(4, 8)
+    weight[0, 3] = 0
+    tensor = TensorPatch.of(weight, torch.tensor([3]), torch.ones(1))
+    save_patch(tmp_path / "patch", Patch({"a.weight": tensor}, {}))
+    stored = {"a.weight": weight.to(torch.float8_e4m3fn)}
+    save_file(stored, _folder(tmp_path) / "model.safetensors")
+    with pytest.raises(RegraftError, match=r"a\.weight is stored as F8_E4M3; tensors of F32, BF16"):
+        _export(World(tmp_path / "moe", tmp_path / "patch", tmp_path), "vllm")
 
 
 def _folder(root: Path) -> Path:

@@ -98,17 +98,16 @@ def table_in(folder: Path, split: str | None) -> Path | None:
     Raises:
         RegraftError: no table, or several, fit.
     """
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    shown = [path.relative_to(folder) for path in files]
-    if any(one.suffix.lower() in _OTHERS and one.name not in _NO_DATA for one in shown):
+    found = sorted(path.relative_to(folder) for path in folder.rglob(f"*{SUFFIX}"))
+    if not found or any(
+        path.suffix.lower() in _OTHERS and path.name not in _NO_DATA for path in folder.rglob("*")
+    ):
         return None
     tables: dict[str, Path] = {}
-    for path in filter(is_parquet, shown):
+    for path in found:
         match = _SHARD.fullmatch(path.name)
         name = match["split"] if match else path.stem
         tables.setdefault((path.parent / name).as_posix(), folder / path)
-    if not tables:
-        return None
     fitting = [n for n in tables if split is None or n.rpartition("/")[2] == split]
     if len(fitting) == 1:
         return tables[fitting[0]]

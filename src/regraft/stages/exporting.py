@@ -14,6 +14,7 @@ from regraft import distributed
 from regraft.artifact import ABOUT_FILE
 from regraft.errors import RegraftError
 from regraft.files import atomic_folder, file_digest, to_json
+from regraft.models.architecture import FLOATS
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.load import open_source
 from regraft.models.resolve import resolve
@@ -132,6 +133,12 @@ def export(
 
 def _plan(checkpoint: Checkpoint, patches: Sequence[Patch], progress: Progress) -> Plan:
     tensors = {name for patch in patches for name in patch.tensors}
+    for name in sorted(tensors & checkpoint.tensors.keys()):
+        if (dtype := checkpoint.tensors[name].dtype) not in FLOATS:
+            raise RegraftError(
+                f"{checkpoint.folder}: {name} is stored as {dtype}; tensors of {', '.join(FLOATS)} "
+                "can be exported."
+            )
     with progress.task("Checking the patched weights", len(tensors), "tensors") as done:
         plan = make_plan(checkpoint, patches, "apply", advance=done)
     if not plan.changes:
