@@ -38,6 +38,7 @@ ORDER = (
         "reporting",
         "evaluations",
         "comparing",
+        "publishing",
         "api",
         "plan",
         "pipeline",

@@ -131,12 +131,6 @@ def test_mmbench_test_split_has_no_answers(tmp_path: Path) -> None:
         read_mmbench(_mmbench(tmp_path / "test.tsv", header=header))
 
 
-def test_parquet_is_named(tmp_path: Path) -> None:
-    (tmp_path / "dev.parquet").write_bytes(b"PAR1\x15\x80")
-    with pytest.raises(RegraftError, match=r"dev\.parquet is a Parquet file.* or write it as TSV"):
-        read_mmbench(tmp_path / "dev.parquet")
-
-
 def test_a_truncated_table_is_an_error(tmp_path: Path) -> None:
     path = _mmbench(tmp_path / "dev.tsv")
     path.write_text(path.read_text()[:-12])

@@ -153,6 +153,28 @@ def revert(
     return stages.revert(Path(realigned), _paths(patches), Path(out))
 
 
+def export(
+    pruned: str | Path,
+    patches: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    to: stages.Tool,
+) -> Path:
+    """Write patches for another tool to the new folder `out`, with the lines that load it.
+
+    Args:
+        pruned: The checkpoint that they are for.
+        patches: One or several.
+        out: The folder.
+        to: "peft" for a SHiRA adapter of PEFT, "vllm" for weight patches of vLLM.
+
+    Raises:
+        RegraftError: a patch is for another checkpoint, patches disagree, or the tool cannot have
+            these weights.
+    """
+    return stages.export(pruned, _paths(patches), Path(out), to)
+
+
 def evaluate(
     model: Model,
     suites: str | Sequence[str],

@@ -49,6 +49,14 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "patching:revert",
         "Take one or several patches off a realigned checkpoint; gives the pruned bytes back.",
     ),
+    "export": (
+        "exporting:export",
+        "Write a patch for another tool: an adapter of PEFT, or weight patches of vLLM.",
+    ),
+    "push": (
+        "pushing:push",
+        "Put a patch on the hub, with a card: what it is for, how it was made and what it does.",
+    ),
     "defend": (
         "defending:defend",
         "Make a defence at inference to compare with: a prompt or a refusal direction.",

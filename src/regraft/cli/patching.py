@@ -28,7 +28,8 @@ def apply(pruned: Path, *patch: Path, out: OutFolder, dry_run: bool = False) -> 
     pruned
         Folder of the pruned checkpoint.
     patch
-        From `regraft realign`, in any order.
+        From `regraft realign`, in any order; or OWNER/NAME of one that `regraft push` put on the
+        hub.
     dry_run
         Check everything and show what would be written; write nothing.
     """

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from regraft.data.example import Example, Reading
+from regraft.data.storage import CACHED_IMAGE, image_cache
 from regraft.errors import PassingError, RegraftError
 
 _NAMED = 3  # offenders named in an error
@@ -124,6 +125,8 @@ def _located(image: Path, example: str, roots: Sequence[Path], source: str) -> P
             f"{image}. Give a path relative to it, without '..'."
         )
     candidates = [root / image for root in roots]
+    if CACHED_IMAGE.fullmatch(str(image)):  # from a cell of a table
+        candidates.append(image_cache() / image)
     return next((path for path in candidates if path.is_file()), candidates[0])
 
 

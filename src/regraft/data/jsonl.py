@@ -1,4 +1,4 @@
-"""A data set of your own: one JSON object a line."""
+"""A data set of your own: one JSON object a line, or the same fields as columns of a table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from regraft.data.example import Example, Reading
-from regraft.data.rows import Row, checked, text_lines
+from regraft.data.parquet import is_parquet
+from regraft.data.rows import Row, checked, table_rows, text_lines
 from regraft.errors import RegraftError
 
 _FIELDS = (
@@ -21,7 +22,7 @@ _SAYS_SO = {
 
 
 def read_jsonl(path: Path, split: str | None = None) -> Reading:
-    """Read JSON lines.
+    """Read JSON lines, or a table in Parquet.
 
     Each line has `instruction` and may have `image` (a path relative to the file), `response`,
     `harmful` (default false), `category` (default "uncategorised"), `id` (default
@@ -59,6 +60,9 @@ def _require_harmful(rows: Sequence[Row], path: Path) -> None:
 
 
 def _rows(path: Path) -> Iterator[Row]:
+    if is_parquet(path):
+        yield from table_rows(path, "Expected is a table with a column instruction.")
+        return
     lines = text_lines(path, "Expected are JSON lines.")
     if next((line for line in lines if line.strip()), "").lstrip().startswith("["):
         raise RegraftError(
@@ -78,7 +82,7 @@ def _example(row: Row, path: Path) -> Example:
     row.refuse_misspelt(_FIELDS)
     image = row.optional_text("image")
     return Example(
-        id=row.optional_text("id") or f"{path.stem}-{row.key}",
+        id=f"{path.stem}-{row.key}" if row.values.get("id") in (None, "") else row.name("id"),
         instruction=row.text("instruction"),
         harmful=row.flag("harmful", default=False),
         category=row.optional_text("category") or "uncategorised",

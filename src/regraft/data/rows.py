@@ -13,6 +13,7 @@ from typing import Any
 
 from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
+from regraft.data.parquet import is_parquet, records
 from regraft.errors import RegraftError
 from regraft.files import read_json
 
@@ -100,7 +101,7 @@ class Row:
 
 
 def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
-    """Read a table with a header line: CSV, or with `tabs` TSV.
+    """Read a table with a header line, CSV or with `tabs` TSV; or one in Parquet, as text.
 
     Args:
         path: The file.
@@ -111,12 +112,9 @@ def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
         RegraftError: the file is missing, is not such a table, or a row has not as many cells as
             the header.
     """
+    if is_parquet(path):
+        return table_rows(path, what, as_text=True)
     csv.field_size_limit(2**31 - 1)  # images stand in cells
-    if path.suffix == ".parquet":
-        raise RegraftError(
-            f"{path} is a Parquet file, which is not read here. {what} Get the file in its own "
-            f"format, or write it as {'TSV' if tabs else 'CSV'} with pandas."
-        )
     lines = io.StringIO(_text(path, what), newline="")
     table = csv.DictReader(lines, delimiter="\t" if tabs else ",", restkey="(more)", strict=True)
     try:
@@ -137,12 +135,24 @@ def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
     return rows
 
 
+def table_rows(path: Path, what: str, *, as_text: bool = False) -> list[Row]:
+    """Read a table in Parquet, all shards of it, see `regraft.data.parquet.records`.
+
+    Raises:
+        RegraftError: a file or pyarrow is missing, or it is no whole Parquet file.
+    """
+    found = enumerate(records(path, what, as_text=as_text), start=1)
+    return [Row(where, values, str(number)) for number, (where, values) in found]
+
+
 def require_end(path: Path, what: str) -> None:
     """Check that a file of text ends in a line break, as that which is published does.
 
     Raises:
         RegraftError: it does not.
     """
+    if is_parquet(path):  # which ends in a mark of its own
+        return
     if path.read_bytes()[-1:] != b"\n":
         raise RegraftError(
             f"{path} is cut off: {what} ends in a line break, and this file does not. Get it "
@@ -164,6 +174,8 @@ def json_file(path: Path, what: str) -> Any:
 def json_rows(path: Path, what: str, unit: str, *, inside: str = "") -> list[Row]:
     """Read the objects of a JSON file, in a list or by their names, as in {"1": {...}}.
 
+    Or the rows of a table in Parquet.
+
     Args:
         path: The file.
         what: What it should be, for the error where it is missing.
@@ -173,6 +185,8 @@ def json_rows(path: Path, what: str, unit: str, *, inside: str = "") -> list[Row
     Raises:
         RegraftError: the file is missing, is not JSON, or holds something else.
     """
+    if is_parquet(path):
+        return table_rows(path, what)
     content = json_file(path, what)
     if inside:
         content = content.get(inside) if isinstance(content, dict) else None

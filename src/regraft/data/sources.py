@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
 from regraft.data.example import Example, Reading
+from regraft.data.parquet import table_in
 from regraft.data.readers import DATASETS, Kind, Split
 from regraft.data.rows import checked
 from regraft.data.storage import located, only_entry, unpacked
@@ -28,11 +29,11 @@ class DataSource(BaseModel):
 
     Written as one string, of which `str()` is the inverse: NAME:PATH or NAME:PATH#SPLIT with a
     name in `DATASETS`; "demo" or "demo:SPLIT", which takes no path; or a bare path that ends in
-    ".jsonl". Each may end in "#harmful" or "#harmless", which keeps these prompts alone, as in
-    "demo:test#harmless", and in "#held-out" or "#rest", a quarter of the prompts or the others.
-    SPLIT and kind may follow the name instead, as in "vlguard#safe-safe:PATH", and a list of words,
-    as in ["safebench#even", PATH], is read too. PATH is a file or a folder, a zip file of one, or
-    hf:ORG/NAME[@REVISION][/PATH] for a data set on the hub.
+    ".jsonl" or ".parquet". Each may end in "#harmful" or "#harmless", which keeps these prompts
+    alone, as in "demo:test#harmless", and in "#held-out" or "#rest", a quarter of the prompts or
+    the others. SPLIT and kind may follow the name instead, as in "vlguard#safe-safe:PATH", and a
+    list of words, as in ["safebench#even", PATH], is read too. PATH is a file or a folder, a zip
+    file of one, or hf:ORG/NAME[@REVISION][/PATH] for a data set on the hub.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,7 +89,10 @@ def read(source: DataSource) -> Reading:
         RegraftError: see its reader; it has no prompt of the kind.
     """
     path = Path() if source.path is None else _found(source, source.path)
-    reading = DATASETS.get(source.name).read(path, source.split)
+    split = source.split
+    if source.path is not None and path.is_dir() and (table := table_in(path, split)):
+        path, split = table, None
+    reading = DATASETS.get(source.name).read(path, split)
     if source.kind is not None:
         reading = checked(reading.of_kind(harmful=source.kind == "harmful"))
     return reading if source.part is None else _of_part(source, reading, source.part)
@@ -156,7 +160,7 @@ def words_of_first(words: Sequence[str]) -> int:
 
 def _parse(text: str) -> dict[str, str]:
     """The fields of NAME:PATH, with split, kind and part behind the name or behind the path."""
-    if re.fullmatch(_BARE.format("jsonl"), text):
+    if re.fullmatch(_BARE.format("(jsonl|parquet)"), text):
         text = f"jsonl:{text}"
     head, _, path = text.partition(":")
     name, *behind_name = head.split("#")
@@ -166,7 +170,7 @@ def _parse(text: str) -> dict[str, str]:
             hint = f". For a list of prompts write prompts:{text} (harmful) or benign:{text}"
         raise ValueError(
             f"unknown data set {text!r}; {DATASETS.expected()} "
-            f"(as in demo:test or vlguard:PATH), or a path ending in .jsonl{hint}"
+            f"(as in demo:test or vlguard:PATH), or a path ending in .jsonl or .parquet{hint}"
         )
     fields = {"name": name}
     for field, known in _BEHIND.items():  # from the end

@@ -21,7 +21,9 @@ CACHE_VARIABLE = "REGRAFT_CACHE"
 PREFIX = "hf:"
 MODEL_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?")
 """ORG/NAME of a model, with or without @REVISION."""
-_ALONE = (".csv", ".tsv", ".txt")
+_ALONE = (".csv", ".tsv", ".txt", ".parquet")
+CACHED_IMAGE = re.compile(r"[0-9a-f]{32}\.(png|jpg)")
+_SHARDS = re.compile(r"-\d{5}(-of-\d{5}\.parquet)$")  # all files of a table are one
 _ADDRESS = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<inner>.+))?")
 
 
@@ -52,7 +54,7 @@ def located(path: Path) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     name, inner = match["name"], match["inner"] or ""
-    wanted = [inner] if inner.lower().endswith(_ALONE) else None
+    wanted = [_SHARDS.sub(r"-*\1", inner)] if inner.lower().endswith(_ALONE) else None
     try:
         folder = snapshot_download(
             name, repo_type="dataset", revision=match["revision"], allow_patterns=wanted
@@ -150,7 +152,7 @@ def cache_folder() -> Path:
 def cached_file(content: bytes, suffix: str) -> Path:
     """A file with this content, named after its digest; it is written once."""
     name = hashlib.sha256(content).hexdigest()[:32]
-    path = cache_folder() / "images" / f"{name}{suffix}"
+    path = image_cache() / f"{name}{suffix}"
 
     def whole() -> bool:
         return path.is_file() and path.stat().st_size == len(content)
@@ -161,6 +163,16 @@ def cached_file(content: bytes, suffix: str) -> Path:
                 with atomic_file(path) as temporary:
                     temporary.write_bytes(content)
     return path
+
+
+def cached_image(content: bytes) -> Path:
+    """A file with the bytes of an image, see `cached_file`."""
+    return cached_file(content, ".png" if content.startswith(b"\x89PNG") else ".jpg")
+
+
+def image_cache() -> Path:
+    """The folder in which images of cells lie, under names that `CACHED_IMAGE` matches."""
+    return cache_folder() / "images"
 
 
 @contextmanager

@@ -27,6 +27,15 @@ def resolve(model: str | Path) -> Path:
             f"The model folder {model} does not exist. Give a folder that holds config.json and "
             "safetensors, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct."
         )
+    return from_hub(str(model), _HUB_FILES, _NOT_FROM_HUB)
+
+
+def from_hub(named: str, wanted: list[str], unwanted: list[str] | None = None) -> Path:
+    """The folder of files that match `wanted`, of a repository ORG/NAME[@REVISION] of the hub.
+
+    Raises:
+        RegraftError: it cannot be had.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -36,14 +45,14 @@ def resolve(model: str | Path) -> Path:
         RepositoryNotFoundError,
     )
 
-    name, _, revision = str(model).partition("@")
+    name, _, revision = named.partition("@")
     try:
         return Path(
             snapshot_download(
                 name,
                 revision=revision or None,
-                allow_patterns=_HUB_FILES,
-                ignore_patterns=_NOT_FROM_HUB,
+                allow_patterns=wanted,
+                ignore_patterns=unwanted,
             )
         )
     except GatedRepoError as error:
@@ -58,7 +67,7 @@ def resolve(model: str | Path) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0].removeprefix("Got: ")
         raise RegraftError(
-            f"{model} is not a folder here and could not be had from the hub: {reason} Without a "
+            f"{named} is not a folder here and could not be had from the hub: {reason} Without a "
             "network give the folder of a copy on disk."
         ) from error
 

@@ -14,6 +14,7 @@ from regraft.stages.defending import defend
 from regraft.stages.endpoint import EndpointTarget, open_target
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
 from regraft.stages.evaluation_cache import EvaluationCache
+from regraft.stages.exporting import Tool, export
 from regraft.stages.gathering import statistics
 from regraft.stages.judging import (
     VERDICTS,
@@ -50,6 +51,7 @@ __all__ = [
     "Search",
     "Setup",
     "Target",
+    "Tool",
     "agreement",
     "apply",
     "calibration_data",
@@ -57,6 +59,7 @@ __all__ = [
     "curve_beside",
     "defend",
     "evaluate",
+    "export",
     "heads",
     "imitation_data",
     "judge",

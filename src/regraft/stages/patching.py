@@ -15,6 +15,7 @@ from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.checkpoint_copy import check_target
 from regraft.patch.apply import Operation, Plan, make_plan, write_plan
 from regraft.patch.format import Patch, load_patch
+from regraft.patch.hub import patch_file
 from regraft.progress import Progress, Silent
 from regraft.provenance import describe, holds, is_done, working
 
@@ -100,9 +101,10 @@ class _Job:
     def read(
         cls, operation: Operation, checkpoint: Checkpoint, patch_files: Path | Sequence[Path]
     ) -> _Job:
-        files = (patch_files,) if isinstance(patch_files, Path) else tuple(patch_files)
-        if not files:
+        named = (patch_files,) if isinstance(patch_files, Path) else tuple(patch_files)
+        if not named:
             raise RegraftError("No patch is named. Name one or more files of `regraft realign`.")
+        files = tuple(map(patch_file, named))
         patches = tuple(load_patch(path) for path in files)
         digests = tuple(file_digest(path) for path in files)
         return cls(operation, checkpoint, digests, patches)

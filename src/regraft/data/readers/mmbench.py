@@ -11,7 +11,7 @@ from pathlib import Path
 from regraft.data.example import Example, Reading
 from regraft.data.readers import Dataset
 from regraft.data.rows import Row, checked, csv_rows
-from regraft.data.storage import cached_file
+from regraft.data.storage import cached_image
 from regraft.errors import RegraftError
 
 CIRCULAR = 1_000_000  # index of a rotated copy: base + k * CIRCULAR
@@ -103,7 +103,7 @@ def _image(row: Row, cells: dict[str, str], images: dict[str, Path]) -> Path:
                 f"{row.where}: the field 'image' is neither an image in base64 nor the index of a "
                 f"row with one: {error}."
             ) from error
-        images[text] = cached_file(content, ".png" if content.startswith(b"\x89PNG") else ".jpg")
+        images[text] = cached_image(content)
     return images[text]
 
 

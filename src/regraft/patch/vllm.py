@@ -1,0 +1,45 @@
+"""A patch as vLLM's `CheckpointWeightPatch`: the same fields, in one safetensors file.
+
+vLLM names weights as the checkpoint does and maps them to its own, sharded and packed as they may
+be. Its fields are name, shape, dtype, values and indices; values are assigned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regraft.errors import RegraftError
+from regraft.patch.apply import Change
+
+FILE = "weight_patches.safetensors"
+METADATA = "patches"
+
+
+def weight_patches(changes: Sequence[Change]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, tensors) of a safetensors file with a weight patch for each tensor that changes.
+
+    `patches` in the metadata is a JSON list of {"name", "shape", "dtype"}; of each the file holds
+    `NAME.values`, in the checkpoint's dtype, and `NAME.indices`, flat positions in row-major order,
+    ascending, int32 or, beyond 2^31, int64; both `[k]`.
+
+    Raises:
+        RegraftError: a value is NaN, by which vLLM marks what does not change.
+    """
+    fields, tensors = [], {}
+    for change in changes:
+        name = change.record.name
+        if change.values.isnan().any():
+            raise RegraftError(
+                f"The patch gives {name} a value that is NaN, by which vLLM marks weights that do "
+                "not change. Write the checkpoint with `regraft apply`."
+            )
+        dtype = str(change.values.dtype).removeprefix("torch.")
+        fields.append({"name": name, "shape": list(change.record.shape), "dtype": dtype})
+        small = int(change.positions[-1]) < 2**31
+        tensors[f"{name}.values"] = change.values.contiguous()
+        tensors[f"{name}.indices"] = change.positions.to(torch.int32 if small else torch.int64)
+    return {METADATA: json.dumps(fields)}, tensors

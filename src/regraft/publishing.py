@@ -1,0 +1,130 @@
+"""A patch on the hub: the patch and its card are uploaded, and nothing more."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from regraft import evaluations
+from regraft.data.storage import MODEL_ID
+from regraft.errors import RegraftError
+from regraft.files import atomic_folder, file_digest
+from regraft.patch.format import load_patch
+from regraft.patch.hub import PATCH_FILE
+from regraft.report.patch_card import Published, render_patch_card
+from regraft.report.pooling import study_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+CARD = "README.md"
+_KEPT = {".gitattributes"}  # what the hub puts into a new repository
+
+
+def render(
+    patch: Path,
+    repository: str,
+    *,
+    dense: str | None = None,
+    pruned: str | None = None,
+    evaluated: Sequence[Path] = (),
+) -> str:
+    """The card of a patch.
+
+    Args:
+        patch: The file.
+        repository: OWNER/NAME on the hub.
+        dense: Hub id of the dense model, None if it is on no hub.
+        pruned: Hub id of the pruned checkpoint.
+        evaluated: Folders of `regraft eval`, for a table of rates, of which the first is what the
+            others are compared with.
+
+    Raises:
+        RegraftError: the file is no patch, an id is none, or evaluations do not go together.
+    """
+    for named in filter(None, (repository, dense, pruned)):
+        if not MODEL_ID.fullmatch(named) or "@" in named:
+            raise RegraftError(
+                f"{named!r} is no name on the hub; expected OWNER/NAME, such as Qwen/Qwen2.5-VL-7B."
+            )
+    found, size = load_patch(patch), patch.stat().st_size
+    of = Published(
+        found, repository, PATCH_FILE, size, file_digest(patch), dense=dense, pruned=pruned
+    )
+    study = study_of([evaluations.read_run(evaluated)]) if evaluated else None
+    return render_patch_card(of, study)
+
+
+def write(patch: Path, card: str, folder: Path) -> None:
+    """Write what would be uploaded to the new folder `folder`.
+
+    Raises:
+        RegraftError: it is not empty.
+    """
+    with atomic_folder(folder) as temporary:
+        _fill(temporary, patch, card)
+
+
+def upload(patch: Path, card: str, repository: str, *, public: bool = False) -> str:
+    """Upload a patch and its card, in one commit; returns the address of the repository.
+
+    The repository is made if it is not there, private unless `public`. One that holds something
+    else than such a patch is left alone. The login is the hub's own: HF_TOKEN or `hf auth login`.
+
+    Raises:
+        RegraftError: there is no login or no network, it may not be written, or it holds something
+            else.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _hub_errors(repository), TemporaryDirectory() as folder:
+        _fill(Path(folder), patch, card)
+        _make(api, repository, public)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=[PATCH_FILE, CARD],
+            commit_message="A patch of regraft and its card",
+        )
+    return f"{api.endpoint}/{repository}"
+
+
+def _fill(folder: Path, patch: Path, card: str) -> None:
+    shutil.copyfile(patch, folder / PATCH_FILE)
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def _make(api: HfApi, repository: str, public: bool) -> None:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        there = set(api.list_repo_files(repository)) - _KEPT
+    except RepositoryNotFoundError:
+        api.create_repo(repository, private=not public)
+        return
+    if there and PATCH_FILE not in there:
+        raise RegraftError(
+            f"{repository} holds {min(there)} and no {PATCH_FILE}: it is something else than a "
+            "patch, and is left as it is. Choose another name."
+        )
+
+
+@contextmanager
+def _hub_errors(repository: str) -> Iterator[None]:
+    """Turn what the hub's library raises into a `RegraftError`; no token is ever in it."""
+    try:
+        yield
+    except RegraftError:
+        raise
+    except Exception as error:  # its HTTP library, whose errors come through, differs by version
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fix = "Try again, or write the folder alone with --dry-run FOLDER."
+        if status in (401, 403):
+            fix = "Log in with `hf auth login`, or set HF_TOKEN, as one who may write there."
+        raise RegraftError(f"{repository} could not be uploaded: {reason} {fix}") from error
