@@ -19,6 +19,7 @@ from typing import IO, Any, TypeVar
 from safetensors import SafetensorError
 
 from regraft.errors import PassingError, RegraftError
+from regraft.parsing import read_json as read_json
 
 try:
     import fcntl
@@ -303,28 +304,6 @@ def to_json(value: Any) -> str:
 def write_json(target: Path, value: Any) -> None:
     """Write `value` as JSON in one step."""
     write_text(target, to_json(value))
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        RegraftError: the file is missing, is a folder or is not JSON, or a file stands in place of
-            one of the folders above it.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RegraftError(f"{path} does not exist.") from error
-    except IsADirectoryError as error:
-        raise RegraftError(f"{path} is a folder; a JSON file is needed.") from error
-    except NotADirectoryError as error:
-        file = next((above for above in path.parents if above.is_file()), path.parent)
-        raise RegraftError(
-            f"{file} is a file; a folder that holds {path.relative_to(file)} is needed."
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RegraftError(f"{path} is not valid JSON: {error}") from error
 
 
 def slug(text: str) -> str:

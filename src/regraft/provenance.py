@@ -19,6 +19,7 @@ import torch
 import regraft
 from regraft import distributed
 from regraft.data.example import Reading
+from regraft.descriptions import described
 from regraft.errors import PassingError, RegraftError
 from regraft.files import (
     digest,
@@ -122,7 +123,7 @@ def holds(
             return False
     elif not marker.exists():
         return False
-    found = (read_about or (lambda: read_json(marker)))()
+    found = (read_about or (lambda: described(read_json(marker), str(marker))))()
     require_same(out, *(but_for_rounding(_identity(one)) for one in (found, about)))
     return True
 

@@ -15,12 +15,12 @@ from torch import nn
 from regraft import distributed
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
-from regraft.files import read_json
 from regraft.models.architecture import Architecture
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.describe import read_architecture
 from regraft.models.placement import PlacedModel
 from regraft.models.resolve import auto_class, bad_config, quiet, read_config, resolve
+from regraft.parsing import read_json
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Placement = Literal["resident", "streamed"]
@@ -69,7 +69,7 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source
 
 def stored_dtype(source: Source) -> str:
     """The checkpoint's own, by its config as for transformers, or else its weights: "bfloat16"."""
-    config = read_json(source.folder / "config.json")
+    config = read_json(source.folder / "config.json", lenient=True)
     weight = source.checkpoint.record(next(source.architecture.linears).tensor)
     named = config.get("dtype") or config.get("torch_dtype") or str(weight.torch_dtype)
     return str(named).removeprefix("torch.")

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from regraft import distributed
-from regraft.artifact import read_artifact, write_artifact
+from regraft.artifact import read_artifact, require_finite, write_artifact
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.layerwise import LayerwisePass
+from regraft.parsing import EXACT, from_json
 from regraft.progress import Advance
 from regraft.pruning.base import NO_STATISTIC, PRUNERS, Note, Pruner
 from regraft.pruning.prune import each_layer
@@ -151,6 +152,15 @@ def save_statistics(
     write_artifact(path, FORMAT, header, tensors)
 
 
+@EXACT
+@dataclass(frozen=True)
+class _Samples:
+    """Examples that were gathered on."""
+
+    safety: int
+    utility: int
+
+
 def load_statistics(path: Path) -> SavedStatistics:
     """Read what `save_statistics` wrote.
 
@@ -158,11 +168,15 @@ def load_statistics(path: Path) -> SavedStatistics:
         RegraftError: the file is missing or something else.
     """
     header, tensors = read_artifact(path, FORMAT, "importance statistics")
+    where = f"{path}: its header"
+    method = from_json(str, header["method"], f"{where}: method")
+    samples = from_json(_Samples, header["samples"], f"{where}: samples")
+    require_finite(path, tensors)
     safety, utility = (
         ImportanceStatistics(
-            header["method"],
+            method,
             {n.removeprefix(f"{k}."): t for n, t in tensors.items() if n.startswith(f"{k}.")},
-            header["samples"][k],
+            getattr(samples, k),
         )
         for k in ("safety", "utility")
     )
