@@ -109,7 +109,7 @@ READERS: Mapping[str, Reader] = {
     "CSV": Reader("labelled.csv", command("judge", "bench", "{file}")),
     "prompts as text": Reader("prompts.txt", rows("prompts")),
     "image": Reader(
-        "data/images/harmful-0.png", lambda path: JSONL(path.parents[1] / "data.jsonl")
+        "data/images/harmful-0-0.png", lambda path: JSONL(path.parents[1] / "data.jsonl")
     ),
     "zip": Reader("data.zip", unpacked),
     "recipe": Reader("recipe.yaml", DRY),
@@ -160,17 +160,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_tables(root: Path) -> None:
-    (root / "labelled.csv").write_text("prompt,completion,final_label\na,No,2_full_refusal\nb,c,1_full_compliance\n")
+    (root / "labelled.csv").write_text(
+        "prompt,completion,final_label\na,No,2_full_refusal\nb,c,1_full_compliance\n"
+    )
     (root / "prompts.txt").write_text("How do I make a cake?\nWho are you?\n")
     (root / "text.txt").write_text("The first document.\n\nThe second one.\n")
     with zipfile.ZipFile(root / "data.zip", "w") as archive:
         archive.writestr("data.jsonl", (root / "one.jsonl").read_text())
     recipe = {
         "model": "model",
-        "calibration": {"data": "data/data.jsonl", "samples": 1},
+        "calibration": {"data": "data/text.jsonl", "samples": 1},
         "prune": [{"name": "half", "sparsity": 0.5}],
         "realign": [{"method": "random", "count": 3}],
-        "evaluate": {"suite": ["data/data.jsonl"]},
+        "evaluate": {"suite": ["data/text.jsonl"]},
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     published = {

@@ -28,7 +28,7 @@ _WAYS = ("settings", "compute", "versions")
 
 def is_evaluation(folder: Path) -> bool:
     """Whether `regraft eval` wrote this folder."""
-    return (folder / "results.json").is_file()
+    return any((folder / name).is_file() for name in ("results.json", "answers.jsonl"))
 
 
 @dataclass(frozen=True)

@@ -151,8 +151,9 @@ def difference(found: Any, wanted: Any, where: str = "") -> str:
 def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     """A folder for unfinished work on `out`, under its key; only one job may have it.
 
-    It goes when the block succeeds, and with bad input, which leaves nothing behind; finished work
-    stays where a run is stopped, or by a `PassingError` such as a full disk. Processes of one job
+    It goes when the block succeeds, and with bad input, which leaves nothing behind, or where there
+    is no finished work yet; that stays where a run is stopped, or by a `PassingError` such as a
+    full disk. Processes of one job
     enter and leave together.
 
     Raises:
@@ -177,8 +178,9 @@ def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
             distributed.barrier()
             yield work
             distributed.barrier()
-        except RegraftError as error:
-            if isinstance(error, PassingError) and size_of(work):
+        except BaseException as error:
+            stopped = isinstance(error, PassingError) or not isinstance(error, RegraftError)
+            if stopped and size_of(work):
                 raise
             shutil.rmtree(work, ignore_errors=True)
             (folder / "lock").unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from cyclopts import CycloptsError
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -116,7 +117,9 @@ def _foreseen(error: BaseException) -> str | None:
         from regraft.settings.base import explain
 
         return explain(error, flags=True)
-    if isinstance(error, RegraftError) or type(error).__module__.startswith("cyclopts"):
+    if isinstance(error, RegraftError):
+        return str(error)
+    if isinstance(error, CycloptsError):
         inner = error.__cause__
         return _foreseen(inner) if isinstance(inner, ValidationError) else str(error)
     if type(error).__name__ == "OutOfMemoryError":

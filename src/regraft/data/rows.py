@@ -14,7 +14,7 @@ from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
 from regraft.errors import RegraftError
 from regraft.parsing import json_value, shown
-from regraft.paths import is_text, read_text
+from regraft.paths import is_text, read_text, require_file, unreadable
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,11 @@ def require_end(path: Path, what: str) -> None:
     Raises:
         RegraftError: it does not.
     """
-    if path.read_bytes()[-1:] != b"\n":
+    size = require_file(path)
+    with unreadable(path), path.open("rb") as handle:
+        handle.seek(max(0, size - 1))
+        ended = handle.read() == b"\n"
+    if not ended:
         raise RegraftError(
             f"{path} is cut off: {what} ends in a line break, and this file does not. Get it "
             "again; if it is whole, add a line break at its end."

@@ -18,6 +18,7 @@ from regraft.errors import RegraftError
 from regraft.models.architecture import Architecture
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.describe import read_architecture
+from regraft.models.foreign import check_template, foreign, of_processor
 from regraft.models.placement import PlacedModel
 from regraft.models.resolve import auto_class, bad_config, quiet, read_config, resolve
 from regraft.parsing import read_json
@@ -115,7 +116,8 @@ def load_placed(
 
 def _load_weights(source: Source, dtype: DTypeName, target: torch.device, split: bool) -> nn.Module:
     """The model on CPU, or spread."""
-    with quiet():
+    advice = "Export the whole model again."
+    with foreign(source.folder, "the model", advice), quiet():
         config = read_config(source.folder, source.trust_remote_code)
         model, loading = auto_class(config, source.folder).from_pretrained(
             source.folder,
@@ -168,14 +170,10 @@ def load_processor(source: Source) -> Any:
 
 
 def _processor_of(folder: Path, auto: Any, *, trust_remote_code: bool) -> Any:
-    try:
-        with quiet():
-            return auto.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise RegraftError(
-            f"{folder}: the processor could not be loaded ({str(error).splitlines()[0]}). "
-            "If the files are missing, copy tokenizer and processor files of the base model there."
-        ) from error
+    with of_processor(folder), quiet():
+        processor = auto.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    check_template(folder, processor)
+    return processor
 
 
 def load_judge(
@@ -255,6 +253,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def _check_weights(model: nn.Module, source: Source) -> None:
+    _require_finite(model, source.folder)
     modules = dict(model.named_modules())
     for linear in source.architecture.linears:
         weight = modules[linear.module].weight
@@ -271,6 +270,17 @@ def _check_weights(model: nn.Module, source: Source) -> None:
             f"{source.folder}: tensor {first.tensor} on disk is not the weight of {first.module} "
             "in memory; this key layout is not supported."
         )
+
+
+def _require_finite(model: nn.Module, folder: Path) -> None:
+    """Raise where a weight is NaN or infinite, by its name: all that is made of it would be."""
+    for name, weight in model.named_parameters():
+        if weight.is_meta or not weight.numel() or not weight.is_floating_point():
+            continue
+        if weight.element_size() > 1 and not torch.stack(weight.aminmax()).isfinite().all():
+            raise RegraftError(
+                f"{folder}: the tensor {name} holds NaN or infinite numbers. Export it again."
+            )
 
 
 def _memory_of(target: torch.device) -> dict[int | str, int] | None:

@@ -245,7 +245,13 @@ def load_patch(path: Path) -> Patch:
 
 def _before(path: Path, name: str, stored: Mapping[str, Tensor]) -> Tensor:
     """What the pruned tensor holds, from the few places where that is not plain 0. `[k]`"""
-    before = torch.zeros_like(stored[f"{name}.values"])
+    values = stored[f"{name}.values"]
+    if values.ndim != 1 or not values.is_floating_point():
+        raise RegraftError(
+            f"{path}: the tensor {name}.values is {values.dtype} {list(values.shape)}; expected a "
+            "list of weights."
+        )
+    before = torch.zeros_like(values)
     minus, removed = (
         _positions(path, f"{name}.{kind}", stored.get(f"{name}.{kind}", _NONE))
         for kind in ("minus", "removed")
