@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from regraft.descriptions import Fields, described
@@ -66,6 +66,21 @@ def read_artifact(path: Path, kind: str, what: str) -> tuple[Fields, dict[str, T
     if "about" in fields:
         fields["about"] = described(header["about"], f"{path}: about")
     return fields, tensors
+
+
+def load_unfinished(path: Path) -> dict[str, Tensor]:
+    """Read tensors that a stage keeps for itself until it is done.
+
+    Raises:
+        RegraftError: the file is damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RegraftError(
+            f"{path}, unfinished work, is damaged: {error}. Remove it and run the same command "
+            "again."
+        ) from error
 
 
 def require_finite(path: Path, tensors: Mapping[str, Tensor], *, nan: bool = False) -> None:

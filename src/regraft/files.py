@@ -49,6 +49,8 @@ def disk_errors(target: Path) -> Iterator[None]:
         "from what was finished before, or choose another output folder.",
         (errno.EACCES, errno.EPERM, errno.EROFS): f"No permission to write {target}. Choose "
         "another output folder.",
+        (errno.ENAMETOOLONG,): f"The name of {target} is too long for this file system. Choose a "
+        "shorter one.",
         (errno.ENOTDIR, errno.EEXIST, errno.EISDIR): f"{target} cannot be written: a file stands "
         "where a folder is needed, or a folder where a file is. Choose another output.",
     }
@@ -291,9 +293,9 @@ def _is_at(handle: IO[bytes], path: Path) -> bool:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write `text` to `target` in one step (UTF-8)."""
+    """Write `text` to `target` in one step: UTF-8, with ? for half a character, which is none."""
     with atomic_file(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def to_json(value: Any) -> str:

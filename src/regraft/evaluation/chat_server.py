@@ -118,7 +118,7 @@ class ChatServer:
                 problem = f"{error.code} {error.reason} ({said[:200]})"
                 if error.code not in _RETRIED:
                     break
-            except (ValueError, LookupError, TypeError, AttributeError):
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 shown = " ".join(found.decode(errors="replace").split())[:200]
                 problem = f"it does not answer like a chat endpoint: {shown}"
             except (urllib.error.URLError, HTTPException, OSError) as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 from regraft.errors import RegraftError
 from regraft.parsing import read_json, shown
+from regraft.paths import require_file
 
 _SETTINGS = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json"),
@@ -33,12 +34,15 @@ def check_settings(folder: Path) -> None:
     """Look at the settings of a model before transformers builds what they say.
 
     Raises:
-        RegraftError: a file is no JSON object, a number of layers, experts or labels is beyond any
+        RegraftError: a file is no ordinary one, or no JSON object, a number of layers, experts or labels is beyond any
             model, or the id of a token is none; it names file and field.
     """
-    for name in _SETTINGS:
+    for name in (*_TEXT, *_SETTINGS):
         path = folder / name
         if not (path.exists() or path.is_symlink()):
+            continue
+        require_file(path)  # to open a pipe may never end
+        if name in _TEXT:
             continue
         content = read_json(path, lenient=True)
         if not isinstance(content, dict):

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft import distributed
-from regraft.artifact import read_artifact, require_finite, write_artifact
+from regraft.artifact import load_unfinished, read_artifact, require_finite, write_artifact
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
@@ -120,7 +120,7 @@ def gather(
                 with atomic_file(part(layer)) as temporary:
                     save_file(made, temporary)
         distributed.barrier()
-    return {key: value for layer in layers for key, value in load_file(part(layer)).items()}
+    return {key: value for layer in layers for key, value in load_unfinished(part(layer)).items()}
 
 
 @dataclass(frozen=True)
