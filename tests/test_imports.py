@@ -51,7 +51,8 @@ ORDER = (
     ),
 )
 FREE = {
-    *("regraft", "errors", "files", "registry", "artifact", "progress", "distributed", "costs"),
+    *("regraft", "errors", "launcher", "paths", "parsing", "descriptions", "files", "registry"),
+    *("artifact", "progress", "distributed", "costs"),
     *("data.example", "settings.base"),
 }
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]

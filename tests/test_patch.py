@@ -234,7 +234,7 @@ def test_inconsistent_files(tmp_path: Path, pair: tuple[Source, Source], field: 
     }
     for i, value in enumerate(cases[field]):
         _write(tmp_path / f"{i}", patch, **{field: value})
-        with pytest.raises(RegraftError, match=r"positions of .* are not valid"):
+        with pytest.raises(RegraftError, match=r"positions of .* are not valid|expected a list of"):
             load_patch(tmp_path / f"{i}")
 
 
@@ -276,7 +276,7 @@ def test_missing_parts(tmp_path: Path) -> None:
     with pytest.raises(RegraftError, match=r"a is damaged: 'x.positions' is missing"):
         load_patch(tmp_path / "a")
     write_artifact(tmp_path / "b", FORMAT, {"tensors": {}}, {})
-    with pytest.raises(RegraftError, match="b is damaged: 'about' is missing"):
+    with pytest.raises(RegraftError, match="b: its header: the field 'about' is missing"):
         load_patch(tmp_path / "b")
 
 

@@ -1,8 +1,8 @@
 """regraft restores the refusals that pruning took from a vision-language model.
 
 The stages as functions, each described in `regraft.api`: `prune`, `score_heads`, `realign`,
-`apply`, `revert`, `export`, `evaluate`, `check` and `compare`. They are imported when they are first
-asked for.
+`apply`, `revert`, `export`, `evaluate`, `check` and `compare`. They are imported when they are
+first asked for.
 """
 
 from __future__ import annotations

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from regraft.descriptions import Fields, described
 from regraft.errors import RegraftError
 from regraft.files import atomic_file, digest
+from regraft.parsing import json_value
+from regraft.paths import is_file
 
 ABOUT_FILE = "regraft.json"  # in a checkpoint that regraft wrote: how it was made
 _KEY = "regraft"  # one key: safetensors does not keep the order of several
@@ -32,7 +35,7 @@ def write_artifact(
         temporary.chmod(mode)
 
 
-def read_artifact(path: Path, kind: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_artifact(path: Path, kind: str, what: str) -> tuple[Fields, dict[str, Tensor]]:
     """Read what `write_artifact` wrote: (header, tensors).
 
     Args:
@@ -45,19 +48,56 @@ def read_artifact(path: Path, kind: str, what: str) -> tuple[dict[str, Any], dic
     """
     if path.is_dir():
         raise RegraftError(f"{path} is a folder; a file with {what} is needed.")
-    if not path.is_file():
+    if not is_file(path):
         raise RegraftError(f"The file {path} ({what}) does not exist.")
     try:
         with safe_open(path, "pt") as handle:
-            header = json.loads((handle.metadata() or {}).get(_KEY, "{}"))
+            header = json_value(
+                (handle.metadata() or {}).get(_KEY, "{}"), f"{path} is damaged: its header"
+            )
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError) as error:
         raise RegraftError(f"{path} is damaged and cannot be read ({what}): {error}") from error
     if not isinstance(header, dict) or header.pop("format", None) != kind:
         raise RegraftError(f"{path} does not hold {what} of regraft ({kind}).")
     if header.pop("digest", None) != _digest(tensors):
         raise RegraftError(f"{path} is damaged: its tensors are not those that were written.")
-    return header, tensors
+    fields = Fields(header, f"{path}: its header")
+    if "about" in fields:
+        fields["about"] = described(header["about"], f"{path}: about")
+    return fields, tensors
+
+
+def load_unfinished(path: Path) -> dict[str, Tensor]:
+    """Read tensors that a stage keeps for itself until it is done.
+
+    Raises:
+        RegraftError: the file is damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RegraftError(
+            f"{path}, unfinished work, is damaged: {error}. Remove it and run the same command "
+            "again."
+        ) from error
+
+
+def require_finite(path: Path, tensors: Mapping[str, Tensor], *, nan: bool = False) -> None:
+    """Raise where a tensor that was read holds NaN (unless `nan`) or infinity, by its name.
+
+    Raises:
+        RegraftError: one does.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        bad = tensor.isinf() if nan else ~tensor.isfinite()
+        if bad.any():
+            raise RegraftError(
+                f"{path}: the tensor {name} holds {int(bad.sum()):,} numbers that are "
+                f"{'infinite' if nan else 'NaN or infinite'}. Make it again."
+            )
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from regraft.bundle import FORMAT, MANIFEST
 from regraft.errors import RegraftError
@@ -17,11 +18,13 @@ from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.evaluation.results import EvalResult, read_answers, result_from_json
 from regraft.evaluation.summary import summarise
 from regraft.files import digest
+from regraft.parsing import from_json, json_object
+from regraft.paths import is_name, require_file
 from regraft.report.pooling import study_of
 from regraft.report.run import Run, Variant
 from regraft.report.study import plain
 
-_MOST = 2**31  # bytes that a file of a bundle may unpack to
+_MOST = 2**31  # bytes that a bundle may unpack to
 _ROUNDING = 1e-9  # between machines
 _RATES = ("asr", "over_refusal", "utility")
 _OF_ROWS = {
@@ -29,6 +32,16 @@ _OF_ROWS = {
     "rsr": "RSR",
     "mean_rsr": "RSR of means",
 }
+
+
+class _Manifest(TypedDict):
+    """What a bundle says of itself."""
+
+    format: str
+    title: str
+    regraft: str
+    texts: bool
+    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -73,10 +86,10 @@ def read_bundle(path: Path) -> Bundle:
     if not results:
         raise RegraftError(f"{path} holds no evaluation.")
     for name in sorted(one for one in content if one.rpartition("/")[2] == "report.json"):
-        page = _json(f"{path}: {name}", content[name])
+        page = json_object(content[name], f"{path}: {name}")
         try:
             _check_page(f"{path}: {name}", page, results, name.rpartition("/")[0])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise RegraftError(f"{path}: {name} is no report of regraft ({error!r}).") from error
     cards: list[str] = [name for name in ("report.md",) if name in content]
     cards += sorted(name for name in content if name.endswith("/card.md"))
@@ -87,35 +100,36 @@ def read_bundle(path: Path) -> Bundle:
         digest=digest(content[MANIFEST]),
         files=len(content),
         evaluations=results,
-        page=content[cards[0]].decode() if cards else "",
+        page=content[cards[0]].decode(errors="replace") if cards else "",
     )
 
 
 def _unpacked(path: Path) -> dict[str, bytes]:
+    require_file(path, "A bundle is needed.")
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             names = [one.filename for one in entries]
-            if twice := [name for name in names if names.count(name) > 1]:
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
                 raise RegraftError(f"{path}: {twice[0]} is there twice.")
-            if large := [one.filename for one in entries if one.file_size > _MOST]:
-                raise RegraftError(f"{path}: {large[0]} is larger than any file of a bundle.")
+            if odd := [name for name in names if not all(map(is_name, name.split("/")))]:
+                raise RegraftError(f"{path}: {odd[0]!r} is no name of a file in a bundle.")
+            if sum(one.file_size for one in entries) > _MOST:
+                largest = max(entries, key=lambda one: one.file_size).filename
+                raise RegraftError(f"{path}: {largest} is larger than any file of a bundle.")
             return {name: archive.read(name) for name in names}
-    except FileNotFoundError as error:
-        raise RegraftError(f"The bundle {path} does not exist.") from error
-    except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError) as error:
+    except RegraftError:
+        raise
+    except Exception as error:  # decoders of a broken archive raise all kinds
         raise RegraftError(f"{path} is damaged or no zip file: {error}") from error
 
 
 def _manifest(path: Path, content: Mapping[str, bytes]) -> dict[str, Any]:
-    try:
-        manifest = json.loads(content[MANIFEST])
-        expected = dict(manifest["files"])
-        known = manifest["format"] == FORMAT and {"title", "regraft", "texts"} <= manifest.keys()
-    except (KeyError, TypeError, ValueError):
-        known, manifest, expected = False, {}, {}
-    if not known:
+    where = f"{path}: {MANIFEST}"
+    manifest = json_object(content[MANIFEST], where) if MANIFEST in content else {}
+    if manifest.get("format") != FORMAT:
         raise RegraftError(f"{path} is no bundle of regraft ({FORMAT}).")
+    expected = from_json(_Manifest, manifest, where)["files"]
     there = content.keys() - {MANIFEST}
     if odd := sorted(there ^ expected.keys()):
         what = "is missing" if odd[0] in expected else "was added"
@@ -125,18 +139,7 @@ def _manifest(path: Path, content: Mapping[str, bytes]) -> dict[str, Any]:
             f"{path}: {changed[0]} is not what its digest says; the bundle was changed or damaged. "
             "Ask for it again."
         )
-    found: dict[str, Any] = manifest
-    return found
-
-
-def _json(where: str, content: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(content)
-    except ValueError as error:
-        raise RegraftError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise RegraftError(f"{where}: expected a JSON object, found {type(found).__name__}.")
-    return found
+    return manifest
 
 
 def _counted(where: str, results: bytes, answers: bytes) -> EvalResult:
@@ -145,7 +148,7 @@ def _counted(where: str, results: bytes, answers: bytes) -> EvalResult:
         file = Path(folder) / "answers.jsonl"
         file.write_bytes(answers)
         given = read_answers(file)
-    claimed = result_from_json(_json(where, results).get("result"), given)
+    claimed = result_from_json(json_object(results, where).get("result"), given, where)
     counted = summarise(claimed.suite, DEFAULT_JUDGE, given)
     for rate in _RATES:
         _check_same(f"{where}: {rate}", getattr(claimed, rate), getattr(counted, rate))

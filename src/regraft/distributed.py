@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from regraft.launcher import local_rank, processes
+
 K = TypeVar("K")
 T = TypeVar("T")
 _PATIENCE = timedelta(days=2)  # rank 0 may write or select for long while the others wait
@@ -45,12 +47,12 @@ def joined() -> Iterator[None]:
     They are not left after an error: the others may be waiting in a sum on their devices, and
     leaving would wait for them. What is to be said then should be, and `leave` called.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if processes() < 2:
         yield
         return
     gpu = torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
     try:
         yield

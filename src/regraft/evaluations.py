@@ -31,7 +31,7 @@ _ELSEWHERE = {"device": "a server's"}  # how an endpoint ran, as far as it is kn
 
 def is_evaluation(folder: Path) -> bool:
     """Whether `regraft eval` wrote this folder."""
-    return (folder / "results.json").is_file()
+    return any((folder / name).is_file() for name in ("results.json", "answers.jsonl"))
 
 
 @dataclass(frozen=True)

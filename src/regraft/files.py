@@ -19,6 +19,7 @@ from typing import IO, Any, TypeVar
 from safetensors import SafetensorError
 
 from regraft.errors import PassingError, RegraftError
+from regraft.parsing import read_json as read_json
 
 try:
     import fcntl
@@ -48,6 +49,8 @@ def disk_errors(target: Path) -> Iterator[None]:
         "from what was finished before, or choose another output folder.",
         (errno.EACCES, errno.EPERM, errno.EROFS): f"No permission to write {target}. Choose "
         "another output folder.",
+        (errno.ENAMETOOLONG,): f"The name of {target} is too long for this file system. Choose a "
+        "shorter one.",
         (errno.ENOTDIR, errno.EEXIST, errno.EISDIR): f"{target} cannot be written: a file stands "
         "where a folder is needed, or a folder where a file is. Choose another output.",
     }
@@ -290,9 +293,9 @@ def _is_at(handle: IO[bytes], path: Path) -> bool:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write `text` to `target` in one step (UTF-8)."""
+    """Write `text` to `target` in one step: UTF-8, with ? for half a character, which is none."""
     with atomic_file(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def to_json(value: Any) -> str:
@@ -303,28 +306,6 @@ def to_json(value: Any) -> str:
 def write_json(target: Path, value: Any) -> None:
     """Write `value` as JSON in one step."""
     write_text(target, to_json(value))
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        RegraftError: the file is missing, is a folder or is not JSON, or a file stands in place of
-            one of the folders above it.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RegraftError(f"{path} does not exist.") from error
-    except IsADirectoryError as error:
-        raise RegraftError(f"{path} is a folder; a JSON file is needed.") from error
-    except NotADirectoryError as error:
-        file = next((above for above in path.parents if above.is_file()), path.parent)
-        raise RegraftError(
-            f"{file} is a file; a folder that holds {path.relative_to(file)} is needed."
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RegraftError(f"{path} is not valid JSON: {error}") from error
 
 
 def slug(text: str) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from regraft import distributed
 from regraft.costs import CalibrationPass, Cost
 from regraft.data.collate import prompt_batch
-from regraft.files import read_json, write_json
+from regraft.descriptions import about_of
+from regraft.files import write_json
 from regraft.models.load import load_processor
 from regraft.provenance import describe, is_done
 from regraft.recipe import Recipe
@@ -40,7 +41,7 @@ def count_pass(setup: Setup, out: Path) -> None:
     """
     dense, readings = setup.dense, setup.imitated()
     about = describe("calibration pass", {"dense": dense.checkpoint.fingerprint}, data=readings)
-    if not is_done(out, out, about, lambda: read_json(out)["about"]) and distributed.first():
+    if not is_done(out, out, about, lambda: about_of(out)) and distributed.first():
         processor = load_processor(dense)
         examples = [one for reading in readings.values() for one in reading.examples]
         tokens, what = 0, "Counting the tokens of the calibration prompts"

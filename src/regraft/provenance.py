@@ -19,6 +19,7 @@ import torch
 import regraft
 from regraft import distributed
 from regraft.data.example import Reading
+from regraft.descriptions import described
 from regraft.errors import PassingError, RegraftError
 from regraft.files import (
     digest,
@@ -122,7 +123,7 @@ def holds(
             return False
     elif not marker.exists():
         return False
-    found = (read_about or (lambda: read_json(marker)))()
+    found = (read_about or (lambda: described(read_json(marker), str(marker))))()
     require_same(out, *(but_for_rounding(_identity(one)) for one in (found, about)))
     return True
 
@@ -150,8 +151,9 @@ def difference(found: Any, wanted: Any, where: str = "") -> str:
 def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     """A folder for unfinished work on `out`, under its key; only one job may have it.
 
-    It goes when the block succeeds, and with bad input, which leaves nothing behind; finished work
-    stays where a run is stopped, or by a `PassingError` such as a full disk. Processes of one job
+    It goes when the block succeeds, and with bad input, which leaves nothing behind, or where there
+    is no finished work yet; that stays where a run is stopped, or by a `PassingError` such as a
+    full disk. Processes of one job
     enter and leave together.
 
     Raises:
@@ -176,8 +178,9 @@ def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
             distributed.barrier()
             yield work
             distributed.barrier()
-        except RegraftError as error:
-            if isinstance(error, PassingError) and size_of(work):
+        except BaseException as error:
+            stopped = isinstance(error, PassingError) or not isinstance(error, RegraftError)
+            if stopped and size_of(work):
                 raise
             shutil.rmtree(work, ignore_errors=True)
             (folder / "lock").unlink(missing_ok=True)

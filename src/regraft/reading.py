@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from regraft.artifact import ABOUT_FILE
 from regraft.data.demo import demo_model, is_demo
@@ -15,6 +16,7 @@ from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
 from regraft.data.sources import DataSource, of_split, read
 from regraft.data.suites import join_suites
+from regraft.descriptions import described
 from regraft.errors import RegraftError
 from regraft.files import read_json
 from regraft.models.checkpoint import open_checkpoint
@@ -95,13 +97,14 @@ def _made_for_bundled(source: Source) -> bool:
 def _made_from_demo(folder: Path) -> bool:
     """Whether a checkpoint is the bundled model pruned by regraft, patched since or not."""
     path = folder / ABOUT_FILE
-    about = read_json(path) if path.is_file() else None
+    about: Any = described(read_json(path), str(path)) if path.is_file() else None
     while isinstance(about, dict) and "before" in about:
         about = about["before"]
     if not isinstance(about, dict):
         return False
     demo = open_checkpoint(demo_model()).fingerprint
-    return bool(about.get("inputs", {}).get("dense") == demo)
+    inputs = about.get("inputs")
+    return isinstance(inputs, dict) and inputs.get("dense") == demo
 
 
 def responses_are_given(calibration: CalibrationSettings, *, harmful: bool) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +11,9 @@ from pydantic import ValidationError
 from regraft.data.sources import DataSource
 from regraft.data.storage import is_on_hub
 from regraft.errors import RegraftError
+from regraft.parsing import read_yaml
 from regraft.recipe import Recipe
 from regraft.settings.base import Settings, explain
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without base-60 numbers, so that `n_m: 2:4` is the text that it looks like.
-
-    A key that is there twice is an error; YAML takes the last.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is there twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, re.compile(r"[-+]?(0|[1-9][0-9_]*)$") if tag.endswith(":int") else pattern)
-        for tag, pattern in resolvers
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -50,17 +22,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         RegraftError: the file is missing or a field is wrong; the message names each.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, _Loader)
-    except FileNotFoundError as error:
-        raise RegraftError(f"The recipe {path} does not exist.") from error
-    except OSError as error:
-        raise RegraftError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RegraftError(f"{path} is not valid YAML: {error}") from error
-    if not text.strip():
-        raise RegraftError(f"{path} is empty; expected settings, each a name and a value.")
+    content = read_yaml(path, "A recipe is needed.")
     try:
         recipe = Recipe.model_validate({} if content is None else content)
     except ValidationError as error:

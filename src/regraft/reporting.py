@@ -15,6 +15,7 @@ from regraft.data.demo import CAVEAT, demo_model, is_demo
 from regraft.data.suites import join_suites
 from regraft.defence.artifact import Direction, load_defence
 from regraft.defence.prompt import DEFENCE_PROMPT
+from regraft.descriptions import about_of, described
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
 from regraft.files import read_json
@@ -171,7 +172,7 @@ class _Artifacts:
             for one in recipe.variants_of(pruning):
                 curve = run_dir.curve(pruning.name, one.name)
                 if curve.exists():
-                    yield read_json(curve).get("about", {})
+                    yield about_of(curve)
                 ranking = run_dir.ranking(pruning.name, recipe.ranking_name(one))
                 if ranking.exists():
                     yield load_ranking(ranking).about
@@ -183,7 +184,7 @@ class _Artifacts:
             yield load_statistics(gathered[0]).about
             return
         written = (run_dir.pruned(one.name) / stages.ABOUT_FILE for one in recipe.prune)
-        yield from (read_json(path) for path in written if path.exists())
+        yield from (described(read_json(path), str(path)) for path in written if path.exists())
 
     def group(self, pruning: PruningSettings) -> Iterator[Variant]:
         """One pruning, then the variants realigned from it and the defences of it."""

@@ -10,13 +10,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from cyclopts import App, CycloptsError
-from pydantic import ValidationError
+from cyclopts import App
 from rich.console import Console
 
 import regraft
-from regraft.cli.exits import crash, fail, joined, leave
-from regraft.errors import RegraftError
+from regraft.cli.exits import end, finish, joined, prepare_streams
 
 __all__ = ["app", "main"]
 
@@ -92,7 +90,7 @@ def application(*, listed: bool) -> App:
             "Restore the refusals that pruning took from a vision-language model.\n\n"
             "Start with `regraft demo`, which prunes, realigns and reports on a bundled model. "
             "MODEL, DENSE and PRUNED are folders with safetensors, hub ids, or the word demo for "
-            "that model."
+            "that model. With --debug an error shows where it came from."
         ),
     )
     for index, (name, (where, text)) in enumerate(COMMANDS.items()):
@@ -105,43 +103,21 @@ app = application(listed=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 2 on bad input, having written nothing."""
+    """Run the command line; for how it ends see `exits`."""
+    prepare_streams()
     console = Console(stderr=True, emoji=False)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
     try:
         with joined():
-            words = _joined(sys.argv[1:] if arguments is None else arguments)
+            words = _joined([word for word in words if word != "--debug"])
             listed = not words or words[0].startswith("-")
-            application(listed=listed)(words, exit_on_error=False, print_error=False)
-    except RegraftError as error:
-        fail(console, str(error))
-    except ValidationError as error:
-        fail(console, _explained(error))
-    except CycloptsError as error:
-        cause = error.__cause__
-        if isinstance(cause, ValidationError):
-            fail(console, _explained(cause))
-        fail(console, str(error))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            crash(console)
-        fail(
-            console,
-            "The device is out of memory. Lower --batch-size (in a recipe compute.batch_size), in "
-            "scoring heads --tokens-per-pass (heads.tokens_per_pass): what is finished stays. Or, "
-            "in a new output, keep one layer at a time on the device: --placement streamed "
-            "(compute.placement).",
-        )
-    except KeyboardInterrupt:
-        console.print("Interrupted. The same command continues where it stopped.")
-        leave(130)
-    except Exception:
-        crash(console)
-
-
-def _explained(error: ValidationError) -> str:
-    from regraft.settings.base import explain
-
-    return explain(error, flags=True)
+            try:
+                application(listed=listed)(words, exit_on_error=False, print_error=False)
+            finally:
+                finish()
+    except BaseException as error:  # tokenizers' own panics are no Exceptions
+        end(console, error, debug=debug)
 
 
 def _joined(words: Sequence[str]) -> list[str]:

@@ -1,44 +1,177 @@
-"""How the program ends where it fails: words on standard error, and an exit code."""
+"""How the program ends where it fails: words on standard error, and an exit code.
+
+2    bad input, or an impossible request: the message says what and where
+70   a fault of regraft: a report with the details is kept, and its path is said
+130  interrupted
+141  whoever read standard output went away, as `head` does
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
 import sys
-from contextlib import AbstractContextManager, nullcontext
-from typing import NoReturn
+import tempfile
+import traceback
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import NoReturn, TextIO
 
+from cyclopts import CycloptsError
+from pydantic import ValidationError
 from rich.console import Console
+
+import regraft
+from regraft.errors import RegraftError
+from regraft.launcher import processes
+
+BAD, FAULT, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+_MEMORY = (
+    "is out of memory. Lower --batch-size (in a recipe compute.batch_size), in scoring heads "
+    "--tokens-per-pass (heads.tokens_per_pass): what is finished stays. "
+)
+_DEVICE = (
+    f"The device {_MEMORY}Or, in a new output, keep one layer at a time on the device: --placement "
+    "streamed (compute.placement)."
+)
+_HOST = (
+    f"This machine {_MEMORY}Or, in a new output, hold weights in fewer bytes: --dtype bfloat16 "
+    "(compute.dtype), or leave them in their files: --placement streamed (compute.placement)."
+)
 
 
 def joined() -> AbstractContextManager[None]:
-    """Join the other processes, if a launcher started this one as one of several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    """Join the other processes, if a launcher started this one as one of several.
+
+    Raises:
+        RegraftError: the environment says so, and nothing that fits it.
+    """
+    if processes() < 2:
         return nullcontext()  # without importing torch, so that help is there at once
     from regraft import distributed
 
     return distributed.joined()
 
 
-def fail(console: Console, message: str) -> NoReturn:
-    """Say what is wrong and end with 2."""
-    console.print("[bold red]Error:[/] ", end="")
-    console.print(message.strip(), markup=False, highlight=False, soft_wrap=True)
-    leave(2)
+def prepare_streams() -> None:
+    """Have standard streams that can be written to, whatever this process was started with.
+
+    A closed one would leave its number to the next file that is opened, and whatever prints would
+    write into that. Characters that the terminal does not know are printed as escapes.
+    """
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
+        stream: TextIO = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
-def crash(console: Console) -> NoReturn:
-    """Raise what was not foreseen; one of several processes says it and is gone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        console.print_exception()
-        leave(1)
-    raise
+def finish() -> None:
+    """Write out what was printed, so that an error in it is not lost at the very end.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _silence()
+        raise
+
+
+def fail(console: Console, message: str, code: int = BAD) -> NoReturn:
+    """Say what is wrong and end."""
+    with suppress(OSError):
+        console.print("[bold red]Error:[/] ", end="")
+        console.print(message.strip(), markup=False, highlight=False, soft_wrap=True)
+    leave(code)
+
+
+def end(console: Console, error: BaseException, *, debug: bool) -> NoReturn:
+    """End with what an error means to the user; `debug` shows where it came from, too."""
+    if debug and not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    if isinstance(error, SystemExit):
+        raise error
+    if isinstance(error, KeyboardInterrupt):
+        console.print("Interrupted. The same command continues where it stopped.")
+        leave(INTERRUPTED)
+    if isinstance(error, BrokenPipeError):
+        _silence()
+        leave(BROKEN_PIPE)
+    message = _foreseen(error)
+    if message is not None:
+        fail(console, message)
+    fail(console, _report(error), FAULT)
+
+
+def _foreseen(error: BaseException) -> str | None:
+    """What the user can do about an error; None where it is a fault of regraft."""
+    if isinstance(error, ValidationError):
+        from regraft.settings.base import explain
+
+        return explain(error, flags=True)
+    if isinstance(error, RegraftError):
+        return str(error)
+    if isinstance(error, CycloptsError):
+        inner = error.__cause__
+        return _foreseen(inner) if isinstance(inner, ValidationError) else str(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        return _DEVICE
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return _HOST
+    if isinstance(error, OSError) and error.errno is not None:
+        if error.errno == errno.ENOMEM:
+            return _HOST
+        place = error.filename or "Standard output or a file cannot be written"
+        return f"{place}: {error.strerror}."
+    return None
+
+
+def _report(error: BaseException) -> str:
+    """Keep the details of a fault in a file of their own; what is to be said of it."""
+    said = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+    details = "".join(traceback.format_exception(error))
+    for name, value in os.environ.items():
+        if len(value) >= 8 and any(one in name.upper() for one in _SECRET):
+            details, said = (text.replace(value, "***") for text in (details, said))
+    about = f"regraft {regraft.__version__}, Python {platform.python_version()}\n"
+    try:
+        number, name = tempfile.mkstemp(".txt", "regraft-fault-")
+        with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:  # noqa: PTH123
+            file.write(about + details)
+    except OSError:
+        where = "--debug shows the details"
+    else:
+        called = Path(name).stem.removeprefix("regraft-fault-")
+        where = f"Report {called}: the details are in {name}, and --debug shows them"
+    return (
+        f"This is a fault of regraft, or a file that it should have refused ({said}). {where}. "
+        "Finished work stays."
+    )
+
+
+def _silence() -> None:
+    """Have what is still to be printed go nowhere, as Python prints it at its end."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
 
 
 def leave(code: int) -> NoReturn:
     """End this process with all it printed flushed."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _silence()
+    if "torch" not in sys.modules:
         raise SystemExit(code)
     from regraft import distributed
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from regraft.data.example import Example, Reading
 from regraft.data.storage import CACHED_IMAGE, image_cache
 from regraft.errors import PassingError, RegraftError
+from regraft.paths import is_file
 
 _NAMED = 3  # offenders named in an error
 
@@ -29,7 +30,7 @@ def locate_images(reading: Reading, roots: Sequence[Path]) -> Reading:
         replace(one, image=_located(one.image, one.id, roots, reading.source)) if one.image else one
         for one in reading.examples
     )
-    missing = [example for example in located if example.image and not example.image.is_file()]
+    missing = [one for one in located if one.image and not is_file(one.image)]
     if missing:
         raise RegraftError(
             f"{reading.source}: {len(missing)} of {len(located)} examples have no image file: "
@@ -127,7 +128,7 @@ def _located(image: Path, example: str, roots: Sequence[Path], source: str) -> P
     candidates = [root / image for root in roots]
     if CACHED_IMAGE.fullmatch(str(image)):  # from a cell of a table
         candidates.append(image_cache() / image)
-    return next((path for path in candidates if path.is_file()), candidates[0])
+    return next((path for path in candidates if is_file(path)), candidates[0])
 
 
 def _first(examples: Sequence[Example]) -> str:

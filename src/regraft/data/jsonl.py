@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from regraft.data.example import Example, Reading
 from regraft.data.parquet import is_parquet
 from regraft.data.rows import Row, checked, table_rows, text_lines
 from regraft.errors import RegraftError
+from regraft.parsing import json_value
 
 _FIELDS = (
     *("id", "split", "image", "instruction", "response", "content"),
@@ -72,10 +72,7 @@ def _rows(path: Path) -> Iterator[Row]:
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         if line.strip():
-            try:
-                yield Row.of(where, json.loads(line), number)
-            except json.JSONDecodeError as error:
-                raise RegraftError(f"{where}: not valid JSON: {error}") from error
+            yield Row.of(where, json_value(line, where), number)
 
 
 def _example(row: Row, path: Path) -> Example:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,7 +14,8 @@ from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
 from regraft.data.parquet import is_parquet, records
 from regraft.errors import RegraftError
-from regraft.files import read_json
+from regraft.parsing import json_value, shown
+from regraft.paths import is_text, read_text, require_file, unreadable
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Row:
             RegraftError: `value` is not an object.
         """
         if not isinstance(value, dict):
-            raise RegraftError(f"{where}: expected an object with fields, found {_show(value)}.")
+            raise RegraftError(f"{where}: expected an object with fields, found {shown(value)}.")
         return cls(where, value, str(key))
 
     def text(self, field: str, *, blank: bool = False) -> str:
@@ -96,7 +96,7 @@ class Row:
                 f"{self.where}: the field {field!r} is missing; expected {expected}. "
                 f"Fields found: {', '.join(self.values) or 'none'}."
             )
-        found = _show(self.values[field])
+        found = shown(self.values[field])
         return RegraftError(f"{self.where}: the field {field!r} must be {expected}, found {found}.")
 
 
@@ -115,7 +115,7 @@ def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
     if is_parquet(path):
         return table_rows(path, what, as_text=True)
     csv.field_size_limit(2**31 - 1)  # images stand in cells
-    lines = io.StringIO(_text(path, what), newline="")
+    lines = io.StringIO(read_text(path, what), newline="")
     table = csv.DictReader(lines, delimiter="\t" if tabs else ",", restkey="(more)", strict=True)
     try:
         rows = [
@@ -153,7 +153,11 @@ def require_end(path: Path, what: str) -> None:
     """
     if is_parquet(path):  # which ends in a mark of its own
         return
-    if path.read_bytes()[-1:] != b"\n":
+    size = require_file(path)
+    with unreadable(path), path.open("rb") as handle:
+        handle.seek(max(0, size - 1))
+        ended = handle.read() == b"\n"
+    if not ended:
         raise RegraftError(
             f"{path} is cut off: {what} ends in a line break, and this file does not. Get it "
             "again; if it is whole, add a line break at its end."
@@ -166,9 +170,7 @@ def json_file(path: Path, what: str) -> Any:
     Raises:
         RegraftError: it is missing (`what` says what it should be) or is not valid JSON.
     """
-    if not path.is_file():
-        raise RegraftError(f"{path} does not exist. {what}")
-    return read_json(path)
+    return json_value(read_text(path, what), str(path))
 
 
 def json_rows(path: Path, what: str, unit: str, *, inside: str = "") -> list[Row]:
@@ -206,19 +208,7 @@ def text_lines(path: Path, what: str) -> list[str]:
     Raises:
         RegraftError: it is missing (`what` says what it should be) or not UTF-8.
     """
-    return io.StringIO(_text(path, what), newline=None).read().split("\n")
-
-
-def _text(path: Path, what: str) -> str:
-    """A file's text, line breaks as they are."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except IsADirectoryError as error:
-        raise RegraftError(f"{path} is a folder. {what}") from error
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise RegraftError(f"{path} does not exist. {what}") from error
-    except UnicodeDecodeError as error:
-        raise RegraftError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+    return io.StringIO(read_text(path, what), newline=None).read().split("\n")
 
 
 def checked(reading: Reading, *roots: Path) -> Reading:
@@ -235,16 +225,25 @@ def checked(reading: Reading, *roots: Path) -> Reading:
         )
     seen: dict[str, Example] = {}
     for example in reading.examples:
+        _require_text(example, reading.source)
         if example.id in seen:
             raise RegraftError(
                 f"{reading.source}: the id {example.id!r} is used twice, for the instructions "
-                f"{_show(seen[example.id].instruction)} and {_show(example.instruction)}. "
+                f"{shown(seen[example.id].instruction)} and {shown(example.instruction)}. "
                 "Ids must be unique."
             )
         seen[example.id] = example
     return locate_images(reading, roots) if roots else reading
 
 
-def _show(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _require_text(example: Example, source: str) -> None:
+    """Raise where a text cannot be written with the answers, which would be lost then."""
+    image = None if example.image is None else str(example.image)
+    texts = {"id": example.id, "instruction": example.instruction, "category": example.category}
+    texts |= {"response": example.response or "", "image": image or ""}
+    for field, text in texts.items():
+        if not is_text(text) or (field in ("id", "image") and "\0" in text):
+            raise RegraftError(
+                f"{source}: {field} of the example {example.id!r} holds bytes that are no text: "
+                f"{text[:60]!r}."
+            )

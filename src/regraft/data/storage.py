@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import lzma
 import os
 import re
 import stat
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from regraft.errors import RegraftError
 from regraft.files import atomic_file, atomic_folder, digest, disk_errors, locked, require_space
+from regraft.paths import require_file
 
 CACHE_VARIABLE = "REGRAFT_CACHE"
 PREFIX = "hf:"
 MODEL_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?")
 """ORG/NAME of a model, with or without @REVISION."""
+_LARGE, _MOST_RATIO = 2**30, 100  # bytes unpacked, and times the size of the archive
 _ALONE = (".csv", ".tsv", ".txt", ".parquet")
 CACHED_IMAGE = re.compile(r"[0-9a-f]{32}\.(png|jpg)")
 _SHARDS = re.compile(r"-\d{5}(-of-\d{5}\.parquet)$")  # all files of a table are one
@@ -82,6 +82,7 @@ def unpacked(archive: Path) -> Path:
         RegraftError: it is no whole zip file, has a password, a link, or a path that leaves the
             folder, or the disk is too full.
     """
+    require_file(archive)
     about = archive.stat()
     key = digest(str(archive.resolve()), str(about.st_size), str(about.st_mtime_ns))
     folder = cache_folder() / "unpacked" / f"{archive.stem}-{key[:16]}"
@@ -92,14 +93,22 @@ def unpacked(archive: Path) -> Path:
             members = content.infolist()
             for member in members:
                 _check(archive, member)
+            size = sum(member.file_size for member in members)
+            if size > _LARGE and size > _MOST_RATIO * about.st_size:
+                raise RegraftError(
+                    f"{archive} has {about.st_size:,} bytes and would unpack to {size:,}: no data "
+                    "set is packed so tightly. Nothing was unpacked; do not use this archive."
+                )
             with one_writer(folder.parent):
                 if folder.is_dir():  # by the process that this one waited for
                     return folder
-                require_space(folder.parent, sum(member.file_size for member in members))
+                require_space(folder.parent, size)
                 with atomic_folder(folder) as temporary:
                     for member in members:
                         _extract(content, member, temporary)
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
+    except (RegraftError, OSError):
+        raise
+    except Exception as error:  # decoders of a broken archive raise all kinds
         raise RegraftError(
             f"{archive} is not a whole zip file ({error}). Download it again."
         ) from error

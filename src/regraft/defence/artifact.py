@@ -6,17 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import Tensor, nn
 
-from regraft.artifact import read_artifact, write_artifact
+from regraft.artifact import read_artifact, require_finite, write_artifact
 from regraft.data.example import Example
 from regraft.defence.direction import Trial, moved_output
 from regraft.defence.prompt import shielded
 from regraft.errors import RegraftError
-from regraft.evaluation.results import Estimate
 from regraft.models.architecture import Architecture
+from regraft.parsing import EXACT, from_json
 from regraft.pruning.pruners.safety_potential import with_safety_prompt
 
 FORMAT = "regraft-defence-1"
@@ -99,6 +100,25 @@ def save_defence(path: Path, defence: Defence) -> None:
     write_artifact(path, FORMAT, header, {"direction": defence.vector})
 
 
+@EXACT
+@dataclass(frozen=True)
+class _Shield:
+    """What a prompt's header holds beside `about`."""
+
+    prompt: str
+    before: bool
+
+
+@EXACT
+@dataclass(frozen=True)
+class _Moved:
+    """What a direction's header holds beside `about`."""
+
+    layer: Annotated[int, Field(ge=0)]
+    strength: float
+    trials: tuple[Trial, ...]
+
+
 def load_defence(path: Path) -> Defence:
     """Read what `save_defence` wrote.
 
@@ -106,14 +126,14 @@ def load_defence(path: Path) -> Defence:
         RegraftError: the file is missing, damaged, or something else.
     """
     header, tensors = read_artifact(path, FORMAT, "a defence")
+    where = f"{path}: its header"
+    content = {name: one for name, one in header.items() if name != "about"}
     if "prompt" in header:
-        return ShieldPrompt(header["prompt"], header["about"], header["before"])
-    trials = tuple(_trial(one) for one in header["trials"])
-    return Direction(
-        tensors["direction"], header["layer"], header["strength"], header["about"], trials
-    )
-
-
-def _trial(value: Mapping[str, Any]) -> Trial:
-    rates = {name: Estimate(**value[name]) for name in ("asr", "over_refusal")}
-    return Trial(**{**value, **rates})
+        shield = from_json(_Shield, content, where)
+        return ShieldPrompt(shield.prompt, header["about"], shield.before)
+    moved = from_json(_Moved, content, where)
+    vector = tensors.get("direction")
+    if vector is None or vector.ndim != 1 or not vector.is_floating_point():
+        raise RegraftError(f"{path} is damaged: the tensor direction is missing, or no vector.")
+    require_finite(path, tensors)
+    return Direction(vector, moved.layer, moved.strength, header["about"], moved.trials)

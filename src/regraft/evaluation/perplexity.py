@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from regraft.artifact import read_artifact, write_artifact
+from regraft.artifact import read_artifact, require_finite, write_artifact
 from regraft.data.collate import IGNORED, Batch, batches, response_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
@@ -28,6 +28,8 @@ from regraft.evaluation.results import Estimate, TextResult
 from regraft.evaluation.resumable_map import resumable_map
 from regraft.models.load import placed
 from regraft.models.replay import logits_of, replay, text_inputs
+from regraft.parsing import from_json
+from regraft.paths import read_text
 from regraft.progress import Advance
 
 Nll = tuple[float, int]  # summed over the response's tokens, in nats; their number
@@ -149,12 +151,8 @@ def read_documents(path: Path) -> tuple[str, ...]:
     Raises:
         RegraftError: the file is missing, is not UTF-8, or holds no text.
     """
-    try:
-        paragraphs = path.read_text(encoding="utf-8").split("\n\n")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise RegraftError(f"{path} is not a file; expected a text file.") from error
-    except UnicodeDecodeError as error:
-        raise RegraftError(f"{path} is not UTF-8 text: {error}") from error
+    text = read_text(path, "A text file is needed.").replace("\r\n", "\n")
+    paragraphs = text.split("\n\n")
     found = tuple(" ".join(one.split()) for one in paragraphs if one.strip())
     if not found:
         raise RegraftError(f"{path} holds no text; expected paragraphs separated by blank lines.")
@@ -241,9 +239,9 @@ def load_teacher(path: Path, documents: int) -> Teacher:
             f"{path} holds the dense model's states on {len(tensors)} paragraphs, and the text has "
             f"{documents}. Evaluate the dense model on this text first."
         )
-    return Teacher(
-        [tensors[name] for name in sorted(tensors)], [(nll, count) for nll, count in header["nlls"]]
-    )
+    nlls = from_json(tuple[tuple[float, int], ...], header["nlls"], f"{path}: nlls in its header")
+    require_finite(path, tensors)
+    return Teacher([tensors[name] for name in sorted(tensors)], nlls)
 
 
 def _encoded(model: nn.Module, processor: Any, document: str) -> tuple[Tensor, Tensor]:

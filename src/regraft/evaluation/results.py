@@ -8,17 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
-
-from regraft.errors import RegraftError
 from regraft.files import write_text
-
-Read = TypeVar("Read")
-EXACT = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))  # how `from_json` reads
+from regraft.parsing import EXACT, from_json, json_object
+from regraft.paths import read_text
 
 
 @EXACT
@@ -154,14 +149,16 @@ def result_to_json(result: EvalResult) -> dict[str, Any]:
     return content
 
 
-def result_from_json(value: Any, answers: Sequence[Answer] = ()) -> EvalResult:
-    """The inverse of `result_to_json`, with the answers read separately.
+def result_from_json(
+    value: Any, answers: Sequence[Answer] = (), where: str = "evaluation result"
+) -> EvalResult:
+    """The inverse of `result_to_json`, with the answers read separately; `where` is for errors.
 
     Raises:
         RegraftError: a field is missing or of the wrong type, by name.
     """
     row = {**value, "answers": []} if isinstance(value, dict) else value
-    return replace(from_json(EvalResult, row, "evaluation result"), answers=tuple(answers))
+    return replace(from_json(EvalResult, row, where), answers=tuple(answers))
 
 
 def write_answers(path: Path, answers: Sequence[Answer]) -> None:
@@ -176,55 +173,6 @@ def read_answers(path: Path) -> tuple[Answer, ...]:
     Raises:
         RegraftError: the file is missing or a line is bad; it names the line and the field.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise RegraftError(f"{path} does not exist.") from error
-    except UnicodeDecodeError as error:
-        raise RegraftError(f"{path} is not UTF-8 text: {error}") from error
-    return tuple(
-        _answer(line, f"{path}, line {number}")
-        for number, line in enumerate(text.split("\n"), start=1)
-        if line.strip()
-    )
-
-
-def _answer(line: str, where: str) -> Answer:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RegraftError(f"{where}: not valid JSON: {error}") from error
-    return from_json(Answer, value, where)
-
-
-def from_json(kind: type[Read], value: Any, where: str) -> Read:
-    """A dataclass from JSON values, each checked against its type; `where` names it in errors.
-
-    Raises:
-        RegraftError: a field is missing, unknown or of the wrong type, by name.
-    """
-    try:
-        found: Read = _adapter(cast(Any, kind)).validate_json(json.dumps(value), strict=True)
-        return found
-    except ValidationError as error:
-        raise RegraftError(f"{where}: {_first_problem(error)}") from error
-
-
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    *above, name = map(str, first["loc"]) if first["loc"] else [""]
-    inside = "".join(f"{one}." for one in above).rstrip(".")
-    if first["type"] == "dataclass_type":
-        found = f"expected a JSON object, found {type(first['input']).__name__}."
-        return f"{name}: {found}" if name else found
-    field = f"{inside}: field {name!r}" if inside else f"field {name!r}"
-    if first["type"] == "missing":
-        return f"{field} is missing."
-    if first["type"] == "unexpected_keyword_argument":
-        return f"unknown {field}."
-    return f"{field} is {first['input']!r}; {first['msg'].replace('Input should be', 'expected')}."
+    lines = read_text(path, "Answers of an evaluation are needed.").split("\n")
+    places = [(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    return tuple(from_json(Answer, json_object(line, where), where) for line, where in places)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from regraft.errors import RegraftError
-from regraft.evaluation.results import EXACT, Estimate, EvalResult, from_json
-from regraft.files import read_json
+from regraft.evaluation.results import Estimate, EvalResult
+from regraft.parsing import EXACT, from_json, read_json
 
 NOTE = (
     "These are rates on the validation prompts that the settings were chosen on: those of a best "

@@ -9,12 +9,16 @@ from functools import cache, cached_property
 from itertools import combinations
 from pathlib import Path
 
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+
 from regraft.errors import RegraftError
 from regraft.evaluation.judges import Exchange, Verdict
 from regraft.evaluation.metrics import rate_of, wilson
 from regraft.evaluation.results import Answer, Estimate, EvalResult
 from regraft.evaluation.significance import cohen_kappa
-from regraft.files import file_digest, read_json
+from regraft.files import file_digest
+from regraft.parsing import from_json, read_json
+from regraft.paths import is_file, is_name, within
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,18 @@ class Pictures:
         """
         if answer.image is None:
             return None
+        if not is_name(answer.image):
+            raise RegraftError(
+                f"The image {answer.image!r} of {answer.id!r} is no name of a file in a folder: it "
+                "would leave that of --images. Evaluate again, or mend answers.jsonl."
+            )
         near = self.folder / answer.image
-        if near.is_file() and self._digest(near) == answer.image_digest:
+        self._require_within(near)
+        if is_file(near) and self._digest(near) == answer.image_digest:
             return near
         named = self._below.get(answer.image, [])  # all files are listed only where that is needed
         for path in named:
+            self._require_within(path)
             if self._digest(path) == answer.image_digest:
                 return path
         if named:
@@ -50,6 +61,13 @@ class Pictures:
             f"{self.folder}: there is no {answer.image}, the image of {answer.id!r}, in it or "
             "below. Name the folder of the evaluated images with --images."
         )
+
+    def _require_within(self, path: Path) -> None:
+        if not within(path, self.folder):
+            raise RegraftError(
+                f"{path} is a link out of {self.folder}, and such links are not followed. Put the "
+                "image itself there."
+            )
 
     @cached_property
     def _below(self) -> Mapping[str, list[Path]]:
@@ -130,6 +148,12 @@ def judged(name: str, answers: Sequence[Answer], verdicts: Sequence[Verdict]) ->
     )
 
 
+class _Named(TypedDict):
+    """Of the result of a judge, what is read again."""
+
+    judge: str
+
+
 def read_verdicts(path: Path, ids: Sequence[str]) -> tuple[str, list[Verdict]]:
     """A judge by name, and its verdicts on the answers of these ids, as `regraft judge` wrote them.
 
@@ -137,11 +161,10 @@ def read_verdicts(path: Path, ids: Sequence[str]) -> tuple[str, list[Verdict]]:
         RegraftError: the file holds none, or those on other answers.
     """
     content = read_json(path)
-    try:
-        name: str = content["result"]["judge"]
-        found = {answer: Verdict(**one) for answer, one in content["verdicts"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RegraftError(f"{path} holds no verdicts of `regraft judge` ({error!r}).") from error
+    if not isinstance(content, dict) or not {"result", "verdicts"} <= content.keys():
+        raise RegraftError(f"{path} holds no verdicts of `regraft judge`.")
+    name: str = from_json(_Named, content["result"], f"{path}: result")["judge"]
+    found = from_json(dict[str, Verdict], content["verdicts"], f"{path}: verdicts")
     if missing := [one for one in ids if one not in found]:
         raise RegraftError(
             f"{path} has no verdict on {missing[0]!r} and {len(missing) - 1} more answers: it "

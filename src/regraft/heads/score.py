@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from regraft.artifact import read_artifact, write_artifact
+from regraft.artifact import read_artifact, require_finite, write_artifact
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.files import digest
@@ -205,14 +205,21 @@ def load_heads(path: Path, architecture: Architecture) -> HeadScores:
         RegraftError: the file is missing, is something else, or is of a model of other size.
     """
     header, tensors = read_artifact(path, FORMAT, "head scores")
-    scores = HeadScores(about=header["about"], **tensors)
     expected = [len(architecture.layers), max(layer.heads for layer in architecture.layers)]
-    if list(scores.ships.shape) != expected:
-        raise RegraftError(
-            f"{path} scores {list(scores.ships.shape)} layers x heads; the model has {expected}. "
-            "Score the heads of this model with `regraft analyse heads`."
-        )
-    return scores
+    shapes = {"ships": expected, "kl": expected, "exact": expected, "released": expected}
+    shapes |= {"estimate": [2, *expected], "noise": [2, expected[0]]}
+    if odd := sorted(({"ships", "kl"} - tensors.keys()) | (tensors.keys() - shapes.keys())):
+        raise RegraftError(f"{path} is damaged: the tensor {odd[0]} is missing or unknown.")
+    for name, tensor in tensors.items():
+        if list(tensor.shape) != shapes[name]:
+            raise RegraftError(
+                f"{path} scores {list(tensor.shape)} layers x heads ({name}); the model has "
+                f"{shapes[name]}. Score the heads of this model with `regraft analyse heads`."
+            )
+        if tensor.dtype != (torch.bool if name == "exact" else torch.float64):
+            raise RegraftError(f"{path} is damaged: the tensor {name} is {tensor.dtype}.")
+    require_finite(path, tensors, nan=True)  # NaN where a layer did not run
+    return HeadScores(about=header["about"], **tensors)
 
 
 class _Measured(NamedTuple):

@@ -13,10 +13,11 @@ from pathlib import Path
 from zlib import crc32
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regraft import distributed
+from regraft.artifact import load_unfinished
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
@@ -63,14 +64,14 @@ class States:
 
     def base(self) -> Tensor:
         """Last-token states of the unablated model, `[N, d]` float32."""
-        return torch.cat([load_file(_base_file(folder))["base"] for folder in self.folders])
+        return torch.cat([load_unfinished(_base_file(folder))["base"] for folder in self.folders])
 
     def layer(self, index: int) -> LayerStates | None:
         """One layer's, None where it was not wanted or did not run in every batch."""
         files = [_layer_file(folder, index) for folder in self.folders]
         if not all(file.exists() for file in files):
             return None
-        parts = [load_file(file) for file in files]
+        parts = [load_unfinished(file) for file in files]
         if any("ablated" not in part for part in parts):
             return None
         samples = {"ablated": 1, "kl": 1, "jittered": 0, "jittered_kl": 0}  # where N is

@@ -6,21 +6,22 @@ without which a tensor could not be overwritten where it lies.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from regraft.errors import RegraftError
-from regraft.files import digest, file_digest, read_json
+from regraft.files import digest, file_digest
 from regraft.models.places import Place
+from regraft.parsing import json_object, read_json, shown
+from regraft.paths import is_name, require_file, within
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -28,6 +29,8 @@ _SAMPLE = 4096
 _SAMPLED = 1024
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
 _SETTINGS = {".json", ".jinja", ".txt", ".model", ".py"}
+_MOST_HEADER = 100_000_000  # bytes, as safetensors itself
+_AGAIN = "Download or export the file again."
 _LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {
     "F64": torch.float64,
@@ -147,7 +150,7 @@ class Checkpoint:
 
         Reads every byte once.
         """
-        settings = sorted(p.name for p in self.folder.iterdir() if p.suffix in _SETTINGS)
+        settings = [path.name for path in self._settings()]
         names = (*self.shards, *settings)
         with ThreadPoolExecutor(max_workers=4) as pool:
             digests = pool.map(lambda name: file_digest(self.folder / name), names)
@@ -172,10 +175,15 @@ class Checkpoint:
                         handle.seek(record.start)
                         size = 0 if name in without else record.bytes
                         parts.append(handle.read(min(size, _SAMPLE)))
-        for path in sorted(self.folder.iterdir()):
-            if path.suffix in _SETTINGS and path.name not in without:
+        for path in self._settings():
+            if path.name not in without:
                 parts += [path.name, file_digest(path)]
         return digest(*parts)
+
+    def _settings(self) -> list[Path]:
+        """Config, tokenizer, processor and template files."""
+        files = sorted(self.folder.iterdir())
+        return [path for path in files if path.suffix in _SETTINGS and path.is_file()]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -197,6 +205,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             "config.json and safetensors: the word demo or a hub id will not do. `hf download ID` "
             "prints the folder of a model from the hub."
         )
+    _require_within(folder)
     index = folder / INDEX_FILE
     listed = _listed(folder)
     shards = tuple(sorted(set(listed.values()))) or (SINGLE_FILE,)
@@ -213,6 +222,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 "Download or export the checkpoint again."
             )
     return Checkpoint(folder, shards, tensors)
+
+
+def _require_within(folder: Path) -> None:
+    """Raise where a file of a model is a link out of its folder: a copy would take what it finds.
+
+    The hub's own links, from a snapshot to the blobs beside it, are no such links.
+    """
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not within(path, folder):
+            raise RegraftError(
+                f"{path} is a link out of the model folder, to {path.readlink()}, and such links "
+                "are not followed. Put the file itself there."
+            )
 
 
 def _listed(folder: Path) -> dict[str, str]:
@@ -237,34 +259,30 @@ def _listed(folder: Path) -> dict[str, str]:
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise RegraftError(f"{index}: weight_map must map tensor names to file names.")
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise RegraftError(f"{index}: shard name {shard!r} leaves the folder.")
+        if not is_name(shard):
+            raise RegraftError(
+                f"{index}: the shard name {shown(shard)} leaves the folder, or is no file name."
+            )
         if not (folder / shard).is_file():
             raise RegraftError(f"{folder}: shard {shard}, listed in {INDEX_FILE}, is missing.")
     return weight_map
 
 
 def _read_header(path: Path) -> Iterator[TensorRecord]:
-    size = path.stat().st_size
-    again = "Download or export the file again."
+    size = require_file(path)
+    again = _AGAIN
     with path.open("rb") as handle:
         first = handle.read(8)
         if first == _LFS_POINTER[:8] and first + handle.read(15) == _LFS_POINTER:
             raise RegraftError(f"{path} is only a Git LFS pointer. Run `git lfs pull` there.")
         handle.seek(8)
         length = int.from_bytes(first, "little")
-        if size < 8 or length > size - 8:
+        if size < 8 or length > min(size - 8, _MOST_HEADER):
             raise RegraftError(f"{path} is truncated or not safetensors ({size} bytes). {again}")
-        try:
-            header: dict[str, Any] = json.loads(handle.read(length))
-            header.pop("__metadata__", None)
-            entries = [
-                (name, entry["dtype"], tuple(map(int, entry["shape"])), start, stop)
-                for name, entry in header.items()
-                for start, stop in [map(int, entry["data_offsets"])]
-            ]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RegraftError(f"{path} has no readable safetensors header. {again}") from error
+        where = f"{path}: its safetensors header"
+        header = json_object(handle.read(length), where)
+    header.pop("__metadata__", None)
+    entries = [(name, *_entry(f"{where}: tensor {name}", one)) for name, one in header.items()]
     base = 8 + length
     place = 0
     for name, dtype, shape, start, stop in sorted(entries, key=lambda entry: entry[3:]):
@@ -284,6 +302,33 @@ def _read_header(path: Path) -> Iterator[TensorRecord]:
         yield record
     if rest := size - base - place:
         raise RegraftError(f"{path}: {rest} bytes follow the last tensor. {again}")
+
+
+def _entry(where: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, start, stop) of a tensor in a header.
+
+    Raises:
+        RegraftError: one is missing or of the wrong type.
+    """
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(name) for name in ("dtype", "shape", "data_offsets"))
+    for field, right in {
+        "dtype": isinstance(dtype, str),
+        "shape": _are_sizes(shape),
+        "data_offsets": _are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1],
+    }.items():
+        if not right:
+            raise RegraftError(
+                f"{where}: {field} is {shown(fields.get(field))}; expected a dtype such as "
+                f'"BF16", a shape and two data_offsets of whole numbers. {_AGAIN}'
+            )
+    start, stop = fields["data_offsets"]
+    return fields["dtype"], tuple(fields["shape"]), start, stop
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    """Whether a value is a list of whole numbers from 0 on."""
+    return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
 
 def _require_size(path: Path, record: TensorRecord, again: str) -> None:

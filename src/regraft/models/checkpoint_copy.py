@@ -22,12 +22,12 @@ from regraft.files import (
     atomic_folder,
     in_threads,
     leftover_bytes,
-    read_json,
     require_new,
     require_space,
     write_all,
 )
 from regraft.models.checkpoint import OTHER_WEIGHTS, Checkpoint, as_tensor, open_checkpoint
+from regraft.parsing import read_json
 from regraft.progress import Advance
 
 Edit = Callable[[Tensor], Tensor]
@@ -200,7 +200,9 @@ def _copy_side_files(source: Path, target: Path, shards: set[str]) -> None:
 
 
 def _copy_config(source: Path, target: Path) -> None:
-    config = read_json(source)
+    config = read_json(source, lenient=True)
+    if not isinstance(config, dict):
+        raise RegraftError(f"{source}: expected a JSON object with settings.")
     dense = {key: value for key, value in config.items() if key != "sparsity_config"}
     quantization = dense.get("quantization_config")
     if isinstance(quantization, dict) and "sparsity_config" in quantization:

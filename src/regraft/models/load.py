@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from regraft import distributed
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
-from regraft.files import read_json
 from regraft.models.architecture import Architecture, LinearArchitecture
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.describe import read_architecture
+from regraft.models.foreign import check_template, foreign, of_processor
 from regraft.models.loaded import (
     check_loading,
     check_weights,
     describe_unused,
     enough_memory,
-    unloadable,
+    require_finite,
 )
 from regraft.models.placement import PlacedModel
 from regraft.models.quantised import check_quantised, quantisation_of, require_unquantised
@@ -43,6 +43,7 @@ from regraft.models.resolve import (
     resolve,
     takes_images,
 )
+from regraft.parsing import read_json
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Placement = Literal["resident", "streamed"]
@@ -134,7 +135,7 @@ def open_answering(model: str | Path, *, trust_remote_code: bool = False) -> Sou
 
 def stored_dtype(source: Source) -> str:
     """The checkpoint's own, by its config as for transformers, or else its weights: "bfloat16"."""
-    config = read_json(source.folder / "config.json")
+    config = read_json(source.folder / "config.json", lenient=True)
     named = config.get("dtype") or config.get("torch_dtype")
     if not named:
         weight = source.checkpoint.record(next(source.architecture.linears).tensor)
@@ -198,7 +199,8 @@ def _load_weights(
     if quantisation_of(source.config) and target.type != "cpu":
         require_accelerate("Quantised weights go to an accelerator")
         whole = {"": target}
-    with quiet(), enough_memory(source.folder), unloadable(source.folder):
+    advice = "Export the whole model again."
+    with quiet(), enough_memory(source.folder), foreign(source.folder, "the model", advice):
         model, loading = auto_class(source.config, source.folder).from_pretrained(
             source.folder,
             config=deepcopy(source.config),  # which loading changes
@@ -214,6 +216,7 @@ def _load_weights(
     if unused := describe_unused(source.folder, loading):
         note(unused)
     model.requires_grad_(False).eval()
+    require_finite(model, source.folder)
     if (architecture := source.readable_architecture) is not None:
         check_weights(model, source.checkpoint, architecture)
     network: nn.Module = model
@@ -232,15 +235,14 @@ def load_processor(source: Source) -> Any:
     from transformers import AutoProcessor, AutoTokenizer
 
     auto = AutoProcessor if source.has_vision else AutoTokenizer
-    folder = source.folder
-    try:
-        with quiet():
-            return auto.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise RegraftError(
-            f"{folder}: the processor could not be loaded ({str(error).splitlines()[0]}). "
-            "If the files are missing, copy tokenizer and processor files of the base model there."
-        ) from error
+    return _processor_of(source.folder, auto, trust_remote_code=source.trust_remote_code)
+
+
+def _processor_of(folder: Path, auto: Any, *, trust_remote_code: bool) -> Any:
+    with of_processor(folder), quiet():
+        processor = auto.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    check_template(folder, processor)
+    return processor
 
 
 def load_judge(

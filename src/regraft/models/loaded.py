@@ -47,6 +47,17 @@ def describe_unused(folder: Path, loading: Mapping[str, Any]) -> str | None:
     )
 
 
+def require_finite(model: nn.Module, folder: Path) -> None:
+    """Raise where a weight is NaN or infinite, by its name: all that is made of it would be."""
+    for name, weight in model.named_parameters():
+        if weight.is_meta or not weight.numel() or not weight.is_floating_point():
+            continue
+        if weight.element_size() > 1 and not torch.stack(weight.aminmax()).isfinite().all():
+            raise RegraftError(
+                f"{folder}: the tensor {name} holds NaN or infinite numbers. Export it again."
+            )
+
+
 def check_weights(model: nn.Module, checkpoint: Checkpoint, architecture: Architecture) -> None:
     """Raise unless prunable weights are floats, and one of each kind in memory is that on disk.
 
@@ -92,20 +103,4 @@ def enough_memory(folder: Path) -> Iterator[None]:
             f"{folder}: there is not enough memory for its weights. Load them in fewer bytes with "
             "--dtype bfloat16 (in a recipe compute.dtype), and lower --batch-size "
             "(compute.batch_size), which takes memory too."
-        ) from error
-
-
-@contextmanager
-def unloadable(folder: Path) -> Iterator[None]:
-    """Whatever transformers raises of a checkpoint that it cannot load."""
-    try:
-        yield
-    except (RegraftError, MemoryError):
-        raise
-    except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or _CPU_MEMORY in str(error):
-            raise
-        reason = " ".join(str(error).split())
-        raise RegraftError(
-            f"{folder} cannot be loaded: {type(error).__name__}: {reason}"
         ) from error

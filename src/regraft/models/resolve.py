@@ -13,6 +13,7 @@ from typing import Any
 
 from regraft.data.storage import MODEL_ID
 from regraft.errors import RegraftError
+from regraft.models.foreign import check_settings
 
 _NOT_FROM_HUB = ["original/*", "consolidated*"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
@@ -77,15 +78,16 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
 
     if not (folder / "config.json").is_file():
         raise RegraftError(f"{folder} holds no config.json: it is not a model folder.")
+    check_settings(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:
         if "trust_remote_code" in str(error):
             raise RegraftError(
                 f"{folder} comes with Python code of its own. Read it and, if you trust it, run it "
                 "with --trust-remote-code."
             ) from error
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
         raise RegraftError(f"{folder / 'config.json'} cannot be used: {reason}") from error
 
 
@@ -154,7 +156,7 @@ def bad_config(folder: Path) -> Iterator[None]:
     """Whatever transformers makes of a config it cannot build a model from."""
     try:
         yield
-    except RegraftError:
+    except (RegraftError, MemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())

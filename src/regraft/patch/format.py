@@ -11,19 +11,23 @@ any other.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from regraft.artifact import read_artifact, write_artifact
+from regraft.artifact import read_artifact, require_finite, write_artifact
 from regraft.errors import RegraftError
+from regraft.parsing import EXACT, from_json
 
 FORMAT = "regraft-patch-1"
+_NONE = torch.empty(0, dtype=torch.int64)
 CHUNK = 2**20  # bytes handled at once: small enough for a processor's cache
 
 
@@ -200,6 +204,15 @@ def save_patch(path: Path, patch: Patch) -> None:
     write_artifact(path, FORMAT, {"about": patch.about, "tensors": layout}, tensors)
 
 
+@EXACT
+@dataclass(frozen=True)
+class _Layout:
+    """Of one tensor in a patch's header."""
+
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+    base: str
+
+
 def load_patch(path: Path) -> Patch:
     """Read and check a patch.
 
@@ -207,35 +220,43 @@ def load_patch(path: Path) -> Patch:
         RegraftError: the file is missing, truncated, not a patch, or inconsistent.
     """
     header, stored = read_artifact(path, FORMAT, "a patch")
+    layouts = from_json(dict[str, _Layout], header["tensors"], f"{path}: tensors in its header")
     try:
         tensors = {
             name: TensorPatch(
-                tuple(layout["shape"]),
-                stored[f"{name}.positions"].long(),
+                layout.shape,
+                _positions(path, f"{name}.positions", stored[f"{name}.positions"]),
                 stored[f"{name}.values"],
-                layout["base"],
+                layout.base,
                 _before(path, name, stored),
             )
-            for name, layout in header["tensors"].items()
+            for name, layout in layouts.items()
         }
-        about = header["about"]
     except KeyError as error:
         raise RegraftError(f"{path} is damaged: {error} is missing.") from error
+    require_finite(path, stored)
     for name, tensor in tensors.items():
-        size = torch.Size(tensor.shape).numel()
+        size = math.prod(tensor.shape)
         valid = tensor.positions.shape == tensor.values.shape and _ascending_below(
             size, tensor.positions
         )
         if not valid:
             raise RegraftError(f"{path}: the positions of {name} are not valid for its shape.")
-    return Patch(tensors, about, str(path))
+    return Patch(tensors, header["about"], str(path))
 
 
 def _before(path: Path, name: str, stored: Mapping[str, Tensor]) -> Tensor:
     """What the pruned tensor holds, from the few places where that is not plain 0. `[k]`"""
-    before = torch.zeros_like(stored[f"{name}.values"])
+    values = stored[f"{name}.values"]
+    if values.ndim != 1 or not values.is_floating_point():
+        raise RegraftError(
+            f"{path}: the tensor {name}.values is {values.dtype} {list(values.shape)}; expected a "
+            "list of weights."
+        )
+    before = torch.zeros_like(values)
     minus, removed = (
-        stored.get(f"{name}.{kind}", torch.empty(0)).long() for kind in ("minus", "removed")
+        _positions(path, f"{name}.{kind}", stored.get(f"{name}.{kind}", _NONE))
+        for kind in ("minus", "removed")
     )
     held = stored.get(f"{name}.removed_values", before[:0])
     if not (
@@ -248,6 +269,20 @@ def _before(path: Path, name: str, stored: Mapping[str, Tensor]) -> Tensor:
     before[minus] = -0.0
     before[removed] = held
     return before
+
+
+def _positions(path: Path, name: str, stored: Tensor) -> Tensor:
+    """Positions `[k]` as int64.
+
+    Raises:
+        RegraftError: they are no integers, or no vector.
+    """
+    if stored.dtype not in (torch.int32, torch.int64) or stored.ndim != 1:
+        raise RegraftError(
+            f"{path}: the tensor {name} is {stored.dtype} {list(stored.shape)}; expected a list of "
+            "positions (int32 or int64)."
+        )
+    return stored.long()
 
 
 def _ascending_below(size: int, positions: Tensor) -> bool:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from regraft import distributed
+from regraft.artifact import load_unfinished
 from regraft.data.collate import IGNORED
 from regraft.errors import RegraftError
 from regraft.files import disk_errors
@@ -118,7 +119,7 @@ def layer_gradients(
         with walk.model.layer(layer.index):
             for i, batch in enumerate(walk.batches):
                 path = _path(scratch, layer.index, i)
-                hidden = load_file(path)["hidden"].to(walk.model.device).requires_grad_()
+                hidden = load_unfinished(path)["hidden"].to(walk.model.device).requires_grad_()
                 with _added(linears, len(batch.ids), add, sums):
                     output = walk.replay(i, layer.index, hidden, gradient=True)
                     output.backward(gradients[i].to(output.device))

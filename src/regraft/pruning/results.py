@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from regraft.artifact import load_unfinished
 from regraft.files import atomic_file
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.checkpoint_copy import Edit
@@ -58,7 +59,7 @@ class LayerResults:
         """Read a layer's results, None where they were not written yet."""
         if not self.has(layer):
             return None
-        stored = load_file(self._path(layer))
+        stored = load_unfinished(self._path(layer))
         linears = {linear.key: linear for linear in layer.linears}
         return {key: _unpacked(value, linears[key]) for key, value in stored.items()}
 

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft import distributed
-from regraft.artifact import read_artifact, write_artifact
+from regraft.artifact import load_unfinished, read_artifact, require_finite, write_artifact
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.layerwise import LayerwisePass
+from regraft.parsing import EXACT, from_json
 from regraft.progress import Advance
 from regraft.pruning.base import NO_STATISTIC, PRUNERS, Note, Pruner
 from regraft.pruning.prune import each_layer, unreached
@@ -124,7 +125,7 @@ def gather(
                 with atomic_file(part(layer)) as temporary:
                     save_file(made, temporary)
         distributed.barrier()
-    return {key: value for layer in layers for key, value in load_file(part(layer)).items()}
+    return {key: value for layer in layers for key, value in load_unfinished(part(layer)).items()}
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,15 @@ def save_statistics(
     write_artifact(path, FORMAT, header, tensors)
 
 
+@EXACT
+@dataclass(frozen=True)
+class _Samples:
+    """Examples that were gathered on."""
+
+    safety: int
+    utility: int
+
+
 def load_statistics(path: Path) -> SavedStatistics:
     """Read what `save_statistics` wrote.
 
@@ -163,11 +173,15 @@ def load_statistics(path: Path) -> SavedStatistics:
         RegraftError: the file is missing or something else.
     """
     header, tensors = read_artifact(path, FORMAT, "importance statistics")
+    where = f"{path}: its header"
+    method = from_json(str, header["method"], f"{where}: method")
+    samples = from_json(_Samples, header["samples"], f"{where}: samples")
+    require_finite(path, tensors)
     safety, utility = (
         ImportanceStatistics(
-            header["method"],
+            method,
             {n.removeprefix(f"{k}."): t for n, t in tensors.items() if n.startswith(f"{k}.")},
-            header["samples"][k],
+            getattr(samples, k),
         )
         for k in ("safety", "utility")
     )

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import RESAMPLES, macro_average, wilson
 from regraft.evaluation.results import Estimate
+from regraft.parsing import read_yaml
 from regraft.settings.base import Settings, explain
 
 
@@ -188,14 +188,7 @@ def read_published(path: Path) -> Published:
     Raises:
         RegraftError: the file is missing, or a field is wrong; the message names each.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RegraftError(f"The published figures {path} do not exist.") from error
-    except OSError as error:
-        raise RegraftError(f"{path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RegraftError(f"{path} is not valid YAML: {error}") from error
+    content = read_yaml(path, "Published figures are needed.")
     try:
         return Published.model_validate(content)
     except ValidationError as error:

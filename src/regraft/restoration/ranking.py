@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.artifact import read_artifact, write_artifact
+from regraft.artifact import read_artifact, require_finite, write_artifact
 from regraft.errors import RegraftError
 from regraft.models.load import Source
 from regraft.models.places import at
@@ -276,11 +276,22 @@ def load_ranking(path: Path) -> Ranking:
         RegraftError: the file is missing, or something else.
     """
     header, stored = read_artifact(path, FORMAT, "a ranking of weights")
-    try:
-        linear, position, removed, score = (
-            stored[name] for name in ("linear", "position", "removed", "score")
-        )
-        about = header["about"]
-    except KeyError as error:
-        raise RegraftError(f"{path} is damaged: {error} is missing.") from error
-    return Ranking(linear.long(), position, removed, score, about, stored.get("values"))
+    about = header["about"]
+    values = stored.get("values")
+    for name, whole in {"linear": True, "position": True, "removed": True, "score": False}.items():
+        if name not in stored:
+            raise RegraftError(f"{path} is damaged: {name!r} is missing.")
+        one = stored[name]
+        if one.ndim != 1 or len(one) != len(stored["linear"]) or one.is_floating_point() == whole:
+            raise RegraftError(
+                f"{path}: the tensor {name} is {one.dtype} {list(one.shape)}; expected one number "
+                "a weight. Make the ranking again."
+            )
+    if values is not None and values.shape != stored["linear"].shape:
+        raise RegraftError(f"{path}: the tensor values has not one number a weight.")
+    require_finite(path, stored)
+    linear, position, removed = (stored[name].long() for name in ("linear", "position", "removed"))
+    least = ((linear, 0), (position, 0), (removed, KEPT))
+    if any((one < low).any() for one, low in least):
+        raise RegraftError(f"{path}: linear, position or removed hold numbers below 0.")
+    return Ranking(linear, position, removed, stored["score"], about, values)

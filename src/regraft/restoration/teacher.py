@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from regraft import distributed
+from regraft.artifact import load_unfinished
 from regraft.data.collate import response_batch
 from regraft.data.example import Example
 from regraft.files import atomic_file
@@ -164,7 +165,7 @@ def taught(
         model.network.to("meta")  # one model in memory at a time; the walks still hold this one
         model, _ = load_for_walk(context.pruned, compute, progress, processor_from=context.dense)
         walks = {kind: [walk.on(model) for walk in several] for kind, several in walks.items()}
-    return model, walks, {kind: DecisionLoss(load_file(path)) for kind, path in paths.items()}
+    return model, walks, {kind: DecisionLoss(load_unfinished(path)) for kind, path in paths.items()}
 
 
 def _write_teacher(walks: Walks, paths: Mapping[str, Path], progress: Progress) -> None:

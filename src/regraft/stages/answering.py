@@ -15,6 +15,7 @@ from torch import nn
 from regraft import distributed
 from regraft.data.collate import batches
 from regraft.data.example import Example, Reading
+from regraft.descriptions import described
 from regraft.errors import RegraftError
 from regraft.evaluation.degenerate import degeneration
 from regraft.evaluation.generate import generate
@@ -22,6 +23,8 @@ from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.files import write_text
 from regraft.loading import load
+from regraft.parsing import from_json, json_object, json_value
+from regraft.paths import read_text
 from regraft.provenance import describe, is_done, working
 from regraft.reading import (
     draw_calibration,
@@ -237,13 +240,14 @@ def _read(path: Path) -> tuple[dict[str, Any], tuple[Response, ...]]:
     Raises:
         RegraftError: the file holds something else.
     """
-    try:
-        # not splitlines: an answer may hold other line breaks, which JSON leaves as they are
-        first, *rows = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        about: dict[str, Any] = json.loads(first)["about"]
-        return about, tuple(Response(**json.loads(row)) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    # not splitlines: an answer may hold other line breaks, which JSON leaves as they are
+    first, *rows = read_text(path, "Responses are needed.").rstrip("\n").split("\n")
+    about = json_object(first, f"{path}, line 1").get("about")
+    if about is None:
         raise RegraftError(
-            f"{path} does not hold responses of regraft ({error}). Remove it or choose another "
-            "output."
-        ) from error
+            f"{path} does not hold responses of regraft (line 1 has no field 'about'). Remove it "
+            "or choose another output."
+        )
+    places = [(row, f"{path}, line {i}") for i, row in enumerate(rows, 2)]
+    found = tuple(from_json(Response, json_value(row, where), where) for row, where in places)
+    return described(about, f"{path}: about"), found

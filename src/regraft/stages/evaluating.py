@@ -10,6 +10,7 @@ from typing import Any
 from regraft import distributed
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
+from regraft.descriptions import described
 from regraft.errors import RegraftError
 from regraft.evaluation.perplexity import Nll, save_teacher
 from regraft.evaluation.results import (
@@ -111,14 +112,17 @@ def read_evaluation(folder: Path) -> Evaluation:
     """
     content = _read_results(folder)
     path = folder / "answers.jsonl"
-    result = result_from_json(content["result"], read_answers(path))
+    result = result_from_json(content["result"], read_answers(path), str(folder / "results.json"))
     if content["answers"] != file_digest(path):
         raise RegraftError(
             f"{path} does not hold the answers that {folder / 'results.json'} was made of: it was "
             "changed, cut short or copied from another evaluation. Put the right file there, or "
             "remove the folder and evaluate again."
         )
-    return Evaluation(result, {**content["about"], **content["sizes"]})
+    where = folder / "results.json"
+    return Evaluation(
+        result, described({**content["about"], **content["sizes"]}, f"{where}: about or sizes")
+    )
 
 
 def _read_results(folder: Path) -> dict[str, Any]:
@@ -127,8 +131,9 @@ def _read_results(folder: Path) -> dict[str, Any]:
         below = sorted(str(one.parent) for one in folder.glob("**/results.json"))[:5]
         there = f" Those in it: {', '.join(below)}." if below else ""
         raise RegraftError(f"{folder} is no evaluation: it holds no results.json.{there}")
-    content: dict[str, Any] = read_json(path)
+    content = read_json(path)
     needed = {"about", "sizes", "result", "answers"}
     if not isinstance(content, dict) or not needed <= content.keys():
         raise RegraftError(f"{path} holds no evaluation of regraft.")
-    return content
+    parts = {name: described(content[name], f"{path}: {name}") for name in ("about", "sizes")}
+    return {**content, **parts}

@@ -9,6 +9,7 @@ from typing import Any
 
 from regraft import distributed
 from regraft.data.collate import batches
+from regraft.descriptions import about_of
 from regraft.errors import RegraftError
 from regraft.evaluation.guard import Guard
 from regraft.evaluation.judges import Exchange, Judge, TextJudge, Verdict, find
@@ -100,7 +101,7 @@ class _Judging:
 
         `result` makes what else is written, from the judge's name and its verdicts.
         """
-        if not is_done(out, out, about, lambda: read_json(out)["about"]):
+        if not is_done(out, out, about, lambda: about_of(out)):
             with working(out, about) as work:
                 name, found = self.verdicts([*exchanges.values()], work)
                 by_id = {one: asdict(said) for one, said in zip(exchanges, found, strict=True)}
@@ -225,9 +226,11 @@ def opinions(folder: Path) -> tuple[tuple[Judged, tuple[Agreement, ...]], ...]:
     found = []
     for file in sorted((folder / VERDICTS).glob("*.json")):
         content = read_json(file)
+        if not isinstance(content, dict):
+            raise RegraftError(f"{file} holds no verdicts of `regraft judge`.")
         if "verdicts" not in content:  # what `agreement` wrote
             continue
-        if content["about"]["inputs"]["answers"] != judged_now:
+        if about_of(file)["inputs"]["answers"] != judged_now:
             raise RegraftError(
                 f"{file} judges other answers than {folder} holds now. Remove it, or judge "
                 "anew with `regraft judge`."

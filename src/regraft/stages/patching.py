@@ -9,6 +9,7 @@ from typing import Any
 
 from regraft import distributed
 from regraft.artifact import ABOUT_FILE
+from regraft.descriptions import described
 from regraft.errors import RegraftError
 from regraft.files import file_digest, read_json, to_json
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
@@ -153,5 +154,5 @@ def _write_new(
 
 def _past(folder: Path) -> Description | None:
     path = folder / ABOUT_FILE
-    past: Description | None = read_json(path) if path.exists() else None
+    past: Description | None = described(read_json(path), str(path)) if path.exists() else None
     return past

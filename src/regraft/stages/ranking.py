@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from regraft import distributed
 from regraft.checks import check_restorable
@@ -138,6 +141,14 @@ def require_made_of(ranking: Ranking, path: Path, dense: Source, pruned: Source)
             raise RegraftError(
                 f"{path} was made from another {role} checkpoint than {source.folder}."
             )
+    sizes = torch.tensor([math.prod(linear.shape) for linear in dense.architecture.linears])
+    inside = ranking.linear < len(sizes)
+    most = sizes[ranking.linear.clamp(max=len(sizes) - 1)]
+    inside &= (ranking.position < most) & (ranking.removed < most)
+    if not inside.all():
+        raise RegraftError(
+            f"{path} is damaged: {int((~inside).sum()):,} of its weights are not in the model."
+        )
 
 
 def _require_positions(settings: MethodSettings, ranking: Ranking, path: Path) -> None:

@@ -12,6 +12,7 @@ from regraft.data.sources import DataSource, of_split, read
 from regraft.errors import RegraftError
 from regraft.files import write_text
 from regraft.models.load import Source
+from regraft.paths import read_text
 from regraft.progress import Progress, Silent
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -107,7 +108,7 @@ def _image(example: Example, out: Path) -> str | None:
 
 
 def _write(out: Path, text: str) -> None:
-    if out.exists() and out.read_text(encoding="utf-8") != text:
+    if out.exists() and read_text(out) != text:
         raise _other(out)
     write_text(out, text)
 

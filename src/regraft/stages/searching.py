@@ -9,6 +9,7 @@ from pathlib import Path
 from regraft import distributed
 from regraft.data.example import Reading
 from regraft.data.sources import DataSource, of_split
+from regraft.descriptions import about_of
 from regraft.evaluation.tradeoff import (
     Bounds,
     Point,
@@ -18,7 +19,7 @@ from regraft.evaluation.tradeoff import (
     nearest,
     read_curve,
 )
-from regraft.files import file_digest, read_json, write_json
+from regraft.files import file_digest, write_json
 from regraft.models.load import Source, check_split
 from regraft.progress import Progress, Silent
 from regraft.provenance import describe, is_done
@@ -119,7 +120,7 @@ class Search:
         }
         about = describe("search", inputs, self.choice, self.compute, {"validation": self.check()})
         about["evaluation"] = self.evaluation.model_dump(mode="json")
-        if is_done(out, out, about, lambda: read_json(out)["about"]):
+        if is_done(out, out, about, lambda: about_of(out)):
             return read_curve(out)
         folder = points or out.with_suffix("")
         full, before = self.references(pruned, references or folder)

@@ -25,6 +25,7 @@ from regraft.restoration.base import Between, MethodSettings, Space, method_of, 
 from regraft.settings.searching import TuneSettings
 
 if TYPE_CHECKING:
+    from optuna import Study
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial, Trial
 
@@ -50,13 +51,24 @@ class Trials:
         self._optuna = optuna = require_optuna()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with exclusive(folder, "study"):
+            self._study = self._opened(folder / "study.db")
+
+    def _opened(self, file: Path) -> Study:
+        optuna = self._optuna
+        try:
             storage = optuna.storages.RDBStorage(
-                f"sqlite:///{(folder / 'study.db').absolute()}",
+                f"sqlite:///{file.absolute()}",
                 engine_kwargs={"connect_args": {"timeout": _PATIENCE}},
             )
-            self._study = optuna.create_study(
+            found: Study = optuna.create_study(
                 study_name="regraft", storage=storage, load_if_exists=True
             )
+        except Exception as error:  # of three packages that lie between
+            reason = str(error).partition("\n")[0]
+            raise RegraftError(
+                f"{file} is damaged, or no file of trials ({reason}). Choose another folder."
+            ) from error
+        return found
 
     @contextmanager
     def take(self, most: int) -> Iterator[Trial | None]:

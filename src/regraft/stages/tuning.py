@@ -32,10 +32,10 @@ from regraft.checks import check_r_max, check_restorable
 from regraft.data.example import Reading
 from regraft.data.suites import distinct
 from regraft.errors import RegraftError
-from regraft.evaluation.results import from_json
 from regraft.evaluation.tradeoff import Cost, Point, Tried, Tuned, best_first, choose, nearest
 from regraft.files import digest, write_json, write_text
 from regraft.models.load import Source, pick_device
+from regraft.parsing import from_json
 from regraft.patch.format import load_patch
 from regraft.patch.pair import check_pair
 from regraft.progress import Silent

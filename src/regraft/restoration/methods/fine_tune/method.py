@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft import distributed
+from regraft.artifact import load_unfinished
 from regraft.data.example import Example, Reading
 from regraft.errors import RegraftError
 from regraft.files import atomic_file
@@ -156,7 +157,7 @@ def _trained(
     optimizer = SparseAdam(weights, positions, settings.learning_rate)
     losses, path = list[float](), context.work / "so-far.safetensors"
     if distributed.decided(path.exists):
-        state = load_file(path)
+        state = load_unfinished(path)
         optimizer.load(state)
         losses = state["losses"].tolist()
     own = sum(samples_of(walk) for several in walks.values() for walk in several)

@@ -1,0 +1,151 @@
+"""Files of a model that transformers reads: checked before, and named where it stumbles over them.
+
+transformers and tokenizers raise whatever comes of a file that is wrong, or build what it says
+however large that is. So settings are looked at first, and every error of theirs is told with the
+folder and the files.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from regraft.errors import RegraftError
+from regraft.parsing import read_json, shown
+from regraft.paths import require_file
+
+_SETTINGS = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json"),
+    *("preprocessor_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("video_preprocessor_config.json", "chat_template.json"),
+)
+_TEXT = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_COUNTED = re.compile(r"(layers?|depths?|blocks|stages|experts|num_labels)$")
+_MOST = 4096  # layers, experts or labels, each of which is an object when a model is built
+_PATIENCE = 10.0  # seconds for a chat template
+
+
+def check_settings(folder: Path) -> None:
+    """Look at the settings of a model before transformers builds what they say.
+
+    Raises:
+        RegraftError: a file is no ordinary one, or no JSON object, a number of layers, experts or labels is beyond any
+            model, or the id of a token is none; it names file and field.
+    """
+    for name in (*_TEXT, *_SETTINGS):
+        path = folder / name
+        if not (path.exists() or path.is_symlink()):
+            continue
+        require_file(path)  # to open a pipe may never end
+        if name in _TEXT:
+            continue
+        content = read_json(path, lenient=True)
+        if not isinstance(content, dict):
+            raise RegraftError(f"{path}: expected a JSON object, found {shown(content)}.")
+        if name == "config.json":
+            _require_countable(path, content)
+        if name == "generation_config.json":
+            _require_ids(path, content)
+        length = content.get("model_max_length")
+        if name == "tokenizer_config.json" and not isinstance(length, int | float | type(None)):
+            raise RegraftError(f"{path}: model_max_length is {shown(length)}; expected a number.")
+
+
+def _require_countable(path: Path, content: Any, field: str = "") -> None:
+    if isinstance(content, dict):
+        for name, inner in content.items():
+            _require_countable(path, inner, f"{field}.{name}" if field else name)
+    elif isinstance(content, list):
+        for inner in content:
+            _require_countable(path, inner, field)
+    elif isinstance(content, int | float) and _COUNTED.search(field) and content > _MOST:
+        raise RegraftError(f"{path}: {field} is {shown(content)}; expected {_MOST:,} at most.")
+
+
+def _require_ids(path: Path, content: dict[str, Any]) -> None:
+    for name in _IDS:
+        value = content.get(name)
+        ids = value if isinstance(value, list) else [value]
+        for one in ids:
+            if one is not None and not (type(one) is int and -(2**31) <= one < 2**31):
+                raise RegraftError(
+                    f"{path}: {name} is {shown(value)}; expected the id of a token, or several."
+                )
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an error is a panic of tokenizers or safetensors, which is no `Exception`."""
+    return type(error).__name__ == "PanicException"
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether memory was too small, which is no fault of a file."""
+    small = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return small or isinstance(error, MemoryError)
+
+
+@contextmanager
+def foreign(folder: Path, what: str, advice: str) -> Iterator[None]:
+    """Turn whatever others raise while they read a model's folder into a clear error.
+
+    Args:
+        folder: The model.
+        what: What is made of it, for the message.
+        advice: What to do.
+
+    Raises:
+        RegraftError: in place of any error, but for too little memory.
+    """
+    try:
+        yield
+    except BaseException as error:
+        ours = isinstance(error, RegraftError) or is_memory(error)
+        if ours or not (isinstance(error, Exception) or is_panic(error)):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise RegraftError(f"{folder}: {what} could not be loaded ({reason}). {advice}") from error
+
+
+@contextmanager
+def of_processor(folder: Path) -> Iterator[None]:
+    """`foreign`, for tokenizer and processor: their files are named, the broken one if it is found.
+
+    Raises:
+        RegraftError: see `foreign`.
+    """
+    there = [name for name in (*_TEXT, *_SETTINGS[2:]) if (folder / name).is_file()]
+    advice = (
+        f"It is made of {', '.join(there)}. If one is damaged or missing, copy tokenizer and "
+        "processor files of the base model there."
+    )
+    with foreign(folder, "the processor", advice if there else advice.partition(". ")[2]):
+        yield
+
+
+def check_template(folder: Path, processor: Any) -> None:
+    """Render a chat of one word, and wait for it no longer than anybody would.
+
+    What else is wrong with a template is said where a prompt is rendered.
+
+    Raises:
+        RegraftError: it does not end.
+    """
+    asked = [{"role": "user", "content": "Hello"}]
+
+    def render() -> None:
+        with suppress(Exception):
+            processor.apply_chat_template(asked, tokenize=False)
+
+    thread = threading.Thread(target=render, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    if thread.is_alive():
+        raise RegraftError(
+            f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) has "
+            f"not rendered one word in {_PATIENCE:.0f} seconds. Take that of the base model."
+        )

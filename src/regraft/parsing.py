@@ -1,0 +1,253 @@
+"""Files that others wrote, read so that nothing but a checked value or a `RegraftError` comes out.
+
+Every reader of text, JSON and YAML goes through here. A value has at most `MOST_DEPTH` levels,
+integers of 64 bits, finite numbers, text that is valid Unicode (no lone surrogates) and no name
+twice in one object, so that whatever is made of it can be written again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from regraft.errors import RegraftError
+from regraft.paths import SURROGATE, read_text
+
+MOST_DEPTH = 64
+_MOST_YAML = 2**20  # characters; PyYAML reads about half a million a second
+_MOST_NODES = 50_000  # of YAML, an alias counting as all that it stands for
+_SHOWN = 60  # characters of a wrong value in a message
+EXACT = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))  # how `from_json` reads
+Read = TypeVar("Read")
+
+
+class _RefusedError(ValueError):
+    """What is wrong in a text, without the name of its file."""
+
+
+def read_json(path: Path, *, lenient: bool = False) -> Any:
+    """Read JSON; see `json_value`.
+
+    Raises:
+        RegraftError: see `read_text` and `json_value`.
+    """
+    return json_value(read_text(path, "A JSON file is needed."), str(path), lenient=lenient)
+
+
+def json_value(text: str | bytes, where: str, *, lenient: bool = False) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: The JSON.
+        where: What it is of, for errors.
+        lenient: Take numbers of any size and names that are there twice, of which the last counts,
+            as other programs' settings have them.
+
+    Raises:
+        RegraftError: it is not valid JSON, or not within the bounds of this module.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        found = json.loads(text, object_pairs_hook=None if lenient else _object)
+        _check(found, strict=not lenient)
+    except RecursionError as error:
+        raise RegraftError(f"{where} is not valid JSON: it is nested too deeply.") from error
+    except _RefusedError as error:
+        raise RegraftError(f"{where}: {error}") from error
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, integers too long to read
+        raise RegraftError(f"{where} is not valid JSON: {error}") from error
+    return found
+
+
+def json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """The value of a JSON text that must be an object; see `json_value`."""
+    found = json_value(text, where)
+    if not isinstance(found, dict):
+        raise RegraftError(f"{where}: expected a JSON object, found {shown(found)}.")
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _RefusedError(f"the field {shown(twice)} is there twice.")
+    return found
+
+
+def _check(value: Any, *, strict: bool = True) -> None:
+    """Raise `_RefusedError` where a value of JSON or YAML is not what this module promises."""
+    todo: list[tuple[Any, tuple[Any, ...], int]] = [(value, (), 0)]
+    while todo:
+        one, place, depth = todo.pop()
+        problem = _problem(one, strict)
+        if depth > MOST_DEPTH:
+            problem = f"is nested more than {MOST_DEPTH} levels deep"
+        if problem:
+            raise _RefusedError(
+                f"the field {_field(place)} {problem}." if place else f"its value {problem}."
+            )
+        if isinstance(one, dict):
+            for name, inner in one.items():
+                if isinstance(name, str) and ("\0" in name or SURROGATE.search(name)):
+                    raise _RefusedError(
+                        f"the name {name!r} of a field holds a NUL or half a character."
+                    )
+                todo.append((inner, (place, name), depth + 1))
+        elif isinstance(one, list):
+            todo += [(inner, (place, i), depth + 1) for i, inner in enumerate(one)]
+
+
+def _problem(value: Any, strict: bool) -> str:
+    """What is wrong with one value, "" where nothing is."""
+    if isinstance(value, str) and not value.isascii() and SURROGATE.search(value):
+        return "holds half a character (a lone surrogate, such as \\ud83d), which is no valid text"
+    if strict and isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return "is an integer of more than 64 bits"
+    if strict and isinstance(value, float) and not math.isfinite(value):
+        return f"is {value}; a finite number is needed"
+    return ""
+
+
+def _field(place: tuple[Any, ...]) -> str:
+    """The names of a place, from outside in, as in "rows.3.asr"."""
+    names: list[str] = []
+    while place:
+        place, name = place
+        names.append(str(name))
+    return shown(".".join(reversed(names)))
+
+
+def shown(value: object) -> str:
+    """A wrong value for a message, cut to a line."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without base-60 numbers, so that `n_m: 2:4` is the text that it looks like.
+
+    A key that is there twice is an error; YAML takes the last.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        found = super().construct_mapping(node, deep)
+        for key in found:
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the name {key!r} is not text; put it in quotes", node.start_mark
+                )
+        return found
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, re.compile(r"[-+]?(0|[1-9][0-9_]*)$") if tag.endswith(":int") else pattern)
+        for tag, pattern in resolvers
+        if not tag.endswith((":timestamp", ":value"))  # dates are text
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Read YAML, plain values alone; None where all is comments.
+
+    Args:
+        path: The file.
+        what: What it should be, a sentence for the message.
+
+    Raises:
+        RegraftError: see `read_text`; it is not valid YAML, or not within this module's bounds.
+    """
+    text = read_text(path, what)
+    if not text.strip():
+        raise RegraftError(f"{path} is empty; expected settings, each a name and a value.")
+    if len(text) > _MOST_YAML:
+        raise RegraftError(f"{path} is larger than any such file ({len(text):,} characters).")
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _measure(node, {}, set())
+        found = loader.construct_document(node)
+        _check(found)
+    except RecursionError as error:
+        raise RegraftError(f"{path} is not valid YAML: it is nested too deeply.") from error
+    except _RefusedError as error:
+        raise RegraftError(f"{path}: {error}") from error
+    except Exception as error:  # values of PyYAML's tags raise all kinds: `!!bool x` a KeyError
+        reason = str(error) if isinstance(error, yaml.YAMLError) else repr(error)
+        raise RegraftError(f"{path} is not valid YAML: {reason}") from error
+    return found
+
+
+def _measure(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
+    """How many nodes there are in all with every alias written out."""
+    if id(node) in above:
+        raise _RefusedError("an alias (*name) stands inside what it is the name of.")
+    if id(node) in sizes:
+        return sizes[id(node)]
+    inside: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        inside = node.value
+    elif isinstance(node, yaml.MappingNode):
+        inside = [one for pair in node.value for one in pair]
+    size = 1 + sum(_measure(one, sizes, {*above, id(node)}) for one in inside)
+    if size > _MOST_NODES:
+        raise _RefusedError(f"it has more than {_MOST_NODES:,} values, aliases written out.")
+    sizes[id(node)] = size
+    return size
+
+
+def from_json(kind: type[Read], value: Any, where: str) -> Read:
+    """A dataclass from JSON values, each checked against its type; `where` names it in errors.
+
+    Raises:
+        RegraftError: a field is missing, unknown or of the wrong type, by name.
+    """
+    try:
+        found: Read = _adapter(cast(Any, kind)).validate_json(json.dumps(value), strict=True)
+        return found
+    except ValidationError as error:
+        raise RegraftError(f"{where}: {_first_problem(error)}") from error
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    *above, name = map(str, first["loc"]) if first["loc"] else [""]
+    inside = "".join(f"{one}." for one in above).rstrip(".")
+    if first["type"] == "dataclass_type":
+        found = f"expected a JSON object, found {type(first['input']).__name__}."
+        return f"{name}: {found}" if name else found
+    field = f"{inside}: field {name!r}" if inside else f"field {name!r}"
+    if first["type"] == "missing":
+        return f"{field} is missing."
+    if first["type"] == "unexpected_keyword_argument":
+        return f"unknown {field}."
+    wrong = first["msg"].replace("Input should be", "expected")
+    return f"{field} is {shown(first['input'])}; {wrong}."

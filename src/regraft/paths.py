@@ -1,0 +1,109 @@
+"""What lies at a path: whether it can be read, its text, and whether it stays where it belongs."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from regraft.errors import RegraftError
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+_MOST_NAME = 255  # bytes of a file's name on nearly every file system
+
+
+@contextmanager
+def unreadable(path: Path, what: str = "") -> Iterator[None]:
+    """Turn what the operating system says of a path that cannot be read into a clear error.
+
+    Args:
+        path: The file.
+        what: What it should be, a sentence for the message.
+
+    Raises:
+        RegraftError: it is missing, a folder, not readable, or its name is none.
+    """
+    more = f" {what}" if what else ""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise RegraftError(f"{path} does not exist.{more}") from error
+    except IsADirectoryError as error:
+        raise RegraftError(f"{path} is a folder; a file is needed.{more}") from error
+    except NotADirectoryError as error:
+        file = next((above for above in path.parents if above.is_file()), path.parent)
+        raise RegraftError(
+            f"{path} does not exist: {file} is a file; a folder that holds "
+            f"{path.relative_to(file)} is needed.{more}"
+        ) from error
+    except OSError as error:
+        raise RegraftError(f"{path} cannot be read: {error.strerror or error}.{more}") from error
+
+
+def require_file(path: Path, what: str = "") -> int:
+    """The size of an ordinary file in bytes.
+
+    Raises:
+        RegraftError: see `unreadable`; it is a device, a pipe or a socket, reading which may never
+            end.
+    """
+    with unreadable(path, what):
+        about = path.stat()
+        if stat.S_ISDIR(about.st_mode):
+            raise IsADirectoryError
+    if not stat.S_ISREG(about.st_mode):
+        raise RegraftError(f"{path} is a device, a pipe or a socket; a file is needed. {what}")
+    return about.st_size
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; a name that no file can have is that of none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # longer than 255 bytes; a NUL
+        return False
+
+
+def read_text(path: Path, what: str = "") -> str:
+    """A file's text, UTF-8 with or without a byte order mark, line breaks as they are.
+
+    Raises:
+        RegraftError: see `require_file`; it is not UTF-8.
+    """
+    require_file(path, what)
+    with unreadable(path, what):
+        content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RegraftError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+
+
+def is_text(value: str) -> bool:
+    """Whether text is whole Unicode, without half of a pair of surrogates."""
+    return not SURROGATE.search(value)
+
+
+def is_name(name: str) -> bool:
+    """Whether this can be the name of a file in a folder: one part of a path, of 255 bytes."""
+    return (
+        name not in ("", ".", "..")
+        and not re.search(r"[/\\\0\ud800-\udfff]", name)
+        and len(os.fsencode(name)) <= _MOST_NAME
+    )
+
+
+def within(path: Path, folder: Path) -> bool:
+    """Whether a path lies in a folder with all links followed.
+
+    The hub's cache is one place: its snapshots are links to the blobs beside them.
+    """
+    real, root = (Path(os.path.realpath(one)) for one in (path, folder))
+    if real.is_relative_to(root):
+        return True
+    parts = root.parts
+    places = [i for i, part in enumerate(parts) if part == "snapshots" and i and parts[i + 1 :]]
+    return any(real.is_relative_to(Path(*parts[:i], "blobs")) for i in places)
