@@ -122,22 +122,29 @@ def _glm_moe() -> Parts:
     )
 
 
+_LLAMA4: dict[str, Any] = {
+    "head_dim": 16,
+    "intermediate_size": 24,
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 16,
+    "no_rope_layers": [1, 1, 1, 0],
+}
+
+
+def _llama4_text() -> Parts:
+    """Every second layer of experts, chunked attention, one layer without rotary positions."""
+    return _text_only(T.Llama4ForCausalLM, T.Llama4TextConfig, **_LLAMA4)
+
+
 def _llama4() -> Parts:
-    """Llama 4: every second layer of experts, chunked attention with one layer without rotation."""
+    """The same behind its vision tower, whose forward fails in transformers 5.24."""
     more = ("<|image_start|>", "<|image_end|>", "<|patch|>")
     separators = ("<|tile_x_separator|>", "<|tile_y_separator|>")
     tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", more=(*more, *separators))
-    text = text_config(
-        tokenizer,
-        head_dim=16,
-        intermediate_size=24,
-        intermediate_size_mlp=96,
-        num_local_experts=4,
-        num_experts_per_tok=1,
-        interleave_moe_layer_step=2,
-        attention_chunk_size=16,
-        no_rope_layers=[1, 1, 1, 0],
-    )
+    text = text_config(tokenizer, **_LLAMA4)
     vision = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -214,11 +221,37 @@ def _lfm2() -> Parts:
     )
 
 
+def _text_only(model_class: Any, config_class: Any, **settings: Any) -> Parts:
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>")
+    tokenizer.chat_template = chatml("")
+    return Parts(model_class, config_class(**text_config(tokenizer, **settings)), tokenizer)
+
+
+def _gemma_text(kind: str) -> Parts:
+    """Inputs of each layer; the last two layers read keys and values of those before them."""
+    settings: dict[str, Any] = {
+        "head_dim": 16,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 500,
+    }
+    if kind == "gemma3n":
+        own = {"laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]}
+        return _text_only(T.Gemma3nForCausalLM, T.Gemma3nTextConfig, **settings, **own)
+    return _text_only(T.Gemma4ForCausalLM, T.Gemma4TextConfig, **settings, global_head_dim=32)
+
+
 VLM: dict[str, Callable[[], Parts]] = {
     "qwen3_5": partial(_qwen_with_vision, "qwen3_5"),
     "qwen3_vl_moe": partial(_qwen_with_vision, "qwen3_vl_moe"),
     "lfm2_vl": _lfm2,
     "glm4v_moe": _glm_moe,
-    "llama4": _llama4,
 }
-LLM: dict[str, Callable[[], Parts]] = {}
+LLM: dict[str, Callable[[], Parts]] = {
+    "llama4_text": _llama4_text,
+    "gemma3n_text": partial(_gemma_text, "gemma3n"),
+    "gemma4_text": partial(_gemma_text, "gemma4"),
+}
+DESCRIBED: dict[str, Callable[[], Parts]] = {"llama4": _llama4}

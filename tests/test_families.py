@@ -33,9 +33,11 @@ from regraft.pruning.statistics import gather
 from test_pico import tokenized
 from test_replay import assert_same, manually_ablated
 
+# The processor of GLM-4.5V hands a tensor to NumPy
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 VLM = tuple(pico_today.VLM)
 TODAY = VLM + tuple(pico_today.LLM)
-WITH_HEADS = ("qwen3_5", "qwen3_vl_moe")
+WITH_HEADS = ("qwen3_5", "qwen3_vl_moe", "glm4v_moe", "llama4_text")
 METHODS = ("wanda", "sparsegpt", "snip")
 
 
@@ -89,7 +91,10 @@ def test_every_part_of_the_decoder_runs_again(today, pico_dir, tmp_path):
         walk = truth.walk(model, [batch])
         with truth.unchanged(model):
             for layer in architecture.layers:
-                assert_same(walk.states[0], expected.entering[layer.index], real, f"{layer.index}")
+                found, wanted = walk.states[0], expected.entering[layer.index]
+                if found.ndim == 4:  # Gemma 3n's four streams
+                    found, wanted = found.movedim(0, 2), wanted.movedim(0, 2)
+                assert_same(found, wanted, real, f"{layer.index}")
                 walk.advance(layer.index, lambda _: None)
         assert_same(walk.states[0], expected.final, real, "final")
 

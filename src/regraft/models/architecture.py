@@ -142,7 +142,12 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights that can be pruned, for safetensors
 HEAD_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
-ROUTERS = ("router", "gate", "shared_expert_gate")  # choose experts or weigh them; never pruned
+ROUTERS = (
+    "router",
+    "gate",
+    "shared_expert_gate",
+    "modality_router",
+)  # choose experts or weigh them; never pruned
 
 
 def head_block(layer: LayerArchitecture, linear: LinearArchitecture, head: int) -> Block | None:

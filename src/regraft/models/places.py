@@ -38,7 +38,7 @@ class Place:
         return self.first + positions // columns * self.row + positions % columns * self.column
 
     def inside(self, positions: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(which flat positions of the tensor are inside, `[n]` bool; where in the matrix, `[k]`)."""
+        """(which flat positions of the tensor it holds, `[n]` bool; where in it, `[k]`)."""
         rest = positions - self.first
         far, near = max(self.row, self.column), min(self.row, self.column)
         major, minor = rest // far, rest % far // near
