@@ -243,6 +243,27 @@ def _gemma_text(kind: str) -> Parts:
     return _text_only(T.Gemma4ForCausalLM, T.Gemma4TextConfig, **settings, global_head_dim=32)
 
 
+def _molmo2() -> Parts:
+    """Stored under the names of its authors: q, k and v in one tensor, up and gate in another."""
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>")
+    tower = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    text = text_config(tokenizer, head_dim=16, additional_vocab_size=8)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    return Parts(
+        T.Molmo2ForConditionalGeneration,
+        T.Molmo2Config(
+            text_config=text,
+            vision_config=tower
+            | {"intermediate_size": 48, "num_hidden_layers": 2, "image_size": [28, 28]}
+            | {"num_position_embeddings": 4},
+            adapter_config=tower
+            | {"intermediate_size": 48, "text_hidden_size": 64, "vision_feature_layer": [0, 1]},
+            image_patch_id=image,
+        ),
+        tokenizer,
+    )
+
+
 VLM: dict[str, Callable[[], Parts]] = {
     "qwen3_5": partial(_qwen_with_vision, "qwen3_5"),
     "qwen3_vl_moe": partial(_qwen_with_vision, "qwen3_vl_moe"),
@@ -253,5 +274,21 @@ LLM: dict[str, Callable[[], Parts]] = {
     "llama4_text": _llama4_text,
     "gemma3n_text": partial(_gemma_text, "gemma3n"),
     "gemma4_text": partial(_gemma_text, "gemma4"),
+    "phi3": lambda: _text_only(T.Phi3ForCausalLM, T.Phi3Config),
+    "qwen3_next": lambda: _text_only(
+        T.Qwen3NextForCausalLM,
+        T.Qwen3NextConfig,
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+    ),
 }
-DESCRIBED: dict[str, Callable[[], Parts]] = {"llama4": _llama4}
+DESCRIBED: dict[str, Callable[[], Parts]] = {"llama4": _llama4, "molmo2": _molmo2}
+"""Only read and written, never run."""

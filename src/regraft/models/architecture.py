@@ -9,6 +9,7 @@ projector, embeddings and head are never pruned.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -118,6 +119,15 @@ class Architecture:
     def prunable(self) -> int:
         """Number of prunable weights."""
         return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
+
+    @property
+    def left_dense(self) -> list[str]:
+        """What decoder layers have beside prunable weights, by name in a layer: routers, kernels."""
+        first = next(self.linears)
+        decoder = re.escape(f"{first.module}.".partition(f"layers.{first.layer}.")[0])
+        pattern = re.compile(rf"{decoder}layers\.\d+\.(.+)")
+        matches = (pattern.fullmatch(name) for name, shape in self.others if len(shape) > 1)
+        return list(dict.fromkeys(match[1] for match in matches if match))
 
     @property
     def headless(self) -> str:

@@ -42,7 +42,8 @@ class Place:
         rest = positions - self.first
         far, near = max(self.row, self.column), min(self.row, self.column)
         major, minor = rest // far, rest % far // near
-        row, column = (major, minor) if self.row == far else (minor, major)
+        by_row = self.row > self.column or (self.row == self.column and shape[1] == 1)
+        row, column = (major, minor) if by_row else (minor, major)
         found = (rest >= 0) & (rest % far % near == 0) & (row < shape[0]) & (column < shape[1])
         return found, (row * shape[1] + column)[found]
 
