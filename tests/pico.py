@@ -516,7 +516,8 @@ PAPER_FAMILIES = (
 def _parts(name: str) -> Parts:
     import pico_today  # which builds upon this module
 
-    return (_VLM | _LLM | pico_today.VLM | pico_today.LLM)[name]()
+    more = pico_today.VLM | pico_today.LLM | pico_today.DESCRIBED
+    return (_VLM | _LLM | more)[name]()
 
 
 def sees(name: str) -> bool:
@@ -541,6 +542,8 @@ def build(name: str, seed: int = 0) -> tuple[Any, Any]:
         torch.manual_seed(seed)
         model = parts.model_class(parts.config).eval()
         _randomise_constants(model.named_parameters())
+        if name.startswith("gemma3n"):  # whose norms of zero vectors have no gradient
+            model.get_input_embeddings().weight.data[model.config.pad_token_id].normal_(0, 0.1)
     return model, parts.processor
 
 

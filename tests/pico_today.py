@@ -122,22 +122,29 @@ def _glm_moe() -> Parts:
     )
 
 
+_LLAMA4: dict[str, Any] = {
+    "head_dim": 16,
+    "intermediate_size": 24,
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 16,
+    "no_rope_layers": [1, 1, 1, 0],
+}
+
+
+def _llama4_text() -> Parts:
+    """Every second layer of experts, chunked attention, one layer without rotary positions."""
+    return _text_only(T.Llama4ForCausalLM, T.Llama4TextConfig, **_LLAMA4)
+
+
 def _llama4() -> Parts:
-    """Llama 4: every second layer of experts, chunked attention with one layer without rotation."""
+    """The same behind its vision tower, whose forward fails in transformers 5.24."""
     more = ("<|image_start|>", "<|image_end|>", "<|patch|>")
     separators = ("<|tile_x_separator|>", "<|tile_y_separator|>")
     tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", more=(*more, *separators))
-    text = text_config(
-        tokenizer,
-        head_dim=16,
-        intermediate_size=24,
-        intermediate_size_mlp=96,
-        num_local_experts=4,
-        num_experts_per_tok=1,
-        interleave_moe_layer_step=2,
-        attention_chunk_size=16,
-        no_rope_layers=[1, 1, 1, 0],
-    )
+    text = text_config(tokenizer, **_LLAMA4)
     vision = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -214,11 +221,74 @@ def _lfm2() -> Parts:
     )
 
 
+def _text_only(model_class: Any, config_class: Any, **settings: Any) -> Parts:
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>")
+    tokenizer.chat_template = chatml("")
+    return Parts(model_class, config_class(**text_config(tokenizer, **settings)), tokenizer)
+
+
+def _gemma_text(kind: str) -> Parts:
+    """Inputs of each layer; the last two layers read keys and values of those before them."""
+    settings: dict[str, Any] = {
+        "head_dim": 16,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 500,
+    }
+    if kind == "gemma3n":
+        own = {"laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]}
+        return _text_only(T.Gemma3nForCausalLM, T.Gemma3nTextConfig, **settings, **own)
+    return _text_only(T.Gemma4ForCausalLM, T.Gemma4TextConfig, **settings, global_head_dim=32)
+
+
+def _molmo2() -> Parts:
+    """Stored under the names of its authors: q, k and v in one tensor, up and gate in another."""
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>")
+    tower = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    text = text_config(tokenizer, head_dim=16, additional_vocab_size=8)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    return Parts(
+        T.Molmo2ForConditionalGeneration,
+        T.Molmo2Config(
+            text_config=text,
+            vision_config=tower
+            | {"intermediate_size": 48, "num_hidden_layers": 2, "image_size": [28, 28]}
+            | {"num_position_embeddings": 4},
+            adapter_config=tower
+            | {"intermediate_size": 48, "text_hidden_size": 64, "vision_feature_layer": [0, 1]},
+            image_patch_id=image,
+        ),
+        tokenizer,
+    )
+
+
 VLM: dict[str, Callable[[], Parts]] = {
     "qwen3_5": partial(_qwen_with_vision, "qwen3_5"),
     "qwen3_vl_moe": partial(_qwen_with_vision, "qwen3_vl_moe"),
     "lfm2_vl": _lfm2,
     "glm4v_moe": _glm_moe,
-    "llama4": _llama4,
 }
-LLM: dict[str, Callable[[], Parts]] = {}
+LLM: dict[str, Callable[[], Parts]] = {
+    "llama4_text": _llama4_text,
+    "gemma3n_text": partial(_gemma_text, "gemma3n"),
+    "gemma4_text": partial(_gemma_text, "gemma4"),
+    "phi3": lambda: _text_only(T.Phi3ForCausalLM, T.Phi3Config),
+    "qwen3_next": lambda: _text_only(
+        T.Qwen3NextForCausalLM,
+        T.Qwen3NextConfig,
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+    ),
+}
+DESCRIBED: dict[str, Callable[[], Parts]] = {"llama4": _llama4, "molmo2": _molmo2}
+"""Only read and written, never run."""

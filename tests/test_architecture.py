@@ -354,16 +354,29 @@ def qwen3_next():
         (bert, "BertLMHeadModel has no text decoder with layers"),
         (clip, "is a clip model: neither a vision-language model nor a causal language model"),
         (gpt2, "GPT2LMHeadModel has no text decoder with layers"),
-        (phi3, "Layer 0 of Phi3ForCausalLM has no q_proj; regraft needs separate"),
-        (opt, "Layer 0 of OPTForCausalLM has no o_proj; regraft needs separate"),
-        (mixtral, "Layer 0 holds .*experts.* mixtures of experts are not supported yet"),
-        (qwen3_moe, "Layer 0 holds .*experts.* mixtures of experts are not supported yet"),
-        (qwen3_next, r"Layer 0: Qwen3NextAttention .*'q_proj': \[64, 32\].* not heads of 16 feat"),
     ],
 )
 def test_unsuitable_model_is_refused_in_words(build, message, tmp_path):
     with pytest.raises(RegraftError, match=message):
         open_source(saved(build(), tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("build", "heads", "why", "linears"),
+    [
+        (phi3, 0, "layers 0-1: Phi3Attention has no q_proj of its own", 2 * 4),
+        (opt, 0, "layers 0: OPTAttention has no o_proj of its own", 6),
+        (mixtral, 2, "", 2 * (4 + 2 * 3)),
+        (qwen3_moe, 2, "", 2 * (4 + 4 * 3)),
+        (qwen3_next, 2, "", 2 * 7),  # each query with its gate
+    ],
+)
+def test_linears_are_found_whatever_heads_there_are(build, heads, why, linears, tmp_path):
+    architecture = open_source(saved(build(), tmp_path / "model")).architecture
+    assert {layer.heads for layer in architecture.layers} == {heads}
+    assert architecture.headless == why
+    assert len(list(architecture.linears)) == linears
+    assert all("router" not in li.key and li.role != "gate" for li in architecture.linears)
 
 
 # The same network?

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 import truth
 from methods import method, restored
+from regraft.models.load import open_source
 from regraft.patch.format import Patch, TensorPatch
 from regraft.patch.groups import Grouping, common_grouping, grouping_of, violated_groups
 from regraft.pruning.masks import Pattern
@@ -86,6 +87,7 @@ def test_violated_groups_equal_loops(pico_dir, tmp_path: Path) -> None:
         for li in source.architecture.linears
     }
     pruned = write_edited(source.checkpoint, tmp_path / "pruned", edits)
+    pruned_source = open_source(tmp_path / "pruned")
     generator = torch.Generator().manual_seed(1)
     tensors, expected = {}, 0
     for linear in list(source.architecture.linears)[:5]:
@@ -98,8 +100,8 @@ def test_violated_groups_equal_loops(pico_dir, tmp_path: Path) -> None:
             int(np.count_nonzero(group)) > 2 for group in patched.reshape(-1, 4).numpy()
         )
     assert expected > 5
-    assert violated_groups(pruned, Patch(tensors, {}), 2, 4) == expected
-    assert violated_groups(pruned, Patch(tensors, {}), 1, 4) == 0, "none has that pattern"
+    assert violated_groups(pruned_source, Patch(tensors, {}), 2, 4) == expected
+    assert violated_groups(pruned_source, Patch(tensors, {}), 1, 4) == 0, "none has that pattern"
 
 
 def test_realign_tells_of_violated_groups(pico_dir, tmp_path: Path) -> None:

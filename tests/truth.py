@@ -155,7 +155,7 @@ AttentionMaskInterface.register("truth", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 @contextmanager
 def ablated(model: nn.Module, layer: int, head: int, target: str, eps: float) -> Iterator[None]:
     """Inside the block the text decoder runs with one query head's q, k, v or all scaled by eps."""
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     block = decoder.layers[layer]
     before = decoder.config._attn_implementation
     module = block.self_attn if hasattr(block, "self_attn") else block.cross_attn

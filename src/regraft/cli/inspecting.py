@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -60,11 +61,13 @@ def inspect(
             f"{first}" if first == last else f"{first}-{last}",
             layer.attention,
             *(str(one or "-") for one in (layer.heads, layer.kv_heads, layer.head_dim)),
-            ", ".join(f"{li.role} {li.shape[0]}x{li.shape[1]}" for li in layer.linears),
+            ", ".join(_linears(layer)),
         )
     console.print(layers)
     if architecture.headless:
         console.print(f"no heads to score: {architecture.headless}", highlight=False)
+    if architecture.left_dense:
+        console.print(f"never pruned: {', '.join(architecture.left_dense)}", highlight=False)
     linears = list(architecture.linears)
     console.print("names on disk" if names else "names on disk, first and last:")
     for linear in linears if names else (linears[0], linears[-1]):
@@ -80,6 +83,17 @@ def _compared(dense: Source, compressed: Source) -> str:
     if looked.grouping is not None:
         found += f"; {looked.grouping.n_m} in {looked.grouping.groups:,} groups"
     return f"{found}. {looked.doubt}" if looked.doubt else found
+
+
+def _linears(layer: LayerArchitecture) -> list[str]:
+    """ "q_proj 64x64" of each linear; "gate_proj 24x64 x 128" of those that all experts have."""
+    found = Counter(
+        (li.role, f"{li.shape[0]}x{li.shape[1]}", li.expert is not None) for li in layer.linears
+    )
+    return [
+        f"{role} {shape} x {count}" if count > 1 else f"{role} {shape}"
+        for (role, shape, _), count in found.items()
+    ]
 
 
 def _runs(layers: Sequence[LayerArchitecture]) -> Iterator[tuple[int, int, LayerArchitecture]]:

@@ -9,6 +9,7 @@ projector, embeddings and head are never pruned.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -120,6 +121,15 @@ class Architecture:
         return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
 
     @property
+    def left_dense(self) -> list[str]:
+        """What decoder layers have beside prunable weights, by name in a layer: routers, kernels."""
+        first = next(self.linears)
+        decoder = re.escape(f"{first.module}.".partition(f"layers.{first.layer}.")[0])
+        pattern = re.compile(rf"{decoder}layers\.\d+\.(.+)")
+        matches = (pattern.fullmatch(name) for name, shape in self.others if len(shape) > 1)
+        return list(dict.fromkeys(match[1] for match in matches if match))
+
+    @property
     def headless(self) -> str:
         """Which layers have no heads and why: "layers 0-2, 4: ..."; empty where all have some."""
         reasons = dict.fromkeys(layer.headless for layer in self.layers if layer.headless)
@@ -142,7 +152,12 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights that can be pruned, for safetensors
 HEAD_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
-ROUTERS = ("router", "gate", "shared_expert_gate")  # choose experts or weigh them; never pruned
+ROUTERS = (
+    "router",
+    "gate",
+    "shared_expert_gate",
+    "modality_router",
+)  # choose experts or weigh them; never pruned
 
 
 def head_block(layer: LayerArchitecture, linear: LinearArchitecture, head: int) -> Block | None:

@@ -80,8 +80,13 @@ def _is_prunable(name: str, module: nn.Module) -> bool:
 def _describe_layers(model: nn.Module, on_disk: OnDisk) -> tuple[LayerArchitecture, ...]:
     """All decoder layers."""
     names = {id(module): name for name, module in model.named_modules()}
-    described = []
-    for index, layer in enumerate(decoder_layers(model)):
+    described, layers = [], decoder_layers(model)
+    sharing = any(
+        getattr(module, "is_kv_shared_layer", False)
+        for layer in layers
+        for module in layer.modules()
+    )
+    for index, layer in enumerate(layers):
         linears: list[LinearArchitecture] = []
         for name, module in layer.named_modules():
             where = _Where(index, name, f"{names[id(layer)]}.{name}")
@@ -90,6 +95,8 @@ def _describe_layers(model: nn.Module, on_disk: OnDisk) -> tuple[LayerArchitectu
             else:
                 linears += _experts(where, module, on_disk)
         attention, heads, why = _heads(layer, _text_config(model))
+        if sharing and heads != NO_HEADS:
+            heads, why = NO_HEADS, "layers read keys and values of others"
         described.append(LayerArchitecture(index, attention, *heads, tuple(linears), headless=why))
     return tuple(described)
 

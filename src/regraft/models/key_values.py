@@ -112,6 +112,8 @@ def record(model: nn.Module, text: TextInputs, keep: Container[int] | None = Non
             cache = cache_argument(layer)
             entering[index] = args[0]
             arguments[index] = {name: one for name, one in kwargs.items() if name != cache}
+            if args[1:]:  # Gemma 4's inputs of each layer; not understood by `narrowed`
+                arguments[index] = {**arguments[index], "": args[1:]}
             if keep is None or index in keep:
                 kwargs = kwargs | {cache: Recorder()}
             return args, kwargs
@@ -178,10 +180,10 @@ def _on_last(forward: Callable[..., Any], layer: nn.Module) -> Callable[..., Any
     attends_itself = attention_of(layer)[0] == "self_attn"
     cache = cache_argument(layer)
 
-    def last(hidden: Tensor, **kwargs: Any) -> Any:
+    def last(hidden: Tensor, *more: Any, **kwargs: Any) -> Any:
         narrow = narrowed(kwargs, 1)
-        if narrow is None:
-            return forward(hidden, **kwargs)
+        if narrow is None or more:
+            return forward(hidden, *more, **kwargs)
         if attends_itself and hidden.shape[1] > 1:
             # The positions before the last are needed as keys and values only. `update` puts the
             # last one's own behind them.

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from regraft.data.collate import Batch
-from regraft.models.architecture import cross_attention_layers, decoder_layers
+from regraft.models.architecture import cross_attention_layers, decoder_layers, text_decoder
 from regraft.models.placement import PlacedModel, free_bytes, moved
-from regraft.models.replay import TextInputs, replay, text_inputs
+from regraft.models.replay import Shared, TextInputs, replay, text_inputs
 from regraft.progress import Advance
 
+_EMBEDDED = ("inputs_embeds", "input_ids")
 _COPIES = 4  # of the states that a backward pass has at a time, the embeddings aside
 
 
@@ -28,6 +29,7 @@ class LayerwisePass:
 
     Attributes:
         model: Resident or streamed.
+        shared: Of each batch, keys and values that a layer before left for later ones.
         batches: Without their pixels, which only the vision tower reads.
         states: On the device, or in host memory.
         tokens: Of all batches, padding too.
@@ -45,6 +47,8 @@ class LayerwisePass:
         self.batches: list[Batch] = []
         self.layers = len(decoder_layers(model.network))
         self._cross = frozenset(cross_attention_layers(model.network))
+        config = text_decoder(model.network).config
+        self._per_layer = bool(getattr(config, "hidden_size_per_layer_input", 0))
         self._home = torch.device("cpu") if model.streamed else model.device
         self._texts: list[TextInputs] = []
         self.states: list[Tensor] = []
@@ -53,15 +57,18 @@ class LayerwisePass:
                 text = text_inputs(model.network, model.place(batch).inputs)
                 embedded = replay(model.network, text, stop=0)
                 # the states carry on from the embeddings, of which layers need a shape at most
+                # or projections of them to inputs of each layer are made (Gemma 3n, Gemma 4)
                 kwargs = {
-                    name: None if name in ("inputs_embeds", "input_ids") else value
+                    name: None if name in _EMBEDDED and not self._per_layer else value
                     for name, value in text.kwargs.items()
                 }
                 self._texts.append(TextInputs(moved(kwargs, self._home), text.batch))
                 self.states.append(embedded.to(self._home))
                 self.batches.append(_without_image(batch))
                 self._make_room()
-        self.tokens = sum(state.shape[0] * state.shape[1] for state in self.states)
+        self.tokens = sum(state.shape[-3] * state.shape[-2] for state in self.states)
+        self.shared: list[Shared] = [{} for _ in self.states]
+        self._left: dict[int, Shared] = {}  # of the layer that ran last
         self._embedded = list(self.states) if again else None
 
     def _make_room(self) -> None:
@@ -78,6 +85,7 @@ class LayerwisePass:
         """Back to before the first layer, whatever became of the decoder's weights meanwhile."""
         assert self._embedded is not None, "made with again=False"
         self.states = list(self._embedded)
+        self.shared = [{} for _ in self.states]
 
     def on(self, model: PlacedModel) -> LayerwisePass:
         """The same batches before the first layer of another model.
@@ -103,23 +111,44 @@ class LayerwisePass:
             Index of the batch and the layer's output `[B, S, d]`; after the last layer, normed.
         """
         for i, batch in enumerate(self.batches):
+            shared = moved(self.shared[i], self.model.device)
             with nullcontext() if around is None else around(self.model.place(batch)):
-                output = self.replay(i, layer, self.states[i].to(self.model.device))
+                state = self.states[i].to(self.model.device)
+                output = self.replay(i, layer, state, shared=shared)
+            self._left[i] = shared
             yield i, output
 
-    def replay(self, i: int, layer: int, hidden: Tensor, *, gradient: bool = False) -> Tensor:
-        """Run one layer on batch i, from the input `hidden` `[B, S, d]` on the device."""
+    def replay(
+        self,
+        i: int,
+        layer: int,
+        hidden: Tensor,
+        *,
+        gradient: bool = False,
+        shared: Shared | None = None,
+    ) -> Tensor:
+        """Run one layer on batch i, from the input `hidden` `[B, S, d]` on the device.
+
+        `shared` on the device is as for `models.replay.replay`.
+        """
         text = self._texts[i]
         kwargs = dict(text.kwargs)
         if layer not in self._cross and kwargs.get("cross_attention_states") is not None:
             # not read by this layer, but without any MllamaTextModel skips its cross-attention
             kwargs["cross_attention_states"] = kwargs["cross_attention_states"][:1]
         kwargs = moved(kwargs, self.model.device)
-        kwargs["inputs_embeds"] = hidden.new_zeros(1).expand(hidden.shape)
+        if not self._per_layer:
+            kwargs["inputs_embeds"] = hidden.new_zeros(1).expand(hidden.shape)
         text = TextInputs(kwargs, text.batch)
         stop = layer + 1 if layer + 1 < self.layers else None
         return replay(
-            self.model.network, text, start=layer, hidden=hidden, stop=stop, gradient=gradient
+            self.model.network,
+            text,
+            start=layer,
+            hidden=hidden,
+            stop=stop,
+            gradient=gradient,
+            shared=shared,
         )
 
     def advance(
@@ -134,6 +163,7 @@ class LayerwisePass:
         """
         for i, output in self.run(layer, around):
             self.states[i] = output.to(self._home)
+            self.shared[i] = moved(self._left.pop(i), self._home)
             advance(len(self.batches[i].ids))
 
 

@@ -56,16 +56,16 @@ def read_layout(model: nn.Module, checkpoint: Checkpoint) -> Layout:
     for name in _in_natural_order(checkpoint.tensors):
         target, pattern = _renamed(name, renamings, converters, model, shapes)
         if pattern is None:
-            found[target] = _as_stored(checkpoint, name)
+            found[target] = as_stored(checkpoint, name)
         else:
             collected[target][pattern].append(name)
     for target, by_source in collected.items():
         converter = by_pattern[next(iter(by_source))]
         tensors = {
-            pattern: [_as_stored(checkpoint, name) for name in names]
+            pattern: [as_stored(checkpoint, name) for name in names]
             for pattern, names in by_source.items()
         }
-        found |= _converted(converter, target, tensors, shapes)
+        found |= converted(converter, target, tensors, shapes)
     return found
 
 
@@ -89,13 +89,13 @@ def _renamed(
     return target, pattern
 
 
-def _as_stored(checkpoint: Checkpoint, name: str) -> Laid:
+def as_stored(checkpoint: Checkpoint, name: str) -> Laid:
     shape = checkpoint.tensors[name].shape
     strides = tuple(accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1]
     return Laid(shape, (Piece((0,) * len(shape), shape, name, 0, strides[: len(shape)]),))
 
 
-def _converted(
+def converted(
     converter: Any, target: str, tensors: dict[str, list[Laid]], shapes: dict[str, Any]
 ) -> Layout:
     """What a conversion makes: parameters by their names."""

@@ -38,11 +38,12 @@ class Place:
         return self.first + positions // columns * self.row + positions % columns * self.column
 
     def inside(self, positions: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(Which flat positions are inside, `[n]` bool; where in the matrix these are, `[k]`)."""
+        """(which flat positions of the tensor it holds, `[n]` bool; where in it, `[k]`)."""
         rest = positions - self.first
         far, near = max(self.row, self.column), min(self.row, self.column)
         major, minor = rest // far, rest % far // near
-        row, column = (major, minor) if self.row == far else (minor, major)
+        by_row = self.row > self.column or (self.row == self.column and shape[1] == 1)
+        row, column = (major, minor) if by_row else (minor, major)
         found = (rest >= 0) & (rest % far % near == 0) & (row < shape[0]) & (column < shape[1])
         return found, (row * shape[1] + column)[found]
 

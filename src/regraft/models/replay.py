@@ -29,6 +29,10 @@ class TextInputs:
     batch: int
 
 
+Shared = dict[str, tuple[Tensor, ...]]
+"""Keys and values that later layers read, too, by the kind of layer (Gemma 3n, Gemma 4)."""
+
+
 class Replay(Protocol):
     """Runs decoder layers `start` to `stop` on `[copies * B, T, d]`; see `replay`."""
 
@@ -93,6 +97,7 @@ def replay(
     stop: int | None = None,
     copies: int = 1,
     gradient: bool = False,
+    shared: Shared | None = None,
 ) -> Tensor:
     """Run decoder layers `start` to `stop` (not included), or to the end and the final norm.
 
@@ -105,6 +110,8 @@ def replay(
         stop: Layer to stop before. None runs through the final norm.
         copies: How many times the batch is stacked, in tile order [b0..bB-1] * copies.
         gradient: Record for autograd, if `hidden` requires it.
+        shared: Keys and values that layers before `start` left for later ones; what those that run
+            leave is put in.
 
     Returns:
         `[copies * B, S, d]`: the input of layer `stop` (with whatever the family adds between
@@ -112,9 +119,9 @@ def replay(
         cross-attention without images) passes its input on.
     """
     decoder, layers = text_decoder(model), decoder_layers(model)
-    entry = _Entry(hidden, stop)
+    entry = _Entry(hidden, stop, {} if shared is None else shared)
     hooks = (
-        layer.register_forward_pre_hook(entry.hook(i))
+        layer.register_forward_pre_hook(entry.hook(i), with_kwargs=True)
         for i, layer in enumerate(layers[start:], start)
     )
     skipped = {layer: lambda hidden, *_, **__: hidden for layer in layers[:start]}
@@ -136,16 +143,21 @@ def replay(
 class _Entry:
     """Puts `hidden` into the first layer that runs, and ends the run before layer `stop`."""
 
-    def __init__(self, hidden: Tensor | None, stop: int | None) -> None:
-        self.waiting, self._stop = hidden, stop
+    def __init__(self, hidden: Tensor | None, stop: int | None, shared: Shared) -> None:
+        self.waiting, self._stop, self._shared = hidden, stop, shared
 
     def hook(self, index: int) -> Callable[..., Any]:
-        def enter(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def enter(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
+            left = kwargs.get("shared_kv_states")
+            if left is not None:
+                self._shared |= left
             if self.waiting is not None:
                 args, self.waiting = (self.waiting, *args[1:]), None
+                if left is not None:
+                    left.update(self._shared)
             if self._stop is not None and index >= self._stop:
                 raise Stop(args[0])
-            return args
+            return args, kwargs
 
         return enter
 
@@ -159,8 +171,15 @@ def logits_of(model: nn.Module, states: Tensor, *, gradient: bool = False) -> Te
     """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
+    class Output(BaseModelOutputWithPast):
+        """With nothing in what families add to it, such as Gemma 4's shared keys and values."""
+
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("_"):
+                raise AttributeError(name)
+
     rows = states.reshape(-1, 1, states.shape[-1])  # [N, 1, d]
-    output = BaseModelOutputWithPast(last_hidden_state=rows)
+    output = Output(last_hidden_state=rows)
     with (
         torch.set_grad_enabled(gradient),
         replaced_forwards({text_decoder(model): lambda **_: output}),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from regraft.models.architecture import Architecture, LayerArchitecture, LinearA
 from regraft.models.experts import ExpertLinear, opened
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
-from regraft.models.replay import hooked, logits_of
+from regraft.models.replay import Shared, hooked, logits_of
 from regraft.progress import Advance
 from regraft.pruning.inputs import overflow, require_same_layers
 
@@ -112,6 +113,7 @@ def layer_gradients(
     total = int(distributed.total(torch.tensor(sum(len(batch.ids) for batch in walk.batches))))
     _forward(walk, architecture, scratch, advance)
     gradients = _loss_gradients(walk, loss)
+    kept: list[Shared] = [{} for _ in gradients]  # dL/d of what layers share, as far as it is known
     modules = dict(walk.model.network.named_modules())
     for layer in reversed(architecture.layers):
         linears = {li: modules[li.module] for li in layer.linears if wanted(li)}
@@ -121,8 +123,9 @@ def layer_gradients(
                 path = _path(scratch, layer.index, i)
                 hidden = load_unfinished(path)["hidden"].to(walk.model.device).requires_grad_()
                 with _added(linears, len(batch.ids), add, sums):
-                    output = walk.replay(i, layer.index, hidden, gradient=True)
-                    output.backward(gradients[i].to(output.device))
+                    shared = _leaves(walk, i)
+                    output = walk.replay(i, layer.index, hidden, gradient=True, shared=shared.now)
+                    shared.backward(output, gradients[i].to(output.device), kept[i])
                 assert hidden.grad is not None
                 gradients[i] = hidden.grad.to(gradients[i].device)
                 path.unlink()
@@ -166,6 +169,45 @@ def _loss_gradients(walk: LayerwisePass, loss: Loss) -> list[Tensor]:
             assert final.grad is not None
             gradients.append(final.grad.to(state.device))
     return gradients
+
+
+@dataclass(frozen=True)
+class _Sharing:
+    """Keys and values that layers share, before a layer (`leaves`) and after it (`now`)."""
+
+    leaves: Shared
+    now: Shared
+
+    def backward(self, output: Tensor, gradient: Tensor, kept: Shared) -> None:
+        """Take a layer back, from its output's gradient and from what later layers read of it.
+
+        Args:
+            output: Of the layer.
+            gradient: dL/d output.
+            kept: dL/d of what is shared, of all layers behind; those of this layer are added.
+        """
+        made = {name: one for name, one in self.now.items() if one[0] is not self.leaves[name][0]}
+        roots = [(output, gradient)]
+        for name, several in made.items():
+            of = kept.pop(name, ())
+            roots += [(one, part.to(one.device)) for one, part in zip(several, of, strict=False)]
+        torch.autograd.backward([one for one, _ in roots], [part for _, part in roots])
+        for name, several in self.leaves.items():
+            if name in made or several[0].grad is None:
+                continue
+            parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in several]
+            if name in kept:
+                parts = [one + old for one, old in zip(parts, kept[name], strict=True)]
+            kept[name] = tuple(parts)
+
+
+def _leaves(walk: LayerwisePass, i: int) -> _Sharing:
+    """What layers share of batch i, ready to collect gradients."""
+    leaves = {
+        name: tuple(one.to(walk.model.device).detach().requires_grad_() for one in several)
+        for name, several in walk.shared[i].items()
+    }
+    return _Sharing(leaves, dict(leaves))
 
 
 @contextmanager
