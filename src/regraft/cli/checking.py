@@ -28,7 +28,7 @@ def check(
     compressed: Side,
     *,
     out: OutFolder,
-    suite: Suites = (),
+    suite: Annotated[Suites, Parameter(negative="", show_default=False)] = (),
     patch: Path | None = None,
     margins: Annotated[Margins, Flat] = Margins(),
     settings: Annotated[EvalSettings, Flat] = EvalSettings(),
