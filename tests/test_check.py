@@ -332,7 +332,9 @@ def test_a_request_in_several_forms_is_one_draw() -> None:
         ({}, True),
         ({"instruction": "  say  IT"}, True),
         ({"instruction": "Say that"}, False),
-        ({"request": "Say it"}, False),
+        ({"instruction": "As in the picture", "request": "Say it", "image": "it.png"}, True),
+        ({"request": "Say that"}, False),
+        ({"image": "it.png"}, False),
         ({"group": "g"}, False),
     ],
 )

@@ -17,13 +17,16 @@ from regraft.settings.data import Suites
 from regraft.settings.evaluating import EndpointSettings, EvalSettings
 
 EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 3}  # 2 is bad input
-Side = Annotated[
-    str,
+Prompts = Annotated[
+    Suites,
     Parameter(
-        help="Checkpoint folder, hub id, 'demo', endpoint:URL#MODEL (a model behind an "
-        "OpenAI-compatible server), or folder of a finished evaluation."
+        help="Where a model is to be evaluated: demo:test, a .jsonl file or NAME PATH, as in "
+        "`regraft eval --help`; the flag repeated, several.",
+        negative="",
+        show_default=False,
     ),
 ]
+Side = Annotated[str, Parameter(help="Model, endpoint:URL#MODEL or evaluation.")]
 
 
 def check(
@@ -31,7 +34,7 @@ def check(
     compressed: Side,
     *,
     out: OutFolder,
-    suite: Suites = (),
+    suite: Prompts = (),
     patch: Path | None = None,
     margins: Annotated[Margins, Flat] = Margins(),
     settings: Annotated[EvalSettings, Flat] = EvalSettings(),
@@ -41,9 +44,9 @@ def check(
     """Tell whether a compressed model is as safe as the dense one, within margins: exit code 0 yes,
     1 no, 3 undecided.
 
-    Both answer the same prompts. ASR, over-refusal, utility and the share of degenerate answers
-    each pass where the whole one-sided 95 % interval of the change is within the margin, fail where
-    it is beyond it; all must pass. A margin of 100 leaves a metric out.
+    Each is a model's folder, hub id or 'demo', or the folder of a finished evaluation. ASR,
+    over-refusal, utility and degenerate answers pass where the one-sided 95 % interval of their
+    change is within the margin, fail where it is beyond it. A margin of 100 leaves one out.
 
     Example: regraft check model model-w4 --suite safebench FigStep/data --suite mossbench
     MOSSBench/data --out check
@@ -51,7 +54,7 @@ def check(
     Parameters
     ----------
     patch
-        Put this patch on the compressed model in memory first.
+        Put this on the compressed model first.
     """
     from regraft import stages
     from regraft.report.gate import sentence, table

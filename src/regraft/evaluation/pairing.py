@@ -59,12 +59,10 @@ def _same_image(one: Answer, other: Answer) -> bool:
 def asking(answer: Answer) -> Hashable:
     """What its prompt asks: equal for those that ask the same in other words, or by another image.
 
-    That is the group, the request where instruction and image show it, else these themselves.
-    Prompts that ask the same are no independent draws.
+    That is the group, or the request, which the image shows, or else the instruction together with
+    its image. Prompts that ask the same are no independent draws.
     """
     if answer.group:
         return "group", answer.suite, answer.group
-    if answer.request:
-        return "request", " ".join(answer.request.split()).casefold()
-    text = " ".join(answer.instruction.split()).casefold()
-    return "prompt", text, answer.image_digest or answer.image
+    asked = " ".join((answer.request or answer.instruction).split()).casefold()
+    return "prompt", asked, "" if answer.request else answer.image_digest or answer.image or ""

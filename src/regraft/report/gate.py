@@ -103,9 +103,14 @@ def sentence(metric: Metric) -> str:
     change = points_cell(Estimate(*_limits(metric.change))).text
     found = (
         f"{name}: {metric.outcome}; dense {dense}, compressed {compressed}, change {change} points "
-        f"over {metric.prompts:,} {asked}, margin {_margin(metric)}."
+        f"over {metric.prompts:,} {asked}{_together(metric.prompts, metric.change.n)}, margin "
+        f"{_margin(metric)}."
     )
     return " ".join(filter(None, (found, _what_decides(metric))))
+
+
+def _together(prompts: int, asked: int) -> str:
+    return "" if asked == prompts else f" (which ask {asked:,} things)"
 
 
 def _what_decides(metric: Metric) -> str:
