@@ -393,12 +393,8 @@ def test_an_evaluation_of_another_server_is_another(
 
 @pytest.mark.slow
 def test_a_killed_command_asks_for_what_is_missing(suite: DataSource, tmp_path: Path) -> None:
-    finished = threading.Event()
-
-    def answers_three(body: dict[str, Any]) -> Response:
+    def answers_three(_: dict[str, Any]) -> Response:
         number = len(server.bodies)
-        if number > 3:
-            finished.set()
         return Response(said(f"Answer {number}."), wait=0 if number <= 3 else 60)
 
     with scripted(answer=answers_three) as server:
@@ -406,7 +402,9 @@ def test_a_killed_command_asks_for_what_is_missing(suite: DataSource, tmp_path: 
         words += ["--out", tmp_path / "out"]
         code = "from regraft.cli import main; import sys; main(sys.argv[1:])"
         process = subprocess.Popen([sys.executable, "-c", code, *map(str, words)])
-        assert finished.wait(300)
+        while len(list(tmp_path.rglob("served_*.json"))) < 3:
+            assert process.poll() is None
+            time.sleep(0.1)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert not (tmp_path / "out").exists()
