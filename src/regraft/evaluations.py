@@ -13,6 +13,7 @@ from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.data.suites import join_suites
 from regraft.errors import RegraftError
+from regraft.evaluation.chat_server import ENDPOINT
 from regraft.evaluation.results import Answer, EvalResult
 from regraft.evaluation.served import explained
 from regraft.files import file_digest
@@ -165,7 +166,7 @@ def _check_pair(found: Mapping[str, Evaluation]) -> None:
 def _told(inputs: Mapping[str, str]) -> str:
     """Which model it is, in an error."""
     model = inputs["model"]
-    return model if model.startswith("endpoint:") else f"fingerprint {model[:12]}"
+    return model if model.startswith(ENDPOINT) else f"fingerprint {model[:12]}"
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
