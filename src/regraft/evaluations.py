@@ -14,6 +14,7 @@ from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.data.suites import join_suites
 from regraft.errors import RegraftError
+from regraft.evaluation.chat_server import ENDPOINT
 from regraft.evaluation.pairing import on_the_same
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.served import explained
@@ -177,7 +178,7 @@ def _check_sizes(
 def _told(inputs: Mapping[str, str]) -> str:
     """Which model it is, in an error."""
     model = inputs["model"]
-    return model if model.startswith("endpoint:") else f"fingerprint {model[:12]}"
+    return model if model.startswith(ENDPOINT) else f"fingerprint {model[:12]}"
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

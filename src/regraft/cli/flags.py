@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from regraft.errors import RegraftError
+from regraft.evaluation.chat_server import ENDPOINT
 from regraft.heads.ships import HeadSettings
 from regraft.restoration.base import Budgeted, MethodSettings, needs_of
 from regraft.settings.base import Settings
@@ -29,7 +30,7 @@ def refuse_unread(*given: Settings) -> None:
 
 def check_endpoint(name: str, compute: ComputeSettings, endpoint: EndpointSettings) -> None:
     """Refuse how a model is run here where it runs on a server, and how a server is asked."""
-    if name.startswith("endpoint:"):
+    if name.startswith(ENDPOINT):
         if (found := compute.first_set(*ComputeSettings.model_fields)) is not None:
             flag = f"--{found.replace('_', '-')}"
             raise RegraftError(f"An endpoint runs as its server was started: leave out {flag}.")

@@ -21,6 +21,7 @@ from regraft.errors import PassingError, RegraftError
 
 T = TypeVar("T")
 KEY_VARIABLE = "OPENAI_API_KEY"
+ENDPOINT = "endpoint:"  # what names of these models begin with
 FILTERED = "content_filter"  # how a reply ended that the server's filter cut or withheld
 _SHORTEST_KEY = 6  # shorter ones are words such as EMPTY, for servers that want any
 _RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
@@ -29,8 +30,10 @@ _FILTERS = (FILTERED, "content_policy", "content management policy")
 _TRIES = 5
 _LONGEST_PAUSE = 60.0  # seconds, whatever a busy server asks for
 _MOST = 16 << 20  # bytes of a reply
+_MOST_OF_ERROR = 1 << 16  # bytes; what is longer is no message
+_LIST_TIMEOUT = 30.0  # seconds, for what no model is asked
 _SHOWN = 200  # characters of what a server said, in an error
-_LASTING = ("id", "root", "parent", "owned_by", "max_model_len", "meta")
+_LASTING = ("id", "root", "parent", "owned_by", "meta")  # not the context, which may be made larger
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -101,10 +104,10 @@ class ChatServer:
             _ = parts.port
         except ValueError:  # no such port, or a bracket of an IPv6 address is missing
             parts = urllib.parse.SplitResult("", "", "", "", "")
-        named = model and model.isprintable() and url.isascii()
-        if parts.scheme not in ("http", "https") or not (parts.netloc and named):
+        named = model.isprintable() and url.isprintable() and url.isascii() and " " not in url
+        if parts.scheme not in ("http", "https") or not (parts.netloc and model and named):
             raise RegraftError(
-                f"{f'endpoint:{text}'!r} names no endpoint; expected endpoint:URL#MODEL, as in "
+                f"{ENDPOINT + text!r} names no endpoint; expected endpoint:URL#MODEL, as in "
                 "endpoint:http://localhost:8000/v1#Qwen/Qwen3-8B."
             )
         if parts.username or parts.password or parts.query:
@@ -187,8 +190,9 @@ class ChatServer:
             _Failed: it does not, or with something else.
         """
         found = b""
+        timeout = min(self.timeout, _LIST_TIMEOUT) if request.data is None else self.timeout
         try:
-            with _OPENER.open(request, timeout=self.timeout) as response:
+            with _OPENER.open(request, timeout=timeout) as response:
                 found = response.read(_MOST)
             return read(json.loads(found))
         except urllib.error.HTTPError as error:
@@ -196,7 +200,7 @@ class ChatServer:
             problem = f"{error.code} {error.reason} ({said[:_SHOWN]})"
             raise _Failed(problem, error.code, said, _retry_after(error)) from None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            shown = _words(found)[:_SHOWN]
+            shown = "too long" if len(found) == _MOST else _words(found)[:_SHOWN]
             problem = f"it does not answer like a chat endpoint: {shown}"
             raise _Failed(problem, 200) from None
         except (urllib.error.URLError, HTTPException, OSError) as error:
@@ -311,7 +315,8 @@ def _words(said: bytes) -> str:
 
 def _body_of(error: urllib.error.HTTPError) -> bytes:
     try:
-        return error.read(1 << 16)
+        found = error.read(_MOST_OF_ERROR)
+        return found if len(found) < _MOST_OF_ERROR else b""  # which might end inside the key
     except (HTTPException, OSError):
         return b""
 

@@ -116,6 +116,7 @@ def as_they_come(
             try:
                 done.put((place, make(items[place]), None))
             except Exception as error:
+                stopped.set()
                 done.put((place, None, error))
 
     for place in range(len(items)):

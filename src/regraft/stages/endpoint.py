@@ -14,7 +14,7 @@ from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.defence.artifact import Defence, Direction, asked, load_defence
 from regraft.errors import RegraftError
-from regraft.evaluation.chat_server import ChatServer
+from regraft.evaluation.chat_server import ENDPOINT, ChatServer
 from regraft.evaluation.served import counts, explained, served_answers
 from regraft.files import file_digest
 from regraft.models.load import Source, open_answering
@@ -24,7 +24,6 @@ from regraft.settings.evaluating import EndpointSettings, EvalSettings
 from regraft.stages.evaluation_cache import EvaluationCache, Prompts
 from regraft.stages.targets import Backend, Evaluable, OnText, Target
 
-ENDPOINT = "endpoint:"  # what names of endpoints begin with
 _PATIENCE = 600.0  # seconds for a reply, which may wait for others on the server
 
 
