@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from regraft.errors import RegraftError
 from regraft.evaluation.greedy import answer
 from regraft.models.generation import takes_padding
-from regraft.models.load import load_model, open_answering
+from regraft.models.load import load_model, open_answering, open_source
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 BEGIN, END = "<!-- types: begin -->", "<!-- types: end -->"
@@ -124,6 +124,11 @@ _ROPE = {"rope_type": "default", "rope_theta": 1e4, **_SECTIONS}
 # What default configs leave out or fix at full size, by type and dotted name.
 _EXTRA: Mapping[str, Mapping[str, Any]] = {
     "chameleon": {"vocabulary_map": _MAP},
+    "diffusion_gemma": {
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 32,
+    },
     "emu3": {"vocabulary_map": _MAP},
     "apertus1p5": {"image_token_offset": 100, "audio_token_offset": 164},
     "cohere_compass": {"text_config.rope_parameters": {"full_attention": _ROPE}},
@@ -249,10 +254,13 @@ class Ids:
         return [" ".join(map(str, row)).removesuffix(" 0" * row.count(0)) for row in rows]
 
 
-def saved(kind: str, folder: Path) -> None:
-    """Write a tiny checkpoint of a type, of weights under which answers differ."""
-    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]
-    errors: list[Exception] = []
+def saved(kind: str, folder: Path) -> str:
+    """Write a tiny checkpoint of a type, of weights under which answers differ.
+
+    Returns:
+        Why its own `generate` does not answer, empty where it does.
+    """
+    name, model, reason = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind], None, ""
     for derive in (True, False):
         try:
             torch.manual_seed(0)
@@ -264,13 +272,14 @@ def saved(kind: str, folder: Path) -> None:
             if isinstance(model, transformers.GenerationMixin):
                 given = prompts(kind, model.config)[0]
                 model.generate(**given, max_new_tokens=1, do_sample=False)
-            model.save_pretrained(folder)
-            return
-        except ImportError:
-            raise
+            reason = ""
+            break
         except Exception as error:
-            errors.append(error)
-    raise errors[-1]
+            reason = f"no: {_UNASKED[kind]}" if kind in _UNASKED else _reason(error, folder)
+    if model is None:
+        raise RuntimeError(reason)
+    model.save_pretrained(folder)
+    return reason
 
 
 def prompts(kind: str, config: Any) -> list[dict[str, torch.Tensor]]:
@@ -314,11 +323,11 @@ def look(kind: str) -> Row:
         folder = Path(scratch) / "model"
         try:
             with _in_time():
-                saved(kind, folder)
-        except Exception as error:
-            reason = f"no: {_UNASKED[kind]}" if kind in _UNASKED else _reason(error, folder)
+                reason = saved(kind, folder)
+        except (RuntimeError, TimeoutError) as error:
+            reason = str(error)
             return Row(kind, name, reason, reason, reason)
-        return Row(kind, name, _evaluates(kind, folder), *_prunes(folder))
+        return Row(kind, name, reason or _evaluates(kind, folder), *_prunes(folder))
 
 
 def _evaluates(kind: str, folder: Path) -> str:
@@ -340,8 +349,10 @@ def _evaluates(kind: str, folder: Path) -> str:
 
 def _prunes(folder: Path) -> tuple[str, str]:
     try:
-        source = open_answering(folder)
-        architecture = source.architecture
+        with _in_time():
+            source = open_source(folder)
+            architecture = source.architecture
+            load_model(source, device="cpu")  # which compares weights with the file's
     except Exception as error:
         reason = _reason(error, folder)
         return reason, reason

@@ -1,0 +1,222 @@
+"""Quantised checkpoints are evaluated as what their numbers stand for, and never pruned."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import pico
+from disk import write_data
+from regraft import evaluations, stages
+from regraft.cli import main
+from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
+from regraft.models.checkpoint import SINGLE_FILE
+from regraft.models.load import load_model, open_answering, open_source
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.evaluating import EvalSettings
+
+pytest.importorskip("compressed_tensors")
+
+GROUP = 16
+# bits, group size (None: a scale a row), the format that it is saved in
+SCHEMES: dict[str, tuple[int, int | None, str | None]] = {
+    "int4 in groups, packed": (4, GROUP, "pack-quantized"),
+    "int8 by row, packed": (8, None, "pack-quantized"),
+    "int8 by row": (8, None, "int-quantized"),
+    "int8 by row, naive": (8, None, "naive-quantized"),
+}
+
+
+def rounded(weight: Tensor, bits: int, group: int | None) -> tuple[Tensor, Tensor]:
+    """Symmetric rounding by hand: scales `[out, groups]` and the weight that results."""
+    size = group or weight.shape[1]
+    cut = weight.unflatten(1, (-1, size))  # [out, groups, size]
+    most = 2 ** (bits - 1)
+    scale = (cut.abs().amax(-1, keepdim=True) * 2 / (2 * most - 1)).clamp(min=1e-8)
+    whole = (cut / scale).round().clamp(-most, most - 1)
+    return scale[..., 0], (whole * scale).flatten(1)
+
+
+def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Of the text decoder."""
+    layers = model.get_decoder().layers  # type: ignore[operator, union-attr]
+    found = layers.named_modules()
+    return [(name, one) for name, one in found if isinstance(one, nn.Linear)]
+
+
+def save_quantised(scheme: str, folder: Path) -> Path:
+    """Write a pico LLaVA whose decoder is quantised, as compressed-tensors saves it."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    bits, group, layout = SCHEMES[scheme]
+    model, processor = pico.build("llava")
+    how = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False}
+    how |= {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    config = QuantizationConfig.model_validate(
+        {
+            "config_groups": {"all": {"targets": ["Linear"], "weights": how}},
+            "ignore": ["lm_head", "re:.*vision.*", "re:.*projector.*"],
+            "quantization_status": "frozen",
+        }
+    )
+    apply_quantization_config(model, config)
+    for _, linear in linears(model):
+        scale, _ = rounded(linear.weight.data, bits, group)
+        linear.weight_scale.data.copy_(scale)  # type: ignore[operator, union-attr]
+    compressor = ModelCompressor.from_pretrained_model(model, layout)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(str(folder))
+    processor.save_pretrained(folder)
+    return folder
+
+
+def save_dequantised(scheme: str, folder: Path) -> Path:
+    """Write the same model in floats, rounded by hand."""
+    bits, group, _ = SCHEMES[scheme]
+    model, processor = pico.build("llava")
+    for _, linear in linears(model):
+        linear.weight.data.copy_(rounded(linear.weight.data, bits, group)[1])
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("quantised")
+    return cache(lambda scheme: save_quantised(scheme, root / scheme.replace(" ", "-")))
+
+
+def suite(folder: Path) -> list[DataSource]:
+    return [DataSource(name="jsonl", path=write_data(folder, 4))]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_logits_are_those_of_the_weights_that_the_numbers_stand_for(
+    scheme: str, quantised: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = open_answering(quantised(scheme))
+    stored = {record.dtype for record in source.checkpoint.tensors.values()}
+    assert stored & {"I8", "I32"}, "nothing is quantised"
+    model = load_model(source, device="cpu")
+    truth = load_model(open_source(save_dequantised(scheme, tmp_path / "floats")), device="cpu")
+    ids = torch.randint(40, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = (one(input_ids=ids).logits for one in (model, truth))
+        dense = pico.build("llava")[0](input_ids=ids).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    assert (found - dense).abs().max() > 1e-2  # rounding is seen
+
+
+def test_an_evaluation_from_end_to_end(quantised: Callable[[str], Path], tmp_path: Path) -> None:
+    scheme = "int4 in groups, packed"
+    floats, compute = save_dequantised(scheme, tmp_path / "model"), ComputeSettings(device="cpu")
+    settings, prompts = EvalSettings(max_new_tokens=6), suite(tmp_path / "data")
+    done = {}
+    for name, folder in (("floats", floats), ("packed", quantised(scheme))):
+        target = stages.Target(open_answering(folder), compute)
+        done[name] = stages.evaluate(target, tmp_path / name, prompts, settings)
+    texts = [[a.answer for a in one.result.answers] for one in done.values()]
+    assert texts[0] == texts[1] and len(set(texts[0])) > 1
+    assert "prunable" in done["floats"].about and "prunable" not in done["packed"].about
+    evaluations.report([tmp_path / "floats", tmp_path / "packed"], tmp_path / "page")
+    evaluations.report([], tmp_path / "pair", evaluations.Pair(*(tmp_path / n for n in done)))
+    for page in ("page", "pair"):
+        assert "packed" in (tmp_path / page / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["prune", "{model}", "--data", "{data}", "--out", "{out}"],
+        ["realign", "gain", "{model}", "{model}", "--data", "{data}", "--out", "{out}"],
+        ["analyse", "heads", "{model}", "--data", "{data}", "--out", "{out}"],
+        ["inspect", "{model}"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_needs_weights_says_at_once_that_they_are_quantised(
+    command: list[str],
+    quantised: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    named = {
+        "model": quantised("int8 by row"),
+        "data": suite(tmp_path / "data")[0].path,
+        "out": tmp_path / "out",
+    }
+    with pytest.raises(SystemExit, match="2"):
+        main([word.format(**named) for word in command])
+    assert "is quantised (compressed-tensors): it can be evaluated" in capsys.readouterr().err
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["data"]
+
+
+def stating(folder: Path, target: Path, quantization: dict[str, Any]) -> Path:
+    """A copy whose config.json says that it is quantised so."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("package", "quantization"),
+    [
+        ("gptqmodel", {"quant_method": "awq", "bits": 4, "group_size": 16}),
+        ("optimum", {"quant_method": "gptq", "bits": 4, "group_size": 16}),
+        ("bitsandbytes", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ("bitsandbytes", {"load_in_8bit": True}),
+        ("hqq", {"quant_method": "hqq", "nbits": 4}),
+        ("aqlm", {"quant_method": "aqlm"}),
+    ],
+)
+def test_a_package_that_is_missing_is_named_before_any_work(
+    package: str, quantization: dict[str, Any], pico_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    try:
+        __import__(package)
+    except ImportError:
+        pass
+    else:
+        pytest.skip(f"{package} is installed")
+    folder = stating(pico_dir("llama"), tmp_path / "model", quantization)
+    with pytest.raises(RegraftError, match=rf"quantised .* cannot be run here: .*{package}"):
+        open_answering(folder)
+    with pytest.raises(RegraftError, match="it can be evaluated, but"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("stated", [{"quant_method": "mine"}, {"bits": 4}])
+def test_an_unknown_method_is_refused_and_not_skipped(
+    stated: dict[str, Any], pico_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """transformers warns and loads such a checkpoint as if it were not quantised."""
+    folder = stating(pico_dir("llama"), tmp_path / "model", stated)
+    with pytest.raises(RegraftError, match=r"which transformers cannot run: it knows .*awq"):
+        open_answering(folder)
+
+
+def test_packed_weights_that_are_missing_are_named(
+    quantised: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(quantised("int4 in groups, packed"), folder)
+    tensors = load_file(folder / SINGLE_FILE)
+    lost = next(name for name in tensors if name.endswith("q_proj.weight_packed"))
+    del tensors[lost]
+    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+    with pytest.raises(RegraftError, match=r"holds no weights for .*q_proj\.weight_packed"):
+        load_model(open_answering(folder), device="cpu")

@@ -1,0 +1,76 @@
+"""The table of all types in the documentation says what is found by trying."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import types_table
+from regraft.evaluation.greedy import answer
+from regraft.models.load import load_model, open_answering
+
+COMMITTED = types_table.PAGE.read_text(encoding="utf-8")
+
+
+def test_the_page_has_every_type_of_its_version() -> None:
+    block = COMMITTED.partition(types_table.BEGIN)[2].partition(types_table.END)[0]
+    stated = re.search(r"Of the (\d+) types of transformers (\S+), (\d+) evaluate", block)
+    assert stated and int(stated[3]) >= 85
+    rows = re.findall(r"^\| `(\S+)` \| (.+?) \|", block, re.MULTILINE)
+    assert len(rows) == int(stated[1])
+    assert sum(cell.startswith("yes") for _, cell in rows) == int(stated[3])
+    if stated[2] == transformers.__version__:
+        assert [name for name, _ in rows] == list(types_table.TYPES)
+
+
+@pytest.mark.slow
+def test_the_page_says_what_is_found() -> None:
+    if f"transformers {transformers.__version__}," not in COMMITTED:
+        pytest.skip(f"the page is of another version than transformers {transformers.__version__}")
+    transformers.logging.set_verbosity_error()
+    rows = [types_table.look(kind) for kind in types_table.TYPES]
+    missing = [row.name for row in rows if row.markdown() not in COMMITTED]
+    assert missing == [], "regenerate the page: python tests/types_table.py --write"
+    assert types_table.table(rows) in COMMITTED
+
+
+# One of each kind of cache: all keys and values, a window, a recurrence, convolutions, shared keys,
+# experts, an encoder, a `generate` of its own.
+KINDS = (
+    *("llava", "gemma3", "qwen3_5", "lfm2_vl", "gemma4", "qwen3_vl_moe", "t5gemma2", "kosmos-2"),
+)
+
+
+@torch.no_grad()
+def most_likely(model: nn.Module, ids: Tensor, count: int) -> list[int]:
+    """The most likely token, again and again, by whole passes without a cache."""
+    found = torch.tensor([[model.generation_config.decoder_start_token_id or 0]])  # type: ignore
+    encodes = model.config.is_encoder_decoder  # type: ignore[union-attr]
+    written: list[int] = []
+    for _ in range(count):
+        given = {"decoder_input_ids": found} if encodes else {}
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **given)
+        token = logits.logits[:, -1].argmax(-1, keepdim=True)
+        written.append(int(token))
+        found, ids = torch.cat([found, token], 1), ids if encodes else torch.cat([ids, token], 1)
+    return written
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_the_most_likely_tokens(kind: str, tmp_path: types_table.Path) -> None:
+    """Also where the checkpoint would sample, punish repetition and stop early."""
+    assert types_table.saved(kind, tmp_path / "model") == ""
+    model = load_model(open_answering(tmp_path / "model"), device="cpu")
+    for part in (model, *model.modules()):
+        if (config := getattr(part, "generation_config", None)) is not None:
+            config.update(do_sample=True, repetition_penalty=5.0, max_length=3)
+            config.eos_token_id = None
+    _, *alone = types_table.prompts(kind, model.config)
+    for one in alone:
+        (found,) = answer(model, types_table.Ids(), one, types_table.TOKENS)
+        expected = most_likely(model, one["input_ids"], types_table.TOKENS)
+        assert found.split() == [str(token) for token in expected]
