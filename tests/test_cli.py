@@ -29,7 +29,7 @@ from methods import method, restored
 from regraft import pipeline, stages
 from regraft.artifact import ABOUT_FILE
 from regraft.checks import check_heads
-from regraft.cli import COMMANDS, app, main
+from regraft.cli import COMMANDS, GROUPS, app, main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource
@@ -1359,8 +1359,9 @@ def test_a_command_says_of_itself_what_the_list_says(name: str) -> None:
     assert first == listed
 
 
-def test_there_are_few_commands() -> None:
-    assert len(COMMANDS) <= 17
+def test_commands_are_listed_in_a_few_groups() -> None:
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(COMMANDS)
+    assert len(COMMANDS) <= 17 and max(map(len, GROUPS.values())) <= 4
 
 
 def test_help_is_there_without_the_heavy_packages() -> None:

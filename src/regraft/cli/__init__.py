@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from cyclopts import App
+from cyclopts import App, Group
 from rich.console import Console
 
 import regraft
@@ -80,22 +80,35 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
 }
 
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "Start here": ("demo", "run"),
+    "Check a model": ("check", "eval", "judge", "report"),
+    "Prune and restore": ("prune", "realign", "tune", "defend"),
+    "Patches": ("apply", "revert", "export", "push"),
+    "Look closer": ("inspect", "data", "analyse"),
+}
+
 
 def application(*, listed: bool) -> App:
     """All commands; `listed` with the descriptions that stand here instead of their own helps."""
     found = App(
         name="regraft",
         version=regraft.__version__,
+        group_commands=Group("This program", sort_key=len(GROUPS)),
         help=(
-            "Restore the refusals that pruning took from a vision-language model.\n\n"
+            "Check whether compression took a vision-language model's refusals, and restore "
+            "them.\n\n"
             "Start with `regraft demo`, which prunes, realigns and reports on a bundled model. "
             "MODEL, DENSE and PRUNED are folders with safetensors, hub ids, or the word demo for "
             "that model. With --debug an error shows where it came from."
         ),
     )
-    for index, (name, (where, text)) in enumerate(COMMANDS.items()):
-        own = text if listed else None
-        found.command(f"regraft.cli.{where}", name=name, help=own, sort_key=index)
+    for place, (title, names) in enumerate(GROUPS.items()):
+        group = Group(title, sort_key=place)
+        for index, name in enumerate(names):
+            where, text = COMMANDS[name]
+            own = text if listed else None
+            found.command(f"regraft.cli.{where}", name=name, help=own, group=group, sort_key=index)
     return found
 
 
