@@ -118,7 +118,13 @@ def _name(dtype: torch.dtype) -> Any:
     return str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "mllama", "internvl", "qwen3"])
+_QUICK = ("qwen2_5_vl", "mllama", "qwen3")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=() if one in _QUICK else pytest.mark.slow) for one in pico.FAMILIES],
+)
 def test_peft_of_other_families(tmp_path: Path, name: str) -> None:
     world = _world(tmp_path, pico.save(name, tmp_path / "dense", torch.bfloat16))
     model = _merged(_export(world, "peft"), world.pruned)

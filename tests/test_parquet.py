@@ -64,6 +64,12 @@ def test_a_table_is_read_as_json_lines_are(tmp_path: Path) -> None:
     assert [one.id for one in named.examples] == ["x"]
 
 
+def test_ids_may_be_numbers(tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "id": 0}, {"instruction": "b", "id": None}]
+    examples = read_jsonl(_write(tmp_path / "t.parquet", *rows)).examples
+    assert [one.id for one in examples] == ["0", "t-2"]
+
+
 def test_images_in_cells_go_to_the_cache(tmp_path: Path, cache: Path) -> None:
     """By the digest of their bytes, whatever path stands in the cell."""
     outside = tmp_path / "outside.png"

@@ -51,7 +51,7 @@ def read_prompts(path: Path, *, harmful: bool = True) -> Reading:
         RegraftError: the file or the column is missing, a prompt is empty, ids repeat, the rows
             have labels that differ, or a published file is cut off.
     """
-    readers = {".csv": _of_csv, ".parquet": _of_csv, ".json": _of_json, ".txt": _of_lines}
+    readers = {".csv": _of_csv, ".json": _of_json, ".txt": _of_lines, ".parquet": _of_csv}
     if path.suffix.lower() not in readers:
         raise RegraftError(
             f"{path} ends in none of {', '.join(readers)}. {_WHAT} JSON lines are read without a "

@@ -133,6 +133,16 @@ def open_answering(model: str | Path, *, trust_remote_code: bool = False) -> Sou
     return source
 
 
+def linear_layers(source: Source) -> set[str]:
+    """Dotted names of all linear layers of the model in memory; loads no weights."""
+    with torch.device("meta"), quiet(), bad_config(source.folder):
+        config = read_config(source.folder, source.trust_remote_code)
+        network = auto_class(config, source.folder).from_config(
+            config, trust_remote_code=source.trust_remote_code
+        )
+    return {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+
+
 def stored_dtype(source: Source) -> str:
     """The checkpoint's own, by its config as for transformers, or else its weights: "bfloat16"."""
     config = read_json(source.folder / "config.json", lenient=True)

@@ -45,10 +45,10 @@ def require_matrices(changes: Sequence[Change]) -> None:
     for change in changes:
         shape = change.record.shape
         if len(shape) != 2:
+            experts = ", several experts in one" if len(shape) == 3 else ""
             raise RegraftError(
                 f"PEFT's SHiRA adapts weights of linear layers, [out, in], and the patch changes "
-                f"{change.record.name} of shape {list(shape)}, as of several experts in one. "
-                + _OTHERWISE
+                f"{change.record.name} of shape {list(shape)}{experts}. " + _OTHERWISE
             )
 
 

@@ -16,7 +16,7 @@ from regraft.errors import RegraftError
 from regraft.files import atomic_folder, file_digest, to_json
 from regraft.models.architecture import FLOATS
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
-from regraft.models.load import open_source
+from regraft.models.load import linear_layers, open_source
 from regraft.models.resolve import resolve
 from regraft.patch import peft, vllm
 from regraft.patch.apply import Plan, make_plan
@@ -152,7 +152,12 @@ def _plan(checkpoint: Checkpoint, patches: Sequence[Patch], progress: Progress) 
 def _for_peft(plan: Plan, trust_remote_code: bool) -> _Content:
     peft.require_matrices(plan.changes)
     source = open_source(plan.checkpoint.folder, trust_remote_code=trust_remote_code)
-    modules = {linear.tensor: linear.module for linear in source.architecture.linears}
+    layers = linear_layers(source)
+    modules = {
+        linear.tensor: linear.module
+        for linear in source.architecture.linears
+        if linear.module in layers
+    }
     held = [
         plan.checkpoint.read(change.record.name).reshape(-1)[change.positions]
         for change in plan.changes
