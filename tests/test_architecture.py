@@ -330,11 +330,14 @@ def opt():
 
 
 def mixtral():
-    return T.MixtralForCausalLM(T.MixtralConfig(**_TINY, num_local_experts=2))
+    return T.MixtralForCausalLM(
+        T.MixtralConfig(**_TINY, num_local_experts=2, num_key_value_heads=2)
+    )
 
 
 def qwen3_moe():
     settings = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    settings["num_key_value_heads"] = 2
     return T.Qwen3MoeForCausalLM(T.Qwen3MoeConfig(**_TINY, **settings, head_dim=16))
 
 

@@ -31,11 +31,11 @@ import pico_today
 import regraft
 import truth
 from disk import shards, write_jsonl
-from regraft.data.collate import batches, response_batch
+from regraft.data.collate import Batch, batches, response_batch
 from regraft.errors import RegraftError
 from regraft.models import layout
 from regraft.models.ablation import head_outputs, replay_ablated
-from regraft.models.architecture import head_block
+from regraft.models.architecture import LinearArchitecture, head_block
 from regraft.models.load import load_model, open_source
 from regraft.models.places import Place, of_tensor
 from regraft.models.replay import replay, text_inputs
@@ -43,6 +43,7 @@ from regraft.patch.apply import patched
 from regraft.patch.format import load_patch, save_patch
 from regraft.pruning.base import PRUNERS, prune_settings
 from regraft.pruning.gradients import layer_gradients, signed
+from regraft.pruning.inputs import Statistics
 from regraft.pruning.masks import Pattern
 from regraft.pruning.statistics import gather
 from regraft.restoration.ranking import KEPT, Ranking, joined, patch_of
@@ -364,21 +365,31 @@ def test_patched_on_disk_is_patched_in_memory(family, tmp_path):
     assert all(torch.equal(before[name], one) for name, one in model.state_dict().items())
     restored = sum(int((held[name] != before[name]).count_nonzero()) for name in held)
     assert restored == len(ranking) == 3 * len(list(dense.architecture.linears))
-    whole = load_model(dense).state_dict()
-    assert all(
-        torch.equal(held[n][held[n] != before[n]], whole[n][held[n] != before[n]]) for n in held
-    )
+    whole, moved = load_model(dense).state_dict(), {n: held[n] != before[n] for n in held}
+    assert all(torch.equal(held[name][at], whole[name][at]) for name, at in moved.items())
 
 
 def test_names_of_other_authors_are_followed(pico_dir):
     """Molmo2: q, k and v are rows of one tensor, as transformers splits them."""
-    source = truth.opened(pico_dir("molmo2")).source
+    source = open_source(pico_dir("molmo2"))
     first = {li.role: li for li in source.architecture.layers[0].linears}
     tensor = "model.transformer.blocks.0.self_attn.att_proj.weight"
     whole = source.checkpoint.read(tensor)
     assert {first[role].tensor for role in ("q_proj", "k_proj", "v_proj")} == {tensor}
     rows = [source.weight(first[role]) for role in ("q_proj", "k_proj", "v_proj")]
     assert torch.equal(torch.cat(rows), whole)
+
+
+def test_inputs_that_are_no_tokens_are_refused():
+    """As of a decoder that attends to an encoder's states."""
+    linear = LinearArchitecture(0, "encoder_attn.k_proj", "m", "t", (3, 2))
+    module, batch = torch.nn.Linear(2, 3), Batch({}, torch.ones(1, 4).long(), ("a",))
+    observing = Statistics().observing({linear: module}, lambda inputs, _: inputs.sum(0))
+    with observing(batch):
+        module(torch.ones(1, 4, 2))
+    why = r"\[1, 5, 2\], which are not the 4 tokens"
+    with pytest.raises(RegraftError, match=why), observing(batch):
+        module(torch.ones(1, 5, 2))
 
 
 # Experts without calibration tokens

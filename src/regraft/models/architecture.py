@@ -122,7 +122,7 @@ class Architecture:
 
     @property
     def left_dense(self) -> list[str]:
-        """What decoder layers have beside prunable weights, by name in a layer: routers, kernels."""
+        """What decoder layers have beside prunable weights, by name in them: routers, kernels."""
         first = next(self.linears)
         decoder = re.escape(f"{first.module}.".partition(f"layers.{first.layer}.")[0])
         pattern = re.compile(rf"{decoder}layers\.\d+\.(.+)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -114,7 +115,8 @@ class Statistics:
                         return
                     last = args[0], linear.key
                     which = tiles if linear.reads_vision else response
-                    counted = args[0][_rows(module, args[0], which)].flatten(0, -2)
+                    rows = _rows(linear, module, args[0], which)
+                    counted = args[0][rows].flatten(0, -2)
                     self.add(linear, accumulate(counted, batch), len(counted))
 
                 return hook
@@ -128,18 +130,30 @@ class Statistics:
         return around
 
 
-def _rows(module: nn.Module, inputs: Tensor, which: Tensor | None) -> Tensor | None:
+def _rows(
+    linear: LinearArchitecture, module: nn.Module, inputs: Tensor, which: Tensor | None
+) -> Tensor | None:
     """Which of a linear's inputs count, a mask over all of their dimensions but the last.
 
     Args:
-        module: The linear.
+        linear: It.
+        module: What multiplies by it.
         inputs: `[B, S, in]`, or laid out as `[B * S, in]`; an expert's `[n, in]`.
         which: Of all tokens, `[B, S]` bool.
+
+    Raises:
+        RegraftError: it does not read the tokens of the prompts.
     """
     if which is None:
         return None
     if isinstance(module, ExpertLinear):
         return which.flatten()[module.tokens]
+    if math.prod(inputs.shape[:-1]) != which.numel() and not linear.reads_vision:
+        raise RegraftError(
+            f"{linear.key} reads inputs of shape {list(inputs.shape)}, which are not the "
+            f"{which.numel()} tokens of the prompts (an encoder's states?). Leave it dense with "
+            f"--ignore '*.{linear.name}'."
+        )
     return which.flatten() if inputs.ndim == 2 and which.ndim == 2 else which
 
 

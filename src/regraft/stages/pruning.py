@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -184,5 +185,9 @@ def spilled_bytes(dense: Source, settings: PruneSettings) -> int:
     if not pruner.reads_data:
         return 0
     if pruner.updates:
-        return sum(dense.checkpoint.record(li.tensor).bytes for li in dense.architecture.linears)
+        record = dense.checkpoint.record
+        return sum(
+            math.prod(li.shape) * record(li.tensor).torch_dtype.itemsize
+            for li in dense.architecture.linears
+        )
     return dense.architecture.prunable // 8
