@@ -32,7 +32,7 @@ def is_plain(model: nn.Module) -> bool:
 
 def takes_padding(model: nn.Module) -> bool:
     """Whether prompts of different lengths in one batch get the answers that each gets alone."""
-    return model.config.model_type not in _CHANGED_BY_PADDING
+    return getattr(model.config, "model_type", "") not in _CHANGED_BY_PADDING
 
 
 def encodes(model: nn.Module) -> bool:
