@@ -120,6 +120,27 @@ def test_logits_are_those_of_the_weights_that_the_numbers_stand_for(
     assert (found - dense).abs().max() > 1e-2  # rounding is seen
 
 
+def test_fp8_in_blocks_is_what_its_numbers_stand_for(
+    pico_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """In the form of DeepSeek-V3's checkpoints, by hand."""
+    stated = {"quant_method": "fp8", "weight_block_size": [GROUP, GROUP]}
+    folder = stating(pico_dir("llama"), tmp_path / "model", stated)
+    model, _ = pico.build("llama")
+    tensors = load_file(folder / SINGLE_FILE)
+    for name, linear in linears(model):
+        blocks = linear.weight.data.unflatten(0, (-1, GROUP)).unflatten(2, (-1, GROUP))
+        scale = blocks.abs().amax((1, 3)) / 448  # [out / GROUP, in / GROUP]
+        eight = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        tensors[f"model.layers.{name}.weight"] = eight.flatten(2).flatten(0, 1).contiguous()
+        tensors[f"model.layers.{name}.weight_scale_inv"] = scale
+        linear.weight.data = (eight.float() * scale[:, None, :, None]).flatten(2).flatten(0, 1)
+    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+    ids = torch.arange(40, 52)[None]
+    found = load_model(open_answering(folder), device="cpu")(input_ids=ids).logits
+    torch.testing.assert_close(found, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_an_evaluation_from_end_to_end(quantised: Callable[[str], Path], tmp_path: Path) -> None:
     scheme = "int4 in groups, packed"
     floats, compute = save_dequantised(scheme, tmp_path / "model"), ComputeSettings(device="cpu")
@@ -179,6 +200,7 @@ def stating(folder: Path, target: Path, quantization: dict[str, Any]) -> Path:
         ("optimum", {"quant_method": "gptq", "bits": 4, "group_size": 16}),
         ("bitsandbytes", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
         ("bitsandbytes", {"load_in_8bit": True}),
+        ("torchao", {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8"}}}),
         ("hqq", {"quant_method": "hqq", "nbits": 4}),
         ("aqlm", {"quant_method": "aqlm"}),
     ],

@@ -275,11 +275,11 @@ def judge_fingerprint(model: str | Path) -> str:
 
 
 def placed(batch: Batch, model: nn.Module) -> Batch:
-    """The batch on the model's device, pixels in its dtype.
+    """The batch on the model's device, pixels in the dtype of its first weight of floats.
 
     Where every weight waits off the devices accelerate's hooks take the batch to them.
     """
-    parameters = list(model.parameters())
+    parameters = [one for one in model.parameters() if one.is_floating_point()]
     first = next((p for p in parameters if not p.is_meta), None)
     device = torch.device("cpu") if first is None else first.device
     return batch.to(device, (first if first is not None else parameters[0]).dtype)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.errors import RegraftError
+from regraft.models.resolve import quiet
 
 _REFUSED = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError)
 
@@ -46,10 +47,13 @@ def check_quantised(config: Any, folder: Path) -> None:
             "checkpoint in one of these, or one that is not quantised."
         )
     try:
-        quantiser = AutoHfQuantizer.from_config(dict(_stated(config) or {}), pre_quantized=True)
-        quantiser.validate_environment(device_map=None, weights_only=True)
+        with quiet():
+            quantiser = AutoHfQuantizer.from_config(dict(_stated(config) or {}), pre_quantized=True)
+            quantiser.validate_environment(device_map=None, weights_only=True)
     except _REFUSED as error:
         reason = " ".join(str(error).split()).rstrip(".")
+        if isinstance(error, ModuleNotFoundError):  # the others name the package themselves
+            reason += f" (pip install {error.name})"
         raise RegraftError(f"{where} and cannot be run here: {reason}.") from error
 
 

@@ -14,6 +14,7 @@ from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.evaluation.generate import MEMO_BYTES, Answerer
 from regraft.evaluation.judges import TextJudge
+from regraft.evaluation.lengths import check_lengths
 from regraft.loading import load
 from regraft.models.architecture import Architecture
 from regraft.models.load import Source, load_processor
@@ -109,6 +110,18 @@ class EvaluationCache:
         """`survey`, for which all weights are read, once for all methods that rank them."""
         key = "survey", dense.checkpoint.fingerprint, pruned.checkpoint.fingerprint
         return self._once(key, lambda: survey(dense, pruned))
+
+    def check_lengths(
+        self, model: Source, processor: Source, examples: Sequence[Example], max_new_tokens: int
+    ) -> None:
+        """`check_lengths`, once for all models that read the same prompts alike."""
+        made_of = model.config.to_json_string(), processor.checkpoint.fingerprint
+        self._once(
+            ("lengths", *made_of, tuple(examples), max_new_tokens),
+            lambda: check_lengths(
+                model.config, load_processor(processor), examples, max_new_tokens
+            ),
+        )
 
     def prompt_tokens(self, model: Source, examples: Sequence[Example]) -> float:
         """How long prompts are on average, going by the first few."""

@@ -20,7 +20,6 @@ from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.defence.artifact import Defence, acting, asked, check_fits, load_defence
 from regraft.errors import RegraftError
-from regraft.evaluation.lengths import check_lengths
 from regraft.evaluation.perplexity import (
     Nll,
     Teacher,
@@ -108,11 +107,7 @@ class Backend(ABC):
         """
 
     def check(self, examples: Sequence[Example]) -> None:  # noqa: B027, most have nothing to check
-        """Find before long work which of the prompts cannot be answered.
-
-        Raises:
-            RegraftError: some cannot.
-        """
+        """Raise a `RegraftError` before long work where some prompts cannot be answered."""
 
     def likelihoods(self, prompts: Prompts, work: Path) -> Likelihoods:
         """Nothing, for what can only be asked for answers."""
@@ -208,12 +203,8 @@ class Target:
         return found | (self.text.digests() if self.text else {})
 
     def sizes(self) -> dict[str, int]:
-        """How many prunable weights there are, and how many of them are zero.
-
-        Empty where the architecture is not known, as of quantised weights.
-        """
-        architecture = self.model.readable_architecture
-        if architecture is None:
+        """How many prunable weights there are, how many are zero; empty of quantised weights."""
+        if (architecture := self.model.readable_architecture) is None:
             return {}
         patch, _ = self._patch
         filled = zeros_filled(self.model.checkpoint, patch) if patch else 0
@@ -254,10 +245,8 @@ class _InMemory(Backend):
     settings: EvalSettings
 
     def check(self, examples: Sequence[Example]) -> None:
-        model, processor = self.target.checkpoints
-        check_lengths(
-            model.config, load_processor(processor), examples, self.settings.max_new_tokens
-        )
+        made_of, most = self.target.checkpoints, self.settings.max_new_tokens
+        self.target.cache.check_lengths(*made_of, examples, most)
 
     def answers(self, prompts: Prompts, work: Path) -> list[str]:
         target, settings = self.target, self.settings
