@@ -99,9 +99,9 @@ class Survey:
 
     @property
     def described(self) -> str:
-        """ "pruned: 1,204 weights are zero that were not"."""
+        """Its kind and what that means: "pruned: 1,204 weights are zero that ..."."""
         if self.kind == "pruned":
-            return f"pruned: {self.restorable:,} weights are zero that the dense model has"
+            return f"pruned: {self.restorable:,} weights are zero that are not in the dense model"
         return (
             f"changed: {self.restorable:,} weights are not the dense model's, so that any of them "
             "can be restored, and budgets count per 10,000 of them"

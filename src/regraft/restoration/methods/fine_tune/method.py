@@ -131,7 +131,7 @@ PLUGIN = FineTune()
 
 
 def _chosen(settings: FineTuneSettings, context: Context) -> Ranking:
-    """Where values are trained: among weights that are 0 now, and were not in the dense model."""
+    """Where values are trained: among weights that could be restored."""
     if settings.drawn:
         return drawn(context, settings.draw_seed)
     if (ranking := context.positions) is None:
