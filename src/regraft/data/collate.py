@@ -113,6 +113,32 @@ def prompt_tokens(processor: Any, example: Example) -> list[int]:
     return ids
 
 
+def require_lengths(processor: Any, examples: Sequence[Example], most: int | None) -> None:
+    """Check that no prompt has more tokens than a model has positions.
+
+    Its text alone is counted, which takes no time; what an image adds comes on top.
+
+    Args:
+        processor: The processor.
+        examples: The prompts.
+        most: The model's positions; None where it has no bound.
+
+    Raises:
+        RegraftError: some have; it counts them and names the longest.
+    """
+    tokenizer = _tokenizer(processor)
+    long = [one for one in examples if most is not None and len(one.instruction) > most]
+    counts = {one.id: len(tokenizer(one.instruction)["input_ids"]) for one in long}
+    beyond = {name: count for name, count in counts.items() if most is not None and count > most}
+    if beyond:
+        name = max(beyond, key=lambda one: beyond[one])
+        raise RegraftError(
+            f"{len(beyond)} of {len(examples)} prompts are longer than the {most:,} positions of "
+            f"the model; the longest, {name!r}, has {beyond[name]:,} tokens. Shorten them or leave "
+            "them out."
+        )
+
+
 def response_batch(processor: Any, examples: Sequence[Example]) -> Batch:
     """Encode prompts with their responses; label the response tokens.
 
@@ -216,8 +242,10 @@ def _encode(
         ids = ", ".join(repr(example.id) for example in examples)
         what = f"example {culprit.id!r}" if culprit else f"the batch of {ids}"
         hint = f" {_UNMIX}" if mixed and not culprit else ""
+        folder = getattr(_tokenizer(processor), "name_or_path", "")
+        where = f" It is that of {folder}." if folder else ""
         raise RegraftError(
-            f"The processor cannot encode {what}: {type(error).__name__}: {error}{hint}"
+            f"The processor cannot encode {what}: {type(error).__name__}: {error}{hint}{where}"
         ) from error
     if mixed and "cross_attention_mask" in encoded:
         # Mllama skips its cross-attention layers only where no row of the batch has an image.

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from PIL import Image
 from torch import nn
 
-from regraft.data.collate import Batch, batches, decoded, prompt_batch
+from regraft.data.collate import Batch, batches, decoded, prompt_batch, require_lengths
 from regraft.data.example import Example
 from regraft.data.images import length_class
 from regraft.evaluation.greedy import answer
@@ -112,7 +112,14 @@ class Answerer:
 
         Returns:
             One answer an example, special tokens and surrounding white space removed.
+
+        Raises:
+            RegraftError: a prompt has more tokens than the model positions.
         """
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        most: int | None = getattr(text, "max_position_embeddings", None)
+        require_lengths(self._processor, self.examples, most)
         state = vision_state(model) if self._memo_bytes else None
         if state is None or state != self._vision:
             self._kept, self.kept_bytes, self._vision = {}, 0, state
