@@ -414,6 +414,25 @@ def test_images_are_looked_for_by_name(tmp_path: Path) -> None:
         _judge(folder, "gcg-1", images=tmp_path)
 
 
+def test_images_are_looked_for_in_their_folder_alone(tmp_path: Path) -> None:
+    folder, images = _evaluation(tmp_path / "evaluation"), tmp_path / "images"
+    images.mkdir()
+    pico.image(0).save(tmp_path / "secret.png")
+    first, *others = stages.read_evaluation(folder).result.answers
+    seen = file_digest(tmp_path / "secret.png")
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "..", "n" * 300):
+        _write(folder, [replace(first, image=name, image_digest=seen), *others])
+        with pytest.raises(RegraftError, match="is no name of a file in a folder"):
+            _judge(folder, "gcg-1", images=images)
+    _write(folder, [replace(first, image="i.png", image_digest=seen), *others])
+    for place in (images, images / "below"):
+        place.mkdir(exist_ok=True)
+        (place / "i.png").symlink_to(tmp_path / "secret.png")
+        with pytest.raises(RegraftError, match=r"i\.png is a link out of .*images"):
+            _judge(folder, "gcg-1", images=images)
+        (place / "i.png").unlink()
+
+
 def test_judges_without_the_image_are_told_what_it_asks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,8 +191,10 @@ def _encode(
         ids = ", ".join(repr(example.id) for example in examples)
         what = f"example {culprit.id!r}" if culprit else f"the batch of {ids}"
         hint = f" {_UNMIX}" if mixed and not culprit else ""
+        folder = getattr(_tokenizer(processor), "name_or_path", "")
+        where = f" It is that of {folder}." if folder else ""
         raise RegraftError(
-            f"The processor cannot encode {what}: {type(error).__name__}: {error}{hint}"
+            f"The processor cannot encode {what}: {type(error).__name__}: {error}{hint}{where}"
         ) from error
     if mixed and "cross_attention_mask" in encoded:
         # Mllama skips its cross-attention layers only where no row of the batch has an image.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ _TEXT = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _COUNTED = re.compile(r"(layers?|depths?|blocks|stages|experts|num_labels)$")
 _MOST = 4096  # layers, experts or labels, each of which is an object when a model is built
+_MOST_RENDERED = 20_000  # characters that a template makes of one word
 _PATIENCE = 10.0  # seconds for a chat template
 
 
@@ -34,8 +35,8 @@ def check_settings(folder: Path) -> None:
     """Look at the settings of a model before transformers builds what they say.
 
     Raises:
-        RegraftError: a file is no ordinary one, or no JSON object, a number of layers, experts or labels is beyond any
-            model, or the id of a token is none; it names file and field.
+        RegraftError: a file is no ordinary one, or no JSON object, a number of layers, experts or
+            labels is beyond any model, or the id of a token is none; it names file and field.
     """
     for name in (*_TEXT, *_SETTINGS):
         path = folder / name
@@ -133,13 +134,18 @@ def check_template(folder: Path, processor: Any) -> None:
     What else is wrong with a template is said where a prompt is rendered.
 
     Raises:
-        RegraftError: it does not end.
+        RegraftError: it is none, does not end, or makes a book of the word.
     """
     asked = [{"role": "user", "content": "Hello"}]
+    rendered: list[str] = []
+    wrong: list[str] = []
 
     def render() -> None:
-        with suppress(Exception):
-            processor.apply_chat_template(asked, tokenize=False)
+        try:
+            rendered.append(str(processor.apply_chat_template(asked, tokenize=False)))
+        except Exception as error:
+            if type(error).__name__ == "TemplateSyntaxError":  # others may be for want of an image
+                wrong.append(str(error))
 
     thread = threading.Thread(target=render, daemon=True)
     thread.start()
@@ -148,4 +154,14 @@ def check_template(folder: Path, processor: Any) -> None:
         raise RegraftError(
             f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) has "
             f"not rendered one word in {_PATIENCE:.0f} seconds. Take that of the base model."
+        )
+    if wrong:
+        raise RegraftError(
+            f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) is no "
+            f"template: {wrong[0]} Take that of the base model."
+        )
+    if rendered and len(rendered[0]) > _MOST_RENDERED:
+        raise RegraftError(
+            f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) makes "
+            f"{len(rendered[0]):,} characters of one word. Take that of the base model."
         )

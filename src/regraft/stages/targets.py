@@ -32,7 +32,7 @@ from regraft.evaluation.results import TextResult
 from regraft.evaluation.summary import is_compared
 from regraft.files import digest, file_digest
 from regraft.loading import patch_in_memory
-from regraft.models.load import Source, has_processor, load_processor
+from regraft.models.load import Source, has_processor
 from regraft.patch.apply import patched, zeros_filled
 from regraft.patch.format import Patch
 from regraft.progress import Progress, Silent

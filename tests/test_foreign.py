@@ -1,0 +1,108 @@
+"""A model's files that transformers reads: what is wrong in them is said by name, and soon."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from regraft.errors import RegraftError
+from regraft.models import foreign
+from regraft.models.load import load_model, load_processor, open_source
+
+FAMILY = "llama"
+
+
+@pytest.fixture
+def model(pico_dir: Callable[[str], Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pico_dir(FAMILY), tmp_path / "model"))
+
+
+def change(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("config.json", {"num_hidden_layers": 10**9}, r"config.json: num_hidden_layers is 1000000"),
+        ("config.json", {"num_labels": 10**9}, r"config.json: num_labels is 1000000000"),
+        ("config.json", {"sub": {"depths": [2, 10**9]}}, r"config.json: sub.depths is 1000000000"),
+        ("generation_config.json", {"eos_token_id": {}}, r"generation_config.json: eos_token_id"),
+        ("generation_config.json", {"pad_token_id": 2**40}, r"pad_token_id is 1099511627776"),
+        ("tokenizer_config.json", {"model_max_length": []}, r"tokenizer_config.json: model_max_le"),
+    ],
+)
+def test_settings_that_no_model_has(
+    model: Path, file: str, fields: dict[str, Any], message: str
+) -> None:
+    change(model / file, **fields)
+    began = time.monotonic()
+    with pytest.raises(RegraftError, match=message):
+        open_source(model)
+    assert time.monotonic() - began < 5
+
+
+def test_a_pipe_among_the_files(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    os.mkfifo(model / "tokenizer.json")
+    with pytest.raises(RegraftError, match=r"tokenizer.json is a device, a pipe or a socket"):
+        open_source(model)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages", "is no template"),
+        (
+            "{% for a in range(9999) %}{% for b in range(900) %}{% endfor %}{% endfor %}",
+            "has not re",
+        ),
+        ("{% for a in range(30000) %}x{% endfor %}", "makes 30,000 characters of one word"),
+    ],
+)
+def test_chat_templates(
+    model: Path, template: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foreign, "_PATIENCE", 0.05 if "has not" in message else 60.0)
+    source = open_source(model)
+    load_processor(source)
+    (model / "chat_template.jinja").write_text(template)
+    with pytest.raises(RegraftError, match=message) as error:
+        load_processor(source)
+    assert str(model) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(model: Path, value: float) -> None:
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 4] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RegraftError, match=rf"the tensor {name} holds NaN or infinite numbers"):
+        load_model(open_source(model), device="cpu")
+
+
+def test_too_little_memory_is_no_fault_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(MemoryError), foreign.foreign(tmp_path, "the model", ""):
+        raise MemoryError
+    with (
+        pytest.raises(RuntimeError, match="DefaultCPUAllocator"),
+        foreign.foreign(tmp_path, "the model", ""),
+    ):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    with pytest.raises(KeyboardInterrupt), foreign.foreign(tmp_path, "the model", ""):
+        raise KeyboardInterrupt
+    with (
+        pytest.raises(RegraftError, match="the model could not be loaded"),
+        foreign.foreign(tmp_path, "the model", ""),
+    ):
+        torch.zeros(2).view(3)
