@@ -56,7 +56,7 @@ def saved(kind: str, folder: Path) -> Path:
     """A model in the form of one that was trained, behind pico's tokenizer."""
     model_class, config_class, settings = NEVER_PRUNED[kind]
     tokenizer = pico.processor("llama")
-    known = pico._text_config(tokenizer, **settings)
+    known = pico.text_config(tokenizer, **settings)
     if kind == "no decoder layers":
         known = settings | {name: one for name, one in known.items() if name.endswith("token_id")}
         known["vocab_size"] = len(tokenizer)

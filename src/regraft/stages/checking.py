@@ -13,6 +13,7 @@ import regraft
 from regraft import distributed
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
+from regraft.evaluation.chat_server import ENDPOINT
 from regraft.evaluation.gate import Check, compared
 from regraft.evaluation.pairing import on_the_same
 from regraft.evaluation.results import EvalResult
@@ -145,8 +146,9 @@ def _read(folder: Path) -> Evaluation:
     """
     found = read_evaluation(folder)
     for name in ("inputs", "settings", "compute", "versions"):
-        served = name == "compute" and name not in found.about  # where and how is not known
-        if not served and not isinstance(found.about.get(name), Mapping):
+        if name == "compute" and str(found.about["inputs"].get("model", "")).startswith(ENDPOINT):
+            continue  # how a server runs a model is not known
+        if not isinstance(found.about.get(name), Mapping):
             raise RegraftError(
                 f"{folder / 'results.json'}: field 'about.{name}' is no JSON object, so it is not "
                 "known how the model was evaluated. Evaluate it again."
