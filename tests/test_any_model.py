@@ -94,7 +94,7 @@ def test_weights_that_are_missing_are_never_random(kind: str, tmp_path: Path) ->
     lost = next(name for name in tensors if "1" in name and tensors[name].ndim > 1)
     del tensors[lost]
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
-    with pytest.raises(RegraftError, match=r"holds no weights for|cannot be loaded"):
+    with pytest.raises(RegraftError, match=r"holds no weights for|could not be loaded"):
         load_model(open_answering(folder), device="cpu")
 
 
