@@ -99,7 +99,7 @@ def check(
     names = {n: str(side) if isinstance(side, Path) else n for n, side in sides.items()}
     _check_before(sides, there, names, suites, settings)
     for name, side in sides.items():
-        if isinstance(side, Target):
+        if not isinstance(side, Path):
             there[name] = evaluate(side, out / name, suites, settings)
     found = _decided(there, names, margins)
     if distributed.first():
@@ -127,7 +127,7 @@ def _check_asked(
     sides: Mapping[str, Side], suites: Sequence[DataSource], settings: EvalSettings
 ) -> None:
     """Raise where prompts or settings are wanting or would change nothing."""
-    models = any(isinstance(side, Target) for side in sides.values())
+    models = any(not isinstance(side, Path) for side in sides.values())
     if models and not suites:
         raise RegraftError(
             "A model is to be evaluated: name the prompts with --suite, harmful and harmless ones "
@@ -147,7 +147,7 @@ def _read(folder: Path) -> Evaluation:
         RegraftError: see `read_evaluation`; it does not tell, or has two answers with one id.
     """
     found = read_evaluation(folder)
-    for name in ("inputs", "settings", "compute", "versions"):
+    for name in ("inputs", "settings", "versions"):
         if not isinstance(found.about.get(name), Mapping):
             raise RegraftError(
                 f"{folder / 'results.json'}: field 'about.{name}' is no JSON object, so it is not "
@@ -171,7 +171,7 @@ def _check_before(
     """Find before anything is answered what would keep the two from being compared."""
     made_of = {name: one.about["inputs"] for name, one in there.items()}
     for name, side in sides.items():
-        if isinstance(side, Target):
+        if not isinstance(side, Path):
             side.backend(settings)
             side.reading(suites, settings.limit)
             made_of[name] = side.inputs()
@@ -245,7 +245,7 @@ def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
         "models": {
             name: {
                 "inputs": dict(one.about["inputs"]),
-                "compute": but_for_rounding(one.about["compute"]),
+                "compute": but_for_rounding(one.about.get("compute", {})),
                 "versions": one.about["versions"],
                 "answers": digest(*(f"{a.id}\n{a.answer}" for a in one.result.answers)),
             }
@@ -257,7 +257,7 @@ def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
 def _notes(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
     """What was not the same in both evaluations and may be."""
     for way in ("compute", "versions"):
-        ours, theirs = (but_for_rounding(one[way]) for one in (dense, compressed))
+        ours, theirs = (but_for_rounding(one.get(way, {})) for one in (dense, compressed))
         for name in dict.fromkeys([*ours, *theirs]):
             if ours.get(name) != theirs.get(name):
                 yield (
