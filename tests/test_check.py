@@ -286,9 +286,9 @@ def test_folders_that_are_neither_evaluations_nor_models(
     assert "does not exist" in refused(dense, tmp_path / "gone", *out, "--suite", "demo:test")
     broken = shutil.copytree(dense, tmp_path / "broken")
     content = read_json(broken / "results.json")
-    del content["about"]["compute"]
+    del content["about"]["versions"]
     (broken / "results.json").write_text(json.dumps(content))
-    assert "about.compute" in refused(dense, broken, *out)
+    assert "about.versions" in refused(dense, broken, *out)
 
 
 def test_an_output_with_other_things_in_it(

@@ -99,6 +99,11 @@ def test_where_no_prompt_differs_the_limit_is_the_rule_of_three(n: int) -> None:
     assert found.low == pytest.approx(-expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("fewest, margin", [(59, 0.05), (149, 0.02)])
+def test_how_few_prompts_can_pass(fewest: int, margin: float) -> None:
+    assert exact_p(0, 0, fewest, margin) <= LEVEL < exact_p(0, 0, fewest - 1, margin)
+
+
 @pytest.mark.parametrize("count, n", [(0, 12), (3, 40), (39, 40), (40, 40)])
 def test_gaffkes_limit_of_zeros_and_ones_is_clopper_pearsons(count: int, n: int) -> None:
     values = np.repeat([1.0, 0.0], [count, n - count])

@@ -13,7 +13,6 @@ import regraft
 from regraft import distributed
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
-from regraft.evaluation.chat_server import ENDPOINT
 from regraft.evaluation.gate import Check, compared
 from regraft.evaluation.pairing import on_the_same
 from regraft.evaluation.results import EvalResult
@@ -145,9 +144,7 @@ def _read(folder: Path) -> Evaluation:
         RegraftError: see `read_evaluation`; it does not tell, or has two answers with one id.
     """
     found = read_evaluation(folder)
-    for name in ("inputs", "settings", "compute", "versions"):
-        if name == "compute" and str(found.about["inputs"].get("model", "")).startswith(ENDPOINT):
-            continue  # how a server runs a model is not known
+    for name in ("inputs", "settings", "versions"):
         if not isinstance(found.about.get(name), Mapping):
             raise RegraftError(
                 f"{folder / 'results.json'}: field 'about.{name}' is no JSON object, so it is not "
