@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import pico
 from disk import write_data
 from regraft import stages
-from regraft.cli import main
+from regraft.cli import evaluating, main
 from regraft.data.collate import prompt_batch
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
@@ -255,6 +255,15 @@ def test_memory_that_does_not_suffice_says_what_to_lower(tmp_path: Path) -> None
         torch.empty(1 << 50, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="another"), enough_memory(tmp_path):
         raise RuntimeError("another")
+
+
+def test_memory_that_ends_half_way_says_what_to_lower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluating, "open_model", lambda *_, **__: torch.empty(1 << 50))
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "demo", "--suite", "demo:test", "--out", str(tmp_path / "out")])
+    assert "is out of memory. Lower --batch-size" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_model_without_greedy_answers_is_refused_at_once(tmp_path: Path) -> None:

@@ -326,7 +326,7 @@ def look(kind: str) -> Row:
                 reason = saved(kind, folder)
         except (RuntimeError, TimeoutError) as error:
             reason = str(error)
-            return Row(kind, name, reason, reason, reason)
+            return Row(kind, name, reason, reason, "no")
         return Row(kind, name, reason or _evaluates(kind, folder), *_prunes(folder))
 
 
@@ -354,8 +354,7 @@ def _prunes(folder: Path) -> tuple[str, str]:
             architecture = source.architecture
             load_model(source, device="cpu")  # which compares weights with the file's
     except Exception as error:
-        reason = _reason(error, folder)
-        return reason, reason
+        return _reason(error, folder), "no"
     layers = architecture.layers
     count = sum(1 for layer in layers if getattr(layer, "heads", None))
     if count == len(layers):
