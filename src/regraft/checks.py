@@ -98,8 +98,8 @@ def check_restorable(settings: MethodSettings, looked: Survey) -> None:
         )
     if looked.kind == "changed" and (why := settings.only_pruned):
         raise RegraftError(
-            f"{settings.method} needs a pruned model, and of this one {looked.restorable:,} "
-            f"weights are changed, not pruned: {why}."
+            f"{settings.method} needs a pruned model, and of this {looked.restorable:,} weights "
+            f"are changed, not pruned: {why}."
         )
     if settings.how_many(looked.restorable) == 0:
         raise _less_than_one(settings, f"{looked.restorable:,} {looked.kind}")
