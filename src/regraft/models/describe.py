@@ -38,8 +38,8 @@ def read_architecture(model: nn.Module, checkpoint: Checkpoint) -> Architecture:
     decoder, output = text_decoder(model), model.get_output_embeddings()  # type: ignore[operator]
     if output is None:
         raise RegraftError(
-            f"{type(model).__name__} has no output head that transformers knows of; regraft works on "
-            "vision-language and language models."
+            f"{type(model).__name__} has no output head that transformers knows of; regraft works "
+            "on vision-language and language models."
         )
     shapes = [
         (index, name, (module.out_features, module.in_features))
