@@ -284,6 +284,17 @@ def test_query_rows_of_a_head_feed_that_head_alone(family, pico_dir, tmp_path):
         assert [one > 1e-4 for one in moved.tolist()] == [i == head for i in range(layer.heads)]
 
 
+def test_what_is_never_pruned_is_named(pico_dir):
+    named = {
+        "qwen3_5": ["linear_attn.conv1d.weight"],
+        "qwen3_vl_moe": ["mlp.gate.weight"],
+        "llama4_text": ["feed_forward.router.weight"],
+        "qwen3_vl": [],
+    }
+    for family, wanted in named.items():
+        assert truth.opened(pico_dir(family)).architecture.left_dense == wanted
+
+
 def test_layers_without_heads_say_why(pico_dir):
     architecture = truth.opened(pico_dir("qwen3_5")).architecture
     assert [layer.heads for layer in architecture.layers] == [0, 4, 0, 4]
@@ -378,6 +389,44 @@ def test_names_of_other_authors_are_followed(pico_dir):
     assert {first[role].tensor for role in ("q_proj", "k_proj", "v_proj")} == {tensor}
     rows = [source.weight(first[role]) for role in ("q_proj", "k_proj", "v_proj")]
     assert torch.equal(torch.cat(rows), whole)
+
+
+def test_a_linear_stored_as_several_tensors_is_several_weights(pico_dir, tmp_path):
+    """Gradients and statistics of its parts are parts of those of the whole."""
+    opened = truth.opened(pico_dir("llama"))
+    cut = [response_batch(opened.processor, truth.examples("llama", tmp_path, 3))]
+    layers = []
+    for layer in opened.architecture.layers:
+        up = layer.linear("up_proj")
+        rows, columns = up.shape
+        parts = [
+            replace(
+                up, name=f"{up.name}.{i}", shape=(n, columns), held=Place(at * columns, columns, 1)
+            )
+            for i, (at, n) in enumerate([(0, 30), (30, rows - 30)])
+        ]
+        others = [li for li in layer.linears if li is not up]
+        layers.append(replace(layer, linears=(*others, *parts)))
+    several = replace(opened.architecture, layers=tuple(layers))
+    found = []
+    for i, one in enumerate((opened.architecture, several)):
+        walk = truth.walk(opened.model, cut)
+        pairs = layer_gradients(walk, one, tmp_path / f"{i}", lambda _: True, lambda _: None)
+        squares = gather(
+            truth.walk(opened.model, cut),
+            one,
+            PRUNERS.get("wanda"),
+            tmp_path / f"w{i}",
+            lambda _: None,
+        )
+        found.append(({key: value for _, layer in pairs for key, value in layer.items()}, squares))
+    (whole, squares), (parted, same) = found
+    for layer in opened.architecture.layers:
+        key = layer.linear("up_proj").key
+        assert torch.equal(torch.cat([parted[f"{key}.0"], parted[f"{key}.1"]]), whole[key])
+        assert torch.equal(same[f"{key}.0"], squares[key]) and torch.equal(
+            same[f"{key}.1"], squares[key]
+        )
 
 
 def test_inputs_that_are_no_tokens_are_refused():

@@ -37,7 +37,10 @@ def read_architecture(model: nn.Module, checkpoint: Checkpoint) -> Architecture:
     """
     decoder, output = text_decoder(model), model.get_output_embeddings()  # type: ignore[operator]
     if output is None:
-        raise RegraftError(f"{type(model).__name__} has no output head: it writes no text.")
+        raise RegraftError(
+            f"{type(model).__name__} has no output head that transformers knows of; regraft works "
+            "on vision-language and language models."
+        )
     shapes = [
         (index, name, (module.out_features, module.in_features))
         for index, layer in enumerate(decoder_layers(model))
@@ -108,16 +111,24 @@ class _Where(NamedTuple):
 
 
 def _linear(where: _Where, module: Any, on_disk: OnDisk) -> list[LinearArchitecture]:
-    """The weight of an `nn.Linear`."""
+    """The weight of an `nn.Linear`; several where it is stored as several tensors, one by one."""
     shape = (module.out_features, module.in_features)
     parts = on_disk.linear(where.layer, where.name, where.module, shape)
-    if len(parts) > 1:
-        raise RegraftError(
-            f"{on_disk.checkpoint.folder}: {where.module} is stored as {len(parts)} tensors; this "
-            "key layout is not supported."
+    if len(parts) == 1:
+        return [LinearArchitecture(*where, parts[0].tensor, shape, stored=parts[0].place)]
+    layer, name, owner = where
+    return [
+        LinearArchitecture(
+            layer,
+            f"{name}.{own}",
+            owner,
+            part.tensor,
+            (part.rows, shape[1]),
+            held=Place(part.first * shape[1], shape[1], 1),
+            stored=part.place,
         )
-    ((_, _, tensor, stored),) = parts
-    return [LinearArchitecture(*where, tensor, shape, stored=stored)]
+        for own, part in zip(_names(where.name, parts), parts, strict=True)
+    ]
 
 
 def _experts(where: _Where, module: nn.Module, on_disk: OnDisk) -> list[LinearArchitecture]:

@@ -209,11 +209,10 @@ def _by_linear(
     name: str, tensor: TensorPatch, linears: Sequence[LinearArchitecture]
 ) -> list[tuple[LinearArchitecture, Tensor, Tensor]]:
     """What a patch changes of each linear in one tensor: flat positions in it, and values. `[k]`"""
-    another = "The patch is for another model:"
+    another, parts = "The patch is for another model:", []
     if not linears:
         raise RegraftError(f"{another} it has no weight {name}.")
-    shape, parts = linears[0].shape, []
-    if linears[0].stored is None and shape != tensor.shape:
+    if linears[0].stored is None and (shape := linears[0].shape) != tensor.shape:
         raise RegraftError(
             f"{another} {name} is {list(shape)}, the patch is for {list(tensor.shape)}."
         )

@@ -220,13 +220,19 @@ def _added(
     """Add to `sums` what `add` makes of each linear, as a backward pass of B `rows` comes by."""
 
     def observe(linear: LinearArchitecture) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        first = 0  # row of what the module puts out
+        if linear.held is not None and linear.expert is None:
+            first = linear.held.first // linear.held.row
+        own = slice(first, first + linear.shape[0])
+
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             inputs = args[0].detach()
             if not output.requires_grad:  # Mllama's vision keys and values: no hidden state enters
                 output = output.detach().requires_grad_()
 
             def came(gradient: Tensor) -> None:
-                part = add(by_sample(module, gradient, rows), by_sample(module, inputs, rows))
+                of_rows = by_sample(module, gradient[..., own], rows)
+                part = add(of_rows, by_sample(module, inputs, rows))
                 key = linear.key
                 sums[key] = sums[key].add_(part) if key in sums else part
 

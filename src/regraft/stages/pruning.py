@@ -65,6 +65,8 @@ def prune(
     about = describe("prune", {"dense": dense.checkpoint.fingerprint}, settings, compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
         _warn_of_pruned(dense, progress)
+        if left := dense.architecture.left_dense:
+            progress.note(f"Never pruned in the decoder's layers: {', '.join(left)}")
         with working(out, about) as work:
             if data:
                 edits = _calibrated(
