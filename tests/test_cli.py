@@ -663,7 +663,7 @@ def test_recipe_fields(
 
 
 def test_recipe_files(world: World, refused: Refused) -> None:
-    has(refused("run", "no.yaml", "--out", "run"), "recipe no.yaml does not exist")
+    has(refused("run", "no.yaml", "--out", "run"), "no.yaml does not exist. A recipe is needed")
     has(refused("run", "model", "--out", "run"), "recipe model cannot be read")
     (world.root / "bad.yaml").write_text("a: [")
     has(refused("run", "bad.yaml", "--out", "run"), "bad.yaml is not valid YAML")
