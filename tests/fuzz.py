@@ -33,7 +33,8 @@ from regraft.artifact import _digest
 from regraft.cli import main
 from regraft.errors import RegraftError
 
-PATIENCE = 10  # seconds
+PATIENCE = 10  # seconds of work; a busy machine is no fault of a reader
+WAITED = 60  # seconds until a reader is said to wait for ever
 Words = Callable[[Path], list[object]]
 Read = Callable[[Path], object]
 RAW = "@@raw:"  # begins text that stands in a JSON file without its quotes
@@ -322,11 +323,11 @@ def run(case: Case, path: Path, act: Words | Read, above: Path) -> Outcome:
     """
     case.write(path)
     before = listing(above)
-    began = time.monotonic()
+    began = time.process_time()
     code, message = _within_patience(act, path)
-    wrong = ""
-    if time.monotonic() - began > PATIENCE:
-        wrong = f"took {time.monotonic() - began:.0f} s"
+    wrong, worked = "", time.process_time() - began
+    if worked > PATIENCE:
+        wrong = f"worked for {worked:.0f} s"
     elif code not in (0, 2):
         wrong = f"ended with {code}"
     elif code and ("Traceback" in message or not message.startswith("Error:")):
@@ -350,11 +351,11 @@ def listing(folder: Path) -> list[str]:
 
 def _within_patience(act: Words | Read, path: Path) -> tuple[int | str, str]:
     def late(_signal: int, _frame: FrameType | None) -> None:
-        raise HangError(f"no end after {PATIENCE} seconds")
+        raise HangError(f"no end after {WAITED} seconds")
 
     out, err = io.StringIO(), io.StringIO()
     former = signal.signal(signal.SIGALRM, late)
-    signal.alarm(PATIENCE + 1)
+    signal.alarm(WAITED)
     code: int | str = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -227,7 +227,7 @@ def test_no_config(world: World, refused: Refused) -> None:
 
 def test_broken_config(world: World, refused: Refused) -> None:
     (world.model / "config.json").write_text("{")
-    has(refused(*prune(world)), "model/config.json", "cannot be used")
+    has(refused(*prune(world)), "model/config.json: not valid JSON")
 
 
 def test_unknown_family(world: World, refused: Refused) -> None:
@@ -663,8 +663,8 @@ def test_recipe_fields(
 
 
 def test_recipe_files(world: World, refused: Refused) -> None:
-    has(refused("run", "no.yaml", "--out", "run"), "recipe no.yaml does not exist")
-    has(refused("run", "model", "--out", "run"), "recipe model cannot be read")
+    has(refused("run", "no.yaml", "--out", "run"), "no.yaml does not exist. A recipe is needed")
+    has(refused("run", "model", "--out", "run"), "model is a folder; a file is needed. A recipe")
     (world.root / "bad.yaml").write_text("a: [")
     has(refused("run", "bad.yaml", "--out", "run"), "bad.yaml is not valid YAML")
     (world.root / "list.yaml").write_text("- a")

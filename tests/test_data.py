@@ -324,7 +324,7 @@ def test_vlguard_file_errors(tmp_path):
     with pytest.raises(RegraftError, match=r"train\.json does not exist"):
         read_vlguard(tmp_path)
     (tmp_path / "train.json").write_text("[")
-    with pytest.raises(RegraftError, match=r"train\.json is not valid JSON"):
+    with pytest.raises(RegraftError, match=r"train\.json: not valid JSON"):
         read_vlguard(tmp_path)
 
 

@@ -179,7 +179,7 @@ def test_an_rsr_of_no_loss_or_of_means_alone_has_no_interval() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "do not exist"),
+        (None, "does not exist"),
         ("a: [", "not valid YAML"),
         ("source: x\nrows: []", "rows"),
         ("source: x\nrows: [{model: a, asrs: {}}]", "rows.0.asrs: there is no such setting"),

@@ -455,7 +455,7 @@ def _set_rsr(content: Any) -> None:
         (
             lambda files: files.update({"runs/one/evaluation/dense/results.json": b"[]"}),
             True,
-            "expected a JSON object, found list",
+            r"expected a JSON object, found \[\]",
         ),
         (lambda files: files.pop("report.md"), False, "report.md is missing"),
         (lambda files: files.update(more=b""), False, "more was added"),

@@ -59,11 +59,11 @@ def json_value(text: str | bytes, where: str, *, lenient: bool = False) -> Any:
         found = json.loads(text, object_pairs_hook=None if lenient else _object)
         _check(found, strict=not lenient)
     except RecursionError as error:
-        raise RegraftError(f"{where} is not valid JSON: it is nested too deeply.") from error
+        raise RegraftError(f"{where}: not valid JSON: it is nested too deeply.") from error
     except _RefusedError as error:
         raise RegraftError(f"{where}: {error}") from error
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, integers too long to read
-        raise RegraftError(f"{where} is not valid JSON: {error}") from error
+        raise RegraftError(f"{where}: not valid JSON: {error}") from error
     return found
 
 
