@@ -332,6 +332,18 @@ def test_experts_are_refused_before_the_model_is_read(tmp_path: Path) -> None:
     assert held["experts.indices"].tolist() == [3]
 
 
+def test_parts_of_tensors_are_refused(tmp_path: Path) -> None:
+    """Molmo2's q, k and v are rows of one tensor: an adapter of v would have rows it has not."""
+    dense = pico.save("molmo2", tmp_path / "dense")
+    before, after = _write_pair(dense, tmp_path / "pruned")
+    name = next(li.tensor for li in open_source(dense).architecture.linears if li.stored)
+    save_patch(tmp_path / "patch", _patch(before, after, [name], swap=False))
+    world = World(tmp_path / "pruned", tmp_path / "patch", tmp_path)
+    with pytest.raises(RegraftError, match="att_proj"):
+        _export(world, "peft")
+    assert not (tmp_path / "peft").exists()
+
+
 def test_a_dtype_that_is_no_weight_of_a_model(tmp_path: Path) -> None:
     weight = torch.ones(4, 8)
     weight[0, 3] = 0

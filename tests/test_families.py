@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from transformers.core_model_loading import (
@@ -36,11 +37,13 @@ from regraft.errors import RegraftError
 from regraft.models import layout
 from regraft.models.ablation import head_outputs, replay_ablated
 from regraft.models.architecture import LinearArchitecture, head_block
+from regraft.models.checkpoint import SINGLE_FILE
 from regraft.models.load import load_model, open_source
 from regraft.models.places import Place, of_tensor
 from regraft.models.replay import replay, text_inputs
 from regraft.patch.apply import patched
 from regraft.patch.format import load_patch, save_patch
+from regraft.patch.pair import survey
 from regraft.pruning.base import PRUNERS, prune_settings
 from regraft.pruning.gradients import layer_gradients, signed
 from regraft.pruning.inputs import Statistics
@@ -361,7 +364,26 @@ def drawn(source, count):
 @pytest.mark.parametrize("family", [*pico_today.DESCRIBED, "glm4v_moe", "qwen3_vl_moe"])
 def test_patched_on_disk_is_patched_in_memory(family, tmp_path):
     """Names of other authors, fused, stacked and transposed tensors: bit for bit, and off again."""
-    dense = open_source(pico.save(family, tmp_path / "dense", max_shard_size="100KB"))
+    pico.save(family, tmp_path / "dense", max_shard_size="100KB")
+    assert_patched_alike(tmp_path)
+
+
+def test_experts_that_loading_transposes(tmp_path):
+    """As the hub has Qwen3-VL-MoE's, `[E, in, out]`."""
+    folder = pico.save("qwen3_vl_moe", tmp_path / "dense")
+    tensors = load_file(folder / SINGLE_FILE)
+    stored = {
+        name: one.transpose(1, 2).contiguous() if ".experts." in name else one
+        for name, one in tensors.items()
+    }
+    save_file(stored, folder / SINGLE_FILE, metadata={"format": "pt"})
+    assert any(linear.stored is not None for linear in open_source(folder).architecture.linears)
+    assert_patched_alike(tmp_path)
+    assert survey(open_source(folder), open_source(tmp_path / "pruned")).same
+
+
+def assert_patched_alike(tmp_path):
+    dense = open_source(tmp_path / "dense")
     pruned = regraft.prune(tmp_path / "dense", tmp_path / "pruned", method="magnitude")
     ranking = drawn(pruned, 3)
     save_patch(tmp_path / "patch", patch_of(ranking, dense, pruned))

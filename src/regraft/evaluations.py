@@ -168,7 +168,7 @@ def _check_sizes(
             f"{second} has {odd:,} prunable weights and {first} {ours['prunable']:,}: the one was "
             "not made from the other."
         )
-    if theirs["zeros"] <= ours["zeros"]:
+    if theirs["zeros"] < ours["zeros"]:  # as many where weights were changed, not pruned
         raise RegraftError(
             f"The model of {second} has {theirs['zeros']:,} zero weights and that of {first} "
             f"{ours['zeros']:,}: it was not pruned from it. Are --dense and --pruned exchanged?"

@@ -53,10 +53,11 @@ def read_architecture(model: nn.Module, checkpoint: Checkpoint) -> Architecture:
         )
     on_disk = OnDisk.of(model, checkpoint, shapes)
     layers = _describe_layers(model, on_disk)
-    for tensor in dict.fromkeys(linear.tensor for layer in layers for linear in layer.linears):
+    prunable = dict.fromkeys(linear.tensor for layer in layers for linear in layer.linears)
+    for tensor in prunable:
         require_float(checkpoint, tensor)
     if on_disk.prefix is not None:
-        check_stored(checkpoint, on_disk.prefix, decoder, output)
+        check_stored(checkpoint, on_disk.prefix, decoder, output, prunable)
     pruned = {f"{li.module}.{li.parameter}" for layer in layers for li in layer.linears}
     return Architecture(
         family=model.config.model_type,  # type: ignore[union-attr, arg-type]

@@ -95,6 +95,11 @@ class Source:
         except RegraftError as error:
             where = "" if str(self.folder) in str(error) else f"{self.folder}: "
             raise RegraftError(f"{where}{error}") from error
+        except Exception as error:  # of classes that are written otherwise than all we know
+            raise RegraftError(
+                f"{self.folder}: {type(network).__name__} cannot be described "
+                f"({type(error).__name__}: {error}), so that it can be evaluated, not pruned."
+            ) from error
 
     @cached_property
     def readable_architecture(self) -> Architecture | None:

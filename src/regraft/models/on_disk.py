@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -175,10 +175,19 @@ def disk_prefix(checkpoint: Checkpoint, shapes: Sequence[Shape]) -> str:
 
 
 def check_stored(
-    checkpoint: Checkpoint, prefix: str, decoder: nn.Module, output: nn.Module
+    checkpoint: Checkpoint,
+    prefix: str,
+    decoder: nn.Module,
+    output: nn.Module,
+    prunable: Collection[str],
 ) -> None:
-    """Compare shapes on disk with the model's: of the decoder's embedding and norms, the head."""
-    wanted = {f"{prefix}{name}": one.shape for name, one in decoder.named_parameters()}
+    """Compare shapes on disk with the model's: of the decoder's embedding and norms, the head.
+
+    Not of `prunable` tensors, which were found by their shapes, and of which experts may lie on
+    disk transposed.
+    """
+    parameters = ((f"{prefix}{name}", one.shape) for name, one in decoder.named_parameters())
+    wanted = {name: shape for name, shape in parameters if name not in prunable}
     head = f"{prefix.removesuffix('model.')}lm_head.weight"
     for name in {"lm_head.weight", head} - wanted.keys():
         wanted[name] = output.weight.shape  # type: ignore[assignment]

@@ -10,6 +10,8 @@ A pair is of one of two kinds (`survey` says which, by `_NO_ROUNDING`):
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -32,6 +34,7 @@ Kind = Literal["pruned", "changed"]
 _NEARLY_ALL = 0.9
 _ALL = 0.99
 _NO_ROUNDING = 1 / 8  # of the weights that differ: zeros that no rounding makes, if it is pruned
+_NUMBER = re.compile(r"\.\d+\.")  # of an expert, in its name
 _ROWS, _BLOCK = 256, 32  # of a weight that are looked at; columns that share quantisation's scale
 
 
@@ -207,11 +210,14 @@ def _same_besides(dense: Source, pruned: Source) -> bool:
 
 def _never_pruned(source: Source) -> dict[str, str]:
     """Name without the decoder's prefix -> name on disk; no biases, which some pruners correct."""
-    prunable = {linear.tensor.removesuffix("weight") for linear in source.architecture.linears}
+    tensors = {linear.tensor for linear in source.architecture.linears}
+    owners = {tensor.removesuffix("weight") for tensor in tensors}
     return {
         name.removeprefix(source.architecture.prefix): name
         for name, record in source.checkpoint.tensors.items()
-        if record.dtype in FLOATS and f"{name.rpartition('.')[0]}." not in prunable
+        if record.dtype in FLOATS
+        and name not in tensors
+        and f"{name.rpartition('.')[0]}." not in owners
     }
 
 
@@ -249,12 +255,19 @@ def _restored_in(tensor: TensorPatch, linear: LinearArchitecture) -> int:
 def restored_by_module(
     patch: Patch, layers: Sequence[LayerArchitecture]
 ) -> dict[str, tuple[int, ...]]:
-    """Restored weights per module and layer: "self_attn.q_proj" -> count in each layer."""
-    names = dict.fromkeys(linear.name for layer in layers for linear in layer.linears)
-    counts = {
-        (linear.name, layer.index): _restored_in(patch.tensors[linear.tensor], linear)
-        for layer in layers
-        for linear in layer.linears
-        if linear.tensor in patch.tensors
-    }
-    return {name: tuple(counts.get((name, layer.index), 0) for layer in layers) for name in names}
+    """Restored weights per module and layer: "self_attn.q_proj" -> count in each layer.
+
+    All experts of a layer are one: "mlp.experts.*.down_proj".
+    """
+    counts: Counter[tuple[str, int]] = Counter()
+    names: dict[str, None] = {}
+    for layer in layers:
+        for linear in layer.linears:
+            name = linear.name
+            if linear.expert is not None:
+                name = _NUMBER.sub(".*.", name)
+            names[name] = None
+            if linear.tensor in patch.tensors:
+                restored = _restored_in(patch.tensors[linear.tensor], linear)
+                counts[name, layer.index] += restored
+    return {name: tuple(counts[name, layer.index] for layer in layers) for name in names}

@@ -44,6 +44,11 @@ class ImportanceStatistics:
     values: Mapping[str, Tensor]
     samples: int
 
+    def reached(self, linear: LinearArchitecture) -> bool:
+        """Whether its importance is known; that of an expert is not where no token went to it."""
+        known = linear.key in self.values or linear.expert is None
+        return known or not PRUNERS.get(self.method).reads_data
+
     def of(self, linear: LinearArchitecture) -> Tensor:
         """The statistic of one weight; empty where the pruner reads no data.
 

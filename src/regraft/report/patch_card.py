@@ -11,6 +11,7 @@ import yaml
 
 from regraft.evaluation.metrics import per_ten_thousand
 from regraft.patch.format import Patch
+from regraft.patch.pair import is_changed
 from regraft.report import tables
 from regraft.report.addresses import public_suite
 from regraft.report.formatting import Grid
@@ -50,6 +51,7 @@ def render_patch_card(of: Published, study: Study | None = None) -> str:
             metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
             title=of.repository.partition("/")[2],
             patch=of.patch,
+            changed=is_changed(of.patch),
             dense=of.dense or "the dense model",
             pruned=of.pruned,
             versions=of.patch.about.get("versions", {}),
@@ -80,14 +82,15 @@ def _facts(of: Published) -> Iterator[tuple[str, str]]:
     if of.dense:
         yield "Dense model", of.dense
     if of.pruned:
-        yield "Pruned checkpoint", of.pruned
+        yield "Compressed checkpoint", of.pruned
     if method := settings.pop("method", None):
         given = ", ".join(f"{key} {one}" for key, one in settings.items() if one is not None)
         yield "Method", f"{method}: {given}" if given else str(method)
     restored, pruned = of.patch.restored, about.get("pruned")
     share = ""
     if isinstance(pruned, int) and pruned:
-        share = f" of {pruned:,} pruned ones, {per_ten_thousand(restored, pruned):.2g} per 10,000"
+        kind = "changed" if is_changed(of.patch) else "pruned"
+        share = f" of {pruned:,} {kind} ones, {per_ten_thousand(restored, pruned):.2g} per 10,000"
     yield "Restored weights", f"{restored:,}{share}, in {len(of.patch.tensors)} tensors"
     yield "File", f"{of.file}, {of.size:,} bytes, SHA-256 {of.digest}"
     for role, digest in about.get("inputs", {}).items():

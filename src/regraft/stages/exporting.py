@@ -156,7 +156,8 @@ def _for_peft(plan: Plan, trust_remote_code: bool) -> _Content:
     modules = {
         linear.tensor: linear.module
         for linear in source.architecture.linears
-        if linear.module in layers
+        # a part of a linear, or of a tensor, has other rows than an adapter's
+        if linear.module in layers and linear.held is None and linear.stored is None
     }
     held = [
         plan.checkpoint.read(change.record.name).reshape(-1)[change.positions]

@@ -18,7 +18,7 @@ from torch import nn
 
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
-from regraft.defence.artifact import Defence, acting, asked, check_fits, load_defence
+from regraft.defence.artifact import Defence, Direction, acting, asked, check_fits, load_defence
 from regraft.errors import RegraftError
 from regraft.evaluation.perplexity import (
     Nll,
@@ -198,7 +198,8 @@ class Target:
         """
         _, found = self._patch
         if self.defence and self._defence:
-            check_fits(self._defence, self.model.architecture, self.defence)
+            if isinstance(self._defence, Direction):  # a prompt fits any model, quantised ones too
+                check_fits(self._defence, self.model.architecture, self.defence)
             found = found | {"defence": file_digest(self.defence)}
         return found | (self.text.digests() if self.text else {})
 

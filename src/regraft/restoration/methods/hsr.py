@@ -203,6 +203,8 @@ def by_importance(
     on_safety, on_utility = (none, none) if found is None else (found.safety, found.utility)
     best = Best(context.count)
     for one in context.matrices():
+        if not (on_safety.reached(one.linear) and on_utility.reached(one.linear)):
+            continue
         blocks = regions(one.linear)
         thresholds = band(kept_share(one.weight, one.free)) if blocks else None
         if thresholds is None:
