@@ -48,7 +48,7 @@ from regraft.pruning.base import PRUNERS, prune_settings
 from regraft.pruning.gradients import layer_gradients, signed
 from regraft.pruning.inputs import Statistics
 from regraft.pruning.masks import Pattern
-from regraft.pruning.statistics import gather
+from regraft.pruning.statistics import ImportanceStatistics, gather
 from regraft.restoration.ranking import KEPT, Ranking, joined, patch_of
 from test_pico import tokenized
 from test_replay import assert_same, manually_ablated
@@ -490,6 +490,17 @@ def test_experts_without_tokens_are_pruned_by_magnitude_and_counted(pico_dir, tm
             if linear not in unseen:
                 score = score * read[linear.key].square().sum(0).sqrt()
             assert torch.equal(masks[linear.key].mask, Pattern(0.5).mask(score))
+
+
+def test_experts_without_tokens_are_not_ranked(pico_dir):
+    """Nothing is known of what they matter for, and equal scores would be ranked by position."""
+    linears = list(open_source(pico_dir("qwen3_vl_moe")).architecture.linears)
+    expert = next(li for li in linears if li.expert is not None)
+    attention = next(li for li in linears if li.expert is None)
+    known = ImportanceStatistics("wanda", {expert.key: torch.ones(expert.shape[1])}, 1)
+    assert known.reached(expert) and known.reached(attention)  # whose absence is an error
+    assert not ImportanceStatistics("wanda", {}, 1).reached(expert)
+    assert ImportanceStatistics("magnitude", {}, 1).reached(expert)  # which reads no data
 
 
 # What needs heads
