@@ -395,9 +395,10 @@ def table(rows: Sequence[Row]) -> str:
     )
     lines = [
         f"Of the {len(rows)} types of transformers {transformers.__version__}, {evaluate} "
-        f"evaluate, {prune} prune and restore and {heads} have heads that are scored.",
+        f"evaluate; of {prune} the weights to prune and restore are found; {heads} have heads that "
+        "are scored. Pruning was not run on each; where answers fail, so does gain, which needs them.",
         "",
-        "| Type | Evaluates | Prunes, ranks, restores | Scores heads (HSR) |",
+        "| Type | Evaluates | Weights found (prune, rank, restore) | Scores heads (HSR) |",
         "|---|---|---|---|",
         *(row.markdown() for row in rows),
     ]
