@@ -396,7 +396,8 @@ def table(rows: Sequence[Row]) -> str:
     lines = [
         f"Of the {len(rows)} types of transformers {transformers.__version__}, {evaluate} "
         f"evaluate; of {prune} the weights to prune and restore are found; {heads} have heads that "
-        "are scored. Pruning was not run on each; where answers fail, so does gain, which needs them.",
+        "are scored. Pruning was not run on each; where answers fail, so does gain, which needs "
+        "them.",
         "",
         "| Type | Evaluates | Weights found (prune, rank, restore) | Scores heads (HSR) |",
         "|---|---|---|---|",
