@@ -36,7 +36,7 @@ _create_model: Any = create_model
 _SEARCH = Group("Search for a number of weights", sort_key=2)
 _DATA = Parameter(name="*", group=Group("Calibration prompts", sort_key=1))
 Dense = Annotated[str, Parameter(help="Dense checkpoint: a folder or hub id.")]
-Pruned = Annotated[str, Parameter(help="The same model, pruned, or quantised to floats.")]
+Pruned = Annotated[str, Parameter(help="The same model, pruned or dequantised.")]
 Prompts = Annotated[PromptSettings, _DATA]
 Choice = Annotated[SearchSettings, Parameter(name="*", group=_SEARCH)]
 AnswerLength = Annotated[int, Parameter(help="Length of a validation answer.", group=_SEARCH)]
