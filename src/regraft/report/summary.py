@@ -124,7 +124,9 @@ def _change(what: str, before: float, after: float) -> str:
 
 
 def _method(row: Row) -> str:
-    how = "a defence without restored weights"
+    how = "with as many zeros as the pruned model"  # swaps, or another checkpoint
+    if row.inference_time:
+        how = "a defence without restored weights"
     if row.weights is not None:
         verb = "trained" if row.first.trained else "restored"
         how = f"{row.weights.mean:,.0f} {verb} weights"
