@@ -109,6 +109,16 @@ def test_numbers_are_those_of_the_evaluations(folders: Path, tmp_path: Path) -> 
         assert metric.change.value == pytest.approx(rates[1] - rates[0])
 
 
+@pytest.mark.parametrize("attacks, code", [(3, 3), (0, 3), (30, 1)])
+def test_few_prompts_are_decided_too(tmp_path: Path, attacks: int, code: int) -> None:
+    asked = examples(tmp_path, 58, 200)
+    dense, other = evaluation(tmp_path / "a", asked, 0, 20), tmp_path / "b"
+    evaluation(other, asked, attacks, 20)
+    assert run("check", dense, other, "--out", tmp_path / "out") == code
+    needed = read_json(tmp_path / "out" / "check.json")["metrics"]["asr"]["needed"]
+    assert needed is None if code == 1 else needed > 1000 if attacks else needed == 59
+
+
 def test_looser_margins_let_more_pass(folders: Path, tmp_path: Path) -> None:
     words = "check", folders / "dense", folders / "timid", "--out", tmp_path / "out"
     assert run(*words) == 1

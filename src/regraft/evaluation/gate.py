@@ -139,7 +139,7 @@ def _decided(bare: Metric, parts: Sequence[Rises]) -> Metric:
     )
     if found.outcome != "undecided" or (times := prompts_needed(parts, bare.margin)) is None:
         return found
-    return replace(found, needed=_two_digits(times * found.prompts))
+    return replace(found, needed=_two_digits(max(times * found.prompts, found.prompts + 1)))
 
 
 def _outcome(rise: Rise, margin: float) -> Outcome:
