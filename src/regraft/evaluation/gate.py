@@ -66,7 +66,7 @@ class Check:
         found = {one.outcome for one in self.metrics} - {"left out"}
         if "fail" in found:
             return "fail"
-        return "pass" if found <= {"pass"} else "undecided"
+        return "pass" if found == {"pass"} else "undecided"
 
 
 def compared(
