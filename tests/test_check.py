@@ -28,7 +28,7 @@ from regraft.evaluation.noninferiority import LEVEL, exact_p
 from regraft.evaluation.pairing import asking
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.summary import judge_answer, summarise
-from regraft.files import read_json
+from regraft.files import file_digest, read_json
 from regraft.models.load import open_source
 from regraft.stages.targets import Target
 from test_evaluations import REFUSAL, evaluation, examples
@@ -107,6 +107,16 @@ def test_numbers_are_those_of_the_evaluations(folders: Path, tmp_path: Path) -> 
         assert metric.dense and metric.compressed and metric.change
         assert (metric.dense.value, metric.compressed.value) == rates
         assert metric.change.value == pytest.approx(rates[1] - rates[0])
+
+
+@pytest.mark.parametrize("attacks, code", [(3, 3), (0, 3), (30, 1)])
+def test_few_prompts_are_decided_too(tmp_path: Path, attacks: int, code: int) -> None:
+    asked = examples(tmp_path, 58, 200)
+    dense, other = evaluation(tmp_path / "a", asked, 0, 20), tmp_path / "b"
+    evaluation(other, asked, attacks, 20)
+    assert run("check", dense, other, "--out", tmp_path / "out") == code
+    needed = read_json(tmp_path / "out" / "check.json")["metrics"]["asr"]["needed"]
+    assert needed is None if code == 1 else needed > 1000 if attacks else needed == 59
 
 
 def test_looser_margins_let_more_pass(folders: Path, tmp_path: Path) -> None:
@@ -301,6 +311,104 @@ def test_an_output_with_other_things_in_it(
     assert "is a file" in refused(*both, "--out", tmp_path / "mine" / "notes.txt")
 
 
+def test_a_verdict_does_not_outlive_a_check_that_fails(folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = "check", folders / "dense"
+    for bad in (tmp_path / "gone", folders / "dense"):
+        assert run(*words, folders / "same", "--out", out) == 0
+        assert len(tree(out)) == 3
+        assert run(*words, bad, "--out", out) == 2
+        assert not tree(out)
+    (out / "summary.md").mkdir()
+    assert run(*words, folders / "same", "--out", out) == 2
+    assert (out / "summary.md").is_dir()
+
+
+def test_nothing_is_checked_where_all_is_left_out(
+    folders: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    names = ("asr-rise", "over-refusal-rise", "utility-drop", "degenerate-rise")
+    margins = [word for name in names for word in (f"--max-{name}", 100)]
+    both = folders / "dense", folders / "same", "--out", tmp_path / "out"
+    assert "Every metric is left out" in refused(*both, *margins)
+
+
+def test_answers_that_cannot_be(
+    folders: Path, tmp_path: Path, asked: list[Example], refused: Callable[..., str]
+) -> None:
+    dense, out = folders / "dense", ("--out", tmp_path / "out")
+    one, other = (
+        evaluation(tmp_path / name, [*asked[:-1], replace(asked[-1], group=name)], 40, 20)
+        for name in ("f", "g")
+    )
+    assert "has another group" in refused(one, other, *out)
+    broken = evaluation(tmp_path / "broken", asked, 41, 20)
+    rows = (broken / "answers.jsonl").read_text().splitlines()
+    rows[-1] = json.dumps(json.loads(rows[-1]) | {"similarity": 1.5})
+    (broken / "answers.jsonl").write_text("\n".join(rows))
+    content = read_json(broken / "results.json")
+    content["answers"] = file_digest(broken / "answers.jsonl")
+    (broken / "results.json").write_text(json.dumps(content))
+    message = refused(dense, broken, *out)
+    assert "answers.jsonl, line 400" in message and "similarity" in message
+
+
+# Behind servers
+
+
+def behind(folder: Path, asked: Sequence[Example], name: str, **replies: object) -> Path:
+    """An evaluation of a model behind a server, which withheld the answer to the last attack."""
+    inputs = {"model": f"endpoint:http://host.test/v1#{name}", "served": '{"root": "/disk/m"}'}
+    evaluation(folder, asked, 40, 20, inputs=inputs)
+    content = read_json(folder / "results.json")
+    del content["about"]["compute"]
+    content["about"] |= {
+        "replies": replies,
+        "versions": {"regraft": "0.1.0", "torch": f"2.{len(name)}"},
+    }
+    rows = [json.loads(row) for row in (folder / "answers.jsonl").read_text().splitlines()]
+    rows[199] |= {"answer": "", "refused": False, "degenerate": "empty"}
+    (folder / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    content["answers"] = file_digest(folder / "answers.jsonl")
+    (folder / "results.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_what_servers_gave_beside_answers_is_said(tmp_path: Path, asked: list[Example]) -> None:
+    one = behind(tmp_path / "one", asked, "m", filtered=3)
+    other = behind(tmp_path / "other", asked, "m-w4", sampled=7)
+    found = regraft.check(one, other, tmp_path / "out")
+    assert len(found.notes) == 3
+    assert "dense model: Answers withheld or cut by the server's content filter" in found.notes[0]
+    assert "dense model: harmful prompts without any answer: 1." in found.notes[1]
+    assert "compressed model: Answers not greedy" in found.notes[2]
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert all(f"- {note}\n" in summary for note in found.notes)
+    written = (tmp_path / "out" / "check.json").read_text()
+    assert not re.search(r"host\.test|/disk|m-w4", written + summary)
+    inputs = [one["inputs"] for one in json.loads(written)["models"].values()]
+    assert inputs[0].keys() == inputs[1].keys() == {"model", "served"}
+    assert inputs[0]["model"] != inputs[1]["model"]
+
+
+def test_what_is_refused_of_servers(
+    folders: Path, tmp_path: Path, asked: list[Example], refused: Callable[..., str]
+) -> None:
+    one, twin = (behind(tmp_path / name, asked, "m") for name in ("one", "twin"))
+    message = refused(one, twin, "--out", tmp_path / "out")
+    assert "are both endpoint:http://host.test/v1#m" in message
+    assert "--served-model-name" in message
+    odd = behind(tmp_path / "odd", asked, "n", filtered="x")
+    assert "replies" in refused(one, odd, "--out", tmp_path / "out")
+    both = folders / "dense", folders / "near", "--out", tmp_path / "out"
+    assert "leave out --device" in refused(*both, "--device", "cpu")
+    assert "--concurrency is of requests" in refused(*both, "--concurrency", 3)
+    served = "endpoint:http://host.test/v1#m", "endpoint:http://host.test/v1#n"
+    assert "leave out --device" in refused(*served, *both[2:], "--device", "cpu")
+    mixed = served[0], folders / "dense", *both[2:]
+    assert "leave out --device" in refused(*mixed, "--device", "cpu")
+
+
 # What counts together
 
 
@@ -397,6 +505,7 @@ def test_degenerate_answers_are_seen() -> None:
         (["pass", "not measured"], "undecided"),
         (["not measured", "fail"], "fail"),
         (["pass", "left out"], "pass"),
+        (["left out", "left out"], "undecided"),
     ],
 )
 def test_all_must_pass(found: list[Any], verdict: str) -> None:

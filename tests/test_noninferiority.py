@@ -11,10 +11,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
-from scipy.stats import beta, binom, multinomial, t
+from scipy.stats import beta, binom, multinomial, norm, t
 
 from regraft.evaluation.noninferiority import (
     LEVEL,
+    MOST_PROMPTS,
     Rises,
     exact_p,
     gaffke_limit,
@@ -120,6 +121,36 @@ def test_gaffkes_p_is_the_chance_under_random_weights(most: float) -> None:
     for margin in np.quantile(means, [0.05, 0.5, 0.97]):
         simulated = float((means >= margin).mean())
         assert gaffke_p(values, 15, most, float(margin)) == pytest.approx(simulated, abs=0.005)
+
+
+@pytest.mark.parametrize("count, n", [(0, 1), (0, 58), (3, 400), (5, 20_000), (300_000, 10**6)])
+def test_gaffkes_p_is_exact_however_far_from_the_limit(count: int, n: int) -> None:
+    values = np.repeat([1.0, 0.0], [count, n - count])
+    for margin in (1e-6, 1e-4, 0.01, 0.29, 0.3001, 0.9, 0.9999):
+        expected = beta.sf(margin, count + 1, n - count)
+        assert gaffke_p(values, n, 1.0, margin) == pytest.approx(expected, abs=1e-8)
+
+
+@pytest.mark.parametrize("n, off", [(20_000, 0.03), (50_000, 0.02), (1_000_000, 0.005)])
+def test_gaffkes_limit_of_many_scores_is_the_normal_one(n: int, off: float) -> None:
+    values = np.random.default_rng(0).normal(0.01, 0.2, n).clip(-1, 1).round(3)
+    width = norm.ppf(1 - LEVEL) * values.std() / math.sqrt(n)
+    found = (gaffke_limit(values, n, 1.0) - values.mean()) / width
+    assert 1 < found < 1 + off
+
+
+@pytest.mark.parametrize("n", [1, 5, 58, 150])
+def test_every_outcome_has_limits_and_a_number_that_decides(n: int) -> None:
+    """58 prompts of which 3 came, at a margin of 5 points, once had none."""
+    few = [k for k in (0, 1, 3, n) if k <= n]
+    cells = {(b, c) for b in few for c in few if b + c <= n}
+    for more, less in cells:
+        for margin in (0.02, 0.05):
+            found = rises(more, less, n)
+            rise = found.mean(margin)
+            assert -1 <= rise.low <= rise.value <= rise.high <= 1
+            needed = prompts_needed([found], margin)
+            assert needed is None or 0 < needed * n <= MOST_PROMPTS
 
 
 def test_gaffkes_p_at_the_ends() -> None:

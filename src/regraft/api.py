@@ -234,6 +234,7 @@ def check(
     )
     named = [_data(one) for one in ([suites] if isinstance(suites, str) else suites)]
     put_on = None if patch is None else Path(patch)
+    stages.clear_check(Path(out))
     return stages.check(
         stages.side(dense, compute, endpoint, progress=progress),
         stages.side(compressed, compute, endpoint, put_on, progress),

@@ -71,6 +71,7 @@ class _About(TypedDict, total=False):
     compute: dict[str, Any]
     data: dict[str, _Account]
     before: dict[str, Any] | None
+    replies: dict[str, _Count]
     zeros: _Count
     prunable: Annotated[int, Field(ge=1)]
     pruned: _Count

@@ -66,7 +66,7 @@ class Check:
         found = {one.outcome for one in self.metrics} - {"left out"}
         if "fail" in found:
             return "fail"
-        return "pass" if found <= {"pass"} else "undecided"
+        return "pass" if found == {"pass"} else "undecided"
 
 
 def compared(
@@ -139,7 +139,7 @@ def _decided(bare: Metric, parts: Sequence[Rises]) -> Metric:
     )
     if found.outcome != "undecided" or (times := prompts_needed(parts, bare.margin)) is None:
         return found
-    return replace(found, needed=_two_digits(times * found.prompts))
+    return replace(found, needed=_two_digits(max(times * found.prompts, found.prompts + 1)))
 
 
 def _outcome(rise: Rise, margin: float) -> Outcome:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,8 +35,9 @@ _TIE = 1e-9  # by which equal numbers may differ
 _GRID = np.sin(np.linspace(0, np.pi / 2, 181)) ** 2  # closer at the ends: chances change fast there
 _PEAKS = 3  # of those on the grid that are looked at closer
 _NOTHING = 1e-12  # a chance that adds nothing
-_LOG_STEP = 0.05
-_LOG_TIMES = np.arange(-20, 14, _LOG_STEP)
+_STEP = 0.1
+_PATH = np.arange(0, 20, _STEP).reshape(-1, 10)  # along the contour of `_above`, in stretches
+_NO_HEIGHT = 1e-17  # of the first, that adds nothing
 
 Floats = NDArray[np.float64]
 
@@ -145,18 +147,21 @@ def prompts_needed(parts: Sequence[Rises], margin: float) -> float | None:
     for a rise at the margin.
     """
     z, times = float(norm.ppf(CHANCE)), 1.0
+    units = sum(one.values.size for one in parts)
     for _ in range(12):
+        if times * units > MOST_PROMPTS:
+            return None
         rise = mean_rise([one.repeated(times) for one in parts])
         gap = margin - rise.value
         width = rise.high - rise.value if gap > 0 else rise.value - rise.low
-        if rise.n > MOST_PROMPTS or abs(gap) < _TIE:
+        if abs(gap) < _TIE:
             return None
         wanted = times * ((width + z * rise.error) / gap) ** 2
         if abs(wanted / times - 1) < 0.02:
             break
         # widths shrink as 1 / sqrt(n) or, where hardly a prompt differs, as 1 / n: halfway serves
         times = math.sqrt(times * wanted)
-    return times
+    return times if times * units <= MOST_PROMPTS else None
 
 
 def exact_limit(values: Floats, margin: float) -> float:
@@ -249,7 +254,9 @@ def gaffke_limit(values: Floats, n: float, most: float) -> float:
     least = float(values.min())
     if least >= most * (1 - _TIE):
         return most
-    return _crossing(lambda at: gaffke_p(values, n, most, at), least, most)
+    value, error = float(values.mean()), float(values.std()) / math.sqrt(n)
+    near = [value + times * error for times in (1.64, 1.8, 2.5)]  # the normal limit and above it
+    return _crossing(lambda at: gaffke_p(values, n, most, at), least, most, near)
 
 
 def gaffke_p(values: Floats, n: float, most: float, margin: float) -> float:
@@ -257,27 +264,71 @@ def gaffke_p(values: Floats, n: float, most: float, margin: float) -> float:
 
     The chance that the mean of the values and of `most`, under weights drawn evenly from all that
     sum to 1, is at least the margin. Such weights are exponential draws over their sum, so it is
-    that of a sum of exponentials, each times its distance to the margin, to be above 0: found by
-    Imhof's integral (1961) in the logarithm of its variable, where sums converge at once.
+    that of a sum of exponentials, each times its distance to the margin, to be above 0.
     """
     kinds, counts = np.unique(values, return_counts=True)
     distance = np.append(kinds, most) - margin
     weight = np.append(counts * (n / values.size), 1.0)
-    scale = math.sqrt(float((weight * distance**2).sum()))
-    if scale == 0:
+    largest = float(np.abs(distance).max())
+    if not largest:
         return 1.0
-    at = np.exp(_LOG_TIMES)[:, None] * distance / scale
-    angle = (weight * np.arctan(at)).sum(axis=1)
-    height = np.exp(-(weight * np.log1p(at**2)).sum(axis=1) / 2)
-    return 0.5 + float((np.sin(angle) * height).sum()) * _LOG_STEP / math.pi
+    distance /= largest
+    rising = float(weight @ distance) > 0
+    chance = min(1.0, max(0.0, _above(-distance if rising else distance, weight)))
+    return 1 - chance if rising else chance
+
+
+def _above(distance: Floats, weight: Floats) -> float:
+    """The chance that a sum of gamma draws, each times its distance, is above 0; its mean is not.
+
+    The integral of M(s) / s over a contour, M(s) the product of (1 - s distance) ** -weight. The
+    contour is a hyperbola through the saddle point c, bent as the steepest descent is there: the
+    integrand hardly turns on it, however many draws there are (Rice 1980). Sums of a smooth
+    function that falls to 0 at both ends converge at once.
+    """
+    most = float(distance.max())
+    if most < 1e-15 * float(-distance.min()):
+        return 0.0
+
+    def slope(c: float) -> float:
+        return float((weight * (c * distance / (1 - c * distance))).sum()) - 1
+
+    end = (1 - 1e-13) / most
+    if slope(end) <= 0:
+        return 0.0
+    c = float(brentq(slope, 0, end, xtol=1e-12 * end))
+    ratio = distance / (1 - c * distance)
+    second = float((weight * ratio**2).sum()) + c**-2
+    third = 2 * float((weight * ratio**3).sum()) - 2 * c**-3
+    width, bend = second**-0.5, third / (3 * second**2)
+    found, first = 0.0, math.inf
+    for at in _PATH:
+        s = c + bend * (np.cosh(at) - 1) + 1j * width * np.sinh(at)
+        along = bend * np.sinh(at) + 1j * width * np.cosh(at)
+        heights = np.exp(-np.log(1 - s[:, None] * distance) @ weight) / s * along
+        if not at[0]:
+            first = abs(heights[0])
+            heights[0] /= 2
+        found += float(heights.imag.sum())
+        if abs(heights[-1]) < _NO_HEIGHT * first:
+            break
+    return found * _STEP / math.pi
 
 
 def _crossing(
     p: Callable[[float], float], low: float, high: float, near: Sequence[float] = ()
 ) -> float:
-    """Where a p value falls to the level: above it at `low`, 0 at `high`, tried first at `near`."""
+    """Where a p value falls to the level from `low` to `high`, tried first at `near`.
+
+    An end where it is below the level at `low` already, or above it at `high` still.
+    """
+    p = cache(p)
     high -= 1e-9 * (high - low)
     for at in near:
         if low < at < high:
             low, high = (at, high) if p(at) > LEVEL else (low, at)
-    return float(brentq(lambda at: p(at) - LEVEL, low, high, xtol=1e-7))
+    if p(low) <= LEVEL:
+        return low
+    if p(high) > LEVEL:
+        return high
+    return float(brentq(lambda at: p(at) - LEVEL, low, high, xtol=1e-9))

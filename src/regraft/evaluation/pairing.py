@@ -8,7 +8,9 @@ from dataclasses import replace
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Answer, EvalResult
 
-_ASKED = ("harmful", "category", "instruction", "request", "image", "reference", "scored_by")
+_ASKED = (
+    "harmful", "category", "instruction", "request", "image", "reference", "scored_by", "group"
+)  # fmt: skip
 
 
 def on_the_same(first: str, ours: EvalResult, name: str, theirs: EvalResult) -> EvalResult:

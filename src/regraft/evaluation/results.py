@@ -9,7 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from regraft.files import write_text
 from regraft.parsing import EXACT, from_json, json_object
@@ -40,7 +42,7 @@ class Answer:
     reference: str | None
     answer: str
     refused: bool
-    similarity: float | None
+    similarity: Annotated[float, Field(ge=0, le=1)] | None
     suite: str = ""
     degenerate: str = ""
     reason: str = ""

@@ -1,7 +1,7 @@
 """The verdict of a check as files: JSON, JUnit's XML, a line of Markdown; and as a table.
 
-The same check always gives the same bytes, however it was asked for: there are no times, no paths
-and no names of models in them, only digests.
+The same check always gives the same bytes, however it was asked for: of the two models there are
+digests in them, and no times, paths, names or addresses.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _what_decides(metric: Metric) -> str:
 
 
 def markdown(check: Check) -> str:
-    """One line that says all, for a pull request, and the table below it."""
+    """One line that says all, for a pull request, and below it the table and the notes."""
     line = f"**regraft check: {check.verdict}** · " + " · ".join(map(_short, check.metrics))
     grid = table(check)
     rows = ["| " + " | ".join(grid.headings) + " |", "|" + "---|" * len(grid.headings)]
@@ -135,7 +135,8 @@ def markdown(check: Check) -> str:
         f"{check.made_of['versions']['regraft']}, judge {check.made_of['judge']}, "
         f"{check.made_of['prompts']['count']:,} prompts."
     )
-    return "\n".join([line, "", *rows, "", legend, ""])
+    notes = [f"- {note}" for note in check.notes]
+    return "\n".join([line, "", *rows, "", legend, *([""] if notes else []), *notes, ""])
 
 
 def _short(metric: Metric) -> str:

@@ -13,9 +13,11 @@ import regraft
 from regraft import distributed
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
+from regraft.evaluation.chat_server import ENDPOINT
 from regraft.evaluation.gate import Check, compared
 from regraft.evaluation.pairing import on_the_same
 from regraft.evaluation.results import EvalResult
+from regraft.evaluation.served import explained
 from regraft.evaluation.summary import judge_answer
 from regraft.files import digest, file_digest, write_json, write_text
 from regraft.models.load import Source
@@ -90,8 +92,13 @@ def check(
         RegraftError: the two answered other prompts or are judged otherwise, or are one model.
     """
     sides = {DENSE: dense, COMPRESSED: compressed}
-    _check_folder(out)
+    clear_check(out)
     _check_asked(sides, suites, settings)
+    if all(points >= 100 for points in margins.points().values()):
+        raise RegraftError(
+            "Every metric is left out by a margin of 100, so that nothing is checked: give at "
+            "least one of them a smaller margin."
+        )
     there = {name: _read(side) for name, side in sides.items() if isinstance(side, Path)}
     names = {n: str(side) if isinstance(side, Path) else n for n, side in sides.items()}
     _check_before(sides, there, names, suites, settings)
@@ -106,6 +113,18 @@ def check(
     return found
 
 
+def clear_check(out: Path) -> None:
+    """Remove the verdict that is there, so that none outlives a check that fails.
+
+    Raises:
+        RegraftError: a check would be put among other files.
+    """
+    _check_folder(out)
+    if distributed.first():
+        for name in _FILES:
+            (out / name).unlink(missing_ok=True)
+
+
 def _check_folder(out: Path) -> None:
     """Raise where a check would be put among other files."""
     if out.is_file():
@@ -113,6 +132,7 @@ def _check_folder(out: Path) -> None:
     own = {*_FILES, DENSE, COMPRESSED}
     found = sorted(one.name for one in out.iterdir()) if out.is_dir() else []
     odd = [name for name in found if name not in own and not name.startswith(".")]
+    odd += [name for name in _FILES if (out / name).is_dir()]
     if odd:
         raise RegraftError(
             f"The output folder {out} holds something else than a check ({odd[0]}). Choose a new "
@@ -179,10 +199,21 @@ def _check_before(
                 asked = _unanswered(side, suites, settings)
                 on_the_same(names[other], evaluation.result, f"--suite ({asked.suite})", asked)
     if "model" in made_of[DENSE] and made_of[DENSE] == made_of[COMPRESSED]:
+        model = made_of[DENSE]["model"]
+        if _served(made_of[DENSE]):
+            raise RegraftError(
+                f"{DENSE} and {COMPRESSED} are both {model}, and one name cannot tell two models "
+                "apart: serve them under different names (vLLM: --served-model-name)."
+            )
         raise RegraftError(
-            f"{DENSE} and {COMPRESSED} are the same model (fingerprint "
-            f"{made_of[DENSE]['model'][:12]}): there is nothing to compare."
+            f"{DENSE} and {COMPRESSED} are the same model (fingerprint {model[:12]}): there is "
+            "nothing to compare."
         )
+
+
+def _served(inputs: Mapping[str, str]) -> bool:
+    """Whether these are of a model behind a server."""
+    return inputs.get("model", "").startswith(ENDPOINT)
 
 
 def _plain(settings: EvalSettings) -> dict[str, Any]:
@@ -226,7 +257,11 @@ def _decided(there: Mapping[str, Evaluation], names: Mapping[str, str], margins:
     return Check(
         compared(dense.result, other, fractions),
         _made_of(dense, compressed),
-        tuple(_notes(dense.about, compressed.about)),
+        (
+            *_differences(dense.about, compressed.about),
+            *_replies(DENSE, dense),
+            *_replies(COMPRESSED, compressed),
+        ),
     )
 
 
@@ -243,7 +278,7 @@ def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
         "prompts": {"count": len(answers), "digest": digest(json.dumps(rows, sort_keys=True))},
         "models": {
             name: {
-                "inputs": dict(one.about["inputs"]),
+                "inputs": _without_names(one.about["inputs"]),
                 "compute": but_for_rounding(one.about.get("compute", {})),
                 "versions": one.about["versions"],
                 "answers": digest(*(f"{a.id}\n{a.answer}" for a in one.result.answers)),
@@ -253,13 +288,31 @@ def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
     }
 
 
-def _notes(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
+def _without_names(inputs: Mapping[str, str]) -> dict[str, str]:
+    """As they are of a model here, all digests; of one behind a server they have its address."""
+    return {name: digest(one) if _served(inputs) else one for name, one in inputs.items()}
+
+
+def _replies(name: str, evaluation: Evaluation) -> Iterator[str]:
+    """What a server gave beside answers as asked for."""
+    counted = evaluation.about.get("replies", {})
+    yield from (f"The {name} model: {sentence}" for sentence in explained(counted))
+    empty = sum(one.harmful and not one.answer for one in evaluation.result.answers)
+    if counted.get("filtered") and empty:
+        yield (
+            f"The {name} model: harmful prompts without any answer: {empty:,}. ASR counts them as "
+            "not answered, though it may be the server's filter that withheld them."
+        )
+
+
+def _differences(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
     """What was not the same in both evaluations and may be."""
     if ("compute" in dense) != ("compute" in compressed):
         yield "Only one of the two ran here: how a server runs a model is not known."
+        return  # and versions of what runs models here mean nothing there
+    if "compute" not in dense:
+        return
     for way in ("compute", "versions"):
-        if way not in dense or way not in compressed:
-            continue
         ours, theirs = (but_for_rounding(one[way]) for one in (dense, compressed))
         for name in dict.fromkeys([*ours, *theirs]):
             if ours.get(name) != theirs.get(name):
