@@ -34,6 +34,18 @@ def change(path: Path, **fields: Any) -> None:
     ("file", "fields", "message"),
     [
         ("config.json", {"num_hidden_layers": 10**9}, r"config.json: num_hidden_layers is 1000000"),
+        (
+            "config.json",
+            {"num_hidden_layers": 1025},
+            r"num_hidden_layers is 1025; expected 1,024 at",
+        ),
+        ("config.json", {"hidden_size": 10**12}, r"config.json: hidden_size is 1000000000000"),
+        (
+            "config.json",
+            {"sub": {"intermediate_size": 2**24 + 1}},
+            r"sub.intermediate_size is 1677",
+        ),
+        ("config.json", {"vocab_size": 1e300}, r"vocab_size is 1e\+300; expected 16,777,216 at"),
         ("config.json", {"num_labels": 10**9}, r"config.json: num_labels is 1000000000"),
         ("config.json", {"sub": {"depths": [2, 10**9]}}, r"config.json: sub.depths is 1000000000"),
         ("generation_config.json", {"eos_token_id": {}}, r"generation_config.json: eos_token_id"),

@@ -25,8 +25,11 @@ _SETTINGS = (
 )
 _TEXT = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_COUNTED = re.compile(r"(layers?|depths?|blocks|stages|experts|num_labels)$")
-_MOST = 4096  # layers, experts or labels, each of which is an object when a model is built
+_MOST = (  # what a field's name ends in, and how much no model has
+    (re.compile(r"(layers?|depths?|blocks|stages)$"), 1024),  # an object each in a model
+    (re.compile(r"(experts|num_labels)$"), 4096),
+    (re.compile(r"(_size|dim|dims|d_model|d_ff|n_embd|heads|channels)$"), 2**24),  # rows, columns
+)
 _MOST_RENDERED = 20_000  # characters that a template makes of one word
 _PATIENCE = 10.0  # seconds for a chat template
 
@@ -64,8 +67,12 @@ def _require_countable(path: Path, content: Any, field: str = "") -> None:
     elif isinstance(content, list):
         for inner in content:
             _require_countable(path, inner, field)
-    elif isinstance(content, int | float) and _COUNTED.search(field) and content > _MOST:
-        raise RegraftError(f"{path}: {field} is {shown(content)}; expected {_MOST:,} at most.")
+    elif isinstance(content, int | float):
+        for name, most in _MOST:
+            if name.search(field) and content > most:
+                raise RegraftError(
+                    f"{path}: {field} is {shown(content)}; expected {most:,} at most."
+                )
 
 
 def _require_ids(path: Path, content: dict[str, Any]) -> None:
