@@ -78,6 +78,12 @@ def test_a_pipe_among_the_files(model: Path) -> None:
             "{% for a in range(9999) %}{% for b in range(900) %}{% endfor %}{% endfor %}",
             "has not re",
         ),
+        ("{{ 'a' * 10**10 }}", "holds a power, or multiplies by more than 1,000,000"),
+        ("{{ 'a' * 99999 * 99999 }}", "multiplies by more than 1,000,000"),
+        (
+            "{% generation %}{{ 'a'.ljust(9999999999) }}{% endgeneration %}",
+            "by more than 1,000,000",
+        ),
         ("{% for a in range(30000) %}x{% endfor %}", "makes 30,000 characters of one word"),
     ],
 )
