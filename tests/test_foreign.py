@@ -46,6 +46,11 @@ def change(path: Path, **fields: Any) -> None:
             r"sub.intermediate_size is 1677",
         ),
         ("config.json", {"vocab_size": 1e300}, r"vocab_size is 1e\+300; expected 16,777,216 at"),
+        (
+            "config.json",
+            {"num_experts": 2**14 + 1},
+            r"num_experts is 16385; expected 16,384 at most",
+        ),
         ("config.json", {"num_labels": 10**9}, r"config.json: num_labels is 1000000000"),
         ("config.json", {"sub": {"depths": [2, 10**9]}}, r"config.json: sub.depths is 1000000000"),
         ("generation_config.json", {"eos_token_id": {}}, r"generation_config.json: eos_token_id"),

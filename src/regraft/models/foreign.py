@@ -30,7 +30,8 @@ _TEXT = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MOST = (  # what a field's name ends in, and how much no model has
     (re.compile(r"(layers?|depths?|blocks|stages)$"), 1024),  # an object each in a model
-    (re.compile(r"(experts|num_labels)$"), 4096),
+    (re.compile(r"num_labels$"), 4096),
+    (re.compile(r"experts$"), 2**14),  # as Doge has
     (re.compile(r"(_size|dim|dims|d_model|d_ff|n_embd|heads|channels)$"), 2**24),  # rows, columns
 )
 _MOST_RENDERED = 20_000  # characters that a template makes of one word
@@ -43,8 +44,8 @@ def check_settings(folder: Path) -> None:
     """Look at the settings of a model before transformers builds what they say.
 
     Raises:
-        RegraftError: a file is no ordinary one, or no JSON object, a number of layers, experts or
-            labels is beyond any model, or the id of a token is none; it names file and field.
+        RegraftError: a file is no ordinary one, or no JSON object, a number of layers, rows or
+            such is beyond any model, or the id of a token is none; it names file and field.
     """
     for name in (*_TEXT, *_SETTINGS):
         path = folder / name
