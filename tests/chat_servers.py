@@ -28,6 +28,7 @@ class Response:
     headers: Mapping[str, str] = field(default_factory=dict)
     reason: str | None = None
     wait: float = 0.0  # seconds before it
+    drip: float = 0.0  # seconds between its bytes
 
 
 def said(text: Any, ended: str = "stop", tokens: int | None = None) -> dict[str, Any]:
@@ -112,7 +113,11 @@ def scripted(**script: Any) -> Iterator[Scripted]:
                 for name, value in response.headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(text if isinstance(text, bytes) else text.encode())
+                sent = text if isinstance(text, bytes) else text.encode()
+                for i in range(len(sent) if response.drip else 0):
+                    self.wfile.write(sent[i : i + 1])
+                    time.sleep(response.drip)
+                self.wfile.write(b"" if response.drip else sent)
             except OSError:
                 pass  # whoever asked is gone
 

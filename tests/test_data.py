@@ -396,6 +396,7 @@ def test_safebench_official_layout(tmp_path):
         ([row(1, 2)], [*HEADER[:2], "task", *HEADER[3:]], "row 1: the field 'task_id' is missing"),
         ([row(1, 2)[:3]], HEADER, "row 1: it has not as many cells as the header"),
         ([row(1, "x")], HEADER, "row 1: the field 'task_id' must be a whole number, found \"x\""),
+        ([row(1, "9" * 5000)], HEADER, "row 1: the field 'task_id' must be a whole number"),
         ([row(1, 1)], HEADER, r"no examples\. Rows left out: 1 task_id not even"),
         ([row(1, 2)], HEADER, r"1 of 1 .* no image file: .*query_ForbidQI_1_2_6\.png"),
         ([row(1, 2), row(1, 2)], HEADER, "the id 'ForbidQI_1_2' is used twice"),

@@ -48,7 +48,7 @@ from regraft.data.suites import join_suites
 from regraft.defence.artifact import Direction, ShieldPrompt, save_defence
 from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import PassingError, RegraftError
-from regraft.evaluation.chat_server import KEY_VARIABLE, ChatServer
+from regraft.evaluation.chat_server import KEY_VARIABLE, ChatServer, Reply
 from regraft.evaluation.resumable_map import resumable_pool
 from regraft.evaluation.served import as_they_come, portable
 from regraft.models.load import open_source
@@ -505,6 +505,85 @@ def test_a_model_that_takes_no_temperature_is_not_called_greedy(
     assert found.about["replies"] == {"sampled": 8}
 
 
+ECHOED = "What is temperature, what content_filter, and what max_completion_tokens?"
+
+
+def _fastapi(body: dict[str, Any]) -> Any:
+    wrong = {"loc": ["body", "seed"], "msg": "Field required", "type": "missing", "input": body}
+    return {"detail": [wrong]}
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        _fastapi,
+        lambda body: {"detail": f"No seed in {body}"},
+        lambda body: {"error": {"message": f"No seed for {asked(body)}", "input": asked(body)}},
+        lambda body: {"message": f"1 error [input_value={asked(body)[:40]}...]", "code": 400},
+        lambda body: f"No seed in {json.dumps(body)}",
+    ],
+)
+@pytest.mark.parametrize("code", [400, 422])
+def test_a_prompt_that_a_server_says_again_is_no_complaint(
+    refusal: Callable[[dict[str, Any]], Any], code: int
+) -> None:
+    """Of these plain words hold "temperature" as a name of the body, which a retry finds out."""
+
+    def answer(body: dict[str, Any]) -> Any:
+        return said("Yes.") if asked(body) == "Hello" else Response(refusal(body), code)
+
+    with scripted(answer=answer) as server:
+        model = ChatServer(server.url, "m", pause=0.0)
+        with pytest.raises(PassingError, match=str(code)):
+            model.reply([{"role": "user", "content": ECHOED}], 8)
+        assert model.reply([{"role": "user", "content": "Hello"}], 8) == Reply("Yes.", "stop")
+    assert server.bodies[-1].keys() == {"model", "messages", "max_tokens", "temperature"}
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        {"error": {"message": "Unsupported value.", "param": "temperature", "code": "x"}},
+        {"detail": [{"loc": ["body", "temperature"], "msg": "Extra inputs are not permitted"}]},
+        {"detail": "temperature is not taken"},
+        {"object": "error", "message": f"{ECHOED}: temperature?", "code": 400},
+        [{"error": {"message": "temperature"}}],
+    ],
+)
+def test_a_complaint_of_a_field_is_learnt_in_every_form(refusal: Any) -> None:
+    def answer(body: dict[str, Any]) -> Any:
+        return Response(refusal, 400) if "temperature" in body else said("Yes.")
+
+    with scripted(answer=answer) as server:
+        model = ChatServer(server.url, "m", pause=0.0)
+        for _ in range(2):
+            found = model.reply([{"role": "user", "content": ECHOED}], 8)
+            assert found == Reply("Yes.", "stop", greedy=False)
+    assert len(server.bodies) == 3
+
+
+def test_a_retry_that_fails_alike_teaches_nothing() -> None:
+    wrong = Response({"error": {"message": "temperature or not, no"}}, 400)
+    with scripted(first=[wrong, wrong]) as server:
+        model = ChatServer(server.url, "m", pause=0.0)
+        with pytest.raises(PassingError, match="400"):
+            model.reply([{"role": "user", "content": "Hello"}], 8)
+        assert model.reply([{"role": "user", "content": "Hello"}], 8).greedy
+    assert ["temperature" in body for body in server.bodies] == [True, False, True]
+
+
+def test_a_server_that_sends_in_drops_is_not_waited_for(server: Scripted) -> None:
+    def drops(_: dict[str, Any]) -> Response:
+        return Response(said("Yes."), drip=0.1)
+
+    server.answer = drops
+    model = replace(ChatServer(server.url, "m", pause=0.0), timeout=0.3)
+    began = time.monotonic()
+    with pytest.raises(PassingError, match="its reply did not end in time"):
+        model.reply([{"role": "user", "content": "Hello"}], 8)
+    assert time.monotonic() - began < 5 * (2 * 0.3 + 0.1) + 5
+
+
 @pytest.mark.parametrize(("tokens", "cut"), [(9, True), (14, True), (15, False), (16, False)])
 def test_an_answer_cut_for_want_of_room_is_no_answer(
     server: Scripted, suite: DataSource, tmp_path: Path, tokens: int, cut: bool
@@ -556,6 +635,8 @@ def test_what_a_server_cannot_do_is_said_before_it_is_asked(
         ("http://h /v1#m", "expected endpoint:URL#MODEL"),
         ("h:8000/v1#m", "expected endpoint:URL#MODEL"),
         ("http://h:99999/v1#m", "expected endpoint:URL#MODEL"),
+        ("http://a..b/v1#m", "expected endpoint:URL#MODEL"),
+        (f"http://{'a' * 64}.b/v1#m", "expected endpoint:URL#MODEL"),
         ("http://h:x/v1#m", "expected endpoint:URL#MODEL"),
         ("http://[::1/v1#m", "expected endpoint:URL#MODEL"),
         ("http://h/v1#m\n", "expected endpoint:URL#MODEL"),

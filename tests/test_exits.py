@@ -128,6 +128,24 @@ def test_faults_have_a_report_and_no_traceback(
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [(), ("--debug",)])
+def test_a_key_with_a_line_end_around_it_is_told_nobody(
+    words: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Programs send it without the space around it, so that messages hold it like that."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("SOME_API_KEY", " sk-very-secret\n")
+    assert ended(KeyError("bad key sk-very-secret."), monkeypatch, *words) == FAULT
+    message = capsys.readouterr().err
+    assert "bad key ***." in message
+    assert ("Traceback" in message) == bool(words)
+    (report,) = tmp_path.iterdir()
+    assert "sk-very-secret" not in report.read_text() + message
+
+
 def test_a_fault_without_a_place_for_its_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,23 @@ def change(path: Path, **fields: Any) -> None:
     ("file", "fields", "message"),
     [
         ("config.json", {"num_hidden_layers": 10**9}, r"config.json: num_hidden_layers is 1000000"),
+        (
+            "config.json",
+            {"num_hidden_layers": 1025},
+            r"num_hidden_layers is 1025; expected 1,024 at",
+        ),
+        ("config.json", {"hidden_size": 10**12}, r"config.json: hidden_size is 1000000000000"),
+        (
+            "config.json",
+            {"sub": {"intermediate_size": 2**24 + 1}},
+            r"sub.intermediate_size is 1677",
+        ),
+        ("config.json", {"vocab_size": 1e300}, r"vocab_size is 1e\+300; expected 16,777,216 at"),
+        (
+            "config.json",
+            {"num_experts": 2**14 + 1},
+            r"num_experts is 16385; expected 16,384 at most",
+        ),
         ("config.json", {"num_labels": 10**9}, r"config.json: num_labels is 1000000000"),
         ("config.json", {"sub": {"depths": [2, 10**9]}}, r"config.json: sub.depths is 1000000000"),
         ("generation_config.json", {"eos_token_id": {}}, r"generation_config.json: eos_token_id"),
@@ -65,6 +82,12 @@ def test_a_pipe_among_the_files(model: Path) -> None:
         (
             "{% for a in range(9999) %}{% for b in range(900) %}{% endfor %}{% endfor %}",
             "has not re",
+        ),
+        ("{{ 'a' * 10**10 }}", "holds a power, or multiplies by more than 1,000,000"),
+        ("{{ 'a' * 99999 * 99999 }}", "multiplies by more than 1,000,000"),
+        (
+            "{% generation %}{{ 'a'.ljust(9999999999) }}{% endgeneration %}",
+            "by more than 1,000,000",
         ),
         ("{% for a in range(30000) %}x{% endfor %}", "makes 30,000 characters of one word"),
     ],

@@ -984,6 +984,12 @@ def test_labelled_answers_are_read(tmp_path: Path) -> None:
         (CSV.replace("completion", "text"), (), "all", "no column completion or answer or"),
         (CSV, ["bad"], "all", "Labels found: 1_full_compliance, 2_full_refusal.*--positive"),
         (CSV.replace("v2-13", "v2-b"), (), "even", "row 3: the field 'id' must be text that ends"),
+        (
+            CSV.replace("v2-13", "v2-" + "9" * 5000),
+            (),
+            "even",
+            "row 3: the field 'id' must be text",
+        ),
         (CSV.replace("Do,I", ",I"), (), "all", "row 2: the field 'prompt' is empty"),
         ("prompt,answer\na,b\n", (), "all", "no column final_label or label"),
     ],

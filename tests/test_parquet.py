@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_other_readers_take_tables(tmp_path: Path) -> None:
 
 
 def test_values_as_text(tmp_path: Path) -> None:
-    row = {"i": 3, "f": 0.5, "n": None, "s": "x", "l": ["a"], "d": {"k": 1}, "b": b"\x00\xff"}
+    row = {"i": 3, "f": 0.5, "n": None, "s": "x", "l": ["a"], "d": {"k": 1}, "b": _png(2)}
     path = _write(tmp_path / "t.parquet", row, {**row, "n": "there"})
     (found, _) = table_rows(path, "", as_text=True)
     assert found.values == {
@@ -194,6 +195,82 @@ def test_values_as_text(tmp_path: Path) -> None:
         "b": base64.b64encode(row["b"]).decode(),
     }
     assert found.where == f"{path}, row 1"
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_text_in_plain_bytes_is_text(tmp_path: Path, cache: Path, as_text: bool) -> None:
+    """As Impala and older Spark write it, which do not say that it is UTF-8."""
+    texts = ["Grüße?", "BMW is a car.", "", "RIFF"]
+    cells = pa.array([one.encode() for one in texts], pa.binary())
+    pq.write_table(pa.table({"instruction": cells}), tmp_path / "t.parquet")
+    rows = table_rows(tmp_path / "t.parquet", "", as_text=as_text)
+    assert [row.values["instruction"] for row in rows] == texts
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_bytes_that_are_nothing_are_refused_where_they_are_read(
+    tmp_path: Path, cache: Path, as_text: bool
+) -> None:
+    path = _write(tmp_path / "t.parquet", {"instruction": "a", "b": b"\x00\xff"})
+    (row,) = table_rows(path, "", as_text=as_text)
+    assert row.text("instruction") == "a"
+    with pytest.raises(RegraftError, match=r"t\.parquet, row 1: the field 'b' must be a string"):
+        row.text("b")
+    assert not cache.exists()
+
+
+def test_images_in_plain_bytes(tmp_path: Path, cache: Path) -> None:
+    kinds = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
+    rows = [{"instruction": kind, "image": _png(9, kind)} for kind in kinds]
+    reading = read_jsonl(_write(tmp_path / "t.parquet", *rows))
+    check_images(reading)
+    assert [one.image.read_bytes() for one in reading.examples if one.image] == [
+        row["image"] for row in rows
+    ]
+
+
+def test_columns_that_python_has_no_values_for(tmp_path: Path) -> None:
+    """Nanoseconds, and a zone that this machine does not know: nobody reads them."""
+    times = pa.array([1], pa.timestamp("ns"))
+    lost = pa.array([0], pa.timestamp("us", "Nowhere/Land"))
+    table = pa.table({"instruction": ["a"], "t": times, "z": lost})
+    pq.write_table(table, tmp_path / "t.parquet")
+    (row,) = table_rows(tmp_path / "t.parquet", "", as_text=True)
+    assert row.text("instruction") == "a"
+    assert row.text("t").startswith("1970-01-01 00:00:00")
+    assert row.text("z").startswith("1970-01-01 00:00:00")
+
+
+def test_a_small_file_with_much_text_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _write(tmp_path / "t.parquet", *({"instruction": "a" * 2**20},) * 200)
+    assert path.stat().st_size < 2**16
+    with pytest.raises(RegraftError, match=r"t\.parquet, row 65: the values of .* 67,108,864 byte"):
+        read_jsonl(path)
+    monkeypatch.setattr(parquet, "_TEXT", 2**20 - 1)
+    with pytest.raises(
+        RegraftError, match=r"row 1: the field 'instruction' holds a text of 1,048,5"
+    ):
+        read_jsonl(path)
+
+
+def test_a_small_file_with_long_lists_is_refused(tmp_path: Path) -> None:
+    lists = pa.array([[0] * 2**20] * 5, pa.list_(pa.int8()))
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"instruction": ["a"] * 5, "zeros": lists}), path)
+    with pytest.raises(RegraftError, match=r"the column 'zeros' holds 5,242,880 elements of lists"):
+        read_jsonl(path)
+
+
+def test_a_folder_or_a_pipe_is_no_table(tmp_path: Path) -> None:
+    (tmp_path / "folder.parquet").mkdir()
+    os.mkfifo(tmp_path / "pipe.parquet")
+    with pytest.raises(RegraftError, match=r"folder\.parquet is a folder"):
+        read_mmbench(tmp_path / "folder.parquet")
+    with pytest.raises(RegraftError, match=r"pipe\.parquet is a device, a pipe or a socket"):
+        read_mmbench(tmp_path / "pipe.parquet")
 
 
 def test_fields_are_named_in_errors(tmp_path: Path) -> None:
@@ -229,7 +306,7 @@ def test_two_columns_of_one_name(tmp_path: Path) -> None:
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     cell = pa.array([b"\xff\xfe"]).view(pa.string())
     pq.write_table(pa.table({"instruction": cell}), tmp_path / "t.parquet")
-    with pytest.raises(RegraftError, match=r"t\.parquet is no whole Parquet file"):
+    with pytest.raises(RegraftError, match=r"t\.parquet: the column 'instruction' \(string\)"):
         read_jsonl(tmp_path / "t.parquet")
 
 

@@ -65,6 +65,16 @@ def test_values_beyond_the_bounds(text: str, message: str) -> None:
         json_value(text, "file.json")
 
 
+def test_names_of_large_objects_are_compared_at_once() -> None:
+    names = [f"n{i}" for i in range(200_000)]
+    text = json.dumps(dict.fromkeys(names, 0))
+    began = time.monotonic()
+    assert list(json_value(text, "x")) == names
+    with pytest.raises(RegraftError, match='the field "n199999" is there twice'):
+        json_value(f'{text[:-1]}, "n199999": 1}}', "x")
+    assert time.monotonic() - began < 10
+
+
 def test_other_programs_numbers_are_taken_as_they_are() -> None:
     """Configs have Infinity, and tokenizers a length of 1e30."""
     text = '{"a": Infinity, "b": 1000000000000000019884624838656, "c": 1, "c": 2}'

@@ -115,6 +115,7 @@ def test_mmbench_without_all_rotations(tmp_path: Path, cache: Path) -> None:
         ({"A": "", "C": "x"}, "row 1: expected options A, B and so on without a gap"),
         ({"B": "nan"}, "without a gap"),
         ({"index": "1.0"}, "the field 'index' must be a whole number"),
+        ({"index": "9" * 5000}, "the field 'index' must be a whole number"),
         ({"image": "no base64!"}, "the field 'image' is neither an image in base64 nor the index"),
         ({"image": RED[:-3]}, "the field 'image' is neither"),
         ({"index": "252"}, "the id 'mmbench-252' is used twice"),

@@ -28,6 +28,7 @@ from regraft.launcher import processes
 
 BAD, FAULT, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+_SHORTEST_SECRET = 8  # characters; shorter ones are words
 _MEMORY = (
     "is out of memory. Lower --batch-size (in a recipe compute.batch_size), in scoring heads "
     "--tokens-per-pass (heads.tokens_per_pass): what is finished stays. "
@@ -96,7 +97,7 @@ def fail(console: Console, message: str, code: int = BAD) -> NoReturn:
 def end(console: Console, error: BaseException, *, debug: bool) -> NoReturn:
     """End with what an error means to the user; `debug` shows where it came from, too."""
     if debug and not isinstance(error, SystemExit):
-        traceback.print_exception(error)
+        sys.stderr.write(_redacted("".join(traceback.format_exception(error))))
     if isinstance(error, SystemExit):
         raise error
     if isinstance(error, KeyboardInterrupt):
@@ -136,11 +137,8 @@ def _foreseen(error: BaseException) -> str | None:
 
 def _report(error: BaseException) -> str:
     """Keep the details of a fault in a file of their own; what is to be said of it."""
-    said = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-    details = "".join(traceback.format_exception(error))
-    for name, value in os.environ.items():
-        if len(value) >= 8 and any(one in name.upper() for one in _SECRET):
-            details, said = (text.replace(value, "***") for text in (details, said))
+    said = _redacted(f"{type(error).__name__}: {error}").partition("\n")[0][:200]
+    details = _redacted("".join(traceback.format_exception(error)))
     about = f"regraft {regraft.__version__}, Python {platform.python_version()}\n"
     try:
         number, name = tempfile.mkstemp(".txt", "regraft-fault-")
@@ -155,6 +153,15 @@ def _report(error: BaseException) -> str:
         f"This is a fault of regraft, or a file that it should have refused ({said}). {where}. "
         "Finished work stays."
     )
+
+
+def _redacted(text: str) -> str:
+    """A text without the keys of the environment, which are used without space around them."""
+    for name, value in os.environ.items():
+        if any(one in name.upper() for one in _SECRET):
+            for key in (value, value.strip()):
+                text = text.replace(key, "***") if len(key) >= _SHORTEST_SECRET else text
+    return text
 
 
 def _silence() -> None:

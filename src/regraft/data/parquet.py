@@ -1,7 +1,8 @@
 """Tables in Parquet, as the hub keeps data sets: rows of Python values, images in cells as files.
 
-An image is the struct of `bytes` and `path` that the `datasets` library writes, or plain bytes. It
-is written to the cache under the digest of its bytes; the path in the cell is never written to.
+An image is the struct of `bytes` and `path` that the `datasets` library writes, or plain bytes that
+begin as images do. It is written to the cache under the digest of its bytes; the path in the cell
+is never written to. Other plain bytes are text, which older programs write without saying so.
 A file named SPLIT-00000-of-00002.parquet stands for all files of its split.
 """
 
@@ -11,12 +12,14 @@ import base64
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from regraft.data.storage import cached_image
 from regraft.errors import RegraftError
+from regraft.paths import require_file
 
 SUFFIX = ".parquet"
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.parquet")
@@ -24,8 +27,15 @@ _OTHERS = {".csv", ".tsv", ".json", ".jsonl", ".txt", ".zip"}  # a data set of a
 _NO_DATA = {"dataset_infos.json", "requirements.txt"}
 _ROWS = 2**22  # most rows of a table: all of them are kept in memory
 _CELL = 256 * 2**20  # most bytes in a cell
+_BATCH = 2**30  # most bytes of a column in the rows that are decoded at a time
+_TEXT = 2**25  # most characters of a text
+_SMALL, _RATIO, _LARGE = 2**26, 100, 2**32  # most bytes of all values, see `_most`
 _AT_ONCE = 16  # rows decoded at a time
 _IMAGE = {"bytes", "path"}
+_BEGINNINGS = re.compile(  # of PNG, JPEG, GIF, WebP, BMP, TIFF, JPEG 2000, AVIF and HEIF
+    rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*|\0{3}\x0cjP|\0{3}.ftyp",
+    re.DOTALL,
+)
 _SHOWN = 6
 
 
@@ -41,8 +51,9 @@ def records(path: Path, what: str, *, as_text: bool) -> Iterator[tuple[str, dict
         path: The file, or any shard.
         what: What it should be, for the error where it is missing.
         as_text: Every value as text, as it would stand in a CSV: "" for null, JSON for lists and
-            structs, base64 for bytes and images. Otherwise nulls are left out, and bytes and images
-            are names of files in the cache, which `locate_images` finds.
+            structs, base64 for images. Otherwise nulls are left out, and images are names of files
+            in the cache, which `locate_images` finds. Bytes that are neither image nor text stay
+            bytes, which `Row` refuses where they are read.
 
     Yields:
         (where the row is, for messages; its values by column).
@@ -50,26 +61,46 @@ def records(path: Path, what: str, *, as_text: bool) -> Iterator[tuple[str, dict
     Raises:
         RegraftError: a file or pyarrow is missing, it is no whole Parquet file, or too large.
     """
-    count = 0
-    for file in shards(path, what):
+    count = kept = 0
+    files = shards(path, what)
+    most = _most(files)
+    for file in files:
         for number, values in enumerate(_rows(file), start=1):
             count += 1
             if count > _ROWS:
                 raise RegraftError(f"{path} has more than {_ROWS:,} rows. Split it.")
             where = f"{file}, row {number}"
-            if as_text:
-                yield where, {name: _text(where, name, one) for name, one in values.items()}
-            else:
-                plain = {name: _plain(where, name, one) for name, one in values.items()}
-                yield where, {name: one for name, one in plain.items() if one is not None}
+            convert = _text if as_text else _plain
+            found = {name: convert(where, name, one) for name, one in values.items()}
+            kept += _size(found)
+            if kept > most:
+                raise RegraftError(
+                    f"{where}: the values of the table come to more than {most:,} bytes so far, "
+                    "which no data set of this size on disk has. Do not use it, or split it."
+                )
+            yield where, {name: one for name, one in found.items() if one is not None}
+
+
+def _most(files: Sequence[Path]) -> int:
+    """How many bytes the values of a table may have, all of which are kept in memory."""
+    return min(_LARGE, max(_SMALL, _RATIO * sum(file.stat().st_size for file in files)))
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    if isinstance(value, list):
+        return 8 * len(value) + sum(map(_size, value))
+    return len(value) if isinstance(value, str | bytes) else 8
 
 
 def shards(path: Path, what: str) -> list[Path]:
     """All files of the table that a file belongs to, in order.
 
     Raises:
-        RegraftError: one is missing.
+        RegraftError: one is missing, or no ordinary file.
     """
+    require_file(path, what)
     match = _SHARD.fullmatch(path.name)
     if match is None:
         files = [path]
@@ -77,8 +108,10 @@ def shards(path: Path, what: str) -> list[Path]:
         count = int(match["count"])
         names = (f"{match['split']}-{i:05}-of-{count:05}{SUFFIX}" for i in range(count))
         files = [path.with_name(name) for name in names]
-    if not path.is_file() or path not in files:
-        raise RegraftError(f"{path} does not exist. {what}")
+    if path not in files:
+        raise RegraftError(
+            f"{path} is none of the {len(files)} files that its name tells of. {what}"
+        )
     if missing := [file for file in files if not file.is_file()]:
         raise RegraftError(
             f"{missing[0]} is missing, one of the {len(files)} files of a table "
@@ -138,7 +171,9 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
             if twice := [name for name, count in names.items() if count > 1]:
                 raise RegraftError(f"{file} has two columns {twice[0]!r}.")
             for batch in table.iter_batches(batch_size=_AT_ONCE, use_threads=False):
-                yield from batch.to_pylist()
+                columns = {name: _values(file, name, batch.column(name)) for name in names}
+                for row in range(batch.num_rows):
+                    yield {name: values[row] for name, values in columns.items()}
     except damaged as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RegraftError(
@@ -146,36 +181,98 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
         ) from error
 
 
+def _values(file: Path, name: str, column: Any) -> list[Any]:
+    """The values of a column, as text where Python has none like them: nanoseconds, lost zones.
+
+    Raises:
+        RegraftError: they are neither; it names the column.
+    """
+    import pyarrow as pa
+
+    _require_small(file, name, column)
+    wrong = (pa.ArrowException, ValueError, OverflowError, LookupError)
+    try:
+        return list(column.to_pylist())
+    except wrong as error:
+        reason = " ".join(str(error).split())[:200]
+    try:
+        if pa.types.is_timestamp(column.type):  # in UTC, since the zone may be unknown
+            column = column.cast(pa.timestamp(column.type.unit))
+        return list(column.cast(pa.string()).to_pylist())
+    except wrong as error:
+        raise RegraftError(
+            f"{file}: the column {name!r} ({column.type}) cannot be read: {reason}. Leave it out "
+            "of the table, or write it as text."
+        ) from error
+
+
+def _require_small(file: Path, name: str, column: Any) -> None:
+    """Raise where few rows of a column would fill the memory once they are Python's."""
+    import pyarrow as pa
+
+    found, most, what = column.nbytes, _BATCH, "bytes"
+    while found <= most and (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        column = column.flatten()
+        found, most, what = len(column), _ROWS, "elements of lists"
+    if found > most:
+        raise RegraftError(
+            f"{file}: the column {name!r} holds {found:,} {what} in {_AT_ONCE} rows; at most "
+            f"{most:,} are read."
+        )
+
+
 def _plain(where: str, name: str, value: Any) -> Any:
-    content = _content(where, name, value)
-    if content is not None:
-        return cached_image(content).name
+    image = _image(where, name, value)
+    if image is not None:
+        return cached_image(image).name
     if isinstance(value, dict):
         if value.keys() == _IMAGE:  # an image beside the table, without its bytes
             return value["path"]
         return {key: _plain(where, name, one) for key, one in value.items()}
-    return [_plain(where, name, one) for one in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_plain(where, name, one) for one in value]
+    return _decoded(where, name, value)
 
 
-def _text(where: str, name: str, value: Any) -> str:
-    content = _content(where, name, value)
-    if content is not None:
-        return base64.b64encode(content).decode()
-    if value is None or isinstance(value, str):
+def _text(where: str, name: str, value: Any) -> str | bytes:
+    image = _image(where, name, value)
+    if image is not None:
+        return base64.b64encode(image).decode()
+    value = _decoded(where, name, value)
+    if value is None or isinstance(value, str | bytes):
         return value or ""
     if isinstance(value, dict | list):
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return json.dumps(value, ensure_ascii=False, default=_shown)
     return str(value)
 
 
-def _content(where: str, name: str, value: Any) -> bytes | None:
+def _shown(value: object) -> str:
+    """A value inside of a list that JSON does not have; bytes as the text that they are."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _image(where: str, name: str, value: Any) -> bytes | None:
     """The bytes of an image, None of anything else."""
     if isinstance(value, Mapping) and value.keys() == _IMAGE:
         value = value["bytes"]
+    elif not (isinstance(value, bytes) and _BEGINNINGS.match(value)):
+        return None
     if not isinstance(value, bytes):
         return None
     if len(value) > _CELL:
-        raise RegraftError(
-            f"{where}: the field {name!r} holds {len(value):,} bytes; at most {_CELL:,} are read."
-        )
+        raise _too_long(where, name, f"{len(value):,} bytes; at most {_CELL:,}")
     return value
+
+
+def _decoded(where: str, name: str, value: Any) -> Any:
+    """Bytes as the text that they are, if they are; everything else as it is."""
+    if isinstance(value, str | bytes) and len(value) > _TEXT:
+        raise _too_long(where, name, f"a text of {len(value):,} characters; at most {_TEXT:,}")
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            return value.decode()
+    return value
+
+
+def _too_long(where: str, name: str, found: str) -> RegraftError:
+    return RegraftError(f"{where}: the field {name!r} holds {found} are read.")

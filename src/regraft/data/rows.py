@@ -17,6 +17,8 @@ from regraft.errors import RegraftError
 from regraft.parsing import json_value, shown
 from regraft.paths import is_text, read_text, require_file, unreadable
 
+_MOST_DIGITS = 18  # of a whole number, which has 64 bits then
+
 
 @dataclass(frozen=True)
 class Row:
@@ -78,6 +80,14 @@ class Row:
         if not isinstance(value, str | int):
             raise self.wrong_type(field, "a string or a number")
         return str(value)
+
+    def number_in(self, field: str, expected: str, *, after: str = "") -> int:
+        """Return the whole number that a text is, or that stands behind the last `after` in it."""
+        text = self.text(field)
+        digits = text.rpartition(after)[2] if after else text
+        if not (digits.isdecimal() and len(digits) <= _MOST_DIGITS):
+            raise self.wrong_type(field, expected)
+        return int(digits)
 
     def refuse_misspelt(self, known: Iterable[str]) -> None:
         """Raise where an unknown field is spelt almost like a known one that is absent."""

@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPException
@@ -18,19 +18,20 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from regraft.errors import PassingError, RegraftError
+from regraft.evaluation.complaints import FILTERED, complaint, is_filter, not_taken
 
 T = TypeVar("T")
 KEY_VARIABLE = "OPENAI_API_KEY"
 ENDPOINT = "endpoint:"  # what names of these models begin with
-FILTERED = "content_filter"  # how a reply ended that the server's filter cut or withheld
 _SHORTEST_KEY = 6  # shorter ones are words such as EMPTY, for servers that want any
 _RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
 _WRONG = frozenset({400, 422})
-_FILTERS = (FILTERED, "content_policy", "content management policy")
 _TRIES = 5
 _LONGEST_PAUSE = 60.0  # seconds, whatever a busy server asks for
 _MOST = 16 << 20  # bytes of a reply
 _MOST_OF_ERROR = 1 << 16  # bytes; what is longer is no message
+_CHUNK = 1 << 16  # bytes read at a time
+_DRAWN_OUT = 2  # how often the timeout a whole reply may take, which a server may send in drops
 _LIST_TIMEOUT = 30.0  # seconds, for what no model is asked
 _SHOWN = 200  # characters of what a server said, in an error
 _LASTING = ("id", "root", "parent", "owned_by", "meta")  # not the context, which may be made larger
@@ -101,8 +102,8 @@ class ChatServer:
             )
         try:
             parts = urllib.parse.urlsplit(url)
-            _ = parts.port
-        except ValueError:  # no such port, or a bracket of an IPv6 address is missing
+            _ = parts.port, (parts.hostname or "").encode("idna")
+        except ValueError:  # no such port or host, or a bracket of an IPv6 address is missing
             parts = urllib.parse.SplitResult("", "", "", "", "")
         named = model.isprintable() and url.isprintable() and url.isascii() and " " not in url
         if parts.scheme not in ("http", "https") or not (parts.netloc and model and named):
@@ -171,17 +172,28 @@ class ChatServer:
             "command goes on from here."
         )
 
-    def _once(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> Reply:
-        body = self._body(messages, max_tokens)
+    def _once(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int,
+        without: frozenset[str] = frozenset(),
+    ) -> Reply:
+        """One reply; `without` are fields that this request has been refused for."""
+        body = self._body(messages, max_tokens, without | self._unknown)
         try:
             request = self._request(self.address, body)
-            return self._sent(request, partial(_reply, greedy="temperature" in body))
+            reply = self._sent(request, partial(_reply, greedy="temperature" in body))
         except _Failed as failed:
-            if failed.code in _WRONG and self._learns(failed.said, body):
-                return self._once(messages, max_tokens)
-            if failed.code in _WRONG and any(one in failed.said.lower() for one in _FILTERS):
+            if failed.code not in _WRONG:
+                raise
+            words = complaint(failed.said, messages)
+            if refused := not_taken(words, body):
+                return self._once(messages, max_tokens, without | {refused[0]})
+            if is_filter(words):
                 return Reply("", FILTERED)
             raise
+        self._unknown.update(without)  # it was these: a refusal may only repeat words of a prompt
+        return reply
 
     def _sent(self, request: urllib.request.Request, read: Callable[[Any], T]) -> T:
         """What `read` makes of the JSON value that the server answers with.
@@ -191,12 +203,13 @@ class ChatServer:
         """
         found = b""
         timeout = min(self.timeout, _LIST_TIMEOUT) if request.data is None else self.timeout
+        deadline = time.monotonic() + _DRAWN_OUT * timeout
         try:
             with _OPENER.open(request, timeout=timeout) as response:
-                found = response.read(_MOST)
+                found = _read(response, _MOST, deadline)
             return read(json.loads(found))
         except urllib.error.HTTPError as error:
-            said = _words(_body_of(error))
+            said = _words(_body_of(error, deadline))
             problem = f"{error.code} {error.reason} ({said[:_SHOWN]})"
             raise _Failed(problem, error.code, said, _retry_after(error)) from None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -206,11 +219,13 @@ class ChatServer:
         except (urllib.error.URLError, HTTPException, OSError) as error:
             raise _Failed(str(getattr(error, "reason", error))) from None
 
-    def _body(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> dict[str, Any]:
-        newer = "max_tokens" in self._unknown
+    def _body(
+        self, messages: Sequence[Mapping[str, Any]], max_tokens: int, without: Set[str]
+    ) -> dict[str, Any]:
+        newer = "max_tokens" in without
         body: dict[str, Any] = {"model": self.model, "messages": messages}
         body["max_completion_tokens" if newer else "max_tokens"] = max_tokens
-        if "temperature" not in self._unknown:
+        if "temperature" not in without:
             body["temperature"] = 0
         return body
 
@@ -220,18 +235,6 @@ class ChatServer:
             headers["Authorization"] = f"Bearer {key}"
         sent = None if body is None else json.dumps(body).encode()
         return urllib.request.Request(url, sent, headers)
-
-    def _learns(self, said: str, body: Mapping[str, Any]) -> bool:
-        """Whether a refusal tells of a field of the request that this model does not take.
-
-        OpenAI's later models want `max_completion_tokens`, which other servers do not know, and no
-        temperature.
-        """
-        for field_name, sign in (("max_tokens", "max_completion_tokens"), ("temperature",) * 2):
-            if sign in said and field_name in body:
-                self._unknown.add(field_name)
-                return True
-        return False
 
 
 def user_message(text: str, image: Path | None = None) -> dict[str, Any]:
@@ -313,9 +316,24 @@ def _words(said: bytes) -> str:
     return without_key(" ".join(text.split()))
 
 
-def _body_of(error: urllib.error.HTTPError) -> bytes:
+def _read(response: Any, most: int, deadline: float) -> bytes:
+    """The first bytes of a body.
+
+    Raises:
+        TimeoutError: the deadline passes, by `time.monotonic`.
+        HTTPException, OSError: it cannot be read.
+    """
+    found = bytearray()
+    while len(found) < most and (chunk := response.read1(min(_CHUNK, most - len(found)))):
+        found += chunk
+        if time.monotonic() > deadline:
+            raise TimeoutError("its reply did not end in time")
+    return bytes(found)
+
+
+def _body_of(error: urllib.error.HTTPError, deadline: float) -> bytes:
     try:
-        found = error.read(_MOST_OF_ERROR)
+        found = _read(error, _MOST_OF_ERROR, deadline)
         return found if len(found) < _MOST_OF_ERROR else b""  # which might end inside the key
     except (HTTPException, OSError):
         return b""

@@ -276,7 +276,4 @@ def _column(path: Path, row: Row, names: Sequence[str]) -> str:
 
 
 def _number(row: Row) -> int:
-    digits = row.text("id").rpartition("-")[2]
-    if not digits.isdecimal():
-        raise row.wrong_type("id", "text that ends in a number, to tell even from odd")
-    return int(digits)
+    return row.number_in("id", "text that ends in a number, to tell even from odd", after="-")

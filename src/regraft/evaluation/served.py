@@ -16,13 +16,8 @@ from regraft.data.collate import batches
 from regraft.data.example import Example
 from regraft.data.images import open_image
 from regraft.errors import PassingError
-from regraft.evaluation.chat_server import (
-    FILTERED,
-    ChatServer,
-    Reply,
-    image_message,
-    user_message,
-)
+from regraft.evaluation.chat_server import ChatServer, Reply, image_message, user_message
+from regraft.evaluation.complaints import FILTERED
 from regraft.evaluation.resumable_map import resumable_pool
 from regraft.progress import Advance
 

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from jinja2 import nodes
+
 from regraft.errors import RegraftError
 from regraft.parsing import read_json, shown
 from regraft.paths import require_file
@@ -25,9 +28,15 @@ _SETTINGS = (
 )
 _TEXT = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_COUNTED = re.compile(r"(layers?|depths?|blocks|stages|experts|num_labels)$")
-_MOST = 4096  # layers, experts or labels, each of which is an object when a model is built
+_MOST = (  # what a field's name ends in, and how much no model has
+    (re.compile(r"(layers?|depths?|blocks|stages)$"), 1024),  # an object each in a model
+    (re.compile(r"num_labels$"), 4096),
+    (re.compile(r"experts$"), 2**14),  # as Doge has
+    (re.compile(r"(_size|dim|dims|d_model|d_ff|n_embd|heads|channels)$"), 2**24),  # rows, columns
+)
 _MOST_RENDERED = 20_000  # characters that a template makes of one word
+_MOST_NUMBER = 10**6  # in a template
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers' own
 _PATIENCE = 10.0  # seconds for a chat template
 
 
@@ -35,8 +44,8 @@ def check_settings(folder: Path) -> None:
     """Look at the settings of a model before transformers builds what they say.
 
     Raises:
-        RegraftError: a file is no ordinary one, or no JSON object, a number of layers, experts or
-            labels is beyond any model, or the id of a token is none; it names file and field.
+        RegraftError: a file is no ordinary one, or no JSON object, a number of layers, rows or
+            such is beyond any model, or the id of a token is none; it names file and field.
     """
     for name in (*_TEXT, *_SETTINGS):
         path = folder / name
@@ -64,8 +73,12 @@ def _require_countable(path: Path, content: Any, field: str = "") -> None:
     elif isinstance(content, list):
         for inner in content:
             _require_countable(path, inner, field)
-    elif isinstance(content, int | float) and _COUNTED.search(field) and content > _MOST:
-        raise RegraftError(f"{path}: {field} is {shown(content)}; expected {_MOST:,} at most.")
+    elif isinstance(content, int | float):
+        for name, most in _MOST:
+            if name.search(field) and content > most:
+                raise RegraftError(
+                    f"{path}: {field} is {shown(content)}; expected {most:,} at most."
+                )
 
 
 def _require_ids(path: Path, content: dict[str, Any]) -> None:
@@ -128,6 +141,36 @@ def of_processor(folder: Path) -> Iterator[None]:
         yield
 
 
+def _factor(template: str) -> int:
+    """What a template may multiply by, from its constants: their product, or the largest.
+
+    Python makes 'a' * 10**10 in one step, which no patience ends, and jinja2 as it compiles.
+    """
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        tree = environment.parse(_GENERATION.sub("", template))
+    except (jinja2.TemplateError, RecursionError):  # which rendering tells
+        return 1
+    if tree.find(nodes.Pow):  # no prompt is made by powers
+        return _MOST_NUMBER + 1
+    numbers = [one.value for one in tree.find_all(nodes.Const) if isinstance(one.value, int)]
+    product = 1
+    for node in tree.find_all(nodes.Mul):
+        for side in (node.left, node.right):
+            if isinstance(side, nodes.Const) and isinstance(side.value, int):
+                product = min(_MOST_NUMBER + 1, product * max(1, abs(side.value)))
+    return max([product, *map(abs, numbers)])
+
+
+def _templates(processor: Any) -> list[str]:
+    """The templates of a processor or a tokenizer, which may have several by name."""
+    found: list[Any] = []
+    for owner in (processor, getattr(processor, "tokenizer", None)):
+        own = getattr(owner, "chat_template", None)
+        found += own.values() if isinstance(own, dict) else [own]
+    return [one for one in found if isinstance(one, str)]
+
+
 def check_template(folder: Path, processor: Any) -> None:
     """Render a chat of one word, and wait for it no longer than anybody would.
 
@@ -136,6 +179,11 @@ def check_template(folder: Path, processor: Any) -> None:
     Raises:
         RegraftError: it is none, does not end, or makes a book of the word.
     """
+    if any(_factor(one) > _MOST_NUMBER for one in _templates(processor)):
+        raise RegraftError(
+            f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) holds "
+            f"a power, or multiplies by more than {_MOST_NUMBER:,}. Take that of the base model."
+        )
     asked = [{"role": "user", "content": "Hello"}]
     rendered: list[str] = []
     wrong: list[str] = []

@@ -58,9 +58,7 @@ def _circular(reading: Reading) -> Reading:
 
 
 def _example(row: Row, cells: dict[str, str], images: dict[str, Path]) -> Example:
-    index = row.text("index")
-    if not index.isdecimal():
-        raise row.wrong_type("index", "a whole number")
+    index, number = row.text("index"), row.number_in("index", "a whole number")
     options = {letter: _cell(row, letter) for letter in _LETTERS if letter in row.values}
     choices = tuple(text for text in options.values() if text)
     given = "".join(letter for letter, text in options.items() if text)
@@ -73,7 +71,7 @@ def _example(row: Row, cells: dict[str, str], images: dict[str, Path]) -> Exampl
     hint = _cell(row, "hint")
     question = f"{hint} {row.text('question')}" if hint else row.text("question")
     prompt = "\n".join([f"{question} There are several options:", *lines, "", _ENDING])
-    base = int(index) % CIRCULAR
+    base = number % CIRCULAR
     return Example(
         id=f"mmbench-{index}",
         instruction=prompt,

@@ -42,10 +42,7 @@ def read_safebench(folder: Path, *, part: Part = "all") -> Reading:
 
 
 def _parity(row: Row) -> str:
-    task_id = row.text("task_id")
-    if not task_id.isdecimal():
-        raise row.wrong_type("task_id", "a whole number")
-    return "odd" if int(task_id) % 2 else "even"
+    return "odd" if row.number_in("task_id", "a whole number") % 2 else "even"
 
 
 def _example(row: Row) -> Example:
