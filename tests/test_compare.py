@@ -652,7 +652,8 @@ def synthetic(world: Path, out: Path) -> Path:
             }
             write_json(place / "results.json", content | made)
         curve = searched([2 * i for i in range(3)], 4)
-        write_json(out / f"seed-{seed}" / "curves" / "wanda-60" / "hsr.json", curve_to_json(curve))
+        file = out / f"seed-{seed}" / "curves" / "wanda-60" / "hsr.json"
+        write_json(file, {"about": {}, **curve_to_json(curve)})
     return out
 
 

@@ -148,7 +148,9 @@ def test_others_are_left_by_commands_that_went_well(
 ) -> None:
     """Commands end with SystemExit; after an error the others may be waiting in a sum."""
     calls: list[str] = []
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29600"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, **__: calls.append("in"))
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: calls.append("out"))
     with suppress(SystemExit), distributed.joined():
@@ -160,10 +162,11 @@ def test_one_of_several_is_gone_at_once_after_an_error() -> None:
     """Two processes: one fails while the other waits for it, and their launcher ends both."""
     program = (
         "import sys, regraft.cli as cli, regraft.distributed as distributed\n"
+        "from regraft.errors import RegraftError\n"
         "def work(*_, **__):\n"
         "    if distributed.first():\n"
         "        distributed.barrier()\n"
-        "    raise cli.RegraftError('the second one failed')\n"
+        "    raise RegraftError('the second one failed')\n"
         "cli.application = lambda listed: work\n"
         "cli.main(['x'])\n"
     )

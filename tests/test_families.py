@@ -330,7 +330,8 @@ def test_pruned_restored_applied_and_reloaded(today, pruner, tmp_path):
     gone = sum(
         int((pruned.weight(linear) == 0).count_nonzero()) for linear in pruned.architecture.linears
     )
-    assert gone == pytest.approx(architecture.prunable / 2, rel=0.02)
+    # SparseGPT sets the weights of inputs that are always 0 to 0 besides
+    assert gone == pytest.approx(architecture.prunable / 2, rel=0.05)
     patch = regraft.realign(dense, out, tmp_path / "patch", count=64, **common)
     assert 0 < patch.restored <= 64
     regraft.apply(out, tmp_path / "patch", tmp_path / "realigned")

@@ -473,5 +473,6 @@ def test_scores_survive_the_disk(pico_dir, tmp_path):
     torch.testing.assert_close(loaded.ships, scores.ships, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(loaded.kl, scores.kl) and loaded.about == {"eps": 1e-5}
     other = truth.opened(pico_dir("mllama")).architecture
-    with pytest.raises(RegraftError, match=r"scores \[4, 4\] layers x heads; the model has \[5, 4"):
+    told = r"scores \[4, 4\] layers x heads \(kl\); the model has \[5, 4"
+    with pytest.raises(RegraftError, match=told):
         load_heads(tmp_path / "heads.safetensors", other)

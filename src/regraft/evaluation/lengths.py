@@ -32,9 +32,10 @@ def check_lengths(
     if long := {name: count for name, count in counts.items() if count > room}:
         name = max(long, key=long.__getitem__)
         raise RegraftError(
-            f"{len(long)} of {len(examples)} prompts are too long for the model, which has "
-            f"{positions:,} positions for a prompt and an answer of up to {max_new_tokens:,} "
-            f"tokens: the longest, {name!r}, has {long[name]:,} tokens. {_WHAT_TO_DO}"
+            f"{len(long)} of {len(examples)} prompts are too long for the model{_of(config)}, "
+            f"which has {positions:,} positions for a prompt and an answer of up to "
+            f"{max_new_tokens:,} tokens: the longest, {name!r}, has {long[name]:,} tokens. "
+            f"{_WHAT_TO_DO}"
         )
 
 
@@ -53,6 +54,11 @@ def check_batch(config: Any, batch: Batch, max_new_tokens: int) -> None:
 
 
 _WHAT_TO_DO = "Leave such prompts out or shorten them, or lower --max-new-tokens."
+
+
+def _of(config: Any) -> str:
+    """Where it is, which transformers notes in what it reads."""
+    return f" of {folder}" if (folder := getattr(config, "name_or_path", "")) else ""
 
 
 def _tokens(processor: Any, example: Example) -> int:

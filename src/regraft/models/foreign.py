@@ -86,7 +86,8 @@ def _require_ids(path: Path, content: dict[str, Any]) -> None:
         value = content.get(name)
         ids = value if isinstance(value, list) else [value]
         for one in ids:
-            if one is not None and not (type(one) is int and -(2**31) <= one < 2**31):
+            none = one is None and not isinstance(value, list)
+            if not none and not (type(one) is int and -(2**31) <= one < 2**31):
                 raise RegraftError(
                     f"{path}: {name} is {shown(value)}; expected the id of a token, or several."
                 )

@@ -106,7 +106,7 @@ class OnDisk:
         if laid.shape != shape:
             raise RegraftError(
                 f"{self.checkpoint.folder}: config.json describes {parameter} of shape "
-                f"{list(shape)}, the file makes it {list(laid.shape)}. Weights and config belong "
+                f"{list(shape)}, the file has {list(laid.shape)}. Weights and config belong "
                 "to different models."
             )
         return laid
