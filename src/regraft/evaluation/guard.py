@@ -14,7 +14,9 @@ from regraft.data.images import open_image
 from regraft.errors import RegraftError
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.judges import Compute, Exchange, JudgeKind, Verdict
-from regraft.models.load import judge_fingerprint, load_judge, placed
+from regraft.models.checkpoint import open_checkpoint
+from regraft.models.load import load_model, load_processor, open_answering, placed
+from regraft.models.resolve import resolve
 from regraft.progress import Advance
 
 _MAX_NEW_TOKENS = 64  # "Safety: Controversial, Categories: ..., Refusal: No" is 20 to 35
@@ -40,11 +42,13 @@ class GuardKind(JudgeKind):
 
     def inputs(self, argument: str) -> dict[str, str]:
         """The digest of the model's weights."""
-        return {"model": judge_fingerprint(argument)}
+        return {"model": open_checkpoint(resolve(argument)).fingerprint}
 
     def load(self, argument: str, compute: Compute) -> Guard:
         """Load the model."""
-        network, processor = load_judge(argument, dtype=compute.dtype, device=compute.device)
+        source = open_answering(argument)  # no code that comes with it is run
+        network = load_model(source, dtype=compute.dtype, device=compute.device)
+        processor = load_processor(source)
         name = f"{self.name}:{Path(argument).name}"
         return Guard(self, name, network, processor, compute.batch_size)
 

@@ -260,25 +260,6 @@ def _processor_of(folder: Path, auto: Any, *, trust_remote_code: bool) -> Any:
     return processor
 
 
-def load_judge(
-    model: str | Path, *, dtype: DTypeName = "auto", device: str = "auto"
-) -> tuple[nn.Module, Any]:
-    """A model of any type that transformers knows, for inference, and its processor.
-
-    No code that comes with it is run.
-
-    Raises:
-        RegraftError: see `open_answering` and `load_model`; the processor cannot be loaded.
-    """
-    source = open_answering(model)
-    return load_model(source, dtype=dtype, device=device), load_processor(source)
-
-
-def judge_fingerprint(model: str | Path) -> str:
-    """The fingerprint of a judge's checkpoint; nothing is loaded."""
-    return open_checkpoint(resolve(model)).fingerprint
-
-
 def placed(batch: Batch, model: nn.Module) -> Batch:
     """The batch on the model's device, pixels in the dtype of its first weight of floats.
 
