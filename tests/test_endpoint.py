@@ -94,7 +94,7 @@ def command(*words: object, code: int = 0) -> None:
 
 
 class Notes:
-    """Progress that keeps what it is told."""
+    """Progress that records its notes."""
 
     def __init__(self) -> None:
         self.said: list[str] = []

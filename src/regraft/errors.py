@@ -1,4 +1,4 @@
-"""The one error a user is meant to read."""
+"""The one error a user is meant to read; and others that have to be told apart."""
 
 
 class RegraftError(Exception):
@@ -14,3 +14,13 @@ class PassingError(RegraftError):
 
     The same command goes on from it, once there is room or the way is free.
     """
+
+
+def is_host_memory(error: BaseException) -> bool:
+    """Whether host memory was too small; torch has no class of its own for it."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def is_device_memory(error: BaseException) -> bool:
+    """Whether an accelerator's memory was too small; by its name, so that torch is not needed."""
+    return type(error).__name__ == "OutOfMemoryError"

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 import regraft
-from regraft.errors import RegraftError
+from regraft.errors import RegraftError, is_device_memory, is_host_memory
 from regraft.launcher import processes
 
 BAD, FAULT, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
@@ -123,9 +123,9 @@ def _foreseen(error: BaseException) -> str | None:
     if isinstance(error, CycloptsError):
         inner = error.__cause__
         return _foreseen(inner) if isinstance(inner, ValidationError) else str(error)
-    if type(error).__name__ == "OutOfMemoryError":
+    if is_device_memory(error):
         return _DEVICE
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+    if is_host_memory(error):
         return _HOST
     if isinstance(error, OSError) and error.errno is not None:
         if error.errno == errno.ENOMEM:

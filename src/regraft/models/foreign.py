@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from regraft.errors import RegraftError
+from regraft.errors import RegraftError, is_device_memory, is_host_memory
 from regraft.parsing import read_json, shown
 from regraft.paths import require_file
 
@@ -98,12 +98,6 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-def is_memory(error: BaseException) -> bool:
-    """Whether memory was too small, which is no fault of a file."""
-    small = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    return small or isinstance(error, MemoryError)
-
-
 @contextmanager
 def foreign(folder: Path, what: str, advice: str) -> Iterator[None]:
     """Turn whatever others raise while they read a model's folder into a clear error.
@@ -119,7 +113,8 @@ def foreign(folder: Path, what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        ours = isinstance(error, RegraftError) or is_memory(error)
+        memory = is_host_memory(error) or is_device_memory(error)  # which is no fault of a file
+        ours = isinstance(error, RegraftError) or memory
         if ours or not (isinstance(error, Exception) or is_panic(error)):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.errors import RegraftError
+from regraft.errors import RegraftError, is_host_memory
 from regraft.models.architecture import Architecture, LinearArchitecture
 from regraft.models.checkpoint import Checkpoint
-
-_CPU_MEMORY = "DefaultCPUAllocator"  # torch has no class of its own for it
 
 
 def check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
@@ -97,7 +95,7 @@ def enough_memory(folder: Path) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or _CPU_MEMORY in str(error)):
+        if not is_host_memory(error):
             raise
         raise RegraftError(
             f"{folder}: there is not enough memory for its weights. Load them in fewer bytes with "
