@@ -374,6 +374,18 @@ def test_a_server_that_is_gone_leaves_what_is_finished(
     assert {one.name for one in tmp_path.iterdir()} == {"data", "out"}
 
 
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_a_prompt_beyond_the_context_is_told_to_be_shortened(code: int) -> None:
+    # llama.cpp's words
+    words = '{"error": {"message": "request (5031 tokens) exceeds the available context size"}}'
+    with (
+        scripted(answer=lambda _: Response(words, code)) as server,
+        pytest.raises(PassingError, match=r"5031 tokens.*start it with a longer context"),
+    ):
+        ChatServer(server.url, "m").reply([{"role": "user", "content": "Hello"}], 8)
+    assert len(server.bodies) == 1, "it was asked again"
+
+
 def test_a_server_that_is_not_there_leaves_nothing(suite: DataSource, tmp_path: Path) -> None:
     before = tree(tmp_path)
     url = f"http://127.0.0.1:{free_port()}/v1"

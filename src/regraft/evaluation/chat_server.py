@@ -26,6 +26,7 @@ ENDPOINT = "endpoint:"  # what names of these models begin with
 _SHORTEST_KEY = 6  # shorter ones are words such as EMPTY, for servers that want any
 _RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
 _WRONG = frozenset({400, 422})
+_TOO_LONG = frozenset({400, 413, 422})  # what servers say of a prompt beyond their context
 _TRIES = 5
 _LONGEST_PAUSE = 60.0  # seconds, whatever a busy server asks for
 _MOST = 16 << 20  # bytes of a reply
@@ -167,9 +168,18 @@ class ChatServer:
                 break
             failures += 1
         raise PassingError(
-            f"The model at {self.address} failed: {without_key(failed.problem)}. Check the "
-            f"address, the model's name {self.model!r} and the variable {KEY_VARIABLE}; the same "
-            "command goes on from here."
+            f"The model at {self.address} failed: {without_key(failed.problem)}. "
+            f"{self._advice(failed.code)}; the same command goes on from here."
+        )
+
+    def _advice(self, code: int) -> str:
+        if code in _TOO_LONG:
+            return (
+                "If the prompt is too long for it, start it with a longer context or leave the "
+                f"row out; if not, check the model's name {self.model!r}"
+            )
+        return (
+            f"Check the address, the model's name {self.model!r} and the variable {KEY_VARIABLE}"
         )
 
     def _once(
