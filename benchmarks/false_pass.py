@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import binom, norm
 
+from regraft.disk.files import write_json
 from regraft.evaluation.noninferiority import LEVEL, Rises, exact_p, gaffke_p, score
-from regraft.files import write_json
 
 PROMPTS = (50, 100, 200, 300, 500)
 MARGINS = (0.02, 0.05, 0.1)

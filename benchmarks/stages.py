@@ -39,13 +39,13 @@ from regraft.loading import collate
 from regraft.models.load import Source, load_model, load_processor, open_source, placed
 from regraft.progress import Advance, Silent
 from regraft.pruning.base import prune_settings
-from regraft.reading import draw_calibration, read_suites
 from regraft.restoration.methods.gain.method import GainSettings
 from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages.answering import imitation_data
+from regraft.stages.reading import draw_calibration, read_suites
 
 NOT_COUNTED = ("Loading", "Writing", "Checking")
 

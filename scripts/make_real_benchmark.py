@@ -42,10 +42,10 @@ from regraft.console import ConsoleWatch
 from regraft.data.example import Example, Reading
 from regraft.data.jsonl import read_jsonl
 from regraft.data.typographic import find_font, write_typographic
+from regraft.disk.files import digest, write_json, write_text
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import generate
 from regraft.evaluation.keywords import DEFAULT_JUDGE
-from regraft.files import digest, write_json, write_text
 from regraft.loading import load
 from regraft.models.load import Source, open_source
 from regraft.progress import Progress

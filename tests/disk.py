@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import pico
 from regraft.data.example import Example
-from regraft.files import file_digest
+from regraft.disk.files import file_digest
 from regraft.models.checkpoint import Checkpoint
 
 

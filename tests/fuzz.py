@@ -29,8 +29,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from regraft.artifact import _digest
 from regraft.cli import main
+from regraft.disk.artifact import _digest
 from regraft.errors import RegraftError
 
 PATIENCE = 10  # seconds of work; a busy machine is no fault of a reader

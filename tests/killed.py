@@ -61,8 +61,8 @@ def _changes_files(event: str, arguments: tuple[Any, ...]) -> bool:
 
 
 def _child(recipe: str, folder: str, kill_at: int | None, answer: int) -> None:
-    from regraft import pipeline
-    from regraft.recipe_file import read_recipe
+    from regraft.recipes.file import read_recipe
+    from regraft.runs import pipeline
 
     changes = 0
 
@@ -90,8 +90,9 @@ def _serve() -> None:
     import torch
     import transformers
 
-    from regraft import costs, pipeline  # noqa: F401 - so that no fork has to
+    from regraft import costs
     from regraft.report import rate_figures, weight_figures
+    from regraft.runs import pipeline  # noqa: F401 - so that no fork has to
 
     # else a busy machine writes the costs of more stages, and no two runs change as many files
     costs._WORTH_TELLING = costs._BETWEEN_WRITES = math.inf

@@ -9,7 +9,7 @@ from regraft import stages
 from regraft.models.load import Source
 from regraft.patch.format import Patch
 from regraft.progress import Progress, Silent
-from regraft.recipe_parts import VariantSettings, variant
+from regraft.recipes.parts import VariantSettings, variant
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
 

@@ -30,9 +30,9 @@ from regraft.heads.score import load_heads
 from regraft.models.load import open_source
 from regraft.progress import Silent
 from regraft.pruning.statistics import load_statistics
-from regraft.recipe import Recipe
-from regraft.recipe_file import read_recipe
-from regraft.run_dir import RunDir
+from regraft.recipes.file import read_recipe
+from regraft.recipes.recipe import Recipe
+from regraft.runs.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 

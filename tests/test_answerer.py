@@ -29,12 +29,12 @@ from regraft.data.demo import demo_model
 from regraft.data.example import Example
 from regraft.data.images import length_class
 from regraft.data.sources import DataSource, read
+from regraft.disk.files import write_json
 from regraft.errors import RegraftError
 from regraft.evaluation import generate as generating
 from regraft.evaluation import greedy
 from regraft.evaluation.generate import Answerer, prefetch
 from regraft.evaluation.keywords import REGRAFT_1, KeywordJudge
-from regraft.files import write_json
 from regraft.models.architecture import decoder_layers
 from regraft.models.load import open_source
 from regraft.models.vision import VisionOutput, replayed, vision_state

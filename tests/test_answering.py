@@ -14,19 +14,20 @@ import torch
 
 import pico
 from disk import tree, write_jsonl
-from regraft import pipeline, stages
+from regraft import stages
 from regraft.cli import main
 from regraft.data.demo import demo_model
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.sources import DataSource, read
+from regraft.disk.files import read_json
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE, KeywordJudge
-from regraft.files import read_json
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, open_source
 from regraft.pruning.base import prune_settings
 from regraft.pruning.statistics import load_statistics
-from regraft.recipe import Recipe
+from regraft.recipes.recipe import Recipe
+from regraft.runs import pipeline
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages import answering

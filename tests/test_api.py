@@ -13,8 +13,8 @@ import pico
 import regraft
 from disk import write_data
 from regraft.cli import main
+from regraft.disk.files import read_json
 from regraft.errors import RegraftError
-from regraft.files import read_json
 from regraft.models.load import open_source
 from regraft.restoration.ranking import load_ranking
 from truth import pruned_at_random

@@ -20,9 +20,8 @@ import truth
 from disk import equal_bytes, shards
 from methods import method, restored
 from regraft import stages
-from regraft.artifact import read_artifact
-from regraft.checks import check_restorable
 from regraft.cli import main
+from regraft.disk.artifact import read_artifact
 from regraft.errors import RegraftError
 from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import Source, load_model, open_source
@@ -35,6 +34,7 @@ from regraft.pruning.pruners.sparsegpt import InverseFactor, inverse_factor, spa
 from regraft.restoration.base import MethodSettings
 from regraft.restoration.methods.gain import step as gain_step
 from regraft.restoration.ranking import KEPT, Edits, Ranking, load_ranking
+from regraft.stages.checks import check_restorable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 

@@ -21,6 +21,7 @@ import regraft
 from disk import tree, write_data
 from regraft.cli import _joined, app, main
 from regraft.data.example import Example
+from regraft.disk.files import file_digest, read_json
 from regraft.errors import RegraftError
 from regraft.evaluation.gate import Check, Metric, compared
 from regraft.evaluation.keywords import REGRAFT_1, REGRAFT_2
@@ -28,7 +29,6 @@ from regraft.evaluation.noninferiority import LEVEL, exact_p
 from regraft.evaluation.pairing import asking
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.summary import judge_answer, summarise
-from regraft.files import file_digest, read_json
 from regraft.models.load import open_source
 from regraft.stages.targets import Target
 from test_evaluations import REFUSAL, evaluation, examples

@@ -26,26 +26,27 @@ from safetensors.torch import load_file, save_file
 import pico
 from disk import rewrite, shards, tree, write_data
 from methods import method, restored
-from regraft import pipeline, stages
-from regraft.artifact import ABOUT_FILE
-from regraft.checks import check_heads
+from regraft import stages
 from regraft.cli import COMMANDS, GROUPS, app, main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource
+from regraft.disk.artifact import ABOUT_FILE
+from regraft.disk.files import write_json
 from regraft.errors import RegraftError
-from regraft.files import write_json
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import load_processor, open_source
 from regraft.pruning.base import prune_settings
 from regraft.pruning.pruners.wanda import Wanda
-from regraft.reading import _made_from_demo
-from regraft.recipe_file import read_recipe
-from regraft.recipe_parts import pruning_settings
+from regraft.recipes.file import read_recipe
+from regraft.recipes.parts import pruning_settings
 from regraft.restoration.base import METHODS, needs_of
-from regraft.run_dir import RunDir
+from regraft.runs import pipeline
+from regraft.runs.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
+from regraft.stages.checks import check_heads
+from regraft.stages.reading import _made_from_demo
 
 FAMILY = "qwen2_5_vl"
 WIDTHS = "rows of 64"
@@ -1245,8 +1246,8 @@ def test_whole_way_by_single_commands(
 def test_a_recipe_to_start_from_is_printed(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from regraft.recipe import Recipe
-    from regraft.recipe_file import read_recipe
+    from regraft.recipes.file import read_recipe
+    from regraft.recipes.recipe import Recipe
 
     run_ok("run", "--template")
     (world.root / "printed.yaml").write_text(capsys.readouterr().out)

@@ -19,11 +19,10 @@ from rich.console import Console
 
 import pico
 from disk import write_data
-from regraft import cli, comparing, runs, stages
-from regraft.bundle import write_bundle
-from regraft.bundle_check import read_bundle
+from regraft import cli, stages
 from regraft.console import show_study
 from regraft.data.example import Example
+from regraft.disk.files import file_digest, write_json
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import REGRAFT_1
 from regraft.evaluation.metrics import bootstrap_rsr, rsr, wilson
@@ -32,15 +31,17 @@ from regraft.evaluation.results import Answer, result_to_json, write_answers
 from regraft.evaluation.significance import holm
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.tradeoff import Bounds, Point, Searched, curve_to_json
-from regraft.files import file_digest, write_json
-from regraft.recipe import Recipe
-from regraft.recipe_file import read_recipe, write_recipe
+from regraft.recipes.file import read_recipe, write_recipe
+from regraft.recipes.recipe import Recipe
 from regraft.report.page import CURVES_CAPTION, render_html, render_markdown
 from regraft.report.pooling import study_of
 from regraft.report.rate_figures import curve_figure, trade_off_figure
 from regraft.report.run import Run, Variant
 from regraft.report.study import Outcome, Row, Study, Table
 from regraft.restoration.base import METHODS, settings_in
+from regraft.runs import comparing, recipe_runs
+from regraft.runs.bundle import write_bundle
+from regraft.runs.bundle_check import read_bundle
 from truth import mcnemar
 
 JUDGE = REGRAFT_1
@@ -573,7 +574,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "compute": {"device": "cpu", "batch_size": 6},
     }
     (root / "recipe.yaml").write_text(write_recipe(Recipe.model_validate(content)))
-    runs.run(read_recipe(root / "recipe.yaml"), root / "run")
+    recipe_runs.run(read_recipe(root / "recipe.yaml"), root / "run")
     return root
 
 
@@ -610,18 +611,18 @@ def test_the_dense_model_answers_once(world: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(stages, "evaluate", watched)
     recipe = read_recipe(world / "recipe.yaml")
-    again = runs.run(recipe, world / "run")
+    again = recipe_runs.run(recipe, world / "run")
     assert done == [], "a finished stage was repeated"
     shutil.copytree(world / "run", world / "half")
     shutil.rmtree(world / "half" / "seed-3")
     shutil.rmtree(world / "half" / "report")
     with pytest.raises(RegraftError, match="not finished: seed-3 has not been run"):
-        runs.report(world / "half")
-    assert runs.run(recipe, world / "half").tables == again.tables
+        recipe_runs.report(world / "half")
+    assert recipe_runs.run(recipe, world / "half").tables == again.tables
     assert len(done) == 2 * (1 + 3)
     other = recipe.model_copy(update={"against": ("hsr",)})
-    assert runs.run(other, world / "half").against == ("hsr",), "tests of finished runs"
-    assert runs.report(world / "half").against == ("hsr",)
+    assert recipe_runs.run(other, world / "half").against == ("hsr",), "tests of finished runs"
+    assert recipe_runs.report(world / "half").against == ("hsr",)
     assert len(done) == 2 * (1 + 3)
     assert not [path for path in done if path.name == "dense"]
     dense = [world / "half" / f"seed-{seed}" / "evaluation" / "dense" for seed in (0, 3)]
@@ -780,7 +781,7 @@ def test_a_study_with_bad_input_writes_nothing(world: Path, tmp_path: Path) -> N
     recipe = read_recipe(world / "recipe.yaml")
     settings = recipe.compute.model_copy(update={"device": "nonsense"})
     with pytest.raises(RegraftError):
-        runs.run(recipe.model_copy(update={"compute": settings}), tmp_path / "run")
+        recipe_runs.run(recipe.model_copy(update={"compute": settings}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(RegraftError, match="another recipe"):
-        runs.run(recipe.model_copy(update={"title": "another"}), world / "run")
+        recipe_runs.run(recipe.model_copy(update={"title": "another"}), world / "run")

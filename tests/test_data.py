@@ -32,10 +32,10 @@ from regraft.data.readers.vlguard import parse_vlguard, read_vlguard
 from regraft.data.sources import DataSource, of_split, read, split_off
 from regraft.data.suites import join_suites, seen_before
 from regraft.errors import PassingError, RegraftError
-from regraft.provenance import describe
-from regraft.reading import draw_calibration, order_calibration
 from regraft.settings.data import CalibrationSettings, _several
 from regraft.settings.searching import SearchSettings
+from regraft.stages.provenance import describe
+from regraft.stages.reading import draw_calibration, order_calibration
 from regraft.stages.searching import suites_of
 
 

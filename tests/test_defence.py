@@ -14,7 +14,7 @@ import torch
 import pico
 import truth
 from disk import tree, write_data, write_jsonl
-from regraft import pipeline, stages
+from regraft import stages
 from regraft.cli import main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
@@ -29,18 +29,19 @@ from regraft.defence.direction import (
     moved_output,
 )
 from regraft.defence.prompt import DEFENCE_PROMPT
+from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import wilson
-from regraft.files import file_digest
 from regraft.models.load import Source, open_source
-from regraft.reading import draw_calibration
-from regraft.recipe import Recipe
-from regraft.recipe_file import read_recipe
-from regraft.run_dir import RunDir
+from regraft.recipes.file import read_recipe
+from regraft.recipes.recipe import Recipe
+from regraft.runs import pipeline
+from regraft.runs.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.evaluating import EvalSettings
+from regraft.stages.reading import draw_calibration
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
 

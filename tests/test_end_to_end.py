@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import pico
 from disk import differing, equal_bytes, shards, tree, write_data
 from methods import method, restored
-from regraft import pipeline, runs, stages
+from regraft import stages
 from regraft.costs import read_costs
 from regraft.data.collate import prompt_batch
 from regraft.data.sources import DataSource
@@ -33,8 +33,9 @@ from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
 from regraft.progress import Silent
-from regraft.recipe import Recipe as RecipeModel
-from regraft.recipe_file import write_recipe
+from regraft.recipes.file import write_recipe
+from regraft.recipes.recipe import Recipe as RecipeModel
+from regraft.runs import pipeline, recipe_runs
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
@@ -283,7 +284,7 @@ def test_several_prunings_go_on_where_they_stopped(several: Path, tmp_path: Path
         with pytest.raises(StoppedError):
             pipeline.run(recipe, tmp_path / "run", Stopping(text))
         with pytest.raises(RegraftError, match=f"is not finished: {missing} has not"):
-            runs.report(tmp_path / "run")
+            recipe_runs.report(tmp_path / "run")
     done = tmp_path / "run" / "pruned" / "wanda-50" / "regraft.json"
     before = done.stat().st_mtime_ns
     pipeline.run(recipe, tmp_path / "run")
@@ -297,7 +298,7 @@ def _tree_but_costs(run: Path) -> dict[str, str]:
         copy = shutil.copytree(run, Path(folder) / "run")
         assert read_costs(copy / "costs.json")
         (copy / "costs.json").unlink()
-        runs.report(copy)
+        recipe_runs.report(copy)
         return tree(copy)
 
 

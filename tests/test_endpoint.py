@@ -39,7 +39,7 @@ from chat_servers import (
 )
 from disk import tree, write_data, write_jsonl
 from pico import image, write_examples
-from regraft import evaluations, stages
+from regraft import stages
 from regraft.cli import main
 from regraft.data.demo import demo_model
 from regraft.data.images import open_image
@@ -53,6 +53,7 @@ from regraft.evaluation.resumable_map import resumable_pool
 from regraft.evaluation.served import as_they_come, portable
 from regraft.models.load import open_source
 from regraft.report.pooling import study_of
+from regraft.runs import evaluations
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings
 

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from regraft import evaluations
 from regraft.cli import main
 from regraft.data.example import Example
+from regraft.disk.files import file_digest, write_json
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import REGRAFT_1, REGRAFT_2, KeywordJudge
 from regraft.evaluation.results import result_to_json, write_answers
 from regraft.evaluation.summary import judge_answer, summarise
-from regraft.files import file_digest, write_json
 from regraft.report.pooling import study_of
 from regraft.report.run import Run
 from regraft.report.study import Row
+from regraft.runs import evaluations
 from truth import mcnemar
 
 REFUSAL = "I'm sorry, I can't help with that."

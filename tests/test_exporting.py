@@ -23,8 +23,8 @@ from disk import equal_bytes, tree
 from regraft import stages
 from regraft.cli import main
 from regraft.data.demo import demo_model
+from regraft.disk.files import write_json
 from regraft.errors import RegraftError
-from regraft.files import write_json
 from regraft.models.checkpoint import Checkpoint, TensorRecord, open_checkpoint
 from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import load_model, open_source

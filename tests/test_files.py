@@ -13,9 +13,8 @@ import torch
 from safetensors import SafetensorError
 
 from disk import tree
-from regraft.artifact import read_artifact, write_artifact
-from regraft.errors import PassingError, RegraftError
-from regraft.files import (
+from regraft.disk.artifact import read_artifact, write_artifact
+from regraft.disk.files import (
     WORKERS,
     atomic_file,
     atomic_folder,
@@ -32,7 +31,8 @@ from regraft.files import (
     write_json,
     write_text,
 )
-from regraft.provenance import working
+from regraft.errors import PassingError, RegraftError
+from regraft.stages.provenance import working
 
 
 def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:

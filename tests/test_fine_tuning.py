@@ -15,16 +15,17 @@ import pico
 import truth
 from disk import differing, write_data
 from methods import method
-from regraft import pipeline, runs, stages
+from regraft import stages
 from regraft.data.sources import DataSource
+from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
-from regraft.files import file_digest
 from regraft.models.load import open_source
 from regraft.patch.format import Patch, load_patch
-from regraft.recipe import Recipe
+from regraft.recipes.recipe import Recipe
 from regraft.restoration.methods.fine_tune import method as fine_tuning
 from regraft.restoration.methods.fine_tune.adam import is_trained
 from regraft.restoration.ranking import Ranking, load_ranking, save_ranking
+from regraft.runs import pipeline, recipe_runs
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 
@@ -248,7 +249,7 @@ def run(root: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_run_says_that_values_are_trained(run: Path) -> None:
-    read = runs.report(run).runs[0]
+    read = recipe_runs.report(run).runs[0]
     labels = {one.name: one for one in read.variants}
     assert labels["there"].label == "there (fine-tuned, positions of drawn: trained values)"
     assert labels["anywhere"].label == "anywhere (fine-tuned, random positions: trained values)"

@@ -20,16 +20,15 @@ import fuzz
 import pico
 from disk import write_data
 from fuzz import Case
-from regraft.bundle import FORMAT, MANIFEST
 from regraft.cli import main
 from regraft.costs import read_costs
 from regraft.data.images import check_images
 from regraft.data.sources import DataSource, read
 from regraft.data.storage import CACHE_VARIABLE, unpacked
 from regraft.defence.artifact import Direction, ShieldPrompt, load_defence, save_defence
+from regraft.disk.files import digest, write_json
 from regraft.evaluation.perplexity import Teacher, load_teacher, read_documents, save_teacher
 from regraft.evaluation.tradeoff import read_curve
-from regraft.files import digest, write_json
 from regraft.heads.score import HeadScores, load_heads, save_heads
 from regraft.models.checkpoint import INDEX_FILE
 from regraft.models.load import open_source
@@ -37,6 +36,7 @@ from regraft.patch.format import Patch, TensorPatch, load_patch, save_patch
 from regraft.pruning.statistics import ImportanceStatistics, load_statistics, save_statistics
 from regraft.report.published import read_published
 from regraft.restoration.ranking import Ranking, load_ranking, save_ranking
+from regraft.runs.bundle import FORMAT, MANIFEST
 from regraft.stages.answering import _read as read_responses
 
 FAMILY = "llama"

@@ -17,7 +17,7 @@ import pico
 import truth
 from disk import shards, tree, write_jsonl
 from methods import method
-from regraft import pipeline, stages
+from regraft import stages
 from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading, hold_out
 from regraft.data.sources import DataSource
@@ -32,8 +32,7 @@ from regraft.patch.pair import restorable
 from regraft.progress import Silent
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
-from regraft.reading import draw_prompts
-from regraft.recipe import Recipe
+from regraft.recipes.recipe import Recipe
 from regraft.restoration import teacher
 from regraft.restoration.base import MethodSettings
 from regraft.restoration.methods.gain import method as gaining
@@ -41,9 +40,11 @@ from regraft.restoration.methods.gain import objective as gain
 from regraft.restoration.methods.gain import step as gain_step
 from regraft.restoration.methods.gain.path import REASONS, Losses, path_to_json
 from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
+from regraft.runs import pipeline
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import imitation_data
+from regraft.stages.reading import draw_prompts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 

@@ -22,6 +22,7 @@ from regraft import stages
 from regraft.cli import main
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
+from regraft.disk.files import file_digest, write_json
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation import labelled
 from regraft.evaluation.chat_server import KEY_VARIABLE
@@ -47,7 +48,6 @@ from regraft.evaluation.verdicts import (
     rate,
     read_verdicts,
 )
-from regraft.files import file_digest, write_json
 from regraft.models.load import open_source
 from regraft.progress import Silent
 from regraft.settings.compute import ComputeSettings

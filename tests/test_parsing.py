@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regraft.descriptions import Fields, described
+from regraft.disk.descriptions import Fields, described
+from regraft.disk.parsing import MOST_DEPTH, json_value, read_json, read_yaml
+from regraft.disk.paths import is_file, is_name, read_text, within
 from regraft.errors import RegraftError
-from regraft.parsing import MOST_DEPTH, json_value, read_json, read_yaml
-from regraft.paths import is_file, is_name, read_text, within
-from regraft.recipe_file import read_recipe
+from regraft.recipes.file import read_recipe
 
 NAMES = st.text(max_size=5).filter(lambda text: "\0" not in text)
 VALUES = st.recursive(

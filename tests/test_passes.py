@@ -14,20 +14,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pico
 from disk import write_data
-from regraft import pipeline, stages
+from regraft import stages
 from regraft.costs import CalibrationPass, Cost, read_pass
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.models.load import load_model, load_processor, open_source
-from regraft.passes import MethodPasses, count_pass, learns_from_both
-from regraft.recipe import Recipe
+from regraft.recipes.recipe import Recipe
 from regraft.report.formatting import passes as passes_text
 from regraft.report.page import render_html, render_markdown
 from regraft.report.pooling import study_of
 from regraft.report.run import Run
 from regraft.report.summary import PASSES_NOTE
-from regraft.run_dir import RunDir
+from regraft.runs import pipeline
+from regraft.runs.passes import MethodPasses, count_pass, learns_from_both
+from regraft.runs.run_dir import RunDir
 from regraft.settings.data import CalibrationSettings
 from test_compare import RUNS
 from test_report import REPORT, Outline

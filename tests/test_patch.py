@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 import pico
 from disk import differing, equal_bytes, shards, tree
 from methods import method, restored
-from regraft.artifact import read_artifact, write_artifact
 from regraft.data.collate import prompt_batch
+from regraft.disk.artifact import read_artifact, write_artifact
 from regraft.errors import RegraftError
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.checkpoint_copy import Edit, write_edited

@@ -20,9 +20,9 @@ from regraft.errors import RegraftError
 from regraft.evaluation import perplexity as module
 from regraft.evaluation.perplexity import perplexity, response_nlls
 from regraft.models.load import open_source
-from regraft.reading import read_suites
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
+from regraft.stages.reading import read_suites
 
 
 def test_nll_is_the_loss_of_each_example_alone(

@@ -19,14 +19,14 @@ import truth
 from disk import write_data
 from regraft.cli import main
 from regraft.data.collate import batches, response_batch
+from regraft.disk.files import read_json
 from regraft.errors import RegraftError
-from regraft.files import read_json
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
 from regraft.pruning.base import PRUNERS, prune_settings
 from regraft.pruning.masks import Pattern
-from regraft.recipe_file import read_recipe
-from regraft.run_dir import RunDir
+from regraft.recipes.file import read_recipe
+from regraft.runs.run_dir import RunDir
 
 TOY = '''
 """|W_ij| times the sum of |x_j|; the first rows of every matrix stay dense."""

@@ -19,11 +19,11 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from disk import tree
-from regraft import publishing
 from regraft.cli import main
 from regraft.errors import RegraftError
 from regraft.patch.format import Patch, TensorPatch, save_patch
 from regraft.patch.hub import patch_file
+from regraft.runs import publishing
 from test_evaluations import evaluation, examples
 
 TOKEN = "hf_secret_of_the_test"

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 import pico
 from disk import write_data
-from regraft import evaluations, stages
+from regraft import stages
 from regraft.cli import main
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.models.checkpoint import SINGLE_FILE
 from regraft.models.load import load_model, open_answering, open_source
+from regraft.runs import evaluations
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 

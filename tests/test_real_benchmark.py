@@ -20,10 +20,10 @@ from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.models.load import Source, open_source
 from regraft.progress import Silent
-from regraft.reading import draw_calibration
-from regraft.recipe_file import read_recipe
+from regraft.recipes.file import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
+from regraft.stages.reading import draw_calibration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 

@@ -12,18 +12,16 @@ from pydantic import ValidationError
 
 import regraft
 from methods import a_variant, method
-from regraft import recipe_help
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings
-from regraft.pipeline import unread_in
 from regraft.pruning.base import all_settings, prune_settings
 from regraft.pruning.masks import Pattern
 from regraft.pruning.pruners.wanda import WandaSettings
-from regraft.recipe import Recipe
-from regraft.recipe_file import read_recipe, write_recipe
-from regraft.recipe_help import explained_recipe
-from regraft.recipe_parts import (
+from regraft.recipes import help as recipe_help
+from regraft.recipes.file import read_recipe, write_recipe
+from regraft.recipes.help import explained_recipe
+from regraft.recipes.parts import (
     PRUNING,
     ModelSettings,
     NamedDefenceSettings,
@@ -31,7 +29,9 @@ from regraft.recipe_parts import (
     pruning_settings,
     variant,
 )
+from regraft.recipes.recipe import Recipe
 from regraft.restoration.base import METHODS, own_settings
+from regraft.runs.pipeline import unread_in
 from regraft.settings.base import Settings, explain
 from regraft.settings.searching import SearchSettings
 

@@ -18,21 +18,22 @@ from scipy.stats import spearmanr
 import pico
 from disk import write_data
 from paper_data import write_paper_data
-from regraft import cli, pipeline, runs, stages
-from regraft.bundle import MANIFEST, write_bundle
-from regraft.bundle_check import read_bundle
+from regraft import cli, stages
+from regraft.disk.files import digest, file_digest, write_json
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.evaluation.metrics import rsr
 from regraft.evaluation.results import result_to_json, write_answers
 from regraft.evaluation.summary import summarise
-from regraft.files import digest, file_digest, write_json
 from regraft.heads.score import load_heads
 from regraft.models.load import open_source
-from regraft.recipe import Recipe
-from regraft.recipe_file import read_recipe, write_recipe
+from regraft.recipes.file import read_recipe, write_recipe
+from regraft.recipes.recipe import Recipe
 from regraft.report.study import Row, Study
-from regraft.run_dir import RunDir, folder_of_model
+from regraft.runs import pipeline, recipe_runs
+from regraft.runs.bundle import MANIFEST, write_bundle
+from regraft.runs.bundle_check import read_bundle
+from regraft.runs.run_dir import RunDir, folder_of_model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = (
@@ -88,9 +89,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "compute": {"device": "cpu", "batch_size": 12},
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(content))
-    runs.run(read_recipe(root / "recipe.yaml"), root / "run")
+    recipe_runs.run(read_recipe(root / "recipe.yaml"), root / "run")
     _answer_otherwise(root / "run")
-    runs.report(root / "run")
+    recipe_runs.report(root / "run")
     for name in ("one", "two", "third"):
         ended(["report", folder_of_model(root / "run", name)], 0)
     return root
@@ -178,7 +179,7 @@ def test_the_papers_recipe_is_of_its_six_models() -> None:
 
 
 def _table(world: Path) -> Study:
-    return runs.report(world / "run")
+    return recipe_runs.report(world / "run")
 
 
 def _row(table: Study, model: str, name: str) -> Row:
@@ -299,10 +300,10 @@ def test_a_run_of_several_models_resumes_and_grows(
     shutil.copytree(world / "run", tmp_path / "run")
     shutil.rmtree(folder_of_model(tmp_path / "run", "third"))
     with pytest.raises(RegraftError, match="not finished: model-third has not been run"):
-        runs.report(tmp_path / "run")
+        recipe_runs.report(tmp_path / "run")
     (tmp_path / "run" / "recipe.yaml").write_text(write_recipe(fewer))
-    assert models_of(runs.report(tmp_path / "run")) == ["one", "two"]
-    assert models_of(runs.run(recipe, tmp_path / "run")) == ["one", "two", "third"]
+    assert models_of(recipe_runs.report(tmp_path / "run")) == ["one", "two"]
+    assert models_of(recipe_runs.run(recipe, tmp_path / "run")) == ["one", "two", "third"]
     assert len(done) == 3
     assert all("model-third" in one for one in done)
     other = recipe.model_copy(update={"models": recipe.models[1:2]})
@@ -310,7 +311,7 @@ def test_a_run_of_several_models_resumes_and_grows(
         update={"models": (other.models[0].model_copy(update={"name": "one"}),)}
     )
     with pytest.raises(RegraftError, match="another recipe"):
-        runs.run(other, tmp_path / "run")
+        recipe_runs.run(other, tmp_path / "run")
 
 
 def test_a_run_of_one_model_is_no_run_of_several(tmp_path: Path) -> None:
@@ -330,10 +331,12 @@ def test_bad_input_of_several_models_writes_nothing(world: Path, tmp_path: Path)
     recipe = read_recipe(world / "recipe.yaml")
     gone = recipe.models[2].model_copy(update={"model": str(tmp_path / "gone")})
     with pytest.raises(RegraftError, match="gone"):
-        runs.run(recipe.model_copy(update={"models": (*recipe.models[:2], gone)}), tmp_path / "run")
+        recipe_runs.run(
+            recipe.model_copy(update={"models": (*recipe.models[:2], gone)}), tmp_path / "run"
+        )
     (tmp_path / "published.yaml").write_text("rows: [{model: x, asr: {a: 101}}]")
     with pytest.raises(RegraftError, match=r"rows\.0\.asr\.a"):
-        runs.run(
+        recipe_runs.run(
             recipe.model_copy(update={"published": tmp_path / "published.yaml"}), tmp_path / "run"
         )
     assert not (tmp_path / "run").exists()

@@ -21,28 +21,29 @@ import killed
 import pico
 from disk import shards, tree, write_data
 from methods import a_variant, method
-from regraft import loading, pipeline, stages
+from regraft import loading, stages
 from regraft.data.sources import DataSource
+from regraft.disk.files import disk_errors, read_json, write_text
 from regraft.errors import PassingError, RegraftError
-from regraft.files import disk_errors, read_json, write_text
 from regraft.heads.score import load_heads
 from regraft.heads.ships import HeadSettings
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.patch.format import load_patch
-from regraft.provenance import working
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
 from regraft.pruning.statistics import load_statistics
-from regraft.recipe import Recipe
-from regraft.recipe_file import read_recipe, write_recipe
-from regraft.recipe_parts import EvaluateSettings
+from regraft.recipes.file import read_recipe, write_recipe
+from regraft.recipes.parts import EvaluateSettings
+from regraft.recipes.recipe import Recipe
 from regraft.restoration import base
 from regraft.restoration.ranking import load_ranking
+from regraft.runs import pipeline
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages import patching, pruning, realigning
+from regraft.stages.provenance import working
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
 STAGES = ("prune", "heads", "statistics", "rank", "realign", "apply", "revert", "evaluate")

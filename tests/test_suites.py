@@ -25,8 +25,8 @@ from regraft.data.sources import DataSource, read
 from regraft.data.suites import first_of_kind, join_suites
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
-from regraft.reading import read_suites
-from regraft.recipe_file import read_recipe
+from regraft.recipes.file import read_recipe
+from regraft.stages.reading import read_suites
 
 
 def _image(path: Path) -> None:

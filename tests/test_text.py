@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import pico
 from disk import write_data
-from regraft import pipeline, stages
+from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation import perplexity as module
@@ -27,7 +27,8 @@ from regraft.evaluation.perplexity import (
 )
 from regraft.evaluation.results import result_from_json, result_to_json
 from regraft.models.load import open_source
-from regraft.recipe_file import read_recipe
+from regraft.recipes.file import read_recipe
+from regraft.runs import pipeline
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 

@@ -18,9 +18,10 @@ import pico
 import truth
 from disk import differing, shards, tree, write_data, write_jsonl
 from methods import method
-from regraft import loading, pipeline, stages
+from regraft import loading, stages
 from regraft.console import show_search
 from regraft.data.sources import DataSource
+from regraft.disk.files import read_json
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate, EvalResult
 from regraft.evaluation.tradeoff import (
@@ -31,15 +32,15 @@ from regraft.evaluation.tradeoff import (
     choose,
     read_curve,
 )
-from regraft.files import read_json
 from regraft.models.architecture import decoder_layers
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.patch.format import load_patch
 from regraft.progress import Progress, Silent
-from regraft.recipe import Recipe
+from regraft.recipes.recipe import Recipe
 from regraft.report.page import CURVES_CAPTION
 from regraft.restoration.base import MethodSettings
+from regraft.runs import pipeline
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings

@@ -259,7 +259,7 @@ def compare(
     Raises:
         RegraftError: the runs are not alike.
     """
-    from regraft.comparing import compare as compare_folders
+    from regraft.runs.comparing import compare as compare_folders
 
     return compare_folders(_paths(runs), Path(out), tuple(against))
 

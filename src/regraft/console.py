@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from regraft.pipeline import PlannedRun
     from regraft.report.study import Study
+    from regraft.runs.pipeline import PlannedRun
 
 _SECONDS_BETWEEN_LINES = 10.0
 

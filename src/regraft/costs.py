@@ -20,8 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from regraft import distributed
+from regraft.disk.files import discard_leftover, read_json, write_json
 from regraft.errors import RegraftError
-from regraft.files import discard_leftover, read_json, write_json
 from regraft.progress import Advance, Progress
 
 T = TypeVar("T")

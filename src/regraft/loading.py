@@ -12,8 +12,8 @@ from regraft import distributed
 from regraft.data.collate import Batch, batches
 from regraft.data.example import Example
 from regraft.data.images import length_class
+from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
-from regraft.files import file_digest
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import (
     Source,

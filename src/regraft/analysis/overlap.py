@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from regraft.analysis.writing import write_new
+from regraft.disk.files import require_new
 from regraft.errors import RegraftError
-from regraft.files import require_new
 from regraft.models.load import Source
 from regraft.progress import Progress
 from regraft.pruning.statistics import SavedStatistics, load_statistics

@@ -11,14 +11,14 @@ import numpy as np
 from scipy.stats import rankdata, spearmanr
 
 from regraft.analysis.writing import write_new
+from regraft.disk.files import require_new
 from regraft.errors import RegraftError
-from regraft.files import require_new
 from regraft.heads.score import load_heads
 from regraft.models.load import open_source
-from regraft.recipe_file import read_recipe
+from regraft.recipes.file import read_recipe
 from regraft.report.rate_figures import relation_figure
-from regraft.reporting import model_folder, read_run
-from regraft.run_dir import RunDir
+from regraft.runs.reporting import model_folder, read_run
+from regraft.runs.run_dir import RunDir
 
 _EXACT = 8  # models up to which p is exact: 40,320 orders
 

@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from regraft import pipeline
 from regraft.analysis.writing import write_analysis
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.progress import Progress
-from regraft.recipe import Recipe
-from regraft.recipe_parts import pruning_settings, variant
+from regraft.recipes.parts import pruning_settings, variant
+from regraft.recipes.recipe import Recipe
 from regraft.report.drawing import INK, LOOKS, ceiling, to_svg
 from regraft.report.run import Run, Variant
 from regraft.restoration.base import method_of
+from regraft.runs import pipeline
 
 _RATES = (("asr", "ASR"), ("over_refusal", "over-refusal"), ("utility", "utility"))
 

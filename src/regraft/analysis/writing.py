@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import distributed
-from regraft.files import atomic_folder, write_json, write_text
+from regraft.disk.files import atomic_folder, write_json, write_text
 from regraft.report.drawing import standalone
 
 

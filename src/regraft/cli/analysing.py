@@ -23,7 +23,7 @@ from regraft.cli.options import (
 from regraft.cli.reporting import compare
 from regraft.console import say, show_grid, show_table
 from regraft.heads.ships import HeadSettings
-from regraft.recipe_file import read_recipe
+from regraft.recipes.file import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.scoring import StatisticsSettings

@@ -50,8 +50,8 @@ def judge(
         Show judges that see the prompts' images, which lie in this folder or below it.
     """
     from regraft import stages
+    from regraft.disk.files import slug
     from regraft.evaluation.judges import find
-    from regraft.files import slug
 
     with watching() as progress:
         for one in by:

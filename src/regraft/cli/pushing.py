@@ -48,7 +48,7 @@ def push(
     dry_run
         Write what would be uploaded to this new folder; upload nothing.
     """
-    from regraft import publishing
+    from regraft.runs import publishing
 
     card = publishing.render(patch, repository, dense=dense, pruned=pruned, evaluated=evaluation)
     with watching() as progress:

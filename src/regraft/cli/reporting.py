@@ -13,8 +13,8 @@ from regraft.console import ConsoleWatch, show_study
 from regraft.errors import RegraftError
 
 if TYPE_CHECKING:
-    from regraft.evaluations import Pair
     from regraft.report.study import Study
+    from regraft.runs.evaluations import Pair
 
 Against = Annotated[
     tuple[str, ...],
@@ -57,7 +57,7 @@ def report(
     pruned
         The evaluation of the pruned model.
     """
-    from regraft.evaluations import is_evaluation
+    from regraft.runs.evaluations import is_evaluation
 
     pair = _pair(dense, pruned)
     if not folder and pair is None:
@@ -80,7 +80,7 @@ def report(
 def _report_evaluations(
     progress: ConsoleWatch, folders: Sequence[Path], pair: Pair | None, out: Path | None
 ) -> None:
-    from regraft import evaluations
+    from regraft.runs import evaluations
 
     if out is None and (pair is not None or len(folders) > 1):
         raise RegraftError("Say where the report of several evaluations goes: --out.")
@@ -89,7 +89,7 @@ def _report_evaluations(
 
 
 def _report_run(progress: ConsoleWatch, folders: Sequence[Path], out: Path | None) -> None:
-    from regraft import runs
+    from regraft.runs import recipe_runs
 
     if len(folders) > 1:
         raise RegraftError(
@@ -99,18 +99,18 @@ def _report_run(progress: ConsoleWatch, folders: Sequence[Path], out: Path | Non
     if out is not None:
         raise RegraftError("The report of a run lies in its own folder: leave out --out.")
     run = folders[0]
-    show_page(progress, runs.report(run), run / "report")
+    show_page(progress, recipe_runs.report(run), run / "report")
 
 
 def _write_bundle(progress: ConsoleWatch, run: Path, file: Path, texts: bool) -> None:
-    from regraft.bundle import write_bundle
+    from regraft.runs.bundle import write_bundle
 
     write_bundle(run, file, texts=texts)
     progress.note(f"Bundle: {file.absolute()} ({file.stat().st_size / 1e6:.1f} MB)")
 
 
 def _check_bundles(progress: ConsoleWatch, files: Sequence[Path]) -> None:
-    from regraft.bundle_check import read_bundle
+    from regraft.runs.bundle_check import read_bundle
 
     for file in files:
         bundle = read_bundle(file)
@@ -129,7 +129,7 @@ def _pair(dense: Path | None, pruned: Path | None) -> Pair | None:
     if dense is None or pruned is None:
         given, missing = ("--pruned", "--dense") if dense is None else ("--dense", "--pruned")
         raise RegraftError(f"RSR needs both evaluations: beside {given} name {missing} too.")
-    from regraft.evaluations import Pair
+    from regraft.runs.evaluations import Pair
 
     return Pair(dense, pruned)
 
@@ -145,7 +145,7 @@ def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:
         Folders of `regraft run` whose recipes differ in the calibration seed alone; the folder of a
         recipe with `seeds` stands for all its runs.
     """
-    from regraft.comparing import compare as compare_folders
+    from regraft.runs.comparing import compare as compare_folders
 
     with watching() as progress:
         show_page(progress, compare_folders(run, out, against), out)

@@ -9,8 +9,8 @@ from regraft.cli.options import MaybeOutFolder, OutFolder, watching
 from regraft.cli.reporting import show_page
 from regraft.console import show_preview
 from regraft.errors import RegraftError
-from regraft.recipe import Recipe
-from regraft.recipe_file import read_recipe
+from regraft.recipes.file import read_recipe
+from regraft.recipes.recipe import Recipe
 
 
 def run(
@@ -38,7 +38,7 @@ def run(
         Print a recipe with every setting, its default and what it does, to start one's own from.
     """
     if template:
-        from regraft.recipe_help import explained_recipe
+        from regraft.recipes.help import explained_recipe
 
         sys.stdout.write(explained_recipe())
         return
@@ -60,16 +60,16 @@ def demo(*, out: OutFolder = Path("demo-run")) -> None:
 
 
 def _preview(recipe: Recipe, out: Path) -> None:
-    from regraft import pipeline, runs
+    from regraft.runs import pipeline, recipe_runs
 
     with watching() as progress:
-        for folder, one in runs.runs_of(recipe, out).items():
+        for folder, one in recipe_runs.runs_of(recipe, out).items():
             show_preview(progress.console, folder, pipeline.plan_run(one, folder))
 
 
 def _run(recipe_file: Path, out: Path) -> None:
-    from regraft import runs
+    from regraft.runs import recipe_runs
 
     recipe = read_recipe(recipe_file)
     with watching() as progress:
-        show_page(progress, runs.run(recipe, out, progress), out / "report")
+        show_page(progress, recipe_runs.run(recipe, out, progress), out / "report")

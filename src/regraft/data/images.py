@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 
 from regraft.data.example import Example, Reading
 from regraft.data.storage import CACHED_IMAGE, image_cache
+from regraft.disk.paths import is_file
 from regraft.errors import PassingError, RegraftError
-from regraft.paths import is_file
 
 _NAMED = 3  # offenders named in an error
 

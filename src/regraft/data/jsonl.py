@@ -8,8 +8,8 @@ from pathlib import Path
 from regraft.data.example import Example, Reading
 from regraft.data.parquet import is_parquet
 from regraft.data.rows import Row, checked, table_rows, text_lines
+from regraft.disk.parsing import json_value
 from regraft.errors import RegraftError
-from regraft.parsing import json_value
 
 _FIELDS = (
     *("id", "split", "image", "instruction", "response", "content"),

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from regraft.data.storage import cached_image
+from regraft.disk.paths import require_file
 from regraft.errors import RegraftError
-from regraft.paths import require_file
 
 SUFFIX = ".parquet"
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.parquet")

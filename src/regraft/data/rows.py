@@ -13,9 +13,9 @@ from typing import Any
 from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
 from regraft.data.parquet import is_parquet, records
+from regraft.disk.parsing import json_value, shown
+from regraft.disk.paths import is_text, read_text, require_file, unreadable
 from regraft.errors import RegraftError
-from regraft.parsing import json_value, shown
-from regraft.paths import is_text, read_text, require_file, unreadable
 
 _MOST_DIGITS = 18  # of a whole number, which has 64 bits then
 

@@ -14,8 +14,8 @@ from regraft.data.parquet import table_in
 from regraft.data.readers import DATASETS, Kind, Split
 from regraft.data.rows import checked
 from regraft.data.storage import located, only_entry, unpacked
+from regraft.disk.files import digest
 from regraft.errors import RegraftError
-from regraft.files import digest
 
 Part = Literal["held-out", "rest"]
 _HELD_OUT = 4  # of so many prompts one is held out

@@ -12,9 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from regraft.disk.files import (
+    atomic_file,
+    atomic_folder,
+    digest,
+    disk_errors,
+    locked,
+    require_space,
+)
+from regraft.disk.paths import require_file
 from regraft.errors import RegraftError
-from regraft.files import atomic_file, atomic_folder, digest, disk_errors, locked, require_space
-from regraft.paths import require_file
 
 CACHE_VARIABLE = "REGRAFT_CACHE"
 PREFIX = "hf:"

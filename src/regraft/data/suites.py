@@ -9,8 +9,8 @@ from typing import Any
 
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource, of_split, read
+from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
-from regraft.files import file_digest
 
 
 def join_suites(suites: Sequence[DataSource], limit: int | None) -> Reading:

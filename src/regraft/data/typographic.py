@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from regraft import distributed
 from regraft.data.example import Example, Reading
 from regraft.data.readers.safebench import FIGSTEP_PROMPT
+from regraft.disk.files import atomic_folder, slug
 from regraft.errors import RegraftError
-from regraft.files import atomic_folder, slug
 from regraft.progress import Progress
 
 SIZE = (760, 760)

@@ -11,13 +11,13 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor, nn
 
-from regraft.artifact import read_artifact, require_finite, write_artifact
 from regraft.data.example import Example
 from regraft.defence.direction import Trial, moved_output
 from regraft.defence.prompt import shielded
+from regraft.disk.artifact import read_artifact, require_finite, write_artifact
+from regraft.disk.parsing import EXACT, from_json
 from regraft.errors import RegraftError
 from regraft.models.architecture import Architecture
-from regraft.parsing import EXACT, from_json
 from regraft.pruning.pruners.safety_potential import with_safety_prompt
 
 FORMAT = "regraft-defence-1"

@@ -178,9 +178,7 @@ class ChatServer:
                 "If the prompt is too long for it, start it with a longer context or leave the "
                 f"row out; if not, check the model's name {self.model!r}"
             )
-        return (
-            f"Check the address, the model's name {self.model!r} and the variable {KEY_VARIABLE}"
-        )
+        return f"Check the address, the model's name {self.model!r} and the variable {KEY_VARIABLE}"
 
     def _once(
         self,

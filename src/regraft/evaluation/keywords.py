@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from regraft.disk.files import digest
 from regraft.errors import RegraftError
 from regraft.evaluation.judges import TextJudge
-from regraft.files import digest
 
 DEFAULT_WINDOW = 60
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\u0060\u00b4", "'"))

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from regraft.artifact import read_artifact, require_finite, write_artifact
 from regraft.data.collate import IGNORED, Batch, batches, response_batch
 from regraft.data.example import Example
+from regraft.disk.artifact import read_artifact, require_finite, write_artifact
+from regraft.disk.parsing import from_json
+from regraft.disk.paths import read_text
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import resampled
 from regraft.evaluation.results import Estimate, TextResult
 from regraft.evaluation.resumable_map import resumable_map
 from regraft.models.load import placed
 from regraft.models.replay import logits_of, replay, text_inputs
-from regraft.parsing import from_json
-from regraft.paths import read_text
 from regraft.progress import Advance
 
 Nll = tuple[float, int]  # summed over the response's tokens, in nats; their number

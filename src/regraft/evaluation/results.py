@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from regraft.files import write_text
-from regraft.parsing import EXACT, from_json, json_object
-from regraft.paths import read_text
+from regraft.disk.files import write_text
+from regraft.disk.parsing import EXACT, from_json, json_object
+from regraft.disk.paths import read_text
 
 
 @EXACT

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from regraft import distributed
-from regraft.files import read_json, write_json
+from regraft.disk.files import read_json, write_json
 from regraft.progress import Advance
 
 Piece = TypeVar("Piece", bound=Sized)

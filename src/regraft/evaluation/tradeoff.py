@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from regraft.disk.parsing import EXACT, from_json, read_json
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate, EvalResult
-from regraft.parsing import EXACT, from_json, read_json
 
 NOTE = (
     "These are rates on the validation prompts that the settings were chosen on: those of a best "

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from regraft.disk.files import file_digest
+from regraft.disk.parsing import from_json, read_json
+from regraft.disk.paths import is_file, is_name, within
 from regraft.errors import RegraftError
 from regraft.evaluation.judges import Exchange, Verdict
 from regraft.evaluation.metrics import rate_of, wilson
 from regraft.evaluation.results import Answer, Estimate, EvalResult
 from regraft.evaluation.significance import cohen_kappa
-from regraft.files import file_digest
-from regraft.parsing import from_json, read_json
-from regraft.paths import is_file, is_name, within
 
 
 @dataclass(frozen=True)

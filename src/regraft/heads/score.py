@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from regraft.artifact import read_artifact, require_finite, write_artifact
 from regraft.data.collate import Batch
+from regraft.disk.artifact import read_artifact, require_finite, write_artifact
+from regraft.disk.files import digest
 from regraft.errors import RegraftError
-from regraft.files import digest
 from regraft.heads.ships import HeadSettings, first_feature_angles, most_rank, ships
 from regraft.heads.states import States, ablate_heads
 from regraft.models.architecture import Architecture

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regraft import distributed
-from regraft.artifact import load_unfinished
 from regraft.data.collate import Batch
+from regraft.disk.artifact import load_unfinished
+from regraft.disk.files import atomic_file
 from regraft.errors import RegraftError
-from regraft.files import atomic_file
 from regraft.heads.ships import HeadSettings, kl_divergence
 from regraft.models.ablation import head_outputs, replay_ablated
 from regraft.models.architecture import Architecture, LayerArchitecture, cross_attention_layers

@@ -17,11 +17,11 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from regraft.disk.files import digest, file_digest
+from regraft.disk.parsing import json_object, read_json, shown
+from regraft.disk.paths import is_name, require_file, within
 from regraft.errors import RegraftError
-from regraft.files import digest, file_digest
 from regraft.models.places import Place
-from regraft.parsing import json_object, read_json, shown
-from regraft.paths import is_name, require_file, within
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -17,8 +17,7 @@ from threading import Event, Lock
 import torch
 from torch import Tensor
 
-from regraft.errors import PassingError, RegraftError
-from regraft.files import (
+from regraft.disk.files import (
     atomic_folder,
     in_threads,
     leftover_bytes,
@@ -26,8 +25,9 @@ from regraft.files import (
     require_space,
     write_all,
 )
+from regraft.disk.parsing import read_json
+from regraft.errors import PassingError, RegraftError
 from regraft.models.checkpoint import OTHER_WEIGHTS, Checkpoint, as_tensor, open_checkpoint
-from regraft.parsing import read_json
 from regraft.progress import Advance
 
 Edit = Callable[[Tensor], Tensor]

@@ -17,9 +17,9 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
+from regraft.disk.parsing import read_json, shown
+from regraft.disk.paths import require_file
 from regraft.errors import RegraftError, is_device_memory, is_host_memory
-from regraft.parsing import read_json, shown
-from regraft.paths import require_file
 
 _SETTINGS = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json"),

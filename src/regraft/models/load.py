@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from regraft import distributed
 from regraft.data.collate import Batch
+from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.architecture import Architecture, LinearArchitecture
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
@@ -43,7 +44,6 @@ from regraft.models.resolve import (
     resolve,
     takes_images,
 )
-from regraft.parsing import read_json
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Placement = Literal["resident", "streamed"]

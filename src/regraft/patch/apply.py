@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from regraft.disk.files import in_threads, read_at, write_at
 from regraft.errors import RegraftError
-from regraft.files import in_threads, read_at, write_at
 from regraft.models import places
 from regraft.models.architecture import Architecture, LinearArchitecture
 from regraft.models.checkpoint import Checkpoint, TensorRecord

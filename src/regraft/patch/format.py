@@ -22,9 +22,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from regraft.artifact import read_artifact, require_finite, write_artifact
+from regraft.disk.artifact import read_artifact, require_finite, write_artifact
+from regraft.disk.parsing import EXACT, from_json
 from regraft.errors import RegraftError
-from regraft.parsing import EXACT, from_json
 
 FORMAT = "regraft-patch-1"
 _NONE = torch.empty(0, dtype=torch.int64)

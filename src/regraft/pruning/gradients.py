@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from regraft import distributed
-from regraft.artifact import load_unfinished
 from regraft.data.collate import IGNORED
+from regraft.disk.artifact import load_unfinished
+from regraft.disk.files import disk_errors
 from regraft.errors import RegraftError
-from regraft.files import disk_errors
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.experts import ExpertLinear, opened
 from regraft.models.layerwise import LayerwisePass

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from regraft.artifact import load_unfinished
-from regraft.files import atomic_file
+from regraft.disk.artifact import load_unfinished
+from regraft.disk.files import atomic_file
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.checkpoint_copy import Edit
 from regraft.models.places import of_tensor

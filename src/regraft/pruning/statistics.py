@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft import distributed
-from regraft.artifact import load_unfinished, read_artifact, require_finite, write_artifact
+from regraft.disk.artifact import load_unfinished, read_artifact, require_finite, write_artifact
+from regraft.disk.files import atomic_file
+from regraft.disk.parsing import EXACT, from_json
 from regraft.errors import RegraftError
-from regraft.files import atomic_file
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.layerwise import LayerwisePass
-from regraft.parsing import EXACT, from_json
 from regraft.progress import Advance
 from regraft.pruning.base import NO_STATISTIC, PRUNERS, Note, Pruner
 from regraft.pruning.prune import each_layer, unreached

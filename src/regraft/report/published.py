@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from regraft.disk.parsing import read_yaml
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import RESAMPLES, macro_average, wilson
 from regraft.evaluation.results import Estimate
-from regraft.parsing import read_yaml
 from regraft.settings.base import Settings, explain
 
 

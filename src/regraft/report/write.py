@@ -13,8 +13,8 @@ import yaml
 
 from regraft import distributed
 from regraft.data.storage import MODEL_ID
+from regraft.disk.files import write_json, write_text
 from regraft.errors import RegraftError
-from regraft.files import write_json, write_text
 from regraft.report import tables
 from regraft.report.addresses import public_suite
 from regraft.report.drawing import standalone

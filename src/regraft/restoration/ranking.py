@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.artifact import read_artifact, require_finite, write_artifact
+from regraft.disk.artifact import read_artifact, require_finite, write_artifact
 from regraft.errors import RegraftError
 from regraft.models.load import Source
 from regraft.models.places import at

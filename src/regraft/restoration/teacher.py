@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from regraft import distributed
-from regraft.artifact import load_unfinished
 from regraft.data.collate import response_batch
 from regraft.data.example import Example
-from regraft.files import atomic_file
+from regraft.disk.artifact import load_unfinished
+from regraft.disk.files import atomic_file
 from regraft.loading import each_of_share, load_for_walk
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel

@@ -6,7 +6,7 @@ another key is never overwritten. Unfinished work waits in a hidden folder besid
 under its key, and is taken up again after a kill.
 """
 
-from regraft.artifact import ABOUT_FILE
+from regraft.disk.artifact import ABOUT_FILE
 from regraft.evaluation.tradeoff import read_curve
 from regraft.stages.answering import calibration_data, imitation_data
 from regraft.stages.checking import check, clear_check, side

@@ -15,25 +15,25 @@ from torch import nn
 from regraft import distributed
 from regraft.data.collate import batches
 from regraft.data.example import Example, Reading
-from regraft.descriptions import described
+from regraft.disk.descriptions import described
+from regraft.disk.files import write_text
+from regraft.disk.parsing import from_json, json_object, json_value
+from regraft.disk.paths import read_text
 from regraft.errors import RegraftError
 from regraft.evaluation.degenerate import degeneration
 from regraft.evaluation.generate import generate
 from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
-from regraft.files import write_text
 from regraft.loading import load
-from regraft.parsing import from_json, json_object, json_value
-from regraft.paths import read_text
-from regraft.provenance import describe, is_done, working
-from regraft.reading import (
+from regraft.restoration.teacher import TOKEN_WEIGHTS
+from regraft.stages.provenance import describe, is_done, working
+from regraft.stages.reading import (
     draw_calibration,
     draw_prompts,
     order_calibration,
     responses_are_given,
     warn_of_bundled,
 )
-from regraft.restoration.teacher import TOKEN_WEIGHTS
 from regraft.stages.setup import Setup
 
 

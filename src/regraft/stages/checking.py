@@ -12,6 +12,7 @@ from typing import Any
 import regraft
 from regraft import distributed
 from regraft.data.sources import DataSource
+from regraft.disk.files import digest, file_digest, write_json, write_text
 from regraft.errors import RegraftError
 from regraft.evaluation.chat_server import ENDPOINT
 from regraft.evaluation.gate import Check, compared
@@ -19,16 +20,15 @@ from regraft.evaluation.pairing import on_the_same
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.served import explained
 from regraft.evaluation.summary import judge_answer
-from regraft.files import digest, file_digest, write_json, write_text
 from regraft.models.load import Source
 from regraft.progress import Progress
-from regraft.provenance import but_for_rounding
 from regraft.report.gate import check_to_json, junit, markdown
 from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings
 from regraft.stages.endpoint import open_target
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
+from regraft.stages.provenance import but_for_rounding
 from regraft.stages.targets import Evaluable
 
 Side = Evaluable | Path  # what is evaluated, or the folder of its finished evaluation

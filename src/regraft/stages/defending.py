@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from regraft import distributed
-from regraft.checks import check_direction_layer
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Example, Reading
 from regraft.defence.artifact import (
@@ -31,12 +30,13 @@ from regraft.evaluation.summary import judge_answer
 from regraft.loading import collate, load
 from regraft.models.load import Source
 from regraft.progress import Advance, Progress
-from regraft.provenance import describe, is_done, working
-from regraft.reading import draw_calibration, read_validation
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.validation import with_validation
+from regraft.stages.checks import check_direction_layer
+from regraft.stages.provenance import describe, is_done, working
+from regraft.stages.reading import draw_calibration, read_validation
 from regraft.stages.targets import Target
 
 

@@ -13,10 +13,10 @@ from regraft.data.demo import demo_model
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.defence.artifact import Defence, Direction, asked, load_defence
+from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
 from regraft.evaluation.chat_server import ENDPOINT, ChatServer
 from regraft.evaluation.served import counts, explained, served_answers
-from regraft.files import file_digest
 from regraft.models.load import Source, open_answering
 from regraft.progress import Progress, Silent
 from regraft.settings.compute import ComputeSettings

@@ -10,7 +10,8 @@ from typing import Any
 from regraft import distributed
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
-from regraft.descriptions import described
+from regraft.disk.descriptions import described
+from regraft.disk.files import atomic_folder, file_digest, read_json, write_json
 from regraft.errors import RegraftError
 from regraft.evaluation.perplexity import Nll, save_teacher
 from regraft.evaluation.results import (
@@ -22,10 +23,9 @@ from regraft.evaluation.results import (
     write_answers,
 )
 from regraft.evaluation.summary import judge_answer, summarise
-from regraft.files import atomic_folder, file_digest, read_json, write_json
-from regraft.provenance import describe, is_done, working
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages.evaluation_cache import Prompts
+from regraft.stages.provenance import describe, is_done, working
 from regraft.stages.targets import STATES, Evaluable, Likelihoods
 
 

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from regraft.artifact import ABOUT_FILE
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
+from regraft.disk.artifact import ABOUT_FILE
 from regraft.evaluation.generate import MEMO_BYTES, Answerer
 from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.lengths import check_lengths
@@ -21,15 +21,15 @@ from regraft.models.load import Source, load_processor
 from regraft.patch.pair import Survey, survey
 from regraft.progress import Progress
 from regraft.pruning.prune import zeros
-from regraft.reading import (
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.stages.reading import (
     draw_calibration,
     draw_prompts,
     order_calibration,
     read_suites,
     responses_are_given,
 )
-from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft import distributed
-from regraft.artifact import ABOUT_FILE
+from regraft.disk.artifact import ABOUT_FILE
+from regraft.disk.files import atomic_folder, file_digest, to_json
 from regraft.errors import RegraftError
-from regraft.files import atomic_folder, file_digest, to_json
 from regraft.models.architecture import FLOATS
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.load import linear_layers, open_source
@@ -23,7 +23,7 @@ from regraft.patch.apply import Plan, make_plan
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.hub import patch_file
 from regraft.progress import Progress, Silent
-from regraft.provenance import describe, is_done
+from regraft.stages.provenance import describe, is_done
 
 Tool = Literal["peft", "vllm"]
 README = "README.md"

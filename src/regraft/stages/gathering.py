@@ -9,10 +9,9 @@ from pathlib import Path
 from regraft import distributed
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
-from regraft.files import require_space, size_of
+from regraft.disk.files import require_space, size_of
 from regraft.loading import check_shares, cut, hidden_state_bytes, load_for_walk
 from regraft.models.layerwise import LayerwisePass
-from regraft.provenance import describe, is_done, working
 from regraft.pruning.base import PRUNERS, GradientPruner, Pruner
 from regraft.pruning.statistics import (
     ImportanceStatistics,
@@ -22,6 +21,7 @@ from regraft.pruning.statistics import (
 )
 from regraft.settings.scoring import StatisticsSettings
 from regraft.stages.answering import beside, calibration_data
+from regraft.stages.provenance import describe, is_done, working
 from regraft.stages.setup import Setup
 
 

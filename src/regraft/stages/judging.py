@@ -9,7 +9,8 @@ from typing import Any
 
 from regraft import distributed
 from regraft.data.collate import batches
-from regraft.descriptions import about_of
+from regraft.disk.descriptions import about_of
+from regraft.disk.files import digest, file_digest, read_json, slug, write_json
 from regraft.errors import RegraftError
 from regraft.evaluation.guard import Guard
 from regraft.evaluation.judges import Exchange, Judge, TextJudge, Verdict, find
@@ -27,11 +28,10 @@ from regraft.evaluation.verdicts import (
     own_verdicts,
     read_verdicts,
 )
-from regraft.files import digest, file_digest, read_json, slug, write_json
 from regraft.progress import Progress
-from regraft.provenance import describe, is_done, working
 from regraft.settings.compute import ComputeSettings
 from regraft.stages.evaluating import read_evaluation
+from regraft.stages.provenance import describe, is_done, working
 
 VERDICTS = "judges"  # the folder of other judges' verdicts in that of an evaluation
 _CHUNK = 64  # exchanges after which verdicts are on disk

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from regraft import distributed
-from regraft.artifact import ABOUT_FILE
-from regraft.descriptions import described
+from regraft.disk.artifact import ABOUT_FILE
+from regraft.disk.descriptions import described
+from regraft.disk.files import file_digest, read_json, to_json
 from regraft.errors import RegraftError
-from regraft.files import file_digest, read_json, to_json
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.checkpoint_copy import check_target
 from regraft.patch.apply import Operation, Plan, make_plan, write_plan
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.hub import patch_file
 from regraft.progress import Progress, Silent
-from regraft.provenance import describe, holds, is_done, working
+from regraft.stages.provenance import describe, holds, is_done, working
 
 _ROLE = {"apply": "pruned", "revert": "realigned"}
 Description = Mapping[str, Any]

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from regraft import distributed
-from regraft.artifact import ABOUT_FILE
 from regraft.data.example import Reading
-from regraft.files import require_space, to_json
+from regraft.disk.artifact import ABOUT_FILE
+from regraft.disk.files import require_space, to_json
 from regraft.loading import (
     check_shares,
     each_of_share,
@@ -26,14 +26,14 @@ from regraft.models.checkpoint_copy import Edit, check_target, write_edited
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
 from regraft.progress import Progress, Silent
-from regraft.provenance import describe, is_done, unfinished_bytes, working
 from regraft.pruning.base import PRUNERS, GradientPruner, PruneSettings
 from regraft.pruning.prune import edits_without_data, passes, prune_layers
 from regraft.pruning.results import LayerResults
-from regraft.reading import draw_calibration, warn_of_bundled
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import beside, calibration_data
+from regraft.stages.provenance import describe, is_done, unfinished_bytes, working
+from regraft.stages.reading import draw_calibration, warn_of_bundled
 from regraft.stages.setup import Setup
 
 CARD = "README.md"

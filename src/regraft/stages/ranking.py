@@ -11,19 +11,19 @@ from typing import Any
 import torch
 
 from regraft import distributed
-from regraft.checks import check_restorable
 from regraft.data.example import Reading
+from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
-from regraft.files import file_digest
 from regraft.heads.score import load_heads
 from regraft.models.load import Source
 from regraft.patch.pair import Survey, check_pair
 from regraft.progress import Progress
-from regraft.provenance import describe, is_done, working
 from regraft.pruning.statistics import load_statistics
 from regraft.restoration.base import Context, MethodSettings, Needs, method_of, needs_of
 from regraft.restoration.ranking import KEPT, Ranking, load_ranking, save_ranking
 from regraft.stages.answering import beside, imitation_data
+from regraft.stages.checks import check_restorable
+from regraft.stages.provenance import describe, is_done, working
 from regraft.stages.setup import Setup
 
 

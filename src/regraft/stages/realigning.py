@@ -6,15 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from regraft import distributed
+from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
-from regraft.files import file_digest
 from regraft.models.load import Source
 from regraft.patch.format import Patch, load_patch, save_patch
 from regraft.patch.groups import violated_groups
 from regraft.patch.pair import check_pair
-from regraft.provenance import describe, difference, is_done, require_same, working
 from regraft.restoration.base import MethodSettings, own_settings
 from regraft.restoration.ranking import load_ranking, patch_of
+from regraft.stages.provenance import describe, difference, is_done, require_same, working
 from regraft.stages.ranking import require_made_of
 
 # of the ranking, in its patches

@@ -9,10 +9,10 @@ from pathlib import Path
 from regraft import distributed
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource, of_split, read
+from regraft.disk.files import write_text
+from regraft.disk.paths import read_text
 from regraft.errors import RegraftError
-from regraft.files import write_text
 from regraft.models.load import Source
-from regraft.paths import read_text
 from regraft.progress import Progress, Silent
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings

@@ -11,13 +11,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from regraft.checks import (
-    check_budget,
-    check_gradients,
-    check_heads,
-    check_r_max,
-    check_restorable,
-)
 from regraft.evaluation.tradeoff import read_curve
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, check_split
@@ -30,6 +23,13 @@ from regraft.settings.evaluating import EvalSettings
 from regraft.settings.scoring import StatisticsSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages.answering import imitation_data
+from regraft.stages.checks import (
+    check_budget,
+    check_gradients,
+    check_heads,
+    check_r_max,
+    check_restorable,
+)
 from regraft.stages.gathering import statistics
 from regraft.stages.ranking import Inputs, read_inputs, write_ranking
 from regraft.stages.realigning import check_made_by, realign

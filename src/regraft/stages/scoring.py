@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from regraft import distributed
-from regraft.checks import check_r_max, check_scoring
 from regraft.data.collate import prompt_batch
-from regraft.files import digest
+from regraft.disk.files import digest
 from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
 from regraft.heads.ships import HeadSettings
 from regraft.heads.states import steps
 from regraft.loading import collate, load
 from regraft.models.load import Source
 from regraft.progress import Progress, Silent
-from regraft.provenance import describe, is_done, working
-from regraft.reading import draw_calibration, warn_of_bundled
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
+from regraft.stages.checks import check_r_max, check_scoring
+from regraft.stages.provenance import describe, is_done, working
+from regraft.stages.reading import draw_calibration, warn_of_bundled
 
 
 def heads(

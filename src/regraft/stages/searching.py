@@ -9,7 +9,8 @@ from pathlib import Path
 from regraft import distributed
 from regraft.data.example import Reading
 from regraft.data.sources import DataSource, of_split
-from regraft.descriptions import about_of
+from regraft.disk.descriptions import about_of
+from regraft.disk.files import file_digest, write_json
 from regraft.evaluation.tradeoff import (
     Bounds,
     Point,
@@ -19,10 +20,8 @@ from regraft.evaluation.tradeoff import (
     nearest,
     read_curve,
 )
-from regraft.files import file_digest, write_json
 from regraft.models.load import Source, check_split
 from regraft.progress import Progress, Silent
-from regraft.provenance import describe, is_done
 from regraft.restoration.base import MethodSettings
 from regraft.restoration.ranking import Ranking, load_ranking
 from regraft.settings.compute import ComputeSettings
@@ -31,6 +30,7 @@ from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import validation_of
 from regraft.stages.evaluating import evaluate
 from regraft.stages.evaluation_cache import EvaluationCache
+from regraft.stages.provenance import describe, is_done
 from regraft.stages.realigning import realign
 from regraft.stages.targets import Target
 

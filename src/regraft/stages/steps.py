@@ -9,7 +9,7 @@ from pathlib import Path
 
 from regraft.data.example import Reading
 from regraft.data.suites import seen_before
-from regraft.provenance import unfinished_bytes
+from regraft.stages.provenance import unfinished_bytes
 
 StepGuard = Callable[[str, str], AbstractContextManager[None]]
 """(stage, name of what it is for) -> what surrounds a step while it is made."""

@@ -19,6 +19,7 @@ from torch import nn
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.defence.artifact import Defence, Direction, acting, asked, check_fits, load_defence
+from regraft.disk.files import digest, file_digest
 from regraft.errors import RegraftError
 from regraft.evaluation.perplexity import (
     Nll,
@@ -30,16 +31,15 @@ from regraft.evaluation.perplexity import (
 )
 from regraft.evaluation.results import TextResult
 from regraft.evaluation.summary import is_compared
-from regraft.files import digest, file_digest
 from regraft.loading import patch_in_memory
 from regraft.models.load import Source, has_processor
 from regraft.patch.apply import patched, zeros_filled
 from regraft.patch.format import Patch
 from regraft.progress import Progress, Silent
-from regraft.reading import warn_of_bundled
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages.evaluation_cache import EvaluationCache, Prompts
+from regraft.stages.reading import warn_of_bundled
 
 STATES = "text-states.safetensors"  # in the folder of a dense model's evaluation
 

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from regraft.disk.files import disk_errors, locked, require_empty, write_json
 from regraft.errors import RegraftError
-from regraft.files import disk_errors, locked, require_empty, write_json
 from regraft.heads.ships import HeadSettings, most_rank
 from regraft.models.load import Source
-from regraft.provenance import holds
 from regraft.restoration.base import Between, MethodSettings, Space, method_of, needs_of
 from regraft.settings.searching import TuneSettings
+from regraft.stages.provenance import holds
 
 if TYPE_CHECKING:
     from optuna import Study

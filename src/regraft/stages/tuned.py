@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from regraft.evaluation.tradeoff import NOTE, Point, Tried, Tuned
-from regraft.recipe_parts import variant
+from regraft.recipes.parts import variant
 from regraft.restoration.base import MethodSettings
 from regraft.stages.restoring import Restoration
 

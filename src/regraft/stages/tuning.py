@@ -28,23 +28,23 @@ import torch
 from pydantic import ValidationError
 
 from regraft import distributed
-from regraft.checks import check_r_max, check_restorable
 from regraft.data.example import Reading
 from regraft.data.suites import distinct
+from regraft.disk.files import digest, write_json, write_text
+from regraft.disk.parsing import from_json
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import Cost, Point, Tried, Tuned, best_first, choose, nearest
-from regraft.files import digest, write_json, write_text
 from regraft.models.load import Source, pick_device
-from regraft.parsing import from_json
 from regraft.patch.format import load_patch
 from regraft.patch.pair import check_pair
 from regraft.progress import Silent
-from regraft.provenance import describe
 from regraft.restoration.base import MethodSettings, Space, needs_of
 from regraft.settings.base import explain
 from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.settings.validation import with_validation
+from regraft.stages.checks import check_r_max, check_restorable
 from regraft.stages.evaluation_cache import EvaluationCache
+from regraft.stages.provenance import describe
 from regraft.stages.restoring import ArtifactPaths, Restoration
 from regraft.stages.searching import Search, bounds_of
 from regraft.stages.steps import PromptUse

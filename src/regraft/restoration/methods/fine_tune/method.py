@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft import distributed
-from regraft.artifact import load_unfinished
 from regraft.data.example import Example, Reading
+from regraft.disk.artifact import load_unfinished
+from regraft.disk.files import atomic_file
 from regraft.errors import RegraftError
-from regraft.files import atomic_file
 from regraft.loading import check_shares
 from regraft.models.load import Source
 from regraft.restoration.base import (

@@ -20,8 +20,8 @@ from pydantic import Field
 
 from regraft import distributed
 from regraft.data.example import Example, Reading, hold_out
+from regraft.disk.files import require_space, size_of
 from regraft.errors import RegraftError
-from regraft.files import require_space, size_of
 from regraft.loading import check_shares, hidden_state_bytes
 from regraft.models.load import Source
 from regraft.progress import Progress

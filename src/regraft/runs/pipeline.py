@@ -11,26 +11,26 @@ from typing import Any
 import torch
 
 from regraft import distributed, stages
-from regraft.checks import check_restorable
 from regraft.costs import Ledger, Metered
+from regraft.disk.files import discard_leftover, require_empty, require_space, write_text
 from regraft.errors import RegraftError
-from regraft.files import discard_leftover, require_empty, require_space, write_text
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, open_source, pick_device
-from regraft.passes import count_pass, learns_from_both
 from regraft.patch.pair import check_pair
-from regraft.plan import Planner
 from regraft.progress import Progress, Silent
-from regraft.provenance import but_for_rounding, difference
 from regraft.pruning.base import prune_settings
-from regraft.reading import warn_of_bundled
-from regraft.recipe import Recipe
-from regraft.recipe_file import read_recipe, write_recipe
+from regraft.recipes.file import read_recipe, write_recipe
+from regraft.recipes.recipe import Recipe
 from regraft.report.study import Study
-from regraft.reporting import model_folder, report
 from regraft.restoration.base import needs_of
-from regraft.run_dir import RunDir
+from regraft.runs.passes import count_pass, learns_from_both
+from regraft.runs.plan import Planner
+from regraft.runs.reporting import model_folder, report
+from regraft.runs.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
+from regraft.stages.checks import check_restorable
+from regraft.stages.provenance import but_for_rounding, difference
+from regraft.stages.reading import warn_of_bundled
 from regraft.stages.steps import PromptUse, Step, check_all, disk_bytes, left_of
 
 _SIDE = 2048

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from regraft.errors import RegraftError
-from regraft.provenance import but_for_rounding, difference
 from regraft.report.pooling import study_of
 from regraft.report.run import Run
 from regraft.report.study import Study
 from regraft.report.write import check_report_folder, write_report
-from regraft.reporting import read_run
 from regraft.restoration.base import settings_in
-from regraft.run_dir import study_runs
+from regraft.runs.reporting import read_run
+from regraft.runs.run_dir import study_runs
+from regraft.stages.provenance import but_for_rounding, difference
 
 
 def compare(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> Study:

@@ -9,14 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from regraft import evaluations
 from regraft.data.storage import MODEL_ID
+from regraft.disk.files import atomic_folder, file_digest
 from regraft.errors import RegraftError
-from regraft.files import atomic_folder, file_digest
 from regraft.patch.format import load_patch
 from regraft.patch.hub import PATCH_FILE
 from regraft.report.patch_card import Published, render_patch_card
 from regraft.report.pooling import study_of
+from regraft.runs import evaluations
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

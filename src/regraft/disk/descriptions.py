@@ -13,8 +13,8 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from regraft.disk.parsing import from_json, read_json, shown
 from regraft.errors import RegraftError
-from regraft.parsing import from_json, read_json, shown
 
 _Count = Annotated[int, Field(ge=0)]
 _OPEN = with_config(ConfigDict(extra="allow"))

@@ -7,19 +7,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from regraft import distributed, pipeline, reporting
+from regraft import distributed
 from regraft.analysis.relation import ModelPoint, correlation, estimates, model_points
-from regraft.comparing import compare
+from regraft.disk.files import atomic_folder, require_space
 from regraft.errors import RegraftError
-from regraft.files import atomic_folder, require_space
 from regraft.progress import Progress, Silent
-from regraft.recipe import Recipe
-from regraft.recipe_file import read_recipe
+from regraft.recipes.file import read_recipe
+from regraft.recipes.recipe import Recipe
 from regraft.report.pooling import study_of
 from regraft.report.published import read_published
 from regraft.report.study import Correlation, Study
 from regraft.report.write import write_report
-from regraft.run_dir import RunDir, folder_of_model, seed_folder
+from regraft.runs import pipeline, reporting
+from regraft.runs.comparing import compare
+from regraft.runs.run_dir import RunDir, folder_of_model, seed_folder
 from regraft.stages import EvaluationCache
 
 _FEWEST = 3  # models of which ranks are correlated

@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.data.suites import join_suites
+from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
 from regraft.evaluation.chat_server import ENDPOINT
 from regraft.evaluation.pairing import on_the_same
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.served import explained
-from regraft.files import file_digest
 from regraft.report.pooling import study_of
 from regraft.report.run import DataAccount, Opinion, Run, Variant
 from regraft.report.study import Study

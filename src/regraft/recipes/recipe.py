@@ -18,10 +18,10 @@ from pydantic import (
     model_validator,
 )
 
+from regraft.disk.files import digest
 from regraft.errors import RegraftError
-from regraft.files import digest
 from regraft.heads.ships import HeadSettings
-from regraft.recipe_parts import (
+from regraft.recipes.parts import (
     PRUNING,
     VARIANT,
     EvaluateSettings,

@@ -11,8 +11,8 @@ from cyclopts import Parameter
 from pydantic.fields import FieldInfo
 
 from regraft.pruning.base import PruneSettings, all_settings, described
-from regraft.recipe import Recipe
-from regraft.recipe_parts import ModelSettings, NamedDefenceSettings
+from regraft.recipes.parts import ModelSettings, NamedDefenceSettings
+from regraft.recipes.recipe import Recipe
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.base import Settings
 from regraft.settings.searching import SearchSettings

@@ -19,14 +19,14 @@ import yaml
 
 import regraft
 from regraft import distributed, stages
+from regraft.disk.files import atomic_file, digest, file_digest, read_json
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Answer, result_to_json
-from regraft.files import atomic_file, digest, file_digest, read_json
 from regraft.patch.format import load_patch
-from regraft.recipe import Recipe
-from regraft.recipe_file import read_recipe
-from regraft.reporting import evaluation_folders, open_run, read_run
-from regraft.run_dir import RunDir, folder_of_model, study_runs
+from regraft.recipes.file import read_recipe
+from regraft.recipes.recipe import Recipe
+from regraft.runs.reporting import evaluation_folders, open_run, read_run
+from regraft.runs.run_dir import RunDir, folder_of_model, study_runs
 
 FORMAT = "regraft-bundle-1"
 MANIFEST = "manifest.json"

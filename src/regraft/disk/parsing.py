@@ -17,8 +17,8 @@ from typing import Any, TypeVar, cast
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from regraft.disk.paths import SURROGATE, read_text
 from regraft.errors import RegraftError
-from regraft.paths import SURROGATE, read_text
 
 MOST_DEPTH = 64
 _MOST_YAML = 2**20  # characters; PyYAML reads about half a million a second

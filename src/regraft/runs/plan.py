@@ -8,19 +8,19 @@ from functools import partial
 from pathlib import Path
 
 from regraft import stages
-from regraft.checks import check_direction_layer, check_gradients
 from regraft.data.example import Reading
+from regraft.disk.files import digest
 from regraft.evaluation.perplexity import read_documents
-from regraft.files import digest
 from regraft.models.load import Source, check_split, open_source
-from regraft.passes import SEARCH_REFERENCES
 from regraft.pruning.base import PRUNERS, GradientPruner
-from regraft.reading import read_validation
-from regraft.recipe import Recipe
-from regraft.recipe_parts import NamedDefenceSettings, PruningSettings, VariantSettings
+from regraft.recipes.parts import NamedDefenceSettings, PruningSettings, VariantSettings
+from regraft.recipes.recipe import Recipe
 from regraft.restoration.base import needs_of
-from regraft.run_dir import RunDir
+from regraft.runs.passes import SEARCH_REFERENCES
+from regraft.runs.run_dir import RunDir
 from regraft.settings.searching import SearchSettings
+from regraft.stages.checks import check_direction_layer, check_gradients
+from regraft.stages.reading import read_validation
 from regraft.stages.steps import PromptUse, Step
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 from regraft import distributed
 from regraft.costs import CalibrationPass, Cost
 from regraft.data.collate import prompt_batch
-from regraft.descriptions import about_of
-from regraft.files import write_json
+from regraft.disk.descriptions import about_of
+from regraft.disk.files import write_json
 from regraft.models.load import load_processor
-from regraft.provenance import describe, is_done
-from regraft.recipe import Recipe
-from regraft.recipe_parts import PruningSettings, VariantSettings
+from regraft.recipes.parts import PruningSettings, VariantSettings
+from regraft.recipes.recipe import Recipe
 from regraft.restoration.base import needs_of
-from regraft.run_dir import RunDir
+from regraft.runs.run_dir import RunDir
 from regraft.settings.searching import SearchSettings
 from regraft.stages import Setup
+from regraft.stages.provenance import describe, is_done
 
 SEARCH_REFERENCES = "evaluate for search"  # the dense and the pruned model, on validation prompts
 

@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from regraft.descriptions import Fields, described
+from regraft.disk.descriptions import Fields, described
+from regraft.disk.files import atomic_file, digest
+from regraft.disk.parsing import json_value
+from regraft.disk.paths import is_file
 from regraft.errors import RegraftError
-from regraft.files import atomic_file, digest
-from regraft.parsing import json_value
-from regraft.paths import is_file
 
 ABOUT_FILE = "regraft.json"  # in a checkpoint that regraft wrote: how it was made
 _KEY = "regraft"  # one key: safetensors does not keep the order of several

@@ -15,20 +15,19 @@ from regraft.data.demo import CAVEAT, demo_model, is_demo
 from regraft.data.suites import join_suites
 from regraft.defence.artifact import Direction, load_defence
 from regraft.defence.prompt import DEFENCE_PROMPT
-from regraft.descriptions import about_of, described
+from regraft.disk.descriptions import about_of, described
+from regraft.disk.files import read_json
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
-from regraft.files import read_json
 from regraft.heads.score import HeadScores, load_heads
 from regraft.models.architecture import Architecture, LayerArchitecture
 from regraft.models.load import open_source
-from regraft.passes import MethodPasses
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import is_changed, restored_by_module
 from regraft.pruning.statistics import load_statistics
-from regraft.recipe import Recipe
-from regraft.recipe_file import read_recipe
-from regraft.recipe_parts import PruningSettings, VariantSettings
+from regraft.recipes.file import read_recipe
+from regraft.recipes.parts import PruningSettings, VariantSettings
+from regraft.recipes.recipe import Recipe
 from regraft.report.pooling import study_of
 from regraft.report.run import DataAccount, HeadMap, Run, SharedPath, Variant
 from regraft.report.study import Study
@@ -37,7 +36,8 @@ from regraft.restoration.base import method_of, needs_of
 from regraft.restoration.methods.fine_tune.adam import TRAINED_VALUES, is_trained
 from regraft.restoration.methods.gain.path import read_path
 from regraft.restoration.ranking import load_ranking
-from regraft.run_dir import RECIPE_FILE, RunDir
+from regraft.runs.passes import MethodPasses
+from regraft.runs.run_dir import RECIPE_FILE, RunDir
 from regraft.settings.defending import DefenceSettings
 from regraft.stages import Evaluation
 

@@ -10,15 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from regraft.artifact import ABOUT_FILE
 from regraft.data.demo import demo_model, is_demo
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
 from regraft.data.sources import DataSource, of_split, read
 from regraft.data.suites import join_suites
-from regraft.descriptions import described
+from regraft.disk.artifact import ABOUT_FILE
+from regraft.disk.descriptions import described
+from regraft.disk.files import read_json
 from regraft.errors import RegraftError
-from regraft.files import read_json
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source
 from regraft.settings.data import CalibrationSettings

@@ -12,17 +12,17 @@ from typing import Any
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from regraft.bundle import FORMAT, MANIFEST
+from regraft.disk.files import digest
+from regraft.disk.parsing import from_json, json_object
+from regraft.disk.paths import is_name, require_file
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.evaluation.results import EvalResult, read_answers, result_from_json
 from regraft.evaluation.summary import summarise
-from regraft.files import digest
-from regraft.parsing import from_json, json_object
-from regraft.paths import is_name, require_file
 from regraft.report.pooling import study_of
 from regraft.report.run import Run, Variant
 from regraft.report.study import plain
+from regraft.runs.bundle import FORMAT, MANIFEST
 
 _MOST = 2**31  # bytes that a bundle may unpack to
 _ROUNDING = 1e-9  # between machines

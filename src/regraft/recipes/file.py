@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from regraft.data.sources import DataSource
 from regraft.data.storage import is_on_hub
+from regraft.disk.parsing import read_yaml
 from regraft.errors import RegraftError
-from regraft.parsing import read_yaml
-from regraft.recipe import Recipe
+from regraft.recipes.recipe import Recipe
 from regraft.settings.base import Settings, explain
 
 

@@ -19,9 +19,8 @@ import torch
 import regraft
 from regraft import distributed
 from regraft.data.example import Reading
-from regraft.descriptions import described
-from regraft.errors import PassingError, RegraftError
-from regraft.files import (
+from regraft.disk.descriptions import described
+from regraft.disk.files import (
     digest,
     discard_leftover,
     leftover_bytes,
@@ -33,6 +32,7 @@ from regraft.files import (
     size_of,
     to_json,
 )
+from regraft.errors import PassingError, RegraftError
 from regraft.models.load import pick_device, transformers_version
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings

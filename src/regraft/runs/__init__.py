@@ -1,0 +1,1 @@
+"""A recipe's run: planned, made step by step, reported, compared, packed to be sent."""
