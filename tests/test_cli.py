@@ -1328,7 +1328,8 @@ def test_every_method_has_a_command_with_only_its_flags(
     run_ok("realign", name, "--help")
     flags = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     fields = {
-        one: set(METHODS.get(one).Settings.model_fields) - {"method"} for one in METHODS.names()
+        one: set(METHODS.get(one).settings_type.model_fields) - {"method"}
+        for one in METHODS.names()
     }
     own = {f"--{field.replace('_', '-')}" for field in fields[name]}
     others = {f"--{field.replace('_', '-')}" for some in fields.values() for field in some}

@@ -108,15 +108,15 @@ def test_every_part_of_the_decoder_runs_again(today, pico_dir, tmp_path):
         batch = truth.make_batch(kind, today, processor, tmp_path / kind)
         real = batch.inputs["attention_mask"].bool()
         expected = truth.full_forward(model, batch.inputs)
-        walk = truth.walk(model, [batch])
+        layerwise = truth.layerwise(model, [batch])
         with truth.unchanged(model):
             for layer in architecture.layers:
-                found, wanted = walk.states[0], expected.entering[layer.index]
+                found, wanted = layerwise.states[0], expected.entering[layer.index]
                 if found.ndim == 4:  # Gemma 3n's four streams
                     found, wanted = found.movedim(0, 2), wanted.movedim(0, 2)
                 assert_same(found, wanted, real, f"{layer.index}")
-                walk.advance(layer.index, lambda _: None)
-        assert_same(walk.states[0], expected.final, real, "final")
+                layerwise.advance(layer.index, lambda _: None)
+        assert_same(layerwise.states[0], expected.final, real, "final")
 
 
 # What linears and experts are fed
@@ -174,7 +174,7 @@ def test_statistics_are_sums_over_the_tokens_of_each_expert(today, pico_dir, tmp
     cut = [response_batch(processor, rows) for rows in batches(examples, 3)]
     with truth.unchanged(model):
         found = gather(
-            truth.walk(model, cut),
+            truth.layerwise(model, cut),
             architecture,
             PRUNERS.get("wanda"),
             tmp_path / "w",
@@ -226,7 +226,7 @@ def test_gradients_equal_autograd_on_the_whole_model(today, pruner, pico_dir, tm
     add = PRUNERS.get("snip").accumulate if pruner == "snip" else signed
     found = {}
     for _, layer in layer_gradients(
-        truth.walk(model, cut), architecture, tmp_path, lambda _: True, lambda _: None, add=add
+        truth.layerwise(model, cut), architecture, tmp_path, lambda _: True, lambda _: None, add=add
     ):
         found |= layer
     for linear in architecture.linears:
@@ -433,10 +433,10 @@ def test_a_linear_stored_as_several_tensors_is_several_weights(pico_dir, tmp_pat
     several = replace(opened.architecture, layers=tuple(layers))
     found = []
     for i, one in enumerate((opened.architecture, several)):
-        walk = truth.walk(opened.model, cut)
-        pairs = layer_gradients(walk, one, tmp_path / f"{i}", lambda _: True, lambda _: None)
+        layerwise = truth.layerwise(opened.model, cut)
+        pairs = layer_gradients(layerwise, one, tmp_path / f"{i}", lambda _: True, lambda _: None)
         squares = gather(
-            truth.walk(opened.model, cut),
+            truth.layerwise(opened.model, cut),
             one,
             PRUNERS.get("wanda"),
             tmp_path / f"w{i}",

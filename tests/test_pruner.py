@@ -48,8 +48,10 @@ def test_snip_equals_autograd_on_the_whole_model(family, pico_dir, tmp_path):
     expected = gradients_by_autograd(model, processor, architecture, examples)
     ticks = []
     with truth.unchanged(model):
-        walk = truth.walk(model, cut)
-        found = gather(walk, architecture, PRUNERS.get("snip"), tmp_path / "work", ticks.append)
+        layerwise = truth.layerwise(model, cut)
+        found = gather(
+            layerwise, architecture, PRUNERS.get("snip"), tmp_path / "work", ticks.append
+        )
     assert sum(ticks) == 2 * 3 * len(architecture.layers)
     assert found.keys() == {li.key for li in architecture.linears if PRUNERS.get("snip").keeps(li)}
     for key, gradient in found.items():
@@ -238,9 +240,9 @@ def test_the_last_override_counts(pico_dir):
 def test_importance_of_rows_is_the_rows_of_importance(method, pico_dir, tmp_path):
     opened = truth.opened(pico_dir("qwen2_vl"))
     _, cut = calibration(opened, "qwen2_vl", tmp_path, 2)
-    walk = truth.walk(opened.model, cut)
+    layerwise = truth.layerwise(opened.model, cut)
     values = gather(
-        walk, opened.architecture, PRUNERS.get(method), tmp_path / "work", lambda _: None
+        layerwise, opened.architecture, PRUNERS.get(method), tmp_path / "work", lambda _: None
     )
     statistics = ImportanceStatistics(method, values, 2)
     linear = opened.architecture.layers[1].linear("q_proj")

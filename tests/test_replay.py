@@ -76,7 +76,7 @@ def test_replay_equals_the_full_forward(family, kind, pico_dir, tmp_path):
 
 
 def test_layer_by_layer_with_what_replay_itself_returned(family, pico_dir, tmp_path):
-    """As the pruner walks: also over layers that the family skips for this batch."""
+    """As the pruner goes: also over layers that the family skips for this batch."""
     _, model, processor, architecture = truth.opened(pico_dir(family))
     for kind in ("left", "text"):
         batch = truth.make_batch(kind, family, processor, tmp_path / kind)

@@ -12,7 +12,7 @@ in the entry-point group `regraft.pruners` of another package. A pruner that rea
         method: Literal["random"] = "random"
 
     class Random(Pruner):
-        name, label, Settings = "random", "random weights", RandomSettings
+        name, label, settings_type = "random", "random weights", RandomSettings
 
         def score(self, weight, statistic):
             return torch.rand(weight.shape, generator=torch.Generator().manual_seed(0))
@@ -119,7 +119,6 @@ class CalibratedSettings(PruneSettings):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The calibration prompts that are read."""
         return ("utility", "safety") if self.calibrate_on == "both" else ("utility",)
 
 
@@ -134,7 +133,6 @@ class LayerwiseSettings(PruneSettings):
 
     @property
     def sequential(self) -> bool:
-        """Whether a layer is calibrated on the outputs of the pruned layers before it."""
         return self.order == "sequential"
 
 
@@ -144,24 +142,26 @@ class Pruner(ABC):
     Attributes:
         name: In settings, as in `--method wanda`.
         label: In tables.
-        Settings: Its settings; their `method` is `Literal[name]`, and fields that it does not read
-            are not there.
+        settings_type: Its settings; their `method` is `Literal[name]`, and fields that it does not
+            read are not there.
         restores: Whether its score may rank weights for restoration.
         every_linear: Whether a statistics file keeps all linears. The other files keep those of
             attention heads, as restoration in heads needs: a statistic may be as large as the
             weights (SNIP) or take a factorisation of the MLP's width (SparseGPT).
         updates: Whether weights that stay change, so that whole weights are stored, not masks.
         reads_data: Whether it has statistics.
+        by_gradients: Whether these are of gradients, for which it takes a backward pass.
         reads_responses: Whether its calibration prompts need responses.
     """
 
     name: ClassVar[str]
     label: ClassVar[str]
-    Settings: ClassVar[type[PruneSettings]]
+    settings_type: ClassVar[type[PruneSettings]]
     restores: ClassVar[bool] = True
     every_linear: ClassVar[bool] = False
     updates: ClassVar[bool] = False
     reads_data: ClassVar[bool] = False
+    by_gradients: ClassVar[bool] = False
     reads_responses: ClassVar[bool] = True
 
     @abstractmethod
@@ -207,7 +207,7 @@ class Pruner(ABC):
             weights: Dense, `[out, in]` each; left as they are.
             found: What was accumulated for them; may be used up.
             patterns: How much of each goes.
-            settings: An instance of `Settings`.
+            settings: Of `settings_type`.
             note: Called with what a user should know.
 
         Raises:
@@ -218,7 +218,7 @@ class Pruner(ABC):
             yield linear, PrunedWeight(mask=patterns[linear].mask(score))
 
     def encoders(self, settings: Any) -> tuple[Encode, ...]:
-        """Each encodes all calibration examples once; `settings` is an instance of `Settings`."""
+        """Each encodes all calibration examples once; `settings` are of `settings_type`."""
         return (response_batch,)
 
     def keeps(self, linear: LinearArchitecture) -> bool:
@@ -246,7 +246,7 @@ class GradientPruner(Pruner):
     It needs a whole backward pass before it prunes anything, so that it is one-shot always.
     """
 
-    reads_data = True
+    reads_data = by_gradients = True
 
     @abstractmethod
     def accumulate(self, dy: Tensor, x: Tensor) -> Tensor:
@@ -271,12 +271,12 @@ def prune_settings(method: str = "wanda", **fields: Any) -> PruneSettings:
         RegraftError: there is none of that name, or it cannot be imported.
         pydantic.ValidationError: it has no such setting, or a value is wrong.
     """
-    return PRUNERS.get(method).Settings(**fields)
+    return PRUNERS.get(method).settings_type(**fields)
 
 
 def all_settings() -> dict[str, type[PruneSettings]]:
     """The settings of every pruner, by name; without those of packages that are broken."""
-    return {name: PRUNERS.get(name).Settings for name in PRUNERS.working()}
+    return {name: PRUNERS.get(name).settings_type for name in PRUNERS.working()}
 
 
 def described() -> str:

@@ -80,7 +80,7 @@ def require_gradients(dtype: torch.dtype) -> None:
 
 
 def layer_gradients(
-    walk: LayerwisePass,
+    layerwise: LayerwisePass,
     architecture: Architecture,
     scratch: Path,
     wanted: Callable[[LinearArchitecture], bool],
@@ -92,7 +92,7 @@ def layer_gradients(
     """Mean over samples of `add`, from the last layer to the first.
 
     Args:
-        walk: The labelled samples, before the first layer.
+        layerwise: The labelled samples, before the first layer.
         architecture: Of the model.
         scratch: A folder for layer inputs (samples x tokens x layers x hidden size); emptied as
             the backward pass goes.
@@ -109,22 +109,24 @@ def layer_gradients(
     Raises:
         RegraftError: the dtype is float16, or gradients overflow.
     """
-    require_gradients(walk.model.dtype)
-    total = int(distributed.total(torch.tensor(sum(len(batch.ids) for batch in walk.batches))))
-    _forward(walk, architecture, scratch, advance)
-    gradients = _loss_gradients(walk, loss)
+    require_gradients(layerwise.model.dtype)
+    total = int(distributed.total(torch.tensor(sum(len(batch.ids) for batch in layerwise.batches))))
+    _forward(layerwise, architecture, scratch, advance)
+    gradients = _loss_gradients(layerwise, loss)
     kept: list[Shared] = [{} for _ in gradients]  # dL/d of what layers share, as far as it is known
-    modules = dict(walk.model.network.named_modules())
+    modules = dict(layerwise.model.network.named_modules())
     for layer in reversed(architecture.layers):
         linears = {li: modules[li.module] for li in layer.linears if wanted(li)}
         sums: dict[str, Tensor] = {}
-        with walk.model.layer(layer.index):
-            for i, batch in enumerate(walk.batches):
+        with layerwise.model.layer(layer.index):
+            for i, batch in enumerate(layerwise.batches):
                 path = _path(scratch, layer.index, i)
-                hidden = load_unfinished(path)["hidden"].to(walk.model.device).requires_grad_()
+                hidden = load_unfinished(path)["hidden"].to(layerwise.model.device).requires_grad_()
                 with _added(linears, len(batch.ids), add, sums):
-                    shared = _leaves(walk, i)
-                    output = walk.replay(i, layer.index, hidden, gradient=True, shared=shared.now)
+                    shared = _leaves(layerwise, i)
+                    output = layerwise.replay(
+                        i, layer.index, hidden, gradient=True, shared=shared.now
+                    )
                     shared.backward(output, gradients[i].to(output.device), kept[i])
                 assert hidden.grad is not None
                 gradients[i] = hidden.grad.to(gradients[i].device)
@@ -134,38 +136,38 @@ def layer_gradients(
 
 
 def _forward(
-    walk: LayerwisePass, architecture: Architecture, scratch: Path, advance: Advance
+    layerwise: LayerwisePass, architecture: Architecture, scratch: Path, advance: Advance
 ) -> None:
     """Take the batches to the end and leave every layer's inputs in `scratch`."""
     try:
         with disk_errors(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
             for layer in architecture.layers:
-                for i, state in enumerate(walk.states):
+                for i, state in enumerate(layerwise.states):
                     save_file({"hidden": state.contiguous()}, _path(scratch, layer.index, i))
-                with walk.model.layer(layer.index):
-                    walk.advance(layer.index, advance)
+                with layerwise.model.layer(layer.index):
+                    layerwise.advance(layer.index, advance)
     except RegraftError:  # of no use to the next try, which may need the room
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
-def _loss_gradients(walk: LayerwisePass, loss: Loss) -> list[Tensor]:
+def _loss_gradients(layerwise: LayerwisePass, loss: Loss) -> list[Tensor]:
     """dL/d(normed final state) `[B, S, d]` of each batch, L the sum of its samples' losses.
 
-    The walk's states go on the way: they are as large as the gradients.
+    The layerwise's states go on the way: they are as large as the gradients.
     """
     gradients = []
-    states = walk.states[::-1]
-    walk.states = []
-    with walk.model.frame():
-        for batch in walk.batches:
+    states = layerwise.states[::-1]
+    layerwise.states = []
+    with layerwise.model.frame():
+        for batch in layerwise.batches:
             labels, state = batch.labels, states.pop()
             assert labels is not None, "a batch of prompts has no responses"
-            final = state.to(walk.model.device).detach().requires_grad_()
+            final = state.to(layerwise.model.device).detach().requires_grad_()
             for row in range(len(labels)):  # one sample's logits at a time in memory
-                own = labels[row].to(walk.model.device)
-                loss(walk.model, final[row], own, batch.ids[row]).backward()
+                own = labels[row].to(layerwise.model.device)
+                loss(layerwise.model, final[row], own, batch.ids[row]).backward()
             assert final.grad is not None
             gradients.append(final.grad.to(state.device))
     return gradients
@@ -201,11 +203,11 @@ class _Sharing:
             kept[name] = tuple(parts)
 
 
-def _leaves(walk: LayerwisePass, i: int) -> _Sharing:
+def _leaves(layerwise: LayerwisePass, i: int) -> _Sharing:
     """What layers share of batch i, ready to collect gradients."""
     leaves = {
-        name: tuple(one.to(walk.model.device).detach().requires_grad_() for one in several)
-        for name, several in walk.shared[i].items()
+        name: tuple(one.to(layerwise.model.device).detach().requires_grad_() for one in several)
+        for name, several in layerwise.shared[i].items()
     }
     return _Sharing(leaves, dict(leaves))
 

@@ -85,7 +85,7 @@ class ImportanceStatistics:
 
 
 def gather(
-    walk: LayerwisePass,
+    layerwise: LayerwisePass,
     architecture: Architecture,
     pruner: Pruner,
     scratch: Path,
@@ -98,7 +98,7 @@ def gather(
     memory together; where all layers' are there, nothing is gathered again.
 
     Args:
-        walk: The labelled samples, before the first layer.
+        layerwise: The labelled samples, before the first layer.
         architecture: Of the model.
         pruner: Whose statistic.
         scratch: A folder for unfinished work.
@@ -116,8 +116,9 @@ def gather(
 
     layers = architecture.layers if pruner.reads_data else ()
     if not all(part(layer).exists() for layer in layers):
-        gathered = each_layer(walk, architecture, pruner, pruner.keeps, scratch / "states", advance)
-        for layer, found in gathered:
+        for layer, found in each_layer(
+            layerwise, architecture, pruner, pruner.keeps, scratch / "states", advance
+        ):
             ran = [linear for linear in layer.linears if pruner.keeps(linear) and found.ran(linear)]
             if unseen := unreached(ran, found):  # left out: their importance is 0
                 ran = [linear for linear in ran if linear not in unseen]

@@ -24,7 +24,7 @@ from regraft.models.architecture import LinearArchitecture
 from regraft.models.load import Source, pick_device
 from regraft.patch.pair import Survey, restorable
 from regraft.progress import Progress
-from regraft.pruning.base import PRUNERS, GradientPruner
+from regraft.pruning.base import PRUNERS
 from regraft.pruning.statistics import SavedStatistics
 from regraft.registry import Registry
 from regraft.restoration.ranking import Ranking
@@ -157,7 +157,7 @@ class Needs:
     def gradients(self) -> bool:
         """Whether gradients are taken, for the ranking or for its statistics."""
         return self.answers or (
-            self.statistics is not None and isinstance(PRUNERS.get(self.statistics), GradientPruner)
+            self.statistics is not None and PRUNERS.get(self.statistics).by_gradients
         )
 
 
@@ -246,12 +246,12 @@ class Method(ABC, Generic[S]):
 
     Attributes:
         name: What it is called on the command line and in recipes.
-        Settings: Its settings, with `method: Literal[name] = name`.
+        settings_type: Its settings, with `method: Literal[name] = name`.
         algorithm: Raised whenever the same settings give another ranking than before.
     """
 
     name: ClassVar[str]
-    Settings: ClassVar[type[MethodSettings]]
+    settings_type: ClassVar[type[MethodSettings]]
     algorithm: ClassVar[int] = 1
 
     def needs(self, settings: S) -> Needs:
@@ -326,7 +326,7 @@ def needs_of(settings: MethodSettings) -> Needs:
 
 def own_settings(settings: MethodSettings) -> MethodSettings:
     """The method's settings alone, of settings that name and store a result too."""
-    own = method_of(settings).Settings
+    own = method_of(settings).settings_type
     return own(**settings.model_dump(include=set(own.model_fields)))
 
 
@@ -336,5 +336,5 @@ def settings_in(content: Mapping[str, Any]) -> MethodSettings:
     Raises:
         RegraftError: there is no such method.
     """
-    own = METHODS.get(content.get("method", DEFAULT)).Settings
+    own = METHODS.get(content.get("method", DEFAULT)).settings_type
     return own(**{name: content[name] for name in own.model_fields if name in content})

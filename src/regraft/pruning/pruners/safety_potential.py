@@ -62,7 +62,7 @@ class SafetyPotentialSettings(LayerwiseSettings):
 class SafetyPotential(InputPruner):
     """|W| times the root of the input energy that a safety prompt adds to harmful prompts."""
 
-    name, label, Settings = "safety-potential", "Safety-Potential", SafetyPotentialSettings
+    name, label, settings_type = "safety-potential", "Safety-Potential", SafetyPotentialSettings
     reads_responses = False
     restores = False  # its statistic is of prompts with and without the safety prompt, not of D^u
 

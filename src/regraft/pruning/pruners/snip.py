@@ -34,7 +34,7 @@ class SnipSettings(CalibratedSettings):
 class Snip(GradientPruner):
     """|W| times the mean size of its gradient, to first order the loss that removing it costs."""
 
-    name, label, Settings = "snip", "SNIP", SnipSettings
+    name, label, settings_type = "snip", "SNIP", SnipSettings
 
     def accumulate(self, dy: Tensor, x: Tensor) -> Tensor:
         """The sum over samples of |dL/dW|, from `[B, T, out]` and `[B, T, in]`."""

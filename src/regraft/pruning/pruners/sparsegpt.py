@@ -61,7 +61,7 @@ class SparseGPTSettings(LayerwiseSettings, CalibratedSettings):
 class SparseGPT(InputPruner):
     """W^2 over the diagonal of the inverse Hessian, and the update that compensates."""
 
-    name, label, Settings = "sparsegpt", "SparseGPT", SparseGPTSettings
+    name, label, settings_type = "sparsegpt", "SparseGPT", SparseGPTSettings
     updates = True
 
     def accumulate(self, inputs: Tensor) -> Tensor:

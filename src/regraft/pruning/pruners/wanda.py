@@ -29,7 +29,7 @@ class WandaSettings(LayerwiseSettings, CalibratedSettings):
 class Wanda(InputPruner):
     """|W| times the norm of what it is fed."""
 
-    name, label, Settings = "wanda", "Wanda", WandaSettings
+    name, label, settings_type = "wanda", "Wanda", WandaSettings
     every_linear = True
 
     def accumulate(self, inputs: Tensor) -> Tensor:

@@ -31,7 +31,6 @@ from regraft.restoration.base import (
     Budgeted,
     Context,
     Method,
-    MethodSettings,
     Needs,
     Space,
 )
@@ -277,9 +276,8 @@ class HSRSettings(ImportanceSettings):
 class HSRMethod(Method[ImportanceSettings]):
     """HSR as the paper defines it; what was released differs in `formula` and `block`."""
 
-    name: ClassVar[str] = "hsr"
+    name, settings_type = "hsr", HSRSettings
     title: ClassVar[str] = "HSR"
-    Settings: ClassVar[type[MethodSettings]] = HSRSettings
     formula = staticmethod(hsr_scores)
     block = staticmethod(head_block)
 

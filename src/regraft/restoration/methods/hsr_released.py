@@ -19,7 +19,7 @@ from torch import Tensor
 from regraft.models.architecture import HEAD_ROLES, Block, LayerArchitecture, LinearArchitecture
 from regraft.models.load import Source
 from regraft.pruning.masks import count_of, smallest
-from regraft.restoration.base import Between, MethodSettings, Space
+from regraft.restoration.base import Between, Space
 from regraft.restoration.methods.hsr import (
     Band,
     HSRMethod,
@@ -86,9 +86,8 @@ class HSRReleasedSettings(ImportanceSettings):
 class HSRReleased(HSRMethod):
     """See the module."""
 
-    name: ClassVar[str] = "hsr-released"
+    name, settings_type = "hsr-released", HSRReleasedSettings
     title: ClassVar[str] = "HSR as released"
-    Settings: ClassVar[type[MethodSettings]] = HSRReleasedSettings
     formula = staticmethod(released_scores)
     block = staticmethod(released_block)
 

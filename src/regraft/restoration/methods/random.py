@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from regraft.restoration.base import AlwaysBudgeted, Context, Method, MethodSettings
+from regraft.restoration.base import AlwaysBudgeted, Context, Method
 from regraft.restoration.ranking import Best, Ranking
 
 
@@ -29,8 +29,7 @@ class RandomSettings(AlwaysBudgeted):
 class RandomWeights(Method[RandomSettings]):
     """See the module."""
 
-    name: ClassVar[str] = "random"
-    Settings: ClassVar[type[MethodSettings]] = RandomSettings
+    name, settings_type = "random", RandomSettings
 
     def rank(self, settings: RandomSettings, context: Context) -> Ranking:
         """A random order, another one for each calibration seed."""

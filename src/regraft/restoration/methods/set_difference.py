@@ -6,7 +6,7 @@ left open: weights are ranked by the q at which they would come in.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -16,7 +16,6 @@ from regraft.restoration.base import (
     Between,
     Context,
     Method,
-    MethodSettings,
     Needs,
     Space,
 )
@@ -54,8 +53,7 @@ class SetDifferenceSettings(AlwaysBudgeted):
 class SetDifference(Method[SetDifferenceSettings]):
     """See the module."""
 
-    name: ClassVar[str] = "set-difference"
-    Settings: ClassVar[type[MethodSettings]] = SetDifferenceSettings
+    name, settings_type = "set-difference", SetDifferenceSettings
 
     def needs(self, settings: SetDifferenceSettings) -> Needs:
         """Statistics of both kinds of prompts."""

@@ -149,11 +149,11 @@ def loss_and_gradients(
         RegraftError: the dtype is float16, or gradients overflow.
     """
     total, found = 0.0, dict[str, Tensor]()
-    for number, (walk, loss) in enumerate(sides):
+    for number, (layerwise, loss) in enumerate(sides):
         recorded = Recorded(loss)
-        walk.rewind()
+        layerwise.rewind()
         layers = layer_gradients(
-            walk,
+            layerwise,
             architecture,
             scratch / str(number),
             lambda linear: linear.key in positions,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -23,7 +23,6 @@ from regraft.restoration.base import (
     Context,
     Counted,
     Method,
-    MethodSettings,
     Needs,
     with_default_budget,
 )
@@ -77,8 +76,7 @@ class FineTune(Method[FineTuneSettings]):
     once forward and once backward over all prompts, with an update after `MINIBATCH` of each kind.
     """
 
-    name: ClassVar[str] = "fine-tune"
-    Settings: ClassVar[type[MethodSettings]] = FineTuneSettings
+    name, settings_type = "fine-tune", FineTuneSettings
 
     def needs(self, settings: FineTuneSettings) -> Needs:
         """The dense model's own answers, and the ranking whose positions are trained."""
@@ -148,8 +146,8 @@ def _trained(
     """
     answered, architecture = context.answered or {}, context.dense.architecture
     cut = minibatches([answered[kind].examples for kind in KINDS], context.compute)
-    model, walks, costs = taught(context, dict(zip(KINDS, zip(*cut, strict=True), strict=True)))
-    sides = [[(walk, costs[kind]) for walk in walks[kind]] for kind in KINDS]
+    model, embedded, costs = taught(context, dict(zip(KINDS, zip(*cut, strict=True), strict=True)))
+    sides = [[(layerwise, costs[kind]) for layerwise in embedded[kind]] for kind in KINDS]
     batches = list(zip(*sides, strict=True))  # each of both kinds
     modules, linears = dict(model.network.named_modules()), list(architecture.linears)
     positions = {linears[i].key: chosen.position[rows] for i, rows in by_linear(chosen)}
@@ -160,7 +158,7 @@ def _trained(
         state = load_unfinished(path)
         optimizer.load(state)
         losses = state["losses"].tolist()
-    own = sum(samples_of(walk) for several in walks.values() for walk in several)
+    own = sum(samples_of(layerwise) for several in embedded.values() for layerwise in several)
     total = 2 * own * (settings.passes - len(losses))
     with context.progress.task("Fine-tuning", total, "samples x layers") as done:
         while len(losses) < settings.passes:

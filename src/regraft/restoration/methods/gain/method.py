@@ -30,7 +30,6 @@ from regraft.restoration.base import (
     AlwaysBudgeted,
     Context,
     Method,
-    MethodSettings,
     Needs,
 )
 from regraft.restoration.methods.gain.objective import MOST_TRIES
@@ -105,8 +104,7 @@ class GainSettings(AlwaysBudgeted):
 class Gain(Method[GainSettings]):
     """See the module."""
 
-    name: ClassVar[str] = "gain"
-    Settings: ClassVar[type[MethodSettings]] = GainSettings
+    name, settings_type = "gain", GainSettings
     algorithm: ClassVar[int] = 12
 
     def needs(self, settings: GainSettings) -> Needs:
@@ -251,9 +249,9 @@ def _prepare(context: Context, swap: bool) -> Problem:
     """The pruned model, and the prompts of both kinds embedded, ready to enter its first layer."""
     answered = context.answered or {}
     parts = {kind: _split(kind, answered[kind], context.progress, context.seed) for kind in CALLED}
-    model, walks, losses = taught(context, parts)
+    model, embedded, losses = taught(context, parts)
     safety, utility = (
-        Prompts(gradient, held_out, losses[kind]) for kind, (gradient, held_out) in walks.items()
+        Prompts(gradient, held_out, losses[kind]) for kind, (gradient, held_out) in embedded.items()
     )
     scratch = context.work / "states"
     pair, kind = (context.dense, context.pruned), context.survey.kind

@@ -207,10 +207,10 @@ def _worth(
 def _gradients(
     problem: Problem, side: int, loss: Loss, advance: Advance
 ) -> Iterator[tuple[LayerArchitecture, dict[str, Tensor]]]:
-    walk = problem.sides[side].gradient
-    walk.rewind()
+    layerwise = problem.sides[side].gradient
+    layerwise.rewind()
     return layer_gradients(
-        walk,
+        layerwise,
         problem.dense.architecture,
         problem.scratch / str(side),
         lambda _: True,
