@@ -59,8 +59,8 @@ def prune_layers(
     Args:
         settings: Of a pruner that reads data.
         dense: The model; updated weights are rounded to the dtypes of its checkpoint.
-        layerwise: The calibration data, before the first layer, encoded by the pruner's `encoders`. A
-            resident model's weights are pruned in place.
+        layerwise: The calibration data, before the first layer, encoded by the pruner's `encoders`.
+            A resident model's weights are pruned in place.
         patterns: Sparsity or N:M of every weight that is to be pruned.
         results: Where the results go.
         advance: Called with the number of samples each time a layer has seen a batch: `passes` of

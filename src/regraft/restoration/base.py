@@ -93,7 +93,6 @@ class Counted(MethodSettings):
         return self
 
     def how_many(self, pruned: int) -> int | None:
-        """How many of `pruned` weights are restored at most; None for the whole ranking."""
         if self.count is not None:
             return min(self.count, pruned)
         return None if self.budget is None else int(self.budget * pruned / 10_000)
@@ -104,7 +103,6 @@ class Budgeted(Counted):
 
     @property
     def searchable(self) -> bool:
-        """Whether a number of weights is given, up to which a search can choose."""
         return self.budget is not None or self.count is not None
 
 

@@ -52,7 +52,6 @@ class InHeads(MethodSettings):
 
     @property
     def drawn(self) -> bool:
-        """Whether a seed decides what is restored, so that repeats differ."""
         return self.heads == "random"
 
     @property

@@ -40,11 +40,9 @@ class HSRAMethod(Method[HSRASettings]):
         return best.ranked(heads)
 
     def label(self, settings: HSRASettings) -> str:
-        """What tables call it."""
         return f"HSR-A, {settings.heads_label}"
 
     def space(self, settings: HSRASettings, dense: Source, kept: float) -> Space:
-        """How many heads, and by what they are chosen."""
         return settings.heads_space(dense.architecture)
 
 

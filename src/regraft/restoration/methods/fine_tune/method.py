@@ -26,8 +26,8 @@ from regraft.restoration.base import (
     Needs,
     with_default_budget,
 )
+from regraft.restoration.draws import random_ranking
 from regraft.restoration.methods.fine_tune.adam import TRAINED, SparseAdam, train
-from regraft.restoration.methods.random import drawn
 from regraft.restoration.ranking import Ranking, by_linear
 from regraft.restoration.teacher import samples_of, taught
 from regraft.settings.compute import ComputeSettings
@@ -65,7 +65,6 @@ class FineTuneSettings(Counted):
 
     @property
     def drawn(self) -> bool:
-        """Whether a seed decides what is restored, so that repeats differ."""
         return self.positions == RANDOM
 
 
@@ -120,7 +119,6 @@ class FineTune(Method[FineTuneSettings]):
         return replace(chosen, values=trained, about=about)
 
     def label(self, settings: FineTuneSettings) -> str:
-        """What tables call it."""
         where = "random positions" if settings.drawn else f"positions of {settings.positions}"
         return f"fine-tuned, {where}: trained values"
 
@@ -131,7 +129,7 @@ PLUGIN = FineTune()
 def _chosen(settings: FineTuneSettings, context: Context) -> Ranking:
     """Where values are trained: among weights that could be restored."""
     if settings.drawn:
-        return drawn(context, settings.draw_seed)
+        return random_ranking(context, settings.draw_seed)
     if (ranking := context.positions) is None:
         raise RegraftError(f"There is no ranking {settings.positions} to train the weights of.")
     return ranking if context.count is None else ranking.first(context.count)

@@ -86,12 +86,10 @@ class GainSettings(AlwaysBudgeted):
 
     @property
     def exchanges(self) -> bool:
-        """Whether a kept weight is pruned for each that is restored."""
         return self.swap
 
     @property
     def only_pruned(self) -> str | None:
-        """Swaps keep a sparsity, which there must be."""
         if not self.swap:
             return None
         return "a swap prunes a weight that pruning kept. Leave out --swap"
@@ -171,7 +169,6 @@ class Gain(Method[GainSettings]):
         return replace(ranking, about=path_to_json(replace(path, end=end)))
 
     def label(self, settings: GainSettings) -> str:
-        """What tables call it."""
         return "gain, swapped" if settings.swap else "gain"
 
 
