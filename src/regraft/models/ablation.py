@@ -99,7 +99,7 @@ def replay_ablated(
 
     known = hidden[:, -outputs.intact.shape[1] :]  # a run may have reached its last position only
     with replaced_forwards({attention: forward}):
-        final = run(start=layer, hidden=tile_rows(known, copies), copies=copies)
+        final = run(start=layer, hidden=tile_rows(known, copies))
     return final.view(copies, -1, *final.shape[1:])
 
 

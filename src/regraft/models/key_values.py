@@ -161,14 +161,14 @@ def last_token_replay(model: nn.Module, text: TextInputs, cross: Mapping[int, Ke
         text = replace(text, kwargs={**text.kwargs, "cross_attention_states": states})
     layers = decoder_layers(model)
 
-    def run(*, start: int, hidden: Tensor, stop: int | None = None, copies: int = 1) -> Tensor:
+    def run(*, start: int, hidden: Tensor, stop: int | None = None) -> Tensor:
         forwards: dict[nn.Module, Callable[..., Any]] = {
             layers[i]: _on_known(layers[i], known, text.batch) for i, known in cross.items()
         }
         last = layers[-1]
         forwards[last] = _on_last(forwards.get(last, last.forward), last)
         with replaced_forwards(forwards):
-            return replay(model, text, start=start, hidden=hidden, stop=stop, copies=copies)
+            return replay(model, text, start=start, hidden=hidden, stop=stop)
 
     return run
 

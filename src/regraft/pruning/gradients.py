@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,18 +120,43 @@ def layer_gradients(
         with layerwise.model.layer(layer.index):
             for i, batch in enumerate(layerwise.batches):
                 path = _path(scratch, layer.index, i)
-                hidden = load_unfinished(path)["hidden"].to(layerwise.model.device).requires_grad_()
+                hidden = load_unfinished(path)["hidden"].to(layerwise.model.device)
                 with _added(linears, len(batch.ids), add, sums):
-                    shared = _leaves(layerwise, i)
-                    output = layerwise.replay(
-                        i, layer.index, hidden, gradient=True, shared=shared.now
-                    )
-                    shared.backward(output, gradients[i].to(output.device), kept[i])
-                assert hidden.grad is not None
-                gradients[i] = hidden.grad.to(gradients[i].device)
+                    gradients[i] = _back(layerwise, i, layer.index, hidden, gradients[i], kept[i])
                 path.unlink()
                 advance(len(batch.ids))
         yield layer, _means(sums, layer, total)
+
+
+def _back(
+    layerwise: LayerwisePass, i: int, layer: int, hidden: Tensor, gradient: Tensor, kept: Shared
+) -> Tensor:
+    """Take batch i back through a layer with the input `hidden`: its output's gradient -> its own.
+
+    `kept` is dL/d of what layers share, of all behind; those of this layer are added. `[B, S, d]`
+    """
+    hidden.requires_grad_()
+    leaves = {
+        name: tuple(one.to(hidden.device).detach().requires_grad_() for one in several)
+        for name, several in layerwise.shared[i].items()
+    }
+    now = dict(leaves)
+    output = layerwise.replay(i, layer, hidden, gradient=True, shared=now)
+    made = {name: several for name, several in now.items() if several[0] is not leaves[name][0]}
+    roots = [(output, gradient.to(output.device))]
+    for name, several in made.items():
+        of = kept.pop(name, ())
+        roots += [(one, part.to(one.device)) for one, part in zip(several, of, strict=False)]
+    torch.autograd.backward([one for one, _ in roots], [part for _, part in roots])
+    for name, several in leaves.items():
+        if name in made or several[0].grad is None:
+            continue
+        parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in several]
+        if name in kept:
+            parts = [one + old for one, old in zip(parts, kept[name], strict=True)]
+        kept[name] = tuple(parts)
+    assert hidden.grad is not None
+    return hidden.grad.to(gradient.device)
 
 
 def _forward(
@@ -171,45 +195,6 @@ def _loss_gradients(layerwise: LayerwisePass, loss: Loss) -> list[Tensor]:
             assert final.grad is not None
             gradients.append(final.grad.to(state.device))
     return gradients
-
-
-@dataclass(frozen=True)
-class _Sharing:
-    """Keys and values that layers share, before a layer (`leaves`) and after it (`now`)."""
-
-    leaves: Shared
-    now: Shared
-
-    def backward(self, output: Tensor, gradient: Tensor, kept: Shared) -> None:
-        """Take a layer back, from its output's gradient and from what later layers read of it.
-
-        Args:
-            output: Of the layer.
-            gradient: dL/d output.
-            kept: dL/d of what is shared, of all layers behind; those of this layer are added.
-        """
-        made = {name: one for name, one in self.now.items() if one[0] is not self.leaves[name][0]}
-        roots = [(output, gradient)]
-        for name, several in made.items():
-            of = kept.pop(name, ())
-            roots += [(one, part.to(one.device)) for one, part in zip(several, of, strict=False)]
-        torch.autograd.backward([one for one, _ in roots], [part for _, part in roots])
-        for name, several in self.leaves.items():
-            if name in made or several[0].grad is None:
-                continue
-            parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in several]
-            if name in kept:
-                parts = [one + old for one, old in zip(parts, kept[name], strict=True)]
-            kept[name] = tuple(parts)
-
-
-def _leaves(layerwise: LayerwisePass, i: int) -> _Sharing:
-    """What layers share of batch i, ready to collect gradients."""
-    leaves = {
-        name: tuple(one.to(layerwise.model.device).detach().requires_grad_() for one in several)
-        for name, several in layerwise.shared[i].items()
-    }
-    return _Sharing(leaves, dict(leaves))
 
 
 @contextmanager
