@@ -176,10 +176,7 @@ def check_template(folder: Path, processor: Any) -> None:
         RegraftError: it is none, does not end, or makes a book of the word.
     """
     if any(_factor(one) > _MOST_NUMBER for one in _templates(processor)):
-        raise RegraftError(
-            f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) holds "
-            f"a power, or multiplies by more than {_MOST_NUMBER:,}. Take that of the base model."
-        )
+        raise _bad(folder, f"holds a power, or multiplies by more than {_MOST_NUMBER:,}.")
     asked = [{"role": "user", "content": "Hello"}]
     rendered: list[str] = []
     wrong: list[str] = []
@@ -195,17 +192,15 @@ def check_template(folder: Path, processor: Any) -> None:
     thread.start()
     thread.join(_PATIENCE)
     if thread.is_alive():
-        raise RegraftError(
-            f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) has "
-            f"not rendered one word in {_PATIENCE:.0f} seconds. Take that of the base model."
-        )
+        raise _bad(folder, f"has not rendered one word in {_PATIENCE:.0f} seconds.")
     if wrong:
-        raise RegraftError(
-            f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) is no "
-            f"template: {wrong[0]} Take that of the base model."
-        )
+        raise _bad(folder, f"is no template: {wrong[0]}")
     if rendered and len(rendered[0]) > _MOST_RENDERED:
-        raise RegraftError(
-            f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) makes "
-            f"{len(rendered[0]):,} characters of one word. Take that of the base model."
-        )
+        raise _bad(folder, f"makes {len(rendered[0]):,} characters of one word.")
+
+
+def _bad(folder: Path, why: str) -> RegraftError:
+    return RegraftError(
+        f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) {why} "
+        "Take that of the base model."
+    )

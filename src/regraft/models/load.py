@@ -84,10 +84,7 @@ class Source:
             RegraftError: why it cannot: quantised weights, or see `read_architecture`.
         """
         require_unquantised(self.config, self.folder)
-        with torch.device("meta"), quiet(), bad_config(self.folder):
-            network = auto_class(self.config, self.folder).from_config(
-                self.config, trust_remote_code=self.trust_remote_code
-            )
+        network = self.without_weights()
         if getattr(self.config, "tie_word_embeddings", False):
             network.tie_weights()
         try:
@@ -100,6 +97,13 @@ class Source:
                 f"{self.folder}: {type(network).__name__} cannot be described "
                 f"({type(error).__name__}: {error}), so that it can be evaluated, not pruned."
             ) from error
+
+    def without_weights(self) -> Any:
+        """The model on the meta device."""
+        with torch.device("meta"), quiet(), bad_config(self.folder):
+            return auto_class(self.config, self.folder).from_config(
+                self.config, trust_remote_code=self.trust_remote_code
+            )
 
     @cached_property
     def readable_architecture(self) -> Architecture | None:
@@ -140,12 +144,8 @@ def open_answering(model: str | Path, *, trust_remote_code: bool = False) -> Sou
 
 def linear_layers(source: Source) -> set[str]:
     """Dotted names of all linear layers of the model in memory; loads no weights."""
-    with torch.device("meta"), quiet(), bad_config(source.folder):
-        config = read_config(source.folder, source.trust_remote_code)
-        network = auto_class(config, source.folder).from_config(
-            config, trust_remote_code=source.trust_remote_code
-        )
-    return {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    modules = source.without_weights().named_modules()
+    return {name for name, module in modules if isinstance(module, nn.Linear)}
 
 
 def stored_dtype(source: Source) -> str:
@@ -250,13 +250,9 @@ def load_processor(source: Source) -> Any:
     from transformers import AutoProcessor, AutoTokenizer
 
     auto = AutoProcessor if source.has_vision else AutoTokenizer
-    return _processor_of(source.folder, auto, trust_remote_code=source.trust_remote_code)
-
-
-def _processor_of(folder: Path, auto: Any, *, trust_remote_code: bool) -> Any:
-    with of_processor(folder), quiet():
-        processor = auto.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    check_template(folder, processor)
+    with of_processor(source.folder), quiet():
+        processor = auto.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    check_template(source.folder, processor)
     return processor
 
 
