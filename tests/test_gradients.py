@@ -22,7 +22,7 @@ from regraft.pruning.gradients import (
     signed,
     signed_and_squared,
 )
-from regraft.restoration.teacher import DecisionLoss, final_states, losses_together, response_losses
+from regraft.restoration.teacher import DecisionLoss, final_states, losses_together
 
 SOME = ("qwen2_vl", "mllama", "gemma3", "llama")
 
@@ -36,6 +36,10 @@ def changed(model):
             if name.endswith("proj.weight"):
                 weight.data[torch.rand(weight.shape, generator=generator) < 0.4] = 0
     return other
+
+
+def response_losses(layerwise, loss):
+    return losses_together([(layerwise, loss)])[0]
 
 
 def collated(opened, family, folder, n=3, size=2):

@@ -97,14 +97,7 @@ def gather(
     Each layer's are written to `scratch`, so that SNIP's, as large as the weights, are never in
     memory together; where all layers' are there, nothing is gathered again.
 
-    Args:
-        layerwise: The labelled samples, before the first layer.
-        architecture: Of the model.
-        pruner: Whose statistic.
-        scratch: A folder for unfinished work.
-        advance: Called with the number of samples each time a layer has seen a batch (twice a
-            layer for gradients).
-        note: Called with what the pruner has to say.
+    The arguments are those of `each_layer`; `note` is called with what the pruner has to say.
 
     Returns:
         `LinearArchitecture.key` -> float32 on CPU (pages of the files in `scratch`).
@@ -120,8 +113,8 @@ def gather(
             layerwise, architecture, pruner, pruner.keeps, scratch / "states", advance
         ):
             ran = [linear for linear in layer.linears if pruner.keeps(linear) and found.ran(linear)]
-            if unseen := unreached(ran, found):  # left out: their importance is 0
-                ran = [linear for linear in ran if linear not in unseen]
+            unseen = unreached(ran, found)  # left out: their importance is 0
+            ran = [linear for linear in ran if linear not in unseen]
             # copies, since linears that read one input share its sum, which the file would not take
             made = {
                 linear.key: one.cpu().clone() for linear, one in pruner.statistics(ran, found, note)

@@ -51,8 +51,7 @@ _CHUNK = 2**22  # weights ranked at once, where rows are ranked
 class Band:
     """HSR's thresholds as shares of the weights in each ranking scope.
 
-    q: top share by safety importance; p: share kept by the pruner (1 - sparsity); p_max: outer
-    bound by utility importance.
+    q: top share by I^s; p: share that pruning kept (1 - sparsity); p_max: outer bound by I^u.
     """
 
     q: float
@@ -200,10 +199,7 @@ class ImportanceSettings(Budgeted, InHeads):
     """Which weights of the heads are restored, by importance for safety and for utility."""
 
     budget: float | None = Field(
-        None,
-        gt=0,
-        lt=10_000,
-        description="Restored weights per 10,000 pruned; replaces q.",
+        None, gt=0, lt=10_000, description="Restored weights per 10,000 pruned; replaces q."
     )
     score: ScoreName = Field("wanda", description="Importance I^s, I^u: by this pruner.")
     q: float = Field(0.5, gt=0, le=1, description="Top share by I^s, on harmful prompts.")

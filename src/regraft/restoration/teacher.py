@@ -67,17 +67,13 @@ def final_states(layerwise: LayerwisePass, advance: Advance = lambda _: None) ->
     }
 
 
-def response_losses(
-    layerwise: LayerwisePass, loss: Loss, advance: Advance = lambda _: None
-) -> dict[str, float]:
-    """The loss of every example's response, by example id."""
-    return losses_together([(layerwise, loss)], advance)[0]
-
-
 def losses_together(
     sides: Sequence[tuple[LayerwisePass, Loss]], advance: Advance = lambda _: None
 ) -> list[dict[str, float]]:
-    """`response_losses` of several passes through one model, which is streamed once for all."""
+    """The loss of every example's response, by example id.
+
+    Of several passes through one model, which is streamed once for all.
+    """
     _to_the_end([layerwise for layerwise, _ in sides], advance)
     with sides[0][0].model.frame(), torch.no_grad():
         return [_losses_at_the_end(layerwise, loss) for layerwise, loss in sides]
@@ -137,11 +133,8 @@ def taught(
 ) -> tuple[PlacedModel, Embedded, dict[str, DecisionLoss]]:
     """Ask the dense model, and load the pruned one, with all prompts before its first layer.
 
-    What the dense model says lies in the work folder, where a resumed run finds it.
-
-    Args:
-        context: Its models, answers, work folder and compute.
-        parts: Kind of prompts -> examples with answers, in parts that run apart.
+    What the dense model says lies in the work folder, where a resumed run finds it. `parts` are
+    examples with answers by kind of prompts, in parts that run apart.
 
     Returns:
         (the pruned model, the prompts before it, kind of prompts -> what an answer to one costs)

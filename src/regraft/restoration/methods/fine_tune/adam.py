@@ -177,12 +177,8 @@ def train(
 ) -> list[float]:
     """One pass: an update after each batch.
 
-    Args:
-        optimizer: Of weights of the model that the batches go through.
-        batches: Each of all kinds of prompts.
-        architecture: Of the model.
-        scratch: A folder for layer inputs.
-        advance: As in `loss_and_gradients`.
+    The batches are of all kinds of prompts each, and go through the optimizer's model; the rest is
+    as in `loss_and_gradients`.
 
     Returns:
         The loss of each batch before its update.

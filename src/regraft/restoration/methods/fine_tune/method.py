@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft import distributed
-from regraft.data.example import Example, Reading
+from regraft.data.example import KINDS, Example, Reading
 from regraft.disk.artifact import load_unfinished
 from regraft.disk.files import atomic_file
 from regraft.errors import RegraftError
@@ -34,7 +34,6 @@ from regraft.settings.compute import ComputeSettings
 
 RANDOM = "random"  # positions that are drawn
 MINIBATCH = 8  # prompts of each kind in an update
-KINDS = ("safety", "utility")
 
 
 class FineTuneSettings(Counted):
@@ -176,10 +175,6 @@ def minibatches(
     kinds: Sequence[Sequence[Example]], compute: ComputeSettings
 ) -> list[list[Sequence[Example]]]:
     """Cut the examples of all kinds into the same number of batches, as even as can be.
-
-    Args:
-        kinds: The examples of each kind.
-        compute: How many processes share a batch.
 
     Returns:
         Of each minibatch the examples of each kind, none of them empty.

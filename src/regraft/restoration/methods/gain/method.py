@@ -19,7 +19,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field
 
 from regraft import distributed
-from regraft.data.example import Example, Reading, hold_out
+from regraft.data.example import KINDS, Example, Reading, hold_out
 from regraft.disk.files import require_space, size_of
 from regraft.errors import RegraftError
 from regraft.loading import check_shares, hidden_state_bytes
@@ -63,7 +63,6 @@ from regraft.settings.compute import ComputeSettings
 HELD_OUT = 0.25  # of the prompts of each kind
 MOST_STEPS = 5  # cost about ten forward and backward passes over all prompts, answers included
 LEAST_FALL = 0.01  # of the held-out loss, relative: with a smaller one a step is the last
-CALLED = {"safety": "harmful", "utility": "harmless"}
 
 
 class GainSettings(AlwaysBudgeted):
@@ -217,9 +216,8 @@ def _end(path: GainPath, most: int) -> End | None:
     before = replace(path, steps=path.steps[:-1]).held_out
     if not path.steps[-1].candidates:
         return "candidates"
-    if before.sum - path.held_out.sum <= LEAST_FALL * max(
-        before.sum, 0
-    ):  # rounding may take a sum of 0 below it
+    least = LEAST_FALL * max(before.sum, 0)  # rounding may take a sum of 0 below it
+    if before.sum - path.held_out.sum <= least:
         return "held-out"
     return "limit" if path.restored >= most or len(path.steps) == MOST_STEPS else None
 
@@ -245,7 +243,7 @@ def _work(problem: Problem, passes: int, tries: int) -> tuple[int, str]:
 def _prepare(context: Context, swap: bool) -> Problem:
     """The pruned model, and the prompts of both kinds embedded, ready to enter its first layer."""
     answered = context.answered or {}
-    parts = {kind: _split(kind, answered[kind], context.progress, context.seed) for kind in CALLED}
+    parts = {kind: _split(kind, answered[kind], context.progress, context.seed) for kind in KINDS}
     model, embedded, losses = taught(context, parts)
     safety, utility = (
         Prompts(gradient, held_out, losses[kind]) for kind, (gradient, held_out) in embedded.items()
@@ -265,7 +263,7 @@ def _split(
     parts = [f"{whole} of {', '.join(sorted(apart))}"] if whole else []
     parts += [f"{len(held) - whole} drawn"] if whole < len(held) else []
     progress.note(
-        f"{CALLED[kind]} prompts: {len(gradient)} for gradients, {len(held)} held out "
+        f"{KINDS[kind]} prompts: {len(gradient)} for gradients, {len(held)} held out "
         f"({', '.join(parts)})"
     )
     return gradient, held
