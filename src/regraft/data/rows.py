@@ -30,11 +30,7 @@ class Row:
 
     @classmethod
     def of(cls, where: str, value: object, key: str | int = "") -> Row:
-        """Wrap `value`.
-
-        Raises:
-            RegraftError: `value` is not an object.
-        """
+        """Wrap `value`."""
         if not isinstance(value, dict):
             raise RegraftError(f"{where}: expected an object with fields, found {shown(value)}.")
         return cls(where, value, str(key))
@@ -146,21 +142,13 @@ def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
 
 
 def table_rows(path: Path, what: str, *, as_text: bool = False) -> list[Row]:
-    """Read a table in Parquet, all shards of it, see `regraft.data.parquet.records`.
-
-    Raises:
-        RegraftError: a file or pyarrow is missing, or it is no whole Parquet file.
-    """
+    """Read a table in Parquet, all shards of it, see `regraft.data.parquet.records`."""
     found = enumerate(records(path, what, as_text=as_text), start=1)
     return [Row(where, values, str(number)) for number, (where, values) in found]
 
 
 def require_end(path: Path, what: str) -> None:
-    """Check that a file of text ends in a line break, as that which is published does.
-
-    Raises:
-        RegraftError: it does not.
-    """
+    """Check that a file of text ends in a line break, as that which is published does."""
     if is_parquet(path):  # which ends in a mark of its own
         return
     size = require_file(path)
@@ -175,11 +163,7 @@ def require_end(path: Path, what: str) -> None:
 
 
 def json_file(path: Path, what: str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        RegraftError: it is missing (`what` says what it should be) or is not valid JSON.
-    """
+    """Read a JSON file."""
     return json_value(read_text(path, what), str(path))
 
 
@@ -213,11 +197,7 @@ def json_rows(path: Path, what: str, unit: str, *, inside: str = "") -> list[Row
 
 
 def text_lines(path: Path, what: str) -> list[str]:
-    """Read a file of text by its lines, which end in a line break and nothing else.
-
-    Raises:
-        RegraftError: it is missing (`what` says what it should be) or not UTF-8.
-    """
+    """Read a file of text by its lines, which end in a line break and nothing else."""
     return io.StringIO(read_text(path, what), newline=None).read().split("\n")
 
 

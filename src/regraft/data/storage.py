@@ -71,11 +71,7 @@ def from_hub(
     *,
     repo_type: Literal["model", "dataset"] = "model",
 ) -> Path:
-    """The folder of the files that match `wanted`, of a repository ORG/NAME of the hub.
-
-    Raises:
-        RegraftError: it cannot be had.
-    """
+    """The folder of the files that match `wanted`, of a repository ORG/NAME of the hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -221,11 +217,7 @@ def image_cache() -> Path:
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Write into a folder of the cache, which is made, while other processes wait.
-
-    Raises:
-        RegraftError: it cannot be written to.
-    """
+    """Write into a folder of the cache, which is made, while other processes wait."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = folder / ".lock"

@@ -51,11 +51,7 @@ class HeadScores:
     released: Tensor | None = None
 
     def of(self, criterion: Criterion) -> Tensor:
-        """The scores by one criterion, `[layers, heads]`.
-
-        Raises:
-            RegraftError: these scores lack it.
-        """
+        """The scores by one criterion, `[layers, heads]`."""
         if criterion != "released":
             return self.ships if criterion == "ships" else self.kl
         if self.released is None:

@@ -193,9 +193,6 @@ def check_same_architecture(
         dense: One architecture.
         pruned: The other.
         names: What to call them in the message.
-
-    Raises:
-        RegraftError: the first difference.
     """
     if difference := _difference(dense, pruned):
         raise RegraftError(

@@ -66,11 +66,7 @@ class TensorRecord:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch names it.
-
-        Raises:
-            RegraftError: torch has none for it.
-        """
+        """The dtype as torch names it."""
         if self.dtype not in _DTYPES:
             raise RegraftError(f"Tensor {self.name} has the unsupported dtype {self.dtype}.")
         return _DTYPES[self.dtype]
@@ -85,33 +81,21 @@ class Checkpoint:
     tensors: Mapping[str, TensorRecord]
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor in its own dtype, on CPU.
-
-        Raises:
-            RegraftError: there is no such tensor.
-        """
+        """Read one tensor in its own dtype, on CPU."""
         record = self.record(name)
         return self._elements(record, 0, record.bytes // record.torch_dtype.itemsize).view(
             record.shape
         )
 
     def matrix(self, name: str, place: Place | None, shape: tuple[int, int]) -> Tensor:
-        """Read the matrix at a place of one tensor, or the tensor, contiguous, in its own dtype.
-
-        Raises:
-            RegraftError: there is no such tensor.
-        """
+        """Read the matrix at a place of one tensor, or the tensor, contiguous, in its own dtype."""
         if place is None:
             return self.read(name)
         part = self._elements(self.record(name), place.first, place.stop(shape) - place.first)
         return replace(place, first=0).view(part, shape).contiguous()
 
     def sample(self, name: str) -> Tensor:
-        """Read at most 1024 elements from the middle of one tensor, flat, in its own dtype.
-
-        Raises:
-            RegraftError: there is no such tensor.
-        """
+        """Read at most 1024 elements from the middle of one tensor, flat, in its own dtype."""
         record = self.record(name)
         elements = record.bytes // record.torch_dtype.itemsize
         count = min(elements, _SAMPLED)
@@ -301,11 +285,7 @@ def _read_header(path: Path) -> Iterator[TensorRecord]:
 
 
 def _entry(where: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, start, stop) of a tensor in a header.
-
-    Raises:
-        RegraftError: one is missing or of the wrong type.
-    """
+    """(dtype, shape, start, stop) of a tensor in a header."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(name) for name in ("dtype", "shape", "data_offsets"))
     for field, right in {

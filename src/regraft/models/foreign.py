@@ -123,11 +123,7 @@ def foreign(folder: Path, what: str, advice: str) -> Iterator[None]:
 
 @contextmanager
 def of_processor(folder: Path) -> Iterator[None]:
-    """`foreign`, for tokenizer and processor: their files are named, the broken one if it is found.
-
-    Raises:
-        RegraftError: see `foreign`.
-    """
+    """`foreign`, for tokenizer and processor: the message names their files."""
     there = [name for name in (*_TEXT, *_SETTINGS[2:]) if (folder / name).is_file()]
     advice = (
         f"It is made of {', '.join(there)}. If one is damaged or missing, copy tokenizer and "

@@ -280,11 +280,7 @@ def transformers_version() -> str:
 
 
 def pick_device(device: str) -> torch.device:
-    """ "auto" -> the accelerator where there is one, else the CPU.
-
-    Raises:
-        RegraftError: a device that this machine does not have.
-    """
+    """ "auto" -> the accelerator where there is one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -314,11 +310,7 @@ def check_split(device: str, placement: str) -> None:
 
 
 def require_split() -> None:
-    """Raise unless a model can be spread over devices and host memory.
-
-    Raises:
-        RegraftError: there are several processes, or accelerate is not installed.
-    """
+    """Raise unless a model can be spread over devices and host memory."""
     if distributed.world() > 1:
         raise RegraftError(
             "With --placement streamed, heads, evaluation and the dense answers that gain imitates "

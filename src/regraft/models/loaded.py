@@ -57,11 +57,7 @@ def require_finite(model: nn.Module, folder: Path) -> None:
 
 
 def check_weights(model: nn.Module, checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Raise unless prunable weights are floats, and one of each kind in memory is that on disk.
-
-    Raises:
-        RegraftError: a weight is quantised, or this layout of names is not understood.
-    """
+    """Raise unless prunable weights are floats, and one of each kind in memory is that on disk."""
     modules = dict(model.named_modules())
     for linear in architecture.linears:
         if not getattr(modules[linear.module], linear.parameter).is_floating_point():

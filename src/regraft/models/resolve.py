@@ -20,11 +20,7 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 
 
 def resolve(model: str | Path) -> Path:
-    """The folder of a model: that which is there, or the download of ORG/NAME[@REVISION].
-
-    Raises:
-        RegraftError: there is neither.
-    """
+    """The folder of a model: that which is there, or the download of ORG/NAME[@REVISION]."""
     folder = Path(model)
     if folder.exists():
         return folder
@@ -56,11 +52,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def auto_class(config: Any, folder: Path) -> Any:
-    """AutoModelForImageTextToText or AutoModelForCausalLM.
-
-    Raises:
-        RegraftError: a model of this type is neither.
-    """
+    """AutoModelForImageTextToText or AutoModelForCausalLM."""
     return _classes(config, folder)[0]
 
 

@@ -14,9 +14,6 @@ def patch_file(named: Path) -> Path:
     """The file of a patch: a path as it is, or for OWNER/NAME[@REVISION] its download.
 
     Nothing but the patch is downloaded. What ends in .safetensors is a path.
-
-    Raises:
-        RegraftError: there is no such repository, or no patch in it.
     """
     text = named.as_posix()
     if named.exists() or named.suffix == ".safetensors" or not MODEL_ID.fullmatch(text):

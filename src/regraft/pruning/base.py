@@ -97,11 +97,7 @@ class PruneSettings(Settings):
         return Pattern(self.sparsity, self.scope)
 
     def patterns(self, linears: Iterable[LinearArchitecture]) -> Patterns:
-        """The pattern of each weight that is to be pruned.
-
-        Raises:
-            RegraftError: see `assign_patterns`.
-        """
+        """The pattern of each weight that is to be pruned."""
         return assign_patterns(linears, self.pattern(), self._overrides(), self.ignore)
 
     def _overrides(self) -> list[tuple[str, Pattern]]:

@@ -140,9 +140,6 @@ def _rows(
         module: What multiplies by it.
         inputs: `[B, S, in]`, or laid out as `[B * S, in]`; an expert's `[n, in]`.
         which: Of all tokens, `[B, S]` bool.
-
-    Raises:
-        RegraftError: it does not read the tokens of the prompts.
     """
     if which is None:
         return None

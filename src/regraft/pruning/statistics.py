@@ -50,11 +50,7 @@ class ImportanceStatistics:
         return known or not PRUNERS.get(self.method).reads_data
 
     def of(self, linear: LinearArchitecture) -> Tensor:
-        """The statistic of one weight; empty where the pruner reads no data.
-
-        Raises:
-            RegraftError: nothing was gathered for it.
-        """
+        """The statistic of one weight; empty where the pruner reads no data."""
         if not PRUNERS.get(self.method).reads_data:
             return NO_STATISTIC
         if linear.key not in self.values and linear.expert is not None:
@@ -166,11 +162,7 @@ class _Samples:
 
 
 def load_statistics(path: Path) -> SavedStatistics:
-    """Read what `save_statistics` wrote.
-
-    Raises:
-        RegraftError: the file is missing or something else.
-    """
+    """Read what `save_statistics` wrote."""
     header, tensors = read_artifact(path, FORMAT, "importance statistics")
     where = f"{path}: its header"
     method = from_json(str, header["method"], f"{where}: method")

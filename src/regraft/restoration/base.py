@@ -329,10 +329,6 @@ def own_settings(settings: MethodSettings) -> MethodSettings:
 
 
 def settings_in(content: Mapping[str, Any]) -> MethodSettings:
-    """The method's settings among those that a recipe writes of a variant.
-
-    Raises:
-        RegraftError: there is no such method.
-    """
+    """The method's settings among those that a recipe writes of a variant."""
     own = METHODS.get(content.get("method", DEFAULT)).settings_type
     return own(**{name: content[name] for name in own.model_fields if name in content})

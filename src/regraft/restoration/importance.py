@@ -229,11 +229,12 @@ class ImportanceSettings(Budgeted, InHeads):
 
 
 class ByImportance(Method[ImportanceSettings]):
-    """Restores weights of the chosen heads by `formula`, in each weight in a head's `block`."""
+    """Restores weights of the chosen heads by a formula, in what of each weight is a head's."""
 
     title: ClassVar[str]
-    formula: ClassVar[Formula]
-    block: ClassVar[BlockOfHead] = staticmethod(head_block)
+
+    def __init__(self, formula: Formula, block: BlockOfHead = head_block) -> None:
+        self._formula, self._block = formula, block
 
     def needs(self, settings: ImportanceSettings) -> Needs:
         """Scored heads, and statistics of both kinds of prompts."""
@@ -243,8 +244,8 @@ class ByImportance(Method[ImportanceSettings]):
     def rank(self, settings: ImportanceSettings, context: Context) -> Ranking:
         """By the share q at which each weight of the heads would be restored."""
         heads = settings.chosen(context.dense.architecture, context.heads)
-        regions = regions_of(context.dense, heads, self.block)
-        best = by_importance(context, regions, settings.band, settings.score, self.formula)
+        regions = regions_of(context.dense, heads, self._block)
+        best = by_importance(context, regions, settings.band, settings.score, self._formula)
         return best.ranked(heads)
 
     def label(self, settings: ImportanceSettings) -> str:

@@ -128,11 +128,7 @@ class PotentialBatch(Batch):
 def potential_batch(
     processor: Any, examples: Sequence[Example], prompt: str | None = None
 ) -> PotentialBatch:
-    """Encode prompts, with `prompt` before their text or without any; padding has no label.
-
-    Raises:
-        RegraftError: see `prompt_batch`.
-    """
+    """Encode prompts, with `prompt` before their text or without any; padding has no label."""
     shown = examples if prompt is None else with_safety_prompt(examples, prompt)
     batch = prompt_batch(processor, shown)
     padding = batch.inputs["attention_mask"] == 0

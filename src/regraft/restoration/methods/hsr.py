@@ -55,7 +55,6 @@ class HSRMethod(ByImportance):
     """HSR as the paper defines it."""
 
     name, settings_type, title = "hsr", HSRSettings, "HSR"
-    formula = staticmethod(hsr_scores)
 
     def space(self, settings: ImportanceSettings, dense: Source, kept: float) -> Space:
         """p_max and the scope besides."""
@@ -66,4 +65,4 @@ class HSRMethod(ByImportance):
         }
 
 
-PLUGIN = HSRMethod()
+PLUGIN = HSRMethod(hsr_scores)

@@ -84,8 +84,6 @@ class HSRReleased(ByImportance):
     """See the module."""
 
     name, settings_type, title = "hsr-released", HSRReleasedSettings, "HSR as released"
-    formula = staticmethod(released_scores)
-    block = staticmethod(released_block)
 
 
-PLUGIN = HSRReleased()
+PLUGIN = HSRReleased(released_scores, released_block)

@@ -88,19 +88,11 @@ class FineTune(Method[FineTuneSettings]):
         compute: ComputeSettings,
         prompts: Mapping[str, Reading],
     ) -> None:
-        """Check that the prompts make minibatches that all processes share.
-
-        Raises:
-            RegraftError: they are too few.
-        """
+        """Check that the prompts make minibatches that all processes share."""
         minibatches([one.examples for one in prompts.values()], compute)
 
     def rank(self, settings: FineTuneSettings, context: Context) -> Ranking:
-        """The positions, with their trained values; `about` has the loss of each pass.
-
-        Raises:
-            RegraftError: training diverges.
-        """
+        """The positions, with their trained values; `about` has the loss of each pass."""
         chosen = _chosen(settings, context)
         context.work.mkdir(parents=True, exist_ok=True)
         values, losses = _trained(settings, context, chosen)
@@ -178,9 +170,6 @@ def minibatches(
 
     Returns:
         Of each minibatch the examples of each kind, none of them empty.
-
-    Raises:
-        RegraftError: a batch is too small for all processes.
     """
     most, fewest = max(map(len, kinds)), min(map(len, kinds))
     count = min(-(-most // MINIBATCH), fewest)

@@ -119,9 +119,6 @@ class Gain(Method[GainSettings]):
         """Check that prompts of each kind can be held out, and shared by processes.
 
         A process may have no held-out prompts, but gradients are taken by each.
-
-        Raises:
-            RegraftError: there are too few.
         """
         for reading in prompts.values():
             if (count := len(reading.examples)) < 2:
