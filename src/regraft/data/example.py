@@ -130,16 +130,11 @@ def in_drawn_order(
 def hold_out(
     examples: Sequence[Example], share: float, seed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Split examples into (the rest, those held out), both in their order and neither empty.
+    """Split at least two examples into (the rest, those held out), in their order, neither empty.
 
     Whole categories are held out, the smallest first and of like ones the last by name, as long as
     they are together at most half as many again as wanted: what is learned from some sources is
-    then judged on others. What is wanting is drawn from the rest.
-
-    Args:
-        examples: At least two.
-        share: Of the examples that are to be held out, above 0 and at most a half.
-        seed: Of the draw.
+    then judged on others. What is wanting of `share`, at most a half, is drawn from the rest.
     """
     wanted = min(max(1, round(share * len(examples))), len(examples) - 1)
     sizes = Counter(one.category or "" for one in examples)

@@ -109,14 +109,9 @@ class Row:
 def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
     """Read a table with a header line, CSV or with `tabs` TSV; or one in Parquet, as text.
 
-    Args:
-        path: The file.
-        what: What it should be, for the error where it is missing.
-        tabs: Whether tabs part the columns.
-
     Raises:
-        RegraftError: the file is missing, is not such a table, or a row has not as many cells as
-            the header.
+        RegraftError: the file is missing (`what` says what it should be), is not such a table, or
+            a row has not as many cells as the header.
     """
     if is_parquet(path):
         return table_rows(path, what, as_text=True)
@@ -170,16 +165,12 @@ def json_file(path: Path, what: str) -> Any:
 def json_rows(path: Path, what: str, unit: str, *, inside: str = "") -> list[Row]:
     """Read the objects of a JSON file, in a list or by their names, as in {"1": {...}}.
 
-    Or the rows of a table in Parquet.
-
-    Args:
-        path: The file.
-        what: What it should be, for the error where it is missing.
-        unit: What one of the objects is, for errors.
-        inside: The field with the list, where the file holds an object with one.
+    Or the rows of a table in Parquet. `unit` is what messages call an object, `inside` the field
+    with the list, where the file holds an object with one.
 
     Raises:
-        RegraftError: the file is missing, is not JSON, or holds something else.
+        RegraftError: the file is missing (`what` says what it should be), is not JSON, or holds
+            something else.
     """
     if is_parquet(path):
         return table_rows(path, what)

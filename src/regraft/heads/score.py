@@ -113,10 +113,7 @@ class HeadScores:
 def recall(estimate: Tensor, exact: Tensor, k: int) -> float:
     """Share of the `k` best heads by `exact` that are among the `k` best by `estimate`.
 
-    Args:
-        estimate: `[layers, heads]`, NaN where there is no score.
-        exact: The same heads' exact scores.
-        k: How many heads.
+    Both are `[layers, heads]`, NaN where there is no score.
     """
     best = set(_ranked(exact)[:k])
     return len(best & set(_ranked(estimate)[:k])) / len(best)

@@ -185,14 +185,10 @@ def head_block(layer: LayerArchitecture, linear: LinearArchitecture, head: int) 
 def check_same_architecture(
     dense: Architecture, pruned: Architecture, names: tuple[str, str]
 ) -> None:
-    """Check that two checkpoints are the same network; names on disk and dtypes may differ.
+    """Raise unless two checkpoints are the same network, with the first difference.
 
-    Every parameter's shape must be the same, of the decoder, the vocabulary and the vision part.
-
-    Args:
-        dense: One architecture.
-        pruned: The other.
-        names: What to call them in the message.
+    Every parameter's shape must be the same, of the decoder, the vocabulary and the vision part;
+    names on disk and dtypes may differ. `names` are what messages call the two.
     """
     if difference := _difference(dense, pruned):
         raise RegraftError(

@@ -142,10 +142,8 @@ class Checkpoint:
 
         It covers where each tensor lies, its dtype, shape and first 4 KiB, and the config,
         tokenizer, processor and template files. Two checkpoints of one layout that differ only
-        deeper inside their tensors have the same outline.
-
-        Args:
-            without: Names of tensors whose content, and of files, that do not count.
+        deeper inside their tensors have the same outline. `without` are names of tensors whose
+        content does not count, and of files.
         """
         parts: list[bytes | str | memoryview] = []
         for shard in self.shards:

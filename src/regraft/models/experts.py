@@ -64,11 +64,8 @@ def opened(
 ) -> Iterator[Mapping[LinearArchitecture, nn.Module]]:
     """Run experts one by one in the block.
 
-    Args:
-        linears: Weights, and the modules that own them.
-
-    Yields:
-        The same weights, and for those of experts the module that multiplies by it alone.
+    `linears` come with the modules that own them, and are yielded with the module that multiplies
+    by each alone, which for those of experts is a new one.
     """
     found: dict[LinearArchitecture, nn.Module] = {
         linear: module for linear, module in linears.items() if linear.expert is None

@@ -100,15 +100,10 @@ def is_panic(error: BaseException) -> bool:
 
 @contextmanager
 def foreign(folder: Path, what: str, advice: str) -> Iterator[None]:
-    """Turn whatever others raise while they read a model's folder into a clear error.
-
-    Args:
-        folder: The model.
-        what: What is made of it, for the message.
-        advice: What to do.
+    """Turn whatever others raise while they make `what` of a model's folder into a clear error.
 
     Raises:
-        RegraftError: in place of any error, but for too little memory.
+        RegraftError: with the advice, in place of any error but for too little memory.
     """
     try:
         yield

@@ -147,12 +147,8 @@ def last_token_replay(model: nn.Module, text: TextInputs, cross: Mapping[int, Ke
     """`replay` for the last position alone: what reaches the final norm is `[copies * B, 1, d]`.
 
     Exact for rows that end with a real token (left padding). A last layer whose arguments are not
-    understood runs in full, and all positions are returned.
-
-    Args:
-        model: The model; left as it was by every run.
-        text: The batch's decoder inputs, B rows.
-        cross: Keys and values of the cross-attention layers (Mllama), B rows; shared by copies.
+    understood runs in full, and all positions are returned. `cross` are the keys and values of the
+    cross-attention layers (Mllama), B rows, which copies share.
     """
     if cross:
         # MllamaTextModel skips its cross-attention layers without any cross_attention_states. Their

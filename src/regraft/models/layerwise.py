@@ -103,9 +103,7 @@ class LayerwisePass:
     ) -> Iterator[tuple[int, Tensor]]:
         """Run one layer on every batch, inside `model.layer`.
 
-        Args:
-            layer: Its index.
-            around: Makes a context, from the batch on the device, in which the layer runs.
+        `around` makes a context, from the batch on the device, in which the layer runs.
 
         Yields:
             Index of the batch and the layer's output `[B, S, d]`; after the last layer, normed.

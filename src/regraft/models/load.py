@@ -176,9 +176,8 @@ def load_model(
         note: Told of weights on disk that the model has no place for.
 
     Raises:
-        RegraftError: a prunable weight in memory is not the one on disk, a tensor is missing or
-            has another shape than config.json gives it, memory does not suffice, or a model is to
-            be split without accelerate.
+        RegraftError: what is in memory is not the checkpoint (`check_loading`, `check_weights`),
+            memory does not suffice, or a model is to be split without accelerate.
     """
     target = pick_device(device)
     split = split and target.type != "cpu"

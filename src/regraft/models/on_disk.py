@@ -123,10 +123,6 @@ def disk_prefix(checkpoint: Checkpoint, shapes: Sequence[Shape]) -> str:
     Key layouts differ between exports ("language_model.model.", "model.language_model.",
     "model."), and transformers renames them on load; what follows the prefix never changes. The
     prefix is the only one under which every linear lies with its shape.
-
-    Args:
-        checkpoint: The opened checkpoint.
-        shapes: Of every prunable linear.
     """
     found: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     pattern = re.compile(r"^(.*?)(layers\.\d+\..+)\.weight$")

@@ -142,17 +142,7 @@ def write_plan(
     files: Mapping[str, str] | None = None,
     advance: Advance = lambda _: None,
 ) -> Checkpoint:
-    """Write the checkpoint of `plan`, changed, to the new folder `target`.
-
-    Args:
-        plan: From `make_plan`.
-        target: Must be absent or empty.
-        files: Extra text files to write into the folder, name -> content.
-        advance: Called with the number of bytes just copied.
-
-    Raises:
-        RegraftError: `target` is not empty, or the disk is full.
-    """
+    """Write the checkpoint of `plan`, changed, to the new folder `target`; see `write_copy`."""
 
     def edit_shard(path: Path) -> None:
         _write_changes(path, [one for one in plan.changes if one.record.shard == path.name])

@@ -205,9 +205,6 @@ class Pruner(ABC):
             patterns: How much of each goes.
             settings: Of `settings_type`.
             note: Called with what a user should know.
-
-        Raises:
-            RegraftError: a linear never ran, or its inputs overflow.
         """
         for linear, statistic in self.statistics(weights, found, note):
             score = self.score(weights[linear], statistic)

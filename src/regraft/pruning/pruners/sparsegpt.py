@@ -119,8 +119,7 @@ def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseF
     the damping that worked is returned, so that the caller can say so.
 
     Args:
-        moments: Sum of X^T X over response tokens, `[in, in]` float32; overwritten.
-        tokens: n.
+        moments: Sum of X^T X over the n `tokens` of responses, `[in, in]` float32; overwritten.
         damp: First damping to try.
 
     Raises:
@@ -181,17 +180,11 @@ def factors(
 def sparsegpt_prune(
     weight: Tensor, factor: InverseFactor, pattern: Pattern, block: int = BLOCK
 ) -> Tensor:
-    """Prune a matrix and update the weights that stay.
+    """Prune a matrix `[out, in]` of any float dtype, and update the weights that stay.
 
     The mask is chosen a block of columns at a time on the weights as updated so far: a share of
     each block ("matrix": over the block, the paper's; "row": of each of its rows), or N:M group
-    by group.
-
-    Args:
-        weight: `[out, in]`, any float dtype; left as it was.
-        factor: From the layer's inputs.
-        pattern: What goes.
-        block: Columns a block; rounded to a multiple of M for N:M.
+    by group, for which `block` is rounded to a multiple of M.
 
     Returns:
         New weights `[out, in]` float32, with exact zeros where pruned.

@@ -134,19 +134,11 @@ def loss_and_gradients(
     """The sum over kinds of the mean loss, and its gradient at a few weights of each matrix.
 
     One forward and one backward pass over all prompts, one layer's gradients in memory at a time.
-
-    Args:
-        sides: The kinds of prompts, through one model.
-        architecture: Of the model.
-        positions: `LinearArchitecture.key` -> flat positions, `[k]` int64.
-        scratch: A folder for layer inputs.
-        advance: Called with the number of samples a layer has seen, forward and backward.
+    `positions` are flat, by `LinearArchitecture.key`, `[k]` int64; `scratch` and `advance` are as
+    for `layer_gradients`.
 
     Returns:
         The loss, and key -> `[k]` float32; a linear that no prompt used is missing.
-
-    Raises:
-        RegraftError: the dtype is float16, or gradients overflow.
     """
     total, found = 0.0, dict[str, Tensor]()
     for number, (layerwise, loss) in enumerate(sides):
