@@ -27,13 +27,7 @@ from regraft.models.architecture import Architecture, LayerArchitecture, cross_a
 from regraft.models.key_values import last_token_replay, record
 from regraft.models.load import placed
 from regraft.models.placement import free_bytes
-from regraft.models.replay import (
-    Replay,
-    last_positions,
-    logits_of,
-    replay,
-    text_inputs,
-)
+from regraft.models.replay import Replay, last_positions, logits_of, replay, text_inputs
 from regraft.models.window import most_attended, window_at, window_replay
 from regraft.progress import Advance
 

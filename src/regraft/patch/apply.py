@@ -259,10 +259,7 @@ def _not_the_base(checkpoint: Checkpoint, *names: str) -> str:
 
 
 def _inspect(
-    checkpoint: Checkpoint,
-    record: TensorRecord,
-    target: Target,
-    operation: Operation,
+    checkpoint: Checkpoint, record: TensorRecord, target: Target, operation: Operation
 ) -> tuple[Change, Tensor]:
     """What has to change in one tensor, and at which of the target's positions it is on. `[k]`
 

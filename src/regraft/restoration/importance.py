@@ -26,14 +26,7 @@ from regraft.pruning.statistics import ImportanceStatistics
 from regraft.restoration.base import Between, Budgeted, Context, Method, Needs, Space
 from regraft.restoration.draws import ties_drawn
 from regraft.restoration.ranking import Best, Ranking
-from regraft.restoration.selection import (
-    BlockOfHead,
-    InHeads,
-    Regions,
-    inside,
-    part_of,
-    regions_of,
-)
+from regraft.restoration.selection import BlockOfHead, InHeads, Regions, inside, part_of, regions_of
 
 RankingScope = Literal["row", "matrix", "head"]
 Scorer = Callable[[slice], Tensor]

@@ -11,14 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from regraft.models.load import Source
-from regraft.restoration.base import (
-    AlwaysBudgeted,
-    Between,
-    Context,
-    Method,
-    Needs,
-    Space,
-)
+from regraft.restoration.base import AlwaysBudgeted, Between, Context, Method, Needs, Space
 from regraft.restoration.importance import P_IS_KEPT, Band, by_importance, hsr_scores
 from regraft.restoration.ranking import Ranking
 from regraft.restoration.selection import whole
@@ -66,10 +59,7 @@ class SetDifference(Method[SetDifferenceSettings]):
         return "set difference"
 
     def space(self, settings: SetDifferenceSettings, dense: Source, kept: float) -> Space:
-        return {
-            "p": Between(min(kept, 0.999), min(kept + 0.4, 0.999)),
-            "scope": ("row", "matrix"),
-        }
+        return {"p": Between(min(kept, 0.999), min(kept + 0.4, 0.999)), "scope": ("row", "matrix")}
 
 
 PLUGIN = SetDifference()

@@ -19,13 +19,7 @@ from regraft.disk.files import atomic_file
 from regraft.errors import RegraftError
 from regraft.loading import check_shares
 from regraft.models.load import Source
-from regraft.restoration.base import (
-    Context,
-    Counted,
-    Method,
-    Needs,
-    with_default_budget,
-)
+from regraft.restoration.base import Context, Counted, Method, Needs, with_default_budget
 from regraft.restoration.draws import random_ranking
 from regraft.restoration.methods.fine_tune.adam import TRAINED, SparseAdam, train
 from regraft.restoration.ranking import Ranking, by_linear

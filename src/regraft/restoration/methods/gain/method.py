@@ -25,13 +25,7 @@ from regraft.errors import RegraftError
 from regraft.loading import check_shares, hidden_state_bytes
 from regraft.models.load import Source
 from regraft.progress import Progress
-from regraft.restoration.base import (
-    DEFAULT_BUDGET,
-    AlwaysBudgeted,
-    Context,
-    Method,
-    Needs,
-)
+from regraft.restoration.base import DEFAULT_BUDGET, AlwaysBudgeted, Context, Method, Needs
 from regraft.restoration.methods.gain.objective import MOST_TRIES
 from regraft.restoration.methods.gain.path import (
     REASONS,
@@ -49,14 +43,7 @@ from regraft.restoration.methods.gain.step import (
     step,
     weights_of,
 )
-from regraft.restoration.ranking import (
-    Edits,
-    Ranking,
-    empty,
-    joined,
-    load_ranking,
-    save_ranking,
-)
+from regraft.restoration.ranking import Edits, Ranking, empty, joined, load_ranking, save_ranking
 from regraft.restoration.teacher import samples_of, taught
 from regraft.settings.compute import ComputeSettings
 
