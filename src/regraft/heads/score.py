@@ -131,26 +131,25 @@ def score_heads(
 ) -> HeadScores:
     """Ships and KL of every head of the text decoder on D^s prompts.
 
-    Keeps one batch's layer inputs in memory at a time.
+    Keeps one batch's layer inputs in memory at a time; the model is left as it was.
 
     Args:
-        model: The dense model, left as it was.
-        architecture: Its architecture.
         batches: Prompts that end where the answer starts.
         partial: Folder for finished layers, which are not run again after a kill. They serve for
             another `r_max` and other `candidates` too, if nothing else differs.
-        settings: How; the defaults are exact.
         about: Recorded with the scores.
         advance: See `ablate_heads`; twice over all batches where screened.
-
-    Returns:
-        The scores, float64 on CPU.
 
     Raises:
         RegraftError: r_max exceeds the number of samples or features, or states overflow.
     """
     settings = settings or HeadSettings()
-    _check_rank(settings.r_max, sum(len(batch.ids) for batch in batches), architecture.hidden_size)
+    samples, features = sum(len(batch.ids) for batch in batches), architecture.hidden_size
+    if settings.r_max > (limit := most_rank(samples, features)):
+        raise RegraftError(
+            f"r_max is {settings.r_max}, but {samples} samples of {features} features allow "
+            f"1 to {limit}. Lower r_max or use more samples."
+        )
 
     def measured(name: str, heads: Heads, how: HeadSettings) -> _Measured:
         states = ablate_heads(model, architecture, batches, partial / name, how, heads, advance)
@@ -244,12 +243,3 @@ def _ranked(scores: Tensor) -> list[tuple[int, int]]:
     heads = scores.shape[1]
     scored = int((~scores.isnan()).sum())
     return [(int(i) // heads, int(i) % heads) for i in order[:scored]]
-
-
-def _check_rank(r_max: int, samples: int, hidden_size: int) -> None:
-    limit = most_rank(samples, hidden_size)
-    if r_max > limit:
-        raise RegraftError(
-            f"r_max is {r_max}, but {samples} samples of {hidden_size} features allow "
-            f"1 to {limit}. Lower r_max or use more samples."
-        )

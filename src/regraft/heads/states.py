@@ -87,9 +87,7 @@ def ablate_heads(
 
     Args:
         model: The dense model, left as it was.
-        architecture: Its architecture.
         batches: Prompts that end where the answer starts.
-        folder: For the states.
         how: What is done to a head. "screened" follows the consequences through `window` positions
             of a prompt only, with the keys and values of all others as they were.
         heads: Layer -> its heads to ablate; other layers are not run.

@@ -74,7 +74,7 @@ def write_edited(
                 if after.shape != before.shape or after.dtype != before.dtype:
                     raise ValueError(f"{record.name}: an edit changed shape or dtype")
                 handle.seek(record.start)
-                handle.write(_as_bytes(after))
+                handle.write(after.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     return write_copy(source, target, edit_shard, files=files, advance=advance, one_by_one=True)
 
@@ -166,10 +166,6 @@ def _one_at_a_time(advance: Advance, stop: Event) -> Advance:
             advance(count)
 
     return locked
-
-
-def _as_bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _copy_side_files(source: Path, target: Path, shards: set[str]) -> None:

@@ -218,7 +218,7 @@ def _load_weights(
         model, loading = auto_class(source.config, source.folder).from_pretrained(
             source.folder,
             config=deepcopy(source.config),  # which loading changes
-            dtype=_torch_dtype(dtype, target),
+            dtype="float32" if dtype == "auto" and target.type == "cpu" else dtype,
             trust_remote_code=source.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -235,13 +235,6 @@ def _load_weights(
         check_weights(model, source.checkpoint, architecture)
     network: nn.Module = model
     return network
-
-
-def _torch_dtype(dtype: DTypeName, target: torch.device) -> torch.dtype | str:
-    if dtype == "auto":
-        return torch.float32 if target.type == "cpu" else "auto"
-    found: torch.dtype = getattr(torch, dtype)
-    return found
 
 
 def load_processor(source: Source) -> Any:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import wraps
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from regraft.errors import RegraftError
 from regraft.models.architecture import text_decoder
@@ -161,12 +161,7 @@ def _kept(result: Any) -> VisionOutput:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        yield from chain.from_iterable(map(_tensors, value))
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+    return (one for one in tree_iter(value) if isinstance(one, Tensor))
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -235,7 +235,6 @@ class Context:
                 done(1)
 
 
-Prompts = Mapping[str, Reading]
 S = TypeVar("S", bound=MethodSettings)
 
 
@@ -260,7 +259,12 @@ class Method(ABC, Generic[S]):
         return Needs()
 
     def check(
-        self, settings: S, dense: Source, seed: int, compute: ComputeSettings, prompts: Prompts
+        self,
+        settings: S,
+        dense: Source,
+        seed: int,
+        compute: ComputeSettings,
+        prompts: Mapping[str, Reading],
     ) -> None:
         """Find bad input before any long work.
 
