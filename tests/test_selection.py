@@ -314,22 +314,7 @@ def test_half_precision_weights_rank_as_their_float32_values(dtype):
     assert torch.equal(dense, before)
 
 
-# Bands, blocks and heads
-
-
-@pytest.mark.parametrize(
-    ("q", "p", "p_max", "message"),
-    [
-        (0, 0.5, 0.7, "q is 0; it must be above 0 and at most 1"),
-        (1.1, 0.5, 0.7, "q is 1.1; it must be above 0"),
-        (0.5, 0.7, 0.7, "p is 0.7 and p_max 0.7; 0 <= p < p_max <= 1 is needed"),
-        (0.5, -0.1, 0.7, "p is -0.1 and p_max 0.7"),
-        (0.5, 0.5, 1.2, "p is 0.5 and p_max 1.2"),
-    ],
-)
-def test_impossible_band_is_refused(q, p, p_max, message):
-    with pytest.raises(RegraftError, match=message):
-        Band(q, p, p_max)
+# Blocks and heads
 
 
 def test_heads_of_one_group_share_a_block():

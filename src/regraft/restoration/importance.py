@@ -17,7 +17,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from regraft.errors import RegraftError
 from regraft.models.architecture import Block, head_block
 from regraft.models.load import Source
 from regraft.pruning.base import PRUNERS, ScoreName
@@ -44,21 +43,14 @@ _CHUNK = 2**22  # weights ranked at once, where rows are ranked
 class Band:
     """HSR's thresholds as shares of the weights in each ranking scope.
 
-    q: top share by I^s; p: share that pruning kept (1 - sparsity); p_max: outer bound by I^u.
+    q: top share by I^s, 0 < q <= 1; p: share that pruning kept (1 - sparsity), p_max: outer bound
+    by I^u, 0 <= p < p_max <= 1.
     """
 
     q: float
     p: float
     p_max: float
     scope: RankingScope = "row"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.q <= 1:
-            raise RegraftError(f"q is {self.q}; it must be above 0 and at most 1.")
-        if not 0 <= self.p < self.p_max <= 1:
-            raise RegraftError(
-                f"p is {self.p} and p_max {self.p_max}; 0 <= p < p_max <= 1 is needed."
-            )
 
 
 def hsr_scores(
