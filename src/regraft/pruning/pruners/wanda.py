@@ -8,7 +8,8 @@
 
 Weights compete within a row: the paper found that better for language models than a whole matrix.
 The score is rank one, so that only s is kept: `in` floats a weight matrix (9 MB for D^s and D^u
-together on a 7B model).
+together on a 7B model). `pruning/prune.py` goes from layer to layer, `pruning/masks.py` finds the
+least scores.
 """
 
 from __future__ import annotations
