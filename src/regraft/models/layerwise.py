@@ -71,6 +71,11 @@ class LayerwisePass:
         self._left: dict[int, Shared] = {}  # of the layer that ran last
         self._embedded = list(self.states) if again else None
 
+    @property
+    def samples(self) -> int:
+        """How many there are in all batches."""
+        return sum(len(batch.ids) for batch in self.batches)
+
     def _make_room(self) -> None:
         """Let the states wait in host memory from now on, if the device has too little for more."""
         size = sum(state.nbytes for state in self.states)

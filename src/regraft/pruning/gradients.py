@@ -67,11 +67,7 @@ def signed_and_squared(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def require_gradients(dtype: torch.dtype) -> None:
-    """Raise for a dtype in which gradients vanish.
-
-    Raises:
-        RegraftError: it is float16.
-    """
+    """Raise for float16, in which gradients vanish."""
     if dtype == torch.float16:
         raise RegraftError(
             "Gradients are too small for float16 and would vanish. Use --dtype bfloat16 or float32."
@@ -109,7 +105,7 @@ def layer_gradients(
         RegraftError: the dtype is float16, or gradients overflow.
     """
     require_gradients(layerwise.model.dtype)
-    total = int(distributed.total(torch.tensor(sum(len(batch.ids) for batch in layerwise.batches))))
+    total = int(distributed.total(torch.tensor(layerwise.samples)))
     _forward(layerwise, architecture, scratch, advance)
     gradients = _loss_gradients(layerwise, loss)
     kept: list[Shared] = [{} for _ in gradients]  # dL/d of what layers share, as far as it is known
@@ -179,7 +175,7 @@ def _forward(
 def _loss_gradients(layerwise: LayerwisePass, loss: Loss) -> list[Tensor]:
     """dL/d(normed final state) `[B, S, d]` of each batch, L the sum of its samples' losses.
 
-    The layerwise's states go on the way: they are as large as the gradients.
+    The states of `layerwise` go on the way: they are as large as the gradients.
     """
     gradients = []
     states = layerwise.states[::-1]

@@ -99,7 +99,6 @@ class _Pruning:
         """Each layer on what the pruned layers before it put out."""
         pruner, layerwise = self.pruner, self.layerwise
         assert isinstance(pruner, InputPruner)
-        samples = sum(len(batch.ids) for batch in layerwise.batches)
         for layer in self.dense.architecture.layers:
             linears = {li: self.modules[li.module] for li in layer.linears if li in self.patterns}
             with layerwise.model.layer(layer.index):
@@ -111,13 +110,13 @@ class _Pruning:
                     found.gather()
                     pruned = self.prune(layer, found)
                 else:
-                    self.advance(samples)
+                    self.advance(layerwise.samples)
                 for linear, module in linears.items():
                     pruned[linear.key].put(linear.weight(module))
                 if layer.index + 1 < layerwise.layers:
                     layerwise.advance(layer.index, self.advance)
                 else:  # nobody reads the last layer's outputs
-                    self.advance(samples)
+                    self.advance(layerwise.samples)
 
     def one_shot(self) -> None:
         """All layers on the dense model; where all are done already, nothing runs."""

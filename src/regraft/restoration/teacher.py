@@ -121,7 +121,7 @@ def mean_of(values: Collection[float]) -> float:
 
 def samples_of(layerwise: LayerwisePass) -> int:
     """How much one pass is, as progress counts it: samples times layers."""
-    return sum(len(batch.ids) for batch in layerwise.batches) * layerwise.layers
+    return layerwise.samples * layerwise.layers
 
 
 Embedded = dict[str, list[LayerwisePass]]
