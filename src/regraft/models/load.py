@@ -303,16 +303,13 @@ def check_split(device: str, placement: str) -> None:
 
 def require_split() -> None:
     """Raise unless a model can be spread over devices and host memory."""
+    which = "With --placement streamed, heads, evaluation and the dense answers that gain imitates"
     if distributed.world() > 1:
         raise RegraftError(
-            "With --placement streamed, heads, evaluation and the dense answers that gain imitates "
-            "spread the model over all devices, so there is room for one process only. Use one, or "
-            "--placement resident."
+            f"{which} spread the model over all devices, so there is room for one process only. "
+            "Use one, or --placement resident."
         )
-    require_accelerate(
-        "With --placement streamed, heads, evaluation and the dense answers that gain imitates "
-        "spread the model over devices and host memory"
-    )
+    require_accelerate(f"{which} spread the model over devices and host memory")
 
 
 def require_accelerate(what: str) -> None:

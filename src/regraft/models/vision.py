@@ -8,7 +8,7 @@ code is not transformers' own nothing is recorded, and the vision part runs each
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any
@@ -63,16 +63,13 @@ def recorded(model: nn.Module) -> Iterator[list[VisionOutput]]:
         outputs.append(_kept(result))
         return result
 
-    if inner is None:
-        yield outputs
-    elif (features := _features(inner)) is not None:
-        with _replaced(inner, lambda *args, **kwargs: keep(features(*args, **kwargs))):
-            yield outputs
-    elif _projected(inner):
-        projector: Any = inner.multi_modal_projector
-        with projector.register_forward_hook(lambda _module, _args, result: keep(result)):
-            yield outputs
-    else:
+    with ExitStack() as stack:
+        if inner is not None and (features := _features(inner)) is not None:
+            stack.enter_context(_replaced(inner, lambda *a, **k: keep(features(*a, **k))))
+        elif inner is not None and _projected(inner):
+            projector: Any = inner.multi_modal_projector
+            hook = projector.register_forward_hook(lambda _module, _args, result: keep(result))
+            stack.enter_context(hook)
         yield outputs
 
 

@@ -90,15 +90,12 @@ class Survey:
         """What the user should be told of the pair before weights of one go into the other."""
         if self.same:
             return None
+        what, done = "The pruned model's kept weights", "pruned"
         if self.kind == "changed":
-            return (
-                "Tensors that compression leaves as they are (embeddings, norms) are not the dense "
-                "model's: is it made from another fine-tune, or was it trained since? Dense values "
-                "fit only among the dense model's own."
-            )
+            what, done = "Tensors that compression leaves as they are (embeddings, norms)", "made"
         return (
-            "The pruned model's kept weights are not the dense model's: is it pruned from another "
-            "fine-tune, or was it trained since? Dense values fit only among the dense model's own."
+            f"{what} are not the dense model's: is it {done} from another fine-tune, or was it "
+            "trained since? Dense values fit only among the dense model's own."
         )
 
     @property
