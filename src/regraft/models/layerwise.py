@@ -76,6 +76,11 @@ class LayerwisePass:
         """How many there are in all batches."""
         return sum(len(batch.ids) for batch in self.batches)
 
+    @property
+    def work(self) -> int:
+        """How much one pass is, as progress counts it: samples times layers."""
+        return self.samples * self.layers
+
     def _make_room(self) -> None:
         """Let the states wait in host memory from now on, if the device has too little for more."""
         size = sum(state.nbytes for state in self.states)

@@ -119,16 +119,11 @@ def mean_of(values: Collection[float]) -> float:
     return float(total / count)
 
 
-def samples_of(layerwise: LayerwisePass) -> int:
-    """How much one pass is, as progress counts it: samples times layers."""
-    return layerwise.samples * layerwise.layers
-
-
 Embedded = dict[str, list[LayerwisePass]]
 """Kind of prompts -> its parts, embedded and before the first layer of a model."""
 
 
-def taught(
+def with_teacher(
     context: Context, parts: Mapping[str, Sequence[Sequence[Example]]]
 ) -> tuple[PlacedModel, Embedded, dict[str, DecisionLoss]]:
     """Ask the dense model, and load the pruned one, with all prompts before its first layer.
@@ -170,7 +165,7 @@ def taught(
 
 def _write_teacher(embedded: Embedded, paths: Mapping[str, Path], progress: Progress) -> None:
     """Write what the dense model predicts, a file for each kind; see `final_states`."""
-    own = sum(samples_of(layerwise) for several in embedded.values() for layerwise in several)
+    own = sum(one.work for several in embedded.values() for one in several)
     with progress.task("Asking the dense model", own, "samples x layers") as done:
         for kind, path in paths.items():
             states: dict[str, Tensor] = {}

@@ -23,7 +23,7 @@ from regraft.restoration.base import Context, Counted, Method, Needs, with_defau
 from regraft.restoration.draws import random_ranking
 from regraft.restoration.methods.fine_tune.adam import TRAINED, SparseAdam, train
 from regraft.restoration.ranking import Ranking, by_linear
-from regraft.restoration.teacher import samples_of, taught
+from regraft.restoration.teacher import with_teacher
 from regraft.settings.compute import ComputeSettings
 
 RANDOM = "random"  # positions that are drawn
@@ -129,7 +129,8 @@ def _trained(
     """
     answered, architecture = context.answered or {}, context.dense.architecture
     cut = minibatches([answered[kind].examples for kind in KINDS], context.compute)
-    model, embedded, costs = taught(context, dict(zip(KINDS, zip(*cut, strict=True), strict=True)))
+    parts = dict(zip(KINDS, zip(*cut, strict=True), strict=True))
+    model, embedded, costs = with_teacher(context, parts)
     sides = [[(layerwise, costs[kind]) for layerwise in embedded[kind]] for kind in KINDS]
     batches = list(zip(*sides, strict=True))  # each of both kinds
     modules, linears = dict(model.network.named_modules()), list(architecture.linears)
@@ -141,7 +142,7 @@ def _trained(
         state = load_unfinished(path)
         optimizer.load(state)
         losses = state["losses"].tolist()
-    own = sum(samples_of(layerwise) for several in embedded.values() for layerwise in several)
+    own = sum(one.work for several in embedded.values() for one in several)
     total = 2 * own * (settings.passes - len(losses))
     with context.progress.task("Fine-tuning", total, "samples x layers") as done:
         while len(losses) < settings.passes:

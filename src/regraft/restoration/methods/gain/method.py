@@ -44,7 +44,7 @@ from regraft.restoration.methods.gain.step import (
     weights_of,
 )
 from regraft.restoration.ranking import Edits, Ranking, empty, joined, load_ranking, save_ranking
-from regraft.restoration.teacher import samples_of, taught
+from regraft.restoration.teacher import with_teacher
 from regraft.settings.compute import ComputeSettings
 
 HELD_OUT = 0.25  # of the prompts of each kind
@@ -217,10 +217,7 @@ def _described(last: StepRecord, before: Losses) -> str:
 
 def _work(problem: Problem, passes: int, tries: int) -> tuple[int, str]:
     """How much there is to do, at most: passes over calibration prompts and held-out ones."""
-    own = sum(
-        passes * samples_of(side.gradient) + tries * samples_of(side.held_out)
-        for side in problem.sides
-    )
+    own = sum(passes * side.gradient.work + tries * side.held_out.work for side in problem.sides)
     return own, "samples x layers"
 
 
@@ -228,7 +225,7 @@ def _prepare(context: Context, swap: bool) -> Problem:
     """The pruned model, and the prompts of both kinds embedded, ready to enter its first layer."""
     answered = context.answered or {}
     parts = {kind: _split(kind, answered[kind], context.progress, context.seed) for kind in KINDS}
-    model, embedded, losses = taught(context, parts)
+    model, embedded, losses = with_teacher(context, parts)
     safety, utility = (
         Prompts(gradient, held_out, losses[kind]) for kind, (gradient, held_out) in embedded.items()
     )
