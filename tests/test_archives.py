@@ -220,7 +220,9 @@ def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(RegraftError, match=r"could not be had from the hub: offline.*a copy on"):
+    with pytest.raises(
+        RegraftError, match=r"could not be downloaded from the hub: offline.*a copy on"
+    ):
         located(Path("hf:org/x/test.json"))
     with pytest.raises(RegraftError, match="names no data set on the hub"):
         located(Path("hf:org"))

@@ -184,14 +184,18 @@ def test_missing_folders_of_apply(world: World, refused: Refused) -> None:
 
 
 def test_hub_model_without_network(refused: Refused) -> None:
-    has(refused("inspect", "nobody/nothing"), "nobody/nothing", "could not be had from the hub")
+    has(
+        refused("inspect", "nobody/nothing"),
+        "nobody/nothing",
+        "could not be downloaded from the hub",
+    )
 
 
 @pytest.mark.parametrize("name", ["./nope", "../nope", "a/b--c"])
 def test_mistyped_folder(refused: Refused, name: str) -> None:
     message = refused("inspect", name)
     has(message, name)
-    assert "does not exist" in message or "could not be had" in message
+    assert "does not exist" in message or "could not be downloaded" in message
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])

@@ -134,7 +134,7 @@ def hold_out(
 
     Whole categories are held out, the smallest first and of like ones the last by name, as long as
     they are together at most half as many again as wanted: what is learned from some sources is
-    then judged on others. What is wanting of `share`, at most a half, is drawn from the rest.
+    then judged on others. What then lacks of `share`, at most a half, is drawn from the rest.
     """
     wanted = min(max(1, round(share * len(examples))), len(examples) - 1)
     sizes = Counter(one.category or "" for one in examples)

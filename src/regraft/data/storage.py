@@ -43,11 +43,11 @@ def is_on_hub(path: Path) -> bool:
 def located(path: Path) -> Path:
     """A path as it is, or for "hf:ORG/NAME[@REVISION][/PATH]" where the download lies.
 
-    All of the data set is had, since images lie beside files that name them, but for a table or a
-    list of prompts, which is a file by itself.
+    All of the data set is downloaded, since images lie beside files that name them; of a table or a
+    list of prompts that file alone.
 
     Raises:
-        RegraftError: the address is malformed, or the data set cannot be had.
+        RegraftError: the address is malformed, or the data set cannot be downloaded.
     """
     if not is_on_hub(path):
         return path.expanduser()
@@ -100,8 +100,8 @@ def from_hub(
     except (HFValidationError, HfHubHTTPError, OSError) as error:  # a missing local entry, too
         reason = str(error).splitlines()[0].removeprefix("Got: ")
         raise RegraftError(
-            f"{name} is not a folder here and could not be had from the hub: {reason} Without a "
-            "network give the path of a copy on disk."
+            f"{name} is not a folder here and could not be downloaded from the hub: {reason} "
+            "Without a network give the path of a copy on disk."
         ) from error
     return Path(folder)
 

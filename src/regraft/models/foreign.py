@@ -159,12 +159,12 @@ def _templates(processor: Any) -> list[str]:
 
 
 def check_template(folder: Path, processor: Any) -> None:
-    """Render a chat of one word, and wait for it no longer than anybody would.
+    """Render a chat of one word, and wait for it a few seconds at most.
 
     What else is wrong with a template is said where a prompt is rendered.
 
     Raises:
-        RegraftError: it is none, does not end, or makes a book of the word.
+        RegraftError: it is no template, does not end, or makes far too much of the word.
     """
     if any(_factor(one) > _MOST_NUMBER for one in _templates(processor)):
         raise _bad(folder, f"holds a power, or multiplies by more than {_MOST_NUMBER:,}.")

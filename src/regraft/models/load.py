@@ -67,7 +67,7 @@ class Source:
 
     @cached_property
     def config(self) -> Any:
-        """That of transformers, whatever the type."""
+        """As transformers reads it, of any type."""
         with quiet():
             return read_config(self.folder, self.trust_remote_code)
 
@@ -173,7 +173,7 @@ def load_model(
         dtype: "auto" is float32 on CPU and the checkpoint's own dtype on an accelerator.
         device: "auto" is the accelerator where there is one, else "cpu".
         split: Spread the layers over all accelerators, and host memory where they do not suffice.
-        note: Told of weights on disk that the model has no place for.
+        note: Called with what to say of weights on disk that the model has no place for.
 
     Raises:
         RegraftError: what is in memory is not the checkpoint (`check_loading`, `check_weights`),

@@ -2,7 +2,7 @@
 
 A system prompt or a fixed instruction begins every prompt. Its keys and values are computed in one
 row, and the others get copies. Each row is laid out as prefix, padding, rest: with the padding
-masked and not counted in positions, every token attends to what it attends to anyhow.
+masked and not counted in positions, every token attends to what it would attend to otherwise.
 """
 
 from __future__ import annotations
