@@ -207,7 +207,12 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = DataSource.model_validate("xstest:hf:org/x.test@v1/xstest_prompts.csv#harmful")
     assert str(source) == "xstest:hf:org/x.test@v1/xstest_prompts.csv#harmful"
     assert len(read(source).examples) == 1
-    how = {"repo_type": "dataset", "revision": "v1", "allow_patterns": ["xstest_prompts.csv"]}
+    how = {
+        "repo_type": "dataset",
+        "revision": "v1",
+        "allow_patterns": ["xstest_prompts.csv"],
+        "ignore_patterns": None,
+    }
     assert asked == [("org/x.test", how)]
     assert located(Path("hf:org/x")) == tmp_path
     located(Path("hf:org/x/sets/test.json"))
