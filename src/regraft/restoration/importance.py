@@ -86,11 +86,11 @@ def hsr_scores(
         part = slice(start, min(start + step, rows.stop))
         importance = utility(part)
         chosen = free[part] & in_heads[part]
-        chosen &= top(importance, band.p_max, band.scope, blocks)
-        chosen &= top(importance, band.p, band.scope, blocks).logical_not_()
+        chosen &= top(importance, band.p_max, band.scope, blocks)  # AND top_pmax(I^u)
+        chosen &= top(importance, band.p, band.scope, blocks).logical_not_()  # minus top_p(I^u)
         del importance  # before the other one is there, which halves the peak
         importance = safety(part)
-        chosen &= top(importance, band.q, band.scope, blocks)
+        chosen &= top(importance, band.q, band.scope, blocks)  # AND top_q(I^s)
         share = rank_share(importance, band.scope, blocks)
         scores[part] = torch.where(chosen, share, -torch.inf)
     return scores
