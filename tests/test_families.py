@@ -46,7 +46,7 @@ from regraft.patch.format import load_patch, save_patch
 from regraft.patch.pair import survey
 from regraft.pruning.base import PRUNERS, prune_settings
 from regraft.pruning.gradients import layer_gradients, signed
-from regraft.pruning.inputs import Statistics
+from regraft.pruning.inputs import Sums
 from regraft.pruning.masks import Pattern
 from regraft.pruning.statistics import ImportanceStatistics, gather
 from regraft.restoration.ranking import KEPT, Ranking, joined, patch_of
@@ -456,7 +456,7 @@ def test_inputs_that_are_no_tokens_are_refused():
     """As of a decoder that attends to an encoder's states."""
     linear = LinearArchitecture(0, "encoder_attn.k_proj", "m", "t", (3, 2))
     module, batch = torch.nn.Linear(2, 3), Batch({}, torch.ones(1, 4).long(), ("a",))
-    observing = Statistics().observing({linear: module}, lambda inputs, _: inputs.sum(0))
+    observing = Sums().observing({linear: module}, lambda inputs, _: inputs.sum(0))
     with observing(batch):
         module(torch.ones(1, 4, 2))
     why = r"\[1, 5, 2\], which are not the 4 tokens"

@@ -32,7 +32,7 @@ from regraft.data.collate import Batch, response_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.models.architecture import HEAD_ROLES, LinearArchitecture
-from regraft.pruning.inputs import Statistics
+from regraft.pruning.inputs import Sums
 from regraft.pruning.masks import Pattern, Patterns, Scope, assign_patterns, parse_override
 from regraft.pruning.results import PrunedWeight
 from regraft.registry import Registry
@@ -174,7 +174,7 @@ class Pruner(ABC):
         """
 
     def statistics(
-        self, linears: Iterable[LinearArchitecture], found: Statistics, note: Note = lambda _: None
+        self, linears: Iterable[LinearArchitecture], found: Sums, note: Note = lambda _: None
     ) -> Iterator[tuple[LinearArchitecture, Tensor]]:
         """What `score` takes of each linear, from what was accumulated.
 
@@ -192,7 +192,7 @@ class Pruner(ABC):
     def prune(
         self,
         weights: Mapping[LinearArchitecture, Tensor],
-        found: Statistics,
+        found: Sums,
         patterns: Patterns,
         settings: Any,
         note: Note = lambda _: None,

@@ -23,7 +23,7 @@ Observing = Callable[[Batch], AbstractContextManager[None]]
 
 
 @dataclass
-class Statistics:
+class Sums:
     """What was accumulated for linears. Those that read the same input, as q, k and v, share a sum.
 
     `sums` and `tokens` are under the `LinearArchitecture.key` of the first linear that reads an
@@ -35,8 +35,8 @@ class Statistics:
     source: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def known(cls, values: Mapping[str, Tensor]) -> Statistics:
-        """Statistics that are there already, by `LinearArchitecture.key`, such as gradients."""
+    def known(cls, values: Mapping[str, Tensor]) -> Sums:
+        """Sums that are there already, by `LinearArchitecture.key`, such as gradients."""
         return cls(dict(values), source={key: key for key in values})
 
     def add(self, linear: LinearArchitecture, part: Tensor, tokens: int) -> None:

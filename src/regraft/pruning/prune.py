@@ -36,7 +36,7 @@ from regraft.pruning.base import (
     PruneSettings,
 )
 from regraft.pruning.gradients import layer_gradients
-from regraft.pruning.inputs import Statistics
+from regraft.pruning.inputs import Sums
 from regraft.pruning.masks import Patterns
 from regraft.pruning.results import LayerResults, PrunedWeight, edits_by_tensor
 
@@ -104,7 +104,7 @@ class _Pruning:
             with layerwise.model.layer(layer.index):
                 pruned = self.results.load(layer)
                 if pruned is None:
-                    found = Statistics()
+                    found = Sums()
                     for i, _ in layerwise.run(layer.index, found.observing(linears, pruner.add)):
                         self.advance(len(layerwise.batches[i].ids))
                     found.gather()
@@ -143,7 +143,7 @@ class _Pruning:
                 self.prune(layer, found)
             found.sums.clear()  # gone before the next layer's are added up
 
-    def prune(self, layer: LayerArchitecture, found: Statistics) -> dict[str, PrunedWeight]:
+    def prune(self, layer: LayerArchitecture, found: Sums) -> dict[str, PrunedWeight]:
         """Prune a layer and write the results, updated weights in the dtype they have on disk."""
         weights = {
             li: li.weight(self.modules[li.module]).to(self.layerwise.model.device)
@@ -165,7 +165,7 @@ class _Pruning:
         return pruned
 
 
-def unreached(linears: Iterable[LinearArchitecture], found: Statistics) -> list[LinearArchitecture]:
+def unreached(linears: Iterable[LinearArchitecture], found: Sums) -> list[LinearArchitecture]:
     """Those of experts to which the router sent no calibration token."""
     return [li for li in linears if li.expert is not None and not found.reached(li)]
 
@@ -198,7 +198,7 @@ def each_layer(
     wanted: Callable[[LinearArchitecture], bool],
     scratch: Path,
     advance: Advance,
-) -> Iterator[tuple[LayerArchitecture, Statistics]]:
+) -> Iterator[tuple[LayerArchitecture, Sums]]:
     """What a pruner accumulates of each layer, of the model as it is.
 
     Args:
@@ -218,13 +218,13 @@ def each_layer(
         for layer, values in layer_gradients(
             layerwise, architecture, scratch, wanted, advance, add=pruner.accumulate
         ):
-            yield layer, Statistics.known(values)
+            yield layer, Sums.known(values)
         return
     assert isinstance(pruner, InputPruner), f"{pruner.name} reads no data"
     modules = dict(layerwise.model.network.named_modules())
     for layer in architecture.layers:
         linears = {li: modules[li.module] for li in layer.linears if wanted(li)}
-        found = Statistics()
+        found = Sums()
         with layerwise.model.layer(layer.index):
             layerwise.advance(layer.index, advance, found.observing(linears, pruner.add))
             found.gather()
@@ -242,7 +242,7 @@ def edits_without_data(settings: PruneSettings, patterns: Patterns) -> dict[str,
 
     def prune(linear: LinearArchitecture) -> Edit:
         def edit(weight: Tensor) -> Tensor:
-            nothing = Statistics.known({linear.key: NO_STATISTIC})
+            nothing = Sums.known({linear.key: NO_STATISTIC})
             ((_, pruned),) = pruner.prune({linear: weight}, nothing, patterns, settings)
             return pruned.put(weight)
 

@@ -33,7 +33,7 @@ from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.models.architecture import LinearArchitecture
 from regraft.pruning.base import Encode, InputPruner, LayerwiseSettings, Note
-from regraft.pruning.inputs import Statistics
+from regraft.pruning.inputs import Sums
 
 SAFETY_PROMPT = (
     "If the text or the image below contains anything harmful, violent, illegal, graphic or "
@@ -85,7 +85,7 @@ class SafetyPotential(InputPruner):
         return torch.stack(rows if batch.prompted else rows[::-1])
 
     def statistics(
-        self, linears: Iterable[LinearArchitecture], found: Statistics, note: Note = lambda _: None
+        self, linears: Iterable[LinearArchitecture], found: Sums, note: Note = lambda _: None
     ) -> Iterator[tuple[LinearArchitecture, Tensor]]:
         """max(S_j, 0) times the number of prompts, which is the same for all, `[in]` float32.
 

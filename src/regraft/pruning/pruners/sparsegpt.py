@@ -29,7 +29,7 @@ from torch import Tensor
 from regraft.errors import RegraftError
 from regraft.models.architecture import LinearArchitecture
 from regraft.pruning.base import CalibratedSettings, InputPruner, LayerwiseSettings, Note
-from regraft.pruning.inputs import Statistics
+from regraft.pruning.inputs import Sums
 from regraft.pruning.masks import Pattern, Patterns, Scope, count_of, smallest
 from regraft.pruning.results import PrunedWeight
 
@@ -70,7 +70,7 @@ class SparseGPT(InputPruner):
         return x.T @ x
 
     def statistics(
-        self, linears: Iterable[LinearArchitecture], found: Statistics, note: Note = lambda _: None
+        self, linears: Iterable[LinearArchitecture], found: Sums, note: Note = lambda _: None
     ) -> Iterator[tuple[LinearArchitecture, Tensor]]:
         """1 / U_jj^2, `[in]` float32; factored once for linears that read the same input."""
         for linear, factor in factors(linears, found, note=note):
@@ -83,7 +83,7 @@ class SparseGPT(InputPruner):
     def prune(
         self,
         weights: Mapping[LinearArchitecture, Tensor],
-        found: Statistics,
+        found: Sums,
         patterns: Patterns,
         settings: Any,
         note: Note = lambda _: None,
@@ -153,7 +153,7 @@ def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseF
 
 def factors(
     linears: Iterable[LinearArchitecture],
-    found: Statistics,
+    found: Sums,
     damp: float = DAMP,
     note: Note = lambda _: None,
 ) -> Iterator[tuple[LinearArchitecture, InverseFactor]]:
