@@ -40,7 +40,6 @@ _SHOWN = 6
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether a path names a table in Parquet."""
     return path.suffix.lower() == SUFFIX
 
 

@@ -30,7 +30,6 @@ class Row:
 
     @classmethod
     def of(cls, where: str, value: object, key: str | int = "") -> Row:
-        """Wrap `value`."""
         if not isinstance(value, dict):
             raise RegraftError(f"{where}: expected an object with fields, found {shown(value)}.")
         return cls(where, value, str(key))
@@ -158,7 +157,6 @@ def require_end(path: Path, what: str) -> None:
 
 
 def json_file(path: Path, what: str) -> Any:
-    """Read a JSON file."""
     return json_value(read_text(path, what), str(path))
 
 

@@ -36,7 +36,6 @@ _ADDRESS = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(
 
 
 def is_on_hub(path: Path) -> bool:
-    """Whether a path is the address of a data set on the hub."""
     return path.as_posix().startswith(PREFIX)
 
 

@@ -182,7 +182,6 @@ def candidates(estimate: Tensor, count: int) -> dict[int, list[int]]:
 
 
 def save_heads(path: Path, scores: HeadScores) -> None:
-    """Write scores to a safetensors file."""
     names = ("exact", "estimate", "noise", "released")
     optional = {name: getattr(scores, name) for name in names}
     tensors = {"ships": scores.ships, "kl": scores.kl}

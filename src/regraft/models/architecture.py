@@ -117,7 +117,6 @@ class Architecture:
 
     @property
     def prunable(self) -> int:
-        """Number of prunable weights."""
         return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
 
     @property
@@ -246,7 +245,6 @@ def _has_layers(module: object) -> bool:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers in order."""
     layers = text_decoder(model).layers
     assert isinstance(layers, nn.ModuleList)
     return list(layers)
@@ -268,7 +266,6 @@ def cross_attention_layers(model: nn.Module) -> list[int]:
 
 
 def has_cross(layer: nn.Module) -> bool:
-    """Whether a decoder layer has cross-attention."""
     return isinstance(getattr(layer, "cross_attn", None), nn.Module)
 
 

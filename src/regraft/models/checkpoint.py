@@ -61,12 +61,10 @@ class TensorRecord:
 
     @property
     def bytes(self) -> int:
-        """Size of its data."""
         return self.stop - self.start
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch names it."""
         if self.dtype not in _DTYPES:
             raise RegraftError(f"Tensor {self.name} has the unsupported dtype {self.dtype}.")
         return _DTYPES[self.dtype]
@@ -122,7 +120,6 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """Size of all shards in bytes."""
         return sum((self.folder / shard).stat().st_size for shard in self.shards)
 
     @cached_property

@@ -58,7 +58,6 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """The folder on disk."""
         return self.checkpoint.folder
 
     def weight(self, linear: LinearArchitecture) -> Tensor:
@@ -73,7 +72,6 @@ class Source:
 
     @property
     def has_vision(self) -> bool:
-        """Whether it takes images."""
         return takes_images(self.config, self.folder)
 
     @cached_property

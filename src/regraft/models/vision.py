@@ -38,7 +38,6 @@ class VisionOutput:
 
     @property
     def bytes(self) -> int:
-        """Size of the tensors."""
         return sum(tensor.nbytes for tensor in _tensors(self.content))
 
     def restored(self) -> Any:

@@ -72,7 +72,6 @@ class PatchState:
 
     @property
     def weights(self) -> int:
-        """How many weights it changes."""
         return self.restored + self.removed
 
 
@@ -89,12 +88,10 @@ class Plan:
 
     @property
     def shards(self) -> tuple[str, ...]:
-        """The files that change."""
         return tuple(sorted({change.record.shard for change in self.changes}))
 
     @property
     def weights(self) -> int:
-        """How many weights change."""
         return sum(len(change.positions) for change in self.changes)
 
 
