@@ -147,19 +147,21 @@ def taught(
     given = {"dtype": dtype, "device": options.device, "placement": options.placement}
     dense = load_placed(source, **given)
     processor = load_processor(source)
-    walks = [
+    embedded = [
         [LayerwisePass(dense, collated(processor, part, options.batch_size)) for part in pair]
         for pair in parts
     ]
     losses = [
-        DecisionLoss({name: one for walk in pair for name, one in final_states(walk).items()})
-        for pair in walks
+        DecisionLoss(
+            {name: one for layerwise in pair for name, one in final_states(layerwise).items()}
+        )
+        for pair in embedded
     ]
     dense.network.to("meta")  # one model in memory at a time
     model = load_placed(pruned, **given)
     safety, utility = (
         Prompts(fit.on(model), held_out.on(model), loss)
-        for (fit, held_out), loss in zip(walks, losses, strict=True)
+        for (fit, held_out), loss in zip(embedded, losses, strict=True)
     )
     return model, (safety, utility)
 

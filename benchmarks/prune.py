@@ -84,12 +84,12 @@ def bare_passes(model: PlacedModel, data: list[Batch]) -> tuple[float, float]:
         run = text_decoder(network)
         with torch.no_grad():
             return vision, timed(model.device, lambda: [run(**text.kwargs) for text in texts])[0]
-    vision, walk = timed(model.device, lambda: LayerwisePass(model, data))
+    vision, layerwise = timed(model.device, lambda: LayerwisePass(model, data))
 
     def decoder() -> None:
-        for layer in range(walk.layers):
+        for layer in range(layerwise.layers):
             with model.layer(layer):
-                walk.advance(layer, lambda _: None)
+                layerwise.advance(layer, lambda _: None)
 
     return vision, timed(model.device, decoder)[0]
 

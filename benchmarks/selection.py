@@ -27,7 +27,7 @@ from regraft.models.load import pick_device
 from regraft.patch.pair import restorable
 from regraft.pruning.masks import Pattern
 from regraft.pruning.pruners.wanda import PLUGIN as WANDA
-from regraft.restoration.methods.hsr import Band, hsr_scores
+from regraft.restoration.importance import Band, hsr_scores
 from regraft.restoration.selection import blocks_of
 
 HEAD = 128

@@ -16,7 +16,7 @@ from regraft.settings.compute import ComputeSettings
 
 def method(method: str = "hsr", **given: Any) -> MethodSettings:
     """The settings of a method."""
-    return METHODS.get(method).Settings(method=method, **given)
+    return METHODS.get(method).settings_type(method=method, **given)
 
 
 def a_variant(method: str = "hsr", **given: Any) -> VariantSettings:

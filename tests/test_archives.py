@@ -207,7 +207,12 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = DataSource.model_validate("xstest:hf:org/x.test@v1/xstest_prompts.csv#harmful")
     assert str(source) == "xstest:hf:org/x.test@v1/xstest_prompts.csv#harmful"
     assert len(read(source).examples) == 1
-    how = {"repo_type": "dataset", "revision": "v1", "allow_patterns": ["xstest_prompts.csv"]}
+    how = {
+        "repo_type": "dataset",
+        "revision": "v1",
+        "allow_patterns": ["xstest_prompts.csv"],
+        "ignore_patterns": None,
+    }
     assert asked == [("org/x.test", how)]
     assert located(Path("hf:org/x")) == tmp_path
     located(Path("hf:org/x/sets/test.json"))
@@ -220,7 +225,9 @@ def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(RegraftError, match=r"could not be had from the hub: offline.*a copy on"):
+    with pytest.raises(
+        RegraftError, match=r"could not be downloaded from the hub: offline.*a copy on"
+    ):
         located(Path("hf:org/x/test.json"))
     with pytest.raises(RegraftError, match="names no data set on the hub"):
         located(Path("hf:org"))

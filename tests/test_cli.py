@@ -184,14 +184,18 @@ def test_missing_folders_of_apply(world: World, refused: Refused) -> None:
 
 
 def test_hub_model_without_network(refused: Refused) -> None:
-    has(refused("inspect", "nobody/nothing"), "nobody/nothing", "could not be had from the hub")
+    has(
+        refused("inspect", "nobody/nothing"),
+        "nobody/nothing",
+        "could not be downloaded from the hub",
+    )
 
 
 @pytest.mark.parametrize("name", ["./nope", "../nope", "a/b--c"])
 def test_mistyped_folder(refused: Refused, name: str) -> None:
     message = refused("inspect", name)
     has(message, name)
-    assert "does not exist" in message or "could not be had" in message
+    assert "does not exist" in message or "could not be downloaded" in message
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
@@ -1328,7 +1332,8 @@ def test_every_method_has_a_command_with_only_its_flags(
     run_ok("realign", name, "--help")
     flags = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     fields = {
-        one: set(METHODS.get(one).Settings.model_fields) - {"method"} for one in METHODS.names()
+        one: set(METHODS.get(one).settings_type.model_fields) - {"method"}
+        for one in METHODS.names()
     }
     own = {f"--{field.replace('_', '-')}" for field in fields[name]}
     others = {f"--{field.replace('_', '-')}" for some in fields.values() for field in some}

@@ -327,7 +327,7 @@ def test_utility_of_right_and_wrong_answers_has_a_rates_interval() -> None:
 
 @pytest.mark.parametrize("name", METHODS.names())
 def test_everything_drawn_is_told_from_what_is_not(name: str) -> None:
-    own = METHODS.get(name).Settings
+    own = METHODS.get(name).settings_type
     choices = ("top", "random", "all") if "heads" in own.model_fields else (None,)
     for heads in choices:
         settings = own(method=name, **({} if heads is None else {"heads": heads}))

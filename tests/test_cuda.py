@@ -60,9 +60,11 @@ def test_heads_and_statistics(
             HeadSettings(r_max=2, tokens_per_pass=512),
         )
         ships[device] = torch.stack([scores.ships, scores.kl])
-        walk = LayerwisePass(truth.resident(model), [response_batch(processor, examples)])
+        layerwise = LayerwisePass(truth.resident(model), [response_batch(processor, examples)])
         work = tmp_path / f"statistics-{device}"
-        sums[device] = gather(walk, source.architecture, PRUNERS.get("wanda"), work, lambda _: None)
+        sums[device] = gather(
+            layerwise, source.architecture, PRUNERS.get("wanda"), work, lambda _: None
+        )
     assert ships["cpu"].isfinite().any()
     torch.testing.assert_close(ships["cuda"], ships["cpu"], atol=2e-3, rtol=1e-2, equal_nan=True)
     for key, expected in sums["cpu"].items():

@@ -46,7 +46,7 @@ from regraft.patch.format import load_patch, save_patch
 from regraft.patch.pair import survey
 from regraft.pruning.base import PRUNERS, prune_settings
 from regraft.pruning.gradients import layer_gradients, signed
-from regraft.pruning.inputs import Statistics
+from regraft.pruning.inputs import Sums
 from regraft.pruning.masks import Pattern
 from regraft.pruning.statistics import ImportanceStatistics, gather
 from regraft.restoration.ranking import KEPT, Ranking, joined, patch_of
@@ -108,15 +108,15 @@ def test_every_part_of_the_decoder_runs_again(today, pico_dir, tmp_path):
         batch = truth.make_batch(kind, today, processor, tmp_path / kind)
         real = batch.inputs["attention_mask"].bool()
         expected = truth.full_forward(model, batch.inputs)
-        walk = truth.walk(model, [batch])
+        layerwise = truth.layerwise(model, [batch])
         with truth.unchanged(model):
             for layer in architecture.layers:
-                found, wanted = walk.states[0], expected.entering[layer.index]
+                found, wanted = layerwise.states[0], expected.entering[layer.index]
                 if found.ndim == 4:  # Gemma 3n's four streams
                     found, wanted = found.movedim(0, 2), wanted.movedim(0, 2)
                 assert_same(found, wanted, real, f"{layer.index}")
-                walk.advance(layer.index, lambda _: None)
-        assert_same(walk.states[0], expected.final, real, "final")
+                layerwise.advance(layer.index, lambda _: None)
+        assert_same(layerwise.states[0], expected.final, real, "final")
 
 
 # What linears and experts are fed
@@ -174,7 +174,7 @@ def test_statistics_are_sums_over_the_tokens_of_each_expert(today, pico_dir, tmp
     cut = [response_batch(processor, rows) for rows in batches(examples, 3)]
     with truth.unchanged(model):
         found = gather(
-            truth.walk(model, cut),
+            truth.layerwise(model, cut),
             architecture,
             PRUNERS.get("wanda"),
             tmp_path / "w",
@@ -226,7 +226,7 @@ def test_gradients_equal_autograd_on_the_whole_model(today, pruner, pico_dir, tm
     add = PRUNERS.get("snip").accumulate if pruner == "snip" else signed
     found = {}
     for _, layer in layer_gradients(
-        truth.walk(model, cut), architecture, tmp_path, lambda _: True, lambda _: None, add=add
+        truth.layerwise(model, cut), architecture, tmp_path, lambda _: True, lambda _: None, add=add
     ):
         found |= layer
     for linear in architecture.linears:
@@ -433,10 +433,10 @@ def test_a_linear_stored_as_several_tensors_is_several_weights(pico_dir, tmp_pat
     several = replace(opened.architecture, layers=tuple(layers))
     found = []
     for i, one in enumerate((opened.architecture, several)):
-        walk = truth.walk(opened.model, cut)
-        pairs = layer_gradients(walk, one, tmp_path / f"{i}", lambda _: True, lambda _: None)
+        layerwise = truth.layerwise(opened.model, cut)
+        pairs = layer_gradients(layerwise, one, tmp_path / f"{i}", lambda _: True, lambda _: None)
         squares = gather(
-            truth.walk(opened.model, cut),
+            truth.layerwise(opened.model, cut),
             one,
             PRUNERS.get("wanda"),
             tmp_path / f"w{i}",
@@ -456,7 +456,7 @@ def test_inputs_that_are_no_tokens_are_refused():
     """As of a decoder that attends to an encoder's states."""
     linear = LinearArchitecture(0, "encoder_attn.k_proj", "m", "t", (3, 2))
     module, batch = torch.nn.Linear(2, 3), Batch({}, torch.ones(1, 4).long(), ("a",))
-    observing = Statistics().observing({linear: module}, lambda inputs, _: inputs.sum(0))
+    observing = Sums().observing({linear: module}, lambda inputs, _: inputs.sum(0))
     with observing(batch):
         module(torch.ones(1, 4, 2))
     why = r"\[1, 5, 2\], which are not the 4 tokens"

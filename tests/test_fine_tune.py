@@ -76,7 +76,7 @@ def test_training_equals_masked_adam_on_the_whole_model(family, pico_dir, tmp_pa
     sequence = list(zip(harmful, harmless, strict=True))
     sides = [
         [
-            (truth.walk(model, [response_batch(processor, rows)]), mean_cross_entropy)
+            (truth.layerwise(model, [response_batch(processor, rows)]), mean_cross_entropy)
             for rows in kinds
         ]
         for kinds in sequence
@@ -108,8 +108,8 @@ def test_the_loss_falls_and_nothing_else_moves(pico_dir, tmp_path):
     opened = truth.opened(pico_dir("qwen2_5_vl"))
     model, architecture = copy.deepcopy(opened.model), opened.architecture
     examples = truth.examples("qwen2_5_vl", tmp_path, 3)
-    walk = truth.walk(model, [response_batch(opened.processor, examples)])
-    sides = [[(walk, mean_cross_entropy)]]
+    layerwise = truth.layerwise(model, [response_batch(opened.processor, examples)])
+    sides = [[(layerwise, mean_cross_entropy)]]
     positions = chosen(architecture, of_each=40)
     optimizer = SparseAdam(in_memory(model, architecture), positions, 0.02)
     losses = [train(optimizer, sides, architecture, tmp_path / "s")[0] for _ in range(12)]
@@ -127,7 +127,7 @@ def test_gradients_of_kinds_add_up(pico_dir, tmp_path):
     positions = chosen(architecture)
     sides = [
         (
-            truth.walk(
+            truth.layerwise(
                 model,
                 [
                     response_batch(

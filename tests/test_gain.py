@@ -48,9 +48,9 @@ def test_gain_is_the_slope_of_the_loss(pico_dir, tmp_path):
         weight.data[torch.rand(weight.shape, generator=generator) < 0.5] = 0
     examples = truth.examples("qwen2_vl", tmp_path, 2)
     rows = [response_batch(opened.processor, [example]) for example in examples]
-    walk = truth.walk(model, rows)
+    layerwise = truth.layerwise(model, rows)
     layers = layer_gradients(
-        walk, opened.architecture, tmp_path / "states", lambda _: True, lambda _: None
+        layerwise, opened.architecture, tmp_path / "states", lambda _: True, lambda _: None
     )
     predicted = {
         key: gain(gradient, dense[key], modules[f"{li.module}"].weight.detach())

@@ -259,12 +259,14 @@ def test_gradients_are_of_the_prompts_that_are_not_held_out(benches, tmp_path, m
     fitted, held = set(), set()
     layer_gradients, together = gain_step.layer_gradients, gain_step.losses_together
 
-    def gradients(walk: Any, *arguments: Any, **named: Any) -> Any:
-        fitted.update(name for batch in walk.batches for name in batch.ids)
-        return layer_gradients(walk, *arguments, **named)
+    def gradients(layerwise: Any, *arguments: Any, **named: Any) -> Any:
+        fitted.update(name for batch in layerwise.batches for name in batch.ids)
+        return layer_gradients(layerwise, *arguments, **named)
 
     def losses(sides: Any, advance: Any) -> Any:
-        held.update(name for walk, _ in sides for batch in walk.batches for name in batch.ids)
+        held.update(
+            name for layerwise, _ in sides for batch in layerwise.batches for name in batch.ids
+        )
         return together(sides, advance)
 
     monkeypatch.setattr(gain_step, "layer_gradients", gradients)
@@ -368,7 +370,9 @@ def test_one_prompt_of_a_kind_is_too_few(benches, tmp_path, monkeypatch):
         *pico.write_examples(tmp_path, 1, harmful=False, images=False),
     ]
     data = DataSource(name="jsonl", path=write_jsonl(tmp_path / "data.jsonl", one))
-    monkeypatch.setattr(teacher, "load_for_walk", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(
+        teacher, "load_layerwise", lambda *_, **__: pytest.fail("a model is loaded")
+    )
     with pytest.raises(RegraftError, match=r"harmless.*: .* at least 2; there are 1\. .*samples"):
         bench.rank(tmp_path / "ranking", calibration=CalibrationSettings(data=data, samples=4))
     assert not (tmp_path / "ranking").exists() and not list(tmp_path.glob(".*"))

@@ -1,4 +1,4 @@
-"""Gradients, losses and walks against autograd and whole forward passes of the whole model."""
+"""Gradients, losses and layerwise passes against autograd and passes of the whole model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from regraft.pruning.gradients import (
     signed,
     signed_and_squared,
 )
-from regraft.restoration.teacher import DecisionLoss, final_states, losses_together, response_losses
+from regraft.restoration.teacher import DecisionLoss, final_states, losses_together
 
 SOME = ("qwen2_vl", "mllama", "gemma3", "llama")
 
@@ -36,6 +36,10 @@ def changed(model):
             if name.endswith("proj.weight"):
                 weight.data[torch.rand(weight.shape, generator=generator) < 0.4] = 0
     return other
+
+
+def response_losses(layerwise, loss):
+    return losses_together([(layerwise, loss)])[0]
 
 
 def collated(opened, family, folder, n=3, size=2):
@@ -91,19 +95,21 @@ def test_gradients_equal_autograd_on_the_whole_model(family, teacher, pico_dir, 
     dense, processor, architecture = opened.model, opened.processor, opened.architecture
     model = changed(dense)
     examples, cut = collated(opened, family, tmp_path)
-    loss = DecisionLoss(final_states(truth.walk(dense, cut))) if teacher else mean_cross_entropy
+    loss = (
+        DecisionLoss(final_states(truth.layerwise(dense, cut))) if teacher else mean_cross_entropy
+    )
     expected, losses = by_autograd(
         model, dense if teacher else None, processor, architecture, examples
     )
-    walk = truth.walk(model, cut)
-    found = response_losses(walk, loss)
+    layerwise = truth.layerwise(model, cut)
+    found = response_losses(layerwise, loss)
     assert found == {name: pytest.approx(value, rel=1e-3) for name, value in losses.items()}
-    walk.rewind()
+    layerwise.rewind()
     with truth.unchanged(model):
         parts = dict(
             item
             for _, layer in layer_gradients(
-                walk,
+                layerwise,
                 architecture,
                 tmp_path / "states",
                 lambda _: True,
@@ -128,7 +134,7 @@ def test_only_wanted_linears_are_taken(pico_dir, tmp_path):
     opened = truth.opened(pico_dir("llama"))
     _, cut = collated(opened, "llama", tmp_path)
     layers = layer_gradients(
-        truth.walk(opened.model, cut),
+        truth.layerwise(opened.model, cut),
         opened.architecture,
         tmp_path / "states",
         lambda linear: linear.role == "v_proj",
@@ -151,7 +157,11 @@ def test_layer_inputs_go_where_the_disk_is_full(pico_dir, tmp_path, monkeypatch)
 
     monkeypatch.setattr(gradients, "save_file", fills_up)
     layers = layer_gradients(
-        truth.walk(opened.model, cut), opened.architecture, scratch, lambda _: True, lambda _: None
+        truth.layerwise(opened.model, cut),
+        opened.architecture,
+        scratch,
+        lambda _: True,
+        lambda _: None,
     )
     with pytest.raises(PassingError, match="disk is full"):
         next(layers)
@@ -185,16 +195,16 @@ def test_squares_are_of_each_token():
 def test_streamed_equals_resident(family, pico_dir, tmp_path):
     opened = truth.opened(pico_dir(family))
     _, cut = collated(opened, family, tmp_path)
-    teacher = final_states(truth.walk(opened.model, cut), lambda _: None)
+    teacher = final_states(truth.layerwise(opened.model, cut), lambda _: None)
     model = changed(opened.model)
     loss = DecisionLoss(teacher)
 
     def gradients(streamed):
-        walk = truth.walk(model, cut, streamed=streamed)
-        losses = response_losses(walk, loss)
-        walk.rewind()
+        layerwise = truth.layerwise(model, cut, streamed=streamed)
+        losses = response_losses(layerwise, loss)
+        layerwise.rewind()
         layers = layer_gradients(
-            walk,
+            layerwise,
             opened.architecture,
             tmp_path / f"{streamed}",
             lambda _: True,
@@ -215,9 +225,9 @@ def test_losses_together_stream_the_model_once(pico_dir, tmp_path, monkeypatch):
     opened = truth.opened(pico_dir("qwen2_vl"))
     _, cut = collated(opened, "qwen2_vl", tmp_path)
     assert len(cut) > 1
-    teacher = final_states(truth.walk(opened.model, cut))
-    one = truth.walk(changed(opened.model), cut, streamed=True)
-    other = truth.walk(one.model.network, cut[:1], streamed=True)
+    teacher = final_states(truth.layerwise(opened.model, cut))
+    one = truth.layerwise(changed(opened.model), cut, streamed=True)
+    other = truth.layerwise(one.model.network, cut[:1], streamed=True)
     plain, against = mean_cross_entropy, DecisionLoss(teacher)
     apart = [response_losses(one, plain), response_losses(other, against)]
     held, hold = [], PlacedModel.layer
@@ -236,9 +246,9 @@ def test_final_states_and_losses_are_those_of_a_full_forward(family, pico_dir, t
     opened = truth.opened(pico_dir(family))
     examples, cut = collated(opened, family, tmp_path, 5)
     ticks = []
-    walk = truth.walk(opened.model, cut)
-    states = final_states(walk, ticks.append)
-    losses = response_losses(walk, mean_cross_entropy)
+    layerwise = truth.layerwise(opened.model, cut)
+    states = final_states(layerwise, ticks.append)
+    losses = response_losses(layerwise, mean_cross_entropy)
     assert sum(ticks) == 5 * len(opened.architecture.layers)
     assert list(states) == list(losses) == [example.id for example in examples]
     for batch in cut:
@@ -258,15 +268,15 @@ def test_final_states_and_losses_are_those_of_a_full_forward(family, pico_dir, t
 def test_a_model_has_no_divergence_from_itself(pico_dir, tmp_path):
     opened = truth.opened(pico_dir("qwen2_vl"))
     _, cut = collated(opened, "qwen2_vl", tmp_path, 4)
-    walk = truth.walk(opened.model, cut)
-    loss = DecisionLoss(final_states(walk, lambda _: None))
-    own = response_losses(walk, loss)
-    others = response_losses(walk.on(truth.walk(changed(opened.model), cut).model), loss)
+    layerwise = truth.layerwise(opened.model, cut)
+    loss = DecisionLoss(final_states(layerwise, lambda _: None))
+    own = response_losses(layerwise, loss)
+    others = response_losses(layerwise.on(truth.layerwise(changed(opened.model), cut).model), loss)
     assert all(abs(value) < 1e-5 for value in own.values())
     assert all(value > 1e-2 for value in others.values())
 
 
-# Walks
+# Layer by layer
 
 
 def watched(model):
@@ -278,35 +288,35 @@ def watched(model):
     return ran
 
 
-def to_the_end(walk):
-    for index in range(walk.layers):
-        with walk.model.layer(index):
-            walk.advance(index, lambda _: None)
-    return walk.states
+def to_the_end(layerwise):
+    for index in range(layerwise.layers):
+        with layerwise.model.layer(index):
+            layerwise.advance(index, lambda _: None)
+    return layerwise.states
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "mllama", "llama"])
 def test_a_walk_on_another_model(family, streamed, pico_dir, tmp_path):
-    """The same states as a walk of its own, and the vision part does not run again."""
+    """The same states as a pass of its own, and the vision part does not run again."""
     opened = truth.opened(pico_dir(family))
     _, cut = collated(opened, family, tmp_path)
     dense, pruned = copy.deepcopy(opened.model), changed(opened.model)
-    fresh = to_the_end(truth.walk(pruned, cut, streamed=streamed))
+    fresh = to_the_end(truth.layerwise(pruned, cut, streamed=streamed))
     ran, on_pruned = watched(dense), watched(pruned)
-    walk = truth.walk(dense, cut, streamed=streamed)
+    layerwise = truth.layerwise(dense, cut, streamed=streamed)
     assert bool(ran) == opened.architecture.has_vision, "the vision part is not seen"
     seen = len(ran)
-    embedded = [state.clone() for state in walk.states]
-    own = [state.clone() for state in to_the_end(walk)]
-    other = walk.on(truth.walk(pruned, cut[:0], streamed=streamed).model)
+    embedded = [state.clone() for state in layerwise.states]
+    own = [state.clone() for state in to_the_end(layerwise)]
+    other = layerwise.on(truth.layerwise(pruned, cut[:0], streamed=streamed).model)
     assert all(map(torch.equal, other.states, embedded))
     found = to_the_end(other)
     assert all(map(torch.equal, found, fresh))
     assert not any(map(torch.equal, found, own))
-    assert all(map(torch.equal, walk.states, own)), "the first walk moved too"
-    walk.rewind()
-    assert all(map(torch.equal, walk.states, embedded))
-    assert all(map(torch.equal, to_the_end(walk), own))
+    assert all(map(torch.equal, layerwise.states, own)), "the first pass moved too"
+    layerwise.rewind()
+    assert all(map(torch.equal, layerwise.states, embedded))
+    assert all(map(torch.equal, to_the_end(layerwise), own))
     assert isinstance(other, LayerwisePass)
     assert len(ran) == seen and not on_pruned

@@ -40,7 +40,7 @@ class Settings(AlwaysBudgeted):
 
 class TopMagnitude(Method[Settings]):
     name: ClassVar[str] = "top-magnitude"
-    Settings = Settings
+    settings_type = Settings
 
     def needs(self, settings):
         return Needs(heads=HeadChoice("ships", settings.top_heads))

@@ -95,18 +95,18 @@ def test_layers_need_no_embedding(family, pico_dir, tmp_path):
     opened = truth.opened(pico_dir(family))
     model = load_placed(opened.source, dtype="float32", device="cpu", placement="streamed")
     batch = response_batch(opened.processor, truth.examples(family, tmp_path, 2))
-    walk = LayerwisePass(model, [batch])
+    layerwise = LayerwisePass(model, [batch])
     wanted = opened.model(**batch.inputs, output_hidden_states=True).hidden_states[-1]
 
     def unwanted(*_):
         raise AssertionError("the embedding ran")
 
     model.network.get_input_embeddings().register_forward_pre_hook(unwanted)
-    for layer in range(walk.layers):
+    for layer in range(layerwise.layers):
         with model.layer(layer):
-            walk.advance(layer, lambda _: None)
+            layerwise.advance(layer, lambda _: None)
     mask = batch.inputs["attention_mask"].bool()
-    torch.testing.assert_close(walk.states[0][mask], wanted[mask])
+    torch.testing.assert_close(layerwise.states[0][mask], wanted[mask])
 
 
 def test_spread_models_need_accelerate(pico_dir, monkeypatch):
@@ -162,7 +162,7 @@ def test_a_patch_reaches_weights_that_wait_in_host_memory(pico_dir, tmp_path):
     torch.testing.assert_close(model(**batch.inputs).logits, before)
 
 
-def resident_walk(opened: truth.Opened, batches) -> LayerwisePass:
+def resident_pass(opened: truth.Opened, batches) -> LayerwisePass:
     model = load_placed(opened.source, dtype="float32", device="cpu", placement="resident")
     return LayerwisePass(model, batches)
 
@@ -174,12 +174,12 @@ def test_states_wait_in_host_memory_where_the_device_is_full(
     """A backward pass has five times the states; the device is taken for one with less or more."""
     opened = truth.opened(pico_dir("llama"))
     batch = response_batch(opened.processor, truth.examples("llama", tmp_path, 2))
-    walk = resident_walk(opened, [batch])
-    size = sum(state.nbytes for state in walk.states)
-    walk._home = torch.device("cuda")
+    layerwise = resident_pass(opened, [batch])
+    size = sum(state.nbytes for state in layerwise.states)
+    layerwise._home = torch.device("cuda")
     monkeypatch.setattr("regraft.models.layerwise.free_bytes", lambda _: copies * size)
-    walk._make_room()
-    assert walk._home.type == home
+    layerwise._make_room()
+    assert layerwise._home.type == home
 
 
 def test_a_walk_keeps_no_pixels(pico_dir, tmp_path):
@@ -196,7 +196,7 @@ def test_a_walk_keeps_no_pixels(pico_dir, tmp_path):
             yield batch
             del batch
 
-    walk = resident_walk(opened, encoded())
-    assert len(walk.batches) == 4
-    assert not any(name.startswith("pixel") for batch in walk.batches for name in batch.inputs)
+    layerwise = resident_pass(opened, encoded())
+    assert len(layerwise.batches) == 4
+    assert not any(name.startswith("pixel") for batch in layerwise.batches for name in batch.inputs)
     assert all(one() is None for one in alive)

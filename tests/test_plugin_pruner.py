@@ -49,7 +49,7 @@ class ToySettings(LayerwiseSettings):
 class Toy(InputPruner):
     """|W| times the sum of the sizes of its inputs."""
 
-    name, label, Settings = "toy", "Toy", ToySettings
+    name, label, settings_type = "toy", "Toy", ToySettings
 
     def accumulate(self, inputs):
         return inputs.float().abs().sum(dim=0)

@@ -13,6 +13,7 @@ import truth
 from regraft.data.collate import batches, response_batch
 from regraft.errors import RegraftError
 from regraft.models.architecture import decoder_layers
+from regraft.models.placement import PlacedModel
 from regraft.pruning.base import PRUNERS, prune_settings
 from regraft.pruning.masks import Pattern, assign_patterns, parse_override
 from regraft.pruning.prune import edits_without_data
@@ -48,8 +49,10 @@ def test_snip_equals_autograd_on_the_whole_model(family, pico_dir, tmp_path):
     expected = gradients_by_autograd(model, processor, architecture, examples)
     ticks = []
     with truth.unchanged(model):
-        walk = truth.walk(model, cut)
-        found = gather(walk, architecture, PRUNERS.get("snip"), tmp_path / "work", ticks.append)
+        layerwise = truth.layerwise(model, cut)
+        found = gather(
+            layerwise, architecture, PRUNERS.get("snip"), tmp_path / "work", ticks.append
+        )
     assert sum(ticks) == 2 * 3 * len(architecture.layers)
     assert found.keys() == {li.key for li in architecture.linears if PRUNERS.get("snip").keeps(li)}
     for key, gradient in found.items():
@@ -238,9 +241,9 @@ def test_the_last_override_counts(pico_dir):
 def test_importance_of_rows_is_the_rows_of_importance(method, pico_dir, tmp_path):
     opened = truth.opened(pico_dir("qwen2_vl"))
     _, cut = calibration(opened, "qwen2_vl", tmp_path, 2)
-    walk = truth.walk(opened.model, cut)
+    layerwise = truth.layerwise(opened.model, cut)
     values = gather(
-        walk, opened.architecture, PRUNERS.get(method), tmp_path / "work", lambda _: None
+        layerwise, opened.architecture, PRUNERS.get(method), tmp_path / "work", lambda _: None
     )
     statistics = ImportanceStatistics(method, values, 2)
     linear = opened.architecture.layers[1].linear("q_proj")
@@ -249,6 +252,21 @@ def test_importance_of_rows_is_the_rows_of_importance(method, pico_dir, tmp_path
     whole = importance(slice(0, len(weight)))
     assert whole.shape == weight.shape and whole.dtype == torch.float32 and (whole >= 0).all()
     assert torch.equal(importance(slice(5, 9)), whole[5:9])
+
+
+def test_one_shot_holds_each_layer_once(pico_dir, tmp_path, monkeypatch):
+    """A streamed layer stays on the device from its statistics to its masks."""
+    opened = truth.opened(pico_dir("llama"))
+    _, cut = calibration(opened, "llama", tmp_path, 2)
+    held, hold = [], PlacedModel.layer
+    monkeypatch.setattr(
+        PlacedModel, "layer", lambda self, index: held.append(index) or hold(self, index)
+    )
+    settings = prune_settings("wanda", order="one-shot")
+    truth.prune(
+        opened, opened.model, cut, Pattern(0.5), tmp_path / "r", settings=settings, streamed=True
+    )
+    assert held == list(range(len(opened.architecture.layers)))
 
 
 def test_snip_in_float16_is_refused(pico_dir, tmp_path):

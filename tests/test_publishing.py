@@ -291,6 +291,6 @@ def test_without_a_network(patch: Path, tmp_path: Path) -> None:
     """The tests are offline, and so the library says."""
     with pytest.raises(RegraftError, match=r"could not be uploaded: .*offline"):
         publishing.upload(patch, "---\n---\n", NAME)
-    with pytest.raises(RegraftError, match="is not a folder here and could not be had"):
+    with pytest.raises(RegraftError, match="is not a folder here and could not be downloaded"):
         patch_file(Path(NAME))
     assert patch_file(Path("no/such.safetensors")) == Path("no/such.safetensors")

@@ -356,7 +356,7 @@ def test_flags_are_named_as_flags() -> None:
 def test_variant_gives_its_selection_alone() -> None:
     one = a_variant(name="x", checkpoint=False, q=0.3)
     assert own_settings(one) == method(q=0.3)
-    assert type(own_settings(one)) is METHODS.get("hsr").Settings
+    assert type(own_settings(one)) is METHODS.get("hsr").settings_type
 
 
 @pytest.mark.parametrize("field", ["sparsity", "scope", "n_m", "order"])
@@ -390,7 +390,7 @@ def test_every_setting_is_explained() -> None:
     text = explained_recipe()
     blocks = (
         *map(PRUNING.block, all_settings()),
-        *(METHODS.get(name).Settings for name in METHODS.names()),
+        *(METHODS.get(name).settings_type for name in METHODS.names()),
         VariantSettings,
         NamedDefenceSettings,
         HeadSettings,

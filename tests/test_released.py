@@ -26,7 +26,7 @@ from regraft.models.load import open_source
 from regraft.patch.format import load_patch
 from regraft.pruning.base import prune_settings
 from regraft.pruning.statistics import load_statistics
-from regraft.restoration.methods.hsr import Band
+from regraft.restoration.importance import Band
 from regraft.restoration.methods.hsr_released import (
     P_MAX,
     released_block,

@@ -76,7 +76,7 @@ def test_replay_equals_the_full_forward(family, kind, pico_dir, tmp_path):
 
 
 def test_layer_by_layer_with_what_replay_itself_returned(family, pico_dir, tmp_path):
-    """As the pruner walks: also over layers that the family skips for this batch."""
+    """As the pruner goes: also over layers that the family skips for this batch."""
     _, model, processor, architecture = truth.opened(pico_dir(family))
     for kind in ("left", "text"):
         batch = truth.make_batch(kind, family, processor, tmp_path / kind)
@@ -105,7 +105,7 @@ def test_copies_do_not_mix(family, kind, pico_dir, tmp_path):
     for layer in architecture.layers:
         start, hidden = layer.index, inputs.entering[layer.index]
         variants = [hidden * scale for scale in (1.0, 0.5, -1.0)]
-        together = replay(model, text, start=start, hidden=torch.cat(variants), copies=3)
+        together = replay(model, text, start=start, hidden=torch.cat(variants))
         for found, variant in zip(together.chunk(3), variants, strict=True):
             alone = replay(model, text, start=start, hidden=variant)
             assert_same(found, alone, real, f"from layer {start}")

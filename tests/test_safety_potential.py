@@ -19,7 +19,7 @@ from regraft.disk.files import read_json
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
 from regraft.pruning.base import prune_settings
-from regraft.pruning.inputs import Statistics
+from regraft.pruning.inputs import Sums
 from regraft.pruning.masks import Pattern
 from regraft.pruning.prune import zeros
 from regraft.pruning.pruners.safety_potential import (
@@ -103,7 +103,7 @@ def test_it_prunes_other_weights_than_wanda(pico_dir, tmp_path):
 
 def fed(linear, prompted, plain):
     """What is added by the prompt, from inputs `[tokens, in]` with and without it."""
-    found = Statistics()
+    found = Sums()
     for inputs, with_prompt in ((plain, False), (prompted, True)):
         batch = PotentialBatch({}, None, (), prompted=with_prompt)
         found.add(linear, PLUGIN.add(torch.tensor(inputs), batch), len(inputs))

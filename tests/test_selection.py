@@ -22,18 +22,16 @@ from regraft.progress import Silent
 from regraft.pruning.pruners.wanda import PLUGIN as WANDA
 from regraft.pruning.statistics import SavedStatistics
 from regraft.restoration.base import Context
-from regraft.restoration.methods import hsr
-from regraft.restoration.methods.hsr import (
+from regraft.restoration.draws import random_scores, ties_drawn
+from regraft.restoration.importance import (
     Band,
     by_importance,
     hsr_scores,
     kept_share,
     rank_share,
-    ties_drawn,
     top,
 )
 from regraft.restoration.methods.hsr_a import everything
-from regraft.restoration.methods.random import random_scores
 from regraft.restoration.ranking import Best, patch_of
 from regraft.restoration.selection import all_heads, blocks_of, inside, random_heads, regions_of
 from regraft.settings.compute import ComputeSettings
@@ -140,7 +138,7 @@ def test_selection_equals_set_algebra(chunk, case):
     blocks = blocks_of(LAYER, linear, case["heads"])
     band = Band(float(case["q"]), float(case["p"]), float(case["p_max"]), case["scope"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hsr, "_CHUNK", chunk)
+        patch.setattr("regraft.restoration.importance._CHUNK", chunk)
         free = restorable(dense, pruned)
         scorers = by_wanda(dense, safety), by_wanda(dense, utility)
         found = as_pairs(select_hsr(free, *scorers, blocks, band), shape)
@@ -197,7 +195,7 @@ def test_scores_are_selections_for_every_q(chunk, case):
     if scope == "head" and blocks:
         size = inside(linear.shape, blocks[:1], dense.device).count_nonzero()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hsr, "_CHUNK", chunk)
+        patch.setattr("regraft.restoration.importance._CHUNK", chunk)
         scores = hsr_scores(*given, Band(1, *edge))
         assert scores.shape == dense.shape and scores.dtype == torch.float32
         order = scores.flatten().argsort(descending=True, stable=True)
@@ -316,22 +314,7 @@ def test_half_precision_weights_rank_as_their_float32_values(dtype):
     assert torch.equal(dense, before)
 
 
-# Bands, blocks and heads
-
-
-@pytest.mark.parametrize(
-    ("q", "p", "p_max", "message"),
-    [
-        (0, 0.5, 0.7, "q is 0; it must be above 0 and at most 1"),
-        (1.1, 0.5, 0.7, "q is 1.1; it must be above 0"),
-        (0.5, 0.7, 0.7, "p is 0.7 and p_max 0.7; 0 <= p < p_max <= 1 is needed"),
-        (0.5, -0.1, 0.7, "p is -0.1 and p_max 0.7"),
-        (0.5, 0.5, 1.2, "p is 0.5 and p_max 1.2"),
-    ],
-)
-def test_impossible_band_is_refused(q, p, p_max, message):
-    with pytest.raises(RegraftError, match=message):
-        Band(q, p, p_max)
+# Blocks and heads
 
 
 def test_heads_of_one_group_share_a_block():
@@ -442,7 +425,7 @@ import resource, sys
 import torch
 from regraft.pruning.pruners.wanda import PLUGIN as WANDA
 from regraft.models.architecture import Block
-from regraft.restoration.methods.hsr import Band, hsr_scores
+from regraft.restoration.importance import Band, hsr_scores
 
 def peak():
     """Bytes. Linux hands ru_maxrss of a large parent down to its child; VmHWM starts anew."""

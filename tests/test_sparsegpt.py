@@ -8,7 +8,7 @@ import torch
 
 from regraft.errors import RegraftError
 from regraft.models.architecture import LinearArchitecture
-from regraft.pruning.inputs import Statistics
+from regraft.pruning.inputs import Sums
 from regraft.pruning.masks import Pattern, Scope
 from regraft.pruning.pruners.sparsegpt import PLUGIN as SPARSEGPT
 from regraft.pruning.pruners.sparsegpt import (
@@ -112,7 +112,7 @@ def test_linears_of_one_input_need_not_be_neighbours() -> None:
     _, x = problem(5)
     _, y = problem(6)
     linears = [LinearArchitecture(0, name, "", "", (4, 48)) for name in ("w1", "w2", "w3")]
-    sums = Statistics()
+    sums = Sums()
     for linear, inputs in zip(linears, (x, y), strict=False):
         sums.add(linear, SPARSEGPT.accumulate(torch.tensor(inputs)), len(inputs))
     sums.source[linears[2].key] = linears[0].key

@@ -206,7 +206,7 @@ def test_statistics_are_sums_over_response_tokens(family, pico_dir, tmp_path):
     with truth.unchanged(model):
         cut = [response_batch(processor, rows) for rows in batches(examples, 3)]
         found = gather(
-            truth.walk(model, cut),
+            truth.layerwise(model, cut),
             architecture,
             PRUNERS.get("wanda"),
             tmp_path / "work",
@@ -226,8 +226,8 @@ def test_layers_that_do_not_run_have_no_statistics(pico_dir, tmp_path):
     _, model, processor, architecture = opened
     examples = truth.examples("mllama", tmp_path, 2, images=False)
     batch = response_batch(processor, examples)
-    walk = truth.walk(model, [batch])
-    found = gather(walk, architecture, PRUNERS.get("wanda"), tmp_path / "work", lambda _: None)
+    layerwise = truth.layerwise(model, [batch])
+    found = gather(layerwise, architecture, PRUNERS.get("wanda"), tmp_path / "work", lambda _: None)
     assert {key.split(".")[1] for key in found} == {"0", "2", "4"}
     missing = architecture.layers[1].linear("q_proj")
     with pytest.raises(RegraftError, match=r"no wanda statistics for layers.1.cross_attn.q_proj"):

@@ -72,7 +72,7 @@ def test_last_token_equals_the_full_forward(family, kind, pico_dir, tmp_path):
             assert found.shape == last.shape
             close(found, last, f"from layer {start}")
             variants = torch.cat([hidden, hidden.flip(-1)])
-            found = run(start=start, hidden=variants, copies=2)
+            found = run(start=start, hidden=variants)
             other = whole(start=start, hidden=hidden.flip(-1))[:, -1:]
             assert (other - last).abs().max() > 0.1
             close(found, torch.cat([last, other]), f"two copies from layer {start}")

@@ -265,7 +265,9 @@ def resident(network: nn.Module) -> PlacedModel:
     return PlacedModel(network, parameter.device, parameter.dtype)
 
 
-def walk(model: nn.Module, batches: Sequence[Batch], *, streamed: bool = False) -> LayerwisePass:
+def layerwise(
+    model: nn.Module, batches: Sequence[Batch], *, streamed: bool = False
+) -> LayerwisePass:
     """The batches before the first layer of a model on the CPU."""
     return LayerwisePass(replace(resident(model), streamed=streamed), batches)
 
@@ -288,7 +290,7 @@ def prune(
     prune_layers(
         settings or prune_settings(),
         opened.source,
-        walk(model, batches, streamed=streamed),
+        layerwise(model, batches, streamed=streamed),
         pattern,
         results,
         **kwargs,

@@ -70,7 +70,7 @@ def prune(
     Raises:
         RegraftError: bad input.
     """
-    blocks = PRUNERS.get(method).Settings, CalibrationSettings, ComputeSettings
+    blocks = PRUNERS.get(method).settings_type, CalibrationSettings, ComputeSettings
     own, data, compute = _settings({"method": method, **settings}, *blocks)
     return stages.prune(_opened(model, compute), Path(out), own, data, compute, progress)
 
@@ -121,7 +121,7 @@ def realign(
     Raises:
         RegraftError: bad input.
     """
-    blocks = METHODS.get(method).Settings, HeadSettings, CalibrationSettings, ComputeSettings
+    blocks = METHODS.get(method).settings_type, HeadSettings, CalibrationSettings, ComputeSettings
     own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
     before, after = _opened(dense, compute), _opened(pruned, compute)
     choice = None

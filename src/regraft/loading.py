@@ -48,7 +48,7 @@ def load(
     return model, processor
 
 
-def load_for_walk(
+def load_layerwise(
     source: Source,
     compute: ComputeSettings,
     progress: Progress,
@@ -80,11 +80,11 @@ def patch_in_memory(model: Source, patch_file: Path | None) -> tuple[Patch | Non
     return patch, inputs | {"patch": file_digest(patch_file)}
 
 
-def hidden_state_bytes(source: Source, walk: LayerwisePass) -> int:
+def hidden_state_bytes(source: Source, layerwise: LayerwisePass) -> int:
     """What the inputs of all layers take on disk, of this process's batches: SNIP keeps them."""
     architecture = source.architecture
-    size = len(architecture.layers) * architecture.hidden_size * walk.model.dtype.itemsize
-    return walk.tokens * size
+    size = len(architecture.layers) * architecture.hidden_size * layerwise.model.dtype.itemsize
+    return layerwise.tokens * size
 
 
 def collate(

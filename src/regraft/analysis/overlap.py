@@ -14,7 +14,7 @@ from regraft.models.load import Source
 from regraft.progress import Progress
 from regraft.pruning.statistics import SavedStatistics, load_statistics
 from regraft.report.drawing import LOOKS, to_svg
-from regraft.restoration.methods.hsr import RankingScope, top
+from regraft.restoration.importance import RankingScope, top
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def _variants(recipe: Recipe, setting: str, values: dict[str, float]) -> dict[st
     if not recipe.realign:
         raise RegraftError(f"The recipe realigns nothing, so there is no {setting} to vary.")
     first, field = recipe.realign[0], setting.replace("-", "_")
-    if field not in method_of(first).Settings.model_fields or field == "method":
+    if field not in method_of(first).settings_type.model_fields or field == "method":
         raise RegraftError(
             f"{setting} is no setting of {first.name!r}, the recipe's first variant, by "
             f"{first.method}. Put another variant first, or sweep another setting."

@@ -64,7 +64,7 @@ def prune(
 
     with watching() as progress:
         given = flags.model_dump(exclude_unset=True)
-        settings = by_method(given, lambda name: PRUNERS.get(name).Settings, default="wanda")
+        settings = by_method(given, lambda name: PRUNERS.get(name).settings_type, default="wanda")
         refuse_unread(settings)
         check_data(settings.method, calibration, reads=bool(settings.kinds))
         source = open_model(model, compute.trust_remote_code)

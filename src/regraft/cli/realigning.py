@@ -58,12 +58,14 @@ def for_method(
         without: Other parameters of `run` that mean nothing here.
     """
     method = METHODS.get(name)
-    needs = method.needs(method.Settings(method=name))
+    needs = method.needs(method.settings_type(method=name))
     unread = {"name", *without}
     unread |= set() if needs.heads else {"scoring", "heads_file"}
     unread |= set() if needs.statistics else {"statistics_file"}
     hidden = Annotated[Literal[name], Parameter(show=False, parse=False)]  # type: ignore[valid-type]
-    own = _create_model(method.Settings.__name__, __base__=method.Settings, method=(hidden, name))
+    own = _create_model(
+        method.settings_type.__name__, __base__=method.settings_type, method=(hidden, name)
+    )
     # Responses are read by statistics alone: other methods have the dense model answer.
     prompts = CalibrationSettings if needs.statistics else PromptSettings
     special: dict[str, dict[str, Any]] = {
@@ -80,7 +82,7 @@ def for_method(
         # Of the method's own class again, which worker processes can import.
         flags = given.get("settings")
         chosen = {} if flags is None else flags.model_dump(exclude_unset=True)
-        settings = method.Settings(**{**chosen, "method": name})
+        settings = method.settings_type(**{**chosen, "method": name})
         run(name, *args, **{**given, "settings": settings})
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -200,7 +202,7 @@ app = App(
 )
 for _name in METHODS.names():
     try:
-        _settings = METHODS.get(_name).Settings
+        _settings = METHODS.get(_name).settings_type
         _unread = () if issubclass(_settings, Budgeted) else ("search", "choice", "max_new_tokens")
         _text = (_settings.__doc__ or "").strip()
         app.command(for_method(realign, _name, _text, _unread), name=_name)

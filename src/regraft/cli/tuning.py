@@ -80,6 +80,6 @@ def tune(
 app = App(name="tune", help=ABOUT, default_parameter=Parameter(negative=()))
 for _name in METHODS.working():
     if METHODS.get(_name).tunes:
-        _text = f"Tune {_name}: {(METHODS.get(_name).Settings.__doc__ or '').strip()}"
+        _text = f"Tune {_name}: {(METHODS.get(_name).settings_type.__doc__ or '').strip()}"
         with suppress(Exception):  # a package's method; `realign` says what is wrong with it
             app.command(for_method(tune, _name, _text), name=_name)

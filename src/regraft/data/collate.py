@@ -38,11 +38,7 @@ class Batch:
 
     @property
     def response(self) -> Tensor:
-        """True at response tokens, [B, S] bool.
-
-        Raises:
-            ValueError: a batch of prompts has no responses.
-        """
+        """True at response tokens, [B, S] bool."""
         if self.labels is None:
             raise ValueError("a batch of prompts has no response tokens")
         return self.labels != IGNORED
@@ -64,11 +60,7 @@ def batches(examples: Sequence[T], size: int) -> Iterator[tuple[T, ...]]:
 
 
 def decoded(examples: Sequence[Example]) -> dict[Path, Image.Image]:
-    """The images of the examples, by their paths.
-
-    Raises:
-        RegraftError: an image cannot be read.
-    """
+    """The images of the examples, by their paths."""
     return {one.image: open_image(one.image) for one in examples if one.image is not None}
 
 
@@ -79,9 +71,6 @@ def prompt_batch(
 
     `processor` is a transformers processor, or a tokenizer for text-only models. `images` are those
     of `decoded`, where they were decoded before.
-
-    Raises:
-        RegraftError: see `response_batch`.
     """
     prompts = [_prompt(processor, example, images) for example in examples]
     inputs = _encode(processor, examples, prompts, prompt=True)

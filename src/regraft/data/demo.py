@@ -17,11 +17,7 @@ CAVEAT = (
 
 
 def demo_model() -> Path:
-    """Folder of the bundled checkpoint, reader-llava-12m.
-
-    Raises:
-        RegraftError: it is missing.
-    """
+    """Folder of the bundled checkpoint, reader-llava-12m."""
     return bundled("reader-llava-12m")
 
 
@@ -31,11 +27,7 @@ def is_demo(model: str | Path) -> bool:
 
 
 def bundled(name: str) -> Path:
-    """Folder of that name which comes with regraft.
-
-    Raises:
-        RegraftError: it is missing.
-    """
+    """Folder of that name which comes with regraft."""
     path = Path(str(files("regraft"))) / "demo" / name
     if not path.is_dir():
         raise RegraftError(f"{path} is missing from this installation. Install regraft again.")

@@ -10,20 +10,26 @@ from pathlib import Path
 
 from regraft.errors import RegraftError
 
+KINDS = {"safety": "harmful", "utility": "harmless"}
+"""The two sets of calibration prompts, D^s and D^u, as artifacts call them -> what is in them."""
+
 
 @dataclass(frozen=True)
 class Example:
     """One prompt, with the answer it should get.
 
-    `response` is the reference: a refusal for a harmful prompt, a normal answer for a harmless
-    one; None where the data set gives none. `references` are all right answers where there are
-    several, `choices` the options of a multiple-choice question, whose `response` is then a letter;
-    examples of one `group` ask the same in other ways, and count as right together. `category` is
-    the harm category of a harmful prompt or the topic of a harmless one. `suite` is the suite that
-    it was read from, "" outside of one. `request` is what is really asked, where the instruction
-    leaves that to the image, and only for people and judges: no model is shown it. `content` is the
-    part of `response` that differs from prompt to prompt, where the rest is a fixed frame: answers
-    are compared with the response in this part alone, "" for the whole response.
+    Attributes:
+        category: The harm category of a harmful prompt or the topic of a harmless one.
+        response: A refusal for a harmful prompt, a normal answer for a harmless one; None where the
+            data set gives none.
+        suite: What it was read from; "" outside of a suite.
+        references: All right answers, where there are several.
+        choices: The options of a multiple-choice question, whose `response` is then a letter.
+        group: Examples of one ask the same in other ways, and count as right together.
+        request: What is really asked, where the instruction leaves that to the image; only for
+            people and judges, no model is shown it.
+        content: The part of `response` that answers are compared in, where the rest is a fixed
+            frame; "" for all of it.
     """
 
     id: str
@@ -124,16 +130,11 @@ def in_drawn_order(
 def hold_out(
     examples: Sequence[Example], share: float, seed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Split examples into (the rest, those held out), both in their order and neither empty.
+    """Split at least two examples into (the rest, those held out), in their order, neither empty.
 
     Whole categories are held out, the smallest first and of like ones the last by name, as long as
     they are together at most half as many again as wanted: what is learned from some sources is
-    then judged on others. What is wanting is drawn from the rest.
-
-    Args:
-        examples: At least two.
-        share: Of the examples that are to be held out, above 0 and at most a half.
-        seed: Of the draw.
+    then judged on others. What then lacks of `share`, at most a half, is drawn from the rest.
     """
     wanted = min(max(1, round(share * len(examples))), len(examples) - 1)
     sizes = Counter(one.category or "" for one in examples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -89,23 +90,16 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def length_class(example: Example) -> tuple[int, int]:
-    """A sort key that brings prompts of like length together, so that little is padded."""
-    return size_class(example), len(example.instruction)
+    """A sort key that brings prompts of like length together, so that little is padded.
 
-
-def size_class(example: Example) -> int:
-    """A number that is the same for images of like area and grows with it, 0 without an image.
-
-    Many families make tokens of an image by its area. Areas of a class differ by 1.4 at most, by
-    the file's header; an image that cannot be read is in class 0.
+    First goes the image's area, of which many families make its tokens: areas of a class, by the
+    file's header, differ by 1.4 at most.
     """
-    if example.image is None:
-        return 0
-    try:
-        with Image.open(example.image) as image:
-            return round(2 * math.log2(image.width * image.height + 1))
-    except Exception:  # see `open_image`, which says what is wrong
-        return 0
+    size = 0
+    if example.image is not None:
+        with suppress(Exception), Image.open(example.image) as image:  # `open_image` tells of those
+            size = round(2 * math.log2(image.width * image.height + 1))
+    return size, len(example.instruction)
 
 
 def _problem(example: Example) -> str | None:

@@ -40,7 +40,6 @@ _SHOWN = 6
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether a path names a table in Parquet."""
     return path.suffix.lower() == SUFFIX
 
 
@@ -95,11 +94,7 @@ def _size(value: Any) -> int:
 
 
 def shards(path: Path, what: str) -> list[Path]:
-    """All files of the table that a file belongs to, in order.
-
-    Raises:
-        RegraftError: one is missing, or no ordinary file.
-    """
+    """All files of the table that a file belongs to, in order."""
     require_file(path, what)
     match = _SHARD.fullmatch(path.name)
     if match is None:
@@ -182,11 +177,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _values(file: Path, name: str, column: Any) -> list[Any]:
-    """The values of a column, as text where Python has none like them: nanoseconds, lost zones.
-
-    Raises:
-        RegraftError: they are neither; it names the column.
-    """
+    """The values of a column, as text where Python has none like them: nanoseconds, lost zones."""
     import pyarrow as pa
 
     _require_small(file, name, column)

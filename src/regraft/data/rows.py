@@ -30,11 +30,6 @@ class Row:
 
     @classmethod
     def of(cls, where: str, value: object, key: str | int = "") -> Row:
-        """Wrap `value`.
-
-        Raises:
-            RegraftError: `value` is not an object.
-        """
         if not isinstance(value, dict):
             raise RegraftError(f"{where}: expected an object with fields, found {shown(value)}.")
         return cls(where, value, str(key))
@@ -113,14 +108,9 @@ class Row:
 def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
     """Read a table with a header line, CSV or with `tabs` TSV; or one in Parquet, as text.
 
-    Args:
-        path: The file.
-        what: What it should be, for the error where it is missing.
-        tabs: Whether tabs part the columns.
-
     Raises:
-        RegraftError: the file is missing, is not such a table, or a row has not as many cells as
-            the header.
+        RegraftError: the file is missing (`what` says what it should be), is not such a table, or
+            a row has not as many cells as the header.
     """
     if is_parquet(path):
         return table_rows(path, what, as_text=True)
@@ -146,21 +136,13 @@ def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
 
 
 def table_rows(path: Path, what: str, *, as_text: bool = False) -> list[Row]:
-    """Read a table in Parquet, all shards of it, see `regraft.data.parquet.records`.
-
-    Raises:
-        RegraftError: a file or pyarrow is missing, or it is no whole Parquet file.
-    """
+    """Read a table in Parquet, all shards of it, see `regraft.data.parquet.records`."""
     found = enumerate(records(path, what, as_text=as_text), start=1)
     return [Row(where, values, str(number)) for number, (where, values) in found]
 
 
 def require_end(path: Path, what: str) -> None:
-    """Check that a file of text ends in a line break, as that which is published does.
-
-    Raises:
-        RegraftError: it does not.
-    """
+    """Check that a file of text ends in a line break, as that which is published does."""
     if is_parquet(path):  # which ends in a mark of its own
         return
     size = require_file(path)
@@ -175,27 +157,18 @@ def require_end(path: Path, what: str) -> None:
 
 
 def json_file(path: Path, what: str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        RegraftError: it is missing (`what` says what it should be) or is not valid JSON.
-    """
     return json_value(read_text(path, what), str(path))
 
 
 def json_rows(path: Path, what: str, unit: str, *, inside: str = "") -> list[Row]:
     """Read the objects of a JSON file, in a list or by their names, as in {"1": {...}}.
 
-    Or the rows of a table in Parquet.
-
-    Args:
-        path: The file.
-        what: What it should be, for the error where it is missing.
-        unit: What one of the objects is, for errors.
-        inside: The field with the list, where the file holds an object with one.
+    Or the rows of a table in Parquet. `unit` is what messages call an object, `inside` the field
+    with the list, where the file holds an object with one.
 
     Raises:
-        RegraftError: the file is missing, is not JSON, or holds something else.
+        RegraftError: the file is missing (`what` says what it should be), is not JSON, or holds
+            something else.
     """
     if is_parquet(path):
         return table_rows(path, what)
@@ -213,11 +186,7 @@ def json_rows(path: Path, what: str, unit: str, *, inside: str = "") -> list[Row
 
 
 def text_lines(path: Path, what: str) -> list[str]:
-    """Read a file of text by its lines, which end in a line break and nothing else.
-
-    Raises:
-        RegraftError: it is missing (`what` says what it should be) or not UTF-8.
-    """
+    """Read a file of text by its lines, which end in a line break and nothing else."""
     return io.StringIO(read_text(path, what), newline=None).read().split("\n")
 
 

@@ -126,9 +126,6 @@ def of_split(source: DataSource, split: Split) -> DataSource:
     """The source, or of a folder (zip file, hub id) with a file a split that file.
 
     Learn and choose from "train", evaluate on "test". A file that is named itself stays.
-
-    Raises:
-        RegraftError: the file is not there.
     """
     split_file = DATASETS.get(source.name).split_file
     if split_file is None or source.path is None or source.path.suffix == ".json":

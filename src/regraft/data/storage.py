@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from regraft.disk.files import (
     atomic_file,
@@ -35,18 +36,17 @@ _ADDRESS = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(
 
 
 def is_on_hub(path: Path) -> bool:
-    """Whether a path is the address of a data set on the hub."""
     return path.as_posix().startswith(PREFIX)
 
 
 def located(path: Path) -> Path:
     """A path as it is, or for "hf:ORG/NAME[@REVISION][/PATH]" where the download lies.
 
-    All of the data set is had, since images lie beside files that name them, but for a table or a
-    list of prompts, which is a file by itself.
+    All of the data set is downloaded, since images lie beside files that name them; of a table or a
+    list of prompts that file alone.
 
     Raises:
-        RegraftError: the address is malformed, or the data set cannot be had.
+        RegraftError: the address is malformed, or the data set cannot be downloaded.
     """
     if not is_on_hub(path):
         return path.expanduser()
@@ -57,14 +57,35 @@ def located(path: Path) -> Path:
             f"{text!r} names no data set on the hub; expected hf:ORG/NAME, with a revision "
             "(@REVISION) and a path in it where wanted."
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-
-    name, inner = match["name"], match["inner"] or ""
+    inner = match["inner"] or ""
     wanted = [_SHARDS.sub(r"-*\1", inner)] if inner.lower().endswith(_ALONE) else None
+    return from_hub(match["name"], match["revision"], wanted, repo_type="dataset") / inner
+
+
+def from_hub(
+    name: str,
+    revision: str | None,
+    wanted: list[str] | None,
+    unwanted: list[str] | None = None,
+    *,
+    repo_type: Literal["model", "dataset"] = "model",
+) -> Path:
+    """The folder of the files that match `wanted`, of a repository ORG/NAME of the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+
     try:
         folder = snapshot_download(
-            name, repo_type="dataset", revision=match["revision"], allow_patterns=wanted
+            name,
+            repo_type=repo_type,
+            revision=revision,
+            allow_patterns=wanted,
+            ignore_patterns=unwanted,
         )
     except GatedRepoError as error:
         raise RegraftError(
@@ -72,14 +93,16 @@ def located(path: Path) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise RegraftError(
-            f"There is no data set {name} on the hub, or it is private: `hf auth login`."
+            f"There is neither a folder nor a {repo_type} {name} on the hub, or it is private: "
+            "`hf auth login`."
         ) from error
-    except (HfHubHTTPError, OSError) as error:  # LocalEntryNotFoundError is an OSError
+    except (HFValidationError, HfHubHTTPError, OSError) as error:  # a missing local entry, too
+        reason = str(error).splitlines()[0].removeprefix("Got: ")
         raise RegraftError(
-            f"{text} could not be had from the hub: {str(error).splitlines()[0]} Without a network "
-            "give the path of a copy on disk."
+            f"{name} is not a folder here and could not be downloaded from the hub: {reason} "
+            "Without a network give the path of a copy on disk."
         ) from error
-    return Path(folder, inner)
+    return Path(folder)
 
 
 def unpacked(archive: Path) -> Path:
@@ -193,11 +216,7 @@ def image_cache() -> Path:
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Write into a folder of the cache, which is made, while other processes wait.
-
-    Raises:
-        RegraftError: it cannot be written to.
-    """
+    """Write into a folder of the cache, which is made, while other processes wait."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = folder / ".lock"

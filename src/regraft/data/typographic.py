@@ -122,19 +122,18 @@ def write_typographic(
             or `out` is not empty.
     """
     face = find_font(font)
-    for example in reading.examples:
-        if example.image is not None:
-            raise RegraftError(
-                f"{reading.source}: example {example.id!r} has an image already; only prompts that "
-                "are text can be drawn."
-            )
+    if pictured := [example.id for example in reading.examples if example.image is not None]:
+        raise RegraftError(
+            f"{reading.source}: example {pictured[0]!r} has an image already; only prompts that "
+            "are text can be drawn."
+        )
     if not distributed.first():
         return distributed.gathered(Drawn((), ()))[0]
+    images, left_out, unwritten, lines = [], [], [], []
     with (
         atomic_folder(out) as folder,
         progress.task("Drawing prompts", len(reading.examples), "images") as done,
     ):
-        images, left_out, unwritten, lines = [], [], [], []
         (folder / "images").mkdir()
         for example in reading.examples:
             done(1)

@@ -51,11 +51,7 @@ class HeadScores:
     released: Tensor | None = None
 
     def of(self, criterion: Criterion) -> Tensor:
-        """The scores by one criterion, `[layers, heads]`.
-
-        Raises:
-            RegraftError: these scores lack it.
-        """
+        """The scores by one criterion, `[layers, heads]`."""
         if criterion != "released":
             return self.ships if criterion == "ships" else self.kl
         if self.released is None:
@@ -117,10 +113,7 @@ class HeadScores:
 def recall(estimate: Tensor, exact: Tensor, k: int) -> float:
     """Share of the `k` best heads by `exact` that are among the `k` best by `estimate`.
 
-    Args:
-        estimate: `[layers, heads]`, NaN where there is no score.
-        exact: The same heads' exact scores.
-        k: How many heads.
+    Both are `[layers, heads]`, NaN where there is no score.
     """
     best = set(_ranked(exact)[:k])
     return len(best & set(_ranked(estimate)[:k])) / len(best)
@@ -138,26 +131,25 @@ def score_heads(
 ) -> HeadScores:
     """Ships and KL of every head of the text decoder on D^s prompts.
 
-    Keeps one batch's layer inputs in memory at a time.
+    Keeps one batch's layer inputs in memory at a time; the model is left as it was.
 
     Args:
-        model: The dense model, left as it was.
-        architecture: Its architecture.
         batches: Prompts that end where the answer starts.
         partial: Folder for finished layers, which are not run again after a kill. They serve for
             another `r_max` and other `candidates` too, if nothing else differs.
-        settings: How; the defaults are exact.
         about: Recorded with the scores.
         advance: See `ablate_heads`; twice over all batches where screened.
-
-    Returns:
-        The scores, float64 on CPU.
 
     Raises:
         RegraftError: r_max exceeds the number of samples or features, or states overflow.
     """
     settings = settings or HeadSettings()
-    _check_rank(settings.r_max, sum(len(batch.ids) for batch in batches), architecture.hidden_size)
+    samples, features = sum(len(batch.ids) for batch in batches), architecture.hidden_size
+    if settings.r_max > (limit := most_rank(samples, features)):
+        raise RegraftError(
+            f"r_max is {settings.r_max}, but {samples} samples of {features} features allow "
+            f"1 to {limit}. Lower r_max or use more samples."
+        )
 
     def measured(name: str, heads: Heads, how: HeadSettings) -> _Measured:
         states = ablate_heads(model, architecture, batches, partial / name, how, heads, advance)
@@ -190,7 +182,6 @@ def candidates(estimate: Tensor, count: int) -> dict[int, list[int]]:
 
 
 def save_heads(path: Path, scores: HeadScores) -> None:
-    """Write scores to a safetensors file."""
     names = ("exact", "estimate", "noise", "released")
     optional = {name: getattr(scores, name) for name in names}
     tensors = {"ships": scores.ships, "kl": scores.kl}
@@ -251,12 +242,3 @@ def _ranked(scores: Tensor) -> list[tuple[int, int]]:
     heads = scores.shape[1]
     scored = int((~scores.isnan()).sum())
     return [(int(i) // heads, int(i) % heads) for i in order[:scored]]
-
-
-def _check_rank(r_max: int, samples: int, hidden_size: int) -> None:
-    limit = most_rank(samples, hidden_size)
-    if r_max > limit:
-        raise RegraftError(
-            f"r_max is {r_max}, but {samples} samples of {hidden_size} features allow "
-            f"1 to {limit}. Lower r_max or use more samples."
-        )

@@ -27,13 +27,7 @@ from regraft.models.architecture import Architecture, LayerArchitecture, cross_a
 from regraft.models.key_values import last_token_replay, record
 from regraft.models.load import placed
 from regraft.models.placement import free_bytes
-from regraft.models.replay import (
-    Replay,
-    last_positions,
-    logits_of,
-    replay,
-    text_inputs,
-)
+from regraft.models.replay import Replay, last_positions, logits_of, replay, text_inputs
 from regraft.models.window import most_attended, window_at, window_replay
 from regraft.progress import Advance
 
@@ -93,9 +87,7 @@ def ablate_heads(
 
     Args:
         model: The dense model, left as it was.
-        architecture: Its architecture.
         batches: Prompts that end where the answer starts.
-        folder: For the states.
         how: What is done to a head. "screened" follows the consequences through `window` positions
             of a prompt only, with the keys and values of all others as they were.
         heads: Layer -> its heads to ablate; other layers are not run.

@@ -72,16 +72,13 @@ def replay_ablated(
     """Run from `layer` to the end once for each of `heads` ablated, all in one batch.
 
     Args:
-        model: The model; left as it was.
         run: Which way to run it: `replay` of the whole batch, or one of `key_values` or `window`.
-        layer: The layer whose heads are ablated.
-        hidden: Input of that layer, `[B, S, d]`.
+        hidden: Input of the layer, `[B, S, d]`.
         outputs: From `head_outputs` on the same input.
-        heads: Query heads to ablate, one a copy of the batch.
+        heads: Query heads, one a copy of the batch.
 
     Returns:
-        Final hidden states after the norm, `[len(heads), B, T, d]`, at the positions that `run`
-        returns.
+        Normed final states `[len(heads), B, T, d]`, at the positions that `run` returns.
     """
     _, attention = attention_of(decoder_layers(model)[layer])
     o_proj = attention.o_proj
@@ -99,7 +96,7 @@ def replay_ablated(
 
     known = hidden[:, -outputs.intact.shape[1] :]  # a run may have reached its last position only
     with replaced_forwards({attention: forward}):
-        final = run(start=layer, hidden=tile_rows(known, copies), copies=copies)
+        final = run(start=layer, hidden=tile_rows(known, copies))
     return final.view(copies, -1, *final.shape[1:])
 
 

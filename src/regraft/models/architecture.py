@@ -117,7 +117,6 @@ class Architecture:
 
     @property
     def prunable(self) -> int:
-        """Number of prunable weights."""
         return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
 
     @property
@@ -185,17 +184,10 @@ def head_block(layer: LayerArchitecture, linear: LinearArchitecture, head: int) 
 def check_same_architecture(
     dense: Architecture, pruned: Architecture, names: tuple[str, str]
 ) -> None:
-    """Check that two checkpoints are the same network; names on disk and dtypes may differ.
+    """Raise unless two checkpoints are the same network, with the first difference.
 
-    Every parameter's shape must be the same, of the decoder, the vocabulary and the vision part.
-
-    Args:
-        dense: One architecture.
-        pruned: The other.
-        names: What to call them in the message.
-
-    Raises:
-        RegraftError: the first difference.
+    Every parameter's shape must be the same, of the decoder, the vocabulary and the vision part;
+    names on disk and dtypes may differ. `names` are what messages call the two.
     """
     if difference := _difference(dense, pruned):
         raise RegraftError(
@@ -253,7 +245,6 @@ def _has_layers(module: object) -> bool:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers in order."""
     layers = text_decoder(model).layers
     assert isinstance(layers, nn.ModuleList)
     return list(layers)
@@ -275,7 +266,6 @@ def cross_attention_layers(model: nn.Module) -> list[int]:
 
 
 def has_cross(layer: nn.Module) -> bool:
-    """Whether a decoder layer has cross-attention."""
     return isinstance(getattr(layer, "cross_attn", None), nn.Module)
 
 

@@ -61,16 +61,10 @@ class TensorRecord:
 
     @property
     def bytes(self) -> int:
-        """Size of its data."""
         return self.stop - self.start
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch names it.
-
-        Raises:
-            RegraftError: torch has none for it.
-        """
         if self.dtype not in _DTYPES:
             raise RegraftError(f"Tensor {self.name} has the unsupported dtype {self.dtype}.")
         return _DTYPES[self.dtype]
@@ -85,47 +79,32 @@ class Checkpoint:
     tensors: Mapping[str, TensorRecord]
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor in its own dtype, on CPU.
-
-        Raises:
-            RegraftError: there is no such tensor.
-        """
+        """Read one tensor in its own dtype, on CPU."""
         record = self.record(name)
-        with (self.folder / record.shard).open("rb") as handle:
-            handle.seek(record.start)
-            data = handle.read(record.bytes)
-        return as_tensor(data, record)
+        return self._elements(record, 0, record.bytes // record.torch_dtype.itemsize).view(
+            record.shape
+        )
 
     def matrix(self, name: str, place: Place | None, shape: tuple[int, int]) -> Tensor:
-        """Read the matrix at a place of one tensor, or the tensor, contiguous, in its own dtype.
-
-        Raises:
-            RegraftError: there is no such tensor.
-        """
+        """Read the matrix at a place of one tensor, or the tensor, contiguous, in its own dtype."""
         if place is None:
             return self.read(name)
-        record = self.record(name)
-        size, stop = record.torch_dtype.itemsize, place.stop(shape)
-        with (self.folder / record.shard).open("rb") as handle:
-            handle.seek(record.start + place.first * size)
-            data = handle.read((stop - place.first) * size)
-        part = as_tensor(data, replace(record, shape=(stop - place.first,)))
+        part = self._elements(self.record(name), place.first, place.stop(shape) - place.first)
         return replace(place, first=0).view(part, shape).contiguous()
 
     def sample(self, name: str) -> Tensor:
-        """Read at most 1024 elements from the middle of one tensor, flat, in its own dtype.
-
-        Raises:
-            RegraftError: there is no such tensor.
-        """
+        """Read at most 1024 elements from the middle of one tensor, flat, in its own dtype."""
         record = self.record(name)
-        size = record.torch_dtype.itemsize
-        elements = record.bytes // size
+        elements = record.bytes // record.torch_dtype.itemsize
         count = min(elements, _SAMPLED)
+        return self._elements(record, (elements - count) // 2, count)
+
+    def _elements(self, record: TensorRecord, first: int, count: int) -> Tensor:
+        """Read some elements of a tensor, flat."""
+        size = record.torch_dtype.itemsize
         with (self.folder / record.shard).open("rb") as handle:
-            handle.seek(record.start + (elements - count) // 2 * size)
-            data = handle.read(count * size)
-        return as_tensor(data, replace(record, shape=(count,)))
+            handle.seek(record.start + first * size)
+            return as_tensor(handle.read(count * size), replace(record, shape=(count,)))
 
     def record(self, name: str) -> TensorRecord:
         """Look up a tensor by its name on disk."""
@@ -141,7 +120,6 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """Size of all shards in bytes."""
         return sum((self.folder / shard).stat().st_size for shard in self.shards)
 
     @cached_property
@@ -161,10 +139,8 @@ class Checkpoint:
 
         It covers where each tensor lies, its dtype, shape and first 4 KiB, and the config,
         tokenizer, processor and template files. Two checkpoints of one layout that differ only
-        deeper inside their tensors have the same outline.
-
-        Args:
-            without: Names of tensors whose content, and of files, that do not count.
+        deeper inside their tensors have the same outline. `without` are names of tensors whose
+        content does not count, and of files.
         """
         parts: list[bytes | str | memoryview] = []
         for shard in self.shards:
@@ -270,7 +246,6 @@ def _listed(folder: Path) -> dict[str, str]:
 
 def _read_header(path: Path) -> Iterator[TensorRecord]:
     size = require_file(path)
-    again = _AGAIN
     with path.open("rb") as handle:
         first = handle.read(8)
         if first == _LFS_POINTER[:8] and first + handle.read(15) == _LFS_POINTER:
@@ -278,7 +253,7 @@ def _read_header(path: Path) -> Iterator[TensorRecord]:
         handle.seek(8)
         length = int.from_bytes(first, "little")
         if size < 8 or length > min(size - 8, _MOST_HEADER):
-            raise RegraftError(f"{path} is truncated or not safetensors ({size} bytes). {again}")
+            raise RegraftError(f"{path} is truncated or not safetensors ({size} bytes). {_AGAIN}")
         where = f"{path}: its safetensors header"
         header = json_object(handle.read(length), where)
     header.pop("__metadata__", None)
@@ -289,27 +264,23 @@ def _read_header(path: Path) -> Iterator[TensorRecord]:
         if start != place:
             raise RegraftError(
                 f"{path} is damaged: tensor {name} begins at byte {start} of the data, the one "
-                f"before it ends at {place}. {again}"
+                f"before it ends at {place}. {_AGAIN}"
             )
         place = stop
         if base + stop > size:
             raise RegraftError(
                 f"{path} is truncated: tensor {name} ends at byte {base + stop}, "
-                f"the file at {size}. {again}"
+                f"the file at {size}. {_AGAIN}"
             )
         record = TensorRecord(name, path.name, dtype, shape, base + start, base + stop)
-        _require_size(path, record, again)
+        _require_size(path, record)
         yield record
     if rest := size - base - place:
-        raise RegraftError(f"{path}: {rest} bytes follow the last tensor. {again}")
+        raise RegraftError(f"{path}: {rest} bytes follow the last tensor. {_AGAIN}")
 
 
 def _entry(where: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, start, stop) of a tensor in a header.
-
-    Raises:
-        RegraftError: one is missing or of the wrong type.
-    """
+    """(dtype, shape, start, stop) of a tensor in a header."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(name) for name in ("dtype", "shape", "data_offsets"))
     for field, right in {
@@ -331,14 +302,14 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
 
-def _require_size(path: Path, record: TensorRecord, again: str) -> None:
+def _require_size(path: Path, record: TensorRecord) -> None:
     if record.dtype not in _DTYPES:
         return
     needed = math.prod(record.shape) * record.torch_dtype.itemsize
     if record.bytes != needed:
         raise RegraftError(
             f"{path} is damaged: tensor {record.name} of shape {list(record.shape)} and dtype "
-            f"{record.dtype} takes {needed} bytes, the header gives it {record.bytes}. {again}"
+            f"{record.dtype} takes {needed} bytes, the header gives it {record.bytes}. {_AGAIN}"
         )
 
 

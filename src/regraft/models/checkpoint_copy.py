@@ -46,6 +46,10 @@ def write_edited(
 ) -> Checkpoint:
     """Copy a checkpoint folder to `target`, replacing single tensors, in one atomic step.
 
+    Config, processor, tokenizer and chat template files are copied as they are; a
+    `sparsity_config` in config.json is dropped (zeros are saved densely and serving engines
+    reject it); weights in other formats are left out.
+
     Args:
         source: The checkpoint to copy.
         target: The new folder; must be absent or empty.
@@ -53,10 +57,6 @@ def write_edited(
             replacement, of the same shape and dtype. One tensor is in memory at a time.
         files: Extra text files to write into the folder, name -> content.
         advance: Called with the number of bytes just copied.
-
-    Config, processor, tokenizer and chat template files are copied as they are; a
-    `sparsity_config` in config.json is dropped (zeros are saved densely and serving engines
-    reject it); weights in other formats are left out.
 
     Raises:
         RegraftError: `target` is not empty, the disk is full, or an edit names no tensor.
@@ -74,7 +74,7 @@ def write_edited(
                 if after.shape != before.shape or after.dtype != before.dtype:
                     raise ValueError(f"{record.name}: an edit changed shape or dtype")
                 handle.seek(record.start)
-                handle.write(_as_bytes(after))
+                handle.write(after.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     return write_copy(source, target, edit_shard, files=files, advance=advance, one_by_one=True)
 
@@ -88,15 +88,10 @@ def write_copy(
     advance: Advance = lambda _: None,
     one_by_one: bool = False,
 ) -> Checkpoint:
-    """Copy a checkpoint folder to `target` as `write_edited` does, with any edit of its shards.
+    """Copy a checkpoint folder as `write_edited` does, with any edit of its shards.
 
-    Args:
-        source: The checkpoint to copy.
-        target: The new folder; must be absent or empty.
-        edit_shard: Called with the path of each shard's copy, in several threads.
-        files: Extra text files to write into the folder, name -> content.
-        advance: Called with the number of bytes just copied.
-        one_by_one: Copy and edit one shard after the other.
+    `edit_shard` is called with the path of each shard's copy, in several threads unless shards are
+    copied `one_by_one`.
 
     Raises:
         RegraftError: `target` is not empty, the disk is full, or the source changed meanwhile.
@@ -143,13 +138,7 @@ def check_target(source: Checkpoint, target: Path) -> None:
 
 
 def copy_file(source: Path, target: Path, advance: Advance) -> None:
-    """Copy a file's content inside the kernel where it can, sharing blocks where the disk can.
-
-    Args:
-        source: The file.
-        target: The new file.
-        advance: Called with the number of bytes just copied.
-    """
+    """Copy a file's content inside the kernel where it can, sharing blocks where the disk can."""
     with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
         while count := _copy_in_kernel(reader, writer):
             advance(count)
@@ -177,10 +166,6 @@ def _one_at_a_time(advance: Advance, stop: Event) -> Advance:
             advance(count)
 
     return locked
-
-
-def _as_bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _copy_side_files(source: Path, target: Path, shards: set[str]) -> None:

@@ -82,7 +82,6 @@ def _is_prunable(name: str, module: nn.Module) -> bool:
 
 
 def _describe_layers(model: nn.Module, on_disk: OnDisk) -> tuple[LayerArchitecture, ...]:
-    """All decoder layers."""
     names = {id(module): name for name, module in model.named_modules()}
     described, layers = [], decoder_layers(model)
     sharing = any(

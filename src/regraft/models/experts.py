@@ -44,7 +44,7 @@ def transposed(experts: nn.Module) -> bool | None:
     """Whether weights of all experts are `[E, in, out]`; None for a module that is no such one."""
     if not any(hasattr(experts, name) for name in FIRST) or not hasattr(experts, LAST):
         return None
-    if type(experts).__name__ == "Llama4TextExperts":
+    if _is_llama4(experts):
         return True
     known = hasattr(experts, "_apply_gate") and hasattr(experts, "is_transposed")
     return bool(experts.is_transposed) if known else None
@@ -64,11 +64,8 @@ def opened(
 ) -> Iterator[Mapping[LinearArchitecture, nn.Module]]:
     """Run experts one by one in the block.
 
-    Args:
-        linears: Weights, and the modules that own them.
-
-    Yields:
-        The same weights, and for those of experts the module that multiplies by it alone.
+    `linears` come with the modules that own them, and are yielded with the module that multiplies
+    by each alone, which for those of experts is a new one.
     """
     found: dict[LinearArchitecture, nn.Module] = {
         linear: module for linear, module in linears.items() if linear.expert is None
@@ -78,19 +75,14 @@ def opened(
         own = [li for li, module in linears.items() if module is experts]
         alone = {li: ExpertLinear(li.weight(experts)) for li in own}
         found |= alone
-        forwards[experts] = _one_by_one(experts, alone)
+        run = _Experts(experts, alone)
+        forwards[experts] = run.scaled_before if _is_llama4(experts) else run.routed
     with replaced_forwards(forwards):
         yield found
 
 
-def _one_by_one(
-    experts: nn.Module, alone: Mapping[LinearArchitecture, ExpertLinear]
-) -> Callable[..., Tensor]:
-    """The forward of experts whose matrices are these modules, for all that are among them."""
-    run = _Experts(experts, alone)
-    if type(experts).__name__ == "Llama4TextExperts":
-        return run.scaled_before
-    return run.routed
+def _is_llama4(experts: nn.Module) -> bool:
+    return type(experts).__name__ == "Llama4TextExperts"
 
 
 class _Experts:

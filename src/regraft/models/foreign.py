@@ -100,15 +100,10 @@ def is_panic(error: BaseException) -> bool:
 
 @contextmanager
 def foreign(folder: Path, what: str, advice: str) -> Iterator[None]:
-    """Turn whatever others raise while they read a model's folder into a clear error.
-
-    Args:
-        folder: The model.
-        what: What is made of it, for the message.
-        advice: What to do.
+    """Turn whatever others raise while they make `what` of a model's folder into a clear error.
 
     Raises:
-        RegraftError: in place of any error, but for too little memory.
+        RegraftError: with the advice, in place of any error but for too little memory.
     """
     try:
         yield
@@ -123,11 +118,7 @@ def foreign(folder: Path, what: str, advice: str) -> Iterator[None]:
 
 @contextmanager
 def of_processor(folder: Path) -> Iterator[None]:
-    """`foreign`, for tokenizer and processor: their files are named, the broken one if it is found.
-
-    Raises:
-        RegraftError: see `foreign`.
-    """
+    """`foreign`, for tokenizer and processor: the message names their files."""
     there = [name for name in (*_TEXT, *_SETTINGS[2:]) if (folder / name).is_file()]
     advice = (
         f"It is made of {', '.join(there)}. If one is damaged or missing, copy tokenizer and "
@@ -168,18 +159,15 @@ def _templates(processor: Any) -> list[str]:
 
 
 def check_template(folder: Path, processor: Any) -> None:
-    """Render a chat of one word, and wait for it no longer than anybody would.
+    """Render a chat of one word, and wait for it a few seconds at most.
 
     What else is wrong with a template is said where a prompt is rendered.
 
     Raises:
-        RegraftError: it is none, does not end, or makes a book of the word.
+        RegraftError: it is no template, does not end, or makes far too much of the word.
     """
     if any(_factor(one) > _MOST_NUMBER for one in _templates(processor)):
-        raise RegraftError(
-            f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) holds "
-            f"a power, or multiplies by more than {_MOST_NUMBER:,}. Take that of the base model."
-        )
+        raise _bad(folder, f"holds a power, or multiplies by more than {_MOST_NUMBER:,}.")
     asked = [{"role": "user", "content": "Hello"}]
     rendered: list[str] = []
     wrong: list[str] = []
@@ -195,17 +183,15 @@ def check_template(folder: Path, processor: Any) -> None:
     thread.start()
     thread.join(_PATIENCE)
     if thread.is_alive():
-        raise RegraftError(
-            f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) has "
-            f"not rendered one word in {_PATIENCE:.0f} seconds. Take that of the base model."
-        )
+        raise _bad(folder, f"has not rendered one word in {_PATIENCE:.0f} seconds.")
     if wrong:
-        raise RegraftError(
-            f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) is no "
-            f"template: {wrong[0]} Take that of the base model."
-        )
+        raise _bad(folder, f"is no template: {wrong[0]}")
     if rendered and len(rendered[0]) > _MOST_RENDERED:
-        raise RegraftError(
-            f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) makes "
-            f"{len(rendered[0]):,} characters of one word. Take that of the base model."
-        )
+        raise _bad(folder, f"makes {len(rendered[0]):,} characters of one word.")
+
+
+def _bad(folder: Path, why: str) -> RegraftError:
+    return RegraftError(
+        f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) {why} "
+        "Take that of the base model."
+    )

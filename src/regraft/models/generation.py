@@ -43,12 +43,9 @@ def encodes(model: nn.Module) -> bool:
 def answer_start(model: nn.Module, prompt: Tensor, tokens: Tensor) -> int:
     """The place in `tokens` `[B, T]`, as `generate` returned them, of the answers' first token.
 
-    Args:
-        model: What generated.
-        prompt: `[B, S]`, its input.
-        tokens: Prompt and answers; or start token and answers, where an encoder reads the prompt;
-            or, of a `generate` of the model's own, perhaps answers alone (a prompt is longer than
-            two tokens, and no answer repeats all of it).
+    They are `prompt` `[B, S]` and answers; or start token and answers, where an encoder reads the
+    prompt; or, of a `generate` of the model's own, perhaps answers alone (a prompt is longer than
+    two tokens, and no answer repeats all of it).
     """
     length = prompt.shape[1]
     if encodes(model):
@@ -71,8 +68,6 @@ def greedily(
     model's form of input and output stays. So of a model inside, whose `generate` some call.
 
     Args:
-        model: What generates.
-        max_new_tokens: Length of an answer.
         ends: Ends an answer, where the checkpoint does not say what does.
         padding: Behind answers that have ended; None for the first token that ends one.
     """

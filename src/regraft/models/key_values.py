@@ -147,12 +147,8 @@ def last_token_replay(model: nn.Module, text: TextInputs, cross: Mapping[int, Ke
     """`replay` for the last position alone: what reaches the final norm is `[copies * B, 1, d]`.
 
     Exact for rows that end with a real token (left padding). A last layer whose arguments are not
-    understood runs in full, and all positions are returned.
-
-    Args:
-        model: The model; left as it was by every run.
-        text: The batch's decoder inputs, B rows.
-        cross: Keys and values of the cross-attention layers (Mllama), B rows; shared by copies.
+    understood runs in full, and all positions are returned. `cross` are the keys and values of the
+    cross-attention layers (Mllama), B rows, which copies share.
     """
     if cross:
         # MllamaTextModel skips its cross-attention layers without any cross_attention_states. Their
@@ -161,14 +157,14 @@ def last_token_replay(model: nn.Module, text: TextInputs, cross: Mapping[int, Ke
         text = replace(text, kwargs={**text.kwargs, "cross_attention_states": states})
     layers = decoder_layers(model)
 
-    def run(*, start: int, hidden: Tensor, stop: int | None = None, copies: int = 1) -> Tensor:
+    def run(*, start: int, hidden: Tensor, stop: int | None = None) -> Tensor:
         forwards: dict[nn.Module, Callable[..., Any]] = {
             layers[i]: _on_known(layers[i], known, text.batch) for i, known in cross.items()
         }
         last = layers[-1]
         forwards[last] = _on_last(forwards.get(last, last.forward), last)
         with replaced_forwards(forwards):
-            return replay(model, text, start=start, hidden=hidden, stop=stop, copies=copies)
+            return replay(model, text, start=start, hidden=hidden, stop=stop)
 
     return run
 

@@ -71,6 +71,16 @@ class LayerwisePass:
         self._left: dict[int, Shared] = {}  # of the layer that ran last
         self._embedded = list(self.states) if again else None
 
+    @property
+    def samples(self) -> int:
+        """How many there are in all batches."""
+        return sum(len(batch.ids) for batch in self.batches)
+
+    @property
+    def work(self) -> int:
+        """How much one pass is, as progress counts it: samples times layers."""
+        return self.samples * self.layers
+
     def _make_room(self) -> None:
         """Let the states wait in host memory from now on, if the device has too little for more."""
         size = sum(state.nbytes for state in self.states)
@@ -103,9 +113,7 @@ class LayerwisePass:
     ) -> Iterator[tuple[int, Tensor]]:
         """Run one layer on every batch, inside `model.layer`.
 
-        Args:
-            layer: Its index.
-            around: Makes a context, from the batch on the device, in which the layer runs.
+        `around` makes a context, from the batch on the device, in which the layer runs.
 
         Yields:
             Index of the batch and the layer's output `[B, S, d]`; after the last layer, normed.

@@ -99,25 +99,29 @@ def converted(
     converter: Any, target: str, tensors: dict[str, list[Laid]], shapes: dict[str, Any]
 ) -> Layout:
     """What a conversion makes: parameters by their names."""
-    current, (first, *_) = tensors, converter.target_patterns
+    first, *_ = converter.target_patterns
     wanted = {
         name: shapes.get(target.replace(first, name, 1)) for name in converter.target_patterns
     }
+    current = {name: tensors[name] for name in converter.source_patterns if name in tensors}
     for op in converter.operations:
         kind = type(op).__name__
         unknown = getattr(op, "num_shards_attribute", None) or getattr(op, "inverse", False)
         if kind not in _OPERATIONS or unknown:
             return {target: f"transformers makes it by {kind}"}
-        current = _OPERATIONS[kind](op, current, converter, wanted)
+        current = _OPERATIONS[kind](op, current, wanted)
     return {target.replace(first, name, 1): one for name, (one,) in current.items()}
 
 
-def _stacked(
-    op: Any, tensors: dict[str, list[Laid]], converter: Any, _wanted: Any
-) -> dict[str, list[Laid]]:
+# What an operation makes of tensors by pattern; `wanted` are the shapes of what is to come of them.
+Tensors = dict[str, list[Laid]]
+Shapes = dict[str, Any]
+
+
+def _stacked(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
     single = len(tensors) == 1
     return {
-        converter.target_patterns[0] if single else pattern: [
+        next(iter(wanted)) if single else pattern: [
             _joined([_deeper(part, op.dim) for part in parts], op.dim)
         ]
         for pattern, parts in tensors.items()
@@ -137,11 +141,9 @@ def _deeper(one: Laid, dim: int) -> Laid:
     return Laid(put(one.shape, 1), tuple(pieces))
 
 
-def _concatenated(
-    op: Any, tensors: dict[str, list[Laid]], converter: Any, _wanted: Any
-) -> dict[str, list[Laid]]:
-    ordered = [one for pattern in converter.source_patterns for one in tensors.get(pattern, [])]
-    return {converter.target_patterns[0]: [_joined(ordered, op.dim)]}
+def _concatenated(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
+    ordered = [one for parts in tensors.values() for one in parts]
+    return {next(iter(wanted)): [_joined(ordered, op.dim)]}
 
 
 def _joined(parts: Sequence[Laid], dim: int) -> Laid:
@@ -163,15 +165,12 @@ def _replaced(values: tuple[int, ...], dim: int, new: int) -> tuple[int, ...]:
     return (*values[:dim], new, *values[dim + 1 :])
 
 
-def _transposed(
-    op: Any, tensors: dict[str, list[Laid]], converter: Any, wanted: dict[str, Any]
-) -> dict[str, list[Laid]]:
+def _transposed(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
     ((pattern, (one, *_)),) = tensors.items()
-    name = converter.target_patterns[0] if len(converter.target_patterns) == 1 else pattern
-    if op.check_dims and one.shape == wanted[converter.target_patterns[0]]:
-        return {name: [one]}
-
-    return {name: [swapped(one, op.dim0, op.dim1)]}
+    first = next(iter(wanted))
+    as_it_is = op.check_dims and one.shape == wanted[first]
+    made = one if as_it_is else swapped(one, op.dim0, op.dim1)
+    return {first if len(wanted) == 1 else pattern: [made]}
 
 
 def swapped(one: Laid, dim: int = 0, other: int = 1) -> Laid:
@@ -196,30 +195,23 @@ def flat_first(one: Laid) -> Laid:
     return Laid(one.shape[1:], tuple(pieces))
 
 
-def _chunked(
-    op: Any, tensors: dict[str, list[Laid]], converter: Any, _wanted: Any
-) -> dict[str, list[Laid]]:
+def _chunked(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
     ((_, (one, *_)),) = tensors.items()
-    names = converter.target_patterns
-    size = -(-one.shape[op.dim] // len(names))
-    return {name: [cut(one, op.dim, i * size, size)] for i, name in enumerate(names)}
+    size = -(-one.shape[op.dim] // len(wanted))
+    return {name: [cut(one, op.dim, i * size, size)] for i, name in enumerate(wanted)}
 
 
-def _split(
-    op: Any, tensors: dict[str, list[Laid]], converter: Any, wanted: dict[str, Any]
-) -> dict[str, list[Laid]]:
+def _split(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
     ((_, (one, *_)),) = tensors.items()
-    sizes = [wanted[name][op.dim] for name in converter.target_patterns]
+    sizes = [shape[op.dim] for shape in wanted.values()]
     starts = accumulate(sizes, initial=0)
     return {
         name: [cut(one, op.dim, start, size)]
-        for name, start, size in zip(converter.target_patterns, starts, sizes, strict=False)
+        for name, start, size in zip(wanted, starts, sizes, strict=False)
     }
 
 
-def _deinterleaved(
-    op: Any, tensors: dict[str, list[Laid]], converter: Any, _wanted: Any
-) -> dict[str, list[Laid]]:
+def _deinterleaved(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
     """Elements 0, 2, 4 ... along a dimension, and then 1, 3, 5 ..."""
     ((_, (one, *_)),) = tensors.items()
     (piece,), half = one.pieces, one.shape[op.dim] // 2
@@ -230,7 +222,7 @@ def _deinterleaved(
         Piece(_moved(piece.start, op.dim, i * half), shape, piece.tensor, first, strides)
         for i, first in enumerate((piece.first, piece.first + stride))
     )
-    return {converter.target_patterns[0]: [Laid(one.shape, tuple(pieces))]}
+    return {next(iter(wanted)): [Laid(one.shape, tuple(pieces))]}
 
 
 def cut(one: Laid, dim: int, start: int, size: int) -> Laid:

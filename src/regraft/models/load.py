@@ -58,7 +58,6 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """The folder on disk."""
         return self.checkpoint.folder
 
     def weight(self, linear: LinearArchitecture) -> Tensor:
@@ -67,13 +66,12 @@ class Source:
 
     @cached_property
     def config(self) -> Any:
-        """That of transformers, whatever the type."""
+        """As transformers reads it, of any type."""
         with quiet():
             return read_config(self.folder, self.trust_remote_code)
 
     @property
     def has_vision(self) -> bool:
-        """Whether it takes images."""
         return takes_images(self.config, self.folder)
 
     @cached_property
@@ -84,10 +82,7 @@ class Source:
             RegraftError: why it cannot: quantised weights, or see `read_architecture`.
         """
         require_unquantised(self.config, self.folder)
-        with torch.device("meta"), quiet(), bad_config(self.folder):
-            network = auto_class(self.config, self.folder).from_config(
-                self.config, trust_remote_code=self.trust_remote_code
-            )
+        network = self.without_weights()
         if getattr(self.config, "tie_word_embeddings", False):
             network.tie_weights()
         try:
@@ -100,6 +95,13 @@ class Source:
                 f"{self.folder}: {type(network).__name__} cannot be described "
                 f"({type(error).__name__}: {error}), so that it can be evaluated, not pruned."
             ) from error
+
+    def without_weights(self) -> Any:
+        """The model on the meta device."""
+        with torch.device("meta"), quiet(), bad_config(self.folder):
+            return auto_class(self.config, self.folder).from_config(
+                self.config, trust_remote_code=self.trust_remote_code
+            )
 
     @cached_property
     def readable_architecture(self) -> Architecture | None:
@@ -140,12 +142,8 @@ def open_answering(model: str | Path, *, trust_remote_code: bool = False) -> Sou
 
 def linear_layers(source: Source) -> set[str]:
     """Dotted names of all linear layers of the model in memory; loads no weights."""
-    with torch.device("meta"), quiet(), bad_config(source.folder):
-        config = read_config(source.folder, source.trust_remote_code)
-        network = auto_class(config, source.folder).from_config(
-            config, trust_remote_code=source.trust_remote_code
-        )
-    return {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    modules = source.without_weights().named_modules()
+    return {name for name, module in modules if isinstance(module, nn.Linear)}
 
 
 def stored_dtype(source: Source) -> str:
@@ -173,12 +171,11 @@ def load_model(
         dtype: "auto" is float32 on CPU and the checkpoint's own dtype on an accelerator.
         device: "auto" is the accelerator where there is one, else "cpu".
         split: Spread the layers over all accelerators, and host memory where they do not suffice.
-        note: Told of weights on disk that the model has no place for.
+        note: Called with what to say of weights on disk that the model has no place for.
 
     Raises:
-        RegraftError: a prunable weight in memory is not the one on disk, a tensor is missing or
-            has another shape than config.json gives it, memory does not suffice, or a model is to
-            be split without accelerate.
+        RegraftError: what is in memory is not the checkpoint (`check_loading`, `check_weights`),
+            memory does not suffice, or a model is to be split without accelerate.
     """
     target = pick_device(device)
     split = split and target.type != "cpu"
@@ -219,7 +216,7 @@ def _load_weights(
         model, loading = auto_class(source.config, source.folder).from_pretrained(
             source.folder,
             config=deepcopy(source.config),  # which loading changes
-            dtype=_torch_dtype(dtype, target),
+            dtype="float32" if dtype == "auto" and target.type == "cpu" else dtype,
             trust_remote_code=source.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -238,25 +235,14 @@ def _load_weights(
     return network
 
 
-def _torch_dtype(dtype: DTypeName, target: torch.device) -> torch.dtype | str:
-    if dtype == "auto":
-        return torch.float32 if target.type == "cpu" else "auto"
-    found: torch.dtype = getattr(torch, dtype)
-    return found
-
-
 def load_processor(source: Source) -> Any:
     """Load the processor (the tokenizer of a text-only model)."""
     from transformers import AutoProcessor, AutoTokenizer
 
     auto = AutoProcessor if source.has_vision else AutoTokenizer
-    return _processor_of(source.folder, auto, trust_remote_code=source.trust_remote_code)
-
-
-def _processor_of(folder: Path, auto: Any, *, trust_remote_code: bool) -> Any:
-    with of_processor(folder), quiet():
-        processor = auto.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    check_template(folder, processor)
+    with of_processor(source.folder), quiet():
+        processor = auto.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    check_template(source.folder, processor)
     return processor
 
 
@@ -284,11 +270,7 @@ def transformers_version() -> str:
 
 
 def pick_device(device: str) -> torch.device:
-    """ "auto" -> the accelerator where there is one, else the CPU.
-
-    Raises:
-        RegraftError: a device that this machine does not have.
-    """
+    """ "auto" -> the accelerator where there is one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -318,21 +300,14 @@ def check_split(device: str, placement: str) -> None:
 
 
 def require_split() -> None:
-    """Raise unless a model can be spread over devices and host memory.
-
-    Raises:
-        RegraftError: there are several processes, or accelerate is not installed.
-    """
+    """Raise unless a model can be spread over devices and host memory."""
+    which = "With --placement streamed, heads, evaluation and the dense answers that gain imitates"
     if distributed.world() > 1:
         raise RegraftError(
-            "With --placement streamed, heads, evaluation and the dense answers that gain imitates "
-            "spread the model over all devices, so there is room for one process only. Use one, or "
-            "--placement resident."
+            f"{which} spread the model over all devices, so there is room for one process only. "
+            "Use one, or --placement resident."
         )
-    require_accelerate(
-        "With --placement streamed, heads, evaluation and the dense answers that gain imitates "
-        "spread the model over devices and host memory"
-    )
+    require_accelerate(f"{which} spread the model over devices and host memory")
 
 
 def require_accelerate(what: str) -> None:

@@ -55,11 +55,7 @@ class OnDisk:
 
     @classmethod
     def of(cls, model: nn.Module, checkpoint: Checkpoint, shapes: Sequence[Shape]) -> OnDisk:
-        """Find out how the decoder's linears are named; `shapes` are of them all.
-
-        Raises:
-            RegraftError: they are not in the checkpoint.
-        """
+        """Find out how the decoder's linears are named; `shapes` are of them all."""
         try:
             return cls(model, checkpoint, disk_prefix(checkpoint, shapes))
         except NoPrefixError as error:
@@ -78,11 +74,7 @@ class OnDisk:
         return read_layout(self.model, self.checkpoint)
 
     def linear(self, layer: int, name: str, module: str, shape: tuple[int, int]) -> list[Part]:
-        """Where the weight of an `nn.Linear` is; `name` is its place in the layer.
-
-        Raises:
-            RegraftError: see `_parts`.
-        """
+        """Where the weight of an `nn.Linear` is; `name` is its place in the layer."""
         if self.prefix is not None:
             return [Part(0, shape[0], f"{self.prefix}layers.{layer}.{name}.weight", None)]
         return self._parts(f"{module}.weight", self._laid(f"{module}.weight", shape))
@@ -90,11 +82,7 @@ class OnDisk:
     def expert(
         self, parameter: str, shape: tuple[int, ...], expert: int, transposed: bool
     ) -> list[Part]:
-        """Where one expert's matrix is, of a parameter `shape` `[E, ., .]` of all experts.
-
-        Raises:
-            RegraftError: see `_parts`.
-        """
+        """Where one expert's matrix is, of a parameter `shape` `[E, ., .]` of all experts."""
         own = flat_first(cut(self._laid(parameter, shape), 0, expert, 1))
         return self._parts(parameter, swapped(own) if transposed else own)
 
@@ -112,11 +100,7 @@ class OnDisk:
         return laid
 
     def _parts(self, parameter: str, laid: Laid) -> list[Part]:
-        """A matrix as rows of tensors on disk.
-
-        Raises:
-            RegraftError: they are cut in other ways.
-        """
+        """A matrix as rows of tensors on disk."""
         parts = [self._part(piece) for piece in sorted(laid.pieces, key=lambda one: one.start)]
         if any(piece.shape[1] != laid.shape[1] for piece in laid.pieces):
             raise RegraftError(
@@ -139,13 +123,6 @@ def disk_prefix(checkpoint: Checkpoint, shapes: Sequence[Shape]) -> str:
     Key layouts differ between exports ("language_model.model.", "model.language_model.",
     "model."), and transformers renames them on load; what follows the prefix never changes. The
     prefix is the only one under which every linear lies with its shape.
-
-    Args:
-        checkpoint: The opened checkpoint.
-        shapes: Of every prunable linear.
-
-    Raises:
-        RegraftError: no prefix or more than one fits.
     """
     found: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     pattern = re.compile(r"^(.*?)(layers\.\d+\..+)\.weight$")

@@ -2,7 +2,7 @@
 
 A system prompt or a fixed instruction begins every prompt. Its keys and values are computed in one
 row, and the others get copies. Each row is laid out as prefix, padding, rest: with the padding
-masked and not counted in positions, every token attends to what it attends to anyhow.
+masked and not counted in positions, every token attends to what it would attend to otherwise.
 """
 
 from __future__ import annotations
@@ -21,18 +21,12 @@ _LEAST = 64  # tokens saved for which the pass over the prefix, in a batch of it
 
 @torch.no_grad()
 def with_shared_prefix(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The same prompts for `generate`, with the keys and values of what they share computed.
+    """Arguments of `generate` for the same prompts, with what they share computed.
 
     Only where that is exact: a text-only model whose positions are given to it and whose layers all
     attend to everything before (no sliding window, no recurrence). Everything else is returned as
-    it is. Answers are the same up to rounding.
-
-    Args:
-        model: In eval mode.
-        inputs: Of B prompts, padded on the left to S tokens.
-
-    Returns:
-        Arguments of `generate`, of B prompts and S tokens again.
+    it is. Answers are the same up to rounding. The B prompts are padded on the left to S tokens,
+    before and after.
     """
     plain = dict(inputs)
     if inputs.keys() != {"input_ids", "attention_mask"} or not _takes_positions(model):
@@ -54,9 +48,7 @@ def with_shared_prefix(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[s
 def shared_length(ids: Tensor, mask: Tensor) -> int:
     """How many real tokens all rows begin with; each keeps one token at least.
 
-    Args:
-        ids: `[B, S]` int64.
-        mask: `[B, S]`, 1 at real tokens, 0 at the padding on the left.
+    `ids` are `[B, S]` int64; `mask` `[B, S]` is 1 at real tokens, 0 at the padding on the left.
     """
     steps = torch.arange(ids.shape[1], device=ids.device)  # [S]
     start = ids.shape[1] - mask.sum(1)  # [B], the first real token

@@ -36,9 +36,7 @@ Shared = dict[str, tuple[Tensor, ...]]
 class Replay(Protocol):
     """Runs decoder layers `start` to `stop` on `[copies * B, T, d]`; see `replay`."""
 
-    def __call__(
-        self, *, start: int, hidden: Tensor, stop: int | None = None, copies: int = 1
-    ) -> Tensor: ...
+    def __call__(self, *, start: int, hidden: Tensor, stop: int | None = None) -> Tensor: ...
 
 
 @contextmanager
@@ -95,7 +93,6 @@ def replay(
     start: int = 0,
     hidden: Tensor | None = None,
     stop: int | None = None,
-    copies: int = 1,
     gradient: bool = False,
     shared: Shared | None = None,
 ) -> Tensor:
@@ -105,10 +102,9 @@ def replay(
         model: The model; left as it was.
         text: The batch's decoder inputs, B rows.
         start: First layer to run. Layers before it are skipped.
-        hidden: Input of layer `start`, `[copies * B, S, d]`; None takes the embeddings
-            (`start` 0).
+        hidden: Input of layer `start`, `[copies * B, S, d]`, the batch stacked in tile order,
+            [b0..bB-1] * copies; None takes the embeddings (`start` 0).
         stop: Layer to stop before. None runs through the final norm.
-        copies: How many times the batch is stacked, in tile order [b0..bB-1] * copies.
         gradient: Record for autograd, if `hidden` requires it.
         shared: Keys and values that layers before `start` left for later ones; what those that run
             leave is put in.
@@ -119,6 +115,7 @@ def replay(
         cross-attention without images) passes its input on.
     """
     decoder, layers = text_decoder(model), decoder_layers(model)
+    copies = 1 if hidden is None else len(hidden) // text.batch
     entry = _Entry(hidden, stop, {} if shared is None else shared)
     hooks = (
         layer.register_forward_pre_hook(entry.hook(i), with_kwargs=True)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from regraft.data.storage import MODEL_ID
+from regraft.data.storage import MODEL_ID, from_hub
 from regraft.errors import RegraftError
 from regraft.models.foreign import check_settings
 
@@ -20,6 +20,7 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 
 
 def resolve(model: str | Path) -> Path:
+    """The folder of a model: that which is there, or the download of ORG/NAME[@REVISION]."""
     folder = Path(model)
     if folder.exists():
         return folder
@@ -28,49 +29,8 @@ def resolve(model: str | Path) -> Path:
             f"The model folder {model} does not exist. Give a folder that holds config.json and "
             "safetensors, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct."
         )
-    return from_hub(str(model), _HUB_FILES, _NOT_FROM_HUB)
-
-
-def from_hub(named: str, wanted: list[str], unwanted: list[str] | None = None) -> Path:
-    """The folder of files that match `wanted`, of a repository ORG/NAME[@REVISION] of the hub.
-
-    Raises:
-        RegraftError: it cannot be had.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    name, _, revision = named.partition("@")
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=wanted,
-                ignore_patterns=unwanted,
-            )
-        )
-    except GatedRepoError as error:
-        raise RegraftError(
-            f"{name} is gated: accept its licence on its model page, then `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise RegraftError(
-            f"There is neither a folder nor a hub repository {name}. A private one needs "
-            "`hf auth login`."
-        ) from error
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0].removeprefix("Got: ")
-        raise RegraftError(
-            f"{named} is not a folder here and could not be had from the hub: {reason} Without a "
-            "network give the folder of a copy on disk."
-        ) from error
+    name, _, revision = str(model).partition("@")
+    return from_hub(name, revision or None, _HUB_FILES, _NOT_FROM_HUB)
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -92,6 +52,36 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def auto_class(config: Any, folder: Path) -> Any:
+    """AutoModelForImageTextToText or AutoModelForCausalLM."""
+    return _classes(config, folder)[0]
+
+
+def takes_images(config: Any, folder: Path) -> bool:
+    """Whether a model of this type takes images, as its class in transformers says."""
+    from transformers import AutoModelForImageTextToText
+
+    auto, kind = _classes(config, folder)
+    return auto is AutoModelForImageTextToText if kind is None else "image" in kind.input_modalities
+
+
+def require_greedy(config: Any, folder: Path) -> None:
+    """Raise unless a model of this type writes one token after the other, as transformers does.
+
+    Raises:
+        RegraftError: it does not, such as a model of diffusion or of actions.
+    """
+    from transformers import GenerationMixin
+
+    _, kind = _classes(config, folder)
+    if kind is not None and not issubclass(kind, GenerationMixin):
+        raise RegraftError(
+            f"{folder} is a {config.model_type} model, whose {kind.__name__} does not write one "
+            "token after the other: it gives no greedy answers to evaluate."
+        )
+
+
+def _classes(config: Any, folder: Path) -> tuple[Any, Any]:
+    """(the auto class, the class in transformers or None for code that comes with the model)."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -104,51 +94,14 @@ def auto_class(config: Any, folder: Path) -> Any:
         (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
         (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
     ):
-        if type(config) in mapping or auto.__name__ in remote:
-            return auto
+        if type(config) in mapping:
+            return auto, mapping[type(config)]
+        if auto.__name__ in remote:
+            return auto, None
     raise RegraftError(
         f"{folder} is a {config.model_type} model: neither a vision-language model nor a causal "
         "language model, so there are no refusals to restore."
     )
-
-
-def takes_images(config: Any, folder: Path) -> bool:
-    """Whether a model of this type takes images, as its class in transformers says."""
-    from transformers import AutoModelForImageTextToText
-
-    kind = _own_class(config, folder)
-    if kind is None:  # code of its own
-        return auto_class(config, folder) is AutoModelForImageTextToText
-    return "image" in kind.input_modalities
-
-
-def require_greedy(config: Any, folder: Path) -> None:
-    """Raise unless a model of this type writes one token after the other, as transformers does.
-
-    Raises:
-        RegraftError: it does not, such as a model of diffusion or of actions.
-    """
-    from transformers import GenerationMixin
-
-    kind = _own_class(config, folder)
-    if kind is not None and not issubclass(kind, GenerationMixin):
-        raise RegraftError(
-            f"{folder} is a {config.model_type} model, whose {kind.__name__} does not write one "
-            "token after the other: it gives no greedy answers to evaluate."
-        )
-
-
-def _own_class(config: Any, folder: Path) -> Any:
-    """The class in transformers, None for code that comes with the checkpoint."""
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoModelForImageTextToText,
-    )
-
-    sees = auto_class(config, folder) is AutoModelForImageTextToText
-    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if sees else MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping[type(config)] if type(config) in mapping else None  # noqa: SIM401, lazy
 
 
 @contextmanager

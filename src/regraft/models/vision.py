@@ -8,14 +8,14 @@ code is not transformers' own nothing is recorded, and the vision part runs each
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import wraps
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from regraft.errors import RegraftError
 from regraft.models.architecture import text_decoder
@@ -38,7 +38,6 @@ class VisionOutput:
 
     @property
     def bytes(self) -> int:
-        """Size of the tensors."""
         return sum(tensor.nbytes for tensor in _tensors(self.content))
 
     def restored(self) -> Any:
@@ -63,16 +62,13 @@ def recorded(model: nn.Module) -> Iterator[list[VisionOutput]]:
         outputs.append(_kept(result))
         return result
 
-    if inner is None:
-        yield outputs
-    elif (features := _features(inner)) is not None:
-        with _replaced(inner, lambda *args, **kwargs: keep(features(*args, **kwargs))):
-            yield outputs
-    elif _projected(inner):
-        projector: Any = inner.multi_modal_projector
-        with projector.register_forward_hook(lambda _module, _args, result: keep(result)):
-            yield outputs
-    else:
+    with ExitStack() as stack:
+        if inner is not None and (features := _features(inner)) is not None:
+            stack.enter_context(_replaced(inner, lambda *a, **k: keep(features(*a, **k))))
+        elif inner is not None and _projected(inner):
+            projector: Any = inner.multi_modal_projector
+            hook = projector.register_forward_hook(lambda _module, _args, result: keep(result))
+            stack.enter_context(hook)
         yield outputs
 
 
@@ -161,12 +157,7 @@ def _kept(result: Any) -> VisionOutput:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        yield from chain.from_iterable(map(_tensors, value))
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+    return (one for one in tree_iter(value) if isinstance(one, Tensor))
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

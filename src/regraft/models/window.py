@@ -156,7 +156,8 @@ def window_replay(model: nn.Module, window: Window) -> Replay:
     cross = set(cross_attention_layers(model))
 
     @torch.no_grad()
-    def run(*, start: int, hidden: Tensor, stop: int | None = None, copies: int = 1) -> Tensor:
+    def run(*, start: int, hidden: Tensor, stop: int | None = None) -> Tensor:
+        copies = len(hidden) // len(window.final)
         state = fold(hidden, copies)  # [B, copies * T, d]
         for call in window.calls:
             if call.index < start or (stop is not None and call.index >= stop):

@@ -72,7 +72,6 @@ class PatchState:
 
     @property
     def weights(self) -> int:
-        """How many weights it changes."""
         return self.restored + self.removed
 
 
@@ -89,12 +88,10 @@ class Plan:
 
     @property
     def shards(self) -> tuple[str, ...]:
-        """The files that change."""
         return tuple(sorted({change.record.shard for change in self.changes}))
 
     @property
     def weights(self) -> int:
-        """How many weights change."""
         return sum(len(change.positions) for change in self.changes)
 
 
@@ -142,17 +139,7 @@ def write_plan(
     files: Mapping[str, str] | None = None,
     advance: Advance = lambda _: None,
 ) -> Checkpoint:
-    """Write the checkpoint of `plan`, changed, to the new folder `target`.
-
-    Args:
-        plan: From `make_plan`.
-        target: Must be absent or empty.
-        files: Extra text files to write into the folder, name -> content.
-        advance: Called with the number of bytes just copied.
-
-    Raises:
-        RegraftError: `target` is not empty, or the disk is full.
-    """
+    """Write the checkpoint of `plan`, changed, to the new folder `target`; see `write_copy`."""
 
     def edit_shard(path: Path) -> None:
         _write_changes(path, [one for one in plan.changes if one.record.shard == path.name])
@@ -269,10 +256,7 @@ def _not_the_base(checkpoint: Checkpoint, *names: str) -> str:
 
 
 def _inspect(
-    checkpoint: Checkpoint,
-    record: TensorRecord,
-    target: Target,
-    operation: Operation,
+    checkpoint: Checkpoint, record: TensorRecord, target: Target, operation: Operation
 ) -> tuple[Change, Tensor]:
     """What has to change in one tensor, and at which of the target's positions it is on. `[k]`
 

@@ -272,11 +272,7 @@ def _before(path: Path, name: str, stored: Mapping[str, Tensor]) -> Tensor:
 
 
 def _positions(path: Path, name: str, stored: Tensor) -> Tensor:
-    """Positions `[k]` as int64.
-
-    Raises:
-        RegraftError: they are no integers, or no vector.
-    """
+    """Positions `[k]` as int64."""
     if stored.dtype not in (torch.int32, torch.int64) or stored.ndim != 1:
         raise RegraftError(
             f"{path}: the tensor {name} is {stored.dtype} {list(stored.shape)}; expected a list of "

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from regraft.data.storage import MODEL_ID
+from regraft.data.storage import MODEL_ID, from_hub
 from regraft.errors import RegraftError
-from regraft.models.resolve import from_hub
 
 PATCH_FILE = "patch.safetensors"
 
@@ -15,14 +14,12 @@ def patch_file(named: Path) -> Path:
     """The file of a patch: a path as it is, or for OWNER/NAME[@REVISION] its download.
 
     Nothing but the patch is downloaded. What ends in .safetensors is a path.
-
-    Raises:
-        RegraftError: there is no such repository, or no patch in it.
     """
     text = named.as_posix()
     if named.exists() or named.suffix == ".safetensors" or not MODEL_ID.fullmatch(text):
         return named
-    file = from_hub(text, [PATCH_FILE]) / PATCH_FILE
+    name, _, revision = text.partition("@")
+    file = from_hub(name, revision or None, [PATCH_FILE]) / PATCH_FILE
     if not file.is_file():
         raise RegraftError(
             f"{text} is neither a file here nor a patch on the hub: its repository holds no "

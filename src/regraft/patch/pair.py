@@ -27,7 +27,8 @@ from regraft.models.architecture import (
     check_same_architecture,
 )
 from regraft.models.load import Source
-from regraft.patch.format import Patch, TensorPatch
+from regraft.models.places import inside
+from regraft.patch.format import Patch
 from regraft.patch.groups import Grouping, common_grouping, grouping_of
 
 Kind = Literal["pruned", "changed"]
@@ -89,15 +90,12 @@ class Survey:
         """What the user should be told of the pair before weights of one go into the other."""
         if self.same:
             return None
+        what, done = "The pruned model's kept weights", "pruned"
         if self.kind == "changed":
-            return (
-                "Tensors that compression leaves as they are (embeddings, norms) are not the dense "
-                "model's: is it made from another fine-tune, or was it trained since? Dense values "
-                "fit only among the dense model's own."
-            )
+            what, done = "Tensors that compression leaves as they are (embeddings, norms)", "made"
         return (
-            "The pruned model's kept weights are not the dense model's: is it pruned from another "
-            "fine-tune, or was it trained since? Dense values fit only among the dense model's own."
+            f"{what} are not the dense model's: is it {done} from another fine-tune, or was it "
+            "trained since? Dense values fit only among the dense model's own."
         )
 
     @property
@@ -244,14 +242,6 @@ def is_changed(patch: Patch) -> bool:
     return kind == "changed"
 
 
-def _restored_in(tensor: TensorPatch, linear: LinearArchitecture) -> int:
-    """How many weights of one linear, of all in a tensor, a patch restores."""
-    if linear.stored is None:
-        return tensor.restored
-    here, _ = linear.stored.inside(tensor.positions, linear.shape)
-    return int(tensor.values[here].count_nonzero())
-
-
 def restored_by_module(
     patch: Patch, layers: Sequence[LayerArchitecture]
 ) -> dict[str, tuple[int, ...]]:
@@ -267,7 +257,7 @@ def restored_by_module(
             if linear.expert is not None:
                 name = _NUMBER.sub(".*.", name)
             names[name] = None
-            if linear.tensor in patch.tensors:
-                restored = _restored_in(patch.tensors[linear.tensor], linear)
-                counts[name, layer.index] += restored
+            if (tensor := patch.tensors.get(linear.tensor)) is not None:
+                here, _ = inside(tensor.positions, linear.stored, linear.shape)
+                counts[name, layer.index] += int(tensor.values[here].count_nonzero())
     return {name: tuple(counts[name, layer.index] for layer in layers) for name in names}

@@ -37,11 +37,7 @@ class Adapter:
 
 
 def require_matrices(changes: Sequence[Change]) -> None:
-    """Raise where a tensor is no matrix, such as several experts in one: PEFT has no SHiRA of it.
-
-    Raises:
-        RegraftError: names the tensor.
-    """
+    """Raise where a tensor is no matrix, such as several experts in one."""
     for change in changes:
         shape = change.record.shape
         if len(shape) != 2:

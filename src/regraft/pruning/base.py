@@ -12,7 +12,7 @@ in the entry-point group `regraft.pruners` of another package. A pruner that rea
         method: Literal["random"] = "random"
 
     class Random(Pruner):
-        name, label, Settings = "random", "random weights", RandomSettings
+        name, label, settings_type = "random", "random weights", RandomSettings
 
         def score(self, weight, statistic):
             return torch.rand(weight.shape, generator=torch.Generator().manual_seed(0))
@@ -32,7 +32,7 @@ from regraft.data.collate import Batch, response_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.models.architecture import HEAD_ROLES, LinearArchitecture
-from regraft.pruning.inputs import Statistics
+from regraft.pruning.inputs import Sums
 from regraft.pruning.masks import Pattern, Patterns, Scope, assign_patterns, parse_override
 from regraft.pruning.results import PrunedWeight
 from regraft.registry import Registry
@@ -97,11 +97,7 @@ class PruneSettings(Settings):
         return Pattern(self.sparsity, self.scope)
 
     def patterns(self, linears: Iterable[LinearArchitecture]) -> Patterns:
-        """The pattern of each weight that is to be pruned.
-
-        Raises:
-            RegraftError: see `assign_patterns`.
-        """
+        """The pattern of each weight that is to be pruned."""
         return assign_patterns(linears, self.pattern(), self._overrides(), self.ignore)
 
     def _overrides(self) -> list[tuple[str, Pattern]]:
@@ -119,7 +115,6 @@ class CalibratedSettings(PruneSettings):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The calibration prompts that are read."""
         return ("utility", "safety") if self.calibrate_on == "both" else ("utility",)
 
 
@@ -134,7 +129,6 @@ class LayerwiseSettings(PruneSettings):
 
     @property
     def sequential(self) -> bool:
-        """Whether a layer is calibrated on the outputs of the pruned layers before it."""
         return self.order == "sequential"
 
 
@@ -144,24 +138,26 @@ class Pruner(ABC):
     Attributes:
         name: In settings, as in `--method wanda`.
         label: In tables.
-        Settings: Its settings; their `method` is `Literal[name]`, and fields that it does not read
-            are not there.
+        settings_type: Its settings; their `method` is `Literal[name]`, and fields that it does not
+            read are not there.
         restores: Whether its score may rank weights for restoration.
         every_linear: Whether a statistics file keeps all linears. The other files keep those of
             attention heads, as restoration in heads needs: a statistic may be as large as the
             weights (SNIP) or take a factorisation of the MLP's width (SparseGPT).
         updates: Whether weights that stay change, so that whole weights are stored, not masks.
         reads_data: Whether it has statistics.
+        by_gradients: Whether these are of gradients, for which it takes a backward pass.
         reads_responses: Whether its calibration prompts need responses.
     """
 
     name: ClassVar[str]
     label: ClassVar[str]
-    Settings: ClassVar[type[PruneSettings]]
+    settings_type: ClassVar[type[PruneSettings]]
     restores: ClassVar[bool] = True
     every_linear: ClassVar[bool] = False
     updates: ClassVar[bool] = False
     reads_data: ClassVar[bool] = False
+    by_gradients: ClassVar[bool] = False
     reads_responses: ClassVar[bool] = True
 
     @abstractmethod
@@ -178,7 +174,7 @@ class Pruner(ABC):
         """
 
     def statistics(
-        self, linears: Iterable[LinearArchitecture], found: Statistics, note: Note = lambda _: None
+        self, linears: Iterable[LinearArchitecture], found: Sums, note: Note = lambda _: None
     ) -> Iterator[tuple[LinearArchitecture, Tensor]]:
         """What `score` takes of each linear, from what was accumulated.
 
@@ -196,7 +192,7 @@ class Pruner(ABC):
     def prune(
         self,
         weights: Mapping[LinearArchitecture, Tensor],
-        found: Statistics,
+        found: Sums,
         patterns: Patterns,
         settings: Any,
         note: Note = lambda _: None,
@@ -207,18 +203,15 @@ class Pruner(ABC):
             weights: Dense, `[out, in]` each; left as they are.
             found: What was accumulated for them; may be used up.
             patterns: How much of each goes.
-            settings: An instance of `Settings`.
+            settings: Of `settings_type`.
             note: Called with what a user should know.
-
-        Raises:
-            RegraftError: a linear never ran, or its inputs overflow.
         """
         for linear, statistic in self.statistics(weights, found, note):
             score = self.score(weights[linear], statistic)
             yield linear, PrunedWeight(mask=patterns[linear].mask(score))
 
     def encoders(self, settings: Any) -> tuple[Encode, ...]:
-        """Each encodes all calibration examples once; `settings` is an instance of `Settings`."""
+        """Each encodes all calibration examples once; `settings` are of `settings_type`."""
         return (response_batch,)
 
     def keeps(self, linear: LinearArchitecture) -> bool:
@@ -246,7 +239,7 @@ class GradientPruner(Pruner):
     It needs a whole backward pass before it prunes anything, so that it is one-shot always.
     """
 
-    reads_data = True
+    reads_data = by_gradients = True
 
     @abstractmethod
     def accumulate(self, dy: Tensor, x: Tensor) -> Tensor:
@@ -271,12 +264,12 @@ def prune_settings(method: str = "wanda", **fields: Any) -> PruneSettings:
         RegraftError: there is none of that name, or it cannot be imported.
         pydantic.ValidationError: it has no such setting, or a value is wrong.
     """
-    return PRUNERS.get(method).Settings(**fields)
+    return PRUNERS.get(method).settings_type(**fields)
 
 
 def all_settings() -> dict[str, type[PruneSettings]]:
     """The settings of every pruner, by name; without those of packages that are broken."""
-    return {name: PRUNERS.get(name).Settings for name in PRUNERS.working()}
+    return {name: PRUNERS.get(name).settings_type for name in PRUNERS.working()}
 
 
 def described() -> str:

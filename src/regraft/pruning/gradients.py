@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +67,7 @@ def signed_and_squared(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def require_gradients(dtype: torch.dtype) -> None:
-    """Raise for a dtype in which gradients vanish.
-
-    Raises:
-        RegraftError: it is float16.
-    """
+    """Raise for float16, in which gradients vanish."""
     if dtype == torch.float16:
         raise RegraftError(
             "Gradients are too small for float16 and would vanish. Use --dtype bfloat16 or float32."
@@ -80,7 +75,7 @@ def require_gradients(dtype: torch.dtype) -> None:
 
 
 def layer_gradients(
-    walk: LayerwisePass,
+    layerwise: LayerwisePass,
     architecture: Architecture,
     scratch: Path,
     wanted: Callable[[LinearArchitecture], bool],
@@ -92,7 +87,7 @@ def layer_gradients(
     """Mean over samples of `add`, from the last layer to the first.
 
     Args:
-        walk: The labelled samples, before the first layer.
+        layerwise: The labelled samples, before the first layer.
         architecture: Of the model.
         scratch: A folder for layer inputs (samples x tokens x layers x hidden size); emptied as
             the backward pass goes.
@@ -109,105 +104,93 @@ def layer_gradients(
     Raises:
         RegraftError: the dtype is float16, or gradients overflow.
     """
-    require_gradients(walk.model.dtype)
-    total = int(distributed.total(torch.tensor(sum(len(batch.ids) for batch in walk.batches))))
-    _forward(walk, architecture, scratch, advance)
-    gradients = _loss_gradients(walk, loss)
+    require_gradients(layerwise.model.dtype)
+    total = int(distributed.total(torch.tensor(layerwise.samples)))
+    _forward(layerwise, architecture, scratch, advance)
+    gradients = _loss_gradients(layerwise, loss)
     kept: list[Shared] = [{} for _ in gradients]  # dL/d of what layers share, as far as it is known
-    modules = dict(walk.model.network.named_modules())
+    modules = dict(layerwise.model.network.named_modules())
     for layer in reversed(architecture.layers):
         linears = {li: modules[li.module] for li in layer.linears if wanted(li)}
         sums: dict[str, Tensor] = {}
-        with walk.model.layer(layer.index):
-            for i, batch in enumerate(walk.batches):
+        with layerwise.model.layer(layer.index):
+            for i, batch in enumerate(layerwise.batches):
                 path = _path(scratch, layer.index, i)
-                hidden = load_unfinished(path)["hidden"].to(walk.model.device).requires_grad_()
+                hidden = load_unfinished(path)["hidden"].to(layerwise.model.device)
                 with _added(linears, len(batch.ids), add, sums):
-                    shared = _leaves(walk, i)
-                    output = walk.replay(i, layer.index, hidden, gradient=True, shared=shared.now)
-                    shared.backward(output, gradients[i].to(output.device), kept[i])
-                assert hidden.grad is not None
-                gradients[i] = hidden.grad.to(gradients[i].device)
+                    gradients[i] = _back(layerwise, i, layer.index, hidden, gradients[i], kept[i])
                 path.unlink()
                 advance(len(batch.ids))
         yield layer, _means(sums, layer, total)
 
 
+def _back(
+    layerwise: LayerwisePass, i: int, layer: int, hidden: Tensor, gradient: Tensor, kept: Shared
+) -> Tensor:
+    """Take batch i back through a layer with the input `hidden`: its output's gradient -> its own.
+
+    `kept` is dL/d of what layers share, of all behind; those of this layer are added. `[B, S, d]`
+    """
+    hidden.requires_grad_()
+    leaves = {
+        name: tuple(one.to(hidden.device).detach().requires_grad_() for one in several)
+        for name, several in layerwise.shared[i].items()
+    }
+    now = dict(leaves)
+    output = layerwise.replay(i, layer, hidden, gradient=True, shared=now)
+    made = {name: several for name, several in now.items() if several[0] is not leaves[name][0]}
+    roots = [(output, gradient.to(output.device))]
+    for name, several in made.items():
+        of = kept.pop(name, ())
+        roots += [(one, part.to(one.device)) for one, part in zip(several, of, strict=False)]
+    torch.autograd.backward([one for one, _ in roots], [part for _, part in roots])
+    for name, several in leaves.items():
+        if name in made or several[0].grad is None:
+            continue
+        parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in several]
+        if name in kept:
+            parts = [one + old for one, old in zip(parts, kept[name], strict=True)]
+        kept[name] = tuple(parts)
+    assert hidden.grad is not None
+    return hidden.grad.to(gradient.device)
+
+
 def _forward(
-    walk: LayerwisePass, architecture: Architecture, scratch: Path, advance: Advance
+    layerwise: LayerwisePass, architecture: Architecture, scratch: Path, advance: Advance
 ) -> None:
     """Take the batches to the end and leave every layer's inputs in `scratch`."""
     try:
         with disk_errors(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
             for layer in architecture.layers:
-                for i, state in enumerate(walk.states):
+                for i, state in enumerate(layerwise.states):
                     save_file({"hidden": state.contiguous()}, _path(scratch, layer.index, i))
-                with walk.model.layer(layer.index):
-                    walk.advance(layer.index, advance)
+                with layerwise.model.layer(layer.index):
+                    layerwise.advance(layer.index, advance)
     except RegraftError:  # of no use to the next try, which may need the room
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
-def _loss_gradients(walk: LayerwisePass, loss: Loss) -> list[Tensor]:
+def _loss_gradients(layerwise: LayerwisePass, loss: Loss) -> list[Tensor]:
     """dL/d(normed final state) `[B, S, d]` of each batch, L the sum of its samples' losses.
 
-    The walk's states go on the way: they are as large as the gradients.
+    The states of `layerwise` go on the way: they are as large as the gradients.
     """
     gradients = []
-    states = walk.states[::-1]
-    walk.states = []
-    with walk.model.frame():
-        for batch in walk.batches:
+    states = layerwise.states[::-1]
+    layerwise.states = []
+    with layerwise.model.frame():
+        for batch in layerwise.batches:
             labels, state = batch.labels, states.pop()
             assert labels is not None, "a batch of prompts has no responses"
-            final = state.to(walk.model.device).detach().requires_grad_()
+            final = state.to(layerwise.model.device).detach().requires_grad_()
             for row in range(len(labels)):  # one sample's logits at a time in memory
-                own = labels[row].to(walk.model.device)
-                loss(walk.model, final[row], own, batch.ids[row]).backward()
+                own = labels[row].to(layerwise.model.device)
+                loss(layerwise.model, final[row], own, batch.ids[row]).backward()
             assert final.grad is not None
             gradients.append(final.grad.to(state.device))
     return gradients
-
-
-@dataclass(frozen=True)
-class _Sharing:
-    """Keys and values that layers share, before a layer (`leaves`) and after it (`now`)."""
-
-    leaves: Shared
-    now: Shared
-
-    def backward(self, output: Tensor, gradient: Tensor, kept: Shared) -> None:
-        """Take a layer back, from its output's gradient and from what later layers read of it.
-
-        Args:
-            output: Of the layer.
-            gradient: dL/d output.
-            kept: dL/d of what is shared, of all layers behind; those of this layer are added.
-        """
-        made = {name: one for name, one in self.now.items() if one[0] is not self.leaves[name][0]}
-        roots = [(output, gradient)]
-        for name, several in made.items():
-            of = kept.pop(name, ())
-            roots += [(one, part.to(one.device)) for one, part in zip(several, of, strict=False)]
-        torch.autograd.backward([one for one, _ in roots], [part for _, part in roots])
-        for name, several in self.leaves.items():
-            if name in made or several[0].grad is None:
-                continue
-            parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in several]
-            if name in kept:
-                parts = [one + old for one, old in zip(parts, kept[name], strict=True)]
-            kept[name] = tuple(parts)
-
-
-def _leaves(walk: LayerwisePass, i: int) -> _Sharing:
-    """What layers share of batch i, ready to collect gradients."""
-    leaves = {
-        name: tuple(one.to(walk.model.device).detach().requires_grad_() for one in several)
-        for name, several in walk.shared[i].items()
-    }
-    return _Sharing(leaves, dict(leaves))
 
 
 @contextmanager

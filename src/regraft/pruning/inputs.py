@@ -23,7 +23,7 @@ Observing = Callable[[Batch], AbstractContextManager[None]]
 
 
 @dataclass
-class Statistics:
+class Sums:
     """What was accumulated for linears. Those that read the same input, as q, k and v, share a sum.
 
     `sums` and `tokens` are under the `LinearArchitecture.key` of the first linear that reads an
@@ -35,8 +35,8 @@ class Statistics:
     source: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def known(cls, values: Mapping[str, Tensor]) -> Statistics:
-        """Statistics that are there already, by `LinearArchitecture.key`, such as gradients."""
+    def known(cls, values: Mapping[str, Tensor]) -> Sums:
+        """Sums that are there already, by `LinearArchitecture.key`, such as gradients."""
         return cls(dict(values), source={key: key for key in values})
 
     def add(self, linear: LinearArchitecture, part: Tensor, tokens: int) -> None:
@@ -91,15 +91,11 @@ class Statistics:
         linears: Mapping[LinearArchitecture, nn.Module],
         accumulate: Callable[[Tensor, Batch], Tensor],
     ) -> Observing:
-        """Make contexts in which forward passes of a batch are added.
+        """Make contexts in which what `accumulate` makes of a batch's inputs is added up.
 
         Inputs `[B, S, in]` count at response tokens only, of an expert at those that the router
         sends to it. The vision tokens that Mllama's cross-attention reads have no such positions:
-        those count that a response token attends to.
-
-        Args:
-            linears: The linears to observe and the modules that own them.
-            accumulate: From inputs `[tokens, in]` of a batch to what they add.
+        those count that a response token attends to. `linears` come with the modules that own them.
         """
 
         @contextmanager
@@ -135,14 +131,8 @@ def _rows(
 ) -> Tensor | None:
     """Which of a linear's inputs count, a mask over all of their dimensions but the last.
 
-    Args:
-        linear: It.
-        module: What multiplies by it.
-        inputs: `[B, S, in]`, or laid out as `[B * S, in]`; an expert's `[n, in]`.
-        which: Of all tokens, `[B, S]` bool.
-
-    Raises:
-        RegraftError: it does not read the tokens of the prompts.
+    `inputs` are `[B, S, in]`, or laid out as `[B * S, in]`; an expert's `[n, in]`. `which` says it
+    of all tokens, `[B, S]` bool.
     """
     if which is None:
         return None

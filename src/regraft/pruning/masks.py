@@ -72,11 +72,7 @@ Patterns = Mapping[LinearArchitecture, Pattern]
 
 
 def parse_override(text: str, scope: Scope) -> tuple[str, Pattern]:
-    """Read "layers.0.*=0.3" or "*.down_proj=2:4".
-
-    Raises:
-        RegraftError: it is neither.
-    """
+    """Read "layers.0.*=0.3" or "*.down_proj=2:4"."""
     glob, _, value = text.partition("=")
     try:
         if not glob:

@@ -36,7 +36,7 @@ from regraft.pruning.base import (
     PruneSettings,
 )
 from regraft.pruning.gradients import layer_gradients
-from regraft.pruning.inputs import Statistics
+from regraft.pruning.inputs import Sums
 from regraft.pruning.masks import Patterns
 from regraft.pruning.results import LayerResults, PrunedWeight, edits_by_tensor
 
@@ -44,7 +44,7 @@ from regraft.pruning.results import LayerResults, PrunedWeight, edits_by_tensor
 def prune_layers(
     settings: PruneSettings,
     dense: Source,
-    walk: LayerwisePass,
+    layerwise: LayerwisePass,
     patterns: Patterns,
     results: LayerResults,
     *,
@@ -59,8 +59,8 @@ def prune_layers(
     Args:
         settings: Of a pruner that reads data.
         dense: The model; updated weights are rounded to the dtypes of its checkpoint.
-        walk: The calibration data, before the first layer, encoded by the pruner's `encoders`. A
-            resident model's weights are pruned in place.
+        layerwise: The calibration data, before the first layer, encoded by the pruner's `encoders`.
+            A resident model's weights are pruned in place.
         patterns: Sparsity or N:M of every weight that is to be pruned.
         results: Where the results go.
         advance: Called with the number of samples each time a layer has seen a batch: `passes` of
@@ -70,18 +70,18 @@ def prune_layers(
     Raises:
         RegraftError: inputs overflow, or a layer sees no data.
     """
-    run = _Pruning(settings, dense, walk, patterns, results, advance, note)
+    pruning = _Pruning(settings, dense, layerwise, patterns, results, advance, note)
     if settings.sequential:
-        run.sequential()
+        pruning.sequential()
     else:
-        run.one_shot()
+        pruning.one_shot()
 
 
 @dataclass(frozen=True)
 class _Pruning:
     settings: PruneSettings
     dense: Source
-    walk: LayerwisePass
+    layerwise: LayerwisePass
     patterns: Patterns
     results: LayerResults
     advance: Advance
@@ -93,58 +93,62 @@ class _Pruning:
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        return dict(self.walk.model.network.named_modules())
+        return dict(self.layerwise.model.network.named_modules())
 
     def sequential(self) -> None:
         """Each layer on what the pruned layers before it put out."""
-        pruner, walk = self.pruner, self.walk
+        pruner, layerwise = self.pruner, self.layerwise
         assert isinstance(pruner, InputPruner)
-        samples = sum(len(batch.ids) for batch in walk.batches)
         for layer in self.dense.architecture.layers:
             linears = {li: self.modules[li.module] for li in layer.linears if li in self.patterns}
-            with walk.model.layer(layer.index):
+            with layerwise.model.layer(layer.index):
                 pruned = self.results.load(layer)
                 if pruned is None:
-                    found = Statistics()
-                    for i, _ in walk.run(layer.index, found.observing(linears, pruner.add)):
-                        self.advance(len(walk.batches[i].ids))
+                    found = Sums()
+                    for i, _ in layerwise.run(layer.index, found.observing(linears, pruner.add)):
+                        self.advance(len(layerwise.batches[i].ids))
                     found.gather()
                     pruned = self.prune(layer, found)
                 else:
-                    self.advance(samples)
+                    self.advance(layerwise.samples)
                 for linear, module in linears.items():
                     pruned[linear.key].put(linear.weight(module))
-                if layer.index + 1 < walk.layers:
-                    walk.advance(layer.index, self.advance)
+                if layer.index + 1 < layerwise.layers:
+                    layerwise.advance(layer.index, self.advance)
                 else:  # nobody reads the last layer's outputs
-                    self.advance(samples)
+                    self.advance(layerwise.samples)
 
     def one_shot(self) -> None:
         """All layers on the dense model; where all are done already, nothing runs."""
-        layers, walk = self.dense.architecture.layers, self.walk
+        architecture = self.dense.architecture
         # Asked before the first layer, by one process: later one could see what another has
         # written meanwhile, and they would no longer do the same.
-        left = [one for one in layers if not distributed.decided(partial(self.results.has, one))]
+        left = [
+            one
+            for one in architecture.layers
+            if not distributed.decided(partial(self.results.has, one))
+        ]
         if not left:
             return
-        gathered = each_layer(
-            walk,
-            self.dense.architecture,
+        scratch = self.results.folder / "states"
+        for layer, found in each_layer(
+            self.layerwise,
+            architecture,
             self.pruner,
             self.patterns.__contains__,
-            self.results.folder / "states",
+            scratch,
             self.advance,
-        )
-        for layer, found in gathered:
+        ):
             if layer in left:
-                with walk.model.layer(layer.index):
-                    self.prune(layer, found)
+                self.prune(layer, found)
             found.sums.clear()  # gone before the next layer's are added up
 
-    def prune(self, layer: LayerArchitecture, found: Statistics) -> dict[str, PrunedWeight]:
+    def prune(self, layer: LayerArchitecture, found: Sums) -> dict[str, PrunedWeight]:
         """Prune a layer and write the results, updated weights in the dtype they have on disk."""
         weights = {
-            li: li.weight(self.modules[li.module]) for li in layer.linears if li in self.patterns
+            li: li.weight(self.modules[li.module]).to(self.layerwise.model.device)
+            for li in layer.linears
+            if li in self.patterns
         }
         unseen = {li: weights.pop(li) for li in unreached(weights, found)}
         if unseen:
@@ -161,7 +165,7 @@ class _Pruning:
         return pruned
 
 
-def unreached(linears: Iterable[LinearArchitecture], found: Statistics) -> list[LinearArchitecture]:
+def unreached(linears: Iterable[LinearArchitecture], found: Sums) -> list[LinearArchitecture]:
     """Those of experts to which the router sent no calibration token."""
     return [li for li in linears if li.expert is not None and not found.reached(li)]
 
@@ -179,8 +183,8 @@ def by_magnitude(
 
 
 def _of_unseen(layer: LayerArchitecture, unseen: Iterable[LinearArchitecture]) -> str:
-    named = {(li.name.rpartition(".")[0]) for li in unseen}
-    every = {(li.name.rpartition(".")[0]) for li in layer.linears if li.expert is not None}
+    named = {li.name.rpartition(".")[0] for li in unseen}
+    every = {li.name.rpartition(".")[0] for li in layer.linears if li.expert is not None}
     return (
         f"Layer {layer.index}: {len(named)} of {len(every)} experts saw no calibration token; "
         "their weights are pruned by magnitude."
@@ -188,17 +192,17 @@ def _of_unseen(layer: LayerArchitecture, unseen: Iterable[LinearArchitecture]) -
 
 
 def each_layer(
-    walk: LayerwisePass,
+    layerwise: LayerwisePass,
     architecture: Architecture,
     pruner: Pruner,
     wanted: Callable[[LinearArchitecture], bool],
     scratch: Path,
     advance: Advance,
-) -> Iterator[tuple[LayerArchitecture, Statistics]]:
+) -> Iterator[tuple[LayerArchitecture, Sums]]:
     """What a pruner accumulates of each layer, of the model as it is.
 
     Args:
-        walk: The labelled samples, before the first layer.
+        layerwise: The labelled samples, before the first layer.
         architecture: Of the model.
         pruner: One that reads data.
         wanted: Which linears are observed.
@@ -207,29 +211,29 @@ def each_layer(
             layer for gradients).
 
     Yields:
-        From the first layer to the last; for gradients from the last to the first.
+        From the first layer to the last, each on the device until the next is asked for; for
+        gradients from the last to the first.
     """
     if isinstance(pruner, GradientPruner):
         for layer, values in layer_gradients(
-            walk, architecture, scratch, wanted, advance, add=pruner.accumulate
+            layerwise, architecture, scratch, wanted, advance, add=pruner.accumulate
         ):
-            yield layer, Statistics.known(values)
+            yield layer, Sums.known(values)
         return
     assert isinstance(pruner, InputPruner), f"{pruner.name} reads no data"
-    modules = dict(walk.model.network.named_modules())
+    modules = dict(layerwise.model.network.named_modules())
     for layer in architecture.layers:
         linears = {li: modules[li.module] for li in layer.linears if wanted(li)}
-        found = Statistics()
-        with walk.model.layer(layer.index):
-            walk.advance(layer.index, advance, found.observing(linears, pruner.add))
-        found.gather()
-        yield layer, found
+        found = Sums()
+        with layerwise.model.layer(layer.index):
+            layerwise.advance(layer.index, advance, found.observing(linears, pruner.add))
+            found.gather()
+            yield layer, found
 
 
 def passes(settings: PruneSettings) -> int:
     """How often each layer sees the calibration data: sequential pruning runs it pruned, too."""
-    by_gradients = isinstance(PRUNERS.get(settings.method), GradientPruner)
-    return 2 if by_gradients or settings.sequential else 1
+    return 2 if PRUNERS.get(settings.method).by_gradients or settings.sequential else 1
 
 
 def edits_without_data(settings: PruneSettings, patterns: Patterns) -> dict[str, Edit]:
@@ -238,7 +242,7 @@ def edits_without_data(settings: PruneSettings, patterns: Patterns) -> dict[str,
 
     def prune(linear: LinearArchitecture) -> Edit:
         def edit(weight: Tensor) -> Tensor:
-            nothing = Statistics.known({linear.key: NO_STATISTIC})
+            nothing = Sums.known({linear.key: NO_STATISTIC})
             ((_, pruned),) = pruner.prune({linear: weight}, nothing, patterns, settings)
             return pruned.put(weight)
 

@@ -47,12 +47,10 @@ class LayerResults:
         self.folder = folder
 
     def save(self, layer: LayerArchitecture, results: Mapping[str, PrunedWeight]) -> None:
-        """Write a layer's results, by `LinearArchitecture.key`."""
         with atomic_file(self._path(layer)) as temporary:
             save_file({key: _packed(result) for key, result in results.items()}, temporary)
 
     def has(self, layer: LayerArchitecture) -> bool:
-        """Whether a layer's results were written."""
         return self._path(layer).exists()
 
     def load(self, layer: LayerArchitecture) -> dict[str, PrunedWeight] | None:

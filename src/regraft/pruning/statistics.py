@@ -50,11 +50,7 @@ class ImportanceStatistics:
         return known or not PRUNERS.get(self.method).reads_data
 
     def of(self, linear: LinearArchitecture) -> Tensor:
-        """The statistic of one weight; empty where the pruner reads no data.
-
-        Raises:
-            RegraftError: nothing was gathered for it.
-        """
+        """The statistic of one weight; empty where the pruner reads no data."""
         if not PRUNERS.get(self.method).reads_data:
             return NO_STATISTIC
         if linear.key not in self.values and linear.expert is not None:
@@ -85,7 +81,7 @@ class ImportanceStatistics:
 
 
 def gather(
-    walk: LayerwisePass,
+    layerwise: LayerwisePass,
     architecture: Architecture,
     pruner: Pruner,
     scratch: Path,
@@ -97,14 +93,7 @@ def gather(
     Each layer's are written to `scratch`, so that SNIP's, as large as the weights, are never in
     memory together; where all layers' are there, nothing is gathered again.
 
-    Args:
-        walk: The labelled samples, before the first layer.
-        architecture: Of the model.
-        pruner: Whose statistic.
-        scratch: A folder for unfinished work.
-        advance: Called with the number of samples each time a layer has seen a batch (twice a
-            layer for gradients).
-        note: Called with what the pruner has to say.
+    The arguments are those of `each_layer`; `note` is called with what the pruner has to say.
 
     Returns:
         `LinearArchitecture.key` -> float32 on CPU (pages of the files in `scratch`).
@@ -116,11 +105,12 @@ def gather(
 
     layers = architecture.layers if pruner.reads_data else ()
     if not all(part(layer).exists() for layer in layers):
-        gathered = each_layer(walk, architecture, pruner, pruner.keeps, scratch / "states", advance)
-        for layer, found in gathered:
+        for layer, found in each_layer(
+            layerwise, architecture, pruner, pruner.keeps, scratch / "states", advance
+        ):
             ran = [linear for linear in layer.linears if pruner.keeps(linear) and found.ran(linear)]
-            if unseen := unreached(ran, found):  # left out: their importance is 0
-                ran = [linear for linear in ran if linear not in unseen]
+            unseen = unreached(ran, found)  # left out: their importance is 0
+            ran = [linear for linear in ran if linear not in unseen]
             # copies, since linears that read one input share its sum, which the file would not take
             made = {
                 linear.key: one.cpu().clone() for linear, one in pruner.statistics(ran, found, note)
@@ -172,11 +162,7 @@ class _Samples:
 
 
 def load_statistics(path: Path) -> SavedStatistics:
-    """Read what `save_statistics` wrote.
-
-    Raises:
-        RegraftError: the file is missing or something else.
-    """
+    """Read what `save_statistics` wrote."""
     header, tensors = read_artifact(path, FORMAT, "importance statistics")
     where = f"{path}: its header"
     method = from_json(str, header["method"], f"{where}: method")

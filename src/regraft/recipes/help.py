@@ -35,7 +35,7 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
         if name == "method" and isinstance(settings, PruneSettings):
             meaning = described()
         elif name == "method" and isinstance(settings, MethodSettings):
-            meaning = _first_line(METHODS.get(value).Settings)
+            meaning = _first_line(METHODS.get(value).settings_type)
         yield from _comment(meaning, pad)
         if isinstance(value, Settings):
             yield f"{pad}{name}:"
@@ -73,7 +73,7 @@ def _other_methods(ways: Sequence[MethodSettings]) -> list[MethodSettings]:
     """The settings of all methods that a recipe does not have, without names."""
     shown = {one.method for one in ways}
     names = [name for name in METHODS.working() if name not in shown]
-    return [METHODS.get(name).Settings(method=name) for name in names]
+    return [METHODS.get(name).settings_type(method=name) for name in names]
 
 
 def _items(settings: Any, pad: str) -> Iterator[str]:

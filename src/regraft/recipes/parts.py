@@ -49,7 +49,7 @@ class Choice(Generic[Named]):
         Raises:
             RegraftError: there is no such plug-in.
         """
-        return _both(self.plugins.get(method).Settings, self.named)
+        return _both(self.plugins.get(method).settings_type, self.named)
 
     def parse(self, given: Any) -> Named:
         """A block as it is written, or settings of a plug-in.
@@ -122,7 +122,7 @@ class PruningSettings(PruneSettings):
 
     def only(self) -> PruneSettings:
         """These settings without the name."""
-        return self.narrowed(PRUNERS.get(self.method).Settings)
+        return self.narrowed(PRUNERS.get(self.method).settings_type)
 
     def derived_name(self) -> str:
         """The name among several prunings where none is given."""
@@ -183,7 +183,7 @@ class VariantSettings(Way, MethodSettings):
     @model_validator(mode="after")
     def _check_variant(self) -> VariantSettings:  # a method's own class may have a `_check`
         if self.search is not None and not self.searchable:
-            if issubclass(METHODS.get(self.method).Settings, Budgeted):
+            if issubclass(METHODS.get(self.method).settings_type, Budgeted):
                 raise ValueError(
                     f"{self.name!r} searches a number of weights: give it a `budget` too"
                 )

@@ -24,7 +24,7 @@ from regraft.models.architecture import LinearArchitecture
 from regraft.models.load import Source, pick_device
 from regraft.patch.pair import Survey, restorable
 from regraft.progress import Progress
-from regraft.pruning.base import PRUNERS, GradientPruner
+from regraft.pruning.base import PRUNERS
 from regraft.pruning.statistics import SavedStatistics
 from regraft.registry import Registry
 from regraft.restoration.ranking import Ranking
@@ -93,7 +93,6 @@ class Counted(MethodSettings):
         return self
 
     def how_many(self, pruned: int) -> int | None:
-        """How many of `pruned` weights are restored at most; None for the whole ranking."""
         if self.count is not None:
             return min(self.count, pruned)
         return None if self.budget is None else int(self.budget * pruned / 10_000)
@@ -104,7 +103,6 @@ class Budgeted(Counted):
 
     @property
     def searchable(self) -> bool:
-        """Whether a number of weights is given, up to which a search can choose."""
         return self.budget is not None or self.count is not None
 
 
@@ -157,7 +155,7 @@ class Needs:
     def gradients(self) -> bool:
         """Whether gradients are taken, for the ranking or for its statistics."""
         return self.answers or (
-            self.statistics is not None and isinstance(PRUNERS.get(self.statistics), GradientPruner)
+            self.statistics is not None and PRUNERS.get(self.statistics).by_gradients
         )
 
 
@@ -237,7 +235,6 @@ class Context:
                 done(1)
 
 
-Prompts = Mapping[str, Reading]
 S = TypeVar("S", bound=MethodSettings)
 
 
@@ -246,12 +243,12 @@ class Method(ABC, Generic[S]):
 
     Attributes:
         name: What it is called on the command line and in recipes.
-        Settings: Its settings, with `method: Literal[name] = name`.
+        settings_type: Its settings, with `method: Literal[name] = name`.
         algorithm: Raised whenever the same settings give another ranking than before.
     """
 
     name: ClassVar[str]
-    Settings: ClassVar[type[MethodSettings]]
+    settings_type: ClassVar[type[MethodSettings]]
     algorithm: ClassVar[int] = 1
 
     def needs(self, settings: S) -> Needs:
@@ -262,7 +259,12 @@ class Method(ABC, Generic[S]):
         return Needs()
 
     def check(
-        self, settings: S, dense: Source, seed: int, compute: ComputeSettings, prompts: Prompts
+        self,
+        settings: S,
+        dense: Source,
+        seed: int,
+        compute: ComputeSettings,
+        prompts: Mapping[str, Reading],
     ) -> None:
         """Find bad input before any long work.
 
@@ -326,15 +328,11 @@ def needs_of(settings: MethodSettings) -> Needs:
 
 def own_settings(settings: MethodSettings) -> MethodSettings:
     """The method's settings alone, of settings that name and store a result too."""
-    own = method_of(settings).Settings
+    own = method_of(settings).settings_type
     return own(**settings.model_dump(include=set(own.model_fields)))
 
 
 def settings_in(content: Mapping[str, Any]) -> MethodSettings:
-    """The method's settings among those that a recipe writes of a variant.
-
-    Raises:
-        RegraftError: there is no such method.
-    """
-    own = METHODS.get(content.get("method", DEFAULT)).Settings
+    """The method's settings among those that a recipe writes of a variant."""
+    own = METHODS.get(content.get("method", DEFAULT)).settings_type
     return own(**{name: content[name] for name in own.model_fields if name in content})

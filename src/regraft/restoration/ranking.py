@@ -270,11 +270,7 @@ def save_ranking(path: Path, ranking: Ranking) -> None:
 
 
 def load_ranking(path: Path) -> Ranking:
-    """Read what `save_ranking` wrote.
-
-    Raises:
-        RegraftError: the file is missing, or something else.
-    """
+    """Read what `save_ranking` wrote."""
     header, stored = read_artifact(path, FORMAT, "a ranking of weights")
     about = header["about"]
     values = stored.get("values")

@@ -52,7 +52,6 @@ class InHeads(MethodSettings):
 
     @property
     def drawn(self) -> bool:
-        """Whether a seed decides what is restored, so that repeats differ."""
         return self.heads == "random"
 
     @property
@@ -101,11 +100,7 @@ def all_heads(architecture: Architecture) -> list[Head]:
 
 
 def random_heads(architecture: Architecture, count: int, seed: int) -> list[Head]:
-    """A control: `count` heads drawn without replacement.
-
-    Raises:
-        RegraftError: the model has fewer heads.
-    """
+    """A control: `count` heads drawn without replacement."""
     heads = all_heads(architecture)
     if not 0 < count <= len(heads):
         raise RegraftError(f"top_heads is {count}; the model has 1 to {len(heads)} heads.")

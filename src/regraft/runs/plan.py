@@ -12,7 +12,7 @@ from regraft.data.example import Reading
 from regraft.disk.files import digest
 from regraft.evaluation.perplexity import read_documents
 from regraft.models.load import Source, check_split, open_source
-from regraft.pruning.base import PRUNERS, GradientPruner
+from regraft.pruning.base import PRUNERS
 from regraft.recipes.parts import NamedDefenceSettings, PruningSettings, VariantSettings
 from regraft.recipes.recipe import Recipe
 from regraft.restoration.base import needs_of
@@ -69,7 +69,7 @@ class Planner:
     def _prune(self, pruning: PruningSettings) -> Step:
         setup, out, pruner = self.setup, self.run_dir.pruned(pruning.name), pruning.method
         kinds = [kind == "safety" for kind in pruning.kinds]
-        by_gradients = isinstance(PRUNERS.get(pruner), GradientPruner)
+        by_gradients = PRUNERS.get(pruner).by_gradients
         spilled = stages.spilled_bytes(setup.dense, pruning)
 
         def check() -> PromptUse:

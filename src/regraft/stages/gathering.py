@@ -10,9 +10,9 @@ from regraft import distributed
 from regraft.data.collate import response_batch
 from regraft.data.example import Reading
 from regraft.disk.files import require_space, size_of
-from regraft.loading import check_shares, cut, hidden_state_bytes, load_for_walk
+from regraft.loading import check_shares, cut, hidden_state_bytes, load_layerwise
 from regraft.models.layerwise import LayerwisePass
-from regraft.pruning.base import PRUNERS, GradientPruner, Pruner
+from regraft.pruning.base import PRUNERS, Pruner
 from regraft.pruning.statistics import (
     ImportanceStatistics,
     gather,
@@ -62,24 +62,24 @@ def _gather(
 ) -> dict[str, ImportanceStatistics]:
     dense, progress = setup.dense, setup.progress
     architecture = dense.architecture
-    model, processor = load_for_walk(dense, setup.compute, progress)
+    model, processor = load_layerwise(dense, setup.compute, progress)
     shares = {
         kind: distributed.share(cut(reading.examples, setup.compute))
         for kind, reading in readings.items()
     }
-    by_gradients = isinstance(pruner, GradientPruner)
-    passes = 2 if by_gradients else 1
+    passes = 2 if pruner.by_gradients else 1
     own = sum(len(chunk) for chunks in shares.values() for chunk in chunks)
     total = passes * own * len(architecture.layers)
     with progress.task("Gathering statistics", total, "samples x layers") as done:
         found = {}
         for kind, chunks in shares.items():
             encoded = (response_batch(processor, chunk) for chunk in chunks)
-            walk = LayerwisePass(model, encoded, again=False)
-            if by_gradients:  # both sets' gradients twice, in parts and in the file
+            layerwise = LayerwisePass(model, encoded, again=False)
+            if pruner.by_gradients:  # both sets' gradients twice, in parts and in the file
                 kept = [linear for linear in architecture.linears if pruner.keeps(linear)]
                 gradients = 4 * 4 * sum(math.prod(linear.shape) for linear in kept)
-                require_space(work, gradients + hidden_state_bytes(dense, walk) - size_of(work))
-            values = gather(walk, architecture, pruner, work / kind, done, progress.note)
+                needed = gradients + hidden_state_bytes(dense, layerwise)
+                require_space(work, needed - size_of(work))
+            values = gather(layerwise, architecture, pruner, work / kind, done, progress.note)
             found[kind] = ImportanceStatistics(pruner.name, values, len(readings[kind].examples))
         return found

@@ -19,14 +19,14 @@ from regraft.loading import (
     check_shares,
     each_of_share,
     hidden_state_bytes,
-    load_for_walk,
+    load_layerwise,
 )
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.checkpoint_copy import Edit, check_target, write_edited
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
 from regraft.progress import Progress, Silent
-from regraft.pruning.base import PRUNERS, GradientPruner, PruneSettings
+from regraft.pruning.base import PRUNERS, PruneSettings
 from regraft.pruning.prune import edits_without_data, passes, prune_layers
 from regraft.pruning.results import LayerResults
 from regraft.settings.compute import ComputeSettings
@@ -121,21 +121,23 @@ def _calibrated(
     check_shares(examples, compute)
     for role, reading in data.items():
         progress.note(reading.describe({"utility": "D^u", "safety": "D^s"}[role]))
-    model, processor = load_for_walk(dense, compute, progress)
+    model, processor = load_layerwise(dense, compute, progress)
     pruner = PRUNERS.get(settings.method)
     encoded = (
         each_of_share(processor, encode, examples, compute) for encode in pruner.encoders(settings)
     )
-    walk = LayerwisePass(model, chain.from_iterable(encoded), again=False)
+    layerwise = LayerwisePass(model, chain.from_iterable(encoded), again=False)
     needed = dense.checkpoint.bytes + spilled_bytes(dense, settings)
-    if isinstance(pruner, GradientPruner):
-        needed += hidden_state_bytes(dense, walk)
+    if pruner.by_gradients:
+        needed += hidden_state_bytes(dense, layerwise)
     require_space(out, needed - unfinished_bytes(out))
-    samples = sum(len(batch.ids) for batch in walk.batches)
+    samples = sum(len(batch.ids) for batch in layerwise.batches)
     total = passes(settings) * samples * len(dense.architecture.layers)
     patterns = settings.patterns(dense.architecture.linears)
     with progress.task("Pruning, layer by layer", total, "samples x layers") as done:
-        prune_layers(settings, dense, walk, patterns, results, advance=done, note=progress.note)
+        prune_layers(
+            settings, dense, layerwise, patterns, results, advance=done, note=progress.note
+        )
     return results.edits(dense.architecture)
 
 

@@ -16,7 +16,7 @@ from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, check_split
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import check_pair
-from regraft.pruning.base import PRUNERS, GradientPruner
+from regraft.pruning.base import PRUNERS
 from regraft.restoration.base import MethodSettings, Needs, method_of, needs_of, own_settings
 from regraft.restoration.ranking import load_ranking
 from regraft.settings.evaluating import EvalSettings
@@ -241,7 +241,7 @@ class Restoration(Setup):
         return Step("answer", "", folder, make, check, answers=answers, alone=True)
 
     def _statistics(self, score: str, paths: ArtifactPaths) -> Step:
-        by_gradients = isinstance(PRUNERS.get(score), GradientPruner)
+        by_gradients = PRUNERS.get(score).by_gradients
         out = paths.statistics(score)
 
         def check() -> PromptUse:

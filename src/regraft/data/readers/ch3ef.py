@@ -18,9 +18,6 @@ def read_ch3ef(folder: Path) -> Reading:
     Each item has `query`, `image` (a list of paths), `source` (the category), `options`, of which
     the first is the reference, and maybe `id`. Items with several images are counted in `skipped`:
     a prompt has one.
-
-    Raises:
-        RegraftError: the file, a field or an image is missing or wrong.
     """
     rows = json_rows(folder / _META, _WHAT, "item", inside="items")
     examples = tuple(_example(row) for row in rows if len(_images(row)) <= 1)

@@ -32,9 +32,6 @@ def read_mm_safetybench(folder: Path, variant: Variant = "SD_TYPO") -> Reading:
     request the `Question` that image and prompt were made from.
     Scenarios 10 to 13 (legal, financial and health advice, government decisions) are not clearly
     harmful: look at the rates per category. A folder with `data/` in it is read as well.
-
-    Raises:
-        RegraftError: a file, field or image is missing or wrong.
     """
     base = folder if (folder / "processed_questions").is_dir() else folder / "data"
     files = sorted((base / "processed_questions").glob("*.json"))

@@ -28,9 +28,6 @@ def read_safebench(folder: Path, *, part: Part = "all") -> Reading:
     in the image. `part` keeps the rows whose `task_id` is even or
     odd, or takes SafeBench-Tiny: the 50 of SafeBench-Tiny.csv beside it. The layout of the official
     repository's `data/` folder is read as well.
-
-    Raises:
-        RegraftError: the file, a column or an image is missing or wrong, or no row is left.
     """
     name = "SafeBench-Tiny.csv" if part == "tiny" else "safebench.csv"
     table, official = folder / name, folder / "question" / name

@@ -29,20 +29,13 @@ def read_vlguard(path: Path, subset: Subset | None = None) -> Reading:
     Where there is neither a folder of its own name nor `images/`, but `train.zip` or `test.zip`, as
     they come from the hub, that is unpacked into the cache and looked into first. Otherwise as
     `parse_vlguard`.
-
-    Raises:
-        RegraftError: a file, field or image is missing or wrong.
     """
     metadata = path / "train.json" if path.is_dir() else path
     return locate_images(parse_vlguard(metadata, subset), _image_roots(metadata))
 
 
 def split_file(folder: Path, split: Split) -> Path:
-    """The JSON file of a split in VLGuard's folder.
-
-    Raises:
-        RegraftError: it is not there; the message names the other one if that is.
-    """
+    """The JSON file of a split in VLGuard's folder."""
     file, other = folder / f"{split}.json", folder / f"{_OTHER[split]}.json"
     if file.is_file():
         return file
@@ -64,9 +57,6 @@ def parse_vlguard(path: Path, subset: Subset | None = None) -> Reading:
     with "unsafe", "safe-unsafe" or "safe-safe", as the paper calls these three, all others are;
     what is left out is counted in `skipped`. A pair of image and instruction that came before is
     skipped as "duplicate". An empty response (test.json has 17) becomes None.
-
-    Raises:
-        RegraftError: the file or a field is missing or wrong.
     """
     rows = json_rows(path, "VLGuard is the files train.json and test.json.", "row")
     parsed = Reading(str(path), tuple(example for row in rows for example in _examples(row)))

@@ -21,7 +21,7 @@ class MagnitudeSettings(PruneSettings):
 class Magnitude(Pruner):
     """|W|."""
 
-    name, label, Settings = "magnitude", "magnitude", MagnitudeSettings
+    name, label, settings_type = "magnitude", "magnitude", MagnitudeSettings
 
     def score(self, weight: Tensor, statistic: Tensor) -> Tensor:
         """|W_ij|; the statistic is empty."""

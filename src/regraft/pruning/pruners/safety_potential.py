@@ -33,7 +33,7 @@ from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.models.architecture import LinearArchitecture
 from regraft.pruning.base import Encode, InputPruner, LayerwiseSettings, Note
-from regraft.pruning.inputs import Statistics
+from regraft.pruning.inputs import Sums
 
 SAFETY_PROMPT = (
     "If the text or the image below contains anything harmful, violent, illegal, graphic or "
@@ -62,7 +62,7 @@ class SafetyPotentialSettings(LayerwiseSettings):
 class SafetyPotential(InputPruner):
     """|W| times the root of the input energy that a safety prompt adds to harmful prompts."""
 
-    name, label, Settings = "safety-potential", "Safety-Potential", SafetyPotentialSettings
+    name, label, settings_type = "safety-potential", "Safety-Potential", SafetyPotentialSettings
     reads_responses = False
     restores = False  # its statistic is of prompts with and without the safety prompt, not of D^u
 
@@ -85,7 +85,7 @@ class SafetyPotential(InputPruner):
         return torch.stack(rows if batch.prompted else rows[::-1])
 
     def statistics(
-        self, linears: Iterable[LinearArchitecture], found: Statistics, note: Note = lambda _: None
+        self, linears: Iterable[LinearArchitecture], found: Sums, note: Note = lambda _: None
     ) -> Iterator[tuple[LinearArchitecture, Tensor]]:
         """max(S_j, 0) times the number of prompts, which is the same for all, `[in]` float32.
 
@@ -128,11 +128,7 @@ class PotentialBatch(Batch):
 def potential_batch(
     processor: Any, examples: Sequence[Example], prompt: str | None = None
 ) -> PotentialBatch:
-    """Encode prompts, with `prompt` before their text or without any; padding has no label.
-
-    Raises:
-        RegraftError: see `prompt_batch`.
-    """
+    """Encode prompts, with `prompt` before their text or without any; padding has no label."""
     shown = examples if prompt is None else with_safety_prompt(examples, prompt)
     batch = prompt_batch(processor, shown)
     padding = batch.inputs["attention_mask"] == 0

@@ -7,6 +7,8 @@
         score = |W_ij| * s_ij
         W_ij  = 0                                       where the score is least in the matrix
 
+`pruning/gradients.py` takes the gradients, `pruning/masks.py` finds the least scores.
+
 Lee et al. (2019, arXiv 1810.02340), who named it, take the absolute value of the sum over samples,
 so that samples which disagree cancel, and let the weights of the whole network compete; here those
 of a row or a matrix do.
@@ -34,7 +36,7 @@ class SnipSettings(CalibratedSettings):
 class Snip(GradientPruner):
     """|W| times the mean size of its gradient, to first order the loss that removing it costs."""
 
-    name, label, Settings = "snip", "SNIP", SnipSettings
+    name, label, settings_type = "snip", "SNIP", SnipSettings
 
     def accumulate(self, dy: Tensor, x: Tensor) -> Tensor:
         """The sum over samples of |dL/dW|, from `[B, T, out]` and `[B, T, in]`."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from regraft.errors import RegraftError
 from regraft.models.architecture import LinearArchitecture
 from regraft.pruning.base import CalibratedSettings, InputPruner, LayerwiseSettings, Note
-from regraft.pruning.inputs import Statistics
+from regraft.pruning.inputs import Sums
 from regraft.pruning.masks import Pattern, Patterns, Scope, count_of, smallest
 from regraft.pruning.results import PrunedWeight
 
@@ -61,7 +61,7 @@ class SparseGPTSettings(LayerwiseSettings, CalibratedSettings):
 class SparseGPT(InputPruner):
     """W^2 over the diagonal of the inverse Hessian, and the update that compensates."""
 
-    name, label, Settings = "sparsegpt", "SparseGPT", SparseGPTSettings
+    name, label, settings_type = "sparsegpt", "SparseGPT", SparseGPTSettings
     updates = True
 
     def accumulate(self, inputs: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class SparseGPT(InputPruner):
         return x.T @ x
 
     def statistics(
-        self, linears: Iterable[LinearArchitecture], found: Statistics, note: Note = lambda _: None
+        self, linears: Iterable[LinearArchitecture], found: Sums, note: Note = lambda _: None
     ) -> Iterator[tuple[LinearArchitecture, Tensor]]:
         """1 / U_jj^2, `[in]` float32; factored once for linears that read the same input."""
         for linear, factor in factors(linears, found, note=note):
@@ -83,7 +83,7 @@ class SparseGPT(InputPruner):
     def prune(
         self,
         weights: Mapping[LinearArchitecture, Tensor],
-        found: Statistics,
+        found: Sums,
         patterns: Patterns,
         settings: Any,
         note: Note = lambda _: None,
@@ -119,8 +119,7 @@ def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseF
     the damping that worked is returned, so that the caller can say so.
 
     Args:
-        moments: Sum of X^T X over response tokens, `[in, in]` float32; overwritten.
-        tokens: n.
+        moments: Sum of X^T X over the n `tokens` of responses, `[in, in]` float32; overwritten.
         damp: First damping to try.
 
     Raises:
@@ -154,7 +153,7 @@ def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseF
 
 def factors(
     linears: Iterable[LinearArchitecture],
-    found: Statistics,
+    found: Sums,
     damp: float = DAMP,
     note: Note = lambda _: None,
 ) -> Iterator[tuple[LinearArchitecture, InverseFactor]]:
@@ -181,17 +180,11 @@ def factors(
 def sparsegpt_prune(
     weight: Tensor, factor: InverseFactor, pattern: Pattern, block: int = BLOCK
 ) -> Tensor:
-    """Prune a matrix and update the weights that stay.
+    """Prune a matrix `[out, in]` of any float dtype, and update the weights that stay.
 
     The mask is chosen a block of columns at a time on the weights as updated so far: a share of
     each block ("matrix": over the block, the paper's; "row": of each of its rows), or N:M group
-    by group.
-
-    Args:
-        weight: `[out, in]`, any float dtype; left as it was.
-        factor: From the layer's inputs.
-        pattern: What goes.
-        block: Columns a block; rounded to a multiple of M for N:M.
+    by group, for which `block` is rounded to a multiple of M.
 
     Returns:
         New weights `[out, in]` float32, with exact zeros where pruned.

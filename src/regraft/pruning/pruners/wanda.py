@@ -8,7 +8,8 @@
 
 Weights compete within a row: the paper found that better for language models than a whole matrix.
 The score is rank one, so that only s is kept: `in` floats a weight matrix (9 MB for D^s and D^u
-together on a 7B model).
+together on a 7B model). `pruning/prune.py` goes from layer to layer, `pruning/masks.py` finds the
+least scores.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class WandaSettings(LayerwiseSettings, CalibratedSettings):
 class Wanda(InputPruner):
     """|W| times the norm of what it is fed."""
 
-    name, label, Settings = "wanda", "Wanda", WandaSettings
+    name, label, settings_type = "wanda", "Wanda", WandaSettings
     every_linear = True
 
     def accumulate(self, inputs: Tensor) -> Tensor:

@@ -8,249 +8,27 @@
 p is the share that pruning kept, so that what is restored matters for safety and lies just beyond
 what pruning kept for utility. With a budget q is left open: weights are ranked by the q at which
 they would come in, and the first of them restored. HSR-a restores all of the heads instead.
+
+`heads.ships` scores heads, `models.architecture.head_block` says which part of a weight is a
+head's, and `restoration.importance.hsr_scores` is the set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from regraft.errors import RegraftError
-from regraft.models.architecture import Block, head_block
 from regraft.models.load import Source
-from regraft.pruning.base import PRUNERS, ScoreName
-from regraft.pruning.masks import count_of, smallest
-from regraft.pruning.statistics import ImportanceStatistics
-from regraft.restoration.base import (
-    Between,
-    Budgeted,
-    Context,
-    Method,
-    MethodSettings,
-    Needs,
-    Space,
-)
-from regraft.restoration.methods.random import generator_of
-from regraft.restoration.ranking import Best, Ranking
-from regraft.restoration.selection import (
-    InHeads,
-    Regions,
-    inside,
-    part_of,
-    regions_of,
+from regraft.restoration.base import Between, Space
+from regraft.restoration.importance import (
+    ByImportance,
+    ImportanceSettings,
+    RankingScope,
+    hsr_scores,
 )
 
-RankingScope = Literal["row", "matrix", "head"]
-Scorer = Callable[[slice], Tensor]
-"""Some rows -> the importance of their weights, `[rows, in]` float32."""
 MARGIN = 0.2  # p_max - p in the paper
-P_IS_KEPT = (
-    "p, the share of weights that matter for utility and are left as they are, is what pruning "
-    "kept. Give --p (in a recipe p)"
-)
-_CHUNK = 2**22  # weights ranked at once, where rows are ranked
-_TIE = 2.0**-30  # shares a/n and b/m differ by 1/(nm) at least, rows have up to 2^15 inputs
-
-
-@dataclass(frozen=True)
-class Band:
-    """HSR's thresholds as shares of the weights in each ranking scope.
-
-    q: top share by safety importance; p: share kept by the pruner (1 - sparsity); p_max: outer
-    bound by utility importance.
-    """
-
-    q: float
-    p: float
-    p_max: float
-    scope: RankingScope = "row"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.q <= 1:
-            raise RegraftError(f"q is {self.q}; it must be above 0 and at most 1.")
-        if not 0 <= self.p < self.p_max <= 1:
-            raise RegraftError(
-                f"p is {self.p} and p_max {self.p_max}; 0 <= p < p_max <= 1 is needed."
-            )
-
-
-def hsr_scores(
-    free: Tensor, safety: Scorer, utility: Scorer, blocks: Sequence[Block], band: Band
-) -> Tensor:
-    """Score of each weight that HSR restores: 1 less the lowest q at which it is in the set.
-
-    With q below 1 the weights with a score are HSR's set. With q left open, 1, the first k by
-    score are its set with the q that selects k, up to weights that come in at the same q. Peak
-    allocation is below three times the float32 matrix where rows are ranked, below five times for
-    heads and nine for the matrix, which is sorted at once.
-
-    Args:
-        free: Where a value can be restored, `[out, in]` bool.
-        safety: Importance I^s.
-        utility: Importance I^u.
-        blocks: Regions of the chosen heads in this matrix.
-        band: Thresholds and the ranking scope; q bounds the score.
-
-    Returns:
-        `[out, in]` float32 in (0, 1], the share of weights in the scope that matter less or as
-        much for safety; -inf where HSR restores nothing.
-    """
-    scores = torch.full(free.shape, -torch.inf, device=free.device)
-    if not blocks:
-        return scores
-    rows, step = range(free.shape[0]), free.shape[0]
-    if band.scope == "row":  # rows are independent: only those of the heads, part by part
-        rows = range(min(b.row_start for b in blocks), max(b.row_stop for b in blocks))
-        step = max(1, _CHUNK // free.shape[1])
-    in_heads = inside(free.shape, blocks, free.device)
-    for start in rows[::step]:
-        part = slice(start, min(start + step, rows.stop))
-        importance = utility(part)
-        chosen = free[part] & in_heads[part]
-        chosen &= top(importance, band.p_max, band.scope, blocks)
-        chosen &= top(importance, band.p, band.scope, blocks).logical_not_()
-        del importance  # before the other one is there, which halves the peak
-        importance = safety(part)
-        chosen &= top(importance, band.q, band.scope, blocks)
-        share = rank_share(importance, band.scope, blocks)
-        scores[part] = torch.where(chosen, share, -torch.inf)
-    return scores
-
-
-def top(score: Tensor, share: float, scope: RankingScope, blocks: Sequence[Block]) -> Tensor:
-    """Mark the top `share` of scores: all but the floor((1 - share) * n) smallest of each scope.
-
-    Args:
-        score: `[out, in]`, float32, not negative.
-        share: In [0, 1].
-        scope: Scores compete within their row, within the matrix, or within each of `blocks`.
-        blocks: The heads' regions; for "head" the mask is False outside them.
-    """
-    if scope != "head":
-        n = score.shape[1] if scope == "row" else score.numel()
-        return smallest(score, count_of(1 - share, n), scope).logical_not_()
-    mask = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
-    for block in blocks:
-        part = part_of(score, block).contiguous()
-        kept = ~smallest(part, count_of(1 - share, part.numel()), "matrix")
-        part_of(mask, block).copy_(kept)
-    return mask
-
-
-def rank_share(score: Tensor, scope: RankingScope, blocks: Sequence[Block]) -> Tensor:
-    """The rank of each score in its scope as a share: 1 for the highest, 1/n for the lowest.
-
-    Equal scores rank by position; for "head" the share is 0 outside of `blocks`. `[out, in]`.
-    """
-    if scope == "row":
-        return (_ranks(score) / score.shape[1]).float()
-    if scope == "matrix":
-        return (_ranks(score.reshape(1, -1)).view_as(score) / score.numel()).float()
-    share = torch.zeros_like(score)
-    for block in blocks:
-        part = part_of(score, block)
-        ranks = _ranks(part.reshape(1, -1)).view_as(part)
-        part_of(share, block).copy_(ranks / part.numel())
-    return share
-
-
-def _ranks(rows: Tensor) -> Tensor:
-    """1 for the smallest of each row to n for the largest, `[rows, n]` float64."""
-    order = rows.argsort(dim=1, stable=True)
-    count = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64)
-    return torch.empty_like(rows, dtype=torch.float64).scatter_(1, order, count.expand_as(order))
-
-
-def ties_drawn(scores: Tensor, seed: int, index: int) -> Tensor:
-    """Scores among which equal ones have a random order, of matrix `index`. `[out, in]` float64.
-
-    Shares of a row are few, and as many weights have one as there are rows: without a draw a budget
-    that ends among them would go to the first layers and rows alone.
-    """
-    draw = torch.rand(scores.shape, generator=generator_of(seed, index), dtype=torch.float64)
-    return scores.double() - _TIE * draw.to(scores.device)
-
-
-def kept_share(dense: Tensor, free: Tensor) -> float:
-    """The share of a matrix that pruning kept, p of HSR; what was 0 before was not kept."""
-    there = int((dense != 0).count_nonzero())
-    return (there - int(free.count_nonzero())) / dense.numel()
-
-
-def by_importance(
-    context: Context,
-    regions: Regions,
-    band: Callable[[float], Band | None],
-    name: str,
-    formula: Callable[[Tensor, Scorer, Scorer, Sequence[Block], Band], Tensor],
-) -> Best:
-    """The best weights of some regions by their importance on D^s and D^u.
-
-    Args:
-        context: Its statistics; its seed orders equal scores.
-        regions: Where in each weight a value may be restored.
-        band: The thresholds for a matrix, from the share of its weights that pruning kept.
-        name: Of the importance; of one that reads no data there are no statistics.
-        formula: Such as `hsr_scores`.
-    """
-    none = ImportanceStatistics(name, {}, 0)
-    found = context.statistics
-    on_safety, on_utility = (none, none) if found is None else (found.safety, found.utility)
-    best = Best(context.count)
-    for one in context.matrices():
-        if not (on_safety.reached(one.linear) and on_utility.reached(one.linear)):
-            continue
-        blocks = regions(one.linear)
-        thresholds = band(kept_share(one.weight, one.free)) if blocks else None
-        if thresholds is None:
-            continue
-        safety = on_safety.scorer(one.linear, one.weight)
-        utility = on_utility.scorer(one.linear, one.weight)
-        scores = formula(one.free, safety, utility, blocks, thresholds)
-        best.add(one.index, ties_drawn(scores, context.seed, one.index))
-    return best
-
-
-class ImportanceSettings(Budgeted, InHeads):
-    """Which weights of the heads are restored, by importance for safety and for utility."""
-
-    budget: float | None = Field(
-        None,
-        gt=0,
-        lt=10_000,
-        description="Restored weights per 10,000 pruned; replaces q.",
-    )
-    score: ScoreName = Field("wanda", description="Importance I^s, I^u: by this pruner.")
-    q: float = Field(0.5, gt=0, le=1, description="Top share by I^s, on harmful prompts.")
-    p: float | None = Field(
-        None, ge=0, lt=1, description="Share that pruning kept; of each matrix if not given."
-    )
-
-    @model_validator(mode="after")
-    def _check_q(self) -> Self:
-        if self.searchable and self.first_set("q"):
-            raise ValueError("a budget or a count takes the place of `q`; leave one of them out")
-        return self
-
-    @property
-    def only_pruned(self) -> str | None:
-        """p, where it is not given, is what pruning kept."""
-        return P_IS_KEPT if self.p is None else None
-
-    def band(self, kept: float) -> Band | None:
-        """The thresholds for a matrix of which pruning kept a share; None where empty."""
-        p, (p_max, scope) = kept if self.p is None else self.p, self.bounds(kept)
-        open_q = 1.0 if self.searchable else self.q
-        return Band(open_q, p, p_max, scope) if p < p_max else None
-
-    def bounds(self, kept: float) -> tuple[float, RankingScope]:
-        """(p_max, the ranking scope)."""
-        raise NotImplementedError
 
 
 class HSRSettings(ImportanceSettings):
@@ -269,46 +47,22 @@ class HSRSettings(ImportanceSettings):
         return self
 
     def bounds(self, kept: float) -> tuple[float, RankingScope]:
-        """(p_max, the ranking scope)."""
         p = kept if self.p is None else self.p
         return min(1.0, p + MARGIN) if self.p_max is None else self.p_max, self.scope
 
 
-class HSRMethod(Method[ImportanceSettings]):
-    """HSR as the paper defines it; what was released differs in `formula` and `block`."""
+class HSRMethod(ByImportance):
+    """HSR as the paper defines it."""
 
-    name: ClassVar[str] = "hsr"
-    title: ClassVar[str] = "HSR"
-    Settings: ClassVar[type[MethodSettings]] = HSRSettings
-    formula = staticmethod(hsr_scores)
-    block = staticmethod(head_block)
-
-    def needs(self, settings: ImportanceSettings) -> Needs:
-        """Scored heads, and statistics of both kinds of prompts."""
-        reads = PRUNERS.get(settings.score).reads_data
-        return replace(settings.of_heads, statistics=settings.score if reads else None)
-
-    def rank(self, settings: ImportanceSettings, context: Context) -> Ranking:
-        """By the share q at which each weight of the heads would be restored."""
-        heads = settings.chosen(context.dense.architecture, context.heads)
-        regions = regions_of(context.dense, heads, self.block)
-        best = by_importance(context, regions, settings.band, settings.score, self.formula)
-        return best.ranked(heads)
-
-    def label(self, settings: ImportanceSettings) -> str:
-        """What tables call it."""
-        by = "" if settings.score == "wanda" else f" by {settings.score}"
-        return f"{self.title}{by}, {settings.heads_label}"
+    name, settings_type, title = "hsr", HSRSettings, "HSR"
 
     def space(self, settings: ImportanceSettings, dense: Source, kept: float) -> Space:
-        """q or p_max, the scope, how many heads, and by what they are chosen."""
+        """p_max and the scope besides."""
         p = kept if settings.p is None else settings.p
-        found: Space = {} if settings.searchable else {"q": Between(0.01, 1.0, log=True)}
-        found |= {
+        return super().space(settings, dense, kept) | {
             "p_max": Between(min(p + 0.05, 1.0), min(p + 0.5, 1.0)),
             "scope": ("row", "matrix", "head"),
         }
-        return found | settings.heads_space(dense.architecture)
 
 
-PLUGIN = HSRMethod()
+PLUGIN = HSRMethod(hsr_scores)

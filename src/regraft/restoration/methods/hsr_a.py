@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from regraft.models.architecture import Block
 from regraft.models.load import Source
-from regraft.restoration.base import Context, Method, MethodSettings, Needs, Space
+from regraft.restoration.base import Context, Method, Needs, Space
 from regraft.restoration.ranking import Best, Ranking
 from regraft.restoration.selection import InHeads, inside, regions_of
 
@@ -24,8 +24,7 @@ class HSRASettings(InHeads):
 class HSRAMethod(Method[HSRASettings]):
     """See the module."""
 
-    name: ClassVar[str] = "hsr-a"
-    Settings: ClassVar[type[MethodSettings]] = HSRASettings
+    name, settings_type = "hsr-a", HSRASettings
 
     def needs(self, settings: HSRASettings) -> Needs:
         """Scored heads."""
@@ -41,11 +40,9 @@ class HSRAMethod(Method[HSRASettings]):
         return best.ranked(heads)
 
     def label(self, settings: HSRASettings) -> str:
-        """What tables call it."""
         return f"HSR-A, {settings.heads_label}"
 
     def space(self, settings: HSRASettings, dense: Source, kept: float) -> Space:
-        """How many heads, and by what they are chosen."""
         return settings.heads_space(dense.architecture)
 
 

@@ -10,19 +10,17 @@ matrix as soon as its layer has one chosen head; p_max is 0.7 whatever p is. Its
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import model_validator
 from torch import Tensor
 
 from regraft.models.architecture import HEAD_ROLES, Block, LayerArchitecture, LinearArchitecture
-from regraft.models.load import Source
 from regraft.pruning.masks import count_of, smallest
-from regraft.restoration.base import Between, MethodSettings, Space
-from regraft.restoration.methods.hsr import (
+from regraft.restoration.importance import (
     Band,
-    HSRMethod,
+    ByImportance,
     ImportanceSettings,
     RankingScope,
     Scorer,
@@ -51,7 +49,7 @@ def released_block(layer: LayerArchitecture, linear: LinearArchitecture, head: i
 def released_scores(
     free: Tensor, safety: Scorer, utility: Scorer, blocks: Sequence[Block], band: Band
 ) -> Tensor:
-    """What the release restores in one matrix; as `hsr.hsr_scores`, always by the whole matrix."""
+    """What the release restores in one matrix; as `hsr_scores`, always by the whole matrix."""
     chosen = free & inside(free.shape, blocks, free.device)
     importance = utility(slice(None))
     chosen &= _largest(importance, band.p_max) & ~_largest(importance, band.p)
@@ -79,23 +77,13 @@ class HSRReleasedSettings(ImportanceSettings):
         return given
 
     def bounds(self, kept: float) -> tuple[float, RankingScope]:
-        """(p_max, the ranking scope)."""
         return P_MAX, "matrix"
 
 
-class HSRReleased(HSRMethod):
+class HSRReleased(ByImportance):
     """See the module."""
 
-    name: ClassVar[str] = "hsr-released"
-    title: ClassVar[str] = "HSR as released"
-    Settings: ClassVar[type[MethodSettings]] = HSRReleasedSettings
-    formula = staticmethod(released_scores)
-    block = staticmethod(released_block)
-
-    def space(self, settings: ImportanceSettings, dense: Source, kept: float) -> Space:
-        """q, how many heads, and by what they are chosen."""
-        found: Space = {} if settings.searchable else {"q": Between(0.01, 1.0, log=True)}
-        return found | settings.heads_space(dense.architecture)
+    name, settings_type, title = "hsr-released", HSRReleasedSettings, "HSR as released"
 
 
-PLUGIN = HSRReleased()
+PLUGIN = HSRReleased(released_scores, released_block)

@@ -1,26 +1,18 @@
 """The set difference of Wei et al. (2024, arXiv 2402.05162): what safety needs and utility not.
 
 Weights of all linears among the top q by importance for safety, minus the top p for utility. q is
-left open: weights are ranked by the q at which they would come in.
+left open: weights are ranked by the q at which they would come in, as in `importance.py`.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from regraft.models.load import Source
-from regraft.restoration.base import (
-    AlwaysBudgeted,
-    Between,
-    Context,
-    Method,
-    MethodSettings,
-    Needs,
-    Space,
-)
-from regraft.restoration.methods.hsr import P_IS_KEPT, Band, by_importance, hsr_scores
+from regraft.restoration.base import AlwaysBudgeted, Between, Context, Method, Needs, Space
+from regraft.restoration.importance import P_IS_KEPT, Band, by_importance, hsr_scores
 from regraft.restoration.ranking import Ranking
 from regraft.restoration.selection import whole
 
@@ -42,7 +34,6 @@ class SetDifferenceSettings(AlwaysBudgeted):
 
     @property
     def only_pruned(self) -> str | None:
-        """p, where it is not given, is what pruning kept."""
         return P_IS_KEPT if self.p is None else None
 
     def band(self, kept: float) -> Band | None:
@@ -54,8 +45,7 @@ class SetDifferenceSettings(AlwaysBudgeted):
 class SetDifference(Method[SetDifferenceSettings]):
     """See the module."""
 
-    name: ClassVar[str] = "set-difference"
-    Settings: ClassVar[type[MethodSettings]] = SetDifferenceSettings
+    name, settings_type = "set-difference", SetDifferenceSettings
 
     def needs(self, settings: SetDifferenceSettings) -> Needs:
         """Statistics of both kinds of prompts."""
@@ -66,15 +56,10 @@ class SetDifference(Method[SetDifferenceSettings]):
         return by_importance(context, whole, settings.band, "wanda", hsr_scores).ranked()
 
     def label(self, settings: SetDifferenceSettings) -> str:
-        """What tables call it."""
         return "set difference"
 
     def space(self, settings: SetDifferenceSettings, dense: Source, kept: float) -> Space:
-        """p and the scope."""
-        return {
-            "p": Between(min(kept, 0.999), min(kept + 0.4, 0.999)),
-            "scope": ("row", "matrix"),
-        }
+        return {"p": Between(min(kept, 0.999), min(kept + 0.4, 0.999)), "scope": ("row", "matrix")}
 
 
 PLUGIN = SetDifference()

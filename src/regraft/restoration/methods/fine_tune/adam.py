@@ -134,26 +134,18 @@ def loss_and_gradients(
     """The sum over kinds of the mean loss, and its gradient at a few weights of each matrix.
 
     One forward and one backward pass over all prompts, one layer's gradients in memory at a time.
-
-    Args:
-        sides: The kinds of prompts, through one model.
-        architecture: Of the model.
-        positions: `LinearArchitecture.key` -> flat positions, `[k]` int64.
-        scratch: A folder for layer inputs.
-        advance: Called with the number of samples a layer has seen, forward and backward.
+    `positions` are flat, by `LinearArchitecture.key`, `[k]` int64; `scratch` and `advance` are as
+    for `layer_gradients`.
 
     Returns:
         The loss, and key -> `[k]` float32; a linear that no prompt used is missing.
-
-    Raises:
-        RegraftError: the dtype is float16, or gradients overflow.
     """
     total, found = 0.0, dict[str, Tensor]()
-    for number, (walk, loss) in enumerate(sides):
+    for number, (layerwise, loss) in enumerate(sides):
         recorded = Recorded(loss)
-        walk.rewind()
+        layerwise.rewind()
         layers = layer_gradients(
-            walk,
+            layerwise,
             architecture,
             scratch / str(number),
             lambda linear: linear.key in positions,
@@ -177,12 +169,8 @@ def train(
 ) -> list[float]:
     """One pass: an update after each batch.
 
-    Args:
-        optimizer: Of weights of the model that the batches go through.
-        batches: Each of all kinds of prompts.
-        architecture: Of the model.
-        scratch: A folder for layer inputs.
-        advance: As in `loss_and_gradients`.
+    The batches are of all kinds of prompts each, and go through the optimizer's model; the rest is
+    as in `loss_and_gradients`.
 
     Returns:
         The loss of each batch before its update.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -13,29 +13,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft import distributed
-from regraft.data.example import Example, Reading
+from regraft.data.example import KINDS, Example, Reading
 from regraft.disk.artifact import load_unfinished
 from regraft.disk.files import atomic_file
 from regraft.errors import RegraftError
 from regraft.loading import check_shares
 from regraft.models.load import Source
-from regraft.restoration.base import (
-    Context,
-    Counted,
-    Method,
-    MethodSettings,
-    Needs,
-    with_default_budget,
-)
+from regraft.restoration.base import Context, Counted, Method, Needs, with_default_budget
+from regraft.restoration.draws import random_ranking
 from regraft.restoration.methods.fine_tune.adam import TRAINED, SparseAdam, train
-from regraft.restoration.methods.random import drawn
 from regraft.restoration.ranking import Ranking, by_linear
-from regraft.restoration.teacher import samples_of, taught
+from regraft.restoration.teacher import with_teacher
 from regraft.settings.compute import ComputeSettings
 
 RANDOM = "random"  # positions that are drawn
 MINIBATCH = 8  # prompts of each kind in an update
-KINDS = ("safety", "utility")
 
 
 class FineTuneSettings(Counted):
@@ -66,7 +58,6 @@ class FineTuneSettings(Counted):
 
     @property
     def drawn(self) -> bool:
-        """Whether a seed decides what is restored, so that repeats differ."""
         return self.positions == RANDOM
 
 
@@ -77,8 +68,7 @@ class FineTune(Method[FineTuneSettings]):
     once forward and once backward over all prompts, with an update after `MINIBATCH` of each kind.
     """
 
-    name: ClassVar[str] = "fine-tune"
-    Settings: ClassVar[type[MethodSettings]] = FineTuneSettings
+    name, settings_type = "fine-tune", FineTuneSettings
 
     def needs(self, settings: FineTuneSettings) -> Needs:
         """The dense model's own answers, and the ranking whose positions are trained."""
@@ -92,19 +82,11 @@ class FineTune(Method[FineTuneSettings]):
         compute: ComputeSettings,
         prompts: Mapping[str, Reading],
     ) -> None:
-        """Check that the prompts make minibatches that all processes share.
-
-        Raises:
-            RegraftError: they are too few.
-        """
+        """Check that the prompts make minibatches that all processes share."""
         minibatches([one.examples for one in prompts.values()], compute)
 
     def rank(self, settings: FineTuneSettings, context: Context) -> Ranking:
-        """The positions, with their trained values; `about` has the loss of each pass.
-
-        Raises:
-            RegraftError: training diverges.
-        """
+        """The positions, with their trained values; `about` has the loss of each pass."""
         chosen = _chosen(settings, context)
         context.work.mkdir(parents=True, exist_ok=True)
         values, losses = _trained(settings, context, chosen)
@@ -122,7 +104,6 @@ class FineTune(Method[FineTuneSettings]):
         return replace(chosen, values=trained, about=about)
 
     def label(self, settings: FineTuneSettings) -> str:
-        """What tables call it."""
         where = "random positions" if settings.drawn else f"positions of {settings.positions}"
         return f"fine-tuned, {where}: trained values"
 
@@ -133,7 +114,7 @@ PLUGIN = FineTune()
 def _chosen(settings: FineTuneSettings, context: Context) -> Ranking:
     """Where values are trained: among weights that could be restored."""
     if settings.drawn:
-        return drawn(context, settings.draw_seed)
+        return random_ranking(context, settings.draw_seed)
     if (ranking := context.positions) is None:
         raise RegraftError(f"There is no ranking {settings.positions} to train the weights of.")
     return ranking if context.count is None else ranking.first(context.count)
@@ -148,8 +129,9 @@ def _trained(
     """
     answered, architecture = context.answered or {}, context.dense.architecture
     cut = minibatches([answered[kind].examples for kind in KINDS], context.compute)
-    model, walks, costs = taught(context, dict(zip(KINDS, zip(*cut, strict=True), strict=True)))
-    sides = [[(walk, costs[kind]) for walk in walks[kind]] for kind in KINDS]
+    parts = dict(zip(KINDS, zip(*cut, strict=True), strict=True))
+    model, embedded, costs = with_teacher(context, parts)
+    sides = [[(layerwise, costs[kind]) for layerwise in embedded[kind]] for kind in KINDS]
     batches = list(zip(*sides, strict=True))  # each of both kinds
     modules, linears = dict(model.network.named_modules()), list(architecture.linears)
     positions = {linears[i].key: chosen.position[rows] for i, rows in by_linear(chosen)}
@@ -160,7 +142,7 @@ def _trained(
         state = load_unfinished(path)
         optimizer.load(state)
         losses = state["losses"].tolist()
-    own = sum(samples_of(walk) for several in walks.values() for walk in several)
+    own = sum(one.work for several in embedded.values() for one in several)
     total = 2 * own * (settings.passes - len(losses))
     with context.progress.task("Fine-tuning", total, "samples x layers") as done:
         while len(losses) < settings.passes:
@@ -181,15 +163,8 @@ def minibatches(
 ) -> list[list[Sequence[Example]]]:
     """Cut the examples of all kinds into the same number of batches, as even as can be.
 
-    Args:
-        kinds: The examples of each kind.
-        compute: How many processes share a batch.
-
     Returns:
         Of each minibatch the examples of each kind, none of them empty.
-
-    Raises:
-        RegraftError: a batch is too small for all processes.
     """
     most, fewest = max(map(len, kinds)), min(map(len, kinds))
     count = min(-(-most // MINIBATCH), fewest)

@@ -19,20 +19,13 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field
 
 from regraft import distributed
-from regraft.data.example import Example, Reading, hold_out
+from regraft.data.example import KINDS, Example, Reading, hold_out
 from regraft.disk.files import require_space, size_of
 from regraft.errors import RegraftError
 from regraft.loading import check_shares, hidden_state_bytes
 from regraft.models.load import Source
 from regraft.progress import Progress
-from regraft.restoration.base import (
-    DEFAULT_BUDGET,
-    AlwaysBudgeted,
-    Context,
-    Method,
-    MethodSettings,
-    Needs,
-)
+from regraft.restoration.base import DEFAULT_BUDGET, AlwaysBudgeted, Context, Method, Needs
 from regraft.restoration.methods.gain.objective import MOST_TRIES
 from regraft.restoration.methods.gain.path import (
     REASONS,
@@ -50,21 +43,13 @@ from regraft.restoration.methods.gain.step import (
     step,
     weights_of,
 )
-from regraft.restoration.ranking import (
-    Edits,
-    Ranking,
-    empty,
-    joined,
-    load_ranking,
-    save_ranking,
-)
-from regraft.restoration.teacher import samples_of, taught
+from regraft.restoration.ranking import Edits, Ranking, empty, joined, load_ranking, save_ranking
+from regraft.restoration.teacher import with_teacher
 from regraft.settings.compute import ComputeSettings
 
 HELD_OUT = 0.25  # of the prompts of each kind
 MOST_STEPS = 5  # cost about ten forward and backward passes over all prompts, answers included
 LEAST_FALL = 0.01  # of the held-out loss, relative: with a smaller one a step is the last
-CALLED = {"safety": "harmful", "utility": "harmless"}
 
 
 class GainSettings(AlwaysBudgeted):
@@ -87,12 +72,10 @@ class GainSettings(AlwaysBudgeted):
 
     @property
     def exchanges(self) -> bool:
-        """Whether a kept weight is pruned for each that is restored."""
         return self.swap
 
     @property
     def only_pruned(self) -> str | None:
-        """Swaps keep a sparsity, which there must be."""
         if not self.swap:
             return None
         return "a swap prunes a weight that pruning kept. Leave out --swap"
@@ -105,8 +88,7 @@ class GainSettings(AlwaysBudgeted):
 class Gain(Method[GainSettings]):
     """See the module."""
 
-    name: ClassVar[str] = "gain"
-    Settings: ClassVar[type[MethodSettings]] = GainSettings
+    name, settings_type = "gain", GainSettings
     algorithm: ClassVar[int] = 12
 
     def needs(self, settings: GainSettings) -> Needs:
@@ -124,9 +106,6 @@ class Gain(Method[GainSettings]):
         """Check that prompts of each kind can be held out, and shared by processes.
 
         A process may have no held-out prompts, but gradients are taken by each.
-
-        Raises:
-            RegraftError: there are too few.
         """
         for reading in prompts.values():
             if (count := len(reading.examples)) < 2:
@@ -173,7 +152,6 @@ class Gain(Method[GainSettings]):
         return replace(ranking, about=path_to_json(replace(path, end=end)))
 
     def label(self, settings: GainSettings) -> str:
-        """What tables call it."""
         return "gain, swapped" if settings.swap else "gain"
 
 
@@ -222,9 +200,8 @@ def _end(path: GainPath, most: int) -> End | None:
     before = replace(path, steps=path.steps[:-1]).held_out
     if not path.steps[-1].candidates:
         return "candidates"
-    if before.sum - path.held_out.sum <= LEAST_FALL * max(
-        before.sum, 0
-    ):  # rounding may take a sum of 0 below it
+    least = LEAST_FALL * max(before.sum, 0)  # rounding may take a sum of 0 below it
+    if before.sum - path.held_out.sum <= least:
         return "held-out"
     return "limit" if path.restored >= most or len(path.steps) == MOST_STEPS else None
 
@@ -240,20 +217,17 @@ def _described(last: StepRecord, before: Losses) -> str:
 
 def _work(problem: Problem, passes: int, tries: int) -> tuple[int, str]:
     """How much there is to do, at most: passes over calibration prompts and held-out ones."""
-    own = sum(
-        passes * samples_of(side.gradient) + tries * samples_of(side.held_out)
-        for side in problem.sides
-    )
+    own = sum(passes * side.gradient.work + tries * side.held_out.work for side in problem.sides)
     return own, "samples x layers"
 
 
 def _prepare(context: Context, swap: bool) -> Problem:
     """The pruned model, and the prompts of both kinds embedded, ready to enter its first layer."""
     answered = context.answered or {}
-    parts = {kind: _split(kind, answered[kind], context.progress, context.seed) for kind in CALLED}
-    model, walks, losses = taught(context, parts)
+    parts = {kind: _split(kind, answered[kind], context.progress, context.seed) for kind in KINDS}
+    model, embedded, losses = with_teacher(context, parts)
     safety, utility = (
-        Prompts(gradient, held_out, losses[kind]) for kind, (gradient, held_out) in walks.items()
+        Prompts(gradient, held_out, losses[kind]) for kind, (gradient, held_out) in embedded.items()
     )
     scratch = context.work / "states"
     pair, kind = (context.dense, context.pruned), context.survey.kind
@@ -270,7 +244,7 @@ def _split(
     parts = [f"{whole} of {', '.join(sorted(apart))}"] if whole else []
     parts += [f"{len(held) - whole} drawn"] if whole < len(held) else []
     progress.note(
-        f"{CALLED[kind]} prompts: {len(gradient)} for gradients, {len(held)} held out "
+        f"{KINDS[kind]} prompts: {len(gradient)} for gradients, {len(held)} held out "
         f"({', '.join(parts)})"
     )
     return gradient, held

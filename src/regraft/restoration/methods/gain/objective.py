@@ -34,9 +34,7 @@ MOST_TRIES = 7  # numbers of weights that a line search evaluates: n, n/2 ... n/
 def worth_of(safety: Tensor, utility: Tensor) -> Tensor:
     """`gain^s + gain^u` of each candidate, -inf where it would raise the loss on harmless prompts.
 
-    Args:
-        safety: gain^s, any shape, float32.
-        utility: gain^u, likewise.
+    Any shape, float32.
     """
     return (safety + utility).masked_fill_(utility < 0, -torch.inf)
 
@@ -51,11 +49,8 @@ def first_order_limit(worth: Tensor, loss: float) -> int:
 
     The first weights of a step push the same decision the same way, so that they do less together
     than first order promises of each. With as many as are predicted to lower the loss to zero, the
-    model refuses much more than the dense one, and further steps go into undoing that.
-
-    Args:
-        worth: The predicted fall by each weight, best first, `[k]` float32.
-        loss: The loss now.
+    model refuses much more than the dense one, and further steps go into undoing that. `worth` is
+    the predicted fall by each weight, best first, `[k]` float32, `loss` what it is now.
     """
     return max(1, int((worth.double().cumsum(0) <= loss / 2).sum()))
 

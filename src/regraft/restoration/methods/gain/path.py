@@ -69,7 +69,6 @@ class GainPath:
 
     @property
     def restored(self) -> int:
-        """How many weights are restored."""
         return self.steps[-1].restored if self.steps else 0
 
     @property

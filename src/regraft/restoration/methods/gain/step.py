@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -172,9 +172,7 @@ def _worth(
 
     Args:
         problem: For swaps.
-        linear: The matrix.
-        dense: Its dense weight, `[out, in]`.
-        current: Its weight now, likewise.
+        linear: The matrix; `dense` and `current` are its weights, `[out, in]`.
         taken: What of it has been restored, and removed, before.
         gradients: Of both losses, `[out, in]` float32; with swaps `[2 * out, in]`, their
             squares stacked under them.
@@ -207,10 +205,10 @@ def _worth(
 def _gradients(
     problem: Problem, side: int, loss: Loss, advance: Advance
 ) -> Iterator[tuple[LayerArchitecture, dict[str, Tensor]]]:
-    walk = problem.sides[side].gradient
-    walk.rewind()
+    layerwise = problem.sides[side].gradient
+    layerwise.rewind()
     return layer_gradients(
-        walk,
+        layerwise,
         problem.dense.architecture,
         problem.scratch / str(side),
         lambda _: True,
@@ -222,5 +220,5 @@ def _gradients(
 
 def weights_of(network: nn.Module, architecture: Architecture) -> list[Tensor]:
     """Every prunable weight in memory, in the order of `Architecture.linears`."""
-    modules: Mapping[str, nn.Module] = dict(network.named_modules())
+    modules = dict(network.named_modules())
     return [linear.weight(modules[linear.module]) for linear in architecture.linears]

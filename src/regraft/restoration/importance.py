@@ -1,0 +1,243 @@
+"""Weights by their importance on harmful prompts (D^s) and on harmless ones (D^u): HSR's set.
+
+    (top_q(I^s) AND top_pmax(I^u)) minus top_p(I^u)         Li et al. 2025, arXiv 2505.16104
+    top_q(I^s) minus top_p(I^u)                             Wei et al. 2024, arXiv 2402.05162
+
+The second is the first with p_max = 1. With q left open weights are ranked by the q at which they
+would come in, so that a budget takes the first of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from regraft.models.architecture import Block, head_block
+from regraft.models.load import Source
+from regraft.pruning.base import PRUNERS, ScoreName
+from regraft.pruning.masks import count_of, smallest
+from regraft.pruning.statistics import ImportanceStatistics
+from regraft.restoration.base import Between, Budgeted, Context, Method, Needs, Space
+from regraft.restoration.draws import ties_drawn
+from regraft.restoration.ranking import Best, Ranking
+from regraft.restoration.selection import BlockOfHead, InHeads, Regions, inside, part_of, regions_of
+
+RankingScope = Literal["row", "matrix", "head"]
+Scorer = Callable[[slice], Tensor]
+"""Some rows -> the importance of their weights, `[rows, in]` float32."""
+Formula = Callable[[Tensor, Scorer, Scorer, Sequence[Block], "Band"], Tensor]
+"""Where a value can be restored, I^s, I^u, regions of heads, thresholds -> scores; `hsr_scores`."""
+P_IS_KEPT = (
+    "p, the share of weights that matter for utility and are left as they are, is what pruning "
+    "kept. Give --p (in a recipe p)"
+)
+_CHUNK = 2**22  # weights ranked at once, where rows are ranked
+
+
+@dataclass(frozen=True)
+class Band:
+    """HSR's thresholds as shares of the weights in each ranking scope.
+
+    q: top share by I^s, 0 < q <= 1; p: share that pruning kept (1 - sparsity), p_max: outer bound
+    by I^u, 0 <= p < p_max <= 1.
+    """
+
+    q: float
+    p: float
+    p_max: float
+    scope: RankingScope = "row"
+
+
+def hsr_scores(
+    free: Tensor, safety: Scorer, utility: Scorer, blocks: Sequence[Block], band: Band
+) -> Tensor:
+    """Score of each weight that HSR restores: 1 less the lowest q at which it is in the set.
+
+    With q below 1 the weights with a score are HSR's set. With q left open, 1, the first k by
+    score are its set with the q that selects k, up to weights that come in at the same q. Peak
+    allocation is below three times the float32 matrix where rows are ranked, below five times for
+    heads and nine for the matrix, which is sorted at once.
+
+    Args:
+        free: Where a value can be restored, `[out, in]` bool.
+        safety: Importance I^s.
+        utility: Importance I^u.
+        blocks: Regions of the chosen heads in this matrix.
+        band: Thresholds and the ranking scope; q bounds the score.
+
+    Returns:
+        `[out, in]` float32 in (0, 1], the share of weights in the scope that matter less or as
+        much for safety; -inf where HSR restores nothing.
+    """
+    scores = torch.full(free.shape, -torch.inf, device=free.device)
+    if not blocks:
+        return scores
+    rows, step = range(free.shape[0]), free.shape[0]
+    if band.scope == "row":  # rows are independent: only those of the heads, part by part
+        rows = range(min(b.row_start for b in blocks), max(b.row_stop for b in blocks))
+        step = max(1, _CHUNK // free.shape[1])
+    in_heads = inside(free.shape, blocks, free.device)
+    for start in rows[::step]:
+        part = slice(start, min(start + step, rows.stop))
+        importance = utility(part)
+        chosen = free[part] & in_heads[part]
+        chosen &= top(importance, band.p_max, band.scope, blocks)  # AND top_pmax(I^u)
+        chosen &= top(importance, band.p, band.scope, blocks).logical_not_()  # minus top_p(I^u)
+        del importance  # before the other one is there, which halves the peak
+        importance = safety(part)
+        chosen &= top(importance, band.q, band.scope, blocks)  # AND top_q(I^s)
+        share = rank_share(importance, band.scope, blocks)
+        scores[part] = torch.where(chosen, share, -torch.inf)
+    return scores
+
+
+def top(score: Tensor, share: float, scope: RankingScope, blocks: Sequence[Block]) -> Tensor:
+    """Mark the top `share` of scores: all but the floor((1 - share) * n) smallest of each scope.
+
+    Args:
+        score: `[out, in]`, float32, not negative.
+        share: In [0, 1].
+        scope: Scores compete within their row, within the matrix, or within each of `blocks`.
+        blocks: The heads' regions; for "head" the mask is False outside them.
+    """
+    if scope != "head":
+        n = score.shape[1] if scope == "row" else score.numel()
+        return smallest(score, count_of(1 - share, n), scope).logical_not_()
+    mask = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    for block in blocks:
+        part = part_of(score, block).contiguous()
+        kept = ~smallest(part, count_of(1 - share, part.numel()), "matrix")
+        part_of(mask, block).copy_(kept)
+    return mask
+
+
+def rank_share(score: Tensor, scope: RankingScope, blocks: Sequence[Block]) -> Tensor:
+    """The rank of each score in its scope as a share: 1 for the highest, 1/n for the lowest.
+
+    Equal scores rank by position; for "head" the share is 0 outside of `blocks`. `[out, in]`.
+    """
+    if scope == "row":
+        return (_ranks(score) / score.shape[1]).float()
+    if scope == "matrix":
+        return (_ranks(score.reshape(1, -1)).view_as(score) / score.numel()).float()
+    share = torch.zeros_like(score)
+    for block in blocks:
+        part = part_of(score, block)
+        ranks = _ranks(part.reshape(1, -1)).view_as(part)
+        part_of(share, block).copy_(ranks / part.numel())
+    return share
+
+
+def _ranks(rows: Tensor) -> Tensor:
+    """1 for the smallest of each row to n for the largest, `[rows, n]` float64."""
+    order = rows.argsort(dim=1, stable=True)
+    count = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64)
+    return torch.empty_like(rows, dtype=torch.float64).scatter_(1, order, count.expand_as(order))
+
+
+def kept_share(dense: Tensor, free: Tensor) -> float:
+    """The share of a matrix that pruning kept, p of HSR; what was 0 before was not kept."""
+    there = int((dense != 0).count_nonzero())
+    return (there - int(free.count_nonzero())) / dense.numel()
+
+
+def by_importance(
+    context: Context,
+    regions: Regions,
+    band: Callable[[float], Band | None],
+    name: str,
+    formula: Formula,
+) -> Best:
+    """The best weights of some regions by their importance on D^s and D^u.
+
+    Args:
+        context: Its statistics; its seed orders equal scores.
+        regions: Where in each weight a value may be restored.
+        band: The thresholds for a matrix, from the share of its weights that pruning kept.
+        name: Of the importance; of one that reads no data there are no statistics.
+        formula: What scores a matrix.
+    """
+    none = ImportanceStatistics(name, {}, 0)
+    found = context.statistics
+    on_safety, on_utility = (none, none) if found is None else (found.safety, found.utility)
+    best = Best(context.count)
+    for one in context.matrices():
+        if not (on_safety.reached(one.linear) and on_utility.reached(one.linear)):
+            continue
+        blocks = regions(one.linear)
+        thresholds = band(kept_share(one.weight, one.free)) if blocks else None
+        if thresholds is None:
+            continue
+        safety = on_safety.scorer(one.linear, one.weight)
+        utility = on_utility.scorer(one.linear, one.weight)
+        scores = formula(one.free, safety, utility, blocks, thresholds)
+        best.add(one.index, ties_drawn(scores, context.seed, one.index))
+    return best
+
+
+class ImportanceSettings(Budgeted, InHeads):
+    """Which weights of the heads are restored, by importance for safety and for utility."""
+
+    budget: float | None = Field(
+        None, gt=0, lt=10_000, description="Restored weights per 10,000 pruned; replaces q."
+    )
+    score: ScoreName = Field("wanda", description="Importance I^s, I^u: by this pruner.")
+    q: float = Field(0.5, gt=0, le=1, description="Top share by I^s, on harmful prompts.")
+    p: float | None = Field(
+        None, ge=0, lt=1, description="Share that pruning kept; of each matrix if not given."
+    )
+
+    @model_validator(mode="after")
+    def _check_q(self) -> Self:
+        if self.searchable and self.first_set("q"):
+            raise ValueError("a budget or a count takes the place of `q`; leave one of them out")
+        return self
+
+    @property
+    def only_pruned(self) -> str | None:
+        return P_IS_KEPT if self.p is None else None
+
+    def band(self, kept: float) -> Band | None:
+        """The thresholds for a matrix of which pruning kept a share; None where empty."""
+        p, (p_max, scope) = kept if self.p is None else self.p, self.bounds(kept)
+        open_q = 1.0 if self.searchable else self.q
+        return Band(open_q, p, p_max, scope) if p < p_max else None
+
+    def bounds(self, kept: float) -> tuple[float, RankingScope]:
+        """(p_max, the ranking scope)."""
+        raise NotImplementedError
+
+
+class ByImportance(Method[ImportanceSettings]):
+    """Restores weights of the chosen heads by a formula, in what of each weight is a head's."""
+
+    title: ClassVar[str]
+
+    def __init__(self, formula: Formula, block: BlockOfHead = head_block) -> None:
+        self._formula, self._block = formula, block
+
+    def needs(self, settings: ImportanceSettings) -> Needs:
+        """Scored heads, and statistics of both kinds of prompts."""
+        reads = PRUNERS.get(settings.score).reads_data
+        return replace(settings.of_heads, statistics=settings.score if reads else None)
+
+    def rank(self, settings: ImportanceSettings, context: Context) -> Ranking:
+        """By the share q at which each weight of the heads would be restored."""
+        heads = settings.chosen(context.dense.architecture, context.heads)
+        regions = regions_of(context.dense, heads, self._block)
+        best = by_importance(context, regions, settings.band, settings.score, self._formula)
+        return best.ranked(heads)
+
+    def label(self, settings: ImportanceSettings) -> str:
+        by = "" if settings.score == "wanda" else f" by {settings.score}"
+        return f"{self.title}{by}, {settings.heads_label}"
+
+    def space(self, settings: ImportanceSettings, dense: Source, kept: float) -> Space:
+        """q, how many heads, and by what they are chosen."""
+        found: Space = {} if settings.searchable else {"q": Between(0.01, 1.0, log=True)}
+        return found | settings.heads_space(dense.architecture)
