@@ -113,16 +113,16 @@ def main() -> None:
         del model
         pruned = measure(
             "prune (sequential)",
-            lambda: stages.prune(dense, folder / "pruned", prune_settings(), calibration, compute),
+            lambda: stages.prune(
+                stages.Setup(dense, calibration, compute), folder / "pruned", prune_settings()
+            ),
         )
         measure(
             f"heads ({options.head_samples} samples)",
             lambda: stages.heads(
-                dense,
+                stages.Setup(dense, few, compute),
                 folder / "heads",
                 HeadSettings(r_max=2, tokens_per_pass=options.tokens_per_pass),
-                few,
-                compute,
             ),
         )
         measure(
@@ -137,7 +137,12 @@ def main() -> None:
                 dense, pruned, folder, HSRSettings(top_heads=min(10, heads)), calibration
             ),
         )
-        measure("apply", lambda: stages.apply(pruned.folder, folder / "patch", folder / "out"))
+        measure(
+            "apply",
+            lambda: stages.patch_checkpoint(
+                "apply", pruned.folder, folder / "patch", folder / "out"
+            ),
+        )
         size = dense.checkpoint.bytes / GIB
     unit = measured["bare forward"]["seconds"]
     about = {

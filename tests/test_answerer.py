@@ -422,12 +422,14 @@ def models_on_disk(tmp_path: Path) -> dict[str, Any]:
     data = DataSource(name="jsonl", path=tmp_path / "data" / "data.jsonl")
     calibration = CalibrationSettings(data=data, samples=3)
     prune = prune_settings(sparsity=0.6)
-    pruned = stages.prune(dense, tmp_path / "pruned", prune, calibration, COMPUTE)
+    pruned = stages.prune(stages.Setup(dense, calibration, COMPUTE), tmp_path / "pruned", prune)
     stages.statistics(stages.Setup(dense, calibration, COMPUTE), tmp_path / "statistics")
     settings = method(heads="all", q=0.9)
     patch = tmp_path / "patch"
     restored(dense, pruned, patch, settings, None, tmp_path / "statistics", COMPUTE)
-    realigned = open_source(stages.apply(pruned.folder, patch, tmp_path / "realigned"))
+    realigned = open_source(
+        stages.patch_checkpoint("apply", pruned.folder, patch, tmp_path / "realigned")
+    )
     return {"dense": dense, "pruned": pruned, "patch": patch, "realigned": realigned, "data": data}
 
 

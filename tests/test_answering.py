@@ -233,8 +233,8 @@ def test_prune_and_statistics_learn_from_them(
     given = own.model_copy(update={"responses": "given"})
     both = prune_settings(calibrate_on="both")
     with pytest.raises(RegraftError, match="no harmless examples with a response"):
-        stages.prune(source, tmp_path / "pruned", both, given, COMPUTE)
-    stages.prune(source, tmp_path / "pruned", both, own, COMPUTE)
+        stages.prune(stages.Setup(source, given, COMPUTE), tmp_path / "pruned", both)
+    stages.prune(stages.Setup(source, own, COMPUTE), tmp_path / "pruned", both)
     stages.statistics(stages.Setup(source, own, COMPUTE), tmp_path / "statistics")
     made = ("pruned", "statistics")
     names = {path.name for path in tmp_path.iterdir()}
@@ -267,14 +267,14 @@ def test_other_responses_are_other_data(
     data = _data(tmp_path / "data")
     calibration = CalibrationSettings(data=data, samples=2, responses="self")
     monkeypatch.setattr(answering, "generate", Says({}, YES))
-    stages.prune(source, tmp_path / "out", prune_settings(), calibration, COMPUTE)
+    stages.prune(stages.Setup(source, calibration, COMPUTE), tmp_path / "out", prune_settings())
     before = tree(tmp_path / "out")
-    stages.prune(source, tmp_path / "out", prune_settings(), calibration, COMPUTE)
+    stages.prune(stages.Setup(source, calibration, COMPUTE), tmp_path / "out", prune_settings())
     assert tree(tmp_path / "out") == before
     shutil.rmtree(tmp_path / "out.responses")
     monkeypatch.setattr(answering, "generate", Says({}, "Sure."))
     with pytest.raises(RegraftError, match=r"data\.utility\.digest"):
-        stages.prune(source, tmp_path / "out", prune_settings(), calibration, COMPUTE)
+        stages.prune(stages.Setup(source, calibration, COMPUTE), tmp_path / "out", prune_settings())
 
 
 def test_heads_stay_as_they_are(
@@ -286,11 +286,13 @@ def test_heads_stay_as_they_are(
     data = _data(tmp_path / "data")
     for responses in ("given", "self"):
         calibration = CalibrationSettings(data=data, samples=3, responses=responses)
-        stages.heads(source, tmp_path / responses, settings, calibration, COMPUTE)
+        stages.heads(stages.Setup(source, calibration, COMPUTE), tmp_path / responses, settings)
     assert (tmp_path / "given").read_bytes() == (tmp_path / "self").read_bytes()
     bare = _data(tmp_path / "bare", responses=False)
     calibration = CalibrationSettings(data=bare, samples=3, responses="self")
-    scores = stages.heads(source, tmp_path / "bare-heads", settings, calibration, COMPUTE)
+    scores = stages.heads(
+        stages.Setup(source, calibration, COMPUTE), tmp_path / "bare-heads", settings
+    )
     assert scores.about["data"]["safety"]["used"] == 3
 
 

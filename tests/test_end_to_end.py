@@ -109,7 +109,9 @@ def test_a_run_of_every_family(tmp_path: Path, paper_family: str, prune: dict[st
     examples = pico.write_examples(tmp_path / "images", 2)
     for folder in (run / "pruned", realigned.folder):
         assert len(_answers(folder, examples)) == 2
-    stages.revert(realigned.folder, run / "patches" / "hsr.safetensors", tmp_path / "off")
+    stages.patch_checkpoint(
+        "revert", realigned.folder, run / "patches" / "hsr.safetensors", tmp_path / "off"
+    )
     assert shards(tmp_path / "off") == shards(run / "pruned")
     assert [one.name for one in made.variants] == ["dense", "pruned", "hsr", "hsr-a", "random"]
     report = json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))
@@ -144,14 +146,16 @@ def test_pruned_by_someone_else(tmp_path: Path, paper_family: str, dtype: torch.
     assert pruned.checkpoint.shards != dense.checkpoint.shards
     calibration = CalibrationSettings(data=data, samples=4)
     compute = ComputeSettings(device="cpu", batch_size=2)
-    stages.heads(dense, tmp_path / "heads", HeadSettings(r_max=2), calibration, compute)
+    stages.heads(
+        stages.Setup(dense, calibration, compute), tmp_path / "heads", HeadSettings(r_max=2)
+    )
     stages.statistics(stages.Setup(dense, calibration, compute), tmp_path / "statistics")
     settings = method(top_heads=6, q=0.9, p=0.4, p_max=0.9)
     files = tmp_path / "heads", tmp_path / "statistics"
     patch = restored(dense, pruned, tmp_path / "patch", settings, *files, compute)
     assert patch.restored > 50
     assert patch.tensors.keys() <= pruned.checkpoint.tensors.keys()
-    stages.apply(theirs, tmp_path / "patch", tmp_path / "realigned")
+    stages.patch_checkpoint("apply", theirs, tmp_path / "patch", tmp_path / "realigned")
     realigned = open_checkpoint(tmp_path / "realigned")
     pairs = {
         b.tensor: a.tensor
@@ -165,7 +169,7 @@ def test_pruned_by_someone_else(tmp_path: Path, paper_family: str, dtype: torch.
         before[tensor.positions] = original[tensor.positions]
         assert equal_bytes(realigned.read(name).reshape(-1), before), name
     assert differing(pruned.checkpoint, realigned) == patch.tensors.keys()
-    stages.revert(tmp_path / "realigned", tmp_path / "patch", tmp_path / "off")
+    stages.patch_checkpoint("revert", tmp_path / "realigned", tmp_path / "patch", tmp_path / "off")
     assert shards(tmp_path / "off") == shards(theirs)
     assert len(_answers(tmp_path / "realigned", pico.write_examples(tmp_path / "images", 2))) == 2
     evaluation = EvalSettings(max_new_tokens=2)
@@ -254,7 +258,7 @@ def test_every_pruning_has_its_own_artifacts(several: Path) -> None:
         assert differing(pruned, realigned) == patch.tensors.keys()
     with pytest.raises(RegraftError):
         wrong = run / "patches" / "wanda-50" / "hsr.safetensors"
-        stages.apply(run / "pruned" / "mine", wrong, several / "wrong")
+        stages.patch_checkpoint("apply", run / "pruned" / "mine", wrong, several / "wrong")
     folders = {str(p.parent.relative_to(run)) for p in run.rglob("results.json")}
     assert folders == {
         "evaluation/dense",

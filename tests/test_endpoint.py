@@ -52,6 +52,7 @@ from regraft.evaluation.chat_server import KEY_VARIABLE, ChatServer, Reply
 from regraft.evaluation.resumable_map import resumable_pool
 from regraft.evaluation.served import as_they_come, portable
 from regraft.models.load import open_source
+from regraft.progress import Silent
 from regraft.report.pooling import study_of
 from regraft.runs import evaluations
 from regraft.settings.compute import ComputeSettings
@@ -100,8 +101,8 @@ class Notes:
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    task = stages.endpoint.Silent.task
-    loaded = stages.endpoint.Silent.loaded
+    task = Silent.task
+    loaded = Silent.loaded
 
     def note(self, text: str) -> None:
         self.said.append(text)

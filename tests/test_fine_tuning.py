@@ -86,8 +86,8 @@ def test_random_positions_are_those_that_random_restores(root: Path, tmp_path: P
 
 def test_it_is_put_on_and_taken_off_to_the_byte(root: Path, tmp_path: Path) -> None:
     patch = tuned(root, tmp_path / "patch")
-    stages.apply(root / "pruned", tmp_path / "patch", tmp_path / "on")
-    stages.revert(tmp_path / "on", tmp_path / "patch", tmp_path / "off")
+    stages.patch_checkpoint("apply", root / "pruned", tmp_path / "patch", tmp_path / "on")
+    stages.patch_checkpoint("revert", tmp_path / "on", tmp_path / "patch", tmp_path / "off")
     pruned, on, off = (
         open_source(folder).checkpoint
         for folder in (root / "pruned", tmp_path / "on", tmp_path / "off")

@@ -137,7 +137,9 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
             made[family] = Bench(root)
             for way, fields in METHODS.items():
                 settings = prune_settings(**fields)
-                stages.prune(dense, root / way, settings, made[family].calibration, COMPUTE)
+                stages.prune(
+                    stages.Setup(dense, made[family].calibration, COMPUTE), root / way, settings
+                )
             edits = {
                 linear.tensor: lambda weight: quantised(weight, 2, 32)
                 for linear in dense.architecture.linears
@@ -589,7 +591,7 @@ def test_swaps_keep_the_sparsity(family, way, benches, tmp_path):
     assert made.restored == made.removed == len(ranking)
     assert made.about.get("violated_groups", 0) == 0
     assert ("n_m" in made.about) == (way != "half")
-    stages.apply(pruned.folder, patch, tmp_path / "applied")
+    stages.patch_checkpoint("apply", pruned.folder, patch, tmp_path / "applied")
     applied = open_checkpoint(tmp_path / "applied")
     assert zeros(applied, pruned.architecture) == zeros(pruned.checkpoint, pruned.architecture)
     changed = 0
@@ -609,6 +611,6 @@ def test_swaps_keep_the_sparsity(family, way, benches, tmp_path):
                 kept_in_groups(pruned.checkpoint, linear, m),
             )
     assert changed == len(ranking)
-    stages.revert(tmp_path / "applied", patch, tmp_path / "off")
+    stages.patch_checkpoint("revert", tmp_path / "applied", patch, tmp_path / "off")
     assert shards(tmp_path / "off") == shards(pruned.folder)
     assert load_patch(patch).removed == len(ranking)

@@ -41,7 +41,9 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             write_data(root / "data", 4)
             dense, calibration = open_source(root / "dense"), _calibration(root)
             assert len(dense.checkpoint.shards) > 1
-            stages.heads(dense, root / "heads", HeadSettings(r_max=2), calibration, COMPUTE)
+            stages.heads(
+                stages.Setup(dense, calibration, COMPUTE), root / "heads", HeadSettings(r_max=2)
+            )
         return made[family]
 
     return make
@@ -59,7 +61,7 @@ def test_prune_score_realign_apply_reload_answer(
     root = scored(paper_family)
     dense, calibration = open_source(root / "dense"), _calibration(root)
     settings = prune_settings(method=pruner, sparsity=0.6)
-    pruned = stages.prune(dense, tmp_path / "pruned", settings, calibration, COMPUTE)
+    pruned = stages.prune(stages.Setup(dense, calibration, COMPUTE), tmp_path / "pruned", settings)
     share = zeros(pruned.checkpoint, pruned.architecture) / pruned.architecture.prunable
     assert share == pytest.approx(0.6, abs=0.02)
 
@@ -79,7 +81,9 @@ def test_prune_score_realign_apply_reload_answer(
         at = tensor.positions
         assert torch.equal(tensor.values, dense.checkpoint.read(name).flatten()[at])
 
-    realigned = open_source(stages.apply(pruned.folder, tmp_path / "patch", tmp_path / "out"))
+    realigned = open_source(
+        stages.patch_checkpoint("apply", pruned.folder, tmp_path / "patch", tmp_path / "out")
+    )
     filled = zeros(pruned.checkpoint, pruned.architecture) - zeros(
         realigned.checkpoint, dense.architecture
     )
@@ -102,7 +106,9 @@ def test_scores_rank_differently(scored: Callable[[str], Path], tmp_path: Path) 
     """The same pruned model, realigned by each score: other weights are restored."""
     root = scored("qwen2_5_vl")
     dense, calibration = open_source(root / "dense"), _calibration(root)
-    pruned = stages.prune(dense, tmp_path / "pruned", prune_settings(), calibration, COMPUTE)
+    pruned = stages.prune(
+        stages.Setup(dense, calibration, COMPUTE), tmp_path / "pruned", prune_settings()
+    )
     found = {}
     for score in (*PRUNERS, "magnitude"):
         settings = method(score=score, top_heads=8, q=0.9)
@@ -127,7 +133,7 @@ def test_statistics_of_another_score_are_refused(
     dense, calibration = open_source(root / "dense"), _calibration(root)
     stages.statistics(stages.Setup(dense, calibration, COMPUTE), tmp_path / "wanda")
     settings = prune_settings(method="magnitude")
-    pruned = stages.prune(dense, tmp_path / "pruned", settings, calibration, COMPUTE)
+    pruned = stages.prune(stages.Setup(dense, calibration, COMPUTE), tmp_path / "pruned", settings)
     with pytest.raises(RegraftError, match="holds statistics of wanda, and importance by snip is"):
         restored(
             dense,

@@ -66,16 +66,12 @@ def test_a_pass_is_what_torch_counts_in_the_decoder(family: str, tmp_path: Path)
     write_data(tmp_path / "data", 4, images=family == "llava")
     dense, out = open_source(tmp_path / "dense"), tmp_path / "pass.json"
     data = DataSource(name="jsonl", path=tmp_path / "data" / "data.jsonl")
-    calibration, cache = CalibrationSettings(data=data, samples=3), stages.EvaluationCache()
+    setup = stages.Setup(dense, CalibrationSettings(data=data, samples=3))
     for _ in range(2):  # the second time it is there
-        count_pass(stages.Setup(dense, calibration, cache=cache), out)
+        count_pass(setup, out)
     found = read_pass(out)
     assert found is not None and found.prompts == 6
-    examples = [
-        one
-        for harmful in (True, False)
-        for one in cache.drawn(dense, calibration, harmful=harmful).examples
-    ]
+    examples = [one for harmful in (True, False) for one in setup.drawn(harmful=harmful).examples]
     tokens, inputs = by_hand(family, tmp_path, examples)
     assert found.tokens == tokens
     with safe_open(tmp_path / "dense" / "model.safetensors", "pt") as file:
@@ -92,7 +88,7 @@ def test_a_pass_is_what_torch_counts_in_the_decoder(family: str, tmp_path: Path)
     else:
         assert found.flops == 6 * tokens * dense.architecture.prunable
     with pytest.raises(RegraftError, match="made with something else"):
-        other = calibration.model_copy(update={"samples": 2})
+        other = setup.calibration.model_copy(update={"samples": 2})
         count_pass(stages.Setup(dense, other), out)
 
 

@@ -317,7 +317,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     truth.pruned_at_random(dense, root / "pruned", 0.5)
     write_data(root / "data", 4)
     made = Bench(root)
-    stages.heads(dense, root / "heads", HeadSettings(r_max=2), made.calibration, COMPUTE)
+    stages.heads(
+        stages.Setup(dense, made.calibration, COMPUTE), root / "heads", HeadSettings(r_max=2)
+    )
     stages.statistics(stages.Setup(dense, made.calibration, COMPUTE), root / "statistics")
     return made
 
@@ -437,14 +439,18 @@ def test_the_number_restored_is_the_budget(
         assert patch.restored == (expected if count is None else count)
         assert patch.about["heads"] == ranking.about["heads"]
         expected_bytes = by_hand(Pair(bench.dense, bench.pruned), ranking.first(patch.restored))
-        stages.apply(bench.pruned.folder, tmp_path / name, tmp_path / f"{name}-applied")
+        stages.patch_checkpoint(
+            "apply", bench.pruned.folder, tmp_path / name, tmp_path / f"{name}-applied"
+        )
         realigned = open_checkpoint(tmp_path / f"{name}-applied")
         assert differing(source, realigned) == expected_bytes.keys()
         for tensor, wanted in expected_bytes.items():
             assert equal_bytes(realigned.read(tensor), wanted)
         architecture = bench.pruned.architecture
         assert zeros(source, architecture) - zeros(realigned, architecture) == patch.restored
-    stages.revert(tmp_path / "whole-applied", tmp_path / "whole", tmp_path / "off")
+    stages.patch_checkpoint(
+        "revert", tmp_path / "whole-applied", tmp_path / "whole", tmp_path / "off"
+    )
     assert shards(tmp_path / "off") == shards(bench.pruned.folder)
 
 

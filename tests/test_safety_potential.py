@@ -165,11 +165,9 @@ def test_the_stage_prunes_by_harmful_prompts_and_its_prompt(bench, tmp_path):
     dense = open_source(bench / "dense")
     pruned = [
         stages.prune(
-            dense,
+            stages.Setup(dense, calibrated(bench), COMPUTE),
             tmp_path / str(i),
             prune_settings(method="safety-potential", prompt=prompt),
-            calibrated(bench),
-            COMPUTE,
         )
         for i, prompt in enumerate((SAFETY_PROMPT, PROMPT))
     ]

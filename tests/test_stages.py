@@ -102,20 +102,19 @@ class Bench:
         if stage == "evaluate":
             given["model"] = self.pruned
         if stage in ("apply", "revert"):
-            given["pruned" if stage == "apply" else "realigned"] = (
-                at["prune"] if stage == "apply" else at["apply"]
-            )
-            given["patch_file"] = at["realign"]
+            given |= {"operation": stage, "patch_files": at["realign"]}
+            given["folder"] = at["prune" if stage == "apply" else "apply"]
         elif stage != "realign":
             given["compute"] = COMPUTE
         given |= changes
-        if stage in ("statistics", "rank"):
+        if stage in ("prune", "heads", "statistics", "rank"):
             shared = ("dense", "calibration", "compute")
             given["setup"] = stages.Setup(**{name: given.pop(name) for name in shared})
         if stage == "evaluate":
             own = ("model", "compute", "patch", "progress", "cache")
             given["target"] = stages.Target(**{n: given.pop(n) for n in own if n in given})
-        return getattr(stages, "write_ranking" if stage == "rank" else stage)(**given)
+        names = {"rank": "write_ranking"} | dict.fromkeys(("apply", "revert"), "patch_checkpoint")
+        return getattr(stages, names.get(stage, stage))(**given)
 
     def about(self, stage: str) -> Mapping[str, Any]:
         out = self.root / OUTPUTS[stage]
@@ -204,8 +203,8 @@ DIFFERENCES: list[tuple[str, Callable[[Bench], dict[str, Any]], str]] = [
     ),
     ("rank", lambda _: {"settings": method(top_heads=2)}, "settings.top_heads: 3 there, 2 now"),
     ("realign", lambda _: {"count": 5}, "count: null there, 5 now"),
-    ("apply", lambda b: {"pruned": b.root / "realigned"}, "before.stage: .prune. there, .apply."),
-    ("revert", lambda b: {"realigned": b.root / "pruned"}, "before.stage: .apply. there, .prune."),
+    ("apply", lambda b: {"folder": b.root / "realigned"}, "before.stage: .prune. there, .apply."),
+    ("revert", lambda b: {"folder": b.root / "pruned"}, "before.stage: .apply. there, .prune."),
     ("revert", lambda b: {"out": b.root / "realigned"}, "stage: .apply. there, .revert. now"),
     ("apply", lambda b: {"out": b.root / "reverted"}, "stage: .revert. there, .apply. now"),
     ("evaluate", lambda _: {"settings": EvalSettings()}, "settings.max_new_tokens: 3 there"),
@@ -358,7 +357,7 @@ def test_preview_writes_nothing_and_tells_the_truth(bench: Bench, tmp_path: Path
     assert (state.weights, state.on) == (patch.restored, 0)
     assert new.plan.weights == patch.restored
     assert (new.bytes, new.done) == (open_checkpoint(folder).bytes, False)
-    stages.apply(folder, patch_file, out)
+    stages.patch_checkpoint("apply", folder, patch_file, out)
     old, changed = shards(folder), shards(out)
     assert set(new.plan.shards) == {name for name in old if old[name] != changed[name]}
     again = stages.preview("apply", folder, [patch_file], out)

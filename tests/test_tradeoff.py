@@ -192,7 +192,7 @@ class Bench:
         **fields: Any,
     ) -> int:
         """Curve in `out`; how many weights to restore."""
-        choice = SearchSettings(validation=self.validation, **fields)
+        choice = SearchSettings(**{"validation": self.validation, **fields})
         paths = replace(stages.ArtifactPaths.beside(out), ranking=self.root / "ranking", curve=out)
         calibration = CalibrationSettings(data=self.validation)
         restoration = stages.Restoration(
@@ -254,7 +254,7 @@ def test_a_curve_is_evaluations_of_more_and_more_weights(bench: Bench, tmp_path:
         count=667,
     )
     assert made.restored == 667
-    stages.apply(bench.pruned.folder, patch, tmp_path / "applied")
+    stages.patch_checkpoint("apply", bench.pruned.folder, patch, tmp_path / "applied")
     written = open_source(tmp_path / "applied")
     alone = stages.evaluate(
         stages.Target(written, COMPUTE), tmp_path / "answers", [harmful, harmless], SHORT
@@ -518,11 +518,9 @@ def test_validation_needs_both_kinds(bench: Bench, tmp_path: Path) -> None:
     only = write_jsonl(
         tmp_path / "harmful.jsonl", pico.write_examples(tmp_path / "images", 2, images=False)
     )
-    settings = SearchSettings(validation=DataSource(name="jsonl", path=only))
+    settings = {"validation": DataSource(name="jsonl", path=only)}
     with pytest.raises(RegraftError, match=r"harmful\.jsonl.* harmless"):
-        stages.Search(bench.dense, settings, SHORT, COMPUTE).curve(
-            bench.pruned, bench.settings, bench.root / "ranking", tmp_path / "curve.json"
-        )
+        bench.search(tmp_path / "curve.json", **settings)
     assert not (tmp_path / "curve.json").exists()
 
 

@@ -36,3 +36,6 @@ class Silent:
 
     def loaded(self, network: nn.Module) -> None:
         """Take no notice."""
+
+
+SILENT: Progress = Silent()

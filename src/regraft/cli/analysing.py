@@ -30,9 +30,9 @@ from regraft.settings.scoring import StatisticsSettings
 
 if TYPE_CHECKING:
     from regraft.analysis.overlap import LayerOverlap
-    from regraft.analysis.relation import ModelPoint, Spearman
     from regraft.analysis.sweep import Sweep
     from regraft.heads.score import HeadScores
+    from regraft.report.study import Correlation
 
 app = App(
     name="analyse",
@@ -65,7 +65,8 @@ def heads(
     with watching() as progress:
         refuse_unread(settings, calibration)
         source = open_model(model, compute.trust_remote_code)
-        scores = stages.heads(source, out, settings, calibration, compute, progress)
+        setup = stages.Setup(source, calibration, compute, progress)
+        scores = stages.heads(setup, out, settings)
         _show_heads(progress.console, scores, show)
 
 
@@ -135,8 +136,7 @@ def relate(*run: Path, out: OutFolder) -> None:
     from regraft.analysis.relation import relate
 
     with watching() as progress:
-        points, found = relate(run, out)
-        _show_relation(progress.console, points, found)
+        _show_relation(progress.console, relate(run, out))
         progress.note(f"Figure: {(out / 'relation.svg').absolute()}")
 
 
@@ -211,18 +211,13 @@ def _show_sweep(console: Console, sweep: Sweep) -> None:
     )
 
 
-def _show_relation(console: Console, points: Sequence[ModelPoint], found: Spearman | None) -> None:
+def _show_relation(console: Console, found: Correlation) -> None:
     """Total Ships and the rise in ASR of each model, and their rank correlation."""
-    from regraft.analysis.relation import estimates
-    from regraft.report.study import Correlation
     from regraft.report.summary import correlation_text
     from regraft.report.tables import ships
 
-    rho, p = (found.rho, found.p) if found else (None, None)
-    known = tuple((one.name, one.ships, one.degradation) for one in points)
-    correlation = Correlation("", known, rho, p, estimates(points))
-    show_grid(console, ships(correlation))
-    say(console, correlation_text(correlation))
+    show_grid(console, ships(found))
+    say(console, correlation_text(found))
 
 
 def _show_overlap(console: Console, found: Mapping[float, Sequence[LayerOverlap]]) -> None:

@@ -36,10 +36,6 @@ def render(
     """The card of a patch.
 
     Args:
-        patch: The file.
-        repository: OWNER/NAME on the hub.
-        dense: Hub id of the dense model, None if it is on no hub.
-        pruned: Hub id of the pruned checkpoint.
         evaluated: Folders of `regraft eval`, for a table of rates, of which the first is what the
             others are compared with.
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.stages.restoring import ArtifactPaths
+from regraft.stages.setup import ArtifactPaths
 
 RECIPE_FILE = "recipe.yaml"
 

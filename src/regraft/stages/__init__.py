@@ -24,16 +24,16 @@ from regraft.stages.judging import (
     opinions,
     own,
 )
-from regraft.stages.patching import Preview, apply, preview, revert
+from regraft.stages.patching import Preview, patch_checkpoint, preview
 from regraft.stages.pruning import prune, spilled_bytes
-from regraft.stages.ranking import Inputs, write_ranking
+from regraft.stages.ranking import write_ranking
 from regraft.stages.realigning import realign
 from regraft.stages.responding import respond
-from regraft.stages.restoring import ArtifactPaths, Restoration, curve_beside
+from regraft.stages.restoring import Restoration
 from regraft.stages.scoring import heads
 from regraft.stages.searching import Search
-from regraft.stages.setup import Setup
-from regraft.stages.targets import Evaluable, OnText, Target
+from regraft.stages.setup import ArtifactPaths, Inputs, Setup
+from regraft.stages.targets import OnText, Target
 from regraft.stages.tuning import tune
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "VERDICTS",
     "ArtifactPaths",
     "EndpointTarget",
-    "Evaluable",
     "Evaluation",
     "EvaluationCache",
     "Inputs",
@@ -53,11 +52,9 @@ __all__ = [
     "Target",
     "Tool",
     "agreement",
-    "apply",
     "calibration_data",
     "check",
     "clear_check",
-    "curve_beside",
     "defend",
     "evaluate",
     "export",
@@ -68,13 +65,13 @@ __all__ = [
     "open_target",
     "opinions",
     "own",
+    "patch_checkpoint",
     "preview",
     "prune",
     "read_curve",
     "read_evaluation",
     "realign",
     "respond",
-    "revert",
     "side",
     "spilled_bytes",
     "statistics",

@@ -126,8 +126,6 @@ def judge(
         folder: Of `evaluate`, with answers.jsonl.
         text: See `judges.find`.
         out: One JSON file with the rates, and a verdict by id.
-        compute: Where a model runs.
-        progress: Progress.
         images: Show the judge the prompts' images, which lie in this folder (see `Pictures`).
         loaded: The judge, if it is in memory.
 
@@ -196,11 +194,6 @@ def own(folder: Path) -> Judged:
 def agreement(folder: Path, files: Sequence[Path], out: Path) -> tuple[Agreement, ...]:
     """How far the judges of an evaluation agree, its own among them; writes the JSON file `out`.
 
-    Args:
-        folder: Of `evaluate`.
-        files: Of `judge`, on its answers.
-        out: Written anew, whatever it held.
-
     Raises:
         RegraftError: see `read_verdicts`.
     """
@@ -257,8 +250,6 @@ def judge_bench(
         files: See `read_labelled`.
         judges: By name, see `judges.find`.
         labels: Which rows, and what their labels say.
-        compute: Where models run.
-        progress: Progress.
         out: The figures as JSON; judges of words, which are quick, need none.
 
     Returns:
