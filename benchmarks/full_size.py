@@ -49,7 +49,7 @@ def realign(
     inputs = stages.Inputs(folder / "heads", folder / "statistics")
     ranking, compute = folder / "ranking", ComputeSettings(device="cpu")
     stages.write_ranking(stages.Setup(dense, data, compute), pruned, ranking, settings, inputs)
-    stages.realign(dense, pruned, folder / "patch", settings, ranking)
+    stages.write_patch(dense, pruned, folder / "patch", settings, ranking)
 
 
 def main() -> None:
@@ -113,13 +113,13 @@ def main() -> None:
         del model
         pruned = measure(
             "prune (sequential)",
-            lambda: stages.prune(
+            lambda: stages.prune_checkpoint(
                 stages.Setup(dense, calibration, compute), folder / "pruned", prune_settings()
             ),
         )
         measure(
             f"heads ({options.head_samples} samples)",
-            lambda: stages.heads(
+            lambda: stages.write_head_scores(
                 stages.Setup(dense, few, compute),
                 folder / "heads",
                 HeadSettings(r_max=2, tokens_per_pass=options.tokens_per_pass),
@@ -127,7 +127,7 @@ def main() -> None:
         )
         measure(
             "statistics",
-            lambda: stages.statistics(
+            lambda: stages.write_statistics(
                 stages.Setup(dense, calibration, compute), folder / "statistics"
             ),
         )

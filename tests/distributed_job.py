@@ -29,16 +29,18 @@ def main(root: Path, out: Path) -> None:
     data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
     calibration = CalibrationSettings(data=data, samples=4)
     for name in METHODS:
-        stages.statistics(
+        stages.write_statistics(
             stages.Setup(dense, calibration, COMPUTE),
             out / f"statistics-{name}",
             StatisticsSettings(score=name),
         )
         settings = prune_settings(method=name, scope="row")
-        pruned = stages.prune(
+        pruned = stages.prune_checkpoint(
             stages.Setup(dense, calibration, COMPUTE), out / f"pruned-{name}", settings
         )
-    stages.heads(stages.Setup(dense, calibration, COMPUTE), out / "heads", HeadSettings(r_max=2))
+    stages.write_head_scores(
+        stages.Setup(dense, calibration, COMPUTE), out / "heads", HeadSettings(r_max=2)
+    )
     restored(
         dense,
         pruned,
@@ -52,7 +54,7 @@ def main(root: Path, out: Path) -> None:
     stages.write_ranking(stages.Setup(dense, calibration, COMPUTE), pruned, out / "ranking", gain)
     stages.patch_checkpoint("apply", pruned.folder, out / "patch", out / "realigned")
     target = stages.Target(dense, COMPUTE)
-    stages.evaluate(target, out / "answers", [data], EvalSettings(max_new_tokens=4))
+    stages.evaluate_target(target, out / "answers", [data], EvalSettings(max_new_tokens=4))
     (out / f"world-{distributed.rank()}").write_text(str(distributed.world()))
 
 

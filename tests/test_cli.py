@@ -104,7 +104,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     calibration = CalibrationSettings(data=DataSource(name="jsonl", path=data), samples=4)
     compute = ComputeSettings(device="cpu")
     settings = prune_settings(order="one-shot")
-    pruned = stages.prune(stages.Setup(source, calibration, compute), root / "pruned", settings)
+    pruned = stages.prune_checkpoint(
+        stages.Setup(source, calibration, compute), root / "pruned", settings
+    )
     some_heads = method(method="hsr-a", heads="random", top_heads=3)
     restored(source, pruned, root / "patch.safetensors", some_heads)
     (root / "patch.safetensors.ranking").unlink()

@@ -88,5 +88,5 @@ def test_the_warning(warned: bool, tmp_path: Path) -> None:
     calibration = CalibrationSettings(data=DataSource.model_validate("demo"))
     compute = ComputeSettings(device="cpu")
     setup = stages.Setup(open_source(folder), calibration, compute, progress)
-    stages.prune(setup, tmp_path / "out", prune_settings(method="magnitude"))
+    stages.prune_checkpoint(setup, tmp_path / "out", prune_settings(method="magnitude"))
     assert any("is zero before pruning" in text for text in progress.texts) is warned

@@ -137,7 +137,7 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
             made[family] = Bench(root)
             for way, fields in METHODS.items():
                 settings = prune_settings(**fields)
-                stages.prune(
+                stages.prune_checkpoint(
                     stages.Setup(dense, made[family].calibration, COMPUTE), root / way, settings
                 )
             edits = {
@@ -314,7 +314,7 @@ def test_what_does_not_help_on_held_out_prompts_is_not_restored(benches, tmp_pat
     most = step_["tries"][0][0]
     assert len(step_["tries"]) == min(gain.MOST_TRIES, most.bit_length())
     assert step_["held_out"] == ranking.about["start"]
-    patch = stages.realign(
+    patch = stages.write_patch(
         bench.dense, bench.pruned(), tmp_path / "patch", GAIN, ranking_file=tmp_path / "ranking"
     )
     assert patch.restored == 0
@@ -407,7 +407,7 @@ def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch)
         "evaluate": {"suite": data, "max_new_tokens": 2},
         "compute": {"device": "cpu", "batch_size": 4},
     }
-    made = pipeline.run(Recipe.model_validate(content), tmp_path / "run").runs[0]
+    made = pipeline.run_one(Recipe.model_validate(content), tmp_path / "run").runs[0]
     assert len(walked) == 1
     (file,) = (tmp_path / "run" / "rankings").glob("gain-*")
     path = load_ranking(file)
@@ -587,7 +587,7 @@ def test_swaps_keep_the_sparsity(family, way, benches, tmp_path):
         assert len(set(pairs)) == len(pairs)
     dense, pruned = bench.dense, bench.pruned(way)
     patch = tmp_path / "patch"
-    made = stages.realign(dense, pruned, patch, settings, ranking_file=tmp_path / "ranking")
+    made = stages.write_patch(dense, pruned, patch, settings, ranking_file=tmp_path / "ranking")
     assert made.restored == made.removed == len(ranking)
     assert made.about.get("violated_groups", 0) == 0
     assert ("n_m" in made.about) == (way != "half")

@@ -90,7 +90,7 @@ def _write(folder: Path, answers: Sequence[Answer], full: bool = True) -> Path:
 
 
 def _judge(folder: Path, by: str, **more: Any) -> Judged:
-    return stages.judge(folder, by, folder / f"{len(by)}.json", COMPUTE, Silent(), **more)
+    return stages.judge_answers(folder, by, folder / f"{len(by)}.json", COMPUTE, Silent(), **more)
 
 
 def test_two_keyword_judges_by_hand(tmp_path: Path) -> None:
@@ -493,7 +493,7 @@ def test_an_evaluation_is_judged_by_what_its_images_ask(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source, out = open_source(pico_dir("llava")), tmp_path / "evaluation"
     suite, short = DataSource.model_validate(str(data)), EvalSettings(max_new_tokens=2)
-    stages.evaluate(stages.Target(source, COMPUTE), out, [suite], short)
+    stages.evaluate_target(stages.Target(source, COMPUTE), out, [suite], short)
     asked: list[Exchange] = []
 
     class Notes(_Stops):
@@ -620,10 +620,10 @@ def test_what_an_endpoint_said_before_it_failed_stays(
 
     monkeypatch.setattr(Endpoint, "verdicts", fails_later)
     with pytest.raises(PassingError):
-        stages.judge(folder, by, tmp_path / "out.json", COMPUTE, Silent(), loaded=judge)
+        stages.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Silent(), loaded=judge)
     asked = len(_Server.got)
     monkeypatch.setattr(Endpoint, "verdicts", own)
-    stages.judge(folder, by, tmp_path / "out.json", COMPUTE, Silent(), loaded=judge)
+    stages.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Silent(), loaded=judge)
     assert (asked, len(_Server.got)) == (5, 6)  # the last chunk is one answer
 
 
@@ -774,7 +774,9 @@ def test_unread_answers_behind_others_stop_nothing(
         return own(self, exchanges, advance)
 
     monkeypatch.setattr(Endpoint, "verdicts", empty_later)
-    judged = stages.judge(folder, by, tmp_path / "out.json", COMPUTE, Silent(), loaded=judge)
+    judged = stages.judge_answers(
+        folder, by, tmp_path / "out.json", COMPUTE, Silent(), loaded=judge
+    )
     assert judged.unread == 2
 
 

@@ -240,7 +240,7 @@ def test_a_run_counts_its_own_passes(tmp_path: Path) -> None:
         "evaluate": {"suite": data, "max_new_tokens": 2},
         "compute": {"device": "cpu", "batch_size": 4},
     }
-    made = pipeline.run(Recipe.model_validate(content), tmp_path / "run").runs[0]
+    made = pipeline.run_one(Recipe.model_validate(content), tmp_path / "run").runs[0]
     spent = {
         (one["stage"], one["of"]): one["flops"]
         for one in json.loads((tmp_path / "run" / "costs.json").read_text())
@@ -262,7 +262,7 @@ def test_a_run_counts_its_own_passes(tmp_path: Path) -> None:
     }
     statistics = found["set"]
     assert statistics is not None and 1 / 3 < statistics < 1, "one forward pass, with responses"
-    assert pipeline.run(Recipe.model_validate(content), tmp_path / "run").runs[0] == made
+    assert pipeline.run_one(Recipe.model_validate(content), tmp_path / "run").runs[0] == made
 
 
 def test_reports_have_a_column_where_passes_were_measured() -> None:

@@ -161,10 +161,12 @@ def bench(tmp_path_factory):
     write_data(root / "data", 4)
     data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
     calibration = CalibrationSettings(data=data, samples=4)
-    stages.heads(stages.Setup(dense, calibration, COMPUTE), root / "heads", HeadSettings(r_max=2))
-    stages.statistics(stages.Setup(dense, calibration, COMPUTE), root / "statistics")
+    stages.write_head_scores(
+        stages.Setup(dense, calibration, COMPUTE), root / "heads", HeadSettings(r_max=2)
+    )
+    stages.write_statistics(stages.Setup(dense, calibration, COMPUTE), root / "statistics")
     one_shot = prune_settings(order="one-shot")
-    stages.prune(stages.Setup(dense, calibration, COMPUTE), root / "pruned", one_shot)
+    stages.prune_checkpoint(stages.Setup(dense, calibration, COMPUTE), root / "pruned", one_shot)
     return root
 
 
@@ -260,7 +262,9 @@ def test_screened_heads_and_old_files_lack_its_criterion(bench, tmp_path):
         data=DataSource(name="jsonl", path=bench / "data" / "data.jsonl"), samples=4
     )
     screened = HeadSettings(r_max=2, mode="screened", candidates=4)
-    stages.heads(stages.Setup(dense, calibration, COMPUTE), tmp_path / "heads", screened)
+    stages.write_head_scores(
+        stages.Setup(dense, calibration, COMPUTE), tmp_path / "heads", screened
+    )
     settings = method(method="hsr-released", top_heads=3)
     files = tmp_path / "heads", bench / "statistics"
     with pytest.raises(RegraftError, match="mode exact"):

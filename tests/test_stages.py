@@ -113,8 +113,17 @@ class Bench:
         if stage == "evaluate":
             own = ("model", "compute", "patch", "progress", "cache")
             given["target"] = stages.Target(**{n: given.pop(n) for n in own if n in given})
-        names = {"rank": "write_ranking"} | dict.fromkeys(("apply", "revert"), "patch_checkpoint")
-        return getattr(stages, names.get(stage, stage))(**given)
+        names = {
+            "prune": "prune_checkpoint",
+            "heads": "write_head_scores",
+            "statistics": "write_statistics",
+            "rank": "write_ranking",
+            "realign": "write_patch",
+            "apply": "patch_checkpoint",
+            "revert": "patch_checkpoint",
+            "evaluate": "evaluate_target",
+        }
+        return getattr(stages, names[stage])(**given)
 
     def about(self, stage: str) -> Mapping[str, Any]:
         out = self.root / OUTPUTS[stage]
@@ -504,7 +513,7 @@ def test_run_on_an_existing_pruned_checkpoint(killable: Killable, tmp_path: Path
     existing = {"pruned": str(killable.finished / "pruned")}
     recipe = read_recipe(killable.recipe).model_copy(update=existing)
     before = tree(killable.finished)
-    made = pipeline.run(recipe, tmp_path / "run").runs[0]
+    made = pipeline.run_one(recipe, tmp_path / "run").runs[0]
     assert tree(killable.finished) == before
     assert not (tmp_path / "run" / "pruned").exists()
     results = [

@@ -72,7 +72,7 @@ def prune(
     """
     blocks = PRUNERS.get(method).Settings, CalibrationSettings, ComputeSettings
     own, data, compute = _settings({"method": method, **settings}, *blocks)
-    return stages.prune(_setup(model, data, compute, progress), Path(out), own)
+    return stages.prune_checkpoint(_setup(model, data, compute, progress), Path(out), own)
 
 
 def score_heads(
@@ -90,7 +90,7 @@ def score_heads(
         RegraftError: bad input.
     """
     own, data, compute = _settings(settings, HeadSettings, CalibrationSettings, ComputeSettings)
-    return stages.heads(_setup(model, data, compute, progress), Path(out), own)
+    return stages.write_head_scores(_setup(model, data, compute, progress), Path(out), own)
 
 
 def realign(
@@ -172,7 +172,7 @@ def export(
         RegraftError: a patch is for another checkpoint, patches disagree, or the tool cannot have
             these weights.
     """
-    return stages.export(pruned, _paths(patches), Path(out), to)
+    return stages.export_patches(pruned, _paths(patches), Path(out), to)
 
 
 def evaluate(
@@ -200,7 +200,7 @@ def evaluate(
     """
     own, compute, endpoint = _settings(settings, EvalSettings, ComputeSettings, EndpointSettings)
     target = stages.open_target(model, compute, endpoint, progress, patch=_path(patch))
-    return stages.evaluate(target, Path(out), _suites(suites), own).result
+    return stages.evaluate_target(target, Path(out), _suites(suites), own).result
 
 
 def check(
@@ -231,9 +231,9 @@ def check(
         settings, Margins, EvalSettings, ComputeSettings, EndpointSettings
     )
     stages.clear_check(Path(out))
-    return stages.check(
-        stages.side(dense, compute, endpoint, progress=progress),
-        stages.side(compressed, compute, endpoint, _path(patch), progress),
+    return stages.check_compressed(
+        stages.open_side(dense, compute, endpoint, progress=progress),
+        stages.open_side(compressed, compute, endpoint, _path(patch), progress),
         Path(out),
         _suites(suites),
         own,
@@ -255,9 +255,9 @@ def compare(
     Raises:
         RegraftError: the runs are not alike.
     """
-    from regraft.runs.comparing import compare as compare_folders
+    from regraft.runs.comparing import compare_runs
 
-    return compare_folders(_paths(runs), Path(out), tuple(against))
+    return compare_runs(_paths(runs), Path(out), tuple(against))
 
 
 def _settings(given: Mapping[str, Any], *blocks: type[Settings]) -> list[Any]:

@@ -31,7 +31,7 @@ class LayerOverlap:
         return self.shared / self.either
 
 
-def overlap(
+def write_overlap(
     dense: Source,
     statistics_file: Path,
     shares: Sequence[float],

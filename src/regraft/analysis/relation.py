@@ -51,7 +51,7 @@ class Spearman:
     n: int
 
 
-def relate(folders: Sequence[Path], out: Path) -> Correlation:
+def relate_runs(folders: Sequence[Path], out: Path) -> Correlation:
     """Total Ships against the rise in ASR over the pruned models of runs with head scores.
 
     Writes relation.json and relation.svg into the new folder `out`.

@@ -66,7 +66,7 @@ def heads(
         refuse_unread(settings, calibration)
         source = open_model(model, compute.trust_remote_code)
         setup = stages.Setup(source, calibration, compute, progress)
-        scores = stages.heads(setup, out, settings)
+        scores = stages.write_head_scores(setup, out, settings)
         _show_heads(progress.console, scores, show)
 
 
@@ -85,7 +85,7 @@ def statistics(
     with watching() as progress:
         refuse_unread(calibration)
         source = open_model(model, compute.trust_remote_code)
-        stages.statistics(stages.Setup(source, calibration, compute, progress), out, settings)
+        stages.write_statistics(stages.Setup(source, calibration, compute, progress), out, settings)
         progress.note(f"Wrote {out}")
 
 
@@ -114,10 +114,10 @@ def sweep(
     values
         The values.
     """
-    from regraft.analysis.sweep import sweep
+    from regraft.analysis.sweep import run_sweep
 
     with watching() as progress:
-        found = sweep(read_recipe(recipe), setting, values, out, progress)
+        found = run_sweep(read_recipe(recipe), setting, values, out, progress)
         _show_sweep(progress.console, found)
         progress.note(f"Figure: {(out / 'sweep.svg').absolute()}")
 
@@ -133,10 +133,10 @@ def relate(*run: Path, out: OutFolder) -> None:
     run
         Folders of `regraft run` with head scores.
     """
-    from regraft.analysis.relation import relate
+    from regraft.analysis.relation import relate_runs
 
     with watching() as progress:
-        _show_relation(progress.console, relate(run, out))
+        _show_relation(progress.console, relate_runs(run, out))
         progress.note(f"Figure: {(out / 'relation.svg').absolute()}")
 
 
@@ -165,11 +165,11 @@ def overlap(
     trust_remote_code
         Run Python code that comes with the checkpoint.
     """
-    from regraft.analysis.overlap import overlap
+    from regraft.analysis.overlap import write_overlap
 
     with watching() as progress:
         dense = open_model(model, trust_remote_code)
-        found = overlap(dense, statistics_file, share, scope, out, progress)
+        found = write_overlap(dense, statistics_file, share, scope, out, progress)
         _show_overlap(progress.console, found)
         progress.note(f"Figure: {(out / 'overlap.svg').absolute()}")
 

@@ -69,7 +69,7 @@ def prune(
         check_data(settings.method, calibration, reads=bool(settings.kinds))
         source = open_model(model, compute.trust_remote_code)
         setup = stages.Setup(source, calibration, compute, progress)
-        pruned = stages.prune(setup, out, settings)
+        pruned = stages.prune_checkpoint(setup, out, settings)
         count = zeros(pruned.checkpoint, pruned.architecture)
         progress.note(
             f"{out}: {count:,} of {pruned.architecture.prunable:,} prunable weights are zero "

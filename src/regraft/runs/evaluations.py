@@ -44,19 +44,19 @@ class Pair:
     pruned: Path
 
 
-def report(folders: Sequence[Path], out: Path, pair: Pair | None = None) -> Study:
+def report_evaluations(folders: Sequence[Path], out: Path, pair: Pair | None = None) -> Study:
     """Write report.json, .md and .html on evaluations into `out`, replacing older ones.
 
     Raises:
-        RegraftError: see `read_run`; `out` holds something else.
+        RegraftError: see `run_of_evaluations`; `out` holds something else.
     """
     check_report_folder(out)
-    made = study_of([read_run(folders, pair)])
+    made = study_of([run_of_evaluations(folders, pair)])
     write_report(made, out)
     return made
 
 
-def read_run(folders: Sequence[Path], pair: Pair | None = None) -> Run:
+def run_of_evaluations(folders: Sequence[Path], pair: Pair | None = None) -> Run:
     """Evaluations of the same prompts by the same judge, as one run; writes nothing.
 
     All after the first are compared with it. With `pair` the pruned model is compared with the

@@ -25,7 +25,7 @@ from regraft.report.study import Study
 from regraft.restoration.base import needs_of
 from regraft.runs.passes import count_pass, learns_from_both
 from regraft.runs.plan import Planner
-from regraft.runs.reporting import model_folder, report
+from regraft.runs.reporting import model_folder, report_run
 from regraft.runs.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.stages.checks import check_restorable
@@ -101,7 +101,7 @@ def plan_run(
         evaluation=recipe.evaluate.only(),
     )
     if existing is not None and any(one.only_pruned for one in recipe.realign):
-        looked = setup.cache.survey(dense, existing)
+        looked = setup.cache.surveyed(dense, existing)
         for one in recipe.realign:
             check_restorable(one, looked)
     steps = tuple(Planner(recipe, run_dir, setup, existing).steps())
@@ -111,7 +111,7 @@ def plan_run(
     return PlannedRun(recipe, run_dir, setup, steps, prompts, kept, most)
 
 
-def run(
+def run_one(
     recipe: Recipe,
     folder: Path,
     progress: Progress = SILENT,
@@ -139,7 +139,7 @@ def run(
     setup.cache.unload()
     if learns_from_both(recipe):
         count_pass(setup, planned.run_dir.calibration_pass)
-    return report(folder)
+    return report_run(folder)
 
 
 def unread_in(recipe: Recipe) -> list[str]:

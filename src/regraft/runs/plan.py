@@ -80,7 +80,7 @@ class Planner:
             drawn = [setup.drawn(harmful=harmful) for harmful in kinds if by_gradients]
             return spilled + setup.state_bytes(drawn)
 
-        make = partial(stages.prune, setup, out, pruning.only(), self.run_dir.responses)
+        make = partial(stages.prune_checkpoint, setup, out, pruning.only(), self.run_dir.responses)
         return Step(
             "prune",
             pruning.name,
@@ -124,7 +124,7 @@ class Planner:
                 progress=setup.progress,
                 cache=setup.cache,
             )
-            return stages.evaluate(target, out, settings.suite, settings.only())
+            return stages.evaluate_target(target, out, settings.suite, settings.only())
 
         return Step("evaluate", name, out, make, check, answers=len(self._tests().examples))
 
@@ -192,7 +192,7 @@ class Planner:
                 pruned(), setup.compute, processor_from=setup.dense, progress=setup.progress
             )
             judge = self.recipe.evaluate.text_judge()
-            return stages.defend(target, file, settings.only(), setup.calibration, judge)
+            return stages.write_defence(target, file, settings.only(), setup.calibration, judge)
 
         yield Step("defend", name, file, make, check, alone=by_direction)
         out = self.run_dir.evaluation(pruning, settings.name)

@@ -51,7 +51,7 @@ def render(
     of = Published(
         found, repository, PATCH_FILE, size, file_digest(patch), dense=dense, pruned=pruned
     )
-    study = study_of([evaluations.read_run(evaluated)]) if evaluated else None
+    study = study_of([evaluations.run_of_evaluations(evaluated)]) if evaluated else None
     return render_patch_card(of, study)
 
 

@@ -19,7 +19,7 @@ from regraft.report.published import read_published
 from regraft.report.study import Study
 from regraft.report.write import write_report
 from regraft.runs import pipeline, reporting
-from regraft.runs.comparing import compare
+from regraft.runs.comparing import compare_runs
 from regraft.runs.run_dir import RunDir, folder_of_model, seed_folder
 from regraft.stages import EvaluationCache
 
@@ -33,8 +33,8 @@ def runs_of(recipe: Recipe, folder: Path) -> dict[Path, Recipe]:
     return {folder: recipe}
 
 
-def run(recipe: Recipe, folder: Path, progress: Progress = SILENT) -> Study:
-    """One `pipeline.run` for every seed or model in its own folder, then the report over all.
+def run_recipe(recipe: Recipe, folder: Path, progress: Progress = SILENT) -> Study:
+    """One `pipeline.run_one` for every seed or model in its own folder, then the report over all.
 
     All are checked before the first is run, so that a model which cannot be downloaded stops
     nothing after hours. The dense model answers once for all seeds, since none changes it: later
@@ -48,7 +48,7 @@ def run(recipe: Recipe, folder: Path, progress: Progress = SILENT) -> Study:
     """
     runs = runs_of(recipe, folder)
     if folder in runs:
-        return pipeline.run(recipe, folder, progress)
+        return pipeline.run_one(recipe, folder, progress)
     if recipe.published is not None:
         read_published(recipe.published)
     cache = EvaluationCache()
@@ -62,13 +62,13 @@ def run(recipe: Recipe, folder: Path, progress: Progress = SILENT) -> Study:
         pipeline.claim(run_folder, one)
         if recipe.seeds:
             _share_dense(first, run_folder)
-        pipeline.run(one, run_folder, progress, cache)
+        pipeline.run_one(one, run_folder, progress, cache)
         if recipe.models:
             cache.forget_prompts()
-    return report(folder)
+    return report_recipe(folder)
 
 
-def report(folder: Path) -> Study:
+def report_recipe(folder: Path) -> Study:
     """Write the report of finished runs again: of one, or over all of several.
 
     Raises:
@@ -79,7 +79,7 @@ def report(folder: Path) -> Study:
     recipe = read_recipe(run_dir.recipe) if run_dir.recipe.exists() else Recipe()
     runs = runs_of(recipe, folder)
     if folder in runs:
-        return reporting.report(folder)
+        return reporting.report_run(folder)
     for run_folder in runs:
         if not RunDir(run_folder).recipe.exists():
             raise RegraftError(
@@ -87,7 +87,7 @@ def report(folder: Path) -> Study:
                 f"Continue it with `regraft run {run_dir.recipe} --out {folder}`."
             )
     if recipe.seeds:
-        return compare(list(runs), run_dir.report, recipe.against)
+        return compare_runs(list(runs), run_dir.report, recipe.against)
     study = _over_models(recipe, folder)
     if distributed.first():
         write_report(study, run_dir.report)

@@ -27,7 +27,7 @@ from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings
 from regraft.stages.endpoint import Evaluable, open_target
-from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
+from regraft.stages.evaluating import Evaluation, evaluate_target, read_evaluation
 from regraft.stages.provenance import but_for_rounding, differing
 
 Side = Evaluable | Path  # what is evaluated, or the folder of its finished evaluation
@@ -37,7 +37,7 @@ _SAME = ("judge", "keywords", "window", "max_new_tokens", "full_answers")
 _PROMPT = ("id", "harmful", "category", "instruction", "request", "image_digest", "reference")
 
 
-def side(
+def open_side(
     named: str | Path | Source,
     compute: ComputeSettings,
     endpoint: EndpointSettings = EndpointSettings(),
@@ -59,7 +59,7 @@ def side(
     return open_target(named, compute, endpoint, progress, patch=patch)
 
 
-def check(
+def check_compressed(
     dense: Side,
     compressed: Side,
     out: Path,
@@ -88,7 +88,7 @@ def check(
     _check_before(sides, there, names, suites, settings)
     for name, side in sides.items():
         if not isinstance(side, Path):
-            there[name] = evaluate(side, out / name, suites, settings)
+            there[name] = evaluate_target(side, out / name, suites, settings)
     found = _decided(there, names, margins)
     if distributed.first():
         write_text(out / "junit.xml", junit(found))

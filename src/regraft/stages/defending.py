@@ -39,7 +39,7 @@ from regraft.stages.reading import draw_calibration, read_validation
 from regraft.stages.targets import Target
 
 
-def defend(
+def write_defence(
     target: Target,
     out: Path,
     settings: DefenceSettings,

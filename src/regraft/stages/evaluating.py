@@ -38,7 +38,7 @@ class Evaluation:
     about: Mapping[str, Any]
 
 
-def evaluate(
+def evaluate_target(
     target: Evaluable, out: Path, suites: Sequence[DataSource], settings: EvalSettings
 ) -> Evaluation:
     """Answer and judge suites, one result over all; writes answers.jsonl and results.json in `out`.
@@ -96,7 +96,7 @@ def _write(
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Read what `evaluate` wrote.
+    """Read what `evaluate_target` wrote.
 
     Raises:
         RegraftError: the folder holds no evaluation, or answers that its results are not of.

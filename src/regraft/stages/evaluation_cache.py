@@ -68,17 +68,17 @@ class EvaluationCache:
         key = "suites", tuple(suites), limit, model is None or model.has_vision
         return self.once(key, lambda: read_suites(model, suites, limit))
 
-    def zeros(self, model: Source, architecture: Architecture) -> int:
+    def zero_count(self, model: Source, architecture: Architecture) -> int:
         """Number of prunable weights that are zero on disk."""
         key = "zeros", model.checkpoint.fingerprint
         return self.once(key, lambda: zeros(model.checkpoint, architecture))
 
-    def survey(self, dense: Source, pruned: Source) -> Survey:
+    def surveyed(self, dense: Source, pruned: Source) -> Survey:
         """`survey`, for which all weights are read, once for all methods that rank them."""
         key = "survey", dense.checkpoint.fingerprint, pruned.checkpoint.fingerprint
         return self.once(key, lambda: survey(dense, pruned))
 
-    def check_lengths(
+    def check_lengths_once(
         self, model: Source, processor: Source, examples: Sequence[Example], max_new_tokens: int
     ) -> None:
         """`check_lengths`, once for all models that read the same prompts alike."""
@@ -101,7 +101,7 @@ class EvaluationCache:
 
         return self.once(("tokens", model.checkpoint.fingerprint, some), mean)
 
-    def load(
+    def loaded_model(
         self,
         model: Source,
         compute: ComputeSettings,

@@ -90,7 +90,7 @@ class _Content:
     metadata: Mapping[str, str]
 
 
-def export(
+def export_patches(
     pruned: str | Path,
     patch_files: Sequence[Path],
     out: Path,

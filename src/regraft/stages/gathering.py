@@ -25,7 +25,7 @@ from regraft.stages.provenance import describe, fingerprints, is_done, working
 from regraft.stages.setup import Setup
 
 
-def statistics(
+def write_statistics(
     setup: Setup,
     out: Path,
     settings: StatisticsSettings | None = None,

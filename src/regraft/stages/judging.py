@@ -111,7 +111,7 @@ class _Judging:
         return read_verdicts(out, [*exchanges])
 
 
-def judge(
+def judge_answers(
     folder: Path,
     text: str,
     out: Path,
@@ -123,7 +123,7 @@ def judge(
     """Judge the answers of an evaluation; writes the file `out`, and resumes after a kill.
 
     Args:
-        folder: Of `evaluate`, with answers.jsonl.
+        folder: Of `evaluate_target`, with answers.jsonl.
         text: See `judges.find`.
         out: One JSON file with the rates, and a verdict by id.
         images: Show the judge the prompts' images, which lie in this folder (see `Pictures`).
@@ -234,7 +234,7 @@ def opinions(folder: Path) -> tuple[tuple[Judged, tuple[Agreement, ...]], ...]:
     return tuple(found)
 
 
-def judge_bench(
+def measure_judges(
     files: Sequence[Path],
     judges: Sequence[str],
     labels: Labels,

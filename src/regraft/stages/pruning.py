@@ -39,7 +39,7 @@ _PRUNED = 0.01  # share of zeros that nothing but pruning explains
 _ROWS, _BLOCK = 128, 32  # of a weight that are looked at; columns that share quantisation's scale
 
 
-def prune(
+def prune_checkpoint(
     setup: Setup, out: Path, settings: PruneSettings, responses: Path | None = None
 ) -> Source:
     """Prune a checkpoint, calibrated on what its pruner reads; writes the folder `out`.

@@ -46,7 +46,7 @@ def write_ranking(
     method, wanted, needs = method_of(settings), settings.without_amount(), needs_of(settings)
     check_pair(dense, pruned)
     digests, loaded = read_inputs(dense, pruned, settings, needs, inputs)
-    looked = setup.cache.survey(dense, pruned)
+    looked = setup.cache.surveyed(dense, pruned)
     check_restorable(settings, looked)
     answered: dict[str, Reading] | None = None
     if needs.answers:

@@ -27,7 +27,7 @@ from regraft.stages.ranking import require_made_of
 _TOLD = ("heads", "pruned", "kind", "n_m", "groups", "values", "passes")
 
 
-def realign(
+def write_patch(
     dense: Source,
     pruned: Source,
     out: Path,

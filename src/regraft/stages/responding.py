@@ -20,7 +20,7 @@ from regraft.stages.answering import beside, calibration_data
 from regraft.stages.setup import Setup
 
 
-def respond(
+def write_responses(
     dense: Source,
     data: DataSource,
     out: Path,

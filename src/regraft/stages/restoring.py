@@ -29,10 +29,10 @@ from regraft.stages.checks import (
     check_r_max,
     check_restorable,
 )
-from regraft.stages.gathering import statistics
+from regraft.stages.gathering import write_statistics
 from regraft.stages.ranking import read_inputs, write_ranking
-from regraft.stages.realigning import check_made_by, realign
-from regraft.stages.scoring import heads
+from regraft.stages.realigning import check_made_by, write_patch
+from regraft.stages.scoring import write_head_scores
 from regraft.stages.searching import Search, remarks
 from regraft.stages.setup import ArtifactPaths, Inputs, Setup
 from regraft.stages.steps import PromptUse, Step, StepGuard, check_all, unguarded
@@ -67,7 +67,7 @@ class Restoration(Setup):
             *self.steps(lambda: pruned, settings, paths, choice),
         ]
         check_pair(self.dense, pruned)
-        check_restorable(settings, self.cache.survey(self.dense, pruned))
+        check_restorable(settings, self.cache.surveyed(self.dense, pruned))
         _check_given(self.dense, pruned, settings, paths.given)
         for line in check_all(steps).warnings():
             self.progress.note(f"Warning: {line}.")
@@ -127,7 +127,7 @@ class Restoration(Setup):
             "realign",
             name,
             paths.patch,
-            lambda: realign(
+            lambda: write_patch(
                 self.dense,
                 pruned(),
                 paths.patch,
@@ -152,7 +152,7 @@ class Restoration(Setup):
             check_r_max(self.dense, self.scoring, self.drawn(harmful=True))
             return PromptUse(learnt=self.learnt_from([True]))
 
-        make = partial(heads, self, paths.heads, self.scoring, paths.states)
+        make = partial(write_head_scores, self, paths.heads, self.scoring, paths.states)
         samples = self.calibration.samples
         return Step("score heads", "", paths.heads, make, check, learns=samples, alone=True)
 
@@ -180,7 +180,7 @@ class Restoration(Setup):
             f"statistics for {score}",
             "",
             out,
-            lambda: statistics(self, out, StatisticsSettings(score=score), paths.responses),
+            lambda: write_statistics(self, out, StatisticsSettings(score=score), paths.responses),
             check,
             learns=2 * self.calibration.samples,
             alone=True,

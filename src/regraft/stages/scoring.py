@@ -20,7 +20,7 @@ from regraft.stages.reading import draw_calibration, warn_of_bundled
 from regraft.stages.setup import Setup
 
 
-def heads(
+def write_head_scores(
     setup: Setup, out: Path, settings: HeadSettings, states: Path | None = None
 ) -> HeadScores:
     """Score every attention head by Ships and KL on D^s prompts; writes the file `out`.

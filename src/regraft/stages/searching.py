@@ -25,9 +25,9 @@ from regraft.restoration.base import MethodSettings
 from regraft.restoration.ranking import Ranking, load_ranking
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import validation_of
-from regraft.stages.evaluating import evaluate
+from regraft.stages.evaluating import evaluate_target
 from regraft.stages.provenance import describe, fingerprints, is_done
-from regraft.stages.realigning import realign
+from regraft.stages.realigning import write_patch
 from regraft.stages.setup import ArtifactPaths, Setup
 from regraft.stages.steps import PromptUse
 from regraft.stages.targets import Target
@@ -69,7 +69,9 @@ class Search:
             cache=setup.cache,
         )
         limited = setup.evaluation.model_copy(update={"limit": self.choice.validation_limit})
-        return Point.of(restored, evaluate(target, out, suites_of(self.choice), limited).result)
+        return Point.of(
+            restored, evaluate_target(target, out, suites_of(self.choice), limited).result
+        )
 
     def references(self, pruned: Source, folder: Path) -> tuple[Point, Point]:
         """Evaluate the dense and the pruned model; writes two folders in `folder`."""
@@ -108,7 +110,7 @@ class Search:
             patch = folder / f"{count:08d}.safetensors"
             # Without the budget, so that a search within another one finds this patch made.
             whole = method.without_amount()
-            realign(self.setup.dense, pruned, patch, whole, paths.ranking, count)
+            write_patch(self.setup.dense, pruned, patch, whole, paths.ranking, count)
             found.append(self.point(pruned, folder / f"{count:08d}", count, patch))
         bounds = bounds_of(self.choice, full, before)
         best = choose(found, bounds)

@@ -97,7 +97,7 @@ class AnyTarget:
     """What all have that can be evaluated.
 
     Attributes:
-        defence: Answer under this defence at inference, from `defend`.
+        defence: Answer under this defence at inference, from `write_defence`.
         cache: Shared with the other evaluations of a run, which saves work and changes nothing.
     """
 
@@ -164,7 +164,7 @@ class Target(AnyTarget):
         if (architecture := self.model.readable_architecture) is None:
             return {}
         filled = zeros_filled(self.model.checkpoint, self._patch) if self._patch else 0
-        zeros = self.cache.zeros(self.model, architecture) - filled
+        zeros = self.cache.zero_count(self.model, architecture) - filled
         return {"zeros": zeros, "prunable": architecture.prunable}
 
     def answered(self, prompts: Prompts, settings: EvalSettings, work: Path) -> Answered:
@@ -175,7 +175,7 @@ class Target(AnyTarget):
         """
         own = self.processor_from is None or has_processor(self.model)
         made_of = self.model, self.model if own else self.processor_from or self.model
-        self.cache.check_lengths(*made_of, prompts.examples, settings.max_new_tokens)
+        self.cache.check_lengths_once(*made_of, prompts.examples, settings.max_new_tokens)
         with self._running() as (network, processor):
             wanted = _compared(prompts.examples) if settings.perplexity else []
             references = self._references(network, processor, wanted, work) if wanted else {}
@@ -194,7 +194,7 @@ class Target(AnyTarget):
     @contextmanager
     def _running(self) -> Iterator[tuple[nn.Module, Any]]:
         """The model in memory as it is to be evaluated, and its processor."""
-        network, processor = self.cache.load(
+        network, processor = self.cache.loaded_model(
             self.model, self.compute, self.progress, self.processor_from
         )
         patch = self._patch

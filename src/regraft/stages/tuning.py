@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 _PAUSE = 0.5  # seconds between looks at what others do
 
 
-def tune(
+def tune_method(
     restoration: Restoration,
     pruned: Source,
     out: Path,
@@ -85,7 +85,7 @@ def tune(
     _check(tuning, choice)
     restoration = _on(restoration, (*tuning.devices, restoration.compute.device)[0])
     check_pair(dense, pruned)
-    looked = restoration.cache.survey(dense, pruned)
+    looked = restoration.cache.surveyed(dense, pruned)
     if method.searchable or looked.kind == "changed":
         check_restorable(method, looked)
     data = _read(restoration, choice)
@@ -195,7 +195,7 @@ def _work(work: _Tuning, errors: Any) -> None:
 
 @dataclass(frozen=True)
 class _Tuning:
-    """What a worker needs to know; fields as the arguments of `tune`, and what is varied."""
+    """What a worker needs to know; fields as the arguments of `tune_method`, and what is varied."""
 
     restoration: Restoration
     pruned: Source
