@@ -103,14 +103,6 @@ def clear_check(out: Path) -> None:
     Raises:
         RegraftError: a check would be put among other files.
     """
-    _check_folder(out)
-    if distributed.first():
-        for name in _FILES:
-            (out / name).unlink(missing_ok=True)
-
-
-def _check_folder(out: Path) -> None:
-    """Raise where a check would be put among other files."""
     if out.is_file():
         raise RegraftError(f"The output {out} is a file; a folder is needed.")
     own = {*_FILES, DENSE, COMPRESSED}
@@ -122,6 +114,9 @@ def _check_folder(out: Path) -> None:
             f"The output folder {out} holds something else than a check ({odd[0]}). Choose a new "
             "folder."
         )
+    if distributed.first():
+        for name in _FILES:
+            (out / name).unlink(missing_ok=True)
 
 
 def _check_asked(
@@ -178,7 +173,8 @@ def _check_before(
             made_of[name] = side.inputs()
             for other, evaluation in there.items():
                 _check_same_way(
-                    names, {other: evaluation.about["settings"], name: _plain(settings)}
+                    names,
+                    {other: evaluation.about["settings"], name: settings.model_dump(mode="json")},
                 )
                 asked = _unanswered(side, suites, settings)
                 on_the_same(names[other], evaluation.result, f"--suite ({asked.suite})", asked)
@@ -198,11 +194,6 @@ def _check_before(
 def _served(inputs: Mapping[str, str]) -> bool:
     """Whether these are of a model behind a server."""
     return inputs.get("model", "").startswith(ENDPOINT)
-
-
-def _plain(settings: EvalSettings) -> dict[str, Any]:
-    found: dict[str, Any] = settings.model_dump(mode="json")
-    return found
 
 
 def _unanswered(

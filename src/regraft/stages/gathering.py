@@ -28,7 +28,7 @@ from regraft.stages.setup import Setup
 def write_statistics(
     setup: Setup,
     out: Path,
-    settings: StatisticsSettings | None = None,
+    settings: StatisticsSettings = StatisticsSettings(),
     responses: Path | None = None,
 ) -> tuple[ImportanceStatistics, ImportanceStatistics]:
     """Gather statistics of the dense model on D^s and D^u; writes the file `out`.
@@ -38,7 +38,6 @@ def write_statistics(
     Returns:
         (safety, utility).
     """
-    settings = settings or StatisticsSettings()
     readings = {
         kind: calibration_data(setup, responses or beside(out), harmful=kind == "safety")
         for kind in ("safety", "utility")

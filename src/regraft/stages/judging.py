@@ -60,7 +60,6 @@ class _Judging:
     by: str
     compute: ComputeSettings
     progress: Progress
-    loaded: Judge | None = None
 
     def about(self, stage: str, inputs: Mapping[str, str]) -> dict[str, Any]:
         """What decides the verdicts on `inputs`; see `describe`."""
@@ -73,7 +72,7 @@ class _Judging:
         self, exchanges: Sequence[Exchange], work: Path | None
     ) -> tuple[str, list[Verdict]]:
         """The judge's name and its verdicts; finished ones are kept in the folder `work`."""
-        judge = self.loaded or load_judge(self.by, self.compute)
+        judge = load_judge(self.by, self.compute)
         if isinstance(judge, Guard):
             judge.check(exchanges)
         chunks = list(batches(exchanges, _CHUNK))
@@ -118,7 +117,6 @@ def judge_answers(
     compute: ComputeSettings,
     progress: Progress,
     images: Path | None = None,
-    loaded: Judge | None = None,
 ) -> Judged:
     """Judge the answers of an evaluation; writes the file `out`, and resumes after a kill.
 
@@ -127,7 +125,6 @@ def judge_answers(
         text: See `judges.find`.
         out: One JSON file with the rates, and a verdict by id.
         images: Show the judge the prompts' images, which lie in this folder (see `Pictures`).
-        loaded: The judge, if it is in memory.
 
     Raises:
         RegraftError: no such judge, no answers, answers cut short by the keyword judge, an image
@@ -147,7 +144,7 @@ def judge_answers(
     if images is not None:
         shown = [one.image for one in exchanges.values() if one.image]
         inputs["images"] = digest(*map(file_digest, shown))
-    judging = _Judging(text, compute, progress, loaded)
+    judging = _Judging(text, compute, progress)
 
     def result(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         return asdict(judged(name, answers, verdicts))

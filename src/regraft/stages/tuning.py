@@ -63,8 +63,8 @@ def tune_method(
     pruned: Source,
     out: Path,
     method: MethodSettings,
-    tuning: TuneSettings | None = None,
-    choice: SearchSettings | None = None,
+    tuning: TuneSettings = TuneSettings(),
+    choice: SearchSettings = SearchSettings(),
 ) -> Tuned:
     """Search for a method's settings that give the lowest ASR within bounds on validation prompts.
 
@@ -80,8 +80,7 @@ def tune_method(
         RegraftError: bad input, the folder is of another tuning, or Optuna is missing.
     """
     dense, calibration = restoration.dense, restoration.calibration
-    tuning = tuning or TuneSettings()
-    choice = with_validation(choice or SearchSettings(), dense.folder, calibration)
+    choice = with_validation(choice, dense.folder, calibration)
     _check(tuning, choice)
     restoration = _on(restoration, (*tuning.devices, restoration.compute.device)[0])
     check_pair(dense, pruned)
