@@ -108,8 +108,9 @@ class Bench:
             given["compute"] = COMPUTE
         given |= changes
         if stage in ("prune", "heads", "statistics", "rank"):
-            shared = ("dense", "calibration", "compute")
-            given["setup"] = stages.Setup(**{name: given.pop(name) for name in shared})
+            shared = ("dense", "calibration", "compute", "progress")
+            parts = {name: given.pop(name) for name in shared if name in given}
+            given["setup"] = stages.Setup(**parts)
         if stage == "evaluate":
             own = ("model", "compute", "patch", "progress", "cache")
             given["target"] = stages.Target(**{n: given.pop(n) for n in own if n in given})

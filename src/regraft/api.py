@@ -3,7 +3,8 @@
 Models are folders, hub ids, "demo" for the bundled model, or what `open_source` has opened. Data
 sets are named as on the command line: a .jsonl file, or "NAME:PATH" with a reader's name. Every
 stage writes an artifact and, called again with the same, takes it as it is; a killed one goes on.
-Other settings are those of the command line under the same names, such as `batch_size`.
+Other settings are those of the command line under the same names, such as `batch_size`. Bad input
+raises `RegraftError`.
 
     import regraft
 
@@ -63,12 +64,8 @@ def prune(
         model: The dense model.
         out: The folder.
         method: The pruner.
-        progress: Shows progress.
         settings: Of the pruner (`sparsity`, `n_m` ...), the calibration (`data`, `samples`, `seed`)
             and where it runs (`device`, `dtype`, `batch_size`, `placement`).
-
-    Raises:
-        RegraftError: bad input.
     """
     blocks = PRUNERS.get(method).Settings, CalibrationSettings, ComputeSettings
     own, data, compute = _settings({"method": method, **settings}, *blocks)
@@ -83,11 +80,7 @@ def score_heads(
     Args:
         model: The dense model.
         out: The file.
-        progress: Shows progress.
         settings: Of the scoring (`r_max`, `mode` ...), the calibration and where it runs.
-
-    Raises:
-        RegraftError: bad input.
     """
     own, data, compute = _settings(settings, HeadSettings, CalibrationSettings, ComputeSettings)
     return stages.write_head_scores(_setup(model, data, compute, progress), Path(out), own)
@@ -114,12 +107,8 @@ def realign(
         search: Choose how many weights are restored: `validation` prompts, bounds and targets.
             Without such prompts a quarter of the calibration data is held out for it.
         heads_file: From `score_heads`.
-        progress: Shows progress.
         settings: Of the method (`budget`, `swap` ...), the scoring of heads, the calibration and
             where it runs.
-
-    Raises:
-        RegraftError: bad input.
     """
     blocks = METHODS.get(method).Settings, HeadSettings, CalibrationSettings, ComputeSettings
     own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
@@ -191,12 +180,8 @@ def evaluate(
         suites: One or several, such as "safebench:FigStep/data" or a .jsonl file.
         out: The new folder, with all answers.
         patch: Put on the model in memory first.
-        progress: Shows progress.
         settings: Of the evaluation (`max_new_tokens`, `judge`, `limit` ...), where it runs, and how
             an endpoint is asked (`concurrency`).
-
-    Raises:
-        RegraftError: bad input.
     """
     own, compute, endpoint = _settings(settings, EvalSettings, ComputeSettings, EndpointSettings)
     target = stages.open_target(model, compute, endpoint, progress, patch=_path(patch))
@@ -221,7 +206,6 @@ def check(
         out: The folder, with the verdict as check.json, junit.xml and summary.md.
         suites: The prompts, where a model is to be evaluated.
         patch: Put on the compressed model in memory first.
-        progress: Shows progress.
         settings: The margins (`max_asr_rise` ...), and those of `evaluate`.
 
     Raises:

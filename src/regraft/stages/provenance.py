@@ -153,9 +153,8 @@ def difference(found: Any, wanted: Any, where: str = "") -> str:
 def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     """A folder for unfinished work on `out`, under its key; only one job may have it.
 
-    It goes when the block succeeds, and with bad input, which leaves nothing behind, or where there
-    is no finished work yet; that stays where a run is stopped, or by a `PassingError` such as a
-    full disk. Processes of one job
+    It goes when the block succeeds, and with bad input, which leaves nothing behind. Finished parts
+    stay where a run is stopped, or by a `PassingError` such as a full disk. Processes of one job
     enter and leave together.
 
     Raises:

@@ -176,7 +176,7 @@ class Target(AnyTarget):
         own = self.processor_from is None or has_processor(self.model)
         made_of = self.model, self.model if own else self.processor_from or self.model
         self.cache.check_lengths_once(*made_of, prompts.examples, settings.max_new_tokens)
-        with self._running() as (network, processor):
+        with self.running() as (network, processor):
             wanted = _compared(prompts.examples) if settings.perplexity else []
             references = self._references(network, processor, wanted, work) if wanted else {}
             on_text = self.text.predicted(network, processor, self.progress) if self.text else ()
@@ -192,7 +192,7 @@ class Target(AnyTarget):
         return Answered(texts, references, *on_text)
 
     @contextmanager
-    def _running(self) -> Iterator[tuple[nn.Module, Any]]:
+    def running(self) -> Iterator[tuple[nn.Module, Any]]:
         """The model in memory as it is to be evaluated, and its processor."""
         network, processor = self.cache.loaded_model(
             self.model, self.compute, self.progress, self.processor_from
