@@ -1015,7 +1015,7 @@ def test_a_label_that_no_answer_has(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(CSV, encoding="utf-8")
     wanted = ("2_full_refusal", "3_partial_refusel")
     with pytest.raises(RegraftError, match="No answer is labelled '3_partial_refusel'"):
-        judging.judge_bench(
+        judging.measure_judges(
             [tmp_path / "a.csv"], ["gcg-1"], Labels(positive=wanted), COMPUTE, Silent()
         )
 

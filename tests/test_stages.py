@@ -42,7 +42,7 @@ from regraft.runs import pipeline
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.stages import patching, pruning, realigning
+from regraft.stages import patching, pruning, realigning, targets
 from regraft.stages.provenance import working
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
@@ -112,7 +112,7 @@ class Bench:
             parts = {name: given.pop(name) for name in shared if name in given}
             given["setup"] = stages.Setup(**parts)
         if stage == "evaluate":
-            own = ("model", "compute", "patch", "progress", "cache")
+            own = ("model", "compute", "patch", "text", "progress", "cache")
             given["target"] = stages.Target(**{n: given.pop(n) for n in own if n in given})
         names = {
             "prune": "prune_checkpoint",
@@ -332,6 +332,30 @@ def test_stopping_keeps_the_work(bench: Bench, tmp_path: Path) -> None:
     bench.run("prune", out=tmp_path / "whole")
     assert tree(out) == tree(tmp_path / "whole")
     assert tree(tmp_path / "out").keys() == {"pruned"} | {f"pruned/{n}" for n in tree(out)}
+
+
+def test_a_patch_is_put_on_once(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For answers, the likelihood of references and that of ordinary text together."""
+    (tmp_path / "text.txt").write_text("A text.\n\nAnother one.", encoding="utf-8")
+    own, put_on = targets.patched, []
+
+    def counted(*arguments: Any) -> Any:
+        put_on.append(arguments)
+        return own(*arguments)
+
+    monkeypatch.setattr(targets, "patched", counted)
+    done = bench.run(
+        "evaluate",
+        settings=EvalSettings(max_new_tokens=2, perplexity=True),
+        patch=bench.root / "patch",
+        text=stages.OnText(tmp_path / "text.txt"),
+        out=tmp_path / "out",
+    )
+    assert done.result.perplexity is not None
+    assert done.result.text is not None
+    assert len(put_on) == 1
 
 
 def test_evaluation_with_a_patch_in_memory(bench: Bench, tmp_path: Path) -> None:
