@@ -66,15 +66,15 @@ def relate_runs(folders: Sequence[Path], out: Path) -> Correlation:
         raise RegraftError(
             f"A rank correlation needs {FEWEST} pruned models or more; the runs have {len(points)}."
         )
-    found = correlation(points)
-    correlated = in_report(points)
+    found = in_report(points)
+    numbers = {"rho": found.rho, "p": found.p, "n": len(points)}
     content = {
         "points": [asdict(point) for point in points],
-        "spearman": None if found is None else asdict(found),
-        "note": correlated.note,
+        "spearman": None if found.rho is None else numbers,
+        "note": found.note,
     }
-    write_new(out, "relation", content, relation_figure(correlated.points))
-    return correlated
+    write_new(out, "relation", content, relation_figure(found.points))
+    return found
 
 
 def in_report(points: Sequence[ModelPoint], pruning: str = "") -> Correlation:

@@ -69,9 +69,9 @@ class _Need:
 
 @dataclass(frozen=True)
 class MethodPasses:
-    """What choosing the weights of methods took, in multiples of `unit`, None if that is not known.
+    """What choosing the weights of methods took, in passes over the calibration prompts.
 
-    That is one pass over the calibration prompts of the run.
+    `unit` is one such pass, None if it is not known.
     """
 
     recipe: Recipe
