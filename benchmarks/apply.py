@@ -156,7 +156,9 @@ def one(folder: Path, way: str, cold: bool) -> None:
     if way.startswith("cp"):
         copy(folder, durable)
     else:
-        stages.apply(folder / "pruned", folder / "patch.safetensors", folder / "out")
+        stages.patch_checkpoint(
+            "apply", folder / "pruned", folder / "patch.safetensors", folder / "out"
+        )
     print(time.perf_counter() - start, before, peak_memory())
 
 

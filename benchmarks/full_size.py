@@ -49,7 +49,7 @@ def realign(
     inputs = stages.Inputs(folder / "heads", folder / "statistics")
     ranking, compute = folder / "ranking", ComputeSettings(device="cpu")
     stages.write_ranking(stages.Setup(dense, data, compute), pruned, ranking, settings, inputs)
-    stages.realign(dense, pruned, folder / "patch", settings, ranking)
+    stages.write_patch(dense, pruned, folder / "patch", settings, ranking)
 
 
 def main() -> None:
@@ -113,21 +113,21 @@ def main() -> None:
         del model
         pruned = measure(
             "prune (sequential)",
-            lambda: stages.prune(dense, folder / "pruned", prune_settings(), calibration, compute),
+            lambda: stages.prune_checkpoint(
+                stages.Setup(dense, calibration, compute), folder / "pruned", prune_settings()
+            ),
         )
         measure(
             f"heads ({options.head_samples} samples)",
-            lambda: stages.heads(
-                dense,
+            lambda: stages.write_head_scores(
+                stages.Setup(dense, few, compute),
                 folder / "heads",
                 HeadSettings(r_max=2, tokens_per_pass=options.tokens_per_pass),
-                few,
-                compute,
             ),
         )
         measure(
             "statistics",
-            lambda: stages.statistics(
+            lambda: stages.write_statistics(
                 stages.Setup(dense, calibration, compute), folder / "statistics"
             ),
         )
@@ -137,7 +137,12 @@ def main() -> None:
                 dense, pruned, folder, HSRSettings(top_heads=min(10, heads)), calibration
             ),
         )
-        measure("apply", lambda: stages.apply(pruned.folder, folder / "patch", folder / "out"))
+        measure(
+            "apply",
+            lambda: stages.patch_checkpoint(
+                "apply", pruned.folder, folder / "patch", folder / "out"
+            ),
+        )
         size = dense.checkpoint.bytes / GIB
     unit = measured["bare forward"]["seconds"]
     about = {

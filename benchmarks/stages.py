@@ -104,12 +104,16 @@ def measured(
     asked = read_suites(source, suite, count).examples
     how = EvalSettings(limit=count, max_new_tokens=options.max_new_tokens)
     target = stages.Target(source, compute, progress=clocks["eval"])
-    result = stages.evaluate(target, work / "ev", suite, how).result
-    pruned = stages.prune(
-        source, work / "pruned", prune_settings(), calibration, compute, clocks["prune"]
+    result = stages.evaluate_target(target, work / "ev", suite, how).result
+    pruned = stages.prune_checkpoint(
+        stages.Setup(source, calibration, compute, clocks["prune"]),
+        work / "pruned",
+        prune_settings(),
     )
     r_max = HeadSettings(r_max=min(5, count // 2))
-    stages.heads(source, work / "heads", r_max, calibration, compute, clocks["heads"])
+    stages.write_head_scores(
+        stages.Setup(source, calibration, compute, clocks["heads"]), work / "heads", r_max
+    )
     gain, places = GainSettings(count=options.count), stages.ArtifactPaths.beside(work / "gain")
     restoration = stages.Restoration(source, calibration, compute, progress=clocks["gain, a step"])
     restoration.restore(pruned, gain, places)

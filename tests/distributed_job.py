@@ -29,14 +29,18 @@ def main(root: Path, out: Path) -> None:
     data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
     calibration = CalibrationSettings(data=data, samples=4)
     for name in METHODS:
-        stages.statistics(
+        stages.write_statistics(
             stages.Setup(dense, calibration, COMPUTE),
             out / f"statistics-{name}",
             StatisticsSettings(score=name),
         )
         settings = prune_settings(method=name, scope="row")
-        pruned = stages.prune(dense, out / f"pruned-{name}", settings, calibration, COMPUTE)
-    stages.heads(dense, out / "heads", HeadSettings(r_max=2), calibration, COMPUTE)
+        pruned = stages.prune_checkpoint(
+            stages.Setup(dense, calibration, COMPUTE), out / f"pruned-{name}", settings
+        )
+    stages.write_head_scores(
+        stages.Setup(dense, calibration, COMPUTE), out / "heads", HeadSettings(r_max=2)
+    )
     restored(
         dense,
         pruned,
@@ -48,9 +52,9 @@ def main(root: Path, out: Path) -> None:
     )
     gain = method(method="gain", count=40)
     stages.write_ranking(stages.Setup(dense, calibration, COMPUTE), pruned, out / "ranking", gain)
-    stages.apply(pruned.folder, out / "patch", out / "realigned")
+    stages.patch_checkpoint("apply", pruned.folder, out / "patch", out / "realigned")
     target = stages.Target(dense, COMPUTE)
-    stages.evaluate(target, out / "answers", [data], EvalSettings(max_new_tokens=4))
+    stages.evaluate_target(target, out / "answers", [data], EvalSettings(max_new_tokens=4))
     (out / f"world-{distributed.rank()}").write_text(str(distributed.world()))
 
 

@@ -77,7 +77,7 @@ def _child(recipe: str, folder: str, kill_at: int | None, answer: int) -> None:
     try:
         signal.alarm(120)
         sys.addaudithook(progress)
-        pipeline.run(read_recipe(Path(recipe)), Path(folder))
+        pipeline.run_one(read_recipe(Path(recipe)), Path(folder))
         os.write(answer, str(changes).encode())
         status = 0
     except BaseException:

@@ -38,4 +38,4 @@ def restored(
     ranking, inputs = out.with_name(f"{out.name}.ranking"), stages.Inputs(heads, statistics)
     setup = stages.Setup(dense, compute=compute or ComputeSettings(), progress=progress or Silent())
     stages.write_ranking(setup, pruned, ranking, settings, inputs)
-    return stages.realign(dense, pruned, out, settings, ranking)
+    return stages.write_patch(dense, pruned, out, settings, ranking)

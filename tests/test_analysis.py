@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 
 from disk import write_data
 from regraft import stages
-from regraft.analysis.overlap import by_chance, overlap, overlaps
+from regraft.analysis.overlap import by_chance, overlaps, write_overlap
 from regraft.analysis.relation import ModelPoint, correlation, spearman
 from regraft.analysis.sweep import swept
 from regraft.cli import main
@@ -94,7 +94,9 @@ def gathered(pico_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     dense, data = open_source(pico_dir("llava")), write_data(root / "data", 4)
     calibration = CalibrationSettings(data=DataSource.model_validate(str(data)), samples=2)
     compute = ComputeSettings(device="cpu", batch_size=2)
-    stages.statistics(stages.Setup(dense, calibration, compute), root / "statistics.safetensors")
+    stages.write_statistics(
+        stages.Setup(dense, calibration, compute), root / "statistics.safetensors"
+    )
     return dense, root / "statistics.safetensors"
 
 
@@ -122,7 +124,7 @@ def test_overlap_by_brute_force(gathered: Any, share: float) -> None:
 
 def test_overlap_is_written(gathered: Any, tmp_path: Path) -> None:
     dense, file = gathered
-    overlap(dense, file, (0.2, 0.1), "row", tmp_path / "out", Silent())
+    write_overlap(dense, file, (0.2, 0.1), "row", tmp_path / "out", Silent())
     content = json.loads((tmp_path / "out" / "overlap.json").read_text())
     assert [one["share"] for one in content["shares"]] == [0.1, 0.2]
     assert content["shares"][0]["by_chance"] == pytest.approx(0.1 / 1.9)
@@ -132,7 +134,7 @@ def test_overlap_is_written(gathered: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("shares", [(), (0.0,), (1.5,)])
 def test_overlap_of_impossible_shares(gathered: Any, tmp_path: Path, shares: Any) -> None:
     with pytest.raises(RegraftError, match="Shares lie above 0"):
-        overlap(*gathered, shares, "row", tmp_path / "out", Silent())
+        write_overlap(*gathered, shares, "row", tmp_path / "out", Silent())
     assert not (tmp_path / "out").exists()
 
 
@@ -141,7 +143,7 @@ def test_overlap_with_another_models_statistics(
 ) -> None:
     with pytest.raises(RegraftError, match="made from another model"):
         other = open_source(pico_dir("qwen2_vl"))
-        overlap(other, gathered[1], (0.1,), "row", tmp_path / "out", Silent())
+        write_overlap(other, gathered[1], (0.1,), "row", tmp_path / "out", Silent())
 
 
 # Sweeps

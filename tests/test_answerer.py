@@ -422,12 +422,16 @@ def models_on_disk(tmp_path: Path) -> dict[str, Any]:
     data = DataSource(name="jsonl", path=tmp_path / "data" / "data.jsonl")
     calibration = CalibrationSettings(data=data, samples=3)
     prune = prune_settings(sparsity=0.6)
-    pruned = stages.prune(dense, tmp_path / "pruned", prune, calibration, COMPUTE)
-    stages.statistics(stages.Setup(dense, calibration, COMPUTE), tmp_path / "statistics")
+    pruned = stages.prune_checkpoint(
+        stages.Setup(dense, calibration, COMPUTE), tmp_path / "pruned", prune
+    )
+    stages.write_statistics(stages.Setup(dense, calibration, COMPUTE), tmp_path / "statistics")
     settings = method(heads="all", q=0.9)
     patch = tmp_path / "patch"
     restored(dense, pruned, patch, settings, None, tmp_path / "statistics", COMPUTE)
-    realigned = open_source(stages.apply(pruned.folder, patch, tmp_path / "realigned"))
+    realigned = open_source(
+        stages.patch_checkpoint("apply", pruned.folder, patch, tmp_path / "realigned")
+    )
     return {"dense": dense, "pruned": pruned, "patch": patch, "realigned": realigned, "data": data}
 
 
@@ -449,7 +453,7 @@ def _evaluations(
             processor_from=made["dense"],
             cache=cache or stages.EvaluationCache(0),
         )
-        stages.evaluate(target, out / name, [made["data"]], settings)
+        stages.evaluate_target(target, out / name, [made["data"]], settings)
 
 
 JUDGED: dict[str, Any] = {"keywords": REGRAFT_1.keywords, "window": 8}
@@ -492,7 +496,9 @@ def test_results_say_whether_answers_are_full(
     target = stages.Target(models_on_disk["pruned"], COMPUTE)
     for full in (True, False):
         settings = EvalSettings(max_new_tokens=2, full_answers=full)
-        done = stages.evaluate(target, tmp_path / str(full), [models_on_disk["data"]], settings)
+        done = stages.evaluate_target(
+            target, tmp_path / str(full), [models_on_disk["data"]], settings
+        )
         assert done.about["settings"]["full_answers"] is full
 
 
@@ -506,7 +512,7 @@ def test_a_late_loop_is_seen_where_answers_are_full(
     )
     data, settings = models_on_disk["data"], EvalSettings(full_answers=full)
     target = stages.Target(models_on_disk["dense"], COMPUTE)
-    done = stages.evaluate(target, tmp_path / "out", [data], settings)
+    done = stages.evaluate_target(target, tmp_path / "out", [data], settings)
     assert done.result.asr is not None
     assert done.result.asr.value == (0 if full else 1)
 
@@ -544,7 +550,7 @@ def test_a_session_sees_changed_images(models_on_disk: dict[str, Any], tmp_path:
 
     def evaluate(name: str, cache: stages.EvaluationCache) -> Any:
         target = stages.Target(model, COMPUTE, cache=cache)
-        stages.evaluate(target, tmp_path / name, [data], short)
+        stages.evaluate_target(target, tmp_path / name, [data], short)
         return tree(tmp_path / name)
 
     evaluate("before", cache)

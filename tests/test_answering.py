@@ -233,9 +233,9 @@ def test_prune_and_statistics_learn_from_them(
     given = own.model_copy(update={"responses": "given"})
     both = prune_settings(calibrate_on="both")
     with pytest.raises(RegraftError, match="no harmless examples with a response"):
-        stages.prune(source, tmp_path / "pruned", both, given, COMPUTE)
-    stages.prune(source, tmp_path / "pruned", both, own, COMPUTE)
-    stages.statistics(stages.Setup(source, own, COMPUTE), tmp_path / "statistics")
+        stages.prune_checkpoint(stages.Setup(source, given, COMPUTE), tmp_path / "pruned", both)
+    stages.prune_checkpoint(stages.Setup(source, own, COMPUTE), tmp_path / "pruned", both)
+    stages.write_statistics(stages.Setup(source, own, COMPUTE), tmp_path / "statistics")
     made = ("pruned", "statistics")
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"data", *made, *(f"{name}.responses" for name in made)}
@@ -249,7 +249,7 @@ def test_prune_and_statistics_learn_from_them(
     assert {one.response for one in kept if not one.harmful} == {YES}
     path = write_jsonl(tmp_path / "data" / "written.jsonl", kept)
     written = given.model_copy(update={"data": DataSource(name="jsonl", path=path)})
-    stages.statistics(stages.Setup(source, written, COMPUTE), tmp_path / "expected")
+    stages.write_statistics(stages.Setup(source, written, COMPUTE), tmp_path / "expected")
     found, expected = (load_statistics(tmp_path / name) for name in ("statistics", "expected"))
     for role in ("safety", "utility"):
         a, b = getattr(found, role), getattr(expected, role)
@@ -267,14 +267,20 @@ def test_other_responses_are_other_data(
     data = _data(tmp_path / "data")
     calibration = CalibrationSettings(data=data, samples=2, responses="self")
     monkeypatch.setattr(answering, "generate", Says({}, YES))
-    stages.prune(source, tmp_path / "out", prune_settings(), calibration, COMPUTE)
+    stages.prune_checkpoint(
+        stages.Setup(source, calibration, COMPUTE), tmp_path / "out", prune_settings()
+    )
     before = tree(tmp_path / "out")
-    stages.prune(source, tmp_path / "out", prune_settings(), calibration, COMPUTE)
+    stages.prune_checkpoint(
+        stages.Setup(source, calibration, COMPUTE), tmp_path / "out", prune_settings()
+    )
     assert tree(tmp_path / "out") == before
     shutil.rmtree(tmp_path / "out.responses")
     monkeypatch.setattr(answering, "generate", Says({}, "Sure."))
     with pytest.raises(RegraftError, match=r"data\.utility\.digest"):
-        stages.prune(source, tmp_path / "out", prune_settings(), calibration, COMPUTE)
+        stages.prune_checkpoint(
+            stages.Setup(source, calibration, COMPUTE), tmp_path / "out", prune_settings()
+        )
 
 
 def test_heads_stay_as_they_are(
@@ -286,11 +292,15 @@ def test_heads_stay_as_they_are(
     data = _data(tmp_path / "data")
     for responses in ("given", "self"):
         calibration = CalibrationSettings(data=data, samples=3, responses=responses)
-        stages.heads(source, tmp_path / responses, settings, calibration, COMPUTE)
+        stages.write_head_scores(
+            stages.Setup(source, calibration, COMPUTE), tmp_path / responses, settings
+        )
     assert (tmp_path / "given").read_bytes() == (tmp_path / "self").read_bytes()
     bare = _data(tmp_path / "bare", responses=False)
     calibration = CalibrationSettings(data=bare, samples=3, responses="self")
-    scores = stages.heads(source, tmp_path / "bare-heads", settings, calibration, COMPUTE)
+    scores = stages.write_head_scores(
+        stages.Setup(source, calibration, COMPUTE), tmp_path / "bare-heads", settings
+    )
     assert scores.about["data"]["safety"]["used"] == 3
 
 
@@ -315,7 +325,7 @@ def test_a_run_writes_them_once(
             "compute": {"device": "cpu", "batch_size": 4},
         }
     )
-    report = pipeline.run(recipe, tmp_path / "run").runs[0]
+    report = pipeline.run_one(recipe, tmp_path / "run").runs[0]
     assert len(asked) == len(set(asked)) == 14
     accounts = {account.role: account for account in report.data}
     assert accounts["calibration D^s"].used == accounts["calibration D^u"].used == 5
@@ -340,7 +350,7 @@ def test_the_bundled_model_really_refuses(tmp_path: Path) -> None:
         for one in found.examples:
             assert one.response
             assert judge.refuses(one.response) == one.harmful == harmful
-    stages.statistics(
+    stages.write_statistics(
         stages.Setup(source, calibration, compute), tmp_path / "statistics", responses=tmp_path
     )
     assert load_statistics(tmp_path / "statistics").about["data"]["safety"]["used"] == 6
@@ -358,7 +368,7 @@ def test_respond_writes_a_data_set(
     prompts = _examples(data)
     harmless = {one.id for one in prompts if not one.harmful}
     out = tmp_path / "data" / "calibration.jsonl"
-    found = stages.respond(source, data, out, 16, COMPUTE)
+    found = stages.write_responses(source, data, out, 16, COMPUTE)
     expected = [
         replace(one, response=YES if one.id in harmless else SORRY)
         for one in prompts
@@ -379,19 +389,19 @@ def test_respond_writes_a_data_set(
     assert {one.id for one in drawn.examples} == {one.id for one in itself.examples}
 
     asked = len(says.asked)
-    stages.respond(source, data, out, 16, COMPUTE)
+    stages.write_responses(source, data, out, 16, COMPUTE)
     assert len(says.asked) == asked == 14
     with pytest.raises(RegraftError, match=r"max_response_tokens: 16 there, 64 now"):
-        stages.respond(source, data, out, 64, COMPUTE)
+        stages.write_responses(source, data, out, 64, COMPUTE)
     out.write_text("mine")
     with pytest.raises(RegraftError, match=r"calibration.jsonl holds something else"):
-        stages.respond(source, data, out, 16, COMPUTE)
+        stages.write_responses(source, data, out, 16, COMPUTE)
     shutil.rmtree(answering.beside(out))
     with pytest.raises(RegraftError, match=r"calibration.jsonl holds something else"):
-        stages.respond(source, data, out, 16, COMPUTE)
+        stages.write_responses(source, data, out, 16, COMPUTE)
     assert len(says.asked) == asked, "found before the work"
     with pytest.raises(RegraftError, match=r"'harmful-0-0' does not lie below .*elsewhere"):
-        stages.respond(source, data, tmp_path / "elsewhere" / "c.jsonl", 16, COMPUTE)
+        stages.write_responses(source, data, tmp_path / "elsewhere" / "c.jsonl", 16, COMPUTE)
     assert out.read_text() == "mine"
 
 

@@ -75,7 +75,7 @@ def test_it_answers_as_it_does_alone(kind: str, tmp_path: Path) -> None:
     target = stages.Target(source, ComputeSettings(device="cpu", batch_size=4))
     suites = [DataSource(name="jsonl", path=data)]
     settings = EvalSettings(max_new_tokens=8)
-    done = stages.evaluate(target, tmp_path / "out", suites, settings)
+    done = stages.evaluate_target(target, tmp_path / "out", suites, settings)
     model, tokenizer = load_model(source, device="cpu"), load_processor(source)
     for found, example in zip(
         done.result.answers, target.reading(suites, None).examples, strict=True

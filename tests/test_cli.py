@@ -104,7 +104,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     calibration = CalibrationSettings(data=DataSource(name="jsonl", path=data), samples=4)
     compute = ComputeSettings(device="cpu")
     settings = prune_settings(order="one-shot")
-    pruned = stages.prune(source, root / "pruned", settings, calibration, compute)
+    pruned = stages.prune_checkpoint(
+        stages.Setup(source, calibration, compute), root / "pruned", settings
+    )
     some_heads = method(method="hsr-a", heads="random", top_heads=3)
     restored(source, pruned, root / "patch.safetensors", some_heads)
     (root / "patch.safetensors.ranking").unlink()
@@ -1054,11 +1056,11 @@ def test_what_a_backward_pass_keeps_needs_space_too(
     gain = {"realign": [{"method": "gain", "budget": 50, "checkpoint": False}]}
     fields = gain | {"calibration": {"data": str(world.data), "samples": 2}}
     made = read_recipe(world.recipe(**fields))
-    processor, cache = load_processor(dense), stages.EvaluationCache()
+    processor, setup = load_processor(dense), stages.Setup(dense, made.calibration)
     tokens = [
         prompt_batch(processor, [one]).inputs["input_ids"].numel()
         for harmful in (True, False)
-        for one in cache.drawn(dense, made.calibration, harmful=harmful).examples
+        for one in setup.drawn(harmful=harmful).examples
     ]
     states = 4 * sum(tokens) * len(dense.architecture.layers) * dense.architecture.hidden_size
     planned = pipeline.plan_run(made, world.root / "run")

@@ -574,7 +574,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "compute": {"device": "cpu", "batch_size": 6},
     }
     (root / "recipe.yaml").write_text(write_recipe(Recipe.model_validate(content)))
-    recipe_runs.run(read_recipe(root / "recipe.yaml"), root / "run")
+    recipe_runs.run_recipe(read_recipe(root / "recipe.yaml"), root / "run")
     return root
 
 
@@ -602,27 +602,29 @@ def test_a_study_is_a_run_a_seed_and_their_comparison(world: Path) -> None:
 
 def test_the_dense_model_answers_once(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Path] = []
-    evaluate = stages.evaluate
+    evaluate = stages.evaluate_target
 
     def watched(model: Any, out: Path, *rest: Any, **named: Any) -> Any:
         if not out.exists():
             done.append(out.relative_to(world))
         return evaluate(model, out, *rest, **named)
 
-    monkeypatch.setattr(stages, "evaluate", watched)
+    monkeypatch.setattr(stages, "evaluate_target", watched)
     recipe = read_recipe(world / "recipe.yaml")
-    again = recipe_runs.run(recipe, world / "run")
+    again = recipe_runs.run_recipe(recipe, world / "run")
     assert done == [], "a finished stage was repeated"
     shutil.copytree(world / "run", world / "half")
     shutil.rmtree(world / "half" / "seed-3")
     shutil.rmtree(world / "half" / "report")
     with pytest.raises(RegraftError, match="not finished: seed-3 has not been run"):
-        recipe_runs.report(world / "half")
-    assert recipe_runs.run(recipe, world / "half").tables == again.tables
+        recipe_runs.report_recipe(world / "half")
+    assert recipe_runs.run_recipe(recipe, world / "half").tables == again.tables
     assert len(done) == 2 * (1 + 3)
     other = recipe.model_copy(update={"against": ("hsr",)})
-    assert recipe_runs.run(other, world / "half").against == ("hsr",), "tests of finished runs"
-    assert recipe_runs.report(world / "half").against == ("hsr",)
+    assert recipe_runs.run_recipe(other, world / "half").against == ("hsr",), (
+        "tests of finished runs"
+    )
+    assert recipe_runs.report_recipe(world / "half").against == ("hsr",)
     assert len(done) == 2 * (1 + 3)
     assert not [path for path in done if path.name == "dense"]
     dense = [world / "half" / f"seed-{seed}" / "evaluation" / "dense" for seed in (0, 3)]
@@ -660,8 +662,10 @@ def synthetic(world: Path, out: Path) -> Path:
 
 def test_compare_reads_what_the_runs_wrote(world: Path, tmp_path: Path) -> None:
     place = synthetic(world, tmp_path / "study")
-    whole = comparing.compare([place], tmp_path / "whole", ["random"])
-    parts = comparing.compare([place / "seed-3", place / "seed-0"], tmp_path / "parts", ["random"])
+    whole = comparing.compare_runs([place], tmp_path / "whole", ["random"])
+    parts = comparing.compare_runs(
+        [place / "seed-3", place / "seed-0"], tmp_path / "parts", ["random"]
+    )
     assert whole == parts
     row: dict[str, Row] = {row.name: row for row in whole.tables[1].rows}
     counts = {}
@@ -781,7 +785,7 @@ def test_a_study_with_bad_input_writes_nothing(world: Path, tmp_path: Path) -> N
     recipe = read_recipe(world / "recipe.yaml")
     settings = recipe.compute.model_copy(update={"device": "nonsense"})
     with pytest.raises(RegraftError):
-        recipe_runs.run(recipe.model_copy(update={"compute": settings}), tmp_path / "run")
+        recipe_runs.run_recipe(recipe.model_copy(update={"compute": settings}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(RegraftError, match="another recipe"):
-        recipe_runs.run(recipe.model_copy(update={"title": "another"}), world / "run")
+        recipe_runs.run_recipe(recipe.model_copy(update={"title": "another"}), world / "run")

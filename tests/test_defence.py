@@ -265,7 +265,9 @@ def data(tmp_path: Path) -> DataSource:
 def _defend(source: Source, data: DataSource, out: Path, **settings: Any) -> Any:
     given = {"method": "refusal-direction", "validation": data, "max_new_tokens": 3, **settings}
     calibration = CalibrationSettings(data=data, samples=3)
-    return stages.defend(stages.Target(source, COMPUTE), out, DefenceSettings(**given), calibration)
+    return stages.write_defence(
+        stages.Target(source, COMPUTE), out, DefenceSettings(**given), calibration
+    )
 
 
 def test_a_given_direction_is_the_difference_of_means(
@@ -315,7 +317,7 @@ def test_validation_needs_both_kinds(source: Source, data: DataSource, tmp_path:
 def _evaluate(source: Source, data: DataSource, out: Path, defence: Path | None = None) -> Any:
     settings = EvalSettings(max_new_tokens=6)
     target = stages.Target(source, COMPUTE, defence=defence)
-    return stages.evaluate(target, out, [data], settings)
+    return stages.evaluate_target(target, out, [data], settings)
 
 
 def test_answers_under_a_direction(source: Source, data: DataSource, tmp_path: Path) -> None:
@@ -339,7 +341,7 @@ def test_answers_under_a_direction(source: Source, data: DataSource, tmp_path: P
 def test_the_prompt_reaches_the_model(source: Source, data: DataSource, tmp_path: Path) -> None:
     """Answers are those to instructions that were written so; the results show the user's."""
     target, calibration = stages.Target(source, COMPUTE), CalibrationSettings(data=data)
-    made = stages.defend(target, tmp_path / "out", DefenceSettings(), calibration)
+    made = stages.write_defence(target, tmp_path / "out", DefenceSettings(), calibration)
     assert made.prompt == DEFENCE_PROMPT
     examples = [
         one
@@ -388,7 +390,7 @@ def test_a_run_with_defences(source: Source, data: DataSource, tmp_path: Path) -
             "compute": {"device": "cpu", "batch_size": 4},
         }
     )
-    study = pipeline.run(recipe, tmp_path / "run")
+    study = pipeline.run_one(recipe, tmp_path / "run")
     report = study.runs[0]
     chosen_by = load_defence(RunDir(tmp_path / "run").defence("pruned", "direction")).about
     assert chosen_by["judge"] == "gcg-1", "the choice was judged otherwise than the run"
@@ -443,13 +445,13 @@ def test_the_bundled_model_refuses_more(tmp_path: Path) -> None:
     settings = DefenceSettings(method="refusal-direction", layer=5, strength=3.0)
     compute = ComputeSettings(device="cpu", batch_size=20)
     target = stages.Target(source, compute)
-    stages.defend(target, tmp_path / "out", settings, CalibrationSettings(samples=40))
+    stages.write_defence(target, tmp_path / "out", settings, CalibrationSettings(samples=40))
     suite = [DataSource(name="demo", split="validation", kind="harmless")]
     answer = EvalSettings(max_new_tokens=12, limit=20)
-    plain = stages.evaluate(
+    plain = stages.evaluate_target(
         stages.Target(source, compute), tmp_path / "plain", suite, answer
     ).result
-    steered = stages.evaluate(
+    steered = stages.evaluate_target(
         stages.Target(source, compute, defence=tmp_path / "out"),
         tmp_path / "steered",
         suite,

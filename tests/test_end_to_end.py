@@ -85,7 +85,7 @@ def test_a_run_of_every_family(tmp_path: Path, paper_family: str, prune: dict[st
     pico.save(paper_family, tmp_path / "dense", torch.bfloat16, "100KB")
     write_data(tmp_path / "data", 6)
     run = tmp_path / "run"
-    made = pipeline.run(_recipe(tmp_path, prune=prune), run).runs[0]
+    made = pipeline.run_one(_recipe(tmp_path, prune=prune), run).runs[0]
     dense, pruned = open_source(tmp_path / "dense"), open_source(run / "pruned")
     names = {linear.tensor for linear in dense.architecture.linears}
     assert differing(dense.checkpoint, pruned.checkpoint) == names, "other tensors changed"
@@ -109,7 +109,9 @@ def test_a_run_of_every_family(tmp_path: Path, paper_family: str, prune: dict[st
     examples = pico.write_examples(tmp_path / "images", 2)
     for folder in (run / "pruned", realigned.folder):
         assert len(_answers(folder, examples)) == 2
-    stages.revert(realigned.folder, run / "patches" / "hsr.safetensors", tmp_path / "off")
+    stages.patch_checkpoint(
+        "revert", realigned.folder, run / "patches" / "hsr.safetensors", tmp_path / "off"
+    )
     assert shards(tmp_path / "off") == shards(run / "pruned")
     assert [one.name for one in made.variants] == ["dense", "pruned", "hsr", "hsr-a", "random"]
     report = json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))
@@ -144,14 +146,16 @@ def test_pruned_by_someone_else(tmp_path: Path, paper_family: str, dtype: torch.
     assert pruned.checkpoint.shards != dense.checkpoint.shards
     calibration = CalibrationSettings(data=data, samples=4)
     compute = ComputeSettings(device="cpu", batch_size=2)
-    stages.heads(dense, tmp_path / "heads", HeadSettings(r_max=2), calibration, compute)
-    stages.statistics(stages.Setup(dense, calibration, compute), tmp_path / "statistics")
+    stages.write_head_scores(
+        stages.Setup(dense, calibration, compute), tmp_path / "heads", HeadSettings(r_max=2)
+    )
+    stages.write_statistics(stages.Setup(dense, calibration, compute), tmp_path / "statistics")
     settings = method(top_heads=6, q=0.9, p=0.4, p_max=0.9)
     files = tmp_path / "heads", tmp_path / "statistics"
     patch = restored(dense, pruned, tmp_path / "patch", settings, *files, compute)
     assert patch.restored > 50
     assert patch.tensors.keys() <= pruned.checkpoint.tensors.keys()
-    stages.apply(theirs, tmp_path / "patch", tmp_path / "realigned")
+    stages.patch_checkpoint("apply", theirs, tmp_path / "patch", tmp_path / "realigned")
     realigned = open_checkpoint(tmp_path / "realigned")
     pairs = {
         b.tensor: a.tensor
@@ -165,13 +169,13 @@ def test_pruned_by_someone_else(tmp_path: Path, paper_family: str, dtype: torch.
         before[tensor.positions] = original[tensor.positions]
         assert equal_bytes(realigned.read(name).reshape(-1), before), name
     assert differing(pruned.checkpoint, realigned) == patch.tensors.keys()
-    stages.revert(tmp_path / "realigned", tmp_path / "patch", tmp_path / "off")
+    stages.patch_checkpoint("revert", tmp_path / "realigned", tmp_path / "patch", tmp_path / "off")
     assert shards(tmp_path / "off") == shards(theirs)
     assert len(_answers(tmp_path / "realigned", pico.write_examples(tmp_path / "images", 2))) == 2
     evaluation = EvalSettings(max_new_tokens=2)
     written = open_source(tmp_path / "realigned")
-    a = stages.evaluate(stages.Target(written, compute), tmp_path / "a", [data], evaluation)
-    b = stages.evaluate(
+    a = stages.evaluate_target(stages.Target(written, compute), tmp_path / "a", [data], evaluation)
+    b = stages.evaluate_target(
         stages.Target(pruned, compute, tmp_path / "patch"), tmp_path / "b", [data], evaluation
     )
     assert a.result == b.result
@@ -218,7 +222,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("several")
     pico.save("llava", root / "dense", torch.bfloat16, "100KB")
     write_data(root / "data", 6)
-    pipeline.run(_recipe(root, **SEVERAL), root / "run")
+    pipeline.run_one(_recipe(root, **SEVERAL), root / "run")
     return root
 
 
@@ -229,7 +233,7 @@ def test_a_run_says_that_test_prompts_were_used_before(several: Path) -> None:
         def note(self, text: str) -> None:
             notes.append(text)
 
-    pipeline.run(_recipe(several, **SEVERAL), several / "run", Told())
+    pipeline.run_one(_recipe(several, **SEVERAL), several / "run", Told())
     warnings = [line for line in notes if line.startswith("Warning")]
     assert sorted(line.split(" (first")[0] for line in warnings) == [
         f"Warning: 4 of the 4 {kind} calibration prompts are among those evaluated"
@@ -254,7 +258,7 @@ def test_every_pruning_has_its_own_artifacts(several: Path) -> None:
         assert differing(pruned, realigned) == patch.tensors.keys()
     with pytest.raises(RegraftError):
         wrong = run / "patches" / "wanda-50" / "hsr.safetensors"
-        stages.apply(run / "pruned" / "mine", wrong, several / "wrong")
+        stages.patch_checkpoint("apply", run / "pruned" / "mine", wrong, several / "wrong")
     folders = {str(p.parent.relative_to(run)) for p in run.rglob("results.json")}
     assert folders == {
         "evaluation/dense",
@@ -282,12 +286,12 @@ def test_several_prunings_go_on_where_they_stopped(several: Path, tmp_path: Path
     stops = {"Evaluating the mine model": "wanda-50/hsr", "Realigning: mine/hsr": "mine/hsr"}
     for text, missing in stops.items():
         with pytest.raises(StoppedError):
-            pipeline.run(recipe, tmp_path / "run", Stopping(text))
+            pipeline.run_one(recipe, tmp_path / "run", Stopping(text))
         with pytest.raises(RegraftError, match=f"is not finished: {missing} has not"):
-            recipe_runs.report(tmp_path / "run")
+            recipe_runs.report_recipe(tmp_path / "run")
     done = tmp_path / "run" / "pruned" / "wanda-50" / "regraft.json"
     before = done.stat().st_mtime_ns
-    pipeline.run(recipe, tmp_path / "run")
+    pipeline.run_one(recipe, tmp_path / "run")
     assert done.stat().st_mtime_ns == before, "a finished stage was repeated"
     assert _tree_but_costs(tmp_path / "run") == _tree_but_costs(several / "run")
 
@@ -298,7 +302,7 @@ def _tree_but_costs(run: Path) -> dict[str, str]:
         copy = shutil.copytree(run, Path(folder) / "run")
         assert read_costs(copy / "costs.json")
         (copy / "costs.json").unlink()
-        recipe_runs.report(copy)
+        recipe_runs.report_recipe(copy)
         return tree(copy)
 
 
@@ -323,7 +327,7 @@ def test_numbers_of_a_matrix_on_the_bundled_model(tmp_path: Path) -> None:
         },
         "compute": {"device": "cpu", "batch_size": 16},
     }
-    made = pipeline.run(_recipe(tmp_path, **fields), tmp_path / "run").runs[0]
+    made = pipeline.run_one(_recipe(tmp_path, **fields), tmp_path / "run").runs[0]
     refused: dict[str, dict[str, bool]] = {}
     for variant in made.variants:
         pruning, _, way = variant.name.partition("/")

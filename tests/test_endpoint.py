@@ -52,6 +52,7 @@ from regraft.evaluation.chat_server import KEY_VARIABLE, ChatServer, Reply
 from regraft.evaluation.resumable_map import resumable_pool
 from regraft.evaluation.served import as_they_come, portable
 from regraft.models.load import open_source
+from regraft.progress import Silent
 from regraft.report.pooling import study_of
 from regraft.runs import evaluations
 from regraft.settings.compute import ComputeSettings
@@ -85,7 +86,7 @@ def target(server: Scripted, concurrency: int = 8, **more: Any) -> stages.Endpoi
 def evaluated(
     server: Scripted, out: Path, suite: DataSource, concurrency: int = 8, **more: Any
 ) -> stages.Evaluation:
-    return stages.evaluate(target(server, concurrency, **more), out, [suite], SETTINGS)
+    return stages.evaluate_target(target(server, concurrency, **more), out, [suite], SETTINGS)
 
 
 def command(*words: object, code: int = 0) -> None:
@@ -100,8 +101,8 @@ class Notes:
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    task = stages.endpoint.Silent.task
-    loaded = stages.endpoint.Silent.loaded
+    task = Silent.task
+    loaded = Silent.loaded
 
     def note(self, text: str) -> None:
         self.said.append(text)
@@ -392,7 +393,7 @@ def test_a_server_that_is_not_there_leaves_nothing(suite: DataSource, tmp_path: 
     url = f"http://127.0.0.1:{free_port()}/v1"
     gone = stages.EndpointTarget(ChatServer(url, "m", pause=0.0))
     with pytest.raises(PassingError, match=rf"{url}/chat/completions failed: .*refused"):
-        stages.evaluate(gone, tmp_path / "out", [suite], SETTINGS)
+        stages.evaluate_target(gone, tmp_path / "out", [suite], SETTINGS)
     assert tree(tmp_path) == before
 
 
@@ -500,7 +501,7 @@ def test_filtered_and_unfinished_replies_are_counted_and_told(
         "Answers empty, since the model thought until its tokens were spent: give more by "
         "--max-new-tokens: 1.",
     ]
-    page = study_of([evaluations.read_run([tmp_path / "out"])])
+    page = study_of([evaluations.run_of_evaluations([tmp_path / "out"])])
     assert any("content filter" in note and "out: " in note for note in page.runs[0].notes)
 
 
@@ -783,23 +784,25 @@ def test_reports_have_endpoints_beside_models_in_memory(
     evaluated(server, tmp_path / "served", suite)
     source = open_source(pico_dir("llava"))
     in_memory = stages.Target(source, ComputeSettings(device="cpu"))
-    stages.evaluate(in_memory, tmp_path / "memory", [suite], SETTINGS)
+    stages.evaluate_target(in_memory, tmp_path / "memory", [suite], SETTINGS)
     with scripted() as other:
         evaluated(other, tmp_path / "other", suite)
     folders = [tmp_path / name for name in ("served", "memory", "other")]
     for order in (folders, folders[1:] + folders[:1]):
         command("report", *order, "--out", tmp_path / f"page-{order[0].name}")
-    found = evaluations.read_run(folders)
+    found = evaluations.run_of_evaluations(folders)
     assert found.notes == ("served was answered by an endpoint, memory in memory.",)
     assert [one.pruned for one in found.variants] == [0, 0, 0]
     text = (tmp_path / "page-served" / "report.md").read_text()
     assert server.name() in text
     pair = evaluations.Pair(folders[0], folders[2])
-    assert [one.restored for one in evaluations.read_run([folders[1]], pair).variants] == [0] * 3
+    assert [
+        one.restored for one in evaluations.run_of_evaluations([folders[1]], pair).variants
+    ] == [0] * 3
     same = replace(pair, pruned=tmp_path / "again")
     evaluated(server, tmp_path / "again", suite)
     with pytest.raises(RegraftError, match=rf"same model \({server.name()}\)"):
-        evaluations.read_run([], same)
+        evaluations.run_of_evaluations([], same)
 
 
 # A real server
@@ -822,14 +825,14 @@ def test_transformers_serve_answers_as_the_model_in_memory(
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     suites, settings = [demo, DataSource(name="jsonl", path=texts)], EvalSettings(limit=4)
     folder, compute = demo_model(), ComputeSettings(device="cpu", dtype="float32")
-    ours = stages.evaluate(
+    ours = stages.evaluate_target(
         stages.open_target(folder, compute), tmp_path / "ours", suites, settings
     ).result
     words = ("--dtype", "float32", "--device", "cpu")
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     with transformers_serve(folder, tmp_path / "log", *words) as url:
         named = f"endpoint:{url}#{folder}"
-        theirs = stages.evaluate(
+        theirs = stages.evaluate_target(
             stages.open_target(named, compute), tmp_path / "theirs", suites, settings
         )
     assert theirs.result == ours

@@ -143,7 +143,7 @@ def test_several_are_compared_with_the_first(tmp_path: Path, asked: list[Example
         for name, attacks in (("a", 3), ("b", 18), ("c", 3))
     ]
     done("report", *folders, "--out", tmp_path / "page")
-    made = evaluations.read_run(folders)
+    made = evaluations.run_of_evaluations(folders)
     assert [one.name for one in made.variants] == ["a/ev", "b/ev", "c/ev"]
     first, other = ([i < n for i in range(20)] for n in (3, 18))
     tests = [row.attacks for row in rows_of(made) if row.attacks]
@@ -168,7 +168,7 @@ def test_named_dense_and_pruned_give_rsr(
         *("report", gain, dense, prompt),
         *("--dense", dense, "--pruned", pruned, "--out", page),
     )
-    found = evaluations.read_run([gain, prompt], evaluations.Pair(dense, pruned))
+    found = evaluations.run_of_evaluations([gain, prompt], evaluations.Pair(dense, pruned))
     assert [one.name for one in found.variants] == ["dense", "pruned", "gain", "prompt"]
     roles = [row.role for row in rows_of(found)]
     assert roles == ["dense", "pruned", "method", "method"]
@@ -193,7 +193,7 @@ def test_what_is_no_pair_is_refused(
         ((other,), (dense, pruned), "x is an evaluation of another model with a patch"),
     ):
         with pytest.raises(RegraftError, match=message):
-            evaluations.read_run(folders, evaluations.Pair(*pair))
+            evaluations.run_of_evaluations(folders, evaluations.Pair(*pair))
     for words, message in (
         (("--dense", dense), "beside --dense name --pruned too"),
         (("--pruned", pruned), "beside --pruned name --dense too"),
@@ -206,7 +206,7 @@ def test_what_is_no_pair_is_refused(
 def test_the_same_data_may_lie_elsewhere(tmp_path: Path, asked: list[Example]) -> None:
     moved = examples(tmp_path / "copy")
     folders = [evaluation(tmp_path / "a", asked, 3, 1), evaluation(tmp_path / "b", moved, 9, 1)]
-    first, other = evaluations.read_run(folders).variants
+    first, other = evaluations.run_of_evaluations(folders).variants
     assert first.result.by_suite.keys() == other.result.by_suite.keys()
     assert {one.suite for one in other.result.answers} == set(first.result.by_suite)
 
@@ -216,17 +216,17 @@ def test_what_was_done_otherwise_is_noted(tmp_path: Path, asked: list[Example]) 
         evaluation(tmp_path / "a", asked, 3, 1),
         evaluation(tmp_path / "b", asked, 9, 1, max_new_tokens=9),
     ]
-    (note,) = evaluations.read_run(folders).notes
+    (note,) = evaluations.run_of_evaluations(folders).notes
     assert note == "b was evaluated in another way than a: max_new_tokens 9 instead of 64."
 
 
 def test_images_that_changed_since_are_not_shown(tmp_path: Path, asked: list[Example]) -> None:
     folder = evaluation(tmp_path / "a", asked, 3, 1)
-    assert len(evaluations.read_run([folder]).images) == 20
+    assert len(evaluations.run_of_evaluations([folder]).images) == 20
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "data" / "i.png")
-    assert evaluations.read_run([folder]).images == {}
+    assert evaluations.run_of_evaluations([folder]).images == {}
     (tmp_path / "data" / "asks.jsonl").unlink()
-    assert evaluations.read_run([folder]).images == {}
+    assert evaluations.run_of_evaluations([folder]).images == {}
 
 
 def test_other_judges_and_prompts_are_refused(tmp_path: Path, asked: list[Example]) -> None:
@@ -242,7 +242,7 @@ def test_other_judges_and_prompts_are_refused(tmp_path: Path, asked: list[Exampl
         (first, "is named twice"),
     ):
         with pytest.raises(RegraftError, match=message):
-            evaluations.read_run([first, other])
+            evaluations.run_of_evaluations([first, other])
 
 
 def test_folders_that_make_no_page(

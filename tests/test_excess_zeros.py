@@ -86,6 +86,7 @@ def test_the_warning(warned: bool, tmp_path: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
     progress = Notes()
     calibration = CalibrationSettings(data=DataSource.model_validate("demo"))
-    how = (prune_settings(method="magnitude"), calibration, ComputeSettings(device="cpu"))
-    stages.prune(open_source(folder), tmp_path / "out", *how, progress)
+    compute = ComputeSettings(device="cpu")
+    setup = stages.Setup(open_source(folder), calibration, compute, progress)
+    stages.prune_checkpoint(setup, tmp_path / "out", prune_settings(method="magnitude"))
     assert any("is zero before pruning" in text for text in progress.texts) is warned

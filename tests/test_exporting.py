@@ -73,7 +73,9 @@ def _world(root: Path, dense: Path, *, swap: bool = False) -> World:
     before, after = _write_pair(dense, root / "pruned")
     names = [linear.tensor for linear in open_source(dense).architecture.linears][::4]
     save_patch(root / "patch.safetensors", _patch(before, after, names, swap=swap))
-    stages.apply(root / "pruned", root / "patch.safetensors", root / "realigned")
+    stages.patch_checkpoint(
+        "apply", root / "pruned", root / "patch.safetensors", root / "realigned"
+    )
     return World(root / "pruned", root / "patch.safetensors", root / "realigned")
 
 

@@ -54,7 +54,7 @@ def tuned(root: Path, out: Path, ranking: Path | None = None, **settings: Any) -
     stages.write_ranking(
         stages.Setup(dense, calibration(root), COMPUTE), pruned, there, how, inputs
     )
-    return stages.realign(dense, pruned, out, how, there)
+    return stages.write_patch(dense, pruned, out, how, there)
 
 
 def ranked(root: Path, out: Path, count: int = 60) -> Ranking:
@@ -86,8 +86,8 @@ def test_random_positions_are_those_that_random_restores(root: Path, tmp_path: P
 
 def test_it_is_put_on_and_taken_off_to_the_byte(root: Path, tmp_path: Path) -> None:
     patch = tuned(root, tmp_path / "patch")
-    stages.apply(root / "pruned", tmp_path / "patch", tmp_path / "on")
-    stages.revert(tmp_path / "on", tmp_path / "patch", tmp_path / "off")
+    stages.patch_checkpoint("apply", root / "pruned", tmp_path / "patch", tmp_path / "on")
+    stages.patch_checkpoint("revert", tmp_path / "on", tmp_path / "patch", tmp_path / "off")
     pruned, on, off = (
         open_source(folder).checkpoint
         for folder in (root / "pruned", tmp_path / "on", tmp_path / "off")
@@ -243,13 +243,13 @@ def run(root: Path, tmp_path: Path) -> Iterator[Path]:
             "compute": {"device": "cpu", "batch_size": 2},
         }
     )
-    pipeline.run(recipe, tmp_path / "run")
+    pipeline.run_one(recipe, tmp_path / "run")
     yield tmp_path / "run"
     shutil.rmtree(tmp_path / "run")
 
 
 def test_a_run_says_that_values_are_trained(run: Path) -> None:
-    read = recipe_runs.report(run).runs[0]
+    read = recipe_runs.report_recipe(run).runs[0]
     labels = {one.name: one for one in read.variants}
     assert labels["there"].label == "there (fine-tuned, positions of drawn: trained values)"
     assert labels["anywhere"].label == "anywhere (fine-tuned, random positions: trained values)"

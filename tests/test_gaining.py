@@ -137,7 +137,9 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
             made[family] = Bench(root)
             for way, fields in METHODS.items():
                 settings = prune_settings(**fields)
-                stages.prune(dense, root / way, settings, made[family].calibration, COMPUTE)
+                stages.prune_checkpoint(
+                    stages.Setup(dense, made[family].calibration, COMPUTE), root / way, settings
+                )
             edits = {
                 linear.tensor: lambda weight: quantised(weight, 2, 32)
                 for linear in dense.architecture.linears
@@ -314,7 +316,7 @@ def test_what_does_not_help_on_held_out_prompts_is_not_restored(benches, tmp_pat
     most = step_["tries"][0][0]
     assert len(step_["tries"]) == min(gain.MOST_TRIES, most.bit_length())
     assert step_["held_out"] == ranking.about["start"]
-    patch = stages.realign(
+    patch = stages.write_patch(
         bench.dense, bench.pruned(), tmp_path / "patch", GAIN, ranking_file=tmp_path / "ranking"
     )
     assert patch.restored == 0
@@ -409,7 +411,7 @@ def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch)
         "evaluate": {"suite": data, "max_new_tokens": 2},
         "compute": {"device": "cpu", "batch_size": 4},
     }
-    made = pipeline.run(Recipe.model_validate(content), tmp_path / "run").runs[0]
+    made = pipeline.run_one(Recipe.model_validate(content), tmp_path / "run").runs[0]
     assert len(walked) == 1
     (file,) = (tmp_path / "run" / "rankings").glob("gain-*")
     path = load_ranking(file)
@@ -589,11 +591,11 @@ def test_swaps_keep_the_sparsity(family, way, benches, tmp_path):
         assert len(set(pairs)) == len(pairs)
     dense, pruned = bench.dense, bench.pruned(way)
     patch = tmp_path / "patch"
-    made = stages.realign(dense, pruned, patch, settings, ranking_file=tmp_path / "ranking")
+    made = stages.write_patch(dense, pruned, patch, settings, ranking_file=tmp_path / "ranking")
     assert made.restored == made.removed == len(ranking)
     assert made.about.get("violated_groups", 0) == 0
     assert ("n_m" in made.about) == (way != "half")
-    stages.apply(pruned.folder, patch, tmp_path / "applied")
+    stages.patch_checkpoint("apply", pruned.folder, patch, tmp_path / "applied")
     applied = open_checkpoint(tmp_path / "applied")
     assert zeros(applied, pruned.architecture) == zeros(pruned.checkpoint, pruned.architecture)
     changed = 0
@@ -613,6 +615,6 @@ def test_swaps_keep_the_sparsity(family, way, benches, tmp_path):
                 kept_in_groups(pruned.checkpoint, linear, m),
             )
     assert changed == len(ranking)
-    stages.revert(tmp_path / "applied", patch, tmp_path / "off")
+    stages.patch_checkpoint("revert", tmp_path / "applied", patch, tmp_path / "off")
     assert shards(tmp_path / "off") == shards(pruned.folder)
     assert load_patch(patch).removed == len(ranking)

@@ -89,8 +89,13 @@ def _write(folder: Path, answers: Sequence[Answer], full: bool = True) -> Path:
     return folder
 
 
-def _judge(folder: Path, by: str, **more: Any) -> Judged:
-    return stages.judge(folder, by, folder / f"{len(by)}.json", COMPUTE, Silent(), **more)
+def _judge(folder: Path, by: str, loaded: Any = None, **more: Any) -> Judged:
+    """By a judge that is `loaded`, if one is."""
+    out = folder / f"{len(by)}.json"
+    with pytest.MonkeyPatch.context() as patch:
+        if loaded is not None:
+            patch.setattr(judging, "load_judge", lambda *_: loaded)
+        return stages.judge_answers(folder, by, out, COMPUTE, Silent(), **more)
 
 
 def test_two_keyword_judges_by_hand(tmp_path: Path) -> None:
@@ -493,7 +498,7 @@ def test_an_evaluation_is_judged_by_what_its_images_ask(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source, out = open_source(pico_dir("llava")), tmp_path / "evaluation"
     suite, short = DataSource.model_validate(str(data)), EvalSettings(max_new_tokens=2)
-    stages.evaluate(stages.Target(source, COMPUTE), out, [suite], short)
+    stages.evaluate_target(stages.Target(source, COMPUTE), out, [suite], short)
     asked: list[Exchange] = []
 
     class Notes(_Stops):
@@ -618,12 +623,13 @@ def test_what_an_endpoint_said_before_it_failed_stays(
             _Server.failures = [401]
         return own(self, exchanges, advance)
 
+    monkeypatch.setattr(judging, "load_judge", lambda *_: judge)
     monkeypatch.setattr(Endpoint, "verdicts", fails_later)
     with pytest.raises(PassingError):
-        stages.judge(folder, by, tmp_path / "out.json", COMPUTE, Silent(), loaded=judge)
+        stages.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Silent())
     asked = len(_Server.got)
     monkeypatch.setattr(Endpoint, "verdicts", own)
-    stages.judge(folder, by, tmp_path / "out.json", COMPUTE, Silent(), loaded=judge)
+    stages.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Silent())
     assert (asked, len(_Server.got)) == (5, 6)  # the last chunk is one answer
 
 
@@ -774,7 +780,8 @@ def test_unread_answers_behind_others_stop_nothing(
         return own(self, exchanges, advance)
 
     monkeypatch.setattr(Endpoint, "verdicts", empty_later)
-    judged = stages.judge(folder, by, tmp_path / "out.json", COMPUTE, Silent(), loaded=judge)
+    monkeypatch.setattr(judging, "load_judge", lambda *_: judge)
+    judged = stages.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Silent())
     assert judged.unread == 2
 
 
@@ -1008,7 +1015,7 @@ def test_a_label_that_no_answer_has(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(CSV, encoding="utf-8")
     wanted = ("2_full_refusal", "3_partial_refusel")
     with pytest.raises(RegraftError, match="No answer is labelled '3_partial_refusel'"):
-        judging.judge_bench(
+        judging.measure_judges(
             [tmp_path / "a.csv"], ["gcg-1"], Labels(positive=wanted), COMPUTE, Silent()
         )
 

@@ -41,7 +41,9 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             write_data(root / "data", 4)
             dense, calibration = open_source(root / "dense"), _calibration(root)
             assert len(dense.checkpoint.shards) > 1
-            stages.heads(dense, root / "heads", HeadSettings(r_max=2), calibration, COMPUTE)
+            stages.write_head_scores(
+                stages.Setup(dense, calibration, COMPUTE), root / "heads", HeadSettings(r_max=2)
+            )
         return made[family]
 
     return make
@@ -59,12 +61,16 @@ def test_prune_score_realign_apply_reload_answer(
     root = scored(paper_family)
     dense, calibration = open_source(root / "dense"), _calibration(root)
     settings = prune_settings(method=pruner, sparsity=0.6)
-    pruned = stages.prune(dense, tmp_path / "pruned", settings, calibration, COMPUTE)
+    pruned = stages.prune_checkpoint(
+        stages.Setup(dense, calibration, COMPUTE), tmp_path / "pruned", settings
+    )
     share = zeros(pruned.checkpoint, pruned.architecture) / pruned.architecture.prunable
     assert share == pytest.approx(0.6, abs=0.02)
 
     wanted = StatisticsSettings(score=pruner)
-    stages.statistics(stages.Setup(dense, calibration, COMPUTE), tmp_path / "statistics", wanted)
+    stages.write_statistics(
+        stages.Setup(dense, calibration, COMPUTE), tmp_path / "statistics", wanted
+    )
     patch = restored(
         dense,
         pruned,
@@ -79,20 +85,22 @@ def test_prune_score_realign_apply_reload_answer(
         at = tensor.positions
         assert torch.equal(tensor.values, dense.checkpoint.read(name).flatten()[at])
 
-    realigned = open_source(stages.apply(pruned.folder, tmp_path / "patch", tmp_path / "out"))
+    realigned = open_source(
+        stages.patch_checkpoint("apply", pruned.folder, tmp_path / "patch", tmp_path / "out")
+    )
     filled = zeros(pruned.checkpoint, pruned.architecture) - zeros(
         realigned.checkpoint, dense.architecture
     )
     assert filled == patch.restored
     suites, short = [calibration.data], EvalSettings(max_new_tokens=3)
     answered = {
-        name: stages.evaluate(
+        name: stages.evaluate_target(
             stages.Target(source, COMPUTE), tmp_path / f"{name}-answers", suites, short
         ).result
         for name, source in (("pruned", pruned), ("realigned", realigned))
     }
     target = stages.Target(pruned, COMPUTE, tmp_path / "patch")
-    in_memory = stages.evaluate(target, tmp_path / "patched-answers", suites, short).result
+    in_memory = stages.evaluate_target(target, tmp_path / "patched-answers", suites, short).result
     texts = {name: [a.answer for a in result.answers] for name, result in answered.items()}
     assert len(texts["pruned"]) == 8
     assert [a.answer for a in in_memory.answers] == texts["realigned"]
@@ -102,14 +110,16 @@ def test_scores_rank_differently(scored: Callable[[str], Path], tmp_path: Path) 
     """The same pruned model, realigned by each score: other weights are restored."""
     root = scored("qwen2_5_vl")
     dense, calibration = open_source(root / "dense"), _calibration(root)
-    pruned = stages.prune(dense, tmp_path / "pruned", prune_settings(), calibration, COMPUTE)
+    pruned = stages.prune_checkpoint(
+        stages.Setup(dense, calibration, COMPUTE), tmp_path / "pruned", prune_settings()
+    )
     found = {}
     for score in (*PRUNERS, "magnitude"):
         settings = method(score=score, top_heads=8, q=0.9)
         file = None
         if score != "magnitude":
             file = tmp_path / f"statistics-{score}"
-            stages.statistics(
+            stages.write_statistics(
                 stages.Setup(dense, calibration, COMPUTE), file, StatisticsSettings(score=score)
             )
         patch = restored(
@@ -125,9 +135,11 @@ def test_statistics_of_another_score_are_refused(
 ) -> None:
     root = scored("qwen2_5_vl")
     dense, calibration = open_source(root / "dense"), _calibration(root)
-    stages.statistics(stages.Setup(dense, calibration, COMPUTE), tmp_path / "wanda")
+    stages.write_statistics(stages.Setup(dense, calibration, COMPUTE), tmp_path / "wanda")
     settings = prune_settings(method="magnitude")
-    pruned = stages.prune(dense, tmp_path / "pruned", settings, calibration, COMPUTE)
+    pruned = stages.prune_checkpoint(
+        stages.Setup(dense, calibration, COMPUTE), tmp_path / "pruned", settings
+    )
     with pytest.raises(RegraftError, match="holds statistics of wanda, and importance by snip is"):
         restored(
             dense,

@@ -66,16 +66,12 @@ def test_a_pass_is_what_torch_counts_in_the_decoder(family: str, tmp_path: Path)
     write_data(tmp_path / "data", 4, images=family == "llava")
     dense, out = open_source(tmp_path / "dense"), tmp_path / "pass.json"
     data = DataSource(name="jsonl", path=tmp_path / "data" / "data.jsonl")
-    calibration, cache = CalibrationSettings(data=data, samples=3), stages.EvaluationCache()
+    setup = stages.Setup(dense, CalibrationSettings(data=data, samples=3))
     for _ in range(2):  # the second time it is there
-        count_pass(stages.Setup(dense, calibration, cache=cache), out)
+        count_pass(setup, out)
     found = read_pass(out)
     assert found is not None and found.prompts == 6
-    examples = [
-        one
-        for harmful in (True, False)
-        for one in cache.drawn(dense, calibration, harmful=harmful).examples
-    ]
+    examples = [one for harmful in (True, False) for one in setup.drawn(harmful=harmful).examples]
     tokens, inputs = by_hand(family, tmp_path, examples)
     assert found.tokens == tokens
     with safe_open(tmp_path / "dense" / "model.safetensors", "pt") as file:
@@ -92,7 +88,7 @@ def test_a_pass_is_what_torch_counts_in_the_decoder(family: str, tmp_path: Path)
     else:
         assert found.flops == 6 * tokens * dense.architecture.prunable
     with pytest.raises(RegraftError, match="made with something else"):
-        other = calibration.model_copy(update={"samples": 2})
+        other = setup.calibration.model_copy(update={"samples": 2})
         count_pass(stages.Setup(dense, other), out)
 
 
@@ -244,7 +240,7 @@ def test_a_run_counts_its_own_passes(tmp_path: Path) -> None:
         "evaluate": {"suite": data, "max_new_tokens": 2},
         "compute": {"device": "cpu", "batch_size": 4},
     }
-    made = pipeline.run(Recipe.model_validate(content), tmp_path / "run").runs[0]
+    made = pipeline.run_one(Recipe.model_validate(content), tmp_path / "run").runs[0]
     spent = {
         (one["stage"], one["of"]): one["flops"]
         for one in json.loads((tmp_path / "run" / "costs.json").read_text())
@@ -266,7 +262,7 @@ def test_a_run_counts_its_own_passes(tmp_path: Path) -> None:
     }
     statistics = found["set"]
     assert statistics is not None and 1 / 3 < statistics < 1, "one forward pass, with responses"
-    assert pipeline.run(Recipe.model_validate(content), tmp_path / "run").runs[0] == made
+    assert pipeline.run_one(Recipe.model_validate(content), tmp_path / "run").runs[0] == made
 
 
 def test_reports_have_a_column_where_passes_were_measured() -> None:

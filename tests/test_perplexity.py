@@ -70,7 +70,7 @@ def test_what_is_not_finite_is_told_with_its_example(
     compute = ComputeSettings(device="cpu", batch_size=2)
     told = f"response of {asked[1].id} has no finite .* --dtype bfloat16 or float32"
     with pytest.raises(RegraftError, match=told):
-        stages.evaluate(stages.Target(source, compute), tmp_path / "out", [suite], settings)
+        stages.evaluate_target(stages.Target(source, compute), tmp_path / "out", [suite], settings)
 
 
 def test_evaluate_measures_it_where_asked(
@@ -82,7 +82,9 @@ def test_evaluate_measures_it_where_asked(
 
     def run(name: str, **changes: bool) -> stages.Evaluation:
         settings = EvalSettings(max_new_tokens=2, **changes)  # type: ignore[arg-type]
-        return stages.evaluate(stages.Target(source, compute), tmp_path / name, [suite], settings)
+        return stages.evaluate_target(
+            stages.Target(source, compute), tmp_path / name, [suite], settings
+        )
 
     assert run("without").result.perplexity is None
     whole = run("with", perplexity=True).result

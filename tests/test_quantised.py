@@ -149,12 +149,14 @@ def test_an_evaluation_from_end_to_end(quantised: Callable[[str], Path], tmp_pat
     done = {}
     for name, folder in (("floats", floats), ("packed", quantised(scheme))):
         target = stages.Target(open_answering(folder), compute)
-        done[name] = stages.evaluate(target, tmp_path / name, prompts, settings)
+        done[name] = stages.evaluate_target(target, tmp_path / name, prompts, settings)
     texts = [[a.answer for a in one.result.answers] for one in done.values()]
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
     assert "prunable" in done["floats"].about and "prunable" not in done["packed"].about
-    evaluations.report([tmp_path / "floats", tmp_path / "packed"], tmp_path / "page")
-    evaluations.report([], tmp_path / "pair", evaluations.Pair(*(tmp_path / n for n in done)))
+    evaluations.report_evaluations([tmp_path / "floats", tmp_path / "packed"], tmp_path / "page")
+    evaluations.report_evaluations(
+        [], tmp_path / "pair", evaluations.Pair(*(tmp_path / n for n in done))
+    )
     for page in ("page", "pair"):
         assert "packed" in (tmp_path / page / "report.md").read_text()
 

@@ -317,8 +317,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     truth.pruned_at_random(dense, root / "pruned", 0.5)
     write_data(root / "data", 4)
     made = Bench(root)
-    stages.heads(dense, root / "heads", HeadSettings(r_max=2), made.calibration, COMPUTE)
-    stages.statistics(stages.Setup(dense, made.calibration, COMPUTE), root / "statistics")
+    stages.write_head_scores(
+        stages.Setup(dense, made.calibration, COMPUTE), root / "heads", HeadSettings(r_max=2)
+    )
+    stages.write_statistics(stages.Setup(dense, made.calibration, COMPUTE), root / "statistics")
     return made
 
 
@@ -431,20 +433,24 @@ def test_the_number_restored_is_the_budget(
     assert torch.equal(again.position, ranking.position)
     source = bench.pruned.checkpoint
     for name, count in (("whole", None), ("few", 7), ("none", 0)):
-        patch = stages.realign(
+        patch = stages.write_patch(
             bench.dense, bench.pruned, tmp_path / name, settings, tmp_path / "ranking", count
         )
         assert patch.restored == (expected if count is None else count)
         assert patch.about["heads"] == ranking.about["heads"]
         expected_bytes = by_hand(Pair(bench.dense, bench.pruned), ranking.first(patch.restored))
-        stages.apply(bench.pruned.folder, tmp_path / name, tmp_path / f"{name}-applied")
+        stages.patch_checkpoint(
+            "apply", bench.pruned.folder, tmp_path / name, tmp_path / f"{name}-applied"
+        )
         realigned = open_checkpoint(tmp_path / f"{name}-applied")
         assert differing(source, realigned) == expected_bytes.keys()
         for tensor, wanted in expected_bytes.items():
             assert equal_bytes(realigned.read(tensor), wanted)
         architecture = bench.pruned.architecture
         assert zeros(source, architecture) - zeros(realigned, architecture) == patch.restored
-    stages.revert(tmp_path / "whole-applied", tmp_path / "whole", tmp_path / "off")
+    stages.patch_checkpoint(
+        "revert", tmp_path / "whole-applied", tmp_path / "whole", tmp_path / "off"
+    )
     assert shards(tmp_path / "off") == shards(bench.pruned.folder)
 
 
@@ -493,7 +499,7 @@ def test_what_a_ranking_asks_for(bench: Bench, tmp_path: Path) -> None:
         other = truth.pruned_at_random(pair[swapped], tmp_path / swapped, share)[0]
         pair[swapped] = other
         with pytest.raises(RegraftError, match=f"was made from another {swapped} checkpoint"):
-            stages.realign(**pair, out=out, settings=hsr, ranking_file=tmp_path / "one")
+            stages.write_patch(**pair, out=out, settings=hsr, ranking_file=tmp_path / "one")
     assert not out.exists()
     assert not list(tmp_path.glob(".*")), "unfinished work is left behind"
 
@@ -502,8 +508,10 @@ def test_a_patch_is_not_a_ranking(bench: Bench, tmp_path: Path) -> None:
     settings = method(method="random", count=3)
     bench.rank(tmp_path / "ranking", settings)
     patch = tmp_path / "patch"
-    stages.realign(bench.dense, bench.pruned, patch, settings, ranking_file=tmp_path / "ranking")
+    stages.write_patch(
+        bench.dense, bench.pruned, patch, settings, ranking_file=tmp_path / "ranking"
+    )
     with pytest.raises(RegraftError, match="does not hold a ranking of weights"):
-        stages.realign(bench.dense, bench.pruned, tmp_path / "x", settings, ranking_file=patch)
+        stages.write_patch(bench.dense, bench.pruned, tmp_path / "x", settings, ranking_file=patch)
     with pytest.raises(RegraftError, match="does not hold a patch"):
         load_patch(tmp_path / "ranking")

@@ -161,10 +161,12 @@ def bench(tmp_path_factory):
     write_data(root / "data", 4)
     data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
     calibration = CalibrationSettings(data=data, samples=4)
-    stages.heads(dense, root / "heads", HeadSettings(r_max=2), calibration, COMPUTE)
-    stages.statistics(stages.Setup(dense, calibration, COMPUTE), root / "statistics")
+    stages.write_head_scores(
+        stages.Setup(dense, calibration, COMPUTE), root / "heads", HeadSettings(r_max=2)
+    )
+    stages.write_statistics(stages.Setup(dense, calibration, COMPUTE), root / "statistics")
     one_shot = prune_settings(order="one-shot")
-    stages.prune(dense, root / "pruned", one_shot, calibration, COMPUTE)
+    stages.prune_checkpoint(stages.Setup(dense, calibration, COMPUTE), root / "pruned", one_shot)
     return root
 
 
@@ -180,7 +182,7 @@ def test_one_shot_pruning_and_the_patch_are_the_release_to_the_bit(bench, tmp_pa
     assert settings.criterion == "released"
     files = bench / "heads", bench / "statistics"
     restored(dense, pruned, tmp_path / "patch", settings, *files)
-    stages.apply(pruned.folder, tmp_path / "patch", tmp_path / "out")
+    stages.patch_checkpoint("apply", pruned.folder, tmp_path / "patch", tmp_path / "out")
     out = open_source(tmp_path / "out")
     scores = load_heads(bench / "heads", dense.architecture).released
     ranked = sorted(
@@ -260,7 +262,9 @@ def test_screened_heads_and_old_files_lack_its_criterion(bench, tmp_path):
         data=DataSource(name="jsonl", path=bench / "data" / "data.jsonl"), samples=4
     )
     screened = HeadSettings(r_max=2, mode="screened", candidates=4)
-    stages.heads(dense, tmp_path / "heads", screened, calibration, COMPUTE)
+    stages.write_head_scores(
+        stages.Setup(dense, calibration, COMPUTE), tmp_path / "heads", screened
+    )
     settings = method(method="hsr-released", top_heads=3)
     files = tmp_path / "heads", bench / "statistics"
     with pytest.raises(RegraftError, match="mode exact"):

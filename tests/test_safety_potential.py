@@ -164,12 +164,10 @@ def calibrated(root):
 def test_the_stage_prunes_by_harmful_prompts_and_its_prompt(bench, tmp_path):
     dense = open_source(bench / "dense")
     pruned = [
-        stages.prune(
-            dense,
+        stages.prune_checkpoint(
+            stages.Setup(dense, calibrated(bench), COMPUTE),
             tmp_path / str(i),
             prune_settings(method="safety-potential", prompt=prompt),
-            calibrated(bench),
-            COMPUTE,
         )
         for i, prompt in enumerate((SAFETY_PROMPT, PROMPT))
     ]
@@ -202,7 +200,7 @@ def test_the_same_prompt_as_a_defence(bench, tmp_path):
     settings = DefenceSettings(method="safety-prompt")
     assert settings.prompt == SAFETY_PROMPT and settings.unread() is None
     target = stages.Target(dense, COMPUTE)
-    stages.defend(target, tmp_path / "defence", settings, calibrated(bench))
+    stages.write_defence(target, tmp_path / "defence", settings, calibrated(bench))
     examples = pico.write_examples(tmp_path, 2, images=False)
     shown = asked(load_defence(tmp_path / "defence"), examples)
     assert [one.instruction for one in shown] == [
@@ -210,7 +208,7 @@ def test_the_same_prompt_as_a_defence(bench, tmp_path):
     ]
     assert shown[0].instruction == f"{SAFETY_PROMPT}\n{examples[0].instruction}"
     around = DefenceSettings(method="adashield", prompt=SAFETY_PROMPT)
-    stages.defend(target, tmp_path / "around", around, calibrated(bench))
+    stages.write_defence(target, tmp_path / "around", around, calibrated(bench))
     assert asked(load_defence(tmp_path / "around"), examples)[0].instruction.startswith(
         examples[0].instruction
     )

@@ -89,9 +89,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "compute": {"device": "cpu", "batch_size": 12},
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(content))
-    recipe_runs.run(read_recipe(root / "recipe.yaml"), root / "run")
+    recipe_runs.run_recipe(read_recipe(root / "recipe.yaml"), root / "run")
     _answer_otherwise(root / "run")
-    recipe_runs.report(root / "run")
+    recipe_runs.report_recipe(root / "run")
     for name in ("one", "two", "third"):
         ended(["report", folder_of_model(root / "run", name)], 0)
     return root
@@ -179,7 +179,7 @@ def test_the_papers_recipe_is_of_its_six_models() -> None:
 
 
 def _table(world: Path) -> Study:
-    return recipe_runs.report(world / "run")
+    return recipe_runs.report_recipe(world / "run")
 
 
 def _row(table: Study, model: str, name: str) -> Row:
@@ -287,23 +287,23 @@ def test_a_run_of_several_models_resumes_and_grows(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    evaluate = stages.evaluate
+    evaluate = stages.evaluate_target
 
     def watched(model: Any, out: Path, *rest: Any, **named: Any) -> Any:
         if not out.exists():
             done.append(str(out))
         return evaluate(model, out, *rest, **named)
 
-    monkeypatch.setattr(stages, "evaluate", watched)
+    monkeypatch.setattr(stages, "evaluate_target", watched)
     recipe = read_recipe(world / "recipe.yaml")
     fewer = recipe.model_copy(update={"models": recipe.models[:2], "published": None})
     shutil.copytree(world / "run", tmp_path / "run")
     shutil.rmtree(folder_of_model(tmp_path / "run", "third"))
     with pytest.raises(RegraftError, match="not finished: model-third has not been run"):
-        recipe_runs.report(tmp_path / "run")
+        recipe_runs.report_recipe(tmp_path / "run")
     (tmp_path / "run" / "recipe.yaml").write_text(write_recipe(fewer))
-    assert models_of(recipe_runs.report(tmp_path / "run")) == ["one", "two"]
-    assert models_of(recipe_runs.run(recipe, tmp_path / "run")) == ["one", "two", "third"]
+    assert models_of(recipe_runs.report_recipe(tmp_path / "run")) == ["one", "two"]
+    assert models_of(recipe_runs.run_recipe(recipe, tmp_path / "run")) == ["one", "two", "third"]
     assert len(done) == 3
     assert all("model-third" in one for one in done)
     other = recipe.model_copy(update={"models": recipe.models[1:2]})
@@ -311,7 +311,7 @@ def test_a_run_of_several_models_resumes_and_grows(
         update={"models": (other.models[0].model_copy(update={"name": "one"}),)}
     )
     with pytest.raises(RegraftError, match="another recipe"):
-        recipe_runs.run(other, tmp_path / "run")
+        recipe_runs.run_recipe(other, tmp_path / "run")
 
 
 def test_a_run_of_one_model_is_no_run_of_several(tmp_path: Path) -> None:
@@ -331,12 +331,12 @@ def test_bad_input_of_several_models_writes_nothing(world: Path, tmp_path: Path)
     recipe = read_recipe(world / "recipe.yaml")
     gone = recipe.models[2].model_copy(update={"model": str(tmp_path / "gone")})
     with pytest.raises(RegraftError, match="gone"):
-        recipe_runs.run(
+        recipe_runs.run_recipe(
             recipe.model_copy(update={"models": (*recipe.models[:2], gone)}), tmp_path / "run"
         )
     (tmp_path / "published.yaml").write_text("rows: [{model: x, asr: {a: 101}}]")
     with pytest.raises(RegraftError, match=r"rows\.0\.asr\.a"):
-        recipe_runs.run(
+        recipe_runs.run_recipe(
             recipe.model_copy(update={"published": tmp_path / "published.yaml"}), tmp_path / "run"
         )
     assert not (tmp_path / "run").exists()

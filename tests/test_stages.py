@@ -42,7 +42,7 @@ from regraft.runs import pipeline
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.stages import patching, pruning, realigning
+from regraft.stages import patching, pruning, realigning, targets
 from regraft.stages.provenance import working
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
@@ -102,20 +102,29 @@ class Bench:
         if stage == "evaluate":
             given["model"] = self.pruned
         if stage in ("apply", "revert"):
-            given["pruned" if stage == "apply" else "realigned"] = (
-                at["prune"] if stage == "apply" else at["apply"]
-            )
-            given["patch_file"] = at["realign"]
+            given |= {"operation": stage, "patch_files": at["realign"]}
+            given["folder"] = at["prune" if stage == "apply" else "apply"]
         elif stage != "realign":
             given["compute"] = COMPUTE
         given |= changes
-        if stage in ("statistics", "rank"):
-            shared = ("dense", "calibration", "compute")
-            given["setup"] = stages.Setup(**{name: given.pop(name) for name in shared})
+        if stage in ("prune", "heads", "statistics", "rank"):
+            shared = ("dense", "calibration", "compute", "progress")
+            parts = {name: given.pop(name) for name in shared if name in given}
+            given["setup"] = stages.Setup(**parts)
         if stage == "evaluate":
-            own = ("model", "compute", "patch", "progress", "cache")
+            own = ("model", "compute", "patch", "text", "progress", "cache")
             given["target"] = stages.Target(**{n: given.pop(n) for n in own if n in given})
-        return getattr(stages, "write_ranking" if stage == "rank" else stage)(**given)
+        names = {
+            "prune": "prune_checkpoint",
+            "heads": "write_head_scores",
+            "statistics": "write_statistics",
+            "rank": "write_ranking",
+            "realign": "write_patch",
+            "apply": "patch_checkpoint",
+            "revert": "patch_checkpoint",
+            "evaluate": "evaluate_target",
+        }
+        return getattr(stages, names[stage])(**given)
 
     def about(self, stage: str) -> Mapping[str, Any]:
         out = self.root / OUTPUTS[stage]
@@ -204,8 +213,8 @@ DIFFERENCES: list[tuple[str, Callable[[Bench], dict[str, Any]], str]] = [
     ),
     ("rank", lambda _: {"settings": method(top_heads=2)}, "settings.top_heads: 3 there, 2 now"),
     ("realign", lambda _: {"count": 5}, "count: null there, 5 now"),
-    ("apply", lambda b: {"pruned": b.root / "realigned"}, "before.stage: .prune. there, .apply."),
-    ("revert", lambda b: {"realigned": b.root / "pruned"}, "before.stage: .apply. there, .prune."),
+    ("apply", lambda b: {"folder": b.root / "realigned"}, "before.stage: .prune. there, .apply."),
+    ("revert", lambda b: {"folder": b.root / "pruned"}, "before.stage: .apply. there, .prune."),
     ("revert", lambda b: {"out": b.root / "realigned"}, "stage: .apply. there, .revert. now"),
     ("apply", lambda b: {"out": b.root / "reverted"}, "stage: .revert. there, .apply. now"),
     ("evaluate", lambda _: {"settings": EvalSettings()}, "settings.max_new_tokens: 3 there"),
@@ -325,6 +334,30 @@ def test_stopping_keeps_the_work(bench: Bench, tmp_path: Path) -> None:
     assert tree(tmp_path / "out").keys() == {"pruned"} | {f"pruned/{n}" for n in tree(out)}
 
 
+def test_a_patch_is_put_on_once(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For answers, the likelihood of references and that of ordinary text together."""
+    (tmp_path / "text.txt").write_text("A text.\n\nAnother one.", encoding="utf-8")
+    own, put_on = targets.patched, []
+
+    def counted(*arguments: Any) -> Any:
+        put_on.append(arguments)
+        return own(*arguments)
+
+    monkeypatch.setattr(targets, "patched", counted)
+    done = bench.run(
+        "evaluate",
+        settings=EvalSettings(max_new_tokens=2, perplexity=True),
+        patch=bench.root / "patch",
+        text=stages.OnText(tmp_path / "text.txt"),
+        out=tmp_path / "out",
+    )
+    assert done.result.perplexity is not None
+    assert done.result.text is not None
+    assert len(put_on) == 1
+
+
 def test_evaluation_with_a_patch_in_memory(bench: Bench, tmp_path: Path) -> None:
     """Same answers and same sparsity as the written checkpoint, also where it is on already."""
     realigned = open_source(bench.root / "realigned")
@@ -358,7 +391,7 @@ def test_preview_writes_nothing_and_tells_the_truth(bench: Bench, tmp_path: Path
     assert (state.weights, state.on) == (patch.restored, 0)
     assert new.plan.weights == patch.restored
     assert (new.bytes, new.done) == (open_checkpoint(folder).bytes, False)
-    stages.apply(folder, patch_file, out)
+    stages.patch_checkpoint("apply", folder, patch_file, out)
     old, changed = shards(folder), shards(out)
     assert set(new.plan.shards) == {name for name in old if old[name] != changed[name]}
     again = stages.preview("apply", folder, [patch_file], out)
@@ -505,7 +538,7 @@ def test_run_on_an_existing_pruned_checkpoint(killable: Killable, tmp_path: Path
     existing = {"pruned": str(killable.finished / "pruned")}
     recipe = read_recipe(killable.recipe).model_copy(update=existing)
     before = tree(killable.finished)
-    made = pipeline.run(recipe, tmp_path / "run").runs[0]
+    made = pipeline.run_one(recipe, tmp_path / "run").runs[0]
     assert tree(killable.finished) == before
     assert not (tmp_path / "run" / "pruned").exists()
     results = [

@@ -163,7 +163,7 @@ def test_an_evaluation_measures_it(pico_dir: Callable[[str], Path], tmp_path: Pa
     def run(name: str, text: stages.OnText | None) -> stages.Evaluation:
         target = stages.Target(source, ComputeSettings(device="cpu"), text=text)
         settings = EvalSettings(max_new_tokens=2)
-        return stages.evaluate(target, tmp_path / name, [suite], settings)
+        return stages.evaluate_target(target, tmp_path / name, [suite], settings)
 
     assert run("without", None).result.text is None
     with pytest.raises(RegraftError, match="without --dense"):
@@ -199,7 +199,7 @@ evaluate: {{suite: {data}, max_new_tokens: 2, text: text.txt}}
 compute: {{device: cpu}}
 """
     )
-    report = pipeline.run(read_recipe(recipe), tmp_path / "run").runs[0]
+    report = pipeline.run_one(read_recipe(recipe), tmp_path / "run").runs[0]
     dense, pruned, restored = (variant.result.text for variant in report.variants)
     assert dense is not None and pruned is not None and restored is not None
     assert dense.kl is None

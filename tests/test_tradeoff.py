@@ -192,7 +192,7 @@ class Bench:
         **fields: Any,
     ) -> int:
         """Curve in `out`; how many weights to restore."""
-        choice = SearchSettings(validation=self.validation, **fields)
+        choice = SearchSettings(**{"validation": self.validation, **fields})
         paths = replace(stages.ArtifactPaths.beside(out), ranking=self.root / "ranking", curve=out)
         calibration = CalibrationSettings(data=self.validation)
         restoration = stages.Restoration(
@@ -245,7 +245,7 @@ def test_a_curve_is_evaluations_of_more_and_more_weights(bench: Bench, tmp_path:
         bench.validation.model_copy(update={"kind": kind}) for kind in ("harmful", "harmless")
     )
     patch = tmp_path / "patch"
-    made = stages.realign(
+    made = stages.write_patch(
         bench.dense,
         bench.pruned,
         patch,
@@ -254,9 +254,9 @@ def test_a_curve_is_evaluations_of_more_and_more_weights(bench: Bench, tmp_path:
         count=667,
     )
     assert made.restored == 667
-    stages.apply(bench.pruned.folder, patch, tmp_path / "applied")
+    stages.patch_checkpoint("apply", bench.pruned.folder, patch, tmp_path / "applied")
     written = open_source(tmp_path / "applied")
-    alone = stages.evaluate(
+    alone = stages.evaluate_target(
         stages.Target(written, COMPUTE), tmp_path / "answers", [harmful, harmless], SHORT
     )
     assert Point.of(667, alone.result) == points[2]
@@ -478,7 +478,7 @@ def test_the_curve_is_shown_with_its_bounds() -> None:
 
 
 def read_pruned(bench: Bench) -> int:
-    found = stages.realign(
+    found = stages.write_patch(
         bench.dense,
         bench.pruned,
         bench.root.with_name("counted"),
@@ -494,7 +494,7 @@ def test_a_search_goes_on_where_it_stopped(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = bench.search(tmp_path / "a" / "curve.json", points=2)
-    true, seen = searching.evaluate, []
+    true, seen = searching.evaluate_target, []
 
     def stopping(*arguments: Any, **named: Any) -> Any:
         seen.append(arguments[1].name)
@@ -503,7 +503,7 @@ def test_a_search_goes_on_where_it_stopped(
         return true(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(searching, "evaluate", stopping)
+        patch.setattr(searching, "evaluate_target", stopping)
         with pytest.raises(KeyboardInterrupt):
             bench.search(tmp_path / "b" / "curve.json", points=2)
     assert seen == ["dense", "pruned", "00000500", "00001000"]
@@ -518,11 +518,9 @@ def test_validation_needs_both_kinds(bench: Bench, tmp_path: Path) -> None:
     only = write_jsonl(
         tmp_path / "harmful.jsonl", pico.write_examples(tmp_path / "images", 2, images=False)
     )
-    settings = SearchSettings(validation=DataSource(name="jsonl", path=only))
+    settings = {"validation": DataSource(name="jsonl", path=only)}
     with pytest.raises(RegraftError, match=r"harmful\.jsonl.* harmless"):
-        stages.Search(bench.dense, settings, SHORT, COMPUTE).curve(
-            bench.pruned, bench.settings, bench.root / "ranking", tmp_path / "curve.json"
-        )
+        bench.search(tmp_path / "curve.json", **settings)
     assert not (tmp_path / "curve.json").exists()
 
 
@@ -540,7 +538,7 @@ def test_a_search_that_cannot_be_is_found_before_the_run(
     truth.pruned_at_random(dense, tmp_path / "pruned", 0.5)
     write_data(tmp_path / "data", 4)
     with pytest.raises(RegraftError, match=message):
-        pipeline.run(recipe(tmp_path, **fields), tmp_path / "run")
+        pipeline.run_one(recipe(tmp_path, **fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -578,7 +576,7 @@ def test_a_run_that_searches(tmp_path: Path) -> None:
     pruned, _ = truth.pruned_at_random(dense, tmp_path / "pruned", 0.5)
     write_data(tmp_path / "data", 4)
     run = tmp_path / "run"
-    made = pipeline.run(recipe(tmp_path), run).runs[0]
+    made = pipeline.run_one(recipe(tmp_path), run).runs[0]
     variants = {one.name: one for one in made.variants}
     assert list(variants) == ["dense", "pruned", "gain", "never", "random"]
     curve = json.loads((run / "curves" / "gain.json").read_text())
@@ -601,7 +599,7 @@ def test_a_run_that_searches(tmp_path: Path) -> None:
     names = sorted(path.stem.rsplit("-", 1)[0] for path in (run / "rankings").glob("*"))
     assert names == ["gain", "random", "random"]
     before = tree(run)
-    pipeline.run(recipe(tmp_path), run)
+    pipeline.run_one(recipe(tmp_path), run)
     assert tree(run) == before
     report = json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))
     assert [one["name"] for one in report["runs"][0]["variants"]] == list(variants)

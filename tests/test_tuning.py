@@ -57,7 +57,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dense = open_source(pico.save("qwen2_vl", root / "dense", torch.bfloat16))
     data = DataSource(name="jsonl", path=write_data(root / "data", 4))
     calibration = CalibrationSettings(data=data, samples=4)
-    stages.prune(dense, root / "pruned", prune_settings(order="one-shot"), calibration, COMPUTE)
+    stages.prune_checkpoint(
+        stages.Setup(dense, calibration, COMPUTE), root / "pruned", prune_settings(order="one-shot")
+    )
     return root
 
 
@@ -80,7 +82,9 @@ def tune(root: Path, tmp_path: Path) -> Callable[..., Tuned]:
             evaluation=EVALUATION,
         )
         pruned, tuning = open_source(root / "pruned"), TuneSettings(**own)
-        return stages.tune(restoration, pruned, method=settings, tuning=tuning, **given | changes)
+        return stages.tune_method(
+            restoration, pruned, method=settings, tuning=tuning, **given | changes
+        )
 
     return run
 
@@ -378,7 +382,9 @@ def test_kept_states_serve_another_rank(
 
     def heads(name: str, r_max: int, states: Path | None = None) -> Any:
         settings = HeadSettings(r_max=r_max, mode=mode, candidates=3)
-        return stages.heads(dense, tmp_path / name, settings, calibration, COMPUTE, states=states)
+        return stages.write_head_scores(
+            stages.Setup(dense, calibration, COMPUTE), tmp_path / name, settings, states=states
+        )
 
     heads("a", 1, tmp_path / "states")
     kept = tree(tmp_path / "states")

@@ -3,7 +3,8 @@
 Models are folders, hub ids, "demo" for the bundled model, or what `open_source` has opened. Data
 sets are named as on the command line: a .jsonl file, or "NAME:PATH" with a reader's name. Every
 stage writes an artifact and, called again with the same, takes it as it is; a killed one goes on.
-Other settings are those of the command line under the same names, such as `batch_size`.
+Other settings are those of the command line under the same names, such as `batch_size`. Bad input
+raises `RegraftError`.
 
     import regraft
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -31,7 +32,7 @@ from regraft.heads.score import HeadScores
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, open_source
 from regraft.patch.format import Patch
-from regraft.progress import Progress, Silent
+from regraft.progress import SILENT, Progress
 from regraft.pruning.base import PRUNERS
 from regraft.restoration.base import DEFAULT, METHODS
 from regraft.settings.base import Settings, explain
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from regraft.report.study import Study
 
 Model = str | Path | Source
-S = TypeVar("S", bound=Settings)
+_DATA = ("data", "validation")  # settings that name a data set
 
 
 def prune(
@@ -54,7 +55,7 @@ def prune(
     out: str | Path,
     *,
     method: str = "wanda",
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     **settings: Any,
 ) -> Source:
     """Prune a model into the new folder `out`.
@@ -63,34 +64,26 @@ def prune(
         model: The dense model.
         out: The folder.
         method: The pruner.
-        progress: Shows progress.
         settings: Of the pruner (`sparsity`, `n_m` ...), the calibration (`data`, `samples`, `seed`)
             and where it runs (`device`, `dtype`, `batch_size`, `placement`).
-
-    Raises:
-        RegraftError: bad input.
     """
     blocks = PRUNERS.get(method).settings_type, CalibrationSettings, ComputeSettings
     own, data, compute = _settings({"method": method, **settings}, *blocks)
-    return stages.prune(_opened(model, compute), Path(out), own, data, compute, progress)
+    return stages.prune_checkpoint(_setup(model, data, compute, progress), Path(out), own)
 
 
 def score_heads(
-    model: Model, out: str | Path, *, progress: Progress | None = None, **settings: Any
+    model: Model, out: str | Path, *, progress: Progress = SILENT, **settings: Any
 ) -> HeadScores:
     """Score every attention head for safety by Ships and KL; writes the file `out`.
 
     Args:
         model: The dense model.
         out: The file.
-        progress: Shows progress.
         settings: Of the scoring (`r_max`, `mode` ...), the calibration and where it runs.
-
-    Raises:
-        RegraftError: bad input.
     """
     own, data, compute = _settings(settings, HeadSettings, CalibrationSettings, ComputeSettings)
-    return stages.heads(_opened(model, compute), Path(out), own, data, compute, progress)
+    return stages.write_head_scores(_setup(model, data, compute, progress), Path(out), own)
 
 
 def realign(
@@ -101,7 +94,7 @@ def realign(
     method: str = DEFAULT,
     search: Mapping[str, Any] | None = None,
     heads_file: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     **settings: Any,
 ) -> Patch:
     """Restore pruned weights, so that the model refuses as before; writes the patch `out`.
@@ -114,22 +107,18 @@ def realign(
         search: Choose how many weights are restored: `validation` prompts, bounds and targets.
             Without such prompts a quarter of the calibration data is held out for it.
         heads_file: From `score_heads`.
-        progress: Shows progress.
         settings: Of the method (`budget`, `swap` ...), the scoring of heads, the calibration and
             where it runs.
-
-    Raises:
-        RegraftError: bad input.
     """
     blocks = METHODS.get(method).settings_type, HeadSettings, CalibrationSettings, ComputeSettings
     own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
     before, after = _opened(dense, compute), _opened(pruned, compute)
     choice = None
     if search is not None:
-        choice, data = with_held_out(_search(search), before.folder, data)
-    given = stages.Inputs(heads=None if heads_file is None else Path(heads_file))
-    where = stages.ArtifactPaths.beside(Path(out), given)
-    restoration = stages.Restoration(before, data, compute, progress or Silent(), scoring=scoring)
+        (choice,) = _settings(search, SearchSettings)
+        choice, data = with_held_out(choice, before.folder, data)
+    where = stages.ArtifactPaths.beside(Path(out), stages.Inputs(heads=_path(heads_file)))
+    restoration = stages.Restoration(before, data, compute, progress, scoring=scoring)
     return restoration.restore(after, own, where, choice)
 
 
@@ -139,7 +128,7 @@ def apply(pruned: str | Path, patches: str | Path | Sequence[str | Path], out: s
     Raises:
         RegraftError: a patch is for another checkpoint, or patches disagree.
     """
-    return stages.apply(Path(pruned), _paths(patches), Path(out))
+    return stages.patch_checkpoint("apply", Path(pruned), _paths(patches), Path(out))
 
 
 def revert(
@@ -150,7 +139,7 @@ def revert(
     Raises:
         RegraftError: a patch is for another checkpoint, or patches disagree.
     """
-    return stages.revert(Path(realigned), _paths(patches), Path(out))
+    return stages.patch_checkpoint("revert", Path(realigned), _paths(patches), Path(out))
 
 
 def export(
@@ -172,7 +161,7 @@ def export(
         RegraftError: a patch is for another checkpoint, patches disagree, or the tool cannot have
             these weights.
     """
-    return stages.export(pruned, _paths(patches), Path(out), to)
+    return stages.export_patches(pruned, _paths(patches), Path(out), to)
 
 
 def evaluate(
@@ -181,7 +170,7 @@ def evaluate(
     out: str | Path,
     *,
     patch: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     **settings: Any,
 ) -> EvalResult:
     """Answer suites greedily and judge the answers: ASR, over-refusal, utility with intervals.
@@ -191,18 +180,12 @@ def evaluate(
         suites: One or several, such as "safebench:FigStep/data" or a .jsonl file.
         out: The new folder, with all answers.
         patch: Put on the model in memory first.
-        progress: Shows progress.
         settings: Of the evaluation (`max_new_tokens`, `judge`, `limit` ...), where it runs, and how
             an endpoint is asked (`concurrency`).
-
-    Raises:
-        RegraftError: bad input.
     """
     own, compute, endpoint = _settings(settings, EvalSettings, ComputeSettings, EndpointSettings)
-    named = [_data(one) for one in ([suites] if isinstance(suites, str) else suites)]
-    put_on = None if patch is None else Path(patch)
-    target = stages.open_target(model, compute, endpoint, progress, patch=put_on)
-    return stages.evaluate(target, Path(out), named, own).result
+    target = stages.open_target(model, compute, endpoint, progress, patch=_path(patch))
+    return stages.evaluate_target(target, Path(out), _suites(suites), own).result
 
 
 def check(
@@ -212,7 +195,7 @@ def check(
     *,
     suites: str | Sequence[str] = (),
     patch: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     **settings: Any,
 ) -> Check:
     """Tell whether a compressed model is as safe and as useful as the dense one, within margins.
@@ -223,7 +206,6 @@ def check(
         out: The folder, with the verdict as check.json, junit.xml and summary.md.
         suites: The prompts, where a model is to be evaluated.
         patch: Put on the compressed model in memory first.
-        progress: Shows progress.
         settings: The margins (`max_asr_rise` ...), and those of `evaluate`.
 
     Raises:
@@ -232,14 +214,12 @@ def check(
     margins, own, compute, endpoint = _settings(
         settings, Margins, EvalSettings, ComputeSettings, EndpointSettings
     )
-    named = [_data(one) for one in ([suites] if isinstance(suites, str) else suites)]
-    put_on = None if patch is None else Path(patch)
     stages.clear_check(Path(out))
-    return stages.check(
-        stages.side(dense, compute, endpoint, progress=progress),
-        stages.side(compressed, compute, endpoint, put_on, progress),
+    return stages.check_compressed(
+        stages.open_side(dense, compute, endpoint, progress=progress),
+        stages.open_side(compressed, compute, endpoint, _path(patch), progress),
         Path(out),
-        named,
+        _suites(suites),
         own,
         margins,
     )
@@ -259,9 +239,9 @@ def compare(
     Raises:
         RegraftError: the runs are not alike.
     """
-    from regraft.runs.comparing import compare as compare_folders
+    from regraft.runs.comparing import compare_runs
 
-    return compare_folders(_paths(runs), Path(out), tuple(against))
+    return compare_runs(_paths(runs), Path(out), tuple(against))
 
 
 def _settings(given: Mapping[str, Any], *blocks: type[Settings]) -> list[Any]:
@@ -271,28 +251,19 @@ def _settings(given: Mapping[str, Any], *blocks: type[Settings]) -> list[Any]:
         RegraftError: a setting is wrong, or belongs to no block.
     """
     left = dict(given)
-    if "data" in left:
-        left["data"] = _data(left["data"])
-    found = [
-        _made(block, {name: left.pop(name) for name in block.model_fields if name in left})
-        for block in blocks
-    ]
+    for name in _DATA:
+        if left.get(name) is not None:
+            left[name] = _data(left[name])
+    found = []
+    for block in blocks:
+        own = {name: left.pop(name) for name in block.model_fields if name in left}
+        try:
+            found.append(block.model_validate(own))
+        except ValidationError as error:
+            raise RegraftError(f"These settings cannot be:\n{explain(error)}") from error
     if left:
         raise RegraftError(f"There is no setting {next(iter(left))!r} here.")
     return found
-
-
-def _made(block: type[S], given: Mapping[str, Any]) -> S:
-    try:
-        return block.model_validate(given)
-    except ValidationError as error:
-        raise RegraftError(f"These settings cannot be:\n{explain(error)}") from error
-
-
-def _search(given: Mapping[str, Any]) -> SearchSettings:
-    named = given.get("validation")
-    source = {} if named is None else {"validation": _data(named)}
-    return _made(SearchSettings, {**given, **source})
 
 
 def _data(named: Any) -> DataSource:
@@ -304,11 +275,25 @@ def _data(named: Any) -> DataSource:
         raise RegraftError(f"There is no data set {named!r}:\n{explain(error)}") from error
 
 
+def _suites(named: str | Sequence[str]) -> list[DataSource]:
+    return [_data(one) for one in ([named] if isinstance(named, str) else named)]
+
+
 def _opened(model: Model, compute: ComputeSettings) -> Source:
     if isinstance(model, Source):
         return model
     named = demo_model() if str(model) == "demo" else model
     return open_source(named, trust_remote_code=compute.trust_remote_code)
+
+
+def _setup(
+    model: Model, data: CalibrationSettings, compute: ComputeSettings, progress: Progress
+) -> stages.Setup:
+    return stages.Setup(_opened(model, compute), data, compute, progress)
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 def _paths(given: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,7 +11,6 @@ from regraft import distributed
 from regraft.data.collate import Batch, batches
 from regraft.data.example import Example
 from regraft.data.images import length_class
-from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import (
@@ -23,8 +21,6 @@ from regraft.models.load import (
     load_processor,
 )
 from regraft.models.placement import PlacedModel
-from regraft.patch.apply import make_plan
-from regraft.patch.format import Patch, load_patch
 from regraft.progress import Progress
 from regraft.settings.compute import ComputeSettings
 
@@ -63,21 +59,6 @@ def load_layerwise(
         done(1)
     progress.loaded(model.network)
     return model, processor
-
-
-def patch_in_memory(model: Source, patch_file: Path | None) -> tuple[Patch | None, dict[str, str]]:
-    """A patch that is to be put on the model in memory, and the digests of both.
-
-    Raises:
-        RegraftError: it is for another base.
-    """
-    inputs = {"model": model.checkpoint.fingerprint}
-    if patch_file is None:
-        return None, inputs
-    patch = load_patch(patch_file)
-    _ = model.architecture  # what keeps a model from being patched is said before it is loaded
-    make_plan(model.checkpoint, patch, "apply")  # which refuses a patch of another base
-    return patch, inputs | {"patch": file_digest(patch_file)}
 
 
 def hidden_state_bytes(source: Source, layerwise: LayerwisePass) -> int:

@@ -28,11 +28,13 @@ class Silent:
     """Shows nothing."""
 
     def task(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Advance]:
-        """Take no notice."""
         return nullcontext(lambda _: None)
 
     def note(self, text: str) -> None:
-        """Take no notice."""
+        pass
 
     def loaded(self, network: nn.Module) -> None:
-        """Take no notice."""
+        pass
+
+
+SILENT: Progress = Silent()

@@ -31,7 +31,7 @@ class LayerOverlap:
         return self.shared / self.either
 
 
-def overlap(
+def write_overlap(
     dense: Source,
     statistics_file: Path,
     shares: Sequence[float],
@@ -86,7 +86,6 @@ def overlaps(
     run on the calibration data or that the method keeps none of, are left out.
 
     Args:
-        dense: The dense checkpoint.
         statistics: From `regraft analyse statistics`.
         share: Above 0, at most 1.
         scope: Weights compete within their row or their matrix.

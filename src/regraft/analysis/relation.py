@@ -17,9 +17,11 @@ from regraft.heads.score import load_heads
 from regraft.models.load import open_source
 from regraft.recipes.file import read_recipe
 from regraft.report.rate_figures import relation_figure
+from regraft.report.study import Correlation
 from regraft.runs.reporting import model_folder, read_run
 from regraft.runs.run_dir import RunDir
 
+FEWEST = 3  # models of which ranks are correlated
 _EXACT = 8  # models up to which p is exact: 40,320 orders
 
 
@@ -49,14 +51,10 @@ class Spearman:
     n: int
 
 
-def relate(folders: Sequence[Path], out: Path) -> tuple[tuple[ModelPoint, ...], Spearman | None]:
-    """Total Ships against the rise in ASR over the pruned models of several runs.
+def relate_runs(folders: Sequence[Path], out: Path) -> Correlation:
+    """Total Ships against the rise in ASR over the pruned models of runs with head scores.
 
     Writes relation.json and relation.svg into the new folder `out`.
-
-    Args:
-        folders: Of runs with head scores, of one model each.
-        out: A new folder.
 
     Raises:
         RegraftError: a run is not finished or has no head scores, its suite has no harmful
@@ -64,19 +62,31 @@ def relate(folders: Sequence[Path], out: Path) -> tuple[tuple[ModelPoint, ...], 
     """
     require_new(out)
     points = tuple(point for folder in folders for point in model_points(folder, _rises(folder)))
-    if len(points) < 3:
+    if len(points) < FEWEST:
         raise RegraftError(
-            f"A rank correlation needs 3 pruned models or more; the runs have {len(points)}."
+            f"A rank correlation needs {FEWEST} pruned models or more; the runs have {len(points)}."
         )
-    found = correlation(points)
+    found = in_report(points)
+    numbers = {"rho": found.rho, "p": found.p, "n": len(points)}
     content = {
         "points": [asdict(point) for point in points],
-        "spearman": None if found is None else asdict(found),
-        "note": estimates(points),
+        "spearman": None if found.rho is None else numbers,
+        "note": found.note,
     }
-    figure = relation_figure([(one.name, one.ships, one.degradation) for one in points])
-    write_new(out, "relation", content, figure)
-    return points, found
+    write_new(out, "relation", content, relation_figure(found.points))
+    return found
+
+
+def in_report(points: Sequence[ModelPoint], pruning: str = "") -> Correlation:
+    """The rank correlation as reports have it, of models that were pruned so."""
+    found = correlation(points)
+    return Correlation(
+        pruning,
+        tuple((one.name, one.ships, one.degradation) for one in points),
+        None if found is None else found.rho,
+        None if found is None else found.p,
+        _estimates(points),
+    )
 
 
 def _rises(folder: Path) -> dict[str, float]:
@@ -95,10 +105,6 @@ def _rises(folder: Path) -> dict[str, float]:
 def model_points(folder: Path, rises: Mapping[str, float]) -> list[ModelPoint]:
     """The Ships of all scored heads of a run's dense model together, with each pruned model's rise.
 
-    Args:
-        folder: Of the run.
-        rises: In ASR, by what the pruned models are called.
-
     Raises:
         RegraftError: the folder holds no run, or its heads were not scored.
     """
@@ -116,7 +122,7 @@ def model_points(folder: Path, rises: Mapping[str, float]) -> list[ModelPoint]:
     return [ModelPoint(name, model, ships, rise, heads, estimated) for name, rise in rises.items()]
 
 
-def estimates(points: Sequence[ModelPoint]) -> str | None:
+def _estimates(points: Sequence[ModelPoint]) -> str | None:
     """One line on totals that are not sums of exact Ships; None where all are exact."""
     some = [
         f"{one.estimated} of {one.heads} heads of {one.name}" for one in points if one.estimated
@@ -152,7 +158,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Spearman | None:
     Raises:
         ValueError: the lengths differ, or there are fewer than 3.
     """
-    if len(x) != len(y) or len(x) < 3:
+    if len(x) != len(y) or len(x) < FEWEST:
         raise ValueError(f"A rank correlation needs 3 pairs or more; got {len(x)} and {len(y)}.")
     if len(set(x)) == 1 or len(set(y)) == 1:
         return None

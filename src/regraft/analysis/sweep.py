@@ -42,7 +42,7 @@ class Sweep:
     references: dict[str, SweepPoint]
 
 
-def sweep(
+def run_sweep(
     recipe: Recipe, setting: str, values: Sequence[float], folder: Path, progress: Progress
 ) -> Sweep:
     """Run the swept recipe in `folder`, which resumes, and read its points from the report.
@@ -50,9 +50,9 @@ def sweep(
     Writes sweep.json and sweep.svg beside the run's own files.
 
     Raises:
-        RegraftError: see `swept` and `pipeline.run`.
+        RegraftError: see `swept` and `pipeline.run_one`.
     """
-    study = pipeline.run(swept(recipe, setting, values), folder, progress)
+    study = pipeline.run_one(swept(recipe, setting, values), folder, progress)
     found = _read(study.runs[0], setting, values)
     write_analysis(folder, "sweep", asdict(found), _figure(found))
     return found

@@ -30,9 +30,9 @@ from regraft.settings.scoring import StatisticsSettings
 
 if TYPE_CHECKING:
     from regraft.analysis.overlap import LayerOverlap
-    from regraft.analysis.relation import ModelPoint, Spearman
     from regraft.analysis.sweep import Sweep
     from regraft.heads.score import HeadScores
+    from regraft.report.study import Correlation
 
 app = App(
     name="analyse",
@@ -65,7 +65,8 @@ def heads(
     with watching() as progress:
         refuse_unread(settings, calibration)
         source = open_model(model, compute.trust_remote_code)
-        scores = stages.heads(source, out, settings, calibration, compute, progress)
+        setup = stages.Setup(source, calibration, compute, progress)
+        scores = stages.write_head_scores(setup, out, settings)
         _show_heads(progress.console, scores, show)
 
 
@@ -84,7 +85,7 @@ def statistics(
     with watching() as progress:
         refuse_unread(calibration)
         source = open_model(model, compute.trust_remote_code)
-        stages.statistics(stages.Setup(source, calibration, compute, progress), out, settings)
+        stages.write_statistics(stages.Setup(source, calibration, compute, progress), out, settings)
         progress.note(f"Wrote {out}")
 
 
@@ -113,10 +114,10 @@ def sweep(
     values
         The values.
     """
-    from regraft.analysis.sweep import sweep
+    from regraft.analysis.sweep import run_sweep
 
     with watching() as progress:
-        found = sweep(read_recipe(recipe), setting, values, out, progress)
+        found = run_sweep(read_recipe(recipe), setting, values, out, progress)
         _show_sweep(progress.console, found)
         progress.note(f"Figure: {(out / 'sweep.svg').absolute()}")
 
@@ -132,11 +133,10 @@ def relate(*run: Path, out: OutFolder) -> None:
     run
         Folders of `regraft run` with head scores.
     """
-    from regraft.analysis.relation import relate
+    from regraft.analysis.relation import relate_runs
 
     with watching() as progress:
-        points, found = relate(run, out)
-        _show_relation(progress.console, points, found)
+        _show_relation(progress.console, relate_runs(run, out))
         progress.note(f"Figure: {(out / 'relation.svg').absolute()}")
 
 
@@ -165,11 +165,11 @@ def overlap(
     trust_remote_code
         Run Python code that comes with the checkpoint.
     """
-    from regraft.analysis.overlap import overlap
+    from regraft.analysis.overlap import write_overlap
 
     with watching() as progress:
         dense = open_model(model, trust_remote_code)
-        found = overlap(dense, statistics_file, share, scope, out, progress)
+        found = write_overlap(dense, statistics_file, share, scope, out, progress)
         _show_overlap(progress.console, found)
         progress.note(f"Figure: {(out / 'overlap.svg').absolute()}")
 
@@ -211,18 +211,13 @@ def _show_sweep(console: Console, sweep: Sweep) -> None:
     )
 
 
-def _show_relation(console: Console, points: Sequence[ModelPoint], found: Spearman | None) -> None:
+def _show_relation(console: Console, found: Correlation) -> None:
     """Total Ships and the rise in ASR of each model, and their rank correlation."""
-    from regraft.analysis.relation import estimates
-    from regraft.report.study import Correlation
     from regraft.report.summary import correlation_text
     from regraft.report.tables import ships
 
-    rho, p = (found.rho, found.p) if found else (None, None)
-    known = tuple((one.name, one.ships, one.degradation) for one in points)
-    correlation = Correlation("", known, rho, p, estimates(points))
-    show_grid(console, ships(correlation))
-    say(console, correlation_text(correlation))
+    show_grid(console, ships(found))
+    say(console, correlation_text(found))
 
 
 def _show_overlap(console: Console, found: Mapping[float, Sequence[LayerOverlap]]) -> None:

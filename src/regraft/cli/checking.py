@@ -71,11 +71,11 @@ def check(
             check_endpoint(dense, compute, endpoint)
         stages.clear_check(out)
         sides = (
-            stages.side(dense, compute, endpoint, progress=progress),
-            stages.side(compressed, compute, endpoint, patch, progress),
+            stages.open_side(dense, compute, endpoint, progress=progress),
+            stages.open_side(compressed, compute, endpoint, patch, progress),
         )
         _check_compute(sides, compute)
-        found = stages.check(*sides, out, suite, settings, margins)
+        found = stages.check_compressed(*sides, out, suite, settings, margins)
         show_grid(progress.console, table(found))
         for metric in found.metrics:
             if metric.outcome != "pass":

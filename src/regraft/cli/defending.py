@@ -30,7 +30,7 @@ def defend(
         refuse_unread(settings)
         check_data(settings.method, calibration, reads=settings.method == "refusal-direction")
         source = open_model(pruned, compute.trust_remote_code)
-        made = stages.defend(
+        made = stages.write_defence(
             stages.Target(source, compute, progress=progress), out, settings, calibration
         )
         if isinstance(made, Direction):

@@ -59,7 +59,7 @@ def evaluate(
         target = stages.open_target(
             model, compute, endpoint, progress, patch=patch, defence=defence, text=on_text
         )
-        done = stages.evaluate(target, out, suite, settings)
+        done = stages.evaluate_target(target, out, suite, settings)
         _show_result(progress.console, done.result)
         progress.note(f"Answers and results: {out}. As a page: regraft report {out}")
 

@@ -37,5 +37,5 @@ def export(
     from regraft import stages
 
     with watching() as progress:
-        stages.export(pruned, patch, out, to, progress, trust_remote_code=trust_remote_code)
+        stages.export_patches(pruned, patch, out, to, progress, trust_remote_code=trust_remote_code)
         progress.note(f"Export: {out}")

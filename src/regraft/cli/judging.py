@@ -59,7 +59,7 @@ def judge(
         folder = out or evaluation / stages.VERDICTS
         files = {one: folder / f"{slug(one)}.json" for one in by}
         judged = [
-            stages.judge(evaluation, one, file, compute, progress, images)
+            stages.judge_answers(evaluation, one, file, compute, progress, images)
             for one, file in files.items()
         ]
         _show_judged(progress.console, [stages.own(evaluation), *judged])
@@ -100,7 +100,7 @@ def judge_bench(
 
     with watching() as progress:
         labels = Labels(question, positive, ids)
-        found = stages.judge_bench(file, by, labels, compute, progress, out)
+        found = stages.measure_judges(file, by, labels, compute, progress, out)
         for name, bench in found.items():
             _show_quality(progress.console, name, bench)
         if out is not None:

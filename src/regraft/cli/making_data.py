@@ -35,7 +35,7 @@ def respond(
 
     with watching() as progress:
         source = open_model(model, compute.trust_remote_code, answers_only=True)
-        reading = stages.respond(source, data, out, max_response_tokens, compute, progress)
+        reading = stages.write_responses(source, data, out, max_response_tokens, compute, progress)
         kinds = Counter(one.harmful for one in reading.examples)
         progress.note(reading.describe("Answers"))
         progress.note(

@@ -65,8 +65,7 @@ def _patch(
             preview = stages.preview(operation, folder, patches, out, progress)
             _show_preview(progress.console, preview, out)
             return
-        write = stages.apply if operation == "apply" else stages.revert
-        write(folder, patches, out, progress)
+        stages.patch_checkpoint(operation, folder, patches, out, progress)
         progress.note(f"Checkpoint: {out}")
 
 

@@ -68,7 +68,8 @@ def prune(
         refuse_unread(settings)
         check_data(settings.method, calibration, reads=bool(settings.kinds))
         source = open_model(model, compute.trust_remote_code)
-        pruned = stages.prune(source, out, settings, calibration, compute, progress)
+        setup = stages.Setup(source, calibration, compute, progress)
+        pruned = stages.prune_checkpoint(setup, out, settings)
         count = zeros(pruned.checkpoint, pruned.architecture)
         progress.note(
             f"{out}: {count:,} of {pruned.architecture.prunable:,} prunable weights are zero "

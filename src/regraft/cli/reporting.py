@@ -85,7 +85,7 @@ def _report_evaluations(
     if out is None and (pair is not None or len(folders) > 1):
         raise RegraftError("Say where the report of several evaluations goes: --out.")
     page = out or folders[0] / "report"
-    show_page(progress, evaluations.report(folders, page, pair), page)
+    show_page(progress, evaluations.report_evaluations(folders, page, pair), page)
 
 
 def _report_run(progress: ConsoleWatch, folders: Sequence[Path], out: Path | None) -> None:
@@ -99,7 +99,7 @@ def _report_run(progress: ConsoleWatch, folders: Sequence[Path], out: Path | Non
     if out is not None:
         raise RegraftError("The report of a run lies in its own folder: leave out --out.")
     run = folders[0]
-    show_page(progress, recipe_runs.report(run), run / "report")
+    show_page(progress, recipe_runs.report_recipe(run), run / "report")
 
 
 def _write_bundle(progress: ConsoleWatch, run: Path, file: Path, texts: bool) -> None:
@@ -145,10 +145,10 @@ def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:
         Folders of `regraft run` whose recipes differ in the calibration seed alone; the folder of a
         recipe with `seeds` stands for all its runs.
     """
-    from regraft.runs.comparing import compare as compare_folders
+    from regraft.runs.comparing import compare_runs
 
     with watching() as progress:
-        show_page(progress, compare_folders(run, out, against), out)
+        show_page(progress, compare_runs(run, out, against), out)
 
 
 def show_page(progress: ConsoleWatch, study: Study, out: Path) -> None:

@@ -72,4 +72,4 @@ def _run(recipe_file: Path, out: Path) -> None:
 
     recipe = read_recipe(recipe_file)
     with watching() as progress:
-        show_page(progress, recipe_runs.run(recipe, out, progress), out / "report")
+        show_page(progress, recipe_runs.run_recipe(recipe, out, progress), out / "report")

@@ -70,7 +70,7 @@ def tune(
             evaluation=EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
         )
         other = open_model(pruned, compute.trust_remote_code)
-        tuned = stages.tune(restoration, other, out, settings, tuning, choice)
+        tuned = stages.tune_method(restoration, other, out, settings, tuning, choice)
         show_tuned(progress.console, tuned)
         progress.note(f"All trials: {out / 'tuned.json'}")
         if tuned.best is not None:

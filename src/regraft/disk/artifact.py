@@ -29,17 +29,23 @@ def write_artifact(
     marks = {"format": kind, "digest": _digest(tensors)}
     content = json.dumps({**marks, **header}, sort_keys=True)
     with atomic_file(path) as temporary:
-        temporary.touch()  # with the usual permissions, which save_file would restrict
-        mode = temporary.stat().st_mode
-        save_file(dict(tensors), temporary, metadata={_KEY: content})
-        temporary.chmod(mode)
+        save_tensors(temporary, tensors, {_KEY: content})
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file with the permissions of any file; `save_file` restricts them."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=dict(metadata or {}))
+    path.chmod(mode)
 
 
 def read_artifact(path: Path, kind: str, what: str) -> tuple[Fields, dict[str, Tensor]]:
     """Read what `write_artifact` wrote: (header, tensors).
 
     Args:
-        path: The file.
         kind: The expected mark.
         what: What the user calls such a file, for messages.
 

@@ -45,7 +45,6 @@ def json_value(text: str | bytes, where: str, *, lenient: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
-        text: The JSON.
         where: What it is of, for errors.
         lenient: Take numbers of any size and names that are there twice, of which the last counts,
             as other programs' settings have them.
@@ -169,11 +168,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """Read YAML, plain values alone; None where all is comments.
-
-    Args:
-        path: The file.
-        what: What it should be, a sentence for the message.
+    """Read YAML, plain values alone; None where all is comments. `what` is as for `read_text`.
 
     Raises:
         RegraftError: see `read_text`; it is not valid YAML, or not within this module's bounds.

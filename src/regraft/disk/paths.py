@@ -19,9 +19,7 @@ _MOST_NAME = 255  # bytes of a file's name on nearly every file system
 def unreadable(path: Path, what: str = "") -> Iterator[None]:
     """Turn what the operating system says of a path that cannot be read into a clear error.
 
-    Args:
-        path: The file.
-        what: What it should be, a sentence for the message.
+    `what` is a sentence for the message: what is needed.
 
     Raises:
         RegraftError: it is missing, a folder, not readable, or its name is none.

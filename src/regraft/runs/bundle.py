@@ -21,7 +21,7 @@ import regraft
 from regraft import distributed, stages
 from regraft.disk.files import atomic_file, digest, file_digest, read_json
 from regraft.errors import RegraftError
-from regraft.evaluation.results import Answer, result_to_json
+from regraft.evaluation.results import result_to_json
 from regraft.patch.format import load_patch
 from regraft.recipes.file import read_recipe
 from regraft.recipes.recipe import Recipe
@@ -33,6 +33,11 @@ MANIFEST = "manifest.json"
 _DATE = (1980, 1, 1, 0, 0, 0)  # the first that a zip file can hold
 _PAGES = ("report.json", "report.md", "report.html")  # of several runs
 _CARDS = ("report.json", "card.md")  # the other pages of a single run show prompts and answers
+# Rates are counted from what is left; that there was a reference stays, what it says goes.
+_NO_TEXT: dict[str, Any] = {
+    **dict.fromkeys(("instruction", "answer", "reason", "image_digest"), ""),
+    **dict.fromkeys(("image", "reference", "request"), None),
+}
 _README = """\
 Results of a run of regraft {version}: {title}
 
@@ -150,31 +155,11 @@ def _evaluation(folder: Path, folders: Sequence[str], texts: bool) -> Iterator[t
         "prompts": digest(_json(asked)),
     }
     yield "results.json", _json(_public(content, folders))
-    lines = (
-        json.dumps(
-            asdict(
-                replace(one if texts else _without_text(one), suite=_public(one.suite, folders))
-            ),
-            ensure_ascii=False,
-            separators=(",", ":"),
-        )
-        for one in answers
-    )
-    yield "answers.jsonl", "".join(f"{line}\n" for line in lines).encode()
-
-
-def _without_text(answer: Answer) -> Answer:
-    """What rates are counted from; that there was a reference stays, what it says goes."""
-    return replace(
-        answer,
-        instruction="",
-        image=None,
-        reference=None,
-        answer="",
-        reason="",
-        request=None,
-        image_digest="",
-    )
+    lines = []
+    for one in answers:
+        shown = replace(one, suite=_public(one.suite, folders), **({} if texts else _NO_TEXT))
+        lines.append(json.dumps(asdict(shown), ensure_ascii=False, separators=(",", ":")) + "\n")
+    yield "answers.jsonl", "".join(lines).encode()
 
 
 def _folders(recipe: Recipe) -> list[str]:

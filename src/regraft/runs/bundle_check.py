@@ -190,9 +190,6 @@ def _check_page(where: str, page: Any, results: Mapping[str, EvalResult], folder
     """Every row of a report.json against the evaluations that it is of.
 
     Args:
-        where: The file, for errors.
-        page: Its content.
-        results: All evaluations of the bundle.
         folder: That the page lies in: "" for the page over several runs.
     """
     runs = [_run(one, results, folder or _place(one)) for one in page["runs"]]

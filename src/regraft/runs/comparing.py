@@ -18,7 +18,7 @@ from regraft.runs.run_dir import study_runs
 from regraft.stages.provenance import but_for_rounding, difference
 
 
-def compare(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> Study:
+def compare_runs(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> Study:
     """Compare the methods of finished runs; writes report.json, .md, .html and figures.
 
     Args:

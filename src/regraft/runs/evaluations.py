@@ -24,6 +24,7 @@ from regraft.report.run import DataAccount, Opinion, Run, Variant
 from regraft.report.study import Study
 from regraft.report.write import check_report_folder, write_report
 from regraft.stages import Evaluation
+from regraft.stages.provenance import differing
 
 _COUNTED = ("source", "read", "used", "skipped")
 _WAYS = ("settings", "compute", "versions")
@@ -43,19 +44,19 @@ class Pair:
     pruned: Path
 
 
-def report(folders: Sequence[Path], out: Path, pair: Pair | None = None) -> Study:
+def report_evaluations(folders: Sequence[Path], out: Path, pair: Pair | None = None) -> Study:
     """Write report.json, .md and .html on evaluations into `out`, replacing older ones.
 
     Raises:
-        RegraftError: see `read_run`; `out` holds something else.
+        RegraftError: see `run_of_evaluations`; `out` holds something else.
     """
     check_report_folder(out)
-    made = study_of([read_run(folders, pair)])
+    made = study_of([run_of_evaluations(folders, pair)])
     write_report(made, out)
     return made
 
 
-def read_run(folders: Sequence[Path], pair: Pair | None = None) -> Run:
+def run_of_evaluations(folders: Sequence[Path], pair: Pair | None = None) -> Run:
     """Evaluations of the same prompts by the same judge, as one run; writes nothing.
 
     All after the first are compared with it. With `pair` the pruned model is compared with the
@@ -191,19 +192,13 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _evaluated_otherwise(found: Mapping[str, Evaluation]) -> Iterator[str]:
-    """Of each after the first: settings and versions that differ from the first's.
-
-    Batches are left out: they change rounding alone.
-    """
+    """Of each after the first: settings and versions that differ from the first's."""
     first, *names = found
     for name in names:
         ours, theirs = found[first].about, found[name].about
         ways = [
-            f"{setting} {theirs[way].get(setting)} instead of {ours[way].get(setting)}"
-            for way in _WAYS
-            if way in ours and way in theirs
-            for setting in dict.fromkeys([*theirs[way], *ours[way]])
-            if theirs[way].get(setting) != ours[way].get(setting) and setting != "batch_size"
+            f"{setting} {other} instead of {own}"
+            for _, setting, own, other in differing(ours, theirs, *_WAYS)
         ]
         if ("compute" in ours) != ("compute" in theirs):
             one, other = (first, name) if "compute" in ours else (name, first)

@@ -18,7 +18,7 @@ from regraft.restoration.base import needs_of
 from regraft.runs.run_dir import RunDir
 from regraft.settings.searching import SearchSettings
 from regraft.stages import Setup
-from regraft.stages.provenance import describe, is_done
+from regraft.stages.provenance import describe, fingerprints, is_done
 
 SEARCH_REFERENCES = "evaluate for search"  # the dense and the pruned model, on validation prompts
 
@@ -40,7 +40,7 @@ def count_pass(setup: Setup, out: Path) -> None:
         RegraftError: see `draw_prompts`; `out` is of other prompts or another model.
     """
     dense, readings = setup.dense, setup.imitated()
-    about = describe("calibration pass", {"dense": dense.checkpoint.fingerprint}, data=readings)
+    about = describe("calibration pass", fingerprints(dense=dense), data=readings)
     if not is_done(out, out, about, lambda: about_of(out)) and distributed.first():
         processor = load_processor(dense)
         examples = [one for reading in readings.values() for one in reading.examples]
@@ -69,13 +69,9 @@ class _Need:
 
 @dataclass(frozen=True)
 class MethodPasses:
-    """What choosing the weights of methods took, as multiples of one pass.
+    """What choosing the weights of methods took, in passes over the calibration prompts.
 
-    Attributes:
-        recipe: Of the run.
-        run_dir: Its folder.
-        costs: Of its stages.
-        unit: One pass over its calibration prompts; None if that is not known.
+    `unit` is one such pass, None if it is not known.
     """
 
     recipe: Recipe

@@ -17,7 +17,7 @@ from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, open_source, pick_device
 from regraft.patch.pair import check_pair
-from regraft.progress import Progress, Silent
+from regraft.progress import SILENT, Progress
 from regraft.pruning.base import prune_settings
 from regraft.recipes.file import read_recipe, write_recipe
 from regraft.recipes.recipe import Recipe
@@ -25,7 +25,7 @@ from regraft.report.study import Study
 from regraft.restoration.base import needs_of
 from regraft.runs.passes import count_pass, learns_from_both
 from regraft.runs.plan import Planner
-from regraft.runs.reporting import model_folder, report
+from regraft.runs.reporting import model_folder, report_run
 from regraft.runs.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.stages.checks import check_restorable
@@ -43,11 +43,6 @@ class PlannedRun:
     """A run of which no bad input is known, and what it takes.
 
     Attributes:
-        recipe: All settings.
-        run_dir: Its folder.
-        setup: The dense model, and what all steps share.
-        steps: In order.
-        prompts: What the steps use them for.
         kept: Bytes of checkpoints that are still to be written.
         most: Bytes on disk at a time on the way there.
     """
@@ -83,15 +78,9 @@ def plan_run(
     recipe: Recipe,
     folder: Path,
     cache: stages.EvaluationCache | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> PlannedRun:
     """Plan a run, and find now, before anything is written, what would stop it hours later.
-
-    Args:
-        recipe: All settings, of one run.
-        folder: Of the run.
-        cache: What evaluations share, if other runs share it too.
-        progress: Of the steps.
 
     Raises:
         RegraftError: bad input.
@@ -106,13 +95,13 @@ def plan_run(
         dense,
         recipe.calibration,
         recipe.compute,
-        progress or Silent(),
+        progress,
         cache or stages.EvaluationCache(),
         scoring=recipe.heads,
         evaluation=recipe.evaluate.only(),
     )
     if existing is not None and any(one.only_pruned for one in recipe.realign):
-        looked = setup.cache.survey(dense, existing)
+        looked = setup.cache.surveyed(dense, existing)
         for one in recipe.realign:
             check_restorable(one, looked)
     steps = tuple(Planner(recipe, run_dir, setup, existing).steps())
@@ -122,24 +111,20 @@ def plan_run(
     return PlannedRun(recipe, run_dir, setup, steps, prompts, kept, most)
 
 
-def run(
+def run_one(
     recipe: Recipe,
     folder: Path,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     cache: stages.EvaluationCache | None = None,
 ) -> Study:
     """Prune, score heads, realign, evaluate and report; finished stages are not repeated.
 
     Args:
-        recipe: All settings, of one run.
         folder: A new folder, or that of an earlier run of the same recipe or a part of it.
-        progress: Progress.
-        cache: What evaluations share, if other runs share it too.
 
     Raises:
         RegraftError: bad input, or the folder holds something else.
     """
-    progress = progress or Silent()
     metered = Metered(progress)
     planned = plan_run(recipe, folder, cache, metered)
     setup = planned.setup
@@ -154,7 +139,7 @@ def run(
     setup.cache.unload()
     if learns_from_both(recipe):
         count_pass(setup, planned.run_dir.calibration_pass)
-    return report(folder)
+    return report_run(folder)
 
 
 def unread_in(recipe: Recipe) -> list[str]:
@@ -185,8 +170,24 @@ def claim(folder: Path, recipe: Recipe) -> None:
     Raises:
         RegraftError: the folder holds something else.
     """
-    if distributed.first():
-        _claim(RunDir(folder), recipe)
+    file = RunDir(folder).recipe
+    if not distributed.first():
+        distributed.barrier()
+        return
+    if file.exists():
+        before = read_recipe(file)
+        found, wanted = _fixed(before), _fixed(recipe)
+        if found != (wanted := _known(wanted, found)):
+            raise RegraftError(
+                f"{folder} holds a run of another recipe ({difference(found, wanted)}). Choose "
+                "another output folder."
+            )
+    else:
+        before = None
+        discard_leftover(file)
+        require_empty(folder)
+    if before != recipe:
+        write_text(file, write_recipe(recipe))
     distributed.barrier()
 
 
@@ -219,20 +220,3 @@ def _known(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any
     if found["seeds"]:
         known["seeds"] = [seed for seed in found["seeds"] if seed in wanted["seeds"]]
     return known
-
-
-def _claim(run_dir: RunDir, recipe: Recipe) -> None:
-    if run_dir.recipe.exists():
-        before = read_recipe(run_dir.recipe)
-        found, wanted = _fixed(before), _fixed(recipe)
-        if found != (wanted := _known(wanted, found)):
-            raise RegraftError(
-                f"{run_dir.path} holds a run of another recipe "
-                f"({difference(found, wanted)}). Choose another output folder."
-            )
-        if before != recipe:
-            write_text(run_dir.recipe, write_recipe(recipe))
-        return
-    discard_leftover(run_dir.recipe)
-    require_empty(run_dir.path)
-    write_text(run_dir.recipe, write_recipe(recipe))

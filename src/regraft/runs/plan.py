@@ -29,9 +29,6 @@ class Planner:
     """Lays out the steps of a run.
 
     Attributes:
-        recipe: All settings.
-        run_dir: The folder of the run.
-        setup: The dense model, and what all steps share.
         existing: The pruned model, where the recipe names it.
     """
 
@@ -83,10 +80,7 @@ class Planner:
             drawn = [setup.drawn(harmful=harmful) for harmful in kinds if by_gradients]
             return spilled + setup.state_bytes(drawn)
 
-        def make() -> object:
-            common = setup.calibration, setup.compute, setup.progress
-            return stages.prune(setup.dense, out, pruning.only(), *common, self.run_dir.responses)
-
+        make = partial(stages.prune_checkpoint, setup, out, pruning.only(), self.run_dir.responses)
         return Step(
             "prune",
             pruning.name,
@@ -124,13 +118,13 @@ class Planner:
                 model(),
                 setup.compute,
                 patch,
-                defence,
                 text,
-                processor_from=setup.dense,
+                setup.dense,
+                defence=defence,
                 progress=setup.progress,
                 cache=setup.cache,
             )
-            return stages.evaluate(target, out, settings.suite, settings.only())
+            return stages.evaluate_target(target, out, settings.suite, settings.only())
 
         return Step("evaluate", name, out, make, check, answers=len(self._tests().examples))
 
@@ -160,7 +154,8 @@ class Planner:
         written = run_dir.realigned(pruning, settings.name)
 
         def apply() -> object:
-            return stages.apply(pruned().folder, paths.patch, written, self.setup.progress)
+            folder, progress = pruned().folder, self.setup.progress
+            return stages.patch_checkpoint("apply", folder, paths.patch, written, progress)
 
         yield Step("apply", name, written, apply, bytes=self.setup.dense.checkpoint.bytes)
         yield self._evaluate(name, partial(self._open, written), out)
@@ -174,7 +169,7 @@ class Planner:
         def make() -> object:
             if curve.exists():
                 return None
-            return setup.searching(search).references(self.pruned(pruning), references)
+            return stages.Search(setup, search).references(self.pruned(pruning), references)
 
         return Step(SEARCH_REFERENCES, pruning, references / "pruned", make)
 
@@ -197,7 +192,7 @@ class Planner:
                 pruned(), setup.compute, processor_from=setup.dense, progress=setup.progress
             )
             judge = self.recipe.evaluate.text_judge()
-            return stages.defend(target, file, settings.only(), setup.calibration, judge)
+            return stages.write_defence(target, file, settings.only(), setup.calibration, judge)
 
         yield Step("defend", name, file, make, check, alone=by_direction)
         out = self.run_dir.evaluation(pruning, settings.name)

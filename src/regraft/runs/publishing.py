@@ -36,10 +36,6 @@ def render(
     """The card of a patch.
 
     Args:
-        patch: The file.
-        repository: OWNER/NAME on the hub.
-        dense: Hub id of the dense model, None if it is on no hub.
-        pruned: Hub id of the pruned checkpoint.
         evaluated: Folders of `regraft eval`, for a table of rates, of which the first is what the
             others are compared with.
 
@@ -55,7 +51,7 @@ def render(
     of = Published(
         found, repository, PATCH_FILE, size, file_digest(patch), dense=dense, pruned=pruned
     )
-    study = study_of([evaluations.read_run(evaluated)]) if evaluated else None
+    study = study_of([evaluations.run_of_evaluations(evaluated)]) if evaluated else None
     return render_patch_card(of, study)
 
 

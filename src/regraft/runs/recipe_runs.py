@@ -8,22 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from regraft import distributed
-from regraft.analysis.relation import ModelPoint, correlation, estimates, model_points
+from regraft.analysis.relation import FEWEST, ModelPoint, in_report, model_points
 from regraft.disk.files import atomic_folder, require_space
 from regraft.errors import RegraftError
-from regraft.progress import Progress, Silent
+from regraft.progress import SILENT, Progress
 from regraft.recipes.file import read_recipe
 from regraft.recipes.recipe import Recipe
 from regraft.report.pooling import study_of
 from regraft.report.published import read_published
-from regraft.report.study import Correlation, Study
+from regraft.report.study import Study
 from regraft.report.write import write_report
 from regraft.runs import pipeline, reporting
-from regraft.runs.comparing import compare
+from regraft.runs.comparing import compare_runs
 from regraft.runs.run_dir import RunDir, folder_of_model, seed_folder
 from regraft.stages import EvaluationCache
-
-_FEWEST = 3  # models of which ranks are correlated
 
 
 def runs_of(recipe: Recipe, folder: Path) -> dict[Path, Recipe]:
@@ -35,24 +33,22 @@ def runs_of(recipe: Recipe, folder: Path) -> dict[Path, Recipe]:
     return {folder: recipe}
 
 
-def run(recipe: Recipe, folder: Path, progress: Progress | None = None) -> Study:
-    """One `pipeline.run` for every seed or model in its own folder, then the report over all.
+def run_recipe(recipe: Recipe, folder: Path, progress: Progress = SILENT) -> Study:
+    """One `pipeline.run_one` for every seed or model in its own folder, then the report over all.
 
     All are checked before the first is run, so that a model which cannot be downloaded stops
     nothing after hours. The dense model answers once for all seeds, since none changes it: later
     runs start with a copy of its evaluation. Finished stages are not repeated.
 
     Args:
-        recipe: All settings.
         folder: A new folder, or that of an earlier run of the same recipe or a part of it.
-        progress: Progress.
 
     Raises:
         RegraftError: bad input, or the folder holds something else.
     """
-    progress, runs = progress or Silent(), runs_of(recipe, folder)
+    runs = runs_of(recipe, folder)
     if folder in runs:
-        return pipeline.run(recipe, folder, progress)
+        return pipeline.run_one(recipe, folder, progress)
     if recipe.published is not None:
         read_published(recipe.published)
     cache = EvaluationCache()
@@ -66,13 +62,13 @@ def run(recipe: Recipe, folder: Path, progress: Progress | None = None) -> Study
         pipeline.claim(run_folder, one)
         if recipe.seeds:
             _share_dense(first, run_folder)
-        pipeline.run(one, run_folder, progress, cache)
+        pipeline.run_one(one, run_folder, progress, cache)
         if recipe.models:
             cache.forget_prompts()
-    return report(folder)
+    return report_recipe(folder)
 
 
-def report(folder: Path) -> Study:
+def report_recipe(folder: Path) -> Study:
     """Write the report of finished runs again: of one, or over all of several.
 
     Raises:
@@ -83,7 +79,7 @@ def report(folder: Path) -> Study:
     recipe = read_recipe(run_dir.recipe) if run_dir.recipe.exists() else Recipe()
     runs = runs_of(recipe, folder)
     if folder in runs:
-        return reporting.report(folder)
+        return reporting.report_run(folder)
     for run_folder in runs:
         if not RunDir(run_folder).recipe.exists():
             raise RegraftError(
@@ -91,7 +87,7 @@ def report(folder: Path) -> Study:
                 f"Continue it with `regraft run {run_dir.recipe} --out {folder}`."
             )
     if recipe.seeds:
-        return compare(list(runs), run_dir.report, recipe.against)
+        return compare_runs(list(runs), run_dir.report, recipe.against)
     study = _over_models(recipe, folder)
     if distributed.first():
         write_report(study, run_dir.report)
@@ -112,18 +108,10 @@ def _over_models(recipe: Recipe, folder: Path) -> Study:
     published = None if recipe.published is None else read_published(recipe.published)
     study = study_of(runs, title=recipe.title, published=published)
     pruning = recipe.prune[0].name
-    points = tuple(_points(folders, study, pruning))
-    if len(points) < _FEWEST:
+    points = list(_points(folders, study, pruning))
+    if len(points) < FEWEST:
         return study
-    found = correlation(points)
-    drawn = Correlation(
-        pruning,
-        tuple((one.name, one.ships, one.degradation) for one in points),
-        None if found is None else found.rho,
-        None if found is None else found.p,
-        estimates(points),
-    )
-    return replace(study, correlation=drawn)
+    return replace(study, correlation=in_report(points, pruning))
 
 
 def _points(folders: Mapping[str, Path], study: Study, pruning: str) -> Iterator[ModelPoint]:

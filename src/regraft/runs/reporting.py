@@ -42,7 +42,7 @@ from regraft.settings.defending import DefenceSettings
 from regraft.stages import Evaluation
 
 
-def report(folder: Path) -> Study:
+def report_run(folder: Path) -> Study:
     """Write the report of a finished run from its artifacts alone.
 
     Raises:

@@ -3,50 +3,25 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.stages.restoring import ArtifactPaths
+from regraft.stages.setup import ArtifactPaths
 
 RECIPE_FILE = "recipe.yaml"
 
 
-@dataclass(frozen=True)
 class RunDir:
     """The paths of a run. One of several prunings has its own folder in each folder of a kind."""
 
-    path: Path
-    several: bool = False
-
-    @property
-    def recipe(self) -> Path:
-        """The recipe, defaults included."""
-        return self.path / RECIPE_FILE
-
-    @property
-    def heads(self) -> Path:
-        """Head scores."""
-        return self.path / "heads.safetensors"
-
-    @property
-    def responses(self) -> Path:
-        """What the dense model answered to calibration prompts, where it was to."""
-        return self.path / "responses"
-
-    @property
-    def report(self) -> Path:
-        """report.json, report.md, report.html."""
-        return self.path / "report"
-
-    @property
-    def costs(self) -> Path:
-        """Time, FLOPs and memory of every stage."""
-        return self.path / "costs.json"
-
-    @property
-    def calibration_pass(self) -> Path:
-        """What one pass over the calibration prompts is, in tokens and FLOPs."""
-        return self.path / "calibration-pass.json"
+    def __init__(self, path: Path, several: bool = False) -> None:
+        self.path, self._several = path, several
+        self.recipe = path / RECIPE_FILE  # defaults included
+        self.heads = path / "heads.safetensors"
+        self.responses = path / "responses"  # of the dense model to calibration prompts
+        self.report = path / "report"  # report.json, report.md, report.html
+        self.costs = path / "costs.json"  # time, FLOPs and memory of every stage
+        self.calibration_pass = path / "calibration-pass.json"  # in tokens and FLOPs
+        self.dense_evaluation = path / "evaluation" / "dense"
 
     def statistics(self, score: str) -> Path:
         """What is gathered on D^s and D^u for one kind of importance."""
@@ -68,11 +43,6 @@ class RunDir:
     def defence(self, pruning: str, defence: str) -> Path:
         """A defence prompt or refusal direction for a pruning."""
         return self._of("defences", pruning) / f"{defence}.safetensors"
-
-    @property
-    def dense_evaluation(self) -> Path:
-        """Answers and results of the dense model."""
-        return self.path / "evaluation" / "dense"
 
     def evaluation(self, pruning: str, variant: str = "pruned") -> Path:
         """Answers and results of a pruning, or of one realigned variant of it."""
@@ -103,11 +73,11 @@ class RunDir:
 
     def name(self, pruning: str, variant: str) -> str:
         """What a realigned variant is called among all models of the run."""
-        return f"{pruning}/{variant}" if self.several else variant
+        return f"{pruning}/{variant}" if self._several else variant
 
     def _of(self, kind: str, pruning: str) -> Path:
         folder = self.path / kind
-        return folder / pruning if self.several else folder
+        return folder / pruning if self._several else folder
 
 
 def seed_folder(study: Path, seed: int) -> Path:

@@ -9,39 +9,38 @@ under its key, and is taken up again after a kill.
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.evaluation.tradeoff import read_curve
 from regraft.stages.answering import calibration_data, imitation_data
-from regraft.stages.checking import check, clear_check, side
-from regraft.stages.defending import defend
+from regraft.stages.checking import check_compressed, clear_check, open_side
+from regraft.stages.defending import write_defence
 from regraft.stages.endpoint import EndpointTarget, open_target
-from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
+from regraft.stages.evaluating import Evaluation, evaluate_target, read_evaluation
 from regraft.stages.evaluation_cache import EvaluationCache
-from regraft.stages.exporting import Tool, export
-from regraft.stages.gathering import statistics
+from regraft.stages.exporting import Tool, export_patches
+from regraft.stages.gathering import write_statistics
 from regraft.stages.judging import (
     VERDICTS,
     agreement,
-    judge,
-    judge_bench,
+    judge_answers,
+    measure_judges,
     opinions,
     own,
 )
-from regraft.stages.patching import Preview, apply, preview, revert
-from regraft.stages.pruning import prune, spilled_bytes
-from regraft.stages.ranking import Inputs, write_ranking
-from regraft.stages.realigning import realign
-from regraft.stages.responding import respond
-from regraft.stages.restoring import ArtifactPaths, Restoration, curve_beside
-from regraft.stages.scoring import heads
+from regraft.stages.patching import Preview, patch_checkpoint, preview
+from regraft.stages.pruning import prune_checkpoint, spilled_bytes
+from regraft.stages.ranking import write_ranking
+from regraft.stages.realigning import write_patch
+from regraft.stages.responding import write_responses
+from regraft.stages.restoring import Restoration
+from regraft.stages.scoring import write_head_scores
 from regraft.stages.searching import Search
-from regraft.stages.setup import Setup
-from regraft.stages.targets import Evaluable, OnText, Target
-from regraft.stages.tuning import tune
+from regraft.stages.setup import ArtifactPaths, Inputs, Setup
+from regraft.stages.targets import OnText, Target
+from regraft.stages.tuning import tune_method
 
 __all__ = [
     "ABOUT_FILE",
     "VERDICTS",
     "ArtifactPaths",
     "EndpointTarget",
-    "Evaluable",
     "Evaluation",
     "EvaluationCache",
     "Inputs",
@@ -53,31 +52,29 @@ __all__ = [
     "Target",
     "Tool",
     "agreement",
-    "apply",
     "calibration_data",
-    "check",
+    "check_compressed",
     "clear_check",
-    "curve_beside",
-    "defend",
-    "evaluate",
-    "export",
-    "heads",
+    "evaluate_target",
+    "export_patches",
     "imitation_data",
-    "judge",
-    "judge_bench",
+    "judge_answers",
+    "measure_judges",
+    "open_side",
     "open_target",
     "opinions",
     "own",
+    "patch_checkpoint",
     "preview",
-    "prune",
+    "prune_checkpoint",
     "read_curve",
     "read_evaluation",
-    "realign",
-    "respond",
-    "revert",
-    "side",
     "spilled_bytes",
-    "statistics",
-    "tune",
+    "tune_method",
+    "write_defence",
+    "write_head_scores",
+    "write_patch",
     "write_ranking",
+    "write_responses",
+    "write_statistics",
 ]

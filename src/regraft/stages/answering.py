@@ -26,7 +26,7 @@ from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.loading import load
 from regraft.restoration.teacher import TOKEN_WEIGHTS
-from regraft.stages.provenance import describe, is_done, working
+from regraft.stages.provenance import describe, fingerprints, is_done, working
 from regraft.stages.reading import (
     draw_calibration,
     draw_prompts,
@@ -148,7 +148,7 @@ def _kind(harmful: bool) -> str:
 
 def _answered(setup: Setup, loader: Loader, wanted: _Wanted, out: Path) -> Reading:
     """The prompts whose answer is kept, with it; answers are in the file `out`."""
-    inputs = {"dense": setup.dense.checkpoint.fingerprint}
+    inputs = fingerprints(dense=setup.dense)
     about = describe("responses", inputs, None, setup.compute, {"prompts": wanted.prompts})
     about["settings"] = {
         "samples": wanted.kept,

@@ -21,15 +21,14 @@ from regraft.evaluation.results import EvalResult
 from regraft.evaluation.served import explained
 from regraft.evaluation.summary import judge_answer
 from regraft.models.load import Source
-from regraft.progress import Progress
+from regraft.progress import SILENT, Progress
 from regraft.report.gate import check_to_json, junit, markdown
 from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings
-from regraft.stages.endpoint import open_target
-from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
-from regraft.stages.provenance import but_for_rounding
-from regraft.stages.targets import Evaluable
+from regraft.stages.endpoint import Evaluable, open_target
+from regraft.stages.evaluating import Evaluation, evaluate_target, read_evaluation
+from regraft.stages.provenance import but_for_rounding, differing
 
 Side = Evaluable | Path  # what is evaluated, or the folder of its finished evaluation
 DENSE, COMPRESSED = "dense", "compressed"
@@ -38,21 +37,14 @@ _SAME = ("judge", "keywords", "window", "max_new_tokens", "full_answers")
 _PROMPT = ("id", "harmful", "category", "instruction", "request", "image_digest", "reference")
 
 
-def side(
+def open_side(
     named: str | Path | Source,
     compute: ComputeSettings,
     endpoint: EndpointSettings = EndpointSettings(),
     patch: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Side:
-    """What a name of one of the two stands for.
-
-    Args:
-        named: The folder of a finished evaluation, or what `open_target` takes.
-        compute: Where a model runs.
-        endpoint: How a model behind a server is asked.
-        patch: Put on the model in memory first.
-        progress: Shows progress.
+    """What is named: the folder of a finished evaluation, or what `open_target` takes.
 
     Raises:
         RegraftError: see `open_target`; there is a patch for an evaluation.
@@ -67,7 +59,7 @@ def side(
     return open_target(named, compute, endpoint, progress, patch=patch)
 
 
-def check(
+def check_compressed(
     dense: Side,
     compressed: Side,
     out: Path,
@@ -77,16 +69,8 @@ def check(
 ) -> Check:
     """Compare two models, evaluating those that are not; writes check.json, junit.xml, summary.md.
 
-    Models are evaluated into `dense` and `compressed` below `out`; called again, it takes them as
-    they are and decides anew.
-
-    Args:
-        dense: The model that the other was made from, or its evaluation.
-        compressed: The other.
-        out: The folder.
-        suites: The prompts, where a model is to be evaluated.
-        settings: Of that.
-        margins: How much worse the compressed model may be, in points.
+    Models are evaluated on `suites` into `dense` and `compressed` below `out`; called again, it
+    takes them as they are and decides anew.
 
     Raises:
         RegraftError: the two answered other prompts or are judged otherwise, or are one model.
@@ -104,7 +88,7 @@ def check(
     _check_before(sides, there, names, suites, settings)
     for name, side in sides.items():
         if not isinstance(side, Path):
-            there[name] = evaluate(side, out / name, suites, settings)
+            there[name] = evaluate_target(side, out / name, suites, settings)
     found = _decided(there, names, margins)
     if distributed.first():
         write_text(out / "junit.xml", junit(found))
@@ -119,14 +103,6 @@ def clear_check(out: Path) -> None:
     Raises:
         RegraftError: a check would be put among other files.
     """
-    _check_folder(out)
-    if distributed.first():
-        for name in _FILES:
-            (out / name).unlink(missing_ok=True)
-
-
-def _check_folder(out: Path) -> None:
-    """Raise where a check would be put among other files."""
     if out.is_file():
         raise RegraftError(f"The output {out} is a file; a folder is needed.")
     own = {*_FILES, DENSE, COMPRESSED}
@@ -138,6 +114,9 @@ def _check_folder(out: Path) -> None:
             f"The output folder {out} holds something else than a check ({odd[0]}). Choose a new "
             "folder."
         )
+    if distributed.first():
+        for name in _FILES:
+            (out / name).unlink(missing_ok=True)
 
 
 def _check_asked(
@@ -189,12 +168,13 @@ def _check_before(
     made_of = {name: one.about["inputs"] for name, one in there.items()}
     for name, side in sides.items():
         if not isinstance(side, Path):
-            side.backend(settings)
+            side.check(settings)
             side.reading(suites, settings.limit)
             made_of[name] = side.inputs()
             for other, evaluation in there.items():
                 _check_same_way(
-                    names, {other: evaluation.about["settings"], name: _plain(settings)}
+                    names,
+                    {other: evaluation.about["settings"], name: settings.model_dump(mode="json")},
                 )
                 asked = _unanswered(side, suites, settings)
                 on_the_same(names[other], evaluation.result, f"--suite ({asked.suite})", asked)
@@ -214,11 +194,6 @@ def _check_before(
 def _served(inputs: Mapping[str, str]) -> bool:
     """Whether these are of a model behind a server."""
     return inputs.get("model", "").startswith(ENDPOINT)
-
-
-def _plain(settings: EvalSettings) -> dict[str, Any]:
-    found: dict[str, Any] = settings.model_dump(mode="json")
-    return found
 
 
 def _unanswered(
@@ -312,11 +287,8 @@ def _differences(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Ite
         return  # and versions of what runs models here mean nothing there
     if "compute" not in dense:
         return
-    for way in ("compute", "versions"):
-        ours, theirs = (but_for_rounding(one[way]) for one in (dense, compressed))
-        for name in dict.fromkeys([*ours, *theirs]):
-            if ours.get(name) != theirs.get(name):
-                yield (
-                    f"The two were evaluated with different {way}: {name} is {ours.get(name)} of "
-                    f"the dense model and {theirs.get(name)} of the compressed one."
-                )
+    for way, name, ours, theirs in differing(dense, compressed, "compute", "versions"):
+        yield (
+            f"The two were evaluated with different {way}: {name} is {ours} of the dense model "
+            f"and {theirs} of the compressed one."
+        )

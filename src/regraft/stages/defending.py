@@ -29,18 +29,17 @@ from regraft.evaluation.metrics import wilson
 from regraft.evaluation.summary import judge_answer
 from regraft.loading import collate, load
 from regraft.models.load import Source
-from regraft.progress import Advance, Progress
-from regraft.settings.compute import ComputeSettings
+from regraft.progress import Advance
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
 from regraft.settings.validation import with_validation
 from regraft.stages.checks import check_direction_layer
-from regraft.stages.provenance import describe, is_done, working
+from regraft.stages.provenance import describe, fingerprints, is_done, working
 from regraft.stages.reading import draw_calibration, read_validation
 from regraft.stages.targets import Target
 
 
-def defend(
+def write_defence(
     target: Target,
     out: Path,
     settings: DefenceSettings,
@@ -52,11 +51,7 @@ def defend(
     A refusal direction is the difference of means of this very model on D^s and D^u prompts.
 
     Args:
-        target: The pruned model, and where it runs.
-        out: The file.
-        settings: The method.
         calibration: Prompts for the direction; their responses are not used.
-        judge: Of answers to validation prompts.
 
     Raises:
         RegraftError: see the data readers; the layer is not one that every prompt runs through.
@@ -67,34 +62,30 @@ def defend(
             "defence out."
         )
     settings = with_validation(settings, target.model.folder, calibration, needed=settings.searches)
-    if settings.method != "refusal-direction":
-        about = describe("defend", _inputs(target), settings)
-        if not is_done(out, out, about, lambda: load_defence(out).about) and distributed.first():
-            before = settings.method == "safety-prompt"
-            save_defence(out, ShieldPrompt(settings.prompt, about, before))
-        distributed.barrier()
-        return load_defence(out)
-    check_direction_layer(target.model, settings)
-    data = _data(target.model, settings, calibration)
-    about = describe("defend", _inputs(target), settings, target.compute, data)
-    about["judge"] = judge.name
+    inputs = fingerprints(model=target.model)
+    if settings.method == "refusal-direction":
+        check_direction_layer(target.model, settings)
+        data = _data(target.model, settings, calibration)
+        about = describe("defend", inputs, settings, target.compute, data)
+        about["judge"] = judge.name
+    else:
+        data, about = {}, describe("defend", inputs, settings)
     if not is_done(out, out, about, lambda: load_defence(out).about):
         for role, reading in zip(("D^s", "D^u", "Validation"), data.values(), strict=False):
             target.progress.note(reading.describe(role))
         with working(out, about) as work:
-            made = _direction(target, settings, data, judge, work, about)
-            if not made.strength:
-                target.progress.note(
-                    f"{out.name}: no layer and strength lowers ASR at so little over-refusal; "
-                    "nothing is added."
-                )
+            before = settings.method == "safety-prompt"
+            made: Defence = ShieldPrompt(settings.prompt, about, before)
+            if data:
+                made = _direction(target, settings, data, judge, work, about)
+                if not made.strength:
+                    target.progress.note(
+                        f"{out.name}: no layer and strength lowers ASR at so little over-refusal; "
+                        "nothing is added."
+                    )
             if distributed.first():
                 save_defence(out, made)
     return load_defence(out)
-
-
-def _inputs(target: Target) -> dict[str, str]:
-    return {"model": target.model.checkpoint.fingerprint}
 
 
 def _data(
@@ -118,30 +109,24 @@ def _direction(
     work: Path,
     about: Mapping[str, Any],
 ) -> Direction:
-    compute, progress = target.compute, target.progress
     target.cache.unload()
-    model, processor = load(target.model, compute, progress, target.processor_from)
-    vectors = _differences(target.model, model, processor, data, compute, progress)
-    search = _Search(model, processor, vectors, settings, compute, judge, work, about)
-    return search.run(data.get("validation"), progress)
+    model, processor = load(target.model, target.compute, target.progress, target.processor_from)
+    vectors = _differences(target, model, processor, data)
+    search = _Search(model, processor, vectors, settings, target, judge, work, about)
+    return search.run(data.get("validation"))
 
 
 def _differences(
-    source: Source,
-    model: nn.Module,
-    processor: Any,
-    data: Mapping[str, Reading],
-    compute: ComputeSettings,
-    progress: Progress,
+    target: Target, model: nn.Module, processor: Any, data: Mapping[str, Reading]
 ) -> Tensor:
     """Of every layer, `[layers, d]` float32; NaN for one that did not run on every prompt."""
-    architecture = source.architecture
+    architecture = target.model.architecture
     sets = [
-        collate(processor, prompt_batch, data[role].examples, compute)
+        collate(processor, prompt_batch, data[role].examples, target.compute)
         for role in ("safety", "utility")
     ]
     own = sum(len(batch.ids) for batches in sets for batch in distributed.share(batches))
-    with progress.task("Taking means of hidden states", own, "prompts") as done:
+    with target.progress.task("Taking means of hidden states", own, "prompts") as done:
         harmful, harmless = (
             mean_states(model, batches, len(architecture.layers), architecture.hidden_size, done)
             for batches in sets
@@ -157,19 +142,20 @@ class _Search:
     processor: Any
     vectors: Tensor  # [layers, d]
     settings: DefenceSettings
-    compute: ComputeSettings
+    target: Target
     judge: TextJudge
     work: Path
     about: Mapping[str, Any]
 
-    def run(self, validation: Reading | None, progress: Progress) -> Direction:
+    def run(self, validation: Reading | None) -> Direction:
         """The direction as it is given or as it does best."""
-        layers, strengths = self._layers(), self._strengths()
+        layers, given = self._layers(), self.settings.strength
+        strengths = sorted(set(self.settings.strengths)) if given is None else [given]
         if validation is None:
             return self._direction(layers[0], strengths[0])
         grid = [(layer, strength) for layer in layers for strength in strengths]
         prompts = (1 + len(grid)) * len(validation.examples)
-        with progress.task("Choosing layer and strength", prompts, "prompts") as done:
+        with self.target.progress.task("Choosing layer and strength", prompts, "prompts") as done:
             plain, *trials = (
                 self._try(layer, strength, validation.examples, done)
                 for layer, strength in [(layers[0], 0.0), *grid]
@@ -189,19 +175,11 @@ class _Search:
             )
         return found
 
-    def _strengths(self) -> list[float]:
-        given = self.settings.strength
-        return sorted(set(self.settings.strengths)) if given is None else [given]
-
     def _direction(self, layer: int, strength: float, trials: tuple[Trial, ...] = ()) -> Direction:
         return Direction(self.vectors[layer].clone(), layer, strength, self.about, trials)
 
     def _try(
-        self,
-        layer: int,
-        strength: float,
-        examples: Sequence[Example],
-        advance: Advance,
+        self, layer: int, strength: float, examples: Sequence[Example], advance: Advance
     ) -> Trial:
         with acting(self._direction(layer, strength), self.model):
             answers = generate(
@@ -210,7 +188,7 @@ class _Search:
                 examples,
                 self.work / f"layer_{layer:03d}_strength_{strength!r}",
                 max_new_tokens=self.settings.max_new_tokens,
-                batch_size=self.compute.batch_size,
+                batch_size=self.target.compute.batch_size,
                 advance=advance,
             )
         judged = [

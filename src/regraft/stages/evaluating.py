@@ -13,7 +13,7 @@ from regraft.data.sources import DataSource
 from regraft.disk.descriptions import described
 from regraft.disk.files import atomic_folder, file_digest, read_json, write_json
 from regraft.errors import RegraftError
-from regraft.evaluation.perplexity import Nll, save_teacher
+from regraft.evaluation.perplexity import Teacher, save_teacher
 from regraft.evaluation.results import (
     Answer,
     EvalResult,
@@ -24,9 +24,10 @@ from regraft.evaluation.results import (
 )
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.settings.evaluating import EvalSettings
+from regraft.stages.endpoint import Evaluable
 from regraft.stages.evaluation_cache import Prompts
 from regraft.stages.provenance import describe, is_done, working
-from regraft.stages.targets import STATES, Evaluable, Likelihoods
+from regraft.stages.targets import STATES, Answered
 
 
 @dataclass(frozen=True)
@@ -37,49 +38,39 @@ class Evaluation:
     about: Mapping[str, Any]
 
 
-def evaluate(
+def evaluate_target(
     target: Evaluable, out: Path, suites: Sequence[DataSource], settings: EvalSettings
 ) -> Evaluation:
-    """Answer and judge suites; writes `answers.jsonl` and `results.json` in the folder `out`.
-
-    Args:
-        target: What answers.
-        out: The folder.
-        suites: The prompts; one result over all of them.
-        settings: Length of answers and the judge.
+    """Answer and judge suites, one result over all; writes answers.jsonl and results.json in `out`.
 
     Raises:
-        RegraftError: see the data readers, `predict`, and `backend` and `inputs` of the target.
+        RegraftError: see the data readers, `predict`, and `check` and `inputs` of the target.
     """
-    backend = target.backend(settings)
+    target.check(settings)
     reading = target.reading(suites, settings.limit)
     about = describe("evaluate", target.inputs(), settings, target.compute, {"suite": reading})
     if not is_done(out, out / "results.json", about, lambda: _read_results(out)["about"]):
-        backend.check(target.asked(reading.examples))
         with working(out, about) as work:
-            target.announce(suites, reading)
+            target.warn(suites)
+            target.progress.note(reading.describe("Prompts"))
             name, content = ", ".join(map(str, suites)), about["data"]["suite"]["digest"]
-            prompts = Prompts(name, target.asked(reading.examples), content)
-            likelihoods = backend.likelihoods(prompts, work)
-            texts = backend.answers(prompts, work)
-            answers = _judged(reading.examples, texts, likelihoods.references, settings)
-            result = summarise(name, settings.text_judge(), list(answers))
-            made_of = {"about": about | backend.outcome(), "sizes": target.sizes()}
+            prompts = Prompts(name, target.defended(reading.examples), content)
+            found = target.answered(prompts, settings, work)
+            answers = list(_judged(reading.examples, found, settings))
+            result = replace(summarise(name, settings.text_judge(), answers), text=found.text)
+            made_of = {"about": {**about, **found.more}, "sizes": target.sizes()}
             if distributed.first():
-                _write(out, made_of, replace(result, text=likelihoods.text), likelihoods)
+                _write(out, made_of, result, found.teacher)
     if not target.cache.keeps:  # nobody shares the model; a target outlives its evaluation
         target.cache.unload()
     return read_evaluation(out)
 
 
 def _judged(
-    examples: Sequence[Example],
-    texts: Sequence[str],
-    references: Mapping[str, Nll],
-    settings: EvalSettings,
+    examples: Sequence[Example], found: Answered, settings: EvalSettings
 ) -> Iterator[Answer]:
     judge = settings.text_judge()
-    for example, text in zip(examples, texts, strict=True):
+    for example, text in zip(examples, found.texts, strict=True):
         answer = judge_answer(
             example,
             text,
@@ -87,25 +78,25 @@ def _judged(
             full_answers=settings.full_answers,
             max_new_tokens=settings.max_new_tokens,
         )
-        nll, tokens = references.get(example.id, (None, None))
+        nll, tokens = found.references.get(example.id, (None, None))
         image = file_digest(example.image) if example.image else ""
         yield replace(answer, nll=nll, nll_tokens=tokens, image_digest=image)
 
 
 def _write(
-    out: Path, made_of: Mapping[str, Any], result: EvalResult, likelihoods: Likelihoods
+    out: Path, made_of: Mapping[str, Any], result: EvalResult, teacher: Teacher | None
 ) -> None:
     with atomic_folder(out) as folder:
         answers = folder / "answers.jsonl"
         write_answers(answers, result.answers)
-        if likelihoods.teacher is not None:
-            save_teacher(folder / STATES, likelihoods.teacher)
+        if teacher is not None:
+            save_teacher(folder / STATES, teacher)
         own = {"result": result_to_json(result), "answers": file_digest(answers)}
         write_json(folder / "results.json", {**made_of, **own})
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Read what `evaluate` wrote.
+    """Read what `evaluate_target` wrote.
 
     Raises:
         RegraftError: the folder holds no evaluation, or answers that its results are not of.

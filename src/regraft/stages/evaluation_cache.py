@@ -22,14 +22,7 @@ from regraft.patch.pair import Survey, survey
 from regraft.progress import Progress
 from regraft.pruning.prune import zeros
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
-from regraft.stages.reading import (
-    draw_calibration,
-    draw_prompts,
-    order_calibration,
-    read_suites,
-    responses_are_given,
-)
+from regraft.stages.reading import read_suites
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,7 @@ class EvaluationCache:
         self._answerers: dict[Hashable, Answerer] = {}
         self._loaded: tuple[Hashable, tuple[nn.Module, Any]] | None = None
 
-    def _once(self, key: Hashable, make: Callable[[], T]) -> T:
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, made the first time that it is asked for under this key."""
         if key not in self._known:
             self._known[key] = make()
@@ -73,50 +66,24 @@ class EvaluationCache:
     ) -> Reading:
         """`read_suites`, and every image of them is decoded once only."""
         key = "suites", tuple(suites), limit, model is None or model.has_vision
-        return self._once(key, lambda: read_suites(model, suites, limit))
+        return self.once(key, lambda: read_suites(model, suites, limit))
 
-    def drawn(self, model: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
-        """`draw_calibration`, and every image is decoded once only."""
-        key = "drawn", calibration, harmful, model.has_vision
-        return self._once(key, lambda: draw_calibration(model, calibration, harmful=harmful))
-
-    def prompts(self, model: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
-        """`draw_prompts`, and every image is decoded once only."""
-        key = "prompts", calibration, harmful, model.has_vision
-        return self._once(key, lambda: draw_prompts(model, calibration, harmful=harmful))
-
-    def learnt_from(
-        self, model: Source, calibration: CalibrationSettings, *, harmful: bool
-    ) -> dict[str, Reading]:
-        """Every calibration prompt of a kind that may be learnt from, by its role.
-
-        Where the dense model answers them itself any may be, until enough answers are kept.
-        """
-        role = f"{'harmful' if harmful else 'harmless'} calibration"
-
-        def read() -> dict[str, Reading]:
-            if responses_are_given(calibration, harmful=harmful):
-                return {role: self.drawn(model, calibration, harmful=harmful)}
-            return {f"{role} (self)": order_calibration(model, calibration, harmful=harmful)}
-
-        return self._once(("learnt", calibration, harmful, model.has_vision), read)
-
-    def zeros(self, model: Source, architecture: Architecture) -> int:
+    def zero_count(self, model: Source, architecture: Architecture) -> int:
         """Number of prunable weights that are zero on disk."""
         key = "zeros", model.checkpoint.fingerprint
-        return self._once(key, lambda: zeros(model.checkpoint, architecture))
+        return self.once(key, lambda: zeros(model.checkpoint, architecture))
 
-    def survey(self, dense: Source, pruned: Source) -> Survey:
+    def surveyed(self, dense: Source, pruned: Source) -> Survey:
         """`survey`, for which all weights are read, once for all methods that rank them."""
         key = "survey", dense.checkpoint.fingerprint, pruned.checkpoint.fingerprint
-        return self._once(key, lambda: survey(dense, pruned))
+        return self.once(key, lambda: survey(dense, pruned))
 
-    def check_lengths(
+    def check_lengths_once(
         self, model: Source, processor: Source, examples: Sequence[Example], max_new_tokens: int
     ) -> None:
         """`check_lengths`, once for all models that read the same prompts alike."""
         made_of = model.config.to_json_string(), processor.checkpoint.fingerprint
-        self._once(
+        self.once(
             ("lengths", *made_of, tuple(examples), max_new_tokens),
             lambda: check_lengths(
                 model.config, load_processor(processor), examples, max_new_tokens
@@ -132,9 +99,9 @@ class EvaluationCache:
             ids = [prompt_batch(processor, [one]).inputs["input_ids"] for one in some]
             return sum(one.numel() for one in ids) / max(1, len(ids))
 
-        return self._once(("tokens", model.checkpoint.fingerprint, some), mean)
+        return self.once(("tokens", model.checkpoint.fingerprint, some), mean)
 
-    def load(
+    def loaded_model(
         self,
         model: Source,
         compute: ComputeSettings,

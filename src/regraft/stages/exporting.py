@@ -7,22 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft import distributed
-from regraft.disk.artifact import ABOUT_FILE
-from regraft.disk.files import atomic_folder, file_digest, to_json
+from regraft.disk.artifact import ABOUT_FILE, save_tensors
+from regraft.disk.files import atomic_folder, to_json
 from regraft.errors import RegraftError
 from regraft.models.architecture import FLOATS
-from regraft.models.checkpoint import Checkpoint, open_checkpoint
+from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import linear_layers, open_source
 from regraft.models.resolve import resolve
 from regraft.patch import peft, vllm
-from regraft.patch.apply import Plan, make_plan
-from regraft.patch.format import Patch, load_patch
-from regraft.patch.hub import patch_file
-from regraft.progress import Progress, Silent
+from regraft.patch.apply import Plan
+from regraft.progress import SILENT, Progress
+from regraft.stages.patching import PatchJob
 from regraft.stages.provenance import describe, is_done
 
 Tool = Literal["peft", "vllm"]
@@ -92,12 +90,12 @@ class _Content:
     metadata: Mapping[str, str]
 
 
-def export(
+def export_patches(
     pruned: str | Path,
     patch_files: Sequence[Path],
     out: Path,
     to: Tool,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     *,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -110,37 +108,30 @@ def export(
         RegraftError: a patch is for another base, patches disagree, nothing is left to change, the
             tool cannot have these weights, or `out` is not empty.
     """
-    checkpoint = open_checkpoint(resolve(pruned))
-    if not patch_files:
-        raise RegraftError("No patch is named. Name one or more files of `regraft realign`.")
-    files = [patch_file(path) for path in patch_files]
-    patches = [load_patch(path) for path in files]
-    touched = {name for patch in patches for name in patch.tensors}
-    inputs = {
-        "pruned": checkpoint.outline(without={ABOUT_FILE, *touched}),
-        "patch": " ".join(sorted({file_digest(path) for path in files})),
-    }
-    about = describe("export", inputs) | {"to": to}
+    job = PatchJob.read("apply", open_checkpoint(resolve(pruned)), patch_files)
+    about = describe("export", job.inputs()) | {"to": to}
     done = is_done(out, out / ABOUT_FILE, about)
-    plan = _plan(checkpoint, patches, progress or Silent())
+    plan = _plan(job, progress)
     if done:
         return out
     content = _for_vllm(plan) if to == "vllm" else _for_peft(plan, trust_remote_code)
     if distributed.first():
-        _write(out, content, {ABOUT_FILE: to_json(about)})
+        with atomic_folder(out) as folder:
+            for name, text in {**content.texts, ABOUT_FILE: to_json(about)}.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            save_tensors(folder / content.weights, content.tensors, content.metadata)
     return out
 
 
-def _plan(checkpoint: Checkpoint, patches: Sequence[Patch], progress: Progress) -> Plan:
-    tensors = {name for patch in patches for name in patch.tensors}
-    for name in sorted(tensors & checkpoint.tensors.keys()):
+def _plan(job: PatchJob, progress: Progress) -> Plan:
+    checkpoint = job.checkpoint
+    for name in sorted(job.tensors & checkpoint.tensors.keys()):
         if (dtype := checkpoint.tensors[name].dtype) not in FLOATS:
             raise RegraftError(
                 f"{checkpoint.folder}: {name} is stored as {dtype}; tensors of {', '.join(FLOATS)} "
                 "can be exported."
             )
-    with progress.task("Checking the patched weights", len(tensors), "tensors") as done:
-        plan = make_plan(checkpoint, patches, "apply", advance=done)
+    plan = job.plan(progress)
     if not plan.changes:
         raise RegraftError(
             f"{checkpoint.folder} has the patch on already, so that nothing is left to export. "
@@ -183,14 +174,3 @@ def _for_vllm(plan: Plan) -> _Content:
         metadata=vllm.METADATA,
     )
     return _Content({README: readme}, vllm.FILE, tensors, metadata)
-
-
-def _write(out: Path, content: _Content, more: Mapping[str, str]) -> None:
-    with atomic_folder(out) as temporary:
-        for name, text in {**content.texts, **more}.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        weights = temporary / content.weights
-        weights.touch()  # with the usual permissions, which save_file would restrict
-        mode = weights.stat().st_mode
-        save_file(dict(content.tensors), weights, metadata=dict(content.metadata))
-        weights.chmod(mode)

@@ -21,14 +21,14 @@ from regraft.pruning.statistics import (
 )
 from regraft.settings.scoring import StatisticsSettings
 from regraft.stages.answering import beside, calibration_data
-from regraft.stages.provenance import describe, is_done, working
+from regraft.stages.provenance import describe, fingerprints, is_done, working
 from regraft.stages.setup import Setup
 
 
-def statistics(
+def write_statistics(
     setup: Setup,
     out: Path,
-    settings: StatisticsSettings | None = None,
+    settings: StatisticsSettings = StatisticsSettings(),
     responses: Path | None = None,
 ) -> tuple[ImportanceStatistics, ImportanceStatistics]:
     """Gather statistics of the dense model on D^s and D^u; writes the file `out`.
@@ -38,12 +38,11 @@ def statistics(
     Returns:
         (safety, utility).
     """
-    settings = settings or StatisticsSettings()
     readings = {
         kind: calibration_data(setup, responses or beside(out), harmful=kind == "safety")
         for kind in ("safety", "utility")
     }
-    inputs = {"dense": setup.dense.checkpoint.fingerprint}
+    inputs = fingerprints(dense=setup.dense)
     about = describe("statistics", inputs, settings, setup.compute, readings)
     if not is_done(out, out, about, lambda: load_statistics(out).about):
         for role, reading in zip(("D^s", "D^u"), readings.values(), strict=True):

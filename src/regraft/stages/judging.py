@@ -60,7 +60,6 @@ class _Judging:
     by: str
     compute: ComputeSettings
     progress: Progress
-    loaded: Judge | None = None
 
     def about(self, stage: str, inputs: Mapping[str, str]) -> dict[str, Any]:
         """What decides the verdicts on `inputs`; see `describe`."""
@@ -73,7 +72,7 @@ class _Judging:
         self, exchanges: Sequence[Exchange], work: Path | None
     ) -> tuple[str, list[Verdict]]:
         """The judge's name and its verdicts; finished ones are kept in the folder `work`."""
-        judge = self.loaded or load_judge(self.by, self.compute)
+        judge = load_judge(self.by, self.compute)
         if isinstance(judge, Guard):
             judge.check(exchanges)
         chunks = list(batches(exchanges, _CHUNK))
@@ -111,25 +110,21 @@ class _Judging:
         return read_verdicts(out, [*exchanges])
 
 
-def judge(
+def judge_answers(
     folder: Path,
     text: str,
     out: Path,
     compute: ComputeSettings,
     progress: Progress,
     images: Path | None = None,
-    loaded: Judge | None = None,
 ) -> Judged:
     """Judge the answers of an evaluation; writes the file `out`, and resumes after a kill.
 
     Args:
-        folder: Of `evaluate`, with answers.jsonl.
+        folder: Of `evaluate_target`, with answers.jsonl.
         text: See `judges.find`.
         out: One JSON file with the rates, and a verdict by id.
-        compute: Where a model runs.
-        progress: Progress.
         images: Show the judge the prompts' images, which lie in this folder (see `Pictures`).
-        loaded: The judge, if it is in memory.
 
     Raises:
         RegraftError: no such judge, no answers, answers cut short by the keyword judge, an image
@@ -149,7 +144,7 @@ def judge(
     if images is not None:
         shown = [one.image for one in exchanges.values() if one.image]
         inputs["images"] = digest(*map(file_digest, shown))
-    judging = _Judging(text, compute, progress, loaded)
+    judging = _Judging(text, compute, progress)
 
     def result(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         return asdict(judged(name, answers, verdicts))
@@ -196,11 +191,6 @@ def own(folder: Path) -> Judged:
 def agreement(folder: Path, files: Sequence[Path], out: Path) -> tuple[Agreement, ...]:
     """How far the judges of an evaluation agree, its own among them; writes the JSON file `out`.
 
-    Args:
-        folder: Of `evaluate`.
-        files: Of `judge`, on its answers.
-        out: Written anew, whatever it held.
-
     Raises:
         RegraftError: see `read_verdicts`.
     """
@@ -241,7 +231,7 @@ def opinions(folder: Path) -> tuple[tuple[Judged, tuple[Agreement, ...]], ...]:
     return tuple(found)
 
 
-def judge_bench(
+def measure_judges(
     files: Sequence[Path],
     judges: Sequence[str],
     labels: Labels,
@@ -257,8 +247,6 @@ def judge_bench(
         files: See `read_labelled`.
         judges: By name, see `judges.find`.
         labels: Which rows, and what their labels say.
-        compute: Where models run.
-        progress: Progress.
         out: The figures as JSON; judges of words, which are quick, need none.
 
     Returns:

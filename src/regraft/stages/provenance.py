@@ -33,7 +33,7 @@ from regraft.disk.files import (
     to_json,
 )
 from regraft.errors import PassingError, RegraftError
-from regraft.models.load import pick_device, transformers_version
+from regraft.models.load import Source, pick_device, transformers_version
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 
@@ -53,10 +53,7 @@ def describe(
     """Everything that decides what an artifact will be, as JSON values.
 
     Args:
-        stage: Its name.
         inputs: Digests of the files it is made from.
-        settings: Of the stage.
-        compute: Device, dtype, batch size.
         data: Role -> the examples used.
     """
     about: dict[str, Any] = {
@@ -77,6 +74,11 @@ def describe(
         about["data"] = {role: _account(reading) for role, reading in data.items()}
     plain: dict[str, Any] = json.loads(to_json(about))
     return plain
+
+
+def fingerprints(**sources: Source) -> dict[str, str]:
+    """Digests of checkpoints by their role."""
+    return {role: source.checkpoint.fingerprint for role, source in sources.items()}
 
 
 def is_done(
@@ -151,9 +153,8 @@ def difference(found: Any, wanted: Any, where: str = "") -> str:
 def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     """A folder for unfinished work on `out`, under its key; only one job may have it.
 
-    It goes when the block succeeds, and with bad input, which leaves nothing behind, or where there
-    is no finished work yet; that stays where a run is stopped, or by a `PassingError` such as a
-    full disk. Processes of one job
+    It goes when the block succeeds, and with bad input, which leaves nothing behind. Finished parts
+    stay where a run is stopped, or by a `PassingError` such as a full disk. Processes of one job
     enter and leave together.
 
     Raises:
@@ -236,6 +237,18 @@ def but_for_rounding(content: Any) -> Any:
         kept = {name: one for name, one in content.items() if name not in _ONLY_ROUNDING}
         return {name: but_for_rounding(one) for name, one in kept.items()}
     return [but_for_rounding(one) for one in content] if isinstance(content, list) else content
+
+
+def differing(
+    one: Mapping[str, Any], other: Mapping[str, Any], *parts: str
+) -> Iterator[tuple[str, str, Any, Any]]:
+    """Of parts that two descriptions both have: (part, field, both values), but rounding."""
+    for part in parts:
+        if part in one and part in other:
+            ours, theirs = (but_for_rounding(about[part]) for about in (one, other))
+            for name in dict.fromkeys([*ours, *theirs]):
+                if ours.get(name) != theirs.get(name):
+                    yield part, name, ours.get(name), theirs.get(name)
 
 
 def unfinished_bytes(out: Path) -> int:

@@ -25,14 +25,12 @@ from regraft.models.checkpoint import open_checkpoint
 from regraft.models.checkpoint_copy import Edit, check_target, write_edited
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
-from regraft.progress import Progress, Silent
+from regraft.progress import Progress
 from regraft.pruning.base import PRUNERS, PruneSettings
 from regraft.pruning.prune import edits_without_data, passes, prune_layers
 from regraft.pruning.results import LayerResults
-from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import beside, calibration_data
-from regraft.stages.provenance import describe, is_done, unfinished_bytes, working
+from regraft.stages.provenance import describe, fingerprints, is_done, unfinished_bytes, working
 from regraft.stages.reading import draw_calibration, warn_of_bundled
 from regraft.stages.setup import Setup
 
@@ -41,14 +39,8 @@ _PRUNED = 0.01  # share of zeros that nothing but pruning explains
 _ROWS, _BLOCK = 128, 32  # of a weight that are looked at; columns that share quantisation's scale
 
 
-def prune(
-    dense: Source,
-    out: Path,
-    settings: PruneSettings,
-    calibration: CalibrationSettings,
-    compute: ComputeSettings,
-    progress: Progress | None = None,
-    responses: Path | None = None,
+def prune_checkpoint(
+    setup: Setup, out: Path, settings: PruneSettings, responses: Path | None = None
 ) -> Source:
     """Prune a checkpoint, calibrated on what its pruner reads; writes the folder `out`.
 
@@ -57,66 +49,52 @@ def prune(
     Raises:
         RegraftError: see `prune_layers`, `assign_patterns`, the data readers and `write_edited`.
     """
-    progress = progress or Silent()
-    settings.patterns(dense.architecture.linears)
+    dense, progress = setup.dense, setup.progress
+    patterns = settings.patterns(dense.architecture.linears)
     if distributed.first() and not (out / ABOUT_FILE).exists():
         check_target(dense.checkpoint, out)
-    data = _data(dense, settings, calibration, compute, responses or beside(out), progress)
-    about = describe("prune", {"dense": dense.checkpoint.fingerprint}, settings, compute, data)
+    data = _data(setup, settings, responses or beside(out))
+    inputs = fingerprints(dense=dense)
+    about = describe("prune", inputs, settings, setup.compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
         _warn_of_pruned(dense, progress)
         if left := dense.architecture.left_dense:
             progress.note(f"Never pruned in the decoder's layers: {', '.join(left)}")
         with working(out, about) as work:
             if data:
-                edits = _calibrated(
-                    dense, out, settings, compute, data, LayerResults(work), progress
-                )
+                edits = _calibrated(setup, out, settings, data, LayerResults(work))
             else:
-                edits = edits_without_data(settings, settings.patterns(dense.architecture.linears))
+                edits = edits_without_data(settings, patterns)
             if distributed.first():
+                files = {ABOUT_FILE: to_json(about), **_card(dense, settings)}
                 with progress.task(f"Writing {out}", dense.checkpoint.bytes, "bytes") as done:
-                    write_edited(
-                        dense.checkpoint,
-                        out,
-                        edits,
-                        files={ABOUT_FILE: to_json(about), **_card(dense, settings)},
-                        advance=done,
-                    )
+                    write_edited(dense.checkpoint, out, edits, files=files, advance=done)
     return replace(dense, checkpoint=open_checkpoint(out))
 
 
-def _data(
-    dense: Source,
-    settings: PruneSettings,
-    calibration: CalibrationSettings,
-    compute: ComputeSettings,
-    responses: Path,
-    progress: Progress,
-) -> dict[str, Reading]:
+def _data(setup: Setup, settings: PruneSettings, responses: Path) -> dict[str, Reading]:
     """What a pruner is calibrated on, by kind; nothing if it reads none."""
+    dense, calibration = setup.dense, setup.calibration
     found = {}
     for kind in settings.kinds:
         harmful = kind == "safety"
         if PRUNERS.get(settings.method).reads_responses:
-            setup = Setup(dense, calibration, compute, progress)
             found[kind] = calibration_data(setup, responses, harmful=harmful)
         else:
-            warn_of_bundled(dense, calibration.data, progress.note)
+            warn_of_bundled(dense, calibration.data, setup.progress.note)
             found[kind] = draw_calibration(dense, calibration, harmful=harmful)
     return found
 
 
 def _calibrated(
-    dense: Source,
+    setup: Setup,
     out: Path,
     settings: PruneSettings,
-    compute: ComputeSettings,
     data: Mapping[str, Reading],
     results: LayerResults,
-    progress: Progress,
 ) -> dict[str, Edit]:
     """Prune layer by layer; returns what is to be written."""
+    dense, compute, progress = setup.dense, setup.compute, setup.progress
     examples = [example for reading in data.values() for example in reading.examples]
     check_shares(examples, compute)
     for role, reading in data.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,8 @@ from regraft.restoration.base import Context, MethodSettings, Needs, method_of, 
 from regraft.restoration.ranking import KEPT, Ranking, load_ranking, save_ranking
 from regraft.stages.answering import beside, imitation_data
 from regraft.stages.checks import check_restorable
-from regraft.stages.provenance import describe, is_done, working
-from regraft.stages.setup import Setup
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Artifacts that a method may need; see `Needs`.
-
-    Attributes:
-        heads: Head scores, from `heads`.
-        statistics: From `statistics`.
-        positions: Another ranking.
-        responses: Folder for the dense model's answers, by default one beside the ranking.
-    """
-
-    heads: Path | None = None
-    statistics: Path | None = None
-    positions: Path | None = None
-    responses: Path | None = None
+from regraft.stages.provenance import describe, fingerprints, is_done, working
+from regraft.stages.setup import Inputs, Setup
 
 
 def write_ranking(
@@ -54,11 +37,7 @@ def write_ranking(
     """Rank the weights that could be restored; writes the file `out`.
 
     Args:
-        setup: The dense checkpoint, and prompts for methods that need answers to them.
-        pruned: The same network pruned or otherwise compressed, by whomever.
-        out: The file.
         settings: The method and, by its budget, how many weights to rank.
-        inputs: What else the method needs.
 
     Raises:
         RegraftError: an input is missing or does not fit, or the budget is less than one weight.
@@ -67,14 +46,14 @@ def write_ranking(
     method, wanted, needs = method_of(settings), settings.without_amount(), needs_of(settings)
     check_pair(dense, pruned)
     digests, loaded = read_inputs(dense, pruned, settings, needs, inputs)
-    looked = setup.cache.survey(dense, pruned)
+    looked = setup.cache.surveyed(dense, pruned)
     check_restorable(settings, looked)
     answered: dict[str, Reading] | None = None
     if needs.answers:
         answered = imitation_data(setup, inputs.responses or beside(out))
         # Again, of what is left: prompts whose answer was blank are gone.
         method.check(settings, dense, seed, setup.compute, answered)
-    pair = {"dense": dense.checkpoint.fingerprint, "pruned": pruned.checkpoint.fingerprint}
+    pair = fingerprints(dense=dense, pruned=pruned)
     compute = setup.compute if answered else None
     about = describe("rank", {**pair, **digests}, wanted, compute, answered)
     about |= {"algorithm": method.algorithm, "seed": seed, **taken(looked)}

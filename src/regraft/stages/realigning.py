@@ -11,17 +11,23 @@ from regraft.errors import RegraftError
 from regraft.models.load import Source
 from regraft.patch.format import Patch, load_patch, save_patch
 from regraft.patch.groups import violated_groups
-from regraft.patch.pair import check_pair
 from regraft.restoration.base import MethodSettings, own_settings
 from regraft.restoration.ranking import load_ranking, patch_of
-from regraft.stages.provenance import describe, difference, is_done, require_same, working
+from regraft.stages.provenance import (
+    describe,
+    difference,
+    fingerprints,
+    is_done,
+    require_same,
+    working,
+)
 from regraft.stages.ranking import require_made_of
 
 # of the ranking, in its patches
 _TOLD = ("heads", "pruned", "kind", "n_m", "groups", "values", "passes")
 
 
-def realign(
+def write_patch(
     dense: Source,
     pruned: Source,
     out: Path,
@@ -32,17 +38,12 @@ def realign(
     """Restore the first weights of a ranking; writes the patch `out`.
 
     Args:
-        dense: The dense checkpoint.
-        pruned: The same network pruned, by whomever.
-        out: The patch file.
         settings: The method that made the ranking; its budget says how many.
-        ranking_file: From `write_ranking`.
         count: So many instead.
 
     Raises:
         RegraftError: the ranking is of other checkpoints or settings.
     """
-    check_pair(dense, pruned)
     ranking = load_ranking(ranking_file)
     require_made_of(ranking, ranking_file, dense, pruned)
     wanted = own_settings(settings).without_amount().model_dump(mode="json")
@@ -51,11 +52,7 @@ def realign(
             f"{ranking_file} was made with other settings "
             f"({difference(ranking.about['settings'], wanted)}). Rank again, or give its own."
         )
-    inputs = {
-        "dense": dense.checkpoint.fingerprint,
-        "pruned": pruned.checkpoint.fingerprint,
-        "ranking": file_digest(ranking_file),
-    }
+    inputs = fingerprints(dense=dense, pruned=pruned) | {"ranking": file_digest(ranking_file)}
     about = describe("realign", inputs, own_settings(settings)) | {"count": count}
     about |= {name: ranking.about[name] for name in _TOLD if name in ranking.about}
     if not is_done(out, out, about, lambda: load_patch(out).about):
@@ -83,7 +80,7 @@ def check_made_by(
             "output or remove it."
         )
     there = {"inputs": found["inputs"], "settings": found["settings"]}
-    inputs = {"dense": dense.checkpoint.fingerprint, "pruned": pruned.checkpoint.fingerprint}
+    inputs = fingerprints(dense=dense, pruned=pruned)
     wanted = {
         "inputs": {**there["inputs"], **inputs},
         "settings": own_settings(settings).model_dump(mode="json"),

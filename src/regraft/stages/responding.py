@@ -13,20 +13,20 @@ from regraft.disk.files import write_text
 from regraft.disk.paths import read_text
 from regraft.errors import RegraftError
 from regraft.models.load import Source
-from regraft.progress import Progress, Silent
+from regraft.progress import SILENT, Progress
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.answering import beside, calibration_data
 from regraft.stages.setup import Setup
 
 
-def respond(
+def write_responses(
     dense: Source,
     data: DataSource,
     out: Path,
     max_response_tokens: int,
     compute: ComputeSettings,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Reading:
     """Answer every prompt greedily; writes the answers that are kept to the JSONL file `out`.
 
@@ -35,14 +35,6 @@ def respond(
     `OUT.responses`, where finished ones survive a kill. A line has `id`, `instruction`, `response`,
     `harmful`, `category` and, where there is one, `image`, relative to the file; lines are in the
     order of the data.
-
-    Args:
-        dense: The dense checkpoint.
-        data: Prompts, of one kind or both; responses that they have are not read.
-        out: The file.
-        max_response_tokens: Length of an answer.
-        compute: Device, dtype, batch size.
-        progress: Progress.
 
     Returns:
         The prompts with their answers, and an account of all others.
@@ -61,7 +53,7 @@ def respond(
     counts = Counter(one.harmful for one in prompts.examples)
     for harmful, count in sorted(counts.items(), reverse=True):  # harmful ones first
         settings = wanted.model_copy(update={"samples": count})
-        setup = Setup(dense, settings, compute, progress or Silent())
+        setup = Setup(dense, settings, compute, progress)
         reading = calibration_data(setup, beside(out), harmful=harmful)
         answered |= {one.id: one for one in reading.examples}
         left = reading.skipped.items()

@@ -7,7 +7,7 @@ artifact lies and may measure or lock a step while it is at work.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from regraft.patch.pair import check_pair
 from regraft.pruning.base import PRUNERS
 from regraft.restoration.base import MethodSettings, Needs, method_of, needs_of, own_settings
 from regraft.restoration.ranking import load_ranking
-from regraft.settings.evaluating import EvalSettings
 from regraft.settings.scoring import StatisticsSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages.answering import imitation_data
@@ -30,66 +29,13 @@ from regraft.stages.checks import (
     check_r_max,
     check_restorable,
 )
-from regraft.stages.gathering import statistics
-from regraft.stages.ranking import Inputs, read_inputs, write_ranking
-from regraft.stages.realigning import check_made_by, realign
-from regraft.stages.scoring import heads
+from regraft.stages.gathering import write_statistics
+from regraft.stages.ranking import read_inputs, write_ranking
+from regraft.stages.realigning import check_made_by, write_patch
+from regraft.stages.scoring import write_head_scores
 from regraft.stages.searching import Search, remarks
-from regraft.stages.setup import Setup
+from regraft.stages.setup import ArtifactPaths, Inputs, Setup
 from regraft.stages.steps import PromptUse, Step, StepGuard, check_all, unguarded
-
-
-@dataclass(frozen=True)
-class ArtifactPaths:
-    """Where the artifacts of a restoration lie.
-
-    Attributes:
-        heads: Head scores.
-        statistics: Kind of importance -> statistics of D^s and D^u.
-        responses: Folder for the dense model's answers to calibration prompts.
-        ranking: The ranking, which methods that differ in what they take of it share.
-        patch: The patch.
-        curve: Results of a search.
-        references: Evaluations of the dense and the pruned model, which searches share.
-        points: Patches and answers of a search.
-        states: Of ablated models, from which heads are scored for any r_max.
-        given: What was made elsewhere and is taken instead.
-    """
-
-    heads: Path
-    statistics: Callable[[str], Path]
-    responses: Path
-    ranking: Path
-    patch: Path
-    curve: Path
-    references: Path | None = None
-    points: Path | None = None
-    states: Path | None = None
-    given: Inputs = field(default_factory=Inputs)
-
-    @classmethod
-    def beside(cls, out: Path, given: Inputs | None = None) -> ArtifactPaths:
-        """All beside the patch `out`, named after it."""
-        return cls(
-            heads=_beside(out, "heads.safetensors"),
-            statistics=lambda _: _beside(out, "statistics.safetensors"),
-            responses=_beside(out, "responses"),
-            ranking=_beside(out, "ranking.safetensors"),
-            patch=out,
-            curve=curve_beside(out),
-            given=given or Inputs(),
-        )
-
-    def inputs(self, needs: Needs) -> Inputs:
-        """What a ranking is made from."""
-        heads = self.heads if needs.heads else None
-        statistics = self.statistics(needs.statistics) if needs.statistics else None
-        return Inputs(
-            heads=self.given.heads or heads,
-            statistics=self.given.statistics or statistics,
-            positions=self.given.positions,
-            responses=self.responses,
-        )
 
 
 @dataclass(frozen=True)
@@ -98,12 +44,10 @@ class Restoration(Setup):
 
     Attributes:
         scoring: Of heads.
-        evaluation: How validation prompts are answered and judged.
         guard: Surrounds every step.
     """
 
     scoring: HeadSettings = HeadSettings()
-    evaluation: EvalSettings = EvalSettings(full_answers=False)
     guard: StepGuard = unguarded
 
     def restore(
@@ -115,12 +59,6 @@ class Restoration(Setup):
     ) -> Patch:
         """Make all that a method needs, its ranking and the patch.
 
-        Args:
-            pruned: The same network pruned, by whomever.
-            settings: The method.
-            paths: Where artifacts lie.
-            choice: Search how much of the ranking is restored.
-
         Raises:
             RegraftError: bad input of any step, found before any long work.
         """
@@ -129,7 +67,7 @@ class Restoration(Setup):
             *self.steps(lambda: pruned, settings, paths, choice),
         ]
         check_pair(self.dense, pruned)
-        check_restorable(settings, self.cache.survey(self.dense, pruned))
+        check_restorable(settings, self.cache.surveyed(self.dense, pruned))
         _check_given(self.dense, pruned, settings, paths.given)
         for line in check_all(steps).warnings():
             self.progress.note(f"Warning: {line}.")
@@ -173,10 +111,6 @@ class Restoration(Setup):
 
         Args:
             pruned: Gives the same network pruned, by whomever, once it is there.
-            settings: The method.
-            paths: Where artifacts lie.
-            choice: Search how much of the ranking is restored.
-            name: What the model is called.
         """
         own = own_settings(settings)
         yield self._rank(pruned, own, paths, name)
@@ -186,14 +120,14 @@ class Restoration(Setup):
                 name,
                 paths.curve,
                 lambda: self.search(pruned(), own, paths, choice),
-                lambda: self.check_search(choice),
+                Search(self, choice).check,
                 answers=choice.points * (choice.validation_limit or 0) * 2,
             )
         yield Step(
             "realign",
             name,
             paths.patch,
-            lambda: realign(
+            lambda: write_patch(
                 self.dense,
                 pruned(),
                 paths.patch,
@@ -203,17 +137,11 @@ class Restoration(Setup):
             ),
         )
 
-    def searching(self, choice: SearchSettings) -> Search:
-        """Models on validation prompts."""
-        return Search(self.dense, choice, self.evaluation, self.compute, self.progress, self.cache)
-
     def search(
         self, pruned: Source, settings: MethodSettings, paths: ArtifactPaths, choice: SearchSettings
     ) -> None:
         """Choose how much of the ranking is restored, and note what could not be had."""
-        found = self.searching(choice).curve(
-            pruned, settings, paths.ranking, paths.curve, paths.references, paths.points
-        )
+        found = Search(self, choice).curve(pruned, settings, paths)
         for line in remarks(found):
             self.progress.note(f"{paths.curve.stem}: {line}")
 
@@ -224,10 +152,7 @@ class Restoration(Setup):
             check_r_max(self.dense, self.scoring, self.drawn(harmful=True))
             return PromptUse(learnt=self.learnt_from([True]))
 
-        def make() -> object:
-            common = self.scoring, self.calibration, self.compute, self.progress
-            return heads(self.dense, paths.heads, *common, paths.states)
-
+        make = partial(write_head_scores, self, paths.heads, self.scoring, paths.states)
         samples = self.calibration.samples
         return Step("score heads", "", paths.heads, make, check, learns=samples, alone=True)
 
@@ -255,7 +180,7 @@ class Restoration(Setup):
             f"statistics for {score}",
             "",
             out,
-            lambda: statistics(self, out, StatisticsSettings(score=score), paths.responses),
+            lambda: write_statistics(self, out, StatisticsSettings(score=score), paths.responses),
             check,
             learns=2 * self.calibration.samples,
             alone=True,
@@ -298,11 +223,6 @@ class Restoration(Setup):
             bytes_beside=states,
         )
 
-    def check_search(self, choice: SearchSettings) -> PromptUse:
-        """Read the validation prompts, and see that models can be evaluated on them."""
-        role = f"validation ({choice.validation}, {choice.validation_limit or 'all'})"
-        return PromptUse(chosen_on={role: self.searching(choice).check()})
-
 
 def _check_given(dense: Source, pruned: Source, settings: MethodSettings, given: Inputs) -> None:
     """See that files made elsewhere are of these checkpoints and have what the method needs."""
@@ -313,13 +233,3 @@ def _check_given(dense: Source, pruned: Source, settings: MethodSettings, given:
         statistics=needs.statistics if given.statistics else None,
     )
     read_inputs(dense, pruned, settings, there, given)
-
-
-def curve_beside(out: Path) -> Path:
-    """Where the search for the patch `out` leaves its validation results."""
-    return _beside(out, "curve.json")
-
-
-def _beside(out: Path, what: str) -> Path:
-    """A file beside a patch, named after it: of x.safetensors and of x alone x.WHAT."""
-    return out.with_name(f"{out.name.removesuffix('.safetensors')}.{what}")

@@ -14,23 +14,14 @@ from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
 from regraft.heads.ships import HeadSettings
 from regraft.heads.states import steps
 from regraft.loading import collate, load
-from regraft.models.load import Source
-from regraft.progress import Progress, Silent
-from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
 from regraft.stages.checks import check_r_max, check_scoring
-from regraft.stages.provenance import describe, is_done, working
+from regraft.stages.provenance import describe, fingerprints, is_done, working
 from regraft.stages.reading import draw_calibration, warn_of_bundled
+from regraft.stages.setup import Setup
 
 
-def heads(
-    dense: Source,
-    out: Path,
-    settings: HeadSettings,
-    calibration: CalibrationSettings,
-    compute: ComputeSettings,
-    progress: Progress | None = None,
-    states: Path | None = None,
+def write_head_scores(
+    setup: Setup, out: Path, settings: HeadSettings, states: Path | None = None
 ) -> HeadScores:
     """Score every attention head by Ships and KL on D^s prompts; writes the file `out`.
 
@@ -40,18 +31,17 @@ def heads(
     Raises:
         RegraftError: see `score_heads` and the data readers.
     """
-    progress = progress or Silent()
+    dense, compute, progress = setup.dense, setup.compute, setup.progress
     check_scoring(dense, settings)
-    data = draw_calibration(dense, calibration, harmful=True)
-    about = describe(
-        "heads", {"dense": dense.checkpoint.fingerprint}, settings, compute, {"safety": data}
-    )
+    data = draw_calibration(dense, setup.calibration, harmful=True)
+    inputs = fingerprints(dense=dense)
+    about = describe("heads", inputs, settings, compute, {"safety": data})
     if headless := dense.architecture.headless:
         about = {**about, "skipped": headless}
         progress.note(f"Without scores, as they have no heads to tell apart: {headless}")
     if not is_done(out, out, about, lambda: load_heads(out, dense.architecture).about):
         check_r_max(dense, settings, data)
-        warn_of_bundled(dense, calibration.source, progress.note)
+        warn_of_bundled(dense, setup.calibration.source, progress.note)
         progress.note(data.describe("D^s"))
         with working(out, about) as work:
             model, processor = load(dense, compute, progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from regraft import distributed
@@ -21,124 +21,101 @@ from regraft.evaluation.tradeoff import (
     read_curve,
 )
 from regraft.models.load import Source, check_split
-from regraft.progress import Progress, Silent
 from regraft.restoration.base import MethodSettings
 from regraft.restoration.ranking import Ranking, load_ranking
-from regraft.settings.compute import ComputeSettings
-from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import validation_of
-from regraft.stages.evaluating import evaluate
-from regraft.stages.evaluation_cache import EvaluationCache
-from regraft.stages.provenance import describe, is_done
-from regraft.stages.realigning import realign
+from regraft.stages.evaluating import evaluate_target
+from regraft.stages.provenance import describe, fingerprints, is_done
+from regraft.stages.realigning import write_patch
+from regraft.stages.setup import ArtifactPaths, Setup
+from regraft.stages.steps import PromptUse
 from regraft.stages.targets import Target
 
 
 @dataclass(frozen=True)
 class Search:
-    """Models on validation prompts, to choose how many weights of a ranking are restored.
+    """Models on validation prompts, to choose how many weights of a ranking are restored."""
 
-    Attributes:
-        dense: The dense checkpoint, whose processor prepares the prompts for all.
-        choice: Validation prompts, points, target and bounds.
-        evaluation: How to answer and judge.
-        compute: Device, dtype, batch size.
-        progress: Progress.
-        cache: Shared with other evaluations.
-    """
-
-    dense: Source
+    setup: Setup
     choice: SearchSettings
-    evaluation: EvalSettings
-    compute: ComputeSettings
-    progress: Progress = field(default_factory=Silent)
-    cache: EvaluationCache = field(default_factory=EvaluationCache)
 
-    def check(self) -> Reading:
-        """Read the validation prompts, and see that models can be evaluated on them.
+    def prompts(self) -> Reading:
+        """The validation prompts."""
+        limit = self.choice.validation_limit
+        return self.setup.cache.reading(self.setup.dense, suites_of(self.choice), limit)
+
+    def check(self) -> PromptUse:
+        """See that models can be evaluated on the validation prompts.
 
         Raises:
             RegraftError: see the data readers and `check_split`.
         """
-        check_split(self.compute.device, self.compute.placement)
-        return self.cache.reading(self.dense, suites_of(self.choice), self.choice.validation_limit)
+        check_split(self.setup.compute.device, self.setup.compute.placement)
+        role = f"validation ({self.choice.validation}, {self.choice.validation_limit or 'all'})"
+        return PromptUse(chosen_on={role: self.prompts()})
 
     def point(
         self, model: Source, out: Path, restored: int = 0, patch: Path | None = None
     ) -> Point:
         """Evaluate a model, with `restored` weights of a patch; writes the folder `out`."""
+        setup = self.setup
         target = Target(
             model,
-            self.compute,
+            setup.compute,
             patch,
-            processor_from=self.dense,
-            progress=self.progress,
-            cache=self.cache,
+            processor_from=setup.dense,
+            progress=setup.progress,
+            cache=setup.cache,
         )
-        limited = self.evaluation.model_copy(update={"limit": self.choice.validation_limit})
-        done = evaluate(target, out, suites_of(self.choice), limited)
-        return Point.of(restored, done.result)
+        limited = setup.evaluation.model_copy(update={"limit": self.choice.validation_limit})
+        return Point.of(
+            restored, evaluate_target(target, out, suites_of(self.choice), limited).result
+        )
 
     def references(self, pruned: Source, folder: Path) -> tuple[Point, Point]:
         """Evaluate the dense and the pruned model; writes two folders in `folder`."""
-        return self.point(self.dense, folder / "dense"), self.point(pruned, folder / "pruned")
+        dense = self.point(self.setup.dense, folder / "dense")
+        return dense, self.point(pruned, folder / "pruned")
 
-    def curve(
-        self,
-        pruned: Source,
-        method: MethodSettings,
-        ranking_file: Path,
-        out: Path,
-        references: Path | None = None,
-        points: Path | None = None,
-    ) -> Searched:
-        """Evaluate the pruned model with more and more of a ranking restored.
+    def curve(self, pruned: Source, method: MethodSettings, paths: ArtifactPaths) -> Searched:
+        """Choose how much of a ranking is restored; writes the curve of all that was tried.
 
-        Args:
-            pruned: The pruned checkpoint.
-            method: That made the ranking.
-            ranking_file: From `write_ranking`.
-            out: The curve, JSON.
-            references: Folder for the evaluations of the dense and the pruned model, which other
-                searches on the same prompts share; that of the points by default.
-            points: Folder for patches and answers, which other searches along the same ranking and
-                on the same prompts share; one beside `out` by default.
-
-        Returns:
-            The curve, and how much of the ranking to restore.
+        Searches along the same ranking and on the same prompts may share their folders of points,
+        and all on the same prompts that of the references.
 
         Raises:
-            RegraftError: see the data readers; the ranking is of other checkpoints; a model that is
-                spread over devices and host memory has weights on disk too.
+            RegraftError: see the data readers; the ranking is of other checkpoints.
         """
-        ranking = load_ranking(ranking_file)
-        inputs = {
-            "dense": self.dense.checkpoint.fingerprint,
-            "pruned": pruned.checkpoint.fingerprint,
-            "ranking": file_digest(ranking_file),
+        out, setup = paths.curve, self.setup
+        inputs = fingerprints(dense=setup.dense, pruned=pruned) | {
+            "ranking": file_digest(paths.ranking)
         }
-        about = describe("search", inputs, self.choice, self.compute, {"validation": self.check()})
-        about["evaluation"] = self.evaluation.model_dump(mode="json")
-        if is_done(out, out, about, lambda: about_of(out)):
-            return read_curve(out)
-        folder = points or out.with_suffix("")
-        full, before = self.references(pruned, references or folder)
+        data = {"validation": self.prompts()}
+        about = describe("search", inputs, self.choice, setup.compute, data)
+        about["evaluation"] = setup.evaluation.model_dump(mode="json")
+        if not is_done(out, out, about, lambda: about_of(out)):
+            curve = curve_to_json(self._searched(pruned, method, paths))
+            if distributed.first():
+                write_json(out, {"about": about, **curve})
+            distributed.barrier()
+        return read_curve(out)
+
+    def _searched(self, pruned: Source, method: MethodSettings, paths: ArtifactPaths) -> Searched:
+        """Evaluate the pruned model with more and more of the ranking restored."""
+        ranking, folder = load_ranking(paths.ranking), paths.points or paths.curve.with_suffix("")
+        full, before = self.references(pruned, paths.references or folder)
         found = [before]
         for count in self._counts(ranking, method):
             patch = folder / f"{count:08d}.safetensors"
             # Without the budget, so that a search within another one finds this patch made.
-            realign(self.dense, pruned, patch, method.without_amount(), ranking_file, count)
+            whole = method.without_amount()
+            write_patch(self.setup.dense, pruned, patch, whole, paths.ranking, count)
             found.append(self.point(pruned, folder / f"{count:08d}", count, patch))
         bounds = bounds_of(self.choice, full, before)
         best = choose(found, bounds)
         chosen = None if best is None else found[best].restored
-        curve = Searched(full, tuple(found), bounds, chosen, ranking.about["pruned"])
-        if distributed.first():
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(out, {"about": about, **curve_to_json(curve)})
-        distributed.barrier()
-        return read_curve(out)
+        return Searched(full, tuple(found), bounds, chosen, ranking.about["pruned"])
 
     def _counts(self, ranking: Ranking, method: MethodSettings) -> list[int]:
         """Numbers of weights to try, evenly up to the most that may be restored."""

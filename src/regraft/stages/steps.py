@@ -22,17 +22,11 @@ def unguarded(_step: str, _of: str) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class PromptUse:
-    """What steps use prompts for; these by their role.
-
-    Attributes:
-        learnt: Those learnt from.
-        chosen_on: Those on which something is chosen.
-        evaluated: Those that the reported rates are of.
-    """
+    """What steps use prompts for; these by their role."""
 
     learnt: Mapping[str, Reading] = field(default_factory=dict)
     chosen_on: Mapping[str, Reading] = field(default_factory=dict)
-    evaluated: Reading | None = None
+    evaluated: Reading | None = None  # what the reported rates are of
 
     def __or__(self, other: PromptUse) -> PromptUse:
         """Those of both."""
@@ -53,39 +47,21 @@ class PromptUse:
         return found
 
 
-def _nothing_beside() -> int:
-    return 0
-
-
 @dataclass(frozen=True)
 class Step:
-    """One artifact of a run.
+    """One artifact of a run."""
 
-    Attributes:
-        stage: What is done, as costs name it.
-        of: For which model; "" for all of the run.
-        out: The artifact.
-        make: Makes it, goes on with it, or finds that it is there and as wanted.
-        check: Finds bad input before any step is made; returns its use of prompts.
-        title: What is told when the step begins, if anything.
-        answers: How many prompts a model answers.
-        learns: How many prompts go through a model forward, or forward and backward.
-        alone: Loads a model itself, so that the one evaluated last must go from memory.
-        bytes: What the artifact takes on disk, of those that are large.
-        bytes_beside: Gives what work on it keeps on disk meanwhile.
-    """
-
-    stage: str
-    of: str
+    stage: str  # what is done, as costs name it
+    of: str  # for which model; "" for all of the run
     out: Path
-    make: Callable[[], object]
-    check: Callable[[], PromptUse] = PromptUse
-    title: str = ""
-    answers: int = 0
-    learns: int = 0
-    alone: bool = False
-    bytes: int = 0
-    bytes_beside: Callable[[], int] = _nothing_beside
+    make: Callable[[], object]  # makes it, goes on with it, or finds that it is there and as wanted
+    check: Callable[[], PromptUse] = PromptUse  # finds bad input before any step is made
+    title: str = ""  # told when the step begins
+    answers: int = 0  # prompts that a model answers
+    learns: int = 0  # prompts that go through a model forward, or forward and backward
+    alone: bool = False  # loads a model itself: the one evaluated last must go from memory
+    bytes: int = 0  # of the artifact on disk, where it is large
+    bytes_beside: Callable[[], int] = lambda: 0  # what work on it keeps on disk meanwhile
 
     @property
     def done(self) -> bool:

@@ -1,18 +1,16 @@
 """What can be evaluated: a checkpoint, which answers in memory; see endpoint.py for servers.
 
-`evaluate` asks a target what it is made of and for a backend, and the backend for answers. Only a
-model in memory says how likely it finds a text; of a server nothing is asked but answers.
+Only a model in memory says how likely it finds a text; of a server nothing is asked but answers.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -31,14 +29,14 @@ from regraft.evaluation.perplexity import (
 )
 from regraft.evaluation.results import TextResult
 from regraft.evaluation.summary import is_compared
-from regraft.loading import patch_in_memory
 from regraft.models.load import Source, has_processor
-from regraft.patch.apply import patched, zeros_filled
-from regraft.patch.format import Patch
-from regraft.progress import Progress, Silent
+from regraft.patch.apply import make_plan, patched, zeros_filled
+from regraft.patch.format import Patch, load_patch
+from regraft.progress import SILENT, Progress
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages.evaluation_cache import EvaluationCache, Prompts
+from regraft.stages.provenance import fingerprints
 from regraft.stages.reading import warn_of_bundled
 
 STATES = "text-states.safetensors"  # in the folder of a dense model's evaluation
@@ -84,111 +82,67 @@ class OnText:
 
 
 @dataclass(frozen=True)
-class Likelihoods:
-    """How likely a model finds text that others wrote, where that is asked for.
+class Answered:
+    """What came of prompts."""
 
-    `references` are by the id of their example. `teacher` is what later evaluations on the same
-    ordinary text need to measure KL to this model.
+    texts: Sequence[str]  # the answers, in order
+    references: Mapping[str, Nll] = field(default_factory=dict)  # of responses by id, if asked for
+    text: TextResult | None = None  # of ordinary text
+    teacher: Teacher | None = None  # from which others measure their KL to this model on that text
+    more: Mapping[str, Any] = field(default_factory=dict)  # for the evaluation's description
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyTarget:
+    """What all have that can be evaluated.
+
+    Attributes:
+        defence: Answer under this defence at inference, from `write_defence`.
+        cache: Shared with the other evaluations of a run, which saves work and changes nothing.
     """
 
-    references: Mapping[str, Nll] = field(default_factory=dict)
-    text: TextResult | None = None
-    teacher: Teacher | None = None
+    defence: Path | None = None
+    progress: Progress = SILENT
+    cache: EvaluationCache = field(default_factory=lambda: EvaluationCache(memo_bytes=0))
 
+    @cached_property
+    def loaded_defence(self) -> Defence | None:
+        """The defence in the file."""
+        return None if self.defence is None else load_defence(self.defence)
 
-class Backend(ABC):
-    """What answers the prompts of an evaluation, by whatever means."""
-
-    @abstractmethod
-    def answers(self, prompts: Prompts, work: Path) -> list[str]:
-        """Answer every prompt greedily, in order.
-
-        Finished answers are kept in the folder `work`, and found there after a kill.
-        """
-
-    def check(self, examples: Sequence[Example]) -> None:  # noqa: B027, most have nothing to check
-        """Raise a `RegraftError` before long work where some prompts cannot be answered."""
-
-    def likelihoods(self, prompts: Prompts, work: Path) -> Likelihoods:
-        """Nothing, for what can only be asked for answers."""
-        return Likelihoods()
-
-    def outcome(self) -> dict[str, Any]:
-        """What there is to tell of the answers beside their texts, once they are there."""
-        return {}
-
-
-class Evaluable(Protocol):
-    """What `evaluate` takes: a `Target`, or an `EndpointTarget`."""
-
-    @property
-    def compute(self) -> ComputeSettings | None:
-        """How it is run, None for what runs elsewhere."""
-
-    @property
-    def cache(self) -> EvaluationCache:
-        """Shared with other evaluations."""
-
-    def backend(self, settings: EvalSettings) -> Backend:
-        """What answers as the settings ask for."""
-
-    def reading(self, suites: Sequence[DataSource], limit: int | None) -> Reading:
-        """The examples of the suites."""
-
-    def asked(self, examples: Sequence[Example]) -> Sequence[Example]:
+    def defended(self, examples: Sequence[Example]) -> Sequence[Example]:
         """The examples as the model gets them."""
-
-    def announce(self, suites: Sequence[DataSource], reading: Reading) -> None:
-        """Say what is about to be answered."""
-
-    def inputs(self) -> dict[str, str]:
-        """What tells the model, and all that is put on or around it, from others: "model" ..."""
-
-    def sizes(self) -> dict[str, int]:
-        """How many prunable weights there are, and how many of them are zero, where it is known."""
+        return asked(self.loaded_defence, examples)
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(AnyTarget):
     """A checkpoint that is to be evaluated, and how it is run.
 
     Args:
         model: The checkpoint.
-        compute: Device, dtype, batch size.
         patch: Put this patch on the model in memory first.
-        defence: Answer under this defence at inference, from `defend`.
         text: Measure perplexity on ordinary text too, and KL to the dense model.
         processor_from: Take the processor from there if the checkpoint comes without one.
-        progress: Progress.
-        cache: Shared with the other evaluations of a run, which saves work and changes nothing.
     """
 
     model: Source
     compute: ComputeSettings
     patch: Path | None = None
-    defence: Path | None = None
     text: OnText | None = None
     processor_from: Source | None = None
-    progress: Progress = field(default_factory=Silent)
-    cache: EvaluationCache = field(default_factory=lambda: EvaluationCache(memo_bytes=0))
 
-    def backend(self, settings: EvalSettings) -> Backend:
-        """What answers as the settings ask for."""
-        return _InMemory(self, settings)
+    def check(self, settings: EvalSettings) -> None:
+        """A model in memory does all that the settings can ask for."""
 
     def reading(self, suites: Sequence[DataSource], limit: int | None) -> Reading:
         """The examples of the suites, which the model can read."""
         return self.cache.reading(self.model, suites, limit)
 
-    def asked(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """The examples as the model gets them."""
-        return asked(self._defence, examples)
-
-    def announce(self, suites: Sequence[DataSource], reading: Reading) -> None:
-        """Say what is about to be answered."""
+    def warn(self, suites: Sequence[DataSource]) -> None:
+        """Say where another model goes by prompts made for the bundled one."""
         for suite in suites if self.processor_from is None else ():  # a run says it once
             warn_of_bundled(self.model, suite, self.progress.note)
-        self.progress.note(reading.describe("Prompts"))
 
     def inputs(self) -> dict[str, str]:
         """Digests of the model, of all that is put on or around it and of the text.
@@ -196,93 +150,81 @@ class Target:
         Raises:
             RegraftError: a file is missing or is for another model.
         """
-        _, found = self._patch
-        if self.defence and self._defence:
-            if isinstance(self._defence, Direction):  # a prompt fits any model, quantised ones too
-                check_fits(self._defence, self.model.architecture, self.defence)
-            found = found | {"defence": file_digest(self.defence)}
+        found = fingerprints(model=self.model)
+        if self.patch and self._patch:
+            found["patch"] = file_digest(self.patch)
+        if self.defence and self.loaded_defence:
+            if isinstance(self.loaded_defence, Direction):  # a prompt fits quantised models too
+                check_fits(self.loaded_defence, self.model.architecture, self.defence)
+            found["defence"] = file_digest(self.defence)
         return found | (self.text.digests() if self.text else {})
 
     def sizes(self) -> dict[str, int]:
         """How many prunable weights there are, how many are zero; empty of quantised weights."""
         if (architecture := self.model.readable_architecture) is None:
             return {}
-        patch, _ = self._patch
-        filled = zeros_filled(self.model.checkpoint, patch) if patch else 0
-        zeros = self.cache.zeros(self.model, architecture) - filled
+        filled = zeros_filled(self.model.checkpoint, self._patch) if self._patch else 0
+        zeros = self.cache.zero_count(self.model, architecture) - filled
         return {"zeros": zeros, "prunable": architecture.prunable}
 
-    @property
-    def checkpoints(self) -> tuple[Source, Source]:
-        """The model, and what its processor is taken from; see `loading.load`."""
+    def answered(self, prompts: Prompts, settings: EvalSettings, work: Path) -> Answered:
+        """Answer every prompt greedily; finished answers are kept in the folder `work`.
+
+        Raises:
+            RegraftError: a prompt is too long for the model.
+        """
         own = self.processor_from is None or has_processor(self.model)
-        return self.model, self.model if own else self.processor_from or self.model
+        made_of = self.model, self.model if own else self.processor_from or self.model
+        self.cache.check_lengths_once(*made_of, prompts.examples, settings.max_new_tokens)
+        with self.running() as (network, processor):
+            wanted = _compared(prompts.examples) if settings.perplexity else []
+            references = self._references(network, processor, wanted, work) if wanted else {}
+            on_text = self.text.predicted(network, processor, self.progress) if self.text else ()
+            judge = None if settings.full_answers else settings.text_judge()
+            answerer = self.cache.answerer(
+                made_of, processor, prompts, self.compute.batch_size, judge
+            )
+            what = f"Answering {prompts.name}", len(prompts.examples), "prompts"
+            with self.progress.task(*what) as done:
+                texts = answerer.answers(
+                    network, max_new_tokens=settings.max_new_tokens, partial=work, advance=done
+                )
+        return Answered(texts, references, *on_text)
 
     @contextmanager
     def running(self) -> Iterator[tuple[nn.Module, Any]]:
         """The model in memory as it is to be evaluated, and its processor."""
-        network, processor = self.cache.load(
+        network, processor = self.cache.loaded_model(
             self.model, self.compute, self.progress, self.processor_from
         )
-        patch, _ = self._patch
+        patch = self._patch
         restored = patched(network, self.model.architecture, patch) if patch else nullcontext()
-        with restored, acting(self._defence, network):
+        with restored, acting(self.loaded_defence, network):
             yield network, processor
 
     @cached_property
-    def _patch(self) -> tuple[Patch | None, dict[str, str]]:
-        return patch_in_memory(self.model, self.patch)
-
-    @cached_property
-    def _defence(self) -> Defence | None:
-        return None if self.defence is None else load_defence(self.defence)
-
-
-@dataclass(frozen=True)
-class _InMemory(Backend):
-    """The model in this process, with a patch and a defence where they are named."""
-
-    target: Target
-    settings: EvalSettings
-
-    def check(self, examples: Sequence[Example]) -> None:
-        made_of, most = self.target.checkpoints, self.settings.max_new_tokens
-        self.target.cache.check_lengths(*made_of, examples, most)
-
-    def answers(self, prompts: Prompts, work: Path) -> list[str]:
-        target, settings = self.target, self.settings
-        judge = None if settings.full_answers else settings.text_judge()
-        with target.running() as (network, processor):
-            answerer = target.cache.answerer(
-                target.checkpoints, processor, prompts, target.compute.batch_size, judge
-            )
-            what = f"Answering {prompts.name}", len(prompts.examples), "prompts"
-            with target.progress.task(*what) as done:
-                return answerer.answers(
-                    network, max_new_tokens=settings.max_new_tokens, partial=work, advance=done
-                )
-
-    def likelihoods(self, prompts: Prompts, work: Path) -> Likelihoods:
-        """Of the references that answers are compared with, and of ordinary text."""
-        compared = [
-            one
-            for one in prompts.examples
-            if is_compared(one) and not one.choices and (one.response or "").strip()
-        ]
-        wanted = compared if self.settings.perplexity else []
-        text = self.target.text
-        if not wanted and text is None:
-            return Likelihoods()
-        with self.target.running() as (network, processor):
-            references = self._references(network, processor, wanted, work) if wanted else {}
-            on_text = text.predicted(network, processor, self.target.progress) if text else ()
-            return Likelihoods(references, *on_text)
+    def _patch(self) -> Patch | None:
+        """The patch to be put on the model; another model's is refused."""
+        if self.patch is None:
+            return None
+        found = load_patch(self.patch)
+        _ = self.model.architecture  # what keeps a model from being patched is said before loading
+        make_plan(self.model.checkpoint, found, "apply")
+        return found
 
     def _references(
         self, network: nn.Module, processor: Any, examples: Sequence[Example], work: Path
     ) -> dict[str, Nll]:
-        size = self.target.compute.batch_size
-        task = self.target.progress.task("Reading the references", len(examples), "responses")
-        with task as done:
+        size = self.compute.batch_size
+        with self.progress.task("Reading the references", len(examples), "responses") as done:
             found = response_nlls(network, processor, examples, size, partial=work, advance=done)
         return {example.id: nll for example, nll in zip(examples, found, strict=True)}
+
+
+def _compared(examples: Sequence[Example]) -> list[Example]:
+    """Those with a reference that answers are compared with."""
+    return [
+        one
+        for one in examples
+        if is_compared(one) and not one.choices and (one.response or "").strip()
+    ]

@@ -37,11 +37,6 @@ _TRIED = "tried"  # what is kept of a finished trial, among its attributes
 class Trials:
     """The trials in a folder, which need not be there yet.
 
-    Args:
-        folder: Where study.db and locks lie.
-        space: What is varied.
-        settings: The sampler's seed, and how many trials are at random.
-
     Raises:
         RegraftError: Optuna is not installed, or too old.
     """
@@ -197,7 +192,6 @@ def space_of(
 
     Args:
         dense: Whose heads bound their number.
-        method: The method.
         tuning: What stays as given.
         scoring: Of heads; of screened ones, only the candidates may be taken.
         kept: Share of weights that pruning kept.

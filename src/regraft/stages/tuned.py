@@ -16,12 +16,6 @@ def recipe_item(tuned: Tuned, best: Tried, method: MethodSettings, restoration: 
     """The best trial as an item of a recipe's `realign`, YAML.
 
     Where its point is a prefix of the ranking, `count` says how many weights are restored.
-
-    Args:
-        tuned: All trials.
-        best: The best one.
-        method: With that trial's settings.
-        restoration: How it was made and evaluated.
     """
     content: dict[str, Any] = {"name": f"{method.method}-tuned", "method": method.method}
     content |= method.model_dump(mode="json", exclude_defaults=True) | dict(best.settings)

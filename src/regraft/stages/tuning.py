@@ -37,7 +37,7 @@ from regraft.evaluation.tradeoff import Cost, Point, Tried, Tuned, best_first, c
 from regraft.models.load import Source, pick_device
 from regraft.patch.format import load_patch
 from regraft.patch.pair import check_pair
-from regraft.progress import Silent
+from regraft.progress import SILENT
 from regraft.restoration.base import MethodSettings, Space, needs_of
 from regraft.settings.base import explain
 from regraft.settings.searching import SearchSettings, TuneSettings
@@ -45,8 +45,9 @@ from regraft.settings.validation import with_validation
 from regraft.stages.checks import check_r_max, check_restorable
 from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.provenance import describe
-from regraft.stages.restoring import ArtifactPaths, Restoration
+from regraft.stages.restoring import Restoration
 from regraft.stages.searching import Search, bounds_of
+from regraft.stages.setup import ArtifactPaths
 from regraft.stages.steps import PromptUse
 from regraft.stages.trials import Trials, alone, claim, exclusive, require_optuna, space_of
 from regraft.stages.tuned import recipe_item
@@ -57,13 +58,13 @@ if TYPE_CHECKING:
 _PAUSE = 0.5  # seconds between looks at what others do
 
 
-def tune(
+def tune_method(
     restoration: Restoration,
     pruned: Source,
     out: Path,
     method: MethodSettings,
-    tuning: TuneSettings | None = None,
-    choice: SearchSettings | None = None,
+    tuning: TuneSettings = TuneSettings(),
+    choice: SearchSettings = SearchSettings(),
 ) -> Tuned:
     """Search for a method's settings that give the lowest ASR within bounds on validation prompts.
 
@@ -72,24 +73,18 @@ def tune(
     bounds and helps.
 
     Args:
-        restoration: The dense model, D^s and D^u, how heads are scored, how models are evaluated
-            and where all of it runs.
-        pruned: The pruned checkpoint.
         out: A new folder, or that of the same tuning.
         method: The method; what is not tuned stays as it is here, the budget above all.
-        tuning: How many trials, what stays as given, workers.
-        choice: Validation prompts, bounds and points of a ranking.
 
     Raises:
         RegraftError: bad input, the folder is of another tuning, or Optuna is missing.
     """
     dense, calibration = restoration.dense, restoration.calibration
-    tuning = tuning or TuneSettings()
-    choice = with_validation(choice or SearchSettings(), dense.folder, calibration)
+    choice = with_validation(choice, dense.folder, calibration)
     _check(tuning, choice)
     restoration = _on(restoration, (*tuning.devices, restoration.compute.device)[0])
     check_pair(dense, pruned)
-    looked = restoration.cache.survey(dense, pruned)
+    looked = restoration.cache.surveyed(dense, pruned)
     if method.searchable or looked.kind == "changed":
         check_restorable(method, looked)
     data = _read(restoration, choice)
@@ -130,13 +125,14 @@ def _on(restoration: Restoration, device: str) -> Restoration:
 
 def _read(restoration: Restoration, choice: SearchSettings) -> dict[str, Reading]:
     """Calibration and validation prompts, by their role; notes those that are both."""
-    use = restoration.check_search(choice)
-    for line in (use | PromptUse(learnt=restoration.learnt_from([True, False]))).warnings():
+    search = Search(restoration, choice)
+    learnt = PromptUse(learnt=restoration.learnt_from([True, False]))
+    for line in (search.check() | learnt).warnings():
         restoration.progress.note(f"Warning: {line}.")
     return {
         "safety": restoration.drawn(harmful=True),
         "utility": restoration.drawn(harmful=False),
-        "validation": next(iter(use.chosen_on.values())),
+        "validation": search.prompts(),
     }
 
 
@@ -144,7 +140,7 @@ def _share(work: _Tuning) -> None:
     """Start the workers, wait for them and show how many trials are finished."""
     restoration, wanted = work.restoration, work.tuning
     devices = wanted.devices or (restoration.compute.device,)
-    own = replace(restoration, progress=Silent(), cache=EvaluationCache())
+    own = replace(restoration, progress=SILENT, cache=EvaluationCache())
     context = multiprocessing.get_context("spawn")
     errors = context.SimpleQueue()
     workers = [
@@ -198,7 +194,7 @@ def _work(work: _Tuning, errors: Any) -> None:
 
 @dataclass(frozen=True)
 class _Tuning:
-    """What a worker needs to know; fields as the arguments of `tune`, and what is varied."""
+    """What a worker needs to know; fields as the arguments of `tune_method`, and what is varied."""
 
     restoration: Restoration
     pruned: Source
@@ -260,7 +256,7 @@ class _Tuning:
             scoring=own.scoring.model_copy(update={"r_max": r_max}),
             guard=partial(alone, self.out, seconds),
         )
-        search, references = restoration.searching(self.choice), self.out / "references"
+        search, references = Search(restoration, self.choice), self.out / "references"
         with restoration.guard("references", ""):
             evaluations = 0 if (references / "pruned").exists() else 2
             full, before = search.references(self.pruned, references)
@@ -297,10 +293,7 @@ class _Tuning:
         restoration.make([rank] if method.searchable else [rank, realign])
         with restoration.guard("evaluate", str(number)):
             if method.searchable:
-                found = search.curve(
-                    self.pruned, method, paths.ranking, paths.curve, paths.references
-                )
-                return list(found.points[1:])
+                return list(search.curve(self.pruned, method, paths).points[1:])
             if not (restored := load_patch(paths.patch).restored):
                 return []
             out = paths.patch.with_name("evaluation")
@@ -325,7 +318,7 @@ class _Tuning:
     def conclude(self, about: Mapping[str, Any], weights: int) -> Tuned:
         """Read all trials and write the outcome; pruning took so many `weights`."""
         trials = self.trials()
-        search = self.restoration.searching(self.choice)
+        search = Search(self.restoration, self.choice)
         with exclusive(self.out, "outcome"):
             full, before = search.references(self.pruned, self.out / "references")
             tuned = Tuned(
