@@ -74,16 +74,12 @@ def study_of(
 
 def _with_published(table: Table, published: Published) -> Table:
     names = {"dense": ("", ""), "pruned": (table.pruning, "")}
-    rows = (
-        replace(
-            row,
-            published=beside(
-                published, table.model, *names.get(row.role, (table.pruning, row.name))
-            ),
-        )
-        for row in table.rows
-    )
-    return replace(table, rows=tuple(rows))
+
+    def found(row: Row) -> Row:
+        pruning, method = names.get(row.role, (table.pruning, row.name))
+        return replace(row, published=beside(published, table.model, pruning, method))
+
+    return replace(table, rows=tuple(map(found, table.rows)))
 
 
 def _paths(runs: Sequence[Run]) -> tuple[tuple[str, tuple[GainPath, ...]], ...]:

@@ -35,6 +35,7 @@ from regraft.loading import patch_in_memory
 from regraft.models.load import Source, has_processor
 from regraft.patch.apply import patched, zeros_filled
 from regraft.patch.format import Patch
+from regraft.patch.pair import is_changed
 from regraft.progress import Progress, Silent
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
@@ -204,13 +205,20 @@ class Target:
         return found | (self.text.digests() if self.text else {})
 
     def sizes(self) -> dict[str, int]:
-        """How many prunable weights there are, how many are zero; empty of quantised weights."""
+        """How many prunable weights there are, how many are zero; empty of quantised weights.
+
+        With a patch also how many it restores, and of how many that were `pruned` or `changed`.
+        """
         if (architecture := self.model.readable_architecture) is None:
             return {}
+        found = {"zeros": self.cache.zeros(self.model, architecture)}
+        found["prunable"] = architecture.prunable
         patch, _ = self._patch
-        filled = zeros_filled(self.model.checkpoint, patch) if patch else 0
-        zeros = self.cache.zeros(self.model, architecture) - filled
-        return {"zeros": zeros, "prunable": architecture.prunable}
+        if patch is not None:
+            found["zeros"] -= zeros_filled(self.model.checkpoint, patch)
+            kind = "changed" if is_changed(patch) else "pruned"
+            found |= {"restored": patch.restored, kind: patch.about.get("pruned", 0)}
+        return found
 
     @property
     def checkpoints(self) -> tuple[Source, Source]:
