@@ -33,7 +33,7 @@ Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Cells:
+class RowModels:
     """The models that make one row: the same number of them for every seed."""
 
     name: str
@@ -54,7 +54,7 @@ class Cells:
 
 def rows_of_methods(
     groups: Sequence[Sequence[Variant]], recipe: Mapping[str, Any]
-) -> tuple[Cells, ...]:
+) -> tuple[RowModels, ...]:
     """One a way of restoring; the draws of a random control are together."""
     settings = {one["name"]: one for one in recipe.get("realign", ())}
     drawn = {name for name, one in settings.items() if settings_in(one).drawn}
@@ -63,7 +63,7 @@ def rows_of_methods(
         key = _apart_from_the_draw(settings[own]) if own in drawn else own
         together.setdefault(key, []).append(own)
     taken = {*settings, *(variant.name_in_group for variant in groups[0]), "dense"}
-    found: list[Cells] = []
+    found: list[RowModels] = []
     for names in together.values():
         name = _shared_name(names, taken)
         taken.add(name)
@@ -86,13 +86,13 @@ def _shared_name(names: Sequence[str], taken: Collection[str]) -> str:
 
 def _method(
     groups: Sequence[Sequence[Variant]], names: Sequence[str], name: str, *, drawn: bool
-) -> Cells:
+) -> RowModels:
     by_name = [{v.name_in_group: v for v in group[1:]} for group in groups]
     found = tuple(tuple(of_seed[one] for one in names) for of_seed in by_name)
     labels = {of_seed[0].label_in_group for of_seed in found}
     # what seeds have chosen differently, as the layer of a direction, is not the row's
     label = labels.pop().replace(names[0], name, 1) if len(labels) == 1 else name
-    return Cells(name, label, "method", found, drawn)
+    return RowModels(name, label, "method", found, drawn)
 
 
 def rate_of(events: Events) -> Estimate | None:
@@ -129,7 +129,7 @@ class RowAnswers:
     models, and `pruned` for a pruned one too.
     """
 
-    cells: Cells
+    models: RowModels
     prompts: Prompts
     complies: Events
     refused: Events
@@ -137,6 +137,11 @@ class RowAnswers:
     answers: tuple[tuple[Answer, ...], ...]
     dense: RowAnswers | None = None
     pruned: RowAnswers | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the row."""
+        return self.models.name
 
     @property
     def attacks(self) -> Events:
@@ -234,7 +239,7 @@ class RowAnswers:
         return Recovered(rsr(*rates), interval)
 
 
-def read_answers(runs: Sequence[Run], cells: Sequence[Cells]) -> tuple[RowAnswers, ...]:
+def read_answers(runs: Sequence[Run], models: Sequence[RowModels]) -> tuple[RowAnswers, ...]:
     """The answers of each row, in their order: dense, pruned, methods, or unrelated models.
 
     Raises:
@@ -243,7 +248,7 @@ def read_answers(runs: Sequence[Run], cells: Sequence[Cells]) -> tuple[RowAnswer
     several = len(runs) > 1
     named = [
         replace(variant, name=f"{variant.name} of seed {run.seed}") if several else variant
-        for one in cells
+        for one in models
         for run, variants in zip(runs, one.members, strict=True)
         for variant in variants
     ]
@@ -251,7 +256,7 @@ def read_answers(runs: Sequence[Run], cells: Sequence[Cells]) -> tuple[RowAnswer
     prompts = _prompts(table, named[0].result.by_suite)
     columns = iter(zip(*table, strict=True))
     found: list[RowAnswers] = []
-    for one in cells:
+    for one in models:
         mine = tuple(islice(columns, len(one.all)))
         shape = len(runs), len(one.members[0]), len(table)
         related = one.role in ("pruned", "method")
