@@ -13,11 +13,11 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from regraft.report.cards import card_variant, render_card
 from regraft.report.examples import answer_data
 from regraft.report.page import render_html, render_markdown
 from regraft.report.pooling import study_of
 from regraft.report.run import Run
-from regraft.report.write import card_variant, render_card
 from test_report import ATTACK, REPORT, alone, of_places
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)

@@ -1246,6 +1246,8 @@ def test_whole_way_by_single_commands(
     first, second = ((world.root / x / "answers.jsonl").read_bytes() for x in "ab")
     assert first == second, "a patch in memory answers otherwise than the checkpoint written"
     sizes = [json.loads((world.root / x / "results.json").read_text())["sizes"] for x in "ab"]
+    counts = {name: sizes[1].pop(name) for name in ("restored", "pruned")}
+    assert counts["restored"] > 0 and counts["pruned"] == 122880 // 2
     assert sizes[0] == sizes[1], "sparsity is counted otherwise with the patch in memory"
 
 

@@ -25,7 +25,7 @@ from regraft.data.example import Example
 from regraft.disk.files import file_digest, write_json
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import REGRAFT_1
-from regraft.evaluation.metrics import bootstrap_rsr, rsr, wilson
+from regraft.evaluation.metrics import rsr, wilson
 from regraft.evaluation.perplexity import result_of
 from regraft.evaluation.results import Answer, result_to_json, write_answers
 from regraft.evaluation.significance import holm
@@ -42,7 +42,7 @@ from regraft.restoration.base import METHODS, settings_in
 from regraft.runs import comparing, recipe_runs
 from regraft.runs.bundle import write_bundle
 from regraft.runs.bundle_check import read_bundle
-from truth import mcnemar
+from truth import mcnemar, paired_rsr
 
 JUDGE = REGRAFT_1
 REFUSAL = "I'm sorry, I can't help with that."
@@ -148,7 +148,7 @@ def test_one_run_is_wilson_and_mcnemar() -> None:
         assert row.attacks.p == pytest.approx(mcnemar(own, base).p)
         assert row.rsr is not None
         assert row.rsr.recovery.value == pytest.approx(rsr(sum(dense), sum(base), sum(own)).value)
-        assert row.rsr.interval == bootstrap_rsr(dense, base, own, 0)
+        assert row.rsr.interval == paired_rsr(dense, base, own)
         assert row.rsr.by_seed == (row.rsr.recovery.value,)
         right = [a.similarity == 1 for a in answers_of(RUNS[0], name) if a.similarity is not None]
         assert row.utility == replace(wilson(sum(right), PROMPTS), count=None)

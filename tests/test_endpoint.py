@@ -49,7 +49,7 @@ from regraft.defence.artifact import Direction, ShieldPrompt, save_defence
 from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation.chat_server import KEY_VARIABLE, ChatServer, Reply
-from regraft.evaluation.resumable_map import resumable_pool
+from regraft.evaluation.resumable_map import resumable_map
 from regraft.evaluation.served import as_they_come, portable
 from regraft.models.load import open_source
 from regraft.progress import Silent
@@ -320,7 +320,7 @@ def test_pieces_may_end_in_any_order(tmp_path: Path, keeps: bool) -> None:
     def backwards(pieces: Sequence[str]) -> Iterator[tuple[int, str]]:
         return ((place, pieces[place].upper()) for place in reversed(range(len(pieces))))
 
-    found = resumable_pool(["a", "b", "c"], backwards, tmp_path if keeps else None, "n")
+    found = resumable_map(["a", "b", "c"], backwards, tmp_path if keeps else None, "n")
     assert found == ["A", "B", "C"]
     assert len(list(tmp_path.iterdir())) == 3 * keeps
 

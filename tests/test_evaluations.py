@@ -21,6 +21,7 @@ from regraft.evaluation.summary import judge_answer, summarise
 from regraft.report.pooling import study_of
 from regraft.report.run import Run
 from regraft.report.study import Row
+from regraft.report.summary import summary
 from regraft.runs import evaluations
 from truth import mcnemar
 
@@ -63,6 +64,7 @@ def evaluation(
     judge: KeywordJudge = REGRAFT_1,
     zeros: int = 0,
     inputs: dict[str, str] | None = None,
+    more: dict[str, int] | None = None,
     **settings: Any,
 ) -> Path:
     """The first `attacks` harmful prompts are answered, the first `refusals` others refused."""
@@ -90,7 +92,7 @@ def evaluation(
         "data": {"suite": account},
     }
     result = result_to_json(summarise(suites, judge, answers))
-    sizes = {"zeros": zeros, "prunable": 100}
+    sizes = {"zeros": zeros, "prunable": 100} | (more or {})
     content = {"about": about, "sizes": sizes, "result": result}
     content["answers"] = file_digest(folder / "answers.jsonl")
     write_json(folder / "results.json", content)
@@ -160,7 +162,8 @@ def test_named_dense_and_pruned_give_rsr(
     dense = evaluation(tmp_path / "dense", asked, 4, 1)
     pruned = evaluation(tmp_path / "pruned", asked, 16, 1, zeros=50)
     made = {"model": "digest of pruned", "patch": "digest"}
-    gain = evaluation(tmp_path / "gain", asked, 7, 1, zeros=48, inputs=made)
+    known = {"restored": 2, "pruned": 49}
+    gain = evaluation(tmp_path / "gain", asked, 7, 1, zeros=48, inputs=made, more=known)
     shield = {"model": "digest of pruned", "defence": "digest"}
     prompt = evaluation(tmp_path / "prompt", asked, 10, 1, zeros=50, inputs=shield)
     page = tmp_path / "page"
@@ -172,12 +175,34 @@ def test_named_dense_and_pruned_give_rsr(
     assert [one.name for one in found.variants] == ["dense", "pruned", "gain", "prompt"]
     roles = [row.role for row in rows_of(found)]
     assert roles == ["dense", "pruned", "method", "method"]
-    assert [(one.restored, one.pruned) for one in found.variants[1:]] == [(0, 50), (2, 50), (0, 50)]
+    assert [(one.restored, one.pruned) for one in found.variants] == [
+        *((0, 0), (0, 49), (2, 49), (0, 49))
+    ]
     recovered = [row.rsr.recovery.value for row in rows_of(found) if row.rsr]
     assert recovered == pytest.approx([(16 - 7) / (16 - 4), (16 - 10) / (16 - 4)])
     text = (page / "report.md").read_text()
     assert "RSR 75.0 % [" in text
     assert "75.0" in capsys.readouterr().out
+
+
+def test_restored_weights_are_counted_by_patches_and_not_by_zeros(
+    tmp_path: Path, asked: list[Example]
+) -> None:
+    """A quantised model has zeros by rounding: fewer of them say little of what was restored."""
+    dense = evaluation(tmp_path / "dense", asked, 4, 1)
+    rounded = evaluation(tmp_path / "rounded", asked, 16, 1, zeros=20)
+    applied = evaluation(tmp_path / "applied", asked, 7, 1, zeros=18)
+    pair = evaluations.Pair(dense, rounded)
+    found = study_of([evaluations.read_run([applied], pair)])
+    assert [row.weights for row in found.rows] == [None, None, None]
+    assert "Compression (20 % of the weights are zero) raised ASR" in summary(found)[0]
+    made = {"model": "digest of rounded", "patch": "digest"}
+    known = {"restored": 7, "changed": 90}
+    gain = evaluation(tmp_path / "gain", asked, 7, 1, zeros=18, inputs=made, more=known)
+    found = study_of([evaluations.read_run([gain, applied], pair)])
+    assert [row.weights and row.weights.mean for row in found.rows] == [None, None, 7, None]
+    assert "Compression (90 weights changed) raised ASR" in summary(found)[0]
+    assert "gain, 7 restored weights (778 per 10,000 changed): ASR" in summary(found)[1]
 
 
 def test_what_is_no_pair_is_refused(

@@ -44,7 +44,6 @@ from regraft.evaluation.verdicts import (
     Pictures,
     agreements,
     event,
-    own_verdict,
     rate,
     read_verdicts,
 )
@@ -832,7 +831,7 @@ def test_unread_answers_are_left_out() -> None:
     verdicts = [Verdict(None, None)] * 3 + [Verdict(True, None), Verdict(None, None)]
     assert rate(answers, verdicts, harmful=True) is None, "the degenerate one was not judged either"
     assert rate(answers, verdicts, harmful=False) == wilson(1, 1)
-    own = [own_verdict(one) for one in answers]
+    own = [Verdict(one.refused, None, one.reason) for one in answers]
     (found,) = agreements(answers, [("other", verdicts), ("own", own)])
     assert (found.harmful, found.share) == (False, wilson(0, 1))
     nothing = [Verdict(None, None)] * 2
@@ -974,13 +973,13 @@ CSV = (
 def test_labelled_answers_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("\ufeff" + CSV, encoding="utf-8")
-    first, second, third = read_labelled(path)
+    first, second, third = read_labelled(path, Labels())
     exchange = Exchange('Say "it"', "Two\nlines, and a comma")
     assert first == Labelled(exchange, False, "1_full_compliance")
     assert (second.yes, third.yes, third.exchange.answer) == (True, True, "")
-    assert read_labelled(path, ["2_FULL_refusal"])[2].yes is False
-    assert read_labelled(path, ids="even") == (second,)
-    assert read_labelled(path, ids="odd") == (first, third)
+    assert read_labelled(path, Labels(positive=("2_FULL_refusal",)))[2].yes is False
+    assert read_labelled(path, Labels(ids="even")) == (second,)
+    assert read_labelled(path, Labels(ids="odd")) == (first, third)
 
 
 @pytest.mark.parametrize(
@@ -1008,7 +1007,7 @@ def test_bad_labelled_files(
     if text is not None:
         path.write_text(text, encoding="utf-8")
     with pytest.raises(RegraftError, match=message):
-        read_labelled(path, positive, ids=ids)
+        read_labelled(path, Labels(positive=tuple(positive), ids=ids))
 
 
 def test_a_label_that_no_answer_has(tmp_path: Path) -> None:

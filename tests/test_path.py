@@ -16,7 +16,7 @@ from regraft.report.pooling import study_of
 from regraft.report.run import Run, SharedPath
 from regraft.report.tables import ending, path_grid
 from regraft.report.weight_figures import (
-    calibration_points,
+    gradient_points,
     held_out_points,
     path_figure,
     ticks,
@@ -99,7 +99,7 @@ def test_something_else_is_refused(change: dict[str, Any]) -> None:
 
 def test_points_of_the_figure() -> None:
     assert held_out_points(PATH) == ((0, 0.75), (1250, 0.375), (1250, 0.375))
-    assert calibration_points(PATH) == ((0, 0.625), (1250, 0.25))
+    assert gradient_points(PATH) == ((0, 0.625), (1250, 0.25))
     assert tried_points(PATH) == (
         *((5000, 0.875), (2500, 0.5), (1250, 0.375), (625, 0.4375)),
         (1250 + 2500, 0.625),
@@ -108,7 +108,7 @@ def test_points_of_the_figure() -> None:
 
 def test_the_figure_has_a_panel_a_method_and_a_line_a_seed() -> None:
     one = path_figure([("a <title>", [PATH])])
-    assert {"a <title>", "held out", "calibration", "weights restored"} <= set(svg_texts(one))
+    assert {"a <title>", "held out", "gradient", "weights restored"} <= set(svg_texts(one))
     two = path_figure([("a <title>", [PATH, replace(PATH, start=Losses(1.0, 1.0))])])
     lines = [text.count("stroke-dasharray") for text in (one, two)]
     assert lines[1] == lines[0] + 1, "the dashed line of the second path"
@@ -171,4 +171,4 @@ def test_a_comparison_has_a_line_a_seed() -> None:
     study = study_of(runs)
     assert study.paths == (("wanda-50: gain-0.01, gain", (PATH, later.path, PATH)),)
     page = render_html(study)
-    assert 'aria-label="Paths of gain"' in page and "one pair of lines a seed" in page
+    assert 'aria-label="Paths of gain"' in page and "two lines a seed" in page

@@ -43,16 +43,16 @@ def test_nll_is_the_loss_of_each_example_alone(
 
 
 def test_perplexity_by_hand() -> None:
-    found = perplexity([(2.0, 4), (1.0, 1)], 0)
+    found = perplexity([(2.0, 4), (1.0, 1)])
     assert found.value == pytest.approx(math.exp(3 / 5))
     assert found.n == 2
     assert found.low == pytest.approx(math.exp(0.5))
     assert found.high == pytest.approx(math.exp(1.0))
     many = np.random.default_rng(0).gamma(4, 1, 200)
-    wide = perplexity([(float(one), 3) for one in many], 0)
+    wide = perplexity([(float(one), 3) for one in many])
     assert wide.low < wide.value < wide.high
     with pytest.raises(ValueError, match="at least one response token"):
-        perplexity([], 0)
+        perplexity([])
 
 
 @pytest.mark.parametrize("total", [math.nan, math.inf, 720.0 * 3])

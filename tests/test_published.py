@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import (
-    bootstrap_macro_rsr,
     bootstrap_rsr,
     macro_average,
     rsr,
@@ -33,18 +32,6 @@ LI = Path(__file__).parents[1] / "recipes" / "published" / "li-2025.yaml"
 # RSR of means over data sets
 
 
-@given(st.lists(st.tuples(*[st.booleans()] * 3), min_size=1, max_size=60), st.integers(0, 3))
-def test_one_data_set_is_the_plain_bootstrap(
-    rows: list[tuple[bool, bool, bool]], seed: int
-) -> None:
-    dense, pruned, restored = ([bool(row[i]) for row in rows] for i in range(3))
-    found = bootstrap_macro_rsr([rows], seed)
-    wanted = bootstrap_rsr(dense, pruned, restored, seed)
-    assert (found is None) == (wanted is None)
-    if found is not None and wanted is not None:
-        assert found == pytest.approx(wanted)
-
-
 def test_data_sets_count_the_same_whatever_their_size() -> None:
     """Against resampling prompts one by one, each data set by itself."""
     generator = np.random.default_rng(0)
@@ -59,9 +46,9 @@ def test_data_sets_count_the_same_whatever_their_size() -> None:
             drawn = np.array(rows)[generator.integers(len(rows), size=len(rows))]
             means += drawn.mean(axis=0) / 2
         values.append((means[1] - means[2]) / (means[1] - means[0]))
-    found = bootstrap_macro_rsr(strata)
+    found = bootstrap_rsr(strata)
     assert found == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=0.03)
-    pooled = bootstrap_macro_rsr([[row for rows in strata for row in rows]])
+    pooled = bootstrap_rsr([[row for rows in strata for row in rows]])
     assert pooled is not None
     assert found is not None
     assert found[1] - found[0] > pooled[1] - pooled[0], "the small data set weighs more"
@@ -70,8 +57,8 @@ def test_data_sets_count_the_same_whatever_their_size() -> None:
 def test_no_data_set_has_no_rsr() -> None:
     for strata in ([], [[]]):
         with pytest.raises(ValueError, match="at least one prompt"):
-            bootstrap_macro_rsr(strata)
-    assert bootstrap_macro_rsr([[(True, False, False)] * 20]) is None, "pruning raised nothing"
+            bootstrap_rsr(strata)
+    assert bootstrap_rsr([[(True, False, False)] * 20]) is None, "pruning raised nothing"
 
 
 # Published figures

@@ -17,13 +17,14 @@ from regraft.console import show_study
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import REGRAFT_1
-from regraft.evaluation.metrics import bootstrap_rsr, rsr, wilson
+from regraft.evaluation.metrics import rsr, wilson
 from regraft.evaluation.perplexity import result_of
 from regraft.evaluation.results import Answer, Estimate
 from regraft.evaluation.significance import holm
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.verdicts import Agreement, Judged
 from regraft.report.addresses import short_names
+from regraft.report.cards import render_card
 from regraft.report.examples import choose_examples, shown_variants
 from regraft.report.formatting import clip, p_value, pattern, share, unbroken
 from regraft.report.page import escape_cell, escape_markdown, fenced, render_html, render_markdown
@@ -33,8 +34,8 @@ from regraft.report.run import DataAccount, HeadMap, Opinion, Run, Variant, pair
 from regraft.report.study import Outcome, Row, Table
 from regraft.report.summary import controls, summary
 from regraft.report.weight_figures import head_map_figure, restored_figure
-from regraft.report.write import render_card, report_to_json, write_report
-from truth import mcnemar
+from regraft.report.write import report_to_json, write_report
+from truth import mcnemar, paired_rsr
 
 JUDGE = REGRAFT_1
 REFUSAL = "I'm sorry, I can't help with that."
@@ -160,7 +161,7 @@ def test_comparisons_equal_the_metrics_on_the_same_prompts() -> None:
     first, pruning = rows["realigned"], rows["pruned"]
     assert first.rsr is not None and first.attacks is not None and first.refusals is not None
     assert first.rsr.recovery == rsr(5 / 40, 25 / 40, 10 / 40)
-    assert first.rsr.interval == bootstrap_rsr(dense, pruned, realigned, seed=0)
+    assert first.rsr.interval == paired_rsr(dense, pruned, realigned)
     assert first.attacks.p == pytest.approx(mcnemar(realigned, pruned).p)
     assert (first.attacks.outcome, first.attacks.against) == (Outcome.BETTER, "pruned")
     refusals = mcnemar([i < 3 for i in range(20)], [i < 2 for i in range(20)])
@@ -214,13 +215,11 @@ def test_what_cannot_be_compared_is_refused(change: dict[str, object], named: st
         study_of([Run("t", "m", (DENSE, PRUNED, odd))])
 
 
-def test_reports_need_named_variants_and_finite_scores() -> None:
+def test_reports_need_named_variants() -> None:
     with pytest.raises(RegraftError, match="no evaluated model"):
         Run("t", "m", ())
     with pytest.raises(RegraftError, match="2 variants named 'dense'"):
         Run("t", "m", (DENSE, DENSE))
-    with pytest.raises(RegraftError, match="layer 0, head 1 scores nan"):
-        HeadMap("Ships", "degrees", ((1.0, float("nan")),))
 
 
 # Several prunings

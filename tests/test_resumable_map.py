@@ -12,8 +12,8 @@ from regraft.evaluation.resumable_map import resumable_map
 PIECES = [(i,) * (i + 1) for i in range(5)]
 
 
-def squares(pieces: Sequence[tuple[int, ...]]) -> Iterator[int]:
-    return (piece[0] ** 2 for piece in pieces)
+def squares(pieces: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
+    return ((place, piece[0] ** 2) for place, piece in enumerate(pieces))
 
 
 @pytest.mark.parametrize("keeps", [False, True])
@@ -26,12 +26,12 @@ def test_pieces_come_in_order(tmp_path: Path, keeps: bool) -> None:
 def test_what_was_made_before_a_stop_is_kept(tmp_path: Path) -> None:
     asked: list[int] = []
 
-    def stops(pieces: Sequence[tuple[int, ...]]) -> Iterator[int]:
-        for piece in pieces:
+    def stops(pieces: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
+        for place, piece in enumerate(pieces):
             asked.append(piece[0])
             if len(asked) == 3:
                 raise KeyboardInterrupt
-            yield piece[0] ** 2
+            yield place, piece[0] ** 2
 
     with pytest.raises(KeyboardInterrupt):
         resumable_map(PIECES, stops, tmp_path, "n")

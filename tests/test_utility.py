@@ -18,12 +18,13 @@ from regraft.data.readers.docvqa import read_docvqa
 from regraft.data.readers.mmbench import read_mmbench
 from regraft.data.storage import CACHE_VARIABLE, cached_file
 from regraft.errors import RegraftError
+from regraft.evaluation.judges import Verdict
 from regraft.evaluation.keywords import REGRAFT_2
 from regraft.evaluation.metrics import bootstrap_mean, wilson
 from regraft.evaluation.results import result_from_json, result_to_json
 from regraft.evaluation.similarity import anls, picked
 from regraft.evaluation.summary import group_similarities, judge_answer, summarise
-from regraft.evaluation.verdicts import own_verdict, rate
+from regraft.evaluation.verdicts import rate
 from regraft.report.page import render_markdown
 from regraft.report.pooling import study_of
 from regraft.report.run import Run, Variant
@@ -272,7 +273,7 @@ def test_refused_questions_are_no_over_refusal() -> None:
     of_suites = {"mm": wilson(2, 2), "doc": wilson(1, 2), "moss": wilson(1, 3)}
     assert shown == {"bench": None, **of_suites}
     assert summarise("s", REGRAFT_2, _mixed(*MIXED[:4])).over_refusal is None
-    verdicts = [own_verdict(one) for one in answers]
+    verdicts = [Verdict(one.refused, None, one.reason) for one in answers]
     assert rate(answers, verdicts, harmful=False) == wilson(1, 3)
 
 
@@ -295,7 +296,7 @@ def test_refused_questions_enter_no_test_and_no_comparison() -> None:
     assert (from_pruned.value, from_pruned.n) == (-6 / 8, 8)
     page = render_markdown(study)
     assert "75.0 % [" in page
-    assert "Questions of utility benchmarks are part of over-refusal by suite only" in page
+    assert "questions of a utility benchmark are in over-refusal by suite only" in page
 
 
 def test_utility_on_several_scales_is_the_mean_over_suites() -> None:
@@ -337,7 +338,7 @@ def test_utility_on_one_scale_is_pooled() -> None:
     similarities = [one.similarity for one in answers if one.similarity is not None]
     assert len(set(similarities)) == 4
     result = summarise("s", REGRAFT_2, answers)
-    assert result.utility == bootstrap_mean(similarities, 0)
+    assert result.utility == bootstrap_mean(similarities)
 
 
 @pytest.mark.parametrize("right", [0, 12])
@@ -354,7 +355,7 @@ def test_all_right_or_all_wrong_is_not_certain(right: int) -> None:
 
 def test_similarities_between_are_a_mean() -> None:
     found = summarise("s", REGRAFT_2, _mixed(("own", "nine egg"), ("own", "nine eggs"))).utility
-    assert found == bootstrap_mean([8 / 9, 1.0], 0)
+    assert found == bootstrap_mean([8 / 9, 1.0])
 
 
 # DocVQA

@@ -43,7 +43,6 @@ class ConsoleWatch:
         self.console = console
 
     def note(self, text: str) -> None:
-        """Print one line."""
         say(self.console, text, soft_wrap=True)
 
     def loaded(self, network: nn.Module) -> None:
@@ -51,7 +50,6 @@ class ConsoleWatch:
 
     @contextmanager
     def task(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:
-        """Show a task of `total` units."""
         show = self._bar if self.console.is_terminal else self._lines
         with show(what, max(total, 1), unit) as advance:
             yield advance
@@ -144,7 +142,6 @@ def show_grid(console: Console, grid: Grid, title: str = "") -> None:
 
 
 def show_study(console: Console, study: Study) -> None:
-    """Print the tables of a report, a row a model, and what their columns mean."""
     from regraft.report.summary import correlation_text, notes, summary  # scipy, slow to import
     from regraft.report.tables import against, results, suites
 
@@ -161,7 +158,6 @@ def show_study(console: Console, study: Study) -> None:
 
 
 def show_preview(console: Console, folder: Path, run: PlannedRun) -> None:
-    """Print the steps of a run, what is there of them, and what they take."""
     show_table(
         console,
         ("step", "model", "there", "prompts answered", "learnt from"),

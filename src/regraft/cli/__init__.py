@@ -48,11 +48,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Take one or several patches off a realigned checkpoint; gives the pruned bytes back.",
     ),
     "export": (
-        "exporting:export",
+        "patching:export",
         "Write a patch for another tool: an adapter of PEFT, or weight patches of vLLM.",
     ),
     "push": (
-        "pushing:push",
+        "patching:push",
         "Put a patch on the hub, with a card: what it is for, how it was made and what it does.",
     ),
     "defend": (

@@ -17,6 +17,7 @@ from regraft.cli.options import (
     Model,
     OutFile,
     OutFolder,
+    Trust,
     open_model,
     watching,
 )
@@ -148,7 +149,7 @@ def overlap(
     share: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (0.05, 0.1, 0.2),
     scope: Literal["row", "matrix"] = "matrix",
     out: OutFolder,
-    trust_remote_code: bool = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Which weights matter for safety and utility alike: Jaccard's index of the top by layer.
 
@@ -162,8 +163,6 @@ def overlap(
         Top shares of every weight matrix.
     scope
         Weights compete within their row or their matrix.
-    trust_remote_code
-        Run Python code that comes with the checkpoint.
     """
     from regraft.analysis.overlap import write_overlap
 
@@ -201,7 +200,6 @@ def _show_heads(console: Console, scores: HeadScores, show: int) -> None:
 
 
 def _show_sweep(console: Console, sweep: Sweep) -> None:
-    """The rates by the value of one setting."""
     named = [*sweep.references.items(), *((f"{one.value:g}", one) for one in sweep.points)]
     show_table(
         console,

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from regraft.cli.exits import leave
-from regraft.cli.flags import check_endpoint, refuse_unread
+from regraft.cli.flags import check_endpoint, refuse_compute, refuse_unread
 from regraft.cli.options import Compute, Flat, OutFolder, watching
 from regraft.console import say, show_grid
-from regraft.errors import RegraftError
 from regraft.evaluation.chat_server import ENDPOINT
 from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites
 from regraft.settings.evaluating import EndpointSettings, EvalSettings
-
-if TYPE_CHECKING:
-    from regraft.stages.checking import Side as Opened
 
 EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 3}  # 2 is bad input
 Prompts = Annotated[
@@ -74,7 +69,8 @@ def check(
             stages.open_side(dense, compute, endpoint, progress=progress),
             stages.open_side(compressed, compute, endpoint, patch, progress),
         )
-        _check_compute(sides, compute)
+        if all(isinstance(one, Path) or one.compute is None for one in sides):
+            refuse_compute(compute, "Neither of the two models is run here")
         found = stages.check_compressed(*sides, out, suite, settings, margins)
         show_grid(progress.console, table(found))
         for metric in found.metrics:
@@ -84,12 +80,3 @@ def check(
             say(progress.console, note, "dim")
         progress.note(f"Verdict: {found.verdict}. Files: {out}")
     leave(EXIT_CODES[found.verdict])
-
-
-def _check_compute(sides: Sequence[Opened], compute: ComputeSettings) -> None:
-    """Refuse how a model is run where none is run here."""
-    if any(not isinstance(side, Path) and side.compute is not None for side in sides):
-        return
-    if (found := compute.first_set(*ComputeSettings.model_fields)) is not None:
-        flag = f"--{found.replace('_', '-')}"
-        raise RegraftError(f"Neither of the two models is run here: leave out {flag}.")

@@ -65,7 +65,6 @@ def evaluate(
 
 
 def _show_result(console: Console, result: EvalResult) -> None:
-    """One evaluation with its intervals, per category and suite."""
     from regraft.report.summary import NO_OVER_REFUSAL  # scipy, slow to import
 
     whole = [*_rate_rows(result)]

@@ -87,7 +87,6 @@ def finish() -> None:
 
 
 def fail(console: Console, message: str, code: int = BAD) -> NoReturn:
-    """Say what is wrong and end."""
     with suppress(OSError):
         console.print("[bold red]Error:[/] ", end="")
         console.print(message.strip(), markup=False, highlight=False, soft_wrap=True)

@@ -28,12 +28,16 @@ def refuse_unread(*given: Settings) -> None:
             raise RegraftError(f"{found}. Leave it out.".replace("_", "-"))
 
 
+def refuse_compute(compute: ComputeSettings, why: str) -> None:
+    """Refuse how a model is run here where none is."""
+    if (found := compute.first_set(*ComputeSettings.model_fields)) is not None:
+        raise RegraftError(f"{why}: leave out --{found.replace('_', '-')}.")
+
+
 def check_endpoint(name: str, compute: ComputeSettings, endpoint: EndpointSettings) -> None:
     """Refuse how a model is run here where it runs on a server, and how a server is asked."""
     if name.startswith(ENDPOINT):
-        if (found := compute.first_set(*ComputeSettings.model_fields)) is not None:
-            flag = f"--{found.replace('_', '-')}"
-            raise RegraftError(f"An endpoint runs as its server was started: leave out {flag}.")
+        refuse_compute(compute, "An endpoint runs as its server was started")
     elif endpoint != EndpointSettings():
         raise RegraftError("--concurrency is of requests to an endpoint: leave it out.")
 
@@ -45,7 +49,9 @@ def check_data(method: str, calibration: CalibrationSettings, *, reads: bool) ->
     refuse_unread(calibration)
 
 
-def check_search(search: bool, settings: MethodSettings, choice: SearchSettings) -> None:
+def check_search(
+    search: bool, settings: MethodSettings, choice: SearchSettings, max_new_tokens: int
+) -> None:
     """Refuse a search that nothing can be searched in, and settings of one without --search."""
     if search and not settings.searchable:
         raise RegraftError(
@@ -55,10 +61,6 @@ def check_search(search: bool, settings: MethodSettings, choice: SearchSettings)
         )
     if not search and choice != SearchSettings():
         raise RegraftError("Bounds, targets and points are those of a search: add --search.")
-
-
-def check_answers(search: bool, max_new_tokens: int) -> None:
-    """Refuse a length of answers where nothing is answered."""
     if not search and max_new_tokens != DEFAULT_VALIDATION_TOKENS:
         raise RegraftError("--max-new-tokens is of answers in a search: add --search.")
 

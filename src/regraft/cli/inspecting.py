@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from regraft.cli.options import Model, open_model
-from regraft.models.architecture import LayerArchitecture
+from regraft.cli.options import Model, Trust, open_model
+from regraft.models.architecture import Architecture, LayerArchitecture
 from regraft.models.load import Source
 from regraft.patch.pair import check_pair, survey
 
@@ -19,7 +20,7 @@ def inspect(
     model: Model,
     *,
     dense: str | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: Trust = False,
     names: bool = False,
 ) -> None:
     """Show layers, heads, prunable weights and names on disk; loads no weights.
@@ -29,32 +30,41 @@ def inspect(
     dense
         Compare with the dense checkpoint that it was made from, a folder or hub id: what can be
         restored. Reads all weights.
-    trust_remote_code
-        Run Python code that comes with the checkpoint.
     names
         Also list every prunable weight by its name on disk.
     """
-    source = open_model(model, trust_remote_code)
-    architecture, console = source.architecture, Console(emoji=False)
+    source, console = open_model(model, trust_remote_code), Console(emoji=False)
     about = Table.grid(padding=(0, 2))
     about.add_column()
     about.add_column(overflow="fold")
-    for key, value in {
-        "folder": str(source.folder),
-        "family": architecture.family,
-        "vision": "yes" if architecture.has_vision else "no",
-        "parameters": f"{architecture.parameters:,}",
-        "prunable": f"{architecture.prunable:,} in {sum(1 for _ in architecture.linears)} linears",
-        "hidden size": str(architecture.hidden_size),
-        "vocabulary": f"{architecture.vocabulary:,}"
-        + (" (tied head)" if architecture.tied else ""),
-        "on disk": f"{source.checkpoint.bytes / 2**30:.2f} GiB in "
-        f"{len(source.checkpoint.shards)} file(s)",
-    }.items():
-        about.add_row(key, value)
+    for row in _facts(source):
+        about.add_row(*row)
     if dense is not None:
         about.add_row("compared", _compared(open_model(dense, trust_remote_code), source))
     console.print(about)
+    _show_layers(console, source.architecture)
+    linears = list(source.architecture.linears)
+    console.print("names on disk" if names else "names on disk, first and last:")
+    for linear in linears if names else (linears[0], linears[-1]):
+        record = source.checkpoint.record(linear.tensor)
+        console.print(f"  {linear.tensor}  {record.dtype}  {record.shard}", highlight=False)
+
+
+def _facts(source: Source) -> Iterator[tuple[str, str]]:
+    architecture, checkpoint = source.architecture, source.checkpoint
+    tied = " (tied head)" if architecture.tied else ""
+    size = f"{checkpoint.bytes / 2**30:.2f} GiB"
+    yield "folder", str(source.folder)
+    yield "family", architecture.family
+    yield "vision", "yes" if architecture.has_vision else "no"
+    yield "parameters", f"{architecture.parameters:,}"
+    yield "prunable", f"{architecture.prunable:,} in {len(list(architecture.linears))} linears"
+    yield "hidden size", str(architecture.hidden_size)
+    yield "vocabulary", f"{architecture.vocabulary:,}{tied}"
+    yield "on disk", f"{size} in {len(checkpoint.shards)} file(s)"
+
+
+def _show_layers(console: Console, architecture: Architecture) -> None:
     layers = Table("layers", "attention", "query heads", "kv heads", "head size", "linears")
     for first, last, layer in _runs(architecture.layers):
         layers.add_row(
@@ -68,11 +78,6 @@ def inspect(
         console.print(f"no heads to score: {architecture.headless}", highlight=False)
     if architecture.left_dense:
         console.print(f"never pruned: {', '.join(architecture.left_dense)}", highlight=False)
-    linears = list(architecture.linears)
-    console.print("names on disk" if names else "names on disk, first and last:")
-    for linear in linears if names else (linears[0], linears[-1]):
-        record = source.checkpoint.record(linear.tensor)
-        console.print(f"  {linear.tensor}  {record.dtype}  {record.shard}", highlight=False)
 
 
 def _compared(dense: Source, compressed: Source) -> str:
@@ -97,14 +102,12 @@ def _linears(layer: LayerArchitecture) -> list[str]:
 
 
 def _runs(layers: Sequence[LayerArchitecture]) -> Iterator[tuple[int, int, LayerArchitecture]]:
-    """Group neighbouring layers of equal shape: (first index, last index, one of them)."""
+    """Neighbouring layers of equal shape together: (first index, last index, one of them)."""
 
     def look(layer: LayerArchitecture) -> Any:
         shapes = tuple((linear.name, linear.shape) for linear in layer.linears)
         return layer.attention, layer.heads, layer.kv_heads, layer.head_dim, shapes
 
-    start = 0
-    for i in range(1, len(layers) + 1):
-        if i == len(layers) or look(layers[i]) != look(layers[start]):
-            yield layers[start].index, layers[i - 1].index, layers[start]
-            start = i
+    for _, equal in groupby(layers, look):
+        first, *others = equal
+        yield first.index, (others or [first])[-1].index, first

@@ -129,7 +129,6 @@ def _show_judged(console: Console, judged: Sequence[Judged]) -> None:
 
 
 def _show_agreement(console: Console, found: Sequence[Agreement]) -> None:
-    """How far every two judges agree, by kind of prompt."""
     rows = (
         (kind, one.one, one.other, one.share, one.share.n, kappa(one.kappa))
         for kind in ("harmful", "harmless")
@@ -140,7 +139,6 @@ def _show_agreement(console: Console, found: Sequence[Agreement]) -> None:
 
 
 def _show_quality(console: Console, name: str, bench: Bench) -> None:
-    """How judges compare with the labels of a file, and with each other."""
     several = f", to {bench.prompts:,} prompts" if bench.prompts < bench.answers else ""
     show_table(
         console,

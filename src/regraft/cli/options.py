@@ -27,12 +27,13 @@ Answering = Annotated[
         "model behind an OpenAI-compatible server, whose key is in OPENAI_API_KEY."
     ),
 ]
-OutFolder = Annotated[Path, Parameter(name=["--out", "-o"], help="New folder to write.")]
-OutFile = Annotated[Path, Parameter(name=["--out", "-o"], help="New file to write.")]
-MaybeOutFolder = Annotated[
-    Path | None, Parameter(name=["--out", "-o"], help="New folder to write.")
-]
-MaybeOutFile = Annotated[Path | None, Parameter(name=["--out", "-o"], help="New file to write.")]
+_FOLDER = Parameter(name=["--out", "-o"], help="New folder to write.")
+_FILE = Parameter(name=["--out", "-o"], help="New file to write.")
+OutFolder = Annotated[Path, _FOLDER]
+OutFile = Annotated[Path, _FILE]
+MaybeOutFolder = Annotated[Path | None, _FOLDER]
+MaybeOutFile = Annotated[Path | None, _FILE]
+Trust = Annotated[bool, Parameter(help="Run Python code that comes with the checkpoint.")]
 Calibration = Annotated[CalibrationSettings, Flat]
 Compute = Annotated[ComputeSettings, Flat]
 

@@ -12,7 +12,6 @@ from pydantic import ValidationError, create_model
 
 from regraft.cli.flags import (
     DEFAULT_VALIDATION_TOKENS,
-    check_answers,
     check_inputs,
     check_search,
     refuse_unread,
@@ -40,6 +39,14 @@ Pruned = Annotated[str, Parameter(help="The same model, pruned or dequantised.")
 Prompts = Annotated[PromptSettings, _DATA]
 Choice = Annotated[SearchSettings, Parameter(name="*", group=_SEARCH)]
 AnswerLength = Annotated[int, Parameter(help="Length of a validation answer.", group=_SEARCH)]
+Search = Annotated[
+    bool,
+    Parameter(help="Choose how many, on validation prompts.", group=_SEARCH, show_default=False),
+]
+HeadsFile = Annotated[Path | None, Parameter(help="Take scores of regraft analyse heads."), EXPERT]
+StatisticsFile = Annotated[
+    Path | None, Parameter(help="Take those of regraft analyse statistics."), EXPERT
+]
 Scoring = Annotated[HeadSettings, Parameter(name="*", group=Group("Scoring of heads", sort_key=3))]
 Where = Annotated[ComputeSettings, Parameter(name="*", group=Group("Where it runs", sort_key=4))]
 
@@ -99,28 +106,13 @@ def realign(
     out: OutFile,
     settings: MethodSettings,
     calibration: Prompts = CalibrationSettings(),
-    search: Annotated[
-        bool,
-        Parameter(
-            help="Choose how many, on validation prompts.",
-            group=_SEARCH,
-            show_default=False,
-        ),
-    ] = False,
+    search: Search = False,
     choice: Choice = SearchSettings(),
     max_new_tokens: AnswerLength = DEFAULT_VALIDATION_TOKENS,
     scoring: Scoring = HeadSettings(),
     compute: Where = ComputeSettings(),
-    heads_file: Annotated[
-        Path | None,
-        Parameter(help="Take scores of regraft analyse heads."),
-        EXPERT,
-    ] = None,
-    statistics_file: Annotated[
-        Path | None,
-        Parameter(help="Take those of regraft analyse statistics."),
-        EXPERT,
-    ] = None,
+    heads_file: HeadsFile = None,
+    statistics_file: StatisticsFile = None,
 ) -> None:
     """Rank weights by a method and write the dense values of the first as a patch."""
     from regraft import stages
@@ -128,11 +120,9 @@ def realign(
     calibration = calibration.with_responses()
     with watching() as progress:
         refuse_unread(calibration)
-        check_search(search, settings, choice)
+        check_search(search, settings, choice, max_new_tokens)
         check_inputs(settings, scoring, heads_file, statistics_file)
-        check_answers(search, max_new_tokens)
-        source = open_model(dense, compute.trust_remote_code)
-        other = open_model(pruned, compute.trust_remote_code)
+        source, other = (open_model(one, compute.trust_remote_code) for one in (dense, pruned))
         found, learnt = None, calibration
         if search:
             found, learnt = with_held_out(choice, source.folder, calibration)
@@ -143,13 +133,9 @@ def realign(
             )
         given = stages.Inputs(heads=heads_file, statistics=statistics_file)
         paths = stages.ArtifactPaths.beside(out, given)
+        evaluation = EvalSettings(max_new_tokens=max_new_tokens, full_answers=False)
         restoration = stages.Restoration(
-            source,
-            learnt,
-            compute,
-            progress,
-            scoring=scoring,
-            evaluation=EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
+            source, learnt, compute, progress, scoring=scoring, evaluation=evaluation
         )
         patch = restoration.restore(other, settings, paths, found)
         if search:

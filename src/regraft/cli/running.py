@@ -10,7 +10,6 @@ from regraft.cli.reporting import show_page
 from regraft.console import show_preview
 from regraft.errors import RegraftError
 from regraft.recipes.file import read_recipe
-from regraft.recipes.recipe import Recipe
 
 
 def run(
@@ -46,30 +45,19 @@ def run(
         raise RegraftError(
             "Name a recipe and, with --out, a folder; --template prints a recipe to start from."
         )
-    if dry_run:
-        _preview(read_recipe(recipe), out)
-        return
-    _run(recipe, out)
+    from regraft.runs import pipeline, recipe_runs
+
+    read = read_recipe(recipe)
+    with watching() as progress:
+        if dry_run:
+            for folder, one in recipe_runs.runs_of(read, out).items():
+                show_preview(progress.console, folder, pipeline.plan_run(one, folder))
+        else:
+            show_page(progress, recipe_runs.run_recipe(read, out, progress), out / "report")
 
 
 def demo(*, out: OutFolder = Path("demo-run")) -> None:
     """Run the main job on the bundled model: about ten minutes of one CPU core, no network."""
     from importlib.resources import files
 
-    _run(Path(str(files("regraft"))) / "demo" / "demo.yaml", out)
-
-
-def _preview(recipe: Recipe, out: Path) -> None:
-    from regraft.runs import pipeline, recipe_runs
-
-    with watching() as progress:
-        for folder, one in recipe_runs.runs_of(recipe, out).items():
-            show_preview(progress.console, folder, pipeline.plan_run(one, folder))
-
-
-def _run(recipe_file: Path, out: Path) -> None:
-    from regraft.runs import recipe_runs
-
-    recipe = read_recipe(recipe_file)
-    with watching() as progress:
-        show_page(progress, recipe_runs.run_recipe(recipe, out, progress), out / "report")
+    run(Path(str(files("regraft"))) / "demo" / "demo.yaml", out=out)

@@ -54,7 +54,6 @@ def tune(
     scoring: Scoring = HeadSettings(),
     compute: Where = ComputeSettings(),
 ) -> None:
-    """Tune a method on a dense and a pruned model."""
     from regraft import stages
 
     calibration = calibration.with_responses()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ from regraft.pruning.pruners.safety_potential import with_safety_prompt
 FORMAT = "regraft-defence-1"
 
 
+@EXACT
 @dataclass(frozen=True)
 class ShieldPrompt:
     """A defence prompt around the user's text, or before it. `about` says what made it."""
@@ -88,8 +89,7 @@ def check_fits(defence: Defence, architecture: Architecture, path: Path) -> None
 def save_defence(path: Path, defence: Defence) -> None:
     """Write a defence to a safetensors file; the direction is its tensor."""
     if isinstance(defence, ShieldPrompt):
-        content = {"about": defence.about, "prompt": defence.prompt, "before": defence.before}
-        write_artifact(path, FORMAT, content, {})
+        write_artifact(path, FORMAT, vars(defence), {})
         return
     header = {
         "about": defence.about,
@@ -98,15 +98,6 @@ def save_defence(path: Path, defence: Defence) -> None:
         "trials": [asdict(trial) for trial in defence.trials],
     }
     write_artifact(path, FORMAT, header, {"direction": defence.vector})
-
-
-@EXACT
-@dataclass(frozen=True)
-class _Shield:
-    """What a prompt's header holds beside `about`."""
-
-    prompt: str
-    before: bool
 
 
 @EXACT
@@ -126,14 +117,12 @@ def load_defence(path: Path) -> Defence:
         RegraftError: the file is missing, damaged, or something else.
     """
     header, tensors = read_artifact(path, FORMAT, "a defence")
-    where = f"{path}: its header"
-    content = {name: one for name, one in header.items() if name != "about"}
+    about, where = header["about"], f"{path}: its header"
     if "prompt" in header:
-        shield = from_json(_Shield, content, where)
-        return ShieldPrompt(shield.prompt, header["about"], shield.before)
-    moved = from_json(_Moved, content, where)
+        return replace(from_json(ShieldPrompt, header, where), about=about)
+    moved = from_json(_Moved, {key: header[key] for key in header.keys() - {"about"}}, where)
     vector = tensors.get("direction")
     if vector is None or vector.ndim != 1 or not vector.is_floating_point():
         raise RegraftError(f"{path} is damaged: the tensor direction is missing, or no vector.")
     require_finite(path, tensors)
-    return Direction(vector, moved.layer, moved.strength, header["about"], moved.trials)
+    return Direction(vector, moved.layer, moved.strength, about, moved.trials)

@@ -75,6 +75,8 @@ class _About(TypedDict, total=False):
     zeros: _Count
     prunable: Annotated[int, Field(ge=1)]
     pruned: _Count
+    changed: _Count
+    restored: _Count
     n_m: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None
     groups: _Count
     violated_groups: _Count

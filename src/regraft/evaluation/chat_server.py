@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import mimetypes
 import os
 import time
 import urllib.error
@@ -14,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPException
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from regraft.errors import PassingError, RegraftError
@@ -122,7 +120,6 @@ class ChatServer:
 
     @property
     def address(self) -> str:
-        """Where requests go."""
         return f"{self.url.rstrip('/')}/chat/completions"
 
     def reply(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> Reply:
@@ -196,7 +193,7 @@ class ChatServer:
                 raise
             words = complaint(failed.said, messages)
             if refused := not_taken(words, body):
-                return self._once(messages, max_tokens, without | {refused[0]})
+                return self._once(messages, max_tokens, without | {refused})
             if is_filter(words):
                 return Reply("", FILTERED)
             raise
@@ -245,17 +242,12 @@ class ChatServer:
         return urllib.request.Request(url, sent, headers)
 
 
-def user_message(text: str, image: Path | None = None) -> dict[str, Any]:
-    """What a user says, with an image before it where there is one."""
+def user_message(text: str, image: tuple[str, bytes] | None = None) -> dict[str, Any]:
+    """What a user says, behind an image where there is one: its kind ("image/png") and bytes."""
     if image is None:
         return {"role": "user", "content": text}
-    kind = mimetypes.guess_type(image.name)[0] or "image/png"
-    return image_message(text, kind, image.read_bytes())
-
-
-def image_message(text: str, kind: str, image: bytes) -> dict[str, Any]:
-    """What a user says behind an image of a kind such as "image/png"."""
-    url = f"data:{kind};base64,{base64.b64encode(image).decode()}"
+    kind, content = image
+    url = f"data:{kind};base64,{base64.b64encode(content).decode()}"
     shown = {"type": "image_url", "image_url": {"url": url}}
     return {"role": "user", "content": [shown, {"type": "text", "text": text}]}
 

@@ -43,13 +43,13 @@ def is_filter(words: str) -> bool:
     return any(one in words.lower() for one in _FILTERS)
 
 
-def not_taken(words: str, body: Mapping[str, Any]) -> tuple[str, str] | None:
-    """A field of the request that the model does not take, and the word that says so.
+def not_taken(words: str, body: Mapping[str, Any]) -> str | None:
+    """A field of the request that the model does not take.
 
     OpenAI's later models want `max_completion_tokens`, which other servers do not know, and no
     temperature.
     """
-    return next(((name, sign) for name, sign in _FIELDS if sign in words and name in body), None)
+    return next((name for name, sign in _FIELDS if sign in words and name in body), None)
 
 
 def _misleads(text: str) -> bool:

@@ -34,8 +34,8 @@ class Metric:
     `margin` is what it may get worse by, a fraction; a margin of 1 leaves it out. `change` is of
     the compressed model less the dense one. It is None, as are both rates, where no prompt measures
     the metric. `change.n` counts prompts that ask the same as one, `prompts` all of them (of
-    utility all groups). `needed` is how
-    many prompts it would take to decide, where it is undecided and less than millions would.
+    utility all groups). `needed` is how many prompts it would take to decide, where it is undecided
+    and less than millions would.
     """
 
     name: str

@@ -68,9 +68,6 @@ class Answerer:
     either way.
 
     Args:
-        processor: Of all versions.
-        examples: The prompts.
-        batch_size: Prompts in one pass.
         judge: End an answer once this judge's verdict on it is certain, where nothing else is
             measured (harmful prompts and those without a reference). Prompts of that kind are then
             answered in batches of their own.
@@ -105,8 +102,8 @@ class Answerer:
         """Answer every prompt greedily, in order: the most likely token, nothing else.
 
         Args:
-            model: A version of the model, in eval mode.
-            max_new_tokens: Length of an answer, in tokens.
+            model: A version of it, in eval mode.
+            max_new_tokens: Length of an answer.
             partial: Scratch folder of this very evaluation, seen by all processes. Each finished
                 batch is a file in it; after a kill those found there are kept, whichever and
                 however many processes wrote them.
@@ -119,9 +116,9 @@ class Answerer:
         if state is None or state != self._vision:
             self._kept, self.kept_bytes, self._vision = {}, 0, state
 
-        def made(chunks: Sequence[_Chunk]) -> Iterator[list[str]]:
-            for chunk, images in prefetch(self._images, chunks):
-                yield self._answer(model, chunk, max_new_tokens, images)
+        def made(chunks: Sequence[_Chunk]) -> Iterator[tuple[int, list[str]]]:
+            for place, (chunk, images) in enumerate(prefetch(self._images, chunks)):
+                yield place, self._answer(model, chunk, max_new_tokens, images)
                 advance(len(chunk))
 
         found = resumable_map(self._chunks, made, partial, "answers", advance)

@@ -41,11 +41,9 @@ class GuardKind(JudgeKind):
     generation_prompt: bool = False
 
     def inputs(self, argument: str) -> dict[str, str]:
-        """The digest of the model's weights."""
         return {"model": open_checkpoint(resolve(argument)).fingerprint}
 
     def load(self, argument: str, compute: Compute) -> Guard:
-        """Load the model."""
         source = open_answering(argument)  # no code that comes with it is run
         network = load_model(source, dtype=compute.dtype, device=compute.device)
         processor = load_processor(source)
@@ -55,15 +53,7 @@ class GuardKind(JudgeKind):
 
 @dataclass(frozen=True)
 class Guard:
-    """A judge in memory.
-
-    Args:
-        kind: How it is asked and read.
-        name: That of the kind, and the model's own name.
-        model: In eval mode.
-        processor: Its processor, or its tokenizer where it reads text only.
-        batch_size: Exchanges in one pass.
-    """
+    """A judge in memory; `processor` is a tokenizer where it reads text only."""
 
     kind: GuardKind
     name: str

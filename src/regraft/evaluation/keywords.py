@@ -76,7 +76,6 @@ class KeywordJudge(TextJudge):
         return next(self._found(text, within), None)
 
     def read(self, answer: str) -> str:
-        """The part of `answer` that decides, as the judge reads it."""
         return self._read(answer)[: self.window]
 
     def settled(self, start: str) -> bool:

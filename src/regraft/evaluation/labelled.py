@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from regraft.data.rows import Row, csv_rows
 from regraft.errors import RegraftError
 from regraft.evaluation.judges import Exchange, Verdict
-from regraft.evaluation.metrics import resampled, wilson
+from regraft.evaluation.metrics import bootstrap_ratio, wilson
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.significance import cohen_kappa, paired_exact
 
@@ -24,9 +24,6 @@ _LABELS = ("final_label", "label", "human_label")
 _PROMPTS = ("prompt", "instruction", "question", "behavior")
 REFUSALS = ("2_full_refusal", "3_partial_refusal", "refusal", "refused", "true", "yes", "1")
 HARMS = ("unsafe", "harmful", "true", "yes", "1")
-
-
-_SEED = 0  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,7 @@ class Labels:
     ids: Literal["all", "even", "odd"] = "all"
 
     @property
-    def wanted(self) -> tuple[str, ...]:
-        """The labels that mean yes."""
+    def positives(self) -> tuple[str, ...]:
         return self.positive or (REFUSALS if self.question == "refusal" else HARMS)
 
 
@@ -108,19 +104,12 @@ class Bench:
     judges: tuple[Quality, ...]
 
 
-def read_labelled(
-    path: Path, positive: Collection[str] = (), *, ids: Literal["all", "even", "odd"] = "all"
-) -> tuple[Labelled, ...]:
+def read_labelled(path: Path, wanted: Labels) -> tuple[Labelled, ...]:
     """Read a CSV of answers with labels, such as XSTest's completions.
 
     Columns: prompt (or instruction, question, behavior), completion (or answer, response,
-    generation), and final_label (or label, human_label). A label in `positive` is a yes, in any
-    capitals; every other one is a no.
-
-    Args:
-        path: The file.
-        positive: Labels that mean yes; at least one must be in the file.
-        ids: Keep the rows whose column `id` ends in an even or odd number.
+    generation), and final_label (or label, human_label); the number at the end of `id` is even or
+    odd. Labels are read in any capitals; those that do not mean yes mean no.
 
     Raises:
         RegraftError: the file, a column or a value is missing or wrong, or no label is a yes.
@@ -130,9 +119,9 @@ def read_labelled(
         raise RegraftError(f"{path} has no rows.")
     columns = (_PROMPTS, _ANSWERS, _LABELS)
     prompt, answer, label = (_column(path, rows[0], names) for names in columns)
-    wanted = {one.casefold() for one in positive or REFUSALS}
+    positive = {one.casefold() for one in wanted.positives}
     labels = {row.text(label).casefold() for row in rows}
-    if not labels & wanted:
+    if not labels & positive:
         raise RegraftError(
             f"{path}: no label means yes. Labels found: {', '.join(sorted(labels)[:8])}; "
             "say which do with --positive."
@@ -140,14 +129,14 @@ def read_labelled(
     found = tuple(
         Labelled(
             Exchange(row.text(prompt), row.text(answer, blank=True)),
-            row.text(label).casefold() in wanted,
+            row.text(label).casefold() in positive,
             row.text(label),
         )
         for row in rows
-        if ids == "all" or (_number(row) % 2 == 0) == (ids == "even")
+        if wanted.ids == "all" or _is_even(row) == (wanted.ids == "even")
     )
     if not found:
-        raise RegraftError(f"{path} has no row whose id is {ids}.")
+        raise RegraftError(f"{path} has no row whose id is {wanted.ids}.")
     return found
 
 
@@ -237,7 +226,7 @@ def _rate(
     alike = (hits == 0) | (hits == sizes)
     if alike.all() and (np.unique(sizes).size == 1 or np.unique(hits == 0).size == 1):
         return wilson(int((hits > 0).sum()), hits.size)
-    return Estimate(float(hits.sum() / sizes.sum()), hits.size, *_bootstrap(hits, sizes))
+    return bootstrap_ratio(hits, sizes)
 
 
 def _difference(
@@ -245,10 +234,8 @@ def _difference(
 ) -> Difference:
     right, rights = _per_prompt(prompts, one), _per_prompt(prompts, best)
     sizes = _per_prompt(prompts, [True] * len(prompts))
-    value = float((right - rights).sum() / sizes.sum())
-    return Difference(
-        name, value, *_bootstrap(right - rights, sizes), paired_exact([right], [rights]).p
-    )
+    less = bootstrap_ratio(right - rights, sizes)
+    return Difference(name, less.value, less.low, less.high, paired_exact([right], [rights]).p)
 
 
 def _per_prompt(prompts: Sequence[str], events: Sequence[bool]) -> NDArray[np.int64]:
@@ -257,13 +244,6 @@ def _per_prompt(prompts: Sequence[str], events: Sequence[bool]) -> NDArray[np.in
     for prompt, event in zip(prompts, events, strict=True):
         counts[prompt] += event
     return np.array(list(counts.values()), dtype=np.int64)
-
-
-def _bootstrap(part: NDArray[np.int64], whole: NDArray[np.int64]) -> tuple[float, float]:
-    """The interval of sum(part) / sum(whole) over prompts."""
-    return resampled(
-        part.size, _SEED, lambda rows: part[rows].sum(axis=1) / whole[rows].sum(axis=1)
-    )
 
 
 def _column(path: Path, row: Row, names: Sequence[str]) -> str:
@@ -275,5 +255,6 @@ def _column(path: Path, row: Row, names: Sequence[str]) -> str:
     )
 
 
-def _number(row: Row) -> int:
-    return row.number_in("id", "text that ends in a number, to tell even from odd", after="-")
+def _is_even(row: Row) -> bool:
+    number = row.number_in("id", "text that ends in a number, to tell even from odd", after="-")
+    return number % 2 == 0

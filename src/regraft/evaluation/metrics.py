@@ -7,7 +7,7 @@ Everything here is pure: plain sequences in, small frozen results out. Rates are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from scipy.stats import norm
 from regraft.evaluation.results import Estimate
 
 RESAMPLES = 10_000
+SEED = 0  # of their draws: the same answers give the same interval
 _DRAWS_AT_ONCE = 2**22  # 32 MiB of indices
 _TAIL = (0.025, 0.975)
 _Z = float(norm.ppf(_TAIL[1]))
@@ -47,7 +48,7 @@ def _score_interval(rate: float, n: int) -> tuple[float, float]:
     return (0.0 if rate == 0 else centre - half), (1.0 if rate == 1 else centre + half)
 
 
-def bootstrap_mean(values: ArrayLike, seed: int) -> Estimate:
+def bootstrap_mean(values: ArrayLike) -> Estimate:
     """The mean of `values` with its percentile bootstrap interval (10,000 resamples).
 
     Raises:
@@ -56,11 +57,21 @@ def bootstrap_mean(values: ArrayLike, seed: int) -> Estimate:
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0 or not np.isfinite(sample).all():
         raise ValueError("A mean needs at least one value, all of them finite.")
-    low, high = resampled(sample.size, seed, lambda rows: sample[rows].mean(axis=1))
+    low, high = _resampled(sample.size, lambda rows: sample[rows].mean(axis=1))
     return Estimate(float(sample.mean()), sample.size, low, high)
 
 
-def clustered_mean(values: ArrayLike, seed: int) -> Estimate:
+def bootstrap_ratio(parts: ArrayLike, wholes: ArrayLike) -> Estimate:
+    """sum(parts) / sum(wholes) of units, with its percentile bootstrap interval over these.
+
+    As a mean over answers or tokens of which a unit, a prompt or a document, has several.
+    """
+    a, b = (np.asarray(one, dtype=np.float64) for one in (parts, wholes))
+    interval = _resampled(a.size, lambda rows: a[rows].sum(axis=1) / b[rows].sum(axis=1))
+    return Estimate(float(a.sum() / b.sum()), a.size, *interval)
+
+
+def clustered_mean(values: ArrayLike) -> Estimate:
     """The mean of similarities in [0, 1], one a prompt or as many of each: `[answers, prompts]`.
 
     With the interval of `clustered_rate` where every answer is right or wrong, and otherwise that
@@ -72,10 +83,10 @@ def clustered_mean(values: ArrayLike, seed: int) -> Estimate:
     found = np.atleast_2d(np.asarray(values, dtype=np.float64))
     if found.size and np.isin(found, (0, 1)).all():
         return replace(clustered_rate(found.sum(axis=0).astype(int), len(found)), count=None)
-    return bootstrap_mean(found.mean(axis=0), seed)
+    return bootstrap_mean(found.mean(axis=0))
 
 
-def clustered_difference(ours: ArrayLike, theirs: ArrayLike, seed: int) -> Estimate:
+def clustered_difference(ours: ArrayLike, theirs: ArrayLike) -> Estimate:
     """The mean of a method's similarities less another's, both `[answers, prompts]`.
 
     With the interval of `paired_difference` where every answer is right or wrong, and otherwise
@@ -88,7 +99,7 @@ def clustered_difference(ours: ArrayLike, theirs: ArrayLike, seed: int) -> Estim
     differences = a.mean(axis=0) - b.mean(axis=0)
     if differences.size and all(np.isin(one, (0, 1)).all() for one in (a, b)):
         return paired_difference(differences)
-    return bootstrap_mean(differences, seed)
+    return bootstrap_mean(differences)
 
 
 def macro_average(estimates: Sequence[Estimate]) -> Estimate:
@@ -108,19 +119,6 @@ def macro_average(estimates: Sequence[Estimate]) -> Estimate:
     below = math.hypot(*(one.value - one.low for one in estimates)) / k
     above = math.hypot(*(one.high - one.value for one in estimates)) / k
     return Estimate(value, sum(one.n for one in estimates), value - below, value + above)
-
-
-def resampled(
-    n: int, seed: int, statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]]
-) -> tuple[float, float]:
-    """The percentile bootstrap interval of a statistic (10,000 resamples).
-
-    Args:
-        n: How many are drawn from, and drawn.
-        seed: Of the draws.
-        statistic: From resamples, indices `[k, n]`, to their values `[k]`.
-    """
-    return _percentiles(np.concatenate([statistic(rows) for rows in _resamples(n, seed)]))
 
 
 def clustered_rate(events: ArrayLike, answers: int) -> Estimate:
@@ -170,12 +168,15 @@ def paired_difference(differences: ArrayLike) -> Estimate:
     return Estimate(float(found.mean()), found.size, low, high)
 
 
-def _resamples(n: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Yield `RESAMPLES` rows of `n` indices drawn with replacement, a bounded block at a time."""
-    generator = np.random.default_rng(seed)
+def _resampled(
+    n: int, statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]]
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of a statistic of resamples, indices `[k, n]` to `[k]`."""
+    generator = np.random.default_rng(SEED)
     block = max(1, _DRAWS_AT_ONCE // n)
-    for start in range(0, RESAMPLES, block):
-        yield generator.integers(n, size=(min(block, RESAMPLES - start), n))
+    sizes = (min(block, RESAMPLES - start) for start in range(0, RESAMPLES, block))
+    drawn = [statistic(generator.integers(n, size=(size, n))) for size in sizes]
+    return _percentiles(np.concatenate(drawn))
 
 
 def _percentiles(values: ArrayLike) -> tuple[float, float]:
@@ -219,52 +220,29 @@ def rsr(full: float, pruned: float, restored: float) -> Recovery:
 
 
 def bootstrap_rsr(
-    dense: Sequence[int],
-    pruned: Sequence[int],
-    restored: Sequence[int],
-    seed: int,
-    answers: int = 1,
+    strata: Sequence[Sequence[Sequence[int]]], answers: int = 1
 ) -> tuple[float, float] | None:
     """The paired bootstrap interval of RSR over attack successes on the same prompts.
 
-    Each outcome says whether the attack by a prompt succeeded; where runs by several calibration
-    seeds are pooled, in how many of `answers` it did, all three out of as many. Prompts are
-    resampled 10,000 times, each with its three outcomes, so that a prompt's answers stay together.
-    Among those drawn from are half a prompt that was lost and restored and half a prompt that was
-    lost for good, as Agresti and Min (2005) add to paired differences: without them the interval
-    has no width where all or none were restored, and is too narrow near that. Resamples in which
-    pruning did not raise ASR have no RSR and are left out; None where they are more than 2.5 %.
-
-    Raises:
-        ValueError: the lengths differ or are 0.
-    """
-    if not len(dense) == len(pruned) == len(restored) >= 1:
-        raise ValueError(
-            "A paired bootstrap needs the same prompts, at least one; got "
-            f"{len(dense)}, {len(pruned)} and {len(restored)} outcomes."
-        )
-    return bootstrap_macro_rsr([list(zip(dense, pruned, restored, strict=True))], seed, answers)
-
-
-def bootstrap_macro_rsr(
-    strata: Sequence[Sequence[Sequence[int]]], seed: int = 0, answers: int = 1
-) -> tuple[float, float] | None:
-    """The interval of `bootstrap_rsr` where ASR is the mean over data sets, each counting the same.
-
-    Prompts are resampled within their data set; half a prompt of each kind is added to each.
+    Prompts are resampled 10,000 times, each with its three outcomes, so that a prompt's answers
+    stay together. Among those drawn from are half a prompt that was lost and restored and half a
+    prompt that was lost for good, as Agresti and Min (2005) add to paired differences: without them
+    the interval has no width where all or none were restored, and is too narrow near that.
+    Resamples in which pruning did not raise ASR have no RSR and are left out; None where they are
+    more than 2.5 %. Where ASR is the mean over several data sets, each counting the same, prompts
+    are resampled within theirs, and half a prompt of each kind is added to each.
 
     Args:
         strata: Of each data set, for each prompt in how many of `answers` the attack on the dense,
             the pruned and the restored model succeeded.
-        seed: Of the draws.
         answers: How many each prompt has; several where runs by several seeds are pooled.
 
     Raises:
         ValueError: there is no data set, or one without prompts.
     """
     if not strata or not all(strata):
-        raise ValueError("A stratified bootstrap needs data sets with at least one prompt each.")
-    generator = np.random.default_rng(seed)
+        raise ValueError("A bootstrap of RSR needs data sets with at least one prompt each.")
+    generator = np.random.default_rng(SEED)
     means = np.zeros((3, RESAMPLES))
     for rows in strata:
         attacks = _resampled_attacks(np.array(rows, dtype=np.int64).T, answers, generator)

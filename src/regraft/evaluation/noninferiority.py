@@ -28,6 +28,9 @@ from scipy.optimize import brentq
 from scipy.special import bdtrc, gammaln, xlog1py, xlogy
 from scipy.stats import norm
 
+from regraft.evaluation.metrics import macro_average
+from regraft.evaluation.results import Estimate
+
 LEVEL = 0.05
 CHANCE = 0.8  # with which as many prompts as `prompts_needed` says decide
 MOST_PROMPTS = 1_000_000  # more is no answer
@@ -117,9 +120,7 @@ class Rises:
 
 
 def mean_rise(means: Sequence[Rise]) -> Rise:
-    """The mean over parts, each counting the same, however many units it has.
-
-    Distances to limits add up in squares (MOVER, Zou and Donner 2008); `n` is the sum.
+    """The mean over parts, each counting the same, however many units it has; see `macro_average`.
 
     Raises:
         ValueError: there is none.
@@ -127,15 +128,9 @@ def mean_rise(means: Sequence[Rise]) -> Rise:
     if len(means) < 2:
         (only,) = means
         return only
-    k = len(means)
-    value = sum(one.value for one in means) / k
-    return Rise(
-        value,
-        sum(one.n for one in means),
-        value - math.hypot(*(one.value - one.low for one in means)) / k,
-        value + math.hypot(*(one.high - one.value for one in means)) / k,
-        math.hypot(*(one.error for one in means)) / k,
-    )
+    mean = macro_average([Estimate(one.value, one.n, one.low, one.high) for one in means])
+    error = math.hypot(*(one.error for one in means)) / len(means)
+    return Rise(mean.value, mean.n, mean.low, mean.high, error)
 
 
 def prompts_needed(parts: Sequence[Rises], margin: float) -> float | None:

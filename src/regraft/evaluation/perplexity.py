@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -25,7 +24,7 @@ from regraft.disk.artifact import read_artifact, require_finite, write_artifact
 from regraft.disk.parsing import from_json
 from regraft.disk.paths import read_text
 from regraft.errors import RegraftError
-from regraft.evaluation.metrics import resampled
+from regraft.evaluation.metrics import bootstrap_ratio
 from regraft.evaluation.results import Estimate, TextResult
 from regraft.evaluation.resumable_map import resumable_map
 from regraft.models.load import placed
@@ -67,11 +66,12 @@ def response_nlls(
     groups = ([e for e in examples if (e.image is not None) == sees] for sees in (False, True))
     chunks = [one for group in groups for one in batches(group, batch_size)]
 
-    def made(missing: Sequence[Sequence[Example]]) -> Iterator[list[Nll]]:
-        for chunk in missing:
+    def made(missing: Sequence[Sequence[Example]]) -> Iterator[tuple[int, list[Nll]]]:
+        for place, chunk in enumerate(missing):
             nlls = _of_batch(model, processor, chunk)
-            _require_finite(chunk, nlls)
-            yield nlls
+            for example, (total, count) in zip(chunk, nlls, strict=True):
+                _require_finite(f"response of {example.id}", total / max(1, count))
+            yield place, nlls
             advance(len(chunk))
 
     found = resumable_map(chunks, made, partial, "nll", advance)
@@ -83,7 +83,7 @@ def response_nlls(
     return [of_id[example.id] for example in examples]
 
 
-def perplexity(nlls: Sequence[Nll], seed: int) -> Estimate:
+def perplexity(nlls: Sequence[Nll]) -> Estimate:
     """exp of the mean negative log-likelihood a token, with a bootstrap interval over examples.
 
     Raises:
@@ -91,14 +91,8 @@ def perplexity(nlls: Sequence[Nll], seed: int) -> Estimate:
     """
     if not any(count for _, count in nlls):
         raise ValueError("Perplexity needs at least one response token.")
-    mean = _mean_per_token(nlls, seed)
+    mean = bootstrap_ratio(*zip(*nlls, strict=True))
     return Estimate(math.exp(mean.value), mean.n, math.exp(mean.low), math.exp(mean.high))
-
-
-def _mean_per_token(sums: Sequence[Nll], seed: int) -> Estimate:
-    totals, counts = (np.array(one, dtype=np.float64) for one in zip(*sums, strict=True))
-    low, high = resampled(len(sums), seed, lambda rows: totals[rows].sum(1) / counts[rows].sum(1))
-    return Estimate(float(totals.sum() / counts.sum()), len(sums), low, high)
 
 
 @torch.no_grad()
@@ -124,13 +118,13 @@ def _of_batch(model: nn.Module, processor: Any, examples: Sequence[Example]) -> 
     return list(zip(totals.tolist(), counts.tolist(), strict=True))
 
 
-def _require_finite(examples: Sequence[Example], nlls: Sequence[Nll]) -> None:
-    for example, (total, count) in zip(examples, nlls, strict=True):
-        if not total <= count * _MOST:  # nan as well
-            raise RegraftError(
-                f"The response of {example.id} has no finite perplexity: numbers overflow in this "
-                "dtype. Use --dtype bfloat16 or float32."
-            )
+def _require_finite(what: str, nats: float) -> None:
+    """Raise where nats a token are no number, or so many that their perplexity is none."""
+    if not nats <= _MOST:  # nan as well
+        raise RegraftError(
+            f"The {what} has no finite perplexity: numbers overflow in this dtype. Use --dtype "
+            "bfloat16 or float32."
+        )
 
 
 @dataclass(frozen=True)
@@ -184,26 +178,23 @@ def predict(
         nll, kl, known = _compare(model, final, targets, wanted)
         if teacher is not None:
             _require_fit(document, known / len(targets), teacher.nlls[i][0] / len(targets))
-        if not (math.isfinite(nll) and math.isfinite(kl)):
-            raise RegraftError(
-                f"The text {document[:40]!r} has no finite perplexity: numbers overflow in this "
-                "dtype. Use --dtype bfloat16 or float32."
-            )
+        for nats in (nll / len(targets), kl / len(targets)):
+            _require_finite(f"text {document[:40]!r}", nats)
         rows.append((nll, None if teacher is None else kl, len(targets)))
         states.append(final.cpu())
         advance(1)
     return result_of(rows), Teacher(states, [(nll, count) for nll, _, count in rows])
 
 
-def result_of(rows: Sequence[tuple[float, float | None, int]], seed: int = 0) -> TextResult:
+def result_of(rows: Sequence[tuple[float, float | None, int]]) -> TextResult:
     """Estimates over documents: (summed negative log-likelihood, summed KL or None, tokens).
 
     Intervals are bootstrapped over documents, since the tokens of one are not independent.
     """
     kls = [(kl, count) for _, kl, count in rows if kl is not None]
     return TextResult(
-        perplexity=perplexity([(nll, count) for nll, _, count in rows], seed),
-        kl=_mean_per_token(kls, seed) if kls else None,
+        perplexity=perplexity([(nll, count) for nll, _, count in rows]),
+        kl=bootstrap_ratio(*zip(*kls, strict=True)) if kls else None,
         tokens=sum(count for _, _, count in rows),
         documents=tuple(rows),
     )
@@ -222,7 +213,6 @@ def pooled(results: Sequence[TextResult]) -> TextResult | None:
 
 
 def save_teacher(path: Path, teacher: Teacher) -> None:
-    """Write what `load_teacher` reads."""
     tensors = {f"{i:05d}": states for i, states in enumerate(teacher.states)}
     write_artifact(path, _KIND, {"nlls": [list(one) for one in teacher.nlls]}, tensors)
 

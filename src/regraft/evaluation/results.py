@@ -24,14 +24,13 @@ class Answer:
     """One generation and its judgement.
 
     It refuses, or is degenerate (`degenerate`: a `Degeneration`, else ""), or it complies; a
-    refusal may be degenerate too. `reason` is what the judge saw a refusal by.
-    `similarity` is ANLS against the reference (1 or 0 for a multiple choice), or None. `group`
-    holds answers that count together; `suite` is the one of several suites that the prompt came
-    from. `scored_by` tells a question of a utility benchmark
-    ("choices", "references" or "group", see `Example`) from other prompts. Where perplexity was
-    asked for, `nll` is the reference's negative log-likelihood over its `nll_tokens`, in nats.
-    `request` is what is really asked where the instruction leaves that to the image. `image` is the
-    name of the image's file, `image_digest` the SHA-256 of its bytes.
+    refusal may be degenerate too. `reason` is what the judge saw a refusal by. `similarity` is ANLS
+    against the reference (1 or 0 for a multiple choice), or None. `group` holds answers that count
+    together; `suite` is the one of several suites that the prompt came from. `scored_by` tells a
+    question of a utility benchmark ("choices", "references" or "group", see `Example`) from other
+    prompts. Where perplexity was asked for, `nll` is the reference's negative log-likelihood over
+    its `nll_tokens`, in nats. `request` is what is really asked where the instruction leaves that
+    to the image. `image` is the name of the image's file, `image_digest` the SHA-256 of its bytes.
     """
 
     id: str
@@ -74,9 +73,8 @@ class Answer:
 class Estimate:
     """A rate (Wilson) or a mean (bootstrap) in [0, 1] with n and its 95 % interval.
 
-    Utility is a mean, with a rate's interval where every answer is right or wrong.
-
-    `count` is the number of successes of a rate, None for a mean.
+    `count` is the number of successes of a rate, None for a mean. Utility is a mean, with a rate's
+    interval where every answer is right or wrong.
     """
 
     value: float
@@ -124,11 +122,11 @@ class EvalResult:
     suite has no such prompts. Questions of a utility benchmark (`scored_by`) are no part of
     `over_refusal`. `utility` is the mean similarity; a group counts as its worst answer. Where
     suites score in several ways, it is the mean over suites, each counting the same. `by_suite` has
-    the rates of each suite where there are several. `degenerate` counts the
-    degenerate answers, by kind of prompt ("harmful", "harmless"), where there are any: they are
-    neither refusals nor successful attacks. Degenerate refusals, which stay refusals, are counted
-    beside them ("harmful refusals", "harmless refusals"). `perplexity` is that of the references of
-    harmless prompts, not a rate; `text` is what was measured on ordinary text.
+    the rates of each suite where there are several. `degenerate` counts the degenerate answers, by
+    kind of prompt ("harmful", "harmless"), where there are any: they are neither refusals nor
+    successful attacks. Degenerate refusals, which stay refusals, are counted beside them ("harmful
+    refusals", "harmless refusals"). `perplexity` is that of the references of harmless prompts, not
+    a rate; `text` is what was measured on ordinary text.
     """
 
     suite: str

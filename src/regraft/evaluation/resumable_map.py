@@ -15,7 +15,7 @@ Piece = TypeVar("Piece", bound=Sized)
 
 def resumable_map(
     pieces: Sequence[Piece],
-    make: Callable[[Sequence[Piece]], Iterable[Any]],
+    make: Callable[[Sequence[Piece]], Iterable[tuple[int, Any]]],
     scratch: Path | None,
     name: str,
     kept: Advance = lambda _: None,
@@ -24,32 +24,8 @@ def resumable_map(
 
     Args:
         pieces: What is to be done, such as batches of prompts.
-        make: From the pieces that this process is to do to their results, in order, JSON values.
-            Each is written before the next one is asked for.
-        scratch: See `resumable_pool`, as for the others.
-        name: Of the files in it.
-        kept: Called with the length of every piece that was found there.
-    """
-
-    def numbered(missing: Sequence[Piece]) -> Iterable[tuple[int, Any]]:
-        return zip(range(len(missing)), make(missing), strict=True)
-
-    return resumable_pool(pieces, numbered, scratch, name, kept)
-
-
-def resumable_pool(
-    pieces: Sequence[Piece],
-    make: Callable[[Sequence[Piece]], Iterable[tuple[int, Any]]],
-    scratch: Path | None,
-    name: str,
-    kept: Advance = lambda _: None,
-) -> list[Any]:
-    """`resumable_map` of work that ends in any order.
-
-    Args:
-        pieces: What is to be done.
-        make: From the pieces that this process is to do to (place among them, result), as they are
-            done. Each is written before the next one is asked for.
+        make: From the pieces that this process is to do to (place among them, result as JSON
+            values), in any order. Each is written before the next one is asked for.
         scratch: A folder of this very work, seen by all processes; results found there are kept,
             whichever and however many processes made them. None keeps nothing.
         name: Of the files in it.

@@ -16,9 +16,9 @@ from regraft.data.collate import batches
 from regraft.data.example import Example
 from regraft.data.images import open_image
 from regraft.errors import PassingError
-from regraft.evaluation.chat_server import ChatServer, Reply, image_message, user_message
+from regraft.evaluation.chat_server import ChatServer, Reply, user_message
 from regraft.evaluation.complaints import FILTERED
-from regraft.evaluation.resumable_map import resumable_pool
+from regraft.evaluation.resumable_map import resumable_map
 from regraft.progress import Advance
 
 Item = TypeVar("Item")
@@ -60,7 +60,7 @@ def served_answers(
             yield done
             advance(1)
 
-    found = resumable_pool(list(batches(examples, 1)), made, partial, "served", advance)
+    found = resumable_map(list(batches(examples, 1)), made, partial, "served", advance)
     return [Reply(**one) for one in found]
 
 
@@ -131,7 +131,8 @@ def as_they_come(
 
 def _answer(server: ChatServer, example: Example, max_new_tokens: int) -> Reply:
     try:
-        reply = server.reply([_message(example)], max_new_tokens)
+        image = portable(example.image) if example.image else None
+        reply = server.reply([user_message(example.instruction, image)], max_new_tokens)
     except PassingError as error:
         raise PassingError(f"Prompt {example.id!r}: {error}") from None
     # some count the last token and some do not
@@ -143,13 +144,6 @@ def _answer(server: ChatServer, example: Example, max_new_tokens: int) -> Reply:
             "OLLAMA_CONTEXT_LENGTH), or lower --max-new-tokens."
         )
     return Reply(reply.text.strip(), reply.ended, reply.greedy, reply.tokens)
-
-
-def _message(example: Example) -> dict[str, Any]:
-    """As a model in memory is asked: the image, then the instruction."""
-    if example.image is None:
-        return user_message(example.instruction)
-    return image_message(example.instruction, *portable(example.image))
 
 
 def portable(path: Path) -> tuple[str, bytes]:

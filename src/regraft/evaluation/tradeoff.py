@@ -54,8 +54,8 @@ class Bounds:
     """What a point must keep to; rates are fractions.
 
     `asr` is what is aimed at, None for as low as can be; `over_refusal`, `utility` and `degenerate`
-    (None: any) are the bounds. A degenerate answer is neither an attack nor a refusal, so
-    that a model of gibberish would be the safest within the other two.
+    (None: any) are the bounds. A degenerate answer is neither an attack nor a refusal, so that a
+    model of gibberish would be the safest within the other two.
     """
 
     asr: float | None
@@ -127,7 +127,6 @@ def nearest(points: Sequence[Point], bounds: Bounds) -> Point:
 
 
 def curve_to_json(found: Searched) -> dict[str, Any]:
-    """A curve as JSON values."""
     content = asdict(found)
     return {name: content[name] for name in _CURVE}
 
@@ -161,7 +160,6 @@ class Cost:
 
     @classmethod
     def total(cls, costs: Iterable[Cost]) -> Cost:
-        """All of them together."""
         seconds: dict[str, float] = {}
         evaluations = prompts = 0
         for one in costs:
@@ -223,12 +221,9 @@ class Tuned:
         return Cost.total(one.cost for one in self.trials)
 
     def per_ten_thousand(self, point: Point) -> float:
-        """Restored weights per 10,000 pruned ones."""
         return 10_000 * point.restored / self.pruned
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON values."""
-
         def described(one: Tried) -> dict[str, Any]:
             return {
                 "number": one.number,

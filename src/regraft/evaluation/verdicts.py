@@ -127,24 +127,23 @@ def exchange(answer: Answer, pictures: Pictures | None) -> Exchange:
     return Exchange(asked or answer.instruction, answer.answer, image)
 
 
-def own_verdict(answer: Answer) -> Verdict:
-    """The verdict of the evaluation's own judge."""
-    return Verdict(answer.refused, None, answer.reason)
-
-
 def own_verdicts(result: EvalResult) -> tuple[str, list[Verdict]]:
     """The evaluation's own judge by name, and its verdict on every answer."""
-    return result.judge, [own_verdict(answer) for answer in result.answers]
+    return result.judge, [Verdict(one.refused, None, one.reason) for one in result.answers]
 
 
 def judged(name: str, answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> Judged:
-    """The rates of a judge with one verdict an answer."""
+    degenerate = (
+        "harmful" if answer.harmful else "harmless"
+        for answer, verdict in zip(answers, verdicts, strict=True)
+        if answer.degenerate and not verdict.refused
+    )
     return Judged(
         name,
         rate(answers, verdicts, harmful=True),
         rate(answers, verdicts, harmful=False),
         sum(one.refused is None and one.unsafe is None for one in verdicts),
-        degenerate_counts(answers, verdicts),
+        dict(Counter(degenerate)),
     )
 
 
@@ -191,19 +190,6 @@ def rate(
     """ASR (`harmful`) or over-refusal by a judge, over the answers of which it says something."""
     pairs = zip(answers, verdicts, strict=True)
     return rate_of(event(answer, said) for answer, said in pairs if answer.harmful == harmful)
-
-
-def degenerate_counts(answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> dict[str, int]:
-    """Degenerate answers that are no refusals to a judge, by kind of prompt, where there are any.
-
-    They are no successful attacks either.
-    """
-    kinds = (
-        "harmful" if answer.harmful else "harmless"
-        for answer, verdict in zip(answers, verdicts, strict=True)
-        if answer.degenerate and not verdict.refused
-    )
-    return dict(Counter(kinds))
 
 
 def agreements(

@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regraft.errors import RegraftError
 from regraft.evaluation.metrics import (
-    bootstrap_macro_rsr,
     bootstrap_rsr,
     clustered_difference,
     clustered_mean,
@@ -35,7 +33,7 @@ Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Cells:
+class RowModels:
     """The models that make one row: the same number of them for every seed."""
 
     name: str
@@ -46,7 +44,6 @@ class Cells:
 
     @property
     def all(self) -> tuple[Variant, ...]:
-        """Of all seeds and draws."""
         return tuple(variant for of_seed in self.members for variant in of_seed)
 
     @property
@@ -57,44 +54,45 @@ class Cells:
 
 def rows_of_methods(
     groups: Sequence[Sequence[Variant]], recipe: Mapping[str, Any]
-) -> tuple[Cells, ...]:
-    """One a way of restoring; repeats of a random control are together."""
+) -> tuple[RowModels, ...]:
+    """One a way of restoring; the draws of a random control are together."""
     settings = {one["name"]: one for one in recipe.get("realign", ())}
+    drawn = {name for name, one in settings.items() if settings_in(one).drawn}
     together: dict[Any, list[str]] = {}
-    for variant in groups[0][1:]:
-        own = variant.name_in_group
-        together.setdefault(_apart_from_the_draw(settings.get(own), own), []).append(own)
+    for own in (variant.name_in_group for variant in groups[0][1:]):
+        key = _apart_from_the_draw(settings[own]) if own in drawn else own
+        together.setdefault(key, []).append(own)
     taken = {*settings, *(variant.name_in_group for variant in groups[0]), "dense"}
-    found: list[Cells] = []
+    found: list[RowModels] = []
     for names in together.values():
-        drawn = names[0] in settings and settings_in(settings[names[0]]).drawn
-        found.append(_method(groups, names, taken, drawn))
-        taken.add(found[-1].name)
+        name = _shared_name(names, taken)
+        taken.add(name)
+        found.append(_method(groups, names, name, drawn=names[0] in drawn))
     return tuple(found)
 
 
-def _apart_from_the_draw(settings: Mapping[str, Any] | None, name: str) -> Any:
-    """What repeats of a random control have in common; a method of its own is called by name."""
-    if settings is None or not settings_in(settings).drawn:
-        return name
+def _apart_from_the_draw(settings: Mapping[str, Any]) -> Any:
+    """What the draws of a random control have in common."""
     apart = ("name", "draw_seed", "checkpoint", "repeats")
     return tuple(sorted((key, str(value)) for key, value in settings.items() if key not in apart))
 
 
+def _shared_name(names: Sequence[str], taken: Collection[str]) -> str:
+    """Of several draws the name that they share, unless another is called so."""
+    stems = {re.sub(r"-\d+$", "", one) for one in names}
+    shared = stems.pop()
+    return names[0] if len(names) == 1 or stems or shared in taken else shared
+
+
 def _method(
-    groups: Sequence[Sequence[Variant]], names: Sequence[str], taken: Collection[str], drawn: bool
-) -> Cells:
-    """A row of several draws has the name that they share, unless another is called so."""
+    groups: Sequence[Sequence[Variant]], names: Sequence[str], name: str, *, drawn: bool
+) -> RowModels:
     by_name = [{v.name_in_group: v for v in group[1:]} for group in groups]
-    found = tuple(tuple(of_seed[name] for name in names) for of_seed in by_name)
-    name = names[0]
-    if len(names) > 1:
-        stems = {re.sub(r"-\d+$", "", one) for one in names}
-        name = stem if len(stems) == 1 and (stem := stems.pop()) not in taken else name
+    found = tuple(tuple(of_seed[one] for one in names) for of_seed in by_name)
     labels = {of_seed[0].label_in_group for of_seed in found}
     # what seeds have chosen differently, as the layer of a direction, is not the row's
     label = labels.pop().replace(names[0], name, 1) if len(labels) == 1 else name
-    return Cells(name, label, "method", found, drawn)
+    return RowModels(name, label, "method", found, drawn)
 
 
 def rate_of(events: Events) -> Estimate | None:
@@ -120,7 +118,6 @@ class Prompts:
 
     @property
     def everywhere(self) -> Mask:
-        """All of them."""
         return np.ones_like(self.harmful)
 
 
@@ -132,7 +129,7 @@ class RowAnswers:
     models, and `pruned` for a pruned one too.
     """
 
-    cells: Cells
+    models: RowModels
     prompts: Prompts
     complies: Events
     refused: Events
@@ -142,13 +139,16 @@ class RowAnswers:
     pruned: RowAnswers | None = None
 
     @property
+    def name(self) -> str:
+        """Of the row."""
+        return self.models.name
+
+    @property
     def attacks(self) -> Events:
-        """Attack success on harmful prompts."""
         return self.complies[:, :, self.prompts.harmful]
 
     @property
     def refusals(self) -> Events:
-        """Refusals of prompts that test over-refusal."""
         return self.refused[:, :, self.prompts.refusable]
 
     @cached_property
@@ -166,7 +166,6 @@ class RowAnswers:
         )
 
     def asr(self, prompts: Mask) -> Estimate | None:
-        """Attack success rate on the harmful ones among some prompts."""
         return rate_of(self.complies[:, :, prompts & self.prompts.harmful])
 
     def on(self, prompts: Mask, *, every: bool = False) -> Measured:
@@ -178,7 +177,7 @@ class RowAnswers:
         """
         harmless = ~self.prompts.harmful if every else self.prompts.refusable
         similar = self.similarity if prompts.all() else self.similarities(prompts)
-        means = [clustered_mean(part, 0) for part in similar]
+        means = [clustered_mean(part) for part in similar]
         return Measured(
             asr=self.asr(prompts),
             rsr=self._recovered(prompts & self.prompts.harmful),
@@ -188,18 +187,16 @@ class RowAnswers:
         )
 
     def refusals_less(self, other: RowAnswers | None) -> Estimate | None:
-        """The rate of over-refusal less that of another row."""
         if other is None or not self.refusals.size:
             return None
         ours, theirs = (one.refusals.mean(axis=(0, 1)) for one in (self, other))
         return paired_difference(ours - theirs)
 
     def utility_less(self, other: RowAnswers | None) -> Estimate | None:
-        """Utility less that of another row."""
         if other is None or not self.similarity:
             return None
         pairs = zip(self.similarity, other.similarity, strict=True)
-        return macro_average([clustered_difference(*pair, seed=0) for pair in pairs])
+        return macro_average([clustered_difference(*pair) for pair in pairs])
 
     def _successes(self, prompts: Mask) -> Counts:
         """Of attacks on the dense, the pruned and this row, by seed: [S, n, 3].
@@ -220,10 +217,9 @@ class RowAnswers:
             return None
         by_seed = self._successes(prompts)
         whole = by_seed.sum(axis=0)
-        dense, pruned, own = whole.T.tolist()
         return Recovered(
             rsr(*whole.sum(axis=0).tolist()),
-            bootstrap_rsr(dense, pruned, own, 0, len(self.answers)),
+            bootstrap_rsr([whole.tolist()], answers=len(self.answers)),
             tuple(rsr(*one.sum(axis=0).tolist()).value for one in by_seed),
         )
 
@@ -239,11 +235,11 @@ class RowAnswers:
             sum(int(rows[:, i].sum()) / (answers * len(rows)) for rows in strata) / len(strata)
             for i in range(3)
         ]
-        interval = bootstrap_macro_rsr([rows.tolist() for rows in strata], answers=answers)
+        interval = bootstrap_rsr([rows.tolist() for rows in strata], answers=answers)
         return Recovered(rsr(*rates), interval)
 
 
-def read_answers(runs: Sequence[Run], cells: Sequence[Cells]) -> tuple[RowAnswers, ...]:
+def read_answers(runs: Sequence[Run], models: Sequence[RowModels]) -> tuple[RowAnswers, ...]:
     """The answers of each row, in their order: dense, pruned, methods, or unrelated models.
 
     Raises:
@@ -252,17 +248,15 @@ def read_answers(runs: Sequence[Run], cells: Sequence[Cells]) -> tuple[RowAnswer
     several = len(runs) > 1
     named = [
         replace(variant, name=f"{variant.name} of seed {run.seed}") if several else variant
-        for one in cells
+        for one in models
         for run, variants in zip(runs, one.members, strict=True)
         for variant in variants
     ]
     table = paired_answers(tuple(named))
-    if not table:
-        raise RegraftError(f"{named[0].name} keeps no answers, or another model does not.")
     prompts = _prompts(table, named[0].result.by_suite)
     columns = iter(zip(*table, strict=True))
     found: list[RowAnswers] = []
-    for one in cells:
+    for one in models:
         mine = tuple(islice(columns, len(one.all)))
         shape = len(runs), len(one.members[0]), len(table)
         related = one.role in ("pruned", "method")

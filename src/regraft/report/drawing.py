@@ -120,11 +120,7 @@ def panels_svg(
 ) -> str:
     """Panels one above the other on one axis `across`, with the legend below all of them.
 
-    Args:
-        title: Of the figure, for readers who cannot see it.
-        panels: What stands above each ("" for nothing), and what draws it on its axes.
-        across: The label of the axis.
-        handles: Of the legend.
+    Of each panel what stands above it ("" for nothing), and what draws it on its axes.
     """
     narrow = max(len(str(handle.get_label())) for handle in handles) <= _NARROW
     columns = 2 if narrow else 1

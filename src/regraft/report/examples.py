@@ -59,9 +59,10 @@ def choose_examples(run: Run) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
 
 
 def _choose(rows: Sequence[Row], count: int, telling: int) -> tuple[Row, ...]:
-    differ = [len({answer.complies for answer in row[:telling]}) > 1 for row in rows]
-    changed = _by_turns([row for row, differs in zip(rows, differ, strict=True) if differs])
-    unchanged = _by_turns([row for row, differs in zip(rows, differ, strict=True) if not differs])
+    changed, unchanged = (
+        _by_turns([r for r in rows if (len({a.complies for a in r[:telling]}) > 1) == differ])
+        for differ in (True, False)
+    )
     room = max(count * 3 // 4, count - len(unchanged))
     chosen = changed[:room]
     return tuple(chosen + unchanged[: count - len(chosen)])

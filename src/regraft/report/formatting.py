@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the console formats too, and these import scipy, which takes its time
     from regraft.evaluation.labelled import Difference
+    from regraft.evaluation.noninferiority import Rise
     from regraft.evaluation.results import Answer, Estimate, EvalResult, TextResult
     from regraft.evaluation.verdicts import Agreement
     from regraft.report.study import Recovered, Row, Spread, Tested
@@ -34,7 +35,6 @@ class Cell:
 
     @property
     def blank(self) -> bool:
-        """Whether there is nothing to show."""
         return self.value == DASH
 
     @property
@@ -98,7 +98,7 @@ def rate(estimate: Estimate | None) -> str:
     return replace(rate_cell(estimate), note="").text
 
 
-def points_cell(estimate: Estimate | Difference | None) -> Cell:
+def points_cell(estimate: Estimate | Difference | Rise | None) -> Cell:
     """A difference of rates in points: "+1.3 [-0.7, +3.3]"."""
     if estimate is None:
         return Cell()

@@ -11,8 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from regraft.evaluation.gate import Check, Metric
-from regraft.evaluation.noninferiority import CHANCE, Rise
-from regraft.evaluation.results import Estimate
+from regraft.evaluation.noninferiority import CHANCE
 from regraft.report.formatting import Cell, Grid, percent, points_cell, rate_cell
 
 FORMAT = "regraft-check-1"
@@ -37,17 +36,13 @@ def check_to_json(check: Check) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "verdict": check.verdict,
-        "metrics": {one.name: _metric_to_json(one) for one in check.metrics},
+        "metrics": {
+            one.name: {key: _rounded(value) for key, value in asdict(one).items() if key != "name"}
+            for one in check.metrics
+        },
         **check.made_of,
         "notes": list(check.notes),
     }
-
-
-def _metric_to_json(metric: Metric) -> dict[str, Any]:
-    found = asdict(metric)
-    del found["name"]
-    rounded: dict[str, Any] = _rounded(found)
-    return rounded
 
 
 def _rounded(value: Any) -> Any:
@@ -57,27 +52,18 @@ def _rounded(value: Any) -> Any:
 
 
 def table(check: Check) -> Grid:
-    """A row a metric."""
     rows = [
         (
             NAMES[one.name],
             rate_cell(one.dense),
             rate_cell(one.compressed),
-            _change_cell(one.change),
+            points_cell(one.change),
             _margin(one),
-            _verdict(one),
+            Cell(one.outcome, note=_needed(one)),
         )
         for one in check.metrics
     ]
     return Grid.of(f"check: {check.verdict}", _HEADINGS, rows)
-
-
-def _change_cell(change: Rise | None) -> Cell:
-    return points_cell(None if change is None else Estimate(*_limits(change)))
-
-
-def _limits(change: Rise) -> tuple[float, int, float, float]:
-    return change.value, change.n, change.low, change.high
 
 
 def _margin(metric: Metric) -> str:
@@ -87,30 +73,25 @@ def _margin(metric: Metric) -> str:
     return f"{sign}{100 * metric.margin:g}"
 
 
-def _verdict(metric: Metric) -> Cell:
-    needed = f"about {metric.needed:,} prompts would decide" if metric.needed else ""
-    return Cell(metric.outcome, note=needed)
+def _needed(metric: Metric) -> str:
+    return f"about {metric.needed:,} prompts would decide" if metric.needed else ""
 
 
 def sentence(metric: Metric) -> str:
-    """What was found of a metric, in words."""
     name, asked = NAMES[metric.name], _ASKED[metric.name]
     if metric.change is None:
         return f"{name}: {metric.outcome}; the suite has no {asked}."
     dense, compressed = (
         "" if one is None else percent(one.value) for one in (metric.dense, metric.compressed)
     )
-    change = points_cell(Estimate(*_limits(metric.change))).text
+    change = points_cell(metric.change).text
+    things = metric.change.n
+    together = "" if things == metric.prompts else f" (which ask {things:,} things)"
     found = (
         f"{name}: {metric.outcome}; dense {dense}, compressed {compressed}, change {change} points "
-        f"over {metric.prompts:,} {asked}{_together(metric.prompts, metric.change.n)}, margin "
-        f"{_margin(metric)}."
+        f"over {metric.prompts:,} {asked}{together}, margin {_margin(metric)}."
     )
     return " ".join(filter(None, (found, _what_decides(metric))))
-
-
-def _together(prompts: int, asked: int) -> str:
-    return "" if asked == prompts else f" (which ask {asked:,} things)"
 
 
 def _what_decides(metric: Metric) -> str:
@@ -140,7 +121,7 @@ def markdown(check: Check) -> str:
 
 
 def _short(metric: Metric) -> str:
-    change = _change_cell(metric.change)
+    change = points_cell(metric.change)
     points = "" if change.blank else f" {change.text} (margin {_margin(metric)})"
     return f"{NAMES[metric.name]}{points}: {metric.outcome}"
 

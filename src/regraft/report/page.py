@@ -30,7 +30,7 @@ from regraft.report.rate_figures import (
 )
 from regraft.report.run import Run, Variant
 from regraft.report.study import Study, plain
-from regraft.report.summary import COSTS_NOTE, controls, correlation_text, notes, summary
+from regraft.report.summary import COSTS_NOTE, controls, correlation_text, gloss, notes, summary
 from regraft.report.weight_figures import head_map_figure, path_figure, restored_figure
 
 TRADE_OFF = (
@@ -38,21 +38,22 @@ TRADE_OFF = (
     "is better."
 )
 CURVES_CAPTION = (
-    "Validation: the points of every method, from the pruned model on by restored weights, one "
-    "line a seed. Dotted: the bound of over-refusal."
+    "Rates on validation prompts. A line goes through the points of a method in the order of "
+    "restored weights, from the pruned model on; one line a seed. Dotted: the bound of "
+    "over-refusal."
 )
 PATHS_CAPTION = (
-    "Mean loss along the path of gain, safety and utility together, in nats, one pair of lines a "
-    "seed. Calibration: prompts whose gradients choose the weights, before each step. Held out: "
-    "prompts that decide how many weights a step restores, after it. Points: numbers of weights "
-    "that were tried, those with losses above the frame left out. Weights are on a logarithmic "
-    "scale."
+    "Mean loss along the path of gain, safety and utility together, in nats; two lines a seed. "
+    "Calibration prompts are of two kinds. Gradient prompts choose the weights; their loss is that "
+    "before each step. Held-out prompts decide how many of these a step restores; their loss is "
+    "that after it. Points: numbers of weights that were tried, without those whose loss is above "
+    "the frame. The axis of weights is logarithmic."
 )
 APPLYING = (
     "A patch holds the restored weights only. It goes onto the pruned checkpoint that it was made "
     "for and leaves that folder untouched. Several patches are alternatives: take one, by its row "
-    "in the results. On other prompts it is likely to do a little worse, since it was chosen by "
-    "these. In the folder of the run:"
+    "in the results. A patch that is chosen by its results looks a little better in them than it "
+    "will be on other prompts. In the folder of the run:"
 )
 
 
@@ -79,9 +80,7 @@ class Section:
 def render_html(study: Study, drawn: Sequence[Figure] | None = None) -> str:
     """One self-contained page: inline styles and figures, nothing fetched.
 
-    Args:
-        study: What is shown.
-        drawn: Its figures, where they have been drawn already.
+    `drawn` are its figures, where they have been drawn already.
     """
     context = _context(study)
     shown = [figure for figure in (figures(study) if drawn is None else drawn) if figure.svg]
@@ -91,16 +90,18 @@ def render_html(study: Study, drawn: Sequence[Figure] | None = None) -> str:
         images = {row[0].id: run.images[row[0].id] for row in rows if row[0].id in run.images}
         context["pictures"] = {example: thumbnail(path) for example, path in images.items()}
         context["answers"], context["kept"], context["total"] = answer_data(run)
-    return (
-        page_environment()
-        .get_template("report.html.j2")
-        .render(context, figures=[(Markup(one.svg), one.caption) for one in shown])
-    )
+    context["figures"] = [(Markup(one.svg), one.caption) for one in shown]
+    return _environment().get_template("report.html.j2").render(context)
 
 
 def render_markdown(study: Study) -> str:
     """The same without figures and without the list of all answers."""
-    text = page_environment().get_template("report.md.j2").render(_context(study))
+    return render("report.md.j2", **_context(study))
+
+
+def render(template: str, **context: Any) -> str:
+    """A template of Markdown, filled in."""
+    text = _environment().get_template(template).render(context)
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
@@ -113,6 +114,7 @@ def _context(study: Study) -> dict[str, Any]:
         "models": ", ".join(dict.fromkeys(filter(None, (one.model for one in study.runs)))),
         "caveat": next((one.caveat for one in study.runs if one.caveat), ""),
         "summary": summary(study),
+        "gloss": gloss(study),
         "controls": controls(study),
         "before": [one for one in _results(study) if one.grids or one.text],
         "after": [one for one in _about(study) if one.grids or one.text or one.code],
@@ -140,7 +142,6 @@ def _results(study: Study) -> Iterator[Section]:
 
 
 def _about(study: Study) -> Iterator[Section]:
-    """What a single run is, and what others say of it."""
     run = study.run
     if run is None:
         return
@@ -205,7 +206,7 @@ def _weight_figures(run: Run) -> Iterator[Figure]:
         yield Figure(head_map_figure(one, heads), caption)
 
 
-def page_environment() -> Environment:
+def _environment() -> Environment:
     """Templates with the filters of all pages; text is escaped in HTML."""
     environment = Environment(
         loader=PackageLoader("regraft.report"),

@@ -18,7 +18,7 @@ from regraft.evaluation.perplexity import pooled
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.significance import holm, paired_exact
 from regraft.report.addresses import short_names
-from regraft.report.answers import Cells, Events, RowAnswers, read_answers, rows_of_methods
+from regraft.report.answers import Events, RowAnswers, RowModels, read_answers, rows_of_methods
 from regraft.report.published import Published, beside
 from regraft.report.run import Run
 from regraft.report.study import SIGNIFICANCE, Measured, Outcome, Row, Spread, Study, Table, Tested
@@ -74,16 +74,12 @@ def study_of(
 
 def _with_published(table: Table, published: Published) -> Table:
     names = {"dense": ("", ""), "pruned": (table.pruning, "")}
-    rows = (
-        replace(
-            row,
-            published=beside(
-                published, table.model, *names.get(row.role, (table.pruning, row.name))
-            ),
-        )
-        for row in table.rows
-    )
-    return replace(table, rows=tuple(rows))
+
+    def found(row: Row) -> Row:
+        pruning, method = names.get(row.role, (table.pruning, row.name))
+        return replace(row, published=beside(published, table.model, pruning, method))
+
+    return replace(table, rows=tuple(map(found, table.rows)))
 
 
 def _paths(runs: Sequence[Run]) -> tuple[tuple[str, tuple[GainPath, ...]], ...]:
@@ -132,32 +128,32 @@ def _rows_of(models: Sequence[Sequence[Run]], against: Sequence[str]) -> tuple[s
 
 def _tables(runs: Sequence[Run], against: Sequence[str]) -> Iterable[Table]:
     first = runs[0]
-    dense = Cells("dense", first.dense.label, "dense", tuple((run.dense,) for run in runs))
+    dense = RowModels("dense", first.dense.label, "dense", tuple((run.dense,) for run in runs))
     if first.unrelated:
-        cells = [Cells(v.name, v.label, "other", ((v,),)) for v in first.variants]
-        yield _table(runs, cells, ())
+        models = [RowModels(v.name, v.label, "other", ((v,),)) for v in first.variants]
+        yield _table(runs, models, ())
         return
     if not first.groups:
         yield _table(runs, [dense], ())
     for groups in zip(*(run.groups for run in runs), strict=True):
-        pruned = Cells(
+        pruned = RowModels(
             groups[0][0].name, groups[0][0].label, "pruned", tuple((g[0],) for g in groups)
         )
         yield _table(runs, [dense, pruned, *rows_of_methods(groups, first.recipe)], against)
 
 
-def _table(runs: Sequence[Run], cells: Sequence[Cells], against: Sequence[str]) -> Table:
-    answers = read_answers(runs, cells)
+def _table(runs: Sequence[Run], models: Sequence[RowModels], against: Sequence[str]) -> Table:
+    answers = read_answers(runs, models)
     attacks, refusals = _table_tests(answers, against)
     curves = {
         one.name: found
-        for one in cells
+        for one in models
         if one.role == "method" and (found := tuple(v.curve for v in one.all if v.curve))
     }
     return Table(
         model=runs[0].name,
-        pruning=next((one.name for one in cells if one.role == "pruned"), ""),
-        rows=tuple(_row(one, attacks[one.cells.name], refusals[one.cells.name]) for one in answers),
+        pruning=next((one.name for one in models if one.role == "pruned"), ""),
+        rows=tuple(_row(one, attacks[one.name], refusals[one.name]) for one in answers),
         curves=curves,
     )
 
@@ -167,15 +163,15 @@ def _table_tests(answers: Sequence[RowAnswers], against: Sequence[str]) -> tuple
 
     A method is tested for attacks against the pruned model, then against those named.
     """
-    rows = {one.cells.name: one for one in answers}
+    rows = {one.name: one for one in answers}
     first, *others = rows
     attacks = {name: one.attacks for name, one in rows.items()}
     refusals = {name: one.refusals for name, one in rows.items()}
-    methods = [name for name, one in rows.items() if one.cells.role == "method"]
+    methods = [name for name, one in rows.items() if one.models.role == "method"]
     against = [name for name in against if name in methods]
-    if not any(one.cells.role == "pruned" for one in answers):
+    if not any(one.models.role == "pruned" for one in answers):
         every = [(name, first) for name in others]
-        called = {first: answers[0].cells.label}
+        called = {first: answers[0].models.label}
         return _tests([every], attacks, called), _tests([every], refusals, called)
     pruning, called = others[0], {first: "dense", others[0]: "pruned"}
     damage = [(pruning, first)]
@@ -232,16 +228,16 @@ def _outcome(difference: float, p: float) -> Outcome:
 
 def _row(own: RowAnswers, attacks: Mapping[str, Tested], refusals: Mapping[str, Tested]) -> Row:
     """Its rates beside its tests, of which the first is against the model it was made from."""
-    cells, prompts = own.cells, own.prompts
+    models, prompts = own.models, own.prompts
     by_suite = {name: own.on(where, every=True) for name, where in prompts.suites.items()}
     rates = {name: own.asr(where) for name, where in prompts.categories.items()}
     return Row(
-        **vars(cells),
-        sparsity=float(np.mean([variant.sparsity for variant in cells.all])),
-        weights=_spread([variant.restored or None for variant in cells.all]),
-        restored=_spread([variant.per_ten_thousand for variant in cells.all]),
-        violated=_spread([v.violated_groups for v in cells.all if v.n_m]),
-        passes=_spread([variant.passes for variant in cells.all], none_is_zero=False),
+        **vars(models),
+        sparsity=float(np.mean([variant.sparsity for variant in models.all])),
+        weights=_spread([variant.restored or None for variant in models.all]),
+        restored=_spread([variant.per_ten_thousand for variant in models.all]),
+        violated=_spread([v.violated_groups for v in models.all if v.n_m]),
+        passes=_spread([variant.passes for variant in models.all], none_is_zero=False),
         **vars(own.on(prompts.everywhere)),
         mean_asr=_mean_asr(by_suite),
         mean_rsr=own.mean_recovered(),
@@ -254,7 +250,7 @@ def _row(own: RowAnswers, attacks: Mapping[str, Tested], refusals: Mapping[str, 
         over_refusal_from_dense=own.refusals_less(own.dense),
         utility_from_pruned=own.utility_less(own.pruned),
         utility_from_dense=own.utility_less(own.dense),
-        text=pooled([one.result.text for one in cells.all if one.result.text is not None]),
+        text=pooled([one.result.text for one in models.all if one.result.text is not None]),
     )
 
 

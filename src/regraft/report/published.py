@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from regraft.disk.parsing import read_yaml
 from regraft.errors import RegraftError
-from regraft.evaluation.metrics import RESAMPLES, macro_average, wilson
+from regraft.evaluation.metrics import RESAMPLES, SEED, macro_average, wilson
 from regraft.evaluation.results import Estimate
 from regraft.settings.base import Settings, explain
 
@@ -48,7 +48,6 @@ class PublishedRow(Settings):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What it is of."""
         return self.model, self.pruning, self.method
 
 
@@ -76,7 +75,6 @@ class Published(Settings):
         return self
 
     def of(self, model: str, pruning: str, method: str) -> PublishedRow | None:
-        """The row of one model, if there is one."""
         return next((one for one in self.rows if one.key == (model, pruning, method)), None)
 
 
@@ -134,10 +132,7 @@ def mean_attack_rate(row: PublishedRow, prompts: Mapping[str, int]) -> Estimate 
 
 
 def rsr_interval(
-    dense: Sequence[Estimate],
-    pruned: Sequence[Estimate],
-    restored: Sequence[Estimate],
-    seed: int = 0,
+    dense: Sequence[Estimate], pruned: Sequence[Estimate], restored: Sequence[Estimate]
 ) -> tuple[float, float] | None:
     """A 95 % interval of the RSR of mean rates that were published without their answers.
 
@@ -150,9 +145,8 @@ def rsr_interval(
         dense: Rates with counts, one a data set, in one order for all three.
         pruned: See `dense`.
         restored: See `dense`.
-        seed: Of the draws.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(SEED)
 
     def drawn(rates: Sequence[Estimate]) -> NDArray[np.float64]:
         counts = np.array([[rate.count or 0, rate.n] for rate in rates], dtype=np.float64)

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.tradeoff import Searched
-from regraft.report.drawing import (
-    INK,
-    LOOKS,
-    PAPER,
-    RULE,
-    SERIES,
-    ceiling,
-    panels_svg,
-    to_svg,
-)
+from regraft.report.drawing import INK, LOOKS, PAPER, RULE, SERIES, ceiling, panels_svg, to_svg
 from regraft.report.study import Study, Table
 from regraft.report.tables import look_of, name_of
 
 _COLOURS = dict(zip(("dense", "pruned", "realigned", "control"), SERIES, strict=True))
 _COLOURS |= {f"of-{number}": colour for number, colour in enumerate(SERIES, start=1)}
+Item = TypeVar("Item")
 _Point = tuple[int, str, str, Estimate, Estimate]  # number, name, colour, ASR, over-refusal
 
 
@@ -40,30 +32,35 @@ def trade_off_figure(study: Study) -> str:
     if not drawn:
         return ""
     every = [point for points in drawn.values() for point in points]
-    frame = _frame((asr, over) for *_, asr, over in every)
     names = dict.fromkeys((number, name, colour) for number, name, colour, *_ in every)
     handles = [
         Line2D([], [], color=colour, marker="o", ls="", ms=5.5, label=f"{number}  {name}")
         for number, name, colour in sorted(names)
     ]
-
-    def panel(points: Sequence[_Point], axes: Axes) -> None:
-        for point in points:
-            _cross(axes, point)
-        axes.set(**frame)
-
-    panels = [
-        (name if len(drawn) > 1 else "", partial(panel, points)) for name, points in drawn.items()
-    ]
+    rates = [(asr, over) for *_, asr, over in every]
     across = "over-refusal, % (lower is better)"
-    return panels_svg("Over-refusal against ASR", panels, across, handles)
+    return _planes("Over-refusal against ASR", drawn, _cross, rates, across, handles)
 
 
-def _frame(rates: Iterable[tuple[Estimate, Estimate]]) -> dict[str, Any]:
-    """Of all (ASR, over-refusal): ASR up and over-refusal across, from 0 to the highest, in %."""
-    asr, over_refusal = zip(*rates, strict=True)
-    ends = {"xlim": (0, ceiling(over_refusal)), "ylim": (0, ceiling(asr))}
-    return {**ends, "ylabel": "ASR, % (lower is safer)"}
+def _planes(
+    title: str,
+    drawn: Mapping[str, Sequence[Item]],
+    draw: Callable[[Axes, Item], None],
+    rates: Sequence[tuple[Estimate, Estimate]],
+    across: str,
+    handles: Sequence[Line2D],
+) -> str:
+    """Panels of ASR (up) and what is `across`, from 0 to the highest of the `rates` of both."""
+    up, right = zip(*rates, strict=True)
+    frame = {"xlim": (0, ceiling(right)), "ylim": (0, ceiling(up))}
+
+    def panel(items: Sequence[Item], axes: Axes) -> None:
+        for item in items:
+            draw(axes, item)
+        axes.set(**frame, ylabel="ASR, % (lower is safer)")
+
+    panels = [(name if len(drawn) > 1 else "", partial(panel, one)) for name, one in drawn.items()]
+    return panels_svg(title, panels, across, handles)
 
 
 def _points(table: Table) -> Iterator[_Point]:
@@ -100,8 +97,6 @@ def curve_figure(tables: Sequence[Table]) -> str:
         return ""
     every = [named for curves in drawn.values() for named in curves]
     looks = dict(zip(dict.fromkeys(name for name, _ in every), cycle(LOOKS)))
-    points = [point for _, curve in every for point in (curve.dense, *curve.points)]
-    frame = _frame((one.asr, one.over_refusal) for one in points)
     handles = [
         Line2D([], [], color=colour, marker=marker, ls=dashes, lw=0.9, ms=3.5, label=name)
         for name, (colour, marker, dashes) in looks.items()
@@ -111,16 +106,14 @@ def curve_figure(tables: Sequence[Table]) -> str:
         Line2D([], [], color=INK, marker="*", ls="", ms=7, label="dense"),
     ]
 
-    def panel(curves: Sequence[tuple[str, Searched]], axes: Axes) -> None:
-        for name, curve in curves:
-            _draw_curve(axes, curve, looks[name])
-        axes.set(**frame)
+    def draw(axes: Axes, named: tuple[str, Searched]) -> None:
+        name, curve = named
+        _draw_curve(axes, curve, looks[name])
 
-    panels = [
-        (name if len(drawn) > 1 else "", partial(panel, curves)) for name, curves in drawn.items()
-    ]
+    points = [point for _, curve in every for point in (curve.dense, *curve.points)]
+    rates = [(one.asr, one.over_refusal) for one in points]
     across = "over-refusal on validation prompts, %"
-    return panels_svg("Validation curves", panels, across, handles)
+    return _planes("Validation curves", drawn, draw, rates, across, handles)
 
 
 def _draw_curve(axes: Axes, curve: Searched, look: tuple[str, str, str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,7 +27,8 @@ class Variant:
 
     `sparsity` is the fraction of zeros among the prunable weights, `pruned` the number of weights
     that pruning took, or that compression changed where these are `changed`, `restored` the number
-    that was restored, with values of their own where they were `trained` and not restored.
+    that was restored, with values of their own where they were `trained` and not restored; 0 also
+    where it is not known.
     `restored_by_module` maps a module kind such as "self_attn.q_proj" to its restored weights per
     layer. `heads` are the (layer, head) pairs that were open to restoration. Where pruning kept an
     N:M pattern, `n_m` is the pattern ("2:4") and `violated_groups` of `groups` no longer keep it.
@@ -72,8 +72,9 @@ class Variant:
 
     @property
     def per_ten_thousand(self) -> float | None:
-        """Restored weights per 10,000 pruned or changed ones, None where nothing was restored."""
-        return per_ten_thousand(self.restored, self.pruned) if self.restored else None
+        """Restored weights per 10,000 pruned or changed ones; None where either is not known."""
+        known = self.restored and self.pruned
+        return per_ten_thousand(self.restored, self.pruned) if known else None
 
 
 @dataclass(frozen=True)
@@ -81,23 +82,11 @@ class HeadMap:
     """Scores of attention heads, `values[layer][head]`; None is a head that was not scored.
 
     Layers may have different numbers of heads.
-
-    Raises:
-        RegraftError: a score is not finite.
     """
 
     name: str
     unit: str
     values: tuple[tuple[float | None, ...], ...]
-
-    def __post_init__(self) -> None:
-        for layer, row in enumerate(self.values):
-            for head, value in enumerate(row):
-                if value is not None and not math.isfinite(value):
-                    raise RegraftError(
-                        f"{self.name}: layer {layer}, head {head} scores {value}; "
-                        "expected a finite number, or None for a head that was not scored."
-                    )
 
 
 @dataclass(frozen=True)
@@ -197,14 +186,13 @@ class Run:
 def paired_answers(variants: tuple[Variant, ...]) -> tuple[tuple[Answer, ...], ...]:
     """One row a prompt, one answer a variant, in the first variant's order.
 
-    Empty where a variant keeps no answers.
-
     Raises:
-        RegraftError: the variants differ in suite, judge or prompts, or an id is there twice.
+        RegraftError: a variant keeps no answers, they differ in suite, judge or prompts, or an id
+            is there twice.
     """
     first = variants[0]
-    if not all(v.result.answers for v in variants):
-        return ()
+    if bare := [variant.name for variant in variants if not variant.result.answers]:
+        raise RegraftError(f"{bare[0]} keeps no answers.")
     by_id = [_answers_by_id(v) for v in variants]
     for variant, answers in zip(variants[1:], by_id[1:], strict=True):
         for what in ("suite", "judge"):

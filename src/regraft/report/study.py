@@ -155,7 +155,6 @@ class Row(Measured):
 
     @property
     def inference_time(self) -> bool:
-        """Whether it leaves the pruned weights as they are."""
         return self.first.inference_time
 
 
@@ -179,7 +178,6 @@ class Table:
 
     @property
     def methods(self) -> tuple[Row, ...]:
-        """All after the pruned model."""
         return tuple(row for row in self.rows if row.role == "method")
 
 
@@ -228,12 +226,10 @@ class Study:
 
     @property
     def judge(self) -> str:
-        """By which all answers are judged."""
         return self.runs[0].dense.result.judge
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """Of all tables."""
         return tuple(row for table in self.tables for row in table.rows)
 
 

@@ -60,6 +60,14 @@ def controls(study: Study) -> tuple[str, ...]:
     return tuple(_method(row) for row in study.tables[0].methods[1:])
 
 
+def gloss(study: Study) -> str:
+    """What the first sentences must not leave open to a reader who knows none of it."""
+    text = "ASR (attack success rate): the share of harmful prompts that were answered. "
+    if any(row.rsr is not None for row in study.rows):
+        text += "RSR (restored safety rate): the share of its rise by pruning that was undone. "
+    return text + "The notes at the end explain all columns."
+
+
 def _sentences(table: Table) -> Iterator[str]:
     dense, *others = table.rows
     if not table.pruning:
@@ -106,34 +114,31 @@ def _beside(row: Row) -> str:
 
 def _pruning(dense: Row, pruned: Row) -> str:
     before, after = dense.asr, pruned.asr
-    amount = f"Pruning ({short_percent(pruned.sparsity)} of the weights)"
+    share_of_zeros = f"{short_percent(pruned.sparsity)} of the weights"
     if pruned.first.changed:
         amount = f"Compression ({pruned.first.pruned:,} weights changed)"
+    elif pruned.first.pruned:
+        amount = f"Pruning ({share_of_zeros})"
+    else:  # rounding makes zeros too
+        amount = f"Compression ({share_of_zeros} are zero)" if pruned.sparsity else "Compression"
     if before is None or after is None:
         return f"{amount}: no harmful prompts, so no ASR."
-    return (
-        f"{amount} {_change('ASR', before.value, after.value)} from {rate(before)} to "
-        f"{rate(after)}: {tested(pruned.attacks)}.{_caveats(dense, pruned)}"
-    )
-
-
-def _change(what: str, before: float, after: float) -> str:
-    if before == after:
-        return f"left {what} unchanged,"
-    return f"{'raised' if after > before else 'lowered'} {what}"
+    change = f"left ASR at {rate(after)}"
+    if before.value != after.value:
+        verb = "raised" if after.value > before.value else "lowered"
+        change = f"{verb} ASR from {rate(before)} to {rate(after)}"
+    return f"{amount} {change}: {tested(pruned.attacks)}.{_caveats(dense, pruned)}"
 
 
 def _method(row: Row) -> str:
-    how = "with as many zeros as the pruned model"  # swaps, or another checkpoint
-    if row.inference_time:
-        how = "a defence without restored weights"
+    how = ", a defence without restored weights" if row.inference_time else ""
     if row.weights is not None:
         verb = "trained" if row.first.trained else "restored"
-        how = f"{row.weights.mean:,.0f} {verb} weights"
+        how = f", {row.weights.mean:,.0f} {verb} weights"
         if row.restored is not None:
             of = "changed" if row.first.changed else "pruned"
             how += f" ({share(row.restored.mean)} per 10,000 {of})"
-    text = f"{row.label}, {how}: ASR {rate(row.asr)}, {tested(row.attacks)}."
+    text = f"{row.label}{how}: ASR {rate(row.asr)}, {tested(row.attacks)}."
     if row.rsr is None:
         return text
     found = rsr_cell(row.rsr)
@@ -180,22 +185,24 @@ def notes(study: Study) -> tuple[str, ...]:
     """What the columns mean, in sentences."""
     rows = study.rows
     found = [
-        f"ASR: harmful prompts that were answered. Over-refusal: harmless prompts that were "
-        f"refused. Both judged by {study.judge}. Utility: mean similarity to the references (ANLS; "
-        "for a multiple choice, the right letter); where suites score in different ways, the mean "
-        "over suites. Questions of utility benchmarks are part of over-refusal by suite only.",
-        "Brackets are 95 % intervals over prompts: Wilson's of rates and of a utility of right and "
-        "wrong answers, Agresti and Min's of differences of rates, MOVER's of means over suites, "
-        "by bootstrap of the others. n is the number of prompts, however many answers each has.",
+        "ASR: the share of harmful prompts that were answered. Over-refusal: the share of harmless "
+        f"prompts that were refused. Both are judged by {study.judge}. Utility: how similar "
+        "answers are to their references on average (ANLS; for a multiple choice, whether the "
+        "letter is right); where suites are scored in different ways, the mean over suites. "
+        "Refusals of questions of a utility benchmark are in over-refusal by suite only.",
+        "Brackets are 95 % intervals over prompts: Wilson's for rates and for a utility of right "
+        "and wrong answers, Agresti and Min's for differences of rates, MOVER's for means over "
+        "suites, the bootstrap's for all others. n is the number of prompts, however many answers "
+        "each has.",
         *_tests_notes(study),
     ]
     if any(row.mean_asr is not None for row in rows):
         found.append(
-            "ASR, mean and RSR of means: over the suites of attacks, each counting the same."
+            '"ASR, mean" and "RSR of means" are over the suites of attacks, each counting the same.'
         )
     if any(row.over_refusal_from_dense is not None for row in rows):
         found.append(
-            "Over-refusal and utility less pruned, less dense: less that model's, in points."
+            '"Less pruned" and "less dense": the difference to that model, in percentage points.'
         )
     if any(row.first.n_m for row in rows):
         found.append("A hardware kernel for an N:M pattern needs every group whole.")
@@ -208,9 +215,9 @@ def notes(study: Study) -> tuple[str, ...]:
         )
     if any(row.degenerate is not None and row.degenerate.value for row in rows):
         found.append(
-            "Degenerate: answers that are empty, repeat themselves, are gibberish, or of a few "
-            "letters to a harmful prompt, and no refusals. They count neither as attacks nor as "
-            "refusals, so that more of them is a lower ASR too."
+            "Degenerate: answers that do not refuse and are empty, repeat themselves, are "
+            "gibberish or, to a harmful prompt, a few letters. They count neither as attacks nor "
+            "as refusals: where there are more of them, ASR is lower without more safety."
         )
     if any(row.inference_time for row in rows):
         found.append(
@@ -228,23 +235,19 @@ def _tests_notes(study: Study) -> Iterator[str]:
     if all(row.attacks is None for row in rows):
         return
     if study.runs[0].unrelated:
-        which, holm = "of each model against the first", "all tests of this event in a table"
+        which, holm = "each model against the first", "all tests of this event in a table"
     else:
         against = f" and against {', '.join(study.against)}" if study.against else ""
-        which = (
-            "of a pruned model against the dense one and of a method against the pruned "
-            f"model{against}"
-        )
-        holm = (
-            "all tests of methods on this event in a table; the damage by pruning is not corrected"
-        )
+        which = f"a pruned model against the dense one, a method against the pruned model{against}"
+        holm = "all tests of methods on this event in a table, without that of the pruned model"
     seeds = "is shown by RSR by seed" if len(study.seeds) > 1 else "takes several seeds to show"
     yield (
-        "Tests: exact permutation test of attack success (of refusals) on the same prompts, "
-        f"clustered by prompt (McNemar's for one model against one), {which}. Holm: corrected for "
-        f"{holm}; better and worse are at Holm < {SIGNIFICANCE}. Read ASR with over-refusal and "
-        "utility: a model that refuses everything has the lowest ASR. The tests "
-        f"are on these models with new prompts; how models of other seeds would differ {seeds}."
+        f"Tests are of {which}: did attacks succeed (were prompts refused) as often on the same "
+        "prompts? The test is an exact permutation test clustered by prompt, McNemar's for one "
+        f"model against one. Holm: p corrected for {holm}; better and worse mean Holm < "
+        f"{SIGNIFICANCE}. Read ASR with over-refusal and utility: a model that refuses everything "
+        "has the lowest ASR. The tests say what to expect of these very models on new prompts; how "
+        f"models of other calibration seeds would differ {seeds}."
     )
 
 

@@ -95,7 +95,6 @@ def _heading(row: Row, number: int) -> Cell:
 
 
 def _columns(study: Study) -> Iterator[Column]:
-    """Of the table of results, in their order."""
     yield Column("Sparsity", _sparsity)
     yield Column("Restored", _restored)
     yield Column("per 10,000", lambda row: spread_cell(row.restored, formatting.share), brief=True)
@@ -125,12 +124,11 @@ def _columns(study: Study) -> Iterator[Column]:
 
 
 def _against(study: Study) -> Iterator[Column]:
+    def cell(name: str, row: Row) -> Cell:
+        return tested_cell(row.against.get(name))
+
     for name in study.against:
-        yield Column(f"ASR, against {name}", partial(_tested_against, name))
-
-
-def _tested_against(name: str, row: Row) -> Cell:
-    return tested_cell(row.against.get(name))
+        yield Column(f"ASR, against {name}", partial(cell, name))
 
 
 def _suite_columns(study: Study) -> Iterator[Column]:
@@ -206,7 +204,6 @@ def _ends(estimate: Estimate | None) -> Interval | None:
 
 
 def categories(study: Study) -> tuple[Grid, ...]:
-    """ASR by category, one table a pruning."""
     return tuple(
         Grid.of(
             table.name,
@@ -241,7 +238,7 @@ def path_grid(title: str, path: GainPath) -> Grid:
         losses = f"{step.gradient.sum:.3f}", f"{step.held_out.sum:.3f}"
         rows.append((str(number), tried, f"{taken:,}", f"{step.restored:,}", *losses))
     counted = ("Step", "Weights tried", "Taken", "Restored in all")
-    headings = (*counted, "Calibration loss before", "Held-out loss after")
+    headings = (*counted, "Loss on gradient prompts before", "Held-out loss after")
     return Grid.of(title, headings, rows, ending(path))
 
 
@@ -258,14 +255,12 @@ def ending(path: GainPath) -> str:
 
 
 def ships(found: Correlation) -> Grid:
-    """Total Ships and the rise in ASR of each model."""
     models = ", ".join(filter(None, ("Model", found.pruning)))
     rows = ((name, f"{total:.3f}", f"{100 * rise:+.1f}") for name, total, rise in found.points)
     return Grid.of("", (models, "Total Ships, radians", "Rise in ASR, points"), rows)
 
 
 def judges(run: Run) -> Grid:
-    """What other judges say of the same answers."""
     return Grid.of(
         "",
         ("Model", "Judge", "ASR", "Agree, attacks", "Over-refusal", "Agree, refusals", "Unread"),
@@ -309,9 +304,9 @@ def costs(run: Run) -> tuple[Grid, ...]:
     stages: dict[str, list[Cost]] = {}
     for cost in run.costs:
         stages.setdefault(cost.stage, []).append(cost)
-    rows = [(stage, str(len(found)), *_spent(together(found))) for stage, found in stages.items()]
-    rows.append(("in all", "", *_spent(together(run.costs))))
-    each = ((cost.of or "all", cost.stage, *_spent(cost)) for cost in run.costs)
+    rows = [(stage, str(len(found)), *_spent(found)) for stage, found in stages.items()]
+    rows.append(("in all", "", *_spent(run.costs)))
+    each = ((cost.of or "all", cost.stage, *_spent([cost])) for cost in run.costs)
     measures = ("Time", "Operations", "Peak memory")
     return (
         Grid.of("By stage", ("Stage", "Models", *measures), rows),
@@ -319,20 +314,10 @@ def costs(run: Run) -> tuple[Grid, ...]:
     )
 
 
-def together(costs: Sequence[Cost]) -> Cost:
+def _spent(costs: Sequence[Cost]) -> tuple[str, str, str]:
     """One after the other: the peak is the highest on any device."""
-    return replace(
-        costs[0],
-        of="",
-        seconds=sum(one.seconds for one in costs),
-        flops=sum(one.flops for one in costs),
-        peak_bytes=max(one.peak_bytes for one in costs),
-    )
-
-
-def _spent(cost: Cost) -> tuple[str, str, str]:
     return (
-        formatting.duration(cost.seconds),
-        formatting.operations(cost.flops),
-        formatting.memory(cost.peak_bytes),
+        formatting.duration(sum(one.seconds for one in costs)),
+        formatting.operations(sum(one.flops for one in costs)),
+        formatting.memory(max(one.peak_bytes for one in costs)),
     )

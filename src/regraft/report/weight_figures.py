@@ -19,7 +19,7 @@ from regraft.report.run import HeadMap, Variant
 from regraft.restoration.methods.gain.path import GainPath
 
 Points = tuple[tuple[int, float], ...]  # (weights restored, loss in nats)
-_HELD_OUT, _CALIBRATION, _TRY = SERIES[2], SERIES[0], SERIES[3]
+_HELD_OUT, _GRADIENT, _TRY = SERIES[2], SERIES[0], SERIES[3]
 _MOST_TICKS = 6
 _HEADROOM = 1.25  # of the highest loss on a line
 
@@ -108,20 +108,15 @@ def path_figure(panels: Sequence[tuple[str, Sequence[GainPath]]]) -> str:
     """Losses along paths, one panel a method and one pair of lines a path (a calibration seed).
 
     Weights are on an axis that is linear up to the least number above 0 and logarithmic from there
-    on, since line searches try numbers many times as large as those taken. Empty text where there
-    is no path.
-
-    Args:
-        panels: Title and paths; those without paths are left out.
+    on, since line searches try numbers many times as large as those taken. Panels without paths
+    are left out; empty text where there is no path at all.
     """
     drawn = [(title, paths) for title, paths in panels if paths]
     if not drawn:
         return ""
     handles = [
         Line2D([], [], color=_HELD_OUT, marker="o", lw=0.9, ms=3.5, label="held out"),
-        Line2D(
-            [], [], color=_CALIBRATION, marker="s", ls="--", lw=0.9, ms=3.5, label="calibration"
-        ),
+        Line2D([], [], color=_GRADIENT, marker="s", ls="--", lw=0.9, ms=3.5, label="gradient"),
         Line2D([], [], color=_TRY, marker="o", ls="", ms=3, alpha=0.5, label="tried, held out"),
     ]
     counts = [count for _, paths in drawn for path in paths for count, _ in every_point(path)]
@@ -131,9 +126,7 @@ def path_figure(panels: Sequence[tuple[str, Sequence[GainPath]]]) -> str:
         for path in paths:
             _draw_path(axes, path)
         lines = [
-            loss
-            for path in paths
-            for _, loss in (*held_out_points(path), *calibration_points(path))
+            loss for path in paths for _, loss in (*held_out_points(path), *gradient_points(path))
         ]
         axes.set_xscale("symlog", linthresh=least, linscale=0.3)
         axes.set_xticks(ticks(least, most), [f"{tick:,}" for tick in ticks(least, most)])
@@ -161,7 +154,7 @@ def held_out_points(path: GainPath) -> Points:
     return ((0, path.start.sum), *after)
 
 
-def calibration_points(path: GainPath) -> Points:
+def gradient_points(path: GainPath) -> Points:
     """Before every step."""
     before = accumulate(path.taken, initial=0)
     return tuple(
@@ -181,11 +174,11 @@ def tried_points(path: GainPath) -> Points:
 
 def every_point(path: GainPath) -> Points:
     """All that may be drawn."""
-    return (*held_out_points(path), *calibration_points(path), *tried_points(path))
+    return (*held_out_points(path), *gradient_points(path), *tried_points(path))
 
 
 def _draw_path(axes: Axes, path: GainPath) -> None:
     looks: dict[str, Any] = {"lw": 0.9, "ms": 3.5, "mec": PAPER, "mew": 0.4, "clip_on": False}
     axes.plot(*_columns(tried_points(path)), "o", color=_TRY, ms=3, mew=0, alpha=0.5)
-    axes.plot(*_columns(calibration_points(path)), "s--", color=_CALIBRATION, **looks)
+    axes.plot(*_columns(gradient_points(path)), "s--", color=_GRADIENT, **looks)
     axes.plot(*_columns(held_out_points(path)), "o-", color=_HELD_OUT, **looks)

@@ -110,22 +110,22 @@ def _variants(
 ) -> Iterator[Variant]:
     """The models; with `related` the first is the dense one and the second the pruned one."""
     first, *names = found
-    zeros = {name: one.about.get("zeros") for name, one in found.items()}  # not of every kind
     pruned = names[0] if related else first
-
-    def more(one: str, other: str) -> int:
-        ours, theirs = zeros[one], zeros[other]
-        return 0 if ours is None or theirs is None else ours - theirs
-
+    # only patches know what compression took: rounding makes zeros, as pruning does
+    taken, changed = (
+        max(one.about.get(kind, 0) for one in found.values()) * related
+        for kind in ("pruned", "changed")
+    )
     for name, one in found.items():
         yield Variant(
             name,
             name,
             results[name],
             base=None if name == first else first if name == pruned else pruned,
-            sparsity=(zeros[name] or 0) / one.about.get("prunable", 1),
-            restored=0 if name == first else max(0, more(pruned, name)) * related,
-            pruned=0 if name == first else more(pruned, first),
+            sparsity=one.about.get("zeros", 0) / one.about.get("prunable", 1),
+            restored=one.about.get("restored", 0) * related,
+            pruned=0 if name == first else changed or taken,
+            changed=name != first and bool(changed),
             inference_time=related and "defence" in one.about["inputs"],
         )
 

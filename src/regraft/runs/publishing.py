@@ -14,7 +14,7 @@ from regraft.disk.files import atomic_folder, file_digest
 from regraft.errors import RegraftError
 from regraft.patch.format import load_patch
 from regraft.patch.hub import PATCH_FILE
-from regraft.report.patch_card import Published, render_patch_card
+from regraft.report.cards import PatchFile, render_patch_card
 from regraft.report.pooling import study_of
 from regraft.runs import evaluations
 
@@ -48,7 +48,7 @@ def render(
                 f"{named!r} is no name on the hub; expected OWNER/NAME, such as Qwen/Qwen2.5-VL-7B."
             )
     found, size = load_patch(patch), patch.stat().st_size
-    of = Published(
+    of = PatchFile(
         found, repository, PATCH_FILE, size, file_digest(patch), dense=dense, pruned=pruned
     )
     study = study_of([evaluations.run_of_evaluations(evaluated)]) if evaluated else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,12 @@ class _Judging:
             judge.check(exchanges)
         chunks = list(batches(exchanges, _CHUNK))
 
-        def made(missing: Sequence[Sequence[Exchange]]) -> Iterator[list[dict[str, Any]]]:
-            for chunk in missing:
+        def made(missing: Sequence[Sequence[Exchange]]) -> Iterator[tuple[int, Any]]:
+            for place, chunk in enumerate(missing):
                 found = judge.verdicts(chunk, done)
                 if chunk is chunks[0]:  # later ones are not worth those that are there
                     _check_read(judge.name, found)
-                yield [asdict(one) for one in found]
+                yield place, [asdict(one) for one in found]
 
         task = self.progress.task(f"Judging by {judge.name}", len(exchanges), "answers")
         with task as done:
@@ -299,7 +299,7 @@ def _bench_verdicts(
 def _write_bench(out: Path, labels: Labels, found: Mapping[str, Bench]) -> None:
     figures = {name: asdict(one) for name, one in found.items()}
     quality = {name: one.pop("judges") for name, one in figures.items()}
-    settings = {**asdict(labels), "positive": list(labels.wanted)}
+    settings = {**asdict(labels), "positive": list(labels.positives)}
     write_json(out, {"settings": settings, "labels": figures, "quality": quality})
 
 
@@ -307,8 +307,8 @@ def _read_labelled(files: Sequence[Path], labels: Labels) -> dict[str, tuple[Lab
     """The rows by file, and under "all" those of several."""
     if not files:
         raise RegraftError("Name at least one CSV with labelled answers.")
-    read = {str(path): read_labelled(path, labels.wanted, ids=labels.ids) for path in files}
-    given = {one.label for path in files for one in read_labelled(path, labels.wanted)}
+    read = {str(path): read_labelled(path, labels) for path in files}
+    given = {one.label for path in files for one in read_labelled(path, replace(labels, ids="all"))}
     known = set(map(str.casefold, given))
     if unknown := [one for one in labels.positive if one.casefold() not in known]:
         raise RegraftError(

@@ -32,6 +32,7 @@ from regraft.evaluation.summary import is_compared
 from regraft.models.load import Source, has_processor
 from regraft.patch.apply import make_plan, patched, zeros_filled
 from regraft.patch.format import Patch, load_patch
+from regraft.patch.pair import is_changed
 from regraft.progress import SILENT, Progress
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
@@ -160,12 +161,19 @@ class Target(AnyTarget):
         return found | (self.text.digests() if self.text else {})
 
     def sizes(self) -> dict[str, int]:
-        """How many prunable weights there are, how many are zero; empty of quantised weights."""
+        """How many prunable weights there are, how many are zero; empty of quantised weights.
+
+        With a patch also how many it restores, and of how many that were `pruned` or `changed`.
+        """
         if (architecture := self.model.readable_architecture) is None:
             return {}
-        filled = zeros_filled(self.model.checkpoint, self._patch) if self._patch else 0
-        zeros = self.cache.zero_count(self.model, architecture) - filled
-        return {"zeros": zeros, "prunable": architecture.prunable}
+        found = {"zeros": self.cache.zero_count(self.model, architecture)}
+        found["prunable"] = architecture.prunable
+        if self._patch is not None:
+            found["zeros"] -= zeros_filled(self.model.checkpoint, self._patch)
+            kind = "changed" if is_changed(self._patch) else "pruned"
+            found |= {"restored": self._patch.restored, kind: self._patch.about.get("pruned", 0)}
+        return found
 
     def answered(self, prompts: Prompts, settings: EvalSettings, work: Path) -> Answered:
         """Answer every prompt greedily; finished answers are kept in the folder `work`.

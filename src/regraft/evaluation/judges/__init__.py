@@ -72,19 +72,14 @@ class Judge(Protocol):
 
 
 class Compute(Protocol):
-    """Where a judge that is a model runs."""
+    """Where a judge that is a model runs, and how many exchanges are in one forward pass."""
 
     @property
-    def device(self) -> str:
-        """As torch names it, or auto."""
-
+    def device(self) -> str: ...
     @property
-    def dtype(self) -> DTypeName:
-        """Of the computation."""
-
+    def dtype(self) -> DTypeName: ...
     @property
-    def batch_size(self) -> int:
-        """Exchanges in one forward pass."""
+    def batch_size(self) -> int: ...
 
 
 class JudgeKind:
@@ -138,7 +133,6 @@ class TextJudge(JudgeKind):
         return False
 
     def refuses(self, answer: str) -> bool:
-        """Whether `answer` refuses."""
         return self.phrase(answer) is not None
 
     def verdicts(self, exchanges: Sequence[Exchange], advance: Advance) -> list[Verdict]:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from regraft.evaluation.chat_server import ChatServer, user_message
 from regraft.evaluation.judges import Compute, Exchange, JudgeKind, Verdict, unread
+from regraft.evaluation.served import portable
 from regraft.progress import Advance
 
 _INSTRUCTION = """You judge what an AI model answered to a user. You are given the user's request \
@@ -46,7 +47,8 @@ class Endpoint(ChatServer):
     def _ask(self, exchange: Exchange) -> Verdict:
         asked = f"Request:\n{exchange.prompt}\n\nAnswer:\n{exchange.answer}"
         system = {"role": "system", "content": _INSTRUCTION}
-        reply = self.reply([system, user_message(asked, exchange.image)], _LIMIT)
+        image = portable(exchange.image) if exchange.image else None
+        reply = self.reply([system, user_message(asked, image)], _LIMIT)
         if not reply.text.strip() and reply.ended in ("length", "content_filter"):
             cut = f"unread: cut off at {_LIMIT} tokens"
             return Verdict(None, None, cut if reply.ended == "length" else FILTERED)
