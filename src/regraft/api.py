@@ -3,7 +3,8 @@
 Models are folders, hub ids, "demo" for the bundled model, or what `open_source` has opened. Data
 sets are named as on the command line: a .jsonl file, or "NAME:PATH" with a reader's name. Every
 stage writes an artifact and, called again with the same, takes it as it is; a killed one goes on.
-Other settings are those of the command line under the same names, such as `batch_size`.
+Other settings are those of the command line under the same names, such as `batch_size`; those that
+would change nothing are refused with the same words.
 
     import regraft
 
@@ -27,6 +28,14 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.gate import Check
 from regraft.evaluation.results import EvalResult
+from regraft.flags import (
+    check_data,
+    check_endpoint,
+    check_endpoints,
+    check_inputs,
+    check_search,
+    refuse_unread,
+)
 from regraft.heads.score import HeadScores
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, open_source
@@ -37,7 +46,7 @@ from regraft.restoration.base import DEFAULT, METHODS
 from regraft.settings.base import Settings, explain
 from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
+from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import with_held_out
@@ -72,6 +81,8 @@ def prune(
     """
     blocks = PRUNERS.get(method).Settings, CalibrationSettings, ComputeSettings
     own, data, compute = _settings({"method": method, **settings}, *blocks)
+    refuse_unread(own)
+    check_data(own.method, data, reads=bool(own.kinds))
     return stages.prune(_opened(model, compute), Path(out), own, data, compute, progress)
 
 
@@ -90,6 +101,7 @@ def score_heads(
         RegraftError: bad input.
     """
     own, data, compute = _settings(settings, HeadSettings, CalibrationSettings, ComputeSettings)
+    refuse_unread(own, data)
     return stages.heads(_opened(model, compute), Path(out), own, data, compute, progress)
 
 
@@ -121,14 +133,21 @@ def realign(
     Raises:
         RegraftError: bad input.
     """
-    blocks = METHODS.get(method).Settings, HeadSettings, CalibrationSettings, ComputeSettings
+    kind = METHODS.get(method)
+    responses = kind.needs(kind.Settings(method=method)).statistics  # alone read any
+    prompts = CalibrationSettings if responses else PromptSettings
+    blocks = kind.Settings, HeadSettings, prompts, ComputeSettings
     own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
+    data = data.with_responses()
+    choice = None if search is None else _search(search)
+    scores = None if heads_file is None else Path(heads_file)
+    refuse_unread(data)
+    check_search(choice is not None, own, choice or SearchSettings())
+    check_inputs(own, scoring, scores, None)
     before, after = _opened(dense, compute), _opened(pruned, compute)
-    choice = None
-    if search is not None:
-        choice, data = with_held_out(_search(search), before.folder, data)
-    given = stages.Inputs(heads=None if heads_file is None else Path(heads_file))
-    where = stages.ArtifactPaths.beside(Path(out), given)
+    if choice is not None:
+        choice, data = with_held_out(choice, before.folder, data)
+    where = stages.ArtifactPaths.beside(Path(out), stages.Inputs(heads=scores))
     restoration = stages.Restoration(before, data, compute, progress or Silent(), scoring=scoring)
     return restoration.restore(after, own, where, choice)
 
@@ -199,6 +218,8 @@ def evaluate(
         RegraftError: bad input.
     """
     own, compute, endpoint = _settings(settings, EvalSettings, ComputeSettings, EndpointSettings)
+    refuse_unread(own)
+    check_endpoint(_name(model), compute, endpoint)
     named = [_data(one) for one in ([suites] if isinstance(suites, str) else suites)]
     put_on = None if patch is None else Path(patch)
     target = stages.open_target(model, compute, endpoint, progress, patch=put_on)
@@ -234,15 +255,15 @@ def check(
     )
     named = [_data(one) for one in ([suites] if isinstance(suites, str) else suites)]
     put_on = None if patch is None else Path(patch)
+    refuse_unread(own)
+    check_endpoints((_name(dense), _name(compressed)), compute, endpoint)
     stages.clear_check(Path(out))
-    return stages.check(
+    sides = (
         stages.side(dense, compute, endpoint, progress=progress),
         stages.side(compressed, compute, endpoint, put_on, progress),
-        Path(out),
-        named,
-        own,
-        margins,
     )
+    stages.check_compute(sides, compute)
+    return stages.check(*sides, Path(out), named, own, margins)
 
 
 def compare(
@@ -302,6 +323,11 @@ def _data(named: Any) -> DataSource:
         return DataSource.model_validate(named)
     except ValidationError as error:
         raise RegraftError(f"There is no data set {named!r}:\n{explain(error)}") from error
+
+
+def _name(model: Model) -> str:
+    """As on the command line; "" of a model that is opened."""
+    return "" if isinstance(model, Source) else str(model)
 
 
 def _opened(model: Model, compute: ComputeSettings) -> Source:

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from regraft import distributed
 from regraft.disk.files import discard_leftover, read_json, write_json
-from regraft.errors import RegraftError
+from regraft.disk.parsing import from_json
 from regraft.progress import Advance, Progress
 
 T = TypeVar("T")
@@ -208,7 +207,7 @@ def read_costs(path: Path) -> list[Cost]:
     Raises:
         RegraftError: the file holds something else.
     """
-    return _read(path, TypeAdapter(list[Cost]), "costs of a run") if path.exists() else []
+    return _read(path, list[Cost], "costs of a run") if path.exists() else []
 
 
 def read_pass(path: Path) -> CalibrationPass | None:
@@ -217,17 +216,12 @@ def read_pass(path: Path) -> CalibrationPass | None:
     Raises:
         RegraftError: the file holds something else.
     """
-    found = TypeAdapter(CalibrationPass)
-    return _read(path, found, "calibration pass") if path.exists() else None
+    return _read(path, CalibrationPass, "calibration pass") if path.exists() else None
 
 
-def _read(path: Path, content: TypeAdapter[T], what: str) -> T:
-    try:
-        return content.validate_python(read_json(path))
-    except ValidationError as error:
-        raise RegraftError(
-            f"{path} holds no {what} ({error.errors()[0]['msg']}). Remove it and continue the run."
-        ) from error
+def _read(path: Path, kind: type[T], what: str) -> T:
+    where = f"{path} holds no {what}; remove it and continue the run"
+    return from_json(kind, read_json(path), where)
 
 
 def named(device: torch.device) -> str:

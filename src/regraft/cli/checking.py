@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from regraft.cli.exits import leave
-from regraft.cli.flags import check_endpoint, refuse_unread
 from regraft.cli.options import Compute, Flat, OutFolder, watching
 from regraft.console import say, show_grid
-from regraft.errors import RegraftError
-from regraft.evaluation.chat_server import ENDPOINT
+from regraft.flags import check_endpoints, refuse_unread
 from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites
 from regraft.settings.evaluating import EndpointSettings, EvalSettings
-
-if TYPE_CHECKING:
-    from regraft.stages.checking import Side as Opened
 
 EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 3}  # 2 is bad input
 Prompts = Annotated[
@@ -67,14 +61,13 @@ def check(
 
     with watching() as progress:
         refuse_unread(settings)
-        if dense.startswith(ENDPOINT) == compressed.startswith(ENDPOINT):
-            check_endpoint(dense, compute, endpoint)
+        check_endpoints((dense, compressed), compute, endpoint)
         stages.clear_check(out)
         sides = (
             stages.side(dense, compute, endpoint, progress=progress),
             stages.side(compressed, compute, endpoint, patch, progress),
         )
-        _check_compute(sides, compute)
+        stages.check_compute(sides, compute)
         found = stages.check(*sides, out, suite, settings, margins)
         show_grid(progress.console, table(found))
         for metric in found.metrics:
@@ -84,12 +77,3 @@ def check(
             say(progress.console, note, "dim")
         progress.note(f"Verdict: {found.verdict}. Files: {out}")
     leave(EXIT_CODES[found.verdict])
-
-
-def _check_compute(sides: Sequence[Opened], compute: ComputeSettings) -> None:
-    """Refuse how a model is run where none is run here."""
-    if any(not isinstance(side, Path) and side.compute is not None for side in sides):
-        return
-    if (found := compute.first_set(*ComputeSettings.model_fields)) is not None:
-        flag = f"--{found.replace('_', '-')}"
-        raise RegraftError(f"Neither of the two models is run here: leave out {flag}.")

@@ -9,7 +9,7 @@ under its key, and is taken up again after a kill.
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.evaluation.tradeoff import read_curve
 from regraft.stages.answering import calibration_data, imitation_data
-from regraft.stages.checking import check, clear_check, side
+from regraft.stages.checking import check, check_compute, clear_check, side
 from regraft.stages.defending import defend
 from regraft.stages.endpoint import EndpointTarget, open_target
 from regraft.stages.evaluating import Evaluation, evaluate, read_evaluation
@@ -56,6 +56,7 @@ __all__ = [
     "apply",
     "calibration_data",
     "check",
+    "check_compute",
     "clear_check",
     "curve_beside",
     "defend",
