@@ -82,7 +82,10 @@ POINT = {
     "degenerate": 0.0,
 }
 ELSE = {  # what a message may say where no field is at fault
-    "config": ("weight",),  # a size that is missing is one by default, which the weights have not
+    # a size that is missing is one by default, which the weights have not
+    **dict.fromkeys(("config", "a run's config"), ("weight",)),
+    "recipe": ("gain", "demo:test"),  # by default
+    "JSON lines": ("JSON array",),
     **dict.fromkeys(
         ("answers", "a run's answers", "checked answers"), ("does not hold the answers",)
     ),
@@ -136,10 +139,10 @@ def checked(path: Path) -> Check:
     return regraft.check(dense, path.parent, _world(path) / "out")
 
 
-def tuned(path: Path) -> list[Tried]:
+def tuned(path: Path) -> tuple[Tried, ...]:
     """The finished trials of a study, and one more begun."""
     trials = Trials(path.parent, {"p": Between(0.1, 1.0)}, TuneSettings(random_trials=1))
-    found = finished(trials)
+    found = tuple(finished(trials))
     with trials.take(len(found) + 1) as trial:
         assert trial is not None
     return found

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from regraft import distributed
@@ -24,6 +25,7 @@ from regraft.disk.parsing import from_json
 from regraft.progress import Advance, Progress
 
 T = TypeVar("T")
+_Positive = Annotated[int, Field(ge=1)]
 _WORTH_TELLING = 1.0  # seconds; what takes less and runs no model was there already
 _BETWEEN_WRITES = 60.0  # seconds
 
@@ -77,9 +79,9 @@ class CalibrationPass:
             The vision tower and the LM head are left out.
     """
 
-    prompts: int
-    tokens: int
-    flops: int
+    prompts: _Positive
+    tokens: _Positive
+    flops: _Positive
 
 
 class Metered:

@@ -235,12 +235,14 @@ def load_teacher(path: Path, documents: int) -> Teacher:
     """
     header, tensors = read_artifact(path, _KIND, _WHAT)
     names = [f"{i:05}" for i in range(len(tensors))]
-    if odd := sorted(tensors.keys() ^ {*names}):
-        raise RegraftError(f"{path} is damaged: the tensor {odd[0]} is missing or unknown.")
+    if odd := sorted(tensors.keys() - {*names}):
+        raise RegraftError(
+            f"{path} is damaged: the tensor {odd[0]} is none of 00000 to {names[-1]}."
+        )
     if len(tensors) != documents:
         raise RegraftError(
             f"{path} holds the dense model's states on {len(tensors)} paragraphs, and the text has "
-            f"{documents}. Evaluate the dense model on this text first."
+            f"{documents} (tensors from 00000 on). Evaluate the dense model on this text first."
         )
     nlls = from_json(tuple[tuple[float, int], ...], header["nlls"], f"{path}: nlls in its header")
     require_finite(path, tensors)

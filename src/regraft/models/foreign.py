@@ -62,14 +62,18 @@ def check_settings(folder: Path) -> None:
             raise RegraftError(f"{path}: expected a JSON object, found {shown(content)}.")
         if name == "config.json":
             _require_countable(path, content)
-            if not isinstance(content.get("model_type"), str | None):
-                found = shown(content["model_type"])
-                raise RegraftError(f"{path}: model_type is {found}; expected the name of a type.")
+            _require_names(path, content)
         if name == "generation_config.json":
             _require_ids(path, content)
         length = content.get("model_max_length")
         if name == "tokenizer_config.json" and not isinstance(length, int | float | None):
             raise RegraftError(f"{path}: model_max_length is {shown(length)}; expected a number.")
+
+
+def _require_names(path: Path, content: dict[str, Any]) -> None:
+    for name, kinds in {"model_type": str | None, "dtype": str | dict | None}.items():
+        if not isinstance(value := content.get(name), kinds):
+            raise RegraftError(f"{path}: {name} is {shown(value)}; expected a name.")
 
 
 def _require_countable(path: Path, content: Any, field: str = "") -> None:
@@ -93,7 +97,7 @@ def _require_countable(path: Path, content: Any, field: str = "") -> None:
 def _require_ids(path: Path, content: dict[str, Any]) -> None:
     for name in _IDS:
         value = content.get(name)
-        ids = value if isinstance(value, list) else [value]
+        ids = value if isinstance(value, list) and value else [value]
         for one in ids:
             none = one is None and not isinstance(value, list)
             if not none and not (type(one) is int and -(2**31) <= one < 2**31):
@@ -164,12 +168,15 @@ def _blame_tokenizer(path: Path) -> None:
         expected = ""
         if name.endswith("_side") and value not in ("left", "right"):
             expected = "left or right"
+        elif name.endswith("_class") and not isinstance(value, str):
+            expected = "a name"
         elif name.endswith("_token") and not is_token(value):
             expected = "a token"
         elif name.endswith("_special_tokens") and not isinstance(value, dict):
             fits = isinstance(value, list) and all(map(is_token, value))
             expected = "" if fits else "a list of tokens"
-        if expected and value is not None and not isinstance(value, bool):
+        unset = value is None and not name.endswith("_side")
+        if expected and not (unset or isinstance(value, bool)):
             raise RegraftError(f"{path}: {name} is {shown(value)}; expected {expected}.")
 
 

@@ -170,7 +170,7 @@ def bad_config(folder: Path) -> Iterator[None]:
 
 
 def _suspects(folder: Path) -> str:
-    """What in a config.json that is no use is of another kind than by default, in words."""
+    """What in a config.json that is no use is unlike by default, in words."""
     from transformers import CONFIG_MAPPING
 
     try:
@@ -178,16 +178,18 @@ def _suspects(folder: Path) -> str:
         odd = [*_odd(given, CONFIG_MAPPING[given["model_type"]]().to_dict())][:3]
     except Exception:  # there is no default of this type: nothing is suspected
         return ""
-    return f" (of another kind than by default: {', '.join(odd)})" if odd else ""
+    return f" (unlike by default: {', '.join(odd)})" if odd else ""
 
 
 def _odd(given: Mapping[str, Any], default: Mapping[str, Any]) -> Iterator[str]:
-    """Names of fields with a list, say, where there is a number by default."""
+    """Names of fields with a list, say, or 0, where there is a positive number by default."""
     for name, value in given.items():
         usual = default.get(name)
         if isinstance(value, dict) and isinstance(usual, dict):
             yield from (f"{name}.{inner}" for inner in _odd(value, usual))
-        elif value is not None and usual is not None and _kind(value) != _kind(usual):
+        elif value is None or usual is None:
+            continue
+        elif _kind(value) is not _kind(usual) or (_kind(value) is float and value <= 0 < usual):
             yield name
 
 

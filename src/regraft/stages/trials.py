@@ -158,9 +158,10 @@ class Trials:
         if len(self._in_state("COMPLETE", "RUNNING")) >= most:
             return None
         drawn = self._in_state()
-        self._hold(len(drawn), held)
         with self._readable():
-            self._study.add_trial(self._draw(drawn))
+            running = self._draw(drawn)
+            self._hold(len(drawn), held)
+            self._study.add_trial(running)
         return self._in_state()[-1]
 
     def _draw(self, drawn: list[FrozenTrial]) -> FrozenTrial:
