@@ -1,8 +1,8 @@
 """Malformed files: valid ones broken in every way that is known, and how a reader takes them.
 
-`run` gives one such file to one command (or one function that reads it) and says what went wrong:
-anything but success or a `RegraftError`, a message that does not name the file, something left
-behind, or more than `PATIENCE` seconds.
+`run` gives one such file to one command (or one function that reads it) and says what is wrong:
+anything but success or a `RegraftError`, a message that does not name the file and the field,
+tensor or row, something left behind, or more than `PATIENCE` seconds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -50,10 +51,18 @@ VALUES: tuple[Any, ...] = (
 
 @dataclass(frozen=True)
 class Case:
-    """A malformed file: how it came about, and what writes it in place of the valid one."""
+    """A malformed file: how it came about, and what writes it in place of the valid one.
+
+    Attributes:
+        name: How it came about.
+        write: Writes it.
+        fields: Groups of names; of each group the message must name one. None where there is
+            nothing to be named.
+    """
 
     name: str
     write: Callable[[Path], None]
+    fields: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,32 @@ def put(document: Any, place: Sequence[Any], change: Any) -> Any:
     return copy
 
 
+def blamed(document: Any, place: Sequence[Any], change: Any) -> tuple[tuple[str, ...], ...]:
+    """Fields of which one must be named where `put` made this change; see `Case.fields`.
+
+    Those are the innermost named one that was changed, and where something else was put there also
+    what that holds and what it lacks. There is none to be named where the whole document was
+    replaced, or the text is no JSON, of which the line and column are known.
+    """
+    names = [one for one in place if isinstance(one, str)]
+    kind, value = change
+    if not names:
+        return ()
+    if isinstance(value, str) and value.startswith(RAW):
+        return ((names[-1], "nested", "line", "'a'", '"a"'),)
+    held = document
+    for one in place:
+        held = held[one]
+    inside = [one for one in _names(held) | _names(value) if one] if kind == "put" else []
+    texts = [value] if isinstance(value, str) and value else []
+    renamed = [repr(value), json.dumps(value, ensure_ascii=False)] if kind == "rename" else []
+    return ((names[-1], *inside, *renamed, *(one[:50] for one in texts), "half a character"),)
+
+
+def _names(value: Any) -> set[str]:
+    return {one[-1] for one in places(value) if one and isinstance(one[-1], str)}
+
+
 def changes() -> st.SearchStrategy[tuple[str, Any]]:
     """What may happen to a value of a JSON document."""
     scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -217,9 +252,12 @@ def of_tensors(source: Path) -> Iterator[Case]:
     """Tensors of other types, shapes and values, missing and too many."""
     header, tensors = artifact(source)
 
-    def case(name: str, change: dict[str, torch.Tensor | None]) -> Case:
+    def case(called: str, change: dict[str, torch.Tensor | None]) -> Case:
         changed = {k: v for k, v in {**tensors, **change}.items() if v is not None}
-        return Case(name, lambda path: write_artifact(path, header, changed))
+        (name,) = change
+        return Case(
+            called, lambda path: write_artifact(path, header, changed), ((name, name[:50]),)
+        )
 
     yield case("one more", {"x": torch.ones(2)})
     yield case("a long name", {"n" * 3000: torch.ones(2)})
@@ -334,6 +372,8 @@ def run(case: Case, path: Path, act: Words | Read, above: Path) -> Outcome:
         wrong = "shows a traceback"
     elif code and not names(message, path):
         wrong = "does not name the file"
+    elif code and (unnamed := [one for one in case.fields if not names_one(message, path, one)]):
+        wrong = f"does not name {' or '.join(unnamed[0][:5])}"
     elif code and (left := {*listing(above)} ^ {*before}):
         wrong = f"left {sorted(left)[:3]}"
     return Outcome(code, wrong, message)
@@ -342,6 +382,13 @@ def run(case: Case, path: Path, act: Words | Read, above: Path) -> Outcome:
 def names(message: str, path: Path) -> bool:
     """Whether a message names the file, or the folder that is a model or an evaluation."""
     return path.name in message or f"{path.parent}" in message or path.stem in message
+
+
+def names_one(message: str, path: Path, fields: Sequence[str]) -> bool:
+    """Whether a message names one of these, outside of the paths in it; long ones may go on."""
+    said = message.replace(str(path), "").replace(str(path.parent), "").replace(path.name, "")
+    patterns = (rf"(?<!\w){re.escape(one)}" + r"(?!\w)" * (len(one) < 50) for one in fields)
+    return any(re.search(one, said) for one in patterns)
 
 
 def listing(folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,101 @@ def test_bad_settings_are_named(root: Path, tmp_path: Path) -> None:
         regraft.realign(dense, dense, tmp_path / "x", top_heads=3)
     with pytest.raises(AttributeError, match="no attribute 'graft'"):
         regraft.graft  # noqa: B018
+    assert not [*tmp_path.iterdir()]
+
+
+ENDPOINT = "endpoint:http://localhost:1/v1#m"
+
+
+@pytest.mark.parametrize(
+    ("act", "command", "message"),
+    [
+        (
+            lambda root, out: regraft.prune(root / "dense", out, method="magnitude", samples=3),
+            "prune {dense} --method magnitude --samples 3 --out {out}",
+            "magnitude reads no data: settings of it would change nothing.",
+        ),
+        (
+            lambda root, out: regraft.prune(root / "dense", out, n_m="2:4", sparsity=0.4),
+            "prune {dense} --n-m 2:4 --sparsity 0.4 --out {out}",
+            "`n-m` 2:4 takes the place of `sparsity` 0.4. Leave it out.",
+        ),
+        (
+            lambda root, out: regraft.score_heads(
+                root / "dense", out, responses="given", max_response_tokens=3
+            ),
+            "analyse heads {dense} --responses given --max-response-tokens 3 --out {out}",
+            "`max-response-tokens` changes nothing where `responses` are given. Leave it out.",
+        ),
+        (
+            lambda root, out: regraft.realign(
+                root / "dense", root / "dense", out, method="hsr", heads_file="x", r_max=3
+            ),
+            "realign hsr {dense} {dense} --heads-file x --r-max 3 --out {out}",
+            "--heads-file has scores: settings of scoring would change nothing.",
+        ),
+        (
+            lambda root, out: regraft.realign(
+                root / "dense", root / "dense", out, method="hsr", search={}
+            ),
+            "realign hsr {dense} {dense} --search --out {out}",
+            "--search chooses a number of weights: give a --budget too.",
+        ),
+        (
+            lambda root, out: regraft.evaluate(root / "dense", "demo:test", out, concurrency=2),
+            "eval {dense} --suite demo:test --concurrency 2 --out {out}",
+            "--concurrency is of requests to an endpoint: leave it out.",
+        ),
+        (
+            lambda root, out: regraft.evaluate(ENDPOINT, "demo:test", out, batch_size=2),
+            f"eval {ENDPOINT} --suite demo:test --batch-size 2 --out {{out}}",
+            "An endpoint runs as its server was started: leave out --batch-size.",
+        ),
+        (
+            lambda root, out: regraft.check(
+                ENDPOINT, ENDPOINT, out, suites="demo:test", device="cpu"
+            ),
+            f"check {ENDPOINT} {ENDPOINT} --suite demo:test --device cpu --out {{out}}",
+            "An endpoint runs as its server was started: leave out --device.",
+        ),
+        (
+            lambda root, out: regraft.check(
+                root / "dense", root / "dense", out, suites="demo:test", concurrency=2
+            ),
+            "check {dense} {dense} --suite demo:test --concurrency 2 --out {out}",
+            "--concurrency is of requests to an endpoint: leave it out.",
+        ),
+        (
+            lambda root, out: regraft.check(root / "evaluated", ENDPOINT, out, dtype="float32"),
+            f"check {{dense}}/../evaluated {ENDPOINT} --dtype float32 --out {{out}}",
+            "Neither of the two models is run here: leave out --dtype.",
+        ),
+        (
+            lambda root, out: regraft.evaluate(
+                root / "dense", "demo:test", out, judge="gcg-1", keywords=("no",)
+            ),
+            "eval {dense} --suite demo:test --judge gcg-1 --keywords no --out {out}",
+            "`keywords` take the place of the judge gcg-1. Leave it out.",
+        ),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_as_by_the_command_line(
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    act: Callable[[Path, Path], object],
+    command: str,
+    message: str,
+) -> None:
+    (root / "evaluated").mkdir(exist_ok=True)
+    (root / "evaluated" / "results.json").touch()
+    out = tmp_path / "out"
+    with pytest.raises(RegraftError) as refused:
+        act(root, out)
+    assert str(refused.value) == message
+    with pytest.raises(SystemExit, match="2"):
+        main(command.format(dense=root / "dense", out=out).split())
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not [*tmp_path.iterdir()]
 
 

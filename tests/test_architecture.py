@@ -355,7 +355,7 @@ def qwen3_next():
     ("build", "message"),
     [
         (bert, "BertLMHeadModel has no text decoder with layers"),
-        (clip, "is a clip model: neither a vision-language model nor a causal language model"),
+        (clip, "is of type clip: neither a vision-language model nor a causal language model"),
         (gpt2, "GPT2LMHeadModel has no text decoder with layers"),
     ],
 )

@@ -82,6 +82,7 @@ def test_a_closed_stream_is_not_the_next_file(tmp_path: Path) -> None:
         ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1'"),
         ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '999"),
+        ({"WORLD_SIZE": "\u0662"}, "WORLD_SIZE is '\u0662'"),
         ({"RANK": "2"}, "RANK is '2'; expected a number from 0 to 1"),
         ({"RANK": None}, "RANK is not set"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT is '70000'"),

@@ -53,6 +53,17 @@ def change(path: Path, **fields: Any) -> None:
         ),
         ("config.json", {"num_labels": 10**9}, r"config.json: num_labels is 1000000000"),
         ("config.json", {"sub": {"depths": [2, 10**9]}}, r"config.json: sub.depths is 1000000000"),
+        (
+            "config.json",
+            {"rope_scaling": {"factor": "x"}},
+            r'rope_scaling.factor is "x"; exp',
+        ),
+        (
+            "config.json",
+            {"rope_parameters": {"full": {"factor": 1e308}}},
+            r"factor is 1e\+308",
+        ),
+        ("config.json", {"max_position_embeddings": []}, r"max_position_embeddings is \[\]"),
         ("generation_config.json", {"eos_token_id": {}}, r"generation_config.json: eos_token_id"),
         ("generation_config.json", {"pad_token_id": 2**40}, r"pad_token_id is 1099511627776"),
         ("tokenizer_config.json", {"model_max_length": []}, r"tokenizer_config.json: model_max_le"),

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import shutil
+import sqlite3
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
+from hypothesis import settings as trying
 
 import fuzz
 import pico
+import regraft
 from disk import write_data
 from fuzz import Case
 from regraft.cli import main
@@ -27,17 +33,32 @@ from regraft.data.sources import DataSource, read
 from regraft.data.storage import CACHE_VARIABLE, unpacked
 from regraft.defence.artifact import Direction, ShieldPrompt, load_defence, save_defence
 from regraft.disk.files import digest, write_json
+from regraft.disk.parsing import from_json
+from regraft.evaluation.gate import Check
 from regraft.evaluation.perplexity import Teacher, load_teacher, read_documents, save_teacher
-from regraft.evaluation.tradeoff import read_curve
+from regraft.evaluation.tradeoff import Cost, Point, Tried, read_curve
 from regraft.heads.score import HeadScores, load_heads, save_heads
+from regraft.heads.ships import HeadSettings
 from regraft.models.checkpoint import INDEX_FILE
 from regraft.models.load import open_source
 from regraft.patch.format import Patch, TensorPatch, load_patch, save_patch
+from regraft.pruning.pruners.wanda import WandaSettings
 from regraft.pruning.statistics import ImportanceStatistics, load_statistics, save_statistics
 from regraft.report.published import read_published
+from regraft.report.run import Run
+from regraft.restoration.base import Between
 from regraft.restoration.ranking import Ranking, load_ranking, save_ranking
 from regraft.runs.bundle import FORMAT, MANIFEST
+from regraft.runs.reporting import read_run
+from regraft.settings.base import Settings
+from regraft.settings.checking import Margins
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EndpointSettings, EvalSettings
+from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.stages.answering import _read as read_responses
+from regraft.stages.trials import Trials
+from regraft.stages.tuning import finished
 
 FAMILY = "llama"
 VLM = "qwen2_5_vl"
@@ -60,25 +81,42 @@ POINT = {
     "utility": None,
     "degenerate": 0.0,
 }
+ELSE = {  # what a message may say where no field is at fault
+    # a size that is missing is one by default, which the weights have not
+    **dict.fromkeys(("config", "a run's config"), ("weight",)),
+    "recipe": ("gain", "demo:test"),  # by default
+    "JSON lines": ("JSON array",),
+    **dict.fromkeys(
+        ("answers", "a run's answers", "checked answers"), ("does not hold the answers",)
+    ),
+}
 TALLY: Counter[str] = Counter()
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A kind of file: a valid one in the world, and what reads it there."""
+    """A kind of file: a valid one in the world (a pattern of its path), and what reads it there."""
 
     file: str
     act: fuzz.Words | fuzz.Read
+
+    def within(self, world: Path) -> Path:
+        """The file."""
+        (path,) = world.glob(self.file)
+        return path
 
 
 def command(*words: str) -> fuzz.Words:
     """Words in which {folder} is that of the file, {file} the file, {world} all."""
 
     def made(path: Path) -> list[object]:
-        world = next(above for above in path.parents if above.name.startswith("world-"))
-        return [word.format(folder=path.parent, file=path, world=world) for word in words]
+        return [word.format(folder=path.parent, file=path, world=_world(path)) for word in words]
 
     return made
+
+
+def _world(path: Path) -> Path:
+    return next(above for above in path.parents if above.name.startswith("world-"))
 
 
 def rows(name: str) -> fuzz.Read:
@@ -88,6 +126,26 @@ def rows(name: str) -> fuzz.Read:
 
 def heads(path: Path) -> HeadScores:
     return load_heads(path, open_source(path.parent / "model").architecture)
+
+
+def run_of(path: Path) -> Run:
+    """What `regraft report RUN` reads."""
+    return read_run(_world(path) / "run")
+
+
+def checked(path: Path) -> Check:
+    """What `regraft check` makes of two evaluations."""
+    dense = _world(path) / "run" / "evaluation" / "dense"
+    return regraft.check(dense, path.parent, _world(path) / "out")
+
+
+def tuned(path: Path) -> tuple[Tried, ...]:
+    """The finished trials of a study, and one more begun."""
+    trials = Trials(path.parent, {"p": Between(0.1, 1.0)}, TuneSettings(random_trials=1))
+    found = tuple(finished(trials))
+    with trials.take(len(found) + 1) as trial:
+        assert trial is not None
+    return found
 
 
 JSONL = rows("jsonl")
@@ -134,14 +192,49 @@ READERS: Mapping[str, Reader] = {
     "curve": Reader("curve.json", read_curve),
     "costs": Reader("costs.json", read_costs),
     "bundle": Reader("bundle.zip", command("report", "{file}")),
+    "a run's recipe": Reader("run/recipe.yaml", run_of),
+    "a run's costs": Reader("run/costs.json", run_of),
+    "a run's pass": Reader("run/calibration-pass.json", run_of),
+    "a run's results": Reader("run/evaluation/chosen/results.json", run_of),
+    "a run's answers": Reader("run/evaluation/dense/answers.jsonl", run_of),
+    "a run's curve": Reader("run/curves/chosen.json", run_of),
+    "a run's ranking": Reader("run/rankings/*.safetensors", run_of),
+    "a run's patch": Reader("run/patches/chosen.safetensors", run_of),
+    "a run's statistics": Reader("run/statistics.safetensors", run_of),
+    "a run's config": Reader("run/pruned/config.json", run_of),
+    "checked results": Reader("run/evaluation/pruned/results.json", checked),
+    "checked answers": Reader("run/evaluation/pruned/answers.jsonl", checked),
+    "trials": Reader("tuned/study.db", tuned),
 }
 JSON = ("index", "config", "tokenizer settings", "generation settings", "processor settings")
-JSON += ("results", "verdicts", "curve", "costs")
-LINES = ("JSON lines", "answers", "responses")
-YAML = ("recipe", "published")
+JSON += ("results", "verdicts", "curve", "costs", "a run's costs", "a run's pass")
+JSON += ("a run's results", "a run's curve", "a run's config", "checked results")
+LINES = ("JSON lines", "answers", "responses", "a run's answers", "checked answers")
+YAML = ("recipe", "published", "a run's recipe")
 TENSORS = ("patch", "ranking", "scores", "statistics", "direction", "defence prompt", "text states")
+TENSORS += ("a run's ranking", "a run's patch", "a run's statistics")
 SLOW = {"tokenizer", "tokenizer settings", "chat template", "generation settings"}
-SLOW |= {"processor settings", "results", "verdicts"}
+SLOW |= {"processor settings", "results", "verdicts", "trials"}
+SCHEMAS = (  # what SQL makes of the file of trials
+    *("DROP TABLE trials", "DROP TABLE alembic_version", "DELETE FROM studies"),
+    *("DELETE FROM trial_values", "DELETE FROM trial_params", "DELETE FROM version_info"),
+    "ALTER TABLE trial_params RENAME COLUMN param_value TO other",
+    "UPDATE alembic_version SET version_num = 'x'",
+    "UPDATE version_info SET schema_version = 99",
+    "UPDATE studies SET study_name = 'other'",
+    "UPDATE study_directions SET direction = 'ODD'",
+    *(f"UPDATE trials SET state = '{one}'" for one in ("ODD", "RUNNING", "FAIL")),
+    *(f"UPDATE trials SET number = {one}" for one in (7, -1, "'x'", "NULL")),
+    *(
+        f"UPDATE trial_params SET distribution_json = '{one}'"
+        for one in ("", "{}", "[]", '{"name": "x", "attributes": {}}', "9" * 5000, "[" * 9000)
+    ),
+    *(f"UPDATE trial_params SET param_value = {one}" for one in ("'x'", "NULL", "1e999", "77")),
+    *(
+        f"UPDATE trial_user_attributes SET value_json = '{one}'"
+        for one in ("", "{", "null", "[]", "NaN", "{}", '{"number": "x"}', "[" * 9000)
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +249,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_tables(root)
     _write_artifacts(root)
     _write_evaluation(root)
+    _write_run(root)
+    _write_trials(root / "tuned")
     return root
 
 
@@ -228,6 +323,35 @@ def _write_evaluation(root: Path) -> None:
             archive.writestr(name, content)
 
 
+def _write_run(root: Path) -> None:
+    data = str(root / "data" / "text.jsonl")
+    search = {"validation": data, "points": 1}
+    recipe = {
+        "model": str(root / "model"),
+        "calibration": {"data": data, "samples": 2, "responses": "given"},
+        "prune": [{"name": "half", "sparsity": 0.5, "method": "magnitude"}],
+        "realign": [
+            {"name": "chosen", "method": "set-difference", "count": 30, "search": search},
+        ],
+        "evaluate": {"suite": data, "max_new_tokens": 2},
+        "compute": {"device": "cpu"},
+    }
+    (root / "run.yaml").write_text(yaml.safe_dump(recipe))
+    _quietly(["run", root / "run.yaml", "--out", root / "run"])
+    for unread in ("report", "realigned"):
+        shutil.rmtree(root / "run" / unread)
+
+
+def _write_trials(folder: Path) -> None:
+    trials = Trials(folder, {"p": Between(0.1, 1.0)}, TuneSettings(random_trials=1))
+    for number in range(2):
+        with trials.take(2) as trial:
+            assert trial is not None
+            point = from_json(Point, {**POINT, "restored": 3}, "")
+            one = Tried(number, dict(trial.params), point, {"utility": 0.0}, Cost({}, 1, 2))
+            trials.finish(trial, 0.5, one.excess, asdict(one))
+
+
 def _quietly(words: list[Any]) -> None:
     try:
         main([str(word) for word in words])
@@ -246,7 +370,9 @@ def attack(
     def attempt(name: str, case: Case) -> fuzz.Outcome:
         reader = READERS[name]
         copy = fuzz.linked(world, tmp_path / f"world-{next(numbers)}")
-        outcome = fuzz.run(case, copy / reader.file, reader.act, copy)
+        path = reader.within(copy)
+        fuzz.replaced(path.read_bytes())(path)  # which the linked one does not see
+        outcome = fuzz.run(case, path, reader.act, copy)
         TALLY[name] += 1
         return outcome
 
@@ -272,7 +398,7 @@ def fail_with(found: list[str]) -> None:
 
 @pytest.mark.parametrize("name", READERS)
 def test_any_damage(name: str, world: Path, attack: Callable[[str, Case], fuzz.Outcome]) -> None:
-    valid = (world / READERS[name].file).read_bytes()
+    valid = READERS[name].within(world).read_bytes()
     fail_with(failures(attack, name, fuzz.of_any_file(valid, SEED, 4 if name in SLOW else 8)))
 
 
@@ -287,13 +413,13 @@ def test_changed_values(
     name: str, world: Path, attack: Callable[[str, Case], fuzz.Outcome]
 ) -> None:
     """A value of another type, size or depth at any place of a JSON document, by hypothesis."""
-    path = world / READERS[name].file
+    path = READERS[name].within(world)
     document, write = _document(name, path)
     every = fuzz.places(document)
     found: list[str] = []
     seen = count()
 
-    @settings(
+    @trying(
         max_examples=EXAMPLES // 2 if name in SLOW else EXAMPLES,
         derandomize=True,
         database=None,
@@ -304,7 +430,11 @@ def test_changed_values(
     def attempt(change: tuple[str, Any]) -> None:
         place = every[next(seen) * 7 % len(every)]
         changed = fuzz.put(document, place, change)
-        case = Case(f"{place} {change!r:.60}", lambda target: write(target, changed))
+        fields = fuzz.blamed(document, place, change)
+        if name in LINES and place and (len(place) > 1 or change[0] == "put"):
+            fields = (*fields, (f"line {place[0] + 1}", f"row {place[0] + 1}"))
+        fields = tuple((*one, *ELSE.get(name, ())) for one in fields)
+        case = Case(f"{place} {change!r:.60}", lambda target: write(target, changed), fields)
         found.extend(failures(attack, name, iter([case])))
 
     attempt()
@@ -333,18 +463,72 @@ def _document(name: str, path: Path) -> tuple[Any, Callable[[Path, Any], None]]:
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_other_tensors(name: str, world: Path, attack: Callable[[str, Case], fuzz.Outcome]) -> None:
-    fail_with(failures(attack, name, fuzz.of_tensors(world / READERS[name].file)))
+    fail_with(failures(attack, name, fuzz.of_tensors(READERS[name].within(world))))
 
 
 def test_headers_of_weights(world: Path, attack: Callable[[str, Case], fuzz.Outcome]) -> None:
-    valid = (world / READERS["weights"].file).read_bytes()
+    valid = READERS["weights"].within(world).read_bytes()
     fail_with(failures(attack, "weights", fuzz.of_weights(valid)))
 
 
 @pytest.mark.parametrize("name", ["zip", "bundle"])
 def test_archives(name: str, world: Path, attack: Callable[[str, Case], fuzz.Outcome]) -> None:
-    valid = (world / READERS[name].file).read_bytes()
+    valid = READERS[name].within(world).read_bytes()
     fail_with(failures(attack, name, fuzz.of_zip(valid)))
+
+
+def test_trials_of_another_schema(world: Path, attack: Callable[[str, Case], fuzz.Outcome]) -> None:
+    pytest.importorskip("optuna")
+
+    def case(statement: str) -> Case:
+        def write(path: Path) -> None:
+            with contextlib.closing(sqlite3.connect(path)) as database, database:
+                database.execute(statement)
+
+        return Case(statement, write)
+
+    def other(path: Path) -> None:
+        path.unlink()
+        case("CREATE TABLE other (name TEXT)").write(path)
+
+    cases = [*map(case, SCHEMAS), Case("another program's", other)]
+    fail_with(failures(attack, "trials", iter(cases)))
+
+
+COMMANDS: Mapping[str, tuple[type[Settings], ...]] = {
+    "prune x": (WandaSettings, CalibrationSettings, ComputeSettings),
+    "eval x --suite demo:test": (EvalSettings, EndpointSettings),
+    "analyse heads x": (HeadSettings,),
+    "realign hsr x x": (SearchSettings,),
+    "tune hsr x x": (TuneSettings,),
+    "check x x --suite demo:test": (Margins,),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_are_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every flag that takes a number, given what is none or none that it can be."""
+    wrong = []
+    for name in (one for block in COMMANDS[command] for one in numbers(block)):
+        flag = f"--{name.replace('_', '-')}"
+        for value in ("x", "", "nan", "1e999", "-" + "9" * 30, "9" * 5000):
+            with pytest.raises(SystemExit) as stopped:
+                main([*command.split(), "--out", str(tmp_path / "out"), f"{flag}={value}"])
+            said = capsys.readouterr().err
+            if stopped.value.code != 2 or not re.search(rf"{flag}\b", said) or "Traceback" in said:
+                wrong.append(f"{flag} {value[:9]}: {stopped.value.code}: {said[:300]}")
+    fail_with(wrong)
+    assert not [*tmp_path.iterdir()]
+
+
+def numbers(block: type[Settings]) -> Iterator[str]:
+    """Settings that are numbers and bounded below."""
+    for name, field in block.model_fields.items():
+        kinds = {field.annotation, *get_args(field.annotation)}
+        if kinds & {int, float} and any(
+            hasattr(one, "ge") or hasattr(one, "gt") for one in field.metadata
+        ):
+            yield name
 
 
 def test_enough_files_were_tried() -> None:

@@ -17,7 +17,7 @@ ROOT = Path(regraft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     *("data", "models", "pruning", "heads", "patch", "evaluation", "defence", "settings"),
-    *("loading", "restoration", "report", "recipes", "stages"),
+    *("loading", "restoration", "flags", "report", "recipes", "stages"),
     # a recipe's run: one, then the analyses of it, then several
     *(f"runs.{name}" for name in ("run_dir", "passes", "reporting", "evaluations", "comparing")),
     *("runs.publishing", "api", "runs.plan", "runs.pipeline", "analysis", "runs.recipe_runs"),

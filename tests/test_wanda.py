@@ -146,6 +146,8 @@ def test_count_is_the_floor_of_the_exact_product(percent, n):
         (lambda: Pattern.parse_n_m("2:2"), "2:2 is no N:M pattern"),
         (lambda: Pattern.parse_n_m("2:0"), "'2:0' is no N:M pattern"),
         (lambda: Pattern.parse_n_m("2/4"), "'2/4' is no N:M pattern; write it like 2:4"),
+        (lambda: Pattern.parse_n_m("\u0662:\u0664"), "'\u0662:\u0664' is no N:M pattern"),
+        (lambda: Pattern.parse_n_m(f"2:{'9' * 5000}"), "'2:999"),
         (lambda: Pattern.parse_n_m("2:4").fits((8, 6), "q"), "2:4 needs rows of a multiple of 4"),
     ],
 )

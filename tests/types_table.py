@@ -37,6 +37,7 @@ TYPES = tuple(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
 VOCABULARY = 320
 TOKENS = 4
 _SECONDS = 90  # for one type
+_MOST = 160  # characters of a reason
 _WITH_IMAGE = ("blip", "blip-2", "idefics", "instructblip")  # which take no prompt without one
 
 
@@ -370,7 +371,16 @@ def _reason(error: Exception, folder: Path) -> str:
     text = text.replace(f"{folder}/", "").replace(f"{folder}: ", "").replace(str(folder), "it")
     text = text if isinstance(error, RegraftError) else f"{type(error).__name__}: {text}"
     text = text.split(": it gives")[0].split(". ")[0].replace("|", "\\|").rstrip(".")
-    return f"no: {text[:160]}"
+    return f"no: {_cut(text)}"
+
+
+def _cut(text: str) -> str:
+    """Text of at most `_MOST` characters, cut where a part of its sentence ends."""
+    if len(text) <= _MOST:
+        return text
+    end = max(text.rfind(one, 0, _MOST) for one in ("; ", ": ", ", ", " ("))
+    head = text[: end if end > 0 else _MOST]
+    return head + ")" * (head.count("(") - head.count(")"))
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 Models are folders, hub ids, "demo" for the bundled model, or what `open_source` has opened. Data
 sets are named as on the command line: a .jsonl file, or "NAME:PATH" with a reader's name. Every
 stage writes an artifact and, called again with the same, takes it as it is; a killed one goes on.
-Other settings are those of the command line under the same names, such as `batch_size`. Bad input
-raises `RegraftError`.
+Other settings are those of the command line under the same names, such as `batch_size`. Those that
+would change nothing are refused; bad input raises `RegraftError`.
 
     import regraft
 
@@ -28,6 +28,14 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.gate import Check
 from regraft.evaluation.results import EvalResult
+from regraft.flags import (
+    check_data,
+    check_endpoint,
+    check_endpoints,
+    check_inputs,
+    check_search,
+    refuse_unread,
+)
 from regraft.heads.score import HeadScores
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, open_source
@@ -38,7 +46,7 @@ from regraft.restoration.base import DEFAULT, METHODS
 from regraft.settings.base import Settings, explain
 from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
+from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings
 from regraft.settings.searching import SearchSettings
 from regraft.settings.validation import with_held_out
@@ -69,6 +77,8 @@ def prune(
     """
     blocks = PRUNERS.get(method).settings_type, CalibrationSettings, ComputeSettings
     own, data, compute = _settings({"method": method, **settings}, *blocks)
+    refuse_unread(own)
+    check_data(own.method, data, reads=bool(own.kinds))
     return stages.prune_checkpoint(_setup(model, data, compute, progress), Path(out), own)
 
 
@@ -83,6 +93,7 @@ def score_heads(
         settings: Of the scoring (`r_max`, `mode` ...), the calibration and where it runs.
     """
     own, data, compute = _settings(settings, HeadSettings, CalibrationSettings, ComputeSettings)
+    refuse_unread(own, data)
     return stages.write_head_scores(_setup(model, data, compute, progress), Path(out), own)
 
 
@@ -110,14 +121,21 @@ def realign(
         settings: Of the method (`budget`, `swap` ...), the scoring of heads, the calibration and
             where it runs.
     """
-    blocks = METHODS.get(method).settings_type, HeadSettings, CalibrationSettings, ComputeSettings
+    kind = METHODS.get(method)
+    responses = kind.needs(kind.settings_type(method=method)).statistics  # alone read any
+    prompts = CalibrationSettings if responses else PromptSettings
+    blocks = kind.settings_type, HeadSettings, prompts, ComputeSettings
     own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
+    data = data.with_responses()
+    choice = None if search is None else _settings(search, SearchSettings)[0]
+    scores = _path(heads_file)
+    refuse_unread(data)
+    check_search(choice is not None, own, choice or SearchSettings())
+    check_inputs(own, scoring, scores, None)
     before, after = _opened(dense, compute), _opened(pruned, compute)
-    choice = None
-    if search is not None:
-        (choice,) = _settings(search, SearchSettings)
+    if choice is not None:
         choice, data = with_held_out(choice, before.folder, data)
-    where = stages.ArtifactPaths.beside(Path(out), stages.Inputs(heads=_path(heads_file)))
+    where = stages.ArtifactPaths.beside(Path(out), stages.Inputs(heads=scores))
     restoration = stages.Restoration(before, data, compute, progress, scoring=scoring)
     return restoration.restore(after, own, where, choice)
 
@@ -184,6 +202,8 @@ def evaluate(
             an endpoint is asked (`concurrency`).
     """
     own, compute, endpoint = _settings(settings, EvalSettings, ComputeSettings, EndpointSettings)
+    refuse_unread(own)
+    check_endpoint(_name(model), compute, endpoint)
     target = stages.open_target(model, compute, endpoint, progress, patch=_path(patch))
     return stages.evaluate_target(target, Path(out), _suites(suites), own).result
 
@@ -214,15 +234,16 @@ def check(
     margins, own, compute, endpoint = _settings(
         settings, Margins, EvalSettings, ComputeSettings, EndpointSettings
     )
+    refuse_unread(own)
+    check_endpoints((_name(dense), _name(compressed)), compute, endpoint)
+    named = _suites(suites)
     stages.clear_check(Path(out))
-    return stages.check_compressed(
+    sides = (
         stages.open_side(dense, compute, endpoint, progress=progress),
         stages.open_side(compressed, compute, endpoint, _path(patch), progress),
-        Path(out),
-        _suites(suites),
-        own,
-        margins,
     )
+    stages.check_compute(sides, compute)
+    return stages.check_compressed(*sides, Path(out), named, own, margins)
 
 
 def compare(
@@ -277,6 +298,11 @@ def _data(named: Any) -> DataSource:
 
 def _suites(named: str | Sequence[str]) -> list[DataSource]:
     return [_data(one) for one in ([named] if isinstance(named, str) else named)]
+
+
+def _name(model: Model) -> str:
+    """As on the command line; "" of a model that is opened."""
+    return "" if isinstance(model, Source) else str(model)
 
 
 def _opened(model: Model, compute: ComputeSettings) -> Source:

@@ -13,18 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field
 from torch import Tensor, nn
 
 from regraft import distributed
 from regraft.disk.files import discard_leftover, read_json, write_json
-from regraft.errors import RegraftError
+from regraft.disk.parsing import from_json
 from regraft.progress import Advance, Progress
 
 T = TypeVar("T")
+_Positive = Annotated[int, Field(ge=1)]
 _WORTH_TELLING = 1.0  # seconds; what takes less and runs no model was there already
 _BETWEEN_WRITES = 60.0  # seconds
 
@@ -78,9 +79,9 @@ class CalibrationPass:
             The vision tower and the LM head are left out.
     """
 
-    prompts: int
-    tokens: int
-    flops: int
+    prompts: _Positive
+    tokens: _Positive
+    flops: _Positive
 
 
 class Metered:
@@ -208,7 +209,7 @@ def read_costs(path: Path) -> list[Cost]:
     Raises:
         RegraftError: the file holds something else.
     """
-    return _read(path, TypeAdapter(list[Cost]), "costs of a run") if path.exists() else []
+    return _read(path, list[Cost], "costs of a run") if path.exists() else []
 
 
 def read_pass(path: Path) -> CalibrationPass | None:
@@ -217,17 +218,12 @@ def read_pass(path: Path) -> CalibrationPass | None:
     Raises:
         RegraftError: the file holds something else.
     """
-    found = TypeAdapter(CalibrationPass)
-    return _read(path, found, "calibration pass") if path.exists() else None
+    return _read(path, CalibrationPass, "calibration pass") if path.exists() else None
 
 
-def _read(path: Path, content: TypeAdapter[T], what: str) -> T:
-    try:
-        return content.validate_python(read_json(path))
-    except ValidationError as error:
-        raise RegraftError(
-            f"{path} holds no {what} ({error.errors()[0]['msg']}). Remove it and continue the run."
-        ) from error
+def _read(path: Path, kind: type[T], what: str) -> T:
+    where = f"{path} holds no {what}; remove it and continue the run"
+    return from_json(kind, read_json(path), where)
 
 
 def named(device: torch.device) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from regraft.errors import RegraftError
 
@@ -30,7 +31,7 @@ def local_rank() -> int:
 def _number(name: str, default: str | None = None, *, least: int, most: int | None = None) -> int:
     text = os.environ.get(name, default)
     expected = f"a number from {least} {'on' if most is None else f'to {most}'}"
-    if text is None or not text.strip().isdecimal() or len(text) > 9:
+    if text is None or not re.fullmatch(r"\s*[0-9]{1,9}\s*", text):
         raise _wrong(name, text, expected)
     if int(text) < least or (most is not None and int(text) > most):
         raise _wrong(name, text, expected)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 from rich.console import Console
 
-from regraft.cli.flags import refuse_unread
 from regraft.cli.options import (
     Calibration,
     Compute,
@@ -23,6 +22,7 @@ from regraft.cli.options import (
 )
 from regraft.cli.reporting import compare
 from regraft.console import say, show_grid, show_table
+from regraft.flags import refuse_unread
 from regraft.heads.ships import HeadSettings
 from regraft.recipes.file import read_recipe
 from regraft.settings.compute import ComputeSettings

@@ -8,10 +8,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from regraft.cli.exits import leave
-from regraft.cli.flags import check_endpoint, refuse_compute, refuse_unread
 from regraft.cli.options import Compute, Flat, OutFolder, watching
 from regraft.console import say, show_grid
-from regraft.evaluation.chat_server import ENDPOINT
+from regraft.flags import check_endpoints, refuse_unread
 from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites
@@ -62,15 +61,13 @@ def check(
 
     with watching() as progress:
         refuse_unread(settings)
-        if dense.startswith(ENDPOINT) == compressed.startswith(ENDPOINT):
-            check_endpoint(dense, compute, endpoint)
+        check_endpoints((dense, compressed), compute, endpoint)
         stages.clear_check(out)
         sides = (
             stages.open_side(dense, compute, endpoint, progress=progress),
             stages.open_side(compressed, compute, endpoint, patch, progress),
         )
-        if all(isinstance(one, Path) or one.compute is None for one in sides):
-            refuse_compute(compute, "Neither of the two models is run here")
+        stages.check_compute(sides, compute)
         found = stages.check_compressed(*sides, out, suite, settings, margins)
         show_grid(progress.console, table(found))
         for metric in found.metrics:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from regraft.cli.flags import check_data, refuse_unread
 from regraft.cli.options import Calibration, Compute, Flat, Model, OutFile, open_model, watching
+from regraft.flags import check_data, refuse_unread
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings

@@ -8,11 +8,11 @@ from typing import Annotated
 
 from rich.console import Console
 
-from regraft.cli.flags import check_endpoint, refuse_unread
 from regraft.cli.options import Answering, Compute, Flat, OutFolder, watching
 from regraft.console import say, show_table
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate, EvalResult, Rates
+from regraft.flags import check_endpoint, refuse_unread
 from regraft.report.formatting import degenerate, number_cell, on_text, rate_cell
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites

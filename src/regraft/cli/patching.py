@@ -123,6 +123,7 @@ def push(
     pruned: str | None = None,
     evaluation: Evaluations = (),
     public: bool = False,
+    replace: bool = False,
     dry_run: Path | None = None,
 ) -> None:
     """Put a patch on the hub, with a card: what it is for, how it was made and what it does.
@@ -148,6 +149,9 @@ def push(
         are compared with it.
     public
         Make a new repository public; it is private otherwise.
+    replace
+        Put it in the place of a patch for another checkpoint, or among files of something else;
+        such a repository is left as it is otherwise.
     dry_run
         Write what would be uploaded to this new folder; upload nothing.
     """
@@ -159,4 +163,5 @@ def push(
             publishing.write(patch, card, dry_run)
             progress.note(f"Nothing was uploaded. What would be: {dry_run}")
             return
-        progress.note(f"Uploaded: {publishing.upload(patch, card, repository, public=public)}")
+        address = publishing.upload(patch, card, repository, public=public, replace=replace)
+        progress.note(f"Uploaded: {address}")

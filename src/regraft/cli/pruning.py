@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, create_model
 
-from regraft.cli.flags import check_data, refuse_unread
 from regraft.cli.options import Calibration, Compute, Flat, Model, OutFolder, open_model, watching
+from regraft.flags import check_data, refuse_unread
 from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, described
 from regraft.pruning.prune import zeros
 from regraft.settings.base import by_method

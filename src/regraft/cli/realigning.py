@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Group, Parameter
 from pydantic import ValidationError, create_model
 
-from regraft.cli.flags import (
+from regraft.cli.options import Flat, OutFile, open_model, watching
+from regraft.console import ConsoleWatch, show_search
+from regraft.errors import RegraftError
+from regraft.flags import (
     DEFAULT_VALIDATION_TOKENS,
     check_inputs,
     check_search,
     refuse_unread,
 )
-from regraft.cli.options import Flat, OutFile, open_model, watching
-from regraft.console import ConsoleWatch, show_search
-from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings
 from regraft.patch.format import Patch
 from regraft.patch.pair import is_changed

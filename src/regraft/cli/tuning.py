@@ -7,7 +7,6 @@ from typing import Annotated
 
 from cyclopts import App, Group, Parameter
 
-from regraft.cli.flags import DEFAULT_VALIDATION_TOKENS, check_tuning, refuse_unread
 from regraft.cli.options import OutFolder, open_model, watching
 from regraft.cli.realigning import (
     AnswerLength,
@@ -20,6 +19,7 @@ from regraft.cli.realigning import (
     for_method,
 )
 from regraft.console import show_tuned
+from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_tuning, refuse_unread
 from regraft.heads.ships import HeadSettings
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings

@@ -22,7 +22,7 @@ from regraft.disk.paths import require_file
 from regraft.errors import RegraftError
 
 SUFFIX = ".parquet"
-_SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.parquet")
+_SHARD = re.compile(r"(?P<split>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.parquet")
 _OTHERS = {".csv", ".tsv", ".json", ".jsonl", ".txt", ".zip"}  # a data set of another form
 _NO_DATA = {"dataset_infos.json", "requirements.txt"}
 _ROWS = 2**22  # most rows of a table: all of them are kept in memory

@@ -80,7 +80,7 @@ class Row:
         """Return the whole number that a text is, or that stands behind the last `after` in it."""
         text = self.text(field)
         digits = text.rpartition(after)[2] if after else text
-        if not (digits.isdecimal() and len(digits) <= _MOST_DIGITS):
+        if not (digits.isascii() and digits.isdecimal() and len(digits) <= _MOST_DIGITS):
             raise self.wrong_type(field, expected)
         return int(digits)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from regraft.disk.descriptions import Fields, described
 from regraft.disk.files import atomic_file, digest
-from regraft.disk.parsing import json_value
+from regraft.disk.parsing import json_value, shown
 from regraft.disk.paths import is_file
 from regraft.errors import RegraftError
 
@@ -58,20 +58,44 @@ def read_artifact(path: Path, kind: str, what: str) -> tuple[Fields, dict[str, T
         raise RegraftError(f"The file {path} ({what}) does not exist.")
     try:
         with safe_open(path, "pt") as handle:
-            header = json_value(
-                (handle.metadata() or {}).get(_KEY, "{}"), f"{path} is damaged: its header"
-            )
+            header = artifact_header(handle.metadata() or {}, kind, what, str(path))
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise RegraftError(f"{path} is damaged and cannot be read ({what}): {error}") from error
-    if not isinstance(header, dict) or header.pop("format", None) != kind:
-        raise RegraftError(f"{path} does not hold {what} of regraft ({kind}).")
     if header.pop("digest", None) != _digest(tensors):
-        raise RegraftError(f"{path} is damaged: its tensors are not those that were written.")
+        raise RegraftError(
+            f"{path} is damaged: its tensors ({', '.join(sorted(tensors)[:3])} ...) are not those "
+            "that were written, of which its header has the digest."
+        )
     fields = Fields(header, f"{path}: its header")
     if "about" in fields:
         fields["about"] = described(header["about"], f"{path}: about")
     return fields, tensors
+
+
+def artifact_header(
+    metadata: Mapping[str, str], kind: str, what: str, where: str
+) -> dict[str, Any]:
+    """The header of an artifact, from the metadata of its safetensors file.
+
+    Args:
+        metadata: Of the file.
+        kind: See `read_artifact`.
+        what: See `read_artifact`.
+        where: Names the file, for messages.
+
+    Raises:
+        RegraftError: it is damaged, or of another kind.
+    """
+    header = json_value(metadata.get(_KEY, "{}"), f"{where} is damaged: its header")
+    found = header.pop("format", None) if isinstance(header, dict) else None
+    if found != kind:
+        mark = "missing" if found is None else shown(found)
+        raise RegraftError(
+            f"{where} does not hold {what} of regraft: the format in its header is {mark}; "
+            f"expected {kind}."
+        )
+    return cast(dict[str, Any], header)
 
 
 def load_unfinished(path: Path) -> dict[str, Tensor]:

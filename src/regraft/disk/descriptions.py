@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from regraft.disk.parsing import from_json, read_json, shown
+from regraft.disk.parsing import from_json, json_object, shown
+from regraft.disk.paths import read_text
 from regraft.errors import RegraftError
 
 _Count = Annotated[int, Field(ge=0)]
@@ -77,7 +78,7 @@ class _About(TypedDict, total=False):
     pruned: _Count
     changed: _Count
     restored: _Count
-    n_m: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None
+    n_m: Annotated[str, Field(pattern="^[0-9]{1,4}:[0-9]{1,4}$")] | None
     groups: _Count
     violated_groups: _Count
     heads: list[tuple[_Count, _Count]]
@@ -101,7 +102,22 @@ def about_of(path: Path) -> Fields:
     Raises:
         RegraftError: the file is missing or holds none.
     """
-    content = read_json(path)
-    if not isinstance(content, dict) or "about" not in content:
-        raise RegraftError(f"{path} is nothing that regraft wrote: the field 'about' is missing.")
-    return described(content["about"], f"{path}: about")
+    return described(fields_of(path, "description", "about")["about"], f"{path}: about")
+
+
+def fields_of(path: Path, what: str, *needed: str) -> dict[str, Any]:
+    """The JSON object in a file that regraft wrote.
+
+    Args:
+        path: The file.
+        what: What it holds, for the message.
+        needed: Fields that it must have.
+
+    Raises:
+        RegraftError: the file is missing or holds none, or one of the fields is not in it.
+    """
+    content = json_object(read_text(path, "A JSON file is needed."), str(path))
+    for name in needed:
+        if name not in content:
+            raise RegraftError(f"{path} holds no {what} of regraft: the field {name!r} is missing.")
+    return content

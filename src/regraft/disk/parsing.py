@@ -23,6 +23,7 @@ from regraft.errors import RegraftError
 MOST_DEPTH = 64
 _MOST_YAML = 2**20  # characters; PyYAML reads about half a million a second
 _MOST_NODES = 50_000  # of YAML, an alias counting as all that it stands for
+_MOST_DIGITS = 4000  # of an integer; Python's `int` reads 4300
 _SHOWN = 60  # characters of a wrong value in a message
 EXACT = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))  # how `from_json` reads
 Read = TypeVar("Read")
@@ -55,13 +56,13 @@ def json_value(text: str | bytes, where: str, *, lenient: bool = False) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        found = json.loads(text, object_pairs_hook=None if lenient else _object)
+        found = json.loads(text, object_pairs_hook=None if lenient else _object, parse_int=_integer)
         _check(found, strict=not lenient)
     except RecursionError as error:
         raise RegraftError(f"{where}: not valid JSON: it is nested too deeply.") from error
     except _RefusedError as error:
         raise RegraftError(f"{where}: {error}") from error
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, integers too long to read
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
         raise RegraftError(f"{where}: not valid JSON: {error}") from error
     return found
 
@@ -72,6 +73,14 @@ def json_object(text: str | bytes, where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RegraftError(f"{where}: expected a JSON object, found {shown(found)}.")
     return found
+
+
+class _LongInteger:
+    """In the place of an integer of more digits than `int` reads, so that its field is named."""
+
+
+def _integer(text: str) -> int | _LongInteger:
+    return int(text) if len(text) <= _MOST_DIGITS else _LongInteger()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -110,6 +119,8 @@ def _problem(value: Any, strict: bool) -> str:
     """What is wrong with one value, "" where nothing is."""
     if isinstance(value, str) and not value.isascii() and SURROGATE.search(value):
         return "holds half a character (a lone surrogate, such as \\ud83d), which is no valid text"
+    if isinstance(value, _LongInteger):
+        return f"is an integer of more than {_MOST_DIGITS:,} digits"
     if strict and isinstance(value, int) and not -(2**63) <= value < 2**64:
         return "is an integer of more than 64 bits"
     if strict and isinstance(value, float) and not math.isfinite(value):
@@ -137,6 +148,17 @@ class _Loader(yaml.SafeLoader):
 
     A key that is there twice is an error; YAML takes the last.
     """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:  # of all kinds: `!!bool x` a KeyError, long integers another
+            value = shown(node.value) if isinstance(node, yaml.ScalarNode) else "this"
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{value} cannot be read as {node.tag}", node.start_mark
+            ) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -190,7 +212,7 @@ def read_yaml(path: Path, what: str) -> Any:
         raise RegraftError(f"{path} is not valid YAML: it is nested too deeply.") from error
     except _RefusedError as error:
         raise RegraftError(f"{path}: {error}") from error
-    except Exception as error:  # values of PyYAML's tags raise all kinds: `!!bool x` a KeyError
+    except Exception as error:  # besides its own a ValueError, of a character that is none
         reason = str(error) if isinstance(error, yaml.YAMLError) else repr(error)
         raise RegraftError(f"{path} is not valid YAML: {reason}") from error
     return found

@@ -224,14 +224,19 @@ def load_teacher(path: Path, documents: int) -> Teacher:
         RegraftError: the file is missing, damaged, or of another text.
     """
     header, tensors = read_artifact(path, _KIND, _WHAT)
+    names = [f"{i:05}" for i in range(len(tensors))]
+    if odd := sorted(tensors.keys() - {*names}):
+        raise RegraftError(
+            f"{path} is damaged: the tensor {odd[0]} is none of 00000 to {names[-1]}."
+        )
     if len(tensors) != documents:
         raise RegraftError(
             f"{path} holds the dense model's states on {len(tensors)} paragraphs, and the text has "
-            f"{documents}. Evaluate the dense model on this text first."
+            f"{documents} (tensors from 00000 on). Evaluate the dense model on this text first."
         )
     nlls = from_json(tuple[tuple[float, int], ...], header["nlls"], f"{path}: nlls in its header")
     require_finite(path, tensors)
-    return Teacher([tensors[name] for name in sorted(tensors)], nlls)
+    return Teacher([tensors[name] for name in names], nlls)
 
 
 def _encoded(model: nn.Module, processor: Any, document: str) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from regraft.disk.descriptions import fields_of
 from regraft.disk.files import file_digest
-from regraft.disk.parsing import from_json, read_json
+from regraft.disk.parsing import from_json
 from regraft.disk.paths import is_file, is_name, within
 from regraft.errors import RegraftError
 from regraft.evaluation.judges import Exchange, Verdict
@@ -159,9 +160,7 @@ def read_verdicts(path: Path, ids: Sequence[str]) -> tuple[str, list[Verdict]]:
     Raises:
         RegraftError: the file holds none, or those on other answers.
     """
-    content = read_json(path)
-    if not isinstance(content, dict) or not {"result", "verdicts"} <= content.keys():
-        raise RegraftError(f"{path} holds no verdicts of `regraft judge`.")
+    content = fields_of(path, "verdicts", "result", "verdicts")
     name: str = from_json(_Named, content["result"], f"{path}: result")["judge"]
     found = from_json(dict[str, Verdict], content["verdicts"], f"{path}: verdicts")
     if missing := [one for one in ids if one not in found]:

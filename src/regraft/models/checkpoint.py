@@ -194,7 +194,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for name, shard in listed.items():
         if name not in tensors or tensors[name].shard != shard:
             raise RegraftError(
-                f"{index} lists tensor {name} in {shard}, but it is not in that file. "
+                f"{index} lists tensor {name!r} in {shard}, but it is not in that file. "
                 "Download or export the checkpoint again."
             )
     return Checkpoint(folder, shards, tensors)
@@ -232,15 +232,18 @@ def _listed(folder: Path) -> dict[str, str]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise RegraftError(f"{index}: field weight_map is missing or empty.")
-    if not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise RegraftError(f"{index}: weight_map must map tensor names to file names.")
-    for shard in sorted(set(weight_map.values())):
-        if not is_name(shard):
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not is_name(shard):
             raise RegraftError(
-                f"{index}: the shard name {shown(shard)} leaves the folder, or is no file name."
+                f"{index}: the shard of {name!r} in weight_map is {shown(shard)}, which leaves the "
+                "folder, or is no file name."
             )
+    first = {shard: name for name, shard in reversed(weight_map.items())}
+    for shard, name in first.items():
         if not (folder / shard).is_file():
-            raise RegraftError(f"{folder}: shard {shard}, listed in {INDEX_FILE}, is missing.")
+            raise RegraftError(
+                f"{folder}: shard {shard}, listed in {INDEX_FILE} for {name!r}, is missing."
+            )
     return weight_map
 
 

@@ -34,6 +34,9 @@ _MOST = (  # what a field's name ends in, and how much no model has
     (re.compile(r"experts$"), 2**14),  # as Doge has
     (re.compile(r"(_size|dim|dims|d_model|d_ff|n_embd|heads|channels)$"), 2**24),  # rows, columns
 )
+_LENGTH = re.compile(  # what positions.py reads
+    r"(^|\.)(rope_(scaling|parameters)\.(.+\.)?factor|(original_)?max_position_embeddings)$"
+)
 _MOST_RENDERED = 20_000  # characters that a template makes of one word
 _MOST_NUMBER = 10**6  # in a template
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers' own
@@ -59,14 +62,24 @@ def check_settings(folder: Path) -> None:
             raise RegraftError(f"{path}: expected a JSON object, found {shown(content)}.")
         if name == "config.json":
             _require_countable(path, content)
+            _require_names(path, content)
         if name == "generation_config.json":
             _require_ids(path, content)
         length = content.get("model_max_length")
-        if name == "tokenizer_config.json" and not isinstance(length, int | float | type(None)):
+        if name == "tokenizer_config.json" and not isinstance(length, int | float | None):
             raise RegraftError(f"{path}: model_max_length is {shown(length)}; expected a number.")
 
 
+def _require_names(path: Path, content: dict[str, Any]) -> None:
+    for name, kinds in {"model_type": str | None, "dtype": str | dict | None}.items():
+        if not isinstance(value := content.get(name), kinds):
+            raise RegraftError(f"{path}: {name} is {shown(value)}; expected a name.")
+
+
 def _require_countable(path: Path, content: Any, field: str = "") -> None:
+    length = type(content) in (int, float) and abs(content) < 2**40
+    if _LENGTH.search(field) and not (content is None or length):
+        raise RegraftError(f"{path}: {field} is {shown(content)}; expected a number.")
     if isinstance(content, dict):
         for name, inner in content.items():
             _require_countable(path, inner, f"{field}.{name}" if field else name)
@@ -84,7 +97,7 @@ def _require_countable(path: Path, content: Any, field: str = "") -> None:
 def _require_ids(path: Path, content: dict[str, Any]) -> None:
     for name in _IDS:
         value = content.get(name)
-        ids = value if isinstance(value, list) else [value]
+        ids = value if isinstance(value, list) and value else [value]
         for one in ids:
             none = one is None and not isinstance(value, list)
             if not none and not (type(one) is int and -(2**31) <= one < 2**31):
@@ -125,7 +138,37 @@ def of_processor(folder: Path) -> Iterator[None]:
         "processor files of the base model there."
     )
     with foreign(folder, "the processor", advice if there else advice.partition(". ")[2]):
-        yield
+        try:
+            yield
+        except Exception:
+            _blame_tokenizer(folder / "tokenizer_config.json")
+            raise
+
+
+def _blame_tokenizer(path: Path) -> None:
+    """Raise where a setting of a tokenizer that could not be loaded is of no kind that it can be.
+
+    Raises:
+        RegraftError: one is; it names the field.
+    """
+
+    def is_token(value: Any) -> bool:
+        return isinstance(value, str | dict)
+
+    for name, value in read_json(path, lenient=True).items() if path.is_file() else ():
+        expected = ""
+        if name.endswith("_side") and value not in ("left", "right"):
+            expected = "left or right"
+        elif name.endswith("_class") and not isinstance(value, str):
+            expected = "a name"
+        elif name.endswith("_token") and not is_token(value):
+            expected = "a token"
+        elif name.endswith("_special_tokens") and not isinstance(value, dict):
+            fits = isinstance(value, list) and all(map(is_token, value))
+            expected = "" if fits else "a list of tokens"
+        unset = value is None and not name.endswith("_side")
+        if expected and not (unset or isinstance(value, bool)):
+            raise RegraftError(f"{path}: {name} is {shown(value)}; expected {expected}.")
 
 
 def _factor(template: str) -> int:

@@ -182,7 +182,10 @@ def load_model(
     if split:
         require_split()
     model = _load_weights(source, dtype, target, split, note)
-    return model if split or quantisation_of(source.config) else model.to(target)
+    if not (split or quantisation_of(source.config)):
+        model = model.to(target)
+    require_finite(model, source.folder)  # where the weights are: an accelerator reads them sooner
+    return model
 
 
 def load_placed(
@@ -196,6 +199,7 @@ def load_placed(
     model = _load_weights(source, dtype, target, split=False)
     if not streamed:
         model = model.to(target)
+    require_finite(model, source.folder)
     return PlacedModel(model, target, next(model.parameters()).dtype, streamed)
 
 
@@ -228,7 +232,6 @@ def _load_weights(
     if unused := describe_unused(source.folder, loading):
         note(unused)
     model.requires_grad_(False).eval()
-    require_finite(model, source.folder)
     if (architecture := source.readable_architecture) is not None:
         check_weights(model, source.checkpoint, architecture)
     network: nn.Module = model

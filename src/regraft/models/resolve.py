@@ -6,12 +6,13 @@ Whatever transformers and the hub raise is turned into a `RegraftError` here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from regraft.data.storage import MODEL_ID, from_hub
+from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.foreign import check_settings
 
@@ -48,7 +49,9 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
                 "with --trust-remote-code."
             ) from error
         reason = " ".join(str(error).split())[:300]
-        raise RegraftError(f"{folder / 'config.json'} cannot be used: {reason}") from error
+        raise RegraftError(
+            f"{folder / 'config.json'} cannot be used: {reason}{_suspects(folder)}"
+        ) from error
 
 
 def auto_class(config: Any, folder: Path) -> Any:
@@ -75,7 +78,7 @@ def require_greedy(config: Any, folder: Path) -> None:
     _, kind = _classes(config, folder)
     if kind is not None and not issubclass(kind, GenerationMixin):
         raise RegraftError(
-            f"{folder} is a {config.model_type} model, whose {kind.__name__} does not write one "
+            f"{folder} is of type {config.model_type}, whose {kind.__name__} does not write one "
             "token after the other: it gives no greedy answers to evaluate."
         )
 
@@ -99,7 +102,7 @@ def _classes(config: Any, folder: Path) -> tuple[Any, Any]:
         if auto.__name__ in remote:
             return auto, None
     raise RegraftError(
-        f"{folder} is a {config.model_type} model: neither a vision-language model nor a causal "
+        f"{folder} is of type {config.model_type}: neither a vision-language model nor a causal "
         "language model, so there are no refusals to restore."
     )
 
@@ -115,7 +118,36 @@ def bad_config(folder: Path) -> Iterator[None]:
         reason = " ".join(str(error).split())
         raise RegraftError(
             f"{folder / 'config.json'} describes no model that transformers can build: {reason}"
+            f"{_suspects(folder)}"
         ) from error
+
+
+def _suspects(folder: Path) -> str:
+    """What in a config.json that is no use is unlike by default, in words."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        given = read_json(folder / "config.json", lenient=True)
+        odd = [*_odd(given, CONFIG_MAPPING[given["model_type"]]().to_dict())][:3]
+    except Exception:  # there is no default of this type: nothing is suspected
+        return ""
+    return f" (unlike by default: {', '.join(odd)})" if odd else ""
+
+
+def _odd(given: Mapping[str, Any], default: Mapping[str, Any]) -> Iterator[str]:
+    """Names of fields with a list, say, or 0, where there is a positive number by default."""
+    for name, value in given.items():
+        usual = default.get(name)
+        if isinstance(value, dict) and isinstance(usual, dict):
+            yield from (f"{name}.{inner}" for inner in _odd(value, usual))
+        elif value is None or usual is None:
+            continue
+        elif _kind(value) is not _kind(usual) or (_kind(value) is float and value <= 0 < usual):
+            yield name
+
+
+def _kind(value: object) -> type:
+    return float if type(value) is int else type(value)
 
 
 @contextmanager

@@ -241,7 +241,10 @@ def load_patch(path: Path) -> Patch:
             size, tensor.positions
         )
         if not valid:
-            raise RegraftError(f"{path}: the positions of {name} are not valid for its shape.")
+            raise RegraftError(
+                f"{path}: the tensors {name}.positions and {name}.values are not valid for its "
+                f"shape; expected ascending positions below {size:,}, and a value for each."
+            )
     return Patch(tensors, header["about"], str(path))
 
 
@@ -265,7 +268,10 @@ def _before(path: Path, name: str, stored: Mapping[str, Tensor]) -> Tensor:
         and held.shape == removed.shape
         and held.dtype == before.dtype
     ):
-        raise RegraftError(f"{path}: the positions of {name} are not valid for its shape.")
+        raise RegraftError(
+            f"{path}: the tensors {name}.minus, {name}.removed and {name}.removed_values do not go "
+            f"with {name}.values; expected ascending places in it, and values of its dtype."
+        )
     before[minus] = -0.0
     before[removed] = held
     return before

@@ -5,6 +5,7 @@ Ties are broken by position: of equal scores the one with the lower flat index c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -42,10 +43,10 @@ class Pattern:
     @classmethod
     def parse_n_m(cls, text: str) -> Pattern:
         """Read "2:4"."""
-        n, _, m = text.partition(":")
-        if not (n.isdecimal() and m.isdecimal() and int(m)):
-            raise RegraftError(f"{text!r} is no N:M pattern; write it like 2:4.")
-        return cls(1 - int(n) / int(m), n_m=(int(n), int(m)))
+        if not re.fullmatch("[0-9]{1,4}:[1-9][0-9]{0,3}", text):
+            raise RegraftError(f"{text[:40]!r} is no N:M pattern; write it like 2:4.")
+        n, m = map(int, text.split(":"))
+        return cls(1 - n / m, n_m=(n, m))
 
     def fits(self, shape: tuple[int, int], name: str) -> None:
         """Raise unless a weight `[out, in]` can have this pattern."""

@@ -281,7 +281,7 @@ def load_ranking(path: Path) -> Ranking:
         if one.ndim != 1 or len(one) != len(stored["linear"]) or one.is_floating_point() == whole:
             raise RegraftError(
                 f"{path}: the tensor {name} is {one.dtype} {list(one.shape)}; expected one number "
-                "a weight. Make the ranking again."
+                f"a weight, as linear has {stored['linear'].numel()}. Make the ranking again."
             )
     if values is not None and values.shape != stored["linear"].shape:
         raise RegraftError(f"{path}: the tensor values has not one number a weight.")

@@ -10,9 +10,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from regraft.data.storage import MODEL_ID
+from regraft.disk.artifact import artifact_header
+from regraft.disk.descriptions import described
 from regraft.disk.files import atomic_folder, file_digest
 from regraft.errors import RegraftError
-from regraft.patch.format import load_patch
+from regraft.patch.format import FORMAT, Patch, load_patch
 from regraft.patch.hub import PATCH_FILE
 from regraft.report.cards import PatchFile, render_patch_card
 from regraft.report.pooling import study_of
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 CARD = "README.md"
+_OTHERWISE = "Choose another name, or add --replace."
+_OF_A_PARSER = (AttributeError, LookupError, TypeError, ValueError)  # the hub's, of a broken header
 _KEPT = {".gitattributes"}  # what the hub puts into a new repository
 
 
@@ -65,11 +69,14 @@ def write(patch: Path, card: str, folder: Path) -> None:
         _fill(temporary, patch, card)
 
 
-def upload(patch: Path, card: str, repository: str, *, public: bool = False) -> str:
+def upload(
+    patch: Path, card: str, repository: str, *, public: bool = False, replace: bool = False
+) -> str:
     """Upload a patch and its card, in one commit; returns the address of the repository.
 
     The repository is made if it is not there, private unless `public`. One that holds something
-    else than such a patch is left alone. The login is the hub's own: HF_TOKEN or `hf auth login`.
+    else than a patch for the same checkpoint is left alone unless `replace`; other files in it stay
+    in any case. The login is the hub's own: HF_TOKEN or `hf auth login`.
 
     Raises:
         RegraftError: there is no login or no network, it may not be written, or it holds something
@@ -80,7 +87,7 @@ def upload(patch: Path, card: str, repository: str, *, public: bool = False) -> 
     api = HfApi()
     with _hub_errors(repository), TemporaryDirectory() as folder:
         _fill(Path(folder), patch, card)
-        _make(api, repository, public)
+        _make(api, repository, public, None if replace else load_patch(patch))
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,
@@ -95,7 +102,15 @@ def _fill(folder: Path, patch: Path, card: str) -> None:
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
-def _make(api: HfApi, repository: str, public: bool) -> None:
+def _make(api: HfApi, repository: str, public: bool, alike: Patch | None) -> None:
+    """Make the repository, or see that what it holds is a patch for the same checkpoint.
+
+    Args:
+        api: The hub.
+        repository: OWNER/NAME.
+        public: Whether a new one is.
+        alike: A patch for this checkpoint; None where anything may be replaced.
+    """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -103,11 +118,39 @@ def _make(api: HfApi, repository: str, public: bool) -> None:
     except RepositoryNotFoundError:
         api.create_repo(repository, private=not public)
         return
-    if there and PATCH_FILE not in there:
+    if alike is None or not there:
+        return
+    if PATCH_FILE not in there:
         raise RegraftError(
             f"{repository} holds {min(there)} and no {PATCH_FILE}: it is something else than a "
-            "patch, and is left as it is. Choose another name."
+            f"patch, and is left as it is. {_OTHERWISE}"
         )
+    if (base := _base_of(api, repository)) != alike.about["inputs"]["pruned"]:
+        raise RegraftError(
+            f"The {PATCH_FILE} of {repository} is for another checkpoint (fingerprint {base[:12]}"
+            f"), and is left as it is. {_OTHERWISE}"
+        )
+
+
+def _base_of(api: HfApi, repository: str) -> str:
+    """The fingerprint of the checkpoint that the patch on the hub is for; reads its header alone.
+
+    Raises:
+        RegraftError: it is no patch.
+    """
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    where = f"{PATCH_FILE} of {repository}"
+    try:
+        metadata = api.parse_safetensors_file_metadata(repository, PATCH_FILE).metadata
+        about = artifact_header(metadata, FORMAT, "a patch", where).get("about")
+        return str(described(about, f"{where}: about")["inputs"]["pruned"])
+    except (SafetensorsParsingError, RegraftError, *_OF_A_PARSER) as error:
+        reason = str(error).partition("\n")[0].removesuffix(".")
+        raise RegraftError(
+            f"The {PATCH_FILE} of {repository} is no patch of regraft ({reason}), and is left as "
+            f"it is. {_OTHERWISE}"
+        ) from error
 
 
 @contextmanager

@@ -299,6 +299,8 @@ def _accounts(abouts: list[Mapping[str, Any]]) -> Iterator[DataAccount]:
         for role, data in about.get("data", {}).items()
     }
     for (role, source, used), data in merged.items():
+        if role not in names:
+            raise RegraftError(f"{data.where}: {role!r} is none of {', '.join(names)}.")
         yield DataAccount(names[role], source, data["read"], used, data["skipped"])
 
 

@@ -92,6 +92,6 @@ def folder_of_model(several: Path, name: str) -> Path:
 
 def study_runs(folder: Path) -> tuple[Path, ...]:
     """The runs of a study by their seeds; none where `folder` is no study."""
-    found = [(re.fullmatch(r"seed-(-?\d+)", path.name), path) for path in folder.glob("seed-*")]
+    found = [(re.fullmatch("seed-(-?[0-9]+)", path.name), path) for path in folder.glob("seed-*")]
     seeds = {int(match[1]): path for match, path in found if match and path.is_dir()}
     return tuple(seeds[seed] for seed in sorted(seeds))

@@ -115,7 +115,7 @@ def explain(error: ValidationError, *, flags: bool = False) -> str:
     """A pydantic error in one line a field, named as in a recipe or as a command line's flag."""
     lines = []
     for problem in error.errors():
-        where = ".".join(map(str, problem["loc"]))
+        where = ".".join(str(one) or "''" for one in problem["loc"])
         if flags and where:
             where = f"--{where.replace('_', '-')}"
         message = problem["msg"].removeprefix("Value error, ")

@@ -9,7 +9,7 @@ under its key, and is taken up again after a kill.
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.evaluation.tradeoff import read_curve
 from regraft.stages.answering import calibration_data, imitation_data
-from regraft.stages.checking import check_compressed, clear_check, open_side
+from regraft.stages.checking import check_compressed, check_compute, clear_check, open_side
 from regraft.stages.defending import write_defence
 from regraft.stages.endpoint import EndpointTarget, open_target
 from regraft.stages.evaluating import Evaluation, evaluate_target, read_evaluation
@@ -54,6 +54,7 @@ __all__ = [
     "agreement",
     "calibration_data",
     "check_compressed",
+    "check_compute",
     "clear_check",
     "evaluate_target",
     "export_patches",

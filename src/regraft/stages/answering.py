@@ -242,7 +242,8 @@ def _read(path: Path) -> tuple[dict[str, Any], tuple[Response, ...]]:
     """
     # not splitlines: an answer may hold other line breaks, which JSON leaves as they are
     first, *rows = read_text(path, "Responses are needed.").rstrip("\n").split("\n")
-    about = json_object(first, f"{path}, line 1").get("about")
+    header = f"{path}, line 1"
+    about = json_object(first, header).get("about")
     if about is None:
         raise RegraftError(
             f"{path} does not hold responses of regraft (line 1 has no field 'about'). Remove it "
@@ -250,4 +251,4 @@ def _read(path: Path) -> tuple[dict[str, Any], tuple[Response, ...]]:
         )
     places = [(row, f"{path}, line {i}") for i, row in enumerate(rows, 2)]
     found = tuple(from_json(Response, json_value(row, where), where) for row, where in places)
-    return described(about, f"{path}: about"), found
+    return described(about, f"{header}: about"), found

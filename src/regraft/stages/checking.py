@@ -97,6 +97,19 @@ def check_compressed(
     return found
 
 
+def check_compute(sides: Sequence[Side], compute: ComputeSettings) -> None:
+    """Refuse how a model is run where none is run here.
+
+    Raises:
+        RegraftError: both are evaluations or behind servers, and something of it was set.
+    """
+    if any(not isinstance(one, Path) and one.compute is not None for one in sides):
+        return
+    if (found := compute.first_set(*ComputeSettings.model_fields)) is not None:
+        flag = f"--{found.replace('_', '-')}"
+        raise RegraftError(f"Neither of the two models is run here: leave out {flag}.")
+
+
 def clear_check(out: Path) -> None:
     """Remove the verdict that is there, so that none outlives a check that fails.
 

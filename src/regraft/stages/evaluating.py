@@ -10,8 +10,8 @@ from typing import Any
 from regraft import distributed
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
-from regraft.disk.descriptions import described
-from regraft.disk.files import atomic_folder, file_digest, read_json, write_json
+from regraft.disk.descriptions import described, fields_of
+from regraft.disk.files import atomic_folder, file_digest, write_json
 from regraft.errors import RegraftError
 from regraft.evaluation.perplexity import Teacher, save_teacher
 from regraft.evaluation.results import (
@@ -122,9 +122,6 @@ def _read_results(folder: Path) -> dict[str, Any]:
         below = sorted(str(one.parent) for one in folder.glob("**/results.json"))[:5]
         there = f" Those in it: {', '.join(below)}." if below else ""
         raise RegraftError(f"{folder} is no evaluation: it holds no results.json.{there}")
-    content = read_json(path)
-    needed = {"about", "sizes", "result", "answers"}
-    if not isinstance(content, dict) or not needed <= content.keys():
-        raise RegraftError(f"{path} holds no evaluation of regraft.")
+    content = fields_of(path, "evaluation", "about", "sizes", "result", "answers")
     parts = {name: described(content[name], f"{path}: {name}") for name in ("about", "sizes")}
     return {**content, **parts}

@@ -45,25 +45,34 @@ class Trials:
         self._folder, self._space, self._settings = folder, space, settings
         self._optuna = optuna = require_optuna()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.file = folder / "study.db"
         with exclusive(folder, "study"):
-            self._study = self._opened(folder / "study.db")
+            self._study = self._opened()
 
-    def _opened(self, file: Path) -> Study:
+    def _opened(self) -> Study:
         optuna = self._optuna
-        try:
+        with self._readable():
             storage = optuna.storages.RDBStorage(
-                f"sqlite:///{file.absolute()}",
+                f"sqlite:///{self.file.absolute()}",
                 engine_kwargs={"connect_args": {"timeout": _PATIENCE}},
             )
             found: Study = optuna.create_study(
                 study_name="regraft", storage=storage, load_if_exists=True
             )
-        except Exception as error:  # of three packages that lie between
-            reason = str(error).partition("\n")[0]
+            return found
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Turn what three packages raise of the file that lies below them into a clear error."""
+        try:
+            yield
+        except RegraftError:
+            raise
+        except Exception as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
             raise RegraftError(
-                f"{file} is damaged, or no file of trials ({reason}). Choose another folder."
+                f"{self.file} is damaged, or no file of trials ({reason}). Choose another folder."
             ) from error
-        return found
 
     @contextmanager
     def take(self, most: int) -> Iterator[Trial | None]:
@@ -79,8 +88,10 @@ class Trials:
             if frozen is None:
                 yield None
                 return
+            with self._readable():
+                trial = optuna.trial.Trial(self._study, frozen._trial_id)
             try:
-                yield optuna.trial.Trial(self._study, frozen._trial_id)
+                yield trial
             except Exception:
                 self._study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
                 raise
@@ -96,11 +107,12 @@ class Trials:
             excess: How far it is beyond each bound; above 0 the trial is out of bounds.
             tried: JSON values to be kept with it.
         """
-        for name, by in excess.items():
-            if name not in trial.constraints:  # they are set already where a worker died right here
-                trial.set_constraint(name, by)
-        trial.set_user_attr(_TRIED, tried)
-        self._study.tell(trial, value)
+        with self._readable():
+            for name, by in excess.items():
+                if name not in trial.constraints:  # else a worker died right here
+                    trial.set_constraint(name, by)
+            trial.set_user_attr(_TRIED, tried)
+            self._study.tell(trial, value)
 
     def finished(self) -> dict[int, Any]:
         """What was kept of every finished trial, by its number.
@@ -121,8 +133,9 @@ class Trials:
 
     def _in_state(self, *states: str) -> list[FrozenTrial]:
         wanted = [self._optuna.trial.TrialState[state] for state in states]
-        found: list[FrozenTrial] = self._study.get_trials(deepcopy=False, states=wanted or None)
-        return found
+        with self._readable():
+            found: list[FrozenTrial] = self._study.get_trials(deepcopy=False, states=wanted or None)
+            return found
 
     def _left_behind(self, held: ExitStack) -> FrozenTrial | None:
         """A trial whose worker was killed; it is this one's now."""
@@ -140,8 +153,10 @@ class Trials:
         if len(self._in_state("COMPLETE", "RUNNING")) >= most:
             return None
         drawn = self._in_state()
-        self._hold(len(drawn), held)
-        self._study.add_trial(self._draw(drawn))
+        with self._readable():
+            running = self._draw(drawn)
+            self._hold(len(drawn), held)
+            self._study.add_trial(running)
         return self._in_state()[-1]
 
     def _draw(self, drawn: list[FrozenTrial]) -> FrozenTrial:

@@ -102,6 +102,18 @@ def tune_method(
     return work.conclude(about, looked.restorable)
 
 
+def finished(trials: Trials) -> list[Tried]:
+    """The finished trials.
+
+    Raises:
+        RegraftError: what their file says of one is damaged.
+    """
+    return [
+        from_json(Tried, tried, f"{trials.file}, trial {number}")
+        for number, tried in trials.finished().items()
+    ]
+
+
 def _check(tuning: TuneSettings, choice: SearchSettings) -> None:
     require_optuna()
     if distributed.world() > 1:
@@ -323,10 +335,7 @@ class _Tuning:
             full, before = search.references(self.pruned, self.out / "references")
             tuned = Tuned(
                 self.method.method,
-                best_first(
-                    from_json(Tried, tried, f"trial {number}")
-                    for number, tried in trials.finished().items()
-                ),
+                best_first(finished(trials)),
                 bounds_of(self.choice, full, before),
                 full,
                 before,

@@ -1,11 +1,12 @@
-"""What flags must say together, and a recipe says by the place of a setting.
+"""What flags must say together, and the arguments of api.py, which have their names.
 
-A recipe's bounds stand below `search` and are one with it; flags stand beside each other. Each of
-these functions refuses some that contradict others or would change nothing.
+A recipe says it by the place of a setting: its bounds stand below `search`. Flags stand beside each
+other. Each of these functions refuses some that contradict others or would change nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from regraft.errors import RegraftError
@@ -42,6 +43,14 @@ def check_endpoint(name: str, compute: ComputeSettings, endpoint: EndpointSettin
         raise RegraftError("--concurrency is of requests to an endpoint: leave it out.")
 
 
+def check_endpoints(
+    names: Sequence[str], compute: ComputeSettings, endpoint: EndpointSettings
+) -> None:
+    """The same of two models, of which one may run here and the other on a server."""
+    if len({name.startswith(ENDPOINT) for name in names}) == 1:
+        check_endpoint(names[0], compute, endpoint)
+
+
 def check_data(method: str, calibration: CalibrationSettings, *, reads: bool) -> None:
     """Refuse data where none are read, of a pruner or a defence."""
     if not reads and calibration != CalibrationSettings():
@@ -50,7 +59,10 @@ def check_data(method: str, calibration: CalibrationSettings, *, reads: bool) ->
 
 
 def check_search(
-    search: bool, settings: MethodSettings, choice: SearchSettings, max_new_tokens: int
+    search: bool,
+    settings: MethodSettings,
+    choice: SearchSettings,
+    max_new_tokens: int = DEFAULT_VALIDATION_TOKENS,
 ) -> None:
     """Refuse a search that nothing can be searched in, and settings of one without --search."""
     if search and not settings.searchable:
