@@ -378,7 +378,7 @@ def _kill_at_sight(recipe: Path, folder: Path, sight: str, wait: float) -> bool:
             process.kill()
             process.join()
             return process.exitcode == -signal.SIGKILL
-        time.sleep(0.0005)
+        time.sleep(0.002)
     assert process.exitcode == 0, f"while waiting for {sight}"
     return False
 
