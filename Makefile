@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test fast lint docs clean
 
@@ -46,3 +46,8 @@ $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	@echo "Installing regraft with its documentation tools into $(VENV) (once; PyTorch is large) ..."
 	$(BIN)/python -m pip install --progress-bar on -e '.[docs]'
 	touch $@ $(VENV)/.run
+
+$(VENV)/.all: pyproject.toml | $(BIN)/python
+	@echo "Installing regraft with all its tools into $(VENV) (once; PyTorch is large) ..."
+	$(BIN)/python -m pip install --progress-bar on -e '.[dev,docs]'
+	touch $@ $(VENV)/.run $(VENV)/.dev $(VENV)/.docs

@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: the cores are taken
 
 from collections.abc import Callable
 from functools import cache
@@ -16,10 +17,31 @@ import torch
 from hypothesis import settings
 
 import pico
+from regraft import registry
+from regraft.report import drawing, rate_figures, weight_figures
 
 torch.set_num_threads(1)
+# Processes die here, not machines: nothing is lost by not waiting for the disk.
+os.fsync = lambda _: None
+# Plug-ins are looked for among all that is installed, which takes milliseconds, many times a test.
+registry.entry_points = cache(registry.entry_points)  # type: ignore[assignment]
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
+
+
+# Files that take longest, in order: a worker that began one last would keep the others waiting.
+LONGEST = (
+    *("test_stages", "test_end_to_end", "test_families", "test_gaining", "test_types_table"),
+    *("test_several", "test_goldens", "test_fuzz", "test_tuning", "test_distributed"),
+    *("test_compare", "test_cli", "test_plugin_pruner", "test_method_plugin"),
+    *("test_reader_benchmark", "test_real_benchmark", "test_defence", "test_endpoint"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; `--no-loadscope-reorder` keeps them there."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 def shared_folder() -> Path:
@@ -41,6 +63,13 @@ def shared() -> Path:
 def pico_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`pico_dir(name)`: a float32 pico checkpoint, written once a session; leave it unchanged."""
     return cache(lambda name: pico.save(name, tmp_path_factory.mktemp("pico") / name))
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without figures, which take most of the time of a report, for tests of the rest."""
+    for module in (drawing, rate_figures, weight_figures):
+        monkeypatch.setattr(module, "to_svg", lambda *_, **__: "<svg/>")
 
 
 @pytest.fixture(params=pico.FAMILIES)

@@ -1,6 +1,6 @@
 """Runs that kill themselves: a server that has imported everything and forks one process a run.
 
-Imports take seconds and a small run less than one, so forking lets a test try many moments. The
+Imports take seconds and a small run less than three, so forking lets a test try many moments. The
 server itself computes nothing: a process that has used torch's threads must not be forked.
 """
 
@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import traceback
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,9 +47,25 @@ class Server:
         Returns:
             (exit status, -9 where it was killed; changes that it made, 0 where it was killed).
         """
+        return self._done(recipe=str(recipe), folder=str(folder), kill_at=kill_at)
+
+    def copies(self, recipe: Path, folder: Path, into: Path, every: int) -> list[tuple[int, Path]]:
+        """Run a recipe once and keep what it would have left, killed again and again.
+
+        Before its first change of a file in `folder`, and every `every` changes from then on, the
+        process stops with all its threads, and what surrounds `folder` is copied: to the byte what
+        SIGKILL there leaves, since neither writes out what a process still holds in its memory.
+
+        Returns:
+            (number of the change, copy of the folder that `folder` is in) of each stop.
+        """
+        job = {"recipe": str(recipe), "folder": str(folder), "kill_at": None}
+        assert self._done(**job, stop_every=every, into=str(into))[0] == 0
+        return sorted((int(one.name), one) for one in into.iterdir())
+
+    def _done(self, **job: Any) -> tuple[int, int]:
         assert self._process.stdin
         assert self._process.stdout
-        job = {"recipe": str(recipe), "folder": str(folder), "kill_at": kill_at}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         status, changes = json.loads(self._process.stdout.readline())
@@ -60,7 +78,9 @@ def _changes_files(event: str, arguments: tuple[Any, ...]) -> bool:
     return event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree")
 
 
-def _child(recipe: str, folder: str, kill_at: int | None, answer: int) -> None:
+def _child(
+    recipe: str, folder: str, kill_at: int | None, answer: int, stop_every: int | None
+) -> None:
     from regraft.recipes.file import read_recipe
     from regraft.runs import pipeline
 
@@ -72,6 +92,8 @@ def _child(recipe: str, folder: str, kill_at: int | None, answer: int) -> None:
             changes += 1
             if changes == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if stop_every and changes % stop_every == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
 
     status = 1
     try:
@@ -86,12 +108,23 @@ def _child(recipe: str, folder: str, kill_at: int | None, answer: int) -> None:
         os._exit(status)
 
 
+def _ended(child: int, folder: Path, into: str | None, stop_every: int | None) -> int:
+    """Wait for a child, and copy what it has written so far whenever it stops."""
+    moment = 1
+    while os.WIFSTOPPED(status := os.waitpid(child, os.WUNTRACED)[1]):
+        assert into and stop_every
+        shutil.copytree(folder.parent, Path(into) / f"{moment:05d}", symlinks=True)
+        moment += stop_every
+        os.kill(child, signal.SIGCONT)
+    return os.waitstatus_to_exitcode(status)
+
+
 def _serve() -> None:
     import torch
     import transformers
 
-    from regraft import costs
-    from regraft.report import rate_figures, weight_figures
+    from regraft import costs, registry
+    from regraft.report import drawing, rate_figures, weight_figures
     from regraft.runs import pipeline  # noqa: F401 - so that no fork has to
 
     # else a busy machine writes the costs of more stages, and no two runs change as many files
@@ -102,18 +135,23 @@ def _serve() -> None:
     names += ("LlavaForConditionalGeneration", "LlavaProcessor", "CLIPImageProcessor")
     for name in (*names, "CLIPVisionModel", "LlamaModel", "GenerationConfig"):
         getattr(transformers, name)
-    for module in (rate_figures, weight_figures):
-        module.to_svg = lambda *_: "<svg/>"  # type: ignore[assignment]  # drawing takes most of the time of such a small run
+    # What takes most of the time of such a small run: drawing, looking through all that is
+    # installed for plug-ins, and waiting for the disk, which outlives the process that is killed.
+    for module in (drawing, rate_figures, weight_figures):
+        module.to_svg = lambda *_: "<svg/>"  # type: ignore[attr-defined]
+    registry.entry_points = cache(registry.entry_points)  # type: ignore[attr-defined]
+    os.fsync = lambda _: None
     for line in sys.stdin:
         job = json.loads(line)
+        stops, into = job.setdefault("stop_every", None), job.pop("into", None)
         read, write = os.pipe()
         child = os.fork()
         if not child:
             _child(**job, answer=write)
         os.close(write)
+        status = _ended(child, Path(job["folder"]), into, stops)
         changes = os.read(read, 100)
         os.close(read)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         print(json.dumps([status, int(changes or 0)]), flush=True)
 
 

@@ -600,6 +600,7 @@ def test_a_study_is_a_run_a_seed_and_their_comparison(world: Path) -> None:
     assert (run / "seed-3" / "report" / "report.html").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_dense_model_answers_once(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Path] = []
     evaluate = stages.evaluate_target

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import distributed_job
+import forked
 import pico
 from disk import write_data
 from regraft import distributed
@@ -100,45 +100,25 @@ def test_answers_and_what_one_process_writes(both: tuple[Path, Path]) -> None:
     assert not left, f"unfinished work stays behind: {left}"
 
 
+def _statistics(root: Path, out: Path, batch_size: int) -> tuple[list[int | None], str]:
+    """`regraft analyse statistics` by two processes: exit codes, all that they printed."""
+    words = ["analyse", "statistics", root / "dense", "--data", root / "data" / "data.jsonl"]
+    words += ["--batch-size", batch_size, "--device", "cpu", "--out", out]
+    return forked.together(2, *words, folder=out.parent)
+
+
 def test_too_few_batches_for_the_processes(both: tuple[Path, Path], tmp_path: Path) -> None:
-    root = both[0].parent
-    command = [
-        *(
-            "-m",
-            "regraft.cli",
-            "analyse",
-            "statistics",
-            root / "dense",
-            "--data",
-            root / "data/data.jsonl",
-        ),
-        *("--batch-size", "8", "--device", "cpu", "--out", tmp_path / "s.safetensors"),
-    ]
-    done = launch(2, *command)
-    assert done.returncode != 0
-    assert "4 examples make 1 batches of 8, too few for 2 processes" in done.stderr
+    codes, said = _statistics(both[0].parent, tmp_path / "s.safetensors", batch_size=8)
+    assert codes == [2, 2]
+    said = " ".join(said.split())
+    assert "4 examples make 1 batches of 8, too few for 2 processes" in said
     assert not (tmp_path / "s.safetensors").exists()
 
 
-def test_the_command_line_speaks_once(
-    both: tuple[Path, Path], pico_dir: Callable[[str], Path], tmp_path: Path
-) -> None:
-    root = both[0].parent
-    command = [
-        *(
-            "-m",
-            "regraft.cli",
-            "analyse",
-            "statistics",
-            root / "dense",
-            "--data",
-            root / "data/data.jsonl",
-        ),
-        *("--batch-size", "2", "--device", "cpu", "--out", tmp_path / "s.safetensors"),
-    ]
-    done = launch(2, *command)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Wrote ") == 1
+def test_the_command_line_speaks_once(both: tuple[Path, Path], tmp_path: Path) -> None:
+    codes, said = _statistics(both[0].parent, tmp_path / "s.safetensors", batch_size=2)
+    assert codes == [0, 0], said[-3000:]
+    assert said.count("Wrote ") == 1
     assert load_statistics(tmp_path / "s.safetensors").utility.samples == 4
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import forked
 import pico
 from disk import differing, equal_bytes, shards, tree, write_data
 from methods import method, restored
@@ -366,15 +364,6 @@ def test_numbers_of_a_matrix_on_the_bundled_model(tmp_path: Path) -> None:
 # Killed for real
 
 
-def _start(*words: object, threads: int | None = None) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
-    environment.pop("OMP_NUM_THREADS", None)
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    command = [sys.executable, "-m", "regraft.cli", *map(str, words)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-
-
 SIGHTS = (
     ".pruned.regraft-work/*/layer_001.safetensors",
     ".pruned.regraft-tmp/*",
@@ -386,15 +375,22 @@ SIGHTS = (
 
 def _kill_at_sight(recipe: Path, folder: Path, sight: str, wait: float) -> bool:
     """Start the run and kill it `wait` seconds after a file as in `sight` has content."""
-    process = _start("run", recipe, "--out", folder, threads=1)
-    while process.poll() is None:
+    process = forked.start("run", recipe, "--out", folder)
+    while process.is_alive():
         if any(path.is_file() and path.stat().st_size for path in _found(folder, sight)):
             time.sleep(wait)
-            process.send_signal(signal.SIGKILL)
-            return process.wait() == -signal.SIGKILL
-        time.sleep(0.0005)
-    assert process.returncode == 0, f"while waiting for {sight}"
+            process.kill()
+            process.join()
+            return process.exitcode == -signal.SIGKILL
+        time.sleep(0.002)
+    assert process.exitcode == 0, f"while waiting for {sight}"
     return False
+
+
+def _finish(*words: object) -> None:
+    process = forked.start(*words)
+    process.join()
+    assert process.exitcode == 0
 
 
 def _found(folder: Path, sight: str) -> list[Path]:
@@ -416,7 +412,7 @@ def test_bundled_model_killed_at_work(tmp_path: Path) -> None:
     }
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(write_recipe(_recipe(tmp_path, **fields)), encoding="utf-8")
-    assert _start("run", recipe, "--out", tmp_path / "whole", threads=1).wait() == 0
+    _finish("run", recipe, "--out", tmp_path / "whole")
     draw = random.Random(42)
     killed = [
         sight
@@ -424,7 +420,7 @@ def test_bundled_model_killed_at_work(tmp_path: Path) -> None:
         if _kill_at_sight(recipe, tmp_path / "run", sight, draw.choice((0, 0.002, 0.02)))
     ]
     assert len(killed) >= 3, f"killed only at {killed}"
-    assert _start("run", recipe, "--out", tmp_path / "run", threads=1).wait() == 0
+    _finish("run", recipe, "--out", tmp_path / "run")
     whole, run = (_tree_but_costs(tmp_path / name) for name in ("whole", "run"))
     assert run.keys() == whole.keys(), f"left or missing: {sorted(run.keys() ^ whole.keys())}"
     assert [name for name in run if run[name] != whole[name]] == [], f"killed at {killed}"
@@ -447,7 +443,7 @@ def _asr(model: object, safebench: Path, out: Path) -> Estimate:
         words += ["--keywords", keyword]
     words += ["--window", 60, "--max-new-tokens", 12, "--batch-size", 25]
     words += ["--device", "cpu", "--dtype", "float32", "--out", out]
-    assert _start(*words).wait() == 0
+    _finish(*words)
     asr = stages.read_evaluation(out).result.asr
     assert asr is not None
     assert asr.n == 250
@@ -459,6 +455,6 @@ def test_safety_of_the_reader_and_of_the_pruned_reader(safebench: Path, tmp_path
     assert 100 * dense.value == pytest.approx(14.4, abs=1.5)
     words = ["prune", "demo", "--sparsity", 0.6, "--order", "one-shot", "--batch-size", 16]
     words += ["--data", "demo:calibration", "--device", "cpu", "--out", tmp_path / "pruned"]
-    assert _start(*words).wait() == 0
+    _finish(*words)
     pruned = _asr(tmp_path / "pruned", safebench, tmp_path / "evaluated")
     assert pruned.value > 0.30, f"pruning left the ASR at {100 * pruned.value:.1f} %"

@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import pico
 import truth
 from disk import write_data
+from regraft import registry
 from regraft.cli import main
 from regraft.data.collate import batches, response_batch
 from regraft.disk.files import read_json
@@ -65,6 +67,22 @@ class Toy(InputPruner):
 
 PLUGIN = Toy()
 '''
+COMMANDS = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from regraft.cli import main
+
+done = []
+for words in json.loads(sys.argv[1]):
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        try:
+            main(words)
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+    done.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(done))
+"""
 
 
 @pytest.fixture
@@ -78,6 +96,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     (about / "entry_points.txt").write_text(
         "[regraft.pruners]\ntoy = toy_pruner:PLUGIN\nbroken = no_such_module:PLUGIN\n"
     )
+    monkeypatch.setattr(registry, "entry_points", entry_points)  # conftest's are remembered
     monkeypatch.syspath_prepend(str(site))
     importlib.invalidate_caches()
     yield site
@@ -91,12 +110,22 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def _cli(site: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """The command line in a new process, which has never seen another set of packages."""
+def _cli(site: Path, commands: Sequence[Sequence[object]]) -> list[tuple[int, str, str]]:
+    """Commands in a new process, which has never seen another set of packages.
+
+    Returns:
+        (exit code, what went to stdout, to stderr) of each.
+    """
     paths = os.pathsep.join([str(site), *filter(None, sys.path)])
-    command = [sys.executable, "-m", "regraft.cli", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    words = [[str(word) for word in command] for command in commands]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"},
+        check=True,
+    )
+    return [(code, out, err) for code, out, err in json.loads(done.stdout)]
 
 
 def _zeros(folder: Path) -> list[tuple[int, int, int]]:
@@ -131,22 +160,28 @@ def test_it_prunes_by_its_own_formula(installed: Path, pico_dir: Any, tmp_path: 
 def test_the_command_has_its_flags_for_it_alone(installed: Path, model: Path) -> None:
     words = ["prune", model, "--data", model.parent / "data" / "data.jsonl", "--samples", 4]
     words += ["--device", "cpu", "--out", model.parent / "out"]
-    done = _cli(installed, *words, "--method", "toy", "--dense-rows", 2)
-    assert done.returncode == 0, done.stderr
+    unknown = (("toy", "--damp"), ("wanda", "--dense-rows"))
+    other = [*words[:-1], model.parent / "other", "--method"]
+    pruned, *refused, shown, broken = _cli(
+        installed,
+        [
+            [*words, "--method", "toy", "--dense-rows", 2],
+            *([*other, method, flag, 1] for method, flag in unknown),
+            ["prune", "--help"],
+            [*other, "broken"],
+        ],
+    )
+    assert pruned[0] == 0, pruned
     for first, zeros, count in _zeros(model.parent / "out"):
         assert first == 0 < zeros <= count // 2
     about = read_json(model.parent / "out" / "regraft.json")
     assert about["settings"]["method"] == "toy" and about["settings"]["dense_rows"] == 2
-    words[-1] = model.parent / "other"
-    for method, flag in (("toy", "--damp"), ("wanda", "--dense-rows")):
-        done = _cli(installed, *words, "--method", method, flag, 1)
-        assert done.returncode == 2 and not (model.parent / "other").exists()
-        assert f"{flag}: there is no such setting of method {method}" in done.stderr
-    done = _cli(installed, "prune", "--help")
-    assert "toy: |W| times the sum of the sizes of its inputs." in " ".join(done.stdout.split())
-    done = _cli(installed, *words, "--method", "broken")
-    assert done.returncode == 2
-    assert "The pruner 'broken' (no_such_module:PLUGIN) cannot be imported" in done.stderr
+    for (method, flag), (code, _, said) in zip(unknown, refused, strict=True):
+        assert code == 2 and f"{flag}: there is no such setting of method {method}" in said
+    assert "toy: |W| times the sum of the sizes of its inputs." in " ".join(shown[1].split())
+    assert broken[0] == 2
+    assert "The pruner 'broken' (no_such_module:PLUGIN) cannot be imported" in broken[2]
+    assert not (model.parent / "other").exists()
 
 
 def _recipe(folder: Path, **prune: object) -> Path:

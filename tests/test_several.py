@@ -283,6 +283,7 @@ def models_of(study: Study) -> list[str]:
     return [run.name for run in study.runs]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_of_several_models_resumes_and_grows(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

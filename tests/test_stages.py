@@ -496,9 +496,13 @@ def test_uninterrupted_run_is_repeatable(killable: Killable, tmp_path: Path) -> 
 def _kill_and_finish(killable: Killable, folder: Path, moment: int) -> None:
     when = f"killed before change {moment} of {killable.changes}"
     assert killable.run(folder, moment) == -signal.SIGKILL, when
+    _finish(killable, folder, when)
+    shutil.rmtree(folder)
+
+
+def _finish(killable: Killable, folder: Path, when: str) -> None:
     assert killable.run(folder) == 0, f"{when}: it does not go on"
     _same(killable, folder, when)
-    shutil.rmtree(folder)
 
 
 def test_killed_once_anywhere(killable: Killable, tmp_path: Path) -> None:
@@ -508,9 +512,31 @@ def test_killed_once_anywhere(killable: Killable, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_once_everywhere(killable: Killable, tmp_path: Path) -> None:
-    """Before every eighth change of a file in the whole run."""
-    for moment in range(1, killable.changes + 1, 8):
-        _kill_and_finish(killable, tmp_path / "run", moment)
+    """Before every eighth change of a file in the whole run, all by one run (`Server.copies`)."""
+    home, into = tmp_path / "home", tmp_path / "copies"
+    folder = home / "run"
+    home.mkdir()
+    copies = killable.server.copies(killable.recipe, folder, into, every=8)
+    assert [moment for moment, _ in copies] == list(range(1, killable.changes + 1, 8))
+    for moment, copy in copies:
+        shutil.rmtree(home)
+        copy.rename(home)
+        _finish(killable, folder, f"killed before change {moment} of {killable.changes}")
+
+
+def test_a_copy_is_what_a_kill_leaves(killable: Killable, tmp_path: Path) -> None:
+    home, into = tmp_path / "home", tmp_path / "copies"
+    home.mkdir()
+    copies = killable.server.copies(killable.recipe, home / "run", into, every=150)
+    assert len(copies) > 2
+    for moment, copy in copies:
+        shutil.rmtree(home)
+        home.mkdir()
+        assert killable.run(home / "run", moment) == -signal.SIGKILL
+        left, copied = (
+            {n: d for n, d in tree(o).items() if "costs" not in n} for o in (home, copy)
+        )
+        assert left == copied, f"before change {moment}"
 
 
 def test_killed_again_and_again(killable: Killable, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+import forked
 import pico
 from disk import tree, write_data
 from methods import a_variant, method
@@ -429,9 +429,9 @@ def _command(root: Path, out: Path, trials: int, *more: object, method: str = "h
 def test_two_starts_share_the_trials_and_a_killed_one_leaves_them(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    context, out, starts = multiprocessing.get_context("spawn"), tmp_path / "tuned", []
+    out, starts = tmp_path / "tuned", []
     for _ in range(2):
-        starts.append(context.Process(target=_start, args=(str(root), str(out), 6)))
+        starts.append(forked.CONTEXT.Process(target=_start, args=(str(root), str(out), 6)))
         starts[-1].start()
     while not (out / "trials" / "0002").exists():  # both are at work
         assert any(one.is_alive() for one in starts)
@@ -474,9 +474,9 @@ def _alive(process: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_start_leaves_no_workers_behind(root: Path, tmp_path: Path) -> None:
     """They end at once, in the midst of a trial, and another start goes on."""
-    out, context = tmp_path / "tuned", multiprocessing.get_context("spawn")
+    out = tmp_path / "tuned"
     words = (str(root), str(out), 50, "--workers", 2)
-    start = context.Process(target=_start, args=words)
+    start = forked.CONTEXT.Process(target=_start, args=words)
     start.start()
     while not (out / "trials" / "0001").exists():  # both are at work
         assert start.is_alive()

@@ -328,14 +328,17 @@ def look(kind: str) -> Row:
         except (RuntimeError, TimeoutError) as error:
             reason = str(error)
             return Row(kind, name, reason, reason, "no")
-        return Row(kind, name, reason or _evaluates(kind, folder), *_prunes(folder))
+        loaded: list[Any] = []
+        return Row(kind, name, reason or _evaluates(kind, folder, loaded), *_prunes(folder, loaded))
 
 
-def _evaluates(kind: str, folder: Path) -> str:
+def _evaluates(kind: str, folder: Path, loaded: list[Any]) -> str:
+    """Why it does not evaluate; the model goes into `loaded` where that is not why."""
     try:
         with _in_time():
             source = open_answering(folder)
-            model = load_model(source, device="cpu")
+            model = load_model(source, device="cpu")  # which compares weights with the file's
+            loaded.append(model)
             batch, *alone = prompts(kind, source.config)
             together = answer(model, Ids(), batch, TOKENS)
             each = [answer(model, Ids(), one, TOKENS)[0] for one in alone]
@@ -348,12 +351,13 @@ def _evaluates(kind: str, folder: Path) -> str:
     return "" if takes_padding(model) else "yes, prompt by prompt"
 
 
-def _prunes(folder: Path) -> tuple[str, str]:
+def _prunes(folder: Path, loaded: Sequence[Any]) -> tuple[str, str]:
     try:
         with _in_time():
             source = open_source(folder)
             architecture = source.architecture
-            load_model(source, device="cpu")  # which compares weights with the file's
+            if not loaded:
+                load_model(source, device="cpu")
     except Exception as error:
         return _reason(error, folder), "no"
     layers = architecture.layers
