@@ -270,7 +270,7 @@ def test_a_model_without_greedy_answers_is_refused_at_once(tmp_path: Path) -> No
     folder = tmp_path / "model"
     shutil.copytree(pico.save("llama", tmp_path / "llama"), folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "pi0"}))
-    with pytest.raises(RegraftError, match=r"pi0 model, whose .* gives no greedy answers"):
+    with pytest.raises(RegraftError, match=r"of type pi0, whose .* gives no greedy answers"):
         open_answering(folder)
 
 

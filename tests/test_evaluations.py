@@ -193,13 +193,13 @@ def test_restored_weights_are_counted_by_patches_and_not_by_zeros(
     rounded = evaluation(tmp_path / "rounded", asked, 16, 1, zeros=20)
     applied = evaluation(tmp_path / "applied", asked, 7, 1, zeros=18)
     pair = evaluations.Pair(dense, rounded)
-    found = study_of([evaluations.read_run([applied], pair)])
+    found = study_of([evaluations.run_of_evaluations([applied], pair)])
     assert [row.weights for row in found.rows] == [None, None, None]
     assert "Compression (20 % of the weights are zero) raised ASR" in summary(found)[0]
     made = {"model": "digest of rounded", "patch": "digest"}
     known = {"restored": 7, "changed": 90}
     gain = evaluation(tmp_path / "gain", asked, 7, 1, zeros=18, inputs=made, more=known)
-    found = study_of([evaluations.read_run([gain, applied], pair)])
+    found = study_of([evaluations.run_of_evaluations([gain, applied], pair)])
     assert [row.weights and row.weights.mean for row in found.rows] == [None, None, 7, None]
     assert "Compression (90 weights changed) raised ASR" in summary(found)[0]
     assert "gain, 7 restored weights (778 per 10,000 changed): ASR" in summary(found)[1]

@@ -73,6 +73,11 @@ class Registry(Generic[Plugin]):
                 f"{self.kind.__module__}.{self.kind.__name__}. Correct the package that registers "
                 f"it under {self.group}."
             )
+        if lacks := [one for one in self.kind.__annotations__ if not hasattr(found, one)]:
+            raise RegraftError(
+                f"The {self.what} {name!r} ({entry.value}) has no {lacks[0]!r}, which every "
+                f"{self.what} has. Correct the package that registers it under {self.group}."
+            )
         return found
 
     def working(self) -> tuple[str, ...]:

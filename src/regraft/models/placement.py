@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from regraft.data.collate import Batch
 from regraft.models.architecture import decoder_layers, text_decoder
@@ -106,7 +105,13 @@ def free_bytes(device: torch.device) -> int:
 
 def moved(value: Any, device: torch.device) -> Any:
     """A tensor, or the tensors in nested tuples, lists and dicts, on `device`."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    return value
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:

@@ -115,7 +115,8 @@ def replay(
         cross-attention without images) passes its input on.
     """
     decoder, layers = text_decoder(model), decoder_layers(model)
-    copies = 1 if hidden is None else len(hidden) // text.batch
+    # states of other shapes, as Gemma 3n's four a token, are never stacked
+    copies = 1 if hidden is None or hidden.ndim != 3 else len(hidden) // text.batch
     entry = _Entry(hidden, stop, {} if shared is None else shared)
     hooks = (
         layer.register_forward_pre_hook(entry.hook(i), with_kwargs=True)

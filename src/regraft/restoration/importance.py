@@ -238,6 +238,14 @@ class ByImportance(Method[ImportanceSettings]):
         return f"{self.title}{by}, {settings.heads_label}"
 
     def space(self, settings: ImportanceSettings, dense: Source, kept: float) -> Space:
-        """q, how many heads, and by what they are chosen."""
+        """q, what is the method's own, how many heads, and by what they are chosen.
+
+        In this order, by which the sampler draws.
+        """
         found: Space = {} if settings.searchable else {"q": Between(0.01, 1.0, log=True)}
-        return found | settings.heads_space(dense.architecture)
+        own = self.own_space(settings, kept)
+        return found | own | settings.heads_space(dense.architecture)
+
+    def own_space(self, settings: ImportanceSettings, kept: float) -> Space:
+        """What else of the settings is tuned."""
+        return {}

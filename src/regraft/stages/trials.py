@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regraft.disk.files import disk_errors, locked, require_empty, write_json
-from regraft.errors import RegraftError
+from regraft.errors import PassingError, RegraftError
 from regraft.heads.ships import HeadSettings, most_rank
 from regraft.models.load import Source
 from regraft.restoration.base import Between, MethodSettings, Space, method_of, needs_of
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _MOST_RANK = 10
 _PATIENCE = 120  # seconds for which a process waits for another one that writes to the file
+_PASSING = ("is full", "is locked", "readonly")  # what SQLite says of a sound file
 _TRIED = "tried"  # what is kept of a finished trial, among its attributes
 
 
@@ -65,11 +66,17 @@ class Trials:
     def _readable(self) -> Iterator[None]:
         """Turn what three packages raise of the file that lies below them into a clear error."""
         try:
-            yield
+            with disk_errors(self.file):
+                yield
         except RegraftError:
             raise
         except Exception as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
+            if any(passing in reason for passing in _PASSING):
+                raise PassingError(
+                    f"{self.file} cannot be written now ({reason}). The same command goes on from "
+                    "here."
+                ) from error
             raise RegraftError(
                 f"{self.file} is damaged, or no file of trials ({reason}). Choose another folder."
             ) from error
@@ -155,7 +162,8 @@ class Trials:
         drawn = self._in_state()
         with self._readable():
             running = self._draw(drawn)
-            self._hold(len(drawn), held)
+        self._hold(len(drawn), held)
+        with self._readable():
             self._study.add_trial(running)
         return self._in_state()[-1]
 

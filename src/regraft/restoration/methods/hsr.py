@@ -19,7 +19,6 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from regraft.models.load import Source
 from regraft.restoration.base import Between, Space
 from regraft.restoration.importance import (
     ByImportance,
@@ -56,10 +55,10 @@ class HSRMethod(ByImportance):
 
     name, settings_type, title = "hsr", HSRSettings, "HSR"
 
-    def space(self, settings: ImportanceSettings, dense: Source, kept: float) -> Space:
-        """p_max and the scope besides."""
+    def own_space(self, settings: ImportanceSettings, kept: float) -> Space:
+        """p_max and the scope."""
         p = kept if settings.p is None else settings.p
-        return super().space(settings, dense, kept) | {
+        return {
             "p_max": Between(min(p + 0.05, 1.0), min(p + 0.5, 1.0)),
             "scope": ("row", "matrix", "head"),
         }
