@@ -273,8 +273,7 @@ class _Tuning:
             evaluations = 0 if (references / "pruned").exists() else 2
             full, before = search.references(self.pruned, references)
         tried = self._points(restoration, search, self._varied(settings), trial.number)
-        points = tried or [before]
-        bounds = bounds_of(self.choice, full, before)
+        points, bounds = tried or [before], bounds_of(self.choice, full, before)
         best = choose(points, bounds)
         point = nearest(points, bounds) if best is None else points[best]
         evaluations += len(tried)
@@ -306,10 +305,8 @@ class _Tuning:
         with restoration.guard("evaluate", str(number)):
             if method.searchable:
                 return list(search.curve(self.pruned, method, paths).points[1:])
-            if not (restored := load_patch(paths.patch).restored):
-                return []
-            out = paths.patch.with_name("evaluation")
-            return [search.point(self.pruned, out, restored, paths.patch)]
+            restored, own = load_patch(paths.patch).restored, paths.patch.with_name("evaluation")
+            return [search.point(self.pruned, own, restored, paths.patch)] if restored else []
 
     def _paths(self, method: MethodSettings, r_max: int, number: int) -> ArtifactPaths:
         """Where artifacts lie; trials whose settings decide no more than a part share that part."""
