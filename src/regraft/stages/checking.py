@@ -20,6 +20,7 @@ from regraft.evaluation.pairing import on_the_same
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.served import explained
 from regraft.evaluation.summary import judge_answer
+from regraft.flags import refuse_compute
 from regraft.models.load import Source
 from regraft.progress import SILENT, Progress
 from regraft.report.gate import check_to_json, junit, markdown
@@ -103,11 +104,8 @@ def check_compute(sides: Sequence[Side], compute: ComputeSettings) -> None:
     Raises:
         RegraftError: both are evaluations or behind servers, and something of it was set.
     """
-    if any(not isinstance(one, Path) and one.compute is not None for one in sides):
-        return
-    if (found := compute.first_set(*ComputeSettings.model_fields)) is not None:
-        flag = f"--{found.replace('_', '-')}"
-        raise RegraftError(f"Neither of the two models is run here: leave out {flag}.")
+    if all(isinstance(one, Path) or one.compute is None for one in sides):
+        refuse_compute(compute, "Neither of the two models is run here")
 
 
 def clear_check(out: Path) -> None:
