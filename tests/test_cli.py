@@ -27,7 +27,7 @@ import pico
 from disk import rewrite, shards, tree, write_data
 from methods import method, restored
 from regraft import stages
-from regraft.cli import COMMANDS, GROUPS, app, main
+from regraft.cli import COMMANDS, GROUPS, app, application, main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource
@@ -1372,6 +1372,13 @@ def test_a_command_says_of_itself_what_the_list_says(name: str) -> None:
 def test_commands_are_listed_in_a_few_groups() -> None:
     assert sorted(name for names in GROUPS.values() for name in names) == sorted(COMMANDS)
     assert len(COMMANDS) <= 17 and max(map(len, GROUPS.values())) <= 4
+
+
+def test_two_applications_of_one_process_share_commands() -> None:
+    for own in (app, application(listed=False), app):
+        for name in COMMANDS:
+            _ = own[name]
+        own.parse_args(["report", "run"], exit_on_error=False, print_error=False)
 
 
 def test_help_is_there_without_the_heavy_packages() -> None:

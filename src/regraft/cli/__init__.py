@@ -88,6 +88,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "Look closer": ("inspect", "data", "analyse"),
 }
 
+# One object a group for all applications of a process: they share the Apps of realign and tune.
+_GROUPS = tuple(Group(title, sort_key=place) for place, title in enumerate(GROUPS))
+
 
 def application(*, listed: bool) -> App:
     """All commands; `listed` with the descriptions that stand here instead of their own helps."""
@@ -103,8 +106,7 @@ def application(*, listed: bool) -> App:
             "that model. With --debug an error shows where it came from."
         ),
     )
-    for place, (title, names) in enumerate(GROUPS.items()):
-        group = Group(title, sort_key=place)
+    for group, names in zip(_GROUPS, GROUPS.values(), strict=True):
         for index, name in enumerate(names):
             where, text = COMMANDS[name]
             own = text if listed else None
