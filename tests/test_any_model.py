@@ -247,6 +247,17 @@ def test_types_that_padding_changes_get_prompts_alone(
     assert asked == [3, 2, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("said", ["text", ("image", "video", "text")])
+def test_a_model_with_a_vision_tower_takes_images(
+    said: str | tuple[str, ...], pico_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an older version of transformers says "text" of its class."""
+    monkeypatch.setattr(T.Qwen3_5ForConditionalGeneration, "input_modalities", said)
+    source = open_source(pico_dir("qwen3_5"))
+    assert source.has_vision and hasattr(load_processor(source), "image_processor")
+    assert not open_source(pico_dir("qwen3_next")).has_vision
+
+
 def test_memory_that_does_not_suffice_says_what_to_lower(tmp_path: Path) -> None:
     with (
         pytest.raises(RegraftError, match=r"not enough memory .* --dtype bfloat16 .*--batch-size"),

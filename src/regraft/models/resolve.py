@@ -64,7 +64,11 @@ def takes_images(config: Any, folder: Path) -> bool:
     from transformers import AutoModelForImageTextToText
 
     auto, kind = _classes(config, folder)
-    return auto is AutoModelForImageTextToText if kind is None else "image" in kind.input_modalities
+    if kind is None:
+        return auto is AutoModelForImageTextToText
+    # Older versions leave the "text" of the base class to some that have a vision tower (Qwen3.5).
+    unsaid = kind.input_modalities == "text" and hasattr(config, "vision_config")
+    return unsaid or "image" in kind.input_modalities
 
 
 def require_greedy(config: Any, folder: Path) -> None:
