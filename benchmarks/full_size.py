@@ -16,7 +16,6 @@ import json
 import resource
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +24,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, write_checkpoint, write_data
-from torch import nn
 
 from regraft import stages
 from regraft.data.collate import batches, response_batch
@@ -42,19 +40,103 @@ from regraft.settings.data import CalibrationSettings
 GIB = 2**30
 
 
-def realign(
-    dense: Source, pruned: Source, folder: Path, settings: HSRSettings, data: CalibrationSettings
+class Meter:
+    """Seconds and peak memory of what is run under a name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def run(self, name: str, work: Callable[[], Any]) -> Any:
+        """Run it and keep what it took; gives its result."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        result = work()
+        if cuda:
+            torch.cuda.synchronize()
+        self.rows[name] = {
+            "seconds": time.perf_counter() - start,
+            "device_gib": torch.cuda.max_memory_allocated() / GIB if cuda else None,
+            "host_gib_so_far": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+        }
+        return result
+
+
+def bare_forward(
+    meter: Meter, dense: Source, data: DataSource, compute: ComputeSettings
+) -> dict[str, int]:
+    """Run decoder and vision tower over the harmless prompts, once before it is measured."""
+    model = load_model(dense, dtype=compute.dtype, device=compute.device)
+    harmless = [e for e in read(data).examples if not e.harmful]
+    prompts = [
+        response_batch(load_processor(dense), chunk).to(meter.device, torch.bfloat16)
+        for chunk in batches(harmless, compute.batch_size)
+    ]
+
+    def bare() -> None:
+        for batch in prompts:
+            record(model, text_inputs(model, batch.inputs), ())
+
+    bare()
+    meter.run("bare forward", bare)
+    return {
+        "heads": sum(layer.heads for layer in dense.architecture.layers),
+        "samples": len(harmless),
+        "tokens": sum(batch.inputs["input_ids"].numel() for batch in prompts),
+    }
+
+
+def all_stages(
+    meter: Meter, setup: stages.Setup, folder: Path, head_samples: int, scoring: HeadSettings
 ) -> None:
+    """Every stage as a user runs it, from the dense checkpoint to the realigned one."""
+    heads = sum(layer.heads for layer in setup.dense.architecture.layers)
+    hsr = HSRSettings(top_heads=min(10, heads))
+    fewer = setup.calibration.model_copy(update={"samples": head_samples})
+    few = stages.Setup(setup.dense, fewer, setup.compute)
+    pruned = meter.run(
+        "prune (sequential)",
+        lambda: stages.prune_checkpoint(setup, folder / "pruned", prune_settings()),
+    )
+    meter.run(
+        f"heads ({head_samples} samples)",
+        lambda: stages.write_head_scores(few, folder / "heads", scoring),
+    )
+    meter.run("statistics", lambda: stages.write_statistics(setup, folder / "statistics"))
+    meter.run("realign (HSR, on the CPU)", lambda: realign(setup, pruned, folder, hsr))
+    meter.run(
+        "apply",
+        lambda: stages.patch_checkpoint("apply", pruned.folder, folder / "patch", folder / "out"),
+    )
+
+
+def realign(setup: stages.Setup, pruned: Source, folder: Path, settings: HSRSettings) -> None:
     """Rank on the CPU and write the patch, from the head scores and statistics in `folder`."""
     inputs = stages.Inputs(folder / "heads", folder / "statistics")
-    ranking, compute = folder / "ranking", ComputeSettings(device="cpu")
-    stages.write_ranking(stages.Setup(dense, data, compute), pruned, ranking, settings, inputs)
-    stages.write_patch(dense, pruned, folder / "patch", settings, ranking)
+    on_cpu = stages.Setup(setup.dense, setup.calibration, ComputeSettings(device="cpu"))
+    ranking = folder / "ranking"
+    stages.write_ranking(on_cpu, pruned, ranking, settings, inputs)
+    stages.write_patch(setup.dense, pruned, folder / "patch", settings, ranking)
 
 
-def main() -> None:
-    """Build, run every stage, print the table, save JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def show(about: dict[str, Any]) -> None:
+    """The table."""
+    size, tokens = f"{about['checkpoint_gib']:.1f} GiB checkpoint", f"{about['tokens']} tokens"
+    title = f"{size}, {tokens} of calibration, {about['device']}"
+    columns = ("stage", "bare forwards", "device peak GiB", "host peak so far GiB")
+    table = Table(*columns, title=title)
+    for name, row in about["stages"].items():
+        peak = "" if row["device_gib"] is None else f"{row['device_gib']:.1f}"
+        table.add_row(name, f"{row['bare_forwards']:.2f}", peak, f"{row['host_gib_so_far']:.1f}")
+    Console().print(table)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-vl-7b")
     parser.add_argument("--layers", type=int, default=None, help="default: the shape's own")
     parser.add_argument("--scale", type=float, default=1.0, help="of the widths")
@@ -65,107 +147,40 @@ def main() -> None:
     parser.add_argument("--tokens-per-pass", type=int, default=None, help="default: what fits")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, default=None)
-    options = parser.parse_args()
-    device = pick_device(options.device)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Build, run every stage, print the table, save JSON."""
+    options = arguments()
+    meter = Meter(pick_device(options.device))
     compute = ComputeSettings(
         device=options.device, dtype="bfloat16", batch_size=options.batch_size
     )
-    measured: dict[str, dict[str, Any]] = {}
-
-    def measure(name: str, run: Callable[[], Any]) -> Any:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        result = run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-        measured[name] = {"seconds": seconds, "device_gib": peak, "host_gib_so_far": host}
-        return result
-
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_checkpoint(folder / "dense", options.shape, options.layers, options.scale, device)
+        shape = options.shape, options.layers, options.scale
+        write_checkpoint(folder / "dense", *shape, meter.device)
         data = write_data(folder, options.samples, options.image)
         calibration = CalibrationSettings(
             data=DataSource.model_validate(f"jsonl:{data}"), samples=options.samples
         )
-        few = calibration.model_copy(update={"samples": options.head_samples})
         dense = open_source(folder / "dense")
-        heads = sum(layer.heads for layer in dense.architecture.layers)
-        model = load_model(dense, dtype="bfloat16", device=options.device)
-        harmless = [e for e in read(calibration.data).examples if not e.harmful]
-        prompts = [
-            response_batch(load_processor(dense), chunk).to(device, torch.bfloat16)
-            for chunk in batches(harmless, options.batch_size)
-        ]
-
-        def bare(network: nn.Module) -> None:
-            for batch in prompts:
-                record(network, text_inputs(network, batch.inputs), ())
-
-        bare(model)
-        measure("bare forward", partial(bare, model))
-        tokens = sum(batch.inputs["input_ids"].numel() for batch in prompts)
-        del model
-        pruned = measure(
-            "prune (sequential)",
-            lambda: stages.prune_checkpoint(
-                stages.Setup(dense, calibration, compute), folder / "pruned", prune_settings()
-            ),
-        )
-        measure(
-            f"heads ({options.head_samples} samples)",
-            lambda: stages.write_head_scores(
-                stages.Setup(dense, few, compute),
-                folder / "heads",
-                HeadSettings(r_max=2, tokens_per_pass=options.tokens_per_pass),
-            ),
-        )
-        measure(
-            "statistics",
-            lambda: stages.write_statistics(
-                stages.Setup(dense, calibration, compute), folder / "statistics"
-            ),
-        )
-        measure(
-            "realign (HSR, on the CPU)",
-            lambda: realign(
-                dense, pruned, folder, HSRSettings(top_heads=min(10, heads)), calibration
-            ),
-        )
-        measure(
-            "apply",
-            lambda: stages.patch_checkpoint(
-                "apply", pruned.folder, folder / "patch", folder / "out"
-            ),
-        )
+        sizes = bare_forward(meter, dense, calibration.data, compute)
+        scoring = HeadSettings(r_max=2, tokens_per_pass=options.tokens_per_pass)
+        setup = stages.Setup(dense, calibration, compute)
+        all_stages(meter, setup, folder, options.head_samples, scoring)
         size = dense.checkpoint.bytes / GIB
-    unit = measured["bare forward"]["seconds"]
+    unit = meter.rows["bare forward"]["seconds"]
     about = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if meter.device.type == "cuda" else "cpu",
         "checkpoint_gib": size,
-        "heads": heads,
-        "samples": options.samples,
-        "tokens": tokens,
+        **sizes,
         "stages": {
-            name: row | {"bare_forwards": row["seconds"] / unit} for name, row in measured.items()
+            name: row | {"bare_forwards": row["seconds"] / unit} for name, row in meter.rows.items()
         },
     }
-    table = Table(
-        "stage",
-        "bare forwards",
-        "device peak GiB",
-        "host peak so far GiB",
-        title=f"{size:.1f} GiB checkpoint, {tokens} calibration tokens, {about['device']}",
-    )
-    for name, row in measured.items():
-        peak = "" if row["device_gib"] is None else f"{row['device_gib']:.1f}"
-        table.add_row(name, f"{row['seconds'] / unit:.2f}", peak, f"{row['host_gib_so_far']:.1f}")
-    Console().print(table)
+    show(about)
     if options.json:
         options.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
