@@ -57,7 +57,9 @@ from test_replay import assert_same, manually_ablated
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 VLM = tuple(pico_today.VLM)
 TODAY = VLM + tuple(pico_today.LLM)
-WITH_HEADS = ("qwen3_5", "qwen3_vl_moe", "glm4v_moe", "llama4_text", "qwen3_next")
+WITH_HEADS = (
+    *("qwen3_5", "qwen3_vl_moe", "glm4v_moe", "ernie4_5_vl_moe", "llama4_text", "qwen3_next"),
+)
 METHODS = ("wanda", "sparsegpt", "snip")
 
 
@@ -164,6 +166,11 @@ def read_by(model, processor, architecture, example):
             found[linear.key] = read[counted]
         else:
             tokens, read = of_experts(modules[linear.module], linear, seen[linear.module])
+            if "moe_mm_token_type_ids" in batch.inputs:  # Ernie's are given tokens of one kind
+                kinds = batch.inputs["moe_mm_token_type_ids"][0].tolist()
+                sees = "vision_moe" in linear.name
+                given = [at for at, kind in enumerate(kinds) if (kind != 0) == sees]
+                tokens = torch.tensor(given)[tokens]
             found[linear.key] = read[counted[tokens]]
     return found
 
@@ -362,7 +369,7 @@ def drawn(source, count):
     return joined(parts)
 
 
-@pytest.mark.parametrize("family", [*pico_today.DESCRIBED, "glm4v_moe", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", [*pico_today.DESCRIBED, "glm4v_moe", "qwen3_vl_moe", "ernie4_5_vl_moe"])
 def test_patched_on_disk_is_patched_in_memory(family, tmp_path):
     """Names of other authors, fused, stacked and transposed tensors: bit for bit, and off again."""
     pico.save(family, tmp_path / "dense", max_shard_size="100KB")

@@ -35,6 +35,7 @@ _QUERY_DIMS = {
     "attention_mask": -2,
     "cross_attention_mask": -2,
     "full_text_row_masked_out_mask": -2,
+    "moe_mm_token_type_ids": -1,
     "position_embeddings": -2,
     "position_ids": -1,
 }

@@ -141,6 +141,19 @@ def _deeper(one: Laid, dim: int) -> Laid:
     return Laid(put(one.shape, 1), tuple(pieces))
 
 
+def _stacked_by_kind(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
+    """Experts listed behind one another, Ernie's text experts and then its vision experts."""
+    found = {}
+    for i, name in enumerate(wanted):
+        stacks = []
+        for parts in tensors.values():
+            count = -(-len(parts) // len(wanted))
+            own = parts[i * count : (i + 1) * count]
+            stacks.append(_joined([_deeper(part, op.stack_dim) for part in own], op.stack_dim))
+        found[name] = [_joined(stacks, op.concat_dim)]
+    return found
+
+
 def _concatenated(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
     ordered = [one for parts in tensors.values() for one in parts]
     return {next(iter(wanted)): [_joined(ordered, op.dim)]}
@@ -247,6 +260,7 @@ def cut(one: Laid, dim: int, start: int, size: int) -> Laid:
 
 _OPERATIONS: dict[str, Any] = {
     "MergeModulelist": _stacked,
+    "ErnieFuseAndSplitTextVisionExperts": _stacked_by_kind,
     "Concatenate": _concatenated,
     "Transpose": _transposed,
     "Chunk": _chunked,

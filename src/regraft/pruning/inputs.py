@@ -118,7 +118,7 @@ class Sums:
                 return hook
 
             with (
-                opened(linears) as modules,
+                opened(linears, batch) as modules,
                 hooked(m.register_forward_pre_hook(observe(li)) for li, m in modules.items()),
             ):
                 yield
