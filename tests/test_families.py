@@ -369,7 +369,9 @@ def drawn(source, count):
     return joined(parts)
 
 
-@pytest.mark.parametrize("family", [*pico_today.DESCRIBED, "glm4v_moe", "qwen3_vl_moe", "ernie4_5_vl_moe"])
+@pytest.mark.parametrize(
+    "family", [*pico_today.DESCRIBED, "glm4v_moe", "qwen3_vl_moe", "ernie4_5_vl_moe"]
+)
 def test_patched_on_disk_is_patched_in_memory(family, tmp_path):
     """Names of other authors, fused, stacked and transposed tensors: bit for bit, and off again."""
     pico.save(family, tmp_path / "dense", max_shard_size="100KB")

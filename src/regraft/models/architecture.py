@@ -224,20 +224,47 @@ def text_decoder(model: nn.Module) -> nn.Module:
     Raises:
         RegraftError: the model has none (an encoder, a classifier).
     """
-    decoder: object = model
-    while not _has_layers(decoder):
-        find = getattr(decoder, "get_decoder", None)
+    for part in _inwards(model):
+        if _has_layers(part):
+            return part
+    raise RegraftError(
+        f"{type(model).__name__} has no text decoder with layers; "
+        "regraft works on vision-language and language models."
+    )
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The innermost part of a model that makes logits: itself, as a rule.
+
+    Raises:
+        RegraftError: no part has an output head.
+    """
+    decoder = text_decoder(model)
+    found = [part for part in _inwards(model) if part is not decoder and output_head(part)]
+    if not found:
+        raise RegraftError(
+            f"{type(model).__name__} has no output head that transformers knows of; regraft works "
+            "on vision-language and language models."
+        )
+    return found[-1]
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """What makes logits of final states, `[vocabulary, d]`."""
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if callable(find) else None
+
+
+def _inwards(model: nn.Module) -> Iterator[nn.Module]:
+    """A model, what it takes for its decoder, what that takes for its own, and so on."""
+    part: object = model
+    while isinstance(part, nn.Module):
+        yield part
+        find = getattr(part, "get_decoder", None)
         found = find() if callable(find) else None
-        if found is decoder:  # it knows of no other: Llama 4's language model
-            found = getattr(decoder, "model", None)
-        if found is None or found is decoder:
-            raise RegraftError(
-                f"{type(model).__name__} has no text decoder with layers; "
-                "regraft works on vision-language and language models."
-            )
-        decoder = found
-    assert isinstance(decoder, nn.Module)
-    return decoder
+        if found is part:  # it knows of no other: Llama 4's language model
+            found = getattr(part, "model", None)
+        part = found
 
 
 def _has_layers(module: object) -> bool:

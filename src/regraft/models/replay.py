@@ -18,7 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from regraft.models.architecture import cache_argument, decoder_layers, text_decoder
+from regraft.models.architecture import (
+    cache_argument,
+    decoder_layers,
+    language_model,
+    text_decoder,
+)
 
 
 @dataclass(frozen=True)
@@ -163,9 +168,9 @@ class _Entry:
 def logits_of(model: nn.Module, states: Tensor, *, gradient: bool = False) -> Tensor:
     """Logits of normed final states `[..., d]` -> `[..., vocabulary]`.
 
-    The model's own forward makes them, around a decoder that returns `states`: whether a family
-    scales or caps its logits is its own code again (of Gemma 3 only the text-only class caps).
-    With `gradient` autograd records them.
+    The language model's own forward makes them, around a decoder that returns `states`: whether a
+    family scales or caps its logits is its own code again (of Gemma 3 only the text-only class
+    caps). With `gradient` autograd records them.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -183,7 +188,7 @@ def logits_of(model: nn.Module, states: Tensor, *, gradient: bool = False) -> Te
         replaced_forwards({text_decoder(model): lambda **_: output}),
     ):
         ids = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: Tensor = language_model(model)(input_ids=ids, use_cache=False).logits
     return logits.view(*states.shape[:-1], -1)
 
 

@@ -131,8 +131,8 @@ def _rows(
 ) -> Tensor | None:
     """Which of a linear's inputs count, a mask over all of their dimensions but the last.
 
-    `inputs` are `[B, S, in]`, or laid out as `[B * S, in]`; an expert's `[n, in]`. `which` says it
-    of all tokens, `[B, S]` bool.
+    `inputs` are `[B, S, in]`, or laid out as `[B * S, in]` or `[B, 1, S, in]`; an expert's
+    `[n, in]`. `which` says it of all tokens, `[B, S]` bool.
     """
     if which is None:
         return None
@@ -144,7 +144,7 @@ def _rows(
             f"{which.numel()} tokens of the prompts (an encoder's states?). Leave it dense with "
             f"--ignore '*.{linear.name}'."
         )
-    return which.flatten() if inputs.ndim == 2 and which.ndim == 2 else which
+    return which if linear.reads_vision else which.view(inputs.shape[:-1])
 
 
 def require_same_layers(ran: object) -> None:
