@@ -171,6 +171,46 @@ def _ernie_moe() -> Parts:
     )
 
 
+def _nemotron_omni() -> Parts:
+    """Nemotron 3 Nano Omni: a Mamba 2, experts, attention and an MLP, each a layer of its own.
+
+    A whole causal language model, with its own head, is inside.
+    """
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", more=("<so_embedding>",))
+    settings = text_config(tokenizer, model_type="nemotron_h", head_dim=16)
+    text = {name: one for name, one in settings.items() if name != "num_hidden_layers"} | {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "ssm_state_size": 16,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 24,
+    }
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    pixels = {"min_num_patches": 4, "max_num_patches": 16}
+    return Parts(
+        T.NemotronH_Omni_Reasoning_V3,
+        T.NemotronH_Omni_Reasoning_V3_Config(
+            text_config=text,
+            vision_config=vision
+            | {"model_type": "radio", "max_img_size": 128, "video_temporal_patch_size": 2},
+            vision_hidden_size=32,
+            projector_hidden_size=48,
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        ),
+        T.NemotronH_Omni_Reasoning_V3Processor(
+            image_processor=T.NemotronH_Omni_Reasoning_V3ImageProcessor(**pixels),
+            video_processor=T.NemotronH_Omni_Reasoning_V3VideoProcessor(),
+            tokenizer=tokenizer,
+            feature_extractor=T.ParakeetFeatureExtractor(),
+            chat_template=chatml("<image>"),
+        ),
+    )
+
+
 _LLAMA4: dict[str, Any] = {
     "head_dim": 16,
     "intermediate_size": 24,
@@ -319,6 +359,7 @@ VLM: dict[str, Callable[[], Parts]] = {
     "lfm2_vl": _lfm2,
     "glm4v_moe": _glm_moe,
     "ernie4_5_vl_moe": _ernie_moe,
+    "nemotron_h_omni": _nemotron_omni,
 }
 LLM: dict[str, Callable[[], Parts]] = {
     "llama4_text": _llama4_text,

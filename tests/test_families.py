@@ -58,7 +58,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 VLM = tuple(pico_today.VLM)
 TODAY = VLM + tuple(pico_today.LLM)
 WITH_HEADS = (
-    *("qwen3_5", "qwen3_vl_moe", "glm4v_moe", "ernie4_5_vl_moe", "llama4_text", "qwen3_next"),
+    *("qwen3_5", "qwen3_vl_moe", "glm4v_moe", "ernie4_5_vl_moe", "llama4_text"),
+    *("qwen3_next", "nemotron_h_omni"),
 )
 METHODS = ("wanda", "sparsegpt", "snip")
 
@@ -126,7 +127,8 @@ def test_every_part_of_the_decoder_runs_again(today, pico_dir, tmp_path):
 
 def of_experts(experts, linear, args):
     """(tokens, what they feed one expert's matrix) of a layer whose experts were called so."""
-    gate_up = experts.gate_up_proj.data
+    gated = hasattr(experts, "gate_up_proj")
+    gate_up = (experts.gate_up_proj if gated else experts.up_proj).data
     hidden, e = args[0], linear.expert
     if (
         len(args) == 1
@@ -140,6 +142,8 @@ def of_experts(experts, linear, args):
     if linear.parameter != "down_proj":
         return tokens, inputs
     wide = gate_up[e].T if gate_up.shape[1] == inputs.shape[1] else gate_up[e]  # [2 * inner, d]
+    if not gated:  # Nemotron-H
+        return tokens, experts.act_fn(inputs @ wide.T)
     gate, up = (inputs @ wide.T).chunk(2, dim=-1)
     return tokens, experts.act_fn(gate) * up
 
@@ -370,7 +374,8 @@ def drawn(source, count):
 
 
 @pytest.mark.parametrize(
-    "family", [*pico_today.DESCRIBED, "glm4v_moe", "qwen3_vl_moe", "ernie4_5_vl_moe"]
+    "family",
+    [*pico_today.DESCRIBED, "glm4v_moe", "qwen3_vl_moe", "ernie4_5_vl_moe", "nemotron_h_omni"],
 )
 def test_patched_on_disk_is_patched_in_memory(family, tmp_path):
     """Names of other authors, fused, stacked and transposed tensors: bit for bit, and off again."""

@@ -277,13 +277,16 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(layers)
 
 
+ATTENTIONS = ("self_attn", "cross_attn", "mixer")  # Mllama's, and what Nemotron-H calls all
+
+
 def attention_of(layer: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of a decoder layer's attention; "cross_attn" only in Mllama's."""
-    for name in ("self_attn", "cross_attn"):
+    """Name and module of a decoder layer's attention, of those names that families have for it."""
+    for name in ATTENTIONS:
         module = getattr(layer, name, None)
         if isinstance(module, nn.Module):
             return name, module
-    raise RegraftError(f"{type(layer).__name__} has neither self_attn nor cross_attn.")
+    raise RegraftError(f"{type(layer).__name__} has none of {', '.join(ATTENTIONS)}.")
 
 
 def cross_attention_layers(model: nn.Module) -> list[int]:

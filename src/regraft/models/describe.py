@@ -14,6 +14,7 @@ from torch import nn
 
 from regraft.errors import RegraftError
 from regraft.models.architecture import (
+    ATTENTIONS,
     HEAD_ROLES,
     ROUTERS,
     Architecture,
@@ -177,7 +178,7 @@ NO_HEADS = (0, 0, 0)
 
 def _heads(layer: nn.Module, config: Any) -> tuple[str, tuple[int, int, int], str]:
     """(what a layer attends by; query heads, key/value heads and head size; why there are none)."""
-    for name in ("self_attn", "cross_attn"):
+    for name in ATTENTIONS:
         attention = getattr(layer, name, None)
         if isinstance(attention, nn.Module):
             return name, *_heads_of(attention, config)
