@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
+    ErnieFuseAndSplitTextVisionExperts,
+    Inkling2LoopDequantizeExperts,
     Interleave,
     MergeModulelist,
     Transpose,
@@ -466,6 +468,22 @@ def test_a_linear_stored_as_several_tensors_is_several_weights(pico_dir, tmp_pat
         )
 
 
+@pytest.mark.parametrize("shape", [(2, 4), (8,), (2, 1, 4)])
+def test_inputs_count_at_response_tokens_however_they_are_laid_out(shape):
+    """Latent attention gives some linears `[B, 1, S, in]`."""
+    linear = LinearArchitecture(0, "k_proj", "m", "t", (3, 2))
+    labels = torch.tensor([[-100, 1, -100, 1], [-100, -100, -100, 1]])
+    inputs, module = torch.randn(2, 4, 2), torch.nn.Linear(2, 3)
+    sums = Sums()
+    with sums.observing({linear: module}, lambda read, _: read.sum(0))(
+        Batch({}, labels, ("a", "b"))
+    ):
+        module(inputs.view(*shape, 2))
+    wanted = inputs[0, 1] + inputs[0, 3] + inputs[1, 3]
+    torch.testing.assert_close(sums.of(linear), wanted)
+    assert sums.tokens == {linear.key: 3}
+
+
 def test_inputs_that_are_no_tokens_are_refused():
     """As of a decoder that attends to an encoder's states."""
     linear = LinearArchitecture(0, "encoder_attn.k_proj", "m", "t", (3, 2))
@@ -576,11 +594,18 @@ def test_positions_in_a_matrix_and_in_its_tensor(data):
         (["a"], ["b", "c"], [Interleave(1), Chunk(1)], {"b": (2, 2, 6), "c": (2, 2, 6)}),
         (["a"], ["b", "c"], [Chunk(0)], {"b": (1, 4, 6), "c": (1, 4, 6)}),
         (["a"], ["b"], [Transpose(0, 2)], {"b": (6, 4, 2)}),
+        (
+            ["a", "b"],
+            ["c", "d"],
+            [ErnieFuseAndSplitTextVisionExperts(0, 1)],
+            {"c": (2, 8, 6), "d": (1, 8, 6)},
+        ),
+        (["a"], ["b"], [Inkling2LoopDequantizeExperts(), Interleave(1)], {"b": (2, 4, 6)}),
     ],
 )
 def test_conversions_are_followed(sources, targets, operations, shapes):
     """What transformers makes of tensors is what is read through the description."""
-    stacked = isinstance(operations[0], MergeModulelist)
+    stacked = isinstance(operations[0], MergeModulelist | ErnieFuseAndSplitTextVisionExperts)
     shape, count = ((4, 6), 3) if stacked else ((2, 4, 6), 1)
     stored = {f"{name}{i}": torch.randn(shape) for name in sources for i in range(count)}
     converter = WeightConverter(sources, targets, operations)
@@ -593,6 +618,7 @@ def test_conversions_are_followed(sources, targets, operations, shapes):
             source_patterns=converter.source_patterns,
             target_patterns=converter.target_patterns,
             model=model,
+            config=None,
             full_layer_name=targets[0],
         )
     records = {name: SimpleNamespace(shape=tuple(one.shape)) for name, one in stored.items()}

@@ -228,8 +228,8 @@ def text_decoder(model: nn.Module) -> nn.Module:
         if _has_layers(part):
             return part
     raise RegraftError(
-        f"{type(model).__name__} has no text decoder with layers; "
-        "regraft works on vision-language and language models."
+        f"{type(model).__name__} has no text decoder with layers in a list `layers`; those built "
+        "as BERT, T5 or GPT-2 are, with lists of other names, are not supported."
     )
 
 

@@ -208,27 +208,24 @@ def _require_one_sequence(model: nn.Module) -> None:
     if encodes(model):
         raise RegraftError(
             f"{type(model).__name__} reads the prompt with an encoder and writes the response with "
-            f"a decoder. Calibration data are prompt and response in one sequence. {_WITHOUT_DATA}"
+            f"a decoder; calibration data are prompt and response in one sequence. {_WITHOUT_DATA}"
         )
 
 
 def _require_chain(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Raise where a layer reads more of what came before it than the last layer's output.
+    """Raise unless all that layers hand on is one state, from each to the next.
 
     `kwargs` are the decoder's, with embeddings that are NaN where no layer may need them. It runs
     on layers that put out NaN, so that what else a layer is given is NaN if it was made of these.
     """
-    ran: set[int] = set()
+    kind, ran = type(model).__name__, set()
 
     def stand_in(index: int) -> Callable[..., Tensor]:
         def forward(hidden: Tensor, *args: Any, **more: Any) -> Tensor:
-            read = any(one.isnan().any() for one in tensors_within((args, more)))
-            if read or index in ran:
-                raise RegraftError(
-                    f"Layer {index} of {type(model).__name__} "
-                    + ("reads states of earlier layers besides" if read else "runs again on")
-                    + f" its input, so that layers cannot be run one by one. {_WITHOUT_DATA}"
-                )
+            if index in ran:
+                raise _no_chain(f"Layer {index} of {kind} runs more than once")
+            if any(one.isnan().any() for one in tensors_within((args, more))):
+                raise _no_chain(f"Layer {index} of {kind} reads more than the last layer's state")
             ran.add(index)
             return torch.full_like(hidden, torch.nan)
 
@@ -236,7 +233,14 @@ def _require_chain(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
 
     layers = decoder_layers(model)
     with replaced_forwards({layer: stand_in(i) for i, layer in enumerate(layers)}):
-        text_decoder(model)(**kwargs)
+        try:
+            text_decoder(model)(**kwargs)
+        except (TypeError, ValueError) as error:  # such as of unpacking
+            raise _no_chain(f"Layers of {kind} hand on more than one state ({error})") from error
+
+
+def _no_chain(what: str) -> RegraftError:
+    return RegraftError(f"{what}, so that layers cannot be run one by one. {_WITHOUT_DATA}")
 
 
 def _without_image(batch: Batch) -> Batch:

@@ -107,6 +107,9 @@ def converted(
     for op in converter.operations:
         kind = type(op).__name__
         unknown = getattr(op, "num_shards_attribute", None) or getattr(op, "inverse", False)
+        if "Dequantize" in kind and len(current) == 1:  # stored as floats, without scales
+            current = dict(zip([first], current.values(), strict=True))
+            continue
         if kind not in _OPERATIONS or unknown:
             return {target: f"transformers makes it by {kind}"}
         current = _OPERATIONS[kind](op, current, wanted)
