@@ -172,12 +172,14 @@ def read_by(model, processor, architecture, example):
             found[linear.key] = read[counted]
         else:
             tokens, read = of_experts(modules[linear.module], linear, seen[linear.module])
+            which = counted
             if "moe_mm_token_type_ids" in batch.inputs:  # Ernie's are given tokens of one kind
                 kinds = batch.inputs["moe_mm_token_type_ids"][0].tolist()
-                sees = "vision_moe" in linear.name
+                sees = linear.name.startswith("mlp.vision_moe")
                 given = [at for at, kind in enumerate(kinds) if (kind != 0) == sees]
                 tokens = torch.tensor(given)[tokens]
-            found[linear.key] = read[counted[tokens]]
+                which = counted | sees  # a response attends to all vision tokens
+            found[linear.key] = read[which[tokens]]
     return found
 
 

@@ -100,7 +100,7 @@ def test_layers_one_by_one_are_the_whole_model(kind: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("t5gemma2", "reads the prompt with an encoder"),
+        ("t5gemma2", "reads prompts with an encoder"),
         ("inkling2", "Layer 1 of .* reads more than the last layer's state"),
         ("inkling2_loop", "Layer 1 of .* reads more than the last layer's state"),
         ("glm5_next", "hand on more than one state"),

@@ -379,18 +379,22 @@ def _prunes(kind: str, folder: Path, loaded: Sequence[Any]) -> tuple[str, str]:
             seeing = kind in (*_WITH_IMAGE, "kosmos-2")
             config = source.config
             inputs = _with_image(kind, config) if seeing else prompts(kind, config)[0]
-            calibrated(model, source.architecture, inputs, folder)
+            unmoved = calibrated(model, source.architecture, inputs, folder)
     except Exception as error:
-        reason = f": {_UNASKED[kind]}" if kind in _UNASKED else _reason(error, folder)[2:]
-        return f"by magnitude only{reason}", "no"
-    return "", heads
+        if kind in _UNASKED:
+            return f"by magnitude; with data not tried: {_UNASKED[kind]}", "no"
+        return f"by magnitude only{_reason(error, folder)[2:]}", "no"
+    return unmoved and f"yes; not by gradients (SNIP) {', '.join(unmoved)}", heads
 
 
 @torch.no_grad()
 def calibrated(
     model: Any, architecture: Architecture, inputs: Mapping[str, torch.Tensor], folder: Path
-) -> None:
+) -> list[str]:
     """Run what pruning and restoring by calibration data does, and compare it with a whole pass.
+
+    Returns:
+        Names in layers of linears that have no gradient.
 
     Raises:
         AssertionError: a layer's input is another, or a linear outside of experts was not reached.
@@ -420,9 +424,10 @@ def calibrated(
             layerwise, architecture, folder / "gradients", lambda _: True, lambda _: None
         ):
             gradients |= found
-    for linear in architecture.linears:
-        if linear.expert is None and not linear.reads_vision:
-            assert linear.key in known and linear.key in gradients, f"{linear.key} is not reached"
+    ran = [li for li in architecture.linears if li.expert is None and li.layer in whole.entering]
+    missing = [linear.key for linear in ran if linear.key not in known]
+    assert not missing, f"nothing is known of {missing}"
+    return list(dict.fromkeys(li.name for li in ran if li.key not in gradients))
 
 
 def _reason(error: Exception, folder: Path) -> str:
@@ -465,7 +470,7 @@ def table(rows: Sequence[Row]) -> str:
         [not cell.startswith("no") for cell in column]
         for column in zip(*((row.evaluates, row.prunes, row.heads) for row in rows), strict=True)
     )
-    by_data = sum(not row.prunes for row in rows)
+    by_data = sum((row.prunes or "yes").startswith("yes") for row in rows)
     lines = [
         f"Of the {len(rows)} types of transformers {transformers.__version__}, {sum(evaluate)} "
         f"evaluate; {sum(prune)} prune, {by_data} of them by calibration data; {sum(heads)} have "

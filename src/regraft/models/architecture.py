@@ -57,8 +57,11 @@ class LinearArchitecture:
 
     @property
     def reads_vision(self) -> bool:
-        """True for Mllama's cross-attention keys and values, whose inputs are vision tokens."""
-        return self.name in ("cross_attn.k_proj", "cross_attn.v_proj")
+        """Whether its inputs are vision tokens alone.
+
+        Those of Mllama's cross-attention keys and values are, and of Ernie's experts for them.
+        """
+        return self.name.startswith(("cross_attn.k_proj", "cross_attn.v_proj", "mlp.vision_moe."))
 
 
 @dataclass(frozen=True)
@@ -224,13 +227,20 @@ def text_decoder(model: nn.Module) -> nn.Module:
     Raises:
         RegraftError: the model has none (an encoder, a classifier).
     """
-    for part in _inwards(model):
-        if _has_layers(part):
-            return part
-    raise RegraftError(
-        f"{type(model).__name__} has no text decoder with layers in a list `layers`; those built "
-        "as BERT, T5 or GPT-2 are, with lists of other names, are not supported."
-    )
+    decoder: object = model
+    while not _has_layers(decoder):
+        find = getattr(decoder, "get_decoder", None)
+        found = find() if callable(find) else None
+        if found is decoder:  # it knows of no other: Llama 4's language model
+            found = getattr(decoder, "model", None)
+        if found is None or found is decoder:
+            raise RegraftError(
+                f"{type(model).__name__} has no text decoder with layers in a list `layers`; those "
+                "built as BERT, T5 or GPT-2 are, with lists of other names, are not supported."
+            )
+        decoder = found
+    assert isinstance(decoder, nn.Module)
+    return decoder
 
 
 def language_model(model: nn.Module) -> nn.Module:
@@ -240,7 +250,9 @@ def language_model(model: nn.Module) -> nn.Module:
         RegraftError: no part has an output head.
     """
     decoder = text_decoder(model)
-    found = [part for part in _inwards(model) if part is not decoder and output_head(part)]
+    path = next(name for name, part in model.named_modules() if part is decoder).split(".")
+    around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path)))
+    found = [part for part in around if output_head(part) is not None]
     if not found:
         raise RegraftError(
             f"{type(model).__name__} has no output head that transformers knows of; regraft works "
@@ -253,18 +265,6 @@ def output_head(model: nn.Module) -> nn.Module | None:
     """What makes logits of final states, `[vocabulary, d]`."""
     find = getattr(model, "get_output_embeddings", None)
     return find() if callable(find) else None
-
-
-def _inwards(model: nn.Module) -> Iterator[nn.Module]:
-    """A model, what it takes for its decoder, what that takes for its own, and so on."""
-    part: object = model
-    while isinstance(part, nn.Module):
-        yield part
-        find = getattr(part, "get_decoder", None)
-        found = find() if callable(find) else None
-        if found is part:  # it knows of no other: Llama 4's language model
-            found = getattr(part, "model", None)
-        part = found
 
 
 def _has_layers(module: object) -> bool:

@@ -18,13 +18,19 @@ from torch import Tensor, nn
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.models.architecture import cross_attention_layers, decoder_layers, text_decoder
-from regraft.models.generation import encodes
 from regraft.models.placement import PlacedModel, free_bytes, moved, tensors_within
-from regraft.models.replay import Shared, TextInputs, replaced_forwards, replay, text_inputs
+from regraft.models.replay import (
+    WITHOUT_DATA,
+    Shared,
+    TextInputs,
+    passing_on,
+    replaced_forwards,
+    replay,
+    text_inputs,
+)
 from regraft.progress import Advance
 
 _EMBEDDED = ("inputs_embeds", "input_ids")
-_WITHOUT_DATA = "Prune by magnitude and restore at random, which read no data."
 _COPIES = 4  # of the states that a backward pass has at a time, the embeddings aside
 
 
@@ -50,7 +56,6 @@ class LayerwisePass:
         Raises:
             RegraftError: the model's layers cannot be run one by one.
         """
-        _require_one_sequence(model.network)
         self.model = model
         self.batches: list[Batch] = []
         self.layers = len(decoder_layers(model.network))
@@ -204,14 +209,6 @@ def _embeddings_shape(text: TextInputs, states: Tensor) -> torch.Size:
     return torch.Size(given.shape)
 
 
-def _require_one_sequence(model: nn.Module) -> None:
-    if encodes(model):
-        raise RegraftError(
-            f"{type(model).__name__} reads the prompt with an encoder and writes the response with "
-            f"a decoder; calibration data are prompt and response in one sequence. {_WITHOUT_DATA}"
-        )
-
-
 def _require_chain(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     """Raise unless all that layers hand on is one state, from each to the next.
 
@@ -219,20 +216,21 @@ def _require_chain(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     on layers that put out NaN, so that what else a layer is given is NaN if it was made of these.
     """
     kind, ran = type(model).__name__, set()
+    put_out = passing_on(lambda state: torch.full_like(state, torch.nan))
 
-    def stand_in(index: int) -> Callable[..., Tensor]:
-        def forward(hidden: Tensor, *args: Any, **more: Any) -> Tensor:
+    def stand_in(index: int) -> Callable[..., Any]:
+        def forward(hidden: Tensor, *args: Any, **more: Any) -> Any:
             if index in ran:
                 raise _no_chain(f"Layer {index} of {kind} runs more than once")
             if any(one.isnan().any() for one in tensors_within((args, more))):
                 raise _no_chain(f"Layer {index} of {kind} reads more than the last layer's state")
             ran.add(index)
-            return torch.full_like(hidden, torch.nan)
+            return put_out(hidden)
 
         return forward
 
-    layers = decoder_layers(model)
-    with replaced_forwards({layer: stand_in(i) for i, layer in enumerate(layers)}):
+    stand_ins = {layer: stand_in(i) for i, layer in enumerate(decoder_layers(model))}
+    with torch.no_grad(), replaced_forwards(stand_ins):
         try:
             text_decoder(model)(**kwargs)
         except (TypeError, ValueError) as error:  # such as of unpacking
@@ -240,7 +238,7 @@ def _require_chain(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
 
 
 def _no_chain(what: str) -> RegraftError:
-    return RegraftError(f"{what}, so that layers cannot be run one by one. {_WITHOUT_DATA}")
+    return RegraftError(f"{what}, so that layers cannot be run one by one. {WITHOUT_DATA}")
 
 
 def _without_image(batch: Batch) -> Batch:

@@ -66,8 +66,9 @@ class Sums:
         source = self.source.get(linear.key)
         if source is None or self.tokens.get(source) == 0:
             raise RegraftError(
-                f"{linear.key} was never used by the calibration data (text-only prompts skip "
-                "cross-attention); calibrate on examples with images."
+                f"{linear.key} was never used by the calibration data, or has no gradient. "
+                "Text-only prompts skip cross-attention: calibrate on examples with images. What "
+                f"only chooses tokens has no gradient: leave it dense (--ignore '*.{linear.name}')."
             )
         if not torch.isfinite(self.sums[source]).all():
             raise overflow(linear)
@@ -94,8 +95,9 @@ class Sums:
         """Make contexts in which what `accumulate` makes of a batch's inputs is added up.
 
         Inputs `[B, S, in]` count at response tokens only, of an expert at those that the router
-        sends to it. The vision tokens that Mllama's cross-attention reads have no such positions:
-        those count that a response token attends to. `linears` come with the modules that own them.
+        sends to it. Vision tokens, which Mllama's cross-attention and Ernie's experts for them
+        read, are at no such positions: those count that a response token attends to. `linears` come
+        with the modules that own them.
         """
 
         @contextmanager
