@@ -384,7 +384,7 @@ def _prunes(kind: str, folder: Path, loaded: Sequence[Any]) -> tuple[str, str]:
         if kind in _UNASKED:
             return f"by magnitude; with data not tried: {_UNASKED[kind]}", "no"
         return f"by magnitude only{_reason(error, folder)[2:]}", "no"
-    return unmoved and f"yes; not by gradients (SNIP) {', '.join(unmoved)}", heads
+    return f"yes; not by gradients (SNIP) {', '.join(unmoved)}" if unmoved else "", heads
 
 
 @torch.no_grad()
