@@ -122,6 +122,95 @@ def _glm_moe() -> Parts:
     )
 
 
+def _ernie_moe() -> Parts:
+    """Ernie 4.5 VL: experts for text tokens, smaller ones for vision tokens, shared ones for all.
+
+    Its file lists the experts of both kinds one by one, behind one another.
+    """
+    names = {
+        "image": "<|image|>",
+        "image_start": "<|IMAGE_START|>",
+        "image_end": "<|IMAGE_END|>",
+        "video": "<|video|>",
+        "video_start": "<|VIDEO_START|>",
+        "video_end": "<|VIDEO_END|>",
+    }
+    tokenizer = tokenizer_of(
+        "<|im_start|>",
+        "<|im_end|>",
+        more=tuple(names.values()),
+        **{f"{name}_token": token for name, token in names.items()},
+    )
+    text = text_config(
+        tokenizer,
+        moe_intermediate_size=[24, 16],
+        moe_num_experts=4,
+        moe_k=2,
+        moe_num_shared_experts=1,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [3, 3, 2],
+        },
+    )
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
+    pixels = {"shortest_edge": 28**2, "longest_edge": 84**2}
+    return Parts(
+        T.Ernie4_5_VLMoeForConditionalGeneration,
+        T.Ernie4_5_VLMoeConfig(
+            text_config=text,
+            vision_config=vision,
+            **{f"{n}_token_id": tokenizer.convert_tokens_to_ids(t) for n, t in names.items()},
+        ),
+        T.Ernie4_5_VLMoeProcessor(
+            image_processor=T.Ernie4_5_VLMoeImageProcessor(size=pixels),
+            tokenizer=tokenizer,
+            video_processor=T.Ernie4_5_VLMoeVideoProcessor(draw_on_frames=False),
+            chat_template=chatml("<|IMAGE_START|><|image|><|IMAGE_END|>"),
+        ),
+    )
+
+
+def _nemotron_omni() -> Parts:
+    """Nemotron 3 Nano Omni: a Mamba 2, experts, attention and an MLP, each a layer of its own.
+
+    A whole causal language model, with its own head, is inside.
+    """
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", more=("<so_embedding>",))
+    settings = text_config(tokenizer, model_type="nemotron_h", head_dim=16)
+    text = {name: one for name, one in settings.items() if name != "num_hidden_layers"} | {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "ssm_state_size": 16,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 24,
+    }
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    pixels = {"min_num_patches": 4, "max_num_patches": 16}
+    return Parts(
+        T.NemotronH_Omni_Reasoning_V3,
+        T.NemotronH_Omni_Reasoning_V3_Config(
+            text_config=text,
+            vision_config=vision
+            | {"model_type": "radio", "max_img_size": 128, "video_temporal_patch_size": 2},
+            vision_hidden_size=32,
+            projector_hidden_size=48,
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        ),
+        T.NemotronH_Omni_Reasoning_V3Processor(
+            image_processor=T.NemotronH_Omni_Reasoning_V3ImageProcessor(**pixels),
+            video_processor=T.NemotronH_Omni_Reasoning_V3VideoProcessor(),
+            tokenizer=tokenizer,
+            feature_extractor=T.ParakeetFeatureExtractor(),
+            chat_template=chatml("<image>"),
+        ),
+    )
+
+
 _LLAMA4: dict[str, Any] = {
     "head_dim": 16,
     "intermediate_size": 24,
@@ -269,6 +358,8 @@ VLM: dict[str, Callable[[], Parts]] = {
     "qwen3_vl_moe": partial(_qwen_with_vision, "qwen3_vl_moe"),
     "lfm2_vl": _lfm2,
     "glm4v_moe": _glm_moe,
+    "ernie4_5_vl_moe": _ernie_moe,
+    "nemotron_h_omni": _nemotron_omni,
 }
 LLM: dict[str, Callable[[], Parts]] = {
     "llama4_text": _llama4_text,

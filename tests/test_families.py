@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
+    ErnieFuseAndSplitTextVisionExperts,
+    Inkling2LoopDequantizeExperts,
     Interleave,
     MergeModulelist,
     Transpose,
@@ -57,7 +59,10 @@ from test_replay import assert_same, manually_ablated
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 VLM = tuple(pico_today.VLM)
 TODAY = VLM + tuple(pico_today.LLM)
-WITH_HEADS = ("qwen3_5", "qwen3_vl_moe", "glm4v_moe", "llama4_text", "qwen3_next")
+WITH_HEADS = (
+    *("qwen3_5", "qwen3_vl_moe", "glm4v_moe", "ernie4_5_vl_moe", "llama4_text"),
+    *("qwen3_next", "nemotron_h_omni"),
+)
 METHODS = ("wanda", "sparsegpt", "snip")
 
 
@@ -124,7 +129,8 @@ def test_every_part_of_the_decoder_runs_again(today, pico_dir, tmp_path):
 
 def of_experts(experts, linear, args):
     """(tokens, what they feed one expert's matrix) of a layer whose experts were called so."""
-    gate_up = experts.gate_up_proj.data
+    gated = hasattr(experts, "gate_up_proj")
+    gate_up = (experts.gate_up_proj if gated else experts.up_proj).data
     hidden, e = args[0], linear.expert
     if (
         len(args) == 1
@@ -138,6 +144,8 @@ def of_experts(experts, linear, args):
     if linear.parameter != "down_proj":
         return tokens, inputs
     wide = gate_up[e].T if gate_up.shape[1] == inputs.shape[1] else gate_up[e]  # [2 * inner, d]
+    if not gated:  # Nemotron-H
+        return tokens, experts.act_fn(inputs @ wide.T)
     gate, up = (inputs @ wide.T).chunk(2, dim=-1)
     return tokens, experts.act_fn(gate) * up
 
@@ -164,7 +172,14 @@ def read_by(model, processor, architecture, example):
             found[linear.key] = read[counted]
         else:
             tokens, read = of_experts(modules[linear.module], linear, seen[linear.module])
-            found[linear.key] = read[counted[tokens]]
+            which = counted
+            if "moe_mm_token_type_ids" in batch.inputs:  # Ernie's are given tokens of one kind
+                kinds = batch.inputs["moe_mm_token_type_ids"][0].tolist()
+                sees = linear.name.startswith("mlp.vision_moe")
+                given = [at for at, kind in enumerate(kinds) if (kind != 0) == sees]
+                tokens = torch.tensor(given)[tokens]
+                which = counted | sees  # a response attends to all vision tokens
+            found[linear.key] = read[which[tokens]]
     return found
 
 
@@ -362,7 +377,10 @@ def drawn(source, count):
     return joined(parts)
 
 
-@pytest.mark.parametrize("family", [*pico_today.DESCRIBED, "glm4v_moe", "qwen3_vl_moe"])
+@pytest.mark.parametrize(
+    "family",
+    [*pico_today.DESCRIBED, "glm4v_moe", "qwen3_vl_moe", "ernie4_5_vl_moe", "nemotron_h_omni"],
+)
 def test_patched_on_disk_is_patched_in_memory(family, tmp_path):
     """Names of other authors, fused, stacked and transposed tensors: bit for bit, and off again."""
     pico.save(family, tmp_path / "dense", max_shard_size="100KB")
@@ -450,6 +468,22 @@ def test_a_linear_stored_as_several_tensors_is_several_weights(pico_dir, tmp_pat
         assert torch.equal(same[f"{key}.0"], squares[key]) and torch.equal(
             same[f"{key}.1"], squares[key]
         )
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (8,), (2, 1, 4)])
+def test_inputs_count_at_response_tokens_however_they_are_laid_out(shape):
+    """Latent attention gives some linears `[B, 1, S, in]`."""
+    linear = LinearArchitecture(0, "k_proj", "m", "t", (3, 2))
+    labels = torch.tensor([[-100, 1, -100, 1], [-100, -100, -100, 1]])
+    inputs, module = torch.randn(2, 4, 2), torch.nn.Linear(2, 3)
+    sums = Sums()
+    with sums.observing({linear: module}, lambda read, _: read.sum(0))(
+        Batch({}, labels, ("a", "b"))
+    ):
+        module(inputs.view(*shape, 2))
+    wanted = inputs[0, 1] + inputs[0, 3] + inputs[1, 3]
+    torch.testing.assert_close(sums.of(linear), wanted)
+    assert sums.tokens == {linear.key: 3}
 
 
 def test_inputs_that_are_no_tokens_are_refused():
@@ -562,11 +596,18 @@ def test_positions_in_a_matrix_and_in_its_tensor(data):
         (["a"], ["b", "c"], [Interleave(1), Chunk(1)], {"b": (2, 2, 6), "c": (2, 2, 6)}),
         (["a"], ["b", "c"], [Chunk(0)], {"b": (1, 4, 6), "c": (1, 4, 6)}),
         (["a"], ["b"], [Transpose(0, 2)], {"b": (6, 4, 2)}),
+        (
+            ["a", "b"],
+            ["c", "d"],
+            [ErnieFuseAndSplitTextVisionExperts(0, 1)],
+            {"c": (2, 8, 6), "d": (1, 8, 6)},
+        ),
+        (["a"], ["b"], [Inkling2LoopDequantizeExperts(), Interleave(1)], {"b": (2, 4, 6)}),
     ],
 )
 def test_conversions_are_followed(sources, targets, operations, shapes):
     """What transformers makes of tensors is what is read through the description."""
-    stacked = isinstance(operations[0], MergeModulelist)
+    stacked = isinstance(operations[0], MergeModulelist | ErnieFuseAndSplitTextVisionExperts)
     shape, count = ((4, 6), 3) if stacked else ((2, 4, 6), 1)
     stored = {f"{name}{i}": torch.randn(shape) for name in sources for i in range(count)}
     converter = WeightConverter(sources, targets, operations)
@@ -579,6 +620,7 @@ def test_conversions_are_followed(sources, targets, operations, shapes):
             source_patterns=converter.source_patterns,
             target_patterns=converter.target_patterns,
             model=model,
+            config=None,
             full_layer_name=targets[0],
         )
     records = {name: SimpleNamespace(shape=tuple(one.shape)) for name, one in stored.items()}

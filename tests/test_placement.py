@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from regraft.models import load
 from regraft.models.architecture import decoder_layers
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import load_model, load_placed
+from regraft.models.placement import tensors_within
 from regraft.patch.apply import patched
 from regraft.patch.format import Patch, TensorPatch
 
@@ -180,6 +182,18 @@ def test_states_wait_in_host_memory_where_the_device_is_full(
     monkeypatch.setattr("regraft.models.layerwise.free_bytes", lambda _: copies * size)
     layerwise._make_room()
     assert layerwise._home.type == home
+
+
+def test_tensors_are_found_in_classes_of_the_authors():
+    class Named(dict):
+        pass
+
+    class Listed(list):
+        pass
+
+    one, two, three = torch.ones(1), torch.ones(2), torch.ones(3)
+    value = Listed([Named(a=one, b=None, c=(two, 1)), OrderedDict(d=[three]), "text"])
+    assert [len(tensor) for tensor in tensors_within(value)] == [1, 2, 3]
 
 
 def test_a_walk_keeps_no_pixels(pico_dir, tmp_path):

@@ -11,9 +11,15 @@ import torch
 import transformers
 from torch import Tensor
 
+import pico
+import truth
 import types_table
+from regraft.data.collate import Batch
+from regraft.errors import RegraftError
 from regraft.evaluation.greedy import answer
-from regraft.models.load import load_model, open_answering
+from regraft.models.architecture import text_decoder
+from regraft.models.load import load_model, open_answering, open_source
+from test_families import assert_patched_alike
 
 COMMITTED = types_table.PAGE.read_text(encoding="utf-8")
 
@@ -76,3 +82,49 @@ def test_answers_are_the_most_likely_tokens(kind: str, tmp_path: Path) -> None:
         (found,) = answer(model, types_table.Ids(), one, types_table.TOKENS)
         expected = most_likely(model, one["input_ids"], types_table.TOKENS)
         assert found.split() == [str(token) for token in expected]
+
+
+# Layer by layer
+
+
+@pytest.mark.parametrize(
+    "kind",
+    # a language model inside that makes the logits, latent attention, several states a token
+    ["blip-2", "kimi_k25", "gemma4"],
+)
+def test_layers_one_by_one_are_the_whole_model(kind: str, tmp_path: Path) -> None:
+    assert types_table.saved(kind, tmp_path / "model") == ""
+    assert types_table._prunes(kind, tmp_path / "model", [])[0] == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("t5gemma2", "reads prompts with an encoder"),
+        ("inkling2", "Layer 1 of .* reads more than the last layer's state"),
+        ("inkling2_loop", "Layer 1 of .* reads more than the last layer's state"),
+        ("glm5_next", "hand on more than one state"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_pruned_by_magnitude(
+    kind: str, why: str, tmp_path: Path
+) -> None:
+    """The reason is said before any layer runs; weights are found, pruned and restored."""
+    assert types_table.saved(kind, tmp_path / "dense") == ""
+    source = open_source(tmp_path / "dense")
+    model, batch = load_model(source), Batch(types_table.prompts(kind, source.config)[0], None, ())
+    with (
+        truth.unchanged(model),
+        pytest.raises(RegraftError, match=f"{why}.* Prune by magnitude and restore at random"),
+    ):
+        truth.layerwise(model, [batch])
+    assert_patched_alike(tmp_path)
+
+
+def test_layers_that_run_twice_are_refused(tmp_path: Path) -> None:
+    model = load_model(open_source(pico.save("llama", tmp_path / "llama")))
+    layers = text_decoder(model).layers
+    layers[2] = layers[1]
+    batch = Batch({"input_ids": torch.arange(20, 28)[None]}, None, ("a",))
+    with pytest.raises(RegraftError, match="Layer 2 of LlamaForCausalLM runs more than once"):
+        truth.layerwise(model, [batch])

@@ -159,7 +159,8 @@ def ablated(model: nn.Module, layer: int, head: int, target: str, eps: float) ->
     decoder = text_decoder(model)
     block = decoder.layers[layer]
     before = decoder.config._attn_implementation
-    module = block.self_attn if hasattr(block, "self_attn") else block.cross_attn
+    names = ("self_attn", "cross_attn", "mixer")
+    module = next(getattr(block, name) for name in names if hasattr(block, name))
     _EDIT.update(module=module, head=head, target=target, eps=eps)
     decoder.set_attn_implementation("truth")
     try:

@@ -1,8 +1,9 @@
 """What regraft can do with every image-text-to-text type of the installed transformers, by trying.
 
 Of each type a tiny model with random weights is made from its default config, saved, opened, loaded
-and asked, through the code that evaluates, and its architecture is read. The table in
-docs/families.md is written by
+and asked, through the code that evaluates. Its decoder is run layer by layer on the same prompts
+and compared with a whole forward pass, and what pruning and restoring need is gathered of every
+linear: squares of inputs and gradients. The table in docs/families.md is written by
 
     python tests/types_table.py --write
 
@@ -26,10 +27,16 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+import truth
+from regraft.data.collate import IGNORED, Batch
 from regraft.errors import RegraftError
 from regraft.evaluation.greedy import answer
+from regraft.models.architecture import Architecture
 from regraft.models.generation import takes_padding
 from regraft.models.load import load_model, open_answering, open_source
+from regraft.pruning.base import PRUNERS
+from regraft.pruning.gradients import layer_gradients
+from regraft.pruning.statistics import gather
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 BEGIN, END = "<!-- types: begin -->", "<!-- types: end -->"
@@ -152,6 +159,7 @@ _EXTRA: Mapping[str, Mapping[str, Any]] = {
     },
     "hunyuan_vl": {"text_config.head_dim": 16},
     "mistral4": {"head_dim": 32},
+    "mllama": {"text_config.cross_attention_layers": [1]},  # which no model ends with
     "molmo2": {"adapter_config.vision_feature_layer": [0, 1]},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 12},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 12},
@@ -309,6 +317,9 @@ def _with_image(kind: str, config: Any) -> dict[str, torch.Tensor]:
         places = torch.full((3, config.num_query_tokens), config.image_token_index)
         ids = torch.cat([places, ids], dim=1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    if kind == "kosmos-2":
+        inputs["image_embeds_position_mask"] = torch.zeros_like(ids)
+        inputs["image_embeds_position_mask"][:, : config.latent_query_num] = 1
     if kind == "instructblip":
         inputs |= {f"qformer_{name}": inputs[name] for name in ("input_ids", "attention_mask")}
     if kind == "idefics":
@@ -329,7 +340,8 @@ def look(kind: str) -> Row:
             reason = str(error)
             return Row(kind, name, reason, reason, "no")
         loaded: list[Any] = []
-        return Row(kind, name, reason or _evaluates(kind, folder, loaded), *_prunes(folder, loaded))
+        evaluates = reason or _evaluates(kind, folder, loaded)
+        return Row(kind, name, evaluates, *_prunes(kind, folder, loaded))
 
 
 def _evaluates(kind: str, folder: Path, loaded: list[Any]) -> str:
@@ -351,20 +363,71 @@ def _evaluates(kind: str, folder: Path, loaded: list[Any]) -> str:
     return "" if takes_padding(model) else "yes, prompt by prompt"
 
 
-def _prunes(folder: Path, loaded: Sequence[Any]) -> tuple[str, str]:
+def _prunes(kind: str, folder: Path, loaded: Sequence[Any]) -> tuple[str, str]:
+    """Why it does not prune and restore, and why heads are not scored."""
     try:
         with _in_time():
             source = open_source(folder)
-            architecture = source.architecture
-            if not loaded:
-                load_model(source, device="cpu")
+            model = loaded[0] if loaded else load_model(source, device="cpu")
     except Exception as error:
         return _reason(error, folder), "no"
-    layers = architecture.layers
-    count = sum(1 for layer in layers if getattr(layer, "heads", None))
-    if count == len(layers):
-        return "", ""
-    return "", f"{count} of {len(layers)} layers" if count else "no: no layer has heads"
+    count = sum(1 for layer in source.architecture.layers if layer.heads)
+    of = len(source.architecture.layers)
+    heads = "" if count == of else f"{count} of {of} layers" if count else "no: no layer has heads"
+    try:
+        with _in_time():
+            seeing = kind in (*_WITH_IMAGE, "kosmos-2")
+            config = source.config
+            inputs = _with_image(kind, config) if seeing else prompts(kind, config)[0]
+            unmoved = calibrated(model, source.architecture, inputs, folder)
+    except Exception as error:
+        if kind in _UNASKED:
+            return f"by magnitude; with data not tried: {_UNASKED[kind]}", "no"
+        return f"by magnitude only{_reason(error, folder)[2:]}", "no"
+    return f"yes; not by gradients (SNIP) {', '.join(unmoved)}" if unmoved else "", heads
+
+
+@torch.no_grad()
+def calibrated(
+    model: Any, architecture: Architecture, inputs: Mapping[str, torch.Tensor], folder: Path
+) -> list[str]:
+    """Run what pruning and restoring by calibration data does, and compare it with a whole pass.
+
+    Returns:
+        Names in layers of linears that have no gradient.
+
+    Raises:
+        AssertionError: a layer's input is another, or a linear outside of experts was not reached.
+    """
+    labels = inputs["input_ids"].clone()
+    labels[:, : -TOKENS + 1] = IGNORED
+    batch = Batch(inputs, labels, tuple(map(str, range(len(labels)))))
+    batch_pass = truth.layerwise(model, [batch])
+    whole, real = truth.full_forward(model, inputs), inputs["attention_mask"].bool()
+    for index in range(len(architecture.layers) + 1):
+        found, wanted = batch_pass.states[0], whole.entering.get(index)
+        if index == len(architecture.layers):
+            wanted = whole.final
+        if wanted is not None:  # Mllama skips layers without an image
+            if found.shape[:2] == real.shape:
+                found, wanted = found[real], wanted[real]
+            assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5), f"layer {index} differs"
+        if index < len(architecture.layers):
+            batch_pass.advance(index, lambda _: None)
+    wanda = PRUNERS.get("wanda")
+    layerwise = truth.layerwise(model, [batch])
+    known = gather(layerwise, architecture, wanda, folder / "wanda", lambda _: None)
+    gradients: dict[str, torch.Tensor] = {}
+    with torch.enable_grad():
+        layerwise.rewind()
+        for _, found in layer_gradients(
+            layerwise, architecture, folder / "gradients", lambda _: True, lambda _: None
+        ):
+            gradients |= found
+    ran = [li for li in architecture.linears if li.expert is None and li.layer in whole.entering]
+    missing = [linear.key for linear in ran if linear.key not in known]
+    assert not missing, f"nothing is known of {missing}"
+    return list(dict.fromkeys(li.name for li in ran if li.key not in gradients))
 
 
 def _reason(error: Exception, folder: Path) -> str:
@@ -403,17 +466,17 @@ def _in_time() -> Iterator[None]:
 
 def table(rows: Sequence[Row]) -> str:
     """The table and what it adds up to, for the page."""
-    columns = zip(*((row.evaluates, row.prunes, row.heads) for row in rows), strict=True)
     evaluate, prune, heads = (
-        sum(not cell.startswith("no") for cell in column) for column in columns
+        [not cell.startswith("no") for cell in column]
+        for column in zip(*((row.evaluates, row.prunes, row.heads) for row in rows), strict=True)
     )
+    by_data = sum((row.prunes or "yes").startswith("yes") for row in rows)
     lines = [
-        f"Of the {len(rows)} types of transformers {transformers.__version__}, {evaluate} "
-        f"evaluate; of {prune} the weights to prune and restore are found; {heads} have heads that "
-        "are scored. Pruning was not run on each; where answers fail, so does gain, which needs "
-        "them.",
+        f"Of the {len(rows)} types of transformers {transformers.__version__}, {sum(evaluate)} "
+        f"evaluate; {sum(prune)} prune, {by_data} of them by calibration data; {sum(heads)} have "
+        "heads that are scored.",
         "",
-        "| Type | Evaluates | Weights found (prune, rank, restore) | Scores heads (HSR) |",
+        "| Type | Evaluates | Prunes, ranks, restores | Scores heads (HSR) |",
         "|---|---|---|---|",
         *(row.markdown() for row in rows),
     ]

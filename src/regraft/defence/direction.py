@@ -26,7 +26,7 @@ from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.models.architecture import decoder_layers, text_decoder
 from regraft.models.load import placed
-from regraft.models.replay import hooked, last_positions, text_inputs
+from regraft.models.replay import hooked, last_positions, state_of, text_inputs
 from regraft.progress import Advance
 
 MIDDLE = (0.25, 0.8)  # of the depth: where layers are searched
@@ -86,7 +86,7 @@ def last_token_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[int,
 
     def keep(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            states = _states(output)  # [B, S, d]
+            states = state_of(output)  # [B, S, d]
             where = at.to(states.device)
             rows = states[torch.arange(len(where), device=states.device), where]
             found[index] = rows.double().cpu()
@@ -113,18 +113,12 @@ def moved_output(model: nn.Module, layer: int, vector: Tensor) -> Iterator[None]
     """
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        states = _states(output)
+        states = state_of(output)
         moved = (states + vector.to(states.device)).to(states.dtype)
         return moved if isinstance(output, Tensor) else (moved, *output[1:])
 
     with decoder_layers(model)[layer].register_forward_hook(hook):
         yield
-
-
-def _states(output: Any) -> Tensor:
-    """Hidden states of a layer's output, which some families return in a tuple."""
-    states: Tensor = output if isinstance(output, Tensor) else output[0]
-    return states
 
 
 def middle_layers(layers: int) -> range:

@@ -57,8 +57,11 @@ class LinearArchitecture:
 
     @property
     def reads_vision(self) -> bool:
-        """True for Mllama's cross-attention keys and values, whose inputs are vision tokens."""
-        return self.name in ("cross_attn.k_proj", "cross_attn.v_proj")
+        """Whether its inputs are vision tokens alone.
+
+        Those of Mllama's cross-attention keys and values are, and of Ernie's experts for them.
+        """
+        return self.name.startswith(("cross_attn.k_proj", "cross_attn.v_proj", "mlp.vision_moe."))
 
 
 @dataclass(frozen=True)
@@ -232,12 +235,36 @@ def text_decoder(model: nn.Module) -> nn.Module:
             found = getattr(decoder, "model", None)
         if found is None or found is decoder:
             raise RegraftError(
-                f"{type(model).__name__} has no text decoder with layers; "
-                "regraft works on vision-language and language models."
+                f"{type(model).__name__} has no text decoder with layers in a list `layers`; those "
+                "built as BERT, T5 or GPT-2 are, with lists of other names, are not supported."
             )
         decoder = found
     assert isinstance(decoder, nn.Module)
     return decoder
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The innermost part of a model that makes logits: itself, as a rule.
+
+    Raises:
+        RegraftError: no part has an output head.
+    """
+    decoder = text_decoder(model)
+    path = next(name for name, part in model.named_modules() if part is decoder).split(".")
+    around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path)))
+    found = [part for part in around if output_head(part) is not None]
+    if not found:
+        raise RegraftError(
+            f"{type(model).__name__} has no output head that transformers knows of; regraft works "
+            "on vision-language and language models."
+        )
+    return found[-1]
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """What makes logits of final states, `[vocabulary, d]`."""
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if callable(find) else None
 
 
 def _has_layers(module: object) -> bool:
@@ -250,13 +277,16 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(layers)
 
 
+ATTENTIONS = ("self_attn", "cross_attn", "mixer")  # Mllama's, and what Nemotron-H calls all
+
+
 def attention_of(layer: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of a decoder layer's attention; "cross_attn" only in Mllama's."""
-    for name in ("self_attn", "cross_attn"):
+    """Name and module of a decoder layer's attention, of those names that families have for it."""
+    for name in ATTENTIONS:
         module = getattr(layer, name, None)
         if isinstance(module, nn.Module):
             return name, module
-    raise RegraftError(f"{type(layer).__name__} has neither self_attn nor cross_attn.")
+    raise RegraftError(f"{type(layer).__name__} has none of {', '.join(ATTENTIONS)}.")
 
 
 def cross_attention_layers(model: nn.Module) -> list[int]:

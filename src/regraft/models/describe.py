@@ -14,12 +14,15 @@ from torch import nn
 
 from regraft.errors import RegraftError
 from regraft.models.architecture import (
+    ATTENTIONS,
     HEAD_ROLES,
     ROUTERS,
     Architecture,
     LayerArchitecture,
     LinearArchitecture,
     decoder_layers,
+    language_model,
+    output_head,
     text_decoder,
 )
 from regraft.models.checkpoint import Checkpoint
@@ -35,12 +38,8 @@ def read_architecture(model: nn.Module, checkpoint: Checkpoint) -> Architecture:
         RegraftError: there are no linears, no output head, quantised weights, or a checkpoint whose
             decoder or head does not match the model.
     """
-    decoder, output = text_decoder(model), model.get_output_embeddings()  # type: ignore[operator]
-    if output is None:
-        raise RegraftError(
-            f"{type(model).__name__} has no output head that transformers knows of; regraft works "
-            "on vision-language and language models."
-        )
+    decoder, output = text_decoder(model), output_head(language_model(model))
+    assert output is not None
     shapes = [
         (index, name, (module.out_features, module.in_features))
         for index, layer in enumerate(decoder_layers(model))
@@ -63,7 +62,7 @@ def read_architecture(model: nn.Module, checkpoint: Checkpoint) -> Architecture:
         family=model.config.model_type,  # type: ignore[union-attr, arg-type]
         layers=layers,
         hidden_size=_text_config(model).hidden_size,
-        vocabulary=output.weight.shape[0],
+        vocabulary=output.weight.shape[0],  # type: ignore[index, arg-type]
         # config.tie_word_embeddings would not do: MllamaConfig has none
         tied=output.weight is model.get_input_embeddings().weight,  # type: ignore[operator]
         has_vision=hasattr(model.config, "vision_config"),
@@ -179,7 +178,7 @@ NO_HEADS = (0, 0, 0)
 
 def _heads(layer: nn.Module, config: Any) -> tuple[str, tuple[int, int, int], str]:
     """(what a layer attends by; query heads, key/value heads and head size; why there are none)."""
-    for name in ("self_attn", "cross_attn"):
+    for name in ATTENTIONS:
         attention = getattr(layer, name, None)
         if isinstance(attention, nn.Module):
             return name, *_heads_of(attention, config)

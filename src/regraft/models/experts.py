@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from regraft.data.collate import Batch
 from regraft.models.architecture import LinearArchitecture
 from regraft.models.replay import replaced_forwards
 
@@ -60,9 +61,9 @@ def parameters_of(experts: nn.Module) -> list[str]:
 
 @contextmanager
 def opened(
-    linears: Mapping[LinearArchitecture, nn.Module],
+    linears: Mapping[LinearArchitecture, nn.Module], batch: Batch
 ) -> Iterator[Mapping[LinearArchitecture, nn.Module]]:
-    """Run experts one by one in the block.
+    """Run experts one by one in the block, on a batch on the device.
 
     `linears` come with the modules that own them, and are yielded with the module that multiplies
     by each alone, which for those of experts is a new one.
@@ -75,10 +76,22 @@ def opened(
         own = [li for li, module in linears.items() if module is experts]
         alone = {li: ExpertLinear(li.weight(experts)) for li in own}
         found |= alone
-        run = _Experts(experts, alone)
+        run = _Experts(experts, alone, _tokens_of_kind(own[0], batch))
         forwards[experts] = run.scaled_before if _is_llama4(experts) else run.routed
     with replaced_forwards(forwards):
         yield found
+
+
+def _tokens_of_kind(expert: LinearArchitecture, batch: Batch) -> tuple[Tensor, int] | None:
+    """Which of a batch's tokens its layer's experts are given, `[n]` int64, and how many it has.
+
+    None for all. Ernie 4.5 VL has experts for text tokens and others for vision tokens.
+    """
+    kinds = batch.inputs.get("moe_mm_token_type_ids")  # [B, S], 0 is text
+    if kinds is None:
+        return None
+    given = kinds.flatten().ne(0) == expert.reads_vision
+    return given.nonzero().flatten(), kinds.numel()
 
 
 def _is_llama4(experts: nn.Module) -> bool:
@@ -88,8 +101,14 @@ def _is_llama4(experts: nn.Module) -> bool:
 class _Experts:
     """The matrices of a layer's experts, those that are observed and those that are not."""
 
-    def __init__(self, module: nn.Module, alone: Mapping[LinearArchitecture, ExpertLinear]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        alone: Mapping[LinearArchitecture, ExpertLinear],
+        given: tuple[Tensor, int] | None = None,
+    ) -> None:
         self.module: Any = module
+        self.given = given
         self.first = next(name for name in FIRST if hasattr(module, name))
         self.alone: dict[tuple[str, int], list[ExpertLinear]] = {}
         for linear, one in alone.items():
@@ -105,6 +124,8 @@ class _Experts:
             weight = getattr(self.module, name)[expert]
             whole = inputs @ (weight if transposed(self.module) else weight.T)
         else:
+            if self.given is not None:
+                tokens, of = self.given[0][tokens], self.given[1]
             for part in parts:
                 part.tokens, part.of = tokens, of
             whole = torch.cat([part(inputs) for part in parts], dim=-1)

@@ -28,13 +28,22 @@ from regraft.models.architecture import (
     has_cross,
     text_decoder,
 )
-from regraft.models.replay import Replay, Stop, TextInputs, hooked, replaced_forwards, replay
+from regraft.models.replay import (
+    Replay,
+    Stop,
+    TextInputs,
+    hooked,
+    replaced_forwards,
+    replay,
+    state_of,
+)
 
 # Where a layer's arguments have the query positions
 _QUERY_DIMS = {
     "attention_mask": -2,
     "cross_attention_mask": -2,
     "full_text_row_masked_out_mask": -2,
+    "moe_mm_token_type_ids": -1,
     "position_embeddings": -2,
     "position_ids": -1,
 }
@@ -121,9 +130,9 @@ def record(model: nn.Module, text: TextInputs, keep: Container[int] | None = Non
         return hook
 
     def leave(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             nonlocal left
-            left = index, output
+            left = index, state_of(output)
 
         return hook
 

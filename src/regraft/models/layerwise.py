@@ -6,18 +6,28 @@ streamed, so that only the layer at work is on the device, or where the device h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regraft.data.collate import Batch
+from regraft.errors import RegraftError
 from regraft.models.architecture import cross_attention_layers, decoder_layers, text_decoder
-from regraft.models.placement import PlacedModel, free_bytes, moved
-from regraft.models.replay import Shared, TextInputs, replay, text_inputs
+from regraft.models.placement import PlacedModel, free_bytes, moved, tensors_within
+from regraft.models.replay import (
+    WITHOUT_DATA,
+    Shared,
+    TextInputs,
+    passing_on,
+    replaced_forwards,
+    replay,
+    text_inputs,
+)
 from regraft.progress import Advance
 
 _EMBEDDED = ("inputs_embeds", "input_ids")
@@ -42,6 +52,9 @@ class LayerwisePass:
             model: Resident or streamed.
             batches: On any device. Of a generator one at a time is in memory.
             again: Keep the embeddings for `rewind`, as many bytes as the states have.
+
+        Raises:
+            RegraftError: the model's layers cannot be run one by one.
         """
         self.model = model
         self.batches: list[Batch] = []
@@ -51,6 +64,7 @@ class LayerwisePass:
         self._per_layer = bool(getattr(config, "hidden_size_per_layer_input", 0))
         self._home = torch.device("cpu") if model.streamed else model.device
         self._texts: list[TextInputs] = []
+        self._shapes: list[torch.Size] = []  # of the embeddings; states may have more dimensions
         self.states: list[Tensor] = []
         with model.frame():
             for batch in batches:
@@ -62,6 +76,10 @@ class LayerwisePass:
                     name: None if name in _EMBEDDED and not self._per_layer else value
                     for name, value in text.kwargs.items()
                 }
+                self._shapes.append(_embeddings_shape(text, embedded))
+                if not self.states:
+                    nan = embedded.new_full((), torch.nan)
+                    _require_chain(model.network, self._with_embeddings(0, kwargs, nan))
                 self._texts.append(TextInputs(moved(kwargs, self._home), text.batch))
                 self.states.append(embedded.to(self._home))
                 self.batches.append(_without_image(batch))
@@ -145,8 +163,7 @@ class LayerwisePass:
             # not read by this layer, but without any MllamaTextModel skips its cross-attention
             kwargs["cross_attention_states"] = kwargs["cross_attention_states"][:1]
         kwargs = moved(kwargs, self.model.device)
-        if not self._per_layer:
-            kwargs["inputs_embeds"] = hidden.new_zeros(1).expand(hidden.shape)
+        kwargs = self._with_embeddings(i, kwargs, hidden.new_zeros(()))
         text = TextInputs(kwargs, text.batch)
         stop = layer + 1 if layer + 1 < self.layers else None
         return replay(
@@ -158,6 +175,15 @@ class LayerwisePass:
             gradient=gradient,
             shared=shared,
         )
+
+    def _with_embeddings(self, i: int, kwargs: dict[str, Any], value: Tensor) -> dict[str, Any]:
+        """Batch i's arguments of the decoder, with embeddings that are all the same value.
+
+        As they are where layers need them.
+        """
+        if self._per_layer:
+            return kwargs
+        return {**kwargs, "inputs_embeds": value.expand(self._shapes[i])}
 
     def advance(
         self,
@@ -173,6 +199,46 @@ class LayerwisePass:
             self.states[i] = output.to(self._home)
             self.shared[i] = moved(self._left.pop(i), self._home)
             advance(len(self.batches[i].ids))
+
+
+def _embeddings_shape(text: TextInputs, states: Tensor) -> torch.Size:
+    """`[B, S, d]` of what the decoder was called with, embeddings or ids; states may have more."""
+    given = text.kwargs.get("inputs_embeds")
+    if given is None:
+        return torch.Size((*text.kwargs["input_ids"].shape, states.shape[-1]))
+    return torch.Size(given.shape)
+
+
+def _require_chain(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Raise unless all that layers hand on is one state, from each to the next.
+
+    `kwargs` are the decoder's, with embeddings that are NaN where no layer may need them. It runs
+    on layers that put out NaN, so that what else a layer is given is NaN if it was made of these.
+    """
+    kind, ran = type(model).__name__, set()
+    put_out = passing_on(lambda state: torch.full_like(state, torch.nan))
+
+    def stand_in(index: int) -> Callable[..., Any]:
+        def forward(hidden: Tensor, *args: Any, **more: Any) -> Any:
+            if index in ran:
+                raise _no_chain(f"Layer {index} of {kind} runs more than once")
+            if any(one.isnan().any() for one in tensors_within((args, more))):
+                raise _no_chain(f"Layer {index} of {kind} reads more than the last layer's state")
+            ran.add(index)
+            return put_out(hidden)
+
+        return forward
+
+    stand_ins = {layer: stand_in(i) for i, layer in enumerate(decoder_layers(model))}
+    with torch.no_grad(), replaced_forwards(stand_ins):
+        try:
+            text_decoder(model)(**kwargs)
+        except (TypeError, ValueError) as error:  # such as of unpacking
+            raise _no_chain(f"Layers of {kind} hand on more than one state ({error})") from error
+
+
+def _no_chain(what: str) -> RegraftError:
+    return RegraftError(f"{what}, so that layers cannot be run one by one. {WITHOUT_DATA}")
 
 
 def _without_image(batch: Batch) -> Batch:

@@ -107,6 +107,9 @@ def converted(
     for op in converter.operations:
         kind = type(op).__name__
         unknown = getattr(op, "num_shards_attribute", None) or getattr(op, "inverse", False)
+        if "Dequantize" in kind and len(current) == 1:  # stored as floats, without scales
+            current = dict(zip([first], current.values(), strict=True))
+            continue
         if kind not in _OPERATIONS or unknown:
             return {target: f"transformers makes it by {kind}"}
         current = _OPERATIONS[kind](op, current, wanted)
@@ -139,6 +142,19 @@ def _deeper(one: Laid, dim: int) -> Laid:
         for p in one.pieces
     )
     return Laid(put(one.shape, 1), tuple(pieces))
+
+
+def _stacked_by_kind(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
+    """Experts listed behind one another, Ernie's text experts and then its vision experts."""
+    found = {}
+    for i, name in enumerate(wanted):
+        stacks = []
+        for parts in tensors.values():
+            count = -(-len(parts) // len(wanted))
+            own = parts[i * count : (i + 1) * count]
+            stacks.append(_joined([_deeper(part, op.stack_dim) for part in own], op.stack_dim))
+        found[name] = [_joined(stacks, op.concat_dim)]
+    return found
 
 
 def _concatenated(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
@@ -247,6 +263,7 @@ def cut(one: Laid, dim: int, start: int, size: int) -> Laid:
 
 _OPERATIONS: dict[str, Any] = {
     "MergeModulelist": _stacked,
+    "ErnieFuseAndSplitTextVisionExperts": _stacked_by_kind,
     "Concatenate": _concatenated,
     "Transpose": _transposed,
     "Chunk": _chunked,

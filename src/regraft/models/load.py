@@ -79,9 +79,11 @@ class Source:
         """Of the text decoder, for all that prunes, restores or scores heads.
 
         Raises:
-            RegraftError: why it cannot: quantised weights, or see `read_architecture`.
+            RegraftError: why it cannot: quantised weights, no answers that are token after token,
+                or see `read_architecture`.
         """
         require_unquantised(self.config, self.folder)
+        require_greedy(self.config, self.folder)
         network = self.without_weights()
         if getattr(self.config, "tie_word_embeddings", False):
             network.tie_weights()

@@ -39,14 +39,15 @@ class Part(NamedTuple):
 
 
 class NoPrefixError(RegraftError):
-    """No prefix fits the names on disk."""
+    """No prefix fits the names on disk, or several do."""
 
 
 @dataclass(frozen=True)
 class OnDisk:
     """Finds weights of a model in its checkpoint.
 
-    `prefix` comes before "layers.0..." on disk; None where names differ in other ways, too.
+    `prefix` comes before "layers.0..." on disk; None where names differ in other ways, too, and
+    where it alone does not tell the decoder's weights from others'.
     """
 
     model: nn.Module
@@ -137,8 +138,8 @@ def disk_prefix(checkpoint: Checkpoint, shapes: Sequence[Shape]) -> str:
     ]
     if len(fitting) == 1:
         return fitting[0]
-    if fitting:
-        raise RegraftError(
+    if fitting:  # such as those of an encoder and a decoder of the same sizes
+        raise NoPrefixError(
             f"{checkpoint.folder}: the decoder's weights could be under any of {sorted(fitting)}."
         )
     closest = max(found, key=lambda p: len(found[p].keys() & wanted.keys()), default="")

@@ -114,6 +114,17 @@ def moved(value: Any, device: torch.device) -> Any:
     return value
 
 
+def tensors_within(value: Any) -> Iterator[Tensor]:
+    """A tensor, or the tensors in nested tuples, lists and dicts, of any class of these."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors_within(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_within(item)
+
+
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers, each once."""
     return chain(module.parameters(), module.buffers())

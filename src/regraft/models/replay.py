@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from regraft.models.architecture import cache_argument, decoder_layers, text_decoder
+from regraft.errors import RegraftError
+from regraft.models.architecture import (
+    cache_argument,
+    decoder_layers,
+    language_model,
+    text_decoder,
+)
+from regraft.models.generation import encodes
+
+WITHOUT_DATA = "Prune by magnitude and restore at random, which read no data."
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,16 @@ def first_call(
 
 @torch.no_grad()
 def text_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> TextInputs:
-    """Run embeddings and vision tower once and keep what the text decoder would get."""
+    """Run embeddings and vision tower once and keep what the text decoder would get.
+
+    Raises:
+        RegraftError: the decoder does not get the prompt, an encoder does.
+    """
+    if encodes(model):
+        raise RegraftError(
+            f"{type(model).__name__} reads prompts with an encoder and writes answers with a "
+            f"decoder; regraft takes both through the decoder, as one sequence. {WITHOUT_DATA}"
+        )
     decoder = text_decoder(model)
     args, kwargs = first_call(decoder, lambda: model(**inputs, use_cache=False))
     assert not args, "decoders are called with keywords in every family"
@@ -122,7 +140,7 @@ def replay(
         layer.register_forward_pre_hook(entry.hook(i), with_kwargs=True)
         for i, layer in enumerate(layers[start:], start)
     )
-    skipped = {layer: lambda hidden, *_, **__: hidden for layer in layers[:start]}
+    skipped = dict.fromkeys(layers[:start], passing_on(lambda state: state))
     try:
         with hooked(hooks), replaced_forwards(skipped), torch.set_grad_enabled(gradient):
             final: Tensor = decoder(
@@ -136,6 +154,28 @@ def replay(
     except Stop as stopped:
         reached: Tensor = stopped.value
         return reached
+
+
+def passing_on(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """A forward for several layers, which puts out `change` of what enters the first of them.
+
+    Most decoders take a layer's output for the state. Chameleon's takes its first item: from the
+    second layer on that is seen by a state without a dimension, and then it is given a tuple.
+    """
+    whole: Tensor | None = None
+
+    def forward(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        nonlocal whole
+        whole = hidden if whole is None else whole
+        return change(whole) if hidden.ndim == whole.ndim else (change(whole),)
+
+    return forward
+
+
+def state_of(output: Any) -> Tensor:
+    """The state `[B, S, d]` in what a layer puts out."""
+    state: Tensor = output[0] if isinstance(output, tuple) else output
+    return state
 
 
 class _Entry:
@@ -163,9 +203,9 @@ class _Entry:
 def logits_of(model: nn.Module, states: Tensor, *, gradient: bool = False) -> Tensor:
     """Logits of normed final states `[..., d]` -> `[..., vocabulary]`.
 
-    The model's own forward makes them, around a decoder that returns `states`: whether a family
-    scales or caps its logits is its own code again (of Gemma 3 only the text-only class caps).
-    With `gradient` autograd records them.
+    The language model's own forward makes them, around a decoder that returns `states`: whether a
+    family scales or caps its logits is its own code again (of Gemma 3 only the text-only class
+    caps). With `gradient` autograd records them.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -183,7 +223,7 @@ def logits_of(model: nn.Module, states: Tensor, *, gradient: bool = False) -> Te
         replaced_forwards({text_decoder(model): lambda **_: output}),
     ):
         ids = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: Tensor = language_model(model)(input_ids=ids, use_cache=False).logits
     return logits.view(*states.shape[:-1], -1)
 
 

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter
 
 from regraft.errors import RegraftError
-from regraft.models.architecture import text_decoder
-from regraft.models.placement import moved, tensors_of
+from regraft.models.architecture import language_model, output_head, text_decoder
+from regraft.models.placement import moved, tensors_of, tensors_within
 from regraft.models.replay import replaced_forwards
 
 _UNUSED = ("last_hidden_state", "hidden_states", "attentions")  # beside pooler_output
@@ -38,7 +37,7 @@ class VisionOutput:
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in _tensors(self.content))
+        return sum(tensor.nbytes for tensor in tensors_within(self.content))
 
     def restored(self) -> Any:
         """As the vision part returned it, without what the text decoder does not read."""
@@ -109,11 +108,10 @@ def vision_state(model: nn.Module) -> tuple[Any, ...] | None:
     known which module the text decoder is.
     """
     try:
-        part = text_decoder(model)
+        parts = text_decoder(model), output_head(language_model(model))
     except RegraftError:
         return None
-    output = model.get_output_embeddings()  # type: ignore[operator]
-    decoder = {id(tensor) for one in (part, output) for tensor in tensors_of(one)}
+    decoder = {id(tensor) for one in parts if one is not None for tensor in tensors_of(one)}
     outside = [tensor for tensor in tensors_of(model) if id(tensor) not in decoder]
     if any(tensor.is_meta for tensor in outside):
         return None
@@ -152,12 +150,8 @@ def _kept(result: Any) -> VisionOutput:
         kind, content = type(result), dict(vars(result))
         if content.get("pooler_output") is not None:
             content = {name: one for name, one in content.items() if name not in _UNUSED}
-    device = next(_tensors(content)).device
+    device = next(tensors_within(content)).device
     return VisionOutput(kind, moved(content, torch.device("cpu")), device)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    return (one for one in tree_iter(value) if isinstance(one, Tensor))
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

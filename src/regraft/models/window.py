@@ -23,7 +23,7 @@ from regraft.models.architecture import (
     text_decoder,
 )
 from regraft.models.key_values import KeyValues, Recorded, along_queries, fold, narrowed, unfold
-from regraft.models.replay import Replay, first_call
+from regraft.models.replay import Replay, first_call, state_of
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def window_replay(model: nn.Module, window: Window) -> Replay:
                 continue
             kwargs = _side_by_side(call, copies, call.index in cross)
             kwargs[caches[call.index]] = call.known
-            state = layers[call.index](state, **kwargs)
+            state = state_of(layers[call.index](state, **kwargs))
             if call.added is not None:
                 state = state + _repeated(call.added, copies, -2)
         if stop is None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from regraft import distributed
-from regraft.data.collate import IGNORED
+from regraft.data.collate import IGNORED, Batch
 from regraft.disk.artifact import load_unfinished
 from regraft.disk.files import disk_errors
 from regraft.errors import RegraftError
@@ -117,7 +117,7 @@ def layer_gradients(
             for i, batch in enumerate(layerwise.batches):
                 path = _path(scratch, layer.index, i)
                 hidden = load_unfinished(path)["hidden"].to(layerwise.model.device)
-                with _added(linears, len(batch.ids), add, sums):
+                with _added(linears, layerwise.model.place(batch), add, sums):
                     gradients[i] = _back(layerwise, i, layer.index, hidden, gradients[i], kept[i])
                 path.unlink()
                 advance(len(batch.ids))
@@ -196,11 +196,12 @@ def _loss_gradients(layerwise: LayerwisePass, loss: Loss) -> list[Tensor]:
 @contextmanager
 def _added(
     linears: Mapping[LinearArchitecture, nn.Module],
-    rows: int,
+    batch: Batch,
     add: Product,
     sums: dict[str, Tensor],
 ) -> Iterator[None]:
-    """Add to `sums` what `add` makes of each linear, as a backward pass of B `rows` comes by."""
+    """Add to `sums` what `add` makes of each linear, as a backward pass of a batch comes by."""
+    rows = len(batch.ids)
 
     def observe(linear: LinearArchitecture) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         first = 0  # row of what the module puts out
@@ -225,7 +226,7 @@ def _added(
         return hook
 
     with (
-        opened(linears) as modules,
+        opened(linears, batch) as modules,
         hooked(module.register_forward_hook(observe(li)) for li, module in modules.items()),
     ):
         yield

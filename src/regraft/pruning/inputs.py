@@ -66,8 +66,9 @@ class Sums:
         source = self.source.get(linear.key)
         if source is None or self.tokens.get(source) == 0:
             raise RegraftError(
-                f"{linear.key} was never used by the calibration data (text-only prompts skip "
-                "cross-attention); calibrate on examples with images."
+                f"{linear.key} was never used by the calibration data, or has no gradient. "
+                "Text-only prompts skip cross-attention: calibrate on examples with images. What "
+                f"only chooses tokens has no gradient: leave it dense (--ignore '*.{linear.name}')."
             )
         if not torch.isfinite(self.sums[source]).all():
             raise overflow(linear)
@@ -94,8 +95,9 @@ class Sums:
         """Make contexts in which what `accumulate` makes of a batch's inputs is added up.
 
         Inputs `[B, S, in]` count at response tokens only, of an expert at those that the router
-        sends to it. The vision tokens that Mllama's cross-attention reads have no such positions:
-        those count that a response token attends to. `linears` come with the modules that own them.
+        sends to it. Vision tokens, which Mllama's cross-attention and Ernie's experts for them
+        read, are at no such positions: those count that a response token attends to. `linears` come
+        with the modules that own them.
         """
 
         @contextmanager
@@ -118,7 +120,7 @@ class Sums:
                 return hook
 
             with (
-                opened(linears) as modules,
+                opened(linears, batch) as modules,
                 hooked(m.register_forward_pre_hook(observe(li)) for li, m in modules.items()),
             ):
                 yield
@@ -131,8 +133,8 @@ def _rows(
 ) -> Tensor | None:
     """Which of a linear's inputs count, a mask over all of their dimensions but the last.
 
-    `inputs` are `[B, S, in]`, or laid out as `[B * S, in]`; an expert's `[n, in]`. `which` says it
-    of all tokens, `[B, S]` bool.
+    `inputs` are `[B, S, in]`, or laid out as `[B * S, in]` or `[B, 1, S, in]`; an expert's
+    `[n, in]`. `which` says it of all tokens, `[B, S]` bool.
     """
     if which is None:
         return None
@@ -144,7 +146,7 @@ def _rows(
             f"{which.numel()} tokens of the prompts (an encoder's states?). Leave it dense with "
             f"--ignore '*.{linear.name}'."
         )
-    return which.flatten() if inputs.ndim == 2 and which.ndim == 2 else which
+    return which if linear.reads_vision else which.view(inputs.shape[:-1])
 
 
 def require_same_layers(ran: object) -> None:
