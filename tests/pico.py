@@ -10,7 +10,7 @@ zero-initialised projector are randomised, so that the image always reaches the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -543,7 +543,9 @@ def build(name: str, seed: int = 0) -> tuple[Any, Any]:
         model = parts.model_class(parts.config).eval()
         _randomise_constants(model.named_parameters())
         if name.startswith("gemma3n"):  # whose norms of zero vectors have no gradient
-            model.get_input_embeddings().weight.data[model.config.pad_token_id].normal_(0, 0.1)
+            model.get_input_embeddings().weight.data[
+                parts.config.get_text_config().pad_token_id
+            ].normal_(0, 0.1)
     return model, parts.processor
 
 
@@ -602,7 +604,12 @@ _SIZES = ((56, 56), (100, 50), (40, 90))
 
 
 def write_examples(
-    folder: Path, n: int, harmful: bool = True, images: bool = True, seed: int = 0
+    folder: Path,
+    n: int,
+    harmful: bool = True,
+    images: bool = True,
+    seed: int = 0,
+    sizes: Sequence[tuple[int, int]] = _SIZES,
 ) -> list[Example]:
     """Write `n` PNGs under `folder` and return the examples that use them.
 
@@ -615,7 +622,7 @@ def write_examples(
     for i in range(n):
         path = folder / f"{kind}-{seed}-{i}.png" if images else None
         if path:
-            image(1000 * seed + 2 * i + harmful, _SIZES[i % 3]).save(path)
+            image(1000 * seed + 2 * i + harmful, sizes[i % 3]).save(path)
         examples.append(
             Example(
                 id=f"{kind}-{seed}-{i}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F  # noqa: N812
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
@@ -32,8 +33,9 @@ import pico_today
 import regraft
 import truth
 from disk import shards, write_jsonl
-from regraft.data.collate import Batch, batches, response_batch
+from regraft.data.collate import Batch, batches, prompt_batch, response_batch
 from regraft.errors import RegraftError
+from regraft.evaluation.generate import Answerer
 from regraft.models import layout
 from regraft.models.ablation import head_outputs, replay_ablated
 from regraft.models.architecture import LinearArchitecture, head_block
@@ -55,9 +57,16 @@ from test_replay import assert_same, manually_ablated
 
 # The processor of GLM-4.5V hands a tensor to NumPy
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-VLM = tuple(pico_today.VLM)
-TODAY = VLM + tuple(pico_today.LLM)
-WITH_HEADS = ("qwen3_5", "qwen3_vl_moe", "glm4v_moe", "llama4_text", "qwen3_next")
+NEEDS_TIMM = pytest.mark.skipif(find_spec("timm") is None, reason="its vision tower needs timm")
+VLM = tuple(
+    pytest.param(name, marks=NEEDS_TIMM if name in pico_today.TIMM else ())
+    for name in pico_today.VLM
+)
+TODAY = (*VLM, *pico_today.LLM)
+WITH_HEADS = (
+    *("qwen3_5", "qwen3_vl_moe", "glm4v_moe", "llama4_text", "qwen3_next"),
+    *("gemma4-experts", "minicpmv4_6", "molmo2"),
+)
 METHODS = ("wanda", "sparsegpt", "snip")
 
 
@@ -67,7 +76,7 @@ def today(request):
 
 
 def picture(family):
-    return pico.image(0) if family in VLM else None
+    return pico.image(0) if family in pico_today.VLM else None
 
 
 @torch.no_grad()
@@ -88,10 +97,10 @@ def test_image_reaches_the_last_logits(family):
 
 
 def test_reload_is_identical(today, pico_dir):
-    auto = AutoModelForImageTextToText if today in VLM else AutoModelForCausalLM
-    reloaded = auto.from_pretrained(pico_dir(today)).eval()
+    reloaded = load_model(open_source(pico_dir(today)))
     processor = AutoProcessor.from_pretrained(pico_dir(today))
     fresh = pico.build(today)
+    assert type(processor) is type(fresh[1])
     held, after = fresh[0].state_dict(), reloaded.state_dict()
     assert held.keys() == after.keys()
     assert all(torch.equal(held[name], after[name]) for name in held)
@@ -99,12 +108,30 @@ def test_reload_is_identical(today, pico_dir):
     torch.testing.assert_close(one, logits(*fresh, picture(today)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", VLM)
+def test_answers_in_batches_are_the_answers_alone(family, pico_dir, tmp_path):
+    """Images of other sizes beside it change none; nor does the vision part that is kept."""
+    source, model, processor, _ = truth.opened(pico_dir(family))
+    assert source.has_vision
+    examples = pico.write_examples(tmp_path, 3)
+    answerer = Answerer(processor, examples, batch_size=3)
+    first, again = (answerer.answers(model, max_new_tokens=5) for _ in range(2))
+    alone = []
+    for example in examples:
+        inputs = prompt_batch(processor, [example]).inputs
+        tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0]
+        new = tokens[inputs["input_ids"].shape[1] :]
+        alone.append(processor.decode(new, skip_special_tokens=True).strip())
+    assert first == again == alone
+    assert len({*alone}) > 1
+
+
 # Layer by layer
 
 
 def test_every_part_of_the_decoder_runs_again(today, pico_dir, tmp_path):
     _, model, processor, architecture = truth.opened(pico_dir(today))
-    for kind in ("left", "right", "single") + (("text",) if today in VLM else ()):
+    for kind in ("left", "right", "single") + (("text",) if today in pico_today.VLM else ()):
         batch = truth.make_batch(kind, today, processor, tmp_path / kind)
         real = batch.inputs["attention_mask"].bool()
         expected = truth.full_forward(model, batch.inputs)
@@ -237,7 +264,7 @@ def test_gradients_equal_autograd_on_the_whole_model(today, pruner, pico_dir, tm
             found[linear.key],
             expected,
             rtol=1e-3,
-            atol=1e-5 * scale + 1e-9,
+            atol=2e-5 * scale + 1e-9,
             msg=lambda m, k=linear.key: k + m,
         )
 
@@ -261,7 +288,7 @@ def test_ablation_equals_a_manual_edit_of_each_head(family, target, eps, pico_di
             found = replay_ablated(model, run, layer.index, hidden, outputs, range(layer.heads))
         for head in range(layer.heads):
             wanted = manually_ablated(model, batch.inputs, layer.index, head, size, target, eps)
-            torch.testing.assert_close(found[head][real], wanted[real], atol=5e-5, rtol=0)
+            torch.testing.assert_close(found[head][real], wanted[real], atol=1e-4, rtol=0)
             assert (found[head] - base.final)[real].abs().max() > 1e-3
 
 
@@ -311,8 +338,8 @@ def test_layers_without_heads_say_why(pico_dir):
 def prompts_of(family, folder):
     """Eight prompts with answers, half of them harmful."""
     examples = [
-        *pico.write_examples(folder / "images", 4, True, family in VLM),
-        *pico.write_examples(folder / "images", 4, False, family in VLM),
+        *pico.write_examples(folder / "images", 4, True, family in pico_today.VLM),
+        *pico.write_examples(folder / "images", 4, False, family in pico_today.VLM),
     ]
     write_jsonl(folder / "data.jsonl", examples)
     return f"jsonl:{folder / 'data.jsonl'}"
@@ -344,7 +371,7 @@ def test_pruned_restored_applied_and_reloaded(today, pruner, tmp_path):
     changed = sum(int((after[name] != before[name]).count_nonzero()) for name in after)
     assert changed == patch.restored
     processor = AutoProcessor.from_pretrained(tmp_path / "realigned")
-    example = pico.write_examples(tmp_path / "one", 1, True, today in VLM)
+    example = pico.write_examples(tmp_path / "one", 1, True, today in pico_today.VLM)
     batch = response_batch(processor, example)
     answer = on_disk.generate(**batch.inputs, max_new_tokens=4, do_sample=False)
     assert answer.shape[1] > batch.inputs["input_ids"].shape[1]
@@ -362,7 +389,7 @@ def drawn(source, count):
     return joined(parts)
 
 
-@pytest.mark.parametrize("family", [*pico_today.DESCRIBED, "glm4v_moe", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", ["llama4", "molmo2", "glm4v_moe", "qwen3_vl_moe"])
 def test_patched_on_disk_is_patched_in_memory(family, tmp_path):
     """Names of other authors, fused, stacked and transposed tensors: bit for bit, and off again."""
     pico.save(family, tmp_path / "dense", max_shard_size="100KB")
