@@ -264,7 +264,7 @@ def test_gradients_equal_autograd_on_the_whole_model(today, pruner, pico_dir, tm
             found[linear.key],
             expected,
             rtol=1e-3,
-            atol=2e-5 * scale + 1e-9,
+            atol=5e-5 * scale + 1e-9,
             msg=lambda m, k=linear.key: k + m,
         )
 
@@ -319,17 +319,43 @@ def test_what_is_never_pruned_is_named(pico_dir):
         "qwen3_5": ["linear_attn.conv1d.weight"],
         "qwen3_vl_moe": ["mlp.gate.weight"],
         "llama4_text": ["feed_forward.router.weight"],
+        "gemma4-experts": ["router.proj.weight"],
         "qwen3_vl": [],
     }
     for family, wanted in named.items():
         assert truth.opened(pico_dir(family)).architecture.left_dense == wanted
 
 
-def test_layers_without_heads_say_why(pico_dir):
-    architecture = truth.opened(pico_dir("qwen3_5")).architecture
-    assert [layer.heads for layer in architecture.layers] == [0, 4, 0, 4]
-    assert architecture.headless == "layers 0, 2: linear_attn is no attention by heads"
-    assert truth.opened(pico_dir("qwen3_vl")).architecture.headless == ""
+SHARED = (
+    "layers 0-1: layers read keys and values of others; layers 2-3: {} has no k_proj of its own"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "heads", "why"),
+    [
+        ("qwen3_5", [0, 4, 0, 4], "layers 0, 2: linear_attn is no attention by heads"),
+        ("minicpmv4_6", [0, 4, 0, 4], "layers 0, 2: linear_attn is no attention by heads"),
+        (
+            "gemma4-experts",
+            [4, 0, 4, 0],
+            "layers 1, 3: Gemma4TextAttention has no v_proj of its own",
+        ),
+        ("gemma4", [0] * 4, SHARED.format("Gemma4TextAttention")),
+        pytest.param("gemma3n", [0] * 4, SHARED.format("Gemma3nTextAttention"), marks=NEEDS_TIMM),
+        (
+            "phi4_multimodal",
+            [0] * 4,
+            "layers 0-3: Phi4MultimodalAttention has no q_proj of its own",
+        ),
+        *((name, [4] * 4, "") for name in ("qwen3_vl", "molmo2")),
+        *(pytest.param(name, [4] * 4, "", marks=NEEDS_TIMM) for name in pico_today.TIMM[1:]),
+    ],
+)
+def test_layers_without_heads_say_why(family, heads, why, pico_dir):
+    architecture = open_source(pico_dir(family)).architecture
+    assert [layer.heads for layer in architecture.layers] == heads
+    assert architecture.headless == why
 
 
 # From prompts to a patched checkpoint
@@ -346,19 +372,22 @@ def prompts_of(family, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pruner", METHODS)
-def test_pruned_restored_applied_and_reloaded(today, pruner, tmp_path):
+def test_pruned_restored_applied_and_reloaded(today, tmp_path):
+    """Pruned three ways; the rest after one of them, another from family to family."""
     dense = pico.save(today, tmp_path / "dense", torch.bfloat16, max_shard_size="300KB")
     data = prompts_of(today, tmp_path)
     common = {"data": data, "samples": 4, "device": "cpu", "batch_size": 2, "dtype": "float32"}
-    out = tmp_path / "pruned"
-    pruned = regraft.prune(dense, out, method=pruner, sparsity=0.5, **common)
     architecture = open_source(dense).architecture
-    gone = sum(
-        int((pruned.weight(linear) == 0).count_nonzero()) for linear in pruned.architecture.linears
-    )
-    # SparseGPT sets the weights of inputs that are always 0 to 0 besides
-    assert gone == pytest.approx(architecture.prunable / 2, rel=0.05)
+    for pruner in METHODS:
+        pruned = regraft.prune(dense, tmp_path / pruner, method=pruner, sparsity=0.5, **common)
+        gone = sum(
+            int((pruned.weight(one) == 0).count_nonzero()) for one in pruned.architecture.linears
+        )
+        # SparseGPT sets the weights of inputs that are always 0 to 0 besides
+        assert gone == pytest.approx(architecture.prunable / 2, rel=0.05)
+    families = [*pico_today.VLM, *pico_today.LLM]
+    out = tmp_path / METHODS[families.index(today) % len(METHODS)]
+    pruned = open_source(out)
     patch = regraft.realign(dense, out, tmp_path / "patch", count=64, **common)
     assert 0 < patch.restored <= 64
     regraft.apply(out, tmp_path / "patch", tmp_path / "realigned")
@@ -439,6 +468,22 @@ def test_names_of_other_authors_are_followed(pico_dir):
     assert {first[role].tensor for role in ("q_proj", "k_proj", "v_proj")} == {tensor}
     rows = [source.weight(first[role]) for role in ("q_proj", "k_proj", "v_proj")]
     assert torch.equal(torch.cat(rows), whole)
+
+
+def test_names_in_memory_are_those_on_disk_too(pico_dir, tmp_path):
+    """Molmo2 as transformers holds it: its q, k and v are weights of their own there."""
+    model, processor = pico.build("molmo2")
+    model.save_pretrained(tmp_path / "dense", save_original_format=False)
+    processor.save_pretrained(tmp_path / "dense")
+    source, other = open_source(tmp_path / "dense"), open_source(pico_dir("molmo2"))
+    linears = [*source.architecture.linears]
+    assert all(linear.stored is None for linear in linears)
+    assert any(linear.stored is not None for linear in other.architecture.linears)
+    for one, same in zip(linears, other.architecture.linears, strict=True):
+        assert one.key == same.key
+        assert torch.equal(source.weight(one), other.weight(same))
+    assert_patched_alike(tmp_path)
+    assert survey(other, open_source(tmp_path / "pruned")).same
 
 
 def test_a_linear_stored_as_several_tensors_is_several_weights(pico_dir, tmp_path):
@@ -534,14 +579,26 @@ def test_experts_without_tokens_are_not_ranked(pico_dir):
 # What needs heads
 
 
-def test_heads_are_scored_where_there_are_some(tmp_path):
-    dense = pico.save("qwen3_5", tmp_path / "dense")
-    how = {"data": prompts_of("qwen3_5", tmp_path), "samples": 3, "device": "cpu", "r_max": 2}
-    with pytest.raises(RegraftError, match=r"cannot be screened .*layers 0, 2: linear_attn"):
-        regraft.score_heads(dense, tmp_path / "heads", mode="screened", **how)
+@pytest.mark.parametrize(
+    ("family", "scored"),
+    [
+        ("qwen3_5", [False, True] * 2),
+        ("minicpmv4_6", [False, True] * 2),
+        ("gemma4-experts", [True, False] * 2),
+        ("molmo2", [True] * 4),
+    ],
+)
+def test_heads_are_scored_where_there_are_some(family, scored, pico_dir, tmp_path):
+    dense = pico_dir(family)
+    how = {"data": prompts_of(family, tmp_path), "samples": 3, "device": "cpu", "r_max": 2}
     scores = regraft.score_heads(dense, tmp_path / "heads", **how)
-    assert scores.ships.isnan().all(dim=1).tolist() == [True, False, True, False]
-    assert scores.about["skipped"] == "layers 0, 2: linear_attn is no attention by heads"
+    assert scores.ships.isfinite().all(dim=1).tolist() == scored
+    assert scores.ships.isnan().all(dim=1).tolist() == [not one for one in scored]
+    skipped = open_source(dense).architecture.headless
+    assert scores.about.get("skipped", "") == skipped
+    if skipped:
+        with pytest.raises(RegraftError, match=rf"cannot be screened .*{skipped}"):
+            regraft.score_heads(dense, tmp_path / "screened", mode="screened", **how)
 
 
 def test_methods_that_need_heads_are_refused_where_none_are_told_apart(tmp_path):
