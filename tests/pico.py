@@ -10,12 +10,13 @@ zero-initialised projector are randomised, so that the image always reaches the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 import transformers as T  # noqa: N812
 from PIL import Image
@@ -516,6 +517,9 @@ PAPER_FAMILIES = (
 def _parts(name: str) -> Parts:
     import pico_today  # which builds upon this module
 
+    needed = pico_today.NEWER.get(name)
+    if needed is not None and not hasattr(T, needed):
+        pytest.skip(f"transformers {T.__version__} has no {needed}")
     more = pico_today.VLM | pico_today.LLM | pico_today.DESCRIBED
     return (_VLM | _LLM | more)[name]()
 
@@ -543,7 +547,9 @@ def build(name: str, seed: int = 0) -> tuple[Any, Any]:
         model = parts.model_class(parts.config).eval()
         _randomise_constants(model.named_parameters())
         if name.startswith("gemma3n"):  # whose norms of zero vectors have no gradient
-            model.get_input_embeddings().weight.data[model.config.pad_token_id].normal_(0, 0.1)
+            model.get_input_embeddings().weight.data[
+                parts.config.get_text_config().pad_token_id
+            ].normal_(0, 0.1)
     return model, parts.processor
 
 
@@ -602,7 +608,12 @@ _SIZES = ((56, 56), (100, 50), (40, 90))
 
 
 def write_examples(
-    folder: Path, n: int, harmful: bool = True, images: bool = True, seed: int = 0
+    folder: Path,
+    n: int,
+    harmful: bool = True,
+    images: bool = True,
+    seed: int = 0,
+    sizes: Sequence[tuple[int, int]] = _SIZES,
 ) -> list[Example]:
     """Write `n` PNGs under `folder` and return the examples that use them.
 
@@ -615,7 +626,7 @@ def write_examples(
     for i in range(n):
         path = folder / f"{kind}-{seed}-{i}.png" if images else None
         if path:
-            image(1000 * seed + 2 * i + harmful, _SIZES[i % 3]).save(path)
+            image(1000 * seed + 2 * i + harmful, sizes[i % 3]).save(path)
         examples.append(
             Example(
                 id=f"{kind}-{seed}-{i}",

@@ -14,6 +14,16 @@ import transformers as T  # noqa: N812
 
 from pico import VISION, Parts, chatml, text_config, tokenizer_of
 
+_HYBRID: dict[str, Any] = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+"""Qwen3.5 and Qwen3-Next: linear attention in all layers but every second."""
+
 
 def _qwen_with_vision(kind: str) -> Parts:
     """Qwen3.5 (linear attention in all layers but every second) and Qwen3-VL-MoE."""
@@ -37,13 +47,7 @@ def _qwen_with_vision(kind: str) -> Parts:
     text = text_config(tokenizer, head_dim=16)
     if kind == "qwen3_5":
         rope["partial_rotary_factor"] = 1.0
-        text |= {
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-        }
+        text |= _HYBRID
         classes = T.Qwen3_5Config, T.Qwen3_5ForConditionalGeneration
     else:
         vision["deepstack_visual_indexes"] = [0, 1]
@@ -316,9 +320,24 @@ def _text_only(model_class: Any, config_class: Any, **settings: Any) -> Parts:
     return Parts(model_class, config_class(**text_config(tokenizer, **settings)), tokenizer)
 
 
-def _gemma_text(kind: str) -> Parts:
+_AUDIO_TOKENS = {
+    "audio_token": "<audio>",
+    "boa_token": "<start_of_audio>",
+    "eoa_token": "<end_of_audio>",
+}
+_IMAGE_TOKENS = {
+    "image_token": "<image_soft_token>",
+    "boi_token": "<start_of_image>",
+    "eoi_token": "<end_of_image>",
+}
+
+
+def _gemma_settings(kind: str) -> dict[str, Any]:
     """Inputs of each layer; the last two layers read keys and values of those before them."""
-    settings: dict[str, Any] = {
+    own: dict[str, Any] = {"global_head_dim": 32}
+    if kind == "gemma3n":
+        own = {"laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]}
+    return own | {
         "head_dim": 16,
         "sliding_window": 12,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -326,31 +345,310 @@ def _gemma_text(kind: str) -> Parts:
         "hidden_size_per_layer_input": 8,
         "vocab_size_per_layer_input": 500,
     }
-    if kind == "gemma3n":
-        own = {"laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]}
-        return _text_only(T.Gemma3nForCausalLM, T.Gemma3nTextConfig, **settings, **own)
-    return _text_only(T.Gemma4ForCausalLM, T.Gemma4TextConfig, **settings, global_head_dim=32)
+
+
+_GEMMA4_EXPERTS: dict[str, Any] = {
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "use_bidirectional_attention": "vision",
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 24,
+}
+
+
+def _gemma4(*, experts: bool = False) -> Parts:
+    """Gemma 4 with its vision tower, whose patches keep the proportions of the image.
+
+    With experts, as the larger ones: beside an MLP; no keys and values are shared, full attention
+    has its keys as values, and the tokens of an image see each other.
+    """
+    named = _AUDIO_TOKENS | _IMAGE_TOKENS
+    tokenizer = tokenizer_of("<s>", "<end_of_turn>", more=("<|video|>",), **named)
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "patch_size": 4,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 128,
+        "initializer_range": 0.15,
+    }
+    ids = {
+        "image_token_id": "<image_soft_token>",
+        "boi_token_id": "<start_of_image>",
+        "eoi_token_id": "<end_of_image>",
+        "video_token_id": "<|video|>",
+        "audio_token_id": "<audio>",
+        "boa_token_id": "<start_of_audio>",
+        "eoa_token_index": "<end_of_audio>",
+    }
+    pixels = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    return Parts(
+        T.Gemma4ForConditionalGeneration,
+        T.Gemma4Config(
+            text_config=text_config(
+                tokenizer, **(_gemma_settings("gemma4") | (_GEMMA4_EXPERTS if experts else {}))
+            ),
+            vision_config=vision,
+            audio_config=None,
+            initializer_range=0.15,
+            **{name: tokenizer.convert_tokens_to_ids(token) for name, token in ids.items()},
+        ),
+        T.Gemma4Processor(
+            feature_extractor=T.Gemma4AudioFeatureExtractor(),
+            image_processor=T.Gemma4ImageProcessor(**pixels),
+            tokenizer=tokenizer,
+            video_processor=T.Gemma4VideoProcessor(**pixels),
+            chat_template=chatml("<image_soft_token>"),
+        ),
+    )
+
+
+def _gemma3n() -> Parts:
+    """Gemma 3n, whose vision tower is one of timm's: here the smallest that gives a grid."""
+    tokenizer = tokenizer_of("<s>", "<end_of_turn>", **_AUDIO_TOKENS, **_IMAGE_TOKENS)
+    size = len(tokenizer)
+    audio = {
+        "hidden_size": 32,
+        "conf_num_attention_heads": 2,
+        "conf_num_hidden_layers": 1,
+        "sscp_conv_channel_size": [8, 8],
+        "vocab_offset": size,
+        "vocab_size": 8,
+    }
+    ids = {
+        "image_token_id": "<image_soft_token>",
+        "boi_token_id": "<start_of_image>",
+        "eoi_token_id": "<end_of_image>",
+        "audio_token_id": "<audio>",
+        "boa_token_id": "<start_of_audio>",
+        "eoa_token_id": "<end_of_audio>",
+    }
+    return Parts(
+        T.Gemma3nForConditionalGeneration,
+        T.Gemma3nConfig(
+            text_config=text_config(tokenizer, **_gemma_settings("gemma3n")),
+            vision_config={
+                "architecture": "test_efficientnet_ln",
+                "hidden_size": 256,
+                "vocab_offset": size,
+                "vocab_size": 8,
+            },
+            audio_config=audio,
+            vision_soft_tokens_per_image=4,
+            **{name: tokenizer.convert_tokens_to_ids(token) for name, token in ids.items()},
+        ),
+        T.Gemma3nProcessor(
+            feature_extractor=T.Gemma3nAudioFeatureExtractor(),
+            image_processor=T.SiglipImageProcessor(size={"height": 64, "width": 64}),
+            tokenizer=tokenizer,
+            image_seq_length=4,
+            chat_template=chatml("<image_soft_token>"),
+        ),
+    )
+
+
+def _fast_vlm() -> Parts:
+    """FastVLM: Qwen2 behind a convolutional vision tower of timm's."""
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>")
+    return Parts(
+        T.FastVlmForConditionalGeneration,
+        T.FastVlmConfig(
+            text_config=text_config(tokenizer, model_type="qwen2"),
+            vision_config={
+                "model_type": "timm_wrapper",
+                "architecture": "test_efficientnet_ln",
+                "hidden_size": 256,
+                "do_pooling": False,
+            },
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            image_seq_length=4,
+        ),
+        T.LlavaProcessor(
+            image_processor=T.CLIPImageProcessor(
+                size={"height": 64, "width": 64}, do_center_crop=False
+            ),
+            tokenizer=tokenizer,
+            patch_size=32,
+            vision_feature_select_strategy="full",
+            chat_template=chatml("<image>"),
+        ),
+    )
+
+
+def _perception_lm() -> Parts:
+    """PerceptionLM: Llama behind a vision transformer of timm's, an image whole and as one tile.
+
+    Its processor batches no images that are cut into different numbers of tiles.
+    """
+    tokenizer = tokenizer_of(
+        "<|begin_of_text|>", "<|eot_id|>", image_token="<|image|>", video_token="<video>"
+    )
+    return Parts(
+        T.PerceptionLMForConditionalGeneration,
+        T.PerceptionLMConfig(
+            text_config=text_config(tokenizer, model_type="llama"),
+            vision_config={
+                "model_type": "timm_wrapper",
+                "architecture": "test_vit",
+                "model_args": {"embed_dim": 64, "img_size": [64, 64], "global_pool": ""},
+                "do_pooling": False,
+            },
+            projector_pooling_ratio=2,
+            image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
+            video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
+        ),
+        T.PerceptionLMProcessor(
+            video_processor=T.PerceptionLMVideoProcessor(),
+            image_processor=T.PerceptionLMImageProcessor(
+                vision_input_type="thumb+tile", tile_size=64, max_num_tiles=1
+            ),
+            tokenizer=tokenizer,
+            patch_size=16,
+            pooling_ratio=2,
+            chat_template=chatml("<|image|>"),
+        ),
+    )
+
+
+def _phi4() -> Parts:
+    """Phi-4 multimodal: q, k and v in one projection, gate and up in another.
+
+    An image is 273 tokens and those of its crops, whatever the settings: 32 patches a side. The
+    tokenizer has the chat template: what the processor is given it loses when it is loaded.
+    """
+    tokenizer = tokenizer_of("<s>", "<|im_end|>", image_token="<image>", audio_token="<audio>")
+    tokenizer.chat_template = chatml("<image>")
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(token)
+        for name, token in {"image_token_id": "<image>", "audio_token_id": "<audio>"}.items()
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 128,
+        "crop_size": 128,
+        "patch_size": 4,
+        "image_token_id": ids["image_token_id"],
+    }
+    audio = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_blocks": 1,
+        "num_attention_heads": 2,
+        "ext_pw_out_channel": 32,
+        "depthwise_separable_out_channel": 32,
+        "nemo_conv_channels": 32,
+        "audio_token_id": ids["audio_token_id"],
+    }
+    return Parts(
+        T.Phi4MultimodalForCausalLM,
+        T.Phi4MultimodalConfig(**text_config(tokenizer), vision_config=vision, audio_config=audio),
+        T.Phi4MultimodalProcessor(
+            image_processor=T.Phi4MultimodalImageProcessor(
+                size={"height": 128, "width": 128}, patch_size=4, dynamic_hd=2
+            ),
+            audio_processor=T.Phi4MultimodalFeatureExtractor(),
+            tokenizer=tokenizer,
+        ),
+    )
+
+
+def _minicpm() -> Parts:
+    """MiniCPM-V 4.6: Qwen3.5's decoder, an image as a whole and as slices of it."""
+    names = ("image_id", "image", "slice")
+    named = {
+        f"{name}_{side}_token": f"<{'/' * (side == 'end')}{name}>"
+        for name in names
+        for side in ("start", "end")
+    } | {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", **named)
+    text = text_config(
+        tokenizer,
+        model_type="qwen3_5_text",
+        **_HYBRID,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [2, 3, 3],
+            "mrope_interleaved": True,
+            "partial_rotary_factor": 1.0,
+        },
+    )
+    vision = {**VISION, "image_size": 56, "num_hidden_layers": 3, "patch_size": 7}
+    pixels = {"patch_size": 7, "scale_resolution": 56, "max_slice_nums": 2}
+    return Parts(
+        T.MiniCPMV4_6ForConditionalGeneration,
+        T.MiniCPMV4_6Config(
+            text_config=text,
+            vision_config=vision,
+            insert_layer_id=1,
+            image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+            video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        ),
+        T.MiniCPMV4_6Processor(
+            image_processor=T.MiniCPMV4_6ImageProcessor(**pixels),
+            video_processor=T.MiniCPMV4_6VideoProcessor(**pixels),
+            tokenizer=tokenizer,
+            chat_template=chatml("<|image_pad|>"),
+        ),
+    )
 
 
 def _molmo2() -> Parts:
     """Stored under the names of its authors: q, k and v in one tensor, up and gate in another."""
-    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>")
-    tower = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-    text = text_config(tokenizer, head_dim=16, additional_vocab_size=8)
-    image = tokenizer.convert_tokens_to_ids("<image>")
+    more = ("<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>", "<im_end>", "<im_low>")
+    frames = ("<frame_start>", "<frame_end>", "<|video|>")
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", more=(*more, *frames))
+    tower: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "initializer_range": 0.15,
+    }
+    ids = {
+        "image_patch_id": "<im_patch>",
+        "image_start_token_id": "<im_start>",
+        "low_res_image_start_token_id": "<low_res_im_start>",
+        "image_end_token_id": "<im_end>",
+        "frame_start_token_id": "<frame_start>",
+        "frame_end_token_id": "<frame_end>",
+    }
+    pixels = {"size": {"height": 56, "width": 56}, "patch_size": 14, "pooling_size": [2, 2]}
     return Parts(
         T.Molmo2ForConditionalGeneration,
         T.Molmo2Config(
-            text_config=text,
-            vision_config=tower
-            | {"intermediate_size": 48, "num_hidden_layers": 2, "image_size": [28, 28]}
-            | {"num_position_embeddings": 4},
-            adapter_config=tower
-            | {"intermediate_size": 48, "text_hidden_size": 64, "vision_feature_layer": [0, 1]},
-            image_patch_id=image,
+            text_config=text_config(tokenizer, head_dim=16, additional_vocab_size=8),
+            vision_config=tower | {"num_hidden_layers": 2, "image_size": [56, 56]},
+            adapter_config=tower | {"text_hidden_size": 64, "vision_feature_layer": [0, 1]},
+            initializer_range=0.15,
+            **{name: tokenizer.convert_tokens_to_ids(token) for name, token in ids.items()},
         ),
-        tokenizer,
+        T.Molmo2Processor(
+            image_processor=T.Molmo2ImageProcessor(max_crops=2, overlap_margins=[1, 1], **pixels),
+            video_processor=T.Molmo2VideoProcessor(**pixels),
+            tokenizer=tokenizer,
+            chat_template=chatml("<|image|>"),
+        ),
     )
+
+
+def _gemma_text(kind: str) -> Parts:
+    settings = _gemma_settings(kind)
+    if kind == "gemma3n":
+        return _text_only(T.Gemma3nForCausalLM, T.Gemma3nTextConfig, **settings)
+    return _text_only(T.Gemma4ForCausalLM, T.Gemma4TextConfig, **settings)
 
 
 VLM: dict[str, Callable[[], Parts]] = {
@@ -360,6 +658,14 @@ VLM: dict[str, Callable[[], Parts]] = {
     "glm4v_moe": _glm_moe,
     "ernie4_5_vl_moe": _ernie_moe,
     "nemotron_h_omni": _nemotron_omni,
+    "gemma4": _gemma4,
+    "gemma4-experts": partial(_gemma4, experts=True),
+    "phi4_multimodal": _phi4,
+    "minicpmv4_6": _minicpm,
+    "molmo2": _molmo2,
+    "gemma3n": _gemma3n,
+    "fast_vlm": _fast_vlm,
+    "perception_lm": _perception_lm,
 }
 LLM: dict[str, Callable[[], Parts]] = {
     "llama4_text": _llama4_text,
@@ -369,17 +675,19 @@ LLM: dict[str, Callable[[], Parts]] = {
     "qwen3_next": lambda: _text_only(
         T.Qwen3NextForCausalLM,
         T.Qwen3NextConfig,
-        head_dim=16,
-        layer_types=["linear_attention", "full_attention"] * 2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
+        **_HYBRID,
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=24,
         shared_expert_intermediate_size=24,
     ),
 }
-DESCRIBED: dict[str, Callable[[], Parts]] = {"llama4": _llama4, "molmo2": _molmo2}
+TIMM = ("gemma3n", "fast_vlm", "perception_lm")
+"""Families whose vision tower is one of timm's, a package that need not be there."""
+NEWER = {
+    "molmo2": "Molmo2ForConditionalGeneration",
+    "nemotron_h_omni": "NemotronH_Omni_Reasoning_V3",
+}
+"""Families that the oldest transformers does not have, by a class of theirs."""
+DESCRIBED: dict[str, Callable[[], Parts]] = {"llama4": _llama4}
 """Only read and written, never run."""

@@ -270,6 +270,19 @@ def test_processor_error_names_the_example(tmp_path):
         prompt_batch(Refusing(tokenizer, "cursed"), examples)
 
 
+def test_images_that_a_processor_does_not_batch_go_alone(tmp_path):
+    """PerceptionLM's cuts images into tiles, here 2 and 3 with the whole image, and stacks them."""
+    processor = pico.processor("perception_lm")
+    processor.image_processor.max_num_tiles = 2
+    examples = pico.write_examples(tmp_path, 2)
+    assert [len(prompt_batch(processor, [one]).inputs["pixel_values"][0]) for one in examples] == [
+        2,
+        3,
+    ]
+    with pytest.raises(RegraftError, match=r"the batch of .* alone: use batch size 1\."):
+        prompt_batch(processor, examples)
+
+
 def test_processor_error_over_a_mixture_says_so(tmp_path):
     tokenizer = pico.processor("llama")
     examples = pico.write_examples(tmp_path, 2)

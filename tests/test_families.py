@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -17,12 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F  # noqa: N812
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor, core_model_loading
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
     ErnieFuseAndSplitTextVisionExperts,
-    Inkling2LoopDequantizeExperts,
     Interleave,
     MergeModulelist,
     Transpose,
@@ -34,8 +34,9 @@ import pico_today
 import regraft
 import truth
 from disk import shards, write_jsonl
-from regraft.data.collate import Batch, batches, response_batch
+from regraft.data.collate import Batch, batches, prompt_batch, response_batch
 from regraft.errors import RegraftError
+from regraft.evaluation.generate import Answerer
 from regraft.models import layout
 from regraft.models.ablation import head_outputs, replay_ablated
 from regraft.models.architecture import LinearArchitecture, head_block
@@ -57,13 +58,18 @@ from test_replay import assert_same, manually_ablated
 
 # The processor of GLM-4.5V hands a tensor to NumPy
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-VLM = tuple(pico_today.VLM)
-TODAY = VLM + tuple(pico_today.LLM)
+NEEDS_TIMM = pytest.mark.skipif(find_spec("timm") is None, reason="its vision tower needs timm")
+VLM = tuple(
+    pytest.param(name, marks=NEEDS_TIMM if name in pico_today.TIMM else ())
+    for name in pico_today.VLM
+)
+TODAY = (*VLM, *pico_today.LLM)
 WITH_HEADS = (
-    *("qwen3_5", "qwen3_vl_moe", "glm4v_moe", "ernie4_5_vl_moe", "llama4_text"),
-    *("qwen3_next", "nemotron_h_omni"),
+    *("qwen3_5", "qwen3_vl_moe", "glm4v_moe", "llama4_text", "qwen3_next"),
+    *("gemma4-experts", "minicpmv4_6", "molmo2", "ernie4_5_vl_moe", "nemotron_h_omni"),
 )
 METHODS = ("wanda", "sparsegpt", "snip")
+DEQUANTIZE = getattr(core_model_loading, "Inkling2LoopDequantizeExperts", None)
 
 
 @pytest.fixture(params=TODAY)
@@ -72,7 +78,7 @@ def today(request):
 
 
 def picture(family):
-    return pico.image(0) if family in VLM else None
+    return pico.image(0) if family in pico_today.VLM else None
 
 
 @torch.no_grad()
@@ -93,10 +99,10 @@ def test_image_reaches_the_last_logits(family):
 
 
 def test_reload_is_identical(today, pico_dir):
-    auto = AutoModelForImageTextToText if today in VLM else AutoModelForCausalLM
-    reloaded = auto.from_pretrained(pico_dir(today)).eval()
+    reloaded = load_model(open_source(pico_dir(today)))
     processor = AutoProcessor.from_pretrained(pico_dir(today))
     fresh = pico.build(today)
+    assert type(processor) is type(fresh[1])
     held, after = fresh[0].state_dict(), reloaded.state_dict()
     assert held.keys() == after.keys()
     assert all(torch.equal(held[name], after[name]) for name in held)
@@ -104,12 +110,30 @@ def test_reload_is_identical(today, pico_dir):
     torch.testing.assert_close(one, logits(*fresh, picture(today)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", VLM)
+def test_answers_in_batches_are_the_answers_alone(family, pico_dir, tmp_path):
+    """Images of other sizes beside it change none; nor does the vision part that is kept."""
+    source, model, processor, _ = truth.opened(pico_dir(family))
+    assert source.has_vision
+    examples = pico.write_examples(tmp_path, 3)
+    answerer = Answerer(processor, examples, batch_size=3)
+    first, again = (answerer.answers(model, max_new_tokens=5) for _ in range(2))
+    alone = []
+    for example in examples:
+        inputs = prompt_batch(processor, [example]).inputs
+        tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0]
+        new = tokens[inputs["input_ids"].shape[1] :]
+        alone.append(processor.decode(new, skip_special_tokens=True).strip())
+    assert first == again == alone
+    assert len({*alone}) > 1
+
+
 # Layer by layer
 
 
 def test_every_part_of_the_decoder_runs_again(today, pico_dir, tmp_path):
     _, model, processor, architecture = truth.opened(pico_dir(today))
-    for kind in ("left", "right", "single") + (("text",) if today in VLM else ()):
+    for kind in ("left", "right", "single") + (("text",) if today in pico_today.VLM else ()):
         batch = truth.make_batch(kind, today, processor, tmp_path / kind)
         real = batch.inputs["attention_mask"].bool()
         expected = truth.full_forward(model, batch.inputs)
@@ -252,7 +276,7 @@ def test_gradients_equal_autograd_on_the_whole_model(today, pruner, pico_dir, tm
             found[linear.key],
             expected,
             rtol=1e-3,
-            atol=1e-5 * scale + 1e-9,
+            atol=5e-5 * scale + 1e-9,
             msg=lambda m, k=linear.key: k + m,
         )
 
@@ -276,7 +300,7 @@ def test_ablation_equals_a_manual_edit_of_each_head(family, target, eps, pico_di
             found = replay_ablated(model, run, layer.index, hidden, outputs, range(layer.heads))
         for head in range(layer.heads):
             wanted = manually_ablated(model, batch.inputs, layer.index, head, size, target, eps)
-            torch.testing.assert_close(found[head][real], wanted[real], atol=5e-5, rtol=0)
+            torch.testing.assert_close(found[head][real], wanted[real], atol=1e-4, rtol=0)
             assert (found[head] - base.final)[real].abs().max() > 1e-3
 
 
@@ -307,17 +331,43 @@ def test_what_is_never_pruned_is_named(pico_dir):
         "qwen3_5": ["linear_attn.conv1d.weight"],
         "qwen3_vl_moe": ["mlp.gate.weight"],
         "llama4_text": ["feed_forward.router.weight"],
+        "gemma4-experts": ["router.proj.weight"],
         "qwen3_vl": [],
     }
     for family, wanted in named.items():
         assert truth.opened(pico_dir(family)).architecture.left_dense == wanted
 
 
-def test_layers_without_heads_say_why(pico_dir):
-    architecture = truth.opened(pico_dir("qwen3_5")).architecture
-    assert [layer.heads for layer in architecture.layers] == [0, 4, 0, 4]
-    assert architecture.headless == "layers 0, 2: linear_attn is no attention by heads"
-    assert truth.opened(pico_dir("qwen3_vl")).architecture.headless == ""
+SHARED = (
+    "layers 0-1: layers read keys and values of others; layers 2-3: {} has no k_proj of its own"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "heads", "why"),
+    [
+        ("qwen3_5", [0, 4, 0, 4], "layers 0, 2: linear_attn is no attention by heads"),
+        ("minicpmv4_6", [0, 4, 0, 4], "layers 0, 2: linear_attn is no attention by heads"),
+        (
+            "gemma4-experts",
+            [4, 0, 4, 0],
+            "layers 1, 3: Gemma4TextAttention has no v_proj of its own",
+        ),
+        ("gemma4", [0] * 4, SHARED.format("Gemma4TextAttention")),
+        pytest.param("gemma3n", [0] * 4, SHARED.format("Gemma3nTextAttention"), marks=NEEDS_TIMM),
+        (
+            "phi4_multimodal",
+            [0] * 4,
+            "layers 0-3: Phi4MultimodalAttention has no q_proj of its own",
+        ),
+        *((name, [4] * 4, "") for name in ("qwen3_vl", "molmo2")),
+        *(pytest.param(name, [4] * 4, "", marks=NEEDS_TIMM) for name in pico_today.TIMM[1:]),
+    ],
+)
+def test_layers_without_heads_say_why(family, heads, why, pico_dir):
+    architecture = open_source(pico_dir(family)).architecture
+    assert [layer.heads for layer in architecture.layers] == heads
+    assert architecture.headless == why
 
 
 # From prompts to a patched checkpoint
@@ -326,27 +376,30 @@ def test_layers_without_heads_say_why(pico_dir):
 def prompts_of(family, folder):
     """Eight prompts with answers, half of them harmful."""
     examples = [
-        *pico.write_examples(folder / "images", 4, True, family in VLM),
-        *pico.write_examples(folder / "images", 4, False, family in VLM),
+        *pico.write_examples(folder / "images", 4, True, family in pico_today.VLM),
+        *pico.write_examples(folder / "images", 4, False, family in pico_today.VLM),
     ]
     write_jsonl(folder / "data.jsonl", examples)
     return f"jsonl:{folder / 'data.jsonl'}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pruner", METHODS)
-def test_pruned_restored_applied_and_reloaded(today, pruner, tmp_path):
+def test_pruned_restored_applied_and_reloaded(today, tmp_path):
+    """Pruned three ways; the rest after one of them, another from family to family."""
     dense = pico.save(today, tmp_path / "dense", torch.bfloat16, max_shard_size="300KB")
     data = prompts_of(today, tmp_path)
     common = {"data": data, "samples": 4, "device": "cpu", "batch_size": 2, "dtype": "float32"}
-    out = tmp_path / "pruned"
-    pruned = regraft.prune(dense, out, method=pruner, sparsity=0.5, **common)
     architecture = open_source(dense).architecture
-    gone = sum(
-        int((pruned.weight(linear) == 0).count_nonzero()) for linear in pruned.architecture.linears
-    )
-    # SparseGPT sets the weights of inputs that are always 0 to 0 besides
-    assert gone == pytest.approx(architecture.prunable / 2, rel=0.05)
+    for pruner in METHODS:
+        pruned = regraft.prune(dense, tmp_path / pruner, method=pruner, sparsity=0.5, **common)
+        gone = sum(
+            int((pruned.weight(one) == 0).count_nonzero()) for one in pruned.architecture.linears
+        )
+        # SparseGPT sets the weights of inputs that are always 0 to 0 besides
+        assert gone == pytest.approx(architecture.prunable / 2, rel=0.05)
+    families = [*pico_today.VLM, *pico_today.LLM]
+    out = tmp_path / METHODS[families.index(today) % len(METHODS)]
+    pruned = open_source(out)
     patch = regraft.realign(dense, out, tmp_path / "patch", count=64, **common)
     assert 0 < patch.restored <= 64
     regraft.apply(out, tmp_path / "patch", tmp_path / "realigned")
@@ -359,7 +412,7 @@ def test_pruned_restored_applied_and_reloaded(today, pruner, tmp_path):
     changed = sum(int((after[name] != before[name]).count_nonzero()) for name in after)
     assert changed == patch.restored
     processor = AutoProcessor.from_pretrained(tmp_path / "realigned")
-    example = pico.write_examples(tmp_path / "one", 1, True, today in VLM)
+    example = pico.write_examples(tmp_path / "one", 1, True, today in pico_today.VLM)
     batch = response_batch(processor, example)
     answer = on_disk.generate(**batch.inputs, max_new_tokens=4, do_sample=False)
     assert answer.shape[1] > batch.inputs["input_ids"].shape[1]
@@ -379,7 +432,7 @@ def drawn(source, count):
 
 @pytest.mark.parametrize(
     "family",
-    [*pico_today.DESCRIBED, "glm4v_moe", "qwen3_vl_moe", "ernie4_5_vl_moe", "nemotron_h_omni"],
+    ["llama4", "molmo2", "glm4v_moe", "qwen3_vl_moe", "ernie4_5_vl_moe", "nemotron_h_omni"],
 )
 def test_patched_on_disk_is_patched_in_memory(family, tmp_path):
     """Names of other authors, fused, stacked and transposed tensors: bit for bit, and off again."""
@@ -430,6 +483,22 @@ def test_names_of_other_authors_are_followed(pico_dir):
     assert {first[role].tensor for role in ("q_proj", "k_proj", "v_proj")} == {tensor}
     rows = [source.weight(first[role]) for role in ("q_proj", "k_proj", "v_proj")]
     assert torch.equal(torch.cat(rows), whole)
+
+
+def test_names_in_memory_are_those_on_disk_too(pico_dir, tmp_path):
+    """Molmo2 as transformers holds it: its q, k and v are weights of their own there."""
+    model, processor = pico.build("molmo2")
+    model.save_pretrained(tmp_path / "dense", save_original_format=False)
+    processor.save_pretrained(tmp_path / "dense")
+    source, other = open_source(tmp_path / "dense"), open_source(pico_dir("molmo2"))
+    linears = [*source.architecture.linears]
+    assert all(linear.stored is None for linear in linears)
+    assert any(linear.stored is not None for linear in other.architecture.linears)
+    for one, same in zip(linears, other.architecture.linears, strict=True):
+        assert one.key == same.key
+        assert torch.equal(source.weight(one), other.weight(same))
+    assert_patched_alike(tmp_path)
+    assert survey(other, open_source(tmp_path / "pruned")).same
 
 
 def test_a_linear_stored_as_several_tensors_is_several_weights(pico_dir, tmp_path):
@@ -541,14 +610,26 @@ def test_experts_without_tokens_are_not_ranked(pico_dir):
 # What needs heads
 
 
-def test_heads_are_scored_where_there_are_some(tmp_path):
-    dense = pico.save("qwen3_5", tmp_path / "dense")
-    how = {"data": prompts_of("qwen3_5", tmp_path), "samples": 3, "device": "cpu", "r_max": 2}
-    with pytest.raises(RegraftError, match=r"cannot be screened .*layers 0, 2: linear_attn"):
-        regraft.score_heads(dense, tmp_path / "heads", mode="screened", **how)
+@pytest.mark.parametrize(
+    ("family", "scored"),
+    [
+        ("qwen3_5", [False, True] * 2),
+        ("minicpmv4_6", [False, True] * 2),
+        ("gemma4-experts", [True, False] * 2),
+        ("molmo2", [True] * 4),
+    ],
+)
+def test_heads_are_scored_where_there_are_some(family, scored, pico_dir, tmp_path):
+    dense = pico_dir(family)
+    how = {"data": prompts_of(family, tmp_path), "samples": 3, "device": "cpu", "r_max": 2}
     scores = regraft.score_heads(dense, tmp_path / "heads", **how)
-    assert scores.ships.isnan().all(dim=1).tolist() == [True, False, True, False]
-    assert scores.about["skipped"] == "layers 0, 2: linear_attn is no attention by heads"
+    assert scores.ships.isfinite().all(dim=1).tolist() == scored
+    assert scores.ships.isnan().all(dim=1).tolist() == [not one for one in scored]
+    skipped = open_source(dense).architecture.headless
+    assert scores.about.get("skipped", "") == skipped
+    if skipped:
+        with pytest.raises(RegraftError, match=rf"cannot be screened .*{skipped}"):
+            regraft.score_heads(dense, tmp_path / "screened", mode="screened", **how)
 
 
 def test_methods_that_need_heads_are_refused_where_none_are_told_apart(tmp_path):
@@ -602,7 +683,13 @@ def test_positions_in_a_matrix_and_in_its_tensor(data):
             [ErnieFuseAndSplitTextVisionExperts(0, 1)],
             {"c": (2, 8, 6), "d": (1, 8, 6)},
         ),
-        (["a"], ["b"], [Inkling2LoopDequantizeExperts(), Interleave(1)], {"b": (2, 4, 6)}),
+        pytest.param(
+            ["a"],
+            ["b"],
+            [DEQUANTIZE and DEQUANTIZE(), Interleave(1)],
+            {"b": (2, 4, 6)},
+            marks=pytest.mark.skipif(DEQUANTIZE is None, reason="newer than this transformers"),
+        ),
     ],
 )
 def test_conversions_are_followed(sources, targets, operations, shapes):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import pico
 from regraft.errors import RegraftError
 from regraft.models import foreign
 from regraft.models.load import load_model, load_processor, open_source
@@ -113,6 +114,16 @@ def test_chat_templates(
     with pytest.raises(RegraftError, match=message) as error:
         load_processor(source)
     assert str(model) in str(error.value)
+
+
+def test_the_template_of_a_tokenizer_that_its_processor_is_lent(tmp_path: Path) -> None:
+    """Phi-4's processor loses its own when it is loaded."""
+    folder = pico.save("phi4_multimodal", tmp_path / "model")
+    source = open_source(folder)
+    assert load_processor(source).chat_template is None
+    (folder / "chat_template.jinja").write_text("{% for a in range(30000) %}x{% endfor %}")
+    with pytest.raises(RegraftError, match="makes 30,000 characters of one word"):
+        load_processor(source)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -17,8 +17,10 @@ def chat(image, text="What is in the picture?"):
 
 
 def tokenized(processor, image):
+    own = getattr(processor, "chat_template", None)
     return processor.apply_chat_template(
         chat(image),
+        chat_template=None if own else processor.tokenizer.chat_template,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",

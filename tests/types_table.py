@@ -151,6 +151,12 @@ _EXTRA: Mapping[str, Mapping[str, Any]] = {
         "text_config.rope_parameters.mrope_section": [3, 3, 2],
         "text_config.moe_intermediate_size": [32, 16],
     },
+    "gemma3n": {
+        "vision_config.architecture": "test_efficientnet_ln",
+        "vision_config.hidden_size": 256,
+        "text_config.layer_types": ["sliding_attention", "full_attention"] * 2,
+        "text_config.num_kv_shared_layers": 2,
+    },
     "glm4v_moe": {"text_config.rope_parameters.mrope_section": [1, 1, 2]},
     "granite4_vision": {
         "deepstack_layer_map": [[0, 0]],
@@ -161,6 +167,10 @@ _EXTRA: Mapping[str, Mapping[str, Any]] = {
     "mistral4": {"head_dim": 32},
     "mllama": {"text_config.cross_attention_layers": [1]},  # which no model ends with
     "molmo2": {"adapter_config.vision_feature_layer": [0, 1]},
+    "perception_lm": {
+        "vision_config.architecture": "test_vit",
+        "vision_config.model_args": {"embed_dim": 64, "img_size": [64, 64], "global_pool": ""},
+    },
     "qwen2_5_omni_thinker": {"vision_start_token_id": 12},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 12},
     "step3p7": {"text_config.sliding_window": 16},

@@ -18,6 +18,7 @@ from regraft.errors import RegraftError
 T = TypeVar("T")
 IGNORED = -100  # torch's cross-entropy skips labels of this value
 _UNMIX = "Keep examples with and without an image apart, or use batch size 1."
+_ALONE = "It encodes each of them alone: use batch size 1."
 
 
 @dataclass(frozen=True)
@@ -179,11 +180,12 @@ def _encode(
         culprit = _culprit(processor, examples, conversations, prompt)
         ids = ", ".join(repr(example.id) for example in examples)
         what = f"example {culprit.id!r}" if culprit else f"the batch of {ids}"
-        hint = f" {_UNMIX}" if mixed and not culprit else ""
+        hint = "" if culprit else f" {_UNMIX if mixed else _ALONE}"
         folder = getattr(_tokenizer(processor), "name_or_path", "")
         where = f" It is that of {folder}." if folder else ""
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise RegraftError(
-            f"The processor cannot encode {what}: {type(error).__name__}: {error}{hint}{where}"
+            f"The processor cannot encode {what}: {type(error).__name__}: {reason}.{hint}{where}"
         ) from error
     if mixed and "cross_attention_mask" in encoded:
         # Mllama skips its cross-attention layers only where no row of the batch has an image.
@@ -204,7 +206,7 @@ def _apply_template(
     )
     encoded = processor.apply_chat_template(
         list(conversations),
-        chat_template=_template(processor),
+        chat_template=lent_template(processor),
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
@@ -214,14 +216,14 @@ def _apply_template(
     return dict(encoded)
 
 
-def _template(processor: Any) -> Any:
-    """Name no template where the processor has its own; lend it the tokenizer's where not."""
+def lent_template(processor: Any) -> Any:
+    """The tokenizer's template where the processor has none of its own; otherwise None."""
     own = getattr(processor, "chat_template", None)
     return None if own else getattr(_tokenizer(processor), "chat_template", None)
 
 
 def _require_ready(processor: Any, rows: int) -> None:
-    if not (getattr(processor, "chat_template", None) or _template(processor)):
+    if not (getattr(processor, "chat_template", None) or lent_template(processor)):
         raise RegraftError(
             "The checkpoint has no chat template. Put the model's chat_template.jinja into the "
             "checkpoint's folder (instruction-tuned checkpoints come with one)."

@@ -77,7 +77,8 @@ def read_architecture(model: nn.Module, checkpoint: Checkpoint) -> Architecture:
 
 
 def _is_prunable(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS
+    within = name.split(".")  # Gemma 4's is "router.proj"
+    return isinstance(module, nn.Linear) and not any(part in ROUTERS for part in within)
 
 
 def _describe_layers(model: nn.Module, on_disk: OnDisk) -> tuple[LayerArchitecture, ...]:

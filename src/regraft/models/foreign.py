@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
+from regraft.data.collate import lent_template
 from regraft.disk.parsing import read_json, shown
 from regraft.disk.paths import require_file
 from regraft.errors import RegraftError, is_device_memory, is_host_memory
@@ -217,7 +218,9 @@ def check_template(folder: Path, processor: Any) -> None:
 
     def render() -> None:
         try:
-            rendered.append(str(processor.apply_chat_template(asked, tokenize=False)))
+            lent = lent_template(processor)
+            text = processor.apply_chat_template(asked, chat_template=lent, tokenize=False)
+            rendered.append(str(text))
         except Exception as error:
             if type(error).__name__ == "TemplateSyntaxError":  # others may be for want of an image
                 wrong.append(str(error))

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 # Types that count positions from the padding on, or attend to it: found by trying all those of
-# transformers 5.24 (tests/types_table.py; of causal language models in the same way).
+# transformers 5.24 (tests/types_table.py; of causal language models in the same way). Phi-4 looks
+# at an image without padding causally, but not beside one with some.
 _CHANGED_BY_PADDING = (
     *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "deepseek_v4", "florence2"),
     *("git", "hy_v4", "kosmos-2", "kosmos-2.5", "marian", "mbart", "mvp", "paligemma", "pegasus"),
-    *("plbart", "prophetnet", "roformer", "trocr", "whisper"),
+    *("phi4_multimodal", "plbart", "prophetnet", "roformer", "trocr", "whisper"),
 )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import wraps
 from typing import Any
 
@@ -45,7 +45,9 @@ class VisionOutput:
         if self.kind is None:
             return content
         named = {field.name for field in fields(self.kind)}
-        output = self.kind(**{name: one for name, one in content.items() if name in named})
+        needed = {field.name: None for field in fields(self.kind) if field.default is MISSING}
+        own = {name: one for name, one in content.items() if name in named}
+        output = self.kind(**needed | own)  # timm's needs the states that are not read
         for name in content.keys() - named:  # Idefics3 adds one in transformers 5.15
             setattr(output, name, content[name])
         return output
