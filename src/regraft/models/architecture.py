@@ -280,13 +280,21 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 ATTENTIONS = ("self_attn", "cross_attn", "mixer")  # Mllama's, and what Nemotron-H calls all
 
 
-def attention_of(layer: nn.Module) -> tuple[str, nn.Module]:
+def find_attention(layer: nn.Module) -> tuple[str, nn.Module] | None:
     """Name and module of a decoder layer's attention, of those names that families have for it."""
     for name in ATTENTIONS:
         module = getattr(layer, name, None)
         if isinstance(module, nn.Module):
             return name, module
-    raise RegraftError(f"{type(layer).__name__} has none of {', '.join(ATTENTIONS)}.")
+    return None
+
+
+def attention_of(layer: nn.Module) -> tuple[str, nn.Module]:
+    """The same of a layer that has one."""
+    found = find_attention(layer)
+    if found is None:
+        raise RegraftError(f"{type(layer).__name__} has none of {', '.join(ATTENTIONS)}.")
+    return found
 
 
 def cross_attention_layers(model: nn.Module) -> list[int]:

@@ -14,13 +14,13 @@ from torch import nn
 
 from regraft.errors import RegraftError
 from regraft.models.architecture import (
-    ATTENTIONS,
     HEAD_ROLES,
     ROUTERS,
     Architecture,
     LayerArchitecture,
     LinearArchitecture,
     decoder_layers,
+    find_attention,
     language_model,
     output_head,
     text_decoder,
@@ -179,10 +179,10 @@ NO_HEADS = (0, 0, 0)
 
 def _heads(layer: nn.Module, config: Any) -> tuple[str, tuple[int, int, int], str]:
     """(what a layer attends by; query heads, key/value heads and head size; why there are none)."""
-    for name in ATTENTIONS:
-        attention = getattr(layer, name, None)
-        if isinstance(attention, nn.Module):
-            return name, *_heads_of(attention, config)
+    found = find_attention(layer)
+    if found is not None:
+        name, attention = found
+        return name, *_heads_of(attention, config)
     others = [name for name, child in layer.named_children() if _mixes_tokens(name)]
     name = others[0] if others else "none"
     return name, NO_HEADS, f"{name} is no attention by heads"
