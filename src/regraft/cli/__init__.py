@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from cyclopts import App, Group
+from cyclopts import App, Group, Parameter
 from rich.console import Console
 
 import regraft
@@ -98,6 +98,7 @@ def application(*, listed: bool) -> App:
         name="regraft",
         version=regraft.__version__,
         group_commands=Group("This program", sort_key=len(GROUPS)),
+        default_parameter=Parameter(negative=()),
         help=(
             "Check whether compression took a vision-language model's refusals, and restore "
             "them.\n\n"

@@ -184,7 +184,6 @@ app = App(
     help="Restore pruned weights, so that the model refuses as before: write a patch.\n\n"
     "Take gain unless you compare methods:\n\n"
     "regraft realign gain DENSE PRUNED --data prompts.jsonl --out gain.safetensors",
-    default_parameter=Parameter(negative=()),
 )
 for _name in METHODS.names():
     try:

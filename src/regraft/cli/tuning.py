@@ -76,7 +76,7 @@ def tune(
             progress.note(f"The best settings, for a recipe: {out / 'best.yaml'}")
 
 
-app = App(name="tune", help=ABOUT, default_parameter=Parameter(negative=()))
+app = App(name="tune", help=ABOUT)
 for _name in METHODS.working():
     if METHODS.get(_name).tunes:
         _text = f"Tune {_name}: {(METHODS.get(_name).settings_type.__doc__ or '').strip()}"

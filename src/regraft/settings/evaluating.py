@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from cyclopts import Parameter
 from pydantic import Field, model_validator
 
 from regraft.errors import RegraftError
@@ -53,7 +56,7 @@ class EvalSettings(Settings):
     perplexity: bool = Field(
         False, description="Measure the perplexity of the references of harmless prompts too."
     )
-    full_answers: bool = Field(
+    full_answers: Annotated[bool, Parameter(negative="--no-full-answers")] = Field(
         True,
         description="Let every answer go on to its own end or to `max_new_tokens`. If not, one "
         "that is judged and not compared with a reference ends where the verdict is certain, which "
