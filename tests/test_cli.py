@@ -1082,6 +1082,36 @@ def test_what_a_backward_pass_keeps_needs_space_too(
         assert not (world.root / "run").exists()
 
 
+def test_the_estimate_of_a_run_counts_what_each_stage_takes(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads half of the layers each, the ten forward and backward passes of gain: of prompts."""
+    monkeypatch.setattr(pipeline, "_speed", lambda *_: 1e9)
+    monkeypatch.setattr(pipeline, "_SHARE", {"cpu": 1})
+    dense = open_source(world.model)
+    heads = sum(layer.heads for layer in dense.architecture.layers)
+
+    def passes(**fields: Any) -> float:
+        """What realigning takes in a run, in forward passes over a prompt of each kind."""
+        made = read_recipe(world.recipe(**fields))
+        planned = pipeline.plan_run(made, world.root / "run")
+        alone = pipeline.plan_run(read_recipe(world.recipe(realign=[])), world.root / "run")
+        one = planned.prompts.evaluated
+        assert one is not None
+        tokens = planned.setup.cache.prompt_tokens(dense, one.examples)
+        flops = (planned.seconds() - alone.seconds()) * 1e9
+        answered = len(one.examples) * (tokens + made.evaluate.max_new_tokens)
+        spent = flops / (2 * dense.architecture.parameters) - answered
+        return spent / (tokens * made.calibration.samples)
+
+    by_heads = passes(realign=[{"method": "hsr", "budget": 50}])
+    assert by_heads == pytest.approx(heads / 2 + 2), "and both kinds once for statistics"
+    screened = {"mode": "screened", "candidates": 1, "r_max": 2}
+    fewer = passes(realign=[{"method": "hsr", "budget": 50, "top_heads": 1}], heads=screened)
+    assert fewer == pytest.approx(heads / 12 + 1 / 2 + 2)
+    assert passes(realign=[{"method": "gain", "budget": 50}]) > 2 * 30
+
+
 def test_what_needs_no_backward_pass_needs_no_space_for_one(world: World) -> None:
     """Nor what is done, and of a data set only the kinds that are learnt from."""
     place = RunDir(world.root / "run")

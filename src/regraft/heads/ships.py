@@ -51,6 +51,16 @@ class HeadSettings(Settings):
         None, ge=1, description="Tokens in one pass; fewer need less memory."
     )
 
+    def passes(self, heads: int) -> float:
+        """What scoring takes, about, in forward passes.
+
+        A head runs the layers behind it, half of all on average; where it is estimated with some
+        tokens of a prompt, about a sixth.
+        """
+        if self.mode == "exact":
+            return heads / 2
+        return heads / 12 + min(heads, self.candidates) / 2
+
     def unread(self) -> str | None:
         """What was set and changes nothing: the first of it, in words."""
         name = None if self.mode == "screened" else self.first_set("window", "candidates")

@@ -143,6 +143,8 @@ class Needs:
             imitates by gradients.
         positions: Another ranking: a file, in a recipe also the name of a method before it.
         some_heads: How many heads the model must have.
+        passes: What ranking takes, about, in forward passes over all calibration prompts; for
+            estimates of time.
     """
 
     heads: HeadChoice | None = None
@@ -150,6 +152,7 @@ class Needs:
     answers: bool = False
     positions: str | None = None
     some_heads: int = 0
+    passes: float = 0
 
     @property
     def gradients(self) -> bool:

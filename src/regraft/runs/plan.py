@@ -21,7 +21,7 @@ from regraft.runs.run_dir import RunDir
 from regraft.settings.searching import SearchSettings
 from regraft.stages.checks import check_direction_layer, check_gradients
 from regraft.stages.reading import read_validation
-from regraft.stages.steps import PromptUse, Step
+from regraft.stages.steps import BOTH_WAYS, PromptUse, Step
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Planner:
             make,
             check,
             learns=setup.calibration.samples,
+            passes=BOTH_WAYS if by_gradients else 2,  # each layer before and after it is pruned
             bytes=setup.dense.checkpoint.bytes,
             bytes_beside=bytes_beside,
         )

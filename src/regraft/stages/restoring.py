@@ -35,7 +35,7 @@ from regraft.stages.realigning import check_made_by, write_patch
 from regraft.stages.scoring import write_head_scores
 from regraft.stages.searching import Search, remarks
 from regraft.stages.setup import ArtifactPaths, Inputs, Setup
-from regraft.stages.steps import PromptUse, Step, StepGuard, check_all, unguarded
+from regraft.stages.steps import BOTH_WAYS, PromptUse, Step, StepGuard, check_all, unguarded
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,16 @@ class Restoration(Setup):
 
         make = partial(write_head_scores, self, paths.heads, self.scoring, paths.states)
         samples = self.calibration.samples
-        return Step("score heads", "", paths.heads, make, check, learns=samples, alone=True)
+        return Step(
+            "score heads",
+            "",
+            paths.heads,
+            make,
+            check,
+            learns=samples,
+            passes=self.scoring.passes(sum(one.heads for one in self.dense.architecture.layers)),
+            alone=True,
+        )
 
     def _answer(self, folder: Path) -> Step:
         def check() -> PromptUse:
@@ -183,6 +192,7 @@ class Restoration(Setup):
             lambda: write_statistics(self, out, StatisticsSettings(score=score), paths.responses),
             check,
             learns=2 * self.calibration.samples,
+            passes=BOTH_WAYS if by_gradients else 1,
             alone=True,
             bytes_beside=states,
         )
@@ -219,6 +229,7 @@ class Restoration(Setup):
             lambda: write_ranking(self, pruned(), paths.ranking, settings, paths.inputs(needs)),
             check,
             learns=2 * self.calibration.samples if needs.answers else 0,
+            passes=needs.passes,
             alone=True,
             bytes_beside=states,
         )

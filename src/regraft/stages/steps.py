@@ -47,6 +47,9 @@ class PromptUse:
         return found
 
 
+BOTH_WAYS = 4  # a backward pass runs each layer once more: so many forward passes
+
+
 @dataclass(frozen=True)
 class Step:
     """One artifact of a run."""
@@ -58,7 +61,8 @@ class Step:
     check: Callable[[], PromptUse] = PromptUse  # finds bad input before any step is made
     title: str = ""  # told when the step begins
     answers: int = 0  # prompts that a model answers
-    learns: int = 0  # prompts that go through a model forward, or forward and backward
+    learns: int = 0  # prompts that are learnt from
+    passes: float = 1  # what that takes, about, in forward passes of the model over these prompts
     alone: bool = False  # loads a model itself: the one evaluated last must go from memory
     bytes: int = 0  # of the artifact on disk, where it is large
     bytes_beside: Callable[[], int] = lambda: 0  # what work on it keeps on disk meanwhile

@@ -72,7 +72,8 @@ class FineTune(Method[FineTuneSettings]):
 
     def needs(self, settings: FineTuneSettings) -> Needs:
         """The dense model's own answers, and the ranking whose positions are trained."""
-        return Needs(answers=True, positions=None if settings.drawn else settings.positions)
+        positions = None if settings.drawn else settings.positions
+        return Needs(answers=True, positions=positions, passes=3 * settings.passes)
 
     def check(
         self,

@@ -93,7 +93,7 @@ class Gain(Method[GainSettings]):
 
     def needs(self, settings: GainSettings) -> Needs:
         """The dense model's own answers."""
-        return Needs(answers=True)
+        return Needs(answers=True, passes=30)  # five steps; measured, with the work on weights
 
     def check(
         self,
