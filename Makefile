@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test fast lint docs clean
+.PHONY: demo test fast lint docs real clean
 
 demo: $(VENV)/.run  ## prune, realign and report on the bundled model
 	$(BIN)/regraft demo --out demo-run
@@ -24,6 +24,13 @@ lint: $(VENV)/.dev  ## ruff and mypy
 # Not --quiet, which hides the warnings that --strict counts.
 docs: $(VENV)/.docs  ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+DATA ?= ../data
+real: $(VENV)/.run  ## docs/methods.md on the model in runs/real-model, with the data sets in DATA
+	$(BIN)/python scripts/make_real_benchmark.py runs/real-model --data $(DATA) --out runs/real-data \
+		--dtype bfloat16 --batch-size 64
+	$(BIN)/regraft run recipes/real-methods.yaml --out runs/real-methods
+	$(BIN)/regraft run recipes/real-prunings.yaml --out runs/real-prunings
 
 clean:  ## remove what make made
 	rm -rf $(VENV) demo-run site
