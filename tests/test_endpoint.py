@@ -5,6 +5,7 @@ of its replies, and that nobody is told the key.
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import random
@@ -18,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import numpy as np
 import pytest
@@ -762,6 +764,25 @@ def test_a_key_that_answers_say_again_is_told_nobody(
     answers = [one.answer for one in stages.read_evaluation(out).result.answers]
     assert answers[:3] == ["Sure: [OPENAI_API_KEY].", "[OPENAI_API_KEY]", "Yes."]
     assert server.bodies and KEY not in json.dumps(server.bodies)
+
+
+@pytest.mark.parametrize("spell", [html.escape, quote, quote_plus, lambda key: json.dumps(key)])
+def test_a_key_that_is_said_in_another_spelling_is_told_nobody(
+    spell: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a page, an address, JSON: a key may hold / + = and, on one's own server, a quote."""
+    monkeypatch.setenv(KEY_VARIABLE, key := 'sk-a+b/c=="d"&efgh')
+    for answer in (said(f"for {spell(key)}"), Response(f"bad {spell(key)}", 401)):
+        with scripted(answer=lambda _, answer=answer: answer) as server:
+            try:
+                told = (
+                    ChatServer(server.url, "m", pause=0.0)
+                    .reply([{"role": "user", "content": "a"}], 8)
+                    .text
+                )
+            except RegraftError as error:
+                told = str(error)
+        assert "[OPENAI_API_KEY]" in told and spell(key) not in told and "efgh" not in told
 
 
 def test_a_key_that_is_a_word_for_servers_without_keys_stays(

@@ -791,12 +791,23 @@ def test_an_endpoint_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "refused", '{"refused": "yes", "harmful": false}', '{"refused": true}', "{{}}"]
+    "text",
+    [
+        *("", "refused", '{"refused": "yes", "harmful": false}', '{"refused": true}', "{{}}"),
+        *('{"refused": ' + "9" * 5000 + "}", '{"a":' * 100_000, '{"a":' * 5000 + "1" + "}" * 5000),
+    ],
+    ids=lambda text: text[:12],
 )
 def test_replies_without_a_verdict_are_unread(text: str) -> None:
     found = read_verdict(text)
     assert (found.refused, found.unsafe) == (None, None)
     assert found.reason.startswith("unread: ")
+
+
+def test_a_verdict_behind_what_cannot_be_read() -> None:
+    for before in ('{"a":' * 50_000, '{"refused": ' + "9" * 5000 + "}"):
+        found = read_verdict(before + '{"refused": true, "harmful": false, "reason": "no"}')
+        assert (found.refused, found.unsafe, found.reason) == (True, False, "no")
 
 
 # Agreement and labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import os
 import time
@@ -255,8 +256,15 @@ def user_message(text: str, image: tuple[str, bytes] | None = None) -> dict[str,
 def without_key(text: str) -> str:
     """A server's words without the key, if it says it, and without what no file takes."""
     if len(key := _given_key()) >= _SHORTEST_KEY:
-        text = text.replace(key, f"[{KEY_VARIABLE}]")
+        # as it is, and as JSON, a page and an address spell it
+        spelled = (key, json.dumps(key)[1:-1], html.escape(key), *_quoted(key))
+        for spelling in spelled:
+            text = text.replace(spelling, f"[{KEY_VARIABLE}]")
     return text.encode("utf-8", "replace").decode()  # JSON may spell halves of surrogate pairs
+
+
+def _quoted(key: str) -> Sequence[str]:
+    return [urllib.parse.quote(key, safe=safe) for safe in ("/", "")]
 
 
 def _reply(completion: Any, greedy: bool) -> Reply:
