@@ -425,7 +425,7 @@ def test_the_command_line(
         return int(stopped.value.code or 0)
 
     out, direction = tmp_path / "out", ("--data", data.path, "--layer", 1, "--strength", 0.5)
-    made = ("defend", source.folder, "--method", method, "--out", out)
+    made = ("analyse", "defence", source.folder, "--method", method, "--out", out)
     assert not run(*made, *(direction if method != "adashield" else ()))
     assert type(load_defence(out)) is (ShieldPrompt if method == "adashield" else Direction)
     evaluate = ("eval", source.folder, "--suite", data.path, "--max-new-tokens", 2)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 from rich.console import Console
 
+from regraft.cli.defending import defence
+from regraft.cli.describing import describe
 from regraft.cli.options import (
     Calibration,
     Compute,
@@ -37,9 +39,12 @@ if TYPE_CHECKING:
 
 app = App(
     name="analyse",
-    help="Look into models and runs: heads, importance, comparisons, a setting at many values.",
+    help="Look into models and runs: layers, heads, importance, comparisons, a setting at many "
+    "values, defences to compare with.",
 )
+app.command(describe, name="model")
 app.command(compare, name="compare")
+app.command(defence, name="defence")
 
 
 @app.command(name="heads")

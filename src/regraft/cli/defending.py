@@ -1,4 +1,4 @@
-"""A defence at inference to compare with: `regraft defend`."""
+"""A defence at inference to compare with: `regraft analyse defence`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DefenceSettings
 
 
-def defend(
+def defence(
     pruned: Model,
     *,
     out: OutFile,
@@ -21,7 +21,7 @@ def defend(
 ) -> None:
     """Make a defence at inference to compare with: a prompt or a refusal direction.
 
-    Example: regraft defend pruned --method refusal-direction --out direction.safetensors
+    Example: regraft analyse defence pruned --method refusal-direction --out direction.safetensors
     """
     from regraft import stages
     from regraft.defence.artifact import Direction

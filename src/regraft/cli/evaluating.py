@@ -42,7 +42,7 @@ def evaluate(
     patch
         Put this patch on the model in memory first.
     defence
-        Answer under this defence at inference, from `regraft defend`.
+        Answer under this defence at inference, from `regraft analyse defence`.
     text
         Measure perplexity on this text file too: documents with blank lines between them.
     dense

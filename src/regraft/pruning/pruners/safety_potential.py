@@ -49,8 +49,8 @@ class SafetyPotentialSettings(LayerwiseSettings):
     prompt: str = Field(
         SAFETY_PROMPT,
         min_length=1,
-        description="The safety prompt, before the user's text; `regraft defend --method "
-        "safety-prompt` gives it at inference.",
+        description="The safety prompt, before the user's text; `regraft analyse defence "
+        "--method safety-prompt` gives it at inference.",
     )
 
     @property

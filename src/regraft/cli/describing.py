@@ -1,4 +1,4 @@
-"""What a checkpoint is: `regraft inspect`."""
+"""What a checkpoint is: `regraft analyse model`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from regraft.models.load import Source
 from regraft.patch.pair import check_pair, survey
 
 
-def inspect(
+def describe(
     model: Model,
     *,
     dense: str | None = None,
