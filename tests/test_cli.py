@@ -430,7 +430,11 @@ def test_budgets_in_a_recipe(
     [
         ("realign hsr", "Prompts to choose on; report no rates on them.", "Direction"),
         ("tune hsr", "Prompts to choose on; report no rates on them.", "Direction"),
-        ("analyse defence", "Direction: harmful and harmless prompts on which layer and", "search"),
+        (
+            "analyse defence refusal-direction",
+            "Harmful and harmless prompts on which layer",
+            "search",
+        ),
     ],
 )
 def test_validation_is_explained_by_each_command(
@@ -456,7 +460,7 @@ def test_validation_prompts_must_be_named_for_another_model(world: World, refuse
     has(refused(*words, "--data", world.data), too_few, "--validation")
     words += ["--validation", "vlguard#unsafe", "gone"]
     has(refused(*words, "--data", world.data), "vlguard:gone#unsafe: gone does not exist")
-    defend = ["analyse", "defence", world.pruned, "--method", "refusal-direction", "--out", "out"]
+    defend = ["analyse", "defence", "refusal-direction", world.pruned, "--out", "out"]
     has(refused(*defend, "--data", world.data), missing)
     variant = {"name": "r", "method": "random", "count": 4, "search": {"points": 1}}
     has(refused("run", world.recipe(realign=[variant]), "--out", "run"), "realign: 'r'", missing)
@@ -719,10 +723,13 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
     has(refused(*magnitude, "--samples", 3), "magnitude reads no data")
     scored: list[object] = ["analyse", "heads", world.model, "--out", "h", "--candidates", 4]
     has(refused(*scored), "`candidates` changes nothing where `mode` is exact")
-    defend: list[object] = ["analyse", "defence", world.pruned, "--out", "d", "--layer", 1]
-    has(refused(*defend), "`layer` changes nothing with adashield")
-    shield = ["analyse", "defence", world.pruned, "--out", "d"]
-    has(refused(*shield, "--data", "demo"), "adashield reads no data")
+    shield: list[object] = ["analyse", "defence", "adashield", world.pruned, "--out", "d"]
+    has(refused(*shield, "--layer", 1), "--layer")
+    has(refused(*shield, "--data", "demo"), "--data")
+    given: list[object] = ["analyse", "defence", "refusal-direction", world.pruned, "--out", "d"]
+    given += ["--layer", 1, "--strength", 2]
+    has(refused(*given, "--prompt", "x"), "--prompt")
+    has(refused(*given, "--max-over-refusal", 2), "`max-over-refusal` changes nothing where")
     statistics = [
         "analyse",
         "statistics",

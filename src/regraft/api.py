@@ -34,7 +34,6 @@ from regraft.flags import (
     check_endpoints,
     check_inputs,
     check_search,
-    refuse_unread,
 )
 from regraft.heads.score import HeadScores
 from regraft.heads.ships import HeadSettings
@@ -77,8 +76,7 @@ def prune(
     """
     blocks = PRUNERS.get(method).settings_type, CalibrationSettings, ComputeSettings
     own, data, compute = _settings({"method": method, **settings}, *blocks)
-    refuse_unread(own)
-    check_data(own.method, data, reads=bool(own.kinds))
+    check_data(own, data)
     return stages.prune_checkpoint(_setup(model, data, compute, progress), Path(out), own)
 
 
@@ -93,7 +91,6 @@ def score_heads(
         settings: Of the scoring (`r_max`, `mode` ...), the calibration and where it runs.
     """
     own, data, compute = _settings(settings, HeadSettings, CalibrationSettings, ComputeSettings)
-    refuse_unread(own, data)
     return stages.write_head_scores(_setup(model, data, compute, progress), Path(out), own)
 
 
@@ -129,7 +126,6 @@ def realign(
     data = data.with_responses()
     choice = None if search is None else _settings(search, SearchSettings)[0]
     scores = _path(heads_file)
-    refuse_unread(data)
     check_search(choice is not None, own, choice or SearchSettings())
     check_inputs(own, scoring, scores, None)
     before, after = _opened(dense, compute), _opened(pruned, compute)
@@ -202,7 +198,6 @@ def evaluate(
             an endpoint is asked (`concurrency`).
     """
     own, compute, endpoint = _settings(settings, EvalSettings, ComputeSettings, EndpointSettings)
-    refuse_unread(own)
     check_endpoint(_name(model), compute, endpoint)
     target = stages.open_target(model, compute, endpoint, progress, patch=_path(patch))
     return stages.evaluate_target(target, Path(out), _suites(suites), own).result
@@ -234,7 +229,6 @@ def check(
     margins, own, compute, endpoint = _settings(
         settings, Margins, EvalSettings, ComputeSettings, EndpointSettings
     )
-    refuse_unread(own)
     check_endpoints((_name(dense), _name(compressed)), compute, endpoint)
     named = _suites(suites)
     stages.clear_check(Path(out))

@@ -12,21 +12,14 @@ from pathlib import Path
 from regraft.errors import RegraftError
 from regraft.evaluation.chat_server import ENDPOINT
 from regraft.heads.ships import HeadSettings
+from regraft.pruning.base import PruneSettings
 from regraft.restoration.base import Budgeted, MethodSettings, needs_of
-from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EndpointSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 
 DEFAULT_VALIDATION_TOKENS = 64
-
-
-def refuse_unread(*given: Settings) -> None:
-    """Refuse the first setting that was given and changes nothing."""
-    for settings in given:
-        if (found := settings.unread()) is not None:
-            raise RegraftError(f"{found}. Leave it out.".replace("_", "-"))
 
 
 def refuse_compute(compute: ComputeSettings, why: str) -> None:
@@ -51,11 +44,10 @@ def check_endpoints(
         check_endpoint(names[0], compute, endpoint)
 
 
-def check_data(method: str, calibration: CalibrationSettings, *, reads: bool) -> None:
-    """Refuse data where none are read, of a pruner or a defence."""
-    if not reads and calibration != CalibrationSettings():
-        raise RegraftError(f"{method} reads no data: settings of it would change nothing.")
-    refuse_unread(calibration)
+def check_data(settings: PruneSettings, calibration: CalibrationSettings) -> None:
+    """Refuse data of a pruner that reads none."""
+    if not settings.kinds and calibration != CalibrationSettings():
+        raise RegraftError(f"{settings.method} reads no data: settings of it would change nothing.")
 
 
 def check_search(
@@ -117,4 +109,3 @@ def _check_scoring(settings: MethodSettings, scoring: HeadSettings) -> None:
         raise RegraftError(
             "No heads are scored for these settings: those of scoring would change nothing."
         )
-    refuse_unread(scoring)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 from rich.console import Console
 
-from regraft.cli.defending import defence
+from regraft.cli.defending import app as defence
 from regraft.cli.describing import describe
 from regraft.cli.options import (
     Calibration,
@@ -24,7 +24,6 @@ from regraft.cli.options import (
 )
 from regraft.cli.reporting import compare
 from regraft.console import say, show_grid, show_table
-from regraft.flags import refuse_unread
 from regraft.heads.ships import HeadSettings
 from regraft.recipes.file import read_recipe
 from regraft.settings.compute import ComputeSettings
@@ -69,7 +68,6 @@ def heads(
     from regraft import stages
 
     with watching() as progress:
-        refuse_unread(settings, calibration)
         source = open_model(model, compute.trust_remote_code)
         setup = stages.Setup(source, calibration, compute, progress)
         scores = stages.write_head_scores(setup, out, settings)
@@ -89,7 +87,6 @@ def statistics(
     from regraft import stages
 
     with watching() as progress:
-        refuse_unread(calibration)
         source = open_model(model, compute.trust_remote_code)
         stages.write_statistics(stages.Setup(source, calibration, compute, progress), out, settings)
         progress.note(f"Wrote {out}")

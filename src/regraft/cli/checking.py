@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from regraft.cli.exits import leave
 from regraft.cli.options import Compute, Flat, OutFolder, watching
 from regraft.console import say, show_grid
-from regraft.flags import check_endpoints, refuse_unread
+from regraft.flags import check_endpoints
 from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites
@@ -60,7 +60,6 @@ def check(
     from regraft.report.gate import sentence, table
 
     with watching() as progress:
-        refuse_unread(settings)
         check_endpoints((dense, compressed), compute, endpoint)
         stages.clear_check(out)
         sides = (

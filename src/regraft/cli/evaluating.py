@@ -12,7 +12,7 @@ from regraft.cli.options import Answering, Compute, Flat, OutFolder, watching
 from regraft.console import say, show_table
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate, EvalResult, Rates
-from regraft.flags import check_endpoint, refuse_unread
+from regraft.flags import check_endpoint
 from regraft.report.formatting import degenerate, number_cell, on_text, rate_cell
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites
@@ -51,7 +51,6 @@ def evaluate(
     from regraft import stages
 
     with watching() as progress:
-        refuse_unread(settings)
         check_endpoint(model, compute, endpoint)
         if dense is not None and text is None:
             raise RegraftError("--dense is for KL on a text: name the text with --text.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Field, create_model
 
 from regraft.cli.options import Calibration, Compute, Flat, Model, OutFolder, open_model, watching
-from regraft.flags import check_data, refuse_unread
+from regraft.flags import check_data
 from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, described
 from regraft.pruning.prune import zeros
 from regraft.settings.base import by_method
@@ -65,8 +65,7 @@ def prune(
     with watching() as progress:
         given = flags.model_dump(exclude_unset=True)
         settings = by_method(given, lambda name: PRUNERS.get(name).settings_type, default="wanda")
-        refuse_unread(settings)
-        check_data(settings.method, calibration, reads=bool(settings.kinds))
+        check_data(settings, calibration)
         source = open_model(model, compute.trust_remote_code)
         setup = stages.Setup(source, calibration, compute, progress)
         pruned = stages.prune_checkpoint(setup, out, settings)

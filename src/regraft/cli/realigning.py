@@ -17,7 +17,6 @@ from regraft.flags import (
     DEFAULT_VALIDATION_TOKENS,
     check_inputs,
     check_search,
-    refuse_unread,
 )
 from regraft.heads.ships import HeadSettings
 from regraft.patch.format import Patch
@@ -119,7 +118,6 @@ def realign(
 
     calibration = calibration.with_responses()
     with watching() as progress:
-        refuse_unread(calibration)
         check_search(search, settings, choice, max_new_tokens)
         check_inputs(settings, scoring, heads_file, statistics_file)
         source, other = (open_model(one, compute.trust_remote_code) for one in (dense, pruned))

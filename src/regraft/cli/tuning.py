@@ -19,7 +19,7 @@ from regraft.cli.realigning import (
     for_method,
 )
 from regraft.console import show_tuned
-from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_tuning, refuse_unread
+from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_tuning
 from regraft.heads.ships import HeadSettings
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
@@ -59,7 +59,6 @@ def tune(
     calibration = calibration.with_responses()
     with watching() as progress:
         check_tuning(settings, tuning, choice, scoring, compute.device)
-        refuse_unread(calibration)
         restoration = stages.Restoration(
             open_model(dense, compute.trust_remote_code),
             calibration,

@@ -14,10 +14,10 @@ the scores of a model together.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from regraft.models.ablation import EPS, AblationTarget
@@ -51,10 +51,11 @@ class HeadSettings(Settings):
         None, ge=1, description="Tokens in one pass; fewer need less memory."
     )
 
-    def unread(self) -> str | None:
-        """What was set and changes nothing: the first of it, in words."""
-        name = None if self.mode == "screened" else self.first_set("window", "candidates")
-        return None if name is None else f"`{name}` changes nothing where `mode` is {self.mode}"
+    @model_validator(mode="after")
+    def _check_mode(self) -> Self:
+        if self.mode == "exact" and (name := self.first_set("window", "candidates")):
+            raise ValueError(f"`{name}` changes nothing where `mode` is exact")
+        return self
 
 
 def most_rank(samples: int, hidden: int) -> int:

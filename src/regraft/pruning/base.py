@@ -70,15 +70,13 @@ class PruneSettings(Settings):
             self._overrides()
         except RegraftError as error:
             raise ValueError(str(error)) from error
-        return self
-
-    def unread(self) -> str | None:
-        """The first setting that was given and changes nothing, with the reason."""
         if self.n_m is not None and self.first_set("sparsity"):
-            return f"`n_m` {self.n_m} takes the place of `sparsity` {self.sparsity:g}"
+            raise ValueError(f"`n_m` {self.n_m} takes the place of `sparsity` {self.sparsity:g}")
         if self.n_m is not None and not self.overrides and self.first_set("scope"):
-            return f"`scope` changes nothing where `n_m` is {self.n_m}: groups are within rows"
-        return None
+            raise ValueError(
+                f"`scope` changes nothing where `n_m` is {self.n_m}: groups are in rows"
+            )
+        return self
 
     @property
     def kinds(self) -> tuple[str, ...]:

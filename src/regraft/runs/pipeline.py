@@ -144,14 +144,12 @@ def run_one(
 
 def unread_in(recipe: Recipe) -> list[str]:
     """What of the recipe changes nothing."""
-    named = [] if recipe.pruned else [(one.name, one.unread()) for one in recipe.prune]
-    named += [(one.name, one.unread()) for one in recipe.defend]
-    named += [(one, getattr(recipe, one).unread()) for one in ("calibration", "heads", "evaluate")]
+    found = []
     if recipe.pruned and recipe.prune[0].only() != prune_settings():
-        named.append(("prune", f"it changes nothing, since `pruned` is {recipe.pruned}"))
+        found.append(f"prune: it changes nothing, since `pruned` is {recipe.pruned}")
     if recipe.heads != HeadSettings() and not any(needs_of(one).heads for one in recipe.realign):
-        named.append(("heads", "they change nothing, since nothing goes by scored heads"))
-    return [f"{name}: {found}" for name, found in named if found is not None]
+        found.append("heads: they change nothing, since nothing goes by scored heads")
+    return found
 
 
 def _speed(dense: Source, compute: ComputeSettings) -> float:

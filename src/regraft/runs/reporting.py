@@ -38,7 +38,7 @@ from regraft.restoration.methods.gain.path import read_path
 from regraft.restoration.ranking import load_ranking
 from regraft.runs.passes import MethodPasses
 from regraft.runs.run_dir import RECIPE_FILE, RunDir
-from regraft.settings.defending import DefenceSettings
+from regraft.settings.defending import RefusalDirectionSettings
 from regraft.stages import Evaluation
 
 
@@ -206,8 +206,8 @@ class _Artifacts:
             yield self.realigned(pruning, one, patches[one.name], layers)
         for defence in recipe.defences_of(pruning):
             name = run_dir.name(pruning.name, defence.name)
-            how = _defence(defence, run_dir.defence(pruning.name, defence.name))
-            by_prompt = defence.method != "refusal-direction"
+            how = _defence(run_dir.defence(pruning.name, defence.name))
+            by_prompt = not isinstance(defence, RefusalDirectionSettings)
             yield _variant(
                 name,
                 self.evaluations[f"{pruning.name}/{defence.name}"],
@@ -265,13 +265,13 @@ def _variant(name: str, evaluation: Evaluation, **fields: Any) -> Variant:
     return Variant(name, label, evaluation.result, sparsity=sparsity, **fields)
 
 
-def _defence(settings: DefenceSettings, file: Path) -> str:
+def _defence(file: Path) -> str:
     made = load_defence(file)
     if isinstance(made, Direction):
         return f"refusal direction, layer {made.layer}, strength {made.strength:g}"
-    if settings.method == "safety-prompt":
+    if made.before:
         return "safety prompt"
-    if settings.prompt == DEFENCE_PROMPT:
+    if made.prompt == DEFENCE_PROMPT:
         return "prompt after AdaShield-S"
     return "AdaShield with a given prompt"
 

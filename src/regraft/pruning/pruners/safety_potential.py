@@ -50,7 +50,7 @@ class SafetyPotentialSettings(LayerwiseSettings):
         SAFETY_PROMPT,
         min_length=1,
         description="The safety prompt, before the user's text; `regraft analyse defence "
-        "--method safety-prompt` gives it at inference.",
+        "safety-prompt` gives it at inference.",
     )
 
     @property
