@@ -50,21 +50,14 @@ def check_data(settings: PruneSettings, calibration: CalibrationSettings) -> Non
         raise RegraftError(f"{settings.method} reads no data: settings of it would change nothing.")
 
 
-def check_search(
-    search: bool,
-    settings: MethodSettings,
-    choice: SearchSettings,
-    max_new_tokens: int = DEFAULT_VALIDATION_TOKENS,
-) -> None:
-    """Refuse a search that nothing can be searched in, and settings of one without --search."""
+def check_search(search: bool, settings: MethodSettings, max_new_tokens: int) -> None:
+    """Refuse a search that nothing can be searched in, and the length of its answers without."""
     if search and not settings.searchable:
         raise RegraftError(
             "--search chooses a number of weights: give a --budget too."
             if isinstance(settings, Budgeted)
             else f"{settings.method} has no number of weights to choose: leave --search out."
         )
-    if not search and choice != SearchSettings():
-        raise RegraftError("Bounds, targets and points are those of a search: add --search.")
     if not search and max_new_tokens != DEFAULT_VALIDATION_TOKENS:
         raise RegraftError("--max-new-tokens is of answers in a search: add --search.")
 

@@ -19,12 +19,13 @@ from regraft.cli.options import (
     OutFile,
     OutFolder,
     Trust,
-    open_model,
+    given,
     watching,
 )
 from regraft.cli.reporting import compare
 from regraft.console import say, show_grid, show_table
 from regraft.heads.ships import HeadSettings
+from regraft.models.load import open_source
 from regraft.recipes.file import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -65,12 +66,11 @@ def heads(
     show
         How many top heads to print.
     """
-    from regraft import stages
+    from regraft import api
 
     with watching() as progress:
-        source = open_model(model, compute.trust_remote_code)
-        setup = stages.Setup(source, calibration, compute, progress)
-        scores = stages.write_head_scores(setup, out, settings)
+        blocks = given(settings, calibration, compute)
+        scores = api.score_heads(model, out, progress=progress, **blocks)
         _show_heads(progress.console, scores, show)
 
 
@@ -87,7 +87,7 @@ def statistics(
     from regraft import stages
 
     with watching() as progress:
-        source = open_model(model, compute.trust_remote_code)
+        source = open_source(model, trust_remote_code=compute.trust_remote_code)
         stages.write_statistics(stages.Setup(source, calibration, compute, progress), out, settings)
         progress.note(f"Wrote {out}")
 
@@ -169,7 +169,7 @@ def overlap(
     from regraft.analysis.overlap import write_overlap
 
     with watching() as progress:
-        dense = open_model(model, trust_remote_code)
+        dense = open_source(model, trust_remote_code=trust_remote_code)
         found = write_overlap(dense, statistics_file, share, scope, out, progress)
         _show_overlap(progress.console, found)
         progress.note(f"Figure: {(out / 'overlap.svg').absolute()}")

@@ -14,9 +14,9 @@ from regraft.cli.options import (
     Model,
     OutFile,
     Trust,
-    open_model,
     watching,
 )
+from regraft.models.load import open_source
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import (
@@ -85,7 +85,7 @@ def _write(
     from regraft.defence.artifact import Direction
 
     with watching() as progress:
-        source = open_model(pruned, compute.trust_remote_code)
+        source = open_source(pruned, trust_remote_code=compute.trust_remote_code)
         target = stages.Target(source, compute, progress=progress)
         made = stages.write_defence(target, out, settings, calibration)
         if isinstance(made, Direction):

@@ -10,14 +10,10 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Group, Parameter
 from pydantic import ValidationError, create_model
 
-from regraft.cli.options import Flat, OutFile, open_model, watching
+from regraft.cli.options import Flat, OutFile, given, watching
 from regraft.console import ConsoleWatch, show_search
 from regraft.errors import RegraftError
-from regraft.flags import (
-    DEFAULT_VALIDATION_TOKENS,
-    check_inputs,
-    check_search,
-)
+from regraft.flags import DEFAULT_VALIDATION_TOKENS
 from regraft.heads.ships import HeadSettings
 from regraft.patch.format import Patch
 from regraft.patch.pair import is_changed
@@ -26,9 +22,7 @@ from regraft.restoration.methods.fine_tune.adam import TRAINED_VALUES, is_traine
 from regraft.settings.base import EXPERT
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
-from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings
-from regraft.settings.validation import with_held_out
 
 _create_model: Any = create_model
 _SEARCH = Group("Search for a number of weights", sort_key=2)
@@ -84,12 +78,12 @@ def for_method(
         if one.name not in unread
     ]
 
-    def command(*args: Any, **given: Any) -> None:
+    def command(*args: Any, **flags: Any) -> None:
         # Of the method's own class again, which worker processes can import.
-        flags = given.get("settings")
-        chosen = {} if flags is None else flags.model_dump(exclude_unset=True)
+        block = flags.get("settings")
+        chosen = {} if block is None else block.model_dump(exclude_unset=True)
         settings = method.settings_type(**{**chosen, "method": name})
-        run(name, *args, **{**given, "settings": settings})
+        run(name, *args, **{**flags, "settings": settings})
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in parameters}
@@ -114,31 +108,26 @@ def realign(
     statistics_file: StatisticsFile = None,
 ) -> None:
     """Rank weights by a method and write the dense values of the first as a patch."""
-    from regraft import stages
+    from regraft import api, stages
 
-    calibration = calibration.with_responses()
+    if not search and choice != SearchSettings():
+        raise RegraftError("Bounds, targets and points are those of a search: add --search.")
     with watching() as progress:
-        check_search(search, settings, choice, max_new_tokens)
-        check_inputs(settings, scoring, heads_file, statistics_file)
-        source, other = (open_model(one, compute.trust_remote_code) for one in (dense, pruned))
-        found, learnt = None, calibration
-        if search:
-            found, learnt = with_held_out(choice, source.folder, calibration)
-        if learnt != calibration:
-            progress.note(
-                "No --validation is given: the search chooses on a quarter of the prompts, and "
-                "nothing is learnt from these."
-            )
-        given = stages.Inputs(heads=heads_file, statistics=statistics_file)
-        paths = stages.ArtifactPaths.beside(out, given)
-        evaluation = EvalSettings(max_new_tokens=max_new_tokens, full_answers=False)
-        restoration = stages.Restoration(
-            source, learnt, compute, progress, scoring=scoring, evaluation=evaluation
+        patch = api.realign(
+            dense,
+            pruned,
+            out,
+            search=given(choice) if search else None,
+            max_new_tokens=max_new_tokens,
+            heads_file=heads_file,
+            statistics_file=statistics_file,
+            progress=progress,
+            **given(settings, calibration, scoring, compute),
         )
-        patch = restoration.restore(other, settings, paths, found)
         if search:
-            show_search(progress.console, stages.read_curve(paths.curve))
-            progress.note(f"All points: {paths.curve}")
+            curve = stages.ArtifactPaths.beside(out).curve
+            show_search(progress.console, stages.read_curve(curve))
+            progress.note(f"All points: {curve}")
         _describe(progress, out, patch)
 
 

@@ -25,7 +25,7 @@ from regraft.report.study import Study
 from regraft.restoration.base import needs_of
 from regraft.runs.passes import count_pass, learns_from_both
 from regraft.runs.plan import Planner
-from regraft.runs.reporting import model_folder, report_run
+from regraft.runs.reporting import report_run
 from regraft.runs.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.stages.checks import check_restorable
@@ -86,7 +86,7 @@ def plan_run(
         RegraftError: bad input.
     """
     run_dir, trust = RunDir(folder, several=len(recipe.prune) > 1), recipe.compute.trust_remote_code
-    dense = open_source(model_folder(recipe.model), trust_remote_code=trust)
+    dense = open_source(recipe.model, trust_remote_code=trust)
     existing = None
     if recipe.pruned is not None:
         existing = open_source(recipe.pruned, trust_remote_code=trust)

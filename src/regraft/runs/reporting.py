@@ -11,7 +11,7 @@ from typing import Any
 
 from regraft import stages
 from regraft.costs import CalibrationPass, Cost, read_costs, read_pass
-from regraft.data.demo import CAVEAT, demo_model, is_demo
+from regraft.data.demo import CAVEAT, is_demo
 from regraft.data.suites import join_suites
 from regraft.defence.artifact import Direction, load_defence
 from regraft.defence.prompt import DEFENCE_PROMPT
@@ -92,11 +92,6 @@ def read_run(folder: Path, name: str = "") -> Run:
     return _Artifacts(run_dir, recipe, costs, one_pass).run(name)
 
 
-def model_folder(model: str) -> str | Path:
-    """Where a recipe's model lies, or its hub id."""
-    return demo_model() if model == "demo" else model
-
-
 @dataclass(frozen=True)
 class _Artifacts:
     """What a run has left behind."""
@@ -154,7 +149,7 @@ class _Artifacts:
         """Their scores, where the run has any."""
         if not self.run_dir.heads.exists():
             return None
-        return load_heads(self.run_dir.heads, self.opened(model_folder(self.recipe.model)))
+        return load_heads(self.run_dir.heads, self.opened(self.recipe.model))
 
     def opened(self, model: str | Path) -> Architecture:
         """Of a model, without its weights."""
