@@ -423,14 +423,15 @@ def test_the_command_line(
 ) -> None:
     def run(*words: object) -> int:
         with pytest.raises(SystemExit) as stopped:
-            main([str(word) for word in (*words, "--device", "cpu")])
+            main([str(word) for word in words])
         return int(stopped.value.code or 0)
 
-    out, direction = tmp_path / "out", ("--data", data.path, "--layer", 1, "--strength", 0.5)
+    out, cpu = tmp_path / "out", ("--device", "cpu")
+    direction = ("--data", data.path, "--layer", 1, "--strength", 0.5, *cpu)
     made = ("analyse", "defence", method, source.folder, "--out", out)
     assert not run(*made, *(direction if method != "adashield" else ()))
     assert type(load_defence(out)) is (ShieldPrompt if method == "adashield" else Direction)
-    evaluate = ("eval", source.folder, "--suite", data.path, "--max-new-tokens", 2)
+    evaluate = ("eval", source.folder, "--suite", data.path, "--max-new-tokens", 2, *cpu)
     assert not run(*evaluate, "--defence", out, "--out", tmp_path / "eval")
     about = stages.read_evaluation(tmp_path / "eval").about
     assert about["inputs"]["defence"] == file_digest(out)

@@ -30,9 +30,7 @@ from regraft.evaluation.gate import Check
 from regraft.evaluation.results import EvalResult
 from regraft.flags import (
     DEFAULT_VALIDATION_TOKENS,
-    check_data,
     check_endpoint,
-    check_endpoints,
     check_inputs,
     check_search,
 )
@@ -78,7 +76,8 @@ def prune(
     """
     blocks = PRUNERS.get(method).settings_type, CalibrationSettings, ComputeSettings
     own, data, compute = _settings({"method": method, **settings}, *blocks)
-    check_data(own, data)
+    if not own.kinds and data != CalibrationSettings():
+        raise RegraftError(f"{method} reads no data: settings of it would change nothing.")
     setup = stages.Setup(_opened(model, compute), data, compute, progress)
     return stages.prune_checkpoint(setup, Path(out), own)
 
@@ -219,7 +218,7 @@ def evaluate(
             an endpoint is asked (`concurrency`).
     """
     own, compute, endpoint = _settings(settings, EvalSettings, ComputeSettings, EndpointSettings)
-    check_endpoint(_name(model), compute, endpoint)
+    check_endpoint([model], compute, endpoint)
     if dense is not None and text is None:
         raise RegraftError("--dense is for KL on a text: name the text with --text.")
     on_text = None if text is None else stages.OnText(Path(text), _path(dense))
@@ -254,7 +253,7 @@ def check(
     margins, own, compute, endpoint = _settings(
         settings, Margins, EvalSettings, ComputeSettings, EndpointSettings
     )
-    check_endpoints((_name(dense), _name(compressed)), compute, endpoint)
+    check_endpoint([dense, compressed], compute, endpoint)
     named = _suites(suites)
     stages.clear_check(Path(out))
     sides = (
@@ -317,11 +316,6 @@ def _data(named: Any) -> DataSource:
 
 def _suites(named: Suites) -> list[DataSource]:
     return [_data(one) for one in ([named] if isinstance(named, str) else named)]
-
-
-def _name(model: Model) -> str:
-    """As on the command line; "" of a model that is opened."""
-    return "" if isinstance(model, Source) else str(model)
 
 
 def _opened(model: Model, compute: ComputeSettings) -> Source:

@@ -12,10 +12,8 @@ from pathlib import Path
 from regraft.errors import RegraftError
 from regraft.evaluation.chat_server import ENDPOINT
 from regraft.heads.ships import HeadSettings
-from regraft.pruning.base import PruneSettings
 from regraft.restoration.base import Budgeted, MethodSettings, needs_of
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EndpointSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 
@@ -28,26 +26,15 @@ def refuse_compute(compute: ComputeSettings, why: str) -> None:
         raise RegraftError(f"{why}: leave out --{found.replace('_', '-')}.")
 
 
-def check_endpoint(name: str, compute: ComputeSettings, endpoint: EndpointSettings) -> None:
-    """Refuse how a model is run here where it runs on a server, and how a server is asked."""
-    if name.startswith(ENDPOINT):
-        refuse_compute(compute, "An endpoint runs as its server was started")
-    elif endpoint != EndpointSettings():
-        raise RegraftError("--concurrency is of requests to an endpoint: leave it out.")
-
-
-def check_endpoints(
-    names: Sequence[str], compute: ComputeSettings, endpoint: EndpointSettings
+def check_endpoint(
+    models: Sequence[object], compute: ComputeSettings, endpoint: EndpointSettings
 ) -> None:
-    """The same of two models, of which one may run here and the other on a server."""
-    if len({name.startswith(ENDPOINT) for name in names}) == 1:
-        check_endpoint(names[0], compute, endpoint)
-
-
-def check_data(settings: PruneSettings, calibration: CalibrationSettings) -> None:
-    """Refuse data of a pruner that reads none."""
-    if not settings.kinds and calibration != CalibrationSettings():
-        raise RegraftError(f"{settings.method} reads no data: settings of it would change nothing.")
+    """Refuse how models are run here where none is, and how servers are asked where none is."""
+    served = {isinstance(one, str) and one.startswith(ENDPOINT) for one in models}
+    if False not in served:
+        refuse_compute(compute, "An endpoint runs as its server was started")
+    if True not in served and endpoint != EndpointSettings():
+        raise RegraftError("--concurrency is of requests to an endpoint: leave it out.")
 
 
 def check_search(search: bool, settings: MethodSettings, max_new_tokens: int) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from cyclopts import App, Group, Parameter
-from pydantic import ValidationError, create_model
+from pydantic import ValidationError
 
-from regraft.cli.options import Flat, OutFile, given, watching
+from regraft.cli.methods import as_command
+from regraft.cli.options import OutFile, given, watching
 from regraft.console import ConsoleWatch, show_search
 from regraft.errors import RegraftError
 from regraft.flags import DEFAULT_VALIDATION_TOKENS
@@ -24,7 +24,6 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.searching import SearchSettings
 
-_create_model: Any = create_model
 _SEARCH = Group("Search for a number of weights", sort_key=2)
 _DATA = Parameter(name="*", group=Group("Calibration prompts", sort_key=1))
 Dense = Annotated[str, Parameter(help="Dense checkpoint: a folder or hub id.")]
@@ -47,48 +46,19 @@ Where = Annotated[ComputeSettings, Parameter(name="*", group=Group("Where it run
 def for_method(
     run: Callable[..., None], name: str, text: str, without: Collection[str] = ()
 ) -> Callable[..., None]:
-    """`run` as the command of one method: with its settings, and no flag that it does not read.
+    """`run` as the command of a restoration method; see `as_command`.
 
     What the method needs by default decides whether there are flags for heads and statistics.
-
-    Args:
-        run: Its first argument is the method's name, and `settings` are those of any method.
-        name: The method.
-        text: The help.
-        without: Other parameters of `run` that mean nothing here.
     """
     method = METHODS.get(name)
     needs = method.needs(method.settings_type(method=name))
-    unread = {"name", *without}
+    unread = {*without}
     unread |= set() if needs.heads else {"scoring", "heads_file"}
     unread |= set() if needs.statistics else {"statistics_file"}
-    hidden = Annotated[Literal[name], Parameter(show=False, parse=False)]  # type: ignore[valid-type]
-    own = _create_model(
-        method.settings_type.__name__, __base__=method.settings_type, method=(hidden, name)
-    )
     # Responses are read by statistics alone: other methods have the dense model answer.
     prompts = CalibrationSettings if needs.statistics else PromptSettings
-    special: dict[str, dict[str, Any]] = {
-        "settings": {"annotation": Annotated[own, Flat], "default": None},
-        "calibration": {"annotation": Annotated[prompts, _DATA], "default": prompts()},
-    }
-    parameters = [
-        one.replace(**special.get(one.name, {}))
-        for one in inspect.signature(run, eval_str=True).parameters.values()
-        if one.name not in unread
-    ]
-
-    def command(*args: Any, **flags: Any) -> None:
-        # Of the method's own class again, which worker processes can import.
-        block = flags.get("settings")
-        chosen = {} if block is None else block.model_dump(exclude_unset=True)
-        settings = method.settings_type(**{**chosen, "method": name})
-        run(name, *args, **{**flags, "settings": settings})
-
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {one.name: one.annotation for one in parameters}
-    command.__doc__, command.__name__ = text, name
-    return command
+    special = {"calibration": {"annotation": Annotated[prompts, _DATA], "default": prompts()}}
+    return as_command(run, name, method.settings_type, text, unread, special)
 
 
 def realign(

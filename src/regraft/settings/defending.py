@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
-from cyclopts import Parameter
 from pydantic import Field, field_validator, model_validator
 
 from regraft.defence.prompt import DEFENCE_PROMPT
@@ -13,7 +12,6 @@ from regraft.pruning.pruners.safety_potential import SAFETY_PROMPT
 from regraft.settings.base import Settings
 from regraft.settings.data import Validation
 
-_FIXED = Parameter(show=False, parse=False)  # a command of its own says which
 _OF_SEARCH = ("strengths", "validation", "validation_limit", "max_over_refusal", "max_new_tokens")
 
 
@@ -39,7 +37,7 @@ class AdaShieldSettings(DefencePromptSettings):
     """Put a defence prompt between two copies of the user's text, after AdaShield-S."""
 
     before: ClassVar[bool] = False
-    method: Annotated[Literal["adashield"], _FIXED] = "adashield"
+    method: Literal["adashield"] = "adashield"
     prompt: str = Field(
         DEFENCE_PROMPT,
         min_length=1,
@@ -51,7 +49,7 @@ class SafetyPromptSettings(DefencePromptSettings):
     """Put a safety prompt before the user's text, as Safety-Potential Pruning does."""
 
     before: ClassVar[bool] = True
-    method: Annotated[Literal["safety-prompt"], _FIXED] = "safety-prompt"
+    method: Literal["safety-prompt"] = "safety-prompt"
     prompt: str = Field(
         SAFETY_PROMPT,
         min_length=1,
@@ -63,7 +61,7 @@ class SafetyPromptSettings(DefencePromptSettings):
 class RefusalDirectionSettings(DefenceSettings):
     """Add the difference of means of harmful and harmless prompts to the hidden states."""
 
-    method: Annotated[Literal["refusal-direction"], _FIXED] = "refusal-direction"
+    method: Literal["refusal-direction"] = "refusal-direction"
     layer: int | None = Field(
         None,
         ge=0,
