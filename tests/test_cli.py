@@ -384,7 +384,7 @@ BUDGETS = [
     (
         "random",
         ["--count", 9, "--target-asr", 5, "--target-rsr", 5],
-        ["`target_asr` and `target_rsr` exclude each other"],
+        ["`target-asr` and `target-rsr` exclude each other"],
     ),
 ]
 
