@@ -14,6 +14,7 @@ import pico
 import regraft
 from disk import write_data
 from regraft.cli import main
+from regraft.data.demo import demo_model
 from regraft.disk.files import read_json
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
@@ -191,6 +192,15 @@ def test_settings_that_mean_nothing_are_refused_as_by_the_command_line(
         main(command.format(dense=root / "dense", out=out).split())
     assert message in " ".join(capsys.readouterr().err.split())
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_word_demo_is_the_bundled_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_source("demo").folder == demo_model()
+    with pytest.raises(RegraftError, match="The model folder demo does not exist"):
+        open_source(Path("demo"))
 
 
 def test_naming_the_package_imports_nothing_heavy() -> None:
