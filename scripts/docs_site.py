@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = "commands.md"  # the page that is generated
-_CONTENTS = re.compile(r"^## Table of Contents\n.*?(?=^\*\*Commands\*\*)", re.DOTALL | re.MULTILINE)
+_CONTENTS = re.compile(r"^## Table of Contents\n.*?(?=^\*\*)", re.DOTALL | re.MULTILINE)
 _PAGE_LINK = re.compile(r'href="([\w-]+)\.md')
 _OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)")
 

@@ -14,6 +14,7 @@ import pico
 import regraft
 from disk import write_data
 from regraft.cli import main
+from regraft.data.demo import demo_model
 from regraft.disk.files import read_json
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
@@ -112,14 +113,14 @@ ENDPOINT = "endpoint:http://localhost:1/v1#m"
         (
             lambda root, out: regraft.prune(root / "dense", out, n_m="2:4", sparsity=0.4),
             "prune {dense} --n-m 2:4 --sparsity 0.4 --out {out}",
-            "`n-m` 2:4 takes the place of `sparsity` 0.4. Leave it out.",
+            "`n-m` 2:4 takes the place of `sparsity` 0.4",
         ),
         (
             lambda root, out: regraft.score_heads(
                 root / "dense", out, responses="given", max_response_tokens=3
             ),
             "analyse heads {dense} --responses given --max-response-tokens 3 --out {out}",
-            "`max-response-tokens` changes nothing where `responses` are given. Leave it out.",
+            "`max-response-tokens` changes nothing where `responses` are given",
         ),
         (
             lambda root, out: regraft.realign(
@@ -169,7 +170,7 @@ ENDPOINT = "endpoint:http://localhost:1/v1#m"
                 root / "dense", "demo:test", out, judge="gcg-1", keywords=("no",)
             ),
             "eval {dense} --suite demo:test --judge gcg-1 --keywords no --out {out}",
-            "`keywords` take the place of the judge gcg-1. Leave it out.",
+            "`keywords` take the place of the judge gcg-1",
         ),
     ],
 )
@@ -186,11 +187,20 @@ def test_settings_that_mean_nothing_are_refused_as_by_the_command_line(
     out = tmp_path / "out"
     with pytest.raises(RegraftError) as refused:
         act(root, out)
-    assert str(refused.value) == message
+    assert message in str(refused.value).replace("_", "-")
     with pytest.raises(SystemExit, match="2"):
         main(command.format(dense=root / "dense", out=out).split())
     assert message in " ".join(capsys.readouterr().err.split())
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_word_demo_is_the_bundled_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_source("demo").folder == demo_model()
+    with pytest.raises(RegraftError, match="The model folder demo does not exist"):
+        open_source(Path("demo"))
 
 
 def test_naming_the_package_imports_nothing_heavy() -> None:

@@ -51,7 +51,10 @@ from regraft.stages.reading import _made_from_demo
 FAMILY = "qwen2_5_vl"
 WIDTHS = "rows of 64"
 HSR = {"method": "hsr", "top_heads": 2}
-OF = {"heads": "analyse", "statistics": "analyse"}  # groups of commands
+CALLED = {  # by what is tested: the words of a command
+    **{name: ["analyse", name] for name in ("model", "heads", "statistics", "defence")},
+    "revert": ["apply", "--revert"],
+}
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def run_ok(*words: object) -> None:
 
 def called(command: str) -> list[object]:
     """The words of a command, with the group that it is in."""
-    return [OF[command], command] if command in OF else [command]
+    return [*CALLED.get(command, [command])]
 
 
 def has(message: str, *parts: object) -> None:
@@ -169,12 +172,12 @@ def prune(world: World, *more: object) -> list[object]:
 # Models
 
 
-@pytest.mark.parametrize("command", ["inspect", "prune", "heads", "statistics", "eval"])
+@pytest.mark.parametrize("command", ["model", "prune", "heads", "statistics", "eval"])
 def test_missing_model(world: World, refused: Refused, command: str) -> None:
     words = [*called(command), "nowhere"]
     if command == "eval":
         words += ["--suite", world.data]
-    if command != "inspect":
+    if command != "model":
         words += ["--out", "out"]
     has(refused(*words), "The model folder nowhere does not exist")
 
@@ -182,12 +185,13 @@ def test_missing_model(world: World, refused: Refused, command: str) -> None:
 def test_missing_folders_of_apply(world: World, refused: Refused) -> None:
     has(refused("apply", "nowhere", world.patch, "--out", "out"), "nowhere does not exist")
     has(refused("apply", world.pruned, "no.safetensors", "--out", "o"), "no.safetensors", "a patch")
-    has(refused("revert", world.pruned, world.pruned, "--out", "o"), world.pruned, "is a folder")
+    words = [*called("revert"), world.pruned, world.pruned, "--out", "o"]
+    has(refused(*words), world.pruned, "is a folder")
 
 
 def test_hub_model_without_network(refused: Refused) -> None:
     has(
-        refused("inspect", "nobody/nothing"),
+        refused("analyse", "model", "nobody/nothing"),
         "nobody/nothing",
         "could not be downloaded from the hub",
     )
@@ -195,7 +199,7 @@ def test_hub_model_without_network(refused: Refused) -> None:
 
 @pytest.mark.parametrize("name", ["./nope", "../nope", "a/b--c"])
 def test_mistyped_folder(refused: Refused, name: str) -> None:
-    message = refused("inspect", name)
+    message = refused("analyse", "model", name)
     has(message, name)
     assert "does not exist" in message or "could not be downloaded" in message
 
@@ -380,7 +384,7 @@ BUDGETS = [
     (
         "random",
         ["--count", 9, "--target-asr", 5, "--target-rsr", 5],
-        ["`target_asr` and `target_rsr` exclude each other"],
+        ["`target-asr` and `target-rsr` exclude each other"],
     ),
 ]
 
@@ -426,7 +430,11 @@ def test_budgets_in_a_recipe(
     [
         ("realign hsr", "Prompts to choose on; report no rates on them.", "Direction"),
         ("tune hsr", "Prompts to choose on; report no rates on them.", "Direction"),
-        ("defend", "Direction: harmful and harmless prompts on which layer and", "search"),
+        (
+            "analyse defence refusal-direction",
+            "Harmful and harmless prompts on which layer",
+            "search",
+        ),
     ],
 )
 def test_validation_is_explained_by_each_command(
@@ -452,7 +460,7 @@ def test_validation_prompts_must_be_named_for_another_model(world: World, refuse
     has(refused(*words, "--data", world.data), too_few, "--validation")
     words += ["--validation", "vlguard#unsafe", "gone"]
     has(refused(*words, "--data", world.data), "vlguard:gone#unsafe: gone does not exist")
-    defend = ["defend", world.pruned, "--method", "refusal-direction", "--out", "out"]
+    defend = ["analyse", "defence", "refusal-direction", world.pruned, "--out", "out"]
     has(refused(*defend, "--data", world.data), missing)
     variant = {"name": "r", "method": "random", "count": 4, "search": {"points": 1}}
     has(refused("run", world.recipe(realign=[variant]), "--out", "run"), "realign: 'r'", missing)
@@ -715,10 +723,13 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
     has(refused(*magnitude, "--samples", 3), "magnitude reads no data")
     scored: list[object] = ["analyse", "heads", world.model, "--out", "h", "--candidates", 4]
     has(refused(*scored), "`candidates` changes nothing where `mode` is exact")
-    defend: list[object] = ["defend", world.pruned, "--out", "d", "--layer", 1]
-    has(refused(*defend), "`layer` changes nothing with adashield")
-    shield = ["defend", world.pruned, "--out", "d"]
-    has(refused(*shield, "--data", "demo"), "adashield reads no data")
+    shield: list[object] = ["analyse", "defence", "adashield", world.pruned, "--out", "d"]
+    has(refused(*shield, "--layer", 1), "--layer")
+    has(refused(*shield, "--data", "demo"), "--data")
+    given: list[object] = ["analyse", "defence", "refusal-direction", world.pruned, "--out", "d"]
+    given += ["--layer", 1, "--strength", 2]
+    has(refused(*given, "--prompt", "x"), "--prompt")
+    has(refused(*given, "--max-over-refusal", 2), "`max-over-refusal` changes nothing where")
     statistics = [
         "analyse",
         "statistics",
@@ -809,7 +820,11 @@ def test_reverting_one_of_two_patches(world: World, refused: Refused) -> None:
     run_ok(
         "apply", world.pruned, world.patch, world.root / "p.safetensors", "--out", world.root / "b"
     )
-    has(refused("revert", "b", world.patch, "--out", "x"), "name them too", "apply again those")
+    has(
+        refused(*called("revert"), "b", world.patch, "--out", "x"),
+        "name them too",
+        "apply again those",
+    )
 
 
 def test_output_places(world: World, refused: Refused) -> None:
@@ -838,7 +853,7 @@ def test_folders_that_are_no_evaluation(world: World, refused: Refused) -> None:
 
 
 def test_paths_are_not_emoji(world: World, refused: Refused) -> None:
-    has(refused("inspect", "run:key:x:"), "run:key:x:")
+    has(refused("analyse", "model", "run:key:x:"), "run:key:x:")
 
 
 def test_the_bundled_model_pruned_is_known(tmp_path: Path) -> None:
@@ -885,14 +900,15 @@ def test_patch_for_another_base(world: World, refused: Refused) -> None:
     has(message, "model is not the base of this patch")
     pico.save("llava", world.root / "llava", torch.bfloat16)
     has(refused("apply", "llava", world.patch, "--out", "out"), "llava is not the base")
-    has(refused("revert", "llava", world.patch, "--out", "out"), "llava is not the base")
+    has(refused(*called("revert"), "llava", world.patch, "--out", "out"), "llava is not the base")
 
 
 @pytest.mark.parametrize("command", ["apply", "revert"])
 def test_where_to_patch(world: World, refused: Refused, command: str) -> None:
-    has(refused(command, world.pruned, world.patch), "--out")
-    has(refused(command, world.pruned, "--out", "x"), "No patch is named")
-    has(refused(command, world.pruned, world.patch, world.pruned, "--out", "x"), "is a folder")
+    words = [*called(command), world.pruned]
+    has(refused(*words, world.patch), "--out")
+    has(refused(*words, "--out", "x"), "No patch is named")
+    has(refused(*words, world.patch, world.pruned, "--out", "x"), "is a folder")
 
 
 def test_dry_run(world: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1240,7 +1256,7 @@ def test_exit_codes_of_the_program(world: World) -> None:
     good = run("--help")
     assert good.returncode == 0, good.stderr
     assert all(name in good.stdout for name in ("prune", "analyse", "realign", "apply", "run"))
-    bad = run("inspect", "nowhere")
+    bad = run("analyse", "model", "nowhere")
     assert bad.returncode == 2, bad.stderr
     assert bad.stdout == ""
     assert "nowhere does not exist" in bad.stderr
@@ -1259,8 +1275,8 @@ def test_whole_way_by_single_commands(
         run_ok(*words)
         return capsys.readouterr().out
 
-    assert "16" not in run("inspect", world.model).split("prunable")[0]
-    shown = run("inspect", world.model, "--names")
+    assert "16" not in run("analyse", "model", world.model).split("prunable")[0]
+    shown = run("analyse", "model", world.model, "--names")
     has(shown, "qwen2_5_vl", "layers", "query heads", "layers.3.mlp.down_proj.weight", "BF16")
     data = ["--data", world.data, "--samples", 4]
     has(run("prune", world.model, *data, "--n-m", "2:4", "--out", "half"), "50.00 %")
@@ -1277,7 +1293,9 @@ def test_whole_way_by_single_commands(
     shown = run("realign", "hsr", world.model, "half", *files, "--top-heads", 2, "--out", "hsr.st")
     has(shown, "weights are restored", "per 10,000")
     has(run("apply", "half", "hsr.st", "--out", "realigned"), "Checkpoint: realigned")
-    has(run("revert", "realigned", "hsr.st", "--out", "reverted"), "Checkpoint: reverted")
+    has(
+        run("apply", "realigned", "hsr.st", "--revert", "--out", "reverted"), "Checkpoint: reverted"
+    )
     answers = ["--suite", world.data, "--max-new-tokens", 2, "--device", "cpu"]
     has(run("eval", "realigned", *answers, "--out", "a"), "ASR", "over-refusal", "95 %")
     run("eval", "half", "--patch", "hsr.st", *answers, "--out", "b")
@@ -1340,7 +1358,7 @@ def test_gain_and_search(
     run_ok(*words)
     assert tree(world.root) == before
     run_ok("apply", "pruned", "gain.safetensors", "--out", "realigned")
-    run_ok("revert", "realigned", "gain.safetensors", "--out", "off")
+    run_ok("apply", "realigned", "gain.safetensors", "--revert", "--out", "off")
     assert shards(world.root / "off") == shards(world.pruned)
 
 
@@ -1364,7 +1382,7 @@ def test_someone_elses_extra_tensors_are_no_obstacle(world: World) -> None:
     content["weight_map"]["masks.extra"] = shard.name
     index.write_text(json.dumps(content))
     rewrite(world.model, shard.name, {"masks.extra": torch.ones(3)})
-    run_ok("inspect", world.model)
+    run_ok("analyse", "model", world.model)
 
 
 @pytest.mark.parametrize("name", METHODS.names())
@@ -1409,7 +1427,11 @@ def test_a_command_says_of_itself_what_the_list_says(name: str) -> None:
 
 def test_commands_are_listed_in_a_few_groups() -> None:
     assert sorted(name for names in GROUPS.values() for name in names) == sorted(COMMANDS)
-    assert len(COMMANDS) <= 17 and max(map(len, GROUPS.values())) <= 4
+    assert max(map(len, GROUPS.values())) <= 4
+
+
+def test_there_are_few_commands_at_the_top() -> None:
+    assert len([name for name in app if not name.startswith("-")]) <= 14
 
 
 def test_two_applications_of_one_process_share_commands() -> None:

@@ -39,7 +39,7 @@ from regraft.runs import pipeline
 from regraft.runs.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.defending import DefenceSettings
+from regraft.settings.defending import AdaShieldSettings, RefusalDirectionSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages.reading import draw_calibration
 
@@ -263,10 +263,12 @@ def data(tmp_path: Path) -> DataSource:
 
 
 def _defend(source: Source, data: DataSource, out: Path, **settings: Any) -> Any:
-    given = {"method": "refusal-direction", "validation": data, "max_new_tokens": 3, **settings}
+    given: dict[str, Any] = settings
+    if None in (settings.get("layer"), settings.get("strength")):
+        given = {"validation": data, "max_new_tokens": 3, **settings}
     calibration = CalibrationSettings(data=data, samples=3)
     return stages.write_defence(
-        stages.Target(source, COMPUTE), out, DefenceSettings(**given), calibration
+        stages.Target(source, COMPUTE), out, RefusalDirectionSettings(**given), calibration
     )
 
 
@@ -341,7 +343,7 @@ def test_answers_under_a_direction(source: Source, data: DataSource, tmp_path: P
 def test_the_prompt_reaches_the_model(source: Source, data: DataSource, tmp_path: Path) -> None:
     """Answers are those to instructions that were written so; the results show the user's."""
     target, calibration = stages.Target(source, COMPUTE), CalibrationSettings(data=data)
-    made = stages.write_defence(target, tmp_path / "out", DefenceSettings(), calibration)
+    made = stages.write_defence(target, tmp_path / "out", AdaShieldSettings(), calibration)
     assert made.prompt == DEFENCE_PROMPT
     examples = [
         one
@@ -421,14 +423,15 @@ def test_the_command_line(
 ) -> None:
     def run(*words: object) -> int:
         with pytest.raises(SystemExit) as stopped:
-            main([str(word) for word in (*words, "--device", "cpu")])
+            main([str(word) for word in words])
         return int(stopped.value.code or 0)
 
-    out, direction = tmp_path / "out", ("--data", data.path, "--layer", 1, "--strength", 0.5)
-    made = ("defend", source.folder, "--method", method, "--out", out)
+    out, cpu = tmp_path / "out", ("--device", "cpu")
+    direction = ("--data", data.path, "--layer", 1, "--strength", 0.5, *cpu)
+    made = ("analyse", "defence", method, source.folder, "--out", out)
     assert not run(*made, *(direction if method != "adashield" else ()))
     assert type(load_defence(out)) is (ShieldPrompt if method == "adashield" else Direction)
-    evaluate = ("eval", source.folder, "--suite", data.path, "--max-new-tokens", 2)
+    evaluate = ("eval", source.folder, "--suite", data.path, "--max-new-tokens", 2, *cpu)
     assert not run(*evaluate, "--defence", out, "--out", tmp_path / "eval")
     about = stages.read_evaluation(tmp_path / "eval").about
     assert about["inputs"]["defence"] == file_digest(out)
@@ -442,7 +445,7 @@ def test_the_command_line(
 def test_the_bundled_model_refuses_more(tmp_path: Path) -> None:
     """Its own difference of means makes the bundled model refuse what it does not else."""
     source = open_source(demo_model())
-    settings = DefenceSettings(method="refusal-direction", layer=5, strength=3.0)
+    settings = RefusalDirectionSettings(layer=5, strength=3.0)
     compute = ComputeSettings(device="cpu", batch_size=20)
     target = stages.Target(source, compute)
     stages.write_defence(target, tmp_path / "out", settings, CalibrationSettings(samples=40))

@@ -47,6 +47,7 @@ def test_the_command_reference_has_every_command_with_its_flags() -> None:
     reference = docs_site.command_reference()
     headings = re.findall(r"^#{2,} (regraft .+)$", reference, flags=re.MULTILINE)
     assert sorted(headings) == sorted(_commands(app))
+    assert "Table of Contents" not in reference
     prune = reference.partition("## regraft prune\n")[2].partition("\n## ")[0]
     assert "`--sparsity" in prune
 

@@ -40,7 +40,7 @@ def ended(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) ->
 
     monkeypatch.setattr("regraft.cli.application", application)
     with pytest.raises(SystemExit) as stopped:
-        main(["inspect", "demo", *words])
+        main(["prune", "demo", *words])
     return int(stopped.value.code or 0)
 
 

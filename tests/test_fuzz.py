@@ -155,9 +155,9 @@ JUDGE = ("judge", "answers", "{folder}", "--by", "gcg-1", "--out", "{world}/out"
 ANSWER = ("eval", "{folder}", "--suite", "{world}/one.jsonl", "--max-new-tokens", "1")
 EVAL = (*ANSWER, "--device", "cpu", "--out", "{world}/out")
 READERS: Mapping[str, Reader] = {
-    "weights": Reader("model/model.safetensors", command("inspect", "{folder}")),
-    "index": Reader(f"sharded/{INDEX_FILE}", command("inspect", "{folder}")),
-    "config": Reader("model/config.json", command("inspect", "{folder}")),
+    "weights": Reader("model/model.safetensors", command("analyse", "model", "{folder}")),
+    "index": Reader(f"sharded/{INDEX_FILE}", command("analyse", "model", "{folder}")),
+    "config": Reader("model/config.json", command("analyse", "model", "{folder}")),
     "tokenizer": Reader("model/tokenizer.json", command(*EVAL)),
     "tokenizer settings": Reader("model/tokenizer_config.json", command(*EVAL)),
     "chat template": Reader("model/chat_template.jinja", command(*EVAL)),

@@ -167,9 +167,9 @@ def test_an_evaluation_from_end_to_end(quantised: Callable[[str], Path], tmp_pat
         ["prune", "{model}", "--data", "{data}", "--out", "{out}"],
         ["realign", "gain", "{model}", "{model}", "--data", "{data}", "--out", "{out}"],
         ["analyse", "heads", "{model}", "--data", "{data}", "--out", "{out}"],
-        ["inspect", "{model}"],
+        ["analyse", "model", "{model}"],
     ],
-    ids=lambda words: words[0],
+    ids=lambda words: " ".join(words[:2]),
 )
 def test_what_needs_weights_says_at_once_that_they_are_quantised(
     command: list[str],

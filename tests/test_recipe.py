@@ -24,7 +24,6 @@ from regraft.recipes.help import explained_recipe
 from regraft.recipes.parts import (
     PRUNING,
     ModelSettings,
-    NamedDefenceSettings,
     VariantSettings,
     pruning_settings,
     variant,
@@ -33,6 +32,7 @@ from regraft.recipes.recipe import Recipe
 from regraft.restoration.base import METHODS, own_settings
 from regraft.runs.pipeline import unread_in
 from regraft.settings.base import Settings, explain
+from regraft.settings.defending import DEFENCES
 from regraft.settings.searching import SearchSettings
 
 FULL = Recipe(
@@ -207,7 +207,8 @@ def test_what_chooses_nothing_needs_no_validation_prompts(tmp_path: Path) -> Non
     """
     defend = _read(tmp_path, text).model_dump(mode="json")["defend"]
     own = f"jsonl:{tmp_path / 'v.jsonl'}"
-    assert [one["validation"] for one in defend] == ["demo:validation", "demo:validation", own]
+    assert "validation" not in defend[0]
+    assert [one["validation"] for one in defend[1:]] == [None, own]
 
 
 def test_what_is_done_to_which_pruning(tmp_path: Path) -> None:
@@ -377,7 +378,8 @@ def test_an_explained_recipe_is_the_default_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [SearchSettings(), NamedDefenceSettings(), ModelSettings(model="ORG/NAME")]
+    "settings",
+    [SearchSettings(), *(one() for one in DEFENCES.values()), ModelSettings(model="ORG/NAME")],
 )
 def test_blocks_that_are_there_as_comments_are_valid(settings: Settings) -> None:
     lines = list(recipe_help._block(settings, ""))
@@ -392,7 +394,7 @@ def test_every_setting_is_explained() -> None:
         *map(PRUNING.block, all_settings()),
         *(METHODS.get(name).settings_type for name in METHODS.names()),
         VariantSettings,
-        NamedDefenceSettings,
+        *DEFENCES.values(),
         HeadSettings,
         ModelSettings,
     )
@@ -425,30 +427,50 @@ def test_a_folder_here_is_not_one_beside_the_recipe(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{}", None),
         ("prune: {n_m: 2:4, scope: matrix}", "`scope` changes nothing where `n_m` is 2:4"),
-        ("prune: {n_m: 2:4, scope: matrix, overrides: ['*.v_proj=0.3']}", None),
+        ("prune: {n_m: 2:4, sparsity: 0.6}", "prune: `n_m` 2:4 takes the place of `sparsity` 0.6"),
         (
             "calibration: {max_response_tokens: 5, responses: given}",
-            "calibration: `max_response_tokens` changes",
+            "calibration: `max_response_tokens` changes nothing",
         ),
+        ("evaluate: {keywords: [sorry], judge: gcg-1}", "take the place of the judge gcg-1"),
+        ("heads: {window: 3}\nrealign: {method: hsr}", "heads: `window` changes nothing where"),
+        ("defend: {method: adashield, strength: 2}", "no such setting of method adashield"),
+        ("defend: {strength: 2}", "no such setting of method adashield"),
+        ("defend: {method: refusal-direction, prompt: x}", "no such setting of method refusal-"),
+        (
+            "defend: {method: refusal-direction, strength: 2, strengths: [1]}",
+            "`strengths` change nothing where a `strength` is given",
+        ),
+        (
+            "defend: {method: refusal-direction, layer: 1, strength: 2, validation_limit: 3}",
+            "`validation_limit` changes nothing where `layer` and `strength` are given",
+        ),
+        ("defend: {method: shield}", "There is no defence 'shield'; expected adashield, safety-"),
+    ],
+)
+def test_settings_that_cannot_stand_together(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(RegraftError, match=re.escape(said)):
+        _read(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{}", None),
         ("calibration: {max_response_tokens: 5, responses: self}", None),
         ("pruned: ./x\nprune: {sparsity: 0.6}", "prune: it changes nothing, since `pruned` is"),
         ("heads: {r_max: 3}\nrealign: {method: gain}", "heads: they change nothing, since"),
         ("heads: {r_max: 3}\nrealign: {method: hsr}", None),
-        ("prune: {n_m: 2:4, sparsity: 0.6}", "pruned: `n_m` 2:4 takes the place of `sparsity` 0.6"),
         ("pruned: ./x", None),
         ("realign: {method: set-difference, scope: matrix}", None),
-        ("evaluate: {keywords: [sorry], judge: gcg-1}", "take the place of the judge gcg-1"),
         ("realign: {method: hsr, heads: random, repeats: 2}", None),
-        ("heads: {window: 3}\nrealign: {method: hsr}", "heads: `window` changes nothing where"),
         ("defend: {method: adashield}", None),
         ("defend: {method: refusal-direction, layer: 1, strength: 2}", None),
-        ("defend: {method: adashield, strength: 2}", "`strength` changes nothing with adashield"),
     ],
 )
 def test_settings_that_change_nothing_are_told(tmp_path: Path, text: str, said: str | None) -> None:
-    """Not refused: finished runs have them in their recipes."""
+    """Not refused: one recipe may be run again with another model or method."""
     found = unread_in(_read(tmp_path, text))
     assert not found if said is None else len(found) == 1 and said in found[0]
 

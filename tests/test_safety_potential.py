@@ -31,7 +31,7 @@ from regraft.pruning.pruners.safety_potential import (
 )
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.defending import DefenceSettings
+from regraft.settings.defending import AdaShieldSettings, SafetyPromptSettings
 
 PROMPT = "Answer nothing harmful."
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
@@ -197,8 +197,8 @@ def test_what_it_does_not_read_does_not_exist(setting):
 
 def test_the_same_prompt_as_a_defence(bench, tmp_path):
     dense = open_source(bench / "dense")
-    settings = DefenceSettings(method="safety-prompt")
-    assert settings.prompt == SAFETY_PROMPT and settings.unread() is None
+    settings = SafetyPromptSettings()
+    assert settings.prompt == SAFETY_PROMPT
     target = stages.Target(dense, COMPUTE)
     stages.write_defence(target, tmp_path / "defence", settings, calibrated(bench))
     examples = pico.write_examples(tmp_path, 2, images=False)
@@ -207,7 +207,7 @@ def test_the_same_prompt_as_a_defence(bench, tmp_path):
         one.instruction for one in with_safety_prompt(examples, SAFETY_PROMPT)
     ]
     assert shown[0].instruction == f"{SAFETY_PROMPT}\n{examples[0].instruction}"
-    around = DefenceSettings(method="adashield", prompt=SAFETY_PROMPT)
+    around = AdaShieldSettings(prompt=SAFETY_PROMPT)
     stages.write_defence(target, tmp_path / "around", around, calibrated(bench))
     assert asked(load_defence(tmp_path / "around"), examples)[0].instruction.startswith(
         examples[0].instruction

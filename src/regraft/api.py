@@ -4,7 +4,8 @@ Models are folders, hub ids, "demo" for the bundled model, or what `open_source`
 sets are named as on the command line: a .jsonl file, or "NAME:PATH" with a reader's name. Every
 stage writes an artifact and, called again with the same, takes it as it is; a killed one goes on.
 Other settings are those of the command line under the same names, such as `batch_size`. Those that
-would change nothing are refused; bad input raises `RegraftError`.
+would change nothing are refused; bad input raises `RegraftError`. The command line calls these
+functions too.
 
     import regraft
 
@@ -23,18 +24,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from regraft import stages
-from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.gate import Check
 from regraft.evaluation.results import EvalResult
 from regraft.flags import (
-    check_data,
+    DEFAULT_VALIDATION_TOKENS,
     check_endpoint,
-    check_endpoints,
     check_inputs,
     check_search,
-    refuse_unread,
 )
 from regraft.heads.score import HeadScores
 from regraft.heads.ships import HeadSettings
@@ -55,6 +53,7 @@ if TYPE_CHECKING:
     from regraft.report.study import Study
 
 Model = str | Path | Source
+Suites = str | Sequence[str | DataSource]
 _DATA = ("data", "validation")  # settings that name a data set
 
 
@@ -77,9 +76,10 @@ def prune(
     """
     blocks = PRUNERS.get(method).settings_type, CalibrationSettings, ComputeSettings
     own, data, compute = _settings({"method": method, **settings}, *blocks)
-    refuse_unread(own)
-    check_data(own.method, data, reads=bool(own.kinds))
-    return stages.prune_checkpoint(_setup(model, data, compute, progress), Path(out), own)
+    if not own.kinds and data != CalibrationSettings():
+        raise RegraftError(f"{method} reads no data: settings of it would change nothing.")
+    setup = stages.Setup(_opened(model, compute), data, compute, progress)
+    return stages.prune_checkpoint(setup, Path(out), own)
 
 
 def score_heads(
@@ -93,8 +93,8 @@ def score_heads(
         settings: Of the scoring (`r_max`, `mode` ...), the calibration and where it runs.
     """
     own, data, compute = _settings(settings, HeadSettings, CalibrationSettings, ComputeSettings)
-    refuse_unread(own, data)
-    return stages.write_head_scores(_setup(model, data, compute, progress), Path(out), own)
+    setup = stages.Setup(_opened(model, compute), data, compute, progress)
+    return stages.write_head_scores(setup, Path(out), own)
 
 
 def realign(
@@ -104,7 +104,9 @@ def realign(
     *,
     method: str = DEFAULT,
     search: Mapping[str, Any] | None = None,
+    max_new_tokens: int = DEFAULT_VALIDATION_TOKENS,
     heads_file: str | Path | None = None,
+    statistics_file: str | Path | None = None,
     progress: Progress = SILENT,
     **settings: Any,
 ) -> Patch:
@@ -117,7 +119,9 @@ def realign(
         method: The restoration method.
         search: Choose how many weights are restored: `validation` prompts, bounds and targets.
             Without such prompts a quarter of the calibration data is held out for it.
+        max_new_tokens: Length of an answer to a validation prompt.
         heads_file: From `score_heads`.
+        statistics_file: From `regraft analyse statistics`.
         settings: Of the method (`budget`, `swap` ...), the scoring of heads, the calibration and
             where it runs.
     """
@@ -126,18 +130,24 @@ def realign(
     prompts = CalibrationSettings if responses else PromptSettings
     blocks = kind.settings_type, HeadSettings, prompts, ComputeSettings
     own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
-    data = data.with_responses()
-    choice = None if search is None else _settings(search, SearchSettings)[0]
-    scores = _path(heads_file)
-    refuse_unread(data)
-    check_search(choice is not None, own, choice or SearchSettings())
-    check_inputs(own, scoring, scores, None)
+    given = stages.Inputs(heads=_path(heads_file), statistics=_path(statistics_file))
+    check_search(search is not None, own, max_new_tokens)
+    check_inputs(own, scoring, given.heads, given.statistics)
+    (answers,) = _settings({"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings)
     before, after = _opened(dense, compute), _opened(pruned, compute)
-    if choice is not None:
-        choice, data = with_held_out(choice, before.folder, data)
-    where = stages.ArtifactPaths.beside(Path(out), stages.Inputs(heads=scores))
-    restoration = stages.Restoration(before, data, compute, progress, scoring=scoring)
-    return restoration.restore(after, own, where, choice)
+    choice, learnt = None, data.with_responses()
+    if search is not None:
+        (choice,) = _settings(search, SearchSettings)
+        choice, learnt = with_held_out(choice, before.folder, learnt)
+        if learnt.data != data.data:
+            progress.note(
+                "No validation prompts are given: the search chooses on a quarter of the prompts, "
+                "and nothing is learnt from these."
+            )
+    restoration = stages.Restoration(
+        before, learnt, compute, progress, scoring=scoring, evaluation=answers
+    )
+    return restoration.restore(after, own, stages.ArtifactPaths.beside(Path(out), given), choice)
 
 
 def apply(pruned: str | Path, patches: str | Path | Sequence[str | Path], out: str | Path) -> Path:
@@ -184,10 +194,13 @@ def export(
 
 def evaluate(
     model: Model,
-    suites: str | Sequence[str],
+    suites: Suites,
     out: str | Path,
     *,
     patch: str | Path | None = None,
+    defence: str | Path | None = None,
+    text: str | Path | None = None,
+    dense: str | Path | None = None,
     progress: Progress = SILENT,
     **settings: Any,
 ) -> EvalResult:
@@ -198,13 +211,19 @@ def evaluate(
         suites: One or several, such as "safebench:FigStep/data" or a .jsonl file.
         out: The new folder, with all answers.
         patch: Put on the model in memory first.
+        defence: Answer under this defence at inference, from `regraft analyse defence`.
+        text: Measure perplexity on this text file too: documents with blank lines between them.
+        dense: With `text`: the folder of the dense model's evaluation on it, to measure KL to it.
         settings: Of the evaluation (`max_new_tokens`, `judge`, `limit` ...), where it runs, and how
             an endpoint is asked (`concurrency`).
     """
     own, compute, endpoint = _settings(settings, EvalSettings, ComputeSettings, EndpointSettings)
-    refuse_unread(own)
-    check_endpoint(_name(model), compute, endpoint)
-    target = stages.open_target(model, compute, endpoint, progress, patch=_path(patch))
+    check_endpoint([model], compute, endpoint)
+    if dense is not None and text is None:
+        raise RegraftError("--dense is for KL on a text: name the text with --text.")
+    on_text = None if text is None else stages.OnText(Path(text), _path(dense))
+    put_on = _path(patch), _path(defence)
+    target = stages.open_target(model, compute, endpoint, progress, *put_on, on_text)
     return stages.evaluate_target(target, Path(out), _suites(suites), own).result
 
 
@@ -213,7 +232,7 @@ def check(
     compressed: Model,
     out: str | Path,
     *,
-    suites: str | Sequence[str] = (),
+    suites: Suites = (),
     patch: str | Path | None = None,
     progress: Progress = SILENT,
     **settings: Any,
@@ -234,8 +253,7 @@ def check(
     margins, own, compute, endpoint = _settings(
         settings, Margins, EvalSettings, ComputeSettings, EndpointSettings
     )
-    refuse_unread(own)
-    check_endpoints((_name(dense), _name(compressed)), compute, endpoint)
+    check_endpoint([dense, compressed], compute, endpoint)
     named = _suites(suites)
     stages.clear_check(Path(out))
     sides = (
@@ -296,26 +314,14 @@ def _data(named: Any) -> DataSource:
         raise RegraftError(f"There is no data set {named!r}:\n{explain(error)}") from error
 
 
-def _suites(named: str | Sequence[str]) -> list[DataSource]:
+def _suites(named: Suites) -> list[DataSource]:
     return [_data(one) for one in ([named] if isinstance(named, str) else named)]
-
-
-def _name(model: Model) -> str:
-    """As on the command line; "" of a model that is opened."""
-    return "" if isinstance(model, Source) else str(model)
 
 
 def _opened(model: Model, compute: ComputeSettings) -> Source:
     if isinstance(model, Source):
         return model
-    named = demo_model() if str(model) == "demo" else model
-    return open_source(named, trust_remote_code=compute.trust_remote_code)
-
-
-def _setup(
-    model: Model, data: CalibrationSettings, compute: ComputeSettings, progress: Progress
-) -> stages.Setup:
-    return stages.Setup(_opened(model, compute), data, compute, progress)
+    return open_source(model, trust_remote_code=compute.trust_remote_code)
 
 
 def _path(given: str | Path | None) -> Path | None:

@@ -13,20 +13,11 @@ from regraft.errors import RegraftError
 from regraft.evaluation.chat_server import ENDPOINT
 from regraft.heads.ships import HeadSettings
 from regraft.restoration.base import Budgeted, MethodSettings, needs_of
-from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EndpointSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 
 DEFAULT_VALIDATION_TOKENS = 64
-
-
-def refuse_unread(*given: Settings) -> None:
-    """Refuse the first setting that was given and changes nothing."""
-    for settings in given:
-        if (found := settings.unread()) is not None:
-            raise RegraftError(f"{found}. Leave it out.".replace("_", "-"))
 
 
 def refuse_compute(compute: ComputeSettings, why: str) -> None:
@@ -35,44 +26,25 @@ def refuse_compute(compute: ComputeSettings, why: str) -> None:
         raise RegraftError(f"{why}: leave out --{found.replace('_', '-')}.")
 
 
-def check_endpoint(name: str, compute: ComputeSettings, endpoint: EndpointSettings) -> None:
-    """Refuse how a model is run here where it runs on a server, and how a server is asked."""
-    if name.startswith(ENDPOINT):
+def check_endpoint(
+    models: Sequence[object], compute: ComputeSettings, endpoint: EndpointSettings
+) -> None:
+    """Refuse how models are run here where none is, and how servers are asked where none is."""
+    served = {isinstance(one, str) and one.startswith(ENDPOINT) for one in models}
+    if False not in served:
         refuse_compute(compute, "An endpoint runs as its server was started")
-    elif endpoint != EndpointSettings():
+    if True not in served and endpoint != EndpointSettings():
         raise RegraftError("--concurrency is of requests to an endpoint: leave it out.")
 
 
-def check_endpoints(
-    names: Sequence[str], compute: ComputeSettings, endpoint: EndpointSettings
-) -> None:
-    """The same of two models, of which one may run here and the other on a server."""
-    if len({name.startswith(ENDPOINT) for name in names}) == 1:
-        check_endpoint(names[0], compute, endpoint)
-
-
-def check_data(method: str, calibration: CalibrationSettings, *, reads: bool) -> None:
-    """Refuse data where none are read, of a pruner or a defence."""
-    if not reads and calibration != CalibrationSettings():
-        raise RegraftError(f"{method} reads no data: settings of it would change nothing.")
-    refuse_unread(calibration)
-
-
-def check_search(
-    search: bool,
-    settings: MethodSettings,
-    choice: SearchSettings,
-    max_new_tokens: int = DEFAULT_VALIDATION_TOKENS,
-) -> None:
-    """Refuse a search that nothing can be searched in, and settings of one without --search."""
+def check_search(search: bool, settings: MethodSettings, max_new_tokens: int) -> None:
+    """Refuse a search that nothing can be searched in, and the length of its answers without."""
     if search and not settings.searchable:
         raise RegraftError(
             "--search chooses a number of weights: give a --budget too."
             if isinstance(settings, Budgeted)
             else f"{settings.method} has no number of weights to choose: leave --search out."
         )
-    if not search and choice != SearchSettings():
-        raise RegraftError("Bounds, targets and points are those of a search: add --search.")
     if not search and max_new_tokens != DEFAULT_VALIDATION_TOKENS:
         raise RegraftError("--max-new-tokens is of answers in a search: add --search.")
 
@@ -117,4 +89,3 @@ def _check_scoring(settings: MethodSettings, scoring: HeadSettings) -> None:
         raise RegraftError(
             "No heads are scored for these settings: those of scoring would change nothing."
         )
-    refuse_unread(scoring)

@@ -18,7 +18,7 @@ from regraft.models.load import open_source
 from regraft.recipes.file import read_recipe
 from regraft.report.rate_figures import relation_figure
 from regraft.report.study import Correlation
-from regraft.runs.reporting import model_folder, read_run
+from regraft.runs.reporting import read_run
 from regraft.runs.run_dir import RunDir
 
 FEWEST = 3  # models of which ranks are correlated
@@ -113,7 +113,7 @@ def model_points(folder: Path, rises: Mapping[str, float]) -> list[ModelPoint]:
         raise RegraftError(f"{folder} holds no head scores: nothing in its recipe goes by heads.")
     recipe = read_recipe(run_dir.recipe)
     trust = recipe.compute.trust_remote_code
-    dense = open_source(model_folder(recipe.model), trust_remote_code=trust)
+    dense = open_source(recipe.model, trust_remote_code=trust)
     scores = load_heads(run_dir.heads, dense.architecture)
     scored = ~scores.ships.isnan()
     ships, heads = float(scores.ships[scored].sum()), int(scored.sum())

@@ -24,10 +24,6 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Run the main job on the bundled model: about ten minutes of one CPU core, no network.",
     ),
     "run": ("running:run", "Run a whole recipe: prune, realign, evaluate, report."),
-    "inspect": (
-        "inspecting:inspect",
-        "Show layers, heads, prunable weights and names on disk; loads no weights.",
-    ),
     "data": ("making_data:app", "Make data: answers to calibration prompts, prompts as images."),
     "prune": (
         "pruning:prune",
@@ -42,10 +38,9 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Search for a method's settings that give the lowest ASR within bounds, on validation "
         "prompts.",
     ),
-    "apply": ("patching:apply", "Put one or several patches on a pruned checkpoint."),
-    "revert": (
-        "patching:revert",
-        "Take one or several patches off a realigned checkpoint; gives the pruned bytes back.",
+    "apply": (
+        "patching:apply",
+        "Put one or several patches on a pruned checkpoint, or with --revert take them off again.",
     ),
     "export": (
         "patching:export",
@@ -54,10 +49,6 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "push": (
         "patching:push",
         "Put a patch on the hub, with a card: what it is for, how it was made and what it does.",
-    ),
-    "defend": (
-        "defending:defend",
-        "Make a defence at inference to compare with: a prompt or a refusal direction.",
     ),
     "eval": (
         "evaluating:evaluate",
@@ -76,16 +67,17 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
     "analyse": (
         "analysing:app",
-        "Look into models and runs: heads, importance, comparisons, a setting at many values.",
+        "Look into models and runs: layers, heads, importance, comparisons, a setting at many "
+        "values, defences to compare with.",
     ),
 }
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "Start here": ("demo", "run"),
     "Check a model": ("check", "eval", "judge", "report"),
-    "Prune and restore": ("prune", "realign", "tune", "defend"),
-    "Patches": ("apply", "revert", "export", "push"),
-    "Look closer": ("inspect", "data", "analyse"),
+    "Prune and restore": ("prune", "realign", "tune"),
+    "Patches": ("apply", "export", "push"),
+    "Look closer": ("data", "analyse"),
 }
 
 # One object a group for all applications of a process: they share the Apps of realign and tune.

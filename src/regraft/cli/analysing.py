@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 from rich.console import Console
 
+from regraft.cli.defending import app as defence
+from regraft.cli.describing import describe
 from regraft.cli.options import (
     Calibration,
     Compute,
@@ -17,13 +19,13 @@ from regraft.cli.options import (
     OutFile,
     OutFolder,
     Trust,
-    open_model,
+    given,
     watching,
 )
 from regraft.cli.reporting import compare
 from regraft.console import say, show_grid, show_table
-from regraft.flags import refuse_unread
 from regraft.heads.ships import HeadSettings
+from regraft.models.load import open_source
 from regraft.recipes.file import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -37,9 +39,12 @@ if TYPE_CHECKING:
 
 app = App(
     name="analyse",
-    help="Look into models and runs: heads, importance, comparisons, a setting at many values.",
+    help="Look into models and runs: layers, heads, importance, comparisons, a setting at many "
+    "values, defences to compare with.",
 )
+app.command(describe, name="model")
 app.command(compare, name="compare")
+app.command(defence, name="defence")
 
 
 @app.command(name="heads")
@@ -61,13 +66,11 @@ def heads(
     show
         How many top heads to print.
     """
-    from regraft import stages
+    from regraft import api
 
     with watching() as progress:
-        refuse_unread(settings, calibration)
-        source = open_model(model, compute.trust_remote_code)
-        setup = stages.Setup(source, calibration, compute, progress)
-        scores = stages.write_head_scores(setup, out, settings)
+        blocks = given(settings, calibration, compute)
+        scores = api.score_heads(model, out, progress=progress, **blocks)
         _show_heads(progress.console, scores, show)
 
 
@@ -84,8 +87,7 @@ def statistics(
     from regraft import stages
 
     with watching() as progress:
-        refuse_unread(calibration)
-        source = open_model(model, compute.trust_remote_code)
+        source = open_source(model, trust_remote_code=compute.trust_remote_code)
         stages.write_statistics(stages.Setup(source, calibration, compute, progress), out, settings)
         progress.note(f"Wrote {out}")
 
@@ -167,7 +169,7 @@ def overlap(
     from regraft.analysis.overlap import write_overlap
 
     with watching() as progress:
-        dense = open_model(model, trust_remote_code)
+        dense = open_source(model, trust_remote_code=trust_remote_code)
         found = write_overlap(dense, statistics_file, share, scope, out, progress)
         _show_overlap(progress.console, found)
         progress.note(f"Figure: {(out / 'overlap.svg').absolute()}")

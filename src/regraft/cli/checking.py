@@ -8,9 +8,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from regraft.cli.exits import leave
-from regraft.cli.options import Compute, Flat, OutFolder, watching
+from regraft.cli.options import Compute, Flat, OutFolder, given, watching
 from regraft.console import say, show_grid
-from regraft.flags import check_endpoints, refuse_unread
 from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites
@@ -56,19 +55,14 @@ def check(
     patch
         Put this on the compressed model first.
     """
-    from regraft import stages
+    from regraft import api
     from regraft.report.gate import sentence, table
 
     with watching() as progress:
-        refuse_unread(settings)
-        check_endpoints((dense, compressed), compute, endpoint)
-        stages.clear_check(out)
-        sides = (
-            stages.open_side(dense, compute, endpoint, progress=progress),
-            stages.open_side(compressed, compute, endpoint, patch, progress),
+        blocks = given(margins, settings, compute, endpoint)
+        found = api.check(
+            dense, compressed, out, suites=suite, patch=patch, progress=progress, **blocks
         )
-        stages.check_compute(sides, compute)
-        found = stages.check_compressed(*sides, out, suite, settings, margins)
         show_grid(progress.console, table(found))
         for metric in found.metrics:
             if metric.outcome != "pass":

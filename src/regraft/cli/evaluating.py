@@ -8,11 +8,9 @@ from typing import Annotated
 
 from rich.console import Console
 
-from regraft.cli.options import Answering, Compute, Flat, OutFolder, watching
+from regraft.cli.options import Answering, Compute, Flat, OutFolder, given, watching
 from regraft.console import say, show_table
-from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate, EvalResult, Rates
-from regraft.flags import check_endpoint, refuse_unread
 from regraft.report.formatting import degenerate, number_cell, on_text, rate_cell
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites
@@ -42,25 +40,27 @@ def evaluate(
     patch
         Put this patch on the model in memory first.
     defence
-        Answer under this defence at inference, from `regraft defend`.
+        Answer under this defence at inference, from `regraft analyse defence`.
     text
         Measure perplexity on this text file too: documents with blank lines between them.
     dense
         With --text: the folder of the dense model's evaluation on it, to measure KL to that model.
     """
-    from regraft import stages
+    from regraft import api
 
     with watching() as progress:
-        refuse_unread(settings)
-        check_endpoint(model, compute, endpoint)
-        if dense is not None and text is None:
-            raise RegraftError("--dense is for KL on a text: name the text with --text.")
-        on_text = None if text is None else stages.OnText(text, dense)
-        target = stages.open_target(
-            model, compute, endpoint, progress, patch=patch, defence=defence, text=on_text
+        result = api.evaluate(
+            model,
+            suite,
+            out,
+            patch=patch,
+            defence=defence,
+            text=text,
+            dense=dense,
+            progress=progress,
+            **given(settings, compute, endpoint),
         )
-        done = stages.evaluate_target(target, out, suite, settings)
-        _show_result(progress.console, done.result)
+        _show_result(progress.console, result)
         progress.note(f"Answers and results: {out}. As a page: regraft report {out}")
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from regraft.cli.options import Compute, Model, OutFile, OutFolder, open_model, watching
+from regraft.cli.options import Compute, Model, OutFile, OutFolder, watching
+from regraft.models.load import open_answering
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Prompts, TextPrompts
 
@@ -34,7 +35,7 @@ def respond(
     from regraft import stages
 
     with watching() as progress:
-        source = open_model(model, compute.trust_remote_code, answers_only=True)
+        source = open_answering(model, trust_remote_code=compute.trust_remote_code)
         reading = stages.write_responses(source, data, out, max_response_tokens, compute, progress)
         kinds = Counter(one.harmful for one in reading.examples)
         progress.note(reading.describe("Answers"))

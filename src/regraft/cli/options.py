@@ -6,15 +6,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
 
 from regraft import distributed
 from regraft.console import ConsoleWatch
-from regraft.data.demo import demo_model
-from regraft.models.load import Source, open_answering, open_source
+from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 
@@ -38,13 +37,9 @@ Calibration = Annotated[CalibrationSettings, Flat]
 Compute = Annotated[ComputeSettings, Flat]
 
 
-def open_model(model: str, trust_remote_code: bool, *, answers_only: bool = False) -> Source:
-    """What lies in the folder, behind the hub id or in the bundled model; loads no weights.
-
-    With `answers_only` of any type that transformers loads, otherwise of one that can be pruned.
-    """
-    opened = open_answering if answers_only else open_source
-    return opened(demo_model() if model == "demo" else model, trust_remote_code=trust_remote_code)
+def given(*blocks: Settings) -> dict[str, Any]:
+    """What was set in these blocks, by name, as the functions of `regraft.api` take it."""
+    return {name: getattr(one, name) for one in blocks for name in one.model_fields_set}
 
 
 @contextmanager

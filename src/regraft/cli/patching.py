@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,54 +23,37 @@ Tool = Annotated[
 Evaluations = Annotated[tuple[Path, ...], Parameter(consume_multiple=True)]
 
 
-def apply(pruned: Path, *patch: Path, out: OutFolder, dry_run: bool = False) -> None:
-    """Put one or several patches on a pruned checkpoint.
+def apply(
+    checkpoint: Path, *patch: Path, out: OutFolder, revert: bool = False, dry_run: bool = False
+) -> None:
+    """Put one or several patches on a pruned checkpoint, or with --revert take them off again.
 
-    Example: regraft apply pruned hsr.safetensors --out realigned
+    Example: regraft apply pruned hsr.safetensors --out realigned; regraft apply realigned
+    hsr.safetensors --revert --out pruned-again
 
     Parameters
     ----------
-    pruned
-        Folder of the pruned checkpoint.
+    checkpoint
+        Folder of the pruned checkpoint; with --revert of the realigned one.
     patch
         From `regraft realign`, in any order; or OWNER/NAME of one that `regraft push` put on the
         hub.
+    revert
+        Take the patches off, which gives the pruned checkpoint's bytes back.
     dry_run
         Check everything and show what would be written; write nothing.
     """
-    _patch("apply", pruned, patch, out, dry_run)
-
-
-def revert(realigned: Path, *patch: Path, out: OutFolder, dry_run: bool = False) -> None:
-    """Take one or several patches off a realigned checkpoint; gives the pruned bytes back.
-
-    Example: regraft revert realigned hsr.safetensors --out pruned-again
-
-    Parameters
-    ----------
-    realigned
-        Folder of the realigned checkpoint.
-    patch
-        Those that were applied and are to go, in any order.
-    dry_run
-        Check everything and show what would be written; write nothing.
-    """
-    _patch("revert", realigned, patch, out, dry_run)
-
-
-def _patch(
-    operation: Operation, folder: Path, patches: Sequence[Path], out: Path, dry_run: bool
-) -> None:
     from regraft import stages
 
-    if out.exists() and out.resolve() == folder.resolve():
+    if out.exists() and out.resolve() == checkpoint.resolve():
         raise RegraftError(f"{out} is the checkpoint itself. Name a new folder with --out.")
+    operation: Operation = "revert" if revert else "apply"
     with watching() as progress:
         if dry_run:
-            preview = stages.preview(operation, folder, patches, out, progress)
+            preview = stages.preview(operation, checkpoint, patch, out, progress)
             _show_preview(progress.console, preview, out)
             return
-        stages.patch_checkpoint(operation, folder, patches, out, progress)
+        stages.patch_checkpoint(operation, checkpoint, patch, out, progress)
         progress.note(f"Checkpoint: {out}")
 
 

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, create_model
 
-from regraft.cli.options import Calibration, Compute, Flat, Model, OutFolder, open_model, watching
-from regraft.flags import check_data, refuse_unread
+from regraft.cli.options import Calibration, Compute, Flat, Model, OutFolder, given, watching
 from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, described
 from regraft.pruning.prune import zeros
 from regraft.settings.base import by_method
@@ -60,16 +59,13 @@ def prune(
 
     Example: regraft prune MODEL --sparsity 0.5 --data vlguard VLGuard/train.json --out pruned
     """
-    from regraft import stages
+    from regraft import api
 
     with watching() as progress:
-        given = flags.model_dump(exclude_unset=True)
-        settings = by_method(given, lambda name: PRUNERS.get(name).settings_type, default="wanda")
-        refuse_unread(settings)
-        check_data(settings.method, calibration, reads=bool(settings.kinds))
-        source = open_model(model, compute.trust_remote_code)
-        setup = stages.Setup(source, calibration, compute, progress)
-        pruned = stages.prune_checkpoint(setup, out, settings)
+        named = flags.model_dump(exclude_unset=True)
+        settings = by_method(named, lambda name: PRUNERS.get(name).settings_type, default="wanda")
+        blocks = given(settings, calibration, compute)
+        pruned = api.prune(model, out, progress=progress, **blocks)
         count = zeros(pruned.checkpoint, pruned.architecture)
         progress.note(
             f"{out}: {count:,} of {pruned.architecture.prunable:,} prunable weights are zero "

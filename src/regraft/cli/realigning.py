@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from cyclopts import App, Group, Parameter
-from pydantic import ValidationError, create_model
+from pydantic import ValidationError
 
-from regraft.cli.options import Flat, OutFile, open_model, watching
+from regraft.cli.methods import as_command
+from regraft.cli.options import OutFile, given, watching
 from regraft.console import ConsoleWatch, show_search
 from regraft.errors import RegraftError
-from regraft.flags import (
-    DEFAULT_VALIDATION_TOKENS,
-    check_inputs,
-    check_search,
-    refuse_unread,
-)
+from regraft.flags import DEFAULT_VALIDATION_TOKENS
 from regraft.heads.ships import HeadSettings
 from regraft.patch.format import Patch
 from regraft.patch.pair import is_changed
@@ -27,11 +22,8 @@ from regraft.restoration.methods.fine_tune.adam import TRAINED_VALUES, is_traine
 from regraft.settings.base import EXPERT
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
-from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings
-from regraft.settings.validation import with_held_out
 
-_create_model: Any = create_model
 _SEARCH = Group("Search for a number of weights", sort_key=2)
 _DATA = Parameter(name="*", group=Group("Calibration prompts", sort_key=1))
 Dense = Annotated[str, Parameter(help="Dense checkpoint: a folder or hub id.")]
@@ -54,48 +46,19 @@ Where = Annotated[ComputeSettings, Parameter(name="*", group=Group("Where it run
 def for_method(
     run: Callable[..., None], name: str, text: str, without: Collection[str] = ()
 ) -> Callable[..., None]:
-    """`run` as the command of one method: with its settings, and no flag that it does not read.
+    """`run` as the command of a restoration method; see `as_command`.
 
     What the method needs by default decides whether there are flags for heads and statistics.
-
-    Args:
-        run: Its first argument is the method's name, and `settings` are those of any method.
-        name: The method.
-        text: The help.
-        without: Other parameters of `run` that mean nothing here.
     """
     method = METHODS.get(name)
     needs = method.needs(method.settings_type(method=name))
-    unread = {"name", *without}
+    unread = {*without}
     unread |= set() if needs.heads else {"scoring", "heads_file"}
     unread |= set() if needs.statistics else {"statistics_file"}
-    hidden = Annotated[Literal[name], Parameter(show=False, parse=False)]  # type: ignore[valid-type]
-    own = _create_model(
-        method.settings_type.__name__, __base__=method.settings_type, method=(hidden, name)
-    )
     # Responses are read by statistics alone: other methods have the dense model answer.
     prompts = CalibrationSettings if needs.statistics else PromptSettings
-    special: dict[str, dict[str, Any]] = {
-        "settings": {"annotation": Annotated[own, Flat], "default": None},
-        "calibration": {"annotation": Annotated[prompts, _DATA], "default": prompts()},
-    }
-    parameters = [
-        one.replace(**special.get(one.name, {}))
-        for one in inspect.signature(run, eval_str=True).parameters.values()
-        if one.name not in unread
-    ]
-
-    def command(*args: Any, **given: Any) -> None:
-        # Of the method's own class again, which worker processes can import.
-        flags = given.get("settings")
-        chosen = {} if flags is None else flags.model_dump(exclude_unset=True)
-        settings = method.settings_type(**{**chosen, "method": name})
-        run(name, *args, **{**given, "settings": settings})
-
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {one.name: one.annotation for one in parameters}
-    command.__doc__, command.__name__ = text, name
-    return command
+    special = {"calibration": {"annotation": Annotated[prompts, _DATA], "default": prompts()}}
+    return as_command(run, name, method.settings_type, text, unread, special)
 
 
 def realign(
@@ -115,32 +78,26 @@ def realign(
     statistics_file: StatisticsFile = None,
 ) -> None:
     """Rank weights by a method and write the dense values of the first as a patch."""
-    from regraft import stages
+    from regraft import api, stages
 
-    calibration = calibration.with_responses()
+    if not search and choice != SearchSettings():
+        raise RegraftError("Bounds, targets and points are those of a search: add --search.")
     with watching() as progress:
-        refuse_unread(calibration)
-        check_search(search, settings, choice, max_new_tokens)
-        check_inputs(settings, scoring, heads_file, statistics_file)
-        source, other = (open_model(one, compute.trust_remote_code) for one in (dense, pruned))
-        found, learnt = None, calibration
-        if search:
-            found, learnt = with_held_out(choice, source.folder, calibration)
-        if learnt != calibration:
-            progress.note(
-                "No --validation is given: the search chooses on a quarter of the prompts, and "
-                "nothing is learnt from these."
-            )
-        given = stages.Inputs(heads=heads_file, statistics=statistics_file)
-        paths = stages.ArtifactPaths.beside(out, given)
-        evaluation = EvalSettings(max_new_tokens=max_new_tokens, full_answers=False)
-        restoration = stages.Restoration(
-            source, learnt, compute, progress, scoring=scoring, evaluation=evaluation
+        patch = api.realign(
+            dense,
+            pruned,
+            out,
+            search=given(choice) if search else None,
+            max_new_tokens=max_new_tokens,
+            heads_file=heads_file,
+            statistics_file=statistics_file,
+            progress=progress,
+            **given(settings, calibration, scoring, compute),
         )
-        patch = restoration.restore(other, settings, paths, found)
         if search:
-            show_search(progress.console, stages.read_curve(paths.curve))
-            progress.note(f"All points: {paths.curve}")
+            curve = stages.ArtifactPaths.beside(out).curve
+            show_search(progress.console, stages.read_curve(curve))
+            progress.note(f"All points: {curve}")
         _describe(progress, out, patch)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import App, Group, Parameter
 
-from regraft.cli.options import OutFolder, open_model, watching
+from regraft.cli.options import OutFolder, watching
 from regraft.cli.realigning import (
     AnswerLength,
     Choice,
@@ -19,8 +19,9 @@ from regraft.cli.realigning import (
     for_method,
 )
 from regraft.console import show_tuned
-from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_tuning, refuse_unread
+from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_tuning
 from regraft.heads.ships import HeadSettings
+from regraft.models.load import open_source
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -59,16 +60,15 @@ def tune(
     calibration = calibration.with_responses()
     with watching() as progress:
         check_tuning(settings, tuning, choice, scoring, compute.device)
-        refuse_unread(calibration)
         restoration = stages.Restoration(
-            open_model(dense, compute.trust_remote_code),
+            open_source(dense, trust_remote_code=compute.trust_remote_code),
             calibration,
             compute,
             progress,
             scoring=scoring,
             evaluation=EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
         )
-        other = open_model(pruned, compute.trust_remote_code)
+        other = open_source(pruned, trust_remote_code=compute.trust_remote_code)
         tuned = stages.tune_method(restoration, other, out, settings, tuning, choice)
         show_tuned(progress.console, tuned)
         progress.note(f"All trials: {out / 'tuned.json'}")

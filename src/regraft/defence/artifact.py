@@ -1,4 +1,4 @@
-"""What `regraft defend` writes: a prompt or a direction, how it acts, and its file."""
+"""What `regraft analyse defence` writes: a prompt or a direction, how it acts, and its file."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def check_fits(defence: Defence, architecture: Architecture, path: Path) -> None
         raise RegraftError(
             f"{path} adds {len(defence.vector)} features behind layer {defence.layer}; the model "
             f"has {width} features and layers 0 to {layers - 1}. Make one for this model with "
-            "`regraft defend`."
+            "`regraft analyse defence`."
         )
 
 

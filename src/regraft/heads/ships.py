@@ -14,10 +14,10 @@ the scores of a model together.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from regraft.models.ablation import EPS, AblationTarget
@@ -51,6 +51,12 @@ class HeadSettings(Settings):
         None, ge=1, description="Tokens in one pass; fewer need less memory."
     )
 
+    @model_validator(mode="after")
+    def _check_mode(self) -> Self:
+        if self.mode == "exact" and (name := self.first_set("window", "candidates")):
+            raise ValueError(f"`{name}` changes nothing where `mode` is exact")
+        return self
+
     def passes(self, heads: int) -> float:
         """What scoring takes, about, in forward passes.
 
@@ -60,11 +66,6 @@ class HeadSettings(Settings):
         if self.mode == "exact":
             return heads / 2
         return heads / 12 + min(heads, self.candidates) / 2
-
-    def unread(self) -> str | None:
-        """What was set and changes nothing: the first of it, in words."""
-        name = None if self.mode == "screened" else self.first_set("window", "candidates")
-        return None if name is None else f"`{name}` changes nothing where `mode` is {self.mode}"
 
 
 def most_rank(samples: int, hidden: int) -> int:

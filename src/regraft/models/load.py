@@ -118,8 +118,8 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source
     """Find a checkpoint, check its files and read its architecture without loading weights.
 
     Args:
-        model: A folder, or a hub id such as "Qwen/Qwen2.5-VL-7B-Instruct" (downloaded once), with
-            a revision where wanted: "ID@main".
+        model: A folder, a hub id such as "Qwen/Qwen2.5-VL-7B-Instruct" (downloaded once), with a
+            revision where wanted: "ID@main", or "demo" for the bundled model.
         trust_remote_code: Run Python code that comes with the checkpoint.
 
     Raises:

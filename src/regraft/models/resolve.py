@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from regraft.data.demo import demo_model
 from regraft.data.storage import MODEL_ID, from_hub
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
@@ -21,8 +22,11 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 
 
 def resolve(model: str | Path) -> Path:
-    """The folder of a model: that which is there, or the download of ORG/NAME[@REVISION]."""
-    folder = Path(model)
+    """The folder of a model: the word "demo" is the bundled one, others are there or on the hub.
+
+    A hub id is ORG/NAME[@REVISION], and downloaded once.
+    """
+    folder = demo_model() if model == "demo" else Path(model)
     if folder.exists():
         return folder
     if isinstance(model, Path) or not MODEL_ID.fullmatch(str(model)):

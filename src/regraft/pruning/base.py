@@ -33,7 +33,7 @@ from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.models.architecture import HEAD_ROLES, LinearArchitecture
 from regraft.pruning.inputs import Sums
-from regraft.pruning.masks import Pattern, Patterns, Scope, assign_patterns, parse_override
+from regraft.pruning.masks import Pattern, Patterns, Scope, assign_patterns
 from regraft.pruning.results import PrunedWeight
 from regraft.registry import Registry
 from regraft.settings.base import Settings
@@ -57,28 +57,20 @@ class PruneSettings(Settings):
         description="Weights left dense, as a pattern: `layers.0.*`, `*.down_proj`; repeat the "
         "flag for more.",
     )
-    overrides: tuple[str, ...] = Field(
-        (),
-        description="Another sparsity for some weights: `*.v_proj=0.3`, `layers.0.*=2:4`; repeat "
-        "for more, the last that fits counts.",
-    )
 
     @model_validator(mode="after")
     def _check(self) -> PruneSettings:
         try:
             self.pattern()
-            self._overrides()
         except RegraftError as error:
             raise ValueError(str(error)) from error
-        return self
-
-    def unread(self) -> str | None:
-        """The first setting that was given and changes nothing, with the reason."""
         if self.n_m is not None and self.first_set("sparsity"):
-            return f"`n_m` {self.n_m} takes the place of `sparsity` {self.sparsity:g}"
-        if self.n_m is not None and not self.overrides and self.first_set("scope"):
-            return f"`scope` changes nothing where `n_m` is {self.n_m}: groups are within rows"
-        return None
+            raise ValueError(f"`n_m` {self.n_m} takes the place of `sparsity` {self.sparsity:g}")
+        if self.n_m is not None and self.first_set("scope"):
+            raise ValueError(
+                f"`scope` changes nothing where `n_m` is {self.n_m}: groups are in rows"
+            )
+        return self
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -91,17 +83,14 @@ class PruneSettings(Settings):
         return False
 
     def pattern(self) -> Pattern:
-        """The pattern that these settings ask for, overrides aside."""
+        """The pattern that these settings ask for."""
         if self.n_m is not None:
             return Pattern.parse_n_m(self.n_m)
         return Pattern(self.sparsity, self.scope)
 
     def patterns(self, linears: Iterable[LinearArchitecture]) -> Patterns:
         """The pattern of each weight that is to be pruned."""
-        return assign_patterns(linears, self.pattern(), self._overrides(), self.ignore)
-
-    def _overrides(self) -> list[tuple[str, Pattern]]:
-        return [parse_override(text, self.scope) for text in self.overrides]
+        return assign_patterns(linears, self.pattern(), self.ignore)
 
 
 class CalibratedSettings(PruneSettings):

@@ -11,10 +11,11 @@ from cyclopts import Parameter
 from pydantic.fields import FieldInfo
 
 from regraft.pruning.base import PruneSettings, all_settings, described
-from regraft.recipes.parts import ModelSettings, NamedDefenceSettings
+from regraft.recipes.parts import ModelSettings
 from regraft.recipes.recipe import Recipe
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.base import Settings
+from regraft.settings.defending import DEFENCES, DefenceSettings, defence_type
 from regraft.settings.searching import SearchSettings
 
 _WIDTH = 100
@@ -36,6 +37,8 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
             meaning = described()
         elif name == "method" and isinstance(settings, MethodSettings):
             meaning = _first_line(METHODS.get(value).settings_type)
+        elif name == "method" and isinstance(settings, DefenceSettings):
+            meaning = _first_line(defence_type(value))
         yield from _comment(meaning, pad)
         if isinstance(value, Settings):
             yield f"{pad}{name}:"
@@ -57,7 +60,8 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
         if name == "models" and not value:
             yield from _example(["models:", *_items([ModelSettings(model="ORG/NAME")], "")], pad)
         if name == "defend" and not value:
-            yield from _example(["defend:", *_items([NamedDefenceSettings()], "")], pad)
+            ways = [one(method=method) for method, one in DEFENCES.items()]
+            yield from _example(["defend:", *_items(ways, "")], pad)
 
 
 def _of_other_pruners(settings: PruneSettings, pad: str) -> Iterator[str]:

@@ -12,10 +12,9 @@ from pydantic import BeforeValidator, Field, create_model, field_validator, mode
 
 from regraft.data.sources import DataSource
 from regraft.pruning.base import PRUNERS, PruneSettings
-from regraft.registry import Registry
 from regraft.restoration.base import DEFAULT, METHODS, Budgeted, MethodSettings
 from regraft.settings.base import Settings, by_method, checked_name
-from regraft.settings.defending import DefenceSettings
+from regraft.settings.defending import AnyDefenceSettings, DefenceSettings, defence_type
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings
 
@@ -31,28 +30,28 @@ def _both(settings: type[Settings], named: type[Named]) -> type[Named]:
 
 @dataclass(frozen=True)
 class Choice(Generic[Named]):
-    """Blocks of a recipe with the settings of one of several plug-ins, which `method` names.
+    """Blocks of a recipe with the settings of one of several methods, which `method` names.
 
     Args:
-        plugins: Those to choose from; each has a class `Settings`.
-        named: The fields of a block beside the plug-in's own.
-        default: The plug-in of a block that names none.
+        find: The class of a method's settings. Raises RegraftError if there is no such method.
+        named: The fields of a block beside the method's own.
+        default: The method of a block that names none.
     """
 
-    plugins: Registry[Any]
+    find: Callable[[str], type[Settings]]
     named: type[Named]
     default: str
 
     def block(self, method: str) -> type[Named]:
-        """A class with the fields of a plug-in's settings, whose rules come first, and of `named`.
+        """A class with the fields of a method's settings, whose rules come first, and of `named`.
 
         Raises:
-            RegraftError: there is no such plug-in.
+            RegraftError: there is no such method.
         """
-        return _both(self.plugins.get(method).settings_type, self.named)
+        return _both(self.find(method), self.named)
 
     def parse(self, given: Any) -> Named:
-        """A block as it is written, or settings of a plug-in.
+        """A block as it is written, or settings of a method.
 
         Raises:
             ValidationError: see `by_method`.
@@ -130,7 +129,7 @@ class PruningSettings(PruneSettings):
         return f"{self.method}-{amount}"
 
 
-PRUNING = Choice(PRUNERS, PruningSettings, "wanda")
+PRUNING = Choice(lambda name: PRUNERS.get(name).settings_type, PruningSettings, "wanda")
 
 
 def pruning_settings(**given: Any) -> PruningSettings:
@@ -209,7 +208,7 @@ class VariantSettings(Way, MethodSettings):
         )
 
 
-VARIANT = Choice(METHODS, VariantSettings, DEFAULT)
+VARIANT = Choice(lambda name: METHODS.get(name).settings_type, VariantSettings, DEFAULT)
 
 
 def variant(**given: Any) -> VariantSettings:
@@ -218,11 +217,14 @@ def variant(**given: Any) -> VariantSettings:
 
 
 class NamedDefenceSettings(Way, DefenceSettings):
-    """One defended model of a run."""
+    """One defended model of a run; every method has a class of its own, see `DEFENCE`."""
 
-    def only(self) -> DefenceSettings:
+    def only(self) -> AnyDefenceSettings:
         """These settings without the name."""
-        return self.narrowed(DefenceSettings)
+        return cast("AnyDefenceSettings", self.narrowed(defence_type(self.method)))
+
+
+DEFENCE = Choice(defence_type, NamedDefenceSettings, "adashield")
 
 
 class EvaluateSettings(EvalSettings):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +22,7 @@ from regraft.disk.files import digest
 from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings
 from regraft.recipes.parts import (
+    DEFENCE,
     PRUNING,
     VARIANT,
     EvaluateSettings,
@@ -112,9 +113,10 @@ class Recipe(Settings):
         (variant(),),
         description="One way of realigning, or a list of them; gain if no `method` is named.",
     )
-    defend: Annotated[tuple[NamedDefenceSettings, ...], one_or_more()] = Field(
-        (), description="Defences at inference, evaluated on the pruned models."
-    )
+    defend: Annotated[
+        tuple[Annotated[SerializeAsAny[NamedDefenceSettings], BeforeValidator(DEFENCE.parse)], ...],
+        one_or_more(DEFENCE.parse),
+    ] = Field((), description="Defences at inference, evaluated on the pruned models.")
     evaluate: EvaluateSettings = EvaluateSettings()
     compute: ComputeSettings = ComputeSettings()
 
@@ -140,7 +142,9 @@ class Recipe(Settings):
         cls, defend: tuple[NamedDefenceSettings, ...], info: ValidationInfo
     ) -> tuple[NamedDefenceSettings, ...]:
         """Defences with the prompts that they choose on."""
-        return tuple(_choosing(one, one.name, info, needed=one.searches) for one in defend)
+        return tuple(
+            _choosing(cast("Any", one), one.name, info) if one.searches else one for one in defend
+        )
 
     @model_validator(mode="after")
     def _check_runs(self) -> Recipe:
@@ -294,14 +298,12 @@ class Recipe(Settings):
         return written if len(written) > 1 else written[0]
 
 
-def _choosing(
-    settings: Choosing, name: str, info: ValidationInfo, *, needed: bool = True
-) -> Choosing:
+def _choosing(settings: Choosing, name: str, info: ValidationInfo) -> Choosing:
     if not {"model", "models", "calibration"} <= info.data.keys():
         return settings  # they have errors of their own
     models, calibration = info.data["models"], info.data["calibration"]
     model = models[0].model if models else info.data["model"]
-    found = with_validation(settings, model, calibration, needed=needed)
+    found = with_validation(settings, model, calibration)
     try:
         validation_of(found)
     except RegraftError as error:

@@ -167,7 +167,7 @@ def _folders(recipe: Recipe) -> list[str]:
     content = recipe.model_dump(mode="json")
     sources = [content["calibration"]["data"], *content["evaluate"]["suite"]]
     sources += [one["search"]["validation"] for one in content["realign"] if one["search"]]
-    sources += [one["validation"] for one in content["defend"]]
+    sources += [one.get("validation") for one in content["defend"]]
     paths = [str(one).partition(":")[2] for one in sources]
     paths += [content["model"], *(one["model"] for one in content["models"])]
     paths += [content["pruned"] or "", content["published"] or ""]

@@ -25,7 +25,7 @@ from regraft.report.study import Study
 from regraft.restoration.base import needs_of
 from regraft.runs.passes import count_pass, learns_from_both
 from regraft.runs.plan import Planner
-from regraft.runs.reporting import model_folder, report_run
+from regraft.runs.reporting import report_run
 from regraft.runs.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.stages.checks import check_restorable
@@ -89,7 +89,7 @@ def plan_run(
         RegraftError: bad input.
     """
     run_dir, trust = RunDir(folder, several=len(recipe.prune) > 1), recipe.compute.trust_remote_code
-    dense = open_source(model_folder(recipe.model), trust_remote_code=trust)
+    dense = open_source(recipe.model, trust_remote_code=trust)
     existing = None
     if recipe.pruned is not None:
         existing = open_source(recipe.pruned, trust_remote_code=trust)
@@ -147,14 +147,12 @@ def run_one(
 
 def unread_in(recipe: Recipe) -> list[str]:
     """What of the recipe changes nothing."""
-    named = [] if recipe.pruned else [(one.name, one.unread()) for one in recipe.prune]
-    named += [(one.name, one.unread()) for one in recipe.defend]
-    named += [(one, getattr(recipe, one).unread()) for one in ("calibration", "heads", "evaluate")]
+    found = []
     if recipe.pruned and recipe.prune[0].only() != prune_settings():
-        named.append(("prune", f"it changes nothing, since `pruned` is {recipe.pruned}"))
+        found.append(f"prune: it changes nothing, since `pruned` is {recipe.pruned}")
     if recipe.heads != HeadSettings() and not any(needs_of(one).heads for one in recipe.realign):
-        named.append(("heads", "they change nothing, since nothing goes by scored heads"))
-    return [f"{name}: {found}" for name, found in named if found is not None]
+        found.append("heads: they change nothing, since nothing goes by scored heads")
+    return found
 
 
 def _speed(dense: Source, compute: ComputeSettings) -> float:

@@ -18,6 +18,7 @@ from regraft.recipes.recipe import Recipe
 from regraft.restoration.base import needs_of
 from regraft.runs.passes import SEARCH_REFERENCES
 from regraft.runs.run_dir import RunDir
+from regraft.settings.defending import RefusalDirectionSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages.checks import check_direction_layer, check_gradients
 from regraft.stages.reading import read_validation
@@ -179,13 +180,16 @@ class Planner:
         name, setup = self.run_dir.name(pruning, settings.name), self.setup
         file = self.run_dir.defence(pruning, settings.name)
         pruned = partial(self.pruned, pruning)
-        by_direction = settings.method == "refusal-direction"
+        own = settings.only()
+        direction = own if isinstance(own, RefusalDirectionSettings) else None
 
         def check() -> PromptUse:
-            check_direction_layer(setup.dense, settings)
-            learnt = setup.learnt_from([True, False] if by_direction else [])
+            if direction is None:
+                return PromptUse()
+            check_direction_layer(setup.dense, direction)
+            learnt = setup.learnt_from([True, False])
             role = f"{settings.name}'s validation"
-            searched = {role: read_validation(setup.dense, settings)} if settings.searches else {}
+            searched = {role: read_validation(setup.dense, direction)} if direction.searches else {}
             return PromptUse(learnt, searched)
 
         def make() -> object:
@@ -193,9 +197,9 @@ class Planner:
                 pruned(), setup.compute, processor_from=setup.dense, progress=setup.progress
             )
             judge = self.recipe.evaluate.text_judge()
-            return stages.write_defence(target, file, settings.only(), setup.calibration, judge)
+            return stages.write_defence(target, file, own, setup.calibration, judge)
 
-        yield Step("defend", name, file, make, check, alone=by_direction)
+        yield Step("defend", name, file, make, check, alone=direction is not None)
         out = self.run_dir.evaluation(pruning, settings.name)
         yield self._evaluate(name, pruned, out, defence=file)
 

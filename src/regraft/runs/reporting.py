@@ -11,7 +11,7 @@ from typing import Any
 
 from regraft import stages
 from regraft.costs import CalibrationPass, Cost, read_costs, read_pass
-from regraft.data.demo import CAVEAT, demo_model, is_demo
+from regraft.data.demo import CAVEAT, is_demo
 from regraft.data.suites import join_suites
 from regraft.defence.artifact import Direction, load_defence
 from regraft.defence.prompt import DEFENCE_PROMPT
@@ -38,7 +38,7 @@ from regraft.restoration.methods.gain.path import read_path
 from regraft.restoration.ranking import load_ranking
 from regraft.runs.passes import MethodPasses
 from regraft.runs.run_dir import RECIPE_FILE, RunDir
-from regraft.settings.defending import DefenceSettings
+from regraft.settings.defending import RefusalDirectionSettings
 from regraft.stages import Evaluation
 
 
@@ -90,11 +90,6 @@ def read_run(folder: Path, name: str = "") -> Run:
     run_dir, recipe = open_run(folder)
     costs, one_pass = tuple(read_costs(run_dir.costs)), read_pass(run_dir.calibration_pass)
     return _Artifacts(run_dir, recipe, costs, one_pass).run(name)
-
-
-def model_folder(model: str) -> str | Path:
-    """Where a recipe's model lies, or its hub id."""
-    return demo_model() if model == "demo" else model
 
 
 @dataclass(frozen=True)
@@ -154,7 +149,7 @@ class _Artifacts:
         """Their scores, where the run has any."""
         if not self.run_dir.heads.exists():
             return None
-        return load_heads(self.run_dir.heads, self.opened(model_folder(self.recipe.model)))
+        return load_heads(self.run_dir.heads, self.opened(self.recipe.model))
 
     def opened(self, model: str | Path) -> Architecture:
         """Of a model, without its weights."""
@@ -206,8 +201,8 @@ class _Artifacts:
             yield self.realigned(pruning, one, patches[one.name], layers)
         for defence in recipe.defences_of(pruning):
             name = run_dir.name(pruning.name, defence.name)
-            how = _defence(defence, run_dir.defence(pruning.name, defence.name))
-            by_prompt = defence.method != "refusal-direction"
+            how = _defence(run_dir.defence(pruning.name, defence.name))
+            by_prompt = not isinstance(defence, RefusalDirectionSettings)
             yield _variant(
                 name,
                 self.evaluations[f"{pruning.name}/{defence.name}"],
@@ -265,13 +260,13 @@ def _variant(name: str, evaluation: Evaluation, **fields: Any) -> Variant:
     return Variant(name, label, evaluation.result, sparsity=sparsity, **fields)
 
 
-def _defence(settings: DefenceSettings, file: Path) -> str:
+def _defence(file: Path) -> str:
     made = load_defence(file)
     if isinstance(made, Direction):
         return f"refusal direction, layer {made.layer}, strength {made.strength:g}"
-    if settings.method == "safety-prompt":
+    if made.before:
         return "safety prompt"
-    if settings.prompt == DEFENCE_PROMPT:
+    if made.prompt == DEFENCE_PROMPT:
         return "prompt after AdaShield-S"
     return "AdaShield with a given prompt"
 

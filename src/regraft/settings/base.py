@@ -26,10 +26,6 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    def unread(self) -> str | None:
-        """What was set and changes nothing: the first of it, in words."""
-        return None
-
     def first_set(self, *names: str) -> str | None:
         """The first of these settings that is not as it is if not given."""
         fields = type(self).model_fields
@@ -119,6 +115,8 @@ def explain(error: ValidationError, *, flags: bool = False) -> str:
         if flags and where:
             where = f"--{where.replace('_', '-')}"
         message = problem["msg"].removeprefix("Value error, ")
+        if flags:
+            message = re.sub(r"`\w+`", lambda name: name[0].replace("_", "-"), message)
         kind, given = problem["type"], f" (got {problem['input']!r})"
         if kind in ("missing", "value_error", _OURS):
             given = ""

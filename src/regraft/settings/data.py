@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from cyclopts import Parameter
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from regraft.data.readers import DATASETS
 from regraft.data.sources import DataSource, words_of_first
@@ -103,8 +103,8 @@ class CalibrationSettings(PromptSettings):
         64, ge=1, description="Length of the model's responses."
     )
 
-    def unread(self) -> str | None:
-        """What was set and changes nothing: the first of it, in words."""
+    @model_validator(mode="after")
+    def _check_responses(self) -> Self:
         if self.responses == "given" and self.first_set("max_response_tokens"):
-            return "`max_response_tokens` changes nothing where `responses` are given"
-        return None
+            raise ValueError("`max_response_tokens` changes nothing where `responses` are given")
+        return self

@@ -73,13 +73,9 @@ class EvalSettings(Settings):
             raise ValueError("a window is for keywords of your own: add keywords")
         if self.keywords and not all(map(str.strip, self.keywords)):
             raise ValueError("keywords: a blank one stands in every answer")
-        return self
-
-    def unread(self) -> str | None:
-        """What was set and changes nothing, in words."""
         if self.keywords and self.first_set("judge"):
-            return f"`keywords` take the place of the judge {self.judge}"
-        return None
+            raise ValueError(f"`keywords` take the place of the judge {self.judge}")
+        return self
 
     def text_judge(self) -> TextJudge:
         """The judge that these settings ask for."""

@@ -9,22 +9,22 @@ from regraft.data.demo import is_demo
 from regraft.data.sources import DataSource, split_off
 from regraft.errors import RegraftError
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.defending import DefenceSettings
+from regraft.settings.defending import RefusalDirectionSettings
 from regraft.settings.searching import SearchSettings
 
-Choosing = TypeVar("Choosing", bound=SearchSettings | DefenceSettings)
+Choosing = TypeVar("Choosing", bound=SearchSettings | RefusalDirectionSettings)
 
 
 def with_validation(
-    settings: Choosing, model: str | Path, calibration: CalibrationSettings, *, needed: bool = True
+    settings: Choosing, model: str | Path, calibration: CalibrationSettings
 ) -> Choosing:
     """The settings, with the bundled validation prompts where none are named and these will do.
 
-    They will for the bundled model, for data that are bundled too, and where they are not `needed`.
+    They will for the bundled model, and for data that are bundled too.
     """
     if settings.validation is not None:
         return settings
-    if needed and calibration.data.name != "demo" and not is_demo(model):
+    if calibration.data.name != "demo" and not is_demo(model):
         return settings
     bundled = {"validation": DataSource(name="demo", split="validation")}
     return cast(Choosing, settings.model_copy(update=bundled))
@@ -48,7 +48,7 @@ def with_held_out(
     )
 
 
-def validation_of(settings: SearchSettings | DefenceSettings) -> DataSource:
+def validation_of(settings: SearchSettings | RefusalDirectionSettings) -> DataSource:
     """The prompts to choose on.
 
     Raises:

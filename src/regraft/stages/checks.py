@@ -11,7 +11,7 @@ from regraft.patch.pair import Survey
 from regraft.restoration.base import MethodSettings, Needs
 from regraft.restoration.selection import all_heads
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.defending import DefenceSettings
+from regraft.settings.defending import RefusalDirectionSettings
 
 
 def check_gradients(source: Source, compute: ComputeSettings, what: str) -> None:
@@ -114,7 +114,7 @@ def _less_than_one(settings: MethodSettings, weights: str) -> RegraftError:
     )
 
 
-def check_direction_layer(source: Source, settings: DefenceSettings) -> None:
+def check_direction_layer(source: Source, settings: RefusalDirectionSettings) -> None:
     """Raise unless the model has the layer that a refusal direction is to be added at."""
     count = len(source.architecture.layers)
     if settings.layer is not None and settings.layer >= count:

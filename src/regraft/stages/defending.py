@@ -31,7 +31,11 @@ from regraft.loading import collate, load
 from regraft.models.load import Source
 from regraft.progress import Advance
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.defending import DefenceSettings
+from regraft.settings.defending import (
+    AnyDefenceSettings,
+    DefencePromptSettings,
+    RefusalDirectionSettings,
+)
 from regraft.settings.validation import with_validation
 from regraft.stages.checks import check_direction_layer
 from regraft.stages.provenance import describe, fingerprints, is_done, working
@@ -42,7 +46,7 @@ from regraft.stages.targets import Target
 def write_defence(
     target: Target,
     out: Path,
-    settings: DefenceSettings,
+    settings: AnyDefenceSettings,
     calibration: CalibrationSettings,
     judge: TextJudge = DEFAULT_JUDGE,
 ) -> Defence:
@@ -61,22 +65,25 @@ def write_defence(
             "A defence is made for a checkpoint as it is: apply the patch first, and leave another "
             "defence out."
         )
-    settings = with_validation(settings, target.model.folder, calibration, needed=settings.searches)
     inputs = fingerprints(model=target.model)
-    if settings.method == "refusal-direction":
+    if isinstance(settings, DefencePromptSettings):
+        data: dict[str, Reading] = {}
+        about = describe("defend", inputs, settings)
+    else:
+        if settings.searches:
+            settings = with_validation(settings, target.model.folder, calibration)
         check_direction_layer(target.model, settings)
         data = _data(target.model, settings, calibration)
         about = describe("defend", inputs, settings, target.compute, data)
         about["judge"] = judge.name
-    else:
-        data, about = {}, describe("defend", inputs, settings)
     if not is_done(out, out, about, lambda: load_defence(out).about):
         for role, reading in zip(("D^s", "D^u", "Validation"), data.values(), strict=False):
             target.progress.note(reading.describe(role))
         with working(out, about) as work:
-            before = settings.method == "safety-prompt"
-            made: Defence = ShieldPrompt(settings.prompt, about, before)
-            if data:
+            made: Defence
+            if isinstance(settings, DefencePromptSettings):
+                made = ShieldPrompt(settings.prompt, about, settings.before)
+            else:
                 made = _direction(target, settings, data, judge, work, about)
                 if not made.strength:
                     target.progress.note(
@@ -89,7 +96,7 @@ def write_defence(
 
 
 def _data(
-    model: Source, settings: DefenceSettings, calibration: CalibrationSettings
+    model: Source, settings: RefusalDirectionSettings, calibration: CalibrationSettings
 ) -> dict[str, Reading]:
     """D^s, D^u and, where layer and strength are chosen, the prompts to choose on."""
     data = {
@@ -103,7 +110,7 @@ def _data(
 
 def _direction(
     target: Target,
-    settings: DefenceSettings,
+    settings: RefusalDirectionSettings,
     data: Mapping[str, Reading],
     judge: TextJudge,
     work: Path,
@@ -141,7 +148,7 @@ class _Search:
     model: nn.Module
     processor: Any
     vectors: Tensor  # [layers, d]
-    settings: DefenceSettings
+    settings: RefusalDirectionSettings
     target: Target
     judge: TextJudge
     work: Path

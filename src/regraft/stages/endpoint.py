@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from regraft.data.demo import demo_model
 from regraft.data.example import Reading
 from regraft.data.sources import DataSource
 from regraft.defence.artifact import Direction
@@ -31,7 +30,6 @@ def open_target(
     compute: ComputeSettings,
     endpoint: EndpointSettings = EndpointSettings(),
     progress: Progress = SILENT,
-    *,
     patch: Path | None = None,
     defence: Path | None = None,
     text: OnText | None = None,
@@ -52,7 +50,6 @@ def open_target(
     """
     if not isinstance(named, str) or not named.startswith(ENDPOINT):
         if not isinstance(named, Source):
-            named = demo_model() if str(named) == "demo" else named
             named = open_answering(named, trust_remote_code=compute.trust_remote_code)
         return Target(named, compute, patch, text, defence=defence, progress=progress)
     if patch is not None:

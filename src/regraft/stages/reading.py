@@ -22,7 +22,7 @@ from regraft.errors import RegraftError
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.defending import DefenceSettings
+from regraft.settings.defending import RefusalDirectionSettings
 from regraft.settings.validation import validation_of
 
 
@@ -127,7 +127,7 @@ def read_suites(source: Source | None, suites: Sequence[DataSource], limit: int 
     return _readable(source, joined)
 
 
-def read_validation(source: Source, settings: DefenceSettings) -> Reading:
+def read_validation(source: Source, settings: RefusalDirectionSettings) -> Reading:
     """Read the prompts on which a refusal direction's layer and strength are chosen.
 
     Raises:

@@ -49,7 +49,7 @@ class SafetyPotentialSettings(LayerwiseSettings):
     prompt: str = Field(
         SAFETY_PROMPT,
         min_length=1,
-        description="The safety prompt, before the user's text; `regraft defend --method "
+        description="The safety prompt, before the user's text; `regraft analyse defence "
         "safety-prompt` gives it at inference.",
     )
 

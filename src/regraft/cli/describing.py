@@ -1,4 +1,4 @@
-"""What a checkpoint is: `regraft inspect`."""
+"""What a checkpoint is: `regraft analyse model`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from regraft.cli.options import Model, Trust, open_model
+from regraft.cli.options import Model, Trust
 from regraft.models.architecture import Architecture, LayerArchitecture
-from regraft.models.load import Source
+from regraft.models.load import Source, open_source
 from regraft.patch.pair import check_pair, survey
 
 
-def inspect(
+def describe(
     model: Model,
     *,
     dense: str | None = None,
@@ -33,14 +33,16 @@ def inspect(
     names
         Also list every prunable weight by its name on disk.
     """
-    source, console = open_model(model, trust_remote_code), Console(emoji=False)
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    console = Console(emoji=False)
     about = Table.grid(padding=(0, 2))
     about.add_column()
     about.add_column(overflow="fold")
     for row in _facts(source):
         about.add_row(*row)
     if dense is not None:
-        about.add_row("compared", _compared(open_model(dense, trust_remote_code), source))
+        other = open_source(dense, trust_remote_code=trust_remote_code)
+        about.add_row("compared", _compared(other, source))
     console.print(about)
     _show_layers(console, source.architecture)
     linears = list(source.architecture.linears)
