@@ -18,6 +18,7 @@ import truth
 from disk import shards, tree, write_jsonl
 from methods import method
 from regraft import stages
+from regraft.cli.realigning import _below_budget
 from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading, hold_out
 from regraft.data.sources import DataSource
@@ -38,7 +39,13 @@ from regraft.restoration.base import MethodSettings
 from regraft.restoration.methods.gain import method as gaining
 from regraft.restoration.methods.gain import objective as gain
 from regraft.restoration.methods.gain import step as gain_step
-from regraft.restoration.methods.gain.path import REASONS, Losses, path_to_json
+from regraft.restoration.methods.gain.path import (
+    LIMITS,
+    REASONS,
+    Losses,
+    path_to_json,
+    read_path,
+)
 from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.runs import pipeline
 from regraft.settings.compute import ComputeSettings
@@ -211,9 +218,9 @@ def test_what_every_step_did(swap, benches, tmp_path):
     """It restored the best number that it tried; the first step that does not help is the last."""
     ranking = benches("mllama").rank(tmp_path / "ranking", GAIN.model_copy(update={"swap": swap}))
     steps, end = ranking.about["steps"], ranking.about["end"]
-    assert len(steps) >= 3 and end in ("held-out", "limit")
+    assert len(steps) >= 3 and end in ("held-out", "steps")
     before, loss = 0, Losses(**ranking.about["start"]).sum
-    falls = []
+    falls, taken_before = [], 0
     for step in steps:
         tries, now = step["tries"], Losses(**step["held_out"]).sum
         taken = step["restored"] - before
@@ -223,6 +230,8 @@ def test_what_every_step_did(swap, benches, tmp_path):
         assert (score > 0).all() and (score.diff() <= 0).all()
         assert taken <= tries[0][0] <= step["candidates"]
         predicted = float(score.double().sum())
+        assert step["limit"] == limit_by_hand(taken, taken_before, step)
+        taken_before = taken
         assert taken == 1 or predicted <= Losses(**step["gradient"]).sum / 2, "beyond first order"
         falls.append((loss - now) / loss)
         before, loss = step["restored"], now
@@ -232,7 +241,20 @@ def test_what_every_step_did(swap, benches, tmp_path):
     assert falls[-1] < least if end == "held-out" else len(steps) == gaining.MOST_STEPS
 
 
-@pytest.mark.parametrize("end", ["candidates", "limit"])
+def limit_by_hand(taken: int, before: int, step: Mapping[str, Any]) -> str:
+    """From the figures of a step alone; of a path that is far below its limit of weights."""
+    numbers = [number for number, _ in step["tries"]]
+    if taken == 0:
+        return "nothing" if step["candidates"] else "candidates"
+    if taken < numbers[0]:
+        fewest = len(numbers) == gain.MOST_TRIES or numbers[-1] == 1
+        return "fewest" if fewest and taken == numbers[-1] else "held-out"
+    if taken < step["candidates"]:
+        return "first-order"
+    return "doubling" if taken == 2 * before else "candidates"
+
+
+@pytest.mark.parametrize("end", ["candidates", "weights"])
 def test_other_ends(end, benches, tmp_path, monkeypatch):
     notes: list[str] = []
 
@@ -251,6 +273,22 @@ def test_other_ends(end, benches, tmp_path, monkeypatch):
         (step,) = found.about["steps"]
         assert step["tries"] == [] and step["held_out"] == found.about["start"]
     assert any(REASONS[end] in note for note in notes)
+    (described,) = (note for note in notes if "weights tried" in note)
+    (step,) = found.about["steps"]
+    assert step["limit"] == end and described.endswith(LIMITS[end])
+    patch = stages.write_patch(
+        benches("llama").dense,
+        benches("llama").pruned(),
+        tmp_path / "patch",
+        GAIN,
+        ranking_file=tmp_path / "ranking",
+    )
+    assert read_path(patch.about) == read_path(found.about)
+    settings = GAIN.model_copy(update={"count": 3, "budget": None})
+    told = f"{patch.restored} of 3 weights allowed by the budget: {REASONS[end]}"
+    assert _below_budget(patch, settings) == told
+    enough = settings.model_copy(update={"count": 2})
+    assert (_below_budget(patch, enough) == "") == (end == "weights")
 
 
 def test_how_long_a_path_may_be():

@@ -28,10 +28,13 @@ from regraft.progress import Progress
 from regraft.restoration.base import DEFAULT_BUDGET, AlwaysBudgeted, Context, Method, Needs
 from regraft.restoration.methods.gain.objective import MOST_TRIES
 from regraft.restoration.methods.gain.path import (
+    LIMITS,
+    MOST_STEPS,
     REASONS,
     End,
     GainPath,
     Losses,
+    Room,
     StepRecord,
     path_to_json,
     read_path,
@@ -48,7 +51,6 @@ from regraft.restoration.teacher import with_teacher
 from regraft.settings.compute import ComputeSettings
 
 HELD_OUT = 0.25  # of the prompts of each kind
-MOST_STEPS = 5  # cost about ten forward and backward passes over all prompts, answers included
 LEAST_FALL = 0.01  # of the held-out loss, relative: with a smaller one a step is the last
 
 
@@ -176,13 +178,14 @@ def _require_space(problem: Problem) -> None:
     require_space(problem.scratch.parent, needed - there)
 
 
-def _room(path: GainPath, most: int) -> int:
+def _room(path: GainPath, most: int) -> Room:
     """How many weights the next step may restore.
 
     At most twice as many as the step before, so that the line search is not spent on numbers that
     were too many already.
     """
-    return min(most - path.restored, 2 * path.taken[-1]) if path.steps else most
+    left = Room(most - path.restored, "weights")
+    return min(Room(2 * path.taken[-1], "doubling"), left) if path.steps else left
 
 
 def path_limit(restorable: int) -> int:
@@ -203,7 +206,9 @@ def _end(path: GainPath, most: int) -> End | None:
     least = LEAST_FALL * max(before.sum, 0)  # rounding may take a sum of 0 below it
     if before.sum - path.held_out.sum <= least:
         return "held-out"
-    return "limit" if path.restored >= most or len(path.steps) == MOST_STEPS else None
+    if path.restored >= most:
+        return "weights"
+    return "steps" if len(path.steps) == MOST_STEPS else None
 
 
 def _described(last: StepRecord, before: Losses) -> str:
@@ -211,7 +216,7 @@ def _described(last: StepRecord, before: Losses) -> str:
     return (
         f"loss on gradient prompts {last.gradient.sum:.3f} nats before the step; held-out loss "
         f"{before.sum:.3f} -> {last.held_out.sum:.3f} (weights tried: {tried or 'none'}); "
-        f"{last.restored:,} restored"
+        f"{last.restored:,} restored{f'; {LIMITS[last.limit]}' if last.limit else ''}"
     )
 
 

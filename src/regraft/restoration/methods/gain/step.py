@@ -27,7 +27,7 @@ from regraft.restoration.methods.gain.objective import (
     swaps_in_rows,
     worth_of,
 )
-from regraft.restoration.methods.gain.path import Losses, StepRecord
+from regraft.restoration.methods.gain.path import Losses, Room, StepRecord, limit_of
 from regraft.restoration.ranking import Best, Edits, Ranking
 from regraft.restoration.teacher import DecisionLoss, Recorded, losses_together, mean_of
 
@@ -96,13 +96,13 @@ class Problem:
 
 
 def step(
-    problem: Problem, room: int, so_far: Ranking, held_out: Losses, advance: Advance
+    problem: Problem, room: Room, so_far: Ranking, held_out: Losses, advance: Advance
 ) -> tuple[Ranking, StepRecord]:
     """Restore the weights that help most now; in the model too.
 
     Args:
         problem: The model, with `so_far` restored, and the prompts.
-        room: How many weights at most.
+        room: How many weights at most, and why.
         so_far: What steps before restored.
         held_out: The held-out losses now.
         advance: Called with the number of samples that a layer has seen, forward or backward.
@@ -110,7 +110,7 @@ def step(
     Returns:
         (what it restored, best first, empty where nothing lowers the held-out loss; the figures)
     """
-    found, losses = _candidates(problem, room, so_far, advance)
+    found, losses = _candidates(problem, room.weights, so_far, advance)
     chosen = found.first(first_order_limit(found.score, losses.sum)) if len(found) else found
     weights = weights_of(problem.model.network, problem.dense.architecture)
     edits = Edits(chosen, weights, problem.dense)
@@ -123,7 +123,8 @@ def step(
 
     taken, tries = line_search(value, held_out.sum, len(chosen))
     edits.put(taken)
-    figures = StepRecord(len(so_far) + taken, losses, seen[taken], len(found), tries)
+    limit = limit_of(taken, len(chosen), len(found), room)
+    figures = StepRecord(len(so_far) + taken, losses, seen[taken], len(found), tries, limit)
     return chosen.first(taken), figures
 
 
