@@ -36,7 +36,8 @@ from regraft.restoration.methods.gain.path import GainPath
 
 TRADE_OFF = (
     "ASR against over-refusal, numbered as in the table, with 95 % intervals; down and to the left "
-    "is better."
+    "is better. A circle's area is the share of weights that was restored, on a log scale; squares "
+    "are models with nothing restored."
 )
 CURVES_CAPTION = (
     "Rates on validation prompts. A line goes through the points of a method in the order of "
