@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.patch.apply import patched
 from regraft.patch.format import load_patch
 from regraft.patch.pair import restorable
-from regraft.progress import Silent
+from regraft.progress import Silent, Task
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
 from regraft.recipes.recipe import Recipe
@@ -289,6 +290,61 @@ def test_other_ends(end, benches, tmp_path, monkeypatch):
     assert _below_budget(patch, settings) == told
     enough = settings.model_copy(update={"count": 2})
     assert (_below_budget(patch, enough) == "") == (end == "weights")
+
+
+class Told(Silent):
+    """Every task as a list: what was announced, then units done, and those beyond in a tuple."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[str, list[Any]] = {}
+
+    @contextmanager
+    def task(self, what: str, total: int, unit: str = "") -> Iterator[Task]:
+        heard = self.tasks.setdefault(what, [total])
+        yield Task(heard.append, lambda more: heard.append((more,)))
+
+
+def test_progress_moves_while_numbers_are_tried(benches, tmp_path, monkeypatch):
+    """With each number tried; as much is done as is announced, or told of before it is done."""
+    bench, told, tries = benches("llama"), Told(), []
+    true = gain_step.line_search
+
+    def heard(value: Callable[[int], float], now: float, most: int) -> Any:
+        (*_, (_, units)) = told.tasks.items()
+        seen = [len(units)]
+
+        def watched(number: int) -> float:
+            loss = value(number)
+            seen.append(len(units))
+            return loss
+
+        found = true(watched, now, most)
+        tries.append(seen)
+        return found
+
+    monkeypatch.setattr(gain_step, "line_search", heard)
+    about = bench.rank(tmp_path / "ranking", progress=told).about
+    steps = [units for what, units in told.tasks.items() if what.startswith("Step")]
+    layers, before = bench.dense.architecture.layers, []
+    assert len(steps) == len(tries) == len(about["steps"]) >= 2
+    for (announced, *units), seen, step in zip(steps, tries, about["steps"], strict=True):
+        number = len(step["tries"])
+        assert len(seen) == number + 1
+        assert all(after > earlier for earlier, after in pairwise(seen)), "it stands still"
+        done = sum(one for one in units if isinstance(one, int))
+        more = sum(one[0] for one in units if isinstance(one, tuple))
+        expected = round(sum(before) / len(before)) if before else 2
+        a_try = 4 * len(layers)  # two held-out prompts of each kind
+        assert announced == 4 * 4 * len(layers) + expected * a_try
+        assert done == 4 * 4 * len(layers) + number * a_try
+        assert more == max(0, number - expected) * a_try
+        so_far, total = 0, announced
+        for one in units:
+            so_far, total = (
+                (so_far + one, total) if isinstance(one, int) else (so_far, total + one[0])
+            )
+            assert so_far <= total, "more is done than there is"
+        before.append(number)
 
 
 def test_how_long_a_path_may_be():

@@ -25,8 +25,8 @@ from regraft.errors import RegraftError
 from regraft.loading import check_shares, hidden_state_bytes
 from regraft.models.load import Source
 from regraft.progress import Progress
+from regraft.pruning.gradients import BOTH_WAYS
 from regraft.restoration.base import DEFAULT_BUDGET, AlwaysBudgeted, Context, Method, Needs
-from regraft.restoration.methods.gain.objective import MOST_TRIES
 from regraft.restoration.methods.gain.path import (
     LIMITS,
     MOST_STEPS,
@@ -140,8 +140,10 @@ class Gain(Method[GainSettings]):
         while (end := _end(path, most)) is None:
             _require_space(problem)
             now, number = path.held_out, len(path.steps) + 1
-            with progress.task(f"Step {number} of gain", *_work(problem, 2, MOST_TRIES)) as done:
-                found, figures = step(problem, _room(path, most), ranking, now, done)
+            tries = path.expected_tries
+            work = _work(problem, BOTH_WAYS, tries)
+            with progress.task(f"Step {number} of gain", *work) as done:
+                found, figures = step(problem, _room(path, most), ranking, now, done, tries)
             path = replace(path, steps=(*path.steps, figures))
             ranking = replace(joined([ranking, found]), about=path_to_json(path))
             progress.note(_described(figures, now))
@@ -221,7 +223,7 @@ def _described(last: StepRecord, before: Losses) -> str:
 
 
 def _work(problem: Problem, passes: int, tries: int) -> tuple[int, str]:
-    """How much there is to do, at most: passes over calibration prompts and held-out ones."""
+    """How much there is to do: passes over gradient prompts, and over held-out ones."""
     own = sum(passes * side.gradient.work + tries * side.held_out.work for side in problem.sides)
     return own, "samples x layers"
 

@@ -109,6 +109,12 @@ class GainPath:
         after = [step.restored for step in self.steps]
         return tuple(now - before for before, now in zip([0, *after], after, strict=False))
 
+    @property
+    def expected_tries(self) -> int:
+        """How many numbers the next line search may try, going by those before; two at first."""
+        tried = [len(step.tries) for step in self.steps]
+        return max(1, round(sum(tried) / len(tried))) if tried else 2
+
 
 def limit_of(taken: int, most: int, candidates: int, room: Room) -> StepLimit:
     """Why a step restored as many weights as it did.

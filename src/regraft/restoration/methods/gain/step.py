@@ -16,7 +16,7 @@ from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.patch.groups import grouping_of
 from regraft.patch.pair import Kind, restorable
-from regraft.progress import Advance
+from regraft.progress import Advance, expect
 from regraft.pruning.gradients import Loss, layer_gradients, signed, signed_and_squared
 from regraft.restoration.methods.gain.objective import (
     first_order_limit,
@@ -96,7 +96,12 @@ class Problem:
 
 
 def step(
-    problem: Problem, room: Room, so_far: Ranking, held_out: Losses, advance: Advance
+    problem: Problem,
+    room: Room,
+    so_far: Ranking,
+    held_out: Losses,
+    advance: Advance,
+    expected: int = 1,
 ) -> tuple[Ranking, StepRecord]:
     """Restore the weights that help most now; in the model too.
 
@@ -105,7 +110,9 @@ def step(
         room: How many weights at most, and why.
         so_far: What steps before restored.
         held_out: The held-out losses now.
-        advance: Called with the number of samples that a layer has seen, forward or backward.
+        advance: Called with the number of samples that a layer has seen, as `layer_gradients` and
+            `held_out_losses` do.
+        expected: As many numbers of weights were announced to be tried; more are told of.
 
     Returns:
         (what it restored, best first, empty where nothing lowers the held-out loss; the figures)
@@ -117,6 +124,8 @@ def step(
     seen = {0: held_out}
 
     def value(count: int) -> float:
+        if len(seen) > expected:
+            expect(advance, sum(side.held_out.work for side in problem.sides))
         edits.put(count)
         seen[count] = held_out_losses(problem.sides, advance)
         return seen[count].sum
