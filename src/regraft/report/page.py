@@ -36,8 +36,11 @@ from regraft.restoration.methods.gain.path import GainPath
 
 TRADE_OFF = (
     "ASR against over-refusal, numbered as in the table, with 95 % intervals; down and to the left "
-    "is better. A circle's area is the share of weights that was restored, on a log scale; squares "
-    "are models with nothing restored."
+    "is better."
+)
+CIRCLES = (
+    " A circle's area is the share of weights that was restored, on a log scale; squares are "
+    "models with nothing restored."
 )
 CURVES_CAPTION = (
     "Rates on validation prompts. A line goes through the points of a method in the order of "
@@ -184,8 +187,9 @@ def apply_command(run: Run, variant: Variant, out: str) -> str:
 
 def figures(study: Study) -> tuple[Figure, ...]:
     """Every figure of a page; its SVG is empty where it has nothing to show."""
+    circles = CIRCLES if any(row.restored for row in study.rows) else ""
     return (
-        Figure(trade_off_figure(study), TRADE_OFF, "trade-off"),
+        Figure(trade_off_figure(study), TRADE_OFF + circles, "trade-off"),
         Figure(curve_figure(study.tables), CURVES_CAPTION, "curves"),
         Figure(path_figure(_of_seeds(study)), PATHS_CAPTION, "paths"),
         Figure(
